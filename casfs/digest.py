@@ -1,0 +1,30 @@
+"""Digests: BLAKE3-256 of plaintext, and the readable forms of one.
+
+A blob's digest is keyed where the repository is encrypted; the digest of a whole file is always the
+plain one, so that `b3sum` agrees with it.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+from blake3 import blake3
+
+Digest = NewType("Digest", bytes)
+PackId = NewType("PackId", bytes)
+SnapshotId = NewType("SnapshotId", bytes)
+
+DIGEST_BYTES = 32
+SHOWN_HEX_DIGITS = 12
+
+EMPTY_DIGEST = Digest(blake3(b"").digest())
+
+
+def digest_of(data: bytes | bytearray | memoryview) -> Digest:
+    """Return the plain BLAKE3-256 of `data`."""
+    return Digest(blake3(data).digest())
+
+
+def short(digest: bytes) -> str:
+    """Return the beginning of a digest in hexadecimal, as people are shown it."""
+    return digest.hex()[:SHOWN_HEX_DIGITS]

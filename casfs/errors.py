@@ -1,0 +1,109 @@
+"""The one tree of exceptions: attributes hold the data, `str()` makes the sentence.
+
+`exit_code` is what the command line returns when the error ends a command (see the contract of the
+command line: 1 failed, 2 usage, 5 damage found, 6 locked).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CasfsError(Exception):
+    """Something that casfs can explain; a user sees its sentence and no traceback."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(CasfsError):
+    """The command was asked for something that it cannot mean."""
+
+    exit_code = 2
+
+
+class NotFoundError(CasfsError):
+    """A repository, snapshot, path or mountpoint that was named is not there."""
+
+
+class AmbiguousIdError(CasfsError):
+    """A prefix fits several snapshots."""
+
+    def __init__(self, prefix: str, matches: list[str]) -> None:
+        super().__init__(prefix, matches)
+        self.prefix = prefix
+        self.matches = matches
+
+    def __str__(self) -> str:
+        shown = ", ".join(match[:12] for match in self.matches[:5])
+        more = ", …" if len(self.matches) > 5 else ""
+        return (
+            f"snapshot id prefix {self.prefix!r} is ambiguous: it fits {len(self.matches)} snapshots "
+            f"({shown}{more}); give more digits"
+        )
+
+
+class FormatError(CasfsError):
+    """The repository has a format that this version does not read."""
+
+
+class LockedError(CasfsError):
+    """Another process holds the repository against this."""
+
+    exit_code = 6
+
+
+class StorageError(CasfsError):
+    """The storage refused: disk full, I/O error, permission."""
+
+    def __init__(self, action: str, path: str, cause: OSError) -> None:
+        super().__init__(action, path, cause)
+        self.action = action
+        self.path = path
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"cannot {self.action} {self.path}: {self.cause.strerror or self.cause}"
+
+
+class IndexUnusableError(CasfsError):
+    """The index cannot be used; it is derived and can be rebuilt from the packs."""
+
+
+class IntegrityError(CasfsError):
+    """What is stored is not what its digest says."""
+
+    exit_code = 5
+
+
+class BlobError(IntegrityError):
+    """One blob is damaged or missing.
+
+    `digest` is the blob's, `pack` the name of the pack that should hold it (None when the index
+    knows of none), `reason` a clause in plain words.
+    """
+
+    def __init__(self, digest: bytes, reason: str, pack: bytes | None = None) -> None:
+        super().__init__(digest, reason, pack)
+        self.digest = digest
+        self.reason = reason
+        self.pack = pack
+
+    def __str__(self) -> str:
+        place = f" in pack {self.pack.hex()[:12]}" if self.pack is not None else ""
+        return f"blob {self.digest.hex()[:12]}{place}: {self.reason}"
+
+
+class PackError(IntegrityError):
+    """A pack cannot be parsed or is not what its name says."""
+
+    def __init__(self, pack: bytes, reason: str) -> None:
+        super().__init__(pack, reason)
+        self.pack = pack
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"pack {self.pack.hex()[:12]}: {self.reason}"
+
+
+class TreeError(IntegrityError):
+    """A tree, a content list or a snapshot verified but does not keep the rules of its format."""

@@ -1,0 +1,130 @@
+"""Blobs: kinds, codecs, and the way between plaintext and the stored payload.
+
+A payload is believed only after it was decoded under a cap and its digest recomputed. The compressor
+and decompressor objects belong to one thread each; `BlobCodec` keeps them apart.
+"""
+
+from __future__ import annotations
+
+import threading
+from enum import IntEnum
+
+import zstandard
+from blake3 import blake3
+
+from casfs.digest import Digest
+from casfs.errors import BlobError
+
+MAX_PLAIN_BYTES = 16 * 1024 * 1024
+"""No blob is larger; a recorded size above it is refused before anything is allocated."""
+
+_SMALLEST_COMPRESSIBLE = 64
+"""Shorter plaintexts stay raw: a zstd frame's header and block header eat what little there is."""
+
+_PARALLEL_BYTES = 2 * 1024 * 1024
+"""From this much plaintext in one batch, compressing uses more than one thread."""
+
+
+class BlobKind(IntEnum):
+    """What a blob is for; prune, check and encryption treat the kinds apart."""
+
+    DATA = 1
+    TREE = 2
+    CONTENT = 3
+
+
+class Codec(IntEnum):
+    """How a payload was made of the plaintext."""
+
+    RAW = 0
+    ZSTD = 1
+
+
+class BlobCodec:
+    """Compress and restore payloads at one zstd level; safe to share between threads."""
+
+    def __init__(self, level: int, threads: int = 2) -> None:
+        self._level = level
+        self._threads = threads
+        self._local = threading.local()
+
+    def digest(self, plain: bytes | bytearray | memoryview) -> Digest:
+        """Return the digest that names a blob of this plaintext."""
+        return Digest(blake3(plain).digest())
+
+    def encode_many(self, plains: list[bytes]) -> list[tuple[Codec, bytes]]:
+        """Compress a batch in one call, order kept; a payload that would not shrink stays raw.
+
+        The interpreter lock is released once for the batch and not once for each blob.
+        """
+        payloads: list[tuple[Codec, bytes]] = [(Codec.RAW, plain) for plain in plains]
+        wanted = [i for i, plain in enumerate(plains) if len(plain) >= _SMALLEST_COMPRESSIBLE]
+        if not wanted:
+            return payloads
+        total = sum(len(plains[i]) for i in wanted)
+        threads = self._threads if total >= _PARALLEL_BYTES and len(wanted) > 1 else 0
+        result = self._compressor().multi_compress_to_buffer(
+            [plains[i] for i in wanted], threads=threads
+        )
+        for position, i in enumerate(wanted):
+            segment = result[position]
+            if len(segment) < len(plains[i]):
+                payloads[i] = (Codec.ZSTD, segment.tobytes())
+        return payloads
+
+    def decode(self, digest: Digest, codec: int, payload: bytes, plain_bytes: int) -> bytes:
+        """Return the verified plaintext.
+
+        Raises BlobError when the payload does not decode to exactly `plain_bytes` bytes of that digest.
+        """
+        plain = self._plain(digest, codec, payload, plain_bytes)
+        if blake3(plain).digest() != digest:
+            raise BlobError(digest, "its data does not have its digest")
+        return plain
+
+    def identify(self, codec: int, payload: bytes, plain_bytes: int) -> Digest:
+        """Return the digest of a payload that was found without one; raises BlobError."""
+        return self.digest(self.plain(codec, payload, plain_bytes))
+
+    def plain(self, codec: int, payload: bytes, plain_bytes: int) -> bytes:
+        """Return the plaintext of a payload that something else verifies; raises BlobError."""
+        return self._plain(Digest(b""), codec, payload, plain_bytes)
+
+    def _plain(self, digest: Digest, codec: int, payload: bytes, plain_bytes: int) -> bytes:
+        if plain_bytes > MAX_PLAIN_BYTES:
+            raise BlobError(digest, f"its recorded size of {plain_bytes} bytes is not allowed")
+        if codec == Codec.RAW:
+            plain = payload
+        elif codec == Codec.ZSTD:
+            plain = self._decompress(digest, payload, plain_bytes)
+        else:
+            raise BlobError(digest, f"its codec {codec} is not known to this version")
+        if len(plain) != plain_bytes:
+            raise BlobError(digest, f"it holds {len(plain)} bytes where {plain_bytes} are recorded")
+        return plain
+
+    def _decompress(self, digest: Digest, payload: bytes, plain_bytes: int) -> bytes:
+        try:
+            frame = zstandard.get_frame_parameters(payload)
+            if frame.content_size != plain_bytes:
+                raise BlobError(digest, "its compressed frame tells another size")
+            plain: bytes = self._decompressor().decompress(
+                payload, max_output_size=plain_bytes, allow_extra_data=False
+            )
+        except zstandard.ZstdError as error:
+            raise BlobError(digest, f"it does not decompress ({error})") from error
+        return plain
+
+    def _compressor(self) -> zstandard.ZstdCompressor:
+        compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
+        if compressor is None:
+            compressor = zstandard.ZstdCompressor(level=self._level)
+            self._local.compressor = compressor
+        return compressor
+
+    def _decompressor(self) -> zstandard.ZstdDecompressor:
+        decompressor: zstandard.ZstdDecompressor | None = getattr(self._local, "decompressor", None)
+        if decompressor is None:
+            decompressor = zstandard.ZstdDecompressor()
+            self._local.decompressor = decompressor
+        return decompressor

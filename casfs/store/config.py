@@ -1,0 +1,88 @@
+"""The repository's configuration: a small text file that is written once (FORMAT.md, "Configuration").
+
+The first line tells the format, so that any version can say what it found; the last line is the
+BLAKE3 of all bytes before it.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Any
+
+import msgspec
+
+from casfs.digest import digest_of
+from casfs.errors import FormatError, IntegrityError
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "config"
+MAX_CONFIG_BYTES = 1 << 20
+
+_FIRST_LINE = re.compile(rb"casfs repository, format (\d{1,9})\n")
+_LAST_LINE = re.compile(rb"blake3 ([0-9a-f]{64})\n\Z")
+
+
+class ChunkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Parameters of FastCDC 2020, sizes in bytes; they never change in a repository's life."""
+
+    algorithm: str = "fastcdc-2020"
+    min_bytes: int = 256 * 1024
+    avg_bytes: int = 1024 * 1024
+    max_bytes: int = 4 * 1024 * 1024
+    normalization: int = 1
+    seed: int = 0
+
+
+class RepositoryConfig(msgspec.Struct, frozen=True):
+    """What was decided when the repository was made.
+
+    `tree_seed` seeds the places where big directories are split. `encryption` is None in format 1; a
+    repository that has one is refused by a version that does not know it.
+    """
+
+    id: str
+    created: str
+    chunker: ChunkerConfig = ChunkerConfig()
+    tree_seed: int = 0
+    encryption: dict[str, Any] | None = None
+
+
+def new_config(created: str) -> RepositoryConfig:
+    """Return the configuration of a new repository with a random id."""
+    return RepositoryConfig(id=secrets.token_hex(32), created=created)
+
+
+def encode_config(config: RepositoryConfig) -> bytes:
+    """Return the file's bytes."""
+    body = msgspec.json.format(msgspec.json.encode(config), indent=2)
+    text = b"casfs repository, format %d\n%s\n" % (FORMAT_VERSION, body)
+    return text + b"blake3 %s\n" % digest_of(text).hex().encode()
+
+
+def decode_config(data: bytes, place: str) -> RepositoryConfig:
+    """Parse the file's bytes; `place` is named in errors.
+
+    Raises FormatError for a format of another version and IntegrityError for a damaged file.
+    """
+    first = _FIRST_LINE.match(data)
+    if first is None:
+        raise IntegrityError(f"the configuration {place} is damaged: its first line is not casfs's")
+    version = int(first.group(1))
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{place} has repository format {version}; this casfs reads format {FORMAT_VERSION}: "
+            "use a newer casfs"
+        )
+    last = _LAST_LINE.search(data)
+    if last is None or digest_of(data[: last.start()]).hex().encode() != last.group(1):
+        raise IntegrityError(
+            f"the configuration {place} is damaged: its digest does not fit; restore it from a copy"
+        )
+    try:
+        config = msgspec.json.decode(data[first.end() : last.start()], type=RepositoryConfig)
+    except msgspec.DecodeError as error:
+        raise IntegrityError(f"the configuration {place} is damaged: {error}") from error
+    if config.encryption is not None:
+        raise FormatError(f"{place} is encrypted; this casfs cannot read encrypted repositories")
+    return config

@@ -1,0 +1,134 @@
+"""Locks between processes: one small file each, held by `flock` for as long as its process lives.
+
+A lock whose file can be locked by another belongs to nobody any more and is removed. Shared locks
+(backups) go together, an exclusive one (prune) stands alone. Readers and mounts take none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from casfs.errors import LockedError, StorageError
+
+
+class LockRecord(msgspec.Struct, frozen=True):
+    """What a lock file tells people about who holds it."""
+
+    exclusive: bool
+    verb: str
+    host: str
+    pid: int
+    time: int
+
+
+class RepositoryLock:
+    """A held lock; `name` is unique among all that ever were, and marks temporary files."""
+
+    def __init__(self, folder: Path, name: str, fd: int) -> None:
+        self._path = folder / name
+        self._fd = fd
+        self.name = name
+
+    @classmethod
+    def acquire(cls, folder: Path, verb: str, exclusive: bool = False) -> RepositoryLock:
+        """Take a lock in `folder`, or raise LockedError naming who holds the repository."""
+        name = secrets.token_hex(8)
+        record = LockRecord(exclusive, verb, socket.gethostname(), os.getpid(), int(time.time()))
+        try:
+            folder.mkdir(exist_ok=True)
+            lock = cls(folder, name, _create_held(folder / name, record))
+        except OSError as error:
+            raise StorageError("write a lock in", str(folder), error) from error
+        try:
+            for other_name, other in live_locks(folder).items():
+                if other_name != name and (exclusive or other.exclusive):
+                    raise LockedError(
+                        f"the repository is in use: {other.verb} on {other.host}, process {other.pid}; "
+                        "wait for it to end"
+                    )
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+
+    def release(self) -> None:
+        """Give the lock back; harmless when it was given back already."""
+        if self._fd >= 0:
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> RepositoryLock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def live_locks(folder: Path) -> dict[str, LockRecord]:
+    """Return the locks that a living process holds, and remove the others."""
+    live: dict[str, LockRecord] = {}
+    for path in sorted(folder.iterdir()):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            live[path.name] = _read_record(fd)
+        else:
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(fd)
+    return live
+
+
+def remove_stale_temporaries(root: Path) -> None:
+    """Delete temporary files whose writer no longer lives; `root` is the repository's folder."""
+    folder = root / "tmp"
+    names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
+    if not names:
+        return
+    live = live_locks(root / "locks")
+    for name in names:
+        if name.partition(".")[0] not in live:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _create_held(path: Path, record: LockRecord) -> int:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
+                os.pwrite(fd, msgspec.json.encode(record), 0)
+                return fd
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        # Somebody took the new file for one that was left behind; make it again.
+        os.close(fd)
+
+
+def _read_record(fd: int) -> LockRecord:
+    try:
+        return msgspec.json.decode(os.pread(fd, 4096, 0), type=LockRecord)
+    except msgspec.DecodeError:
+        # Held, but its line is not written yet or damaged: treat it as the strictest.
+        return LockRecord(True, "another command", "an unknown host", 0, 0)

@@ -1,0 +1,45 @@
+"""Where a repository's index lives: inside it on a local disk, in the user's cache directory otherwise.
+
+LMDB maps its file and locks it through shared memory, which a network file system breaks.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_NETWORK_TYPES = frozenset(
+    ["nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "afs", "lustre", "beegfs"]
+)
+"""File system types of Linux on which two machines, or a server, may change a file under a mapping."""
+
+
+def index_path(root: Path, repository_id: str) -> Path:
+    """Return the folder of the index of the repository in `root`."""
+    kind = file_system_type(root)
+    if kind in _NETWORK_TYPES or kind.startswith("fuse"):
+        return cached_index_path(repository_id)
+    return root / "index"
+
+
+def cached_index_path(repository_id: str) -> Path:
+    """Return the folder of this user's own index of a repository; its parent is made."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    parent = Path(cache) / "casfs" / repository_id[:32]
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return parent / "index"
+
+
+def file_system_type(path: Path) -> str:
+    """Return the type of the file system that holds `path`, or "" where the kernel does not say."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        fields = line.split()
+        if fields[2] == wanted:
+            return fields[fields.index("-") + 1]
+    return ""

@@ -1,0 +1,332 @@
+"""The storage: named write-once objects on a local file system, durable before they have their name.
+
+Names are relative paths such as `packs/ab/abcd…` and `snapshots/abcd…`. An object appears under its
+name only when its bytes are on disk, and the name itself is on disk before the call returns. All of
+pack I/O goes through `Storage`, so that another storage needs nothing else.
+
+`LocalStorage` may be used from several threads at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from casfs.errors import NotFoundError, StorageError
+
+_OPEN_FILES = 64
+"""How many packs a reader keeps open; each is one descriptor."""
+
+
+class Spool(Protocol):
+    """An object that is being written and has no name yet."""
+
+    def append(self, data: bytes | bytearray | memoryview) -> None:
+        """Add bytes to the end."""
+
+    def publish(self, name: str) -> None:
+        """Make the bytes durable, then give them their name, then make the name durable."""
+
+    def discard(self) -> None:
+        """Forget what was appended; harmless after `publish`."""
+
+
+class Storage(Protocol):
+    """What a repository needs of the place where its objects are kept."""
+
+    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Yield the name and size in bytes of every object below a prefix, sorted by name."""
+
+    def size(self, name: str) -> int:
+        """Return an object's size in bytes; raise NotFoundError where there is none."""
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Return `size` bytes from `offset` (fewer at the end); raise NotFoundError, StorageError."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Store a whole object durably, replacing one of the same name."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is not there is no error."""
+
+    def spool(self, in_memory: bool) -> Spool:
+        """Begin an object whose name is known only at its end."""
+
+
+class LocalStorage:
+    """A storage in a folder of a local file system.
+
+    `writer` names this process's temporary files, so that those of a process that died are known.
+    `sync=False` is for tests of everything but durability. `on_step` is called with the name of every
+    durable step before and after it, for tests that stop a process there.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        writer: str | None = None,
+        sync: bool = True,
+        on_step: Callable[[str], None] | None = None,
+    ) -> None:
+        self.root = root
+        self.writer = writer if writer is not None else f"p{os.getpid()}"
+        self._sync = sync
+        self._on_step = on_step
+        self._serial = itertools.count()
+        self._readers = _ReaderPool(_OPEN_FILES)
+
+    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Yield the name and size in bytes of every object below a prefix, sorted by name."""
+        try:
+            entries = sorted(os.scandir(self.root / prefix), key=lambda entry: entry.name)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError("list", str(self.root / prefix), error) from error
+        for entry in entries:
+            name = f"{prefix}/{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                yield from self.names(name)
+            else:
+                try:
+                    yield name, entry.stat(follow_symlinks=False).st_size
+                except FileNotFoundError:
+                    continue
+
+    def size(self, name: str) -> int:
+        """Return an object's size in bytes."""
+        try:
+            return os.stat(self.root / name).st_size
+        except FileNotFoundError as error:
+            raise NotFoundError(f"{name} is not in the repository") from error
+        except OSError as error:
+            raise StorageError("read", str(self.root / name), error) from error
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Return a range of an object's bytes."""
+        path = self.root / name
+        try:
+            with self._readers.reader(str(path)) as fd:
+                if size is None:
+                    size = os.fstat(fd).st_size - offset
+                data = os.pread(fd, size, offset)
+                while len(data) < size:
+                    more = os.pread(fd, size - len(data), offset + len(data))
+                    if not more:
+                        break
+                    data += more
+                return data
+        except FileNotFoundError as error:
+            raise NotFoundError(f"{name} is not in the repository") from error
+        except OSError as error:
+            raise StorageError("read", str(path), error) from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """Store a whole object durably, replacing one of the same name."""
+        spool = self.spool(in_memory=True)
+        try:
+            spool.append(data)
+            spool.publish(name)
+        finally:
+            spool.discard()
+
+    def delete(self, name: str) -> None:
+        """Remove an object and make its absence durable."""
+        path = self.root / name
+        self._readers.forget(str(path))
+        try:
+            self._step("unlink", name)
+            os.unlink(path)
+            self._sync_folder(path.parent, name)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError("delete", str(path), error) from error
+
+    def spool(self, in_memory: bool) -> LocalSpool:
+        """Begin an object; in memory it touches the disk only when it is published."""
+        return LocalSpool(self, in_memory)
+
+    def close(self) -> None:
+        """Close the packs that were kept open for reading."""
+        self._readers.close()
+
+    def _temporary_path(self) -> Path:
+        return self.root / "tmp" / f"{self.writer}.{next(self._serial)}"
+
+    def _publish(self, fd: int, temporary: Path, name: str) -> None:
+        path = self.root / name
+        self._step("data", name)
+        if self._sync:
+            os.fsync(fd)
+        self._step("rename", name)
+        if not path.parent.is_dir():
+            path.parent.mkdir(exist_ok=True)
+            self._sync_folder(path.parent.parent, name)
+        self._readers.forget(str(path))
+        os.rename(temporary, path)
+        self._sync_folder(path.parent, name)
+
+    def _sync_folder(self, folder: Path, name: str) -> None:
+        self._step("folder", name)
+        if self._sync:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        self._step("done", name)
+
+    def _step(self, what: str, name: str) -> None:
+        if self._on_step is not None:
+            self._on_step(f"{what} {name.partition('/')[0]}")
+
+
+class LocalSpool:
+    """An unnamed object of a LocalStorage; one thread at a time."""
+
+    def __init__(self, storage: LocalStorage, in_memory: bool) -> None:
+        self._storage = storage
+        self._parts: list[bytes] | None = [] if in_memory else None
+        self._path: Path | None = None
+        self._fd = -1
+        self._begun = 0
+        self._bytes = 0
+
+    def append(self, data: bytes | bytearray | memoryview) -> None:
+        """Add bytes to the end; raises StorageError when the disk refuses."""
+        if self._parts is not None:
+            self._parts.append(bytes(data))
+            return
+        self._write(data)
+        if self._bytes - self._begun >= 8 * 1024 * 1024:
+            # Asking the kernel to drop the pages makes it begin writing them, so that the sync at
+            # the end finds little left to do.
+            os.posix_fadvise(
+                self._fd, self._begun, self._bytes - self._begun, os.POSIX_FADV_DONTNEED
+            )
+            self._begun = self._bytes
+
+    def publish(self, name: str) -> None:
+        """Make the bytes durable under their name; raises StorageError and then leaves no name."""
+        for part in self._parts or ():
+            self._write(part)
+        self._parts = None
+        path = self._open()
+        try:
+            self._storage._publish(self._fd, path, name)
+        except OSError as error:
+            raise StorageError("write", str(self._storage.root / name), error) from error
+        os.close(self._fd)
+        self._fd, self._path = -1, None
+
+    def discard(self) -> None:
+        """Remove what was written so far; harmless after `publish`."""
+        self._parts = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+            self._path = None
+
+    def _open(self) -> Path:
+        if self._path is None:
+            path = self._storage._temporary_path()
+            try:
+                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise StorageError("create", str(path), error) from error
+            self._path = path
+        return self._path
+
+    def _write(self, data: bytes | bytearray | memoryview) -> None:
+        path = self._open()
+        view = memoryview(data)
+        while view:
+            try:
+                written = os.write(self._fd, view)
+            except OSError as error:
+                raise StorageError("write", str(path), error) from error
+            if written == 0:
+                raise StorageError("write", str(path), OSError(errno.EIO, "nothing was written"))
+            view = view[written:]
+            self._bytes += written
+
+
+class _ReaderPool:
+    """Descriptors of recently read objects, each closed only when nobody reads from it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+
+    def reader(self, path: str) -> _OpenFile:
+        """Return an open file to use in a `with` block."""
+        with self._lock:
+            file = self._files.get(path)
+            if file is not None:
+                self._files.move_to_end(path)
+                file.users += 1
+                return file
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with self._lock:
+            other = self._files.get(path)
+            if other is not None:
+                os.close(fd)
+                other.users += 1
+                return other
+            file = _OpenFile(self._lock, fd)
+            self._files[path] = file
+            while len(self._files) > self._limit:
+                _, oldest = self._files.popitem(last=False)
+                oldest.retire()
+        return file
+
+    def forget(self, path: str) -> None:
+        """Close a file whose name will mean another one."""
+        with self._lock:
+            file = self._files.pop(path, None)
+            if file is not None:
+                file.retire()
+
+    def close(self) -> None:
+        """Close every file that nobody is reading, and the others when they are done."""
+        with self._lock:
+            for file in self._files.values():
+                file.retire()
+            self._files.clear()
+
+
+class _OpenFile:
+    """A descriptor with its count of users; `with` gives the descriptor."""
+
+    __slots__ = ("_fd", "_lock", "_retired", "users")
+
+    def __init__(self, lock: threading.Lock, fd: int) -> None:
+        self._lock = lock
+        self._fd = fd
+        self._retired = False
+        self.users = 1
+
+    def __enter__(self) -> int:
+        return self._fd
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self.users -= 1
+            if self._retired and self.users == 0:
+                os.close(self._fd)
+
+    def retire(self) -> None:
+        """Close now or when the last user leaves; the pool's lock is held."""
+        self._retired = True
+        if self.users == 0:
+            os.close(self._fd)

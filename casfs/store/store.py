@@ -1,0 +1,148 @@
+"""The blob store: verified reads by digest, and the agreement between packs on disk and the index.
+
+Reading is safe from several threads. Nothing is returned whose digest was not recomputed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from casfs.digest import Digest, PackId
+from casfs.errors import BlobError, IntegrityError, NotFoundError, PackError
+from casfs.store.blob import BlobCodec
+from casfs.store.index import Index, Location
+from casfs.store.pack import (
+    HEADER,
+    RECORD,
+    TRAILER,
+    PackEntry,
+    parse_directory,
+    parse_header,
+    parse_trailer,
+    scan_records,
+)
+from casfs.store.storage import Storage
+
+log = logging.getLogger(__name__)
+
+_REBUILD_BLOBS = 200_000
+"""Blobs per index transaction of a rebuild: few transactions, bounded memory."""
+
+
+def pack_name(pack: PackId) -> str:
+    """Return the storage name of a pack."""
+    text = pack.hex()
+    return f"packs/{text[:2]}/{text}"
+
+
+class BlobStore:
+    """Blobs of one repository, found through its index."""
+
+    def __init__(self, storage: Storage, index: Index, codec: BlobCodec) -> None:
+        self.storage = storage
+        self.index = index
+        self.codec = codec
+
+    def locate(self, digest: Digest) -> Location:
+        """Return where a blob is; raises BlobError when the index does not know it."""
+        location = self.index.lookup(digest)
+        if location is None:
+            raise BlobError(digest, "it is missing: no pack holds it")
+        return location
+
+    def read(self, digest: Digest) -> bytes:
+        """Return a blob's verified plaintext; raises BlobError when it is missing or damaged."""
+        return self.read_at(digest, self.locate(digest))
+
+    def read_at(self, digest: Digest, location: Location) -> bytes:
+        """Return the verified plaintext of a blob whose place was looked up before."""
+        pack = self.index.pack_id(location.pack)
+        try:
+            payload = self.storage.read(pack_name(pack), location.offset, location.stored_bytes)
+        except NotFoundError as error:
+            raise BlobError(digest, "its pack is missing", pack) from error
+        if len(payload) != location.stored_bytes:
+            raise BlobError(digest, "its pack ends before it", pack)
+        try:
+            return self.codec.decode(digest, location.codec, payload, location.plain_bytes)
+        except BlobError as error:
+            raise BlobError(digest, error.reason, pack) from error
+
+    def stored_packs(self) -> Iterator[tuple[PackId, int]]:
+        """Yield the name and size in bytes of every pack in the storage."""
+        for name, size in self.storage.names("packs"):
+            text = name.rpartition("/")[2]
+            try:
+                pack = PackId(bytes.fromhex(text))
+            except ValueError:
+                pack = PackId(b"")
+            if len(pack) != 32 or pack_name(pack) != name:
+                log.warning("%s is not a pack of casfs; it is left alone", name)
+                continue
+            yield pack, size
+
+    def read_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
+        """Return a pack's entries from its directory; raises PackError when that is damaged."""
+        name = pack_name(pack)
+        if pack_bytes < HEADER.size + RECORD.size + TRAILER.size:
+            raise PackError(pack, "it is too short for a pack")
+        parse_header(pack, self.storage.read(name, 0, HEADER.size))
+        tail = self.storage.read(name, pack_bytes - TRAILER.size, TRAILER.size)
+        offset, directory_bytes, _, digest = parse_trailer(pack, tail, pack_bytes)
+        directory = self.storage.read(name, offset, directory_bytes)
+        return parse_directory(pack, directory, digest, offset - RECORD.size)
+
+    def salvage_directory(self, pack: PackId) -> list[PackEntry]:
+        """Return entries for all blobs of a pack that decode, found without its directory."""
+        data = self.storage.read(pack_name(pack))
+        entries: list[PackEntry] = []
+        for offset, kind, codec, stored_bytes, plain_bytes in scan_records(data, HEADER.size):
+            payload = data[offset : offset + stored_bytes]
+            try:
+                digest = self.codec.identify(codec, payload, plain_bytes)
+            except IntegrityError:
+                continue
+            entries.append(PackEntry(digest, offset, stored_bytes, plain_bytes, kind, codec))
+        return entries
+
+    def reconcile(self) -> None:
+        """Bring the index into agreement with the packs in the storage.
+
+        Packs that a crash left out of the index are added from their directories. Where the index
+        names a pack that is gone it is rebuilt from the packs alone, so that no blob is trusted that
+        nothing holds and duplicates in other packs are found.
+        """
+        stored = dict(self.stored_packs())
+        indexed = {record.pack for record in self.index.packs()}
+        if not self.index.is_current() or indexed - stored.keys():
+            if indexed:
+                log.warning(
+                    "the index named %d packs that are not there; it is rebuilt from the packs",
+                    len(indexed - stored.keys()),
+                )
+            self.index.clear()
+            indexed = set()
+        self._add(pack for pack in stored.items() if pack[0] not in indexed)
+
+    def rebuild(self) -> None:
+        """Build the index anew from the packs alone."""
+        self.index.clear()
+        self._add(self.stored_packs())
+
+    def _add(self, packs: Iterator[tuple[PackId, int]]) -> None:
+        batch: list[tuple[PackId, int, list[PackEntry]]] = []
+        blobs = 0
+        for pack, pack_bytes in packs:
+            try:
+                entries = self.read_directory(pack, pack_bytes)
+            except PackError as error:
+                log.warning("%s; its intact blobs are found one by one", error)
+                entries = self.salvage_directory(pack)
+            batch.append((pack, pack_bytes, entries))
+            blobs += len(entries)
+            if blobs >= _REBUILD_BLOBS:
+                self.index.add_packs(batch)
+                batch, blobs = [], 0
+        if batch:
+            self.index.add_packs(batch)

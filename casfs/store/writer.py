@@ -1,0 +1,258 @@
+"""Storing blobs: batches from one producer, deduplicated, compressed and packed behind its back.
+
+Two threads work for a writer: one looks up, compresses and packs; one seals full packs. Sealing is the
+one place with the order of durable steps: pack data, the pack's name, the index. `finish()` returns
+only when all that was put is durable and indexed. An error in either thread is raised by the next
+`put` or `finish`; batches wait in a bounded queue, so that memory is bounded.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from casfs.digest import Digest, PackId
+from casfs.store.blob import BlobKind
+from casfs.store.pack import (
+    MAX_PACK_BLOBS,
+    RECORD,
+    PackEntry,
+    encode_end,
+    encode_header,
+    encode_record_header,
+)
+from casfs.store.storage import Spool
+from casfs.store.store import BlobStore, pack_name
+
+PACK_BYTES = 64 * 1024 * 1024
+"""A pack is sealed when it holds this much: large enough for few files and syncs, small enough to move."""
+
+_BATCH_BYTES = 2 * 1024 * 1024
+_BATCH_BLOBS = 512
+_QUEUED_BATCHES = 3
+_BUFFER_BYTES = 1024 * 1024
+
+Batch = list[tuple[BlobKind, Digest, bytes]]
+
+
+@dataclass(slots=True)
+class WriteStats:
+    """What one writer stored: blobs that were new, their plaintext and their size in packs, in bytes."""
+
+    new_blobs: int = 0
+    new_plain_bytes: int = 0
+    new_stored_bytes: int = 0
+    packs: int = 0
+
+
+class BlobWriter:
+    """Store blobs; used by one thread, to be closed in a `finally`.
+
+    With `dry_run` everything is done but writing. `spool_in_memory` keeps an unfinished pack in memory
+    instead of in a temporary file.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        dry_run: bool = False,
+        spool_in_memory: bool = False,
+        pack_bytes: int = PACK_BYTES,
+    ) -> None:
+        self.stats = WriteStats()
+        self._store = store
+        self._dry_run = dry_run
+        self._in_memory = spool_in_memory
+        self._pack_bytes = pack_bytes
+        self._batch: Batch = []
+        self._batch_bytes = 0
+        self._queue: queue.Queue[Batch | None] = queue.Queue(_QUEUED_BATCHES)
+        self._error: BaseException | None = None
+        self._closed = False
+        self._packer = threading.Thread(target=self._run, name="casfs-packer", daemon=True)
+        self._packer.start()
+
+    def put(self, kind: BlobKind, digest: Digest, plain: bytes) -> None:
+        """Hand over a blob; `digest` was computed from this very buffer, which is not changed later."""
+        self._batch.append((kind, digest, plain))
+        self._batch_bytes += len(plain)
+        if self._batch_bytes >= _BATCH_BYTES or len(self._batch) >= _BATCH_BLOBS:
+            self._send()
+
+    def finish(self) -> WriteStats:
+        """Wait until everything that was put is durable and in the index; the writer is done then."""
+        if self._batch:
+            self._send()
+        self._queue.put(None)
+        self._packer.join()
+        self._closed = True
+        self._raise_error()
+        return self.stats
+
+    def close(self) -> None:
+        """Stop both threads; packs that were sealed stay, an unfinished one is forgotten."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._error is None:
+            self._error = InterruptedError("the writer was closed before it was finished")
+        self._queue.put(None)
+        self._packer.join()
+
+    def _send(self) -> None:
+        self._raise_error()
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        self._queue.put(batch)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        with ThreadPoolExecutor(1, "casfs-sealer") as sealer:
+            packer = _Packer(self, sealer)
+            try:
+                while (batch := self._queue.get()) is not None:
+                    if self._error is None:
+                        try:
+                            packer.store(batch)
+                        except BaseException as error:  # handed to the producer
+                            self._error = error
+                if self._error is None:
+                    packer.finish()
+            except BaseException as error:  # handed to the producer
+                self._error = error
+            finally:
+                packer.discard()
+
+
+class _Packer:
+    """The packing thread's state: the open pack and the one that is being sealed."""
+
+    def __init__(self, writer: BlobWriter, sealer: ThreadPoolExecutor) -> None:
+        self._store = writer._store
+        self._stats = writer.stats
+        self._dry_run = writer._dry_run
+        self._in_memory = writer._in_memory
+        self._pack_bytes = writer._pack_bytes
+        self._sealer = sealer
+        self._sealing: Future[None] | None = None
+        self._sealing_digests: set[Digest] = set()
+        self._open_digests: set[Digest] = set()
+        self._pack: _OpenPack | None = None
+
+    def store(self, batch: Batch) -> None:
+        """Store the blobs of a batch that nobody has yet."""
+        fresh = self._unknown(batch)
+        if not fresh:
+            return
+        payloads = self._store.codec.encode_many([plain for _, _, plain in fresh])
+        for (kind, digest, plain), (codec, payload) in zip(fresh, payloads, strict=True):
+            if self._pack is None:
+                self._pack = _OpenPack(None if self._dry_run else self._spool())
+            self._pack.add(kind, codec, digest, len(plain), payload)
+            self._open_digests.add(digest)
+            self._stats.new_blobs += 1
+            self._stats.new_plain_bytes += len(plain)
+            self._stats.new_stored_bytes += len(payload) + RECORD.size
+            if self._pack.bytes >= self._pack_bytes or len(self._pack.entries) >= MAX_PACK_BLOBS:
+                self._seal()
+
+    def finish(self) -> None:
+        """Seal what is left and wait for the sealer."""
+        self._seal()
+        if self._sealing is not None:
+            self._sealing.result()
+
+    def discard(self) -> None:
+        """Forget an unfinished pack."""
+        if self._pack is not None and self._pack.spool is not None:
+            self._pack.spool.discard()
+        self._pack = None
+
+    def _spool(self) -> Spool:
+        return self._store.storage.spool(self._in_memory)
+
+    def _unknown(self, batch: Batch) -> Batch:
+        seen: set[Digest] = set()
+        candidates: Batch = []
+        for blob in batch:
+            digest = blob[1]
+            if digest in seen or digest in self._open_digests or digest in self._sealing_digests:
+                continue
+            seen.add(digest)
+            candidates.append(blob)
+        known = self._store.index.known([digest for _, digest, _ in candidates])
+        return [blob for blob, is_known in zip(candidates, known, strict=True) if not is_known]
+
+    def _seal(self) -> None:
+        pack, digests = self._pack, self._open_digests
+        if pack is None:
+            return
+        if self._dry_run:
+            # Nothing was stored, so only the memory of what would have been tells duplicates.
+            self._pack = None
+            return
+        if self._sealing is not None:
+            self._sealing.result()
+        self._pack, self._open_digests = None, set()
+        self._sealing_digests = digests
+        self._stats.packs += 1
+        self._sealing = self._sealer.submit(_seal_pack, self._store, pack)
+
+
+class _OpenPack:
+    """A pack that is being filled."""
+
+    def __init__(self, spool: Spool | None) -> None:
+        self.spool = spool
+        self.entries: list[PackEntry] = []
+        self.bytes = 0
+        self.hasher = blake3()
+        self._buffer = bytearray(encode_header())
+
+    def add(
+        self,
+        kind: BlobKind,
+        codec: int,
+        digest: Digest,
+        plain_bytes: int,
+        payload: bytes,
+    ) -> None:
+        """Append one record."""
+        buffer = self._buffer
+        buffer += encode_record_header(kind, codec, len(payload), plain_bytes)
+        offset = self.bytes + len(buffer)
+        buffer += payload
+        self.entries.append(PackEntry(digest, offset, len(payload), plain_bytes, kind, codec))
+        if len(buffer) >= _BUFFER_BYTES:
+            self.flush()
+
+    def end(self) -> PackId:
+        """Append directory and trailer and return the pack's name."""
+        self._buffer += encode_end(self.entries, self.bytes + len(self._buffer))
+        self.flush()
+        return PackId(self.hasher.digest())
+
+    def flush(self) -> None:
+        """Hash what is buffered and hand it to the spool."""
+        self.hasher.update(self._buffer)
+        if self.spool is not None:
+            self.spool.append(self._buffer)
+        self.bytes += len(self._buffer)
+        self._buffer = bytearray()
+
+
+def _seal_pack(store: BlobStore, pack: _OpenPack) -> None:
+    """Make a pack durable, then its name, then its index entries: the order that a crash respects."""
+    assert pack.spool is not None
+    try:
+        pack_id = pack.end()
+        pack.spool.publish(pack_name(pack_id))
+    finally:
+        pack.spool.discard()
+    store.index.add_packs([(pack_id, pack.bytes, pack.entries)])
