@@ -1,0 +1,149 @@
+"""Content lists: which chunks and holes make up a file, at any size (FORMAT.md, "Content lists").
+
+A list is records of a length in bytes and a digest; an all-zero digest is a hole. Short lists stand in
+the node; a long one is cut at content-defined places into list blobs, whose own list may be cut again,
+so that a change in a huge file rewrites one piece and nobody needs the whole list in memory.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from casfs.digest import DIGEST_BYTES, Digest
+from casfs.errors import TreeError
+from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
+from casfs.tree import MAX_FILE_BYTES, MAX_PIECE_LEVELS
+
+RECORD = struct.Struct("<Q32s")
+assert RECORD.size == 40
+
+HOLE = bytes(DIGEST_BYTES)
+
+MAX_INLINE_RECORDS = 32
+_PIECE_MIN_RECORDS = 256
+_PIECE_MAX_RECORDS = 8192
+_PIECE_MASK = 0x3FF
+"""A record whose digest ends in ten zero bits ends a piece: about 1,280 records, or 1.5 GB of a file."""
+
+Put = Callable[[BlobKind, Digest, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of a file: `begin` and `length` in bytes; `digest` of the chunk, or None for a hole."""
+
+    begin: int
+    length: int
+    digest: Digest | None
+
+
+class ContentWriter:
+    """Build one file's content list; long lists go to `put` as blobs while it grows."""
+
+    def __init__(self, put: Put, digest: Callable[[bytes], Digest]) -> None:
+        self._put = put
+        self._digest = digest
+        self._levels: list[list[bytes]] = [[]]
+
+    def add(self, length: int, digest: bytes) -> None:
+        """Append a chunk, or a hole when `digest` is HOLE."""
+        self._add(0, RECORD.pack(length, digest), digest)
+
+    def finish(self) -> tuple[bytes, int]:
+        """Return the records for the node and how many levels of list blobs stand below them."""
+        level = 0
+        while level < len(self._levels) - 1 or len(self._levels[level]) > MAX_INLINE_RECORDS:
+            if self._levels[level]:
+                self._flush(level)
+            level += 1
+        return b"".join(self._levels[level]), level
+
+    def _add(self, level: int, record: bytes, digest: bytes) -> None:
+        records = self._levels[level]
+        records.append(record)
+        full = len(records) >= _PIECE_MAX_RECORDS
+        cut = int.from_bytes(digest[-2:], "big") & _PIECE_MASK == 0 and digest != HOLE
+        if full or (cut and len(records) >= _PIECE_MIN_RECORDS):
+            self._flush(level)
+
+    def _flush(self, level: int) -> None:
+        records, self._levels[level] = self._levels[level], []
+        if level + 1 == len(self._levels):
+            if level + 1 > MAX_PIECE_LEVELS:
+                raise TreeError("a file has more chunks than the format can list")
+            self._levels.append([])
+        data = b"".join(records)
+        digest = self._digest(data)
+        self._put(BlobKind.CONTENT, digest, data)
+        length = sum(RECORD.unpack_from(record)[0] for record in records)
+        self._add(level + 1, RECORD.pack(length, digest), digest)
+
+
+class ContentReader:
+    """Find the extents of one file; `read` returns the verified bytes of a list blob.
+
+    Raises TreeError where a list breaks the rules, and whatever `read` raises.
+    """
+
+    def __init__(self, content: bytes, levels: int, read: Callable[[Digest], bytes]) -> None:
+        self._records = _parse(content)
+        self._levels = levels
+        self._read = read
+
+    def extents(self, begin: int = 0) -> Iterator[Extent]:
+        """Yield the extents in order from the one that holds offset `begin` on."""
+        yield from self._walk(self._records, self._levels, 0, begin)
+
+    def _walk(
+        self, records: list[tuple[int, bytes]], levels: int, base: int, begin: int
+    ) -> Iterator[Extent]:
+        ends = list(accumulate((length for length, _ in records), initial=base))
+        first = max(bisect_right(ends, begin) - 1, 0)
+        for i in range(first, len(records)):
+            length, digest = records[i]
+            if levels == 0:
+                yield Extent(ends[i], length, None if digest == HOLE else Digest(digest))
+                continue
+            piece = _parse(self._read(Digest(digest)))
+            if sum(size for size, _ in piece) != length:
+                raise TreeError("a content list does not have the length that is recorded for it")
+            yield from self._walk(piece, levels - 1, ends[i], begin)
+
+    def blobs(self) -> Iterator[Digest]:
+        """Yield the digest of every chunk and list blob, lists before what they list."""
+        stack = [(iter(self._records), self._levels)]
+        while stack:
+            records, levels = stack[-1]
+            for _, digest in records:
+                if digest == HOLE:
+                    continue
+                yield Digest(digest)
+                if levels:
+                    stack.append((iter(_parse(self._read(Digest(digest)))), levels - 1))
+                    break
+            else:
+                stack.pop()
+
+
+def _parse(data: bytes) -> list[tuple[int, bytes]]:
+    if len(data) % RECORD.size:
+        raise TreeError("a content list has an impossible size")
+    records = list(RECORD.iter_unpack(data))
+    total = 0
+    for length, _ in records:
+        total += length
+        if length == 0:
+            raise TreeError("a content list has an empty extent")
+    if total > MAX_FILE_BYTES:
+        raise TreeError("a content list tells an impossible file size")
+    return records
+
+
+def check_chunk_length(extent: Extent) -> None:
+    """Raise TreeError for a chunk that is larger than any blob may be."""
+    if extent.digest is not None and extent.length > MAX_PLAIN_BYTES:
+        raise TreeError("a content list tells an impossible chunk size")

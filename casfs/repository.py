@@ -1,0 +1,297 @@
+"""A repository: configuration, blobs and snapshots of one folder, opened for reading or for writing.
+
+Reading takes no lock and never blocks a backup. Writing holds a lock for as long as the repository is
+open. An open repository belongs to the process that opened it and is never used across a fork.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from casfs.chunker import Chunker
+from casfs.content import ContentReader
+from casfs.digest import SnapshotId
+from casfs.errors import (
+    AmbiguousIdError,
+    IndexUnusableError,
+    IntegrityError,
+    NotFoundError,
+    StorageError,
+    UsageError,
+)
+from casfs.snapshot import MAX_SNAPSHOT_BYTES, Snapshot, decode_snapshot, encode_snapshot
+from casfs.store.blob import BlobCodec
+from casfs.store.config import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    RepositoryConfig,
+    decode_config,
+    encode_config,
+    new_config,
+)
+from casfs.store.index import Index
+from casfs.store.lock import RepositoryLock, remove_stale_temporaries
+from casfs.store.place import cached_index_path, index_path
+from casfs.store.storage import LocalStorage
+from casfs.store.store import BlobStore
+from casfs.store.writer import BlobWriter
+from casfs.tree import Node
+from casfs.treereader import TreeReader
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LEVEL = 3
+"""zstd's own default: some 250 MB/s a core, close to what the stronger levels reach on real trees."""
+
+_FOLDERS = ("packs", "snapshots", "locks", "tmp")
+_README = (
+    "This folder is a casfs repository: backups of files, kept as digest-named packs.\n"
+    "Change nothing in it by hand. `index` can be rebuilt; everything else is needed.\n"
+)
+
+
+class Repository:
+    """An open repository; `close` it, or use it in a `with` block."""
+
+    def __init__(
+        self,
+        root: Path,
+        config: RepositoryConfig,
+        storage: LocalStorage,
+        index: Index,
+        level: int,
+        lock: RepositoryLock | None,
+    ) -> None:
+        self.root = root
+        self.config = config
+        self.codec = BlobCodec(level)
+        self.store = BlobStore(storage, index, self.codec)
+        self.trees = TreeReader(self.store.read)
+        self._lock = lock
+
+    @classmethod
+    def create(cls, root: Path) -> RepositoryConfig:
+        """Make a repository in an empty or new folder and return its configuration.
+
+        Raises UsageError where something is already, StorageError where the disk refuses.
+        """
+        if (root / CONFIG_NAME).exists():
+            raise UsageError(f"there is a repository in {root} already; nothing was changed")
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if any(root.iterdir()):
+                raise UsageError(f"{root} is not empty; name a new or empty folder")
+            for folder in _FOLDERS:
+                (root / folder).mkdir(mode=0o700)
+            (root / "README").write_text(_README)
+        except NotADirectoryError as error:
+            raise UsageError(f"{root} is not a folder") from error
+        except FileExistsError as error:
+            raise UsageError(f"{root} is not a folder") from error
+        except OSError as error:
+            raise StorageError("make a repository in", str(root), error) from error
+        config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        storage = LocalStorage(root)
+        index = Index(index_path(root, config.id))
+        index.clear()
+        index.close()
+        storage.write(CONFIG_NAME, encode_config(config))
+        return config
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        verb: str | None = None,
+        exclusive: bool = False,
+        level: int = DEFAULT_LEVEL,
+        sync: bool = True,
+        on_step: Callable[[str], None] | None = None,
+    ) -> Repository:
+        """Open a repository: for writing when `verb` says what for, for reading otherwise.
+
+        Raises NotFoundError, FormatError, IntegrityError (configuration), LockedError, StorageError
+        and IndexUnusableError.
+        """
+        config = _read_config(root)
+        if verb is None:
+            storage = LocalStorage(root)
+            return cls(root, config, storage, _index_to_read(root, config, storage), level, None)
+        lock = RepositoryLock.acquire(root / "locks", verb, exclusive)
+        try:
+            remove_stale_temporaries(root)
+            storage = LocalStorage(root, writer=lock.name, sync=sync, on_step=on_step)
+            index = Index(index_path(root, config.id))
+            repository = cls(root, config, storage, index, level, lock)
+            repository.store.reconcile()
+        except OSError as error:
+            lock.release()
+            raise StorageError("open", str(root), error) from error
+        except BaseException:
+            lock.release()
+            raise
+        return repository
+
+    def close(self) -> None:
+        """Close the index and give the lock back."""
+        self.store.index.close()
+        storage = self.store.storage
+        if isinstance(storage, LocalStorage):
+            storage.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Repository:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def chunker(self) -> Chunker:
+        """Return a chunker with the repository's parameters, for one thread."""
+        return Chunker(self.config.chunker)
+
+    def writer(self, dry_run: bool = False, spool_in_memory: bool = False) -> BlobWriter:
+        """Return a writer of blobs; the repository is open for writing."""
+        return BlobWriter(self.store, dry_run=dry_run, spool_in_memory=spool_in_memory)
+
+    def content(self, node: Node) -> ContentReader:
+        """Return the reader of a regular file's content list."""
+        return ContentReader(node.content, node.levels, self.store.read)
+
+    def publish(self, snapshot: Snapshot, complete: bool = True) -> SnapshotId:
+        """Store a snapshot as the last step of a backup.
+
+        `complete` says that all its blobs are known to be durable and in the index.
+        """
+        snapshot_id, data = encode_snapshot(snapshot, self.codec)
+        if complete:
+            self.store.index.mark_complete(snapshot_id)
+        self.store.storage.write(f"snapshots/{snapshot_id.hex()}", data)
+        return snapshot_id
+
+    def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
+        """Remove a snapshot; its blobs stay until a prune."""
+        self.store.storage.delete(f"snapshots/{snapshot_id.hex()}")
+
+    def snapshot_ids(self) -> list[SnapshotId]:
+        """Return the ids of all snapshot files, sorted."""
+        ids = []
+        for name, _ in self.store.storage.names("snapshots"):
+            text = name.rpartition("/")[2]
+            if len(text) == 64 and all(c in "0123456789abcdef" for c in text):
+                ids.append(SnapshotId(bytes.fromhex(text)))
+        return ids
+
+    def load(self, snapshot_id: SnapshotId) -> Snapshot:
+        """Return a verified snapshot; raises NotFoundError or TreeError."""
+        data = self.store.storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
+        return decode_snapshot(snapshot_id, data, self.codec)
+
+    def snapshots(self) -> Iterator[tuple[SnapshotId, Snapshot]]:
+        """Yield every snapshot from the oldest to the newest; damaged ones are logged and left out.
+
+        One that another replaces is left out too: a crash between the two steps of a change of tags
+        leaves both.
+        """
+        found: list[tuple[SnapshotId, Snapshot]] = []
+        for snapshot_id in self.snapshot_ids():
+            try:
+                found.append((snapshot_id, self.load(snapshot_id)))
+            except NotFoundError:
+                continue
+            except IntegrityError as error:
+                log.warning("%s; run casfs check", error)
+        replaced = {snapshot.replaces for _, snapshot in found}
+        found.sort(key=lambda item: (item[1].time_ns, item[0]))
+        for snapshot_id, snapshot in found:
+            if snapshot_id not in replaced:
+                yield snapshot_id, snapshot
+
+    def resolve(self, name: str) -> tuple[SnapshotId, Snapshot]:
+        """Return the snapshot that `latest`, an id or a unique prefix of one names."""
+        if name == "latest":
+            everything = list(self.snapshots())
+            if not everything:
+                raise NotFoundError(f"the repository {self.root} has no snapshots yet")
+            return everything[-1]
+        wanted = name.lower()
+        matches = [i for i in self.snapshot_ids() if wanted and i.hex().startswith(wanted)]
+        if len(matches) > 1:
+            raise AmbiguousIdError(name, [match.hex() for match in matches])
+        if not matches:
+            raise NotFoundError(
+                f"no snapshot has the id {name!r}; casfs snapshots lists those that there are"
+            )
+        return matches[0], self.load(matches[0])
+
+    def resolve_path(self, spec: str) -> tuple[SnapshotId, Snapshot, bytes, Node]:
+        """Return the snapshot, the path and the node that `SNAP` or `SNAP:PATH` names."""
+        name, _, text = spec.partition(":")
+        snapshot_id, snapshot = self.resolve(name)
+        path = normal_path(text)
+        node = self.trees.resolve(snapshot.root, path)
+        if node is None:
+            raise NotFoundError(f"snapshot {snapshot_id.hex()[:12]} has no {text!r}")
+        return snapshot_id, snapshot, path, node
+
+
+def normal_path(text: str) -> bytes:
+    """Return a path inside a snapshot as bytes without empty parts; `..` is refused."""
+    parts = [part for part in os.fsencode(text).split(b"/") if part not in (b"", b".")]
+    if b".." in parts:
+        raise UsageError(f"a path inside a snapshot has no ..: {text!r}")
+    return b"/".join(parts)
+
+
+def _read_config(root: Path) -> RepositoryConfig:
+    path = root / CONFIG_NAME
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_CONFIG_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFoundError(f"there is no repository in {root}; casfs init makes one") from error
+    except OSError as error:
+        raise StorageError("read", str(path), error) from error
+    return decode_config(data, str(root))
+
+
+def _index_to_read(root: Path, config: RepositoryConfig, storage: LocalStorage) -> Index:
+    """Return an index that knows every pack in the storage.
+
+    Where the repository's own is missing or behind it is brought up to date, and where it cannot be
+    written, this user's own in the cache directory is.
+    """
+    codec = BlobCodec(DEFAULT_LEVEL)
+    path = index_path(root, config.id)
+    try:
+        index = Index(path, readonly=True)
+    except IndexUnusableError:
+        pass
+    else:
+        if _knows_all_packs(index, storage, codec):
+            return index
+        index.close()
+    try:
+        return _updated_index(path, storage, codec)
+    except (IndexUnusableError, PermissionError):
+        if not path.is_relative_to(root):
+            raise
+        return _updated_index(cached_index_path(config.id), storage, codec)
+
+
+def _updated_index(path: Path, storage: LocalStorage, codec: BlobCodec) -> Index:
+    index = Index(path)
+    BlobStore(storage, index, codec).reconcile()
+    return index
+
+
+def _knows_all_packs(index: Index, storage: LocalStorage, codec: BlobCodec) -> bool:
+    if not index.is_current():
+        return False
+    indexed = {record.pack for record in index.packs()}
+    return all(pack in indexed for pack, _ in BlobStore(storage, index, codec).stored_packs())

@@ -1,0 +1,92 @@
+"""Snapshots: a root node with its circumstances, in one small file named by the digest of its bytes.
+
+See FORMAT.md, "Snapshots". The file is a blob record of its own; a tagged snapshot is a new one that
+says which it replaces.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from casfs.digest import SnapshotId, digest_of
+from casfs.errors import BlobError, TreeError
+from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec, Codec
+from casfs.tree import Kind, Node, check_node
+
+MAGIC = b"CASFSNAP"
+HEADER = struct.Struct("<8sHBBI")
+assert HEADER.size == 16
+SNAPSHOT_VERSION = 1
+MAX_SNAPSHOT_BYTES = 32 * 1024 * 1024
+
+
+class SnapshotStats(msgspec.Struct, frozen=True):
+    """What a backup did; sizes in bytes, `seconds` of wall time."""
+
+    files: int = 0
+    directories: int = 0
+    others: int = 0
+    unchanged: int = 0
+    unreadable: int = 0
+    vanished: int = 0
+    new_blobs: int = 0
+    new_plain_bytes: int = 0
+    new_stored_bytes: int = 0
+    seconds: float = 0.0
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """A published snapshot.
+
+    `time_ns` is nanoseconds since 1970; `paths` are what was asked for, as bytes. `users` and `groups`
+    are the names of the owners at the time of the backup, sorted by number.
+    """
+
+    root: Node
+    time_ns: int
+    host: str
+    user: str
+    paths: tuple[bytes, ...]
+    tags: tuple[str, ...] = ()
+    users: tuple[tuple[int, str], ...] = ()
+    groups: tuple[tuple[int, str], ...] = ()
+    parent: bytes | None = None
+    replaces: bytes | None = None
+    program: str = ""
+    stats: SnapshotStats = SnapshotStats()
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Snapshot)
+
+
+def encode_snapshot(snapshot: Snapshot, codec: BlobCodec) -> tuple[SnapshotId, bytes]:
+    """Return the snapshot's id and the bytes of its file."""
+    plain = _encoder.encode(snapshot)
+    ((kind, payload),) = codec.encode_many([plain])
+    data = HEADER.pack(MAGIC, SNAPSHOT_VERSION, kind, 0, len(plain)) + bytes(payload)
+    return SnapshotId(digest_of(data)), data
+
+
+def decode_snapshot(snapshot_id: SnapshotId, data: bytes, codec: BlobCodec) -> Snapshot:
+    """Parse a snapshot's file; raises TreeError when it is not what its name says."""
+    label = snapshot_id.hex()[:12]
+    if bytes(digest_of(data)) != snapshot_id:
+        raise TreeError(f"snapshot {label} is damaged: its file does not have its digest")
+    if len(data) < HEADER.size:
+        raise TreeError(f"snapshot {label} is damaged: it is too short")
+    magic, version, kind, _, plain_bytes = HEADER.unpack_from(data)
+    if magic != MAGIC or version != SNAPSHOT_VERSION or plain_bytes > MAX_PLAIN_BYTES:
+        raise TreeError(f"snapshot {label} has a form that this casfs does not read")
+    payload = data[HEADER.size :]
+    try:
+        plain = codec.plain(kind, payload, plain_bytes) if kind != Codec.RAW else payload
+        snapshot = _decoder.decode(plain)
+    except (BlobError, msgspec.DecodeError, RecursionError, OverflowError) as error:
+        raise TreeError(f"snapshot {label} does not parse: {error}") from error
+    check_node(snapshot.root)
+    if snapshot.root.kind != Kind.DIRECTORY:
+        raise TreeError(f"snapshot {label} has a root that is not a directory")
+    return snapshot

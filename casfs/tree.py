@@ -1,0 +1,274 @@
+"""Trees and nodes: what a directory and an entry of it are on disk (FORMAT.md, "Trees").
+
+Parsing and building, apart from any I/O. A tree blob is msgpack of arrays in a fixed order; digests are
+those of the stored bytes and never of a re-encoding. Everything that is decoded is checked: names,
+their order, sizes and summaries, since what is read may be hostile.
+"""
+
+from __future__ import annotations
+
+import operator
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import msgspec
+
+from casfs.digest import DIGEST_BYTES, EMPTY_DIGEST, Digest
+from casfs.errors import TreeError
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+MAX_DEPTH = 4096
+"""Directories below one another that are walked; a deeper path cannot be named by one system call."""
+
+MAX_PIECE_LEVELS = 8
+MAX_NAME_BYTES = 255
+MAX_COUNT = 1 << 48
+MAX_FILE_BYTES = (1 << 63) - 1
+
+
+class Kind(IntEnum):
+    """What an entry is."""
+
+    FILE = 1
+    DIRECTORY = 2
+    SYMLINK = 3
+    FIFO = 4
+    SOCKET = 5
+    CHARACTER_DEVICE = 6
+    BLOCK_DEVICE = 7
+
+
+class State(IntEnum):
+    """How a regular file was captured (see the README, "A file that changes")."""
+
+    STABLE = 0
+    APPENDED = 1
+    CHANGED = 2
+
+
+class Reason(IntEnum):
+    """Why a capture was not simply stable."""
+
+    NONE = 0
+    GREW = 1
+    SHRANK = 2
+    REWRITTEN = 3
+    REPLACED = 4
+    READ_ERROR = 5
+
+
+class TreeRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A tree by digest, with the summary of all that is below it.
+
+    `nodes` counts every entry below at any depth, `total_bytes` the sizes of the regular files among them,
+    `flagged` those whose state is `changed`.
+    """
+
+    digest: bytes
+    nodes: int
+    total_bytes: int
+    flagged: int
+
+
+class Capture(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The evidence of a capture that was not simply stable at the first attempt.
+
+    `observed` is the digest that the last witness read saw, where it differs from the captured one.
+    """
+
+    reason: int
+    attempts: int
+    observed: bytes | None = None
+
+
+class Extra(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What few nodes have: xattrs sorted by name, device number, file system of a hard link, capture."""
+
+    xattrs: tuple[tuple[bytes, bytes], ...] = ()
+    rdev: int = 0
+    device: int = 0
+    capture: Capture | None = None
+
+
+class Node(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """An entry of a directory.
+
+    `mode` has the permission bits with setuid, setgid and sticky; times are nanoseconds since 1970 and
+    may be negative; `size` is the number of bytes captured. `content` is a file's list of extents
+    (see `casfs.content`; `levels` says how many lists deep it goes) or a symlink's target.
+    `captured` is the plain BLAKE3 of the whole file as stored; it is None where the one blob's unkeyed
+    digest, or that of no bytes, is the same. `racy` marks a file that is not trusted as unchanged.
+    """
+
+    name: bytes
+    kind: int
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    nlink: int
+    size: int = 0
+    state: int = 0
+    racy: bool = False
+    content: bytes = b""
+    levels: int = 0
+    captured: bytes | None = None
+    tree: TreeRef | None = None
+    extra: Extra | None = None
+
+
+class Leaf(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
+    """A tree piece that holds entries, sorted by name."""
+
+    nodes: list[Node]
+
+
+class PieceRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A piece of a split directory: the name it begins with, and its summary."""
+
+    first: bytes
+    tree: TreeRef
+
+
+class Branch(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
+    """A tree piece that holds pieces, sorted by their first names."""
+
+    pieces: list[PieceRef]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Leaf | Branch)
+_less = operator.lt
+_names = operator.attrgetter("name")
+
+
+def encode_node(node: Node) -> bytes:
+    """Return one entry's bytes, as they stand in a leaf."""
+    return _encoder.encode(node)
+
+
+def encode_piece(piece: Leaf | Branch) -> bytes:
+    """Return a tree blob's bytes."""
+    return _encoder.encode(piece)
+
+
+def encode_leaf(encoded_nodes: list[bytes]) -> bytes:
+    """Return the bytes of a leaf whose entries are encoded already: the same as `encode_piece`'s."""
+    head = _encoder.encode([None] * len(encoded_nodes))[: -len(encoded_nodes) or None]
+    return b"\x92\x00" + head + b"".join(encoded_nodes)
+
+
+def decode_piece(data: bytes) -> Leaf | Branch:
+    """Parse and check a tree blob; raises TreeError for anything that breaks the format's rules."""
+    try:
+        piece: Leaf | Branch = _decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError, OverflowError) as error:
+        raise TreeError(f"a tree does not parse: {error}") from error
+    if isinstance(piece, Leaf):
+        _check_leaf(piece.nodes)
+    else:
+        _check_branch(piece.pieces)
+    return piece
+
+
+def _check_leaf(nodes: list[Node]) -> None:
+    names = list(map(_names, nodes))
+    _check_order(names)
+    joined = b"/".join(names)
+    if b"\0" in joined or joined.count(b"/") != max(len(names) - 1, 0):
+        raise TreeError("a tree holds a name with a slash or NUL in it")
+    if names and (max(map(len, names)) > MAX_NAME_BYTES or not names[0]):
+        raise TreeError("a tree holds a name that is empty or too long")
+    if b"." in names or b".." in names:
+        raise TreeError("a tree holds an entry named . or ..")
+    for node in nodes:
+        check_node(node)
+
+
+def check_node(node: Node) -> None:
+    """Raise TreeError for an entry whose fields contradict each other or are out of bounds."""
+    kind = node.kind
+    if kind == Kind.FILE:
+        sound = (
+            node.tree is None
+            and 0 <= node.size <= MAX_FILE_BYTES
+            and 0 <= node.levels <= MAX_PIECE_LEVELS
+            and len(node.content) % 40 == 0
+            and (node.captured is None or len(node.captured) == DIGEST_BYTES)
+            and 0 <= node.state <= 2
+        )
+    elif kind == Kind.DIRECTORY:
+        sound = node.tree is not None and _is_sound(node.tree)
+    else:
+        sound = node.tree is None and 3 <= kind <= 7
+        if kind == Kind.SYMLINK:
+            sound = sound and len(node.content) > 0 and b"\0" not in node.content
+    if not (sound and 0 <= node.mode <= 0o7777 and node.uid >= 0 and node.gid >= 0):
+        raise TreeError(f"the entry {node.name!r} of a tree breaks the format's rules")
+
+
+def _check_branch(pieces: list[PieceRef]) -> None:
+    if not pieces:
+        raise TreeError("a split tree has no pieces")
+    _check_order([piece.first for piece in pieces])
+    if not all(_is_sound(piece.tree) for piece in pieces):
+        raise TreeError("a split tree has a piece that breaks the format's rules")
+
+
+def _check_order(names: list[bytes]) -> None:
+    if not all(map(_less, names, names[1:])):
+        raise TreeError("the names of a tree are not sorted, or one stands twice")
+
+
+def _is_sound(ref: TreeRef) -> bool:
+    return (
+        len(ref.digest) == DIGEST_BYTES
+        and 0 <= ref.flagged <= ref.nodes < MAX_COUNT
+        and 0 <= ref.total_bytes <= MAX_FILE_BYTES
+    )
+
+
+def nodes_of(node: Node) -> int:
+    """Return how many nodes an entry stands for: itself and all below it."""
+    return 1 if node.tree is None else 1 + node.tree.nodes
+
+
+def summary_of(nodes: list[Node]) -> tuple[int, int, int]:
+    """Return the sums over entries: nodes, bytes of regular files, flagged files."""
+    count = len(nodes)
+    size = flagged = 0
+    for node in nodes:
+        tree = node.tree
+        if tree is not None:
+            count += tree.nodes
+            size += tree.total_bytes
+            flagged += tree.flagged
+        elif node.kind == Kind.FILE:
+            size += node.size
+            if node.state == State.CHANGED:
+                flagged += 1
+    return count, size, flagged
+
+
+def captured_digest(node: Node) -> Digest | None:
+    """Return the plain BLAKE3 of a regular file as it was captured; None for anything else."""
+    if node.kind != Kind.FILE:
+        return None
+    if node.captured is not None:
+        return Digest(node.captured)
+    return Digest(node.content[8:40]) if node.content else EMPTY_DIGEST
+
+
+def hard_link_key(node: Node) -> tuple[int, int] | None:
+    """Return device and inode of an entry that may have other names, or None where it has one name."""
+    if node.nlink > 1 and node.kind != Kind.DIRECTORY and node.extra is not None:
+        return node.extra.device, node.inode
+    return None
+
+
+def replace(record: R, **changes: Any) -> R:
+    """Return a copy of a node, or of another record of a tree, with some fields changed."""
+    return msgspec.structs.replace(record, **changes)

@@ -1,0 +1,116 @@
+"""Reading directories: a tree as one sorted list of entries, however it is split.
+
+Pieces are read when they are needed; nothing here holds more than the pieces on one way down. All
+raise TreeError for what breaks the format's rules, and whatever `read` raises.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+
+from casfs.digest import Digest
+from casfs.errors import TreeError
+from casfs.tree import MAX_PIECE_LEVELS, Leaf, Node, TreeRef, decode_piece
+
+Read = Callable[[Digest], bytes]
+"""Return the verified bytes of a tree blob."""
+
+
+class TreeReader:
+    """Read trees of one repository."""
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+
+    def piece(self, ref: TreeRef) -> list[Node] | list[tuple[bytes, TreeRef]]:
+        """Return a tree blob's entries or its pieces."""
+        piece = decode_piece(self._read(Digest(ref.digest)))
+        if isinstance(piece, Leaf):
+            return piece.nodes
+        return [(part.first, part.tree) for part in piece.pieces]
+
+    def nodes(self, ref: TreeRef, after: bytes = b"") -> Iterator[Node]:
+        """Yield a directory's entries in order, those with names greater than `after`."""
+        for leaf in self.leaves(ref, after):
+            for node in leaf:
+                if node.name > after:
+                    yield node
+
+    def leaves(self, ref: TreeRef, after: bytes = b"") -> Iterator[list[Node]]:
+        """Yield the leaves that may hold names greater than `after`, in order."""
+        last = b""
+        for leaf in self._leaves(ref, after, MAX_PIECE_LEVELS):
+            if leaf:
+                if leaf[0].name <= last:
+                    raise TreeError("the pieces of a split directory are not in order")
+                last = leaf[-1].name
+            yield leaf
+
+    def _leaves(self, ref: TreeRef, after: bytes, levels: int) -> Iterator[list[Node]]:
+        piece = decode_piece(self._read(Digest(ref.digest)))
+        if isinstance(piece, Leaf):
+            yield piece.nodes
+            return
+        if levels == 0:
+            raise TreeError("a directory is split more often than the format allows")
+        firsts = [part.first for part in piece.pieces]
+        for part in piece.pieces[max(bisect_right(firsts, after) - 1, 0) :]:
+            yield from self._leaves(part.tree, after, levels - 1)
+
+    def single(self, ref: TreeRef) -> list[Node] | None:
+        """Return the entries of a directory that is not split, or None."""
+        piece = decode_piece(self._read(Digest(ref.digest)))
+        return piece.nodes if isinstance(piece, Leaf) else None
+
+    def lookup(self, ref: TreeRef, name: bytes) -> Node | None:
+        """Return a directory's entry of that name, or None."""
+        for _ in range(MAX_PIECE_LEVELS + 1):
+            piece = decode_piece(self._read(Digest(ref.digest)))
+            if isinstance(piece, Leaf):
+                nodes = piece.nodes
+                place = bisect_right(nodes, name, key=lambda node: node.name) - 1
+                return nodes[place] if place >= 0 and nodes[place].name == name else None
+            place = bisect_right(piece.pieces, name, key=lambda part: part.first) - 1
+            if place < 0:
+                return None
+            ref = piece.pieces[place].tree
+        raise TreeError("a directory is split more often than the format allows")
+
+    def resolve(self, root: Node, path: bytes) -> Node | None:
+        """Return the entry at a path below `root` (b"" is the root itself), or None.
+
+        Symlinks are entries like any other and are not followed.
+        """
+        node = root
+        for name in path.split(b"/"):
+            if not name:
+                continue
+            if node.tree is None:
+                return None
+            found = self.lookup(node.tree, name)
+            if found is None:
+                return None
+            node = found
+        return node
+
+    def walk(self, root: Node, path: bytes = b"") -> Iterator[tuple[bytes, Node]]:
+        """Yield every entry below `root` with its path, a directory before what is in it."""
+        if root.tree is None:
+            return
+        stack = [(path, self.nodes(root.tree))]
+        while stack:
+            above, nodes = stack[-1]
+            for node in nodes:
+                below = join(above, node.name)
+                yield below, node
+                if node.tree is not None:
+                    stack.append((below, self.nodes(node.tree)))
+                    break
+            else:
+                stack.pop()
+
+
+def join(above: bytes, name: bytes) -> bytes:
+    """Return the path of an entry; the root's path is empty."""
+    return above + b"/" + name if above else name

@@ -1,0 +1,153 @@
+"""Writing one directory: entries come in order of their names and leave as one tree, split where big.
+
+A piece ends at an entry whose name says so, so that one new file rewrites one piece; memory holds one
+piece, whatever the size of the directory.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+from casfs.content import Put
+from casfs.digest import Digest
+from casfs.errors import TreeError
+from casfs.store.blob import BlobKind
+from casfs.tree import (
+    MAX_PIECE_LEVELS,
+    Branch,
+    Leaf,
+    Node,
+    PieceRef,
+    TreeRef,
+    encode_leaf,
+    encode_node,
+    encode_piece,
+    summary_of,
+)
+
+PIECE_MIN_ENTRIES = 1024
+PIECE_MAX_ENTRIES = 8192
+PIECE_MAX_BYTES = 4 * 1024 * 1024
+_PIECE_MASK = 0x7FF
+"""A name whose seeded CRC-32 ends in eleven zero bits ends a piece: about 3,000 entries."""
+
+
+class TreeWriter:
+    """Build the tree of one directory.
+
+    `previous` is the tree of the same directory in the parent snapshot: where every entry is the very
+    node that was read from it, and there are as many, its reference is returned and nothing is encoded.
+    """
+
+    def __init__(
+        self,
+        put: Put,
+        digest: Callable[[bytes], Digest],
+        seed: int,
+        previous: TreeRef | None = None,
+        previous_single: list[Node] | None = None,
+    ) -> None:
+        self._put = put
+        self._digest = digest
+        self._seed = seed
+        self._previous = previous
+        self._previous_nodes = previous_single
+        self._nodes: list[Node] = []
+        self._encoded: list[bytes] | None = None
+        self._encoded_bytes = 0
+        self._last = b""
+        self._levels: list[list[PieceRef]] = []
+        self.entries = 0
+
+    def add(self, node: Node) -> None:
+        """Append an entry; its name is greater than that of the one before."""
+        if node.name <= self._last:
+            raise TreeError(f"the entry {node.name!r} comes after {self._last!r}")
+        self._last = node.name
+        self.entries += 1
+        nodes = self._nodes
+        nodes.append(node)
+        if len(nodes) < PIECE_MIN_ENTRIES and (node.extra is None or not node.extra.xattrs):
+            return
+        if self._ends_piece(node):
+            self._flush()
+
+    def finish(self) -> TreeRef:
+        """Store what is left and return the directory's tree."""
+        if not self._levels:
+            if self._previous is not None and self._is_previous():
+                return self._previous
+            return self._store_leaf()
+        if self._nodes:
+            self._flush()
+        level = 0
+        while level < len(self._levels) - 1 or len(self._levels[level]) > 1:
+            if self._levels[level]:
+                self._flush_branch(level)
+            level += 1
+        return self._levels[level][0].tree
+
+    def _is_previous(self) -> bool:
+        before = self._previous_nodes
+        return before is not None and (
+            len(before) == len(self._nodes) and all(map(_same, before, self._nodes))
+        )
+
+    def _ends_piece(self, node: Node) -> bool:
+        # Big xattrs can fill a piece long before its entries do; sizes are counted from the first.
+        if self._encoded is None:
+            self._encoded = []
+        for late in self._nodes[len(self._encoded) :]:
+            self._encoded.append(encode_node(late))
+            self._encoded_bytes += len(self._encoded[-1])
+        if len(self._nodes) >= PIECE_MAX_ENTRIES or self._encoded_bytes >= PIECE_MAX_BYTES:
+            return True
+        return (
+            len(self._nodes) >= PIECE_MIN_ENTRIES
+            and zlib.crc32(node.name, self._seed) & _PIECE_MASK == 0
+        )
+
+    def _flush(self) -> None:
+        first = self._nodes[0].name
+        self._append(0, PieceRef(first, self._store_leaf()))
+
+    def _store_leaf(self) -> TreeRef:
+        nodes, encoded = self._nodes, self._encoded
+        if encoded is not None and len(encoded) == len(nodes):
+            data = encode_leaf(encoded)
+        else:
+            data = encode_piece(Leaf(nodes))
+        self._nodes, self._encoded, self._encoded_bytes = [], None, 0
+        return self._store(data, *summary_of(nodes))
+
+    def _append(self, level: int, piece: PieceRef) -> None:
+        if level == len(self._levels):
+            if level >= MAX_PIECE_LEVELS:
+                raise TreeError("a directory has more entries than the format can hold")
+            self._levels.append([])
+        pieces = self._levels[level]
+        pieces.append(piece)
+        ends = zlib.crc32(piece.first, self._seed ^ (level + 1)) & _PIECE_MASK == 0
+        if len(pieces) >= PIECE_MAX_ENTRIES or (ends and len(pieces) >= PIECE_MIN_ENTRIES):
+            self._flush_branch(level)
+
+    def _flush_branch(self, level: int) -> None:
+        pieces, self._levels[level] = self._levels[level], []
+        trees = [piece.tree for piece in pieces]
+        ref = self._store(
+            encode_piece(Branch(pieces)),
+            sum(tree.nodes for tree in trees),
+            sum(tree.total_bytes for tree in trees),
+            sum(tree.flagged for tree in trees),
+        )
+        self._append(level + 1, PieceRef(pieces[0].first, ref))
+
+    def _store(self, data: bytes, nodes: int, size: int, flagged: int) -> TreeRef:
+        digest = self._digest(data)
+        self._put(BlobKind.TREE, digest, data)
+        return TreeRef(digest, nodes, size, flagged)
+
+
+def _same(before: Node, now: Node) -> bool:
+    return before is now or before == now
