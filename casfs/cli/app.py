@@ -1,0 +1,181 @@
+"""The command `casfs`: its verbs, the options that all of them have, and how each of them ends.
+
+A verb's module is imported only when the verb is used, so that `casfs version` starts quickly and
+nothing but `casfs mount` needs FUSE.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from casfs.cli.output import Output
+from casfs.errors import CasfsError, UsageError
+
+VERBS = {
+    "init": "casfs.cli.basic:init",
+    "backup": "casfs.cli.backing:backup",
+    "snapshots": "casfs.cli.listing:snapshots",
+    "ls": "casfs.cli.listing:ls",
+    "find": "casfs.cli.listing:find",
+    "changed": "casfs.cli.listing:changed",
+    "diff": "casfs.cli.comparing:diff",
+    "dump": "casfs.cli.dumping:dump",
+    "mount": "casfs.cli.mounting:mount",
+    "umount": "casfs.cli.mounting:umount",
+    "restore": "casfs.cli.restoring:restore",
+    "check": "casfs.cli.checking:check",
+    "stats": "casfs.cli.basic:stats",
+    "tag": "casfs.cli.basic:tag",
+    "version": "casfs.cli.basic:version",
+    "completion": "casfs.cli.basic:completion",
+}
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNREADABLE = 3
+EXIT_CHANGED = 4
+EXIT_DAMAGED = 5
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(slots=True)
+class Settings:
+    """The options that stand before or after a verb."""
+
+    repo: str | None = None
+    as_json: bool = False
+
+    def repository_path(self) -> Path:
+        """Return the repository that was named, or raise UsageError."""
+        name = self.repo or os.environ.get("CASFS_REPOSITORY")
+        if not name:
+            raise UsageError("no repository was named: give --repo PATH or set CASFS_REPOSITORY")
+        return Path(name)
+
+    def output(self) -> Output:
+        """Return where the command's results go."""
+        return Output(self.as_json)
+
+
+class _Verbs(click.Group):
+    """A group that imports a verb when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        place = VERBS.get(cmd_name)
+        if place is None:
+            return None
+        module, _, name = place.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+
+def _set_repo(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.ensure_object(Settings).repo = value
+
+
+def _set_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Settings).as_json = True
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that every verb has; their values are in the context's Settings."""
+    command = click.option(
+        "--json",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_json,
+        is_eager=True,
+        help="Print one JSON object a line.",
+    )(command)
+    return click.option(
+        "-r",
+        "--repo",
+        metavar="PATH",
+        expose_value=False,
+        callback=_set_repo,
+        is_eager=True,
+        help="The repository [default: $CASFS_REPOSITORY].",
+    )(command)
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=_Verbs, context_settings=_CONTEXT)
+@common_options
+def casfs() -> None:
+    """Keep files and get them back: verified snapshots, deduplicated, mounted like a file system."""
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit code; nothing but a bug leaves a traceback."""
+    _configure()
+    as_json = "--json" in arguments
+    try:
+        code = casfs.main(args=arguments, prog_name="casfs", standalone_mode=False, obj=Settings())
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except CasfsError as error:
+        return _fail(as_json, str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return EXIT_USAGE
+    except click.UsageError as error:
+        hint = f" (casfs {error.ctx.info_name} --help)" if error.ctx and error.ctx.parent else ""
+        return _fail(as_json, error.format_message().rstrip(".") + hint, EXIT_USAGE)
+    except click.ClickException as error:
+        return _fail(as_json, error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(as_json, "interrupted; the repository is as sound as before", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the output has gone; nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_FAILED
+    except OSError as error:
+        place = f"{error.filename!s}: " if error.filename is not None else ""
+        return _fail(as_json, f"{place}{error.strerror or error}", EXIT_FAILED)
+
+
+def _fail(as_json: bool, sentence: str, code: int) -> int:
+    output = Output(as_json)
+    output.warn(sentence)
+    try:
+        output.emit("error", message=sentence, exit=code)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
+
+
+def _configure() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("casfs: %(message)s"))
+    for name in ("casfs", "mount"):
+        logging.getLogger(name).addHandler(handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,232 @@
+"""The verb backup."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, Settings, common_options
+from casfs.cli.output import iso_time, json_path, shown_id, shown_size
+from casfs.cli.progress import CommandMonitor
+from casfs.cli.sizes import SIZE
+from casfs.errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from casfs.backup import BackupResult
+
+
+@click.command()
+@click.argument("paths", nargs=-1, metavar="PATH...")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Give the snapshot a tag.")
+@click.option("--host", metavar="NAME", help="The host's name [default: this one's].")
+@click.option("--time", "when", metavar="TIME", help="The snapshot's time, ISO 8601 or @SECONDS.")
+@click.option(
+    "--exclude", "excludes", multiple=True, metavar="PATTERN", help="Leave out (gitignore)."
+)
+@click.option(
+    "--exclude-file",
+    "exclude_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Leave out what a file's patterns say (gitignore syntax).",
+)
+@click.option("--exclude-caches", is_flag=True, help="Leave out directories with a CACHEDIR.TAG.")
+@click.option(
+    "--exclude-if-present",
+    multiple=True,
+    metavar="NAME",
+    help="Leave out directories that hold NAME.",
+)
+@click.option("--exclude-larger-than", type=SIZE, metavar="SIZE", help="Leave out larger files.")
+@click.option(
+    "--one-file-system", "-x", is_flag=True, help="Stay on the file systems of the sources."
+)
+@click.option(
+    "--files-from", multiple=True, metavar="FILE", help="Read paths from a file, - is stdin."
+)
+@click.option("-0", "--null", "nul", is_flag=True, help="Paths of --files-from end with NUL.")
+@click.option("--stdin", is_flag=True, help="Back up what comes from standard input.")
+@click.option("--stdin-name", metavar="NAME", help="Its name in the snapshot [default: stdin].")
+@click.option("--dry-run", "-n", is_flag=True, help="Do all but store anything.")
+@click.option("--parent", metavar="SNAP", help="Compare with this snapshot.")
+@click.option("--no-parent", is_flag=True, help="Read every file.")
+@click.option(
+    "--attempts",
+    type=click.IntRange(1, 100),
+    default=3,
+    show_default=True,
+    help="How often a file that changes is captured.",
+)
+@click.option(
+    "--compression",
+    type=click.IntRange(-7, 22),
+    default=3,
+    show_default=True,
+    metavar="LEVEL",
+    help="The zstd level.",
+)
+@click.option(
+    "--spool",
+    type=click.Choice(["memory", "disk"]),
+    default="disk",
+    show_default=True,
+    help="Where a pack is put together.",
+)
+@click.option("--changed-ok", is_flag=True, help="Exit 0 although files are flagged as changed.")
+@common_options
+@click.pass_obj
+def backup(
+    settings: Settings,
+    paths: tuple[str, ...],
+    tags: tuple[str, ...],
+    host: str | None,
+    when: str | None,
+    excludes: tuple[str, ...],
+    exclude_files: tuple[Path, ...],
+    exclude_caches: bool,
+    exclude_if_present: tuple[str, ...],
+    exclude_larger_than: int | None,
+    one_file_system: bool,
+    files_from: tuple[str, ...],
+    nul: bool,
+    stdin: bool,
+    stdin_name: str | None,
+    dry_run: bool,
+    parent: str | None,
+    no_parent: bool,
+    attempts: int,
+    compression: int,
+    spool: str,
+    changed_ok: bool,
+) -> int:
+    """Publish a snapshot of files and directories.
+
+    Exit 3 means that it is published but some sources could not be read, 4 that some files changed
+    while they were read.
+    """
+    from casfs.backup import BackupOptions, back_up
+    from casfs.exclude import Exclusions, read_patterns
+    from casfs.repository import Repository
+
+    sources = [os.fsencode(path) for path in paths]
+    for name in files_from:
+        sources += _read_paths(name, nul)
+    if stdin and (sources or "-" in files_from):
+        raise UsageError("--stdin does not go with paths")
+    if stdin_name is not None and not stdin:
+        raise UsageError("--stdin-name goes with --stdin")
+    if not (sources or stdin):
+        raise UsageError("name what to back up")
+    if any(not source for source in sources):
+        raise UsageError("an empty path cannot be backed up")
+    if parent is not None and no_parent:
+        raise UsageError("--parent does not go with --no-parent")
+    patterns = list(excludes)
+    for path in exclude_files:
+        patterns += read_patterns(path)
+    options = BackupOptions(
+        paths=tuple(sources),
+        host=host if host is not None else socket.gethostname(),
+        tags=tuple(sorted(set(tags))),
+        time_ns=_parse_time(when) if when is not None else None,
+        exclusions=Exclusions(
+            tuple(patterns),
+            exclude_caches,
+            tuple(os.fsencode(name) for name in exclude_if_present),
+            exclude_larger_than,
+        ),
+        one_file_system=one_file_system,
+        parent=parent,
+        use_parent=not no_parent,
+        attempts=attempts,
+        dry_run=dry_run,
+        spool_in_memory=spool == "memory",
+        stdin_name=_stdin_name(stdin_name) if stdin else None,
+    )
+    monitor = CommandMonitor(settings.output(), "backup")
+    root = settings.repository_path()
+    with Repository.open(root, "backup", level=compression) as repository, monitor:
+        result = back_up(repository, options, monitor)
+    _report(settings, result, dry_run)
+    if result.snapshot.stats.unreadable:
+        return EXIT_UNREADABLE
+    assert result.snapshot.root.tree is not None
+    return EXIT_CHANGED if result.snapshot.root.tree.flagged and not changed_ok else 0
+
+
+def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
+    snapshot, stats = result.snapshot, result.snapshot.stats
+    tree = snapshot.root.tree
+    assert tree is not None
+    output = settings.output()
+    output.line(
+        f"{stats.files} files in {stats.directories} directories, {shown_size(tree.total_bytes)}; "
+        f"{stats.unchanged} unchanged; {shown_size(stats.new_stored_bytes)} "
+        f"{'would be ' if dry_run else ''}stored anew in {stats.seconds:.1f} s"
+    )
+    if stats.vanished:
+        output.line(f"{stats.vanished} vanished before they were read")
+    if stats.unreadable:
+        output.line(f"{stats.unreadable} could not be read")
+    if tree.flagged:
+        output.line(f"{tree.flagged} changed while they were read and are flagged")
+    if result.snapshot_id is not None:
+        output.line(f"snapshot {shown_id(result.snapshot_id)}")
+    else:
+        output.line("nothing was stored: this was a dry run")
+    output.emit(
+        "snapshot",
+        id=result.snapshot_id.hex() if result.snapshot_id is not None else None,
+        time=iso_time(snapshot.time_ns),
+        host=snapshot.host,
+        paths=[json_path(path)["path"] for path in snapshot.paths],
+        tags=list(snapshot.tags),
+        parent=snapshot.parent.hex() if snapshot.parent is not None else None,
+        files=stats.files,
+        dirs=stats.directories,
+        others=stats.others,
+        bytes=tree.total_bytes,
+        new_bytes=stats.new_stored_bytes,
+        new_plain_bytes=stats.new_plain_bytes,
+        new_blobs=stats.new_blobs,
+        unchanged=stats.unchanged,
+        flagged=tree.flagged,
+        unreadable=stats.unreadable,
+        vanished=stats.vanished,
+        seconds=stats.seconds,
+        dry_run=dry_run,
+    )
+
+
+def _read_paths(name: str, nul: bool) -> list[bytes]:
+    try:
+        if name == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            data = Path(name).read_bytes()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"the file of paths {name} does not exist") from error
+    lines = data.split(b"\0" if nul else b"\n")
+    return [line for line in lines if line]
+
+
+def _stdin_name(name: str | None) -> bytes:
+    encoded = os.fsencode(name if name is not None else "stdin")
+    if b"/" in encoded or encoded in (b"", b".", b"..") or len(encoded) > 255:
+        raise UsageError(f"--stdin-name must be a plain file name, not {name!r}")
+    return encoded
+
+
+def _parse_time(text: str) -> int:
+    try:
+        if text.startswith("@"):
+            return int(float(text[1:]) * 1_000_000_000)
+        return int(datetime.fromisoformat(text).timestamp() * 1_000_000_000)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"--time {text!r} is neither ISO 8601 nor @SECONDS") from error

@@ -1,0 +1,151 @@
+"""The small verbs: init, stats, tag, version, completion."""
+
+from __future__ import annotations
+
+import platform
+
+import click
+
+from casfs import __version__
+from casfs.cli.app import Settings, common_options
+from casfs.cli.output import iso_time, shown_id, shown_size
+from casfs.errors import UsageError
+
+
+@click.command()
+@click.argument("path", required=False)
+@common_options
+@click.pass_obj
+def init(settings: Settings, path: str | None) -> None:
+    """Make a repository; refuse where one is."""
+    from pathlib import Path
+
+    from casfs.repository import Repository
+    from casfs.store.config import FORMAT_VERSION
+
+    if path is not None and settings.repo is not None and path != settings.repo:
+        raise UsageError("two repositories were named; give one")
+    root = Path(path) if path is not None else settings.repository_path()
+    config = Repository.create(root)
+    output = settings.output()
+    output.line(f"made repository {config.id[:12]} in {root}")
+    output.emit("repository", id=config.id, path=str(root), format=FORMAT_VERSION)
+
+
+@click.command()
+@common_options
+@click.pass_obj
+def version(settings: Settings) -> None:
+    """Print the versions of casfs, of its repository format and of Python."""
+    from casfs.store.config import FORMAT_VERSION
+
+    output = settings.output()
+    python = platform.python_version()
+    output.line(f"casfs {__version__} (repository format {FORMAT_VERSION}, Python {python})")
+    output.emit("version", casfs=__version__, format=FORMAT_VERSION, python=python)
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@common_options
+@click.pass_obj
+def completion(settings: Settings, shell: str) -> None:
+    """Print the completion script of a shell; see the README for where it goes."""
+    from click.shell_completion import get_completion_class
+
+    from casfs.cli.app import casfs
+
+    found = get_completion_class(shell)
+    assert found is not None
+    # click's own script asks for the version of bash; reading `source` from the class avoids that.
+    script = found(casfs, {}, "casfs", "_CASFS_COMPLETE")
+    text = script.source_template % script.source_vars()
+    output = settings.output()
+    output.line(text)
+    output.emit("completion", shell=shell, script=text)
+
+
+@click.command()
+@click.argument("snap", metavar="SNAP")
+@click.option("--add", "added", multiple=True, metavar="TAG", help="Add a tag.")
+@click.option("--remove", "removed", multiple=True, metavar="TAG", help="Remove a tag.")
+@click.option("--set", "replaced", multiple=True, metavar="TAG", help="Have just these tags.")
+@common_options
+@click.pass_obj
+def tag(
+    settings: Settings,
+    snap: str,
+    added: tuple[str, ...],
+    removed: tuple[str, ...],
+    replaced: tuple[str, ...],
+) -> None:
+    """Change a snapshot's tags; it gets a new id, its content stays the same."""
+    from casfs.repository import Repository
+    from casfs.tagging import retag
+
+    if not (added or removed or replaced):
+        raise UsageError("say what to change: --add, --remove or --set")
+    if replaced and (added or removed):
+        raise UsageError("--set does not go with --add or --remove")
+    with Repository.open(settings.repository_path(), "tag") as repository:
+        old_id, old = repository.resolve(snap)
+        tags = set(replaced) if replaced else set(old.tags) - set(removed) | set(added)
+        new_id, new = retag(repository, old_id, old, tuple(sorted(tags)))
+    output = settings.output()
+    shown_tags = ", ".join(new.tags) or "none"
+    output.line(f"snapshot {shown_id(old_id)} is now {shown_id(new_id)}, tags: {shown_tags}")
+    output.emit(
+        "snapshot",
+        id=new_id.hex(),
+        replaces=old_id.hex(),
+        time=iso_time(new.time_ns),
+        tags=list(new.tags),
+    )
+
+
+@click.command()
+@click.argument("snap", metavar="[SNAP[:PATH]]", required=False)
+@common_options
+@click.pass_obj
+def stats(settings: Settings, snap: str | None) -> None:
+    """Print sizes: of the whole repository, or of what a snapshot holds."""
+    from casfs.repository import Repository
+    from casfs.sizes import measure_repository, measure_snapshot
+
+    output = settings.output()
+    with Repository.open(settings.repository_path()) as repository:
+        if snap is not None:
+            seen = measure_snapshot(repository, snap)
+            output.line(f"entries:    {seen.entries}")
+            output.line(f"size:       {shown_size(seen.total_bytes)}")
+            output.line(f"flagged:    {seen.flagged}")
+            output.line(f"blobs:      {seen.blobs}")
+            output.line(
+                f"stored:     {shown_size(seen.stored_bytes)} (without what others share: "
+                f"{shown_size(seen.unique_stored_bytes)})"
+            )
+            output.emit(
+                "stats",
+                snapshot=seen.snapshot_id.hex(),
+                entries=seen.entries,
+                bytes=seen.total_bytes,
+                flagged=seen.flagged,
+                blobs=seen.blobs,
+                stored_bytes=seen.stored_bytes,
+                unique_stored_bytes=seen.unique_stored_bytes,
+            )
+            return
+        whole = measure_repository(repository)
+    output.line(f"snapshots:  {whole.snapshots}")
+    output.line(f"packs:      {whole.packs} ({shown_size(whole.pack_bytes)})")
+    output.line(f"blobs:      {whole.blobs} ({shown_size(whole.plain_bytes)} before compression)")
+    output.line(f"contents:   {shown_size(whole.total_bytes)} in all snapshots")
+    output.emit(
+        "stats",
+        snapshots=whole.snapshots,
+        packs=whole.packs,
+        pack_bytes=whole.pack_bytes,
+        blobs=whole.blobs,
+        plain_bytes=whole.plain_bytes,
+        bytes=whole.total_bytes,
+    )

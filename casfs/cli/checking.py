@@ -1,0 +1,94 @@
+"""The verb check."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from casfs.cli.app import EXIT_DAMAGED, Settings, common_options
+from casfs.cli.output import json_path, shown, shown_id, shown_size
+from casfs.cli.progress import CommandMonitor
+from casfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from casfs.check import Damage
+
+
+@click.command()
+@click.option("--read-data", is_flag=True, help="Read every pack and recompute every digest.")
+@click.option("--read-data-subset", "subset", metavar="P%", help="Read this share of the packs.")
+@common_options
+@click.pass_obj
+def check(settings: Settings, read_data: bool, subset: str | None) -> int:
+    """Check every snapshot, tree and index entry; exit 5 where something is damaged."""
+    from casfs.check import Checker
+    from casfs.repository import Repository
+
+    share = _share(subset) if subset is not None else 1.0
+    output = settings.output()
+    monitor = CommandMonitor(output, "check")
+    with Repository.open(settings.repository_path()) as repository, monitor:
+        result = Checker(repository, monitor).check(read_data or subset is not None, share)
+    for damage in result.damage:
+        output.line(_sentence(damage))
+        output.emit(
+            "damage",
+            what=damage.what,
+            message=damage.message,
+            pack=damage.pack.hex() if damage.pack is not None else None,
+            blob=damage.blob.hex() if damage.blob is not None else None,
+            snapshot=damage.snapshot.hex() if damage.snapshot is not None else None,
+            **(json_path(damage.path) if damage.path is not None else {"path": None}),
+            ranges=[list(part) for part in damage.ranges],
+        )
+    output.line(
+        f"checked {result.snapshots} snapshots, {result.trees} trees, {result.files} files, "
+        f"{result.packs} packs"
+    )
+    if result.packs_read:
+        output.line(
+            f"read {result.packs_read} packs with {result.blobs_read} blobs, "
+            f"{shown_size(result.read_bytes)}"
+        )
+    if result.flagged:
+        output.line(f"{result.flagged} files are flagged: they changed while they were captured")
+    found = len(result.damage)
+    output.line(f"{found} problems were found" if found else "no damage was found")
+    output.emit(
+        "summary",
+        ok=not result.damage,
+        damage=found,
+        snapshots=result.snapshots,
+        trees=result.trees,
+        files=result.files,
+        flagged=result.flagged,
+        packs=result.packs,
+        packs_read=result.packs_read,
+        blobs_read=result.blobs_read,
+        read_bytes=result.read_bytes,
+    )
+    return EXIT_DAMAGED if result.damage else 0
+
+
+def _sentence(damage: Damage) -> str:
+    parts = [damage.what]
+    if damage.path is not None:
+        parts.append(shown(damage.path) or "/")
+    if damage.snapshot is not None:
+        parts.append(f"in snapshot {shown_id(damage.snapshot)}")
+    if damage.blob is not None:
+        parts.append(f"blob {shown_id(damage.blob)}")
+    if damage.pack is not None:
+        parts.append(f"{'' if damage.what == 'pack' else 'pack '}{damage.pack.hex()}")
+    return f"{' '.join(parts)}: {damage.message}"
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError as error:
+        raise UsageError(f"--read-data-subset {text!r} is not a percentage such as 5%") from error
+    if not 0 < share <= 1:
+        raise UsageError(f"--read-data-subset {text!r} is not between 0% and 100%")
+    return share

@@ -1,0 +1,113 @@
+"""What a command says: people's lines, JSON lines, and file names that cannot forge either."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+from datetime import datetime
+from typing import Any
+
+from casfs.digest import SHOWN_HEX_DIGITS
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+JsonValue = Any
+
+
+class Output:
+    """Standard output of one command, as text for people or as one JSON object a line."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def line(self, text: str) -> None:
+        """Print a line for people; nothing with --json."""
+        if not self.as_json:
+            print(text)
+
+    def emit(self, kind: str, /, **fields: JsonValue) -> None:
+        """Print a JSON object of this type; nothing without --json."""
+        if self.as_json:
+            print(json.dumps({"type": kind, **fields}))
+
+    def warn(self, sentence: str) -> None:
+        """Print a sentence about a problem to standard error."""
+        sys.stdout.flush()
+        print(f"casfs: {sentence}", file=sys.stderr)
+
+
+def shown(name: bytes) -> str:
+    """Return a file name as people see it: control bytes, odd bytes and backslashes escaped.
+
+    What comes out is one line, and two names never look alike.
+    """
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        text = name.decode("utf-8", "surrogateescape")
+    if text.isprintable() and "\\" not in text:
+        return text
+    return "".join(map(_shown_character, text))
+
+
+def _shown_character(character: str) -> str:
+    code = ord(character)
+    if character == "\\":
+        return "\\\\"
+    if character.isprintable():
+        return character
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x80:
+        return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(character, f"\\x{code:02x}")
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def json_path(path: bytes, field: str = "path") -> dict[str, str]:
+    """Return the fields that tell a path losslessly.
+
+    The text has surrogate escapes for bytes that are not UTF-8; those paths are told in base64 too.
+    """
+    fields = {field: path.decode("utf-8", "surrogateescape")}
+    try:
+        path.decode("utf-8")
+    except UnicodeDecodeError:
+        fields[f"{field}_b64"] = base64.b64encode(path).decode("ascii")
+    return fields
+
+
+def shown_id(digest: bytes) -> str:
+    """Return the beginning of an id as people see it."""
+    return digest.hex()[:SHOWN_HEX_DIGITS]
+
+
+def shown_size(size: float) -> str:
+    """Return a number of bytes with a binary unit."""
+    for unit in _UNITS[:-1]:
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} {_UNITS[-1]}"
+
+
+def local_time(time_ns: int) -> str:
+    """Return a time as people read it: local, to the second."""
+    try:
+        return datetime.fromtimestamp(time_ns // 1_000_000_000).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError, OSError):
+        return f"@{time_ns // 1_000_000_000}"
+
+
+def iso_time(time_ns: int) -> str:
+    """Return a time as programs read it: ISO 8601 with the local offset."""
+    try:
+        return datetime.fromtimestamp(time_ns / 1_000_000_000).astimezone().isoformat()
+    except (OverflowError, ValueError, OSError):
+        return f"@{time_ns / 1_000_000_000}"
+
+
+def path_argument(text: str) -> bytes:
+    """Return the bytes of a path that was given on the command line."""
+    return os.fsencode(text)

@@ -1,0 +1,104 @@
+"""The verb restore."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED, Settings, common_options
+from casfs.cli.output import shown_id, shown_size
+from casfs.cli.progress import CommandMonitor
+
+
+@click.command()
+@click.argument("snap", metavar="SNAP[:PATH]")
+@click.option("--target", "-t", required=True, metavar="DIR", help="Where to; made if need be.")
+@click.option("--include", "includes", multiple=True, metavar="PATTERN", help="Restore only these.")
+@click.option("--exclude", "excludes", multiple=True, metavar="PATTERN", help="Leave these out.")
+@click.option(
+    "--overwrite",
+    type=click.Choice(["always", "if-changed", "never"]),
+    default="always",
+    show_default=True,
+    help="What happens to entries that are there already.",
+)
+@click.option("--delete", is_flag=True, help="Delete what the snapshot does not have.")
+@click.option("--verify", is_flag=True, help="Read back what was written and compare its digest.")
+@click.option("--salvage", is_flag=True, help="Write damaged files too, zeros for what is lost.")
+@click.option("--dry-run", "-n", is_flag=True, help="Do all but write anything.")
+@common_options
+@click.pass_obj
+def restore(
+    settings: Settings,
+    snap: str,
+    target: str,
+    includes: tuple[str, ...],
+    excludes: tuple[str, ...],
+    overwrite: str,
+    delete: bool,
+    verify: bool,
+    salvage: bool,
+    dry_run: bool,
+) -> int:
+    """Write a snapshot, or what is below a path of it, into a folder.
+
+    A directory's entries go straight into the folder. Exit 5 means that something was damaged.
+    """
+    from casfs.repository import Repository
+    from casfs.restore import Overwrite, RestoreOptions, Restorer
+
+    options = RestoreOptions(
+        include=includes,
+        exclude=excludes,
+        overwrite=Overwrite(overwrite),
+        delete=delete,
+        verify=verify,
+        salvage=salvage,
+        dry_run=dry_run,
+    )
+    output = settings.output()
+    with Repository.open(settings.repository_path()) as repository:
+        snapshot_id, snapshot, path, node = repository.resolve_path(snap)
+        with_root = bool(path) or snapshot.paths == (b".",)
+        monitor = CommandMonitor(output, "restore")
+        if node.tree is not None:
+            monitor.progress.total_files = node.tree.nodes
+        with monitor:
+            restorer = Restorer(repository, options, monitor)
+            result = restorer.restore(path, node, os.fsencode(target), with_root)
+    would = "would be " if dry_run else ""
+    output.line(
+        f"{would}restored from {shown_id(snapshot_id)}: {result.files} files, "
+        f"{result.directories} directories, {result.others} others, "
+        f"{shown_size(result.restored_bytes)}"
+    )
+    for count, what in (
+        (result.skipped, "were there already and left"),
+        (result.deleted, "were deleted"),
+        (result.verified, "were read back and verified"),
+        (result.flagged, "had changed while they were captured"),
+        (result.damaged, "are damaged"),
+        (result.failed, "could not be restored"),
+    ):
+        if count:
+            output.line(f"{count} {what}")
+    output.emit(
+        "summary",
+        snapshot=snapshot_id.hex(),
+        target=target,
+        files=result.files,
+        dirs=result.directories,
+        others=result.others,
+        bytes=result.restored_bytes,
+        skipped=result.skipped,
+        deleted=result.deleted,
+        verified=result.verified,
+        flagged=result.flagged,
+        damaged=result.damaged,
+        failed=result.failed,
+        dry_run=dry_run,
+    )
+    if result.damaged:
+        return EXIT_DAMAGED
+    return EXIT_FAILED if result.failed else 0

@@ -1,0 +1,116 @@
+"""The file system that is backed up: entries, metadata and listings, by directory descriptor.
+
+Nothing is looked up by a long path and no symlink is followed below a source, so that a tree that is
+renamed or replaced meanwhile cannot lead the walk elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from casfs.tree import Extra, Kind, Node
+
+_KINDS = {
+    stat.S_IFREG: Kind.FILE,
+    stat.S_IFDIR: Kind.DIRECTORY,
+    stat.S_IFLNK: Kind.SYMLINK,
+    stat.S_IFIFO: Kind.FIFO,
+    stat.S_IFSOCK: Kind.SOCKET,
+    stat.S_IFCHR: Kind.CHARACTER_DEVICE,
+    stat.S_IFBLK: Kind.BLOCK_DEVICE,
+}
+
+Xattrs = tuple[tuple[bytes, bytes], ...]
+
+_NO_XATTRS = frozenset([errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES, errno.ENOENT])
+"""Errors that mean that there is none to be had; anything else is a problem of the entry."""
+
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+_noatime = os.O_NOATIME
+
+
+def kind_of(st: os.stat_result) -> Kind | None:
+    """Return what an entry is, or None for a kind that is not known."""
+    return _KINDS.get(stat.S_IFMT(st.st_mode))
+
+
+def open_file(dir_fd: int, name: bytes) -> int:
+    """Open an entry for reading without following a symlink, waiting for a FIFO or touching its atime."""
+    try:
+        return os.open(name, _FILE_FLAGS | _noatime, dir_fd=dir_fd)
+    except PermissionError:
+        # O_NOATIME is for the owner only; where it was not that, this fails alike.
+        return os.open(name, _FILE_FLAGS, dir_fd=dir_fd)
+
+
+def open_directory(dir_fd: int | None, name: bytes, follow: bool = False) -> int:
+    """Open a directory; the caller closes it."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    return os.open(name, flags, dir_fd=dir_fd)
+
+
+def list_names(fd: int) -> list[bytes]:
+    """Return the names in an open directory, sorted as bytes."""
+    names = [os.fsencode(name) for name in os.listdir(fd)]
+    names.sort()
+    return names
+
+
+def read_xattrs(where: int | bytes) -> Xattrs:
+    """Return all xattrs that may be read, sorted by name; of an open file or the path of any entry.
+
+    POSIX ACLs and file capabilities are among them. Raises OSError when a value cannot be read.
+    """
+    follow = isinstance(where, int)
+    try:
+        names = os.listxattr(where, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno in _NO_XATTRS:
+            return ()
+        raise
+    if not names:
+        return ()
+    found = []
+    for name in names:
+        try:
+            found.append((os.fsencode(name), os.getxattr(where, name, follow_symlinks=follow)))
+        except OSError as error:
+            if error.errno not in _NO_XATTRS:
+                raise
+    return tuple(sorted(found))
+
+
+def path_of_entry(dir_fd: int, name: bytes) -> bytes:
+    """Return a path by which calls that take no directory descriptor reach an entry."""
+    return b"/proc/self/fd/%d/%s" % (dir_fd, name)
+
+
+def make_extra(st: os.stat_result, xattrs: Xattrs, kind: Kind) -> Extra | None:
+    """Return what few nodes have, or None where this one has none of it."""
+    device = st.st_dev if st.st_nlink > 1 and kind != Kind.DIRECTORY else 0
+    rdev = st.st_rdev if kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE) else 0
+    if not (xattrs or device or rdev):
+        return None
+    return Extra(xattrs, rdev, device)
+
+
+def make_node(
+    name: bytes, st: os.stat_result, kind: Kind, xattrs: Xattrs, content: bytes = b""
+) -> Node:
+    """Return the node of an entry that is not a regular file; a directory's tree is added later."""
+    return Node(
+        name,
+        kind,
+        stat.S_IMODE(st.st_mode),
+        st.st_uid,
+        st.st_gid,
+        st.st_mtime_ns,
+        st.st_ctime_ns,
+        st.st_ino,
+        st.st_nlink,
+        size=len(content),
+        content=content,
+        extra=make_extra(st, xattrs, kind),
+    )

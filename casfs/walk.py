@@ -1,0 +1,475 @@
+"""The walk: directories of the source and the trees of the previous snapshot, merged in one pass.
+
+An unchanged entry costs one `lstat` and a comparison, and its node is the very object that was read from
+the previous tree; a directory whose nodes all are so keeps its tree. One thread; no recursion.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from casfs.capture import Capturer, NotRegularError
+from casfs.errors import IntegrityError
+from casfs.exclude import Exclusions, PatternMatcher
+from casfs.monitor import Monitor, Problem, ProblemKind
+from casfs.selection import Place
+from casfs.source import (
+    kind_of,
+    list_names,
+    make_node,
+    open_directory,
+    path_of_entry,
+    read_xattrs,
+)
+from casfs.tree import MAX_DEPTH, Kind, Node, Reason, State, TreeRef, replace
+from casfs.treereader import TreeReader, join
+from casfs.treewriter import TreeWriter
+
+log = logging.getLogger(__name__)
+
+_MAX_LINKS = 100_000
+"""Hard-linked files remembered at a time; one that was forgotten is read again and stores nothing."""
+
+NewTree = Callable[[TreeRef | None, list[Node] | None], TreeWriter]
+
+
+@dataclass(slots=True)
+class WalkStats:
+    """What a walk met."""
+
+    files: int = 0
+    directories: int = 0
+    others: int = 0
+    unchanged: int = 0
+    unreadable: int = 0
+    vanished: int = 0
+    missing_sources: int = 0
+
+
+class Previous:
+    """The entries of one directory in the previous snapshot, taken in order of their names."""
+
+    def __init__(self, trees: TreeReader, ref: TreeRef | None) -> None:
+        self.ref = ref
+        self.single: list[Node] | None = None
+        self._nodes: Iterator[Node] = iter(())
+        try:
+            self.single = None if ref is None else trees.single(ref)
+        except IntegrityError as error:
+            self._give_up(error)
+        if self.single is not None:
+            self._nodes = iter(self.single)
+        elif self.ref is not None:
+            self._nodes = trees.nodes(self.ref)
+        self._next = self._advance()
+
+    def take(self, name: bytes) -> Node | None:
+        """Return the entry of this name, or None; names are asked for in increasing order."""
+        node = self._next
+        while node is not None and node.name < name:
+            node = self._advance()
+        if node is not None and node.name == name:
+            self._next = self._advance()
+            return node
+        self._next = node
+        return None
+
+    def _advance(self) -> Node | None:
+        try:
+            return next(self._nodes, None)
+        except IntegrityError as error:
+            self._give_up(error)
+            return None
+
+    def _give_up(self, error: IntegrityError) -> None:
+        log.warning("the previous snapshot is damaged, what is there is read again: %s", error)
+        self.ref = None
+        self._nodes = iter(())
+
+
+@dataclass(slots=True)
+class _Frame:
+    """A directory that is being walked: its descriptor (-1: none is needed) and what is left of it."""
+
+    node: Node
+    path: bytes
+    fd: int
+    device: int
+    names: Iterator[bytes]
+    previous: Previous
+    tree: TreeWriter
+    places: dict[bytes, Place] | None = None
+    marker: bytes | None = None
+
+
+@dataclass(slots=True)
+class _Link:
+    node: Node
+    left: int = field(default=1)
+
+
+class Walker:
+    """Walk sources into trees; used once.
+
+    `left_out` is the repository's own folder; `is_stored` tells whether an unchanged file's content is
+    still there (None: it must be).
+    """
+
+    def __init__(
+        self,
+        capturer: Capturer,
+        trees: TreeReader,
+        new_tree: NewTree,
+        exclusions: Exclusions,
+        one_file_system: bool,
+        left_out: os.stat_result,
+        is_stored: Callable[[Node], bool] | None,
+        monitor: Monitor,
+    ) -> None:
+        self.stats = WalkStats()
+        self.uids: set[int] = set()
+        self.gids: set[int] = set()
+        self.new_tree = new_tree
+        self._capturer = capturer
+        self._trees = trees
+        self._exclusions = exclusions
+        self._matcher: PatternMatcher | None = exclusions.matcher()
+        self._one_file_system = one_file_system
+        self._left_out = left_out
+        self._is_stored = is_stored
+        self._monitor = monitor
+        self._progress = monitor.progress
+        self._links: dict[tuple[int, int], _Link] = {}
+
+    def walk(self, root: Place, previous: Node | None) -> Node:
+        """Return the root node of the snapshot of all places."""
+        st = os.stat(root.source)
+        node = make_node(b"", st, Kind.DIRECTORY, self._xattrs(root.source, b""))
+        tree = previous.tree if previous is not None else None
+        if root.whole:
+            fd = open_directory(None, root.source, follow=True)
+            frame = self._open_frame(node, b"", fd, st, tree, root)
+        else:
+            frame = self._place_frame(node, b"", root, tree)
+        return self._run(frame)
+
+    def count(self, node: Node) -> None:
+        """Count an entry that goes into the snapshot."""
+        if node.kind == Kind.FILE:
+            self.stats.files += 1
+            self._progress.files += 1
+            self._progress.done_bytes += node.size
+        elif node.kind == Kind.DIRECTORY:
+            self.stats.directories += 1
+        else:
+            self.stats.others += 1
+        self.uids.add(node.uid)
+        self.gids.add(node.gid)
+
+    def _run(self, root: _Frame) -> Node:
+        stack = [root]
+        try:
+            while True:
+                frame = stack[-1]
+                child = self._advance(frame, len(stack))
+                if child is not None:
+                    stack.append(child)
+                    continue
+                stack.pop()
+                if frame.fd >= 0:
+                    os.close(frame.fd)
+                node = replace(frame.node, tree=frame.tree.finish())
+                if not stack:
+                    return node
+                self.count(node)
+                stack[-1].tree.add(node)
+        finally:
+            for frame in stack:
+                if frame.fd >= 0:
+                    os.close(frame.fd)
+
+    def _advance(self, frame: _Frame, depth: int) -> _Frame | None:
+        """Handle entries of a directory until one is a directory to go into; None when all are done."""
+        for name in frame.names:
+            path = join(frame.path, name)
+            previous = frame.previous.take(name)
+            if frame.places is not None:
+                child = self._enter_place(frame, name, path, previous)
+            else:
+                child = self._enter(frame, name, path, previous, depth)
+            if child is not None:
+                return child
+        return None
+
+    def _enter(
+        self, frame: _Frame, name: bytes, path: bytes, previous: Node | None, depth: int
+    ) -> _Frame | None:
+        """Add an entry, or return the frame of a directory to go into."""
+        try:
+            st = os.stat(name, dir_fd=frame.fd, follow_symlinks=False)
+        except OSError as error:
+            self._failed(path, error)
+            return None
+        kind = kind_of(st)
+        is_directory = kind == Kind.DIRECTORY
+        if self._is_excluded(frame, name, path, st, is_directory):
+            return None
+        if not is_directory:
+            self._add_entry(frame, name, path, st, kind, previous)
+            return None
+        if os.path.samestat(st, self._left_out):
+            self._monitor.problem(
+                Problem(ProblemKind.REPOSITORY, path, "the repository itself is left out")
+            )
+            return None
+        return self._enter_directory(frame, name, path, st, previous, depth)
+
+    def _enter_directory(
+        self,
+        frame: _Frame,
+        name: bytes,
+        path: bytes,
+        st: os.stat_result,
+        previous: Node | None,
+        depth: int,
+    ) -> _Frame | None:
+        if previous is not None and previous.tree is None:
+            previous = None
+        foreign = self._one_file_system and st.st_dev != frame.device
+        fd = -1
+        try:
+            if depth >= MAX_DEPTH:
+                raise OSError(36, f"it lies more than {MAX_DEPTH} directories deep")
+            if not foreign:
+                fd = open_directory(frame.fd, name)
+            if previous is not None and _is_unchanged(previous, st, Kind.DIRECTORY):
+                node = previous
+            else:
+                where = fd if fd >= 0 else path_of_entry(frame.fd, name)
+                node = make_node(name, st, Kind.DIRECTORY, read_xattrs(where))
+            return self._open_frame(
+                node, path, fd, st, previous.tree if previous is not None else None
+            )
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            self._failed(path, error)
+            if isinstance(error, FileNotFoundError):
+                return None
+            node = make_node(name, st, Kind.DIRECTORY, ())
+            return _Frame(
+                node,
+                path,
+                -1,
+                st.st_dev,
+                iter(()),
+                Previous(self._trees, None),
+                self.new_tree(None, None),
+            )
+
+    def _open_frame(
+        self,
+        node: Node,
+        path: bytes,
+        fd: int,
+        st: os.stat_result,
+        tree: TreeRef | None,
+        place: Place | None = None,
+    ) -> _Frame:
+        names = list_names(fd) if fd >= 0 else []
+        marker = self._exclusions.marker_of(names, fd) if names else None
+        previous = Previous(self._trees, tree)
+        writer = self.new_tree(previous.ref, previous.single)
+        frame = _Frame(node, path, fd, st.st_dev, iter(names), previous, writer, None, marker)
+        self._progress.path = path
+        return frame
+
+    def _place_frame(self, node: Node, path: bytes, place: Place, tree: TreeRef | None) -> _Frame:
+        previous = Previous(self._trees, tree)
+        names = iter(sorted(place.below))
+        writer = self.new_tree(previous.ref, previous.single)
+        return _Frame(node, path, -1, -1, names, previous, writer, place.below)
+
+    def _enter_place(
+        self, frame: _Frame, name: bytes, path: bytes, previous: Node | None
+    ) -> _Frame | None:
+        """Add what a user named, or return the frame of a directory on the way there or of it."""
+        assert frame.places is not None
+        place = frame.places[name]
+        try:
+            above = open_directory(None, os.path.dirname(place.source) or b".", follow=True)
+        except OSError as error:
+            self._missing(place, path, error)
+            return None
+        try:
+            entry = os.path.basename(place.source)
+            st = os.stat(entry, dir_fd=above, follow_symlinks=not place.whole)
+            kind = kind_of(st)
+            parent = _Frame(
+                frame.node, frame.path, above, st.st_dev, iter(()), frame.previous, frame.tree
+            )
+            if place.whole and kind != Kind.DIRECTORY:
+                self._add_entry(parent, name, path, st, kind, previous)
+                return None
+            if place.whole:
+                if os.path.samestat(st, self._left_out):
+                    self._monitor.problem(
+                        Problem(ProblemKind.REPOSITORY, path, "the repository itself is left out")
+                    )
+                    return None
+                return self._enter_directory(parent, name, path, st, previous, 1)
+            if kind != Kind.DIRECTORY:
+                raise NotADirectoryError(20, "Not a directory")
+            tree = previous.tree if previous is not None else None
+            node = make_node(name, st, Kind.DIRECTORY, self._xattrs(place.source, path))
+            return self._place_frame(node, path, place, tree)
+        except OSError as error:
+            self._missing(place, path, error)
+            return None
+        finally:
+            os.close(above)
+
+    def _add_entry(
+        self,
+        frame: _Frame,
+        name: bytes,
+        path: bytes,
+        st: os.stat_result,
+        kind: Kind | None,
+        previous: Node | None,
+    ) -> None:
+        if kind is None:
+            self._failed(path, OSError(95, "it is of a kind that casfs does not know"))
+            return
+        node: Node | None
+        if (
+            previous is not None
+            and _is_unchanged(previous, st, kind)
+            and (self._is_stored is None or kind != Kind.FILE or self._is_stored(previous))
+        ):
+            self.stats.unchanged += kind == Kind.FILE
+            node = previous
+        else:
+            try:
+                node = self._read_entry(frame, name, path, st, kind)
+            except OSError as error:
+                self._failed(path, error)
+                return
+        if node is not None:
+            self.count(node)
+            frame.tree.add(node)
+
+    def _read_entry(
+        self, frame: _Frame, name: bytes, path: bytes, st: os.stat_result, kind: Kind
+    ) -> Node | None:
+        if kind == Kind.FILE:
+            return self._read_file(frame, name, path, st)
+        where = path_of_entry(frame.fd, name)
+        target = os.readlink(name, dir_fd=frame.fd) if kind == Kind.SYMLINK else b""
+        return make_node(name, st, kind, read_xattrs(where), target)
+
+    def _read_file(
+        self, frame: _Frame, name: bytes, path: bytes, st: os.stat_result
+    ) -> Node | None:
+        key = (st.st_dev, st.st_ino)
+        if st.st_nlink > 1:
+            link = self._links.get(key)
+            if link is not None and _is_unchanged(link.node, st, Kind.FILE):
+                link.left -= 1
+                if link.left <= 1:
+                    del self._links[key]
+                return replace(link.node, name=name)
+        self._progress.path = path
+        try:
+            node = self._capturer.capture(frame.fd, name)
+        except NotRegularError:
+            now = os.stat(name, dir_fd=frame.fd, follow_symlinks=False)
+            kind = kind_of(now)
+            if kind is None or kind in (Kind.FILE, Kind.DIRECTORY):
+                raise OSError(116, "it was replaced while it was read") from None
+            return self._read_entry(frame, name, path, now, kind)
+        if node.state != State.STABLE:
+            self._tell_state(path, node)
+        if node.nlink > 1:
+            if len(self._links) >= _MAX_LINKS:
+                self._links.pop(next(iter(self._links)))
+            self._links[key] = _Link(node, node.nlink)
+        return node
+
+    def _tell_state(self, path: bytes, node: Node) -> None:
+        assert node.extra is not None and node.extra.capture is not None
+        capture = node.extra.capture
+        reason = Reason(capture.reason).name.lower()
+        captured = node.captured if node.captured is not None else node.content[8:40]
+        details: dict[str, str | int | None] = {
+            "reason": reason,
+            "attempts": capture.attempts,
+            "captured": captured.hex(),
+            "observed": capture.observed.hex() if capture.observed is not None else None,
+        }
+        if node.state == State.CHANGED:
+            kind = ProblemKind.CHANGED
+            message = f"it changed while it was read ({reason}); it is flagged in the snapshot"
+        else:
+            kind = ProblemKind.APPENDED
+            message = "it grew while it was read; its beginning is stored"
+        self._monitor.problem(Problem(kind, path, message, details))
+
+    def _is_excluded(
+        self, frame: _Frame, name: bytes, path: bytes, st: os.stat_result, is_directory: bool
+    ) -> bool:
+        if frame.marker is not None and name != frame.marker:
+            return True
+        limit = self._exclusions.larger_than
+        if limit is not None and st.st_size > limit and kind_of(st) == Kind.FILE:
+            return True
+        return self._matcher is not None and self._matcher.matches(path, is_directory)
+
+    def _xattrs(self, source: bytes, path: bytes) -> tuple[tuple[bytes, bytes], ...]:
+        try:
+            return read_xattrs(source)
+        except OSError as error:
+            self._failed(path, error)
+            return ()
+
+    def _failed(self, path: bytes, error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):
+            self.stats.vanished += 1
+            message = "it vanished before it was read"
+            self._monitor.problem(Problem(ProblemKind.VANISHED, path, message))
+            return
+        self.stats.unreadable += 1
+        message = f"it cannot be read: {error.strerror or error}"
+        self._monitor.problem(Problem(ProblemKind.UNREADABLE, path, message))
+
+    def _missing(self, place: Place, path: bytes, error: OSError) -> None:
+        self.stats.missing_sources += 1
+        self.stats.unreadable += 1
+        if isinstance(error, FileNotFoundError):
+            message = "this source does not exist"
+        else:
+            message = f"this source cannot be read: {error.strerror or error}"
+        self._monitor.problem(Problem(ProblemKind.MISSING_SOURCE, path, message))
+
+
+def _is_unchanged(node: Node, st: os.stat_result, kind: Kind) -> bool:
+    """Tell whether an entry's metadata are those of a node that may be trusted to tell its content."""
+    return (
+        node.mtime_ns == st.st_mtime_ns
+        and node.ctime_ns == st.st_ctime_ns
+        and node.inode == st.st_ino
+        and node.kind == kind
+        and not node.racy
+        and (kind != Kind.FILE or (node.size == st.st_size and node.state == 0))
+        and node.nlink == st.st_nlink
+        and (node.nlink == 1 or kind == Kind.DIRECTORY or _has_device(node, st))
+        and node.uid == st.st_uid
+        and node.mode == st.st_mode & 0o7777
+    )
+
+
+def _has_device(node: Node, st: os.stat_result) -> bool:
+    return node.extra is not None and node.extra.device == st.st_dev
