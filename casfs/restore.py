@@ -1,0 +1,469 @@
+"""Restore: a tree of a snapshot, written below a target folder without a mount.
+
+A file appears under its name only when every chunk and then the whole file have verified. What is
+damaged is reported and the rest is restored. Nothing is written outside the target: every directory is
+reached by its descriptor, and a symlink in the way is replaced and never followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from blake3 import blake3
+
+from casfs import target
+from casfs.content import Extent, check_chunk_length
+from casfs.errors import BlobError, IntegrityError, TreeError
+from casfs.exclude import PatternMatcher
+from casfs.monitor import Monitor, Problem, ProblemKind
+from casfs.repository import Repository
+from casfs.tree import Kind, Node, Reason, State, captured_digest, hard_link_key
+from casfs.treereader import join
+
+log = logging.getLogger(__name__)
+
+_ZEROS = bytes(1 << 20)
+
+
+class Overwrite(StrEnum):
+    """What happens to an entry that the target has already."""
+
+    ALWAYS = "always"
+    IF_CHANGED = "if-changed"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """What to restore and how; patterns in gitignore syntax against the path in the snapshot."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overwrite: Overwrite = Overwrite.ALWAYS
+    delete: bool = False
+    verify: bool = False
+    salvage: bool = False
+    dry_run: bool = False
+
+
+@dataclass(slots=True)
+class RestoreResult:
+    """What was done; `damaged` files were not restored whole, `failed` entries not at all."""
+
+    files: int = 0
+    directories: int = 0
+    others: int = 0
+    restored_bytes: int = 0
+    skipped: int = 0
+    deleted: int = 0
+    flagged: int = 0
+    damaged: int = 0
+    failed: int = 0
+    verified: int = 0
+
+
+@dataclass(slots=True)
+class _Frame:
+    """A directory that is being restored; `fd` is -1 until something in it is wanted."""
+
+    node: Node
+    path: bytes
+    fd: int
+    wanted: bool
+    nodes: Iterator[Node] = field(default_factory=lambda: iter(()))
+    created: bool = False
+    complete: bool = True
+    kept: set[bytes] = field(default_factory=set)
+
+
+class Restorer:
+    """Restore into one target; used once, by one thread."""
+
+    def __init__(self, repository: Repository, options: RestoreOptions, monitor: Monitor) -> None:
+        self.result = RestoreResult()
+        self._repository = repository
+        self._options = options
+        self._monitor = monitor
+        self._include = PatternMatcher(options.include) if options.include else None
+        self._exclude = PatternMatcher(options.exclude) if options.exclude else None
+        self._links: dict[tuple[int, int], bytes] = {}
+        self._root_fd = -1
+        self._stack: list[_Frame] = []
+        self._base = 0
+
+    def restore(self, path: bytes, node: Node, folder: bytes, with_root: bool) -> RestoreResult:
+        """Restore the node at `path` of a snapshot: a directory's entries go straight into `folder`.
+
+        `with_root` gives `folder` the directory's own metadata too.
+        """
+        if not self._options.dry_run:
+            self._root_fd = target.open_root(folder)
+        try:
+            if node.tree is None:
+                above = Node(b"", Kind.DIRECTORY, 0o700, 0, 0, 0, 0, 0, 1)
+                root = _Frame(above, path.rpartition(b"/")[0], self._root_fd, self._include is None)
+                root.nodes = iter([node])
+                root.complete = with_root = False
+            else:
+                root = self._frame(path, node, self._root_fd, self._include is None)
+            self._base = len(root.path) + 1 if root.path else 0
+            self._run(root, with_root)
+        finally:
+            for frame in self._stack[1:]:
+                if frame.fd >= 0:
+                    os.close(frame.fd)
+            if self._root_fd >= 0:
+                os.close(self._root_fd)
+        return self.result
+
+    def _run(self, root: _Frame, with_root: bool) -> None:
+        self._stack = [root]
+        while self._stack:
+            frame = self._stack[-1]
+            child = self._advance(frame)
+            if child is not None:
+                self._stack.append(child)
+                continue
+            is_root = len(self._stack) == 1
+            self._leave(frame, frame.created or (with_root if is_root else frame.wanted))
+            self._stack.pop()
+            if not is_root and frame.fd >= 0:
+                os.close(frame.fd)
+
+    def _advance(self, frame: _Frame) -> _Frame | None:
+        for node in frame.nodes:
+            path = join(frame.path, node.name)
+            if self._options.delete:
+                frame.kept.add(node.name)
+            is_directory = node.tree is not None
+            if self._exclude is not None and self._exclude.matches(path, is_directory):
+                continue
+            included = (
+                self._include is None or frame.wanted or self._include.matches(path, is_directory)
+            )
+            if is_directory:
+                child = self._frame(path, node, -1, included)
+                if included and not self._enter(child):
+                    continue
+                return child
+            if included:
+                self._restore_entry(frame, path, node)
+        return None
+
+    def _frame(self, path: bytes, node: Node, fd: int, wanted: bool) -> _Frame:
+        frame = _Frame(node, path, fd, wanted)
+        frame.nodes = self._nodes(frame)
+        return frame
+
+    def _nodes(self, frame: _Frame) -> Iterator[Node]:
+        """Yield a directory's entries; a damaged tree is reported where it ends."""
+        assert frame.node.tree is not None
+        try:
+            yield from self._repository.trees.nodes(frame.node.tree)
+        except IntegrityError as error:
+            frame.complete = False
+            self._damaged(frame.path, f"the directory cannot be read whole: {error}")
+
+    def _enter(self, child: _Frame) -> bool:
+        """Make a directory, with those above it that nobody needed yet; False where it is in the way."""
+        self.result.directories += 1
+        if self._options.dry_run:
+            return True
+        try:
+            return self._open(len(self._stack), child)
+        except OSError as error:
+            self._fail(child.path, error)
+            return False
+
+    def _open(self, depth: int, child: _Frame) -> bool:
+        above = self._stack[depth - 1]
+        if above.fd < 0 and not self._open(depth - 1, above):
+            return False
+        name = child.node.name
+        st = target.entry_stat(above.fd, name)
+        if st is not None and not stat.S_ISDIR(st.st_mode):
+            if self._options.overwrite == Overwrite.NEVER:
+                self.result.skipped += 1
+                return False
+            target.remove(above.fd, name, st)
+            st = None
+        if st is None:
+            child.fd = target.make_directory(above.fd, name)
+            child.created = True
+        else:
+            child.fd = target.open_below(above.fd, name)
+        return True
+
+    def _leave(self, frame: _Frame, with_metadata: bool) -> None:
+        if self._options.dry_run or frame.fd < 0:
+            return
+        if self._options.delete and frame.wanted and frame.complete:
+            self._delete_others(frame)
+        if with_metadata:
+            self._set_metadata(frame.fd, b".", frame.node, frame.path, frame.fd)
+
+    def _delete_others(self, frame: _Frame) -> None:
+        for text in os.listdir(frame.fd):
+            name = os.fsencode(text)
+            path = join(frame.path, name)
+            if name in frame.kept:
+                continue
+            try:
+                st = target.entry_stat(frame.fd, name)
+                if st is None:
+                    continue
+                is_directory = stat.S_ISDIR(st.st_mode)
+                if self._exclude is not None and self._exclude.matches(path, is_directory):
+                    continue
+                target.remove(frame.fd, name, st)
+                self.result.deleted += 1
+            except OSError as error:
+                self._fail(path, error)
+
+    def _restore_entry(self, frame: _Frame, path: bytes, node: Node) -> None:
+        self._progress(path)
+        if node.state == State.CHANGED:
+            self.result.flagged += 1
+            self._tell_flagged(path, node)
+        if self._options.dry_run:
+            self._count(node)
+            return
+        try:
+            if frame.fd < 0 and not self._open(len(self._stack) - 1, frame):
+                return
+            st = target.entry_stat(frame.fd, node.name)
+            if st is not None and not self._may_replace(frame, path, node, st):
+                return
+            if self._link(frame, path, node, st):
+                return
+            if node.kind == Kind.FILE:
+                self._restore_file(frame, path, node, st)
+            else:
+                self._restore_special(frame, path, node, st)
+        except BlobError as error:
+            self._damaged(path, f"it is damaged and was not restored: {error}", error)
+        except IntegrityError as error:
+            self._damaged(path, f"it is damaged and was not restored: {error}")
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            self._fail(path, error)
+
+    def _may_replace(self, frame: _Frame, path: bytes, node: Node, st: os.stat_result) -> bool:
+        overwrite = self._options.overwrite
+        if overwrite == Overwrite.NEVER:
+            self.result.skipped += 1
+            return False
+        same = (
+            overwrite == Overwrite.IF_CHANGED
+            and node.kind == Kind.FILE
+            and stat.S_ISREG(st.st_mode)
+            and st.st_size == node.size
+            and st.st_mtime_ns == node.mtime_ns
+        )
+        if same:
+            self.result.skipped += 1
+            fd = os.open(node.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=frame.fd)
+            try:
+                self._set_metadata(frame.fd, node.name, node, path, fd)
+            finally:
+                os.close(fd)
+            return False
+        if stat.S_ISDIR(st.st_mode) and not self._options.delete:
+            if os.listdir(_opened := target.open_below(frame.fd, node.name)):
+                os.close(_opened)
+                raise OSError(errno.ENOTEMPTY, "a directory that is not empty is in its place")
+            os.close(_opened)
+        return True
+
+    def _link(self, frame: _Frame, path: bytes, node: Node, st: os.stat_result | None) -> bool:
+        """Make a further name of a file that was restored before; False where this is the first."""
+        key = hard_link_key(node)
+        first = self._links.get(key) if key is not None else None
+        if key is None or first is None:
+            return False
+        name = target.temporary_name()
+        try:
+            os.link(
+                first, name, src_dir_fd=self._root_fd, dst_dir_fd=frame.fd, follow_symlinks=False
+            )
+        except OSError as error:
+            log.info("%r cannot be linked, it is copied: %s", path, error)
+            return False
+        self._put_in_place(frame, name, node, st)
+        self._count(node)
+        return True
+
+    def _restore_file(
+        self, frame: _Frame, path: bytes, node: Node, st: os.stat_result | None
+    ) -> None:
+        fd, name = target.create_file(frame.fd)
+        try:
+            try:
+                self._write(fd, path, node)
+                self._set_metadata(frame.fd, name, node, path, fd)
+                self._put_in_place(frame, name, node, st)
+            finally:
+                os.close(fd)
+        except BaseException:
+            _unlink_quietly(frame.fd, name)
+            raise
+        self._remember(path, node)
+        self._count(node)
+        if self._options.verify:
+            self._verify(frame, path, node)
+
+    def _write(self, fd: int, path: bytes, node: Node) -> None:
+        """Write a file's content; raises BlobError or TreeError unless all of it verifies."""
+        if node.size:
+            os.ftruncate(fd, node.size)
+        whole = blake3()
+        done = 0
+        lost: list[tuple[int, int]] = []
+        for extent in self._repository.content(node).extents():
+            check_chunk_length(extent)
+            done = extent.begin + extent.length
+            data = self._extent(extent, lost)
+            if data is None:
+                _update_zeros(whole, extent.length)
+                continue
+            whole.update(data)
+            _write_at(fd, data, extent.begin)
+        if lost:
+            ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)
+            self._damaged(path, f"it is damaged, zeros stand in the bytes {ranges}", None, lost)
+        elif done != node.size:
+            raise TreeError(f"its list tells {done} bytes where {node.size} were captured")
+        elif whole.digest() != captured_digest(node):
+            raise TreeError("all its chunks verify, but together they do not have its digest")
+
+    def _extent(self, extent: Extent, lost: list[tuple[int, int]]) -> bytes | None:
+        if extent.digest is None:
+            return None
+        try:
+            data = self._repository.store.read(extent.digest)
+            if len(data) != extent.length:
+                raise TreeError("a chunk does not have the length that is recorded for it")
+            return data
+        except IntegrityError:
+            if not self._options.salvage:
+                raise
+            lost.append((extent.begin, extent.begin + extent.length))
+            return None
+
+    def _restore_special(
+        self, frame: _Frame, path: bytes, node: Node, st: os.stat_result | None
+    ) -> None:
+        name = target.temporary_name()
+        target.make_special(frame.fd, name, node)
+        try:
+            self._set_metadata(frame.fd, name, node, path, None)
+            self._put_in_place(frame, name, node, st)
+        except BaseException:
+            _unlink_quietly(frame.fd, name)
+            raise
+        self._remember(path, node)
+        self._count(node)
+
+    def _put_in_place(
+        self, frame: _Frame, name: bytes, node: Node, st: os.stat_result | None
+    ) -> None:
+        if st is not None and stat.S_ISDIR(st.st_mode):
+            target.remove(frame.fd, node.name, st)
+        os.rename(name, node.name, src_dir_fd=frame.fd, dst_dir_fd=frame.fd)
+        # Two names of one inode are not renamed onto each other: then the temporary one is left.
+        if st is not None and node.nlink > 1:
+            _unlink_quietly(frame.fd, name)
+
+    def _remember(self, path: bytes, node: Node) -> None:
+        key = hard_link_key(node)
+        if key is not None:
+            self._links[key] = path[self._base :]
+
+    def _verify(self, frame: _Frame, path: bytes, node: Node) -> None:
+        whole = blake3()
+        fd = os.open(node.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=frame.fd)
+        try:
+            while data := os.read(fd, 1 << 20):
+                whole.update(data)
+        finally:
+            os.close(fd)
+        if whole.digest() != captured_digest(node) and not self._options.salvage:
+            self._damaged(path, "what was written reads back differently")
+        else:
+            self.result.verified += 1
+
+    def _set_metadata(
+        self, fd: int, name: bytes, node: Node, path: bytes, open_fd: int | None
+    ) -> None:
+        for message in target.set_metadata(fd, name, node, open_fd):
+            self._monitor.problem(
+                Problem(ProblemKind.METADATA, path, f"not all metadata could be set: {message}")
+            )
+
+    def _count(self, node: Node) -> None:
+        if node.kind == Kind.FILE:
+            self.result.files += 1
+            self.result.restored_bytes += node.size
+            self._monitor.progress.files += 1
+            self._monitor.progress.done_bytes += node.size
+        else:
+            self.result.others += 1
+
+    def _progress(self, path: bytes) -> None:
+        self._monitor.progress.path = path
+
+    def _tell_flagged(self, path: bytes, node: Node) -> None:
+        capture = node.extra.capture if node.extra is not None else None
+        reason = Reason(capture.reason).name.lower() if capture is not None else "unknown"
+        message = f"it had changed while it was captured ({reason}); restored as captured"
+        self._monitor.problem(Problem(ProblemKind.CHANGED, path, message, {"reason": reason}))
+
+    def _damaged(
+        self,
+        path: bytes,
+        message: str,
+        error: BlobError | None = None,
+        ranges: list[tuple[int, int]] | None = None,
+    ) -> None:
+        self.result.damaged += 1
+        details: dict[str, str | int | None] = {}
+        if error is not None:
+            details["blob"] = error.digest.hex()
+            details["pack"] = error.pack.hex() if error.pack is not None else None
+        if ranges is not None:
+            details["ranges"] = ",".join(f"{begin}-{end}" for begin, end in ranges)
+        self._monitor.problem(Problem(ProblemKind.DAMAGED, path, message, details))
+
+    def _fail(self, path: bytes, error: OSError) -> None:
+        self.result.failed += 1
+        message = f"it cannot be restored: {error.strerror or error}"
+        self._monitor.problem(Problem(ProblemKind.UNREADABLE, path, message))
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        offset += written
+        view = view[written:]
+
+
+def _update_zeros(whole: blake3, length: int) -> None:
+    while length > 0:
+        part = min(length, len(_ZEROS))
+        whole.update(memoryview(_ZEROS)[:part])
+        length -= part
+
+
+def _unlink_quietly(fd: int, name: bytes) -> None:
+    try:
+        os.unlink(name, dir_fd=fd)
+    except OSError:
+        pass
