@@ -72,6 +72,7 @@ def back_up(repository: Repository, options: BackupOptions, monitor: Monitor) ->
     exists, and what the repository raises; nothing is published then.
     """
     began = time.monotonic()
+    _require_a_source(options)
     time_ns = options.time_ns if options.time_ns is not None else time.time_ns()
     parent = _find_parent(repository, options)
     writer = repository.writer(options.dry_run, options.spool_in_memory)
@@ -123,6 +124,16 @@ def _find_parent(
     return newest
 
 
+def _require_a_source(options: BackupOptions) -> None:
+    """Raise NotFoundError where there is nothing to back up; a part that is missing is a problem."""
+    if options.stdin_name is not None or any(map(os.path.lexists, options.paths)):
+        return
+    names = ", ".join(os.fsdecode(path) for path in options.paths[:3])
+    more = ", …" if len(options.paths) > 3 else ""
+    verb = "do not exist" if len(options.paths) > 1 else "does not exist"
+    raise NotFoundError(f"{names}{more} {verb}; nothing was published")
+
+
 def _kept_paths(options: BackupOptions) -> tuple[bytes, ...]:
     if options.stdin_name is not None:
         return (options.stdin_name,)
@@ -158,8 +169,6 @@ def _read_sources(
             select(list(options.paths)), parent[1].root if parent is not None else None
         )
     stats = walker.stats
-    if not (stats.files or stats.directories or stats.others):
-        raise NotFoundError("none of the sources exists; nothing was published")
     users = _names(walker.uids, lambda number: pwd.getpwuid(number).pw_name)
     groups = _names(walker.gids, lambda number: grp.getgrgid(number).gr_name)
     return root, stats, users, groups

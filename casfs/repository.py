@@ -97,7 +97,7 @@ class Repository:
         config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         storage = LocalStorage(root)
         index = Index(index_path(root, config.id))
-        index.clear()
+        index.rebuild(tuple)
         index.close()
         storage.write(CONFIG_NAME, encode_config(config))
         return config

@@ -266,9 +266,11 @@ class Restorer:
             and stat.S_ISREG(st.st_mode)
             and st.st_size == node.size
             and st.st_mtime_ns == node.mtime_ns
+            and self._is_linked_alike(node, st)
         )
         if same:
             self.result.skipped += 1
+            self._remember(path, node)
             fd = os.open(node.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=frame.fd)
             try:
                 self._set_metadata(frame.fd, node.name, node, path, fd)
@@ -281,6 +283,16 @@ class Restorer:
                 raise OSError(errno.ENOTEMPTY, "a directory that is not empty is in its place")
             os.close(_opened)
         return True
+
+    def _is_linked_alike(self, node: Node, st: os.stat_result) -> bool:
+        """Tell whether an entry of the target has the other names that its node has, as far as met."""
+        key = hard_link_key(node)
+        if key is None:
+            return st.st_nlink == 1
+        first = self._links.get(key)
+        return first is None or os.path.samestat(
+            st, os.stat(first, dir_fd=self._root_fd, follow_symlinks=False)
+        )
 
     def _link(self, frame: _Frame, path: bytes, node: Node, st: os.stat_result | None) -> bool:
         """Make a further name of a file that was restored before; False where this is the first."""

@@ -7,6 +7,7 @@ that leads out of the current directory is kept as the absolute path that it mea
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -20,6 +21,14 @@ class Place:
     source: bytes
     whole: bool = False
     below: dict[bytes, Place] = field(default_factory=dict)
+
+    def sources(self) -> Iterator[bytes]:
+        """Yield the sources at and below this place."""
+        if self.whole:
+            yield self.source
+            return
+        for name in sorted(self.below):
+            yield from self.below[name].sources()
 
 
 def select(paths: list[bytes]) -> Place:

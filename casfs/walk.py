@@ -302,7 +302,7 @@ class Walker:
         try:
             above = open_directory(None, os.path.dirname(place.source) or b".", follow=True)
         except OSError as error:
-            self._missing(place, path, error)
+            self._missing(place, error)
             return None
         try:
             entry = os.path.basename(place.source)
@@ -327,7 +327,7 @@ class Walker:
             node = make_node(name, st, Kind.DIRECTORY, self._xattrs(place.source, path))
             return self._place_frame(node, path, place, tree)
         except OSError as error:
-            self._missing(place, path, error)
+            self._missing(place, error)
             return None
         finally:
             os.close(above)
@@ -445,14 +445,15 @@ class Walker:
         message = f"it cannot be read: {error.strerror or error}"
         self._monitor.problem(Problem(ProblemKind.UNREADABLE, path, message))
 
-    def _missing(self, place: Place, path: bytes, error: OSError) -> None:
-        self.stats.missing_sources += 1
-        self.stats.unreadable += 1
+    def _missing(self, place: Place, error: OSError) -> None:
         if isinstance(error, FileNotFoundError):
             message = "this source does not exist"
         else:
             message = f"this source cannot be read: {error.strerror or error}"
-        self._monitor.problem(Problem(ProblemKind.MISSING_SOURCE, path, message))
+        for source in place.sources():
+            self.stats.missing_sources += 1
+            self.stats.unreadable += 1
+            self._monitor.problem(Problem(ProblemKind.MISSING_SOURCE, source, message))
 
 
 def _is_unchanged(node: Node, st: os.stat_result, kind: Kind) -> bool:

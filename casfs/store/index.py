@@ -41,6 +41,9 @@ _SMALL_MAP_BYTES = 1024**3
 
 T = TypeVar("T")
 
+IndexedPack = tuple[PackId, int, list[PackEntry]]
+"""A pack's name, its size in bytes, and its entries."""
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
@@ -181,50 +184,48 @@ class Index:
             found = cursor.next()
         return rows
 
-    def add_packs(self, packs: Iterable[tuple[PackId, int, list[PackEntry]]]) -> None:
-        """Record packs (name, size in bytes, entries) in one durable transaction.
+    def add_packs(self, packs: Iterable[IndexedPack]) -> None:
+        """Record packs in one durable transaction.
 
         A blob that another pack holds already keeps its place; a pack that is known is left alone.
         """
         added = list(packs)
+        self._write(lambda txn: self._add(txn, added))
+
+    def rebuild(self, packs: Callable[[], Iterable[IndexedPack]]) -> None:
+        """Replace everything by what `packs` yields, in one transaction; counts as a loss.
+
+        Others see the index as it was until it is whole. Ordinals go on from where they were, so that
+        none that a reader remembers comes to mean another pack or blob.
+        """
 
         def change(txn: lmdb.Transaction) -> None:
             next_pack, next_blob, losses = self._counters(txn)
-            for pack, pack_bytes, entries in added:
-                if not txn.put(b"pack" + pack, b"", overwrite=False, db=self._meta):
-                    continue
-                value = _PACK.pack(pack, pack_bytes, len(entries), 0, 0)
-                txn.put(_ORDINAL.pack(next_pack), value, db=self._packs)
-                for entry in sorted(entries, key=lambda e: e.digest):
-                    location = _LOCATION.pack(
-                        next_pack,
-                        entry.offset,
-                        entry.stored_bytes,
-                        entry.plain_bytes,
-                        next_blob,
-                        entry.kind,
-                        entry.codec,
-                        0,
-                    )
-                    if txn.put(entry.digest, location, overwrite=False, db=self._blobs):
-                        next_blob += 1
-                next_pack += 1
-            txn.put(b"counters", _COUNTERS.pack(next_pack, next_blob, losses), db=self._meta)
-
-        self._write(change)
-
-    def clear(self) -> None:
-        """Forget everything, as the beginning of a rebuild; counts as a loss."""
-
-        def change(txn: lmdb.Transaction) -> None:
-            _, _, losses = self._counters(txn)
             for db in (self._blobs, self._packs, self._meta):
                 txn.drop(db, delete=False)
-            txn.put(b"counters", _COUNTERS.pack(0, 0, losses + 1), db=self._meta)
+            txn.put(b"counters", _COUNTERS.pack(next_pack, next_blob, losses + 1), db=self._meta)
             txn.put(b"version", INDEX_VERSION, db=self._meta)
+            self._add(txn, packs())
 
         self._write(change)
-        self._pack_ids.clear()
+
+    def _add(self, txn: lmdb.Transaction, packs: Iterable[IndexedPack]) -> None:
+        next_pack, next_blob, losses = self._counters(txn)
+        blobs, pack_location = self._blobs, _LOCATION.pack
+        for pack, pack_bytes, entries in packs:
+            if not txn.put(b"pack" + pack, b"", overwrite=False, db=self._meta):
+                continue
+            value = _PACK.pack(pack, pack_bytes, len(entries), 0, 0)
+            txn.put(_ORDINAL.pack(next_pack), value, db=self._packs)
+            for entry in sorted(entries):
+                digest, offset, stored_bytes, plain_bytes, kind, codec = entry
+                location = pack_location(
+                    next_pack, offset, stored_bytes, plain_bytes, next_blob, kind, codec, 0
+                )
+                if txn.put(digest, location, overwrite=False, db=blobs):
+                    next_blob += 1
+            next_pack += 1
+        txn.put(b"counters", _COUNTERS.pack(next_pack, next_blob, losses), db=self._meta)
 
     def mark_complete(self, snapshot: bytes) -> None:
         """Remember that every blob a snapshot needs was in the index when it was published."""
@@ -257,7 +258,7 @@ class Index:
         self._write(change)
 
     def is_current(self) -> bool:
-        """Tell whether the index was begun by `clear` in a version that this module reads."""
+        """Tell whether the index was begun by `rebuild` in a version that this module reads."""
         return self._read(lambda txn: txn.get(b"version", db=self._meta)) == INDEX_VERSION
 
     def _counters(self, txn: lmdb.Transaction) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import PackError
@@ -41,8 +41,7 @@ MAX_PACK_BYTES = 1 << 31
 """Bounds on what a reader accepts; a writer stays far below the size."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackEntry:
+class PackEntry(NamedTuple):
     """One blob of a pack: `offset` is where its payload begins, in bytes from the pack's start."""
 
     digest: Digest

@@ -6,12 +6,12 @@ Reading is safe from several threads. Nothing is returned whose digest was not r
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from casfs.digest import Digest, PackId
 from casfs.errors import BlobError, IntegrityError, NotFoundError, PackError
 from casfs.store.blob import BlobCodec
-from casfs.store.index import Index, Location
+from casfs.store.index import Index, IndexedPack, Location
 from casfs.store.pack import (
     HEADER,
     RECORD,
@@ -25,9 +25,6 @@ from casfs.store.pack import (
 from casfs.store.storage import Storage
 
 log = logging.getLogger(__name__)
-
-_REBUILD_BLOBS = 200_000
-"""Blobs per index transaction of a rebuild: few transactions, bounded memory."""
 
 
 def pack_name(pack: PackId) -> str:
@@ -53,7 +50,15 @@ class BlobStore:
 
     def read(self, digest: Digest) -> bytes:
         """Return a blob's verified plaintext; raises BlobError when it is missing or damaged."""
-        return self.read_at(digest, self.locate(digest))
+        location = self.locate(digest)
+        try:
+            return self.read_at(digest, location)
+        except BlobError:
+            # A prune may have moved it between the two steps; then the index knows better by now.
+            moved = self.index.lookup(digest)
+            if moved is None or moved == location:
+                raise
+            return self.read_at(digest, moved)
 
     def read_at(self, digest: Digest, location: Location) -> bytes:
         """Return the verified plaintext of a blob whose place was looked up before."""
@@ -115,34 +120,26 @@ class BlobStore:
         """
         stored = dict(self.stored_packs())
         indexed = {record.pack for record in self.index.packs()}
-        if not self.index.is_current() or indexed - stored.keys():
-            if indexed:
-                log.warning(
-                    "the index named %d packs that are not there; it is rebuilt from the packs",
-                    len(indexed - stored.keys()),
-                )
-            self.index.clear()
-            indexed = set()
-        self._add(pack for pack in stored.items() if pack[0] not in indexed)
+        missing = indexed - stored.keys()
+        if missing:
+            log.warning(
+                "the index named %d packs that are not there; it is rebuilt from the packs",
+                len(missing),
+            )
+        if missing or not self.index.is_current():
+            self.rebuild()
+        elif new := sorted(stored.keys() - indexed):
+            self.index.add_packs(self._indexed((pack, stored[pack]) for pack in new))
 
     def rebuild(self) -> None:
         """Build the index anew from the packs alone."""
-        self.index.clear()
-        self._add(self.stored_packs())
+        self.index.rebuild(lambda: self._indexed(self.stored_packs()))
 
-    def _add(self, packs: Iterator[tuple[PackId, int]]) -> None:
-        batch: list[tuple[PackId, int, list[PackEntry]]] = []
-        blobs = 0
+    def _indexed(self, packs: Iterable[tuple[PackId, int]]) -> Iterator[IndexedPack]:
         for pack, pack_bytes in packs:
             try:
                 entries = self.read_directory(pack, pack_bytes)
             except PackError as error:
                 log.warning("%s; its intact blobs are found one by one", error)
                 entries = self.salvage_directory(pack)
-            batch.append((pack, pack_bytes, entries))
-            blobs += len(entries)
-            if blobs >= _REBUILD_BLOBS:
-                self.index.add_packs(batch)
-                batch, blobs = [], 0
-        if batch:
-            self.index.add_packs(batch)
+            yield pack, pack_bytes, entries
