@@ -90,7 +90,7 @@ class ContentReader:
     """
 
     def __init__(self, content: bytes, levels: int, read: Callable[[Digest], bytes]) -> None:
-        self._records = _parse(content)
+        self._records = parse_records(content)
         self._levels = levels
         self._read = read
 
@@ -108,7 +108,7 @@ class ContentReader:
             if levels == 0:
                 yield Extent(ends[i], length, None if digest == HOLE else Digest(digest))
                 continue
-            piece = _parse(self._read(Digest(digest)))
+            piece = parse_records(self._read(Digest(digest)))
             if sum(size for size, _ in piece) != length:
                 raise TreeError("a content list does not have the length that is recorded for it")
             yield from self._walk(piece, levels - 1, ends[i], begin)
@@ -123,13 +123,14 @@ class ContentReader:
                     continue
                 yield Digest(digest)
                 if levels:
-                    stack.append((iter(_parse(self._read(Digest(digest)))), levels - 1))
+                    stack.append((iter(parse_records(self._read(Digest(digest)))), levels - 1))
                     break
             else:
                 stack.pop()
 
 
-def _parse(data: bytes) -> list[tuple[int, bytes]]:
+def parse_records(data: bytes) -> list[tuple[int, bytes]]:
+    """Return lengths and digests of a list; raises TreeError where it breaks the rules."""
     if len(data) % RECORD.size:
         raise TreeError("a content list has an impossible size")
     records = list(RECORD.iter_unpack(data))

@@ -23,6 +23,7 @@ class ProblemKind(StrEnum):
     DAMAGED = "damaged"
     METADATA = "metadata"
     UNSAFE = "unsafe"
+    LEFT_OUT = "left out"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from casfs.digest import SHOWN_HEX_DIGITS
+from casfs.naming import shown as shown
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -36,33 +37,6 @@ class Output:
         """Print a sentence about a problem to standard error."""
         sys.stdout.flush()
         print(f"casfs: {sentence}", file=sys.stderr)
-
-
-def shown(name: bytes) -> str:
-    """Return a file name as people see it: control bytes, odd bytes and backslashes escaped.
-
-    What comes out is one line, and two names never look alike.
-    """
-    try:
-        text = name.decode("utf-8")
-    except UnicodeDecodeError:
-        text = name.decode("utf-8", "surrogateescape")
-    if text.isprintable() and "\\" not in text:
-        return text
-    return "".join(map(_shown_character, text))
-
-
-def _shown_character(character: str) -> str:
-    code = ord(character)
-    if character == "\\":
-        return "\\\\"
-    if character.isprintable():
-        return character
-    if 0xDC80 <= code <= 0xDCFF:
-        return f"\\x{code - 0xDC00:02x}"
-    if code < 0x80:
-        return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(character, f"\\x{code:02x}")
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def json_path(path: bytes, field: str = "path") -> dict[str, str]:

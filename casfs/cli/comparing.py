@@ -1,0 +1,129 @@
+"""The verb diff."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import click
+
+from casfs.cli.app import EXIT_DAMAGED, Settings, common_options
+from casfs.cli.output import Output, json_path, shown, shown_size
+from casfs.cli.progress import CommandMonitor
+
+if TYPE_CHECKING:
+    from casfs.cli.nodes import NodeFields
+    from casfs.diff import Change
+    from casfs.tree import Node
+
+_MARKS = {"added": "+", "removed": "-", "modified": "M", "metadata": "U", "type": "T"}
+
+
+@dataclass(slots=True)
+class _Summary:
+    """What a comparison found; sizes in bytes of regular files."""
+
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_MARKS, 0))
+    added_bytes: int = 0
+    removed_bytes: int = 0
+    modified_bytes: int = 0
+    flagged: int = 0
+
+
+@click.command()
+@click.argument("before", metavar="SNAP[:PATH]")
+@click.argument("after", metavar="SNAP[:PATH]")
+@common_options
+@click.pass_obj
+def diff(settings: Settings, before: str, after: str) -> int:
+    """Tell what changed from one snapshot, or part of one, to another.
+
+    + added, - removed, M other content, U other metadata, T another kind. Paths are told as seen from
+    what was compared; `.` is that itself. Inode numbers and ctimes are no difference.
+    """
+    from casfs.cli.nodes import NodeFields
+    from casfs.diff import Differ, passages_of
+    from casfs.repository import Repository
+
+    output = settings.output()
+    monitor = CommandMonitor(output, "diff")
+    summary = _Summary()
+    with Repository.open(settings.repository_path()) as repository:
+        old_id, old, old_path, old_node = repository.resolve_path(before)
+        new_id, new, new_path, new_node = repository.resolve_path(after)
+        passages = passages_of(old.paths, old_path) | passages_of(new.paths, new_path)
+        differ = Differ(repository.trees, monitor, passages)
+        told = NodeFields(old), NodeFields(new)
+        for change in differ.changes(old_node, new_node):
+            _add(summary, change)
+            _print(output, change) if not output.as_json else _emit(output, change, *told)
+    counts = summary.counts
+    output.line(
+        f"{counts['added']} added ({shown_size(summary.added_bytes)}), "
+        f"{counts['removed']} removed ({shown_size(summary.removed_bytes)}), "
+        f"{counts['modified']} modified ({shown_size(summary.modified_bytes)}), "
+        f"{counts['metadata']} of other metadata, {counts['type']} of another kind"
+    )
+    if summary.flagged:
+        output.line(f"{summary.flagged} of them were captured while they changed")
+    output.emit(
+        "summary",
+        before=old_id.hex(),
+        after=new_id.hex(),
+        **counts,
+        added_bytes=summary.added_bytes,
+        removed_bytes=summary.removed_bytes,
+        modified_bytes=summary.modified_bytes,
+        flagged=summary.flagged,
+        damaged=monitor.problems,
+    )
+    return EXIT_DAMAGED if monitor.problems else 0
+
+
+def _add(summary: _Summary, change: Change) -> None:
+    summary.counts[change.kind] += 1
+    before, after = _file_bytes(change.before), _file_bytes(change.after)
+    if change.kind == "modified":
+        summary.modified_bytes += after
+    elif change.kind != "metadata":
+        summary.added_bytes += after
+        summary.removed_bytes += before
+    summary.flagged += bool(_flagged_sides(change))
+
+
+def _file_bytes(node: Node | None) -> int:
+    from casfs.tree import Kind
+
+    return node.size if node is not None and node.kind == Kind.FILE else 0
+
+
+def _flagged_sides(change: Change) -> list[str]:
+    from casfs.flagged import is_flagged
+
+    sides = (("before", change.before), ("after", change.after))
+    return [side for side, node in sides if node is not None and is_flagged(node)]
+
+
+def _print(output: Output, change: Change) -> None:
+    slash = "/" if change.kind in ("added", "removed") and _is_directory(change) else ""
+    output.line(f"{_MARKS[change.kind]}  {shown(change.path) or '.'}{slash}")
+    for side in _flagged_sides(change):
+        output.line(f"      the file {side} was captured while it changed")
+
+
+def _is_directory(change: Change) -> bool:
+    node = change.after if change.after is not None else change.before
+    return node is not None and node.tree is not None
+
+
+def _emit(output: Output, change: Change, before: NodeFields, after: NodeFields) -> None:
+    path = change.path
+    output.emit(
+        "change",
+        **json_path(path),
+        change=change.kind.value,
+        fields=list(change.fields),
+        flagged=_flagged_sides(change),
+        before=before.fields(path, change.before) if change.before is not None else None,
+        after=after.fields(path, change.after) if change.after is not None else None,
+    )

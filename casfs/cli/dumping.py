@@ -1,0 +1,101 @@
+"""The verb dump."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, BinaryIO
+
+import click
+
+from casfs.cli.app import Settings, common_options
+from casfs.cli.output import json_path, shown
+from casfs.cli.progress import CommandMonitor
+from casfs.errors import CasfsError, UsageError
+
+if TYPE_CHECKING:
+    from casfs.repository import Repository
+    from casfs.tar import TarStats
+    from casfs.tree import Node
+
+
+@click.command()
+@click.argument("snap", metavar="SNAP:PATH")
+@click.option("--output", "-o", "target", metavar="FILE", help="Write to FILE, not to stdout.")
+@common_options
+@click.pass_obj
+def dump(settings: Settings, snap: str, target: str | None) -> None:
+    """Write what a file holds, or what is below a directory as a tar, to stdout or to FILE.
+
+    Every byte is verified before it is written. The output ends where damage begins (exit 5).
+    """
+    from casfs.cli.nodes import KIND_NAMES
+    from casfs.repository import Repository
+    from casfs.tree import Kind
+
+    output = settings.output()
+    monitor = CommandMonitor(output, "dump")
+    with Repository.open(settings.repository_path()) as repository, ExitStack() as stack:
+        snapshot_id, snapshot, path, node = repository.resolve_path(snap)
+        kind = Kind(node.kind)
+        if kind not in (Kind.FILE, Kind.DIRECTORY):
+            raise CasfsError(
+                f"{shown(path)} is neither a file nor a directory but a {KIND_NAMES[kind]}; "
+                "it holds nothing to dump"
+            )
+        file = _open(target, node, output.as_json, stack)
+        if target is not None:
+            stack.enter_context(monitor)
+            monitor.progress.total_files = node.tree.nodes if node.tree is not None else 1
+        if node.tree is None:
+            stats = _dump_file(repository, node, path, file, monitor)
+        else:
+            from casfs.tar import TarWriter
+
+            writer = TarWriter(repository, snapshot, file.write, monitor)
+            writer.add_below(node, path)
+            stats = writer.finish()
+        file.flush()
+    output.emit(
+        "summary",
+        snapshot=snapshot_id.hex(),
+        **json_path(path),
+        kind=KIND_NAMES[kind],
+        output=target,
+        files=stats.files,
+        dirs=stats.directories,
+        others=stats.others,
+        bytes=stats.content_bytes,
+        left_out=stats.left_out,
+        flagged=stats.flagged,
+    )
+
+
+def _open(target: str | None, node: Node, as_json: bool, stack: ExitStack) -> BinaryIO:
+    if target is not None:
+        return stack.enter_context(open(target, "wb"))
+    if as_json:
+        raise UsageError("with --json, say where the bytes go: --output FILE")
+    if node.tree is not None and sys.stdout.isatty():
+        raise UsageError("a tar does not go to a terminal; give --output FILE or a pipe")
+    return sys.stdout.buffer
+
+
+def _dump_file(
+    repository: Repository, node: Node, path: bytes, file: BinaryIO, monitor: CommandMonitor
+) -> TarStats:
+    from casfs.flagged import is_flagged
+    from casfs.monitor import Problem, ProblemKind
+    from casfs.tar import TarStats, file_bytes
+
+    stats = TarStats(files=1, content_bytes=node.size)
+    if is_flagged(node):
+        stats.flagged = 1
+        message = "it changed while it was captured; it is written as it was captured"
+        monitor.problem(Problem(ProblemKind.CHANGED, path, message))
+    monitor.progress.path = path
+    for data in file_bytes(repository, node, path):
+        file.write(data)
+        monitor.progress.done_bytes += len(data)
+    monitor.progress.files = 1
+    return stats

@@ -1,0 +1,158 @@
+"""An entry of a snapshot as the listing verbs tell it: a line for people, an object for programs.
+
+In a line the name comes last, after all that casfs says itself, so that no name can pass for it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from casfs.cli.output import JsonValue, json_path, local_time, shown
+from casfs.snapshot import Snapshot
+from casfs.tree import Kind, Node, Reason, State, captured_digest, nodes_of
+
+KIND_NAMES = {
+    Kind.FILE: "file",
+    Kind.DIRECTORY: "dir",
+    Kind.SYMLINK: "symlink",
+    Kind.FIFO: "fifo",
+    Kind.SOCKET: "socket",
+    Kind.CHARACTER_DEVICE: "chardev",
+    Kind.BLOCK_DEVICE: "blockdev",
+}
+_FORMATS = {
+    Kind.FILE: stat.S_IFREG,
+    Kind.DIRECTORY: stat.S_IFDIR,
+    Kind.SYMLINK: stat.S_IFLNK,
+    Kind.FIFO: stat.S_IFIFO,
+    Kind.SOCKET: stat.S_IFSOCK,
+    Kind.CHARACTER_DEVICE: stat.S_IFCHR,
+    Kind.BLOCK_DEVICE: stat.S_IFBLK,
+}
+_STATES = {State.STABLE: "stable", State.APPENDED: "appended", State.CHANGED: "changed"}
+_WIDEST_OWNER = 16
+
+
+class NodeLines:
+    """Entries below one directory as lines like those of `ls -l`, columns aligned without reading ahead.
+
+    The size of a directory is that of all files below it. A column tells files that are not what they
+    would be had nobody written to them: `changed` or `appended`.
+    """
+
+    def __init__(self, snapshot: Snapshot, top: Node) -> None:
+        self._users = {number: _shown_text(name) for number, name in snapshot.users}
+        self._groups = {number: _shown_text(name) for number, name in snapshot.groups}
+        self._user_width = _width(self._users)
+        self._group_width = _width(self._groups)
+        self._size_width = len(str(total_bytes(top)))
+
+    def line(self, name: bytes, node: Node) -> str:
+        """Return the line of an entry under this name."""
+        user = self._users.get(node.uid) or str(node.uid)
+        group = self._groups.get(node.gid) or str(node.gid)
+        shown_name = shown(name)
+        if node.kind == Kind.SYMLINK:
+            shown_name += f" -> {shown(node.content)}"
+        return (
+            f"{stat.filemode(_FORMATS[Kind(node.kind)] | node.mode)} "
+            f"{user:<{self._user_width}} {group:<{self._group_width}} "
+            f"{_size(node):>{self._size_width}} {local_time(node.mtime_ns)} "
+            f"{shown_state(node):<8} {shown_name}"
+        )
+
+
+def shown_state(node: Node) -> str:
+    """Return the word for a file that was written to while it was captured, or nothing."""
+    if node.kind != Kind.FILE or node.state == State.STABLE:
+        return ""
+    return _STATES[State(node.state)]
+
+
+def shown_reason(node: Node) -> str:
+    """Return the word for why a file was not captured as stable."""
+    capture = node.extra.capture if node.extra is not None else None
+    if capture is None:
+        return "unknown"
+    try:
+        return Reason(capture.reason).name.lower().replace("_", " ")
+    except ValueError:
+        return str(capture.reason)
+
+
+def total_bytes(node: Node) -> int:
+    """Return the size of a file, or of all files below a directory."""
+    return node.size if node.tree is None else node.tree.total_bytes
+
+
+class NodeFields:
+    """Entries of one snapshot as the fields of a JSON object."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._users = dict(snapshot.users)
+        self._groups = dict(snapshot.groups)
+
+    def fields(self, path: bytes, node: Node) -> dict[str, JsonValue]:
+        """Return what is told of an entry at this path."""
+        fields: dict[str, JsonValue] = {
+            **json_path(path),
+            "kind": KIND_NAMES[Kind(node.kind)],
+            "mode": node.mode,
+            "uid": node.uid,
+            "gid": node.gid,
+            "user": self._users.get(node.uid),
+            "group": self._groups.get(node.gid),
+            "size": node.size,
+            "mtime_ns": node.mtime_ns,
+            "ctime_ns": node.ctime_ns,
+            "inode": node.inode,
+            "nlink": node.nlink,
+        }
+        if node.kind == Kind.FILE:
+            captured = captured_digest(node)
+            fields["state"] = _STATES[State(node.state)]
+            fields["captured"] = captured.hex() if captured is not None else None
+        elif node.kind == Kind.SYMLINK:
+            fields |= json_path(node.content, "target")
+        elif node.tree is not None:
+            fields["entries"] = nodes_of(node) - 1
+            fields["total_bytes"] = node.tree.total_bytes
+            fields["flagged"] = node.tree.flagged
+        if node.extra is not None:
+            fields |= _extra_fields(node)
+        return fields
+
+
+def _extra_fields(node: Node) -> dict[str, JsonValue]:
+    extra = node.extra
+    assert extra is not None
+    fields: dict[str, JsonValue] = {}
+    if node.kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE):
+        fields["rdev"] = extra.rdev
+    if extra.xattrs:
+        fields["xattrs"] = [name.decode("utf-8", "surrogateescape") for name, _ in extra.xattrs]
+    if extra.capture is not None:
+        observed = extra.capture.observed
+        fields["reason"] = shown_reason(node)
+        fields["attempts"] = extra.capture.attempts
+        fields["observed"] = observed.hex() if observed is not None else None
+    return fields
+
+
+def _shown_text(text: str) -> str:
+    return shown(text.encode("utf-8", "surrogateescape"))
+
+
+def _width(names: dict[int, str]) -> int:
+    return min(max((len(name) for name in names.values()), default=4), _WIDEST_OWNER)
+
+
+def _size(node: Node) -> str:
+    if node.kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE):
+        rdev = node.extra.rdev if node.extra is not None else 0
+        try:
+            return f"{os.major(rdev)}, {os.minor(rdev)}"
+        except (OverflowError, ValueError):
+            return str(rdev)
+    return str(total_bytes(node))

@@ -1,0 +1,310 @@
+"""Verified bytes as streams: a file as what it holds, a directory as a tar.
+
+The tar is a POSIX (pax) one: what a plain header cannot say exactly, such as nanoseconds, long or
+odd names, large numbers and xattrs, stands in an extended header before it. Its records are put
+together here, as bytes, because names and xattrs need not be text. Memory is bounded: of a file one chunk
+is held, of the hard links a limited number. The stream ends where the first damage begins, since all
+that follows would be taken for sound.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from casfs.content import check_chunk_length
+from casfs.digest import Digest
+from casfs.errors import IntegrityError, TreeError
+from casfs.flagged import is_flagged
+from casfs.monitor import Monitor, Problem, ProblemKind
+from casfs.naming import shown
+from casfs.repository import Repository
+from casfs.snapshot import Snapshot
+from casfs.tree import Kind, Node, captured_digest, hard_link_key
+
+_ZEROS = bytes(1 << 20)
+_MAX_LINKS = 100_000
+"""Hard-linked files remembered at a time; one that was forgotten is written once more, as a file."""
+
+_MAX_OCTAL_7 = 8**7 - 1
+_MAX_OCTAL_11 = 8**11 - 1
+_TYPES = {
+    Kind.FILE: tarfile.REGTYPE,
+    Kind.DIRECTORY: tarfile.DIRTYPE,
+    Kind.SYMLINK: tarfile.SYMTYPE,
+    Kind.FIFO: tarfile.FIFOTYPE,
+    Kind.CHARACTER_DEVICE: tarfile.CHRTYPE,
+    Kind.BLOCK_DEVICE: tarfile.BLKTYPE,
+}
+
+
+class DamagedContentError(IntegrityError):
+    """A file's content cannot be given from an offset on (in bytes)."""
+
+    def __init__(self, path: bytes, offset: int, cause: IntegrityError) -> None:
+        super().__init__(path, offset, cause)
+        self.path = path
+        self.offset = offset
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)} is damaged from byte {self.offset} on: {self.cause}"
+
+
+def file_bytes(repository: Repository, node: Node, path: bytes) -> Iterator[bytes]:
+    """Yield a regular file's content, chunk by chunk as it verifies, holes as zeros.
+
+    Raises DamagedContentError where a chunk does not verify, and at the end when all of them do but
+    are not what was captured.
+    """
+    whole = blake3()
+    done = 0
+    try:
+        for extent in repository.content(node).extents():
+            check_chunk_length(extent)
+            if done + extent.length > node.size:
+                raise TreeError("its list of chunks is longer than the file")
+            if extent.digest is None:
+                left = extent.length
+                while left:
+                    data = _ZEROS if left >= len(_ZEROS) else _ZEROS[:left]
+                    whole.update(data)
+                    yield data
+                    left -= len(data)
+            else:
+                data = repository.store.read(extent.digest)
+                if len(data) != extent.length:
+                    raise TreeError("a chunk does not have the length that is recorded for it")
+                whole.update(data)
+                yield data
+            done += extent.length
+        if done != node.size or whole.digest() != captured_digest(node):
+            raise TreeError("its chunks verify, but together they are not what was captured")
+    except IntegrityError as error:
+        raise DamagedContentError(path, done, error) from error
+
+
+@dataclass(slots=True)
+class TarStats:
+    """What a tar holds; `content_bytes` are those of the files in it."""
+
+    files: int = 0
+    directories: int = 0
+    others: int = 0
+    links: int = 0
+    left_out: int = 0
+    flagged: int = 0
+    content_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Link:
+    """A file that was written and has further names that were not met yet."""
+
+    path: bytes
+    kind: int
+    digest: Digest | None
+    names_left: int
+
+
+class TarWriter:
+    """Write the entries below directories of one snapshot to `write`, as one tar; used once.
+
+    Sockets, which a tar cannot hold, are left out, and flagged files are written as they were
+    captured; the monitor is told of both.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        snapshot: Snapshot,
+        write: Callable[[bytes], object],
+        monitor: Monitor,
+    ) -> None:
+        self.stats = TarStats()
+        self._repository = repository
+        self._users = dict(snapshot.users)
+        self._groups = dict(snapshot.groups)
+        self._write = write
+        self._monitor = monitor
+        self._written_bytes = 0
+        self._links: dict[tuple[int, int], _Link] = {}
+
+    def add_below(self, root: Node, path: bytes) -> None:
+        """Write all entries below a directory that is at `path` of the snapshot, named from there on.
+
+        The directory's own metadata are not in the tar, so that unpacking it changes nothing of the
+        folder where that is done. Raises DamagedContentError, BlobError and TreeError.
+        """
+        for name, node in self._repository.trees.walk(root):
+            self._add(name, path + b"/" + name if path else name, node)
+
+    def finish(self) -> TarStats:
+        """Write the end of the tar."""
+        self._put(bytes(2 * tarfile.BLOCKSIZE))
+        self._put(bytes(-self._written_bytes % tarfile.RECORDSIZE))
+        return self.stats
+
+    def _add(self, name: bytes, path: bytes, node: Node) -> None:
+        progress = self._monitor.progress
+        progress.path = path
+        progress.files += node.kind == Kind.FILE
+        if node.kind == Kind.SOCKET:
+            self._leave_out(path, "a socket cannot be in a tar; it is left out")
+            return
+        if is_flagged(node):
+            self.stats.flagged += 1
+            message = "it changed while it was captured; it is written as it was captured"
+            self._monitor.problem(Problem(ProblemKind.CHANGED, path, message))
+        first = self._first_name(node)
+        if first is not None:
+            self._put(self._header(name, node, tarfile.LNKTYPE, first))
+            self.stats.links += 1
+            self._count(node)
+            return
+        if node.kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE) and _device(node) is None:
+            self._leave_out(path, "its device number does not fit into a tar; it is left out")
+            return
+        if node.kind == Kind.DIRECTORY:
+            name += b"/"
+        target = node.content if node.kind == Kind.SYMLINK else b""
+        self._put(self._header(name, node, _TYPES[Kind(node.kind)], target))
+        if node.kind == Kind.FILE:
+            for data in file_bytes(self._repository, node, path):
+                self._put(data)
+                progress.done_bytes += len(data)
+            self._put(bytes(-node.size % tarfile.BLOCKSIZE))
+            self.stats.content_bytes += node.size
+        self._remember(name, node)
+        self._count(node)
+
+    def _leave_out(self, path: bytes, message: str) -> None:
+        self.stats.left_out += 1
+        self._monitor.problem(Problem(ProblemKind.LEFT_OUT, path, message))
+
+    def _count(self, node: Node) -> None:
+        if node.kind == Kind.FILE:
+            self.stats.files += 1
+        elif node.kind == Kind.DIRECTORY:
+            self.stats.directories += 1
+        else:
+            self.stats.others += 1
+
+    def _first_name(self, node: Node) -> bytes | None:
+        """Return the name under which the same file was written before, or None."""
+        key = hard_link_key(node)
+        link = self._links.get(key) if key is not None else None
+        if key is None or link is None:
+            return None
+        if (link.kind, link.digest) != (node.kind, captured_digest(node)):
+            return None
+        link.names_left -= 1
+        if not link.names_left:
+            del self._links[key]
+        return link.path
+
+    def _remember(self, name: bytes, node: Node) -> None:
+        key = hard_link_key(node)
+        if key is not None:
+            if len(self._links) >= _MAX_LINKS:
+                self._links.pop(next(iter(self._links)))
+            self._links[key] = _Link(name, node.kind, captured_digest(node), node.nlink - 1)
+
+    def _put(self, data: bytes) -> None:
+        self._write(data)
+        self._written_bytes += len(data)
+
+    def _header(self, name: bytes, node: Node, kind: bytes, target: bytes) -> bytes:
+        """Return the header of an entry, after the extended one that it may need."""
+        info = tarfile.TarInfo()
+        info.type = kind
+        info.mode = node.mode
+        records: dict[bytes, bytes] = {}
+        info.name = _text(records, b"path", name, tarfile.LENGTH_NAME)
+        info.linkname = _text(records, b"linkpath", target, tarfile.LENGTH_LINK)
+        user, group = self._users.get(node.uid, ""), self._groups.get(node.gid, "")
+        info.uname = _text(records, b"uname", user.encode("utf-8", "surrogateescape"), 31)
+        info.gname = _text(records, b"gname", group.encode("utf-8", "surrogateescape"), 31)
+        info.uid = _number(records, b"uid", node.uid, _MAX_OCTAL_7)
+        info.gid = _number(records, b"gid", node.gid, _MAX_OCTAL_7)
+        size = node.size if kind == tarfile.REGTYPE else 0
+        info.size = _number(records, b"size", size, _MAX_OCTAL_11)
+        seconds, rest_ns = divmod(node.mtime_ns, 1_000_000_000)
+        info.mtime = min(max(seconds, 0), _MAX_OCTAL_11)
+        if rest_ns or info.mtime != seconds:
+            records[b"mtime"] = _decimal_seconds(node.mtime_ns)
+        if kind in (tarfile.CHRTYPE, tarfile.BLKTYPE):
+            device = _device(node)
+            assert device is not None
+            info.devmajor, info.devminor = device
+        if node.extra is not None and kind != tarfile.LNKTYPE:
+            for attribute, value in node.extra.xattrs:
+                # GNU tar's way to keep the sign that ends a keyword out of it.
+                keyword = attribute.replace(b"%", b"%25").replace(b"=", b"%3D")
+                records[b"SCHILY.xattr." + keyword] = value
+        return _extended_header(records) + info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _text(records: dict[bytes, bytes], keyword: bytes, value: bytes, limit: int) -> str:
+    """Return what the plain header says; what it can't goes into the records."""
+    if value.isascii() and len(value) <= limit:
+        return value.decode("ascii")
+    records[keyword] = value
+    if not _is_utf8(value):
+        records[b"hdrcharset"] = b"BINARY"
+    return value[:limit].decode("ascii", "replace").replace("\ufffd", "?")
+
+
+def _number(records: dict[bytes, bytes], keyword: bytes, value: int, limit: int) -> int:
+    if value <= limit:
+        return value
+    records[keyword] = b"%d" % value
+    return 0
+
+
+def _decimal_seconds(time_ns: int) -> bytes:
+    seconds, rest_ns = divmod(abs(time_ns), 1_000_000_000)
+    return b"%s%d.%09d" % (b"-" if time_ns < 0 else b"", seconds, rest_ns)
+
+
+def _device(node: Node) -> tuple[int, int] | None:
+    """Return major and minor number of a device, or None where a tar cannot hold them."""
+    rdev = node.extra.rdev if node.extra is not None else 0
+    try:
+        device = os.major(rdev), os.minor(rdev)
+    except (OverflowError, ValueError):
+        return None
+    return device if max(device) <= _MAX_OCTAL_7 else None
+
+
+def _extended_header(records: dict[bytes, bytes]) -> bytes:
+    if not records:
+        return b""
+    # How the names are to be read must be said before the names.
+    ordered = sorted(records.items(), key=lambda record: record[0] != b"hdrcharset")
+    data = b"".join(_record(keyword, value) for keyword, value in ordered)
+    info = tarfile.TarInfo("PaxHeaders/entry")
+    info.type = tarfile.XHDTYPE
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _record(keyword: bytes, value: bytes) -> bytes:
+    """Return a record, which begins with its own length in decimal."""
+    rest = b" %s=%s\n" % (keyword, value)
+    length = len(rest)
+    while length != len(rest) + len(str(length)):
+        length = len(rest) + len(str(length))
+    return b"%d%s" % (length, rest)
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
