@@ -112,7 +112,7 @@ class Capturer:
 
     def capture_stream(self, name: bytes, fd: int, st: os.stat_result) -> Node:
         """Return the node of a file that is read from a pipe to its end."""
-        reading = self._read_chunks(_stream_reader(fd))
+        reading = self._read_chunks(_stream_reader(fd), None)
         node = _make_node(name, st, (), reading, State.STABLE, racy=True)
         return replace(node, mode=0o600, kind=Kind.FILE, nlink=1, extra=None)
 
@@ -167,7 +167,7 @@ class Capturer:
             return self._read_sparse(fd, size)
         if size <= self._small_bytes:
             return self._read_small(fd, size)
-        return self._read_chunks(_range_reader(fd, 0, size))
+        return self._read_chunks(_range_reader(fd, 0, size), size)
 
     def _read_small(self, fd: int, size: int) -> _Reading:
         data = os.read(fd, size) if size else b""
@@ -184,10 +184,12 @@ class Capturer:
         captured = None if digest == plain else plain
         return _Reading(content, 0, len(data), plain, captured, (digest, data))
 
-    def _read_chunks(self, read_into: Callable[[memoryview], int]) -> _Reading:
+    def _read_chunks(
+        self, read_into: Callable[[memoryview], int], most_bytes: int | None
+    ) -> _Reading:
         whole = blake3()
         content = ContentWriter(self._put, self._digest)
-        size = self._store_chunks(read_into, whole, content)
+        size = self._store_chunks(read_into, most_bytes, whole, content)
         return _finish(content, whole, size)
 
     def _read_sparse(self, fd: int, size: int) -> _Reading:
@@ -196,7 +198,7 @@ class Capturer:
         done = 0
         for begin, end in data_ranges(fd, size):
             _add_hole(content, whole, begin - done)
-            stored = self._store_chunks(_range_reader(fd, begin, end), whole, content)
+            stored = self._store_chunks(_range_reader(fd, begin, end), end - begin, whole, content)
             done = begin + stored
             if done < end:
                 return _finish(content, whole, done)
@@ -207,10 +209,14 @@ class Capturer:
         return _finish(content, whole, done)
 
     def _store_chunks(
-        self, read_into: Callable[[memoryview], int], whole: blake3, content: ContentWriter
+        self,
+        read_into: Callable[[memoryview], int],
+        most_bytes: int | None,
+        whole: blake3,
+        content: ContentWriter,
     ) -> int:
         size = 0
-        for chunk in self._chunker.cut(read_into):
+        for chunk in self._chunker.cut(read_into, most_bytes):
             digest = self._digest(chunk)
             whole.update(chunk)
             self._put(BlobKind.DATA, digest, chunk)

@@ -21,6 +21,7 @@ class Chunker:
 
     def __init__(self, config: ChunkerConfig) -> None:
         self.min_bytes = config.min_bytes
+        self._buffered_bytes = 2 * config.max_bytes
         self._cutter = FastCDC(
             config.avg_bytes,
             min_size=config.min_bytes,
@@ -29,15 +30,26 @@ class Chunker:
             seed=config.seed,
         )
 
-    def cut(self, read_into: ReadInto) -> Iterator[bytes]:
-        """Yield the chunks of a stream, each a private copy that the caller may keep."""
+    def cut(self, read_into: ReadInto, most_bytes: int | None = None) -> Iterator[bytes]:
+        """Yield the chunks of a stream, each a private copy that the caller may keep.
+
+        `most_bytes` bounds the stream where the caller knows it: a short one is read into one buffer,
+        since the stream interface allocates and clears two maximal chunks for every stream.
+        """
+        if most_bytes is not None and most_bytes <= self._buffered_bytes:
+            yield from self._cut_buffered(read_into, most_bytes)
+            return
         for chunk in self._cutter.cut_stream(_Stream(read_into)):
             yield bytes(chunk.data)
 
-    def cut_buffer(self, data: bytes) -> Iterator[bytes]:
-        """Yield the chunks of a private buffer: the same cuts as `cut` makes in the same bytes."""
-        for chunk in self._cutter.cut_buf(data):
-            yield bytes(chunk.data)
+    def _cut_buffered(self, read_into: ReadInto, most_bytes: int) -> Iterator[bytes]:
+        data = memoryview(bytearray(most_bytes))
+        size = 0
+        while size < most_bytes and (count := read_into(data[size:])):
+            size += count
+        if size:
+            for chunk in self._cutter.cut_buf(data[:size]):
+                yield bytes(chunk.data)
 
 
 class _Stream:
