@@ -2,7 +2,8 @@
 
 One thread walks, compares, reads and hashes; the writer's threads do the rest. Entries are visited in
 the order of their names, a directory's own entry after all that is in it, so that every tree is written
-once and memory holds one directory of each level.
+once and memory holds one directory of each level. When that is stored, files that had changed while they
+were captured are looked at once more.
 """
 
 from __future__ import annotations
@@ -16,21 +17,26 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from casfs import __version__
-from casfs.capture import DEFAULT_ATTEMPTS, Capturer
+from casfs.capture import DEFAULT_ATTEMPTS, DEFAULT_PATIENCE_S, Capturer, Patience
 from casfs.digest import SnapshotId
-from casfs.errors import IntegrityError, NotFoundError
+from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
 from casfs.exclude import Exclusions
+from casfs.freeze import Freeze, Freezer
+from casfs.lastlook import LastLook
 from casfs.monitor import Monitor
+from casfs.naming import shown
+from casfs.reading import FileReader
 from casfs.repository import Repository
-from casfs.selection import keep_path, select
+from casfs.selection import Place, keep_path, select
 from casfs.snapshot import Snapshot, SnapshotStats
 from casfs.source import make_node
-from casfs.store.writer import BlobWriter
+from casfs.store.writer import BlobWriter, WriteStats
 from casfs.tree import Kind, Node, TreeRef, replace
 from casfs.treewriter import TreeWriter
-from casfs.walk import Walker, WalkStats
+from casfs.walk import NewTree, Walker, WalkStats
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +46,11 @@ MAX_OWNER_NAMES = 65_536
 
 @dataclass(frozen=True, slots=True)
 class BackupOptions:
-    """What to back up and how; `time_ns` None is now, `parent` None is the one that fits."""
+    """What to back up and how; `time_ns` None is now, `parent` None is the one that fits.
+
+    `patience_s` is for pauses and further attempts at files that change, in the whole backup; with one
+    attempt or no patience there is no last look at its end either.
+    """
 
     paths: tuple[bytes, ...]
     host: str = field(default_factory=socket.gethostname)
@@ -51,6 +61,9 @@ class BackupOptions:
     parent: str | None = None
     use_parent: bool = True
     attempts: int = DEFAULT_ATTEMPTS
+    patience_s: float = DEFAULT_PATIENCE_S
+    freeze: Freeze = Freeze.AUTO
+    reread: bool = False
     dry_run: bool = False
     spool_in_memory: bool = False
     stdin_name: bytes | None = None
@@ -72,15 +85,12 @@ def back_up(repository: Repository, options: BackupOptions, monitor: Monitor) ->
     exists, and what the repository raises; nothing is published then.
     """
     began = time.monotonic()
-    _require_a_source(options)
+    _require_a_source(options, repository.root)
     time_ns = options.time_ns if options.time_ns is not None else time.time_ns()
     parent = _find_parent(repository, options)
-    writer = repository.writer(options.dry_run, options.spool_in_memory)
-    try:
-        root, stats, users, groups = _read_sources(repository, options, parent, writer, monitor)
-        stored = writer.finish()
-    finally:
-        writer.close()
+    backup = _Backup(repository, options, monitor)
+    root = backup.read(parent)
+    stats, stored = backup.stats, backup.stored
     snapshot = Snapshot(
         root=root,
         time_ns=time_ns,
@@ -88,8 +98,8 @@ def back_up(repository: Repository, options: BackupOptions, monitor: Monitor) ->
         user=_user_name(),
         paths=_kept_paths(options),
         tags=options.tags,
-        users=users,
-        groups=groups,
+        users=_names(backup.uids, lambda number: pwd.getpwuid(number).pw_name),
+        groups=_names(backup.gids, lambda number: grp.getgrgid(number).gr_name),
         parent=parent[0] if parent is not None else None,
         program=f"casfs {__version__}",
         stats=SnapshotStats(
@@ -99,6 +109,7 @@ def back_up(repository: Repository, options: BackupOptions, monitor: Monitor) ->
             unchanged=stats.unchanged,
             unreadable=stats.unreadable,
             vanished=stats.vanished,
+            silently_changed=stats.silently_changed,
             new_blobs=stored.new_blobs,
             new_plain_bytes=stored.new_plain_bytes,
             new_stored_bytes=stored.new_stored_bytes,
@@ -124,11 +135,16 @@ def _find_parent(
     return newest
 
 
-def _require_a_source(options: BackupOptions) -> None:
+def _require_a_source(options: BackupOptions, root: Path) -> None:
     """Raise NotFoundError where there is nothing to back up; a part that is missing is a problem."""
-    if options.stdin_name is not None or any(map(os.path.lexists, options.paths)):
+    if options.stdin_name is not None:
         return
-    names = ", ".join(os.fsdecode(path) for path in options.paths[:3])
+    found = [path for path in options.paths if os.path.lexists(path)]
+    if any(not (os.path.exists(path) and os.path.samefile(path, root)) for path in found):
+        return
+    if found:
+        raise UnsafeTargetError(f"{root} is the repository itself; nothing was published")
+    names = ", ".join(shown(path) for path in options.paths[:3])
     more = ", …" if len(options.paths) > 3 else ""
     verb = "do not exist" if len(options.paths) > 1 else "does not exist"
     raise NotFoundError(f"{names}{more} {verb}; nothing was published")
@@ -140,38 +156,84 @@ def _kept_paths(options: BackupOptions) -> tuple[bytes, ...]:
     return tuple(sorted({keep_path(path) for path in options.paths}))
 
 
-def _read_sources(
-    repository: Repository,
-    options: BackupOptions,
-    parent: tuple[SnapshotId, Snapshot] | None,
-    writer: BlobWriter,
-    monitor: Monitor,
-) -> tuple[Node, WalkStats, tuple[tuple[int, str], ...], tuple[tuple[int, str], ...]]:
-    capturer = Capturer(
-        repository.chunker(), writer.put, repository.codec.digest, attempts=options.attempts
-    )
-    walker = Walker(
-        capturer=capturer,
-        trees=repository.trees,
-        new_tree=lambda previous, nodes: TreeWriter(
-            writer.put, repository.codec.digest, repository.config.tree_seed, previous, nodes
-        ),
-        exclusions=options.exclusions,
-        one_file_system=options.one_file_system,
-        left_out=os.stat(repository.root),
-        is_stored=_content_check(repository, parent),
-        monitor=monitor,
-    )
-    if options.stdin_name is not None:
-        root = _read_stdin(capturer, walker, options.stdin_name)
-    else:
-        root = walker.walk(
-            select(list(options.paths)), parent[1].root if parent is not None else None
+class _Backup:
+    """The reading of one backup's sources: the walk, and a last look at what it flagged."""
+
+    def __init__(self, repository: Repository, options: BackupOptions, monitor: Monitor) -> None:
+        self.stats = WalkStats()
+        self.stored = WriteStats()
+        self.uids: set[int] = set()
+        self.gids: set[int] = set()
+        self._repository = repository
+        self._options = options
+        self._monitor = monitor
+        self._freezer = Freezer(options.freeze)
+        self._patience = Patience(options.patience_s)
+
+    def read(self, parent: tuple[SnapshotId, Snapshot] | None) -> Node:
+        """Return the root of the new snapshot; all that it refers to is durable and indexed then."""
+        options = self._options
+        # A dry run stores no trees that could be read again.
+        looks_again = options.attempts > 1 and options.patience_s > 0 and not options.dry_run
+        place = select(list(options.paths))
+        root = self._written(lambda writer: self._walk(writer, place, parent, not looks_again))
+        if looks_again and root.tree is not None and root.tree.flagged:
+            self._patience.end_walk()
+            root = self._written(lambda writer: self._look_again(writer, place, root))
+        return root
+
+    def _written(self, read: Callable[[BlobWriter], Node]) -> Node:
+        writer = self._repository.writer(self._options.dry_run, self._options.spool_in_memory)
+        try:
+            root = read(writer)
+            stored = writer.finish()
+        finally:
+            writer.close()
+        self.stored.new_blobs += stored.new_blobs
+        self.stored.new_plain_bytes += stored.new_plain_bytes
+        self.stored.new_stored_bytes += stored.new_stored_bytes
+        self.stored.packs += stored.packs
+        return root
+
+    def _walk(
+        self,
+        writer: BlobWriter,
+        place: Place,
+        parent: tuple[SnapshotId, Snapshot] | None,
+        tell_changed: bool,
+    ) -> Node:
+        capturer = self._capturer(writer)
+        walker = Walker(
+            capturer=capturer,
+            trees=self._repository.trees,
+            new_tree=self._new_tree(writer),
+            exclusions=self._options.exclusions,
+            one_file_system=self._options.one_file_system,
+            left_out=os.stat(self._repository.root),
+            is_stored=_content_check(self._repository, parent),
+            monitor=self._monitor,
+            reread=self._options.reread,
+            tell_changed=tell_changed,
         )
-    stats = walker.stats
-    users = _names(walker.uids, lambda number: pwd.getpwuid(number).pw_name)
-    groups = _names(walker.gids, lambda number: grp.getgrgid(number).gr_name)
-    return root, stats, users, groups
+        self.stats, self.uids, self.gids = walker.stats, walker.uids, walker.gids
+        if self._options.stdin_name is not None:
+            return _read_stdin(capturer, walker, self._options.stdin_name)
+        return walker.walk(place, parent[1].root if parent is not None else None)
+
+    def _look_again(self, writer: BlobWriter, place: Place, root: Node) -> Node:
+        look = LastLook(
+            self._capturer(writer), self._repository.trees, self._new_tree(writer), self._monitor
+        )
+        return look.look(root, place)
+
+    def _capturer(self, writer: BlobWriter) -> Capturer:
+        digest = self._repository.codec.digest
+        reader = FileReader(self._repository.chunker(), writer.put, digest)
+        return Capturer(reader, self._freezer, self._patience, self._options.attempts)
+
+    def _new_tree(self, writer: BlobWriter) -> NewTree:
+        digest, seed = self._repository.codec.digest, self._repository.config.tree_seed
+        return lambda previous, nodes: TreeWriter(writer.put, digest, seed, previous, nodes)
 
 
 def _content_check(

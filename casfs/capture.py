@@ -1,30 +1,28 @@
-"""Capturing one regular file: one read into private buffers, and the evidence of whether it held still.
+"""Capturing one regular file: readings, and the evidence of whether the file held still.
 
-The states and the witness read are those of the README ("A file that changes"). Every digest is that
-of the buffer that is stored. The source is never mapped and never read beyond the size seen at its
-opening, so an endless writer cannot hold a backup.
+The states are those of the README ("A file that changes"). A capture is stable when the descriptor's
+metadata are the same before and behind it and too old to hide a change, when a witness saw the same
+bytes, or when a frozen clone was read. Nothing is referred to that was not kept. One thread.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from blake3 import blake3
-
-from casfs.chunker import Chunker
-from casfs.content import HOLE, RECORD, ContentWriter, Put
-from casfs.digest import Digest
+from casfs.freeze import Freezer
+from casfs.reading import FileReader, Reading
 from casfs.source import Xattrs, make_extra, open_file, read_xattrs
-from casfs.store.blob import BlobKind
-from casfs.tree import Capture, Extra, Kind, Node, Reason, State, replace
+from casfs.tree import Capture, Extra, Kind, Node, Reason, State, capture_of, replace
+from casfs.witness import digest_again
 
 DEFAULT_ATTEMPTS = 3
-_FIRST_PAUSE_S = 0.05
+FIRST_PAUSE_S = 0.05
 """The pause before a further attempt; it doubles each time, so that a short burst of writing can end."""
 
 DEFAULT_PATIENCE_S = 60.0
@@ -35,300 +33,272 @@ _TICK_NS = 20_000_000
 _COARSE_NS = 2_000_000_000
 """FAT stamps every two seconds; whole seconds are taken as a sign of such a clock."""
 
-_ZEROS = bytes(1 << 20)
-_WITNESS_BYTES = 1 << 20
+_DIRTY_NS = 600_000_000_000
+"""Pages of files that changed within ten minutes may be dirty still; the kernel writes after 35 s."""
+
+_FREEZE_TRIES = 3
+_LIKE_ANOTHER_KIND = frozenset([errno.ELOOP, errno.ENXIO])
+"""Opening a symlink without following it, and a socket."""
+
+_SYNC_FILE_RANGE_WRITE = 1 | 2  # and wait for what is on its way
 
 
 class NotRegularError(Exception):
     """The name means something that is not a regular file by now."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """One read of a file: what was stored, its size in bytes and its plain digest."""
+class Patience:
+    """The time that a backup has for pauses and further attempts.
 
-    content: bytes
-    levels: int
-    size: int
-    digest: Digest
-    captured: Digest | None
-    pending: tuple[Digest, bytes] | None = None
+    Until `end_walk` half of it is kept back: at the end of the backup, writers have had most time to
+    finish. Whether one more reading fits is told by how fast the ones before were.
+    """
+
+    def __init__(self, seconds: float = DEFAULT_PATIENCE_S) -> None:
+        self._left_s = seconds
+        self._reserve_s = seconds / 2
+        self._read_bytes = 0
+        self._read_s = 0.0
+
+    def allows(self, seconds: float) -> bool:
+        """Tell whether there is so much time."""
+        return seconds < self._left_s - self._reserve_s
+
+    def spend(self, seconds: float) -> None:
+        """Take time away."""
+        self._left_s -= seconds
+
+    def end_walk(self) -> None:
+        """Give up the reserve."""
+        self._reserve_s = 0.0
+
+    def learn(self, read_bytes: int, seconds: float) -> None:
+        """Take note of how long an unsuccessful attempt took."""
+        self._read_bytes += read_bytes
+        self._read_s += seconds
+
+    def expected(self, read_bytes: int) -> float:
+        """Return the seconds that an attempt at a file of this size will take."""
+        return read_bytes * self._read_s / max(self._read_bytes, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The result of one attempt; `again` says that its name means another file by now."""
+
+    node: Node
+    reading: Reading
+    again: bool = False
 
 
 class Capturer:
     """Capture files of one backup; used by one thread.
 
-    `put` stores a blob, `digest` names it. `pause` waits for some seconds (a test passes its own).
+    `pause` waits for some seconds (a test passes its own).
     """
 
     def __init__(
         self,
-        chunker: Chunker,
-        put: Put,
-        digest: Callable[[bytes], Digest],
+        reader: FileReader,
+        freezer: Freezer,
+        patience: Patience,
         attempts: int = DEFAULT_ATTEMPTS,
-        patience_s: float = DEFAULT_PATIENCE_S,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._chunker = chunker
-        self._put = put
-        self._digest = digest
+        self._reader = reader
+        self._freezer = freezer
+        self._patience = patience
         self._attempts = max(attempts, 1)
-        self._patience_s = patience_s
         self._pause = pause
-        self._small_bytes = chunker.min_bytes
 
     def capture(self, dir_fd: int, name: bytes) -> Node:
-        """Return the node of a regular file, its content handed to `put`.
+        """Return the node of a regular file, its content handed to the reader's `put`.
 
         Raises NotRegularError where the name means something else by now, and OSError where the file
         has vanished or cannot be read.
         """
-        best: Node | None = None
-        kept: _Reading | None = None
-        pause_s = _FIRST_PAUSE_S
-        for attempt in range(1, self._attempts + 1):
-            began = time.monotonic()
-            try:
-                node, reading = self._attempt(dir_fd, name, attempt)
-            except OSError:
-                if best is None:
-                    raise
-                break
-            if best is None or node.state <= best.state:
-                best, kept = node, reading
-            if best.state != State.CHANGED:
-                break
-            if attempt < self._attempts:
-                self._patience_s -= pause_s + time.monotonic() - began
-                if self._patience_s <= 0:
-                    break
-                self._pause(pause_s)
-                pause_s *= 2
-        assert best is not None and kept is not None
-        if kept.pending is not None:
-            self._put(BlobKind.DATA, *kept.pending)
-        return best
+        began = time.monotonic()
+        found = self._attempt(dir_fd, name, 1)
+        if found.again or found.node.state == State.CHANGED:
+            found = self._capture_further(dir_fd, name, found, time.monotonic() - began)
+        self._reader.keep(found.reading)
+        return found.node
+
+    def capture_again(self, dir_fd: int, before: Node) -> Node | None:
+        """Capture once more, at the end of a backup, a file that was captured as changed.
+
+        Returns None where there is no time for it, or the file is no longer there to be read.
+        """
+        capture = capture_of(before)
+        attempts = capture.attempts if capture is not None else 0
+        if not self._patience.allows(self._patience.expected(before.size)):
+            return None
+        began = time.monotonic()
+        try:
+            found = self._attempt(dir_fd, before.name, attempts + 1)
+        except (OSError, NotRegularError):
+            return None
+        finally:
+            self._patience.spend(time.monotonic() - began)
+        self._reader.keep(found.reading)
+        return _with_earlier_reason(found.node, before)
 
     def capture_stream(self, name: bytes, fd: int, st: os.stat_result) -> Node:
         """Return the node of a file that is read from a pipe to its end."""
-        reading = self._read_chunks(_stream_reader(fd), None)
+        reading = self._reader.read_stream(fd)
+        self._reader.keep(reading)
         node = _make_node(name, st, (), reading, State.STABLE, racy=True)
         return replace(node, mode=0o600, kind=Kind.FILE, nlink=1, extra=None)
 
-    def _attempt(self, dir_fd: int, name: bytes, attempt: int) -> tuple[Node, _Reading]:
-        fd = open_file(dir_fd, name)
+    def _capture_further(self, dir_fd: int, name: bytes, best: _Found, took_s: float) -> _Found:
+        """Make the attempts that are left and return the best result, the newest of equal ones."""
+        pause_s = FIRST_PAUSE_S
+        made = 1
+        while made < self._attempts:
+            self._patience.learn(best.reading.size, took_s)
+            wait_s = 0.0 if best.again else pause_s
+            if not self._patience.allows(wait_s + took_s):
+                break
+            if wait_s:
+                self._pause(wait_s)
+                pause_s *= 2
+            began = time.monotonic()
+            try:
+                found = self._attempt(dir_fd, name, made + 1)
+            except OSError:
+                break
+            finally:
+                took_s = time.monotonic() - began
+                self._patience.spend(wait_s + took_s)
+            made += 1
+            if found.node.state <= best.node.state:
+                node = _with_earlier_reason(found.node, best.node)
+                best = _Found(node, found.reading, found.again)
+            if best.node.state != State.CHANGED and not best.again:
+                return best
+        return _Found(_with_attempts(best.node, made), best.reading)
+
+    def _attempt(self, dir_fd: int, name: bytes, attempt: int) -> _Found:
         try:
+            fd = open_file(dir_fd, name)
+        except OSError as error:
+            if error.errno in _LIKE_ANOTHER_KIND:
+                raise NotRegularError(name) from error
+            raise
+        try:
+            began_ns = time.time_ns()
             before = os.fstat(fd)
             if not stat.S_ISREG(before.st_mode):
                 raise NotRegularError(name)
-            began_ns = time.time_ns()
+            if self._freezer.is_due(before, began_ns):
+                found = self._attempt_frozen(dir_fd, fd, name, attempt)
+                if found is not None:
+                    return found
+            if began_ns - max(before.st_ctime_ns, before.st_mtime_ns) < _DIRTY_NS:
+                _clean_pages(fd)
+                before = os.fstat(fd)
             xattrs = read_xattrs(fd)
-            reading = self._read(fd, before)
+            reading = self._reader.read(fd, before)
             after = os.fstat(fd)
-            if (
-                reading.size == before.st_size
-                and before.st_mtime_ns == after.st_mtime_ns
-                and before.st_ctime_ns == after.st_ctime_ns
-                and before.st_size == after.st_size
-            ):
-                racy = _is_racy(before, began_ns)
-                node = _make_node(name, before, xattrs, reading, State.STABLE, racy)
-                return (node if attempt == 1 else _with(node, Reason.NONE, attempt, None)), reading
-            return self._witness(fd, name, before, reading, attempt), reading
+            if reading.size == before.st_size and _is_same(before, after):
+                if not _is_racy(before, began_ns):
+                    node = _make_node(name, before, xattrs, reading, State.STABLE, False)
+                    return _Found(_with(node, Reason.NONE, attempt, None), reading)
+                return self._attest(fd, name, before, after, reading, attempt, Reason.NONE)
+            return self._doubt(dir_fd, fd, name, before, after, reading, attempt)
         finally:
             os.close(fd)
 
-    def _witness(
-        self, fd: int, name: bytes, before: os.stat_result, reading: _Reading, attempt: int
-    ) -> Node:
-        """Read once more, digests only, and say what the capture is worth."""
-        prefix, observed, seen_bytes = _digest_again(fd, reading.size)
-        after = os.fstat(fd)
-        xattrs = read_xattrs(fd)
-        if seen_bytes == reading.size and prefix == reading.digest:
-            node = _make_node(name, after, xattrs, reading, State.STABLE, racy=True)
-            return _with(node, Reason.NONE, attempt, None)
-        if seen_bytes > reading.size and prefix == reading.digest:
-            node = _make_node(name, after, xattrs, reading, State.APPENDED, racy=True)
-            return _with(node, Reason.GREW, attempt, observed)
-        if seen_bytes < reading.size or reading.size < before.st_size:
-            reason = Reason.SHRANK
-        elif seen_bytes > reading.size:
-            reason = Reason.GREW
-        else:
-            reason = Reason.REWRITTEN
-        node = _make_node(name, after, xattrs, reading, State.CHANGED, racy=True)
-        return _with(node, reason, attempt, observed)
+    def _attempt_frozen(
+        self, dir_fd: int, fd: int, name: bytes, attempt: int, reason: Reason = Reason.NONE
+    ) -> _Found | None:
+        """Capture from a clone, or return None where there can be none.
 
-    def _read(self, fd: int, st: os.stat_result) -> _Reading:
-        size = st.st_size
-        if st.st_blocks * 512 < size:
-            return self._read_sparse(fd, size)
-        if size <= self._small_bytes:
-            return self._read_small(fd, size)
-        return self._read_chunks(_range_reader(fd, 0, size), size)
+        The content is what the file was at one instant. Its metadata were the same before and after,
+        or are those from before and not trusted: a change behind that instant moves them further.
+        """
+        for tries in range(_FREEZE_TRIES):
+            began_ns = time.time_ns()
+            before = os.fstat(fd)
+            xattrs = read_xattrs(fd)
+            clone = self._freezer.clone(dir_fd, fd, before)
+            if clone is None:
+                return None
+            try:
+                held_still = _is_same(before, os.fstat(fd))
+                if held_still or tries == _FREEZE_TRIES - 1:
+                    reading = self._reader.read(clone, os.fstat(clone))
+                    racy = not held_still or _is_racy(before, began_ns)
+                    node = _make_node(name, before, xattrs, reading, State.STABLE, racy)
+                    return _Found(_with(node, reason, attempt, None), reading)
+            finally:
+                os.close(clone)
+        return None
 
-    def _read_small(self, fd: int, size: int) -> _Reading:
-        data = os.read(fd, size) if size else b""
-        while len(data) < size:
-            more = os.read(fd, size - len(data))
-            if not more:
-                break
-            data += more
-        plain = Digest(blake3(data).digest())
-        if not data:
-            return _Reading(b"", 0, 0, plain, None)
-        digest = self._digest(data)
-        content = RECORD.pack(len(data), digest)
-        captured = None if digest == plain else plain
-        return _Reading(content, 0, len(data), plain, captured, (digest, data))
-
-    def _read_chunks(
-        self, read_into: Callable[[memoryview], int], most_bytes: int | None
-    ) -> _Reading:
-        whole = blake3()
-        content = ContentWriter(self._put, self._digest)
-        size = self._store_chunks(read_into, most_bytes, whole, content)
-        return _finish(content, whole, size)
-
-    def _read_sparse(self, fd: int, size: int) -> _Reading:
-        whole = blake3()
-        content = ContentWriter(self._put, self._digest)
-        done = 0
-        for begin, end in data_ranges(fd, size):
-            _add_hole(content, whole, begin - done)
-            stored = self._store_chunks(_range_reader(fd, begin, end), end - begin, whole, content)
-            done = begin + stored
-            if done < end:
-                return _finish(content, whole, done)
-        end = min(size, os.fstat(fd).st_size)
-        if end > done:
-            _add_hole(content, whole, end - done)
-            done = end
-        return _finish(content, whole, done)
-
-    def _store_chunks(
+    def _doubt(
         self,
-        read_into: Callable[[memoryview], int],
-        most_bytes: int | None,
-        whole: blake3,
-        content: ContentWriter,
-    ) -> int:
-        size = 0
-        for chunk in self._chunker.cut(read_into, most_bytes):
-            digest = self._digest(chunk)
-            whole.update(chunk)
-            self._put(BlobKind.DATA, digest, chunk)
-            content.add(len(chunk), digest)
-            size += len(chunk)
-        return size
+        dir_fd: int,
+        fd: int,
+        name: bytes,
+        before: os.stat_result,
+        after: os.stat_result,
+        reading: Reading,
+        attempt: int,
+    ) -> _Found:
+        """Say what a reading is worth that did not find the file as it had been."""
+        reason = _meaning(dir_fd, name, after)
+        if reason == Reason.NONE:
+            found = self._attempt_frozen(
+                dir_fd, fd, name, attempt + 1, _difference(before, after, reading.size)
+            )
+            if found is not None:
+                return found
+        return self._attest(fd, name, before, after, reading, attempt, reason)
 
+    def _attest(
+        self,
+        fd: int,
+        name: bytes,
+        before: os.stat_result,
+        after: os.stat_result,
+        reading: Reading,
+        attempt: int,
+        reason: Reason,
+    ) -> _Found:
+        """Let a witness say what a reading is worth; the metadata are those between the two reads.
 
-def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield begin and end, in bytes, of what is not a hole below `size`; the position of `fd` moves.
-
-    A file system that knows no holes tells one range.
-    """
-    end = 0
-    while end < size:
+        They are not trusted as unchanged by the next backup: a store to a mapped page that is dirty
+        already moves no timestamp.
+        """
+        xattrs = read_xattrs(fd)
+        again = reason == Reason.REPLACED
+        observed = None
         try:
-            begin = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            if end == 0:
-                yield 0, size
-                return
-            raise
-        if begin >= size:
-            return
-        try:
-            end = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return  # truncated between the two questions
-        yield begin, end
+            seen = digest_again(fd, reading.size)
+        except OSError:
+            state, reason = State.CHANGED, Reason.READ_ERROR
+        else:
+            equal = seen.prefix == reading.digest
+            if equal and seen.size == reading.size:
+                state = State.STABLE
+            elif equal and seen.size > reading.size:
+                state, reason, observed = State.APPENDED, Reason.GREW, seen.observed
+            else:
+                state, observed = State.CHANGED, seen.observed
+                if reason == Reason.NONE:
+                    reason = _why(before, reading.size, seen.size)
+        node = _make_node(name, after, xattrs, reading, state, racy=True)
+        return _Found(_with(node, reason, attempt, observed), reading, again)
 
 
-def _finish(content: ContentWriter, whole: blake3, size: int) -> _Reading:
-    records, levels = content.finish()
-    plain = Digest(whole.digest())
-    single = levels == 0 and len(records) == RECORD.size and records[8:] == plain
-    captured = None if single or not records else plain
-    return _Reading(records, levels, size, plain, captured)
-
-
-def _add_hole(content: ContentWriter, whole: blake3, length: int) -> None:
-    if length > 0:
-        content.add(length, HOLE)
-        _update_zeros(whole, length)
-
-
-def _update_zeros(whole: blake3, length: int) -> None:
-    view = memoryview(_ZEROS)
-    while length > 0:
-        part = min(length, len(_ZEROS))
-        whole.update(view[:part])
-        length -= part
-
-
-def _range_reader(fd: int, begin: int, end: int) -> Callable[[memoryview], int]:
-    offset = begin
-
-    def read_into(buffer: memoryview) -> int:
-        nonlocal offset
-        wanted = min(len(buffer), end - offset)
-        if wanted <= 0:
-            return 0
-        count = os.preadv(fd, [buffer[:wanted]], offset)
-        offset += count
-        return count
-
-    return read_into
-
-
-def _stream_reader(fd: int) -> Callable[[memoryview], int]:
-    return lambda buffer: os.readv(fd, [buffer])
-
-
-def _digest_again(fd: int, captured_bytes: int) -> tuple[Digest, Digest, int]:
-    """Return the digest of the first `captured_bytes`, that of all, and the size in bytes of all."""
-    end = os.fstat(fd).st_size
-    whole = blake3()
-    prefix: Digest | None = None
-    done = 0
-    for begin, data_end in data_ranges(fd, end):
-        for stop in _stops(done, begin, captured_bytes):
-            _update_zeros(whole, stop - done)
-            done = stop
-            if done == captured_bytes:
-                prefix = Digest(whole.digest())
-        while done < data_end:
-            stop = captured_bytes if done < captured_bytes < data_end else data_end
-            data = os.pread(fd, min(stop - done, _WITNESS_BYTES), done)
-            if not data:
-                return prefix or Digest(whole.digest()), Digest(whole.digest()), done
-            whole.update(data)
-            done += len(data)
-            if done == captured_bytes:
-                prefix = Digest(whole.digest())
-    for stop in _stops(done, min(end, os.fstat(fd).st_size), captured_bytes):
-        _update_zeros(whole, stop - done)
-        done = stop
-        if done == captured_bytes:
-            prefix = Digest(whole.digest())
-    if captured_bytes == 0:
-        prefix = Digest(blake3(b"").digest())
-    observed = Digest(whole.digest())
-    return prefix or observed, observed, done
-
-
-def _stops(begin: int, end: int, between: int) -> list[int]:
-    if end <= begin:
-        return []
-    return [between, end] if begin < between < end else [end]
+def _is_same(before: os.stat_result, after: os.stat_result) -> bool:
+    return (
+        before.st_ctime_ns == after.st_ctime_ns
+        and before.st_mtime_ns == after.st_mtime_ns
+        and before.st_size == after.st_size
+        and before.st_ino == after.st_ino
+        and before.st_dev == after.st_dev
+    )
 
 
 def _is_racy(st: os.stat_result, began_ns: int) -> bool:
@@ -338,8 +308,65 @@ def _is_racy(st: os.stat_result, began_ns: int) -> bool:
     return st.st_ctime_ns > began_ns - grain_ns or abs(st.st_mtime_ns - began_ns) < grain_ns
 
 
+def _meaning(dir_fd: int, name: bytes, after: os.stat_result) -> Reason:
+    """Tell whether the name still means the file that was read: NONE, REPLACED or VANISHED.
+
+    Raises NotRegularError where it means something that is not a regular file.
+    """
+    try:
+        now = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return Reason.VANISHED
+    except OSError:
+        return Reason.NONE
+    if not stat.S_ISREG(now.st_mode):
+        raise NotRegularError(name)
+    return Reason.NONE if os.path.samestat(now, after) else Reason.REPLACED
+
+
+def _difference(before: os.stat_result, after: os.stat_result, read_bytes: int) -> Reason:
+    """Tell from metadata alone what happened to a file."""
+    if after.st_size < before.st_size or read_bytes < before.st_size:
+        return Reason.SHRANK
+    if after.st_size > before.st_size:
+        return Reason.GREW
+    return Reason.NONE if after.st_mtime_ns == before.st_mtime_ns else Reason.REWRITTEN
+
+
+def _why(before: os.stat_result, read_bytes: int, seen_bytes: int) -> Reason:
+    """Tell what happened to a file of which two reads saw different bytes."""
+    if seen_bytes < read_bytes or read_bytes < before.st_size:
+        return Reason.SHRANK
+    return Reason.GREW if seen_bytes > read_bytes else Reason.REWRITTEN
+
+
+def _clean_pages(fd: int) -> None:
+    """Have a file's dirty pages written, so that the next store to any of them moves the timestamps.
+
+    A store through a mapping does that only when it makes a page dirty: a page that is so already
+    could be changed while it is read, and nothing would tell. Nothing is waited for but writes that
+    are on their way.
+    """
+    sync_file_range = _sync_file_range()
+    if sync_file_range is not None:
+        sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    import ctypes  # it is slow to load, and many a backup reads nothing that is so young
+
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    function.restype = ctypes.c_int
+    return function
+
+
 def _make_node(
-    name: bytes, st: os.stat_result, xattrs: Xattrs, reading: _Reading, state: State, racy: bool
+    name: bytes, st: os.stat_result, xattrs: Xattrs, reading: Reading, state: State, racy: bool
 ) -> Node:
     return Node(
         name,
@@ -350,7 +377,7 @@ def _make_node(
         st.st_mtime_ns,
         st.st_ctime_ns,
         st.st_ino,
-        st.st_nlink,
+        st.st_nlink or 1,  # it has lost its last name since it was opened
         reading.size,
         state,
         racy,
@@ -362,8 +389,24 @@ def _make_node(
     )
 
 
-def _with(node: Node, reason: Reason, attempts: int, observed: Digest | None) -> Node:
+def _with(node: Node, reason: Reason, attempts: int, observed: bytes | None) -> Node:
+    """Return the node with the evidence, where there is any: one simple attempt leaves none."""
     if reason == Reason.NONE and attempts == 1:
         return node
     extra = node.extra or Extra()
     return replace(node, extra=replace(extra, capture=Capture(reason, attempts, observed)))
+
+
+def _with_earlier_reason(node: Node, earlier: Node) -> Node:
+    """Return the node with the reason why the attempt before it was not enough, if it has none."""
+    now, then = capture_of(node), capture_of(earlier)
+    if now is None or now.reason != Reason.NONE or then is None:
+        return node
+    reason = Reason.REPLACED if then.reason == Reason.VANISHED else Reason(then.reason)
+    return _with(node, reason, now.attempts, now.observed)
+
+
+def _with_attempts(node: Node, attempts: int) -> Node:
+    capture = capture_of(node)
+    assert capture is not None
+    return _with(node, Reason(capture.reason), attempts, capture.observed)

@@ -21,6 +21,14 @@ class UsageError(CasfsError):
     exit_code = 2
 
 
+class ExistsError(CasfsError):
+    """Something stands already where something new was to be made."""
+
+
+class UnsafeTargetError(CasfsError):
+    """What was asked for would destroy the repository, or store it in itself."""
+
+
 class NotFoundError(CasfsError):
     """A repository, snapshot, path or mountpoint that was named is not there."""
 

@@ -18,6 +18,7 @@ class ProblemKind(StrEnum):
     VANISHED = "vanished"
     CHANGED = "changed"
     APPENDED = "appended"
+    SILENTLY_CHANGED = "silently changed"
     MISSING_SOURCE = "missing source"
     REPOSITORY = "repository left out"
     DAMAGED = "damaged"

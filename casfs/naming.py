@@ -14,6 +14,13 @@ def shown(name: bytes) -> str:
     return "".join(map(_shown_character, text))
 
 
+def on_one_line(sentence: str) -> str:
+    """Return a sentence for people in which no name that stands in it can forge a line."""
+    if sentence.isprintable():
+        return sentence
+    return "".join(c if c.isprintable() else _shown_character(c) for c in sentence)
+
+
 def _shown_character(character: str) -> str:
     code = ord(character)
     if character == "\\":

@@ -17,6 +17,7 @@ from casfs.content import ContentReader
 from casfs.digest import SnapshotId
 from casfs.errors import (
     AmbiguousIdError,
+    ExistsError,
     IndexUnusableError,
     IntegrityError,
     NotFoundError,
@@ -77,21 +78,25 @@ class Repository:
     def create(cls, root: Path) -> RepositoryConfig:
         """Make a repository in an empty or new folder and return its configuration.
 
-        Raises UsageError where something is already, StorageError where the disk refuses.
+        Raises ExistsError where something is already, StorageError where the disk refuses.
         """
         if (root / CONFIG_NAME).exists():
-            raise UsageError(f"there is a repository in {root} already; nothing was changed")
+            raise ExistsError(f"there is a repository in {root} already; nothing was changed")
         try:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             if any(root.iterdir()):
-                raise UsageError(f"{root} is not empty; name a new or empty folder")
+                raise ExistsError(f"{root} is not empty; name a new or empty folder")
             for folder in _FOLDERS:
                 (root / folder).mkdir(mode=0o700)
             (root / "README").write_text(_README)
         except NotADirectoryError as error:
-            raise UsageError(f"{root} is not a folder") from error
+            raise ExistsError(
+                f"{root} is not a folder, and no repository can be made there"
+            ) from error
         except FileExistsError as error:
-            raise UsageError(f"{root} is not a folder") from error
+            raise ExistsError(
+                f"{root} is not a folder, and no repository can be made there"
+            ) from error
         except OSError as error:
             raise StorageError("make a repository in", str(root), error) from error
         config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

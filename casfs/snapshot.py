@@ -31,6 +31,7 @@ class SnapshotStats(msgspec.Struct, frozen=True):
     unchanged: int = 0
     unreadable: int = 0
     vanished: int = 0
+    silently_changed: int = 0
     new_blobs: int = 0
     new_plain_bytes: int = 0
     new_stored_bytes: int = 0

@@ -10,6 +10,7 @@ that follows would be taken for sound.
 from __future__ import annotations
 
 import os
+import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +40,21 @@ _TYPES = {
     Kind.FIFO: tarfile.FIFOTYPE,
     Kind.CHARACTER_DEVICE: tarfile.CHRTYPE,
     Kind.BLOCK_DEVICE: tarfile.BLKTYPE,
+}
+
+_ACL_KEYWORDS = {
+    b"system.posix_acl_access": b"SCHILY.acl.access",
+    b"system.posix_acl_default": b"SCHILY.acl.default",
+}
+_ACL_VERSION = struct.Struct("<I")
+_ACL_ENTRY = struct.Struct("<HHI")
+_ACL_TAGS = {
+    0x01: ("user", False),
+    0x02: ("user", True),
+    0x04: ("group", False),
+    0x08: ("group", True),
+    0x10: ("mask", False),
+    0x20: ("other", False),
 }
 
 
@@ -246,6 +262,8 @@ class TarWriter:
                 # GNU tar's way to keep the sign that ends a keyword out of it.
                 keyword = attribute.replace(b"%", b"%25").replace(b"=", b"%3D")
                 records[b"SCHILY.xattr." + keyword] = value
+                if attribute in _ACL_KEYWORDS and (text := _acl_text(value)):
+                    records[_ACL_KEYWORDS[attribute]] = text
         return _extended_header(records) + info.tobuf(tarfile.USTAR_FORMAT)
 
 
@@ -269,6 +287,25 @@ def _number(records: dict[bytes, bytes], keyword: bytes, value: int, limit: int)
 def _decimal_seconds(time_ns: int) -> bytes:
     seconds, rest_ns = divmod(abs(time_ns), 1_000_000_000)
     return b"%s%d.%09d" % (b"-" if time_ns < 0 else b"", seconds, rest_ns)
+
+
+def _acl_text(value: bytes) -> bytes | None:
+    """Return a POSIX ACL as text with numeric ids, or None for what is not the kernel's form of one.
+
+    `tar --acls` takes the ACL from there and then ignores the xattr.
+    """
+    if len(value) % _ACL_ENTRY.size != _ACL_VERSION.size or value[:4] != _ACL_VERSION.pack(2):
+        return None
+    entries = []
+    for tag, permissions, number in _ACL_ENTRY.iter_unpack(value[_ACL_VERSION.size :]):
+        if tag not in _ACL_TAGS or permissions > 7:
+            return None
+        word, has_id = _ACL_TAGS[tag]
+        bits = "".join(
+            letter if permissions & bit else "-" for letter, bit in (("r", 4), ("w", 2), ("x", 1))
+        )
+        entries.append(f"{word}:{number if has_id else ''}:{bits}")
+    return ",".join(entries).encode()
 
 
 def _device(node: Node) -> tuple[int, int] | None:

@@ -56,6 +56,7 @@ class Reason(IntEnum):
     REWRITTEN = 3
     REPLACED = 4
     READ_ERROR = 5
+    VANISHED = 6
 
 
 class TreeRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -260,6 +261,11 @@ def captured_digest(node: Node) -> Digest | None:
     if node.captured is not None:
         return Digest(node.captured)
     return Digest(node.content[8:40]) if node.content else EMPTY_DIGEST
+
+
+def capture_of(node: Node) -> Capture | None:
+    """Return the evidence of a file's capture, or None where it was simply stable."""
+    return node.extra.capture if node.extra is not None else None
 
 
 def hard_link_key(node: Node) -> tuple[int, int] | None:

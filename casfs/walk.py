@@ -6,15 +6,15 @@ the previous tree; a directory whose nodes all are so keeps its tree. One thread
 
 from __future__ import annotations
 
-import logging
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from casfs.capture import Capturer, NotRegularError
-from casfs.errors import IntegrityError
 from casfs.exclude import Exclusions, PatternMatcher
-from casfs.monitor import Monitor, Problem, ProblemKind
+from casfs.monitor import Monitor
+from casfs.previous import Previous, is_unchanged
 from casfs.selection import Place
 from casfs.source import (
     kind_of,
@@ -24,14 +24,32 @@ from casfs.source import (
     path_of_entry,
     read_xattrs,
 )
-from casfs.tree import MAX_DEPTH, Kind, Node, Reason, State, TreeRef, replace
+from casfs.telling import (
+    problem_of_capture,
+    problem_of_failure,
+    problem_of_silence,
+    problems_of_source,
+    repository_left_out,
+)
+from casfs.tree import (
+    MAX_DEPTH,
+    Kind,
+    Node,
+    Reason,
+    State,
+    TreeRef,
+    capture_of,
+    captured_digest,
+    replace,
+)
 from casfs.treereader import TreeReader, join
 from casfs.treewriter import TreeWriter
 
-log = logging.getLogger(__name__)
-
 _MAX_LINKS = 100_000
 """Hard-linked files remembered at a time; one that was forgotten is read again and stores nothing."""
+
+_MEANINGS = 3
+"""What a name may turn into while it is looked at, before it is given up."""
 
 NewTree = Callable[[TreeRef | None, list[Node] | None], TreeWriter]
 
@@ -47,47 +65,7 @@ class WalkStats:
     unreadable: int = 0
     vanished: int = 0
     missing_sources: int = 0
-
-
-class Previous:
-    """The entries of one directory in the previous snapshot, taken in order of their names."""
-
-    def __init__(self, trees: TreeReader, ref: TreeRef | None) -> None:
-        self.ref = ref
-        self.single: list[Node] | None = None
-        self._nodes: Iterator[Node] = iter(())
-        try:
-            self.single = None if ref is None else trees.single(ref)
-        except IntegrityError as error:
-            self._give_up(error)
-        if self.single is not None:
-            self._nodes = iter(self.single)
-        elif self.ref is not None:
-            self._nodes = trees.nodes(self.ref)
-        self._next = self._advance()
-
-    def take(self, name: bytes) -> Node | None:
-        """Return the entry of this name, or None; names are asked for in increasing order."""
-        node = self._next
-        while node is not None and node.name < name:
-            node = self._advance()
-        if node is not None and node.name == name:
-            self._next = self._advance()
-            return node
-        self._next = node
-        return None
-
-    def _advance(self) -> Node | None:
-        try:
-            return next(self._nodes, None)
-        except IntegrityError as error:
-            self._give_up(error)
-            return None
-
-    def _give_up(self, error: IntegrityError) -> None:
-        log.warning("the previous snapshot is damaged, what is there is read again: %s", error)
-        self.ref = None
-        self._nodes = iter(())
+    silently_changed: int = 0
 
 
 @dataclass(slots=True)
@@ -115,7 +93,8 @@ class Walker:
     """Walk sources into trees; used once.
 
     `left_out` is the repository's own folder; `is_stored` tells whether an unchanged file's content is
-    still there (None: it must be).
+    still there (None: it must be). With `reread` it is read all the same. `tell_changed` is false where
+    a last look follows, which tells of the files that are still flagged then.
     """
 
     def __init__(
@@ -128,6 +107,8 @@ class Walker:
         left_out: os.stat_result,
         is_stored: Callable[[Node], bool] | None,
         monitor: Monitor,
+        reread: bool = False,
+        tell_changed: bool = True,
     ) -> None:
         self.stats = WalkStats()
         self.uids: set[int] = set()
@@ -139,7 +120,9 @@ class Walker:
         self._matcher: PatternMatcher | None = exclusions.matcher()
         self._one_file_system = one_file_system
         self._left_out = left_out
-        self._is_stored = is_stored
+        self._is_stored = is_stored if not reread else lambda _: False
+        self._reread = reread
+        self._tell_changed = tell_changed
         self._monitor = monitor
         self._progress = monitor.progress
         self._links: dict[tuple[int, int], _Link] = {}
@@ -205,7 +188,13 @@ class Walker:
         return None
 
     def _enter(
-        self, frame: _Frame, name: bytes, path: bytes, previous: Node | None, depth: int
+        self,
+        frame: _Frame,
+        name: bytes,
+        path: bytes,
+        previous: Node | None,
+        depth: int,
+        meanings: int = 1,
     ) -> _Frame | None:
         """Add an entry, or return the frame of a directory to go into."""
         try:
@@ -218,12 +207,15 @@ class Walker:
         if self._is_excluded(frame, name, path, st, is_directory):
             return None
         if not is_directory:
-            self._add_entry(frame, name, path, st, kind, previous)
+            try:
+                self._add_entry(frame, name, path, st, kind, previous)
+            except NotRegularError:
+                if meanings < _MEANINGS:
+                    return self._enter(frame, name, path, previous, depth, meanings + 1)
+                self._failed(path, _restless())
             return None
         if os.path.samestat(st, self._left_out):
-            self._monitor.problem(
-                Problem(ProblemKind.REPOSITORY, path, "the repository itself is left out")
-            )
+            self._monitor.problem(repository_left_out(path))
             return None
         return self._enter_directory(frame, name, path, st, previous, depth)
 
@@ -242,10 +234,10 @@ class Walker:
         fd = -1
         try:
             if depth >= MAX_DEPTH:
-                raise OSError(36, f"it lies more than {MAX_DEPTH} directories deep")
+                raise OSError(errno.ENAMETOOLONG, f"it lies more than {MAX_DEPTH} directories deep")
             if not foreign:
                 fd = open_directory(frame.fd, name)
-            if previous is not None and _is_unchanged(previous, st, Kind.DIRECTORY):
+            if previous is not None and is_unchanged(previous, st, Kind.DIRECTORY):
                 node = previous
             else:
                 where = fd if fd >= 0 else path_of_entry(frame.fd, name)
@@ -294,7 +286,12 @@ class Walker:
         return _Frame(node, path, -1, -1, names, previous, writer, place.below)
 
     def _enter_place(
-        self, frame: _Frame, name: bytes, path: bytes, previous: Node | None
+        self,
+        frame: _Frame,
+        name: bytes,
+        path: bytes,
+        previous: Node | None,
+        meanings: int = 1,
     ) -> _Frame | None:
         """Add what a user named, or return the frame of a directory on the way there or of it."""
         assert frame.places is not None
@@ -316,16 +313,19 @@ class Walker:
                 return None
             if place.whole:
                 if os.path.samestat(st, self._left_out):
-                    self._monitor.problem(
-                        Problem(ProblemKind.REPOSITORY, path, "the repository itself is left out")
-                    )
+                    self._monitor.problem(repository_left_out(path))
                     return None
                 return self._enter_directory(parent, name, path, st, previous, 1)
             if kind != Kind.DIRECTORY:
-                raise NotADirectoryError(20, "Not a directory")
+                raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
             tree = previous.tree if previous is not None else None
             node = make_node(name, st, Kind.DIRECTORY, self._xattrs(place.source, path))
             return self._place_frame(node, path, place, tree)
+        except NotRegularError:
+            if meanings < _MEANINGS:
+                return self._enter_place(frame, name, path, previous, meanings + 1)
+            self._failed(path, _restless())
+            return None
         except OSError as error:
             self._missing(place, error)
             return None
@@ -342,12 +342,13 @@ class Walker:
         previous: Node | None,
     ) -> None:
         if kind is None:
-            self._failed(path, OSError(95, "it is of a kind that casfs does not know"))
+            self._failed(
+                path, OSError(errno.EOPNOTSUPP, "it is of a kind that casfs does not know")
+            )
             return
-        node: Node | None
         if (
             previous is not None
-            and _is_unchanged(previous, st, kind)
+            and is_unchanged(previous, st, kind)
             and (self._is_stored is None or kind != Kind.FILE or self._is_stored(previous))
         ):
             self.stats.unchanged += kind == Kind.FILE
@@ -358,65 +359,58 @@ class Walker:
             except OSError as error:
                 self._failed(path, error)
                 return
-        if node is not None:
-            self.count(node)
-            frame.tree.add(node)
+            if self._reread and previous is not None and kind == Kind.FILE:
+                self._compare(path, previous, node, st)
+        self.count(node)
+        frame.tree.add(node)
+
+    def _compare(self, path: bytes, previous: Node, node: Node, st: os.stat_result) -> None:
+        """Tell of a file that was read although it seemed unchanged, and was not."""
+        if not (is_unchanged(previous, st, Kind.FILE) and is_unchanged(node, st, Kind.FILE)):
+            return
+        if captured_digest(previous) == captured_digest(node):
+            self.stats.unchanged += 1
+            return
+        self.stats.silently_changed += 1
+        self._monitor.problem(problem_of_silence(path, previous, node))
 
     def _read_entry(
         self, frame: _Frame, name: bytes, path: bytes, st: os.stat_result, kind: Kind
-    ) -> Node | None:
+    ) -> Node:
         if kind == Kind.FILE:
             return self._read_file(frame, name, path, st)
         where = path_of_entry(frame.fd, name)
         target = os.readlink(name, dir_fd=frame.fd) if kind == Kind.SYMLINK else b""
         return make_node(name, st, kind, read_xattrs(where), target)
 
-    def _read_file(
-        self, frame: _Frame, name: bytes, path: bytes, st: os.stat_result
-    ) -> Node | None:
+    def _read_file(self, frame: _Frame, name: bytes, path: bytes, st: os.stat_result) -> Node:
         key = (st.st_dev, st.st_ino)
         if st.st_nlink > 1:
             link = self._links.get(key)
-            if link is not None and _is_unchanged(link.node, st, Kind.FILE):
+            if link is not None and is_unchanged(link.node, st, Kind.FILE):
                 link.left -= 1
                 if link.left <= 1:
                     del self._links[key]
                 return replace(link.node, name=name)
         self._progress.path = path
-        try:
-            node = self._capturer.capture(frame.fd, name)
-        except NotRegularError:
-            now = os.stat(name, dir_fd=frame.fd, follow_symlinks=False)
-            kind = kind_of(now)
-            if kind is None or kind in (Kind.FILE, Kind.DIRECTORY):
-                raise OSError(116, "it was replaced while it was read") from None
-            return self._read_entry(frame, name, path, now, kind)
-        if node.state != State.STABLE:
-            self._tell_state(path, node)
+        node = self._capturer.capture(frame.fd, name)
+        if node.extra is not None:
+            self._tell(path, node)
         if node.nlink > 1:
             if len(self._links) >= _MAX_LINKS:
                 self._links.pop(next(iter(self._links)))
             self._links[key] = _Link(node, node.nlink)
         return node
 
-    def _tell_state(self, path: bytes, node: Node) -> None:
-        assert node.extra is not None and node.extra.capture is not None
-        capture = node.extra.capture
-        reason = Reason(capture.reason).name.lower()
-        captured = node.captured if node.captured is not None else node.content[8:40]
-        details: dict[str, str | int | None] = {
-            "reason": reason,
-            "attempts": capture.attempts,
-            "captured": captured.hex(),
-            "observed": capture.observed.hex() if capture.observed is not None else None,
-        }
-        if node.state == State.CHANGED:
-            kind = ProblemKind.CHANGED
-            message = f"it changed while it was read ({reason}); it is flagged in the snapshot"
-        else:
-            kind = ProblemKind.APPENDED
-            message = "it grew while it was read; its beginning is stored"
-        self._monitor.problem(Problem(kind, path, message, details))
+    def _tell(self, path: bytes, node: Node) -> None:
+        capture = capture_of(node)
+        if capture is not None and capture.reason == Reason.VANISHED:
+            self.stats.vanished += 1
+        if node.state == State.CHANGED and not self._tell_changed:
+            return
+        problem = problem_of_capture(path, node)
+        if problem is not None:
+            self._monitor.problem(problem)
 
     def _is_excluded(
         self, frame: _Frame, name: bytes, path: bytes, st: os.stat_result, is_directory: bool
@@ -438,39 +432,16 @@ class Walker:
     def _failed(self, path: bytes, error: OSError) -> None:
         if isinstance(error, FileNotFoundError):
             self.stats.vanished += 1
-            message = "it vanished before it was read"
-            self._monitor.problem(Problem(ProblemKind.VANISHED, path, message))
-            return
-        self.stats.unreadable += 1
-        message = f"it cannot be read: {error.strerror or error}"
-        self._monitor.problem(Problem(ProblemKind.UNREADABLE, path, message))
+        else:
+            self.stats.unreadable += 1
+        self._monitor.problem(problem_of_failure(path, error))
 
     def _missing(self, place: Place, error: OSError) -> None:
-        if isinstance(error, FileNotFoundError):
-            message = "this source does not exist"
-        else:
-            message = f"this source cannot be read: {error.strerror or error}"
-        for source in place.sources():
+        for problem in problems_of_source(place, error):
             self.stats.missing_sources += 1
             self.stats.unreadable += 1
-            self._monitor.problem(Problem(ProblemKind.MISSING_SOURCE, source, message))
+            self._monitor.problem(problem)
 
 
-def _is_unchanged(node: Node, st: os.stat_result, kind: Kind) -> bool:
-    """Tell whether an entry's metadata are those of a node that may be trusted to tell its content."""
-    return (
-        node.mtime_ns == st.st_mtime_ns
-        and node.ctime_ns == st.st_ctime_ns
-        and node.inode == st.st_ino
-        and node.kind == kind
-        and not node.racy
-        and (kind != Kind.FILE or (node.size == st.st_size and node.state == 0))
-        and node.nlink == st.st_nlink
-        and (node.nlink == 1 or kind == Kind.DIRECTORY or _has_device(node, st))
-        and node.uid == st.st_uid
-        and node.mode == st.st_mode & 0o7777
-    )
-
-
-def _has_device(node: Node, st: os.stat_result) -> bool:
-    return node.extra is not None and node.extra.device == st.st_dev
+def _restless() -> OSError:
+    return OSError(errno.ESTALE, "it turns into something else whenever it is looked at")

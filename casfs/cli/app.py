@@ -21,6 +21,7 @@ import click
 
 from casfs.cli.output import Output
 from casfs.errors import CasfsError, UsageError
+from casfs.naming import on_one_line
 
 VERBS = {
     "init": "casfs.cli.basic:init",
@@ -163,13 +164,20 @@ def _fail(as_json: bool, sentence: str, code: int) -> int:
     return code
 
 
+class _OneLine(logging.Formatter):
+    """A formatter whose messages cannot be made to look like several."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return on_one_line(super().formatMessage(record))
+
+
 def _configure() -> None:
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("casfs: %(message)s"))
+    handler.setFormatter(_OneLine("casfs: %(message)s"))
     for name in ("casfs", "mount"):
         logging.getLogger(name).addHandler(handler)
     for number in (signal.SIGTERM, signal.SIGHUP):

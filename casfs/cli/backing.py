@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from casfs.cli.output import iso_time, json_path, shown_id, shown_size
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.sizes import SIZE
 from casfs.errors import NotFoundError, UsageError
+from casfs.selection import keep_path
 
 if TYPE_CHECKING:
     from casfs.backup import BackupResult
@@ -61,7 +63,28 @@ if TYPE_CHECKING:
     type=click.IntRange(1, 100),
     default=3,
     show_default=True,
-    help="How often a file that changes is captured.",
+    help="How often a file that changes is captured; above 1 once more at the end.",
+)
+@click.option(
+    "--patience",
+    "patience_s",
+    type=click.FloatRange(0, 86_400),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time for pauses and further captures of files that change, in all.",
+)
+@click.option(
+    "--freeze",
+    type=click.Choice(["auto", "never", "require"]),
+    default="auto",
+    show_default=True,
+    help="Read a clone of a file that changes, where its file system can make one.",
+)
+@click.option(
+    "--reread",
+    is_flag=True,
+    help="Read unchanged files too, and tell those whose content changed all the same.",
 )
 @click.option(
     "--compression",
@@ -78,7 +101,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Where a pack is put together.",
 )
-@click.option("--changed-ok", is_flag=True, help="Exit 0 although files are flagged as changed.")
+@click.option("--changed-ok", is_flag=True, help="Exit 0 although files changed.")
 @common_options
 @click.pass_obj
 def backup(
@@ -101,6 +124,9 @@ def backup(
     parent: str | None,
     no_parent: bool,
     attempts: int,
+    patience_s: float,
+    freeze: str,
+    reread: bool,
     compression: int,
     spool: str,
     changed_ok: bool,
@@ -108,10 +134,11 @@ def backup(
     """Publish a snapshot of files and directories.
 
     Exit 3 means that it is published but some sources could not be read, 4 that some files changed
-    while they were read.
+    while they were read, or were found silently changed by --reread.
     """
     from casfs.backup import BackupOptions, back_up
     from casfs.exclude import Exclusions, read_patterns
+    from casfs.freeze import Freeze
     from casfs.repository import Repository
 
     sources = [os.fsencode(path) for path in paths]
@@ -145,11 +172,14 @@ def backup(
         parent=parent,
         use_parent=not no_parent,
         attempts=attempts,
+        patience_s=patience_s,
+        freeze=Freeze(freeze),
+        reread=reread,
         dry_run=dry_run,
         spool_in_memory=spool == "memory",
         stdin_name=_stdin_name(stdin_name) if stdin else None,
     )
-    monitor = CommandMonitor(settings.output(), "backup")
+    monitor = CommandMonitor(settings.output(), "backup", _source_names(sources))
     root = settings.repository_path()
     with Repository.open(root, "backup", level=compression) as repository, monitor:
         result = back_up(repository, options, monitor)
@@ -157,7 +187,8 @@ def backup(
     if result.snapshot.stats.unreadable:
         return EXIT_UNREADABLE
     assert result.snapshot.root.tree is not None
-    return EXIT_CHANGED if result.snapshot.root.tree.flagged and not changed_ok else 0
+    changed = result.snapshot.root.tree.flagged or result.snapshot.stats.silently_changed
+    return EXIT_CHANGED if changed and not changed_ok else 0
 
 
 def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
@@ -171,11 +202,13 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         f"{'would be ' if dry_run else ''}stored anew in {stats.seconds:.1f} s"
     )
     if stats.vanished:
-        output.line(f"{stats.vanished} vanished before they were read")
+        output.line(f"{stats.vanished} vanished before or while they were read")
     if stats.unreadable:
         output.line(f"{stats.unreadable} could not be read")
     if tree.flagged:
         output.line(f"{tree.flagged} changed while they were read and are flagged")
+    if stats.silently_changed:
+        output.line(f"{stats.silently_changed} changed although size, mtime and ctime did not")
     if result.snapshot_id is not None:
         output.line(f"snapshot {shown_id(result.snapshot_id)}")
     else:
@@ -199,9 +232,22 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         flagged=tree.flagged,
         unreadable=stats.unreadable,
         vanished=stats.vanished,
+        silently_changed=stats.silently_changed,
         seconds=stats.seconds,
         dry_run=dry_run,
     )
+
+
+def _source_names(sources: list[bytes]) -> Callable[[bytes], bytes]:
+    """Return what turns a path of the snapshot into the one in the source."""
+    relative = {keep_path(source).split(b"/")[0] for source in sources} - {b""}
+
+    def source_name(path: bytes) -> bytes:
+        if path.startswith(b"/") or b"." in relative or path.split(b"/")[0] in relative:
+            return path
+        return b"/" + path
+
+    return source_name
 
 
 def _read_paths(name: str, nul: bool) -> list[bytes]:

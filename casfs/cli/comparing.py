@@ -70,7 +70,11 @@ def diff(settings: Settings, before: str, after: str) -> int:
         "summary",
         before=old_id.hex(),
         after=new_id.hex(),
-        **counts,
+        added=counts["added"],
+        removed=counts["removed"],
+        modified=counts["modified"],
+        metadata=counts["metadata"],
+        retyped=counts["type"],
         added_bytes=summary.added_bytes,
         removed_bytes=summary.removed_bytes,
         modified_bytes=summary.modified_bytes,
@@ -117,13 +121,12 @@ def _is_directory(change: Change) -> bool:
 
 
 def _emit(output: Output, change: Change, before: NodeFields, after: NodeFields) -> None:
-    path = change.path
     output.emit(
         "change",
-        **json_path(path),
+        **json_path(change.path),
         change=change.kind.value,
         fields=list(change.fields),
         flagged=_flagged_sides(change),
-        before=before.fields(path, change.before) if change.before is not None else None,
-        after=after.fields(path, change.after) if change.after is not None else None,
+        before=before.attributes(change.before) if change.before is not None else None,
+        after=after.attributes(change.after) if change.after is not None else None,
     )

@@ -95,8 +95,11 @@ class NodeFields:
 
     def fields(self, path: bytes, node: Node) -> dict[str, JsonValue]:
         """Return what is told of an entry at this path."""
+        return json_path(path) | self.attributes(node)
+
+    def attributes(self, node: Node) -> dict[str, JsonValue]:
+        """Return what is told of an entry without its path."""
         fields: dict[str, JsonValue] = {
-            **json_path(path),
             "kind": KIND_NAMES[Kind(node.kind)],
             "mode": node.mode,
             "uid": node.uid,

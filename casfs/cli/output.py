@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from casfs.digest import SHOWN_HEX_DIGITS
+from casfs.naming import on_one_line
 from casfs.naming import shown as shown
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -36,7 +37,7 @@ class Output:
     def warn(self, sentence: str) -> None:
         """Print a sentence about a problem to standard error."""
         sys.stdout.flush()
-        print(f"casfs: {sentence}", file=sys.stderr)
+        print(f"casfs: {on_one_line(sentence)}", file=sys.stderr)
 
 
 def json_path(path: bytes, field: str = "path") -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,18 @@ _REFRESH_S = 0.2
 
 
 class CommandMonitor:
-    """Tell the user of one command; use it in a `with` block around the work."""
+    """Tell the user of one command; use it in a `with` block around the work.
 
-    def __init__(self, output: Output, verb: str) -> None:
+    `place_of` turns a path of a snapshot into the one that people know, for sentences only.
+    """
+
+    def __init__(
+        self, output: Output, verb: str, place_of: Callable[[bytes], bytes] | None = None
+    ) -> None:
         self.progress = Progress()
         self.problems = 0
         self._output = output
+        self._place_of = place_of if place_of is not None else _as_it_is
         self._verb = verb
         self._status: Status | None = None
         self._done = threading.Event()
@@ -31,7 +38,7 @@ class CommandMonitor:
     def problem(self, problem: Problem) -> None:
         """Print a problem at once."""
         self.problems += 1
-        sentence = f"{shown(problem.path) or '/'}: {problem.message}"
+        sentence = f"{shown(self._place_of(problem.path)) or '/'}: {problem.message}"
         if self._status is not None:
             self._status.console.print(
                 f"casfs: {sentence}", markup=False, highlight=False, soft_wrap=True
@@ -81,3 +88,7 @@ class CommandMonitor:
             path = shown(progress.path)[-60:]
             text = f"{self._verb}: {files}, {shown_size(progress.done_bytes)}  {path}"
             self._status.update(escape(text))
+
+
+def _as_it_is(path: bytes) -> bytes:
+    return path

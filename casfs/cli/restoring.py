@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import click
 
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED, Settings, common_options
 from casfs.cli.output import shown_id, shown_size
 from casfs.cli.progress import CommandMonitor
+from casfs.errors import UnsafeTargetError
 
 
 @click.command()
@@ -58,6 +60,7 @@ def restore(
         dry_run=dry_run,
     )
     output = settings.output()
+    _refuse_repository(settings.repository_path(), Path(target), delete)
     with Repository.open(settings.repository_path()) as repository:
         snapshot_id, snapshot, path, node = repository.resolve_path(snap)
         with_root = bool(path) or snapshot.paths == (b".",)
@@ -102,3 +105,15 @@ def restore(
     if result.damaged:
         return EXIT_DAMAGED
     return EXIT_FAILED if result.failed else 0
+
+
+def _refuse_repository(root: Path, target: Path, delete: bool) -> None:
+    """Raise UnsafeTargetError where a restore would write or delete the repository's own files."""
+    resolved_root, resolved_target = root.resolve(), target.resolve()
+    if resolved_target.is_relative_to(resolved_root):
+        raise UnsafeTargetError(f"{target} is inside the repository {root}; name another folder")
+    if delete and resolved_root.is_relative_to(resolved_target):
+        raise UnsafeTargetError(
+            f"the repository {root} is inside {target}, and --delete could delete it; "
+            "name another folder"
+        )

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from casfs.digest import digest_of
-from casfs.errors import FormatError, IntegrityError
+from casfs.errors import FormatError, IntegrityError, NotFoundError
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "config"
@@ -63,11 +63,14 @@ def encode_config(config: RepositoryConfig) -> bytes:
 def decode_config(data: bytes, place: str) -> RepositoryConfig:
     """Parse the file's bytes; `place` is named in errors.
 
-    Raises FormatError for a format of another version and IntegrityError for a damaged file.
+    Raises NotFoundError where another program's file stands, FormatError for a format of another
+    version and IntegrityError for a damaged file.
     """
     first = _FIRST_LINE.match(data)
     if first is None:
-        raise IntegrityError(f"the configuration {place} is damaged: its first line is not casfs's")
+        raise NotFoundError(
+            f"{place} is not a casfs repository, or the first line of its file `config` is damaged"
+        )
     version = int(first.group(1))
     if version != FORMAT_VERSION:
         raise FormatError(

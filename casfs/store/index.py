@@ -8,9 +8,11 @@ size; every blob and every pack has an ordinal, so that a set of them is a bitma
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,8 @@ _MAP_BYTES = 256 * 1024**3
 
 _SMALL_MAP_BYTES = 1024**3
 """Where the address space is limited; doubled whenever it is full."""
+
+_ASKED_AT_ONCE = 10_000
 
 T = TypeVar("T")
 
@@ -75,6 +79,9 @@ class Index:
     def __init__(self, path: Path, readonly: bool = False) -> None:
         self._path = path
         self._map_bytes = _MAP_BYTES
+        # No transaction of this process may be open while the map is moved, or its reads would fail.
+        self._gate = threading.Condition()
+        self._open_transactions = 0
         try:
             self._env = self._open(readonly)
             self._blobs = self._env.open_db(b"blobs", create=not readonly)
@@ -124,14 +131,22 @@ class Index:
         return None if value is None else Location(*_LOCATION.unpack(value)[:7])
 
     def known(self, digests: Iterable[Digest]) -> list[bool]:
-        """Tell for each digest whether the index has it."""
+        """Tell for each digest whether the index has it.
 
-        def ask(txn: lmdb.Transaction) -> list[bool]:
+        `digests` are taken a batch at a time and never inside a transaction, so that what yields them
+        may use the index.
+        """
+
+        def ask(txn: lmdb.Transaction, batch: list[Digest]) -> list[bool]:
             get = txn.get
             blobs = self._blobs
-            return [get(digest, db=blobs) is not None for digest in digests]
+            return [get(digest, db=blobs) is not None for digest in batch]
 
-        return self._read(ask)
+        told: list[bool] = []
+        rest = iter(digests)
+        while batch := list(itertools.islice(rest, _ASKED_AT_ONCE)):
+            told += self._read(functools.partial(ask, batch=batch))
+        return told
 
     def pack_id(self, ordinal: int) -> PackId:
         """Return the name of a pack by its ordinal; raises IndexUnusableError for an unknown one."""
@@ -227,11 +242,18 @@ class Index:
             next_pack += 1
         txn.put(b"counters", _COUNTERS.pack(next_pack, next_blob, losses), db=self._meta)
 
-    def mark_complete(self, snapshot: bytes) -> None:
-        """Remember that every blob a snapshot needs was in the index when it was published."""
+    def losses(self) -> int:
+        """Return how often entries were lost so far; see `mark_complete`."""
+        return self._read(lambda txn: self._counters(txn)[2])
+
+    def mark_complete(self, snapshot: bytes, losses: int) -> None:
+        """Remember that every blob a snapshot needs was in the index after so many losses.
+
+        `losses` was asked for before the first blob was taken for stored: what another process loses
+        between then and now must not be missed.
+        """
 
         def change(txn: lmdb.Transaction) -> None:
-            losses = self._counters(txn)[2]
             txn.put(b"complete" + snapshot, b"%d" % losses, db=self._meta)
 
         self._write(change)
@@ -266,30 +288,44 @@ class Index:
         return _COUNTERS.unpack(value) if value is not None else (0, 0, 0)
 
     def _read(self, ask: Callable[[lmdb.Transaction], T]) -> T:
-        try:
-            try:
-                with self._env.begin() as txn:
-                    return ask(txn)
-            except lmdb.MapResizedError:
-                self._env.set_mapsize(0)
-                with self._env.begin() as txn:
-                    return ask(txn)
-        except (lmdb.Error, struct.error) as error:
-            raise self._unusable(error) from error
+        return self._run(False, ask)
 
     def _write(self, change: Callable[[lmdb.Transaction], None]) -> None:
+        self._run(True, change)
+
+    def _run(self, write: bool, work: Callable[[lmdb.Transaction], T]) -> T:
+        """Do some work in a transaction, as often as the map must be made larger for it."""
         while True:
+            full_bytes = 0
+            with self._gate:
+                self._open_transactions += 1
             try:
-                with self._env.begin(write=True) as txn:
-                    change(txn)
-                return
+                with self._env.begin(write=write) as txn:
+                    return work(txn)
             except lmdb.MapResizedError:
-                self._env.set_mapsize(0)
+                pass
             except lmdb.MapFullError:
-                self._map_bytes *= 2
-                log.info("the index is full; its map grows to %d bytes", self._map_bytes)
-                self._env.set_mapsize(self._map_bytes)
+                full_bytes = self._map_bytes
             except (lmdb.Error, struct.error) as error:
+                raise self._unusable(error) from error
+            finally:
+                with self._gate:
+                    self._open_transactions -= 1
+                    self._gate.notify_all()
+            self._resize(full_bytes)
+
+    def _resize(self, full_bytes: int) -> None:
+        """Double a map of `full_bytes` that is full, or with 0 follow another process's map."""
+        with self._gate:
+            self._gate.wait_for(lambda: self._open_transactions == 0)
+            try:
+                if not full_bytes:
+                    self._env.set_mapsize(0)
+                elif full_bytes == self._map_bytes:
+                    self._map_bytes = 2 * max(full_bytes, int(self._env.info()["map_size"]))
+                    log.info("the index is full; its map grows to %d bytes", self._map_bytes)
+                    self._env.set_mapsize(self._map_bytes)
+            except lmdb.Error as error:
                 raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> IndexUnusableError:

@@ -1,0 +1,130 @@
+"""The verbs mount and umount."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+
+from casfs.cli.app import Settings, common_options
+from casfs.cli.output import shown
+from casfs.cli.sizes import SIZE
+from casfs.errors import CasfsError
+
+_OWNER = re.compile(r"(\d{1,10}):(\d{1,10})")
+
+
+class OwnerType(click.ParamType[tuple[int, int]]):
+    """A user and a group as numbers: `1000:1000`."""
+
+    name = "owner"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Return user and group."""
+        if isinstance(value, tuple):
+            return value
+        match = _OWNER.fullmatch(str(value))
+        if match is None or max(map(int, match.groups())) > 0xFFFFFFFE:
+            self.fail(f"{value!r} is not UID:GID, two numbers", param, ctx)
+        return int(match.group(1)), int(match.group(2))
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="[SNAP[:PATH]] MOUNTPOINT")
+@click.option("--foreground", "-f", is_flag=True, help="Stay here until it is unmounted.")
+@click.option("--allow-other", is_flag=True, help="Let other users in; permissions hold for them.")
+@click.option("--owner", type=OwnerType(), metavar="UID:GID", help="Show everything as theirs.")
+@click.option(
+    "--cache-size",
+    type=SIZE,
+    default="64M",
+    show_default=True,
+    metavar="BYTES",
+    help="Memory for decoded data.",
+)
+@click.option("--deny-changed", is_flag=True, help="Give EIO for files captured while changing.")
+@click.option(
+    "--no-kernel-cache",
+    is_flag=True,
+    help="Verify at each read: the kernel keeps no data (slower, and no shared mappings).",
+)
+@click.option(
+    "--log-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Where a mount in the background logs [default: the system's log].",
+)
+@common_options
+@click.pass_obj
+def mount(
+    settings: Settings,
+    names: tuple[str, ...],
+    foreground: bool,
+    allow_other: bool,
+    owner: tuple[int, int] | None,
+    cache_size: int,
+    deny_changed: bool,
+    no_kernel_cache: bool,
+    log_file: Path | None,
+) -> None:
+    """Show a snapshot, or without SNAP all of them, as a file system.
+
+    Returns when the mount is usable; it stays until `casfs umount`.
+    """
+    if len(names) > 2:
+        raise click.UsageError("name one snapshot at most, and one mountpoint")
+    server = _server()
+    request = server.MountRequest(
+        repository=settings.repository_path(),
+        mountpoint=Path(names[-1]),
+        snapshot=names[0] if len(names) == 2 else None,
+        allow_other=allow_other,
+        owner=owner,
+        cache_bytes=cache_size,
+        deny_changed=deny_changed,
+        kernel_cache=not no_kernel_cache,
+        log_file=log_file,
+    )
+
+    def tell(mountpoint: Path) -> None:
+        output = settings.output()
+        output.line(f"mounted on {shown(bytes(mountpoint))}")
+        output.emit("mounted", mountpoint=str(mountpoint))
+        sys.stdout.flush()
+
+    if foreground:
+        server.mount_here(request, tell)
+    else:
+        tell(server.mount_in_background(request))
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@common_options
+@click.pass_obj
+def umount(settings: Settings, mountpoint: Path) -> None:
+    """Take a mount away."""
+    from mount.mountpoint import unmount
+
+    real = unmount(mountpoint)
+    output = settings.output()
+    output.line(f"unmounted {shown(bytes(real))}")
+    output.emit("unmounted", mountpoint=str(real))
+
+
+def _server() -> ModuleType:
+    try:
+        import mount.server
+    except ModuleNotFoundError as error:
+        raise CasfsError(
+            f"casfs mount needs pyfuse3, which cannot be loaded here ({error}); everything else works"
+        ) from error
+    except ImportError as error:
+        raise CasfsError(f"casfs mount cannot load pyfuse3: {error}") from error
+    return mount.server

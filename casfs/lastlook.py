@@ -1,0 +1,150 @@
+"""The last look: files that changed while they were captured, captured once more at the end of a backup.
+
+By then their writers may have finished. The trees that the walk has written are read again, but only
+those that have a flagged file below them, as their summaries tell, and are written anew where a capture
+came out otherwise. Memory holds one directory of each level. One thread; no recursion.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from casfs.capture import Capturer
+from casfs.flagged import is_flagged
+from casfs.monitor import Monitor
+from casfs.selection import Place
+from casfs.source import open_directory
+from casfs.telling import problem_of_capture
+from casfs.tree import Node, hard_link_key, replace
+from casfs.treereader import TreeReader, join
+from casfs.treewriter import TreeWriter
+from casfs.walk import NewTree
+
+_MAX_LINKS = 100_000
+
+
+@dataclass(slots=True)
+class _Frame:
+    """A directory with flagged files below it; `fd` is -1 where it is not there any more, or virtual."""
+
+    node: Node
+    path: bytes
+    fd: int
+    nodes: Iterator[Node]
+    tree: TreeWriter
+    places: dict[bytes, Place] | None = None
+
+
+class LastLook:
+    """Look once more at the flagged files of one walk; used once.
+
+    The trees are those of the walk and can be read; what is still flagged is told to `monitor`.
+    """
+
+    def __init__(
+        self, capturer: Capturer, trees: TreeReader, new_tree: NewTree, monitor: Monitor
+    ) -> None:
+        self._capturer = capturer
+        self._trees = trees
+        self._new_tree = new_tree
+        self._monitor = monitor
+        self._links: dict[tuple[int, int], Node] = {}
+
+    def look(self, root: Node, place: Place) -> Node:
+        """Return the root with every better capture in its place; `place` is what was walked."""
+        fd = _opened(None, place.source, root.inode, follow=True) if place.whole else -1
+        stack = [self._frame(root, b"", fd, place)]
+        try:
+            while True:
+                frame = stack[-1]
+                child = self._advance(frame)
+                if child is not None:
+                    stack.append(child)
+                    continue
+                stack.pop()
+                _close(frame.fd)
+                node = replace(frame.node, tree=frame.tree.finish())
+                if not stack:
+                    return node
+                stack[-1].tree.add(node)
+        finally:
+            for frame in stack:
+                _close(frame.fd)
+
+    def _frame(self, node: Node, path: bytes, fd: int, place: Place | None) -> _Frame:
+        assert node.tree is not None
+        single = self._trees.single(node.tree)
+        nodes = iter(single) if single is not None else self._trees.nodes(node.tree)
+        tree = self._new_tree(node.tree, single)
+        places = place.below if place is not None and not place.whole else None
+        return _Frame(node, path, fd, nodes, tree, places)
+
+    def _advance(self, frame: _Frame) -> _Frame | None:
+        """Take over entries until one is a directory to go into; None when all are done."""
+        for node in frame.nodes:
+            path = join(frame.path, node.name)
+            if node.tree is not None and node.tree.flagged:
+                return self._enter(frame, path, node)
+            if is_flagged(node):
+                node = self._again(frame, path, node)
+            frame.tree.add(node)
+        return None
+
+    def _enter(self, frame: _Frame, path: bytes, node: Node) -> _Frame:
+        if frame.places is None:
+            fd = _opened(frame.fd, node.name, node.inode) if frame.fd >= 0 else -1
+            return self._frame(node, path, fd, None)
+        place = frame.places.get(node.name)
+        if place is None or not place.whole:
+            return self._frame(node, path, -1, place)
+        above = _opened(None, os.path.dirname(place.source) or b".", None, follow=True)
+        try:
+            fd = _opened(above, node.name, node.inode) if above >= 0 else -1
+        finally:
+            _close(above)
+        return self._frame(node, path, fd, place)
+
+    def _again(self, frame: _Frame, path: bytes, node: Node) -> Node:
+        """Return a newer capture of a file, or the one that there is, and tell what it is worth."""
+        key = hard_link_key(node)
+        found = self._links.get(key) if key is not None else None
+        if found is not None:
+            found = replace(found, name=node.name)
+        elif frame.places is None:
+            found = self._capture(frame.fd, node)
+        elif (place := frame.places.get(node.name)) is not None:
+            above = _opened(None, os.path.dirname(place.source) or b".", None, follow=True)
+            try:
+                found = self._capture(above, node)
+            finally:
+                _close(above)
+        if found is None:
+            found = node
+        elif key is not None and len(self._links) < _MAX_LINKS:
+            self._links[key] = found
+        problem = problem_of_capture(path, found)
+        if problem is not None:
+            self._monitor.problem(problem)
+        return found
+
+    def _capture(self, fd: int, node: Node) -> Node | None:
+        return self._capturer.capture_again(fd, node) if fd >= 0 else None
+
+
+def _opened(dir_fd: int | None, name: bytes, inode: int | None, follow: bool = False) -> int:
+    """Open a directory that the walk was in, -1 where there is none or another by now."""
+    try:
+        fd = open_directory(dir_fd, name, follow)
+    except OSError:
+        return -1
+    if inode is not None and os.fstat(fd).st_ino != inode:
+        os.close(fd)
+        return -1
+    return fd
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)

@@ -1,0 +1,185 @@
+"""Reading: one pass over the bytes of an open file, cut, stored and digested from private buffers.
+
+Every digest is that of the buffer that is stored. The source is never mapped, and never read beyond the
+size that the caller saw, so that an endless writer cannot hold a backup. Holes are found, not read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from casfs.chunker import Chunker
+from casfs.content import HOLE, RECORD, ContentWriter, Put
+from casfs.digest import Digest
+from casfs.store.blob import BlobKind
+
+_ZEROS = bytes(1 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one pass found: the content list, the size in bytes and the plain digest of the file.
+
+    `captured` is that digest where a node has to keep it, `pending` a blob that is stored only when
+    the reading is kept.
+    """
+
+    content: bytes
+    levels: int
+    size: int
+    digest: Digest
+    captured: Digest | None
+    pending: tuple[Digest, bytes] | None = None
+
+
+class FileReader:
+    """Read files of one backup; `put` stores a blob, `digest` names it. Used by one thread."""
+
+    def __init__(self, chunker: Chunker, put: Put, digest: Callable[[bytes], Digest]) -> None:
+        self._chunker = chunker
+        self._put = put
+        self._digest = digest
+        self._small_bytes = chunker.min_bytes
+
+    def read(self, fd: int, st: os.stat_result) -> Reading:
+        """Read a regular file from its beginning to the size in `st`, or to where it ends before."""
+        size = st.st_size
+        if st.st_blocks * 512 < size:
+            return self._read_sparse(fd, size)
+        if size <= self._small_bytes:
+            return self._read_small(fd, size)
+        return self._read_chunks(_range_reader(fd, 0, size), size)
+
+    def read_stream(self, fd: int) -> Reading:
+        """Read a pipe to its end."""
+        return self._read_chunks(lambda buffer: os.readv(fd, [buffer]), None)
+
+    def keep(self, reading: Reading) -> None:
+        """Store what is pending of a reading that a node will refer to."""
+        if reading.pending is not None:
+            self._put(BlobKind.DATA, *reading.pending)
+
+    def _read_small(self, fd: int, size: int) -> Reading:
+        data = os.read(fd, size) if size else b""
+        while len(data) < size:
+            more = os.read(fd, size - len(data))
+            if not more:
+                break
+            data += more
+        plain = Digest(blake3(data).digest())
+        if not data:
+            return Reading(b"", 0, 0, plain, None)
+        digest = self._digest(data)
+        content = RECORD.pack(len(data), digest)
+        captured = None if digest == plain else plain
+        return Reading(content, 0, len(data), plain, captured, (digest, data))
+
+    def _read_chunks(
+        self, read_into: Callable[[memoryview], int], most_bytes: int | None
+    ) -> Reading:
+        whole = blake3()
+        content = ContentWriter(self._put, self._digest)
+        size = self._store_chunks(read_into, most_bytes, whole, content)
+        return _finish(content, whole, size)
+
+    def _read_sparse(self, fd: int, size: int) -> Reading:
+        whole = blake3()
+        content = ContentWriter(self._put, self._digest)
+        done = 0
+        for begin, end in data_ranges(fd, size):
+            _add_hole(content, whole, begin - done)
+            stored = self._store_chunks(_range_reader(fd, begin, end), end - begin, whole, content)
+            done = begin + stored
+            if done < end:
+                return _finish(content, whole, done)
+        end = min(size, os.fstat(fd).st_size)
+        if end > done:
+            _add_hole(content, whole, end - done)
+            done = end
+        return _finish(content, whole, done)
+
+    def _store_chunks(
+        self,
+        read_into: Callable[[memoryview], int],
+        most_bytes: int | None,
+        whole: blake3,
+        content: ContentWriter,
+    ) -> int:
+        size = 0
+        for chunk in self._chunker.cut(read_into, most_bytes):
+            digest = self._digest(chunk)
+            whole.update(chunk)
+            self._put(BlobKind.DATA, digest, chunk)
+            content.add(len(chunk), digest)
+            size += len(chunk)
+        return size
+
+
+def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield begin and end, in bytes, of what is not a hole below `size`; the position of `fd` moves.
+
+    A file system that knows no holes tells one range.
+    """
+    end = 0
+    while end < size:
+        try:
+            begin = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            if end == 0:
+                yield 0, size
+                return
+            raise
+        if begin >= size:
+            return
+        try:
+            end = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # truncated between the two questions
+        yield begin, end
+
+
+def update_zeros(whole: blake3, length: int) -> None:
+    """Digest a hole of `length` bytes as the zeros that reading it would give."""
+    view = memoryview(_ZEROS)
+    while length > 0:
+        part = min(length, len(_ZEROS))
+        whole.update(view[:part])
+        length -= part
+
+
+def _finish(content: ContentWriter, whole: blake3, size: int) -> Reading:
+    records, levels = content.finish()
+    plain = Digest(whole.digest())
+    single = levels == 0 and len(records) == RECORD.size and records[8:] == plain
+    captured = None if single or not records else plain
+    return Reading(records, levels, size, plain, captured)
+
+
+def _add_hole(content: ContentWriter, whole: blake3, length: int) -> None:
+    if length > 0:
+        content.add(length, HOLE)
+        update_zeros(whole, length)
+
+
+def _range_reader(fd: int, begin: int, end: int) -> Callable[[memoryview], int]:
+    offset = begin
+
+    def read_into(buffer: memoryview) -> int:
+        nonlocal offset
+        wanted = min(len(buffer), end - offset)
+        if wanted <= 0:
+            return 0
+        count = os.preadv(fd, [buffer[:wanted]], offset)
+        offset += count
+        return count
+
+    return read_into

@@ -1,0 +1,79 @@
+"""Telling: what a monitor is told of single entries of a backup, in sentences and in fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from casfs.freeze import NotFrozenError
+from casfs.monitor import Problem, ProblemKind
+from casfs.selection import Place
+from casfs.tree import Node, Reason, State, capture_of, captured_digest
+
+
+def problem_of_capture(path: bytes, node: Node) -> Problem | None:
+    """Return what there is to tell of how a file was captured, or None: it was there, and stable."""
+    capture = capture_of(node)
+    if capture is None:
+        return None
+    if node.state == State.STABLE and capture.reason != Reason.VANISHED:
+        return None
+    reason = reason_word(capture.reason)
+    captured = captured_digest(node)
+    details: dict[str, str | int | None] = {
+        "state": State(node.state).name.lower(),
+        "reason": reason,
+        "attempts": capture.attempts,
+        "captured": captured.hex() if captured is not None else None,
+        "observed": capture.observed.hex() if capture.observed is not None else None,
+    }
+    if node.state == State.CHANGED:
+        times = "once" if capture.attempts == 1 else f"{capture.attempts} times"
+        message = f"it changed while it was read, {times} ({reason}); it is flagged in the snapshot"
+        return Problem(ProblemKind.CHANGED, path, message, details)
+    if node.state == State.APPENDED:
+        message = "it grew while it was read; its beginning is stored"
+        return Problem(ProblemKind.APPENDED, path, message, details)
+    message = "it vanished while it was read; what it held is stored"
+    return Problem(ProblemKind.VANISHED, path, message, details)
+
+
+def problem_of_failure(path: bytes, error: OSError) -> Problem:
+    """Return what there is to tell of an entry that is not in the snapshot."""
+    if isinstance(error, FileNotFoundError):
+        return Problem(ProblemKind.VANISHED, path, "it vanished before it was read")
+    what = "cannot be frozen" if isinstance(error, NotFrozenError) else "cannot be read"
+    message = f"it {what}: {error.strerror or error}"
+    return Problem(ProblemKind.UNREADABLE, path, message)
+
+
+def problems_of_source(place: Place, error: OSError) -> Iterator[Problem]:
+    """Yield what there is to tell of what the user named at or below a place that is not there."""
+    if isinstance(error, FileNotFoundError):
+        message = "this source does not exist"
+    else:
+        message = f"this source cannot be read: {error.strerror or error}"
+    for source in place.sources():
+        yield Problem(ProblemKind.MISSING_SOURCE, source, message)
+
+
+def problem_of_silence(path: bytes, before: Node, now: Node) -> Problem:
+    """Return what there is to tell of a file whose content moved while its metadata did not."""
+    digests = [captured_digest(node) for node in (before, now)]
+    was, captured = (digest.hex() if digest is not None else None for digest in digests)
+    message = (
+        "its content is not what it was, while size, mtime and ctime are; the new content is stored, "
+        "and the snapshot before keeps the old"
+    )
+    return Problem(
+        ProblemKind.SILENTLY_CHANGED, path, message, {"captured": captured, "previous": was}
+    )
+
+
+def repository_left_out(path: bytes) -> Problem:
+    """Return what there is to tell of a repository that lies in the source."""
+    return Problem(ProblemKind.REPOSITORY, path, "the repository itself is left out")
+
+
+def reason_word(reason: int) -> str:
+    """Return a word for why a file was not simply captured as stable."""
+    return Reason(reason).name.lower().replace("_", " ")
