@@ -1,0 +1,13 @@
+"""Measures casfs beside other backup programs and beside what the machine itself can do.
+
+Data flows one way: ``corpus`` makes trees of files, ``peers`` says how each program is called,
+``schedule`` runs them in turns through ``trial`` and ``measure``, ``records`` keeps every single
+measurement, ``aims`` judges them, ``report`` and ``chart`` show them. Nothing here imports casfs:
+it is called as a user calls it, like every other program.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,257 @@
+"""What casfs is meant to reach, and whether a run shows it.
+
+Three sets: *first light* is what the first usable version must do, *mount* what reading through a
+mount must do, *hardware* what the machine's limits allow. All are reported, met or not. Ratios are
+those of medians of one run on one machine, so that the machine's own speed cancels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from bench.corpus import CHURN, CORPORA
+from bench.peers.limits import FUSE, LIMIT
+from bench.records import Run
+from bench.works import NO_CORPUS, Work
+
+CASFS = "casfs"
+BORG = "borg"
+BORG_ZSTD = "borg-zstd"
+RESTIC = "restic"
+PLAIN_WORKS = (Work.FIRST, Work.UNCHANGED, Work.REREAD, Work.RESTORE, Work.CHECK)
+EARLY_DAYS = LATE_DAYS = 5
+
+Measure = Callable[[Run], float | None]
+
+
+class Outcome(Enum):
+    """What a run says of an aim."""
+
+    MET = "met"
+    MISSED = "missed"
+    UNKNOWN = "not measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """A bound on one measured value.
+
+    `text` says what is compared with what, `unit` stands after both numbers; the value is at most
+    the bound, or at least, where `at_least` is set. `shown_with` names the row of the report.
+    """
+
+    group: str
+    corpus: str
+    work: Work
+    text: str
+    bound: float
+    unit: str
+    measure: Measure
+    at_least: bool = False
+
+    def value(self, run: Run) -> float | None:
+        """Return the measured value, or None where something for it is missing."""
+        return self.measure(run)
+
+    def outcome(self, run: Run) -> Outcome:
+        """Judge a run."""
+        value = self.measure(run)
+        if value is None:
+            return Outcome.UNKNOWN
+        good = value >= self.bound if self.at_least else value <= self.bound
+        return Outcome.MET if good else Outcome.MISSED
+
+    @property
+    def bound_text(self) -> str:
+        """Return the bound in words, such as `≤ 0.4 × borg`."""
+        sign = "≥" if self.at_least else "≤"
+        return f"{sign} {_number(self.bound)} {self.unit}"
+
+    def value_text(self, run: Run) -> str:
+        """Return the measured value with two or three digits, or a dash."""
+        value = self.measure(run)
+        return "–" if value is None else _number(value)
+
+
+def time_ratio(corpus: str, work: Work, *references: str) -> Measure:
+    """Measure casfs's wall time over that of the fastest of the references.
+
+    None unless casfs and all the references were measured: the fastest of those that happen to be
+    there would be an easier aim.
+    """
+
+    def measure(run: Run) -> float | None:
+        own = run.wall(corpus, work, CASFS)
+        others = [run.wall(corpus, work, name) for name in references]
+        medians = [each.median for each in others if each is not None]
+        if own is None or len(medians) < len(references):
+            return None
+        return own.median / min(medians)
+
+    return measure
+
+
+def rate_ratio(corpus: str, work: Work, reference: str) -> Measure:
+    """Measure casfs's bytes a second over a reference's, for the same bytes."""
+
+    def measure(run: Run) -> float | None:
+        ratio = time_ratio(corpus, work, reference)(run)
+        return None if ratio is None else 1 / ratio
+
+    return measure
+
+
+def peak_megabytes(corpus: str, *works: Work) -> Measure:
+    """Measure the greatest memory that casfs took in any repetition of the works, in MB."""
+
+    def measure(run: Run) -> float | None:
+        peaks = [each.peak_bytes for work in works for each in run.select(corpus, work, CASFS)]
+        return max(peaks) / 1e6 if peaks else None
+
+    return measure
+
+
+def stored_ratio(corpus: str) -> Measure:
+    """Measure what casfs stores over the least that a peer with zstd stores."""
+
+    def measure(run: Run) -> float | None:
+        own = _stored(run, corpus, CASFS)
+        peers = [_stored(run, corpus, name) for name in (BORG_ZSTD, RESTIC)]
+        known = [each for each in peers if each is not None]
+        return own / min(known) if own is not None and len(known) == len(peers) else None
+
+    return measure
+
+
+def startup_extra_ms() -> Measure:
+    """Measure how much longer casfs takes to start than the interpreter alone, in ms."""
+
+    def measure(run: Run) -> float | None:
+        own = run.wall(NO_CORPUS, Work.STARTUP, CASFS)
+        python = run.wall(NO_CORPUS, Work.STARTUP, LIMIT)
+        return None if own is None or python is None else (own.median - python.median) * 1000
+
+    return measure
+
+
+def day_slowdown(run: Run) -> float | None:
+    """Measure the mean time of the last days over that of the first ones."""
+    days = [each.day_wall_s for each in run.select("daily", Work.DAILY, CASFS)]
+    early = _mean(wall for each in days for wall in each[:EARLY_DAYS])
+    late = _mean(wall for each in days for wall in each[-LATE_DAYS:])
+    return None if early is None or late is None else late / early
+
+
+def day_growth(run: Run) -> float | None:
+    """Measure a day's mean growth over the same share of the first backup's stored bytes."""
+    first = _stored(run, "daily", CASFS)
+    samples = run.select("daily", Work.DAILY, CASFS)
+    grown = _mean(grown for each in samples for grown in each.day_grown_bytes)
+    return None if not first or grown is None else grown / (first * CHURN)
+
+
+def _stored(run: Run, corpus: str, program: str) -> float | None:
+    samples = run.select(corpus, Work.FIRST, program)
+    return _mean(each.stored_bytes for each in samples if each.stored_bytes is not None)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return sum(known) / len(known) if known else None
+
+
+def _faster(
+    group: str, corpus: str, work: Work, bound: float, *references: str, text: str = ""
+) -> Aim:
+    unit = f"× {text or ' and '.join(references)}"
+    return Aim(group, corpus, work, "time", bound, unit, time_ratio(corpus, work, *references))
+
+
+def _quicker(group: str, corpus: str, work: Work, bound: float, reference: str) -> Aim:
+    measure = rate_ratio(corpus, work, reference)
+    return Aim(group, corpus, work, "rate", bound, f"× {reference}", measure, at_least=True)
+
+
+def _smaller(group: str, corpus: str, bound: float, *works: Work) -> Aim:
+    measure = peak_megabytes(corpus, *works)
+    return Aim(group, corpus, works[0], "peak memory", bound, "MB", measure)
+
+
+FIRST_LIGHT = (
+    _faster("first light", "real", Work.FIRST, 0.7, BORG),
+    _faster("first light", "real", Work.UNCHANGED, 0.6, RESTIC),
+    _smaller("first light", "real", 200, Work.FIRST, Work.UNCHANGED),
+    _faster("first light", "real", Work.FIND, 0.4, BORG),
+    _quicker("first light", "big", Work.READ, 3, BORG),
+)
+MOUNT = (
+    _faster("mount", "real", Work.FIND, 0.25, BORG),
+    _faster("mount", "real", Work.FIND, 0.35, RESTIC),
+    _smaller("mount", "real", 150, Work.FIND),
+    _faster("mount", "real", Work.COPY, 0.4, BORG),
+    _faster("mount", "real", Work.COPY, 2, LIMIT, text="cp -a of the source"),
+    _faster("mount", "real", Work.GREP, 0.5, BORG, RESTIC, text="the better peer"),
+    _quicker("mount", "big", Work.READ, 5, BORG),
+    _quicker("mount", "big", Work.READ, 7, RESTIC),
+    _quicker("mount", "big", Work.READ, 0.5, FUSE),
+    _quicker("mount", "big", Work.RANDOM, 3, BORG),
+    _faster("mount", "big", Work.READ_AGAIN, 1.25, FUSE, text="trivial FUSE, from the cache"),
+)
+HARDWARE = (
+    _faster("hardware", "real", Work.FIRST, 0.4, BORG),
+    _faster("hardware", "real", Work.FIRST, 0.3, RESTIC),
+    _faster("hardware", "real", Work.FIRST, 1.3, LIMIT, text="tar and zstd"),
+    _faster("hardware", "real", Work.UNCHANGED, 0.2, BORG),
+    _faster("hardware", "real", Work.UNCHANGED, 0.3, RESTIC),
+    _faster("hardware", "real", Work.UNCHANGED, 3, LIMIT, text="find -printf"),
+    _faster("hardware", "big", Work.FIRST, 0.45, BORG_ZSTD),
+    _faster("hardware", "big", Work.FIRST, 1.15, LIMIT, text="zstd -3 -T2"),
+    _faster("hardware", "big", Work.REREAD, 0.3, BORG),
+    _faster("hardware", "big", Work.REREAD, 3, LIMIT, text="hashing it"),
+    _faster("hardware", "real", Work.RESTORE, 0.6, BORG),
+    _faster("hardware", "real", Work.RESTORE, 1.3, LIMIT, text="cp -a"),
+    _faster("hardware", "big", Work.RESTORE, 0.6, BORG),
+    _faster("hardware", "real", Work.CHECK, 0.5, BORG),
+    _faster("hardware", "big", Work.CHECK, 0.5, BORG),
+    *(
+        Aim(
+            "hardware",
+            corpus.name,
+            Work.FIRST,
+            "stored size",
+            1,
+            "× the best peer with zstd",
+            stored_ratio(corpus.name),
+        )
+        for corpus in CORPORA
+    ),
+    _smaller("hardware", "real", 150, *PLAIN_WORKS),
+    _smaller("hardware", "big", 150, *PLAIN_WORKS),
+    _smaller("hardware", "million", 250, *PLAIN_WORKS),
+    Aim(
+        "hardware",
+        NO_CORPUS,
+        Work.STARTUP,
+        "time",
+        100,
+        "ms more than `python -c pass`",
+        startup_extra_ms(),
+    ),
+    Aim("hardware", "daily", Work.DAILY, "time", 1.3, "× the first days, last days", day_slowdown),
+    Aim("hardware", "daily", Work.DAILY, "growth", 2, "× the share that changed", day_growth),
+)
+AIMS = FIRST_LIGHT + MOUNT + HARDWARE
+
+
+def aims_for(corpus: str, work: Work, text: str) -> tuple[Aim, ...]:
+    """Return the aims that bound one value of one row, the mildest first."""
+    return tuple(aim for aim in AIMS if (aim.corpus, aim.work, aim.text) == (corpus, work, text))
+
+
+def _number(value: float) -> str:
+    """Return a number with as many digits as a reader can use."""
+    if value >= 100 or value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,0 +1,165 @@
+"""What the machine itself can do: ordinary tools for the same work, without keeping versions.
+
+None of them waits until its output is on the disk, as backup programs do.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.corpus import Corpus
+from bench.measure import Child, Command, CommandError, Usage, run
+from bench.reading import PROBES, do_reading
+from bench.records import Sample
+from bench.scratch import mounts_below, unmount
+from bench.stage import WORK_TIMEOUT_S, Stage, TrialError, compare, sample_of
+from bench.works import Work
+
+LIMIT = "limit"
+FUSE = "trivial-fuse"
+MOUNT_PATIENCE_S = 60.0
+TREE_LIMITS = {
+    Work.FIRST: "tar | zstd -3 -T0",
+    Work.UNCHANGED: "find -printf",
+    Work.RESTORE: "cp -a",
+    Work.FIND: "find in the source",
+    Work.COPY: "cp -a of the source",
+    Work.GREP: "grep -r in the source",
+}
+FILE_LIMITS = {
+    Work.FIRST: "zstd -3 -T2",
+    Work.REREAD: "BLAKE3, one core",
+    Work.CHANGED: "BLAKE3, one core",
+    Work.RESTORE: "cp -a",
+    Work.CHECK: "BLAKE3 of the source, one core",
+    Work.READ: "dd of the source",
+    Work.READ_AGAIN: "dd of the source",
+    Work.RANDOM: "reads of the source",
+}
+STARTUP_LIMIT = "python -c pass"
+
+
+def limit_label(work: str, single: bool) -> str:
+    """Return the tool that is the limit for a work, or an empty text where there is none."""
+    limits = FILE_LIMITS if single else TREE_LIMITS
+    return STARTUP_LIMIT if work == Work.STARTUP else limits.get(Work(work), "")
+
+
+def startup_command() -> Command:
+    """Return the start of an interpreter that does nothing."""
+    return Command((sys.executable, "-c", "pass"))
+
+
+def missing_tools() -> tuple[str, ...]:
+    """Return the tools among the limits that this machine has not."""
+    wanted = ("tar", "zstd", "find", "cp", "grep", "dd")
+    return tuple(tool for tool in wanted if shutil.which(tool) is None)
+
+
+class LimitTrial:
+    """The ordinary tools on a corpus, one for each work."""
+
+    name = LIMIT
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def does(self, work: Work) -> bool:
+        """Say whether there is a tool for a work."""
+        return bool(limit_label(work, self._stage.corpus.single is not None))
+
+    def perform(self, work: Work, repetition: int) -> list[Sample]:
+        """Do a work once."""
+        stage = self._stage
+        target = stage.scratch.make("limit")
+        samples = []
+        try:
+            if work in (Work.FIND, Work.COPY, Work.GREP, Work.READ, Work.RANDOM):
+                stage.cache.drop()
+                usage = do_reading(work, stage, stage.source, target, repetition)
+            else:
+                stage.cache.warm(stage.source)
+                command = _warm_command(work, stage.corpus, stage.source, target)
+                usage = run(command, stage.log, WORK_TIMEOUT_S)
+                if work is Work.RESTORE:
+                    compare(stage.facts, target / stage.source.name)
+            sample = sample_of(stage, work, self.name, repetition, usage)
+            samples.append(sample)
+            if work is Work.READ:
+                again = do_reading(Work.READ_AGAIN, stage, stage.source, target, repetition)
+                samples.append(sample_of(stage, Work.READ_AGAIN, self.name, repetition, again))
+        finally:
+            stage.scratch.discard(target)
+        return samples
+
+    def clear(self) -> None:
+        """Nothing is kept."""
+
+
+class TrivialFuseTrial:
+    """Reading a file of the same size through a file system that does nothing else."""
+
+    name = FUSE
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def does(self, work: Work) -> bool:
+        """Say whether the work is sequential reading."""
+        return work is Work.READ
+
+    def perform(self, work: Work, repetition: int) -> list[Sample]:
+        """Read twice."""
+        stage = self._stage
+        samples = []
+        with self._mounted() as file:
+            stage.cache.drop()
+            for each in (Work.READ, Work.READ_AGAIN):
+                command = Command(("dd", f"if={file}", "of=/dev/null", "bs=1M"))
+                usage: Usage = run(command, stage.log, WORK_TIMEOUT_S)
+                samples.append(sample_of(stage, each, self.name, repetition, usage))
+        return samples
+
+    def clear(self) -> None:
+        """Nothing is kept."""
+
+    @contextmanager
+    def _mounted(self) -> Iterator[Path]:
+        stage = self._stage
+        mountpoint = stage.scratch.make("mount-trivial")
+        size = str(stage.work_bytes)
+        probe = str(PROBES / "trivial_fuse.py")
+        command = Command((sys.executable, probe, str(mountpoint), size))
+        file = mountpoint / "zeros"
+        try:
+            with Child(command, stage.scratch.folder / "server.log") as child:
+                while mountpoint not in mounts_below(mountpoint):
+                    if not child.running():
+                        raise CommandError(command, "ended before it mounted", child.tail())
+                look = Command(("stat", str(file)))
+                run(look, stage.log, MOUNT_PATIENCE_S)
+                yield file
+                unmount(mountpoint)
+        finally:
+            stage.scratch.remove(mountpoint)
+
+
+def _warm_command(work: Work, corpus: Corpus, source: Path, target: Path) -> Command:
+    if work is Work.RESTORE:
+        return Command(("cp", "-a", str(source), str(target)))
+    if corpus.single is not None:
+        file = str(source / corpus.single)
+        if work is Work.FIRST:
+            return Command(("zstd", "-3", "-T2", "-q", file, "-o", str(target / "file.zst")))
+        if work in (Work.REREAD, Work.CHANGED, Work.CHECK):
+            return Command((sys.executable, str(PROBES / "hash_files.py"), file))
+    elif work is Work.FIRST:
+        pipeline = 'set -o pipefail; tar -cf - -C "$0" . | zstd -3 -T0 -q -o "$1"'
+        return Command(("bash", "-c", pipeline, str(source), str(target / "tree.tar.zst")))
+    elif work is Work.UNCHANGED:
+        return Command(("find", str(source), "-printf", "%p %y %s %T@ %C@ %i\\n"))
+    raise TrialError(f"there is no tool for {work}")

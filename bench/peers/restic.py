@@ -1,0 +1,77 @@
+"""How restic is called: with its defaults, which always include encryption."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from bench.measure import Command
+
+NAME = "restic"
+FIRST_WITHOUT_PASSWORD = (0, 17)
+
+
+class Restic:
+    """Restic as the distribution has it."""
+
+    name = NAME
+    label = "restic"
+    first_backup_only = False
+    mount_stays = True
+
+    def __init__(self, program: str, version: str) -> None:
+        self._program = program
+        self._options: tuple[str, ...] = ()
+        self._password = {"RESTIC_PASSWORD": "benchmark"}
+        if _version_numbers(version) >= FIRST_WITHOUT_PASSWORD:
+            self._options = ("--insecure-no-password",)
+            self._password = {}
+
+    def initialise(self, home: Path) -> Command:
+        """Make the repository."""
+        return self._command(home, "init")
+
+    def backup(self, home: Path, source: Path, label: str) -> Command:
+        """Back up `source` under its absolute path."""
+        return self._command(home, "backup", str(source))
+
+    def restore(self, home: Path, label: str, target: Path) -> Command:
+        """Restore the latest snapshot below `target`."""
+        return self._command(home, "restore", "latest", "--target", str(target))
+
+    def check(self, home: Path) -> Command:
+        """Verify the structure and every stored byte."""
+        return self._command(home, "check", "--read-data")
+
+    def mount(self, home: Path, label: str, mountpoint: Path) -> Command:
+        """Mount the repository and serve it until it is unmounted."""
+        return self._command(home, "mount", str(mountpoint))
+
+    def mounted_root(self, mountpoint: Path) -> Path:
+        """Return where the latest snapshot's root is shown."""
+        return mountpoint / "snapshots" / "latest"
+
+    def unmount(self, mountpoint: Path) -> Command:
+        """Unmount; restic's own way is an interrupt."""
+        return Command(("fusermount3", "-u", str(mountpoint)))
+
+    def version(self) -> Command:
+        """Start, say the version and end."""
+        return Command((self._program, "version"))
+
+    def _command(self, home: Path, *arguments: str) -> Command:
+        return Command(
+            (self._program, *self._options, "--repo", str(home / "repository"), *arguments),
+            {**self._password, "RESTIC_CACHE_DIR": str(home / "cache")},
+        )
+
+
+def _version_numbers(text: str) -> tuple[int, ...]:
+    found = re.search(r"(\d+)\.(\d+)", text)
+    return tuple(map(int, found.groups())) if found else ()
+
+
+def find_program() -> str | None:
+    """Return the restic on the PATH."""
+    return shutil.which(NAME)

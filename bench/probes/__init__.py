@@ -1,0 +1,1 @@
+"""Small programs that the benchmark runs as children of their own."""

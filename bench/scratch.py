@@ -1,0 +1,169 @@
+"""The folder that a run works in: checked for room beforehand, and gone afterwards.
+
+Everything that a run makes lies below one new folder, so that whatever happens (an error, Ctrl-C,
+a termination) the same few lines find all mounts and servers and remove every file. A folder in
+which something is still mounted is never removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from bench.measure import server_pids
+
+UNMOUNT_PATIENCE_S = 20.0
+POLL_S = 0.01
+MARGIN_BYTES = 1 << 30
+
+
+class ScratchError(Exception):
+    """The scratch folder can't be used; the message is a sentence for people."""
+
+
+class Scratch:
+    """A new folder below `root` for one run; leaving the context unmounts and removes it."""
+
+    def __init__(self, root: Path) -> None:
+        self._handlers: dict[signal.Signals, signal.Handlers | Callable[..., object] | int | None]
+        self._handlers = {}
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self.root = root.resolve()
+            self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.root))
+        except OSError as error:
+            raise ScratchError(f"The scratch folder {root} can't be used: {error}.") from error
+
+    def __enter__(self) -> Scratch:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            self._handlers[number] = signal.signal(number, _interrupt)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._handlers[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+        for number in self._handlers:
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            self.remove(self.folder)
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+
+    def make(self, *names: str) -> Path:
+        """Return a new empty folder below the run's."""
+        path = self.folder.joinpath(*names)
+        path.mkdir(parents=True)
+        return path
+
+    def remove(self, folder: Path) -> None:
+        """Unmount what is mounted below `folder` and remove it; harmless where there is none.
+
+        Raises ScratchError where something stays mounted: then nothing was removed.
+        """
+        if not folder.exists():
+            return
+        for mountpoint in mounts_below(folder):
+            unmount(mountpoint)
+        left = mounts_below(folder)
+        if left:
+            raise ScratchError(f"{left[0]} could not be unmounted, so {folder} was left as it is.")
+        # Found trees may hold folders that even their owner can't write to.
+        done = subprocess.run(["rm", "-rf", "--one-file-system", "--", folder], check=False)
+        if done.returncode != 0:
+            subprocess.run(["chmod", "-R", "u+rwX", "--", folder], check=False)
+            shutil.rmtree(folder)
+
+    def discard(self, folder: Path) -> None:
+        """Put a folder aside until `purge`; nothing may be mounted in it any more.
+
+        A file system may be slow to make files for minutes after many were removed (ext4 passes
+        over the inodes of what was deleted lately), so that removing one program's output at once
+        would be counted against the next program.
+        """
+        trash = self.folder / "trash"
+        trash.mkdir(exist_ok=True)
+        if folder.exists():
+            folder.rename(tempfile.mkdtemp(dir=trash))
+
+    def purge(self) -> None:
+        """Remove what was put aside; the kernel's cache is best dropped afterwards."""
+        self.remove(self.folder / "trash")
+
+    def need(self, file_bytes: int, files: int, purpose: str) -> None:
+        """Raise ScratchError where there is no room for so much more."""
+        stats = os.statvfs(self.folder)
+        free_bytes = stats.f_bavail * stats.f_frsize
+        wanted_bytes = file_bytes + MARGIN_BYTES
+        if free_bytes < wanted_bytes:
+            raise ScratchError(
+                f"{purpose} needs about {wanted_bytes / 1e9:.0f} GB in {self.root}, where "
+                f"{free_bytes / 1e9:.1f} GB are free. Make room, or choose another folder with "
+                "--scratch."
+            )
+        if stats.f_files and stats.f_favail < files:
+            raise ScratchError(
+                f"{purpose} needs about {files:,} inodes in {self.root}, where "
+                f"{stats.f_favail:,} are free. Choose another folder with --scratch."
+            )
+
+
+def mounts_below(folder: Path) -> list[Path]:
+    """Return the mountpoints at or below `folder`, the deepest first."""
+    prefix = os.fsencode(folder)
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        path = _unescape(line.split()[4])
+        if path == prefix or path.startswith(prefix + b"/"):
+            found.append(Path(os.fsdecode(path)))
+    return sorted(found, key=lambda path: len(path.parts), reverse=True)
+
+
+def unmount(mountpoint: Path) -> None:
+    """Unmount and see to it that the server ends, by force where it must be."""
+    pids = server_pids(mountpoint)
+    for command in (["fusermount3", "-u"], ["umount"], ["fusermount3", "-uz"], ["umount", "-l"]):
+        if mountpoint not in mounts_below(mountpoint):
+            break
+        with contextlib.suppress(OSError):
+            subprocess.run([*command, str(mountpoint)], capture_output=True, check=False)
+    await_end(mountpoint, pids)
+
+
+def await_end(mountpoint: Path, pids: tuple[int, ...]) -> None:
+    """Wait until the server processes of a mountpoint are gone; end them if they stay.
+
+    Only processes that still name the mountpoint are ended, never a successor of the same number.
+    """
+    for number in (None, signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + UNMOUNT_PATIENCE_S
+        if number is not None:
+            for pid in set(pids) & set(server_pids(mountpoint)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        while time.monotonic() < deadline:
+            if not set(pids) & set(server_pids(mountpoint)):
+                return
+            time.sleep(POLL_S)
+
+
+def _unescape(field: bytes) -> bytes:
+    """Return a path of mountinfo as it is: space, tab, newline and backslash are octal there."""
+    head, *rest = field.split(b"\\")
+    return head + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,67 @@
+"""A corpus in place, and what every program that is measured on it shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.caches import KernelCache
+from bench.corpus import Corpus, survey
+from bench.measure import Usage
+from bench.records import CorpusFacts, Sample
+from bench.scratch import Scratch
+from bench.works import Work
+
+WORK_TIMEOUT_S = 3600.0
+
+
+class TrialError(Exception):
+    """A work that was done wrongly, or that can't be done now."""
+
+
+@dataclass(slots=True)
+class Stage:
+    """A corpus in place, with what the trials on it share."""
+
+    corpus: Corpus
+    facts: CorpusFacts
+    source: Path
+    scratch: Scratch
+    cache: KernelCache
+    quick: bool
+
+    @property
+    def log(self) -> Path:
+        """Where the program that is measured writes what it says."""
+        return self.scratch.folder / "output.log"
+
+    @property
+    def work_bytes(self) -> int:
+        """The bytes of the corpus's files."""
+        return self.facts.file_bytes
+
+
+def compare(facts: CorpusFacts, folder: Path) -> None:
+    """Raise TrialError where a folder has not the corpus's number of entries and bytes."""
+    found = survey(facts.name, "", folder)
+    wanted = (facts.entries, facts.files, facts.file_bytes)
+    if (found.entries, found.files, found.file_bytes) != wanted:
+        raise TrialError(
+            f"{found.entries} entries with {found.file_bytes} bytes came out instead of "
+            f"{facts.entries} with {facts.file_bytes}"
+        )
+
+
+def sample_of(stage: Stage, work: Work, program: str, repetition: int, usage: Usage) -> Sample:
+    """Return the record of a finished work."""
+    return Sample(
+        corpus=stage.corpus.name,
+        work=work.value,
+        program=program,
+        repetition=repetition,
+        wall_s=usage.wall_s,
+        cpu_s=usage.cpu_s,
+        peak_bytes=usage.peak_bytes,
+        foreign_cpu_s=usage.foreign_cpu_s,
+        work_bytes=stage.work_bytes,
+    )

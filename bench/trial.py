@@ -1,0 +1,264 @@
+"""One program on one corpus: does each work and says what it cost.
+
+A trial owns the program's repository (its *home*), which a first backup makes anew. Whatever is
+not the work itself (making the repository, unmounting, comparing what came out) is left out of
+the measurement. A result is believed only after a look: a restore must have brought back as many
+files and bytes as there are, a `find` as many names.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from bench import corpus as corpora
+from bench.measure import (
+    Child,
+    Command,
+    CommandError,
+    ServerUsage,
+    Usage,
+    run,
+    server_pids,
+    server_usage,
+)
+from bench.reading import do_reading
+from bench.records import Sample
+from bench.scratch import await_end, mounts_below, unmount
+from bench.stage import WORK_TIMEOUT_S, Stage, TrialError, compare, sample_of
+from bench.works import MOUNTED, Work
+
+MOUNT_TIMEOUT_S = 600.0
+POLL_S = 0.005
+
+
+class BackupProgram(Protocol):
+    """How a program is called; `home` is a folder for its repository and its caches."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def first_backup_only(self) -> bool: ...
+    @property
+    def mount_stays(self) -> bool: ...
+
+    def initialise(self, home: Path) -> Command: ...
+    def backup(self, home: Path, source: Path, label: str) -> Command: ...
+    def restore(self, home: Path, label: str, target: Path) -> Command: ...
+    def check(self, home: Path) -> Command: ...
+    def mount(self, home: Path, label: str, mountpoint: Path) -> Command: ...
+    def mounted_root(self, mountpoint: Path) -> Path: ...
+    def unmount(self, mountpoint: Path) -> Command: ...
+    def version(self) -> Command: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A usable mount: the corpus inside it, the server, and what it cost to get there."""
+
+    corpus: Path
+    pids: tuple[int, ...]
+    usage: Usage
+
+
+class BackupTrial:
+    """A backup program on a corpus."""
+
+    def __init__(self, program: BackupProgram, stage: Stage) -> None:
+        self.name = program.name
+        self._program = program
+        self._stage = stage
+        self._home = stage.scratch.folder / f"home-{program.name}"
+        self._backups = 0
+        self._days: list[tuple[float, int]] = []
+        self._day_usages: list[Usage] = []
+
+    def does(self, work: Work) -> bool:
+        """Say whether the program takes part in a work."""
+        return work is Work.FIRST or not self._program.first_backup_only
+
+    def perform(self, work: Work, repetition: int) -> list[Sample]:
+        """Do a work once; raises TrialError or CommandError where that fails."""
+        if work is not Work.FIRST and self._backups == 0:
+            self._first_backup()
+        if work in MOUNTED:
+            return self._sampled_mounted(work, repetition)
+        if work is Work.FIRST:
+            usage = self._first_backup()
+        elif work is Work.RESTORE:
+            usage = self._restore()
+        elif work is Work.CHECK:
+            self._stage.cache.warm(self._home)
+            usage = self._run(self._program.check(self._home))
+        else:
+            return [self._next_backup(work, repetition)]
+        sample = self._sample(work, repetition, usage)
+        if work is Work.FIRST:
+            sample = replace(
+                sample,
+                stored_bytes=self._stored_bytes(),
+                cache_bytes=corpora.stored_bytes(self._home) - self._stored_bytes(),
+            )
+        return [sample]
+
+    def live_a_day(self) -> None:
+        """Do the backup of one more day; `finish_days` gives the sample of all of them."""
+        if self._backups == 0:
+            raise TrialError("there is no first backup to go on from")
+        before = self._stored_bytes()
+        self._stage.cache.warm(self._stage.source)
+        usage = self._backup()
+        self._day_usages.append(usage)
+        self._days.append((usage.wall_s, self._stored_bytes() - before))
+
+    def finish_days(self, repetition: int) -> Sample:
+        """Return the sample of the days since the last call."""
+        usages, days = self._day_usages, self._days
+        self._day_usages, self._days = [], []
+        total = Usage(
+            sum(each.wall_s for each in usages),
+            sum(each.cpu_s for each in usages),
+            max(each.peak_bytes for each in usages),
+            sum(each.foreign_cpu_s for each in usages),
+        )
+        return replace(
+            self._sample(Work.DAILY, repetition, total),
+            grown_bytes=sum(grown for _, grown in days),
+            day_wall_s=tuple(wall for wall, _ in days),
+            day_grown_bytes=tuple(grown for _, grown in days),
+        )
+
+    def clear(self) -> None:
+        """Put the repository away."""
+        self._stage.scratch.discard(self._home)
+        self._backups = 0
+
+    def _first_backup(self) -> Usage:
+        self.clear()
+        self._home.mkdir()
+        run(self._program.initialise(self._home), self._stage.log, WORK_TIMEOUT_S)
+        self._stage.cache.warm(self._stage.source)
+        return self._backup()
+
+    def _next_backup(self, work: Work, repetition: int) -> Sample:
+        before = self._stored_bytes()
+        self._stage.cache.warm(self._stage.source, self._home)
+        usage = self._backup()
+        grown = self._stored_bytes() - before
+        return replace(self._sample(work, repetition, usage), grown_bytes=grown)
+
+    def _backup(self) -> Usage:
+        label = f"backup-{self._backups + 1}"
+        usage = self._run(self._program.backup(self._home, self._stage.source, label))
+        self._backups += 1
+        return usage
+
+    def _restore(self) -> Usage:
+        with self._target() as target:
+            self._stage.cache.warm(self._home)
+            label = f"backup-{self._backups}"
+            usage = self._run(self._program.restore(self._home, label, target))
+            compare(self._stage.facts, _below(target, self._stage.source))
+            return usage
+
+    def _sampled_mounted(self, work: Work, repetition: int) -> list[Sample]:
+        with self._mounted() as mounted:
+            if work is Work.MOUNT:
+                return [self._sample(work, repetition, mounted.usage)]
+            reads = [Work.READ, Work.READ_AGAIN] if work is Work.READ else [work]
+            samples = []
+            for each in reads:
+                if each is not Work.READ_AGAIN:
+                    self._stage.cache.drop()
+                before = server_usage(mounted.pids)
+                with self._target() as target:
+                    client = do_reading(each, self._stage, mounted.corpus, target, repetition)
+                    after = server_usage(mounted.pids)
+                    if each is Work.COPY:
+                        compare(self._stage.facts, target / mounted.corpus.name)
+                usage = _with_server(client, before, after)
+                samples.append(self._sample(each, repetition, usage))
+            return samples
+
+    @contextmanager
+    def _mounted(self) -> Iterator[Mounted]:
+        mountpoint = self._stage.scratch.make(f"mount-{self._program.name}")
+        command = self._program.mount(self._home, f"backup-{self._backups}", mountpoint)
+        inside = _below(self._program.mounted_root(mountpoint), self._stage.source)
+        self._stage.cache.drop()
+        try:
+            started = time.perf_counter()
+            if self._program.mount_stays:
+                # The readers' output goes elsewhere while the server's is still being written.
+                with Child(command, self._stage.scratch.folder / "server.log") as child:
+                    yield self._await_mount(mountpoint, inside, started, child)
+                    self._unmount(mountpoint)
+            else:
+                run(command, self._stage.log, MOUNT_TIMEOUT_S)
+                yield self._await_mount(mountpoint, inside, started, None)
+                self._unmount(mountpoint)
+        finally:
+            self._stage.scratch.remove(mountpoint)
+
+    def _await_mount(
+        self, mountpoint: Path, inside: Path, started: float, child: Child | None
+    ) -> Mounted:
+        deadline = started + MOUNT_TIMEOUT_S
+        while mountpoint not in mounts_below(mountpoint):
+            if child is not None and not child.running():
+                raise CommandError(child.command, "ended before it mounted", child.tail())
+            if time.perf_counter() > deadline:
+                raise TrialError(f"{mountpoint} was not mounted in {MOUNT_TIMEOUT_S:.0f} s")
+            time.sleep(POLL_S)
+        # Usable is a mount whose tree answers; some programs load the snapshot only now.
+        look = Command(("stat", str(inside)))
+        run(look, self._stage.scratch.folder / "look.log", MOUNT_TIMEOUT_S)
+        wall_s = time.perf_counter() - started
+        pids = server_pids(mountpoint)
+        cost = server_usage(pids)
+        return Mounted(inside, pids, Usage(wall_s, cost.cpu_s, cost.peak_bytes, 0.0))
+
+    def _unmount(self, mountpoint: Path) -> None:
+        pids = server_pids(mountpoint)
+        try:
+            run(self._program.unmount(mountpoint), self._stage.log, MOUNT_TIMEOUT_S)
+        except CommandError:
+            unmount(mountpoint)
+        await_end(mountpoint, pids)
+
+    @contextmanager
+    def _target(self) -> Iterator[Path]:
+        target = self._stage.scratch.make("target")
+        try:
+            yield target
+        finally:
+            self._stage.scratch.discard(target)
+
+    def _stored_bytes(self) -> int:
+        return corpora.stored_bytes(self._home / "repository")
+
+    def _run(self, command: Command) -> Usage:
+        return run(command, self._stage.log, WORK_TIMEOUT_S)
+
+    def _sample(self, work: Work, repetition: int, usage: Usage) -> Sample:
+        return sample_of(self._stage, work, self.name, repetition, usage)
+
+
+def _with_server(client: Usage, before: ServerUsage, after: ServerUsage) -> Usage:
+    served_s = after.cpu_s - before.cpu_s
+    return Usage(
+        wall_s=client.wall_s,
+        cpu_s=client.cpu_s + served_s,
+        peak_bytes=after.peak_bytes,
+        foreign_cpu_s=max(0.0, client.foreign_cpu_s - served_s),
+    )
+
+
+def _below(root: Path, absolute: Path) -> Path:
+    return root.joinpath(*absolute.parts[1:])

@@ -1,0 +1,81 @@
+"""What is measured: the works, in the order in which they are done in one repetition."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from bench.corpus import Corpus
+
+NO_CORPUS = "none"
+
+
+class Work(StrEnum):
+    """One thing that a user waits for. The value names it on the command line and in results."""
+
+    STARTUP = "start-up"
+    FIRST = "first-backup"
+    UNCHANGED = "unchanged-backup"
+    REREAD = "touched-backup"
+    CHANGED = "changed-backup"
+    DAILY = "daily-backups"
+    RESTORE = "restore"
+    CHECK = "check"
+    MOUNT = "mount"
+    FIND = "find"
+    COPY = "copy-out"
+    GREP = "grep"
+    READ = "read"
+    READ_AGAIN = "read-again"
+    RANDOM = "random-read"
+
+
+LABELS = {
+    Work.STARTUP: "start-up, saying the version",
+    Work.FIRST: "first backup",
+    Work.UNCHANGED: "backup with nothing changed",
+    Work.REREAD: "backup after `touch`: all read, nothing new",
+    Work.CHANGED: "backup after the blocks changed",
+    Work.DAILY: "the daily backups together",
+    Work.RESTORE: "restore",
+    Work.CHECK: "check, reading all data",
+    Work.MOUNT: "mount until usable (cold)",
+    Work.FIND: "`find` on a fresh mount (cold)",
+    Work.COPY: "`cp -a` out of a fresh mount (cold)",
+    Work.GREP: "`grep -r` in a fresh mount (cold)",
+    Work.READ: "`dd` through a fresh mount (cold)",
+    Work.READ_AGAIN: "the same `dd` again",
+    Work.RANDOM: "random reads of 4 KiB in a fresh mount (cold)",
+}
+
+MOUNTED = frozenset(
+    {Work.MOUNT, Work.FIND, Work.COPY, Work.GREP, Work.READ, Work.READ_AGAIN, Work.RANDOM}
+)
+BACKUPS = frozenset({Work.FIRST, Work.UNCHANGED, Work.REREAD, Work.CHANGED, Work.DAILY})
+
+
+def works_on(corpus: Corpus) -> tuple[Work, ...]:
+    """Return the works that make sense on a corpus, in order."""
+    if corpus.name == "image":
+        return (Work.FIRST, Work.CHANGED, Work.RESTORE, Work.CHECK)
+    if corpus.name == "daily":
+        return (Work.FIRST, Work.UNCHANGED, Work.DAILY, Work.CHECK)
+    if corpus.single is not None:
+        return (
+            Work.FIRST,
+            Work.REREAD,
+            Work.RESTORE,
+            Work.CHECK,
+            Work.READ,
+            Work.READ_AGAIN,
+            Work.RANDOM,
+        )
+    return (
+        Work.FIRST,
+        Work.UNCHANGED,
+        Work.RESTORE,
+        Work.CHECK,
+        Work.MOUNT,
+        Work.FIND,
+        Work.COPY,
+        Work.GREP,
+    )
