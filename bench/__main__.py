@@ -111,7 +111,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         works |= {Work.READ}
     scale = QUICK if options.quick else FULL
     tools = frozenset(options.program or PROGRAMS)
-    return Plan(corpora, works, options.repeat, scale, options.quick, tools)
+    return Plan(corpora, works, options.repeat, scale, options.quick, tools, options.calm)
 
 
 def _empty_run(options: argparse.Namespace, roster: Roster, scratch: Scratch) -> Run:
@@ -169,6 +169,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="all works on all corpora; takes hours")
     parser.add_argument("--quick", action="store_true", help="tiny corpora, to try the benchmark")
     parser.add_argument("--repeat", type=_count, default=3, metavar="N", help="repetitions")
+    parser.add_argument(
+        "--calm",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="wait up to so long before each measurement until the machine is otherwise idle",
+    )
     parser.add_argument("--scratch", type=Path, default=Path("/var/tmp/casfs-bench"), metavar="DIR")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), metavar="DIR")
     parser.add_argument("--peers", type=Path, default=PROJECT / ".venv-bench", metavar="DIR")

@@ -23,6 +23,8 @@ from typing import IO
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 STOP_GRACE_S = 20.0
 TAIL_BYTES = 2000
+CALM_WINDOW_S = 1.0
+CALM_SHARE = 0.1
 
 
 class CommandError(Exception):
@@ -191,6 +193,16 @@ def machine_cpu_s() -> float:
         ticks = [int(each) for each in stream.readline().split()[1:9]]
     user, nice, system, _idle, _iowait, hard, soft, steal = ticks
     return (user + nice + system + hard + soft + steal) / CLOCK_TICKS
+
+
+def await_calm(patience_s: float) -> None:
+    """Wait until nothing else keeps the machine busy, but no longer than `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        before_s = machine_cpu_s()
+        time.sleep(CALM_WINDOW_S)
+        if machine_cpu_s() - before_s < CALM_SHARE * CALM_WINDOW_S:
+            return
 
 
 def floor_bytes() -> int:

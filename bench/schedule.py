@@ -16,7 +16,7 @@ from typing import Protocol
 from bench import PROJECT
 from bench.caches import KernelCache
 from bench.corpus import DAYS, Corpus, Scale, survey, touch
-from bench.measure import Command, CommandError
+from bench.measure import Command, CommandError, await_calm
 from bench.peers.limits import LIMIT, LimitTrial, TrivialFuseTrial, startup_command
 from bench.reading import measure_startup
 from bench.records import CorpusFacts, Failure, Sample
@@ -47,7 +47,10 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be measured; `tools` names those of the machine's limits that take part."""
+    """What is to be measured; `tools` names those of the machine's limits that take part.
+
+    `calm_s` is how long to wait before each measurement for a machine that is otherwise idle.
+    """
 
     corpora: tuple[Corpus, ...]
     works: frozenset[Work]
@@ -55,6 +58,7 @@ class Plan:
     scale: Scale
     quick: bool
     tools: frozenset[str]
+    calm_s: float
 
 
 class Schedule:
@@ -191,6 +195,7 @@ class Schedule:
         repetition: int,
         action: Callable[[], list[Sample] | None],
     ) -> bool:
+        await_calm(self._plan.calm_s)
         try:
             samples = action()
         except (CommandError, TrialError, OSError, ValueError) as error:

@@ -73,6 +73,7 @@ class Repository:
         self.store = BlobStore(storage, index, self.codec)
         self.trees = TreeReader(self.store.read)
         self._lock = lock
+        self._losses = 0
 
     @classmethod
     def create(cls, root: Path) -> RepositoryConfig:
@@ -133,6 +134,7 @@ class Repository:
             index = Index(index_path(root, config.id))
             repository = cls(root, config, storage, index, level, lock)
             repository.store.reconcile()
+            repository._losses = index.losses()
         except OSError as error:
             lock.release()
             raise StorageError("open", str(root), error) from error
@@ -175,7 +177,7 @@ class Repository:
         """
         snapshot_id, data = encode_snapshot(snapshot, self.codec)
         if complete:
-            self.store.index.mark_complete(snapshot_id)
+            self.store.index.mark_complete(snapshot_id, self._losses)
         self.store.storage.write(f"snapshots/{snapshot_id.hex()}", data)
         return snapshot_id
 

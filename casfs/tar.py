@@ -225,7 +225,7 @@ class TarWriter:
 
     def _remember(self, name: bytes, node: Node) -> None:
         key = hard_link_key(node)
-        if key is not None:
+        if key is not None and key not in self._links:
             if len(self._links) >= _MAX_LINKS:
                 self._links.pop(next(iter(self._links)))
             self._links[key] = _Link(name, node.kind, captured_digest(node), node.nlink - 1)

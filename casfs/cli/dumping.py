@@ -76,9 +76,13 @@ def _open(target: str | None, node: Node, as_json: bool, stack: ExitStack) -> Bi
         return stack.enter_context(open(target, "wb"))
     if as_json:
         raise UsageError("with --json, say where the bytes go: --output FILE")
-    if node.tree is not None and sys.stdout.isatty():
+    if node.tree is not None and _is_terminal():
         raise UsageError("a tar does not go to a terminal; give --output FILE or a pipe")
     return sys.stdout.buffer
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def _dump_file(

@@ -49,6 +49,12 @@ class Storage(Protocol):
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Return `size` bytes from `offset` (fewer at the end); raise NotFoundError, StorageError."""
 
+    def read_at_once(self, name: str, offset: int, size: int) -> bytes | None:
+        """Return `size` bytes from `offset` if they are in memory, else None; never wait."""
+
+    def prefetch(self, name: str, offset: int, size: int) -> None:
+        """Bring a range into memory soon, if the storage can; raise nothing."""
+
     def write(self, name: str, data: bytes) -> None:
         """Store a whole object durably, replacing one of the same name."""
 
@@ -80,6 +86,8 @@ class LocalStorage:
         self._on_step = on_step
         self._serial = itertools.count()
         self._readers = _ReaderPool(_OPEN_FILES)
+        # Joining paths costs more than reading a small range of an open file.
+        self._prefix = str(root / "_")[:-1]
 
     def names(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Yield the name and size in bytes of every object below a prefix, sorted by name."""
@@ -110,9 +118,9 @@ class LocalStorage:
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Return a range of an object's bytes."""
-        path = self.root / name
+        path = f"{self._prefix}{name}"
         try:
-            with self._readers.reader(str(path)) as fd:
+            with self._readers.reader(path) as fd:
                 if size is None:
                     size = os.fstat(fd).st_size - offset
                 data = os.pread(fd, size, offset)
@@ -125,7 +133,28 @@ class LocalStorage:
         except FileNotFoundError as error:
             raise NotFoundError(f"{name} is not in the repository") from error
         except OSError as error:
-            raise StorageError("read", str(path), error) from error
+            raise StorageError("read", path, error) from error
+
+    def read_at_once(self, name: str, offset: int, size: int) -> bytes | None:
+        """Return a range if its object is open and the kernel has it in memory, else None."""
+        file = self._readers.open_reader(f"{self._prefix}{name}")
+        if file is None:
+            return None
+        data = bytearray(size)
+        try:
+            with file as fd:
+                got = os.preadv(fd, [data], offset, os.RWF_NOWAIT)
+        except OSError:
+            return None
+        return bytes(data) if got == size else None
+
+    def prefetch(self, name: str, offset: int, size: int) -> None:
+        """Ask the kernel to read a range in the background."""
+        try:
+            with self._readers.reader(f"{self._prefix}{name}") as fd:
+                os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return
 
     def write(self, name: str, data: bytes) -> None:
         """Store a whole object durably, replacing one of the same name."""
@@ -289,6 +318,14 @@ class _ReaderPool:
                 _, oldest = self._files.popitem(last=False)
                 oldest.retire()
         return file
+
+    def open_reader(self, path: str) -> _OpenFile | None:
+        """Return a file to use in a `with` block if it is open already."""
+        with self._lock:
+            file = self._files.get(path)
+            if file is not None:
+                file.users += 1
+            return file
 
     def forget(self, path: str) -> None:
         """Close a file whose name will mean another one."""

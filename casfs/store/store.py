@@ -74,6 +74,32 @@ class BlobStore:
         except BlobError as error:
             raise BlobError(digest, error.reason, pack) from error
 
+    def read_at_once(self, digest: Digest, max_stored_bytes: int) -> bytes | None:
+        """Return a small blob's verified plaintext if that needs no waiting, else None.
+
+        None also stands for what is missing or damaged; `read` says which.
+        """
+        location = self.index.lookup(digest)
+        if location is None or location.stored_bytes > max_stored_bytes:
+            return None
+        name = pack_name(self.index.pack_id(location.pack))
+        payload = self.storage.read_at_once(name, location.offset, location.stored_bytes)
+        if payload is None:
+            return None
+        try:
+            return self.codec.decode(digest, location.codec, payload, location.plain_bytes)
+        except BlobError:
+            return None
+
+    def prefetch(self, digest: Digest) -> int:
+        """Have a blob's stored bytes brought into memory soon; return how many those are."""
+        location = self.index.lookup(digest)
+        if location is None:
+            return 0
+        name = pack_name(self.index.pack_id(location.pack))
+        self.storage.prefetch(name, location.offset, location.stored_bytes)
+        return location.stored_bytes
+
     def stored_packs(self) -> Iterator[tuple[PackId, int]]:
         """Yield the name and size in bytes of every pack in the storage."""
         for name, size in self.storage.names("packs"):
