@@ -80,8 +80,10 @@ class Index:
         self._path = path
         self._map_bytes = _MAP_BYTES
         # No transaction of this process may be open while the map is moved, or its reads would fail.
+        # So none is begun inside another: it would wait for the map, and the map for the outer one.
         self._gate = threading.Condition()
         self._open_transactions = 0
+        self._moving = False
         try:
             self._env = self._open(readonly)
             self._blobs = self._env.open_db(b"blobs", create=not readonly)
@@ -298,6 +300,8 @@ class Index:
         while True:
             full_bytes = 0
             with self._gate:
+                while self._moving:
+                    self._gate.wait()
                 self._open_transactions += 1
             try:
                 with self._env.begin(write=write) as txn:
@@ -311,12 +315,15 @@ class Index:
             finally:
                 with self._gate:
                     self._open_transactions -= 1
-                    self._gate.notify_all()
+                    if self._moving:
+                        self._gate.notify_all()
             self._resize(full_bytes)
 
     def _resize(self, full_bytes: int) -> None:
         """Double a map of `full_bytes` that is full, or with 0 follow another process's map."""
         with self._gate:
+            self._gate.wait_for(lambda: not self._moving)
+            self._moving = True
             self._gate.wait_for(lambda: self._open_transactions == 0)
             try:
                 if not full_bytes:
@@ -327,6 +334,9 @@ class Index:
                     self._env.set_mapsize(self._map_bytes)
             except lmdb.Error as error:
                 raise self._unusable(error) from error
+            finally:
+                self._moving = False
+                self._gate.notify_all()
 
     def _unusable(self, error: Exception) -> IndexUnusableError:
         return IndexUnusableError(
