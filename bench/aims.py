@@ -239,7 +239,9 @@ HARDWARE = (
         "ms more than `python -c pass`",
         startup_extra_ms(),
     ),
-    Aim("hardware", "daily", Work.DAILY, "time", 1.3, "× the first days, last days", day_slowdown),
+    Aim(
+        "hardware", "daily", Work.DAILY, "time", 1.3, "× the first days, in the last", day_slowdown
+    ),
     Aim("hardware", "daily", Work.DAILY, "growth", 2, "× the share that changed", day_growth),
 )
 AIMS = FIRST_LIGHT + MOUNT + HARDWARE

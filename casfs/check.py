@@ -154,7 +154,7 @@ class Checker:
         except CasfsError as error:
             damage.append(Damage("pack", _reason(error), pack))
             try:
-                entries = self._store.salvage_directory(pack)
+                entries = self._store.salvage_directory(pack, pack_bytes)
             except CasfsError as unreadable:
                 damage.append(Damage("pack", _reason(unreadable), pack))
                 return pack, entries, damage

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from casfs.digest import DIGEST_BYTES, Digest
-from casfs.errors import TreeError
+from casfs.errors import IntegrityError, TreeError
 from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
 from casfs.tree import MAX_FILE_BYTES, MAX_PIECE_LEVELS
 
@@ -94,12 +94,21 @@ class ContentReader:
         self._levels = levels
         self._read = read
 
-    def extents(self, begin: int = 0) -> Iterator[Extent]:
-        """Yield the extents in order from the one that holds offset `begin` on."""
-        yield from self._walk(self._records, self._levels, 0, begin)
+    def extents(self, begin: int = 0, lost_lists: bool = False) -> Iterator[Extent]:
+        """Yield the extents in order from the one that holds offset `begin` on.
+
+        With `lost_lists` a list blob that cannot be read or breaks the rules raises nothing: all that it
+        lists is one extent with the list's own digest, which no chunk of that length has.
+        """
+        yield from self._walk(self._records, self._levels, 0, begin, lost_lists)
 
     def _walk(
-        self, records: list[tuple[int, bytes]], levels: int, base: int, begin: int
+        self,
+        records: list[tuple[int, bytes]],
+        levels: int,
+        base: int,
+        begin: int,
+        lost_lists: bool,
     ) -> Iterator[Extent]:
         ends = list(accumulate((length for length, _ in records), initial=base))
         first = max(bisect_right(ends, begin) - 1, 0)
@@ -108,10 +117,20 @@ class ContentReader:
             if levels == 0:
                 yield Extent(ends[i], length, None if digest == HOLE else Digest(digest))
                 continue
-            piece = parse_records(self._read(Digest(digest)))
-            if sum(size for size, _ in piece) != length:
-                raise TreeError("a content list does not have the length that is recorded for it")
-            yield from self._walk(piece, levels - 1, ends[i], begin)
+            try:
+                piece = self._piece(length, digest)
+            except IntegrityError:
+                if not lost_lists:
+                    raise
+                yield Extent(ends[i], length, Digest(digest))
+                continue
+            yield from self._walk(piece, levels - 1, ends[i], begin, lost_lists)
+
+    def _piece(self, length: int, digest: bytes) -> list[tuple[int, bytes]]:
+        piece = parse_records(self._read(Digest(digest)))
+        if sum(size for size, _ in piece) != length:
+            raise TreeError("a content list does not have the length that is recorded for it")
+        return piece
 
     def blobs(self) -> Iterator[Digest]:
         """Yield the digest of every chunk and list blob, lists before what they list."""

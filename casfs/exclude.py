@@ -17,6 +17,9 @@ CACHEDIR_TAG = b"CACHEDIR.TAG"
 CACHEDIR_SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"
 """The first 43 bytes of a tag file (Cache Directory Tagging Specification 0.6)."""
 
+_NOT_A_LINE = "\ufffe"
+"""A code point that no text has, to stand for a line feed in a name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exclusions:
@@ -48,20 +51,29 @@ class PatternMatcher:
         from pathspec import GitIgnoreSpec
 
         try:
-            self._spec = GitIgnoreSpec.from_lines(patterns)
+            self._spec = GitIgnoreSpec.from_lines(
+                [pattern.replace("\n", _NOT_A_LINE) for pattern in patterns]
+            )
         except ValueError as error:
             raise UsageError(f"a pattern to exclude is not valid: {error}") from error
 
     def matches(self, path: bytes, is_directory: bool) -> bool:
         """Tell whether the entry at this path of the snapshot is left out."""
         text = os.fsdecode(path)
+        if "\n" in text:
+            # To a regular expression, a line's end would be the name's.
+            text = text.replace("\n", _NOT_A_LINE)
         return self._spec.match_file(text + "/" if is_directory else text)
 
 
 def read_patterns(path: Path) -> list[str]:
-    """Return the lines of a file of patterns; comments and blank lines are the matcher's business."""
+    """Return the lines of a file of patterns; comments and blank lines are the matcher's business.
+
+    Only a line feed, with or without a carriage return before it, ends a line.
+    """
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        return [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n")]
     except FileNotFoundError as error:
         raise NotFoundError(f"the file of patterns {path} does not exist") from error
     except OSError as error:

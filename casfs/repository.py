@@ -121,7 +121,7 @@ class Repository:
         """Open a repository: for writing when `verb` says what for, for reading otherwise.
 
         Raises NotFoundError, FormatError, IntegrityError (configuration), LockedError, StorageError
-        and IndexUnusableError.
+        and IndexUnusableError. A process has a repository open only once at a time.
         """
         config = _read_config(root)
         if verb is None:
@@ -131,9 +131,8 @@ class Repository:
         try:
             remove_stale_temporaries(root)
             storage = LocalStorage(root, writer=lock.name, sync=sync, on_step=on_step)
-            index = Index(index_path(root, config.id))
+            index = _updated_index(index_path(root, config.id), storage, BlobCodec(level))
             repository = cls(root, config, storage, index, level, lock)
-            repository.store.reconcile()
             repository._losses = index.losses()
         except OSError as error:
             lock.release()
@@ -285,15 +284,23 @@ def _index_to_read(root: Path, config: RepositoryConfig, storage: LocalStorage) 
         index.close()
     try:
         return _updated_index(path, storage, codec)
-    except (IndexUnusableError, PermissionError):
+    except IndexUnusableError:
         if not path.is_relative_to(root):
             raise
-        return _updated_index(cached_index_path(config.id), storage, codec)
+    try:
+        own = cached_index_path(config.id)
+    except OSError as error:
+        raise StorageError("make an index in the folder", str(error.filename), error) from error
+    return _updated_index(own, storage, codec)
 
 
 def _updated_index(path: Path, storage: LocalStorage, codec: BlobCodec) -> Index:
     index = Index(path)
-    BlobStore(storage, index, codec).reconcile()
+    try:
+        BlobStore(storage, index, codec).reconcile()
+    except BaseException:
+        index.close()
+        raise
     return index
 
 

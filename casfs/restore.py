@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 _ZEROS = bytes(1 << 20)
 
+_LinkKey = tuple[int, int, int, bytes]
+"""Device, inode, kind and content: an inode's number may have served two files in one backup."""
+
 
 class Overwrite(StrEnum):
     """What happens to an entry that the target has already."""
@@ -92,7 +95,8 @@ class Restorer:
         self._monitor = monitor
         self._include = PatternMatcher(options.include) if options.include else None
         self._exclude = PatternMatcher(options.exclude) if options.exclude else None
-        self._links: dict[tuple[int, int], bytes] = {}
+        self._links: dict[_LinkKey, bytes] = {}
+        self._zeroed: dict[_LinkKey, list[tuple[int, int]]] = {}
         self._root_fd = -1
         self._stack: list[_Frame] = []
         self._base = 0
@@ -286,7 +290,7 @@ class Restorer:
 
     def _is_linked_alike(self, node: Node, st: os.stat_result) -> bool:
         """Tell whether an entry of the target has the other names that its node has, as far as met."""
-        key = hard_link_key(node)
+        key = _link_key(node)
         if key is None:
             return st.st_nlink == 1
         first = self._links.get(key)
@@ -296,7 +300,7 @@ class Restorer:
 
     def _link(self, frame: _Frame, path: bytes, node: Node, st: os.stat_result | None) -> bool:
         """Make a further name of a file that was restored before; False where this is the first."""
-        key = hard_link_key(node)
+        key = _link_key(node)
         first = self._links.get(key) if key is not None else None
         if key is None or first is None:
             return False
@@ -310,6 +314,8 @@ class Restorer:
             return False
         self._put_in_place(frame, name, node, st)
         self._count(node)
+        if key in self._zeroed:
+            self._tell_zeroed(path, self._zeroed[key])
         return True
 
     def _restore_file(
@@ -338,8 +344,8 @@ class Restorer:
         whole = blake3()
         done = 0
         lost: list[tuple[int, int]] = []
-        for extent in self._repository.content(node).extents():
-            check_chunk_length(extent)
+        content = self._repository.content(node)
+        for extent in content.extents(lost_lists=self._options.salvage):
             done = extent.begin + extent.length
             data = self._extent(extent, lost)
             if data is None:
@@ -348,8 +354,10 @@ class Restorer:
             whole.update(data)
             _write_at(fd, data, extent.begin)
         if lost:
-            ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)
-            self._damaged(path, f"it is damaged, zeros stand in the bytes {ranges}", None, lost)
+            key = _link_key(node)
+            if key is not None:
+                self._zeroed[key] = lost
+            self._tell_zeroed(path, lost)
         elif done != node.size:
             raise TreeError(f"its list tells {done} bytes where {node.size} were captured")
         elif whole.digest() != captured_digest(node):
@@ -359,6 +367,7 @@ class Restorer:
         if extent.digest is None:
             return None
         try:
+            check_chunk_length(extent)
             data = self._repository.store.read(extent.digest)
             if len(data) != extent.length:
                 raise TreeError("a chunk does not have the length that is recorded for it")
@@ -394,7 +403,7 @@ class Restorer:
             _unlink_quietly(frame.fd, name)
 
     def _remember(self, path: bytes, node: Node) -> None:
-        key = hard_link_key(node)
+        key = _link_key(node)
         if key is not None:
             self._links[key] = path[self._base :]
 
@@ -437,6 +446,10 @@ class Restorer:
         message = f"it had changed while it was captured ({reason}); restored as captured"
         self._monitor.problem(Problem(ProblemKind.CHANGED, path, message, {"reason": reason}))
 
+    def _tell_zeroed(self, path: bytes, lost: list[tuple[int, int]]) -> None:
+        ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)
+        self._damaged(path, f"it is damaged, zeros stand in the bytes {ranges}", None, lost)
+
     def _damaged(
         self,
         path: bytes,
@@ -457,6 +470,13 @@ class Restorer:
         self.result.failed += 1
         message = f"it cannot be restored: {error.strerror or error}"
         self._monitor.problem(Problem(ProblemKind.UNREADABLE, path, message))
+
+
+def _link_key(node: Node) -> _LinkKey | None:
+    key = hard_link_key(node)
+    if key is None:
+        return None
+    return *key, node.kind, captured_digest(node) or node.content
 
 
 def _write_at(fd: int, data: bytes, offset: int) -> None:

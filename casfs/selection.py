@@ -10,6 +10,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from casfs.errors import UsageError
+from casfs.naming import shown
+
 
 @dataclass(slots=True)
 class Place:
@@ -32,24 +35,54 @@ class Place:
 
 
 def select(paths: list[bytes]) -> Place:
-    """Return the root of the tree of places for the paths that a user named."""
+    """Return the root of the tree of places for the paths that a user named.
+
+    Raises UsageError where two different sources would have the same path in the snapshot, as `/etc/x`
+    and a relative `etc/x` have: only one of them could be kept.
+    """
     kept = [keep_path(path) for path in paths]
     absolute = any(path.startswith(b"/") for path in kept)
     root = Place(b"/" if absolute else b".")
     for path in kept:
         place = root
         source = b"/" if path.startswith(b"/") else b""
-        for name in path.strip(b"/").split(b"/"):
-            if not name or name == b".":
-                continue
+        for name in _names(path):
             source = os.path.join(source, name)
             place = place.below.setdefault(name, Place(source))
-        place.whole = True
+        if not place.whole:
+            place.source = source or b"."
+            place.whole = True
+    for path in kept:
+        _refuse_other_source(root, path)
     return root
 
 
+def _refuse_other_source(root: Place, path: bytes) -> None:
+    place = root
+    names = _names(path)
+    for depth in range(len(names) + 1):
+        if place.whole:
+            source = os.path.normpath(os.path.join(place.source, *names[depth:]))
+            if source != path and os.path.abspath(source) != os.path.abspath(path):
+                raise UsageError(
+                    f"{shown(source)} and {shown(path)} would have the same path in the snapshot; "
+                    "back them up apart"
+                )
+        if depth < len(names):
+            place = place.below[names[depth]]
+
+
+def _names(path: bytes) -> list[bytes]:
+    return [name for name in path.split(b"/") if name not in (b"", b".")]
+
+
 def keep_path(path: bytes) -> bytes:
-    """Return a path as it is kept: without `..`, doubled slashes and slashes at the end."""
+    """Return a path as it is kept: without `..`, doubled slashes and slashes at the end.
+
+    Raises UsageError for an empty path, which would otherwise mean the current directory.
+    """
+    if not path:
+        raise UsageError("an empty path names nothing to back up")
     parts = path.split(b"/")
     if b".." in parts:
         last = len(parts) - parts[::-1].index(b"..")

@@ -11,8 +11,8 @@ import struct
 import msgspec
 
 from casfs.digest import SnapshotId, digest_of
-from casfs.errors import BlobError, TreeError
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec, Codec
+from casfs.errors import BlobError, TreeError, UsageError
+from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec
 from casfs.tree import Kind, Node, check_node
 
 MAGIC = b"CASFSNAP"
@@ -64,8 +64,20 @@ _decoder = msgspec.msgpack.Decoder(Snapshot)
 
 
 def encode_snapshot(snapshot: Snapshot, codec: BlobCodec) -> tuple[SnapshotId, bytes]:
-    """Return the snapshot's id and the bytes of its file."""
-    plain = _encoder.encode(snapshot)
+    """Return the snapshot's id and the bytes of its file.
+
+    Raises UsageError for one that no reader would accept: with too many paths, or with text that is not
+    Unicode.
+    """
+    try:
+        plain = _encoder.encode(snapshot)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the host, user or tag {error.object!r} is not UTF-8") from error
+    if len(plain) > MAX_PLAIN_BYTES:
+        raise UsageError(
+            f"the snapshot's paths and other circumstances take {len(plain)} bytes where "
+            f"{MAX_PLAIN_BYTES} are allowed; name fewer paths"
+        )
     ((kind, payload),) = codec.encode_many([plain])
     data = HEADER.pack(MAGIC, SNAPSHOT_VERSION, kind, 0, len(plain)) + bytes(payload)
     return SnapshotId(digest_of(data)), data
@@ -83,9 +95,10 @@ def decode_snapshot(snapshot_id: SnapshotId, data: bytes, codec: BlobCodec) -> S
         raise TreeError(f"snapshot {label} has a form that this casfs does not read")
     payload = data[HEADER.size :]
     try:
-        plain = codec.plain(kind, payload, plain_bytes) if kind != Codec.RAW else payload
-        snapshot = _decoder.decode(plain)
-    except (BlobError, msgspec.DecodeError, RecursionError, OverflowError) as error:
+        snapshot = _decoder.decode(codec.plain(kind, payload, plain_bytes))
+    except BlobError as error:
+        raise TreeError(f"snapshot {label} is damaged: {error.reason}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         raise TreeError(f"snapshot {label} does not parse: {error}") from error
     check_node(snapshot.root)
     if snapshot.root.kind != Kind.DIRECTORY:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 from casfs.tree import Extra, Kind, Node
 
@@ -30,6 +31,10 @@ _NO_XATTRS = frozenset([errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES,
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _noatime = os.O_NOATIME
 
+_FIRST_LEASE_PAUSE_S = 0.01
+_LAST_LEASE_PAUSE_S = 3.0
+"""Pauses double from the one to the other: some five seconds in all."""
+
 
 def kind_of(st: os.stat_result) -> Kind | None:
     """Return what an entry is, or None for a kind that is not known."""
@@ -38,6 +43,20 @@ def kind_of(st: os.stat_result) -> Kind | None:
 
 def open_file(dir_fd: int, name: bytes) -> int:
     """Open an entry for reading without following a symlink, waiting for a FIFO or touching its atime."""
+    pause_s = _FIRST_LEASE_PAUSE_S
+    while True:
+        try:
+            return _open_file(dir_fd, name)
+        except BlockingIOError:
+            # Somebody holds a lease, as Samba does for its clients, and has been told by this call
+            # to give it back.
+            if pause_s > _LAST_LEASE_PAUSE_S:
+                raise
+            time.sleep(pause_s)
+            pause_s *= 2
+
+
+def _open_file(dir_fd: int, name: bytes) -> int:
     try:
         return os.open(name, _FILE_FLAGS | _noatime, dir_fd=dir_fd)
     except PermissionError:

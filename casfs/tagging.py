@@ -20,5 +20,8 @@ def retag(
         return snapshot_id, snapshot
     changed = msgspec.structs.replace(snapshot, tags=tags, replaces=snapshot_id)
     new_id = repository.publish(changed, repository.store.index.is_complete(snapshot_id))
+    if snapshot.replaces is not None:
+        # A crash may have left it; with the one that replaces it gone, it would be listed again.
+        repository.delete_snapshot(SnapshotId(snapshot.replaces))
     repository.delete_snapshot(snapshot_id)
     return new_id, changed

@@ -9,6 +9,7 @@ that follows would be taken for sound.
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import tarfile
@@ -324,10 +325,16 @@ def _extended_header(records: dict[bytes, bytes]) -> bytes:
     # How the names are to be read must be said before the names.
     ordered = sorted(records.items(), key=lambda record: record[0] != b"hdrcharset")
     data = b"".join(_record(keyword, value) for keyword, value in ordered)
+    return _extended_block(len(data)) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+@functools.lru_cache(maxsize=1024)
+def _extended_block(size: int) -> bytes:
+    """Return the block before an extended header of `size` bytes: most have one of a few sizes."""
     info = tarfile.TarInfo("PaxHeaders/entry")
     info.type = tarfile.XHDTYPE
-    info.size = len(data)
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def _record(keyword: bytes, value: bytes) -> bytes:

@@ -25,6 +25,9 @@ MAX_PIECE_LEVELS = 8
 MAX_NAME_BYTES = 255
 MAX_COUNT = 1 << 48
 MAX_FILE_BYTES = (1 << 63) - 1
+_MAX_OWNER = (1 << 32) - 2
+_MAX_LINKS = (1 << 32) - 1
+_MAX_DEVICE = (1 << 64) - 1
 
 
 class Kind(IntEnum):
@@ -207,8 +210,33 @@ def check_node(node: Node) -> None:
         sound = node.tree is None and 3 <= kind <= 7
         if kind == Kind.SYMLINK:
             sound = sound and len(node.content) > 0 and b"\0" not in node.content
-    if not (sound and 0 <= node.mode <= 0o7777 and node.uid >= 0 and node.gid >= 0):
+    if not (
+        sound
+        and 0 <= node.mode <= 0o7777
+        and 0 <= node.uid <= _MAX_OWNER
+        and 0 <= node.gid <= _MAX_OWNER
+        and node.inode >= 0
+        and 0 <= node.nlink <= _MAX_LINKS
+        and (node.extra is None or _is_sound_extra(node.extra))
+    ):
         raise TreeError(f"the entry {node.name!r} of a tree breaks the format's rules")
+
+
+def _is_sound_extra(extra: Extra) -> bool:
+    capture = extra.capture
+    return (
+        0 <= extra.rdev <= _MAX_DEVICE
+        and 0 <= extra.device <= _MAX_DEVICE
+        and all(name and b"\0" not in name for name, _ in extra.xattrs)
+        and (
+            capture is None
+            or (
+                capture.reason in Reason.__members__.values()
+                and capture.attempts >= 0
+                and (capture.observed is None or len(capture.observed) == DIGEST_BYTES)
+            )
+        )
+    )
 
 
 def _check_branch(pieces: list[PieceRef]) -> None:

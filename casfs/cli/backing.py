@@ -184,10 +184,15 @@ def backup(
     with Repository.open(root, "backup", level=compression) as repository, monitor:
         result = back_up(repository, options, monitor)
     _report(settings, result, dry_run)
-    if result.snapshot.stats.unreadable:
+    return exit_code(result, changed_ok)
+
+
+def exit_code(result: BackupResult, changed_ok: bool) -> int:
+    """Return what a backup that was published ends with; unreadable sources outrank changed files."""
+    stats, tree = result.snapshot.stats, result.snapshot.root.tree
+    if stats.unreadable:
         return EXIT_UNREADABLE
-    assert result.snapshot.root.tree is not None
-    changed = result.snapshot.root.tree.flagged or result.snapshot.stats.silently_changed
+    changed = stats.silently_changed or (tree is not None and tree.flagged)
     return EXIT_CHANGED if changed and not changed_ok else 0
 
 

@@ -108,6 +108,9 @@ class BlobCodec:
             frame = zstandard.get_frame_parameters(payload)
             if frame.content_size != plain_bytes:
                 raise BlobError(digest, "its compressed frame tells another size")
+            if plain_bytes == 0:
+                # The decompressor would not look at what follows.
+                raise BlobError(digest, "nothing was compressed in it")
             plain: bytes = self._decompressor().decompress(
                 payload, max_output_size=plain_bytes, allow_extra_data=False
             )

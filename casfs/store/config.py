@@ -18,6 +18,7 @@ from casfs.errors import FormatError, IntegrityError, NotFoundError
 FORMAT_VERSION = 1
 CONFIG_NAME = "config"
 MAX_CONFIG_BYTES = 1 << 20
+_MAX_CHUNK_BYTES = 16 * 1024 * 1024
 
 _FIRST_LINE = re.compile(rb"casfs repository, format (\d{1,9})\n")
 _LAST_LINE = re.compile(rb"blake3 ([0-9a-f]{64})\n\Z")
@@ -84,8 +85,19 @@ def decode_config(data: bytes, place: str) -> RepositoryConfig:
         )
     try:
         config = msgspec.json.decode(data[first.end() : last.start()], type=RepositoryConfig)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"the configuration {place} is damaged: {error}") from error
     if config.encryption is not None:
         raise FormatError(f"{place} is encrypted; this casfs cannot read encrypted repositories")
+    if not _is_usable(config.chunker):
+        raise FormatError(f"{place} has a chunker that this casfs does not know: use a newer casfs")
     return config
+
+
+def _is_usable(chunker: ChunkerConfig) -> bool:
+    return (
+        chunker.algorithm == "fastcdc-2020"
+        and 64 <= chunker.min_bytes <= chunker.avg_bytes <= chunker.max_bytes <= _MAX_CHUNK_BYTES
+        and 0 <= chunker.normalization <= 3
+        and 0 <= chunker.seed < 1 << 64
+    )

@@ -54,6 +54,9 @@ class RepositoryLock:
                         f"the repository is in use: {other.verb} on {other.host}, process {other.pid}; "
                         "wait for it to end"
                     )
+        except OSError as error:
+            lock.release()
+            raise StorageError("read the locks in", str(folder), error) from error
         except BaseException:
             lock.release()
             raise
@@ -88,10 +91,11 @@ def live_locks(folder: Path) -> dict[str, LockRecord]:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another may have removed it first, and its maker have made it again.
+            if _is_still(path, fd):
+                path.unlink(missing_ok=True)
         except BlockingIOError:
             live[path.name] = _read_record(fd)
-        else:
-            path.unlink(missing_ok=True)
         finally:
             os.close(fd)
     return live
@@ -114,16 +118,21 @@ def _create_held(path: Path, record: LockRecord) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
+            if _is_still(path, fd):
                 os.pwrite(fd, msgspec.json.encode(record), 0)
                 return fd
-        except FileNotFoundError:
-            pass
         except BaseException:
             os.close(fd)
             raise
         # Somebody took the new file for one that was left behind; make it again.
         os.close(fd)
+
+
+def _is_still(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _read_record(fd: int) -> LockRecord:

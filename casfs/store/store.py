@@ -14,6 +14,7 @@ from casfs.store.blob import BlobCodec
 from casfs.store.index import Index, IndexedPack, Location
 from casfs.store.pack import (
     HEADER,
+    MAX_PACK_BYTES,
     RECORD,
     TRAILER,
     PackEntry,
@@ -118,15 +119,20 @@ class BlobStore:
         name = pack_name(pack)
         if pack_bytes < HEADER.size + RECORD.size + TRAILER.size:
             raise PackError(pack, "it is too short for a pack")
+        if pack_bytes > MAX_PACK_BYTES:
+            raise PackError(pack, "it is too long for a pack")
         parse_header(pack, self.storage.read(name, 0, HEADER.size))
         tail = self.storage.read(name, pack_bytes - TRAILER.size, TRAILER.size)
         offset, directory_bytes, _, digest = parse_trailer(pack, tail, pack_bytes)
         directory = self.storage.read(name, offset, directory_bytes)
         return parse_directory(pack, directory, digest, offset - RECORD.size)
 
-    def salvage_directory(self, pack: PackId) -> list[PackEntry]:
-        """Return entries for all blobs of a pack that decode, found without its directory."""
-        data = self.storage.read(pack_name(pack))
+    def salvage_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
+        """Return entries for all blobs of a pack that decode, found without its directory.
+
+        Beyond the size that any pack may have nothing is looked for.
+        """
+        data = self.storage.read(pack_name(pack), 0, min(pack_bytes, MAX_PACK_BYTES))
         entries: list[PackEntry] = []
         for offset, kind, codec, stored_bytes, plain_bytes in scan_records(data, HEADER.size):
             payload = data[offset : offset + stored_bytes]
@@ -146,7 +152,7 @@ class BlobStore:
         """
         stored = dict(self.stored_packs())
         indexed = {record.pack for record in self.index.packs()}
-        missing = indexed - stored.keys()
+        missing = {pack for pack in indexed - stored.keys() if not self._is_stored(pack)}
         if missing:
             log.warning(
                 "the index named %d packs that are not there; it is rebuilt from the packs",
@@ -156,6 +162,13 @@ class BlobStore:
             self.rebuild()
         elif new := sorted(stored.keys() - indexed):
             self.index.add_packs(self._indexed((pack, stored[pack]) for pack in new))
+
+    def _is_stored(self, pack: PackId) -> bool:
+        """Tell whether a pack is there by now: another writer may just have published it."""
+        try:
+            return self.storage.size(pack_name(pack)) >= 0
+        except NotFoundError:
+            return False
 
     def rebuild(self) -> None:
         """Build the index anew from the packs alone."""
@@ -167,5 +180,5 @@ class BlobStore:
                 entries = self.read_directory(pack, pack_bytes)
             except PackError as error:
                 log.warning("%s; its intact blobs are found one by one", error)
-                entries = self.salvage_directory(pack)
+                entries = self.salvage_directory(pack, pack_bytes)
             yield pack, pack_bytes, entries

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from casfs.digest import Digest, PackId
-from casfs.store.blob import BlobKind
+from casfs.errors import BlobError
+from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
 from casfs.store.pack import (
     MAX_PACK_BLOBS,
     RECORD,
@@ -77,7 +78,12 @@ class BlobWriter:
         self._packer.start()
 
     def put(self, kind: BlobKind, digest: Digest, plain: bytes) -> None:
-        """Hand over a blob; `digest` was computed from this very buffer, which is not changed later."""
+        """Hand over a blob; `digest` was computed from this very buffer, which is not changed later.
+
+        Raises BlobError for one that is larger than any reader would accept.
+        """
+        if len(plain) > MAX_PLAIN_BYTES:
+            raise BlobError(digest, f"its {len(plain)} bytes are more than a blob may have")
         self._batch.append((kind, digest, plain))
         self._batch_bytes += len(plain)
         if self._batch_bytes >= _BATCH_BYTES or len(self._batch) >= _BATCH_BLOBS:

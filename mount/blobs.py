@@ -1,0 +1,66 @@
+"""Verified blobs for a mount: at once where that needs no waiting, otherwise where waiting is allowed.
+
+On the thread that must not wait, small blobs whose bytes the kernel has in memory are decoded on the
+spot, which costs a fraction of a trip to another thread. When that turns out to be slow all the same,
+because the pages of the index come from a slow disk, it is left alone for a while.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+
+from casfs.digest import Digest
+from casfs.errors import CasfsError
+from casfs.store.store import BlobStore
+from mount.waiting import NotAtHand, Waiting
+
+_AT_ONCE_BYTES = 64 * 1024
+"""Stored bytes up to which a blob is decoded on the spot: some half a millisecond."""
+
+_SLOW_S = 0.004
+_CAUTION = 8
+"""How many times the length of a wait goes by until another one is risked."""
+
+
+class Blobs:
+    """The blobs of one repository; safe to share between threads."""
+
+    def __init__(self, store: BlobStore, waiting: Waiting) -> None:
+        self._store = store
+        self._waiting = waiting
+        self._cautious_until = 0.0
+
+    def read(self, digest: Digest) -> bytes:
+        """Return a blob's verified plaintext.
+
+        Raises NotAtHand, BlobError when it is missing or damaged, and what storage and index raise.
+        """
+        if self._waiting.is_allowed():
+            return self._store.read(digest)
+        began = time.monotonic()
+        if began < self._cautious_until:
+            raise NotAtHand
+        faults = _page_faults()
+        try:
+            data = self._store.read_at_once(digest, _AT_ONCE_BYTES)
+        except CasfsError:
+            data = None  # the thread that may wait finds out what it is
+        ended = time.monotonic()
+        if ended - began > _SLOW_S and _page_faults() > faults:
+            self._cautious_until = ended + _CAUTION * (ended - began)
+        if data is None:
+            raise NotAtHand
+        return data
+
+    def prefetch(self, digest: Digest) -> int:
+        """Have a blob's stored bytes brought into memory soon; return how many those are."""
+        try:
+            return self._store.prefetch(digest)
+        except CasfsError:
+            return 0
+
+
+def _page_faults() -> int:
+    """Return how often this thread waited for a disk to bring in a page of mapped memory."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt

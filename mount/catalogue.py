@@ -1,0 +1,335 @@
+"""The whole repository as one view: every snapshot in `snapshots/`, found by id, host and tag too.
+
+`snapshots/` holds the snapshots' roots under their local times. `ids/`, `hosts/` and `tags/` lead there
+by symbolic links, so that every file has one path, one number and one place in the kernel's cache.
+`latest` stands wherever snapshots do. The list is read again when it is asked for and older than a
+second; a snapshot's numbers depend on its id alone, its name stays as long as it is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from casfs.digest import Digest, SnapshotId
+from casfs.errors import CasfsError, IntegrityError, NotFoundError
+from casfs.snapshot import Snapshot
+from casfs.store.config import CONFIG_NAME
+from casfs.tree import Kind, Node, nodes_of, replace
+from mount.inode import LISTINGS_END, ROOT, NumberRanges, StaleError
+from mount.labels import digits_that_differ, safe_name, time_name
+from mount.reader import Readable
+from mount.view import REPORT_NUMBERS, SnapshotView, Sources
+
+log = logging.getLogger(__name__)
+
+FRESH_S = 1.0
+"""How old the list of snapshots may be when it is asked for."""
+
+_KEEP_GONE_S = 24 * 3600.0
+"""How long a forgotten snapshot still answers programs that are in it."""
+
+_LATEST = b"latest"
+
+Path = tuple[bytes, ...]
+
+
+@dataclass(slots=True)
+class _Shown:
+    """A snapshot with its range of numbers; `gone_s` is when it was last seen to be missing."""
+
+    snapshot_id: SnapshotId
+    snapshot: Snapshot
+    name: bytes
+    first: int
+    view: SnapshotView
+    gone_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """A directory of the catalogue: the serial numbers of its entries, in order, and the entries."""
+
+    node: Node
+    serials: list[int]
+    entries: list[tuple[int, Node]]
+    by_name: dict[bytes, tuple[int, Node]]
+
+
+class RepositoryView:
+    """Every snapshot of a repository side by side; safe to share between threads."""
+
+    def __init__(self, sources: Sources, clock: Callable[[], float] = time.monotonic) -> None:
+        self._sources = sources
+        self._clock = clock
+        self._owner = os.getuid(), os.getgid()
+        self._born_ns = time.time_ns()
+        self._lock = threading.Lock()
+        self._checked_s = -FRESH_S
+        self._ranges = NumberRanges()
+        self._shown: dict[SnapshotId, _Shown] = {}
+        self._unreadable: set[SnapshotId] = set()
+        self._by_first: dict[int, _Shown] = {}
+        # Serial numbers of the paths that there ever were; they are the inode numbers of links and
+        # directories here, and the positions in listings, which so survive all changes.
+        self._serials: dict[Path, int] = {(): ROOT}
+        self._paths: dict[int, Path] = {ROOT: ()}
+        self._listings: dict[int, _Listing] = {}
+        self._full_ids: dict[bytes, tuple[int, Node]] = {}
+
+    def node(self, number: int) -> Node:
+        """Return the node with a number; raises StaleError."""
+        if number >= LISTINGS_END:
+            return self._view(number).node(number)
+        self._refresh()
+        listing = self._listings.get(number)
+        if listing is not None:
+            return listing.node
+        path = self._paths.get(number)
+        if path:
+            above = self._listings.get(self._serials[path[:-1]])
+            found = above.by_name.get(path[-1]) if above is not None else None
+            if found is None and path[0] == b"ids":
+                found = self._full_ids.get(path[-1])
+            if found is not None:
+                return found[1]
+        raise StaleError(number)
+
+    def parent(self, number: int) -> int:
+        """Return the number of the directory that holds a node; the root's is its own."""
+        if number >= LISTINGS_END:
+            shown = self._shown_at(number)
+            if number == shown.first:
+                return self._serials[(b"snapshots",)]
+            return shown.view.parent(number)
+        return self._serials[self._paths.get(number, ())[:-1]]
+
+    def lookup(self, number: int, name: bytes) -> tuple[int, Node] | None:
+        """Return a directory's entry, or None; whole ids are found besides the short ones."""
+        if number >= LISTINGS_END:
+            return self._view(number).lookup(number, name)
+        self._refresh()
+        listing = self._listings.get(number)
+        if listing is None:
+            raise StaleError(number)
+        found = listing.by_name.get(name)
+        if found is None and self._paths[number] == (b"ids",):
+            found = self._full_ids.get(name)
+        return found
+
+    def entries(self, number: int, place: int) -> Iterator[tuple[int, Node, int]]:
+        """Yield number, node and the place after it of a directory's entries from a place on."""
+        if number >= LISTINGS_END:
+            yield from self._view(number).entries(number, place)
+            return
+        self._refresh()
+        listing = self._listings.get(number)
+        if listing is None:
+            raise StaleError(number)
+        for i in range(bisect_right(listing.serials, place), len(listing.serials)):
+            yield *listing.entries[i], listing.serials[i]
+
+    def xattr(self, number: int, name: bytes) -> bytes | None:
+        """Return an extended attribute, or None."""
+        return self._view(number).xattr(number, name) if number >= LISTINGS_END else None
+
+    def xattr_names(self, number: int) -> list[bytes]:
+        """Return the names of a node's own extended attributes."""
+        return self._view(number).xattr_names(number) if number >= LISTINGS_END else []
+
+    def open(self, number: int) -> Readable:
+        """Return a reader of a regular file; the catalogue itself has none."""
+        if number < LISTINGS_END:
+            raise StaleError(number)
+        return self._view(number).open(number)
+
+    def first_of(self, number: int) -> int:
+        """Return where the range of numbers begins that holds a number."""
+        return self._ranges.find(number) if number >= LISTINGS_END else 0
+
+    def is_lasting(self, number: int) -> bool:
+        """Tell whether what is said of a number stays true as long as the mount."""
+        return number >= LISTINGS_END and self._view(number).is_lasting(number)
+
+    def totals(self) -> tuple[int, int]:
+        """Return the sums over all snapshots, as if nothing were shared."""
+        self._refresh()
+        views = [shown.view for shown in self._shown.values() if shown.gone_s is None]
+        sums = [view.totals() for view in views]
+        return sum(size for size, _ in sums), sum(nodes for _, nodes in sums)
+
+    def foresee(self, number: int) -> None:
+        """Prepare in the background for reads that go on where this one had to wait."""
+        if number >= LISTINGS_END:
+            self._view(number).foresee(number)
+
+    def name_of(self, number: int) -> str:
+        """Return what a number is, for the log."""
+        if number < LISTINGS_END:
+            return "the list of snapshots"
+        try:
+            return self._view(number).name_of(number)
+        except StaleError:
+            return f"inode {number}"
+
+    def damage(self, number: int, error: CasfsError) -> None:
+        """Remember that something of a node other than a range of its bytes cannot be read."""
+        if number < LISTINGS_END:
+            log.error("cannot list the snapshots: %s", error)
+        else:
+            self._view(number).damage(number, error)
+
+    def _view(self, number: int) -> SnapshotView:
+        return self._shown_at(number).view
+
+    def _shown_at(self, number: int) -> _Shown:
+        return self._by_first[self._ranges.find(number)]
+
+    def _refresh(self) -> None:
+        if self._clock() - self._checked_s < FRESH_S:
+            return
+        self._sources.waiting.begin()
+        with self._lock:
+            if self._clock() - self._checked_s < FRESH_S:
+                return
+            if self._read_list() or not self._listings:
+                self._arrange()
+            self._checked_s = self._clock()
+
+    def _read_list(self) -> bool:
+        """Bring what is shown into agreement with the repository; tell whether that changed it."""
+        now = self._clock()
+        found = set(self._sources.repository.snapshot_ids())
+        if not found:
+            # No snapshots are one thing; no repository, because a disk is gone, is another.
+            self._sources.repository.store.storage.size(CONFIG_NAME)
+        self._unreadable &= found
+        new: list[tuple[SnapshotId, Snapshot]] = []
+        for snapshot_id in found - self._shown.keys() - self._unreadable:
+            try:
+                new.append((snapshot_id, self._sources.repository.load(snapshot_id)))
+            except NotFoundError:
+                continue
+            except IntegrityError as error:
+                self._unreadable.add(snapshot_id)
+                log.error("%s; it is not shown", error)
+        changed = False
+        for snapshot_id, snapshot in sorted(new, key=lambda item: (item[1].time_ns, item[0])):
+            self._learn_packs(snapshot)
+            self._add(snapshot_id, snapshot)
+            changed = True
+        replaced = {s.snapshot.replaces for i, s in self._shown.items() if i in found}
+        for shown in list(self._shown.values()):
+            gone = shown.snapshot_id not in found or shown.snapshot_id in replaced
+            if gone != (shown.gone_s is not None):
+                shown.gone_s = now if gone else None
+                changed = True
+            elif shown.gone_s is not None and now - shown.gone_s > _KEEP_GONE_S:
+                self._drop(shown)
+        return changed
+
+    def _add(self, snapshot_id: SnapshotId, snapshot: Snapshot) -> None:
+        taken = {shown.name for shown in self._shown.values()}
+        name = time_name(snapshot.time_ns)
+        if name in taken:
+            name += b"-" + snapshot_id.hex()[:8].encode("ascii")
+        if name in taken:
+            name = name[:-8] + snapshot_id.hex().encode("ascii")
+        root = snapshot.root
+        first = self._ranges.add(snapshot_id, nodes_of(root) + REPORT_NUMBERS)
+        view = SnapshotView(self._sources, snapshot_id, snapshot, root, first)
+        shown = _Shown(snapshot_id, snapshot, name, first, view)
+        self._by_first[first] = shown
+        self._shown[snapshot_id] = shown
+
+    def _drop(self, shown: _Shown) -> None:
+        del self._shown[shown.snapshot_id], self._by_first[shown.first]
+        self._ranges.remove(shown.first)
+
+    def _learn_packs(self, snapshot: Snapshot) -> None:
+        """See to it that the index knows the blobs of a snapshot that appeared.
+
+        It always does when it is the repository's own; a user's own copy has to be brought up to date.
+        """
+        tree, store = snapshot.root.tree, self._sources.repository.store
+        try:
+            if tree is not None and store.index.lookup(Digest(tree.digest)) is None:
+                store.reconcile()
+        except CasfsError as error:
+            log.warning("the index could not be brought up to date: %s", error)
+
+    def _arrange(self) -> None:
+        """Make all directories of the catalogue anew."""
+        present = sorted(
+            (shown for shown in self._shown.values() if shown.gone_s is None),
+            key=lambda shown: (shown.snapshot.time_ns, shown.snapshot_id),
+        )
+        digits = digits_that_differ([shown.snapshot_id.hex() for shown in present])
+        folders: dict[Path, dict[bytes, tuple[int, Node]]] = {(): {}}
+        folders |= {(name,): {} for name in (b"hosts", b"ids", b"snapshots", b"tags")}
+        times: dict[Path, int] = dict.fromkeys(folders, self._born_ns)
+        full_ids: dict[bytes, tuple[int, Node]] = {}
+        for shown in present:
+            time_ns = shown.snapshot.time_ns
+            identity = shown.snapshot_id.hex().encode("ascii")
+            target = b"../snapshots/" + shown.name
+            links: list[tuple[Path, bytes, bytes]] = [
+                ((b"snapshots",), _LATEST, shown.name),
+                ((b"ids",), identity[:digits], target),
+                ((b"ids",), _LATEST, target),
+            ]
+            groups = [(b"hosts", shown.snapshot.host)]
+            groups += [(b"tags", tag) for tag in shown.snapshot.tags]
+            for kind, text in groups:
+                folder = (kind, safe_name(text))
+                links += [(folder, shown.name, b"../" + target), (folder, _LATEST, shown.name)]
+            folders[(b"snapshots",)][shown.name] = (
+                shown.first,
+                replace(shown.snapshot.root, name=shown.name),
+            )
+            self._serial((b"snapshots", shown.name))
+            for path, name, to in links:
+                entries = folders.setdefault(path, {})
+                entries[name] = self._serial((*path, name)), self._link(name, to, time_ns)
+                times[path] = time_ns
+            whole = self._serial((b"ids", identity))
+            full_ids[identity] = whole, self._link(identity, target, time_ns)
+        listings: dict[int, _Listing] = {}
+        nodes: dict[Path, Node] = {}
+        for path in folders:
+            name = path[-1] if path else b""
+            node = self._directory(name, times[path])
+            if path:
+                folders[path[:-1]][name] = self._serial(path), node
+            nodes[path] = node
+        for path, entries in folders.items():
+            listings[self._serial(path)] = self._listing(path, nodes[path], entries)
+        self._listings, self._full_ids = listings, full_ids
+
+    def _listing(self, path: Path, node: Node, entries: dict[bytes, tuple[int, Node]]) -> _Listing:
+        order = sorted((self._serial((*path, name)), entry) for name, entry in entries.items())
+        serials = [serial for serial, _ in order]
+        return _Listing(node, serials, [entry for _, entry in order], entries)
+
+    def _serial(self, path: Path) -> int:
+        serial = self._serials.get(path)
+        if serial is None:
+            serial = self._serials[path] = len(self._serials) + ROOT
+            self._paths[serial] = path
+        return serial
+
+    def _directory(self, name: bytes, time_ns: int) -> Node:
+        uid, gid = self._owner
+        return Node(name, Kind.DIRECTORY, 0o555, uid, gid, time_ns, time_ns, 0, 2)
+
+    def _link(self, name: bytes, target: bytes, time_ns: int) -> Node:
+        uid, gid = self._owner
+        size = len(target)
+        return Node(
+            name, Kind.SYMLINK, 0o777, uid, gid, time_ns, time_ns, 0, 1, size, content=target
+        )

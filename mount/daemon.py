@@ -1,0 +1,173 @@
+"""A process in the background whose parent waits until it is ready, or has said why it is not.
+
+The fork comes before anything is opened: no database, no thread and no descriptor of a repository
+crosses it. What the parent learns comes through a pipe, so that it also learns of a sudden death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from casfs.errors import CasfsError, IntegrityError, LockedError, UsageError
+
+log = logging.getLogger(__name__)
+
+LOGGERS = ("casfs", "mount", "pyfuse3")
+_SYSLOG = "/dev/log"
+_MAX_REPORT_BYTES = 65536
+
+
+class _Report(msgspec.Struct, frozen=True):
+    """What the process in the background says once: an empty message when it is ready."""
+
+    message: str
+    exit: int
+
+
+class Background:
+    """The child's side: `ready` lets the parent go and cuts the ties to its terminal."""
+
+    def __init__(self, pipe: int, log_file: Path | None) -> None:
+        self._pipe = pipe
+        self._log_file = log_file
+
+    def ready(self) -> None:
+        """Go on without the terminal, log elsewhere, and let the parent say that all is well."""
+        log_to(self._log_file)
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        os.close(null)
+        self._send("", 0)
+
+    def failed(self, message: str, code: int) -> None:
+        """Let the parent say why it did not work."""
+        self._send(message, code)
+
+    def _send(self, message: str, code: int) -> None:
+        if self._pipe >= 0:
+            pipe, self._pipe = self._pipe, -1
+            data = msgspec.msgpack.encode(_Report(message, code))[:_MAX_REPORT_BYTES]
+            with contextlib.suppress(BrokenPipeError):
+                os.write(pipe, data)
+            os.close(pipe)
+
+
+def run_in_background(work: Callable[[Background], None], log_file: Path | None) -> None:
+    """Run `work` in another process and return as soon as that calls `ready`.
+
+    Raises in the caller's process what `work` raised before it was ready, as a CasfsError with the same
+    sentence and exit code. The other process ends with `work` and never returns from here.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _be_the_child(work, Background(writing, log_file))
+    os.close(writing)
+    try:
+        with os.fdopen(reading, "rb") as pipe:
+            data = pipe.read(_MAX_REPORT_BYTES)
+    except BaseException:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+    if not data:
+        _, status = os.waitpid(child, 0)
+        raise CasfsError(f"the mount's server ended unexpectedly ({_ending(status)})")
+    report = msgspec.msgpack.decode(data, type=_Report)
+    if report.message:
+        os.waitpid(child, 0)
+        kinds = {kind.exit_code: kind for kind in (UsageError, IntegrityError, LockedError)}
+        raise kinds.get(report.exit, CasfsError)(report.message)
+
+
+def log_to(log_file: Path | None) -> None:
+    """Send the log of casfs and its mount to a file, else to the system's log, else to a file of state.
+
+    Raises CasfsError when the file that was asked for cannot be written.
+    """
+    if log_file is None and Path(_SYSLOG).exists():
+        handler: logging.Handler = logging.handlers.SysLogHandler(_SYSLOG)
+        handler.setFormatter(logging.Formatter(f"casfs[{os.getpid()}]: %(levelname)s %(message)s"))
+    else:
+        path = log_file if log_file is not None else _state_file()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise CasfsError(f"cannot write the log {path}: {error.strerror}") from error
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s casfs[%(process)d] %(levelname)s %(message)s")
+        )
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.INFO)
+    # A log that cannot be written must not become messages on a terminal that is gone.
+    logging.raiseExceptions = False
+
+
+@contextlib.contextmanager
+def captured_stderr(said: list[str]) -> Iterator[None]:
+    """Keep what libraries write to the process's standard error; `said` gets the lines."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    catch = os.memfd_create("stderr", os.MFD_CLOEXEC)
+    os.dup2(catch, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        size = os.lseek(catch, 0, os.SEEK_END)
+        text = os.pread(catch, min(size, _MAX_REPORT_BYTES), 0).decode("utf-8", "backslashreplace")
+        os.close(catch)
+        said.extend(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _be_the_child(work: Callable[[Background], None], background: Background) -> NoReturn:
+    code = 1
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        work(background)
+        code = 0
+    except CasfsError as error:
+        background.failed(str(error), error.exit_code)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        background.failed("interrupted", 130)
+    except BaseException as error:
+        log.exception("the mount's server ended: %r", error)
+        background.failed(f"the mount's server ended: {error!r}", 1)
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _state_file() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or os.path.join(
+        os.path.expanduser("~"), ".local/state"
+    )
+    return Path(state) / "casfs" / "mount.log"
+
+
+def _ending(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"signal {os.WTERMSIG(status)}"
+    return f"exit code {os.waitstatus_to_exitcode(status)}"

@@ -1,0 +1,59 @@
+"""What failed in this mount so far: told once in the log, and listed in `.casfs/damage`.
+
+Safe to share between threads; memory is bounded.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from casfs.errors import BlobError, CasfsError
+from casfs.naming import shown
+
+log = logging.getLogger(__name__)
+
+_MAX_LINES = 10_000
+
+
+class UnreadableError(CasfsError):
+    """A range of a file cannot be read; it was told already, `__cause__` is why."""
+
+
+class DamageLog:
+    """The damage that readers of one mount met."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lines: dict[tuple[bytes, bytes], str] = {}
+
+    def add_range(self, path: bytes, begin: int, length: int, error: CasfsError) -> None:
+        """Remember that `length` bytes of a file from `begin` on cannot be read."""
+        self._add(path, begin, f"bytes {begin} to {begin + length - 1}: {describe(error)}", error)
+
+    def add_entry(self, path: bytes, error: CasfsError) -> None:
+        """Remember that something else of an entry cannot be read, such as a directory's tree."""
+        self._add(path, -1, describe(error), error)
+
+    def text(self) -> bytes:
+        """Return one line for each damage, the oldest first."""
+        with self._lock:
+            lines = list(self._lines.values())
+        return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+
+    def _add(self, path: bytes, begin: int, what: str, error: CasfsError) -> None:
+        key = (path, error.digest if isinstance(error, BlobError) else b"%d" % begin)
+        with self._lock:
+            if key in self._lines or len(self._lines) >= _MAX_LINES:
+                return
+            line = f"{shown(path) or '/'}: {what}"
+            self._lines[key] = line
+        log.error("%s", line)
+
+
+def describe(error: CasfsError) -> str:
+    """Return the sentence of an error, with whole digests where it has any."""
+    if isinstance(error, BlobError):
+        pack = f" in pack {error.pack.hex()}" if error.pack is not None else ""
+        return f"blob {error.digest.hex()}{pack}: {error.reason}"
+    return str(error)

@@ -1,0 +1,222 @@
+"""Mountpoints: what may become one, what is one, and how a mount is taken away again.
+
+The kernel's table is asked and never the mounts themselves, which may hang. Every refusal is one
+sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from casfs.errors import CasfsError, NotFoundError
+from casfs.naming import shown
+
+FILE_SYSTEM_TYPE = "fuse.casfs"
+HELPER = "fusermount3"
+DEVICE = "/dev/fuse"
+_DEVICE_NUMBER = os.makedev(10, 229)
+_CONFIGURATION = Path("/etc/fuse.conf")
+_UMOUNT_NOFOLLOW = 8
+_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class MountRecord:
+    """A line of the kernel's table of mounts."""
+
+    path: bytes
+    kind: str
+
+
+def mounts() -> list[MountRecord]:
+    """Return what this process sees mounted, later mounts after those that they cover."""
+    records = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        before, _, after = line.partition(b" - ")
+        path = re.sub(
+            rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), before.split(b" ")[4]
+        )
+        records.append(MountRecord(path, after.split(b" ")[0].decode("utf-8", "replace")))
+    return records
+
+
+def mounted_at(path: Path) -> MountRecord | None:
+    """Return the uppermost mount at exactly this path, or None."""
+    wanted = os.fsencode(path)
+    return next((found for found in reversed(mounts()) if found.path == wanted), None)
+
+
+def real_path(path: Path) -> Path:
+    """Return the absolute path without symbolic links; a mount whose server died stays nameable."""
+    return Path(os.path.realpath(path))
+
+
+def check_fuse(allow_other: bool) -> None:
+    """Raise CasfsError when this machine or this user cannot mount with FUSE."""
+    try:
+        found = os.stat(DEVICE)
+        sound = stat.S_ISCHR(found.st_mode) and found.st_rdev == _DEVICE_NUMBER
+    except OSError:
+        sound = False
+    if not sound:
+        raise CasfsError(
+            f"there is no FUSE on this machine: {DEVICE} is missing; load the kernel module fuse, or "
+            "give the container that device"
+        )
+    if os.geteuid() == 0:
+        return
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
+        raise CasfsError(f"this user may not use FUSE: {DEVICE} cannot be opened")
+    if shutil.which(HELPER) is None:
+        raise CasfsError(
+            f"{HELPER} is not installed; only root can mount without it (package fuse3)"
+        )
+    if allow_other and not _users_may_allow_others():
+        raise CasfsError(
+            f"only root may mount with --allow-other, unless {_CONFIGURATION} has user_allow_other"
+        )
+
+
+def check_mountpoint(path: Path, repository: Path) -> Path:
+    """Return the real path of a directory that can be mounted on; raise CasfsError for any other."""
+    real = real_path(path)
+    name = shown(os.fsencode(path))
+    record = mounted_at(real)
+    try:
+        status = os.stat(real)
+    except OSError as error:
+        if record is not None and error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise CasfsError(
+                f"{name} is still mounted, but its server has died; casfs umount {name} clears it"
+            ) from error
+        if error.errno == errno.ENOENT:
+            raise NotFoundError(
+                f"the mountpoint {name} does not exist; make that directory"
+            ) from error
+        raise CasfsError(f"cannot mount on {name}: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise CasfsError(f"cannot mount on {name}: it is not a directory")
+    if record is not None and real != Path("/"):
+        what = "a snapshot" if record.kind == FILE_SYSTEM_TYPE else f"a {record.kind} file system"
+        raise CasfsError(
+            f"{what} is mounted on {name} already; unmount it, or choose another directory"
+        )
+    home = real_path(repository)
+    if real == home or home in real.parents:
+        raise CasfsError(
+            f"cannot mount on {name}: it is inside the repository {shown(bytes(home))}"
+        )
+    if real in home.parents:
+        raise CasfsError(
+            f"cannot mount on {name}: the repository {shown(bytes(home))} is inside it and would be hidden"
+        )
+    return real
+
+
+def unmount(path: Path) -> Path:
+    """Unmount a casfs mount, wait until it is gone, and return its real path.
+
+    Raises NotFoundError where no mount of casfs is, CasfsError where it is busy or not this user's.
+    """
+    real = real_path(path)
+    name = shown(os.fsencode(path))
+    record = mounted_at(real)
+    if record is None:
+        raise NotFoundError(f"nothing is mounted on {name}")
+    if record.kind != FILE_SYSTEM_TYPE:
+        raise CasfsError(f"what is mounted on {name} is a {record.kind} and not of casfs")
+    before = _count(real)
+    problem = _take_away(real)
+    if problem is not None:
+        raise CasfsError(f"cannot unmount {name}: {problem}")
+    deadline = time.monotonic() + _PATIENCE_S
+    while _count(real) >= before:
+        if time.monotonic() > deadline:
+            raise CasfsError(f"{name} is still mounted after {_PATIENCE_S:.0f} seconds")
+        time.sleep(0.01)
+    return real
+
+
+def _take_away(real: Path) -> str | None:
+    """Unmount, or return a clause that says why that failed."""
+    if os.geteuid() == 0:
+        library = ctypes.CDLL(None, use_errno=True)
+        if library.umount2(os.fsencode(real), _UMOUNT_NOFOLLOW) == 0:
+            return None
+        code = ctypes.get_errno()
+        return _who_is_busy(real) if code == errno.EBUSY else os.strerror(code)
+    try:
+        done = subprocess.run(
+            [HELPER, "-u", "--", os.fsencode(real)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={**os.environ, "LC_ALL": "C"},
+            check=False,
+        )
+    except FileNotFoundError:
+        return f"{HELPER} is not installed; only root can do without it"
+    if done.returncode == 0:
+        return None
+    if b"busy" in done.stderr.lower():
+        return _who_is_busy(real)
+    return shown(done.stderr.strip().replace(b"\n", b"; "))
+
+
+def _count(path: Path) -> int:
+    wanted = os.fsencode(path)
+    return sum(found.path == wanted for found in mounts())
+
+
+def _who_is_busy(real: Path) -> str:
+    below = [found.path for found in mounts() if found.path.startswith(bytes(real) + b"/")]
+    if below:
+        return f"it is busy: {shown(below[0])} is mounted below it"
+    users = sorted(set(_users_of(real)))
+    if not users:
+        return "it is busy: a program uses it"
+    listed = ", ".join(f"{shown(program)} (process {pid})" for pid, program in users[:5])
+    more = f" and {len(users) - 5} more" if len(users) > 5 else ""
+    return f"it is busy: used by {listed}{more}"
+
+
+def _users_of(real: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the processes that stand in a mount or have a file of it open, as far as one may see."""
+    inside = bytes(real) + b"/"
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            links = [
+                process / "cwd",
+                process / "root",
+                process / "exe",
+                *(process / "fd").iterdir(),
+            ]
+            for link in links:
+                try:
+                    target = os.readlink(bytes(link))
+                except OSError:
+                    continue
+                if (target + b"/").startswith(inside):
+                    yield int(process.name), (process / "comm").read_bytes().strip()
+                    break
+        except OSError:
+            continue
+
+
+def _users_may_allow_others() -> bool:
+    try:
+        text = _CONFIGURATION.read_text("utf-8", "replace")
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in text.splitlines())

@@ -1,0 +1,115 @@
+"""Reading one open file: from an offset to verified bytes.
+
+A range inside one chunk is answered with a view of the decoded chunk, holes with zeros. Who reads in
+sequence has the next chunks decoded ahead. Several threads may read the same open file; the one that
+must not wait gets NotAtHand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from casfs.errors import CasfsError, TreeError
+from casfs.tree import Node
+from mount.chunks import ChunkCache
+from mount.damage import UnreadableError
+from mount.extents import ExtentMap
+from mount.waiting import NotAtHand
+
+_ZEROS = memoryview(bytes(1 << 20))
+
+_AHEAD_BYTES = 4 * 1024 * 1024
+"""How far ahead of a reader the chunks are decoded: some three of them."""
+
+_SLACK_BYTES = 2 * 1024 * 1024
+"""Requests of one sequential reader overtake one another by no more than this."""
+
+
+class Readable(Protocol):
+    """An open file. `streamed`: its size is not known before it was read to its end."""
+
+    @property
+    def streamed(self) -> bool:
+        """Tell whether reads have to bypass the kernel's cache."""
+
+    def read(self, offset: int, size: int) -> bytes | memoryview:
+        """Return `size` bytes from `offset`, fewer only at the end of the file."""
+
+
+class FileReader:
+    """An open regular file of a snapshot; `on_damage` is told begin, length and error of a range."""
+
+    streamed = False
+
+    def __init__(
+        self, node: Node, chunks: ChunkCache, on_damage: Callable[[int, int, CasfsError], None]
+    ) -> None:
+        self._node = node
+        self._size = node.size
+        self._chunks = chunks
+        self._on_damage = on_damage
+        self._map: ExtentMap | None = None
+        self._expected = 0
+        self._ahead_to = 0
+        self._window = min(_AHEAD_BYTES, chunks.limit_bytes // 4)
+
+    def read(self, offset: int, size: int) -> bytes | memoryview:
+        """Return the bytes of a range, cut at the end of the file.
+
+        Raises NotAtHand, and UnreadableError when any of it is damaged or cannot be read now.
+        """
+        end = min(offset + size, self._size)
+        if offset >= end:
+            return b""
+        found: bytes | memoryview = self._part(offset, end)
+        if len(found) < end - offset:
+            parts = [found]
+            at = offset + len(found)
+            while at < end:
+                parts.append(self._part(at, end))
+                at += len(parts[-1])
+            found = b"".join(parts)
+        self._look_ahead(offset, end)
+        return found
+
+    def _part(self, offset: int, end: int) -> memoryview:
+        """Return what one extent has of a range: at least a byte, from `offset` on."""
+        begin, length = offset, end - offset
+        try:
+            if self._map is None:
+                self._map = ExtentMap(self._node, self._chunks.get)
+            begin, length, digest = self._map.find(offset)
+            if digest is None:
+                size = min(begin + length, end) - offset
+                return _ZEROS[:size] if size <= len(_ZEROS) else memoryview(bytes(size))
+            data = self._chunks.get(digest)
+            if len(data) != length:
+                raise TreeError(
+                    f"its chunk {digest.hex()} has {len(data)} bytes where {length} are recorded"
+                )
+        except CasfsError as error:
+            self._on_damage(begin, length, error)
+            raise UnreadableError(str(error)) from error
+        return memoryview(data)[offset - begin : end - begin]
+
+    def _look_ahead(self, offset: int, end: int) -> None:
+        """Have the chunks after `end` decoded when the reads go on where the last one ended."""
+        sequential = abs(offset - self._expected) <= _SLACK_BYTES and offset > 0
+        self._expected = end
+        if not sequential:
+            self._ahead_to = 0
+            return
+        at = max(self._ahead_to, end)
+        limit = min(end + self._window, self._size)
+        if at >= limit or self._map is None:
+            return
+        try:
+            while at < limit:
+                begin, length, digest = self._map.find(at)
+                if digest is not None:
+                    self._chunks.read_ahead(digest)
+                at = begin + length
+        except (NotAtHand, CasfsError):
+            pass  # a list is not at hand or damaged; who reads there sees to it
+        self._ahead_to = at

@@ -1,0 +1,187 @@
+"""`.casfs`: what casfs knows about a snapshot, as files at its root that are reachable and not listed.
+
+`changed`, `damage`, `manifest.b3` and `snapshot.json` are made while they are read, so that none of
+them costs anything before; a reader that goes back has them made again from the beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from casfs.digest import Digest, SnapshotId
+from casfs.errors import CasfsError
+from casfs.flagged import flagged_files
+from casfs.naming import shown
+from casfs.snapshot import Snapshot
+from casfs.tree import Kind, Node, captured_digest
+from casfs.treereader import TreeReader
+from mount.damage import DamageLog
+from mount.waiting import Waiting
+
+FOLDER = b".casfs"
+CHANGED, DAMAGE, MANIFEST, SNAPSHOT = b"changed", b"damage", b"manifest.b3", b"snapshot.json"
+FILES = (CHANGED, DAMAGE, MANIFEST, SNAPSHOT)
+
+_BATCH_BYTES = 256 * 1024
+
+
+class Reports:
+    """The files about one snapshot; `root` is the directory that is shown as its root."""
+
+    def __init__(
+        self,
+        snapshot_id: SnapshotId,
+        snapshot: Snapshot,
+        root: Node,
+        trees: TreeReader,
+        damage: DamageLog,
+        waiting: Waiting,
+    ) -> None:
+        self._snapshot_id = snapshot_id
+        self._snapshot = snapshot
+        self._root = root
+        self._trees = trees
+        self._damage = damage
+        self._waiting = waiting
+
+    def node(self, name: bytes) -> Node:
+        """Return the folder's node, or that of one of its files; a streamed file shows no size."""
+        directory = name == FOLDER
+        size = 0
+        if name == SNAPSHOT:
+            size = len(self._describe())
+        elif name == DAMAGE:
+            size = len(self._damage.text())
+        return Node(
+            name=name,
+            kind=Kind.DIRECTORY if directory else Kind.FILE,
+            mode=0o555 if directory else 0o444,
+            uid=self._root.uid,
+            gid=self._root.gid,
+            mtime_ns=self._snapshot.time_ns,
+            ctime_ns=self._snapshot.time_ns,
+            inode=0,
+            nlink=2 if directory else 1,
+            size=size,
+        )
+
+    def open(self, name: bytes) -> ReportReader:
+        """Return a reader of one of the files."""
+        make: dict[bytes, Callable[[], Iterator[bytes]]] = {
+            CHANGED: self._changed,
+            DAMAGE: lambda: iter([self._damage.text()]),
+            MANIFEST: self._manifest,
+            SNAPSHOT: lambda: iter([self._describe()]),
+        }
+        return ReportReader(make[name], self._waiting)
+
+    def _changed(self) -> Iterator[bytes]:
+        for path, _ in flagged_files(self._trees, self._root):
+            yield shown(path).encode("utf-8", "surrogateescape") + b"\n"
+
+    def _manifest(self) -> Iterator[bytes]:
+        for path, node in self._trees.walk(self._root):
+            digest = captured_digest(node)
+            if digest is not None:
+                yield manifest_line(path, digest)
+
+    def _describe(self) -> bytes:
+        snapshot = self._snapshot
+        tree = self._root.tree
+        fields: dict[str, Any] = {
+            "id": self._snapshot_id.hex(),
+            "time": _iso_time(snapshot.time_ns),
+            "time_ns": snapshot.time_ns,
+            "host": snapshot.host,
+            "user": snapshot.user,
+            "paths": [path.decode("utf-8", "surrogateescape") for path in snapshot.paths],
+            "tags": list(snapshot.tags),
+            "parent": snapshot.parent.hex() if snapshot.parent is not None else None,
+            "program": snapshot.program,
+            "entries": tree.nodes if tree is not None else 0,
+            "bytes": tree.total_bytes if tree is not None else 0,
+            "flagged": tree.flagged if tree is not None else 0,
+            "stats": msgspec.to_builtins(snapshot.stats),
+        }
+        return json.dumps(fields, indent=2).encode("ascii") + b"\n"
+
+
+class ReportReader:
+    """An open report: pieces are made as they are read, by one thread at a time."""
+
+    streamed = True
+
+    def __init__(self, make: Callable[[], Iterator[bytes]], waiting: Waiting) -> None:
+        self._make = make
+        self._waiting = waiting
+        self._lock = threading.Lock()
+        self._pieces = make()
+        self._buffer = b""
+        self._begin = 0
+        self._error: CasfsError | None = None
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset`, fewer only at the end or before an error.
+
+        Raises what making the file raises, again for every reader who comes to that place.
+        """
+        self._waiting.begin()
+        with self._lock:
+            if offset < self._begin:
+                self._pieces = self._make()
+                self._buffer, self._begin, self._error = b"", 0, None
+            while True:
+                have = self._begin + len(self._buffer)
+                if have >= offset + size or not self._more(max(offset - self._begin, 0)):
+                    break
+            skip = offset - self._begin
+            found = self._buffer[skip : skip + size]
+            if not found and self._error is not None:
+                raise self._error
+            return found
+
+    def _more(self, used: int) -> bool:
+        """Let go of the first bytes of the buffer and add to its end; False at the end of all."""
+        kept = self._buffer[used:]
+        self._begin += min(used, len(self._buffer))
+        parts = [kept]
+        added = 0
+        try:
+            for piece in self._pieces:
+                parts.append(piece)
+                added += len(piece)
+                if added >= _BATCH_BYTES:
+                    break
+        except CasfsError as error:
+            # What broke off must not look as if it had ended.
+            self._error = error
+        self._buffer = b"".join(parts)
+        return added > 0
+
+
+def _iso_time(time_ns: int) -> str:
+    try:
+        return datetime.fromtimestamp(time_ns // 1_000_000_000, UTC).isoformat()
+    except (OverflowError, ValueError, OSError):
+        return f"@{time_ns // 1_000_000_000}"
+
+
+def manifest_line(path: bytes, digest: Digest) -> bytes:
+    """Return a line as b3sum writes and checks it.
+
+    A backslash, a newline and, at the end, a carriage return are escaped, which a backslash at the
+    beginning tells. A name that is not UTF-8 cannot be told in that format: it has U+FFFD in it, as
+    b3sum itself would write, and b3sum says that it cannot check that line.
+    """
+    text = path.decode("utf-8", "replace").encode()
+    escaped = text.replace(b"\\", b"\\\\").replace(b"\n", b"\\n")
+    if escaped.endswith(b"\r"):
+        escaped = escaped[:-1] + b"\\r"
+    mark = b"\\" if escaped != text else b""
+    return b"%s%s  %s\n" % (mark, digest.hex().encode("ascii"), escaped)

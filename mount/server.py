@@ -1,0 +1,195 @@
+"""The life of a mount: checks, repository, FUSE session, requests, and a clean end.
+
+In the background everything but the checks happens after the fork. The mount counts as usable when a
+request to it was answered. SIGINT, SIGTERM and SIGHUP unmount and end it, as does unmounting it; a
+request that a disk never answers does not keep it from ending.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from casfs.errors import CasfsError, UsageError
+from casfs.naming import shown
+from casfs.repository import Repository
+from casfs.tree import Kind
+from mount.blobs import Blobs
+from mount.catalogue import RepositoryView
+from mount.chunks import DEFAULT_CACHE_BYTES, ChunkCache
+from mount.daemon import Background, captured_stderr, run_in_background
+from mount.errands import Errands
+from mount.handlers import FileSystem, Showing
+from mount.inode import ROOT
+from mount.mountpoint import check_fuse, check_mountpoint
+from mount.pieces import PieceCache
+from mount.view import SnapshotView, Sources, View
+from mount.waiting import Waiting
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD_KIB = 1024
+"""What the kernel may ask for at once; without root it stays at its default of 128."""
+
+_SWITCH_S = 0.001
+"""How long a worker thread may keep the interpreter from the event loop, which has requests to answer."""
+
+_END_PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """What to mount where: `snapshot` is SNAP or SNAP:PATH, or None for the whole repository."""
+
+    repository: Path
+    mountpoint: Path
+    snapshot: str | None = None
+    allow_other: bool = False
+    owner: tuple[int, int] | None = None
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    deny_changed: bool = False
+    kernel_cache: bool = True
+    log_file: Path | None = None
+
+
+def mount_in_background(request: MountRequest) -> Path:
+    """Mount, return the real mountpoint when the mount is usable, and serve it in another process.
+
+    Raises CasfsError with one sentence when it does not work.
+    """
+    checked = _check(request)
+    run_in_background(lambda background: _serve_behind(checked, background), checked.log_file)
+    return checked.mountpoint
+
+
+def mount_here(request: MountRequest, on_ready: Callable[[Path], None]) -> None:
+    """Mount and serve until unmounted or interrupted; `on_ready` is called when it is usable."""
+    checked = _check(request)
+    _serve(checked, lambda: on_ready(checked.mountpoint))
+
+
+def _check(request: MountRequest) -> MountRequest:
+    """Refuse what can be refused before anything is opened, and make the paths absolute."""
+    check_fuse(request.allow_other)
+    mountpoint = check_mountpoint(request.mountpoint, request.repository)
+    log_file = request.log_file
+    return replace(
+        request,
+        repository=Path(os.path.abspath(request.repository)),
+        mountpoint=mountpoint,
+        log_file=Path(os.path.abspath(log_file)) if log_file is not None else None,
+    )
+
+
+def _serve_behind(request: MountRequest, background: Background) -> None:
+    os.chdir("/")
+    _serve(request, background.ready)
+
+
+def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
+    repository = Repository.open(request.repository)
+    waiting = Waiting()
+    blobs = Blobs(repository.store, waiting)
+    errands = Errands()
+    sources = Sources(
+        repository=repository,
+        blobs=blobs,
+        pieces=PieceCache(blobs.read),
+        chunks=ChunkCache(blobs.read, waiting, errands, request.cache_bytes),
+        waiting=waiting,
+        errands=errands,
+        deny_changed=request.deny_changed,
+    )
+    idle = False
+    try:
+        view = open_view(sources, request.snapshot)
+        operations = FileSystem(view, Showing(request.owner, request.kernel_cache))
+        _mount(operations, request)
+        try:
+            trio.run(_run, request.mountpoint, waiting, on_ready)
+        finally:
+            # Detaches where that is still to be done.
+            pyfuse3.close()
+        idle = operations.is_idle()
+    finally:
+        # A thread that a disk keeps waiting would still use what is closed here.
+        if errands.close() and idle:
+            repository.close()
+
+
+def _mount(operations: FileSystem, request: MountRequest) -> None:
+    said: list[str] = []
+    try:
+        with captured_stderr(said):
+            pyfuse3.init(operations, os.fspath(request.mountpoint), _options(request))
+    except RuntimeError as error:
+        why = "; ".join(said) or str(error)
+        name = shown(bytes(request.mountpoint))
+        raise CasfsError(f"FUSE cannot mount on {name}: {shown(os.fsencode(why))}") from error
+
+
+def open_view(sources: Sources, snapshot: str | None) -> View:
+    """Return the view of SNAP or SNAP:PATH, or of the whole repository.
+
+    Raises NotFoundError, AmbiguousIdError and UsageError, and what the repository raises.
+    """
+    if snapshot is None:
+        return RepositoryView(sources)
+    snapshot_id, loaded, path, root = sources.repository.resolve_path(snapshot)
+    if root.kind != Kind.DIRECTORY:
+        raise UsageError(f"only a directory can be mounted: {shown(path)} is none")
+    return SnapshotView(sources, snapshot_id, loaded, root, ROOT)
+
+
+def _options(request: MountRequest) -> set[str]:
+    options = {*pyfuse3.default_options, "fsname=casfs", "subtype=casfs", "ro"}
+    if request.allow_other:
+        options.add("allow_other")
+    return options
+
+
+async def _run(mountpoint: Path, waiting: Waiting, on_ready: Callable[[], None]) -> None:
+    sys.setswitchinterval(_SWITCH_S)
+    gc.collect()
+    gc.freeze()
+    waiting.forbid_here()
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_end_at_a_signal, signals, nursery.cancel_scope)
+            nursery.start_soon(_make_usable, mountpoint, on_ready)
+            await pyfuse3.main()
+            nursery.cancel_scope.cancel()
+
+
+async def _end_at_a_signal(signals: object, scope: trio.CancelScope) -> None:
+    async for number in signals:  # type: ignore[attr-defined]
+        log.info("the mount ends at signal %d", number)
+        pyfuse3.terminate()
+        await trio.sleep(_END_PATIENCE_S)
+        # A request still waits, for a disk that may never answer.
+        scope.cancel()
+
+
+async def _make_usable(mountpoint: Path, on_ready: Callable[[], None]) -> None:
+    """Ask the mount something, which shows that it answers, and let the kernel read further ahead."""
+    status = await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
+    raise_read_ahead(status.st_dev)
+    on_ready()
+
+
+def raise_read_ahead(device: int) -> None:
+    """Raise the read-ahead of the mount on this device number, where this user may."""
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    try:
+        setting.write_text(f"{READ_AHEAD_KIB}\n", encoding="ascii")
+    except OSError as error:
+        log.debug("the read-ahead stays as it is: %s", error)

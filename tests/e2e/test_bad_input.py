@@ -1,0 +1,358 @@
+"""Bad input gets a clear sentence and the right exit code, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from .command import WITHOUT_READING_EVERYTHING, Casfs
+from .mounting import is_mounted, mounted, tmpfs
+
+MIB = 1 << 20
+
+# The verbs that work on a repository, with arguments that are right for each.
+VERBS: tuple[tuple[str, ...], ...] = (
+    ("backup", "."),
+    ("snapshots",),
+    ("ls", "latest"),
+    ("find", "*"),
+    ("diff", "latest", "latest"),
+    ("dump", "latest:/"),
+    ("mount", "latest", "mountpoint"),
+    ("restore", "latest", "--target", "target"),
+    ("check",),
+    ("stats",),
+    ("tag", "latest", "--add", "word"),
+)
+
+
+@pytest.fixture(params=VERBS, ids=lambda verb: verb[0])
+def verb(request: pytest.FixtureRequest, casfs: Casfs) -> tuple[str, ...]:
+    (casfs.home / "mountpoint").mkdir()
+    arguments: tuple[str, ...] = request.param
+    return arguments
+
+
+class TestTheRepository:
+    def test_is_missing(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
+        casfs.refuses(*verb, mentions=["repository", str(casfs.repository)])
+        assert casfs.repository is not None
+        assert not casfs.repository.exists()
+
+    def test_is_not_named_at_all(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
+        casfs.at(None).refuses(*verb, expect=2, mentions=["CASFS_REPOSITORY"])
+
+    def test_is_an_ordinary_directory(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
+        assert casfs.repository is not None
+        casfs.repository.mkdir()
+        (casfs.repository / "config").write_bytes(b"[core]\n\tbare = false\n")
+        casfs.refuses(*verb, mentions=[str(casfs.repository)])
+        assert os.listdir(casfs.repository) == ["config"]
+
+    def test_is_a_file(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
+        assert casfs.repository is not None
+        casfs.repository.write_bytes(b"not a directory")
+        casfs.refuses(*verb, mentions=[str(casfs.repository)])
+        assert casfs.repository.read_bytes() == b"not a directory"
+
+    def test_is_of_a_newer_format(self, repository: Casfs, verb: tuple[str, ...]) -> None:
+        assert repository.repository is not None
+        config = repository.repository / "config"
+        first, _, rest = config.read_bytes().partition(b"\n")
+        assert first == b"casfs repository, format 1"
+        os.chmod(config, 0o600)
+        newer = b"casfs repository, format 2\n" + rest
+        config.write_bytes(newer)
+        repository.refuses(*verb, mentions=["format", "2", "newer"])
+        assert config.read_bytes() == newer
+
+    @pytest.mark.parametrize("damage", ["empty", "garbage", "cut short"])
+    def test_has_a_configuration_that_cannot_be_read(self, repository: Casfs, damage: str) -> None:
+        assert repository.repository is not None
+        config = repository.repository / "config"
+        whole = config.read_bytes()
+        os.chmod(config, 0o600)
+        broken = {
+            "empty": b"",
+            "garbage": bytes(range(256)),
+            "cut short": whole[: len(whole) // 2],
+        }
+        config.write_bytes(broken[damage])
+        result = repository.run("snapshots", expect=None)
+        assert result.exit in (1, 5), result
+        assert len(result.complaints) == 1, result
+        assert "config" in result.complaint or "repository" in result.complaint, result
+
+    def test_is_there_already(self, repository: Casfs, source: Path) -> None:
+        assert repository.repository is not None
+        snapshot = repository.backup(source)
+        repository.refuses("init", mentions=[str(repository.repository), "already"])
+        assert repository.json("snapshots").one("snapshot")["id"] == snapshot["id"]
+
+    def test_cannot_be_made_in_a_directory_that_holds_something_else(self, casfs: Casfs) -> None:
+        assert casfs.repository is not None
+        casfs.repository.mkdir()
+        (casfs.repository / "thesis.txt").write_bytes(b"years of work")
+        casfs.refuses("init", mentions=[str(casfs.repository)])
+        assert os.listdir(casfs.repository) == ["thesis.txt"]
+
+    def test_cannot_be_made_below_a_file(self, casfs: Casfs, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        casfs.at(tmp_path / "file" / "repository").refuses(
+            "init", mentions=[str(tmp_path / "file")]
+        )
+
+
+class TestTheSource:
+    def test_is_missing(self, repository: Casfs, tmp_path: Path) -> None:
+        repository.refuses("backup", tmp_path / "nowhere", mentions=[str(tmp_path / "nowhere")])
+        assert repository.json("snapshots").objects == []
+
+    def test_is_missing_beside_one_that_is_there(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        result = repository.run("backup", source, tmp_path / "nowhere", expect=3)
+        assert str(tmp_path / "nowhere") in result.complaint
+        published = repository.json("snapshots").one("snapshot")
+        assert published["files"] == 4
+
+    def test_holds_a_file_that_cannot_be_read(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        secret = source / "documents" / "secret"
+        secret.write_bytes(b"nobody reads this")
+        secret.chmod(0)
+        where = WITHOUT_READING_EVERYTHING
+        plain = repository.run("backup", source, expect=3, prefix=where)
+        assert str(secret) in plain.complaint
+        assert "permission denied" in plain.complaint.lower()
+        told = repository.json("backup", source, expect=3, prefix=where)
+        (problem,) = told.of_type("problem")
+        assert problem["path"].endswith("documents/secret")
+        assert problem["kind"] == "unreadable"
+        assert "ermission denied" in problem["message"]
+        snapshot = told.one("snapshot")
+        assert (snapshot["unreadable"], snapshot["files"]) == (1, 4)
+        repository.run("restore", "latest", "--target", tmp_path / "target")
+        secret.unlink()
+        restored = tmp_path / "target" / str(source).lstrip("/")
+        assert not (restored / "documents" / "secret").exists()
+        assert (restored / "documents" / "report.txt").read_bytes() == b"a report\n" * 1000
+
+    def test_holds_a_directory_that_cannot_be_read(self, repository: Casfs, source: Path) -> None:
+        closed = source / "closed"
+        closed.mkdir()
+        (closed / "inside").write_bytes(b"out of reach")
+        closed.chmod(0)
+        told = repository.json("backup", source, expect=3, prefix=WITHOUT_READING_EVERYTHING)
+        (problem,) = told.of_type("problem")
+        assert problem["path"].rstrip("/").endswith("closed")
+        assert problem["kind"] == "unreadable"
+        snapshot = told.one("snapshot")
+        assert (snapshot["unreadable"], snapshot["files"]) == (1, 4)
+        closed.chmod(0o700)
+
+    def test_is_itself_a_directory_that_cannot_be_read(
+        self, repository: Casfs, source: Path
+    ) -> None:
+        source.chmod(0)
+        result = repository.run("backup", source, expect=None, prefix=WITHOUT_READING_EVERYTHING)
+        source.chmod(0o755)
+        assert result.exit in (1, 3), result
+        assert str(source) in result.complaint
+
+    @pytest.mark.fuse
+    def test_holds_a_file_whose_disk_fails_in_the_middle(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        """A damaged repository, mounted, is a disk that fails where the damage is."""
+        broken = repository.at(tmp_path / "broken").init()
+        (source / "big").write_bytes(random.Random(3).randbytes(24 * MIB))
+        broken.backup(source)
+        assert broken.repository is not None
+        pack = max((broken.repository / "packs").rglob("*"), key=lambda path: path.stat().st_size)
+        os.chmod(pack, 0o600)
+        with pack.open("r+b") as file:
+            file.seek(20 * MIB)
+            flipped = bytes([file.read(1)[0] ^ 1])
+            file.seek(20 * MIB)
+            file.write(flipped)
+        with mounted(broken, "latest", at=tmp_path / "disk") as disk:
+            told = repository.json("backup", disk, expect=3)
+        (problem,) = told.of_type("problem")
+        assert problem["path"].endswith("/big")
+        assert problem["kind"] == "unreadable"
+        assert told.one("snapshot")["files"] == 4
+
+    def test_is_a_single_file(self, repository: Casfs, source: Path) -> None:
+        snapshot = repository.backup(source / "readme.txt")
+        assert (snapshot["files"], snapshot["bytes"]) == (1, 8)
+        path = f"latest:{source / 'readme.txt'}"
+        assert repository.run("dump", path).out == b"read me\n"
+
+    def test_is_given_twice(self, repository: Casfs, source: Path) -> None:
+        snapshot = repository.backup(source, source)
+        assert snapshot["files"] == 4
+
+    def test_holds_the_repository_which_is_left_out_and_said(
+        self, casfs: Casfs, source: Path
+    ) -> None:
+        inside = casfs.at(source / "documents" / "backups").init()
+        inside.backup(source)
+        result = inside.run("backup", source)
+        assert str(source / "documents" / "backups") in result.complaint
+        paths = [node["path"] for node in inside.json("ls", "latest").of_type("node")]
+        assert any(path.endswith("documents/report.txt") for path in paths)
+        assert not any("backups/" in path for path in paths)
+        assert inside.json("check", "--read-data").one("summary")["ok"] is True
+
+    def test_is_the_repository_itself(self, repository: Casfs) -> None:
+        assert repository.repository is not None
+        result = repository.run("backup", repository.repository, expect=None)
+        assert result.exit in (1, 2), result
+        assert str(repository.repository) in result.complaint
+        assert repository.json("snapshots").objects == []
+
+
+class TestTheSnapshot:
+    NAMERS: tuple[tuple[str, ...], ...] = (
+        ("ls", "{}"),
+        ("diff", "{}", "latest"),
+        ("diff", "latest", "{}"),
+        ("dump", "{}:/"),
+        ("mount", "{}", "mountpoint"),
+        ("restore", "{}", "--target", "target"),
+        ("tag", "{}", "--add", "word"),
+    )
+
+    @pytest.mark.parametrize("verb", NAMERS, ids=" ".join)
+    def test_is_unknown(self, repository: Casfs, source: Path, verb: tuple[str, ...]) -> None:
+        (repository.home / "mountpoint").mkdir()
+        snapshot = repository.backup(source)["id"]
+        unknown = "".join("0" if digit != "0" else "1" for digit in snapshot[:12])
+        repository.refuses(*(part.format(unknown) for part in verb), mentions=[unknown])
+        assert not (repository.home / "target").exists()
+
+    def test_is_named_by_something_that_is_no_id(self, repository: Casfs, source: Path) -> None:
+        repository.backup(source)
+        for name in ("yesterday", "../../etc", "xyz", "ABCDEFG", "latest~1"):
+            repository.refuses("ls", name, mentions=[name])
+
+    def test_is_named_by_nothing(self, repository: Casfs, source: Path) -> None:
+        repository.backup(source)
+        result = repository.run("ls", "", expect=None)
+        assert result.exit in (1, 2), result
+        assert result.complaints
+
+    def test_is_the_latest_of_none(self, repository: Casfs) -> None:
+        repository.refuses("ls", "latest", mentions=["snapshot"])
+
+    def test_is_named_by_an_ambiguous_prefix(self, repository: Casfs, tmp_path: Path) -> None:
+        """Of seventeen ids two begin with the same of sixteen digits."""
+        (tmp_path / "small").mkdir()
+        found: dict[str, str] = {}
+        while True:
+            snapshot = repository.backup(tmp_path / "small")["id"]
+            if snapshot[0] in found:
+                break
+            found[snapshot[0]] = snapshot
+        (repository.home / "mountpoint").mkdir()
+        for verb in self.NAMERS:
+            repository.refuses(*(part.format(snapshot[0]) for part in verb), mentions=["ambiguous"])
+        assert repository.json("ls", snapshot[:32]).of_type("node")
+
+    def test_has_no_such_path(self, repository: Casfs, source: Path) -> None:
+        repository.backup(source)
+        for verb in (
+            ("ls", "latest:/no/such/path"),
+            ("dump", "latest:/no/such/path"),
+            ("restore", "latest:/no/such/path", "--target", "target"),
+        ):
+            repository.refuses(*verb, mentions=["no/such/path"])
+
+    def test_has_a_file_where_a_directory_is_asked_for(
+        self, repository: Casfs, source: Path
+    ) -> None:
+        repository.backup(source)
+        repository.refuses("ls", f"latest:{source}/readme.txt/below", mentions=["readme.txt"])
+
+
+class TestTheMountpoint:
+    @pytest.fixture(autouse=True)
+    def snapshot(self, repository: Casfs, source: Path) -> str:
+        identity = repository.backup(source)["id"]
+        assert isinstance(identity, str)
+        return identity
+
+    @pytest.mark.fuse
+    def test_is_missing(self, repository: Casfs, tmp_path: Path) -> None:
+        at = tmp_path / "nowhere"
+        repository.refuses("mount", "latest", at, mentions=[str(at)])
+        assert not at.exists()
+
+    @pytest.mark.fuse
+    def test_is_a_file(self, repository: Casfs, tmp_path: Path) -> None:
+        at = tmp_path / "file"
+        at.touch()
+        repository.refuses("mount", "latest", at, mentions=[str(at), "director"])
+
+    @pytest.mark.fuse
+    def test_is_busy_with_a_mount_of_casfs(self, repository: Casfs, tmp_path: Path) -> None:
+        with mounted(repository, "latest", at=tmp_path / "mount") as at:
+            repository.refuses("mount", "latest", at, mentions=[str(at), "mounted"])
+            repository.refuses("mount", at, mentions=[str(at), "mounted"])
+            assert os.listdir(at)
+
+    @pytest.mark.fuse
+    def test_is_busy_with_another_file_system(
+        self, repository: Casfs, tmp_path: Path, superuser: None
+    ) -> None:
+        with tmpfs(tmp_path / "other") as at:
+            (at / "file").write_bytes(b"kept")
+            repository.refuses("mount", "latest", at, mentions=[str(at), "mounted"])
+            assert (at / "file").read_bytes() == b"kept"
+
+    @pytest.mark.fuse
+    def test_is_inside_the_repository(self, repository: Casfs) -> None:
+        assert repository.repository is not None
+        for at in (repository.repository, repository.repository / "here"):
+            at.mkdir(exist_ok=True)
+            repository.refuses("mount", "latest", at, mentions=["repository"])
+            assert not is_mounted(at)
+
+    @pytest.mark.fuse
+    def test_is_inside_the_repository_by_way_of_a_symbolic_link(
+        self, repository: Casfs, tmp_path: Path
+    ) -> None:
+        assert repository.repository is not None
+        (repository.repository / "here").mkdir()
+        (tmp_path / "link").symlink_to(repository.repository / "here")
+        repository.refuses("mount", "latest", tmp_path / "link", mentions=["repository"])
+        assert not is_mounted(repository.repository / "here")
+
+    @pytest.mark.fuse
+    def test_holds_nothing_that_could_be_unmounted(self, repository: Casfs, tmp_path: Path) -> None:
+        (tmp_path / "plain").mkdir()
+        for at in (tmp_path / "plain", tmp_path / "nowhere"):
+            repository.refuses("umount", at, mentions=[str(at)])
+
+    @pytest.mark.fuse
+    def test_holds_a_mount_of_another_program_which_umount_leaves_alone(
+        self, repository: Casfs, tmp_path: Path, superuser: None
+    ) -> None:
+        with tmpfs(tmp_path / "other") as at:
+            repository.refuses("umount", at, mentions=[str(at)])
+            assert is_mounted(at)
+
+    @pytest.mark.fuse
+    def test_is_in_use_when_it_is_to_be_unmounted(self, repository: Casfs, tmp_path: Path) -> None:
+        with mounted(repository, "latest", at=tmp_path / "mount") as at:
+            handle = os.open(at, os.O_RDONLY)
+            try:
+                repository.refuses("umount", at, mentions=[str(at), "busy"])
+                assert is_mounted(at)
+            finally:
+                os.close(handle)

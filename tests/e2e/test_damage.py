@@ -1,0 +1,234 @@
+"""A flipped byte in a pack is found, named, and costs nothing but what it hits."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .command import Casfs
+from .comparing import tree_differences
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    casfs: Casfs
+    source: Path
+    pack: Path
+    big: bytes
+
+
+def flip(path: Path, offset: int) -> None:
+    os.chmod(path, 0o600)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 0x01]))
+
+
+def packs(casfs: Casfs) -> list[Path]:
+    assert casfs.repository is not None
+    return [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def damaged(repository: Casfs, source: Path, tmp_path: Path) -> Damaged:
+    """One byte in the middle of the pack that holds `big` is not what it was."""
+    big = os.urandom(24 * MIB)
+    (source / "big").write_bytes(big)
+    repository.backup("source", cwd=tmp_path)
+    pack = max(packs(repository), key=lambda path: path.stat().st_size)
+    flip(pack, 12 * MIB)
+    return Damaged(repository, source, pack, big)
+
+
+class TestCheck:
+    def test_of_a_sound_repository_finds_nothing(self, repository: Casfs, source: Path) -> None:
+        for _ in range(2):
+            repository.backup(source)
+        for options in ((), ("--read-data",), ("--read-data-subset", "50%")):
+            result = repository.json("check", *options)
+            assert result.one("summary")["ok"] is True
+            assert result.of_type("damage") == []
+            assert repository.run("check", *options).text.strip()
+
+    def test_of_an_empty_repository_finds_nothing(self, repository: Casfs) -> None:
+        assert repository.json("check", "--read-data").one("summary")["ok"] is True
+
+    def test_with_read_data_names_the_pack_and_the_file(self, damaged: Damaged) -> None:
+        result = damaged.casfs.json("check", "--read-data", expect=5)
+        assert result.one("summary")["ok"] is False
+        damage = result.of_type("damage")
+        assert damage
+        told = str(damage)
+        assert damaged.pack.name in told
+        assert "source/big" in told
+        assert "readme.txt" not in told
+        assert "photo.raw" not in told
+        people = damaged.casfs.run("check", "--read-data", expect=5)
+        said = people.text + people.complaint
+        assert damaged.pack.name[:12] in said
+        assert "source/big" in said
+
+    def test_names_the_file_in_every_snapshot_that_has_it(
+        self, damaged: Damaged, tmp_path: Path
+    ) -> None:
+        (damaged.source / "big").rename(damaged.source / "big under a new name")
+        damaged.casfs.backup("source", cwd=tmp_path)
+        ids = [snapshot["id"] for snapshot in damaged.casfs.json("snapshots").objects]
+        told = str(damaged.casfs.json("check", "--read-data", expect=5).of_type("damage"))
+        assert "source/big'" in told or 'source/big"' in told
+        assert "source/big under a new name" in told
+        for identity in ids:
+            assert identity in told
+
+    @pytest.mark.parametrize("what", ["a pack is gone", "a pack is cut short"])
+    def test_without_reading_data_finds_that(self, damaged: Damaged, what: str) -> None:
+        if what == "a pack is gone":
+            damaged.pack.unlink()
+        else:
+            os.truncate(damaged.pack, 5 * MIB)
+        result = damaged.casfs.json("check", expect=5)
+        assert damaged.pack.name in str(result.of_type("damage"))
+
+    def test_finds_a_snapshot_that_is_not_what_its_name_says(
+        self, repository: Casfs, source: Path
+    ) -> None:
+        identity = repository.backup(source)["id"]
+        repository.backup(source)
+        assert repository.repository is not None
+        (file,) = [
+            path
+            for path in (repository.repository / "snapshots").rglob("*")
+            if path.name in identity or identity.endswith(path.name)
+        ]
+        flip(file, file.stat().st_size // 2)
+        result = repository.json("check", expect=5)
+        assert identity in str(result.of_type("damage"))
+
+    @pytest.mark.parametrize("where", [0.0, 0.25, 0.5, 0.75, 1.0])
+    def test_with_read_data_finds_a_flip_anywhere_in_a_small_pack(
+        self, repository: Casfs, source: Path, where: float
+    ) -> None:
+        repository.backup(source)
+        for pack in packs(repository):
+            flip(pack, int(where * (pack.stat().st_size - 1)))
+            told = str(repository.json("check", "--read-data", expect=5).of_type("damage"))
+            assert pack.name in told
+            flip(pack, int(where * (pack.stat().st_size - 1)))
+            repository.run("check", "--read-data")
+
+
+class TestRestore:
+    def test_leaves_the_damaged_file_out_and_restores_the_others(
+        self, damaged: Damaged, tmp_path: Path
+    ) -> None:
+        target = tmp_path / "target"
+        result = damaged.casfs.json("restore", "latest", "--target", target, expect=5)
+        (problem,) = result.of_type("problem")
+        assert problem["path"].endswith("source/big")
+        assert not (target / "source/big").exists()
+        assert sorted(os.listdir(target / "source")) == [
+            *("documents", "link", "pictures", "readme.txt"),
+        ]
+        (damaged.source / "big").unlink()
+        os.utime(damaged.source, ns=(0, (target / "source").stat().st_mtime_ns))
+        assert tree_differences(damaged.source, target / "source") == []
+        people = damaged.casfs.run("restore", "latest", "--target", target, expect=5)
+        assert "source/big" in people.complaint
+
+    def test_leaves_an_existing_file_in_place_of_a_damaged_one(
+        self, damaged: Damaged, tmp_path: Path
+    ) -> None:
+        (tmp_path / "target/source").mkdir(parents=True)
+        (tmp_path / "target/source/big").write_bytes(b"an older copy")
+        damaged.casfs.run("restore", "latest", "--target", tmp_path / "target", expect=5)
+        assert (tmp_path / "target/source/big").read_bytes() == b"an older copy"
+
+    def test_with_salvage_writes_zeros_for_what_is_lost_and_lists_the_ranges(
+        self, damaged: Damaged, tmp_path: Path
+    ) -> None:
+        target = tmp_path / "target"
+        result = damaged.casfs.json("restore", "latest", "--target", target, "--salvage", expect=5)
+        saved = (target / "source/big").read_bytes()
+        assert len(saved) == len(damaged.big)
+        wrong = [
+            offset
+            for offset in range(0, len(saved), 4096)
+            if saved[offset : offset + 4096] != damaged.big[offset : offset + 4096]
+        ]
+        assert wrong
+        assert wrong[-1] - wrong[0] < 8 * MIB
+        lost = saved[wrong[0] + 4096 : wrong[-1]]
+        assert lost.count(0) == len(lost)
+        (problem,) = result.of_type("problem")
+        assert problem["path"].endswith("source/big")
+        numbers = _numbers(problem)
+        start = next(n for n in range(wrong[0], wrong[0] + 4096) if saved[n] != damaged.big[n])
+        assert any(start - 64 <= number <= start for number in numbers), (problem, start)
+
+    def test_of_a_sound_part_of_a_damaged_snapshot_succeeds(
+        self, damaged: Damaged, tmp_path: Path
+    ) -> None:
+        damaged.casfs.run("restore", "latest:source/documents", "--target", tmp_path / "target")
+        assert tree_differences(damaged.source / "documents", tmp_path / "target") == []
+
+    def test_with_the_pack_gone_names_every_lost_file_and_goes_on(
+        self, damaged: Damaged, tmp_path: Path
+    ) -> None:
+        (damaged.source / "later").write_bytes(b"in another pack")
+        damaged.casfs.backup("source", cwd=tmp_path)
+        damaged.pack.unlink()
+        result = damaged.casfs.json("restore", "latest", "--target", tmp_path / "target", expect=5)
+        lost = {problem["path"].rpartition("source/")[2] for problem in result.of_type("problem")}
+        assert "big" in lost
+        assert (tmp_path / "target/source/later").read_bytes() == b"in another pack"
+
+
+def _numbers(value: object) -> set[int]:
+    """Return every number in a JSON value, however it is arranged."""
+    if isinstance(value, str):
+        return {int(digits) for digits in re.findall(r"\d+", value)}
+    if isinstance(value, int):
+        return {value}
+    if isinstance(value, dict):
+        return {n for item in value.values() for n in _numbers(item)}
+    if isinstance(value, list):
+        return {n for item in value for n in _numbers(item)}
+    return set()
+
+
+class TestOtherVerbs:
+    def test_dump_of_a_damaged_file_fails_and_of_another_does_not(self, damaged: Damaged) -> None:
+        result = damaged.casfs.run("dump", "latest:source/big", expect=None)
+        assert result.exit in (1, 5), result
+        assert damaged.big.startswith(result.out)
+        assert len(result.out) < len(damaged.big)
+        assert result.complaints
+        assert damaged.casfs.run("dump", "latest:source/readme.txt").out == b"read me\n"
+
+    def test_ls_and_find_and_a_new_backup_still_work(
+        self, damaged: Damaged, tmp_path: Path
+    ) -> None:
+        assert "source/big" in damaged.casfs.run("ls", "latest").text
+        damaged.casfs.run("find", "big")
+        damaged.casfs.backup("source", cwd=tmp_path)
+
+    def test_the_index_can_be_deleted_and_everything_is_still_there(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        assert repository.repository is not None
+        shutil.rmtree(repository.repository / "index")
+        repository.run("restore", "latest", "--target", tmp_path / "target")
+        assert tree_differences(source, tmp_path / "target/source") == []
+        again = repository.backup("--no-parent", "source", cwd=tmp_path)
+        assert again["new_bytes"] < 65536
+        assert repository.json("check", "--read-data").one("summary")["ok"] is True

@@ -1,0 +1,224 @@
+"""Interrupted at any time: the repository is as sound as before, and what was done is kept."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .command import Casfs, finish, interrupt
+from .comparing import tree_differences
+from .conftest import forget
+from .mounting import is_mounted, unmount_by_force
+from .waiting import wait_until
+
+MIB = 1 << 20
+SIZE = 384 * MIB
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Some hundred megabytes that do not shrink: several packs."""
+    source = tmp_path_factory.mktemp("heavy") / "source"
+    source.mkdir()
+    dice = random.Random(1954)
+    for number in range(SIZE // (16 * MIB)):
+        (source / f"part{number:02d}").write_bytes(dice.randbytes(16 * MIB))
+    yield source
+    forget(source.parent)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[Path]:
+    """A place to restore to, emptied at once: pytest would keep it for three runs."""
+    yield tmp_path / "target"
+    if (tmp_path / "target").exists():
+        forget(tmp_path / "target")
+
+
+@pytest.fixture
+def roomy(repository: Casfs) -> Iterator[Casfs]:
+    """A repository that grows big and does not stay after the test."""
+    yield repository
+    assert repository.repository is not None
+    forget(repository.repository)
+
+
+def finished_packs(casfs: Casfs) -> list[Path]:
+    assert casfs.repository is not None
+    return [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
+
+
+def wait_while_running(
+    process: subprocess.Popen[bytes], condition: Callable[[], bool], what: str
+) -> None:
+    def reached() -> bool:
+        assert process.poll() is None, f"it ended before: {what}"
+        return condition()
+
+    wait_until(reached, what, every=0.001)
+
+
+def assert_sound(casfs: Casfs, snapshots: int) -> None:
+    """The repository needs no repair, nothing published is lost and nothing half is published."""
+    assert len(casfs.json("snapshots").of_type("snapshot")) == snapshots
+    summary = casfs.json("check", "--read-data").one("summary")
+    assert summary["ok"] is True
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_backup_stopped_in_the_middle_leaves_finished_packs_for_the_next(
+    roomy: Casfs, heavy: Path, source: Path, how: signal.Signals
+) -> None:
+    roomy.backup(source)
+    before = len(finished_packs(roomy))
+    process = roomy.start("backup", heavy)
+    wait_while_running(process, lambda: len(finished_packs(roomy)) >= before + 2, "two new packs")
+    if how is signal.SIGINT:
+        interrupt(process)
+    else:
+        process.send_signal(how)
+    result = finish(process)
+    if how is signal.SIGINT:
+        assert result.exit == 130, result
+        assert len(result.complaints) == 1, result
+    else:
+        assert result.exit != 0, result
+    kept = sum(pack.stat().st_size for pack in finished_packs(roomy))
+    assert kept > 64 * MIB
+    assert_sound(roomy, snapshots=1)
+    again = roomy.backup(heavy)
+    # Everything that had been finished is used again; the slack is trees and pack directories.
+    assert again["new_bytes"] <= SIZE - kept + 4 * MIB
+    assert_sound(roomy, snapshots=2)
+    assert roomy.repository is not None
+    assert list((roomy.repository / "tmp").iterdir()) == []
+
+
+def test_an_interrupted_backup_says_so_as_an_error_line_for_programs(
+    roomy: Casfs, heavy: Path
+) -> None:
+    process = roomy.start("backup", "--json", heavy)
+    wait_while_running(process, lambda: len(finished_packs(roomy)) >= 1, "a pack")
+    interrupt(process)
+    result = finish(process)
+    assert result.exit == 130, result
+    assert result.one("error")["exit"] == 130
+    assert result.of_type("snapshot") == []
+
+
+def test_ctrl_c_at_the_very_beginning_of_a_backup_leaves_a_sound_repository(
+    roomy: Casfs, heavy: Path
+) -> None:
+    """As soon as anything of the backup can be seen in the repository."""
+    assert roomy.repository is not None
+    places = [roomy.repository / name for name in ("locks", "tmp", "packs")]
+
+    def seen() -> set[Path]:
+        return {path for place in places for path in place.rglob("*")}
+
+    before = seen()
+    process = roomy.start("backup", heavy)
+    wait_while_running(process, lambda: bool(seen() - before), "a lock or a temporary file")
+    interrupt(process)
+    assert finish(process).exit == 130
+    assert_sound(roomy, snapshots=0)
+
+
+def test_a_second_ctrl_c_does_not_bring_a_traceback(roomy: Casfs, heavy: Path) -> None:
+    process = roomy.start("backup", heavy)
+    wait_while_running(process, lambda: len(finished_packs(roomy)) >= 1, "a pack")
+    interrupt(process)
+    interrupt(process)
+    interrupt(process)
+    assert finish(process).exit in (130, -signal.SIGINT)
+    assert_sound(roomy, snapshots=0)
+
+
+def test_an_interrupted_restore_leaves_whole_files_only_and_can_be_finished(
+    roomy: Casfs, heavy: Path, target: Path
+) -> None:
+    roomy.backup(heavy)
+    process = roomy.start("restore", "latest", "--target", target)
+    place = target / str(heavy).lstrip("/")
+
+    def present() -> list[Path]:
+        return list(place.glob("part*")) if place.is_dir() else []
+
+    wait_while_running(process, lambda: len(present()) >= 2, "two restored files")
+    interrupt(process)
+    result = finish(process)
+    assert result.exit == 130, result
+    assert 2 <= len(present()) < SIZE // (16 * MIB)
+    for file in present():
+        assert file.read_bytes() == (heavy / file.name).read_bytes(), file.name
+    roomy.run("restore", "latest", "--target", target)
+    assert tree_differences(heavy, place) == []
+
+
+def test_an_interrupted_check_exits_with_130(roomy: Casfs, heavy: Path) -> None:
+    roomy.backup(heavy)
+    process = roomy.start("check", "--read-data")
+    wait_while_running(
+        process,
+        lambda: _has_open(process.pid, "packs/"),
+        "a pack is being read",
+    )
+    interrupt(process)
+    assert finish(process).exit == 130
+    assert_sound(roomy, snapshots=1)
+
+
+def _has_open(pid: int, part: str) -> bool:
+    try:
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+        return any(part in str(descriptor.readlink()) for descriptor in descriptors)
+    except OSError:  # it was closed while we looked
+        return False
+
+
+@pytest.mark.fuse
+def test_ctrl_c_ends_a_mount_in_the_foreground_and_unmounts_it(
+    repository: Casfs, source: Path, tmp_path: Path
+) -> None:
+    repository.backup(source)
+    at = tmp_path / "mount"
+    at.mkdir()
+    process = repository.start("mount", "--foreground", "latest", at)
+    try:
+        wait_until(lambda: is_mounted(at), "the mount")
+        assert process.poll() is None
+        interrupt(process)
+        result = finish(process)
+        assert result.exit in (0, 130), result
+        assert not is_mounted(at)
+    finally:
+        unmount_by_force(at)
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.fuse
+def test_a_killed_mount_can_be_unmounted_and_mounted_again(
+    repository: Casfs, source: Path, tmp_path: Path
+) -> None:
+    repository.backup(source)
+    at = tmp_path / "mount"
+    at.mkdir()
+    process = repository.start("mount", "--foreground", "latest", at)
+    try:
+        wait_until(lambda: is_mounted(at), "the mount")
+        process.kill()
+        process.communicate(timeout=30)
+        repository.run("umount", at)
+        assert not is_mounted(at)
+        repository.run("mount", "latest", at)
+        assert (at / str(source).lstrip("/") / "readme.txt").read_bytes() == b"read me\n"
+        repository.run("umount", at)
+    finally:
+        unmount_by_force(at)

@@ -1,0 +1,413 @@
+"""Mounting: one snapshot as the file system it was, or all of them side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from .command import Casfs
+from .comparing import rsync_differences, tree_differences
+from .conftest import forget
+from .mounting import is_mounted, mounted, unmount_by_force
+from .waiting import wait_until
+
+MIB = 1 << 20
+
+pytestmark = pytest.mark.fuse
+
+
+class TestOneSnapshot:
+    def test_is_the_root_of_the_mount(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            assert os.listdir(mount) == ["source"]
+            assert rsync_differences(source, mount / "source") == ""
+            assert tree_differences(source, mount / "source") == []
+
+    def test_can_be_named_by_id_and_by_prefix(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        first = repository.backup("source", cwd=tmp_path)["id"]
+        (source / "readme.txt").write_bytes(b"changed\n")
+        repository.backup("source", cwd=tmp_path)
+        for name in (first, first[:12]):
+            with mounted(repository, name, at=tmp_path / "mount") as mount:
+                assert (mount / "source/readme.txt").read_bytes() == b"read me\n"
+
+    def test_can_be_a_directory_of_it(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        """SNAP:PATH names something inside a snapshot wherever a snapshot is named."""
+        repository.backup("source", cwd=tmp_path)
+        at = tmp_path / "mount"
+        at.mkdir()
+        try:
+            result = repository.run("mount", "latest:source/documents", at, expect=None)
+            assert result.exit in (0, 2), result
+            if result.exit == 0:
+                assert rsync_differences(source / "documents", at) == ""
+        finally:
+            unmount_by_force(at)
+
+    def test_gives_every_inode_the_same_number_at_every_mount(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup(source)
+        seen = []
+        for _ in range(2):
+            with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+                seen.append({str(path): os.lstat(path).st_ino for path in mount.rglob("*")})
+        assert len(seen[0]) > 8
+        assert seen[0] == seen[1]
+
+    def test_says_its_size_to_df_and_its_files(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup(source)
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            state = os.statvfs(mount)
+            assert state.f_bavail == 0
+            assert state.f_blocks * state.f_frsize >= MIB
+            assert state.f_flag & os.ST_RDONLY
+
+    def test_can_be_read_by_several_at_once(self, repository: Casfs, tmp_path: Path) -> None:
+        source = tmp_path / "source"
+        source.mkdir()
+        contents = {f"file{n}": os.urandom(3 * MIB + n) for n in range(8)}
+        for name, content in contents.items():
+            (source / name).write_bytes(content)
+        repository.backup("source", cwd=tmp_path)
+        wrong: list[str] = []
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+
+            def read_all() -> None:
+                for name, content in contents.items():
+                    if (mount / "source" / name).read_bytes() != content:
+                        wrong.append(name)
+
+            readers = [threading.Thread(target=read_all) for _ in range(6)]
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
+        assert wrong == []
+
+    def test_stays_readable_while_a_backup_runs(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            (source / "new").write_bytes(os.urandom(MIB))
+            repository.backup("source", cwd=tmp_path)
+            assert (mount / "source/readme.txt").read_bytes() == b"read me\n"
+            assert not (mount / "source/new").exists()
+            assert (mount / "source/pictures/photo.raw").stat().st_size == MIB
+
+    def test_can_be_the_source_of_a_backup(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            again = repository.backup("source", cwd=mount)
+        assert (again["files"], again["new_bytes"] < 65536) == (4, True)
+
+
+class TestAllSnapshots:
+    def test_are_found_by_id_time_host_and_tag(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        first = repository.backup(
+            *("--host", "attic", "--tag", "daily", "--time", "2020-02-03T04:05:06Z", "source"),
+            cwd=tmp_path,
+        )["id"]
+        (source / "readme.txt").write_bytes(b"second\n")
+        second = repository.backup(
+            *("--host", "cellar", "--tag", "daily", "--tag", "weekly"),
+            *("--time", "2021-02-03T04:05:06Z", "source"),
+            cwd=tmp_path,
+        )["id"]
+        with mounted(repository, at=tmp_path / "mount") as mount:
+            assert set(os.listdir(mount)) >= {"ids", "snapshots", "hosts", "tags"}
+            by_id = [name for name in os.listdir(mount / "ids") if name != "latest"]
+            assert len(by_id) == 2
+            for identity, content in ((first, b"read me\n"), (second, b"second\n")):
+                (name,) = [name for name in by_id if identity.startswith(name)]
+                assert (mount / "ids" / name / "source/readme.txt").read_bytes() == content
+            times = sorted(name for name in os.listdir(mount / "snapshots") if name != "latest")
+            assert len(times) == 2
+            assert times[0].startswith("2020-02-03")
+            assert times[1].startswith("2021-02-03")
+            for folder, expected in (
+                ("snapshots/latest", b"second\n"),
+                (f"snapshots/{times[0]}", b"read me\n"),
+                ("hosts/attic/latest", b"read me\n"),
+                ("hosts/cellar/latest", b"second\n"),
+                ("tags/daily/latest", b"second\n"),
+                ("tags/weekly/latest", b"second\n"),
+            ):
+                assert (mount / folder / "source/readme.txt").read_bytes() == expected, folder
+            assert sorted(os.listdir(mount / "hosts")) == ["attic", "cellar"]
+            assert sorted(os.listdir(mount / "tags")) == ["daily", "weekly"]
+            assert rsync_differences(source, mount / "snapshots/latest/source") == ""
+
+    def test_that_are_made_while_it_is_mounted_appear(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("--host", "attic", "source", cwd=tmp_path)
+        with mounted(repository, at=tmp_path / "mount") as mount:
+            latest = mount / "snapshots/latest/source/readme.txt"
+            assert latest.read_bytes() == b"read me\n"
+            (source / "readme.txt").write_bytes(b"younger\n")
+            new = repository.backup("--host", "new", "--tag", "t", "source", cwd=tmp_path)["id"]
+            wait_until(
+                lambda: any(new.startswith(name) for name in os.listdir(mount / "ids")),
+                "the new snapshot is among the ids",
+            )
+            wait_until(lambda: "new" in os.listdir(mount / "hosts"), "and its host")
+            wait_until(lambda: "t" in os.listdir(mount / "tags"), "and its tag")
+            wait_until(lambda: latest.read_bytes() == b"younger\n", "and it is the latest")
+            assert len([n for n in os.listdir(mount / "snapshots") if n != "latest"]) == 2
+
+    def test_of_an_empty_repository_are_none_yet(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        with mounted(repository, at=tmp_path / "mount") as mount:
+            assert os.listdir(mount / "hosts") == []
+            repository.backup("source", cwd=tmp_path)
+            wait_until(lambda: os.listdir(mount / "hosts") != [], "the first snapshot")
+
+    def test_of_the_same_second_are_told_apart(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        for _ in range(3):
+            repository.backup("--time", "2020-02-03T04:05:06Z", "source", cwd=tmp_path)
+        with mounted(repository, at=tmp_path / "mount") as mount:
+            times = [name for name in os.listdir(mount / "snapshots") if name != "latest"]
+            assert len(times) == len(set(times)) == 3
+
+    def test_of_hosts_and_tags_that_are_no_file_names_are_found(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        for tag in ("a/b", "..", ".", "x" * 300):
+            result = repository.run("backup", "--tag", tag, "source", cwd=tmp_path, expect=None)
+            assert result.exit in (0, 2), result
+        repository.backup("--tag", "plain", "source", cwd=tmp_path)
+        with mounted(repository, at=tmp_path / "mount") as mount:
+            tags = os.listdir(mount / "tags")
+            assert "plain" in tags
+            for tag in tags:
+                assert (mount / "tags" / tag / "latest/source/readme.txt").exists(), tag
+
+
+class TestTheCommand:
+    def test_returns_when_the_mount_is_usable_and_says_where(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        at = tmp_path / "mount"
+        at.mkdir()
+        try:
+            said = repository.json("mount", "latest", at)
+            assert is_mounted(at)
+            assert (at / "source/readme.txt").read_bytes() == b"read me\n"
+            assert said.one("mounted")["mountpoint"] == str(at)
+            gone = repository.json("umount", at)
+            assert gone.one("unmounted")["mountpoint"] == str(at)
+            assert not is_mounted(at)
+        finally:
+            unmount_by_force(at)
+
+    def test_leaves_no_process_behind_after_umount(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            assert processes_naming(mount)
+        wait_until(lambda: not processes_naming(tmp_path / "mount"), "the mount's process ends")
+
+    def test_keeps_nothing_of_the_terminal_that_started_it(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        """Otherwise `casfs mount … | cat` would hang: run() itself waits for the pipes to close."""
+        repository.backup("source", cwd=tmp_path)
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            (process, *_) = processes_naming(mount)
+            assert os.readlink(f"/proc/{process}/fd/0") == "/dev/null"
+            assert os.getsid(process) != os.getsid(0)
+            cwd = os.readlink(f"/proc/{process}/cwd")
+            assert not cwd.startswith(str(tmp_path)), "it would keep that directory busy"
+
+    def test_takes_a_relative_mountpoint_and_one_behind_a_link(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        try:
+            for name in ("real", "./real/", "link", f"../{tmp_path.name}/real"):
+                repository.run("mount", "latest", name, cwd=tmp_path)
+                assert is_mounted(tmp_path / "real"), name
+                repository.run("umount", name, cwd=tmp_path)
+                assert not is_mounted(tmp_path / "real"), name
+        finally:
+            unmount_by_force(tmp_path / "real")
+
+    def test_takes_a_mountpoint_with_a_hostile_name(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        for name in ("with space", "back\\slash", "tab\t", "comma,ro", "new\nline", "ünï"):
+            with mounted(repository, "latest", at=tmp_path / name) as mount:
+                assert (mount / "source/readme.txt").read_bytes() == b"read me\n"
+
+    def test_takes_a_relative_repository(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        """A process in the background stands in another directory."""
+        repository.backup("source", cwd=tmp_path)
+        at = tmp_path / "mount"
+        at.mkdir()
+        try:
+            repository.run("-r", "repository", "mount", "mount", cwd=tmp_path)
+            repository.backup("source", cwd=tmp_path)
+            wait_until(lambda: len(os.listdir(at / "ids")) >= 2, "the new snapshot")
+            repository.run("umount", at)
+        finally:
+            unmount_by_force(at)
+
+    def test_in_the_foreground_stays_until_it_is_unmounted(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        at = tmp_path / "mount"
+        at.mkdir()
+        process = repository.start("mount", "--json", "--foreground", "latest", at)
+        try:
+            assert process.stdout is not None
+            line = json.loads(process.stdout.readline())
+            assert (line["type"], line["mountpoint"]) == ("mounted", str(at))
+            assert (at / "source/readme.txt").read_bytes() == b"read me\n"
+            assert process.poll() is None
+            repository.run("umount", at)
+            _, err = process.communicate(timeout=30)
+            assert (process.returncode, err) == (0, b"")
+        finally:
+            unmount_by_force(at)
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+
+    def test_owner_shows_everything_as_that_users(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        with mounted(repository, "--owner", "1234:5678", "latest", at=tmp_path / "mount") as mount:
+            for path in (mount / "source", *(mount / "source").rglob("*")):
+                state = path.lstat()
+                assert (state.st_uid, state.st_gid) == (1234, 5678), path
+
+    @pytest.mark.parametrize("size", ["1M", "1048576", "2G"])
+    def test_cache_size_bounds_the_cache_and_not_what_can_be_read(
+        self, repository: Casfs, tmp_path: Path, size: str
+    ) -> None:
+        data = os.urandom(12 * MIB)
+        (tmp_path / "big").write_bytes(data)
+        repository.backup("big", cwd=tmp_path)
+        with mounted(repository, "--cache-size", size, "latest", at=tmp_path / "mount") as mount:
+            for _ in range(2):
+                assert (mount / "big").read_bytes() == data
+
+    def test_others_see_nothing_unless_they_are_allowed(
+        self, repository: Casfs, source: Path, superuser: None
+    ) -> None:
+        """The folder has to be one that others can reach, which pytest's is not."""
+        repository.backup("source", cwd=source.parent)
+        folder = Path(tempfile.mkdtemp(prefix="casfs-e2e-"))
+        folder.chmod(0o755)
+        at = folder / "mount"
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "cat"]
+        try:
+            for option, expected in (((), False), (("--allow-other",), True)):
+                with mounted(repository, *option, "latest", at=at) as mount:
+                    done = subprocess.run(
+                        [*command, str(mount / "source/readme.txt")],
+                        capture_output=True,
+                        check=False,
+                    )
+                    assert (done.stdout == b"read me\n") is expected, done
+            # Permissions are enforced by the kernel, as on any file system.
+            (source / "readme.txt").chmod(0o600)
+            repository.backup("source", cwd=source.parent)
+            with mounted(repository, "--allow-other", "latest", at=at) as mount:
+                done = subprocess.run(
+                    [*command, str(mount / "source/readme.txt")], capture_output=True, check=False
+                )
+                assert b"Permission denied" in done.stderr
+        finally:
+            unmount_by_force(at)
+            forget(folder)
+
+
+def processes_naming(mountpoint: Path) -> list[int]:
+    """Return the casfs processes that serve a mountpoint, by their command line."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if os.fsencode(mountpoint) in words and b"mount" in words:
+                found.append(int(folder.name))
+    return found
+
+
+class TestDamage:
+    def test_is_an_error_for_what_it_hits_and_for_nothing_else(
+        self, repository: Casfs, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "source"
+        source.mkdir()
+        data = os.urandom(24 * MIB)
+        (source / "big").write_bytes(data)
+        (source / "small").write_bytes(b"unharmed")
+        repository.backup("source", cwd=tmp_path)
+        assert repository.repository is not None
+        packs = [path for path in (repository.repository / "packs").rglob("*") if path.is_file()]
+        pack = max(packs, key=lambda path: path.stat().st_size)
+        os.chmod(pack, 0o600)
+        with pack.open("r+b") as file:
+            file.seek(12 * MIB)
+            byte = file.read(1)
+            file.seek(12 * MIB)
+            file.write(bytes([byte[0] ^ 0x80]))
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            handle = os.open(mount / "source/big", os.O_RDONLY)
+            good, bad = 0, []
+            try:
+                for offset in range(0, len(data), 65536):
+                    try:
+                        found = os.pread(handle, 65536, offset)
+                        assert len(found) > 0
+                        assert found == data[offset : offset + len(found)]
+                        good += 1
+                    except OSError as error:
+                        assert error.strerror == "Input/output error"
+                        bad.append(offset)
+            finally:
+                os.close(handle)
+            assert bad, "the damage was not noticed"
+            assert max(bad) - min(bad) < 8 * MIB, "more is lost than the one chunk"
+            assert good * 65536 > 16 * MIB
+            assert (mount / "source/small").read_bytes() == b"unharmed"
+            with pytest.raises(OSError, match="Input/output error"):
+                (mount / "source/big").read_bytes()
+            assert is_mounted(mount), "the mount goes on"

@@ -1,0 +1,115 @@
+"""How the command is called: usage errors, help, and where its output goes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .command import Casfs, program
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            (),
+            ("no-such-verb",),
+            ("--no-such-option",),
+            ("backup",),
+            ("backup", "--no-such-option", "."),
+            ("backup", "--time", "the day before yesterday", "."),
+            ("backup", "--compression", "999", "."),
+            ("backup", "--compression", "much", "."),
+            ("backup", "--spool", "tape", "."),
+            ("backup", "--exclude-larger-than", "enormous", "."),
+            ("backup", "--parent", "latest", "--no-parent", "."),
+            ("backup", "--stdin", "--stdin-name", "name", "."),
+            ("backup", "--stdin", "--stdin-name", "../outside"),
+            ("backup", "--attempts", "0", "."),
+            ("ls",),
+            ("find",),
+            ("diff", "latest"),
+            ("dump",),
+            ("dump", "latest:/", "surplus"),
+            ("mount",),
+            ("mount", "--owner", "me", "latest", "."),
+            ("mount", "--cache-size", "lots", "latest", "."),
+            ("umount",),
+            ("restore", "latest"),
+            ("restore", "--target", "target"),
+            ("restore", "latest", "--target", "target", "--overwrite", "sometimes"),
+            ("check", "--read-data-subset", "200%"),
+            ("check", "--read-data-subset", "some"),
+            ("tag",),
+            ("completion",),
+            ("completion", "tcl"),
+        ],
+        ids=lambda arguments: " ".join(arguments) or "nothing",
+    )
+    def test_error_exits_with_2_and_says_what_is_wrong(
+        self, repository: Casfs, arguments: tuple[str, ...]
+    ) -> None:
+        (repository.home / "file").touch()
+        repository.backup(".")
+        result = repository.run(*arguments, expect=2)
+        assert result.complaints, result
+        assert len(repository.json("snapshots").objects) == 1
+        if len(arguments) > 1:
+            told = repository.json(*arguments, expect=2)
+            assert told.one("error")["exit"] == 2
+            assert told.one("error")["message"]
+
+    def test_is_shown_by_help_of_the_command_and_of_every_verb(self, casfs: Casfs) -> None:
+        shown = casfs.run("--help").text
+        for verb in (
+            *("init", "backup", "snapshots", "ls", "find", "diff", "dump", "mount", "umount"),
+            *("restore", "check", "stats", "tag", "version", "completion"),
+        ):
+            assert verb in shown
+            assert "--help" in casfs.run(verb, "--help").text
+            assert "--json" in casfs.run(verb, "--help").text
+
+    def test_with_an_option_missing_its_value(self, repository: Casfs) -> None:
+        assert repository.run("backup", "--tag", expect=2).complaints
+
+    def test_works_from_the_module_as_from_the_command(self, repository: Casfs) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "casfs", "snapshots", "--json"],
+            env=repository.environment(),
+            capture_output=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (0, b"")
+
+
+def test_a_closed_stdout_is_no_traceback(repository: Casfs, source: Path) -> None:
+    """As in `casfs ls latest | head -1`."""
+    for number in range(3000):
+        (source / f"file with a long name to fill the pipe {number}").touch()
+    repository.backup(source)
+    process = repository.start("ls", "latest")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    complaint = process.stderr.read()
+    process.stderr.close()
+    process.wait(60)
+    assert complaint == b""
+
+
+def test_a_full_stdout_is_an_error(repository: Casfs, source: Path) -> None:
+    repository.backup(source)
+    with open("/dev/full", "wb") as full:
+        process = subprocess.run(
+            [*program(), "ls", "latest"],
+            env=repository.environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert process.returncode == 1
+    assert b"Traceback" not in process.stderr
+    assert b"No space left" in process.stderr

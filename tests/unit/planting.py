@@ -1,0 +1,148 @@
+"""Trees made for tests: planted in memory from a plan, or backed up from a folder.
+
+A plan is a dict from names to what stands there: bytes are a file's content, a dict is a directory,
+and a node is itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from casfs.backup import BackupOptions, back_up
+from casfs.content import RECORD
+from casfs.digest import Digest, SnapshotId, digest_of
+from casfs.monitor import RecordingMonitor
+from casfs.repository import Repository
+from casfs.snapshot import Snapshot
+from casfs.store.blob import BlobKind
+from casfs.store.store import pack_name
+from casfs.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest, replace
+from casfs.treereader import TreeReader
+from casfs.treewriter import TreeWriter
+
+Plan = Mapping[bytes, Any]
+
+SEED = 7
+MTIME_NS = 1_600_000_000_123_456_789
+
+
+def entry(name: bytes, kind: Kind = Kind.FILE, **fields: Any) -> Node:
+    """Return a node with the fields that a test does not care for filled in."""
+    known: dict[str, Any] = {
+        "mode": 0o755 if kind == Kind.DIRECTORY else 0o644,
+        "uid": 0,
+        "gid": 0,
+        "mtime_ns": MTIME_NS,
+        "ctime_ns": MTIME_NS,
+        "inode": 1,
+        "nlink": 1,
+    }
+    return Node(name, kind, **(known | fields))
+
+
+def file(name: bytes, content: bytes = b"", **fields: Any) -> Node:
+    """Return the node of a file that consists of one chunk."""
+    records = RECORD.pack(len(content), digest_of(content)) if content else b""
+    return entry(name, size=len(content), content=records, **fields)
+
+
+def flagged(node: Node, seen: bytes = b"seen when read again") -> Node:
+    """Return a file's node with the evidence that it changed while it was captured."""
+    capture = Capture(Reason.REWRITTEN, 3, digest_of(seen))
+    extra = replace(node.extra or Extra(), capture=capture)
+    return replace(node, state=State.CHANGED, captured=captured_digest(node), extra=extra)
+
+
+class Grove:
+    """Trees in memory; `reads` are the digests of the blobs that were read, in order."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[Digest, bytes] = {}
+        self.reads: list[Digest] = []
+        self.trees = TreeReader(self.read)
+
+    def read(self, digest: Digest) -> bytes:
+        self.reads.append(digest)
+        return self.blobs[digest]
+
+    def put(self, kind: BlobKind, digest: Digest, data: bytes) -> None:
+        self.blobs[digest] = data
+
+    def plant(self, plan: Plan, name: bytes = b"", **fields: Any) -> Node:
+        """Return the node of a directory with the entries of a plan."""
+        writer = TreeWriter(self.put, digest_of, SEED)
+        for below in sorted(plan):
+            what = plan[below]
+            if isinstance(what, Mapping):
+                what = self.plant(what, below)
+            elif isinstance(what, bytes):
+                self.put(BlobKind.DATA, digest_of(what), what)
+                what = file(below, what)
+            writer.add(replace(what, name=below))
+        return entry(name, Kind.DIRECTORY, tree=writer.finish(), **fields)
+
+
+def reference(node: Node) -> Digest:
+    """Return the digest of a directory's tree."""
+    assert node.tree is not None
+    return Digest(node.tree.digest)
+
+
+class Keeper:
+    """A repository of its own, and backups of folders into it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "repository"
+        Repository.create(self.root)
+
+    def back_up(self, *sources: Path, **options: Any) -> tuple[SnapshotId, Snapshot]:
+        """Publish a snapshot of the sources and return it."""
+        paths = tuple(bytes(source) for source in sources)
+        with self.writing() as repository:
+            result = back_up(
+                repository,
+                BackupOptions(**({"paths": paths, "host": "here"} | options)),
+                RecordingMonitor(),
+            )
+        assert result.snapshot_id is not None
+        return result.snapshot_id, result.snapshot
+
+    def publish(self, plan: Plan, **fields: Any) -> tuple[SnapshotId, Snapshot]:
+        """Publish a snapshot of a plan; blobs of files that it gives as nodes are not stored."""
+        with self.writing() as repository:
+            grove = Grove()
+            root = grove.plant(plan)
+            writer = repository.writer()
+            for digest, data in grove.blobs.items():
+                writer.put(BlobKind.TREE, digest, data)
+            writer.finish()
+            known: dict[str, Any] = {"time_ns": MTIME_NS, "host": "here", "user": "me"}
+            snapshot = Snapshot(root, **({"paths": (b".",)} | known | fields))
+            return repository.publish(snapshot), snapshot
+
+    def store(self, *chunks: bytes) -> None:
+        """Store blobs of data."""
+        with self.writing() as repository:
+            writer = repository.writer()
+            for chunk in chunks:
+                writer.put(BlobKind.DATA, digest_of(chunk), chunk)
+            writer.finish()
+
+    def writing(self) -> Repository:
+        return Repository.open(self.root, "test", sync=False)
+
+    def reading(self) -> Repository:
+        return Repository.open(self.root)
+
+    def damage(self, digest: Digest) -> None:
+        """Flip a bit of a blob where it is stored."""
+        with self.reading() as repository:
+            place = repository.store.locate(digest)
+            path = self.root / pack_name(repository.store.index.pack_id(place.pack))
+        with open(path, "r+b") as pack:
+            pack.seek(place.offset + place.stored_bytes // 2)
+            byte = pack.read(1)
+            pack.seek(-1, 1)
+            pack.write(bytes([byte[0] ^ 1]))

@@ -1,0 +1,372 @@
+"""Differences are told exactly, and equal trees are not read for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from casfs.cli.app import Settings, casfs
+from casfs.diff import Change, ChangeKind, Differ, passages_of
+from casfs.digest import Digest
+from casfs.errors import BlobError
+from casfs.monitor import ProblemKind, RecordingMonitor
+from casfs.tree import MAX_DEPTH, Extra, Kind, Node, replace
+from casfs.treereader import TreeReader
+
+from .planting import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
+
+Told = list[tuple[str, str, tuple[str, ...]]]
+
+
+def changes(grove: Grove, before: Node, after: Node, **how: Any) -> list[Change]:
+    monitor = RecordingMonitor()
+    told = list(Differ(grove.trees, monitor, **how).changes(before, after))
+    assert monitor.problems == []
+    return told
+
+
+def told(grove: Grove, before: Node, after: Node, **how: Any) -> Told:
+    return [
+        (change.kind.value, change.path.decode(), change.fields)
+        for change in changes(grove, before, after, **how)
+    ]
+
+
+def told_of_one(before: Node, after: Node) -> Told:
+    """Compare two entries of one name in directories that are otherwise the same."""
+    grove = Grove()
+    return told(grove, grove.plant({b"it": before}), grove.plant({b"it": after}))
+
+
+OLD = file(b"", b"old")
+LINK = entry(b"", Kind.SYMLINK, content=b"here")
+DEVICE = entry(b"", Kind.CHARACTER_DEVICE, extra=Extra(rdev=259))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind", "fields"),
+    [
+        (OLD, file(b"", b"new"), "modified", ("content",)),
+        (OLD, file(b"", b"longer"), "modified", ("size", "content")),
+        (OLD, file(b"", b"new", mode=0o600, mtime_ns=1), "modified", ("content", "mode", "mtime")),
+        (OLD, replace(OLD, mode=0o600), "metadata", ("mode",)),
+        (OLD, replace(OLD, uid=1), "metadata", ("uid",)),
+        (OLD, replace(OLD, gid=1), "metadata", ("gid",)),
+        (OLD, replace(OLD, mtime_ns=MTIME_NS + 1), "metadata", ("mtime",)),
+        (OLD, replace(OLD, extra=Extra(((b"user.a", b"1"),))), "metadata", ("xattrs",)),
+        (LINK, replace(LINK, content=b"there"), "modified", ("target",)),
+        (DEVICE, replace(DEVICE, extra=Extra(rdev=260)), "modified", ("rdev",)),
+        (OLD, LINK, "type", ("kind",)),
+    ],
+)
+def test_what_differs_of_an_entry_is_told(
+    before: Node, after: Node, kind: str, fields: tuple[str, ...]
+) -> None:
+    assert told_of_one(before, after) == [(kind, "it", fields)]
+    assert told_of_one(after, before) == [(kind, "it", fields)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"inode": 99},
+        {"ctime_ns": 99},
+        {"nlink": 2, "extra": Extra(device=5)},
+        {"racy": True},
+        {"captured": OLD.content[8:40]},
+    ],
+    ids=str,
+)
+def test_what_a_copy_has_of_its_own_is_no_difference(other: dict[str, Any]) -> None:
+    assert told_of_one(OLD, replace(OLD, **other)) == []
+
+
+def test_a_copied_tree_does_not_differ_although_its_digests_do() -> None:
+    grove = Grove()
+    before = grove.plant({b"a": {b"b": file(b"", b"x", inode=1)}})
+    after = grove.plant({b"a": {b"b": file(b"", b"x", inode=2)}})
+    assert reference(before) != reference(after)
+    assert told(grove, before, after) == []
+
+
+def test_all_that_is_in_an_added_or_removed_directory_is_told() -> None:
+    grove = Grove()
+    less = grove.plant({b"kept": b""})
+    more = grove.plant({b"a": {b"b": {b"c": b"1"}, b"d": b"2"}, b"kept": b"", b"z": b"3"})
+    paths = ["a", "a/b", "a/b/c", "a/d", "z"]
+    assert told(grove, less, more) == [("added", path, ()) for path in paths]
+    assert told(grove, more, less) == [("removed", path, ()) for path in paths]
+
+
+def test_a_directory_in_the_place_of_a_file_is_told_with_what_is_in_it() -> None:
+    grove = Grove()
+    before, after = grove.plant({b"it": b"file"}), grove.plant({b"it": {b"in": b""}})
+    assert told(grove, before, after) == [("type", "it", ("kind",)), ("added", "it/in", ())]
+    assert told(grove, after, before) == [("type", "it", ("kind",)), ("removed", "it/in", ())]
+
+
+def test_a_directory_comes_before_what_is_in_it() -> None:
+    grove = Grove()
+    inside = {b"x": b"1"}
+    before = grove.plant({b"d": grove.plant(inside, mode=0o700)})
+    after = grove.plant({b"d": grove.plant({b"x": b"2"}, mode=0o755)})
+    assert told(grove, before, after) == [
+        ("metadata", "d", ("mode",)),
+        ("modified", "d/x", ("content",)),
+    ]
+
+
+def test_two_roots_are_compared_themselves() -> None:
+    grove = Grove()
+    assert told(grove, grove.plant({}), grove.plant({}, mode=0o700)) == [
+        ("metadata", "", ("mode",))
+    ]
+    assert told(grove, file(b"old", b"1"), file(b"new", b"2")) == [
+        ("modified", "new", ("content",))
+    ]
+    assert told(grove, file(b"x"), grove.plant({b"y": b""})) == [
+        ("type", "", ("kind",)),
+        ("added", "y", ()),
+    ]
+
+
+def test_equal_directories_are_not_read() -> None:
+    grove = Grove()
+    same = grove.plant({b"deep": {b"file": b"x"}})
+    before = grove.plant({b"a": same, b"b": b"1"})
+    after = grove.plant({b"a": same, b"b": b"2"})
+    assert told(grove, before, after) == [("modified", "b", ("content",))]
+    assert grove.reads == [reference(before), reference(after)]
+    grove.reads.clear()
+    assert told(grove, before, before) == []
+    assert grove.reads == []
+
+
+def test_equal_pieces_of_split_directories_are_not_read() -> None:
+    grove = Grove()
+    plan: dict[bytes, object] = {b"%06d" % number: file(b"") for number in range(40_000)}
+    before = grove.plant(plan)
+    plan[b"020000x"] = file(b"")
+    del plan[b"000007"]
+    plan[b"039999"] = file(b"", b"x")
+    after = grove.plant(plan)
+    assert len(grove.trees.piece(before.tree)) > 6 if before.tree is not None else False
+    grove.reads.clear()
+    expected = [
+        ("removed", "000007", ()),
+        ("added", "020000x", ()),
+        ("modified", "039999", ("size", "content")),
+    ]
+    assert told(grove, before, after) == expected
+    assert len(grove.reads) == 2 + 2 * 3, "two branches, and three pieces of each"
+
+
+def test_a_split_directory_is_compared_with_one_that_is_not() -> None:
+    grove = Grove()
+    plan = {b"%05d" % number: file(b"") for number in range(20_000)}
+    few = {name: plan[name] for name in list(plan)[::50]}
+    left, right = grove.plant(few), grove.plant(plan)
+    missing = [name.decode() for name in plan if name not in few]
+    assert [path for _, path, _ in told(grove, left, right)] == missing
+    assert {kind for kind, _, _ in told(grove, left, right)} == {"added"}
+    assert [path for _, path, _ in told(grove, right, left)] == missing
+    assert [path for _, path, _ in told(grove, right, grove.plant({}))] == [
+        name.decode() for name in plan
+    ]
+
+
+def test_a_damaged_directory_is_told_and_the_rest_is_compared() -> None:
+    grove = Grove()
+    bad = grove.plant({b"x": b"1"})
+    before = grove.plant({b"a": bad, b"b": b"1"})
+    after = grove.plant({b"a": {b"x": b"2"}, b"b": b"2"})
+
+    def read(digest: Digest) -> bytes:
+        if digest == reference(bad):
+            raise BlobError(digest, "it is damaged")
+        return grove.blobs[digest]
+
+    monitor = RecordingMonitor()
+    found = list(Differ(TreeReader(read), monitor).changes(before, after))
+    assert [(change.kind, change.path) for change in found] == [(ChangeKind.MODIFIED, b"b")]
+    (problem,) = monitor.problems
+    assert (problem.kind, problem.path) == (ProblemKind.DAMAGED, b"a")
+
+
+def test_directories_deeper_than_the_format_allows_are_told_and_left() -> None:
+    grove = Grove()
+    node = grove.plant({b"bottom": b""})
+    for _ in range(MAX_DEPTH):
+        node = grove.plant({b"d": node})
+    monitor = RecordingMonitor()
+    found = list(Differ(grove.trees, monitor).changes(grove.plant({}), node))
+    assert len(found) == MAX_DEPTH
+    assert ["deep" in problem.message for problem in monitor.problems] == [True]
+
+
+@pytest.mark.parametrize(
+    ("paths", "above", "expected"),
+    [
+        ((b"/home/me",), b"", {b"", b"home"}),
+        ((b"/home/me",), b"home", {b""}),
+        ((b"/home/me",), b"home/me", set()),
+        ((b"/home/me",), b"home/me/docs", set()),
+        ((b"/home/me",), b"var", set()),
+        ((b"docs",), b"", {b""}),
+        ((b".",), b"", set()),
+        ((b"/",), b"", set()),
+        ((b"/home", b"/home/me/docs"), b"", {b""}),
+        ((b"/a/b/c", b"/a/x"), b"", {b"", b"a", b"a/b"}),
+    ],
+)
+def test_passages_are_what_is_only_on_the_way_to_what_was_backed_up(
+    paths: tuple[bytes, ...], above: bytes, expected: set[bytes]
+) -> None:
+    assert passages_of(paths, above) == expected
+
+
+def test_the_mtime_of_a_passage_is_no_difference_but_its_mode_is() -> None:
+    grove = Grove()
+    before = grove.plant({b"home": grove.plant({b"me": b"1"})})
+    later = grove.plant({b"home": grove.plant({b"me": b"1"}, mtime_ns=5)}, mtime_ns=5)
+    passages = frozenset([b"", b"home"])
+    assert told(grove, before, later, passages=passages) == []
+    assert [path for _, path, _ in told(grove, before, later)] == ["", "home"]
+    other = grove.plant({b"home": grove.plant({b"me": b"1"}, mtime_ns=5, mode=0o700)})
+    assert told(grove, before, other, passages=passages) == [("metadata", "home", ("mode",))]
+
+
+_names = st.sampled_from([b"a", b"b", b"c", b"ab"])
+_contents = st.sampled_from([b"", b"1", b"2"])
+_plans: st.SearchStrategy[Plan] = st.recursive(
+    st.dictionaries(_names, _contents, max_size=3),
+    lambda below: st.dictionaries(_names, st.one_of(_contents, below), max_size=3),
+    max_leaves=12,
+)
+
+
+def flat(plan: Plan, above: str = "") -> dict[str, bytes | None]:
+    """Map every path of a plan to a file's content, or None for a directory."""
+    found: dict[str, bytes | None] = {}
+    for name, what in plan.items():
+        path = above + name.decode()
+        found[path] = what if isinstance(what, bytes) else None
+        if not isinstance(what, bytes):
+            found |= flat(what, path + "/")
+    return found
+
+
+@given(_plans, _plans)
+def test_the_changes_are_those_that_comparing_every_path_finds(before: Plan, after: Plan) -> None:
+    grove = Grove()
+    old, new = flat(before), flat(after)
+    expected = dict.fromkeys(new.keys() - old.keys(), "added")
+    expected |= dict.fromkeys(old.keys() - new.keys(), "removed")
+    for path in old.keys() & new.keys():
+        if (old[path] is None) != (new[path] is None):
+            expected[path] = "type"
+        elif old[path] != new[path]:
+            expected[path] = "modified"
+    found = told(grove, grove.plant(before), grove.plant(after))
+    assert {path: kind for kind, path, _ in found} == expected
+    assert len(found) == len(expected)
+
+
+class TestCommand:
+    """`casfs diff`."""
+
+    @pytest.fixture
+    def keeper(self, tmp_path: Path) -> Keeper:
+        return Keeper(tmp_path)
+
+    def run(self, keeper: Keeper, *arguments: str, expect: int = 0) -> Result:
+        result = CliRunner().invoke(
+            casfs,
+            ["diff", "--repo", str(keeper.root), *arguments],
+            obj=Settings(),
+            standalone_mode=False,
+        )
+        assert result.exception is None, result.exception
+        assert result.return_value == expect
+        return result
+
+    def test_says_what_changed_in_lines_and_sums(self, keeper: Keeper) -> None:
+        first, _ = keeper.publish({b"a": b"12", b"b": {b"c": b""}, b"gone": b"1", b"same": b"1"})
+        second, _ = keeper.publish(
+            {
+                b"a": file(b"", b"345", mode=0o600),
+                b"b": b"now a file",
+                b"new\n": {b"in": b"1234"},
+                b"same": file(b"", b"1", uid=7),
+            }
+        )
+        lines = self.run(keeper, first.hex(), second.hex()).stdout.splitlines()
+        assert lines == [
+            "M  a",
+            "T  b",
+            "-  b/c",
+            "-  gone",
+            "+  new\\n/",
+            "+  new\\n/in",
+            "U  same",
+            "2 added (14 B), 2 removed (1 B), 1 modified (3 B), 1 of other metadata, "
+            "1 of another kind",
+        ]
+
+    def test_says_which_sides_were_captured_while_they_changed(self, keeper: Keeper) -> None:
+        first, _ = keeper.publish({b"log": flagged(file(b"", b"1")), b"x": b""})
+        second, _ = keeper.publish({b"log": flagged(file(b"", b"2")), b"x": flagged(file(b""))})
+        third, _ = keeper.publish({b"log": file(b"", b"3")})
+        lines = self.run(keeper, first.hex(), second.hex()).stdout.splitlines()
+        assert lines[0] == "M  log"
+        assert [line.split()[2] for line in lines[1:3]] == ["before", "after"]
+        assert lines[-1].startswith("1 of them")
+        told = self.run(keeper, second.hex(), third.hex(), "--json").stdout.splitlines()
+        log, x, summary = map(json.loads, told)
+        assert (log["path"], log["change"], log["flagged"]) == ("log", "modified", ["before"])
+        assert (x["path"], x["change"], x["flagged"]) == ("x", "removed", ["before"])
+        assert log["before"]["state"] == "changed" and log["after"]["state"] == "stable"
+        assert log["before"]["captured"] != log["after"]["captured"]
+        assert (x["before"]["size"], x["after"]) == (0, None)
+        assert summary["type"] == "summary"
+        assert (summary["removed"], summary["modified"], summary["flagged"]) == (1, 1, 2)
+        assert (summary["before"], summary["after"]) == (second.hex(), third.hex())
+
+    def test_of_parts_tells_paths_as_seen_from_them(self, keeper: Keeper) -> None:
+        first, _ = keeper.publish({b"a": {b"x": b"1"}, b"other": b"1"})
+        second, _ = keeper.publish({b"b": {b"y": b"1"}, b"other": b"2"})
+        lines = self.run(keeper, f"{first.hex()}:a", f"{second.hex()}:b").stdout.splitlines()
+        assert lines[:-1] == ["-  x", "+  y"]
+
+    def test_of_two_backups_of_a_folder_shows_what_was_done_in_it(
+        self, keeper: Keeper, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "source"
+        (source / "sub").mkdir(parents=True)
+        (source / "sub" / "kept").write_bytes(b"kept")
+        (source / "edited").write_bytes(b"old")
+        first, _ = keeper.back_up(source)
+        (source / "edited").write_bytes(b"new")
+        (source / "sub" / "kept").chmod(0o600)
+        (tmp_path / "beside").touch()
+        second, _ = keeper.back_up(source)
+        lines = self.run(keeper, first.hex(), second.hex()).stdout.splitlines()
+        top = str(source).lstrip("/")
+        assert lines[:-1] == [f"M  {top}/edited", f"U  {top}/sub/kept"]
+
+    def test_goes_past_damage_and_ends_with_5(self, keeper: Keeper) -> None:
+        first, snapshot = keeper.publish({b"a": {b"x": b"1"}, b"b": b"1"})
+        second, _ = keeper.publish({b"a": {b"x": b"2"}, b"b": b"2"})
+        with keeper.reading() as repository:
+            node = repository.trees.resolve(snapshot.root, b"a")
+        assert node is not None
+        keeper.damage(reference(node))
+        result = self.run(keeper, first.hex(), second.hex(), expect=5)
+        assert result.stdout.splitlines()[0] == "M  b"
+        assert "a: the directory cannot be compared whole" in result.stderr

@@ -1,0 +1,470 @@
+"""What a dump writes is verified, exact, and ends where damage begins."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import casfs.tar
+from casfs.cli.app import Settings
+from casfs.cli.app import casfs as command
+from casfs.content import HOLE, RECORD
+from casfs.digest import digest_of
+from casfs.errors import CasfsError, UsageError
+from casfs.monitor import ProblemKind, RecordingMonitor
+from casfs.tar import DamagedContentError, TarStats, TarWriter, file_bytes
+from casfs.tree import Extra, Kind, Node, replace
+
+from .planting import MTIME_NS, Keeper, Plan, entry, file, flagged
+
+NINE_GIB = 9 << 30
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    return Keeper(tmp_path)
+
+
+def of_chunks(*chunks: bytes | int, **fields: Any) -> Node:
+    """Return the node of a file of chunks; a number is a hole of so many bytes."""
+    records = b"".join(
+        RECORD.pack(chunk, HOLE) if isinstance(chunk, int) else chunk_record(chunk)
+        for chunk in chunks
+    )
+    whole = b"".join(bytes(chunk) for chunk in chunks)
+    known: dict[str, Any] = {"size": len(whole), "content": records, "captured": digest_of(whole)}
+    return entry(b"", **(known | fields))
+
+
+def chunk_record(chunk: bytes) -> bytes:
+    return RECORD.pack(len(chunk), digest_of(chunk))
+
+
+class TestFile:
+    """The bytes of one file."""
+
+    def test_holes_are_zeros_between_the_chunks(self, keeper: Keeper) -> None:
+        keeper.store(b"begin", b"end")
+        node = of_chunks(7, b"begin", 3 << 20, b"end", 1)
+        with keeper.reading() as repository:
+            data = b"".join(file_bytes(repository, node, b"f"))
+        assert data == bytes(7) + b"begin" + bytes(3 << 20) + b"end" + bytes(1)
+
+    def test_no_more_than_a_chunk_is_held_of_a_long_hole(self, keeper: Keeper) -> None:
+        node = of_chunks(20 << 20)
+        with keeper.reading() as repository:
+            parts = [len(part) for part in file_bytes(repository, node, b"f")]
+        assert sum(parts) == 20 << 20
+        assert max(parts) <= 1 << 20
+
+    @pytest.mark.parametrize("bad", [0, 1, 2])
+    def test_what_comes_before_a_damaged_chunk_is_given_and_then_no_more(
+        self, keeper: Keeper, bad: int
+    ) -> None:
+        chunks = [os.urandom(1000), os.urandom(2000), os.urandom(3000)]
+        keeper.store(*chunks)
+        keeper.damage(digest_of(chunks[bad]))
+        got = b""
+        with keeper.reading() as repository, pytest.raises(DamagedContentError) as caught:
+            for part in file_bytes(repository, of_chunks(*chunks), b"dir/f\n"):
+                got += part
+        assert got == b"".join(chunks[:bad])
+        assert (caught.value.path, caught.value.offset) == (b"dir/f\n", len(got))
+        assert caught.value.exit_code == 5
+        assert f"dir/f\\n is damaged from byte {len(got)} on" in str(caught.value)
+
+    def test_a_missing_chunk_is_damage(self, keeper: Keeper) -> None:
+        with keeper.reading() as repository, pytest.raises(DamagedContentError, match="missing"):
+            list(file_bytes(repository, of_chunks(b"never stored"), b"f"))
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"captured": digest_of(b"something else")},
+            {"size": 3},
+            {"size": 9},
+            {"content": RECORD.pack(4, digest_of(b"chunk"))},
+            {"content": RECORD.pack(6, digest_of(b"chunk"))},
+            {"content": chunk_record(b"chunk") * 2},
+            {"content": b""},
+        ],
+        ids=str,
+    )
+    def test_a_manifest_that_is_wrong_is_damage_although_every_chunk_verifies(
+        self, keeper: Keeper, wrong: dict[str, Any]
+    ) -> None:
+        keeper.store(b"chunk")
+        node = of_chunks(b"chunk")
+        got = 0
+        with keeper.reading() as repository:
+            assert b"".join(file_bytes(repository, node, b"f")) == b"chunk"
+            with pytest.raises(DamagedContentError):
+                for part in file_bytes(repository, replace(node, **wrong), b"f"):
+                    got += len(part)
+        assert got <= wrong.get("size", 5)
+
+
+def tar_of(keeper: Keeper, plan: Plan, **fields: Any) -> tuple[bytes, TarStats, RecordingMonitor]:
+    """Publish a plan, whose files' contents must be stored, and return its tar."""
+    _, snapshot = keeper.publish(plan, **fields)
+    out, monitor = io.BytesIO(), RecordingMonitor()
+    with keeper.reading() as repository:
+        writer = TarWriter(repository, snapshot, out.write, monitor)
+        writer.add_below(snapshot.root, b"")
+        stats = writer.finish()
+    return out.getvalue(), stats, monitor
+
+
+def members(stream: bytes) -> dict[bytes, tarfile.TarInfo]:
+    with tarfile.open(fileobj=io.BytesIO(stream), errorlevel=2) as tar:
+        return {os.fsencode(member.name): member for member in tar}
+
+
+class TestTar:
+    """A directory as a tar, read back by Python's own reader."""
+
+    def test_every_kind_comes_back_with_its_metadata(self, keeper: Keeper) -> None:
+        keeper.store(b"content")
+        stream, stats, monitor = tar_of(
+            keeper,
+            {
+                b"dev": {
+                    b"null": entry(b"", Kind.CHARACTER_DEVICE, extra=Extra(rdev=os.makedev(1, 3))),
+                    b"sda": entry(b"", Kind.BLOCK_DEVICE, extra=Extra(rdev=os.makedev(8, 1000))),
+                },
+                b"fifo": entry(b"", Kind.FIFO, mode=0o620),
+                b"file": file(b"", b"content", mode=0o4751, uid=1000, gid=50),
+                b"link": entry(b"", Kind.SYMLINK, content=b"dev/null", mode=0o777),
+            },
+            users=((1000, "anna"),),
+            groups=((50, "staff"),),
+        )
+        found = members(stream)
+        assert list(found) == [b"dev", b"dev/null", b"dev/sda", b"fifo", b"file", b"link"]
+        assert found[b"dev"].isdir() and found[b"fifo"].isfifo() and found[b"dev/null"].ischr()
+        null, sda, data = found[b"dev/null"], found[b"dev/sda"], found[b"file"]
+        assert (null.devmajor, null.devminor) == (1, 3)
+        assert sda.isblk() and (sda.devmajor, sda.devminor) == (8, 1000)
+        assert (data.mode, data.uid, data.gid) == (0o4751, 1000, 50)
+        assert (data.uname, data.gname, data.size) == ("anna", "staff", 7)
+        assert data.pax_headers["mtime"] == "1600000000.123456789"
+        assert found[b"link"].issym() and found[b"link"].linkname == "dev/null"
+        assert found[b"fifo"].mode == 0o620
+        assert (stats.files, stats.directories, stats.others, stats.content_bytes) == (1, 1, 4, 7)
+        assert monitor.problems == []
+        assert len(stream) % tarfile.RECORDSIZE == 0
+        assert stream.endswith(bytes(2 * tarfile.BLOCKSIZE))
+
+    def test_content_comes_back_byte_for_byte(self, keeper: Keeper) -> None:
+        contents = {b"%d" % size: os.urandom(size) for size in (0, 1, 511, 512, 513, 5000)}
+        keeper.store(*filter(None, contents.values()))
+        plan = {name: file(name, data) for name, data in contents.items()}
+        plan[b"sparse"] = of_chunks(100_000, contents[b"513"], 3)
+        stream, _, _ = tar_of(keeper, plan)
+        contents[b"sparse"] = bytes(100_000) + contents[b"513"] + bytes(3)
+        with tarfile.open(fileobj=io.BytesIO(stream)) as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                assert content is not None
+                assert content.read() == contents.pop(os.fsencode(member.name)), member.name
+        assert contents == {}
+
+    @pytest.mark.parametrize(
+        "time_ns",
+        [
+            0,
+            1,
+            -1,
+            -1_500_000_000,
+            10**9,
+            MTIME_NS,
+            5_000_000_000 * 10**9,
+            8**11 * 10**9,
+            -(10**18),
+        ],
+    )
+    def test_times_are_exact_to_the_nanosecond(self, keeper: Keeper, time_ns: int) -> None:
+        stream, _, _ = tar_of(keeper, {b"f": file(b"", mtime_ns=time_ns)})
+        member = members(stream)[b"f"]
+        exact = member.pax_headers.get("mtime")
+        if exact is None:
+            assert member.mtime * 10**9 == time_ns
+            return
+        seconds, _, rest = exact.lstrip("-").partition(".")
+        assert len(rest) == 9
+        assert (int(seconds) * 10**9 + int(rest)) * (-1 if exact[0] == "-" else 1) == time_ns
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            b"plain",
+            b"x" * 100,
+            b"x" * 101,
+            b"x" * 255,
+            b"caf\xc3\xa9",
+            b"caf\xe9\xff",
+            b"two\nlines\x1b[2J",
+            b" ",
+            b"-rf",
+            b"a=b",
+            b"\xe2\x80\xae",
+        ],
+    )
+    def test_names_and_targets_of_any_bytes_and_length_survive(
+        self, keeper: Keeper, name: bytes
+    ) -> None:
+        link = entry(b"", Kind.SYMLINK, content=name * 2)
+        inside = {b"again" + name[:200]: file(b""), b"link": link}
+        stream, _, _ = tar_of(keeper, {name: inside})
+        found = members(stream)
+        assert set(found) == {name, name + b"/again" + name[:200], name + b"/link"}
+        assert os.fsencode(found[name + b"/link"].linkname) == name * 2
+
+    def test_a_header_that_is_not_needed_is_not_written(self, keeper: Keeper) -> None:
+        stream, _, _ = tar_of(keeper, {b"f": file(b"", mtime_ns=10**18)})
+        assert b"PaxHeaders" not in stream
+        assert members(stream)[b"f"].pax_headers == {}
+
+    def test_numbers_that_do_not_fit_a_plain_header_survive(self, keeper: Keeper) -> None:
+        node = file(b"", uid=4_000_000_000, gid=8**7, mtime_ns=0)
+        member = members(tar_of(keeper, {b"f": node})[0])[b"f"]
+        assert (member.uid, member.gid) == (4_000_000_000, 8**7)
+
+    def test_a_size_beyond_8_gib_is_told(self, keeper: Keeper) -> None:
+        """The content is not there, so that the stream ends behind the header."""
+        _, snapshot = keeper.publish({b"f": entry(b"", size=NINE_GIB, captured=digest_of(b""))})
+        out = io.BytesIO()
+        with keeper.reading() as repository, pytest.raises(DamagedContentError):
+            TarWriter(repository, snapshot, out.write, RecordingMonitor()).add_below(
+                snapshot.root, b""
+            )
+        with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
+            member = tar.next()
+        assert member is not None
+        assert member.size == NINE_GIB
+
+    def test_long_owner_names_and_odd_ones_survive(self, keeper: Keeper) -> None:
+        users, groups = ((1, "u" * 40),), ((2, "größe"),)
+        plan = {b"f": file(b"", uid=1, gid=2), b"g": file(b"", uid=3, gid=4)}
+        found = members(tar_of(keeper, plan, users=users, groups=groups)[0])
+        assert (found[b"f"].uname, found[b"f"].gname) == ("u" * 40, "größe")
+        assert (found[b"g"].uname, found[b"g"].gname) == ("", "")
+
+    def test_xattrs_of_any_bytes_are_in_the_header(self, keeper: Keeper) -> None:
+        every_byte = bytes(range(256))
+        xattrs = (
+            (b"security.capability", b"\x01\0\0\x02\xff"),
+            (b"user.a=b%", b"sign"),
+            (b"user.empty", b""),
+            (b"user.every", every_byte),
+        )
+        link = entry(b"", Kind.SYMLINK, content=b"x", extra=Extra(((b"trusted.t", b"1"),)))
+        stream, _, _ = tar_of(keeper, {b"f": file(b"", extra=Extra(xattrs)), b"l": link})
+        found = members(stream)
+        told = {
+            keyword.removeprefix("SCHILY.xattr."): value.encode("utf-8", "surrogateescape")
+            for keyword, value in found[b"f"].pax_headers.items()
+            if keyword.startswith("SCHILY.xattr.")
+        }
+        expected = dict(xattrs) | {b"user.a%3Db%25": b"sign"}
+        del expected[b"user.a=b%"]
+        assert told == {name.decode(): value for name, value in expected.items()}
+        assert found[b"l"].pax_headers["SCHILY.xattr.trusted.t"] == "1"
+
+    def test_an_xattr_whose_name_is_not_utf_8_is_there_as_bytes(self, keeper: Keeper) -> None:
+        stream, _, _ = tar_of(keeper, {b"f": file(b"", extra=Extra(((b"user.\xe9", b"v"),)))})
+        assert b"25 SCHILY.xattr.user.\xe9=v\n" in stream
+
+    def test_an_acl_is_there_as_text_too(self, keeper: Keeper) -> None:
+        acl = bytes.fromhex(
+            "02000000 01000700ffffffff 0200060039300000 04000500ffffffff"
+            "0800000031d40000 10000700ffffffff 20000100ffffffff"
+        )
+        broken = acl[:-1]
+        xattrs = ((b"system.posix_acl_access", acl), (b"system.posix_acl_default", broken))
+        headers = members(tar_of(keeper, {b"d": file(b"", extra=Extra(xattrs))})[0])[
+            b"d"
+        ].pax_headers
+        assert headers["SCHILY.acl.access"] == (
+            "user::rwx,user:12345:rw-,group::r-x,group:54321:---,mask::rwx,other::--x"
+        )
+        assert "SCHILY.acl.default" not in headers
+        assert (
+            headers["SCHILY.xattr.system.posix_acl_access"].encode("utf-8", "surrogateescape")
+            == acl
+        )
+
+    def test_further_names_of_a_file_are_links_to_the_first(self, keeper: Keeper) -> None:
+        keeper.store(b"content")
+        one = file(b"", b"content", nlink=3, inode=5, extra=Extra(device=1))
+        other = replace(one, extra=Extra(device=2))
+        changed = replace(one, size=0, content=b"")
+        stream, stats, _ = tar_of(
+            keeper, {b"a": {b"first": one}, b"b": one, b"c": other, b"d": changed, b"e": one}
+        )
+        found = members(stream)
+        linked = {name: member.linkname for name, member in found.items() if member.islnk()}
+        assert linked == {b"b": "a/first", b"e": "a/first"}
+        assert found[b"c"].size == 7, "of another file system: another file"
+        assert found[b"d"].size == 0, "its content is not that of the first"
+        assert (stats.links, stats.files, stats.content_bytes) == (2, 5, 14)
+
+    def test_a_file_whose_names_have_all_been_met_is_forgotten(self, keeper: Keeper) -> None:
+        keeper.store(b"content")
+        pair = file(b"", b"content", nlink=2, inode=5, extra=Extra(device=1))
+        stream, stats, _ = tar_of(keeper, {b"a": pair, b"b": pair, b"c": pair, b"d": pair})
+        linked = [name for name, member in members(stream).items() if member.islnk()]
+        assert linked == [b"b", b"d"]
+        assert stats.links == 2
+
+    def test_no_more_links_are_remembered_than_allowed(
+        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(casfs.tar, "_MAX_LINKS", 1)
+        keeper.store(b"1", b"2")
+        one = file(b"", b"1", nlink=2, inode=1, extra=Extra(device=1))
+        two = file(b"", b"2", nlink=2, inode=2, extra=Extra(device=1))
+        stream, _, _ = tar_of(keeper, {b"a": one, b"b": two, b"c": one, b"d": two})
+        found = members(stream)
+        assert [found[name].islnk() for name in (b"c", b"d")] == [False, False]
+        assert [found[name].size for name in (b"c", b"d")] == [1, 1]
+
+    def test_a_hard_linked_symlink_is_a_link_to_the_first(self, keeper: Keeper) -> None:
+        link = entry(b"", Kind.SYMLINK, content=b"x", nlink=2, inode=5, extra=Extra(device=1))
+        found = members(tar_of(keeper, {b"a": link, b"b": link})[0])
+        assert found[b"a"].issym() and found[b"b"].islnk() and found[b"b"].linkname == "a"
+
+    def test_a_socket_is_left_out_and_told(self, keeper: Keeper) -> None:
+        stream, stats, monitor = tar_of(
+            keeper, {b"run": {b"s": entry(b"", Kind.SOCKET)}, b"z": file(b"")}
+        )
+        assert list(members(stream)) == [b"run", b"z"]
+        (problem,) = monitor.problems
+        assert (problem.kind, problem.path) == (ProblemKind.LEFT_OUT, b"run/s")
+        assert stats.left_out == 1
+
+    @pytest.mark.parametrize("rdev", [-1, (1 << 64) - 1, os.makedev(8**7, 0)])
+    def test_a_device_with_an_impossible_number_is_left_out_and_told(
+        self, keeper: Keeper, rdev: int
+    ) -> None:
+        node = entry(b"", Kind.BLOCK_DEVICE, extra=Extra(rdev=rdev))
+        stream, stats, monitor = tar_of(keeper, {b"a": node, b"b": file(b"")})
+        assert list(members(stream)) == [b"b"]
+        assert [problem.path for problem in monitor.problems] == [b"a"]
+        assert stats.left_out == 1
+
+    def test_a_flagged_file_is_written_as_captured_and_told(self, keeper: Keeper) -> None:
+        keeper.store(b"mixture")
+        stream, stats, monitor = tar_of(keeper, {b"log": flagged(file(b"", b"mixture"))})
+        assert members(stream)[b"log"].size == 7
+        assert [(p.kind, p.path) for p in monitor.problems] == [(ProblemKind.CHANGED, b"log")]
+        assert stats.flagged == 1
+
+    def test_the_stream_ends_before_damage_and_is_no_whole_tar(self, keeper: Keeper) -> None:
+        keeper.store(b"first", b"second")
+        _, snapshot = keeper.publish(
+            {b"a": file(b"", b"first"), b"b": file(b"", b"second"), b"c": file(b"", b"first")}
+        )
+        keeper.damage(digest_of(b"second"))
+        out = io.BytesIO()
+        with keeper.reading() as repository:
+            writer = TarWriter(repository, snapshot, out.write, RecordingMonitor())
+            with pytest.raises(DamagedContentError) as caught:
+                writer.add_below(snapshot.root, b"")
+        assert caught.value.path == b"b"
+        with (
+            pytest.raises(tarfile.ReadError),
+            tarfile.open(fileobj=io.BytesIO(out.getvalue()), errorlevel=2) as tar,
+        ):
+            for member in tar:
+                content = tar.extractfile(member)
+                assert content is not None
+                assert content.read() in (b"first", b"second"[: member.size])
+
+
+class TestCommand:
+    """`casfs dump`."""
+
+    def run(self, keeper: Keeper, *arguments: str) -> Result:
+        return CliRunner().invoke(
+            command,
+            ["dump", "--repo", str(keeper.root), *arguments],
+            obj=Settings(),
+            standalone_mode=False,
+        )
+
+    def test_writes_a_file_to_stdout_or_to_a_file(self, keeper: Keeper, tmp_path: Path) -> None:
+        data = os.urandom(100_000)
+        (tmp_path / "source").write_bytes(data)
+        keeper.back_up(tmp_path / "source")
+        assert self.run(keeper, f"latest:{tmp_path}/source").stdout_bytes == data
+        target = tmp_path / "target"
+        target.write_bytes(bytes(200_000))
+        result = self.run(keeper, f"latest:{tmp_path}/source", "--output", str(target), "--json")
+        assert target.read_bytes() == data
+        told = json.loads(result.stdout)
+        assert (told["type"], told["kind"], told["bytes"]) == ("summary", "file", 100_000)
+        assert told["path"] == str(tmp_path / "source").lstrip("/")
+
+    def test_writes_a_directory_as_a_tar(self, keeper: Keeper, tmp_path: Path) -> None:
+        source = tmp_path / "source"
+        (source / "sub").mkdir(parents=True)
+        (source / "sub" / "file").write_bytes(b"content")
+        keeper.back_up(source)
+        target = str(tmp_path / "x.tar")
+        told = json.loads(self.run(keeper, f"latest:{source}", "-o", target, "--json").stdout)
+        with tarfile.open(target) as tar:
+            assert tar.getnames() == ["sub", "sub/file"]
+        assert (told["kind"], told["files"], told["dirs"], told["bytes"]) == ("dir", 1, 1, 7)
+        streamed = self.run(keeper, f"latest:{source}").stdout_bytes
+        assert (
+            hashlib.sha256(streamed).digest() == hashlib.sha256(Path(target).read_bytes()).digest()
+        )
+
+    def test_warns_of_a_flagged_file(self, keeper: Keeper) -> None:
+        keeper.store(b"mixture")
+        keeper.publish({b"log": flagged(file(b"", b"mixture"))})
+        result = self.run(keeper, "latest:log")
+        assert result.stdout_bytes == b"mixture"
+        assert "log: it changed while it was captured" in result.stderr
+
+    def test_of_a_damaged_file_ends_with_5_after_what_is_sound(self, keeper: Keeper) -> None:
+        sound, bad = os.urandom(1000), os.urandom(1000)
+        keeper.store(sound, bad)
+        keeper.publish({b"f": of_chunks(sound, bad, sound)})
+        keeper.damage(digest_of(bad))
+        result = self.run(keeper, "latest:f")
+        assert result.stdout_bytes == sound
+        assert isinstance(result.exception, DamagedContentError)
+        assert result.exception.exit_code == 5
+
+    @pytest.mark.parametrize("kind", [Kind.FIFO, Kind.SOCKET, Kind.SYMLINK])
+    def test_of_what_holds_nothing_is_refused(
+        self, keeper: Keeper, tmp_path: Path, kind: Kind
+    ) -> None:
+        keeper.publish({b"it": entry(b"", kind, content=b"x" if kind == Kind.SYMLINK else b"")})
+        target = tmp_path / "target"
+        result = self.run(keeper, "latest:it", "-o", str(target))
+        assert isinstance(result.exception, CasfsError)
+        assert kind.name.lower() in str(result.exception)
+        assert not target.exists()
+
+    def test_with_json_and_without_a_file_to_write_to_is_refused(self, keeper: Keeper) -> None:
+        keeper.publish({b"f": file(b"")})
+        assert isinstance(self.run(keeper, "latest:f", "--json").exception, UsageError)
+
+    def test_of_a_directory_does_not_go_to_a_terminal(
+        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keeper.publish({b"d": {b"f": file(b"")}})
+        monkeypatch.setattr("casfs.cli.dumping._is_terminal", lambda: True)
+        assert isinstance(self.run(keeper, "latest:d").exception, UsageError)
+        assert self.run(keeper, "latest:d/f").exception is None

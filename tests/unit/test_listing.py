@@ -1,0 +1,342 @@
+"""The listing verbs: snapshots, ls, find, changed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from casfs.cli.app import Settings, casfs
+from casfs.digest import digest_of
+from casfs.errors import NotFoundError, UsageError
+from casfs.tree import Extra, Kind, State, replace
+
+from .planting import MTIME_NS, Keeper, Plan, entry, file, flagged, reference
+
+SECOND_NS = 1_000_000_000
+SHOWN_TIME = "2020-09-13 12:26:40"
+
+
+@pytest.fixture(autouse=True)
+def universal_time() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "UTC")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    return Keeper(tmp_path)
+
+
+def run(keeper: Keeper, verb: str, *arguments: str, expect: int = 0) -> Result:
+    result = CliRunner().invoke(
+        casfs,
+        [verb, "--repo", str(keeper.root), *arguments],
+        obj=Settings(),
+        standalone_mode=False,
+    )
+    if result.exception is not None:
+        raise result.exception
+    assert (result.return_value or 0) == expect
+    return result
+
+
+def lines(keeper: Keeper, verb: str, *arguments: str) -> list[str]:
+    return run(keeper, verb, *arguments).stdout.splitlines()
+
+
+def objects(keeper: Keeper, verb: str, *arguments: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines(keeper, verb, "--json", *arguments)]
+
+
+class TestSnapshots:
+    def test_of_an_empty_repository_are_nothing_but_a_hint(self, keeper: Keeper) -> None:
+        result = run(keeper, "snapshots")
+        assert result.stdout == ""
+        assert "no snapshots yet" in result.stderr
+        machine = run(keeper, "snapshots", "--json")
+        assert (machine.stdout, machine.stderr) == ("", "")
+
+    def test_are_a_table_with_a_row_for_each_further_path(self, keeper: Keeper) -> None:
+        first, _ = keeper.publish({b"f": file(b"", b"12345")}, time_ns=MTIME_NS, paths=(b"f",))
+        second, _ = keeper.publish(
+            {b"f": flagged(file(b"", b"1"))},
+            time_ns=MTIME_NS + SECOND_NS,
+            host="far away",
+            paths=(b"/a", b"/b\n"),
+            tags=("t1", "t2"),
+        )
+        head, one, two, more = lines(keeper, "snapshots")
+        heads = ["id", "time", "host", "paths", "tags", "files", "size", "flagged"]
+        assert head.split() == heads
+        assert one.split() == [first.hex()[:12], *SHOWN_TIME.split(), "here", "f", "0", "5", "B"]
+        assert two.startswith(second.hex()[:12])
+        assert two[head.index("host") :].startswith("far away  /a")
+        assert two[head.index("tags") :].startswith("t1,t2")
+        assert two.rstrip().endswith(" 1")
+        assert more.split() == ["/b\\n"]
+        assert more.index("/b") == head.index("paths")
+
+    def test_as_objects_tell_all_that_is_known(self, keeper: Keeper, tmp_path: Path) -> None:
+        (tmp_path / "source").mkdir()
+        (tmp_path / "source" / "f").write_bytes(b"123")
+        first, _ = keeper.back_up(tmp_path / "source", tags=("a",))
+        second, _ = keeper.back_up(tmp_path / "source")
+        old, new = objects(keeper, "snapshots")
+        assert (old["type"], old["id"], new["id"]) == ("snapshot", first.hex(), second.hex())
+        assert (old["parent"], new["parent"]) == (None, first.hex())
+        assert (old["tags"], new["tags"]) == (["a"], [])
+        assert (old["files"], old["bytes"], old["flagged"]) == (1, 3, 0)
+        assert (old["unreadable"], old["vanished"]) == (0, 0)
+        assert (old["host"], old["paths"]) == ("here", [str(tmp_path / "source")])
+        assert old["program"].startswith("casfs ")
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ((), "abcd"),
+            (("--host", "h1"), "abd"),
+            (("--host", "h1", "--host", "h2"), "abcd"),
+            (("--tag", "x"), "bc"),
+            (("--tag", "x,y"), "c"),
+            (("--tag", "x,y", "--tag", "z"), "cd"),
+            (("--path", "/p"), "abcd"),
+            (("--path", "/q"), "d"),
+            (("--path", "/p", "--path", "/q/"), "d"),
+            (("--latest", "1"), "bcd"),
+            (("--latest", "1", "--host", "h1"), "bd"),
+            (("--latest", "2"), "abcd"),
+            (("--host", "h1", "--tag", "y"), ""),
+        ],
+        ids=str,
+    )
+    def test_are_selected_by_host_tag_path_and_age(
+        self, keeper: Keeper, options: tuple[str, ...], expected: str
+    ) -> None:
+        ids: dict[str, str] = {}
+        for name, host, tags, paths in (
+            ("a", "h1", (), (b"/p",)),
+            ("b", "h1", ("x",), (b"/p",)),
+            ("c", "h2", ("x", "y"), (b"/p",)),
+            ("d", "h1", ("z",), (b"/p", b"/q")),
+        ):
+            time_ns = MTIME_NS + len(ids)
+            snapshot_id, _ = keeper.publish({}, host=host, tags=tags, paths=paths, time_ns=time_ns)
+            ids[snapshot_id.hex()] = name
+        found = objects(keeper, "snapshots", *options)
+        assert "".join(ids[told["id"]] for told in found) == expected
+        if not expected:
+            result = run(keeper, "snapshots", *options)
+            assert result.stdout == ""
+            assert "none of the 4 snapshots fits" in result.stderr
+
+
+TREE: Plan = {
+    b"dev": entry(b"", Kind.BLOCK_DEVICE, mode=0o660, extra=Extra(rdev=os.makedev(8, 1))),
+    b"docs": {
+        b"deep": {b"file": file(b"", b"x")},
+        b"grown": replace(file(b"", b"12"), state=State.APPENDED),
+        b"log": flagged(file(b"", b"1234", mode=0o4751, uid=1000, gid=50)),
+    },
+    b"fifo": entry(b"", Kind.FIFO),
+    b"link": entry(b"", Kind.SYMLINK, content=b"to\nthere", mode=0o777),
+    b"odd \xff": file(b""),
+}
+OWNERS: dict[str, Any] = {"users": ((0, "root"), (1000, "anna")), "groups": ((50, "staff\n"),)}
+
+
+class TestLs:
+    @pytest.fixture(autouse=True)
+    def snapshot(self, keeper: Keeper) -> str:
+        return keeper.publish(TREE, **OWNERS)[0].hex()
+
+    def test_of_a_directory_lists_its_entries_in_columns(self, keeper: Keeper) -> None:
+        assert lines(keeper, "ls", "latest:/docs") == [
+            f"drwxr-xr-x root 0       1 {SHOWN_TIME}          deep",
+            f"-rw-r--r-- root 0       2 {SHOWN_TIME} appended grown",
+            f"-rwsr-x--x anna staff\\n 4 {SHOWN_TIME} changed  log",
+        ]
+
+    def test_of_the_top_tells_every_kind_and_escapes_names(self, keeper: Keeper) -> None:
+        told = lines(keeper, "ls", "latest:")
+        assert [line[0] for line in told] == ["b", "d", "p", "l", "-"]
+        assert " 8, 1 " in told[0]
+        assert " 7 " in told[1], "all files below the directory"
+        assert told[3].endswith(" link -> to\\nthere")
+        assert told[4].endswith(" odd \\xff")
+
+    def test_of_a_snapshot_or_with_recursive_lists_all_with_their_paths(
+        self, keeper: Keeper
+    ) -> None:
+        below = ["docs/deep", "docs/deep/file", "docs/grown", "docs/log"]
+        whole = lines(keeper, "ls", "latest")
+        assert [line.split()[-1] for line in whole[1:6]] == ["docs", *below]
+        assert lines(keeper, "ls", "-R", "latest:/") == whole
+        part = lines(keeper, "ls", "--recursive", "latest:docs")
+        assert [line.split()[-1] for line in part] == below
+
+    def test_of_a_file_is_that_file(self, keeper: Keeper) -> None:
+        (line,) = lines(keeper, "ls", "latest:docs/log")
+        assert line.endswith(" changed  docs/log")
+        (told,) = objects(keeper, "ls", "latest:docs/log")
+        assert told["path"] == "docs/log"
+
+    def test_as_objects_tells_all_that_is_known(self, keeper: Keeper) -> None:
+        told = {node["path"]: node for node in objects(keeper, "ls", "latest")}
+        assert {node["type"] for node in told.values()} == {"node"}
+        log = told["docs/log"]
+        assert (log["kind"], log["mode"], log["size"]) == ("file", 0o4751, 4)
+        assert (log["uid"], log["gid"], log["user"]) == (1000, 50, "anna")
+        assert told["docs"]["group"] is None, "the number 0 has no name in the snapshot"
+        assert (log["mtime_ns"], log["ctime_ns"]) == (MTIME_NS, MTIME_NS)
+        assert (log["inode"], log["nlink"]) == (1, 1)
+        assert (log["state"], log["reason"], log["attempts"]) == ("changed", "rewritten", 3)
+        assert log["captured"] == digest_of(b"1234").hex()
+        assert log["observed"] == digest_of(b"seen when read again").hex()
+        assert told["docs/grown"]["state"] == "appended"
+        assert told["docs/deep/file"]["state"] == "stable"
+        assert told["link"]["target"] == "to\nthere"
+        assert (told["dev"]["kind"], told["dev"]["rdev"]) == ("blockdev", os.makedev(8, 1))
+        docs = told["docs"]
+        assert (docs["kind"], docs["entries"]) == ("dir", 4)
+        assert (docs["total_bytes"], docs["flagged"]) == (7, 1)
+        odd = told["odd \udcff"]
+        assert base64.b64decode(odd["path_b64"]) == b"odd \xff"
+
+    def test_of_one_directory_as_objects_tells_whole_paths(self, keeper: Keeper) -> None:
+        told = [node["path"] for node in objects(keeper, "ls", "latest:/docs/")]
+        assert told == ["docs/deep", "docs/grown", "docs/log"]
+
+    def test_of_what_is_not_there_is_an_error(self, keeper: Keeper) -> None:
+        with pytest.raises(NotFoundError, match="docs/none"):
+            run(keeper, "ls", "latest:docs/none")
+
+    def test_goes_past_a_damaged_directory_and_ends_with_5(
+        self, keeper: Keeper, snapshot: str
+    ) -> None:
+        with keeper.reading() as repository:
+            deep = repository.resolve_path("latest:docs/deep")[3]
+        keeper.damage(reference(deep))
+        result = run(keeper, "ls", "latest", expect=5)
+        assert "docs/log" in result.stdout
+        assert "docs/deep/file" not in result.stdout
+        assert "docs/deep: the directory cannot be read whole" in result.stderr
+        told = run(keeper, "ls", "latest", "--json", expect=5).stdout.splitlines()
+        problems = [told for told in map(json.loads, told) if told["type"] == "problem"]
+        assert [problem["path"] for problem in problems] == ["docs/deep"]
+
+
+class TestFind:
+    @pytest.fixture(autouse=True)
+    def snapshots(self, keeper: Keeper) -> list[str]:
+        plans: list[Plan] = [
+            {b"a": {b"report.txt": b"1"}, b"report.d": {}},
+            {b"a": {b"report.txt": b"1"}, b"b": {b"Report.txt": flagged(file(b""))}},
+        ]
+        return [
+            keeper.publish(plan, time_ns=MTIME_NS + number)[0].hex()
+            for number, plan in enumerate(plans)
+        ]
+
+    def test_looks_in_all_snapshots_the_newest_first(
+        self, keeper: Keeper, snapshots: list[str]
+    ) -> None:
+        old, new = (snapshot[:12] for snapshot in snapshots)
+        assert lines(keeper, "find", "report.*") == [
+            f"{new}:a/report.txt",
+            f"{old}:a/report.txt",
+            f"{old}:report.d",
+        ]
+
+    def test_marks_what_was_captured_while_it_changed(
+        self, keeper: Keeper, snapshots: list[str]
+    ) -> None:
+        found = lines(keeper, "find", "R*")
+        assert found[0] == f"{snapshots[1][:12]}:b/Report.txt"
+        assert found[1].split() == ["changed", "while", "it", "was", "captured"]
+        assert found[1].startswith("    ")
+        assert lines(keeper, "find", "--changed") == found
+        assert lines(keeper, "find", "--changed", "*.pdf") == []
+
+    def test_as_objects_tells_the_snapshot_and_the_node(
+        self, keeper: Keeper, snapshots: list[str]
+    ) -> None:
+        first, second = objects(keeper, "find", "-i", "report.txt", "--snapshot", snapshots[1])
+        assert (first["type"], first["snapshot"]) == ("match", snapshots[1])
+        assert (first["path"], first["kind"], first["size"]) == ("a/report.txt", "file", 1)
+        assert (second["path"], second["state"]) == ("b/Report.txt", "changed")
+
+    def test_in_some_snapshots_looks_nowhere_else(
+        self, keeper: Keeper, snapshots: list[str]
+    ) -> None:
+        old, new = snapshots
+        for options, expected in (
+            (("--snapshot", old), [old]),
+            (("--snapshot", old, "--snapshot", new), [new, old]),
+            (("--snapshot", new, "--snapshot", "latest"), [new]),
+            (("--snapshot", f"{old}:a"), [old]),
+            (("--snapshot", f"{new}:b"), []),
+        ):
+            found = objects(keeper, "find", "report.txt", *options)
+            assert [match["snapshot"] for match in found] == expected, options
+
+    def test_of_a_kind_finds_only_that(self, keeper: Keeper, snapshots: list[str]) -> None:
+        assert lines(keeper, "find", "report.*", "--type", "d") == [f"{snapshots[0][:12]}:report.d"]
+        assert lines(keeper, "find", "report.*", "--type", "l") == []
+
+    def test_for_nothing_is_a_usage_error(self, keeper: Keeper) -> None:
+        with pytest.raises(UsageError):
+            run(keeper, "find")
+
+    def test_goes_past_damage_and_ends_with_5(self, keeper: Keeper) -> None:
+        with keeper.reading() as repository:
+            folder = repository.resolve_path("latest:b")[3]
+        keeper.damage(reference(folder))
+        result = run(keeper, "find", "-i", "report.txt", expect=5)
+        assert len(result.stdout.splitlines()) == 2
+        assert result.stderr.startswith("casfs: b: ")
+
+
+class TestChanged:
+    def test_lists_the_flagged_files_with_the_evidence(self, keeper: Keeper) -> None:
+        snapshot, _ = keeper.publish(TREE)
+        (line,) = lines(keeper, "changed", "latest")
+        captured = digest_of(b"1234").hex()[:12]
+        observed = digest_of(b"seen when read again").hex()[:12]
+        assert line.split() == [
+            *("rewritten", "3", "attempts"),
+            *("captured", captured, "observed", observed, "docs/log"),
+        ]
+        (told,) = objects(keeper, "changed", "latest")
+        assert (told["type"], told["snapshot"]) == ("changed", snapshot.hex())
+        assert (told["path"], told["reason"], told["attempts"]) == ("docs/log", "rewritten", 3)
+        assert told["captured"].startswith(captured) and len(told["captured"]) == 64
+        assert told["observed"].startswith(observed) and len(told["observed"]) == 64
+
+    def test_of_a_part_lists_that_part(self, keeper: Keeper) -> None:
+        keeper.publish({b"a": {b"x": flagged(file(b""))}, b"b": {b"y": flagged(file(b""))}})
+        assert [told["path"] for told in objects(keeper, "changed", "latest:b")] == ["b/y"]
+        assert [told["path"] for told in objects(keeper, "changed", "latest:a/x")] == ["a/x"]
+
+    def test_of_a_file_without_evidence_still_lists_it(self, keeper: Keeper) -> None:
+        keeper.publish({b"f": replace(file(b"", b"1"), state=State.CHANGED)})
+        (line,) = lines(keeper, "changed", "latest")
+        assert line.startswith("unknown ")
+        assert line.endswith(" observed nothing       f")
+
+    def test_says_that_nothing_was_flagged(self, keeper: Keeper) -> None:
+        keeper.publish({b"f": b""})
+        result = run(keeper, "changed", "latest")
+        assert result.stdout == ""
+        assert "nothing in latest" in result.stderr
+        assert run(keeper, "changed", "latest", "--json").stderr == ""

@@ -1,0 +1,161 @@
+"""Sizes agree with what was stored, and shared blobs are told from a snapshot's own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from casfs.content import ContentWriter
+from casfs.digest import Digest, digest_of
+from casfs.errors import BlobError
+from casfs.sizes import Bitmap, measure_repository, measure_snapshot
+from casfs.store.blob import BlobKind
+from casfs.tree import Node
+
+from .planting import Keeper, entry, file, flagged, reference
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    return Keeper(tmp_path)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "big").write_bytes(os.urandom(3 << 20))
+    (folder / "sub" / "small").write_bytes(os.urandom(5000))
+    (folder / "sub" / "twin").write_bytes((folder / "sub" / "small").read_bytes())
+    (folder / "empty").touch()
+    (folder / "link").symlink_to("big")
+    return folder
+
+
+def test_the_first_snapshot_needs_all_that_was_stored(keeper: Keeper, source: Path) -> None:
+    snapshot_id, snapshot = keeper.back_up(source)
+    with keeper.reading() as repository:
+        whole = measure_repository(repository)
+        seen = measure_snapshot(repository, "latest")
+    assert snapshot.root.tree is not None
+    assert (whole.snapshots, whole.packs) == (1, 1)
+    assert whole.blobs == seen.blobs == snapshot.stats.new_blobs
+    assert whole.plain_bytes == snapshot.stats.new_plain_bytes
+    assert whole.total_bytes == seen.total_bytes == (3 << 20) + 2 * 5000
+    assert seen.stored_bytes == snapshot.stats.new_stored_bytes
+    assert seen.unique_stored_bytes == seen.stored_bytes < whole.pack_bytes
+    assert (seen.snapshot_id, seen.entries) == (snapshot_id, snapshot.root.tree.nodes)
+    assert seen.flagged == 0
+
+
+def test_two_snapshots_of_the_same_have_nothing_of_their_own(keeper: Keeper) -> None:
+    content = os.urandom(10_000)
+    keeper.store(content)
+    first, _ = keeper.publish({b"f": file(b"", content)}, time_ns=1)
+    second, _ = keeper.publish({b"f": file(b"", content)}, time_ns=2)
+    with keeper.reading() as repository:
+        assert measure_repository(repository).snapshots == 2
+        for snapshot_id in (first, second):
+            seen = measure_snapshot(repository, snapshot_id.hex())
+            assert (seen.snapshot_id, seen.blobs) == (snapshot_id, 2)
+            assert seen.stored_bytes > 10_000
+            assert seen.unique_stored_bytes == 0
+
+
+def test_what_a_change_added_is_the_snapshots_own(keeper: Keeper, source: Path) -> None:
+    keeper.back_up(source)
+    (source / "new").write_bytes(os.urandom(100_000))
+    _, snapshot = keeper.back_up(source)
+    with keeper.reading() as repository:
+        seen = measure_snapshot(repository, "latest")
+    assert 100_000 <= snapshot.stats.new_stored_bytes < 110_000
+    assert seen.unique_stored_bytes == snapshot.stats.new_stored_bytes
+    assert seen.stored_bytes > 3 << 20
+
+
+def test_of_a_part_only_that_part_counts(keeper: Keeper, source: Path) -> None:
+    keeper.back_up(source)
+    with keeper.reading() as repository:
+        part = measure_snapshot(repository, f"latest:{source}/sub")
+        one = measure_snapshot(repository, f"latest:{source}/big")
+    assert (part.entries, part.total_bytes, part.blobs) == (2, 10_000, 2)
+    assert 5000 < part.stored_bytes < 6000
+    assert (one.entries, one.total_bytes) == (1, 3 << 20)
+    assert one.stored_bytes >= 3 << 20
+
+
+def test_flagged_files_are_counted_from_the_summary(keeper: Keeper) -> None:
+    keeper.publish({b"a": flagged(file(b"")), b"b": {b"c": flagged(file(b"")), b"d": b""}})
+    with keeper.reading() as repository:
+        assert measure_snapshot(repository, "latest").flagged == 2
+        assert measure_snapshot(repository, "latest:a").flagged == 1
+        assert measure_snapshot(repository, "latest:b/d").flagged == 0
+
+
+def big_file(keeper: Keeper, chunks: list[bytes]) -> Node:
+    """Store a file of these chunks and return its node, whose list of chunks has lists below it."""
+    with keeper.writing() as repository:
+        writer = repository.writer()
+        content = ContentWriter(writer.put, digest_of)
+        for chunk in chunks:
+            writer.put(BlobKind.DATA, digest_of(chunk), chunk)
+            content.add(len(chunk), digest_of(chunk))
+        records, levels = content.finish()
+        writer.finish()
+    return entry(b"", size=sum(map(len, chunks)), content=records, levels=levels)
+
+
+def test_every_chunk_of_a_file_with_lists_of_lists_is_counted_once(keeper: Keeper) -> None:
+    chunks = [b"chunk %d" % number for number in range(20_000)]
+    node = big_file(keeper, chunks * 2)
+    assert node.levels > 0
+    other = big_file(keeper, [*chunks, b"one more"])
+    first, _ = keeper.publish({b"big": node, b"again": node})
+    keeper.publish({b"other": other})
+    with keeper.reading() as repository:
+        lists = set(repository.content(node).blobs()) - {digest_of(chunk) for chunk in chunks}
+        store = repository.store
+        stored = sum(store.locate(Digest(part)).stored_bytes + 16 for part in lists)
+        stored += sum(len(chunk) + 16 for chunk in chunks)
+        both = set(repository.content(other).blobs())
+        seen = measure_snapshot(repository, f"{first.hex()}:again")
+        assert seen.blobs == len(chunks) + len(lists)
+        assert seen.stored_bytes == stored
+        own = lists - both
+        assert 0 < len(own) < len(lists)
+        assert seen.unique_stored_bytes == sum(
+            store.locate(Digest(part)).stored_bytes + 16 for part in own
+        )
+
+
+def test_a_file_that_consists_of_a_tree_hides_nothing_of_that_tree(keeper: Keeper) -> None:
+    inside = b"only in the directory" * 100
+    keeper.store(inside)
+    _, snapshot = keeper.publish({b"z": {b"file": file(b"", inside)}})
+    with keeper.reading() as repository:
+        folder = repository.trees.resolve(snapshot.root, b"z")
+        assert folder is not None
+        as_file = file(b"", repository.store.read(reference(folder)))
+    second, _ = keeper.publish({b"a": as_file, b"z": folder})
+    with keeper.reading() as repository:
+        assert measure_snapshot(repository, second.hex()).blobs == 3
+
+
+def test_a_damaged_tree_is_an_error_and_no_wrong_number(keeper: Keeper) -> None:
+    _, snapshot = keeper.publish({b"a": {b"b": b""}})
+    keeper.damage(reference(snapshot.root))
+    with keeper.reading() as repository, pytest.raises(BlobError):
+        measure_snapshot(repository, "latest")
+
+
+@given(st.lists(st.integers(0, 5000)), st.lists(st.integers(0, 6000)))
+def test_a_bitmap_is_a_set_of_numbers(added: list[int], asked: list[int]) -> None:
+    bitmap, oracle = Bitmap(), set[int]()
+    for number in added:
+        assert bitmap.add(number) is (number not in oracle)
+        oracle.add(number)
+    assert [number in bitmap for number in asked] == [number in oracle for number in asked]
