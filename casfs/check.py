@@ -81,6 +81,7 @@ class Checker:
         self._store = repository.store
         self._monitor = monitor
         self._bad: set[Digest] = set()
+        self._pack_bytes: dict[int, int] = {}
         self._visited = bytearray()
         self._damaged_trees: set[bytes] = set()
 
@@ -94,10 +95,15 @@ class Checker:
         self.result.damage.append(damage)
 
     def _check_packs(self, read_data: bool, share: float) -> None:
+        # A backup may be running: what the index names first is in the storage by the time of the
+        # listing, and what is found beyond that is newer than this check.
+        entries_before = self._store.index.blob_count()
+        records = self._store.index.packs()
         stored = dict(self._store.stored_packs())
         ordinals: dict[int, PackId] = {}
-        for record in self._store.index.packs():
+        for record in records:
             ordinals[record.ordinal] = record.pack
+            self._pack_bytes[record.ordinal] = stored.get(record.pack, 0)
             if record.pack not in stored:
                 message = "the index names it, but it is missing"
                 self._report(Damage("pack", message, pack=record.pack))
@@ -109,6 +115,7 @@ class Checker:
         self.result.packs = len(stored)
         wanted = set(_share_of(sorted(stored), share)) if read_data else set()
         self._monitor.progress.total_bytes = sum(stored[pack] for pack in wanted)
+        known = set(ordinals.values())
         indexed = 0
         with ThreadPoolExecutor(_THREADS, "casfs-check") as pool:
             jobs = ((pack, size, pack in wanted) for pack, size in sorted(stored.items()))
@@ -117,13 +124,14 @@ class Checker:
                     self._report(found)
                     if found.blob is not None:
                         self._bad.add(found.blob)
-                indexed += self._compare_index(pack, entries, ordinals)
+                if pack in known:
+                    indexed += self._compare_index(pack, entries, ordinals)
                 if pack in wanted:
                     self.result.packs_read += 1
                     self.result.read_bytes += stored[pack]
                     self.result.blobs_read += len(entries)
                     self._monitor.progress.done_bytes += stored[pack]
-        if indexed != self._store.index.blob_count() and not self.result.damage:
+        if indexed < entries_before and not self.result.damage:
             message = "it has entries that no pack holds; it can be rebuilt from the packs"
             self._report(Damage("index", message))
 
@@ -278,7 +286,7 @@ class Checker:
         done = 0
         try:
             _check_capture(node)
-            for extent in self._repository.content(node).extents():
+            for extent in self._repository.content(node).extents(lost_lists=True):
                 done = extent.begin + extent.length
                 if not self._is_sound(extent):
                     lost.append((extent.begin, done))
@@ -298,7 +306,10 @@ class Checker:
         if extent.digest is None:
             return True
         location = self._store.index.lookup(extent.digest)
-        if location is None or extent.digest in self._bad:
+        if extent.lost or location is None or extent.digest in self._bad:
+            return False
+        pack_bytes = self._pack_bytes.get(location.pack)
+        if pack_bytes is not None and location.offset + location.stored_bytes > pack_bytes:
             return False
         if location.plain_bytes != extent.length:
             raise TreeError("a chunk does not have the length that is recorded for it")

@@ -34,11 +34,15 @@ Put = Callable[[BlobKind, Digest, bytes], None]
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A run of a file: `begin` and `length` in bytes; `digest` of the chunk, or None for a hole."""
+    """A run of a file: `begin` and `length` in bytes; `digest` of the chunk, or None for a hole.
+
+    `lost` marks a run of which nobody knows the chunks: the digest is that of the list which told them.
+    """
 
     begin: int
     length: int
     digest: Digest | None
+    lost: bool = False
 
 
 class ContentWriter:
@@ -98,7 +102,7 @@ class ContentReader:
         """Yield the extents in order from the one that holds offset `begin` on.
 
         With `lost_lists` a list blob that cannot be read or breaks the rules raises nothing: all that it
-        lists is one extent with the list's own digest, which no chunk of that length has.
+        lists is one extent that is marked as lost.
         """
         yield from self._walk(self._records, self._levels, 0, begin, lost_lists)
 
@@ -122,7 +126,7 @@ class ContentReader:
             except IntegrityError:
                 if not lost_lists:
                     raise
-                yield Extent(ends[i], length, Digest(digest))
+                yield Extent(ends[i], length, Digest(digest), lost=True)
                 continue
             yield from self._walk(piece, levels - 1, ends[i], begin, lost_lists)
 

@@ -15,20 +15,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from blake3 import blake3
-
 from casfs import target
-from casfs.content import Extent, check_chunk_length
-from casfs.errors import BlobError, IntegrityError, TreeError
+from casfs.errors import BlobError, IntegrityError
 from casfs.exclude import PatternMatcher
+from casfs.filling import Filler, reads_back
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository import Repository
 from casfs.tree import Kind, Node, Reason, State, captured_digest, hard_link_key
 from casfs.treereader import join
 
 log = logging.getLogger(__name__)
-
-_ZEROS = bytes(1 << 20)
 
 _LinkKey = tuple[int, int, int, bytes]
 """Device, inode, kind and content: an inode's number may have served two files in one backup."""
@@ -95,6 +91,7 @@ class Restorer:
         self._monitor = monitor
         self._include = PatternMatcher(options.include) if options.include else None
         self._exclude = PatternMatcher(options.exclude) if options.exclude else None
+        self._filler = Filler(repository, options.salvage)
         self._links: dict[_LinkKey, bytes] = {}
         self._zeroed: dict[_LinkKey, list[tuple[int, int]]] = {}
         self._root_fd = -1
@@ -250,10 +247,8 @@ class Restorer:
                 self._restore_file(frame, path, node, st)
             else:
                 self._restore_special(frame, path, node, st)
-        except BlobError as error:
-            self._damaged(path, f"it is damaged and was not restored: {error}", error)
         except IntegrityError as error:
-            self._damaged(path, f"it is damaged and was not restored: {error}")
+            self._damaged(path, f"it is damaged and was not restored: {error}", error)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
@@ -324,7 +319,7 @@ class Restorer:
         fd, name = target.create_file(frame.fd)
         try:
             try:
-                self._write(fd, path, node)
+                self._fill(fd, path, node)
                 self._set_metadata(frame.fd, name, node, path, fd)
                 self._put_in_place(frame, name, node, st)
             finally:
@@ -337,46 +332,13 @@ class Restorer:
         if self._options.verify:
             self._verify(frame, path, node)
 
-    def _write(self, fd: int, path: bytes, node: Node) -> None:
-        """Write a file's content; raises BlobError or TreeError unless all of it verifies."""
-        if node.size:
-            os.ftruncate(fd, node.size)
-        whole = blake3()
-        done = 0
-        lost: list[tuple[int, int]] = []
-        content = self._repository.content(node)
-        for extent in content.extents(lost_lists=self._options.salvage):
-            done = extent.begin + extent.length
-            data = self._extent(extent, lost)
-            if data is None:
-                _update_zeros(whole, extent.length)
-                continue
-            whole.update(data)
-            _write_at(fd, data, extent.begin)
+    def _fill(self, fd: int, path: bytes, node: Node) -> None:
+        lost = self._filler.fill(fd, node)
         if lost:
             key = _link_key(node)
             if key is not None:
                 self._zeroed[key] = lost
             self._tell_zeroed(path, lost)
-        elif done != node.size:
-            raise TreeError(f"its list tells {done} bytes where {node.size} were captured")
-        elif whole.digest() != captured_digest(node):
-            raise TreeError("all its chunks verify, but together they do not have its digest")
-
-    def _extent(self, extent: Extent, lost: list[tuple[int, int]]) -> bytes | None:
-        if extent.digest is None:
-            return None
-        try:
-            check_chunk_length(extent)
-            data = self._repository.store.read(extent.digest)
-            if len(data) != extent.length:
-                raise TreeError("a chunk does not have the length that is recorded for it")
-            return data
-        except IntegrityError:
-            if not self._options.salvage:
-                raise
-            lost.append((extent.begin, extent.begin + extent.length))
-            return None
 
     def _restore_special(
         self, frame: _Frame, path: bytes, node: Node, st: os.stat_result | None
@@ -408,14 +370,12 @@ class Restorer:
             self._links[key] = path[self._base :]
 
     def _verify(self, frame: _Frame, path: bytes, node: Node) -> None:
-        whole = blake3()
         fd = os.open(node.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=frame.fd)
         try:
-            while data := os.read(fd, 1 << 20):
-                whole.update(data)
+            sound = reads_back(fd, node)
         finally:
             os.close(fd)
-        if whole.digest() != captured_digest(node) and not self._options.salvage:
+        if not sound and not self._options.salvage:
             self._damaged(path, "what was written reads back differently")
         else:
             self.result.verified += 1
@@ -454,12 +414,12 @@ class Restorer:
         self,
         path: bytes,
         message: str,
-        error: BlobError | None = None,
+        error: IntegrityError | None = None,
         ranges: list[tuple[int, int]] | None = None,
     ) -> None:
         self.result.damaged += 1
         details: dict[str, str | int | None] = {}
-        if error is not None:
+        if isinstance(error, BlobError):
             details["blob"] = error.digest.hex()
             details["pack"] = error.pack.hex() if error.pack is not None else None
         if ranges is not None:
@@ -477,21 +437,6 @@ def _link_key(node: Node) -> _LinkKey | None:
     if key is None:
         return None
     return *key, node.kind, captured_digest(node) or node.content
-
-
-def _write_at(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        offset += written
-        view = view[written:]
-
-
-def _update_zeros(whole: blake3, length: int) -> None:
-    while length > 0:
-        part = min(length, len(_ZEROS))
-        whole.update(memoryview(_ZEROS)[:part])
-        length -= part
 
 
 def _unlink_quietly(fd: int, name: bytes) -> None:

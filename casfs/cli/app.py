@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from casfs import __version__
 from casfs.cli.output import Output
 from casfs.errors import CasfsError, UsageError
 from casfs.naming import on_one_line
@@ -118,7 +119,21 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        print(f"casfs {__version__}")
+        ctx.exit()
+
+
 @click.group(cls=_Verbs, context_settings=_CONTEXT)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Print the version, as the verb version does.",
+)
 @common_options
 def casfs() -> None:
     """Keep files and get them back: verified snapshots, deduplicated, mounted like a file system."""

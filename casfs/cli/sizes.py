@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import Any
 
 import click
@@ -23,7 +24,7 @@ class SizeType(click.ParamType[int]):
         match = _PATTERN.fullmatch(str(value).strip())
         if match is None:
             self.fail(f"{value!r} is not a size such as 500K, 10M or 2G", param, ctx)
-        return int(float(match.group(1)) * 1024 ** _POWERS[match.group(2).lower()])
+        return int(Fraction(match.group(1)) * 1024 ** _POWERS[match.group(2).lower()])
 
 
 SIZE = SizeType()

@@ -300,8 +300,8 @@ class Index:
         while True:
             full_bytes = 0
             with self._gate:
-                while self._moving:
-                    self._gate.wait()
+                if self._moving:
+                    self._gate.wait_for(lambda: not self._moving)
                 self._open_transactions += 1
             try:
                 with self._env.begin(write=write) as txn:

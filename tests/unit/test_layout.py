@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "casfs.source",
         "casfs.target",
     ),
-    ("casfs.telling", "casfs.witness"),
+    ("casfs.filling", "casfs.telling", "casfs.witness"),
     ("casfs.capture",),
     ("casfs.walk",),
     ("casfs.lastlook",),

@@ -1,0 +1,92 @@
+"""Filling a restored file: chunks of a node, verified one by one and then together.
+
+Holes stay holes: nothing is written where the node has none.
+"""
+
+from __future__ import annotations
+
+import os
+
+from blake3 import blake3
+
+from casfs.content import Extent, check_chunk_length
+from casfs.digest import Digest
+from casfs.errors import IntegrityError, TreeError
+from casfs.reading import update_zeros
+from casfs.repository import Repository
+from casfs.tree import Node, captured_digest
+
+Ranges = list[tuple[int, int]]
+"""Begin and end, in bytes, of parts of a file."""
+
+_READ_BYTES = 1 << 20
+
+
+class Filler:
+    """Fill files from one repository; with `salvage` what is lost is left as zeros."""
+
+    def __init__(self, repository: Repository, salvage: bool) -> None:
+        self._repository = repository
+        self._salvage = salvage
+
+    def fill(self, fd: int, node: Node) -> Ranges:
+        """Write the content of a file into an empty one and return what was lost of it.
+
+        Raises BlobError or TreeError unless all of it verifies; with salvage only for what no zeros
+        can stand for.
+        """
+        if node.size:
+            os.ftruncate(fd, node.size)
+        whole = blake3()
+        done = 0
+        lost: Ranges = []
+        for extent in self._repository.content(node).extents(lost_lists=self._salvage):
+            done = extent.begin + extent.length
+            data = self._read(extent, lost)
+            if data is None:
+                update_zeros(whole, extent.length)
+                continue
+            whole.update(data)
+            _write_at(fd, data, extent.begin)
+        if lost:
+            return lost
+        if done != node.size:
+            raise TreeError(f"its list tells {done} bytes where {node.size} were captured")
+        if whole.digest() != captured_digest(node):
+            raise TreeError("all its chunks verify, but together they do not have its digest")
+        return lost
+
+    def _read(self, extent: Extent, lost: Ranges) -> bytes | None:
+        if extent.digest is None:
+            return None
+        try:
+            if not extent.lost:
+                return self._chunk(extent, extent.digest)
+        except IntegrityError:
+            if not self._salvage:
+                raise
+        lost.append((extent.begin, extent.begin + extent.length))
+        return None
+
+    def _chunk(self, extent: Extent, digest: Digest) -> bytes:
+        check_chunk_length(extent)
+        data = self._repository.store.read(digest)
+        if len(data) != extent.length:
+            raise TreeError("a chunk does not have the length that is recorded for it")
+        return data
+
+
+def reads_back(fd: int, node: Node) -> bool:
+    """Tell whether an open file has the content of a node."""
+    whole = blake3()
+    while data := os.read(fd, _READ_BYTES):
+        whole.update(data)
+    return whole.digest() == captured_digest(node)
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        offset += written
+        view = view[written:]

@@ -1,0 +1,244 @@
+"""Numbers of inodes by position: from a number to its node and back, with no table in between."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from casfs.digest import Digest, digest_of
+from casfs.errors import TreeError
+from casfs.tree import Kind, Leaf, Node, TreeRef, encode_piece
+from mount.inode import (
+    HARD_LINKS,
+    LISTINGS_END,
+    HardLinks,
+    Numbering,
+    NumberRanges,
+    StaleError,
+    hard_link_number,
+)
+from mount.pieces import PieceCache
+
+from .planting import Grove, Plan, entry
+
+
+def numbering(grove: Grove, root: Node, first: int = 1, cache_bytes: int = 1 << 20) -> Numbering:
+    return Numbering(root, first, PieceCache(grove.read, cache_bytes))
+
+
+def walked(numbers: Numbering) -> dict[int, bytes]:
+    """Return path by number for everything that listing finds, the root first."""
+    found = {numbers.first: b""}
+    stack = [(numbers.first, numbers.root, b"")]
+    while stack:
+        number, directory, above = stack.pop()
+        for below, node, _ in numbers.entries(number, directory):
+            assert below not in found
+            found[below] = above + b"/" + node.name if above else node.name
+            if node.tree is not None:
+                stack.append((below, node, found[below]))
+    return found
+
+
+SMALL: Plan = {
+    b"a": b"1",
+    b"b": {b"c": b"2", b"d": {b"e": b"3", b"f": {}}, b"g": b"4"},
+    b"h": b"5",
+}
+
+BIG: Plan = {
+    b"before": b"",
+    b"crowd": {b"%06d" % n: {b"in": b""} if n % 1000 == 7 else b"" for n in range(20_000)},
+    b"then": {b"after": b""},
+}
+
+
+def test_every_node_has_its_place_in_the_order_of_a_walk() -> None:
+    grove = Grove()
+    numbers = numbering(grove, grove.plant(SMALL))
+    assert walked(numbers) == {
+        1: b"",
+        2: b"a",
+        3: b"b",
+        4: b"b/c",
+        5: b"b/d",
+        6: b"b/d/e",
+        7: b"b/d/f",
+        8: b"b/g",
+        9: b"h",
+    }
+    assert numbers.end == 10
+
+
+@pytest.mark.parametrize("cache_bytes", [1, 1 << 24], ids=["cold", "warm"])
+def test_a_number_leads_back_to_its_node_and_its_path_and_its_parent(cache_bytes: int) -> None:
+    grove = Grove()
+    numbers = numbering(grove, grove.plant(SMALL), 100, cache_bytes)
+    paths = walked(numbers)
+    by_path = {path: number for number, path in paths.items()}
+    for number, path in random.Random(1).sample(sorted(paths.items()), len(paths)):
+        assert numbers.path(number) == path
+        assert numbers.node(number).name == path.rpartition(b"/")[2]
+        assert numbers.parent(number) == by_path[path.rpartition(b"/")[0]]
+
+
+def test_numbers_of_a_split_directory_are_found_in_few_reads() -> None:
+    grove = Grove()
+    root = grove.plant(BIG)
+    numbers = numbering(grove, root, cache_bytes=1 << 26)
+    paths = walked(numbers)
+    assert len(paths) == 1 + 1 + 1 + 20_000 + 20 + 2
+    grove.reads.clear()
+    fresh = numbering(grove, root)
+    number = next(number for number, path in paths.items() if path == b"crowd/015007/in")
+    assert fresh.node(number).name == b"in"
+    assert len(grove.reads) <= 4
+    for number, path in random.Random(2).sample(sorted(paths.items()), 500):
+        assert numbers.node(number).name == path.rpartition(b"/")[2]
+        assert numbers.path(number) == path
+
+
+def test_a_name_is_found_with_the_number_that_the_listing_gives() -> None:
+    grove = Grove()
+    numbers = numbering(grove, grove.plant(BIG), cache_bytes=1 << 26)
+    crowd_number, crowd = numbers.child(1, numbers.root, b"crowd") or (0, numbers.root)
+    listed = {node.name: number for number, node, _ in numbers.entries(crowd_number, crowd)}
+    for name in (b"000000", b"000007", b"000008", b"010000", b"019999"):
+        found = numbers.child(crowd_number, crowd, name)
+        assert found is not None and found[0] == listed[name] and found[1].name == name
+    for name in (b"", b"!", b"0000000", b"zzz"):
+        assert numbers.child(crowd_number, crowd, name) is None
+
+
+def test_a_listing_goes_on_from_any_position_that_it_gave() -> None:
+    grove = Grove()
+    numbers = numbering(grove, grove.plant(BIG), cache_bytes=1 << 26)
+    crowd_number, crowd = numbers.child(1, numbers.root, b"crowd") or (0, numbers.root)
+    whole = list(numbers.entries(crowd_number, crowd))
+    assert len(whole) == 20_000
+    for i in (0, 1, 7, 8, 5_000, 19_998, 19_999):
+        rest = numbers.entries(crowd_number, crowd, whole[i][2])
+        assert next(rest, None) == (whole[i + 1] if i + 1 < len(whole) else None)
+
+
+def test_a_position_inside_a_subtree_is_rounded_up() -> None:
+    grove = Grove()
+    numbers = numbering(grove, grove.plant(SMALL))
+    assert [node.name for _, node, _ in numbers.entries(1, numbers.root, 2)] == [b"h"]
+
+
+def test_the_position_at_the_end_gives_nothing_more() -> None:
+    grove = Grove()
+    numbers = numbering(grove, grove.plant(SMALL))
+    *_, (_, _, end) = numbers.entries(1, numbers.root)
+    assert list(numbers.entries(1, numbers.root, end)) == []
+    assert list(numbers.entries(1, numbers.root, end + 1000)) == []
+
+
+def test_a_number_outside_is_stale() -> None:
+    grove = Grove()
+    numbers = numbering(grove, grove.plant(SMALL), 100)
+    for number in (0, 99, 109, 1 << 40):
+        with pytest.raises(StaleError):
+            numbers.node(number)
+        with pytest.raises(StaleError):
+            numbers.path(number)
+
+
+def test_a_tree_that_lies_about_what_is_below_it_is_refused() -> None:
+    """Otherwise numbers of one directory would run into those of the next."""
+    grove = Grove()
+    leaf = encode_piece(Leaf([entry(b"one"), entry(b"two")]))
+    grove.blobs[digest_of(leaf)] = leaf
+    liar = entry(b"", Kind.DIRECTORY, tree=TreeRef(digest_of(leaf), 1, 0, 0))
+    numbers = numbering(grove, liar)
+    with pytest.raises(TreeError, match="as many entries"):
+        list(numbers.entries(1, liar))
+
+
+def test_a_tree_that_two_refer_to_with_different_counts_is_refused_when_cached() -> None:
+    grove = Grove()
+    honest = grove.plant({b"a": b"", b"b": b""})
+    assert honest.tree is not None
+    cache = PieceCache(grove.read)
+    cache.get(honest.tree)
+    with pytest.raises(TreeError):
+        cache.get(TreeRef(honest.tree.digest, 5, 0, 0))
+
+
+def test_the_cache_of_pieces_stays_in_its_bounds_and_keeps_what_is_used() -> None:
+    grove = Grove()
+    trees = [grove.plant({b"%d" % n: b""}).tree for n in range(100)]
+    one = PieceCache(grove.read)
+    assert trees[0] is not None
+    one.get(trees[0])
+    cache = PieceCache(grove.read, 10 * one.cached_bytes)
+    for tree in trees:
+        assert tree is not None
+        cache.get(tree)
+        cache.get(trees[0])
+        assert cache.cached_bytes <= 10 * one.cached_bytes
+    assert grove.reads.count(Digest(trees[0].digest)) == 2
+
+
+class TestRanges:
+    def test_do_not_overlap_whatever_the_keys_are(self) -> None:
+        ranges = NumberRanges(100, 1100)
+        random_bytes = random.Random(3).randbytes
+        taken = [(ranges.add(random_bytes(32), 10), 10) for _ in range(60)]
+        taken.append((ranges.add(bytes(32), 30), 30))
+        taken.append((ranges.add(b"\xff" * 32, 30), 30))
+        ordered = sorted(taken)
+        assert ordered[0][0] >= 100
+        assert ordered[-1][0] + ordered[-1][1] <= 1100
+        for (first, count), (following, _) in zip(ordered, ordered[1:], strict=False):
+            assert first + count <= following
+        for first, count in taken:
+            assert ranges.find(first) == ranges.find(first + count - 1) == first
+
+    def test_depend_on_the_key_alone_where_there_is_room(self) -> None:
+        one, other = NumberRanges(), NumberRanges()
+        keys = [digest_of(b"%d" % n) for n in range(20)]
+        first = {key: one.add(key, 1000 + n) for n, key in enumerate(keys)}
+        again = {key: other.add(key, 1000 + n) for n, key in reversed(list(enumerate(keys)))}
+        assert first == again
+        assert min(first.values()) >= LISTINGS_END
+
+    def test_leave_nothing_behind_when_they_are_removed(self) -> None:
+        ranges = NumberRanges()
+        first = ranges.add(digest_of(b"x"), 100)
+        ranges.remove(first)
+        for number in (first, first + 50):
+            with pytest.raises(StaleError):
+                ranges.find(number)
+        assert ranges.add(digest_of(b"x"), 100) == first
+
+    def test_refuse_what_cannot_be_numbered(self) -> None:
+        with pytest.raises(TreeError):
+            NumberRanges().add(bytes(32), 1 << 61)
+
+
+class TestHardLinks:
+    def test_have_one_number_for_each_file_and_snapshot(self) -> None:
+        number = hard_link_number(1, (7, 42))
+        assert number == hard_link_number(1, (7, 42)) >= HARD_LINKS
+        others = {hard_link_number(*key) for key in ((1, (7, 43)), (1, (8, 42)), (2, (7, 42)))}
+        assert len(others | {number}) == 4
+        assert number < 1 << 63
+
+    def test_are_known_until_they_were_forgotten_as_often_as_told(self) -> None:
+        links = HardLinks()
+        links.told(HARD_LINKS + 5, 17)
+        links.told(HARD_LINKS + 5, 99)
+        assert links.place(HARD_LINKS + 5) == 17
+        links.forget(HARD_LINKS + 5, 1)
+        assert links.place(HARD_LINKS + 5) == 17
+        links.forget(HARD_LINKS + 5, 1)
+        assert len(links) == 0
+        with pytest.raises(StaleError):
+            links.place(HARD_LINKS + 5)
+        links.forget(HARD_LINKS + 5, 3)
+
+    def test_accept_device_numbers_of_any_sign_and_size(self) -> None:
+        assert hard_link_number(1 << 61, (-1, 1 << 70)) >= HARD_LINKS

@@ -1,0 +1,344 @@
+"""From an offset in a file to verified bytes: chunks, holes, damage, and one decode for many readers."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+
+import pytest
+
+from casfs.content import HOLE, ContentWriter
+from casfs.digest import Digest, digest_of
+from casfs.errors import BlobError, CasfsError, StorageError
+from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
+from casfs.tree import Node, replace
+from mount.chunks import ChunkCache
+from mount.damage import UnreadableError
+from mount.errands import Errands
+from mount.reader import FileReader
+from mount.waiting import NotAtHand, Waiting
+
+from .planting import entry
+
+
+class Shelf:
+    """Blobs in memory that count how often each is read, and can fail or be held back."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[bytes, bytes] = {}
+        self.reads: Counter[bytes] = Counter()
+        self.failing: dict[bytes, CasfsError] = {}
+        self.gate: threading.Event | None = None
+        self.waiting = Waiting()
+
+    def put(self, kind: BlobKind, digest: Digest, data: bytes) -> None:
+        self.blobs[digest] = data
+
+    def read(self, digest: Digest) -> bytes:
+        self.waiting.begin()
+        self.reads[digest] += 1
+        if self.gate is not None:
+            assert self.gate.wait(30)
+        if digest in self.failing:
+            raise self.failing[digest]
+        return self.blobs[digest]
+
+    def file(self, *parts: bytes | int) -> tuple[Node, bytes]:
+        """Return the node and the content of a file of chunks and, for numbers, holes."""
+        writer = ContentWriter(self.put, digest_of)
+        whole = []
+        for part in parts:
+            if isinstance(part, int):
+                writer.add(part, HOLE)
+                whole.append(bytes(part))
+            else:
+                self.put(BlobKind.DATA, digest_of(part), part)
+                writer.add(len(part), digest_of(part))
+                whole.append(part)
+        content, levels = writer.finish()
+        data = b"".join(whole)
+        return entry(b"file", size=len(data), content=content, levels=levels), data
+
+    def cache(self, limit_bytes: int = 1 << 20) -> ChunkCache:
+        return ChunkCache(self.read, self.waiting, Errands(), limit_bytes)
+
+    def reader(self, node: Node, cache: ChunkCache | None = None) -> FileReader:
+        self.damage: list[tuple[int, int, CasfsError]] = []
+        return FileReader(node, cache or self.cache(), lambda *found: self.damage.append(found))
+
+
+def chunks(count: int, size: int, seed: int = 5) -> list[bytes]:
+    rng = random.Random(seed)
+    return [rng.randbytes(size + rng.randrange(size)) for _ in range(count)]
+
+
+class TestReading:
+    def test_gives_the_same_bytes_as_the_file_at_any_range(self) -> None:
+        shelf = Shelf()
+        node, whole = shelf.file(b"first", 1000, *chunks(5, 300), 7, b"x" * 50, 5000)
+        reader = shelf.reader(node)
+        rng = random.Random(1)
+        for _ in range(500):
+            offset = rng.randrange(len(whole) + 10)
+            size = rng.choice([1, 10, 600, len(whole) * 2])
+            assert bytes(reader.read(offset, size)) == whole[offset : offset + size]
+
+    def test_of_a_file_with_lists_of_lists_is_right_too(self) -> None:
+        shelf = Shelf()
+        node, whole = shelf.file(*chunks(3000, 4))
+        assert node.levels >= 1
+        reader = shelf.reader(node)
+        rng = random.Random(2)
+        for _ in range(300):
+            offset = rng.randrange(len(whole))
+            assert bytes(reader.read(offset, 40)) == whole[offset : offset + 40]
+        assert bytes(reader.read(0, len(whole))) == whole
+
+    def test_inside_one_chunk_copies_nothing(self) -> None:
+        shelf = Shelf()
+        (data,) = chunks(1, 1000)
+        node, _ = shelf.file(data)
+        found = shelf.reader(node).read(10, 20)
+        assert isinstance(found, memoryview)
+        assert found.obj is shelf.blobs[digest_of(data)]
+
+    def test_of_a_huge_hole_needs_memory_for_the_answer_alone(self) -> None:
+        shelf = Shelf()
+        node, _ = shelf.file(b"island")
+        writer = ContentWriter(shelf.put, digest_of)
+        writer.add(6, digest_of(b"island"))
+        writer.add(1 << 50, HOLE)
+        content, levels = writer.finish()
+        huge = replace(node, size=(1 << 50) + 6, content=content, levels=levels)
+        reader = shelf.reader(huge)
+        assert bytes(reader.read(1 << 49, 3 << 20)) == bytes(3 << 20)
+        assert bytes(reader.read(3, 6)) == b"and\0\0\0"
+        assert bytes(reader.read((1 << 50) + 5, 100)) == b"\0"
+
+    def test_at_the_end_and_behind_it_gives_nothing(self) -> None:
+        shelf = Shelf()
+        node, whole = shelf.file(b"abc")
+        empty, _ = shelf.file()
+        assert shelf.reader(node).read(len(whole), 5) == b""
+        assert shelf.reader(node).read(1 << 60, 5) == b""
+        assert shelf.reader(empty).read(0, 5) == b""
+
+    def test_in_sequence_has_the_next_chunks_decoded_ahead(self) -> None:
+        shelf = Shelf()
+        data = chunks(20, 60_000)
+        node, whole = shelf.file(*data)
+        cache = shelf.cache(64 << 20)
+        reader = shelf.reader(node, cache)
+        reader.read(0, 4096)
+        assert shelf.reads.total() == 1, "a first read alone is no sequence"
+        reader.read(4096, 4096)
+        deadline = threading.Event()
+        for _ in range(1000):
+            if cache.holds(digest_of(data[1])) and cache.holds(digest_of(data[2])):
+                break
+            deadline.wait(0.01)
+        else:
+            pytest.fail("nothing was decoded ahead")
+        assert bytes(reader.read(0, len(whole))) == whole
+        assert set(shelf.reads.values()) == {1}
+
+    def test_at_random_decodes_nothing_ahead(self) -> None:
+        shelf = Shelf()
+        data = chunks(40, 600_000)
+        node, whole = shelf.file(*data)
+        reader = shelf.reader(node, shelf.cache(64 << 20))
+        for offset in (len(whole) // 2, len(whole) - 5_000_000, 5_000_000):
+            reader.read(offset, 4096)
+        assert shelf.reads.total() == 3
+
+
+class TestDamage:
+    def test_is_an_error_for_its_own_range_and_no_other(self) -> None:
+        shelf = Shelf()
+        data = chunks(3, 1000)
+        node, whole = shelf.file(*data)
+        bad = digest_of(data[1])
+        shelf.failing[bad] = BlobError(bad, "its data does not have its digest", b"p" * 32)
+        reader = shelf.reader(node)
+        begin, end = len(data[0]), len(data[0]) + len(data[1])
+        assert bytes(reader.read(0, begin)) == whole[:begin]
+        assert bytes(reader.read(end, len(whole))) == whole[end:]
+        for offset, size in ((begin, 1), (begin - 1, 2), (end - 1, 5), (0, len(whole))):
+            with pytest.raises(UnreadableError):
+                reader.read(offset, size)
+        assert {(found[0], found[1]) for found in shelf.damage} == {(begin, len(data[1]))}
+
+    def test_is_not_decoded_again_for_every_page_of_it(self) -> None:
+        shelf = Shelf()
+        (data,) = chunks(1, 100_000)
+        node, _ = shelf.file(data)
+        bad = digest_of(data)
+        shelf.failing[bad] = BlobError(bad, "its pack is missing")
+        reader = shelf.reader(node)
+        for page in range(20):
+            with pytest.raises(UnreadableError):
+                reader.read(page * 4096, 4096)
+        assert shelf.reads[bad] == 1
+
+    def test_that_was_a_disk_error_is_over_when_the_disk_is_well_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shelf = Shelf()
+        node, whole = shelf.file(b"content")
+        bad = digest_of(b"content")
+        now = 100.0
+        monkeypatch.setattr("mount.chunks.time.monotonic", lambda: now)
+        shelf.failing[bad] = StorageError("read", "pack", OSError(5, "Input/output error"))
+        reader = shelf.reader(node)
+        with pytest.raises(UnreadableError):
+            reader.read(0, 10)
+        shelf.failing.clear()
+        now += 60
+        assert bytes(reader.read(0, 10)) == whole
+
+    def test_of_a_list_of_chunks_is_an_error(self) -> None:
+        shelf = Shelf()
+        node, _ = shelf.file(*chunks(3000, 4))
+        top = node.content[8:40]
+        shelf.failing[top] = BlobError(Digest(top), "it is missing: no pack holds it")
+        with pytest.raises(UnreadableError):
+            shelf.reader(node).read(0, 10)
+
+    @pytest.mark.parametrize("recorded", [3, 5])
+    def test_of_a_recorded_length_is_an_error(self, recorded: int) -> None:
+        shelf = Shelf()
+        shelf.put(BlobKind.DATA, digest_of(b"four"), b"four")
+        writer = ContentWriter(shelf.put, digest_of)
+        writer.add(recorded, digest_of(b"four"))
+        node = entry(b"f", size=recorded, content=writer.finish()[0])
+        with pytest.raises(UnreadableError, match="recorded"):
+            shelf.reader(node).read(0, 10)
+
+    def test_of_a_size_that_the_chunks_do_not_have_is_an_error(self) -> None:
+        shelf = Shelf()
+        node, _ = shelf.file(b"some bytes")
+        with pytest.raises(UnreadableError, match="length that is recorded"):
+            shelf.reader(replace(node, size=1 << 40)).read(0, 10)
+
+    def test_of_an_impossible_chunk_size_is_refused_unread(self) -> None:
+        shelf = Shelf()
+        writer = ContentWriter(shelf.put, digest_of)
+        writer.add(MAX_PLAIN_BYTES + 1, digest_of(b"x"))
+        node = entry(b"f", size=MAX_PLAIN_BYTES + 1, content=writer.finish()[0])
+        with pytest.raises(UnreadableError, match="impossible"):
+            shelf.reader(node).read(0, 10)
+        assert shelf.reads.total() == 0
+
+
+class TestTheThreadThatMustNotWait:
+    def test_is_told_that_nothing_is_at_hand_and_later_gets_it(self) -> None:
+        shelf = Shelf()
+        node, whole = shelf.file(*chunks(3, 1000))
+        cache = shelf.cache()
+        reader = shelf.reader(node, cache)
+        shelf.waiting.forbid_here()
+        with pytest.raises(NotAtHand):
+            reader.read(0, 10)
+        assert shelf.damage == []
+        other = threading.Thread(target=lambda: reader.read(0, len(whole)))
+        other.start()
+        other.join()
+        assert bytes(reader.read(0, len(whole))) == whole
+
+    def test_does_not_wait_for_another_thread_that_is_decoding(self) -> None:
+        shelf = Shelf()
+        node, _ = shelf.file(b"slow")
+        cache = shelf.cache()
+        shelf.gate = threading.Event()
+        other = threading.Thread(target=lambda: cache.get(digest_of(b"slow")))
+        other.start()
+        while not shelf.reads:
+            pass
+        shelf.waiting.forbid_here()
+        with pytest.raises(NotAtHand):
+            shelf.reader(node, cache).read(0, 4)
+        shelf.gate.set()
+        other.join()
+        assert bytes(shelf.reader(node, cache).read(0, 4)) == b"slow"
+        assert shelf.reads.total() == 1
+
+
+class TestTheCache:
+    def test_decodes_a_chunk_once_however_many_ask(self) -> None:
+        shelf = Shelf()
+        (data,) = chunks(1, 1000)
+        shelf.put(BlobKind.DATA, digest_of(data), data)
+        cache = shelf.cache()
+        shelf.gate = threading.Event()
+        found: list[bytes] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(cache.get(digest_of(data))))
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        while not shelf.reads:
+            pass
+        shelf.gate.set()
+        for thread in threads:
+            thread.join()
+        assert found == [data] * 8
+        assert shelf.reads.total() == 1
+
+    def test_tells_all_who_ask_of_a_failure(self) -> None:
+        shelf = Shelf()
+        bad = digest_of(b"bad")
+        shelf.failing[bad] = BlobError(bad, "it does not decompress")
+        cache = shelf.cache()
+        shelf.gate = threading.Event()
+        told: list[str] = []
+
+        def ask() -> None:
+            try:
+                cache.get(bad)
+            except BlobError as error:
+                told.append(error.reason)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while not shelf.reads:
+            pass
+        shelf.gate.set()
+        for thread in threads:
+            thread.join()
+        assert told == ["it does not decompress"] * 4
+
+    def test_stays_in_its_bounds_and_keeps_what_is_used(self) -> None:
+        shelf = Shelf()
+        data = chunks(50, 10_000)
+        for chunk in data:
+            shelf.put(BlobKind.DATA, digest_of(chunk), chunk)
+        cache = shelf.cache(100_000)
+        for chunk in data:
+            cache.get(digest_of(chunk))
+            cache.get(digest_of(data[0]))
+            assert cache.cached_bytes <= 100_000
+        assert shelf.reads[digest_of(data[0])] == 1
+
+    def test_serves_a_chunk_that_is_larger_than_the_whole_cache(self) -> None:
+        shelf = Shelf()
+        node, whole = shelf.file(*chunks(4, 10_000))
+        assert bytes(shelf.reader(node, shelf.cache(100)).read(0, 1 << 20)) == whole
+
+
+def test_an_errand_that_fails_does_not_end_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    errands = Errands()
+    done = threading.Event()
+
+    def fail() -> None:
+        raise StorageError("read", "pack", OSError(5, "Input/output error"))
+
+    for _ in range(4):
+        errands.send(fail)
+    assert errands.send(done.set)
+    assert done.wait(30)
+    assert errands.close(30)
+    assert not errands.send(done.set)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
