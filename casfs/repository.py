@@ -123,6 +123,7 @@ class Repository:
         Raises NotFoundError, FormatError, IntegrityError (configuration), LockedError, StorageError
         and IndexUnusableError. A process has a repository open only once at a time.
         """
+        root = root.absolute()
         config = _read_config(root)
         if verb is None:
             storage = LocalStorage(root)

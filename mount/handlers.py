@@ -43,6 +43,8 @@ _BLOCK_BYTES = 4096
 _PREFERRED_BYTES = 128 * 1024
 """st_blksize: what programs read at once; larger ones cost them memory for every small file."""
 
+_USUAL_READ_BYTES = 1024 * 1024
+
 _GATHERED = 256
 """Entries that a worker thread collects of a directory that is not cached; the next call has more."""
 
@@ -106,6 +108,7 @@ class FileSystem(pyfuse3.Operations):
         # Replies copy the attributes at once, so that one object serves all of them.
         self._entry = pyfuse3.EntryAttributes()
         self._entry.st_blksize = _PREFERRED_BYTES
+        self._buffer = memoryview(bytearray(_USUAL_READ_BYTES))
         self._looking = trio.CapacityLimiter(_LOOKING_THREADS)
         self._reading = trio.CapacityLimiter(_READING_THREADS)
 
@@ -194,16 +197,29 @@ class FileSystem(pyfuse3.Operations):
         reader, inode = self._open[fh]
         try:
             try:
-                found = reader.read(off, size)
+                parts = reader.read(off, size)
             except NotAtHand:
                 if off == 0:
                     self._view.foresee(self._place(inode))
-                found = await trio.to_thread.run_sync(
+                parts = await trio.to_thread.run_sync(
                     reader.read, off, size, abandon_on_cancel=True, limiter=self._reading
                 )
         except Exception as error:
             raise pyfuse3.FUSEError(self.errno_of(inode, error)) from None
-        return found  # type: ignore[return-value]  # a memoryview does as well
+        if len(parts) == 1:
+            return parts[0]  # type: ignore[return-value]  # a memoryview does as well
+        return self._joined(parts)  # type: ignore[return-value]
+
+    def _joined(self, parts: list[memoryview]) -> memoryview:
+        """Return the parts in one buffer, which the next call uses again: replies copy it at once."""
+        size = sum(map(len, parts))
+        if size > len(self._buffer):
+            self._buffer = memoryview(bytearray(size))
+        at = 0
+        for part in parts:
+            self._buffer[at : at + len(part)] = part
+            at += len(part)
+        return self._buffer[:size]
 
     async def release(self, fh: int) -> None:
         """Close a file."""
@@ -302,12 +318,18 @@ class FileSystem(pyfuse3.Operations):
     def _entries(self, directory: int, start: int) -> Iterator[Entry]:
         """Yield entries from a position: 0 is `.`, 1 is `..`, the others follow in their places."""
         view = self._view
+        entries = view.entries(directory, max(start - 2, 0))
+        # Whether anything has to be waited for shows before the first reply.
+        first = next(entries, None)
         if start == 0:
             yield b".", directory, view.node(directory), 1
         if start <= 1:
             above = view.parent(directory)
             yield b"..", above, view.node(above), 2
-        for number, node, after in view.entries(directory, max(start - 2, 0)):
+        if first is not None:
+            number, node, after = first
+            yield node.name, number, node, after + 2
+        for number, node, after in entries:
             yield node.name, number, node, after + 2
 
     def _list(

@@ -1,6 +1,6 @@
 """Reading one open file: from an offset to verified bytes.
 
-A range inside one chunk is answered with a view of the decoded chunk, holes with zeros. Who reads in
+A range is answered with views of the decoded chunks that hold it, and of zeros for holes. Who reads in
 sequence has the next chunks decoded ahead. Several threads may read the same open file; the one that
 must not wait gets NotAtHand.
 """
@@ -33,8 +33,8 @@ class Readable(Protocol):
     def streamed(self) -> bool:
         """Tell whether reads have to bypass the kernel's cache."""
 
-    def read(self, offset: int, size: int) -> bytes | memoryview:
-        """Return `size` bytes from `offset`, fewer only at the end of the file."""
+    def read(self, offset: int, size: int) -> list[memoryview]:
+        """Return `size` bytes from `offset` in pieces, fewer only at the end of the file."""
 
 
 class FileReader:
@@ -54,24 +54,21 @@ class FileReader:
         self._ahead_to = 0
         self._window = min(_AHEAD_BYTES, chunks.limit_bytes // 4)
 
-    def read(self, offset: int, size: int) -> bytes | memoryview:
-        """Return the bytes of a range, cut at the end of the file.
+    def read(self, offset: int, size: int) -> list[memoryview]:
+        """Return the bytes of a range in pieces, cut at the end of the file; nothing is copied.
 
         Raises NotAtHand, and UnreadableError when any of it is damaged or cannot be read now.
         """
         end = min(offset + size, self._size)
-        if offset >= end:
-            return b""
-        found: bytes | memoryview = self._part(offset, end)
-        if len(found) < end - offset:
-            parts = [found]
-            at = offset + len(found)
-            while at < end:
-                parts.append(self._part(at, end))
-                at += len(parts[-1])
-            found = b"".join(parts)
-        self._look_ahead(offset, end)
-        return found
+        parts: list[memoryview] = []
+        at = offset
+        while at < end:
+            part = self._part(at, end)
+            parts.append(part)
+            at += len(part)
+        if parts:
+            self._look_ahead(offset, end)
+        return parts
 
     def _part(self, offset: int, end: int) -> memoryview:
         """Return what one extent has of a range: at least a byte, from `offset` on."""

@@ -126,8 +126,8 @@ class ReportReader:
         self._begin = 0
         self._error: CasfsError | None = None
 
-    def read(self, offset: int, size: int) -> bytes:
-        """Return `size` bytes from `offset`, fewer only at the end or before an error.
+    def read(self, offset: int, size: int) -> list[memoryview]:
+        """Return `size` bytes from `offset`, in one piece; fewer only at the end or before an error.
 
         Raises what making the file raises, again for every reader who comes to that place.
         """
@@ -141,10 +141,10 @@ class ReportReader:
                 if have >= offset + size or not self._more(max(offset - self._begin, 0)):
                     break
             skip = offset - self._begin
-            found = self._buffer[skip : skip + size]
+            found = memoryview(self._buffer)[skip : skip + size]
             if not found and self._error is not None:
                 raise self._error
-            return found
+            return [found]
 
     def _more(self, used: int) -> bool:
         """Let go of the first bytes of the buffer and add to its end; False at the end of all."""

@@ -21,7 +21,8 @@ from casfs.errors import CasfsError
 from casfs.naming import shown
 from casfs.repository import Repository
 from casfs.snapshot import Snapshot
-from casfs.tree import Kind, Node, Reason, State, captured_digest
+from casfs.telling import reason_word
+from casfs.tree import Kind, Node, State, capture_of, captured_digest
 from mount.blobs import Blobs
 from mount.chunks import ChunkCache
 from mount.damage import DamageLog
@@ -247,7 +248,7 @@ class SnapshotView:
         captured = captured_digest(node)
         if captured is None:
             return None
-        capture = node.extra.capture if node.extra is not None else None
+        capture = capture_of(node)
         if what == b"capture":
             return State(node.state).name.lower().encode("ascii")
         if what == b"captured":
@@ -258,7 +259,7 @@ class SnapshotView:
         if what == b"attempts":
             return b"%d" % (capture.attempts if capture is not None else 1)
         if what == b"reason":
-            return _reason(capture.reason if capture is not None else 0)
+            return reason_word(capture.reason if capture is not None else 0).encode("ascii")
         return None
 
     def _warn_of_changed(self, number: int) -> None:
@@ -289,10 +290,3 @@ def allocated_bytes(node: Node) -> int:
     if node.levels or (len(content) == RECORD.size and content[8:] != HOLE):
         return node.size
     return sum(length for length, digest in RECORD.iter_unpack(content) if digest != HOLE)
-
-
-def _reason(value: int) -> bytes:
-    try:
-        return Reason(value).name.lower().replace("_", " ").encode("ascii")
-    except ValueError:
-        return b"%d" % value

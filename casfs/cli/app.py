@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -68,6 +69,9 @@ class Settings:
     def output(self) -> Output:
         """Return where the command's results go."""
         return Output(self.as_json)
+
+
+_OPEN_FILES = 16_384
 
 
 class _Verbs(click.Group):
@@ -195,9 +199,18 @@ def _configure() -> None:
     handler.setFormatter(_OneLine("casfs: %(message)s"))
     for name in ("casfs", "mount"):
         logging.getLogger(name).addHandler(handler)
+    _allow_open_files()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _interrupt)
+
+
+def _allow_open_files() -> None:
+    """Raise the limit of open files: a directory of each level is open in a walk or a restore."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,3 @@
+"""Data of the tests, and what made it."""
+
+from __future__ import annotations

@@ -1,0 +1,156 @@
+"""Make the frozen repository of format 1 and its manifest; run once, kept to show how it was made.
+
+    python -m tests.data.make_repository_v1 tests/data/repository-v1
+
+What it made is committed and never made again: it is what a version of that day wrote.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from casfs.backup import BackupOptions, back_up
+from casfs.content import HOLE, ContentWriter
+from casfs.digest import digest_of
+from casfs.monitor import RecordingMonitor
+from casfs.repository import Repository
+from casfs.snapshot import Snapshot
+from casfs.store.blob import BlobKind
+from casfs.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest
+from casfs.treewriter import TreeWriter
+
+
+def main(folder: Path) -> None:
+    """Write the repository and, beside it, the manifest."""
+    shutil.rmtree(folder, ignore_errors=True)
+    Repository.create(folder)
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(name)
+        fill(source)
+        with Repository.open(folder, "backup") as repository:
+            here = os.getcwd()
+            os.chdir(source)
+            try:
+                options = BackupOptions(
+                    (b".",), host="frozen", tags=("one", "two"), time_ns=1_700_000_000_000_000_000
+                )
+                back_up(repository, options, RecordingMonitor())
+            finally:
+                os.chdir(here)
+            publish_by_hand(repository)
+    manifest = describe(folder)
+    shutil.rmtree(folder / "index")
+    for empty in ("locks", "tmp"):
+        (folder / empty / ".keep").touch()
+    text = json.dumps(manifest, indent=0, separators=(",", ":"))
+    folder.with_suffix(".json").write_text(text + "\n", encoding="ascii")
+
+
+def fill(source: Path) -> None:
+    """Make a small tree with one of each kind that any user can make."""
+    (source / "empty").touch()
+    (source / "text").write_bytes(b"What is the digest of a file that changes?\n" * 40)
+    (source / "noise").write_bytes(hashlib.shake_128(b"noise").digest(3000))
+    big = bytearray(b"".join(b"line %d of a larger file\n" % i for i in range(30_000)))
+    (source / "chunks").write_bytes(big)
+    with open(source / "sparse", "wb") as file:
+        file.truncate(1 << 20)
+        file.seek(500_000)
+        file.write(b"in the middle")
+    (source / "link").symlink_to("text")
+    os.link(source / "text", source / "other name of text")
+    os.mkfifo(source / "fifo", 0o640)
+    with open(os.fsencode(source) + b"/not \xff utf-8\n", "wb") as file:
+        file.write(b"named in bytes")
+    os.setxattr(source / "text", "user.note", b"kept\0too")
+    many = source / "many"
+    many.mkdir()
+    for i in range(3000):
+        (many / f"{i:04}").touch()
+    for path in sorted(source.rglob("*"), reverse=True):
+        os.utime(path, ns=(0, 1_600_000_000_123_456_789), follow_symlinks=False)
+    os.chmod(source / "noise", 0o4711)
+    os.chmod(many, 0o1777)
+
+
+def publish_by_hand(repository: Repository) -> None:
+    """Publish a snapshot with what no calm backup makes: flagged files, and a list of lists."""
+    writer = repository.writer()
+    content = ContentWriter(writer.put, digest_of)
+    data = b""
+    for i in range(1500):
+        chunk = b"chunk %d" % i
+        writer.put(BlobKind.DATA, digest_of(chunk), chunk)
+        content.add(len(chunk), digest_of(chunk))
+        data += chunk
+    content.add(4096, HOLE)
+    data += bytes(4096)
+    records, levels = content.finish()
+    torn = b"half of one, half of another"
+    writer.put(BlobKind.DATA, digest_of(torn), torn)
+    times = (1_600_000_000_000_000_000, 1_600_000_000_000_000_001)
+    tree = TreeWriter(writer.put, digest_of, repository.config.tree_seed)
+    tree.add(
+        Node(
+            *(b"appended", Kind.FILE, 0o600, 7, 8, *times, 11, 1, len(data), State.APPENDED, True),
+            *(records, levels, digest_of(data), None),
+            Extra(capture=Capture(Reason.GREW, 1, digest_of(data + b"more"))),
+        )
+    )
+    tree.add(
+        Node(
+            *(b"changed", Kind.FILE, 0o600, 7, 8, *times, 12, 1, len(torn), State.CHANGED, True),
+            *(len(torn).to_bytes(8, "little") + digest_of(torn), 0, None, None),
+            Extra(capture=Capture(Reason.REWRITTEN, 3, digest_of(b"seen later"))),
+        )
+    )
+    root = Node(b"", Kind.DIRECTORY, 0o755, 0, 0, *times, 2, 2, tree=tree.finish())
+    writer.finish()
+    repository.publish(
+        Snapshot(
+            root=root,
+            time_ns=1_700_000_100_000_000_000,
+            host="frozen",
+            user="nobody",
+            paths=(b"by hand",),
+            users=((7, "seven"),),
+            groups=((8, "eight"),),
+            program="by hand",
+        )
+    )
+
+
+def describe(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
+    """Return what is in every snapshot: by id and path, all that a user would miss."""
+    found: dict[str, dict[str, dict[str, object]]] = {}
+    with Repository.open(folder) as repository:
+        for snapshot_id, snapshot in repository.snapshots():
+            entries = found.setdefault(snapshot_id.hex(), {})
+            for path, node in repository.trees.walk(snapshot.root):
+                digest = captured_digest(node)
+                entry: dict[str, object] = {
+                    "kind": int(node.kind),
+                    "mode": node.mode,
+                    "mtime_ns": node.mtime_ns,
+                    "size": node.size,
+                    "state": int(node.state),
+                    "blake3": digest.hex() if digest is not None else None,
+                    "target": node.content.decode() if node.kind == Kind.SYMLINK else None,
+                    "xattrs": [
+                        [name.decode(), value.hex()]
+                        for name, value in (node.extra.xattrs if node.extra is not None else ())
+                    ],
+                }
+                entries[base64.b64encode(path).decode()] = {k: v for k, v in entry.items() if v}
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())
