@@ -57,7 +57,7 @@ typecheck: $(STAMP) ## mypy --strict
 
 .PHONY: check
 check: lint typecheck ## lint, types and the fast tests, in under two minutes
-	$(PYTEST) -m 'not slow and not fuse' tests/unit tests/property $(ARGS)
+	$(PYTEST) -m 'not slow and not fuse' tests/unit tests/property tests/golden $(ARGS)
 
 .PHONY: test
 test: packages-test lint typecheck ## everything, with real mounts: what CI runs

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 Argument = str | bytes | Path
 
@@ -165,9 +165,13 @@ class Casfs:
     def start(
         self, *arguments: Argument, cwd: Path | None = None, prefix: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
-        """Start the command in a process group of its own, as a shell does."""
+        """Start the command in a process group of its own, as a shell does.
+
+        Tests that run in the background of a shell have SIGINT ignored; the command must not.
+        """
+        words = (*prefix, "env", "--default-signal=INT", *program(), *arguments)
         return subprocess.Popen(
-            [os.fsencode(part) for part in (*prefix, *program(), *arguments)],
+            [os.fsencode(part) for part in words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -214,8 +218,7 @@ class Casfs:
 def finish(process: subprocess.Popen[bytes], timeout: float = 120) -> Result:
     """Wait for a started command and return what it left, as `Casfs.run` does."""
     out, err = process.communicate(timeout=timeout)
-    words = process.args if isinstance(process.args, list) else [process.args]
-    argv = tuple(os.fsencode(str(word)) for word in words)
+    argv = tuple(cast(list[bytes], process.args))
     result = Result(argv, process.returncode, out, err)
     assert b"Traceback" not in out + err, result
     return result

@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from .command import Casfs
 from .comparing import (
+    Look,
     differences,
     extents,
     look_at,
@@ -26,6 +28,9 @@ from .everything import CROWD, bind
 from .mounting import mounted
 
 GIB = 1 << 30
+
+# One worker makes the tree that holds everything.
+pytestmark = pytest.mark.xdist_group("everything")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +129,35 @@ def test_file_capabilities_are_those_of_the_source_after_a_restore(
 
     assert capabilities(everything_kept.source).count(b"cap_net") >= 2
     assert capabilities(restored) == capabilities(everything_kept.source)
+
+
+def test_a_dump_as_tar_extracts_to_everything(everything_kept: Kept, tmp_path: Path) -> None:
+    """But for sockets, which a tar stream cannot hold."""
+    target = tmp_path / "target"
+    target.mkdir()
+    archive = tmp_path / "dump.tar"
+    archive.write_bytes(everything_kept.casfs.run("dump", f"latest:/{everything_kept.inside}").out)
+    subprocess.run(
+        ["tar", "-x", "-p", "--numeric-owner", "--same-owner", "-f", archive, "-C", target],
+        check=True,
+        capture_output=True,
+    )
+    try:
+        expected = plain(look_at(everything_kept.source))
+        assert differences(expected, plain(look_at(target))) == []
+    finally:
+        forget(target)
+        archive.unlink()
+
+
+def plain(looks: dict[bytes, Look]) -> dict[bytes, Look]:
+    """Keep what every tar keeps: no sockets, no attributes, and the top's own entry not at all."""
+    sockets = {path for path, look in looks.items() if stat.S_ISSOCK(look.kind)}
+    return {
+        path: replace(look, attributes=(), links=0)
+        for path, look in looks.items()
+        if path and path not in sockets
+    }
 
 
 @pytest.mark.fuse

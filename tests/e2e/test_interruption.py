@@ -19,6 +19,9 @@ from .waiting import wait_until
 MIB = 1 << 20
 SIZE = 384 * MIB
 
+# One worker makes the big source, and the disk has to do with one of these tests at a time.
+pytestmark = pytest.mark.xdist_group("interruption")
+
 
 @pytest.fixture(scope="module")
 def heavy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -70,7 +73,9 @@ def assert_sound(casfs: Casfs, snapshots: int) -> None:
     assert summary["ok"] is True
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name
+)
 def test_a_backup_stopped_in_the_middle_leaves_finished_packs_for_the_next(
     roomy: Casfs, heavy: Path, source: Path, how: signal.Signals
 ) -> None:

@@ -15,6 +15,8 @@ from .comparing import rsync_differences
 from .conftest import forget
 from .mounting import mounted
 
+pytestmark = pytest.mark.xdist_group("large real tree")
+
 CANDIDATES = ("/usr/share", "/usr/include")
 
 

@@ -56,7 +56,7 @@ def test_mount_is_refused_because_pyfuse3_is_not_installed(
     (tmp_path / "shadow").mkdir()
     for module in ("pyfuse3", "trio"):
         (tmp_path / "shadow" / f"{module}.py").write_text(
-            f"raise ModuleNotFoundError('No module named {module!r}', name={module!r})\n"
+            f'raise ModuleNotFoundError("No module named {module}", name="{module}")\n'
         )
     at = repository.home / "mountpoint"
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "shadow"), *_python_path()])}

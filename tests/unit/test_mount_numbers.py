@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -192,7 +193,7 @@ class TestRanges:
         ordered = sorted(taken)
         assert ordered[0][0] >= 100
         assert ordered[-1][0] + ordered[-1][1] <= 1100
-        for (first, count), (following, _) in zip(ordered, ordered[1:], strict=False):
+        for (first, count), (following, _) in pairwise(ordered):
             assert first + count <= following
         for first, count in taken:
             assert ranges.find(first) == ranges.find(first + count - 1) == first

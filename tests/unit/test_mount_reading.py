@@ -82,7 +82,7 @@ class TestReading:
         for _ in range(500):
             offset = rng.randrange(len(whole) + 10)
             size = rng.choice([1, 10, 600, len(whole) * 2])
-            assert bytes(reader.read(offset, size)) == whole[offset : offset + size]
+            assert b"".join(reader.read(offset, size)) == whole[offset : offset + size]
 
     def test_of_a_file_with_lists_of_lists_is_right_too(self) -> None:
         shelf = Shelf()
@@ -92,15 +92,14 @@ class TestReading:
         rng = random.Random(2)
         for _ in range(300):
             offset = rng.randrange(len(whole))
-            assert bytes(reader.read(offset, 40)) == whole[offset : offset + 40]
-        assert bytes(reader.read(0, len(whole))) == whole
+            assert b"".join(reader.read(offset, 40)) == whole[offset : offset + 40]
+        assert b"".join(reader.read(0, len(whole))) == whole
 
     def test_inside_one_chunk_copies_nothing(self) -> None:
         shelf = Shelf()
         (data,) = chunks(1, 1000)
         node, _ = shelf.file(data)
-        found = shelf.reader(node).read(10, 20)
-        assert isinstance(found, memoryview)
+        (found,) = shelf.reader(node).read(10, 20)
         assert found.obj is shelf.blobs[digest_of(data)]
 
     def test_of_a_huge_hole_needs_memory_for_the_answer_alone(self) -> None:
@@ -112,17 +111,17 @@ class TestReading:
         content, levels = writer.finish()
         huge = replace(node, size=(1 << 50) + 6, content=content, levels=levels)
         reader = shelf.reader(huge)
-        assert bytes(reader.read(1 << 49, 3 << 20)) == bytes(3 << 20)
-        assert bytes(reader.read(3, 6)) == b"and\0\0\0"
-        assert bytes(reader.read((1 << 50) + 5, 100)) == b"\0"
+        assert b"".join(reader.read(1 << 49, 3 << 20)) == bytes(3 << 20)
+        assert b"".join(reader.read(3, 6)) == b"and\0\0\0"
+        assert b"".join(reader.read((1 << 50) + 5, 100)) == b"\0"
 
     def test_at_the_end_and_behind_it_gives_nothing(self) -> None:
         shelf = Shelf()
         node, whole = shelf.file(b"abc")
         empty, _ = shelf.file()
-        assert shelf.reader(node).read(len(whole), 5) == b""
-        assert shelf.reader(node).read(1 << 60, 5) == b""
-        assert shelf.reader(empty).read(0, 5) == b""
+        assert b"".join(shelf.reader(node).read(len(whole), 5)) == b""
+        assert b"".join(shelf.reader(node).read(1 << 60, 5)) == b""
+        assert b"".join(shelf.reader(empty).read(0, 5)) == b""
 
     def test_in_sequence_has_the_next_chunks_decoded_ahead(self) -> None:
         shelf = Shelf()
@@ -140,16 +139,16 @@ class TestReading:
             deadline.wait(0.01)
         else:
             pytest.fail("nothing was decoded ahead")
-        assert bytes(reader.read(0, len(whole))) == whole
+        assert b"".join(reader.read(0, len(whole))) == whole
         assert set(shelf.reads.values()) == {1}
 
     def test_at_random_decodes_nothing_ahead(self) -> None:
         shelf = Shelf()
-        data = chunks(40, 600_000)
-        node, whole = shelf.file(*data)
+        data = chunks(30, 600_000)
+        node, _ = shelf.file(*data)
         reader = shelf.reader(node, shelf.cache(64 << 20))
-        for offset in (len(whole) // 2, len(whole) - 5_000_000, 5_000_000):
-            reader.read(offset, 4096)
+        for i in (20, 28, 7):
+            reader.read(sum(map(len, data[:i])), 4096)
         assert shelf.reads.total() == 3
 
 
@@ -162,8 +161,8 @@ class TestDamage:
         shelf.failing[bad] = BlobError(bad, "its data does not have its digest", b"p" * 32)
         reader = shelf.reader(node)
         begin, end = len(data[0]), len(data[0]) + len(data[1])
-        assert bytes(reader.read(0, begin)) == whole[:begin]
-        assert bytes(reader.read(end, len(whole))) == whole[end:]
+        assert b"".join(reader.read(0, begin)) == whole[:begin]
+        assert b"".join(reader.read(end, len(whole))) == whole[end:]
         for offset, size in ((begin, 1), (begin - 1, 2), (end - 1, 5), (0, len(whole))):
             with pytest.raises(UnreadableError):
                 reader.read(offset, size)
@@ -195,7 +194,7 @@ class TestDamage:
             reader.read(0, 10)
         shelf.failing.clear()
         now += 60
-        assert bytes(reader.read(0, 10)) == whole
+        assert b"".join(reader.read(0, 10)) == whole
 
     def test_of_a_list_of_chunks_is_an_error(self) -> None:
         shelf = Shelf()
@@ -244,7 +243,7 @@ class TestTheThreadThatMustNotWait:
         other = threading.Thread(target=lambda: reader.read(0, len(whole)))
         other.start()
         other.join()
-        assert bytes(reader.read(0, len(whole))) == whole
+        assert b"".join(reader.read(0, len(whole))) == whole
 
     def test_does_not_wait_for_another_thread_that_is_decoding(self) -> None:
         shelf = Shelf()
@@ -260,7 +259,7 @@ class TestTheThreadThatMustNotWait:
             shelf.reader(node, cache).read(0, 4)
         shelf.gate.set()
         other.join()
-        assert bytes(shelf.reader(node, cache).read(0, 4)) == b"slow"
+        assert b"".join(shelf.reader(node, cache).read(0, 4)) == b"slow"
         assert shelf.reads.total() == 1
 
 
@@ -325,7 +324,7 @@ class TestTheCache:
     def test_serves_a_chunk_that_is_larger_than_the_whole_cache(self) -> None:
         shelf = Shelf()
         node, whole = shelf.file(*chunks(4, 10_000))
-        assert bytes(shelf.reader(node, shelf.cache(100)).read(0, 1 << 20)) == whole
+        assert b"".join(shelf.reader(node, shelf.cache(100)).read(0, 1 << 20)) == whole
 
 
 def test_an_errand_that_fails_does_not_end_the_others(caplog: pytest.LogCaptureFixture) -> None:
