@@ -80,7 +80,7 @@ class Checker:
         self._repository = repository
         self._store = repository.store
         self._monitor = monitor
-        self._bad: set[Digest] = set()
+        self._bad: dict[Digest, PackId | None] = {}
         self._pack_bytes: dict[int, int] = {}
         self._visited = bytearray()
         self._damaged_trees: set[bytes] = set()
@@ -123,7 +123,7 @@ class Checker:
                 for found in damage:
                     self._report(found)
                     if found.blob is not None:
-                        self._bad.add(found.blob)
+                        self._bad[found.blob] = found.pack
                 if pack in known:
                     indexed += self._compare_index(pack, entries, ordinals)
                 if pack in wanted:
@@ -237,8 +237,9 @@ class Checker:
         try:
             if len(stack) > 2 * MAX_DEPTH:
                 raise TreeError("directories are nested deeper than the format allows")
-            if ref.digest in self._bad:
-                raise BlobError(Digest(ref.digest), "its data does not have its digest")
+            digest = Digest(ref.digest)
+            if digest in self._bad:
+                raise BlobError(digest, "its data does not have its digest", self._bad[digest])
             piece = decode_piece(self._store.read(Digest(ref.digest)))
             _check_summary(ref, piece)
         except (IntegrityError, CasfsError) as error:

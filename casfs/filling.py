@@ -42,16 +42,18 @@ class Filler:
         lost: Ranges = []
         for extent in self._repository.content(node).extents(lost_lists=self._salvage):
             done = extent.begin + extent.length
+            if done > node.size:
+                break
             data = self._read(extent, lost)
             if data is None:
                 update_zeros(whole, extent.length)
                 continue
             whole.update(data)
             _write_at(fd, data, extent.begin)
+        if done > node.size or (done < node.size and not lost):
+            raise TreeError(f"its list tells {done} bytes where {node.size} were captured")
         if lost:
             return lost
-        if done != node.size:
-            raise TreeError(f"its list tells {done} bytes where {node.size} were captured")
         if whole.digest() != captured_digest(node):
             raise TreeError("all its chunks verify, but together they do not have its digest")
         return lost

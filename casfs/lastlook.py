@@ -108,6 +108,7 @@ class LastLook:
 
     def _again(self, frame: _Frame, path: bytes, node: Node) -> Node:
         """Return a newer capture of a file, or the one that there is, and tell what it is worth."""
+        self._monitor.progress.path = path
         key = hard_link_key(node)
         found = self._links.get(key) if key is not None else None
         if found is not None:

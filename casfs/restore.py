@@ -183,9 +183,17 @@ class Restorer:
             return False
 
     def _open(self, depth: int, child: _Frame) -> bool:
-        above = self._stack[depth - 1]
-        if above.fd < 0 and not self._open(depth - 1, above):
-            return False
+        opened = depth - 1
+        while self._stack[opened].fd < 0:
+            opened -= 1
+        above = self._stack[opened]
+        for frame in (*self._stack[opened + 1 : depth], child):
+            if not self._open_in(above, frame):
+                return False
+            above = frame
+        return True
+
+    def _open_in(self, above: _Frame, child: _Frame) -> bool:
         name = child.node.name
         st = target.entry_stat(above.fd, name)
         if st is not None and not stat.S_ISDIR(st.st_mode):

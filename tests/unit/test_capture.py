@@ -1,0 +1,266 @@
+"""Captures of single files: what a node says, and how long is waited for one that changes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from casfs import capture
+from casfs.capture import Capturer, NotRegularError, Patience
+from casfs.chunker import Chunker
+from casfs.digest import Digest, digest_of
+from casfs.freeze import Freeze, Freezer
+from casfs.reading import FileReader, Reading
+from casfs.source import open_directory
+from casfs.store.blob import BlobKind
+from casfs.store.config import new_config
+from casfs.tree import Node, State, capture_of, captured_digest
+
+YEAR_2020_NS = 1_577_836_800_000_000_007
+
+
+class Scene:
+    """A folder, and a capturer whose blobs and pauses are kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.blobs: dict[bytes, bytes] = {}
+        self.pauses: list[float] = []
+        self.fd = open_directory(None, bytes(folder))
+
+    def capturer(
+        self,
+        attempts: int = 3,
+        patience_s: float = 60.0,
+        read: Callable[[FileReader], FileReader] = lambda reader: reader,
+    ) -> Capturer:
+        chunker = Chunker(new_config("2020-01-01T00:00:00Z").chunker)
+        reader = read(FileReader(chunker, self._put, digest_of))
+        return Capturer(
+            reader, Freezer(Freeze.NEVER), Patience(patience_s), attempts, self.pauses.append
+        )
+
+    def capture(self, name: str) -> Node:
+        return self.capturer().capture(self.fd, name.encode())
+
+    def _put(self, kind: BlobKind, digest: Digest, plain: bytes) -> None:
+        self.blobs[digest] = plain
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    found = Scene(tmp_path)
+    yield found
+    os.close(found.fd)
+
+
+def old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every file be old enough to be trusted: the clock is an hour ahead."""
+    ahead = time.time_ns() + 3600 * 1_000_000_000
+    monkeypatch.setattr("casfs.capture.time.time_ns", lambda: ahead)
+
+
+class TestANode:
+    def test_tells_content_size_and_metadata(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old(monkeypatch)
+        file = scene.folder / "file"
+        file.write_bytes(b"content")
+        file.chmod(0o4751)
+        os.utime(file, ns=(1, YEAR_2020_NS))
+        st = file.stat()
+        node = scene.capture("file")
+        assert (node.name, node.size, node.mode) == (b"file", 7, 0o4751)
+        assert (node.mtime_ns, node.ctime_ns, node.inode) == (
+            YEAR_2020_NS,
+            st.st_ctime_ns,
+            st.st_ino,
+        )
+        assert (node.state, node.racy, node.extra) == (State.STABLE, False, None)
+        assert captured_digest(node) == blake3(b"content").digest()
+        assert scene.blobs == {digest_of(b"content"): b"content"}
+
+    def test_of_an_empty_file_stores_nothing(self, scene: Scene) -> None:
+        (scene.folder / "empty").touch()
+        node = scene.capture("empty")
+        assert (node.size, node.content, node.state) == (0, b"", State.STABLE)
+        assert scene.blobs == {}
+
+    def test_has_the_xattrs(self, scene: Scene) -> None:
+        file = scene.folder / "file"
+        file.write_bytes(b"content")
+        try:
+            os.setxattr(file, b"user.colour", b"red")
+        except OSError:
+            pytest.skip("the file system of the tests has no xattrs")
+        node = scene.capture("file")
+        assert node.extra is not None
+        assert (b"user.colour", b"red") in node.extra.xattrs
+
+    def test_of_a_file_as_young_as_the_capture_is_not_to_be_trusted(self, scene: Scene) -> None:
+        file = scene.folder / "file"
+        for _ in range(20):
+            file.write_bytes(b"young")
+            node = scene.capture("file")
+            assert node.state == State.STABLE
+            if node.racy:
+                return
+        pytest.fail("no capture came within a tick of the writing")
+
+    @pytest.mark.parametrize(
+        ("age_ns", "is_whole", "is_racy"),
+        [
+            (1_000_000, False, True),
+            (19_000_000, False, True),
+            (21_000_000, False, False),
+            (-5_000_000_000, False, True),
+            (1_500_000_000, True, True),
+            (3_000_000_000, True, False),
+        ],
+    )
+    def test_is_racy_within_the_grain_of_the_clock(
+        self, age_ns: int, is_whole: bool, is_racy: bool
+    ) -> None:
+        began_ns = 1_700_000_000_000_000_000 + (age_ns if is_whole else 123)
+        stamp_ns = began_ns - age_ns
+        times = (0.0, stamp_ns / 1e9, stamp_ns / 1e9, 0, stamp_ns, stamp_ns)
+        st = os.stat_result((0o100644, 1, 1, 1, 0, 0, 0, 0, 0, 0, *times))
+        assert (st.st_mtime_ns % 1_000_000_000 == 0) == is_whole
+        assert capture._is_racy(st, began_ns) is is_racy
+
+
+class TestOtherKinds:
+    @pytest.mark.parametrize("kind", ["directory", "fifo", "symlink", "dangling", "socket"])
+    def test_are_told_from_files_without_being_waited_for_or_followed(
+        self, scene: Scene, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(scene.folder)
+        name = Path("name")
+        match kind:
+            case "directory":
+                name.mkdir()
+            case "fifo":
+                os.mkfifo(name)
+            case "symlink":
+                Path("target").write_bytes(b"never read")
+                name.symlink_to("target")
+            case "dangling":
+                name.symlink_to("nowhere")
+            case "socket":
+                with socket.socket(socket.AF_UNIX) as server:
+                    server.bind(str(name))
+        with pytest.raises(NotRegularError):
+            scene.capture("name")
+        assert scene.blobs == {}
+
+    def test_a_name_that_is_gone_is_an_error_of_its_own(self, scene: Scene) -> None:
+        with pytest.raises(FileNotFoundError):
+            scene.capture("gone")
+
+
+class Restless(FileReader):
+    """A reader that finds the file longer after each reading than it was, and other at its start."""
+
+    file: Path
+
+    def read(self, fd: int, st: os.stat_result) -> Reading:
+        found = super().read(fd, st)
+        with self.file.open("r+b") as opened:
+            opened.write(os.urandom(8))
+        return found
+
+
+class TestPatience:
+    def restless(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FileReader]:
+        old(monkeypatch)
+        file = scene.folder / "file"
+        file.write_bytes(bytes(100))
+
+        def make(reader: FileReader) -> FileReader:
+            reader.__class__ = Restless
+            assert isinstance(reader, Restless)
+            reader.file = file
+            return reader
+
+        return make
+
+    def test_waits_longer_before_each_further_attempt(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read = self.restless(scene, monkeypatch)
+        node = scene.capturer(attempts=6, read=read).capture(scene.fd, b"file")
+        assert scene.pauses == [0.05, 0.1, 0.2, 0.4, 0.8]
+        evidence = capture_of(node)
+        assert (node.state, evidence and evidence.attempts) == (State.CHANGED, 6)
+
+    def test_does_not_wait_for_a_file_that_holds_still(self, scene: Scene) -> None:
+        (scene.folder / "file").write_bytes(b"still")
+        scene.capture("file")
+        assert scene.pauses == []
+
+    def test_ends_before_a_pause_that_it_has_no_time_for(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read = self.restless(scene, monkeypatch)
+        capturer = scene.capturer(attempts=100, patience_s=1.0, read=read)
+        node = capturer.capture(scene.fd, b"file")
+        assert scene.pauses == [0.05, 0.1, 0.2], "0.4 s more would touch the half kept back"
+        evidence = capture_of(node)
+        assert evidence is not None and evidence.attempts == 4
+
+    def test_is_for_all_files_together(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        read = self.restless(scene, monkeypatch)
+        capturer = scene.capturer(attempts=3, patience_s=0.5, read=read)
+        made = []
+        for _ in range(3):
+            evidence = capture_of(capturer.capture(scene.fd, b"file"))
+            assert evidence is not None
+            made.append(evidence.attempts)
+        assert made == [3, 2, 1]
+
+    def test_keeps_half_of_the_time_for_the_end_of_the_backup(self) -> None:
+        patience = Patience(10.0)
+        assert patience.allows(4.9)
+        assert not patience.allows(5.0)
+        patience.spend(4.0)
+        assert patience.allows(0.9)
+        assert not patience.allows(1.1)
+        patience.end_walk()
+        assert patience.allows(5.9)
+        assert not patience.allows(6.1)
+
+    def test_of_nothing_allows_nothing(self) -> None:
+        patience = Patience(0.0)
+        assert not patience.allows(0.0)
+        patience.end_walk()
+        assert not patience.allows(0.0)
+
+    def test_expects_a_reading_to_take_as_long_as_those_before(self) -> None:
+        patience = Patience()
+        assert patience.expected(1 << 40) == 0.0
+        patience.learn(100, 2.0)
+        patience.learn(300, 2.0)
+        assert patience.expected(1000) == 10.0
+
+    def test_makes_no_last_attempt_at_a_file_that_is_too_large_for_it(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read = self.restless(scene, monkeypatch)
+        patience = Patience(10.0)
+        patience.end_walk()
+        capturer = scene.capturer(attempts=1, read=read)
+        node = capturer.capture(scene.fd, b"file")
+        capturer._patience = patience
+        again = capturer.capture_again(scene.fd, node)
+        assert again is not None
+        evidence = capture_of(again)
+        assert evidence is not None and evidence.attempts == 2
+        patience.learn(1, 1.0)
+        assert capturer.capture_again(scene.fd, node) is None

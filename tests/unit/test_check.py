@@ -1,0 +1,419 @@
+"""Check: whatever is wrong is found and named, by pack and blob and by the files that lose by it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casfs import check as check_module
+from casfs.check import Checker, CheckResult, Damage
+from casfs.content import HOLE, RECORD, ContentWriter
+from casfs.digest import Digest, SnapshotId, digest_of
+from casfs.monitor import RecordingMonitor
+from casfs.repository import Repository
+from casfs.store.blob import BlobKind
+from casfs.store.index import IndexedPack
+from casfs.store.pack import PackEntry
+from casfs.store.store import BlobStore
+from casfs.tree import Capture, Extra, Kind, Node, Reason, State, TreeRef, replace
+
+from .planting import Keeper, Plan, entry, file, flagged, reference
+from .storing import add_pack, flip, make_pack, noise, pack_paths
+
+CHUNKS = [noise(f"chunk {number}", 3000) for number in range(4)]
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    return Keeper(tmp_path)
+
+
+def of_chunks(*chunks: bytes, size: int | None = None, **fields: Any) -> Node:
+    """Return the node of a file that consists of several chunks."""
+    whole = b"".join(chunks)
+    records = b"".join(RECORD.pack(len(chunk), digest_of(chunk)) for chunk in chunks)
+    size = len(whole) if size is None else size
+    return entry(b"", size=size, content=records, captured=digest_of(whole), **fields)
+
+
+def store(keeper: Keeper, chunks: Iterable[bytes], kind: BlobKind = BlobKind.DATA) -> None:
+    """Store chunks in a pack of their own."""
+    with keeper.writing() as repository:
+        writer = repository.writer()
+        for chunk in chunks:
+            writer.put(kind, digest_of(chunk), chunk)
+        writer.finish()
+
+
+def check(keeper: Keeper, read_data: bool = False, share: float = 1.0) -> CheckResult:
+    with keeper.reading() as repository:
+        return Checker(repository, RecordingMonitor()).check(read_data, share)
+
+
+def damage(keeper: Keeper, what: str, read_data: bool = False) -> list[Damage]:
+    """Return the damage of one kind that a check finds."""
+    return [found for found in check(keeper, read_data).damage if found.what == what]
+
+
+def pack_with(keeper: Keeper, data: bytes) -> Path:
+    (path,) = [path for path in pack_paths(keeper.root) if data in path.read_bytes()]
+    return path
+
+
+class TestSoundRepositories:
+    def test_are_counted(self, keeper: Keeper) -> None:
+        store(keeper, CHUNKS)
+        keeper.publish({b"a": of_chunks(*CHUNKS[:2]), b"d": {b"f": b"1"}, b"l": flagged(file(b""))})
+        keeper.publish({b"b": of_chunks(*CHUNKS), b"d": {b"f": b"1"}})
+        structure, whole = check(keeper), check(keeper, read_data=True)
+        for result in (structure, whole):
+            assert result.damage == []
+            assert (result.snapshots, result.trees, result.flagged) == (2, 3, 1)
+            # The directory that both share is walked once.
+            assert result.files == 4
+            assert result.packs == 3
+        assert (structure.packs_read, structure.read_bytes, structure.blobs_read) == (0, 0, 0)
+        assert whole.packs_read == 3
+        assert whole.read_bytes == sum(path.stat().st_size for path in pack_paths(keeper.root))
+        assert whole.blobs_read == 4 + 3 + 1
+
+    def test_that_are_empty_are_sound_too(self, keeper: Keeper) -> None:
+        assert check(keeper, read_data=True) == CheckResult()
+        keeper.publish({})
+        assert check(keeper, read_data=True).damage == []
+
+    def test_hold_holes_and_all_kinds_of_entries(self, keeper: Keeper) -> None:
+        store(keeper, CHUNKS[:1])
+        records = RECORD.pack(1 << 40, HOLE) + RECORD.pack(3000, digest_of(CHUNKS[0]))
+        whole = b"\x01" * 32
+        sparse = entry(b"", size=(1 << 40) + 3000, content=records, captured=whole)
+        keeper.publish({b"s": sparse, b"l": entry(b"", Kind.SYMLINK, content=b"x")})
+        assert check(keeper, read_data=True).damage == []
+
+
+class TestDamagedBlobs:
+    def test_are_found_by_reading_and_named_with_their_pack(self, keeper: Keeper) -> None:
+        store(keeper, CHUNKS)
+        keeper.publish({b"f": b"1"})
+        keeper.damage(digest_of(CHUNKS[2]))
+        pack = pack_with(keeper, CHUNKS[0]).name
+        assert check(keeper).damage == []
+        (blob,) = damage(keeper, "blob", read_data=True)
+        assert blob.blob == digest_of(CHUNKS[2])
+        assert blob.pack is not None and blob.pack.hex() == pack
+        assert "digest" in blob.message
+        (whole,) = damage(keeper, "pack", read_data=True)
+        assert whole.pack == blob.pack
+
+    def test_name_every_file_and_range_in_every_snapshot(self, keeper: Keeper) -> None:
+        store(keeper, CHUNKS)
+        bad, sound = of_chunks(*CHUNKS), of_chunks(*CHUNKS[:2])
+        ids = {
+            keeper.publish({b"d": {b"bad": bad, b"sound": sound}}, time_ns=1)[0],
+            keeper.publish({b"d": {b"bad": bad, b"sound": sound}, b"x": b""}, time_ns=2)[0],
+            keeper.publish({b"other": of_chunks(*CHUNKS[2:], CHUNKS[2])}, time_ns=3)[0],
+        }
+        keeper.damage(digest_of(CHUNKS[2]))
+        found = damage(keeper, "file", read_data=True)
+        assert {file.snapshot for file in found} == ids
+        assert sorted((file.path, file.ranges) for file in found) == [
+            (b"d/bad", ((6000, 9000),)),
+            (b"d/bad", ((6000, 9000),)),
+            (b"other", ((0, 3000), (6000, 9000))),
+        ]
+        assert all(file.blob == digest_of(CHUNKS[2]) for file in found)
+        assert "6000-9000 of 12000" in found[0].message
+
+    def test_that_are_trees_name_the_directory_and_cost_no_other(self, keeper: Keeper) -> None:
+        plan: Plan = {b"a": {b"b": {b"f": b""}}, b"z": {b"f": of_chunks(CHUNKS[0])}}
+        _, snapshot = keeper.publish(plan)
+        with keeper.reading() as repository:
+            node = repository.trees.resolve(snapshot.root, b"a/b")
+            assert node is not None
+        keeper.damage(reference(node))
+        found = damage(keeper, "tree", read_data=True)
+        assert [tree.path for tree in found] == [b"a/b"]
+        assert found[0].blob == reference(node)
+        assert found[0].pack is not None
+        assert [lost.path for lost in damage(keeper, "file", read_data=True)] == [b"z/f"]
+        # A tree is read even without reading data, and a blob of it is verified wherever it is.
+        assert [tree.path for tree in damage(keeper, "tree")] == [b"a/b"]
+
+    def test_that_are_missing_are_found_without_reading(self, keeper: Keeper) -> None:
+        store(keeper, CHUNKS[:1])
+        snapshot_id, _ = keeper.publish({b"f": of_chunks(*CHUNKS[:3])})
+        (lost,) = damage(keeper, "file")
+        assert (lost.snapshot, lost.path) == (snapshot_id, b"f")
+        assert lost.ranges == ((3000, 6000), (6000, 9000))
+
+    @pytest.mark.parametrize("window", [64, 1000, 1 << 23])
+    def test_are_found_wherever_the_pack_is_read_in_windows(
+        self, keeper: Keeper, window: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(check_module, "_WINDOW_BYTES", window)
+        chunks = [noise(f"{size}", size) for size in (0, 1, 100, 5000, 64, 20_000)]
+        store(keeper, chunks)
+        assert check(keeper, read_data=True).damage == []
+        for chunk in chunks[1:]:
+            keeper.damage(digest_of(chunk))
+            assert [found.blob for found in damage(keeper, "blob", True)] == [digest_of(chunk)]
+            keeper.damage(digest_of(chunk))
+        assert check(keeper, read_data=True).damage == []
+
+    @pytest.mark.parametrize("place", [9, 12, 16 + 6, -20, -70])
+    def test_a_flip_outside_of_all_blobs_is_found_by_the_packs_name(
+        self, keeper: Keeper, place: int
+    ) -> None:
+        store(keeper, CHUNKS)
+        (path,) = pack_paths(keeper.root)
+        flip(path, place)
+        found = check(keeper, read_data=True).damage
+        assert found
+        assert {d.what for d in found} == {"pack"}
+        assert {d.pack.hex() for d in found if d.pack is not None} == {path.name}
+
+
+class TestLostPacks:
+    def test_name_every_file_without_reading_data(self, keeper: Keeper) -> None:
+        store(keeper, CHUNKS[:2])
+        store(keeper, CHUNKS[2:])
+        keeper.publish({b"both": of_chunks(*CHUNKS), b"sound": of_chunks(*CHUNKS[2:])})
+        path = pack_with(keeper, CHUNKS[0])
+        path.unlink()
+        (pack,) = damage(keeper, "pack")
+        assert pack.pack is not None and pack.pack.hex() == path.name
+        assert "missing" in pack.message
+        (lost,) = damage(keeper, "file")
+        assert (lost.path, lost.ranges) == (b"both", ((0, 3000), (3000, 6000)))
+
+    def test_that_were_cut_name_what_lay_behind_the_cut(self, keeper: Keeper) -> None:
+        store(keeper, CHUNKS)
+        keeper.publish({b"f": of_chunks(*CHUNKS)})
+        path = pack_with(keeper, CHUNKS[0])
+        os.truncate(path, path.read_bytes().index(CHUNKS[2]) + 100)
+        (lost,) = damage(keeper, "file")
+        assert lost.ranges == ((6000, 9000), (9000, 12000))
+        assert any("were stored" in pack.message for pack in damage(keeper, "pack"))
+
+    def test_with_trees_in_them_name_the_directories(self, keeper: Keeper) -> None:
+        snapshot_id, _ = keeper.publish({b"d": {}})
+        pack_paths(keeper.root)[0].unlink()
+        (tree,) = damage(keeper, "tree")
+        assert (tree.snapshot, tree.path) == (snapshot_id, b"")
+
+    def test_whose_directory_is_damaged_cost_no_file(self, keeper: Keeper) -> None:
+        store(keeper, CHUNKS)
+        keeper.publish({b"f": of_chunks(*CHUNKS)})
+        flip(pack_with(keeper, CHUNKS[0]), -1)
+        assert {found.what for found in check(keeper, read_data=True).damage} == {"pack"}
+
+    def test_that_are_none_at_all_are_named(self, keeper: Keeper) -> None:
+        keeper.publish({b"f": b"1"})
+        pack = add_pack(keeper.root, noise("junk", 500))
+        assert {found.pack for found in check(keeper).damage} == {pack}
+
+
+class TestWrongIndex:
+    def rebuilt(self, keeper: Keeper, change: Any) -> list[Damage]:
+        """Check with an index in which one entry of the only pack is something else."""
+        store(keeper, CHUNKS)
+        with keeper.writing() as repository:
+            ((pack, size),) = repository.store.stored_packs()
+            entries = repository.store.read_directory(pack, size)
+            packs: list[IndexedPack] = [(pack, size, change(entries))]
+            repository.store.index.rebuild(lambda: packs)
+        keeper.publish({b"f": of_chunks(*CHUNKS)})
+        return check(keeper).damage
+
+    @pytest.mark.parametrize(
+        "fields", [{"offset": 999}, {"stored_bytes": 999}, {"plain_bytes": 999}]
+    )
+    def test_that_names_another_place_is_found(
+        self, keeper: Keeper, fields: dict[str, int]
+    ) -> None:
+        def change(entries: list[PackEntry]) -> list[PackEntry]:
+            return [entries[0]._replace(**fields), *entries[1:]]  # type: ignore[arg-type]
+
+        found = [d for d in self.rebuilt(keeper, change) if d.what == "index"]
+        assert [d.blob for d in found] == [digest_of(CHUNKS[0])]
+        assert "another place" in found[0].message
+
+    def test_that_does_not_know_a_blob_is_found(self, keeper: Keeper) -> None:
+        found = self.rebuilt(keeper, lambda entries: entries[1:])
+        assert [d.blob for d in found if d.what == "index"] == [digest_of(CHUNKS[0])]
+        assert [d.ranges for d in found if d.what == "file"] == [((0, 3000),)]
+
+    def test_that_knows_what_no_pack_holds_is_found(self, keeper: Keeper) -> None:
+        phantom = PackEntry(digest_of(b"phantom"), 500, 5, 5, 1, 0)
+        (found,) = self.rebuilt(keeper, lambda entries: [*entries, phantom])
+        assert found.what == "index"
+        assert "no pack holds" in found.message
+
+
+class TestDamagedSnapshots:
+    def test_are_named_and_the_others_checked(self, keeper: Keeper) -> None:
+        first, _ = keeper.publish({b"f": b"1"}, time_ns=1)
+        keeper.publish({b"g": of_chunks(CHUNKS[0])}, time_ns=2)
+        flip(keeper.root / "snapshots" / first.hex(), -1)
+        found = check(keeper).damage
+        assert {d.what for d in found} == {"snapshot", "file"}
+        assert [d.snapshot for d in found if d.what == "snapshot"] == [first]
+
+
+class TestLies:
+    """Data that verify, but contradict each other: no casfs has written them."""
+
+    def lying(self, keeper: Keeper, node: Node) -> Damage:
+        store(keeper, CHUNKS)
+        snapshot_id, _ = keeper.publish({b"lie": node, b"truth": of_chunks(*CHUNKS)})
+        (found,) = check(keeper, read_data=True).damage
+        assert (found.what, found.snapshot, found.path) == ("file", snapshot_id, b"lie")
+        return found
+
+    @pytest.mark.parametrize("size", [0, 11_999, 12_001])
+    def test_about_the_size_of_a_file_are_found(self, keeper: Keeper, size: int) -> None:
+        found = self.lying(keeper, of_chunks(*CHUNKS, size=size))
+        assert f"12000 bytes where {size}" in found.message
+
+    def test_about_the_length_of_a_chunk_are_found(self, keeper: Keeper) -> None:
+        records = RECORD.pack(2999, digest_of(CHUNKS[0]))
+        found = self.lying(keeper, entry(b"", size=2999, content=records))
+        assert "does not have the length" in found.message
+
+    def test_about_a_flag_without_evidence_are_found(self, keeper: Keeper) -> None:
+        found = self.lying(keeper, replace(file(b"", CHUNKS[0]), state=State.CHANGED))
+        assert "without the evidence" in found.message
+
+    def test_about_a_stable_file_that_two_reads_saw_differently_are_found(
+        self, keeper: Keeper
+    ) -> None:
+        extra = Extra(capture=Capture(Reason.NONE, 2, digest_of(b"something else")))
+        found = self.lying(keeper, replace(file(b"", CHUNKS[0]), extra=extra))
+        assert "two reads saw different data" in found.message
+
+    @pytest.mark.parametrize(
+        "change", [{"nodes": 9}, {"total_bytes": 5}, {"flagged": 1}, {"nodes": 0, "flagged": 0}]
+    )
+    def test_about_the_sums_of_a_directory_are_found(
+        self, keeper: Keeper, change: dict[str, int]
+    ) -> None:
+        with keeper.writing() as repository:
+            writer = repository.writer()
+            leaf = b"\x92\x00\x91" + _encoded(file(b"f"))
+            writer.put(BlobKind.TREE, digest_of(leaf), leaf)
+            writer.finish()
+        ref = replace(TreeRef(digest_of(leaf), 1, 0, 0), **change)
+        keeper.publish({b"lie": entry(b"", Kind.DIRECTORY, tree=ref)})
+        (found,) = check(keeper).damage
+        assert (found.what, found.path) == ("tree", b"lie")
+        assert "summary" in found.message
+
+    def test_about_the_kind_of_a_blob_are_found(self, keeper: Keeper) -> None:
+        store(keeper, CHUNKS)
+        ref = TreeRef(digest_of(CHUNKS[0]), 1, 0, 0)
+        keeper.publish({b"lie": entry(b"", Kind.DIRECTORY, tree=ref)})
+        (found,) = check(keeper).damage
+        assert (found.what, found.path) == ("tree", b"lie")
+
+    def test_about_depth_end_at_the_bound(
+        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(check_module, "MAX_DEPTH", 10)
+        plan: Plan = {b"f": b""}
+        for _ in range(30):
+            plan = {b"d": plan}
+        keeper.publish(plan)
+        (found,) = check(keeper).damage
+        assert found.what == "tree"
+        assert "deeper" in found.message
+        assert found.path is not None and found.path.count(b"/") == 20
+
+
+def _encoded(node: Node) -> bytes:
+    from casfs.tree import encode_node
+
+    return encode_node(node)
+
+
+class TestLongLists:
+    def publish_long(self, keeper: Keeper) -> tuple[SnapshotId, Node]:
+        """Publish a file of 1,000 chunks in lists of about 300."""
+        with keeper.writing() as repository:
+            writer = repository.writer()
+            content = ContentWriter(writer.put, digest_of)
+            chunks = [b"chunk %d" % number for number in range(1000)]
+            for chunk in chunks:
+                writer.put(BlobKind.DATA, digest_of(chunk), chunk)
+                content.add(len(chunk), digest_of(chunk))
+            records, levels = content.finish()
+            writer.finish()
+        assert levels == 1
+        whole = b"".join(chunks)
+        node = entry(
+            b"", size=len(whole), content=records, levels=levels, captured=digest_of(whole)
+        )
+        return keeper.publish({b"long": node})[0], node
+
+    def test_are_followed(self, keeper: Keeper) -> None:
+        self.publish_long(keeper)
+        assert check(keeper, read_data=True).damage == []
+
+    def test_that_lost_a_piece_name_its_range(self, keeper: Keeper) -> None:
+        snapshot_id, node = self.publish_long(keeper)
+        length, digest = RECORD.unpack_from(node.content)
+        keeper.damage(Digest(digest))
+        (lost,) = damage(keeper, "file", read_data=True)
+        assert (lost.snapshot, lost.path) == (snapshot_id, b"long")
+        assert lost.ranges == ((0, length),)
+
+
+class TestShares:
+    def test_are_the_same_packs_every_time_and_grow_to_all(self, keeper: Keeper) -> None:
+        for number in range(12):
+            store(keeper, [noise(f"pack {number}", 200)])
+        read = [check(keeper, True, share).packs_read for share in (0.0, 0.3, 0.6, 1.0)]
+        assert read == sorted(read)
+        assert (read[0], read[-1]) == (0, 12)
+        assert 0 < read[1] < 12
+        assert check(keeper, True, 0.3).packs_read == read[1]
+
+    def test_of_a_damaged_pack_find_it_once_it_is_among_them(self, keeper: Keeper) -> None:
+        store(keeper, CHUNKS)
+        keeper.damage(digest_of(CHUNKS[0]))
+        assert check(keeper, True, 0.0).damage == []
+        assert check(keeper, True, 1.0).damage != []
+
+
+class TestBesideABackup:
+    """What is stored while a check runs is no damage."""
+
+    def meanwhile(self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch, indexed: bool) -> None:
+        names = BlobStore.stored_packs
+        data, entries = make_pack([b"stored meanwhile"])
+
+        def stored_packs(store: BlobStore) -> Any:
+            monkeypatch.setattr(BlobStore, "stored_packs", names)
+            pack = add_pack(keeper.root, data)
+            if indexed:
+                store.index.add_packs([(pack, len(data), entries)])
+            return names(store)
+
+        with keeper.writing() as repository:
+            monkeypatch.setattr(BlobStore, "stored_packs", stored_packs)
+            self.result = self.checked(repository)
+
+    def checked(self, repository: Repository) -> CheckResult:
+        return Checker(repository, RecordingMonitor()).check(read_data=True)
+
+    @pytest.mark.parametrize("indexed", [True, False])
+    def test_a_new_pack_is_read_and_nothing_is_wrong_with_it(
+        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch, indexed: bool
+    ) -> None:
+        keeper.publish({b"f": b"1"})
+        self.meanwhile(keeper, monkeypatch, indexed)
+        assert self.result.damage == []
+        assert self.result.packs_read == 2

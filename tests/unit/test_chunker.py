@@ -1,0 +1,111 @@
+"""Cutting: the same bytes have the same cuts, however they arrive, and a change stays local."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from casfs.chunker import Chunker
+from casfs.store.config import ChunkerConfig
+
+from .storing import noise
+
+SMALL = ChunkerConfig(min_bytes=1024, avg_bytes=4096, max_bytes=16384)
+
+
+@pytest.fixture
+def chunker() -> Chunker:
+    return Chunker(SMALL)
+
+
+def arriving(data: bytes, sizes: Callable[[], int]) -> Callable[[memoryview], int]:
+    """Return a reader that gives the data in pieces of these sizes."""
+    done = 0
+
+    def read_into(buffer: memoryview) -> int:
+        nonlocal done
+        piece = data[done : done + min(len(buffer), sizes())]
+        buffer[: len(piece)] = piece
+        done += len(piece)
+        return len(piece)
+
+    return read_into
+
+
+def cut(chunker: Chunker, data: bytes) -> list[bytes]:
+    return list(chunker.cut(arriving(data, lambda: 1 << 20)))
+
+
+def test_the_chunks_are_the_data_in_order(chunker: Chunker) -> None:
+    for size in (0, 1, 1023, 1024, 1025, 16384, 16385, 1_000_000):
+        data = noise("chunks", size)
+        assert b"".join(cut(chunker, data)) == data
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_is_cut_where_its_bytes_would_be_however_they_arrive(
+    chunker: Chunker, seed: int
+) -> None:
+    data = noise("stream", 600_000)
+    sizes = random.Random(seed)
+    stream = arriving(data, lambda: sizes.choice([1, 7, 500, 4096, 100_000]))
+    assert list(chunker.cut(stream)) == cut(chunker, data)
+
+
+@pytest.mark.parametrize("size", [0, 1, 262_143, 262_144, 262_145, 6_000_000, 9_000_000])
+@pytest.mark.parametrize("more", [0, 1, 1_000_000])
+def test_a_bound_on_the_stream_changes_no_cut(size: int, more: int) -> None:
+    chunker = Chunker(ChunkerConfig())
+    data = noise("both ways", size)
+    bounded = chunker.cut(arriving(data, lambda: 70_000), size + more)
+    assert list(bounded) == cut(chunker, data)
+
+
+def test_nothing_is_read_beyond_the_bound(chunker: Chunker) -> None:
+    data = noise("beyond", 10_000)
+    assert b"".join(chunker.cut(arriving(data, lambda: 1 << 20), 7000)) == data[:7000]
+
+
+def test_chunks_are_within_the_bounds(chunker: Chunker) -> None:
+    for data in (noise("bounds", 500_000), bytes(500_000), b"ab" * 250_000):
+        sizes = [len(chunk) for chunk in cut(chunker, data)]
+        assert all(SMALL.min_bytes <= size <= SMALL.max_bytes for size in sizes[:-1])
+        assert sizes[-1] <= SMALL.max_bytes
+
+
+def test_a_file_of_at_most_the_minimum_is_one_chunk() -> None:
+    chunker = Chunker(ChunkerConfig())
+    assert chunker.min_bytes == 262_144
+    for size in (1, 262_143, 262_144):
+        assert [len(chunk) for chunk in cut(chunker, noise("one", size))] == [size]
+
+
+def test_an_insertion_changes_the_chunks_around_it_and_no_others(chunker: Chunker) -> None:
+    data = noise("insertion", 1_000_000)
+    before = cut(chunker, data)
+    changed = cut(chunker, data[:500_000] + b"!" + data[500_000:])
+    assert 0 < len(set(changed) - set(before)) <= 4
+
+
+def test_another_seed_cuts_elsewhere() -> None:
+    data = noise("seed", 500_000)
+    first = set(cut(Chunker(SMALL), data))
+    other = ChunkerConfig(min_bytes=1024, avg_bytes=4096, max_bytes=16384, seed=1)
+    assert len(first & set(cut(Chunker(other), data))) <= 1
+
+
+def test_a_chunk_may_be_kept_while_the_next_is_cut(chunker: Chunker) -> None:
+    data = noise("kept", 300_000)
+    kept = list(chunker.cut(arriving(data, lambda: 1000)))
+    assert all(type(chunk) is bytes for chunk in kept)
+    assert b"".join(kept) == data
+
+
+def test_an_error_of_the_reader_comes_through(chunker: Chunker) -> None:
+    def fail(buffer: memoryview) -> int:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        list(chunker.cut(fail))

@@ -1,0 +1,288 @@
+"""Content lists: every byte of a file is found, and one changed chunk rewrites one piece a level."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections.abc import Sequence
+
+import pytest
+
+from casfs import content as content_module
+from casfs.content import (
+    HOLE,
+    MAX_INLINE_RECORDS,
+    RECORD,
+    ContentReader,
+    ContentWriter,
+    Extent,
+    check_chunk_length,
+    parse_records,
+)
+from casfs.digest import Digest, digest_of
+from casfs.errors import BlobError, TreeError
+from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
+from casfs.tree import MAX_FILE_BYTES
+
+from .storing import Memory
+
+MANY = 100_000
+Records = Sequence[tuple[int, bytes]]
+
+
+def write(memory: Memory, records: Records) -> tuple[bytes, int]:
+    writer = ContentWriter(memory.put, digest_of)
+    for length, digest in records:
+        writer.add(length, digest)
+    return writer.finish()
+
+
+def reader_of(memory: Memory, records: Records) -> ContentReader:
+    return ContentReader(*write(memory, records), memory.read)
+
+
+def extents_of(records: Records) -> list[Extent]:
+    """Return what a reader must tell, by the simplest means."""
+    begin, found = 0, []
+    for length, digest in records:
+        found.append(Extent(begin, length, None if digest == HOLE else Digest(digest)))
+        begin += length
+    return found
+
+
+def random_records(count: int, seed: int = 0) -> list[tuple[int, bytes]]:
+    numbers = random.Random(seed)
+    return [
+        (numbers.randint(1, 4 << 20), HOLE if numbers.random() < 0.01 else numbers.randbytes(32))
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def many() -> list[tuple[int, bytes]]:
+    """The chunks of a file of some 200 GB."""
+    return random_records(MANY)
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+class TestShortLists:
+    @pytest.mark.parametrize("count", [0, 1, 2, MAX_INLINE_RECORDS])
+    def test_stand_in_the_node(self, memory: Memory, count: int) -> None:
+        records = random_records(count)
+        content, levels = write(memory, records)
+        assert levels == 0
+        assert content == b"".join(RECORD.pack(*record) for record in records)
+        assert memory.blobs == {}
+        assert list(ContentReader(content, 0, memory.read).extents()) == extents_of(records)
+
+    def test_of_one_record_more_become_a_blob(self, memory: Memory) -> None:
+        records = random_records(MAX_INLINE_RECORDS + 1)
+        content, levels = write(memory, records)
+        assert (len(content), levels) == (RECORD.size, 1)
+        assert memory.kinds == {BlobKind.CONTENT: 1}
+        assert list(memory.blobs.values()) == [b"".join(RECORD.pack(*r) for r in records)]
+        assert RECORD.unpack(content)[0] == sum(length for length, _ in records)
+
+
+class TestLongLists:
+    def test_come_back_whole(self, memory: Memory, many: Records) -> None:
+        content, levels = write(memory, many)
+        assert levels == 2
+        assert len(content) <= MAX_INLINE_RECORDS * RECORD.size
+        assert list(ContentReader(content, levels, memory.read).extents()) == extents_of(many)
+
+    def test_have_pieces_within_the_bounds(self, memory: Memory, many: Records) -> None:
+        content, _ = write(memory, many)
+        upper = [memory.read(Digest(digest)) for _, digest in parse_records(content)]
+        lower = [
+            len(memory.read(Digest(digest))) // RECORD.size
+            for piece in upper
+            for _, digest in parse_records(piece)
+        ]
+        assert sum(lower) == MANY
+        assert all(256 <= count <= 8192 for count in lower[:-1])
+        assert 900 < MANY / len(lower) < 1800
+
+    @pytest.mark.parametrize("position", [0, 1, MANY // 2, MANY - 1])
+    def test_rewrite_one_piece_a_level_for_one_changed_chunk(
+        self, memory: Memory, many: Records, position: int
+    ) -> None:
+        write(memory, many)
+        before = len(memory.blobs)
+        changed = list(many)
+        changed[position] = (1234, b"\x07" * 32)
+        content, levels = write(memory, changed)
+        assert levels == 2
+        assert len(memory.blobs) - before == 2
+        reader = ContentReader(content, levels, memory.read)
+        assert list(reader.extents()) == extents_of(changed)
+
+    def test_rewrite_few_pieces_for_chunks_that_come_or_go(
+        self, memory: Memory, many: Records
+    ) -> None:
+        write(memory, many)
+        for changed in (
+            [*many[:40_000], (5, b"\x08" * 32), *many[40_000:]],
+            [*many[:40_000], *many[40_003:]],
+            [*many, (5, b"\x09" * 32)],
+        ):
+            before = len(memory.blobs)
+            write(memory, changed)
+            assert len(memory.blobs) - before == 2
+
+    def test_of_one_chunk_again_and_again_are_split_all_the_same(self, memory: Memory) -> None:
+        records = [(4 << 20, b"\x01" * 32)] * 20_000
+        assert list(reader_of(memory, records).extents()) == extents_of(records)
+        assert max(map(len, memory.blobs.values())) == 8192 * RECORD.size
+
+    def test_of_holes_are_split_all_the_same(self, memory: Memory) -> None:
+        records = [(4096, HOLE), (4096, b"\x01" * 31 + b"\x02")] * 10_000
+        assert list(reader_of(memory, records).extents()) == extents_of(records)
+
+    def test_need_memory_for_one_piece_a_level_only(self, many: Records) -> None:
+        sizes: list[int] = []
+        tracemalloc.start()
+        try:
+            writer = ContentWriter(lambda kind, digest, data: sizes.append(len(data)), digest_of)
+            for length, digest in many:
+                writer.add(length, digest)
+            writer.finish()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert sum(sizes) > MANY * RECORD.size
+        assert peak < 2_000_000
+
+
+class TestLevels:
+    """Lists of lists of lists, which take petabytes unless pieces are made small."""
+
+    @pytest.fixture(autouse=True)
+    def small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(content_module, "MAX_INLINE_RECORDS", 2)
+        monkeypatch.setattr(content_module, "_PIECE_MIN_RECORDS", 2)
+        monkeypatch.setattr(content_module, "_PIECE_MAX_RECORDS", 4)
+
+    @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 8, 9, 33, 64, 65, 300])
+    def test_of_any_number_are_read_from_any_offset(self, memory: Memory, count: int) -> None:
+        records = random_records(count, seed=count)
+        reader, extents = reader_of(memory, records), extents_of(records)
+        assert list(reader.extents()) == extents
+        end = sum(length for length, _ in records)
+        offsets = {0, 1, end - 1} | {extent.begin for extent in extents}
+        for offset in sorted(offset for offset in offsets if 0 <= offset < end):
+            first = next(reader.extents(offset))
+            assert first.begin <= offset < first.begin + first.length
+            assert list(reader.extents(offset)) == extents[extents.index(first) :]
+        assert list(reader.extents(end)) == []
+        assert list(reader.extents(end + 5)) == []
+
+    def test_are_read_on_the_way_to_an_offset_only(self, memory: Memory) -> None:
+        records = random_records(1000)
+        reader = reader_of(memory, records)
+        memory.reads.clear()
+        middle = extents_of(records)[500]
+        assert next(reader.extents(middle.begin + 1)) == middle
+        assert len(memory.reads) <= 8
+
+    def test_tell_all_their_blobs_lists_before_what_they_list(self, memory: Memory) -> None:
+        records = random_records(300)
+        content, levels = write(memory, records)
+        told = list(ContentReader(content, levels, memory.read).blobs())
+        chunks = [digest for digest in told if digest not in memory.blobs]
+        assert chunks == [digest for _, digest in records if digest != HOLE]
+        assert {digest for digest in told if digest in memory.blobs} == set(memory.blobs)
+        assert told.index(parse_records(content)[0][1]) == 0  # type: ignore[arg-type]
+
+    def test_beyond_the_bound_are_refused(self, memory: Memory) -> None:
+        with pytest.raises(TreeError, match="more chunks than the format can list"):
+            write(memory, [(1, b"\x01" * 32)] * 300_000)
+
+
+class TestLies:
+    def list_blob(self, memory: Memory, *records: tuple[int, bytes]) -> bytes:
+        return memory.keep(b"".join(RECORD.pack(*record) for record in records))
+
+    def test_about_the_length_of_a_list_are_found(self, memory: Memory) -> None:
+        digest = self.list_blob(memory, (10, b"\x01" * 32), (20, b"\x02" * 32))
+        for told in (29, 31, 1 << 40):
+            reader = ContentReader(RECORD.pack(told, digest), 1, memory.read)
+            with pytest.raises(TreeError, match="length that is recorded"):
+                list(reader.extents())
+
+    @pytest.mark.parametrize("size", [1, 39, 41, 79])
+    def test_of_a_broken_record_are_found(self, memory: Memory, size: int) -> None:
+        with pytest.raises(TreeError, match="impossible size"):
+            parse_records(bytes(size))
+        digest = memory.keep(b"\x01" * size)
+        with pytest.raises(TreeError):
+            list(ContentReader(RECORD.pack(5, digest), 1, memory.read).extents())
+        with pytest.raises(TreeError):
+            list(ContentReader(RECORD.pack(5, digest), 1, memory.read).blobs())
+
+    def test_of_an_empty_extent_are_found(self) -> None:
+        with pytest.raises(TreeError, match="empty extent"):
+            parse_records(RECORD.pack(5, b"\x01" * 32) + RECORD.pack(0, b"\x01" * 32))
+
+    def test_of_more_bytes_than_any_file_has_are_found(self) -> None:
+        half = RECORD.pack(MAX_FILE_BYTES // 2 + 1, b"\x01" * 32)
+        assert len(parse_records(half)) == 1
+        with pytest.raises(TreeError, match="impossible file size"):
+            parse_records(half * 2)
+        with pytest.raises(TreeError, match="impossible file size"):
+            parse_records(RECORD.pack((1 << 64) - 1, HOLE))
+
+    def test_of_an_empty_list_are_found(self, memory: Memory) -> None:
+        reader = ContentReader(RECORD.pack(5, memory.keep(b"")), 1, memory.read)
+        with pytest.raises(TreeError):
+            list(reader.extents())
+
+    def test_of_a_hole_in_place_of_a_list_are_found(self, memory: Memory) -> None:
+        reader = ContentReader(RECORD.pack(5, HOLE), 1, memory.read)
+        with pytest.raises(BlobError):
+            list(reader.extents())
+
+    def test_about_the_levels_end_in_an_error_and_not_in_wrong_bytes(self, memory: Memory) -> None:
+        chunk = memory.keep(b"the bytes of a chunk")
+        with pytest.raises(TreeError):
+            list(ContentReader(RECORD.pack(20, chunk), 1, memory.read).extents())
+
+    def test_about_a_chunk_larger_than_any_blob_are_found(self) -> None:
+        check_chunk_length(Extent(0, MAX_PLAIN_BYTES, digest_of(b"")))
+        check_chunk_length(Extent(0, 1 << 60, None))
+        with pytest.raises(TreeError, match="impossible chunk size"):
+            check_chunk_length(Extent(0, MAX_PLAIN_BYTES + 1, digest_of(b"")))
+
+
+class TestLostLists:
+    """A list that is lost costs the bytes that it lists, where somebody asks for what is left."""
+
+    def test_are_one_extent_each_that_says_so(self, memory: Memory, many: Records) -> None:
+        content, levels = write(memory, many)
+        records = parse_records(content)
+        (_, top), whole = records[0], extents_of(many)
+        lower = parse_records(memory.read(Digest(top)))
+        length, lost = lower[3]
+        begin = sum(size for size, _ in lower[:3])
+        memory.blobs[Digest(lost)] = b"\x01" * 39
+        reader = ContentReader(content, levels, memory.read)
+        with pytest.raises(TreeError):
+            list(reader.extents())
+        found = list(reader.extents(lost_lists=True))
+        assert [extent for extent in found if extent.lost] == [
+            Extent(begin, length, Digest(lost), lost=True)
+        ]
+        sound = [e for e in whole if e.begin + e.length <= begin or e.begin >= begin + length]
+        assert [extent for extent in found if not extent.lost] == sound
+
+    def test_at_the_top_cost_everything_and_no_more(self, memory: Memory) -> None:
+        records = random_records(100)
+        content, levels = write(memory, records)
+        memory.blobs.clear()
+        (extent,) = ContentReader(content, levels, memory.read).extents(lost_lists=True)
+        assert extent.lost
+        assert (extent.begin, extent.length) == (0, sum(length for length, _ in records))

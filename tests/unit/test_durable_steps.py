@@ -1,0 +1,280 @@
+"""The order of a backup's durable steps, and what is left when it is stopped at any of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from casfs.backup import BackupOptions, back_up
+from casfs.check import Checker, CheckResult
+from casfs.monitor import RecordingMonitor
+from casfs.repository import Repository
+from casfs.snapshot import SnapshotStats
+from casfs.store import writer as writer_module
+from casfs.store.index import Index, IndexedPack
+from casfs.store.lock import RepositoryLock
+from casfs.store.storage import LocalSpool
+from casfs.store.writer import BlobWriter
+
+from .storing import child, hear, noise, pack_paths, tell
+
+KIB = 1 << 10
+FILES = 24
+
+
+class Crash(BaseException):
+    """What stops a process at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A repository with one snapshot of a source that has grown since."""
+
+    root: Path
+    source: Path
+
+    def back_up(self, on_step: Callable[[str], None] | None = None) -> SnapshotStats:
+        with Repository.open(self.root, "backup", sync=False, on_step=on_step) as repository:
+            options = BackupOptions((bytes(self.source),), host="here")
+            return back_up(repository, options, RecordingMonitor()).snapshot.stats
+
+    def listed(self) -> list[str]:
+        with Repository.open(self.root) as repository:
+            return [snapshot_id.hex() for snapshot_id, _ in repository.snapshots()]
+
+    def check(self) -> CheckResult:
+        with Repository.open(self.root) as repository:
+            return Checker(repository, RecordingMonitor()).check(read_data=True)
+
+
+@pytest.fixture(autouse=True)
+def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make packs of a few files, so that one backup has many of them."""
+
+    def writer(
+        self: Repository, dry_run: bool = False, spool_in_memory: bool = False
+    ) -> BlobWriter:
+        return BlobWriter(self.store, dry_run, spool_in_memory, pack_bytes=64 * KIB)
+
+    monkeypatch.setattr(Repository, "writer", writer)
+    monkeypatch.setattr(writer_module, "_BUFFER_BYTES", 4 * KIB)
+    monkeypatch.setattr(writer_module, "_BATCH_BYTES", 32 * KIB)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    found = Scene(tmp_path / "repository", tmp_path / "source")
+    Repository.create(found.root)
+    for number in range(256):
+        # A new folder would be a step of its own, and the packs' names are never the same twice.
+        (found.root / "packs" / f"{number:02x}").mkdir()
+    (found.source / "old").mkdir(parents=True)
+    (found.source / "old" / "file").write_bytes(noise("old", 30 * KIB))
+    found.back_up()
+    for number in range(FILES):
+        (found.source / f"{number:02}").write_bytes(noise(f"new {number}", 12 * KIB))
+    return found
+
+
+class Return:
+    """Bring a repository back to what it was: packs and snapshots are never changed, only added."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._files = self._present()
+        self._index = root.with_name("index as it was")
+        shutil.copytree(root / "index", self._index)
+
+    def __call__(self) -> None:
+        for path in self._present() - self._files:
+            path.unlink()
+        shutil.rmtree(self._root / "index")
+        shutil.copytree(self._index, self._root / "index")
+
+    def _present(self) -> set[Path]:
+        return {
+            path
+            for folder in ("packs", "snapshots", "tmp", "locks")
+            for path in (self._root / folder).rglob("*")
+            if path.is_file()
+        }
+
+
+@contextmanager
+def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leave behind what a killed process leaves: temporary files, and a lock that nobody holds."""
+
+    def forget(spool: LocalSpool) -> None:
+        if spool._fd >= 0:
+            os.close(spool._fd)
+            spool._fd = -1
+
+    def drop(lock: RepositoryLock) -> None:
+        if lock._fd >= 0:
+            os.close(lock._fd)
+            lock._fd = -1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalSpool, "discard", forget)
+        patch.setattr(RepositoryLock, "release", drop)
+        yield
+
+
+def steps_of(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run a backup to its end and return its durable steps."""
+    steps: list[str] = []
+    add_packs, mark_complete = Index.add_packs, Index.mark_complete
+
+    def watched_add(self: Index, packs: Iterable[IndexedPack]) -> None:
+        add_packs(self, packs)
+        steps.append("index packs")
+
+    def watched_mark(self: Index, snapshot: bytes, losses: int) -> None:
+        mark_complete(self, snapshot, losses)
+        steps.append("index snapshot")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "add_packs", watched_add)
+        patch.setattr(Index, "mark_complete", watched_mark)
+        scene.back_up(steps.append)
+    return steps
+
+
+def test_the_snapshot_comes_last_and_every_pack_before_its_index_entries(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = steps_of(scene, monkeypatch)
+    assert steps[-5:] == [
+        *("index snapshot", "data snapshots", "rename snapshots"),
+        *("folder snapshots", "done snapshots"),
+    ]
+    packs = steps[:-5]
+    assert all(step.endswith(" packs") for step in packs)
+    assert packs.count("index packs") == packs.count("rename packs") >= 4
+    while packs:
+        end = packs.index("index packs") + 1
+        one, packs = packs[:end], packs[end:]
+        assert one == [*("data packs", "rename packs", "folder packs", "done packs", "index packs")]
+
+
+def test_a_backup_that_is_stopped_at_any_step_leaves_nothing_to_repair(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_back = Return(scene.root)
+    steps = [step for step in steps_of(scene, monkeypatch) if not step.startswith("index")]
+    whole = scene.listed()
+    go_back()
+    # Counted with the old snapshot as parent, as it is for each of the others below.
+    all_new = scene.back_up().new_blobs
+    reused = []
+    for stop in range(len(steps)):
+        go_back()
+        left = iter(range(stop))
+
+        def on_step(step: str, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise Crash
+
+        with dying(monkeypatch), pytest.raises(Crash):
+            scene.back_up(on_step)
+        assert len(os.listdir(scene.root / "locks")) == 1
+        listed = scene.listed()
+        published = steps[stop] in ("folder snapshots", "done snapshots")
+        assert len(listed) == 1 + published, steps[stop]
+        assert listed[0] == whole[0]
+        assert scene.check().damage == [], steps[stop]
+        stats = scene.back_up()
+        reused.append(all_new - stats.new_blobs)
+        assert scene.check().damage == []
+        assert len(scene.listed()) == len(listed) + 1
+        assert os.listdir(scene.root / "tmp") == []
+        assert os.listdir(scene.root / "locks") == []
+    assert reused == sorted(reused)
+    assert reused[0] == 0
+    assert reused[-4] >= FILES
+
+
+def test_what_a_stopped_backup_left_costs_the_next_one_only_what_was_not_finished(
+    scene: Scene,
+) -> None:
+    sealed = 0
+
+    def on_step(step: str) -> None:
+        nonlocal sealed
+        sealed += step == "rename packs"
+        if sealed == 4 and step == "data packs":
+            raise Crash
+
+    with pytest.raises(Crash):
+        scene.back_up(on_step)
+    stored = {path: path.stat().st_mtime_ns for path in pack_paths(scene.root)}
+    assert len(stored) == 1 + 4
+    stats = scene.back_up()
+    assert stats.new_blobs < FILES
+    assert stored.items() <= {p: p.stat().st_mtime_ns for p in pack_paths(scene.root)}.items()
+
+
+BACKUP = """
+import sys
+from pathlib import Path
+from casfs.backup import BackupOptions, back_up
+from casfs.monitor import RecordingMonitor
+from casfs.repository import Repository
+
+with Repository.open(Path(sys.argv[1]), "backup", sync=False) as repository:
+    print("open", flush=True)
+    sys.stdin.readline()
+    options = BackupOptions((sys.argv[2].encode(),), host=sys.argv[3])
+    back_up(repository, options, RecordingMonitor())
+print("done", flush=True)
+"""
+
+
+def test_two_backups_at_the_same_time_both_publish_and_both_are_whole(
+    scene: Scene, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(scene.source, other)
+    (other / "own").write_bytes(noise("own", 300 * KIB))
+    with (
+        child(BACKUP, scene.root, scene.source, "first") as first,
+        child(BACKUP, scene.root, other, "second") as second,
+    ):
+        assert (hear(first), hear(second)) == ("open", "open")
+        assert len(os.listdir(scene.root / "locks")) == 2
+        tell(first)
+        tell(second)
+        assert (hear(first), hear(second)) == ("done", "done")
+    result = scene.check()
+    assert result.damage == []
+    assert result.snapshots == 3
+    with Repository.open(scene.root) as repository:
+        hosts = {snapshot.host for _, snapshot in repository.snapshots()}
+        assert hosts == {"here", "first", "second"}
+    assert os.listdir(scene.root / "tmp") == []
+
+
+def test_a_writer_that_starts_beside_another_leaves_its_temporary_files_alone(
+    scene: Scene, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "file").write_bytes(b"small")
+    with child(BACKUP, scene.root, other, "second") as second:
+        assert hear(second) == "open"
+        (lock,) = (scene.root / "locks").iterdir()
+        temporary = scene.root / "tmp" / f"{lock.name}.99"
+        temporary.write_bytes(b"half a pack of the other")
+        scene.back_up()
+        assert temporary.exists()
+        tell(second)
+        assert hear(second) == "done"
+    scene.back_up()
+    assert not temporary.exists()
+    assert scene.check().damage == []

@@ -1,0 +1,330 @@
+"""The index: where blobs are, ordinals that never change their meaning, and a map that grows."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from casfs.digest import Digest, PackId, digest_of
+from casfs.errors import IndexUnusableError
+from casfs.store import index as index_module
+from casfs.store.index import Index, IndexedPack, Location
+from casfs.store.pack import PackEntry
+
+from .storing import child, hear, tell
+
+SMALL_MAP = 1 << 17
+
+
+def blob(number: int) -> Digest:
+    return digest_of(b"blob %d" % number)
+
+
+def pack(number: int, *blobs: int) -> IndexedPack:
+    """Return a pack that holds the blobs of these numbers."""
+    entries = [PackEntry(blob(n), 32 + 16 * i, 10 + n % 7, 20, 1, 0) for i, n in enumerate(blobs)]
+    return PackId(digest_of(b"pack %d" % number)), 1000 + number, entries
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[Index]:
+    opened = Index(tmp_path / "index")
+    opened.rebuild(tuple)
+    yield opened
+    opened.close()
+
+
+def located(index: Index, number: int) -> Location:
+    found = index.lookup(blob(number))
+    assert found is not None
+    return found
+
+
+class TestBlobs:
+    def test_are_found_where_their_pack_has_them(self, index: Index) -> None:
+        index.add_packs([pack(0, 1, 2), pack(1, 3)])
+        place = located(index, 2)
+        assert (place.offset, place.stored_bytes, place.plain_bytes) == (48, 12, 20)
+        assert (place.kind, place.codec) == (1, 0)
+        assert index.pack_id(place.pack) == pack(0)[0]
+        assert index.pack_id(located(index, 3).pack) == pack(1)[0]
+        assert index.lookup(blob(4)) is None
+        assert index.blob_count() == 3
+
+    def test_keep_the_place_that_they_had_first(self, index: Index) -> None:
+        index.add_packs([pack(0, 1)])
+        before = located(index, 1)
+        index.add_packs([pack(1, 2, 1)])
+        assert located(index, 1) == before
+        assert index.blob_count() == 2
+        assert [record.blobs for record in index.packs()] == [1, 2]
+
+    def test_are_known_in_the_order_they_are_asked_for(
+        self, index: Index, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        index.add_packs([pack(0, *range(0, 50, 2))])
+        for at_once in (1000, 7, 1):
+            monkeypatch.setattr(index_module, "_ASKED_AT_ONCE", at_once)
+            assert index.known(map(blob, range(50))) == [n % 2 == 0 for n in range(50)]
+        assert index.known([]) == []
+
+    def test_that_are_asked_for_may_come_out_of_the_index_itself(self, index: Index) -> None:
+        index.add_packs([pack(0, *range(100))])
+        assert all(index.known(digest for digest, _ in index.blobs(batch=7)))
+
+    def test_are_listed_by_digest_in_batches_of_any_size(self, index: Index) -> None:
+        index.add_packs([pack(0, *range(100))])
+        expected = sorted(map(blob, range(100)))
+        for batch in (1, 33, 50, 100, 1000):
+            listed = list(index.blobs(batch))
+            assert [digest for digest, _ in listed] == expected
+            assert all(index.lookup(digest) == place for digest, place in listed)
+
+    def test_have_ordinals_without_gaps(self, index: Index) -> None:
+        index.add_packs([pack(0, 1, 2, 3)])
+        index.add_packs([pack(1, 3, 4), pack(2, 1, 5)])
+        assert sorted(place.ordinal for _, place in index.blobs()) == list(range(5))
+
+
+class TestPacks:
+    def test_are_listed_as_they_were_added(self, index: Index) -> None:
+        index.add_packs([pack(5, 1), pack(3, 2)])
+        index.add_packs([pack(4)])
+        assert [(r.ordinal, r.pack, r.pack_bytes, r.blobs) for r in index.packs()] == [
+            (0, pack(5)[0], 1005, 1),
+            (1, pack(3)[0], 1003, 1),
+            (2, pack(4)[0], 1004, 0),
+        ]
+
+    def test_that_are_known_are_left_alone(self, index: Index) -> None:
+        index.add_packs([pack(0, 1)])
+        before = index.packs(), list(index.blobs())
+        index.add_packs([pack(0, 1, 2)])
+        assert (index.packs(), list(index.blobs())) == before
+
+    def test_remember_when_they_were_verified(self, index: Index) -> None:
+        index.add_packs([pack(0, 1), pack(1, 2)])
+        index.mark_verified(1, 1_700_000_000)
+        index.mark_verified(99, 1_700_000_000)
+        assert [record.verified_s for record in index.packs()] == [0, 1_700_000_000]
+        assert [record.pack_bytes for record in index.packs()] == [1000, 1001]
+
+    def test_that_nobody_knows_are_an_error(self, index: Index) -> None:
+        with pytest.raises(IndexUnusableError, match="pack 7"):
+            index.pack_id(7)
+
+
+class TestRebuilding:
+    def test_replaces_everything(self, index: Index) -> None:
+        index.add_packs([pack(0, 1, 2)])
+        index.rebuild(lambda: [pack(1, 2, 3)])
+        assert index.known(map(blob, (1, 2, 3))) == [False, True, True]
+        assert [record.pack for record in index.packs()] == [pack(1)[0]]
+
+    def test_gives_no_ordinal_a_second_meaning(self, index: Index) -> None:
+        index.add_packs([pack(0, 1, 2)])
+        old_packs = {record.ordinal for record in index.packs()}
+        old_blobs = {place.ordinal for _, place in index.blobs()}
+        index.rebuild(lambda: [pack(0, 1, 2), pack(1, 3)])
+        assert old_packs.isdisjoint(record.ordinal for record in index.packs())
+        assert old_blobs.isdisjoint(place.ordinal for _, place in index.blobs())
+        index.add_packs([pack(2, 4)])
+        ordinals = [place.ordinal for _, place in index.blobs()]
+        assert len(set(ordinals)) == 4
+
+    def test_that_fails_changes_nothing(self, index: Index) -> None:
+        index.add_packs([pack(0, 1)])
+        before = index.packs(), list(index.blobs()), index.losses()
+
+        def fail() -> Iterator[IndexedPack]:
+            yield pack(1, 2)
+            raise ValueError("a disk")
+
+        with pytest.raises(ValueError, match="a disk"):
+            index.rebuild(fail)
+        assert (index.packs(), list(index.blobs()), index.losses()) == before
+
+    def test_is_what_makes_an_index_current(self, tmp_path: Path) -> None:
+        new = Index(tmp_path / "index")
+        assert not new.is_current()
+        new.rebuild(tuple)
+        assert new.is_current()
+        new.close()
+        again = Index(tmp_path / "index", readonly=True)
+        assert again.is_current()
+        again.close()
+
+
+class TestCompleteness:
+    def test_holds_until_something_is_lost(self, index: Index) -> None:
+        assert not index.is_complete(b"snapshot")
+        index.mark_complete(b"snapshot", index.losses())
+        assert index.is_complete(b"snapshot")
+        index.add_packs([pack(0, 1)])
+        assert index.is_complete(b"snapshot")
+        index.rebuild(tuple)
+        assert not index.is_complete(b"snapshot")
+
+    def test_is_not_claimed_for_a_loss_that_came_between(self, index: Index) -> None:
+        losses = index.losses()
+        index.rebuild(tuple)
+        assert index.losses() == losses + 1
+        index.mark_complete(b"snapshot", losses)
+        assert not index.is_complete(b"snapshot")
+
+
+class TestOpening:
+    def test_for_reading_needs_an_index(self, tmp_path: Path) -> None:
+        with pytest.raises(IndexUnusableError, match="no index"):
+            Index(tmp_path / "index", readonly=True)
+        assert not (tmp_path / "index").exists()
+
+    def test_for_reading_refuses_one_that_was_never_begun(self, tmp_path: Path) -> None:
+        import lmdb
+
+        lmdb.open(str(tmp_path / "index"), max_dbs=1).close()
+        with pytest.raises(IndexUnusableError):
+            Index(tmp_path / "index", readonly=True)
+
+    @pytest.mark.parametrize("readonly", [False, True])
+    def test_refuses_what_is_no_index(self, tmp_path: Path, readonly: bool) -> None:
+        folder = tmp_path / "index"
+        folder.mkdir()
+        (folder / "data.mdb").write_bytes(b"nothing that LMDB would know" * 1000)
+        with pytest.raises(IndexUnusableError, match="repair index"):
+            Index(folder, readonly)
+
+    def test_refuses_a_place_that_is_no_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "index").write_bytes(b"")
+        with pytest.raises(IndexUnusableError):
+            Index(tmp_path / "index")
+
+    def test_again_after_closing_finds_everything(self, tmp_path: Path) -> None:
+        first = Index(tmp_path / "index")
+        first.rebuild(lambda: [pack(0, 1, 2)])
+        first.close()
+        for readonly in (True, False):
+            second = Index(tmp_path / "index", readonly)
+            assert second.known(map(blob, (1, 2, 3))) == [True, True, False]
+            second.close()
+
+    def test_where_the_address_space_is_short_begins_with_a_small_map(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(index_module, "_MAP_BYTES", 1 << 62)
+        monkeypatch.setattr(index_module, "_SMALL_MAP_BYTES", SMALL_MAP)
+        index = Index(tmp_path / "index")
+        index.rebuild(lambda: [pack(0, *range(5000))])
+        assert index.blob_count() == 5000
+        index.close()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from casfs.digest import PackId, digest_of
+from casfs.store import index as index_module
+from casfs.store.index import Index
+from casfs.store.pack import PackEntry
+
+index_module._MAP_BYTES = int(sys.argv[2])
+first, packs = int(sys.argv[3]), int(sys.argv[4])
+index = Index(Path(sys.argv[1]))
+print("open", flush=True)
+sys.stdin.readline()
+for number in range(first, first + packs):
+    blobs = range(number * 100, number * 100 + 100)
+    entries = [PackEntry(digest_of(b"blob %d" % n), 32, 10, 20, 1, 0) for n in blobs]
+    index.add_packs([(PackId(digest_of(b"pack %d" % number)), 1000, entries)])
+print("done", flush=True)
+"""
+
+
+class TestFullMap:
+    """The map grows when it is full, for everybody who has the index open."""
+
+    @pytest.fixture
+    def small(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
+        monkeypatch.setattr(index_module, "_MAP_BYTES", SMALL_MAP)
+        opened = Index(tmp_path / "index")
+        opened.rebuild(tuple)
+        yield opened
+        opened.close()
+
+    def test_grows_for_as_many_packs_as_come(
+        self, small: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.INFO):
+            for number in range(20):
+                small.add_packs([pack(number, *range(number * 200, number * 200 + 200))])
+        assert small.known(map(blob, range(4000))) == [True] * 4000
+        assert len(small.packs()) == 20
+        assert sorted(place.ordinal for _, place in small.blobs()) == list(range(4000))
+        assert "grows" in caplog.text
+        assert (tmp_path / "index/data.mdb").stat().st_size > SMALL_MAP
+
+    def test_grows_in_the_middle_of_a_rebuild(self, small: Index) -> None:
+        packs = [pack(number, *range(number * 200, number * 200 + 200)) for number in range(20)]
+        small.rebuild(lambda: iter(packs))
+        assert small.blob_count() == 4000
+        assert [record.pack for record in small.packs()] == [found[0] for found in packs]
+
+    def test_grows_while_other_threads_read(self, small: Index) -> None:
+        small.add_packs([pack(0, *range(100))])
+        stop = threading.Event()
+        wrong: list[object] = []
+
+        def read() -> None:
+            try:
+                while not stop.is_set():
+                    if small.known(map(blob, range(100))) != [True] * 100:
+                        wrong.append("a blob was not known")
+                    stop.wait(0.0005)
+            except IndexUnusableError as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=read) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for number in range(1, 40):
+            small.add_packs([pack(number, *range(number * 100, number * 100 + 100))])
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert small.blob_count() == 4000
+
+    def test_that_another_process_made_grow_is_followed(self, small: Index, tmp_path: Path) -> None:
+        small.add_packs([pack(0, *range(100))])
+        with child(WRITER, tmp_path / "index", SMALL_MAP, 1, 39) as process:
+            assert hear(process) == "open"
+            tell(process)
+            assert hear(process) == "done"
+        assert small.known(map(blob, range(4000))) == [True] * 4000
+        small.add_packs([pack(40, *range(4000, 4100))])
+        assert small.blob_count() == 4100
+
+
+def test_two_processes_add_packs_at_the_same_time(tmp_path: Path) -> None:
+    index = Index(tmp_path / "index")
+    index.rebuild(tuple)
+    index.close()
+    map_bytes = 1 << 30
+    with (
+        child(WRITER, tmp_path / "index", map_bytes, 0, 15) as first,
+        child(WRITER, tmp_path / "index", map_bytes, 10, 15) as second,
+    ):
+        assert (hear(first), hear(second)) == ("open", "open")
+        tell(first)
+        tell(second)
+        assert (hear(first), hear(second)) == ("done", "done")
+    index = Index(tmp_path / "index")
+    assert index.blob_count() == 2500
+    assert sorted(place.ordinal for _, place in index.blobs()) == list(range(2500))
+    assert sorted(record.ordinal for record in index.packs()) == list(range(25))
+    assert len({record.pack for record in index.packs()}) == 25
+    index.close()

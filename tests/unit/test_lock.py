@@ -1,0 +1,193 @@
+"""Locks: shared ones go together, an exclusive one stands alone, and the dead hold nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from casfs.errors import LockedError, StorageError
+from casfs.store.lock import RepositoryLock, live_locks, remove_stale_temporaries
+
+from .storing import child, hear
+
+HOLDER = """
+import sys
+from pathlib import Path
+from casfs.store.lock import RepositoryLock
+
+root = Path(sys.argv[1])
+lock = RepositoryLock.acquire(root / "locks", "backup", sys.argv[2] == "exclusive")
+(root / "tmp" / f"{lock.name}.0").write_bytes(b"half a pack")
+print(lock.name, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "tmp").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def folder(root: Path) -> Path:
+    return root / "locks"
+
+
+@pytest.fixture
+def held(folder: Path) -> Iterator[list[RepositoryLock]]:
+    """Locks that are given back at the end of the test."""
+    locks: list[RepositoryLock] = []
+    yield locks
+    for lock in locks:
+        lock.release()
+
+
+def test_shared_locks_go_together(folder: Path, held: list[RepositoryLock]) -> None:
+    held += [RepositoryLock.acquire(folder, "backup") for _ in range(3)]
+    assert len({lock.name for lock in held}) == 3
+    assert set(live_locks(folder)) == {lock.name for lock in held}
+
+
+@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
+def test_an_exclusive_lock_stands_alone_and_the_error_says_who_holds(
+    folder: Path, held: list[RepositoryLock], first: bool, second: bool
+) -> None:
+    held.append(RepositoryLock.acquire(folder, "prune", first))
+    with pytest.raises(LockedError) as caught:
+        RepositoryLock.acquire(folder, "backup", second)
+    assert f"prune on {socket.gethostname()}, process {os.getpid()}" in str(caught.value)
+    assert caught.value.exit_code == 6
+    assert os.listdir(folder) == [held[0].name]
+
+
+def test_a_lock_that_was_given_back_is_gone(folder: Path) -> None:
+    with RepositoryLock.acquire(folder, "prune", exclusive=True) as lock:
+        assert os.listdir(folder) == [lock.name]
+    lock.release()
+    assert os.listdir(folder) == []
+    RepositoryLock.acquire(folder, "prune", exclusive=True).release()
+
+
+def test_a_lock_says_in_its_file_who_holds_it(folder: Path, held: list[RepositoryLock]) -> None:
+    held.append(RepositoryLock.acquire(folder, "backup"))
+    record = live_locks(folder)[held[0].name]
+    assert (record.exclusive, record.verb, record.pid) == (False, "backup", os.getpid())
+
+
+def test_a_file_that_nobody_holds_is_removed_whatever_it_says(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "dead").write_text('{"exclusive":true,"verb":"prune","host":"h","pid":1,"time":0}')
+    (folder / "junk").write_bytes(b"\xff\0")
+    RepositoryLock.acquire(folder, "backup").release()
+    assert os.listdir(folder) == []
+
+
+def test_a_held_file_that_says_nothing_yet_counts_as_exclusive(folder: Path) -> None:
+    folder.mkdir()
+    with open(folder / "young", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(LockedError, match="another command"):
+            RepositoryLock.acquire(folder, "backup")
+    RepositoryLock.acquire(folder, "backup").release()
+
+
+def test_a_lock_that_was_made_again_meanwhile_is_not_removed(
+    folder: Path, held: list[RepositoryLock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held.append(RepositoryLock.acquire(folder, "backup"))
+    path = folder / held[0].name
+    flock = fcntl.flock
+
+    def flock_of_the_file_that_was_there_before(fd: int, operation: int) -> None:
+        # As if this had been opened just before another process removed it for being stale.
+        monkeypatch.setattr(fcntl, "flock", flock)
+        other = os.open(folder / "gone", os.O_RDWR | os.O_CREAT)
+        os.dup2(other, fd)
+        os.close(other)
+        os.unlink(folder / "gone")
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_of_the_file_that_was_there_before)
+    live_locks(folder)
+    assert path.exists()
+    assert set(live_locks(folder)) == {held[0].name}
+
+
+def test_a_maker_whose_new_file_was_taken_for_stale_makes_it_again(
+    folder: Path, held: list[RepositoryLock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def flock_of_a_slow_process(fd: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        for path in folder.iterdir():
+            path.unlink()
+        flock(fd, operation)
+
+    folder.mkdir()
+    monkeypatch.setattr(fcntl, "flock", flock_of_a_slow_process)
+    held.append(RepositoryLock.acquire(folder, "backup"))
+    assert os.listdir(folder) == [held[0].name]
+    assert set(live_locks(folder)) == {held[0].name}
+
+
+@pytest.mark.parametrize("kind", ["shared", "exclusive"])
+def test_a_lock_lives_as_long_as_its_process(root: Path, folder: Path, kind: str) -> None:
+    with child(HOLDER, root, kind) as process:
+        name = hear(process)
+        assert set(live_locks(folder)) == {name}
+        with pytest.raises(LockedError, match=f"process {process.pid}"):
+            RepositoryLock.acquire(folder, "prune", exclusive=True)
+        process.kill()
+        process.wait()
+        assert (folder / name).exists()
+        RepositoryLock.acquire(folder, "prune", exclusive=True).release()
+    assert not (folder / name).exists()
+
+
+def test_temporary_files_stay_while_their_writer_lives_and_no_longer(
+    root: Path, folder: Path, held: list[RepositoryLock]
+) -> None:
+    held.append(RepositoryLock.acquire(folder, "backup"))
+    own = f"{held[0].name}.7"
+    (root / "tmp" / own).write_bytes(b"")
+    (root / "tmp" / "0123456789abcdef.0").write_bytes(b"left by a crash")
+    (root / "tmp" / "junk").write_bytes(b"")
+    with child(HOLDER, root, "shared") as process:
+        name = hear(process)
+        remove_stale_temporaries(root)
+        assert set(os.listdir(root / "tmp")) == {own, f"{name}.0"}
+        process.kill()
+        process.wait()
+        remove_stale_temporaries(root)
+        assert os.listdir(root / "tmp") == [own]
+
+
+def test_nothing_to_remove_is_no_error(root: Path) -> None:
+    remove_stale_temporaries(root)
+    (root / "tmp").rmdir()
+    remove_stale_temporaries(root)
+
+
+def test_a_place_that_takes_no_locks_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "locks").write_bytes(b"a file")
+    with pytest.raises(StorageError, match="write a lock"):
+        RepositoryLock.acquire(tmp_path / "locks", "backup")
+
+
+def test_locks_that_cannot_be_read_are_a_storage_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(StorageError, match="read the locks"):
+        RepositoryLock.acquire(folder, "backup")
+    assert os.listdir(folder) == []

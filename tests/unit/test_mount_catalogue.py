@@ -1,0 +1,321 @@
+"""The whole repository as one view: what is where, and what happens when snapshots come and go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from casfs.digest import SnapshotId, digest_of
+from casfs.errors import CasfsError
+from casfs.repository import Repository
+from casfs.tree import Kind, Node
+from mount.catalogue import FRESH_S, RepositoryView
+from mount.inode import LISTINGS_END, ROOT, StaleError
+from mount.labels import digits_that_differ, safe_name, time_name
+from mount.waiting import NotAtHand
+
+from .planting import Keeper
+from .test_mount_view import sources_of
+
+SECOND_NS = 1_000_000_000
+NOON_NS = 1_700_000_000 * SECOND_NS
+
+
+@pytest.fixture(autouse=True)
+def universal_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+
+
+class Catalogue:
+    """A view of a repository with a clock that is turned by hand.
+
+    LMDB opens a repository once in a process, so it is closed while something is published.
+    """
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+        self.now = 1000.0
+        self.repository = keeper.reading()
+        self.sources = sources_of(self.repository)
+        self.view = RepositoryView(self.sources, lambda: self.now)
+
+    def change(self, what: Callable[[], object]) -> None:
+        self.repository.close()
+        what()
+        again = self.keeper.reading()
+        self.repository.store.index = again.store.index
+        self.sources.repository.store.index = again.store.index
+        self.now += FRESH_S + 0.1
+
+    def listed(self, *path: bytes) -> dict[bytes, tuple[int, Node]]:
+        number = self.find(*path)
+        return {node.name: (below, node) for below, node, _ in self.view.entries(number, 0)}
+
+    def find(self, *path: bytes) -> int:
+        number = ROOT
+        for name in path:
+            found = self.view.lookup(number, name)
+            assert found is not None, path
+            number = found[0]
+        return number
+
+    def follow(self, *path: bytes) -> int:
+        """Return the number that a path leads to, symbolic links followed."""
+        at: list[bytes] = []
+        rest = list(path)
+        while rest:
+            name = rest.pop(0)
+            if name == b"..":
+                at.pop()
+                continue
+            node = self.view.node(self.find(*at, name))
+            if node.kind == Kind.SYMLINK:
+                rest = node.content.split(b"/") + rest
+            else:
+                at.append(name)
+        return self.find(*at)
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    return Keeper(tmp_path)
+
+
+def publish(keeper: Keeper, seconds: int, **fields: object) -> SnapshotId:
+    plan = {b"file": b"content at %d" % seconds}
+    return keeper.publish(plan, **({"time_ns": NOON_NS + seconds * SECOND_NS} | fields))[0]
+
+
+def test_every_snapshot_is_found_by_time_id_host_and_tag(keeper: Keeper) -> None:
+    first = publish(keeper, 0, host="attic", tags=("daily",))
+    second = publish(keeper, 60, host="cellar", tags=("daily", "weekly"))
+    shown = Catalogue(keeper)
+    assert set(shown.listed()) == {b"hosts", b"ids", b"snapshots", b"tags"}
+    times = [b"2023-11-14T22:13:20", b"2023-11-14T22:14:20"]
+    assert list(shown.listed(b"snapshots")) == [times[0], b"latest", times[1]]
+    assert set(shown.listed(b"hosts")) == {b"attic", b"cellar"}
+    assert set(shown.listed(b"tags")) == {b"daily", b"weekly"}
+    assert set(shown.listed(b"tags", b"daily")) == {*times, b"latest"}
+    roots = [shown.find(b"snapshots", name) for name in times]
+    for root, identity, places in (
+        (roots[0], first, [(b"hosts", b"attic", b"latest"), (b"tags", b"daily", times[0])]),
+        (roots[1], second, [(b"hosts", b"cellar", times[1]), (b"tags", b"daily", b"latest")]),
+    ):
+        text = identity.hex().encode()
+        for path in (*places, (b"ids", text[:12]), (b"ids", text)):
+            assert shown.follow(*path) == root, path
+    assert shown.follow(b"snapshots", b"latest") == roots[1]
+    assert shown.follow(b"ids", b"latest") == roots[1]
+    for root, content in zip(roots, (b"content at 0", b"content at 60"), strict=True):
+        found = shown.view.lookup(root, b"file")
+        assert found is not None
+        assert b"".join(shown.view.open(found[0]).read(0, 100)) == content
+        assert shown.view.parent(root) == shown.find(b"snapshots")
+        assert shown.view.parent(found[0]) == root
+
+
+def test_whole_ids_are_found_and_not_listed(keeper: Keeper) -> None:
+    identity = publish(keeper, 0).hex().encode()
+    shown = Catalogue(keeper)
+    assert set(shown.listed(b"ids")) == {identity[:12], b"latest"}
+    node = shown.view.node(shown.find(b"ids", identity))
+    assert node.content == b"../snapshots/2023-11-14T22:13:20"
+    assert shown.view.lookup(shown.find(b"ids"), identity[:20]) is None
+
+
+def test_an_empty_repository_has_its_four_directories(keeper: Keeper) -> None:
+    shown = Catalogue(keeper)
+    for name in shown.listed():
+        assert shown.listed(name) == {}
+    assert shown.view.totals() == (0, 0)
+
+
+def test_numbers_of_different_snapshots_never_meet_and_stay_the_same(keeper: Keeper) -> None:
+    for n in range(20):
+        publish(keeper, n)
+    numbers = []
+    for _ in range(2):
+        shown = Catalogue(keeper)
+        found = {}
+        for name, (root, node) in shown.listed(b"snapshots").items():
+            if node.kind == Kind.DIRECTORY:
+                found[name] = root
+                found[name + b"/"] = shown.find(b"snapshots", name, b"file")
+        shown.repository.close()
+        assert len(set(found.values())) == len(found) == 40
+        assert min(found.values()) >= LISTINGS_END
+        numbers.append(found)
+    assert numbers[0] == numbers[1]
+
+
+def test_snapshots_of_the_same_second_have_different_names(keeper: Keeper) -> None:
+    for n in range(3):
+        publish(keeper, 0, user=f"user {n}")
+    shown = Catalogue(keeper)
+    names = sorted(name for name in shown.listed(b"snapshots") if name != b"latest")
+    assert len(names) == 3
+    assert names[0] == b"2023-11-14T22:13:20"
+    assert all(name.startswith(names[0]) for name in names)
+    assert len({shown.find(b"snapshots", name) for name in names}) == 3
+
+
+def test_a_new_snapshot_appears_and_is_the_latest(keeper: Keeper) -> None:
+    publish(keeper, 0)
+    shown = Catalogue(keeper)
+    before = shown.listed(b"snapshots")
+    assert shown.follow(b"snapshots", b"latest") == shown.find(b"snapshots", b"2023-11-14T22:13:20")
+    shown.change(lambda: publish(keeper, 60, host="new"))
+    after = shown.listed(b"snapshots")
+    assert len(after) == len(before) + 1
+    assert before[b"2023-11-14T22:13:20"][0] == after[b"2023-11-14T22:13:20"][0]
+    assert shown.follow(b"snapshots", b"latest") == after[b"2023-11-14T22:14:20"][0]
+    assert b"new" in shown.listed(b"hosts")
+
+
+def test_the_list_is_not_read_again_within_a_second(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(keeper, 0)
+    shown = Catalogue(keeper)
+    reads: list[float] = []
+    whole = Repository.snapshot_ids
+
+    def counted(repository: Repository) -> list[SnapshotId]:
+        reads.append(shown.now)
+        return whole(repository)
+
+    monkeypatch.setattr(Repository, "snapshot_ids", counted)
+    for step in (0.0, 0.3, 0.3, 0.3, 0.3):
+        shown.now += step
+        shown.listed(b"snapshots")
+    assert len(reads) == 2
+
+
+def test_a_forgotten_snapshot_leaves_and_still_answers_who_is_in_it(keeper: Keeper) -> None:
+    first = publish(keeper, 0, host="gone", tags=("gone",))
+    publish(keeper, 60)
+    shown = Catalogue(keeper)
+    file = shown.find(b"snapshots", b"2023-11-14T22:13:20", b"file")
+
+    def forget() -> None:
+        with keeper.writing() as repository:
+            repository.delete_snapshot(first)
+
+    link = shown.find(b"hosts", b"gone", b"latest")
+    folder = shown.find(b"hosts", b"gone")
+    shown.change(forget)
+    assert set(shown.listed(b"snapshots")) == {b"2023-11-14T22:14:20", b"latest"}
+    assert set(shown.listed(b"ids")) != {first.hex()[:12].encode()}
+    assert b"gone" not in {**shown.listed(b"hosts"), **shown.listed(b"tags")}
+    for number in (link, folder):
+        with pytest.raises(StaleError):
+            shown.view.node(number)
+    assert b"".join(shown.view.open(file).read(0, 100)) == b"content at 0"
+    shown.now += 30 * 3600
+    shown.listed(b"snapshots")
+    shown.now += 30 * 3600
+    shown.listed(b"snapshots")
+    with pytest.raises(StaleError):
+        shown.view.node(file)
+
+
+def test_a_listing_goes_on_where_it_was_although_snapshots_came_and_went(keeper: Keeper) -> None:
+    ids = [publish(keeper, 60 * n) for n in range(6)]
+    shown = Catalogue(keeper)
+    snapshots = shown.find(b"snapshots")
+    whole = list(shown.view.entries(snapshots, 0))
+    position = whole[3][2]
+
+    def both() -> None:
+        with keeper.writing() as repository:
+            repository.delete_snapshot(ids[0])
+        publish(keeper, 60 * 6)
+
+    shown.change(both)
+    rest = [node.name for _, node, _ in shown.view.entries(snapshots, position)]
+    seen = {node.name for _, node, _ in whole[:4]}
+    assert rest[:-1] == [node.name for _, node, _ in whole[4:]]
+    assert rest[-1] == time_name(NOON_NS + 360 * SECOND_NS)
+    assert seen.isdisjoint(rest)
+
+
+def test_a_snapshot_that_another_replaces_is_not_shown(keeper: Keeper) -> None:
+    first = publish(keeper, 0)
+    publish(keeper, 0, tags=("kept",), replaces=bytes(first))
+    shown = Catalogue(keeper)
+    assert len(shown.listed(b"ids")) == 2
+    assert b"kept" in shown.listed(b"tags")
+
+
+@pytest.mark.expect_errors("mount.catalogue")
+def test_a_damaged_snapshot_is_told_once_and_the_others_are_shown(
+    keeper: Keeper, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = publish(keeper, 0)
+    publish(keeper, 60)
+    path = keeper.root / "snapshots" / bad.hex()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    shown = Catalogue(keeper)
+    for _ in range(3):
+        assert set(shown.listed(b"snapshots")) == {b"2023-11-14T22:14:20", b"latest"}
+        shown.now += 2 * FRESH_S
+    assert len([r for r in caplog.records if r.name == "mount.catalogue"]) == 1
+
+
+def test_a_repository_that_went_away_is_an_error_and_not_an_empty_list(keeper: Keeper) -> None:
+    publish(keeper, 0)
+    shown = Catalogue(keeper)
+    shown.listed(b"snapshots")
+    keeper.root.rename(keeper.root.with_name("elsewhere"))
+    shown.now += 2 * FRESH_S
+    with pytest.raises(CasfsError):
+        shown.listed(b"snapshots")
+    keeper.root.with_name("elsewhere").rename(keeper.root)
+    assert len(shown.listed(b"snapshots")) == 2
+
+
+def test_the_thread_that_must_not_wait_never_reads_the_list(keeper: Keeper) -> None:
+    publish(keeper, 0)
+    shown = Catalogue(keeper)
+    shown.sources.waiting.forbid_here()
+    with pytest.raises(NotAtHand):
+        shown.view.node(ROOT)
+
+
+def test_hosts_and_tags_of_any_text_are_different_and_possible_names(keeper: Keeper) -> None:
+    texts = ["a/b", "a%2Fb", ".", "..", "%", "", "x" * 300, "x" * 299 + "y", "tab\t", "é", "latest"]
+    for n, text in enumerate(texts):
+        publish(keeper, n, host=text)
+    shown = Catalogue(keeper)
+    names = set(shown.listed(b"hosts"))
+    assert len(names) == len(texts)
+    for name in names:
+        assert 0 < len(name) <= 255 and b"/" not in name and name not in (b".", b"..")
+        assert shown.view.lookup(shown.follow(b"hosts", name, b"latest"), b"file") is not None
+
+
+def test_safe_names_are_readable_where_they_can_be() -> None:
+    assert safe_name("laptop-1.home") == b"laptop-1.home"
+    assert safe_name("a/b%c\n\0") == b"a%2Fb%25c%0A%00"
+    assert safe_name("naïve") == "naïve".encode()
+    assert safe_name("\udcff") == b"\xff"
+
+
+def test_times_beyond_the_calendar_have_names_too() -> None:
+    assert time_name(NOON_NS) == b"2023-11-14T22:13:20"
+    assert time_name(-SECOND_NS) == b"1969-12-31T23:59:59"
+    assert time_name(1 << 62) == b"2116-02-20T23:53:38"
+    assert time_name(10**27) == b"@%d" % 10**18
+
+
+def test_ids_are_shown_with_enough_digits_to_differ() -> None:
+    assert digits_that_differ([]) == 12
+    one = digest_of(b"x").hex()
+    assert digits_that_differ([one, digest_of(b"y").hex()]) == 12
+    assert digits_that_differ([one, one[:30] + "z" * 34, "0" * 64]) == 31

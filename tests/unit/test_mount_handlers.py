@@ -1,0 +1,479 @@
+"""Requests as the kernel makes them, without a kernel: every answer is a reply or an errno."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pyfuse3
+import pytest
+import trio
+
+from casfs.digest import digest_of
+from casfs.errors import IndexUnusableError, StorageError
+from casfs.tree import Extra, Kind, replace
+from mount.catalogue import RepositoryView
+from mount.handlers import LASTING_S, PASSING_S, FileSystem, Showing
+from mount.inode import HARD_LINKS
+from mount.reader import FileReader
+from mount.view import SnapshotView
+
+from .planting import MTIME_NS, Keeper, Plan, entry, file
+from .test_mount_view import Shown, sources_of
+
+CTX = cast(pyfuse3.RequestContext, None)
+TWICE = {"nlink": 2, "inode": 77, "extra": Extra(device=5)}
+
+TREE: Plan = {
+    b"device": entry(b"", Kind.CHARACTER_DEVICE, extra=Extra(rdev=os.makedev(1, 3)), mode=0o4620),
+    b"file": b"twelve bytes",
+    b"folder": {b"inside": b"!", b"twin": file(b"", b"same", **TWICE)},
+    b"link": entry(b"", Kind.SYMLINK, content=b"to/nowhere", size=10),
+    b"twin": file(b"", b"same", **TWICE),
+}
+
+
+class Replies:
+    """Catches what a listing replies; `room` is how many entries fit."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[bytes] = []
+        self.numbers: list[int] = []
+        self.positions: list[int] = []
+        self.room = 1000
+        monkeypatch.setattr(pyfuse3, "readdir_reply", self.reply)
+
+    def reply(
+        self, token: object, name: bytes, attr: pyfuse3.EntryAttributes, position: int
+    ) -> bool:
+        if len(self.names) == self.room:
+            return False
+        self.names.append(name)
+        self.numbers.append(attr.st_ino)
+        self.positions.append(position)
+        return True
+
+
+TOKEN = cast(pyfuse3.ReaddirToken, None)
+
+
+@pytest.fixture
+def replies(monkeypatch: pytest.MonkeyPatch) -> Replies:
+    return Replies(monkeypatch)
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    return Keeper(tmp_path)
+
+
+@pytest.fixture
+def shown(keeper: Keeper) -> Iterator[Shown]:
+    keeper.store(b"same")
+    shown = Shown(keeper, TREE)
+    yield shown
+    shown.repository.close()
+
+
+@pytest.fixture
+async def system(shown: Shown) -> AsyncIterator[FileSystem]:
+    shown.sources.waiting.forbid_here()
+    yield FileSystem(shown.view, Showing())
+
+
+@contextmanager
+def refused(code: int) -> Iterator[None]:
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        yield
+    assert caught.value.errno == code, os.strerror(caught.value.errno)
+
+
+async def number_of(system: FileSystem, path: str) -> int:
+    number = 1
+    for name in path.encode().split(b"/"):
+        number = (await system.lookup(number, name, CTX)).st_ino
+        assert number
+    return number
+
+
+class TestAttributes:
+    async def test_are_those_of_the_node(self, system: FileSystem) -> None:
+        found = await system.lookup(1, b"file", CTX)
+        assert stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o644
+        assert (found.st_size, found.st_blocks, found.st_nlink) == (12, 1, 1)
+        assert found.st_mtime_ns == found.st_ctime_ns == MTIME_NS
+        assert found.entry_timeout == found.attr_timeout == LASTING_S
+        same = await system.getattr(found.st_ino, CTX)
+        assert (same.st_size, same.attr_timeout) == (12, LASTING_S)
+
+    async def test_of_devices_have_their_number_and_bits(self, system: FileSystem) -> None:
+        found = await system.lookup(1, b"device", CTX)
+        assert stat.S_ISCHR(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o4620
+        assert found.st_rdev == os.makedev(1, 3)
+
+    async def test_of_everything_are_of_the_owner_that_was_asked_for(self, shown: Shown) -> None:
+        system = FileSystem(shown.view, Showing(owner=(12, 34)))
+        for name in (b"file", b"folder", b"link", b".casfs"):
+            found = await system.lookup(1, name, CTX)
+            assert (found.st_uid, found.st_gid) == (12, 34)
+
+    async def test_that_no_file_can_have_break_no_listing(
+        self, keeper: Keeper, replies: Replies
+    ) -> None:
+        plan: Plan = {
+            b"owner": entry(b"", uid=1 << 40, gid=(1 << 63)),
+            b"past": entry(b"", mtime_ns=-(1 << 63), ctime_ns=(1 << 63) - 1),
+            b"rdev": entry(b"", Kind.BLOCK_DEVICE, extra=Extra(rdev=-1)),
+        }
+        shown = Shown(keeper, plan)
+        with shown.repository:
+            await FileSystem(shown.view, Showing()).readdir(1, 0, TOKEN)
+        assert replies.names == [b".", b"..", b"owner", b"past", b"rdev"]
+
+    async def test_of_what_is_not_there_are_remembered_as_missing(self, system: FileSystem) -> None:
+        found = await system.lookup(1, b"missing", CTX)
+        assert (found.st_ino, found.entry_timeout) == (0, LASTING_S)
+
+    async def test_of_links_lead_where_they_lead(self, system: FileSystem) -> None:
+        assert await system.readlink(await number_of(system, "link"), CTX) == b"to/nowhere"
+
+    async def test_of_dots_are_of_the_directory_and_its_parent(self, system: FileSystem) -> None:
+        folder = await number_of(system, "folder")
+        assert (await system.lookup(folder, b".", CTX)).st_ino == folder
+        assert (await system.lookup(folder, b"..", CTX)).st_ino == 1
+        assert (await system.lookup(1, b"..", CTX)).st_ino == 1
+
+
+class TestHardLinks:
+    async def test_share_a_number_that_leads_to_both(self, system: FileSystem) -> None:
+        number = await number_of(system, "twin")
+        assert number == await number_of(system, "folder/twin") >= HARD_LINKS
+        found = await system.getattr(number, CTX)
+        assert (found.st_nlink, found.st_size, found.st_ino) == (2, 4, number)
+        opened = await system.open(number, os.O_RDONLY, CTX)
+        assert bytes(await system.read(opened.fh, 0, 10)) == b"same"
+
+    async def test_are_forgotten_when_the_kernel_forgets_them(
+        self, system: FileSystem, replies: Replies
+    ) -> None:
+        number = await number_of(system, "twin")
+        await system.readdir(1, 0, TOKEN)
+        assert number in replies.numbers
+        await system.forget([(number, 1), (3, 5)])
+        assert (await system.getattr(number, CTX)).st_nlink == 2
+        await system.forget([(number, 1)])
+        with refused(errno.ESTALE):
+            await system.getattr(number, CTX)
+
+    async def test_that_did_not_fit_into_a_reply_are_not_counted(
+        self, system: FileSystem, replies: Replies
+    ) -> None:
+        replies.room = 6
+        await system.readdir(1, 0, TOKEN)
+        assert replies.names[-1] == b"link"
+        assert len(system._links) == 0
+
+
+class TestListing:
+    async def test_begins_with_the_dots(self, system: FileSystem, replies: Replies) -> None:
+        handle = await system.opendir(1, CTX)
+        await system.readdir(handle, 0, TOKEN)
+        assert replies.names == [b".", b"..", b"device", b"file", b"folder", b"link", b"twin"]
+        assert len(set(replies.positions)) == 7 and 0 not in replies.positions
+        await system.releasedir(handle)
+
+    async def test_goes_on_from_every_position(self, system: FileSystem, replies: Replies) -> None:
+        await system.readdir(1, 0, TOKEN)
+        whole, positions = replies.names[:], replies.positions[:]
+        for i, position in enumerate(positions):
+            replies.names.clear()
+            await system.readdir(1, position, TOKEN)
+            assert replies.names == whole[i + 1 :]
+
+    async def test_in_replies_of_any_room_gives_everything_once(
+        self, keeper: Keeper, replies: Replies
+    ) -> None:
+        names = [b"%05d" % n for n in range(9000)]
+        shown = Shown(keeper, dict.fromkeys(names, b""))
+        with shown.repository:
+            shown.sources.waiting.forbid_here()
+            system = FileSystem(shown.view, Showing())
+            for room in (1, 100, 5000):
+                found: list[bytes] = []
+                position = 0
+                for _ in range(20_000 if room == 100 else 50):
+                    replies.names.clear()
+                    replies.room = room
+                    await system.readdir(1, position, TOKEN)
+                    if not replies.names:
+                        break
+                    found += replies.names
+                    position = replies.positions[-1]
+                assert found == [b".", b"..", *names][: len(found)]
+                assert room == 1 or len(found) == 9002
+
+
+class TestReading:
+    async def test_gives_the_bytes_and_lets_the_kernel_keep_them(self, system: FileSystem) -> None:
+        opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
+        assert opened.keep_cache and not opened.direct_io
+        assert bytes(await system.read(opened.fh, 0, 4096)) == b"twelve bytes"
+        assert bytes(await system.read(opened.fh, 7, 3)) == b"byt"
+        assert bytes(await system.read(opened.fh, 12, 3)) == b""
+        await system.release(opened.fh)
+        assert system._open == {}
+
+    async def test_without_the_kernels_cache_is_direct(self, shown: Shown) -> None:
+        system = FileSystem(shown.view, Showing(kernel_cache=False))
+        opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
+        assert opened.direct_io and not opened.keep_cache
+
+    async def test_of_reports_is_direct(self, system: FileSystem) -> None:
+        opened = await system.open(await number_of(system, ".casfs/changed"), os.O_RDONLY, CTX)
+        assert opened.direct_io and not opened.keep_cache
+        assert bytes(await system.read(opened.fh, 0, 100)) == b""
+
+    async def test_across_chunks_gives_one_buffer_of_any_size(
+        self, system: FileSystem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
+        parts = [memoryview(b"a" * (1 << 20)), memoryview(b"b" * (1 << 20)), memoryview(b"c")]
+        monkeypatch.setattr(FileReader, "read", lambda *_: parts)
+        for _ in range(2):
+            assert bytes(await system.read(opened.fh, 0, 4 << 20)) == b"".join(parts)
+
+    @pytest.mark.parametrize(
+        "flags",
+        [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC, os.O_RDONLY | os.O_APPEND],
+    )
+    async def test_for_writing_is_refused(self, system: FileSystem, flags: int) -> None:
+        with refused(errno.EROFS):
+            await system.open(await number_of(system, "file"), flags, CTX)
+
+    async def test_of_a_slow_disk_does_not_keep_others_waiting(
+        self, system: FileSystem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gate = threading.Event()
+        slow = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
+        fast = await system.open(await number_of(system, "folder/inside"), os.O_RDONLY, CTX)
+        assert bytes(await system.read(fast.fh, 0, 1)) == b"!"
+        whole = FileReader.read
+
+        def read(reader: FileReader, offset: int, size: int) -> list[memoryview]:
+            if reader._size == 12:
+                system._view._sources.waiting.begin()  # type: ignore[attr-defined]
+                assert gate.wait(30)
+            return whole(reader, offset, size)
+
+        monkeypatch.setattr(FileReader, "read", read)
+        found: list[bytes] = []
+
+        async def read_slowly() -> None:
+            found.append(bytes(await system.read(slow.fh, 0, 100)))
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read_slowly)
+                await trio.testing.wait_all_tasks_blocked()
+                assert bytes(await system.read(fast.fh, 0, 1)) == b"!"
+                assert found == []
+                gate.set()
+        assert found == [b"twelve bytes"]
+
+    async def test_that_is_cancelled_is_left_behind(
+        self, system: FileSystem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gate = threading.Event()
+        opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
+
+        def read(reader: FileReader, offset: int, size: int) -> list[memoryview]:
+            system._view._sources.waiting.begin()  # type: ignore[attr-defined]
+            gate.wait(30)
+            return []
+
+        monkeypatch.setattr(FileReader, "read", read)
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(system.read, opened.fh, 0, 10)
+                await trio.testing.wait_all_tasks_blocked()
+                assert not system.is_idle()
+                nursery.cancel_scope.cancel()
+        gate.set()
+        with trio.fail_after(30):
+            while not system.is_idle():  # noqa: ASYNC110 (a thread tells nobody that it ended)
+                await trio.sleep(0.01)
+
+
+class TestChanges:
+    async def test_are_all_refused(self, system: FileSystem) -> None:
+        anything = cast(Any, None)
+        changes: list[Callable[..., Awaitable[object]]] = [
+            system.setattr,
+            system.mknod,
+            system.mkdir,
+            system.unlink,
+            system.rmdir,
+            system.symlink,
+            system.rename,
+            system.link,
+            system.create,
+            system.write,
+            system.setxattr,
+            system.removexattr,
+        ]
+        for change in changes:
+            with refused(errno.EROFS):
+                await change(1, anything, anything, anything)
+
+    async def test_of_what_a_read_only_mount_never_needs_are_left_to_the_kernel(
+        self, system: FileSystem
+    ) -> None:
+        for unused in (system.flush(1), system.fsync(1, False), system.access(1, 4, CTX)):
+            with refused(errno.ENOSYS):
+                await unused
+
+
+class TestExtendedAttributes:
+    async def test_are_given_or_missing(self, keeper: Keeper) -> None:
+        extra = Extra(xattrs=((b"user.a", b"1"), (b"user.b", b"")))
+        shown = Shown(keeper, {b"f": file(b"", b"x", extra=extra)})
+        with shown.repository:
+            system = FileSystem(shown.view, Showing())
+            number = await number_of(system, "f")
+            assert await system.listxattr(number, CTX) == [b"user.a", b"user.b"]
+            assert await system.getxattr(number, b"user.a", CTX) == b"1"
+            assert await system.getxattr(number, b"user.b", CTX) == b""
+            assert await system.getxattr(number, b"user.casfs.capture", CTX) == b"stable"
+            with refused(errno.ENODATA):
+                await system.getxattr(number, b"system.posix_acl_access", CTX)
+
+
+class TestErrors:
+    @pytest.mark.expect_errors("mount")
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [
+            (StorageError("read", "packs/x", OSError(errno.EIO, "gone")), errno.EIO),
+            (IndexUnusableError("the index is gone"), errno.EIO),
+            (MemoryError(), errno.ENOMEM),
+            (RecursionError("a bug"), errno.EIO),
+            (OSError(errno.ENOENT, "somewhere else"), errno.EIO),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    async def test_of_any_kind_become_an_errno_in_every_handler(
+        self,
+        system: FileSystem,
+        replies: Replies,
+        monkeypatch: pytest.MonkeyPatch,
+        error: Exception,
+        code: int,
+    ) -> None:
+        opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
+
+        def fail(*args: object) -> Any:
+            raise error
+
+        for name in ("node", "lookup", "entries", "xattr", "xattr_names", "open", "totals"):
+            monkeypatch.setattr(SnapshotView, name, fail)
+        monkeypatch.setattr(FileReader, "read", fail)
+        for request in (
+            system.lookup(1, b"x", CTX),
+            system.getattr(1, CTX),
+            system.readlink(1, CTX),
+            system.readdir(1, 0, TOKEN),
+            system.open(2, os.O_RDONLY, CTX),
+            system.read(opened.fh, 0, 10),
+            system.getxattr(2, b"user.x", CTX),
+            system.listxattr(2, CTX),
+            system.statfs(CTX),
+        ):
+            with refused(code):
+                await request
+        assert replies.names == []
+
+    async def test_of_a_number_that_nobody_has_say_that_it_is_stale(
+        self, system: FileSystem
+    ) -> None:
+        for number in (9999, HARD_LINKS + 1):
+            with refused(errno.ESTALE):
+                await system.getattr(number, CTX)
+
+    @pytest.mark.expect_errors("mount.damage")
+    async def test_in_the_middle_of_a_listing_come_after_what_was_found(
+        self, keeper: Keeper, replies: Replies
+    ) -> None:
+        names = [b"%05d" % n for n in range(20_000)]
+        plan: Plan = dict.fromkeys(names, b"")
+        _, snapshot = keeper.publish(plan)
+        with keeper.reading() as repository:
+            assert snapshot.root.tree is not None
+            parts = repository.trees.piece(snapshot.root.tree)
+            first, ref = cast(Any, parts[len(parts) // 2])
+        keeper.damage(ref.digest)
+        shown = Shown(keeper, plan)
+        with shown.repository:
+            shown.sources.waiting.forbid_here()
+            system = FileSystem(shown.view, Showing())
+            replies.room = 1 << 30
+            position = 0
+            with refused(errno.EIO):
+                for _ in range(100):
+                    await system.readdir(1, position, TOKEN)
+                    position = replies.positions[-1]
+        assert replies.names == [b".", b"..", *names[: names.index(first)]]
+
+
+class TestStatistics:
+    async def test_tell_the_size_and_that_nothing_is_free(self, keeper: Keeper) -> None:
+        big = replace(file(b"", b"x"), size=10_000_000_001)
+        shown = Shown(keeper, {b"big": big, b"small": b"y"})
+        with shown.repository:
+            found = await FileSystem(shown.view, Showing()).statfs(CTX)
+        assert found.f_blocks == -(-10_000_000_002 // found.f_frsize)
+        assert (found.f_files, found.f_bfree, found.f_bavail, found.f_namemax) == (3, 0, 0, 255)
+
+
+class TestTheWholeRepository:
+    async def test_is_listed_and_its_lists_may_change_while_its_files_do_not(
+        self, keeper: Keeper, replies: Replies
+    ) -> None:
+        keeper.store(b"content")
+        keeper.publish({b"f": b"content"})
+        with keeper.reading() as repository:
+            sources = sources_of(repository)
+            sources.waiting.forbid_here()
+            system = FileSystem(RepositoryView(sources), Showing())
+            await system.readdir(1, 0, TOKEN)
+            assert replies.names == [b".", b"..", b"hosts", b"ids", b"snapshots", b"tags"]
+            snapshots = await system.lookup(1, b"snapshots", CTX)
+            assert snapshots.entry_timeout == snapshots.attr_timeout == PASSING_S
+            number = snapshots.st_ino
+            with refused(errno.ENOENT):
+                await system.lookup(number, b"yesterday", CTX)
+            replies.names.clear()
+            await system.readdir(number, 0, TOKEN)
+            name, latest = replies.names[2:]
+            assert latest == b"latest"
+            link = (await system.lookup(number, latest, CTX)).st_ino
+            assert await system.readlink(link, CTX) == name
+            root = await system.lookup(number, name, CTX)
+            assert root.entry_timeout == PASSING_S
+            root_number = root.st_ino
+            inside = await system.lookup(root_number, b"f", CTX)
+            assert inside.entry_timeout == inside.attr_timeout == LASTING_S
+            assert (await system.getattr(root_number, CTX)).attr_timeout == LASTING_S
+            opened = await system.open(
+                (await system.lookup(root_number, b"f", CTX)).st_ino, os.O_RDONLY, CTX
+            )
+            assert bytes(await system.read(opened.fh, 0, 100)) == b"content"
+            above = await system.lookup(root_number, b"..", CTX)
+            assert above.st_ino == number
+            assert (await system.statfs(CTX)).f_files == 2
+            assert digest_of(b"content") in sources.chunks._chunks

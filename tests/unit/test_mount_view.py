@@ -1,0 +1,377 @@
+"""What a snapshot looks like as a file system, before there is any FUSE."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from casfs.content import HOLE, RECORD, ContentWriter
+from casfs.digest import Digest, SnapshotId, digest_of
+from casfs.errors import BlobError
+from casfs.repository import Repository
+from casfs.tree import Extra, Kind, Node, replace
+from mount.blobs import Blobs
+from mount.chunks import ChunkCache
+from mount.damage import DamageLog
+from mount.errands import Errands
+from mount.inode import StaleError
+from mount.pieces import PieceCache
+from mount.report import manifest_line
+from mount.view import (
+    REPORT_NUMBERS,
+    RefusedError,
+    SnapshotView,
+    Sources,
+    allocated_bytes,
+)
+from mount.waiting import NotAtHand, Waiting
+
+from .planting import Grove, Keeper, Plan, entry, file, flagged, reference
+
+TREE: Plan = {
+    b"folder": {
+        b"deep": {b"changed\nhere": flagged(file(b"", b"mixture"))},
+        b"plain": b"plain content",
+    },
+    b"link": entry(b"", Kind.SYMLINK, content=b"folder/plain", size=12, nlink=1),
+    b"tagged": file(
+        b"",
+        b"with attributes",
+        extra=Extra(xattrs=((b"security.capability", b"\1\2"), (b"user.own", b"mine"))),
+    ),
+}
+
+
+def sources_of(repository: Repository, deny_changed: bool = False) -> Sources:
+    waiting = Waiting()
+    errands = Errands()
+    blobs = Blobs(repository.store, waiting)
+    return Sources(
+        repository=repository,
+        blobs=blobs,
+        pieces=PieceCache(blobs.read),
+        chunks=ChunkCache(blobs.read, waiting, errands),
+        waiting=waiting,
+        errands=errands,
+        deny_changed=deny_changed,
+    )
+
+
+class Shown:
+    """A planted snapshot and its view."""
+
+    def __init__(self, keeper: Keeper, plan: Plan, deny_changed: bool = False) -> None:
+        self.snapshot_id, self.snapshot = keeper.publish(plan)
+        self.repository = keeper.reading()
+        self.sources = sources_of(self.repository, deny_changed)
+        root = self.snapshot.root
+        self.view = SnapshotView(self.sources, self.snapshot_id, self.snapshot, root, 1)
+
+    def find(self, path: bytes) -> int:
+        number = 1
+        for name in path.split(b"/"):
+            found = self.view.lookup(number, name)
+            assert found is not None, path
+            number = found[0]
+        return number
+
+    def text(self, path: bytes, step: int = 1 << 20) -> bytes:
+        reader = self.view.open(self.find(path))
+        parts: list[bytes] = []
+        while part := b"".join(reader.read(sum(map(len, parts)), step)):
+            parts.append(part)
+        return b"".join(parts)
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    return Keeper(tmp_path)
+
+
+@pytest.fixture
+def shown(keeper: Keeper) -> Iterator[Shown]:
+    keeper.store(b"mixture", b"with attributes")
+    shown = Shown(keeper, TREE)
+    yield shown
+    shown.repository.close()
+
+
+class TestTheTree:
+    def test_is_found_by_name_and_by_listing(self, shown: Shown) -> None:
+        names = [node.name for _, node, _ in shown.view.entries(1, 0)]
+        assert names == [b"folder", b"link", b"tagged"]
+        for number, node, _ in shown.view.entries(1, 0):
+            assert shown.view.lookup(1, node.name) == (number, node)
+            assert shown.view.node(number) == node
+            assert shown.view.parent(number) == 1
+        assert shown.view.lookup(1, b"missing") is None
+        assert shown.view.node(shown.find(b"link")).content == b"folder/plain"
+        assert shown.view.parent(1) == 1
+
+    def test_gives_its_sizes_without_being_walked(self, shown: Shown) -> None:
+        assert shown.view.totals() == (7 + 13 + 15, 7)
+
+    def test_knows_no_number_behind_its_own(self, shown: Shown) -> None:
+        with pytest.raises(StaleError):
+            shown.view.node(7 + 1 + REPORT_NUMBERS)
+
+    def test_opens_only_regular_files(self, shown: Shown) -> None:
+        for path in (b"folder", b"link", b".casfs"):
+            with pytest.raises(RefusedError):
+                shown.view.open(shown.find(path))
+
+
+class TestExtendedAttributes:
+    def test_of_the_file_are_listed_and_read(self, shown: Shown) -> None:
+        number = shown.find(b"tagged")
+        assert shown.view.xattr_names(number) == [b"security.capability", b"user.own"]
+        assert shown.view.xattr(number, b"user.own") == b"mine"
+        assert shown.view.xattr(number, b"security.capability") == b"\1\2"
+        assert shown.view.xattr(number, b"user.other") is None
+
+    def test_of_casfs_are_read_by_name_and_never_listed(self, shown: Shown) -> None:
+        number = shown.find(b"folder/deep/changed\nhere")
+        assert shown.view.xattr_names(number) == []
+        for name, value in (
+            (b"capture", b"changed"),
+            (b"captured", digest_of(b"mixture").hex().encode()),
+            (b"observed", digest_of(b"seen when read again").hex().encode()),
+            (b"reason", b"rewritten"),
+            (b"attempts", b"3"),
+            (b"snapshot", shown.snapshot_id.hex().encode()),
+            (b"nonsense", None),
+        ):
+            assert shown.view.xattr(number, b"user.casfs." + name) == value, name
+
+    def test_of_casfs_tell_of_a_stable_file_that_it_is_one(self, shown: Shown) -> None:
+        number = shown.find(b"folder/plain")
+        digest = digest_of(b"plain content").hex().encode()
+        for name, value in (
+            (b"capture", b"stable"),
+            (b"captured", digest),
+            (b"observed", digest),
+            (b"reason", b"none"),
+            (b"attempts", b"1"),
+        ):
+            assert shown.view.xattr(number, b"user.casfs." + name) == value, name
+
+    def test_of_casfs_tell_of_a_directory_its_snapshot_alone(self, shown: Shown) -> None:
+        number = shown.find(b"folder")
+        assert shown.view.xattr(number, b"user.casfs.capture") is None
+        assert shown.view.xattr(number, b"user.casfs.snapshot") is not None
+
+    def test_of_casfs_give_way_to_a_files_own_of_that_name(self, keeper: Keeper) -> None:
+        own = Extra(xattrs=((b"user.casfs.capture", b"mine"),))
+        shown = Shown(keeper, {b"f": file(b"", b"x", extra=own)})
+        with shown.repository:
+            assert shown.view.xattr(shown.find(b"f"), b"user.casfs.capture") == b"mine"
+
+
+class TestOpening:
+    def test_a_changed_file_is_told_in_the_log_once(
+        self, shown: Shown, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        number = shown.find(b"folder/deep/changed\nhere")
+        with caplog.at_level(logging.WARNING, "mount"):
+            for _ in range(3):
+                assert b"".join(shown.view.open(number).read(0, 100)) == b"mixture"
+        (record,) = caplog.records
+        assert "folder/deep/changed\\nhere" in record.getMessage()
+
+    def test_a_changed_file_can_be_denied(
+        self, keeper: Keeper, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        shown = Shown(keeper, TREE, deny_changed=True)
+        number = shown.find(b"folder/deep/changed\nhere")
+        with shown.repository:
+            for _ in range(2):
+                with pytest.raises(RefusedError) as caught:
+                    shown.view.open(number)
+                assert caught.value.errno == errno.EIO
+            shown.view.open(shown.find(b"folder/plain"))
+        assert "denied" in caplog.text
+
+
+class TestTheFolderOfReports:
+    def test_is_found_and_not_listed(self, shown: Shown) -> None:
+        number = shown.find(b".casfs")
+        assert shown.view.node(number).kind == Kind.DIRECTORY
+        assert [node.name for _, node, _ in shown.view.entries(1, 0)].count(b".casfs") == 0
+        names = [node.name for _, node, _ in shown.view.entries(number, 0)]
+        assert names == [b"changed", b"damage", b"manifest.b3", b"snapshot.json"]
+        assert shown.view.parent(number) == 1
+        assert shown.view.parent(shown.find(b".casfs/changed")) == number
+        assert shown.view.lookup(number, b"other") is None
+
+    def test_is_at_the_root_alone(self, shown: Shown) -> None:
+        assert shown.view.lookup(shown.find(b"folder"), b".casfs") is None
+
+    def test_gives_way_to_a_real_entry_of_that_name(self, keeper: Keeper) -> None:
+        shown = Shown(keeper, {b".casfs": {b"real": b""}})
+        with shown.repository:
+            number = shown.find(b".casfs")
+            assert [node.name for _, node, _ in shown.view.entries(number, 0)] == [b"real"]
+
+    def test_lists_on_from_a_position(self, shown: Shown) -> None:
+        number = shown.find(b".casfs")
+        whole = list(shown.view.entries(number, 0))
+        assert list(shown.view.entries(number, whole[1][2])) == whole[2:]
+
+    def test_names_the_changed_files_on_one_line_each(self, shown: Shown) -> None:
+        assert shown.text(b".casfs/changed") == b"folder/deep/changed\\nhere\n"
+
+    def test_reads_nothing_to_name_the_changed_files_where_there_are_none(
+        self, keeper: Keeper
+    ) -> None:
+        shown = Shown(keeper, {b"a": {b"b": b""}})
+        with shown.repository:
+            number = shown.find(b".casfs/changed")
+            shown.sources.pieces.get = None  # type: ignore[assignment,method-assign]
+            shown.repository.trees._read = None  # type: ignore[assignment]
+            assert b"".join(shown.view.open(number).read(0, 10)) == b""
+
+    def test_describes_the_snapshot_in_json_of_the_size_that_it_shows(self, shown: Shown) -> None:
+        text = shown.text(b".casfs/snapshot.json")
+        assert shown.view.node(shown.find(b".casfs/snapshot.json")).size == len(text)
+        told = json.loads(text)
+        assert told["id"] == shown.snapshot_id.hex()
+        assert (told["host"], told["entries"], told["flagged"]) == ("here", 6, 1)
+
+    def test_has_a_manifest_of_every_regular_file(self, shown: Shown) -> None:
+        expected = [
+            (b"folder/deep/changed\\nhere", b"mixture", b"\\"),
+            (b"folder/plain", b"plain content", b""),
+            (b"tagged", b"with attributes", b""),
+        ]
+        assert shown.text(b".casfs/manifest.b3") == b"".join(
+            b"%s%s  %s\n" % (mark, digest_of(content).hex().encode(), path)
+            for path, content, mark in expected
+        )
+
+    def test_gives_the_same_in_pieces_of_any_size_and_from_the_beginning_again(
+        self, keeper: Keeper
+    ) -> None:
+        shown = Shown(keeper, {b"%05d" % n: b"x%d" % n for n in range(6000)})
+        with shown.repository:
+            whole = shown.text(b".casfs/manifest.b3", 1 << 24)
+            assert whole.count(b"\n") == 6000
+            assert shown.text(b".casfs/manifest.b3", 4096) == whole
+            reader = shown.view.open(shown.find(b".casfs/manifest.b3"))
+            rng = random.Random(4)
+            for _ in range(30):
+                offset, size = rng.randrange(len(whole) + 100), rng.randrange(1, 70_000)
+                assert b"".join(reader.read(offset, size)) == whole[offset : offset + size]
+
+    def test_breaks_off_with_an_error_and_not_with_an_end(self, keeper: Keeper) -> None:
+        plan: Plan = {b"a": b"first", b"b": {b"c": b""}, b"z": b"last"}
+        keeper.publish(plan)
+        keeper.damage(reference(Grove().plant({b"c": b""})))
+        shown = Shown(keeper, plan)
+        with shown.repository:
+            reader = shown.view.open(shown.find(b".casfs/manifest.b3"))
+            assert b"".join(reader.read(0, 1000)) == manifest_line(b"a", digest_of(b"first"))
+            for _ in range(3):
+                with pytest.raises(BlobError):
+                    reader.read(len(manifest_line(b"a", digest_of(b"first"))), 1000)
+
+    @pytest.mark.expect_errors("mount.damage")
+    def test_lists_the_damage_that_was_met(self, keeper: Keeper) -> None:
+        digest = digest_of(b"plain content")
+        keeper.store(b"plain content")
+        keeper.damage(digest)
+        shown = Shown(keeper, TREE)
+        with shown.repository:
+            assert shown.text(b".casfs/damage") == b""
+            reader = shown.view.open(shown.find(b"folder/plain"))
+            for _ in range(3):
+                with pytest.raises(Exception, match="digest"):
+                    reader.read(0, 10)
+            (line,) = shown.text(b".casfs/damage").decode().splitlines()
+        assert line.startswith("folder/plain: bytes 0 to 12: blob " + digest.hex())
+        assert " in pack " in line
+
+    def test_is_the_only_part_that_may_change(self, shown: Shown) -> None:
+        assert shown.view.is_lasting(1)
+        assert shown.view.is_lasting(shown.find(b"folder/plain"))
+        assert not shown.view.is_lasting(shown.find(b".casfs"))
+        assert not shown.view.is_lasting(shown.find(b".casfs/damage"))
+
+
+class TestTheThreadThatMustNotWait:
+    def test_gets_small_trees_at_once_when_the_kernel_has_them(self, shown: Shown) -> None:
+        shown.find(b"folder/plain")  # opens the pack, which only a thread that may wait does
+        waiting = shown.sources.waiting
+        fresh = sources_of(shown.repository)
+        view = SnapshotView(fresh, shown.snapshot_id, shown.snapshot, shown.snapshot.root, 1)
+        fresh.waiting.forbid_here()
+        assert waiting.is_allowed()
+        assert next(node.name for _, node, _ in view.entries(1, 0)) == b"folder"
+
+    def test_is_never_kept_by_a_pack_that_is_not_open(self, keeper: Keeper) -> None:
+        shown = Shown(keeper, TREE)
+        with shown.repository:
+            shown.sources.waiting.forbid_here()
+            with pytest.raises(NotAtHand):
+                list(shown.view.entries(1, 0))
+
+
+def test_damage_is_told_once_and_in_bounds(caplog: pytest.LogCaptureFixture) -> None:
+    damage = DamageLog()
+    error = BlobError(Digest(bytes(32)), "it is missing: no pack holds it")
+    logging.getLogger("mount.damage").disabled = True
+    try:
+        for n in range(20_000):
+            damage.add_range(b"file %d\n" % (n // 2), n, 10, error)
+    finally:
+        logging.getLogger("mount.damage").disabled = False
+    lines = damage.text().splitlines()
+    assert len(lines) == 10_000
+    assert lines[0].startswith(b"file 0\\n: bytes 0 to 9: blob 0000")
+
+
+def test_names_that_are_not_text_do_not_break_the_manifest() -> None:
+    digest = Digest(bytes(32))
+    hexadecimal = b"00" * 32
+    assert manifest_line(b"plain", digest) == hexadecimal + b"  plain\n"
+    assert manifest_line(b"back\\slash", digest) == b"\\" + hexadecimal + b"  back\\\\slash\n"
+    assert manifest_line(b"new\nline", digest) == b"\\" + hexadecimal + b"  new\\nline\n"
+    assert manifest_line(b"in\rside", digest) == hexadecimal + b"  in\rside\n"
+    assert manifest_line(b"end\r", digest) == b"\\" + hexadecimal + b"  end\\r\n"
+    assert manifest_line(b"\xff", digest) == hexadecimal + b"  \xef\xbf\xbd\n"
+
+
+def test_holes_take_no_room() -> None:
+    def node(*records: tuple[int, bytes]) -> Node:
+        content = b"".join(RECORD.pack(length, digest) for length, digest in records)
+        return entry(b"f", size=sum(length for length, _ in records), content=content)
+
+    data = digest_of(b"x")
+    assert allocated_bytes(node()) == 0
+    assert allocated_bytes(node((10, data))) == 10
+    assert allocated_bytes(node((10, HOLE))) == 0
+    assert allocated_bytes(node((10, data), (1 << 40, HOLE), (5, data))) == 15
+    writer = ContentWriter(lambda *_: None, digest_of)
+    for n in range(300):
+        writer.add(1 + n, data)
+    content, levels = writer.finish()
+    deep = replace(node(), content=content, levels=levels, size=77)
+    assert (levels, allocated_bytes(deep)) == (1, 77)
+
+
+def test_a_view_of_a_directory_has_that_as_its_root(keeper: Keeper) -> None:
+    snapshot_id, snapshot = keeper.publish(TREE)
+    with keeper.reading() as repository:
+        _, _, _, node = repository.resolve_path(f"{snapshot_id.hex()}:folder")
+        view = SnapshotView(sources_of(repository), SnapshotId(snapshot_id), snapshot, node, 1)
+        assert [found.name for _, found, _ in view.entries(1, 0)] == [b"deep", b"plain"]
+        folder = view.lookup(1, b".casfs")
+        assert folder is not None
+        found = view.lookup(folder[0], b"changed")
+        assert found is not None
+        assert b"".join(view.open(found[0]).read(0, 100)) == b"deep/changed\\nhere\n"

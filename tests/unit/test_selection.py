@@ -1,0 +1,143 @@
+"""What a backup takes: every path where the user would look for it, and none twice."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from casfs.errors import UsageError
+from casfs.selection import Place, keep_path, select
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with a little in it."""
+    place = tmp_path / "here"
+    (place / "a" / "b").mkdir(parents=True)
+    (tmp_path / "beside").mkdir()
+    (place / "away").symlink_to(tmp_path / "beside")
+    monkeypatch.chdir(place)
+    return place
+
+
+def sources(*paths: bytes) -> dict[bytes, bytes]:
+    """Return what is taken whole, by its path in the snapshot."""
+    found: dict[bytes, bytes] = {}
+
+    def look(place: Place, path: bytes) -> None:
+        if place.whole:
+            found[path] = place.source
+            return
+        for name, below in place.below.items():
+            look(below, path + b"/" + name if path else name)
+
+    look(select(list(paths)), b"")
+    return found
+
+
+class TestKeptPaths:
+    @pytest.mark.parametrize(
+        ("given", "kept"),
+        [
+            (b"a", b"a"),
+            (b"./a", b"a"),
+            (b"a/", b"a"),
+            (b"a//b/.", b"a/b"),
+            (b".", b"."),
+            (b"./", b"."),
+            (b"/", b"/"),
+            (b"//", b"/"),
+            (b"//home//a/", b"/home/a"),
+            (b"/home/a", b"/home/a"),
+            (b"\xff\n", b"\xff\n"),
+            (b"a/../a/b", b"a/b"),
+            (b"a/b/../..", b"."),
+            (b"...", b"..."),
+            (b"a/..b", b"a/..b"),
+        ],
+    )
+    def test_are_plain(self, given: bytes, kept: bytes) -> None:
+        assert keep_path(given) == kept
+
+    def test_that_lead_out_of_here_are_absolute(self, tmp_path: Path) -> None:
+        assert keep_path(b"..") == bytes(tmp_path)
+        assert keep_path(b"../beside") == bytes(tmp_path / "beside")
+        assert keep_path(b"a/../../beside/x") == bytes(tmp_path / "beside" / "x")
+
+    def test_that_lead_out_and_back_are_relative(self, here: Path) -> None:
+        assert keep_path(b"../here/a") == b"a"
+        assert keep_path(bytes(here) + b"/a/../a") == bytes(here / "a")
+
+    def test_go_up_from_where_a_symlink_leads(self, tmp_path: Path) -> None:
+        assert keep_path(b"away/../beside") == bytes(tmp_path / "beside")
+        assert keep_path(b"away/x") == b"away/x"
+
+    def test_of_nothing_are_refused(self) -> None:
+        with pytest.raises(UsageError, match="empty path"):
+            keep_path(b"")
+        with pytest.raises(UsageError, match="empty path"):
+            select([b"", b"/etc"])
+
+
+class TestPlaces:
+    def test_keep_absolute_paths_whole_and_relative_ones_as_given(self) -> None:
+        assert sources(b"/home/a") == {b"home/a": b"/home/a"}
+        assert sources(b"a/b") == {b"a/b": b"a/b"}
+        assert sources(b"a/b", b"/home/a") == {b"a/b": b"a/b", b"home/a": b"/home/a"}
+
+    def test_of_everything_here_or_anywhere_are_the_root_itself(self) -> None:
+        assert sources(b".") == {b"": b"."}
+        assert sources(b"/") == {b"": b"/"}
+        assert sources(b".", b"a") == {b"": b"."}
+
+    def test_within_one_another_are_taken_once(self) -> None:
+        for paths in ((b"a", b"a/b"), (b"a/b", b"a"), (b"a", b"a/", b"./a")):
+            assert sources(*paths) == {b"a": b"a"}
+        assert sources(b"/home", b"/home/a") == {b"home": b"/home"}
+
+    def test_share_the_way_to_them(self) -> None:
+        assert sources(b"/home/a", b"/home/b", b"/var") == {
+            b"home/a": b"/home/a",
+            b"home/b": b"/home/b",
+            b"var": b"/var",
+        }
+        root = select([b"/home/a", b"/home/b"])
+        assert list(root.below) == [b"home"]
+        assert root.below[b"home"].source == b"/home"
+        assert list(root.sources()) == [b"/home/a", b"/home/b"]
+
+    def test_of_nothing_are_an_empty_root(self) -> None:
+        assert sources() == {}
+
+    def test_the_same_by_two_ways_are_one(self, here: Path) -> None:
+        os.chdir("/")
+        relative = bytes(here).lstrip(b"/")
+        assert list(sources(bytes(here), relative)) == [relative]
+
+
+class TestConflicts:
+    """Two sources that would have one path in the snapshot: keeping one would lose the other."""
+
+    @pytest.mark.parametrize(
+        "paths",
+        [
+            (b"/etc", b"etc"),
+            (b"etc", b"/etc"),
+            (b"/etc/a", b"etc"),
+            (b"etc", b"/etc/a"),
+            (b"etc/a", b"/etc"),
+            (b"/etc", b"etc/a"),
+            (b".", b"/etc"),
+            (b"/etc", b"."),
+            (b"/", b"etc"),
+            (b"a", b"/a/b", b"c"),
+        ],
+    )
+    def test_are_refused_in_any_order(self, paths: tuple[bytes, ...]) -> None:
+        with pytest.raises(UsageError, match="same path in the snapshot"):
+            select(list(paths))
+
+    def test_are_no_matter_on_the_way(self) -> None:
+        assert sources(b"a/b", b"/a/c") == {b"a/b": b"a/b", b"a/c": b"/a/c"}

@@ -1,0 +1,180 @@
+"""Snapshots: what is published comes back, and a file that is not what its name says is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import zstandard
+
+from casfs.digest import SnapshotId, digest_of
+from casfs.errors import TreeError, UsageError
+from casfs.snapshot import (
+    HEADER,
+    MAGIC,
+    MAX_SNAPSHOT_BYTES,
+    Snapshot,
+    SnapshotStats,
+    decode_snapshot,
+    encode_snapshot,
+)
+from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec
+from casfs.tree import Kind, TreeRef
+
+from .planting import entry, file
+
+ROOT = entry(b"", Kind.DIRECTORY, tree=TreeRef(b"\x07" * 32, 5, 100, 1))
+SMALL = Snapshot(root=ROOT, time_ns=0, host="h", user="u", paths=())
+FULL = Snapshot(
+    root=ROOT,
+    time_ns=1_700_000_000_123_456_789,
+    host="häst",
+    user="me",
+    paths=(b"/home/a", b"\xff\n"),
+    tags=("daily", "keep"),
+    users=((0, "root"), (4_294_967_294, "nobody")),
+    groups=((0, "wheel"),),
+    parent=b"\x01" * 32,
+    replaces=b"\x02" * 32,
+    program="casfs 1",
+    stats=SnapshotStats(files=3, seconds=1.5),
+)
+
+
+@pytest.fixture
+def codec() -> BlobCodec:
+    return BlobCodec(3)
+
+
+def made(payload: bytes, plain_bytes: int, codec: int = 0, **header: Any) -> bytes:
+    """Return a file with this payload, its header right unless told."""
+    fields = {"magic": MAGIC, "version": 1} | header
+    return HEADER.pack(fields["magic"], fields["version"], codec, 0, plain_bytes) + payload
+
+
+def read(data: bytes, codec: BlobCodec) -> Snapshot:
+    return decode_snapshot(SnapshotId(digest_of(data)), data, codec)
+
+
+@pytest.mark.parametrize("snapshot", [SMALL, FULL], ids=["small", "full"])
+def test_a_snapshot_comes_back_as_it_was_published(codec: BlobCodec, snapshot: Snapshot) -> None:
+    snapshot_id, data = encode_snapshot(snapshot, codec)
+    assert decode_snapshot(snapshot_id, data, codec) == snapshot
+    assert snapshot_id == SnapshotId(digest_of(data))
+    assert encode_snapshot(snapshot, BlobCodec(3)) == (snapshot_id, data)
+
+
+def test_a_short_snapshot_is_raw_and_a_long_one_is_compressed(codec: BlobCodec) -> None:
+    _, data = encode_snapshot(SMALL, codec)
+    long = msgspec.structs.replace(SMALL, paths=tuple(b"/a/path/%d" % n for n in range(1000)))
+    long_id, packed = encode_snapshot(long, codec)
+    assert HEADER.unpack_from(packed)[2] == 1
+    assert len(packed) < 10_000
+    assert decode_snapshot(long_id, packed, codec) == long
+    assert HEADER.unpack_from(data)[4] >= len(data) - HEADER.size
+
+
+def test_any_changed_byte_is_noticed(codec: BlobCodec) -> None:
+    snapshot_id, data = encode_snapshot(FULL, codec)
+    for place in range(len(data)):
+        changed = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        with pytest.raises(TreeError, match="does not have its digest"):
+            decode_snapshot(snapshot_id, changed, codec)
+    with pytest.raises(TreeError, match=snapshot_id.hex()[:12]):
+        decode_snapshot(snapshot_id, data + b"\0", codec)
+
+
+class TestHostileFiles:
+    """Files whose digest fits their name, but that no casfs has written."""
+
+    PLAIN = msgspec.msgpack.encode(SMALL)
+
+    @pytest.mark.parametrize(
+        ("data", "reason"),
+        [
+            (b"", "too short"),
+            (made(b"", 0)[:-1], "too short"),
+            (made(PLAIN, len(PLAIN), magic=b"CASFSPAK"), "form"),
+            (made(PLAIN, len(PLAIN), version=2), "form"),
+            (made(b"", MAX_PLAIN_BYTES + 1), "form"),
+            (made(PLAIN, len(PLAIN) - 1), "damaged"),
+            (made(PLAIN, len(PLAIN) + 1), "damaged"),
+            (made(PLAIN, len(PLAIN), codec=1), "damaged"),
+            (made(PLAIN, len(PLAIN), codec=9), "codec 9"),
+            (made(b"", 0), "parse"),
+            (made(b"\xc1", 1), "parse"),
+            (made(b"\x91" * 5000, 5000), "parse"),
+            (made(b"\x80", 1), "parse"),
+        ],
+    )
+    def test_are_refused(self, codec: BlobCodec, data: bytes, reason: str) -> None:
+        with pytest.raises(TreeError, match=reason):
+            read(data, codec)
+
+    def test_that_would_expand_beyond_what_they_tell_are_refused(self, codec: BlobCodec) -> None:
+        bomb = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 20))
+        with pytest.raises(TreeError, match="another size"):
+            read(made(bomb, 1000, codec=1), codec)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"root": file(b"")},
+            {"root": entry(b"", Kind.DIRECTORY)},
+            {"root": entry(b"", Kind.DIRECTORY, tree=TreeRef(b"short", 0, 0, 0))},
+            {"root": entry(b"", Kind.DIRECTORY, uid=-1, tree=ROOT.tree)},
+            {"root": None},
+            {"time_ns": "now"},
+            {"time_ns": 1.5},
+            {"host": b"\xff\xfe"},
+            {"paths": ["text"]},
+            {"tags": "text"},
+            {"users": [[1]]},
+            {"stats": []},
+        ],
+    )
+    def test_with_impossible_fields_are_refused(
+        self, codec: BlobCodec, fields: dict[str, Any]
+    ) -> None:
+        known = {name: getattr(FULL, name) for name in FULL.__struct_fields__}
+        plain = msgspec.msgpack.encode(known | fields)
+        with pytest.raises(TreeError):
+            read(made(plain, len(plain)), codec)
+
+    def test_with_text_that_is_not_unicode_are_refused(self, codec: BlobCodec) -> None:
+        plain = msgspec.msgpack.encode(FULL).replace("häst".encode(), b"h\xff\xffst")
+        with pytest.raises(TreeError, match="parse"):
+            read(made(plain, len(plain)), codec)
+
+
+class TestCompatibility:
+    def test_fields_that_a_later_version_adds_are_left_alone(self, codec: BlobCodec) -> None:
+        known = {name: getattr(FULL, name) for name in FULL.__struct_fields__}
+        stats = msgspec.to_builtins(FULL.stats) | {"later": 1}
+        plain = msgspec.msgpack.encode(known | {"later": ["x"], "stats": stats})
+        assert read(made(plain, len(plain)), codec) == FULL
+
+    def test_fields_that_are_missing_have_their_defaults(self, codec: BlobCodec) -> None:
+        known = {"root": ROOT, "time_ns": 0, "host": "h", "user": "u", "paths": []}
+        plain = msgspec.msgpack.encode(known)
+        assert read(made(plain, len(plain)), codec) == SMALL
+
+
+class TestWhatNobodyCouldRead:
+    def test_with_too_many_paths_is_not_published(self, codec: BlobCodec) -> None:
+        paths = tuple(b"/a/rather/long/path/%09d" % n + b"x" * 200 for n in range(80_000))
+        with pytest.raises(UsageError, match="name fewer paths"):
+            encode_snapshot(msgspec.structs.replace(SMALL, paths=paths), codec)
+
+    def test_with_text_that_is_not_unicode_is_not_published(self, codec: BlobCodec) -> None:
+        for fields in ({"host": "h\udcff"}, {"tags": ("\udcff",)}, {"user": "\udcff"}):
+            with pytest.raises(UsageError, match="not UTF-8"):
+                encode_snapshot(msgspec.structs.replace(SMALL, **fields), codec)
+
+    def test_as_large_as_allowed_is_read_again(self, codec: BlobCodec) -> None:
+        paths = tuple(b"/a/rather/long/path/%09d" % n + b"x" * 200 for n in range(60_000))
+        big = msgspec.structs.replace(SMALL, paths=paths)
+        snapshot_id, data = encode_snapshot(big, codec)
+        assert len(data) < MAX_SNAPSHOT_BYTES
+        assert decode_snapshot(snapshot_id, data, codec) == big

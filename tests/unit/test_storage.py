@@ -1,0 +1,332 @@
+"""The storage: objects appear whole or not at all, and durable before they have their name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casfs.errors import NotFoundError, StorageError
+from casfs.store.storage import LocalStorage
+
+from .storing import noise
+
+Step = tuple[str, str]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for folder in ("packs", "snapshots", "tmp"):
+        (tmp_path / folder).mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def storage(root: Path) -> LocalStorage:
+    return LocalStorage(root, writer="me", sync=False)
+
+
+def temporaries(root: Path) -> list[str]:
+    return sorted(os.listdir(root / "tmp"))
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Record what is synced and renamed, as the kernel is asked for it."""
+    steps: list[Step] = []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(fd: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        kind = "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "data"
+        steps.append((f"sync {kind}", Path(path).name))
+        fsync(fd)
+
+    def watched_rename(source: Any, target: Any) -> None:
+        steps.append(("rename", Path(target).name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    return steps
+
+
+class TestObjects:
+    def test_are_read_whole_or_in_parts(self, storage: LocalStorage) -> None:
+        storage.write("snapshots/a", b"0123456789")
+        assert storage.read("snapshots/a") == b"0123456789"
+        assert storage.read("snapshots/a", 3) == b"3456789"
+        assert storage.read("snapshots/a", 3, 4) == b"3456"
+        assert storage.read("snapshots/a", 8, 10) == b"89"
+        assert storage.read("snapshots/a", 20, 10) == b""
+        assert storage.size("snapshots/a") == 10
+
+    def test_that_are_not_there_are_told_from_an_empty_one(self, storage: LocalStorage) -> None:
+        storage.write("snapshots/empty", b"")
+        assert storage.read("snapshots/empty") == b""
+        with pytest.raises(NotFoundError):
+            storage.read("snapshots/none")
+        with pytest.raises(NotFoundError):
+            storage.size("snapshots/none")
+
+    def test_are_listed_by_name_at_any_depth(self, storage: LocalStorage) -> None:
+        for name in ("packs/bb/two", "packs/aa/one", "packs/aa/three", "packs/loose"):
+            storage.write(name, name.encode())
+        assert list(storage.names("packs")) == [
+            (name, len(name))
+            for name in ("packs/aa/one", "packs/aa/three", "packs/bb/two", "packs/loose")
+        ]
+        assert list(storage.names("nothing here")) == []
+
+    def test_are_replaced_as_a_whole_even_for_one_who_has_them_open(
+        self, storage: LocalStorage
+    ) -> None:
+        storage.write("snapshots/a", b"before")
+        assert storage.read("snapshots/a") == b"before"
+        storage.write("snapshots/a", b"behind")
+        assert storage.read("snapshots/a") == b"behind"
+
+    def test_are_deleted_once_and_for_all(self, storage: LocalStorage) -> None:
+        storage.write("snapshots/a", b"x")
+        storage.read("snapshots/a")
+        storage.delete("snapshots/a")
+        storage.delete("snapshots/a")
+        with pytest.raises(NotFoundError):
+            storage.read("snapshots/a")
+
+    def test_of_an_unreadable_place_are_a_storage_error(
+        self, storage: LocalStorage, root: Path
+    ) -> None:
+        (root / "snapshots" / "file").write_bytes(b"")
+        with pytest.raises(StorageError, match="cannot list"):
+            list(storage.names("snapshots/file"))
+        with pytest.raises(StorageError, match="cannot read"):
+            storage.read("snapshots", 0, 10)
+        with pytest.raises(StorageError):
+            storage.size("snapshots/file/below")
+        with pytest.raises(StorageError, match="cannot delete"):
+            storage.delete("packs")
+
+
+class TestSpools:
+    @pytest.mark.parametrize("in_memory", [False, True])
+    def test_give_what_was_appended_under_the_name_told_last(
+        self, storage: LocalStorage, root: Path, in_memory: bool
+    ) -> None:
+        parts = [noise("one", 10), b"", noise("two", 9_000_000), noise("three", 7)]
+        spool = storage.spool(in_memory)
+        for part in parts:
+            spool.append(bytearray(part))
+        assert list(storage.names("packs")) == []
+        assert bool(temporaries(root)) is not in_memory
+        spool.publish("packs/ab/cd")
+        spool.discard()
+        assert storage.read("packs/ab/cd") == b"".join(parts)
+        assert temporaries(root) == []
+
+    @pytest.mark.parametrize("in_memory", [False, True])
+    def test_that_are_discarded_leave_nothing(
+        self, storage: LocalStorage, root: Path, in_memory: bool
+    ) -> None:
+        before = open_descriptors()
+        spool = storage.spool(in_memory)
+        spool.append(b"something")
+        spool.discard()
+        spool.discard()
+        assert temporaries(root) == []
+        assert open_descriptors() == before
+
+    def test_have_temporary_names_that_begin_with_their_writers(
+        self, storage: LocalStorage, root: Path
+    ) -> None:
+        spools = [storage.spool(in_memory=False) for _ in range(3)]
+        for spool in spools:
+            spool.append(b"x")
+        assert [name.partition(".")[0] for name in temporaries(root)] == ["me"] * 3
+        for spool in spools:
+            spool.discard()
+
+    def test_go_on_where_the_kernel_took_only_a_part(
+        self, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data[:1000])))
+        data = noise("in parts", 12_345)
+        storage.write("snapshots/a", data)
+        monkeypatch.undo()
+        assert storage.read("snapshots/a") == data
+
+
+class TestFailures:
+    """Whatever the disk refuses is one clear error, and no name stands for half an object."""
+
+    @staticmethod
+    def failing(code: int) -> Callable[..., int]:
+        def fail(*arguments: object) -> int:
+            raise OSError(code, os.strerror(code))
+
+        return fail
+
+    @pytest.mark.parametrize("in_memory", [False, True])
+    @pytest.mark.parametrize(
+        ("call", "code"),
+        [("write", errno.ENOSPC), ("fsync", errno.EIO), ("rename", errno.EDQUOT)],
+    )
+    def test_leave_neither_a_name_nor_a_temporary_file(
+        self,
+        root: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        in_memory: bool,
+        call: str,
+        code: int,
+    ) -> None:
+        storage = LocalStorage(root, writer="me")
+        before = open_descriptors()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, self.failing(code))
+            spool = storage.spool(in_memory)
+            with pytest.raises(StorageError) as caught:
+                spool.append(b"data")
+                spool.publish("packs/ab/cd")
+            spool.discard()
+        assert caught.value.cause.errno == code
+        assert os.strerror(code) in str(caught.value)
+        assert list(storage.names("packs")) == []
+        assert temporaries(root) == []
+        assert open_descriptors() == before
+
+    def test_of_a_disk_that_takes_nothing_do_not_go_on_for_ever(
+        self, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(os, "write", lambda fd, data: 0)
+        with pytest.raises(StorageError, match="cannot write"):
+            storage.write("snapshots/a", b"x")
+
+    def test_of_a_folder_that_is_gone_name_it(self, storage: LocalStorage, root: Path) -> None:
+        (root / "tmp").rmdir()
+        with pytest.raises(StorageError, match=r"cannot create .*/tmp/me\.0"):
+            storage.write("snapshots/a", b"x")
+
+
+class TestOrder:
+    def test_bytes_are_synced_before_they_have_their_name_and_then_the_folder(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps = watch(monkeypatch)
+        LocalStorage(root, writer="me").write("snapshots/a", b"x")
+        assert steps == [("sync data", "me.0"), ("rename", "a"), ("sync folder", "snapshots")]
+
+    def test_a_new_folder_is_durable_before_anything_is_in_it(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        storage = LocalStorage(root, writer="me")
+        steps = watch(monkeypatch)
+        storage.write("packs/ab/one", b"x")
+        assert steps == [
+            ("sync data", "me.0"),
+            ("sync folder", "packs"),
+            ("rename", "one"),
+            ("sync folder", "ab"),
+        ]
+        steps.clear()
+        storage.write("packs/ab/two", b"x")
+        assert [step for step, _ in steps] == ["sync data", "rename", "sync folder"]
+
+    def test_a_deletion_is_durable_too(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        storage = LocalStorage(root, writer="me")
+        storage.write("snapshots/a", b"x")
+        steps = watch(monkeypatch)
+        storage.delete("snapshots/a")
+        assert steps == [("sync folder", "snapshots")]
+
+    def test_every_step_is_told_before_it_is_done(self, root: Path) -> None:
+        seen: list[tuple[str, bool]] = []
+        storage = LocalStorage(
+            root,
+            sync=False,
+            on_step=lambda step: seen.append((step, (root / "snapshots/a").exists())),
+        )
+        storage.write("snapshots/a", b"x")
+        storage.delete("snapshots/a")
+        assert seen == [
+            ("data snapshots", False),
+            ("rename snapshots", False),
+            ("folder snapshots", True),
+            ("done snapshots", True),
+            ("unlink snapshots", True),
+            ("folder snapshots", False),
+            ("done snapshots", False),
+        ]
+
+    def test_without_sync_nothing_is_synced(
+        self, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps = watch(monkeypatch)
+        storage.write("packs/ab/one", b"x")
+        assert steps == [("rename", "one")]
+
+
+class TestReaders:
+    def test_keep_a_bounded_number_of_objects_open(self, storage: LocalStorage) -> None:
+        names = [f"packs/x/{number:03}" for number in range(150)]
+        for name in names:
+            storage.write(name, name.encode())
+        before = open_descriptors()
+        for name in names * 2:
+            assert storage.read(name) == name.encode()
+        assert open_descriptors() <= before + 64
+        storage.close()
+        assert open_descriptors() == before
+        assert storage.read(names[0]) == names[0].encode()
+        storage.close()
+
+    def test_in_many_threads_see_every_object_as_it_is(self, storage: LocalStorage) -> None:
+        names = [f"packs/x/{number:03}" for number in range(100)]
+        for name in names:
+            storage.write(name, name.encode() * 50)
+        before = open_descriptors()
+        wrong: list[str] = []
+
+        def read(first: int) -> None:
+            for step in range(1500):
+                name = names[(first + step * 7) % len(names)]
+                if storage.read(name, 7, 30) != (name.encode() * 50)[7:37]:
+                    wrong.append(name)
+
+        threads = [threading.Thread(target=read, args=(start,)) for start in (0, 33, 66)]
+        for thread in threads:
+            thread.start()
+        for number in range(300):
+            storage.write(names[number % len(names)], names[number % len(names)].encode() * 50)
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        storage.close()
+        assert open_descriptors() == before
+
+    def test_that_must_not_wait_get_what_is_in_memory_or_nothing(
+        self, storage: LocalStorage
+    ) -> None:
+        storage.write("packs/a", b"0123456789")
+        assert storage.read_at_once("packs/a", 2, 3) is None
+        storage.read("packs/a")
+        assert storage.read_at_once("packs/a", 2, 3) in (b"234", None)
+        assert storage.read_at_once("packs/a", 8, 3) is None
+        assert storage.read_at_once("packs/none", 0, 1) is None
+
+    def test_may_announce_what_they_need_even_of_what_is_not_there(
+        self, storage: LocalStorage
+    ) -> None:
+        storage.write("packs/a", b"0123456789")
+        storage.prefetch("packs/a", 0, 10)
+        storage.prefetch("packs/none", 0, 10)
+        assert storage.read("packs/a") == b"0123456789"

@@ -1,0 +1,402 @@
+"""The blob store: nothing unverified comes out, and packs and index find back to each other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from casfs.digest import Digest, PackId, digest_of
+from casfs.errors import BlobError, PackError
+from casfs.store import store as store_module
+from casfs.store.index import Location
+from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
+from casfs.store.store import BlobStore, pack_name
+
+from .storing import (
+    add_pack,
+    child,
+    flip,
+    hear,
+    make_pack,
+    noise,
+    open_store,
+    pack_paths,
+    store_blobs,
+    tell,
+)
+
+TEXT = b"words that compress well, " * 300
+PLAINS = [b"one", TEXT, noise("raw", 5000), b"", TEXT * 2, b"last"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A store with one pack that holds PLAINS."""
+    with open_store(tmp_path) as store:
+        store_blobs(store, PLAINS)
+    return tmp_path
+
+
+def readable(store: BlobStore, plains: list[bytes]) -> list[bytes]:
+    """Return those of the blobs that can be read."""
+    found = []
+    for plain in plains:
+        try:
+            found.append(store.read(digest_of(plain)))
+        except BlobError:
+            continue
+    return found
+
+
+def drop_index(root: Path) -> None:
+    shutil.rmtree(root / "index")
+
+
+def places(root: Path) -> list[PackEntry]:
+    with open_store(root) as store:
+        ((pack, size),) = store.stored_packs()
+        return store.read_directory(pack, size)
+
+
+class TestReading:
+    def test_a_blob_that_nobody_stored_is_missing(self, root: Path) -> None:
+        with open_store(root) as store, pytest.raises(BlobError, match="missing") as caught:
+            store.read(digest_of(b"never stored"))
+        assert caught.value.pack is None
+        assert caught.value.digest == digest_of(b"never stored")
+
+    def test_a_damaged_blob_names_itself_and_its_pack_and_costs_no_other(self, root: Path) -> None:
+        (path,) = pack_paths(root)
+        entry = next(e for e in places(root) if e.digest == digest_of(PLAINS[2]))
+        flip(path, entry.offset + 2500)
+        with open_store(root) as store:
+            with pytest.raises(BlobError) as caught:
+                store.read(entry.digest)
+            assert readable(store, PLAINS) == PLAINS[:2] + PLAINS[3:]
+        assert caught.value.pack == bytes.fromhex(path.name)
+        assert caught.value.digest == entry.digest
+        assert path.name[:12] in str(caught.value)
+        assert entry.digest.hex()[:12] in str(caught.value)
+
+    def test_any_flipped_bit_of_a_payload_is_noticed(self, root: Path) -> None:
+        (path,) = pack_paths(root)
+        entry = next(e for e in places(root) if e.digest == digest_of(TEXT))
+        for place in range(entry.offset, entry.offset + entry.stored_bytes):
+            flip(path, place)
+            with open_store(root) as store, pytest.raises(BlobError):
+                store.read(entry.digest)
+            flip(path, place)
+        with open_store(root) as store:
+            assert store.read(entry.digest) == TEXT
+
+    def test_a_pack_that_vanished_or_was_cut_is_told(self, root: Path) -> None:
+        (path,) = pack_paths(root)
+        with open_store(root) as store:
+            os.truncate(path, HEADER.size + RECORD.size + 2)
+            with pytest.raises(BlobError, match="ends before") as caught:
+                store.read(digest_of(PLAINS[0]))
+            assert caught.value.pack == bytes.fromhex(path.name)
+        path.unlink()
+        with open_store(root) as store, pytest.raises(BlobError, match="missing"):
+            store.read(digest_of(PLAINS[0]))
+
+    def test_a_pack_that_vanishes_while_the_store_is_open_is_told(self, root: Path) -> None:
+        (path,) = pack_paths(root)
+        with open_store(root) as store:
+            path.unlink()
+            with pytest.raises(BlobError, match="its pack is missing") as caught:
+                store.read(digest_of(PLAINS[0]))
+        assert caught.value.pack == bytes.fromhex(path.name)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"offset": 17},
+            {"offset": 4_000_000_000},
+            {"stored_bytes": 1},
+            {"stored_bytes": 0},
+            {"plain_bytes": 4},
+            {"plain_bytes": 4_000_000_000},
+            {"codec": 1},
+            {"codec": 200},
+        ],
+    )
+    def test_a_wrong_entry_of_the_index_gives_an_error_and_no_wrong_bytes(
+        self, root: Path, change: dict[str, int]
+    ) -> None:
+        with open_store(root) as store:
+            wrong = dict(_fields(store.locate(digest_of(b"one"))) | change)
+            with pytest.raises(BlobError):
+                store.read_at(digest_of(b"one"), Location(**wrong))
+
+    def test_a_blob_that_moved_while_it_was_read_is_looked_up_again(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with open_store(root) as store:
+            right = store.locate(digest_of(b"one"))
+            stale = Location(**(_fields(right) | {"offset": right.offset + 1}))
+            answers = iter([stale, right])
+            monkeypatch.setattr(store.index, "lookup", lambda digest: next(answers))
+            assert store.read(digest_of(b"one")) == b"one"
+
+    def test_without_waiting_gives_verified_bytes_or_nothing(self, root: Path) -> None:
+        (path,) = pack_paths(root)
+        with open_store(root) as store:
+            assert store.read(digest_of(TEXT)) == TEXT
+            assert store.read_at_once(digest_of(TEXT), 1 << 20) in (TEXT, None)
+            assert store.read_at_once(digest_of(TEXT), 1) is None
+            assert store.read_at_once(digest_of(b"never stored"), 1 << 20) is None
+            assert store.prefetch(digest_of(b"one")) == 3
+            assert store.prefetch(digest_of(b"never stored")) == 0
+            flip(path, store.locate(digest_of(TEXT)).offset + 20)
+            assert store.read_at_once(digest_of(TEXT), 1 << 20) is None
+
+
+def _fields(location: Location) -> dict[str, int]:
+    return {name: getattr(location, name) for name in Location.__slots__}
+
+
+class TestIndexLost:
+    def test_deleted_is_built_anew_with_every_blob(self, root: Path) -> None:
+        with open_store(root) as store:
+            store_blobs(store, [b"in a second pack"])
+        drop_index(root)
+        with open_store(root) as store:
+            assert readable(store, [*PLAINS, b"in a second pack"]) == [*PLAINS, b"in a second pack"]
+            assert store.index.blob_count() == len(PLAINS) + 1
+
+    def test_behind_the_packs_is_brought_up_to_date(self, root: Path) -> None:
+        data, _ = make_pack([b"sealed", b"but a crash came before the index"])
+        pack = add_pack(root, data)
+        with open_store(root) as store:
+            losses = store.index.losses()
+            assert store.read(digest_of(b"sealed")) == b"sealed"
+            assert pack in {record.pack for record in store.index.packs()}
+            assert losses == 1
+
+    def test_naming_a_lost_pack_is_rebuilt_so_that_nothing_trusts_it(
+        self, root: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with open_store(root) as store:
+            store_blobs(store, [b"in a second pack"])
+            store.index.mark_complete(b"snapshot", store.index.losses())
+        lost = max(pack_paths(root), key=lambda path: path.stat().st_size)
+        kept = lost.read_bytes()
+        lost.unlink()
+        with open_store(root) as store:
+            assert "named 1 packs that are not there" in caplog.text
+            assert store.index.known(map(digest_of, PLAINS)) == [False] * len(PLAINS)
+            assert store.read(digest_of(b"in a second pack")) == b"in a second pack"
+            assert not store.index.is_complete(b"snapshot")
+            stats = store_blobs(store, PLAINS)
+            assert stats.new_blobs == len(PLAINS)
+        with open_store(root) as store:
+            assert readable(store, PLAINS) == PLAINS
+        lost.write_bytes(kept)
+        with open_store(root) as store:
+            assert readable(store, PLAINS) == PLAINS
+
+    def test_finds_the_second_copy_of_what_a_lost_pack_held(self, root: Path) -> None:
+        data, _ = make_pack(PLAINS)
+        second = add_pack(root, data)
+        with open_store(root) as store:
+            assert store.index.blob_count() == len(PLAINS)
+        for path in pack_paths(root):
+            if path.name != second.hex():
+                path.unlink()
+        with open_store(root) as store:
+            assert readable(store, PLAINS) == PLAINS
+
+    def test_is_not_rebuilt_for_a_pack_that_came_between_two_looks(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with open_store(root) as store:
+            losses = store.index.losses()
+            names = store.storage.names
+            monkeypatch.setattr(store.storage, "names", lambda prefix: iter(()))
+            store.reconcile()
+            monkeypatch.setattr(store.storage, "names", names)
+            assert store.index.losses() == losses
+            assert store.index.blob_count() == len(PLAINS)
+        assert caplog.text == ""
+
+    def test_of_another_version_is_rebuilt(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("casfs.store.index.INDEX_VERSION", b"2")
+        with open_store(root) as store:
+            assert store.index.is_current()
+            assert readable(store, PLAINS) == PLAINS
+
+
+class TestForeignFiles:
+    def test_among_the_packs_are_left_alone_and_named(
+        self, root: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        foreign = ["packs/note.txt", "packs/ab/short", f"packs/ab/{'c' * 64}", f"packs/{'a' * 64}"]
+        for name in foreign:
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_bytes(b"not a pack")
+        with open_store(root) as store:
+            assert len(list(store.stored_packs())) == 1
+        for name in foreign:
+            assert (root / name).exists()
+            assert f"{name} is not a pack" in caplog.text
+
+
+class TestDamagedDirectory:
+    """What ends a pack may be damaged in any way: all intact blobs are found nevertheless."""
+
+    @staticmethod
+    def directory_bytes() -> int:
+        return len(PLAINS) * ENTRY.size
+
+    @pytest.mark.parametrize(
+        "where",
+        [
+            pytest.param(-1, id="the magic at the end"),
+            pytest.param(-TRAILER.size, id="the directory's offset"),
+            pytest.param(-TRAILER.size + 8, id="the directory's size"),
+            pytest.param(-TRAILER.size + 12, id="the number of entries"),
+            pytest.param(-TRAILER.size + 20, id="the directory's digest"),
+            pytest.param(-TRAILER.size - 10, id="an entry"),
+            pytest.param(-TRAILER.size - len(PLAINS) * ENTRY.size, id="the first digest"),
+            pytest.param(0, id="the pack's magic"),
+            pytest.param(8, id="the pack's version"),
+        ],
+    )
+    def test_costs_no_blob(self, root: Path, where: int, caplog: pytest.LogCaptureFixture) -> None:
+        (path,) = pack_paths(root)
+        flip(path, where)
+        drop_index(root)
+        with open_store(root) as store:
+            assert readable(store, PLAINS) == PLAINS
+            with pytest.raises(PackError):
+                store.read_directory(PackId(bytes.fromhex(path.name)), path.stat().st_size)
+        assert path.name[:12] in caplog.text
+        assert "one by one" in caplog.text
+
+    @pytest.mark.parametrize("number", range(len(PLAINS)))
+    def test_together_with_a_damaged_record_costs_just_that_blob(
+        self, root: Path, number: int
+    ) -> None:
+        (path,) = pack_paths(root)
+        entry = places(root)[number]
+        flip(path, -1)
+        flip(path, entry.offset - RECORD.size)
+        drop_index(root)
+        with open_store(root) as store:
+            rest = [plain for plain in PLAINS if digest_of(plain) != entry.digest]
+            assert readable(store, rest) == rest
+            assert not store.index.known([entry.digest])[0]
+
+    def test_together_with_a_damaged_payload_gives_it_under_no_name(self, root: Path) -> None:
+        (path,) = pack_paths(root)
+        entry = next(e for e in places(root) if e.digest == digest_of(PLAINS[2]))
+        flip(path, -1)
+        flip(path, entry.offset + 1)
+        drop_index(root)
+        with open_store(root) as store:
+            assert readable(store, PLAINS) == PLAINS[:2] + PLAINS[3:]
+
+    def test_of_a_pack_that_was_cut_gives_all_that_is_whole(self, root: Path) -> None:
+        (path,) = pack_paths(root)
+        entries = places(root)
+        whole = path.read_bytes()
+        for entry in entries:
+            path.write_bytes(whole[: entry.offset + entry.stored_bytes])
+            drop_index(root)
+            with open_store(root) as store:
+                count = entries.index(entry) + 1
+                wanted = {e.digest for e in entries[:count]}
+                assert wanted <= {digest for digest, _ in store.index.blobs()}
+
+    @pytest.mark.parametrize("data", [b"", b"x", b"CASFSPAK", bytes(5000), noise("junk", 5000)])
+    def test_of_a_file_that_is_no_pack_at_all_gives_nothing(self, root: Path, data: bytes) -> None:
+        pack = add_pack(root, data)
+        with open_store(root) as store:
+            assert readable(store, PLAINS) == PLAINS
+            assert pack in {record.pack for record in store.index.packs()}
+
+    def test_that_lies_about_digests_gives_an_error_and_no_wrong_bytes(self, root: Path) -> None:
+        data, entries = make_pack([b"evil", b"sound"])
+        name = digest_of(b"what a snapshot needs")
+        lying = data.replace(entries[0].digest, name)
+        offset, size, count, _, magic = TRAILER.unpack(lying[-TRAILER.size :])
+        digest = digest_of(lying[offset : offset + size])
+        add_pack(root, lying[: -TRAILER.size] + TRAILER.pack(offset, size, count, digest, magic))
+        with open_store(root) as store:
+            with pytest.raises(BlobError, match="does not have its digest"):
+                store.read(name)
+            assert store.read(digest_of(b"sound")) == b"sound"
+
+    def test_a_pack_beyond_the_greatest_size_is_read_no_further(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data, _ = make_pack([b"within", noise("filling", 3000), b"beyond"])
+        add_pack(root, data)
+        # The store's own pack has some 5,600 bytes; this bound lies before both directories.
+        monkeypatch.setattr(store_module, "MAX_PACK_BYTES", 1000)
+        drop_index(root)
+        with open_store(root) as store:
+            assert store.read(digest_of(b"within")) == b"within"
+            assert not any(store.index.known([digest_of(b"beyond"), digest_of(b"last")]))
+
+
+def test_the_name_of_a_pack_stands_in_the_folder_of_its_first_byte() -> None:
+    assert pack_name(PackId(bytes(range(0xA0, 0xC0)))).startswith("packs/a0/a0a1a2")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.unit.storing import noise, open_store, store_blobs
+
+with open_store(Path(sys.argv[1])) as store:
+    print("open", flush=True)
+    sys.stdin.readline()
+    plains = [noise(f"blob {n}", 3000) for n in range(int(sys.argv[2]), int(sys.argv[3]))]
+    for begin in range(0, len(plains), 25):
+        store_blobs(store, plains[begin : begin + 25])
+    print("done", flush=True)
+"""
+
+
+def test_two_processes_store_at_the_same_time_and_both_are_whole(tmp_path: Path) -> None:
+    with open_store(tmp_path):
+        pass
+    with (
+        child(WRITER, tmp_path, 0, 200) as first,
+        child(WRITER, tmp_path, 100, 300) as second,
+    ):
+        assert (hear(first), hear(second)) == ("open", "open")
+        tell(first)
+        tell(second)
+        assert (hear(first), hear(second)) == ("done", "done")
+    plains = [noise(f"blob {n}", 3000) for n in range(300)]
+    with open_store(tmp_path) as store:
+        assert readable(store, plains) == plains
+        assert store.index.blob_count() == 300
+        assert {r.pack for r in store.index.packs()} == {pack for pack, _ in store.stored_packs()}
+        assert store.index.losses() == 1
+    drop_index(tmp_path)
+    with open_store(tmp_path) as store:
+        assert readable(store, plains) == plains
+        assert store.index.blob_count() == 300
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    with caplog.at_level(logging.WARNING, "casfs"):
+        yield
+
+
+def test_a_digest_stays_bytes_all_the_way(root: Path) -> None:
+    with open_store(root) as store:
+        assert all(type(digest) is bytes for digest, _ in store.index.blobs())
+        assert store.locate(Digest(bytes(digest_of(b"one")))).plain_bytes == 3

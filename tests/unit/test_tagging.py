@@ -1,0 +1,115 @@
+"""Changing tags: a snapshot with another id and the same content, and never two of them listed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from casfs.digest import SnapshotId
+from casfs.repository import Repository
+from casfs.tagging import retag
+
+from .planting import Keeper
+
+
+class Crash(BaseException):
+    """What stops a process at once."""
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    return Keeper(tmp_path)
+
+
+def listed(keeper: Keeper) -> list[tuple[str, ...]]:
+    with keeper.reading() as repository:
+        return [snapshot.tags for _, snapshot in repository.snapshots()]
+
+
+def tag(keeper: Keeper, snapshot_id: SnapshotId, *tags: str) -> SnapshotId:
+    with keeper.writing() as repository:
+        return retag(repository, snapshot_id, repository.load(snapshot_id), tags)[0]
+
+
+def tag_and_crash(
+    keeper: Keeper, snapshot_id: SnapshotId, *tags: str, before: str = "unlink"
+) -> None:
+    """Change tags in a process that is stopped before a durable step."""
+
+    def on_step(step: str) -> None:
+        if step.startswith(before):
+            raise Crash
+
+    with (
+        pytest.raises(Crash),
+        Repository.open(keeper.root, "tag", sync=False, on_step=on_step) as repository,
+    ):
+        retag(repository, snapshot_id, repository.load(snapshot_id), tags)
+
+
+def test_the_new_snapshot_takes_the_place_of_the_old_one(keeper: Keeper) -> None:
+    first, snapshot = keeper.publish({b"f": b"1"}, tags=("a",))
+    second = tag(keeper, first, "b", "c")
+    with keeper.reading() as repository:
+        assert repository.snapshot_ids() == [second]
+        now = repository.load(second)
+    assert (now.tags, now.replaces) == (("b", "c"), first)
+    assert (now.root, now.time_ns, now.host) == (snapshot.root, snapshot.time_ns, snapshot.host)
+
+
+def test_equal_tags_change_nothing(keeper: Keeper) -> None:
+    first, _ = keeper.publish({}, tags=("a",))
+    assert tag(keeper, first, "a") == first
+    with keeper.reading() as repository:
+        assert repository.snapshot_ids() == [first]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_is_known_to_be_complete_stays_so(keeper: Keeper, complete: bool) -> None:
+    first, _ = keeper.publish({b"f": b"1"})
+    with keeper.writing() as repository:
+        if not complete:
+            repository.store.rebuild()
+    second = tag(keeper, first, "a")
+    with keeper.reading() as repository:
+        assert repository.store.index.is_complete(second) is complete
+
+
+class TestCrash:
+    def test_before_the_old_one_goes_leaves_both_and_lists_the_new_one(
+        self, keeper: Keeper
+    ) -> None:
+        first, _ = keeper.publish({b"f": b"1"}, tags=("old",))
+        tag_and_crash(keeper, first, "new")
+        with keeper.reading() as repository:
+            assert len(repository.snapshot_ids()) == 2
+        assert listed(keeper) == [("new",)]
+
+    @pytest.mark.parametrize("before", ["data", "rename"])
+    def test_before_the_new_one_is_there_leaves_the_old_one(
+        self, keeper: Keeper, before: str
+    ) -> None:
+        first, _ = keeper.publish({b"f": b"1"}, tags=("old",))
+        tag_and_crash(keeper, first, "new", before=before)
+        assert listed(keeper) == [("old",)]
+
+    def test_is_mended_by_the_next_change_and_the_first_never_comes_back(
+        self, keeper: Keeper
+    ) -> None:
+        first, _ = keeper.publish({b"f": b"1"}, tags=("old",))
+        tag_and_crash(keeper, first, "new")
+        with keeper.reading() as repository:
+            ((second, _),) = repository.snapshots()
+        third = tag(keeper, second, "newer")
+        assert listed(keeper) == [("newer",)]
+        with keeper.reading() as repository:
+            assert repository.snapshot_ids() == [third]
+
+    def test_after_crash_lists_one_all_the_same(self, keeper: Keeper) -> None:
+        first, _ = keeper.publish({b"f": b"1"}, tags=("0",))
+        for number in range(1, 4):
+            tag_and_crash(keeper, first, f"{number}")
+            with keeper.reading() as repository:
+                ((first, _),) = repository.snapshots()
+            assert listed(keeper) == [(f"{number}",)]

@@ -1,0 +1,305 @@
+"""Trees and nodes: what the format allows comes back, and what breaks a rule is an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from casfs.digest import EMPTY_DIGEST, Digest, digest_of
+from casfs.errors import TreeError
+from casfs.tree import (
+    Branch,
+    Capture,
+    Extra,
+    Kind,
+    Leaf,
+    Node,
+    PieceRef,
+    Reason,
+    State,
+    TreeRef,
+    captured_digest,
+    check_node,
+    decode_piece,
+    encode_leaf,
+    encode_node,
+    encode_piece,
+    hard_link_key,
+    nodes_of,
+    replace,
+    summary_of,
+)
+
+from .planting import entry, file, flagged
+
+REF = TreeRef(b"\x07" * 32, 5, 100, 1)
+EVERY_KIND = [
+    file(b"empty"),
+    file(b"file", b"content", captured=b"\x01" * 32),
+    entry(b"directory", Kind.DIRECTORY, tree=REF),
+    entry(b"symlink", Kind.SYMLINK, content=b"../target", size=9),
+    entry(b"fifo", Kind.FIFO),
+    entry(b"socket", Kind.SOCKET),
+    entry(b"character", Kind.CHARACTER_DEVICE, extra=Extra(rdev=0x103)),
+    entry(b"block", Kind.BLOCK_DEVICE, extra=Extra(rdev=(1 << 64) - 1)),
+    flagged(file(b"flagged", b"x")),
+    entry(b"\xff\n\x01", mode=0o7777, uid=4_294_967_294, gid=4_294_967_294),
+    entry(b"past", mtime_ns=-(1 << 63), ctime_ns=-1),
+    entry(b"future", mtime_ns=(1 << 64) - 1, inode=(1 << 64) - 1, nlink=(1 << 32) - 1),
+    entry(b"n" * 255, extra=Extra(((b"user.a", b""), (b"user.b", b"\0v")), 0, 7)),
+]
+
+
+def as_builtins(nodes: list[Any]) -> bytes:
+    """Return a leaf of entries that are given as lists, so that they may break any rule."""
+    return msgspec.msgpack.encode([0, nodes])
+
+
+def leaf(*nodes: Node) -> bytes:
+    return encode_piece(Leaf(list(nodes)))
+
+
+class TestEncoding:
+    def test_of_every_kind_of_entry_comes_back(self) -> None:
+        nodes = sorted(EVERY_KIND, key=lambda node: node.name)
+        piece = decode_piece(leaf(*nodes))
+        assert isinstance(piece, Leaf)
+        assert piece.nodes == nodes
+
+    def test_of_a_branch_comes_back(self) -> None:
+        branch = Branch([PieceRef(b"a", REF), PieceRef(b"b\xff", replace(REF, nodes=0, flagged=0))])
+        assert decode_piece(encode_piece(branch)) == branch
+
+    def test_of_an_empty_directory_is_an_empty_leaf(self) -> None:
+        assert decode_piece(leaf()) == Leaf([])
+
+    @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 300, 65_535, 65_536])
+    def test_of_a_leaf_in_parts_gives_the_same_bytes(self, count: int) -> None:
+        nodes = [file(b"%06d" % number) for number in range(count)]
+        assert encode_leaf(list(map(encode_node, nodes))) == leaf(*nodes)
+
+    def test_is_arrays_in_the_order_that_the_format_tells(self) -> None:
+        capture = Capture(Reason.REWRITTEN, 3, b"\x0b" * 32)
+        extra = Extra(((b"user.x", b"v"),), 4, 5, capture)
+        node = Node(
+            b"name",
+            1,
+            0o644,
+            10,
+            11,
+            12,
+            13,
+            14,
+            15,
+            16,
+            2,
+            True,
+            b"",
+            1,
+            b"\x0a" * 32,
+            None,
+            extra,
+        )
+        assert msgspec.msgpack.decode(leaf(node)) == [
+            0,
+            [
+                [
+                    *(b"name", 1, 0o644, 10, 11, 12, 13, 14, 15, 16, 2, True, b"", 1),
+                    *(b"\x0a" * 32, None),
+                    [[[b"user.x", b"v"]], 4, 5, [3, 3, b"\x0b" * 32]],
+                ]
+            ],
+        ]
+        branch = Branch([PieceRef(b"a", REF)])
+        assert msgspec.msgpack.decode(encode_piece(branch)) == [
+            1,
+            [[b"a", [b"\x07" * 32, 5, 100, 1]]],
+        ]
+
+
+class TestCompatibility:
+    def test_fields_that_are_missing_at_the_end_have_their_defaults(self) -> None:
+        piece = decode_piece(as_builtins([[b"f", 1, 0o644, 0, 0, 1, 2, 3, 1]]))
+        assert isinstance(piece, Leaf)
+        assert piece.nodes == [Node(b"f", 1, 0o644, 0, 0, 1, 2, 3, 1)]
+        assert piece.nodes[0].captured is None
+        assert piece.nodes[0].state == State.STABLE
+
+    def test_fields_that_a_later_version_adds_are_left_alone(self) -> None:
+        whole = [b"f", 1, 0o644, 0, 0, 1, 2, 3, 1, 0, 0, False, b"", 0, None, None]
+        extra = [[], 0, 0, [1, 2, None, "later"], "later"]
+        piece = decode_piece(as_builtins([[*whole, extra, "later", 7]]))
+        assert isinstance(piece, Leaf)
+        assert piece.nodes[0].extra == Extra((), 0, 0, Capture(1, 2))
+        branch = msgspec.msgpack.encode([1, [[b"a", [b"\x07" * 32, 5, 100, 1, "later"], 9]]])
+        assert decode_piece(branch) == Branch([PieceRef(b"a", REF)])
+
+    def test_a_piece_of_an_unknown_form_is_refused(self) -> None:
+        with pytest.raises(TreeError):
+            decode_piece(msgspec.msgpack.encode([2, []]))
+
+
+class TestHostileNames:
+    @pytest.mark.parametrize(
+        "name",
+        [b"", b".", b"..", b"a/b", b"/", b"a\0b", b"\0", b"n" * 256, b"../../etc/passwd"],
+    )
+    def test_are_refused_wherever_they_stand(self, name: bytes) -> None:
+        for others in ([], [file(b"\x01")], [file(b"\x01"), file(b"zzz")]):
+            nodes = sorted([*others, file(name)], key=lambda node: node.name)
+            with pytest.raises(TreeError):
+                decode_piece(leaf(*nodes))
+
+    @pytest.mark.parametrize("name", [b"...", b".a", b"..a", b"\\", b"n" * 255, b" ", b"\xff"])
+    def test_are_told_from_names_that_are_only_odd(self, name: bytes) -> None:
+        assert decode_piece(leaf(file(name))) == Leaf([file(name)])
+
+    def test_in_wrong_order_are_refused(self) -> None:
+        with pytest.raises(TreeError, match="not sorted"):
+            decode_piece(leaf(file(b"b"), file(b"a")))
+
+    def test_that_stand_twice_are_refused(self) -> None:
+        with pytest.raises(TreeError, match="stands twice"):
+            decode_piece(leaf(file(b"a"), entry(b"a", Kind.SYMLINK, content=b"/etc")))
+
+    def test_of_pieces_are_sorted_and_unique_too(self) -> None:
+        for names in ([b"b", b"a"], [b"a", b"a"]):
+            with pytest.raises(TreeError, match="not sorted"):
+                decode_piece(encode_piece(Branch([PieceRef(name, REF) for name in names])))
+
+
+class TestHostileFields:
+    @pytest.mark.parametrize(
+        "node",
+        [
+            pytest.param(file(b"f", mode=0o10000), id="mode with the kind in it"),
+            pytest.param(file(b"f", mode=-1), id="mode below zero"),
+            pytest.param(file(b"f", uid=-1), id="owner below zero"),
+            pytest.param(file(b"f", gid=-1), id="group below zero"),
+            pytest.param(file(b"f", uid=(1 << 32) - 1), id="owner that means none"),
+            pytest.param(file(b"f", gid=1 << 63), id="group beyond any"),
+            pytest.param(file(b"f", inode=-1), id="inode below zero"),
+            pytest.param(file(b"f", nlink=-1), id="names below zero"),
+            pytest.param(file(b"f", nlink=1 << 32), id="names beyond any"),
+            pytest.param(entry(b"f", size=-1), id="size below zero"),
+            pytest.param(entry(b"f", size=1 << 63), id="size beyond any"),
+            pytest.param(file(b"f", state=3), id="unknown state"),
+            pytest.param(file(b"f", state=-1), id="state below zero"),
+            pytest.param(file(b"f", levels=9), id="levels beyond the bound"),
+            pytest.param(file(b"f", levels=-1), id="levels below zero"),
+            pytest.param(entry(b"f", content=b"x" * 39), id="content of a broken record"),
+            pytest.param(file(b"f", captured=b"short"), id="digest that is none"),
+            pytest.param(file(b"f", tree=REF), id="file with a tree"),
+            pytest.param(entry(b"f", Kind.SYMLINK, tree=REF, content=b"x"), id="link with a tree"),
+            pytest.param(entry(b"f", Kind.SYMLINK), id="link to nothing"),
+            pytest.param(entry(b"f", Kind.SYMLINK, content=b"a\0b"), id="link with NUL"),
+            pytest.param(entry(b"f", Kind.DIRECTORY), id="directory without a tree"),
+            pytest.param(file(b"f", extra=Extra(rdev=-1)), id="device below zero"),
+            pytest.param(file(b"f", extra=Extra(device=-1)), id="file system below zero"),
+            pytest.param(file(b"f", extra=Extra(((b"", b""),))), id="xattr without a name"),
+            pytest.param(file(b"f", extra=Extra(((b"user.\0", b""),))), id="xattr with NUL"),
+            pytest.param(file(b"f", extra=Extra(capture=Capture(99, 1))), id="unknown reason"),
+            pytest.param(file(b"f", extra=Extra(capture=Capture(-1, 1))), id="reason below zero"),
+            pytest.param(file(b"f", extra=Extra(capture=Capture(1, -1))), id="attempts below zero"),
+            pytest.param(file(b"f", extra=Extra(capture=Capture(1, 1, b"x"))), id="odd observed"),
+        ],
+    )
+    def test_are_refused(self, node: Node) -> None:
+        with pytest.raises(TreeError, match="'f' of a tree breaks the format's rules"):
+            decode_piece(leaf(node))
+        with pytest.raises(TreeError):
+            check_node(node)
+
+    @pytest.mark.parametrize("kind", [-1, 0, 8, 255, 1 << 40])
+    def test_of_a_kind_that_is_not_known_are_refused(self, kind: int) -> None:
+        with pytest.raises(TreeError):
+            decode_piece(as_builtins([[b"f", kind, 0o644, 0, 0, 1, 2, 3, 1]]))
+
+    @pytest.mark.parametrize(
+        "ref",
+        [
+            TreeRef(b"short", 0, 0, 0),
+            TreeRef(b"\x07" * 33, 0, 0, 0),
+            replace(REF, nodes=-1, flagged=0),
+            replace(REF, nodes=1 << 48),
+            replace(REF, total_bytes=-1),
+            replace(REF, total_bytes=1 << 63),
+            replace(REF, flagged=-1),
+            replace(REF, flagged=6),
+        ],
+    )
+    def test_of_a_tree_reference_are_refused(self, ref: TreeRef) -> None:
+        with pytest.raises(TreeError):
+            decode_piece(leaf(entry(b"d", Kind.DIRECTORY, tree=ref)))
+        with pytest.raises(TreeError):
+            decode_piece(encode_piece(Branch([PieceRef(b"a", ref)])))
+
+    def test_a_branch_without_pieces_is_refused(self) -> None:
+        with pytest.raises(TreeError, match="no pieces"):
+            decode_piece(encode_piece(Branch([])))
+
+
+class TestHostileBytes:
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            b"\xc1",
+            b"\x90",
+            b"\x92\x00",
+            b"\x91" * 100_000,
+            b"\x92\x00\xdd\xff\xff\xff\xff",
+            b"\x92\x00\x91\xdc\xff\xff",
+            b"\x92\x00\x91\x91\xc6\xff\xff\xff\xff",
+            leaf(file(b"a")) + b"\0",
+            leaf(file(b"a"))[:-1],
+            msgspec.msgpack.encode({"nodes": []}),
+            msgspec.msgpack.encode([0, [["text", 1, 0, 0, 0, 0, 0, 0, 1]]]),
+            msgspec.msgpack.encode([0, [[b"f", 1.5, 0, 0, 0, 0, 0, 0, 1]]]),
+        ],
+    )
+    def test_that_do_not_parse_are_refused(self, data: bytes) -> None:
+        with pytest.raises(TreeError):
+            decode_piece(data)
+
+
+class TestSummary:
+    def test_counts_what_is_below_and_only_files_have_bytes(self) -> None:
+        nodes = [
+            file(b"a", b"12345"),
+            entry(b"b", Kind.SYMLINK, content=b"target", size=6),
+            entry(b"c", Kind.DIRECTORY, tree=REF, size=4096),
+            flagged(file(b"d", b"123")),
+            replace(file(b"e", b"1"), state=State.APPENDED),
+        ]
+        assert summary_of(nodes) == (5 + 5, 5 + 100 + 3 + 1, 1 + 1)
+        assert summary_of([]) == (0, 0, 0)
+        assert [nodes_of(node) for node in nodes] == [1, 1, 6, 1, 1]
+
+
+class TestCapturedDigest:
+    def test_is_that_of_all_the_files_bytes(self) -> None:
+        whole = Digest(b"\x0c" * 32)
+        assert captured_digest(file(b"f", b"one chunk")) == digest_of(b"one chunk")
+        assert captured_digest(file(b"f")) == EMPTY_DIGEST
+        assert captured_digest(file(b"f", b"many", captured=whole)) == whole
+
+    def test_is_none_for_what_is_no_file(self) -> None:
+        assert captured_digest(entry(b"d", Kind.DIRECTORY, tree=REF)) is None
+        assert captured_digest(entry(b"l", Kind.SYMLINK, content=b"x" * 40)) is None
+
+
+class TestHardLinks:
+    def test_are_known_by_device_and_inode(self) -> None:
+        node = file(b"f", nlink=2, inode=9, extra=Extra(device=3))
+        assert hard_link_key(node) == (3, 9)
+        assert hard_link_key(replace(node, kind=Kind.FIFO)) == (3, 9)
+
+    def test_are_no_business_of_single_names_and_directories(self) -> None:
+        extra = Extra(device=3)
+        assert hard_link_key(file(b"f", inode=9, extra=extra)) is None
+        assert hard_link_key(file(b"f", inode=9, nlink=2)) is None
+        directory = entry(b"d", Kind.DIRECTORY, nlink=5, tree=REF, extra=extra)
+        assert hard_link_key(directory) is None

@@ -1,0 +1,203 @@
+"""Reading directories: sorted and whole however they are split, and bounded whatever they claim."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from casfs import treewriter as treewriter_module
+from casfs.digest import digest_of
+from casfs.errors import BlobError, TreeError
+from casfs.tree import (
+    MAX_PIECE_LEVELS,
+    Branch,
+    Kind,
+    Leaf,
+    Node,
+    PieceRef,
+    TreeRef,
+    encode_piece,
+)
+from casfs.treereader import TreeReader, join
+
+from .planting import Grove, entry, file, reference
+from .storing import Memory
+
+
+def keep(memory: Memory, piece: Leaf | Branch, nodes: int = 1) -> TreeRef:
+    return TreeRef(memory.keep(encode_piece(piece)), nodes, 0, 0)
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+@pytest.fixture
+def grove() -> Grove:
+    return Grove()
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch, grove: Grove) -> Node:
+    """A directory of 200 files that is split over several levels."""
+    monkeypatch.setattr(treewriter_module, "PIECE_MIN_ENTRIES", 3)
+    monkeypatch.setattr(treewriter_module, "PIECE_MAX_ENTRIES", 5)
+    return grove.plant({b"%03d" % number: b"" for number in range(0, 400, 2)})
+
+
+def tree_of(node: Node) -> TreeRef:
+    assert node.tree is not None
+    return node.tree
+
+
+class TestSplitDirectories:
+    def test_are_one_sorted_list(self, grove: Grove, split: Node) -> None:
+        names = [node.name for node in grove.trees.nodes(tree_of(split))]
+        assert names == [b"%03d" % number for number in range(0, 400, 2)]
+        assert grove.trees.single(tree_of(split)) is None
+        leaves = list(grove.trees.leaves(tree_of(split)))
+        assert len(leaves) >= 40
+        assert all(before[-1].name < behind[0].name for before, behind in pairwise(leaves))
+
+    @pytest.mark.parametrize("after", [b"", b"000", b"001", b"199", b"200", b"398", b"399", b"z"])
+    def test_go_on_behind_any_name(self, grove: Grove, split: Node, after: bytes) -> None:
+        names = [node.name for node in grove.trees.nodes(tree_of(split), after)]
+        assert names == [b"%03d" % n for n in range(0, 400, 2) if b"%03d" % n > after]
+
+    def test_read_only_the_pieces_on_the_way(self, grove: Grove, split: Node) -> None:
+        grove.reads.clear()
+        found = next(grove.trees.nodes(tree_of(split), b"299"))
+        assert found.name == b"300"
+        assert len(grove.reads) <= MAX_PIECE_LEVELS + 3
+        grove.reads.clear()
+        assert grove.trees.lookup(tree_of(split), b"300") == found
+        assert len(grove.reads) <= MAX_PIECE_LEVELS + 1
+
+    def test_find_every_name_and_no_other(self, grove: Grove, split: Node) -> None:
+        for number in range(400):
+            found = grove.trees.lookup(tree_of(split), b"%03d" % number)
+            assert (found is not None) is (number % 2 == 0)
+        assert grove.trees.lookup(tree_of(split), b"") is None
+        assert grove.trees.lookup(tree_of(split), b"\xff") is None
+
+    def test_are_shown_as_pieces_to_one_who_asks(self, grove: Grove, split: Node) -> None:
+        top = grove.trees.piece(tree_of(split))
+        firsts = [part[0] for part in top if isinstance(part, tuple)]
+        assert len(firsts) == len(top) > 1
+        assert firsts[0] == b"000"
+
+    def test_that_have_lost_a_piece_give_what_comes_before_it(
+        self, grove: Grove, split: Node
+    ) -> None:
+        leaves = list(grove.trees.leaves(tree_of(split)))
+        lost = encode_piece(Leaf(leaves[20]))
+        del grove.blobs[digest_of(lost)]
+        seen: list[bytes] = []
+        with pytest.raises(KeyError):
+            for node in grove.trees.nodes(tree_of(split)):
+                seen.append(node.name)
+        assert seen == [node.name for leaf in leaves[:20] for node in leaf]
+
+
+class TestPaths:
+    @pytest.fixture
+    def root(self, grove: Grove) -> Node:
+        return grove.plant({b"a": {b"b": {b"c": b"deep"}, b"f": b"file"}, b"\xff": b"", b"z": {}})
+
+    def test_lead_to_the_entry(self, grove: Grove, root: Node) -> None:
+        found = grove.trees.resolve(root, b"a/b/c")
+        assert found is not None
+        assert (found.name, found.size) == (b"c", 4)
+        assert grove.trees.resolve(root, b"") is root
+        assert grove.trees.resolve(root, b"/a//b/") == grove.trees.resolve(root, b"a/b")
+        assert grove.trees.resolve(root, b"\xff") is not None
+
+    @pytest.mark.parametrize("path", [b"b", b"a/c", b"a/f/x", b"z/x", b"a/b/c/d", b"..", b"."])
+    def test_to_nothing_lead_to_none(self, grove: Grove, root: Node, path: bytes) -> None:
+        assert grove.trees.resolve(root, path) is None
+
+    def test_are_walked_with_a_directory_before_what_is_in_it(
+        self, grove: Grove, root: Node
+    ) -> None:
+        paths = [path for path, _ in grove.trees.walk(root)]
+        assert paths == [b"a", b"a/b", b"a/b/c", b"a/f", b"z", b"\xff"]
+        below = grove.trees.resolve(root, b"a")
+        assert below is not None
+        assert [path for path, _ in grove.trees.walk(below, b"x/y")] == [
+            *(b"x/y/b", b"x/y/b/c", b"x/y/f")
+        ]
+        assert list(grove.trees.walk(file(b"f"))) == []
+
+    def test_are_joined_without_a_slash_at_the_root(self) -> None:
+        assert join(b"", b"a") == b"a"
+        assert join(b"a/b", b"c") == b"a/b/c"
+
+    def test_may_be_thousands_of_directories_deep(self, grove: Grove) -> None:
+        node = grove.plant({b"f": b""})
+        for _ in range(5000):
+            node = grove.plant({b"d": node})
+        paths = [path for path, _ in grove.trees.walk(node)]
+        assert len(paths) == 5001
+        assert paths[-1] == b"d/" * 5000 + b"f"
+        assert grove.trees.resolve(node, paths[-1]) is not None
+
+
+class TestHostileTrees:
+    def test_whose_pieces_are_not_in_order_are_refused(self, memory: Memory) -> None:
+        first = keep(memory, Leaf([file(b"m"), file(b"z")]))
+        second = keep(memory, Leaf([file(b"n")]))
+        ref = keep(memory, Branch([PieceRef(b"a", first), PieceRef(b"n", second)]))
+        with pytest.raises(TreeError, match="pieces of a split directory are not in order"):
+            list(TreeReader(memory.read).nodes(ref))
+
+    def test_with_a_name_in_two_pieces_are_refused(self, memory: Memory) -> None:
+        leaf = keep(memory, Leaf([file(b"m")]))
+        ref = keep(memory, Branch([PieceRef(b"a", leaf), PieceRef(b"m", leaf)]))
+        with pytest.raises(TreeError, match="not in order"):
+            list(TreeReader(memory.read).nodes(ref))
+
+    def test_with_empty_pieces_are_no_danger(self, memory: Memory) -> None:
+        empty = keep(memory, Leaf([]), 0)
+        full = keep(memory, Leaf([file(b"m")]))
+        parts = [PieceRef(b"a", empty), PieceRef(b"m", full), PieceRef(b"n", empty)]
+        ref = keep(memory, Branch(parts))
+        reader = TreeReader(memory.read)
+        assert [node.name for node in reader.nodes(ref)] == [b"m"]
+        assert reader.lookup(ref, b"n") is None
+
+    def test_split_deeper_than_the_bound_are_refused(self, memory: Memory) -> None:
+        ref = keep(memory, Leaf([file(b"m")]))
+        for _ in range(MAX_PIECE_LEVELS):
+            ref = keep(memory, Branch([PieceRef(b"m", ref)]))
+        reader = TreeReader(memory.read)
+        assert [node.name for node in reader.nodes(ref)] == [b"m"]
+        assert reader.lookup(ref, b"m") == file(b"m")
+        ref = keep(memory, Branch([PieceRef(b"m", ref)]))
+        with pytest.raises(TreeError, match="split more often"):
+            list(reader.nodes(ref))
+        with pytest.raises(TreeError, match="split more often"):
+            reader.lookup(ref, b"m")
+
+    def test_that_are_no_tree_at_all_are_refused(self, memory: Memory) -> None:
+        ref = TreeRef(memory.keep(b"a chunk of a file"), 1, 0, 0)
+        reader = TreeReader(memory.read)
+        with pytest.raises(TreeError):
+            list(reader.nodes(ref))
+        with pytest.raises(TreeError):
+            reader.single(ref)
+        with pytest.raises(TreeError):
+            reader.lookup(ref, b"m")
+        with pytest.raises(TreeError):
+            reader.piece(ref)
+
+    def test_that_are_missing_are_told_by_the_store(self, memory: Memory) -> None:
+        lost = entry(b"", Kind.DIRECTORY, tree=TreeRef(b"\x07" * 32, 1, 0, 0))
+        with pytest.raises(BlobError):
+            list(TreeReader(memory.read).walk(lost))
+
+    def test_whose_sums_lie_are_read_by_what_is_in_them(self, grove: Grove) -> None:
+        node = grove.plant({b"a": b"", b"b": b""})
+        lying = TreeRef(reference(node), 1_000_000, 1 << 60, 1000)
+        assert [found.name for found in grove.trees.nodes(lying)] == [b"a", b"b"]

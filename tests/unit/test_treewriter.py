@@ -1,0 +1,265 @@
+"""Writing a directory: one tree, split where it is big, so that one new name rewrites one piece."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections.abc import Iterable
+
+import pytest
+
+from casfs import treewriter as treewriter_module
+from casfs.digest import Digest, digest_of
+from casfs.errors import TreeError
+from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
+from casfs.tree import Branch, Extra, Kind, Leaf, Node, TreeRef, decode_piece, replace, summary_of
+from casfs.treereader import TreeReader
+from casfs.treewriter import PIECE_MAX_BYTES, PIECE_MAX_ENTRIES, PIECE_MIN_ENTRIES, TreeWriter
+
+from .planting import entry, file, flagged
+from .storing import Memory
+
+HUGE = 100_000
+
+
+def write(memory: Memory, nodes: Iterable[Node], seed: int = 0) -> TreeRef:
+    writer = TreeWriter(memory.put, digest_of, seed)
+    for node in nodes:
+        writer.add(node)
+    return writer.finish()
+
+
+def piece_of(memory: Memory, ref: TreeRef) -> Leaf | Branch:
+    return decode_piece(memory.read(Digest(ref.digest)))
+
+
+def pieces_of(memory: Memory, ref: TreeRef) -> list[Leaf | Branch]:
+    """Return every piece of a directory, the top first."""
+    piece = piece_of(memory, ref)
+    found: list[Leaf | Branch] = [piece]
+    if isinstance(piece, Branch):
+        for part in piece.pieces:
+            found += pieces_of(memory, part.tree)
+    return found
+
+
+def pieces_on_the_way(memory: Memory, ref: TreeRef) -> list[Leaf | Branch]:
+    """Return the pieces from the top of a directory down to its first leaf."""
+    found = [piece_of(memory, ref)]
+    while isinstance(found[-1], Branch):
+        found.append(piece_of(memory, found[-1].pieces[0].tree))
+    return found
+
+
+def numbered(count: int) -> list[Node]:
+    return [file(b"file %08d" % number, inode=number + 1) for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def huge() -> list[Node]:
+    """A directory as big as they come: entries of all kinds with random names."""
+    names = random.Random(1)
+    chosen = sorted({names.randbytes(names.randint(5, 20)).hex().encode() for _ in range(HUGE)})
+    assert len(chosen) == HUGE
+    return [file(name, inode=number + 1) for number, name in enumerate(chosen)]
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+class TestSmallDirectories:
+    @pytest.mark.parametrize("count", [0, 1, 2, 100, PIECE_MIN_ENTRIES - 1])
+    def test_are_one_leaf(self, memory: Memory, count: int) -> None:
+        nodes = numbered(count)
+        ref = write(memory, nodes)
+        assert len(memory.blobs) == 1
+        assert piece_of(memory, ref) == Leaf(nodes)
+
+    def test_tell_the_sum_of_what_is_below(self, memory: Memory) -> None:
+        below = TreeRef(b"\x07" * 32, 5, 100, 1)
+        nodes = [
+            file(b"a", b"12345"),
+            entry(b"b", Kind.DIRECTORY, tree=below),
+            flagged(file(b"c", b"123")),
+        ]
+        ref = write(memory, nodes)
+        assert (ref.nodes, ref.total_bytes, ref.flagged) == summary_of(nodes) == (8, 108, 2)
+
+    def test_have_the_same_tree_for_the_same_entries(self, memory: Memory) -> None:
+        assert write(memory, numbered(10)) == write(Memory(), numbered(10))
+        assert write(memory, numbered(10)) != write(memory, numbered(11))
+
+
+class TestOrder:
+    @pytest.mark.parametrize("names", [[b"b", b"a"], [b"a", b"a"], [b""]])
+    def test_that_is_wrong_is_refused(self, memory: Memory, names: list[bytes]) -> None:
+        with pytest.raises(TreeError, match="comes after"):
+            write(memory, map(file, names))
+
+
+class TestBigDirectories:
+    def test_come_back_whole_and_in_order(self, memory: Memory, huge: list[Node]) -> None:
+        ref = write(memory, huge)
+        assert list(TreeReader(memory.read).nodes(ref)) == huge
+        assert (ref.nodes, ref.total_bytes, ref.flagged) == (HUGE, 0, 0)
+
+    def test_have_pieces_within_the_bounds_and_sums_that_fit(
+        self, memory: Memory, huge: list[Node]
+    ) -> None:
+        ref = write(memory, huge)
+        top, *leaves = pieces_of(memory, ref)
+        assert isinstance(top, Branch)
+        sizes = [len(leaf.nodes) for leaf in leaves if isinstance(leaf, Leaf)]
+        assert len(sizes) == len(leaves) == len(top.pieces)
+        assert all(PIECE_MIN_ENTRIES <= size <= PIECE_MAX_ENTRIES for size in sizes[:-1])
+        assert 2000 < HUGE / len(sizes) < 4500
+        assert [part.tree.nodes for part in top.pieces] == sizes
+        firsts = [leaf.nodes[0].name for leaf in leaves if isinstance(leaf, Leaf)]
+        assert [part.first for part in top.pieces] == firsts
+
+    @pytest.mark.parametrize("position", [0, 1, HUGE // 3, HUGE // 2, HUGE - 2])
+    def test_rewrite_one_leaf_and_the_branch_for_one_new_name(
+        self, memory: Memory, huge: list[Node], position: int
+    ) -> None:
+        write(memory, huge)
+        before = dict(memory.blobs)
+        new = replace(huge[position], name=huge[position].name + b" copy")
+        ref = write(memory, [*huge[: position + 1], new, *huge[position + 1 :]])
+        fresh = [data for digest, data in memory.blobs.items() if digest not in before]
+        assert ref.nodes == HUGE + 1
+        assert len(fresh) == 2
+        assert {type(decode_piece(data)) for data in fresh} == {Leaf, Branch}
+
+    def test_rewrite_one_leaf_and_the_branch_for_one_changed_or_lost_name(
+        self, memory: Memory, huge: list[Node]
+    ) -> None:
+        write(memory, huge)
+        for nodes in (
+            [*huge[:5000], replace(huge[5000], mtime_ns=1), *huge[5001:]],
+            huge[:70_000] + huge[70_001:],
+        ):
+            before = dict(memory.blobs)
+            write(memory, nodes)
+            assert len(memory.blobs) - len(before) == 2
+
+    def test_are_split_elsewhere_with_another_seed(self, memory: Memory, huge: list[Node]) -> None:
+        first, second = Memory(), Memory()
+        write(first, huge, seed=0)
+        write(second, huge, seed=1)
+        assert len(first.blobs.keys() & second.blobs.keys()) == 0
+
+    def test_are_split_at_the_greatest_number_of_entries_whatever_the_names(
+        self, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(treewriter_module, "_PIECE_MASK", (1 << 32) - 1)
+        ref = write(memory, numbered(2 * PIECE_MAX_ENTRIES + 5))
+        sizes = [len(p.nodes) for p in pieces_of(memory, ref) if isinstance(p, Leaf)]
+        assert sizes == [PIECE_MAX_ENTRIES, PIECE_MAX_ENTRIES, 5]
+
+    def test_of_just_one_full_piece_have_no_branch(
+        self, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(treewriter_module, "_PIECE_MASK", 0)
+        ref = write(memory, numbered(PIECE_MIN_ENTRIES))
+        assert [type(piece) for piece in pieces_of(memory, ref)] == [Leaf]
+
+    def test_with_big_attributes_are_split_by_their_size(self, memory: Memory) -> None:
+        big = Extra(((b"user.big", bytes(60_000)),))
+        nodes = [replace(node, extra=big) for node in numbered(300)]
+        ref = write(memory, nodes)
+        leaves = [piece for piece in pieces_of(memory, ref) if isinstance(piece, Leaf)]
+        assert len(leaves) > 3
+        assert max(map(len, memory.blobs.values())) < PIECE_MAX_BYTES + 70_000 < MAX_PLAIN_BYTES
+        assert list(TreeReader(memory.read).nodes(ref)) == nodes
+
+    def test_with_long_contents_are_split_by_their_size_too(self, memory: Memory) -> None:
+        nodes = [replace(node, content=bytes(40 * 32), size=9) for node in numbered(9000)]
+        write(memory, nodes)
+        assert max(map(len, memory.blobs.values())) < PIECE_MAX_BYTES + 2000
+
+    def test_need_memory_for_one_piece_only(self, huge: list[Node]) -> None:
+        ended: list[int] = []
+        tracemalloc.start()
+        try:
+            writer = TreeWriter(lambda kind, digest, data: ended.append(len(data)), digest_of, 0)
+            for node in huge:
+                writer.add(node)
+            writer.finish()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert sum(ended) > 5_000_000
+        assert peak < 3_000_000
+
+
+class TestLevels:
+    """Branches of branches, which take millions of entries unless pieces are made small."""
+
+    @pytest.fixture(autouse=True)
+    def small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(treewriter_module, "PIECE_MIN_ENTRIES", 2)
+        monkeypatch.setattr(treewriter_module, "PIECE_MAX_ENTRIES", 4)
+
+    @pytest.mark.parametrize("count", [1, 2, 4, 5, 16, 17, 64, 65, 300, 5000])
+    def test_of_any_number_give_every_entry_back(self, memory: Memory, count: int) -> None:
+        nodes = numbered(count)
+        ref = write(memory, nodes)
+        reader = TreeReader(memory.read)
+        assert list(reader.nodes(ref)) == nodes
+        assert ref.nodes == count
+        assert all(reader.lookup(ref, node.name) == node for node in nodes)
+
+    def test_of_five_thousand_entries_are_several(self, memory: Memory) -> None:
+        ref = write(memory, numbered(5000))
+        assert 6 <= len(pieces_on_the_way(memory, ref)) <= 9
+
+    def test_rewrite_one_piece_on_each_for_one_new_name(
+        self, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(treewriter_module, "_PIECE_MASK", 1)
+        depth = len(pieces_on_the_way(memory, write(memory, numbered(3000))))
+        before = dict(memory.blobs)
+        nodes = numbered(3000)
+        nodes.insert(1500, replace(nodes[1499], name=nodes[1499].name + b"+"))
+        write(memory, nodes)
+        assert len(before) > 1000
+        assert 5 <= depth <= len(memory.blobs) - len(before) <= 4 * depth
+
+    def test_beyond_the_bound_are_refused(self, memory: Memory) -> None:
+        with pytest.raises(TreeError, match="more entries than the format can hold"):
+            write(memory, numbered(300_000))
+
+
+class TestUnchangedDirectories:
+    def test_give_their_previous_tree_and_store_nothing(self, memory: Memory) -> None:
+        nodes = numbered(50)
+        ref = write(memory, nodes)
+        before = dict(memory.blobs)
+        again = TreeWriter(memory.put, digest_of, 0, ref, nodes)
+        for node in nodes:
+            again.add(node)
+        assert again.finish() is ref
+        assert memory.blobs == before
+
+    def test_are_told_from_those_with_an_entry_more_less_or_changed(self, memory: Memory) -> None:
+        nodes = numbered(50)
+        ref = write(memory, nodes)
+        for now in (nodes[:-1], [*nodes, file(b"z")], [replace(nodes[0], mode=0), *nodes[1:]]):
+            again = TreeWriter(memory.put, digest_of, 0, ref, nodes)
+            for node in now:
+                again.add(node)
+            new = again.finish()
+            assert new != ref
+            assert list(TreeReader(memory.read).nodes(new)) == now
+
+    def test_that_are_split_store_nothing_new(self, memory: Memory, huge: list[Node]) -> None:
+        ref = write(memory, huge)
+        before = len(memory.blobs)
+        again = TreeWriter(memory.put, digest_of, 0, ref, None)
+        for node in huge:
+            again.add(node)
+        assert again.finish() == ref
+        assert len(memory.blobs) == before
+        assert set(memory.kinds) == {BlobKind.TREE}

@@ -1,0 +1,169 @@
+"""The walk: what a name means when it is looked at, and what is told of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casfs.backup import BackupOptions, BackupResult, back_up
+from casfs.capture import Capturer, NotRegularError
+from casfs.freeze import Freeze
+from casfs.monitor import ProblemKind, RecordingMonitor
+from casfs.repository import Repository
+from casfs.tree import Kind, Node
+
+
+class Backup:
+    """One backup of a folder in this process."""
+
+    def __init__(self, repository: Repository, source: Path, **options: Any) -> None:
+        monitor = RecordingMonitor()
+        options = {"paths": (bytes(source),), **options}
+        self.result: BackupResult = back_up(repository, BackupOptions(**options), monitor)
+        self.problems = monitor.problems
+        self._repository = repository
+        self._source = source
+
+    def node(self, name: str) -> Node | None:
+        root = self.result.snapshot.root
+        path = os.fsencode(self._source / name).lstrip(b"/")
+        return self._repository.trees.resolve(root, path)
+
+    def told(self) -> list[tuple[ProblemKind, bytes]]:
+        return [(problem.kind, problem.path.rpartition(b"/")[2]) for problem in self.problems]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Iterator[Repository]:
+    Repository.create(tmp_path / "repository")
+    with Repository.open(tmp_path / "repository", "test", sync=False) as found:
+        yield found
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name in ("a", "name", "z"):
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+Act = Callable[[int], None]
+
+
+def before_each_capture(monkeypatch: pytest.MonkeyPatch, wanted: bytes, act: Act) -> None:
+    """Have something happen between the moment that a name was looked at and its opening."""
+    real = Capturer.capture
+    counts = {wanted: 0}
+
+    def capture(self: Capturer, dir_fd: int, name: bytes) -> Node:
+        if name == wanted:
+            counts[name] += 1
+            act(counts[name])
+        return real(self, dir_fd, name)
+
+    monkeypatch.setattr(Capturer, "capture", capture)
+
+
+@pytest.mark.parametrize("kind", [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.FIFO])
+@pytest.mark.parametrize("by", ["folder", "name"])
+def test_a_name_that_means_something_else_by_now_is_taken_as_what_it_is(
+    repository: Repository,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Kind,
+    by: str,
+) -> None:
+    name = source / "name"
+
+    def replace(count: int) -> None:
+        name.unlink()
+        match kind:
+            case Kind.FILE:
+                name.write_bytes(b"another file")
+            case Kind.DIRECTORY:
+                name.mkdir()
+                (name / "inside").write_bytes(b"inside")
+            case Kind.SYMLINK:
+                name.symlink_to("z")
+            case Kind.FIFO:
+                os.mkfifo(name)
+
+    before_each_capture(monkeypatch, b"name", replace)
+    backup = Backup(repository, source, paths=(bytes(source if by == "folder" else name),))
+    node = backup.node("name")
+    assert node is not None and node.kind == kind
+    assert backup.told() == []
+    if kind == Kind.FILE:
+        assert node.size == len(b"another file")
+    if kind == Kind.DIRECTORY:
+        inside = backup.node("name/inside")
+        assert inside is not None and inside.size == 6
+    if by == "folder":
+        assert backup.node("a") is not None and backup.node("z") is not None
+
+
+@pytest.mark.parametrize("by", ["folder", "name"])
+def test_a_name_that_never_means_the_same_twice_is_given_up_and_the_others_are_not(
+    repository: Repository, source: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    asked = []
+
+    def never_regular(count: int) -> None:
+        asked.append(count)
+        raise NotRegularError(b"name")
+
+    before_each_capture(monkeypatch, b"name", never_regular)
+    paths = (bytes(source),) if by == "folder" else (bytes(source / "name"), bytes(source / "z"))
+    backup = Backup(repository, source, paths=paths)
+    assert asked == [1, 2, 3]
+    assert backup.told() == [(ProblemKind.UNREADABLE, b"name")]
+    assert backup.result.snapshot.stats.unreadable == 1
+    assert backup.node("name") is None
+    assert backup.node("z") is not None
+
+
+def test_a_file_that_vanishes_before_it_is_opened_is_counted_and_told(
+    repository: Repository, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_each_capture(monkeypatch, b"name", lambda _: (source / "name").unlink())
+    backup = Backup(repository, source)
+    assert backup.told() == [(ProblemKind.VANISHED, b"name")]
+    stats = backup.result.snapshot.stats
+    assert (stats.vanished, stats.unreadable, stats.files) == (1, 0, 2)
+
+
+def test_clones_that_are_required_and_cannot_be_made_leave_files_out_one_by_one(
+    repository: Repository, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(dir_fd: int, fd: int) -> int:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("casfs.freeze._clone", refuse)
+    (source / "empty").touch()
+    backup = Backup(repository, source, freeze=Freeze.REQUIRE)
+    assert backup.told() == [(ProblemKind.UNREADABLE, name) for name in (b"a", b"name", b"z")]
+    assert all("cannot be frozen" in problem.message for problem in backup.problems)
+    assert backup.result.snapshot.stats.unreadable == 3
+    assert backup.node("empty") is not None, "of an empty file nothing is read"
+
+
+def test_an_unchanged_tree_is_the_same_tree_with_and_without_reading_again(
+    repository: Repository, source: Path
+) -> None:
+    while time.time_ns() < (source / "z").stat().st_ctime_ns + 60_000_000:
+        time.sleep(0.01)
+    first = Backup(repository, source)
+    second = Backup(repository, source)
+    third = Backup(repository, source, reread=True)
+    trees = {backup.result.snapshot.root.tree for backup in (first, second, third)}
+    assert len(trees) == 1
+    unchanged = [backup.result.snapshot.stats.unchanged for backup in (first, second, third)]
+    assert unchanged == [0, 3, 3]
+    assert third.result.snapshot.stats.new_blobs == 0

@@ -1,0 +1,287 @@
+"""Storing blobs: each one once, in packs, durable in the right order; an error reaches the producer."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from casfs.digest import PackId, digest_of
+from casfs.errors import BlobError, StorageError
+from casfs.store import writer as writer_module
+from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
+from casfs.store.index import Index, IndexedPack
+from casfs.store.pack import RECORD
+from casfs.store.store import BlobStore
+from casfs.store.writer import BlobWriter, WriteStats
+
+from ..e2e.waiting import wait_until
+from .storing import noise, open_store, pack_paths, store_blobs
+
+KIB = 1 << 10
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[BlobStore]:
+    with open_store(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def small_packs(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Sizes that make a pack of a few blobs."""
+    monkeypatch.setattr(writer_module, "_BUFFER_BYTES", 4 * KIB)
+    monkeypatch.setattr(writer_module, "_BATCH_BYTES", 32 * KIB)
+    return 64 * KIB
+
+
+def blobs(label: str, count: int, size: int = 10 * KIB) -> list[bytes]:
+    return [noise(f"{label} {number}", size) for number in range(count)]
+
+
+def temporaries(store: BlobStore) -> list[str]:
+    assert store.storage.__class__.__name__ == "LocalStorage"
+    return os.listdir(store.storage.root / "tmp")  # type: ignore[attr-defined]
+
+
+def wait_for_packing(writer: BlobWriter, count: int) -> None:
+    wait_until(lambda: writer.stats.new_blobs == count, f"{count} blobs are packed")
+
+
+class TestBlobs:
+    def test_are_read_back_after_finish(self, store: BlobStore, small_packs: int) -> None:
+        plains = [b"", b"small", b"compressible " * 5000, *blobs("a", 30)]
+        stats = store_blobs(store, plains, pack_bytes=small_packs)
+        assert [store.read(digest_of(plain)) for plain in plains] == plains
+        assert stats.new_blobs == len(plains)
+        assert stats.new_plain_bytes == sum(map(len, plains))
+        assert stats.packs == len(list(store.stored_packs())) > 4
+
+    def test_are_stored_once_however_often_they_come(
+        self, store: BlobStore, small_packs: int
+    ) -> None:
+        plains = blobs("a", 20)
+        thrice = [plain for plain in plains for _ in range(2)] + plains
+        stats = store_blobs(store, thrice, pack_bytes=small_packs)
+        again = store_blobs(store, thrice, pack_bytes=small_packs)
+        assert (stats.new_blobs, again) == (20, WriteStats())
+        directories = [store.read_directory(pack, size) for pack, size in store.stored_packs()]
+        stored = [entry.digest for entries in directories for entry in entries]
+        assert sorted(stored) == sorted(map(digest_of, plains))
+
+    def test_of_every_kind_keep_it(self, store: BlobStore) -> None:
+        for kind in BlobKind:
+            store_blobs(store, [kind.name.encode()], kind)
+        for kind in BlobKind:
+            assert store.locate(digest_of(kind.name.encode())).kind == kind
+
+    def test_stats_tell_what_the_packs_grew_by(self, store: BlobStore) -> None:
+        stats = store_blobs(store, [b"compressible " * 5000, *blobs("a", 3)])
+        ((_, size),) = store.stored_packs()
+        overhead = 16 + 16 + stats.new_blobs * 44 + 64
+        assert stats.new_stored_bytes == size - overhead
+        assert stats.new_stored_bytes < stats.new_plain_bytes + stats.new_blobs * RECORD.size
+
+    def test_beyond_the_greatest_size_are_refused_by_name(self, store: BlobStore) -> None:
+        plain = bytes(MAX_PLAIN_BYTES + 1)
+        with pytest.raises(BlobError, match="more than a blob may have"):
+            store_blobs(store, [b"sound", plain])
+        assert list(store.stored_packs()) == []
+        store_blobs(store, [plain[:-1]])
+        assert len(store.read(digest_of(plain[:-1]))) == MAX_PLAIN_BYTES
+
+    def test_handed_over_by_nobody_make_no_pack(self, store: BlobStore) -> None:
+        assert store_blobs(store, []) == WriteStats()
+        assert list(store.stored_packs()) == []
+
+
+class TestPacks:
+    def test_are_sealed_when_they_are_full(self, store: BlobStore, small_packs: int) -> None:
+        store_blobs(store, blobs("a", 40), pack_bytes=small_packs)
+        sizes = [size for _, size in store.stored_packs()]
+        assert sum(size >= small_packs for size in sizes) >= len(sizes) - 1
+        assert max(sizes) < small_packs + 20 * KIB
+
+    def test_are_sealed_at_the_greatest_number_of_blobs(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(writer_module, "MAX_PACK_BLOBS", 10)
+        store_blobs(store, [b"%d" % number for number in range(35)])
+        assert sorted(record.blobs for record in store.index.packs()) == [5, 10, 10, 10]
+
+    @pytest.mark.parametrize("in_memory", [False, True])
+    def test_are_named_by_the_digest_of_their_bytes(
+        self, store: BlobStore, tmp_path: Path, in_memory: bool
+    ) -> None:
+        writer = BlobWriter(store, spool_in_memory=in_memory)
+        writer.put(BlobKind.DATA, digest_of(b"x"), b"x")
+        writer.finish()
+        (path,) = pack_paths(tmp_path)
+        assert path.name == digest_of(path.read_bytes()).hex()
+        assert path.parent.name == path.name[:2]
+        assert temporaries(store) == []
+
+    def test_spooled_in_memory_are_no_files_before_they_are_full(self, store: BlobStore) -> None:
+        for in_memory in (True, False):
+            writer = BlobWriter(store, spool_in_memory=in_memory)
+            for plain in blobs(f"{in_memory}", 2, 1100 * KIB):
+                writer.put(BlobKind.DATA, digest_of(plain), plain)
+            wait_for_packing(writer, 2)
+            assert len(temporaries(store)) == (0 if in_memory else 1)
+            writer.close()
+        assert temporaries(store) == []
+
+
+class TestDryRun:
+    def test_counts_as_if_it_stored_and_stores_nothing(
+        self, store: BlobStore, small_packs: int
+    ) -> None:
+        store_blobs(store, blobs("a", 3))
+        before = list(store.stored_packs())
+        plains = blobs("a", 20) * 2
+        writer = BlobWriter(store, dry_run=True, pack_bytes=small_packs)
+        for plain in plains:
+            writer.put(BlobKind.DATA, digest_of(plain), plain)
+        stats = writer.finish()
+        assert stats.new_blobs == 17
+        assert list(store.stored_packs()) == before
+        assert temporaries(store) == []
+        real = store_blobs(store, plains, pack_bytes=small_packs)
+        assert real.new_stored_bytes == stats.new_stored_bytes
+        assert real.new_plain_bytes == stats.new_plain_bytes
+
+
+class TestOrder:
+    """Pack data, the pack's name, its folder, the index: one after another, for every pack."""
+
+    def test_of_the_durable_steps_is_the_same_for_every_pack(
+        self, tmp_path: Path, small_packs: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps: list[str] = []
+        add_packs = Index.add_packs
+
+        def watched(self: Index, packs: Iterable[IndexedPack]) -> None:
+            steps.append("index")
+            add_packs(self, packs)
+
+        monkeypatch.setattr(Index, "add_packs", watched)
+        with open_store(tmp_path, on_step=steps.append) as store:
+            stats = store_blobs(store, blobs("a", 40), pack_bytes=small_packs)
+        assert stats.packs > 3
+        one = ["data packs", "rename packs", "folder packs", "done packs", "index"]
+        new_folder = ["data packs", "rename packs", "folder packs", "done packs", *one[2:]]
+        while steps:
+            length = len(new_folder) if steps[: len(new_folder)] == new_folder else len(one)
+            assert steps[:length] in (one, new_folder)
+            del steps[:length]
+
+    def test_has_each_pack_whole_on_disk_before_the_index_knows_it(
+        self, tmp_path: Path, small_packs: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add_packs = Index.add_packs
+        seen: list[PackId] = []
+
+        def watched(self: Index, packs: Iterable[IndexedPack]) -> None:
+            added = list(packs)
+            for pack, pack_bytes, _ in added:
+                path = tmp_path / "packs" / pack.hex()[:2] / pack.hex()
+                assert path.stat().st_size == pack_bytes
+                assert PackId(digest_of(path.read_bytes())) == pack
+                seen.append(pack)
+            add_packs(self, added)
+
+        monkeypatch.setattr(Index, "add_packs", watched)
+        with open_store(tmp_path) as store:
+            stats = store_blobs(store, blobs("a", 40), pack_bytes=small_packs)
+        assert len(seen) == stats.packs > 3
+
+
+class TestFailure:
+    def failing_store(self, root: Path, step: str, passes: int) -> Iterator[BlobStore]:
+        left = iter(range(passes))
+
+        def on_step(now: str) -> None:
+            if now == step and next(left, None) is None:
+                raise OSError(28, "No space left on device")
+
+        with open_store(root, on_step=on_step) as store:
+            yield store
+
+    @pytest.mark.parametrize("step", ["data packs", "rename packs", "folder packs"])
+    @pytest.mark.parametrize("passes", [0, 3])
+    def test_to_seal_a_pack_is_raised_by_a_later_put_or_by_finish(
+        self, tmp_path: Path, small_packs: int, step: str, passes: int
+    ) -> None:
+        for store in self.failing_store(tmp_path, step, passes):
+            with pytest.raises(StorageError, match="No space left"):
+                store_blobs(store, blobs("a", 100), pack_bytes=small_packs)
+            assert temporaries(store) == []
+            with_entries = {record.pack for record in store.index.packs()}
+            assert with_entries <= {pack for pack, _ in store.stored_packs()}
+        with open_store(tmp_path) as store:
+            stats = store_blobs(store, blobs("a", 100), pack_bytes=small_packs)
+            assert (stats.new_blobs < 100) is (passes > 0)
+            assert all(store.read(digest_of(plain)) == plain for plain in blobs("a", 100))
+
+    def test_to_look_up_a_blob_is_raised_too(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(digests: object) -> list[bool]:
+            raise RuntimeError("the index broke")
+
+        monkeypatch.setattr(store.index, "known", fail)
+        with pytest.raises(RuntimeError, match="the index broke"):
+            store_blobs(store, blobs("a", 3))
+
+    def test_that_was_met_is_met_again_by_every_call(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(digests: object) -> list[bool]:
+            raise RuntimeError("the index broke")
+
+        monkeypatch.setattr(store.index, "known", fail)
+        writer = BlobWriter(store)
+        plain = noise("big", 3 << 20)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the index broke"):
+                for _ in range(20):
+                    writer.put(BlobKind.DATA, digest_of(plain), plain)
+        with pytest.raises(RuntimeError, match="the index broke"):
+            writer.finish()
+        writer.close()
+
+
+class TestClosing:
+    def test_forgets_the_unfinished_pack_and_keeps_the_sealed_ones(
+        self, store: BlobStore, small_packs: int
+    ) -> None:
+        writer = BlobWriter(store, pack_bytes=small_packs)
+        plains = blobs("a", 100)
+        for plain in plains:
+            writer.put(BlobKind.DATA, digest_of(plain), plain)
+        writer.close()
+        writer.close()
+        assert temporaries(store) == []
+        known = store.index.known(map(digest_of, plains))
+        assert not all(known)
+        assert {record.pack for record in store.index.packs()} == {
+            pack for pack, _ in store.stored_packs()
+        }
+        assert all(
+            store.read(digest_of(plain)) == plain
+            for plain, is_known in zip(plains, known, strict=True)
+            if is_known
+        )
+
+    def test_ends_both_threads(self, store: BlobStore) -> None:
+        before = threading.active_count()
+        for finish in (True, False):
+            writer = BlobWriter(store)
+            writer.put(BlobKind.DATA, digest_of(b"x"), b"x")
+            if finish:
+                writer.finish()
+            writer.close()
+        assert threading.active_count() == before
