@@ -80,7 +80,7 @@ class Checker:
         self._repository = repository
         self._store = repository.store
         self._monitor = monitor
-        self._bad: dict[Digest, PackId | None] = {}
+        self._bad: dict[Digest, PackId] = {}
         self._pack_bytes: dict[int, int] = {}
         self._visited = bytearray()
         self._damaged_trees: set[bytes] = set()
@@ -122,8 +122,9 @@ class Checker:
             for pack, entries, damage in pool.map(lambda job: self._check_pack(*job), jobs):
                 for found in damage:
                     self._report(found)
-                    if found.blob is not None:
-                        self._bad[found.blob] = found.pack
+                    # Of a blob that two packs hold, only the copy that the index names is read.
+                    if found.blob is not None and self._is_indexed(found.blob, pack, ordinals):
+                        self._bad[found.blob] = pack
                 if pack in known:
                     indexed += self._compare_index(pack, entries, ordinals)
                 if pack in wanted:
@@ -134,6 +135,10 @@ class Checker:
         if indexed < entries_before and not self.result.damage:
             message = "it has entries that no pack holds; it can be rebuilt from the packs"
             self._report(Damage("index", message))
+
+    def _is_indexed(self, blob: Digest, pack: PackId, ordinals: dict[int, PackId]) -> bool:
+        location = self._store.index.lookup(blob)
+        return location is not None and ordinals.get(location.pack) == pack
 
     def _compare_index(
         self, pack: PackId, entries: list[PackEntry], ordinals: dict[int, PackId]

@@ -309,13 +309,20 @@ class Restorer:
             return False
         name = target.temporary_name()
         try:
-            os.link(
-                first, name, src_dir_fd=self._root_fd, dst_dir_fd=frame.fd, follow_symlinks=False
-            )
-        except OSError as error:
-            log.info("%r cannot be linked, it is copied: %s", path, error)
-            return False
-        self._put_in_place(frame, name, node, st)
+            try:
+                os.link(
+                    *(first, name),
+                    src_dir_fd=self._root_fd,
+                    dst_dir_fd=frame.fd,
+                    follow_symlinks=False,
+                )
+            except OSError as error:
+                log.info("%r cannot be linked, it is copied: %s", path, error)
+                return False
+            self._put_in_place(frame, name, node, st)
+        except BaseException:
+            _unlink_quietly(frame.fd, name)
+            raise
         self._count(node)
         if key in self._zeroed:
             self._tell_zeroed(path, self._zeroed[key])
@@ -324,8 +331,10 @@ class Restorer:
     def _restore_file(
         self, frame: _Frame, path: bytes, node: Node, st: os.stat_result | None
     ) -> None:
-        fd, name = target.create_file(frame.fd)
+        # An interrupt may come at any moment; the name is known before anything has it.
+        name = target.temporary_name()
         try:
+            fd = target.create_file(frame.fd, name)
             try:
                 self._fill(fd, path, node)
                 self._set_metadata(frame.fd, name, node, path, fd)
@@ -352,8 +361,8 @@ class Restorer:
         self, frame: _Frame, path: bytes, node: Node, st: os.stat_result | None
     ) -> None:
         name = target.temporary_name()
-        target.make_special(frame.fd, name, node)
         try:
+            target.make_special(frame.fd, name, node)
             self._set_metadata(frame.fd, name, node, path, None)
             self._put_in_place(frame, name, node, st)
         except BaseException:

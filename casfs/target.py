@@ -58,11 +58,10 @@ def temporary_name() -> bytes:
     return TEMPORARY_PREFIX + secrets.token_hex(8).encode()
 
 
-def create_file(fd: int) -> tuple[int, bytes]:
-    """Create a temporary file in a directory; return its descriptor and name."""
-    name = temporary_name()
+def create_file(fd: int, name: bytes) -> int:
+    """Create a file in a directory and return its descriptor."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.open(name, flags, 0o600, dir_fd=fd), name
+    return os.open(name, flags, 0o600, dir_fd=fd)
 
 
 def make_special(fd: int, name: bytes, node: Node) -> None:

@@ -264,6 +264,13 @@ class TestStats:
         assert any(full[name] > empty.get(name, 0) for name in numbers)
         assert repository.run("stats").text.strip()
 
+    def test_of_one_snapshot_tell_what_it_holds(self, repository: Casfs, source: Path) -> None:
+        identity = repository.backup(source)["id"]
+        told = repository.json("stats", "latest").one("stats")
+        assert told["snapshot"] == identity
+        assert told["bytes"] == 8 + 9000 + 10 + MIB
+        assert repository.run("stats", "latest").text.strip()
+
 
 class TestTag:
     def test_adds_and_removes_words(self, repository: Casfs, source: Path) -> None:

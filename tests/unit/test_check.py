@@ -150,6 +150,16 @@ class TestDamagedBlobs:
         assert (lost.snapshot, lost.path) == (snapshot_id, b"f")
         assert lost.ranges == ((3000, 6000), (6000, 9000))
 
+    def test_cost_no_file_where_the_index_names_another_copy(self, keeper: Keeper) -> None:
+        store(keeper, CHUNKS)
+        second = add_pack(keeper.root, make_pack(reversed(CHUNKS))[0])
+        keeper.publish({b"f": of_chunks(*CHUNKS)})
+        path = next(p for p in pack_paths(keeper.root) if p.name == second.hex())
+        flip(path, path.read_bytes().index(CHUNKS[1]))
+        found = check(keeper, read_data=True).damage
+        assert {d.what for d in found} == {"blob", "pack"}
+        assert {d.pack for d in found} == {second}
+
     @pytest.mark.parametrize("window", [64, 1000, 1 << 23])
     def test_are_found_wherever_the_pack_is_read_in_windows(
         self, keeper: Keeper, window: int, monkeypatch: pytest.MonkeyPatch

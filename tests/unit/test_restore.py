@@ -1,0 +1,763 @@
+"""Restore: what is sound comes back, what is not is told, and nothing outside the target is touched."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casfs import restore as restore_module
+from casfs import target as target_module
+from casfs.content import HOLE, RECORD, ContentWriter
+from casfs.digest import Digest, digest_of
+from casfs.monitor import Problem, ProblemKind, RecordingMonitor
+from casfs.repository import Repository
+from casfs.restore import Overwrite, RestoreOptions, Restorer, RestoreResult
+from casfs.store.blob import BlobKind
+from casfs.tree import Extra, Kind, Node, TreeRef
+
+from .planting import MTIME_NS, Keeper, Plan, entry, file, flagged, reference
+from .storing import noise
+
+CHUNKS = [noise(f"chunk {number}", 3000) for number in range(4)]
+WHOLE = b"".join(CHUNKS)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What one restore did, and what it told."""
+
+    result: RestoreResult
+    problems: list[Problem]
+
+    def told(self, kind: ProblemKind) -> list[bytes]:
+        return [problem.path for problem in self.problems if problem.kind == kind]
+
+
+class Bench:
+    """A repository, a target, and a folder beside the target that nothing may touch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.keeper = Keeper(folder)
+        self.target = folder / "target"
+        self.outside = folder / "outside"
+        self.outside.mkdir()
+        (self.outside / "precious").write_bytes(b"do not touch")
+
+    def store(self, *chunks: bytes) -> None:
+        with self.keeper.writing() as repository:
+            writer = repository.writer()
+            for chunk in chunks:
+                writer.put(BlobKind.DATA, digest_of(chunk), chunk)
+            writer.finish()
+
+    def publish(self, plan: Plan) -> None:
+        self.keeper.publish(plan)
+
+    def restore(self, spec: str = "latest", with_root: bool = False, **options: Any) -> Restored:
+        monitor = RecordingMonitor()
+        with self.keeper.reading() as repository:
+            _, _, path, node = repository.resolve_path(spec)
+            restorer = Restorer(repository, RestoreOptions(**options), monitor)
+            result = restorer.restore(path, node, bytes(self.target), with_root)
+        return Restored(result, monitor.problems)
+
+    def untouched(self) -> bool:
+        """Tell whether nothing came in outside, and nothing there was changed."""
+        return os.listdir(self.outside) == ["precious"] and (
+            (self.outside / "precious").read_bytes() == b"do not touch"
+        )
+
+    def found(self) -> dict[str, bytes | None]:
+        """Return what is in the target: the content of files, None for anything else."""
+        return {
+            str(path.relative_to(self.target)): path.read_bytes()
+            if path.is_file() and not path.is_symlink()
+            else None
+            for path in sorted(self.target.rglob("*"))
+        }
+
+
+def of_chunks(*chunks: bytes, **fields: Any) -> Node:
+    whole = b"".join(chunks)
+    records = b"".join(RECORD.pack(len(chunk), digest_of(chunk)) for chunk in chunks)
+    known = {"size": len(whole), "content": records, "captured": digest_of(whole)}
+    return entry(b"", **(known | fields))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+TREE: Plan = {b"d": {b"e": {b"deep": b"3"}, b"f": b"22"}, b"\xff\n": b"1", b"empty": {}}
+TREE_FOUND = {
+    "d": None,
+    "d/e": None,
+    "d/e/deep": b"3",
+    "d/f": b"22",
+    "\udcff\n": b"1",
+    "empty": None,
+}
+
+
+class TestContent:
+    def test_of_a_whole_snapshot_comes_back(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        done = bench.restore()
+        assert bench.found() == TREE_FOUND
+        assert done.problems == []
+        result = done.result
+        assert (result.files, result.directories, result.restored_bytes) == (3, 3, 4)
+        assert (result.damaged, result.failed, result.skipped, result.deleted) == (0, 0, 0, 0)
+
+    def test_of_a_directory_goes_straight_into_the_target(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        bench.restore("latest:d")
+        assert bench.found() == {"e": None, "e/deep": b"3", "f": b"22"}
+
+    def test_of_one_file_stands_in_the_target_by_its_name(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        assert bench.restore("latest:d/e/deep", delete=True).result.files == 1
+        assert bench.found() == {"deep": b"3"}
+
+    def test_of_many_chunks_and_holes_has_holes_again(self, bench: Bench) -> None:
+        bench.store(*CHUNKS)
+        whole = bytes(1 << 22) + CHUNKS[0] + bytes(1 << 22)
+        records = (
+            RECORD.pack(1 << 22, HOLE)
+            + RECORD.pack(3000, digest_of(CHUNKS[0]))
+            + RECORD.pack(1 << 22, HOLE)
+        )
+        sparse = entry(b"", size=len(whole), content=records, captured=digest_of(whole))
+        bench.publish({b"s": sparse, b"f": of_chunks(*CHUNKS)})
+        assert bench.restore(verify=True).result.verified == 2
+        assert bench.found() == {"s": whole, "f": WHOLE}
+        assert (bench.target / "s").stat().st_blocks * 512 < 1 << 20
+
+    def test_of_a_dry_run_is_only_counted(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        result = bench.restore(dry_run=True, delete=True).result
+        assert (result.files, result.directories, result.restored_bytes) == (3, 3, 4)
+        assert not bench.target.exists()
+
+    def test_leaves_no_temporary_file(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        for overwrite in Overwrite:
+            bench.restore(overwrite=overwrite)
+            assert bench.found() == TREE_FOUND
+
+    def test_may_lie_deeper_than_any_recursion(self, bench: Bench) -> None:
+        depth = 1500
+        plan: Plan = {b"f": b"deep", b"g": b"left out"}
+        for _ in range(depth):
+            plan = {b"d": plan}
+        bench.publish(plan)
+        for options in ({"include": ("f",)}, {}):
+            result = bench.restore(**options).result
+            assert (result.files, result.failed) == (2 - len(options), 0)
+        fd = os.open(bench.target, os.O_RDONLY)
+        for _ in range(depth):
+            below = os.open("d", os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        assert sorted(os.listdir(fd)) == ["f", "g"]
+        os.close(fd)
+
+
+class TestMetadata:
+    def test_comes_back_with_the_entry(self, bench: Bench) -> None:
+        when = {"a": -1_000_000_001, "b": 4_000_000_000_123_456_789}
+        bench.publish(
+            {
+                b"a": file(b"", mode=0o4711, mtime_ns=when["a"]),
+                b"b": entry(b"", Kind.SYMLINK, content=b"nowhere", mtime_ns=when["b"]),
+                b"fifo": entry(b"", Kind.FIFO, mode=0o640),
+                b"socket": entry(b"", Kind.SOCKET, mode=0o600),
+                b"d": {b"f": b""},
+            }
+        )
+        done = bench.restore(with_root=True)
+        assert done.problems == []
+        look = {path.name: path.lstat() for path in bench.target.rglob("*")}
+        assert stat.S_IMODE(look["a"].st_mode) == 0o4711
+        assert {name: look[name].st_mtime_ns for name in when} == when
+        assert os.readlink(bench.target / "b") == "nowhere"
+        assert stat.S_ISFIFO(look["fifo"].st_mode) and stat.S_ISSOCK(look["socket"].st_mode)
+        assert stat.S_IMODE(look["fifo"].st_mode) == 0o640
+        assert stat.S_IMODE(look["d"].st_mode) == stat.S_IMODE(bench.target.stat().st_mode) == 0o755
+        assert look["d"].st_mtime_ns == bench.target.stat().st_mtime_ns == MTIME_NS
+
+    def test_of_the_target_itself_are_its_own_unless_asked_for(self, bench: Bench) -> None:
+        bench.target.mkdir(mode=0o750)
+        bench.publish({b"f": b""})
+        bench.restore()
+        assert stat.S_IMODE(bench.target.stat().st_mode) == 0o750
+
+    def test_of_attributes_replace_what_an_old_entry_had(self, bench: Bench) -> None:
+        extra = Extra(((b"user.a", b"\0value"), (b"user.b", b"")))
+        node = entry(b"", Kind.DIRECTORY, tree=None, extra=extra)
+        bench.publish({b"f": file(b"", extra=extra), b"d": {}})
+        bench.restore()
+        assert node.extra is extra
+        os.setxattr(bench.target / "d", "user.old", b"x")
+        os.removexattr(bench.target / "f", "user.b")
+        bench.restore(overwrite=Overwrite.IF_CHANGED)
+        assert os.getxattr(bench.target / "f", "user.a") == b"\0value"
+        assert sorted(os.listxattr(bench.target / "f")) == ["user.a", "user.b"]
+        assert os.listxattr(bench.target / "d") == []
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it gives files to other users")
+    def test_of_owners_and_devices_comes_back_for_root(self, bench: Bench) -> None:
+        device = os.makedev(1, 3)
+        bench.publish(
+            {
+                b"f": file(b"", uid=1234, gid=4_294_967_294, mode=0o6755),
+                b"null": entry(b"", Kind.CHARACTER_DEVICE, mode=0o666, extra=Extra(rdev=device)),
+            }
+        )
+        assert bench.restore().problems == []
+        look = (bench.target / "f").stat()
+        assert (look.st_uid, look.st_gid) == (1234, 4_294_967_294)
+        assert stat.S_IMODE(look.st_mode) == 0o6755
+        assert (bench.target / "null").stat().st_rdev == device
+
+    def test_that_the_target_refuses_is_told_and_the_file_is_there(self, bench: Bench) -> None:
+        bench.publish({b"f": file(b"", extra=Extra(((b"nonsense.x", b""),)), mode=0o600)})
+        done = bench.restore()
+        assert bench.found() == {"f": b""}
+        if os.geteuid() == 0:
+            assert done.told(ProblemKind.METADATA) == [b"f"]
+
+
+class TestNothingOutside:
+    """The target may hold symlinks, and the snapshot may be hostile: nothing is followed."""
+
+    def test_a_symlink_in_place_of_a_directory_is_replaced(self, bench: Bench) -> None:
+        bench.publish({b"d": {b"precious": b"evil", b"new": b"evil"}})
+        bench.target.mkdir()
+        (bench.target / "d").symlink_to(bench.outside)
+        bench.restore(delete=True)
+        assert bench.untouched()
+        assert not (bench.target / "d").is_symlink()
+        assert bench.found() == {"d": None, "d/new": b"evil", "d/precious": b"evil"}
+
+    def test_a_symlink_in_place_of_a_file_is_replaced(self, bench: Bench) -> None:
+        bench.publish({b"f": b"evil", b"fifo": entry(b"", Kind.FIFO)})
+        bench.target.mkdir()
+        for name in ("f", "fifo"):
+            (bench.target / name).symlink_to(bench.outside / "precious")
+        bench.restore()
+        assert bench.untouched()
+        assert (bench.target / "f").read_bytes() == b"evil"
+
+    def test_a_symlink_of_one_snapshot_is_no_way_for_the_next(self, bench: Bench) -> None:
+        bench.publish({b"d": entry(b"", Kind.SYMLINK, content=bytes(bench.outside))})
+        bench.restore()
+        assert (bench.target / "d").resolve() == bench.outside
+        bench.publish({b"d": {b"precious": b"evil"}})
+        for overwrite in (Overwrite.IF_CHANGED, Overwrite.ALWAYS):
+            bench.restore(overwrite=overwrite, delete=True)
+            assert bench.untouched()
+
+    def test_a_symlink_that_is_to_stay_hides_what_is_below(self, bench: Bench) -> None:
+        bench.publish({b"d": {b"precious": b"evil"}})
+        bench.target.mkdir()
+        (bench.target / "d").symlink_to(bench.outside)
+        result = bench.restore(overwrite=Overwrite.NEVER, delete=True).result
+        assert bench.untouched()
+        assert (bench.target / "d").is_symlink()
+        assert (result.files, result.skipped) == (0, 1)
+
+    def test_deleting_follows_no_symlink(self, bench: Bench) -> None:
+        bench.publish({b"f": b""})
+        (bench.target / "old").mkdir(parents=True)
+        (bench.target / "link").symlink_to(bench.outside)
+        (bench.target / "old" / "link").symlink_to(bench.outside)
+        assert bench.restore(delete=True).result.deleted == 2
+        assert bench.untouched()
+        assert bench.found() == {"f": b""}
+
+    def test_a_directory_that_is_swapped_for_a_symlink_meanwhile_is_no_way_out(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bench.publish({b"d": {b"precious": b"evil"}})
+        create_file = target_module.create_file
+
+        def swap(fd: int) -> tuple[int, bytes]:
+            (bench.target / "d").rename(bench.target / "moved")
+            (bench.target / "d").symlink_to(bench.outside)
+            return create_file(fd)
+
+        monkeypatch.setattr(target_module, "create_file", swap)
+        bench.restore()
+        assert bench.untouched()
+        assert (bench.target / "moved" / "precious").read_bytes() == b"evil"
+
+    def test_hard_links_of_the_target_keep_their_other_content(self, bench: Bench) -> None:
+        bench.publish({b"f": b"new"})
+        bench.target.mkdir()
+        os.link(bench.outside / "precious", bench.target / "f")
+        bench.restore()
+        assert bench.untouched()
+        assert bench.found() == {"f": b"new"}
+
+    @pytest.mark.parametrize("name", [b"..", b".", b"a/../../outside/precious", b"", b"x\0"])
+    def test_a_hostile_name_refuses_its_whole_directory(self, bench: Bench, name: bytes) -> None:
+        from casfs.tree import Leaf, encode_piece
+
+        with bench.keeper.writing() as repository:
+            writer = repository.writer()
+            leaf = encode_piece(Leaf([file(name, b"evil")]))
+            writer.put(BlobKind.TREE, digest_of(leaf), leaf)
+            writer.put(BlobKind.DATA, digest_of(b"evil"), b"evil")
+            writer.finish()
+        hostile = entry(b"", Kind.DIRECTORY, tree=TreeRef(digest_of(leaf), 1, 4, 0))
+        bench.publish({b"d": hostile, b"f": b"sound"})
+        done = bench.restore(delete=True)
+        assert bench.untouched()
+        assert bench.found() == {"d": None, "f": b"sound"}
+        assert done.told(ProblemKind.DAMAGED) == [b"d"]
+
+
+class TestHardLinks:
+    def linked(self, content: bytes, **fields: Any) -> Node:
+        known = {"inode": 9, "nlink": 2, "extra": Extra(device=3)}
+        return file(b"", content, **(known | fields))
+
+    def inodes(self, bench: Bench) -> dict[str, int]:
+        return {
+            str(path.relative_to(bench.target)): path.lstat().st_ino
+            for path in bench.target.rglob("*")
+            if not path.is_dir()
+        }
+
+    def test_are_one_file_again_across_directories(self, bench: Bench) -> None:
+        bench.store(b"x")
+        other = self.linked(b"x", extra=Extra(device=4))
+        bench.publish({b"a": {b"f": self.linked(b"x")}, b"b": self.linked(b"x"), b"c": other})
+        done = bench.restore()
+        inodes = self.inodes(bench)
+        assert inodes["a/f"] == inodes["b"] != inodes["c"]
+        assert (bench.target / "b").stat().st_nlink == 2
+        assert done.result.files == 3
+
+    def test_of_anything_but_files_are_one_again_too(self, bench: Bench) -> None:
+        fields: dict[str, Any] = {"inode": 9, "nlink": 2, "extra": Extra(device=3)}
+        bench.publish(
+            {
+                b"a": entry(b"", Kind.FIFO, **fields),
+                b"b": entry(b"", Kind.FIFO, **fields),
+                b"c": entry(b"", Kind.SYMLINK, content=b"t", **(fields | {"inode": 5})),
+                b"d": entry(b"", Kind.SYMLINK, content=b"t", **(fields | {"inode": 5})),
+            }
+        )
+        bench.restore()
+        inodes = self.inodes(bench)
+        assert inodes["a"] == inodes["b"]
+        assert inodes["c"] == inodes["d"]
+
+    def test_whose_inode_served_two_files_are_not_made(self, bench: Bench) -> None:
+        bench.store(b"x", b"y")
+        bench.publish({b"a": self.linked(b"x"), b"b": self.linked(b"y")})
+        assert bench.restore().problems == []
+        assert bench.found() == {"a": b"x", "b": b"y"}
+
+    @pytest.mark.parametrize("overwrite", list(Overwrite))
+    def test_are_made_again_where_one_name_is_missing(
+        self, bench: Bench, overwrite: Overwrite
+    ) -> None:
+        bench.store(b"x")
+        bench.publish({b"a": self.linked(b"x"), b"b": self.linked(b"x")})
+        bench.restore()
+        (bench.target / "b").unlink()
+        bench.restore(overwrite=overwrite)
+        inodes = self.inodes(bench)
+        assert bench.found() == {"a": b"x", "b": b"x"}
+        assert (inodes["a"] == inodes["b"]) is (overwrite != Overwrite.NEVER)
+
+    @pytest.mark.parametrize("overwrite", [Overwrite.ALWAYS, Overwrite.IF_CHANGED])
+    def test_that_the_snapshot_does_not_have_are_parted(
+        self, bench: Bench, overwrite: Overwrite
+    ) -> None:
+        bench.publish({b"a": file(b"", b"x"), b"b": file(b"", b"x")})
+        bench.store(b"x")
+        bench.restore()
+        (bench.target / "b").unlink()
+        os.link(bench.target / "a", bench.target / "b")
+        bench.restore(overwrite=overwrite)
+        inodes = self.inodes(bench)
+        assert inodes["a"] != inodes["b"]
+        assert bench.found() == {"a": b"x", "b": b"x"}
+
+    def test_stay_when_they_are_there_already(self, bench: Bench) -> None:
+        bench.store(b"x")
+        bench.publish({b"a": self.linked(b"x"), b"b": self.linked(b"x")})
+        bench.restore()
+        before = self.inodes(bench)
+        assert bench.restore(overwrite=Overwrite.IF_CHANGED).result.skipped == 2
+        assert self.inodes(bench) == before
+        bench.restore()
+        inodes = self.inodes(bench)
+        assert sorted(inodes) == ["a", "b"]
+        assert inodes["a"] == inodes["b"]
+
+
+class TestOverwriting:
+    @pytest.fixture
+    def twice(self, bench: Bench) -> Bench:
+        """A bench whose target holds what was restored, changed in three ways."""
+        bench.publish({b"same": b"1", b"newer": b"2", b"longer": b"3", b"missing": b"4"})
+        bench.restore()
+        os.utime(bench.target / "newer", ns=(0, MTIME_NS + 1))
+        (bench.target / "longer").write_bytes(b"3 and more")
+        os.utime(bench.target / "longer", ns=(0, MTIME_NS))
+        (bench.target / "missing").unlink()
+        # Behind the same size and time, only `always` finds this.
+        (bench.target / "same").write_bytes(b"X")
+        os.utime(bench.target / "same", ns=(0, MTIME_NS))
+        return bench
+
+    def test_always_leaves_nothing_as_it_was(self, twice: Bench) -> None:
+        result = twice.restore().result
+        assert (result.files, result.skipped) == (4, 0)
+        assert twice.found() == {"same": b"1", "newer": b"2", "longer": b"3", "missing": b"4"}
+
+    def test_if_changed_leaves_what_has_the_size_and_time(self, twice: Bench) -> None:
+        result = twice.restore(overwrite=Overwrite.IF_CHANGED).result
+        assert (result.files, result.skipped) == (3, 1)
+        assert twice.found() == {"same": b"X", "newer": b"2", "longer": b"3", "missing": b"4"}
+
+    def test_never_leaves_whatever_is_there(self, twice: Bench) -> None:
+        result = twice.restore(overwrite=Overwrite.NEVER).result
+        assert (result.files, result.skipped) == (1, 3)
+        assert twice.found() == {
+            "same": b"X",
+            "newer": b"2",
+            "longer": b"3 and more",
+            "missing": b"4",
+        }
+
+    def test_if_changed_sets_the_metadata_of_what_it_leaves(self, bench: Bench) -> None:
+        bench.publish({b"f": b"1"})
+        bench.restore()
+        os.chmod(bench.target / "f", 0o777)
+        bench.restore(overwrite=Overwrite.IF_CHANGED)
+        assert stat.S_IMODE((bench.target / "f").stat().st_mode) == 0o644
+
+    def test_a_directory_with_something_in_it_gives_way_only_to_delete(self, bench: Bench) -> None:
+        bench.publish({b"x": b"file", b"y": b"file"})
+        (bench.target / "x").mkdir(parents=True)
+        (bench.target / "x" / "kept").write_bytes(b"")
+        done = bench.restore()
+        assert done.result.failed == 1
+        assert done.told(ProblemKind.UNREADABLE) == [b"x"]
+        assert bench.found() == {"x": None, "x/kept": b"", "y": b"file"}
+        assert bench.restore(delete=True).result.failed == 0
+        assert bench.found() == {"x": b"file", "y": b"file"}
+
+    def test_an_empty_directory_gives_way_to_a_file(self, bench: Bench) -> None:
+        bench.publish({b"x": b"file"})
+        (bench.target / "x").mkdir(parents=True)
+        assert bench.restore().result.failed == 0
+        assert bench.found() == {"x": b"file"}
+
+    def test_a_file_gives_way_to_a_directory(self, bench: Bench) -> None:
+        bench.publish({b"x": {b"f": b""}})
+        bench.target.mkdir()
+        (bench.target / "x").write_bytes(b"file")
+        bench.restore()
+        assert bench.found() == {"x": None, "x/f": b""}
+
+
+class TestPatterns:
+    def test_include_restores_what_fits_and_the_directories_on_the_way(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        result = bench.restore(include=("deep",)).result
+        assert bench.found() == {"d": None, "d/e": None, "d/e/deep": b"3"}
+        assert result.files == 1
+        assert (bench.target / "d").stat().st_mtime_ns == MTIME_NS
+
+    def test_include_of_a_directory_takes_all_that_is_in_it(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        bench.restore(include=("/d/",), exclude=("f",))
+        assert bench.found() == {"d": None, "d/e": None, "d/e/deep": b"3"}
+
+    def test_include_of_nothing_that_is_there_makes_nothing(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        assert bench.restore(include=("none",)).result.files == 0
+        assert bench.found() == {}
+
+    def test_exclude_leaves_out_what_fits(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        bench.restore(exclude=("e/", "empty"))
+        assert bench.found() == {"d": None, "d/f": b"22", "\udcff\n": b"1"}
+
+    def test_are_matched_against_the_path_in_the_snapshot(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        bench.restore("latest:d", include=("/d/e",))
+        assert bench.found() == {"e": None, "e/deep": b"3"}
+
+
+class TestDeleting:
+    def test_removes_what_the_snapshot_does_not_have(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        bench.restore()
+        (bench.target / "d" / "old").write_bytes(b"")
+        (bench.target / "dir" / "below").mkdir(parents=True)
+        (bench.target / "dir" / "below" / "f").write_bytes(b"")
+        assert bench.restore().result.deleted == 0
+        assert bench.restore(delete=True).result.deleted == 2
+        assert bench.found() == TREE_FOUND
+
+    def test_leaves_what_is_excluded_and_what_was_not_asked_for(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        bench.restore()
+        (bench.target / "d" / "old.log").write_bytes(b"")
+        (bench.target / "old").write_bytes(b"")
+        before = bench.found()
+        assert bench.restore(delete=True, include=("/d/e/",)).result.deleted == 0
+        assert bench.restore(delete=True, exclude=("*.log", "old")).result.deleted == 0
+        assert bench.found() == before
+
+    def test_in_a_damaged_directory_deletes_nothing(self, bench: Bench) -> None:
+        bench.publish({b"bad": {b"f": b"1"}, b"good": {b"g": b"2"}})
+        bench.restore()
+        for name in ("bad/extra", "good/extra"):
+            (bench.target / name).write_bytes(b"")
+        with bench.keeper.reading() as repository:
+            _, _, _, node = repository.resolve_path("latest:bad")
+        bench.keeper.damage(reference(node))
+        done = bench.restore(delete=True)
+        assert done.result.deleted == 1
+        assert done.told(ProblemKind.DAMAGED) == [b"bad"]
+        assert bench.found() == {
+            "bad": None,
+            "bad/extra": b"",
+            "bad/f": b"1",
+            "good": None,
+            "good/g": b"2",
+        }
+
+    def test_at_a_damaged_root_deletes_nothing_at_all(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        bench.restore()
+        (bench.target / "extra").write_bytes(b"")
+        before = bench.found()
+        with bench.keeper.reading() as repository:
+            _, _, _, node = repository.resolve_path("latest")
+        bench.keeper.damage(reference(node))
+        result = bench.restore(delete=True).result
+        assert (result.deleted, result.damaged) == (0, 1)
+        assert bench.found() == before
+
+    def test_keeps_the_old_file_in_place_of_a_damaged_one(self, bench: Bench) -> None:
+        bench.store(*CHUNKS)
+        bench.publish({b"f": of_chunks(*CHUNKS)})
+        bench.target.mkdir()
+        (bench.target / "f").write_bytes(b"old")
+        bench.keeper.damage(digest_of(CHUNKS[1]))
+        assert bench.restore(delete=True).result.damaged == 1
+        assert bench.found() == {"f": b"old"}
+
+
+class TestDamage:
+    @pytest.fixture
+    def damaged(self, bench: Bench) -> Bench:
+        bench.store(*CHUNKS)
+        bench.publish({b"bad": of_chunks(*CHUNKS), b"good": of_chunks(*CHUNKS[2:])})
+        bench.keeper.damage(digest_of(CHUNKS[1]))
+        return bench
+
+    def test_costs_just_its_file_and_names_blob_and_pack(self, damaged: Bench) -> None:
+        done = damaged.restore()
+        assert damaged.found() == {"good": CHUNKS[2] + CHUNKS[3]}
+        assert (done.result.files, done.result.damaged) == (1, 1)
+        (problem,) = done.problems
+        assert (problem.kind, problem.path) == (ProblemKind.DAMAGED, b"bad")
+        assert problem.details["blob"] == digest_of(CHUNKS[1]).hex()
+        assert isinstance(problem.details["pack"], str) and len(problem.details["pack"]) == 64
+
+    def test_is_zeros_with_salvage_and_the_ranges_are_told(self, damaged: Bench) -> None:
+        done = damaged.restore(salvage=True)
+        assert damaged.found()["bad"] == CHUNKS[0] + bytes(3000) + CHUNKS[2] + CHUNKS[3]
+        assert (done.result.files, done.result.damaged) == (2, 1)
+        (problem,) = done.problems
+        assert problem.details["ranges"] == "3000-6000"
+        assert "3000-6000" in problem.message
+
+    def test_is_told_for_every_name_of_a_file_with_salvage(self, bench: Bench) -> None:
+        bench.store(*CHUNKS)
+        linked = of_chunks(*CHUNKS, inode=9, nlink=2, extra=Extra(device=3))
+        bench.publish({b"a": linked, b"b": linked})
+        bench.keeper.damage(digest_of(CHUNKS[0]))
+        done = bench.restore(salvage=True)
+        assert done.told(ProblemKind.DAMAGED) == [b"a", b"b"]
+        assert (bench.target / "a").samefile(bench.target / "b")
+
+    def test_of_a_list_costs_what_it_lists_with_salvage(self, bench: Bench) -> None:
+        with bench.keeper.writing() as repository:
+            writer = repository.writer()
+            content = ContentWriter(writer.put, digest_of)
+            chunks = [b"chunk %d" % number for number in range(9000)]
+            for chunk in chunks:
+                writer.put(BlobKind.DATA, digest_of(chunk), chunk)
+                content.add(len(chunk), digest_of(chunk))
+            records, levels = content.finish()
+            writer.finish()
+        whole = b"".join(chunks)
+        assert (levels, len(records) > 3 * RECORD.size) == (1, True)
+        node = entry(
+            b"", size=len(whole), content=records, levels=levels, captured=digest_of(whole)
+        )
+        bench.publish({b"f": node})
+        (first, _), (length, digest), *_ = RECORD.iter_unpack(records)
+        bench.keeper.damage(Digest(digest))
+        assert bench.restore().result.damaged == 1
+        assert bench.found() == {}
+        done = bench.restore(salvage=True)
+        end = first + length
+        assert bench.found() == {"f": whole[:first] + bytes(length) + whole[end:]}
+        assert done.problems[0].details["ranges"] == f"{first}-{end}"
+
+    @pytest.mark.parametrize("salvage", [False, True])
+    @pytest.mark.parametrize(
+        "lie",
+        [
+            pytest.param({"size": 11_999}, id="size too small"),
+            pytest.param({"size": 12_001}, id="size too great"),
+            pytest.param({"captured": bytes(32)}, id="digest of something else"),
+            pytest.param({"content": b""}, id="no content"),
+        ],
+    )
+    def test_that_no_zeros_can_stand_for_is_not_restored(
+        self, bench: Bench, lie: dict[str, Any], salvage: bool
+    ) -> None:
+        bench.store(*CHUNKS)
+        bench.publish({b"f": of_chunks(*CHUNKS, **lie), b"good": of_chunks(CHUNKS[0])})
+        done = bench.restore(salvage=salvage)
+        assert bench.found() == {"good": CHUNKS[0]}
+        assert done.told(ProblemKind.DAMAGED) == [b"f"]
+
+    def test_of_a_chunk_with_another_length_is_lost(self, bench: Bench) -> None:
+        bench.store(*CHUNKS)
+        records = RECORD.pack(2999, digest_of(CHUNKS[0])) + RECORD.pack(3000, digest_of(CHUNKS[1]))
+        bench.publish({b"f": entry(b"", size=5999, content=records, captured=bytes(32))})
+        assert bench.restore().result.damaged == 1
+        assert bench.found() == {}
+        assert bench.restore(salvage=True).problems[0].details["ranges"] == "0-2999"
+        assert bench.found() == {"f": bytes(2999) + CHUNKS[1]}
+
+    def test_of_a_hostile_hole_takes_no_time(self, bench: Bench) -> None:
+        records = RECORD.pack((1 << 63) - 1, HOLE)
+        bench.publish({b"f": entry(b"", size=5, content=records, captured=bytes(32))})
+        began = time.monotonic()
+        assert bench.restore(salvage=True).result.damaged == 1
+        assert time.monotonic() - began < 30
+        assert bench.found() == {}
+
+    def test_that_was_written_wrongly_is_found_by_verifying(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bench.publish({b"f": b"right"})
+        rename = os.rename
+
+        def rename_and_spoil(source: bytes, target: bytes, **where: int) -> None:
+            rename(source, target, **where)
+            (bench.target / "f").write_bytes(b"wrong")
+
+        monkeypatch.setattr(os, "rename", rename_and_spoil)
+        done = bench.restore(verify=True)
+        assert (done.result.damaged, done.result.verified) == (1, 0)
+        assert "reads back differently" in done.problems[0].message
+
+
+class TestFlaggedFiles:
+    def test_are_restored_as_captured_and_told(self, bench: Bench) -> None:
+        bench.store(b"mixture")
+        bench.publish({b"log": flagged(file(b"", b"mixture"))})
+        done = bench.restore()
+        assert bench.found() == {"log": b"mixture"}
+        assert (done.result.flagged, done.result.damaged) == (1, 0)
+        assert done.told(ProblemKind.CHANGED) == [b"log"]
+        assert "rewritten" in done.problems[0].message
+
+
+class TestRefusals:
+    """What the file system of the target refuses ends a restore only where it must."""
+
+    @staticmethod
+    def failing(code: int, times: int = 1 << 30) -> Callable[..., Any]:
+        left = iter(range(times))
+
+        def fail(*arguments: object, **options: object) -> Any:
+            if next(left, None) is not None:
+                raise OSError(code, os.strerror(code))
+            return os.pwrite.__wrapped__(*arguments)  # type: ignore[attr-defined]
+
+        return fail
+
+    def test_of_one_entry_are_told_and_the_rest_is_restored(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bench.publish({b"f": b"1", b"fifo": entry(b"", Kind.FIFO), b"g": b"2"})
+        monkeypatch.setattr(os, "mkfifo", self.failing(errno.EPERM))
+        done = bench.restore()
+        assert (done.result.failed, done.result.files) == (1, 2)
+        assert done.told(ProblemKind.UNREADABLE) == [b"fifo"]
+        assert bench.found() == {"f": b"1", "g": b"2"}
+
+    def test_of_a_directory_are_told_once_and_cost_what_is_in_it(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bench.publish(TREE)
+        monkeypatch.setattr(target_module, "make_directory", self.failing(errno.EACCES))
+        done = bench.restore()
+        assert done.told(ProblemKind.UNREADABLE) == [b"d", b"empty"]
+        assert bench.found() == {"\udcff\n": b"1"}
+
+    def test_of_a_full_disk_end_it_and_leave_nothing_half(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bench.publish({b"d": {b"f": b"1"}, b"g": b"2"})
+        before = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", self.failing(errno.ENOSPC))
+            with pytest.raises(OSError, match="No space left"):
+                bench.restore()
+        assert bench.found() == {"d": None}
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_to_link_make_a_copy(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        bench.store(b"x")
+        linked = file(b"", b"x", inode=9, nlink=2, extra=Extra(device=3))
+        bench.publish({b"a": linked, b"b": linked})
+        monkeypatch.setattr(os, "link", self.failing(errno.EMLINK))
+        assert bench.restore().problems == []
+        assert bench.found() == {"a": b"x", "b": b"x"}
+
+
+@pytest.fixture(autouse=True)
+def few_descriptors_left_open() -> Iterator[None]:
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_repository_is_only_read(bench: Bench) -> None:
+    bench.publish(TREE)
+    before = {path: path.stat().st_mtime_ns for path in bench.keeper.root.rglob("*")}
+    bench.restore()
+    after = {path: path.stat().st_mtime_ns for path in bench.keeper.root.rglob("*")}
+    changed = {path for path in before.keys() | after if before.get(path) != after.get(path)}
+    assert changed <= {bench.keeper.root / "index" / "lock.mdb"}
+    assert isinstance(restore_module.RestoreOptions(), RestoreOptions)
+    with Repository.open(bench.keeper.root) as repository:
+        assert len(repository.snapshot_ids()) == 1
