@@ -1,0 +1,1 @@
+"""What must hold when something goes wrong: changing sources, damage, crashes, full and failing disks."""

@@ -1,0 +1,108 @@
+"""Backing up in this process, and looking at all that a backup left: nodes, problems, files, blobs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+from blake3 import blake3
+
+from casfs.backup import BackupOptions, BackupResult, back_up
+from casfs.check import Checker
+from casfs.cli.backing import exit_code
+from casfs.monitor import Problem, RecordingMonitor
+from casfs.repository import Repository
+from casfs.restore import RestoreOptions, Restorer
+from casfs.store.store import pack_name
+from casfs.tree import Node
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A published snapshot, with what was told while it was made."""
+
+    repository: Repository
+    result: BackupResult
+    problems: list[Problem]
+
+    @property
+    def exit(self) -> int:
+        return exit_code(self.result, changed_ok=False)
+
+    @property
+    def flagged(self) -> int:
+        assert self.result.snapshot.root.tree is not None
+        return self.result.snapshot.root.tree.flagged
+
+    def node(self, path: Path) -> Node | None:
+        """Look up the entry of a source in the snapshot."""
+        root = self.result.snapshot.root
+        return self.repository.trees.resolve(root, os.fsencode(path).lstrip(b"/"))
+
+    def file(self, path: Path) -> Node:
+        node = self.node(path)
+        assert node is not None
+        return node
+
+    def problem(self, path: Path) -> Problem | None:
+        """Return the one thing that was told of a source, None where nothing was."""
+        told = [
+            problem
+            for problem in self.problems
+            if problem.path.strip(b"/") == os.fsencode(path).strip(b"/")
+        ]
+        assert len(told) <= 1, told
+        return told[0] if told else None
+
+    def restore(self, target: Path) -> Path:
+        """Restore everything and return where the root of the file system is then."""
+        root = self.result.snapshot.root
+        restorer = Restorer(self.repository, RestoreOptions(verify=True), RecordingMonitor())
+        result = restorer.restore(b"", root, os.fsencode(target), False)
+        assert (result.damaged, result.failed) == (0, 0)
+        return target
+
+
+class Keeper:
+    """A repository of one test."""
+
+    def __init__(self, repository: Repository) -> None:
+        self.repository = repository
+
+    def back_up(self, *paths: Path, **options: Any) -> Kept:
+        monitor = RecordingMonitor()
+        sources = tuple(os.fsencode(path) for path in paths)
+        result = back_up(self.repository, BackupOptions(sources, **options), monitor)
+        return Kept(self.repository, result, monitor.problems)
+
+    def assert_is_sound(self) -> None:
+        """Require that a full check finds nothing, and that every index entry tells the truth.
+
+        The second is asked of the packs' own bytes, without the code that reads blobs.
+        """
+        result = Checker(self.repository, RecordingMonitor()).check(read_data=True)
+        assert result.damage == []
+        store = self.repository.store
+        found = 0
+        for digest, place in store.index.blobs():
+            name = pack_name(store.index.pack_id(place.pack))
+            payload = store.storage.read(name, place.offset, place.stored_bytes)
+            assert len(payload) == place.stored_bytes
+            plain = zstandard.decompress(payload) if place.codec else bytes(payload)
+            assert len(plain) == place.plain_bytes
+            assert blake3(plain).digest() == digest, f"poisoned: {digest.hex()}"
+            found += 1
+        assert found > 0
+
+
+@contextmanager
+def keeper(folder: Path) -> Iterator[Keeper]:
+    """Make a repository and open it for backups."""
+    Repository.create(folder)
+    with Repository.open(folder, "test", sync=False) as repository:
+        yield Keeper(repository)

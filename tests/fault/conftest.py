@@ -1,0 +1,37 @@
+"""What the tests of failures share: the scripted source, and a repository in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from casfs import capture
+
+from .capturing import Keeper, keeper
+from .scripted_source import ScriptedSource, scripted_source
+
+
+@pytest.fixture(scope="session")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedSource]:
+    """The mounted file system of this worker; the tests that use it are marked `fuse`."""
+    with scripted_source(tmp_path_factory.mktemp("scripted") / "mnt") as source:
+        yield source
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Keeper]:
+    """A repository, in memory where there is room for that: nothing here is about what syncs do."""
+    memory = Path("/dev/shm")
+    parent = memory if os.access(memory, os.W_OK) else tmp_path
+    with TemporaryDirectory(dir=parent) as folder, keeper(Path(folder) / "repository") as found:
+        yield found
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Further attempts follow at once: what changes a file does not depend on time."""
+    monkeypatch.setattr(capture, "FIRST_PAUSE_S", 0.0)

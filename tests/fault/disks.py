@@ -1,0 +1,91 @@
+"""Real file systems on loop devices, and a writer that never stops."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+MIB = 1 << 20
+
+_MAKE = {
+    "xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"],
+    "btrfs": ["mkfs.btrfs", "-q"],
+    "ext4": ["mkfs.ext4", "-q", "-m", "0"],
+}
+
+
+@contextmanager
+def fresh_disk(folder: Path, kind: str, size: int = 512 * MIB) -> Iterator[Path]:
+    """Mount an empty file system of a kind; mount and loop device are gone afterwards."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: it mounts a disk")
+    image, at = folder / f"{kind}.img", folder / kind
+    at.mkdir()
+    with image.open("wb") as file:
+        file.truncate(size)
+    subprocess.run([*_MAKE[kind], str(image)], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(at)], check=True)
+    try:
+        yield at
+    finally:
+        for command in (["umount", str(at)], ["umount", "-l", str(at)]):
+            if os.path.ismount(at):
+                subprocess.run(command, capture_output=True, check=False)
+        _wait_until_detached(image)
+        image.unlink()
+
+
+def _wait_until_detached(image: Path) -> None:
+    end = time.monotonic() + 60
+    while True:
+        shown = subprocess.run(["losetup", "-j", str(image)], capture_output=True, check=True)
+        if not shown.stdout.strip():
+            return
+        assert time.monotonic() < end, f"the loop device of {image} is not free"
+        time.sleep(0.05)
+
+
+_WRITER = """
+import itertools, os, struct, sys, time
+fd, size, pause_s = os.open(sys.argv[1], os.O_RDWR), int(sys.argv[2]), float(sys.argv[3])
+for generation in itertools.count(2):
+    try:
+        os.pwrite(fd, struct.pack("<Q", generation) * (size // 8), 0)
+    except OSError:
+        pass  # the disk is full
+    if generation == 3:
+        print("writing", flush=True)
+    if pause_s:
+        time.sleep(pause_s * (generation % 8))
+"""
+
+
+@contextmanager
+def endless_writer(file: Path, size: int, pause_s: float = 0.0) -> Iterator[None]:
+    """Have a process write a file over and over, in place and each time with one call.
+
+    All 8-byte words of the file are the number of the generation. Between two of them are up to
+    seven pauses.
+    """
+    file.write_bytes((1).to_bytes(8, "little") * (size // 8))
+    command = [sys.executable, "-c", _WRITER, str(file), str(size), str(pause_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as writer:
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"writing\n"
+            yield
+            assert writer.poll() is None, "the writer stopped by itself"
+        finally:
+            writer.kill()
+
+
+def generations(data: bytes) -> set[bytes]:
+    """Return the generations that a capture of such a file holds."""
+    return {data[place : place + 8] for place in range(0, len(data), 512)}

@@ -1,0 +1,369 @@
+"""How hard a capture tries: attempts, patience, the last look, clocks too coarse to show a change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+
+from casfs.digest import Digest
+from casfs.monitor import ProblemKind
+from casfs.tree import Reason, State, capture_of, captured_digest
+
+from .capturing import Keeper
+from .scripted_source import ScriptedSource, content
+
+pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("no_pauses")]
+
+SMALL = 100_000
+LARGE = 2_000_000
+
+
+def rewritten(*openings: int, where: str = "between", reading: int = 1) -> list[dict[str, Any]]:
+    """Tell a script that rewrites the file at these openings (0: at each)."""
+    return [
+        {
+            "opening": opening,
+            "reading": reading,
+            "where": where,
+            "change": "rewrite",
+            "seed": f"version {opening} ",
+        }
+        for opening in openings
+    ]
+
+
+def changing(size: int = SMALL, *openings: int) -> dict[str, Any]:
+    return {"seed": "old", "size": size, "rules": rewritten(*(openings or (0,)))}
+
+
+def openings(scripted: ScriptedSource, file: Path) -> int:
+    return max((opening for opening, _ in scripted.served(file)), default=0)
+
+
+def reads(scripted: ScriptedSource, file: Path) -> int:
+    return len(scripted.served(file))
+
+
+class TestAttempts:
+    @pytest.mark.parametrize(("attempts", "made"), [(1, 1), (2, 3), (3, 4), (5, 6)])
+    def test_are_made_as_often_as_allowed_and_once_more_at_the_end(
+        self, scripted: ScriptedSource, kept: Keeper, attempts: int, made: int
+    ) -> None:
+        file = scripted.scene({"file": changing()}) / "file"
+        backup = kept.back_up(file.parent, attempts=attempts)
+        assert openings(scripted, file) == made
+        capture = capture_of(backup.file(file))
+        assert capture is not None and capture.attempts == made
+        assert (backup.flagged, backup.exit) == (1, 4)
+        problem = backup.problem(file)
+        assert problem is not None and problem.details["attempts"] == made
+
+    def test_end_with_the_first_that_is_stable(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        file = scripted.scene({"file": changing(SMALL, 1)}) / "file"
+        backup = kept.back_up(file.parent, attempts=10)
+        assert openings(scripted, file) == 2
+        assert (backup.flagged, backup.exit, backup.problems) == (0, 0, [])
+
+    def test_that_were_thrown_away_store_nothing_of_a_small_file(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        file = scripted.scene({"file": changing(SMALL, 1, 2)}) / "file"
+        backup = kept.back_up(file.parent)
+        served = scripted.served(file)
+        stored = [
+            kept.repository.store.index.lookup(Digest(bytes.fromhex(served[opening, 1][0])))
+            for opening in (1, 2, 3)
+        ]
+        assert [place is not None for place in stored] == [False, False, True]
+        assert captured_digest(backup.file(file)) == bytes.fromhex(served[3, 1][0])
+
+    def test_keep_a_prefix_rather_than_try_for_more(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        rule = {"opening": 0, "reading": 1, "where": "after", "change": "append", "size": 10}
+        file = scripted.scene({"file": {"seed": "old", "size": SMALL, "rules": [rule]}}) / "file"
+        backup = kept.back_up(file.parent)
+        assert openings(scripted, file) == 1
+        assert backup.file(file).state == State.APPENDED
+        assert (backup.flagged, backup.exit) == (0, 0)
+
+    def test_take_a_prefix_over_a_mixture_that_was_captured_before(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        append = {"opening": 2, "reading": 1, "where": "after", "change": "append", "size": 10}
+        told = {"seed": "old", "size": SMALL, "rules": [*rewritten(1), append]}
+        file = scripted.scene({"file": told}) / "file"
+        backup = kept.back_up(file.parent)
+        assert openings(scripted, file) == 2
+        node = backup.file(file)
+        capture = capture_of(node)
+        assert capture is not None
+        assert (node.state, capture.reason, capture.attempts) == (State.APPENDED, Reason.GREW, 2)
+        assert captured_digest(node) == blake3(content("version 1 ", SMALL)).digest()
+
+    def test_keep_the_whole_file_that_was_replaced_when_its_successor_never_holds_still(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        replaced = {
+            "opening": 1,
+            "reading": 1,
+            "where": "after",
+            "change": "rename over",
+            "seed": "successor",
+            "size": SMALL,
+        }
+        told = {"seed": "old", "size": SMALL, "rules": [replaced, *rewritten(2, 3)]}
+        file = scripted.scene({"file": told}) / "file"
+        backup = kept.back_up(file.parent)
+        node = backup.file(file)
+        capture = capture_of(node)
+        assert capture is not None
+        found = (node.state, capture.reason, capture.attempts)
+        assert found == (State.STABLE, Reason.REPLACED, 3)
+        assert captured_digest(node) == blake3(content("old", SMALL)).digest()
+
+    def test_keep_what_there_is_when_the_file_can_no_longer_be_opened(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        script = [*rewritten(1), {**rewritten(1, where="after")[0], "change": "chmod"}]
+        file = scripted.scene({"file": {"seed": "old", "size": SMALL, "rules": script}}) / "file"
+        backup = kept.back_up(file.parent)
+        node = backup.file(file)
+        assert node.state == State.CHANGED
+        assert backup.exit == 4
+        digest = captured_digest(node)
+        assert digest is not None
+        assert scripted.served(file)[1, 1][0] == digest.hex()
+
+
+class TestTheLastLook:
+    def test_takes_a_file_back_from_the_flagged_ones(
+        self, scripted: ScriptedSource, kept: Keeper, tmp_path: Path
+    ) -> None:
+        told = {
+            "a": {"seed": "a", "size": 10},
+            "file": changing(LARGE, 1, 2, 3),
+            "never": changing(SMALL, 0),
+            "z": {"seed": "z", "size": 10},
+        }
+        scene = scripted.scene(told)
+        backup = kept.back_up(scene)
+        node = backup.file(scene / "file")
+        capture = capture_of(node)
+        assert capture is not None
+        found = (node.state, capture.reason, capture.attempts, capture.observed)
+        assert found == (State.STABLE, Reason.REWRITTEN, 4, None)
+        assert backup.flagged == 1
+        assert [problem.path.rpartition(b"/")[2] for problem in backup.problems] == [b"never"]
+        stats = backup.result.snapshot.stats
+        assert (stats.files, stats.unreadable, stats.vanished) == (4, 0, 0)
+        restored = backup.restore(tmp_path / "target") / scene.relative_to("/")
+        assert (restored / "file").read_bytes() == content("version 3 ", LARGE)
+        assert (restored / "a").read_bytes() == content("a", 10)
+        assert (restored / "z").read_bytes() == content("z", 10)
+        kept.assert_is_sound()
+
+    def test_keeps_what_was_captured_of_a_file_that_is_gone_by_then(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        gone = {"opening": 3, "reading": 2, "where": "after", "change": "unlink"}
+        told = {"seed": "old", "size": SMALL, "rules": [*rewritten(1, 2, 3), gone]}
+        file = scripted.scene({"file": told}) / "file"
+        backup = kept.back_up(file.parent)
+        node = backup.file(file)
+        capture = capture_of(node)
+        assert capture is not None
+        assert (node.state, capture.attempts) == (State.CHANGED, 3)
+        problem = backup.problem(file)
+        assert problem is not None and problem.kind == ProblemKind.CHANGED
+
+    def test_is_not_had_by_a_dry_run_which_tells_what_it_found_all_the_same(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        file = scripted.scene({"file": changing(SMALL, 0)}) / "file"
+        backup = kept.back_up(file.parent, dry_run=True)
+        assert openings(scripted, file) == 3
+        problem = backup.problem(file)
+        assert problem is not None and problem.details["attempts"] == 3
+        assert kept.repository.store.index.blob_count() == 0
+
+    def test_finds_a_file_that_was_named_itself(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        file = scripted.scene({"file": changing(SMALL, 1, 2, 3), "other": changing()}) / "file"
+        backup = kept.back_up(file)
+        assert backup.file(file).state == State.STABLE
+        assert openings(scripted, file) == 4
+        assert backup.node(file.parent / "other") is None
+
+
+class TestPatience:
+    def test_of_nothing_allows_one_attempt(self, scripted: ScriptedSource, kept: Keeper) -> None:
+        file = scripted.scene({"file": changing()}) / "file"
+        backup = kept.back_up(file.parent, patience_s=0.0)
+        assert openings(scripted, file) == 1
+        assert backup.exit == 4
+        assert backup.problem(file) is not None
+
+    def test_that_is_spent_leaves_other_files_one_attempt_each(
+        self, scripted: ScriptedSource, kept: Keeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("casfs.capture.FIRST_PAUSE_S", 0.01)
+        scene = scripted.scene({f"file {number:02d}": changing() for number in range(20)})
+        backup = kept.back_up(scene, attempts=100, patience_s=0.1)
+        made = [openings(scripted, scene / f"file {number:02d}") for number in range(20)]
+        assert made[0] > 1
+        assert made[-1] <= 2, "one attempt in the walk, and perhaps one at the end"
+        assert sum(made) < 60
+        assert backup.flagged == 20
+
+    def test_is_not_spent_on_files_that_hold_still(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        scene = scripted.scene({"still": {"seed": "s", "size": LARGE}, "then": changing(SMALL, 1)})
+        backup = kept.back_up(scene, patience_s=1.0)
+        assert backup.flagged == 0
+
+
+class TestClocksTooCoarseToShowAChange:
+    """The file's times are those of its opening, and nothing that happens moves them."""
+
+    def test_a_rewrite_that_moves_no_timestamp_is_seen_by_the_witness(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        told = {"seed": "old", "size": SMALL, "young": True, "rules": rewritten(1)}
+        file = scripted.scene({"file": told}) / "file"
+        backup = kept.back_up(file.parent)
+        node = backup.file(file)
+        capture = capture_of(node)
+        assert capture is not None
+        found = (node.state, capture.reason, capture.attempts, node.racy)
+        assert found == (State.STABLE, Reason.REWRITTEN, 2, True)
+        assert captured_digest(node) == blake3(content("version 1 ", SMALL)).digest()
+
+    def test_a_rewrite_at_every_reading_is_flagged(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        told = {"seed": "old", "size": SMALL, "young": True, "rules": rewritten(0)}
+        file = scripted.scene({"file": told}) / "file"
+        backup = kept.back_up(file.parent)
+        assert backup.file(file).state == State.CHANGED
+        assert backup.exit == 4
+
+    def test_a_file_that_is_so_young_is_stable_and_read_again_by_the_next_backup(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        told = {"seed": "old", "size": SMALL, "young": True}
+        file = scripted.scene({"file": told}) / "file"
+        first = kept.back_up(file.parent)
+        node = first.file(file)
+        assert (node.state, node.racy, capture_of(node)) == (State.STABLE, True, None)
+        assert reads(scripted, file) == 2, "a capture and its witness"
+        second = kept.back_up(file.parent)
+        assert second.result.snapshot.stats.unchanged == 0
+        assert openings(scripted, file) == 2
+
+
+class TestTheNextBackup:
+    @pytest.mark.parametrize("change", ["append", "rewrite", "rename over", None], ids=str)
+    def test_trusts_only_what_simply_held_still(
+        self, scripted: ScriptedSource, kept: Keeper, change: str | None
+    ) -> None:
+        rule = {"opening": 1, "reading": 1, "where": "after", "change": change, "size": SMALL}
+        told = {"seed": "old", "size": SMALL, "rules": [rule] if change else []}
+        file = scripted.scene({"file": told}) / "file"
+        first = kept.back_up(file.parent, attempts=1)
+        expected = {"append": State.APPENDED, "rewrite": State.CHANGED}
+        assert first.file(file).state == expected.get(str(change), State.STABLE)
+        before = openings(scripted, file)
+        second = kept.back_up(file.parent)
+        assert openings(scripted, file) == before + (change is not None)
+        assert second.result.snapshot.stats.unchanged == (change is None)
+        node = second.file(file)
+        assert node.state == State.STABLE
+        third = kept.back_up(file.parent)
+        assert third.result.snapshot.stats.unchanged == 1
+
+
+class TestWhatStatSays:
+    def test_a_file_that_goes_on_behind_its_size_is_read_no_further(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        told = {"seed": "endless", "size": LARGE, "told_size": SMALL}
+        file = scripted.scene({"file": told}) / "file"
+        node = kept.back_up(file.parent).file(file)
+        assert (node.state, node.size) == (State.STABLE, SMALL)
+        assert captured_digest(node) == blake3(content("endless", LARGE)[:SMALL]).digest()
+
+    def test_a_file_that_ends_before_its_size_is_as_long_as_what_was_read(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        told = {"seed": "short", "size": SMALL, "told_size": LARGE}
+        file = scripted.scene({"file": told}) / "file"
+        node = kept.back_up(file.parent).file(file)
+        assert (node.state, node.size) == (State.STABLE, SMALL)
+        assert reads(scripted, file) == 2, "only a witness could say that this is all"
+
+
+class TestSeveralFiles:
+    def test_what_cannot_be_read_outranks_what_changed(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
+        broken = {"opening": 0, "reading": 1, "where": "between", "change": "read error"}
+        scene = scripted.scene(
+            {
+                "a": {"seed": "a", "size": 10},
+                "broken": {"seed": "b", "size": LARGE, "rules": [broken]},
+                "changes": changing(),
+                "z": {"seed": "z", "size": LARGE},
+            }
+        )
+        backup = kept.back_up(scene)
+        assert (backup.exit, backup.flagged) == (3, 1)
+        stats = backup.result.snapshot.stats
+        assert (stats.files, stats.unreadable) == (3, 1)
+        assert {problem.kind for problem in backup.problems} == {
+            ProblemKind.UNREADABLE,
+            ProblemKind.CHANGED,
+        }
+        assert captured_digest(backup.file(scene / "z")) == blake3(content("z", LARGE)).digest()
+        kept.assert_is_sound()
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["one chunk", "many chunks"])
+@pytest.mark.parametrize("order", ["changing first", "true one first"])
+@pytest.mark.parametrize("where", ["between", "after"])
+def test_a_file_that_changed_poisons_no_file_that_has_its_old_content(
+    scripted: ScriptedSource, kept: Keeper, tmp_path: Path, size: int, order: str, where: str
+) -> None:
+    """What Brackup got wrong: digests of one read stored with the data of another."""
+    names = ("1 changes", "2 true") if order == "changing first" else ("2 changes", "1 true")
+    changes, true = names
+    script = [{**rule, "seed": "B"} for rule in rewritten(1, where=where)]
+    scene = scripted.scene({changes: {"seed": "A", "size": size, "rules": script}})
+    first = kept.back_up(scene, attempts=1)
+    later = scripted.scene({true: {"seed": "A", "size": size}, "b": {"seed": "B", "size": size}})
+    second = kept.back_up(later)
+    both = scripted.scene(
+        {
+            changes: {"seed": "A", "size": size, "rules": script},
+            true: {"seed": "A", "size": size},
+        }
+    )
+    third = kept.back_up(both, attempts=1)
+    kept.assert_is_sound()
+
+    captured, _ = scripted.served(scene / changes)[1, 1]
+    restored = first.restore(tmp_path / "first") / scene.relative_to("/") / changes
+    assert blake3(restored.read_bytes()).hexdigest() == captured
+    restored = second.restore(tmp_path / "second") / later.relative_to("/")
+    assert (restored / true).read_bytes() == content("A", size)
+    assert (restored / "b").read_bytes() == content("B", size)
+    restored = third.restore(tmp_path / "third") / both.relative_to("/")
+    assert (restored / true).read_bytes() == content("A", size)
+    assert blake3((restored / changes).read_bytes()).hexdigest() == captured

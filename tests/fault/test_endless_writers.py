@@ -1,0 +1,67 @@
+"""A writer that never stops, read without freezing: a mixture is never called stable."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from casfs.capture import Capturer, Patience
+from casfs.digest import Digest, digest_of
+from casfs.freeze import Freeze, Freezer
+from casfs.reading import FileReader
+from casfs.source import open_directory
+from casfs.store.blob import BlobKind
+from casfs.tree import State, capture_of, captured_digest
+
+from .capturing import Keeper
+from .disks import MIB, endless_writer, generations
+from .interposing import Reads
+
+pytestmark = [pytest.mark.slow]
+
+CAPTURES = 200
+STEP = 16 * 1024
+
+
+@pytest.mark.parametrize(("size", "pause_s"), [(MIB, 0.0), (MIB, 0.002)])
+def test_no_mixture_of_two_generations_is_ever_called_stable(
+    kept: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, pause_s: float
+) -> None:
+    """Pauses between the generations give captures a chance; those that take it must be whole.
+
+    Reads come in small steps, so that the writer gets between them.
+    """
+    blobs: dict[bytes, bytes] = {}
+
+    def put(kind: BlobKind, digest: Digest, plain: bytes) -> None:
+        blobs[digest] = plain
+
+    states: Counter[State] = Counter()
+    disturbed = 0
+    folder = tmp_path / "source"
+    folder.mkdir()
+    with endless_writer(folder / "file", size, pause_s):
+        fd = open_directory(None, bytes(folder))
+        Reads(monkeypatch, STEP).watch(folder / "file", lambda _: None)
+        for _ in range(CAPTURES):
+            reader = FileReader(kept.repository.chunker(), put, digest_of)
+            capturer = Capturer(reader, Freezer(Freeze.NEVER), Patience(10), 2, lambda _: None)
+            node = capturer.capture(fd, b"file")
+            data = b"".join(
+                blobs[extent.digest]
+                for extent in kept.repository.content(node).extents()
+                if extent.digest is not None
+            )
+            assert len(data) == node.size == size
+            assert digest_of(data) == captured_digest(node)
+            held = generations(data)
+            states[State(node.state)] += 1
+            disturbed += capture_of(node) is not None
+            if node.state == State.STABLE:
+                assert len(held) == 1, "a mixture is called stable"
+    assert sum(states.values()) == CAPTURES
+    assert disturbed > 0, "the writer never disturbed a capture"
+    if pause_s:
+        assert states[State.STABLE] > 0, "no capture found a pause"

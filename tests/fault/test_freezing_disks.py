@@ -1,0 +1,166 @@
+"""Freezing on file systems that can: what is captured while a writer never stops."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from casfs.freeze import Freeze
+from casfs.monitor import ProblemKind
+from casfs.tree import Reason, State, capture_of
+
+from .capturing import Keeper
+from .disks import MIB, endless_writer, fresh_disk, generations
+from .interposing import Reads
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("disks")]
+
+SIZE = 4 * MIB
+
+
+@pytest.fixture(scope="module", params=["xfs", "btrfs"])
+def disk(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    with fresh_disk(tmp_path_factory.mktemp("disks"), request.param) as found:
+        yield found
+
+
+@pytest.fixture
+def folder(disk: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    found = disk / f"{abs(hash(request.node.name)):x}"
+    found.mkdir()
+    yield found
+    subprocess.run(["rm", "-rf", str(found)], check=True)
+
+
+@pytest.mark.parametrize("freeze", [Freeze.AUTO, Freeze.REQUIRE])
+def test_a_file_that_is_written_without_end_is_captured_as_it_was_at_one_instant(
+    kept: Keeper, tmp_path: Path, folder: Path, freeze: Freeze
+) -> None:
+    file = folder / "file"
+    seen = set()
+    with endless_writer(file, SIZE):
+        for number in range(25):
+            backup = kept.back_up(folder, freeze=freeze)
+            node = backup.file(file)
+            assert (node.state, node.size) == (State.STABLE, SIZE)
+            assert (backup.exit, backup.problems) == (0, [])
+            restored = backup.restore(tmp_path / str(number)) / file.relative_to("/")
+            held = generations(restored.read_bytes())
+            assert len(held) == 1, "the clone is a mixture"
+            seen |= held
+            restored.unlink()
+    assert len(seen) > 3, "the writer did not write"
+    kept.assert_is_sound()
+
+
+def test_nothing_of_a_clone_is_ever_seen_and_no_timestamp_moves(kept: Keeper, folder: Path) -> None:
+    file = folder / "file"
+    file.write_bytes(b"held" * MIB)
+    os.utime(file, ns=(1, 2))
+    before = file.stat(), folder.stat()
+    backup = kept.back_up(folder, freeze=Freeze.REQUIRE)
+    assert (file.stat(), folder.stat()) == before
+    assert os.listdir(folder) == ["file"]
+    node = backup.file(folder)
+    assert node.tree is not None
+    assert [found.name for found in kept.repository.trees.nodes(node.tree)] == [b"file"]
+    assert backup.file(file).mtime_ns == 2
+
+
+def test_an_old_file_that_changes_while_it_is_read_is_cloned_then(
+    kept: Keeper, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = folder / "file"
+    file.write_bytes(bytes(MIB))
+    monkeypatch.setattr("casfs.freeze.Freezer.is_due", lambda *_: False)
+    reads = Reads(monkeypatch)
+
+    def rewrite(count: int) -> None:
+        file.write_bytes(count.to_bytes(8, "little") * (MIB // 8))
+
+    reads.watch(file, rewrite)
+    backup = kept.back_up(folder)
+    node = backup.file(file)
+    capture = capture_of(node)
+    assert capture is not None
+    found = (node.state, capture.reason, capture.attempts)
+    assert found == (State.STABLE, Reason.REWRITTEN, 2)
+    restored = backup.restore(tmp_path / "target") / file.relative_to("/")
+    assert restored.read_bytes() == file.read_bytes()
+
+
+def test_holes_of_a_clone_are_holes(kept: Keeper, tmp_path: Path, folder: Path) -> None:
+    file = folder / "file"
+    with file.open("wb") as opened:
+        opened.write(b"head" * 1000)
+        opened.truncate(64 * MIB)
+    backup = kept.back_up(folder, freeze=Freeze.REQUIRE)
+    node = backup.file(file)
+    assert (node.size, node.state) == (64 * MIB, State.STABLE)
+    assert backup.result.snapshot.stats.new_plain_bytes < MIB
+    restored = backup.restore(tmp_path / "target") / file.relative_to("/")
+    assert restored.stat().st_blocks * 512 < MIB
+    assert restored.read_bytes() == file.read_bytes()
+
+
+def test_a_file_that_btrfs_never_copies_on_write_is_cloned_too(kept: Keeper, folder: Path) -> None:
+    if "btrfs" not in str(folder):
+        pytest.skip("only btrfs has such files")
+    file = folder / "file"
+    file.touch()
+    subprocess.run(["chattr", "+C", str(file)], check=True)
+    file.write_bytes(b"database" * 1000)
+    backup = kept.back_up(folder, freeze=Freeze.REQUIRE)
+    assert (backup.exit, backup.problems) == (0, [])
+    assert backup.file(file).size == 8000
+
+
+def test_a_full_disk_falls_back_quietly(kept: Keeper, disk: Path, folder: Path) -> None:
+    file = folder / "file"
+    with endless_writer(file, SIZE, 0.001):
+        filler = disk / "filler"
+        try:
+            fill(filler)
+            backup = kept.back_up(folder)
+            assert backup.result.snapshot.stats.unreadable == 0
+            assert backup.file(file).size == SIZE
+            assert os.listdir(folder) == ["file"]
+        finally:
+            filler.unlink()
+
+
+def fill(file: Path) -> None:
+    """Write until the disk is full."""
+    with file.open("wb", buffering=0) as opened:
+        for size in (MIB, 4096):
+            try:
+                while True:
+                    opened.write(bytes(size))
+            except OSError:
+                continue
+
+
+def test_a_disk_that_is_mounted_read_only_is_read_without_clones(
+    kept: Keeper, disk: Path, folder: Path
+) -> None:
+    file = folder / "file"
+    file.write_bytes(b"read only" * 1000)
+    subprocess.run(["sync", "-f", str(disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    try:
+        auto = kept.back_up(folder)
+        require = kept.back_up(folder, freeze=Freeze.REQUIRE, use_parent=False)
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    assert (auto.exit, auto.problems, auto.file(file).size) == (0, [], 9000)
+    problem = require.problem(file)
+    assert problem is not None and problem.kind == ProblemKind.UNREADABLE
+    assert "frozen" in problem.message
+    assert require.exit == 3
+    assert require.node(file) is None
