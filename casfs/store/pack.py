@@ -113,6 +113,8 @@ def parse_directory(pack: PackId, data: bytes, digest: Digest, end: int) -> list
     """
     if digest_of(data) != digest:
         raise PackError(pack, "its directory does not have its digest")
+    if len(data) % ENTRY.size:
+        raise PackError(pack, "its directory has an impossible size")
     fields = list(ENTRY.iter_unpack(data))
     offset = end - sum(RECORD.size + stored_bytes for _, stored_bytes, *_ in fields)
     if offset < HEADER.size:
