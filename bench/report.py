@@ -176,6 +176,8 @@ def _time_cell(run: Run, corpus: str, work: Work, program: str) -> str:
     if wall is None:
         return ""
     text = _spread_text(wall)
+    if wall.count < run.repeat:
+        text += f" [{wall.count} of {run.repeat}]"
     sizes = [each.work_bytes for each in run.select(corpus, work, program) if each.work_bytes]
     if work in (Work.READ, Work.READ_AGAIN) and sizes:
         text += f" = {_bytes_text(sizes[-1] / wall.median)}/s"
@@ -193,7 +195,11 @@ def _cost_cell(run: Run, corpus: str, work: Work, program: str) -> str:
     if cpu is None:
         return ""
     peak = max(each.peak_bytes for each in samples)
-    return f"{_seconds_text(cpu.median)}, {peak / 1e6:.0f} MB"
+    text = f"{_seconds_text(cpu.median)}, {peak / 1e6:.0f} MB"
+    own = spread(each.cpu_s for each in run.select(corpus, work, CASFS))
+    if own is not None and program != CASFS and cpu.median > 0:
+        text += f" **{own.median / cpu.median:.2f}**"
+    return text
 
 
 def _verdicts(run: Run, aims: Iterable[Aim]) -> str:

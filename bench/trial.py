@@ -190,25 +190,24 @@ class BackupTrial:
     def _mounted(self) -> Iterator[Mounted]:
         mountpoint = self._stage.scratch.make(f"mount-{self._program.name}")
         command = self._program.mount(self._home, f"backup-{self._backups}", mountpoint)
-        inside = _below(self._program.mounted_root(mountpoint), self._stage.source)
         self._stage.cache.drop()
         try:
             started = time.perf_counter()
             if self._program.mount_stays:
                 # The readers' output goes elsewhere while the server's is still being written.
                 with Child(command, self._stage.scratch.folder / "server.log") as child:
-                    yield self._await_mount(mountpoint, inside, started, child)
+                    self._await_mount(mountpoint, started, child)
+                    yield self._look_inside(mountpoint, started, 0.0)
                     self._unmount(mountpoint)
             else:
-                run(command, self._stage.log, MOUNT_TIMEOUT_S)
-                yield self._await_mount(mountpoint, inside, started, None)
+                launch = run(command, self._stage.log, MOUNT_TIMEOUT_S)
+                self._await_mount(mountpoint, started, None)
+                yield self._look_inside(mountpoint, started, launch.cpu_s)
                 self._unmount(mountpoint)
         finally:
             self._stage.scratch.remove(mountpoint)
 
-    def _await_mount(
-        self, mountpoint: Path, inside: Path, started: float, child: Child | None
-    ) -> Mounted:
+    def _await_mount(self, mountpoint: Path, started: float, child: Child | None) -> None:
         deadline = started + MOUNT_TIMEOUT_S
         while mountpoint not in mounts_below(mountpoint):
             if child is not None and not child.running():
@@ -216,13 +215,17 @@ class BackupTrial:
             if time.perf_counter() > deadline:
                 raise TrialError(f"{mountpoint} was not mounted in {MOUNT_TIMEOUT_S:.0f} s")
             time.sleep(POLL_S)
-        # Usable is a mount whose tree answers; some programs load the snapshot only now.
+
+    def _look_inside(self, mountpoint: Path, started: float, launch_cpu_s: float) -> Mounted:
+        """Return the mount once its tree answers; some programs load the snapshot only then."""
+        inside = _below(self._program.mounted_root(mountpoint), self._stage.source)
         look = Command(("stat", str(inside)))
         run(look, self._stage.scratch.folder / "look.log", MOUNT_TIMEOUT_S)
         wall_s = time.perf_counter() - started
         pids = server_pids(mountpoint)
         cost = server_usage(pids)
-        return Mounted(inside, pids, Usage(wall_s, cost.cpu_s, cost.peak_bytes, 0.0))
+        usage = Usage(wall_s, launch_cpu_s + cost.cpu_s, cost.peak_bytes, 0.0)
+        return Mounted(inside, pids, usage)
 
     def _unmount(self, mountpoint: Path) -> None:
         pids = server_pids(mountpoint)

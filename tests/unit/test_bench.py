@@ -51,7 +51,7 @@ def a_sample(work: Work, program: str, wall_s: float, repetition: int = 1) -> Sa
 def a_run(*samples: Sample) -> Run:
     return Run(
         started="2026-01-02 03:04 +0000",
-        repeat=3,
+        repeat=max((sample.repetition for sample in samples), default=1),
         quick=False,
         finished=True,
         machine=MACHINE,
@@ -94,7 +94,7 @@ def test_a_rate_aim_wants_the_reference_to_take_at_least_so_many_times_longer() 
 
 def test_an_aim_is_judged_by_medians_and_not_by_the_luckiest_repetition() -> None:
     times = (1.0, 9.0, 9.0)
-    own = [a_sample(Work.FIRST, "casfs", wall, n) for n, wall in enumerate(times)]
+    own = [a_sample(Work.FIRST, "casfs", wall, n) for n, wall in enumerate(times, 1)]
     found = a_run(*own, a_sample(Work.FIRST, "borg", 10.0))
     assert the_aim("first light", Work.FIRST, "borg").value(found) == pytest.approx(0.9)
 
@@ -152,11 +152,11 @@ def test_every_aim_names_a_work_that_is_done_on_its_corpus() -> None:
 
 
 def test_the_report_shows_median_spread_ratio_and_verdict_of_a_work() -> None:
-    own = [a_sample(Work.FIRST, "casfs", wall, n) for n, wall in enumerate((4.0, 5.0, 7.0))]
+    own = [a_sample(Work.FIRST, "casfs", wall, n) for n, wall in enumerate((4.0, 5.0, 7.0), 1)]
     report = render_report(a_run(*own, a_sample(Work.FIRST, "borg", 10.0)))
     row = report.splitlines()[report.splitlines().index("| --- | --- | --- | --- |") + 1]
     assert "5.00 s (4.00–7.00)" in row
-    assert "10.0 s **0.50**" in row
+    assert "10.0 s [1 of 3] **0.50**" in row
     assert "≤ 0.70 × borg: met" in row
     assert "≤ 0.40 × borg: missed" in row
 
@@ -187,6 +187,13 @@ def test_the_report_says_when_a_run_was_cut_short_or_something_failed() -> None:
     assert "restic failed in `real`, `find` on a fresh mount (cold) (repetition 2): it hung" in (
         report
     )
+
+
+def test_a_cell_with_fewer_repetitions_than_were_asked_for_says_so() -> None:
+    own = [a_sample(Work.FIRST, "casfs", 5.0, n) for n in (1, 2, 3)]
+    report = render_report(a_run(*own, a_sample(Work.FIRST, "borg", 10.0)))
+    assert "10.0 s [1 of 3]" in report
+    assert "5.00 s (5.00–5.00) |" in report
 
 
 def test_the_report_says_how_many_measurements_were_disturbed() -> None:

@@ -198,9 +198,13 @@ class TestLevels:
         assert {digest for digest in told if digest in memory.blobs} == set(memory.blobs)
         assert told.index(parse_records(content)[0][1]) == 0  # type: ignore[arg-type]
 
-    def test_beyond_the_bound_are_refused(self, memory: Memory) -> None:
+    def test_beyond_the_bound_are_refused(
+        self, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(content_module, "MAX_PIECE_LEVELS", 3)
+        assert write(memory, [(1, b"\x01" * 32)] * 4**3)[1] == 3
         with pytest.raises(TreeError, match="more chunks than the format can list"):
-            write(memory, [(1, b"\x01" * 32)] * 300_000)
+            write(memory, [(1, b"\x01" * 32)] * 4**5)
 
 
 class TestLies:
