@@ -65,8 +65,8 @@ def _refuse_other_source(root: Place, path: bytes) -> None:
             source = os.path.normpath(os.path.join(place.source, *names[depth:]))
             if source != path and os.path.abspath(source) != os.path.abspath(path):
                 raise UsageError(
-                    f"{shown(source)} and {shown(path)} would have the same path in the snapshot; "
-                    "back them up apart"
+                    f"{shown(place.source)} and {shown(path)} are different places that would share "
+                    "a path in the snapshot; back them up apart"
                 )
         if depth < len(names):
             place = place.below[names[depth]]

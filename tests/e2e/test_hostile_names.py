@@ -133,7 +133,7 @@ def test_hostile_names_can_be_asked_for_and_come_back(
     repository: Casfs, hostile: bytes, tmp_path: Path
 ) -> None:
     repository.backup(hostile)
-    for name in NAMES:
+    for name in (*NAMES[::4], FORGED_LINE):
         found = repository.run("dump", b"latest:" + hostile + b"/" + name)
         assert found.out == b"content of " + name
     repository.run("restore", "latest", "--target", tmp_path / "target")

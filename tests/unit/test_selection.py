@@ -136,7 +136,7 @@ class TestConflicts:
         ],
     )
     def test_are_refused_in_any_order(self, paths: tuple[bytes, ...]) -> None:
-        with pytest.raises(UsageError, match="same path in the snapshot"):
+        with pytest.raises(UsageError, match="share a path in the snapshot"):
             select(list(paths))
 
     def test_are_no_matter_on_the_way(self) -> None:
