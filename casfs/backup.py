@@ -276,7 +276,7 @@ def _names(numbers: set[int], name_of: Callable[[int], str]) -> tuple[tuple[int,
     found = []
     for number in sorted(numbers)[:MAX_OWNER_NAMES]:
         try:
-            found.append((number, name_of(number)))
+            found.append((number, _unicode(name_of(number))))
         except (KeyError, OverflowError):
             continue
     return tuple(found)
@@ -284,6 +284,11 @@ def _names(numbers: set[int], name_of: Callable[[int], str]) -> tuple[tuple[int,
 
 def _user_name() -> str:
     try:
-        return getpass.getuser()
+        return _unicode(getpass.getuser())
     except (KeyError, OSError):
         return str(os.getuid())
+
+
+def _unicode(name: str) -> str:
+    """Return a name of an account in which bytes that are not UTF-8 are escaped: it is there for people."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

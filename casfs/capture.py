@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from casfs.freeze import Freezer
 from casfs.reading import FileReader, Reading
-from casfs.source import Xattrs, make_extra, open_file, read_xattrs
+from casfs.source import Xattrs, make_extra, open_file, read_xattrs, storable_time
 from casfs.tree import Capture, Extra, Kind, Node, Reason, State, capture_of, replace
 from casfs.witness import digest_again
 
@@ -374,8 +374,8 @@ def _make_node(
         stat.S_IMODE(st.st_mode),
         st.st_uid,
         st.st_gid,
-        st.st_mtime_ns,
-        st.st_ctime_ns,
+        storable_time(st.st_mtime_ns),
+        storable_time(st.st_ctime_ns),
         st.st_ino,
         st.st_nlink or 1,  # it has lost its last name since it was opened
         reading.size,

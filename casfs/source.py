@@ -31,6 +31,12 @@ _NO_XATTRS = frozenset([errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES,
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _noatime = os.O_NOATIME
 
+_MAX_XATTRS_BYTES = 4 * 1024 * 1024
+"""Of one entry, names and values together: a node must fit into a tree blob."""
+
+_EARLIEST_NS, _LATEST_NS = -(1 << 63), (1 << 63) - 1
+"""Some file systems (tmpfs, XFS with bigtime) keep times that 64 bits of nanoseconds do not."""
+
 _FIRST_LEASE_PAUSE_S = 0.01
 _LAST_LEASE_PAUSE_S = 3.0
 """Pauses double from the one to the other: some five seconds in all."""
@@ -83,7 +89,8 @@ def list_names(fd: int) -> list[bytes]:
 def read_xattrs(where: int | bytes) -> Xattrs:
     """Return all xattrs that may be read, sorted by name; of an open file or the path of any entry.
 
-    POSIX ACLs and file capabilities are among them. Raises OSError when a value cannot be read.
+    POSIX ACLs and file capabilities are among them. Raises OSError when a value cannot be read, and where
+    all of them take more than a snapshot has room for.
     """
     follow = isinstance(where, int)
     try:
@@ -95,18 +102,32 @@ def read_xattrs(where: int | bytes) -> Xattrs:
     if not names:
         return ()
     found = []
+    total_bytes = 0
     for name in names:
         try:
-            found.append((os.fsencode(name), os.getxattr(where, name, follow_symlinks=follow)))
+            value = os.getxattr(where, name, follow_symlinks=follow)
         except OSError as error:
             if error.errno not in _NO_XATTRS:
                 raise
+            continue
+        found.append((os.fsencode(name), value))
+        total_bytes += len(name) + len(value)
+        if total_bytes > _MAX_XATTRS_BYTES:
+            raise OSError(
+                errno.E2BIG,
+                f"its extended attributes take more than {_MAX_XATTRS_BYTES >> 20} MiB together",
+            )
     return tuple(sorted(found))
 
 
 def path_of_entry(dir_fd: int, name: bytes) -> bytes:
     """Return a path by which calls that take no directory descriptor reach an entry."""
     return b"/proc/self/fd/%d/%s" % (dir_fd, name)
+
+
+def storable_time(time_ns: int) -> int:
+    """Return a time as a node can hold it: one before 1677 or after 2262 becomes the nearest that fits."""
+    return max(_EARLIEST_NS, min(time_ns, _LATEST_NS))
 
 
 def make_extra(st: os.stat_result, xattrs: Xattrs, kind: Kind) -> Extra | None:
@@ -128,8 +149,8 @@ def make_node(
         stat.S_IMODE(st.st_mode),
         st.st_uid,
         st.st_gid,
-        st.st_mtime_ns,
-        st.st_ctime_ns,
+        storable_time(st.st_mtime_ns),
+        storable_time(st.st_ctime_ns),
         st.st_ino,
         st.st_nlink,
         size=len(content),

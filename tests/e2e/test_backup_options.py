@@ -492,3 +492,22 @@ class TestStoring:
             assert process.returncode == 0, err
         assert len(repository.json("snapshots").objects) == 2
         assert repository.json("check", "--read-data").one("summary")["ok"] is True
+
+
+@pytest.mark.fuse
+def test_a_time_that_no_snapshot_can_hold_ends_no_backup(
+    repository: Casfs, tmp_path: Path
+) -> None:
+    with tmpfs(tmp_path / "memory") as memory:
+        far = memory / "far"
+        far.write_text("from the year 33658")
+        os.utime(far, ns=(10**21, 10**21))
+        assert far.stat().st_mtime_ns == 10**21
+        repository.backup(memory)
+        repository.backup(memory)
+    (node,) = repository.json("ls", f"latest:{far}").of_type("node")
+    assert node["mtime_ns"] == (1 << 63) - 1
+    repository.run("ls", "latest")
+    target = tmp_path / "target"
+    repository.run("restore", f"latest:{memory}", "--target", target)
+    assert (target / "far").read_text() == "from the year 33658"
