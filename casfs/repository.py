@@ -35,7 +35,7 @@ from casfs.store.config import (
     new_config,
 )
 from casfs.store.index import Index
-from casfs.store.lock import RepositoryLock, remove_stale_temporaries
+from casfs.store.lock import LockMode, RepositoryLock, remove_stale_temporaries
 from casfs.store.place import cached_index_path, index_path
 from casfs.store.storage import LocalStorage
 from casfs.store.store import BlobStore
@@ -113,7 +113,7 @@ class Repository:
         cls,
         root: Path,
         verb: str | None = None,
-        exclusive: bool = False,
+        mode: LockMode = LockMode.SHARED,
         level: int = DEFAULT_LEVEL,
         sync: bool = True,
         on_step: Callable[[str], None] | None = None,
@@ -128,7 +128,7 @@ class Repository:
         if verb is None:
             storage = LocalStorage(root)
             return cls(root, config, storage, _index_to_read(root, config, storage), level, None)
-        lock = RepositoryLock.acquire(root / "locks", verb, exclusive)
+        lock = RepositoryLock.acquire(root / "locks", verb, mode)
         try:
             remove_stale_temporaries(root)
             storage = LocalStorage(root, writer=lock.name, sync=sync, on_step=on_step)

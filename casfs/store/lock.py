@@ -1,7 +1,8 @@
 """Locks between processes: one small file each, held by `flock` for as long as its process lives.
 
-A lock whose file can be locked by another belongs to nobody any more and is removed. Shared locks
-(backups) go together, an exclusive one (prune) stands alone. Readers and mounts take none.
+A lock whose file can be locked by another belongs to nobody any more and is removed. What may be held at
+once is told by `LockMode`. A reader's lock keeps nobody from anything: it tells a prune that somebody
+may still read what no snapshot needs any more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import secrets
 import socket
 import time
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 
@@ -19,10 +21,31 @@ import msgspec
 from casfs.errors import LockedError, StorageError
 
 
+class LockMode(StrEnum):
+    """What a lock is for: readers go with everybody, shared ones (backups) with all but an exclusive one.
+
+    Of those that tend the repository (prune, repair snapshots) there is one at a time; an exclusive one
+    (repair index) stands alone.
+    """
+
+    READER = "reader"
+    SHARED = "shared"
+    TENDING = "tending"
+    EXCLUSIVE = "exclusive"
+
+
+_CONFLICTS = {
+    LockMode.READER: frozenset[LockMode](),
+    LockMode.SHARED: frozenset([LockMode.EXCLUSIVE]),
+    LockMode.TENDING: frozenset([LockMode.TENDING, LockMode.EXCLUSIVE]),
+    LockMode.EXCLUSIVE: frozenset([LockMode.SHARED, LockMode.TENDING, LockMode.EXCLUSIVE]),
+}
+
+
 class LockRecord(msgspec.Struct, frozen=True):
     """What a lock file tells people about who holds it."""
 
-    exclusive: bool
+    mode: LockMode
     verb: str
     host: str
     pid: int
@@ -38,18 +61,18 @@ class RepositoryLock:
         self.name = name
 
     @classmethod
-    def acquire(cls, folder: Path, verb: str, exclusive: bool = False) -> RepositoryLock:
+    def acquire(cls, folder: Path, verb: str, mode: LockMode = LockMode.SHARED) -> RepositoryLock:
         """Take a lock in `folder`, or raise LockedError naming who holds the repository."""
         name = secrets.token_hex(8)
-        record = LockRecord(exclusive, verb, socket.gethostname(), os.getpid(), int(time.time()))
+        record = LockRecord(mode, verb, socket.gethostname(), os.getpid(), int(time.time()))
         try:
             folder.mkdir(exist_ok=True)
-            lock = cls(folder, name, _create_held(folder / name, record))
+            lock = cls(folder, name, _create_held(folder, name, record))
         except OSError as error:
             raise StorageError("write a lock in", str(folder), error) from error
         try:
             for other_name, other in live_locks(folder).items():
-                if other_name != name and (exclusive or other.exclusive):
+                if other_name != name and other.mode in _CONFLICTS[mode]:
                     raise LockedError(
                         f"the repository is in use: {other.verb} on {other.host}, process {other.pid}; "
                         "wait for it to end"
@@ -95,7 +118,8 @@ def live_locks(folder: Path) -> dict[str, LockRecord]:
             if _is_still(path, fd):
                 path.unlink(missing_ok=True)
         except BlockingIOError:
-            live[path.name] = _read_record(fd)
+            if not path.name.startswith("."):
+                live[path.name] = _read_record(fd)
         finally:
             os.close(fd)
     return live
@@ -113,16 +137,22 @@ def remove_stale_temporaries(root: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _create_held(path: Path, record: LockRecord) -> int:
+def _create_held(folder: Path, name: str, record: LockRecord) -> int:
+    """Make a lock's file, which appears under its name only when it is held and tells all."""
+    unfinished = folder / f".{name}"
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            if _is_still(path, fd):
-                os.pwrite(fd, msgspec.json.encode(record), 0)
+            os.pwrite(fd, msgspec.json.encode(record), 0)
+            if _is_still(unfinished, fd):
+                os.rename(unfinished, folder / name)
                 return fd
+        except FileNotFoundError:
+            pass
         except BaseException:
             os.close(fd)
+            unfinished.unlink(missing_ok=True)
             raise
         # Somebody took the new file for one that was left behind; make it again.
         os.close(fd)
@@ -138,6 +168,6 @@ def _is_still(path: Path, fd: int) -> bool:
 def _read_record(fd: int) -> LockRecord:
     try:
         return msgspec.json.decode(os.pread(fd, 4096, 0), type=LockRecord)
-    except msgspec.DecodeError:
-        # Held, but its line is not written yet or damaged: treat it as the strictest.
-        return LockRecord(True, "another command", "an unknown host", 0, 0)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # Held, but what it says is damaged, or of another version: treat it as the strictest.
+        return LockRecord(LockMode.EXCLUSIVE, "another command", "an unknown host", 0, 0)

@@ -495,9 +495,7 @@ class TestStoring:
 
 
 @pytest.mark.fuse
-def test_a_time_that_no_snapshot_can_hold_ends_no_backup(
-    repository: Casfs, tmp_path: Path
-) -> None:
+def test_a_time_that_no_snapshot_can_hold_ends_no_backup(repository: Casfs, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "memory") as memory:
         far = memory / "far"
         far.write_text("from the year 33658")

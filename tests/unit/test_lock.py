@@ -11,17 +11,19 @@ from pathlib import Path
 import pytest
 
 from casfs.errors import LockedError, StorageError
-from casfs.store.lock import RepositoryLock, live_locks, remove_stale_temporaries
+from casfs.store.lock import LockMode, RepositoryLock, live_locks, remove_stale_temporaries
 
 from .storing import child, hear
+
+SHARED, TENDING, EXCLUSIVE = LockMode.SHARED, LockMode.TENDING, LockMode.EXCLUSIVE
 
 HOLDER = """
 import sys
 from pathlib import Path
-from casfs.store.lock import RepositoryLock
+from casfs.store.lock import LockMode, RepositoryLock
 
 root = Path(sys.argv[1])
-lock = RepositoryLock.acquire(root / "locks", "backup", sys.argv[2] == "exclusive")
+lock = RepositoryLock.acquire(root / "locks", "backup", LockMode(sys.argv[2]))
 (root / "tmp" / f"{lock.name}.0").write_bytes(b"half a pack")
 print(lock.name, flush=True)
 sys.stdin.readline()
@@ -54,9 +56,19 @@ def test_shared_locks_go_together(folder: Path, held: list[RepositoryLock]) -> N
     assert set(live_locks(folder)) == {lock.name for lock in held}
 
 
-@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
-def test_an_exclusive_lock_stands_alone_and_the_error_says_who_holds(
-    folder: Path, held: list[RepositoryLock], first: bool, second: bool
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (EXCLUSIVE, EXCLUSIVE),
+        (EXCLUSIVE, SHARED),
+        (EXCLUSIVE, TENDING),
+        (SHARED, EXCLUSIVE),
+        (TENDING, EXCLUSIVE),
+        (TENDING, TENDING),
+    ],
+)
+def test_locks_that_do_not_go_together_are_refused_and_the_error_says_who_holds(
+    folder: Path, held: list[RepositoryLock], first: LockMode, second: LockMode
 ) -> None:
     held.append(RepositoryLock.acquire(folder, "prune", first))
     with pytest.raises(LockedError) as caught:
@@ -66,29 +78,48 @@ def test_an_exclusive_lock_stands_alone_and_the_error_says_who_holds(
     assert os.listdir(folder) == [held[0].name]
 
 
+@pytest.mark.parametrize("other", LockMode)
+def test_readers_go_with_everybody(
+    folder: Path, held: list[RepositoryLock], other: LockMode
+) -> None:
+    held.append(RepositoryLock.acquire(folder, "mount", LockMode.READER))
+    held.append(RepositoryLock.acquire(folder, "other", other))
+    held.append(RepositoryLock.acquire(folder, "mount", LockMode.READER))
+    assert set(live_locks(folder)) == {lock.name for lock in held}
+
+
+def test_one_that_tends_goes_with_shared_ones_in_any_order(
+    folder: Path, held: list[RepositoryLock]
+) -> None:
+    held.append(RepositoryLock.acquire(folder, "backup", SHARED))
+    held.append(RepositoryLock.acquire(folder, "prune", TENDING))
+    held.append(RepositoryLock.acquire(folder, "backup", SHARED))
+    assert len(live_locks(folder)) == 3
+
+
 def test_a_lock_that_was_given_back_is_gone(folder: Path) -> None:
-    with RepositoryLock.acquire(folder, "prune", exclusive=True) as lock:
+    with RepositoryLock.acquire(folder, "prune", EXCLUSIVE) as lock:
         assert os.listdir(folder) == [lock.name]
     lock.release()
     assert os.listdir(folder) == []
-    RepositoryLock.acquire(folder, "prune", exclusive=True).release()
+    RepositoryLock.acquire(folder, "prune", EXCLUSIVE).release()
 
 
 def test_a_lock_says_in_its_file_who_holds_it(folder: Path, held: list[RepositoryLock]) -> None:
     held.append(RepositoryLock.acquire(folder, "backup"))
     record = live_locks(folder)[held[0].name]
-    assert (record.exclusive, record.verb, record.pid) == (False, "backup", os.getpid())
+    assert (record.mode, record.verb, record.pid) == (SHARED, "backup", os.getpid())
 
 
 def test_a_file_that_nobody_holds_is_removed_whatever_it_says(folder: Path) -> None:
     folder.mkdir()
-    (folder / "dead").write_text('{"exclusive":true,"verb":"prune","host":"h","pid":1,"time":0}')
+    (folder / "dead").write_text('{"mode":"exclusive","verb":"prune","host":"h","pid":1,"time":0}')
     (folder / "junk").write_bytes(b"\xff\0")
     RepositoryLock.acquire(folder, "backup").release()
     assert os.listdir(folder) == []
 
 
-def test_a_held_file_that_says_nothing_yet_counts_as_exclusive(folder: Path) -> None:
+def test_a_held_file_that_says_nothing_counts_as_exclusive(folder: Path) -> None:
     folder.mkdir()
     with open(folder / "young", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -119,6 +150,23 @@ def test_a_lock_that_was_made_again_meanwhile_is_not_removed(
     assert set(live_locks(folder)) == {held[0].name}
 
 
+def test_a_lock_is_not_seen_before_it_says_what_it_is(
+    folder: Path, held: list[RepositoryLock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two backups that begin at the same moment do not take each other for something strict."""
+    pwrite = os.pwrite
+
+    def look_first(fd: int, data: bytes, offset: int) -> int:
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        held.append(RepositoryLock.acquire(folder, "backup"))
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", look_first)
+    held.append(RepositoryLock.acquire(folder, "backup"))
+    assert set(live_locks(folder)) == {lock.name for lock in held}
+    assert len(os.listdir(folder)) == 2
+
+
 def test_a_maker_whose_new_file_was_taken_for_stale_makes_it_again(
     folder: Path, held: list[RepositoryLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,11 +191,11 @@ def test_a_lock_lives_as_long_as_its_process(root: Path, folder: Path, kind: str
         name = hear(process)
         assert set(live_locks(folder)) == {name}
         with pytest.raises(LockedError, match=f"process {process.pid}"):
-            RepositoryLock.acquire(folder, "prune", exclusive=True)
+            RepositoryLock.acquire(folder, "prune", EXCLUSIVE)
         process.kill()
         process.wait()
         assert (folder / name).exists()
-        RepositoryLock.acquire(folder, "prune", exclusive=True).release()
+        RepositoryLock.acquire(folder, "prune", EXCLUSIVE).release()
     assert not (folder / name).exists()
 
 

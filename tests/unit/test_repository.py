@@ -157,8 +157,9 @@ HOLDER = """
 import sys
 from pathlib import Path
 from casfs.repository import Repository
+from casfs.store.lock import LockMode
 
-with Repository.open(Path(sys.argv[1]), "prune", exclusive=True):
+with Repository.open(Path(sys.argv[1]), "prune", LockMode.EXCLUSIVE):
     print("open", flush=True)
     sys.stdin.readline()
 """
