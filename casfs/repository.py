@@ -17,6 +17,7 @@ from casfs.content import ContentReader
 from casfs.digest import SnapshotId
 from casfs.errors import (
     AmbiguousIdError,
+    CasfsError,
     ExistsError,
     IndexUnusableError,
     IntegrityError,
@@ -36,7 +37,8 @@ from casfs.store.config import (
 )
 from casfs.store.index import Index
 from casfs.store.lock import LockMode, RepositoryLock, remove_stale_temporaries
-from casfs.store.place import cached_index_path, index_path
+from casfs.store.opening import close_index, index_to_read, index_to_write
+from casfs.store.place import index_path
 from casfs.store.storage import LocalStorage
 from casfs.store.store import BlobStore
 from casfs.store.writer import BlobWriter
@@ -104,7 +106,7 @@ class Repository:
         storage = LocalStorage(root)
         index = Index(index_path(root, config.id))
         index.rebuild(tuple)
-        index.close()
+        close_index(index)
         storage.write(CONFIG_NAME, encode_config(config))
         return config
 
@@ -127,12 +129,14 @@ class Repository:
         config = _read_config(root)
         if verb is None:
             storage = LocalStorage(root)
-            return cls(root, config, storage, _index_to_read(root, config, storage), level, None)
+            index = index_to_read(root, config.id, storage, BlobCodec(level))
+            return cls(root, config, storage, index, level, None)
         lock = RepositoryLock.acquire(root / "locks", verb, mode)
         try:
             remove_stale_temporaries(root)
             storage = LocalStorage(root, writer=lock.name, sync=sync, on_step=on_step)
-            index = _updated_index(index_path(root, config.id), storage, BlobCodec(level))
+            path = index_path(root, config.id)
+            index = index_to_write(root, path, storage, BlobCodec(level), lock.name, on_step)
             repository = cls(root, config, storage, index, level, lock)
             repository._losses = index.losses()
         except OSError as error:
@@ -144,13 +148,37 @@ class Repository:
         return repository
 
     def close(self) -> None:
-        """Close the index and give the lock back."""
-        self.store.index.close()
+        """Close the index, remember which packs were read as a whole, and give the lock back."""
         storage = self.store.storage
+        verified = self._verified_packs()
+        close_index(self.store.index)
+        self._remember_verified(verified)
         if isinstance(storage, LocalStorage):
             storage.close()
         if self._lock is not None:
             self._lock.release()
+
+    def _verified_packs(self) -> list[int]:
+        """Return the ordinals of the packs all of whose blobs and whose directory were verified."""
+        try:
+            found = self.store.coverage.of(self.store.index.packs())
+            for record in found:
+                self.store.read_directory(record.pack, record.pack_bytes)
+        except CasfsError:
+            return []
+        return [record.ordinal for record in found]
+
+    def _remember_verified(self, ordinals: list[int]) -> None:
+        if not ordinals:
+            return
+        try:
+            index = Index(self.store.index.path)
+            try:
+                index.mark_verified(ordinals, int(time.time()))
+            finally:
+                close_index(index)
+        except IndexUnusableError as error:
+            log.info("that packs were verified cannot be remembered: %s", error)
 
     def __enter__(self) -> Repository:
         return self
@@ -265,48 +293,3 @@ def _read_config(root: Path) -> RepositoryConfig:
     except OSError as error:
         raise StorageError("read", str(path), error) from error
     return decode_config(data, str(root))
-
-
-def _index_to_read(root: Path, config: RepositoryConfig, storage: LocalStorage) -> Index:
-    """Return an index that knows every pack in the storage.
-
-    Where the repository's own is missing or behind it is brought up to date, and where it cannot be
-    written, this user's own in the cache directory is.
-    """
-    codec = BlobCodec(DEFAULT_LEVEL)
-    path = index_path(root, config.id)
-    try:
-        index = Index(path, readonly=True)
-    except IndexUnusableError:
-        pass
-    else:
-        if _knows_all_packs(index, storage, codec):
-            return index
-        index.close()
-    try:
-        return _updated_index(path, storage, codec)
-    except IndexUnusableError:
-        if not path.is_relative_to(root):
-            raise
-    try:
-        own = cached_index_path(config.id)
-    except OSError as error:
-        raise StorageError("make an index in the folder", str(error.filename), error) from error
-    return _updated_index(own, storage, codec)
-
-
-def _updated_index(path: Path, storage: LocalStorage, codec: BlobCodec) -> Index:
-    index = Index(path)
-    try:
-        BlobStore(storage, index, codec).reconcile()
-    except BaseException:
-        index.close()
-        raise
-    return index
-
-
-def _knows_all_packs(index: Index, storage: LocalStorage, codec: BlobCodec) -> bool:
-    if not index.is_current():
-        return False
-    indexed = {record.pack for record in index.packs()}
-    return all(pack in indexed for pack, _ in BlobStore(storage, index, codec).stored_packs())

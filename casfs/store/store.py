@@ -9,8 +9,17 @@ import logging
 from collections.abc import Iterable, Iterator
 
 from casfs.digest import Digest, PackId
-from casfs.errors import BlobError, IntegrityError, NotFoundError, PackError
+from casfs.errors import (
+    BlobError,
+    IndexUnusableError,
+    IntegrityError,
+    NotFoundError,
+    PackError,
+    StorageError,
+)
 from casfs.store.blob import BlobCodec
+from casfs.store.condemned import condemned_packs
+from casfs.store.coverage import Coverage
 from casfs.store.index import Index, IndexedPack, Location
 from casfs.store.pack import (
     HEADER,
@@ -27,6 +36,9 @@ from casfs.store.storage import Storage
 
 log = logging.getLogger(__name__)
 
+_FRUITLESS_SEARCHES = 64
+"""After so many a process looks no further for copies that the index does not name."""
+
 
 def pack_name(pack: PackId) -> str:
     """Return the storage name of a pack."""
@@ -41,29 +53,66 @@ class BlobStore:
         self.storage = storage
         self.index = index
         self.codec = codec
+        self.coverage = Coverage()
+        self._fruitless = 0
 
     def locate(self, digest: Digest) -> Location:
         """Return where a blob is; raises BlobError when the index does not know it."""
         location = self.index.lookup(digest)
         if location is None:
-            raise BlobError(digest, "it is missing: no pack holds it")
+            raise _missing(digest)
         return location
 
     def read(self, digest: Digest) -> bytes:
-        """Return a blob's verified plaintext; raises BlobError when it is missing or damaged."""
-        location = self.locate(digest)
+        """Return a blob's verified plaintext; raises BlobError when it is missing or damaged.
+
+        Where the index is wrong, behind, or names a damaged copy of which there is a sound one, that
+        one is found.
+        """
+        location = self.index.lookup(digest)
         try:
+            if location is None:
+                raise _missing(digest)
             return self.read_at(digest, location)
-        except BlobError:
-            # A prune may have moved it between the two steps; then the index knows better by now.
-            moved = self.index.lookup(digest)
-            if moved is None or moved == location:
-                raise
-            return self.read_at(digest, moved)
+        except BlobError as error:
+            return self._read_elsewhere(digest, location, error)
+
+    def _read_elsewhere(self, digest: Digest, location: Location | None, error: BlobError) -> bytes:
+        # A prune may have moved it between the two steps; then the index knows better by now.
+        moved = self.index.lookup(digest)
+        if moved is not None and moved != location:
+            try:
+                return self.read_at(digest, moved)
+            except BlobError as also:
+                error = also
+        if self._fruitless >= _FRUITLESS_SEARCHES:
+            raise error
+        for pack, pack_bytes in self.stored_packs():
+            try:
+                entries = self.read_directory(pack, pack_bytes, digest)
+            except (PackError, NotFoundError, StorageError):
+                continue
+            for entry in entries:
+                if entry.digest == digest:
+                    try:
+                        return self._read_entry(pack, entry)
+                    except (BlobError, NotFoundError, StorageError):
+                        continue
+        self._fruitless += 1
+        raise error
+
+    def _read_entry(self, pack: PackId, entry: PackEntry) -> bytes:
+        payload = self.storage.read(pack_name(pack), entry.offset, entry.stored_bytes)
+        return self.codec.decode(entry.digest, entry.codec, payload, entry.plain_bytes)
 
     def read_at(self, digest: Digest, location: Location) -> bytes:
         """Return the verified plaintext of a blob whose place was looked up before."""
-        pack = self.index.pack_id(location.pack)
+        try:
+            pack = self.index.pack_id(location.pack)
+        except IndexUnusableError as error:
+            raise BlobError(
+                digest, "the index names a pack for it that it does not have"
+            ) from error
         try:
             payload = self.storage.read(pack_name(pack), location.offset, location.stored_bytes)
         except NotFoundError as error:
@@ -71,9 +120,11 @@ class BlobStore:
         if len(payload) != location.stored_bytes:
             raise BlobError(digest, "its pack ends before it", pack)
         try:
-            return self.codec.decode(digest, location.codec, payload, location.plain_bytes)
+            plain = self.codec.decode(digest, location.codec, payload, location.plain_bytes)
         except BlobError as error:
             raise BlobError(digest, error.reason, pack) from error
+        self.coverage.note(location)
+        return plain
 
     def read_at_once(self, digest: Digest, max_stored_bytes: int) -> bytes | None:
         """Return a small blob's verified plaintext if that needs no waiting, else None.
@@ -88,9 +139,11 @@ class BlobStore:
         if payload is None:
             return None
         try:
-            return self.codec.decode(digest, location.codec, payload, location.plain_bytes)
+            plain = self.codec.decode(digest, location.codec, payload, location.plain_bytes)
         except BlobError:
             return None
+        self.coverage.note(location)
+        return plain
 
     def prefetch(self, digest: Digest) -> int:
         """Have a blob's stored bytes brought into memory soon; return how many those are."""
@@ -114,8 +167,13 @@ class BlobStore:
                 continue
             yield pack, size
 
-    def read_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
-        """Return a pack's entries from its directory; raises PackError when that is damaged."""
+    def read_directory(
+        self, pack: PackId, pack_bytes: int, only_with: Digest | None = None
+    ) -> list[PackEntry]:
+        """Return a pack's entries from its directory; raises PackError when that is damaged.
+
+        A directory that does not name the blob `only_with` is not looked at further: it has none.
+        """
         name = pack_name(pack)
         if pack_bytes < HEADER.size + RECORD.size + TRAILER.size:
             raise PackError(pack, "it is too short for a pack")
@@ -125,6 +183,8 @@ class BlobStore:
         tail = self.storage.read(name, pack_bytes - TRAILER.size, TRAILER.size)
         offset, directory_bytes, _, digest = parse_trailer(pack, tail, pack_bytes)
         directory = self.storage.read(name, offset, directory_bytes)
+        if only_with is not None and directory.find(only_with) < 0:
+            return []
         return parse_directory(pack, directory, digest, offset - RECORD.size)
 
     def salvage_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
@@ -148,8 +208,10 @@ class BlobStore:
 
         Packs that a crash left out of the index are added from their directories. Where the index
         names a pack that is gone it is rebuilt from the packs alone, so that no blob is trusted that
-        nothing holds and duplicates in other packs are found.
+        nothing holds and duplicates in other packs are found. What is condemned is read first: a pack
+        that this process takes for sound is either not condemned, or by somebody who sees its lock.
         """
+        condemned = condemned_packs(self.storage)
         stored = dict(self.stored_packs())
         indexed = {record.pack for record in self.index.packs()}
         missing = {pack for pack in indexed - stored.keys() if not self._is_stored(pack)}
@@ -162,6 +224,9 @@ class BlobStore:
             self.rebuild()
         elif new := sorted(stored.keys() - indexed):
             self.index.add_packs(self._indexed((pack, stored[pack]) for pack in new))
+        if condemned or self.index.condemned():
+            records = self.index.packs()
+            self.index.condemn(record.ordinal for record in records if record.pack in condemned)
 
     def _is_stored(self, pack: PackId) -> bool:
         """Tell whether a pack is there by now: another writer may just have published it."""
@@ -177,8 +242,21 @@ class BlobStore:
     def _indexed(self, packs: Iterable[tuple[PackId, int]]) -> Iterator[IndexedPack]:
         for pack, pack_bytes in packs:
             try:
-                entries = self.read_directory(pack, pack_bytes)
-            except PackError as error:
-                log.warning("%s; its intact blobs are found one by one", error)
-                entries = self.salvage_directory(pack, pack_bytes)
+                entries = self._entries(pack, pack_bytes)
+            except NotFoundError:
+                continue  # a prune has just removed it
+            except StorageError as error:
+                log.warning("%s; its blobs are left out until it can be read", error)
+                continue
             yield pack, pack_bytes, entries
+
+    def _entries(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
+        try:
+            return self.read_directory(pack, pack_bytes)
+        except PackError as error:
+            log.warning("%s; its intact blobs are found one by one", error)
+            return self.salvage_directory(pack, pack_bytes)
+
+
+def _missing(digest: Digest) -> BlobError:
+    return BlobError(digest, "it is missing: no pack holds it")

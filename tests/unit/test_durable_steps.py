@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.snapshot import SnapshotStats
 from casfs.store import writer as writer_module
-from casfs.store.index import Index, IndexedPack
 from casfs.store.lock import RepositoryLock
 from casfs.store.storage import LocalSpool
 from casfs.store.writer import BlobWriter
@@ -126,48 +125,35 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def steps_of(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def steps_of(scene: Scene) -> list[str]:
     """Run a backup to its end and return its durable steps."""
     steps: list[str] = []
-    add_packs, mark_complete = Index.add_packs, Index.mark_complete
-
-    def watched_add(self: Index, packs: Iterable[IndexedPack]) -> None:
-        add_packs(self, packs)
-        steps.append("index packs")
-
-    def watched_mark(self: Index, snapshot: bytes, losses: int) -> None:
-        mark_complete(self, snapshot, losses)
-        steps.append("index snapshot")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Index, "add_packs", watched_add)
-        patch.setattr(Index, "mark_complete", watched_mark)
-        scene.back_up(steps.append)
+    scene.back_up(steps.append)
     return steps
 
 
-def test_the_snapshot_comes_last_and_every_pack_before_its_index_entries(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = steps_of(scene, monkeypatch)
-    assert steps[-5:] == [
-        *("index snapshot", "data snapshots", "rename snapshots"),
+def test_the_snapshot_comes_last_and_every_pack_before_its_index_entries(scene: Scene) -> None:
+    steps = steps_of(scene)
+    assert steps[-6:] == [
+        *("commit index", "done index", "data snapshots", "rename snapshots"),
         *("folder snapshots", "done snapshots"),
     ]
-    packs = steps[:-5]
-    assert all(step.endswith(" packs") for step in packs)
-    assert packs.count("index packs") == packs.count("rename packs") >= 4
+    packs = steps[:-6]
+    assert packs.count("commit index") == packs.count("rename packs") >= 4
     while packs:
-        end = packs.index("index packs") + 1
+        end = packs.index("done index") + 1
         one, packs = packs[:end], packs[end:]
-        assert one == [*("data packs", "rename packs", "folder packs", "done packs", "index packs")]
+        assert one == [
+            *("data packs", "rename packs", "folder packs", "done packs"),
+            *("commit index", "done index"),
+        ]
 
 
 def test_a_backup_that_is_stopped_at_any_step_leaves_nothing_to_repair(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_back = Return(scene.root)
-    steps = [step for step in steps_of(scene, monkeypatch) if not step.startswith("index")]
+    steps = steps_of(scene)
     whole = scene.listed()
     go_back()
     # Counted with the old snapshot as parent, as it is for each of the others below.

@@ -11,6 +11,7 @@ import pytest
 
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import IndexUnusableError
+from casfs.store import environment
 from casfs.store import index as index_module
 from casfs.store.index import Index, IndexedPack, Location
 from casfs.store.pack import PackEntry
@@ -108,8 +109,7 @@ class TestPacks:
 
     def test_remember_when_they_were_verified(self, index: Index) -> None:
         index.add_packs([pack(0, 1), pack(1, 2)])
-        index.mark_verified(1, 1_700_000_000)
-        index.mark_verified(99, 1_700_000_000)
+        index.mark_verified([1, 99], 1_700_000_000)
         assert [record.verified_s for record in index.packs()] == [0, 1_700_000_000]
         assert [record.pack_bytes for record in index.packs()] == [1000, 1001]
 
@@ -215,8 +215,8 @@ class TestOpening:
     def test_where_the_address_space_is_short_begins_with_a_small_map(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(index_module, "_MAP_BYTES", 1 << 62)
-        monkeypatch.setattr(index_module, "_SMALL_MAP_BYTES", SMALL_MAP)
+        monkeypatch.setattr(environment, "_MAP_BYTES", 1 << 62)
+        monkeypatch.setattr(environment, "_SMALL_MAP_BYTES", SMALL_MAP)
         index = Index(tmp_path / "index")
         index.rebuild(lambda: [pack(0, *range(5000))])
         assert index.blob_count() == 5000
@@ -227,11 +227,11 @@ WRITER = """
 import sys
 from pathlib import Path
 from casfs.digest import PackId, digest_of
-from casfs.store import index as index_module
+from casfs.store import environment
 from casfs.store.index import Index
 from casfs.store.pack import PackEntry
 
-index_module._MAP_BYTES = int(sys.argv[2])
+environment._MAP_BYTES = int(sys.argv[2])
 first, packs = int(sys.argv[3]), int(sys.argv[4])
 index = Index(Path(sys.argv[1]))
 print("open", flush=True)
@@ -249,7 +249,7 @@ class TestFullMap:
 
     @pytest.fixture
     def small(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
-        monkeypatch.setattr(index_module, "_MAP_BYTES", SMALL_MAP)
+        monkeypatch.setattr(environment, "_MAP_BYTES", SMALL_MAP)
         opened = Index(tmp_path / "index")
         opened.rebuild(tuple)
         yield opened

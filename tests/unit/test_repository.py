@@ -211,14 +211,15 @@ class TestIndex:
             assert repository.store.read(digest_of(b"sealed just before a crash"))
             assert pack in {record.pack for record in repository.store.index.packs()}
 
-    def test_that_is_no_index_any_more_is_replaced_by_the_users_own(
-        self, keeper: Keeper, snapshot_id: SnapshotId, cache: Path
+    @pytest.mark.parametrize("writing", [False, True])
+    def test_that_is_no_index_any_more_is_built_anew(
+        self, keeper: Keeper, snapshot_id: SnapshotId, cache: Path, writing: bool
     ) -> None:
         (keeper.root / "index" / "data.mdb").write_bytes(b"junk" * 10_000)
+        if writing:
+            keeper.writing().close()
         assert self.read(keeper) == self.CONTENT
-        assert list(cache.rglob("data.mdb"))
-        with pytest.raises(IndexUnusableError, match="repair index"):
-            keeper.writing()
+        assert not list(cache.rglob("data.mdb"))
 
     def test_of_a_lost_pack_costs_only_what_was_in_it(
         self, keeper: Keeper, snapshot_id: SnapshotId

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from casfs.bitmap import Bitmap
 from casfs.content import ContentWriter
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
-from casfs.sizes import Bitmap, measure_repository, measure_snapshot
+from casfs.sizes import measure_repository, measure_snapshot
 from casfs.store.blob import BlobKind
 from casfs.tree import Node
 

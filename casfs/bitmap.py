@@ -1,0 +1,25 @@
+"""Sets of ordinals: one bit for each number up to the greatest, whatever the number of members."""
+
+from __future__ import annotations
+
+
+class Bitmap:
+    """A set of numbers from 0 on that takes one bit for each up to the greatest; one thread."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+
+    def add(self, ordinal: int) -> bool:
+        """Put a number into the set; tell whether it was new."""
+        place, bit = ordinal >> 3, 1 << (ordinal & 7)
+        bits = self._bits
+        if place >= len(bits):
+            bits.extend(bytes(max(place + 1 - len(bits), len(bits))))
+        if bits[place] & bit:
+            return False
+        bits[place] |= bit
+        return True
+
+    def __contains__(self, ordinal: int) -> bool:
+        place = ordinal >> 3
+        return place < len(self._bits) and bool(self._bits[place] & 1 << (ordinal & 7))

@@ -1,0 +1,89 @@
+"""What trees need: the blobs of which they and the files in them consist, as a set of ordinals.
+
+Every distinct tree is read once. Sets of blobs are bitmaps over the ordinals of the index, one bit for
+a blob, whatever the number of snapshots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from casfs.bitmap import Bitmap
+from casfs.content import HOLE, parse_records
+from casfs.digest import Digest
+from casfs.errors import TreeError
+from casfs.repository import Repository
+from casfs.store.pack import RECORD
+from casfs.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Kind, Node, TreeRef
+
+
+class Needs:
+    """The blobs that are needed by the trees that were added.
+
+    `without` are blobs that do not count. What is opened is told apart from what is counted: a file
+    may consist of the very bytes of a tree, and its blob then says nothing of that tree's entries.
+    """
+
+    def __init__(self, repository: Repository, without: Bitmap | None = None) -> None:
+        self.blobs = Bitmap()
+        self.count = 0
+        self.stored_bytes = 0
+        self.other_stored_bytes = 0
+        self._store = repository.store
+        self._trees = repository.trees
+        self._without = without
+        self._opened = Bitmap()
+
+    def add(self, root: Node) -> None:
+        """Count what a node needs; raises BlobError and TreeError where a tree is damaged."""
+        if root.tree is None:
+            self._add_content(root)
+            return
+        stack: list[Iterator[Node | tuple[bytes, TreeRef]]] = []
+        ref: TreeRef | None = root.tree
+        while ref is not None or stack:
+            if ref is not None and self._count(Digest(ref.digest), self._opened):
+                if len(stack) > MAX_DEPTH * (MAX_PIECE_LEVELS + 1):
+                    raise TreeError("directories lie deeper than the format allows")
+                stack.append(iter(self._trees.piece(ref)))
+            ref = None
+            for item in stack[-1] if stack else ():
+                if not isinstance(item, Node):
+                    ref = item[1]
+                    break
+                if item.tree is not None:
+                    ref = item.tree
+                    break
+                self._add_content(item)
+            else:
+                if stack:
+                    stack.pop()
+
+    def _add_content(self, node: Node) -> None:
+        if node.kind != Kind.FILE:
+            return
+        stack = [(iter(parse_records(node.content)), node.levels)]
+        while stack:
+            records, levels = stack[-1]
+            for _, digest in records:
+                if digest == HOLE:
+                    continue
+                if levels == 0:
+                    self._count(Digest(digest))
+                elif self._count(Digest(digest), self._opened):
+                    below = parse_records(self._store.read(Digest(digest)))
+                    stack.append((iter(below), levels - 1))
+                    break
+            else:
+                stack.pop()
+
+    def _count(self, digest: Digest, opened: Bitmap | None = None) -> bool:
+        """Count a blob once; tell whether it is the first to be put into `opened`."""
+        location = self._store.locate(digest)
+        if self.blobs.add(location.ordinal):
+            self.count += 1
+            stored_bytes = location.stored_bytes + RECORD.size
+            self.stored_bytes += stored_bytes
+            if self._without is not None and location.ordinal in self._without:
+                self.other_stored_bytes += stored_bytes
+        return opened is not None and opened.add(location.ordinal)

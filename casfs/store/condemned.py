@@ -1,0 +1,85 @@
+"""Condemned packs: what a prune says of packs before it removes them (FORMAT.md, "Condemned packs").
+
+A condemnation is a small object in the storage, named by the digest of its bytes. Whoever opens the
+repository for writing after it is there stores the blobs of such packs anew when it sees them again;
+so the packs can go when those who were writing before have ended and no snapshot needs them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import msgspec
+
+from casfs.digest import PackId, digest_of
+from casfs.errors import NotFoundError
+from casfs.store.storage import Storage
+
+log = logging.getLogger(__name__)
+
+FOLDER = "condemned"
+MAX_CONDEMNATION_BYTES = 64 * 1024 * 1024
+
+
+class Condemnation(msgspec.Struct, frozen=True):
+    """Packs (names in hexadecimal) that nothing needed at `time_s`, in seconds since 1970.
+
+    `writers` are the names of the locks that were held when it could be read by all; None says that
+    nobody had asked yet.
+    """
+
+    time_s: int
+    packs: tuple[str, ...]
+    writers: tuple[str, ...] | None = None
+
+    def pack_ids(self) -> set[PackId]:
+        """Return the names of the packs."""
+        return {PackId(bytes.fromhex(pack)) for pack in self.packs}
+
+
+_decoder = msgspec.json.Decoder(Condemnation)
+
+
+def publish_condemnation(
+    storage: Storage, condemnation: Condemnation, instead_of: Iterable[str] = ()
+) -> str:
+    """Make a condemnation durable, then remove those that it replaces; return its object's name."""
+    data = msgspec.json.encode(condemnation) + b"\n"
+    name = f"{FOLDER}/{digest_of(data).hex()}"
+    storage.write(name, data)
+    for other in instead_of:
+        if other != name:
+            storage.delete(other)
+    return name
+
+
+def read_condemnations(storage: Storage) -> dict[str, Condemnation]:
+    """Return every condemnation by its object's name.
+
+    One that is damaged is logged and left out: its packs are packs like all others then, and what
+    is not needed of them is condemned again.
+    """
+    found = {}
+    for name, _ in storage.names(FOLDER):
+        try:
+            data = storage.read(name, 0, MAX_CONDEMNATION_BYTES)
+            if digest_of(data).hex() != name.rpartition("/")[2]:
+                raise msgspec.ValidationError("it does not have its digest")
+            condemnation = _decoder.decode(data)
+            condemnation.pack_ids()
+        except NotFoundError:
+            continue
+        except (msgspec.DecodeError, ValueError) as error:
+            log.warning("%s is damaged (%s); it is not heeded", name, error)
+            continue
+        found[name] = condemnation
+    return found
+
+
+def condemned_packs(storage: Storage) -> set[PackId]:
+    """Return the names of all packs that are condemned."""
+    found: set[PackId] = set()
+    for condemnation in read_condemnations(storage).values():
+        found |= condemnation.pack_ids()
+    return found

@@ -1,0 +1,103 @@
+"""Opening the index of a repository: in its place, sound, and in agreement with the packs.
+
+Damage to an index costs nobody more than the time to build it anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from casfs.errors import IndexUnusableError, StorageError
+from casfs.store import seal
+from casfs.store.blob import BlobCodec
+from casfs.store.index import Index
+from casfs.store.lock import LockMode, live_locks
+from casfs.store.place import cached_index_path, index_path
+from casfs.store.storage import LocalStorage
+from casfs.store.store import BlobStore
+
+log = logging.getLogger(__name__)
+
+
+def index_to_read(root: Path, repository_id: str, storage: LocalStorage, codec: BlobCodec) -> Index:
+    """Return an index that knows every pack in the storage.
+
+    Where the repository's own is missing, damaged or behind it is brought up to date, and where it
+    cannot be written, this user's own in the cache directory is.
+    """
+    path = index_path(root, repository_id)
+    try:
+        if not seal.is_sound(path, in_use=_is_in_use(root)):
+            raise IndexUnusableError(f"the index {path} is damaged")
+        index = Index(path, readonly=True)
+    except IndexUnusableError:
+        pass
+    else:
+        if _knows_all_packs(index, storage, codec):
+            return index
+        close_index(index)
+    try:
+        return index_to_write(root, path, storage, codec)
+    except IndexUnusableError:
+        if not path.is_relative_to(root):
+            raise
+    try:
+        own = cached_index_path(repository_id)
+    except OSError as error:
+        raise StorageError("make an index in the folder", str(error.filename), error) from error
+    return index_to_write(root, own, storage, codec)
+
+
+def index_to_write(
+    root: Path,
+    path: Path,
+    storage: LocalStorage,
+    codec: BlobCodec,
+    own_lock: str | None = None,
+    on_step: Callable[[str], None] | None = None,
+) -> Index:
+    """Return the index in the folder `path`, repaired where needed; `own_lock` is the caller's.
+
+    Raises IndexUnusableError, also where the folder cannot be written.
+    """
+    try:
+        if not seal.is_sound(path, in_use=_is_in_use(root, own_lock)):
+            log.warning("the index %s is damaged; it is built anew from the packs", path)
+            seal.discard(path)
+    except OSError as error:
+        raise IndexUnusableError(
+            f"cannot replace the damaged index {path}: {error.strerror}"
+        ) from error
+    index = Index(path, on_step=on_step)
+    try:
+        BlobStore(storage, index, codec).reconcile()
+    except BaseException:
+        close_index(index)
+        raise
+    return index
+
+
+def close_index(index: Index) -> None:
+    """Close an index, and seal it if it was changed."""
+    changed = index.changed
+    index.close()
+    if changed:
+        seal.write_seal(index.path)
+
+
+def _is_in_use(root: Path, own_lock: str | None = None) -> bool:
+    """Tell whether another process may be changing the index now."""
+    try:
+        live = live_locks(root / "locks")
+    except OSError:
+        return False
+    return any(name != own_lock and record.mode != LockMode.READER for name, record in live.items())
+
+
+def _knows_all_packs(index: Index, storage: LocalStorage, codec: BlobCodec) -> bool:
+    if not index.is_current():
+        return False
+    indexed = {record.pack for record in index.packs()}
+    return all(pack in indexed for pack, _ in BlobStore(storage, index, codec).stored_packs())

@@ -1,0 +1,146 @@
+"""An index that is not what casfs left is found out before LMDB dies of it."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from casfs.digest import PackId, digest_of
+from casfs.repository import Repository
+from casfs.store import seal
+from casfs.store.index import Index
+from casfs.store.pack import PackEntry
+
+from .planting import Keeper
+
+PAGE = 4096
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A sealed index with some pages."""
+    folder = tmp_path / "index"
+    index = Index(folder)
+    entries = [
+        PackEntry(digest_of(b"%d" % number), 32 + number, 1, 1, 1, 0) for number in range(3000)
+    ]
+    index.rebuild(lambda: [(PackId(digest_of(b"pack")), 4000, entries)])
+    index.close()
+    seal.write_seal(folder)
+    return folder
+
+
+def _touch(file: Path, times: os.stat_result) -> None:
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def _change(path: Path, change: str, keep_time: bool) -> None:
+    file = path / "data.mdb"
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    pages = len(data) // PAGE
+    if change == "cut":
+        del data[len(data) // 2 :]
+    elif change == "emptied":
+        data.clear()
+    elif change == "junk":
+        data[:] = random.Random(1).randbytes(len(data))
+    elif change == "zeros":
+        # The last pages are those of the tree of blobs that was written last.
+        data[2 * PAGE :] = bytes(len(data) - 2 * PAGE)
+    else:
+        data[(pages - 2) * PAGE + 40] ^= 4
+    file.write_bytes(data)
+    if keep_time:
+        _touch(file, before)
+
+
+def test_what_was_sealed_is_sound(path: Path) -> None:
+    assert seal.is_sound(path, in_use=False)
+    assert seal.is_sound(path, in_use=True)
+
+
+def test_there_is_nothing_unsound_about_no_index(tmp_path: Path) -> None:
+    assert seal.is_sound(tmp_path, in_use=False)
+
+
+@pytest.mark.parametrize("keep_time", [True, False])
+@pytest.mark.parametrize("change", ["cut", "emptied", "junk", "zeros"])
+def test_damage_is_found_whatever_the_time_of_the_file_tells(
+    path: Path, change: str, keep_time: bool
+) -> None:
+    _change(path, change, keep_time)
+    assert not seal.is_sound(path, in_use=False)
+
+
+def test_a_flipped_bit_that_moved_no_time_is_found(path: Path) -> None:
+    _change(path, "flip", keep_time=True)
+    assert not seal.is_sound(path, in_use=False)
+    assert not seal.is_sound(path, in_use=True)
+
+
+@pytest.mark.parametrize("told", [b"", b"casfs index seal 1: x y z", b"\xff" * 5000])
+def test_an_index_without_a_readable_seal_is_read_and_sealed(path: Path, told: bytes) -> None:
+    (path / seal.SEAL_FILE).write_bytes(told)
+    assert seal.is_sound(path, in_use=False)
+    assert (path / seal.SEAL_FILE).read_bytes().startswith(b"casfs index seal 1: ")
+
+
+def test_what_a_killed_writer_left_is_sound(path: Path) -> None:
+    index = Index(path)
+    index.mark_complete(b"s" * 32, 1)
+    index.close()
+    assert seal.is_sound(path, in_use=False)
+
+
+def test_what_a_living_writer_has_changed_is_left_to_it(path: Path) -> None:
+    (path / seal.SEAL_FILE).write_text("casfs index seal 1: 4096 17 -\n")
+    assert seal.is_sound(path, in_use=True)
+    os.truncate(path / "data.mdb", 100)
+    assert not seal.is_sound(path, in_use=True)
+
+
+def test_a_large_index_is_known_by_size_and_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seal, "_HASHED_BYTES", PAGE)
+    seal.write_seal(path)
+    assert (path / seal.SEAL_FILE).read_text().endswith(" -\n")
+    assert seal.is_sound(path, in_use=False)
+    _change(path, "cut", keep_time=True)
+    assert not seal.is_sound(path, in_use=False)
+
+
+@pytest.mark.parametrize("change", ["cut", "junk", "zeros"])
+@pytest.mark.parametrize("verb", [None, "backup"])
+def test_a_repository_with_a_damaged_index_is_opened_with_a_new_one(
+    tmp_path: Path, change: str, verb: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper = Keeper(tmp_path)
+    keeper.publish({b"f": b"1"})
+    _change(keeper.root / "index", change, keep_time=False)
+    with Repository.open(keeper.root, verb) as repository:
+        assert len(list(repository.snapshots())) == 1
+        assert all(repository.store.read(digest) for digest, _ in repository.store.index.blobs())
+        assert repository.store.index.blob_count() > 0
+    assert "is damaged; it is built anew from the packs" in caplog.text
+    caplog.clear()
+    with Repository.open(keeper.root, verb):
+        assert caplog.text == ""
+
+
+def test_another_repositorys_index_does_no_harm(tmp_path: Path) -> None:
+    keeper, other = Keeper(tmp_path / "a"), Keeper(tmp_path / "b")
+    keeper.publish({b"f": b"1"})
+    other.publish({b"g": b"2"})
+    shutil.rmtree(keeper.root / "index")
+    shutil.copytree(other.root / "index", keeper.root / "index")
+    with Repository.open(keeper.root) as repository:
+        ((_, snapshot),) = repository.snapshots()
+        assert snapshot.root.tree is not None
+        (node,) = repository.trees.nodes(snapshot.root.tree)
+        assert node.name == b"f"
