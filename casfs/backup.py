@@ -203,14 +203,15 @@ class _Backup:
         tell_changed: bool,
     ) -> Node:
         capturer = self._capturer(writer)
+        is_stored = _content_check(self._repository, parent)
         walker = Walker(
             capturer=capturer,
             trees=self._repository.trees,
-            new_tree=self._new_tree(writer),
+            new_tree=self._new_tree(writer, keep_trees=is_stored is None),
             exclusions=self._options.exclusions,
             one_file_system=self._options.one_file_system,
             left_out=os.stat(self._repository.root),
-            is_stored=_content_check(self._repository, parent),
+            is_stored=is_stored,
             monitor=self._monitor,
             reread=self._options.reread,
             tell_changed=tell_changed,
@@ -231,8 +232,10 @@ class _Backup:
         reader = FileReader(self._repository.chunker(), writer.put, digest)
         return Capturer(reader, self._freezer, self._patience, self._options.attempts)
 
-    def _new_tree(self, writer: BlobWriter) -> NewTree:
+    def _new_tree(self, writer: BlobWriter, keep_trees: bool = True) -> NewTree:
         digest, seed = self._repository.codec.digest, self._repository.config.tree_seed
+        if not keep_trees:
+            return lambda previous, nodes: TreeWriter(writer.put, digest, seed)
         return lambda previous, nodes: TreeWriter(writer.put, digest, seed, previous, nodes)
 
 
@@ -241,10 +244,11 @@ def _content_check(
 ) -> Callable[[Node], bool] | None:
     """Return what tells whether an unchanged file's content is still stored, or None if it must be.
 
-    Where nothing was lost from the index since the parent was published, nobody needs to ask.
+    Where nothing was lost from the index since the parent was published, and no pack is condemned,
+    nobody needs to ask.
     """
     index = repository.store.index
-    if parent is None or index.is_complete(parent[0]):
+    if parent is None or (index.is_complete(parent[0]) and not index.condemned()):
         return None
 
     def is_stored(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Check: every snapshot, tree, content list and index entry, and with `read_data` every stored byte.
+"""Check: every snapshot, tree, content list and index entry, and where asked for every stored byte.
 
 Problems are collected and never raised: what is lost is told as paths and byte ranges of snapshots.
 A tree that several snapshots share is walked once, and again only where something below it is damaged,
@@ -8,19 +8,16 @@ so that every snapshot's losses are named.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from blake3 import blake3
-
+from casfs.bitmap import Bitmap
 from casfs.content import Extent
-from casfs.digest import Digest, PackId, SnapshotId
-from casfs.errors import BlobError, CasfsError, IntegrityError, PackError, TreeError
+from casfs.digest import Digest, SnapshotId
+from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
 from casfs.monitor import Monitor
 from casfs.repository import Repository
-from casfs.store.pack import TRAILER, PackEntry
-from casfs.store.store import pack_name
+from casfs.scrub import Damage, ReadChoice, Scrubber, ScrubResult
 from casfs.tree import (
     MAX_DEPTH,
     Kind,
@@ -36,26 +33,6 @@ from casfs.treereader import join
 
 log = logging.getLogger(__name__)
 
-_WINDOW_BYTES = 8 * 1024 * 1024
-_THREADS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """Something that is not as it should be.
-
-    `what` is "pack", "blob", "index", "snapshot", "tree" or "file"; fields that do not apply are
-    None. `ranges` are begin and end in bytes of what a file has lost.
-    """
-
-    what: str
-    message: str
-    pack: PackId | None = None
-    blob: Digest | None = None
-    snapshot: SnapshotId | None = None
-    path: bytes | None = None
-    ranges: tuple[tuple[int, int], ...] = ()
-
 
 @dataclass(slots=True)
 class CheckResult:
@@ -67,8 +44,10 @@ class CheckResult:
     flagged: int = 0
     packs: int = 0
     packs_read: int = 0
+    packs_left: int = 0
     blobs_read: int = 0
     read_bytes: int = 0
+    oldest_verified_s: int | None = None
     damage: list[Damage] = field(default_factory=list)
 
 
@@ -77,125 +56,40 @@ class Checker:
 
     def __init__(self, repository: Repository, monitor: Monitor) -> None:
         self.result = CheckResult()
+        self.damaged_trees: set[bytes] = set()
         self._repository = repository
         self._store = repository.store
         self._monitor = monitor
-        self._bad: dict[Digest, PackId] = {}
-        self._pack_bytes: dict[int, int] = {}
-        self._visited = bytearray()
-        self._damaged_trees: set[bytes] = set()
+        self._scrubbed = ScrubResult()
+        self._visited = Bitmap()
 
-    def check(self, read_data: bool = False, share: float = 1.0) -> CheckResult:
-        """Check the structure, and read the given share (0 to 1) of the packs where asked for."""
-        self._check_packs(read_data, share)
+    def check(self, read: ReadChoice | None = None) -> CheckResult:
+        """Check the structure, and read the packs that are chosen (None: none of them)."""
+        scrubber = Scrubber(self._repository, self.result.damage.append, self._monitor)
+        self._scrubbed = scrubbed = scrubber.scrub(read)
+        result = self.result
+        result.packs, result.packs_read = scrubbed.packs, scrubbed.packs_read
+        result.packs_left, result.blobs_read = scrubbed.packs_left, scrubbed.blobs_read
+        result.read_bytes = scrubbed.read_bytes
+        result.oldest_verified_s = scrubbed.oldest_verified_s
         self._check_snapshots()
-        return self.result
+        return result
 
     def _report(self, damage: Damage) -> None:
         self.result.damage.append(damage)
 
-    def _check_packs(self, read_data: bool, share: float) -> None:
-        # A backup may be running: what the index names first is in the storage by the time of the
-        # listing, and what is found beyond that is newer than this check.
-        entries_before = self._store.index.blob_count()
-        records = self._store.index.packs()
-        stored = dict(self._store.stored_packs())
-        ordinals: dict[int, PackId] = {}
-        for record in records:
-            ordinals[record.ordinal] = record.pack
-            self._pack_bytes[record.ordinal] = stored.get(record.pack, 0)
-            if record.pack not in stored:
-                message = "the index names it, but it is missing"
-                self._report(Damage("pack", message, pack=record.pack))
-            elif stored[record.pack] != record.pack_bytes:
-                message = (
-                    f"it has {stored[record.pack]} bytes where {record.pack_bytes} were stored"
-                )
-                self._report(Damage("pack", message, pack=record.pack))
-        self.result.packs = len(stored)
-        wanted = set(_share_of(sorted(stored), share)) if read_data else set()
-        self._monitor.progress.total_bytes = sum(stored[pack] for pack in wanted)
-        known = set(ordinals.values())
-        indexed = 0
-        with ThreadPoolExecutor(_THREADS, "casfs-check") as pool:
-            jobs = ((pack, size, pack in wanted) for pack, size in sorted(stored.items()))
-            for pack, entries, damage in pool.map(lambda job: self._check_pack(*job), jobs):
-                for found in damage:
-                    self._report(found)
-                    # Of a blob that two packs hold, only the copy that the index names is read.
-                    if found.blob is not None and self._is_indexed(found.blob, pack, ordinals):
-                        self._bad[found.blob] = pack
-                if pack in known:
-                    indexed += self._compare_index(pack, entries, ordinals)
-                if pack in wanted:
-                    self.result.packs_read += 1
-                    self.result.read_bytes += stored[pack]
-                    self.result.blobs_read += len(entries)
-                    self._monitor.progress.done_bytes += stored[pack]
-        if indexed < entries_before and not self.result.damage:
-            message = "it has entries that no pack holds; it can be rebuilt from the packs"
-            self._report(Damage("index", message))
-
-    def _is_indexed(self, blob: Digest, pack: PackId, ordinals: dict[int, PackId]) -> bool:
-        location = self._store.index.lookup(blob)
-        return location is not None and ordinals.get(location.pack) == pack
-
-    def _compare_index(
-        self, pack: PackId, entries: list[PackEntry], ordinals: dict[int, PackId]
-    ) -> int:
-        """Compare a pack's directory with the index; return how many index entries point into it."""
-        count = 0
-        for entry in entries:
-            location = self._store.index.lookup(entry.digest)
-            if location is None:
-                self._report(Damage("index", "it does not know the blob", pack, entry.digest))
-            elif ordinals.get(location.pack) == pack:
-                count += 1
-                told = (location.offset, location.stored_bytes, location.plain_bytes)
-                if told != (entry.offset, entry.stored_bytes, entry.plain_bytes):
-                    message = "it names another place for the blob than its pack does"
-                    self._report(Damage("index", message, pack, entry.digest))
-        return count
-
-    def _check_pack(
-        self, pack: PackId, pack_bytes: int, read_data: bool
-    ) -> tuple[PackId, list[PackEntry], list[Damage]]:
-        damage: list[Damage] = []
-        entries: list[PackEntry] = []
-        try:
-            entries = self._store.read_directory(pack, pack_bytes)
-        except CasfsError as error:
-            damage.append(Damage("pack", _reason(error), pack))
-            try:
-                entries = self._store.salvage_directory(pack, pack_bytes)
-            except CasfsError as unreadable:
-                damage.append(Damage("pack", _reason(unreadable), pack))
-                return pack, entries, damage
-        if read_data:
-            damage += self._read_pack(pack, pack_bytes, entries)
-        return pack, entries, damage
-
-    def _read_pack(self, pack: PackId, pack_bytes: int, entries: list[PackEntry]) -> list[Damage]:
-        """Recompute the digest of a pack and of every blob in it, in one pass."""
-        damage: list[Damage] = []
-        whole = blake3()
-        reader = _PackReader(self._repository, pack, pack_bytes, whole)
-        try:
-            for entry in sorted(entries, key=lambda entry: entry.offset):
-                payload = reader.read(entry.offset, entry.stored_bytes)
-                try:
-                    self._store.codec.decode(entry.digest, entry.codec, payload, entry.plain_bytes)
-                except BlobError as error:
-                    damage.append(Damage("blob", error.reason, pack, entry.digest))
-            reader.read(pack_bytes - TRAILER.size, TRAILER.size)
-        except CasfsError as error:
-            damage.append(Damage("pack", _reason(error), pack))
-            return damage
-        if whole.digest() != pack:
-            damage.append(Damage("pack", "its bytes do not have the digest that names it", pack))
-        return damage
-
     def _check_snapshots(self) -> None:
+        self._walk_snapshots()
+        if self.result.damage:
+            # One that was forgotten meanwhile has no losses.
+            there = set(self._repository.snapshot_ids())
+            self.result.damage = [
+                damage
+                for damage in self.result.damage
+                if damage.snapshot is None or damage.snapshot in there
+            ]
+
+    def _walk_snapshots(self) -> None:
         for snapshot_id in self._repository.snapshot_ids():
             self.result.snapshots += 1
             try:
@@ -234,7 +128,7 @@ class Checker:
         path: bytes,
         ref: TreeRef,
     ) -> None:
-        damaged_before = ref.digest in self._damaged_trees
+        damaged_before = ref.digest in self.damaged_trees
         if not damaged_before and self._was_visited(ref):
             return
         if damaged_before:
@@ -243,12 +137,14 @@ class Checker:
             if len(stack) > 2 * MAX_DEPTH:
                 raise TreeError("directories are nested deeper than the format allows")
             digest = Digest(ref.digest)
-            if digest in self._bad:
-                raise BlobError(digest, "its data does not have its digest", self._bad[digest])
+            if digest in self._scrubbed.bad:
+                raise BlobError(
+                    digest, "its data does not have its digest", self._scrubbed.bad[digest]
+                )
             piece = decode_piece(self._store.read(Digest(ref.digest)))
             _check_summary(ref, piece)
         except (IntegrityError, CasfsError) as error:
-            self._damaged_trees.add(ref.digest)
+            self.damaged_trees.add(ref.digest)
             self._mark(stack)
             self._report(
                 Damage(
@@ -270,19 +166,11 @@ class Checker:
 
     def _mark(self, stack: list[tuple[bytes, TreeRef, Iterator[Node | TreeRef]]]) -> None:
         for _, ref, _ in stack:
-            self._damaged_trees.add(ref.digest)
+            self.damaged_trees.add(ref.digest)
 
     def _was_visited(self, ref: TreeRef) -> bool:
         location = self._store.index.lookup(Digest(ref.digest))
-        if location is None:
-            return False
-        place, bit = divmod(location.ordinal, 8)
-        if place >= len(self._visited):
-            self._visited.extend(bytes(place + 1 - len(self._visited) + (1 << 16)))
-        if self._visited[place] & (1 << bit):
-            return True
-        self._visited[place] |= 1 << bit
-        return False
+        return location is not None and not self._visited.add(location.ordinal)
 
     def _check_file(self, snapshot_id: SnapshotId, path: bytes, node: Node) -> bool:
         self.result.files += 1
@@ -294,7 +182,7 @@ class Checker:
             _check_capture(node)
             for extent in self._repository.content(node).extents(lost_lists=True):
                 done = extent.begin + extent.length
-                if not self._is_sound(extent):
+                if not self.is_sound(extent):
                     lost.append((extent.begin, done))
                     blob = blob or extent.digest
             if done != node.size:
@@ -308,53 +196,19 @@ class Checker:
             self._report(Damage("file", message, None, blob, snapshot_id, path, tuple(lost)))
         return not lost
 
-    def _is_sound(self, extent: Extent) -> bool:
+    def is_sound(self, extent: Extent) -> bool:
+        """Tell whether a chunk is stored and was not found damaged; raises TreeError."""
         if extent.digest is None:
             return True
         location = self._store.index.lookup(extent.digest)
-        if extent.lost or location is None or extent.digest in self._bad:
+        if extent.lost or location is None or extent.digest in self._scrubbed.bad:
             return False
-        pack_bytes = self._pack_bytes.get(location.pack)
+        pack_bytes = self._scrubbed.pack_bytes.get(location.pack)
         if pack_bytes is not None and location.offset + location.stored_bytes > pack_bytes:
             return False
         if location.plain_bytes != extent.length:
             raise TreeError("a chunk does not have the length that is recorded for it")
         return True
-
-
-class _PackReader:
-    """Read a pack from its beginning to its end in windows, hashing all of it on the way."""
-
-    def __init__(
-        self, repository: Repository, pack: PackId, pack_bytes: int, whole: blake3
-    ) -> None:
-        self._storage = repository.store.storage
-        self._name = pack_name(pack)
-        self._pack_bytes = pack_bytes
-        self._pack = pack
-        self._whole = whole
-        self._begin = 0
-        self._data = b""
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Return a range that lies at or behind the one before; what is between is hashed too."""
-        while offset + size > self._begin + len(self._data):
-            keep = self._data[max(offset - self._begin, 0) :]
-            end = self._begin + len(self._data)
-            more = self._storage.read(self._name, end, max(_WINDOW_BYTES, size))
-            if not more:
-                raise PackError(self._pack, "it ends before its last blob")
-            self._whole.update(more)
-            self._data = keep + more
-            self._begin = end - len(keep)
-        start = offset - self._begin
-        return self._data[start : start + size]
-
-
-def _share_of(packs: Iterable[PackId], share: float) -> list[PackId]:
-    """Return the packs of a share: always the same ones for the same share, evenly spread."""
-    limit = int(share * 2**64)
-    return [pack for pack in packs if int.from_bytes(pack[:8], "big") < limit]
 
 
 def _check_summary(ref: TreeRef, piece: object) -> None:
@@ -379,7 +233,3 @@ def _check_capture(node: Node) -> None:
     observed = capture.observed if capture is not None else None
     if node.state == State.STABLE and observed not in (None, captured_digest(node)):
         raise TreeError("it is called stable, but two reads saw different data")
-
-
-def _reason(error: CasfsError) -> str:
-    return error.reason if isinstance(error, PackError) else str(error)

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
+
 from casfs.chunker import Chunker
 from casfs.content import ContentReader
 from casfs.digest import SnapshotId
@@ -36,9 +38,10 @@ from casfs.store.config import (
     new_config,
 )
 from casfs.store.index import Index
-from casfs.store.lock import LockMode, RepositoryLock, remove_stale_temporaries
+from casfs.store.lock import LockMode, RepositoryLock, live_locks, remove_stale_temporaries
 from casfs.store.opening import close_index, index_to_read, index_to_write
 from casfs.store.place import index_path
+from casfs.store.seal import unseal
 from casfs.store.storage import LocalStorage
 from casfs.store.store import BlobStore
 from casfs.store.writer import BlobWriter
@@ -50,7 +53,7 @@ log = logging.getLogger(__name__)
 DEFAULT_LEVEL = 3
 """zstd's own default: some 250 MB/s a core, close to what the stronger levels reach on real trees."""
 
-_FOLDERS = ("packs", "snapshots", "locks", "tmp")
+_FOLDERS = ("packs", "snapshots", "condemned", "locks", "tmp")
 _README = (
     "This folder is a casfs repository: backups of files, kept as digest-named packs.\n"
     "Change nothing in it by hand. `index` can be rebuilt; everything else is needed.\n"
@@ -119,8 +122,14 @@ class Repository:
         level: int = DEFAULT_LEVEL,
         sync: bool = True,
         on_step: Callable[[str], None] | None = None,
+        reader: str | None = None,
+        takes_notes: bool = False,
     ) -> Repository:
         """Open a repository: for writing when `verb` says what for, for reading otherwise.
+
+        A reader that says in `reader` what it is keeps a prune from removing what it may still read,
+        where it may write into the repository's `locks`; it keeps nobody from anything else. One that
+        `takes_notes` can mark in the index what it found, where it may write there.
 
         Raises NotFoundError, FormatError, IntegrityError (configuration), LockedError, StorageError
         and IndexUnusableError. A process has a repository open only once at a time.
@@ -129,13 +138,21 @@ class Repository:
         config = _read_config(root)
         if verb is None:
             storage = LocalStorage(root)
-            index = index_to_read(root, config.id, storage, BlobCodec(level))
-            return cls(root, config, storage, index, level, None)
+            note = _reader_lock(root, reader) if reader is not None else None
+            try:
+                index = index_to_read(root, config.id, storage, BlobCodec(level), takes_notes)
+            except BaseException:
+                if note is not None:
+                    note.release()
+                raise
+            return cls(root, config, storage, index, level, note)
         lock = RepositoryLock.acquire(root / "locks", verb, mode)
         try:
             remove_stale_temporaries(root)
             storage = LocalStorage(root, writer=lock.name, sync=sync, on_step=on_step)
             path = index_path(root, config.id)
+            if mode == LockMode.EXCLUSIVE:
+                unseal(path)
             index = index_to_write(root, path, storage, BlobCodec(level), lock.name, on_step)
             repository = cls(root, config, storage, index, level, lock)
             repository._losses = index.losses()
@@ -209,9 +226,43 @@ class Repository:
         self.store.storage.write(f"snapshots/{snapshot_id.hex()}", data)
         return snapshot_id
 
+    def replace_snapshot(
+        self,
+        snapshot_id: SnapshotId,
+        snapshot: Snapshot,
+        root: Node | None = None,
+        tags: tuple[str, ...] | None = None,
+    ) -> SnapshotId:
+        """Publish a snapshot with another root or other tags, then remove the one that it replaces.
+
+        A crash between the two leaves both, of which only the new one is listed.
+        """
+        changed = msgspec.structs.replace(
+            snapshot,
+            root=root if root is not None else snapshot.root,
+            tags=tags if tags is not None else snapshot.tags,
+            replaces=snapshot_id,
+        )
+        complete = root is None and self.store.index.is_complete(snapshot_id)
+        new_id = self.publish(changed, complete)
+        if snapshot.replaces is not None:
+            # A crash may have left it; with the one that replaces it gone, it would be listed again.
+            self.delete_snapshot(SnapshotId(snapshot.replaces))
+        self.delete_snapshot(snapshot_id)
+        return new_id
+
     def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         """Remove a snapshot; its blobs stay until a prune."""
         self.store.storage.delete(f"snapshots/{snapshot_id.hex()}")
+
+    def other_locks(self) -> dict[str, LockMode]:
+        """Return the locks that other living processes hold, by name."""
+        own = self._lock.name if self._lock is not None else None
+        try:
+            live = live_locks(self.root / "locks")
+        except OSError as error:
+            raise StorageError("read the locks in", str(self.root / "locks"), error) from error
+        return {name: record.mode for name, record in live.items() if name != own}
 
     def snapshot_ids(self) -> list[SnapshotId]:
         """Return the ids of all snapshot files, sorted."""
@@ -254,15 +305,20 @@ class Repository:
             if not everything:
                 raise NotFoundError(f"the repository {self.root} has no snapshots yet")
             return everything[-1]
-        wanted = name.lower()
+        snapshot_id = self.resolve_id(name)
+        return snapshot_id, self.load(snapshot_id)
+
+    def resolve_id(self, prefix: str) -> SnapshotId:
+        """Return the one id that begins so; raises AmbiguousIdError and NotFoundError."""
+        wanted = prefix.lower()
         matches = [i for i in self.snapshot_ids() if wanted and i.hex().startswith(wanted)]
         if len(matches) > 1:
-            raise AmbiguousIdError(name, [match.hex() for match in matches])
+            raise AmbiguousIdError(prefix, [match.hex() for match in matches])
         if not matches:
             raise NotFoundError(
-                f"no snapshot has the id {name!r}; casfs snapshots lists those that there are"
+                f"no snapshot has the id {prefix!r}; casfs snapshots lists those that there are"
             )
-        return matches[0], self.load(matches[0])
+        return matches[0]
 
     def resolve_path(self, spec: str) -> tuple[SnapshotId, Snapshot, bytes, Node]:
         """Return the snapshot, the path and the node that `SNAP` or `SNAP:PATH` names."""
@@ -273,6 +329,13 @@ class Repository:
         if node is None:
             raise NotFoundError(f"snapshot {snapshot_id.hex()[:12]} has no {text!r}")
         return snapshot_id, snapshot, path, node
+
+
+def _reader_lock(root: Path, reader: str) -> RepositoryLock | None:
+    try:
+        return RepositoryLock.acquire(root / "locks", reader, LockMode.READER)
+    except StorageError:
+        return None  # a medium, or a user, that may only read
 
 
 def normal_path(text: str) -> bytes:

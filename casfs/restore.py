@@ -421,6 +421,8 @@ class Restorer:
         capture = node.extra.capture if node.extra is not None else None
         reason = Reason(capture.reason).name.lower() if capture is not None else "unknown"
         message = f"it had changed while it was captured ({reason}); restored as captured"
+        if capture is not None and capture.reason == Reason.DAMAGED:
+            message = "it had lost data when its snapshot was repaired; zeros stand there"
         self._monitor.problem(Problem(ProblemKind.CHANGED, path, message, {"reason": reason}))
 
     def _tell_zeroed(self, path: bytes, lost: list[tuple[int, int]]) -> None:

@@ -18,10 +18,5 @@ def retag(
     """Give a snapshot other tags and return it with its new id; equal tags change nothing."""
     if tags == snapshot.tags:
         return snapshot_id, snapshot
-    changed = msgspec.structs.replace(snapshot, tags=tags, replaces=snapshot_id)
-    new_id = repository.publish(changed, repository.store.index.is_complete(snapshot_id))
-    if snapshot.replaces is not None:
-        # A crash may have left it; with the one that replaces it gone, it would be listed again.
-        repository.delete_snapshot(SnapshotId(snapshot.replaces))
-    repository.delete_snapshot(snapshot_id)
-    return new_id, changed
+    new_id = repository.replace_snapshot(snapshot_id, snapshot, tags=tags)
+    return new_id, msgspec.structs.replace(snapshot, tags=tags, replaces=snapshot_id)

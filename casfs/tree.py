@@ -51,7 +51,7 @@ class State(IntEnum):
 
 
 class Reason(IntEnum):
-    """Why a capture was not simply stable."""
+    """Why a capture was not simply stable; DAMAGED is what a repair left of one that lost chunks."""
 
     NONE = 0
     GREW = 1
@@ -60,6 +60,7 @@ class Reason(IntEnum):
     REPLACED = 4
     READ_ERROR = 5
     VANISHED = 6
+    DAMAGED = 7
 
 
 class TreeRef(msgspec.Struct, array_like=True, frozen=True, gc=False):

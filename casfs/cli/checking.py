@@ -12,24 +12,55 @@ from casfs.cli.progress import CommandMonitor
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from casfs.check import Damage
+    from casfs.scrub import Damage
 
 
 @click.command()
 @click.option("--read-data", is_flag=True, help="Read every pack and recompute every digest.")
 @click.option("--read-data-subset", "subset", metavar="P%", help="Read this share of the packs.")
+@click.option(
+    "--older-than",
+    metavar="DURATION",
+    help="Read only packs that were not verified for so long, as in 30d.",
+)
+@click.option(
+    "--max-duration",
+    metavar="DURATION",
+    help="Begin no pack after so long, as in 10m; the longest unverified come first.",
+)
 @common_options
 @click.pass_obj
-def check(settings: Settings, read_data: bool, subset: str | None) -> int:
-    """Check every snapshot, tree and index entry; exit 5 where something is damaged."""
-    from casfs.check import Checker
-    from casfs.repository import Repository
+def check(
+    settings: Settings,
+    read_data: bool,
+    subset: str | None,
+    older_than: str | None,
+    max_duration: str | None,
+) -> int:
+    """Check every snapshot, tree and index entry; exit 5 where something is damaged.
 
-    share = _share(subset) if subset is not None else 1.0
+    When each pack was last verified is remembered, also where a check is interrupted: with --older-than
+    the next one goes on from there.
+    """
+    from casfs.check import Checker
+    from casfs.durations import parse_duration
+    from casfs.repository import Repository
+    from casfs.scrub import ReadChoice
+
+    choice = None
+    if read_data or subset is not None:
+        choice = ReadChoice(
+            _share(subset) if subset is not None else 1.0,
+            parse_duration(older_than, "--older-than") if older_than is not None else None,
+            parse_duration(max_duration, "--max-duration") if max_duration is not None else None,
+        )
+    elif older_than is not None or max_duration is not None:
+        raise UsageError("--older-than and --max-duration say what to read; give --read-data too")
     output = settings.output()
     monitor = CommandMonitor(output, "check")
-    with Repository.open(settings.repository_path()) as repository, monitor:
-        result = Checker(repository, monitor).check(read_data or subset is not None, share)
+    root = settings.repository_path()
+    with Repository.open(root, reader="check", takes_notes=True) as repository, monitor:
+        result = Checker(repository, monitor).check(choice)
     for damage in result.damage:
         output.line(_sentence(damage))
         output.emit(
@@ -51,6 +82,8 @@ def check(settings: Settings, read_data: bool, subset: str | None) -> int:
             f"read {result.packs_read} packs with {result.blobs_read} blobs, "
             f"{shown_size(result.read_bytes)}"
         )
+    if result.packs_left:
+        output.line(f"{result.packs_left} packs are left for the next time")
     if result.flagged:
         output.line(f"{result.flagged} files are flagged: they changed while they were captured")
     found = len(result.damage)
@@ -65,6 +98,7 @@ def check(settings: Settings, read_data: bool, subset: str | None) -> int:
         flagged=result.flagged,
         packs=result.packs,
         packs_read=result.packs_read,
+        packs_left=result.packs_left,
         blobs_read=result.blobs_read,
         read_bytes=result.read_bytes,
     )

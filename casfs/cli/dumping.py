@@ -35,7 +35,10 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
 
     output = settings.output()
     monitor = CommandMonitor(output, "dump")
-    with Repository.open(settings.repository_path()) as repository, ExitStack() as stack:
+    with (
+        Repository.open(settings.repository_path(), reader="dump") as repository,
+        ExitStack() as stack,
+    ):
         snapshot_id, snapshot, path, node = repository.resolve_path(snap)
         kind = Kind(node.kind)
         if kind not in (Kind.FILE, Kind.DIRECTORY):

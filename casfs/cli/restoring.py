@@ -61,7 +61,7 @@ def restore(
     )
     output = settings.output()
     _refuse_repository(settings.repository_path(), Path(target), delete)
-    with Repository.open(settings.repository_path()) as repository:
+    with Repository.open(settings.repository_path(), reader="restore") as repository:
         snapshot_id, snapshot, path, node = repository.resolve_path(snap)
         with_root = bool(path) or snapshot.paths == (b".",)
         monitor = CommandMonitor(output, "restore")

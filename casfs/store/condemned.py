@@ -25,33 +25,42 @@ MAX_CONDEMNATION_BYTES = 64 * 1024 * 1024
 class Condemnation(msgspec.Struct, frozen=True):
     """Packs (names in hexadecimal) that nothing needed at `time_s`, in seconds since 1970.
 
-    `writers` are the names of the locks that were held when it could be read by all; None says that
-    nobody had asked yet.
+    `writers` and `readers` are the names of the locks that were held when it could be read by all; None
+    says that nobody had asked yet.
     """
 
     time_s: int
     packs: tuple[str, ...]
     writers: tuple[str, ...] | None = None
+    readers: tuple[str, ...] = ()
 
     def pack_ids(self) -> set[PackId]:
         """Return the names of the packs."""
         return {PackId(bytes.fromhex(pack)) for pack in self.packs}
 
+    def only(self, packs: Iterable[PackId]) -> Condemnation:
+        """Return the condemnation of those of its packs that are among `packs`."""
+        wanted = {pack.hex() for pack in packs}
+        kept = tuple(pack for pack in self.packs if pack in wanted)
+        return msgspec.structs.replace(self, packs=kept)
+
 
 _decoder = msgspec.json.Decoder(Condemnation)
 
 
-def publish_condemnation(
-    storage: Storage, condemnation: Condemnation, instead_of: Iterable[str] = ()
-) -> str:
-    """Make a condemnation durable, then remove those that it replaces; return its object's name."""
+def publish_condemnation(storage: Storage, condemnation: Condemnation) -> str:
+    """Make a condemnation durable and return its object's name."""
     data = msgspec.json.encode(condemnation) + b"\n"
     name = f"{FOLDER}/{digest_of(data).hex()}"
     storage.write(name, data)
-    for other in instead_of:
-        if other != name:
-            storage.delete(other)
     return name
+
+
+def replace_condemnation(storage: Storage, name: str, condemnation: Condemnation) -> None:
+    """Put a condemnation in the place of one that has a name; one without packs is just removed."""
+    if condemnation.packs and publish_condemnation(storage, condemnation) == name:
+        return
+    storage.delete(name)
 
 
 def read_condemnations(storage: Storage) -> dict[str, Condemnation]:

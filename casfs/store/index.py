@@ -14,7 +14,7 @@ import functools
 import itertools
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,21 +291,29 @@ class Index:
             return found
         return self._condemned
 
-    def remove_packs(self, packs: Sequence[tuple[int, Sequence[Digest]]]) -> None:
-        """Forget packs by ordinal, and of the digests those whose blob is there; nobody needs them."""
+    def remove_blobs(self, digests: Iterable[Digest], packs: Set[int]) -> None:
+        """Forget those of some blobs that lie in some packs (ordinals); nobody needs them."""
+        gone = list(digests)
 
         def change(txn: Transaction) -> None:
-            condemned = set(self._condemned_in(txn))
-            for ordinal, digests in packs:
-                for digest in digests:
-                    value = txn.get(digest, db=self._blobs)
-                    if value is not None and _LOCATION.unpack(value)[0] == ordinal:
-                        txn.delete(digest, db=self._blobs)
+            for digest in gone:
+                value = txn.get(digest, db=self._blobs)
+                if value is not None and _LOCATION.unpack(value)[0] in packs:
+                    txn.delete(digest, db=self._blobs)
+
+        if gone:
+            self._env.write(change)
+
+    def remove_packs(self, ordinals: Iterable[int]) -> None:
+        """Forget packs in which no blob is placed any more."""
+        gone = sorted(ordinals)
+
+        def change(txn: Transaction) -> None:
+            for ordinal in gone:
                 record = txn.pop(_ORDINAL.pack(ordinal), db=self._packs)
                 if record is not None:
                     txn.delete(b"pack" + _PACK.unpack(record)[0], db=self._meta)
-                condemned.discard(ordinal)
-            self._condemn(txn, condemned)
+            self._condemn(txn, self._condemned_in(txn) - set(gone))
 
         self._env.write(change)
 
@@ -353,15 +361,28 @@ class Index:
 
         return self._env.read(ask)
 
-    def forget_complete(self, snapshots: Iterable[bytes]) -> None:
-        """Drop what `mark_complete` remembered of snapshots that are no more."""
-        gone = list(snapshots)
+    def keep_complete(self, snapshots: Set[bytes]) -> None:
+        """Drop what `mark_complete` remembered of all other snapshots; to drop one too many is harmless."""
+        prefix = b"complete"
+
+        def find(txn: Transaction) -> list[bytes]:
+            cursor = txn.cursor(db=self._meta)
+            found = []
+            more = cursor.set_range(prefix)
+            while more and (key := bytes(cursor.key())).startswith(prefix):
+                if key[len(prefix) :] not in snapshots:
+                    found.append(key)
+                more = cursor.next()
+            return found
+
+        gone = self._env.read(find)
 
         def change(txn: Transaction) -> None:
-            for snapshot in gone:
-                txn.delete(b"complete" + snapshot, db=self._meta)
+            for key in gone:
+                txn.delete(key, db=self._meta)
 
-        self._env.write(change)
+        if gone:
+            self._env.write(change)
 
     def mark_verified(self, ordinals: Iterable[int], when_s: int) -> None:
         """Remember when all bytes of some packs were last verified (seconds since 1970)."""

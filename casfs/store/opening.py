@@ -21,14 +21,23 @@ from casfs.store.store import BlobStore
 log = logging.getLogger(__name__)
 
 
-def index_to_read(root: Path, repository_id: str, storage: LocalStorage, codec: BlobCodec) -> Index:
+def index_to_read(
+    root: Path,
+    repository_id: str,
+    storage: LocalStorage,
+    codec: BlobCodec,
+    takes_notes: bool = False,
+) -> Index:
     """Return an index that knows every pack in the storage.
 
     Where the repository's own is missing, damaged or behind it is brought up to date, and where it
-    cannot be written, this user's own in the cache directory is.
+    cannot be written, this user's own in the cache directory is. With `takes_notes` it can be written
+    if possible at all.
     """
     path = index_path(root, repository_id)
     try:
+        if takes_notes:
+            return index_to_write(root, path, storage, codec)
         if not seal.is_sound(path, in_use=_is_in_use(root)):
             raise IndexUnusableError(f"the index {path} is damaged")
         index = Index(path, readonly=True)
@@ -72,7 +81,7 @@ def index_to_write(
         ) from error
     index = Index(path, on_step=on_step)
     try:
-        BlobStore(storage, index, codec).reconcile()
+        BlobStore(storage, index, codec).reconcile(alone=not _is_in_use(root, own_lock))
     except BaseException:
         close_index(index)
         raise

@@ -49,6 +49,11 @@ def write_seal(path: Path) -> None:
         log.info("the index in %s cannot be sealed: %s", path, error)
 
 
+def unseal(path: Path) -> None:
+    """Have the index in a folder be read as a whole before it is used the next time."""
+    (path / SEAL_FILE).unlink(missing_ok=True)
+
+
 def is_sound(path: Path, in_use: bool) -> bool:
     """Tell whether the index in a folder can be given to LMDB; True where there is none.
 

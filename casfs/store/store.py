@@ -47,13 +47,19 @@ def pack_name(pack: PackId) -> str:
 
 
 class BlobStore:
-    """Blobs of one repository, found through its index."""
+    """Blobs of one repository, found through its index.
+
+    `salvaged` are packs whose directory was damaged when the index had to be brought up to date, and
+    `unreadable` those that could not be read then.
+    """
 
     def __init__(self, storage: Storage, index: Index, codec: BlobCodec) -> None:
         self.storage = storage
         self.index = index
         self.codec = codec
         self.coverage = Coverage()
+        self.salvaged: set[PackId] = set()
+        self.unreadable: set[PackId] = set()
         self._fruitless = 0
 
     def locate(self, digest: Digest) -> Location:
@@ -203,13 +209,14 @@ class BlobStore:
             entries.append(PackEntry(digest, offset, stored_bytes, plain_bytes, kind, codec))
         return entries
 
-    def reconcile(self) -> None:
+    def reconcile(self, alone: bool = True) -> None:
         """Bring the index into agreement with the packs in the storage.
 
         Packs that a crash left out of the index are added from their directories. Where the index
         names a pack that is gone it is rebuilt from the packs alone, so that no blob is trusted that
         nothing holds and duplicates in other packs are found. What is condemned is read first: a pack
         that this process takes for sound is either not condemned, or by somebody who sees its lock.
+        What is condemned stays so unless nobody else writes (`alone`): it may be a prune that does.
         """
         condemned = condemned_packs(self.storage)
         stored = dict(self.stored_packs())
@@ -224,9 +231,10 @@ class BlobStore:
             self.rebuild()
         elif new := sorted(stored.keys() - indexed):
             self.index.add_packs(self._indexed((pack, stored[pack]) for pack in new))
-        if condemned or self.index.condemned():
-            records = self.index.packs()
-            self.index.condemn(record.ordinal for record in records if record.pack in condemned)
+        before = self.index.condemned()
+        if condemned or before:
+            found = {record.ordinal for record in self.index.packs() if record.pack in condemned}
+            self.index.condemn(found if alone else found | before)
 
     def _is_stored(self, pack: PackId) -> bool:
         """Tell whether a pack is there by now: another writer may just have published it."""
@@ -247,6 +255,7 @@ class BlobStore:
                 continue  # a prune has just removed it
             except StorageError as error:
                 log.warning("%s; its blobs are left out until it can be read", error)
+                self.unreadable.add(pack)
                 continue
             yield pack, pack_bytes, entries
 
@@ -255,6 +264,7 @@ class BlobStore:
             return self.read_directory(pack, pack_bytes)
         except PackError as error:
             log.warning("%s; its intact blobs are found one by one", error)
+            self.salvaged.add(pack)
             return self.salvage_directory(pack, pack_bytes)
 
 

@@ -18,6 +18,7 @@ from casfs.cli.backing import exit_code
 from casfs.monitor import Problem, RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
+from casfs.scrub import ReadChoice
 from casfs.store.store import pack_name
 from casfs.tree import Node
 
@@ -85,7 +86,7 @@ class Keeper:
 
         The second is asked of the packs' own bytes, without the code that reads blobs.
         """
-        result = Checker(self.repository, RecordingMonitor()).check(read_data=True)
+        result = Checker(self.repository, RecordingMonitor()).check(ReadChoice())
         assert result.damage == []
         store = self.repository.store
         found = 0

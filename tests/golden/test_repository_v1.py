@@ -16,6 +16,7 @@ from casfs.digest import digest_of
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
+from casfs.scrub import ReadChoice
 from casfs.tree import Kind
 from tests.data.make_repository_v1 import describe
 
@@ -43,7 +44,7 @@ def test_everything_in_it_is_listed_as_it_was(frozen: Path) -> None:
 
 def test_every_byte_of_it_verifies(frozen: Path) -> None:
     with Repository.open(frozen) as repository:
-        result = Checker(repository, RecordingMonitor()).check(read_data=True)
+        result = Checker(repository, RecordingMonitor()).check(ReadChoice())
     assert result.damage == []
     assert result.snapshots == 2
     assert result.packs_read == result.packs > 0

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from casfs import check as check_module
-from casfs.check import Checker, CheckResult, Damage
+from casfs import scrub as scrub_module
+from casfs.check import Checker, CheckResult
 from casfs.content import HOLE, RECORD, ContentWriter
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
+from casfs.scrub import Damage, ReadChoice
 from casfs.store.blob import BlobKind
 from casfs.store.index import IndexedPack
 from casfs.store.pack import PackEntry
@@ -51,7 +53,8 @@ def store(keeper: Keeper, chunks: Iterable[bytes], kind: BlobKind = BlobKind.DAT
 
 def check(keeper: Keeper, read_data: bool = False, share: float = 1.0) -> CheckResult:
     with keeper.reading() as repository:
-        return Checker(repository, RecordingMonitor()).check(read_data, share)
+        choice = ReadChoice(share) if read_data else None
+        return Checker(repository, RecordingMonitor()).check(choice)
 
 
 def damage(keeper: Keeper, what: str, read_data: bool = False) -> list[Damage]:
@@ -164,7 +167,7 @@ class TestDamagedBlobs:
     def test_are_found_wherever_the_pack_is_read_in_windows(
         self, keeper: Keeper, window: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(check_module, "_WINDOW_BYTES", window)
+        monkeypatch.setattr(scrub_module, "_WINDOW_BYTES", window)
         chunks = [noise(f"{size}", size) for size in (0, 1, 100, 5000, 64, 20_000)]
         store(keeper, chunks)
         assert check(keeper, read_data=True).damage == []
@@ -417,7 +420,7 @@ class TestBesideABackup:
             self.result = self.checked(repository)
 
     def checked(self, repository: Repository) -> CheckResult:
-        return Checker(repository, RecordingMonitor()).check(read_data=True)
+        return Checker(repository, RecordingMonitor()).check(ReadChoice())
 
     @pytest.mark.parametrize("indexed", [True, False])
     def test_a_new_pack_is_read_and_nothing_is_wrong_with_it(

@@ -15,6 +15,7 @@ from casfs.backup import BackupOptions, back_up
 from casfs.check import Checker, CheckResult
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
+from casfs.scrub import ReadChoice
 from casfs.snapshot import SnapshotStats
 from casfs.store import writer as writer_module
 from casfs.store.lock import RepositoryLock
@@ -49,7 +50,7 @@ class Scene:
 
     def check(self) -> CheckResult:
         with Repository.open(self.root) as repository:
-            return Checker(repository, RecordingMonitor()).check(read_data=True)
+            return Checker(repository, RecordingMonitor()).check(ReadChoice())
 
 
 @pytest.fixture(autouse=True)

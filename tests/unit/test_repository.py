@@ -49,7 +49,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class TestMaking:
     def test_lays_out_the_folders_and_says_what_they_are(self, keeper: Keeper) -> None:
         assert sorted(os.listdir(keeper.root)) == [
-            *("README", "config", "index", "locks", "packs", "snapshots", "tmp")
+            *("README", "condemned", "config", "index", "locks", "packs", "snapshots", "tmp")
         ]
         assert "casfs repository" in (keeper.root / "README").read_text()
         assert stat.S_IMODE(keeper.root.stat().st_mode) == 0o700
@@ -127,7 +127,7 @@ class TestOpening:
     def test_that_fails_leaves_neither_a_lock_nor_an_open_index(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fail(store: object) -> None:
+        def fail(store: object, alone: bool) -> None:
             raise PermissionError(13, "Permission denied")
 
         with monkeypatch.context() as patch:
@@ -385,6 +385,7 @@ import os
 import sys
 from pathlib import Path
 from casfs.check import Checker
+from casfs.scrub import ReadChoice
 from casfs.errors import CasfsError
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
@@ -396,7 +397,7 @@ os.setgid(65534)
 os.setuid(65534)
 try:
     with Repository.open(Path(sys.argv[1])) as repository:
-        result = Checker(repository, RecordingMonitor()).check(read_data=True)
+        result = Checker(repository, RecordingMonitor()).check(ReadChoice())
         print("read", result.snapshots, result.blobs_read, len(result.damage), flush=True)
 except CasfsError as error:
     print(type(error).__name__, error, flush=True)

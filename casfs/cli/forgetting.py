@@ -1,0 +1,209 @@
+"""The verb forget."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from casfs.cli.app import Settings, common_options
+from casfs.cli.output import Output, iso_time, local_time, path_argument, shown, shown_id
+from casfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from casfs.forget import Candidate, Grouping, GroupKey, Plan
+    from casfs.retention import Policy
+
+
+class _Count(click.ParamType[int]):
+    """How many snapshots a rule keeps: a number, or `unlimited` (restic's -1)."""
+
+    name = "N"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        from casfs.retention import UNLIMITED
+
+        text = str(value)
+        if text in ("unlimited", str(UNLIMITED)):
+            return UNLIMITED
+        if not (text.isascii() and text.isdigit()):
+            self.fail(f"{text!r} is neither a number of snapshots nor unlimited", param, ctx)
+        return int(text)
+
+
+_COUNT = _Count()
+
+
+@click.command()
+@click.argument("snaps", nargs=-1, metavar="[SNAP]...")
+@click.option("--keep-last", "-l", type=_COUNT, default=0, help="Keep the newest N.")
+@click.option("--keep-hourly", "-H", type=_COUNT, default=0, help="The newest of N hours.")
+@click.option("--keep-daily", "-d", type=_COUNT, default=0, help="The newest of N days.")
+@click.option("--keep-weekly", "-w", type=_COUNT, default=0, help="The newest of N weeks.")
+@click.option("--keep-monthly", "-m", type=_COUNT, default=0, help="The newest of N months.")
+@click.option("--keep-yearly", "-y", type=_COUNT, default=0, help="The newest of N years.")
+@click.option(
+    "--keep-within", metavar="SPAN", help="All so close to the newest, as in 1y6m or 30d."
+)
+@click.option("--keep-tag", "keep_tags", multiple=True, metavar="TAG", help="All with this tag.")
+@click.option("--host", "hosts", multiple=True, metavar="NAME", help="Look only at this host's.")
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="TAG[,TAG...]",
+    help="Look only at those with all of these tags.",
+)
+@click.option("--path", "paths", multiple=True, metavar="PATH", help="Look only at this path's.")
+@click.option(
+    "--group-by",
+    default="host,paths",
+    show_default=True,
+    metavar="WHAT",
+    help="Apply the rules to each host, paths or tags apart; none for all together.",
+)
+@click.option("--dry-run", "-n", is_flag=True, help="Tell what would go and why the rest stays.")
+@click.option("--prune", "then_prune", is_flag=True, help="Free the space at once.")
+@click.option(
+    "--unsafe-allow-remove-all", "allow_all", is_flag=True, help="Allow to leave no snapshot."
+)
+@common_options
+@click.pass_obj
+def forget(
+    settings: Settings,
+    snaps: tuple[str, ...],
+    keep_last: int,
+    keep_hourly: int,
+    keep_daily: int,
+    keep_weekly: int,
+    keep_monthly: int,
+    keep_yearly: int,
+    keep_within: str | None,
+    keep_tags: tuple[str, ...],
+    hosts: tuple[str, ...],
+    tags: tuple[str, ...],
+    paths: tuple[str, ...],
+    group_by: str,
+    dry_run: bool,
+    then_prune: bool,
+    allow_all: bool,
+) -> None:
+    """Remove snapshots: those that are named, or those that no --keep rule keeps.
+
+    Each group (a host and its paths) is judged apart. The space is freed by prune.
+    """
+    from casfs.cli.pruning import run_prune
+    from casfs.durations import Span
+    from casfs.forget import Choice, forget, named_snapshots, plan_policy
+    from casfs.prune import PruneOptions
+    from casfs.repository import Repository
+    from casfs.retention import Policy
+
+    policy = Policy(
+        last=keep_last,
+        hourly=keep_hourly,
+        daily=keep_daily,
+        weekly=keep_weekly,
+        monthly=keep_monthly,
+        yearly=keep_yearly,
+        within=Span(keep_within, "--keep-within") if keep_within is not None else None,
+        tags=tuple(tag for text in keep_tags for tag in text.split(",")),
+    )
+    choice = Choice(
+        hosts,
+        tuple(frozenset(text.split(",")) for text in tags),
+        tuple(path_argument(path) for path in paths),
+    )
+    _refuse_what_does_not_fit(snaps, policy, choice != Choice())
+    grouping = _grouping(group_by)
+    root, output = settings.repository_path(), settings.output()
+    # A dry run changes nothing, and needs not be allowed to.
+    with Repository.open(root, None if dry_run else "forget") as repository:
+        if snaps:
+            forgotten = named_snapshots(repository, snaps, allow_all)
+            kept = len({i for i, _ in repository.snapshots()} - {c.snapshot_id for c in forgotten})
+            _print_named(output, forgotten, dry_run)
+        else:
+            plan = plan_policy(repository, policy, grouping, choice, allow_all)
+            forgotten, kept = plan.forgotten(), plan.kept()
+            _print_plan(output, plan, dry_run)
+        if not dry_run:
+            forget(repository, forgotten)
+    would = "would be " if dry_run else ""
+    output.line(f"{len(forgotten)} snapshots {would}forgotten, {kept} {would}kept")
+    output.emit("summary", forgotten=len(forgotten), kept=kept, dry_run=dry_run)
+    if not then_prune:
+        return
+    if dry_run:
+        output.warn("what a prune would free is not known before the snapshots are gone")
+    else:
+        run_prune(root, output, PruneOptions())
+
+
+def _refuse_what_does_not_fit(snaps: tuple[str, ...], policy: Policy, chosen: bool) -> None:
+    if snaps and not policy.is_empty():
+        raise UsageError("name snapshots, or give rules (--keep-…), not both")
+    if snaps and chosen:
+        raise UsageError("--host, --tag and --path choose for rules; snapshots were named")
+    if not snaps and policy.is_empty():
+        raise UsageError(
+            "nothing says what to keep: give a rule such as --keep-daily 7, or name snapshots"
+        )
+
+
+def _grouping(text: str) -> Grouping:
+    from casfs.forget import Grouping
+
+    words = {word.strip() for word in text.split(",")} - {""}
+    known = {"host": "host", "hosts": "host", "path": "paths", "paths": "paths"}
+    known |= {"tag": "tags", "tags": "tags"}
+    wrong = sorted(words - known.keys() - {"none"})
+    if wrong:
+        raise UsageError(f"--group-by {wrong[0]!r} is none of host, paths, tags and none")
+    wanted = {known[word] for word in words if word in known}
+    return Grouping("host" in wanted, "paths" in wanted, "tags" in wanted)
+
+
+def _print_plan(output: Output, plan: Plan, dry_run: bool) -> None:
+    for key, verdicts in plan.groups.items():
+        output.line(_title(key))
+        for verdict in verdicts:
+            _say(output, verdict.snapshot, verdict.reasons, dry_run)
+
+
+def _print_named(output: Output, candidates: list[Candidate], dry_run: bool) -> None:
+    for candidate in candidates:
+        _say(output, candidate, (), dry_run)
+
+
+def _say(output: Output, candidate: Candidate, reasons: tuple[str, ...], dry_run: bool) -> None:
+    snapshot = candidate.snapshot
+    time = local_time(candidate.time_ns) if snapshot is not None else "(its file is damaged)"
+    verdict = f"keep    {', '.join(reasons)}" if reasons else "forget"
+    output.line(f"  {shown_id(candidate.snapshot_id)}  {time}  {shown(verdict.encode())}")
+    output.emit(
+        "snapshot",
+        id=candidate.snapshot_id.hex(),
+        time=iso_time(candidate.time_ns) if snapshot is not None else None,
+        host=snapshot.host if snapshot is not None else None,
+        paths=[path.decode("utf-8", "surrogateescape") for path in snapshot.paths]
+        if snapshot is not None
+        else None,
+        tags=list(candidate.tags),
+        keep=bool(reasons),
+        reasons=list(reasons),
+        dry_run=dry_run,
+    )
+
+
+def _title(key: GroupKey) -> str:
+    parts = []
+    if key.host is not None:
+        parts.append(f"host {shown(key.host.encode())}")
+    if key.paths is not None:
+        parts.append(" ".join(shown(path) for path in key.paths))
+    if key.tags is not None:
+        parts.append(f"tags {shown(', '.join(key.tags).encode()) or 'none'}")
+    return ", ".join(parts) or "all snapshots"

@@ -1,0 +1,107 @@
+"""The verb prune, and what forget says when it prunes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from casfs.cli.app import Settings, common_options
+from casfs.cli.output import Output, shown_size
+from casfs.cli.progress import CommandMonitor
+from casfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from casfs.prune import PruneOptions, PruneResult
+
+
+@click.command()
+@click.option(
+    "--max-unused",
+    metavar="P%",
+    default="25%",
+    show_default=True,
+    help="Pack anew what is needed of packs of which more than this is not.",
+)
+@click.option(
+    "--margin",
+    metavar="DURATION",
+    default="1d",
+    show_default=True,
+    help="Keep for so long what a mount or a restore that runs now may still read.",
+)
+@click.option("--dry-run", "-n", is_flag=True, help="Tell what would be freed, and free nothing.")
+@common_options
+@click.pass_obj
+def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> None:
+    """Free what no snapshot needs; safe beside backups and mounts.
+
+    What a backup that runs now may rely on is freed by the next prune.
+    """
+    from casfs.durations import parse_duration
+    from casfs.prune import PruneOptions
+
+    share = _share(max_unused)
+    options = PruneOptions(share, parse_duration(margin, "--margin"), dry_run)
+    run_prune(settings.repository_path(), settings.output(), options)
+
+
+def run_prune(root: Path, output: Output, options: PruneOptions) -> None:
+    """Prune a repository and say what came of it."""
+    from casfs.prune import Pruner
+    from casfs.repository import Repository
+    from casfs.store.lock import LockMode
+
+    monitor = CommandMonitor(output, "prune")
+    with Repository.open(root, "prune", LockMode.TENDING) as repository, monitor:
+        result = Pruner(repository, options, monitor).prune()
+    _say(output, result, options.dry_run)
+
+
+def _say(output: Output, result: PruneResult, dry_run: bool) -> None:
+    would = "would be " if dry_run else ""
+    output.line(
+        f"{result.snapshots} snapshots need {result.needed_blobs} of "
+        f"{result.needed_blobs + result.unneeded_blobs} blobs in {result.packs} packs"
+    )
+    if result.repacked_packs:
+        output.line(
+            f"what is needed of {result.repacked_packs} packs ({shown_size(result.repacked_bytes)}) "
+            f"{would or 'was '}packed anew ({shown_size(result.new_bytes)})"
+        )
+    output.line(
+        f"{result.removed_packs} packs {would or 'were '}removed; "
+        f"{shown_size(result.freed_bytes)} {would or 'were '}freed"
+    )
+    if result.waiting_packs:
+        output.line(
+            f"{result.waiting_packs} packs ({shown_size(result.waiting_bytes)}) wait for "
+            f"{len(result.waited_for)} other processes; the next prune removes them"
+        )
+    output.emit(
+        "prune",
+        dry_run=dry_run,
+        snapshots=result.snapshots,
+        packs=result.packs,
+        needed_blobs=result.needed_blobs,
+        unneeded_blobs=result.unneeded_blobs,
+        repacked_packs=result.repacked_packs,
+        repacked_bytes=result.repacked_bytes,
+        new_bytes=result.new_bytes,
+        removed_packs=result.removed_packs,
+        removed_bytes=result.removed_bytes,
+        freed_bytes=result.freed_bytes,
+        waiting_packs=result.waiting_packs,
+        waiting_bytes=result.waiting_bytes,
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError as error:
+        raise UsageError(f"--max-unused {text!r} is not a percentage such as 25%") from error
+    if not 0 <= share <= 1:
+        raise UsageError(f"--max-unused {text!r} is not between 0% and 100%")
+    return share

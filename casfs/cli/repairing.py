@@ -1,0 +1,94 @@
+"""The verbs repair index and repair snapshots."""
+
+from __future__ import annotations
+
+import click
+
+from casfs.cli.app import Settings, common_options
+from casfs.cli.output import shown_id
+from casfs.cli.progress import CommandMonitor
+
+
+@click.group()
+def repair() -> None:
+    """Mend what is derived, and give up what is lost."""
+
+
+@repair.command()
+@common_options
+@click.pass_obj
+def index(settings: Settings) -> None:
+    """Build the index anew from the packs alone.
+
+    Intact blobs are found even in a pack whose directory is damaged.
+    """
+    from casfs.repair import repair_index
+    from casfs.repository import Repository
+    from casfs.store.lock import LockMode
+
+    output = settings.output()
+    monitor = CommandMonitor(output, "repair index")
+    root = settings.repository_path()
+    with Repository.open(root, "repair index", LockMode.EXCLUSIVE) as repository, monitor:
+        result = repair_index(repository)
+    for pack in result.salvaged:
+        output.line(f"pack {pack.hex()}: its directory is damaged; its intact blobs were found")
+    for pack in result.unreadable:
+        output.line(f"pack {pack.hex()}: it cannot be read, and is left out until it can")
+    output.line(f"the index was built from {result.packs} packs and has {result.blobs} blobs")
+    output.emit(
+        "index",
+        packs=result.packs,
+        blobs=result.blobs,
+        salvaged=[pack.hex() for pack in result.salvaged],
+        unreadable=[pack.hex() for pack in result.unreadable],
+    )
+
+
+@repair.command()
+@click.option("--read-data", is_flag=True, help="Read every pack first, to know all that is lost.")
+@click.option(
+    "--dry-run", "-n", is_flag=True, help="Tell what would be dropped, and change nothing."
+)
+@common_options
+@click.pass_obj
+def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
+    """Drop from snapshots what is lost, and nothing else, naming it.
+
+    A file that lost a part keeps the rest, with zeros for the part, and is flagged. Try first whether a
+    new backup of the same sources brings the lost data back.
+    """
+    from casfs.repair import SnapshotRepairer
+    from casfs.repository import Repository
+    from casfs.scrub import ReadChoice
+    from casfs.store.lock import LockMode
+
+    output = settings.output()
+    monitor = CommandMonitor(output, "repair snapshots")
+    root = settings.repository_path()
+    with Repository.open(root, "repair snapshots", LockMode.TENDING) as repository, monitor:
+        repairer = SnapshotRepairer(repository, monitor, dry_run)
+        result = repairer.repair(ReadChoice() if read_data else None)
+    would = "would be " if dry_run else ""
+    for one in result.repaired:
+        if one.message:
+            output.line(f"snapshot {shown_id(one.snapshot_id)} {would}dropped: {one.message}")
+        else:
+            by = f"replaced by {shown_id(one.new_id)}" if one.new_id is not None else "replaced"
+            output.line(
+                f"snapshot {shown_id(one.snapshot_id)} {would}{by}: {one.holed} files flagged, "
+                f"{one.dropped} losses dropped"
+            )
+        output.emit(
+            "snapshot",
+            id=one.snapshot_id.hex(),
+            replaced_by=one.new_id.hex() if one.new_id is not None else None,
+            flagged=one.holed,
+            dropped=one.dropped,
+            message=one.message or None,
+            dry_run=dry_run,
+        )
+    output.line(
+        f"{result.sound} snapshots are sound, {len(result.repaired)} {would or 'were '}repaired"
+    )
+    output.emit("summary", sound=result.sound, repaired=len(result.repaired), dry_run=dry_run)

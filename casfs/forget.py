@@ -1,0 +1,163 @@
+"""Forget: choose snapshots by a policy or by name, and remove them; what they held stays until a prune.
+
+A running backup is not disturbed: no blob goes. A snapshot that another replaces goes before that one,
+so that a crash never brings back what was to be hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from casfs.digest import SnapshotId
+from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
+from casfs.repository import Repository
+from casfs.retention import Policy, Verdict, decide
+from casfs.selection import keep_path
+from casfs.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A snapshot with its id; None where its file is damaged and only its name is known."""
+
+    snapshot_id: SnapshotId
+    snapshot: Snapshot | None
+
+    @property
+    def time_ns(self) -> int:
+        """Nanoseconds since 1970."""
+        return self.snapshot.time_ns if self.snapshot is not None else 0
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Tags of the snapshot."""
+        return self.snapshot.tags if self.snapshot is not None else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which snapshots are looked at; each empty field accepts all."""
+
+    hosts: tuple[str, ...] = ()
+    tags: tuple[frozenset[str], ...] = ()
+    paths: tuple[bytes, ...] = ()
+
+    def accepts(self, snapshot: Snapshot) -> bool:
+        """Tell whether a snapshot has one of the hosts, all tags of one of the sets, and all paths."""
+        return (
+            (not self.hosts or snapshot.host in self.hosts)
+            and (not self.tags or any(wanted <= set(snapshot.tags) for wanted in self.tags))
+            and {keep_path(path) for path in self.paths} <= set(snapshot.paths)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """By which circumstances snapshots are grouped before a policy is applied to each group."""
+
+    host: bool = True
+    paths: bool = True
+    tags: bool = False
+
+    def key(self, snapshot: Snapshot) -> GroupKey:
+        """Return what a snapshot has in common with those of its group."""
+        return GroupKey(
+            snapshot.host if self.host else None,
+            snapshot.paths if self.paths else None,
+            tuple(sorted(snapshot.tags)) if self.tags else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class GroupKey:
+    """What the snapshots of a group have in common; None is what they were not grouped by."""
+
+    host: str | None
+    paths: tuple[bytes, ...] | None
+    tags: tuple[str, ...] | None
+
+
+@dataclass(slots=True)
+class Plan:
+    """Verdicts on the snapshots of each group, the newest first, and who is to go."""
+
+    groups: dict[GroupKey, list[Verdict[Candidate]]] = field(default_factory=dict)
+
+    def forgotten(self) -> list[Candidate]:
+        """Return the snapshots that no rule keeps."""
+        return [v.snapshot for group in self.groups.values() for v in group if not v.is_kept]
+
+    def kept(self) -> int:
+        """Return how many snapshots stay."""
+        return sum(v.is_kept for group in self.groups.values() for v in group)
+
+
+def plan_policy(
+    repository: Repository, policy: Policy, grouping: Grouping, choice: Choice, allow_all: bool
+) -> Plan:
+    """Return what a policy keeps and forgets.
+
+    Raises UnsafeTargetError where it would leave nothing of a group, unless `allow_all`.
+    """
+    groups: dict[GroupKey, list[Candidate]] = {}
+    for snapshot_id, snapshot in repository.snapshots():
+        if choice.accepts(snapshot):
+            key = grouping.key(snapshot)
+            groups.setdefault(key, []).append(Candidate(snapshot_id, snapshot))
+    plan = Plan({key: decide(members, policy) for key, members in groups.items()})
+    for key, verdicts in plan.groups.items():
+        if not allow_all and not any(verdict.is_kept for verdict in verdicts):
+            raise UnsafeTargetError(
+                f"these rules keep none of the {len(verdicts)} snapshots of {_named(key)}; nothing was "
+                "forgotten: keep some (such as --keep-last 1), or say --unsafe-allow-remove-all"
+            )
+    return plan
+
+
+def named_snapshots(
+    repository: Repository, names: Sequence[str], allow_all: bool
+) -> list[Candidate]:
+    """Return the snapshots that were named by id or prefix, each once.
+
+    Raises NotFoundError, AmbiguousIdError, and UnsafeTargetError where none would be left.
+    """
+    found: dict[SnapshotId, Candidate] = {}
+    for name in names:
+        snapshot_id = repository.resolve_id(name)
+        try:
+            found[snapshot_id] = Candidate(snapshot_id, repository.load(snapshot_id))
+        except IntegrityError:
+            found[snapshot_id] = Candidate(snapshot_id, None)
+    left = {snapshot_id for snapshot_id, _ in repository.snapshots()} - found.keys()
+    if not left and not allow_all:
+        raise UnsafeTargetError(
+            "no snapshot would be left; nothing was forgotten (say --unsafe-allow-remove-all to mean that)"
+        )
+    return list(found.values())
+
+
+def forget(repository: Repository, candidates: Iterable[Candidate]) -> int:
+    """Remove snapshots, each durably, and return how many; the repository is open for writing."""
+    count = 0
+    for candidate in candidates:
+        snapshot = candidate.snapshot
+        if snapshot is not None and snapshot.replaces is not None:
+            repository.delete_snapshot(SnapshotId(snapshot.replaces))
+        try:
+            repository.delete_snapshot(candidate.snapshot_id)
+        except NotFoundError:
+            continue
+        count += 1
+    return count
+
+
+def _named(key: GroupKey) -> str:
+    parts = []
+    if key.host is not None:
+        parts.append(f"host {key.host}")
+    if key.paths is not None:
+        parts.append("paths " + " ".join(path.decode("utf-8", "replace") for path in key.paths))
+    if key.tags is not None:
+        parts.append(f"tags {', '.join(key.tags) or 'none'}")
+    return ", ".join(parts) or "the repository"

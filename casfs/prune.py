@@ -1,0 +1,354 @@
+"""Prune: free what no snapshot needs, beside backups and mounts of any process (FORMAT.md, "Prune").
+
+Mark: a bit for every blob that a snapshot needs. Condemn: packs that hold nothing needed, and those of
+which too much is not needed, are named in a durable object; who opens the repository from then on does
+not take their blobs for stored. Repack: what is needed of the latter goes into new packs. Remove: a
+condemned pack goes when all who were writing when it was condemned have ended and no snapshot needs it,
+and, where somebody was reading then, when that one has ended or the condemnation is old enough.
+
+Interrupted anywhere it leaves packs that are not needed, or a condemnation, which the next prune takes up.
+Where anything cannot be read that says what is needed, nothing is removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from casfs.digest import Digest, SnapshotId
+from casfs.errors import CasfsError, IntegrityError, NotFoundError
+from casfs.monitor import Monitor
+from casfs.needs import Needs
+from casfs.repository import Repository
+from casfs.store.blob import BlobKind
+from casfs.store.condemned import (
+    Condemnation,
+    publish_condemnation,
+    read_condemnations,
+    replace_condemnation,
+)
+from casfs.store.index import PackRecord
+from casfs.store.lock import LockMode
+from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
+from casfs.store.store import pack_name
+
+log = logging.getLogger(__name__)
+
+DEFAULT_UNUSED_SHARE = 0.25
+"""Packs of which more is not needed are packed anew: that bounds what is kept in vain to a third."""
+
+DEFAULT_MARGIN_S = 86_400
+"""How long packs stay for the sake of readers that were there when they were condemned."""
+
+_REMOVED_AT_ONCE = 10_000
+
+_SMALL_PACK_BYTES = 8 * 1024 * 1024
+_MANY_SMALL_PACKS = 16
+"""So many small packs, as many small backups leave them, are packed into larger ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class PruneOptions:
+    """`unused_share` 0 to 1 of a pack from which on it is packed anew; `margin_s` for readers."""
+
+    unused_share: float = DEFAULT_UNUSED_SHARE
+    margin_s: float = DEFAULT_MARGIN_S
+    dry_run: bool = False
+
+
+@dataclass(slots=True)
+class PruneResult:
+    """What was found and done; sizes in bytes of packs.
+
+    `waiting_packs` are condemned and stay for now, for the sake of `waited_for`.
+    """
+
+    snapshots: int = 0
+    packs: int = 0
+    needed_blobs: int = 0
+    unneeded_blobs: int = 0
+    removed_packs: int = 0
+    removed_bytes: int = 0
+    repacked_packs: int = 0
+    repacked_bytes: int = 0
+    new_bytes: int = 0
+    waiting_packs: int = 0
+    waiting_bytes: int = 0
+    waited_for: list[str] = field(default_factory=list)
+
+    @property
+    def freed_bytes(self) -> int:
+        """Return what the repository is smaller by."""
+        return self.removed_bytes - self.new_bytes
+
+
+@dataclass(slots=True)
+class _Use:
+    """What is needed of a pack: payloads with their record headers, in bytes."""
+
+    needed_bytes: int = 0
+    has_bad: bool = False
+
+
+class Pruner:
+    """Prune one repository that is open for writing with a lock that tends it; used once."""
+
+    def __init__(self, repository: Repository, options: PruneOptions, monitor: Monitor) -> None:
+        self.result = PruneResult()
+        self._repository = repository
+        self._storage = repository.store.storage
+        self._index = repository.store.index
+        self._options = options
+        self._monitor = monitor
+        self._needs = Needs(repository)
+        self._marked: set[SnapshotId] = set()
+        self._records: dict[int, PackRecord] = {}
+
+    def prune(self) -> PruneResult:
+        """Do it; raises IntegrityError, and removes nothing, where what is needed is damaged."""
+        self._mark()
+        uses = self._uses()
+        self._records = {record.ordinal: record for record in self._index.packs()}
+        self.result.packs = len(self._records)
+        repacked = self._chosen(uses)
+        unneeded = self._records.keys() - uses.keys()
+        if self._options.dry_run:
+            self._foretell(uses, unneeded | repacked, repacked)
+            return self.result
+        # What needs no room goes first: the disk may be full.
+        self._condemn(unneeded)
+        waiting = unneeded - self._remove(self._settle(unneeded))
+        if repacked:
+            self._condemn(repacked | waiting)
+            try:
+                self._repack(repacked)
+            except BaseException:
+                self._reprieve(waiting)
+                raise
+            self._remove(self._settle(repacked | waiting))
+        self._forget_snapshots()
+        return self.result
+
+    def _reprieve(self, waiting: set[int]) -> None:
+        """Have only what was condemned before be so, where packing anew has failed."""
+        try:
+            self._condemn(waiting)
+        except CasfsError as error:
+            log.warning("%s; the next prune goes on from here", error)
+
+    def _mark(self) -> None:
+        """Mark what snapshots need that were not looked at yet.
+
+        One that goes while it is looked at may have been replaced by another, so the list is read
+        again until nothing new is on it.
+        """
+        while new := set(self._repository.snapshot_ids()) - self._marked:
+            for snapshot_id in sorted(new):
+                try:
+                    self._needs.add(self._repository.load(snapshot_id).root)
+                except NotFoundError:
+                    continue
+                except IntegrityError as error:
+                    raise NeedsUnknownError(snapshot_id, error) from error
+                finally:
+                    self._marked.add(snapshot_id)
+                self.result.snapshots += 1
+                self._monitor.progress.files += 1
+
+    def _uses(self) -> dict[int, _Use]:
+        """Return what is needed of each pack, by ordinal; packs of which nothing is are not in it."""
+        uses: dict[int, _Use] = {}
+        needed = 0
+        total = 0
+        for _, location in self._index.blobs():
+            total += 1
+            if location.ordinal in self._needs.blobs:
+                needed += 1
+                use = uses.setdefault(location.pack, _Use())
+                use.needed_bytes += location.stored_bytes + RECORD.size
+                use.has_bad |= location.is_bad
+        self.result.needed_blobs = needed
+        self.result.unneeded_blobs = total - needed
+        return uses
+
+    def _earlier(self) -> dict[int, Condemnation]:
+        """Return the packs that are condemned, with the condemnation of each."""
+        by_name = {record.pack: ordinal for ordinal, record in self._records.items()}
+        return {
+            by_name[pack]: condemnation
+            for condemnation in read_condemnations(self._storage).values()
+            for pack in condemnation.pack_ids()
+            if pack in by_name
+        }
+
+    def _chosen(self, uses: dict[int, _Use]) -> set[int]:
+        """Return the packs whose needed blobs are to be packed anew."""
+        chosen, small = set(), set()
+        for ordinal, use in uses.items():
+            record = self._records.get(ordinal)
+            # What is damaged in a pack may be all that is left of it: it stays as it is.
+            if record is None or use.has_bad:
+                continue
+            unused_bytes = record.pack_bytes - use.needed_bytes - _directory_bytes(record)
+            if unused_bytes > self._options.unused_share * record.pack_bytes:
+                chosen.add(ordinal)
+            elif record.pack_bytes < _SMALL_PACK_BYTES:
+                small.add(ordinal)
+        return chosen | small if len(small) >= _MANY_SMALL_PACKS else chosen
+
+    def _foretell(self, uses: dict[int, _Use], removed: set[int], repacked: set[int]) -> None:
+        result = self.result
+        result.repacked_packs = len(repacked)
+        result.repacked_bytes = sum(self._records[n].pack_bytes for n in repacked)
+        result.new_bytes = sum(uses[n].needed_bytes for n in repacked)
+        result.removed_packs = len(removed)
+        result.removed_bytes = sum(self._records[n].pack_bytes for n in removed)
+
+    def _condemn(self, ordinals: set[int]) -> None:
+        """Tell everybody which packs are not to be relied on, and learn who may be doing so."""
+        packs = {self._records[ordinal].pack for ordinal in ordinals}
+        fresh = set(packs)
+        for name, condemnation in read_condemnations(self._storage).items():
+            fresh -= condemnation.pack_ids()
+            replace_condemnation(self._storage, name, condemnation.only(packs))
+        if fresh:
+            names = tuple(sorted(pack.hex() for pack in fresh))
+            publish_condemnation(self._storage, Condemnation(int(time.time()), names))
+        self._index.condemn(ordinals)
+        # Only now does everybody who begins to write see it.
+        locks = self._repository.other_locks()
+        readers = tuple(sorted(n for n, mode in locks.items() if mode == LockMode.READER))
+        writers = tuple(sorted(locks.keys() - set(readers)))
+        for name, condemnation in read_condemnations(self._storage).items():
+            if condemnation.writers is None:
+                asked = replace(condemnation, writers=writers, readers=readers)
+                replace_condemnation(self._storage, name, asked)
+
+    def _repack(self, chosen: set[int]) -> None:
+        """Store what is needed of some condemned packs in new ones."""
+        if not chosen:
+            return
+        store = self._repository.store
+        self._monitor.progress.total_bytes = sum(self._records[n].pack_bytes for n in chosen)
+        writer = self._repository.writer()
+        try:
+            for ordinal in sorted(chosen):
+                record = self._records[ordinal]
+                for entry in sorted(self._entries(record), key=lambda entry: entry.offset):
+                    location = self._index.lookup(entry.digest)
+                    if (
+                        location is None
+                        or location.pack != ordinal
+                        or location.ordinal not in self._needs.blobs
+                    ):
+                        continue
+                    try:
+                        plain = store.read_at(entry.digest, location)
+                    except CasfsError as error:
+                        # It stays where it is, and its pack with it.
+                        log.warning("%s; its pack is not touched", error)
+                        continue
+                    writer.put(BlobKind(location.kind), entry.digest, plain)
+                self.result.repacked_packs += 1
+                self.result.repacked_bytes += record.pack_bytes
+                self._monitor.progress.done_bytes += record.pack_bytes
+            stats = writer.finish()
+        finally:
+            writer.close()
+        self.result.new_bytes = stats.new_stored_bytes
+
+    def _entries(self, record: PackRecord) -> list[PackEntry]:
+        store = self._repository.store
+        try:
+            return store.read_directory(record.pack, record.pack_bytes)
+        except CasfsError:
+            return store.salvage_directory(record.pack, record.pack_bytes)
+
+    def _settle(self, candidates: set[int]) -> set[int]:
+        """Return which condemned packs may go; what is needed after all is condemned no longer.
+
+        The locks are read before the snapshots: who wrote when a pack was condemned, and does so no
+        longer, has published what it will.
+        """
+        locks = self._repository.other_locks()
+        self._mark()
+        unneeded = candidates - self._uses().keys()
+        condemnations = self._earlier()
+        removable = set()
+        waited_for: set[str] = set()
+        self.result.waiting_packs = self.result.waiting_bytes = 0
+        for ordinal in unneeded:
+            condemnation = condemnations.get(ordinal)
+            holders = self._holders(condemnation, locks) if condemnation is not None else set(locks)
+            if not holders and condemnation is not None:
+                removable.add(ordinal)
+                continue
+            waited_for |= holders
+            self.result.waiting_packs += 1
+            self.result.waiting_bytes += self._records[ordinal].pack_bytes
+        self.result.waited_for = sorted(waited_for)
+        if unneeded != candidates:
+            self._condemn(unneeded)
+        return removable
+
+    def _holders(self, condemnation: Condemnation, locks: dict[str, LockMode]) -> set[str]:
+        """Return the names of the locks for whose sake the condemned packs stay."""
+        if condemnation.writers is None:
+            return set(locks)
+        holders = locks.keys() & set(condemnation.writers)
+        if time.time() - condemnation.time_s < self._options.margin_s:
+            holders |= locks.keys() & set(condemnation.readers)
+        return holders
+
+    def _remove(self, ordinals: set[int]) -> set[int]:
+        """Remove packs from the index, then from the storage, then their condemnation; return them."""
+        if not ordinals:
+            return ordinals
+        gone: list[Digest] = []
+        for digest, location in self._index.blobs():
+            if location.pack in ordinals:
+                gone.append(digest)
+                if len(gone) >= _REMOVED_AT_ONCE:
+                    self._index.remove_blobs(gone, ordinals)
+                    gone = []
+        self._index.remove_blobs(gone, ordinals)
+        self._index.remove_packs(ordinals)
+        for ordinal in sorted(ordinals):
+            record = self._records[ordinal]
+            self._storage.delete(pack_name(record.pack))
+            self.result.removed_packs += 1
+            self.result.removed_bytes += record.pack_bytes
+        removed = {self._records[ordinal].pack for ordinal in ordinals}
+        for name, condemnation in read_condemnations(self._storage).items():
+            packs = condemnation.pack_ids()
+            if not packs.isdisjoint(removed):
+                replace_condemnation(self._storage, name, condemnation.only(packs - removed))
+        return ordinals
+
+    def _forget_snapshots(self) -> None:
+        """Drop what the index remembers of snapshots that are no more."""
+        self._index.keep_complete(set(self._repository.snapshot_ids()))
+
+
+class NeedsUnknownError(IntegrityError):
+    """What a snapshot needs cannot be read, so nothing is known to be unneeded."""
+
+    def __init__(self, snapshot_id: SnapshotId, cause: IntegrityError) -> None:
+        super().__init__(snapshot_id, cause)
+        self.snapshot_id = snapshot_id
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return (
+            f"what snapshot {self.snapshot_id.hex()[:12]} needs is not known for sure: {self.cause}; "
+            "nothing was removed (casfs check tells what is lost, a new backup may heal it, and "
+            "casfs repair snapshots gives it up)"
+        )
+
+
+def _directory_bytes(record: PackRecord) -> int:
+    """Return what a pack takes besides its blobs."""
+    return HEADER.size + RECORD.size + record.blobs * ENTRY.size + TRAILER.size

@@ -1,0 +1,321 @@
+"""Scrub: packs against the index, and their bytes against every digest there is of them.
+
+Two threads read; what they find is gathered by the one that asked. When a pack was read as a whole and is
+sound, that is remembered with the index, and a blob that is damaged is marked there, so that no backup
+takes it for stored: seen again in a source it is stored anew, which heals older snapshots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from casfs.digest import Digest, PackId, SnapshotId
+from casfs.errors import BlobError, CasfsError, NotFoundError, PackError
+from casfs.monitor import Monitor
+from casfs.repository import Repository
+from casfs.store.pack import TRAILER, PackEntry
+from casfs.store.store import pack_name
+
+_WINDOW_BYTES = 8 * 1024 * 1024
+_THREADS = 2
+_NOTED_AFTER_S = 5.0
+"""How often what was verified is made durable: what an interruption may cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something that is not as it should be.
+
+    `what` is "pack", "blob", "index", "snapshot", "tree" or "file"; fields that do not apply are
+    None. `ranges` are begin and end in bytes of what a file has lost.
+    """
+
+    what: str
+    message: str
+    pack: PackId | None = None
+    blob: Digest | None = None
+    snapshot: SnapshotId | None = None
+    path: bytes | None = None
+    ranges: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadChoice:
+    """Which packs are read: a share (0 to 1) of them, those last verified before so many seconds.
+
+    The longest unverified come first; after `max_duration_s` no other is begun.
+    """
+
+    share: float = 1.0
+    older_than_s: float | None = None
+    max_duration_s: float | None = None
+
+
+@dataclass(slots=True)
+class ScrubResult:
+    """What was read: packs, blobs, bytes; `left` were to be read and time did not allow it."""
+
+    packs: int = 0
+    packs_read: int = 0
+    packs_left: int = 0
+    blobs_read: int = 0
+    read_bytes: int = 0
+    oldest_verified_s: int | None = None
+    bad: dict[Digest, PackId] = field(default_factory=dict)
+    pack_bytes: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What reading a pack has shown."""
+
+    entries: list[PackEntry]
+    damage: list[Damage]
+    is_sound: bool
+
+
+class Scrubber:
+    """Check the packs of one repository; used once. `report` is told of every damage."""
+
+    def __init__(
+        self, repository: Repository, report: Callable[[Damage], None], monitor: Monitor
+    ) -> None:
+        self.result = ScrubResult()
+        self._repository = repository
+        self._store = repository.store
+        self._report = report
+        self._monitor = monitor
+        self._ordinals: dict[int, PackId] = {}
+        self._by_name: dict[PackId, int] = {}
+        self._verified: list[int] = []
+        self._noted_at = time.monotonic()
+
+    def scrub(self, choice: ReadChoice | None) -> ScrubResult:
+        """Compare every pack with the index, and read those that are chosen (None: none of them)."""
+        # A backup may be running: what the index names first is in the storage by the time of the
+        # listing, and what is found beyond that is newer than this check.
+        entries_before = self._store.index.blob_count()
+        records = self._store.index.packs()
+        stored = dict(self._store.stored_packs())
+        found_before = self._damage_of_records(stored)
+        self.result.packs = len(stored)
+        indexed = 0
+        sound = not found_before
+        with ThreadPoolExecutor(_THREADS, "casfs-check") as pool:
+            for pack, entries, damage in pool.map(self._check_directory, sorted(stored.items())):
+                sound &= not damage
+                self._report_all(damage)
+                if pack in self._by_name:
+                    indexed += self._compare_index(pack, entries)
+            if choice is not None:
+                self._read_chosen(pool, stored, choice)
+        unchanged = records == self._store.index.packs()
+        if indexed < entries_before and sound and unchanged:
+            message = "it has entries that no pack holds; casfs repair index rebuilds it"
+            self._report(Damage("index", message))
+        return self.result
+
+    def _damage_of_records(self, stored: dict[PackId, int]) -> bool:
+        """Compare the index's list of packs with what is stored; tell whether anything was wrong."""
+        wrong = False
+        for record in self._store.index.packs():
+            self._ordinals[record.ordinal] = record.pack
+            self._by_name[record.pack] = record.ordinal
+            self.result.pack_bytes[record.ordinal] = stored.get(record.pack, 0)
+            if record.pack not in stored:
+                if self._is_gone(record.ordinal):
+                    continue
+                message = "the index names it, but it is missing"
+            elif stored[record.pack] != record.pack_bytes:
+                message = (
+                    f"it has {stored[record.pack]} bytes where {record.pack_bytes} were stored"
+                )
+            else:
+                continue
+            wrong = True
+            self._report(Damage("pack", message, pack=record.pack))
+        return wrong
+
+    def _is_gone(self, ordinal: int) -> bool:
+        """Tell whether a prune has removed a pack from the index meanwhile."""
+        return all(record.ordinal != ordinal for record in self._store.index.packs())
+
+    def _check_directory(
+        self, job: tuple[PackId, int]
+    ) -> tuple[PackId, list[PackEntry], list[Damage]]:
+        pack, pack_bytes = job
+        try:
+            return pack, self._store.read_directory(pack, pack_bytes), []
+        except NotFoundError as error:
+            ordinal = self._by_name.get(pack)
+            if ordinal is None or self._is_gone(ordinal):
+                return pack, [], []
+            return pack, [], [Damage("pack", _reason(error), pack)]
+        except CasfsError as error:
+            damage = [Damage("pack", _reason(error), pack)]
+        try:
+            return pack, self._store.salvage_directory(pack, pack_bytes), damage
+        except CasfsError as unreadable:
+            return pack, [], [*damage, Damage("pack", _reason(unreadable), pack)]
+
+    def _compare_index(self, pack: PackId, entries: list[PackEntry]) -> int:
+        """Compare a pack's directory with the index; return how many index entries point into it."""
+        count = 0
+        for entry in entries:
+            location = self._store.index.lookup(entry.digest)
+            if location is None:
+                if not self._is_gone(self._by_name[pack]):
+                    self._report(Damage("index", "it does not know the blob", pack, entry.digest))
+            elif self._ordinals.get(location.pack) == pack:
+                count += 1
+                told = (location.offset, location.stored_bytes, location.plain_bytes)
+                if told != (entry.offset, entry.stored_bytes, entry.plain_bytes):
+                    message = "it names another place for the blob than its pack does"
+                    self._report(Damage("index", message, pack, entry.digest))
+                if location.is_bad:
+                    self.result.bad[entry.digest] = pack
+        return count
+
+    def _read_chosen(
+        self, pool: ThreadPoolExecutor, stored: dict[PackId, int], choice: ReadChoice
+    ) -> None:
+        wanted = self._wanted(stored, choice)
+        self._monitor.progress.total_bytes = sum(stored[pack] for pack in wanted)
+        began = time.monotonic()
+        rest = iter(wanted)
+        running: list[tuple[PackId, Future[_Read]]] = []
+        try:
+            while True:
+                late = (
+                    choice.max_duration_s is not None
+                    and time.monotonic() - began >= choice.max_duration_s
+                )
+                # One pack more than there are threads, so that none of them waits.
+                while not late and len(running) <= _THREADS:
+                    pack = next(rest, None)
+                    if pack is None:
+                        break
+                    running.append((pack, pool.submit(self._read_pack, pack, stored[pack])))
+                if not running:
+                    break
+                pack, future = running.pop(0)
+                self._gather(pack, stored[pack], future.result())
+        finally:
+            for _, future in running:
+                future.cancel()
+            self._note_verified()
+        self.result.packs_left = sum(1 for _ in rest)
+
+    def _wanted(self, stored: dict[PackId, int], choice: ReadChoice) -> list[PackId]:
+        """Return the packs to read, the longest unverified first."""
+        verified = {record.pack: record.verified_s for record in self._store.index.packs()}
+        packs = sorted(_share_of(stored, choice.share), key=lambda pack: verified.get(pack, 0))
+        if packs:
+            self.result.oldest_verified_s = verified.get(packs[0], 0)
+        if choice.older_than_s is not None:
+            limit = time.time() - choice.older_than_s
+            packs = [pack for pack in packs if verified.get(pack, 0) <= limit]
+        return packs
+
+    def _gather(self, pack: PackId, pack_bytes: int, read: _Read) -> None:
+        entries, damage = read.entries, read.damage
+        ordinal = self._by_name.get(pack)
+        if damage and ordinal is not None and self._is_gone(ordinal):
+            return
+        self._report_all(damage)
+        self.result.packs_read += 1
+        self.result.read_bytes += pack_bytes
+        self.result.blobs_read += len(entries)
+        self._monitor.progress.done_bytes += pack_bytes
+        if ordinal is None:
+            return
+        bad = {found.blob for found in damage if found.blob is not None}
+        if read.is_sound:
+            self._verified.append(ordinal)
+        for digest in bad:
+            location = self._store.index.lookup(digest)
+            # Of a blob that two packs hold, only the copy that the index names is read.
+            if location is not None and location.pack == ordinal:
+                self.result.bad[digest] = pack
+        sound = [e.digest for e in entries if e.digest in self.result.bad and e.digest not in bad]
+        for digest in sound:
+            del self.result.bad[digest]
+        if (bad or sound) and not self._store.index.readonly:
+            self._store.index.mark_blobs(ordinal, bad, sound)
+        if time.monotonic() - self._noted_at > _NOTED_AFTER_S:
+            self._note_verified()
+
+    def _note_verified(self) -> None:
+        if self._verified and not self._store.index.readonly:
+            self._store.index.mark_verified(self._verified, int(time.time()))
+        self._verified = []
+        self._noted_at = time.monotonic()
+
+    def _read_pack(self, pack: PackId, pack_bytes: int) -> _Read:
+        """Recompute the digest of a pack and of every blob in it, in one pass."""
+        # What is wrong with the directory was told already.
+        _, entries, told = self._check_directory((pack, pack_bytes))
+        if told and not entries:
+            return _Read(entries, [], False)
+        damage: list[Damage] = []
+        whole = blake3()
+        reader = _PackReader(self._repository, pack, whole)
+        try:
+            for entry in sorted(entries, key=lambda entry: entry.offset):
+                payload = reader.read(entry.offset, entry.stored_bytes)
+                try:
+                    self._store.codec.decode(entry.digest, entry.codec, payload, entry.plain_bytes)
+                except BlobError as error:
+                    damage.append(Damage("blob", error.reason, pack, entry.digest))
+            reader.read(pack_bytes - TRAILER.size, TRAILER.size)
+        except CasfsError as error:
+            damage.append(Damage("pack", _reason(error), pack))
+            return _Read(entries, damage, False)
+        if whole.digest() != pack:
+            damage.append(Damage("pack", "its bytes do not have the digest that names it", pack))
+        return _Read(entries, damage, not (damage or told))
+
+    def _report_all(self, damage: Iterable[Damage]) -> None:
+        for found in damage:
+            self._report(found)
+
+
+class _PackReader:
+    """Read a pack from its beginning to its end in windows, hashing all of it on the way."""
+
+    def __init__(self, repository: Repository, pack: PackId, whole: blake3) -> None:
+        self._storage = repository.store.storage
+        self._name = pack_name(pack)
+        self._pack = pack
+        self._whole = whole
+        self._begin = 0
+        self._data = b""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return a range that lies at or behind the one before; what is between is hashed too."""
+        while offset + size > self._begin + len(self._data):
+            keep = self._data[max(offset - self._begin, 0) :]
+            end = self._begin + len(self._data)
+            more = self._storage.read(self._name, end, max(_WINDOW_BYTES, size))
+            if not more:
+                raise PackError(self._pack, "it ends before its last blob")
+            self._whole.update(more)
+            self._data = keep + more
+            self._begin = end - len(keep)
+        start = offset - self._begin
+        return self._data[start : start + size]
+
+
+def _share_of(packs: Iterable[PackId], share: float) -> Iterator[PackId]:
+    """Yield the packs of a share: always the same ones for the same share, evenly spread."""
+    limit = int(share * 2**64)
+    return (pack for pack in packs if int.from_bytes(pack[:8], "big") < limit)
+
+
+def _reason(error: CasfsError) -> str:
+    return error.reason if isinstance(error, PackError) else str(error)
