@@ -13,6 +13,7 @@ import re
 import shutil
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _DEVICE_NUMBER = os.makedev(10, 229)
 _CONFIGURATION = Path("/etc/fuse.conf")
 _UMOUNT_NOFOLLOW = 8
 _PATIENCE_S = 10.0
+_ANSWER_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,8 @@ def check_mountpoint(path: Path, repository: Path) -> Path:
     record = mounted_at(real)
     try:
         status = os.stat(real)
+        if record is not None and record.kind == FILE_SYSTEM_TYPE:
+            _ask_the_server(real)
     except OSError as error:
         if record is not None and error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
             raise CasfsError(
@@ -121,6 +125,26 @@ def check_mountpoint(path: Path, repository: Path) -> Path:
             f"cannot mount on {name}: the repository {shown(bytes(home))} is inside it and would be hidden"
         )
     return real
+
+
+def _ask_the_server(real: Path) -> None:
+    """Ask a mount something that the kernel does not remember; raise OSError when its server died.
+
+    A server that does not answer soon counts as alive.
+    """
+    errors: list[OSError] = []
+
+    def ask() -> None:
+        try:
+            os.statvfs(real)
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_ANSWER_S)
+    if errors:
+        raise errors[0]
 
 
 def unmount(path: Path) -> Path:

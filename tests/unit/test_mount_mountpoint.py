@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +92,27 @@ def test_a_mount_whose_server_died_is_explained(
     monkeypatch.setattr(os, "stat", stat)
     with pytest.raises(CasfsError, match="server has died; casfs umount"):
         check_mountpoint(at, repository)
+
+
+@pytest.mark.parametrize("answer", ["died", "hangs"])
+def test_a_mount_whose_root_the_kernel_remembers_is_asked(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    at = tmp_path / "at"
+    at.mkdir()
+    pretend(monkeypatch, MountRecord(os.fsencode(at), "fuse.casfs"))
+    end = threading.Event()
+
+    def statvfs(path: object) -> None:
+        if answer == "hangs":
+            end.wait(60)
+        raise OSError(103, "Software caused connection abort")
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    monkeypatch.setattr(mountpoint, "_ANSWER_S", 30.0 if answer == "died" else 0.01)
+    with pytest.raises(CasfsError, match="died" if answer == "died" else "mounted on .* already"):
+        check_mountpoint(at, repository)
+    end.set()
 
 
 def test_names_cannot_forge_a_sentence(tmp_path: Path, repository: Path) -> None:
