@@ -53,21 +53,31 @@ class Numbering:
         self.first = first
         self.end = first + nodes_of(root)
         self._pieces = pieces
+        # Requests for one node come in a row.
+        self._recent: tuple[int, Node] = first, root
         # The leaf that was searched last: first number, first number after it, itself, and the
         # number of the directory that it is of.
         self._last: tuple[int, int, Piece, int] | None = None
 
     def node(self, number: int) -> Node:
         """Return the node with a number; raises StaleError, NotAtHand and what reading raises."""
+        known, node = self._recent
+        if known == number:
+            return node
         last = self._last
         if last is not None and last[0] <= number < last[1]:
             piece = last[2]
-            i = piece.index_of_place(number - last[0])
-            node: Node = piece.nodes[i]  # type: ignore[index]
-            return self._descend(node, last[0] + piece.starts[i], number, None)
-        if not self.first <= number < self.end:
+            place = number - last[0]
+            i = piece.index_of_place(place)
+            node = piece.nodes[i]  # type: ignore[index]
+            if piece.starts[i] != place:
+                node = self._descend(node, last[0] + piece.starts[i], number, None)
+        elif self.first <= number < self.end:
+            node = self._descend(self.root, self.first, number, None)
+        else:
             raise StaleError(number)
-        return self._descend(self.root, self.first, number, None)
+        self._recent = number, node
+        return node
 
     def way(self, number: int) -> list[tuple[int, Node]]:
         """Return numbers and nodes from the root to a number, both ends included."""
