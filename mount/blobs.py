@@ -30,6 +30,7 @@ class Blobs:
         self._store = store
         self._waiting = waiting
         self._cautious_until = 0.0
+        self._faults = 0
 
     def read(self, digest: Digest) -> bytes:
         """Return a blob's verified plaintext.
@@ -41,17 +42,23 @@ class Blobs:
         began = time.monotonic()
         if began < self._cautious_until:
             raise NotAtHand
-        faults = _page_faults()
         try:
             data = self._store.read_at_once(digest, _AT_ONCE_BYTES)
         except CasfsError:
             data = None  # the thread that may wait finds out what it is
         ended = time.monotonic()
-        if ended - began > _SLOW_S and _page_faults() > faults:
-            self._cautious_until = ended + _CAUTION * (ended - began)
+        if ended - began > _SLOW_S:
+            self._consider_caution(ended, ended - began)
         if data is None:
             raise NotAtHand
         return data
+
+    def _consider_caution(self, now: float, waited: float) -> None:
+        """Be careful for a while if it was a disk that took so long, and not another program."""
+        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+        if faults > self._faults:
+            self._cautious_until = now + _CAUTION * waited
+        self._faults = faults
 
     def prefetch(self, digest: Digest) -> int:
         """Have a blob's stored bytes brought into memory soon; return how many those are."""
@@ -59,8 +66,3 @@ class Blobs:
             return self._store.prefetch(digest)
         except CasfsError:
             return 0
-
-
-def _page_faults() -> int:
-    """Return how often this thread waited for a disk to bring in a page of mapped memory."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt

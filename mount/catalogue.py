@@ -163,10 +163,14 @@ class RepositoryView:
         sums = [view.totals() for view in views]
         return sum(size for size, _ in sums), sum(nodes for _, nodes in sums)
 
-    def foresee(self, number: int) -> None:
-        """Prepare in the background for reads that go on where this one had to wait."""
+    def looked(self, number: int, waited: bool) -> None:
+        """Tell that a directory is listed from its beginning, and whether that has to wait."""
         if number >= LISTINGS_END:
-            self._view(number).foresee(number)
+            self._view(number).looked(number, waited)
+
+    def opened(self, number: int, waited: bool) -> None:
+        """Tell that a file is read from its beginning, and whether that has to wait."""
+        self._view(number).opened(number, waited)
 
     def name_of(self, number: int) -> str:
         """Return what a number is, for the log."""

@@ -46,8 +46,11 @@ class ChunkCache:
         self._failures: OrderedDict[bytes, tuple[CasfsError, float]] = OrderedDict()
         self.cached_bytes = 0
 
-    def get(self, digest: bytes) -> bytes:
-        """Return a blob's plaintext; raises NotAtHand, BlobError and what the storage raises."""
+    def get(self, digest: bytes, keep: bool = True) -> bytes:
+        """Return a blob's plaintext; raises NotAtHand, BlobError and what the storage raises.
+
+        Without `keep` it is not cached: for what is given as a whole and so is in the kernel's cache.
+        """
         chunk = self._chunks.get(digest)
         if chunk is not None:
             chunk.used = True
@@ -55,13 +58,14 @@ class ChunkCache:
         if self._failures:
             self._raise_recent_failure(digest)
         if self._waiting.is_allowed():
-            return self._load(digest)
+            return self._load(digest, keep)
         if digest in self._loading:
             raise NotAtHand
         data = self._read(Digest(digest))
-        with self._lock:
-            if digest not in self._chunks:
-                self._keep(digest, data)
+        if keep:
+            with self._lock:
+                if digest not in self._chunks:
+                    self._keep(digest, data)
         return data
 
     def holds(self, digest: bytes) -> bool:
@@ -75,9 +79,9 @@ class ChunkCache:
 
     def _load_ahead(self, digest: bytes) -> None:
         if digest not in self._chunks:
-            self._load(digest)
+            self._load(digest, True)
 
-    def _load(self, digest: bytes) -> bytes:
+    def _load(self, digest: bytes, keep: bool) -> bytes:
         mine: Future[bytes] = Future()
         with self._lock:
             chunk = self._chunks.get(digest)
@@ -99,7 +103,8 @@ class ChunkCache:
             raise
         with self._lock:
             del self._loading[digest]
-            self._keep(digest, data)
+            if keep:
+                self._keep(digest, data)
         mine.set_result(data)
         return data
 

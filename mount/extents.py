@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
 
-from casfs.content import HOLE, parse_records
+from casfs.content import HOLE, RECORD, parse_records
 from casfs.digest import Digest
 from casfs.errors import TreeError
 from casfs.store.blob import MAX_PLAIN_BYTES
@@ -65,6 +65,15 @@ class ExtentMap:
         if known.starts[-1] != length:
             raise TreeError("a content list does not have the length that is recorded for it")
         return known
+
+
+def single_chunk(node: Node) -> Digest | None:
+    """Return the digest of the one chunk that makes up a file, or None where there is more to it."""
+    content = node.content
+    if len(content) != RECORD.size or node.levels or node.size > MAX_PLAIN_BYTES:
+        return None
+    length, digest = RECORD.unpack(content)
+    return Digest(digest) if length == node.size and digest != HOLE else None
 
 
 class _ExtentList:

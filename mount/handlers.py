@@ -60,8 +60,6 @@ _TYPES: dict[int, int] = {
     Kind.CHARACTER_DEVICE: stat.S_IFCHR,
     Kind.BLOCK_DEVICE: stat.S_IFBLK,
 }
-_U32 = (1 << 32) - 1
-_U64 = (1 << 64) - 1
 
 Entry = tuple[bytes, int, Node, int]
 """Name, number by position, node and the position after it."""
@@ -172,8 +170,10 @@ class FileSystem(pyfuse3.Operations):
         """List a directory from a position on, as much as fits in the reply."""
         try:
             self._list(fh, self._entries(fh, start_id), token)
+            if start_id == 0:
+                self._view.looked(fh, False)
         except NotAtHand:
-            self._view.foresee(fh)
+            self._view.looked(fh, True)
             gathered = await self._in_thread(self._gather, fh, start_id)
             self._list(fh, gathered, token)
 
@@ -198,9 +198,11 @@ class FileSystem(pyfuse3.Operations):
         try:
             try:
                 parts = reader.read(off, size)
+                if off == 0:
+                    self._view.opened(self._place(inode), False)
             except NotAtHand:
                 if off == 0:
-                    self._view.foresee(self._place(inode))
+                    self._view.opened(self._place(inode), True)
                 parts = await trio.to_thread.run_sync(
                     reader.read, off, size, abandon_on_cancel=True, limiter=self._reading
                 )
@@ -361,16 +363,16 @@ class FileSystem(pyfuse3.Operations):
         rdev = 0
         extra = node.extra
         if extra is not None:
-            rdev = extra.rdev & _U64
+            rdev = extra.rdev
             if node.nlink > 1 and kind != Kind.DIRECTORY:
                 key = extra.device, node.inode
                 number = hard_link_number(self._view.first_of(place), key)
         entry.st_ino = pyfuse3.InodeT(number)
         entry.st_mode = pyfuse3.ModeT(_TYPES[kind] | node.mode)
-        entry.st_nlink = node.nlink & _U32
+        entry.st_nlink = node.nlink
         if self._showing.owner is None:
-            entry.st_uid = node.uid & _U32
-            entry.st_gid = node.gid & _U32
+            entry.st_uid = node.uid
+            entry.st_gid = node.gid
         else:
             entry.st_uid, entry.st_gid = self._showing.owner
         entry.st_rdev = rdev

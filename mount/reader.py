@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from casfs.digest import Digest
 from casfs.errors import CasfsError, TreeError
 from casfs.tree import Node
 from mount.chunks import ChunkCache
 from mount.damage import UnreadableError
-from mount.extents import ExtentMap
+from mount.extents import ExtentMap, single_chunk
 from mount.waiting import NotAtHand
 
 _ZEROS = memoryview(bytes(1 << 20))
 
-_AHEAD_BYTES = 4 * 1024 * 1024
-"""How far ahead of a reader the chunks are decoded: some three of them."""
+_AHEAD_BYTES = 8 * 1024 * 1024
+"""How far ahead of a reader the chunks are decoded: some six of them."""
 
 _SLACK_BYTES = 2 * 1024 * 1024
 """Requests of one sequential reader overtake one another by no more than this."""
@@ -50,6 +51,8 @@ class FileReader:
         self._chunks = chunks
         self._on_damage = on_damage
         self._map: ExtentMap | None = None
+        # Most files are one chunk, and need no map.
+        self._single = single_chunk(node)
         self._expected = 0
         self._ahead_to = 0
         self._window = min(_AHEAD_BYTES, chunks.limit_bytes // 4)
@@ -73,14 +76,20 @@ class FileReader:
     def _part(self, offset: int, end: int) -> memoryview:
         """Return what one extent has of a range: at least a byte, from `offset` on."""
         begin, length = offset, end - offset
+        digest: Digest | None = self._single
         try:
-            if self._map is None:
-                self._map = ExtentMap(self._node, self._chunks.get)
-            begin, length, digest = self._map.find(offset)
+            if digest is not None:
+                begin, length = 0, self._size
+            else:
+                if self._map is None:
+                    self._map = ExtentMap(self._node, self._chunks.get)
+                begin, length, digest = self._map.find(offset)
             if digest is None:
                 size = min(begin + length, end) - offset
                 return _ZEROS[:size] if size <= len(_ZEROS) else memoryview(bytes(size))
-            data = self._chunks.get(digest)
+            # Who gets the whole file at once does not come back: the kernel keeps what it got.
+            whole = length == self._size == end - offset
+            data = self._chunks.get(digest, keep=not whole)
             if len(data) != length:
                 raise TreeError(
                     f"its chunk {digest.hex()} has {len(data)} bytes where {length} are recorded"
@@ -92,6 +101,8 @@ class FileReader:
 
     def _look_ahead(self, offset: int, end: int) -> None:
         """Have the chunks after `end` decoded when the reads go on where the last one ended."""
+        if self._map is None:
+            return
         sequential = abs(offset - self._expected) <= _SLACK_BYTES and offset > 0
         self._expected = end
         if not sequential:
@@ -99,7 +110,7 @@ class FileReader:
             return
         at = max(self._ahead_to, end)
         limit = min(end + self._window, self._size)
-        if at >= limit or self._map is None:
+        if at >= limit:
             return
         try:
             while at < limit:

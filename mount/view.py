@@ -84,8 +84,11 @@ class View(Protocol):
     def totals(self) -> tuple[int, int]:
         """Return bytes and entries of all that is shown."""
 
-    def foresee(self, number: int) -> None:
-        """Prepare in the background for reads that go on where this one had to wait."""
+    def looked(self, number: int, waited: bool) -> None:
+        """Tell that a directory is listed from its beginning, and whether that has to wait."""
+
+    def opened(self, number: int, waited: bool) -> None:
+        """Tell that a file is read from its beginning, and whether that has to wait."""
 
     def name_of(self, number: int) -> str:
         """Return what a number is, for the log; never fails and never waits."""
@@ -121,7 +124,7 @@ class SnapshotView:
         self._sources = sources
         self._snapshot_id = snapshot_id
         self._numbers = Numbering(root, first, sources.pieces)
-        self._foresight = Foresight(self._numbers, sources.pieces, sources.blobs)
+        self._foresight = Foresight(self._numbers, sources.pieces, sources.blobs, sources.errands)
         self._first = first
         self._folder = self._numbers.end
         self._damage = DamageLog()
@@ -214,10 +217,15 @@ class SnapshotView:
         tree = self._root.tree
         return (0, 1) if tree is None else (tree.total_bytes, tree.nodes + 1)
 
-    def foresee(self, number: int) -> None:
-        """Prepare in the background for reads that go on where this one had to wait."""
+    def looked(self, number: int, waited: bool) -> None:
+        """Tell that a directory is listed from its beginning, and whether that has to wait."""
         if number < self._folder:
-            self._sources.errands.send(lambda: self._foresight.prepare(number))
+            self._foresight.looked(number, waited)
+
+    def opened(self, number: int, waited: bool) -> None:
+        """Tell that a file is read from its beginning, and whether that has to wait."""
+        if number < self._folder:
+            self._foresight.opened(number, waited)
 
     def name_of(self, number: int) -> str:
         """Return the path of a node for the log, or its number where that cannot be told at once."""

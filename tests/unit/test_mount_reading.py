@@ -99,7 +99,8 @@ class TestReading:
         shelf = Shelf()
         (data,) = chunks(1, 1000)
         node, _ = shelf.file(data)
-        (found,) = shelf.reader(node).read(10, 20)
+        cache = shelf.cache()
+        (found,) = shelf.reader(node, cache).read(10, 20)
         assert found.obj is shelf.blobs[digest_of(data)]
 
     def test_of_a_huge_hole_needs_memory_for_the_answer_alone(self) -> None:
@@ -150,6 +151,15 @@ class TestReading:
         for i in (20, 28, 7):
             reader.read(sum(map(len, data[:i])), 4096)
         assert shelf.reads.total() == 3
+
+    def test_of_a_whole_file_at_once_takes_no_room_in_the_cache(self) -> None:
+        shelf = Shelf()
+        node, whole = shelf.file(b"small")
+        cache = shelf.cache()
+        assert b"".join(shelf.reader(node, cache).read(0, 4096)) == whole
+        assert cache.cached_bytes == 0
+        assert b"".join(shelf.reader(node, cache).read(0, 3)) == b"sma"
+        assert cache.cached_bytes > 0
 
 
 class TestDamage:

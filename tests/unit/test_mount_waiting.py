@@ -1,0 +1,281 @@
+"""Who waits, for how long, and who goes ahead so that nobody has to."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from casfs.digest import Digest, digest_of
+from casfs.errors import IndexUnusableError
+from casfs.repository import Repository
+from casfs.store.store import pack_name
+from casfs.tree import Node
+from mount.blobs import Blobs
+from mount.errands import Errands
+from mount.foresight import Foresight
+from mount.inode import Numbering
+from mount.pieces import PieceCache
+from mount.waiting import NotAtHand, Waiting
+
+from .planting import Grove, Keeper, Plan, reference
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    return Keeper(tmp_path)
+
+
+class TestBlobs:
+    def test_are_given_at_once_when_the_kernel_has_them(self, keeper: Keeper) -> None:
+        keeper.store(b"small", bytes(1 << 20))
+        with keeper.reading() as repository:
+            waiting = Waiting()
+            blobs = Blobs(repository.store, waiting)
+            assert blobs.read(digest_of(b"small")) == b"small"
+            waiting.forbid_here()
+            assert blobs.read(digest_of(b"small")) == b"small"
+
+    def test_that_the_kernel_does_not_have_are_not_waited_for(self, keeper: Keeper) -> None:
+        keeper.store(b"small")
+        with keeper.reading() as repository:
+            waiting = Waiting()
+            blobs = Blobs(repository.store, waiting)
+            assert blobs.read(digest_of(b"small")) == b"small"
+            place = repository.store.locate(digest_of(b"small"))
+            path = keeper.root / pack_name(repository.store.index.pack_id(place.pack))
+            drop_from_memory(path)
+            waiting.forbid_here()
+            with pytest.raises(NotAtHand):
+                blobs.read(digest_of(b"small"))
+
+    def test_that_are_large_are_left_to_who_may_wait(self, keeper: Keeper) -> None:
+        large = os.urandom(1 << 20)
+        keeper.store(large)
+        with keeper.reading() as repository:
+            waiting = Waiting()
+            blobs = Blobs(repository.store, waiting)
+            assert blobs.read(digest_of(large)) == large
+            waiting.forbid_here()
+            with pytest.raises(NotAtHand):
+                blobs.read(digest_of(large))
+
+    def test_that_are_damaged_or_missing_are_left_to_who_may_wait(self, keeper: Keeper) -> None:
+        keeper.store(b"damaged")
+        keeper.damage(digest_of(b"damaged"))
+        with keeper.reading() as repository:
+            waiting = Waiting()
+            blobs = Blobs(repository.store, waiting)
+            waiting.forbid_here()
+            for digest in (digest_of(b"damaged"), digest_of(b"missing")):
+                with pytest.raises(NotAtHand):
+                    blobs.read(digest)
+                assert blobs.prefetch(digest) == (0 if digest == digest_of(b"missing") else 7)
+
+    def test_of_a_slow_index_are_left_alone_for_a_while(
+        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keeper.store(b"small")
+        now, faults, slow = 100.0, 0, True
+        with keeper.reading() as repository:
+            waiting = Waiting()
+            blobs = Blobs(repository.store, waiting)
+            blobs.read(digest_of(b"small"))
+            whole = repository.store.read_at_once
+
+            def read_at_once(digest: Digest, most: int) -> bytes | None:
+                nonlocal now
+                now += 0.05 if slow else 0.0
+                return whole(digest, most)
+
+            class Usage:
+                @property
+                def ru_majflt(self) -> int:
+                    return faults
+
+            monkeypatch.setattr(repository.store, "read_at_once", read_at_once)
+            monkeypatch.setattr("mount.blobs.time.monotonic", lambda: now)
+            monkeypatch.setattr("mount.blobs.resource.getrusage", lambda _: Usage())
+            waiting.forbid_here()
+            assert blobs.read(digest_of(b"small")) == b"small"
+            assert blobs.read(digest_of(b"small")) == b"small", "another program took the time"
+            faults = 1
+            assert blobs.read(digest_of(b"small")) == b"small"
+            slow = False
+            with pytest.raises(NotAtHand):
+                blobs.read(digest_of(b"small"))
+            now += 1
+            assert blobs.read(digest_of(b"small")) == b"small"
+
+    def test_of_an_index_that_cannot_be_used_are_not_prefetched(
+        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with keeper.reading() as repository:
+
+            def fail(digest: Digest) -> int:
+                raise IndexUnusableError("gone")
+
+            monkeypatch.setattr(repository.store, "prefetch", fail)
+            assert Blobs(repository.store, Waiting()).prefetch(digest_of(b"")) == 0
+
+
+def drop_from_memory(path: Path) -> None:
+    """Have the kernel forget a file's pages, and see that it did, without bringing any back."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with mmap.mmap(
+            file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
+        ) as area:
+            resident = (ctypes.c_ubyte * 1)()
+            address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(area)))
+            assert ctypes.CDLL(None).mincore(address, mmap.PAGESIZE, resident) == 0
+            del address
+            gc.collect()
+        if resident[0] & 1:
+            pytest.skip("this file system keeps what it was asked to drop")
+
+
+class Prompt(Errands):
+    """Runs errands on the spot and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def send(self, errand: Callable[[], None]) -> bool:
+        self.count += 1
+        errand()
+        return True
+
+
+class Asked(Blobs):
+    """Blobs in memory; remembers what was asked for ahead."""
+
+    def __init__(self, grove: Grove) -> None:
+        self.asked: list[bytes] = []
+        self.grove = grove
+
+    def prefetch(self, digest: Digest) -> int:
+        self.asked.append(digest)
+        return len(self.grove.blobs[digest])
+
+
+DEEP: Plan = {
+    b"%02d" % a: {
+        b"%02d" % b: {b"%02d.%02d.%02d" % (a, b, c): b"" for c in range(3)} for b in range(10)
+    }
+    for a in range(20)
+}
+
+
+class Walk:
+    """A tree, a client that walks it, and foresight that sees the client."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.grove = Grove()
+        self.root = self.grove.plant(plan)
+        self.pieces = PieceCache(self.grove.read)
+        self.numbers = Numbering(self.root, 1, self.pieces)
+        self.blobs = Asked(self.grove)
+        self.errands = Prompt()
+        self.foresight = Foresight(self.numbers, self.pieces, self.blobs, self.errands)
+        self.waits = 0
+
+    def list(self, number: int, directory: Node) -> int:
+        """List a directory and all below it; return how many directories there are."""
+        assert directory.tree is not None
+        waited = not self.pieces.holds(directory.tree)
+        self.waits += waited
+        self.foresight.looked(number, waited)
+        found = 1
+        for below, node, _ in self.numbers.entries(number, directory):
+            if node.tree is not None:
+                found += self.list(below, node)
+        return found
+
+
+class TestForesight:
+    def test_lets_a_walk_wait_once_and_never_again(self) -> None:
+        walk = Walk(DEEP)
+        assert walk.list(1, walk.root) == 1 + 20 + 200
+        assert walk.waits == 1
+        assert len(walk.grove.reads) == len(set(walk.grove.reads))
+
+    def test_goes_a_bounded_number_of_directories_ahead(self) -> None:
+        walk = Walk(DEEP)
+        walk.foresight.looked(1, True)
+        assert 60 <= len(walk.grove.reads) <= 70
+
+    def test_does_nothing_for_who_does_not_wait(self) -> None:
+        walk = Walk(DEEP)
+        for number in range(1, 200, 7):
+            walk.foresight.looked(number, False)
+            walk.foresight.opened(number, False)
+        assert walk.errands.count == 0
+
+    def test_begins_anew_where_somebody_waits_far_away(self) -> None:
+        walk = Walk(DEEP)
+        walk.foresight.looked(1, True)
+        (number,) = [n for n, node, _ in walk.numbers.entries(1, walk.root) if node.name == b"15"]
+        before = len(walk.grove.reads)
+        walk.foresight.looked(number, True)
+        assert len(walk.grove.reads) > before + 30
+        assert walk.numbers.path(number) == b"15"
+
+    def test_stays_quiet_about_a_damaged_tree(self) -> None:
+        walk = Walk(DEEP)
+        found = walk.numbers.child(1, walk.root, b"01")
+        assert found is not None
+        damaged = reference(found[1])
+        walk.grove.blobs[damaged] = b"\xc1"
+        errands = Errands()
+        foresight = Foresight(walk.numbers, walk.pieces, walk.blobs, errands)
+        foresight.looked(1, True)
+        done = threading.Event()
+        while not errands.send(done.set):
+            pass
+        assert done.wait(30) and errands.close(30)
+
+    def test_asks_for_the_files_that_follow_one_and_goes_on_from_their_middle(self) -> None:
+        content = {b"%04d" % n: b"content %d" % n for n in range(300)}
+        walk = Walk(content)
+        entries = list(walk.numbers.entries(1, walk.root))
+        for i, (number, _, _) in enumerate(entries):
+            walk.foresight.opened(number, i == 0)
+        assert walk.errands.count < 15
+        asked = [walk.grove.blobs[Digest(digest)] for digest in walk.blobs.asked]
+        assert asked == [content[name] for name in sorted(content)][1:]
+
+    def test_asks_for_few_files_when_they_are_large(self) -> None:
+        content = {b"%04d" % n: bytes([n]) * (3 << 20) for n in range(30)}
+        walk = Walk(content)
+        walk.foresight.opened(2, True)
+        assert len(walk.blobs.asked) == 3
+
+    def test_asks_for_nothing_behind_the_last_file(self) -> None:
+        walk = Walk({b"only": b"one"})
+        walk.foresight.opened(2, True)
+        walk.foresight.opened(1, True)
+        assert walk.blobs.asked == []
+
+
+def test_a_reader_of_the_repository_knows_what_it_has_in_memory(keeper: Keeper) -> None:
+    keeper.store(b"one", b"two")
+    with Repository.open(keeper.root) as repository:
+        store = repository.store
+        place = store.locate(digest_of(b"one"))
+        name = pack_name(store.index.pack_id(place.pack))
+        assert store.read_at_once(digest_of(b"one"), 1 << 20) is None, "the pack is not open"
+        assert store.read(digest_of(b"two")) == b"two"
+        assert store.read_at_once(digest_of(b"one"), 1 << 20) == b"one"
+        assert store.read_at_once(digest_of(b"one"), 2) is None
+        assert store.storage.read_at_once(name, 0, 1 << 30) is None
+        store.storage.prefetch("packs/00/nothing", 0, 10)
+        repository.store.index.prefetch(1 << 30)
