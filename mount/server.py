@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,12 +41,16 @@ log = logging.getLogger(__name__)
 READ_AHEAD_KIB = 1024
 """What the kernel may ask for at once; without root it stays at its default of 128."""
 
+INDEX_PREFETCH_BYTES = 64 * 1024 * 1024
+"""An index up to this size is read in advance: its pages are needed in no order at all."""
+
 _SWITCH_S = 0.001
 """How long a worker thread may keep the interpreter from the event loop, which has requests to answer."""
 
 _ALLOCATOR = ((-8, 1), (-3, 32 * 1024 * 1024), (-1, 128 * 1024 * 1024))
 """glibc's mallopt: one arena; map only what is larger than a chunk; keep this much at the top."""
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _END_PATIENCE_S = 5.0
 
 
@@ -101,6 +105,7 @@ def _serve_behind(request: MountRequest, background: Background) -> None:
 
 def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
     repository = Repository.open(request.repository)
+    repository.store.index.prefetch(INDEX_PREFETCH_BYTES)
     waiting = Waiting()
     blobs = Blobs(repository.store, waiting)
     errands = Errands()
@@ -118,12 +123,17 @@ def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
     try:
         view = open_view(sources, request.snapshot)
         operations = FileSystem(view, Showing(request.owner, request.kernel_cache))
-        _mount(operations, request)
+        # A signal that came between mounting and serving would leave a mount without a server.
+        kept = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         try:
-            trio.run(_run, request.mountpoint, waiting, on_ready)
+            _mount(operations, request)
+            try:
+                trio.run(_run, request.mountpoint, waiting, on_ready)
+            finally:
+                # Detaches where that is still to be done.
+                pyfuse3.close()
         finally:
-            # Detaches where that is still to be done.
-            pyfuse3.close()
+            signal.pthread_sigmask(signal.SIG_SETMASK, kept)
         idle = operations.is_idle()
     finally:
         # A thread that a disk keeps waiting would still use what is closed here.
@@ -177,16 +187,18 @@ def _prepare_process() -> None:
 
 async def _run(mountpoint: Path, waiting: Waiting, on_ready: Callable[[], None]) -> None:
     waiting.forbid_here()
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+    with trio.open_signal_receiver(*_ENDING) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_at_a_signal, signals, nursery.cancel_scope)
             nursery.start_soon(_make_usable, mountpoint, on_ready)
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
 
 
-async def _end_at_a_signal(signals: object, scope: trio.CancelScope) -> None:
-    async for number in signals:  # type: ignore[attr-defined]
+async def _end_at_a_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for number in signals:
         log.info("the mount ends at signal %d", number)
         pyfuse3.terminate()
         await trio.sleep(_END_PATIENCE_S)
