@@ -1,5 +1,7 @@
 """The whole repository as one view: every snapshot in `snapshots/`, found by id, host and tag too.
 
+`versions/` has the versions of every path across them (see `mount.versions`).
+
 `snapshots/` holds the snapshots' roots under their local times. `ids/`, `hosts/` and `tags/` lead there
 by symbolic links, so that every file has one path, one number and one place in the kernel's cache.
 `latest` stands wherever snapshots do. The list is read again when it is asked for and older than a
@@ -21,9 +23,10 @@ from casfs.errors import CasfsError, IntegrityError, NotFoundError
 from casfs.snapshot import Snapshot
 from casfs.store.config import CONFIG_NAME
 from casfs.tree import Kind, Node, nodes_of, replace
-from mount.inode import LISTINGS_END, ROOT, NumberRanges, StaleError
+from mount.inode import LISTINGS_END, ROOT, VERSIONS, NumberRanges, StaleError
 from mount.labels import digits_that_differ, safe_name, time_name
 from mount.reader import Readable
+from mount.versions import Placed, VersionFolders
 from mount.view import REPORT_NUMBERS, SnapshotView, Sources
 
 log = logging.getLogger(__name__)
@@ -81,12 +84,20 @@ class RepositoryView:
         self._paths: dict[int, Path] = {ROOT: ()}
         self._listings: dict[int, _Listing] = {}
         self._full_ids: dict[bytes, tuple[int, Node]] = {}
+        self._versions = VersionFolders(
+            sources.repository.trees,
+            sources.waiting,
+            lambda name: self._directory(name, self._born_ns),
+            self._link,
+        )
 
     def node(self, number: int) -> Node:
         """Return the node with a number; raises StaleError."""
         if number >= LISTINGS_END:
             return self._view(number).node(number)
         self._refresh()
+        if number >= VERSIONS:
+            return self._versions.node(number)
         listing = self._listings.get(number)
         if listing is not None:
             return listing.node
@@ -107,6 +118,9 @@ class RepositoryView:
             if number == shown.first:
                 return self._serials[(b"snapshots",)]
             return shown.view.parent(number)
+        if number >= VERSIONS:
+            above = self._versions.parent(number)
+            return ROOT if above is None else above
         return self._serials[self._paths.get(number, ())[:-1]]
 
     def lookup(self, number: int, name: bytes) -> tuple[int, Node] | None:
@@ -114,6 +128,8 @@ class RepositoryView:
         if number >= LISTINGS_END:
             return self._view(number).lookup(number, name)
         self._refresh()
+        if number >= VERSIONS:
+            return self._versions.lookup(number, name)
         listing = self._listings.get(number)
         if listing is None:
             raise StaleError(number)
@@ -128,6 +144,9 @@ class RepositoryView:
             yield from self._view(number).entries(number, place)
             return
         self._refresh()
+        if number >= VERSIONS:
+            yield from self._versions.entries(number, place)
+            return
         listing = self._listings.get(number)
         if listing is None:
             raise StaleError(number)
@@ -303,6 +322,11 @@ class RepositoryView:
                 times[path] = time_ns
             whole = self._serial((b"ids", identity))
             full_ids[identity] = whole, self._link(identity, target, time_ns)
+        self._versions.show(
+            tuple(Placed(shown.snapshot_id, shown.snapshot, shown.name) for shown in present)
+        )
+        folders[()][b"versions"] = self._versions.root()
+        self._serial((b"versions",))
         listings: dict[int, _Listing] = {}
         nodes: dict[Path, Node] = {}
         for path in folders:

@@ -7,7 +7,8 @@ hash, and a table holds those that the kernel was told of and has not forgotten.
 
 Numbers of one mount (all below 2**63):
 
-    1 … 2**32               the whole-repository view's own directories and links
+    1 … 2**31               the whole-repository view's own directories and links
+    2**31 … 2**32           its versions
     2**32 … 2**61           snapshots in that view, each a range that its id chooses
     2**62 … 2**63           hard links
 
@@ -27,6 +28,7 @@ from casfs.treereader import join
 from mount.pieces import Piece, PieceCache
 
 ROOT = 1
+VERSIONS = 1 << 31
 LISTINGS_END = 1 << 32
 RANGES_END = 1 << 61
 HARD_LINKS = 1 << 62

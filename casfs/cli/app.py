@@ -33,6 +33,7 @@ VERBS = {
     "find": "casfs.cli.listing:find",
     "changed": "casfs.cli.listing:changed",
     "diff": "casfs.cli.comparing:diff",
+    "log": "casfs.cli.history:log",
     "dump": "casfs.cli.dumping:dump",
     "mount": "casfs.cli.mounting:mount",
     "umount": "casfs.cli.mounting:umount",

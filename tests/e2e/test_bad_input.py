@@ -21,6 +21,7 @@ VERBS: tuple[tuple[str, ...], ...] = (
     ("find", "*"),
     ("diff", "latest", "latest"),
     ("dump", "latest:/"),
+    ("log", "latest:/"),
     ("mount", "latest", "mountpoint"),
     ("restore", "latest", "--target", "target"),
     ("check",),
@@ -223,6 +224,7 @@ class TestTheSnapshot:
         ("diff", "{}", "latest"),
         ("diff", "latest", "{}"),
         ("dump", "{}:/"),
+        ("log", "{}:/"),
         ("mount", "{}", "mountpoint"),
         ("restore", "{}", "--target", "target"),
         ("tag", "{}", "--add", "word"),
@@ -269,6 +271,7 @@ class TestTheSnapshot:
         for verb in (
             ("ls", "latest:/no/such/path"),
             ("dump", "latest:/no/such/path"),
+            ("log", "latest:/no/such/path"),
             ("restore", "latest:/no/such/path", "--target", "target"),
         ):
             repository.refuses(*verb, mentions=["no/such/path"])

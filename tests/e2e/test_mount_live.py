@@ -445,6 +445,24 @@ class TestTheWholeRepository:
             kept = mount / "tags/kept/latest/source/readme.txt"
             assert kept.read_bytes() == b"read me\n"
 
+    def test_has_the_versions_of_every_path_as_links(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        for content in (b"one\n", b"one\n", b"two\n"):
+            (source / "readme.txt").write_bytes(content)
+            repository.backup("source", cwd=tmp_path)
+        told = repository.json("log", "latest:source/readme.txt").of_type("version")
+        assert [len(version["snapshots"]) for version in told] == [2, 1]
+        with mounted(repository, at=tmp_path / "mount") as mount:
+            folder = mount / "versions/source/readme.txt"
+            contents = [(folder / name).read_bytes() for name in sorted(os.listdir(folder))]
+            assert contents == [b"one\n", b"two\n"]
+            assert len(os.listdir(mount / "versions/source/documents")) == 1
+            assert not (mount / "versions/source/nothing").exists()
+            (source / "readme.txt").write_bytes(b"three\n")
+            repository.backup("source", cwd=tmp_path)
+            wait_until(lambda: len(os.listdir(folder)) == 3, "the new version")
+
     def test_gives_no_two_files_one_number(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:

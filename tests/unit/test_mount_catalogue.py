@@ -94,7 +94,7 @@ def test_every_snapshot_is_found_by_time_id_host_and_tag(keeper: Keeper) -> None
     first = publish(keeper, 0, host="attic", tags=("daily",))
     second = publish(keeper, 60, host="cellar", tags=("daily", "weekly"))
     shown = Catalogue(keeper)
-    assert set(shown.listed()) == {b"hosts", b"ids", b"snapshots", b"tags"}
+    assert set(shown.listed()) == {b"hosts", b"ids", b"snapshots", b"tags", b"versions"}
     times = [b"2023-11-14T22:13:20", b"2023-11-14T22:14:20"]
     assert list(shown.listed(b"snapshots")) == [times[0], b"latest", times[1]]
     assert set(shown.listed(b"hosts")) == {b"attic", b"cellar"}
@@ -127,7 +127,7 @@ def test_whole_ids_are_found_and_not_listed(keeper: Keeper) -> None:
     assert shown.view.lookup(shown.find(b"ids"), identity[:20]) is None
 
 
-def test_an_empty_repository_has_its_four_directories(keeper: Keeper) -> None:
+def test_an_empty_repository_has_its_directories(keeper: Keeper) -> None:
     shown = Catalogue(keeper)
     for name in shown.listed():
         assert shown.listed(name) == {}

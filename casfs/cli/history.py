@@ -1,0 +1,111 @@
+"""The verb log: the versions of a path across snapshots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from casfs.cli.app import EXIT_DAMAGED, Settings, common_options
+from casfs.cli.output import Output, iso_time, local_time, shown, shown_id, shown_size
+from casfs.errors import IntegrityError, NotFoundError
+
+if TYPE_CHECKING:
+    from casfs.digest import SnapshotId
+    from casfs.versions import Version
+
+
+@click.command()
+@click.argument("snap", metavar="SNAP:PATH")
+@click.option("--all-hosts", is_flag=True, help="In the snapshots of all hosts, not only SNAP's.")
+@common_options
+@click.pass_obj
+def log(settings: Settings, snap: str, all_hosts: bool) -> int:
+    """List the versions of a file or directory in all snapshots of SNAP's host, the newest last.
+
+    Two snapshots have the same version of a file when its content and the state of its capture are
+    equal, of a directory when everything below it is, times and owners included. `snapshot` is the
+    first that has a version; give it to other verbs as SNAP.
+    """
+    from casfs.repository import Repository, normal_path
+    from casfs.versions import versions_of
+
+    output = settings.output()
+    name, _, text = snap.partition(":")
+    path = normal_path(text)
+    damaged = 0
+
+    def tell(snapshot_id: SnapshotId, error: IntegrityError) -> None:
+        nonlocal damaged
+        damaged += 1
+        output.warn(f"snapshot {shown_id(snapshot_id)} cannot be looked into: {error}")
+
+    with Repository.open(settings.repository_path()) as repository:
+        _, named = repository.resolve(name)
+        found = [
+            (snapshot_id, snapshot)
+            for snapshot_id, snapshot in repository.snapshots()
+            if all_hosts or snapshot.host == named.host
+        ]
+        versions = versions_of(repository.trees, found, path, tell)
+    if not versions and not damaged:
+        raise NotFoundError(f"none of the {len(found)} snapshots has {shown(path) or '/'}")
+    if output.as_json:
+        for version in versions:
+            _emit(output, path, version)
+    else:
+        _print_table(output, versions)
+    return EXIT_DAMAGED if damaged else 0
+
+
+def _emit(output: Output, path: bytes, version: Version) -> None:
+    from casfs.cli.nodes import NodeFields
+
+    (first_id, first), (last_id, last) = version.snapshots[0], version.snapshots[-1]
+    tree = version.node.tree
+    fields = NodeFields(first).fields(path, version.node)
+    output.emit(
+        "version",
+        **fields,
+        tree=tree.digest.hex() if tree is not None else None,
+        first=first_id.hex(),
+        first_time=iso_time(first.time_ns),
+        last=last_id.hex(),
+        last_time=iso_time(last.time_ns),
+        snapshots=[snapshot_id.hex() for snapshot_id, _ in version.snapshots],
+        hosts=sorted({snapshot.host for _, snapshot in version.snapshots}),
+    )
+
+
+_HEADS = ("snapshot", "first", "last", "snapshots", "size", "modified", "digest", "captured")
+_NUMBERS = ("snapshots", "size")
+
+
+def _print_table(output: Output, versions: list[Version]) -> None:
+    rows = [_HEADS, *map(_row, versions)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
+    for row in rows:
+        cells = [
+            f"{cell:>{width}}" if head in _NUMBERS else f"{cell:<{width}}"
+            for head, cell, width in zip(_HEADS, row, widths, strict=True)
+        ]
+        output.line("  ".join(cells).rstrip())
+
+
+def _row(version: Version) -> tuple[str, ...]:
+    from casfs.cli.nodes import shown_state, total_bytes
+    from casfs.tree import captured_digest
+
+    node = version.node
+    (first_id, first), (_, last) = version.snapshots[0], version.snapshots[-1]
+    digest = node.tree.digest if node.tree is not None else captured_digest(node)
+    return (
+        shown_id(first_id),
+        local_time(first.time_ns),
+        local_time(last.time_ns),
+        str(len(version.snapshots)),
+        shown_size(total_bytes(node)),
+        local_time(node.mtime_ns),
+        shown_id(digest) if digest is not None else "",
+        shown_state(node) or "",
+    )

@@ -1,0 +1,147 @@
+"""`versions/` in the whole-repository view: links by path, which follow the list of snapshots."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+import mount.versions
+from casfs.tree import Kind
+from mount.inode import LISTINGS_END, VERSIONS, StaleError
+from mount.waiting import NotAtHand
+
+from .planting import Keeper, reference
+from .test_mount_catalogue import NOON_NS, SECOND_NS, Catalogue
+
+
+@pytest.fixture
+def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keeper:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    keeper = Keeper(tmp_path)
+    for n, content in enumerate((b"1", b"1", b"2", b"1")):
+        keeper.publish({b"d": {b"f": content}, b"other": b"x"}, time_ns=NOON_NS + n * SECOND_NS)
+    return keeper
+
+
+FIRST, THIRD = b"2023-11-14T22:13:20", b"2023-11-14T22:13:22"
+
+
+def test_a_path_lists_a_link_for_each_version(keeper: Keeper) -> None:
+    catalogue = Catalogue(keeper)
+    found = catalogue.listed(b"versions", b"d", b"f")
+    assert {name: node.content for name, (_, node) in found.items()} == {
+        FIRST: b"../../../snapshots/" + FIRST + b"/d/f",
+        THIRD: b"../../../snapshots/" + THIRD + b"/d/f",
+    }
+    assert all(node.kind == Kind.SYMLINK for _, node in found.values())
+    assert list(catalogue.listed(b"versions", b"other")) == [FIRST]
+    assert list(catalogue.listed(b"versions")) == [FIRST, THIRD], "of the whole snapshot"
+
+
+def test_what_is_below_a_path_is_reachable_and_not_listed(keeper: Keeper) -> None:
+    catalogue = Catalogue(keeper)
+    assert b"d" not in catalogue.listed(b"versions")
+    number = catalogue.find(b"versions")
+    assert catalogue.view.lookup(number, b"d") is not None
+    assert catalogue.view.lookup(number, b"nothing") is None
+    link = catalogue.find(b"versions", FIRST)
+    assert catalogue.view.lookup(link, b"d") is None
+    assert list(catalogue.view.entries(link, 0)) == []
+
+
+def test_numbers_stay_and_lead_back(keeper: Keeper) -> None:
+    catalogue = Catalogue(keeper)
+    folder = catalogue.find(b"versions", b"d", b"f")
+    link = catalogue.find(b"versions", b"d", b"f", FIRST)
+    assert VERSIONS <= folder < LISTINGS_END
+    assert catalogue.find(b"versions", b"d", b"f") == folder
+    view = catalogue.view
+    assert view.node(folder).name == b"f"
+    assert view.node(link).name == FIRST
+    assert view.parent(link) == folder
+    assert view.parent(folder) == catalogue.find(b"versions", b"d")
+    assert view.parent(catalogue.find(b"versions")) == 1
+    assert view.node(catalogue.find(b"versions")).name == b"versions"
+    assert not view.is_lasting(folder)
+
+
+def test_a_listing_goes_on_from_a_place(keeper: Keeper) -> None:
+    catalogue = Catalogue(keeper)
+    folder = catalogue.find(b"versions", b"d")
+    (_, _, after), second = catalogue.view.entries(folder, 0)
+    assert [entry[1].name for entry in catalogue.view.entries(folder, after)] == [THIRD]
+    assert list(catalogue.view.entries(folder, second[2])) == []
+
+
+def test_new_snapshots_bring_versions_and_forgotten_ones_take_them(keeper: Keeper) -> None:
+    catalogue = Catalogue(keeper)
+    link = catalogue.find(b"versions", b"d", b"f", THIRD)
+    with keeper.reading() as repository:
+        third = list(repository.snapshots())[2][0]
+
+    def change() -> None:
+        with keeper.writing() as repository:
+            repository.delete_snapshot(third)
+        keeper.publish({b"new": b"n", b"d": {b"f": b"3"}}, time_ns=NOON_NS + 9 * SECOND_NS)
+
+    catalogue.change(change)
+    assert list(catalogue.listed(b"versions", b"d", b"f")) == [FIRST, b"2023-11-14T22:13:29"]
+    assert list(catalogue.listed(b"versions", b"new")) == [b"2023-11-14T22:13:29"]
+    with pytest.raises(StaleError):
+        catalogue.view.node(link)
+
+
+def test_a_path_that_left_with_its_snapshot_is_not_found_any_more(keeper: Keeper) -> None:
+    keeper.publish({b"passing": b"p"}, time_ns=NOON_NS + 9 * SECOND_NS)
+    catalogue = Catalogue(keeper)
+    number = catalogue.find(b"versions")
+    assert catalogue.view.lookup(number, b"passing") is not None
+    with keeper.reading() as repository:
+        last = list(repository.snapshots())[-1][0]
+
+    def change() -> None:
+        with keeper.writing() as repository:
+            repository.delete_snapshot(last)
+
+    catalogue.change(change)
+    assert catalogue.view.lookup(number, b"passing") is None
+
+
+def test_the_thread_that_must_not_wait_is_told_so_once(keeper: Keeper) -> None:
+    catalogue = Catalogue(keeper)
+    number = catalogue.find(b"versions")
+    found = catalogue.find(b"versions", b"d")
+    assert len(list(catalogue.view.entries(found, 0))) == 2
+    catalogue.sources.waiting.forbid_here()
+    assert len(list(catalogue.view.entries(found, 0))) == 2
+    assert catalogue.view.lookup(number, b"d") is not None
+    with pytest.raises(NotAtHand):
+        catalogue.view.lookup(number, b"other")
+
+
+def test_few_numbers_are_remembered(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mount.versions, "_MOST_NUMBERS", 4)
+    catalogue = Catalogue(keeper)
+    old = catalogue.find(b"versions", b"other")
+    catalogue.find(b"versions", b"d", b"f", FIRST)
+    catalogue.find(b"versions", b"d", b"f", THIRD)
+    with pytest.raises(StaleError):
+        catalogue.view.node(old)
+    again = catalogue.find(b"versions", b"other")
+    assert catalogue.view.node(again).name == b"other"
+
+
+@pytest.mark.expect_errors("mount.versions")
+def test_a_damaged_snapshot_is_told_in_the_log_and_the_others_are_shown(
+    keeper: Keeper, caplog: pytest.LogCaptureFixture
+) -> None:
+    with keeper.reading() as repository:
+        roots = [snapshot.root for _, snapshot in repository.snapshots()]
+    keeper.damage(reference(roots[2]))
+    catalogue = Catalogue(keeper)
+    assert list(catalogue.listed(b"versions", b"d", b"f")) == [FIRST]
+    assert list(catalogue.listed(b"versions", b"d")) == [FIRST]
+    assert caplog.text.count("its data does not have its digest") == 1

@@ -1,0 +1,162 @@
+"""Versions are told apart by digests, and nothing is read that is not on the way to the path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from casfs.cli.app import casfs
+from casfs.digest import Digest, SnapshotId
+from casfs.errors import BlobError, IntegrityError
+from casfs.snapshot import Snapshot
+from casfs.tree import Kind, replace
+from casfs.treereader import TreeReader
+from casfs.versions import versions_of
+
+from .planting import Grove, Keeper, Plan, entry, file, flagged, reference
+
+
+def snapshots(grove: Grove, *plans: Plan) -> list[tuple[SnapshotId, Snapshot]]:
+    return [
+        (
+            SnapshotId(bytes([n]) * 32),
+            Snapshot(grove.plant(plan), time_ns=n, host="here", user="me", paths=(b".",)),
+        )
+        for n, plan in enumerate(plans)
+    ]
+
+
+def versions(grove: Grove, path: bytes, *plans: Plan) -> list[list[int]]:
+    """Return which of the plans have each version of a path."""
+    failures: list[IntegrityError] = []
+    found = versions_of(
+        grove.trees, snapshots(grove, *plans), path, lambda _, error: failures.append(error)
+    )
+    assert failures == []
+    return [[snapshot.time_ns for _, snapshot in version.snapshots] for version in found]
+
+
+def test_each_content_of_a_file_is_a_version_with_the_snapshots_that_have_it() -> None:
+    plans: list[Plan] = [{b"d": {b"f": content}} for content in (b"1", b"1", b"2", b"1", b"3")]
+    assert versions(Grove(), b"d/f", *plans) == [[0, 1, 3], [2], [4]]
+
+
+def test_snapshots_without_the_path_have_no_part() -> None:
+    plans: list[Plan] = [{}, {b"d": b"a file"}, {b"d": {b"f": b"1"}}, {b"d": {}}]
+    assert versions(Grove(), b"d/f", *plans) == [[2]]
+    assert versions(Grove(), b"nothing/at/all", *plans) == []
+
+
+def test_times_and_owners_make_no_version_of_a_file_and_do_of_a_directory() -> None:
+    one = file(b"f", b"same")
+    other = replace(one, mtime_ns=5, uid=7, mode=0o600, inode=9)
+    plans: list[Plan] = [{b"d": {b"f": one}}, {b"d": {b"f": other}}]
+    assert versions(Grove(), b"d/f", *plans) == [[0, 1]]
+    assert versions(Grove(), b"d", *plans) == [[0], [1]]
+
+
+def test_the_state_of_the_capture_makes_a_version() -> None:
+    one = file(b"f", b"same")
+    assert versions(Grove(), b"f", {b"f": one}, {b"f": flagged(one)}) == [[0], [1]]
+
+
+def test_links_devices_and_kinds_are_told_apart() -> None:
+    plans: list[Plan] = [
+        {b"x": entry(b"", Kind.SYMLINK, content=b"a")},
+        {b"x": entry(b"", Kind.SYMLINK, content=b"b")},
+        {b"x": entry(b"", Kind.FIFO)},
+        {b"x": entry(b"", Kind.SYMLINK, content=b"a")},
+    ]
+    assert versions(Grove(), b"x", *plans) == [[0, 3], [1], [2]]
+
+
+def test_a_directory_is_compared_and_not_read() -> None:
+    grove = Grove()
+    plans: list[Plan] = [{b"above": {b"d": {b"f": b"%d" % n}}} for n in (1, 1, 2)]
+    found = snapshots(grove, *plans)
+    below = [grove.trees.resolve(snapshot.root, b"above/d") for _, snapshot in found]
+    grove.reads.clear()
+    assert len(versions_of(grove.trees, found, b"above/d", lambda *_: None)) == 2
+    assert not {reference(node) for node in below if node is not None} & set(grove.reads)
+
+
+def test_equal_trees_on_the_way_are_read_once_for_all_snapshots() -> None:
+    grove = Grove()
+    found = snapshots(grove, *[{b"a": {b"b": {b"f": b"1"}}, b"n": b"%d" % n} for n in range(50)])
+    grove.reads.clear()
+    assert len(versions_of(grove.trees, found, b"a/b/f", lambda *_: None)) == 1
+    assert len(grove.reads) == 50 + 2, "the roots differ, what is below them does not"
+
+
+def test_a_damaged_way_is_told_and_the_other_snapshots_are_given() -> None:
+    grove = Grove()
+    found = snapshots(grove, {b"d": {b"f": b"1"}}, {b"d": {b"f": b"2"}})
+    lost = grove.trees.resolve(found[0][1].root, b"d")
+    assert lost is not None
+
+    def damaged(digest: Digest) -> bytes:
+        if digest == reference(lost):
+            raise BlobError(digest, "it is damaged")
+        return grove.read(digest)
+
+    trees = TreeReader(damaged)
+    failures: list[SnapshotId] = []
+    versions = versions_of(trees, found, b"d/f", lambda i, _: failures.append(i))
+    assert failures == [found[0][0]]
+    assert [version.snapshots[0][0] for version in versions] == [found[1][0]]
+
+
+class TestTheVerb:
+    @pytest.fixture
+    def keeper(self, tmp_path: Path) -> Keeper:
+        keeper = Keeper(tmp_path)
+        for n, (content, host) in enumerate([(b"1", "a"), (b"1", "a"), (b"22", "a"), (b"3", "b")]):
+            keeper.publish({b"d": {b"f": content}}, host=host, time_ns=n * 10**9)
+        return keeper
+
+    def run(self, keeper: Keeper, *arguments: str, expect: int = 0) -> str:
+        done = CliRunner().invoke(
+            casfs, ["log", "--repo", str(keeper.root), *arguments], standalone_mode=False
+        )
+        if done.exception is not None:
+            raise done.exception
+        assert done.return_value == expect
+        return done.stdout
+
+    def test_prints_a_table_for_people(self, keeper: Keeper) -> None:
+        head, *rows = self.run(keeper, "latest:d/f", "--all-hosts").splitlines()
+        assert head.split()[:4] == ["snapshot", "first", "last", "snapshots"]
+        assert [row.split()[5:8] for row in rows] == [
+            ["2", "1", "B"],
+            ["1", "2", "B"],
+            ["1", "1", "B"],
+        ]
+
+    def test_prints_an_object_for_each_version(self, keeper: Keeper) -> None:
+        with keeper.reading() as repository:
+            ids = [snapshot_id.hex() for snapshot_id, _ in repository.snapshots()]
+        lines = self.run(keeper, "--json", f"{ids[0]}:/d/f").splitlines()
+        first, second = (json.loads(line) for line in lines)
+        assert first["type"] == second["type"] == "version"
+        assert (first["first"], first["last"]) == (ids[0], ids[1])
+        assert first["snapshots"] == ids[:2]
+        assert (second["snapshots"], second["size"], second["path"]) == ([ids[2]], 2, "d/f")
+        assert second["hosts"] == ["a"]
+
+    def test_looks_only_into_snapshots_of_that_host(self, keeper: Keeper) -> None:
+        assert len(self.run(keeper, "latest:d").splitlines()) == 1 + 1
+        assert len(self.run(keeper, "--all-hosts", "latest:d").splitlines()) == 1 + 3
+
+    def test_of_what_is_in_no_snapshot_is_an_error(self, keeper: Keeper) -> None:
+        with pytest.raises(Exception, match="none of the 1 snapshots has d/nothing"):
+            self.run(keeper, "latest:d/nothing")
+
+    def test_says_that_a_snapshot_is_damaged(self, keeper: Keeper) -> None:
+        with keeper.reading() as repository:
+            found = list(repository.snapshots())
+        keeper.damage(reference(found[2][1].root))
+        lines = self.run(keeper, f"{found[0][0].hex()}:d/f", expect=5).splitlines()
+        assert len(lines) == 1 + 1
