@@ -67,6 +67,8 @@ class MountRequest:
     deny_changed: bool = False
     kernel_cache: bool = True
     log_file: Path | None = None
+    flags: tuple[str, ...] = ()
+    """What the kernel is told of the mount besides: noexec, nodev and the like."""
 
 
 def mount_in_background(request: MountRequest) -> Path:
@@ -166,10 +168,18 @@ def open_view(sources: Sources, snapshot: str | None) -> View:
 
 
 def _options(request: MountRequest) -> set[str]:
-    options = {*pyfuse3.default_options, "fsname=casfs", "subtype=casfs", "ro"}
+    options = {*pyfuse3.default_options, f"fsname={_source(request)}", "subtype=casfs", "ro"}
+    options.update(request.flags)
     if request.allow_other:
         options.add("allow_other")
     return options
+
+
+def _source(request: MountRequest) -> str:
+    """Return what stands for the device in tables of mounts: the repository, if it can stand there."""
+    path = os.fspath(request.repository)
+    plain = path.isascii() and path.isprintable() and not set(path) & set(",\\")
+    return path if plain else "casfs"
 
 
 def _prepare_process() -> None:

@@ -79,8 +79,8 @@ def mount(
     """
     if len(names) > 2:
         raise click.UsageError("name one snapshot at most, and one mountpoint")
-    server = _server()
-    request = server.MountRequest(
+    serving = server()
+    request = serving.MountRequest(
         repository=settings.repository_path(),
         mountpoint=Path(names[-1]),
         snapshot=names[0] if len(names) == 2 else None,
@@ -99,9 +99,9 @@ def mount(
         sys.stdout.flush()
 
     if foreground:
-        server.mount_here(request, tell)
+        serving.mount_here(request, tell)
     else:
-        tell(server.mount_in_background(request))
+        tell(serving.mount_in_background(request))
 
 
 @click.command()
@@ -118,7 +118,8 @@ def umount(settings: Settings, mountpoint: Path) -> None:
     output.emit("unmounted", mountpoint=str(real))
 
 
-def _server() -> ModuleType:
+def server() -> ModuleType:
+    """Return the module that mounts; raises CasfsError where pyfuse3 cannot be loaded."""
     try:
         import mount.server
     except ModuleNotFoundError as error:

@@ -1,0 +1,177 @@
+"""`mount.fuse.casfs`: what mount(8) runs for `mount -t fuse.casfs REPOSITORY MOUNTPOINT -o OPTIONS`.
+
+So a repository can stand in fstab and in systemd's mount units. Options that casfs has are taken, those
+that mount(8), systemd and others keep in the same place are passed over, and all others are refused.
+The exit codes are those of mount(8).
+"""
+
+from __future__ import annotations
+
+import getopt
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from casfs.cli.mounting import OwnerType, server
+from casfs.cli.sizes import SIZE
+from casfs.errors import CasfsError, UsageError
+from casfs.naming import on_one_line
+
+EXIT_USAGE = 1
+EXIT_FAILED = 32
+
+_FLAGS = frozenset(("nodev", "noexec", "nosuid", "dev", "exec", "suid"))
+_PASSED_OVER = frozenset(
+    (
+        *("_netdev", "async", "atime", "auto", "defaults", "diratime", "fail", "group", "lazytime"),
+        *("noatime", "noauto", "nodiratime", "nofail", "nogroup", "norelatime", "nostrictatime"),
+        *("nouser", "nousers", "owner", "relatime", "ro", "rw", "silent", "strictatime", "user"),
+        *("users", "nolazytime", "nosymfollow"),
+    )
+)
+_PASSED_OVER_BEGINNINGS = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """What mount(8) asked for; `fake` is to check and not to mount."""
+
+    repository: Path
+    mountpoint: Path
+    options: tuple[str, ...]
+    fake: bool
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What the options say."""
+
+    snapshot: str | None = None
+    allow_other: bool = False
+    uid: int | None = None
+    gid: int | None = None
+    cache_size: int = 0
+    deny_changed: bool = False
+    no_kernel_cache: bool = False
+    log_file: Path | None = None
+    flags: tuple[str, ...] = ()
+
+    def owner(self) -> tuple[int, int] | None:
+        """Return user and group that everything is shown as, or None."""
+        if self.uid is None and self.gid is None:
+            return None
+        if self.uid is None or self.gid is None:
+            raise UsageError("uid= and gid= are given both or not at all")
+        return self.uid, self.gid
+
+
+def parse_arguments(arguments: Sequence[str]) -> Invocation:
+    """Parse `REPOSITORY MOUNTPOINT [-fnsv] [-N NAMESPACE] [-t TYPE] [-o OPTIONS]`; raise UsageError."""
+    try:
+        found, names = getopt.gnu_getopt(list(arguments), "fnsvN:o:t:")
+    except getopt.GetoptError as error:
+        raise UsageError(str(error)) from error
+    if len(names) != 2:
+        raise UsageError("usage: mount.fuse.casfs REPOSITORY MOUNTPOINT [-o OPTIONS]")
+    given = [value for name, value in found if name == "-o"]
+    return Invocation(
+        Path(names[0]),
+        Path(names[1]),
+        tuple(option for text in given for option in split_options(text)),
+        any(name == "-f" for name, _ in found),
+    )
+
+
+def split_options(text: str) -> list[str]:
+    """Return the options of a list; a comma inside one is written as `\\,`, or stands in quotes."""
+    options = [""]
+    quoted = False
+    rest = iter(text)
+    for character in rest:
+        if character == "\\":
+            options[-1] += next(rest, "\\")
+        elif character == '"':
+            quoted = not quoted
+        elif character == "," and not quoted:
+            options.append("")
+        else:
+            options[-1] += character
+    return [option for option in options if option]
+
+
+def parse_options(options: Sequence[str]) -> Wanted:
+    """Return what the options say; raises UsageError for those that nobody knows."""
+    wanted = Wanted()
+    for option in options:
+        name, equals, value = option.partition("=")
+        name = name.replace("-", "_") if name in _SWITCHES_WITH_HYPHENS else name
+        if equals and name in ("snapshot", "uid", "gid", "cache_size", "log_file"):
+            _set_value(wanted, name, value)
+        elif option in _FLAGS:
+            wanted.flags = (*wanted.flags, option)
+        elif not equals and name in ("allow_other", "deny_changed", "no_kernel_cache"):
+            setattr(wanted, name, True)
+        elif option not in _PASSED_OVER and not option.startswith(_PASSED_OVER_BEGINNINGS):
+            raise UsageError(f"there is no option {option}")
+    return wanted
+
+
+_SWITCHES_WITH_HYPHENS = frozenset(
+    ("allow-other", "deny-changed", "no-kernel-cache", "cache-size", "log-file")
+)
+
+
+def _set_value(wanted: Wanted, name: str, value: str) -> None:
+    try:
+        if name in ("uid", "gid"):
+            setattr(wanted, name, OwnerType().convert(f"{value}:{value}", None, None)[0])
+        elif name == "cache_size":
+            wanted.cache_size = SIZE.convert(value, None, None)
+        elif name == "log_file":
+            wanted.log_file = Path(value)
+        else:
+            wanted.snapshot = value
+    except click.UsageError as error:
+        raise UsageError(f"{name}: {error.message}") from error
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Mount as mount(8) asks; returns when the mount is usable, raises CasfsError otherwise."""
+    invocation = parse_arguments(arguments)
+    wanted = parse_options(invocation.options)
+    serving = server()
+    request = serving.MountRequest(
+        repository=invocation.repository,
+        mountpoint=invocation.mountpoint,
+        snapshot=wanted.snapshot,
+        allow_other=wanted.allow_other,
+        owner=wanted.owner(),
+        cache_bytes=wanted.cache_size or serving.DEFAULT_CACHE_BYTES,
+        deny_changed=wanted.deny_changed,
+        kernel_cache=not wanted.no_kernel_cache,
+        log_file=wanted.log_file,
+        flags=wanted.flags,
+    )
+    if not invocation.fake:
+        serving.mount_in_background(request)
+
+
+def main() -> None:
+    """Be the command."""
+    # What mount(8) starts may have no standard streams, and their numbers must not become files.
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    try:
+        run(sys.argv[1:])
+    except CasfsError as error:
+        print(f"mount.fuse.casfs: {on_one_line(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_FAILED)

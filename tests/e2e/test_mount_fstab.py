@@ -1,0 +1,138 @@
+"""`mount -t fuse.casfs`, fstab and systemd's units, on a machine that is left as it is.
+
+mount(8) looks for its helpers in /sbin alone. So /sbin is covered, in a mount namespace of its own, with
+one that has the helper too; nothing of that is seen outside.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .command import Casfs, program
+
+pytestmark = pytest.mark.fuse
+
+PROJECT = Path(__file__).parent.parent.parent
+
+Inside = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def inside(tmp_path: Path, superuser: None) -> Iterator[Inside]:
+    """Run commands where mount(8) finds the helper; what they mounted goes with the namespace."""
+    helper = Path(program()[0]).with_name("mount.fuse.casfs")
+    assert helper.exists()
+    keeper = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo; read line"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert keeper.stdout is not None
+    keeper.stdout.readline()
+
+    def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["nsenter", f"--mount=/proc/{keeper.pid}/ns/mnt", "--", *map(str, command)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    layers = tmp_path / "layers"
+    layers.mkdir()
+    sbin = Path("/sbin").resolve()
+    options = f"lowerdir={sbin},upperdir={layers}/upper,workdir={layers}/work"
+    try:
+        for command in (
+            ("mount", "-t", "tmpfs", "casfs-test", layers),
+            ("mkdir", layers / "upper", layers / "work"),
+            ("ln", "-s", helper, layers / "upper" / "mount.fuse.casfs"),
+            ("mount", "-t", "overlay", "casfs-test", "-o", options, sbin),
+        ):
+            done = run(*command)
+            assert done.returncode == 0, done.stderr
+        yield run
+    finally:
+        run("umount", "-a", "-t", "fuse.casfs")
+        keeper.communicate(b"\n")
+
+
+@pytest.fixture
+def at(repository: Casfs, source: Path, tmp_path: Path) -> Path:
+    """A mountpoint, beside a repository with one snapshot."""
+    repository.backup("source", cwd=tmp_path)
+    (tmp_path / "at").mkdir()
+    return tmp_path / "at"
+
+
+class TestMount:
+    def test_mounts_a_repository_by_its_type(
+        self, repository: Casfs, inside: Inside, at: Path
+    ) -> None:
+        assert repository.repository is not None
+        options = "snapshot=latest:source,uid=1234,gid=5678,noexec,nofail,x-other=1"
+        done = inside("mount", "-t", "fuse.casfs", repository.repository, at, "-o", options)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert inside("cat", at / "readme.txt").stdout == "read me\n"
+        assert inside("stat", "-c", "%u %g", at / "readme.txt").stdout == "1234 5678\n"
+        shown = inside("findmnt", "-n", "-o", "SOURCE,FSTYPE,OPTIONS", at).stdout.split()
+        assert shown[:2] == [str(repository.repository), "fuse.casfs"]
+        assert {"ro", "noexec", "nosuid", "nodev"} <= set(shown[2].split(","))
+        assert not (at / "readme.txt").exists(), "it is mounted in that namespace only"
+        assert inside("umount", at).returncode == 0
+
+    def test_tells_what_is_wrong_and_fails(
+        self, repository: Casfs, inside: Inside, at: Path
+    ) -> None:
+        assert repository.repository is not None
+        for place, options, words in (
+            (at.parent / "none", "ro", "no repository"),
+            (repository.repository, "snapshot=abcdef", "no snapshot"),
+            (repository.repository, "snapshoot=latest", "no option snapshoot"),
+        ):
+            done = inside("mount", "-t", "fuse.casfs", place, at, "-o", options)
+            assert done.returncode in (1, 32)
+            assert words in done.stderr
+            assert len(done.stderr.splitlines()) == 1
+
+    def test_all_of_fstab_mounts_once(
+        self, repository: Casfs, inside: Inside, at: Path, tmp_path: Path
+    ) -> None:
+        table = tmp_path / "fstab"
+        table.write_text(f"{repository.repository}  {at}  fuse.casfs  allow_other,nofail  0 0\n")
+        for _ in range(2):
+            done = inside("mount", "--fstab", table, "-a")
+            assert (done.returncode, done.stderr) == (0, "")
+        assert set(inside("ls", at).stdout.split()) >= {"ids", "snapshots", "versions"}
+        assert len(inside("findmnt", "-n", "-t", "fuse.casfs").stdout.splitlines()) == 1
+        assert inside("umount", at).returncode == 0
+        assert inside("mount", "--fstab", table, at).returncode == 0, "by the mountpoint alone"
+
+
+def documented_units() -> dict[str, str]:
+    """Return the units that the README shows, by file name."""
+    text = (PROJECT / "README.md").read_text()
+    found = re.findall(r"```ini\n# \S*/(\S+\.(?:auto)?mount)\n(.*?)```", text, re.DOTALL)
+    return dict(found)
+
+
+def test_the_units_in_the_readme_are_sound(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze, which verifies units")
+    units = documented_units()
+    assert sorted(units) == ["mnt-backups.automount", "mnt-backups.mount"]
+    for name, text in units.items():
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *(str(tmp_path / name) for name in units)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,111 @@
+"""What mount(8) hands over is understood, and what nobody knows is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casfs.cli import fstab
+from casfs.cli.fstab import Invocation, Wanted, parse_arguments, parse_options, split_options
+from casfs.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rw", ["rw"]),
+        ("rw,snapshot=latest,,uid=5", ["rw", "snapshot=latest", "uid=5"]),
+        (r"snapshot=latest:a\,b,ro", ["snapshot=latest:a,b", "ro"]),
+        ('snapshot="latest:a,b c",ro', ["snapshot=latest:a,b c", "ro"]),
+        ("a\\", ["a\\"]),
+        ("", []),
+    ],
+)
+def test_a_list_of_options_is_split_at_commas_that_are_not_protected(
+    text: str, expected: list[str]
+) -> None:
+    assert split_options(text) == expected
+
+
+def test_the_arguments_of_mount_are_understood() -> None:
+    given = ["/repo", "/mnt", "-sn", "-v", "-o", "rw,noexec", "-t", "fuse.casfs", "-N", "/ns"]
+    assert parse_arguments(given) == Invocation(
+        Path("/repo"), Path("/mnt"), ("rw", "noexec"), fake=False
+    )
+    assert parse_arguments(["-f", "/repo", "/mnt"]).fake
+
+
+@pytest.mark.parametrize("arguments", [[], ["/repo"], ["/a", "/b", "/c"], ["/a", "/b", "-z"]])
+def test_other_arguments_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(UsageError):
+        parse_arguments(arguments)
+
+
+def test_every_option_of_casfs_can_be_given() -> None:
+    text = (
+        "snapshot=latest:home,allow_other,uid=1000,gid=100,cache_size=1M,deny_changed,"
+        "no_kernel_cache,log_file=/var/log/casfs,noexec"
+    )
+    wanted = parse_options(split_options(text))
+    assert wanted == Wanted(
+        snapshot="latest:home",
+        allow_other=True,
+        uid=1000,
+        gid=100,
+        cache_size=1 << 20,
+        deny_changed=True,
+        no_kernel_cache=True,
+        log_file=Path("/var/log/casfs"),
+        flags=("noexec",),
+    )
+    assert wanted.owner() == (1000, 100)
+    assert parse_options(split_options(text.replace("_", "-"))) == wanted
+
+
+def test_what_belongs_to_others_is_passed_over() -> None:
+    text = (
+        "rw,ro,defaults,noauto,nofail,_netdev,user,users,user=anna,relatime,noatime,"
+        "x-systemd.automount,x-systemd.idle-timeout=5min,comment=x,X-mount.mkdir"
+    )
+    assert parse_options(split_options(text)) == Wanted()
+    assert Wanted().owner() is None
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["snapsot=latest", "uid=anna", "uid=-1", "cache_size=much", "remount", "allow_other=1", "uid"],
+)
+def test_an_option_that_nobody_knows_is_refused(option: str) -> None:
+    with pytest.raises(UsageError):
+        parse_options([option])
+
+
+def test_half_an_owner_is_refused() -> None:
+    with pytest.raises(UsageError, match="both"):
+        parse_options(["uid=5"]).owner()
+
+
+class TestTheCommand:
+    def end(self, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
+        monkeypatch.setattr("sys.argv", ["mount.fuse.casfs", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ending:
+            fstab.main()
+        assert isinstance(ending.value.code, int)
+        return ending.value.code
+
+    def test_tells_usage_from_failure_as_mount_does(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        assert self.end(monkeypatch, "/repo") == 1
+        assert self.end(monkeypatch, "/repo", tmp_path, "-o", "nonsense") == 1
+        assert self.end(monkeypatch, tmp_path / "none", tmp_path / "nowhere") == 32
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 3
+        assert all(line.startswith("mount.fuse.casfs: ") for line in lines)
+
+    def test_mounts_nothing_when_it_shall_only_check(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        fstab.run(["-f", str(tmp_path / "none"), str(tmp_path)])
