@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from casfs.errors import UsageError
 
-_PART = re.compile(r"(\d{1,6})(min|[a-z])")
+_PART = re.compile(r"([0-9]{1,6})(min|[a-z])")
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from casfs.digest import Digest, SnapshotId
-from casfs.errors import CasfsError, IntegrityError, NotFoundError
+from casfs.digest import SnapshotId
+from casfs.errors import BlobError, CasfsError, IntegrityError, NotFoundError
 from casfs.monitor import Monitor
 from casfs.needs import Needs
 from casfs.repository import Repository
@@ -42,8 +42,6 @@ DEFAULT_UNUSED_SHARE = 0.25
 
 DEFAULT_MARGIN_S = 86_400
 """How long packs stay for the sake of readers that were there when they were condemned."""
-
-_REMOVED_AT_ONCE = 10_000
 
 _SMALL_PACK_BYTES = 8 * 1024 * 1024
 _MANY_SMALL_PACKS = 16
@@ -247,9 +245,10 @@ class Pruner:
                         continue
                     try:
                         plain = store.read_at(entry.digest, location)
-                    except CasfsError as error:
+                    except BlobError as error:
                         # It stays where it is, and its pack with it.
                         log.warning("%s; its pack is not touched", error)
+                        self._index.mark_blobs(ordinal, [entry.digest])
                         continue
                     writer.put(BlobKind(location.kind), entry.digest, plain)
                 self.result.repacked_packs += 1
@@ -307,14 +306,6 @@ class Pruner:
         """Remove packs from the index, then from the storage, then their condemnation; return them."""
         if not ordinals:
             return ordinals
-        gone: list[Digest] = []
-        for digest, location in self._index.blobs():
-            if location.pack in ordinals:
-                gone.append(digest)
-                if len(gone) >= _REMOVED_AT_ONCE:
-                    self._index.remove_blobs(gone, ordinals)
-                    gone = []
-        self._index.remove_blobs(gone, ordinals)
         self._index.remove_packs(ordinals)
         for ordinal in sorted(ordinals):
             record = self._records[ordinal]

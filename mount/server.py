@@ -106,7 +106,7 @@ def _serve_behind(request: MountRequest, background: Background) -> None:
 
 
 def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
-    repository = Repository.open(request.repository)
+    repository = Repository.open(request.repository, reader="mount")
     repository.store.index.prefetch(INDEX_PREFETCH_BYTES)
     waiting = Waiting()
     blobs = Blobs(repository.store, waiting)

@@ -291,29 +291,21 @@ class Index:
             return found
         return self._condemned
 
-    def remove_blobs(self, digests: Iterable[Digest], packs: Set[int]) -> None:
-        """Forget those of some blobs that lie in some packs (ordinals); nobody needs them."""
-        gone = list(digests)
+    def remove_packs(self, ordinals: Set[int]) -> None:
+        """Forget packs, and the blobs that are placed in them: nobody needs them."""
 
         def change(txn: Transaction) -> None:
-            for digest in gone:
-                value = txn.get(digest, db=self._blobs)
-                if value is not None and _LOCATION.unpack(value)[0] in packs:
-                    txn.delete(digest, db=self._blobs)
-
-        if gone:
-            self._env.write(change)
-
-    def remove_packs(self, ordinals: Iterable[int]) -> None:
-        """Forget packs in which no blob is placed any more."""
-        gone = sorted(ordinals)
-
-        def change(txn: Transaction) -> None:
-            for ordinal in gone:
+            after: bytes | None = None
+            while rows := self._batch(txn, after, _ASKED_AT_ONCE):
+                after = rows[-1][0]
+                for key, value in rows:
+                    if _LOCATION.unpack(value)[0] in ordinals:
+                        txn.delete(key, db=self._blobs)
+            for ordinal in sorted(ordinals):
                 record = txn.pop(_ORDINAL.pack(ordinal), db=self._packs)
                 if record is not None:
                     txn.delete(b"pack" + _PACK.unpack(record)[0], db=self._meta)
-            self._condemn(txn, self._condemned_in(txn) - set(gone))
+            self._condemn(txn, self._condemned_in(txn) - ordinals)
 
         self._env.write(change)
 

@@ -1,0 +1,127 @@
+"""Forgetting: who is chosen, what is refused, and that nothing else goes."""
+
+from __future__ import annotations
+
+import pytest
+
+from casfs.digest import SnapshotId
+from casfs.errors import NotFoundError, UnsafeTargetError
+from casfs.forget import Choice, Grouping, Plan, forget, named_snapshots, plan_policy
+from casfs.repository import Repository
+from casfs.retention import Policy
+
+from .planting import Keeper
+
+LAST = Policy(last=1)
+
+
+def made(keeper: Keeper, time_ns: int, **fields: object) -> SnapshotId:
+    return keeper.publish({b"f": b"%d" % time_ns}, time_ns=time_ns * 10**9, **fields)[0]
+
+
+def planned(
+    keeper: Keeper,
+    policy: Policy = LAST,
+    grouping: Grouping | None = None,
+    choice: Choice | None = None,
+    allow_all: bool = False,
+) -> Plan:
+    with keeper.reading() as repository:
+        return plan_policy(
+            repository, policy, grouping or Grouping(), choice or Choice(), allow_all
+        )
+
+
+def gone(plan: Plan) -> set[SnapshotId]:
+    return {candidate.snapshot_id for candidate in plan.forgotten()}
+
+
+def test_each_host_and_its_paths_are_judged_apart(keeper: Keeper) -> None:
+    old = made(keeper, 1)
+    made(keeper, 2)
+    made(keeper, 3, host="there")
+    made(keeper, 4, paths=(b"/etc",))
+    plan = planned(keeper)
+    assert gone(plan) == {old}
+    assert plan.kept() == 3
+    assert len(plan.groups) == 3
+
+
+def test_grouping_can_be_by_anything_or_nothing(keeper: Keeper) -> None:
+    made(keeper, 1, host="there", tags=("a",))
+    made(keeper, 2, tags=("a",))
+    made(keeper, 3, paths=(b"/etc",), tags=("b",))
+    assert planned(keeper, grouping=Grouping(False, False, False)).kept() == 1
+    assert planned(keeper, grouping=Grouping(True, False, False)).kept() == 2
+    assert planned(keeper, grouping=Grouping(False, False, True)).kept() == 2
+
+
+def test_what_is_not_chosen_is_not_touched(keeper: Keeper) -> None:
+    old = made(keeper, 1, tags=("a", "b"))
+    made(keeper, 2)
+    made(keeper, 3, tags=("a", "b"))
+    made(keeper, 4, host="there", tags=("a",))
+    choice = Choice(hosts=("here",), tags=(frozenset("ab"), frozenset("c")), paths=(b".",))
+    plan = planned(keeper, choice=choice)
+    assert gone(plan) == {old}
+    assert plan.kept() == 1
+    assert planned(keeper, choice=Choice(paths=(b"/etc",))).groups == {}
+
+
+def test_rules_that_keep_nothing_of_a_group_are_refused(keeper: Keeper) -> None:
+    made(keeper, 1, tags=("keep",))
+    made(keeper, 2, host="there")
+    policy = Policy(tags=("keep",))
+    with pytest.raises(UnsafeTargetError, match="host there, paths \\."):
+        planned(keeper, policy)
+    assert planned(keeper, policy, allow_all=True).kept() == 1
+
+
+def test_snapshots_are_named_by_prefix_and_once(keeper: Keeper) -> None:
+    first, second = made(keeper, 1), made(keeper, 2)
+    with keeper.reading() as repository:
+        found = named_snapshots(repository, [first.hex()[:8], first.hex()], False)
+        assert [candidate.snapshot_id for candidate in found] == [first]
+        with pytest.raises(NotFoundError):
+            named_snapshots(repository, ["nothing"], False)
+        with pytest.raises(UnsafeTargetError, match="no snapshot would be left"):
+            named_snapshots(repository, [first.hex(), second.hex()], False)
+        assert len(named_snapshots(repository, [first.hex(), second.hex()], True)) == 2
+
+
+def test_forgotten_ones_are_gone_and_no_pack_is(keeper: Keeper) -> None:
+    made(keeper, 1)
+    kept = made(keeper, 2)
+    packs = sorted(keeper.root.glob("packs/*/*"))
+    with keeper.writing() as repository:
+        plan = plan_policy(repository, LAST, Grouping(), Choice(), False)
+        assert forget(repository, plan.forgotten()) == 1
+        assert forget(repository, plan.forgotten()) == 1  # to be gone already is no error
+        assert repository.snapshot_ids() == [kept]
+    assert sorted(keeper.root.glob("packs/*/*")) == packs
+
+
+def test_a_damaged_one_can_be_named(keeper: Keeper) -> None:
+    damaged = made(keeper, 1)
+    made(keeper, 2)
+    (keeper.root / "snapshots" / damaged.hex()).write_bytes(b"junk")
+    with keeper.writing() as repository:
+        found = named_snapshots(repository, [damaged.hex()[:12]], False)
+        assert (found[0].snapshot, found[0].time_ns, found[0].tags) == (None, 0, ())
+        forget(repository, found)
+        assert damaged not in repository.snapshot_ids()
+
+
+def test_forgetting_what_replaced_another_brings_that_one_not_back(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a crash leaves it between the two steps of a change of tags."""
+    first, snapshot = keeper.publish({b"f": b"1"}, time_ns=1)
+    other = made(keeper, 2)
+    with keeper.writing() as repository:
+        with monkeypatch.context() as patch:
+            patch.setattr(Repository, "delete_snapshot", lambda *_: None)
+            second = repository.replace_snapshot(first, snapshot, tags=("new",))
+        assert set(repository.snapshot_ids()) == {first, second, other}
+        forget(repository, named_snapshots(repository, [second.hex()], False))
+        assert repository.snapshot_ids() == [other]

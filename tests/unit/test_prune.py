@@ -1,0 +1,466 @@
+"""Pruning: what goes, what stays, and for whose sake."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from casfs import prune as prune_module
+from casfs.backup import BackupOptions, back_up
+from casfs.check import Checker
+from casfs.digest import Digest, SnapshotId, digest_of
+from casfs.errors import IntegrityError, LockedError, StorageError
+from casfs.monitor import RecordingMonitor
+from casfs.prune import NeedsUnknownError, PruneOptions, Pruner, PruneResult
+from casfs.repository import Repository
+from casfs.scrub import ReadChoice
+from casfs.store.condemned import read_condemnations
+from casfs.store.lock import LockMode
+from casfs.store.storage import LocalStorage
+
+from .planting import Keeper
+from .storing import child, flip, hear, noise, pack_paths, tell
+
+KIB = 1 << 10
+
+
+def prune(keeper: Keeper, **options: object) -> PruneResult:
+    with Repository.open(keeper.root, "prune", LockMode.TENDING, sync=False) as repository:
+        return Pruner(repository, PruneOptions(**options), RecordingMonitor()).prune()  # type: ignore[arg-type]
+
+
+def forget(keeper: Keeper, *snapshots: SnapshotId) -> None:
+    with keeper.writing() as repository:
+        for snapshot_id in snapshots:
+            repository.delete_snapshot(snapshot_id)
+
+
+def contents(keeper: Keeper) -> dict[bytes, bytes]:
+    """Return what every file of every snapshot holds, read and verified."""
+    with keeper.reading() as repository:
+        return {
+            b"%d/%s" % (snapshot.time_ns, path): b"".join(
+                repository.store.read(extent.digest)
+                for extent in repository.content(node).extents()
+                if extent.digest is not None
+            )
+            for _, snapshot in repository.snapshots()
+            for path, node in repository.trees.walk(snapshot.root)
+            if node.tree is None
+        }
+
+
+def assert_sound(keeper: Keeper) -> None:
+    with keeper.reading() as repository:
+        assert Checker(repository, RecordingMonitor()).check(ReadChoice()).damage == []
+
+
+def condemned(keeper: Keeper) -> int:
+    """Return how many packs are condemned, in the storage and in the index alike."""
+    with keeper.reading() as repository:
+        told = read_condemnations(repository.store.storage).values()
+        names = {pack for condemnation in told for pack in condemnation.pack_ids()}
+        ordinals = repository.store.index.condemned()
+        assert {repository.store.index.pack_id(ordinal) for ordinal in ordinals} == names
+        return len(names)
+
+
+def publish(keeper: Keeper, time_ns: int, *names: str, size: int = 50 * KIB) -> SnapshotId:
+    """Publish a snapshot with one file of noise for each name, in a pack of its own where new."""
+    plan = {name.encode(): noise(name, size) for name in names}
+    return keeper.publish(plan, time_ns=time_ns)[0]
+
+
+class TestUnneeded:
+    def test_packs_go_and_what_is_left_is_sound(self, keeper: Keeper) -> None:
+        first = publish(keeper, 1, "a")
+        publish(keeper, 2, "b")
+        forget(keeper, first)
+        before = contents(keeper)
+        result = prune(keeper)
+        assert result.removed_packs == 1
+        assert result.freed_bytes > 50 * KIB
+        assert (result.snapshots, result.packs, result.waiting_packs) == (1, 2, 0)
+        assert contents(keeper) == before
+        assert len(pack_paths(keeper.root)) == 1
+        assert condemned(keeper) == 0
+        assert_sound(keeper)
+        with keeper.reading() as repository:
+            assert len(repository.store.index.packs()) == 1
+            assert repository.store.index.blob_count() == 2
+
+    def test_nothing_goes_where_everything_is_needed(self, keeper: Keeper) -> None:
+        publish(keeper, 1, "a")
+        packs = pack_paths(keeper.root)
+        result = prune(keeper)
+        assert (result.removed_packs, result.freed_bytes, result.unneeded_blobs) == (0, 0, 0)
+        assert pack_paths(keeper.root) == packs
+        assert not list((keeper.root / "condemned").iterdir())
+
+    def test_of_an_empty_repository_is_nothing(self, keeper: Keeper) -> None:
+        assert prune(keeper) == PruneResult()
+
+    def test_what_an_interrupted_backup_left_goes(self, keeper: Keeper) -> None:
+        publish(keeper, 1, "a")
+        keeper.store(noise("nobody's", 50 * KIB))
+        assert prune(keeper).removed_packs == 1
+        assert_sound(keeper)
+
+    def test_a_dry_run_tells_and_changes_nothing(self, keeper: Keeper) -> None:
+        first = publish(keeper, 1, "a")
+        publish(keeper, 2, "b")
+        forget(keeper, first)
+        packs = pack_paths(keeper.root)
+        told = prune(keeper, dry_run=True)
+        assert pack_paths(keeper.root) == packs
+        assert condemned(keeper) == 0
+        assert told.removed_packs == 1
+        assert told.freed_bytes == prune(keeper).freed_bytes
+
+
+class TestPartlyNeeded:
+    def test_packs_are_packed_anew(self, keeper: Keeper) -> None:
+        keeper.store(*(noise(name, 50 * KIB) for name in "abcd"))
+        publish(keeper, 1, "a")
+        before = contents(keeper)
+        result = prune(keeper)
+        assert result.repacked_packs == 1
+        assert result.new_bytes < 60 * KIB
+        assert result.freed_bytes > 140 * KIB
+        assert contents(keeper) == before
+        assert_sound(keeper)
+        with keeper.reading() as repository:
+            assert repository.store.index.lookup(digest_of(noise("b", 50 * KIB))) is None
+
+    def test_packs_stay_where_little_would_be_won(self, keeper: Keeper) -> None:
+        keeper.store(*(noise(name, 50 * KIB) for name in "abcd"))
+        publish(keeper, 1, "a", "b", "c")
+        assert prune(keeper, unused_share=0.3).repacked_packs == 0
+        assert prune(keeper, unused_share=0.2).repacked_packs == 1
+        assert_sound(keeper)
+
+    def test_many_small_packs_become_few(
+        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(prune_module, "_MANY_SMALL_PACKS", 6)
+        for number in range(6):
+            publish(keeper, number, str(number), size=KIB)
+        before = contents(keeper)
+        assert prune(keeper).repacked_packs == 6
+        assert contents(keeper) == before
+        assert len(pack_paths(keeper.root)) == 1
+        assert prune(keeper).repacked_packs == 0
+
+    def test_a_damaged_blob_keeps_its_pack(self, keeper: Keeper) -> None:
+        keeper.store(*(noise(name, 50 * KIB) for name in "abcd"))
+        publish(keeper, 1, "a", "b")
+        keeper.damage(digest_of(noise("a", 50 * KIB)))
+        prune(keeper, unused_share=0.0)
+        assert condemned(keeper) == 0
+        with keeper.reading() as repository:
+            found = Checker(repository, RecordingMonitor()).check(ReadChoice()).damage
+            assert [(d.path, d.ranges) for d in found if d.what == "file"] == [
+                (b"a", ((0, 50 * KIB),))
+            ]
+        # What was found is known, and the pack is not touched again.
+        assert prune(keeper, unused_share=0.0).repacked_packs == 0
+
+    def test_a_full_disk_keeps_everything_and_condemns_nothing(
+        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = publish(keeper, 1, "gone")
+        keeper.store(*(noise(name, 50 * KIB) for name in "abcd"))
+        publish(keeper, 2, "a")
+        forget(keeper, first)
+        before = contents(keeper)
+        with monkeypatch.context() as patch:
+
+            def refuse(*_: object) -> None:
+                raise StorageError("create", "pack", OSError(28, "No space left on device"))
+
+            patch.setattr(LocalStorage, "spool", _only_small(LocalStorage.spool, refuse))
+            with pytest.raises(StorageError, match="No space left"):
+                prune(keeper)
+        # What could go without room has gone.
+        assert not any(noise("gone", 50 * KIB) in path.read_bytes() for path in _packs(keeper))
+        assert condemned(keeper) == 0
+        assert contents(keeper) == before
+        assert prune(keeper).repacked_packs == 1
+        assert_sound(keeper)
+
+
+def _packs(keeper: Keeper) -> list[Path]:
+    return pack_paths(keeper.root)
+
+
+def _only_small(spool: object, refuse: object) -> object:
+    def choose(self: LocalStorage, in_memory: bool) -> object:
+        # Packs are the only objects that are not written at once.
+        return spool(self, in_memory) if in_memory else refuse()  # type: ignore[operator]
+
+    return choose
+
+
+class TestRefusal:
+    @pytest.mark.parametrize("what", ["snapshot", "tree", "missing chunk"])
+    def test_nothing_is_removed_where_it_is_not_known_what_is_needed(
+        self, keeper: Keeper, what: str
+    ) -> None:
+        first = publish(keeper, 1, "a")
+        second, snapshot = keeper.publish({b"f": noise("f", 50 * KIB)}, time_ns=2)
+        forget(keeper, first)
+        if what == "snapshot":
+            flip(keeper.root / "snapshots" / second.hex(), 40)
+        elif what == "tree":
+            assert snapshot.root.tree is not None
+            keeper.damage(Digest(snapshot.root.tree.digest))
+        else:
+            for path in pack_paths(keeper.root):
+                if noise("f", 50 * KIB) in path.read_bytes():
+                    path.unlink()
+        packs = pack_paths(keeper.root)
+        with pytest.raises(NeedsUnknownError, match="nothing was removed") as raised:
+            prune(keeper)
+        assert raised.value.exit_code == IntegrityError.exit_code == 5
+        assert pack_paths(keeper.root) == packs
+        assert condemned(keeper) == 0
+
+    def test_two_prunes_do_not_run_at_once(self, keeper: Keeper) -> None:
+        with child(HOLDER, keeper.root, "tending") as process:
+            assert hear(process) == "open"
+            with pytest.raises(LockedError, match="process"):
+                prune(keeper)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from casfs.repository import Repository
+from casfs.store.lock import LockMode
+
+mode = LockMode(sys.argv[2])
+root = Path(sys.argv[1])
+if mode == LockMode.READER:
+    repository = Repository.open(root, reader="mount")
+else:
+    repository = Repository.open(root, "test", mode)
+with repository:
+    print("open", flush=True)
+    for line in sys.stdin:
+        data = repository.store.read(bytes.fromhex(line.strip()))
+        print(len(data), flush=True)
+"""
+
+
+class TestBesideOthers:
+    @contextmanager
+    def held(self, keeper: Keeper, mode: str) -> Iterator[object]:
+        with child(HOLDER, keeper.root, mode) as process:
+            assert hear(process) == "open"
+            yield process
+
+    @pytest.mark.parametrize("mode", ["shared", "reader"])
+    def test_what_others_may_rely_on_waits_for_them(self, keeper: Keeper, mode: str) -> None:
+        first = publish(keeper, 1, "a")
+        publish(keeper, 2, "b")
+        with self.held(keeper, mode) as process:
+            forget(keeper, first)
+            for _ in range(2):
+                result = prune(keeper)
+                assert (result.removed_packs, result.waiting_packs) == (0, 1)
+                assert len(result.waited_for) == 1
+                assert condemned(keeper) == 1
+            tell(process, digest_of(noise("a", 50 * KIB)).hex())  # type: ignore[arg-type]
+            assert hear(process) == str(50 * KIB)  # type: ignore[arg-type]
+        assert prune(keeper).removed_packs == 1
+        assert condemned(keeper) == 0
+        assert_sound(keeper)
+
+    def test_readers_are_waited_for_no_longer_than_the_margin(self, keeper: Keeper) -> None:
+        first = publish(keeper, 1, "a")
+        publish(keeper, 2, "b")
+        with self.held(keeper, "reader"):
+            forget(keeper, first)
+            assert prune(keeper, margin_s=3600).waiting_packs == 1
+            assert prune(keeper, margin_s=0).removed_packs == 1
+
+    def test_who_came_later_is_not_waited_for(self, keeper: Keeper) -> None:
+        first = publish(keeper, 1, "a")
+        publish(keeper, 2, "b")
+        with self.held(keeper, "shared"):
+            forget(keeper, first)
+            assert prune(keeper).waiting_packs == 1
+        with self.held(keeper, "shared"), self.held(keeper, "reader"):
+            assert prune(keeper).removed_packs == 1
+
+    def test_what_a_backup_took_for_stored_before_stays(
+        self, keeper: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A backup finds a chunk stored, then that is condemned, then the snapshot is published."""
+        first = publish(keeper, 1, "a")
+        publish(keeper, 2, "b")
+        source = tmp_path / "source"
+        source.mkdir()
+        (source / "again").write_bytes(noise("a", 50 * KIB))
+        with child(BACKUP, keeper.root, source) as process:
+            assert hear(process) == "stored"
+            forget(keeper, first)
+            # The one that it found, and the one that it has written itself.
+            assert prune(keeper).waiting_packs == 2
+            tell(process)
+            assert hear(process) == "published"
+            process.wait()
+        result = prune(keeper, unused_share=1.0)
+        assert (result.removed_packs, result.waiting_packs) == (0, 0)
+        assert condemned(keeper) == 0
+        assert noise("a", 50 * KIB) in contents(keeper).values()
+        assert_sound(keeper)
+
+    def test_a_backup_that_begins_later_stores_it_anew(
+        self, keeper: Keeper, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "source"
+        (source / "folder").mkdir(parents=True)
+        (source / "folder" / "file").write_bytes(noise("a", 50 * KIB))
+        (source / "folder" / "old").write_bytes(b"unchanged")
+        first, snapshot = keeper.back_up(source)
+        publish(keeper, 2, "b")
+        with self.held(keeper, "shared"):
+            forget(keeper, first)
+            assert prune(keeper).waiting_packs == 1
+        # The forgotten one comes back as the parent, as if its forgetting had not been seen.
+        with keeper.writing() as repository:
+            assert repository.publish(snapshot) == first
+            assert repository.store.index.condemned()
+            options = BackupOptions((bytes(source),), host="here", parent=first.hex())
+            result = back_up(repository, options, RecordingMonitor())
+            assert result.snapshot.stats.new_blobs > 2
+            repository.delete_snapshot(first)
+        assert prune(keeper).removed_packs == 1
+        assert noise("a", 50 * KIB) in contents(keeper).values()
+        assert_sound(keeper)
+
+
+BACKUP = """
+import sys
+from pathlib import Path
+from casfs.backup import BackupOptions, back_up
+from casfs.monitor import RecordingMonitor
+from casfs.repository import Repository
+
+publish = Repository.publish
+
+def wait_first(*arguments):
+    print("stored", flush=True)
+    sys.stdin.readline()
+    return publish(*arguments)
+
+Repository.publish = wait_first
+with Repository.open(Path(sys.argv[1]), "backup", sync=False) as repository:
+    back_up(repository, BackupOptions((sys.argv[2].encode(),)), RecordingMonitor())
+print("published", flush=True)
+"""
+
+
+class TestInterruption:
+    class Crash(BaseException):
+        """What stops a process at once."""
+
+    def test_at_every_step_leaves_what_the_next_prune_finishes(
+        self, keeper: Keeper, tmp_path: Path
+    ) -> None:
+        first = publish(keeper, 1, "a")
+        keeper.store(*(noise(name, 50 * KIB) for name in "cdef"))
+        publish(keeper, 2, "c", "b")
+        forget(keeper, first)
+        before = contents(keeper)
+        saved = tmp_path / "saved"
+        shutil.copytree(keeper.root, saved)
+        steps: list[str] = []
+        self.prune(keeper, steps.append)
+        end = sorted(path.name for path in pack_paths(keeper.root))
+        assert {step.partition(" ")[2] for step in steps} == {"packs", "condemned", "index"}
+        for stop in range(len(steps)):
+            shutil.rmtree(keeper.root)
+            shutil.copytree(saved, keeper.root)
+            left = iter(range(stop))
+
+            def on_step(step: str, left: Iterator[int] = left) -> None:
+                if next(left, None) is None:
+                    raise self.Crash
+
+            with pytest.raises(self.Crash):
+                self.prune(keeper, on_step)
+            assert contents(keeper) == before, steps[stop]
+            assert_sound(keeper)
+            prune(keeper)
+            assert contents(keeper) == before
+            assert condemned(keeper) == 0
+            assert_sound(keeper)
+            packs = pack_paths(keeper.root)
+            assert len(packs) == len(end), steps[stop]
+            assert sum(path.stat().st_size for path in packs) < 120 * KIB
+
+    def prune(self, keeper: Keeper, on_step: object) -> None:
+        with Repository.open(
+            keeper.root,
+            "prune",
+            LockMode.TENDING,
+            sync=False,
+            on_step=on_step,  # type: ignore[arg-type]
+        ) as repository:
+            Pruner(repository, PruneOptions(), RecordingMonitor()).prune()
+
+    def test_a_condemnation_of_which_nobody_asked_who_writes_is_asked_for_then(
+        self, keeper: Keeper
+    ) -> None:
+        first = publish(keeper, 1, "a")
+        publish(keeper, 2, "b")
+        forget(keeper, first)
+        published = 0
+
+        def on_step(step: str) -> None:
+            nonlocal published
+            published += step == "done condemned"
+            if published and step == "commit index":
+                raise self.Crash
+
+        with pytest.raises(self.Crash):
+            self.prune(keeper, on_step)
+        with keeper.reading() as repository:
+            (told,) = read_condemnations(repository.store.storage).values()
+            assert told.writers is None
+            assert abs(told.time_s - time.time()) < 3600
+        with child(HOLDER, keeper.root, "shared") as process:
+            assert hear(process) == "open"
+            assert prune(keeper).waiting_packs == 1
+        assert prune(keeper).removed_packs == 1
+
+    @pytest.mark.parametrize("data", [b"", b"{}", b"junk", b'{"time_s":1,"packs":["zz"]}'])
+    def test_a_damaged_condemnation_is_not_heeded_and_does_no_harm(
+        self, keeper: Keeper, data: bytes
+    ) -> None:
+        first = publish(keeper, 1, "a")
+        publish(keeper, 2, "b")
+        with child(HOLDER, keeper.root, "shared") as process:
+            assert hear(process) == "open"
+            forget(keeper, first)
+            prune(keeper)
+        (path,) = (keeper.root / "condemned").iterdir()
+        path.write_bytes(data)
+        assert prune(keeper).removed_packs == 1
+        assert_sound(keeper)
+
+
+def test_what_is_remembered_of_snapshots_that_are_gone_is_dropped(keeper: Keeper) -> None:
+    first, second = publish(keeper, 1, "a"), publish(keeper, 2, "b")
+    forget(keeper, first)
+    prune(keeper)
+    with keeper.reading() as repository:
+        index = repository.store.index
+        assert [index.is_complete(snapshot) for snapshot in (first, second)] == [False, True]

@@ -1,0 +1,159 @@
+"""Which snapshots rules keep, and how people write lengths of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from casfs.durations import Span, parse_duration
+from casfs.errors import UsageError
+from casfs.retention import UNLIMITED, Policy, decide
+
+
+@dataclass(frozen=True)
+class Dated:
+    time_ns: int
+    tags: tuple[str, ...] = ()
+
+
+def at(text: str, *tags: str) -> Dated:
+    return Dated(int(datetime.fromisoformat(text).timestamp()) * 10**9, tags)
+
+
+def kept(snapshots: Iterable[Dated], policy: Policy) -> list[str]:
+    """Return the local times of what is kept, the newest first."""
+    return [
+        datetime.fromtimestamp(v.snapshot.time_ns // 10**9).isoformat(" ", "minutes")
+        for v in decide(snapshots, policy)
+        if v.is_kept
+    ]
+
+
+HOURLY = [at(f"2026-03-{day:02} {hour:02}:30") for day in (1, 2, 3) for hour in range(24)]
+
+
+class TestRules:
+    def test_last_keeps_the_newest(self) -> None:
+        assert kept(HOURLY, Policy(last=2)) == ["2026-03-03 23:30", "2026-03-03 22:30"]
+
+    def test_a_period_keeps_its_newest_for_as_many_periods(self) -> None:
+        assert kept(HOURLY, Policy(daily=2)) == ["2026-03-03 23:30", "2026-03-02 23:30"]
+        assert len(kept(HOURLY, Policy(hourly=30))) == 30
+        assert kept(HOURLY, Policy(weekly=9)) == ["2026-03-03 23:30", "2026-03-01 23:30"]
+        assert (
+            kept(HOURLY, Policy(monthly=9))
+            == kept(HOURLY, Policy(yearly=9))
+            == kept(HOURLY, Policy(last=1))
+        )
+
+    def test_periods_without_a_snapshot_do_not_count(self) -> None:
+        sparse = [at("2020-01-01 10:00"), at("2023-05-01 10:00"), at("2026-01-01 10:00")]
+        assert len(kept(sparse, Policy(daily=3))) == 3
+        assert kept(sparse, Policy(yearly=2)) == ["2026-01-01 10:00", "2023-05-01 10:00"]
+
+    def test_unlimited_keeps_one_for_every_period(self) -> None:
+        assert len(kept(HOURLY, Policy(daily=UNLIMITED))) == 3
+        assert len(kept(HOURLY, Policy(last=UNLIMITED))) == len(HOURLY)
+
+    def test_the_week_at_the_turn_of_the_year_is_one(self) -> None:
+        turn = [at("2025-12-31 10:00"), at("2026-01-01 10:00")]
+        assert kept(turn, Policy(weekly=5)) == ["2026-01-01 10:00"]
+        assert len(kept(turn, Policy(yearly=5))) == 2
+
+    def test_within_counts_from_the_newest_and_not_from_now(self) -> None:
+        found = kept(HOURLY, Policy(within=Span("2h", "--keep-within")))
+        assert found == ["2026-03-03 23:30", "2026-03-03 22:30", "2026-03-03 21:30"]
+
+    def test_tags_keep_whatever_their_age(self) -> None:
+        tagged = [at("2001-01-01 00:00", "release", "x"), at("2026-01-01 00:00")]
+        assert kept(tagged, Policy(tags=("release",))) == ["2001-01-01 00:00"]
+
+    def test_every_rule_that_keeps_is_told(self) -> None:
+        verdicts = decide(
+            [at("2026-01-01 00:00", "a", "b")], Policy(1, 1, 1, 1, 1, 1, None, ("b",))
+        )
+        names = ("last", "hourly", "daily", "weekly", "monthly", "yearly", "tag b")
+        assert verdicts[0].reasons == names
+
+    def test_no_rule_keeps_nothing(self) -> None:
+        assert Policy().is_empty()
+        assert kept(HOURLY, Policy()) == []
+        assert decide([], Policy(last=3)) == []
+
+    def test_times_that_no_calendar_has_are_judged_too(self) -> None:
+        far = [Dated(1 << 63), Dated(-(1 << 63)), at("2026-01-01 00:00")]
+        assert len(decide(far, Policy(last=3, daily=3, within=Span("1y", "x")))) == 3
+
+
+@given(
+    st.lists(st.integers(0, 40_000), max_size=60, unique=True),
+    st.integers(0, 5),
+    st.integers(0, 5),
+    st.integers(0, 5),
+)
+def test_rules_hold_whatever_the_times(
+    hours: list[int], last: int, daily: int, monthly: int
+) -> None:
+    snapshots = [Dated((1_500_000_000 + 3600 * hour) * 10**9) for hour in hours]
+    verdicts = decide(snapshots, Policy(last=last, daily=daily, monthly=monthly))
+    times = [verdict.snapshot.time_ns for verdict in verdicts]
+    assert times == sorted((s.time_ns for s in snapshots), reverse=True)
+    # An oracle that asks each day and month for its newest.
+    moments = [datetime.fromtimestamp(time // 10**9) for time in times]
+    wanted = set(times[:last])
+    for form, most in (("%Y-%m-%d", daily), ("%Y-%m", monthly)):
+        newest: dict[str, int] = {}
+        for moment, time in zip(moments, times, strict=True):
+            newest.setdefault(moment.strftime(form), time)
+        wanted |= set(sorted(newest.values(), reverse=True)[:most])
+    assert {verdict.snapshot.time_ns for verdict in verdicts if verdict.is_kept} == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90s", 90),
+        ("10m", 600),
+        ("10min", 600),
+        ("1h30m", 5400),
+        ("30d", 2_592_000),
+        ("2w", 1_209_600),
+    ],
+)
+def test_durations_are_read(text: str, seconds: int) -> None:
+    assert parse_duration(text, "--x") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "d", "1y", "5 d", "-5d", "1h30", "٣d", "99999999d"])
+def test_durations_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--max-duration"):
+        parse_duration(text, "--max-duration")
+
+
+class TestSpans:
+    MARCH = datetime(2024, 3, 31, 12)
+
+    @pytest.mark.parametrize(
+        ("text", "earlier"),
+        [
+            ("1m", datetime(2024, 2, 29, 12)),
+            ("1y1m", datetime(2023, 2, 28, 12)),
+            ("1y", datetime(2023, 3, 31, 12)),
+            ("36h", MARCH - timedelta(hours=36)),
+            ("2w3d5min", MARCH - timedelta(days=17, minutes=5)),
+            ("5000y", datetime.min),
+            ("999999d", datetime.min),
+        ],
+    )
+    def test_go_by_the_calendar(self, text: str, earlier: datetime) -> None:
+        assert Span(text, "--keep-within").before(self.MARCH) == earlier
+
+    @pytest.mark.parametrize("text", ["", "7", "1s", "x", "1y 2d"])
+    def test_that_are_none_are_refused(self, text: str) -> None:
+        with pytest.raises(UsageError, match="--keep-within"):
+            Span(text, "--keep-within")
