@@ -1,0 +1,294 @@
+"""Repairing snapshots drops what is lost and nothing else; repairing the index finds what there is."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from casfs import treewriter
+from casfs.check import Checker
+from casfs.content import HOLE, RECORD
+from casfs.digest import Digest, SnapshotId, digest_of
+from casfs.monitor import RecordingMonitor
+from casfs.prune import PruneOptions, Pruner
+from casfs.repair import IndexRepair, RepairResult, SnapshotRepairer, repair_index
+from casfs.repository import Repository
+from casfs.scrub import Damage, ReadChoice
+from casfs.snapshot import Snapshot
+from casfs.store.lock import LockMode
+from casfs.tree import Node, Reason, State, capture_of, captured_digest
+
+from .planting import Keeper, entry, reference
+from .storing import flip, noise, pack_paths
+
+CHUNKS = [noise(f"chunk {number}", 3000) for number in range(4)]
+WHOLE = b"".join(CHUNKS)
+
+
+def of_chunks(*chunks: bytes) -> Node:
+    whole = b"".join(chunks)
+    records = b"".join(RECORD.pack(len(chunk), digest_of(chunk)) for chunk in chunks)
+    return entry(b"", size=len(whole), content=records, captured=digest_of(whole))
+
+
+def repair(keeper: Keeper, **options: bool) -> tuple[RepairResult, dict[bytes, str]]:
+    """Repair the snapshots; return what came of it, and what was told of which path."""
+    monitor = RecordingMonitor()
+    with Repository.open(keeper.root, "repair", LockMode.TENDING, sync=False) as repository:
+        result = SnapshotRepairer(repository, monitor, **options).repair(ReadChoice())
+    return result, {problem.path: problem.message for problem in monitor.problems}
+
+
+def damage(keeper: Keeper) -> list[Damage]:
+    """Return what a check finds in snapshots and in packs that they need."""
+    with keeper.reading() as repository:
+        found = Checker(repository, RecordingMonitor()).check(ReadChoice()).damage
+    return [one for one in found if one.snapshot is not None]
+
+
+def only(keeper: Keeper) -> tuple[SnapshotId, Snapshot]:
+    with keeper.reading() as repository:
+        (found,) = repository.snapshots()
+    return found
+
+
+def nodes(keeper: Keeper) -> dict[bytes, Node]:
+    _, snapshot = only(keeper)
+    with keeper.reading() as repository:
+        return dict(repository.trees.walk(snapshot.root))
+
+
+def test_sound_snapshots_stay_as_they_are(keeper: Keeper) -> None:
+    ids = {keeper.publish({b"f": b"1"}, time_ns=time_ns)[0] for time_ns in (1, 2)}
+    result, told = repair(keeper)
+    assert (result.sound, result.repaired, told) == (2, [], {})
+    with keeper.reading() as repository:
+        assert set(repository.snapshot_ids()) == ids
+
+
+def test_a_file_keeps_what_is_left_of_it_and_is_flagged(keeper: Keeper) -> None:
+    keeper.store(*CHUNKS)
+    old, _ = keeper.publish({b"d": {b"f": of_chunks(*CHUNKS)}, b"other": of_chunks(CHUNKS[0])})
+    keeper.damage(digest_of(CHUNKS[1]))
+    keeper.damage(digest_of(CHUNKS[2]))
+    result, told = repair(keeper)
+    (one,) = result.repaired
+    assert (one.snapshot_id, one.holed, one.dropped, one.message) == (old, 1, 0, "")
+    assert told.keys() == {b"d/f"}
+    assert "3000-9000 of 12000 are lost" in told[b"d/f"]
+    new, snapshot = only(keeper)
+    assert (new, snapshot.replaces) == (one.new_id, old)
+    assert snapshot.root.tree is not None and snapshot.root.tree.flagged == 1
+    found = nodes(keeper)
+    node = found[b"d/f"]
+    left = CHUNKS[0] + bytes(6000) + CHUNKS[3]
+    assert (node.size, node.state) == (12000, State.CHANGED)
+    assert captured_digest(node) == digest_of(left)
+    capture = capture_of(node)
+    assert capture is not None
+    assert (capture.reason, capture.observed) == (Reason.DAMAGED, digest_of(WHOLE))
+    with keeper.reading() as repository:
+        extents = list(repository.content(node).extents())
+        assert [extent.digest is None for extent in extents] == [False, True, True, False]
+    assert found[b"other"].state == State.STABLE
+    assert damage(keeper) == []
+
+
+def test_what_was_lost_already_is_told_apart_from_what_is_lost_now(keeper: Keeper) -> None:
+    """Holes of the source stay holes and are no loss; a second repair keeps the first's evidence."""
+    keeper.store(*CHUNKS)
+    records = RECORD.pack(5000, HOLE)
+    records += b"".join(RECORD.pack(3000, digest_of(chunk)) for chunk in CHUNKS)
+    whole = bytes(5000) + WHOLE
+    sparse = entry(b"", size=17000, content=records, captured=digest_of(whole))
+    keeper.publish({b"f": sparse})
+    keeper.damage(digest_of(CHUNKS[0]))
+    assert "bytes 5000-8000 of 17000" in repair(keeper)[1][b"f"]
+    keeper.damage(digest_of(CHUNKS[3]))
+    assert "bytes 14000-17000 of 17000" in repair(keeper)[1][b"f"]
+    node = nodes(keeper)[b"f"]
+    left = bytes(8000) + CHUNKS[1] + CHUNKS[2] + bytes(3000)
+    assert captured_digest(node) == digest_of(left)
+    assert damage(keeper) == []
+
+
+def test_a_file_of_which_nothing_is_left_is_dropped(keeper: Keeper) -> None:
+    keeper.store(*CHUNKS)
+    keeper.publish({b"gone": of_chunks(CHUNKS[0]), b"here": of_chunks(CHUNKS[1])})
+    keeper.damage(digest_of(CHUNKS[0]))
+    result, told = repair(keeper)
+    assert (result.repaired[0].dropped, result.repaired[0].holed) == (1, 0)
+    assert told == {b"gone": "the file is dropped: nothing of it is left"}
+    assert nodes(keeper).keys() == {b"here"}
+    assert damage(keeper) == []
+
+
+def test_a_lost_directory_is_empty_and_all_others_stay(keeper: Keeper) -> None:
+    plan = {b"a": {b"b": {b"f": b"1", b"g": b"2"}, b"h": b"3"}, b"z": {b"i": b"4"}}
+    _, snapshot = keeper.publish(plan)
+    with keeper.reading() as repository:
+        lost = repository.trees.resolve(snapshot.root, b"a/b")
+    assert lost is not None
+    keeper.damage(reference(lost))
+    result, told = repair(keeper)
+    assert result.repaired[0].dropped == 1
+    assert told[b"a/b"].startswith("2 entries of this directory are dropped")
+    assert nodes(keeper).keys() == {b"a", b"a/b", b"a/h", b"z", b"z/i"}
+    assert damage(keeper) == []
+
+
+def test_a_piece_of_a_split_directory_costs_the_entries_in_it(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(treewriter, "PIECE_MIN_ENTRIES", 4)
+    monkeypatch.setattr(treewriter, "PIECE_MAX_ENTRIES", 8)
+    names = [b"%03d" % number for number in range(40)]
+    _, snapshot = keeper.publish({b"big": dict.fromkeys(names, b"")})
+    with keeper.reading() as repository:
+        big = repository.trees.resolve(snapshot.root, b"big")
+        assert big is not None and big.tree is not None
+        pieces = repository.trees.piece(big.tree)
+        part = pieces[1]
+        assert isinstance(part, tuple)
+        lost = {node.name for leaf in repository.trees.leaves(part[1]) for node in leaf}
+        assert 0 < len(lost) < 40
+        piece = Digest(part[1].digest)
+    keeper.damage(piece)
+    repair(keeper)
+    left = {path.rpartition(b"/")[2] for path in nodes(keeper) if b"/" in path}
+    assert left == set(names) - lost
+    assert damage(keeper) == []
+
+
+def test_a_snapshot_of_which_nothing_can_be_read_is_put_aside(keeper: Keeper) -> None:
+    junk, _ = keeper.publish({b"f": b"1"}, time_ns=1)
+    flip(keeper.root / "snapshots" / junk.hex(), 50)
+    data = (keeper.root / "snapshots" / junk.hex()).read_bytes()
+    rootless, snapshot = keeper.publish({b"g": b"2"}, time_ns=2)
+    keeper.damage(reference(snapshot.root))
+    kept, _ = keeper.publish({b"h": b"3"}, time_ns=3)
+    result, _ = repair(keeper)
+    assert {one.snapshot_id for one in result.repaired if one.new_id is None} == {junk, rootless}
+    assert only(keeper)[0] == kept
+    assert (keeper.root / "damaged" / junk.hex()).read_bytes() == data
+    assert (keeper.root / "damaged" / rootless.hex()).exists()
+    assert damage(keeper) == []
+
+
+def test_a_dry_run_tells_the_same_and_changes_nothing(keeper: Keeper) -> None:
+    keeper.store(*CHUNKS)
+    old, _ = keeper.publish({b"f": of_chunks(*CHUNKS), b"gone": of_chunks(CHUNKS[2])})
+    keeper.damage(digest_of(CHUNKS[2]))
+    before = sorted(path for path in keeper.root.rglob("*") if "index" not in path.parts)
+    foretold, told = repair(keeper, dry_run=True)
+    assert (foretold.repaired[0].new_id, only(keeper)[0]) == (None, old)
+    after = sorted(path for path in keeper.root.rglob("*") if "index" not in path.parts)
+    assert after == before
+    result, said = repair(keeper)
+    assert said == told
+    assert result.repaired[0].holed == foretold.repaired[0].holed == 1
+
+
+def test_a_repaired_repository_can_be_pruned(keeper: Keeper) -> None:
+    keeper.store(*CHUNKS)
+    keeper.publish({b"f": of_chunks(*CHUNKS)})
+    keeper.damage(digest_of(CHUNKS[0]))
+    repair(keeper)
+    with Repository.open(keeper.root, "prune", LockMode.TENDING, sync=False) as repository:
+        Pruner(repository, PruneOptions(unused_share=0.0), RecordingMonitor()).prune()
+    assert damage(keeper) == []
+    with keeper.reading() as repository:
+        assert Checker(repository, RecordingMonitor()).check(ReadChoice()).damage == []
+
+
+class TestIndex:
+    def rebuilt(self, keeper: Keeper) -> IndexRepair:
+        mode = LockMode.EXCLUSIVE
+        with Repository.open(keeper.root, "repair index", mode, sync=False) as repository:
+            return repair_index(repository)
+
+    def entries(self, keeper: Keeper) -> dict[bytes, tuple[bytes, int, int]]:
+        with keeper.reading() as repository:
+            index = repository.store.index
+            return {
+                digest: (index.pack_id(place.pack), place.offset, place.stored_bytes)
+                for digest, place in index.blobs()
+            }
+
+    @pytest.mark.parametrize("index", ["sound", "deleted", "junk"])
+    def test_is_built_from_the_packs_alone(self, keeper: Keeper, index: str) -> None:
+        keeper.store(*CHUNKS)
+        keeper.publish({b"f": of_chunks(*CHUNKS)})
+        before = self.entries(keeper)
+        if index == "deleted":
+            shutil.rmtree(keeper.root / "index")
+        elif index == "junk":
+            (keeper.root / "index" / "data.mdb").write_bytes(noise("junk", 100_000))
+        result = self.rebuilt(keeper)
+        assert (result.packs, result.blobs) == (2, len(before))
+        assert (result.salvaged, result.unreadable) == ([], [])
+        assert self.entries(keeper) == before
+
+    def test_knows_the_intact_blobs_of_a_pack_whose_directory_is_damaged(
+        self, keeper: Keeper
+    ) -> None:
+        keeper.store(*CHUNKS)
+        before = self.entries(keeper)
+        (path,) = pack_paths(keeper.root)
+        flip(path, -100)
+        flip(path, before[digest_of(CHUNKS[2])][1] + 5)
+        result = self.rebuilt(keeper)
+        assert [pack.hex() for pack in result.salvaged] == [path.name]
+        del before[digest_of(CHUNKS[2])]
+        found = self.entries(keeper)
+        assert {digest: found[digest] for digest in before} == before
+        with keeper.reading() as repository:
+            assert repository.store.read(digest_of(CHUNKS[3])) == CHUNKS[3]
+
+    def test_leaves_out_a_pack_that_cannot_be_read_and_all_others_in(
+        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keeper.store(CHUNKS[0])
+        keeper.store(CHUNKS[1])
+        bad = pack_paths(keeper.root)[0]
+        data = bad.read_bytes()
+        bad.unlink()
+        bad.mkdir()  # reading it is an error of the system's
+        try:
+            result = self.rebuilt(keeper)
+        finally:
+            bad.rmdir()
+            bad.write_bytes(data)
+        assert result.blobs == 1
+        # It is found again by whoever opens the repository next.
+        with keeper.reading() as repository:
+            assert {repository.store.read(digest_of(chunk)) for chunk in CHUNKS[:2]} == {
+                *CHUNKS[:2]
+            }
+
+    def test_keeps_what_was_found_out_about_packs_and_blobs(self, keeper: Keeper) -> None:
+        keeper.store(*CHUNKS)
+        keeper.store(noise("other", 100))
+        keeper.damage(digest_of(CHUNKS[1]))
+        with Repository.open(keeper.root, takes_notes=True) as repository:
+            Checker(repository, RecordingMonitor()).check(ReadChoice())
+        self.rebuilt(keeper)
+        with keeper.reading() as repository:
+            index = repository.store.index
+            assert index.known([digest_of(chunk) for chunk in CHUNKS]) == [True, False, True, True]
+            assert sorted(record.verified_s > 0 for record in index.packs()) == [False, True]
+
+
+def test_one_file_is_only_read_where_something_is_lost(keeper: Keeper) -> None:
+    """What is sound is not read again: a repair costs what is lost, and the check before it."""
+    keeper.store(*CHUNKS)
+    keeper.publish({b"bad": {b"f": of_chunks(CHUNKS[0])}, b"good": {b"g": of_chunks(CHUNKS[1])}})
+    keeper.damage(digest_of(CHUNKS[0]))
+    with Repository.open(keeper.root, takes_notes=True) as repository:
+        Checker(repository, RecordingMonitor()).check(ReadChoice())
+    with Repository.open(keeper.root, "repair", LockMode.TENDING, sync=False) as repository:
+        SnapshotRepairer(repository, RecordingMonitor()).repair()
+        counts = repository.store.coverage
+        sound = repository.store.locate(digest_of(CHUNKS[1]))
+        assert sound.ordinal not in counts._blobs

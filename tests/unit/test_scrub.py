@@ -1,0 +1,282 @@
+"""Scrubbing: what is read first, what is remembered, and how damage heals."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casfs import scrub as scrub_module
+from casfs.check import Checker, CheckResult
+from casfs.digest import digest_of
+from casfs.errors import BlobError
+from casfs.monitor import RecordingMonitor
+from casfs.repository import Repository
+from casfs.restore import RestoreOptions, Restorer
+from casfs.scrub import ReadChoice
+from casfs.snapshot import Snapshot
+
+from .planting import Keeper
+from .storing import add_pack, flip, make_pack, noise, pack_paths
+
+DAY_S = 86_400
+CHUNKS = [noise(f"chunk {number}", 3000) for number in range(5)]
+
+
+def check(keeper: Keeper, **choice: Any) -> CheckResult:
+    with Repository.open(keeper.root, takes_notes=True) as repository:
+        return Checker(repository, RecordingMonitor()).check(ReadChoice(**choice))
+
+
+def verified(keeper: Keeper) -> dict[str, int]:
+    with keeper.reading() as repository:
+        return {r.pack.hex(): r.verified_s for r in repository.store.index.packs()}
+
+
+def set_verified(keeper: Keeper, *ages_s: float) -> list[str]:
+    """Pretend that packs were verified so long ago; return their names in that order."""
+    with keeper.writing() as repository:
+        index = repository.store.index
+        records = sorted(index.packs(), key=lambda record: record.pack)
+        for record, age_s in zip(records, ages_s, strict=True):
+            index.mark_verified([record.ordinal], int(time.time() - age_s))
+        return [record.pack.hex() for record in records]
+
+
+@pytest.fixture
+def packs(keeper: Keeper) -> list[Path]:
+    """Four packs of one blob each."""
+    for chunk in CHUNKS[:4]:
+        keeper.store(chunk)
+    return pack_paths(keeper.root)
+
+
+class TestRemembering:
+    def test_sound_packs_are_marked_and_damaged_ones_are_not(
+        self, keeper: Keeper, packs: list[Path]
+    ) -> None:
+        flip(packs[2], 100)
+        before = int(time.time())
+        check(keeper)
+        marks = verified(keeper)
+        assert marks.pop(packs[2].name) == 0
+        assert all(mark >= before for mark in marks.values()) and len(marks) == 3
+
+    def test_a_damaged_directory_is_no_sound_pack(self, keeper: Keeper, packs: list[Path]) -> None:
+        flip(packs[1], -10)
+        check(keeper)
+        assert verified(keeper)[packs[1].name] == 0
+
+    def test_looking_at_the_structure_verifies_nothing(
+        self, keeper: Keeper, packs: list[Path]
+    ) -> None:
+        with Repository.open(keeper.root, takes_notes=True) as repository:
+            Checker(repository, RecordingMonitor()).check()
+        assert set(verified(keeper).values()) == {0}
+
+    def test_a_reader_that_may_not_write_checks_all_the_same(
+        self, keeper: Keeper, packs: list[Path]
+    ) -> None:
+        flip(packs[2], 100)
+        with keeper.reading() as repository:
+            result = Checker(repository, RecordingMonitor()).check(ReadChoice())
+        assert len(result.damage) == 2
+        assert set(verified(keeper).values()) == {0}
+
+    def test_an_interruption_keeps_what_was_read(
+        self, keeper: Keeper, packs: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gather = scrub_module.Scrubber._gather
+        gathered = 0
+
+        def stop(*arguments: Any) -> None:
+            nonlocal gathered
+            gather(*arguments)
+            gathered += 1
+            if gathered == 2:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(scrub_module.Scrubber, "_gather", stop)
+            with pytest.raises(KeyboardInterrupt):
+                check(keeper)
+        assert sum(mark > 0 for mark in verified(keeper).values()) == 2
+        assert check(keeper, older_than_s=DAY_S).packs_read == 2
+
+
+class TestChoosing:
+    def test_only_what_was_not_verified_for_so_long_is_read(
+        self, keeper: Keeper, packs: list[Path]
+    ) -> None:
+        set_verified(keeper, 10 * DAY_S, 40 * DAY_S, 29 * DAY_S, 31 * DAY_S)
+        assert check(keeper, older_than_s=30 * DAY_S).packs_read == 2
+        assert check(keeper, older_than_s=30 * DAY_S).packs_read == 0
+
+    def test_the_longest_unverified_come_first(
+        self, keeper: Keeper, packs: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names = set_verified(keeper, 3, 1_000, 20, 500)
+        read: list[str] = []
+        read_pack = scrub_module.Scrubber._read_pack
+
+        def watched(self: scrub_module.Scrubber, pack: Any, pack_bytes: int) -> Any:
+            read.append(pack.hex())
+            return read_pack(self, pack, pack_bytes)
+
+        monkeypatch.setattr(scrub_module, "_THREADS", 1)
+        monkeypatch.setattr(scrub_module.Scrubber, "_read_pack", watched)
+        check(keeper)
+        assert read == [names[1], names[3], names[2], names[0]]
+
+    def test_time_that_is_up_leaves_the_rest_and_says_so(
+        self, keeper: Keeper, packs: list[Path]
+    ) -> None:
+        result = check(keeper, max_duration_s=0)
+        assert (result.packs_read, result.packs_left) == (0, 4)
+        result = check(keeper, max_duration_s=3600)
+        assert (result.packs_read, result.packs_left) == (4, 0)
+
+
+class TestCoverage:
+    def test_a_restore_of_all_verifies_the_packs_that_it_read(
+        self, keeper: Keeper, tmp_path: Path
+    ) -> None:
+        keeper.store(noise("nobody's", 100))
+        _, snapshot = keeper.publish({b"f": CHUNKS[0], b"d": {b"g": CHUNKS[1]}})
+        target = bytes(tmp_path / "target")
+        with keeper.reading() as repository:
+            restorer = Restorer(repository, RestoreOptions(), RecordingMonitor())
+            restorer.restore(b"", snapshot.root, target, False)
+        assert sorted(mark > 0 for mark in verified(keeper).values()) == [False, True]
+
+    def test_one_blob_that_was_not_read_leaves_its_pack_unverified(self, keeper: Keeper) -> None:
+        keeper.store(*CHUNKS)
+        with keeper.reading() as repository:
+            for _ in range(2):
+                for chunk in CHUNKS[1:]:
+                    repository.store.read(digest_of(chunk))
+        assert set(verified(keeper).values()) == {0}
+        with keeper.reading() as repository:
+            for chunk in CHUNKS:
+                repository.store.read(digest_of(chunk))
+        assert set(verified(keeper).values()) != {0}
+
+    def test_a_damaged_directory_leaves_its_pack_unverified(self, keeper: Keeper) -> None:
+        keeper.store(*CHUNKS)
+        (path,) = pack_paths(keeper.root)
+        with keeper.reading() as repository:
+            flip(path, -100)
+            for chunk in CHUNKS:
+                repository.store.read(digest_of(chunk))
+        assert set(verified(keeper).values()) == {0}
+
+
+def settled(keeper: Keeper, source: Path) -> Snapshot:
+    """Back up until the files are old enough to be trusted, so that nothing is stored any more."""
+    while True:
+        _, snapshot = keeper.back_up(source)
+        if snapshot.stats.unchanged == snapshot.stats.files and not snapshot.stats.new_blobs:
+            return snapshot
+
+
+class TestHealing:
+    def test_a_damaged_chunk_that_a_backup_sees_again_is_stored_anew(
+        self, keeper: Keeper, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "source"
+        source.mkdir()
+        content = noise("content", 100_000)
+        (source / "file").write_bytes(content)
+        (source / "other").write_bytes(b"other")
+        settled(keeper, source)
+        keeper.damage(digest_of(content))
+        # Nobody knows of it yet, so an unchanged file is taken for stored.
+        _, snapshot = keeper.back_up(source)
+        assert snapshot.stats.new_blobs == 0
+        assert {found.what for found in check(keeper).damage} == {"pack", "blob", "file"}
+        _, snapshot = keeper.back_up(source)
+        assert snapshot.stats.new_blobs == 1
+        with keeper.reading() as repository:
+            result = Checker(repository, RecordingMonitor()).check(ReadChoice())
+            # The damaged copy is still in its pack; no file has lost anything any more.
+            assert "file" not in {found.what for found in result.damage}
+            assert repository.store.read(digest_of(content)) == content
+
+    def test_a_damaged_tree_is_stored_anew_where_it_is_seen_again(
+        self, keeper: Keeper, tmp_path: Path
+    ) -> None:
+        source = tmp_path / "source"
+        (source / "folder").mkdir(parents=True)
+        (source / "folder" / "file").write_bytes(b"content")
+        snapshot = settled(keeper, source)
+        with keeper.reading() as repository:
+            folder = repository.trees.resolve(snapshot.root, bytes(source / "folder").strip(b"/"))
+        assert folder is not None and folder.tree is not None
+        keeper.damage(folder.tree.digest)  # type: ignore[arg-type]
+        assert {found.what for found in check(keeper).damage} == {"pack", "blob", "tree"}
+        keeper.back_up(source)
+        assert "tree" not in {found.what for found in check(keeper).damage}
+
+    def test_a_blob_that_reads_well_again_is_trusted_again(
+        self, keeper: Keeper, packs: list[Path]
+    ) -> None:
+        """As where the disk, and not the data, was at fault."""
+        digest = digest_of(CHUNKS[0])
+        keeper.damage(digest)
+        check(keeper)
+        with keeper.reading() as repository:
+            assert repository.store.index.known([digest]) == [False]
+        keeper.damage(digest)
+        assert check(keeper).damage == []
+        with keeper.reading() as repository:
+            assert repository.store.index.known([digest]) == [True]
+
+    def test_what_a_check_found_is_told_by_the_next_that_reads_nothing(
+        self, keeper: Keeper, packs: list[Path]
+    ) -> None:
+        keeper.publish({b"f": CHUNKS[4]})
+        keeper.damage(digest_of(CHUNKS[4]))
+        check(keeper)
+        with keeper.reading() as repository:
+            found = Checker(repository, RecordingMonitor()).check().damage
+        assert [(one.what, one.path) for one in found] == [("file", b"f")]
+
+
+class TestOtherCopies:
+    def test_a_sound_copy_in_another_pack_is_read(self, keeper: Keeper) -> None:
+        keeper.store(CHUNKS[0])
+        keeper.damage(digest_of(CHUNKS[0]))
+        data, _ = make_pack([CHUNKS[0], CHUNKS[1]])
+        add_pack(keeper.root, data)
+        with keeper.reading() as repository:
+            assert repository.store.read(digest_of(CHUNKS[0])) == CHUNKS[0]
+
+    def test_a_wrong_entry_of_the_index_costs_nothing(self, keeper: Keeper) -> None:
+        data, entries = make_pack(CHUNKS)
+        wrong = [entry._replace(offset=entry.offset + 1) for entry in entries]
+        pack = add_pack(keeper.root, data)
+        with keeper.writing() as repository:
+            repository.store.index.rebuild(lambda: [(pack, len(data), wrong)])
+        with keeper.reading() as repository:
+            for chunk in CHUNKS:
+                assert repository.store.read(digest_of(chunk)) == chunk
+
+    def test_a_search_without_end_is_given_up(
+        self, keeper: Keeper, packs: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with keeper.reading() as repository:
+            listed = 0
+            names = repository.store.stored_packs
+
+            def count() -> Any:
+                nonlocal listed
+                listed += 1
+                return names()
+
+            monkeypatch.setattr(repository.store, "stored_packs", count)
+            for number in range(200):
+                with pytest.raises(BlobError, match="missing"):
+                    repository.store.read(digest_of(b"%d" % number))
+            assert listed == 64
