@@ -14,7 +14,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -169,31 +168,60 @@ class TestPrograms:
         assert (tmp_path / "copy").stat().st_blocks * 512 < MIB
         assert (tmp_path / "copy").read_bytes() == (tmp_path / "sparse").read_bytes()
 
-    def test_read_at_random_what_is_in_the_source_with_several_jobs(
+    def test_of_fio_verify_what_several_jobs_read(self, repository: Casfs, tmp_path: Path) -> None:
+        """Every block that fio wrote holds its own place and checksum."""
+        (tmp_path / "tree").mkdir()
+        common = (
+            *("--filename=data", "--bs=4k", "--size=16m", "--verify=crc32c", "--thread"),
+            *("--output-format=json", "--verify_state_save=0", f"--aux-path={tmp_path}"),
+        )
+        write = ("--name=written", "--rw=write", "--do_verify=0")
+        output("fio", *write, *common, cwd=tmp_path / "tree")
+        repository.backup("tree", cwd=tmp_path)
+        jobs: list[str] = []
+        for n, kind in enumerate(("randread", "read", "randread")):
+            jobs += [f"--name=job{n}", f"--rw={kind}", f"--randseed={n + 5}"]
+        with mounted(repository, "--cache-size", "4M", "latest", at=tmp_path / "mount") as mount:
+            said = output("fio", "--readonly", *common, *jobs, cwd=mount / "tree")
+        told = json.loads(said)["jobs"]
+        assert [(job["error"], job["read"]["io_bytes"]) for job in told] == [(0, 16 * MIB)] * 3
+
+    def test_of_du_count_the_same_bytes(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        """Directories, whose sizes are the file system's own affair, are left out."""
+        os.link(source / "readme.txt", source / "second-name")
+        with (source / "sparse").open("wb") as sparse:
+            sparse.truncate(3 * MIB)
+        repository.backup("source", cwd=tmp_path)
+        count = "find . -not -type d -print0 | du -cb --files0-from=- | tail -n 1"
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            said = [output("sh", "-c", count, cwd=root) for root in (source, mount / "source")]
+        assert said[0] == said[1]
+        assert int(said[0].split()[0]) > 4 * MIB
+
+    def test_that_walk_all_of_it_at_once_see_the_same(
         self, repository: Casfs, tmp_path: Path
     ) -> None:
-        data = random.Random(2).randbytes(24 * MIB)
-        (tmp_path / "big").write_bytes(data)
-        repository.backup("big", cwd=tmp_path)
-        wrong: list[int] = []
-        with mounted(repository, "--cache-size", "4M", "latest", at=tmp_path / "mount") as mount:
-
-            def read(seed: int) -> None:
-                rng = random.Random(seed)
-                handle = os.open(mount / "big", os.O_RDONLY)
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
-                for _ in range(200):
-                    offset, size = rng.randrange(len(data)), rng.choice([1, 4096, 300_000])
-                    if os.pread(handle, size, offset) != data[offset : offset + size]:
-                        wrong.append(offset)
-                os.close(handle)
-
-            jobs = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-            for job in jobs:
-                job.start()
-            for job in jobs:
-                job.join()
-        assert wrong == []
+        """As locate's updatedb, a virus scanner and an indexer would in one night."""
+        for n in range(60):
+            folder = tmp_path / "tree" / f"{n % 7}" / f"{n}"
+            folder.mkdir(parents=True)
+            for m in range(40):
+                (folder / f"file {m}").write_bytes(b"%d %d" % (n, m))
+        repository.backup("tree", cwd=tmp_path)
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            walkers = [
+                subprocess.Popen(command, cwd=mount / "tree", stdout=subprocess.PIPE)
+                for command in 2 * (["find", ".", "-ls"], ["grep", "-rc", "7", "."], ["ls", "-lR"])
+            ]
+            said = [walker.communicate(timeout=120)[0] for walker in walkers]
+        assert [walker.returncode for walker in walkers] == [0] * 6
+        for one, other in zip(said[:3], said[3:], strict=True):
+            assert sorted(one.splitlines()) == sorted(other.splitlines())
+        assert len(said[0].splitlines()) == 1 + 7 + 60 + 60 * 40
+        expected = output("grep", "-rc", "7", ".", cwd=tmp_path / "tree")
+        assert sorted(expected.splitlines()) == sorted(said[1].decode().splitlines())
 
     def test_stand_on_it_as_the_lower_layer_of_an_overlay(
         self, repository: Casfs, source: Path, tmp_path: Path, superuser: None
@@ -295,8 +323,12 @@ class TestReports:
                         name = name.replace(b"\\n", b"\n").replace(b"\\\\", b"\\")
                     content = (root / os.fsdecode(name)).read_bytes()
                     assert blake3(content).hexdigest().encode() == digest
-            if shutil.which("b3sum") is not None:
-                output("b3sum", "--check", "--quiet", ".casfs/manifest.b3", cwd=mount)
+            manifest = mount / ".casfs/manifest.b3"
+            for root in (mount, tmp_path):
+                assert output("b3sum", "--check", "--quiet", manifest, cwd=root) == ""
+            (source / "readme.txt").write_bytes(b"read mE\n")
+            said = output("b3sum", "--check", manifest, cwd=tmp_path, expect=1)
+            assert "source/readme.txt: FAILED" in said
             output("cp", mount / ".casfs/manifest.b3", tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes().splitlines() == lines
 
