@@ -18,6 +18,7 @@ from bench.measure import floor_bytes
 from bench.records import CorpusFacts, Failure, Run, Sample, encode_run, load_run
 from bench.report import render_report
 from bench.roster import PROGRAMS, Roster, call_roll
+from bench.scale import measure_scale
 from bench.schedule import Plan, Schedule
 from bench.scratch import Scratch, ScratchError
 from bench.works import Work
@@ -26,6 +27,7 @@ DEFAULT_CORPORA = ("real", "big")
 DEFAULT_WORKS = frozenset(
     {Work.STARTUP, Work.FIRST, Work.UNCHANGED, Work.MOUNT, Work.FIND, Work.READ, Work.READ_AGAIN}
 )
+ACTIONS = ("run", "scale", "setup", "report")
 INTERRUPTED = 130
 
 
@@ -141,9 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Measures casfs beside borg, restic and the machine's own limits. "
-        "`setup` installs the peers; `report` shows the results of an earlier run again.",
+        "`setup` installs the peers; `report` shows the results of an earlier run again; `scale` "
+        "mounts a synthetic repository with 1,000 snapshots and two million files.",
     )
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "setup", "report"))
+    parser.add_argument("action", nargs="?", default="run", choices=ACTIONS)
     parser.add_argument(
         "--corpus",
         action="append",
@@ -195,6 +198,12 @@ def main() -> int:
             print(f"There are no results to show: {error}", file=sys.stderr)
             return 1
         return 0
+    if options.action == "scale":
+        try:
+            return measure_scale(options.scratch, options.quick)
+        except (ScratchError, OSError, ValueError, subprocess.CalledProcessError) as error:
+            print(f"The benchmark stopped: {error}", file=sys.stderr)
+            return 1
     return measure(options)
 
 

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import sqlite3
-import stat
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from tests.unit.planting import Keeper, Plan, entry, file, flagged
+from tests.unit.planting import Keeper, Plan, file, flagged
 
 from .command import Casfs, finish, interrupt
 from .comparing import rsync_differences
@@ -669,26 +668,3 @@ class TestTheServer:
         )
         repository.refuses("mount", "latest:no/such", snapshot, mentions=["no/such"])
         assert not is_mounted(snapshot)
-
-
-@pytest.mark.slow
-def test_a_large_snapshot_is_mounted_at_once_and_walked_in_little_memory(
-    casfs: Casfs, planted: Keeper, tmp_path: Path
-) -> None:
-    crowd: Plan = {b"%06d" % n: b"" for n in range(100_000)}
-    deep: Plan = {
-        b"%03d" % a: {b"%03d" % b: {b"%d" % c: b"" for c in range(20)} for b in range(70)}
-        for a in range(100)
-    }
-    link = entry(b"", nlink=2)
-    planted.publish({b"crowd": crowd, b"deep": deep, b"link": link})
-    with mounted(casfs, "latest", at=tmp_path / "mount") as mount:
-        (process,) = processes_naming(mount)
-        with os.scandir(mount / "crowd") as listing:
-            first = next(listing)
-            assert first.name == "000000"
-            assert stat.S_ISREG(first.stat().st_mode)
-        assert len(output("find", mount).splitlines()) == 1 + 3 + 100_000 + 100 + 7000 + 140_000
-        status = Path(f"/proc/{process}/status").read_text()
-        peak = re.search(r"VmHWM:\s+(\d+) kB", status)
-        assert peak is not None and int(peak[1]) < 150_000, peak

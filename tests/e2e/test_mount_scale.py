@@ -1,0 +1,86 @@
+"""A mount of many snapshots, and of one with many files, costs little before and after a walk."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.synthetic import Shape, plant
+
+from .command import Casfs
+from .mounting import mounted
+from .test_mount import processes_naming
+
+pytestmark = [pytest.mark.fuse, pytest.mark.slow]
+
+SHAPE = Shape(snapshots=400, crowd=60_000, folders=1500, files=60)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Casfs, int]:
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "home").mkdir()
+    entries = plant(folder / "repository", SHAPE)
+    return Casfs(folder / "repository", folder / "home"), entries
+
+
+def peak_bytes(mount: Path) -> int:
+    (process,) = processes_naming(mount)
+    status = Path(f"/proc/{process}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def test_a_walk_through_many_files_takes_bounded_memory(
+    planted: tuple[Casfs, int], tmp_path: Path
+) -> None:
+    casfs, entries = planted
+    with mounted(casfs, "latest", at=tmp_path / "mount") as mount:
+        before = peak_bytes(mount)
+        command = ["find", str(mount), "-printf", "%i\n"]
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.split()
+        assert len(found) == len(set(found)) == entries + 1
+        assert peak_bytes(mount) < 150_000_000
+        assert peak_bytes(mount) - before < 300 * entries, "it keeps little of what it showed"
+
+
+def test_a_crowded_directory_is_listed_in_pieces(
+    planted: tuple[Casfs, int], tmp_path: Path
+) -> None:
+    """Its first entry is there before the server has read the whole directory."""
+    casfs, _ = planted
+    with mounted(casfs, "latest", at=tmp_path / "mount") as mount:
+        (process,) = processes_naming(mount)
+
+        def server_ticks() -> int:
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            return int(fields[11]) + int(fields[12])
+
+        with os.scandir(mount / "crowd") as listing:
+            begun = server_ticks()
+            assert next(listing).name == "entry-0000000"
+            first = server_ticks() - begun
+            assert sum(1 for _ in listing) == SHAPE.crowd - 1
+            everything = server_ticks() - begun
+        assert first * 4 < everything
+
+
+def test_all_snapshots_are_there_at_once_with_the_versions_of_a_path(
+    planted: tuple[Casfs, int], tmp_path: Path
+) -> None:
+    casfs, _ = planted
+    with mounted(casfs, at=tmp_path / "mount") as mount:
+        assert len(os.listdir(mount / "snapshots")) == SHAPE.snapshots + 1
+        assert len(os.listdir(mount / "ids")) == SHAPE.snapshots + 1
+        assert len(os.listdir(mount / "hosts" / "host-0")) == SHAPE.snapshots // 5 + 1
+        assert len(os.listdir(mount / "versions" / "notes")) == SHAPE.snapshots
+        assert len(os.listdir(mount / "versions" / "home")) == 1
+        assert len(os.listdir(mount / "snapshots" / "latest" / "home")) == 200
+        assert peak_bytes(mount) < 150_000_000
+    told = casfs.json("log", "latest:home", "--all-hosts").of_type("version")
+    assert [len(version["snapshots"]) for version in told] == [SHAPE.snapshots]
