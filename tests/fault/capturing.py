@@ -20,7 +20,13 @@ from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
 from casfs.scrub import ReadChoice
 from casfs.store.store import pack_name
-from casfs.tree import Node
+from casfs.tree import Kind, Node
+from mount.blobs import Blobs
+from mount.chunks import ChunkCache
+from mount.errands import Errands
+from mount.pieces import PieceCache
+from mount.view import SnapshotView, Sources
+from mount.waiting import Waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,40 @@ class Kept:
         ]
         assert len(told) <= 1, told
         return told[0] if told else None
+
+    def shown(self, path: Path) -> tuple[bytes, dict[str, str]] | None:
+        """Return what a mount shows of a regular file: its bytes, and what casfs knows of it."""
+        snapshot_id, snapshot = self.result.snapshot_id, self.result.snapshot
+        assert snapshot_id is not None
+        waiting, errands = Waiting(), Errands()
+        blobs = Blobs(self.repository.store, waiting)
+        sources = Sources(
+            repository=self.repository,
+            blobs=blobs,
+            pieces=PieceCache(blobs.read),
+            chunks=ChunkCache(blobs.read, waiting, errands),
+            waiting=waiting,
+            errands=errands,
+        )
+        view = SnapshotView(sources, snapshot_id, snapshot, snapshot.root, 1)
+        number, node = 1, snapshot.root
+        for name in os.fsencode(path).strip(b"/").split(b"/"):
+            found = view.lookup(number, name)
+            if found is None:
+                return None
+            number, node = found
+        if node.kind != Kind.FILE:
+            return None
+        reader = view.open(number)
+        data = b""
+        while part := b"".join(reader.read(len(data), 1 << 20)):
+            data += part
+        known = {}
+        for word in ("capture", "captured", "observed", "reason", "attempts"):
+            value = view.xattr(number, b"user.casfs." + word.encode())
+            if value is not None:
+                known[word] = value.decode()
+        return data, known
 
     def restore(self, target: Path) -> Path:
         """Restore everything and return where the root of the file system is then."""

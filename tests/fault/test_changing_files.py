@@ -125,6 +125,7 @@ def test_a_file_that_changes_is_captured_as_what_it_is(
     else:
         assert node is not None
         check_file(node, restored, scripted.served(file), outcome, size_bytes)
+        check_shown(backup, file, restored.read_bytes(), outcome)
         unreadable = change == "chmod" and moment != "witness"
         assert node.mode == (0 if unreadable else 0o644)
     kept.assert_is_sound()
@@ -214,6 +215,24 @@ def check_file(
     else:
         assert observed is not None
         assert served[opening, 2][0] == observed.hex()
+
+
+def check_shown(backup: Kept, file: Path, restored: bytes, outcome: Outcome) -> None:
+    """Require that a mount shows the same bytes as a restore gives, and the same of the capture."""
+    shown = backup.shown(file)
+    node = backup.file(file)
+    captured, capture = captured_digest(node), capture_of(node)
+    assert shown is not None and captured is not None
+    data, known = shown
+    assert data == restored
+    observed = capture.observed if capture is not None else None
+    assert known == {
+        "capture": outcome.state.name.lower(),
+        "captured": captured.hex(),
+        "observed": (observed or captured).hex(),
+        "reason": outcome.reason.name.lower().replace("_", " "),
+        "attempts": str(outcome.attempts),
+    }
 
 
 def test_the_matrix_reads_files_in_several_steps_and_cuts_the_large_ones(
