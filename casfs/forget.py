@@ -118,13 +118,16 @@ def plan_policy(
 def named_snapshots(
     repository: Repository, names: Sequence[str], allow_all: bool
 ) -> list[Candidate]:
-    """Return the snapshots that were named by id or prefix, each once.
+    """Return the snapshots that were named by `latest`, id or prefix, each once.
 
     Raises NotFoundError, AmbiguousIdError, and UnsafeTargetError where none would be left.
     """
     found: dict[SnapshotId, Candidate] = {}
     for name in names:
-        snapshot_id = repository.resolve_id(name)
+        if name == "latest":
+            snapshot_id, _ = repository.resolve(name)
+        else:
+            snapshot_id = repository.resolve_id(name)
         try:
             found[snapshot_id] = Candidate(snapshot_id, repository.load(snapshot_id))
         except IntegrityError:

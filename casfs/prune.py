@@ -187,11 +187,12 @@ class Pruner:
         chosen, small = set(), set()
         for ordinal, use in uses.items():
             record = self._records.get(ordinal)
-            # What is damaged in a pack may be all that is left of it: it stays as it is.
+            # What is damaged in a pack may be all that is left of it: it stays as it is. Where what is
+            # needed is sound, or stored elsewhere by now, nobody needs the damaged pack.
             if record is None or use.has_bad:
                 continue
             unused_bytes = record.pack_bytes - use.needed_bytes - _directory_bytes(record)
-            if unused_bytes > self._options.unused_share * record.pack_bytes:
+            if record.is_damaged or unused_bytes > self._options.unused_share * record.pack_bytes:
                 chosen.add(ordinal)
             elif record.pack_bytes < _SMALL_PACK_BYTES:
                 small.add(ordinal)

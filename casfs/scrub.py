@@ -110,6 +110,8 @@ class Scrubber:
             for pack, entries, damage in pool.map(self._check_directory, sorted(stored.items())):
                 sound &= not damage
                 self._report_all(damage)
+                if damage:
+                    self._mark_damaged(pack)
                 if pack in self._by_name:
                     indexed += self._compare_index(pack, entries)
             if choice is not None:
@@ -237,6 +239,8 @@ class Scrubber:
         bad = {found.blob for found in damage if found.blob is not None}
         if read.is_sound:
             self._verified.append(ordinal)
+        elif damage:
+            self._mark_damaged(pack)
         for digest in bad:
             location = self._store.index.lookup(digest)
             # Of a blob that two packs hold, only the copy that the index names is read.
@@ -249,6 +253,12 @@ class Scrubber:
             self._store.index.mark_blobs(ordinal, bad, sound)
         if time.monotonic() - self._noted_at > _NOTED_AFTER_S:
             self._note_verified()
+
+    def _mark_damaged(self, pack: PackId) -> None:
+        """Have the next prune pack anew what is needed of a pack."""
+        ordinal = self._by_name.get(pack)
+        if ordinal is not None and not self._store.index.readonly:
+            self._store.index.mark_damaged([ordinal])
 
     def _note_verified(self) -> None:
         if self._verified and not self._store.index.readonly:

@@ -10,6 +10,7 @@ from casfs.cli.progress import CommandMonitor
 
 
 @click.group()
+@common_options
 def repair() -> None:
     """Mend what is derived, and give up what is lost."""
 

@@ -37,7 +37,7 @@ _COUNTERS = struct.Struct("<QQQ")
 _CONDEMNED_ITEM = struct.Struct("<I")
 
 _BAD = 1
-"""The flag of a blob whose data were found damaged."""
+"""The flag of a blob or a pack whose data were found damaged."""
 
 _UNKNOWN = b"\1\0"
 """The flags of a blob that is not there."""
@@ -69,13 +69,17 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class PackRecord:
-    """What the index knows of a pack; `verified_s` is when all its bytes were last verified (0: never)."""
+    """What the index knows of a pack; `verified_s` is when all its bytes were last verified (0: never).
+
+    `is_damaged` says that its bytes were found not to be what its name says.
+    """
 
     ordinal: int
     pack: PackId
     pack_bytes: int
     blobs: int
     verified_s: int
+    is_damaged: bool = False
 
 
 class Index:
@@ -166,9 +170,11 @@ class Index:
     def _all_packs(self, txn: Transaction) -> list[PackRecord]:
         records = []
         for key, value in txn.cursor(db=self._packs):
-            pack, pack_bytes, blobs, _, verified_s = _PACK.unpack(value)
+            pack, pack_bytes, blobs, flags, verified_s = _PACK.unpack(value)
             ordinal = _ORDINAL.unpack(key)[0]
-            records.append(PackRecord(ordinal, PackId(pack), pack_bytes, blobs, verified_s))
+            is_damaged = bool(flags & _BAD)
+            record = PackRecord(ordinal, PackId(pack), pack_bytes, blobs, verified_s, is_damaged)
+            records.append(record)
         return records
 
     def blob_count(self) -> int:
@@ -225,7 +231,7 @@ class Index:
                 for key, value in txn.cursor(db=self._blobs)
                 if value[-2] and (location := Location(*_LOCATION.unpack(value))).pack in before
             }
-            verified = {record.pack: record.verified_s for record in before.values()}
+            known = {record.pack: record for record in before.values()}
             for db in (self._blobs, self._packs, self._meta):
                 txn.drop(db, delete=False)
             txn.put(b"counters", _COUNTERS.pack(next_pack, next_blob, losses + 1), db=self._meta)
@@ -234,7 +240,7 @@ class Index:
             for added in packs():
                 if added[0] in condemned:
                     now_condemned.add(self._counters(txn)[0])
-                self._add(txn, [added], now_condemned, bad, verified.get(added[0], 0))
+                self._add(txn, [added], now_condemned, bad, known.get(added[0]))
             self._condemn(txn, now_condemned)
 
         self._env.write(change)
@@ -245,14 +251,16 @@ class Index:
         packs: Iterable[IndexedPack],
         condemned: set[int],
         bad: set[tuple[bytes, PackId]] | None = None,
-        verified_s: int = 0,
+        known: PackRecord | None = None,
     ) -> None:
         next_pack, next_blob, losses = self._counters(txn)
         blobs, pack_location = self._blobs, _LOCATION.pack
         for pack, pack_bytes, entries in packs:
             if not txn.put(b"pack" + pack, b"", overwrite=False, db=self._meta):
                 continue
-            value = _PACK.pack(pack, pack_bytes, len(entries), 0, verified_s)
+            is_damaged = known is not None and known.is_damaged
+            verified_s = known.verified_s if known is not None else 0
+            value = _PACK.pack(pack, pack_bytes, len(entries), _BAD * is_damaged, verified_s)
             txn.put(_ORDINAL.pack(next_pack), value, db=self._packs)
             for entry in sorted(entries):
                 digest, offset, stored_bytes, plain_bytes, kind, codec = entry
@@ -378,14 +386,21 @@ class Index:
 
     def mark_verified(self, ordinals: Iterable[int], when_s: int) -> None:
         """Remember when all bytes of some packs were last verified (seconds since 1970)."""
-        verified = list(ordinals)
+        self._mark_packs(ordinals, when_s, 0)
+
+    def mark_damaged(self, ordinals: Iterable[int]) -> None:
+        """Remember that the bytes of some packs are not what their names say."""
+        self._mark_packs(ordinals, 0, _BAD)
+
+    def _mark_packs(self, ordinals: Iterable[int], when_s: int, flags: int) -> None:
+        marked = list(ordinals)
 
         def change(txn: Transaction) -> None:
-            for ordinal in verified:
+            for ordinal in marked:
                 key = _ORDINAL.pack(ordinal)
                 value = txn.get(key, db=self._packs)
                 if value is not None:
-                    pack, pack_bytes, blobs, flags, _ = _PACK.unpack(value)
+                    pack, pack_bytes, blobs, _, _ = _PACK.unpack(value)
                     txn.put(key, _PACK.pack(pack, pack_bytes, blobs, flags, when_s), db=self._packs)
 
         self._env.write(change)

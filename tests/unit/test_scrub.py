@@ -13,10 +13,13 @@ from casfs.check import Checker, CheckResult
 from casfs.digest import digest_of
 from casfs.errors import BlobError
 from casfs.monitor import RecordingMonitor
+from casfs.prune import PruneOptions, Pruner
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
 from casfs.scrub import ReadChoice
 from casfs.snapshot import Snapshot
+from casfs.store.blob import BlobKind
+from casfs.store.lock import LockMode
 
 from .planting import Keeper
 from .storing import add_pack, flip, make_pack, noise, pack_paths
@@ -203,6 +206,26 @@ class TestHealing:
             # The damaged copy is still in its pack; no file has lost anything any more.
             assert "file" not in {found.what for found in result.damage}
             assert repository.store.read(digest_of(content)) == content
+
+    def test_a_damaged_pack_of_which_all_that_is_needed_is_sound_goes_with_the_next_prune(
+        self, keeper: Keeper
+    ) -> None:
+        keeper.store(*CHUNKS)
+        keeper.publish({b"f": CHUNKS[4]})
+        keeper.publish({b"g": CHUNKS[0]})
+        keeper.damage(digest_of(CHUNKS[1]))
+        keeper.damage(digest_of(CHUNKS[4]))
+        check(keeper)
+        with keeper.writing() as repository:
+            writer = repository.writer()
+            writer.put(BlobKind.DATA, digest_of(CHUNKS[4]), CHUNKS[4])
+            writer.finish()
+        assert {found.what for found in check(keeper).damage} == {"pack", "blob"}
+        with Repository.open(keeper.root, "prune", LockMode.TENDING) as repository:
+            Pruner(repository, PruneOptions(unused_share=1.0), RecordingMonitor()).prune()
+        result = check(keeper)
+        assert result.damage == []
+        assert result.packs_read == 4
 
     def test_a_damaged_tree_is_stored_anew_where_it_is_seen_again(
         self, keeper: Keeper, tmp_path: Path

@@ -1,0 +1,296 @@
+"""casfs forget and casfs prune, as people use them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .command import Casfs, Result
+from .comparing import tree_differences
+from .mounting import mounted
+
+MIB = 1 << 20
+
+
+def size_of(casfs: Casfs) -> int:
+    assert casfs.repository is not None
+    packs = (casfs.repository / "packs").rglob("*")
+    return sum(path.stat().st_size for path in packs if path.is_file())
+
+
+def ids(casfs: Casfs) -> list[str]:
+    return [line["id"] for line in casfs.json("snapshots").of_type("snapshot")]
+
+
+def verdicts(result: Result) -> dict[str, list[str]]:
+    """Return the reasons for each snapshot by its time's date; none means that it goes."""
+    return {line["time"][:10]: line["reasons"] for line in result.of_type("snapshot")}
+
+
+@pytest.fixture
+def daily(repository: Casfs, source: Path) -> Casfs:
+    """Five snapshots, a day apart."""
+    for day in (1, 2, 3, 4, 5):
+        (source / "diary.txt").write_text(f"day {day}")
+        repository.backup(source, "--time", f"2026-05-0{day}T12:00:00")
+    return repository
+
+
+class TestForget:
+    def test_keeps_what_rules_keep_and_says_why(self, daily: Casfs) -> None:
+        before = ids(daily)
+        rules = ("--keep-last", "1", "--keep-daily", "2", "--keep-weekly", "2")
+        dry = daily.json("forget", *rules, "--dry-run")
+        assert ids(daily) == before
+        assert verdicts(dry) == {
+            "2026-05-05": ["last", "daily", "weekly"],
+            "2026-05-04": ["daily"],
+            "2026-05-03": ["weekly"],
+            "2026-05-02": [],
+            "2026-05-01": [],
+        }
+        done = daily.json("forget", *rules)
+        assert verdicts(done) == verdicts(dry)
+        summary = done.one("summary")
+        assert (summary["forgotten"], summary["kept"], summary["dry_run"]) == (2, 3, False)
+        assert ids(daily) == before[2:]
+        assert daily.json("forget", *rules).one("summary")["forgotten"] == 0
+
+    def test_shows_people_each_snapshot_with_its_reasons(self, daily: Casfs) -> None:
+        said = daily.run("forget", "--keep-within", "1d", "-n").text
+        assert said.count("within 1d") == 2
+        assert "3 snapshots would be forgotten, 2 would be kept" in said
+
+    def test_removes_what_is_named(self, daily: Casfs) -> None:
+        before = ids(daily)
+        daily.run("forget", before[0][:12], before[3])
+        assert ids(daily) == [before[1], before[2], before[4]]
+        daily.refuses("forget", before[0], mentions=["no snapshot has the id"])
+
+    def test_keeps_tags_and_looks_only_at_what_is_chosen(self, daily: Casfs, source: Path) -> None:
+        before = ids(daily)
+        kept = daily.json("tag", before[0], "--add", "keep").one("snapshot")["id"]
+        other = daily.backup(source, "--host", "elsewhere")["id"]
+        result = daily.json(
+            "forget", "--keep-last", "1", "--keep-tag", "keep", "--host", "elsewhere"
+        )
+        assert result.one("summary")["forgotten"] == 0
+        daily.run("forget", "--keep-last", "1", "--keep-tag", "keep")
+        assert set(ids(daily)) == {kept, before[4], other}
+
+    def test_refuses_to_remove_everything(self, daily: Casfs) -> None:
+        before = ids(daily)
+        daily.refuses("forget", "--keep-tag", "none such", mentions=["nothing was forgotten"])
+        daily.refuses("forget", *before, mentions=["no snapshot would be left"])
+        assert ids(daily) == before
+        daily.run("forget", *before, "--unsafe-allow-remove-all")
+        assert ids(daily) == []
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            (),
+            ("--prune",),
+            ("--keep-last", "0"),
+            ("--keep-last", "-3"),
+            ("--keep-last", "many"),
+            ("--keep-within", "5"),
+            ("--keep-last", "1", "--group-by", "colour"),
+            ("latest", "--keep-last", "1"),
+            ("latest", "--host", "here"),
+        ],
+    )
+    def test_refuses_what_means_nothing(self, daily: Casfs, arguments: tuple[str, ...]) -> None:
+        before = ids(daily)
+        daily.refuses("forget", *arguments, expect=2)
+        assert ids(daily) == before
+
+    def test_latest_can_be_named(self, daily: Casfs) -> None:
+        before = ids(daily)
+        daily.run("forget", "latest")
+        assert ids(daily) == before[:-1]
+
+
+class TestPrune:
+    @pytest.fixture
+    def bulky(self, repository: Casfs, source: Path) -> Casfs:
+        """Two snapshots, of which the first alone holds 8 MiB that do not compress."""
+        (source / "bulk").write_bytes(os.urandom(8 * MIB))
+        repository.backup(source)
+        (source / "bulk").unlink()
+        (source / "new").write_bytes(os.urandom(MIB))
+        repository.backup(source)
+        return repository
+
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_frees_what_forgotten_snapshots_held(
+        self, bulky: Casfs, source: Path, tmp_path: Path, at_once: bool
+    ) -> None:
+        before = size_of(bulky)
+        if at_once:
+            result = bulky.json("forget", "--keep-last", "1", "--prune").one("prune")
+        else:
+            bulky.run("forget", "--keep-last", "1")
+            assert size_of(bulky) == before
+            result = bulky.json("prune").one("prune")
+        assert size_of(bulky) < before - 8 * MIB
+        assert result["freed_bytes"] >= 8 * MIB
+        assert abs(before - size_of(bulky) - result["freed_bytes"]) < 10_000
+        assert bulky.json("check", "--read-data").one("summary")["ok"] is True
+        bulky.run("restore", f"latest:{source}", "--target", tmp_path / "target")
+        assert tree_differences(source, tmp_path / "target") == []
+
+    def test_a_dry_run_tells_what_would_be_freed(self, bulky: Casfs) -> None:
+        bulky.run("forget", "--keep-last", "1")
+        before = size_of(bulky)
+        told = bulky.json("prune", "--dry-run").one("prune")
+        assert size_of(bulky) == before
+        assert abs(told["freed_bytes"] - bulky.json("prune").one("prune")["freed_bytes"]) < 10_000
+        assert "would be freed" in bulky.run("prune", "-n").text
+
+    @pytest.mark.fuse
+    def test_beside_a_mount_keeps_what_it_shows(
+        self, bulky: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        first = ids(bulky)[0]
+        with mounted(bulky, first, at=tmp_path / "mount") as mount:
+            bulky.run("forget", first)
+            waiting = bulky.json("prune").one("prune")
+            assert waiting["waiting_packs"] >= 1
+            assert waiting["removed_packs"] == 0
+            shown = mount / str(source).lstrip("/") / "bulk"
+            assert len(shown.read_bytes()) == 8 * MIB
+        assert bulky.json("prune").one("prune")["freed_bytes"] >= 8 * MIB
+
+    @pytest.mark.fuse
+    def test_that_moves_what_a_mount_shows_disturbs_nobody(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        (source / "bulk").write_bytes(os.urandom(8 * MIB))
+        (source / "kept").write_bytes(kept := os.urandom(MIB))
+        repository.backup(source)
+        (source / "bulk").unlink()
+        repository.backup(source)
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            repository.run("forget", "--keep-last", "1")
+            told = repository.json("prune", "--margin", "0s").one("prune")
+            assert told["repacked_packs"] == 1
+            assert told["freed_bytes"] >= 8 * MIB
+            assert (mount / str(source).lstrip("/") / "kept").read_bytes() == kept
+
+    @pytest.mark.parametrize(
+        "arguments", [("--max-unused", "x"), ("--max-unused", "120%"), ("--margin", "soon")]
+    )
+    def test_refuses_what_means_nothing(
+        self, repository: Casfs, arguments: tuple[str, ...]
+    ) -> None:
+        repository.refuses("prune", *arguments, expect=2)
+
+    def test_refuses_where_a_needed_pack_is_missing(self, bulky: Casfs) -> None:
+        assert bulky.repository is not None
+        packs = [path for path in (bulky.repository / "packs").rglob("*") if path.is_file()]
+        min(packs, key=lambda path: path.stat().st_size).unlink()
+        before = size_of(bulky)
+        result = bulky.run("prune", expect=5)
+        assert "nothing was removed" in result.complaint
+        assert size_of(bulky) == before
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+class TestRepair:
+    def largest_pack(self, casfs: Casfs) -> Path:
+        assert casfs.repository is not None
+        packs = [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
+        return max(packs, key=lambda path: path.stat().st_size)
+
+    @pytest.fixture
+    def damaged(self, repository: Casfs, source: Path) -> Casfs:
+        (source / "bulk").write_bytes(os.urandom(8 * MIB))
+        repository.backup(source)
+        flip(self.largest_pack(repository), 4 * MIB)
+        return repository
+
+    def test_a_new_backup_of_the_same_source_heals(self, damaged: Casfs, source: Path) -> None:
+        first = ids(damaged)[0]
+        found = damaged.json("check", "--read-data", expect=5)
+        assert {line["what"] for line in found.of_type("damage")} == {"pack", "blob", "file"}
+        damaged.backup(source)
+        healed = damaged.run("dump", f"{first}:{source}/bulk")
+        assert healed.out == (source / "bulk").read_bytes()
+        assert not damaged.json("check", expect=None).of_type("damage")
+
+    def test_snapshots_keep_what_is_left_and_say_what_is_lost(
+        self, damaged: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        first = ids(damaged)[0]
+        dry = damaged.json("repair", "snapshots", "--read-data", "--dry-run")
+        assert ids(damaged) == [first]
+        assert dry.one("summary")["repaired"] == 1
+        done = damaged.json("repair", "snapshots", "--read-data")
+        (problem,) = done.of_type("problem")
+        assert problem["path"].endswith("/bulk") and "are lost" in problem["message"]
+        (new,) = ids(damaged)
+        assert done.one("snapshot")["replaced_by"] == new != first
+        (flagged,) = (
+            damaged.json("changed", "latest").of_type("flagged")
+            or damaged.json("changed", "latest").objects
+        )
+        assert flagged["reason"] == "damaged"
+        restored = damaged.run("restore", f"latest:{source}", "--target", tmp_path / "target")
+        assert "zeros" in restored.complaint
+        data, want = (tmp_path / "target" / "bulk").read_bytes(), (source / "bulk").read_bytes()
+        assert len(data) == len(want)
+        same = sum(a == b for a, b in zip(data[::4096], want[::4096], strict=True))
+        assert 0 < same < len(data[::4096])
+        damaged.run("prune")
+        assert damaged.json("check", "--read-data").one("summary")["ok"] is True
+
+    def test_index_is_built_from_the_packs(self, damaged: Casfs, source: Path) -> None:
+        assert damaged.repository is not None
+        (damaged.repository / "index" / "data.mdb").write_bytes(b"junk" * 5000)
+        result = damaged.json("repair", "index").one("index")
+        assert (result["packs"] >= 1, result["blobs"] > 3) == (True, True)
+        assert damaged.run("dump", f"latest:{source}/readme.txt").out == b"read me\n"
+
+    @pytest.mark.parametrize("arguments", [(), ("everything",), ("index", "--fast")])
+    def test_refuses_what_means_nothing(
+        self, repository: Casfs, arguments: tuple[str, ...]
+    ) -> None:
+        assert repository.run("repair", *arguments, expect=2).complaints
+
+
+class TestScrub:
+    def test_reads_the_stalest_first_and_goes_on_where_it_ended(
+        self, repository: Casfs, source: Path
+    ) -> None:
+        def read(*options: str) -> dict[str, Any]:
+            return repository.json("check", "--read-data", *options).one("summary")
+
+        for number in range(3):
+            (source / f"new {number}").write_bytes(os.urandom(1000))
+            repository.backup(source)
+        first = read("--max-duration", "0s")
+        assert (first["packs_read"], first["packs_left"]) == (0, 3)
+        assert read("--older-than", "30d")["packs_read"] == 3
+        assert read("--older-than", "30d")["packs_read"] == 0
+        assert read("--older-than", "0s")["packs_read"] == 3
+        assert read()["packs_read"] == 3
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [("--older-than", "30d"), ("--read-data", "--older-than", "x"), ("--max-duration", "5m")],
+    )
+    def test_refuses_what_means_nothing(
+        self, repository: Casfs, arguments: tuple[str, ...]
+    ) -> None:
+        repository.refuses("check", *arguments, expect=2)
