@@ -326,7 +326,6 @@ class RepositoryView:
             tuple(Placed(shown.snapshot_id, shown.snapshot, shown.name) for shown in present)
         )
         folders[()][b"versions"] = self._versions.root()
-        self._serial((b"versions",))
         listings: dict[int, _Listing] = {}
         nodes: dict[Path, Node] = {}
         for path in folders:
