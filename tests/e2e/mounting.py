@@ -50,6 +50,28 @@ def mounted(casfs: Casfs, *arguments: Argument, at: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def mount_namespace() -> Iterator[int]:
+    """Make a mount namespace whose mounts nobody else sees; yield a process that is in it.
+
+    It begins with copies of all mounts. Those of casfs are taken away at once, or servers of other tests
+    would live on for them.
+    """
+    script = "umount -a -t fuse.casfs; echo; read line; umount -a -t fuse.casfs; true"
+    keeper = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert keeper.stdout is not None
+    keeper.stdout.readline()
+    try:
+        yield keeper.pid
+    finally:
+        keeper.communicate(b"\n")
+
+
+@contextmanager
 def tmpfs(at: Path) -> Iterator[Path]:
     """Mount an empty tmpfs: another file system inside a tree."""
     at.mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from .command import Casfs, program
+from .mounting import mount_namespace
 
 pytestmark = pytest.mark.fuse
 
@@ -28,27 +29,20 @@ def inside(tmp_path: Path, superuser: None) -> Iterator[Inside]:
     """Run commands where mount(8) finds the helper; what they mounted goes with the namespace."""
     helper = Path(program()[0]).with_name("mount.fuse.casfs")
     assert helper.exists()
-    keeper = subprocess.Popen(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo; read line"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert keeper.stdout is not None
-    keeper.stdout.readline()
-
-    def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["nsenter", f"--mount=/proc/{keeper.pid}/ns/mnt", "--", *map(str, command)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
     layers = tmp_path / "layers"
     layers.mkdir()
     sbin = Path("/sbin").resolve()
     options = f"lowerdir={sbin},upperdir={layers}/upper,workdir={layers}/work"
-    try:
+    with mount_namespace() as keeper:
+
+        def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                ["nsenter", f"--mount=/proc/{keeper}/ns/mnt", "--", *map(str, command)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+
         for command in (
             ("mount", "-t", "tmpfs", "casfs-test", layers),
             ("mkdir", layers / "upper", layers / "work"),
@@ -58,9 +52,6 @@ def inside(tmp_path: Path, superuser: None) -> Iterator[Inside]:
             done = run(*command)
             assert done.returncode == 0, done.stderr
         yield run
-    finally:
-        run("umount", "-a", "-t", "fuse.casfs")
-        keeper.communicate(b"\n")
 
 
 @pytest.fixture

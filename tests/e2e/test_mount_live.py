@@ -26,7 +26,7 @@ from tests.unit.planting import Keeper, Plan, file, flagged
 from .command import Casfs, finish, interrupt
 from .comparing import rsync_differences
 from .conftest import forget
-from .mounting import is_mounted, mounted, tmpfs, unmount_by_force
+from .mounting import is_mounted, mount_namespace, mounted, tmpfs, unmount_by_force
 from .test_mount import processes_naming
 from .waiting import wait_until
 
@@ -514,20 +514,11 @@ class TestTheWholeRepository:
 @contextmanager
 def fuse_for_everybody(folder: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Give every user a FUSE device, in a mount namespace of its own; yield how to run in there."""
-    keeper = subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", "echo; read line"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert keeper.stdout is not None
-    keeper.stdout.readline()
-    inside = ("nsenter", f"--mount=/proc/{keeper.pid}/ns/mnt", f"--wd={folder}", "--")
-    try:
+    with mount_namespace() as keeper:
+        inside = ("nsenter", f"--mount=/proc/{keeper}/ns/mnt", f"--wd={folder}", "--")
         output(*inside, "mknod", "-m", "666", folder / "fuse", "c", "10", "229")
         output(*inside, "mount", "--bind", folder / "fuse", "/dev/fuse")
-        yield keeper.pid, inside
-    finally:
-        keeper.communicate(b"\n")
+        yield keeper, inside
 
 
 class TestTheServer:
