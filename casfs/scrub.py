@@ -171,7 +171,9 @@ class Scrubber:
         for entry in entries:
             location = self._store.index.lookup(entry.digest)
             if location is None:
-                if not self._is_gone(self._by_name[pack]):
+                # A prune that was interrupted may have removed entries, and the pack not yet.
+                ordinal = self._by_name[pack]
+                if ordinal not in self._store.index.condemned() and not self._is_gone(ordinal):
                     self._report(Damage("index", "it does not know the blob", pack, entry.digest))
             elif self._ordinals.get(location.pack) == pack:
                 count += 1

@@ -13,6 +13,7 @@ from casfs import capture
 
 from .capturing import Keeper, keeper
 from .scripted_source import ScriptedSource, scripted_source
+from .stage import Scene, Stage, make_scene
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +36,18 @@ def kept(tmp_path: Path) -> Iterator[Keeper]:
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Further attempts follow at once: what changes a file does not depend on time."""
     monkeypatch.setattr(capture, "FIRST_PAUSE_S", 0.0)
+
+
+@pytest.fixture(scope="session")
+def stage() -> Iterator[Stage]:
+    """The process of this worker in which verbs are done that may be killed."""
+    with Stage() as found:
+        yield found
+
+
+@pytest.fixture
+def scene(stage: Stage) -> Iterator[Scene]:
+    """A repository in memory where there is room for that: a killed process needs no syncs."""
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield make_scene(stage, Path(folder))

@@ -1,0 +1,270 @@
+"""Verbs of casfs, each done in a process of its own that may be killed at any moment.
+
+Run as a program this is a process that has casfs loaded and no threads. For every line that it reads
+it forks, so that hundreds of them cost little, and what happens to a child harms nobody else. The child
+says its durable steps as they come, then its result; `stage` is the other end. Packs are small here,
+so that a small source fills many of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import logging
+import os
+import resource
+import signal
+import struct
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from casfs.backup import BackupOptions, back_up
+from casfs.check import Checker
+from casfs.errors import CasfsError, IntegrityError
+from casfs.forget import Candidate, forget
+from casfs.monitor import Progress, RecordingMonitor
+from casfs.prune import PruneOptions, Pruner
+from casfs.repair import SnapshotRepairer, repair_index
+from casfs.repository import Repository
+from casfs.restore import RestoreOptions, Restorer
+from casfs.scrub import ReadChoice
+from casfs.store import writer as writer_module
+from casfs.store.lock import LockMode
+from casfs.store.writer import BlobWriter
+from casfs.tagging import retag
+
+from .looking import look_at_snapshots, look_through_the_mount
+
+KIB = 1 << 10
+PACK_BYTES = 64 * KIB
+HUNG_S = 120
+SHUTDOWN = 0x8004587D
+"""The ioctl by which ext4 and XFS stop at once, as if the power had failed."""
+
+Step = Callable[[str], None]
+
+
+class KillingProgress(Progress):
+    """Progress of a verb without durable steps: to come to another entry is its step."""
+
+    on_step: Step
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "path" and value:
+            self.on_step("entry")
+
+
+def act_backup(
+    root: Path, step: Step, source: str, host: str = "here", **options: Any
+) -> dict[str, Any]:
+    with Repository.open(root, "backup", sync=options.pop("sync", True), on_step=step) as found:
+        chosen = BackupOptions((os.fsencode(source),), host=host, **options)
+        monitor = RecordingMonitor()
+        result = back_up(found, chosen, monitor)
+    assert result.snapshot_id is not None
+    return {
+        "id": result.snapshot_id.hex(),
+        "new_blobs": result.snapshot.stats.new_blobs,
+        "problems": [str(problem.kind) for problem in monitor.problems],
+    }
+
+
+def act_prune(
+    root: Path, step: Step, share: float = 0.25, margin_s: float = 0.0, sync: bool = True
+) -> dict[str, Any]:
+    opened = Repository.open(root, "prune", LockMode.TENDING, sync=sync, on_step=step)
+    with opened as repository:
+        options = PruneOptions(share, margin_s)
+        return dataclasses.asdict(Pruner(repository, options, RecordingMonitor()).prune())
+
+
+def act_forget(root: Path, step: Step, ids: list[str], sync: bool = True) -> int:
+    with Repository.open(root, "forget", sync=sync, on_step=step) as repository:
+        found = []
+        for name in ids:
+            snapshot_id = repository.resolve_id(name)
+            found.append(Candidate(snapshot_id, repository.load(snapshot_id)))
+        return forget(repository, found)
+
+
+def act_tag(root: Path, step: Step, id: str, tags: list[str], sync: bool = True) -> str:
+    with Repository.open(root, "tag", sync=sync, on_step=step) as repository:
+        snapshot_id, snapshot = repository.resolve(id)
+        return retag(repository, snapshot_id, snapshot, tuple(tags))[0].hex()
+
+
+def act_repair_index(root: Path, step: Step, sync: bool = True) -> dict[str, int]:
+    opened = Repository.open(root, "repair index", LockMode.EXCLUSIVE, sync=sync, on_step=step)
+    with opened as repository:
+        repaired = repair_index(repository)
+        return {"packs": repaired.packs, "blobs": repaired.blobs}
+
+
+def act_repair_snapshots(
+    root: Path, step: Step, read_data: bool = True, sync: bool = True
+) -> list[dict[str, Any]]:
+    monitor = RecordingMonitor()
+    opened = Repository.open(root, "repair snapshots", LockMode.TENDING, sync=sync, on_step=step)
+    with opened as repository:
+        repairer = SnapshotRepairer(repository, monitor)
+        result = repairer.repair(ReadChoice() if read_data else None)
+    told = [os.fsdecode(problem.path) for problem in monitor.problems]
+    return [
+        {
+            "id": one.snapshot_id.hex(),
+            "new_id": one.new_id.hex() if one.new_id is not None else None,
+            "told": told,
+        }
+        for one in result.repaired
+    ]
+
+
+def act_restore(
+    root: Path, step: Step, target: str, snapshot: str = "latest", **options: Any
+) -> dict[str, Any]:
+    monitor = RecordingMonitor()
+    progress = KillingProgress.__new__(KillingProgress)
+    object.__setattr__(progress, "on_step", step)
+    Progress.__init__(progress)
+    monitor.progress = progress
+    with Repository.open(root, reader="restore") as repository:
+        _, found = repository.resolve(snapshot)
+        restorer = Restorer(repository, RestoreOptions(**options), monitor)
+        result = restorer.restore(b"", found.root, os.fsencode(target), False)
+    problems = [
+        {"kind": str(problem.kind), "path": os.fsdecode(problem.path), "message": problem.message}
+        for problem in monitor.problems
+    ]
+    return dataclasses.asdict(result) | {"problems": problems}
+
+
+def act_check(root: Path, step: Step, read_data: bool = True) -> list[dict[str, Any]]:
+    with Repository.open(root, reader="check", takes_notes=True) as repository:
+        choice = ReadChoice() if read_data else None
+        result = Checker(repository, RecordingMonitor()).check(choice)
+    return [
+        {
+            "what": damage.what,
+            "message": damage.message,
+            "pack": damage.pack.hex() if damage.pack is not None else None,
+            "snapshot": damage.snapshot.hex() if damage.snapshot is not None else None,
+            "path": os.fsdecode(damage.path) if damage.path is not None else None,
+        }
+        for damage in result.damage
+    ]
+
+
+def act_look(root: Path, step: Step) -> dict[str, dict[str, str]]:
+    with Repository.open(root) as repository:
+        return look_at_snapshots(repository)
+
+
+def act_look_through_the_mount(root: Path, step: Step) -> dict[str, dict[str, str]]:
+    with Repository.open(root) as repository:
+        return look_through_the_mount(repository)
+
+
+ACTS: dict[str, Callable[..., Any]] = {
+    name.removeprefix("act_"): act
+    for name, act in list(globals().items())
+    if name.startswith("act_")
+}
+
+
+class Fate:
+    """What comes of a process at one of its durable steps, counted from 0."""
+
+    def __init__(self, fate: dict[str, Any]) -> None:
+        self._at: int | None = fate.get("at")
+        self._what: str = fate.get("what", "kill")
+        self._folder: int | None = None
+        if self._what.startswith("shutdown"):
+            self._folder = os.open(fate["disk"], os.O_RDONLY | os.O_DIRECTORY)
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def __call__(self, step: str) -> None:
+        with self._lock:
+            count, self._count = self._count, self._count + 1
+            say({"step": step})
+            if count != self._at:
+                return
+            if self._what in ("EIO", "ENOSPC"):
+                code = getattr(errno, self._what)
+                raise OSError(code, os.strerror(code))
+            if self._folder is not None:
+                flags = {"shutdown with flush": 1, "shutdown": 2}[self._what]
+                fcntl.ioctl(self._folder, SHUTDOWN, struct.pack("I", flags))
+            os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()
+
+
+def say(message: dict[str, Any]) -> None:
+    os.write(1, json.dumps(message).encode() + b"\n")
+
+
+def be_hurt_by(job: dict[str, Any]) -> None:
+    """Do a job in this process, which ends by it; everything is told on stdout."""
+    signal.alarm(HUNG_S)
+    # LMDB's map is shared and not counted; what a hostile length might allocate is.
+    resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
+    if "user" in job:
+        os.setgroups([])
+        os.setgid(job["user"])
+        os.setuid(job["user"])
+    try:
+        result = ACTS[job["verb"]](Path(job["root"]), Fate(job["fate"]), **job["arguments"])
+    except CasfsError as error:
+        say(
+            {
+                "error": str(error),
+                "exit": error.exit_code,
+                "is_integrity": isinstance(error, IntegrityError),
+            }
+        )
+    except OSError as error:
+        # The command line has a sentence for these too.
+        say({"error": str(error), "exit": 1, "is_integrity": False, "os_error": error.errno})
+    except BaseException:
+        say({"bug": traceback.format_exc()})
+    else:
+        # A long result is more than a pipe takes at once, and nobody else writes now.
+        with open(1, "w", closefd=False) as out:
+            out.write(json.dumps({"result": result}) + "\n")
+
+
+def small_packs() -> None:
+    """Have this process make packs of a few files, so that one backup has many of them."""
+
+    def writer(
+        self: Repository, dry_run: bool = False, spool_in_memory: bool = False
+    ) -> BlobWriter:
+        return BlobWriter(self.store, dry_run, spool_in_memory, pack_bytes=PACK_BYTES)
+
+    setattr(Repository, "writer", writer)  # noqa: B010 - mypy refuses to assign to a method
+    writer_module._BUFFER_BYTES = 4 * KIB
+    writer_module._BATCH_BYTES = 32 * KIB
+
+
+def main() -> None:
+    logging.getLogger("casfs").addHandler(logging.NullHandler())
+    logging.getLogger("mount").addHandler(logging.NullHandler())
+    small_packs()
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            be_hurt_by(json.loads(line))
+            os._exit(0)
+        _, status, usage = os.wait4(child, 0)
+        say({"ended": os.waitstatus_to_exitcode(status), "peak_kib": usage.ru_maxrss})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Reading all that a repository shows, with no recourse to what it says of itself.
+
+What a file is found to be is the digest of the bytes that were given for it, or `LOST` where an error
+was. Anything that is no error of the project's own is a bug and is let through.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from blake3 import blake3
+
+from casfs.errors import CasfsError
+from casfs.repository import Repository
+from casfs.tree import Kind, Node, TreeRef
+from casfs.treereader import join
+from mount.blobs import Blobs
+from mount.catalogue import RepositoryView
+from mount.chunks import ChunkCache
+from mount.errands import Errands
+from mount.pieces import PieceCache
+from mount.view import Sources
+from mount.waiting import Waiting
+
+LOST = "lost"
+FLAGGED = "flagged "
+"""What stands before the digest of a file that is told to be no faithful capture."""
+
+Files = dict[str, str]
+"""What is found of each file and directory of a snapshot, by its path."""
+
+
+def look_at_source(source: Path) -> Files:
+    """Describe a tree as a snapshot of it shows it: whole paths, files by digest."""
+    found = {}
+    for folder, directories, files in os.walk(bytes(source)):
+        for name in directories:
+            found[_key(os.path.join(folder, name))] = "directory"
+        for name in files:
+            data = Path(os.fsdecode(os.path.join(folder, name))).read_bytes()
+            found[_key(os.path.join(folder, name))] = blake3(data).hexdigest()
+    above = bytes(source)
+    while above.strip(b"/"):
+        found[_key(above)] = "directory"
+        above = os.path.dirname(above)
+    return found
+
+
+def _key(path: bytes) -> str:
+    return os.fsdecode(path.lstrip(b"/"))
+
+
+def look_at_snapshots(repository: Repository) -> dict[str, Files]:
+    """Describe every snapshot that is listed, by its id."""
+    return {
+        snapshot_id.hex(): _look(repository, snapshot.root)
+        for snapshot_id, snapshot in repository.snapshots()
+    }
+
+
+def _look(repository: Repository, root: Node) -> Files:
+    found: Files = {}
+    assert root.tree is not None
+    stack: list[tuple[bytes, TreeRef]] = [(b"", root.tree)]
+    while stack:
+        path, ref = stack.pop()
+        try:
+            for node in repository.trees.nodes(ref):
+                below = join(path, node.name)
+                if node.tree is not None:
+                    found[_key(below)] = "directory"
+                    stack.append((below, node.tree))
+                elif node.kind == Kind.FILE:
+                    found[_key(below)] = _flag(node) + _content(repository, node)
+        except CasfsError:
+            found[_key(path)] = LOST
+    return found
+
+
+def _content(repository: Repository, node: Node) -> str:
+    whole = blake3()
+    try:
+        for extent in repository.content(node).extents():
+            if extent.digest is None:
+                whole.update(bytes(extent.length))
+            else:
+                whole.update(repository.store.read(extent.digest))
+    except CasfsError:
+        return LOST
+    return whole.hexdigest()
+
+
+def _flag(node: Node) -> str:
+    return FLAGGED if node.state == 2 else ""
+
+
+def look_through_the_mount(repository: Repository) -> dict[str, Files]:
+    """Describe every snapshot as the view behind a mount of the whole repository shows it."""
+    waiting, errands = Waiting(), Errands()
+    blobs = Blobs(repository.store, waiting)
+    view = RepositoryView(
+        Sources(
+            repository=repository,
+            blobs=blobs,
+            pieces=PieceCache(blobs.read),
+            chunks=ChunkCache(blobs.read, waiting, errands),
+            waiting=waiting,
+            errands=errands,
+        )
+    )
+    found: dict[str, Files] = {}
+    top = view.lookup(1, b"snapshots")
+    assert top is not None
+    try:
+        for number, node, _ in view.entries(top[0], 0):
+            if node.kind == Kind.DIRECTORY:
+                told = view.xattr(number, b"user.casfs.snapshot")
+                assert told is not None
+                found[told.decode()] = _look_below(view, number)
+    finally:
+        errands.close()
+    return found
+
+
+def _look_below(view: RepositoryView, root: int) -> Files:
+    found: Files = {}
+    stack = [(b"", root)]
+    while stack:
+        path, number = stack.pop()
+        try:
+            for below_number, node, _ in view.entries(number, 0):
+                below = join(path, node.name)
+                if node.kind == Kind.DIRECTORY:
+                    found[_key(below)] = "directory"
+                    stack.append((below, below_number))
+                elif node.kind == Kind.FILE:
+                    found[_key(below)] = _flag(node) + _read(view, below_number)
+        except CasfsError:
+            found[_key(path)] = LOST
+    return found
+
+
+def _read(view: RepositoryView, number: int) -> str:
+    whole = blake3()
+    at = 0
+    try:
+        reader = view.open(number)
+        while parts := reader.read(at, 100_000):
+            for part in parts:
+                whole.update(part)
+                at += len(part)
+    except CasfsError:
+        return LOST
+    return whole.hexdigest()

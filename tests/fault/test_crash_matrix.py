@@ -1,0 +1,279 @@
+"""Every verb is killed at every durable step it has, and what is left is judged.
+
+A run that nobody disturbs tells the steps, so a step that is added is covered without a word here.
+`on_step` speaks before each step and after the last: to be killed there is to be killed between any
+two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casfs.store.lock import RepositoryLock
+
+from ..unit.storing import flip, pack_paths
+from .looking import FLAGGED, LOST, Files, look_at_source
+from .stage import KIB, Outcome, Scene, come_back, kept_as_it_is
+
+NO_SYNC: dict[str, Any] = {"sync": False}
+LAST = ("folder snapshots", "done snapshots")
+NEW_FOLDER = ("folder packs", "done packs")
+
+
+def killed_everywhere(scene: Scene, verb: str, **arguments: Any) -> Iterator[tuple[int, Outcome]]:
+    """Do a verb once in peace, then kill it at one step after the other until it has no more."""
+    with kept_as_it_is(scene.root) as copy:
+        whole = scene.act(verb, **arguments)
+        whole.done()
+        assert whole.steps, f"{verb} has no steps: then nothing is shown here"
+        stop = 0
+        while (outcome := _killed(scene, copy, verb, stop, arguments)).was_killed:
+            assert len(outcome.steps) == stop + 1
+            yield stop, outcome
+            stop += 1
+        outcome.done()
+        # A pack with another name may need a folder more, or one less; all else is the same.
+        assert [step for step in outcome.steps if step not in NEW_FOLDER] == [
+            step for step in whole.steps if step not in NEW_FOLDER
+        ]
+
+
+def _killed(scene: Scene, copy: Path, verb: str, stop: int, arguments: dict[str, Any]) -> Outcome:
+    come_back(copy, scene.root)
+    return scene.act(verb, {"at": stop}, **arguments)
+
+
+def goes_on(scene: Scene, *maybe: Files) -> None:
+    """Require that the next backup and the next prune work, and leave nothing but what is needed."""
+    scene.back_up(**NO_SYNC)
+    scene.must_be_sound(*maybe)
+    scene.act("prune", **NO_SYNC).done()
+    again = scene.act("prune", **NO_SYNC).done()
+    assert (again["removed_packs"], again["repacked_packs"], again["waiting_packs"]) == (0, 0, 0)
+    scene.must_be_sound(*maybe)
+    scene.must_be_tidy()
+
+
+class TestBackup:
+    def test_killed_anywhere_loses_nothing_and_what_was_finished_is_used_again(
+        self, scene: Scene
+    ) -> None:
+        scene.write("old", "old", 30 * KIB)
+        scene.back_up()
+        for number in range(12):
+            scene.write(f"{number:02}", f"new {number}")
+        new = look_at_source(scene.source)
+        known = dict(scene.published)
+        stored_again: list[int] = []
+        source = str(scene.source)
+        for _, outcome in killed_everywhere(scene, "backup", source=source, **NO_SYNC):
+            listed = scene.must_be_sound(new)
+            # The file has its name from the step on that follows the renaming.
+            assert (len(listed) == 2) == (outcome.steps[-1] in LAST)
+            finished = scene.packs()
+            assert len(finished) >= outcome.steps.count("rename packs")
+            told = scene.act("backup", source=source, **NO_SYNC).done()
+            assert finished <= scene.packs()
+            assert scene.must_be_sound(new) == listed | {told["id"]}
+            stored_again.append(told["new_blobs"])
+            goes_on(scene, new)
+            scene.published = dict(known)
+        assert stored_again == sorted(stored_again, reverse=True)
+        assert stored_again[0] >= 12
+        assert stored_again[-1] <= 4, "only trees that say racy of other files may be stored anew"
+
+    def test_killed_before_the_first_snapshot_leaves_a_repository_without_any(
+        self, scene: Scene
+    ) -> None:
+        scene.write("file", "file")
+        shows = look_at_source(scene.source)
+        source = str(scene.source)
+        for _ in killed_everywhere(scene, "backup", source=source, **NO_SYNC):
+            scene.must_be_sound(shows)
+            goes_on(scene, shows)
+            scene.published = {}
+
+
+class TestPrune:
+    @pytest.fixture
+    def grown(self, scene: Scene) -> Scene:
+        """A repository with packs of which all, some, and none is needed, and with condemned ones."""
+        for number in range(10):
+            scene.write(f"gone/{number}", f"gone {number}")
+        first = scene.back_up()["id"]
+        for number in range(10):
+            (scene.source / "gone" / str(number)).unlink()
+            scene.write(f"some/{number}", f"some {number}")
+        second = scene.back_up()["id"]
+        for number in range(0, 10, 2):
+            (scene.source / "some" / str(number)).unlink()
+        scene.write("last", "last", 40 * KIB)
+        scene.back_up()
+        scene.act("forget", ids=[first]).done()
+        # A prune that had to wait for a backup leaves packs condemned.
+        with RepositoryLock.acquire(scene.root / "locks", "backup"):
+            waiting = scene.act("prune", share=1.0).done()
+        assert waiting["waiting_packs"] >= 1
+        assert waiting["removed_packs"] == 0
+        scene.act("forget", ids=[second]).done()
+        del scene.published[first], scene.published[second]
+        return scene
+
+    def test_killed_anywhere_loses_nothing_and_the_next_one_finishes_it(self, grown: Scene) -> None:
+        known = dict(grown.published)
+        steps: list[str] = []
+        for _, outcome in killed_everywhere(grown, "prune", **NO_SYNC):
+            steps = outcome.steps
+            grown.must_be_sound()
+            goes_on(grown)
+            grown.published = dict(known)
+        # What this is about was there: waiting and unneeded packs, and some to be packed anew.
+        assert steps.count("unlink packs") >= 4
+        assert steps.count("rename packs") >= 1
+
+    def test_killed_anywhere_leaves_all_to_a_prune_that_is_the_next_command(
+        self, grown: Scene
+    ) -> None:
+        for _ in killed_everywhere(grown, "prune", **NO_SYNC):
+            grown.act("prune", **NO_SYNC).done()
+            grown.must_be_sound()
+            grown.must_be_tidy()
+
+    def test_killed_twice_in_a_row_loses_nothing(self, grown: Scene) -> None:
+        known = dict(grown.published)
+        for stop, _ in killed_everywhere(grown, "prune", **NO_SYNC):
+            if stop % 5 == 0:
+                source = str(grown.source)
+                outcome = grown.act("prune", {"at": stop // 2}, **NO_SYNC)
+                assert outcome.was_killed or outcome.error is None
+                grown.act("backup", {"at": stop // 3}, source=source, **NO_SYNC)
+                grown.must_be_sound(look_at_source(grown.source))
+                goes_on(grown, look_at_source(grown.source))
+                grown.published = dict(known)
+
+
+class TestForget:
+    def test_killed_anywhere_has_forgotten_some_and_touched_no_other(self, scene: Scene) -> None:
+        ids = []
+        for number in range(4):
+            scene.write("file", f"version {number}")
+            ids.append(scene.back_up()["id"])
+        known = dict(scene.published)
+        gone = frozenset(ids[:3])
+        for _, outcome in killed_everywhere(scene, "forget", ids=ids[:3], **NO_SYNC):
+            listed = scene.must_be_sound(gone=gone)
+            assert len(gone & listed) >= 3 - outcome.steps.count("folder snapshots")
+            assert len(gone & listed) <= 3 - outcome.steps.count("done snapshots")
+            scene.act("forget", ids=sorted(gone & listed), **NO_SYNC).done()
+            scene.published = {ids[3]: known[ids[3]]}
+            goes_on(scene)
+            scene.published = dict(known)
+
+
+class TestTag:
+    def test_killed_anywhere_leaves_the_snapshot_with_old_or_new_tags_and_once(
+        self, scene: Scene
+    ) -> None:
+        scene.write("file", "file")
+        old = scene.back_up()["id"]
+        shows = scene.published[old]
+        for _ in killed_everywhere(scene, "tag", id=old, tags=["kept"], **NO_SYNC):
+            (listed,) = scene.must_be_sound(shows, gone=frozenset([old]))
+            scene.act("tag", id="latest", tags=["kept", "twice"], **NO_SYNC).done()
+            (listed,) = scene.must_be_sound(shows, gone=frozenset([old]))
+            scene.published = {listed: shows}
+            goes_on(scene)
+            scene.published = {old: shows}
+
+
+class TestRepairIndex:
+    @pytest.mark.parametrize("index", ["sound", "missing"])
+    def test_killed_anywhere_loses_nothing(self, scene: Scene, index: str) -> None:
+        for number in range(8):
+            scene.write(f"{number}", f"{number}")
+        scene.back_up()
+        if index == "missing":
+            for path in (scene.root / "index").iterdir():
+                path.unlink()
+        known = dict(scene.published)
+        for _ in killed_everywhere(scene, "repair_index", **NO_SYNC):
+            scene.must_be_sound()
+            scene.act("repair_index", **NO_SYNC).done()
+            goes_on(scene)
+            scene.published = dict(known)
+
+
+class TestRepairSnapshots:
+    def test_killed_anywhere_touches_no_sound_snapshot_and_can_be_done_again(
+        self, scene: Scene
+    ) -> None:
+        for number in range(10):
+            scene.write(f"old/{number}", f"old {number}")
+        scene.write("old/big", "big", 900 * KIB)
+        first = scene.back_up()["id"]
+        before = set(pack_paths(scene.root))
+        for path in (scene.source / "old").iterdir():
+            path.unlink()
+        scene.write("new", "new")
+        second = scene.back_up()["id"]
+        assert set(pack_paths(scene.root)) > before
+        for path in sorted(before):
+            if path.stat().st_size < 200 * KIB:
+                flip(path, path.stat().st_size // 3)
+        assert scene.act("check").done() != []
+        with kept_as_it_is(scene.root) as copy:
+            scene.act("repair_snapshots", **NO_SYNC).done()
+            repaired = scene.act("look").done()
+            come_back(copy, scene.root)
+        assert second in repaired and first not in repaired
+        (new,) = (files for name, files in repaired.items() if name != second)
+        damaged = scene.act("look").done()[first]
+        assert LOST in damaged.values()
+        for path, found in new.items():
+            assert found == scene.published[first][path] or found.startswith(FLAGGED)
+        for _ in killed_everywhere(scene, "repair_snapshots", **NO_SYNC):
+            listed = scene.act("look").done()
+            assert listed.pop(second) == scene.published[second]
+            (there,) = listed.values()
+            assert there in (damaged, new)
+            scene.act("repair_snapshots", **NO_SYNC).done()
+            assert new in scene.act("look").done().values()
+            assert [d for d in scene.act("check").done() if d["snapshot"] is not None] == []
+            # What was given up is needed by nobody, so a prune frees the repository of it.
+            scene.act("prune", share=0.0, **NO_SYNC).done()
+            assert scene.act("check").done() == []
+            assert new in scene.act("look").done().values()
+
+
+class TestRestore:
+    def test_killed_at_any_entry_leaves_only_whole_files_and_can_be_done_again(
+        self, scene: Scene, tmp_path: Path
+    ) -> None:
+        for number in range(6):
+            scene.write(f"folder {number % 2}/{number}", f"{number}", 100 * KIB)
+        shows = scene.published[scene.back_up()["id"]]
+
+        def found_in(target: Path) -> dict[str, str]:
+            found = look_at_source(target)
+            start = str(target).lstrip("/") + "/"
+            return {
+                path.removeprefix(start): what
+                for path, what in found.items()
+                if path.startswith(start)
+            }
+
+        entries = len(scene.act("restore", target=str(tmp_path / "whole")).steps)
+        assert entries >= 6
+        assert found_in(tmp_path / "whole") == shows
+        for stop in range(entries):
+            target = tmp_path / f"{stop}"
+            outcome = scene.act("restore", {"at": stop}, target=str(target))
+            assert outcome.was_killed
+            assert found_in(target).items() <= shows.items()
+            scene.act("restore", target=str(target), delete=True).done()
+            assert found_in(target) == shows
+        scene.must_be_sound()
