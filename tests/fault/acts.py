@@ -39,14 +39,12 @@ from casfs.store.lock import LockMode
 from casfs.store.writer import BlobWriter
 from casfs.tagging import retag
 
+from .disks import SHUTDOWN
 from .looking import look_at_snapshots, look_through_the_mount
 
 KIB = 1 << 10
 PACK_BYTES = 64 * KIB
 HUNG_S = 120
-SHUTDOWN = 0x8004587D
-"""The ioctl by which ext4 and XFS stop at once, as if the power had failed."""
-
 Step = Callable[[str], None]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -13,6 +15,8 @@ from pathlib import Path
 import pytest
 
 MIB = 1 << 20
+SHUTDOWN = 0x8004587D
+"""The ioctl by which ext4 and XFS stop at once, as if the power had failed."""
 
 _MAKE = {
     "xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"],
@@ -89,3 +93,68 @@ def endless_writer(file: Path, size: int, pause_s: float = 0.0) -> Iterator[None
 def generations(data: bytes) -> set[bytes]:
     """Return the generations that a capture of such a file holds."""
     return {data[place : place + 8] for place in range(0, len(data), 512)}
+
+
+class LosableDisk:
+    """A small file system on a loop device that can lose its power, and get it back."""
+
+    def __init__(self, device: str, at: Path) -> None:
+        self._device = device
+        self.at = at
+
+    def lose_power(self, flush_log: bool) -> None:
+        """Stop the file system at once; nothing more comes to its disk."""
+        folder = os.open(self.at, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(folder, SHUTDOWN, struct.pack("I", 1 if flush_log else 2))
+        finally:
+            os.close(folder)
+
+    def write_back(self) -> None:
+        """Have everything on the disk that was written so far."""
+        subprocess.run(["sync", "--file-system", str(self.at)], check=True)
+
+    def mount(self) -> None:
+        subprocess.run(["mount", self._device, str(self.at)], check=True)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", str(self.at)], check=True)
+
+
+def require_disks() -> None:
+    """Skip a test that mounts disks where that cannot be done; under CASFS_REQUIRE_FUSE=1 it fails."""
+    problem = None
+    if os.geteuid() != 0:
+        problem = "it mounts disks, which needs root"
+    elif not os.path.exists("/dev/loop-control"):
+        problem = "it mounts disks, and there are no loop devices"
+    if problem is None:
+        return
+    if os.environ.get("CASFS_REQUIRE_FUSE") == "1":
+        pytest.fail(f"CASFS_REQUIRE_FUSE=1, and {problem}", pytrace=False)
+    pytest.skip(problem)
+
+
+@contextmanager
+def losable_disk(folder: Path, kind: str, size: int = 320 * MIB) -> Iterator[LosableDisk]:
+    """Mount an empty file system that can lose its power; all of it is gone afterwards."""
+    require_disks()
+    image, at = folder / f"{kind}.img", folder / kind
+    at.mkdir()
+    with image.open("wb") as file:
+        file.truncate(size)
+    subprocess.run([*_MAKE[kind], str(image)], check=True, capture_output=True)
+    attached = subprocess.run(
+        ["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True
+    )
+    disk = LosableDisk(attached.stdout.strip(), at)
+    try:
+        disk.mount()
+        yield disk
+    finally:
+        for command in (["umount", str(at)], ["umount", "-l", str(at)]):
+            if os.path.ismount(at):
+                subprocess.run(command, capture_output=True, check=False)
+        subprocess.run(["losetup", "--detach", attached.stdout.strip()], check=True)
+        _wait_until_detached(image)
+        image.unlink()

@@ -1,0 +1,171 @@
+"""The power fails at every durable step: what was published is there when the disk comes back.
+
+The repository lies on a real ext4 or XFS, which the shutdown ioctl stops at once: what was not synced
+by then is lost, with the log of the file system as it is on the disk (`cut off`), or written out once more
+(`log flushed`). Then it is mounted again, which plays back its log. The disk itself is a file, so this
+shows what is synced and in which order; it does not show a drive that lies about its cache.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from .disks import LosableDisk, losable_disk
+from .effort import EFFORT
+from .looking import Files, look_at_source
+from .stage import KIB, Outcome, Scene, Stage, make_scene
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.parametrize("kind", ["ext4", "xfs"]),
+]
+BOTH = pytest.mark.parametrize("power", ["cut off", "log flushed"])
+
+# Where the log is flushed more is kept, never less; a short run takes every third step of it.
+SHORT_STRIDE = 3
+
+
+class PowerlessScene:
+    """A repository on a disk, and the same one as it was at the beginning beside it."""
+
+    def __init__(self, scene: Scene, disk: LosableDisk, power: str) -> None:
+        self.scene = scene
+        self._disk = disk
+        self._power = power
+        self._copy = scene.root.with_name("repository as it was")
+        self._known: dict[str, Files] = {}
+
+    def remember(self) -> None:
+        shutil.copytree(self.scene.root, self._copy)
+        self._known = dict(self.scene.published)
+
+    def come_back(self) -> None:
+        shutil.rmtree(self.scene.root)
+        shutil.copytree(self._copy, self.scene.root)
+        self.scene.published = dict(self._known)
+        self._disk.write_back()
+
+    def powerless_everywhere(self, verb: str, **arguments: object) -> Iterator[Outcome]:
+        """Do a verb again and again, each time with the power failing at a later step, and at its end."""
+        self.remember()
+        stride = SHORT_STRIDE if self._power == "log flushed" and EFFORT == 1 else 1
+        stop, ended = 0, False
+        while not ended:
+            self.come_back()
+            what = "shutdown" if self._power == "cut off" else "shutdown with flush"
+            fate = {"at": stop, "what": what, "disk": str(self._disk.at)}
+            outcome = self.scene.act(verb, fate, **arguments)
+            if outcome.was_killed:
+                self._disk.unmount()
+                self._disk.mount()
+            else:
+                ended = True
+                outcome.done()
+                self.lose_power()
+            yield outcome
+            stop += stride
+        assert stop >= 12
+
+    def lose_power(self) -> None:
+        self._disk.lose_power(flush_log=self._power == "log flushed")
+        self._disk.unmount()
+        self._disk.mount()
+
+    def must_go_on(self, *maybe: Files) -> None:
+        scene = self.scene
+        scene.must_be_sound(*maybe)
+        scene.back_up()
+        scene.act("prune").done()
+        scene.must_be_sound(*maybe)
+        scene.must_be_tidy()
+
+
+@pytest.fixture
+def powerless(stage: Stage, kind: str, power: str) -> Iterator[PowerlessScene]:
+    memory = Path("/dev/shm")
+    with (
+        TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder,
+        losable_disk(Path(folder), kind) as disk,
+    ):
+        scene = make_scene(stage, disk.at)
+        # The source is not what is at stake, and must not change.
+        shutil.rmtree(scene.source)
+        scene.source = Path(folder) / "source"
+        scene.source.mkdir()
+        yield PowerlessScene(scene, disk, power)
+
+
+@BOTH
+def test_a_backup_that_loses_its_power_at_any_step_loses_nothing_that_was_published(
+    powerless: PowerlessScene,
+) -> None:
+    scene = powerless.scene
+    scene.write("old", "old", 30 * KIB)
+    scene.back_up()
+    for number in range(6):
+        scene.write(f"{number:02}", f"new {number}", 20 * KIB)
+    new = look_at_source(scene.source)
+    source = str(scene.source)
+    reused = False
+    for outcome in powerless.powerless_everywhere("backup", source=source):
+        listed = scene.must_be_sound(new)
+        if "done snapshots" in outcome.steps or not outcome.was_killed:
+            assert len(listed) == 2, "it was told to be published, and is not there"
+        finished = scene.packs()
+        synced = outcome.steps[:-1] if outcome.was_killed else outcome.steps
+        if "commit index" in synced:
+            # The first pack was told to be durable; the next backup builds on it.
+            assert len(finished) >= 2
+            told = scene.act("backup", source=source).done()
+            assert told["new_blobs"] < 6 + 4
+            assert finished <= scene.packs()
+            reused = True
+        powerless.must_go_on(new)
+    assert reused
+
+
+@BOTH
+def test_a_prune_that_loses_its_power_at_any_step_loses_nothing_that_was_published(
+    powerless: PowerlessScene,
+) -> None:
+    scene = powerless.scene
+    for number in range(4):
+        scene.write(f"gone/{number}", f"gone {number}", 20 * KIB)
+    first = scene.back_up()["id"]
+    shutil.rmtree(scene.source / "gone")
+    for number in range(4):
+        scene.write(f"some/{number}", f"some {number}", 15 * KIB)
+    second = scene.back_up()["id"]
+    for number in (0, 2):
+        (scene.source / f"some/{number}").unlink()
+    scene.back_up()
+    scene.act("forget", ids=[first, second]).done()
+    del scene.published[first], scene.published[second]
+    done: dict[str, int] = {}
+    for outcome in powerless.powerless_everywhere("prune"):
+        powerless.must_go_on()
+        done = outcome.result
+    assert done["removed_packs"] >= 2
+    assert done["repacked_packs"] >= 1
+
+
+@pytest.mark.parametrize("power", ["cut off"])
+def test_without_the_syncs_of_a_backup_that_was_done_would_be_damaged(
+    powerless: PowerlessScene,
+) -> None:
+    """What this file shows is shown only where a disk loses what nobody synced: so it does."""
+    scene = powerless.scene
+    scene.write("file", "file")
+    scene.back_up()
+    powerless.remember()
+    powerless.come_back()
+    scene.write("new", "new")
+    scene.act("backup", source=str(scene.source), sync=False).done()
+    powerless.lose_power()
+    assert scene.act("check").done() != []
