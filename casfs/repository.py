@@ -153,7 +153,7 @@ class Repository:
             path = index_path(root, config.id)
             if mode == LockMode.EXCLUSIVE:
                 unseal(path)
-            index = index_to_write(root, path, storage, BlobCodec(level), lock.name, on_step)
+            index = index_to_write(root, path, storage, BlobCodec(level), lock.name, on_step, sync)
             repository = cls(root, config, storage, index, level, lock)
             repository._losses = index.losses()
         except OSError as error:

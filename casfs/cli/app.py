@@ -62,6 +62,7 @@ class Settings:
 
     repo: str | None = None
     as_json: bool = False
+    sync: bool = True
 
     def repository_path(self) -> Path:
         """Return the repository that was named, or raise UsageError."""
@@ -103,8 +104,22 @@ def _set_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.ensure_object(Settings).as_json = True
 
 
+def _set_no_sync(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Settings).sync = False
+
+
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that every verb has; their values are in the context's Settings."""
+    command = click.option(
+        "--no-sync",
+        is_flag=True,
+        hidden=True,
+        expose_value=False,
+        callback=_set_no_sync,
+        is_eager=True,
+        help="For tests only: wait for no disk. A crash may lose what was published.",
+    )(command)
     command = click.option(
         "--json",
         is_flag=True,

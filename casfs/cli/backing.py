@@ -181,7 +181,10 @@ def backup(
     )
     monitor = CommandMonitor(settings.output(), "backup", _source_names(sources))
     root = settings.repository_path()
-    with Repository.open(root, "backup", level=compression) as repository, monitor:
+    with (
+        Repository.open(root, "backup", level=compression, sync=settings.sync) as repository,
+        monitor,
+    ):
         result = back_up(repository, options, monitor)
     _report(settings, result, dry_run)
     return exit_code(result, changed_ok)

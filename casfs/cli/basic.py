@@ -87,7 +87,7 @@ def tag(
         raise UsageError("say what to change: --add, --remove or --set")
     if replaced and (added or removed):
         raise UsageError("--set does not go with --add or --remove")
-    with Repository.open(settings.repository_path(), "tag") as repository:
+    with Repository.open(settings.repository_path(), "tag", sync=settings.sync) as repository:
         old_id, old = repository.resolve(snap)
         tags = set(replaced) if replaced else set(old.tags) - set(removed) | set(added)
         new_id, new = retag(repository, old_id, old, tuple(sorted(tags)))

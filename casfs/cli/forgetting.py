@@ -120,7 +120,7 @@ def forget(
     grouping = _grouping(group_by)
     root, output = settings.repository_path(), settings.output()
     # A dry run changes nothing, and needs not be allowed to.
-    with Repository.open(root, None if dry_run else "forget") as repository:
+    with Repository.open(root, None if dry_run else "forget", sync=settings.sync) as repository:
         if snaps:
             forgotten = named_snapshots(repository, snaps, allow_all)
             kept = len({i for i, _ in repository.snapshots()} - {c.snapshot_id for c in forgotten})
@@ -139,7 +139,7 @@ def forget(
     if dry_run:
         output.warn("what a prune would free is not known before the snapshots are gone")
     else:
-        run_prune(root, output, PruneOptions())
+        run_prune(root, output, PruneOptions(), settings.sync)
 
 
 def _refuse_what_does_not_fit(snaps: tuple[str, ...], policy: Policy, chosen: bool) -> None:

@@ -44,17 +44,17 @@ def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> No
 
     share = _share(max_unused)
     options = PruneOptions(share, parse_duration(margin, "--margin"), dry_run)
-    run_prune(settings.repository_path(), settings.output(), options)
+    run_prune(settings.repository_path(), settings.output(), options, settings.sync)
 
 
-def run_prune(root: Path, output: Output, options: PruneOptions) -> None:
+def run_prune(root: Path, output: Output, options: PruneOptions, sync: bool) -> None:
     """Prune a repository and say what came of it."""
     from casfs.prune import Pruner
     from casfs.repository import Repository
     from casfs.store.lock import LockMode
 
     monitor = CommandMonitor(output, "prune")
-    with Repository.open(root, "prune", LockMode.TENDING) as repository, monitor:
+    with Repository.open(root, "prune", LockMode.TENDING, sync=sync) as repository, monitor:
         result = Pruner(repository, options, monitor).prune()
     _say(output, result, options.dry_run)
 

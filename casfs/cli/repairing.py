@@ -30,7 +30,10 @@ def index(settings: Settings) -> None:
     output = settings.output()
     monitor = CommandMonitor(output, "repair index")
     root = settings.repository_path()
-    with Repository.open(root, "repair index", LockMode.EXCLUSIVE) as repository, monitor:
+    with (
+        Repository.open(root, "repair index", LockMode.EXCLUSIVE, sync=settings.sync) as repository,
+        monitor,
+    ):
         result = repair_index(repository)
     for pack in result.salvaged:
         output.line(f"pack {pack.hex()}: its directory is damaged; its intact blobs were found")
@@ -67,7 +70,12 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     output = settings.output()
     monitor = CommandMonitor(output, "repair snapshots")
     root = settings.repository_path()
-    with Repository.open(root, "repair snapshots", LockMode.TENDING) as repository, monitor:
+    with (
+        Repository.open(
+            root, "repair snapshots", LockMode.TENDING, sync=settings.sync
+        ) as repository,
+        monitor,
+    ):
         repairer = SnapshotRepairer(repository, monitor, dry_run)
         result = repairer.repair(ReadChoice() if read_data else None)
     would = "would be " if dry_run else ""

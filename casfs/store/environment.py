@@ -33,15 +33,23 @@ Transaction = lmdb.Transaction
 
 
 class Environment:
-    """An open environment with named databases; `on_step` hears of every commit, before and after it."""
+    """An open environment with named databases; `on_step` hears of every commit, before and after it.
+
+    Without `sync` commits wait for no disk: for tests of everything but durability.
+    """
 
     def __init__(
-        self, path: Path, readonly: bool = False, on_step: Callable[[str], None] | None = None
+        self,
+        path: Path,
+        readonly: bool = False,
+        on_step: Callable[[str], None] | None = None,
+        sync: bool = True,
     ) -> None:
         self.path = path
         self.readonly = readonly
         self.changed = False
         self._on_step = on_step
+        self._sync = sync
         self._map_bytes = _MAP_BYTES
         # No transaction of this process may be open while the map is moved, or its reads would fail.
         # So none is begun inside another: it would wait for the map, and the map for the outer one.
@@ -101,6 +109,8 @@ class Environment:
                     lock=lock,
                     mode=0o600,
                     readahead=False,
+                    sync=self._sync,
+                    metasync=self._sync,
                     lib_version=0,
                 )
             except lmdb.MemoryError:

@@ -86,10 +86,14 @@ class Index:
     """An open index; safe to share between threads, never across a fork."""
 
     def __init__(
-        self, path: Path, readonly: bool = False, on_step: Callable[[str], None] | None = None
+        self,
+        path: Path,
+        readonly: bool = False,
+        on_step: Callable[[str], None] | None = None,
+        sync: bool = True,
     ) -> None:
         self.path = path
-        self._env = Environment(path, readonly, on_step)
+        self._env = Environment(path, readonly, on_step, sync)
         try:
             self._blobs = self._env.database(b"blobs")
             self._packs = self._env.database(b"packs")

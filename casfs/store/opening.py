@@ -66,6 +66,7 @@ def index_to_write(
     codec: BlobCodec,
     own_lock: str | None = None,
     on_step: Callable[[str], None] | None = None,
+    sync: bool = True,
 ) -> Index:
     """Return the index in the folder `path`, repaired where needed; `own_lock` is the caller's.
 
@@ -79,7 +80,7 @@ def index_to_write(
         raise IndexUnusableError(
             f"cannot replace the damaged index {path}: {error.strerror}"
         ) from error
-    index = Index(path, on_step=on_step)
+    index = Index(path, on_step=on_step, sync=sync)
     try:
         BlobStore(storage, index, codec).reconcile(alone=not _is_in_use(root, own_lock))
     except BaseException:
