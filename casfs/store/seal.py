@@ -154,8 +154,11 @@ def _state(st: os.stat_result) -> tuple[int, int]:
 def _digest(path: Path, size: int) -> str:
     if size > _HASHED_BYTES:
         return "-"
-    with open(path, "rb") as file:
-        return blake3(file.read(_HASHED_BYTES + 1)).hexdigest()
+    hasher = blake3()
+    with open(path, "rb", buffering=0) as file:
+        while data := file.read(1 << 20):
+            hasher.update(data)
+    return hasher.hexdigest()
 
 
 def _read_seal(path: Path) -> tuple[int, int, str] | None:
