@@ -209,27 +209,39 @@ class Index:
             found = cursor.next()
         return rows
 
-    def add_packs(self, packs: Iterable[IndexedPack]) -> None:
-        """Record packs in one durable transaction.
+    def add_packs(self, packs: Iterable[IndexedPack], condemned: Set[PackId] = frozenset()) -> None:
+        """Record packs in one durable transaction, in which those in `condemned` are so from the first.
 
         A blob that another pack holds already keeps its place, unless it is not trusted there; a pack
         that is known is left alone.
         """
         added = list(packs)
-        self._env.write(lambda txn: self._add(txn, added, set(self._condemned_in(txn))))
 
-    def rebuild(self, packs: Callable[[], Iterable[IndexedPack]]) -> None:
+        def change(txn: Transaction) -> None:
+            now_condemned = set(self._condemned_in(txn))
+            for one in added:
+                if one[0] in condemned and txn.get(b"pack" + one[0], db=self._meta) is None:
+                    now_condemned.add(self._counters(txn)[0])
+                    self._condemn(txn, now_condemned)
+                self._add(txn, [one], now_condemned)
+
+        self._env.write(change)
+
+    def rebuild(
+        self, packs: Callable[[], Iterable[IndexedPack]], also_condemned: Set[PackId] = frozenset()
+    ) -> None:
         """Replace everything by what `packs` yields, in one transaction; counts as a loss.
 
         Others see the index as it was until it is whole. Ordinals go on from where they were, so that
         none that a reader remembers comes to mean another pack or blob. What was known of the packs
-        that are yielded (verified, condemned, damaged blobs) is known still.
+        that are yielded (verified, condemned, damaged blobs) is known still; `also_condemned` are too.
         """
 
         def change(txn: Transaction) -> None:
             next_pack, next_blob, losses = self._counters(txn)
             before = {record.ordinal: record for record in self._all_packs(txn)}
             condemned = {before[n].pack for n in self._condemned_in(txn) if n in before}
+            condemned |= also_condemned
             bad = {
                 (bytes(key), before[location.pack].pack)
                 for key, value in txn.cursor(db=self._blobs)

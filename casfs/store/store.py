@@ -6,7 +6,7 @@ Reading is safe from several threads. Nothing is returned whose digest was not r
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 from casfs.digest import Digest, PackId
 from casfs.errors import (
@@ -228,9 +228,11 @@ class BlobStore:
                 len(missing),
             )
         if missing or not self.index.is_current():
-            self.rebuild()
+            self.rebuild(condemned)
         elif new := sorted(stored.keys() - indexed):
-            self.index.add_packs(self._indexed((pack, stored[pack]) for pack in new))
+            # A pack that a prune had half removed may still not be relied on by anybody, not even by a
+            # backup that looks into the index between this and the next transaction.
+            self.index.add_packs(self._indexed((pack, stored[pack]) for pack in new), condemned)
         before = self.index.condemned()
         if condemned or before:
             found = {record.ordinal for record in self.index.packs() if record.pack in condemned}
@@ -243,9 +245,9 @@ class BlobStore:
         except NotFoundError:
             return False
 
-    def rebuild(self) -> None:
-        """Build the index anew from the packs alone."""
-        self.index.rebuild(lambda: self._indexed(self.stored_packs()))
+    def rebuild(self, condemned: Set[PackId] = frozenset()) -> None:
+        """Build the index anew from the packs alone; of these, some are known to be condemned."""
+        self.index.rebuild(lambda: self._indexed(self.stored_packs()), condemned)
 
     def _indexed(self, packs: Iterable[tuple[PackId, int]]) -> Iterator[IndexedPack]:
         for pack, pack_bytes in packs:

@@ -26,6 +26,7 @@ from typing import Any
 
 from casfs.backup import BackupOptions, back_up
 from casfs.check import Checker
+from casfs.digest import Digest
 from casfs.errors import CasfsError, IntegrityError
 from casfs.forget import Candidate, forget
 from casfs.monitor import Progress, RecordingMonitor
@@ -35,6 +36,7 @@ from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
 from casfs.scrub import ReadChoice
 from casfs.store import writer as writer_module
+from casfs.store.index import Index
 from casfs.store.lock import LockMode
 from casfs.store.writer import BlobWriter
 from casfs.tagging import retag
@@ -167,6 +169,15 @@ def act_look(root: Path, step: Step) -> dict[str, dict[str, str]]:
 def act_look_through_the_mount(root: Path, step: Step) -> dict[str, dict[str, str]]:
     with Repository.open(root) as repository:
         return look_through_the_mount(repository)
+
+
+def act_trusts(root: Path, step: Step, blobs: list[str]) -> list[bool]:
+    """Ask the index alone, as a writer does that has it open."""
+    index = Index(root / "index", readonly=True)
+    try:
+        return index.known([Digest(bytes.fromhex(blob)) for blob in blobs])
+    finally:
+        index.close()
 
 
 ACTS: dict[str, Callable[..., Any]] = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from casfs.repository import Repository
 from casfs.store.lock import RepositoryLock
 
 from ..unit.storing import flip, pack_paths
@@ -154,6 +155,37 @@ class TestPrune:
                 grown.must_be_sound(look_at_source(grown.source))
                 goes_on(grown, look_at_source(grown.source))
                 grown.published = dict(known)
+
+    @pytest.mark.parametrize("index", ["as it was left", "missing"])
+    def test_killed_in_a_removal_leaves_packs_that_are_never_trusted_again(
+        self, grown: Scene, index: str
+    ) -> None:
+        """A backup that runs beside the next command looks into the index between any two commits."""
+        with Repository.open(grown.root) as repository:
+            condemned = repository.store.index.condemned()
+            blobs = [
+                digest.hex()
+                for digest, location in repository.store.index.blobs()
+                if location.pack in condemned
+            ]
+        assert blobs
+        with kept_as_it_is(grown.root) as copy:
+            steps = grown.act("prune", **NO_SYNC).steps
+            come_back(copy, grown.root)
+        assert grown.act("prune", {"at": steps.index("unlink packs")}, **NO_SYNC).was_killed
+        trusted: list[bool] = []
+
+        def look(step: str) -> None:
+            if step == "done index":
+                trusted.extend(grown.act("trusts", blobs=blobs).done())
+
+        if index == "missing":
+            for path in (grown.root / "index").iterdir():
+                path.unlink()
+        with Repository.open(grown.root, "backup", sync=False, on_step=look):
+            pass
+        assert trusted
+        assert not any(trusted)
 
 
 class TestForget:
