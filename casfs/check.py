@@ -62,6 +62,7 @@ class Checker:
         self._monitor = monitor
         self._scrubbed = ScrubResult()
         self._visited = Bitmap()
+        self._told_unknown: set[Digest] = set()
 
     def check(self, read: ReadChoice | None = None) -> CheckResult:
         """Check the structure, and read the packs that are chosen (None: none of them)."""
@@ -141,7 +142,9 @@ class Checker:
                 raise BlobError(
                     digest, "its data does not have its digest", self._scrubbed.bad[digest]
                 )
-            piece = decode_piece(self._store.read(Digest(ref.digest)))
+            if self._store.index.lookup(digest) is None:
+                self._is_elsewhere(digest)
+            piece = decode_piece(self._store.read(digest))
             _check_summary(ref, piece)
         except (IntegrityError, CasfsError) as error:
             self.damaged_trees.add(ref.digest)
@@ -201,14 +204,25 @@ class Checker:
         if extent.digest is None:
             return True
         location = self._store.index.lookup(extent.digest)
-        if extent.lost or location is None or extent.digest in self._scrubbed.bad:
+        if extent.lost or extent.digest in self._scrubbed.bad:
             return False
+        if location is None:
+            return self._is_elsewhere(extent.digest)
         pack_bytes = self._scrubbed.pack_bytes.get(location.pack)
         if pack_bytes is not None and location.offset + location.stored_bytes > pack_bytes:
             return False
         if location.plain_bytes != extent.length:
             raise TreeError("a chunk does not have the length that is recorded for it")
         return True
+
+    def _is_elsewhere(self, digest: Digest) -> bool:
+        """Tell whether a needed blob that the index does not name is in a pack, and report the index."""
+        pack = self._scrubbed.unknown.get(digest)
+        if pack is not None and digest not in self._told_unknown:
+            self._told_unknown.add(digest)
+            message = "it does not know the blob; casfs repair index rebuilds it"
+            self._report(Damage("index", message, pack, digest))
+        return pack is not None
 
 
 def _check_summary(ref: TreeRef, piece: object) -> None:

@@ -18,11 +18,13 @@ from casfs.digest import Digest, PackId, SnapshotId
 from casfs.errors import BlobError, CasfsError, NotFoundError, PackError
 from casfs.monitor import Monitor
 from casfs.repository import Repository
+from casfs.store.index import PackRecord
 from casfs.store.pack import TRAILER, PackEntry
 from casfs.store.store import pack_name
 
 _WINDOW_BYTES = 8 * 1024 * 1024
 _THREADS = 2
+_MOST_UNKNOWN = 100_000
 _NOTED_AFTER_S = 5.0
 """How often what was verified is made durable: what an interruption may cost."""
 
@@ -58,7 +60,10 @@ class ReadChoice:
 
 @dataclass(slots=True)
 class ScrubResult:
-    """What was read: packs, blobs, bytes; `left` were to be read and time did not allow it."""
+    """What was read: packs, blobs, bytes; `left` were to be read and time did not allow it.
+
+    `unknown` are blobs that packs hold and the index does not name.
+    """
 
     packs: int = 0
     packs_read: int = 0
@@ -67,6 +72,7 @@ class ScrubResult:
     read_bytes: int = 0
     oldest_verified_s: int | None = None
     bad: dict[Digest, PackId] = field(default_factory=dict)
+    unknown: dict[Digest, PackId] = field(default_factory=dict)
     pack_bytes: dict[int, int] = field(default_factory=dict)
 
 
@@ -102,7 +108,7 @@ class Scrubber:
         entries_before = self._store.index.blob_count()
         records = self._store.index.packs()
         stored = dict(self._store.stored_packs())
-        found_before = self._damage_of_records(stored)
+        found_before = self._damage_of_records(records, stored)
         self.result.packs = len(stored)
         indexed = 0
         sound = not found_before
@@ -122,16 +128,16 @@ class Scrubber:
             self._report(Damage("index", message))
         return self.result
 
-    def _damage_of_records(self, stored: dict[PackId, int]) -> bool:
+    def _damage_of_records(self, records: list[PackRecord], stored: dict[PackId, int]) -> bool:
         """Compare the index's list of packs with what is stored; tell whether anything was wrong."""
         wrong = False
-        for record in self._store.index.packs():
+        for record in records:
+            if record.pack not in stored and self._is_gone(record.ordinal):
+                continue
             self._ordinals[record.ordinal] = record.pack
             self._by_name[record.pack] = record.ordinal
             self.result.pack_bytes[record.ordinal] = stored.get(record.pack, 0)
             if record.pack not in stored:
-                if self._is_gone(record.ordinal):
-                    continue
                 message = "the index names it, but it is missing"
             elif stored[record.pack] != record.pack_bytes:
                 message = (
@@ -147,6 +153,13 @@ class Scrubber:
         """Tell whether a prune has removed a pack from the index meanwhile."""
         return all(record.ordinal != ordinal for record in self._store.index.packs())
 
+    def _is_removed(self, pack: PackId) -> bool:
+        """Tell whether a prune has removed a pack that was in the storage when this check began."""
+        ordinal = self._by_name.get(pack)
+        if ordinal is not None:
+            return self._is_gone(ordinal)
+        return all(name != pack for name, _ in self._store.stored_packs())
+
     def _check_directory(
         self, job: tuple[PackId, int]
     ) -> tuple[PackId, list[PackEntry], list[Damage]]:
@@ -154,8 +167,7 @@ class Scrubber:
         try:
             return pack, self._store.read_directory(pack, pack_bytes), []
         except NotFoundError as error:
-            ordinal = self._by_name.get(pack)
-            if ordinal is None or self._is_gone(ordinal):
+            if self._is_removed(pack):
                 return pack, [], []
             return pack, [], [Damage("pack", _reason(error), pack)]
         except CasfsError as error:
@@ -171,10 +183,7 @@ class Scrubber:
         for entry in entries:
             location = self._store.index.lookup(entry.digest)
             if location is None:
-                # A prune that was interrupted may have removed entries, and the pack not yet.
-                ordinal = self._by_name[pack]
-                if ordinal not in self._store.index.condemned() and not self._is_gone(ordinal):
-                    self._report(Damage("index", "it does not know the blob", pack, entry.digest))
+                self._note_unknown(pack, entry.digest)
             elif self._ordinals.get(location.pack) == pack:
                 count += 1
                 told = (location.offset, location.stored_bytes, location.plain_bytes)
@@ -184,6 +193,15 @@ class Scrubber:
                 if location.is_bad:
                     self.result.bad[entry.digest] = pack
         return count
+
+    def _note_unknown(self, pack: PackId, digest: Digest) -> None:
+        """Keep in mind a stored blob that the index does not know.
+
+        That is no damage by itself. Where two backups stored a blob at the same time, the index names one
+        of its packs; when nobody needs it any more and that pack is removed, the other may stay.
+        """
+        if len(self.result.unknown) < _MOST_UNKNOWN:
+            self.result.unknown[digest] = pack
 
     def _read_chosen(
         self, pool: ThreadPoolExecutor, stored: dict[PackId, int], choice: ReadChoice
@@ -229,7 +247,7 @@ class Scrubber:
     def _gather(self, pack: PackId, pack_bytes: int, read: _Read) -> None:
         entries, damage = read.entries, read.damage
         ordinal = self._by_name.get(pack)
-        if damage and ordinal is not None and self._is_gone(ordinal):
+        if damage and self._is_removed(pack):
             return
         self._report_all(damage)
         self.result.packs_read += 1

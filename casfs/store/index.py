@@ -14,9 +14,10 @@ import functools
 import itertools
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from casfs.digest import Digest, PackId
 from casfs.errors import IndexUnusableError
@@ -209,39 +210,45 @@ class Index:
             found = cursor.next()
         return rows
 
-    def add_packs(self, packs: Iterable[IndexedPack], condemned: Set[PackId] = frozenset()) -> None:
-        """Record packs in one durable transaction, in which those in `condemned` are so from the first.
+    def add_packs(self, packs: Iterable[IndexedPack]) -> None:
+        """Record packs in one durable transaction.
 
         A blob that another pack holds already keeps its place, unless it is not trusted there; a pack
         that is known is left alone.
         """
         added = list(packs)
+        self._env.write(lambda txn: self._add(txn, added, set(self._condemned_in(txn))))
+
+    def adopt(
+        self, packs: Callable[[], Iterable[IndexedPack]], condemned: Callable[[], Set[PackId]]
+    ) -> None:
+        """Record packs that were found in the storage; those that are condemned are so from the first.
+
+        What is condemned is asked within the transaction, and before the packs are: one that is still
+        there then, and that a prune has removed from the index, is condemned.
+        """
 
         def change(txn: Transaction) -> None:
-            now_condemned = set(self._condemned_in(txn))
-            for one in added:
-                if one[0] in condemned and txn.get(b"pack" + one[0], db=self._meta) is None:
-                    now_condemned.add(self._counters(txn)[0])
-                    self._condemn(txn, now_condemned)
-                self._add(txn, [one], now_condemned)
+            self._adopt(txn, set(self._condemned_in(txn)), condemned(), packs())
 
         self._env.write(change)
 
     def rebuild(
-        self, packs: Callable[[], Iterable[IndexedPack]], also_condemned: Set[PackId] = frozenset()
+        self,
+        packs: Callable[[], Iterable[IndexedPack]],
+        condemned: Callable[[], Set[PackId]] = frozenset,
     ) -> None:
         """Replace everything by what `packs` yields, in one transaction; counts as a loss.
 
         Others see the index as it was until it is whole. Ordinals go on from where they were, so that
         none that a reader remembers comes to mean another pack or blob. What was known of the packs
-        that are yielded (verified, condemned, damaged blobs) is known still; `also_condemned` are too.
+        that are yielded (verified, condemned, damaged blobs) is known still. `condemned` is as for `adopt`.
         """
 
         def change(txn: Transaction) -> None:
             next_pack, next_blob, losses = self._counters(txn)
             before = {record.ordinal: record for record in self._all_packs(txn)}
-            condemned = {before[n].pack for n in self._condemned_in(txn) if n in before}
-            condemned |= also_condemned
+            still = {before[n].pack for n in self._condemned_in(txn) if n in before}
             bad = {
                 (bytes(key), before[location.pack].pack)
                 for key, value in txn.cursor(db=self._blobs)
@@ -252,14 +259,25 @@ class Index:
                 txn.drop(db, delete=False)
             txn.put(b"counters", _COUNTERS.pack(next_pack, next_blob, losses + 1), db=self._meta)
             txn.put(b"version", INDEX_VERSION, db=self._meta)
-            now_condemned: set[int] = set()
-            for added in packs():
-                if added[0] in condemned:
-                    now_condemned.add(self._counters(txn)[0])
-                self._add(txn, [added], now_condemned, bad, known.get(added[0]))
-            self._condemn(txn, now_condemned)
+            self._adopt(txn, set(), still | condemned(), packs(), bad, known)
 
         self._env.write(change)
+
+    def _adopt(
+        self,
+        txn: Transaction,
+        now_condemned: set[int],
+        condemned: Set[PackId],
+        packs: Iterable[IndexedPack],
+        bad: set[tuple[bytes, PackId]] | None = None,
+        known: Mapping[PackId, PackRecord] = MappingProxyType({}),
+    ) -> None:
+        for added in packs:
+            is_new = txn.get(b"pack" + added[0], db=self._meta) is None
+            if is_new and added[0] in condemned:
+                now_condemned.add(self._counters(txn)[0])
+            self._add(txn, [added], now_condemned, bad, known.get(added[0]))
+        self._condemn(txn, now_condemned)
 
     def _add(
         self,
@@ -302,6 +320,11 @@ class Index:
         wanted = set(ordinals)
         if wanted != self.condemned():
             self._env.write(lambda txn: self._condemn(txn, wanted))
+
+    def change_condemned(self, more: Set[int], less: Set[int]) -> None:
+        """Condemn some packs and others no longer; what is said of the rest stays as it is."""
+        if more or less:
+            self._env.write(lambda txn: self._condemn(txn, (self._condemned_in(txn) | more) - less))
 
     def _condemn(self, txn: Transaction, ordinals: Iterable[int]) -> None:
         value = b"".join(map(_CONDEMNED_ITEM.pack, sorted(ordinals)))

@@ -82,7 +82,7 @@ def index_to_write(
         ) from error
     index = Index(path, on_step=on_step, sync=sync)
     try:
-        BlobStore(storage, index, codec).reconcile(alone=not _is_in_use(root, own_lock))
+        BlobStore(storage, index, codec).reconcile(lambda: not _is_in_use(root, own_lock))
     except BaseException:
         close_index(index)
         raise

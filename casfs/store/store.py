@@ -6,7 +6,7 @@ Reading is safe from several threads. Nothing is returned whose digest was not r
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 
 from casfs.digest import Digest, PackId
 from casfs.errors import (
@@ -209,16 +209,18 @@ class BlobStore:
             entries.append(PackEntry(digest, offset, stored_bytes, plain_bytes, kind, codec))
         return entries
 
-    def reconcile(self, alone: bool = True) -> None:
+    def reconcile(self, is_alone: Callable[[], bool] = lambda: True) -> None:
         """Bring the index into agreement with the packs in the storage.
 
         Packs that a crash left out of the index are added from their directories. Where the index
         names a pack that is gone it is rebuilt from the packs alone, so that no blob is trusted that
-        nothing holds and duplicates in other packs are found. What is condemned is read first: a pack
-        that this process takes for sound is either not condemned, or by somebody who sees its lock.
-        What is condemned stays so unless nobody else writes (`alone`): it may be a prune that does.
+        nothing holds and duplicates in other packs are found.
+
+        A prune of another process may be at work. It condemns a pack before it removes it from the index,
+        and removes the file before the condemnation. So what is condemned is asked after what it is
+        compared with was read, here and in `_adopt`. Unless nobody else writes (`is_alone`) a pack that
+        is condemned and not in the index is being removed, and what the index calls condemned stays so.
         """
-        condemned = condemned_packs(self.storage)
         stored = dict(self.stored_packs())
         indexed = {record.pack for record in self.index.packs()}
         missing = {pack for pack in indexed - stored.keys() if not self._is_stored(pack)}
@@ -228,15 +230,28 @@ class BlobStore:
                 len(missing),
             )
         if missing or not self.index.is_current():
-            self.rebuild(condemned)
+            self.rebuild()
         elif new := sorted(stored.keys() - indexed):
-            # A pack that a prune had half removed may still not be relied on by anybody, not even by a
-            # backup that looks into the index between this and the next transaction.
-            self.index.add_packs(self._indexed((pack, stored[pack]) for pack in new), condemned)
+            self._adopt([(pack, stored[pack]) for pack in new], is_alone)
         before = self.index.condemned()
+        condemned = condemned_packs(self.storage)
         if condemned or before:
             found = {record.ordinal for record in self.index.packs() if record.pack in condemned}
-            self.index.condemn(found if alone else found | before)
+            self.index.change_condemned(found - before, before - found if is_alone() else set())
+
+    def _adopt(self, new: list[tuple[PackId, int]], is_alone: Callable[[], bool]) -> None:
+        condemned: set[PackId] = set()
+
+        def ask() -> set[PackId]:
+            condemned.clear()
+            condemned.update(condemned_packs(self.storage))
+            return condemned
+
+        def packs() -> Iterator[IndexedPack]:
+            alone = is_alone()
+            return self._indexed(one for one in new if alone or one[0] not in condemned)
+
+        self.index.adopt(packs, ask)
 
     def _is_stored(self, pack: PackId) -> bool:
         """Tell whether a pack is there by now: another writer may just have published it."""
@@ -245,9 +260,11 @@ class BlobStore:
         except NotFoundError:
             return False
 
-    def rebuild(self, condemned: Set[PackId] = frozenset()) -> None:
-        """Build the index anew from the packs alone; of these, some are known to be condemned."""
-        self.index.rebuild(lambda: self._indexed(self.stored_packs()), condemned)
+    def rebuild(self) -> None:
+        """Build the index anew from the packs alone."""
+        self.index.rebuild(
+            lambda: self._indexed(self.stored_packs()), lambda: condemned_packs(self.storage)
+        )
 
     def _indexed(self, packs: Iterable[tuple[PackId, int]]) -> Iterator[IndexedPack]:
         for pack, pack_bytes in packs:

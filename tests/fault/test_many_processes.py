@@ -1,0 +1,118 @@
+"""Backups, a prune, a check and a reader at once, all of them processes: everybody comes to their end.
+
+Three backups each go round with a source of their own that changes, a fourth process forgets and
+prunes, one checks all data, one reads every snapshot to its last byte. What a snapshot must show is known
+from the source, which rests while it is backed up.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+
+from .effort import EFFORT, dice
+from .looking import Files, look_at_source
+from .stage import KIB, Scene, Stage, make_scene
+
+ROUNDS = 12 * EFFORT
+HOSTS = ("one", "two", "three")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 * EFFORT)]
+
+
+class Crowd:
+    """What the processes have published and forgotten, and whether those that publish are done."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.published: dict[str, Files] = {}
+        self.forgotten: set[str] = set()
+        self.done = Event()
+
+    def back_up(self, host: str, seed: int) -> None:
+        with Stage() as stage:
+            own = Scene(stage, self.scene.root, self.scene.source / host)
+            own.source.mkdir()
+            for number in range(ROUNDS):
+                # Some of it was there before and may have been pruned since, some other hosts have too.
+                for place in range(5):
+                    kind = (number * 7 + place * seed) % 6
+                    shared = f"shared {kind}" if place % 2 else f"{host} {kind} {number // 4}"
+                    own.write(f"{place}", shared, (10 + 7 * kind) * KIB)
+                shows = look_at_source(own.source)
+                told = own.act("backup", source=str(own.source), host=host).done()
+                self.published[told["id"]] = shows
+
+    def forget_and_prune(self) -> None:
+        with Stage() as stage:
+            throw = dice()
+            scene = Scene(stage, self.scene.root, self.scene.source)
+            while not self.done.is_set():
+                there = sorted(self.published.keys() - self.forgotten)
+                gone = throw.sample(there, max(0, len(there) - 3))
+                # Told before, so that nobody is surprised that they are gone.
+                self.forgotten.update(gone)
+                scene.act("forget", ids=gone).done()
+                share = throw.choice([0.0, 0.1, 0.25])
+                scene.act("prune", share=share, margin_s=throw.choice([0.0, 60.0])).done()
+
+    def check(self) -> None:
+        with Stage() as stage:
+            scene = Scene(stage, self.scene.root, self.scene.source)
+            while not self.done.is_set():
+                damage = scene.act("check").done()
+                assert not damage, damage
+
+    def read(self, verb: str) -> None:
+        with Stage() as stage:
+            scene = Scene(stage, self.scene.root, self.scene.source)
+            while not self.done.is_set():
+                known = dict(self.published)
+                found: dict[str, Files] = scene.act(verb).done()
+                for name, shows in known.items():
+                    if name not in self.forgotten:
+                        assert found.get(name) == shows, name
+
+
+def test_many_processes_at_once_lose_nothing(stage: Stage, tmp_path: Path) -> None:
+    scene = make_scene(stage, tmp_path)
+    crowd = Crowd(scene)
+
+    def until_done(work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        finally:
+            # Where one of them fails the others have no reason to go on.
+            crowd.done.set()
+
+    with ThreadPoolExecutor(8) as pool:
+        others = [
+            pool.submit(until_done, crowd.forget_and_prune),
+            pool.submit(until_done, crowd.check),
+            pool.submit(until_done, crowd.read, "look"),
+            pool.submit(until_done, crowd.read, "look_through_the_mount"),
+        ]
+        backups = [pool.submit(crowd.back_up, host, seed + 1) for seed, host in enumerate(HOSTS)]
+        try:
+            for backup in backups:
+                backup.result()
+        finally:
+            crowd.done.set()
+        for other in others:
+            other.result()
+    assert len(crowd.published) == ROUNDS * len(HOSTS)
+    assert crowd.forgotten
+    scene.published = {
+        name: shows for name, shows in crowd.published.items() if name not in crowd.forgotten
+    }
+    assert scene.must_be_sound() == set(scene.published)
+    scene.act("prune", share=0.0).done()
+    assert scene.must_be_sound() == set(scene.published)
+    scene.must_be_tidy()
+    shutil.rmtree(scene.source)
