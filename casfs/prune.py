@@ -19,7 +19,13 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from casfs.digest import SnapshotId
-from casfs.errors import BlobError, CasfsError, IntegrityError, NotFoundError
+from casfs.errors import (
+    BlobError,
+    CasfsError,
+    IndexUnusableError,
+    IntegrityError,
+    NotFoundError,
+)
 from casfs.monitor import Monitor
 from casfs.needs import Needs
 from casfs.repository import Repository
@@ -307,18 +313,29 @@ class Pruner:
         """Remove packs from the index, then from the storage, then their condemnation; return them."""
         if not ordinals:
             return ordinals
-        self._index.remove_packs(ordinals)
-        for ordinal in sorted(ordinals):
-            record = self._records[ordinal]
-            self._storage.delete(pack_name(record.pack))
-            self.result.removed_packs += 1
-            self.result.removed_bytes += record.pack_bytes
+        try:
+            self._index.remove_packs(ordinals)
+        except IndexUnusableError as error:
+            # A full disk has no room for that. Without the packs it has; should this end before the
+            # index knows it, the next who opens the repository sees that they are gone.
+            log.warning("%s; the packs are removed first", error)
+            self._unlink(ordinals)
+            self._index.remove_packs(ordinals)
+        else:
+            self._unlink(ordinals)
         removed = {self._records[ordinal].pack for ordinal in ordinals}
         for name, condemnation in read_condemnations(self._storage).items():
             packs = condemnation.pack_ids()
             if not packs.isdisjoint(removed):
                 replace_condemnation(self._storage, name, condemnation.only(packs - removed))
         return ordinals
+
+    def _unlink(self, ordinals: set[int]) -> None:
+        for ordinal in sorted(ordinals):
+            record = self._records[ordinal]
+            self._storage.delete(pack_name(record.pack))
+            self.result.removed_packs += 1
+            self.result.removed_bytes += record.pack_bytes
 
     def _forget_snapshots(self) -> None:
         """Drop what the index remembers of snapshots that are no more."""

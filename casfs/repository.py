@@ -41,6 +41,7 @@ from casfs.store.index import Index
 from casfs.store.lock import LockMode, RepositoryLock, live_locks, remove_stale_temporaries
 from casfs.store.opening import close_index, index_to_read, index_to_write
 from casfs.store.place import index_path
+from casfs.store.reserve import give_up_reserve, take_reserve
 from casfs.store.seal import unseal
 from casfs.store.storage import LocalStorage
 from casfs.store.store import BlobStore
@@ -110,6 +111,7 @@ class Repository:
         index = Index(index_path(root, config.id))
         index.rebuild(tuple)
         close_index(index)
+        take_reserve(root)
         storage.write(CONFIG_NAME, encode_config(config))
         return config
 
@@ -124,6 +126,7 @@ class Repository:
         on_step: Callable[[str], None] | None = None,
         reader: str | None = None,
         takes_notes: bool = False,
+        frees: bool = False,
     ) -> Repository:
         """Open a repository: for writing when `verb` says what for, for reading otherwise.
 
@@ -132,7 +135,8 @@ class Repository:
         `takes_notes` can mark in the index what it found, where it may write there.
 
         Raises NotFoundError, FormatError, IntegrityError (configuration), LockedError, StorageError
-        and IndexUnusableError. A process has a repository open only once at a time.
+        and IndexUnusableError. A process has a repository open only once at a time. Who opens it to free
+        space (`frees`) can do so on a full disk.
         """
         root = root.absolute()
         config = _read_config(root)
@@ -146,6 +150,8 @@ class Repository:
                     note.release()
                 raise
             return cls(root, config, storage, index, level, note)
+        if frees:
+            give_up_reserve(root)
         lock = RepositoryLock.acquire(root / "locks", verb, mode)
         try:
             remove_stale_temporaries(root)
@@ -174,6 +180,8 @@ class Repository:
             storage.close()
         if self._lock is not None:
             self._lock.release()
+            if self._lock.mode != LockMode.READER:
+                take_reserve(self.root)
 
     def _verified_packs(self) -> list[int]:
         """Return the ordinals of the packs all of whose blobs and whose directory were verified."""

@@ -120,7 +120,9 @@ def forget(
     grouping = _grouping(group_by)
     root, output = settings.repository_path(), settings.output()
     # A dry run changes nothing, and needs not be allowed to.
-    with Repository.open(root, None if dry_run else "forget", sync=settings.sync) as repository:
+    with Repository.open(
+        root, None if dry_run else "forget", sync=settings.sync, frees=True
+    ) as repository:
         if snaps:
             forgotten = named_snapshots(repository, snaps, allow_all)
             kept = len({i for i, _ in repository.snapshots()} - {c.snapshot_id for c in forgotten})

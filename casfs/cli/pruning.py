@@ -54,7 +54,10 @@ def run_prune(root: Path, output: Output, options: PruneOptions, sync: bool) -> 
     from casfs.store.lock import LockMode
 
     monitor = CommandMonitor(output, "prune")
-    with Repository.open(root, "prune", LockMode.TENDING, sync=sync) as repository, monitor:
+    with (
+        Repository.open(root, "prune", LockMode.TENDING, sync=sync, frees=True) as repository,
+        monitor,
+    ):
         result = Pruner(repository, options, monitor).prune()
     _say(output, result, options.dry_run)
 

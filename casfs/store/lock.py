@@ -55,10 +55,11 @@ class LockRecord(msgspec.Struct, frozen=True):
 class RepositoryLock:
     """A held lock; `name` is unique among all that ever were, and marks temporary files."""
 
-    def __init__(self, folder: Path, name: str, fd: int) -> None:
+    def __init__(self, folder: Path, name: str, fd: int, mode: LockMode) -> None:
         self._path = folder / name
         self._fd = fd
         self.name = name
+        self.mode = mode
 
     @classmethod
     def acquire(cls, folder: Path, verb: str, mode: LockMode = LockMode.SHARED) -> RepositoryLock:
@@ -67,7 +68,7 @@ class RepositoryLock:
         record = LockRecord(mode, verb, socket.gethostname(), os.getpid(), int(time.time()))
         try:
             folder.mkdir(exist_ok=True)
-            lock = cls(folder, name, _create_held(folder, name, record))
+            lock = cls(folder, name, _create_held(folder, name, record), mode)
         except OSError as error:
             raise StorageError("write a lock in", str(folder), error) from error
         try:

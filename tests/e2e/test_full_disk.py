@@ -106,3 +106,26 @@ def _fill(ballast: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def test_a_full_disk_to_the_last_byte_is_freed_by_forgetting_and_pruning(
+    casfs: Casfs, source: Path, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path, 64 * MIB) as disk:
+        small = casfs.at(disk / "repository").init()
+        (source / "bulk").write_bytes(os.urandom(12 * MIB))
+        small.backup(source)
+        (source / "bulk").unlink()
+        (source / "other").write_bytes(os.urandom(4 * MIB))
+        small.backup(source)
+        _fill(disk / "ballast")
+        small.run("backup", tmp_path / "home", expect=1)
+        small.run("forget", "--keep-last", "1")
+        _fill(disk / "more ballast")
+        assert small.json("prune").one("prune")["freed_bytes"] > 10 * MIB
+        assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize > 8 * MIB
+        assert small.json("check", "--read-data").one("summary")["ok"] is True
+        small.run("restore", f"latest:{source}", "--target", tmp_path / "target")
+        assert tree_differences(source, tmp_path / "target") == []
+        small.backup(source)
+        assert (disk / "repository" / "reserve").stat().st_size == MIB

@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "casfs.store.config",
         "casfs.store.lock",
         "casfs.store.place",
+        "casfs.store.reserve",
         "casfs.store.storage",
     ),
     ("casfs.store.environment", "casfs.store.pack"),

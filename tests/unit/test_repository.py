@@ -49,7 +49,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class TestMaking:
     def test_lays_out_the_folders_and_says_what_they_are(self, keeper: Keeper) -> None:
         assert sorted(os.listdir(keeper.root)) == [
-            *("README", "condemned", "config", "index", "locks", "packs", "snapshots", "tmp")
+            *(
+                "README",
+                "condemned",
+                "config",
+                "index",
+                "locks",
+                "packs",
+                "reserve",
+                "snapshots",
+                "tmp",
+            )
         ]
         assert "casfs repository" in (keeper.root / "README").read_text()
         assert stat.S_IMODE(keeper.root.stat().st_mode) == 0o700
