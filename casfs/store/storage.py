@@ -196,7 +196,7 @@ class LocalStorage:
             os.fsync(fd)
         self._step("rename", name)
         if not path.parent.is_dir():
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._sync_folder(path.parent.parent, name)
         self._readers.forget(str(path))
         os.rename(temporary, path)
@@ -268,8 +268,11 @@ class LocalSpool:
     def _open(self) -> Path:
         if self._path is None:
             path = self._storage._temporary_path()
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             try:
-                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                # A copy of a repository may have been made without its empty folders.
+                path.parent.mkdir(exist_ok=True, mode=0o700)
+                self._fd = os.open(path, flags, 0o600)
             except OSError as error:
                 raise StorageError("create", str(path), error) from error
             self._path = path

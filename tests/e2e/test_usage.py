@@ -113,3 +113,16 @@ def test_a_full_stdout_is_an_error(repository: Casfs, source: Path) -> None:
     assert process.returncode == 1
     assert b"Traceback" not in process.stderr
     assert b"No space left" in process.stderr
+
+
+def test_a_repository_that_was_copied_without_its_empty_folders_works(
+    repository: Casfs, source: Path, tmp_path: Path
+) -> None:
+    assert repository.repository is not None
+    for name in ("tmp", "locks", "condemned", "snapshots", "packs"):
+        (repository.repository / name).rmdir()
+    repository.backup(source)
+    (source / "more").write_bytes(b"more")
+    repository.backup(source)
+    repository.run("forget", "--keep-last", "1", "--prune")
+    assert repository.json("check", "--read-data").one("summary")["ok"] is True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Callable
@@ -212,7 +213,7 @@ class TestFailures:
             storage.write("snapshots/a", b"x")
 
     def test_of_a_folder_that_is_gone_name_it(self, storage: LocalStorage, root: Path) -> None:
-        (root / "tmp").rmdir()
+        shutil.rmtree(root)
         with pytest.raises(StorageError, match=r"cannot create .*/tmp/me\.0"):
             storage.write("snapshots/a", b"x")
 
