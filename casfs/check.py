@@ -208,9 +208,6 @@ class Checker:
             return False
         if location is None:
             return self._is_elsewhere(extent.digest)
-        pack_bytes = self._scrubbed.pack_bytes.get(location.pack)
-        if pack_bytes is not None and location.offset + location.stored_bytes > pack_bytes:
-            return False
         if location.plain_bytes != extent.length:
             raise TreeError("a chunk does not have the length that is recorded for it")
         return True

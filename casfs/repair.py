@@ -211,6 +211,8 @@ class SnapshotRepairer:
             self._lose(path, "the file is dropped: nothing of it is left")
             return None
         new, lost = holed
+        if not lost:
+            return node  # another pack has what is damaged where the index looks for it
         ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)
         self._current.holed += 1
         message = (

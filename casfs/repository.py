@@ -287,7 +287,8 @@ class Repository:
         return decode_snapshot(snapshot_id, data, self.codec)
 
     def snapshots(self) -> Iterator[tuple[SnapshotId, Snapshot]]:
-        """Yield every snapshot from the oldest to the newest; damaged ones are logged and left out.
+        """Yield every snapshot from the oldest to the newest; those that are damaged, or cannot
+        be read, are logged and left out.
 
         One that another replaces is left out too: a crash between the two steps of a change of tags
         leaves both.
@@ -298,7 +299,7 @@ class Repository:
                 found.append((snapshot_id, self.load(snapshot_id)))
             except NotFoundError:
                 continue
-            except IntegrityError as error:
+            except (IntegrityError, StorageError) as error:
                 log.warning("%s; run casfs check", error)
         replaced = {snapshot.replaces for _, snapshot in found}
         found.sort(key=lambda item: (item[1].time_ns, item[0]))

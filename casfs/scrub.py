@@ -7,6 +7,7 @@ takes it for stored: seen again in a source it is stored anew, which heals older
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from casfs.digest import Digest, PackId, SnapshotId
-from casfs.errors import BlobError, CasfsError, NotFoundError, PackError
+from casfs.errors import BlobError, CasfsError, NotFoundError, PackError, StorageError
 from casfs.monitor import Monitor
 from casfs.repository import Repository
 from casfs.store.index import PackRecord
@@ -24,6 +25,7 @@ from casfs.store.store import pack_name
 
 _WINDOW_BYTES = 8 * 1024 * 1024
 _THREADS = 2
+_REFUSED = frozenset([errno.EACCES, errno.EPERM])
 _MOST_UNKNOWN = 100_000
 _NOTED_AFTER_S = 5.0
 """How often what was verified is made durable: what an interruption may cost."""
@@ -62,7 +64,8 @@ class ReadChoice:
 class ScrubResult:
     """What was read: packs, blobs, bytes; `left` were to be read and time did not allow it.
 
-    `unknown` are blobs that packs hold and the index does not name.
+    `bad` are blobs of which no sound copy was found, with the pack that should hold each; `unknown` are
+    those that packs hold and the index does not name.
     """
 
     packs: int = 0
@@ -73,7 +76,6 @@ class ScrubResult:
     oldest_verified_s: int | None = None
     bad: dict[Digest, PackId] = field(default_factory=dict)
     unknown: dict[Digest, PackId] = field(default_factory=dict)
-    pack_bytes: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,9 @@ class Scrubber:
         self._ordinals: dict[int, PackId] = {}
         self._by_name: dict[PackId, int] = {}
         self._verified: list[int] = []
+        # Packs that are not as they were stored, with the blobs that were found in them all the same.
+        self._broken: dict[int, set[Digest]] = {}
+        self._closed: set[PackId] = set()
         self._noted_at = time.monotonic()
 
     def scrub(self, choice: ReadChoice | None) -> ScrubResult:
@@ -118,10 +123,15 @@ class Scrubber:
                 self._report_all(damage)
                 if damage:
                     self._mark_damaged(pack)
-                if pack in self._by_name:
+                ordinal = self._by_name.get(pack)
+                if ordinal is not None:
                     indexed += self._compare_index(pack, entries)
+                    if damage or ordinal in self._broken:
+                        self._broken[ordinal] = {entry.digest for entry in entries}
             if choice is not None:
                 self._read_chosen(pool, stored, choice)
+        self._mark_unfound()
+        self._look_elsewhere()
         unchanged = records == self._store.index.packs()
         if indexed < entries_before and sound and unchanged:
             message = "it has entries that no pack holds; casfs repair index rebuilds it"
@@ -136,7 +146,6 @@ class Scrubber:
                 continue
             self._ordinals[record.ordinal] = record.pack
             self._by_name[record.pack] = record.ordinal
-            self.result.pack_bytes[record.ordinal] = stored.get(record.pack, 0)
             if record.pack not in stored:
                 message = "the index names it, but it is missing"
             elif stored[record.pack] != record.pack_bytes:
@@ -146,6 +155,7 @@ class Scrubber:
             else:
                 continue
             wrong = True
+            self._broken[record.ordinal] = set()
             self._report(Damage("pack", message, pack=record.pack))
         return wrong
 
@@ -172,6 +182,8 @@ class Scrubber:
             return pack, [], [Damage("pack", _reason(error), pack)]
         except CasfsError as error:
             damage = [Damage("pack", _reason(error), pack)]
+            if isinstance(error, StorageError) and error.cause.errno in _REFUSED:
+                self._closed.add(pack)
         try:
             return pack, self._store.salvage_directory(pack, pack_bytes), damage
         except CasfsError as unreadable:
@@ -259,8 +271,10 @@ class Scrubber:
         bad = {found.blob for found in damage if found.blob is not None}
         if read.is_sound:
             self._verified.append(ordinal)
-        elif damage:
-            self._mark_damaged(pack)
+        else:
+            self._broken.setdefault(ordinal, {entry.digest for entry in entries})
+            if damage:
+                self._mark_damaged(pack)
         for digest in bad:
             location = self._store.index.lookup(digest)
             # Of a blob that two packs hold, only the copy that the index names is read.
@@ -277,8 +291,38 @@ class Scrubber:
     def _mark_damaged(self, pack: PackId) -> None:
         """Have the next prune pack anew what is needed of a pack."""
         ordinal = self._by_name.get(pack)
-        if ordinal is not None and not self._store.index.readonly:
+        writable = not self._store.index.readonly and pack not in self._closed
+        if ordinal is not None and writable:
             self._store.index.mark_damaged([ordinal])
+
+    def _mark_unfound(self) -> None:
+        """Mark the blobs that a broken pack should hold and that were not found in it.
+
+        Where this process may not read a pack, that is no reason to distrust it for good.
+        """
+        if not self._broken:
+            return
+        unfound: dict[int, list[Digest]] = {}
+        for digest, location in self._store.index.blobs():
+            found = self._broken.get(location.pack)
+            if found is not None and digest not in found:
+                unfound.setdefault(location.pack, []).append(digest)
+        for ordinal, digests in unfound.items():
+            if self._is_gone(ordinal):
+                continue
+            pack = self._ordinals[ordinal]
+            self.result.bad.update(dict.fromkeys(digests, pack))
+            if pack not in self._closed and not self._store.index.readonly:
+                self._store.index.mark_blobs(ordinal, digests)
+
+    def _look_elsewhere(self) -> None:
+        """Find which damaged blobs another pack has, as every reader does: those are not lost."""
+        for digest in list(self.result.bad):
+            try:
+                self._store.read(digest)
+            except CasfsError:
+                continue
+            del self.result.bad[digest]
 
     def _note_verified(self) -> None:
         if self._verified and not self._store.index.readonly:
@@ -304,11 +348,24 @@ class Scrubber:
                     damage.append(Damage("blob", error.reason, pack, entry.digest))
             reader.read(pack_bytes - TRAILER.size, TRAILER.size)
         except CasfsError as error:
-            damage.append(Damage("pack", _reason(error), pack))
+            damage = [Damage("pack", _reason(error), pack), *self._read_one_by_one(pack, entries)]
             return _Read(entries, damage, False)
         if whole.digest() != pack:
             damage.append(Damage("pack", "its bytes do not have the digest that names it", pack))
         return _Read(entries, damage, not (damage or told))
+
+    def _read_one_by_one(self, pack: PackId, entries: list[PackEntry]) -> Iterator[Damage]:
+        """Yield which blobs are damaged in a pack that cannot be read from its beginning to its end."""
+        for entry in entries:
+            try:
+                payload = self._store.storage.read(
+                    pack_name(pack), entry.offset, entry.stored_bytes
+                )
+                self._store.codec.decode(entry.digest, entry.codec, payload, entry.plain_bytes)
+            except BlobError as error:
+                yield Damage("blob", error.reason, pack, entry.digest)
+            except CasfsError as error:
+                yield Damage("blob", str(error), pack, entry.digest)
 
     def _report_all(self, damage: Iterable[Damage]) -> None:
         for found in damage:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from casfs.digest import Digest, SnapshotId
-from casfs.errors import CasfsError, IntegrityError, NotFoundError
+from casfs.errors import CasfsError, IntegrityError, NotFoundError, StorageError
 from casfs.snapshot import Snapshot
 from casfs.store.config import CONFIG_NAME
 from casfs.tree import Kind, Node, nodes_of, replace
@@ -77,6 +77,7 @@ class RepositoryView:
         self._ranges = NumberRanges()
         self._shown: dict[SnapshotId, _Shown] = {}
         self._unreadable: set[SnapshotId] = set()
+        self._waited_for: set[SnapshotId] = set()
         self._by_first: dict[int, _Shown] = {}
         # Serial numbers of the paths that there ever were; they are the inode numbers of links and
         # directories here, and the positions in listings, which so survive all changes.
@@ -232,12 +233,17 @@ class RepositoryView:
             # No snapshots are one thing; no repository, because a disk is gone, is another.
             self._sources.repository.store.storage.size(CONFIG_NAME)
         self._unreadable &= found
+        self._waited_for &= found
         new: list[tuple[SnapshotId, Snapshot]] = []
         for snapshot_id in found - self._shown.keys() - self._unreadable:
             try:
                 new.append((snapshot_id, self._sources.repository.load(snapshot_id)))
             except NotFoundError:
                 continue
+            except StorageError as error:
+                if snapshot_id not in self._waited_for:
+                    log.error("%s; it is not shown until it can be read", error)
+                self._waited_for.add(snapshot_id)
             except IntegrityError as error:
                 self._unreadable.add(snapshot_id)
                 log.error("%s; it is not shown", error)

@@ -5,6 +5,7 @@ Reading is safe from several threads. Nothing is returned whose digest was not r
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Iterable, Iterator
 
@@ -35,6 +36,9 @@ from casfs.store.pack import (
 from casfs.store.storage import Storage
 
 log = logging.getLogger(__name__)
+
+_OWN_LIMITS = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+"""Errors of a read that say nothing of the disk."""
 
 _FRUITLESS_SEARCHES = 64
 """After so many a process looks no further for copies that the index does not name."""
@@ -123,6 +127,12 @@ class BlobStore:
             payload = self.storage.read(pack_name(pack), location.offset, location.stored_bytes)
         except NotFoundError as error:
             raise BlobError(digest, "its pack is missing", pack) from error
+        except StorageError as error:
+            if error.cause.errno in _OWN_LIMITS:
+                raise
+            raise BlobError(
+                digest, f"its pack cannot be read: {error.cause.strerror}", pack
+            ) from error
         if len(payload) != location.stored_bytes:
             raise BlobError(digest, "its pack ends before it", pack)
         try:
