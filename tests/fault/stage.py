@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +52,11 @@ class Outcome:
 
 
 class Stage:
-    """The process that forks; a context that ends it."""
+    """The process that forks; a context that ends it. `prefix` is a command that runs it."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fault.acts"],
+            [*prefix, sys.executable, "-m", "tests.fault.acts"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -76,15 +76,12 @@ class Stage:
         verb: str,
         root: Path,
         fate: dict[str, Any] | None = None,
-        user: int | None = None,
         **arguments: Any,
     ) -> Outcome:
         """Have a verb done; nothing but the fate that was asked for may kill it."""
         assert self._process.stdin is not None and self._process.stdout is not None
         job: dict[str, Any] = {"verb": verb, "root": str(root), "fate": fate or {}}
         job["arguments"] = arguments
-        if user is not None:
-            job["user"] = user
         print(json.dumps(job), file=self._process.stdin, flush=True)
         steps: list[str] = []
         result, error, bug = None, None, None
