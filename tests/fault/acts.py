@@ -194,6 +194,8 @@ class Fate:
         self._at: int | None = fate.get("at")
         self._what: str = fate.get("what", "kill")
         self._folder: int | None = None
+        if "call" in fate:
+            self._at = None
         if self._what.startswith("shutdown"):
             self._folder = os.open(fate["disk"], os.O_RDONLY | os.O_DIRECTORY)
         self._lock = threading.Lock()
@@ -205,14 +207,41 @@ class Fate:
             say({"step": step})
             if count != self._at:
                 return
-            if self._what in ("EIO", "ENOSPC"):
-                code = getattr(errno, self._what)
-                raise OSError(code, os.strerror(code))
             if self._folder is not None:
                 flags = {"shutdown with flush": 1, "shutdown": 2}[self._what]
                 fcntl.ioctl(self._folder, SHUTDOWN, struct.pack("I", flags))
             os.kill(os.getpid(), signal.SIGKILL)
             signal.pause()
+
+
+class FailingCall:
+    """A system call of this process that fails once, the `at`th time that it touches a folder."""
+
+    def __init__(self, fate: dict[str, Any], root: Path) -> None:
+        self._call: str = fate["call"]
+        self._code: int = getattr(errno, fate["what"])
+        self._left: int = fate["at"]
+        self._folder = os.fsencode(root)
+        self._real: Callable[..., Any] = getattr(os, self._call)
+        self._lock = threading.Lock()
+        setattr(os, self._call, self)
+
+    def __call__(self, first: Any, *rest: Any, **more: Any) -> Any:
+        if self._is_inside(first):
+            with self._lock:
+                left, self._left = self._left, self._left - 1
+            if left == 0:
+                say({"step": f"{self._call} failed"})
+                raise OSError(self._code, os.strerror(self._code))
+        return self._real(first, *rest, **more)
+
+    def _is_inside(self, place: Any) -> bool:
+        if isinstance(place, int):
+            try:
+                place = os.readlink(f"/proc/self/fd/{place}")
+            except OSError:
+                return False
+        return os.fsencode(place).startswith(self._folder + b"/")
 
 
 def say(message: dict[str, Any]) -> None:
@@ -224,8 +253,11 @@ def be_hurt_by(job: dict[str, Any]) -> None:
     signal.alarm(HUNG_S)
     # LMDB's map is shared and not counted; what a hostile length might allocate is.
     resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
+    root = Path(job["root"])
+    if "call" in job["fate"]:
+        FailingCall(job["fate"], root)
     try:
-        result = ACTS[job["verb"]](Path(job["root"]), Fate(job["fate"]), **job["arguments"])
+        result = ACTS[job["verb"]](root, Fate(job["fate"]), **job["arguments"])
     except CasfsError as error:
         say(
             {
