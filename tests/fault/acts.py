@@ -72,6 +72,7 @@ def act_backup(
     return {
         "id": result.snapshot_id.hex(),
         "new_blobs": result.snapshot.stats.new_blobs,
+        "new_bytes": result.snapshot.stats.new_plain_bytes,
         "problems": [str(problem.kind) for problem in monitor.problems],
     }
 
