@@ -67,6 +67,14 @@ test: packages-test lint typecheck ## everything, with real mounts: what CI runs
 test-e2e: packages-test $(STAMP) ## only the tests of the installed command, of mounts and of damage
 	$(PYTEST) tests/e2e tests/fault $(ARGS)
 
+# How much longer than in `make test` the tests go on that could go on forever.
+EFFORT ?= 20
+
+.PHONY: soak
+soak: packages-test $(STAMP) ## kills, power cuts, crowds, models and hostile input, EFFORT times as long
+	CASFS_EFFORT='$(EFFORT)' CASFS_HYPOTHESIS=long $(PYTEST) tests/property tests/fault/test_random_kills.py \
+		tests/fault/test_many_processes.py tests/fault/test_power_loss.py tests/fault/test_io_errors.py $(ARGS)
+
 .PHONY: coverage
 coverage: packages-test $(STAMP) ## all tests, and which lines they reach (htmlcov/index.html)
 	$(BIN)/coverage erase
