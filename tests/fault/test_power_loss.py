@@ -18,7 +18,7 @@ import pytest
 
 from .disks import LosableDisk, losable_disk
 from .effort import EFFORT
-from .looking import Files, look_at_source
+from .looking import LOST, Files, look_at_source
 from .stage import KIB, Outcome, Scene, Stage, make_scene
 
 pytestmark = [
@@ -70,7 +70,7 @@ class PowerlessScene:
                 self.lose_power()
             yield outcome
             stop += stride
-        assert stop >= 12
+        assert stop > 1
 
     def lose_power(self) -> None:
         self._disk.lose_power(flush_log=self._power == "log flushed")
@@ -155,8 +155,43 @@ def test_a_prune_that_loses_its_power_at_any_step_loses_nothing_that_was_publish
     assert done["repacked_packs"] >= 1
 
 
+@BOTH
+def test_a_forget_that_was_done_is_not_undone_when_the_power_fails(
+    powerless: PowerlessScene,
+) -> None:
+    scene = powerless.scene
+    ids = []
+    for number in range(3):
+        scene.write("file", f"version {number}")
+        ids.append(scene.back_up()["id"])
+    gone = frozenset(ids[:2])
+    for outcome in powerless.powerless_everywhere("forget", ids=ids[:2]):
+        listed = scene.must_be_sound(gone=gone)
+        done = 2 if not outcome.was_killed else outcome.steps.count("done snapshots")
+        assert len(listed & gone) <= 2 - done
+        scene.act("forget", ids=sorted(listed & gone)).done()
+        for name in gone:
+            del scene.published[name]
+        powerless.must_go_on()
+
+
+@BOTH
+def test_a_snapshot_that_is_tagged_when_the_power_fails_is_there_once(
+    powerless: PowerlessScene,
+) -> None:
+    scene = powerless.scene
+    scene.write("file", "file")
+    old = scene.back_up()["id"]
+    shows = scene.published[old]
+    for outcome in powerless.powerless_everywhere("tag", id=old, tags=["kept"]):
+        (listed,) = scene.must_be_sound(shows, gone=frozenset([old]))
+        assert outcome.was_killed or listed == outcome.result
+        scene.published = {listed: shows}
+        powerless.must_go_on(shows)
+
+
 @pytest.mark.parametrize("power", ["cut off"])
-def test_without_the_syncs_of_a_backup_that_was_done_would_be_damaged(
+def test_without_the_syncs_what_a_backup_has_published_would_be_lost(
     powerless: PowerlessScene,
 ) -> None:
     """What this file shows is shown only where a disk loses what nobody synced: so it does."""
@@ -166,6 +201,7 @@ def test_without_the_syncs_of_a_backup_that_was_done_would_be_damaged(
     powerless.remember()
     powerless.come_back()
     scene.write("new", "new")
-    scene.act("backup", source=str(scene.source), sync=False).done()
+    published = scene.act("backup", source=str(scene.source), sync=False).done()["id"]
     powerless.lose_power()
-    assert scene.act("check").done() != []
+    listed = scene.act("look").done()
+    assert published not in listed or LOST in listed[published].values()
