@@ -40,6 +40,7 @@ class PowerlessScene:
         self._power = power
         self._copy = scene.root.with_name("repository as it was")
         self._known: dict[str, Files] = {}
+        self._times = 0
 
     def remember(self) -> None:
         shutil.copytree(self.scene.root, self._copy)
@@ -78,8 +79,12 @@ class PowerlessScene:
         self._disk.mount()
 
     def must_go_on(self, *maybe: Files) -> None:
+        """Require that nothing is lost and, in a short run every second time, that work goes on."""
         scene = self.scene
         scene.must_be_sound(*maybe)
+        self._times += 1
+        if self._times % 2 and EFFORT == 1:
+            return
         scene.back_up()
         scene.act("prune").done()
         scene.must_be_sound(*maybe)
