@@ -37,7 +37,7 @@ from casfs.store.condemned import (
     replace_condemnation,
 )
 from casfs.store.index import PackRecord
-from casfs.store.lock import LockMode
+from casfs.store.lock import LockMode, LockRecord
 from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
 from casfs.store.store import pack_name
 
@@ -110,15 +110,20 @@ class Pruner:
         self._needs = Needs(repository)
         self._marked: set[SnapshotId] = set()
         self._records: dict[int, PackRecord] = {}
+        self._young: dict[int, str] = {}
 
     def prune(self) -> PruneResult:
         """Do it; raises IntegrityError, and removes nothing, where what is needed is damaged."""
+        locks = self._repository.other_locks()
         self._mark()
         uses = self._uses()
         self._records = {record.ordinal: record for record in self._index.packs()}
         self.result.packs = len(self._records)
         repacked = self._chosen(uses)
         unneeded = self._records.keys() - uses.keys()
+        self._young = self._written_since(unneeded | repacked, locks)
+        repacked -= self._young.keys()
+        unneeded -= self._young.keys()
         if self._options.dry_run:
             self._foretell(uses, unneeded | repacked, repacked)
             return self.result
@@ -204,6 +209,25 @@ class Pruner:
                 small.add(ordinal)
         return chosen | small if len(small) >= _MANY_SMALL_PACKS else chosen
 
+    def _written_since(self, ordinals: set[int], locks: dict[str, LockRecord]) -> dict[int, str]:
+        """Return which packs may be those of a backup that is running, with the name of its lock.
+
+        To condemn them would be safe, but its own data would not be trusted until the next prune.
+        """
+        writers = {n: lock for n, lock in locks.items() if lock.mode != LockMode.READER}
+        if not writers:
+            return {}
+        first = min(writers, key=lambda name: writers[name].since_ns)
+        young = {}
+        for ordinal in ordinals - self._earlier().keys():
+            try:
+                written_ns = self._storage.written_ns(pack_name(self._records[ordinal].pack))
+            except NotFoundError:
+                continue
+            if written_ns >= writers[first].since_ns:
+                young[ordinal] = first
+        return young
+
     def _foretell(self, uses: dict[int, _Use], removed: set[int], repacked: set[int]) -> None:
         result = self.result
         result.repacked_packs = len(repacked)
@@ -225,7 +249,7 @@ class Pruner:
         self._index.condemn(ordinals)
         # Only now does everybody who begins to write see it.
         locks = self._repository.other_locks()
-        readers = tuple(sorted(n for n, mode in locks.items() if mode == LockMode.READER))
+        readers = tuple(sorted(n for n, lock in locks.items() if lock.mode == LockMode.READER))
         writers = tuple(sorted(locks.keys() - set(readers)))
         for name, condemnation in read_condemnations(self._storage).items():
             if condemnation.writers is None:
@@ -284,8 +308,9 @@ class Pruner:
         unneeded = candidates - self._uses().keys()
         condemnations = self._earlier()
         removable = set()
-        waited_for: set[str] = set()
-        self.result.waiting_packs = self.result.waiting_bytes = 0
+        waited_for = set(self._young.values())
+        self.result.waiting_packs = len(self._young)
+        self.result.waiting_bytes = sum(self._records[n].pack_bytes for n in self._young)
         for ordinal in unneeded:
             condemnation = condemnations.get(ordinal)
             holders = self._holders(condemnation, locks) if condemnation is not None else set(locks)
@@ -300,7 +325,7 @@ class Pruner:
             self._condemn(unneeded)
         return removable
 
-    def _holders(self, condemnation: Condemnation, locks: dict[str, LockMode]) -> set[str]:
+    def _holders(self, condemnation: Condemnation, locks: dict[str, LockRecord]) -> set[str]:
         """Return the names of the locks for whose sake the condemned packs stay."""
         if condemnation.writers is None:
             return set(locks)

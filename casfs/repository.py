@@ -38,7 +38,13 @@ from casfs.store.config import (
     new_config,
 )
 from casfs.store.index import Index
-from casfs.store.lock import LockMode, RepositoryLock, live_locks, remove_stale_temporaries
+from casfs.store.lock import (
+    LockMode,
+    LockRecord,
+    RepositoryLock,
+    live_locks,
+    remove_stale_temporaries,
+)
 from casfs.store.opening import close_index, index_to_read, index_to_write
 from casfs.store.place import index_path
 from casfs.store.reserve import give_up_reserve, take_reserve
@@ -263,14 +269,14 @@ class Repository:
         """Remove a snapshot; its blobs stay until a prune."""
         self.store.storage.delete(f"snapshots/{snapshot_id.hex()}")
 
-    def other_locks(self) -> dict[str, LockMode]:
+    def other_locks(self) -> dict[str, LockRecord]:
         """Return the locks that other living processes hold, by name."""
         own = self._lock.name if self._lock is not None else None
         try:
             live = live_locks(self.root / "locks")
         except OSError as error:
             raise StorageError("read the locks in", str(self.root / "locks"), error) from error
-        return {name: record.mode for name, record in live.items() if name != own}
+        return {name: record for name, record in live.items() if name != own}
 
     def snapshot_ids(self) -> list[SnapshotId]:
         """Return the ids of all snapshot files, sorted."""

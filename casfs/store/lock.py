@@ -43,13 +43,18 @@ _CONFLICTS = {
 
 
 class LockRecord(msgspec.Struct, frozen=True):
-    """What a lock file tells people about who holds it."""
+    """What a lock file tells people about who holds it.
+
+    `since_ns` is when it was written by the clock of its file system, in nanoseconds since 1970; it is
+    told by `live_locks` and not by the file itself.
+    """
 
     mode: LockMode
     verb: str
     host: str
     pid: int
     time: int
+    since_ns: int = 0
 
 
 class RepositoryLock:
@@ -168,7 +173,8 @@ def _is_still(path: Path, fd: int) -> bool:
 
 def _read_record(fd: int) -> LockRecord:
     try:
-        return msgspec.json.decode(os.pread(fd, 4096, 0), type=LockRecord)
+        record = msgspec.json.decode(os.pread(fd, 4096, 0), type=LockRecord)
+        return msgspec.structs.replace(record, since_ns=os.fstat(fd).st_mtime_ns)
     except (msgspec.DecodeError, UnicodeDecodeError):
         # Held, but what it says is damaged, or of another version: treat it as the strictest.
         return LockRecord(LockMode.EXCLUSIVE, "another command", "an unknown host", 0, 0)

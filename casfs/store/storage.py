@@ -46,6 +46,9 @@ class Storage(Protocol):
     def size(self, name: str) -> int:
         """Return an object's size in bytes; raise NotFoundError where there is none."""
 
+    def written_ns(self, name: str) -> int:
+        """Return when an object was written, in nanoseconds since 1970 by the storage's own clock."""
+
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Return `size` bytes from `offset` (fewer at the end); raise NotFoundError, StorageError."""
 
@@ -109,8 +112,15 @@ class LocalStorage:
 
     def size(self, name: str) -> int:
         """Return an object's size in bytes."""
+        return self._stat(name).st_size
+
+    def written_ns(self, name: str) -> int:
+        """Return when an object was written."""
+        return self._stat(name).st_mtime_ns
+
+    def _stat(self, name: str) -> os.stat_result:
         try:
-            return os.stat(self.root / name).st_size
+            return os.stat(self.root / name)
         except FileNotFoundError as error:
             raise NotFoundError(f"{name} is not in the repository") from error
         except OSError as error:

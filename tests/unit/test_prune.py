@@ -310,8 +310,9 @@ class TestBesideOthers:
         with child(BACKUP, keeper.root, source) as process:
             assert hear(process) == "stored"
             forget(keeper, first)
-            # The one that it found, and the one that it has written itself.
+            # The one that it found, and the one that it has written itself, which is not condemned.
             assert prune(keeper).waiting_packs == 2
+            assert condemned(keeper) == 1
             tell(process)
             assert hear(process) == "published"
             process.wait()
