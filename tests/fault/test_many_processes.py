@@ -2,7 +2,7 @@
 
 Three backups each go round with a source of their own that changes, a fourth process forgets and
 prunes, one checks all data, one reads every snapshot to its last byte. What a snapshot must show is known
-from the source, which rests while it is backed up.
+from the source, which rests while it is backed up. Then the same with some of them killed on the way.
 """
 
 from __future__ import annotations
@@ -29,11 +29,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 * EFFORT)]
 class Crowd:
     """What the processes have published and forgotten, and whether those that publish are done."""
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: Scene, kills: float) -> None:
         self.scene = scene
+        self.maybe: list[Files] = []
+        self._kills = kills
+        self._throw = dice()
         self.published: dict[str, Files] = {}
         self.forgotten: set[str] = set()
         self.done = Event()
+
+    def fate(self) -> dict[str, Any] | None:
+        """Return at which step a process is killed, if it is."""
+        if self._throw.random() >= self._kills:
+            return None
+        return {"at": self._throw.randrange(40)}
 
     def back_up(self, host: str, seed: int) -> None:
         with Stage() as stage:
@@ -46,12 +55,15 @@ class Crowd:
                     shared = f"shared {kind}" if place % 2 else f"{host} {kind} {number // 4}"
                     own.write(f"{place}", shared, (10 + 7 * kind) * KIB)
                 shows = look_at_source(own.source)
-                told = own.act("backup", source=str(own.source), host=host).done()
-                self.published[told["id"]] = shows
+                outcome = own.act("backup", self.fate(), source=str(own.source), host=host)
+                if outcome.was_killed:
+                    self.maybe.append(shows)
+                else:
+                    self.published[outcome.done()["id"]] = shows
 
     def forget_and_prune(self) -> None:
         with Stage() as stage:
-            throw = dice()
+            throw = self._throw
             scene = Scene(stage, self.scene.root, self.scene.source)
             while not self.done.is_set():
                 there = sorted(self.published.keys() - self.forgotten)
@@ -60,7 +72,9 @@ class Crowd:
                 self.forgotten.update(gone)
                 scene.act("forget", ids=gone).done()
                 share = throw.choice([0.0, 0.1, 0.25])
-                scene.act("prune", share=share, margin_s=throw.choice([0.0, 60.0])).done()
+                margin_s = throw.choice([0.0, 60.0])
+                outcome = scene.act("prune", self.fate(), share=share, margin_s=margin_s)
+                assert outcome.was_killed or outcome.done()
 
     def check(self) -> None:
         with Stage() as stage:
@@ -80,9 +94,10 @@ class Crowd:
                         assert found.get(name) == shows, name
 
 
-def test_many_processes_at_once_lose_nothing(stage: Stage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [0.0, 0.3], ids=["all live", "some are killed"])
+def test_many_processes_at_once_lose_nothing(stage: Stage, tmp_path: Path, kills: float) -> None:
     scene = make_scene(stage, tmp_path)
-    crowd = Crowd(scene)
+    crowd = Crowd(scene, kills)
 
     def until_done(work: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -106,13 +121,14 @@ def test_many_processes_at_once_lose_nothing(stage: Stage, tmp_path: Path) -> No
             crowd.done.set()
         for other in others:
             other.result()
-    assert len(crowd.published) == ROUNDS * len(HOSTS)
+    assert len(crowd.published) + len(crowd.maybe) == ROUNDS * len(HOSTS)
+    assert bool(crowd.maybe) == bool(kills)
     assert crowd.forgotten
     scene.published = {
         name: shows for name, shows in crowd.published.items() if name not in crowd.forgotten
     }
-    assert scene.must_be_sound() == set(scene.published)
+    listed = scene.must_be_sound(*crowd.maybe)
     scene.act("prune", share=0.0).done()
-    assert scene.must_be_sound() == set(scene.published)
+    assert scene.must_be_sound(*crowd.maybe) == listed
     scene.must_be_tidy()
     shutil.rmtree(scene.source)
