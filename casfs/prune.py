@@ -111,13 +111,15 @@ class Pruner:
         self._marked: set[SnapshotId] = set()
         self._records: dict[int, PackRecord] = {}
         self._young: dict[int, str] = {}
+        self._removed: set[int] = set()
 
     def prune(self) -> PruneResult:
         """Do it; raises IntegrityError, and removes nothing, where what is needed is damaged."""
         locks = self._repository.other_locks()
+        # Before anything is marked by ordinals: what another process makes of the index is seen by them.
+        self._records = {record.ordinal: record for record in self._index.packs()}
         self._mark()
         uses = self._uses()
-        self._records = {record.ordinal: record for record in self._index.packs()}
         self.result.packs = len(self._records)
         repacked = self._chosen(uses)
         unneeded = self._records.keys() - uses.keys()
@@ -238,6 +240,7 @@ class Pruner:
 
     def _condemn(self, ordinals: set[int]) -> None:
         """Tell everybody which packs are not to be relied on, and learn who may be doing so."""
+        self._require_same_index()
         packs = {self._records[ordinal].pack for ordinal in ordinals}
         fresh = set(packs)
         for name, condemnation in read_condemnations(self._storage).items():
@@ -305,6 +308,7 @@ class Pruner:
         """
         locks = self._repository.other_locks()
         self._mark()
+        self._require_same_index()
         unneeded = candidates - self._uses().keys()
         condemnations = self._earlier()
         removable = set()
@@ -338,22 +342,38 @@ class Pruner:
         """Remove packs from the index, then from the storage, then their condemnation; return them."""
         if not ordinals:
             return ordinals
+        packs = {ordinal: self._records[ordinal].pack for ordinal in sorted(ordinals)}
         try:
-            self._index.remove_packs(ordinals)
+            same = self._index.remove_packs(packs)
         except IndexUnusableError as error:
             # A full disk has no room for that. Without the packs it has; should this end before the
             # index knows it, the next who opens the repository sees that they are gone.
             log.warning("%s; the packs are removed first", error)
+            self._require_same_index()
             self._unlink(ordinals)
-            self._index.remove_packs(ordinals)
+            self._removed |= ordinals
+            self._index.remove_packs(packs)
         else:
+            if not same:
+                raise _IndexReplacedError
+            self._removed |= ordinals
             self._unlink(ordinals)
-        removed = {self._records[ordinal].pack for ordinal in ordinals}
+        removed = set(packs.values())
         for name, condemnation in read_condemnations(self._storage).items():
-            packs = condemnation.pack_ids()
-            if not packs.isdisjoint(removed):
-                replace_condemnation(self._storage, name, condemnation.only(packs - removed))
+            condemned = condemnation.pack_ids()
+            if not condemned.isdisjoint(removed):
+                replace_condemnation(self._storage, name, condemnation.only(condemned - removed))
         return ordinals
+
+    def _require_same_index(self) -> None:
+        """Raise where another process has built the index anew: all ordinals mean nothing then.
+
+        That happens when a pack vanishes by other hands while this prune runs.
+        """
+        current = {record.ordinal: record.pack for record in self._index.packs()}
+        for ordinal, record in self._records.items():
+            if ordinal not in self._removed and current.get(ordinal) != record.pack:
+                raise _IndexReplacedError
 
     def _unlink(self, ordinals: set[int]) -> None:
         for ordinal in sorted(ordinals):
@@ -365,6 +385,13 @@ class Pruner:
     def _forget_snapshots(self) -> None:
         """Drop what the index remembers of snapshots that are no more."""
         self._index.keep_complete(set(self._repository.snapshot_ids()))
+
+
+class _IndexReplacedError(IndexUnusableError):
+    """The index is another one than it was when this prune began."""
+
+    def __str__(self) -> str:
+        return "the index was built anew while this prune ran; what is left is for the next prune"
 
 
 class NeedsUnknownError(IntegrityError):

@@ -338,23 +338,31 @@ class Index:
             return found
         return self._condemned
 
-    def remove_packs(self, ordinals: Set[int]) -> None:
-        """Forget packs, and the blobs that are placed in them: nobody needs them."""
+    def remove_packs(self, packs: Mapping[int, PackId]) -> bool:
+        """Forget packs, and the blobs that are placed in them: nobody needs them.
 
-        def change(txn: Transaction) -> None:
+        Where one of them does not have this ordinal any more nothing is done, and False returned.
+        """
+        ordinals = packs.keys()
+
+        def change(txn: Transaction) -> bool:
+            for ordinal, pack in packs.items():
+                record = txn.get(_ORDINAL.pack(ordinal), db=self._packs)
+                if record is None or _PACK.unpack(record)[0] != pack:
+                    return False
             after: bytes | None = None
             while rows := self._batch(txn, after, _ASKED_AT_ONCE):
                 after = rows[-1][0]
                 for key, value in rows:
                     if _LOCATION.unpack(value)[0] in ordinals:
                         txn.delete(key, db=self._blobs)
-            for ordinal in sorted(ordinals):
-                record = txn.pop(_ORDINAL.pack(ordinal), db=self._packs)
-                if record is not None:
-                    txn.delete(b"pack" + _PACK.unpack(record)[0], db=self._meta)
+            for ordinal, pack in packs.items():
+                txn.delete(_ORDINAL.pack(ordinal), db=self._packs)
+                txn.delete(b"pack" + pack, db=self._meta)
             self._condemn(txn, self._condemned_in(txn) - ordinals)
+            return True
 
-        self._env.write(change)
+        return self._env.write(change)
 
     def mark_blobs(self, pack: int, bad: Iterable[Digest], sound: Iterable[Digest] = ()) -> None:
         """Remember which blobs of a pack (its ordinal) are damaged; to mark one counts as a loss."""

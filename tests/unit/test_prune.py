@@ -13,8 +13,8 @@ import pytest
 from casfs import prune as prune_module
 from casfs.backup import BackupOptions, back_up
 from casfs.check import Checker
-from casfs.digest import Digest, SnapshotId, digest_of
-from casfs.errors import IntegrityError, LockedError, StorageError
+from casfs.digest import Digest, PackId, SnapshotId, digest_of
+from casfs.errors import IndexUnusableError, IntegrityError, LockedError, StorageError
 from casfs.monitor import RecordingMonitor
 from casfs.prune import NeedsUnknownError, PruneOptions, Pruner, PruneResult
 from casfs.repository import Repository
@@ -465,3 +465,65 @@ def test_what_is_remembered_of_snapshots_that_are_gone_is_dropped(keeper: Keeper
     with keeper.reading() as repository:
         index = repository.store.index
         assert [index.is_complete(snapshot) for snapshot in (first, second)] == [False, True]
+
+
+@pytest.mark.parametrize("moment", ["rename packs", "done packs", "done condemned", "done index"])
+def test_an_index_that_another_builds_anew_meanwhile_costs_nothing_that_is_needed(
+    keeper: Keeper, tmp_path: Path, moment: str
+) -> None:
+    """All ordinals change then, and what the prune knows by ordinal is known of nothing any more."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(8):
+        (source / f"{number}").write_bytes(noise(f"{number}", 40 * KIB))
+    first, _ = keeper.back_up(source)
+    for number in range(0, 8, 2):
+        (source / f"{number}").unlink()
+    keeper.back_up(source)
+    forget(keeper, first)
+    # A pack that nobody needs, for somebody to remove by hand.
+    keeper.store(noise("unneeded", 5000))
+    before = contents(keeper)
+    with keeper.reading() as repository:
+        wanted = [p for p in pack_paths(keeper.root) if p.stat().st_size < 10_000]
+        victim = next(
+            path
+            for path in wanted
+            if any(
+                digest_of(noise("unneeded", 5000)) == entry.digest
+                for entry in repository.store.read_directory(
+                    PackId(bytes.fromhex(path.name)), path.stat().st_size
+                )
+            )
+        )
+    done: list[str] = []
+
+    def meddle(step: str) -> None:
+        if step == moment and not done:
+            done.append(step)
+            victim.unlink(missing_ok=True)
+            with child(REBUILD, keeper.root) as other:
+                assert hear(other) == "rebuilt"
+
+    opened = Repository.open(keeper.root, "prune", LockMode.TENDING, sync=False, on_step=meddle)
+    with opened as repository:
+        try:
+            Pruner(repository, PruneOptions(unused_share=0.0), RecordingMonitor()).prune()
+        except (IndexUnusableError, StorageError):
+            pass
+    assert done
+    assert contents(keeper) == before
+    prune(keeper, unused_share=0.0)
+    assert contents(keeper) == before
+    assert_sound(keeper)
+
+
+REBUILD = """
+import sys
+from pathlib import Path
+from casfs.repository import Repository
+
+with Repository.open(Path(sys.argv[1]), "backup", sync=False) as repository:
+    repository.store.rebuild()
+print("rebuilt", flush=True)
+"""
