@@ -37,7 +37,7 @@ from casfs.store.config import (
     encode_config,
     new_config,
 )
-from casfs.store.index import Index
+from casfs.store.index import Index, PackRecord
 from casfs.store.lock import (
     LockMode,
     LockRecord,
@@ -189,23 +189,26 @@ class Repository:
             if self._lock.mode != LockMode.READER:
                 take_reserve(self.root)
 
-    def _verified_packs(self) -> list[int]:
-        """Return the ordinals of the packs all of whose blobs and whose directory were verified."""
+    def _verified_packs(self) -> list[PackRecord]:
+        """Return the packs all of whose blobs and whose directory were verified."""
         try:
             found = self.store.coverage.of(self.store.index.packs())
             for record in found:
                 self.store.read_directory(record.pack, record.pack_bytes)
         except CasfsError:
             return []
-        return [record.ordinal for record in found]
+        return found
 
-    def _remember_verified(self, ordinals: list[int]) -> None:
-        if not ordinals:
+    def _remember_verified(self, packs: list[PackRecord]) -> None:
+        if not packs:
             return
         try:
             index = Index(self.store.index.path)
             try:
-                index.mark_verified(ordinals, int(time.time()))
+                # It may be another index by now, with other ordinals.
+                there = {record.ordinal: record.pack for record in index.packs()}
+                same = [one.ordinal for one in packs if there.get(one.ordinal) == one.pack]
+                index.mark_verified(same, int(time.time()))
             finally:
                 close_index(index)
         except IndexUnusableError as error:

@@ -527,3 +527,29 @@ with Repository.open(Path(sys.argv[1]), "backup", sync=False) as repository:
     repository.store.rebuild()
 print("rebuilt", flush=True)
 """
+
+
+def test_an_index_that_is_built_anew_while_needs_are_marked_costs_nothing_that_is_needed(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = publish(keeper, 1, "a")
+    publish(keeper, 2, "b")
+    forget(keeper, first)
+    before = contents(keeper)
+    packs = pack_paths(keeper.root)
+    uses = Pruner._uses
+
+    def rebuild_first(self: Pruner) -> object:
+        monkeypatch.setattr(Pruner, "_uses", uses)
+        with child(REBUILD, keeper.root) as other:
+            assert hear(other) == "rebuilt"
+        return uses(self)
+
+    monkeypatch.setattr(Pruner, "_uses", rebuild_first)
+    with pytest.raises(IndexUnusableError, match="built anew while this prune ran"):
+        prune(keeper)
+    assert pack_paths(keeper.root) == packs
+    assert contents(keeper) == before
+    assert prune(keeper).removed_packs == 1
+    assert contents(keeper) == before
+    assert_sound(keeper)
