@@ -37,7 +37,7 @@ def index_to_read(
     path = index_path(root, repository_id)
     try:
         if takes_notes:
-            return index_to_write(root, path, storage, codec)
+            return index_to_write(root, path, storage, codec, keep_missing=True)
         if not seal.is_sound(path, in_use=_is_in_use(root)):
             raise IndexUnusableError(f"the index {path} is damaged")
         index = Index(path, readonly=True)
@@ -67,8 +67,11 @@ def index_to_write(
     own_lock: str | None = None,
     on_step: Callable[[str], None] | None = None,
     sync: bool = True,
+    keep_missing: bool = False,
 ) -> Index:
     """Return the index in the folder `path`, repaired where needed; `own_lock` is the caller's.
+
+    For `keep_missing` see `BlobStore.reconcile`.
 
     Raises IndexUnusableError, also where the folder cannot be written.
     """
@@ -82,7 +85,8 @@ def index_to_write(
         ) from error
     index = Index(path, on_step=on_step, sync=sync)
     try:
-        BlobStore(storage, index, codec).reconcile(lambda: not _is_in_use(root, own_lock))
+        store = BlobStore(storage, index, codec)
+        store.reconcile(lambda: not _is_in_use(root, own_lock), keep_missing)
     except BaseException:
         close_index(index)
         raise

@@ -219,12 +219,15 @@ class BlobStore:
             entries.append(PackEntry(digest, offset, stored_bytes, plain_bytes, kind, codec))
         return entries
 
-    def reconcile(self, is_alone: Callable[[], bool] = lambda: True) -> None:
+    def reconcile(
+        self, is_alone: Callable[[], bool] = lambda: True, keep_missing: bool = False
+    ) -> None:
         """Bring the index into agreement with the packs in the storage.
 
         Packs that a crash left out of the index are added from their directories. Where the index
         names a pack that is gone it is rebuilt from the packs alone, so that no blob is trusted that
-        nothing holds and duplicates in other packs are found.
+        nothing holds and duplicates in other packs are found; with `keep_missing` it names that pack
+        still, for somebody who is to tell of it.
 
         A prune of another process may be at work. It condemns a pack before it removes it from the index,
         and removes the file before the condemnation. So what is condemned is asked after what it is
@@ -234,12 +237,12 @@ class BlobStore:
         stored = dict(self.stored_packs())
         indexed = {record.pack for record in self.index.packs()}
         missing = {pack for pack in indexed - stored.keys() if not self._is_stored(pack)}
-        if missing:
+        if missing and not keep_missing:
             log.warning(
                 "the index named %d packs that are not there; it is rebuilt from the packs",
                 len(missing),
             )
-        if missing or not self.index.is_current():
+        if (missing and not keep_missing) or not self.index.is_current():
             self.rebuild()
         elif new := sorted(stored.keys() - indexed):
             self._adopt([(pack, stored[pack]) for pack in new], is_alone)

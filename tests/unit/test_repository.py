@@ -137,7 +137,7 @@ class TestOpening:
     def test_that_fails_leaves_neither_a_lock_nor_an_open_index(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fail(store: object, alone: bool) -> None:
+        def fail(store: object, *_: object) -> None:
             raise PermissionError(13, "Permission denied")
 
         with monkeypatch.context() as patch:
