@@ -20,6 +20,7 @@ from casfs.errors import (
 )
 from casfs.store.blob import BlobCodec
 from casfs.store.condemned import condemned_packs
+from casfs.store.copies import Copies
 from casfs.store.coverage import Coverage
 from casfs.store.index import Index, IndexedPack, Location
 from casfs.store.pack import (
@@ -39,9 +40,6 @@ log = logging.getLogger(__name__)
 
 _OWN_LIMITS = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 """Errors of a read that say nothing of the disk."""
-
-_FRUITLESS_SEARCHES = 64
-"""After so many a process looks no further for copies that the index does not name."""
 
 
 def pack_name(pack: PackId) -> str:
@@ -64,7 +62,7 @@ class BlobStore:
         self.coverage = Coverage()
         self.salvaged: set[PackId] = set()
         self.unreadable: set[PackId] = set()
-        self._fruitless = 0
+        self._copies = Copies(index, self.stored_packs, self.read_directory)
 
     def locate(self, digest: Digest) -> Location:
         """Return where a blob is; raises BlobError when the index does not know it."""
@@ -95,20 +93,11 @@ class BlobStore:
                 return self.read_at(digest, moved)
             except BlobError as also:
                 error = also
-        if self._fruitless >= _FRUITLESS_SEARCHES:
-            raise error
-        for pack, pack_bytes in self.stored_packs():
+        for pack, entry in self._copies.of(digest):
             try:
-                entries = self.read_directory(pack, pack_bytes, digest)
-            except (PackError, NotFoundError, StorageError):
+                return self._read_entry(pack, entry)
+            except (BlobError, NotFoundError, StorageError):
                 continue
-            for entry in entries:
-                if entry.digest == digest:
-                    try:
-                        return self._read_entry(pack, entry)
-                    except (BlobError, NotFoundError, StorageError):
-                        continue
-        self._fruitless += 1
         raise error
 
     def _read_entry(self, pack: PackId, entry: PackEntry) -> bytes:
@@ -183,13 +172,8 @@ class BlobStore:
                 continue
             yield pack, size
 
-    def read_directory(
-        self, pack: PackId, pack_bytes: int, only_with: Digest | None = None
-    ) -> list[PackEntry]:
-        """Return a pack's entries from its directory; raises PackError when that is damaged.
-
-        A directory that does not name the blob `only_with` is not looked at further: it has none.
-        """
+    def read_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
+        """Return a pack's entries from its directory; raises PackError when that is damaged."""
         name = pack_name(pack)
         if pack_bytes < HEADER.size + RECORD.size + TRAILER.size:
             raise PackError(pack, "it is too short for a pack")
@@ -199,8 +183,6 @@ class BlobStore:
         tail = self.storage.read(name, pack_bytes - TRAILER.size, TRAILER.size)
         offset, directory_bytes, _, digest = parse_trailer(pack, tail, pack_bytes)
         directory = self.storage.read(name, offset, directory_bytes)
-        if only_with is not None and directory.find(only_with) < 0:
-            return []
         return parse_directory(pack, directory, digest, offset - RECORD.size)
 
     def salvage_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:

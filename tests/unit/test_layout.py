@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("casfs.store.environment", "casfs.store.pack"),
     ("casfs.store.condemned", "casfs.store.index"),
-    ("casfs.store.coverage", "casfs.store.seal"),
+    ("casfs.store.copies", "casfs.store.coverage", "casfs.store.seal"),
     ("casfs.store.store",),
     ("casfs.store.opening", "casfs.store.writer"),
     ("casfs.chunker", "casfs.tree"),

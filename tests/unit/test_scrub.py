@@ -10,7 +10,7 @@ import pytest
 
 from casfs import scrub as scrub_module
 from casfs.check import Checker, CheckResult
-from casfs.digest import digest_of
+from casfs.digest import PackId, digest_of
 from casfs.errors import BlobError
 from casfs.monitor import RecordingMonitor
 from casfs.prune import PruneOptions, Pruner
@@ -19,7 +19,9 @@ from casfs.restore import RestoreOptions, Restorer
 from casfs.scrub import ReadChoice
 from casfs.snapshot import Snapshot
 from casfs.store.blob import BlobKind
+from casfs.store.copies import Copies
 from casfs.store.lock import LockMode
+from casfs.store.pack import PackEntry
 
 from .planting import Keeper
 from .storing import add_pack, flip, make_pack, noise, pack_paths
@@ -286,20 +288,33 @@ class TestOtherCopies:
             for chunk in CHUNKS:
                 assert repository.store.read(digest_of(chunk)) == chunk
 
-    def test_a_search_without_end_is_given_up(
+    def test_all_packs_are_searched_once_for_all_that_is_lost(
         self, keeper: Keeper, packs: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with keeper.reading() as repository:
-            listed = 0
-            names = repository.store.stored_packs
+            searched: list[PackId] = []
+            store = repository.store
 
-            def count() -> Any:
-                nonlocal listed
-                listed += 1
-                return names()
+            def read(pack: PackId, size: int) -> list[PackEntry]:
+                searched.append(pack)
+                return store.read_directory(pack, size)
 
-            monkeypatch.setattr(repository.store, "stored_packs", count)
+            copies = Copies(store.index, store.stored_packs, read)
+            monkeypatch.setattr(repository.store, "_copies", copies)
             for number in range(200):
                 with pytest.raises(BlobError, match="missing"):
                     repository.store.read(digest_of(b"%d" % number))
-            assert listed == 64
+            assert len(searched) == len(set(searched)) == len(packs)
+
+    def test_are_found_however_much_is_lost_besides(self, keeper: Keeper) -> None:
+        lost = [b"lost %d" % number for number in range(200)]
+        keeper.store(*lost, CHUNKS[0])
+        for chunk in (*lost, CHUNKS[0]):
+            keeper.damage(digest_of(chunk))
+        data, _ = make_pack([CHUNKS[0]])
+        add_pack(keeper.root, data)
+        with keeper.reading() as repository:
+            for chunk in lost:
+                with pytest.raises(BlobError):
+                    repository.store.read(digest_of(chunk))
+            assert repository.store.read(digest_of(CHUNKS[0])) == CHUNKS[0]
