@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from casfs.digest import SnapshotId
+from casfs.digest import Digest, SnapshotId
 from casfs.errors import (
     BlobError,
     CasfsError,
@@ -36,7 +36,7 @@ from casfs.store.condemned import (
     read_condemnations,
     replace_condemnation,
 )
-from casfs.store.index import PackRecord
+from casfs.store.index import Location, PackRecord
 from casfs.store.lock import LockMode, LockRecord
 from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
 from casfs.store.store import pack_name
@@ -112,6 +112,7 @@ class Pruner:
         self._records: dict[int, PackRecord] = {}
         self._young: dict[int, str] = {}
         self._removed: set[int] = set()
+        self._bad: dict[Digest, Location] = {}
 
     def prune(self) -> PruneResult:
         """Do it; raises IntegrityError, and removes nothing, where what is needed is damaged."""
@@ -120,6 +121,8 @@ class Pruner:
         self._records = {record.ordinal: record for record in self._index.packs()}
         self._mark()
         uses = self._uses()
+        if self._bad and not self._options.dry_run and self._rescue():
+            uses = self._uses()
         self.result.packs = len(self._records)
         repacked = self._chosen(uses)
         unneeded = self._records.keys() - uses.keys()
@@ -174,9 +177,13 @@ class Pruner:
         uses: dict[int, _Use] = {}
         needed = 0
         total = 0
-        for _, location in self._index.blobs():
+        self._bad = {}
+        elsewhere = self._repository.store.found_elsewhere
+        for digest, location in self._index.blobs():
             total += 1
             if location.ordinal in self._needs.blobs:
+                if location.is_bad or digest in elsewhere:
+                    self._bad[digest] = location
                 needed += 1
                 use = uses.setdefault(location.pack, _Use())
                 use.needed_bytes += location.stored_bytes + RECORD.size
@@ -184,6 +191,29 @@ class Pruner:
         self.result.needed_blobs = needed
         self.result.unneeded_blobs = total - needed
         return uses
+
+    def _rescue(self) -> bool:
+        """Store anew what is needed and damaged where the index looks, if another pack has it sound.
+
+        That pack may be one of those that nobody seems to need. Tell whether there was any.
+        """
+        found = False
+        writer = self._repository.writer()
+        try:
+            for digest, location in self._bad.items():
+                try:
+                    plain = self._repository.store.read(digest)
+                except CasfsError:
+                    continue
+                if not location.is_bad:
+                    self._index.mark_blobs(location.pack, [digest])
+                writer.put(BlobKind(location.kind), digest, plain)
+                found = True
+            writer.finish()
+        finally:
+            writer.close()
+        self._repository.store.found_elsewhere.clear()
+        return found
 
     def _earlier(self) -> dict[int, Condemnation]:
         """Return the packs that are condemned, with the condemnation of each."""
@@ -278,7 +308,7 @@ class Pruner:
                     ):
                         continue
                     try:
-                        plain = store.read_at(entry.digest, location)
+                        plain = store.read(entry.digest)
                     except BlobError as error:
                         # It stays where it is, and its pack with it.
                         log.warning("%s; its pack is not touched", error)

@@ -38,6 +38,8 @@ from casfs.store.storage import Storage
 
 log = logging.getLogger(__name__)
 
+_MOST_REMEMBERED = 100_000
+
 _OWN_LIMITS = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 """Errors of a read that say nothing of the disk."""
 
@@ -52,7 +54,8 @@ class BlobStore:
     """Blobs of one repository, found through its index.
 
     `salvaged` are packs whose directory was damaged when the index had to be brought up to date, and
-    `unreadable` those that could not be read then.
+    `unreadable` those that could not be read then. `found_elsewhere` are blobs that were read from another
+    place than the index names, because they are not sound there.
     """
 
     def __init__(self, storage: Storage, index: Index, codec: BlobCodec) -> None:
@@ -62,6 +65,7 @@ class BlobStore:
         self.coverage = Coverage()
         self.salvaged: set[PackId] = set()
         self.unreadable: set[PackId] = set()
+        self.found_elsewhere: set[Digest] = set()
         self._copies = Copies(index, self.stored_packs, self.read_directory)
 
     def locate(self, digest: Digest) -> Location:
@@ -95,9 +99,12 @@ class BlobStore:
                 error = also
         for pack, entry in self._copies.of(digest):
             try:
-                return self._read_entry(pack, entry)
+                plain = self._read_entry(pack, entry)
             except (BlobError, NotFoundError, StorageError):
                 continue
+            if len(self.found_elsewhere) < _MOST_REMEMBERED:
+                self.found_elsewhere.add(digest)
+            return plain
         raise error
 
     def _read_entry(self, pack: PackId, entry: PackEntry) -> bytes:

@@ -24,7 +24,7 @@ from casfs.store.lock import LockMode
 from casfs.store.storage import LocalStorage
 
 from .planting import Keeper
-from .storing import child, flip, hear, noise, pack_paths, tell
+from .storing import add_pack, child, flip, hear, make_pack, noise, pack_paths, tell
 
 KIB = 1 << 10
 
@@ -551,5 +551,35 @@ def test_an_index_that_is_built_anew_while_needs_are_marked_costs_nothing_that_i
     assert pack_paths(keeper.root) == packs
     assert contents(keeper) == before
     assert prune(keeper).removed_packs == 1
+    assert contents(keeper) == before
+    assert_sound(keeper)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_the_only_sound_copy_of_what_is_needed_is_stored_anew_before_its_pack_goes(
+    keeper: Keeper, tmp_path: Path, checked: bool
+) -> None:
+    """Two backups may have stored the same; the index names one of the packs, and that one rots."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_bytes(noise("needed", 40 * KIB))
+    _, snapshot = keeper.back_up(source)
+    assert snapshot.root.tree is not None
+    tree = Digest(snapshot.root.tree.digest)
+    with keeper.reading() as repository:
+        copies = [noise("needed", 40 * KIB), repository.store.read(tree)]
+    data, _ = make_pack(copies)
+    add_pack(keeper.root, data)
+    before = contents(keeper)
+    keeper.damage(tree)
+    if checked:
+        # That data are damaged is known only once they were read.
+        keeper.damage(digest_of(copies[0]))
+        with Repository.open(keeper.root, reader="check", takes_notes=True) as repository:
+            Checker(repository, RecordingMonitor()).check(ReadChoice())
+    assert contents(keeper) == before
+    prune(keeper, unused_share=0.0)
+    assert contents(keeper) == before
+    prune(keeper, unused_share=0.0)
     assert contents(keeper) == before
     assert_sound(keeper)
