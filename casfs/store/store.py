@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from casfs.digest import Digest, PackId
 from casfs.errors import (
     BlobError,
+    CasfsError,
     IndexUnusableError,
     IntegrityError,
     NotFoundError,
@@ -66,7 +67,8 @@ class BlobStore:
         self.salvaged: set[PackId] = set()
         self.unreadable: set[PackId] = set()
         self.found_elsewhere: set[Digest] = set()
-        self._copies = Copies(index, self.stored_packs, self.read_directory)
+        self._copies = Copies(index, self.stored_packs, self._entries_of_any)
+        self._remembered: dict[PackId, list[PackEntry]] = {}
 
     def locate(self, digest: Digest) -> Location:
         """Return where a blob is; raises BlobError when the index does not know it."""
@@ -263,10 +265,36 @@ class BlobStore:
             return False
 
     def rebuild(self) -> None:
-        """Build the index anew from the packs alone."""
+        """Build the index anew from the packs alone.
+
+        Of a pack whose directory is damaged, the index that there was may know more than can be found in
+        it: what it told of that pack is kept where it proves to be true.
+        """
+        self._remembered = self._told_of_damaged()
         self.index.rebuild(
             lambda: self._indexed(self.stored_packs()), lambda: condemned_packs(self.storage)
         )
+        self._remembered = {}
+
+    def _told_of_damaged(self) -> dict[PackId, list[PackEntry]]:
+        """Return what the index tells of the packs whose directories are damaged."""
+        if not self.index.is_current():
+            return {}
+        damaged = set()
+        for pack, pack_bytes in self.stored_packs():
+            try:
+                self.read_directory(pack, pack_bytes)
+            except CasfsError:
+                damaged.add(pack)
+        names = {one.ordinal: one.pack for one in self.index.packs() if one.pack in damaged}
+        told: dict[PackId, list[PackEntry]] = {}
+        for digest, at in self.index.blobs() if names else ():
+            if at.pack in names:
+                entry = PackEntry(
+                    digest, at.offset, at.stored_bytes, at.plain_bytes, at.kind, at.codec
+                )
+                told.setdefault(names[at.pack], []).append(entry)
+        return told
 
     def _indexed(self, packs: Iterable[tuple[PackId, int]]) -> Iterator[IndexedPack]:
         for pack, pack_bytes in packs:
@@ -286,6 +314,25 @@ class BlobStore:
         except PackError as error:
             log.warning("%s; its intact blobs are found one by one", error)
             self.salvaged.add(pack)
+            return self._salvaged_entries(pack, pack_bytes)
+
+    def _salvaged_entries(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
+        found = self.salvage_directory(pack, pack_bytes)
+        digests = {entry.digest for entry in found}
+        for entry in self._remembered.get(pack, ()):
+            if entry.digest not in digests:
+                try:
+                    self._read_entry(pack, entry)
+                except CasfsError:
+                    continue
+                found.append(entry)
+        return found
+
+    def _entries_of_any(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
+        """Return a pack's entries, also where they have to be found without its directory."""
+        try:
+            return self.read_directory(pack, pack_bytes)
+        except PackError:
             return self.salvage_directory(pack, pack_bytes)
 
 

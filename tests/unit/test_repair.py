@@ -17,6 +17,7 @@ from casfs.repository import Repository
 from casfs.scrub import Damage, ReadChoice
 from casfs.snapshot import Snapshot
 from casfs.store.lock import LockMode
+from casfs.store.pack import RECORD as RECORD_HEADER
 from casfs.tree import Node, Reason, State, capture_of, captured_digest
 
 from .planting import Keeper, entry, reference
@@ -292,3 +293,25 @@ def test_one_file_is_only_read_where_something_is_lost(keeper: Keeper) -> None:
         counts = repository.store.coverage
         sound = repository.store.locate(digest_of(CHUNKS[1]))
         assert sound.ordinal not in counts._blobs
+
+
+def test_an_index_that_is_built_anew_forgets_nothing_that_it_knew_and_is_true(
+    keeper: Keeper,
+) -> None:
+    """With the directory damaged, and a record too, only the index knows where its blob is."""
+    chunks = [noise(f"chunk {number}", 3000) for number in range(3)]
+    keeper.store(*chunks)
+    (path,) = pack_paths(keeper.root)
+    with keeper.reading() as repository:
+        places = [repository.store.locate(digest_of(chunk)) for chunk in chunks]
+    flip(path, -1)
+    flip(path, places[0].offset - RECORD_HEADER.size)
+    flip(path, places[1].offset - RECORD_HEADER.size)
+    flip(path, places[1].offset + 100)
+    with keeper.writing() as repository:
+        repository.store.rebuild()
+        assert repository.store.read(digest_of(chunks[0])) == chunks[0]
+        assert repository.store.read(digest_of(chunks[2])) == chunks[2]
+        assert repository.store.index.known([digest_of(chunk) for chunk in chunks]) == [
+            *(True, False, True),
+        ]

@@ -22,6 +22,7 @@ from casfs.store.blob import BlobKind
 from casfs.store.copies import Copies
 from casfs.store.lock import LockMode
 from casfs.store.pack import PackEntry
+from casfs.store.store import pack_name
 
 from .planting import Keeper
 from .storing import add_pack, flip, make_pack, noise, pack_paths
@@ -317,4 +318,13 @@ class TestOtherCopies:
             for chunk in lost:
                 with pytest.raises(BlobError):
                     repository.store.read(digest_of(chunk))
+            assert repository.store.read(digest_of(CHUNKS[0])) == CHUNKS[0]
+
+    def test_are_found_in_a_pack_whose_directory_is_damaged(self, keeper: Keeper) -> None:
+        keeper.store(CHUNKS[0])
+        keeper.damage(digest_of(CHUNKS[0]))
+        data, _ = make_pack([CHUNKS[0], CHUNKS[1]])
+        pack = add_pack(keeper.root, data)
+        flip(keeper.root / pack_name(pack), -1)
+        with keeper.reading() as repository:
             assert repository.store.read(digest_of(CHUNKS[0])) == CHUNKS[0]
