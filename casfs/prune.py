@@ -121,7 +121,7 @@ class Pruner:
         self._records = {record.ordinal: record for record in self._index.packs()}
         self._mark()
         uses = self._uses()
-        if self._bad and not self._options.dry_run and self._rescue():
+        if self._bad and not self._options.dry_run and self._rescue(self._bad):
             uses = self._uses()
         self.result.packs = len(self._records)
         repacked = self._chosen(uses)
@@ -134,6 +134,7 @@ class Pruner:
             return self.result
         # What needs no room goes first: the disk may be full.
         self._condemn(unneeded)
+        self._rescue_last_copies(unneeded)
         waiting = unneeded - self._remove(self._settle(unneeded))
         if repacked:
             self._condemn(repacked | waiting)
@@ -142,6 +143,7 @@ class Pruner:
             except BaseException:
                 self._reprieve(waiting)
                 raise
+            self._rescue_last_copies(repacked | waiting)
             self._remove(self._settle(repacked | waiting))
         self._forget_snapshots()
         return self.result
@@ -192,7 +194,35 @@ class Pruner:
         self.result.unneeded_blobs = total - needed
         return uses
 
-    def _rescue(self) -> bool:
+    def _rescue_last_copies(self, ordinals: set[int]) -> None:
+        """See to it that what is needed, and is in packs that go, is sound where the index looks.
+
+        Two backups that ran at the same time may have stored it twice. What was packed anew just now is
+        not read again.
+        """
+        rotten = {}
+        for ordinal in sorted(ordinals):
+            try:
+                entries = self._entries(self._records[ordinal])
+            except CasfsError:
+                continue
+            for entry in entries:
+                location = self._index.lookup(entry.digest)
+                if (
+                    location is None
+                    or location.pack == ordinal
+                    or location.pack not in self._records
+                    or location.ordinal not in self._needs.blobs
+                ):
+                    continue
+                try:
+                    self._repository.store.read_at(entry.digest, location)
+                except BlobError:
+                    rotten[entry.digest] = location
+        if rotten:
+            self._rescue(rotten)
+
+    def _rescue(self, rotten: dict[Digest, Location]) -> bool:
         """Store anew what is needed and damaged where the index looks, if another pack has it sound.
 
         That pack may be one of those that nobody seems to need. Tell whether there was any.
@@ -200,7 +230,7 @@ class Pruner:
         found = False
         writer = self._repository.writer()
         try:
-            for digest, location in self._bad.items():
+            for digest, location in rotten.items():
                 try:
                     plain = self._repository.store.read(digest)
                 except CasfsError:

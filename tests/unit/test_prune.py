@@ -555,7 +555,7 @@ def test_an_index_that_is_built_anew_while_needs_are_marked_costs_nothing_that_i
     assert_sound(keeper)
 
 
-@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("checked", [True, False], ids=["marked", "not known"])
 def test_the_only_sound_copy_of_what_is_needed_is_stored_anew_before_its_pack_goes(
     keeper: Keeper, tmp_path: Path, checked: bool
 ) -> None:
@@ -572,9 +572,8 @@ def test_the_only_sound_copy_of_what_is_needed_is_stored_anew_before_its_pack_go
     add_pack(keeper.root, data)
     before = contents(keeper)
     keeper.damage(tree)
+    keeper.damage(digest_of(copies[0]))
     if checked:
-        # That data are damaged is known only once they were read.
-        keeper.damage(digest_of(copies[0]))
         with Repository.open(keeper.root, reader="check", takes_notes=True) as repository:
             Checker(repository, RecordingMonitor()).check(ReadChoice())
     assert contents(keeper) == before
