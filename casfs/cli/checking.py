@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED, Settings, common_options
-from casfs.cli.output import json_path, shown, shown_id, shown_size
+from casfs.cli.output import json_path, share_argument, shown, shown_id, shown_size
 from casfs.cli.progress import CommandMonitor
 from casfs.errors import UsageError
 
@@ -50,7 +50,7 @@ def check(
     choice = None
     if read_data or subset is not None:
         choice = ReadChoice(
-            _share(subset) if subset is not None else 1.0,
+            _subset(subset) if subset is not None else 1.0,
             parse_duration(older_than, "--older-than") if older_than is not None else None,
             parse_duration(max_duration, "--max-duration") if max_duration is not None else None,
         )
@@ -118,11 +118,8 @@ def _sentence(damage: Damage) -> str:
     return f"{' '.join(parts)}: {damage.message}"
 
 
-def _share(text: str) -> float:
-    try:
-        share = float(text.removesuffix("%")) / 100
-    except ValueError as error:
-        raise UsageError(f"--read-data-subset {text!r} is not a percentage such as 5%") from error
-    if not 0 < share <= 1:
+def _subset(text: str) -> float:
+    share = share_argument(text, "--read-data-subset", "5%")
+    if share == 0:
         raise UsageError(f"--read-data-subset {text!r} is not between 0% and 100%")
     return share

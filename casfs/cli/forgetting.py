@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import Settings, common_options
-from casfs.cli.output import Output, iso_time, local_time, path_argument, shown, shown_id
+from casfs.cli.output import Output, iso_time, json_path, local_time, path_argument, shown, shown_id
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _say(output: Output, candidate: Candidate, reasons: tuple[str, ...], dry_run
         id=candidate.snapshot_id.hex(),
         time=iso_time(candidate.time_ns) if snapshot is not None else None,
         host=snapshot.host if snapshot is not None else None,
-        paths=[path.decode("utf-8", "surrogateescape") for path in snapshot.paths]
+        paths=[json_path(path)["path"] for path in snapshot.paths]
         if snapshot is not None
         else None,
         tags=list(candidate.tags),

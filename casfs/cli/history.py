@@ -54,7 +54,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
         for version in versions:
             _emit(output, path, version)
     else:
-        _print_table(output, versions)
+        output.table(_HEADS, _NUMBERS, map(_row, versions))
     return EXIT_DAMAGED if damaged else 0
 
 
@@ -79,17 +79,6 @@ def _emit(output: Output, path: bytes, version: Version) -> None:
 
 _HEADS = ("snapshot", "first", "last", "snapshots", "size", "modified", "digest", "captured")
 _NUMBERS = ("snapshots", "size")
-
-
-def _print_table(output: Output, versions: list[Version]) -> None:
-    rows = [_HEADS, *map(_row, versions)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
-    for row in rows:
-        cells = [
-            f"{cell:>{width}}" if head in _NUMBERS else f"{cell:<{width}}"
-            for head, cell, width in zip(_HEADS, row, widths, strict=True)
-        ]
-        output.line("  ".join(cells).rstrip())
 
 
 def _row(version: Version) -> tuple[str, ...]:

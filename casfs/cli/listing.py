@@ -128,16 +128,8 @@ _NUMBERS = ("files", "size", "flagged")
 
 
 def _print_table(output: Output, found: list[Found]) -> None:
-    rows: list[tuple[str, ...]] = [_HEADS]
-    for snapshot_id, snapshot in found:
-        rows += _rows(snapshot_id, snapshot)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
-    for row in rows:
-        cells = [
-            f"{cell:>{width}}" if head in _NUMBERS else f"{cell:<{width}}"
-            for head, cell, width in zip(_HEADS, row, widths, strict=True)
-        ]
-        output.line("  ".join(cells).rstrip())
+    rows = [row for snapshot_id, snapshot in found for row in _rows(snapshot_id, snapshot)]
+    output.table(_HEADS, _NUMBERS, rows)
 
 
 def _rows(snapshot_id: SnapshotId, snapshot: Snapshot) -> list[tuple[str, ...]]:

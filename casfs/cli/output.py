@@ -6,10 +6,12 @@ import base64
 import json
 import os
 import sys
+from collections.abc import Container, Iterable
 from datetime import datetime
 from typing import Any
 
 from casfs.digest import SHOWN_HEX_DIGITS
+from casfs.errors import UsageError
 from casfs.naming import on_one_line
 from casfs.naming import shown as shown
 
@@ -33,6 +35,19 @@ class Output:
         """Print a JSON object of this type; nothing without --json."""
         if self.as_json:
             print(json.dumps({"type": kind, **fields}))
+
+    def table(
+        self, heads: tuple[str, ...], numbers: Container[str], rows: Iterable[tuple[str, ...]]
+    ) -> None:
+        """Print a table for people; columns whose heads are among `numbers` stand to the right."""
+        lines = [heads, *rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+        for line in lines:
+            cells = [
+                f"{cell:>{width}}" if head in numbers else f"{cell:<{width}}"
+                for head, cell, width in zip(heads, line, widths, strict=True)
+            ]
+            self.line("  ".join(cells).rstrip())
 
     def warn(self, sentence: str) -> None:
         """Print a sentence about a problem to standard error."""
@@ -81,6 +96,17 @@ def iso_time(time_ns: int) -> str:
         return datetime.fromtimestamp(time_ns / 1_000_000_000).astimezone().isoformat()
     except (OverflowError, ValueError, OSError):
         return f"@{time_ns / 1_000_000_000}"
+
+
+def share_argument(text: str, option: str, example: str) -> float:
+    """Return a percentage from 0% to 100% that was given on the command line as 0 to 1."""
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} is not a percentage such as {example}") from error
+    if not 0 <= share <= 1:
+        raise UsageError(f"{option} {text!r} is not between 0% and 100%")
+    return share
 
 
 def path_argument(text: str) -> bytes:

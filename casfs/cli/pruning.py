@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import Settings, common_options
-from casfs.cli.output import Output, shown_size
+from casfs.cli.output import Output, share_argument, shown_size
 from casfs.cli.progress import CommandMonitor
-from casfs.errors import UsageError
 
 if TYPE_CHECKING:
     from casfs.prune import PruneOptions, PruneResult
@@ -42,7 +41,7 @@ def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> No
     from casfs.durations import parse_duration
     from casfs.prune import PruneOptions
 
-    share = _share(max_unused)
+    share = share_argument(max_unused, "--max-unused", "25%")
     options = PruneOptions(share, parse_duration(margin, "--margin"), dry_run)
     run_prune(settings.repository_path(), settings.output(), options, settings.sync)
 
@@ -98,13 +97,3 @@ def _say(output: Output, result: PruneResult, dry_run: bool) -> None:
         waiting_packs=result.waiting_packs,
         waiting_bytes=result.waiting_bytes,
     )
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text.removesuffix("%")) / 100
-    except ValueError as error:
-        raise UsageError(f"--max-unused {text!r} is not a percentage such as 25%") from error
-    if not 0 <= share <= 1:
-        raise UsageError(f"--max-unused {text!r} is not between 0% and 100%")
-    return share
