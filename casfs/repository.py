@@ -191,6 +191,8 @@ class Repository:
 
     def _verified_packs(self) -> list[PackRecord]:
         """Return the packs all of whose blobs and whose directory were verified."""
+        if self.store.coverage.is_empty():
+            return []
         try:
             found = self.store.coverage.of(self.store.index.packs())
             for record in found:

@@ -27,6 +27,10 @@ class Coverage:
             if self._blobs.add(location.ordinal):
                 self._counts[location.pack] = self._counts.get(location.pack, 0) + 1
 
+    def is_empty(self) -> bool:
+        """Tell whether no blob was read yet."""
+        return not self._counts
+
     def of(self, packs: Iterable[PackRecord]) -> list[PackRecord]:
         """Return those of the packs of which every blob was noted.
 
