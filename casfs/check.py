@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from casfs.bitmap import Bitmap
 from casfs.content import Extent
@@ -35,20 +35,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class CheckResult:
+class CheckResult(ScrubResult):
     """What was looked at, and what was found; `flagged` counts files captured while they changed."""
 
     snapshots: int = 0
     trees: int = 0
     files: int = 0
     flagged: int = 0
-    packs: int = 0
-    packs_read: int = 0
-    packs_left: int = 0
-    blobs_read: int = 0
-    read_bytes: int = 0
-    oldest_verified_s: int | None = None
-    damage: list[Damage] = field(default_factory=list)
 
 
 class Checker:
@@ -60,21 +53,14 @@ class Checker:
         self._repository = repository
         self._store = repository.store
         self._monitor = monitor
-        self._scrubbed = ScrubResult()
         self._visited = Bitmap()
         self._told_unknown: set[Digest] = set()
 
     def check(self, read: ReadChoice | None = None) -> CheckResult:
         """Check the structure, and read the packs that are chosen (None: none of them)."""
-        scrubber = Scrubber(self._repository, self.result.damage.append, self._monitor)
-        self._scrubbed = scrubbed = scrubber.scrub(read)
-        result = self.result
-        result.packs, result.packs_read = scrubbed.packs, scrubbed.packs_read
-        result.packs_left, result.blobs_read = scrubbed.packs_left, scrubbed.blobs_read
-        result.read_bytes = scrubbed.read_bytes
-        result.oldest_verified_s = scrubbed.oldest_verified_s
+        Scrubber(self._repository, self.result, self._monitor).scrub(read)
         self._check_snapshots()
-        return result
+        return self.result
 
     def _report(self, damage: Damage) -> None:
         self.result.damage.append(damage)
@@ -138,9 +124,9 @@ class Checker:
             if len(stack) > 2 * MAX_DEPTH:
                 raise TreeError("directories are nested deeper than the format allows")
             digest = Digest(ref.digest)
-            if digest in self._scrubbed.bad:
+            if digest in self.result.bad:
                 raise BlobError(
-                    digest, "its data does not have its digest", self._scrubbed.bad[digest]
+                    digest, "its data does not have its digest", self.result.bad[digest]
                 )
             if self._store.index.lookup(digest) is None:
                 self._is_elsewhere(digest)
@@ -204,7 +190,7 @@ class Checker:
         if extent.digest is None:
             return True
         location = self._store.index.lookup(extent.digest)
-        if extent.lost or extent.digest in self._scrubbed.bad:
+        if extent.lost or extent.digest in self.result.bad:
             return False
         if location is None:
             return self._is_elsewhere(extent.digest)
@@ -214,7 +200,7 @@ class Checker:
 
     def _is_elsewhere(self, digest: Digest) -> bool:
         """Tell whether a needed blob that the index does not name is in a pack, and report the index."""
-        pack = self._scrubbed.unknown.get(digest)
+        pack = self.result.unknown.get(digest)
         if pack is not None and digest not in self._told_unknown:
             self._told_unknown.add(digest)
             message = "it does not know the blob; casfs repair index rebuilds it"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from casfs.digest import Digest, SnapshotId
+from casfs.digest import Digest, SnapshotId, short
 from casfs.errors import (
     BlobError,
     CasfsError,
@@ -29,6 +29,7 @@ from casfs.errors import (
 from casfs.monitor import Monitor
 from casfs.needs import Needs
 from casfs.repository import Repository
+from casfs.rescue import Rescuer
 from casfs.store.blob import BlobKind
 from casfs.store.condemned import (
     Condemnation,
@@ -38,7 +39,7 @@ from casfs.store.condemned import (
 )
 from casfs.store.index import Location, PackRecord
 from casfs.store.lock import LockMode, LockRecord
-from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
+from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER
 from casfs.store.store import pack_name
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class Pruner:
         self._options = options
         self._monitor = monitor
         self._needs = Needs(repository)
+        self._rescuer = Rescuer(repository, self._needs)
         self._marked: set[SnapshotId] = set()
         self._records: dict[int, PackRecord] = {}
         self._young: dict[int, str] = {}
@@ -121,7 +123,7 @@ class Pruner:
         self._records = {record.ordinal: record for record in self._index.packs()}
         self._mark()
         uses = self._uses()
-        if self._bad and not self._options.dry_run and self._rescue(self._bad):
+        if self._bad and not self._options.dry_run and self._rescuer.rescue(self._bad):
             uses = self._uses()
         self.result.packs = len(self._records)
         repacked = self._chosen(uses)
@@ -134,7 +136,7 @@ class Pruner:
             return self.result
         # What needs no room goes first: the disk may be full.
         self._condemn(unneeded)
-        self._rescue_last_copies(unneeded)
+        self._rescuer.rescue_last_copies(self._records, unneeded)
         waiting = unneeded - self._remove(self._settle(unneeded))
         if repacked:
             self._condemn(repacked | waiting)
@@ -143,9 +145,9 @@ class Pruner:
             except BaseException:
                 self._reprieve(waiting)
                 raise
-            self._rescue_last_copies(repacked | waiting)
+            self._rescuer.rescue_last_copies(self._records, repacked | waiting)
             self._remove(self._settle(repacked | waiting))
-        self._forget_snapshots()
+        self._index.keep_complete(set(self._repository.snapshot_ids()))
         return self.result
 
     def _reprieve(self, waiting: set[int]) -> None:
@@ -193,57 +195,6 @@ class Pruner:
         self.result.needed_blobs = needed
         self.result.unneeded_blobs = total - needed
         return uses
-
-    def _rescue_last_copies(self, ordinals: set[int]) -> None:
-        """See to it that what is needed, and is in packs that go, is sound where the index looks.
-
-        Two backups that ran at the same time may have stored it twice. What was packed anew just now is
-        not read again.
-        """
-        rotten = {}
-        for ordinal in sorted(ordinals):
-            try:
-                entries = self._entries(self._records[ordinal])
-            except CasfsError:
-                continue
-            for entry in entries:
-                location = self._index.lookup(entry.digest)
-                if (
-                    location is None
-                    or location.pack == ordinal
-                    or location.pack not in self._records
-                    or location.ordinal not in self._needs.blobs
-                ):
-                    continue
-                try:
-                    self._repository.store.read_at(entry.digest, location)
-                except BlobError:
-                    rotten[entry.digest] = location
-        if rotten:
-            self._rescue(rotten)
-
-    def _rescue(self, rotten: dict[Digest, Location]) -> bool:
-        """Store anew what is needed and damaged where the index looks, if another pack has it sound.
-
-        That pack may be one of those that nobody seems to need. Tell whether there was any.
-        """
-        found = False
-        writer = self._repository.writer()
-        try:
-            for digest, location in rotten.items():
-                try:
-                    plain = self._repository.store.read(digest)
-                except CasfsError:
-                    continue
-                if not location.is_bad:
-                    self._index.mark_blobs(location.pack, [digest])
-                writer.put(BlobKind(location.kind), digest, plain)
-                found = True
-            writer.finish()
-        finally:
-            writer.close()
-        self._repository.store.found_elsewhere.clear()
-        return found
 
     def _earlier(self) -> dict[int, Condemnation]:
         """Return the packs that are condemned, with the condemnation of each."""
@@ -321,15 +272,14 @@ class Pruner:
 
     def _repack(self, chosen: set[int]) -> None:
         """Store what is needed of some condemned packs in new ones."""
-        if not chosen:
-            return
         store = self._repository.store
         self._monitor.progress.total_bytes = sum(self._records[n].pack_bytes for n in chosen)
         writer = self._repository.writer()
         try:
             for ordinal in sorted(chosen):
                 record = self._records[ordinal]
-                for entry in sorted(self._entries(record), key=lambda entry: entry.offset):
+                entries = store.entries(record.pack, record.pack_bytes)
+                for entry in sorted(entries, key=lambda entry: entry.offset):
                     location = self._index.lookup(entry.digest)
                     if (
                         location is None
@@ -352,13 +302,6 @@ class Pruner:
         finally:
             writer.close()
         self.result.new_bytes = stats.new_stored_bytes
-
-    def _entries(self, record: PackRecord) -> list[PackEntry]:
-        store = self._repository.store
-        try:
-            return store.read_directory(record.pack, record.pack_bytes)
-        except CasfsError:
-            return store.salvage_directory(record.pack, record.pack_bytes)
 
     def _settle(self, candidates: set[int]) -> set[int]:
         """Return which condemned packs may go; what is needed after all is condemned no longer.
@@ -442,10 +385,6 @@ class Pruner:
             self.result.removed_packs += 1
             self.result.removed_bytes += record.pack_bytes
 
-    def _forget_snapshots(self) -> None:
-        """Drop what the index remembers of snapshots that are no more."""
-        self._index.keep_complete(set(self._repository.snapshot_ids()))
-
 
 class _IndexReplacedError(IndexUnusableError):
     """The index is another one than it was when this prune began."""
@@ -464,7 +403,7 @@ class NeedsUnknownError(IntegrityError):
 
     def __str__(self) -> str:
         return (
-            f"what snapshot {self.snapshot_id.hex()[:12]} needs is not known for sure: {self.cause}; "
+            f"what snapshot {short(self.snapshot_id)} needs is not known for sure: {self.cause}; "
             "nothing was removed (casfs check tells what is lost, a new backup may heal it, and "
             "casfs repair snapshots gives it up)"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -62,7 +62,7 @@ class ReadChoice:
 
 @dataclass(slots=True)
 class ScrubResult:
-    """What was read: packs, blobs, bytes; `left` were to be read and time did not allow it.
+    """What was read and found: packs, blobs, bytes; `left` were to be read and time did not allow it.
 
     `bad` are blobs of which no sound copy was found, with the pack that should hold each; `unknown` are
     those that packs hold and the index does not name.
@@ -73,7 +73,7 @@ class ScrubResult:
     packs_left: int = 0
     blobs_read: int = 0
     read_bytes: int = 0
-    oldest_verified_s: int | None = None
+    damage: list[Damage] = field(default_factory=list)
     bad: dict[Digest, PackId] = field(default_factory=dict)
     unknown: dict[Digest, PackId] = field(default_factory=dict)
 
@@ -88,15 +88,13 @@ class _Read:
 
 
 class Scrubber:
-    """Check the packs of one repository; used once. `report` is told of every damage."""
+    """Check the packs of one repository; used once. What is found goes into `result`."""
 
-    def __init__(
-        self, repository: Repository, report: Callable[[Damage], None], monitor: Monitor
-    ) -> None:
-        self.result = ScrubResult()
+    def __init__(self, repository: Repository, result: ScrubResult, monitor: Monitor) -> None:
+        self.result = result
         self._repository = repository
         self._store = repository.store
-        self._report = report
+        self._report = result.damage.append
         self._monitor = monitor
         self._ordinals: dict[int, PackId] = {}
         self._by_name: dict[PackId, int] = {}
@@ -106,7 +104,7 @@ class Scrubber:
         self._closed: set[PackId] = set()
         self._noted_at = time.monotonic()
 
-    def scrub(self, choice: ReadChoice | None) -> ScrubResult:
+    def scrub(self, choice: ReadChoice | None) -> None:
         """Compare every pack with the index, and read those that are chosen (None: none of them)."""
         # A backup may be running: what the index names first is in the storage by the time of the
         # listing, and what is found beyond that is newer than this check.
@@ -120,7 +118,7 @@ class Scrubber:
         with ThreadPoolExecutor(_THREADS, "casfs-check") as pool:
             for pack, entries, damage in pool.map(self._check_directory, sorted(stored.items())):
                 sound &= not damage
-                self._report_all(damage)
+                self.result.damage += damage
                 if damage:
                     self._mark_damaged(pack)
                 ordinal = self._by_name.get(pack)
@@ -136,7 +134,6 @@ class Scrubber:
         if indexed < entries_before and sound and unchanged:
             message = "it has entries that no pack holds; casfs repair index rebuilds it"
             self._report(Damage("index", message))
-        return self.result
 
     def _damage_of_records(self, records: list[PackRecord], stored: dict[PackId, int]) -> bool:
         """Compare the index's list of packs with what is stored; tell whether anything was wrong."""
@@ -198,8 +195,7 @@ class Scrubber:
                 self._note_unknown(pack, entry.digest)
             elif self._ordinals.get(location.pack) == pack:
                 count += 1
-                told = (location.offset, location.stored_bytes, location.plain_bytes)
-                if told != (entry.offset, entry.stored_bytes, entry.plain_bytes):
+                if not location.is_of(entry):
                     message = "it names another place for the blob than its pack does"
                     self._report(Damage("index", message, pack, entry.digest))
                 if location.is_bad:
@@ -249,8 +245,6 @@ class Scrubber:
         """Return the packs to read, the longest unverified first."""
         verified = {record.pack: record.verified_s for record in self._store.index.packs()}
         packs = sorted(_share_of(stored, choice.share), key=lambda pack: verified.get(pack, 0))
-        if packs:
-            self.result.oldest_verified_s = verified.get(packs[0], 0)
         if choice.older_than_s is not None:
             limit = time.time() - choice.older_than_s
             packs = [pack for pack in packs if verified.get(pack, 0) <= limit]
@@ -261,7 +255,7 @@ class Scrubber:
         ordinal = self._by_name.get(pack)
         if damage and self._is_removed(pack):
             return
-        self._report_all(damage)
+        self.result.damage += damage
         self.result.packs_read += 1
         self.result.read_bytes += pack_bytes
         self.result.blobs_read += len(entries)
@@ -358,18 +352,11 @@ class Scrubber:
         """Yield which blobs are damaged in a pack that cannot be read from its beginning to its end."""
         for entry in entries:
             try:
-                payload = self._store.storage.read(
-                    pack_name(pack), entry.offset, entry.stored_bytes
-                )
-                self._store.codec.decode(entry.digest, entry.codec, payload, entry.plain_bytes)
+                self._store.read_entry(pack, entry)
             except BlobError as error:
                 yield Damage("blob", error.reason, pack, entry.digest)
             except CasfsError as error:
                 yield Damage("blob", str(error), pack, entry.digest)
-
-    def _report_all(self, damage: Iterable[Damage]) -> None:
-        for found in damage:
-            self._report(found)
 
 
 class _PackReader:

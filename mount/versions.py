@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from casfs.digest import SnapshotId
+from casfs.digest import SnapshotId, short
 from casfs.errors import IntegrityError
 from casfs.snapshot import Snapshot
 from casfs.tree import Node
@@ -211,4 +211,4 @@ class VersionFolders:
             if snapshot_id in self._told:
                 return
             self._told.add(snapshot_id)
-        log.error("snapshot %s: %s", snapshot_id.hex()[:12], error)
+        log.error("snapshot %s: %s", short(snapshot_id), error)

@@ -61,10 +61,12 @@ class Copies:
                 continue
             for entry in entries:
                 location = self._index.lookup(entry.digest)
-                if location is not None and names.get(location.pack) == pack:
-                    place = (location.offset, location.stored_bytes, location.plain_bytes)
-                    if place == (entry.offset, entry.stored_bytes, entry.plain_bytes):
-                        continue
+                if (
+                    location is not None
+                    and names.get(location.pack) == pack
+                    and location.is_of(entry)
+                ):
+                    continue
                 if left:
                     left -= 1
                     self._found.setdefault(entry.digest, []).append((pack, entry))

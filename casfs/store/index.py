@@ -67,6 +67,11 @@ class Location:
         """Tell whether the data were found damaged."""
         return bool(self.flags & _BAD)
 
+    def is_of(self, entry: PackEntry) -> bool:
+        """Tell whether this is the place that the directory of the pack tells."""
+        told = (entry.offset, entry.stored_bytes, entry.plain_bytes)
+        return (self.offset, self.stored_bytes, self.plain_bytes) == told
+
 
 @dataclass(frozen=True, slots=True)
 class PackRecord:

@@ -67,7 +67,7 @@ class BlobStore:
         self.salvaged: set[PackId] = set()
         self.unreadable: set[PackId] = set()
         self.found_elsewhere: set[Digest] = set()
-        self._copies = Copies(index, self.stored_packs, self._entries_of_any)
+        self._copies = Copies(index, self.stored_packs, self.entries)
         self._remembered: dict[PackId, list[PackEntry]] = {}
 
     def locate(self, digest: Digest) -> Location:
@@ -101,7 +101,7 @@ class BlobStore:
                 error = also
         for pack, entry in self._copies.of(digest):
             try:
-                plain = self._read_entry(pack, entry)
+                plain = self.read_entry(pack, entry)
             except (BlobError, NotFoundError, StorageError):
                 continue
             if len(self.found_elsewhere) < _MOST_REMEMBERED:
@@ -109,7 +109,11 @@ class BlobStore:
             return plain
         raise error
 
-    def _read_entry(self, pack: PackId, entry: PackEntry) -> bytes:
+    def read_entry(self, pack: PackId, entry: PackEntry) -> bytes:
+        """Return the verified plaintext of one copy of a blob, wherever the index looks for it.
+
+        Raises BlobError, NotFoundError and StorageError.
+        """
         payload = self.storage.read(pack_name(pack), entry.offset, entry.stored_bytes)
         return self.codec.decode(entry.digest, entry.codec, payload, entry.plain_bytes)
 
@@ -193,6 +197,13 @@ class BlobStore:
         offset, directory_bytes, _, digest = parse_trailer(pack, tail, pack_bytes)
         directory = self.storage.read(name, offset, directory_bytes)
         return parse_directory(pack, directory, digest, offset - RECORD.size)
+
+    def entries(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
+        """Return a pack's entries, also where they have to be found without its directory."""
+        try:
+            return self.read_directory(pack, pack_bytes)
+        except PackError:
+            return self.salvage_directory(pack, pack_bytes)
 
     def salvage_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
         """Return entries for all blobs of a pack that decode, found without its directory.
@@ -322,18 +333,11 @@ class BlobStore:
         for entry in self._remembered.get(pack, ()):
             if entry.digest not in digests:
                 try:
-                    self._read_entry(pack, entry)
+                    self.read_entry(pack, entry)
                 except CasfsError:
                     continue
                 found.append(entry)
         return found
-
-    def _entries_of_any(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
-        """Return a pack's entries, also where they have to be found without its directory."""
-        try:
-            return self.read_directory(pack, pack_bytes)
-        except PackError:
-            return self.salvage_directory(pack, pack_bytes)
 
 
 def _missing(digest: Digest) -> BlobError:

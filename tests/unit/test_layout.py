@@ -42,6 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("casfs.flagged", "casfs.treewriter"),
     ("casfs.repository",),
     ("casfs.needs",),
+    ("casfs.rescue",),
     (
         "casfs.durations",
         "casfs.exclude",
