@@ -19,6 +19,8 @@ SHOWN_HEX_DIGITS = 12
 
 EMPTY_DIGEST = Digest(blake3(b"").digest())
 
+_ZEROS = bytes(1 << 20)
+
 
 def digest_of(data: bytes | bytearray | memoryview) -> Digest:
     """Return the plain BLAKE3-256 of `data`."""
@@ -28,3 +30,12 @@ def digest_of(data: bytes | bytearray | memoryview) -> Digest:
 def short(digest: bytes) -> str:
     """Return the beginning of a digest in hexadecimal, as people are shown it."""
     return digest.hex()[:SHOWN_HEX_DIGITS]
+
+
+def update_zeros(whole: blake3, length: int) -> None:
+    """Digest a hole of `length` bytes as the zeros that reading it would give."""
+    view = memoryview(_ZEROS)
+    while length > 0:
+        part = min(length, len(_ZEROS))
+        whole.update(view[:part])
+        length -= part

@@ -10,9 +10,8 @@ import os
 from blake3 import blake3
 
 from casfs.content import Extent, check_chunk_length
-from casfs.digest import Digest
+from casfs.digest import Digest, update_zeros
 from casfs.errors import IntegrityError, TreeError
-from casfs.reading import update_zeros
 from casfs.repository import Repository
 from casfs.tree import Node, captured_digest
 

@@ -17,8 +17,8 @@ from enum import StrEnum
 
 from casfs import target
 from casfs.errors import BlobError, IntegrityError
-from casfs.exclude import PatternMatcher
 from casfs.filling import Filler, reads_back
+from casfs.intake.exclude import PatternMatcher
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository import Repository
 from casfs.tree import Kind, Node, Reason, State, captured_digest, hard_link_key

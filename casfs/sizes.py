@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from casfs.digest import SnapshotId
 from casfs.flagged import flagged_below
-from casfs.needs import Needs
 from casfs.repository import Repository
 from casfs.tree import Kind, Node, nodes_of
+from casfs.upkeep.needs import Needs
 
 
 @dataclass(frozen=True, slots=True)

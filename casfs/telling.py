@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from casfs.freeze import NotFrozenError
+from casfs.intake.freeze import NotFrozenError
 from casfs.monitor import Problem, ProblemKind
 from casfs.selection import Place
 from casfs.tree import Node, Reason, State, capture_of, captured_digest

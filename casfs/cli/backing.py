@@ -20,7 +20,7 @@ from casfs.errors import NotFoundError, UsageError
 from casfs.selection import keep_path
 
 if TYPE_CHECKING:
-    from casfs.backup import BackupResult
+    from casfs.intake.backup import BackupResult
 
 
 @click.command()
@@ -136,9 +136,9 @@ def backup(
     Exit 3 means that it is published but some sources could not be read, 4 that some files changed
     while they were read, or were found silently changed by --reread.
     """
-    from casfs.backup import BackupOptions, back_up
-    from casfs.exclude import Exclusions, read_patterns
-    from casfs.freeze import Freeze
+    from casfs.intake.backup import BackupOptions, back_up
+    from casfs.intake.exclude import Exclusions, read_patterns
+    from casfs.intake.freeze import Freeze
     from casfs.repository import Repository
 
     sources = [os.fsencode(path) for path in paths]

@@ -12,7 +12,7 @@ from casfs.cli.progress import CommandMonitor
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from casfs.scrub import Damage
+    from casfs.upkeep.scrub import Damage
 
 
 @click.command()
@@ -42,10 +42,10 @@ def check(
     When each pack was last verified is remembered, also where a check is interrupted: with --older-than
     the next one goes on from there.
     """
-    from casfs.check import Checker
-    from casfs.durations import parse_duration
     from casfs.repository import Repository
-    from casfs.scrub import ReadChoice
+    from casfs.upkeep.check import Checker
+    from casfs.upkeep.durations import parse_duration
+    from casfs.upkeep.scrub import ReadChoice
 
     choice = None
     if read_data or subset is not None:

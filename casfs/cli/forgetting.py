@@ -11,8 +11,8 @@ from casfs.cli.output import Output, iso_time, json_path, local_time, path_argum
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from casfs.forget import Candidate, Grouping, GroupKey, Plan
-    from casfs.retention import Policy
+    from casfs.upkeep.forget import Candidate, Grouping, GroupKey, Plan
+    from casfs.upkeep.retention import Policy
 
 
 class _Count(click.ParamType[int]):
@@ -23,7 +23,7 @@ class _Count(click.ParamType[int]):
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
-        from casfs.retention import UNLIMITED
+        from casfs.upkeep.retention import UNLIMITED
 
         text = str(value)
         if text in ("unlimited", str(UNLIMITED)):
@@ -95,11 +95,11 @@ def forget(
     Each group (a host and its paths) is judged apart. The space is freed by prune.
     """
     from casfs.cli.pruning import run_prune
-    from casfs.durations import Span
-    from casfs.forget import Choice, forget, named_snapshots, plan_policy
-    from casfs.prune import PruneOptions
     from casfs.repository import Repository
-    from casfs.retention import Policy
+    from casfs.upkeep.durations import Span
+    from casfs.upkeep.forget import Choice, forget, named_snapshots, plan_policy
+    from casfs.upkeep.prune import PruneOptions
+    from casfs.upkeep.retention import Policy
 
     policy = Policy(
         last=keep_last,
@@ -156,7 +156,7 @@ def _refuse_what_does_not_fit(snaps: tuple[str, ...], policy: Policy, chosen: bo
 
 
 def _grouping(text: str) -> Grouping:
-    from casfs.forget import Grouping
+    from casfs.upkeep.forget import Grouping
 
     words = {word.strip() for word in text.split(",")} - {""}
     known = {"host": "host", "hosts": "host", "path": "paths", "paths": "paths"}

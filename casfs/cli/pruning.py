@@ -12,7 +12,7 @@ from casfs.cli.output import Output, share_argument, shown_size
 from casfs.cli.progress import CommandMonitor
 
 if TYPE_CHECKING:
-    from casfs.prune import PruneOptions, PruneResult
+    from casfs.upkeep.prune import PruneOptions, PruneResult
 
 
 @click.command()
@@ -38,8 +38,8 @@ def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> No
 
     What a backup that runs now may rely on is freed by the next prune.
     """
-    from casfs.durations import parse_duration
-    from casfs.prune import PruneOptions
+    from casfs.upkeep.durations import parse_duration
+    from casfs.upkeep.prune import PruneOptions
 
     share = share_argument(max_unused, "--max-unused", "25%")
     options = PruneOptions(share, parse_duration(margin, "--margin"), dry_run)
@@ -48,9 +48,9 @@ def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> No
 
 def run_prune(root: Path, output: Output, options: PruneOptions, sync: bool) -> None:
     """Prune a repository and say what came of it."""
-    from casfs.prune import Pruner
     from casfs.repository import Repository
     from casfs.store.lock import LockMode
+    from casfs.upkeep.prune import Pruner
 
     monitor = CommandMonitor(output, "prune")
     with (

@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from casfs.backup import BackupOptions, back_up
 from casfs.content import HOLE, ContentWriter
 from casfs.digest import digest_of
+from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.snapshot import Snapshot

@@ -24,22 +24,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from casfs.backup import BackupOptions, back_up
-from casfs.check import Checker
 from casfs.digest import Digest
 from casfs.errors import CasfsError, IntegrityError
-from casfs.forget import Candidate, forget
+from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import Progress, RecordingMonitor
-from casfs.prune import PruneOptions, Pruner
-from casfs.repair import SnapshotRepairer, repair_index
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
-from casfs.scrub import ReadChoice
 from casfs.store import writer as writer_module
 from casfs.store.index import Index
 from casfs.store.lock import LockMode
 from casfs.store.writer import BlobWriter
 from casfs.tagging import retag
+from casfs.upkeep.check import Checker
+from casfs.upkeep.forget import Candidate, forget
+from casfs.upkeep.prune import PruneOptions, Pruner
+from casfs.upkeep.repair import SnapshotRepairer, repair_index
+from casfs.upkeep.scrub import ReadChoice
 
 from .disks import SHUTDOWN
 from .looking import look_at_snapshots, look_through_the_mount

@@ -12,15 +12,15 @@ from typing import Any
 import zstandard
 from blake3 import blake3
 
-from casfs.backup import BackupOptions, BackupResult, back_up
-from casfs.check import Checker
 from casfs.cli.backing import exit_code
+from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.monitor import Problem, RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
-from casfs.scrub import ReadChoice
 from casfs.store.store import pack_name
 from casfs.tree import Kind, Node
+from casfs.upkeep.check import Checker
+from casfs.upkeep.scrub import ReadChoice
 from mount.blobs import Blobs
 from mount.chunks import ChunkCache
 from mount.errands import Errands

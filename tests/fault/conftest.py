@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from casfs import capture
+from casfs.intake import capture
 
 from .capturing import Keeper, keeper
 from .scripted_source import ScriptedSource, scripted_source

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from casfs import capture
+from casfs.intake import capture
 from casfs.tree import Node, Reason, State, capture_of, captured_digest
 
 from .capturing import Keeper, Kept

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from casfs.capture import Capturer, Patience
 from casfs.digest import Digest, digest_of
-from casfs.freeze import Freeze, Freezer
-from casfs.reading import FileReader
-from casfs.source import open_directory
+from casfs.intake.capture import Capturer, Patience
+from casfs.intake.freeze import Freeze, Freezer
+from casfs.intake.reading import FileReader
+from casfs.intake.source import open_directory
 from casfs.store.blob import BlobKind
 from casfs.tree import State, capture_of, captured_digest
 

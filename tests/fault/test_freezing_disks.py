@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from casfs.freeze import Freeze
+from casfs.intake.freeze import Freeze
 from casfs.monitor import ProblemKind
 from casfs.tree import Reason, State, capture_of
 
@@ -78,7 +78,7 @@ def test_an_old_file_that_changes_while_it_is_read_is_cloned_then(
 ) -> None:
     file = folder / "file"
     file.write_bytes(bytes(MIB))
-    monkeypatch.setattr("casfs.freeze.Freezer.is_due", lambda *_: False)
+    monkeypatch.setattr("casfs.intake.freeze.Freezer.is_due", lambda *_: False)
     reads = Reads(monkeypatch)
 
     def rewrite(count: int) -> None:

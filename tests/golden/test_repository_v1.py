@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from casfs.backup import BackupOptions, back_up
-from casfs.check import Checker
 from casfs.digest import digest_of
+from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
-from casfs.scrub import ReadChoice
 from casfs.tree import Kind
+from casfs.upkeep.check import Checker
+from casfs.upkeep.scrub import ReadChoice
 from tests.data.make_repository_v1 import describe
 
 FROZEN = Path(__file__).parent.parent / "data" / "repository-v1"

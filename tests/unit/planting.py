@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from casfs.backup import BackupOptions, back_up
 from casfs.content import RECORD
 from casfs.digest import Digest, SnapshotId, digest_of
+from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.snapshot import Snapshot

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from casfs import capture
-from casfs.capture import Capturer, NotRegularError, Patience
 from casfs.chunker import Chunker
 from casfs.digest import Digest, digest_of
-from casfs.freeze import Freeze, Freezer
-from casfs.reading import FileReader, Reading
-from casfs.source import open_directory
+from casfs.intake import capture
+from casfs.intake.capture import Capturer, NotRegularError, Patience
+from casfs.intake.freeze import Freeze, Freezer
+from casfs.intake.reading import FileReader, Reading
+from casfs.intake.source import open_directory
 from casfs.store.blob import BlobKind
 from casfs.store.config import new_config
 from casfs.tree import Node, State, capture_of, captured_digest
@@ -63,7 +63,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 def old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every file be old enough to be trusted: the clock is an hour ahead."""
     ahead = time.time_ns() + 3600 * 1_000_000_000
-    monkeypatch.setattr("casfs.capture.time.time_ns", lambda: ahead)
+    monkeypatch.setattr("casfs.intake.capture.time.time_ns", lambda: ahead)
 
 
 class TestANode:

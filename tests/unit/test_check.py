@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from casfs import check as check_module
-from casfs import scrub as scrub_module
-from casfs.check import Checker, CheckResult
 from casfs.content import HOLE, RECORD, ContentWriter
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.scrub import Damage, ReadChoice
 from casfs.store.blob import BlobKind
 from casfs.store.index import IndexedPack
 from casfs.store.pack import PackEntry
 from casfs.store.store import BlobStore
 from casfs.tree import Capture, Extra, Kind, Node, Reason, State, TreeRef, replace
+from casfs.upkeep import check as check_module
+from casfs.upkeep import scrub as scrub_module
+from casfs.upkeep.check import Checker, CheckResult
+from casfs.upkeep.scrub import Damage, ReadChoice
 
 from .planting import Keeper, Plan, entry, file, flagged, reference
 from .storing import add_pack, flip, make_pack, noise, pack_paths

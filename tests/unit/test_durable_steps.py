@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from casfs.backup import BackupOptions, back_up
-from casfs.check import Checker, CheckResult
+from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.scrub import ReadChoice
 from casfs.snapshot import SnapshotStats
 from casfs.store import writer as writer_module
 from casfs.store.lock import RepositoryLock
 from casfs.store.storage import LocalSpool
 from casfs.store.writer import BlobWriter
+from casfs.upkeep.check import Checker, CheckResult
+from casfs.upkeep.scrub import ReadChoice
 
 from .storing import child, hear, noise, pack_paths, tell
 
@@ -212,7 +212,7 @@ def test_what_a_stopped_backup_left_costs_the_next_one_only_what_was_not_finishe
 BACKUP = """
 import sys
 from pathlib import Path
-from casfs.backup import BackupOptions, back_up
+from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from casfs.errors import NotFoundError, StorageError, UsageError
-from casfs.exclude import (
+from casfs.intake.exclude import (
     CACHEDIR_SIGNATURE,
     CACHEDIR_TAG,
     Exclusions,

@@ -6,9 +6,9 @@ import pytest
 
 from casfs.digest import SnapshotId
 from casfs.errors import NotFoundError, UnsafeTargetError
-from casfs.forget import Choice, Grouping, Plan, forget, named_snapshots, plan_policy
 from casfs.repository import Repository
-from casfs.retention import Policy
+from casfs.upkeep.forget import Choice, Grouping, Plan, forget, named_snapshots, plan_policy
+from casfs.upkeep.retention import Policy
 
 from .planting import Keeper
 

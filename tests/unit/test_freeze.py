@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from casfs import freeze
-from casfs.freeze import Freeze, Freezer, NotFrozenError
+from casfs.intake import freeze
+from casfs.intake.freeze import Freeze, Freezer, NotFrozenError
 
 SECOND = 1_000_000_000
 NOW = 1_700_000_000 * SECOND

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from casfs import prune as prune_module
-from casfs.backup import BackupOptions, back_up
-from casfs.check import Checker
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import IndexUnusableError, IntegrityError, LockedError, StorageError
+from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
-from casfs.prune import NeedsUnknownError, PruneOptions, Pruner, PruneResult
 from casfs.repository import Repository
-from casfs.scrub import ReadChoice
 from casfs.store.condemned import read_condemnations
 from casfs.store.lock import LockMode
 from casfs.store.storage import LocalStorage
+from casfs.upkeep import prune as prune_module
+from casfs.upkeep.check import Checker
+from casfs.upkeep.prune import NeedsUnknownError, PruneOptions, Pruner, PruneResult
+from casfs.upkeep.scrub import ReadChoice
 
 from .planting import Keeper
 from .storing import add_pack, child, flip, hear, make_pack, noise, pack_paths, tell
@@ -350,7 +350,7 @@ class TestBesideOthers:
 BACKUP = """
 import sys
 from pathlib import Path
-from casfs.backup import BackupOptions, back_up
+from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 

@@ -7,18 +7,18 @@ import shutil
 import pytest
 
 from casfs import treewriter
-from casfs.check import Checker
 from casfs.content import HOLE, RECORD
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.monitor import RecordingMonitor
-from casfs.prune import PruneOptions, Pruner
-from casfs.repair import IndexRepair, RepairResult, SnapshotRepairer, repair_index
 from casfs.repository import Repository
-from casfs.scrub import Damage, ReadChoice
 from casfs.snapshot import Snapshot
 from casfs.store.lock import LockMode
 from casfs.store.pack import RECORD as RECORD_HEADER
 from casfs.tree import Node, Reason, State, capture_of, captured_digest
+from casfs.upkeep.check import Checker
+from casfs.upkeep.prune import PruneOptions, Pruner
+from casfs.upkeep.repair import IndexRepair, RepairResult, SnapshotRepairer, repair_index
+from casfs.upkeep.scrub import Damage, ReadChoice
 
 from .planting import Keeper, entry, reference
 from .storing import flip, noise, pack_paths

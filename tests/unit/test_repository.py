@@ -394,8 +394,8 @@ READER = """
 import os
 import sys
 from pathlib import Path
-from casfs.check import Checker
-from casfs.scrub import ReadChoice
+from casfs.upkeep.check import Checker
+from casfs.upkeep.scrub import ReadChoice
 from casfs.errors import CasfsError
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository

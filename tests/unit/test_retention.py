@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from casfs.durations import Span, parse_duration
 from casfs.errors import UsageError
-from casfs.retention import UNLIMITED, Policy, decide
+from casfs.upkeep.durations import Span, parse_duration
+from casfs.upkeep.retention import UNLIMITED, Policy, decide
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 
-from casfs import scrub as scrub_module
-from casfs.check import Checker, CheckResult
 from casfs.digest import PackId, digest_of
 from casfs.errors import BlobError
 from casfs.monitor import RecordingMonitor
-from casfs.prune import PruneOptions, Pruner
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
-from casfs.scrub import ReadChoice
 from casfs.snapshot import Snapshot
 from casfs.store.blob import BlobKind
 from casfs.store.copies import Copies
 from casfs.store.lock import LockMode
 from casfs.store.pack import PackEntry
 from casfs.store.store import pack_name
+from casfs.upkeep import scrub as scrub_module
+from casfs.upkeep.check import Checker, CheckResult
+from casfs.upkeep.prune import PruneOptions, Pruner
+from casfs.upkeep.scrub import ReadChoice
 
 from .planting import Keeper
 from .storing import add_pack, flip, make_pack, noise, pack_paths

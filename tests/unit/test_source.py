@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from casfs.source import make_node, read_xattrs, storable_time
+from casfs.intake.source import make_node, read_xattrs, storable_time
 from casfs.tree import Kind, Leaf, decode_piece, encode_piece
 
 FAR_NS = 1 << 80

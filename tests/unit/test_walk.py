@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from casfs.backup import BackupOptions, BackupResult, back_up
-from casfs.capture import Capturer, NotRegularError
-from casfs.freeze import Freeze
+from casfs.intake.backup import BackupOptions, BackupResult, back_up
+from casfs.intake.capture import Capturer, NotRegularError
+from casfs.intake.freeze import Freeze
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.repository import Repository
 from casfs.tree import Kind, Node
@@ -145,7 +145,7 @@ def test_clones_that_are_required_and_cannot_be_made_leave_files_out_one_by_one(
     def refuse(dir_fd: int, fd: int) -> int:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("casfs.freeze._clone", refuse)
+    monkeypatch.setattr("casfs.intake.freeze._clone", refuse)
     (source / "empty").touch()
     backup = Backup(repository, source, freeze=Freeze.REQUIRE)
     assert backup.told() == [(ProblemKind.UNREADABLE, name) for name in (b"a", b"name", b"z")]

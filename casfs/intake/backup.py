@@ -20,23 +20,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from casfs import __version__
-from casfs.capture import DEFAULT_ATTEMPTS, DEFAULT_PATIENCE_S, Capturer, Patience
 from casfs.digest import SnapshotId
 from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
-from casfs.exclude import Exclusions
-from casfs.freeze import Freeze, Freezer
-from casfs.lastlook import LastLook
+from casfs.intake.capture import DEFAULT_ATTEMPTS, DEFAULT_PATIENCE_S, Capturer, Patience
+from casfs.intake.exclude import Exclusions
+from casfs.intake.freeze import Freeze, Freezer
+from casfs.intake.lastlook import LastLook
+from casfs.intake.reading import FileReader
+from casfs.intake.source import make_node
+from casfs.intake.walk import NewTree, Walker, WalkStats
 from casfs.monitor import Monitor
 from casfs.naming import shown
-from casfs.reading import FileReader
 from casfs.repository import Repository
 from casfs.selection import Place, keep_path, select
 from casfs.snapshot import Snapshot, SnapshotStats
-from casfs.source import make_node
 from casfs.store.writer import BlobWriter, WriteStats
 from casfs.tree import Kind, Node, TreeRef, replace
 from casfs.treewriter import TreeWriter
-from casfs.walk import NewTree, Walker, WalkStats
 
 log = logging.getLogger(__name__)
 

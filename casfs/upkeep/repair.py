@@ -15,13 +15,11 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from casfs.check import Checker
 from casfs.content import HOLE, ContentWriter
-from casfs.digest import Digest, PackId, SnapshotId
+from casfs.digest import Digest, PackId, SnapshotId, update_zeros
 from casfs.errors import CasfsError, IntegrityError, NotFoundError, TreeError
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository import Repository
-from casfs.scrub import ReadChoice
 from casfs.snapshot import MAX_SNAPSHOT_BYTES, Snapshot
 from casfs.store.writer import BlobWriter
 from casfs.tree import (
@@ -40,10 +38,11 @@ from casfs.tree import (
 )
 from casfs.treereader import join
 from casfs.treewriter import TreeWriter
+from casfs.upkeep.check import Checker
+from casfs.upkeep.scrub import ReadChoice
 
 log = logging.getLogger(__name__)
 
-_ZEROS = bytes(1 << 20)
 DAMAGED_FOLDER = "damaged"
 
 
@@ -248,7 +247,7 @@ class SnapshotRepairer:
                     kept += extent.length
                     continue
                 content.add(extent.length, HOLE)
-                _update_with_zeros(whole, extent.length)
+                update_zeros(whole, extent.length)
                 if extent.digest is None:
                     continue
                 if lost and lost[-1][1] == begin:
@@ -297,9 +296,3 @@ class _Frame:
     path: bytes
     nodes: Iterator[Node]
     tree: TreeWriter
-
-
-def _update_with_zeros(hasher: blake3, length: int) -> None:
-    while length > 0:
-        hasher.update(_ZEROS[: min(length, len(_ZEROS))])
-        length -= len(_ZEROS)

@@ -11,12 +11,10 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from casfs.capture import Capturer, NotRegularError
-from casfs.exclude import Exclusions, PatternMatcher
-from casfs.monitor import Monitor
-from casfs.previous import Previous, is_unchanged
-from casfs.selection import Place
-from casfs.source import (
+from casfs.intake.capture import Capturer, NotRegularError
+from casfs.intake.exclude import Exclusions, PatternMatcher
+from casfs.intake.previous import Previous, is_unchanged
+from casfs.intake.source import (
     kind_of,
     list_names,
     make_node,
@@ -24,6 +22,8 @@ from casfs.source import (
     path_of_entry,
     read_xattrs,
 )
+from casfs.monitor import Monitor
+from casfs.selection import Place
 from casfs.telling import (
     problem_of_capture,
     problem_of_failure,

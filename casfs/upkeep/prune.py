@@ -27,9 +27,7 @@ from casfs.errors import (
     NotFoundError,
 )
 from casfs.monitor import Monitor
-from casfs.needs import Needs
 from casfs.repository import Repository
-from casfs.rescue import Rescuer
 from casfs.store.blob import BlobKind
 from casfs.store.condemned import (
     Condemnation,
@@ -41,6 +39,8 @@ from casfs.store.index import Location, PackRecord
 from casfs.store.lock import LockMode, LockRecord
 from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER
 from casfs.store.store import pack_name
+from casfs.upkeep.needs import Needs
+from casfs.upkeep.rescue import Rescuer
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Set
 
 from casfs.digest import Digest
 from casfs.errors import BlobError, CasfsError
-from casfs.needs import Needs
 from casfs.repository import Repository
 from casfs.store.blob import BlobKind
 from casfs.store.index import Location, PackRecord
+from casfs.upkeep.needs import Needs
 
 
 class Rescuer:

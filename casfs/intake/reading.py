@@ -15,10 +15,8 @@ from blake3 import blake3
 
 from casfs.chunker import Chunker
 from casfs.content import HOLE, RECORD, ContentWriter, Put
-from casfs.digest import Digest
+from casfs.digest import Digest, update_zeros
 from casfs.store.blob import BlobKind
-
-_ZEROS = bytes(1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +145,6 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
                 raise
             return  # truncated between the two questions
         yield begin, end
-
-
-def update_zeros(whole: blake3, length: int) -> None:
-    """Digest a hole of `length` bytes as the zeros that reading it would give."""
-    view = memoryview(_ZEROS)
-    while length > 0:
-        part = min(length, len(_ZEROS))
-        whole.update(view[:part])
-        length -= part
 
 
 def _finish(content: ContentWriter, whole: blake3, size: int) -> Reading:

@@ -17,7 +17,6 @@ from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
 from casfs.monitor import Monitor
 from casfs.repository import Repository
-from casfs.scrub import Damage, ReadChoice, Scrubber, ScrubResult
 from casfs.tree import (
     MAX_DEPTH,
     Kind,
@@ -30,6 +29,7 @@ from casfs.tree import (
     summary_of,
 )
 from casfs.treereader import join
+from casfs.upkeep.scrub import Damage, ReadChoice, Scrubber, ScrubResult
 
 log = logging.getLogger(__name__)
 

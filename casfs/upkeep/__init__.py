@@ -1,0 +1,1 @@
+"""Keeping a repository well: check, repair, forget and prune."""
