@@ -27,6 +27,11 @@ def digest_of(data: bytes | bytearray | memoryview) -> Digest:
     return Digest(blake3(data).digest())
 
 
+def keyed_digest(data: bytes | bytearray | memoryview, key: bytes | None) -> Digest:
+    """Return the BLAKE3-256 of `data` with a key of 32 bytes, the plain one without."""
+    return Digest(blake3(data).digest() if key is None else blake3(data, key=key).digest())
+
+
 def short(digest: bytes) -> str:
     """Return the beginning of a digest in hexadecimal, as people are shown it."""
     return digest.hex()[:SHOWN_HEX_DIGITS]

@@ -54,6 +54,18 @@ class FormatError(CasfsError):
     """The repository has a format that this version does not read."""
 
 
+class KeyMissingError(CasfsError):
+    """What is encrypted cannot be opened with the identities that were given."""
+
+
+class WrongKeyError(CasfsError):
+    """A passphrase is wrong, or an identity or a recipient is not what it should be."""
+
+
+class DistrustError(CasfsError):
+    """A repository is not the one, or has not the recipients, that this machine knows."""
+
+
 class LockedError(CasfsError):
     """Another process holds the repository against this."""
 
@@ -111,6 +123,13 @@ class PackError(IntegrityError):
 
     def __str__(self) -> str:
         return f"pack {self.pack.hex()[:12]}: {self.reason}"
+
+
+class SessionError(IntegrityError):
+    """A session's wrapped keys are missing, damaged, or not what their name says.
+
+    What was stored in that session cannot be decrypted.
+    """
 
 
 class TreeError(IntegrityError):

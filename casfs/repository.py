@@ -9,26 +9,35 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from casfs.chunker import Chunker
 from casfs.content import ContentReader
-from casfs.digest import SnapshotId
+from casfs.digest import SnapshotId, short
 from casfs.errors import (
     AmbiguousIdError,
     CasfsError,
     ExistsError,
     IndexUnusableError,
     IntegrityError,
+    KeyMissingError,
     NotFoundError,
     StorageError,
     UsageError,
 )
-from casfs.snapshot import MAX_SNAPSHOT_BYTES, Snapshot, decode_snapshot, encode_snapshot
-from casfs.store.blob import BlobCodec
+from casfs.keys.opening import ciphers_of, codec_of, encrypted_config, open_vault
+from casfs.snapshot import (
+    MAX_SNAPSHOT_BYTES,
+    Envelope,
+    Snapshot,
+    decode_snapshot,
+    encode_snapshot,
+    read_envelope,
+)
 from casfs.store.config import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
@@ -55,6 +64,12 @@ from casfs.store.writer import BlobWriter
 from casfs.tree import Node
 from casfs.treereader import TreeReader
 
+if TYPE_CHECKING:
+    # What an unencrypted repository does without is not loaded for it.
+    from casfs.keys.opening import Unlock
+    from casfs.keys.recipients import Recipient
+    from casfs.keys.vault import Vault
+
 log = logging.getLogger(__name__)
 
 DEFAULT_LEVEL = 3
@@ -78,20 +93,25 @@ class Repository:
         index: Index,
         level: int,
         lock: RepositoryLock | None,
+        vault: Vault | None = None,
     ) -> None:
         self.root = root
         self.config = config
-        self.codec = BlobCodec(level)
-        self.store = BlobStore(storage, index, self.codec)
+        self.vault = vault
+        self.codec = codec_of(level, vault)
+        self.store = BlobStore(storage, index, self.codec, ciphers_of(storage, vault))
         self.trees = TreeReader(self.store.read)
         self._lock = lock
         self._losses = 0
 
     @classmethod
-    def create(cls, root: Path) -> RepositoryConfig:
+    def create(
+        cls, root: Path, recipients: Sequence[Recipient] = (), passphrase: str | None = None
+    ) -> RepositoryConfig:
         """Make a repository in an empty or new folder and return its configuration.
 
-        Raises ExistsError where something is already, StorageError where the disk refuses.
+        With recipients or a passphrase it is encrypted. Raises ExistsError where something is already,
+        StorageError where the disk refuses.
         """
         if (root / CONFIG_NAME).exists():
             raise ExistsError(f"there is a repository in {root} already; nothing was changed")
@@ -114,7 +134,9 @@ class Repository:
             raise StorageError("make a repository in", str(root), error) from error
         config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         storage = LocalStorage(root)
-        index = Index(index_path(root, config.id))
+        if recipients or passphrase is not None:
+            config = encrypted_config(root.absolute(), storage, config, recipients, passphrase)
+        index = Index(index_path(root, config.id, encrypted=config.encryption is not None))
         index.rebuild(tuple)
         close_index(index)
         take_reserve(root)
@@ -133,40 +155,55 @@ class Repository:
         reader: str | None = None,
         takes_notes: bool = False,
         frees: bool = False,
+        unlock: Unlock | None = None,
     ) -> Repository:
         """Open a repository: for writing when `verb` says what for, for reading otherwise.
 
         A reader that says in `reader` what it is keeps a prune from removing what it may still read,
         where it may write into the repository's `locks`; it keeps nobody from anything else. One that
-        `takes_notes` can mark in the index what it found, where it may write there.
+        `takes_notes` can mark in the index what it found, where it may write there. `unlock` is asked for
+        identities where the repository is encrypted.
 
         Raises NotFoundError, FormatError, IntegrityError (configuration), LockedError, StorageError
         and IndexUnusableError. A process has a repository open only once at a time. Who opens it to free
         space (`frees`) can do so on a full disk.
         """
         root = root.absolute()
-        config = _read_config(root)
+        config = read_config(root)
         if verb is None:
             storage = LocalStorage(root)
-            note = _reader_lock(root, reader) if reader is not None else None
+            vault = open_vault(root, storage, config, unlock)
+            note = _reader_lock(root, reader, config) if reader is not None else None
             try:
-                index = index_to_read(root, config.id, storage, BlobCodec(level), takes_notes)
+                ciphers = ciphers_of(storage, vault)
+                codec = codec_of(level, vault)
+                index = index_to_read(root, config.id, storage, codec, takes_notes, ciphers)
             except BaseException:
                 if note is not None:
                     note.release()
                 raise
-            return cls(root, config, storage, index, level, note)
+            return cls(root, config, storage, index, level, note, vault)
         if frees:
             give_up_reserve(root)
-        lock = RepositoryLock.acquire(root / "locks", verb, mode)
+        lock = RepositoryLock.acquire(root / "locks", verb, mode, _shown_host(config))
         try:
             remove_stale_temporaries(root)
             storage = LocalStorage(root, writer=lock.name, sync=sync, on_step=on_step)
-            path = index_path(root, config.id)
+            vault = open_vault(root, storage, config, unlock, mode)
+            path = index_path(root, config.id, encrypted=vault is not None)
             if mode == LockMode.EXCLUSIVE:
                 unseal(path)
-            index = index_to_write(root, path, storage, BlobCodec(level), lock.name, on_step, sync)
-            repository = cls(root, config, storage, index, level, lock)
+            index = index_to_write(
+                root,
+                path,
+                storage,
+                codec_of(level, vault),
+                lock.name,
+                on_step,
+                sync,
+                ciphers=ciphers_of(storage, vault),
+            )
+            repository = cls(root, config, storage, index, level, lock, vault)
             repository._losses = index.losses()
         except OSError as error:
             lock.release()
@@ -222,13 +259,38 @@ class Repository:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether the repository is encrypted and nothing was given that opens it."""
+        return self.vault is not None and not self.vault.can_read
+
+    @property
+    def losses(self) -> int:
+        """How often the index had lost entries when the repository was opened for writing."""
+        return self._losses
+
     def chunker(self) -> Chunker:
         """Return a chunker with the repository's parameters, for one thread."""
-        return Chunker(self.config.chunker)
+        config = self.config.chunker
+        if self.vault is not None and self.vault.domain is not None:
+            config = msgspec.structs.replace(config, seed=self.vault.domain.chunker_seed)
+        return Chunker(config)
+
+    @property
+    def tree_seed(self) -> int:
+        """The start value of the CRC-32 that splits big directories."""
+        if self.vault is not None and self.vault.domain is not None:
+            return self.vault.domain.tree_seed
+        return self.config.tree_seed
 
     def writer(self, dry_run: bool = False, spool_in_memory: bool = False) -> BlobWriter:
         """Return a writer of blobs; the repository is open for writing."""
-        return BlobWriter(self.store, dry_run=dry_run, spool_in_memory=spool_in_memory)
+        return BlobWriter(
+            self.store,
+            dry_run=dry_run,
+            spool_in_memory=spool_in_memory,
+            session=self.vault.session if self.vault is not None else None,
+        )
 
     def content(self, node: Node) -> ContentReader:
         """Return the reader of a regular file's content list."""
@@ -239,10 +301,13 @@ class Repository:
 
         `complete` says that all its blobs are known to be durable and in the index.
         """
-        snapshot_id, data = encode_snapshot(snapshot, self.codec)
+        session = self.vault.session() if self.vault is not None else None
+        snapshot_id, data = encode_snapshot(snapshot, self.codec, session)
         if complete:
             self.store.index.mark_complete(snapshot_id, self._losses)
         self.store.storage.write(f"snapshots/{snapshot_id.hex()}", data)
+        if self.vault is not None:
+            self.vault.note_published(snapshot_id, snapshot.time_ns)
         return snapshot_id
 
     def replace_snapshot(
@@ -272,6 +337,8 @@ class Repository:
 
     def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         """Remove a snapshot; its blobs stay until a prune."""
+        if self.vault is not None:
+            self.vault.note_deleted(snapshot_id)
         self.store.storage.delete(f"snapshots/{snapshot_id.hex()}")
 
     def other_locks(self) -> dict[str, LockRecord]:
@@ -293,9 +360,30 @@ class Repository:
         return ids
 
     def load(self, snapshot_id: SnapshotId) -> Snapshot:
-        """Return a verified snapshot; raises NotFoundError or TreeError."""
+        """Return a verified snapshot; raises NotFoundError or TreeError.
+
+        In an encrypted repository also KeyMissingError and SessionError.
+        """
         data = self.store.storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
-        return decode_snapshot(snapshot_id, data, self.codec)
+        keyring = self.vault.keyring if self.vault is not None else None
+        return decode_snapshot(snapshot_id, data, self.codec, keyring)
+
+    def envelope(self, snapshot_id: SnapshotId) -> Envelope | None:
+        """Return what an encrypted snapshot tells without a key; raises NotFoundError or TreeError."""
+        data = self.store.storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
+        return read_envelope(snapshot_id, data)
+
+    def is_proven(self, snapshot_id: SnapshotId) -> bool:
+        """Tell whether whoever published a snapshot knew the repository's own secret, if it has one.
+
+        Raises as `load` does.
+        """
+        if self.vault is None:
+            return True
+        envelope = self.envelope(snapshot_id)
+        if envelope is None:
+            return False
+        return self.vault.keyring.is_proven(self.vault.keyring.session(envelope.session))
 
     def snapshots(self) -> Iterator[tuple[SnapshotId, Snapshot]]:
         """Yield every snapshot from the oldest to the newest; those that are damaged, or cannot
@@ -310,6 +398,10 @@ class Repository:
                 found.append((snapshot_id, self.load(snapshot_id)))
             except NotFoundError:
                 continue
+            except KeyMissingError as error:
+                if self.is_closed:
+                    raise
+                log.warning("snapshot %s is left out: %s", short(snapshot_id), error)
             except (IntegrityError, StorageError) as error:
                 log.warning("%s; run casfs check", error)
         replaced = {snapshot.replaces for _, snapshot in found}
@@ -324,9 +416,17 @@ class Repository:
             everything = list(self.snapshots())
             if not everything:
                 raise NotFoundError(f"the repository {self.root} has no snapshots yet")
-            return everything[-1]
-        snapshot_id = self.resolve_id(name)
-        return snapshot_id, self.load(snapshot_id)
+            found = everything[-1]
+        else:
+            snapshot_id = self.resolve_id(name)
+            found = snapshot_id, self.load(snapshot_id)
+        if not self.is_proven(found[0]):
+            log.warning(
+                "snapshot %s is unproven: who published it did not have this repository's own secret, so "
+                "it may come from whoever holds the storage",
+                short(found[0]),
+            )
+        return found
 
     def resolve_id(self, prefix: str) -> SnapshotId:
         """Return the one id that begins so; raises AmbiguousIdError and NotFoundError."""
@@ -351,9 +451,14 @@ class Repository:
         return snapshot_id, snapshot, path, node
 
 
-def _reader_lock(root: Path, reader: str) -> RepositoryLock | None:
+def _shown_host(config: RepositoryConfig) -> str | None:
+    """Return what a lock tells of the machine: nothing where the storage is not to know."""
+    return None if config.encryption is None else "a machine"
+
+
+def _reader_lock(root: Path, reader: str, config: RepositoryConfig) -> RepositoryLock | None:
     try:
-        return RepositoryLock.acquire(root / "locks", reader, LockMode.READER)
+        return RepositoryLock.acquire(root / "locks", reader, LockMode.READER, _shown_host(config))
     except StorageError:
         return None  # a medium, or a user, that may only read
 
@@ -366,7 +471,11 @@ def normal_path(text: str) -> bytes:
     return b"/".join(parts)
 
 
-def _read_config(root: Path) -> RepositoryConfig:
+def read_config(root: Path) -> RepositoryConfig:
+    """Return the configuration of the repository in a folder.
+
+    Raises NotFoundError, FormatError, IntegrityError and StorageError.
+    """
     path = root / CONFIG_NAME
     try:
         with open(path, "rb") as file:

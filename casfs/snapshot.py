@@ -6,20 +6,37 @@ says which it replaces.
 
 from __future__ import annotations
 
+import os
 import struct
+from typing import NamedTuple
 
 import msgspec
 
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import BlobError, TreeError, UsageError
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec
+from casfs.store.blob import ENCRYPTED, MAX_PLAIN_BYTES, BlobCodec
+from casfs.store.session import SALT_BYTES, Session, SessionId, Sessions
 from casfs.tree import Kind, Node, check_node
 
 MAGIC = b"CASFSNAP"
 HEADER = struct.Struct("<8sHBBI")
 assert HEADER.size == 16
+_ENVELOPE = struct.Struct("<32s32sqQQ")
+assert _ENVELOPE.size == 88
+_INNER = struct.Struct("<B3xI")
+assert _INNER.size == 8
 SNAPSHOT_VERSION = 1
 MAX_SNAPSHOT_BYTES = 32 * 1024 * 1024
+
+
+class Envelope(NamedTuple):
+    """What an encrypted snapshot tells to anybody: its session, its time, and sizes in bytes."""
+
+    session: SessionId
+    salt: bytes
+    time_ns: int
+    total_bytes: int
+    new_stored_bytes: int
 
 
 class SnapshotStats(msgspec.Struct, frozen=True):
@@ -63,8 +80,10 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Snapshot)
 
 
-def encode_snapshot(snapshot: Snapshot, codec: BlobCodec) -> tuple[SnapshotId, bytes]:
-    """Return the snapshot's id and the bytes of its file.
+def encode_snapshot(
+    snapshot: Snapshot, codec: BlobCodec, session: Session | None = None
+) -> tuple[SnapshotId, bytes]:
+    """Return the snapshot's id and the bytes of its file, encrypted in a session if there is one.
 
     Raises UsageError for one that no reader would accept: with too many paths, or with text that is not
     Unicode.
@@ -79,22 +98,43 @@ def encode_snapshot(snapshot: Snapshot, codec: BlobCodec) -> tuple[SnapshotId, b
             f"{MAX_PLAIN_BYTES} are allowed; name fewer paths"
         )
     ((kind, payload),) = codec.encode_many([plain])
-    data = HEADER.pack(MAGIC, SNAPSHOT_VERSION, kind, 0, len(plain)) + bytes(payload)
+    if session is None:
+        data = HEADER.pack(MAGIC, SNAPSHOT_VERSION, kind, 0, len(plain)) + bytes(payload)
+    else:
+        data = _encrypted(snapshot, session, _INNER.pack(kind, len(plain)) + bytes(payload))
     return SnapshotId(digest_of(data)), data
 
 
-def decode_snapshot(snapshot_id: SnapshotId, data: bytes, codec: BlobCodec) -> Snapshot:
-    """Parse a snapshot's file; raises TreeError when it is not what its name says."""
+def read_envelope(snapshot_id: SnapshotId, data: bytes) -> Envelope | None:
+    """Return what an encrypted snapshot's file tells without a key, None for one that is not encrypted.
+
+    Raises TreeError when it is not what its name says.
+    """
+    kind, _ = _read_header(snapshot_id, data)
+    if kind != ENCRYPTED:
+        return None
+    if len(data) < HEADER.size + _ENVELOPE.size:
+        raise TreeError(f"snapshot {snapshot_id.hex()[:12]} is damaged: it is too short")
+    session, salt, *rest = _ENVELOPE.unpack_from(data, HEADER.size)
+    return Envelope(SessionId(session), salt, *rest)
+
+
+def decode_snapshot(
+    snapshot_id: SnapshotId, data: bytes, codec: BlobCodec, sessions: Sessions | None = None
+) -> Snapshot:
+    """Parse a snapshot's file; raises TreeError when it is not what its name says.
+
+    In an encrypted repository `sessions` has the keys; what it raises is raised here.
+    """
     label = snapshot_id.hex()[:12]
-    if bytes(digest_of(data)) != snapshot_id:
-        raise TreeError(f"snapshot {label} is damaged: its file does not have its digest")
-    if len(data) < HEADER.size:
-        raise TreeError(f"snapshot {label} is damaged: it is too short")
-    magic, version, kind, _, plain_bytes = HEADER.unpack_from(data)
-    if magic != MAGIC or version != SNAPSHOT_VERSION or plain_bytes > MAX_PLAIN_BYTES:
-        raise TreeError(f"snapshot {label} has a form that this casfs does not read")
+    kind, plain_bytes = _read_header(snapshot_id, data)
     payload = data[HEADER.size :]
+    if (kind == ENCRYPTED) != (sessions is not None):
+        is_not = "" if kind == ENCRYPTED else " not"
+        raise TreeError(f"snapshot {label} is{is_not} encrypted, unlike its repository")
     try:
+        if sessions is not None:
+            kind, plain_bytes, payload = _decrypted(snapshot_id, data, sessions)
         snapshot = _decoder.decode(codec.plain(kind, payload, plain_bytes))
     except BlobError as error:
         raise TreeError(f"snapshot {label} is damaged: {error.reason}") from error
@@ -104,3 +144,44 @@ def decode_snapshot(snapshot_id: SnapshotId, data: bytes, codec: BlobCodec) -> S
     if snapshot.root.kind != Kind.DIRECTORY:
         raise TreeError(f"snapshot {label} has a root that is not a directory")
     return snapshot
+
+
+def _read_header(snapshot_id: SnapshotId, data: bytes) -> tuple[int, int]:
+    label = snapshot_id.hex()[:12]
+    if bytes(digest_of(data)) != snapshot_id:
+        raise TreeError(f"snapshot {label} is damaged: its file does not have its digest")
+    if len(data) < HEADER.size:
+        raise TreeError(f"snapshot {label} is damaged: it is too short")
+    magic, version, kind, _, plain_bytes = HEADER.unpack_from(data)
+    if magic != MAGIC or version != SNAPSHOT_VERSION or plain_bytes > MAX_PLAIN_BYTES:
+        raise TreeError(f"snapshot {label} has a form that this casfs does not read")
+    return kind, plain_bytes
+
+
+def _encrypted(snapshot: Snapshot, session: Session, inner: bytes) -> bytes:
+    from casfs.store.cipher import encrypt_snapshot
+
+    salt = os.urandom(SALT_BYTES)
+    tree = snapshot.root.tree
+    header = HEADER.pack(MAGIC, SNAPSHOT_VERSION, ENCRYPTED, 0, 0) + _ENVELOPE.pack(
+        session.id,
+        salt,
+        snapshot.time_ns,
+        tree.total_bytes if tree is not None else 0,
+        snapshot.stats.new_stored_bytes,
+    )
+    return header + encrypt_snapshot(session, salt, inner, header)
+
+
+def _decrypted(snapshot_id: SnapshotId, data: bytes, sessions: Sessions) -> tuple[int, int, bytes]:
+    from casfs.store.cipher import decrypt_snapshot
+
+    envelope = read_envelope(snapshot_id, data)
+    assert envelope is not None
+    end = HEADER.size + _ENVELOPE.size
+    session = sessions.session(envelope.session)
+    inner = decrypt_snapshot(session, envelope.salt, data[end:], data[:end])
+    if len(inner) < _INNER.size:
+        raise BlobError(b"", "what is encrypted in it is too short")
+    kind, plain_bytes = _INNER.unpack_from(inner)
+    return kind, plain_bytes, inner[_INNER.size :]

@@ -16,11 +16,12 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
 
-from casfs.errors import CasfsError, UsageError
+from casfs.errors import CasfsError, KeyMissingError, UsageError
 from casfs.naming import shown
 from casfs.repository import Repository
 from casfs.tree import Kind
@@ -35,6 +36,9 @@ from mount.mountpoint import check_fuse, check_mountpoint
 from mount.pieces import PieceCache
 from mount.view import SnapshotView, Sources, View
 from mount.waiting import Waiting
+
+if TYPE_CHECKING:
+    from casfs.keys.identity import Identities
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,8 @@ class MountRequest:
     log_file: Path | None = None
     flags: tuple[str, ...] = ()
     """What the kernel is told of the mount besides: noexec, nodev and the like."""
+    identities: Identities | None = None
+    """What opens the repository if it is encrypted, gathered before anything goes to the background."""
 
 
 def mount_in_background(request: MountRequest) -> Path:
@@ -106,7 +112,15 @@ def _serve_behind(request: MountRequest, background: Background) -> None:
 
 
 def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
-    repository = Repository.open(request.repository, reader="mount")
+    given = request.identities
+    unlock = (lambda storage, config: given) if given is not None else None
+    repository = Repository.open(request.repository, reader="mount", unlock=unlock)
+    if repository.is_closed:
+        repository.close()
+        raise KeyMissingError(
+            f"the repository in {request.repository} is encrypted, and nothing was given that opens it: "
+            "give --identity FILE or a passphrase"
+        )
     repository.store.index.prefetch(INDEX_PREFETCH_BYTES)
     waiting = Waiting()
     blobs = Blobs(repository.store, waiting)

@@ -13,17 +13,23 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from casfs import __version__
+from casfs.cli.identities import KeyOptions, key_options
 from casfs.cli.output import Output
 from casfs.errors import CasfsError, UsageError
 from casfs.naming import on_one_line
+
+if TYPE_CHECKING:
+    from casfs.keys.identity import Identities
+    from casfs.store.config import RepositoryConfig
+    from casfs.store.storage import Storage
 
 VERBS = {
     "init": "casfs.cli.basic:init",
@@ -44,6 +50,7 @@ VERBS = {
     "repair": "casfs.cli.repairing:repair",
     "stats": "casfs.cli.basic:stats",
     "tag": "casfs.cli.basic:tag",
+    "key": "casfs.cli.keys:key",
     "version": "casfs.cli.basic:version",
     "completion": "casfs.cli.basic:completion",
 }
@@ -63,6 +70,8 @@ class Settings:
     repo: str | None = None
     as_json: bool = False
     sync: bool = True
+    keys: KeyOptions = field(default_factory=KeyOptions)
+    _unlocked: Identities | None = None
 
     def repository_path(self) -> Path:
         """Return the repository that was named, or raise UsageError."""
@@ -70,6 +79,12 @@ class Settings:
         if not name:
             raise UsageError("no repository was named: give --repo PATH or set CASFS_REPOSITORY")
         return Path(name)
+
+    def unlock(self, storage: Storage, config: RepositoryConfig) -> Identities:
+        """Return what opens an encrypted repository to this user; nobody is asked twice."""
+        if self._unlocked is None:
+            self._unlocked = self.keys.unlock(storage, config)
+        return self._unlocked
 
     def output(self) -> Output:
         """Return where the command's results go."""
@@ -111,6 +126,7 @@ def _set_no_sync(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that every verb has; their values are in the context's Settings."""
+    command = key_options(command)
     command = click.option(
         "--no-sync",
         is_flag=True,

@@ -16,11 +16,15 @@ from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, Settings, common_option
 from casfs.cli.output import iso_time, json_path, shown_id, shown_size
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.sizes import SIZE
-from casfs.errors import NotFoundError, UsageError
+from casfs.errors import DistrustError, NotFoundError, UsageError
 from casfs.selection import keep_path
 
 if TYPE_CHECKING:
     from casfs.intake.backup import BackupResult
+    from casfs.keys.identity import Identities
+    from casfs.keys.opening import Unlock
+    from casfs.store.config import RepositoryConfig
+    from casfs.store.storage import Storage
 
 
 @click.command()
@@ -102,6 +106,12 @@ if TYPE_CHECKING:
     help="Where a pack is put together.",
 )
 @click.option("--changed-ok", is_flag=True, help="Exit 0 although files changed.")
+@click.option(
+    "--recipients-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Refuse unless the repository is encrypted to just these recipients.",
+)
 @common_options
 @click.pass_obj
 def backup(
@@ -130,8 +140,12 @@ def backup(
     compression: int,
     spool: str,
     changed_ok: bool,
+    recipients_file: Path | None,
 ) -> int:
     """Publish a snapshot of files and directories.
+
+    An encrypted repository is written to without any identity; one that is given is used to compare with
+    the previous snapshot.
 
     Exit 3 means that it is published but some sources could not be read, 4 that some files changed
     while they were read, or were found silently changed by --reread.
@@ -181,8 +195,13 @@ def backup(
     )
     monitor = CommandMonitor(settings.output(), "backup", _source_names(sources))
     root = settings.repository_path()
+    unlock: Unlock = settings.keys.unlock_given
+    if recipients_file is not None:
+        unlock = _expecting(root, recipients_file, unlock)
     with (
-        Repository.open(root, "backup", level=compression, sync=settings.sync) as repository,
+        Repository.open(
+            root, "backup", level=compression, sync=settings.sync, unlock=unlock
+        ) as repository,
         monitor,
     ):
         result = back_up(repository, options, monitor)
@@ -244,6 +263,24 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         seconds=stats.seconds,
         dry_run=dry_run,
     )
+
+
+def _expecting(root: Path, file: Path, unlock: Unlock) -> Unlock:
+    """Return what unlocks a repository only if it has just the recipients that a file names."""
+    from casfs.cli.keys import recipients_in
+    from casfs.keys.vault import accept, expect_recipients
+    from casfs.repository import read_config
+
+    expected = recipients_in(file)
+    if read_config(root).encryption is None:
+        raise DistrustError(f"the repository in {root} is not encrypted; nothing was stored")
+
+    def expect_and_unlock(storage: Storage, config: RepositoryConfig) -> Identities:
+        expect_recipients(storage, expected)
+        accept(root.absolute(), storage, config)
+        return unlock(storage, config)
+
+    return expect_and_unlock
 
 
 def _source_names(sources: list[bytes]) -> Callable[[bytes], bytes]:

@@ -3,33 +3,66 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import click
 
 from casfs import __version__
 from casfs.cli.app import Settings, common_options
+from casfs.cli.identities import new_passphrase
+from casfs.cli.keys import named_recipients, recipient_options
 from casfs.cli.output import iso_time, shown_id, shown_size
 from casfs.errors import UsageError
 
 
 @click.command()
 @click.argument("path", required=False)
+@recipient_options
 @common_options
 @click.pass_obj
-def init(settings: Settings, path: str | None) -> None:
-    """Make a repository; refuse where one is."""
-    from pathlib import Path
+def init(
+    settings: Settings,
+    path: str | None,
+    recipients: tuple[str, ...],
+    recipients_files: tuple[Path, ...],
+    passphrase: bool,
+) -> None:
+    """Make a repository; refuse where one is.
 
+    With recipients or a passphrase everything in it is encrypted: it can be written to by whoever may
+    write in its folder, and read by whoever has an identity or the passphrase. That is decided here for
+    the repository's whole life; who the recipients are can be changed later (casfs key).
+    """
     from casfs.repository import Repository
     from casfs.store.config import FORMAT_VERSION
 
     if path is not None and settings.repo is not None and path != settings.repo:
         raise UsageError("two repositories were named; give one")
     root = Path(path) if path is not None else settings.repository_path()
-    config = Repository.create(root)
+    keys = settings.keys.with_environment()
+    new = None
+    if passphrase or keys.passphrase.is_given():
+        new = new_passphrase(keys.passphrase, "--passphrase-file, -fd or -command")
+    wanted = named_recipients(recipients, recipients_files)
+    config = Repository.create(root, wanted, new)
     output = settings.output()
     output.line(f"made repository {config.id[:12]} in {root}")
-    output.emit("repository", id=config.id, path=str(root), format=FORMAT_VERSION)
+    if config.encryption is None:
+        output.line("it is not encrypted: whoever can read the folder can read what is stored")
+    else:
+        values = [f"{one.kind} {one.value}" for one in wanted]
+        values += ["a passphrase"] if new is not None else []
+        output.line(f"it is encrypted to {', '.join(values)}")
+        output.line(
+            "without one of these nothing in it can ever be read again: keep them apart from it"
+        )
+    output.emit(
+        "repository",
+        id=config.id,
+        path=str(root),
+        format=FORMAT_VERSION,
+        encrypted=config.encryption is not None,
+    )
 
 
 @click.command()
@@ -87,7 +120,9 @@ def tag(
         raise UsageError("say what to change: --add, --remove or --set")
     if replaced and (added or removed):
         raise UsageError("--set does not go with --add or --remove")
-    with Repository.open(settings.repository_path(), "tag", sync=settings.sync) as repository:
+    with Repository.open(
+        settings.repository_path(), "tag", sync=settings.sync, unlock=settings.unlock
+    ) as repository:
         old_id, old = repository.resolve(snap)
         tags = set(replaced) if replaced else set(old.tags) - set(removed) | set(added)
         new_id, new = retag(repository, old_id, old, tuple(sorted(tags)))
@@ -113,7 +148,7 @@ def stats(settings: Settings, snap: str | None) -> None:
     from casfs.sizes import measure_repository, measure_snapshot
 
     output = settings.output()
-    with Repository.open(settings.repository_path()) as repository:
+    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
         if snap is not None:
             seen = measure_snapshot(repository, snap)
             output.line(f"entries:    {seen.entries}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED, Settings, common_options
-from casfs.cli.output import json_path, share_argument, shown, shown_id, shown_size
+from casfs.cli.output import Output, json_path, share_argument, shown, shown_id, shown_size
 from casfs.cli.progress import CommandMonitor
 from casfs.errors import UsageError
 
@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     metavar="DURATION",
     help="Begin no pack after so long, as in 10m; the longest unverified come first.",
 )
+@click.option(
+    "--storage",
+    "storage_only",
+    is_flag=True,
+    help="Recompute the digest of every object that is stored; needs no key and no index.",
+)
 @common_options
 @click.pass_obj
 def check(
@@ -36,6 +42,7 @@ def check(
     subset: str | None,
     older_than: str | None,
     max_duration: str | None,
+    storage_only: bool,
 ) -> int:
     """Check every snapshot, tree and index entry; exit 5 where something is damaged.
 
@@ -47,6 +54,10 @@ def check(
     from casfs.upkeep.durations import parse_duration
     from casfs.upkeep.scrub import ReadChoice
 
+    if storage_only:
+        if read_data or (subset, older_than, max_duration) != (None, None, None):
+            raise UsageError("--storage reads everything, and goes with no other choice")
+        return _check_storage(settings)
     choice = None
     if read_data or subset is not None:
         choice = ReadChoice(
@@ -59,20 +70,14 @@ def check(
     output = settings.output()
     monitor = CommandMonitor(output, "check")
     root = settings.repository_path()
-    with Repository.open(root, reader="check", takes_notes=True) as repository, monitor:
+    with (
+        Repository.open(
+            root, reader="check", takes_notes=True, unlock=settings.unlock
+        ) as repository,
+        monitor,
+    ):
         result = Checker(repository, monitor).check(choice)
-    for damage in result.damage:
-        output.line(_sentence(damage))
-        output.emit(
-            "damage",
-            what=damage.what,
-            message=damage.message,
-            pack=damage.pack.hex() if damage.pack is not None else None,
-            blob=damage.blob.hex() if damage.blob is not None else None,
-            snapshot=damage.snapshot.hex() if damage.snapshot is not None else None,
-            **(json_path(damage.path) if damage.path is not None else {"path": None}),
-            ranges=[list(part) for part in damage.ranges],
-        )
+    _tell(output, result.damage)
     output.line(
         f"checked {result.snapshots} snapshots, {result.trees} trees, {result.files} files, "
         f"{result.packs} packs"
@@ -100,6 +105,46 @@ def check(
         packs_read=result.packs_read,
         packs_left=result.packs_left,
         blobs_read=result.blobs_read,
+        read_bytes=result.read_bytes,
+    )
+    return EXIT_DAMAGED if result.damage else 0
+
+
+def _tell(output: Output, found: list[Damage]) -> None:
+    for damage in found:
+        output.line(_sentence(damage))
+        output.emit(
+            "damage",
+            what=damage.what,
+            message=damage.message,
+            pack=damage.pack.hex() if damage.pack is not None else None,
+            blob=damage.blob.hex() if damage.blob is not None else None,
+            snapshot=damage.snapshot.hex() if damage.snapshot is not None else None,
+            **(json_path(damage.path) if damage.path is not None else {"path": None}),
+            ranges=[list(part) for part in damage.ranges],
+        )
+
+
+def _check_storage(settings: Settings) -> int:
+    from casfs.repository import read_config
+    from casfs.store.storage import LocalStorage
+    from casfs.upkeep.storage import check_storage
+
+    root = settings.repository_path()
+    config = read_config(root)
+    output = settings.output()
+    monitor = CommandMonitor(output, "check")
+    with monitor:
+        result = check_storage(LocalStorage(root), config, monitor)
+    _tell(output, result.damage)
+    found = len(result.damage)
+    output.line(f"read {result.objects} objects, {shown_size(result.read_bytes)}")
+    output.line(f"{found} problems were found" if found else "no damage was found")
+    output.emit(
+        "summary",
+        ok=not result.damage,
+        damage=found,
+        objects=result.objects,
         read_bytes=result.read_bytes,
     )
     return EXIT_DAMAGED if result.damage else 0

@@ -48,7 +48,7 @@ def diff(settings: Settings, before: str, after: str) -> int:
     output = settings.output()
     monitor = CommandMonitor(output, "diff")
     summary = _Summary()
-    with Repository.open(settings.repository_path()) as repository:
+    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
         old_id, old, old_path, old_node = repository.resolve_path(before)
         new_id, new, new_path, new_node = repository.resolve_path(after)
         passages = passages_of(old.paths, old_path) | passages_of(new.paths, new_path)

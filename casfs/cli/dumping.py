@@ -36,7 +36,9 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
     output = settings.output()
     monitor = CommandMonitor(output, "dump")
     with (
-        Repository.open(settings.repository_path(), reader="dump") as repository,
+        Repository.open(
+            settings.repository_path(), reader="dump", unlock=settings.unlock
+        ) as repository,
         ExitStack() as stack,
     ):
         snapshot_id, snapshot, path, node = repository.resolve_path(snap)

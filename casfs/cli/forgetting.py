@@ -121,7 +121,11 @@ def forget(
     root, output = settings.repository_path(), settings.output()
     # A dry run changes nothing, and needs not be allowed to.
     with Repository.open(
-        root, None if dry_run else "forget", sync=settings.sync, frees=True
+        root,
+        None if dry_run else "forget",
+        sync=settings.sync,
+        frees=True,
+        unlock=settings.unlock,
     ) as repository:
         if snaps:
             forgotten = named_snapshots(repository, snaps, allow_all)
@@ -141,7 +145,7 @@ def forget(
     if dry_run:
         output.warn("what a prune would free is not known before the snapshots are gone")
     else:
-        run_prune(root, output, PruneOptions(), settings.sync)
+        run_prune(settings, PruneOptions())
 
 
 def _refuse_what_does_not_fit(snaps: tuple[str, ...], policy: Policy, chosen: bool) -> None:

@@ -11,11 +11,12 @@ import getopt
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
+from casfs.cli.identities import KeyOptions, unlocked
 from casfs.cli.mounting import OwnerType, server
 from casfs.cli.sizes import SIZE
 from casfs.errors import CasfsError, UsageError
@@ -58,6 +59,7 @@ class Wanted:
     deny_changed: bool = False
     no_kernel_cache: bool = False
     log_file: Path | None = None
+    keys: KeyOptions = field(default_factory=KeyOptions)
     flags: tuple[str, ...] = ()
 
     def owner(self) -> tuple[int, int] | None:
@@ -109,7 +111,7 @@ def parse_options(options: Sequence[str]) -> Wanted:
     for option in options:
         name, equals, value = option.partition("=")
         name = name.replace("-", "_") if name in _SWITCHES_WITH_HYPHENS else name
-        if equals and name in ("snapshot", "uid", "gid", "cache_size", "log_file"):
+        if equals and name in _VALUES:
             _set_value(wanted, name, value)
         elif option in _FLAGS:
             wanted.flags = (*wanted.flags, option)
@@ -120,8 +122,14 @@ def parse_options(options: Sequence[str]) -> Wanted:
     return wanted
 
 
+_VALUES = frozenset(
+    ("snapshot", "uid", "gid", "cache_size", "log_file", "identity", "passphrase_file")
+)
 _SWITCHES_WITH_HYPHENS = frozenset(
-    ("allow-other", "deny-changed", "no-kernel-cache", "cache-size", "log-file")
+    (
+        *("allow-other", "deny-changed", "no-kernel-cache", "cache-size", "log-file"),
+        "passphrase-file",
+    )
 )
 
 
@@ -133,6 +141,10 @@ def _set_value(wanted: Wanted, name: str, value: str) -> None:
             wanted.cache_size = SIZE.convert(value, None, None)
         elif name == "log_file":
             wanted.log_file = Path(value)
+        elif name == "identity":
+            wanted.keys.files.append(value)
+        elif name == "passphrase_file":
+            wanted.keys.passphrase.file = value
         else:
             wanted.snapshot = value
     except click.UsageError as error:
@@ -144,6 +156,9 @@ def run(arguments: Sequence[str]) -> None:
     invocation = parse_arguments(arguments)
     wanted = parse_options(invocation.options)
     serving = server()
+    identities = None
+    if not invocation.fake:
+        identities = unlocked(invocation.repository, wanted.keys.unlock)
     request = serving.MountRequest(
         repository=invocation.repository,
         mountpoint=invocation.mountpoint,
@@ -155,6 +170,7 @@ def run(arguments: Sequence[str]) -> None:
         kernel_cache=not wanted.no_kernel_cache,
         log_file=wanted.log_file,
         flags=wanted.flags,
+        identities=identities,
     )
     if not invocation.fake:
         serving.mount_in_background(request)

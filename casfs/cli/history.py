@@ -40,7 +40,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
         damaged += 1
         output.warn(f"snapshot {shown_id(snapshot_id)} cannot be looked into: {error}")
 
-    with Repository.open(settings.repository_path()) as repository:
+    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
         _, named = repository.resolve(name)
         found = [
             (snapshot_id, snapshot)

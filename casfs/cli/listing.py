@@ -52,23 +52,65 @@ def snapshots(
 ) -> None:
     """List the snapshots, the newest last.
 
-    Of several --host or --tag one has to fit, of several --path every one.
+    Of several --host or --tag one has to fit, of several --path every one. Where the repository is
+    encrypted and nothing is given that opens it, their times and sizes are listed.
     """
     from casfs.repository import Repository
 
     output = settings.output()
-    with Repository.open(settings.repository_path()) as repository:
+    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
+        if repository.is_closed and not (hosts or tags or paths or latest):
+            _list_closed(output, repository)
+            return
         everything = list(repository.snapshots())
+        unproven = {one for one, _ in everything if not repository.is_proven(one)}
     found = _last_of_each(_selected(everything, hosts, tags, paths), latest)
     if output.as_json:
         for snapshot_id, snapshot in found:
-            _emit_snapshot(output, snapshot_id, snapshot)
+            _emit_snapshot(output, snapshot_id, snapshot, snapshot_id in unproven)
     elif found:
         _print_table(output, found)
+        for snapshot_id in unproven & {one for one, _ in found}:
+            output.warn(
+                f"{shown_id(snapshot_id)} is unproven: it may come from whoever holds the storage"
+            )
     elif everything:
         output.warn(f"none of the {len(everything)} snapshots fits")
     else:
         output.warn("the repository has no snapshots yet; casfs backup makes one")
+
+
+def _list_closed(output: Output, repository: Repository) -> None:
+    """List what an encrypted repository tells of its snapshots to anybody."""
+    from casfs.errors import CasfsError
+
+    found = []
+    for snapshot_id in repository.snapshot_ids():
+        try:
+            envelope = repository.envelope(snapshot_id)
+        except CasfsError as error:
+            output.warn(str(error))
+            continue
+        if envelope is not None:
+            found.append((snapshot_id, envelope))
+    found.sort(key=lambda item: (item[1].time_ns, item[0]))
+    rows = []
+    for snapshot_id, envelope in found:
+        sizes = (shown_size(envelope.total_bytes), shown_size(envelope.new_stored_bytes))
+        rows.append((shown_id(snapshot_id), local_time(envelope.time_ns), *sizes))
+        output.emit(
+            "snapshot",
+            id=snapshot_id.hex(),
+            time=iso_time(envelope.time_ns),
+            bytes=envelope.total_bytes,
+            new_bytes=envelope.new_stored_bytes,
+            closed=True,
+        )
+    if rows and not output.as_json:
+        output.table(("id", "time", "size", "stored"), ("size", "stored"), rows)
+        output.warn(
+            "the repository is encrypted, and nothing was given that opens it: give --identity"
+        )
 
 
 def _selected(
@@ -100,7 +142,9 @@ def _last_of_each(found: list[Found], count: int | None) -> list[Found]:
     return kept[::-1]
 
 
-def _emit_snapshot(output: Output, snapshot_id: SnapshotId, snapshot: Snapshot) -> None:
+def _emit_snapshot(
+    output: Output, snapshot_id: SnapshotId, snapshot: Snapshot, unproven: bool
+) -> None:
     tree = snapshot.root.tree
     assert tree is not None
     output.emit(
@@ -120,6 +164,7 @@ def _emit_snapshot(output: Output, snapshot_id: SnapshotId, snapshot: Snapshot) 
         flagged=tree.flagged,
         unreadable=snapshot.stats.unreadable,
         vanished=snapshot.stats.vanished,
+        unproven=unproven,
     )
 
 
@@ -167,7 +212,7 @@ def ls(settings: Settings, snap: str, recursive: bool) -> int:
 
     output = settings.output()
     monitor = CommandMonitor(output, "ls")
-    with Repository.open(settings.repository_path()) as repository:
+    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
         _, snapshot, path, node = repository.resolve_path(snap)
         fields = NodeFields(snapshot).fields
         line = NodeLines(snapshot, node).line
@@ -230,7 +275,7 @@ def find(
     query = Query(pattern, ignore_case, kinds, only_flagged)
     output = settings.output()
     monitor = CommandMonitor(output, "find")
-    with Repository.open(settings.repository_path()) as repository:
+    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
         finder = Finder(repository.trees, query, monitor)
         for snapshot_id, snapshot, top, root in _searched(repository, snaps):
             fields = NodeFields(snapshot).fields
@@ -277,7 +322,7 @@ def changed(settings: Settings, snap: str) -> None:
 
     output = settings.output()
     count = 0
-    with Repository.open(settings.repository_path()) as repository:
+    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
         snapshot_id, snapshot, path, node = repository.resolve_path(snap)
         fields = NodeFields(snapshot).fields
         for below, file in flagged_files(repository.trees, node, path):

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from casfs.cli.app import Settings, common_options
+from casfs.cli.identities import unlocked
 from casfs.cli.output import shown
 from casfs.cli.sizes import SIZE
 from casfs.errors import CasfsError
@@ -90,6 +91,7 @@ def mount(
         deny_changed=deny_changed,
         kernel_cache=not no_kernel_cache,
         log_file=log_file,
+        identities=unlocked(settings.repository_path(), settings.unlock),
     )
 
     def tell(mountpoint: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -43,18 +42,26 @@ def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> No
 
     share = share_argument(max_unused, "--max-unused", "25%")
     options = PruneOptions(share, parse_duration(margin, "--margin"), dry_run)
-    run_prune(settings.repository_path(), settings.output(), options, settings.sync)
+    run_prune(settings, options)
 
 
-def run_prune(root: Path, output: Output, options: PruneOptions, sync: bool) -> None:
+def run_prune(settings: Settings, options: PruneOptions) -> None:
     """Prune a repository and say what came of it."""
     from casfs.repository import Repository
     from casfs.store.lock import LockMode
     from casfs.upkeep.prune import Pruner
 
+    root, output = settings.repository_path(), settings.output()
     monitor = CommandMonitor(output, "prune")
     with (
-        Repository.open(root, "prune", LockMode.TENDING, sync=sync, frees=True) as repository,
+        Repository.open(
+            root,
+            "prune",
+            LockMode.TENDING,
+            sync=settings.sync,
+            frees=True,
+            unlock=settings.unlock,
+        ) as repository,
         monitor,
     ):
         result = Pruner(repository, options, monitor).prune()

@@ -31,7 +31,13 @@ def index(settings: Settings) -> None:
     monitor = CommandMonitor(output, "repair index")
     root = settings.repository_path()
     with (
-        Repository.open(root, "repair index", LockMode.EXCLUSIVE, sync=settings.sync) as repository,
+        Repository.open(
+            root,
+            "repair index",
+            LockMode.EXCLUSIVE,
+            sync=settings.sync,
+            unlock=settings.unlock,
+        ) as repository,
         monitor,
     ):
         result = repair_index(repository)
@@ -72,7 +78,11 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     root = settings.repository_path()
     with (
         Repository.open(
-            root, "repair snapshots", LockMode.TENDING, sync=settings.sync
+            root,
+            "repair snapshots",
+            LockMode.TENDING,
+            sync=settings.sync,
+            unlock=settings.unlock,
         ) as repository,
         monitor,
     ):

@@ -61,7 +61,9 @@ def restore(
     )
     output = settings.output()
     _refuse_repository(settings.repository_path(), Path(target), delete)
-    with Repository.open(settings.repository_path(), reader="restore") as repository:
+    with Repository.open(
+        settings.repository_path(), reader="restore", unlock=settings.unlock
+    ) as repository:
         snapshot_id, snapshot, path, node = repository.resolve_path(snap)
         with_root = bool(path) or snapshot.paths == (b".",)
         monitor = CommandMonitor(output, "restore")

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from casfs import __version__
 from casfs.digest import SnapshotId
@@ -37,6 +38,9 @@ from casfs.snapshot import Snapshot, SnapshotStats
 from casfs.store.writer import BlobWriter, WriteStats
 from casfs.tree import Kind, Node, TreeRef, replace
 from casfs.treewriter import TreeWriter
+
+if TYPE_CHECKING:
+    from casfs.intake.memory import FileMemory
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +131,8 @@ def _find_parent(
         return None
     if options.parent is not None:
         return repository.resolve(options.parent)
+    if repository.is_closed:
+        return None
     paths = _kept_paths(options)
     newest: tuple[SnapshotId, Snapshot] | None = None
     for snapshot_id, snapshot in repository.snapshots():
@@ -169,6 +175,7 @@ class _Backup:
         self._monitor = monitor
         self._freezer = Freezer(options.freeze)
         self._patience = Patience(options.patience_s)
+        self._memory = _memory_of(repository, options)
 
     def read(self, parent: tuple[SnapshotId, Snapshot] | None) -> Node:
         """Return the root of the new snapshot; all that it refers to is durable and indexed then."""
@@ -187,6 +194,8 @@ class _Backup:
         try:
             root = read(writer)
             stored = writer.finish()
+            if self._memory is not None and not self._options.dry_run:
+                self._memory.confirm()
         finally:
             writer.close()
         self.stored.new_blobs += stored.new_blobs
@@ -215,6 +224,7 @@ class _Backup:
             monitor=self._monitor,
             reread=self._options.reread,
             tell_changed=tell_changed,
+            memory=self._memory,
         )
         self.stats, self.uids, self.gids = walker.stats, walker.uids, walker.gids
         if self._options.stdin_name is not None:
@@ -233,10 +243,20 @@ class _Backup:
         return Capturer(reader, self._freezer, self._patience, self._options.attempts)
 
     def _new_tree(self, writer: BlobWriter, keep_trees: bool = True) -> NewTree:
-        digest, seed = self._repository.codec.digest, self._repository.config.tree_seed
+        digest, seed = self._repository.codec.digest, self._repository.tree_seed
         if not keep_trees:
             return lambda previous, nodes: TreeWriter(writer.put, digest, seed)
         return lambda previous, nodes: TreeWriter(writer.put, digest, seed, previous, nodes)
+
+
+def _memory_of(repository: Repository, options: BackupOptions) -> FileMemory | None:
+    """Return what stands for the previous snapshot where that cannot be read."""
+    domain = repository.vault.domain if repository.vault is not None else None
+    if domain is None or not repository.is_closed or not options.use_parent:
+        return None
+    from casfs.intake.memory import FileMemory
+
+    return FileMemory(repository.store.index, domain.memory_key, repository.losses)
 
 
 def _content_check(

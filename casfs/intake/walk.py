@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from casfs.intake.capture import Capturer, NotRegularError
 from casfs.intake.exclude import Exclusions, PatternMatcher
@@ -44,6 +45,9 @@ from casfs.tree import (
 )
 from casfs.treereader import TreeReader, join
 from casfs.treewriter import TreeWriter
+
+if TYPE_CHECKING:
+    from casfs.intake.memory import FileMemory
 
 _MAX_LINKS = 100_000
 """Hard-linked files remembered at a time; one that was forgotten is read again and stores nothing."""
@@ -94,7 +98,8 @@ class Walker:
 
     `left_out` is the repository's own folder; `is_stored` tells whether an unchanged file's content is
     still there (None: it must be). With `reread` it is read all the same. `tell_changed` is false where
-    a last look follows, which tells of the files that are still flagged then.
+    a last look follows, which tells of the files that are still flagged then. `memory` is asked for files
+    where there is no previous snapshot to be read.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class Walker:
         monitor: Monitor,
         reread: bool = False,
         tell_changed: bool = True,
+        memory: FileMemory | None = None,
     ) -> None:
         self.stats = WalkStats()
         self.uids: set[int] = set()
@@ -123,6 +129,7 @@ class Walker:
         self._is_stored = is_stored if not reread else lambda _: False
         self._reread = reread
         self._tell_changed = tell_changed
+        self._memory = memory
         self._monitor = monitor
         self._progress = monitor.progress
         self._links: dict[tuple[int, int], _Link] = {}
@@ -346,6 +353,8 @@ class Walker:
                 path, OSError(errno.EOPNOTSUPP, "it is of a kind that casfs does not know")
             )
             return
+        if previous is None and self._memory is not None and kind == Kind.FILE:
+            previous = self._memory.recall(path, st)
         if (
             previous is not None
             and is_unchanged(previous, st, kind)
@@ -396,6 +405,8 @@ class Walker:
         node = self._capturer.capture(frame.fd, name)
         if node.extra is not None:
             self._tell(path, node)
+        if self._memory is not None:
+            self._memory.remember(path, node)
         if node.nlink > 1:
             if len(self._links) >= _MAX_LINKS:
                 self._links.pop(next(iter(self._links)))

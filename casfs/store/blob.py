@@ -10,9 +10,8 @@ import threading
 from enum import IntEnum
 
 import zstandard
-from blake3 import blake3
 
-from casfs.digest import Digest
+from casfs.digest import Digest, keyed_digest
 from casfs.errors import BlobError
 
 MAX_PLAIN_BYTES = 16 * 1024 * 1024
@@ -40,17 +39,28 @@ class Codec(IntEnum):
     ZSTD = 1
 
 
-class BlobCodec:
-    """Compress and restore payloads at one zstd level; safe to share between threads."""
+ENCRYPTED = 16
+"""Added to the codec of a payload that is encrypted; a record of one tells nothing more."""
 
-    def __init__(self, level: int, threads: int = 2) -> None:
+TAG_BYTES = 16
+"""What AES-GCM adds to what it encrypts."""
+
+
+class BlobCodec:
+    """Compress and restore payloads at one zstd level; safe to share between threads.
+
+    `digest_key` keys the digests that are made here, where the repository is encrypted.
+    """
+
+    def __init__(self, level: int, threads: int = 2, digest_key: bytes | None = None) -> None:
         self._level = level
+        self._digest_key = digest_key
         self._threads = threads
         self._local = threading.local()
 
     def digest(self, plain: bytes | bytearray | memoryview) -> Digest:
         """Return the digest that names a blob of this plaintext."""
-        return Digest(blake3(plain).digest())
+        return keyed_digest(plain, self._digest_key)
 
     def encode_many(self, plains: list[bytes]) -> list[tuple[Codec, bytes]]:
         """Compress a batch in one call, order kept; a payload that would not shrink stays raw.
@@ -72,19 +82,28 @@ class BlobCodec:
                 payloads[i] = (Codec.ZSTD, segment.tobytes())
         return payloads
 
-    def decode(self, digest: Digest, codec: int, payload: bytes, plain_bytes: int) -> bytes:
-        """Return the verified plaintext.
+    def decode(
+        self,
+        digest: Digest,
+        codec: int,
+        payload: bytes,
+        plain_bytes: int,
+        key: bytes | None = None,
+    ) -> bytes:
+        """Return the verified plaintext; `key` is that of the digest.
 
         Raises BlobError when the payload does not decode to exactly `plain_bytes` bytes of that digest.
         """
         plain = self._plain(digest, codec, payload, plain_bytes)
-        if blake3(plain).digest() != digest:
+        if keyed_digest(plain, key) != digest:
             raise BlobError(digest, "its data does not have its digest")
         return plain
 
-    def identify(self, codec: int, payload: bytes, plain_bytes: int) -> Digest:
+    def identify(
+        self, codec: int, payload: bytes, plain_bytes: int, key: bytes | None = None
+    ) -> Digest:
         """Return the digest of a payload that was found without one; raises BlobError."""
-        return self.digest(self.plain(codec, payload, plain_bytes))
+        return keyed_digest(self.plain(codec, payload, plain_bytes), key)
 
     def plain(self, codec: int, payload: bytes, plain_bytes: int) -> bytes:
         """Return the plaintext of a payload that something else verifies; raises BlobError."""

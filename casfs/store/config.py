@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import Any
 
 import msgspec
 
@@ -18,9 +17,13 @@ from casfs.errors import FormatError, IntegrityError, NotFoundError
 FORMAT_VERSION = 1
 CONFIG_NAME = "config"
 MAX_CONFIG_BYTES = 1 << 20
+CIPHER = "aes-256-gcm"
+"""How packs and snapshots are encrypted, and the only way that there is so far."""
+
 _MAX_CHUNK_BYTES = 16 * 1024 * 1024
 
 _FIRST_LINE = re.compile(rb"casfs repository, format (\d{1,9})\n")
+_ID = re.compile(r"[0-9a-f]{64}")
 _LAST_LINE = re.compile(rb"blake3 ([0-9a-f]{64})\n\Z")
 
 
@@ -35,18 +38,26 @@ class ChunkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
 
 
+class EncryptionConfig(msgspec.Struct, frozen=True):
+    """How a repository is encrypted: the session that was made with it, and its own domain, both by id."""
+
+    cipher: str = ""
+    session: str = ""
+    domain: str = ""
+
+
 class RepositoryConfig(msgspec.Struct, frozen=True):
     """What was decided when the repository was made.
 
-    `tree_seed` seeds the places where big directories are split. `encryption` is None in format 1; a
-    repository that has one is refused by a version that does not know it.
+    `tree_seed` seeds the places where big directories are split; where the repository is encrypted, that
+    and the chunker's seed are secret, and 0 stands here.
     """
 
     id: str
     created: str
     chunker: ChunkerConfig = ChunkerConfig()
     tree_seed: int = 0
-    encryption: dict[str, Any] | None = None
+    encryption: EncryptionConfig | None = None
 
 
 def new_config(created: str) -> RepositoryConfig:
@@ -87,11 +98,20 @@ def decode_config(data: bytes, place: str) -> RepositoryConfig:
         config = msgspec.json.decode(data[first.end() : last.start()], type=RepositoryConfig)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"the configuration {place} is damaged: {error}") from error
-    if config.encryption is not None:
-        raise FormatError(f"{place} is encrypted; this casfs cannot read encrypted repositories")
+    if config.encryption is not None and not _is_known(config.encryption):
+        raise FormatError(
+            f"{place} is encrypted in a way that this casfs does not know: use a newer casfs"
+        )
+    if not _ID.fullmatch(config.id):
+        raise IntegrityError(f"the configuration {place} is damaged: its id is none")
     if not _is_usable(config.chunker):
         raise FormatError(f"{place} has a chunker that this casfs does not know: use a newer casfs")
     return config
+
+
+def _is_known(encryption: EncryptionConfig) -> bool:
+    ids = (encryption.session, encryption.domain)
+    return encryption.cipher == CIPHER and all(map(_ID.fullmatch, ids))
 
 
 def _is_usable(chunker: ChunkerConfig) -> bool:
@@ -99,5 +119,5 @@ def _is_usable(chunker: ChunkerConfig) -> bool:
         chunker.algorithm == "fastcdc-2020"
         and 64 <= chunker.min_bytes <= chunker.avg_bytes <= chunker.max_bytes <= _MAX_CHUNK_BYTES
         and 0 <= chunker.normalization <= 3
-        and 0 <= chunker.seed < 1 << 64
+        and 0 <= chunker.seed < 1 << 63
     )

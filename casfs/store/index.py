@@ -34,6 +34,7 @@ assert _LOCATION.size == 24
 _PACK = struct.Struct("<32sQIIQ")
 assert _PACK.size == 56
 _ORDINAL = struct.Struct(">I")
+_REMOVALS = struct.Struct("<Q")
 _COUNTERS = struct.Struct("<QQQ")
 _CONDEMNED_ITEM = struct.Struct("<I")
 
@@ -115,6 +116,11 @@ class Index:
     def readonly(self) -> bool:
         """Tell whether nothing can be changed."""
         return self._env.readonly
+
+    @property
+    def environment(self) -> Environment:
+        """The database, for what is kept beside the index."""
+        return self._env
 
     @property
     def changed(self) -> bool:
@@ -343,8 +349,8 @@ class Index:
             return found
         return self._condemned
 
-    def remove_packs(self, packs: Mapping[int, PackId]) -> bool:
-        """Forget packs, and the blobs that are placed in them: nobody needs them.
+    def remove_packs(self, packs: Mapping[int, PackId], lost: bool = False) -> bool:
+        """Forget packs, and the blobs that are placed in them: nobody needs them, or they are `lost`.
 
         Where one of them does not have this ordinal any more nothing is done, and False returned.
         """
@@ -365,6 +371,9 @@ class Index:
                 txn.delete(_ORDINAL.pack(ordinal), db=self._packs)
                 txn.delete(b"pack" + pack, db=self._meta)
             self._condemn(txn, self._condemned_in(txn) - ordinals)
+            txn.put(b"removals", _REMOVALS.pack(self._removals(txn) + 1), db=self._meta)
+            if lost:
+                self._count_loss(txn)
             return True
 
         return self._env.write(change)
@@ -382,15 +391,26 @@ class Index:
                         txn.put(digest, _LOCATION.pack(*fields[:7], flags), db=self._blobs)
                         lost |= bool(flags)
             if lost:
-                next_pack, next_blob, losses = self._counters(txn)
-                counters = _COUNTERS.pack(next_pack, next_blob, losses + 1)
-                txn.put(b"counters", counters, db=self._meta)
+                self._count_loss(txn)
 
         self._env.write(change)
+
+    def _count_loss(self, txn: Transaction) -> None:
+        next_pack, next_blob, losses = self._counters(txn)
+        counters = _COUNTERS.pack(next_pack, next_blob, losses + 1)
+        txn.put(b"counters", counters, db=self._meta)
 
     def losses(self) -> int:
         """Return how often entries were lost so far; see `mark_complete`."""
         return self._env.read(lambda txn: self._counters(txn)[2])
+
+    def removals(self) -> int:
+        """Return how often packs were removed that no snapshot needed, since the last rebuild."""
+        return self._env.read(self._removals)
+
+    def _removals(self, txn: Transaction) -> int:
+        value = txn.get(b"removals", db=self._meta)
+        return int(_REMOVALS.unpack(value)[0]) if value is not None else 0
 
     def mark_complete(self, snapshot: bytes, losses: int) -> None:
         """Remember that every blob a snapshot needs was in the index after so many losses.

@@ -67,10 +67,20 @@ class RepositoryLock:
         self.mode = mode
 
     @classmethod
-    def acquire(cls, folder: Path, verb: str, mode: LockMode = LockMode.SHARED) -> RepositoryLock:
-        """Take a lock in `folder`, or raise LockedError naming who holds the repository."""
+    def acquire(
+        cls,
+        folder: Path,
+        verb: str,
+        mode: LockMode = LockMode.SHARED,
+        host: str | None = None,
+    ) -> RepositoryLock:
+        """Take a lock in `folder`, or raise LockedError naming who holds the repository.
+
+        `host` is what others are told of where the holder is, by default this machine's name.
+        """
         name = secrets.token_hex(8)
-        record = LockRecord(mode, verb, socket.gethostname(), os.getpid(), int(time.time()))
+        host = host if host is not None else socket.gethostname()
+        record = LockRecord(mode, verb, host, os.getpid(), int(time.time()))
         try:
             folder.mkdir(exist_ok=True)
             lock = cls(folder, name, _create_held(folder, name, record), mode)

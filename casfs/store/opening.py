@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from casfs.errors import IndexUnusableError, StorageError
 from casfs.store import seal
@@ -18,6 +19,9 @@ from casfs.store.place import cached_index_path, index_path
 from casfs.store.storage import LocalStorage
 from casfs.store.store import BlobStore
 
+if TYPE_CHECKING:
+    from casfs.store.cipher import PackCiphers
+
 log = logging.getLogger(__name__)
 
 
@@ -27,17 +31,19 @@ def index_to_read(
     storage: LocalStorage,
     codec: BlobCodec,
     takes_notes: bool = False,
+    ciphers: PackCiphers | None = None,
 ) -> Index:
     """Return an index that knows every pack in the storage.
 
     Where the repository's own is missing, damaged or behind it is brought up to date, and where it
-    cannot be written, this user's own in the cache directory is. With `takes_notes` it can be written
+    cannot be written, this user's own in the cache directory is, as always where it is encrypted.
+    With `takes_notes` it can be written
     if possible at all.
     """
-    path = index_path(root, repository_id)
+    path = index_path(root, repository_id, encrypted=ciphers is not None)
     try:
         if takes_notes:
-            return index_to_write(root, path, storage, codec, keep_missing=True)
+            return index_to_write(root, path, storage, codec, keep_missing=True, ciphers=ciphers)
         if not seal.is_sound(path, in_use=_is_in_use(root)):
             raise IndexUnusableError(f"the index {path} is damaged")
         index = Index(path, readonly=True)
@@ -48,7 +54,7 @@ def index_to_read(
             return index
         close_index(index)
     try:
-        return index_to_write(root, path, storage, codec)
+        return index_to_write(root, path, storage, codec, ciphers=ciphers)
     except IndexUnusableError:
         if not path.is_relative_to(root):
             raise
@@ -56,7 +62,7 @@ def index_to_read(
         own = cached_index_path(repository_id)
     except OSError as error:
         raise StorageError("make an index in the folder", str(error.filename), error) from error
-    return index_to_write(root, own, storage, codec)
+    return index_to_write(root, own, storage, codec, ciphers=ciphers)
 
 
 def index_to_write(
@@ -68,6 +74,7 @@ def index_to_write(
     on_step: Callable[[str], None] | None = None,
     sync: bool = True,
     keep_missing: bool = False,
+    ciphers: PackCiphers | None = None,
 ) -> Index:
     """Return the index in the folder `path`, repaired where needed; `own_lock` is the caller's.
 
@@ -85,7 +92,7 @@ def index_to_write(
         ) from error
     index = Index(path, on_step=on_step, sync=sync)
     try:
-        store = BlobStore(storage, index, codec)
+        store = BlobStore(storage, index, codec, ciphers)
         store.reconcile(lambda: not _is_in_use(root, own_lock), keep_missing)
     except BaseException:
         close_index(index)

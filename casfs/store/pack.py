@@ -7,17 +7,21 @@ Every record carries its own small header, so that a damaged directory costs no 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import PackError
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind, Codec
+from casfs.store.blob import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec
 
 PACK_MAGIC = b"CASFSPAK"
 PACK_VERSION = 1
 HEADER = struct.Struct("<8sHHI")
 assert HEADER.size == 16
+
+_SESSION = struct.Struct("<32s32s")
+SESSION_HEADER = HEADER.size + _SESSION.size
+"""Size in bytes of the header of an encrypted pack."""
 
 RECORD_MAGIC = b"cBLB"
 RECORD = struct.Struct("<4sBBHII")
@@ -25,6 +29,9 @@ assert RECORD.size == 16
 
 DIRECTORY_KIND = 255
 """The kind in the record header in front of the directory; no blob has it."""
+
+ENCRYPTED_KIND = 254
+"""The kind in the record header of an encrypted blob, whose own kind is told inside."""
 
 ENTRY = struct.Struct("<32sIIBBH")
 assert ENTRY.size == 44
@@ -57,23 +64,44 @@ def encode_header() -> bytes:
     return HEADER.pack(PACK_MAGIC, PACK_VERSION, HEADER.size, 0)
 
 
+def encode_session_header(session: bytes, salt: bytes) -> bytes:
+    """Return the bytes that an encrypted pack begins with."""
+    return HEADER.pack(PACK_MAGIC, PACK_VERSION, SESSION_HEADER, 0) + _SESSION.pack(session, salt)
+
+
+def parse_session(pack: PackId, data: bytes) -> tuple[bytes, bytes]:
+    """Return the session and the salt of an encrypted pack from its first bytes; raises PackError."""
+    if parse_header(pack, data) < SESSION_HEADER or len(data) < SESSION_HEADER:
+        raise PackError(pack, "it is not encrypted, as all of this repository is")
+    session, salt = _SESSION.unpack_from(data, HEADER.size)
+    return session, salt
+
+
 def encode_record_header(kind: int, codec: int, stored_bytes: int, plain_bytes: int) -> bytes:
     """Return the header that goes before a payload."""
     return RECORD.pack(RECORD_MAGIC, kind, codec, 0, stored_bytes, plain_bytes)
 
 
-def encode_end(entries: list[PackEntry], directory_offset: int) -> bytes:
-    """Return the directory's record and the trailer that end a pack."""
+def encode_end(
+    entries: list[PackEntry],
+    directory_offset: int,
+    encrypt: Callable[[int, bytes], bytes] | None = None,
+) -> bytes:
+    """Return the directory's record, which begins at `directory_offset`, and the trailer.
+
+    `encrypt` makes the stored directory of its offset and its bytes.
+    """
     directory = b"".join(
         ENTRY.pack(e.digest, e.stored_bytes, e.plain_bytes, e.kind, e.codec, 0) for e in entries
     )
-    header = encode_record_header(DIRECTORY_KIND, Codec.RAW, len(directory), len(directory))
+    offset = directory_offset + RECORD.size
+    if encrypt is None:
+        header = encode_record_header(DIRECTORY_KIND, Codec.RAW, len(directory), len(directory))
+    else:
+        directory = encrypt(offset, directory)
+        header = encode_record_header(DIRECTORY_KIND, ENCRYPTED, len(directory), 0)
     trailer = TRAILER.pack(
-        directory_offset + len(header),
-        len(directory),
-        len(entries),
-        digest_of(directory),
-        TRAILER_MAGIC,
+        offset, len(directory), len(entries), digest_of(directory), TRAILER_MAGIC
     )
     return header + directory + trailer
 
@@ -92,27 +120,41 @@ def parse_header(pack: PackId, data: bytes) -> int:
     return int(header_bytes)
 
 
-def parse_trailer(pack: PackId, data: bytes, pack_bytes: int) -> tuple[int, int, int, Digest]:
-    """Return the directory's offset, length in bytes, entry count and digest; `data` is the tail."""
+def parse_trailer(
+    pack: PackId, data: bytes, pack_bytes: int, overhead_bytes: int = 0
+) -> tuple[int, int, int, Digest]:
+    """Return the directory's offset, length in bytes, entry count and digest; `data` is the tail.
+
+    `overhead_bytes` is what encryption adds to a directory.
+    """
     if len(data) != TRAILER.size:
         raise PackError(pack, "it is shorter than a pack's trailer")
     offset, directory_bytes, count, digest, magic = TRAILER.unpack(data)
     if magic != TRAILER_MAGIC:
         raise PackError(pack, "its end is missing or damaged")
-    if count > MAX_PACK_BLOBS or directory_bytes != count * ENTRY.size:
+    if count > MAX_PACK_BLOBS or directory_bytes != count * ENTRY.size + overhead_bytes:
         raise PackError(pack, "its trailer tells an impossible directory")
     if offset + directory_bytes + TRAILER.size != pack_bytes:
         raise PackError(pack, "its trailer does not fit its length")
     return offset, directory_bytes, count, Digest(digest)
 
 
-def parse_directory(pack: PackId, data: bytes, digest: Digest, end: int) -> list[PackEntry]:
+def parse_directory(
+    pack: PackId,
+    data: bytes,
+    digest: Digest,
+    end: int,
+    decrypt: Callable[[PackId, int, bytes], bytes] | None = None,
+) -> list[PackEntry]:
     """Return the entries of a directory whose digest was told by the trailer.
 
-    `end` is the offset of the directory's own record header: the last payload ends there.
+    `end` is the offset of the directory's own record header: the last payload ends there. `decrypt` makes
+    the directory of the pack's name, its own offset and its bytes as stored.
     """
     if digest_of(data) != digest:
         raise PackError(pack, "its directory does not have its digest")
+    if decrypt is not None:
+        data = decrypt(pack, end + RECORD.size, data)
     if len(data) % ENTRY.size:
         raise PackError(pack, "its directory has an impossible size")
     fields = list(ENTRY.iter_unpack(data))
@@ -134,7 +176,7 @@ def parse_record_header(data: bytes, offset: int = 0) -> tuple[int, int, int, in
     if len(data) - offset < RECORD.size:
         return None
     magic, kind, codec, reserved, stored_bytes, plain_bytes = RECORD.unpack_from(data, offset)
-    known = kind in BlobKind.__members__.values() or kind == DIRECTORY_KIND
+    known = kind in BlobKind.__members__.values() or kind in (DIRECTORY_KIND, ENCRYPTED_KIND)
     if magic != RECORD_MAGIC or reserved or not known:
         return None
     if kind != DIRECTORY_KIND and (

@@ -1,6 +1,7 @@
 """Where a repository's index lives: inside it on a local disk, in the user's cache directory otherwise.
 
-LMDB maps its file and locks it through shared memory, which a network file system breaks.
+LMDB maps its file and locks it through shared memory, which a network file system breaks. The index of an
+encrypted repository tells what no storage is to see, so it never lies there.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ _NETWORK_TYPES = frozenset(
 """File system types of Linux on which two machines, or a server, may change a file under a mapping."""
 
 
-def index_path(root: Path, repository_id: str) -> Path:
+def index_path(root: Path, repository_id: str, encrypted: bool = False) -> Path:
     """Return the folder of the index of the repository in `root`."""
+    if encrypted:
+        return cached_index_path(repository_id)
     kind = file_system_type(root)
     if kind in _NETWORK_TYPES or kind.startswith("fuse"):
         return cached_index_path(repository_id)

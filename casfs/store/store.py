@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from casfs.digest import Digest, PackId
 from casfs.errors import (
@@ -15,11 +16,13 @@ from casfs.errors import (
     CasfsError,
     IndexUnusableError,
     IntegrityError,
+    KeyMissingError,
     NotFoundError,
     PackError,
+    SessionError,
     StorageError,
 )
-from casfs.store.blob import BlobCodec
+from casfs.store.blob import ENCRYPTED, TAG_BYTES, BlobCodec
 from casfs.store.condemned import condemned_packs
 from casfs.store.copies import Copies
 from casfs.store.coverage import Coverage
@@ -36,6 +39,10 @@ from casfs.store.pack import (
     scan_records,
 )
 from casfs.store.storage import Storage
+
+if TYPE_CHECKING:
+    # What an unencrypted repository does without is not loaded for it.
+    from casfs.store.cipher import PackCiphers
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +61,24 @@ def pack_name(pack: PackId) -> str:
 class BlobStore:
     """Blobs of one repository, found through its index.
 
+    Where it is encrypted, `ciphers` open the packs.
+
     `salvaged` are packs whose directory was damaged when the index had to be brought up to date, and
     `unreadable` those that could not be read then. `found_elsewhere` are blobs that were read from another
     place than the index names, because they are not sound there.
     """
 
-    def __init__(self, storage: Storage, index: Index, codec: BlobCodec) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        index: Index,
+        codec: BlobCodec,
+        ciphers: PackCiphers | None = None,
+    ) -> None:
         self.storage = storage
         self.index = index
         self.codec = codec
+        self._ciphers = ciphers
         self.coverage = Coverage()
         self.salvaged: set[PackId] = set()
         self.unreadable: set[PackId] = set()
@@ -115,7 +131,34 @@ class BlobStore:
         Raises BlobError, NotFoundError and StorageError.
         """
         payload = self.storage.read(pack_name(pack), entry.offset, entry.stored_bytes)
-        return self.codec.decode(entry.digest, entry.codec, payload, entry.plain_bytes)
+        return self.decode(pack, entry, payload)
+
+    def decode(self, pack: PackId, entry: PackEntry, payload: bytes) -> bytes:
+        """Return the verified plaintext of a payload that was read from its place in a pack.
+
+        Raises BlobError; in an encrypted repository also what `PackCiphers.of` raises.
+        """
+        digest, offset, _, plain_bytes, _, codec = entry
+        return self._decode(pack, digest, offset, codec, payload, plain_bytes)
+
+    def _decode(
+        self,
+        pack: PackId,
+        digest: Digest,
+        offset: int,
+        codec: int,
+        payload: bytes,
+        plain_bytes: int,
+    ) -> bytes:
+        if self._ciphers is None:
+            return self.codec.decode(digest, codec, payload, plain_bytes)
+        cipher = self._ciphers.of(pack, pack_name(pack))
+        inner = cipher.decrypt(digest, offset, payload)
+        if (inner.codec | ENCRYPTED, inner.plain_bytes) != (codec, plain_bytes):
+            raise BlobError(digest, "it is not what is recorded of it")
+        return self.codec.decode(
+            digest, inner.codec, inner.payload, plain_bytes, cipher.digest_key(inner)
+        )
 
     def read_at(self, digest: Digest, location: Location) -> bytes:
         """Return the verified plaintext of a blob whose place was looked up before."""
@@ -138,9 +181,13 @@ class BlobStore:
         if len(payload) != location.stored_bytes:
             raise BlobError(digest, "its pack ends before it", pack)
         try:
-            plain = self.codec.decode(digest, location.codec, payload, location.plain_bytes)
+            plain = self._decode(
+                pack, digest, location.offset, location.codec, payload, location.plain_bytes
+            )
         except BlobError as error:
             raise BlobError(digest, error.reason, pack) from error
+        except PackError as error:
+            raise BlobError(digest, f"of its pack: {error.reason}", pack) from error
         self.coverage.note(location)
         return plain
 
@@ -152,13 +199,15 @@ class BlobStore:
         location = self.index.lookup(digest)
         if location is None or location.stored_bytes > max_stored_bytes:
             return None
-        name = pack_name(self.index.pack_id(location.pack))
-        payload = self.storage.read_at_once(name, location.offset, location.stored_bytes)
+        pack = self.index.pack_id(location.pack)
+        payload = self.storage.read_at_once(pack_name(pack), location.offset, location.stored_bytes)
         if payload is None:
             return None
         try:
-            plain = self.codec.decode(digest, location.codec, payload, location.plain_bytes)
-        except BlobError:
+            plain = self._decode(
+                pack, digest, location.offset, location.codec, payload, location.plain_bytes
+            )
+        except CasfsError:
             return None
         self.coverage.note(location)
         return plain
@@ -194,9 +243,12 @@ class BlobStore:
             raise PackError(pack, "it is too long for a pack")
         parse_header(pack, self.storage.read(name, 0, HEADER.size))
         tail = self.storage.read(name, pack_bytes - TRAILER.size, TRAILER.size)
-        offset, directory_bytes, _, digest = parse_trailer(pack, tail, pack_bytes)
+        cipher = self._ciphers.of(pack, name) if self._ciphers is not None else None
+        overhead = TAG_BYTES if cipher is not None else 0
+        offset, directory_bytes, _, digest = parse_trailer(pack, tail, pack_bytes, overhead)
         directory = self.storage.read(name, offset, directory_bytes)
-        return parse_directory(pack, directory, digest, offset - RECORD.size)
+        decrypt = cipher.decrypt_directory if cipher is not None else None
+        return parse_directory(pack, directory, digest, offset - RECORD.size, decrypt)
 
     def entries(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
         """Return a pack's entries, also where they have to be found without its directory."""
@@ -210,14 +262,23 @@ class BlobStore:
 
         Beyond the size that any pack may have nothing is looked for.
         """
-        data = self.storage.read(pack_name(pack), 0, min(pack_bytes, MAX_PACK_BYTES))
+        name = pack_name(pack)
+        data = self.storage.read(name, 0, min(pack_bytes, MAX_PACK_BYTES))
+        cipher = self._ciphers.of(pack, name) if self._ciphers is not None else None
         entries: list[PackEntry] = []
         for offset, kind, codec, stored_bytes, plain_bytes in scan_records(data, HEADER.size):
             payload = data[offset : offset + stored_bytes]
+            key = None
             try:
-                digest = self.codec.identify(codec, payload, plain_bytes)
+                if cipher is not None:
+                    inner = cipher.decrypt(b"", offset, payload)
+                    kind, codec, plain_bytes = inner.kind, inner.codec, inner.plain_bytes
+                    payload, key = inner.payload, cipher.digest_key(inner)
+                digest = self.codec.identify(codec, payload, plain_bytes, key)
             except IntegrityError:
                 continue
+            if cipher is not None:
+                codec |= ENCRYPTED
             entries.append(PackEntry(digest, offset, stored_bytes, plain_bytes, kind, codec))
         return entries
 
@@ -241,9 +302,14 @@ class BlobStore:
         missing = {pack for pack in indexed - stored.keys() if not self._is_stored(pack)}
         if missing and not keep_missing:
             log.warning(
-                "the index named %d packs that are not there; it is rebuilt from the packs",
+                "the index named %d packs that are not there; what they held is no longer trusted",
                 len(missing),
             )
+        if missing and not keep_missing and any(self._is_closed(pack) for pack in stored):
+            # A rebuild would lose what this machine once knew of the packs that it cannot open.
+            ordinals = {one.ordinal: one.pack for one in self.index.packs() if one.pack in missing}
+            self.index.remove_packs(ordinals, lost=True)
+            missing = set()
         if (missing and not keep_missing) or not self.index.is_current():
             self.rebuild()
         elif new := sorted(stored.keys() - indexed):
@@ -267,6 +333,17 @@ class BlobStore:
             return self._indexed(one for one in new if alone or one[0] not in condemned)
 
         self.index.adopt(packs, ask)
+
+    def _is_closed(self, pack: PackId) -> bool:
+        """Tell whether a pack is encrypted with keys that are not at hand."""
+        try:
+            if self._ciphers is not None:
+                self._ciphers.of(pack, pack_name(pack))
+        except KeyMissingError:
+            return True
+        except CasfsError:
+            return False
+        return False
 
     def _is_stored(self, pack: PackId) -> bool:
         """Tell whether a pack is there by now: another writer may just have published it."""
@@ -313,7 +390,9 @@ class BlobStore:
                 entries = self._entries(pack, pack_bytes)
             except NotFoundError:
                 continue  # a prune has just removed it
-            except StorageError as error:
+            except KeyMissingError:
+                continue  # only who has its keys can use what it holds
+            except (SessionError, StorageError) as error:
                 log.warning("%s; its blobs are left out until it can be read", error)
                 self.unreadable.add(pack)
                 continue

@@ -10,24 +10,32 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from casfs.digest import Digest, PackId
 from casfs.errors import BlobError
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
+from casfs.store.blob import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind
 from casfs.store.pack import (
+    ENCRYPTED_KIND,
     MAX_PACK_BLOBS,
     RECORD,
     PackEntry,
     encode_end,
     encode_header,
     encode_record_header,
+    encode_session_header,
 )
 from casfs.store.storage import Spool
 from casfs.store.store import BlobStore, pack_name
+
+if TYPE_CHECKING:
+    from casfs.store.cipher import PackCipher
+    from casfs.store.session import Session
 
 PACK_BYTES = 64 * 1024 * 1024
 """A pack is sealed when it holds this much: large enough for few files and syncs, small enough to move."""
@@ -54,7 +62,8 @@ class BlobWriter:
     """Store blobs; used by one thread, to be closed in a `finally`.
 
     With `dry_run` everything is done but writing. `spool_in_memory` keeps an unfinished pack in memory
-    instead of in a temporary file.
+    instead of in a temporary file. `session` is asked for when the first pack is begun, in an encrypted
+    repository; what it returns is durable then.
     """
 
     def __init__(
@@ -63,8 +72,10 @@ class BlobWriter:
         dry_run: bool = False,
         spool_in_memory: bool = False,
         pack_bytes: int = PACK_BYTES,
+        session: Callable[[], Session] | None = None,
     ) -> None:
         self.stats = WriteStats()
+        self._session = session
         self._store = store
         self._dry_run = dry_run
         self._in_memory = spool_in_memory
@@ -144,6 +155,7 @@ class _Packer:
         self._stats = writer.stats
         self._dry_run = writer._dry_run
         self._in_memory = writer._in_memory
+        self._session = writer._session
         self._pack_bytes = writer._pack_bytes
         self._sealer = sealer
         self._sealing: Future[None] | None = None
@@ -159,12 +171,12 @@ class _Packer:
         payloads = self._store.codec.encode_many([plain for _, _, plain in fresh])
         for (kind, digest, plain), (codec, payload) in zip(fresh, payloads, strict=True):
             if self._pack is None:
-                self._pack = _OpenPack(None if self._dry_run else self._spool())
-            self._pack.add(kind, codec, digest, len(plain), payload)
+                self._pack = self._new_pack()
+            stored_bytes = self._pack.add(kind, codec, digest, plain, payload)
             self._open_digests.add(digest)
             self._stats.new_blobs += 1
             self._stats.new_plain_bytes += len(plain)
-            self._stats.new_stored_bytes += len(payload) + RECORD.size
+            self._stats.new_stored_bytes += stored_bytes + RECORD.size
             if self._pack.bytes >= self._pack_bytes or len(self._pack.entries) >= MAX_PACK_BLOBS:
                 self._seal()
 
@@ -180,8 +192,15 @@ class _Packer:
             self._pack.spool.discard()
         self._pack = None
 
-    def _spool(self) -> Spool:
-        return self._store.storage.spool(self._in_memory)
+    def _new_pack(self) -> _OpenPack:
+        if self._dry_run:
+            return _OpenPack(None, None)
+        cipher = None
+        if self._session is not None:
+            from casfs.store.cipher import PackCipher
+
+            cipher = PackCipher.new(self._session())
+        return _OpenPack(self._store.storage.spool(self._in_memory), cipher)
 
     def _unknown(self, batch: Batch) -> Batch:
         seen: set[Digest] = set()
@@ -214,33 +233,38 @@ class _Packer:
 class _OpenPack:
     """A pack that is being filled."""
 
-    def __init__(self, spool: Spool | None) -> None:
+    def __init__(self, spool: Spool | None, cipher: PackCipher | None) -> None:
         self.spool = spool
         self.entries: list[PackEntry] = []
         self.bytes = 0
         self.hasher = blake3()
-        self._buffer = bytearray(encode_header())
+        self._cipher = cipher
+        header = encode_header()
+        if cipher is not None:
+            header = encode_session_header(cipher.session.id, cipher.salt)
+        self._buffer = bytearray(header)
 
-    def add(
-        self,
-        kind: BlobKind,
-        codec: int,
-        digest: Digest,
-        plain_bytes: int,
-        payload: bytes,
-    ) -> None:
-        """Append one record."""
+    def add(self, kind: BlobKind, codec: int, digest: Digest, plain: bytes, payload: bytes) -> int:
+        """Append one record and return the size of its payload as it is stored."""
         buffer = self._buffer
-        buffer += encode_record_header(kind, codec, len(payload), plain_bytes)
-        offset = self.bytes + len(buffer)
+        offset = self.bytes + len(buffer) + RECORD.size
+        if self._cipher is None:
+            buffer += encode_record_header(kind, codec, len(payload), len(plain))
+        else:
+            domain = self._cipher.session.domain_of(digest, plain)
+            payload = self._cipher.encrypt(offset, kind, codec, domain, len(plain), payload)
+            buffer += encode_record_header(ENCRYPTED_KIND, ENCRYPTED, len(payload), 0)
+            codec |= ENCRYPTED
         buffer += payload
-        self.entries.append(PackEntry(digest, offset, len(payload), plain_bytes, kind, codec))
+        self.entries.append(PackEntry(digest, offset, len(payload), len(plain), kind, codec))
         if len(buffer) >= _BUFFER_BYTES:
             self.flush()
+        return len(payload)
 
     def end(self) -> PackId:
         """Append directory and trailer and return the pack's name."""
-        self._buffer += encode_end(self.entries, self.bytes + len(self._buffer))
+        encrypt = self._cipher.encrypt_directory if self._cipher is not None else None
+        self._buffer += encode_end(self.entries, self.bytes + len(self._buffer), encrypt)
         self.flush()
         return PackId(self.hasher.digest())
 

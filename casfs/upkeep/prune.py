@@ -41,6 +41,7 @@ from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER
 from casfs.store.store import pack_name
 from casfs.upkeep.needs import Needs
 from casfs.upkeep.rescue import Rescuer
+from casfs.upkeep.sessions import remove_unneeded_sessions
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ class Pruner:
             self._rescuer.rescue_last_copies(self._records, repacked | waiting)
             self._remove(self._settle(repacked | waiting))
         self._index.keep_complete(set(self._repository.snapshot_ids()))
+        remove_unneeded_sessions(self._repository)
         return self.result
 
     def _reprieve(self, waiting: set[int]) -> None:

@@ -173,7 +173,7 @@ class SnapshotRepairer:
                 stack[-1].tree.add(done)
 
     def _tree_writer(self, writer: BlobWriter) -> TreeWriter:
-        seed = self._repository.config.tree_seed
+        seed = self._repository.tree_seed
         return TreeWriter(writer.put, self._repository.codec.digest, seed)
 
     def _entries(self, directory: Node, path: bytes) -> Iterator[Node]:

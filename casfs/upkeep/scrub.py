@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from casfs.digest import Digest, PackId, SnapshotId
-from casfs.errors import BlobError, CasfsError, NotFoundError, PackError, StorageError
+from casfs.errors import (
+    BlobError,
+    CasfsError,
+    KeyMissingError,
+    NotFoundError,
+    PackError,
+    StorageError,
+)
 from casfs.monitor import Monitor
 from casfs.repository import Repository
 from casfs.store.index import PackRecord
@@ -177,6 +184,8 @@ class Scrubber:
             if self._is_removed(pack):
                 return pack, [], []
             return pack, [], [Damage("pack", _reason(error), pack)]
+        except KeyMissingError:
+            raise
         except CasfsError as error:
             damage = [Damage("pack", _reason(error), pack)]
             if isinstance(error, StorageError) and error.cause.errno in _REFUSED:
@@ -337,7 +346,7 @@ class Scrubber:
             for entry in sorted(entries, key=lambda entry: entry.offset):
                 payload = reader.read(entry.offset, entry.stored_bytes)
                 try:
-                    self._store.codec.decode(entry.digest, entry.codec, payload, entry.plain_bytes)
+                    self._store.decode(pack, entry, payload)
                 except BlobError as error:
                     damage.append(Damage("blob", error.reason, pack, entry.digest))
             reader.read(pack_bytes - TRAILER.size, TRAILER.size)

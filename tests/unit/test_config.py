@@ -14,6 +14,7 @@ from casfs.errors import CasfsError, FormatError, IntegrityError, NotFoundError
 from casfs.store.blob import MAX_PLAIN_BYTES
 from casfs.store.config import (
     ChunkerConfig,
+    EncryptionConfig,
     RepositoryConfig,
     decode_config,
     encode_config,
@@ -130,9 +131,24 @@ def test_a_body_that_does_not_parse_is_damage(body: bytes) -> None:
         decode_config(written(body), "here")
 
 
-def test_an_encrypted_repository_is_refused() -> None:
-    with pytest.raises(FormatError, match="encrypted"):
-        decode_config(with_fields(encryption={"kind": "age"}), "here")
+@pytest.mark.parametrize(
+    "encryption",
+    [
+        {"kind": "age"},
+        {"cipher": "rot13", "session": "ab" * 32, "domain": "cd" * 32},
+        {"cipher": "aes-256-gcm", "session": "ab" * 31, "domain": "cd" * 32},
+    ],
+)
+def test_an_encryption_that_is_not_known_is_refused(encryption: dict[str, str]) -> None:
+    with pytest.raises(FormatError, match="encrypted in a way"):
+        decode_config(with_fields(encryption=encryption), "here")
+
+
+def test_the_encryption_survives_the_file() -> None:
+    told = {"cipher": "aes-256-gcm", "session": "ab" * 32, "domain": "cd" * 32}
+    found = decode_config(with_fields(encryption=told), "here")
+    assert found.encryption == EncryptionConfig("aes-256-gcm", "ab" * 32, "cd" * 32)
+    assert decode_config(encode_config(found), "here") == found
 
 
 def test_fields_that_a_later_version_adds_are_left_alone() -> None:

@@ -1,0 +1,200 @@
+"""Identities on the command line: from files, a passphrase's source, GPG's agent, or a question.
+
+No secret is an argument or in the environment: what is named there is where to find it.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from casfs.errors import CasfsError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from casfs.keys.identity import Identities
+    from casfs.keys.opening import Unlock
+    from casfs.store.config import RepositoryConfig
+    from casfs.store.storage import Storage
+
+_MAX_PASSPHRASE_BYTES = 64 * 1024
+
+
+@dataclass(slots=True)
+class PassphraseSource:
+    """Where a passphrase comes from: a file, a descriptor or a command; none of them is a terminal."""
+
+    file: str | None = None
+    fd: int | None = None
+    command: str | None = None
+    _read: str | None = None
+
+    def is_given(self) -> bool:
+        """Tell whether there is any source."""
+        return self.file is not None or self.fd is not None or self.command is not None
+
+    def read(self) -> str:
+        """Return the passphrase, without the end of its line; it is asked for once.
+
+        Raises UsageError for several sources and for an empty passphrase, StorageError and CasfsError.
+        """
+        if self._read is None:
+            if [self.file, self.fd, self.command].count(None) < 2:
+                raise UsageError("give the passphrase from one place, and not from several")
+            data = self._bytes()
+            try:
+                self._read = data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UsageError("the passphrase is not UTF-8") from error
+            if not self._read:
+                raise UsageError("the passphrase is empty")
+        return self._read
+
+    def _bytes(self) -> bytes:
+        if self.command is not None:
+            return _output_of(self.command)
+        place = self.file if self.file is not None else f"descriptor {self.fd}"
+        try:
+            if self.file is not None:
+                with open(self.file, "rb") as file:
+                    return file.read(_MAX_PASSPHRASE_BYTES)
+            assert self.fd is not None
+            with os.fdopen(os.dup(self.fd), "rb") as file:
+                return file.read(_MAX_PASSPHRASE_BYTES)
+        except OSError as error:
+            raise StorageError("read the passphrase from", place, error) from error
+
+
+@dataclass(slots=True)
+class KeyOptions:
+    """What was given to open an encrypted repository with."""
+
+    files: list[str] = field(default_factory=list)
+    passphrase: PassphraseSource = field(default_factory=PassphraseSource)
+
+    def with_environment(self) -> KeyOptions:
+        """Return these options, with what the environment names where they name nothing."""
+        files = self.files
+        if not files:
+            files = [
+                name for name in os.environ.get("CASFS_IDENTITY", "").split(os.pathsep) if name
+            ]
+        passphrase = self.passphrase
+        if not passphrase.is_given():
+            passphrase.file = os.environ.get("CASFS_PASSPHRASE_FILE") or None
+            if passphrase.file is None:
+                passphrase.command = os.environ.get("CASFS_PASSPHRASE_COMMAND") or None
+        return KeyOptions(files, passphrase)
+
+    def unlock_given(self, storage: Storage, config: RepositoryConfig) -> Identities:
+        """Return the identities that were given, without asking anybody for more."""
+        from casfs.keys.identity import Identities, read_identity_file, unlock_by_passphrase
+
+        given = self.with_environment()
+        found = Identities()
+        for name in given.files:
+            found.ages += read_identity_file(Path(name), ask_passphrase)
+        if given.passphrase.is_given():
+            repository = bytes.fromhex(config.id)
+            found.ages += unlock_by_passphrase(storage, repository, given.passphrase.read())
+        return found
+
+    def unlock(self, storage: Storage, config: RepositoryConfig) -> Identities:
+        """Return the identities that were given, else what GPG's agent or a person at a terminal opens."""
+        from casfs.keys.identity import (
+            unlock_by_gpg,
+            unlock_by_passphrase,
+            wrapped_identities,
+        )
+        from casfs.keys.recipients import read_recipients
+
+        found = self.unlock_given(storage, config)
+        if not found:
+            found = unlock_by_gpg(storage, read_recipients(storage))
+        if not found and wrapped_identities(storage):
+            passphrase = ask_passphrase(f"repository {config.id[:12]}")
+            if passphrase is not None:
+                found.ages = unlock_by_passphrase(storage, bytes.fromhex(config.id), passphrase)
+        return found
+
+
+def unlocked(root: Path, unlock: Unlock) -> Identities | None:
+    """Return what opens the repository in a folder, None where it is not encrypted."""
+    from casfs.repository import read_config
+    from casfs.store.storage import LocalStorage
+
+    config = read_config(root.absolute())
+    if config.encryption is None:
+        return None
+    return unlock(LocalStorage(root.absolute()), config)
+
+
+def ask_passphrase(what: str) -> str | None:
+    """Ask whoever is at the terminal for the passphrase of something; None where nobody is."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+    return getpass.getpass(f"passphrase of {what}: ", stream=sys.stderr)
+
+
+def new_passphrase(source: PassphraseSource, option: str) -> str:
+    """Return a passphrase that is to be set, asked for twice at a terminal; raises UsageError."""
+    if source.is_given():
+        return source.read()
+    first = ask_passphrase("the repository, a new one")
+    if first is None:
+        raise UsageError(f"there is no terminal to ask for a passphrase: give {option}")
+    if not first:
+        raise UsageError("the passphrase is empty")
+    if ask_passphrase("the repository, again") != first:
+        raise UsageError("the two passphrases differ")
+    return first
+
+
+def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options with which an encrypted repository is opened; they are kept in the Settings."""
+    for name, metavar, help_text in (
+        ("--passphrase-command", "COMMAND", "What prints the passphrase."),
+        ("--passphrase-fd", "N", "Read the passphrase from this descriptor."),
+        ("--passphrase-file", "FILE", "Read the passphrase from a file."),
+        ("--identity", "FILE", "An age identity or a private SSH key; may be repeated."),
+    ):
+        command = click.option(
+            name,
+            metavar=metavar,
+            type=int if name == "--passphrase-fd" else str,
+            multiple=name == "--identity",
+            expose_value=False,
+            callback=_keep,
+            is_eager=True,
+            help=help_text,
+        )(command)
+    return command
+
+
+def _keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+    from casfs.cli.app import Settings
+
+    keys = ctx.ensure_object(Settings).keys
+    if parameter.name == "identity":
+        keys.files += value
+    elif value is not None:
+        setattr(keys.passphrase, str(parameter.name).removeprefix("passphrase_"), value)
+
+
+def _output_of(command: str) -> bytes:
+    try:
+        words = shlex.split(command)
+        done = subprocess.run(words, stdout=subprocess.PIPE, check=False)
+    except (OSError, ValueError, IndexError) as error:
+        raise CasfsError(f"the passphrase command cannot be run: {error}") from error
+    if done.returncode:
+        raise CasfsError(f"the passphrase command failed: it ended with {done.returncode}")
+    return done.stdout[:_MAX_PASSPHRASE_BYTES]

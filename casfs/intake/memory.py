@@ -1,0 +1,173 @@
+"""The memory of files: what a writer that cannot read knows of files that did not change.
+
+The previous snapshot is closed to it. So beside the index it keeps, for each file, the node under a name and
+a key that are derived from the path and the metadata of the very file: it can be found and opened only by
+who has the domain's secret and the file as it was. Of what was deleted or changed it tells nothing but that
+there was something (FORMAT.md, "Encryption").
+
+What was remembered in one backup is trusted only when that backup had everything durable in the index. One
+thread; losing it costs the reading of files.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+import time
+
+import msgspec
+from blake3 import blake3
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from casfs.content import HOLE, RECORD
+from casfs.digest import Digest
+from casfs.store.environment import Transaction
+from casfs.store.index import Index
+from casfs.tree import Kind, Node
+
+_STAT = struct.Struct("<QQqqQ")
+_HEAD = struct.Struct("<8sI")
+_CONFIRMED = struct.Struct("<QQ")
+_NONCE_BYTES = 12
+_DAY_S = 86_400
+_KEPT_DAYS = 60
+_REFRESHED_DAYS = 7
+_BATCH = 2000
+_SCANNED = 10_000
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Node)
+
+
+class FileMemory:
+    """What one backup recalls and remembers; `key` is the domain's, `losses` are those of the index.
+
+    `losses` was asked for before the first blob was taken for stored.
+    """
+
+    def __init__(self, index: Index, key: bytes, losses: int) -> None:
+        self._index = index
+        self._env = index.environment
+        self._files = self._env.database(b"files")
+        self._key = key
+        self._state = losses, index.removals()
+        self._day = int(time.time()) // _DAY_S
+        self._batch = secrets.token_bytes(8)
+        self._pending: list[tuple[bytes, bytes]] = []
+        self._trusts_all = not index.condemned()
+        self._confirmed: dict[bytes, tuple[int, int]] = {}
+
+    def recall(self, path: bytes, st: os.stat_result) -> Node | None:
+        """Return the node of a file as it was stored when it had this path and these metadata."""
+        name, key = self._derive(path, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+        value = self._env.read(lambda txn: txn.get(name, db=self._files))
+        if value is None or len(value) < _HEAD.size + _NONCE_BYTES:
+            return None
+        batch, day = _HEAD.unpack_from(value)
+        nonce = value[_HEAD.size : _HEAD.size + _NONCE_BYTES]
+        try:
+            plain = AESGCM(key).decrypt(nonce, value[_HEAD.size + _NONCE_BYTES :], None)
+            node = _decoder.decode(plain)
+        except (InvalidTag, msgspec.DecodeError, ValueError):
+            return None
+        if node.name != path.rpartition(b"/")[2] or not self._is_stored(batch, node):
+            return None
+        if self._day - day >= _REFRESHED_DAYS:
+            self.remember(path, node)
+        return node
+
+    def remember(self, path: bytes, node: Node) -> None:
+        """Keep the node of a file, if it may be trusted as unchanged the next time."""
+        if node.kind != Kind.FILE or node.state or node.racy:
+            return
+        name, key = self._derive(path, node.inode, node.size, node.mtime_ns, node.ctime_ns)
+        nonce = os.urandom(_NONCE_BYTES)
+        stored = AESGCM(key).encrypt(nonce, _encoder.encode(node), None)
+        self._pending.append((name, _HEAD.pack(self._batch, self._day) + nonce + stored))
+        if len(self._pending) >= _BATCH:
+            self._write()
+
+    def confirm(self) -> None:
+        """Say that all that was remembered is durable and in the index; old memories are dropped."""
+        self._write()
+        meta = self._env.database(b"meta")
+        key, value = b"memory" + self._batch, _CONFIRMED.pack(*self._state)
+        self._env.write(lambda txn: txn.put(key, value, db=meta))
+        self._forget_old()
+
+    def _derive(
+        self, path: bytes, inode: int, size: int, mtime_ns: int, ctime_ns: int
+    ) -> tuple[bytes, bytes]:
+        material = _STAT.pack(inode, size, mtime_ns, ctime_ns, len(path)) + path
+        derived = blake3(material, key=self._key).digest(length=64)
+        return derived[:32], derived[32:]
+
+    def _is_stored(self, batch: bytes, node: Node) -> bool:
+        if self._trusts_all and self._state_at(batch) == self._state:
+            return True  # nothing that was stored then can have gone since
+        if node.levels:
+            return False  # the lists are in packs that cannot be read here
+        digests = (node.content[i + 8 : i + RECORD.size] for i in range(0, len(node.content), 40))
+        return all(self._index.known(Digest(one) for one in digests if one != HOLE))
+
+    def _state_at(self, batch: bytes) -> tuple[int, int]:
+        """Return the losses and removals of the index before a backup, (-1, -1) if it did not end well."""
+        found = self._confirmed.get(batch)
+        if found is None:
+            meta = self._env.database(b"meta")
+            value = self._env.read(lambda txn: txn.get(b"memory" + batch, db=meta))
+            found = (-1, -1)
+            if value is not None:
+                losses, removals = _CONFIRMED.unpack(value)
+                found = losses, removals
+            self._confirmed[batch] = found
+        return found
+
+    def _write(self) -> None:
+        rows, self._pending = sorted(self._pending), []
+
+        def change(txn: Transaction) -> None:
+            for name, value in rows:
+                txn.put(name, value, db=self._files)
+
+        if rows:
+            self._env.write(change)
+
+    def _forget_old(self) -> None:
+        """Drop what was not seen for two months, at most once a day."""
+        meta = self._env.database(b"meta")
+        today = struct.pack("<I", self._day)
+        if self._env.read(lambda txn: txn.get(b"tidied", db=meta)) == today:
+            return
+        after: bytes | None = b""
+        while after is not None:
+            after = self._forget_some(after)
+        self._env.write(lambda txn: txn.put(b"tidied", today, db=meta))
+
+    def _forget_some(self, after: bytes) -> bytes | None:
+        """Look at some memories behind a name; return the last of them, or None at the end."""
+        limit = self._day - _KEPT_DAYS
+
+        def look(txn: Transaction) -> tuple[list[bytes], bytes | None]:
+            cursor = txn.cursor(db=self._files)
+            old: list[bytes] = []
+            more = cursor.set_range(after) if after else cursor.first()
+            for _ in range(_SCANNED):
+                if not more:
+                    return old, None
+                if _HEAD.unpack_from(cursor.value())[1] < limit:
+                    old.append(bytes(cursor.key()))
+                more = cursor.next()
+            return old, bytes(cursor.key()) if more else None
+
+        old, last = self._env.read(look)
+
+        def change(txn: Transaction) -> None:
+            for name in old:
+                txn.delete(name, db=self._files)
+
+        if old:
+            self._env.write(change)
+        return last

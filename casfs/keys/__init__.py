@@ -1,0 +1,1 @@
+"""Who may open what: recipients, identities, and the sessions that are wrapped to them."""

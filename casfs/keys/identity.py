@@ -1,0 +1,143 @@
+"""Identities: what a person has that opens sessions, gathered from files, a passphrase, and GPG's agent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from casfs.digest import digest_of
+from casfs.errors import KeyMissingError, NotFoundError, SessionError, StorageError, WrongKeyError
+from casfs.keys import age, gpg
+from casfs.keys.age import AgeIdentity, AskPassphrase
+from casfs.keys.passphrase import WrappedIdentity, parse_wrapped, unwrap_identity, wrap_identity
+from casfs.keys.recipients import Recipient, RecipientKind
+from casfs.store.storage import Storage
+
+log = logging.getLogger(__name__)
+
+IDENTITIES = "identities"
+_MAX_FILE_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class Identities:
+    """What was unlocked: identities of age, and whether GPG may be asked for each session."""
+
+    ages: list[AgeIdentity] = field(default_factory=list)
+    use_gpg: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.ages) or self.use_gpg
+
+    def __repr__(self) -> str:
+        return f"Identities({len(self.ages)}, use_gpg={self.use_gpg})"
+
+
+def read_identity_file(path: Path, ask: AskPassphrase) -> list[AgeIdentity]:
+    """Return the identities in a file; raises WrongKeyError, KeyMissingError and StorageError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_FILE_BYTES)
+    except OSError as error:
+        raise StorageError("read the identity file", str(path), error) from error
+    return age.identities_of_file(data, str(path), ask)
+
+
+def unlock_by_passphrase(storage: Storage, repository: bytes, passphrase: str) -> list[AgeIdentity]:
+    """Return the identities of the repository that a passphrase opens; raises WrongKeyError if none."""
+    found = []
+    wrapped = wrapped_identities(storage)
+    for _, one in wrapped:
+        try:
+            line = unwrap_identity(one, passphrase, repository)
+        except WrongKeyError:
+            continue
+        found.append(age.identity_from_line(line))
+    if not wrapped:
+        raise WrongKeyError("the repository has no passphrase; give --identity FILE")
+    if not found:
+        raise WrongKeyError("the passphrase is wrong")
+    return found
+
+
+def unlock_by_gpg(storage: Storage, recipients: list[Recipient]) -> Identities:
+    """Return what the user's GPG keys open: one operation, where the repository has such recipients."""
+    own = [
+        one for one in recipients if one.kind == RecipientKind.GPG and gpg.has_secret_key(one.value)
+    ]
+    if not own:
+        return Identities()
+    for name, data in _files(storage, "gpg"):
+        try:
+            return Identities([age.identity_from_line(gpg.unwrap(data).decode("ascii").strip())])
+        except (KeyMissingError, WrongKeyError, UnicodeDecodeError) as error:
+            log.info("%s: %s", name, error)
+    return Identities(use_gpg=True)
+
+
+def wrapped_identities(storage: Storage) -> list[tuple[str, WrappedIdentity]]:
+    """Return the identities that a passphrase opens, with the names of their files."""
+    found = []
+    for name, data in _files(storage, "json"):
+        try:
+            found.append((name, parse_wrapped(data, name)))
+        except SessionError as error:
+            log.warning("%s", error)
+    return found
+
+
+def add_passphrase(storage: Storage, passphrase: str, repository: bytes) -> Recipient:
+    """Make an identity that a passphrase opens, store it durably, and return its recipient."""
+    secret, public = age.new_identity()
+    store_identity(storage, wrap_identity(secret, public, passphrase, repository), "json")
+    return Recipient(RecipientKind.PASSPHRASE, public)
+
+
+def add_gpg(storage: Storage, recipient: Recipient) -> Recipient:
+    """Make an identity that a GPG key opens, store it durably, and return the whole recipient.
+
+    With it a reader asks GPG once and not for every session.
+    """
+    secret, public = age.new_identity()
+    store_identity(storage, gpg.wrap(secret.encode() + b"\n", [recipient.key]), "gpg")
+    return Recipient(recipient.kind, recipient.value, public, recipient.key)
+
+
+def change_passphrase(storage: Storage, old: str, new: str, repository: bytes) -> int:
+    """Wrap what the old passphrase opens to the new one; returns how many identities those are.
+
+    The new files are durable before the old ones go. Raises WrongKeyError where nothing opens.
+    """
+    changed = 0
+    for name, one in wrapped_identities(storage):
+        try:
+            secret = unwrap_identity(one, old, repository)
+        except WrongKeyError:
+            continue
+        store_identity(storage, wrap_identity(secret, one.recipient, new, repository), "json")
+        storage.delete(name)
+        changed += 1
+    if not changed:
+        raise WrongKeyError("the old passphrase is wrong; nothing was changed")
+    return changed
+
+
+def store_identity(storage: Storage, data: bytes, suffix: str) -> None:
+    """Store a wrapped identity durably under the digest of its bytes."""
+    storage.write(f"{IDENTITIES}/{digest_of(data).hex()}.{suffix}", data)
+
+
+def _files(storage: Storage, suffix: str) -> Iterator[tuple[str, bytes]]:
+    for name, _ in list(storage.names(IDENTITIES)):
+        if not name.endswith(f".{suffix}"):
+            continue
+        try:
+            data = storage.read(name, 0, _MAX_FILE_BYTES)
+        except NotFoundError:
+            continue
+        if digest_of(data).hex() != name.rpartition("/")[2].partition(".")[0]:
+            log.warning("%s is damaged: it does not have its digest", name)
+            continue
+        yield name, data

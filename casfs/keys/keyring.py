@@ -1,0 +1,93 @@
+"""The keyring: the sessions of one repository, each opened once, and the domains that they tell.
+
+Safe to share between threads: a session that two of them open at once is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from casfs.errors import CasfsError, KeyMissingError, SessionError
+from casfs.keys.identity import Identities
+from casfs.keys.recipients import read_recipients
+from casfs.keys.wrapping import read_session, session_ids, write_session
+from casfs.store.config import RepositoryConfig
+from casfs.store.session import Domain, DomainId, Session, SessionId
+from casfs.store.storage import Storage
+
+log = logging.getLogger(__name__)
+
+
+class Keyring:
+    """The keys of one encrypted repository, as far as `identities` open them."""
+
+    def __init__(self, storage: Storage, config: RepositoryConfig, identities: Identities) -> None:
+        if config.encryption is None:
+            raise ValueError("the repository is not encrypted")
+        self.repository = bytes.fromhex(config.id)
+        self.domain_id = DomainId(bytes.fromhex(config.encryption.domain))
+        self._first = SessionId(bytes.fromhex(config.encryption.session))
+        self._storage = storage
+        self._identities = identities
+        self._open: dict[SessionId, Session] = {}
+        self._failed: dict[SessionId, CasfsError] = {}
+
+    @property
+    def can_read(self) -> bool:
+        """Tell whether there is any identity; which sessions it opens is seen when they are."""
+        return bool(self._identities)
+
+    def session(self, session_id: SessionId) -> Session:
+        """Return a session's secrets; raises KeyMissingError and SessionError."""
+        found = self._open.get(session_id)
+        if found is not None:
+            return found
+        failed = self._failed.get(session_id)
+        if failed is not None:
+            raise failed
+        try:
+            session = read_session(
+                self._storage,
+                session_id,
+                self.repository,
+                self._identities.ages,
+                self._identities.use_gpg,
+            )
+        except (KeyMissingError, SessionError) as error:
+            self._failed[session_id] = error
+            raise
+        self._open[session_id] = session
+        return session
+
+    def begin(self, domains: list[Domain]) -> Session:
+        """Return a new session; its secrets are wrapped to the recipients durably."""
+        session = Session.new(domains)
+        write_session(self._storage, session, read_recipients(self._storage))
+        self._open[session.id] = session
+        return session
+
+    def first_domain(self) -> Domain:
+        """Return the repository's own domain; raises KeyMissingError and SessionError."""
+        for session_id in [self._first, *session_ids(self._storage)]:
+            try:
+                session = self.session(session_id)
+            except (KeyMissingError, SessionError):
+                continue
+            if self.is_proven(session):
+                return session.domains[0]
+        return self.session(self._first).domains[0]
+
+    def domains(self, first: Domain) -> list[Domain]:
+        """Return a domain and after it all others that the repository's sessions have."""
+        found = {first.id: first}
+        for session_id in session_ids(self._storage):
+            for domain in self.session(session_id).domains:
+                found.setdefault(domain.id, domain)
+        return list(found.values())
+
+    def is_proven(self, session: Session) -> bool:
+        """Tell whether a session's writer had the repository's own domain.
+
+        The storage never has it, so what the storage made itself is not proven.
+        """
+        return session.domains[0].id == self.domain_id

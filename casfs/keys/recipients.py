@@ -1,0 +1,141 @@
+"""Recipients: who can open what is stored from now on; a public list in the repository.
+
+The storage could write itself into that list, so a machine that writes remembers what the list was
+(`casfs.keys.state`) and asks before it follows a change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+
+import msgspec
+
+from casfs.digest import digest_of
+from casfs.errors import IntegrityError, NotFoundError, WrongKeyError
+from casfs.keys import age, gpg
+from casfs.store.storage import Storage
+
+RECIPIENTS_NAME = "recipients"
+_MAX_BYTES = 4 << 20
+_FIRST_LINE = b"casfs recipients 1\n"
+_LAST_LINE = re.compile(rb"\nblake3 ([0-9a-f]{64})\n\Z")
+
+
+class RecipientKind(StrEnum):
+    """What opens what is wrapped to a recipient."""
+
+    AGE = "age"
+    SSH = "ssh"
+    GPG = "gpg"
+    PASSPHRASE = "passphrase"
+
+
+class Recipient(msgspec.Struct, frozen=True):
+    """A recipient.
+
+    `value` is what people know it by: an age or SSH public key, a fingerprint, or for a passphrase the
+    public key whose identity it opens. `age` is that public key for a GPG key, whose exported form is `key`.
+    """
+
+    kind: RecipientKind
+    value: str
+    age: str = ""
+    key: bytes = b""
+
+    @property
+    def public_key(self) -> str:
+        """The recipient that age knows."""
+        return self.age or self.value
+
+
+def parse_recipient(text: str) -> Recipient:
+    """Return the recipient that a text names: `age1…`, `ssh-ed25519 …`, or a GPG key of the user's keyring.
+
+    Raises WrongKeyError. The public key of a GPG recipient is for `add_identity` to make.
+    """
+    text = text.strip()
+    if text.startswith("age1"):
+        return Recipient(RecipientKind.AGE, age.canonical_recipient(text))
+    if text.startswith("ssh-"):
+        return Recipient(RecipientKind.SSH, age.canonical_recipient(text))
+    if text.upper().startswith("AGE-SECRET-KEY-"):
+        raise WrongKeyError("that is a secret identity and no recipient; name its public key")
+    name = text.removeprefix("gpg:")
+    if not gpg.looks_like_key(name):
+        raise WrongKeyError(
+            f"{text!r} is no recipient: give an age or SSH public key, or the id of a GPG key"
+        )
+    fingerprint, key = gpg.public_key(name)
+    return Recipient(RecipientKind.GPG, fingerprint, key=key)
+
+
+def parse_recipients_file(data: bytes, name: str) -> list[Recipient]:
+    """Return the recipients in a file's bytes, one a line, `#` begins a comment; raises WrongKeyError."""
+    found = []
+    try:
+        lines = data.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise WrongKeyError(f"{name} is no file of recipients: it is not text") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.startswith("#"):
+            try:
+                found.append(parse_recipient(line))
+            except WrongKeyError as error:
+                raise WrongKeyError(f"{name}, line {number}: {error}") from error
+    if not found:
+        raise WrongKeyError(f"{name} names no recipient")
+    return found
+
+
+def encode_recipients(recipients: Sequence[Recipient]) -> bytes:
+    """Return the file's bytes."""
+    text = _FIRST_LINE + msgspec.json.format(msgspec.json.encode(recipients), indent=1)
+    return text + b"\nblake3 %s\n" % digest_of(text).hex().encode()
+
+
+def decode_recipients(data: bytes) -> list[Recipient]:
+    """Parse the file's bytes; raises IntegrityError for a damaged file."""
+    last = _LAST_LINE.search(data)
+    if (
+        not data.startswith(_FIRST_LINE)
+        or last is None
+        or digest_of(data[: last.start()]).hex().encode() != last[1]
+    ):
+        raise IntegrityError("the repository's list of recipients is damaged")
+    try:
+        return msgspec.json.decode(data[len(_FIRST_LINE) : last.start()], type=list[Recipient])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise IntegrityError(f"the repository's list of recipients is damaged: {error}") from error
+
+
+def read_recipients(storage: Storage) -> list[Recipient]:
+    """Return who the repository's recipients are; raises IntegrityError and StorageError."""
+    try:
+        return decode_recipients(storage.read(RECIPIENTS_NAME, 0, _MAX_BYTES))
+    except NotFoundError as error:
+        raise IntegrityError("the repository's list of recipients is missing") from error
+
+
+def write_recipients(storage: Storage, recipients: Sequence[Recipient]) -> None:
+    """Replace the list durably."""
+    storage.write(RECIPIENTS_NAME, encode_recipients(recipients))
+
+
+def wrap(data: bytes, recipients: Iterable[Recipient]) -> list[tuple[str, bytes]]:
+    """Return the files that the recipients open, each with its suffix: one of age, and one of GPG."""
+    everybody = list(recipients)
+    files = [("age", age.wrap(data, [one.public_key for one in everybody]))]
+    keys = [one.key for one in everybody if one.kind == RecipientKind.GPG]
+    if keys:
+        files.append(("gpg", gpg.wrap(data, keys)))
+    return files
+
+
+def merged(now: Sequence[Recipient], more: Iterable[Recipient]) -> list[Recipient]:
+    """Return a list with others added, each once."""
+    found = {one.value: one for one in now}
+    for one in more:
+        found.setdefault(one.value, one)
+    return list(found.values())

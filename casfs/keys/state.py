@@ -1,0 +1,137 @@
+"""What a machine remembers of the encrypted repositories that it writes to.
+
+A file for each repository holds the secret of the domain in which this machine writes, the digest of the list
+of recipients that it follows, and the last snapshot that it published; a file for each place says which
+repository is there. They lie in the user's state directory, readable by nobody else. What is in them opens
+nothing: it tells whether a known content is stored, and no more.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import msgspec
+
+from casfs.digest import digest_of
+from casfs.errors import DistrustError, StorageError
+from casfs.store.config import RepositoryConfig
+from casfs.store.session import SECRET_BYTES, Domain
+
+
+class WriterState(msgspec.Struct, frozen=True):
+    """What is remembered of one repository; `domain` and `recipients` are hexadecimal."""
+
+    repository: str
+    domain: str
+    recipients: str
+    last_snapshot: str = ""
+    last_time_ns: int = 0
+
+    def own_domain(self) -> Domain:
+        """Return the domain in which this machine writes."""
+        return Domain(bytes.fromhex(self.repository), bytes.fromhex(self.domain))
+
+
+class _Place(msgspec.Struct, frozen=True):
+    path: str
+    repository: str
+    domain: str
+
+
+def state_folder(make: bool = True) -> Path:
+    """Return the folder of the user's state, made if need be; raises StorageError."""
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(
+        os.path.expanduser("~"), ".local", "state"
+    )
+    folder = Path(base) / "casfs"
+    if not make:
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StorageError("make the folder", str(folder), error) from error
+    return folder
+
+
+def load_state(config: RepositoryConfig) -> WriterState | None:
+    """Return what this machine remembers of a repository, or None.
+
+    Raises StorageError, and DistrustError for a file that is damaged.
+    """
+    path = _state_path(config.id)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError("read", str(path), error) from error
+    try:
+        state = msgspec.json.decode(data, type=WriterState)
+        sound = state.repository == config.id and len(bytes.fromhex(state.domain)) == SECRET_BYTES
+    except (msgspec.DecodeError, ValueError) as error:
+        raise _damaged(path) from error
+    if not sound:
+        raise _damaged(path)
+    return state
+
+
+def save_state(state: WriterState) -> None:
+    """Remember durably; raises StorageError."""
+    _write(_state_path(state.repository), msgspec.json.encode(state))
+
+
+def remember_place(root: Path, config: RepositoryConfig) -> None:
+    """Remember which repository is in a place; raises StorageError."""
+    domain = config.encryption.domain if config.encryption is not None else ""
+    place = _Place(str(root), config.id, domain)
+    _write(_place_path(root), msgspec.json.encode(place))
+
+
+def check_place(root: Path, config: RepositoryConfig) -> None:
+    """Raise DistrustError unless the repository in a place is the encrypted one that was there before."""
+    path = _place_path(root, make=False)
+    try:
+        place = msgspec.json.decode(path.read_bytes(), type=_Place)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise StorageError("read", str(path), error) from error
+    except msgspec.DecodeError as error:
+        raise _damaged(path) from error
+    domain = config.encryption.domain if config.encryption is not None else ""
+    if (place.repository, place.domain) != (config.id, domain):
+        what = "an unencrypted one" if config.encryption is None else f"{config.id[:12]}"
+        raise DistrustError(
+            f"the repository in {root} was {place.repository[:12]}, encrypted, and is {what} now: "
+            "somebody may want to read what is stored next. If that is as it should be, say "
+            "casfs key accept"
+        )
+
+
+def _state_path(repository: str) -> Path:
+    return state_folder() / f"{repository[:32]}.json"
+
+
+def _place_path(root: Path, make: bool = True) -> Path:
+    return state_folder(make) / f"place-{digest_of(os.fsencode(root)).hex()[:32]}.json"
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError("write", str(path), error) from error
+
+
+def _damaged(path: Path) -> DistrustError:
+    return DistrustError(f"{path} is damaged; restore it, or remove it and say casfs key accept")

@@ -1,0 +1,170 @@
+"""Wrapped sessions: the small files from which the tools of the recipients get a session's secrets.
+
+`sessions/ID/DIGEST.age` and `….gpg` hold the same JSON document and nothing else, so the plain `age` and
+`gpg` open them. Each file is named by the digest of its bytes and never rewritten (FORMAT.md, "Encryption").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from casfs.digest import digest_of
+from casfs.errors import KeyMissingError, NotFoundError, SessionError
+from casfs.keys import age, gpg
+from casfs.keys.age import AgeIdentity
+from casfs.keys.recipients import Recipient, wrap
+from casfs.store.session import MAX_DOMAINS, SECRET_BYTES, Domain, Session, SessionId
+from casfs.store.storage import Storage
+
+SESSIONS = "sessions"
+_MAX_FILE_BYTES = 16 << 20
+_FORM = "session 1"
+
+
+class _Document(msgspec.Struct, frozen=True):
+    casfs: str
+    repository: str
+    id: str
+    secret: str
+    domains: list[str]
+
+
+class WrappedFile(NamedTuple):
+    """One file of a session: its name in the storage, and whether `age` or `gpg` opens it."""
+
+    name: str
+    suffix: str
+
+
+def encode_session(session: Session) -> bytes:
+    """Return the document with the session's secrets."""
+    document = _Document(
+        _FORM,
+        session.repository.hex(),
+        session.id.hex(),
+        session.secret.hex(),
+        [domain.secret.hex() for domain in session.domains],
+    )
+    return msgspec.json.encode(document) + b"\n"
+
+
+def decode_session(data: bytes, session_id: bytes, repository: bytes) -> Session:
+    """Parse a document; raises SessionError unless it is that of this session of this repository."""
+    label = f"session {session_id.hex()[:12]}"
+    try:
+        document = msgspec.json.decode(data, type=_Document)
+        secrets = [bytes.fromhex(text) for text in (document.secret, *document.domains)]
+        made_for = bytes.fromhex(document.repository)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise SessionError(f"{label} does not hold what a session holds") from error
+    if document.casfs != _FORM:
+        raise SessionError(f"{label} has a form that this casfs does not read")
+    if made_for != repository:
+        raise SessionError(f"{label} was made for another repository, {document.repository[:12]}")
+    sound = 2 <= len(secrets) <= MAX_DOMAINS + 1
+    if not sound or any(len(one) != SECRET_BYTES for one in secrets):
+        raise SessionError(f"{label} has secrets of an impossible size")
+    domains = tuple(Domain(repository, secret) for secret in secrets[1:])
+    session = Session(repository, secrets[0], domains)
+    if session.id != session_id:
+        raise SessionError(f"{label} holds the secrets of another session")
+    return session
+
+
+def session_ids(storage: Storage) -> list[SessionId]:
+    """Return the sessions that the storage has, sorted."""
+    found = set()
+    for name, _ in storage.names(SESSIONS):
+        parts = name.split("/")
+        if len(parts) == 3 and len(parts[1]) == 64:
+            try:
+                found.add(SessionId(bytes.fromhex(parts[1])))
+            except ValueError:
+                continue
+    return sorted(found)
+
+
+def files_of(storage: Storage, session_id: SessionId) -> list[WrappedFile]:
+    """Return the files of a session, those for age first."""
+    names = [name for name, _ in storage.names(f"{SESSIONS}/{session_id.hex()}")]
+    files = [WrappedFile(name, name.rpartition(".")[2]) for name in names]
+    return sorted(file for file in files if file.suffix in ("age", "gpg"))
+
+
+def write_session(storage: Storage, session: Session, recipients: Sequence[Recipient]) -> list[str]:
+    """Wrap a session to its recipients, durably; returns the names of the files."""
+    names = []
+    for suffix, data in wrap(encode_session(session), recipients):
+        name = f"{SESSIONS}/{session.id.hex()}/{digest_of(data).hex()}.{suffix}"
+        storage.write(name, data)
+        names.append(name)
+    return names
+
+
+def remove_session(storage: Storage, session_id: SessionId, keep: Iterable[str] = ()) -> None:
+    """Remove the files of a session but for some."""
+    kept = set(keep)
+    for name, _ in list(storage.names(f"{SESSIONS}/{session_id.hex()}")):
+        if name not in kept:
+            storage.delete(name)
+
+
+def read_session(
+    storage: Storage,
+    session_id: SessionId,
+    repository: bytes,
+    identities: Sequence[AgeIdentity],
+    use_gpg: bool,
+) -> Session:
+    """Open a session by the first of its files that the identities, or the user's GPG keys, open.
+
+    Raises KeyMissingError where none does, SessionError where the files are missing or damaged.
+    """
+    label = f"session {session_id.hex()[:12]}"
+    closed: KeyMissingError | None = None
+    damaged: SessionError | None = None
+    for data, suffix in _sound_files(storage, session_id):
+        try:
+            if isinstance(data, SessionError):
+                raise data
+            if suffix == "age" and identities:
+                return decode_session(age.unwrap(data, identities), session_id, repository)
+            if suffix == "gpg" and use_gpg:
+                return decode_session(gpg.unwrap(data), session_id, repository)
+            closed = closed or KeyMissingError(f"{label} is closed")
+        except KeyMissingError as error:
+            closed = error
+        except SessionError as error:
+            damaged = error
+    if closed is not None and (damaged is None or not identities):
+        raise KeyMissingError(_sentence(identities, use_gpg)) from closed
+    raise damaged or SessionError(
+        f"{label} is missing: what was stored in it cannot be decrypted any more"
+    )
+
+
+def _sound_files(
+    storage: Storage, session_id: SessionId
+) -> Iterator[tuple[bytes | SessionError, str]]:
+    for name, suffix in files_of(storage, session_id):
+        try:
+            data = storage.read(name, 0, _MAX_FILE_BYTES)
+        except NotFoundError:
+            continue
+        stem = name.rpartition("/")[2].partition(".")[0]
+        if digest_of(data).hex() == stem:
+            yield data, suffix
+        else:
+            yield SessionError(f"{name} is damaged: it does not have its digest"), suffix
+
+
+def _sentence(identities: Sequence[AgeIdentity], use_gpg: bool) -> str:
+    if identities or use_gpg:
+        return "none of the identities that were given opens this: it was stored for others"
+    return (
+        "the repository is encrypted, and nothing was given that opens it: give --identity FILE, or a "
+        "passphrase (--passphrase-file, --passphrase-command, or at a terminal)"
+    )

@@ -1,0 +1,77 @@
+"""The check of a storage without any key: every object that has its digest for a name is read and has it.
+
+It needs neither the index nor an identity, so whoever keeps the storage can do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from casfs.errors import IntegrityError, NotFoundError, StorageError
+from casfs.keys.recipients import RECIPIENTS_NAME, read_recipients
+from casfs.monitor import Monitor
+from casfs.store.config import RepositoryConfig
+from casfs.store.storage import Storage
+from casfs.upkeep.scrub import Damage
+
+FOLDERS = ("packs", "snapshots", "sessions", "identities", "condemned")
+_WINDOW_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class StorageCheck:
+    """What was read, and what is not what its name says."""
+
+    objects: int = 0
+    read_bytes: int = 0
+    damage: list[Damage] = field(default_factory=list)
+
+
+def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) -> StorageCheck:
+    """Recompute the digest of every object; raises StorageError where the storage cannot be listed."""
+    result = StorageCheck()
+    names = [item for folder in FOLDERS for item in storage.names(folder)]
+    monitor.progress.total_bytes = sum(size for _, size in names)
+    sessions = set()
+    for name, size in names:
+        sessions.add(name.split("/")[1]) if name.startswith("sessions/") else None
+        try:
+            problem = _problem(storage, name, size, monitor)
+        except NotFoundError:
+            continue  # a prune has just removed it
+        except StorageError as error:
+            problem = str(error)
+        result.objects += 1
+        result.read_bytes += size
+        if problem is not None:
+            result.damage.append(Damage(name.partition("/")[0].rstrip("s"), f"{name}: {problem}"))
+    if config.encryption is not None:
+        if config.encryption.session not in sessions:
+            result.damage.append(Damage("session", "the session of the configuration is missing"))
+        _note(result, lambda: read_recipients(storage))
+    return result
+
+
+def _note(result: StorageCheck, read: Callable[[], object]) -> None:
+    try:
+        read()
+    except (IntegrityError, StorageError) as error:
+        result.damage.append(Damage(RECIPIENTS_NAME, str(error)))
+
+
+def _problem(storage: Storage, name: str, size: int, monitor: Monitor) -> str | None:
+    stem = name.rpartition("/")[2].partition(".")[0]
+    whole = blake3()
+    done = 0
+    while data := storage.read(name, done, _WINDOW_BYTES):
+        whole.update(data)
+        done += len(data)
+        monitor.progress.done_bytes += len(data)
+    if whole.hexdigest() != stem:
+        return "its bytes do not have the digest that names it"
+    if done != size:
+        return f"it has {done} bytes where {size} were listed"
+    return None
