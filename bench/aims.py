@@ -1,8 +1,9 @@
 """What casfs is meant to reach, and whether a run shows it.
 
-Three sets: *first light* is what the first usable version must do, *mount* what reading through a
-mount must do, *hardware* what the machine's limits allow. All are reported, met or not. Ratios are
-those of medians of one run on one machine, so that the machine's own speed cancels out.
+Four sets: *first light* is what the first usable version must do, *mount* what reading through a
+mount must do, *hardware* what the machine's limits allow, *encryption* what that may cost. All
+are reported, met or not. Ratios are those of medians of one run on one machine, so that the machine's
+own speed cancels out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from bench.records import Run
 from bench.works import NO_CORPUS, Work
 
 CASFS = "casfs"
+ENCRYPTED = "casfs-encrypted"
 BORG = "borg"
 BORG_ZSTD = "borg-zstd"
 RESTIC = "restic"
@@ -75,15 +77,15 @@ class Aim:
         return "–" if value is None else _number(value)
 
 
-def time_ratio(corpus: str, work: Work, *references: str) -> Measure:
-    """Measure casfs's wall time over that of the fastest of the references.
+def time_ratio(corpus: str, work: Work, *references: str, program: str = CASFS) -> Measure:
+    """Measure casfs's wall time (or another program's) over that of the fastest of the references.
 
     None unless casfs and all the references were measured: the fastest of those that happen to be
     there would be an easier aim.
     """
 
     def measure(run: Run) -> float | None:
-        own = run.wall(corpus, work, CASFS)
+        own = run.wall(corpus, work, program)
         others = [run.wall(corpus, work, name) for name in references]
         medians = [each.median for each in others if each is not None]
         if own is None or len(medians) < len(references):
@@ -93,11 +95,11 @@ def time_ratio(corpus: str, work: Work, *references: str) -> Measure:
     return measure
 
 
-def rate_ratio(corpus: str, work: Work, reference: str) -> Measure:
-    """Measure casfs's bytes a second over a reference's, for the same bytes."""
+def rate_ratio(corpus: str, work: Work, reference: str, program: str = CASFS) -> Measure:
+    """Measure casfs's bytes a second (or another program's) over a reference's, for the same bytes."""
 
     def measure(run: Run) -> float | None:
-        ratio = time_ratio(corpus, work, reference)(run)
+        ratio = time_ratio(corpus, work, reference, program=program)(run)
         return None if ratio is None else 1 / ratio
 
     return measure
@@ -244,7 +246,31 @@ HARDWARE = (
     ),
     Aim("hardware", "daily", Work.DAILY, "growth", 2, "× the share that changed", day_growth),
 )
-AIMS = FIRST_LIGHT + MOUNT + HARDWARE
+ENCRYPTION = (
+    *(
+        Aim(
+            "encryption",
+            corpus,
+            Work.FIRST,
+            "time, encrypted",
+            1.15,
+            "× unencrypted",
+            time_ratio(corpus, Work.FIRST, CASFS, program=ENCRYPTED),
+        )
+        for corpus in ("real", "big")
+    ),
+    Aim(
+        "encryption",
+        "big",
+        Work.READ,
+        "rate, encrypted",
+        0.9,
+        "× unencrypted",
+        rate_ratio("big", Work.READ, CASFS, ENCRYPTED),
+        at_least=True,
+    ),
+)
+AIMS = FIRST_LIGHT + MOUNT + HARDWARE + ENCRYPTION
 
 
 def aims_for(corpus: str, work: Work, text: str) -> tuple[Aim, ...]:

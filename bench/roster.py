@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measure import Command, CommandError, run
-from bench.peers import borg, casfs, restic
+from bench.peers import borg, casfs, encrypted, restic
 from bench.peers.limits import FUSE, LIMIT, missing_tools
 from bench.records import Missing, ProgramFacts
 from bench.trial import BackupProgram
@@ -44,6 +44,7 @@ class _Builder:
             self.missing.append(Missing("casfs", "it is not installed; `make dev` installs it"))
         elif version:
             self.add(casfs.Casfs(path), version)
+            self.add(encrypted.EncryptedCasfs(path), version)
 
     def borg(self) -> None:
         path = borg.find_program(self._peers)
@@ -86,13 +87,13 @@ class _Builder:
         return first_line
 
 
-PROGRAMS = ("casfs", "borg", "borg-zstd", "restic", LIMIT, FUSE)
+PROGRAMS = ("casfs", "casfs-encrypted", "borg", "borg-zstd", "restic", LIMIT, FUSE)
 
 
 def call_roll(peers: Path, wanted: Collection[str]) -> Roster:
     """Look for the programs wanted; `peers` is the environment that `bench setup` makes."""
     builder = _Builder(peers)
-    if "casfs" in wanted:
+    if "casfs" in wanted or "casfs-encrypted" in wanted:
         builder.casfs()
     if "borg" in wanted or "borg-zstd" in wanted:
         builder.borg()
