@@ -30,6 +30,7 @@ from casfs.errors import (
     UsageError,
 )
 from casfs.keys.opening import ciphers_of, codec_of, encrypted_config, open_vault
+from casfs.keys.state import remember_place
 from casfs.snapshot import (
     MAX_SNAPSHOT_BYTES,
     Envelope,
@@ -135,12 +136,13 @@ class Repository:
         config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         storage = LocalStorage(root)
         if recipients or passphrase is not None:
-            config = encrypted_config(root.absolute(), storage, config, recipients, passphrase)
+            config = encrypted_config(storage, config, recipients, passphrase)
         index = Index(index_path(root, config.id, encrypted=config.encryption is not None))
         index.rebuild(tuple)
         close_index(index)
         take_reserve(root)
         storage.write(CONFIG_NAME, encode_config(config))
+        remember_place(root.absolute(), config)
         return config
 
     @classmethod

@@ -5,12 +5,14 @@ Nothing of encryption is loaded here for a repository that is not encrypted.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from casfs.errors import StorageError
 from casfs.keys.state import check_place, remember_place
 from casfs.store.blob import BlobCodec
 from casfs.store.config import RepositoryConfig
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 
     Unlock = Callable[[Storage, RepositoryConfig], Identities]
 
+log = logging.getLogger(__name__)
+
 
 def encrypted_config(
-    root: Path,
     storage: Storage,
     config: RepositoryConfig,
     recipients: Sequence[Recipient],
@@ -36,11 +39,8 @@ def encrypted_config(
     """Make the keys of a new repository and return its configuration with them."""
     from casfs.keys.vault import create_keys
 
-    config = msgspec.structs.replace(
-        config, encryption=create_keys(storage, config.id, recipients, passphrase)
-    )
-    remember_place(root, config)
-    return config
+    encryption = create_keys(storage, config.id, recipients, passphrase)
+    return msgspec.structs.replace(config, encryption=encryption)
 
 
 def open_vault(
@@ -52,19 +52,29 @@ def open_vault(
 ) -> Vault | None:
     """Return the keys of a repository, None of one that is not encrypted; `mode` is that of a writer.
 
-    Raises what `unlock` raises, and what `Vault.to_write` does.
+    Raises what `unlock` raises, and what `Vault.to_write` does; DistrustError where another encrypted
+    repository, or none, is in the place of one that this user has written to or read from.
     """
+    check_place(root, config)
     if config.encryption is None:
-        if mode is not None:
-            check_place(root, config)
         return None
     from casfs.keys.identity import Identities
     from casfs.keys.vault import Vault
 
     identities = unlock(storage, config) if unlock is not None else Identities()
     if mode is None:
+        if identities:
+            _remember(root, config)
         return Vault.to_read(storage, config, identities)
     return Vault.to_write(root, storage, config, identities, mode != LockMode.SHARED)
+
+
+def _remember(root: Path, config: RepositoryConfig) -> None:
+    """Remember what a reader has opened, so that it notices another repository in its place."""
+    try:
+        remember_place(root, config)
+    except StorageError as error:
+        log.info("%s; an exchanged repository would not be noticed", error)
 
 
 def ciphers_of(storage: Storage, vault: Vault | None) -> PackCiphers | None:

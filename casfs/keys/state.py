@@ -83,7 +83,12 @@ def save_state(state: WriterState) -> None:
 
 
 def remember_place(root: Path, config: RepositoryConfig) -> None:
-    """Remember which repository is in a place; raises StorageError."""
+    """Remember which repository is in a place, if it or the one before is encrypted.
+
+    Raises StorageError.
+    """
+    if config.encryption is None and not _place_path(root, make=False).exists():
+        return
     domain = config.encryption.domain if config.encryption is not None else ""
     place = _Place(str(root), config.id, domain)
     _write(_place_path(root), msgspec.json.encode(place))
@@ -105,8 +110,7 @@ def check_place(root: Path, config: RepositoryConfig) -> None:
         what = "an unencrypted one" if config.encryption is None else f"{config.id[:12]}"
         raise DistrustError(
             f"the repository in {root} was {place.repository[:12]}, encrypted, and is {what} now: "
-            "somebody may want to read what is stored next. If that is as it should be, say "
-            "casfs key accept"
+            "somebody may have exchanged it. If that is as it should be, say casfs key accept"
         )
 
 
