@@ -47,7 +47,16 @@ hypothesis.settings.load_profile(os.environ.get("CASFS_HYPOTHESIS", "ci"))
 
 def pytest_configure(config: pytest.Config) -> None:
     # A repository of the person who runs the tests is never the one that they work on.
-    os.environ.pop("CASFS_REPOSITORY", None)
+    for variable in ("REPOSITORY", "IDENTITY", "PASSPHRASE_FILE", "PASSPHRASE_COMMAND"):
+        os.environ.pop(f"CASFS_{variable}", None)
+
+
+@pytest.fixture(autouse=True)
+def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what a machine remembers of repositories out of the home of who runs the tests."""
+    folder = tmp_path_factory.getbasetemp() / "home"
+    for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(folder / variable))
 
 
 def fuse_problem(device: str = "/dev/fuse", program: str = "fusermount3") -> str | None:

@@ -17,7 +17,9 @@ from blake3 import blake3
 
 import casfs
 from casfs import content, snapshot, tree, treewriter
-from casfs.store import blob, config, index, pack, writer
+from casfs.keys import passphrase, recipients, state, wrapping
+from casfs.repository import Repository
+from casfs.store import blob, config, index, pack, session, writer
 
 from .planting import Keeper
 
@@ -78,6 +80,7 @@ class TestNumbers:
         kinds = numbered(by_offset[4][1].removeprefix("kind: "))
         assert {number: name.lower() for number, name in kinds.items()} == {
             **code_names(blob.BlobKind),
+            pack.ENCRYPTED_KIND: "encrypted",
             pack.DIRECTORY_KIND: "the directory",
         }
         codecs = numbered(by_offset[5][1].removeprefix("codec: ").partition(" (")[0])
@@ -183,6 +186,8 @@ class TestFields:
 class TestLayout:
     def test_is_that_of_a_new_repository(self, tmp_path: Path) -> None:
         keeper = Keeper(tmp_path)
+        Repository.create(tmp_path / "encrypted", passphrase="secret")
+        encrypted = {path.name for path in (tmp_path / "encrypted").iterdir()} | {"index"}
         told = {
             re.split(r"[/ ]", line.strip())[0]
             for line in section("Layout")
@@ -191,7 +196,8 @@ class TestLayout:
             .splitlines()
             if line.strip()
         }
-        assert told == {path.name for path in keeper.root.iterdir()}
+        assert told == {path.name for path in keeper.root.iterdir()} | encrypted
+        assert {"sessions", "identities", "recipients"} <= encrypted
         first, *_, last = (keeper.root / "config").read_text().splitlines()
         assert first in plain("Configuration")
         assert re.fullmatch("blake3 [0-9a-f]{64}", last)
@@ -292,3 +298,40 @@ def test_a_reader_written_from_the_document_reads_the_frozen_repository(part: st
                 assert blake3(data).hexdigest() == told[path]["blake3"]
                 assert entry[14] in (None, blake3(data).digest())
     assert seen == set(manifest)
+
+
+class TestEncryption:
+    def test_names_every_context_of_derivation(self) -> None:
+        text = plain("Encryption")
+        prefix = "casfs 2026-11-23 "
+        assert f"begin with `{prefix}`" in text
+        contexts = [
+            value for name, value in vars(session.Purpose).items() if not name.startswith("_")
+        ]
+        assert len(set(contexts)) == len(contexts) == 8
+        for context in contexts:
+            assert context.startswith(prefix)
+            short = context.removeprefix(prefix)
+            told = f"derive(`{short}`" in text
+            assert told, context
+
+    def test_tells_sizes_codes_and_forms(self) -> None:
+        text = plain("Encryption")
+        assert f"kind {pack.ENCRYPTED_KIND}" in text and f"codec {blob.ENCRYPTED}" in text
+        assert f"the length is {pack.SESSION_HEADER}" in plain("Packs")
+        assert f'"cipher": "{config.CIPHER}"' in plain("Configuration")
+        for module, form in ((wrapping, "session 1"), (passphrase, "identity 1")):
+            assert form == module._FORM
+        assert '"casfs": "session 1"' in text
+        assert "`casfs recipients 1`" in text
+        assert recipients._FIRST_LINE == b"casfs recipients 1\n"
+        costs = (passphrase._ITERATIONS, passphrase._LANES, passphrase._MEMORY_KIB // KIB)
+        assert "{} passes, {} lanes, {} MiB".format(*costs) in text
+        assert set(numbers_of_kinds(text)) == {str(kind) for kind in recipients.RecipientKind}
+        assert state.WriterState.__struct_fields__[:3] == ("repository", "domain", "recipients")
+
+
+def numbers_of_kinds(text: str) -> list[str]:
+    told = re.search(r"has `kind` \(([^)]*)\)", text)
+    assert told is not None
+    return re.findall(r"`(\w+)`", told[1])
