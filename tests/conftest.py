@@ -54,9 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what a machine remembers of repositories out of the home of who runs the tests."""
-    folder = tmp_path_factory.getbasetemp() / "home"
-    for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(variable, str(folder / variable))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
 
 
 def fuse_problem(device: str = "/dev/fuse", program: str = "fusermount3") -> str | None:

@@ -87,7 +87,7 @@ def remember_place(root: Path, config: RepositoryConfig) -> None:
 
     Raises StorageError.
     """
-    if config.encryption is None and not _place_path(root, make=False).exists():
+    if config.encryption is None and not os.path.exists(_place_path(root, make=False)):
         return
     domain = config.encryption.domain if config.encryption is not None else ""
     place = _Place(str(root), config.id, domain)
@@ -99,8 +99,8 @@ def check_place(root: Path, config: RepositoryConfig) -> None:
     path = _place_path(root, make=False)
     try:
         place = msgspec.json.decode(path.read_bytes(), type=_Place)
-    except (FileNotFoundError, NotADirectoryError):
-        return
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return  # nothing is remembered, or this user has no folder of its own
     except OSError as error:
         raise StorageError("read", str(path), error) from error
     except msgspec.DecodeError as error:

@@ -184,7 +184,10 @@ class TestFields:
 
 
 class TestLayout:
-    def test_is_that_of_a_new_repository(self, tmp_path: Path) -> None:
+    def test_is_that_of_a_new_repository(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         keeper = Keeper(tmp_path)
         Repository.create(tmp_path / "encrypted", passphrase="secret")
         encrypted = {path.name for path in (tmp_path / "encrypted").iterdir()} | {"index"}
