@@ -353,7 +353,21 @@ def test_the_version_is_said_without_loading_what_draws_or_mounts() -> None:
     lines = done.stderr.splitlines()
     loaded = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
     assert "casfs.cli" in loaded
-    assert not loaded & {"rich", "pyfuse3", "trio", "mount"}
+    assert not loaded & {"rich", "pyfuse3", "trio", "mount", "cryptography", "pyrage"}
+
+
+def test_what_encrypts_is_not_loaded_for_a_repository_that_is_not_encrypted(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom casfs.cli.app import run\n"
+        "assert run(sys.argv[1:]) == 0\n"
+        "print(sorted({'cryptography', 'pyrage'} & set(sys.modules)))\n"
+    )
+    root = str(tmp_path / "repository")
+    (tmp_path / "file").write_text("content")
+    for arguments in (["init"], ["backup", str(tmp_path / "file")], ["ls", "latest"]):
+        done = run_python("-c", script, "-r", root, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"
 
 
 def fake(root: Path, files: Mapping[str, str]) -> dict[str, Path]:
