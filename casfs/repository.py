@@ -158,13 +158,15 @@ class Repository:
         takes_notes: bool = False,
         frees: bool = False,
         unlock: Unlock | None = None,
+        closed_ok: bool = False,
     ) -> Repository:
         """Open a repository: for writing when `verb` says what for, for reading otherwise.
 
         A reader that says in `reader` what it is keeps a prune from removing what it may still read,
         where it may write into the repository's `locks`; it keeps nobody from anything else. One that
         `takes_notes` can mark in the index what it found, where it may write there. `unlock` is asked for
-        identities where the repository is encrypted.
+        identities where the repository is encrypted; it must have some unless the caller can do without
+        reading (`closed_ok`).
 
         Raises NotFoundError, FormatError, IntegrityError (configuration), LockedError, StorageError
         and IndexUnusableError. A process has a repository open only once at a time. Who opens it to free
@@ -174,7 +176,7 @@ class Repository:
         config = read_config(root)
         if verb is None:
             storage = LocalStorage(root)
-            vault = open_vault(root, storage, config, unlock)
+            vault = open_vault(root, storage, config, unlock, None, closed_ok)
             note = _reader_lock(root, reader, config) if reader is not None else None
             try:
                 ciphers = ciphers_of(storage, vault)
@@ -191,7 +193,7 @@ class Repository:
         try:
             remove_stale_temporaries(root)
             storage = LocalStorage(root, writer=lock.name, sync=sync, on_step=on_step)
-            vault = open_vault(root, storage, config, unlock, mode)
+            vault = open_vault(root, storage, config, unlock, mode, closed_ok)
             path = index_path(root, config.id, encrypted=vault is not None)
             if mode == LockMode.EXCLUSIVE:
                 unseal(path)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pyfuse3
 import trio
 
-from casfs.errors import CasfsError, KeyMissingError, UsageError
+from casfs.errors import CasfsError, UsageError
 from casfs.naming import shown
 from casfs.repository import Repository
 from casfs.tree import Kind
@@ -115,12 +115,6 @@ def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
     given = request.identities
     unlock = (lambda storage, config: given) if given is not None else None
     repository = Repository.open(request.repository, reader="mount", unlock=unlock)
-    if repository.is_closed:
-        repository.close()
-        raise KeyMissingError(
-            f"the repository in {request.repository} is encrypted, and nothing was given that opens it: "
-            "give --identity FILE or a passphrase"
-        )
     repository.store.index.prefetch(INDEX_PREFETCH_BYTES)
     waiting = Waiting()
     blobs = Blobs(repository.store, waiting)

@@ -200,7 +200,12 @@ def backup(
         unlock = _expecting(root, recipients_file, unlock)
     with (
         Repository.open(
-            root, "backup", level=compression, sync=settings.sync, unlock=unlock
+            root,
+            "backup",
+            level=compression,
+            sync=settings.sync,
+            unlock=unlock,
+            closed_ok=True,
         ) as repository,
         monitor,
     ):

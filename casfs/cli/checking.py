@@ -9,7 +9,7 @@ import click
 from casfs.cli.app import EXIT_DAMAGED, Settings, common_options
 from casfs.cli.output import Output, json_path, share_argument, shown, shown_id, shown_size
 from casfs.cli.progress import CommandMonitor
-from casfs.errors import KeyMissingError, UsageError
+from casfs.errors import UsageError
 
 if TYPE_CHECKING:
     from casfs.upkeep.scrub import Damage
@@ -76,11 +76,6 @@ def check(
         ) as repository,
         monitor,
     ):
-        if repository.is_closed:
-            raise KeyMissingError(
-                "the repository is encrypted, and nothing was given that opens it: give --identity FILE "
-                "or a passphrase; check --storage needs neither"
-            )
         result = Checker(repository, monitor).check(choice)
     _tell(output, result.damage)
     output.line(

@@ -58,7 +58,8 @@ def snapshots(
     from casfs.repository import Repository
 
     output = settings.output()
-    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
+    root = settings.repository_path()
+    with Repository.open(root, unlock=settings.unlock, closed_ok=True) as repository:
         if repository.is_closed and not (hosts or tags or paths or latest):
             _list_closed(output, repository)
             return

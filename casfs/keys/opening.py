@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from casfs.errors import StorageError
+from casfs.errors import KeyMissingError, StorageError
 from casfs.keys.state import check_place, remember_place
 from casfs.store.blob import BlobCodec
 from casfs.store.config import RepositoryConfig
@@ -49,11 +49,13 @@ def open_vault(
     config: RepositoryConfig,
     unlock: Unlock | None,
     mode: LockMode | None = None,
+    closed_ok: bool = False,
 ) -> Vault | None:
     """Return the keys of a repository, None of one that is not encrypted; `mode` is that of a writer.
 
-    Raises what `unlock` raises, and what `Vault.to_write` does; DistrustError where another encrypted
-    repository, or none, is in the place of one that this user has written to or read from.
+    Raises KeyMissingError where nothing opens it, unless that is `closed_ok`; what `unlock` raises, and
+    what `Vault.to_write` does; DistrustError where another encrypted repository, or none, is in the place of
+    one that this user has written to or read from.
     """
     check_place(root, config)
     if config.encryption is None:
@@ -62,6 +64,12 @@ def open_vault(
     from casfs.keys.vault import Vault
 
     identities = unlock(storage, config) if unlock is not None else Identities()
+    if not (identities or closed_ok):
+        raise KeyMissingError(
+            f"the repository in {root} is encrypted, and nothing was given that opens it: give "
+            "--identity FILE, or a passphrase (--passphrase-file, --passphrase-command, or at a "
+            "terminal). Without one there are backup, snapshots and check --storage"
+        )
     if mode is None:
         if identities:
             _remember(root, config)
