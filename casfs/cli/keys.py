@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,19 +101,22 @@ def add(
     """
     from casfs.keys.identity import add_passphrase
     from casfs.keys.recipients import merged, read_recipients
-    from casfs.keys.vault import change_recipients, complete
+    from casfs.keys.vault import change_recipients, complete, require_known
 
     new = named_recipients(recipients, recipients_files)
     if not (new or passphrase):
         raise UsageError("name a recipient to add, or give --passphrase")
-    root, storage, config = _encrypted(settings)
+    text = None
     if passphrase:
         text = new_passphrase(settings.keys.with_environment().passphrase, "--passphrase-file")
-        new.append(add_passphrase(storage, text, bytes.fromhex(config.id)))
-    now = read_recipients(storage)
-    known = {one.value for one in now}
-    added = complete(storage, [one for one in new if one.value not in known])
-    change_recipients(root, storage, config, merged(now, added))
+    with _tended(settings, "key add") as (root, storage, config):
+        require_known(root, storage, config)
+        if text is not None:
+            new.append(add_passphrase(storage, text, bytes.fromhex(config.id)))
+        now = read_recipients(storage)
+        known = {one.value for one in now}
+        added = complete(storage, [one for one in new if one.value not in known])
+        change_recipients(root, storage, config, merged(now, added))
     _tell(settings, "added", added)
 
 
@@ -129,15 +133,17 @@ def remove(settings: Settings, values: tuple[str, ...]) -> None:
     from casfs.keys.recipients import read_recipients
     from casfs.keys.vault import change_recipients
 
-    root, storage, config = _encrypted(settings)
-    now = read_recipients(storage)
     gone = []
-    for value in values:
-        fitting = [one for one in now if one.value.startswith(value)]
-        if len(fitting) != 1:
-            raise UsageError(f"{len(fitting)} recipients begin with {value!r}; nothing was changed")
-        gone += fitting
-    change_recipients(root, storage, config, [one for one in now if one not in gone])
+    with _tended(settings, "key remove") as (root, storage, config):
+        now = read_recipients(storage)
+        for value in values:
+            fitting = [one for one in now if one.value.startswith(value)]
+            if len(fitting) != 1:
+                raise UsageError(
+                    f"{len(fitting)} recipients begin with {value!r}; nothing was changed"
+                )
+            gone += fitting
+        change_recipients(root, storage, config, [one for one in now if one not in gone])
     _tell(settings, "removed", gone)
 
 
@@ -148,9 +154,9 @@ def rewrap(settings: Settings) -> None:
     """Have everything that is stored open to the recipients that there are now, and to nobody else."""
     from casfs.keys.vault import require_known, rewrap_sessions
 
-    root, storage, config = _encrypted(settings)
-    require_known(root, storage, config)
-    count = rewrap_sessions(storage, config, settings.keys.unlock(storage, config))
+    with _tended(settings, "key rewrap") as (root, storage, config):
+        require_known(root, storage, config)
+        count = rewrap_sessions(storage, config, settings.unlock(storage, config))
     output = settings.output()
     output.line(f"wrapped the keys of {count} sessions anew")
     output.emit("rewrapped", sessions=count)
@@ -165,13 +171,14 @@ def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
     from casfs.cli.identities import ask_passphrase
     from casfs.keys.identity import change_passphrase
 
-    _, storage, config = _encrypted(settings)
+    _encrypted(settings)
     source = settings.keys.with_environment().passphrase
     old = source.read() if source.is_given() else ask_passphrase("the repository, the old one")
     if old is None:
         raise UsageError("there is no terminal to ask for the old passphrase: --passphrase-file")
     new = new_passphrase(PassphraseSource(file=new_passphrase_file), "--new-passphrase-file")
-    change_passphrase(storage, old, new, bytes.fromhex(config.id))
+    with _tended(settings, "key passwd") as (_, storage, config):
+        change_passphrase(storage, old, new, bytes.fromhex(config.id))
     output = settings.output()
     output.line("the passphrase was changed")
     output.emit("passphrase", changed=True)
@@ -214,6 +221,21 @@ def _encrypted(settings: Settings) -> tuple[Path, LocalStorage, RepositoryConfig
             f"the repository in {root} is not encrypted; that is decided by casfs init"
         )
     return root, LocalStorage(root), config
+
+
+@contextmanager
+def _tended(settings: Settings, verb: str) -> Iterator[tuple[Path, LocalStorage, RepositoryConfig]]:
+    """Give the repository that was named while nobody else changes its keys; raises LockedError."""
+    from casfs.store.lock import LockMode, RepositoryLock
+    from casfs.store.storage import LocalStorage
+
+    root, _, config = _encrypted(settings)
+    with RepositoryLock.acquire(root / "locks", verb, LockMode.TENDING, "a machine") as lock:
+        storage = LocalStorage(root, writer=lock.name, sync=settings.sync)
+        try:
+            yield root, storage, config
+        finally:
+            storage.close()
 
 
 def _tell(settings: Settings, what: str, recipients: list[Recipient]) -> None:

@@ -67,7 +67,7 @@ class Keyring:
         return session
 
     def first_domain(self) -> Domain:
-        """Return the repository's own domain; raises KeyMissingError and SessionError."""
+        """Return the repository's own domain; raises KeyMissingError where no session tells it."""
         for session_id in [self._first, *session_ids(self._storage)]:
             try:
                 session = self.session(session_id)
@@ -75,15 +75,28 @@ class Keyring:
                 continue
             if self.is_proven(session):
                 return session.domains[0]
-        return self.session(self._first).domains[0]
+        raise KeyMissingError("no session could be opened whose writer had the repository's domain")
 
     def domains(self, first: Domain) -> list[Domain]:
-        """Return a domain and after it all others that the repository's sessions have."""
+        """Return a domain and after it all others that the repository's sessions have.
+
+        Raises KeyMissingError.
+        """
         found = {first.id: first}
-        for session_id in session_ids(self._storage):
-            for domain in self.session(session_id).domains:
+        for session in self.sessions():
+            for domain in session.domains:
                 found.setdefault(domain.id, domain)
         return list(found.values())
+
+    def sessions(self) -> list[Session]:
+        """Return all sessions but the damaged ones, which are logged; raises KeyMissingError."""
+        found = []
+        for session_id in session_ids(self._storage):
+            try:
+                found.append(self.session(session_id))
+            except SessionError as error:
+                log.warning("%s", error)
+        return found
 
     def is_proven(self, session: Session) -> bool:
         """Tell whether a session's writer had the repository's own domain.

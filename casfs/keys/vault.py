@@ -14,7 +14,13 @@ from pathlib import Path
 import msgspec
 
 from casfs.digest import SnapshotId, digest_of, short
-from casfs.errors import DistrustError, NotFoundError, StorageError, UsageError
+from casfs.errors import (
+    DistrustError,
+    KeyMissingError,
+    NotFoundError,
+    StorageError,
+    UsageError,
+)
 from casfs.keys.identity import Identities, add_gpg, add_passphrase
 from casfs.keys.keyring import Keyring
 from casfs.keys.recipients import (
@@ -32,7 +38,7 @@ from casfs.keys.state import (
     remember_place,
     save_state,
 )
-from casfs.keys.wrapping import remove_session, session_ids, write_session
+from casfs.keys.wrapping import files_of, write_session
 from casfs.store.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.store.session import Domain, Session
 from casfs.store.storage import Storage
@@ -80,7 +86,7 @@ class Vault:
         state = require_known(root, storage, config)
         domain = state.own_domain() if state is not None else None
         if (domain is None or domain.id != keyring.domain_id) and keyring.can_read:
-            domain = keyring.first_domain()
+            domain = _repository_domain(keyring) or domain
         if domain is None:
             domain = Domain.new(keyring.repository)
             log.warning(
@@ -130,6 +136,15 @@ class Vault:
             save_state(self._state)
         except StorageError as error:
             log.warning("%s; a rollback of the storage would not be noticed", error)
+
+
+def _repository_domain(keyring: Keyring) -> Domain | None:
+    """Return the repository's own domain, None where no session that tells it can be opened."""
+    try:
+        return keyring.first_domain()
+    except KeyMissingError as error:
+        log.info("the repository's own domain is not known: %s", error)
+        return None
 
 
 def create_keys(
@@ -197,16 +212,18 @@ def require_known(root: Path, storage: Storage, config: RepositoryConfig) -> Wri
 def rewrap_sessions(storage: Storage, config: RepositoryConfig, identities: Identities) -> int:
     """Wrap every session to the recipients that there are now; returns how many sessions those are.
 
-    The new files are durable before the old ones go. Raises KeyMissingError where the identities do not
-    open one of them; the others may have been wrapped anew by then.
+    The new files are durable before the old ones go, and what another process has written meanwhile stays.
+    Raises KeyMissingError where the identities do not open one of them; nothing was changed then.
     """
-    keyring = Keyring(storage, config, identities)
     recipients = read_recipients(storage)
-    ids = session_ids(storage)
-    for session_id in ids:
-        names = write_session(storage, keyring.session(session_id), recipients)
-        remove_session(storage, session_id, keep=names)
-    return len(ids)
+    sessions = Keyring(storage, config, identities).sessions()
+    for session in sessions:
+        before = [file.name for file in files_of(storage, session.id)]
+        written = write_session(storage, session, recipients)
+        for name in before:
+            if name not in written:
+                storage.delete(name)
+    return len(sessions)
 
 
 def expect_recipients(storage: Storage, expected: Sequence[Recipient]) -> None:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -104,12 +104,10 @@ def write_session(storage: Storage, session: Session, recipients: Sequence[Recip
     return names
 
 
-def remove_session(storage: Storage, session_id: SessionId, keep: Iterable[str] = ()) -> None:
-    """Remove the files of a session but for some."""
-    kept = set(keep)
+def remove_session(storage: Storage, session_id: SessionId) -> None:
+    """Remove the files of a session that nothing was stored in."""
     for name, _ in list(storage.names(f"{SESSIONS}/{session_id.hex()}")):
-        if name not in kept:
-            storage.delete(name)
+        storage.delete(name)
 
 
 def read_session(
