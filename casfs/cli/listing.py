@@ -71,7 +71,7 @@ def snapshots(
             _emit_snapshot(output, snapshot_id, snapshot, snapshot_id in unproven)
     elif found:
         _print_table(output, found)
-        for snapshot_id in unproven & {one for one, _ in found}:
+        for snapshot_id in [one for one, _ in found if one in unproven]:
             output.warn(
                 f"{shown_id(snapshot_id)} is unproven: it may come from whoever holds the storage"
             )
