@@ -104,6 +104,18 @@ def _failing_on_errors(item: pytest.Item) -> Iterator[None]:
         )
 
 
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of the test's own: what this machine remembers of repositories, its caches, its keys."""
+    home = tmp_path / "own home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("GNUPGHOME", str(home / "gnupg"))
+    return home
+
+
 @pytest.hookimpl(specname="pytest_runtest_setup", tryfirst=True)
 def pytest_refuse_without_fuse(item: pytest.Item) -> None:
     if item.get_closest_marker("fuse") is None or (problem := fuse_problem()) is None:

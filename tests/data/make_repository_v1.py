@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from casfs.content import HOLE, ContentWriter
 from casfs.digest import digest_of
@@ -25,6 +26,9 @@ from casfs.snapshot import Snapshot
 from casfs.store.blob import BlobKind
 from casfs.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest
 from casfs.treewriter import TreeWriter
+
+if TYPE_CHECKING:
+    from casfs.keys.opening import Unlock
 
 
 def main(folder: Path) -> None:
@@ -127,10 +131,10 @@ def publish_by_hand(repository: Repository) -> None:
     )
 
 
-def describe(folder: Path) -> dict[str, dict[str, dict[str, object]]]:
+def describe(folder: Path, unlock: Unlock | None = None) -> dict[str, dict[str, dict[str, object]]]:
     """Return what is in every snapshot: by id and path, all that a user would miss."""
     found: dict[str, dict[str, dict[str, object]]] = {}
-    with Repository.open(folder) as repository:
+    with Repository.open(folder, unlock=unlock) as repository:
         for snapshot_id, snapshot in repository.snapshots():
             entries = found.setdefault(snapshot_id.hex(), {})
             for path, node in repository.trees.walk(snapshot.root):

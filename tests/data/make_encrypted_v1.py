@@ -1,0 +1,88 @@
+"""Make the frozen encrypted repository of format 1 and its manifest; run once, kept to show how.
+
+    python -m tests.data.make_encrypted_v1 tests/data/encrypted-v1
+
+What it made is committed and never made again: it is what a version of that day wrote. Beside it lie the
+identities that open it, which protect nothing else: an age identity, an SSH key, and a passphrase.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from casfs.intake.backup import BackupOptions, back_up
+from casfs.keys import age
+from casfs.keys.recipients import parse_recipient
+from casfs.monitor import RecordingMonitor
+from casfs.repository import Repository
+from tests.data.make_repository_v1 import describe, fill
+from tests.encrypting import identities
+
+PASSPHRASE = "wie man in den Wald ruft"
+
+
+def main(folder: Path) -> None:
+    """Write the repository and, beside it, the manifest and what opens it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    secret, public = age.new_identity()
+    ssh = folder.with_suffix(".ssh")
+    ssh.unlink(missing_ok=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "frozen", "-f", ssh], check=True
+    )
+    ssh_public = ssh.with_suffix(".ssh.pub")
+    folder.with_suffix(".passphrase").write_text(PASSPHRASE + "\n")
+    folder.with_suffix(".age").write_text(f"# public key: {public}\n{secret}\n")
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"] = f"{name}/own"
+        recipients = [parse_recipient(public), parse_recipient(ssh_public.read_text())]
+        Repository.create(folder, recipients, PASSPHRASE)
+        ssh_public.unlink()
+        source = Path(name) / "source"
+        source.mkdir()
+        fill(source)
+        here = os.getcwd()
+        os.chdir(source)
+        try:
+            for number in (1, 2):
+                options = BackupOptions(
+                    (b".",), host="frozen", tags=("one",), time_ns=number * 10**18
+                )
+                with Repository.open(folder, "backup") as repository:
+                    back_up(repository, options, RecordingMonitor())
+                (source / "later").write_bytes(b"in the second session\n" * 50)
+        finally:
+            os.chdir(here)
+        manifest = shortened(describe(folder, lambda storage, config: identities(secret)))
+    (folder / "condemned").rmdir()
+    for empty in ("locks", "tmp"):
+        (folder / empty / ".keep").touch()
+    (folder / "reserve").unlink(missing_ok=True)
+    text = json.dumps(manifest, indent=0, separators=(",", ":"))
+    folder.with_suffix(".json").write_text(text + "\n", encoding="ascii")
+
+
+def shortened(
+    manifest: dict[str, dict[str, dict[str, object]]],
+) -> dict[str, dict[str, dict[str, object]]]:
+    """Return a manifest that has one in a hundred of the files in `many`."""
+    return {
+        name: {
+            path: entry
+            for path, entry in entries.items()
+            if not base64.b64decode(path).startswith(b"many/")
+            or base64.b64decode(path).endswith(b"00")
+        }
+        for name, entries in manifest.items()
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())

@@ -1,0 +1,81 @@
+"""Encrypted repositories for tests: keys that are always the same, and what opens them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from casfs.digest import SnapshotId
+from casfs.intake.backup import BackupOptions, BackupResult, back_up
+from casfs.keys import age
+from casfs.keys.identity import Identities
+from casfs.keys.recipients import Recipient, RecipientKind
+from casfs.monitor import RecordingMonitor
+from casfs.repository import Repository
+from casfs.store.config import RepositoryConfig
+from casfs.store.session import Domain, Session
+from casfs.store.storage import Storage
+
+# Made for these tests; they protect nothing.
+PUBLIC = "age1m6w9vz8wnelhhceh4v03pcehg7hqr7kxram4qmk6n4z2fg8hwerqmasyhq"
+SECRET = "AGE-SECRET-KEY-102NTSUC5HJ7FVDXJQPQUK5DF95DFW30C6KFPLZ7PKWSZQXMCYCVSNWJDXU"
+OTHER_PUBLIC = "age1r3pzt2np6544e7z6nkrw7ufsvjeprfeescny6ykxzv95d7udmsjqeln3q9"
+OTHER_SECRET = "AGE-SECRET-KEY-1D88DZGXV96QDNLQ3RFEMW6CSL6MSK7X4F7Y0J8T9WAR8R0CFTP9S4SUG47"
+
+REPOSITORY = bytes(range(32))
+DOMAIN = Domain(REPOSITORY, bytes(range(32, 64)))
+SESSION = Session(REPOSITORY, bytes(range(64, 96)), (DOMAIN,))
+
+RECIPIENT = Recipient(RecipientKind.AGE, PUBLIC)
+OTHER = Recipient(RecipientKind.AGE, OTHER_PUBLIC)
+
+
+class OneSession:
+    """What knows one session, and opens no other."""
+
+    def __init__(self, session: Session = SESSION) -> None:
+        self._session = session
+
+    def session(self, session_id: bytes) -> Session:
+        assert session_id == self._session.id
+        return self._session
+
+
+def identities(*secrets: str) -> Identities:
+    """Return what age identities open, that of `RECIPIENT` unless told."""
+    return Identities([age.identity_from_line(one) for one in secrets or (SECRET,)])
+
+
+def unlock(storage: Storage, config: RepositoryConfig) -> Identities:
+    """Open what is for `RECIPIENT`."""
+    return identities()
+
+
+def unlock_other(storage: Storage, config: RepositoryConfig) -> Identities:
+    """Open what is for `OTHER`."""
+    return identities(OTHER_SECRET)
+
+
+class EncryptedKeeper:
+    """An encrypted repository, and backups into it by a machine that cannot read it."""
+
+    def __init__(self, folder: Path, *recipients: Recipient) -> None:
+        self.root = folder / "repository"
+        self.config = Repository.create(self.root, recipients or (RECIPIENT,))
+
+    def writing(self, verb: str = "test") -> Repository:
+        return Repository.open(self.root, verb, sync=False)
+
+    def reading(self) -> Repository:
+        return Repository.open(self.root, unlock=unlock)
+
+    def back_up(self, *sources: Path, **options: object) -> BackupResult:
+        """Publish a snapshot of the sources without being able to read any."""
+        paths = tuple(os.fsencode(source) for source in sources)
+        chosen = BackupOptions(**({"paths": paths, "host": "here"} | options))  # type: ignore[arg-type]
+        with self.writing() as repository:
+            return back_up(repository, chosen, RecordingMonitor())
+
+    def id_of(self, result: BackupResult) -> SnapshotId:
+        assert result.snapshot_id is not None
+        return result.snapshot_id

@@ -1,0 +1,119 @@
+"""An encrypted repository that an early version wrote stays readable, with each of its keys."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from casfs.digest import digest_of
+from casfs.errors import KeyMissingError
+from casfs.intake.backup import BackupOptions, back_up
+from casfs.keys.identity import Identities, read_identity_file, unlock_by_passphrase
+from casfs.monitor import RecordingMonitor
+from casfs.repository import Repository
+from casfs.restore import RestoreOptions, Restorer
+from casfs.store.config import RepositoryConfig
+from casfs.store.storage import Storage
+from casfs.tree import Kind
+from casfs.upkeep.check import Checker
+from casfs.upkeep.scrub import ReadChoice
+from casfs.upkeep.storage import check_storage
+from tests.data.make_encrypted_v1 import shortened
+from tests.data.make_repository_v1 import describe
+
+FROZEN = Path(__file__).parent.parent / "data" / "encrypted-v1"
+
+pytestmark = pytest.mark.usefixtures("own_home")
+
+
+@pytest.fixture
+def frozen(tmp_path: Path) -> Path:
+    """Return a copy of the frozen repository."""
+    copy = tmp_path / "repository"
+    shutil.copytree(FROZEN, copy)
+    return copy
+
+
+def by_age(storage: Storage, config: RepositoryConfig) -> Identities:
+    return Identities(read_identity_file(FROZEN.with_suffix(".age"), lambda what: None))
+
+
+def by_ssh(storage: Storage, config: RepositoryConfig) -> Identities:
+    return Identities(read_identity_file(FROZEN.with_suffix(".ssh"), lambda what: None))
+
+
+def by_passphrase(storage: Storage, config: RepositoryConfig) -> Identities:
+    text = FROZEN.with_suffix(".passphrase").read_text().strip()
+    return Identities(unlock_by_passphrase(storage, bytes.fromhex(config.id), text))
+
+
+@pytest.mark.parametrize("unlock", [by_age, by_ssh, by_passphrase])
+def test_each_of_its_keys_shows_everything_in_it_as_it_was(
+    frozen: Path,
+    unlock: Callable[[Storage, RepositoryConfig], Identities],
+) -> None:
+    told = json.loads(FROZEN.with_suffix(".json").read_text(encoding="ascii"))
+    found = describe(frozen, unlock)
+    assert shortened(found) == told
+    assert [len(entries) for entries in found.values()] == [3010, 3011]
+
+
+def test_every_byte_of_it_verifies_with_a_key_and_every_object_without(frozen: Path) -> None:
+    with Repository.open(frozen, unlock=by_age) as repository:
+        result = Checker(repository, RecordingMonitor()).check(ReadChoice())
+        storage = check_storage(repository.store.storage, repository.config, RecordingMonitor())
+    assert (result.damage, storage.damage) == ([], [])
+    assert (result.snapshots, result.packs_read, storage.objects) == (2, 2, 8)
+
+
+def test_every_file_of_it_restores_with_its_digest(frozen: Path, tmp_path: Path) -> None:
+    with Repository.open(frozen, unlock=by_age) as repository:
+        _, snapshot = repository.resolve("latest")
+        monitor = RecordingMonitor()
+        result = Restorer(repository, RestoreOptions(), monitor).restore(
+            b"", snapshot.root, bytes(tmp_path / "target"), with_root=True
+        )
+    assert (result.damaged, result.failed) == (0, 0)
+    told = json.loads(FROZEN.with_suffix(".json").read_text(encoding="ascii"))
+    files = 0
+    for entries in told.values():
+        for path, entry in entries.items():
+            if entry["kind"] == Kind.FILE:
+                name = base64.b64decode(path).decode("utf-8", "surrogateescape")
+                data = (tmp_path / "target" / name).read_bytes()
+                assert blake3(data).hexdigest() == entry["blake3"]
+                files += 1
+    assert files == 75
+
+
+def test_without_a_key_nothing_of_it_is_shown(frozen: Path) -> None:
+    with Repository.open(frozen) as repository, pytest.raises(KeyMissingError):
+        list(repository.snapshots())
+
+
+def test_its_objects_are_named_by_their_bytes() -> None:
+    folders = ("packs", "snapshots", "sessions", "identities")
+    files = [path for folder in folders for path in (FROZEN / folder).rglob("*") if path.is_file()]
+    assert len(files) == 8
+    for path in files:
+        assert blake3(path.read_bytes()).hexdigest() == path.name.partition(".")[0]
+
+
+def test_a_backup_into_it_with_a_key_finds_what_is_there(frozen: Path, tmp_path: Path) -> None:
+    there = b"What is the digest of a file that changes?\n" * 40
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "there").write_bytes(there)
+    with Repository.open(frozen, "backup", unlock=by_age) as repository:
+        digest = repository.codec.digest(there)
+        place = repository.store.index.lookup(digest)
+        assert place is not None
+        assert repository.store.index.lookup(digest_of(there)) is None
+        back_up(repository, BackupOptions((bytes(source),)), RecordingMonitor())
+        assert repository.store.index.lookup(digest) == place
