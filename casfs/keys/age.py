@@ -5,6 +5,7 @@ Recipients are X25519 (`age1…`) and SSH keys; an identity is what opens what w
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import NewType, cast
@@ -101,7 +102,7 @@ def _decrypted_file(data: bytes, name: str, ask: AskPassphrase) -> bytes:
         raise WrongKeyError(f"{name} is armored; decrypt it with age, and give it as it is then")
     try:
         return cast(bytes, pyrage.passphrase.decrypt(data, passphrase))
-    except pyrage.DecryptError as error:
+    except (pyrage.DecryptError, UnicodeEncodeError) as error:
         raise WrongKeyError(f"the passphrase of {name} is wrong") from error
 
 
@@ -111,9 +112,11 @@ def _ssh_identity(data: bytes, name: str, ask: AskPassphrase) -> AgeIdentity:
     except TypeError:
         passphrase = _asked(name, ask)
         try:
-            key = serialization.load_ssh_private_key(data, passphrase.encode())
+            key = serialization.load_ssh_private_key(data, os.fsencode(passphrase))
         except ValueError as error:
             raise WrongKeyError(f"the passphrase of {name} is wrong") from error
+        except UnsupportedAlgorithm as error:
+            raise WrongKeyError(f"{name} is no SSH key that can be used: {error}") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise WrongKeyError(f"{name} is no SSH key that can be used: {error}") from error
     plain = key.private_bytes(

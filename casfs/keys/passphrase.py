@@ -99,7 +99,8 @@ def _aead(wrapped: WrappedIdentity, passphrase: str) -> AESGCM:
         lanes=wrapped.lanes,
         memory_cost=wrapped.memory_kib,
     )
-    return AESGCM(kdf.derive(passphrase.encode()))
+    # A terminal may give bytes that are no text.
+    return AESGCM(kdf.derive(os.fsencode(passphrase)))
 
 
 def _bound(wrapped: WrappedIdentity, repository: bytes) -> bytes:

@@ -21,6 +21,7 @@ RECIPIENTS_NAME = "recipients"
 _MAX_BYTES = 4 << 20
 _FIRST_LINE = b"casfs recipients 1\n"
 _LAST_LINE = re.compile(rb"\nblake3 ([0-9a-f]{64})\n\Z")
+_VALUE = re.compile(r"[!-~]+( [!-~]+)?")
 
 
 class RecipientKind(StrEnum):
@@ -105,9 +106,13 @@ def decode_recipients(data: bytes) -> list[Recipient]:
     ):
         raise IntegrityError("the repository's list of recipients is damaged")
     try:
-        return msgspec.json.decode(data[len(_FIRST_LINE) : last.start()], type=list[Recipient])
+        found = msgspec.json.decode(data[len(_FIRST_LINE) : last.start()], type=list[Recipient])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"the repository's list of recipients is damaged: {error}") from error
+    if not all(_VALUE.fullmatch(one.value) for one in found):
+        # It is shown to people, whose terminal a hostile storage is not to write on.
+        raise IntegrityError("the repository's list of recipients is damaged: one of them is none")
+    return found
 
 
 def read_recipients(storage: Storage) -> list[Recipient]:

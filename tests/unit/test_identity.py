@@ -1,0 +1,272 @@
+"""Identities: each kind of file that holds one, the passphrases of a repository, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+from pathlib import Path
+
+import msgspec
+import pyrage
+import pytest
+
+from casfs.digest import digest_of
+from casfs.errors import KeyMissingError, SessionError, StorageError, WrongKeyError
+from casfs.keys import age
+from casfs.keys.identity import (
+    Identities,
+    add_passphrase,
+    change_passphrase,
+    read_identity_file,
+    store_identity,
+    unlock_by_gpg,
+    unlock_by_passphrase,
+    wrapped_identities,
+)
+from casfs.keys.passphrase import parse_wrapped, unwrap_identity, wrap_identity
+from casfs.keys.recipients import Recipient, RecipientKind
+from casfs.store.storage import LocalStorage
+from tests.encrypting import OTHER_SECRET, PUBLIC, REPOSITORY, SECRET, identities
+
+pytestmark = pytest.mark.usefixtures("own_home")
+
+SEALED = age.wrap(b"for me", [PUBLIC])
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    folder = tmp_path / "storage"
+    (folder / "tmp").mkdir(parents=True)
+    return LocalStorage(folder, writer="test", sync=False)
+
+
+def nobody(what: str) -> None:
+    return None
+
+
+def read(path: Path, data: bytes, passphrase: str | None = None) -> list[age.AgeIdentity]:
+    path.write_bytes(data)
+    return read_identity_file(path, lambda what: passphrase)
+
+
+class TestFile:
+    def test_of_age_keygen_is_read(self, tmp_path: Path) -> None:
+        data = f"# created: today\n# public key: {PUBLIC}\n{SECRET}\n".encode()
+        assert age.unwrap(SEALED, read(tmp_path / "id", data)) == b"for me"
+
+    def test_may_hold_several(self, tmp_path: Path) -> None:
+        found = read(tmp_path / "id", f"{OTHER_SECRET}\r\n\r\n  {SECRET}\r\n".encode())
+        assert len(found) == 2
+        assert age.unwrap(SEALED, found) == b"for me"
+
+    @pytest.mark.slow
+    def test_that_age_encrypted_asks_for_its_passphrase(self, tmp_path: Path) -> None:
+        data = pyrage.passphrase.encrypt(SECRET.encode() + b"\n", "secret")
+        asked = []
+
+        def ask(what: str) -> str:
+            asked.append(what)
+            return "secret"
+
+        path = tmp_path / "id.age"
+        path.write_bytes(data)
+        assert age.unwrap(SEALED, read_identity_file(path, ask)) == b"for me"
+        assert asked == [str(path)]
+        for wrong in ("other", "\udcff"):
+            with pytest.raises(WrongKeyError, match=r"the passphrase of .*id\.age is wrong"):
+                read(path, data, wrong)
+        with pytest.raises(KeyMissingError, match="no terminal to ask"):
+            read_identity_file(path, nobody)
+
+    @pytest.mark.parametrize("passphrase", ["", "gehe\u0301im \N{KEY}"])
+    def test_of_an_ssh_key_is_read_with_its_passphrase(
+        self, tmp_path: Path, passphrase: str
+    ) -> None:
+        path = tmp_path / "id_ed25519"
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", passphrase, "-f", path], check=True
+        )
+        public = age.canonical_recipient((tmp_path / "id_ed25519.pub").read_text())
+        sealed = age.wrap(b"for ssh", [public])
+        found = read_identity_file(path, lambda what: passphrase)
+        assert age.unwrap(sealed, found) == b"for ssh"
+        if passphrase:
+            with pytest.raises(WrongKeyError, match=r"the passphrase of .*id_ed25519 is wrong"):
+                read_identity_file(path, lambda what: "other")
+            with pytest.raises(KeyMissingError, match="needs a passphrase"):
+                read_identity_file(path, nobody)
+
+    def test_of_an_ssh_key_that_age_has_no_use_for_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "id_ecdsa"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", path], check=True)
+        with pytest.raises(WrongKeyError, match="no SSH key that age can use"):
+            read_identity_file(path, nobody)
+
+    @pytest.mark.parametrize(
+        ("data", "reason"),
+        [
+            (b"", "holds no identity"),
+            (b"# nothing\n\n", "holds no identity"),
+            (PUBLIC.encode(), "line 1: it is not an age identity"),
+            (SECRET.encode()[:-1], "line 1: it is not an age identity"),
+            (f"\n{SECRET}x".encode(), "line 2: it is not an age identity"),
+            (b"\xff\xfe\x00", "not text"),
+            (b"-----BEGIN OPENSSH PRIVATE KEY-----\nx\n", "no SSH key"),
+            (b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "no SSH key"),
+            (b"-----BEGIN AGE ENCRYPTED FILE-----\nx\n", "armored"),
+            (b"age-encryption.org/v1\nx\n", "wrong"),
+        ],
+    )
+    def test_that_holds_none_is_refused(self, tmp_path: Path, data: bytes, reason: str) -> None:
+        with pytest.raises(WrongKeyError, match=reason) as caught:
+            read(tmp_path / "id", data, "secret")
+        assert SECRET[16:40] not in str(caught.value)
+        assert str(tmp_path / "id") in str(caught.value)
+
+    def test_that_cannot_be_read_is_told(self, tmp_path: Path) -> None:
+        for path in (tmp_path / "none", tmp_path):
+            with pytest.raises(StorageError, match="read the identity file"):
+                read_identity_file(path, nobody)
+
+
+class TestPassphrase:
+    def test_opens_what_is_wrapped_to_its_recipient(self, storage: LocalStorage) -> None:
+        one = add_passphrase(storage, "secret", REPOSITORY)
+        assert one.kind == RecipientKind.PASSPHRASE
+        sealed = age.wrap(b"data", [one.public_key])
+        found = unlock_by_passphrase(storage, REPOSITORY, "secret")
+        assert age.unwrap(sealed, found) == b"data"
+
+    def test_that_is_wrong_opens_nothing(self, storage: LocalStorage) -> None:
+        with pytest.raises(WrongKeyError, match="has no passphrase; give --identity"):
+            unlock_by_passphrase(storage, REPOSITORY, "secret")
+        add_passphrase(storage, "secret", REPOSITORY)
+        for wrong in ("Secret", "secret ", "", "\udcff"):
+            with pytest.raises(WrongKeyError, match="the passphrase is"):
+                unlock_by_passphrase(storage, REPOSITORY, wrong)
+
+    def test_opens_only_in_the_repository_that_it_was_made_for(self, storage: LocalStorage) -> None:
+        add_passphrase(storage, "secret", REPOSITORY)
+        with pytest.raises(WrongKeyError, match="the passphrase is wrong"):
+            unlock_by_passphrase(storage, bytes(32), "secret")
+
+    def test_of_several_opens_its_own(self, storage: LocalStorage) -> None:
+        recipients = [add_passphrase(storage, text, REPOSITORY) for text in ("one", "two")]
+        for text, one in zip(("one", "two"), recipients, strict=True):
+            (found,) = unlock_by_passphrase(storage, REPOSITORY, text)
+            assert age.unwrap(age.wrap(b"x", [one.public_key]), [found]) == b"x"
+
+    def test_is_changed_and_the_old_one_opens_nothing_then(self, storage: LocalStorage) -> None:
+        one = add_passphrase(storage, "old", REPOSITORY)
+        add_passphrase(storage, "another", REPOSITORY)
+        with pytest.raises(WrongKeyError, match="nothing was changed"):
+            change_passphrase(storage, "wrong", "new", REPOSITORY)
+        assert change_passphrase(storage, "old", "new", REPOSITORY) == 1
+        with pytest.raises(WrongKeyError):
+            unlock_by_passphrase(storage, REPOSITORY, "old")
+        for text in ("new", "another"):
+            assert len(unlock_by_passphrase(storage, REPOSITORY, text)) == 1
+        assert one.value in {wrapped.recipient for _, wrapped in wrapped_identities(storage)}
+
+    def test_is_wrapped_anew_with_other_bytes_every_time(self) -> None:
+        files = {wrap_identity(SECRET, PUBLIC, "secret", REPOSITORY) for _ in range(3)}
+        assert len(files) == 3
+        for data in files:
+            assert SECRET.encode() not in data and b"secret" not in data
+
+    def test_does_not_open_an_identity_that_tells_another_recipient(self) -> None:
+        wrapped = parse_wrapped(wrap_identity(SECRET, PUBLIC, "secret", REPOSITORY), "it")
+        other = msgspec.structs.replace(wrapped, recipient="age1other")
+        with pytest.raises(WrongKeyError):
+            unwrap_identity(other, "secret", REPOSITORY)
+
+
+class TestHostileFiles:
+    GOOD = json.loads(wrap_identity(SECRET, PUBLIC, "secret", REPOSITORY))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"casfs": "identity 2"},
+            {"kdf": "none"},
+            {"iterations": 0},
+            {"iterations": 1_000_000_000},
+            {"iterations": -1},
+            {"lanes": 0},
+            {"lanes": 1 << 24},
+            {"memory_kib": 8},
+            {"memory_kib": 1 << 40},
+            {"salt": "AAAA"},
+            {"nonce": ""},
+            {"nonce": 5},
+            {"wrapped": "AAAA" * 10_000},
+            {"wrapped": None},
+        ],
+        ids=str,
+    )
+    def test_that_ask_for_too_much_are_not_obeyed(
+        self, storage: LocalStorage, caplog: pytest.LogCaptureFixture, change: dict[str, object]
+    ) -> None:
+        data = json.dumps(self.GOOD | change).encode()
+        with pytest.raises(SessionError):
+            parse_wrapped(data, "it")
+        store_identity(storage, data, "json")
+        with caplog.at_level(logging.WARNING):
+            assert wrapped_identities(storage) == []
+        assert digest_of(data).hex() in caplog.text
+
+    @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"[" * 10_000, b"{}"])
+    def test_that_do_not_parse_are_told(self, data: bytes) -> None:
+        with pytest.raises(SessionError, match="it does not parse"):
+            parse_wrapped(data, "it")
+
+    @pytest.mark.parametrize("wrapped", [b"", b"x" * 15, b"x" * 16, b"x" * 100])
+    def test_that_hold_nothing_that_was_encrypted_do_not_open(self, wrapped: bytes) -> None:
+        good = parse_wrapped(wrap_identity(SECRET, PUBLIC, "secret", REPOSITORY), "it")
+        with pytest.raises(WrongKeyError):
+            unwrap_identity(msgspec.structs.replace(good, wrapped=wrapped), "secret", REPOSITORY)
+
+    def test_that_do_not_have_their_digest_are_left_out(
+        self, storage: LocalStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        add_passphrase(storage, "secret", REPOSITORY)
+        (path,) = (tmp_path / "storage" / "identities").iterdir()
+        path.write_bytes(path.read_bytes() + b" ")
+        with pytest.raises(WrongKeyError, match="has no passphrase"):
+            unlock_by_passphrase(storage, REPOSITORY, "secret")
+        assert "does not have its digest" in caplog.text
+
+    def test_of_gpg_that_were_replaced_open_nothing(self, storage: LocalStorage) -> None:
+        store_identity(storage, b"no message at all", "gpg")
+        found = unlock_by_gpg(storage, [Recipient(RecipientKind.GPG, "A" * 40, PUBLIC, b"key")])
+        assert not found
+
+
+def test_nothing_of_an_identity_is_printed() -> None:
+    found = identities()
+    shown = f"{found!r} {found.ages[0]!r} {found}"
+    assert SECRET[16:30] not in shown.upper()
+    assert repr(Identities()) == "Identities(0, use_gpg=False)"
+
+
+class TestFilesOfAge:
+    """What the storage gives back in the place of a session's file."""
+
+    def test_with_any_changed_byte_do_not_open(self) -> None:
+        for place in range(len(SEALED)):
+            changed = SEALED[:place] + bytes([SEALED[place] ^ 1]) + SEALED[place + 1 :]
+            with pytest.raises(KeyMissingError):
+                age.unwrap(changed, identities().ages)
+
+    def test_that_are_cut_or_longer_do_not_open(self) -> None:
+        for size in range(len(SEALED)):
+            with pytest.raises(KeyMissingError):
+                age.unwrap(SEALED[:size], identities().ages)
+        with pytest.raises(KeyMissingError):
+            age.unwrap(SEALED + b"x", identities().ages)
+
+    @pytest.mark.slow
+    def test_that_ask_for_a_passphrase_are_not_obeyed(self) -> None:
+        with pytest.raises(KeyMissingError):
+            age.unwrap(pyrage.passphrase.encrypt(b"x", "y"), identities().ages)

@@ -1,0 +1,139 @@
+"""Recipients: what names one, the public list of them, and the sentences for what is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from casfs.digest import digest_of
+from casfs.errors import IntegrityError, WrongKeyError
+from casfs.keys.recipients import (
+    Recipient,
+    RecipientKind,
+    decode_recipients,
+    encode_recipients,
+    merged,
+    parse_recipient,
+    parse_recipients_file,
+    read_recipients,
+    write_recipients,
+)
+from casfs.store.storage import LocalStorage
+from tests.encrypting import OTHER, OTHER_PUBLIC, PUBLIC, RECIPIENT, SECRET
+
+SSH = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAII87UJ7DbprNb0GcdIKWqsBxYGGCrdpxnetqmALPMvjc"
+
+pytestmark = pytest.mark.usefixtures("own_home")
+
+
+class TestOne:
+    def test_is_a_public_key_of_age(self) -> None:
+        assert parse_recipient(f"  {PUBLIC}\n") == RECIPIENT
+        assert RECIPIENT.public_key == PUBLIC
+
+    def test_is_a_public_ssh_key_without_its_comment(self) -> None:
+        assert parse_recipient(f"{SSH} me@example.org") == Recipient(RecipientKind.SSH, SSH)
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            (SECRET, "secret identity"),
+            (SECRET.lower(), "secret identity"),
+            (PUBLIC[:-1] + "p", "not a recipient"),
+            (PUBLIC[:-5], "not a recipient"),
+            ("age1", "not a recipient"),
+            ("ssh-ed25519 AAAA", "not a recipient"),
+            ("ssh-ed25519", "not a recipient"),
+            ("", "no recipient"),
+            ("somebody", "no recipient"),
+            ("--output=/etc/passwd", "no recipient"),
+            ("a b@c", "no recipient"),
+        ],
+    )
+    def test_is_nothing_else(self, text: str, reason: str) -> None:
+        with pytest.raises(WrongKeyError, match=reason) as caught:
+            parse_recipient(text)
+        assert SECRET[20:] not in str(caught.value).upper()
+
+    def test_of_gpg_must_be_in_the_keyring_of_the_user(self) -> None:
+        with pytest.raises(WrongKeyError, match=r"no public key nobody@example\.org"):
+            parse_recipient("nobody@example.org")
+
+    def test_of_gpg_needs_the_command(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(WrongKeyError, match="gpg is not installed"):
+            parse_recipient("0xDEADBEEF")
+
+
+class TestFile:
+    def test_names_one_a_line_and_may_have_comments(self) -> None:
+        data = f"# mine\n{PUBLIC}\n\n  \n{SSH} me\n# another\n{OTHER_PUBLIC}".encode()
+        found = parse_recipients_file(data, "file")
+        assert [one.value for one in found] == [PUBLIC, SSH, OTHER_PUBLIC]
+
+    def test_that_names_nobody_is_refused(self) -> None:
+        for data in (b"", b"\n", b"# only a comment\n"):
+            with pytest.raises(WrongKeyError, match="list names no recipient"):
+                parse_recipients_file(data, "list")
+
+    def test_that_is_wrong_somewhere_is_refused_with_the_line(self) -> None:
+        with pytest.raises(WrongKeyError, match=r"list, line 3: .*no recipient"):
+            parse_recipients_file(f"{PUBLIC}\n\nnobody\n".encode(), "list")
+        with pytest.raises(WrongKeyError, match="not text"):
+            parse_recipients_file(b"\xff\xfe", "list")
+
+
+class TestList:
+    GPG = Recipient(RecipientKind.GPG, "A" * 40, OTHER_PUBLIC, b"exported\0key")
+
+    def test_comes_back_as_it_was(self) -> None:
+        everybody = [RECIPIENT, Recipient(RecipientKind.SSH, SSH), self.GPG]
+        assert decode_recipients(encode_recipients(everybody)) == everybody
+        assert encode_recipients(everybody) == encode_recipients(list(everybody))
+        assert self.GPG.public_key == OTHER_PUBLIC
+
+    def test_with_any_changed_bit_is_damaged(self) -> None:
+        data = encode_recipients([RECIPIENT])
+        for place in range(len(data)):
+            changed = bytearray(data)
+            changed[place] ^= 1
+            with pytest.raises(IntegrityError, match="list of recipients is damaged"):
+                decode_recipients(bytes(changed))
+        for size in range(len(data)):
+            with pytest.raises(IntegrityError):
+                decode_recipients(data[:size])
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"",
+            b"{}",
+            b"[1]",
+            b'[{"kind":"age"}]',
+            b'[{"kind":"nobody","value":"x"}]',
+            b'[{"kind":"age","value":"\xff"}]',
+            b"[" * 5000,
+            b'[{"kind":"age","value":"age1\\u001b[2Jforged"}]',
+            b'[{"kind":"gpg","value":"one\\nage two"}]',
+            b'[{"kind":"age","value":""}]',
+        ],
+    )
+    def test_of_a_hostile_storage_is_refused(self, body: bytes) -> None:
+        text = b"casfs recipients 1\n" + body
+        with pytest.raises(IntegrityError, match="list of recipients is damaged"):
+            decode_recipients(text + b"\nblake3 %s\n" % digest_of(text).hex().encode())
+
+    def test_is_replaced_in_the_storage(self, tmp_path: Path) -> None:
+        (tmp_path / "tmp").mkdir()
+        storage = LocalStorage(tmp_path, writer="test", sync=False)
+        with pytest.raises(IntegrityError, match="missing"):
+            read_recipients(storage)
+        write_recipients(storage, [RECIPIENT])
+        write_recipients(storage, [OTHER])
+        assert read_recipients(storage) == [OTHER]
+
+    def test_has_each_once(self) -> None:
+        assert merged([RECIPIENT], [OTHER, RECIPIENT, OTHER]) == [RECIPIENT, OTHER]
