@@ -5,7 +5,6 @@ Recipients are X25519 (`age1…`) and SSH keys; an identity is what opens what w
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import NewType, cast
@@ -112,7 +111,9 @@ def _ssh_identity(data: bytes, name: str, ask: AskPassphrase) -> AgeIdentity:
     except TypeError:
         passphrase = _asked(name, ask)
         try:
-            key = serialization.load_ssh_private_key(data, os.fsencode(passphrase))
+            key = serialization.load_ssh_private_key(
+                data, passphrase.encode("utf-8", "surrogateescape")
+            )
         except ValueError as error:
             raise WrongKeyError(f"the passphrase of {name} is wrong") from error
         except UnsupportedAlgorithm as error:

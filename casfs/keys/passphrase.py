@@ -100,7 +100,7 @@ def _aead(wrapped: WrappedIdentity, passphrase: str) -> AESGCM:
         memory_cost=wrapped.memory_kib,
     )
     # A terminal may give bytes that are no text.
-    return AESGCM(kdf.derive(os.fsencode(passphrase)))
+    return AESGCM(kdf.derive(passphrase.encode("utf-8", "surrogateescape")))
 
 
 def _bound(wrapped: WrappedIdentity, repository: bytes) -> bytes:

@@ -90,7 +90,8 @@ def remember_place(root: Path, config: RepositoryConfig) -> None:
     if config.encryption is None and not os.path.exists(_place_path(root, make=False)):
         return
     domain = config.encryption.domain if config.encryption is not None else ""
-    place = _Place(str(root), config.id, domain)
+    shown = os.fsencode(root).decode("utf-8", "backslashreplace")
+    place = _Place(shown, config.id, domain)
     _write(_place_path(root), msgspec.json.encode(place))
 
 

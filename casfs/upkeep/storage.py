@@ -14,10 +14,20 @@ from casfs.errors import IntegrityError, NotFoundError, StorageError
 from casfs.keys.recipients import RECIPIENTS_NAME, read_recipients
 from casfs.monitor import Monitor
 from casfs.store.config import RepositoryConfig
+from casfs.store.pack import HEADER, SESSION_HEADER
+from casfs.store.session import SECRET_BYTES
 from casfs.store.storage import Storage
 from casfs.upkeep.scrub import Damage
 
-FOLDERS = ("packs", "snapshots", "sessions", "identities", "condemned")
+FOLDERS = {
+    "packs": "pack",
+    "snapshots": "snapshot",
+    "sessions": "session",
+    "identities": "identity",
+    "condemned": "condemned",
+}
+"""The folders of what is named by its digest, and what is in each."""
+
 _WINDOW_BYTES = 8 * 1024 * 1024
 
 
@@ -35,10 +45,12 @@ def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) 
     result = StorageCheck()
     names = [item for folder in FOLDERS for item in storage.names(folder)]
     monitor.progress.total_bytes = sum(size for _, size in names)
-    sessions = set()
+    sessions = {name.split("/")[1] for name, _ in names if name.startswith("sessions/")}
+    needed: dict[str, str] = {}
     for name, size in names:
-        sessions.add(name.split("/")[1]) if name.startswith("sessions/") else None
+        head = b""
         try:
+            head = storage.read(name, 0, SESSION_HEADER)
             problem = _problem(storage, name, size, monitor)
         except NotFoundError:
             continue  # a prune has just removed it
@@ -46,11 +58,18 @@ def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) 
             problem = str(error)
         result.objects += 1
         result.read_bytes += size
+        folder = name.partition("/")[0]
         if problem is not None:
-            result.damage.append(Damage(name.partition("/")[0].rstrip("s"), f"{name}: {problem}"))
+            result.damage.append(Damage(FOLDERS[folder], f"{name}: {problem}"))
+        elif folder in ("packs", "snapshots"):
+            # Both tell their session behind a header of the same size.
+            needed.setdefault(head[HEADER.size : HEADER.size + SECRET_BYTES].hex(), name)
     if config.encryption is not None:
-        if config.encryption.session not in sessions:
-            result.damage.append(Damage("session", "the session of the configuration is missing"))
+        needed[config.encryption.session] = "the configuration"
+        for session, name in needed.items():
+            if session not in sessions:
+                message = f"the session {session} is missing, which {name} names"
+                result.damage.append(Damage("session", message))
         _note(result, lambda: read_recipients(storage))
     return result
 

@@ -1,0 +1,267 @@
+"""Wrapped sessions and the keyring: what opens, what is told of what does not, and what is proven."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from casfs.digest import digest_of
+from casfs.errors import KeyMissingError, NotFoundError, SessionError
+from casfs.keys import age
+from casfs.keys.identity import Identities
+from casfs.keys.keyring import Keyring
+from casfs.keys.recipients import write_recipients
+from casfs.keys.wrapping import (
+    decode_session,
+    encode_session,
+    files_of,
+    read_session,
+    remove_session,
+    session_ids,
+    write_session,
+)
+from casfs.store.config import CIPHER, EncryptionConfig, RepositoryConfig
+from casfs.store.session import Domain, Session, SessionId
+from casfs.store.storage import LocalStorage
+from tests.encrypting import (
+    DOMAIN,
+    OTHER,
+    OTHER_SECRET,
+    PUBLIC,
+    RECIPIENT,
+    REPOSITORY,
+    SESSION,
+    identities,
+)
+
+CONFIG = RepositoryConfig(
+    id=REPOSITORY.hex(),
+    created="today",
+    encryption=EncryptionConfig(CIPHER, SESSION.id.hex(), DOMAIN.id.hex()),
+)
+SECOND = Domain(REPOSITORY, b"\x05" * 32)
+
+
+class Counting(LocalStorage):
+    """A storage that counts what is read."""
+
+    reads = 0
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        self.reads += 1
+        return super().read(name, offset, size)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[Counting]:
+    (tmp_path / "tmp").mkdir()
+    storage = Counting(tmp_path, writer="test", sync=False)
+    write_recipients(storage, [RECIPIENT])
+    yield storage
+    storage.close()
+
+
+def keyring(storage: LocalStorage, *secrets: str) -> Keyring:
+    return Keyring(storage, CONFIG, identities(*secrets))
+
+
+def put(storage: LocalStorage, session_id: bytes, data: bytes, suffix: str = "age") -> str:
+    """Store a file of a session under the digest that it has."""
+    name = f"sessions/{session_id.hex()}/{digest_of(data).hex()}.{suffix}"
+    storage.write(name, data)
+    return name
+
+
+class TestDocument:
+    def test_comes_back_as_it_was(self) -> None:
+        session = Session(REPOSITORY, bytes(32), (SECOND, DOMAIN))
+        assert decode_session(encode_session(session), session.id, REPOSITORY) == session
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"casfs": "session 2"}, "form"),
+            ({"repository": bytes(32).hex()}, "another repository"),
+            ({"repository": "x"}, "does not hold what a session holds"),
+            ({"secret": bytes(32).hex()}, "the secrets of another session"),
+            ({"secret": bytes(31).hex()}, "impossible size"),
+            ({"domains": []}, "impossible size"),
+            ({"domains": [bytes(32).hex()]}, "the secrets of another session"),
+            ({"domains": [DOMAIN.secret.hex()] * 2}, "the secrets of another session"),
+            ({"domains": ["00"]}, "impossible size"),
+            ({"domains": [bytes(32).hex()] * 70_000}, "impossible size"),
+            ({"domains": 5}, "does not hold what a session holds"),
+            ({"secret": None}, "does not hold what a session holds"),
+        ],
+    )
+    def test_that_was_changed_is_refused(self, change: dict[str, object], reason: str) -> None:
+        document = msgspec.json.decode(encode_session(SESSION)) | change
+        with pytest.raises(SessionError, match=reason):
+            decode_session(msgspec.json.encode(document), SESSION.id, REPOSITORY)
+
+    @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{}", b"[" * 10_000])
+    def test_that_is_none_is_refused(self, data: bytes) -> None:
+        with pytest.raises(SessionError, match="does not hold what a session holds"):
+            decode_session(data, SESSION.id, REPOSITORY)
+
+    def test_is_not_that_of_a_session_with_another_name(self) -> None:
+        with pytest.raises(SessionError, match="the secrets of another session"):
+            decode_session(encode_session(SESSION), bytes(32), REPOSITORY)
+
+
+class TestFiles:
+    def test_are_named_by_their_bytes_and_hold_nothing_that_can_be_read(
+        self, storage: LocalStorage, tmp_path: Path
+    ) -> None:
+        (name,) = write_session(storage, SESSION, [RECIPIENT, OTHER])
+        data = (tmp_path / name).read_bytes()
+        assert name == f"sessions/{SESSION.id.hex()}/{digest_of(data).hex()}.age"
+        assert SESSION.secret not in data and SESSION.secret.hex().encode() not in data
+        assert [file.name for file in files_of(storage, SESSION.id)] == [name]
+        assert session_ids(storage) == [SESSION.id]
+
+    def test_that_are_none_are_left_alone(self, storage: LocalStorage) -> None:
+        write_session(storage, SESSION, [RECIPIENT])
+        for name in (
+            "sessions/x/y.age",
+            f"sessions/{'z' * 64}/a.age",
+            "sessions/a/b",
+        ):
+            storage.write(name, b"")
+        storage.write(f"sessions/{SESSION.id.hex()}/notes.txt", b"")
+        assert session_ids(storage) == [SESSION.id]
+        assert len(files_of(storage, SESSION.id)) == 1
+
+    def test_are_removed_but_for_those_that_are_kept(self, storage: LocalStorage) -> None:
+        (old,) = write_session(storage, SESSION, [RECIPIENT])
+        (new,) = write_session(storage, SESSION, [OTHER])
+        remove_session(storage, SESSION.id, keep=[new])
+        assert [file.name for file in files_of(storage, SESSION.id)] == [new]
+        remove_session(storage, SESSION.id)
+        assert session_ids(storage) == []
+        assert old != new
+
+    @pytest.mark.parametrize("given", [Identities(), identities(OTHER_SECRET)])
+    def test_stay_closed_to_who_is_no_recipient(
+        self, storage: LocalStorage, given: Identities
+    ) -> None:
+        write_session(storage, SESSION, [RECIPIENT])
+        with pytest.raises(KeyMissingError) as caught:
+            read_session(storage, SESSION.id, REPOSITORY, given.ages, given.use_gpg)
+        assert ("give --identity" in str(caught.value)) == (not given)
+
+    def test_that_are_missing_are_told(self, storage: LocalStorage) -> None:
+        with pytest.raises(SessionError, match="is missing: what was stored in it cannot"):
+            read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
+
+    @pytest.mark.parametrize("place", [0, 30, -1])
+    def test_that_were_changed_are_damaged_and_a_sound_one_beside_them_opens(
+        self, storage: LocalStorage, tmp_path: Path, place: int
+    ) -> None:
+        (name,) = write_session(storage, SESSION, [RECIPIENT])
+        changed = bytearray((tmp_path / name).read_bytes())
+        changed[place] ^= 1
+        (tmp_path / name).write_bytes(changed)
+        with pytest.raises(SessionError, match="does not have its digest"):
+            read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
+        write_session(storage, SESSION, [RECIPIENT])
+        found = read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
+        assert found == SESSION
+
+    def test_of_another_session_or_repository_are_not_taken_for_it(
+        self, storage: LocalStorage
+    ) -> None:
+        other = Session(REPOSITORY, bytes(32), (DOMAIN,))
+        foreign = dataclasses.replace(SESSION, repository=bytes(32))
+        for session, reason in ((other, "of another session"), (foreign, "another repository")):
+            name = put(storage, SESSION.id, age.wrap(encode_session(session), [PUBLIC]))
+            with pytest.raises(SessionError, match=reason):
+                read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
+            storage.delete(name)
+
+    def test_that_somebody_put_beside_a_sound_one_do_no_harm(self, storage: LocalStorage) -> None:
+        write_session(storage, SESSION, [RECIPIENT])
+        for number in range(4):
+            put(storage, SESSION.id, b"not a file of age %d" % number)
+        put(storage, SESSION.id, b"not a message", "gpg")
+        put(storage, SESSION.id, age.wrap(b"{}", [PUBLIC]))
+        found = read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
+        assert found == SESSION
+
+
+class TestKeyring:
+    def test_opens_each_session_once(self, storage: Counting) -> None:
+        write_session(storage, SESSION, [RECIPIENT])
+        ring = keyring(storage)
+        assert ring.session(SESSION.id) == SESSION
+        reads = storage.reads
+        assert ring.session(SESSION.id) is ring.session(SESSION.id)
+        assert storage.reads == reads
+
+    def test_does_not_try_again_what_did_not_open(self, storage: Counting) -> None:
+        write_session(storage, SESSION, [OTHER])
+        ring = keyring(storage)
+        with pytest.raises(KeyMissingError):
+            ring.session(SESSION.id)
+        reads = storage.reads
+        with pytest.raises(KeyMissingError):
+            ring.session(SESSION.id)
+        assert storage.reads == reads
+
+    def test_begins_a_session_that_the_recipients_open(self, storage: Counting) -> None:
+        write_recipients(storage, [OTHER])
+        session = Keyring(storage, CONFIG, Identities()).begin([SECOND])
+        assert keyring(storage, OTHER_SECRET).session(session.id) == session
+        with pytest.raises(KeyMissingError):
+            keyring(storage).session(session.id)
+
+    def test_tells_what_was_made_with_the_domain_of_the_repository(self, storage: Counting) -> None:
+        ring = keyring(storage)
+        assert ring.is_proven(SESSION)
+        assert not ring.is_proven(Session(REPOSITORY, bytes(32), (SECOND, DOMAIN)))
+
+    def test_finds_the_domain_of_the_repository_in_any_proven_session(
+        self, storage: Counting
+    ) -> None:
+        unproven = Session(REPOSITORY, bytes(32), (SECOND,))
+        write_session(storage, unproven, [RECIPIENT])
+        proven = Session.new([DOMAIN])
+        with pytest.raises(SessionError):
+            keyring(storage).first_domain()
+        write_session(storage, proven, [RECIPIENT])
+        assert keyring(storage).first_domain() == DOMAIN
+        write_session(storage, SESSION, [RECIPIENT])
+        assert keyring(storage).first_domain() == DOMAIN
+
+    def test_tells_every_domain_once_the_asked_one_first(self, storage: Counting) -> None:
+        for domains in ((DOMAIN,), (SECOND, DOMAIN), (SECOND,)):
+            write_session(storage, Session.new(domains), [RECIPIENT])
+        ring = keyring(storage)
+        assert ring.domains(SECOND) == [SECOND, DOMAIN]
+        assert ring.domains(DOMAIN) == [DOMAIN, SECOND]
+
+    def test_is_that_of_an_encrypted_repository_only(self, storage: Counting) -> None:
+        with pytest.raises(ValueError, match="not encrypted"):
+            Keyring(storage, RepositoryConfig("a", "b"), Identities())
+
+    def test_says_whether_there_is_anything_to_open_with(self, storage: Counting) -> None:
+        assert keyring(storage).can_read
+        assert not Keyring(storage, CONFIG, Identities()).can_read
+        assert Keyring(storage, CONFIG, Identities(use_gpg=True)).can_read
+
+
+def test_a_session_that_is_removed_while_it_is_read_is_missing(
+    storage: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_session(storage, SESSION, [RECIPIENT])
+
+    def gone(name: str, offset: int, size: int) -> bytes:
+        raise NotFoundError(name)
+
+    monkeypatch.setattr(storage, "read", gone)
+    with pytest.raises(SessionError, match="is missing"):
+        keyring(storage).session(SessionId(SESSION.id))

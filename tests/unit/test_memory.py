@@ -1,0 +1,276 @@
+"""The memory of files: what is recalled, what is not trusted, and what can be read in it by others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casfs.content import HOLE, RECORD
+from casfs.digest import Digest, PackId, keyed_digest
+from casfs.intake import memory as memory_module
+from casfs.intake.memory import FileMemory
+from casfs.store.blob import BlobKind
+from casfs.store.index import Index
+from casfs.store.pack import PackEntry
+from casfs.tree import Kind, Node, State
+from tests.encrypting import DOMAIN
+
+from .planting import entry
+from .storing import noise
+
+DAY_S = 86_400
+CHUNKS = [keyed_digest(noise(f"chunk {n}", 10), DOMAIN.digest_key) for n in range(3)]
+CONTENT = b"".join(RECORD.pack(10, digest) for digest in (*CHUNKS[:2], HOLE))
+PATH = b"home/me/a very special name"
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[Index]:
+    index = Index(tmp_path / "index", sync=False)
+    index.rebuild(tuple)
+    index.add_packs([pack(CHUNKS[0]), pack(CHUNKS[1]), pack(CHUNKS[2])])
+    yield index
+    index.close()
+
+
+def pack(digest: Digest) -> tuple[PackId, int, list[PackEntry]]:
+    return PackId(digest[::-1]), 1000, [PackEntry(digest, 96, 34, 10, BlobKind.DATA, 16)]
+
+
+def node(**fields: Any) -> Node:
+    known: dict[str, Any] = {"content": CONTENT, "size": 30, "inode": 7}
+    return entry(PATH.rpartition(b"/")[2], **(known | fields))
+
+
+def stat_of(node: Node, **changes: int) -> os.stat_result:
+    """Return what stat tells of the file that a node was made of."""
+
+    class Result:
+        st_ino = changes.get("inode", node.inode)
+        st_size = changes.get("size", node.size)
+        st_mtime_ns = changes.get("mtime_ns", node.mtime_ns)
+        st_ctime_ns = changes.get("ctime_ns", node.ctime_ns)
+
+    return Result()  # type: ignore[return-value]
+
+
+def memory(index: Index, key: bytes = DOMAIN.memory_key) -> FileMemory:
+    return FileMemory(index, key, index.losses())
+
+
+def remembered(index: Index, *nodes: Node, confirm: bool = True) -> None:
+    """Do what a backup does that stored these files."""
+    found = memory(index)
+    for one in nodes or (node(),):
+        found.remember(PATH, one)
+    if confirm:
+        found.confirm()
+    else:
+        found._write()
+
+
+def everything(index: Index) -> list[tuple[bytes, bytes]]:
+    files = index.environment.database(b"files")
+    return index.environment.read(
+        lambda txn: [(bytes(k), bytes(v)) for k, v in txn.cursor(db=files)]
+    )
+
+
+def put(index: Index, name: bytes, value: bytes) -> None:
+    files = index.environment.database(b"files")
+    index.environment.write(lambda txn: txn.put(name, value, db=files))
+
+
+class TestRecall:
+    def test_gives_the_node_of_a_file_that_is_as_it_was(self, index: Index) -> None:
+        assert memory(index).recall(PATH, stat_of(node())) is None
+        remembered(index)
+        assert memory(index).recall(PATH, stat_of(node())) == node()
+
+    @pytest.mark.parametrize("what", ["inode", "size", "mtime_ns", "ctime_ns"])
+    def test_gives_nothing_for_a_file_that_changed(self, index: Index, what: str) -> None:
+        remembered(index)
+        other = getattr(node(), what) + 1
+        assert memory(index).recall(PATH, stat_of(node(), **{what: other})) is None
+
+    @pytest.mark.parametrize(
+        "path", [b"home/me/another name", b"home/a very special name", PATH + b"/"]
+    )
+    def test_gives_nothing_for_another_path(self, index: Index, path: bytes) -> None:
+        remembered(index)
+        assert memory(index).recall(path, stat_of(node())) is None
+
+    def test_gives_nothing_with_another_key(self, index: Index) -> None:
+        remembered(index)
+        assert memory(index, bytes(32)).recall(PATH, stat_of(node())) is None
+
+    @pytest.mark.parametrize(
+        "untrusted",
+        [
+            node(state=State.CHANGED),
+            node(state=State.APPENDED),
+            node(racy=True),
+            entry(b"a very special name", Kind.SYMLINK, content=b"x", inode=7, size=30),
+        ],
+        ids=["changed", "appended", "racy", "link"],
+    )
+    def test_gives_nothing_that_may_not_be_trusted(self, index: Index, untrusted: Node) -> None:
+        remembered(index, untrusted)
+        assert everything(index) == []
+        assert memory(index).recall(PATH, stat_of(untrusted)) is None
+
+    def test_gives_nothing_where_the_memory_was_changed(self, index: Index) -> None:
+        remembered(index)
+        ((name, value),) = everything(index)
+        for place in range(12, len(value)):
+            changed = value[:place] + bytes([value[place] ^ 1]) + value[place + 1 :]
+            put(index, name, changed)
+            assert memory(index).recall(PATH, stat_of(node())) is None
+        for size in (0, 5, 12, 24, len(value) - 1):
+            put(index, name, value[:size])
+            assert memory(index).recall(PATH, stat_of(node())) is None
+
+
+class TestTrust:
+    def test_holds_for_what_an_unfinished_backup_stored_if_the_index_has_it(
+        self, index: Index
+    ) -> None:
+        remembered(index, confirm=False)
+        assert memory(index).recall(PATH, stat_of(node())) == node()
+
+    def test_ends_for_what_an_unfinished_backup_did_not_store(self, index: Index) -> None:
+        lost = node(content=CONTENT + RECORD.pack(10, keyed_digest(b"x", DOMAIN.digest_key)))
+        remembered(index, lost, confirm=False)
+        assert memory(index).recall(PATH, stat_of(lost)) is None
+
+    def test_ends_where_a_blob_was_found_damaged(self, index: Index) -> None:
+        remembered(index)
+        location = index.lookup(CHUNKS[0])
+        assert location is not None
+        index.mark_blobs(location.pack, [CHUNKS[0]])
+        assert memory(index).recall(PATH, stat_of(node())) is None
+
+    def test_ends_where_a_pack_was_removed_and_stays_for_files_of_the_others(
+        self, index: Index
+    ) -> None:
+        other = node(content=RECORD.pack(10, CHUNKS[2]), inode=8)
+        remembered(index, node(), other)
+        location = index.lookup(CHUNKS[1])
+        assert location is not None
+        index.remove_packs({location.pack: index.pack_id(location.pack)})
+        assert memory(index).recall(PATH, stat_of(node())) is None
+        assert memory(index).recall(PATH, stat_of(other)) == other
+
+    def test_ends_where_the_pack_of_a_blob_is_condemned(self, index: Index) -> None:
+        remembered(index)
+        location = index.lookup(CHUNKS[1])
+        assert location is not None
+        index.condemn([location.pack])
+        assert memory(index).recall(PATH, stat_of(node())) is None
+
+    def test_of_a_list_in_packs_ends_with_any_loss_since_it_cannot_be_read(
+        self, index: Index
+    ) -> None:
+        deep = node(levels=1)
+        remembered(index, deep)
+        assert memory(index).recall(PATH, stat_of(deep)) == deep
+        location = index.lookup(CHUNKS[2])
+        assert location is not None
+        index.remove_packs({location.pack: index.pack_id(location.pack)})
+        assert memory(index).recall(PATH, stat_of(deep)) is None
+
+    def test_of_a_list_that_an_unfinished_backup_stored_is_none(self, index: Index) -> None:
+        deep = node(levels=1)
+        remembered(index, deep, confirm=False)
+        assert memory(index).recall(PATH, stat_of(deep)) is None
+
+
+class TestAge:
+    @pytest.fixture
+    def day(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+        """The day that it is, which the test may change."""
+        now = [20_000]
+
+        class Clock:
+            @staticmethod
+            def time() -> float:
+                return now[0] * DAY_S + 100.0
+
+        monkeypatch.setattr(memory_module, "time", Clock)
+        yield now
+
+    def test_makes_what_was_not_seen_for_two_months_forgotten(
+        self, index: Index, day: list[int]
+    ) -> None:
+        remembered(index)
+        day[0] += 60
+        memory(index).confirm()
+        assert len(everything(index)) == 1
+        day[0] += 1
+        memory(index).confirm()
+        assert everything(index) == []
+
+    def test_does_not_touch_what_is_seen(self, index: Index, day: list[int]) -> None:
+        remembered(index)
+        for _ in range(20):
+            day[0] += 8
+            again = memory(index)
+            assert again.recall(PATH, stat_of(node())) == node()
+            again.confirm()
+        assert len(everything(index)) == 1
+
+    def test_is_not_written_anew_every_day(self, index: Index, day: list[int]) -> None:
+        remembered(index)
+        before = everything(index)
+        day[0] += 6
+        again = memory(index)
+        assert again.recall(PATH, stat_of(node())) == node()
+        again.confirm()
+        assert everything(index) == before
+
+    def test_forgets_among_many(
+        self, index: Index, day: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(memory_module, "_SCANNED", 7)
+        monkeypatch.setattr(memory_module, "_BATCH", 10)
+        remembered(index, *(node(inode=n) for n in range(100, 140)))
+        day[0] += 50
+        remembered(index, *(node(inode=n) for n in range(200, 240)))
+        assert len(everything(index)) == 80
+        day[0] += 30
+        memory(index).confirm()
+        assert len(everything(index)) == 40
+        assert memory(index).recall(PATH, stat_of(node(inode=239))) is not None
+
+
+def test_nothing_of_a_file_can_be_read_in_the_memory(index: Index, tmp_path: Path) -> None:
+    special = node(content=CONTENT, uid=1_234_567_890)
+    remembered(index, special)
+    index.close()
+    kept = b"".join(file.read_bytes() for file in (tmp_path / "index").iterdir())
+    for secret in (
+        PATH,
+        b"very special name",
+        CONTENT,
+        DOMAIN.memory_key,
+        DOMAIN.secret,
+        special.mtime_ns.to_bytes(8, "little"),
+        special.mtime_ns.to_bytes(8, "big"),
+        (1_234_567_890).to_bytes(4, "big"),
+    ):
+        assert secret not in kept
+    # What the index tells anyway, under keyed digests.
+    assert bytes(CHUNKS[0]) in kept
+
+
+def test_the_same_file_is_remembered_in_other_bytes_every_time(index: Index) -> None:
+    remembered(index)
+    first = everything(index)
+    remembered(index)
+    second = everything(index)
+    assert [name for name, _ in first] == [name for name, _ in second]
+    assert first[0][1][12:] != second[0][1][12:]

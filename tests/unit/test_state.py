@@ -1,0 +1,274 @@
+"""What a machine remembers of the repositories that it writes to, and what it refuses because of that."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from casfs.errors import DistrustError, StorageError
+from casfs.keys.identity import Identities
+from casfs.keys.recipients import write_recipients
+from casfs.keys.state import (
+    WriterState,
+    check_place,
+    load_state,
+    remember_place,
+    save_state,
+    state_folder,
+)
+from casfs.keys.vault import Vault, accept, expect_recipients
+from casfs.repository import Repository, read_config
+from casfs.store.config import CIPHER, EncryptionConfig, RepositoryConfig
+from casfs.store.session import Domain
+from casfs.store.storage import LocalStorage
+from tests.encrypting import OTHER, RECIPIENT, EncryptedKeeper, identities, unlock
+
+PLAIN = RepositoryConfig("a" * 64, "today")
+CONFIG = RepositoryConfig(
+    "a" * 64, "today", encryption=EncryptionConfig(CIPHER, "b" * 64, "c" * 64)
+)
+STATE = WriterState("a" * 64, "d" * 64, "e" * 64)
+
+
+@pytest.fixture(autouse=True)
+def state(own_home: Path) -> Path:
+    return own_home / "state" / "casfs"
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> EncryptedKeeper:
+    return EncryptedKeeper(tmp_path)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"content")
+    return folder
+
+
+def stored(root: Path) -> set[Path]:
+    """Return all files but the locks and what belongs to no backup."""
+    return {
+        path
+        for path in root.rglob("*")
+        if path.is_file() and path.parent.name != "locks" and path.name != "reserve"
+    }
+
+
+class TestFiles:
+    def test_come_back_as_they_were(self) -> None:
+        assert load_state(CONFIG) is None
+        save_state(STATE)
+        assert load_state(CONFIG) == STATE
+        save_state(msgspec.structs.replace(STATE, last_snapshot="f" * 64, last_time_ns=5))
+        loaded = load_state(CONFIG)
+        assert loaded is not None and loaded.last_snapshot == "f" * 64
+        assert loaded.own_domain() == Domain(b"\xaa" * 32, b"\xdd" * 32)
+
+    def test_can_be_read_by_nobody_else_whatever_the_umask_is(self, state: Path) -> None:
+        before = os.umask(0)
+        try:
+            save_state(STATE)
+            remember_place(Path("/repository"), CONFIG)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(state.stat().st_mode) == 0o700
+        files = list(state.iterdir())
+        assert len(files) == 2
+        assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            b"\xff",
+            b"{}",
+            b"[]",
+            msgspec.json.encode(msgspec.structs.replace(STATE, repository="b" * 64)),
+            msgspec.json.encode(msgspec.structs.replace(STATE, domain="dd")),
+            msgspec.json.encode(msgspec.structs.replace(STATE, domain="x" * 64)),
+        ],
+    )
+    def test_that_are_damaged_are_not_trusted(self, state: Path, data: bytes) -> None:
+        save_state(STATE)
+        (file,) = state.iterdir()
+        file.write_bytes(data)
+        with pytest.raises(DistrustError, match="is damaged; restore it, or remove it"):
+            load_state(CONFIG)
+
+    def test_leave_nothing_behind_where_they_cannot_be_written(
+        self, state: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save_state(STATE)
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="No space left"):
+            save_state(msgspec.structs.replace(STATE, last_snapshot="f" * 64))
+        assert len(list(state.iterdir())) == 1
+        assert load_state(CONFIG) == STATE
+
+    def test_lie_in_the_home_where_nothing_else_is_said(
+        self, own_home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("XDG_STATE_HOME")
+        assert state_folder() == own_home / ".local" / "state" / "casfs"
+
+
+class TestPlace:
+    ROOT = Path("/some/repository")
+
+    def test_that_was_never_seen_may_hold_anything(self) -> None:
+        check_place(self.ROOT, CONFIG)
+        check_place(self.ROOT, PLAIN)
+
+    def test_holds_what_it_held(self) -> None:
+        remember_place(self.ROOT, CONFIG)
+        check_place(self.ROOT, CONFIG)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            PLAIN,
+            msgspec.structs.replace(CONFIG, id="b" * 64),
+            msgspec.structs.replace(
+                CONFIG, encryption=EncryptionConfig(CIPHER, "b" * 64, "d" * 64)
+            ),
+        ],
+        ids=["unencrypted", "another", "another domain"],
+    )
+    def test_that_holds_another_repository_is_not_written_to(
+        self, config: RepositoryConfig
+    ) -> None:
+        remember_place(self.ROOT, CONFIG)
+        with pytest.raises(DistrustError, match="casfs key accept"):
+            check_place(self.ROOT, config)
+        check_place(Path("/some/other"), config)
+
+    def test_may_have_a_name_that_is_no_text(self, tmp_path: Path) -> None:
+        root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n"))
+        remember_place(root, CONFIG)
+        check_place(root, CONFIG)
+        with pytest.raises(DistrustError):
+            check_place(root, PLAIN)
+
+    def test_whose_file_is_damaged_is_not_trusted(self, state: Path) -> None:
+        remember_place(self.ROOT, CONFIG)
+        (file,) = state.iterdir()
+        for data in (b"", b"{}", b"\xff"):
+            file.write_bytes(data)
+            with pytest.raises(DistrustError, match="is damaged"):
+                check_place(self.ROOT, CONFIG)
+
+
+class TestWriter:
+    def test_whose_repository_was_replaced_stores_nothing_until_it_accepts_that(
+        self, keeper: EncryptedKeeper, tmp_path: Path, source: Path
+    ) -> None:
+        keeper.back_up(source)
+        shutil.rmtree(keeper.root)
+        Repository.create(keeper.root.with_name("forged"))
+        keeper.root.with_name("forged").rename(keeper.root)
+        before = stored(keeper.root)
+        with pytest.raises(DistrustError, match="is an unencrypted one now"):
+            keeper.back_up(source)
+        assert stored(keeper.root) == before
+        accept(keeper.root, LocalStorage(keeper.root), read_config(keeper.root))
+        keeper.back_up(source)
+        assert stored(keeper.root) > before
+
+    def test_follows_no_change_of_the_recipients_that_the_storage_made(
+        self, keeper: EncryptedKeeper, source: Path
+    ) -> None:
+        keeper.back_up(source)
+        storage = LocalStorage(keeper.root)
+        write_recipients(storage, [RECIPIENT, OTHER])
+        before = stored(keeper.root)
+        with pytest.raises(DistrustError, match="could be read by others"):
+            keeper.back_up(source)
+        assert stored(keeper.root) == before
+        assert accept(keeper.root, storage, keeper.config) == [RECIPIENT, OTHER]
+        keeper.back_up(source)
+
+    def test_that_lost_its_state_begins_a_domain_and_says_so(
+        self,
+        keeper: EncryptedKeeper,
+        source: Path,
+        state: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        first = keeper.back_up(source)
+        assert first.snapshot.stats.new_blobs
+        shutil.rmtree(state)
+        with caplog.at_level(logging.WARNING):
+            second = keeper.back_up(source)
+        assert "has not stored anything in this repository before" in caplog.text
+        assert second.snapshot.stats.new_blobs == first.snapshot.stats.new_blobs
+        with keeper.reading() as repository:
+            assert repository.is_proven(keeper.id_of(first))
+            assert not repository.is_proven(keeper.id_of(second))
+
+    def test_that_lost_its_state_and_has_an_identity_goes_on_in_the_domain_of_the_repository(
+        self, keeper: EncryptedKeeper, source: Path, state: Path
+    ) -> None:
+        keeper.back_up(source)
+        before = load_state(keeper.config)
+        shutil.rmtree(state)
+        with Repository.open(keeper.root, "test", sync=False, unlock=unlock):
+            pass
+        after = load_state(keeper.config)
+        assert before is not None and after is not None
+        assert (after.domain, after.recipients) == (before.domain, before.recipients)
+
+    def test_warns_where_the_last_snapshot_that_it_published_is_gone(
+        self, keeper: EncryptedKeeper, source: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        result = keeper.back_up(source)
+        keeper.back_up(source)
+        assert "published" not in caplog.text
+        for file in (keeper.root / "snapshots").iterdir():
+            if file.name != keeper.id_of(result).hex():
+                file.unlink()
+        keeper.back_up(source)
+        assert "is not there any more" in caplog.text
+        assert "set back to an earlier state" in caplog.text
+
+    def test_does_not_warn_of_what_it_removed_itself(
+        self, keeper: EncryptedKeeper, source: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        result = keeper.back_up(source)
+        with Repository.open(keeper.root, "forget", sync=False, unlock=unlock) as repository:
+            repository.delete_snapshot(keeper.id_of(result))
+        keeper.back_up(source)
+        assert "not there any more" not in caplog.text
+
+    def test_may_expect_just_these_recipients(self, keeper: EncryptedKeeper) -> None:
+        storage = LocalStorage(keeper.root)
+        expect_recipients(storage, [RECIPIENT])
+        for wrong in ([OTHER], [RECIPIENT, OTHER], []):
+            with pytest.raises(DistrustError, match="other recipients than the file names"):
+                expect_recipients(storage, wrong)
+
+    def test_has_one_session_that_begins_with_what_is_stored(self, keeper: EncryptedKeeper) -> None:
+        config = keeper.config
+        storage = LocalStorage(keeper.root, writer="test", sync=False)
+        vault = Vault.to_write(keeper.root, storage, config, Identities())
+        sessions = keeper.root / "sessions"
+        assert len(list(sessions.iterdir())) == 1
+        session = vault.session()
+        assert vault.session() is session
+        assert len(list(sessions.iterdir())) == 2
+        reader = Vault.to_read(storage, config, identities())
+        assert reader.keyring.session(session.id) == session
+        with pytest.raises(ValueError, match="open for reading"):
+            reader.session()

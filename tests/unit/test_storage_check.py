@@ -1,0 +1,124 @@
+"""The check that needs no key: every object has the digest that names it, or is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from casfs.keys.recipients import RECIPIENTS_NAME
+from casfs.monitor import RecordingMonitor
+from casfs.repository import Repository, read_config
+from casfs.store.storage import LocalStorage
+from casfs.upkeep.storage import FOLDERS, StorageCheck, check_storage
+from tests.encrypting import RECIPIENT, EncryptedKeeper
+
+from .planting import Keeper
+from .storing import flip, noise
+
+pytestmark = pytest.mark.usefixtures("own_home")
+
+
+def checked(root: Path) -> StorageCheck:
+    return check_storage(LocalStorage(root), read_config(root), RecordingMonitor())
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An encrypted repository with an object in each folder but that of the condemned packs."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_bytes(noise("file", 20_000))
+    folder = tmp_path / "repository"
+    Repository.create(folder, [RECIPIENT], "secret")
+    keeper = EncryptedKeeper.__new__(EncryptedKeeper)
+    keeper.root = folder
+    keeper.back_up(source)
+    return folder
+
+
+def objects(root: Path) -> list[Path]:
+    return [path for folder in FOLDERS for path in (root / folder).rglob("*") if path.is_file()]
+
+
+def test_a_sound_storage_has_no_damage_and_every_object_was_read(root: Path) -> None:
+    result = checked(root)
+    assert result.damage == []
+    assert result.objects == len(objects(root)) == 5
+    assert result.read_bytes == sum(path.stat().st_size for path in objects(root))
+
+
+def test_an_unencrypted_repository_is_checked_in_the_same_way(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path)
+    keeper.store(b"one", b"two")
+    keeper.publish({b"file": b"content"})
+    result = checked(keeper.root)
+    assert (result.damage, result.objects) == ([], 3)
+    (snapshot,) = (keeper.root / "snapshots").iterdir()
+    flip(snapshot, 20)
+    assert [damage.what for damage in checked(keeper.root).damage] == ["snapshot"]
+
+
+@pytest.mark.parametrize("place", [0, 40, -1])
+@pytest.mark.parametrize(
+    ("folder", "what"),
+    [
+        ("packs", "pack"),
+        ("snapshots", "snapshot"),
+        ("sessions", "session"),
+        ("identities", "identity"),
+    ],
+)
+def test_a_flipped_bit_anywhere_is_told(root: Path, folder: str, what: str, place: int) -> None:
+    path = next(path for path in objects(root) if path.relative_to(root).parts[0] == folder)
+    flip(path, place)
+    (damage,) = checked(root).damage
+    assert damage.message.startswith(str(path.relative_to(root)))
+    assert "do not have the digest that names it" in damage.message
+    assert damage.what == what
+
+
+def test_a_cut_object_and_one_with_more_bytes_are_told(root: Path) -> None:
+    for path in objects(root):
+        data = path.read_bytes()
+        for wrong in (b"", data[:-1], data + b"\0"):
+            path.write_bytes(wrong)
+            assert len(checked(root).damage) == 1, path
+        path.write_bytes(data)
+    assert checked(root).damage == []
+
+
+def test_an_object_under_another_name_is_told(root: Path) -> None:
+    path = next(path for path in objects(root) if path.parent.name != "snapshots")
+    path.rename(path.with_name("0" * 64))
+    assert checked(root).damage
+
+
+def test_the_loss_of_the_first_session_is_told(root: Path) -> None:
+    first = read_config(root).encryption
+    assert first is not None
+    for path in (root / "sessions" / first.session).iterdir():
+        path.unlink()
+    (damage,) = checked(root).damage
+    assert "is missing, which the configuration names" in damage.message
+
+
+def test_a_damaged_or_missing_list_of_recipients_is_told(root: Path) -> None:
+    flip(root / RECIPIENTS_NAME, 40)
+    (damage,) = checked(root).damage
+    assert (damage.what, "damaged" in damage.message) == ("recipients", True)
+    (root / RECIPIENTS_NAME).unlink()
+    (damage,) = checked(root).damage
+    assert "missing" in damage.message
+
+
+def test_a_session_that_something_stored_needs_is_told_where_it_is_missing(root: Path) -> None:
+    first = read_config(root).encryption
+    assert first is not None
+    (other,) = [path for path in (root / "sessions").iterdir() if path.name != first.session]
+    for path in other.iterdir():
+        path.unlink()
+    other.rmdir()
+    (damage,) = checked(root).damage
+    assert damage.what == "session"
+    assert f"the session {other.name} is missing, which packs/" in damage.message
