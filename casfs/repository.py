@@ -394,20 +394,23 @@ class Repository:
         be read, are logged and left out.
 
         One that another replaces is left out too: a crash between the two steps of a change of tags
-        leaves both.
+        leaves both. Raises KeyMissingError where there are only such as the identities do not open.
         """
         found: list[tuple[SnapshotId, Snapshot]] = []
+        closed: dict[SnapshotId, KeyMissingError] = {}
         for snapshot_id in self.snapshot_ids():
             try:
                 found.append((snapshot_id, self.load(snapshot_id)))
             except NotFoundError:
                 continue
             except KeyMissingError as error:
-                if self.is_closed:
-                    raise
-                log.warning("snapshot %s is left out: %s", short(snapshot_id), error)
+                closed[snapshot_id] = error
             except (IntegrityError, StorageError) as error:
                 log.warning("%s; run casfs check", error)
+        for snapshot_id, missing in closed.items():
+            if not found:
+                raise missing  # there are snapshots, and all of them are for others
+            log.warning("snapshot %s is left out: %s", short(snapshot_id), missing)
         replaced = {snapshot.replaces for _, snapshot in found}
         found.sort(key=lambda item: (item[1].time_ns, item[0]))
         for snapshot_id, snapshot in found:

@@ -65,6 +65,7 @@ def recipients_in(file: Path) -> list[Recipient]:
 
 
 @click.group()
+@common_options
 def key() -> None:
     """Say who can open what is stored, or show it."""
 

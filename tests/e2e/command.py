@@ -104,7 +104,7 @@ class Casfs:
         found = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("CASFS_", "XDG_", "LC_", "LANG"))
+            if not name.startswith(("CASFS_", "XDG_", "LC_", "LANG", "GNUPG", "SSH_"))
         }
         found |= {"HOME": str(self.home), "LC_ALL": "C.UTF-8", "TZ": "UTC", "COLUMNS": "200"}
         if self.repository is not None:

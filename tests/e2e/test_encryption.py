@@ -1,0 +1,701 @@
+"""Encrypted repositories with the real tools: each kind of key opens what was stored for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .command import Casfs, Result, program
+from .comparing import rsync_differences
+from .keys import (
+    PASSPHRASE,
+    SSH_PASSPHRASE,
+    Keys,
+    at_a_terminal,
+    gpg_environment,
+    made_keys,
+)
+from .mounting import mounted
+from .waiting import wait_until
+
+NOBODY = 65534
+
+
+@pytest.fixture(scope="module")
+def keys() -> Iterator[Keys]:
+    with made_keys() as found:
+        yield found
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A source, and an encrypted repository that holds two snapshots of it."""
+
+    casfs: Casfs
+    source: Path
+
+    def restores(self, target: Path, *arguments: str | Path, **how: Any) -> None:
+        """Require that what is restored is the source."""
+        self.casfs.run("restore", "latest", "--target", target, *arguments, **how)
+        self.is_whole(target)
+
+    def is_whole(self, target: Path) -> None:
+        assert rsync_differences(self.source, target / self.source.name) == ""
+
+    def back_up(self, *arguments: str | Path, **how: Any) -> dict[str, Any]:
+        """Back up under a relative path, so that nothing above the source belongs to it."""
+        return self.casfs.backup(self.source.name, *arguments, cwd=self.source.parent, **how)
+
+
+def fill(source: Path) -> Path:
+    (source / "documents").mkdir(parents=True)
+    (source / "readme.txt").write_bytes(b"read me\n")
+    (source / "documents" / "report.txt").write_bytes(b"a report\n" * 1000)
+    (source / "documents" / "noise").write_bytes(os.urandom(3_000_000))
+    (source / "link").symlink_to("documents/report.txt")
+    return source
+
+
+def reader(casfs: Casfs, folder: Path) -> Casfs:
+    """Return the command for another person, who has a home of her own."""
+    home = folder / "home of a reader"
+    home.mkdir(exist_ok=True)
+    return Casfs(casfs.repository, home)
+
+
+@pytest.fixture(scope="module")
+def mixed(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """A repository for all kinds of recipients at once, written by who has none of their keys."""
+    folder = tmp_path_factory.mktemp("mixed")
+    home = folder / "home"
+    home.mkdir()
+    casfs = Casfs(folder / "repository", home)
+    source = fill(folder / "source")
+    (folder / "recipients").write_text(f"# ours\n{keys.ssh_public}{keys.locked_ssh_public}")
+    casfs.run(
+        *("init", "--recipient", keys.age_public, "--recipient", keys.gpg),
+        *("--recipients-file", folder / "recipients"),
+        *("--passphrase", "--passphrase-file", keys.passphrase),
+        env={"GNUPGHOME": str(keys.gpg_home)},
+    )
+    writer = Stored(casfs, source)
+    assert [writer.back_up()["unchanged"] for _ in range(2)] == [0, 3]
+    return Stored(reader(casfs, folder), source)
+
+
+class TestEveryKind:
+    """Each of them opens the one repository that was stored for all."""
+
+    def test_of_age_restores(self, mixed: Stored, keys: Keys, tmp_path: Path) -> None:
+        mixed.restores(tmp_path / "target", "--identity", keys.age)
+
+    def test_of_ssh_restores(self, mixed: Stored, keys: Keys, tmp_path: Path) -> None:
+        mixed.restores(tmp_path / "target", "--identity", keys.ssh)
+
+    def test_of_ssh_with_a_passphrase_restores_at_a_terminal(
+        self, mixed: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        arguments = ("restore", "latest", "--target", tmp_path / "target")
+        shown = at_a_terminal(
+            mixed.casfs, *arguments, "--identity", keys.locked_ssh, answers=[SSH_PASSPHRASE]
+        )
+        mixed.is_whole(tmp_path / "target")
+        assert str(keys.locked_ssh) in shown.complaint
+        assert SSH_PASSPHRASE not in shown.complaint
+        sentence = mixed.casfs.refuses("ls", "latest", "--identity", keys.locked_ssh)
+        assert "needs a passphrase, and there is no terminal" in sentence
+
+    def test_of_gpg_restores_by_the_agent(self, mixed: Stored, keys: Keys, tmp_path: Path) -> None:
+        mixed.restores(tmp_path / "target", env={"GNUPGHOME": str(keys.gpg_home)})
+
+    def test_of_a_passphrase_from_a_file_restores(
+        self, mixed: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        mixed.restores(tmp_path / "target", "--passphrase-file", keys.passphrase)
+
+    def test_of_a_passphrase_from_a_descriptor_restores(
+        self, mixed: Stored, tmp_path: Path
+    ) -> None:
+        mixed.restores(tmp_path / "target", "--passphrase-fd", "0", stdin=PASSPHRASE.encode())
+
+    def test_of_a_passphrase_from_a_command_restores(
+        self, mixed: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        command = f"cat '{keys.passphrase}'"
+        mixed.restores(tmp_path / "target", "--passphrase-command", command)
+
+    def test_of_a_passphrase_from_the_terminal_restores(
+        self, mixed: Stored, tmp_path: Path
+    ) -> None:
+        arguments = ("restore", "latest", "--target", tmp_path / "target")
+        shown = at_a_terminal(mixed.casfs, *arguments, answers=[PASSPHRASE])
+        mixed.is_whole(tmp_path / "target")
+        assert PASSPHRASE not in shown.complaint
+
+    def test_may_be_named_in_the_environment(self, mixed: Stored, keys: Keys) -> None:
+        for env in (
+            {"CASFS_IDENTITY": f"{keys.stranger}:{keys.age}"},
+            {"CASFS_PASSPHRASE_FILE": str(keys.passphrase)},
+            {"CASFS_PASSPHRASE_COMMAND": f"cat {keys.passphrase}"},
+        ):
+            assert "readme.txt" in mixed.casfs.run("ls", "-R", "latest", env=env).text
+
+
+class TestPlainTools:
+    """What wrapped the keys of a session can unwrap them without casfs."""
+
+    def sessions(self, stored: Stored) -> list[Path]:
+        assert stored.casfs.repository is not None
+        found = sorted((stored.casfs.repository / "sessions").iterdir())
+        assert len(found) == 3
+        return found
+
+    @staticmethod
+    def holds_the_session(name: str, text: bytes) -> None:
+        document = json.loads(text)
+        assert document["casfs"] == "session 1"
+        assert document["id"] == name
+        assert len(document["secret"]) == 64
+
+    def test_age_opens_every_session_with_an_identity_and_with_an_ssh_key(
+        self, mixed: Stored, keys: Keys
+    ) -> None:
+        for session in self.sessions(mixed):
+            (file,) = session.glob("*.age")
+            for identity in (keys.age, keys.ssh):
+                done = subprocess.run(
+                    ["age", "--decrypt", "-i", identity, file], capture_output=True, check=True
+                )
+                self.holds_the_session(session.name, done.stdout)
+            refused = subprocess.run(
+                ["age", "--decrypt", "-i", keys.stranger, file], capture_output=True, check=False
+            )
+            assert refused.returncode != 0 and refused.stdout == b""
+
+    def test_gpg_opens_every_session(self, mixed: Stored, keys: Keys) -> None:
+        for session in self.sessions(mixed):
+            (file,) = session.glob("*.gpg")
+            done = subprocess.run(
+                ["gpg", "--quiet", "--batch", "--decrypt", file],
+                env=gpg_environment(keys.gpg_home),
+                capture_output=True,
+                check=True,
+            )
+            self.holds_the_session(session.name, done.stdout)
+
+
+class TestWithoutAKey:
+    def test_snapshots_tells_times_and_sizes_and_nothing_else(self, mixed: Stored) -> None:
+        listed = mixed.casfs.json("snapshots").of_type("snapshot")
+        assert len(listed) == 2
+        for one in listed:
+            assert sorted(one) == ["bytes", "closed", "id", "new_bytes", "time", "type"]
+            assert one["bytes"] > 3_000_000
+        assert listed[1]["new_bytes"] == 0
+        shown = mixed.casfs.run("snapshots")
+        assert "nothing was given that opens it" in shown.complaint
+        assert str(mixed.source) not in shown.text
+
+    def test_check_of_the_storage_reads_every_object(self, mixed: Stored) -> None:
+        told = mixed.casfs.json("check", "--storage").one("summary")
+        assert (told["ok"], told["damage"]) == (True, 0)
+        assert told["objects"] == 1 + 2 + 6 + 2  # packs, snapshots, files of sessions, identities
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("ls", "latest"),
+            ("find", "readme*"),
+            ("diff", "latest", "latest"),
+            ("dump", "latest:x"),
+            ("restore", "latest", "--target", "target"),
+            ("check", "--read-data"),
+            ("forget", "--keep-last", "1"),
+            ("prune",),
+            ("repair", "index"),
+            ("repair", "snapshots"),
+            ("tag", "latest", "--add", "x"),
+            ("changed", "latest"),
+            ("log", "latest:x"),
+            ("stats",),
+            ("snapshots", "--tag", "x"),
+            ("key", "rewrap"),
+        ],
+        ids=" ".join,
+    )
+    def test_every_other_verb_says_what_is_missing(
+        self, mixed: Stored, arguments: tuple[str, ...]
+    ) -> None:
+        said = mixed.casfs.run(*arguments, expect=1)
+        assert said.out == b""
+        assert len(said.complaints) == 1
+        assert "give --identity FILE, or a passphrase" in said.complaint
+
+    def test_mount_says_what_is_missing_and_mounts_nothing(
+        self, mixed: Stored, tmp_path: Path
+    ) -> None:
+        (tmp_path / "at").mkdir()
+        sentence = mixed.casfs.refuses("mount", tmp_path / "at")
+        assert "give --identity FILE" in sentence
+
+
+class TestWrongKeys:
+    def test_a_wrong_passphrase_is_told(self, mixed: Stored) -> None:
+        how = ("--passphrase-fd", "0")
+        for wrong in (b"wrong\n", PASSPHRASE.upper().encode(), b" " + PASSPHRASE.encode()):
+            said = mixed.casfs.run("ls", "latest", *how, stdin=wrong, expect=1)
+            assert said.complaints == ["casfs: the passphrase is wrong"]
+
+    def test_an_unusable_passphrase_is_a_mistake_of_the_caller(self, mixed: Stored) -> None:
+        for wrong, word in ((b"", "empty"), (b"\n", "empty"), (b"\xff\xfe", "not UTF-8")):
+            said = mixed.casfs.run("ls", "latest", "--passphrase-fd", "0", stdin=wrong, expect=2)
+            assert word in said.complaint
+        said = mixed.casfs.run(
+            *("ls", "latest", "--passphrase-fd", "0", "--passphrase-command", "true"), expect=2
+        )
+        assert "from one place" in said.complaint
+
+    def test_a_source_of_a_passphrase_that_fails_is_told(
+        self, mixed: Stored, tmp_path: Path
+    ) -> None:
+        for arguments, word in (
+            (("--passphrase-file", tmp_path / "none"), "No such file"),
+            (("--passphrase-fd", "77"), "Bad file descriptor"),
+            (("--passphrase-command", "false"), "it ended with 1"),
+            (("--passphrase-command", "no-such-program-here"), "cannot be run"),
+            (("--passphrase-command", ""), "cannot be run"),
+            (("--passphrase-command", "unclosed '"), "cannot be run"),
+        ):
+            said = mixed.casfs.run("ls", "latest", *arguments, expect=1)
+            assert word in said.complaint and len(said.complaints) == 1, said
+
+    def test_an_identity_of_somebody_else_opens_nothing(self, mixed: Stored, keys: Keys) -> None:
+        sentence = mixed.casfs.refuses("ls", "latest", "--identity", keys.stranger)
+        assert "none of the identities that were given opens this" in sentence
+
+    def test_a_recipient_in_the_place_of_an_identity_is_told(
+        self, mixed: Stored, tmp_path: Path, keys: Keys
+    ) -> None:
+        file = tmp_path / "public"
+        file.write_text(keys.age_public)
+        sentence = mixed.casfs.refuses("ls", "latest", "--identity", file)
+        assert "line 1: it is not an age identity" in sentence
+
+    def test_without_gpg_its_keys_cannot_be_used_and_all_others_can(
+        self, mixed: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        env = {"GNUPGHOME": str(keys.gpg_home), "PATH": str(tmp_path)}
+        said = mixed.casfs.run("ls", "latest", env=env, expect=1)
+        assert "give --identity" in said.complaint
+        mixed.casfs.run("ls", "latest", "--identity", keys.age, env=env)
+        # A backup wraps its session to everybody, so it needs what the recipients need.
+        copy = tmp_path / "repository"
+        assert mixed.casfs.repository is not None
+        shutil.copytree(mixed.casfs.repository, copy)
+        said = mixed.casfs.at(copy).run("backup", mixed.source, env=env, expect=1)
+        assert "gpg is not installed" in said.complaint
+        assert (
+            list((copy / "snapshots").iterdir())
+            == [
+                copy / "snapshots" / path.name
+                for path in (mixed.casfs.repository / "snapshots").iterdir()
+            ]
+            or len(list((copy / "snapshots").iterdir())) == 2
+        )
+
+
+@pytest.fixture
+def stored(casfs: Casfs, keys: Keys, tmp_path: Path) -> Stored:
+    """A repository for one age key, and the host that writes to it."""
+    casfs.run("init", "--recipient", keys.age_public)
+    source = fill(tmp_path / "source")
+    stored = Stored(casfs, source)
+    stored.back_up()
+    return stored
+
+
+def listed(casfs: Casfs, *arguments: str | Path) -> list[str]:
+    return [one["id"] for one in casfs.json("snapshots", *arguments).of_type("snapshot")]
+
+
+class TestVerbs:
+    """What works in any repository works in an encrypted one, for who has the key."""
+
+    def test_that_look(self, stored: Stored, keys: Keys, tmp_path: Path) -> None:
+        casfs, source = stored.casfs, stored.source
+        key = ("--identity", keys.age)
+        (source / "readme.txt").write_bytes(b"read me again\n")
+        stored.back_up("--tag", "second")
+        first, second = listed(casfs, *key)
+        inside = source.name
+        assert f"{inside}/link" in casfs.run("ls", "-R", "latest", *key).text
+        assert f"{inside}/readme.txt" in casfs.run("find", "readme*", *key).text
+        assert "readme.txt" in casfs.run("diff", first, second, *key).text
+        dumped = casfs.run("dump", f"latest:{inside}/readme.txt", *key)
+        assert dumped.out == b"read me again\n"
+        assert second[:12] in casfs.run("log", f"latest:{inside}/readme.txt", *key).text
+        assert casfs.json("changed", "latest", *key).of_type("file") == []
+        assert casfs.json("stats", *key).one("stats")["snapshots"] == 2
+        assert listed(casfs, *key, "--tag", "second") == [second]
+        stored.restores(tmp_path / "target", *key)
+
+    def test_that_keep_well(self, stored: Stored, keys: Keys, tmp_path: Path) -> None:
+        casfs, source = stored.casfs, stored.source
+        key = ("--identity", keys.age)
+        (source / "documents" / "noise").unlink()
+        (source / "other").write_bytes(os.urandom(200_000))
+        stored.back_up()
+        assert casfs.json("check", *key).one("summary")["ok"]
+        assert casfs.json("check", "--read-data", *key).one("summary")["packs_read"] == 2
+        old = listed(casfs, *key)
+        new = casfs.json("tag", "latest", "--add", "kept", *key).one("snapshot")
+        assert new["replaces"] == old[1]
+        casfs.run("forget", "--keep-tag", "kept", *key)
+        assert listed(casfs, *key) == [new["id"]]
+        pruned = casfs.json("prune", *key).one("prune")
+        assert pruned["freed_bytes"] > 2_900_000
+        casfs.run("repair", "index", *key)
+        assert casfs.json("repair", "snapshots", *key).of_type("repaired") == []
+        assert casfs.json("check", "--read-data", *key).one("summary")["ok"]
+        assert casfs.json("check", "--storage").one("summary")["ok"]
+        stored.restores(tmp_path / "target", *key)
+        assert (
+            "not there any more"
+            not in casfs.run("backup", source.name, cwd=source.parent).complaint
+        )
+
+    @pytest.mark.fuse
+    def test_that_mount_show_new_snapshots_as_they_come(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        her = reader(stored.casfs, tmp_path)
+        with mounted(her, "--identity", keys.age, at=tmp_path / "at") as at:
+            latest = at / "snapshots" / "latest"
+            stored.is_whole(latest)
+            (stored.source / "more").write_bytes(b"more")
+            stored.back_up()
+            inside = stored.source.name
+            wait_until(lambda: (latest / inside / "more").exists(), "the snapshot is shown")
+            stored.is_whole(latest)
+
+    def test_that_store_use_the_identity_too(self, stored: Stored, keys: Keys) -> None:
+        again = stored.back_up("--identity", keys.age)
+        assert again["unchanged"] == 3
+        assert again["parent"] == listed(stored.casfs)[0]
+
+
+class TestHostThatCannotRead:
+    def test_reads_no_unchanged_file_and_stores_nothing(self, stored: Stored) -> None:
+        assert stored.casfs.repository is not None
+        packs = sorted((stored.casfs.repository / "packs").rglob("*"))
+        again = stored.back_up()
+        assert (again["files"], again["unchanged"], again["new_blobs"]) == (3, 3, 0)
+        assert sorted((stored.casfs.repository / "packs").rglob("*")) == packs
+
+    def test_stores_a_change_and_what_it_stored_before_only_once(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        noise = (stored.source / "documents" / "noise").read_bytes()
+        (stored.source / "copy").write_bytes(noise)
+        again = stored.back_up()
+        assert again["unchanged"] == 3
+        assert again["new_bytes"] < 100_000
+        stored.restores(tmp_path / "target", "--identity", keys.age)
+
+    def test_that_lost_its_cache_stores_everything_anew_and_right(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        shutil.rmtree(stored.casfs.home / ".cache" / "casfs")
+        again = stored.back_up()
+        assert again["unchanged"] == 0
+        stored.restores(tmp_path / "target", "--identity", keys.age)
+        assert stored.back_up()["unchanged"] == 3
+
+    def test_that_lost_its_state_is_told_as_unproven_until_it_accepts_with_an_identity(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        casfs, key = stored.casfs, ("--identity", keys.age)
+        shutil.rmtree(casfs.home / ".local" / "state" / "casfs")
+        said = casfs.run("backup", stored.source.name, cwd=stored.source.parent)
+        assert "its snapshots are told as unproven" in said.complaint
+        her = Stored(reader(casfs, tmp_path), stored.source)
+        her.restores(tmp_path / "target", *key)
+        assert "is unproven" in her.casfs.run("ls", "latest", *key).complaint
+        casfs.run("key", "accept", *key)
+        assert (
+            "unproven"
+            not in casfs.run("backup", stored.source.name, cwd=stored.source.parent).complaint
+        )
+        her.restores(tmp_path / "again", *key)
+        assert "unproven" not in her.casfs.run("ls", "latest", *key).complaint
+        assert casfs.json("check", "--read-data", *key).one("summary")["ok"]
+
+    def test_that_lost_everything_backs_up_correctly(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        (stored.source / "more").write_bytes(b"more")
+        fresh = Stored(reader(stored.casfs, tmp_path), stored.source)
+        fresh.back_up()
+        fresh.restores(tmp_path / "target", "--identity", keys.age)
+
+    def test_refuses_unless_the_recipients_are_those_of_its_file(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "recipients"
+        file.write_text(keys.age_public + "\n")
+        stored.back_up("--recipients-file", file)
+        file.write_text(f"{keys.stranger_public}\n")
+        sentence = stored.casfs.refuses("backup", stored.source, "--recipients-file", file)
+        assert "other recipients than the file names" in sentence
+
+    def test_may_be_another_user_who_has_the_recipients_only(
+        self, keys: Keys, superuser: None
+    ) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="cn"))
+        try:
+            folder.chmod(0o755)
+            as_nobody: tuple[str, ...] = (
+                "setpriv",
+                f"--reuid={NOBODY}",
+                f"--regid={NOBODY}",
+                "--clear-groups",
+            )
+            probe = subprocess.run([*as_nobody, *program(), "version"], capture_output=True)
+            if probe.returncode:  # the interpreter lies where only root may look
+                read = "+dac_read_search"
+                as_nobody += (f"--inh-caps={read}", f"--ambient-caps={read}")
+            home, source = folder / "home", fill(folder / "source")
+            home.mkdir()
+            os.chown(home, NOBODY, NOBODY)
+            recipients = folder / "recipients"
+            recipients.write_text(keys.age_public + "\n")
+            mine = Casfs(folder / "repository", folder)
+            mine.run("init", "--recipients-file", recipients)
+            assert mine.repository is not None
+            for path in (mine.repository, *mine.repository.rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+            theirs = Stored(Casfs(mine.repository, home), source)
+            how = ("--recipients-file", recipients)
+            for unchanged in (0, 3):
+                told = theirs.back_up(*how, prefix=as_nobody)
+                assert told["unchanged"] == unchanged
+            theirs.casfs.run("ls", "latest", expect=1, prefix=as_nobody)
+            owners = {path.stat().st_uid for path in (mine.repository / "packs").rglob("*")}
+            assert owners == {NOBODY}
+            stored = Stored(mine, source)
+            stored.restores(folder / "target", "--identity", keys.age)
+        finally:
+            shutil.rmtree(folder)
+
+
+class TestTwoHosts:
+    def test_share_what_they_store_where_both_have_the_identity(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        second = reader(stored.casfs, tmp_path)
+        key = ("--identity", keys.age)
+        told = Stored(second, stored.source).back_up(*key, "--host", "second")
+        assert told["new_bytes"] < 100_000
+        assert "unproven" not in second.run("ls", "latest", *key).complaint
+        Stored(second, stored.source).restores(tmp_path / "target", *key)
+        # The first finds what the second stored, since both write in one domain.
+        (stored.source / "more").write_bytes(os.urandom(500_000))
+        Stored(second, stored.source).back_up(*key, "--host", "second")
+        assert stored.back_up(*key)["new_bytes"] < 100_000
+
+    def test_that_cannot_read_store_apart_and_a_prune_packs_both_domains_anew(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        casfs, source = stored.casfs, stored.source
+        key = ("--identity", keys.age)
+        second = reader(casfs, tmp_path)
+        told = Stored(second, source).back_up("--host", "second")
+        assert told["new_bytes"] > 3_000_000
+        # Half of what each of them stored goes, so that what stays is packed anew.
+        (source / "documents" / "noise").unlink()
+        for host in (casfs, second):
+            Stored(host, source).back_up("--host", "short")
+        casfs.run("forget", "--host", "short", "--keep-last", "2", *key)
+        everything = casfs.json("snapshots", *key).of_type("snapshot")
+        for one in everything:
+            if one["host"] != "short":
+                casfs.run("forget", one["id"], *key)
+        pruned = casfs.json("prune", *key).one("prune")
+        assert pruned["repacked_packs"] >= 2
+        for number, name in enumerate(listed(casfs, *key)):
+            target = tmp_path / f"target {number}"
+            casfs.run("restore", name, "--target", target, *key)
+            stored.is_whole(target)
+        assert casfs.json("check", "--read-data", *key).one("summary")["ok"]
+        # Each finds its own blobs again where they are now.
+        for host in (casfs, second):
+            shutil.rmtree(host.home / ".cache" / "casfs")
+            assert Stored(host, source).back_up(*key)["new_bytes"] < 100_000
+
+
+class TestKeys:
+    def key_list(self, casfs: Casfs) -> list[str]:
+        return [one["value"] for one in casfs.json("key", "list").of_type("recipient")]
+
+    def test_that_are_added_open_what_is_stored_next_and_the_rest_after_a_rewrap(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        casfs = stored.casfs
+        theirs = ("--identity", keys.stranger)
+        casfs.run("key", "add", "--recipient", keys.stranger_public)
+        assert self.key_list(casfs) == [keys.age_public, keys.stranger_public]
+        her = reader(casfs, tmp_path)
+        said = her.run("ls", "latest", *theirs, expect=1)
+        assert len(said.complaints) >= 1
+        assert "none of the identities" in her.run("check", *theirs, expect=1).complaint
+        (stored.source / "more").write_bytes(b"more")
+        stored.back_up()
+        assert listed(her, *theirs) == listed(her, "--identity", keys.age)[1:]
+        said = casfs.run("key", "rewrap", "--identity", keys.age)
+        assert "3 sessions" in said.text
+        assert listed(her, *theirs) == listed(her, "--identity", keys.age)
+        Stored(her, stored.source).restores(tmp_path / "target", *theirs)
+
+    def test_that_are_removed_open_nothing_that_is_stored_next_and_nothing_after_a_rewrap(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        casfs = stored.casfs
+        mine, theirs = ("--identity", keys.age), ("--identity", keys.stranger)
+        casfs.run("key", "add", "--recipient", keys.stranger_public)
+        casfs.run("key", "remove", keys.age_public[:20])
+        assert self.key_list(casfs) == [keys.stranger_public]
+        stored.back_up()
+        her = reader(casfs, tmp_path)
+        assert len(listed(her, *mine)) == 1
+        assert len(listed(her, *theirs)) == 1
+        casfs.run("key", "rewrap", *mine, *theirs)
+        her.run("ls", "latest", *mine, expect=1)
+        Stored(her, stored.source).restores(tmp_path / "target", *theirs)
+        assert casfs.json("check", "--storage").one("summary")["ok"]
+
+    def test_of_all_recipients_the_last_stays(self, stored: Stored, keys: Keys) -> None:
+        said = stored.casfs.run("key", "remove", keys.age_public, expect=2)
+        assert "the last recipient cannot be removed" in said.complaint
+        stored.casfs.run("key", "remove", "age1nobody", expect=2)
+        stored.casfs.run("key", "add", expect=2)
+        assert self.key_list(stored.casfs) == [keys.age_public]
+
+    def test_of_gpg_are_added_and_open_everything_after_a_rewrap(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        env = {"GNUPGHOME": str(keys.gpg_home)}
+        stored.casfs.run("key", "add", "--recipient", "ann@example.org", env=env)
+        assert self.key_list(stored.casfs) == [keys.age_public, keys.gpg]
+        stored.casfs.run("key", "rewrap", "--identity", keys.age)
+        her = Stored(reader(stored.casfs, tmp_path), stored.source)
+        her.restores(tmp_path / "target", env=env)
+
+    def test_are_not_changed_by_a_machine_that_knows_other_recipients(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        other = reader(stored.casfs, tmp_path)
+        other.run("key", "add", "--recipient", keys.stranger_public)
+        for arguments in (
+            ("backup", stored.source),
+            ("key", "add", "--recipient", keys.ssh_public),
+            ("key", "remove", keys.age_public),
+            ("key", "rewrap", "--identity", keys.age),
+        ):
+            said = stored.casfs.run(*arguments, expect=1)
+            assert "are not those that this machine knows" in said.complaint
+        stored.casfs.run("key", "accept")
+        stored.back_up()
+
+    def test_of_an_unencrypted_repository_there_are_none(self, repository: Casfs) -> None:
+        for arguments in (("list",), ("rewrap",), ("add", "--recipient", "age1x")):
+            said = repository.run("key", *arguments, expect=None)
+            assert said.exit in (1, 2) and len(said.complaints[-1].split()) > 3
+
+
+class TestPassphrases:
+    def test_are_asked_for_twice_at_a_terminal_and_changed(
+        self, casfs: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        at_a_terminal(casfs, "init", "--passphrase", answers=["one", "other"], expect=2)
+        assert casfs.repository is not None and not casfs.repository.exists()
+        at_a_terminal(casfs, "init", "--passphrase", answers=[PASSPHRASE, PASSPHRASE])
+        stored = Stored(casfs, source)
+        stored.back_up()
+        at_a_terminal(casfs, "ls", "latest", answers=["wrong"], expect=1)
+        at_a_terminal(casfs, "key", "passwd", answers=[PASSPHRASE, "new one", "new one"])
+        at_a_terminal(casfs, "ls", "latest", answers=[PASSPHRASE], expect=1)
+        (tmp_path / "new").write_text("new one")
+        stored.restores(tmp_path / "target", "--passphrase-file", tmp_path / "new")
+
+    def test_are_changed_without_a_terminal(
+        self, casfs: Casfs, source: Path, keys: Keys, tmp_path: Path
+    ) -> None:
+        old, new = ("--passphrase-file", keys.passphrase), tmp_path / "new"
+        new.write_text("new")
+        casfs.run("init", "--passphrase", *old)
+        casfs.backup(source)
+        casfs.run("key", "passwd", "--passphrase-file", new, "--new-passphrase-file", new, expect=1)
+        casfs.run("key", "passwd", *old, "--new-passphrase-file", new)
+        casfs.run("ls", "latest", *old, expect=1)
+        casfs.run("ls", "latest", "--passphrase-file", new)
+
+    def test_cannot_be_set_where_nobody_can_be_asked(self, casfs: Casfs) -> None:
+        said = casfs.run("init", "--passphrase", expect=2)
+        assert "no terminal" in said.complaint
+        assert casfs.repository is not None and not casfs.repository.exists()
+
+
+class TestSecrets:
+    def test_are_in_no_argument_no_output_and_no_file(
+        self, casfs: Casfs, keys: Keys, tmp_path: Path, source: Path
+    ) -> None:
+        trace = tmp_path / "trace"
+        env = {"GNUPGHOME": str(keys.gpg_home), "TMPDIR": str(tmp_path / "tmp")}
+        (tmp_path / "tmp").mkdir()
+        passphrase = ("--passphrase", "--passphrase-file", keys.passphrase)
+        said: list[Result] = []
+        for number, arguments in enumerate(
+            (
+                ("init", "--recipient", keys.age_public, "--recipient", keys.gpg, *passphrase),
+                ("backup", source),
+                ("ls", "latest"),
+                ("ls", "latest", "--passphrase-command", f"cat {keys.passphrase}"),
+                ("key", "rewrap", "--identity", keys.age, "--identity", keys.ssh),
+            )
+        ):
+            traced = ("strace", "-f", "-s", "10000", "-e", "trace=execve")
+            prefix = (*traced, "-o", f"{trace}.{number}")
+            said.append(casfs.run(*arguments, env=env, prefix=prefix))
+        executed = b"".join(path.read_bytes() for path in tmp_path.glob("trace.*"))
+        assert b'"gpg"' in executed and b"--passphrase-file" in executed
+        assert casfs.repository is not None
+        session = b"".join(
+            path.read_bytes() for path in casfs.repository.rglob("*") if path.is_file()
+        )
+        kept = b"".join(path.read_bytes() for path in casfs.home.rglob("*") if path.is_file())
+        spoken = b"".join(one.out + one.err for one in said)
+        for secret in keys.secrets():
+            for place in (executed, session, kept, spoken):
+                assert secret not in place
+        assert b"AGE-SECRET-KEY-" not in executed + session + kept + spoken
+        assert list((tmp_path / "tmp").iterdir()) == []
+
+    def test_are_in_no_file_that_others_can_read(self, stored: Stored) -> None:
+        assert stored.casfs.repository is not None
+        for folder in (
+            stored.casfs.home / ".local" / "state" / "casfs",
+            stored.casfs.home / ".cache" / "casfs",
+        ):
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            assert files
+            for path in files:
+                assert path.stat().st_mode & 0o077 == 0, path
