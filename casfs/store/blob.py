@@ -20,9 +20,6 @@ MAX_PLAIN_BYTES = 16 * 1024 * 1024
 _SMALLEST_COMPRESSIBLE = 64
 """Shorter plaintexts stay raw: a zstd frame's header and block header eat what little there is."""
 
-_PARALLEL_BYTES = 2 * 1024 * 1024
-"""From this much plaintext in one batch, compressing uses more than one thread."""
-
 
 class BlobKind(IntEnum):
     """What a blob is for; prune, check and encryption treat the kinds apart."""
@@ -52,10 +49,9 @@ class BlobCodec:
     `digest_key` keys the digests that are made here, where the repository is encrypted.
     """
 
-    def __init__(self, level: int, threads: int = 2, digest_key: bytes | None = None) -> None:
+    def __init__(self, level: int, digest_key: bytes | None = None) -> None:
         self._level = level
         self._digest_key = digest_key
-        self._threads = threads
         self._local = threading.local()
 
     def digest(self, plain: bytes | bytearray | memoryview) -> Digest:
@@ -71,11 +67,7 @@ class BlobCodec:
         wanted = [i for i, plain in enumerate(plains) if len(plain) >= _SMALLEST_COMPRESSIBLE]
         if not wanted:
             return payloads
-        total = sum(len(plains[i]) for i in wanted)
-        threads = self._threads if total >= _PARALLEL_BYTES and len(wanted) > 1 else 0
-        result = self._compressor().multi_compress_to_buffer(
-            [plains[i] for i in wanted], threads=threads
-        )
+        result = self._compressor().multi_compress_to_buffer([plains[i] for i in wanted])
         for position, i in enumerate(wanted):
             segment = result[position]
             if len(segment) < len(plains[i]):

@@ -1,15 +1,19 @@
 """Storing blobs: batches from one producer, deduplicated, compressed and packed behind its back.
 
-Two threads work for a writer: one looks up, compresses and packs; one seals full packs. Sealing is the
-one place with the order of durable steps: pack data, the pack's name, the index. `finish()` returns
-only when all that was put is durable and indexed. An error in either thread is raised by the next
-`put` or `finish`; batches wait in a bounded queue, so that memory is bounded.
+Four threads work for a writer: one looks up and packs, two compress what lies between the one and the
+other, a batch each, and one seals full packs. Batches are packed in the order in which they were put,
+whichever is compressed first. Sealing is the one place with the order of durable steps: pack data, the
+pack's name, the index. `finish()` returns only when all that was put is durable and indexed. An error
+in any thread is raised by the next `put` or `finish`; few batches wait between the threads, so that memory
+is bounded.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +23,7 @@ from blake3 import blake3
 
 from casfs.digest import Digest, PackId
 from casfs.errors import BlobError
-from casfs.store.blob import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind
+from casfs.store.blob import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec
 from casfs.store.pack import (
     ENCRYPTED_KIND,
     MAX_PACK_BLOBS,
@@ -42,10 +46,18 @@ PACK_BYTES = 64 * 1024 * 1024
 
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 512
-_QUEUED_BATCHES = 3
+_QUEUED_BATCHES = 2
+_COMPRESSING_THREADS = 2
+_COMPRESSED_AHEAD = _COMPRESSING_THREADS + 1
+"""Batches that are being compressed or are to be packed: one more than threads, so that none waits."""
+
+_LESS_URGENT = 5
+"""Niceness of the compressing threads: what keeps them busy must not wait for a core behind them."""
+
 _BUFFER_BYTES = 1024 * 1024
 
 Batch = list[tuple[BlobKind, Digest, bytes]]
+Payloads = list[tuple[Codec, bytes]]
 
 
 @dataclass(slots=True)
@@ -111,7 +123,7 @@ class BlobWriter:
         return self.stats
 
     def close(self) -> None:
-        """Stop both threads; packs that were sealed stay, an unfinished one is forgotten."""
+        """Stop all threads; packs that were sealed stay, an unfinished one is forgotten."""
         if self._closed:
             return
         self._closed = True
@@ -130,10 +142,15 @@ class BlobWriter:
             raise self._error
 
     def _run(self) -> None:
-        with ThreadPoolExecutor(1, "casfs-sealer") as sealer:
-            packer = _Packer(self, sealer)
+        with (
+            ThreadPoolExecutor(1, "casfs-sealer") as sealer,
+            ThreadPoolExecutor(
+                _COMPRESSING_THREADS, "casfs-compressor", initializer=_step_back
+            ) as compressors,
+        ):
+            packer = _Packer(self, sealer, compressors)
             try:
-                while (batch := self._queue.get()) is not None:
+                while (batch := self._next(packer)) is not None:
                     if self._error is None:
                         try:
                             packer.store(batch)
@@ -146,17 +163,41 @@ class BlobWriter:
             finally:
                 packer.discard()
 
+    def _next(self, packer: _Packer) -> Batch | None:
+        """Wait for the next batch; while there is none, what was compressed is packed."""
+        try:
+            while self._error is None and self._queue.empty() and packer.is_behind:
+                packer.pack_oldest()
+        except BaseException as error:  # handed to the producer, whose batches are still taken
+            self._error = error
+        return self._queue.get()
+
+
+def _step_back() -> None:
+    """Give the calling thread, and no other, a lower priority."""
+    thread = threading.get_native_id()
+    try:
+        nice = os.getpriority(os.PRIO_PROCESS, thread) + _LESS_URGENT
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
+    except OSError:
+        return  # where that is not allowed they work all the same
+
 
 class _Packer:
-    """The packing thread's state: the open pack and the one that is being sealed."""
+    """The packing thread's state: what is being compressed, the open pack, and the one being sealed."""
 
-    def __init__(self, writer: BlobWriter, sealer: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, writer: BlobWriter, sealer: ThreadPoolExecutor, compressors: ThreadPoolExecutor
+    ) -> None:
         self._store = writer._store
         self._stats = writer.stats
         self._dry_run = writer._dry_run
         self._in_memory = writer._in_memory
         self._session = writer._session
         self._pack_bytes = writer._pack_bytes
+        self._compressors = compressors
+        self._ahead: deque[tuple[Batch, Future[Payloads]]] = deque()
+        self._ahead_digests: set[Digest] = set()
         self._sealer = sealer
         self._sealing: Future[None] | None = None
         self._sealing_digests: set[Digest] = set()
@@ -164,12 +205,26 @@ class _Packer:
         self._pack: _OpenPack | None = None
 
     def store(self, batch: Batch) -> None:
-        """Store the blobs of a batch that nobody has yet."""
+        """Begin to compress the blobs of a batch that nobody has yet; pack those of an earlier one."""
         fresh = self._unknown(batch)
-        if not fresh:
-            return
-        payloads = self._store.codec.encode_many([plain for _, _, plain in fresh])
-        for (kind, digest, plain), (codec, payload) in zip(fresh, payloads, strict=True):
+        if fresh:
+            self._ahead_digests.update([digest for _, digest, _ in fresh])
+            plains = [plain for _, _, plain in fresh]
+            encoding = self._compressors.submit(self._store.codec.encode_many, plains)
+            self._ahead.append((fresh, encoding))
+        if len(self._ahead) >= _COMPRESSED_AHEAD:
+            self.pack_oldest()
+
+    @property
+    def is_behind(self) -> bool:
+        """Tell whether something was handed over that is not packed yet."""
+        return bool(self._ahead)
+
+    def pack_oldest(self) -> None:
+        """Wait until the oldest batch is compressed, and pack it."""
+        batch, encoding = self._ahead.popleft()
+        payloads = encoding.result()
+        for (kind, digest, plain), (codec, payload) in zip(batch, payloads, strict=True):
             if self._pack is None:
                 self._pack = self._new_pack()
             stored_bytes = self._pack.add(kind, codec, digest, plain, payload)
@@ -179,15 +234,21 @@ class _Packer:
             self._stats.new_stored_bytes += stored_bytes + RECORD.size
             if self._pack.bytes >= self._pack_bytes or len(self._pack.entries) >= MAX_PACK_BLOBS:
                 self._seal()
+        self._ahead_digests.difference_update([digest for _, digest, _ in batch])
 
     def finish(self) -> None:
-        """Seal what is left and wait for the sealer."""
+        """Pack and seal what is left and wait for the sealer."""
+        while self._ahead:
+            self.pack_oldest()
         self._seal()
         if self._sealing is not None:
             self._sealing.result()
 
     def discard(self) -> None:
-        """Forget an unfinished pack."""
+        """Forget what is not packed yet, and an unfinished pack."""
+        for _, encoding in self._ahead:
+            encoding.cancel()
+        self._ahead.clear()
         if self._pack is not None and self._pack.spool is not None:
             self._pack.spool.discard()
         self._pack = None
@@ -203,11 +264,12 @@ class _Packer:
         return _OpenPack(self._store.storage.spool(self._in_memory), cipher)
 
     def _unknown(self, batch: Batch) -> Batch:
+        unfinished = (self._ahead_digests, self._open_digests, self._sealing_digests)
         seen: set[Digest] = set()
         candidates: Batch = []
         for blob in batch:
             digest = blob[1]
-            if digest in seen or digest in self._open_digests or digest in self._sealing_digests:
+            if digest in seen or any(digest in those for those in unfinished):
                 continue
             seen.add(digest)
             candidates.append(blob)

@@ -38,10 +38,12 @@ class TestEncoding:
             *(Codec.RAW, Codec.RAW, Codec.ZSTD, Codec.RAW, Codec.ZSTD, Codec.ZSTD, Codec.RAW)
         ]
 
-    def test_of_a_big_batch_with_threads_gives_the_same_payloads(self) -> None:
+    def test_of_a_big_batch_gives_the_same_payloads_as_of_each_alone(
+        self, codec: BlobCodec
+    ) -> None:
         plains = [b"%d " % number + TEXT * 60 for number in range(8)]
-        assert BlobCodec(3, threads=2).encode_many(plains) == [
-            pair for plain in plains for pair in BlobCodec(3, threads=0).encode_many([plain])
+        assert codec.encode_many(plains) == [
+            pair for plain in plains for pair in codec.encode_many([plain])
         ]
 
     def test_what_does_not_shrink_stays_raw(self, codec: BlobCodec) -> None:

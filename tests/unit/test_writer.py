@@ -12,7 +12,7 @@ import pytest
 from casfs.digest import PackId, digest_of
 from casfs.errors import BlobError, StorageError
 from casfs.store import writer as writer_module
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
+from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind, Codec
 from casfs.store.index import Index, IndexedPack
 from casfs.store.pack import RECORD
 from casfs.store.store import BlobStore
@@ -104,6 +104,26 @@ class TestPacks:
         sizes = [size for _, size in store.stored_packs()]
         assert sum(size >= small_packs for size in sizes) >= len(sizes) - 1
         assert max(sizes) < small_packs + 20 * KIB
+
+    def test_hold_the_blobs_in_the_order_they_came_whichever_are_compressed_first(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch, small_packs: int
+    ) -> None:
+        plains = blobs("a", 12)
+        real = store.codec.encode_many
+        later = threading.Event()
+
+        def encode_many(batch: list[bytes]) -> list[tuple[Codec, bytes]]:
+            if plains[0] in batch:
+                assert later.wait(60)
+            else:
+                later.set()
+            return real(batch)
+
+        monkeypatch.setattr(store.codec, "encode_many", encode_many)
+        store_blobs(store, plains)
+        ((pack, size),) = store.stored_packs()
+        digests = [entry.digest for entry in store.read_directory(pack, size)]
+        assert digests == list(map(digest_of, plains))
 
     def test_are_sealed_at_the_greatest_number_of_blobs(
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
@@ -253,6 +273,23 @@ class TestFailure:
             writer.finish()
         writer.close()
 
+    def test_to_compress_is_raised_too_and_nothing_is_left_behind(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch, small_packs: int
+    ) -> None:
+        real = store.codec.encode_many
+        bad = noise("a 50", 10 * KIB)
+
+        def encode_many(plains: list[bytes]) -> list[tuple[Codec, bytes]]:
+            if bad in plains:
+                raise MemoryError("nothing to compress into")
+            return real(plains)
+
+        monkeypatch.setattr(store.codec, "encode_many", encode_many)
+        with pytest.raises(MemoryError, match="nothing to compress into"):
+            store_blobs(store, blobs("a", 100), pack_bytes=small_packs)
+        assert temporaries(store) == []
+        assert not any(store.index.known([digest_of(bad)]))
+
 
 class TestClosing:
     def test_forgets_the_unfinished_pack_and_keeps_the_sealed_ones(
@@ -276,7 +313,7 @@ class TestClosing:
             if is_known
         )
 
-    def test_ends_both_threads(self, store: BlobStore) -> None:
+    def test_ends_all_threads(self, store: BlobStore) -> None:
         before = threading.active_count()
         for finish in (True, False):
             writer = BlobWriter(store)
