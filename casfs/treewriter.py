@@ -89,10 +89,8 @@ class TreeWriter:
         return self._levels[level][0].tree
 
     def _is_previous(self) -> bool:
-        before = self._previous_nodes
-        return before is not None and (
-            len(before) == len(self._nodes) and all(map(_same, before, self._nodes))
-        )
+        # Equal entries are the same objects where nothing changed, which is seen before any field.
+        return self._previous_nodes == self._nodes
 
     def _ends_piece(self, node: Node) -> bool:
         # Big xattrs can fill a piece long before its entries do; sizes are counted from the first.
@@ -147,7 +145,3 @@ class TreeWriter:
         digest = self._digest(data)
         self._put(BlobKind.TREE, digest, data)
         return TreeRef(digest, nodes, size, flagged)
-
-
-def _same(before: Node, now: Node) -> bool:
-    return before is now or before == now

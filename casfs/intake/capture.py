@@ -13,7 +13,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from casfs.intake.freeze import Freezer
 from casfs.intake.reading import FileReader, Reading
@@ -82,8 +82,7 @@ class Patience:
         return read_bytes * self._read_s / max(self._read_bytes, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _Found(NamedTuple):
     """The result of one attempt; `again` says that its name means another file by now."""
 
     node: Node
@@ -194,7 +193,8 @@ class Capturer:
                 found = self._attempt_frozen(dir_fd, fd, name, attempt)
                 if found is not None:
                     return found
-            if began_ns - max(before.st_ctime_ns, before.st_mtime_ns) < _DIRTY_NS:
+            young_ns = began_ns - _DIRTY_NS
+            if before.st_ctime_ns > young_ns or before.st_mtime_ns > young_ns:
                 _clean_pages(fd)
                 before = os.fstat(fd)
             xattrs = read_xattrs(fd)
@@ -203,7 +203,9 @@ class Capturer:
             if reading.size == before.st_size and _is_same(before, after):
                 if not _is_racy(before, began_ns):
                     node = _make_node(name, before, xattrs, reading, State.STABLE, False)
-                    return _Found(_with(node, Reason.NONE, attempt, None), reading)
+                    if attempt > 1:
+                        node = _with(node, Reason.NONE, attempt, None)
+                    return _Found(node, reading)
                 return self._attest(fd, name, before, after, reading, attempt, Reason.NONE)
             return self._doubt(dir_fd, fd, name, before, after, reading, attempt)
         finally:
@@ -303,9 +305,10 @@ def _is_same(before: os.stat_result, after: os.stat_result) -> bool:
 
 def _is_racy(st: os.stat_result, began_ns: int) -> bool:
     """Tell whether a later change could leave the timestamps as they are."""
-    whole_seconds = st.st_mtime_ns % 1_000_000_000 == 0 and st.st_ctime_ns % 1_000_000_000 == 0
+    ctime_ns, mtime_ns = st.st_ctime_ns, st.st_mtime_ns
+    whole_seconds = mtime_ns % 1_000_000_000 == 0 and ctime_ns % 1_000_000_000 == 0
     grain_ns = _COARSE_NS if whole_seconds else _TICK_NS
-    return st.st_ctime_ns > began_ns - grain_ns or abs(st.st_mtime_ns - began_ns) < grain_ns
+    return ctime_ns > began_ns - grain_ns or abs(mtime_ns - began_ns) < grain_ns
 
 
 def _meaning(dir_fd: int, name: bytes, after: os.stat_result) -> Reason:

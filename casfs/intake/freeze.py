@@ -53,16 +53,15 @@ class Freezer:
 
     def __init__(self, mode: Freeze = Freeze.AUTO) -> None:
         self._mode = mode
+        self._is_auto = mode == Freeze.AUTO
         self._without: set[int] = set()
 
     def is_due(self, st: os.stat_result, now_ns: int) -> bool:
         """Tell whether a file is to be cloned before it is read at all."""
-        if self._mode == Freeze.AUTO:
-            age_ns = now_ns - max(st.st_mtime_ns, st.st_ctime_ns)
-            return (
-                age_ns < _FRESH_NS + st.st_size * _HOT_NS_PER_BYTE
-                and st.st_dev not in self._without
-            )
+        if self._is_auto:
+            hot_ns = now_ns - _FRESH_NS - st.st_size * _HOT_NS_PER_BYTE
+            is_hot = st.st_mtime_ns > hot_ns or st.st_ctime_ns > hot_ns
+            return is_hot and st.st_dev not in self._without
         # Of an empty file nothing is read; its size was taken at one instant.
         return self._mode == Freeze.REQUIRE and st.st_size > 0
 

@@ -13,6 +13,8 @@ from casfs.errors import IntegrityError
 from casfs.tree import Kind, Node, TreeRef
 from casfs.treereader import TreeReader
 
+_FILE, _DIRECTORY = Kind.FILE, Kind.DIRECTORY
+
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +59,7 @@ class Previous:
         self._nodes = iter(())
 
 
-def is_unchanged(node: Node, st: os.stat_result, kind: Kind) -> bool:
+def is_unchanged(node: Node, st: os.stat_result, kind: Kind | None) -> bool:
     """Tell whether an entry's metadata are those of a node that may be trusted to tell its content."""
     return (
         node.mtime_ns == st.st_mtime_ns
@@ -65,9 +67,9 @@ def is_unchanged(node: Node, st: os.stat_result, kind: Kind) -> bool:
         and node.inode == st.st_ino
         and node.kind == kind
         and not node.racy
-        and (kind != Kind.FILE or (node.size == st.st_size and not node.state))
+        and (kind is not _FILE or (node.size == st.st_size and not node.state))
         and node.nlink == st.st_nlink
-        and (node.nlink == 1 or kind == Kind.DIRECTORY or _has_device(node, st))
+        and (node.nlink == 1 or kind is _DIRECTORY or _has_device(node, st))
         and node.uid == st.st_uid
         and node.mode == st.st_mode & 0o7777
     )

@@ -9,18 +9,17 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from blake3 import blake3
 
 from casfs.chunker import Chunker
 from casfs.content import HOLE, RECORD, ContentWriter, Put
-from casfs.digest import Digest, update_zeros
+from casfs.digest import EMPTY_DIGEST, Digest, update_zeros
 from casfs.store.blob import BlobKind
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """What one pass found: the content list, the size in bytes and the plain digest of the file.
 
     `captured` is that digest where a node has to keep it, `pending` a blob that is stored only when
@@ -71,13 +70,14 @@ class FileReader:
             if not more:
                 break
             data += more
-        plain = Digest(blake3(data).digest())
         if not data:
-            return Reading(b"", 0, 0, plain, None)
+            return Reading(b"", 0, 0, EMPTY_DIGEST, None)
+        size = len(data)
+        plain = Digest(blake3(data).digest())
         if self._digest_is_plain:
-            return Reading(RECORD.pack(len(data), plain), 0, len(data), plain, None, (plain, data))
+            return Reading(RECORD.pack(size, plain), 0, size, plain, None, (plain, data))
         digest = self._digest(data)
-        return Reading(RECORD.pack(len(data), digest), 0, len(data), plain, plain, (digest, data))
+        return Reading(RECORD.pack(size, digest), 0, size, plain, plain, (digest, data))
 
     def _read_chunks(
         self, read_into: Callable[[memoryview], int], most_bytes: int | None

@@ -23,6 +23,8 @@ _KINDS = {
     stat.S_IFBLK: Kind.BLOCK_DEVICE,
 }
 
+_TYPE_BITS = 0o170000
+
 Xattrs = tuple[tuple[bytes, bytes], ...]
 
 _NO_XATTRS = frozenset([errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES, errno.ENOENT])
@@ -44,15 +46,26 @@ _LAST_LEASE_PAUSE_S = 3.0
 
 def kind_of(st: os.stat_result) -> Kind | None:
     """Return what an entry is, or None for a kind that is not known."""
-    return _KINDS.get(stat.S_IFMT(st.st_mode))
+    return _KINDS.get(st.st_mode & _TYPE_BITS)
 
 
 def open_file(dir_fd: int, name: bytes) -> int:
     """Open an entry for reading without following a symlink, waiting for a FIFO or touching its atime."""
+    try:
+        return os.open(name, _FILE_FLAGS | _noatime, dir_fd=dir_fd)
+    except (PermissionError, BlockingIOError):
+        return _open_patiently(dir_fd, name)
+
+
+def _open_patiently(dir_fd: int, name: bytes) -> int:
     pause_s = _FIRST_LEASE_PAUSE_S
     while True:
         try:
-            return _open_file(dir_fd, name)
+            try:
+                return os.open(name, _FILE_FLAGS | _noatime, dir_fd=dir_fd)
+            except PermissionError:
+                # O_NOATIME is for the owner only; where it was not that, this fails alike.
+                return os.open(name, _FILE_FLAGS, dir_fd=dir_fd)
         except BlockingIOError:
             # Somebody holds a lease, as Samba does for its clients, and has been told by this call
             # to give it back.
@@ -60,14 +73,6 @@ def open_file(dir_fd: int, name: bytes) -> int:
                 raise
             time.sleep(pause_s)
             pause_s *= 2
-
-
-def _open_file(dir_fd: int, name: bytes) -> int:
-    try:
-        return os.open(name, _FILE_FLAGS | _noatime, dir_fd=dir_fd)
-    except PermissionError:
-        # O_NOATIME is for the owner only; where it was not that, this fails alike.
-        return os.open(name, _FILE_FLAGS, dir_fd=dir_fd)
 
 
 def open_directory(dir_fd: int | None, name: bytes, follow: bool = False) -> int:
@@ -127,6 +132,8 @@ def path_of_entry(dir_fd: int, name: bytes) -> bytes:
 
 def storable_time(time_ns: int) -> int:
     """Return a time as a node can hold it: one before 1677 or after 2262 becomes the nearest that fits."""
+    if _EARLIEST_NS <= time_ns <= _LATEST_NS:
+        return time_ns
     return max(_EARLIEST_NS, min(time_ns, _LATEST_NS))
 
 

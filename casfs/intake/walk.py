@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 _MAX_LINKS = 100_000
 """Hard-linked files remembered at a time; one that was forgotten is read again and stores nothing."""
 
+_FILE, _DIRECTORY = Kind.FILE, Kind.DIRECTORY
+"""Looked up once: to ask a class of names for one takes longer than to compare it."""
+
 _MEANINGS = 3
 """What a name may turn into while it is looked at, before it is given up."""
 
@@ -124,6 +127,7 @@ class Walker:
         self._trees = trees
         self._exclusions = exclusions
         self._matcher: PatternMatcher | None = exclusions.matcher()
+        self._is_picky = self._matcher is not None or exclusions.larger_than is not None
         self._one_file_system = one_file_system
         self._left_out = left_out
         self._is_stored = is_stored if not reread else lambda _: False
@@ -148,11 +152,12 @@ class Walker:
 
     def count(self, node: Node) -> None:
         """Count an entry that goes into the snapshot."""
-        if node.kind == Kind.FILE:
+        if node.kind == _FILE:
+            progress = self._progress
             self.stats.files += 1
-            self._progress.files += 1
-            self._progress.done_bytes += node.size
-        elif node.kind == Kind.DIRECTORY:
+            progress.files += 1
+            progress.done_bytes += node.size
+        elif node.kind == _DIRECTORY:
             self.stats.directories += 1
         else:
             self.stats.others += 1
@@ -183,48 +188,74 @@ class Walker:
 
     def _advance(self, frame: _Frame, depth: int) -> _Frame | None:
         """Handle entries of a directory until one is a directory to go into; None when all are done."""
+        take = frame.previous.take
+        if frame.places is not None:
+            for name in frame.names:
+                child = self._enter_place(frame, name, join(frame.path, name), take(name))
+                if child is not None:
+                    return child
+            return None
+        is_trusting = self._is_stored is None and not self._is_picky and frame.marker is None
         for name in frame.names:
-            path = join(frame.path, name)
-            previous = frame.previous.take(name)
-            if frame.places is not None:
-                child = self._enter_place(frame, name, path, previous)
-            else:
-                child = self._enter(frame, name, path, previous, depth)
+            previous = take(name)
+            try:
+                st = os.stat(name, dir_fd=frame.fd, follow_symlinks=False)
+            except OSError as error:
+                self._failed(join(frame.path, name), error)
+                continue
+            kind = kind_of(st)
+            if (
+                previous is not None
+                and kind is not _DIRECTORY
+                and is_trusting
+                and is_unchanged(previous, st, kind)
+            ):
+                self._keep(frame, previous)
+                continue
+            child = self._enter(frame, name, join(frame.path, name), st, kind, previous, depth)
             if child is not None:
                 return child
         return None
+
+    def _keep(self, frame: _Frame, node: Node) -> None:
+        """Add an entry that is what it was in the previous snapshot."""
+        self.stats.unchanged += node.kind == _FILE
+        self.count(node)
+        frame.tree.add(node)
 
     def _enter(
         self,
         frame: _Frame,
         name: bytes,
         path: bytes,
+        st: os.stat_result,
+        kind: Kind | None,
         previous: Node | None,
         depth: int,
-        meanings: int = 1,
     ) -> _Frame | None:
         """Add an entry, or return the frame of a directory to go into."""
-        try:
-            st = os.stat(name, dir_fd=frame.fd, follow_symlinks=False)
-        except OSError as error:
-            self._failed(path, error)
-            return None
-        kind = kind_of(st)
-        is_directory = kind == Kind.DIRECTORY
-        if self._is_excluded(frame, name, path, st, is_directory):
-            return None
-        if not is_directory:
+        for _ in range(_MEANINGS):
+            is_directory = kind is _DIRECTORY
+            if self._is_excluded(frame, name, path, st, is_directory):
+                return None
+            if is_directory:
+                if os.path.samestat(st, self._left_out):
+                    self._monitor.problem(repository_left_out(path))
+                    return None
+                return self._enter_directory(frame, name, path, st, previous, depth)
             try:
                 self._add_entry(frame, name, path, st, kind, previous)
+                return None
             except NotRegularError:
-                if meanings < _MEANINGS:
-                    return self._enter(frame, name, path, previous, depth, meanings + 1)
-                self._failed(path, _restless())
-            return None
-        if os.path.samestat(st, self._left_out):
-            self._monitor.problem(repository_left_out(path))
-            return None
-        return self._enter_directory(frame, name, path, st, previous, depth)
+                pass
+            try:
+                st = os.stat(name, dir_fd=frame.fd, follow_symlinks=False)
+            except OSError as error:
+                self._failed(path, error)
+                return None
+            kind = kind_of(st)
+        self._failed(path, _restless())
+        return None
 
     def _enter_directory(
         self,
@@ -358,18 +389,22 @@ class Walker:
         if (
             previous is not None
             and is_unchanged(previous, st, kind)
-            and (self._is_stored is None or kind != Kind.FILE or self._is_stored(previous))
+            and (self._is_stored is None or kind is not _FILE or self._is_stored(previous))
         ):
-            self.stats.unchanged += kind == Kind.FILE
-            node = previous
-        else:
-            try:
-                node = self._read_entry(frame, name, path, st, kind)
-            except OSError as error:
-                self._failed(path, error)
-                return
-            if self._reread and previous is not None and kind == Kind.FILE:
-                self._compare(path, previous, node, st)
+            self._keep(frame, previous)
+            return
+        try:
+            if kind is _FILE:
+                node = self._read_file(frame, name, path, st)
+            else:
+                where = path_of_entry(frame.fd, name)
+                target = os.readlink(name, dir_fd=frame.fd) if kind == Kind.SYMLINK else b""
+                node = make_node(name, st, kind, read_xattrs(where), target)
+        except OSError as error:
+            self._failed(path, error)
+            return
+        if self._reread and previous is not None and kind is _FILE:
+            self._compare(path, previous, node, st)
         self.count(node)
         frame.tree.add(node)
 
@@ -383,18 +418,9 @@ class Walker:
         self.stats.silently_changed += 1
         self._monitor.problem(problem_of_silence(path, previous, node))
 
-    def _read_entry(
-        self, frame: _Frame, name: bytes, path: bytes, st: os.stat_result, kind: Kind
-    ) -> Node:
-        if kind == Kind.FILE:
-            return self._read_file(frame, name, path, st)
-        where = path_of_entry(frame.fd, name)
-        target = os.readlink(name, dir_fd=frame.fd) if kind == Kind.SYMLINK else b""
-        return make_node(name, st, kind, read_xattrs(where), target)
-
     def _read_file(self, frame: _Frame, name: bytes, path: bytes, st: os.stat_result) -> Node:
-        key = (st.st_dev, st.st_ino)
         if st.st_nlink > 1:
+            key = (st.st_dev, st.st_ino)
             link = self._links.get(key)
             if link is not None and is_unchanged(link.node, st, Kind.FILE):
                 link.left -= 1
@@ -410,7 +436,7 @@ class Walker:
         if node.nlink > 1:
             if len(self._links) >= _MAX_LINKS:
                 self._links.pop(next(iter(self._links)))
-            self._links[key] = _Link(node, node.nlink)
+            self._links[st.st_dev, st.st_ino] = _Link(node, node.nlink)
         return node
 
     def _tell(self, path: bytes, node: Node) -> None:
@@ -428,6 +454,8 @@ class Walker:
     ) -> bool:
         if frame.marker is not None and name != frame.marker:
             return True
+        if not self._is_picky:
+            return False
         limit = self._exclusions.larger_than
         if limit is not None and st.st_size > limit and kind_of(st) == Kind.FILE:
             return True
