@@ -42,12 +42,19 @@ class Kind(IntEnum):
     BLOCK_DEVICE = 7
 
 
+_FILE, _DIRECTORY, _SYMLINK = map(int, (Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK))
+"""Plain numbers, for what is asked of every node."""
+
+
 class State(IntEnum):
     """How a regular file was captured (see the README, "A file that changes")."""
 
     STABLE = 0
     APPENDED = 1
     CHANGED = 2
+
+
+_CHANGED = int(State.CHANGED)
 
 
 class Reason(IntEnum):
@@ -196,7 +203,7 @@ def _check_leaf(nodes: list[Node]) -> None:
 def check_node(node: Node) -> None:
     """Raise TreeError for an entry whose fields contradict each other or are out of bounds."""
     kind = node.kind
-    if kind == Kind.FILE:
+    if kind == _FILE:
         sound = (
             node.tree is None
             and 0 <= node.size <= MAX_FILE_BYTES
@@ -205,11 +212,11 @@ def check_node(node: Node) -> None:
             and (node.captured is None or len(node.captured) == DIGEST_BYTES)
             and 0 <= node.state <= 2
         )
-    elif kind == Kind.DIRECTORY:
+    elif kind == _DIRECTORY:
         sound = node.tree is not None and _is_sound(node.tree)
     else:
         sound = node.tree is None and 3 <= kind <= 7
-        if kind == Kind.SYMLINK:
+        if kind == _SYMLINK:
             sound = sound and len(node.content) > 0 and b"\0" not in node.content
     if not (
         sound
@@ -276,9 +283,9 @@ def summary_of(nodes: list[Node]) -> tuple[int, int, int]:
             count += tree.nodes
             size += tree.total_bytes
             flagged += tree.flagged
-        elif node.kind == Kind.FILE:
+        elif node.kind == _FILE:
             size += node.size
-            if node.state == State.CHANGED:
+            if node.state == _CHANGED:
                 flagged += 1
     return count, size, flagged
 
