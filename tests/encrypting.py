@@ -64,7 +64,7 @@ class EncryptedKeeper:
         self.config = Repository.create(self.root, recipients or (RECIPIENT,))
 
     def writing(self, verb: str = "test") -> Repository:
-        return Repository.open(self.root, verb, sync=False)
+        return Repository.open(self.root, verb, sync=False, closed_ok=True)
 
     def reading(self) -> Repository:
         return Repository.open(self.root, unlock=unlock)

@@ -93,7 +93,9 @@ def test_every_file_of_it_restores_with_its_digest(frozen: Path, tmp_path: Path)
 
 
 def test_without_a_key_nothing_of_it_is_shown(frozen: Path) -> None:
-    with Repository.open(frozen) as repository, pytest.raises(KeyMissingError):
+    with pytest.raises(KeyMissingError, match="check --storage"):
+        Repository.open(frozen)
+    with Repository.open(frozen, closed_ok=True) as repository, pytest.raises(KeyMissingError):
         list(repository.snapshots())
 
 
