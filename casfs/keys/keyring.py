@@ -98,6 +98,23 @@ class Keyring:
                 log.warning("%s", error)
         return found
 
+    def damaged(self) -> list[SessionError]:
+        """Return what is wrong with the sessions that there are, and with that of the configuration.
+
+        Of those that the identities do not open nothing is known.
+        """
+        found = []
+        for session_id in sorted({self._first, *session_ids(self._storage)}):
+            try:
+                self.session(session_id)
+            except KeyMissingError:
+                continue
+            except SessionError as error:
+                # A prune may have removed it meanwhile.
+                if session_id == self._first or session_id in session_ids(self._storage):
+                    found.append(error)
+        return found
+
     def is_proven(self, session: Session) -> bool:
         """Tell whether a session's writer had the repository's own domain.
 

@@ -59,11 +59,17 @@ class Checker:
     def check(self, read: ReadChoice | None = None) -> CheckResult:
         """Check the structure, and read the packs that are chosen (None: none of them)."""
         Scrubber(self._repository, self.result, self._monitor).scrub(read)
+        self._check_sessions()
         self._check_snapshots()
         return self.result
 
     def _report(self, damage: Damage) -> None:
         self.result.damage.append(damage)
+
+    def _check_sessions(self) -> None:
+        if self._repository.vault is not None:
+            for error in self._repository.vault.keyring.damaged():
+                self._report(Damage("session", str(error)))
 
     def _check_snapshots(self) -> None:
         self._walk_snapshots()

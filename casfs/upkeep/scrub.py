@@ -42,7 +42,7 @@ _NOTED_AFTER_S = 5.0
 class Damage:
     """Something that is not as it should be.
 
-    `what` is "pack", "blob", "index", "snapshot", "tree" or "file"; fields that do not apply are
+    `what` is "pack", "blob", "index", "session", "snapshot", "tree" or "file"; fields that do not apply are
     None. `ranges` are begin and end in bytes of what a file has lost.
     """
 

@@ -22,17 +22,23 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+from casfs.cli.app import run as run_command
 from casfs.digest import Digest
 from casfs.errors import CasfsError, IntegrityError
 from casfs.intake.backup import BackupOptions, back_up
+from casfs.keys import age
+from casfs.keys.identity import Identities
 from casfs.monitor import Progress, RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
 from casfs.store import writer as writer_module
+from casfs.store.config import RepositoryConfig
 from casfs.store.index import Index
 from casfs.store.lock import LockMode
+from casfs.store.storage import Storage
 from casfs.store.writer import BlobWriter
 from casfs.tagging import retag
 from casfs.upkeep.check import Checker
@@ -172,6 +178,52 @@ def act_look_through_the_mount(root: Path, step: Step) -> dict[str, dict[str, st
         return look_through_the_mount(repository)
 
 
+def act_look_with_a_key(
+    root: Path, step: Step, secret: str, home: str
+) -> dict[str, dict[str, dict[str, str]]]:
+    """Look at all snapshots of an encrypted repository, by reading it and through the mount."""
+    _live_in(home)
+
+    def unlock(storage: Storage, config: RepositoryConfig) -> Identities:
+        return Identities([age.identity_from_line(secret)])
+
+    with Repository.open(root, unlock=unlock) as repository:
+        seen = look_at_snapshots(repository)
+        return {"read": seen, "mounted": look_through_the_mount(repository) if seen else {}}
+
+
+def act_command(
+    root: Path, step: Step, arguments: list[str], home: str, stdin: str = ""
+) -> dict[str, Any]:
+    """Do what the installed command does, without the time that it takes to start."""
+    _live_in(home)
+    os.environ["CASFS_REPOSITORY"] = str(root)
+    kept = [os.dup(number) for number in (0, 1, 2)]
+    with TemporaryFile() as given, TemporaryFile() as out, TemporaryFile() as err:
+        given.write(stdin.encode())
+        given.seek(0)
+        for number, file in enumerate((given, out, err)):
+            os.dup2(file.fileno(), number)
+        try:
+            code = run_command(arguments)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, old in enumerate(kept):
+                os.dup2(old, number)
+        out.seek(0)
+        err.seek(0)
+        said = [stream.read().decode("utf-8", "backslashreplace") for stream in (out, err)]
+    return {"exit": code, "out": said[0], "err": said[1]}
+
+
+def _live_in(home: str) -> None:
+    for name in [one for one in os.environ if one.startswith(("XDG_", "CASFS_", "GNUPG"))]:
+        del os.environ[name]
+    os.environ["HOME"] = home
+    os.chdir(home)
+
+
 def act_trusts(root: Path, step: Step, blobs: list[str]) -> list[bool]:
     """Ask the index alone, as a writer does that has it open."""
     index = Index(root / "index", readonly=True)
@@ -284,7 +336,8 @@ def small_packs() -> None:
     def writer(
         self: Repository, dry_run: bool = False, spool_in_memory: bool = False
     ) -> BlobWriter:
-        return BlobWriter(self.store, dry_run, spool_in_memory, pack_bytes=PACK_BYTES)
+        session = self.vault.session if self.vault is not None else None
+        return BlobWriter(self.store, dry_run, spool_in_memory, PACK_BYTES, session)
 
     setattr(Repository, "writer", writer)  # noqa: B010 - mypy refuses to assign to a method
     writer_module._BUFFER_BYTES = 4 * KIB

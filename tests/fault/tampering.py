@@ -1,0 +1,194 @@
+"""An encrypted repository on a hostile storage: what there is to change, and ways to change it.
+
+Whoever keeps the storage can also name a changed object by its new digest, so that nothing looks wrong
+to who has no key; that is what `RENAMED` does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from casfs.digest import digest_of
+from casfs.repository import read_config
+from casfs.store.pack import RECORD, SESSION_HEADER, TRAILER
+
+from ..encrypting import PUBLIC, SECRET
+from ..unit.storing import noise
+from .looking import Files, look_at_source
+from .stage import KIB, Stage
+
+PASSPHRASE = "correct horse"
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """How a command ended and what it said."""
+
+    exit: int
+    out: str
+    err: str
+
+
+@dataclass(slots=True)
+class Hostile:
+    """A repository in a folder, with the homes of a host that writes to it and of a reader."""
+
+    stage: Stage
+    folder: Path
+    published: dict[str, Files] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "repository"
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "source"
+
+    def run(self, *arguments: str | Path, home: str, stdin: str = "") -> Said:
+        """Run a command; one that fails has said so in a sentence."""
+        where = self.folder / home
+        where.mkdir(exist_ok=True)
+        words = [str(one) for one in arguments]
+        told = self.stage.act(
+            "command", self.root, arguments=words, home=str(where), stdin=stdin
+        ).done()
+        said = Said(**told)
+        assert "Traceback" not in said.out + said.err, said
+        assert said.exit in (0, 1, 5), said
+        if said.exit:
+            assert len((said.err + said.out).split()) >= 3, said
+        return said
+
+    def back_up(self, *more: str) -> Said:
+        """Back up as the host that cannot read; remember what a snapshot that came of it shows."""
+        before = set(os.listdir(self.root / "snapshots"))
+        said = self.run("backup", "--no-sync", self.source, *more, home="writer")
+        for name in set(os.listdir(self.root / "snapshots")) - before:
+            self.published[name] = look_at_source(self.source)
+        return said
+
+    def identity(self) -> tuple[str, Path]:
+        return "--identity", self.folder / "identity"
+
+    def look(self, home: str) -> dict[str, dict[str, Files]] | None:
+        """Return what is read and what a mount shows, None where that was refused."""
+        where = self.folder / home
+        where.mkdir(exist_ok=True)
+        told = self.stage.act("look_with_a_key", self.root, secret=SECRET, home=str(where))
+        assert told.exit == 0, told
+        seen: dict[str, dict[str, Files]] | None = told.result
+        assert seen is not None or (told.error is not None and told.error["exit"] in (1, 5)), told
+        return seen
+
+    def objects(self, folder: str) -> list[Path]:
+        """Return the files of a kind, the newest last."""
+        found = [path for path in (self.root / folder).rglob("*") if path.is_file()]
+        return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def make_hostile(stage: Stage, folder: Path) -> Hostile:
+    """Make a repository with two snapshots, of which each has packs of its own."""
+    made = Hostile(stage, folder)
+    (made.source / "a").mkdir(parents=True)
+    (folder / "identity").write_text(SECRET + "\n")
+    for number in range(4):
+        (made.source / "a" / str(number)).write_bytes(noise(f"a {number}", 12 * KIB))
+    passphrase = ("--passphrase", "--passphrase-fd", "0")
+    said = made.run("init", "--recipient", PUBLIC, *passphrase, home="writer", stdin=PASSPHRASE)
+    assert said.exit == 0, said
+    assert made.back_up().exit == 0
+    for number in range(3):
+        (made.source / "a" / str(number)).write_bytes(noise(f"b {number}", 15 * KIB))
+    assert made.back_up().exit == 0
+    assert len(made.published) == 2
+    # A reader who has seen the sound repository before.
+    assert made.run("check", *made.identity(), home="knowing").exit == 0
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of an object."""
+
+    path: Path
+    begin: int
+    end: int
+
+
+def parts_of(hostile: Hostile) -> dict[str, Part]:
+    """Return what can be changed, by what it is."""
+    root = hostile.root
+    config = read_config(root)
+    assert config.encryption is not None
+    first = root / "sessions" / config.encryption.session
+    sessions = hostile.objects("sessions")
+    (identity,) = hostile.objects("identities")
+    pack, snapshot = hostile.objects("packs")[-1], hostile.objects("snapshots")[-1]
+    size = pack.stat().st_size
+    directory = int.from_bytes(pack.read_bytes()[-TRAILER.size : -TRAILER.size + 8], "little")
+
+    def whole(path: Path) -> Part:
+        return Part(path, 0, path.stat().st_size)
+
+    return {
+        "the configuration": whole(root / "config"),
+        "the list of recipients": whole(root / "recipients"),
+        "the first session": whole(next(first.iterdir())),
+        "the last session": whole(sessions[-1]),
+        "the identity of the passphrase": whole(identity),
+        "the header of a pack": Part(pack, 0, SESSION_HEADER),
+        "the records of a pack": Part(pack, SESSION_HEADER, directory - RECORD.size),
+        "the directory of a pack": Part(pack, directory, size - TRAILER.size),
+        "the trailer of a pack": Part(pack, size - TRAILER.size, size),
+        "the header of a snapshot": Part(snapshot, 0, 16),
+        "the envelope of a snapshot": Part(snapshot, 16, 104),
+        "the payload of a snapshot": Part(snapshot, 104, snapshot.stat().st_size),
+    }
+
+
+def _flip(place: int) -> Callable[[bytes, Part, bytes], bytes]:
+    """Return what flips a bit at a share, in hundredths, of the part."""
+
+    def change(data: bytes, part: Part, other: bytes) -> bytes:
+        at = part.begin + (part.end - 1 - part.begin) * place // 100
+        return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+    return change
+
+
+def _cut(data: bytes, part: Part, other: bytes) -> bytes:
+    return data[: (part.begin + part.end) // 2]
+
+
+def _replaced(data: bytes, part: Part, other: bytes) -> bytes:
+    return other
+
+
+FLIPS: dict[str, Any] = {f"with a bit flipped at {place} %": _flip(place) for place in (0, 45, 100)}
+CHANGES: dict[str, Any] = {
+    **FLIPS,
+    "cut": _cut,
+    "in the place of which another of the repository stands": _replaced,
+    "in the place of which one of another repository stands": _replaced,
+}
+RENAMED = ", renamed to its digest"
+
+
+def tamper(part: Part, what: str, other: bytes) -> Path:
+    """Change an object; returns where it is then."""
+    data = CHANGES[what.removesuffix(RENAMED)](part.path.read_bytes(), part, other)
+    part.path.write_bytes(data)
+    if not what.endswith(RENAMED):
+        return part.path
+    _, dot, suffix = part.path.name.partition(".")
+    new = digest_of(data).hex()
+    folder = part.path.parent
+    if folder.parent.name == "packs":
+        folder = folder.parent / new[:2]
+        folder.mkdir(exist_ok=True)
+    return part.path.rename(folder / (new + dot + suffix))
