@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ from typing import Any
 
 import zstandard
 from blake3 import blake3
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.cli.backing import exit_code
 from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.monitor import Problem, RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
+from casfs.store.index import Location
+from casfs.store.session import SessionId
 from casfs.store.store import pack_name
 from casfs.tree import Kind, Node
 from casfs.upkeep.check import Checker
@@ -27,6 +31,8 @@ from mount.errands import Errands
 from mount.pieces import PieceCache
 from mount.view import SnapshotView, Sources
 from mount.waiting import Waiting
+
+from ..encrypting import RECIPIENT, unlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +138,36 @@ class Keeper:
         found = 0
         for digest, place in store.index.blobs():
             name = pack_name(store.index.pack_id(place.pack))
-            payload = store.storage.read(name, place.offset, place.stored_bytes)
+            payload = bytes(store.storage.read(name, place.offset, place.stored_bytes))
             assert len(payload) == place.stored_bytes
-            plain = zstandard.decompress(payload) if place.codec else bytes(payload)
+            codec, whole = place.codec, blake3()
+            if self.repository.vault is not None:
+                codec, payload, key = self._decrypted(name, place, payload)
+                whole = blake3(key=key)
+            plain = zstandard.decompress(payload) if codec else payload
             assert len(plain) == place.plain_bytes
-            assert blake3(plain).digest() == digest, f"poisoned: {digest.hex()}"
+            assert whole.update(plain).digest() == digest, f"poisoned: {digest.hex()}"
             found += 1
         assert found > 0
 
+    def _decrypted(self, name: str, place: Location, stored: bytes) -> tuple[int, bytes, bytes]:
+        """Return codec, payload and key of the digest, by the words of the document."""
+        assert self.repository.vault is not None
+        head = self.repository.store.storage.read(name, 0, 80)
+        session = self.repository.vault.keyring.session(SessionId(head[16:48]))
+        key = blake3(
+            session.secret + head[48:80], derive_key_context="casfs 2026-11-23 pack key"
+        ).digest()
+        record = b"cBLB" + bytes([254, 16, 0, 0]) + len(stored).to_bytes(4, "little") + bytes(4)
+        plain = AESGCM(key).decrypt(place.offset.to_bytes(12, "little"), stored, record)
+        kind, codec, domain, plain_bytes = struct.unpack("<BBHI", plain[:8])
+        assert (kind, codec | 16, plain_bytes) == (place.kind, place.codec, place.plain_bytes)
+        return codec, plain[8:], session.domains[domain].digest_key
+
 
 @contextmanager
-def keeper(folder: Path) -> Iterator[Keeper]:
+def keeper(folder: Path, encrypted: bool = False) -> Iterator[Keeper]:
     """Make a repository and open it for backups."""
-    Repository.create(folder)
-    with Repository.open(folder, "test", sync=False) as repository:
+    Repository.create(folder, (RECIPIENT,) if encrypted else ())
+    with Repository.open(folder, "test", sync=False, unlock=unlock) as repository:
         yield Keeper(repository)

@@ -33,6 +33,16 @@ def kept(tmp_path: Path) -> Iterator[Keeper]:
 
 
 @pytest.fixture
+def kept_encrypted(own_home: Path) -> Iterator[Keeper]:
+    """The same, encrypted."""
+    with (
+        TemporaryDirectory(dir=own_home) as folder,
+        keeper(Path(folder) / "repository", encrypted=True) as found,
+    ):
+        yield found
+
+
+@pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Further attempts follow at once: what changes a file does not depend on time."""
     monkeypatch.setattr(capture, "FIRST_PAUSE_S", 0.0)

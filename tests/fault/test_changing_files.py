@@ -23,6 +23,8 @@ from .scripted_source import STEP, ScriptedSource, content
 pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("no_pauses")]
 
 SIZES = {"one chunk": 200_000, "many chunks": 3_000_000, "sparse": 400_000}
+ENCRYPTED = ", encrypted"
+SCENES = (*SIZES, "many chunks" + ENCRYPTED)
 MOMENTS = ("before", "between", "after", "witness")
 LAST_LOOK = 4
 """Three attempts, and one more at the end of the backup."""
@@ -94,18 +96,20 @@ def rules(change: str, moment: str, calm: bool, size: int) -> list[dict[str, Any
 
 @pytest.mark.parametrize("calm", [True, False], ids=["then calm", "never calm"])
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SCENES)
 @pytest.mark.parametrize("change", EXPECTED)
 def test_a_file_that_changes_is_captured_as_what_it_is(
     scripted: ScriptedSource,
-    kept: Keeper,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     change: str,
     size: str,
     moment: str,
     calm: bool,
 ) -> None:
-    size_bytes = SIZES[size]
+    how = "kept_encrypted" if size.endswith(ENCRYPTED) else "kept"
+    kept: Keeper = request.getfixturevalue(how)
+    size_bytes = SIZES[size.removesuffix(ENCRYPTED)]
     script = rules(change, moment, calm, size_bytes)
     told = {"seed": "old", "size": size_bytes, "sparse": size == "sparse", "rules": script}
     file = scripted.scene({"file": told, "other": {"seed": "other", "size": 5}}) / "file"
