@@ -38,7 +38,7 @@ from casfs.store import writer as writer_module
 from casfs.store.config import RepositoryConfig
 from casfs.store.index import Index
 from casfs.store.lock import LockMode
-from casfs.store.storage import Storage
+from casfs.store.storage import LocalStorage, Storage
 from casfs.store.writer import BlobWriter
 from casfs.tagging import retag
 from casfs.upkeep.check import Checker
@@ -197,8 +197,11 @@ def act_command(
 ) -> dict[str, Any]:
     """Do what the installed command does, without the time that it takes to start."""
     _live_in(home)
+    _tell_steps(step)
     os.environ["CASFS_REPOSITORY"] = str(root)
     kept = [os.dup(number) for number in (0, 1, 2)]
+    global told_on
+    told_on = kept[1]
     with TemporaryFile() as given, TemporaryFile() as out, TemporaryFile() as err:
         given.write(stdin.encode())
         given.seek(0)
@@ -215,6 +218,20 @@ def act_command(
         err.seek(0)
         said = [stream.read().decode("utf-8", "backslashreplace") for stream in (out, err)]
     return {"exit": code, "out": said[0], "err": said[1]}
+
+
+def _tell_steps(step: Step) -> None:
+    """Have every storage and every repository that is opened in this process tell its steps."""
+    make, open_it = LocalStorage.__init__, Repository.open
+
+    def made(self: LocalStorage, *rest: Any, **more: Any) -> None:
+        make(self, *rest, **{**more, "on_step": step})
+
+    def opened(*rest: Any, **more: Any) -> Repository:
+        return open_it(*rest, **{**more, "on_step": step})
+
+    setattr(LocalStorage, "__init__", made)  # noqa: B010 - mypy refuses to assign to a method
+    setattr(Repository, "open", opened)  # noqa: B010
 
 
 def _live_in(home: str) -> None:
@@ -297,8 +314,12 @@ class FailingCall:
         return os.fsencode(place).startswith(self._folder + b"/")
 
 
+told_on = 1
+"""The descriptor on which this process tells what it does."""
+
+
 def say(message: dict[str, Any]) -> None:
-    os.write(1, json.dumps(message).encode() + b"\n")
+    os.write(told_on, json.dumps(message).encode() + b"\n")
 
 
 def be_hurt_by(job: dict[str, Any]) -> None:

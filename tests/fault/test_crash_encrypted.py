@@ -1,0 +1,143 @@
+"""A backup into an encrypted repository, and every change of keys, is killed at every durable step.
+
+What was published opens with the keys that it opened with, and the next command does the work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from ..encrypting import OTHER_PUBLIC, OTHER_SECRET
+from .looking import look_at_source
+from .stage import Outcome, Stage, come_back, kept_as_it_is
+from .tampering import PASSPHRASE, Hostile, make_hostile
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def scene(stage: Stage) -> Iterator[Hostile]:
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield make_hostile(stage, Path(folder) / "it")
+
+
+def killed_everywhere(
+    scene: Hostile, *words: str | Path, home: str, stdin: str = ""
+) -> Iterator[Outcome]:
+    """Run a command once in peace, then kill it at one step after the other until it has no more.
+
+    The repository is each time what it was before, and so is what the machine remembers.
+    """
+    told: dict[str, Any] = {"arguments": [str(one) for one in words], "stdin": stdin}
+    told["home"] = str(scene.folder / home)
+    with kept_as_it_is(scene.folder) as copy:
+        whole = scene.stage.act("command", scene.root, **told)
+        assert whole.done()["exit"] == 0, whole
+        assert len(whole.steps) > 3, whole
+        stop = 0
+        while True:
+            come_back(copy, scene.folder)
+            outcome = scene.stage.act("command", scene.root, {"at": stop}, **told)
+            if not outcome.was_killed:
+                break
+            yield outcome
+            stop += 1
+        assert outcome.done()["exit"] == 0
+        assert stop == len(whole.steps)
+
+
+def must_be_sound(scene: Hostile, home: str = "fresh") -> set[str]:
+    """Require that all that was published is there and whole; returns the ids that are listed."""
+    seen = scene.look(home)
+    assert seen is not None
+    new = look_at_source(scene.source)
+    for files in seen.values():
+        for name, true in scene.published.items():
+            assert files[name] == true
+        for name in files.keys() - scene.published.keys():
+            assert files[name] == new
+    checked = scene.run("check", "--read-data", *scene.identity(), home=home)
+    assert checked.exit == 0, checked
+    return set(seen["read"])
+
+
+def test_a_backup_killed_anywhere_loses_nothing_and_the_next_one_does_its_work(
+    scene: Hostile,
+) -> None:
+    (scene.source / "new").write_bytes(b"new" * 1000)
+    known = dict(scene.published)
+    kills = 0
+    for _ in killed_everywhere(scene, "backup", "--no-sync", scene.source, home="writer"):
+        kills += 1
+        listed = must_be_sound(scene)
+        assert len(listed) in (2, 3)
+        said = scene.back_up()
+        assert (said.exit, "unproven" in said.err) == (0, False)
+        assert "is not there any more" not in said.err
+        assert scene.run("prune", "--no-sync", *scene.identity(), home="fresh").exit == 0
+        assert len(must_be_sound(scene)) == len(listed) + 1
+        # Keys of sessions in which nothing was stored are gone, and nothing else is left over.
+        sessions = {path.parent.name for path in scene.objects("sessions")}
+        assert len(sessions) <= 1 + len(scene.objects("packs")) + len(scene.objects("snapshots"))
+        assert list((scene.root / "tmp").iterdir()) == []
+        scene.published = dict(known)
+    assert kills > 10
+
+
+def test_a_rewrap_killed_anywhere_leaves_everything_open_and_the_next_one_ends_it(
+    scene: Hostile,
+) -> None:
+    assert scene.run("key", "add", "--recipient", OTHER_PUBLIC, home="writer").exit == 0
+    other = scene.folder / "other identity"
+    other.write_text(OTHER_SECRET + "\n")
+    words = ("key", "rewrap", *scene.identity())
+    for _ in killed_everywhere(scene, *words, home="writer"):
+        must_be_sound(scene)
+        assert scene.run(*words, home="writer").exit == 0
+        must_be_sound(scene)
+        assert scene.run("check", "--identity", other, home="other").exit == 0
+        sessions = [path.parent.name for path in scene.objects("sessions")]
+        assert len(sessions) == len(set(sessions)) == 3
+
+
+def test_a_change_of_recipients_killed_anywhere_leaves_a_list_that_the_host_follows(
+    scene: Hostile,
+) -> None:
+    words = ("key", "add", "--recipient", OTHER_PUBLIC)
+    known = dict(scene.published)
+    for _ in killed_everywhere(scene, *words, home="writer"):
+        must_be_sound(scene)
+        listed = scene.run("key", "list", home="nobody")
+        assert listed.exit == 0
+        if scene.back_up().exit:
+            # It was killed between the list and the memory of it: this machine asks first.
+            assert scene.run("key", "accept", home="writer").exit == 0
+            assert scene.back_up().exit == 0
+        assert scene.run(*words, home="writer").exit == 0
+        assert OTHER_PUBLIC in scene.run("key", "list", home="nobody").out
+        assert scene.back_up().exit == 0
+        must_be_sound(scene)
+        scene.published = dict(known)
+
+
+def test_a_change_of_the_passphrase_killed_anywhere_leaves_one_that_opens(scene: Hostile) -> None:
+    (scene.folder / "new").write_text("the new one")
+    new = ("--new-passphrase-file", scene.folder / "new")
+    words = ("key", "passwd", "--passphrase-fd", "0", *new)
+
+    def opens(passphrase: str) -> bool:
+        how = ("--passphrase-fd", "0")
+        return scene.run("snapshots", *how, home="fresh", stdin=passphrase).exit == 0
+
+    for _ in killed_everywhere(scene, *words, home="writer", stdin=PASSPHRASE):
+        if opens(PASSPHRASE):
+            assert scene.run(*words, home="writer", stdin=PASSPHRASE).exit == 0
+            assert not opens(PASSPHRASE)
+        assert opens("the new one")
