@@ -264,8 +264,11 @@ class BlobStore:
         """
         name = pack_name(pack)
         data = self.storage.read(name, 0, min(pack_bytes, MAX_PACK_BYTES))
-        cipher = self._ciphers.of(pack, name) if self._ciphers is not None else None
         entries: list[PackEntry] = []
+        try:
+            cipher = self._ciphers.of(pack, name) if self._ciphers is not None else None
+        except PackError:
+            return entries  # without its header nothing in it can be decrypted
         for offset, kind, codec, stored_bytes, plain_bytes in scan_records(data, HEADER.size):
             payload = data[offset : offset + stored_bytes]
             key = None

@@ -159,6 +159,9 @@ def test_no_change_of_an_object_passes(
         assert found == set(), told
     else:
         assert checked.exit == 5 or (checked.exit == 1 and part == "the last session"), told
+    if "of a pack" in part or "of a snapshot" in part:
+        assert stored.exit == 0, told
+        assert hostile.look("fresh") is not None, "one bad object stops every reader"
     if stored.exit == 0:
         assert len(hostile.published) == 3
 

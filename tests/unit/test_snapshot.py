@@ -18,9 +18,12 @@ from casfs.snapshot import (
     SnapshotStats,
     decode_snapshot,
     encode_snapshot,
+    read_envelope,
 )
 from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec
+from casfs.store.session import Session
 from casfs.tree import Kind, TreeRef
+from tests.encrypting import SESSION, OneSession
 
 from .planting import entry, file
 
@@ -178,3 +181,66 @@ class TestWhatNobodyCouldRead:
         snapshot_id, data = encode_snapshot(big, codec)
         assert len(data) < MAX_SNAPSHOT_BYTES
         assert decode_snapshot(snapshot_id, data, codec) == big
+
+
+class TestEncrypted:
+    """A snapshot of an encrypted repository: what it tells to anybody, and what opens it."""
+
+    @pytest.fixture
+    def made(self, codec: BlobCodec) -> tuple[SnapshotId, bytes]:
+        return encode_snapshot(FULL, codec, SESSION)
+
+    def test_comes_back_with_its_session(
+        self, codec: BlobCodec, made: tuple[SnapshotId, bytes]
+    ) -> None:
+        assert decode_snapshot(*made, codec, OneSession()) == FULL
+        assert bytes(made[0]) == digest_of(made[1])
+
+    def test_tells_without_a_key_its_time_and_sizes_and_nothing_else(
+        self, made: tuple[SnapshotId, bytes]
+    ) -> None:
+        envelope = read_envelope(*made)
+        assert envelope is not None
+        assert envelope.session == SESSION.id
+        assert (envelope.time_ns, envelope.total_bytes) == (FULL.time_ns, 100)
+        for secret in ("häst".encode(), b"/home/a", b"daily", b"wheel", b"casfs 1", b"\x07" * 32):
+            assert secret not in made[1]
+
+    def test_of_an_unencrypted_one_there_is_no_envelope(self, codec: BlobCodec) -> None:
+        assert read_envelope(*encode_snapshot(FULL, codec)) is None
+
+    def test_has_other_bytes_every_time(self, codec: BlobCodec) -> None:
+        assert len({encode_snapshot(FULL, codec, SESSION)[0] for _ in range(3)}) == 3
+
+    def test_with_any_changed_byte_does_not_open_though_it_was_named_anew(
+        self, codec: BlobCodec, made: tuple[SnapshotId, bytes]
+    ) -> None:
+        data = made[1]
+        for place in range(len(data)):
+            changed = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+            new_id = SnapshotId(digest_of(changed))
+            with pytest.raises(TreeError, match="snapshot "):
+                decode_snapshot(new_id, changed, codec, AnySession())
+
+    def test_that_was_cut_and_named_anew_does_not_open(
+        self, codec: BlobCodec, made: tuple[SnapshotId, bytes]
+    ) -> None:
+        for size in (0, 15, 16, 50, 103, 104, 119, 120, len(made[1]) - 1):
+            data = made[1][:size]
+            with pytest.raises(TreeError):
+                decode_snapshot(SnapshotId(digest_of(data)), data, codec, AnySession())
+
+    def test_is_not_taken_for_one_of_an_unencrypted_repository_nor_the_other_way_round(
+        self, codec: BlobCodec, made: tuple[SnapshotId, bytes]
+    ) -> None:
+        with pytest.raises(TreeError, match="is encrypted, unlike its repository"):
+            decode_snapshot(*made, codec)
+        with pytest.raises(TreeError, match="is not encrypted, unlike its repository"):
+            decode_snapshot(*encode_snapshot(FULL, codec), codec, OneSession())
+
+
+class AnySession(OneSession):
+    """What takes any session's id for the one that it knows."""
+
+    def session(self, session_id: bytes) -> Session:
+        return SESSION
