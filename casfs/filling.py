@@ -6,6 +6,7 @@ Holes stay holes: nothing is written where the node has none.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from blake3 import blake3
 
@@ -22,11 +23,17 @@ _READ_BYTES = 1 << 20
 
 
 class Filler:
-    """Fill files from one repository; with `salvage` what is lost is left as zeros."""
+    """Fill files from one repository; with `salvage` what is lost is left as zeros.
 
-    def __init__(self, repository: Repository, salvage: bool) -> None:
+    `read` returns a chunk's verified plaintext, or raises BlobError.
+    """
+
+    def __init__(
+        self, repository: Repository, salvage: bool, read: Callable[[Digest], bytes]
+    ) -> None:
         self._repository = repository
         self._salvage = salvage
+        self._read_chunk = read
 
     def fill(self, fd: int, node: Node) -> Ranges:
         """Write the content of a file into an empty one and return what was lost of it.
@@ -34,10 +41,8 @@ class Filler:
         Raises BlobError or TreeError unless all of it verifies; with salvage only for what no zeros
         can stand for.
         """
-        if node.size:
-            os.ftruncate(fd, node.size)
         whole = blake3()
-        done = 0
+        done = written = 0
         lost: Ranges = []
         for extent in self._repository.content(node).extents(lost_lists=self._salvage):
             done = extent.begin + extent.length
@@ -49,6 +54,9 @@ class Filler:
                 continue
             whole.update(data)
             _write_at(fd, data, extent.begin)
+            written = done
+        if written < node.size:
+            os.ftruncate(fd, node.size)
         if done > node.size or (done < node.size and not lost):
             raise TreeError(f"its list tells {done} bytes where {node.size} were captured")
         if lost:
@@ -71,7 +79,7 @@ class Filler:
 
     def _chunk(self, extent: Extent, digest: Digest) -> bytes:
         check_chunk_length(extent)
-        data = self._repository.store.read(digest)
+        data = self._read_chunk(digest)
         if len(data) != extent.length:
             raise TreeError("a chunk does not have the length that is recorded for it")
         return data

@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from casfs import target
+from casfs.digest import Digest
 from casfs.errors import BlobError, IntegrityError
 from casfs.filling import Filler, reads_back
 from casfs.intake.exclude import PatternMatcher
 from casfs.monitor import Monitor, Problem, ProblemKind
+from casfs.readahead import ReadAhead
 from casfs.repository import Repository
 from casfs.tree import Kind, Node, Reason, State, captured_digest, hard_link_key
-from casfs.treereader import join
+from casfs.treereader import TreeReader, join
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,9 @@ class Restorer:
         self._monitor = monitor
         self._include = PatternMatcher(options.include) if options.include else None
         self._exclude = PatternMatcher(options.exclude) if options.exclude else None
-        self._filler = Filler(repository, options.salvage)
+        self._ahead: ReadAhead | None = None
+        self._trees = TreeReader(self._read)
+        self._filler = Filler(repository, options.salvage, self._read)
         self._links: dict[_LinkKey, bytes] = {}
         self._zeroed: dict[_LinkKey, list[tuple[int, int]]] = {}
         self._root_fd = -1
@@ -114,14 +118,33 @@ class Restorer:
             else:
                 root = self._frame(path, node, self._root_fd, self._include is None)
             self._base = len(root.path) + 1 if root.path else 0
+            if self._takes_everything():
+                self._ahead = ReadAhead(self._repository, path, node)
             self._run(root, with_root)
         finally:
+            if self._ahead is not None:
+                self._ahead.close()
             for frame in self._stack[1:]:
                 if frame.fd >= 0:
                     os.close(frame.fd)
             if self._root_fd >= 0:
                 os.close(self._root_fd)
         return self.result
+
+    def _takes_everything(self) -> bool:
+        """Tell whether all that is there will be read, as far as can be said before."""
+        options = self._options
+        return not (
+            options.include
+            or options.exclude
+            or options.dry_run
+            or options.overwrite != Overwrite.ALWAYS
+        )
+
+    def _read(self, digest: Digest) -> bytes:
+        if self._ahead is not None:
+            return self._ahead.read(digest)
+        return self._repository.store.read(digest)
 
     def _run(self, root: _Frame, with_root: bool) -> None:
         self._stack = [root]
@@ -140,6 +163,8 @@ class Restorer:
     def _advance(self, frame: _Frame) -> _Frame | None:
         for node in frame.nodes:
             path = join(frame.path, node.name)
+            if self._ahead is not None:
+                self._ahead.path = path
             if self._options.delete:
                 frame.kept.add(node.name)
             is_directory = node.tree is not None
@@ -166,7 +191,7 @@ class Restorer:
         """Yield a directory's entries; a damaged tree is reported where it ends."""
         assert frame.node.tree is not None
         try:
-            yield from self._repository.trees.nodes(frame.node.tree)
+            yield from self._trees.nodes(frame.node.tree)
         except IntegrityError as error:
             frame.complete = False
             self._damaged(frame.path, f"the directory cannot be read whole: {error}")

@@ -6,6 +6,8 @@ A regular file gets its name only when all of it is written; until then it has a
 from __future__ import annotations
 
 import errno
+import functools
+import itertools
 import os
 import secrets
 import shutil
@@ -14,6 +16,8 @@ import stat
 from casfs.tree import Kind, Node
 
 TEMPORARY_PREFIX = b".casfs-restore-"
+
+_serial = itertools.count()
 
 _NOT_MINE = frozenset([errno.EPERM, errno.EACCES, errno.ENOTSUP])
 """What a user who is not root cannot set is left, as `cp -a` leaves it."""
@@ -55,7 +59,12 @@ def remove(fd: int, name: bytes, st: os.stat_result) -> None:
 
 def temporary_name() -> bytes:
     """Return a name that nothing in the target has."""
-    return TEMPORARY_PREFIX + secrets.token_hex(8).encode()
+    return b"%s%s-%x" % (TEMPORARY_PREFIX, _own_mark(), next(_serial))
+
+
+@functools.cache
+def _own_mark() -> bytes:
+    return secrets.token_hex(8).encode()
 
 
 def create_file(fd: int, name: bytes) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from casfs.digest import Digest, PackId
 from casfs.errors import IndexUnusableError
@@ -50,8 +51,7 @@ IndexedPack = tuple[PackId, int, list[PackEntry]]
 """A pack's name, its size in bytes, and its entries."""
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(NamedTuple):
     """Where a blob's payload is: `pack` is the pack's ordinal, `offset` in bytes from its start."""
 
     pack: int
@@ -147,6 +147,16 @@ class Index:
         """Return where a blob is, trusted or not, or None."""
         value = self._env.read(lambda txn: txn.get(digest, db=self._blobs))
         return None if value is None else Location(*_LOCATION.unpack(value))
+
+    def lookups(self, digests: list[Digest]) -> list[Location | None]:
+        """Return where each blob is, as `lookup` does, in one transaction; for a few thousand at a time."""
+
+        def ask(txn: Transaction) -> list[Location | None]:
+            get, blobs, unpack = txn.get, self._blobs, _LOCATION.unpack
+            values = [get(digest, db=blobs) for digest in digests]
+            return [None if value is None else Location(*unpack(value)) for value in values]
+
+        return self._env.read(ask)
 
     def known(self, digests: Iterable[Digest]) -> list[bool]:
         """Tell for each digest whether the blob can be trusted to be stored.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from casfs.digest import Digest, PackId
@@ -22,7 +22,7 @@ from casfs.errors import (
     SessionError,
     StorageError,
 )
-from casfs.store.blob import ENCRYPTED, TAG_BYTES, BlobCodec
+from casfs.store.blob import ENCRYPTED, TAG_BYTES, BlobCodec, Encoded
 from casfs.store.condemned import condemned_packs
 from casfs.store.copies import Copies
 from casfs.store.coverage import Coverage
@@ -159,6 +159,25 @@ class BlobStore:
         return self.codec.decode(
             digest, inner.codec, inner.payload, plain_bytes, cipher.digest_key(inner)
         )
+
+    def decode_many(self, pack: PackId, wanted: Sequence[Encoded]) -> list[bytes | None]:
+        """Return the verified plaintexts of payloads of one pack, None for each that is not sound.
+
+        Raises PackError where nothing of the pack can be decrypted.
+        """
+        if self._ciphers is None:
+            return self.codec.decode_many(wanted)
+        plains: list[bytes | None] = []
+        for one in wanted:
+            try:
+                plains.append(
+                    self._decode(
+                        pack, one.digest, one.offset, one.codec, one.payload, one.plain_bytes
+                    )
+                )
+            except BlobError:
+                plains.append(None)
+        return plains
 
     def read_at(self, digest: Digest, location: Location) -> bytes:
         """Return the verified plaintext of a blob whose place was looked up before."""

@@ -10,7 +10,7 @@ import zstandard
 
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec, Codec
+from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec, Codec, Encoded
 
 from .storing import noise
 
@@ -166,3 +166,35 @@ def test_a_digest_is_that_of_any_buffer(codec: BlobCodec) -> None:
     assert (
         codec.digest(bytearray(TEXT)) == codec.digest(memoryview(TEXT)) == Digest(digest_of(TEXT))
     )
+
+
+class TestDecodingMany:
+    def test_gives_each_that_is_sound_and_none_of_the_others(self, codec: BlobCodec) -> None:
+        plains = [TEXT, b"raw", noise("raw too", 500), TEXT * 3, b"x" * 70]
+        payloads = codec.encode_many(plains)
+        sound = [
+            Encoded(digest_of(plain), 0, kind, payload, len(plain))
+            for plain, (kind, payload) in zip(plains, payloads, strict=True)
+        ]
+        flipped = bytearray(sound[0].payload)
+        flipped[len(flipped) // 2] ^= 1
+        unsound = [
+            sound[0]._replace(payload=bytes(flipped)),
+            sound[0]._replace(plain_bytes=len(TEXT) + 1),
+            sound[0]._replace(digest=digest_of(b"another")),
+            sound[0]._replace(payload=b"no frame"),
+            sound[1]._replace(payload=b"war"),
+            sound[1]._replace(plain_bytes=2),
+            sound[1]._replace(codec=9),
+        ]
+        assert codec.decode_many(sound) == plains
+        for one in unsound:
+            with pytest.raises(BlobError):
+                codec.decode(one.digest, one.codec, one.payload, one.plain_bytes)
+            assert codec.decode_many([one]) == [None]
+            assert codec.decode_many([*sound[:2], one, *sound[2:]]) == [
+                *plains[:2],
+                None,
+                *plains[2:],
+            ]
+        assert codec.decode_many([]) == []

@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("casfs.store.cipher", "casfs.store.condemned", "casfs.store.index"),
     ("casfs.store.copies", "casfs.store.coverage", "casfs.store.seal"),
     ("casfs.store.store",),
-    ("casfs.store.opening", "casfs.store.writer"),
+    ("casfs.store.bulk", "casfs.store.opening", "casfs.store.writer"),
     ("casfs.chunker", "casfs.tree"),
     ("casfs.content", "casfs.snapshot", "casfs.treereader"),
     ("casfs.flagged", "casfs.treewriter"),
@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("casfs.keys.vault",),
     ("casfs.keys.opening",),
     ("casfs.repository",),
-    ("casfs.selection", "casfs.target"),
+    ("casfs.readahead", "casfs.selection", "casfs.target"),
     ("casfs.filling",),
     (
         "casfs.intake",

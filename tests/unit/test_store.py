@@ -158,7 +158,7 @@ class TestReading:
 
 
 def _fields(location: Location) -> dict[str, int]:
-    return {name: getattr(location, name) for name in Location.__slots__}
+    return location._asdict()
 
 
 class TestIndexLost:

@@ -1,0 +1,170 @@
+"""Reading ahead: whoever goes through a tree in order finds every blob, however it was read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from casfs import readahead as readahead_module
+from casfs.content import ContentReader
+from casfs.digest import Digest, digest_of
+from casfs.errors import BlobError
+from casfs.readahead import ReadAhead
+from casfs.repository import Repository
+from casfs.store.store import BlobStore
+from casfs.tree import Kind, Node
+from casfs.treereader import TreeReader
+
+from .planting import Keeper
+from .storing import flip, noise
+
+FILES = 40
+
+
+@pytest.fixture
+def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keeper:
+    """A repository of files in some folders, and batches of a few blobs."""
+    monkeypatch.setattr(readahead_module, "_BATCH_BLOBS", 4)
+    source = tmp_path / "source"
+    for number in range(FILES):
+        path = source / f"{number % 5}" / f"{number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(noise(f"file {number % 30}", 2000))
+    (source / "3" / "big").write_bytes(noise("big", 9_000_000))
+    (source / "3" / "empty").write_bytes(b"")
+    keeper = Keeper(tmp_path)
+    keeper.back_up(source)
+    return keeper
+
+
+@pytest.fixture
+def repository(keeper: Keeper) -> Iterator[Repository]:
+    with keeper.reading() as opened:
+        yield opened
+
+
+@pytest.fixture
+def own_reads(monkeypatch: pytest.MonkeyPatch) -> list[Digest]:
+    """The digests of the blobs that the one who goes through the tree had to read himself."""
+    found: list[Digest] = []
+    real = BlobStore.read
+
+    def read(self: BlobStore, digest: Digest) -> bytes:
+        if threading.current_thread() is threading.main_thread():
+            found.append(digest)
+        return real(self, digest)
+
+    monkeypatch.setattr(BlobStore, "read", read)
+    return found
+
+
+def root_of(repository: Repository) -> Node:
+    _, snapshot = repository.resolve("latest")
+    return snapshot.root
+
+
+def go(ahead: ReadAhead, root: Node, skip: bytes = b"?") -> dict[bytes, bytes | BlobError]:
+    """Go through a tree as a restore does and return the contents of its files."""
+    contents: dict[bytes, bytes | BlobError] = {}
+    for path, node in TreeReader(ahead.read).walk(root):
+        ahead.path = path
+        if node.kind != Kind.FILE or path.split(b"/")[-2] == skip:
+            continue
+        try:
+            extents = ContentReader(node.content, node.levels, ahead.read).extents()
+            contents[path] = b"".join(ahead.read(one.digest) for one in extents if one.digest)
+        except BlobError as error:
+            contents[path] = error
+    return contents
+
+
+def wanted(repository: Repository, skip: bytes = b"?") -> dict[bytes, bytes]:
+    read = repository.store.read
+    return {
+        path: b"".join(read(one.digest) for one in repository.content(node).extents() if one.digest)
+        for path, node in repository.trees.walk(root_of(repository))
+        if node.kind == Kind.FILE and path.split(b"/")[-2] != skip
+    }
+
+
+def test_gives_every_blob_to_who_takes_all_and_he_reads_none(
+    repository: Repository, own_reads: list[Digest]
+) -> None:
+    root = root_of(repository)
+    with ReadAhead(repository, b"", root) as ahead:
+        found = go(ahead, root)
+    assert own_reads == []
+    assert found == wanted(repository)
+    assert len(found) == FILES + 2
+
+
+def test_who_passes_over_a_folder_finds_what_comes_behind_it(
+    repository: Repository, own_reads: list[Digest]
+) -> None:
+    root = root_of(repository)
+    with ReadAhead(repository, b"", root) as ahead:
+        found = go(ahead, root, skip=b"1")
+    assert own_reads == []
+    assert found == wanted(repository, skip=b"1")
+
+
+def test_a_blob_of_somewhere_else_is_read_all_the_same(repository: Repository) -> None:
+    root = root_of(repository)
+    last = max(wanted(repository))
+    node = repository.trees.resolve(root, last)
+    assert node is not None
+    digest = Digest(node.content[8:40])
+    with ReadAhead(repository, b"", root) as ahead:
+        assert digest_of(ahead.read(digest)) == digest
+
+
+def test_damage_is_met_by_who_asks_and_only_for_what_is_damaged(
+    keeper: Keeper, own_reads: list[Digest]
+) -> None:
+    bad = noise("file 7", 2000)
+    with keeper.reading() as repository:
+        location = repository.store.locate(digest_of(bad))
+        pack = repository.store.index.pack_id(location.pack).hex()
+        flip(repository.root / "packs" / pack[:2] / pack, location.offset + 100)
+    with keeper.reading() as repository:
+        root = root_of(repository)
+        with ReadAhead(repository, b"", root) as ahead:
+            found = go(ahead, root)
+    damaged = [path for path, content in found.items() if isinstance(content, BlobError)]
+    assert [path.split(b"/")[-1] for path in damaged] == [b"37", b"7"]
+    assert set(own_reads) == {digest_of(bad)}
+
+
+def test_a_tree_that_cannot_be_read_ends_it_and_the_rest_is_read_by_who_asks(
+    keeper: Keeper, own_reads: list[Digest]
+) -> None:
+    with keeper.reading() as repository:
+        root = root_of(repository)
+        folder = next(
+            node for path, node in repository.trees.walk(root) if path.endswith(b"source/2")
+        )
+        assert folder.tree is not None
+        location = repository.store.locate(Digest(folder.tree.digest))
+        pack = repository.store.index.pack_id(location.pack).hex()
+        flip(repository.root / "packs" / pack[:2] / pack, location.offset + 5)
+        own_reads.clear()
+        with ReadAhead(repository, b"", root) as ahead, pytest.raises(BlobError):
+            go(ahead, root)
+        assert own_reads == [Digest(folder.tree.digest)]
+        with ReadAhead(repository, b"", root) as ahead:
+            ahead.path = b"zzz"
+            assert ahead.read(digest_of(noise("file 29", 2000))) == noise("file 29", 2000)
+
+
+def test_it_can_be_closed_at_any_moment_and_leaves_no_thread(repository: Repository) -> None:
+    before = threading.active_count()
+    root = root_of(repository)
+    for count in range(8):
+        with ReadAhead(repository, b"", root) as ahead:
+            for path, _ in zip(wanted(repository), range(count), strict=False):
+                ahead.path = path
+                ahead.read(digest_of(noise("file 0", 2000)))
+    assert threading.active_count() == before
