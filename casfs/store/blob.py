@@ -197,9 +197,22 @@ class BlobCodec:
 
 
 def _tells(payload: bytes, plain_bytes: int) -> bool:
-    """Tell whether a frame has the size that is recorded, and one that is allowed."""
+    """Tell whether a payload is one frame and nothing else, of the size that is recorded and allowed."""
     try:
         told: int = zstandard.frame_content_size(payload)
+        end = zstandard.frame_header_size(payload)
     except zstandard.ZstdError:
         return False
-    return told == plain_bytes and 0 < plain_bytes <= MAX_PLAIN_BYTES
+    if told != plain_bytes or not 0 < plain_bytes <= MAX_PLAIN_BYTES:
+        return False
+    # The decompressor of batches would not look at what follows: RFC 8878, 3.1.1.2 tells where blocks end.
+    is_last = False
+    while not is_last:
+        header = int.from_bytes(payload[end : end + 3], "little")
+        if end + 3 > len(payload):
+            return False
+        is_last = bool(header & 1)
+        is_repeated_byte = header & 6 == 2
+        end += 3 + (1 if is_repeated_byte else header >> 3)
+    has_checksum = payload[4] & 4
+    return end + (4 if has_checksum else 0) == len(payload)

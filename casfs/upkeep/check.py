@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from casfs.bitmap import Bitmap
-from casfs.content import Extent
+from casfs.content import RECORD, Extent
 from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
 from casfs.monitor import Monitor
 from casfs.repository import Repository
+from casfs.store.index import Location
 from casfs.tree import (
     MAX_DEPTH,
     Kind,
@@ -32,6 +33,9 @@ from casfs.treereader import join
 from casfs.upkeep.scrub import Damage, ReadChoice, Scrubber, ScrubResult
 
 log = logging.getLogger(__name__)
+
+_MOST_LOCATED = 20_000
+"""Places of chunks that are kept in mind between a tree and the files in it."""
 
 
 @dataclass(slots=True)
@@ -55,6 +59,7 @@ class Checker:
         self._monitor = monitor
         self._visited = Bitmap()
         self._told_unknown: set[Digest] = set()
+        self._located: dict[Digest, Location] = {}
 
     def check(self, read: ReadChoice | None = None) -> CheckResult:
         """Check the structure, and read the packs that are chosen (None: none of them)."""
@@ -154,10 +159,19 @@ class Checker:
             return
         self.result.trees += 1
         if isinstance(piece, Leaf):
+            self._locate(piece.nodes)
             children: Iterator[Node | TreeRef] = iter(piece.nodes)
         else:
             children = iter([part.tree for part in piece.pieces])
         stack.append((path, ref, children))
+
+    def _locate(self, nodes: list[Node]) -> None:
+        """Look up at once what files that are whole in one chunk consist of."""
+        digests = [Digest(node.content[8:]) for node in nodes if _is_one_chunk(node)]
+        if len(self._located) > _MOST_LOCATED:
+            self._located.clear()
+        found = zip(digests, self._store.index.lookups(digests), strict=True)
+        self._located.update((digest, at) for digest, at in found if at is not None)
 
     def _mark(self, stack: list[tuple[bytes, TreeRef, Iterator[Node | TreeRef]]]) -> None:
         for _, ref, _ in stack:
@@ -175,6 +189,8 @@ class Checker:
         done = 0
         try:
             _check_capture(node)
+            if self._is_plain(node):
+                return True
             for extent in self._repository.content(node).extents(lost_lists=True):
                 done = extent.begin + extent.length
                 if not self.is_sound(extent):
@@ -190,6 +206,19 @@ class Checker:
             message = f"the bytes {ranges} of {node.size} are lost"
             self._report(Damage("file", message, None, blob, snapshot_id, path, tuple(lost)))
         return not lost
+
+    def _is_plain(self, node: Node) -> bool:
+        """Tell whether a file is one chunk that was looked up before and is sound."""
+        if not _is_one_chunk(node):
+            return False
+        digest = Digest(node.content[8:])
+        location = self._located.get(digest)
+        length = int.from_bytes(node.content[:8], "little")
+        return (
+            location is not None
+            and location.plain_bytes == length == node.size
+            and digest not in self.result.bad
+        )
 
     def is_sound(self, extent: Extent) -> bool:
         """Tell whether a chunk is stored and was not found damaged; raises TreeError."""
@@ -212,6 +241,10 @@ class Checker:
             message = "it does not know the blob; casfs repair index rebuilds it"
             self._report(Damage("index", message, pack, digest))
         return pack is not None
+
+
+def _is_one_chunk(node: Node) -> bool:
+    return len(node.content) == RECORD.size and not node.levels and node.kind == Kind.FILE
 
 
 def _check_summary(ref: TreeRef, piece: object) -> None:

@@ -26,11 +26,14 @@ from casfs.errors import (
 )
 from casfs.monitor import Monitor
 from casfs.repository import Repository
+from casfs.store.blob import Encoded
 from casfs.store.index import PackRecord
 from casfs.store.pack import TRAILER, PackEntry
 from casfs.store.store import pack_name
 
 _WINDOW_BYTES = 8 * 1024 * 1024
+_BATCH_BYTES = 2 * 1024 * 1024
+_BATCH_BLOBS = 512
 _THREADS = 2
 _REFUSED = frozenset([errno.EACCES, errno.EPERM])
 _MOST_UNKNOWN = 100_000
@@ -198,8 +201,8 @@ class Scrubber:
     def _compare_index(self, pack: PackId, entries: list[PackEntry]) -> int:
         """Compare a pack's directory with the index; return how many index entries point into it."""
         count = 0
-        for entry in entries:
-            location = self._store.index.lookup(entry.digest)
+        locations = self._store.index.lookups([entry.digest for entry in entries])
+        for entry, location in zip(entries, locations, strict=True):
             if location is None:
                 self._note_unknown(pack, entry.digest)
             elif self._ordinals.get(location.pack) == pack:
@@ -343,12 +346,9 @@ class Scrubber:
         whole = blake3()
         reader = _PackReader(self._repository, pack, whole)
         try:
-            for entry in sorted(entries, key=lambda entry: entry.offset):
-                payload = reader.read(entry.offset, entry.stored_bytes)
-                try:
-                    self._store.decode(pack, entry, payload)
-                except BlobError as error:
-                    damage.append(Damage("blob", error.reason, pack, entry.digest))
+            for batch in _batches(sorted(entries, key=lambda entry: entry.offset)):
+                payloads = [reader.read(entry.offset, entry.stored_bytes) for entry in batch]
+                damage += self._verify(pack, batch, payloads)
             reader.read(pack_bytes - TRAILER.size, TRAILER.size)
         except CasfsError as error:
             damage = [Damage("pack", _reason(error), pack), *self._read_one_by_one(pack, entries)]
@@ -356,6 +356,22 @@ class Scrubber:
         if whole.digest() != pack:
             damage.append(Damage("pack", "its bytes do not have the digest that names it", pack))
         return _Read(entries, damage, not (damage or told))
+
+    def _verify(
+        self, pack: PackId, entries: list[PackEntry], payloads: list[bytes]
+    ) -> Iterator[Damage]:
+        """Yield which blobs are damaged among those that were read."""
+        encoded = [
+            Encoded(entry.digest, entry.offset, entry.codec, payload, entry.plain_bytes)
+            for entry, payload in zip(entries, payloads, strict=True)
+        ]
+        plains = self._store.decode_many(pack, encoded)
+        for entry, payload, plain in zip(entries, payloads, plains, strict=True):
+            if plain is None:
+                try:
+                    self._store.decode(pack, entry, payload)
+                except BlobError as error:
+                    yield Damage("blob", error.reason, pack, entry.digest)
 
     def _read_one_by_one(self, pack: PackId, entries: list[PackEntry]) -> Iterator[Damage]:
         """Yield which blobs are damaged in a pack that cannot be read from its beginning to its end."""
@@ -366,6 +382,20 @@ class Scrubber:
                 yield Damage("blob", error.reason, pack, entry.digest)
             except CasfsError as error:
                 yield Damage("blob", str(error), pack, entry.digest)
+
+
+def _batches(entries: list[PackEntry]) -> Iterator[list[PackEntry]]:
+    """Yield runs of entries that are decoded together, and held in memory together."""
+    batch: list[PackEntry] = []
+    batch_bytes = 0
+    for entry in entries:
+        if batch and (batch_bytes + entry.plain_bytes > _BATCH_BYTES or len(batch) >= _BATCH_BLOBS):
+            yield batch
+            batch, batch_bytes = [], 0
+        batch.append(entry)
+        batch_bytes += entry.plain_bytes
+    if batch:
+        yield batch
 
 
 class _PackReader:

@@ -170,7 +170,8 @@ def test_a_digest_is_that_of_any_buffer(codec: BlobCodec) -> None:
 
 class TestDecodingMany:
     def test_gives_each_that_is_sound_and_none_of_the_others(self, codec: BlobCodec) -> None:
-        plains = [TEXT, b"raw", noise("raw too", 500), TEXT * 3, b"x" * 70]
+        large = bytes(range(250)) * 5000 + bytes(1 << 20)
+        plains = [TEXT, b"raw", noise("raw too", 500), TEXT * 3, b"x" * 70, large]
         payloads = codec.encode_many(plains)
         sound = [
             Encoded(digest_of(plain), 0, kind, payload, len(plain))
@@ -183,6 +184,9 @@ class TestDecodingMany:
             sound[0]._replace(plain_bytes=len(TEXT) + 1),
             sound[0]._replace(digest=digest_of(b"another")),
             sound[0]._replace(payload=b"no frame"),
+            sound[0]._replace(payload=sound[0].payload + b"more"),
+            sound[0]._replace(payload=sound[0].payload * 2),
+            sound[0]._replace(payload=sound[0].payload[:-1]),
             sound[1]._replace(payload=b"war"),
             sound[1]._replace(plain_bytes=2),
             sound[1]._replace(codec=9),
