@@ -16,6 +16,8 @@ from bench.aims import AIMS, Aim, Outcome, day_growth, day_slowdown, time_ratio
 from bench.chart import GREATEST, LEAST, position, ratio_groups, render_chart
 from bench.content import TextStream
 from bench.corpus import CORPORA, DAYS, QUICK, Scale, stored_bytes, survey
+from bench.growth import made_digest
+from bench.growthchart import render_growth
 from bench.measure import Child, Command, CommandError, run
 from bench.records import (
     CorpusFacts,
@@ -380,3 +382,19 @@ def test_too_little_room_is_said_before_anything_is_made(tmp_path: Path) -> None
         pytest.raises(ScratchError, match=r"The corpus `big` needs about .* GB in .* are free"),
     ):
         scratch.need(1 << 60, 10, "The corpus `big`")
+
+
+def test_the_chart_of_growth_is_well_formed_and_has_a_line_for_everything_done() -> None:
+    lines = {"first & last": [(10_000, 80.0), (1_000_000, 85.5)], "look up": [(100_000, 0.7)]}
+    drawn = ElementTree.fromstring(render_growth(lines)).findall("{*}polyline")
+    points = [line.attrib["points"].split() for line in drawn]
+    assert [len(each) for each in points] == [2, 1]
+    heights = [float(place.split(",")[1]) for place in (*points[0], *points[1])]
+    assert heights[1] < heights[0] < heights[2]
+    assert render_growth({}) == ""
+
+
+def test_digests_that_are_made_for_an_index_are_sorted_and_different() -> None:
+    digests = [made_digest(0, number, 1000) for number in range(1000)]
+    assert digests == sorted(set(digests))
+    assert not set(digests) & {made_digest(1, number, 1000) for number in range(1000)}
