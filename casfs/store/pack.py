@@ -37,7 +37,7 @@ ENTRY = struct.Struct("<32sIIBBH")
 assert ENTRY.size == 44
 
 TRAILER_MAGIC = b"CASFSEND"
-TRAILER = struct.Struct("<QII32s8x8s")
+TRAILER = struct.Struct("<QII32sQ8s")
 assert TRAILER.size == 64
 
 MAX_STORED_BYTES = MAX_PLAIN_BYTES + 1024
@@ -86,10 +86,12 @@ def encode_end(
     entries: list[PackEntry],
     directory_offset: int,
     encrypt: Callable[[int, bytes], bytes] | None = None,
+    variant: int = 0,
 ) -> bytes:
     """Return the directory's record, which begins at `directory_offset`, and the trailer.
 
-    `encrypt` makes the stored directory of its offset and its bytes.
+    `encrypt` makes the stored directory of its offset and its bytes; `variant` means nothing, and gives
+    the pack another name.
     """
     directory = b"".join(
         ENTRY.pack(e.digest, e.stored_bytes, e.plain_bytes, e.kind, e.codec, 0) for e in entries
@@ -101,7 +103,7 @@ def encode_end(
         directory = encrypt(offset, directory)
         header = encode_record_header(DIRECTORY_KIND, ENCRYPTED, len(directory), 0)
     trailer = TRAILER.pack(
-        offset, len(directory), len(entries), digest_of(directory), TRAILER_MAGIC
+        offset, len(directory), len(entries), digest_of(directory), variant, TRAILER_MAGIC
     )
     return header + directory + trailer
 
@@ -129,7 +131,7 @@ def parse_trailer(
     """
     if len(data) != TRAILER.size:
         raise PackError(pack, "it is shorter than a pack's trailer")
-    offset, directory_bytes, count, digest, magic = TRAILER.unpack(data)
+    offset, directory_bytes, count, digest, _, magic = TRAILER.unpack(data)
     if magic != TRAILER_MAGIC:
         raise PackError(pack, "its end is missing or damaged")
     if count > MAX_PACK_BLOBS or directory_bytes != count * ENTRY.size + overhead_bytes:

@@ -321,7 +321,7 @@ class BlobStore:
         """
         stored = dict(self.stored_packs())
         indexed = {record.pack for record in self.index.packs()}
-        missing = {pack for pack in indexed - stored.keys() if not self._is_stored(pack)}
+        missing = {pack for pack in indexed - stored.keys() if not self.has_pack(pack)}
         if missing and not keep_missing:
             log.warning(
                 "the index named %d packs that are not there; what they held is no longer trusted",
@@ -367,8 +367,8 @@ class BlobStore:
             return False
         return False
 
-    def _is_stored(self, pack: PackId) -> bool:
-        """Tell whether a pack is there by now: another writer may just have published it."""
+    def has_pack(self, pack: PackId) -> bool:
+        """Tell whether a pack is in the storage by now: another writer may just have published it."""
         try:
             return self.storage.size(pack_name(pack)) >= 0
         except NotFoundError:

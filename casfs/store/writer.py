@@ -323,12 +323,23 @@ class _OpenPack:
             self.flush()
         return len(payload)
 
-    def end(self) -> PackId:
-        """Append directory and trailer and return the pack's name."""
-        encrypt = self._cipher.encrypt_directory if self._cipher is not None else None
-        self._buffer += encode_end(self.entries, self.bytes + len(self._buffer), encrypt)
+    def end(self, is_taken: Callable[[PackId], bool]) -> PackId:
+        """Append directory and trailer and return the pack's name, which nothing has yet.
+
+        A pack of the same blobs may be there, and condemned: a prune that removes it must not mean this one.
+        """
         self.flush()
-        return PackId(self.hasher.digest())
+        encrypt = self._cipher.encrypt_directory if self._cipher is not None else None
+        variant = 0
+        while True:
+            end = encode_end(self.entries, self.bytes, encrypt, variant)
+            pack = PackId(self.hasher.copy().update(end).digest())
+            if not is_taken(pack):
+                break
+            variant += 1
+        self._buffer += end
+        self.flush()
+        return pack
 
     def flush(self) -> None:
         """Hash what is buffered and hand it to the spool."""
@@ -343,7 +354,7 @@ def _seal_pack(store: BlobStore, pack: _OpenPack) -> None:
     """Make a pack durable, then its name, then its index entries: the order that a crash respects."""
     assert pack.spool is not None
     try:
-        pack_id = pack.end()
+        pack_id = pack.end(store.has_pack)
         pack.spool.publish(pack_name(pack_id))
     finally:
         pack.spool.discard()

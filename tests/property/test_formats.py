@@ -389,6 +389,7 @@ def fitted_pack(data: bytes, directory: bytes) -> bytes:
         len(directory),
         len(directory) // ENTRY.size,
         digest_of(directory),
+        0,
         b"CASFSEND",
     )
     return data + head + directory + trailer

@@ -64,8 +64,8 @@ def test_an_empty_pack_is_a_pack() -> None:
 def test_a_longer_header_moves_no_offset_since_they_are_counted_from_the_end() -> None:
     data, entries = make_pack(PLAINS)
     longer = HEADER.pack(b"CASFSPAK", 1, HEADER.size + 8, 0) + bytes(8) + data[HEADER.size :]
-    offset, size, count, digest, magic = TRAILER.unpack(longer[-TRAILER.size :])
-    longer = longer[: -TRAILER.size] + TRAILER.pack(offset + 8, size, count, digest, magic)
+    offset, size, count, digest, variant, magic = TRAILER.unpack(longer[-TRAILER.size :])
+    longer = longer[: -TRAILER.size] + TRAILER.pack(offset + 8, size, count, digest, variant, magic)
     assert parse_header(PACK, longer) == HEADER.size + 8
     assert parse(longer) == [e._replace(offset=e.offset + 8) for e in entries]
 
@@ -108,12 +108,12 @@ class TestTrailer:
         self, fields: tuple[int, int, int, bytes, bytes], reason: str
     ) -> None:
         with pytest.raises(PackError, match=reason):
-            parse_trailer(PACK, TRAILER.pack(*fields), self.LENGTH)
+            parse_trailer(PACK, TRAILER.pack(*fields[:4], 0, fields[4]), self.LENGTH)
 
     def test_with_more_blobs_than_a_pack_may_have_is_refused_whatever_the_length(self) -> None:
         count = MAX_PACK_BLOBS + 1
         size = count * ENTRY.size
-        data = TRAILER.pack(16, size, count, bytes(32), b"CASFSEND")
+        data = TRAILER.pack(16, size, count, bytes(32), 0, b"CASFSEND")
         with pytest.raises(PackError, match="impossible directory"):
             parse_trailer(PACK, data, 16 + size + TRAILER.size)
 

@@ -17,6 +17,7 @@ from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.store.condemned import read_condemnations
 from casfs.store.lock import LockMode
+from casfs.store.pack import TRAILER
 from casfs.store.storage import LocalStorage
 from casfs.upkeep import prune as prune_module
 from casfs.upkeep.check import Checker
@@ -329,6 +330,8 @@ class TestBesideOthers:
         (source / "folder").mkdir(parents=True)
         (source / "folder" / "file").write_bytes(noise("a", 50 * KIB))
         (source / "folder" / "old").write_bytes(b"unchanged")
+        # Old enough that both backups store the very same bytes.
+        await_age(source / "folder" / "file")
         first, snapshot = keeper.back_up(source)
         publish(keeper, 2, "b")
         with self.held(keeper, "shared"):
@@ -345,6 +348,36 @@ class TestBesideOthers:
         assert prune(keeper).removed_packs == 1
         assert noise("a", 50 * KIB) in contents(keeper).values()
         assert_sound(keeper)
+
+    def test_a_pack_that_comes_out_as_a_condemned_one_was_is_another(self, keeper: Keeper) -> None:
+        first = publish(keeper, 1, "a")
+        publish(keeper, 2, "b")
+        before = packs(keeper)
+        with self.held(keeper, "shared"):
+            forget(keeper, first)
+            assert prune(keeper).waiting_packs == 1
+            assert publish(keeper, 1, "a") == first
+        (new,) = packs(keeper) - before
+        (old,) = [name for name in before if blobs_of(keeper, name) == blobs_of(keeper, new)]
+        assert prune(keeper).removed_packs == 1
+        assert old not in packs(keeper) and new in packs(keeper)
+        assert noise("a", 50 * KIB) in contents(keeper).values()
+        assert_sound(keeper)
+
+
+def packs(keeper: Keeper) -> set[str]:
+    return {path.name for path in (keeper.root / "packs").rglob("*") if path.is_file()}
+
+
+def blobs_of(keeper: Keeper, pack: str) -> bytes:
+    """Return all of a pack but its trailer."""
+    return (keeper.root / "packs" / pack[:2] / pack).read_bytes()[: -TRAILER.size]
+
+
+def await_age(path: Path) -> None:
+    """Wait until a file is too old for a change of it to be missed."""
+    while time.time_ns() - path.stat().st_ctime_ns < 3_000_000_000:
+        time.sleep(0.05)
 
 
 BACKUP = """

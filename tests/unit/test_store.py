@@ -327,9 +327,10 @@ class TestDamagedDirectory:
         data, entries = make_pack([b"evil", b"sound"])
         name = digest_of(b"what a snapshot needs")
         lying = data.replace(entries[0].digest, name)
-        offset, size, count, _, magic = TRAILER.unpack(lying[-TRAILER.size :])
+        offset, size, count, _, variant, magic = TRAILER.unpack(lying[-TRAILER.size :])
         digest = digest_of(lying[offset : offset + size])
-        add_pack(root, lying[: -TRAILER.size] + TRAILER.pack(offset, size, count, digest, magic))
+        trailer = TRAILER.pack(offset, size, count, digest, variant, magic)
+        add_pack(root, lying[: -TRAILER.size] + trailer)
         with open_store(root) as store:
             with pytest.raises(BlobError, match="does not have its digest"):
                 store.read(name)
