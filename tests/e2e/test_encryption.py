@@ -387,6 +387,32 @@ class TestVerbs:
             wait_until(lambda: (latest / inside / "more").exists(), "the snapshot is shown")
             stored.is_whole(latest)
 
+    def test_that_tell_what_is_lost_and_give_it_up(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        casfs, key = stored.casfs, ("--identity", keys.age)
+        assert casfs.repository is not None
+        (pack,) = [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
+        pack.chmod(0o600)
+        with pack.open("r+b") as damaged:
+            damaged.seek(pack.stat().st_size // 2)
+            damaged.write(bytes(8))
+        checked = casfs.json("check", "--read-data", *key, expect=5)
+        (lost,) = checked.of_type("damage")[-1:]
+        assert lost["path"] == f"{stored.source.name}/documents/noise"
+        assert lost["ranges"]
+        casfs.run("restore", "latest", "--target", tmp_path / "target", *key, expect=5)
+        restored = tmp_path / "target" / stored.source.name
+        assert (restored / "readme.txt").read_bytes() == b"read me\n"
+        assert not (restored / "documents" / "noise").exists()
+        casfs.run("repair", "snapshots", "--read-data", *key)
+        (repaired,) = listed(casfs, *key)
+        casfs.run("restore", repaired, "--target", tmp_path / "again", *key)
+        kept = (tmp_path / "again" / stored.source.name / "documents" / "noise").read_bytes()
+        true = (stored.source / "documents" / "noise").read_bytes()
+        (begin, end), *_ = lost["ranges"]
+        assert kept[:begin] == true[:begin] and kept[end:] == true[end:]
+
     def test_that_store_use_the_identity_too(self, stored: Stored, keys: Keys) -> None:
         again = stored.back_up("--identity", keys.age)
         assert again["unchanged"] == 3

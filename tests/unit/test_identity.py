@@ -14,6 +14,7 @@ import pytest
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError, SessionError, StorageError, WrongKeyError
 from casfs.keys import age
+from casfs.keys import passphrase as passphrase_module
 from casfs.keys.identity import (
     Identities,
     add_passphrase,
@@ -47,6 +48,13 @@ def storage(tmp_path: Path) -> LocalStorage:
     folder = tmp_path / "storage"
     (folder / "tmp").mkdir(parents=True)
     return LocalStorage(folder, writer="test", sync=False)
+
+
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little work for a passphrase; how much it is for people stands in the frozen vectors."""
+    monkeypatch.setattr(passphrase_module, "_MEMORY_KIB", 64)
+    monkeypatch.setattr(passphrase_module, "_ITERATIONS", 1)
 
 
 def nobody(what: str) -> None:
