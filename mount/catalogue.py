@@ -18,8 +18,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from casfs.digest import Digest, SnapshotId
-from casfs.errors import CasfsError, IntegrityError, NotFoundError, StorageError
+from casfs.digest import Digest, SnapshotId, short
+from casfs.errors import (
+    CasfsError,
+    IntegrityError,
+    KeyMissingError,
+    NotFoundError,
+    StorageError,
+)
 from casfs.snapshot import Snapshot
 from casfs.store.config import CONFIG_NAME
 from casfs.tree import Kind, Node, nodes_of, replace
@@ -244,6 +250,9 @@ class RepositoryView:
                 if snapshot_id not in self._waited_for:
                     log.error("%s; it is not shown until it can be read", error)
                 self._waited_for.add(snapshot_id)
+            except KeyMissingError as error:
+                self._unreadable.add(snapshot_id)
+                log.warning("snapshot %s is not shown: %s", short(snapshot_id), error)
             except IntegrityError as error:
                 self._unreadable.add(snapshot_id)
                 log.error("%s; it is not shown", error)

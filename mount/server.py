@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pyfuse3
 import trio
 
-from casfs.errors import CasfsError, UsageError
+from casfs.errors import CasfsError, KeyMissingError, UsageError
 from casfs.naming import shown
 from casfs.repository import Repository
 from casfs.tree import Kind
@@ -168,11 +168,28 @@ def open_view(sources: Sources, snapshot: str | None) -> View:
     Raises NotFoundError, AmbiguousIdError and UsageError, and what the repository raises.
     """
     if snapshot is None:
+        _refuse_if_closed(sources.repository)
         return RepositoryView(sources)
     snapshot_id, loaded, path, root = sources.repository.resolve_path(snapshot)
     if root.kind != Kind.DIRECTORY:
         raise UsageError(f"only a directory can be mounted: {shown(path)} is none")
     return SnapshotView(sources, snapshot_id, loaded, root, ROOT)
+
+
+def _refuse_if_closed(repository: Repository) -> None:
+    """Raise KeyMissingError where there are snapshots, and the identities open none of them."""
+    missing: KeyMissingError | None = None
+    for snapshot_id in repository.snapshot_ids() if repository.vault is not None else ():
+        try:
+            repository.load(snapshot_id)
+        except KeyMissingError as error:
+            missing = error
+        except CasfsError:
+            continue  # the view tells of it
+        else:
+            return
+    if missing is not None:
+        raise missing
 
 
 def _options(request: MountRequest) -> set[str]:

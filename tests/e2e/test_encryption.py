@@ -240,12 +240,15 @@ class TestWithoutAKey:
         assert len(said.complaints) == 1
         assert "give --identity FILE, or a passphrase" in said.complaint
 
+    @pytest.mark.fuse
     def test_mount_says_what_is_missing_and_mounts_nothing(
-        self, mixed: Stored, tmp_path: Path
+        self, mixed: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         (tmp_path / "at").mkdir()
         sentence = mixed.casfs.refuses("mount", tmp_path / "at")
         assert "give --identity FILE" in sentence
+        said = mixed.casfs.run("mount", tmp_path / "at", "--identity", keys.stranger, expect=1)
+        assert "none of the identities that were given opens this" in said.complaints[-1]
 
 
 class TestWrongKeys:

@@ -310,6 +310,31 @@ class TestForgery:
         assert checked.exit == 5
         assert "made for another repository" in checked.out
 
+    def test_of_what_only_a_stranger_opens_keeps_nobody_from_reading_or_storing(
+        self, hostile: Hostile
+    ) -> None:
+        with kept_as_it_is(hostile.root) as theirs:
+            write_recipients(LocalStorage(theirs), [OTHER])
+            (hostile.folder / "lure").mkdir()
+            (hostile.folder / "lure" / "file").write_bytes(b"for the stranger")
+            attacker = ("backup", "--no-sync", hostile.folder / "lure", "--repo", theirs)
+            assert hostile.run(*attacker, home="attacker").exit == 0
+            for folder in ("packs", "snapshots", "sessions"):
+                shutil.copytree(theirs / folder, hostile.root / folder, dirs_exist_ok=True)
+        assert len(hostile.objects("snapshots")) == 3
+        listed = hostile.run("snapshots", *hostile.identity(), home="fresh")
+        assert (listed.exit, "is left out: none of the identities" in listed.err) == (0, True)
+        assert must_restore_nothing_wrong(hostile).exit == 0
+        seen = hostile.look("fresh")
+        assert seen is not None and set(seen["read"]) == set(hostile.published)
+        assert hostile.back_up().exit == 0
+        # What cannot be opened cannot be vouched for, nor be told from what is needed.
+        for verb in ("check", "prune"):
+            said = hostile.run(verb, *hostile.identity(), home="fresh")
+            assert (said.exit, "none of the identities" in said.err) == (1, True), said
+        assert hostile.run("check", "--storage", home="nobody").exit == 0
+        assert must_restore_nothing_wrong(hostile).exit == 0
+
     def test_of_a_condemnation_of_every_pack_costs_nothing(self, hostile: Hostile) -> None:
         packs = tuple(path.name for path in hostile.objects("packs"))
         storage = LocalStorage(hostile.root, writer="attacker")
