@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,9 @@ _QUEUED_BATCHES = 2
 _COMPRESSING_THREADS = 2
 _COMPRESSED_AHEAD = _COMPRESSING_THREADS + 1
 """Batches that are being compressed or are to be packed: one more than threads, so that none waits."""
+
+_LOOKED_AFTER_S = 0.02
+"""How soon it is seen that a batch is compressed while no other comes."""
 
 _LESS_URGENT = 5
 """Niceness of the compressing threads: what keeps them busy must not wait for a core behind them."""
@@ -164,12 +168,18 @@ class BlobWriter:
                 packer.discard()
 
     def _next(self, packer: _Packer) -> Batch | None:
-        """Wait for the next batch; while there is none, what was compressed is packed."""
-        try:
-            while self._error is None and self._queue.empty() and packer.is_behind:
-                packer.pack_oldest()
-        except BaseException as error:  # handed to the producer, whose batches are still taken
-            self._error = error
+        """Wait for the next batch; what is compressed meanwhile is packed."""
+        while self._error is None and packer.is_behind:
+            is_ready = packer.is_ready
+            with suppress(queue.Empty):
+                return self._queue.get(timeout=0 if is_ready else _LOOKED_AFTER_S)
+            if is_ready:
+                try:
+                    packer.pack_oldest()
+                except (
+                    BaseException
+                ) as error:  # handed to the producer, whose batches are still taken
+                    self._error = error
         return self._queue.get()
 
 
@@ -219,6 +229,11 @@ class _Packer:
     def is_behind(self) -> bool:
         """Tell whether something was handed over that is not packed yet."""
         return bool(self._ahead)
+
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether the oldest batch is compressed."""
+        return self._ahead[0][1].done()
 
     def pack_oldest(self) -> None:
         """Wait until the oldest batch is compressed, and pack it."""
