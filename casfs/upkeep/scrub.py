@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ class Scrubber:
         indexed = 0
         sound = not found_before
         with ThreadPoolExecutor(_THREADS, "casfs-check") as pool:
-            for pack, entries, damage in pool.map(self._check_directory, sorted(stored.items())):
+            for pack, entries, damage in self._directories(pool, sorted(stored.items())):
                 sound &= not damage
                 self.result.damage += damage
                 if damage:
@@ -176,6 +177,18 @@ class Scrubber:
         if ordinal is not None:
             return self._is_gone(ordinal)
         return all(name != pack for name, _ in self._store.stored_packs())
+
+    def _directories(
+        self, pool: ThreadPoolExecutor, jobs: list[tuple[PackId, int]]
+    ) -> Iterator[tuple[PackId, list[PackEntry], list[Damage]]]:
+        """Yield what `_check_directory` finds, in order and few ahead: many would fill the memory."""
+        running: deque[Future[tuple[PackId, list[PackEntry], list[Damage]]]] = deque()
+        for job in jobs:
+            running.append(pool.submit(self._check_directory, job))
+            if len(running) > 1:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
     def _check_directory(
         self, job: tuple[PackId, int]
