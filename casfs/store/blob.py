@@ -25,6 +25,10 @@ _SMALLEST_COMPRESSIBLE = 64
 """Shorter plaintexts stay raw: a zstd frame's header and block header eat what little there is."""
 
 
+_PARALLEL_BYTES = 1024 * 1024
+"""For less plaintext a thread of its own is not worth its making."""
+
+
 class BlobKind(IntEnum):
     """What a blob is for; prune, check and encryption treat the kinds apart."""
 
@@ -107,18 +111,19 @@ class BlobCodec:
             raise BlobError(digest, "its data does not have its digest")
         return plain
 
-    def decode_many(self, wanted: Sequence[Encoded]) -> list[bytes | None]:
+    def decode_many(self, wanted: Sequence[Encoded], threads: int = 1) -> list[bytes | None]:
         """Return the verified plaintexts of unkeyed blobs, None for each that `decode` would refuse.
 
-        The interpreter lock is released once for the batch and not once for each blob.
+        The interpreter lock is released once for the batch and not once for each blob. `threads` is how
+        many may decompress a batch that is large.
         """
-        plains = self._plain_many(wanted)
+        plains = self._plain_many(wanted, threads)
         return [
             plain if plain is not None and keyed_digest(plain, None) == one.digest else None
             for plain, one in zip(plains, wanted, strict=True)
         ]
 
-    def _plain_many(self, wanted: Sequence[Encoded]) -> list[bytes | None]:
+    def _plain_many(self, wanted: Sequence[Encoded], threads: int) -> list[bytes | None]:
         plains: list[bytes | None] = [None] * len(wanted)
         frames: list[int] = []
         for i, one in enumerate(wanted):
@@ -128,10 +133,13 @@ class BlobCodec:
                 plains[i] = one.payload
         if not frames:
             return plains
-        sizes = struct.pack(f"={len(frames)}Q", *(wanted[i].plain_bytes for i in frames))
+        plain_bytes = [wanted[i].plain_bytes for i in frames]
+        sizes = struct.pack(f"={len(frames)}Q", *plain_bytes)
+        if sum(plain_bytes) < _PARALLEL_BYTES:
+            threads = 1
         try:
             found = self._decompressor().multi_decompress_to_buffer(
-                [wanted[i].payload for i in frames], decompressed_sizes=sizes
+                [wanted[i].payload for i in frames], decompressed_sizes=sizes, threads=threads
             )
         except zstandard.ZstdError:  # which of them it is is not told
             for i in frames:

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 _GAP_BYTES = 64 * 1024
 """What is read for nothing sooner than another read is begun."""
 
+_THREADS = 2
+
 _READ_BYTES = 4 * 1024 * 1024
 
 _Place = tuple[int, int, Digest, Location]
@@ -70,7 +72,9 @@ def _read_run(store: BlobStore, run: list[_Place], plains: dict[Digest, bytes]) 
         )
         for _, offset, digest, at in run
     ]
-    for plain, (_, _, digest, at) in zip(store.decode_many(pack, encoded), run, strict=True):
+    for plain, (_, _, digest, at) in zip(
+        store.decode_many(pack, encoded, _THREADS), run, strict=True
+    ):
         if plain is not None:
             store.coverage.note(at)
             plains[digest] = plain

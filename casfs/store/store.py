@@ -160,13 +160,15 @@ class BlobStore:
             digest, inner.codec, inner.payload, plain_bytes, cipher.digest_key(inner)
         )
 
-    def decode_many(self, pack: PackId, wanted: Sequence[Encoded]) -> list[bytes | None]:
+    def decode_many(
+        self, pack: PackId, wanted: Sequence[Encoded], threads: int = 1
+    ) -> list[bytes | None]:
         """Return the verified plaintexts of payloads of one pack, None for each that is not sound.
 
         Raises PackError where nothing of the pack can be decrypted.
         """
         if self._ciphers is None:
-            return self.codec.decode_many(wanted)
+            return self.codec.decode_many(wanted, threads)
         plains: list[bytes | None] = []
         for one in wanted:
             try:
