@@ -28,13 +28,14 @@ from casfs.errors import (
 from casfs.monitor import Monitor
 from casfs.repository import Repository
 from casfs.store.blob import Encoded
-from casfs.store.index import PackRecord
+from casfs.store.index import Location, PackRecord
 from casfs.store.pack import TRAILER, PackEntry
 from casfs.store.store import pack_name
 
 _WINDOW_BYTES = 8 * 1024 * 1024
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 512
+_ASKED_AT_ONCE = 4096
 _THREADS = 2
 _REFUSED = frozenset([errno.EACCES, errno.EPERM])
 _MOST_UNKNOWN = 100_000
@@ -214,8 +215,7 @@ class Scrubber:
     def _compare_index(self, pack: PackId, entries: list[PackEntry]) -> int:
         """Compare a pack's directory with the index; return how many index entries point into it."""
         count = 0
-        locations = self._store.index.lookups([entry.digest for entry in entries])
-        for entry, location in zip(entries, locations, strict=True):
+        for entry, location in self._located(entries):
             if location is None:
                 self._note_unknown(pack, entry.digest)
             elif self._ordinals.get(location.pack) == pack:
@@ -226,6 +226,14 @@ class Scrubber:
                 if location.is_bad:
                     self.result.bad[entry.digest] = pack
         return count
+
+    def _located(self, entries: list[PackEntry]) -> Iterator[tuple[PackEntry, Location | None]]:
+        """Yield entries with what the index says of each, which is asked for some thousands at a time."""
+        for begin in range(0, len(entries), _ASKED_AT_ONCE):
+            some = entries[begin : begin + _ASKED_AT_ONCE]
+            yield from zip(
+                some, self._store.index.lookups([entry.digest for entry in some]), strict=True
+            )
 
     def _note_unknown(self, pack: PackId, digest: Digest) -> None:
         """Keep in mind a stored blob that the index does not know.
