@@ -93,7 +93,10 @@ def back_up(repository: Repository, options: BackupOptions, monitor: Monitor) ->
     time_ns = options.time_ns if options.time_ns is not None else time.time_ns()
     parent = _find_parent(repository, options)
     backup = _Backup(repository, options, monitor)
-    root = backup.read(parent)
+    try:
+        root = backup.read(parent)
+    finally:
+        backup.close()
     stats, stored = backup.stats, backup.stored
     snapshot = Snapshot(
         root=root,
@@ -188,6 +191,11 @@ class _Backup:
             self._patience.end_walk()
             root = self._written(lambda writer: self._look_again(writer, place, root))
         return root
+
+    def close(self) -> None:
+        """Leave nothing at work."""
+        if self._memory is not None:
+            self._memory.close()
 
     def _written(self, read: Callable[[BlobWriter], Node]) -> Node:
         writer = self._repository.writer(self._options.dry_run, self._options.spool_in_memory)

@@ -5,8 +5,8 @@ a key that are derived from the path and the metadata of the very file: it can b
 who has the domain's secret and the file as it was. Of what was deleted or changed it tells nothing but that
 there was something (FORMAT.md, "Encryption").
 
-What was remembered in one backup is trusted only when that backup had everything durable in the index. One
-thread; losing it costs the reading of files.
+What was remembered in one backup is trusted only when that backup had everything durable in the index. Used
+by one thread, with another that encrypts and writes; losing it costs the reading of files.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import secrets
 import struct
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
 from blake3 import blake3
@@ -34,7 +35,8 @@ _NONCE_BYTES = 12
 _DAY_S = 86_400
 _KEPT_DAYS = 60
 _REFRESHED_DAYS = 7
-_BATCH = 2000
+_BATCH = 20_000
+"""Written at a time: a commit writes every page that it touches, and names fall on all pages."""
 _SCANNED = 10_000
 
 _encoder = msgspec.msgpack.Encoder()
@@ -55,12 +57,17 @@ class FileMemory:
         self._state = losses, index.removals()
         self._day = int(time.time()) // _DAY_S
         self._batch = secrets.token_bytes(8)
-        self._pending: list[tuple[bytes, bytes]] = []
+        self._pending: list[tuple[bytes, Node]] = []
+        self._writer = ThreadPoolExecutor(1, "casfs-memory")
+        self._writing: Future[None] | None = None
+        self._is_empty = not self._env.read(lambda txn: txn.stat(db=self._files)["entries"])
         self._trusts_all = not index.condemned()
         self._confirmed: dict[bytes, tuple[int, int]] = {}
 
     def recall(self, path: bytes, st: os.stat_result) -> Node | None:
         """Return the node of a file as it was stored when it had this path and these metadata."""
+        if self._is_empty:
+            return None
         name, key = self._derive(path, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
         value = self._env.read(lambda txn: txn.get(name, db=self._files))
         if value is None or len(value) < _HEAD.size + _NONCE_BYTES:
@@ -82,12 +89,9 @@ class FileMemory:
         """Keep the node of a file, if it may be trusted as unchanged the next time."""
         if node.kind != Kind.FILE or node.state or node.racy:
             return
-        name, key = self._derive(path, node.inode, node.size, node.mtime_ns, node.ctime_ns)
-        nonce = os.urandom(_NONCE_BYTES)
-        stored = AESGCM(key).encrypt(nonce, _encoder.encode(node), None)
-        self._pending.append((name, _HEAD.pack(self._batch, self._day) + nonce + stored))
+        self._pending.append((path, node))
         if len(self._pending) >= _BATCH:
-            self._write()
+            self._hand_over()
 
     def confirm(self) -> None:
         """Say that all that was remembered is durable and in the index; old memories are dropped."""
@@ -96,6 +100,10 @@ class FileMemory:
         key, value = b"memory" + self._batch, _CONFIRMED.pack(*self._state)
         self._env.write(lambda txn: txn.put(key, value, db=meta))
         self._forget_old()
+
+    def close(self) -> None:
+        """Wait until nothing is being written; what was not confirmed is not trusted."""
+        self._writer.shutdown()
 
     def _derive(
         self, path: bytes, inode: int, size: int, mtime_ns: int, ctime_ns: int
@@ -126,14 +134,34 @@ class FileMemory:
         return found
 
     def _write(self) -> None:
-        rows, self._pending = sorted(self._pending), []
+        """Wait until all that is to be remembered is written."""
+        self._hand_over()
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _hand_over(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+        files, self._pending = self._pending, []
+        self._writing = self._writer.submit(self._write_files, files) if files else None
+
+    def _write_files(self, files: list[tuple[bytes, Node]]) -> None:
+        """Encrypt and write some files' nodes, on a thread of its own."""
+        head = _HEAD.pack(self._batch, self._day)
+        rows = []
+        for path, node in files:
+            name, key = self._derive(path, node.inode, node.size, node.mtime_ns, node.ctime_ns)
+            nonce = os.urandom(_NONCE_BYTES)
+            stored = AESGCM(key).encrypt(nonce, _encoder.encode(node), None)
+            rows.append((name, head + nonce + stored))
+        rows.sort()
 
         def change(txn: Transaction) -> None:
             for name, value in rows:
                 txn.put(name, value, db=self._files)
 
-        if rows:
-            self._env.write(change)
+        self._env.write(change)
 
     def _forget_old(self) -> None:
         """Drop what was not seen for two months, at most once a day."""
