@@ -221,7 +221,10 @@ class BlobStore:
         if location is None or location.stored_bytes > max_stored_bytes:
             return None
         pack = self.index.pack_id(location.pack)
-        payload = self.storage.read_at_once(pack_name(pack), location.offset, location.stored_bytes)
+        name = pack_name(pack)
+        if self._ciphers is not None and not self._ciphers.is_at_hand(name):
+            return None  # its session would have to be opened first
+        payload = self.storage.read_at_once(name, location.offset, location.stored_bytes)
         if payload is None:
             return None
         try:

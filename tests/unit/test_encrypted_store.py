@@ -105,6 +105,18 @@ def test_blobs_come_back_and_nothing_of_them_is_in_the_pack(
             assert bytes(digest) not in data
 
 
+def test_who_must_not_wait_is_given_nothing_for_which_a_session_has_to_be_opened(
+    store: BlobStore, keys: Keys
+) -> None:
+    put(store, SESSION, (keyed(PLAINS[0]), PLAINS[0]), (keyed(PLAINS[1]), PLAINS[1]))
+    other = again(store, keys)
+    # The pack's file is open and in memory, so that only the session is missing.
+    assert store.read(keyed(PLAINS[0])) == PLAINS[0]
+    assert other.read_at_once(keyed(PLAINS[0]), 1 << 20) is None
+    assert other.read(keyed(PLAINS[1])) == PLAINS[1]
+    assert other.read_at_once(keyed(PLAINS[0]), 1 << 20) == PLAINS[0]
+
+
 def test_a_store_without_its_index_is_the_same(store: BlobStore, keys: Keys) -> None:
     put(store, BOTH, *((keyed(plain), plain) for plain in PLAINS), (keyed(b"x", SECOND), b"x"))
     before = dict(store.index.blobs())
