@@ -19,6 +19,7 @@ from typing import NoReturn
 import msgspec
 
 from casfs.errors import CasfsError, IntegrityError, LockedError, UsageError
+from casfs.keys.state import state_folder
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def log_to(log_file: Path | None) -> None:
         handler: logging.Handler = logging.handlers.SysLogHandler(_SYSLOG)
         handler.setFormatter(logging.Formatter(f"casfs[{os.getpid()}]: %(levelname)s %(message)s"))
     else:
-        path = log_file if log_file is not None else _state_file()
+        path = log_file if log_file is not None else state_folder(make=False) / "mount.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
@@ -158,13 +159,6 @@ def _be_the_child(work: Callable[[Background], None], background: Background) ->
     finally:
         logging.shutdown()
         os._exit(code)
-
-
-def _state_file() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or os.path.join(
-        os.path.expanduser("~"), ".local/state"
-    )
-    return Path(state) / "casfs" / "mount.log"
 
 
 def _ending(status: int) -> str:

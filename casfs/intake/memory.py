@@ -53,6 +53,7 @@ class FileMemory:
         self._index = index
         self._env = index.environment
         self._files = self._env.database(b"files")
+        self._meta = self._env.database(b"meta")
         self._key = key
         self._state = losses, index.removals()
         self._day = int(time.time()) // _DAY_S
@@ -96,9 +97,8 @@ class FileMemory:
     def confirm(self) -> None:
         """Say that all that was remembered is durable and in the index; old memories are dropped."""
         self._write()
-        meta = self._env.database(b"meta")
         key, value = b"memory" + self._batch, _CONFIRMED.pack(*self._state)
-        self._env.write(lambda txn: txn.put(key, value, db=meta))
+        self._env.write(lambda txn: txn.put(key, value, db=self._meta))
         self._forget_old()
 
     def close(self) -> None:
@@ -117,15 +117,14 @@ class FileMemory:
             return True  # nothing that was stored then can have gone since
         if node.levels:
             return False  # the lists are in packs that cannot be read here
-        digests = (node.content[i + 8 : i + RECORD.size] for i in range(0, len(node.content), 40))
-        return all(self._index.known(Digest(one) for one in digests if one != HOLE))
+        digests = (Digest(one) for _, one in RECORD.iter_unpack(node.content) if one != HOLE)
+        return all(self._index.known(digests))
 
     def _state_at(self, batch: bytes) -> tuple[int, int]:
         """Return the losses and removals of the index before a backup, (-1, -1) if it did not end well."""
         found = self._confirmed.get(batch)
         if found is None:
-            meta = self._env.database(b"meta")
-            value = self._env.read(lambda txn: txn.get(b"memory" + batch, db=meta))
+            value = self._env.read(lambda txn: txn.get(b"memory" + batch, db=self._meta))
             found = (-1, -1)
             if value is not None:
                 losses, removals = _CONFIRMED.unpack(value)
@@ -165,14 +164,13 @@ class FileMemory:
 
     def _forget_old(self) -> None:
         """Drop what was not seen for two months, at most once a day."""
-        meta = self._env.database(b"meta")
         today = struct.pack("<I", self._day)
-        if self._env.read(lambda txn: txn.get(b"tidied", db=meta)) == today:
+        if self._env.read(lambda txn: txn.get(b"tidied", db=self._meta)) == today:
             return
         after: bytes | None = b""
         while after is not None:
             after = self._forget_some(after)
-        self._env.write(lambda txn: txn.put(b"tidied", today, db=meta))
+        self._env.write(lambda txn: txn.put(b"tidied", today, db=self._meta))
 
     def _forget_some(self, after: bytes) -> bytes | None:
         """Look at some memories behind a name; return the last of them, or None at the end."""

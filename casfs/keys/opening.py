@@ -62,13 +62,13 @@ def open_vault(
         return None
     from casfs.keys.identity import Identities
     from casfs.keys.vault import Vault
+    from casfs.keys.wrapping import NOTHING_GIVEN
 
     identities = unlock(storage, config) if unlock is not None else Identities()
     if not (identities or closed_ok):
         raise KeyMissingError(
-            f"the repository in {root} is encrypted, and nothing was given that opens it: give "
-            "--identity FILE, or a passphrase (--passphrase-file, --passphrase-command, or at a "
-            "terminal). Without one there are backup, snapshots and check --storage"
+            f"the repository in {root} {NOTHING_GIVEN}. Without one there are backup, snapshots and "
+            "check --storage"
         )
     if mode is None:
         if identities:

@@ -17,6 +17,7 @@ import msgspec
 from casfs.digest import digest_of
 from casfs.errors import DistrustError, StorageError
 from casfs.store.config import RepositoryConfig
+from casfs.store.place import user_folder
 from casfs.store.session import SECRET_BYTES, Domain
 
 
@@ -42,10 +43,7 @@ class _Place(msgspec.Struct, frozen=True):
 
 def state_folder(make: bool = True) -> Path:
     """Return the folder of the user's state, made if need be; raises StorageError."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.join(
-        os.path.expanduser("~"), ".local", "state"
-    )
-    folder = Path(base) / "casfs"
+    folder = user_folder("XDG_STATE_HOME", ".local/state")
     if not make:
         return folder
     try:

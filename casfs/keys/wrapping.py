@@ -20,6 +20,12 @@ from casfs.store.session import MAX_DOMAINS, SECRET_BYTES, Domain, Session, Sess
 from casfs.store.storage import Storage
 
 SESSIONS = "sessions"
+
+NOTHING_GIVEN = (
+    "is encrypted, and nothing was given that opens it: give --identity FILE, or a passphrase "
+    "(--passphrase-file, --passphrase-command, or at a terminal)"
+)
+
 _MAX_FILE_BYTES = 16 << 20
 _FORM = "session 1"
 
@@ -162,7 +168,4 @@ def _sound_files(
 def _sentence(identities: Sequence[AgeIdentity], use_gpg: bool) -> str:
     if identities or use_gpg:
         return "none of the identities that were given opens this: it was stored for others"
-    return (
-        "the repository is encrypted, and nothing was given that opens it: give --identity FILE, or a "
-        "passphrase (--passphrase-file, --passphrase-command, or at a terminal)"
-    )
+    return f"the repository {NOTHING_GIVEN}"

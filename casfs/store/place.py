@@ -27,10 +27,15 @@ def index_path(root: Path, repository_id: str, encrypted: bool = False) -> Path:
 
 def cached_index_path(repository_id: str) -> Path:
     """Return the folder of this user's own index of a repository; its parent is made."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    parent = Path(cache) / "casfs" / repository_id[:32]
+    parent = user_folder("XDG_CACHE_HOME", ".cache") / repository_id[:32]
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     return parent / "index"
+
+
+def user_folder(variable: str, usual: str) -> Path:
+    """Return this user's folder of casfs below the one that a variable of XDG names, or the usual one."""
+    base = os.environ.get(variable) or os.path.join(os.path.expanduser("~"), usual)
+    return Path(base) / "casfs"
 
 
 def file_system_type(path: Path) -> str:
