@@ -274,8 +274,14 @@ class BlobStore:
         decrypt = cipher.decrypt_directory if cipher is not None else None
         return parse_directory(pack, directory, digest, offset - RECORD.size, decrypt)
 
-    def entries(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
-        """Return a pack's entries, also where they have to be found without its directory."""
+    def entries(self, pack: PackId, pack_bytes: int | None = None) -> list[PackEntry]:
+        """Return a pack's entries, also where they have to be found without its directory.
+
+        `pack_bytes` is the size that it has in the storage, asked for where it is None. What the index
+        tells of it is not to be given here: another pack may have taken its place.
+        """
+        if pack_bytes is None:
+            pack_bytes = self.storage.size(pack_name(pack))
         try:
             return self.read_directory(pack, pack_bytes)
         except PackError:

@@ -280,7 +280,7 @@ class Pruner:
         try:
             for ordinal in sorted(chosen):
                 record = self._records[ordinal]
-                entries = store.entries(record.pack, record.pack_bytes)
+                entries = store.entries(record.pack)
                 for entry in sorted(entries, key=lambda entry: entry.offset):
                     location = self._index.lookup(entry.digest)
                     if (

@@ -33,7 +33,7 @@ class Rescuer:
         for ordinal in sorted(ordinals):
             record = records[ordinal]
             try:
-                entries = self._store.entries(record.pack, record.pack_bytes)
+                entries = self._store.entries(record.pack)
             except CasfsError:
                 continue
             for entry in entries:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -329,6 +330,32 @@ def _repair_snapshots_drops_no_more(cell: Cell, readable: set[tuple[str, str]]) 
         assert by_old.get(name, {}).get(path) == cell.sound.published[name][path], path
     left = cell.act(scene, "check").done()
     assert [one for one in left if one["snapshot"] is not None] == []
+
+
+def test_a_prune_loses_nothing_whichever_packs_have_changed_places(
+    sound: SoundRepository, stage: Stage
+) -> None:
+    packs = sorted(path for path in (sound.scene.root / "packs").rglob("*") if path.is_file())
+    sizes = {path.stat().st_size for path in packs}
+    assert len(sizes) >= 3, "packs take the places of shorter ones"
+    for path, other in combinations(packs, 2):
+        target = Target(path, 0, path.stat().st_size, other)
+        pair = f"{path.name[:8]} and {other.name[:8]}"
+        for checked in (False, True):
+            root = sound.scene.root.with_name("changed places")
+            shutil.copytree(sound.scene.root, root)
+            try:
+                damage(moved(target, sound.scene.root, root), SWAPPED)
+                scene = Scene(stage, root, sound.scene.source, dict(sound.published))
+                before = right(scene.act("look").done(), sound.published)
+                if checked:
+                    scene.act("check").done()
+                for share in (0.0, 1.0):
+                    scene.act("prune", share=share)
+                    after = right(scene.act("look").done(), sound.published)
+                    assert after >= before, f"{pair}, checked: {checked}, share {share}"
+            finally:
+                shutil.rmtree(root)
 
 
 @pytest.mark.parametrize("what", [what for what in WHATS if what not in (CLOSED, REMOVED)])
