@@ -47,7 +47,8 @@ from casfs.store.config import (
     encode_config,
     new_config,
 )
-from casfs.store.index import Index, PackRecord
+from casfs.store.index import Index
+from casfs.store.location import PackRecord
 from casfs.store.lock import (
     LockMode,
     LockRecord,

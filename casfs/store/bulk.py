@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from casfs.digest import Digest
 from casfs.errors import CasfsError
 from casfs.store.blob import Encoded
-from casfs.store.index import Location
+from casfs.store.location import Location
 from casfs.store.store import BlobStore, pack_name
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable
 
 from casfs.bitmap import Bitmap
-from casfs.store.index import Location, PackRecord
+from casfs.store.location import Location, PackRecord
 
 
 class Coverage:

@@ -15,78 +15,28 @@ import itertools
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 from casfs.digest import Digest, PackId
 from casfs.errors import IndexUnusableError
 from casfs.store.environment import Environment, Transaction
-from casfs.store.pack import PackEntry
+from casfs.store.location import BAD, LOCATION, PACK, IndexedPack, Location, PackRecord
 
 INDEX_VERSION = b"1"
 
 DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
 
-_LOCATION = struct.Struct("<IIIIIBBH")
-assert _LOCATION.size == 24
-_PACK = struct.Struct("<32sQIIQ")
-assert _PACK.size == 56
 _ORDINAL = struct.Struct(">I")
 _REMOVALS = struct.Struct("<Q")
 _COUNTERS = struct.Struct("<QQQ")
 _CONDEMNED_ITEM = struct.Struct("<I")
 
-_BAD = 1
-"""The flag of a blob or a pack whose data were found damaged."""
-
 _UNKNOWN = b"\1\0"
 """The flags of a blob that is not there."""
 
 _ASKED_AT_ONCE = 10_000
-
-IndexedPack = tuple[PackId, int, list[PackEntry]]
-"""A pack's name, its size in bytes, and its entries."""
-
-
-class Location(NamedTuple):
-    """Where a blob's payload is: `pack` is the pack's ordinal, `offset` in bytes from its start."""
-
-    pack: int
-    offset: int
-    stored_bytes: int
-    plain_bytes: int
-    ordinal: int
-    kind: int
-    codec: int
-    flags: int = 0
-
-    @property
-    def is_bad(self) -> bool:
-        """Tell whether the data were found damaged."""
-        return bool(self.flags & _BAD)
-
-    def is_of(self, entry: PackEntry) -> bool:
-        """Tell whether this is the place that the directory of the pack tells."""
-        told = (entry.offset, entry.stored_bytes, entry.plain_bytes)
-        return (self.offset, self.stored_bytes, self.plain_bytes) == told
-
-
-@dataclass(frozen=True, slots=True)
-class PackRecord:
-    """What the index knows of a pack; `verified_s` is when all its bytes were last verified (0: never).
-
-    `is_damaged` says that its bytes were found not to be what its name says.
-    """
-
-    ordinal: int
-    pack: PackId
-    pack_bytes: int
-    blobs: int
-    verified_s: int
-    is_damaged: bool = False
 
 
 class Index:
@@ -146,13 +96,13 @@ class Index:
     def lookup(self, digest: Digest) -> Location | None:
         """Return where a blob is, trusted or not, or None."""
         value = self._env.read(lambda txn: txn.get(digest, db=self._blobs))
-        return None if value is None else Location(*_LOCATION.unpack(value))
+        return None if value is None else Location(*LOCATION.unpack(value))
 
     def lookups(self, digests: list[Digest]) -> list[Location | None]:
         """Return where each blob is, as `lookup` does, in one transaction; for a few thousand at a time."""
 
         def ask(txn: Transaction) -> list[Location | None]:
-            get, blobs, unpack = txn.get, self._blobs, _LOCATION.unpack
+            get, blobs, unpack = txn.get, self._blobs, LOCATION.unpack
             values = [get(digest, db=blobs) for digest in digests]
             return [None if value is None else Location(*unpack(value)) for value in values]
 
@@ -186,7 +136,7 @@ class Index:
             value = self._env.read(lambda txn: txn.get(_ORDINAL.pack(ordinal), db=self._packs))
             if value is None:
                 raise IndexUnusableError(f"the index names a pack {ordinal} that it does not have")
-            pack = self._pack_ids[ordinal] = PackId(_PACK.unpack(value)[0])
+            pack = self._pack_ids[ordinal] = PackId(PACK.unpack(value)[0])
         return pack
 
     def packs(self) -> list[PackRecord]:
@@ -196,9 +146,9 @@ class Index:
     def _all_packs(self, txn: Transaction) -> list[PackRecord]:
         records = []
         for key, value in txn.cursor(db=self._packs):
-            pack, pack_bytes, blobs, flags, verified_s = _PACK.unpack(value)
+            pack, pack_bytes, blobs, flags, verified_s = PACK.unpack(value)
             ordinal = _ORDINAL.unpack(key)[0]
-            is_damaged = bool(flags & _BAD)
+            is_damaged = bool(flags & BAD)
             record = PackRecord(ordinal, PackId(pack), pack_bytes, blobs, verified_s, is_damaged)
             records.append(record)
         return records
@@ -213,7 +163,7 @@ class Index:
         while True:
             rows = self._env.read(functools.partial(self._batch, after=after, limit=batch))
             for key, value in rows:
-                yield Digest(key), Location(*_LOCATION.unpack(value))
+                yield Digest(key), Location(*LOCATION.unpack(value))
             if len(rows) < batch:
                 return
             after = rows[-1][0]
@@ -273,7 +223,7 @@ class Index:
             bad = {
                 (bytes(key), before[location.pack].pack)
                 for key, value in txn.cursor(db=self._blobs)
-                if value[-2] and (location := Location(*_LOCATION.unpack(value))).pack in before
+                if value[-2] and (location := Location(*LOCATION.unpack(value))).pack in before
             }
             known = {record.pack: record for record in before.values()}
             for db in (self._blobs, self._packs, self._meta):
@@ -309,17 +259,17 @@ class Index:
         known: PackRecord | None = None,
     ) -> None:
         next_pack, next_blob, losses = self._counters(txn)
-        blobs, pack_location = self._blobs, _LOCATION.pack
+        blobs, pack_location = self._blobs, LOCATION.pack
         for pack, pack_bytes, entries in packs:
             if not txn.put(b"pack" + pack, b"", overwrite=False, db=self._meta):
                 continue
             is_damaged = known is not None and known.is_damaged
             verified_s = known.verified_s if known is not None else 0
-            value = _PACK.pack(pack, pack_bytes, len(entries), _BAD * is_damaged, verified_s)
+            value = PACK.pack(pack, pack_bytes, len(entries), BAD * is_damaged, verified_s)
             txn.put(_ORDINAL.pack(next_pack), value, db=self._packs)
             for entry in sorted(entries):
                 digest, offset, stored_bytes, plain_bytes, kind, codec = entry
-                flags = _BAD if bad and (digest, pack) in bad else 0
+                flags = BAD if bad and (digest, pack) in bad else 0
                 place = (next_pack, offset, stored_bytes, plain_bytes)
                 location = pack_location(*place, next_blob, kind, codec, flags)
                 if txn.put(digest, location, overwrite=False, db=blobs):
@@ -327,7 +277,7 @@ class Index:
                     continue
                 there = txn.get(digest, db=blobs)
                 if not flags and not _is_trusted(there, condemned):
-                    ordinal = _LOCATION.unpack(there or b"")[4]
+                    ordinal = LOCATION.unpack(there or b"")[4]
                     txn.put(digest, pack_location(*place, ordinal, kind, codec, 0), db=blobs)
             next_pack += 1
         txn.put(b"counters", _COUNTERS.pack(next_pack, next_blob, losses), db=self._meta)
@@ -369,13 +319,13 @@ class Index:
         def change(txn: Transaction) -> bool:
             for ordinal, pack in packs.items():
                 record = txn.get(_ORDINAL.pack(ordinal), db=self._packs)
-                if record is None or _PACK.unpack(record)[0] != pack:
+                if record is None or PACK.unpack(record)[0] != pack:
                     return False
             after: bytes | None = None
             while rows := self._batch(txn, after, _ASKED_AT_ONCE):
                 after = rows[-1][0]
                 for key, value in rows:
-                    if _LOCATION.unpack(value)[0] in ordinals:
+                    if LOCATION.unpack(value)[0] in ordinals:
                         txn.delete(key, db=self._blobs)
             for ordinal, pack in packs.items():
                 txn.delete(_ORDINAL.pack(ordinal), db=self._packs)
@@ -393,12 +343,12 @@ class Index:
 
         def change(txn: Transaction) -> None:
             lost = False
-            for flags, digests in ((_BAD, bad), (0, sound)):
+            for flags, digests in ((BAD, bad), (0, sound)):
                 for digest in digests:
                     value = txn.get(digest, db=self._blobs)
-                    fields = _LOCATION.unpack(value) if value is not None else None
+                    fields = LOCATION.unpack(value) if value is not None else None
                     if fields is not None and fields[0] == pack and fields[7] != flags:
-                        txn.put(digest, _LOCATION.pack(*fields[:7], flags), db=self._blobs)
+                        txn.put(digest, LOCATION.pack(*fields[:7], flags), db=self._blobs)
                         lost |= bool(flags)
             if lost:
                 self._count_loss(txn)
@@ -472,7 +422,7 @@ class Index:
 
     def mark_damaged(self, ordinals: Iterable[int]) -> None:
         """Remember that the bytes of some packs are not what their names say."""
-        self._mark_packs(ordinals, 0, _BAD)
+        self._mark_packs(ordinals, 0, BAD)
 
     def _mark_packs(self, ordinals: Iterable[int], when_s: int, flags: int) -> None:
         marked = list(ordinals)
@@ -482,8 +432,8 @@ class Index:
                 key = _ORDINAL.pack(ordinal)
                 value = txn.get(key, db=self._packs)
                 if value is not None:
-                    pack, pack_bytes, blobs, _, _ = _PACK.unpack(value)
-                    txn.put(key, _PACK.pack(pack, pack_bytes, blobs, flags, when_s), db=self._packs)
+                    pack, pack_bytes, blobs, _, _ = PACK.unpack(value)
+                    txn.put(key, PACK.pack(pack, pack_bytes, blobs, flags, when_s), db=self._packs)
 
         self._env.write(change)
 
@@ -497,4 +447,4 @@ class Index:
 
 
 def _is_trusted(value: bytes | memoryview | None, condemned: frozenset[int] | set[int]) -> bool:
-    return value is not None and value[-2] == 0 and _LOCATION.unpack(value)[0] not in condemned
+    return value is not None and value[-2] == 0 and LOCATION.unpack(value)[0] not in condemned

@@ -26,7 +26,8 @@ from casfs.store.blob import ENCRYPTED, TAG_BYTES, BlobCodec, Encoded
 from casfs.store.condemned import condemned_packs
 from casfs.store.copies import Copies
 from casfs.store.coverage import Coverage
-from casfs.store.index import Index, IndexedPack, Location
+from casfs.store.index import Index
+from casfs.store.location import IndexedPack, Location
 from casfs.store.pack import (
     HEADER,
     MAX_PACK_BYTES,

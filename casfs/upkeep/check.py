@@ -17,7 +17,7 @@ from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
 from casfs.monitor import Monitor
 from casfs.repository import Repository
-from casfs.store.index import Location
+from casfs.store.location import Location
 from casfs.tree import (
     MAX_DEPTH,
     Kind,

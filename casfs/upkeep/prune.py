@@ -35,7 +35,7 @@ from casfs.store.condemned import (
     read_condemnations,
     replace_condemnation,
 )
-from casfs.store.index import Location, PackRecord
+from casfs.store.location import Location, PackRecord
 from casfs.store.lock import LockMode, LockRecord
 from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER
 from casfs.store.store import pack_name

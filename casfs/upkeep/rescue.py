@@ -12,7 +12,7 @@ from casfs.digest import Digest
 from casfs.errors import BlobError, CasfsError
 from casfs.repository import Repository
 from casfs.store.blob import BlobKind
-from casfs.store.index import Location, PackRecord
+from casfs.store.location import Location, PackRecord
 from casfs.upkeep.needs import Needs
 
 

@@ -28,7 +28,7 @@ from casfs.errors import (
 from casfs.monitor import Monitor
 from casfs.repository import Repository
 from casfs.store.blob import Encoded
-from casfs.store.index import Location, PackRecord
+from casfs.store.location import Location, PackRecord
 from casfs.store.pack import TRAILER, PackEntry
 from casfs.store.store import pack_name
 

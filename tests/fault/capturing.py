@@ -19,7 +19,7 @@ from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.monitor import Problem, RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
-from casfs.store.index import Location
+from casfs.store.location import Location
 from casfs.store.session import SessionId
 from casfs.store.store import pack_name
 from casfs.tree import Kind, Node

@@ -14,7 +14,7 @@ from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.store.blob import BlobKind
-from casfs.store.index import IndexedPack
+from casfs.store.location import IndexedPack
 from casfs.store.pack import PackEntry
 from casfs.store.store import BlobStore
 from casfs.tree import Capture, Extra, Kind, Node, Reason, State, TreeRef, replace

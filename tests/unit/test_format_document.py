@@ -19,7 +19,7 @@ import casfs
 from casfs import content, snapshot, tree, treewriter
 from casfs.keys import passphrase, recipients, state, wrapping
 from casfs.repository import Repository
-from casfs.store import blob, config, index, pack, session, writer
+from casfs.store import blob, config, index, location, pack, session, writer
 
 from .planting import Keeper
 
@@ -178,8 +178,8 @@ class TestFields:
     def test_of_the_index(self) -> None:
         told = {row[0].strip("`"): row[2] for row in rows("Index")}
         assert list(told) == ["blobs", "packs", "meta"]
-        assert told["blobs"].startswith(f"{index._LOCATION.size} bytes")
-        assert told["packs"].startswith(f"{index._PACK.size} bytes")
+        assert told["blobs"].startswith(f"{location.LOCATION.size} bytes")
+        assert told["packs"].startswith(f"{location.PACK.size} bytes")
         assert told["meta"].count(",") == index._COUNTERS.size // 8
 
 

@@ -13,7 +13,8 @@ from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import IndexUnusableError
 from casfs.store import environment
 from casfs.store import index as index_module
-from casfs.store.index import Index, IndexedPack, Location
+from casfs.store.index import Index
+from casfs.store.location import IndexedPack, Location
 from casfs.store.pack import PackEntry
 
 from .storing import child, hear, tell

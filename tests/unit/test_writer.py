@@ -13,7 +13,8 @@ from casfs.digest import PackId, digest_of
 from casfs.errors import BlobError, StorageError
 from casfs.store import writer as writer_module
 from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind, Codec
-from casfs.store.index import Index, IndexedPack
+from casfs.store.index import Index
+from casfs.store.location import IndexedPack
 from casfs.store.pack import RECORD
 from casfs.store.store import BlobStore
 from casfs.store.writer import BlobWriter, WriteStats
