@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from types import MappingProxyType
@@ -22,21 +21,25 @@ from casfs.digest import Digest, PackId
 from casfs.errors import IndexUnusableError
 from casfs.store.environment import Environment, Transaction
 from casfs.store.location import BAD, LOCATION, PACK, IndexedPack, Location, PackRecord
+from casfs.store.pack import PackEntry
+from casfs.store.tables import ORDINAL, Tables, is_trusted
 
 INDEX_VERSION = b"1"
 
 DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
 
-_ORDINAL = struct.Struct(">I")
-_REMOVALS = struct.Struct("<Q")
-_COUNTERS = struct.Struct("<QQQ")
-_CONDEMNED_ITEM = struct.Struct("<I")
+_PARTIAL = b"partial"
 
 _UNKNOWN = b"\1\0"
 """The flags of a blob that is not there."""
 
 _ASKED_AT_ONCE = 10_000
+
+_ADDED_AT_ONCE = 8192
+"""Blobs that one transaction adds to what others read. Each may touch a page of its own, of 4 KiB, which is
+held in memory until the commit; the blobs of a larger pack are added in the order of the digests, so that
+each page is still written once or twice."""
 
 
 class Index:
@@ -52,15 +55,11 @@ class Index:
         self.path = path
         self._env = Environment(path, readonly, on_step, sync)
         try:
-            self._blobs = self._env.database(b"blobs")
-            self._packs = self._env.database(b"packs")
-            self._meta = self._env.database(b"meta")
+            self._tables = Tables(self._env)
         except BaseException:
             self._env.close()
             raise
         self._pack_ids: dict[int, PackId] = {}
-        self._condemned_as_stored = b""
-        self._condemned: frozenset[int] = frozenset()
 
     @property
     def readonly(self) -> bool:
@@ -95,14 +94,14 @@ class Index:
 
     def lookup(self, digest: Digest) -> Location | None:
         """Return where a blob is, trusted or not, or None."""
-        value = self._env.read(lambda txn: txn.get(digest, db=self._blobs))
+        value = self._env.read(lambda txn: txn.get(digest, db=self._tables.blobs))
         return None if value is None else Location(*LOCATION.unpack(value))
 
     def lookups(self, digests: list[Digest]) -> list[Location | None]:
         """Return where each blob is, as `lookup` does, in one transaction; for a few thousand at a time."""
 
         def ask(txn: Transaction) -> list[Location | None]:
-            get, blobs, unpack = txn.get, self._blobs, LOCATION.unpack
+            get, blobs, unpack = txn.get, self._tables.blobs, LOCATION.unpack
             values = [get(digest, db=blobs) for digest in digests]
             return [None if value is None else Location(*unpack(value)) for value in values]
 
@@ -117,11 +116,11 @@ class Index:
 
         def ask(txn: Transaction, batch: list[Digest]) -> list[bool]:
             get = txn.get
-            blobs = self._blobs
-            condemned = self._condemned_in(txn)
+            blobs = self._tables.blobs
+            condemned = self._tables.condemned(txn)
             if not condemned:
                 return [(get(digest, db=blobs) or _UNKNOWN)[-2] == 0 for digest in batch]
-            return [_is_trusted(get(digest, db=blobs), condemned) for digest in batch]
+            return [is_trusted(get(digest, db=blobs), condemned) for digest in batch]
 
         told: list[bool] = []
         rest = iter(digests)
@@ -133,7 +132,9 @@ class Index:
         """Return the name of a pack by its ordinal; raises IndexUnusableError for an unknown one."""
         pack = self._pack_ids.get(ordinal)
         if pack is None:
-            value = self._env.read(lambda txn: txn.get(_ORDINAL.pack(ordinal), db=self._packs))
+            value = self._env.read(
+                lambda txn: txn.get(ORDINAL.pack(ordinal), db=self._tables.packs)
+            )
             if value is None:
                 raise IndexUnusableError(f"the index names a pack {ordinal} that it does not have")
             pack = self._pack_ids[ordinal] = PackId(PACK.unpack(value)[0])
@@ -141,54 +142,85 @@ class Index:
 
     def packs(self) -> list[PackRecord]:
         """Return every pack in the order of the ordinals."""
-        return self._env.read(self._all_packs)
-
-    def _all_packs(self, txn: Transaction) -> list[PackRecord]:
-        records = []
-        for key, value in txn.cursor(db=self._packs):
-            pack, pack_bytes, blobs, flags, verified_s = PACK.unpack(value)
-            ordinal = _ORDINAL.unpack(key)[0]
-            is_damaged = bool(flags & BAD)
-            record = PackRecord(ordinal, PackId(pack), pack_bytes, blobs, verified_s, is_damaged)
-            records.append(record)
-        return records
+        return self._env.read(self._tables.all_packs)
 
     def blob_count(self) -> int:
         """Return how many blobs the index has."""
-        return self._env.read(lambda txn: int(txn.stat(db=self._blobs)["entries"]))
+        return self._env.read(lambda txn: int(txn.stat(db=self._tables.blobs)["entries"]))
 
     def blobs(self, batch: int = 10_000) -> Iterator[tuple[Digest, Location]]:
         """Yield every blob in the order of the digests, a bounded batch in memory at a time."""
         after: bytes | None = None
         while True:
-            rows = self._env.read(functools.partial(self._batch, after=after, limit=batch))
+            rows = self._env.read(functools.partial(self._tables.rows, after=after, limit=batch))
             for key, value in rows:
                 yield Digest(key), Location(*LOCATION.unpack(value))
             if len(rows) < batch:
                 return
             after = rows[-1][0]
 
-    def _batch(
-        self, txn: Transaction, after: bytes | None, limit: int
-    ) -> list[tuple[bytes, bytes]]:
-        cursor = txn.cursor(db=self._blobs)
-        found = cursor.first() if after is None else cursor.set_range(after)
-        if found and after is not None and cursor.key() == after:
-            found = cursor.next()
-        rows: list[tuple[bytes, bytes]] = []
-        while found and len(rows) < limit:
-            rows.append((bytes(cursor.key()), bytes(cursor.value())))
-            found = cursor.next()
-        return rows
-
     def add_packs(self, packs: Iterable[IndexedPack]) -> None:
-        """Record packs in one durable transaction.
+        """Record packs durably; a pack of many blobs in several transactions.
 
         A blob that another pack holds already keeps its place, unless it is not trusted there; a pack
-        that is known is left alone.
+        that is known is left alone. Should this be interrupted, `partial_packs` has what is not whole.
         """
-        added = list(packs)
-        self._env.write(lambda txn: self._add(txn, added, set(self._condemned_in(txn))))
+        for pack, pack_bytes, entries in packs:
+            parts = _parts(entries)
+            is_whole = len(parts) == 1
+            begin = functools.partial(
+                self._begin, added=(pack, pack_bytes, parts[0], len(entries)), is_whole=is_whole
+            )
+            ordinal = self._env.write(begin)
+            if ordinal is not None and not is_whole:
+                self._go_on(pack, ordinal, parts[1:])
+
+    def partial_packs(self) -> list[PackId]:
+        """Return the packs of which not all blobs were added, by a process that lives or that died."""
+
+        def ask(txn: Transaction) -> list[PackId]:
+            cursor = txn.cursor(db=self._tables.meta)
+            found = []
+            more = cursor.set_range(_PARTIAL)
+            while more and (key := bytes(cursor.key())).startswith(_PARTIAL):
+                found.append(PackId(key[len(_PARTIAL) :]))
+                more = cursor.next()
+            return found
+
+        return self._env.read(ask)
+
+    def complete_pack(self, pack: PackId, entries: list[PackEntry]) -> None:
+        """Add what is missing of a pack that was added in part by a process that lives no more."""
+        ordinals = [record.ordinal for record in self.packs() if record.pack == pack]
+        for ordinal in ordinals:
+            self._go_on(pack, ordinal, _parts(entries))
+
+    def _begin(
+        self, txn: Transaction, added: tuple[PackId, int, list[PackEntry], int], is_whole: bool
+    ) -> int | None:
+        """Record a pack and the first of its blobs; return its ordinal, None where it is known."""
+        pack, pack_bytes, entries, blobs = added
+        ordinal = self._tables.record(txn, pack, pack_bytes, blobs)
+        if ordinal is not None:
+            self._tables.place(txn, pack, ordinal, entries, self._tables.condemned(txn))
+            if not is_whole:
+                txn.put(_PARTIAL + pack, b"", db=self._tables.meta)
+        return ordinal
+
+    def _go_on(self, pack: PackId, ordinal: int, parts: list[list[PackEntry]]) -> None:
+        """Add more blobs of a pack, the last of them, unless another process has done so meanwhile."""
+
+        def change(txn: Transaction, entries: list[PackEntry], is_last: bool) -> None:
+            # Where the index was built anew the pack is whole in it.
+            if txn.get(_PARTIAL + pack, db=self._tables.meta) is None:
+                return
+            self._tables.place(txn, pack, ordinal, entries, self._tables.condemned(txn))
+            if is_last:
+                txn.delete(_PARTIAL + pack, db=self._tables.meta)
+
+        for number, part in enumerate(parts, 1):
+            is_last = number == len(parts)
+            self._env.write(functools.partial(change, entries=part, is_last=is_last))
 
     def adopt(
         self, packs: Callable[[], Iterable[IndexedPack]], condemned: Callable[[], Set[PackId]]
@@ -200,7 +232,7 @@ class Index:
         """
 
         def change(txn: Transaction) -> None:
-            self._adopt(txn, set(self._condemned_in(txn)), condemned(), packs())
+            self._adopt(txn, set(self._tables.condemned(txn)), condemned(), packs())
 
         self._env.write(change)
 
@@ -217,19 +249,19 @@ class Index:
         """
 
         def change(txn: Transaction) -> None:
-            next_pack, next_blob, losses = self._counters(txn)
-            before = {record.ordinal: record for record in self._all_packs(txn)}
-            still = {before[n].pack for n in self._condemned_in(txn) if n in before}
+            next_pack, next_blob, losses = self._tables.counters(txn)
+            before = {record.ordinal: record for record in self._tables.all_packs(txn)}
+            still = {before[n].pack for n in self._tables.condemned(txn) if n in before}
             bad = {
                 (bytes(key), before[location.pack].pack)
-                for key, value in txn.cursor(db=self._blobs)
+                for key, value in txn.cursor(db=self._tables.blobs)
                 if value[-2] and (location := Location(*LOCATION.unpack(value))).pack in before
             }
             known = {record.pack: record for record in before.values()}
-            for db in (self._blobs, self._packs, self._meta):
+            for db in (self._tables.blobs, self._tables.packs, self._tables.meta):
                 txn.drop(db, delete=False)
-            txn.put(b"counters", _COUNTERS.pack(next_pack, next_blob, losses + 1), db=self._meta)
-            txn.put(b"version", INDEX_VERSION, db=self._meta)
+            self._tables.set_counters(txn, next_pack, next_blob, losses + 1)
+            txn.put(b"version", INDEX_VERSION, db=self._tables.meta)
             self._adopt(txn, set(), still | condemned(), packs(), bad, known)
 
         self._env.write(change)
@@ -243,71 +275,31 @@ class Index:
         bad: set[tuple[bytes, PackId]] | None = None,
         known: Mapping[PackId, PackRecord] = MappingProxyType({}),
     ) -> None:
-        for added in packs:
-            is_new = txn.get(b"pack" + added[0], db=self._meta) is None
-            if is_new and added[0] in condemned:
-                now_condemned.add(self._counters(txn)[0])
-            self._add(txn, [added], now_condemned, bad, known.get(added[0]))
-        self._condemn(txn, now_condemned)
-
-    def _add(
-        self,
-        txn: Transaction,
-        packs: Iterable[IndexedPack],
-        condemned: set[int],
-        bad: set[tuple[bytes, PackId]] | None = None,
-        known: PackRecord | None = None,
-    ) -> None:
-        next_pack, next_blob, losses = self._counters(txn)
-        blobs, pack_location = self._blobs, LOCATION.pack
         for pack, pack_bytes, entries in packs:
-            if not txn.put(b"pack" + pack, b"", overwrite=False, db=self._meta):
+            ordinal = self._tables.record(txn, pack, pack_bytes, len(entries), known.get(pack))
+            if ordinal is None:
                 continue
-            is_damaged = known is not None and known.is_damaged
-            verified_s = known.verified_s if known is not None else 0
-            value = PACK.pack(pack, pack_bytes, len(entries), BAD * is_damaged, verified_s)
-            txn.put(_ORDINAL.pack(next_pack), value, db=self._packs)
-            for entry in sorted(entries):
-                digest, offset, stored_bytes, plain_bytes, kind, codec = entry
-                flags = BAD if bad and (digest, pack) in bad else 0
-                place = (next_pack, offset, stored_bytes, plain_bytes)
-                location = pack_location(*place, next_blob, kind, codec, flags)
-                if txn.put(digest, location, overwrite=False, db=blobs):
-                    next_blob += 1
-                    continue
-                there = txn.get(digest, db=blobs)
-                if not flags and not _is_trusted(there, condemned):
-                    ordinal = LOCATION.unpack(there or b"")[4]
-                    txn.put(digest, pack_location(*place, ordinal, kind, codec, 0), db=blobs)
-            next_pack += 1
-        txn.put(b"counters", _COUNTERS.pack(next_pack, next_blob, losses), db=self._meta)
+            if pack in condemned:
+                now_condemned.add(ordinal)
+            self._tables.place(txn, pack, ordinal, sorted(entries), now_condemned, bad)
+        self._tables.condemn(txn, now_condemned)
 
     def condemned(self) -> frozenset[int]:
         """Return the ordinals of the packs whose blobs are no longer trusted to stay."""
-        return self._env.read(self._condemned_in)
+        return self._env.read(self._tables.condemned)
 
     def condemn(self, ordinals: Iterable[int]) -> None:
         """Have just these packs be condemned: blobs in them are found, and stored anew when seen again."""
         wanted = set(ordinals)
         if wanted != self.condemned():
-            self._env.write(lambda txn: self._condemn(txn, wanted))
+            self._env.write(lambda txn: self._tables.condemn(txn, wanted))
 
     def change_condemned(self, more: Set[int], less: Set[int]) -> None:
         """Condemn some packs and others no longer; what is said of the rest stays as it is."""
         if more or less:
-            self._env.write(lambda txn: self._condemn(txn, (self._condemned_in(txn) | more) - less))
-
-    def _condemn(self, txn: Transaction, ordinals: Iterable[int]) -> None:
-        value = b"".join(map(_CONDEMNED_ITEM.pack, sorted(ordinals)))
-        txn.put(b"condemned", value, db=self._meta)
-
-    def _condemned_in(self, txn: Transaction) -> frozenset[int]:
-        value = bytes(txn.get(b"condemned", db=self._meta) or b"")
-        if value != self._condemned_as_stored:
-            found = frozenset(number for (number,) in _CONDEMNED_ITEM.iter_unpack(value))
-            self._condemned, self._condemned_as_stored = found, value
-            return found
-        return self._condemned
+            self._env.write(
+                lambda txn: self._tables.condemn(txn, (self._tables.condemned(txn) | more) - less)
+            )
 
     def remove_packs(self, packs: Mapping[int, PackId], lost: bool = False) -> bool:
         """Forget packs, and the blobs that are placed in them: nobody needs them, or they are `lost`.
@@ -318,22 +310,23 @@ class Index:
 
         def change(txn: Transaction) -> bool:
             for ordinal, pack in packs.items():
-                record = txn.get(_ORDINAL.pack(ordinal), db=self._packs)
+                record = txn.get(ORDINAL.pack(ordinal), db=self._tables.packs)
                 if record is None or PACK.unpack(record)[0] != pack:
                     return False
             after: bytes | None = None
-            while rows := self._batch(txn, after, _ASKED_AT_ONCE):
+            while rows := self._tables.rows(txn, after, _ASKED_AT_ONCE):
                 after = rows[-1][0]
                 for key, value in rows:
                     if LOCATION.unpack(value)[0] in ordinals:
-                        txn.delete(key, db=self._blobs)
+                        txn.delete(key, db=self._tables.blobs)
             for ordinal, pack in packs.items():
-                txn.delete(_ORDINAL.pack(ordinal), db=self._packs)
-                txn.delete(b"pack" + pack, db=self._meta)
-            self._condemn(txn, self._condemned_in(txn) - ordinals)
-            txn.put(b"removals", _REMOVALS.pack(self._removals(txn) + 1), db=self._meta)
+                txn.delete(ORDINAL.pack(ordinal), db=self._tables.packs)
+                for key in (b"pack" + pack, _PARTIAL + pack):
+                    txn.delete(key, db=self._tables.meta)
+            self._tables.condemn(txn, self._tables.condemned(txn) - ordinals)
+            self._tables.count_removal(txn)
             if lost:
-                self._count_loss(txn)
+                self._tables.count_loss(txn)
             return True
 
         return self._env.write(change)
@@ -345,32 +338,23 @@ class Index:
             lost = False
             for flags, digests in ((BAD, bad), (0, sound)):
                 for digest in digests:
-                    value = txn.get(digest, db=self._blobs)
+                    value = txn.get(digest, db=self._tables.blobs)
                     fields = LOCATION.unpack(value) if value is not None else None
                     if fields is not None and fields[0] == pack and fields[7] != flags:
-                        txn.put(digest, LOCATION.pack(*fields[:7], flags), db=self._blobs)
+                        txn.put(digest, LOCATION.pack(*fields[:7], flags), db=self._tables.blobs)
                         lost |= bool(flags)
             if lost:
-                self._count_loss(txn)
+                self._tables.count_loss(txn)
 
         self._env.write(change)
 
-    def _count_loss(self, txn: Transaction) -> None:
-        next_pack, next_blob, losses = self._counters(txn)
-        counters = _COUNTERS.pack(next_pack, next_blob, losses + 1)
-        txn.put(b"counters", counters, db=self._meta)
-
     def losses(self) -> int:
         """Return how often entries were lost so far; see `mark_complete`."""
-        return self._env.read(lambda txn: self._counters(txn)[2])
+        return self._env.read(lambda txn: self._tables.counters(txn)[2])
 
     def removals(self) -> int:
         """Return how often packs were removed that no snapshot needed, since the last rebuild."""
-        return self._env.read(self._removals)
-
-    def _removals(self, txn: Transaction) -> int:
-        value = txn.get(b"removals", db=self._meta)
-        return int(_REMOVALS.unpack(value)[0]) if value is not None else 0
+        return self._env.read(self._tables.removals)
 
     def mark_complete(self, snapshot: bytes, losses: int) -> None:
         """Remember that every blob a snapshot needs was in the index after so many losses.
@@ -380,7 +364,7 @@ class Index:
         """
 
         def change(txn: Transaction) -> None:
-            txn.put(b"complete" + snapshot, b"%d" % losses, db=self._meta)
+            txn.put(b"complete" + snapshot, b"%d" % losses, db=self._tables.meta)
 
         self._env.write(change)
 
@@ -388,8 +372,8 @@ class Index:
         """Tell whether nothing can have been lost from a snapshot since `mark_complete`."""
 
         def ask(txn: Transaction) -> bool:
-            value = txn.get(b"complete" + snapshot, db=self._meta)
-            return value is not None and value == b"%d" % self._counters(txn)[2]
+            value = txn.get(b"complete" + snapshot, db=self._tables.meta)
+            return value is not None and value == b"%d" % self._tables.counters(txn)[2]
 
         return self._env.read(ask)
 
@@ -398,7 +382,7 @@ class Index:
         prefix = b"complete"
 
         def find(txn: Transaction) -> list[bytes]:
-            cursor = txn.cursor(db=self._meta)
+            cursor = txn.cursor(db=self._tables.meta)
             found = []
             more = cursor.set_range(prefix)
             while more and (key := bytes(cursor.key())).startswith(prefix):
@@ -411,7 +395,7 @@ class Index:
 
         def change(txn: Transaction) -> None:
             for key in gone:
-                txn.delete(key, db=self._meta)
+                txn.delete(key, db=self._tables.meta)
 
         if gone:
             self._env.write(change)
@@ -429,22 +413,27 @@ class Index:
 
         def change(txn: Transaction) -> None:
             for ordinal in marked:
-                key = _ORDINAL.pack(ordinal)
-                value = txn.get(key, db=self._packs)
+                key = ORDINAL.pack(ordinal)
+                value = txn.get(key, db=self._tables.packs)
                 if value is not None:
                     pack, pack_bytes, blobs, _, _ = PACK.unpack(value)
-                    txn.put(key, PACK.pack(pack, pack_bytes, blobs, flags, when_s), db=self._packs)
+                    txn.put(
+                        key,
+                        PACK.pack(pack, pack_bytes, blobs, flags, when_s),
+                        db=self._tables.packs,
+                    )
 
         self._env.write(change)
 
     def is_current(self) -> bool:
         """Tell whether the index was begun by `rebuild` in a version that this module reads."""
-        return self._env.read(lambda txn: txn.get(b"version", db=self._meta)) == INDEX_VERSION
-
-    def _counters(self, txn: Transaction) -> tuple[int, int, int]:
-        value = txn.get(b"counters", db=self._meta)
-        return _COUNTERS.unpack(value) if value is not None else (0, 0, 0)
+        return (
+            self._env.read(lambda txn: txn.get(b"version", db=self._tables.meta)) == INDEX_VERSION
+        )
 
 
-def _is_trusted(value: bytes | memoryview | None, condemned: frozenset[int] | set[int]) -> bool:
-    return value is not None and value[-2] == 0 and LOCATION.unpack(value)[0] not in condemned
+def _parts(entries: list[PackEntry]) -> list[list[PackEntry]]:
+    """Return entries in the order of their digests, at least one part of them, however few they are."""
+    ordered = sorted(entries)
+    ends = range(0, max(1, len(ordered)), _ADDED_AT_ONCE)
+    return [ordered[begin : begin + _ADDED_AT_ONCE] for begin in ends]

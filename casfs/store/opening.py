@@ -118,7 +118,7 @@ def _is_in_use(root: Path, own_lock: str | None = None) -> bool:
 
 
 def _knows_all_packs(index: Index, storage: LocalStorage, codec: BlobCodec) -> bool:
-    if not index.is_current():
+    if not index.is_current() or index.partial_packs():
         return False
     indexed = {record.pack for record in index.packs()}
     return all(pack in indexed for pack, _ in BlobStore(storage, index, codec).stored_packs())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from casfs.digest import Digest, PackId
@@ -321,10 +321,10 @@ class BlobStore:
     ) -> None:
         """Bring the index into agreement with the packs in the storage.
 
-        Packs that a crash left out of the index are added from their directories. Where the index
-        names a pack that is gone it is rebuilt from the packs alone, so that no blob is trusted that
-        nothing holds and duplicates in other packs are found; with `keep_missing` it names that pack
-        still, for somebody who is to tell of it.
+        Packs that a crash left out of the index, or half in it, are added from their directories.
+        Where the index names a pack that is gone it is rebuilt from the packs alone, so that no blob is
+        trusted that nothing holds and duplicates in other packs are found; with `keep_missing` it names
+        that pack still, for somebody who is to tell of it.
 
         A prune of another process may be at work. It condemns a pack before it removes it from the index,
         and removes the file before the condemnation. So what is condemned is asked after what it is
@@ -348,11 +348,19 @@ class BlobStore:
             self.rebuild()
         elif new := sorted(stored.keys() - indexed):
             self._adopt([(pack, stored[pack]) for pack in new], is_alone)
+        self._complete(stored, is_alone)
         before = self.index.condemned()
         condemned = condemned_packs(self.storage)
         if condemned or before:
             found = {record.ordinal for record in self.index.packs() if record.pack in condemned}
             self.index.change_condemned(found - before, before - found if is_alone() else set())
+
+    def _complete(self, stored: Mapping[PackId, int], is_alone: Callable[[], bool]) -> None:
+        """Add to the index what a process that died had not added yet of a pack."""
+        partial = [pack for pack in self.index.partial_packs() if pack in stored]
+        if partial and is_alone():
+            for pack, _, entries in self._indexed([(pack, stored[pack]) for pack in partial]):
+                self.index.complete_pack(pack, entries)
 
     def _adopt(self, new: list[tuple[PackId, int]], is_alone: Callable[[], bool]) -> None:
         condemned: set[PackId] = set()

@@ -35,6 +35,7 @@ from casfs.keys.identity import Identities
 from casfs.monitor import Progress, RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
+from casfs.store import index as index_module
 from casfs.store import writer as writer_module
 from casfs.store.config import RepositoryConfig
 from casfs.store.index import Index
@@ -353,7 +354,10 @@ def be_hurt_by(job: dict[str, Any]) -> None:
 
 
 def small_packs() -> None:
-    """Have this process make packs of a few files, so that one backup has many of them."""
+    """Have this process make packs of a few files, so that one backup has many of them.
+
+    Even their blobs come into the index by more commits than one.
+    """
 
     def writer(
         self: Repository, dry_run: bool = False, spool_in_memory: bool = False
@@ -364,6 +368,7 @@ def small_packs() -> None:
     setattr(Repository, "writer", writer)  # noqa: B010 - mypy refuses to assign to a method
     writer_module._BUFFER_BYTES = 4 * KIB
     writer_module._BATCH_BYTES = 32 * KIB
+    index_module._ADDED_AT_ONCE = 4
 
 
 def cheap_passphrases() -> None:

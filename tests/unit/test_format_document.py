@@ -19,7 +19,7 @@ import casfs
 from casfs import content, snapshot, tree, treewriter
 from casfs.keys import passphrase, recipients, state, wrapping
 from casfs.repository import Repository
-from casfs.store import blob, config, index, location, pack, session, writer
+from casfs.store import blob, config, location, pack, session, tables, writer
 
 from .planting import Keeper
 
@@ -180,7 +180,7 @@ class TestFields:
         assert list(told) == ["blobs", "packs", "meta"]
         assert told["blobs"].startswith(f"{location.LOCATION.size} bytes")
         assert told["packs"].startswith(f"{location.PACK.size} bytes")
-        assert told["meta"].count(",") == index._COUNTERS.size // 8
+        assert told["meta"].count(",") == tables.COUNTERS.size // 8
 
 
 class TestLayout:

@@ -224,6 +224,93 @@ class TestOpening:
         index.close()
 
 
+class TestLargePacks:
+    """What one transaction adds is bounded, and what is left half in the index costs nothing."""
+
+    @pytest.fixture(autouse=True)
+    def _few_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(index_module, "_ADDED_AT_ONCE", 8)
+
+    def stopped_after(self, path: Path, commits: int, added: IndexedPack) -> None:
+        left = iter(range(commits + 1))
+
+        def on_step(step: str) -> None:
+            if step == "commit index" and next(left, None) is None:
+                raise InterruptedError("killed")
+
+        index = Index(path, on_step=on_step)
+        try:
+            index.rebuild(tuple)
+            index.add_packs([added])
+        except InterruptedError:
+            pass
+        finally:
+            index.close()
+
+    def test_are_whole_after_as_many_commits_as_they_need(self, tmp_path: Path) -> None:
+        steps: list[str] = []
+        index = Index(tmp_path / "index", on_step=steps.append)
+        index.rebuild(tuple)
+        del steps[:]
+        index.add_packs([pack(0, *range(100))])
+        assert steps.count("commit index") == 13
+        assert index.partial_packs() == []
+        assert sorted(place.ordinal for _, place in index.blobs()) == list(range(100))
+        index.close()
+
+    @pytest.mark.parametrize("commits", range(14))
+    def test_that_were_added_in_part_are_completed_and_keep_what_they_had(
+        self, tmp_path: Path, commits: int
+    ) -> None:
+        added = pack(3, *range(100))
+        self.stopped_after(tmp_path / "index", commits, added)
+        index = Index(tmp_path / "index")
+        before = dict(index.blobs())
+        assert len(before) == min(100, 8 * commits)
+        assert index.partial_packs() == ([added[0]] if 0 < commits < 13 else [])
+        assert all(index.pack_id(place.pack) == added[0] for place in before.values())
+        for partial in index.partial_packs():
+            index.complete_pack(partial, added[2])
+            assert index.partial_packs() == []
+            after = dict(index.blobs())
+            assert before.items() <= after.items() and len(after) == 100
+            assert sorted(place.ordinal for place in after.values()) == list(range(100))
+            assert [record.blobs for record in index.packs()] == [100]
+        index.close()
+
+    def test_are_not_gone_on_with_where_the_index_was_built_anew_meanwhile(
+        self, tmp_path: Path
+    ) -> None:
+        added, other = pack(0, *range(100)), pack(1, 200)
+        rebuilt = False
+
+        def on_step(step: str) -> None:
+            nonlocal rebuilt
+            if step == "commit index" and not rebuilt and opened.partial_packs():
+                rebuilt = True
+                opened.rebuild(lambda: [other, added])
+
+        opened = Index(tmp_path / "index", on_step=on_step)
+        opened.rebuild(tuple)
+        opened.add_packs([added])
+        assert rebuilt and opened.partial_packs() == []
+        assert opened.known(map(blob, range(100))) == [True] * 100
+        ordinals = {record.pack: record.ordinal for record in opened.packs()}
+        assert all(
+            place.pack == ordinals[added[0] if digest != blob(200) else other[0]]
+            for digest, place in opened.blobs()
+        )
+        opened.close()
+
+    def test_that_are_removed_are_not_partial_any_more(self, tmp_path: Path) -> None:
+        added = pack(3, *range(100))
+        self.stopped_after(tmp_path / "index", 4, added)
+        index = Index(tmp_path / "index")
+        index.remove_packs({0: added[0]})
+        assert (index.partial_packs(), index.packs(), index.blob_count()) == ([], [], 0)
+        index.close()
+
+
 WRITER = """
 import sys
 from pathlib import Path

@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("casfs.store.environment", "casfs.store.pack", "casfs.store.session"),
     ("casfs.store.cipher", "casfs.store.condemned", "casfs.store.location"),
+    ("casfs.store.tables",),
     ("casfs.store.index",),
     ("casfs.store.copies", "casfs.store.coverage", "casfs.store.seal"),
     ("casfs.store.store",),

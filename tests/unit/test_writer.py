@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from casfs.digest import PackId, digest_of
 from casfs.errors import BlobError, StorageError
+from casfs.store import index as index_module
 from casfs.store import writer as writer_module
 from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind, Codec
+from casfs.store.environment import Environment, Transaction
 from casfs.store.index import Index
 from casfs.store.location import IndexedPack
 from casfs.store.pack import RECORD
@@ -218,6 +220,35 @@ class TestOrder:
         with open_store(tmp_path) as store:
             stats = store_blobs(store, blobs("a", 40), pack_bytes=small_packs)
         assert len(seen) == stats.packs > 3
+
+
+def test_a_pack_that_a_crash_left_half_in_the_index_is_completed_by_who_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "_ADDED_AT_ONCE", 7)
+    plains = blobs("a", 60)
+    write = Environment.write
+    left = iter(range(4))
+
+    def interrupted(self: Environment, change: Callable[[Transaction], object]) -> object:
+        if next(left, None) is None:
+            raise InterruptedError("killed")
+        return write(self, change)
+
+    with open_store(tmp_path) as store:
+        monkeypatch.setattr(Environment, "write", interrupted)
+        with pytest.raises(InterruptedError):
+            store_blobs(store, plains)
+        monkeypatch.setattr(Environment, "write", write)
+        assert store.index.blob_count() == 4 * 7
+        (pack,) = store.index.partial_packs()
+        # While somebody else may be adding them, it is left alone.
+        store.reconcile(is_alone=lambda: False)
+        assert store.index.partial_packs() == [pack]
+        assert [store.read(digest_of(plain)) for plain in plains] == plains
+    with open_store(tmp_path) as store:
+        assert store.index.partial_packs() == []
+        assert store_blobs(store, plains).new_blobs == 0
 
 
 class TestFailure:

@@ -1,0 +1,138 @@
+"""The tables of an index, and what is done to them within a transaction that somebody else owns."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Set
+
+from casfs.digest import PackId
+from casfs.store.environment import Environment, Transaction
+from casfs.store.location import BAD, LOCATION, PACK, PackRecord
+from casfs.store.pack import PackEntry
+
+ORDINAL = struct.Struct(">I")
+_REMOVALS = struct.Struct("<Q")
+COUNTERS = struct.Struct("<QQQ")
+_CONDEMNED_ITEM = struct.Struct("<I")
+
+
+class Tables:
+    """The databases `blobs`, `packs` and `meta` of an environment."""
+
+    def __init__(self, env: Environment) -> None:
+        self.blobs = env.database(b"blobs")
+        self.packs = env.database(b"packs")
+        self.meta = env.database(b"meta")
+        self._condemned_as_stored = b""
+        self._condemned: frozenset[int] = frozenset()
+
+    def all_packs(self, txn: Transaction) -> list[PackRecord]:
+        """Return every pack in the order of the ordinals."""
+        records = []
+        for key, value in txn.cursor(db=self.packs):
+            pack, pack_bytes, blobs, flags, verified_s = PACK.unpack(value)
+            ordinal = ORDINAL.unpack(key)[0]
+            is_damaged = bool(flags & BAD)
+            record = PackRecord(ordinal, PackId(pack), pack_bytes, blobs, verified_s, is_damaged)
+            records.append(record)
+        return records
+
+    def rows(self, txn: Transaction, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
+        """Return so many rows of `blobs` that follow a digest, as they are stored."""
+        cursor = txn.cursor(db=self.blobs)
+        found = cursor.first() if after is None else cursor.set_range(after)
+        if found and after is not None and cursor.key() == after:
+            found = cursor.next()
+        rows: list[tuple[bytes, bytes]] = []
+        while found and len(rows) < limit:
+            rows.append((bytes(cursor.key()), bytes(cursor.value())))
+            found = cursor.next()
+        return rows
+
+    def record(
+        self,
+        txn: Transaction,
+        pack: PackId,
+        pack_bytes: int,
+        blobs: int,
+        known: PackRecord | None = None,
+    ) -> int | None:
+        """Record a pack, not its blobs; return its ordinal, None where there is such a pack."""
+        if not txn.put(b"pack" + pack, b"", overwrite=False, db=self.meta):
+            return None
+        ordinal, next_blob, losses = self.counters(txn)
+        is_damaged = known is not None and known.is_damaged
+        verified_s = known.verified_s if known is not None else 0
+        value = PACK.pack(pack, pack_bytes, blobs, BAD * is_damaged, verified_s)
+        txn.put(ORDINAL.pack(ordinal), value, db=self.packs)
+        self.set_counters(txn, ordinal + 1, next_blob, losses)
+        return ordinal
+
+    def place(
+        self,
+        txn: Transaction,
+        pack: PackId,
+        ordinal: int,
+        entries: list[PackEntry],
+        condemned: Set[int],
+        bad: set[tuple[bytes, PackId]] | None = None,
+    ) -> None:
+        """Have blobs of a recorded pack be found in it, unless they are to be trusted elsewhere."""
+        next_pack, next_blob, losses = self.counters(txn)
+        blobs, pack_location = self.blobs, LOCATION.pack
+        for digest, offset, stored_bytes, plain_bytes, kind, codec in entries:
+            flags = BAD if bad and (digest, pack) in bad else 0
+            place = (ordinal, offset, stored_bytes, plain_bytes)
+            location = pack_location(*place, next_blob, kind, codec, flags)
+            if txn.put(digest, location, overwrite=False, db=blobs):
+                next_blob += 1
+                continue
+            there = txn.get(digest, db=blobs)
+            if not flags and not is_trusted(there, condemned):
+                fields = LOCATION.unpack(there or b"")
+                if fields[0] != ordinal:
+                    location = pack_location(*place, fields[4], kind, codec, 0)
+                    txn.put(digest, location, db=blobs)
+        self.set_counters(txn, next_pack, next_blob, losses)
+
+    def condemn(self, txn: Transaction, ordinals: Iterable[int]) -> None:
+        """Have just these packs be condemned."""
+        value = b"".join(map(_CONDEMNED_ITEM.pack, sorted(ordinals)))
+        txn.put(b"condemned", value, db=self.meta)
+
+    def condemned(self, txn: Transaction) -> frozenset[int]:
+        """Return the ordinals of the condemned packs."""
+        value = bytes(txn.get(b"condemned", db=self.meta) or b"")
+        if value != self._condemned_as_stored:
+            found = frozenset(number for (number,) in _CONDEMNED_ITEM.iter_unpack(value))
+            self._condemned, self._condemned_as_stored = found, value
+            return found
+        return self._condemned
+
+    def count_loss(self, txn: Transaction) -> None:
+        """Count that entries were lost."""
+        next_pack, next_blob, losses = self.counters(txn)
+        self.set_counters(txn, next_pack, next_blob, losses + 1)
+
+    def removals(self, txn: Transaction) -> int:
+        """Return how often packs were removed that no snapshot needed."""
+        value = txn.get(b"removals", db=self.meta)
+        return int(_REMOVALS.unpack(value)[0]) if value is not None else 0
+
+    def count_removal(self, txn: Transaction) -> None:
+        """Count that packs were removed that no snapshot needed."""
+        txn.put(b"removals", _REMOVALS.pack(self.removals(txn) + 1), db=self.meta)
+
+    def counters(self, txn: Transaction) -> tuple[int, int, int]:
+        """Return the next ordinal of a pack, that of a blob, and the losses."""
+        value = txn.get(b"counters", db=self.meta)
+        return COUNTERS.unpack(value) if value is not None else (0, 0, 0)
+
+    def set_counters(self, txn: Transaction, next_pack: int, next_blob: int, losses: int) -> None:
+        """Set what `counters` returns."""
+        txn.put(b"counters", COUNTERS.pack(next_pack, next_blob, losses), db=self.meta)
+
+
+def is_trusted(value: bytes | memoryview | None, condemned: Set[int]) -> bool:
+    """Tell whether a row of `blobs` says that the blob is stored, and is to stay."""
+    return value is not None and value[-2] == 0 and LOCATION.unpack(value)[0] not in condemned
