@@ -24,7 +24,7 @@ from casfs import __version__
 from casfs.cli.identities import KeyOptions, key_options
 from casfs.cli.output import Output
 from casfs.errors import CasfsError, UsageError
-from casfs.naming import on_one_line
+from casfs.naming import on_one_line, shown
 
 if TYPE_CHECKING:
     from casfs.keys.identity import Identities
@@ -180,6 +180,7 @@ def casfs() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code; nothing but a bug leaves a traceback."""
+    _open_standard_streams()
     _configure()
     as_json = "--json" in arguments
     try:
@@ -198,13 +199,30 @@ def run(arguments: list[str]) -> int:
         return _fail(as_json, error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return _fail(as_json, "interrupted; the repository is as sound as before", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read the output has gone; nothing more can be said there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return EXIT_FAILED
+    except BrokenPipeError as error:
+        return unheard(error, EXIT_FAILED)
     except OSError as error:
-        place = f"{error.filename!s}: " if error.filename is not None else ""
-        return _fail(as_json, f"{place}{error.strerror or error}", EXIT_FAILED)
+        return _fail(as_json, _sentence(error), EXIT_FAILED)
+
+
+def _sentence(error: OSError) -> str:
+    """Return what the system said; a name may be bytes, and is told as people would type it."""
+    message = error.strerror or str(error)
+    name = error.filename
+    if isinstance(name, bytes):
+        return f"{shown(name)}: {message}"
+    return f"{name}: {message}" if name is not None else message
+
+
+def unheard(error: OSError, code: int) -> int:
+    """Return an exit code where standard output takes nothing any more.
+
+    Whoever read it may just have gone, and is told nothing; another error is told on stderr.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if not isinstance(error, BrokenPipeError):
+        Output(as_json=False).warn(f"what was done cannot be told: {_sentence(error)}")
+    return code
 
 
 def _fail(as_json: bool, sentence: str, code: int) -> int:
@@ -223,6 +241,23 @@ class _OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return on_one_line(super().formatMessage(record))
+
+
+def _open_standard_streams() -> None:
+    """Open the null device for each of stdin, stdout and stderr that was closed.
+
+    Else a file of the repository would get the number, be read as what comes from stdin, and be written
+    to by whatever prints.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free is this one.
+            fd = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+            os.set_inheritable(fd, True)
+        if number and getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
 
 
 def _configure() -> None:

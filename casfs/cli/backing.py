@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, Settings, common_options
+from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, Settings, common_options, unheard
 from casfs.cli.output import iso_time, json_path, shown_id, shown_size
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.sizes import SIZE
@@ -156,6 +156,8 @@ def backup(
     from casfs.repository import Repository
 
     sources = [os.fsencode(path) for path in paths]
+    if sys.stdin is None and (stdin or "-" in files_from):
+        raise UsageError("standard input is closed, and nothing can be read from it")
     for name in files_from:
         sources += _read_paths(name, nul)
     if stdin and (sources or "-" in files_from):
@@ -210,8 +212,14 @@ def backup(
         monitor,
     ):
         result = back_up(repository, options, monitor)
-    _report(settings, result, dry_run)
-    return exit_code(result, changed_ok)
+    code = exit_code(result, changed_ok)
+    try:
+        _report(settings, result, dry_run)
+        sys.stdout.flush()
+    except OSError as error:
+        # The snapshot is published whether or not anybody hears of it, and the code says so.
+        return unheard(error, code)
+    return code
 
 
 def exit_code(result: BackupResult, changed_ok: bool) -> int:

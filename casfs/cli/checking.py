@@ -166,5 +166,5 @@ def _sentence(damage: Damage) -> str:
 def _subset(text: str) -> float:
     share = share_argument(text, "--read-data-subset", "5%")
     if share == 0:
-        raise UsageError(f"--read-data-subset {text!r} is not between 0% and 100%")
+        raise UsageError(f"--read-data-subset {text!r} reads nothing; say more than 0%")
     return share
