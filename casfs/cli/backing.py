@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, Settings, common_option
 from casfs.cli.output import iso_time, json_path, shown_id, shown_size
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.sizes import SIZE
+from casfs.cli.tags import tags_in
 from casfs.errors import DistrustError, NotFoundError, UsageError
 from casfs.selection import keep_path
 
@@ -26,10 +28,15 @@ if TYPE_CHECKING:
     from casfs.store.config import RepositoryConfig
     from casfs.store.storage import Storage
 
+_MOST_SECONDS = 9_200_000_000
+"""Before and after 1970: a snapshot's time is a signed number of nanoseconds in 64 bits."""
+
 
 @click.command()
 @click.argument("paths", nargs=-1, metavar="PATH...")
-@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Give the snapshot a tag.")
+@click.option(
+    "--tag", "tags", multiple=True, metavar="TAG[,TAG...]", help="Give the snapshot tags."
+)
 @click.option("--host", metavar="NAME", help="The host's name [default: this one's].")
 @click.option("--time", "when", metavar="TIME", help="The snapshot's time, ISO 8601 or @SECONDS.")
 @click.option(
@@ -168,6 +175,8 @@ def backup(
         raise UsageError("name what to back up")
     if any(not source for source in sources):
         raise UsageError("an empty path cannot be backed up")
+    if host == "":
+        raise UsageError("--host needs a name")
     if parent is not None and no_parent:
         raise UsageError("--parent does not go with --no-parent")
     patterns = list(excludes)
@@ -176,7 +185,7 @@ def backup(
     options = BackupOptions(
         paths=tuple(sources),
         host=host if host is not None else socket.gethostname(),
-        tags=tuple(sorted(set(tags))),
+        tags=tuple(sorted(tags_in(tags))),
         time_ns=_parse_time(when) if when is not None else None,
         exclusions=Exclusions(
             tuple(patterns),
@@ -328,9 +337,16 @@ def _stdin_name(name: str | None) -> bytes:
 
 
 def _parse_time(text: str) -> int:
+    """Return a time in nanoseconds, to the last digit that was given and none more."""
     try:
         if text.startswith("@"):
-            return int(float(text[1:]) * 1_000_000_000)
-        return int(datetime.fromisoformat(text).timestamp() * 1_000_000_000)
-    except (ValueError, OverflowError) as error:
+            seconds = Decimal(text[1:])
+        else:
+            moment = datetime.fromisoformat(text)
+            seconds = Decimal(int(moment.replace(microsecond=0).timestamp()))
+            seconds += Decimal(moment.microsecond).scaleb(-6)
+        if not -_MOST_SECONDS < seconds < _MOST_SECONDS:
+            raise UsageError(f"--time {text!r} is not between the years 1678 and 2261")
+    except (ValueError, ArithmeticError) as error:
         raise UsageError(f"--time {text!r} is neither ISO 8601 nor @SECONDS") from error
+    return int(seconds.scaleb(9))

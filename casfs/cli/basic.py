@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from casfs import __version__
 from casfs.cli.app import Settings, common_options
 from casfs.cli.identities import new_passphrase
 from casfs.cli.keys import named_recipients, recipient_options
-from casfs.cli.output import iso_time, shown_id, shown_size
+from casfs.cli.output import iso_time, shown, shown_id, shown_size
+from casfs.cli.tags import tags_in
 from casfs.errors import UsageError
 
 
@@ -100,9 +102,9 @@ def completion(settings: Settings, shell: str) -> None:
 
 @click.command()
 @click.argument("snap", metavar="SNAP")
-@click.option("--add", "added", multiple=True, metavar="TAG", help="Add a tag.")
-@click.option("--remove", "removed", multiple=True, metavar="TAG", help="Remove a tag.")
-@click.option("--set", "replaced", multiple=True, metavar="TAG", help="Have just these tags.")
+@click.option("--add", "added", multiple=True, metavar="TAG[,TAG...]", help="Add tags.")
+@click.option("--remove", "removed", multiple=True, metavar="TAG[,TAG...]", help="Remove tags.")
+@click.option("--set", "replaced", multiple=True, metavar="TAG[,TAG...]", help="Have just these.")
 @common_options
 @click.pass_obj
 def tag(
@@ -120,14 +122,17 @@ def tag(
         raise UsageError("say what to change: --add, --remove or --set")
     if replaced and (added or removed):
         raise UsageError("--set does not go with --add or --remove")
+    wanted = tags_in(replaced or added)
+    # One that has a comma, or no name, may be there from before such were refused.
+    unwanted = {tag for text in removed for tag in (text, *text.split(","))}
     with Repository.open(
         settings.repository_path(), "tag", sync=settings.sync, unlock=settings.unlock
     ) as repository:
         old_id, old = repository.resolve(snap)
-        tags = set(replaced) if replaced else set(old.tags) - set(removed) | set(added)
+        tags = wanted if replaced else set(old.tags) - unwanted | wanted
         new_id, new = retag(repository, old_id, old, tuple(sorted(tags)))
     output = settings.output()
-    shown_tags = ", ".join(new.tags) or "none"
+    shown_tags = ", ".join(shown(os.fsencode(tag)) for tag in new.tags) or "none"
     output.line(f"snapshot {shown_id(old_id)} is now {shown_id(new_id)}, tags: {shown_tags}")
     output.emit(
         "snapshot",

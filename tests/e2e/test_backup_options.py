@@ -175,6 +175,15 @@ class TestCircumstances:
         for word in ("2020-02-03", "attic", "daily", "before the move", said["id"][:12]):
             assert word in shown
 
+    def test_several_tags_may_stand_in_one_option_as_where_they_are_asked_for(
+        self, repository: Casfs, source: Path
+    ) -> None:
+        snapshot = repository.backup("--tag", "home,daily", "--tag", "first", source)
+        assert snapshot["tags"] == ["daily", "first", "home"]
+        assert repository.json("snapshots", "--tag", "home,daily").one("snapshot")
+        repository.run("tag", "latest", "--remove", "first,daily", "--add", "a,b")
+        assert repository.json("snapshots").one("snapshot")["tags"] == ["a", "b", "home"]
+
     def test_host_and_time_are_those_of_the_machine_unless_given(
         self, repository: Casfs, source: Path
     ) -> None:
