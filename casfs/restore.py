@@ -17,13 +17,14 @@ from enum import StrEnum
 
 from casfs import target
 from casfs.digest import Digest
-from casfs.errors import BlobError, IntegrityError
+from casfs.errors import IntegrityError
 from casfs.filling import Filler, reads_back
 from casfs.intake.exclude import PatternMatcher
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.readahead import ReadAhead
 from casfs.repository import Repository
-from casfs.tree import Kind, Node, Reason, State, captured_digest, hard_link_key
+from casfs.telling import problem_of_damage, problem_of_flag, problem_of_restoring
+from casfs.tree import Kind, Node, State, captured_digest, hard_link_key
 from casfs.treereader import TreeReader, join
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,10 @@ class RestoreResult:
 
 @dataclass(slots=True)
 class _Frame:
-    """A directory that is being restored; `fd` is -1 until something in it is wanted."""
+    """A directory that is being restored; `fd` is -1 until something in it is wanted.
+
+    `mode` is that which a directory of the target had, where it was changed to write into it.
+    """
 
     node: Node
     path: bytes
@@ -79,6 +83,7 @@ class _Frame:
     wanted: bool
     nodes: Iterator[Node] = field(default_factory=lambda: iter(()))
     created: bool = False
+    mode: int | None = None
     complete: bool = True
     kept: set[bytes] = field(default_factory=set)
 
@@ -107,8 +112,11 @@ class Restorer:
 
         `with_root` gives `folder` the directory's own metadata too.
         """
-        if not self._options.dry_run:
-            self._root_fd = target.open_root(folder)
+        root, mode = None, None
+        if self._options.dry_run:
+            self._root_fd = target.look_into(None, folder)
+        else:
+            self._root_fd, mode = target.open_root(folder)
         try:
             if node.tree is None:
                 above = Node(b"", Kind.DIRECTORY, 0o700, 0, 0, 0, 0, 0, 1)
@@ -117,6 +125,7 @@ class Restorer:
                 root.complete = with_root = False
             else:
                 root = self._frame(path, node, self._root_fd, self._include is None)
+            root.mode = mode
             self._base = len(root.path) + 1 if root.path else 0
             if self._takes_everything():
                 self._ahead = ReadAhead(self._repository, path, node)
@@ -126,9 +135,9 @@ class Restorer:
                 self._ahead.close()
             for frame in self._stack[1:]:
                 if frame.fd >= 0:
-                    os.close(frame.fd)
+                    target.close_writable(frame.fd, frame.mode)
             if self._root_fd >= 0:
-                os.close(self._root_fd)
+                target.close_writable(self._root_fd, root.mode if root is not None else mode)
         return self.result
 
     def _takes_everything(self) -> bool:
@@ -158,7 +167,7 @@ class Restorer:
             self._leave(frame, frame.created or (with_root if is_root else frame.wanted))
             self._stack.pop()
             if not is_root and frame.fd >= 0:
-                os.close(frame.fd)
+                target.close_writable(frame.fd, frame.mode)
 
     def _advance(self, frame: _Frame) -> _Frame | None:
         for node in frame.nodes:
@@ -177,6 +186,8 @@ class Restorer:
                 child = self._frame(path, node, -1, included)
                 if included and not self._enter(child):
                     continue
+                if not included and self._options.dry_run and frame.fd >= 0:
+                    child.fd = target.look_into(frame.fd, node.name)
                 return child
             if included:
                 self._restore_entry(frame, path, node)
@@ -199,13 +210,25 @@ class Restorer:
     def _enter(self, child: _Frame) -> bool:
         """Make a directory, with those above it that nobody needed yet; False where it is in the way."""
         self.result.directories += 1
-        if self._options.dry_run:
-            return True
         try:
+            if self._options.dry_run:
+                return self._look(child)
             return self._open(len(self._stack), child)
         except OSError as error:
             self._fail(child.path, error)
             return False
+
+    def _look(self, child: _Frame) -> bool:
+        """Open what is there already of a directory; False where something else would be left."""
+        above = self._stack[-1]
+        name = child.node.name
+        st = target.entry_stat(above.fd, name) if above.fd >= 0 else None
+        if st is not None and stat.S_ISDIR(st.st_mode):
+            child.fd = target.look_into(above.fd, name)
+        elif st is not None and self._options.overwrite == Overwrite.NEVER:
+            self.result.skipped += 1
+            return False
+        return True
 
     def _open(self, depth: int, child: _Frame) -> bool:
         opened = depth - 1
@@ -231,16 +254,17 @@ class Restorer:
             child.fd = target.make_directory(above.fd, name)
             child.created = True
         else:
-            child.fd = target.open_below(above.fd, name)
+            child.fd, child.mode = target.open_writable(above.fd, name, st)
         return True
 
     def _leave(self, frame: _Frame, with_metadata: bool) -> None:
-        if self._options.dry_run or frame.fd < 0:
+        if frame.fd < 0:
             return
         if self._options.delete and frame.wanted and frame.complete:
             self._delete_others(frame)
-        if with_metadata:
+        if with_metadata and not self._options.dry_run:
             self._set_metadata(frame.fd, b".", frame.node, frame.path, frame.fd)
+            frame.mode = None
 
     def _delete_others(self, frame: _Frame) -> None:
         for text in os.listdir(frame.fd):
@@ -255,7 +279,8 @@ class Restorer:
                 is_directory = stat.S_ISDIR(st.st_mode)
                 if self._exclude is not None and self._exclude.matches(path, is_directory):
                     continue
-                target.remove(frame.fd, name, st)
+                if not self._options.dry_run:
+                    target.remove(frame.fd, name, st)
                 self.result.deleted += 1
             except OSError as error:
                 self._fail(path, error)
@@ -264,15 +289,16 @@ class Restorer:
         self._progress(path)
         if node.state == State.CHANGED:
             self.result.flagged += 1
-            self._tell_flagged(path, node)
-        if self._options.dry_run:
-            self._count(node)
-            return
+            self._monitor.problem(problem_of_flag(path, node))
+        dry_run = self._options.dry_run
         try:
-            if frame.fd < 0 and not self._open(len(self._stack) - 1, frame):
+            if frame.fd < 0 and not dry_run and not self._open(len(self._stack) - 1, frame):
                 return
-            st = target.entry_stat(frame.fd, node.name)
+            st = target.entry_stat(frame.fd, node.name) if frame.fd >= 0 else None
             if st is not None and not self._may_replace(frame, path, node, st):
+                return
+            if dry_run:
+                self._count(node)
                 return
             if self._link(frame, path, node, st):
                 return
@@ -300,20 +326,26 @@ class Restorer:
             and st.st_mtime_ns == node.mtime_ns
             and self._is_linked_alike(node, st)
         )
-        if same:
-            self.result.skipped += 1
-            self._remember(path, node)
-            fd = os.open(node.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=frame.fd)
+        if same and self._leave_as_it_is(frame, path, node):
+            return False
+        if stat.S_ISDIR(st.st_mode) and not self._options.delete:
+            target.refuse_entries(frame.fd, node.name)
+        return True
+
+    def _leave_as_it_is(self, frame: _Frame, path: bytes, node: Node) -> bool:
+        """Give a file that is the same its metadata; False where this user may not even open it."""
+        if not self._options.dry_run:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            try:
+                fd = os.open(node.name, flags, dir_fd=frame.fd)
+            except PermissionError:
+                return False
             try:
                 self._set_metadata(frame.fd, node.name, node, path, fd)
             finally:
                 os.close(fd)
-            return False
-        if stat.S_ISDIR(st.st_mode) and not self._options.delete:
-            if os.listdir(_opened := target.open_below(frame.fd, node.name)):
-                os.close(_opened)
-                raise OSError(errno.ENOTEMPTY, "a directory that is not empty is in its place")
-            os.close(_opened)
+        self.result.skipped += 1
+        self._remember(path, node)
         return True
 
     def _is_linked_alike(self, node: Node, st: os.stat_result) -> bool:
@@ -346,7 +378,7 @@ class Restorer:
                 return False
             self._put_in_place(frame, name, node, st)
         except BaseException:
-            _unlink_quietly(frame.fd, name)
+            target.unlink_quietly(frame.fd, name)
             raise
         self._count(node)
         if key in self._zeroed:
@@ -364,15 +396,15 @@ class Restorer:
                 self._fill(fd, path, node)
                 self._set_metadata(frame.fd, name, node, path, fd)
                 self._put_in_place(frame, name, node, st)
+                if self._options.verify:
+                    self._verify(fd, path, node)
             finally:
                 os.close(fd)
         except BaseException:
-            _unlink_quietly(frame.fd, name)
+            target.unlink_quietly(frame.fd, name)
             raise
         self._remember(path, node)
         self._count(node)
-        if self._options.verify:
-            self._verify(frame, path, node)
 
     def _fill(self, fd: int, path: bytes, node: Node) -> None:
         lost = self._filler.fill(fd, node)
@@ -391,7 +423,7 @@ class Restorer:
             self._set_metadata(frame.fd, name, node, path, None)
             self._put_in_place(frame, name, node, st)
         except BaseException:
-            _unlink_quietly(frame.fd, name)
+            target.unlink_quietly(frame.fd, name)
             raise
         self._remember(path, node)
         self._count(node)
@@ -404,20 +436,17 @@ class Restorer:
         os.rename(name, node.name, src_dir_fd=frame.fd, dst_dir_fd=frame.fd)
         # Two names of one inode are not renamed onto each other: then the temporary one is left.
         if st is not None and node.nlink > 1:
-            _unlink_quietly(frame.fd, name)
+            target.unlink_quietly(frame.fd, name)
 
     def _remember(self, path: bytes, node: Node) -> None:
         key = _link_key(node)
         if key is not None:
             self._links[key] = path[self._base :]
 
-    def _verify(self, frame: _Frame, path: bytes, node: Node) -> None:
-        fd = os.open(node.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=frame.fd)
-        try:
-            sound = reads_back(fd, node)
-        finally:
-            os.close(fd)
-        if not sound and not self._options.salvage:
+    def _verify(self, fd: int, path: bytes, node: Node) -> None:
+        """Read back what was written; by its descriptor, since its mode may keep out even its owner."""
+        os.lseek(fd, 0, os.SEEK_SET)
+        if not reads_back(fd, node) and not self._options.salvage:
             self._damaged(path, "what was written reads back differently")
         else:
             self.result.verified += 1
@@ -442,14 +471,6 @@ class Restorer:
     def _progress(self, path: bytes) -> None:
         self._monitor.progress.path = path
 
-    def _tell_flagged(self, path: bytes, node: Node) -> None:
-        capture = node.extra.capture if node.extra is not None else None
-        reason = Reason(capture.reason).name.lower() if capture is not None else "unknown"
-        message = f"it had changed while it was captured ({reason}); restored as captured"
-        if capture is not None and capture.reason == Reason.DAMAGED:
-            message = "it had lost data when its snapshot was repaired; zeros stand there"
-        self._monitor.problem(Problem(ProblemKind.CHANGED, path, message, {"reason": reason}))
-
     def _tell_zeroed(self, path: bytes, lost: list[tuple[int, int]]) -> None:
         ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)
         self._damaged(path, f"it is damaged, zeros stand in the bytes {ranges}", None, lost)
@@ -462,18 +483,11 @@ class Restorer:
         ranges: list[tuple[int, int]] | None = None,
     ) -> None:
         self.result.damaged += 1
-        details: dict[str, str | int | None] = {}
-        if isinstance(error, BlobError):
-            details["blob"] = error.digest.hex()
-            details["pack"] = error.pack.hex() if error.pack is not None else None
-        if ranges is not None:
-            details["ranges"] = ",".join(f"{begin}-{end}" for begin, end in ranges)
-        self._monitor.problem(Problem(ProblemKind.DAMAGED, path, message, details))
+        self._monitor.problem(problem_of_damage(path, message, error, ranges or ()))
 
     def _fail(self, path: bytes, error: OSError) -> None:
         self.result.failed += 1
-        message = f"it cannot be restored: {error.strerror or error}"
-        self._monitor.problem(Problem(ProblemKind.UNREADABLE, path, message))
+        self._monitor.problem(problem_of_restoring(path, error))
 
 
 def _link_key(node: Node) -> _LinkKey | None:
@@ -481,10 +495,3 @@ def _link_key(node: Node) -> _LinkKey | None:
     if key is None:
         return None
     return *key, node.kind, captured_digest(node) or node.content
-
-
-def _unlink_quietly(fd: int, name: bytes) -> None:
-    try:
-        os.unlink(name, dir_fd=fd)
-    except OSError:
-        pass

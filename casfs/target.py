@@ -23,10 +23,70 @@ _NOT_MINE = frozenset([errno.EPERM, errno.EACCES, errno.ENOTSUP])
 """What a user who is not root cannot set is left, as `cp -a` leaves it."""
 
 
-def open_root(target: bytes) -> int:
-    """Open the folder to restore into; it is made when it is not there."""
+def open_root(target: bytes) -> tuple[int, int | None]:
+    """Open the folder to restore into, made when it is not there, as `open_writable` does."""
     os.makedirs(target, exist_ok=True)
-    return os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return _open_writable(None, target, os.stat(target), follow=True)
+
+
+def open_writable(fd: int, name: bytes, st: os.stat_result) -> tuple[int, int | None]:
+    """Open a directory of the target to make entries in it; raises OSError for a symlink.
+
+    One that its owner may not write into, as a restore before may have left it, gets that right. Then its
+    mode comes with the descriptor, for `close_writable` to give it back where it gets no other.
+    """
+    return _open_writable(fd, name, st, follow=False)
+
+
+def close_writable(fd: int, mode: int | None) -> None:
+    """Close a directory, with the mode that it had where one is given."""
+    try:
+        if mode is not None:
+            os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
+
+
+def _open_writable(
+    dir_fd: int | None, name: bytes, st: os.stat_result, follow: bool
+) -> tuple[int, int | None]:
+    flags = os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    mode = stat.S_IMODE(st.st_mode)
+    rights = os.R_OK | os.W_OK | os.X_OK
+    if mode & stat.S_IRWXU == stat.S_IRWXU or os.access(name, rights, dir_fd=dir_fd):
+        return os.open(name, os.O_RDONLY | flags, dir_fd=dir_fd), None
+    # By a descriptor: the name may be that of a symlink by now.
+    path_fd = os.open(name, os.O_PATH | flags, dir_fd=dir_fd)
+    try:
+        try:
+            os.chmod(b"/proc/self/fd/%d" % path_fd, mode | stat.S_IRWXU)
+        except OSError as error:
+            if error.errno not in _NOT_MINE:
+                raise
+            return os.open(name, os.O_RDONLY | flags, dir_fd=dir_fd), None
+        return os.open(b"/proc/self/fd/%d" % path_fd, os.O_RDONLY | os.O_CLOEXEC), mode
+    finally:
+        os.close(path_fd)
+
+
+def look_into(fd: int | None, name: bytes) -> int:
+    """Open a directory to see what is in it, or return -1 where that cannot be seen."""
+    try:
+        if fd is not None:
+            return open_below(fd, name)
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def refuse_entries(fd: int, name: bytes) -> None:
+    """Raise OSError for a directory that has something in it."""
+    opened = open_below(fd, name)
+    try:
+        if os.listdir(opened):
+            raise OSError(errno.ENOTEMPTY, "a directory that is not empty is in its place")
+    finally:
+        os.close(opened)
 
 
 def open_below(fd: int, name: bytes) -> int:
@@ -55,6 +115,14 @@ def remove(fd: int, name: bytes, st: os.stat_result) -> None:
         shutil.rmtree(name, dir_fd=fd)
     else:
         os.unlink(name, dir_fd=fd)
+
+
+def unlink_quietly(fd: int, name: bytes) -> None:
+    """Remove an entry that may not be there."""
+    try:
+        os.unlink(name, dir_fd=fd)
+    except OSError:
+        pass
 
 
 def temporary_name() -> bytes:
@@ -97,23 +165,27 @@ def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[
     from its owner, and everything moves the times.
     """
     failed: list[str] = []
+    mode = node.mode
     where: int | bytes = open_fd if open_fd is not None else b"/proc/self/fd/%d/%s" % (fd, name)
     follow = open_fd is not None
     root = os.geteuid() == 0
     try:
-        if open_fd is not None:
-            os.fchown(open_fd, node.uid, node.gid)
-        else:
-            os.chown(name, node.uid, node.gid, dir_fd=fd, follow_symlinks=False)
+        _set_owner(fd, name, open_fd, node.uid, node.gid)
     except OSError as error:
         if root or error.errno not in _NOT_MINE:
             failed.append(f"owner: {error.strerror}")
+        # Whoever runs a setuid program must not become another user than the one who made it so.
+        mode &= ~stat.S_ISUID
+        try:
+            _set_owner(fd, name, open_fd, -1, node.gid)
+        except OSError:
+            mode &= ~stat.S_ISGID
     _set_xattrs(where, follow, node, root, failed)
     try:
         if open_fd is not None:
-            os.fchmod(open_fd, node.mode)
+            os.fchmod(open_fd, mode)
         elif node.kind != Kind.SYMLINK:
-            os.chmod(name, node.mode, dir_fd=fd)
+            os.chmod(name, mode, dir_fd=fd)
     except OSError as error:
         failed.append(f"mode: {error.strerror}")
     try:
@@ -125,6 +197,13 @@ def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[
     except (OSError, OverflowError) as error:
         failed.append(f"time: {error}")
     return failed
+
+
+def _set_owner(fd: int, name: bytes, open_fd: int | None, uid: int, gid: int) -> None:
+    if open_fd is not None:
+        os.fchown(open_fd, uid, gid)
+    else:
+        os.chown(name, uid, gid, dir_fd=fd, follow_symlinks=False)
 
 
 def _set_xattrs(

@@ -1,9 +1,10 @@
-"""Telling: what a monitor is told of single entries of a backup, in sentences and in fields."""
+"""Telling: what a monitor is told of single entries of a backup or a restore, in sentences and in fields."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from casfs.errors import BlobError, IntegrityError
 from casfs.intake.freeze import NotFrozenError
 from casfs.monitor import Problem, ProblemKind
 from casfs.selection import Place
@@ -77,3 +78,32 @@ def repository_left_out(path: bytes) -> Problem:
 def reason_word(reason: int) -> str:
     """Return a word for why a file was not simply captured as stable."""
     return Reason(reason).name.lower().replace("_", " ")
+
+
+def problem_of_flag(path: bytes, node: Node) -> Problem:
+    """Return what there is to tell of a flagged file that is restored."""
+    capture = capture_of(node)
+    reason = Reason(capture.reason).name.lower() if capture is not None else "unknown"
+    message = f"it had changed while it was captured ({reason}); restored as captured"
+    if capture is not None and capture.reason == Reason.DAMAGED:
+        message = "it had lost data when its snapshot was repaired; zeros stand there"
+    return Problem(ProblemKind.CHANGED, path, message, {"reason": reason})
+
+
+def problem_of_damage(
+    path: bytes, message: str, error: IntegrityError | None, ranges: Sequence[tuple[int, int]]
+) -> Problem:
+    """Return what there is to tell of an entry that is not restored whole."""
+    details: dict[str, str | int | None] = {}
+    if isinstance(error, BlobError):
+        details["blob"] = error.digest.hex()
+        details["pack"] = error.pack.hex() if error.pack is not None else None
+    if ranges:
+        details["ranges"] = ",".join(f"{begin}-{end}" for begin, end in ranges)
+    return Problem(ProblemKind.DAMAGED, path, message, details)
+
+
+def problem_of_restoring(path: bytes, error: OSError) -> Problem:
+    """Return what there is to tell of an entry that is not restored at all."""
+    message = f"it cannot be restored: {error.strerror or error}"
+    return Problem(ProblemKind.UNREADABLE, path, message)

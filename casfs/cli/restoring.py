@@ -28,7 +28,7 @@ from casfs.errors import UnsafeTargetError
 @click.option("--delete", is_flag=True, help="Delete what the snapshot does not have.")
 @click.option("--verify", is_flag=True, help="Read back what was written and compare its digest.")
 @click.option("--salvage", is_flag=True, help="Write damaged files too, zeros for what is lost.")
-@click.option("--dry-run", "-n", is_flag=True, help="Do all but write anything.")
+@click.option("--dry-run", "-n", is_flag=True, help="Tell what would be done; read no file.")
 @common_options
 @click.pass_obj
 def restore(
@@ -65,7 +65,8 @@ def restore(
         settings.repository_path(), reader="restore", unlock=settings.unlock
     ) as repository:
         snapshot_id, snapshot, path, node = repository.resolve_path(snap)
-        with_root = bool(path) or snapshot.paths == (b".",)
+        # `.` and `/` are themselves what was backed up; otherwise the root stands for nothing.
+        with_root = bool(path) or snapshot.paths in ((b".",), (b"/",))
         monitor = CommandMonitor(output, "restore")
         if node.tree is not None:
             monitor.progress.total_files = node.tree.nodes
@@ -79,8 +80,11 @@ def restore(
         f"{shown_size(result.restored_bytes)}"
     )
     for count, what in (
-        (result.skipped, "were there already and left"),
-        (result.deleted, "were deleted"),
+        (
+            result.skipped,
+            "are there already and would be left" if dry_run else "were there already and left",
+        ),
+        (result.deleted, f"{would or 'were '}deleted"),
         (result.verified, "were read back and verified"),
         (result.flagged, "had changed while they were captured"),
         (result.damaged, "are damaged"),

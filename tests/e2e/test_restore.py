@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -296,7 +297,65 @@ class TestDryRunAndVerify:
         assert set(os.listdir(target)) == {"source"}
 
 
+def test_the_root_of_the_file_system_gives_the_target_its_metadata(
+    repository: Casfs, target: Path
+) -> None:
+    """As `.` does; the root above any other source stands for nothing."""
+    repository.run("backup", "/", "--exclude", "/*")
+    repository.run("restore", "latest", "--target", target)
+    assert target.stat().st_mtime_ns == Path("/").stat().st_mtime_ns
+
+
+WITHOUT_CAPABILITIES = (
+    *("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"),
+)
+
+
 class TestWithoutPrivileges:
+    def test_a_tree_that_its_owner_may_not_write_into_can_be_restored_over(
+        self, kept: Casfs, source: Path, target: Path, superuser: None
+    ) -> None:
+        """A restore leaves directories write-protected as they were; the next one gets into them."""
+        (source / "documents/report.txt").chmod(0)
+        (source / "documents").chmod(0o555)
+        (source / "pictures").chmod(0o300)
+        source.chmod(0o500)
+        kept.backup(".", cwd=source)
+        for how in (
+            (),
+            (),
+            ("--verify",),
+            ("--overwrite", "if-changed"),
+            ("--delete",),
+        ):
+            if "--delete" in how:
+                (target / "documents/more").touch()
+            kept.run(*("restore", "latest", "--target", target, *how), prefix=WITHOUT_CAPABILITIES)
+            assert tree_differences(source, target) == [], how
+        kept.run(
+            *("restore", "latest", "--target", target, "--include", "documents/letters/*"),
+            prefix=WITHOUT_CAPABILITIES,
+        )
+        assert stat.S_IMODE((target / "documents").stat().st_mode) == 0o555
+        assert stat.S_IMODE(target.stat().st_mode) == 0o500
+
+    def test_another_users_setuid_program_does_not_become_one_of_whoever_restores_it(
+        self, kept: Casfs, source: Path, target: Path, superuser: None
+    ) -> None:
+        for name, owner, group in (("both", 12345, 54321), ("group", 12345, 0), ("own", 0, 0)):
+            (source / name).touch()
+            os.chown(source / name, owner, group)
+            (source / name).chmod(0o6755)
+        kept.backup("source", cwd=source.parent)
+        kept.run("restore", "latest", "--target", target, prefix=WITHOUT_CAPABILITIES)
+        modes = {
+            name: stat.S_IMODE((target / "source" / name).stat().st_mode)
+            for name in ("both", "group", "own")
+        }
+        assert modes == {"both": 0o755, "group": 0o2755, "own": 0o6755}
+        kept.run("restore", "latest", "--target", target)
+        assert stat.S_IMODE((target / "source/both").stat().st_mode) == 0o6755
+
     def test_an_ordinary_user_restores_what_an_ordinary_user_can(
         self, kept: Casfs, source: Path, target: Path, superuser: None
     ) -> None:
@@ -311,7 +370,7 @@ class TestWithoutPrivileges:
         kept.backup("source", cwd=source.parent)
         result = kept.run(
             *("restore", "latest", "--target", target),
-            prefix=("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"),
+            prefix=WITHOUT_CAPABILITIES,
             expect=None,
         )
         assert (target / "source/documents/report.txt").exists(), result

@@ -461,6 +461,30 @@ class TestOverwriting:
             "missing": b"4",
         }
 
+    def test_a_dry_run_tells_what_would_be_left_deleted_and_in_the_way(self, twice: Bench) -> None:
+        (twice.target / "missing").mkdir()
+        (twice.target / "missing/something").touch()
+        (twice.target / "other").mkdir()
+        (twice.target / "other/file").touch()
+        before = twice.found()
+        for how in (
+            {"overwrite": Overwrite.IF_CHANGED},
+            {"overwrite": Overwrite.NEVER, "delete": True},
+            {"delete": True},
+        ):
+            dry = twice.restore(dry_run=True, **how)
+            assert twice.found() == before
+            counts = dry.result
+            if how == {"overwrite": Overwrite.IF_CHANGED}:
+                assert (counts.files, counts.skipped, counts.deleted) == (2, 1, 0)
+                assert (counts.failed, dry.told(ProblemKind.UNREADABLE)) == (1, [b"missing"])
+            elif "overwrite" in how:
+                assert (counts.files, counts.skipped, counts.deleted) == (0, 4, 1)
+            else:
+                assert (counts.files, counts.skipped, counts.deleted) == (4, 0, 1)
+        wet = twice.restore(delete=True).result
+        assert (wet.files, wet.skipped, wet.deleted) == (4, 0, 1)
+
     def test_if_changed_sets_the_metadata_of_what_it_leaves(self, bench: Bench) -> None:
         bench.publish({b"f": b"1"})
         bench.restore()
