@@ -139,7 +139,7 @@ def unlocked(root: Path, unlock: Unlock) -> Identities | None:
 
 def ask_passphrase(what: str) -> str | None:
     """Ask whoever is at the terminal for the passphrase of something; None where nobody is."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
     return getpass.getpass(f"passphrase of {what}: ", stream=sys.stderr)
 
@@ -161,10 +161,22 @@ def new_passphrase(source: PassphraseSource, option: str) -> str:
 def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options with which an encrypted repository is opened; they are kept in the Settings."""
     for name, metavar, help_text in (
-        ("--passphrase-command", "COMMAND", "What prints the passphrase."),
+        (
+            "--passphrase-command",
+            "COMMAND",
+            "What prints the passphrase [default: $CASFS_PASSPHRASE_COMMAND].",
+        ),
         ("--passphrase-fd", "N", "Read the passphrase from this descriptor."),
-        ("--passphrase-file", "FILE", "Read the passphrase from a file."),
-        ("--identity", "FILE", "An age identity or a private SSH key; may be repeated."),
+        (
+            "--passphrase-file",
+            "FILE",
+            "Read the passphrase from a file [default: $CASFS_PASSPHRASE_FILE].",
+        ),
+        (
+            "--identity",
+            "FILE",
+            "An age identity or a private SSH key; may be repeated [default: $CASFS_IDENTITY].",
+        ),
     ):
         command = click.option(
             name,

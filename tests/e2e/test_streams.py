@@ -83,3 +83,15 @@ def test_a_target_that_is_a_file_is_named_as_it_was_typed(repository: Casfs, sou
     target = source / "readme.txt"
     told = repository.refuses("restore", "latest", "--target", target)
     assert told == f"casfs: {target}: File exists"
+
+
+def test_nobody_is_asked_for_a_passphrase_where_stdin_is_closed(
+    casfs: Casfs, tmp_path: Path
+) -> None:
+    (tmp_path / "passphrase").write_text("open sesame")
+    locked = casfs.at(tmp_path / "locked")
+    locked.run("init", "--passphrase", "--passphrase-file", tmp_path / "passphrase")
+    done = run_closed(locked, "<&-", "ls", "latest")
+    assert done.returncode == 1, done
+    assert b"nothing was given that opens it" in done.stderr
+    assert b"Traceback" not in done.stderr
