@@ -8,6 +8,7 @@ import click
 
 from casfs.cli.app import Settings, common_options
 from casfs.cli.output import Output, iso_time, json_path, local_time, path_argument, shown, shown_id
+from casfs.cli.tags import tags_in
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +48,13 @@ _COUNT = _Count()
 @click.option(
     "--keep-within", metavar="SPAN", help="All so close to the newest, as in 1y6m or 30d."
 )
-@click.option("--keep-tag", "keep_tags", multiple=True, metavar="TAG", help="All with this tag.")
+@click.option(
+    "--keep-tag",
+    "keep_tags",
+    multiple=True,
+    metavar="TAG[,TAG...]",
+    help="All with all of these tags.",
+)
 @click.option("--host", "hosts", multiple=True, metavar="NAME", help="Look only at this host's.")
 @click.option(
     "--tag",
@@ -109,7 +116,7 @@ def forget(
         monthly=keep_monthly,
         yearly=keep_yearly,
         within=Span(keep_within, "--keep-within") if keep_within is not None else None,
-        tags=tuple(tag for text in keep_tags for tag in text.split(",")),
+        tags=tuple(frozenset(tags_in([text])) for text in keep_tags),
     )
     choice = Choice(
         hosts,

@@ -8,10 +8,10 @@ from casfs.errors import UsageError
 
 
 def tags_in(texts: Iterable[str]) -> set[str]:
-    """Return the tags that a snapshot is to have.
+    """Return the tags that a snapshot is to have, or has where it is to be kept.
 
-    A comma parts them as it does where they are asked for, so that no snapshot gets a tag which could
-    not be asked for. Raises UsageError for one without a name.
+    A comma parts them everywhere, so that no snapshot gets a tag which could not be asked for. Raises
+    UsageError for one without a name.
     """
     found = {tag for text in texts for tag in text.split(",")}
     if "" in found:

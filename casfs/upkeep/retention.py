@@ -37,7 +37,7 @@ class Policy:
     """How many snapshots to keep; `UNLIMITED` keeps one for every period.
 
     `within` keeps all that are no older than so long before the newest of the group; a snapshot with
-    one of the tags in `tags` is kept always.
+    all the tags of one set in `tags` is kept always.
     """
 
     last: int = 0
@@ -47,7 +47,7 @@ class Policy:
     monthly: int = 0
     yearly: int = 0
     within: Span | None = None
-    tags: tuple[str, ...] = ()
+    tags: tuple[frozenset[str], ...] = ()
 
     def is_empty(self) -> bool:
         """Tell whether it would keep nothing."""
@@ -102,14 +102,14 @@ def decide(snapshots: Iterable[D], policy: Policy) -> list[Verdict[D]]:
     since = None
     if policy.within is not None and ordered:
         since = policy.within.before(local(ordered[0].time_ns))
-    wanted = set(policy.tags)
     verdicts = []
     for position, snapshot in enumerate(ordered):
         moment = local(snapshot.time_ns)
         reasons = [rule.name for rule in rules if rule.keeps(moment, position)]
         if since is not None and policy.within is not None and moment >= since:
             reasons.append(f"within {policy.within.text}")
-        reasons += [f"tag {tag}" for tag in snapshot.tags if tag in wanted]
+        tags = set(snapshot.tags)
+        reasons += [f"tag {','.join(sorted(wanted))}" for wanted in policy.tags if wanted <= tags]
         verdicts.append(Verdict(snapshot, tuple(reasons)))
     return verdicts
 

@@ -71,7 +71,7 @@ def test_what_is_not_chosen_is_not_touched(keeper: Keeper) -> None:
 def test_rules_that_keep_nothing_of_a_group_are_refused(keeper: Keeper) -> None:
     made(keeper, 1, tags=("keep",))
     made(keeper, 2, host="there")
-    policy = Policy(tags=("keep",))
+    policy = Policy(tags=(frozenset({"keep"}),))
     with pytest.raises(UnsafeTargetError, match="host there, paths \\."):
         planned(keeper, policy)
     assert planned(keeper, policy, allow_all=True).kept() == 1

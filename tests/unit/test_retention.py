@@ -71,13 +71,19 @@ class TestRules:
 
     def test_tags_keep_whatever_their_age(self) -> None:
         tagged = [at("2001-01-01 00:00", "release", "x"), at("2026-01-01 00:00")]
-        assert kept(tagged, Policy(tags=("release",))) == ["2001-01-01 00:00"]
+        assert kept(tagged, Policy(tags=(frozenset({"release"}),))) == ["2001-01-01 00:00"]
+
+    def test_of_several_tags_in_one_rule_all_have_to_be_there(self) -> None:
+        tagged = [at("2026-01-01 00:00", "a"), at("2026-01-02 00:00", "b", "c", "a")]
+        assert kept(tagged, Policy(tags=(frozenset("ab"),))) == ["2026-01-02 00:00"]
+        assert len(kept(tagged, Policy(tags=(frozenset("a"), frozenset("b"))))) == 2
 
     def test_every_rule_that_keeps_is_told(self) -> None:
         verdicts = decide(
-            [at("2026-01-01 00:00", "a", "b")], Policy(1, 1, 1, 1, 1, 1, None, ("b",))
+            [at("2026-01-01 00:00", "a", "b")],
+            Policy(1, 1, 1, 1, 1, 1, None, (frozenset("b"), frozenset("ba"), frozenset("bc"))),
         )
-        names = ("last", "hourly", "daily", "weekly", "monthly", "yearly", "tag b")
+        names = ("last", "hourly", "daily", "weekly", "monthly", "yearly", "tag b", "tag a,b")
         assert verdicts[0].reasons == names
 
     def test_no_rule_keeps_nothing(self) -> None:
