@@ -148,15 +148,30 @@ def _require_a_source(options: BackupOptions, root: Path) -> None:
     """Raise NotFoundError where there is nothing to back up; a part that is missing is a problem."""
     if options.stdin_name is not None:
         return
-    found = [path for path in options.paths if os.path.lexists(path)]
+    errors = {path: error for path in options.paths if (error := _looked_up(path)) is not None}
+    found = [path for path in options.paths if path not in errors]
     if any(not (os.path.exists(path) and os.path.samefile(path, root)) for path in found):
         return
     if found:
         raise UnsafeTargetError(f"{root} is the repository itself; nothing was published")
+    for path, error in errors.items():
+        if not isinstance(error, FileNotFoundError):
+            raise NotFoundError(
+                f"{shown(path)} cannot be read: {error.strerror}; nothing was published"
+            )
     names = ", ".join(shown(path) for path in options.paths[:3])
     more = ", …" if len(options.paths) > 3 else ""
     verb = "do not exist" if len(options.paths) > 1 else "does not exist"
     raise NotFoundError(f"{names}{more} {verb}; nothing was published")
+
+
+def _looked_up(path: bytes) -> OSError | None:
+    """Return why nothing can be known of what a path names, or None."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error
+    return None
 
 
 def _kept_paths(options: BackupOptions) -> tuple[bytes, ...]:

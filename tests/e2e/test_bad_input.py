@@ -112,6 +112,20 @@ class TestTheSource:
         repository.refuses("backup", tmp_path / "nowhere", mentions=[str(tmp_path / "nowhere")])
         assert repository.json("snapshots").objects == []
 
+    def test_is_in_a_directory_that_cannot_be_looked_into(
+        self, repository: Casfs, source: Path
+    ) -> None:
+        """It may well be there; nobody is told that it is not."""
+        (source / "documents").chmod(0)
+        sentence = repository.refuses(
+            "backup",
+            source / "documents/report.txt",
+            mentions=["permission denied", "nothing was published"],
+            prefix=WITHOUT_READING_EVERYTHING,
+        )
+        assert "exist" not in sentence
+        assert repository.json("snapshots").objects == []
+
     def test_is_missing_beside_one_that_is_there(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
