@@ -104,6 +104,7 @@ class Restorer:
         self._links: dict[_LinkKey, bytes] = {}
         self._zeroed: dict[_LinkKey, list[tuple[int, int]]] = {}
         self._root_fd = -1
+        self._folder = b""
         self._stack: list[_Frame] = []
         self._base = 0
 
@@ -113,6 +114,7 @@ class Restorer:
         `with_root` gives `folder` the directory's own metadata too.
         """
         root, mode = None, None
+        self._folder = folder
         if self._options.dry_run:
             self._root_fd = target.look_into(None, folder)
         else:
@@ -309,8 +311,9 @@ class Restorer:
         except IntegrityError as error:
             self._damaged(path, f"it is damaged and was not restored: {error}", error)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                place = join(self._folder, path[self._base :])
+                raise OSError(error.errno, os.strerror(error.errno), place) from error
             self._fail(path, error)
 
     def _may_replace(self, frame: _Frame, path: bytes, node: Node, st: os.stat_result) -> bool:

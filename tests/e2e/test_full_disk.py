@@ -86,6 +86,7 @@ def test_a_full_disk_ends_a_restore_clearly_and_leaves_no_half_file(
         result = repository.run("restore", "latest", "--target", disk / "target", expect=1)
         assert "no space left" in result.complaint.lower(), result
         restored = disk / "target" / str(source).lstrip("/")
+        assert f"{restored / 'big'}: " in result.complaint
         assert not (restored / "big").exists()
         for file in restored.rglob("*"):
             if file.is_file() and not file.is_symlink():

@@ -766,8 +766,9 @@ class TestRefusals:
         before = len(os.listdir("/proc/self/fd"))
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", self.failing(errno.ENOSPC))
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(OSError, match="No space left") as told:
                 bench.restore()
+        assert told.value.filename == os.fsencode(bench.target / "d/f")
         assert bench.found() == {"d": None}
         assert len(os.listdir("/proc/self/fd")) == before
 
