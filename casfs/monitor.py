@@ -39,11 +39,14 @@ class Problem:
 
 @dataclass(slots=True)
 class Progress:
-    """How far a command is; written by one thread, read by any."""
+    """How far a command is; written by one thread, read by any.
+
+    Where a total is known, `files` counts entries of all kinds.
+    """
 
     files: int = 0
     done_bytes: int = 0
-    total_files: int | None = None
+    total_entries: int | None = None
     total_bytes: int | None = None
     path: bytes = b""
 

@@ -103,8 +103,7 @@ class Restorer:
         self._filler = Filler(repository, options.salvage, self._read)
         self._links: dict[_LinkKey, bytes] = {}
         self._zeroed: dict[_LinkKey, list[tuple[int, int]]] = {}
-        self._root_fd = -1
-        self._folder = b""
+        self._root_fd, self._folder = -1, b""
         self._stack: list[_Frame] = []
         self._base = 0
 
@@ -212,6 +211,7 @@ class Restorer:
     def _enter(self, child: _Frame) -> bool:
         """Make a directory, with those above it that nobody needed yet; False where it is in the way."""
         self.result.directories += 1
+        self._progress(child.path)
         try:
             if self._options.dry_run:
                 return self._look(child)
@@ -466,13 +466,13 @@ class Restorer:
         if node.kind == Kind.FILE:
             self.result.files += 1
             self.result.restored_bytes += node.size
-            self._monitor.progress.files += 1
             self._monitor.progress.done_bytes += node.size
         else:
             self.result.others += 1
 
     def _progress(self, path: bytes) -> None:
         self._monitor.progress.path = path
+        self._monitor.progress.files += 1
 
     def _tell_zeroed(self, path: bytes, lost: list[tuple[int, int]]) -> None:
         ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)

@@ -169,7 +169,7 @@ class TarWriter:
     def _add(self, name: bytes, path: bytes, node: Node) -> None:
         progress = self._monitor.progress
         progress.path = path
-        progress.files += node.kind == Kind.FILE
+        progress.files += 1
         if node.kind == Kind.SOCKET:
             self._leave_out(path, "a socket cannot be in a tar; it is left out")
             return

@@ -51,7 +51,7 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
         file = _open(target, node, output.as_json, stack)
         if target is not None:
             stack.enter_context(monitor)
-            monitor.progress.total_files = node.tree.nodes if node.tree is not None else 1
+            monitor.progress.total_entries = node.tree.nodes if node.tree is not None else 1
         if node.tree is None:
             stats = _dump_file(repository, node, path, file, monitor)
         else:

@@ -83,8 +83,8 @@ class CommandMonitor:
         while not self._done.wait(_REFRESH_S):
             progress = self.progress
             files = f"{progress.files} files"
-            if progress.total_files is not None:
-                files = f"{progress.files} of {progress.total_files} files"
+            if progress.total_entries is not None:
+                files = f"{progress.files} of {progress.total_entries} entries"
             path = shown(progress.path)[-60:]
             text = f"{self._verb}: {files}, {shown_size(progress.done_bytes)}  {path}"
             self._status.update(escape(text))

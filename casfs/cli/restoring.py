@@ -69,7 +69,7 @@ def restore(
         with_root = bool(path) or snapshot.paths in ((b".",), (b"/",))
         monitor = CommandMonitor(output, "restore")
         if node.tree is not None:
-            monitor.progress.total_files = node.tree.nodes
+            monitor.progress.total_entries = node.tree.nodes
         with monitor:
             restorer = Restorer(repository, options, monitor)
             result = restorer.restore(path, node, os.fsencode(target), with_root)

@@ -128,6 +128,16 @@ class TestContent:
         bench.restore("latest:d")
         assert bench.found() == {"e": None, "e/deep": b"3", "f": b"22"}
 
+    def test_is_told_to_the_last_entry_while_it_goes_on(self, bench: Bench) -> None:
+        bench.publish({b"d": {b"f": b"1", b"empty": {}}, b"g": b"2", b"l": entry(b"l", Kind.FIFO)})
+        with bench.keeper.reading() as repository:
+            _, snapshot = repository.resolve("latest")
+            monitor = RecordingMonitor()
+            restorer = Restorer(repository, RestoreOptions(), monitor)
+            restorer.restore(b"", snapshot.root, os.fsencode(bench.target), False)
+        assert snapshot.root.tree is not None
+        assert monitor.progress.files == snapshot.root.tree.nodes == 5
+
     def test_of_one_file_stands_in_the_target_by_its_name(self, bench: Bench) -> None:
         bench.publish(TREE)
         assert bench.restore("latest:d/e/deep", delete=True).result.files == 1
