@@ -48,7 +48,7 @@ def init(
     wanted = named_recipients(recipients, recipients_files)
     config = Repository.create(root, wanted, new)
     output = settings.output()
-    output.line(f"made repository {config.id[:12]} in {root}")
+    output.line(f"made repository {config.id[:12]} in {shown(bytes(root))}")
     if config.encryption is None:
         output.line("it is not encrypted: whoever can read the folder can read what is stored")
     else:

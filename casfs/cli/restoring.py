@@ -10,7 +10,7 @@ import click
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED, Settings, common_options
 from casfs.cli.output import shown_id, shown_size
 from casfs.cli.progress import CommandMonitor
-from casfs.errors import UnsafeTargetError
+from casfs.errors import UnsafeTargetError, UsageError
 
 
 @click.command()
@@ -50,6 +50,8 @@ def restore(
     from casfs.repository import Repository
     from casfs.restore import Overwrite, RestoreOptions, Restorer
 
+    if not target:
+        raise UsageError("--target needs a folder")
     options = RestoreOptions(
         include=includes,
         exclude=excludes,

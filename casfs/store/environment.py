@@ -101,7 +101,7 @@ class Environment:
             self._map_bytes = map_bytes
             try:
                 env = lmdb.open(
-                    str(self.path),
+                    os.fsencode(self.path),
                     map_size=map_bytes,
                     max_dbs=4,
                     max_readers=512,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from .command import WITHOUT_READING_EVERYTHING, Casfs, Result
+from .comparing import tree_differences
 from .everything import HOSTILE_NAMES
 
 # What a terminal obeys: C0 but for the newlines between lines, DEL, and C1 as UTF-8.
@@ -146,3 +148,20 @@ def test_output_in_the_c_locale_is_no_different(repository: Casfs, hostile: byte
     found = repository.json("ls", "latest", env={"LC_ALL": "C"}).of_type("node")
     assert {os.path.basename(name_in(node)) for node in found} >= set(NAMES)
     assert repository.run("ls", "latest", env={"LC_ALL": "C"}).out
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", FORGED_LINE, b"a, b\\:c"])
+def test_a_repository_may_have_any_name(casfs: Casfs, source: Path, name: bytes) -> None:
+    """And so may the home of who uses it."""
+    home = casfs.home / os.fsdecode(name)
+    home.mkdir()
+    odd = Casfs(home / os.fsdecode(name), home)
+    made = odd.run("init")
+    assert_no_forgery(made)
+    assert len(made.text.splitlines()) == 2
+    odd.backup(source)
+    shutil.rmtree(home / os.fsdecode(name) / "index")
+    odd.run("restore", "latest", "--target", home / "target")
+    assert tree_differences(source, home / "target" / str(source).lstrip("/")) == []
+    odd.run("forget", "--keep-last", "1", "--prune")
+    assert odd.json("check", "--read-data").one("summary")["ok"] is True

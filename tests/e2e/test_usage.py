@@ -48,6 +48,7 @@ class TestUsage:
             ("mount", "--cache-size", "lots", "latest", "."),
             ("umount",),
             ("restore", "latest"),
+            ("restore", "latest", "--target", ""),
             ("restore", "--target", "target"),
             ("restore", "latest", "--target", "target", "--overwrite", "sometimes"),
             ("check", "--read-data-subset", "200%"),
