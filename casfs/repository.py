@@ -249,8 +249,9 @@ class Repository:
         try:
             index = Index(self.store.index.path)
             try:
-                # It may be another index by now, with other ordinals.
-                there = {record.ordinal: record.pack for record in index.packs()}
+                # It may be another index by now, with other ordinals. And a pack with bytes that its
+                # name does not stand for may have sound blobs: it stays one that a prune replaces.
+                there = {one.ordinal: one.pack for one in index.packs() if not one.is_damaged}
                 same = [one.ordinal for one in packs if there.get(one.ordinal) == one.pack]
                 index.mark_verified(same, int(time.time()))
             finally:

@@ -230,6 +230,25 @@ class TestHealing:
         assert result.damage == []
         assert result.packs_read == 4
 
+    def test_packs_that_changed_places_are_replaced_though_all_their_blobs_were_read_since(
+        self, keeper: Keeper
+    ) -> None:
+        keeper.publish({b"f": CHUNKS[0]})
+        keeper.publish({b"g": CHUNKS[1], b"h": CHUNKS[2]})
+        first, second = pack_paths(keeper.root)
+        data = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(data)
+        with Repository.open(keeper.root, "repair", LockMode.EXCLUSIVE) as repository:
+            repository.store.rebuild()
+        assert {found.what for found in check(keeper).damage} == {"pack"}
+        with keeper.reading() as repository:
+            for digest, _ in list(repository.store.index.blobs()):
+                repository.store.read(digest)
+        with Repository.open(keeper.root, "prune", LockMode.TENDING) as repository:
+            Pruner(repository, PruneOptions(unused_share=1.0), RecordingMonitor()).prune()
+        assert check(keeper).damage == []
+
     def test_a_damaged_tree_is_stored_anew_where_it_is_seen_again(
         self, keeper: Keeper, tmp_path: Path
     ) -> None:
