@@ -89,6 +89,10 @@ class IndexUnusableError(CasfsError):
     """The index cannot be used; it is derived and can be rebuilt from the packs."""
 
 
+class IndexDamagedError(IndexUnusableError):
+    """LMDB has found that its file contradicts itself."""
+
+
 class IntegrityError(CasfsError):
     """What is stored is not what its digest says."""
 

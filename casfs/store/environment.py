@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import lmdb
 
-from casfs.errors import IndexUnusableError
+from casfs.errors import IndexDamagedError, IndexUnusableError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,9 @@ _MAP_BYTES = 256 * 1024**3
 _SMALL_MAP_BYTES = 1024**3
 """Where the address space is limited; doubled whenever it is full."""
 
+_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, struct.error)
+"""What LMDB raises, and what unpacking what it gives does, where the file cannot be what was written."""
+
 T = TypeVar("T")
 
 Transaction = lmdb.Transaction
@@ -35,7 +38,8 @@ Transaction = lmdb.Transaction
 class Environment:
     """An open environment with named databases; `on_step` hears of every commit, before and after it.
 
-    Without `sync` commits wait for no disk: for tests of everything but durability.
+    Without `sync` commits wait for no disk: for tests of everything but durability. `is_damaged` tells
+    whether anything has shown that the file cannot be what was written.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Environment:
         self.path = path
         self.readonly = readonly
         self.changed = False
+        self.is_damaged = False
         self._on_step = on_step
         self._sync = sync
         self._map_bytes = _MAP_BYTES
@@ -74,6 +79,20 @@ class Environment:
     def close(self) -> None:
         """Close the environment."""
         self._env.close()
+
+    def walk(self) -> None:
+        """Have LMDB visit every page that is in use and the list of those that are not.
+
+        Raises IndexDamagedError where they contradict each other; more than that may end the process.
+        """
+        fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            self._env.copyfd(fd, compact=True)
+        except lmdb.Error as error:
+            self.is_damaged = True
+            raise IndexDamagedError(f"the index {self.path} is damaged: {error}") from error
+        finally:
+            os.close(fd)
 
     def read(self, ask: Callable[[Transaction], T]) -> T:
         """Return what `ask` finds in a transaction that changes nothing."""
@@ -164,7 +183,11 @@ class Environment:
                 self._gate.notify_all()
 
     def _unusable(self, error: Exception) -> IndexUnusableError:
-        return IndexUnusableError(
+        message = (
             f"the index {self.path} cannot be used: {error}; free space on its disk or rebuild it "
             "(casfs repair index)"
         )
+        if isinstance(error, _DAMAGE):
+            self.is_damaged = True
+            return IndexDamagedError(message)
+        return IndexUnusableError(message)

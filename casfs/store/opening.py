@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from casfs.errors import IndexUnusableError, StorageError
+from casfs.errors import IndexDamagedError, IndexUnusableError, StorageError
 from casfs.store import seal
 from casfs.store.blob import BlobCodec
 from casfs.store.index import Index
@@ -82,29 +82,49 @@ def index_to_write(
 
     Raises IndexUnusableError, also where the folder cannot be written.
     """
-    try:
-        if not seal.is_sound(path, in_use=_is_in_use(root, own_lock)):
-            log.warning("the index %s is damaged; it is built anew from the packs", path)
-            seal.discard(path)
-    except OSError as error:
-        raise IndexUnusableError(
-            f"cannot replace the damaged index {path}: {error.strerror}"
-        ) from error
-    index = Index(path, on_step=on_step, sync=sync)
-    try:
-        store = BlobStore(storage, index, codec, ciphers)
-        store.reconcile(lambda: not _is_in_use(root, own_lock), keep_missing)
-    except BaseException:
-        close_index(index)
-        raise
-    return index
+
+    def is_alone() -> bool:
+        return not _is_in_use(root, own_lock)
+
+    for is_last in (False, True):
+        try:
+            if not seal.is_sound(path, in_use=not is_alone()):
+                log.warning("the index %s is damaged; it is built anew from the packs", path)
+                seal.discard(path)
+        except OSError as error:
+            raise IndexUnusableError(
+                f"cannot replace the damaged index {path}: {error.strerror}"
+            ) from error
+        index = Index(path, on_step=on_step, sync=sync)
+        try:
+            BlobStore(storage, index, codec, ciphers).reconcile(is_alone, keep_missing)
+        except IndexDamagedError:
+            close_index(index)
+            if is_last or not is_alone():
+                raise
+        except BaseException:
+            close_index(index)
+            raise
+        else:
+            return index
+    raise AssertionError("unreachable")
+
+
+def begin_anew(store: BlobStore) -> None:
+    """Put an empty index in the place of one that LMDB cannot change; the caller has it alone."""
+    log.warning("the index %s is damaged; it is built anew from the packs", store.index.path)
+    store.index.close()
+    seal.discard(store.index.path)
+    store.use_index(Index(store.index.path))
 
 
 def close_index(index: Index) -> None:
-    """Close an index, and seal it if it was changed."""
-    changed = index.changed
+    """Close an index, and seal it if it was changed, or have it be built anew if it is damaged."""
+    changed, damaged = index.changed, index.environment.is_damaged and not index.readonly
     index.close()
-    if changed:
+    if damaged:
+        seal.refuse(index.path)
+    elif changed:
         seal.write_seal(index.path)
 
 

@@ -28,6 +28,7 @@ _HASHED_BYTES = 64 * 1024 * 1024
 _MAX_SEAL_BYTES = 4096
 _PROBE_S = 600
 _FORM = "casfs index seal 1: {size} {mtime_ns} {digest}\n"
+_REFUSED = b"casfs index seal 1: damaged\n"
 
 
 def write_seal(path: Path) -> None:
@@ -49,6 +50,17 @@ def write_seal(path: Path) -> None:
         log.info("the index in %s cannot be sealed: %s", path, error)
 
 
+def refuse(path: Path) -> None:
+    """Have the index in a folder be built anew by who uses it next: it was found to be damaged.
+
+    Reading all of it need not show that. While somebody writes it is left to that one.
+    """
+    try:
+        (path / SEAL_FILE).write_bytes(_REFUSED)
+    except OSError as error:
+        log.info("that the index in %s is damaged cannot be noted: %s", path, error)
+
+
 def unseal(path: Path) -> None:
     """Have the index in a folder be read as a whole before it is used the next time."""
     (path / SEAL_FILE).unlink(missing_ok=True)
@@ -65,6 +77,8 @@ def is_sound(path: Path, in_use: bool) -> bool:
         st = os.stat(data)
     except OSError:
         return True
+    if _is_refused(path):
+        return in_use
     told = _read_seal(path)
     if told is not None:
         size, mtime_ns, digest = told
@@ -106,6 +120,8 @@ def read_through(path: Path) -> int:
     """
     index = Index(path, readonly=True)
     try:
+        # What lies between the entries is met by nobody until something is written.
+        index.environment.walk()
         packs = {record.ordinal for record in index.packs()}
         count = 0
         for _, location in index.blobs():
@@ -159,6 +175,14 @@ def _digest(path: Path, size: int) -> str:
         while data := file.read(1 << 20):
             hasher.update(data)
     return hasher.hexdigest()
+
+
+def _is_refused(path: Path) -> bool:
+    try:
+        with open(path / SEAL_FILE, "rb") as file:
+            return file.read(_MAX_SEAL_BYTES) == _REFUSED
+    except OSError:
+        return False
 
 
 def _read_seal(path: Path) -> tuple[int, int, str] | None:

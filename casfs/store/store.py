@@ -77,15 +77,19 @@ class BlobStore:
         ciphers: PackCiphers | None = None,
     ) -> None:
         self.storage = storage
-        self.index = index
         self.codec = codec
         self._ciphers = ciphers
         self.coverage = Coverage()
         self.salvaged: set[PackId] = set()
         self.unreadable: set[PackId] = set()
         self.found_elsewhere: set[Digest] = set()
-        self._copies = Copies(index, self.stored_packs, self.entries)
+        self.use_index(index)
         self._remembered: dict[PackId, list[PackEntry]] = {}
+
+    def use_index(self, index: Index) -> None:
+        """Find blobs through this index from now on."""
+        self.index = index
+        self._copies = Copies(index, self.stored_packs, self.entries)
 
     def locate(self, digest: Digest) -> Location:
         """Return where a blob is; raises BlobError when the index does not know it."""

@@ -22,6 +22,7 @@ from casfs.digest import Digest, SnapshotId, short
 from casfs.errors import (
     BlobError,
     CasfsError,
+    IndexDamagedError,
     IndexUnusableError,
     IntegrityError,
     NotFoundError,
@@ -350,6 +351,8 @@ class Pruner:
         packs = {ordinal: self._records[ordinal].pack for ordinal in sorted(ordinals)}
         try:
             same = self._index.remove_packs(packs)
+        except IndexDamagedError:
+            raise  # what it told of the packs may be wrong as well
         except IndexUnusableError as error:
             # A full disk has no room for that. Without the packs it has; should this end before the
             # index knows it, the next who opens the repository sees that they are gone.

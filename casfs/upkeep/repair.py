@@ -17,10 +17,17 @@ from blake3 import blake3
 
 from casfs.content import HOLE, ContentWriter
 from casfs.digest import Digest, PackId, SnapshotId, update_zeros
-from casfs.errors import CasfsError, IntegrityError, NotFoundError, TreeError
+from casfs.errors import (
+    CasfsError,
+    IndexDamagedError,
+    IntegrityError,
+    NotFoundError,
+    TreeError,
+)
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository import Repository
 from casfs.snapshot import MAX_SNAPSHOT_BYTES, Snapshot
+from casfs.store.opening import begin_anew
 from casfs.store.writer import BlobWriter
 from casfs.tree import (
     MAX_PIECE_LEVELS,
@@ -78,7 +85,11 @@ class IndexRepair:
 def repair_index(repository: Repository) -> IndexRepair:
     """Build the index anew from the packs alone; the repository is open for writing, alone."""
     store = repository.store
-    store.rebuild()
+    try:
+        store.rebuild()
+    except IndexDamagedError:
+        begin_anew(store)
+        store.rebuild()
     return IndexRepair(
         packs=len(store.index.packs()),
         blobs=store.index.blob_count(),

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 
 from casfs.digest import PackId, digest_of
+from casfs.errors import IndexDamagedError
 from casfs.repository import Repository
 from casfs.store import seal
 from casfs.store.index import Index
+from casfs.store.lock import LockMode
 from casfs.store.pack import PackEntry
+from casfs.upkeep.repair import repair_index
 
 from .planting import Keeper
+from .storing import add_pack, make_pack, noise
 
 PAGE = 4096
 
@@ -57,6 +61,18 @@ def _change(path: Path, change: str, keep_time: bool) -> None:
     file.write_bytes(data)
     if keep_time:
         _touch(file, before)
+
+
+def _lose_free_pages(path: Path) -> None:
+    """Zero the page from which LMDB takes which pages are free (offsets of its format)."""
+    file = path / "data.mdb"
+    data = bytearray(file.read_bytes())
+    metas = [data[number * PAGE + 16 : number * PAGE + 152] for number in (0, 1)]
+    newest = max(metas, key=lambda meta: int.from_bytes(meta[128:], "little"))
+    root = int.from_bytes(newest[64:72], "little")
+    assert 1 < root < len(data) // PAGE
+    data[root * PAGE : (root + 1) * PAGE] = bytes(PAGE)
+    file.write_bytes(data)
 
 
 def test_what_was_sealed_is_sound(path: Path) -> None:
@@ -131,6 +147,62 @@ def test_a_repository_with_a_damaged_index_is_opened_with_a_new_one(
     caplog.clear()
     with Repository.open(keeper.root, verb):
         assert caplog.text == ""
+
+
+def test_damage_that_no_entry_shows_is_found(path: Path) -> None:
+    _lose_free_pages(path)
+    assert not seal.is_sound(path, in_use=False)
+
+
+def _grown(tmp_path: Path) -> Keeper:
+    """A repository with an index that was rebuilt, so that it has free pages."""
+    keeper = Keeper(tmp_path)
+    for number in range(5):
+        keeper.publish({b"f": b"%d" % number})
+    return keeper
+
+
+def _repair(keeper: Keeper) -> int:
+    with Repository.open(keeper.root, "repair index", LockMode.EXCLUSIVE) as repository:
+        return repair_index(repository).blobs
+
+
+@pytest.mark.parametrize("is_read", [True, False], ids=["read", "not-read"])
+def test_repair_index_mends_an_index_that_cannot_be_changed(
+    tmp_path: Path, is_read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = _grown(tmp_path)
+    with keeper.reading() as repository:
+        blobs = repository.store.index.blob_count()
+    _lose_free_pages(keeper.root / "index")
+    if not is_read:
+        monkeypatch.setattr(seal, "_survives_a_probe", lambda path: True)
+    assert _repair(keeper) == blobs
+    keeper.publish({b"f": b"another"})
+
+
+def test_after_a_verb_that_could_not_change_the_index_it_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = _grown(tmp_path)
+    monkeypatch.setattr(seal, "_survives_a_probe", lambda path: True)
+    _lose_free_pages(keeper.root / "index")
+    with pytest.raises(IndexDamagedError):
+        keeper.publish({b"f": b"another"})
+    snapshot_id, _ = keeper.publish({b"f": b"another"})
+    with keeper.reading() as repository:
+        assert snapshot_id in [found for found, _ in repository.snapshots()]
+        assert len(list(repository.snapshots())) == 6
+
+
+def test_one_that_cannot_even_be_brought_up_to_date_is_built_anew_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = _grown(tmp_path)
+    add_pack(keeper.root, make_pack([noise("behind its back", 100)])[0])
+    monkeypatch.setattr(seal, "_survives_a_probe", lambda path: True)
+    _lose_free_pages(keeper.root / "index")
+    keeper.publish({b"f": b"another"})
 
 
 def test_another_repositorys_index_does_no_harm(tmp_path: Path) -> None:
