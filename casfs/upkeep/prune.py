@@ -195,6 +195,12 @@ class Pruner:
                 use = uses.setdefault(location.pack, _Use())
                 use.needed_bytes += location.stored_bytes + RECORD.size
                 use.has_bad |= location.is_bad
+        if needed < self._needs.count:
+            self._require_same_index()
+            raise IndexUnusableError(
+                f"the index lists {needed} of {self._needs.count} blobs that it knew a moment ago, so what "
+                "is needed is not known for sure; nothing more was removed (casfs repair index)"
+            )
         self.result.needed_blobs = needed
         self.result.unneeded_blobs = total - needed
         return uses

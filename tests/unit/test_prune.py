@@ -16,6 +16,7 @@ from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.store.condemned import read_condemnations
+from casfs.store.index import Index, Location
 from casfs.store.lock import LockMode
 from casfs.store.pack import TRAILER
 from casfs.store.storage import LocalStorage
@@ -586,6 +587,30 @@ def test_an_index_that_is_built_anew_while_needs_are_marked_costs_nothing_that_i
     assert prune(keeper).removed_packs == 1
     assert contents(keeper) == before
     assert_sound(keeper)
+
+
+def test_an_index_that_lists_less_than_it_knew_when_it_was_asked_costs_nothing(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where LMDB was given a damaged list of free pages and wrote over some that were in use."""
+    first = publish(keeper, 1, "a")
+    publish(keeper, 2, "b")
+    forget(keeper, first)
+    before = contents(keeper)
+    packs = pack_paths(keeper.root)
+    needed = digest_of(noise("b", 50 * KIB))
+    blobs = Index.blobs
+
+    def forgetful(self: Index, batch: int = 10_000) -> Iterator[tuple[Digest, Location]]:
+        return (item for item in blobs(self, batch) if item[0] != needed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "blobs", forgetful)
+        with pytest.raises(IndexUnusableError, match="not known for sure"):
+            prune(keeper, unused_share=0.0)
+    assert pack_paths(keeper.root) == packs
+    assert contents(keeper) == before
+    assert prune(keeper).removed_packs == 1
 
 
 @pytest.mark.parametrize("checked", [True, False], ids=["marked", "not known"])
