@@ -154,9 +154,11 @@ def act_restore(
     return dataclasses.asdict(result) | {"problems": problems}
 
 
-def act_check(root: Path, step: Step, read_data: bool = True) -> list[dict[str, Any]]:
+def act_check(
+    root: Path, step: Step, read_data: bool = True, share: float = 1.0
+) -> list[dict[str, Any]]:
     with Repository.open(root, reader="check", takes_notes=True) as repository:
-        choice = ReadChoice() if read_data else None
+        choice = ReadChoice(share) if read_data else None
         result = Checker(repository, RecordingMonitor()).check(choice)
     return [
         {
@@ -192,6 +194,23 @@ def act_look_with_a_key(
     with Repository.open(root, unlock=unlock) as repository:
         seen = look_at_snapshots(repository)
         return {"read": seen, "mounted": look_through_the_mount(repository) if seen else {}}
+
+
+def act_at_home(
+    root: Path, step: Step, does: str, home: str, secret: str | None = None, **arguments: Any
+) -> Any:
+    """Do another act on an encrypted repository as who lives there, with a key or without any."""
+    _live_in(home)
+    open_it = Repository.open
+
+    def unlock(storage: Storage, config: RepositoryConfig) -> Identities:
+        return Identities([age.identity_from_line(secret)] if secret is not None else [])
+
+    def opened(*rest: Any, **more: Any) -> Repository:
+        return open_it(*rest, **{**more, "unlock": unlock, "closed_ok": secret is None})
+
+    setattr(Repository, "open", opened)  # noqa: B010 - mypy refuses to assign to a method
+    return ACTS[does](root, step, **arguments)
 
 
 def act_command(

@@ -1,0 +1,420 @@
+"""An explorer of what becomes of a repository under chance damage and chance verbs.
+
+A way is a list of moves, each a name and three numbers, so that what a seed gives can be shortened. After
+every move all that is listed is read, from a copy: a look brings the index up to date, and what the next
+verb makes of it as it is is the question. Required is, after every move:
+
+- Nothing is given out that is not as it was; a read, the mount and a restore give the same.
+- What could be read before a verb can be read after it, but for what a forget was told to remove.
+- A verb ends as it should, or with an error of its own.
+- A check that reads everything names what is lost, and nothing else.
+- A backup after such a check is whole, and what it has seen again is healed in older snapshots.
+- In the end `repair index`, `check`, `repair snapshots`, `prune` leave what a check finds sound.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from casfs.repository import read_config
+from casfs.store.lock import LockMode, RepositoryLock
+
+from ..encrypting import PUBLIC, SECRET
+from .hurting import HURTS, INDEX_HURTS, MOST, Past
+from .looking import FLAGGED, LOST, Files, look_at_source
+from .stage import KIB, Outcome, Scene, Stage, make_scene
+
+Move = tuple[str, int, int, int]
+Right = set[tuple[str, str]]
+"""What can be read and is as it was: (snapshot, path)."""
+
+NAMES = ("a", "b", "c", "folder/d", "folder/e", "folder/below/f", "folder/below/g", "h")
+SIZES = (0, 100, 12 * KIB, 12 * KIB, 30 * KIB, 50 * KIB, 70 * KIB, 300 * KIB)
+SHARES = (0.0, 0.25, 1.0)
+
+VERBS = {
+    "edit": 2,
+    "backup": 4,
+    "backups at the same time": 1,
+    "forget": 3,
+    "check": 5,
+    "check structure": 1,
+    "check a part": 2,
+    "prune": 12,
+    "prune beside a reader": 1,
+    "prune beside a writer": 2,
+    "repair index": 2,
+    "repair snapshots": 2,
+    "repair snapshots as they seem": 1,
+    "look": 2,
+    "look through the mount": 2,
+    "restore": 2,
+}
+"""What is done besides damage, each with how often it is chosen."""
+
+
+class Kind(Enum):
+    """What is explored: encrypted with its key at hand, or with backups by a host that cannot read."""
+
+    PLAIN = "plain"
+    ENCRYPTED = "encrypted"
+    CLOSED = "closed"
+
+
+def make_way(seed: int) -> list[Move]:
+    """Return the way of a seed.
+
+    Snapshots that share much are made and some of them forgotten, which may leave condemned packs; then
+    come rounds of up to three damages and as many verbs.
+    """
+    dice = random.Random(seed)
+
+    def moves(count: int, **kinds: int) -> Iterator[Move]:
+        names = dice.choices(list(kinds), list(kinds.values()), k=count)
+        return ((name, *(dice.randrange(MOST) for _ in range(3))) for name in names)  # type: ignore[misc]
+
+    way = [*moves(7, edit=1)]
+    for _ in range(dice.randrange(3, 6)):
+        way += moves(1, **{"backup": 2, "backups at the same time": 1})
+        way += moves(2, edit=1)
+    way += moves(dice.randrange(1, 4), forget=1)
+    way += moves(dice.randrange(2), **{"prune beside a writer": 1})
+    hurts = {name: often for name, (often, _) in HURTS.items()}
+    for _ in range(5):
+        way += moves(dice.choice((0, 1, 1, 1, 2, 2, 3)), **hurts)
+        way += moves(dice.choice((1, 1, 2, 3)), **VERBS)
+    return way
+
+
+class Explorer:
+    """One repository that goes a way."""
+
+    def __init__(self, stage: Stage, folder: Path, kind: Kind = Kind.PLAIN) -> None:
+        self.kind = kind
+        self._stage = stage
+        self._folder = folder
+        self._homes = folder / "homes"
+        if kind == Kind.PLAIN:
+            self.scene: Scene = make_scene(stage, folder)
+            self.past = Past(self.scene.root, self.scene.root / "index")
+        else:
+            self._homes.mkdir()
+            self.scene = Scene(stage, folder / "repository", folder / "source")
+            self.scene.source.mkdir()
+            indexes = [self._encrypt(home) for home in ("reader", "writer")]
+            self.past = Past(self.scene.root, *indexes[: 2 if kind == Kind.CLOSED else 1])
+        self.past.remember()
+        self.truth: dict[str, Files] = {}
+        self.seen: dict[str, Files] = {}
+        self.right: Right = set()
+        self.is_checked = True
+        self._is_index_hurt = False
+        self._is_stale = False
+        self._moves: dict[str, Callable[[int, int, int], None]] = {
+            "edit": self.edit,
+            "backup": self.backup,
+            "backups at the same time": self.back_up_twice,
+            "forget": self.forget,
+            "check": self.check,
+            "check structure": lambda *_: self.check_less(read_data=False),
+            "check a part": lambda a, b, c: self.check_less(share=a / MOST),
+            "prune": self.prune,
+            "prune beside a reader": lambda a, b, c: self.prune(a, beside=LockMode.READER),
+            "prune beside a writer": lambda a, b, c: self.prune(a, beside=LockMode.SHARED),
+            "repair index": self.repair_index,
+            "repair snapshots": self.repair_snapshots,
+            "repair snapshots as they seem": lambda *_: self.repair_snapshots(read_data=False),
+            "look": lambda *_: self.look("look"),
+            "look through the mount": lambda *_: self.look("look_through_the_mount"),
+            "restore": self.restore,
+            "the end": self.end,
+        }
+
+    def _encrypt(self, home: str) -> Path:
+        """Make an encrypted repository, or use the one that is there; return where the index is."""
+        (self._homes / home).mkdir()
+        root = self.scene.root
+        if not root.exists():
+            arguments = ["init", "--recipient", PUBLIC]
+            where = str(self._homes / home)
+            told = self._stage.act("command", root, arguments=arguments, home=where).done()
+            assert told["exit"] == 0, told
+        return self._homes / home / ".cache" / "casfs" / read_config(root).id[:32] / "index"
+
+    def _act(self, verb: str, root: Path | None = None, **arguments: Any) -> Outcome:
+        """Do a verb, in an encrypted repository as the one who does that."""
+        root = root or self.scene.root
+        if self.kind == Kind.PLAIN:
+            return self._stage.act(verb, root, **arguments)
+        closed = self.kind == Kind.CLOSED and verb == "backup"
+        arguments |= {"secret": None if closed else SECRET}
+        home = str(self._homes / ("writer" if closed else "reader"))
+        arguments |= {"does": verb, "home": home}
+        return self._stage.act("at_home", root, **arguments)
+
+    def go(self, way: list[Move]) -> None:
+        """Go a way to its end; a failure tells which moves came to it."""
+        for number, (name, *choices) in enumerate(way):
+            try:
+                self.move(name, *choices)
+            except AssertionError as error:
+                raise AssertionError(f"move {number}, {name}: {error}\n{_shown(way)}") from error
+        try:
+            self.move("the end", 0, 0, 0)
+        except AssertionError as error:
+            raise AssertionError(f"the end: {error}\n{_shown(way)}") from error
+
+    def move(self, name: str, *choices: int) -> None:
+        """Make one move."""
+        if name in HURTS:
+            self.hurt(name, choices[0], choices[1])
+            return
+        if self._is_stale:
+            self._observe()
+            self.is_checked = self._is_stale = False
+        self._moves[name](*choices)
+
+    def hurt(self, name: str, which: int, where: int) -> None:
+        """Do harm; what can be read then is what is there when the next verb begins."""
+        self._is_stale |= HURTS[name][1](self.past, which, where)
+        self._is_index_hurt |= name in INDEX_HURTS
+
+    def edit(self, which: int, what: int, size: int) -> None:
+        """Write or remove a file; its content is often one that was there before."""
+        name = NAMES[which % len(NAMES)]
+        if what % 6 == 0:
+            (self.scene.source / name).unlink(missing_ok=True)
+        else:
+            kind = SIZES[size % len(SIZES)]
+            self.scene.write(name, f"{what % 5} of {kind}", kind)
+
+    def backup(self, host: int, *_: int) -> None:
+        shows = look_at_source(self.scene.source)
+        before, seen = self.right, self.seen
+        told = self._back_up(self.scene.root, host)
+        self.truth[told["id"]] = shows
+        self._must_keep(before)
+        if not self.is_checked or self.kind == Kind.CLOSED:
+            return  # what a check has marked is not known to a host that cannot read
+        assert self.seen[told["id"]] == shows, "a backup after a check is not whole"
+        stored = set(shows.values())
+        for name, files in seen.items():
+            for path, found in files.items():
+                what = self.truth[name].get(path)
+                if found == LOST and what in stored and what != "directory":
+                    assert (name, path) in self.right, f"{path} in {name} was seen and not healed"
+
+    def _back_up(self, root: Path, host: int) -> dict[str, Any]:
+        name = ("here", "here", "there")[host % 3]
+        source = str(self.scene.source)
+        told: dict[str, Any] = self._act("backup", root, source=source, host=name).done()
+        return told
+
+    def back_up_twice(self, which: int, what: int, size: int) -> None:
+        """Back up as two hosts do at the same time: neither sees what the other stores."""
+        before = self.right
+        twin = self._folder / "twin"
+        shutil.copytree(self.scene.root, twin)
+        homes, theirs = self._homes, self._folder / "homes of the twin"
+        if homes.exists():
+            shutil.copytree(homes, theirs)
+        first = look_at_source(self.scene.source)
+        self.truth[self._back_up(self.scene.root, which)["id"]] = first
+        self.edit(which, what, size)
+        second = look_at_source(self.scene.source)
+        with self._other_homes(theirs):
+            self.truth[self._back_up(twin, which + 1)["id"]] = second
+        for folder in ("sessions", "packs", "snapshots"):
+            gone = self.past.gone(folder)
+            for path in sorted((twin / folder).rglob("*"), key=lambda p: p.stat().st_mtime_ns):
+                there = self.scene.root / path.relative_to(twin)
+                if path.is_file() and not there.exists() and there not in gone:
+                    there.parent.mkdir(exist_ok=True)
+                    shutil.copy2(path, there)
+        shutil.rmtree(twin)
+        self._must_keep(before)
+
+    def forget(self, which: int, *_: int) -> None:
+        names = sorted(self.seen, key=list(self.truth).index)
+        if len(names) < 2:
+            return
+        name = names[which % len(names)]
+        self._act("forget", ids=[name]).done()
+        self._must_keep({one for one in self.right if one[0] != name})
+
+    def check(self, *_: int) -> None:
+        """Check everything; what is lost is named, and nothing is that can be read."""
+        seen = self.seen
+        self._judge(self._act("check").done(), seen)
+        self._must_keep(self.right)
+        self._judge(self._act("check").done(), self.seen)
+        self.is_checked = True
+
+    def _judge(self, found: list[dict[str, Any]], seen: dict[str, Files]) -> None:
+        for name, files in seen.items():
+            told = {one["path"] for one in found if one["snapshot"] == name}
+            truth = self.truth[name]
+            lost = {path for path, what in truth.items() if files.get(path) != what}
+            for path in lost:
+                assert any(_is_above(one, path) for one in told), f"{path} is lost, told: {told}"
+            for path in told:
+                named = [one for one in lost if _is_above(path, one)]
+                assert named, f"{path} in {name} can be read, and is told to be lost: {found}"
+
+    def check_less(self, **options: Any) -> None:
+        self._act("check", **options).done()
+        self._must_keep(self.right)
+
+    def prune(self, share: int, *_: int, beside: LockMode | None = None) -> None:
+        """Prune; it refuses where something is damaged, and only there.
+
+        While another writes, an index whose bytes are damaged is left to that one: nobody reads it first.
+        """
+        if self._is_index_hurt:
+            beside = None
+        with ExitStack() as held:
+            if beside is not None:
+                held.enter_context(RepositoryLock.acquire(self.scene.root / "locks", "x", beside))
+            outcome = self._act("prune", share=SHARES[share % 3], margin_s=3600.0)
+        if outcome.error is not None:
+            assert outcome.error["exit"] == 5, outcome
+            assert self._is_hurt(), f"nothing is lost, and {outcome.error}"
+        self._must_keep(self.right)
+
+    def _is_hurt(self) -> bool:
+        """Tell whether anything is lost, or an object is not what it was."""
+        damaged = self.past.changed("snapshots") + self.past.changed("packs")
+        return bool(damaged) or any(
+            files.get(path) != what
+            for name, files in self.seen.items()
+            for path, what in self.truth[name].items()
+        )
+
+    def repair_index(self, *_: int) -> None:
+        self._act("repair_index").done()
+        self._must_keep(self.right)
+
+    def repair_snapshots(self, *_: int, read_data: bool = True) -> None:
+        """Repair; what could be read is in the snapshots that take the places of others."""
+        told = self._act("repair_snapshots", read_data=read_data).done()
+        new = {one["id"]: one["new_id"] for one in told}
+        listed: dict[str, Files] = self._read("look").done()
+        for old, name in new.items():
+            if name is None:
+                continue
+            truth = self.truth[old]
+            for path, found in listed[name].items():
+                right = found == truth.get(path)
+                assert right or found.startswith(FLAGGED) or not read_data, f"{path} is {found}"
+            self.truth[name] = {
+                path: truth[path] if found == LOST else found
+                for path, found in listed[name].items()
+            }
+        kept = {(new.get(name) or name, path) for name, path in self.right}
+        for name, path in sorted(kept):
+            assert path in listed.get(name, {}), f"{path} in {name} is dropped"
+        self._must_keep({one for one in kept if one[0] in self.truth})
+
+    def look(self, verb: str) -> None:
+        """Look at the repository itself, not at a copy."""
+        listed = self._verified(self._act(verb).done())
+        assert self._right(listed) == self.right, f"{verb} shows something else"
+        self._must_keep(self.right)
+
+    def restore(self, which: int, *_: int) -> None:
+        """Restore a snapshot: what can be read is there and the rest is named."""
+        names = sorted(self.seen, key=list(self.truth).index)
+        if not names:
+            return
+        name = names[which % len(names)]
+        target = self._folder / "target"
+        target.mkdir()
+        told = self._act("restore", target=str(target), snapshot=name).done()
+        named = {one["path"] for one in told["problems"] if one["kind"] != "metadata"}
+        start = str(target).lstrip("/") + "/"
+        restored = {
+            path.removeprefix(start): what
+            for path, what in look_at_source(target).items()
+            if path.startswith(start)
+        }
+        shutil.rmtree(target)
+        for path, what in self.truth[name].items():
+            if (name, path) in self.right:
+                what = what.removeprefix(FLAGGED)
+                assert restored.get(path) == what, f"{path} can be read and was not restored"
+            else:
+                assert restored.get(path) in (None, "directory"), f"{path} is restored as another"
+                assert any(_is_above(one, path) for one in named), f"{path} is lost, told: {named}"
+        self._must_keep(self.right)
+
+    def end(self, *_: int) -> None:
+        """Do what a user is told to do after damage; then all is sound."""
+        self.repair_index()
+        self.check()
+        self.repair_snapshots()
+        outcome = self._act("prune", share=0.0)
+        assert outcome.error is None, f"prune after a repair: {outcome.error}"
+        self._must_keep(self.right)
+        left = self._act("check").done()
+        assert left == [], f"a check after everything was repaired finds {left}"
+
+    def _read(self, verb: str) -> Outcome:
+        """Look at a copy: what is looked at may be mended by that."""
+        copy = self._folder / "copy"
+        shutil.copytree(self.scene.root, copy, ignore=shutil.ignore_patterns("reserve"))
+        homes = self._folder / "homes of the copy"
+        if self._homes.exists():
+            shutil.copytree(self._homes, homes)
+        try:
+            with self._other_homes(homes):
+                return self._act(verb, copy)
+        finally:
+            shutil.rmtree(copy)
+
+    @contextmanager
+    def _other_homes(self, homes: Path) -> Iterator[None]:
+        """Have others do the verbs, who remember what these do."""
+        own, self._homes = self._homes, homes
+        try:
+            yield
+        finally:
+            self._homes = own
+            if homes.exists():
+                shutil.rmtree(homes)
+
+    def _observe(self) -> None:
+        """See what can be read now."""
+        self.past.remember()
+        self.seen = self._verified(self._read("look").done())
+        self.right = self._right(self.seen)
+
+    def _verified(self, listed: dict[str, Files]) -> dict[str, Files]:
+        for name, files in listed.items():
+            for path, found in files.items():
+                right = (LOST, self.truth[name].get(path))
+                assert found in right, f"{path} in {name} is given as {found}"
+        return listed
+
+    def _right(self, listed: dict[str, Files]) -> Right:
+        return {(n, p) for n, files in listed.items() for p, what in files.items() if what != LOST}
+
+    def _must_keep(self, before: Right) -> None:
+        """Require that after a verb all can be read that could be read before it."""
+        self._is_index_hurt = False
+        self._observe()
+        lost = before - self.right
+        assert not lost, f"it cost {sorted(lost)[:8]} and {len(lost)} in all"
+
+
+def _is_above(told: str | None, path: str) -> bool:
+    return told is None or told in ("", path) or path.startswith(told + "/")
+
+
+def _shown(way: list[Move]) -> str:
+    return "\n".join(f"    {move!r}," for move in way)

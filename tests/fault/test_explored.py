@@ -1,0 +1,66 @@
+"""Chance damage between chance verbs: nothing is lost that could be read, and all can be repaired.
+
+Each seed is a way that `exploring` makes and goes. A long run (`make soak`) takes others every time and
+tells which; what it finds is shortened by leaving moves out, and kept here with its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from .effort import EFFORT, dice
+from .exploring import Explorer, Kind, Move, make_way
+from .stage import Stage
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 * EFFORT)]
+
+WAYS = {Kind.PLAIN: 8 * EFFORT, Kind.ENCRYPTED: 2 * EFFORT, Kind.CLOSED: 2 * EFFORT}
+
+FOUND: dict[str, list[Move]] = {
+    "packs that changed places are replaced though all their blobs were read since": [
+        ("backup", 2, 0, 0),
+        ("backup", 2, 0, 0),
+        ("two packs change places", 0, 1, 0),
+    ],
+    "an index that can be read and not changed is built anew": [
+        ("edit", 0, 1, 2),
+        ("backup", 0, 0, 0),
+        ("prune", 1, 0, 0),
+        ("look", 0, 0, 0),
+        ("prune", 0, 0, 0),
+        ("a block of the index is zeroed", 0, 15208, 0),
+        ("repair index", 0, 0, 0),
+    ],
+}
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
+        yield Path(name)
+
+
+@pytest.mark.parametrize("kind", Kind, ids=[kind.value for kind in Kind])
+def test_whatever_damage_comes_between_whatever_verbs_nothing_more_is_lost_and_all_can_be_repaired(
+    stage: Stage, folder: Path, kind: Kind
+) -> None:
+    throw = dice()
+    for number in range(WAYS[kind]):
+        seed = throw.getrandbits(32)
+        here = folder / str(number)
+        here.mkdir()
+        try:
+            Explorer(stage, here, kind).go(make_way(seed))
+        except AssertionError as error:
+            raise AssertionError(f"the way of seed {seed} fails: {error}") from error
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_stays_mended(stage: Stage, folder: Path, name: str) -> None:
+    Explorer(stage, folder).go(FOUND[name])
