@@ -14,7 +14,6 @@ verb makes of it as it is is the question. Required is, after every move:
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,37 +25,14 @@ from casfs.repository import read_config
 from casfs.store.lock import LockMode, RepositoryLock
 
 from ..encrypting import PUBLIC, SECRET
+from ..unit.storing import noise
 from .hurting import HURTS, INDEX_HURTS, MOST, Past
 from .looking import FLAGGED, LOST, Files, look_at_source
 from .stage import KIB, Outcome, Scene, Stage, make_scene
+from .ways import COMMANDS, NAMES, SHARES, SIZES, SPARSE, STEPS, Move
 
-Move = tuple[str, int, int, int]
 Right = set[tuple[str, str]]
 """What can be read and is as it was: (snapshot, path)."""
-
-NAMES = ("a", "b", "c", "folder/d", "folder/e", "folder/below/f", "folder/below/g", "h")
-SIZES = (0, 100, 12 * KIB, 12 * KIB, 30 * KIB, 50 * KIB, 70 * KIB, 300 * KIB)
-SHARES = (0.0, 0.25, 1.0)
-
-VERBS = {
-    "edit": 2,
-    "backup": 4,
-    "backups at the same time": 1,
-    "forget": 3,
-    "check": 5,
-    "check structure": 1,
-    "check a part": 2,
-    "prune": 12,
-    "prune beside a reader": 1,
-    "prune beside a writer": 2,
-    "repair index": 2,
-    "repair snapshots": 2,
-    "repair snapshots as they seem": 1,
-    "look": 2,
-    "look through the mount": 2,
-    "restore": 2,
-}
-"""What is done besides damage, each with how often it is chosen."""
 
 
 class Kind(Enum):
@@ -65,31 +41,6 @@ class Kind(Enum):
     PLAIN = "plain"
     ENCRYPTED = "encrypted"
     CLOSED = "closed"
-
-
-def make_way(seed: int) -> list[Move]:
-    """Return the way of a seed.
-
-    Snapshots that share much are made and some of them forgotten, which may leave condemned packs; then
-    come rounds of up to three damages and as many verbs.
-    """
-    dice = random.Random(seed)
-
-    def moves(count: int, **kinds: int) -> Iterator[Move]:
-        names = dice.choices(list(kinds), list(kinds.values()), k=count)
-        return ((name, *(dice.randrange(MOST) for _ in range(3))) for name in names)  # type: ignore[misc]
-
-    way = [*moves(7, edit=1)]
-    for _ in range(dice.randrange(3, 6)):
-        way += moves(1, **{"backup": 2, "backups at the same time": 1})
-        way += moves(2, edit=1)
-    way += moves(dice.randrange(1, 4), forget=1)
-    way += moves(dice.randrange(2), **{"prune beside a writer": 1})
-    hurts = {name: often for name, (often, _) in HURTS.items()}
-    for _ in range(5):
-        way += moves(dice.choice((0, 1, 1, 1, 2, 2, 3)), **hurts)
-        way += moves(dice.choice((1, 1, 2, 3)), **VERBS)
-    return way
 
 
 class Explorer:
@@ -133,6 +84,9 @@ class Explorer:
             "look": lambda *_: self.look("look"),
             "look through the mount": lambda *_: self.look("look_through_the_mount"),
             "restore": self.restore,
+            "command": self.command,
+            "killed backup": self.die_in_a_backup,
+            "killed prune": self.die_in_a_prune,
             "the end": self.end,
         }
 
@@ -147,16 +101,22 @@ class Explorer:
             assert told["exit"] == 0, told
         return self._homes / home / ".cache" / "casfs" / read_config(root).id[:32] / "index"
 
-    def _act(self, verb: str, root: Path | None = None, **arguments: Any) -> Outcome:
+    def _act(
+        self,
+        verb: str,
+        root: Path | None = None,
+        fate: dict[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Outcome:
         """Do a verb, in an encrypted repository as the one who does that."""
         root = root or self.scene.root
         if self.kind == Kind.PLAIN:
-            return self._stage.act(verb, root, **arguments)
+            return self._stage.act(verb, root, fate, **arguments)
         closed = self.kind == Kind.CLOSED and verb == "backup"
         arguments |= {"secret": None if closed else SECRET}
         home = str(self._homes / ("writer" if closed else "reader"))
         arguments |= {"does": verb, "home": home}
-        return self._stage.act("at_home", root, **arguments)
+        return self._stage.act("at_home", root, fate, **arguments)
 
     def go(self, way: list[Move]) -> None:
         """Go a way to its end; a failure tells which moves came to it."""
@@ -190,9 +150,16 @@ class Explorer:
         name = NAMES[which % len(NAMES)]
         if what % 6 == 0:
             (self.scene.source / name).unlink(missing_ok=True)
-        else:
-            kind = SIZES[size % len(SIZES)]
-            self.scene.write(name, f"{what % 5} of {kind}", kind)
+            return
+        kind = SIZES[size % len(SIZES)]
+        label = f"{what % 5} of {kind}"
+        self.scene.write(name, label, max(kind, 0))
+        if kind == SPARSE:
+            # Of so many pieces that the list of them is a blob of its own.
+            with (self.scene.source / name).open("r+b") as file:
+                for number in range(40):
+                    file.seek(number * 8 * KIB)
+                    file.write(noise(f"{label}, {number % 25}", 4 * KIB))
 
     def backup(self, host: int, *_: int) -> None:
         shows = look_at_source(self.scene.source)
@@ -239,6 +206,20 @@ class Explorer:
                     shutil.copy2(path, there)
         shutil.rmtree(twin)
         self._must_keep(before)
+
+    def die_in_a_backup(self, host: int, at: int, *_: int) -> None:
+        """Be killed in a backup; it may have published what it should."""
+        shows = look_at_source(self.scene.source)
+        before = self.right
+        source = str(self.scene.source)
+        self._act("backup", fate={"at": at % STEPS}, source=source, host="here")
+        for path in sorted((self.scene.root / "snapshots").iterdir()):
+            self.truth.setdefault(path.name, shows)
+        self._must_keep(before)
+
+    def die_in_a_prune(self, share: int, at: int, *_: int) -> None:
+        self._act("prune", fate={"at": at % STEPS}, share=SHARES[share % 3])
+        self._must_keep(self.right)
 
     def forget(self, which: int, *_: int) -> None:
         names = sorted(self.seen, key=list(self.truth).index)
@@ -290,11 +271,16 @@ class Explorer:
     def _is_hurt(self) -> bool:
         """Tell whether anything is lost, or an object is not what it was."""
         damaged = self.past.changed("snapshots") + self.past.changed("packs")
-        return bool(damaged) or any(
-            files.get(path) != what
+        return bool(damaged or self._lost())
+
+    def _lost(self) -> Right:
+        """Return what cannot be read, as (snapshot, path)."""
+        return {
+            (name, path)
             for name, files in self.seen.items()
             for path, what in self.truth[name].items()
-        )
+            if files.get(path) != what
+        }
 
     def repair_index(self, *_: int) -> None:
         self._act("repair_index").done()
@@ -353,6 +339,34 @@ class Explorer:
                 assert any(_is_above(one, path) for one in named), f"{path} is lost, told: {named}"
         self._must_keep(self.right)
 
+    def command(self, which: int, one: int, other: int) -> None:
+        """Say something on the command line: its exit tells whether anything was damaged."""
+        names = sorted(self.seen, key=list(self.truth).index)
+        if not names or self.kind != Kind.PLAIN:
+            return
+        name = names[one % len(names)]
+        target = self._folder / "target"
+        words = {
+            "one": name,
+            "other": names[other % len(names)],
+            "target": str(target),
+            "path": str(self.scene.source / NAMES[other % len(NAMES)]).lstrip("/"),
+        }
+        line = COMMANDS[which % len(COMMANDS)].split()
+        arguments = [word.format(**words) for word in line]
+        self._homes.mkdir(exist_ok=True)
+        told = self._read("command", arguments=arguments, home=str(self._homes)).done()
+        said = f"{' '.join(line)} exits {told['exit']}: {told['err']}"
+        assert "Traceback" not in told["out"] + told["err"], said
+        lost = {path for snapshot, path in self._lost() if snapshot == name}
+        if line == ["check", "--read-data"]:
+            assert told["exit"] == (5 if self._read("check").done() else 0), said
+        elif line[0] == "restore":
+            shutil.rmtree(target, ignore_errors=True)
+            assert told["exit"] == (5 if lost else 0), said
+        else:
+            assert told["exit"] in ((0, 1, 5) if self._is_hurt() else (0,)), said
+
     def end(self, *_: int) -> None:
         """Do what a user is told to do after damage; then all is sound."""
         self.repair_index()
@@ -364,7 +378,7 @@ class Explorer:
         left = self._act("check").done()
         assert left == [], f"a check after everything was repaired finds {left}"
 
-    def _read(self, verb: str) -> Outcome:
+    def _read(self, verb: str, **arguments: Any) -> Outcome:
         """Look at a copy: what is looked at may be mended by that."""
         copy = self._folder / "copy"
         shutil.copytree(self.scene.root, copy, ignore=shutil.ignore_patterns("reserve"))
@@ -373,7 +387,7 @@ class Explorer:
             shutil.copytree(self._homes, homes)
         try:
             with self._other_homes(homes):
-                return self._act(verb, copy)
+                return self._act(verb, copy, **arguments)
         finally:
             shutil.rmtree(copy)
 

@@ -269,10 +269,7 @@ def _backup_goes_on(cell: Cell, readable: set[tuple[str, str]]) -> None:
     after = cell.act(scene, "look").done()
     if cell.what != CLOSED:
         assert after[told["id"]] == shows, "what a check has marked was stored anew"
-    if cell.what != SWAPPED:
-        # Stored anew, a pack takes its name back from the one that was put in its place: what that
-        # held is found there no longer.
-        assert right(after, truth) >= readable
+    assert right(after, truth) >= readable
     if cell.place in PACK_PLACES and cell.what != CLOSED:
         # Each file that is in the source still is whole again in all snapshots.
         healed = right(after, truth)

@@ -14,8 +14,9 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from .effort import EFFORT, dice
-from .exploring import Explorer, Kind, Move, make_way
+from .exploring import Explorer, Kind
 from .stage import Stage
+from .ways import Move, make_way
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 * EFFORT)]
 
