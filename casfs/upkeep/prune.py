@@ -138,8 +138,8 @@ class Pruner:
             return self.result
         # What needs no room goes first: the disk may be full.
         self._condemn(unneeded)
-        self._rescuer.rescue_last_copies(self._records, unneeded)
-        waiting = unneeded - self._remove(self._settle(unneeded))
+        kept = self._rescuer.rescue_last_copies(self._records, unneeded)
+        waiting = unneeded - self._remove(self._settle(unneeded) - kept)
         if repacked:
             self._condemn(repacked | waiting)
             try:
@@ -147,8 +147,8 @@ class Pruner:
             except BaseException:
                 self._reprieve(waiting)
                 raise
-            self._rescuer.rescue_last_copies(self._records, repacked | waiting)
-            self._remove(self._settle(repacked | waiting))
+            kept = self._rescuer.rescue_last_copies(self._records, repacked | waiting)
+            self._remove(self._settle(repacked | waiting) - kept)
         self._index.keep_complete(set(self._repository.snapshot_ids()))
         remove_unneeded_sessions(self._repository)
         return self.result

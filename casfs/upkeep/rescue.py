@@ -6,14 +6,17 @@ the pack with the only sound copy for unneeded.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Set
 
-from casfs.digest import Digest
-from casfs.errors import BlobError, CasfsError
+from casfs.digest import Digest, short
+from casfs.errors import BlobError, CasfsError, NotFoundError
 from casfs.repository import Repository
 from casfs.store.blob import BlobKind
 from casfs.store.location import Location, PackRecord
 from casfs.upkeep.needs import Needs
+
+log = logging.getLogger(__name__)
 
 
 class Rescuer:
@@ -24,17 +27,24 @@ class Rescuer:
         self._store = repository.store
         self._needs = needs
 
-    def rescue_last_copies(self, records: Mapping[int, PackRecord], ordinals: Set[int]) -> None:
+    def rescue_last_copies(self, records: Mapping[int, PackRecord], ordinals: Set[int]) -> set[int]:
         """See to it that what is needed, and is in packs that go, is sound where the index looks.
 
         `records` are the packs that there were before; what was packed anew since is not read again.
+        Returns the packs that have to stay: they cannot be read, and something that is needed is lost
+        unless they have it.
         """
         rotten = {}
+        closed = set()
         for ordinal in sorted(ordinals):
             record = records[ordinal]
             try:
                 entries = self._store.entries(record.pack)
-            except CasfsError:
+            except NotFoundError:
+                continue
+            except CasfsError as error:
+                log.warning("pack %s, which nothing seems to need: %s", short(record.pack), error)
+                closed.add(ordinal)
                 continue
             for entry in entries:
                 location = self._store.index.lookup(entry.digest)
@@ -51,6 +61,18 @@ class Rescuer:
                     rotten[entry.digest] = location
         if rotten:
             self.rescue(rotten)
+        return closed if closed and self._lacks_anything() else set()
+
+    def _lacks_anything(self) -> bool:
+        """Tell whether any blob that is needed can be read from nowhere; all of them are read for that."""
+        for digest, location in self._store.index.blobs():
+            if location.ordinal in self._needs.blobs:
+                try:
+                    self._store.read(digest)
+                except CasfsError as error:
+                    log.warning("%s; the packs that cannot be read stay", error)
+                    return True
+        return False
 
     def rescue(self, rotten: Mapping[Digest, Location]) -> bool:
         """Store anew what another pack has sound of these blobs; tell whether there was any.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from casfs.store.index import Index, Location
 from casfs.store.lock import LockMode
 from casfs.store.pack import TRAILER
 from casfs.store.storage import LocalStorage
+from casfs.store.store import pack_name
 from casfs.upkeep import prune as prune_module
 from casfs.upkeep.check import Checker
 from casfs.upkeep.prune import NeedsUnknownError, PruneOptions, Pruner, PruneResult
@@ -587,6 +589,41 @@ def test_an_index_that_is_built_anew_while_needs_are_marked_costs_nothing_that_i
     assert prune(keeper).removed_packs == 1
     assert contents(keeper) == before
     assert_sound(keeper)
+
+
+@pytest.mark.parametrize("is_lost", [True, False], ids=["lost-elsewhere", "not-lost"])
+def test_a_pack_that_cannot_be_read_stays_only_while_something_needed_may_be_in_it(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    """As where two packs have changed places and the disk has an error in the one that seems unneeded."""
+    keeper.store(noise("b", 50 * KIB))
+    (needed,) = pack_paths(keeper.root)
+    publish(keeper, 2, "b")
+    keeper.store(noise("nobody's", 50 * KIB))
+    before = contents(keeper)
+    with keeper.reading() as repository:
+        place = repository.store.locate(digest_of(noise("nobody's", 50 * KIB)))
+        name = pack_name(repository.store.index.pack_id(place.pack))
+    unneeded = keeper.root / name
+    if is_lost:
+        data = needed.read_bytes()
+        needed.write_bytes(unneeded.read_bytes())
+        unneeded.write_bytes(data)
+    read = LocalStorage.read
+
+    def fail(self: LocalStorage, wanted: str, offset: int, size: int) -> bytes:
+        if wanted == name:
+            raise StorageError("read", wanted, OSError(errno.EIO, "Input/output error"))
+        return read(self, wanted, offset, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "read", fail)
+        assert prune(keeper, unused_share=0.0).removed_packs == (0 if is_lost else 1)
+    assert unneeded.exists() == is_lost
+    assert contents(keeper) == before
+    # When the disk has recovered it is found there.
+    prune(keeper)
+    assert contents(keeper) == before
 
 
 def test_an_index_that_lists_less_than_it_knew_when_it_was_asked_costs_nothing(
