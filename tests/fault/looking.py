@@ -72,7 +72,7 @@ def _look(repository: Repository, root: Node) -> Files:
                     found[_key(below)] = "directory"
                     stack.append((below, node.tree))
                 elif node.kind == Kind.FILE:
-                    found[_key(below)] = _flag(node) + _content(repository, node)
+                    found[_key(below)] = _flagged(node, _content(repository, node))
         except CasfsError:
             found[_key(path)] = LOST
     return found
@@ -91,8 +91,8 @@ def _content(repository: Repository, node: Node) -> str:
     return whole.hexdigest()
 
 
-def _flag(node: Node) -> str:
-    return FLAGGED if node.state == 2 else ""
+def _flagged(node: Node, content: str) -> str:
+    return FLAGGED + content if node.state == 2 and content != LOST else content
 
 
 def look_through_the_mount(repository: Repository) -> dict[str, Files]:
@@ -135,7 +135,7 @@ def _look_below(view: RepositoryView, root: int) -> Files:
                     found[_key(below)] = "directory"
                     stack.append((below, below_number))
                 elif node.kind == Kind.FILE:
-                    found[_key(below)] = _flag(node) + _read(view, below_number)
+                    found[_key(below)] = _flagged(node, _read(view, below_number))
         except CasfsError:
             found[_key(path)] = LOST
     return found
