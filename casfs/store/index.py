@@ -202,7 +202,7 @@ class Index:
         pack, pack_bytes, entries, blobs = added
         ordinal = self._tables.record(txn, pack, pack_bytes, blobs)
         if ordinal is not None:
-            self._tables.place(txn, pack, ordinal, entries, self._tables.condemned(txn))
+            self._tables.place(txn, ordinal, entries, self._tables.condemned(txn))
             if not is_whole:
                 txn.put(_PARTIAL + pack, b"", db=self._tables.meta)
         return ordinal
@@ -214,7 +214,7 @@ class Index:
             # Where the index was built anew the pack is whole in it.
             if txn.get(_PARTIAL + pack, db=self._tables.meta) is None:
                 return
-            self._tables.place(txn, pack, ordinal, entries, self._tables.condemned(txn))
+            self._tables.place(txn, ordinal, entries, self._tables.condemned(txn))
             if is_last:
                 txn.delete(_PARTIAL + pack, db=self._tables.meta)
 
@@ -245,24 +245,27 @@ class Index:
 
         Others see the index as it was until it is whole. Ordinals go on from where they were, so that
         none that a reader remembers comes to mean another pack or blob. What was known of the packs
-        that are yielded (verified, condemned, damaged blobs) is known still. `condemned` is as for `adopt`.
+        that are yielded (verified, condemned, damaged blobs) is known still; of a damaged pack a blob that
+        another pack was named for is not trusted. `condemned` is as for `adopt`.
         """
 
         def change(txn: Transaction) -> None:
             next_pack, next_blob, losses = self._tables.counters(txn)
             before = {record.ordinal: record for record in self._tables.all_packs(txn)}
             still = {before[n].pack for n in self._tables.condemned(txn) if n in before}
-            bad = {
-                (bytes(key), before[location.pack].pack)
+            broken = {n for n, one in before.items() if one.is_damaged}
+            marks = {
+                (bytes(key), before[at.pack].pack): at.is_bad
                 for key, value in txn.cursor(db=self._tables.blobs)
-                if value[-2] and (location := Location(*LOCATION.unpack(value))).pack in before
+                if (value[-2] or (broken and LOCATION.unpack(value)[0] in broken))
+                and (at := Location(*LOCATION.unpack(value))).pack in before
             }
             known = {record.pack: record for record in before.values()}
             for db in (self._tables.blobs, self._tables.packs, self._tables.meta):
                 txn.drop(db, delete=False)
             self._tables.set_counters(txn, next_pack, next_blob, losses + 1)
             txn.put(b"version", INDEX_VERSION, db=self._tables.meta)
-            self._adopt(txn, set(), still | condemned(), packs(), bad, known)
+            self._adopt(txn, set(), still | condemned(), packs(), marks, known)
 
         self._env.write(change)
 
@@ -272,16 +275,19 @@ class Index:
         now_condemned: set[int],
         condemned: Set[PackId],
         packs: Iterable[IndexedPack],
-        bad: set[tuple[bytes, PackId]] | None = None,
+        marks: Mapping[tuple[bytes, PackId], bool] = MappingProxyType({}),
         known: Mapping[PackId, PackRecord] = MappingProxyType({}),
     ) -> None:
         for pack, pack_bytes, entries in packs:
-            ordinal = self._tables.record(txn, pack, pack_bytes, len(entries), known.get(pack))
+            before = known.get(pack)
+            ordinal = self._tables.record(txn, pack, pack_bytes, len(entries), before)
             if ordinal is None:
                 continue
             if pack in condemned:
                 now_condemned.add(ordinal)
-            self._tables.place(txn, pack, ordinal, sorted(entries), now_condemned, bad)
+            is_damaged = before is not None and before.is_damaged
+            bad = {e.digest for e in entries if marks.get((e.digest, pack), is_damaged)}
+            self._tables.place(txn, ordinal, sorted(entries), now_condemned, bad)
         self._tables.condemn(txn, now_condemned)
 
     def condemned(self) -> frozenset[int]:

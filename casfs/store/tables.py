@@ -71,17 +71,19 @@ class Tables:
     def place(
         self,
         txn: Transaction,
-        pack: PackId,
         ordinal: int,
         entries: list[PackEntry],
         condemned: Set[int],
-        bad: set[tuple[bytes, PackId]] | None = None,
+        bad: Set[bytes] = frozenset(),
     ) -> None:
-        """Have blobs of a recorded pack be found in it, unless they are to be trusted elsewhere."""
+        """Have blobs of a recorded pack be found in it, unless they are to be trusted elsewhere.
+
+        Those in `bad` are not to be trusted in this pack.
+        """
         next_pack, next_blob, losses = self.counters(txn)
         blobs, pack_location = self.blobs, LOCATION.pack
         for digest, offset, stored_bytes, plain_bytes, kind, codec in entries:
-            flags = BAD if bad and (digest, pack) in bad else 0
+            flags = BAD if digest in bad else 0
             place = (ordinal, offset, stored_bytes, plain_bytes)
             location = pack_location(*place, next_blob, kind, codec, flags)
             if txn.put(digest, location, overwrite=False, db=blobs):

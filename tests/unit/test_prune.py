@@ -17,7 +17,8 @@ from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.store.condemned import read_condemnations
-from casfs.store.index import Index, Location
+from casfs.store.index import Index
+from casfs.store.location import Location
 from casfs.store.lock import LockMode
 from casfs.store.pack import TRAILER
 from casfs.store.storage import LocalStorage

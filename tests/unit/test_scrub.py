@@ -230,6 +230,24 @@ class TestHealing:
         assert result.damage == []
         assert result.packs_read == 4
 
+    def test_a_damaged_copy_is_not_trusted_where_the_pack_that_was_named_for_it_is_gone(
+        self, keeper: Keeper
+    ) -> None:
+        """As where an older index is put back, which names a pack that a prune has replaced since."""
+        keeper.store(CHUNKS[0])
+        (named,) = pack_paths(keeper.root)
+        data, entries = make_pack(CHUNKS[:2])
+        other = keeper.root / pack_name(add_pack(keeper.root, data))
+        with keeper.writing() as repository:
+            assert len(repository.store.index.packs()) == 2
+        flip(other, entries[0].offset)
+        named.unlink()
+        assert {found.what for found in check(keeper).damage} == {"pack", "blob"}
+        with keeper.writing() as repository:
+            digests = [digest_of(chunk) for chunk in CHUNKS[:2]]
+            # The sound one was named there before, so what the check has not marked is trusted.
+            assert repository.store.index.known(digests) == [False, True]
+
     def test_packs_that_changed_places_are_replaced_though_all_their_blobs_were_read_since(
         self, keeper: Keeper
     ) -> None:
