@@ -25,21 +25,18 @@ _READ_BYTES = 1 << 20
 class Filler:
     """Fill files from one repository; with `salvage` what is lost is left as zeros.
 
-    `read` returns a chunk's verified plaintext, or raises BlobError.
+    Safe to share between threads.
     """
 
-    def __init__(
-        self, repository: Repository, salvage: bool, read: Callable[[Digest], bytes]
-    ) -> None:
+    def __init__(self, repository: Repository, salvage: bool) -> None:
         self._repository = repository
         self._salvage = salvage
-        self._read_chunk = read
 
-    def fill(self, fd: int, node: Node) -> Ranges:
+    def fill(self, fd: int, node: Node, read: Callable[[Digest], bytes]) -> Ranges:
         """Write the content of a file into an empty one and return what was lost of it.
 
-        Raises BlobError or TreeError unless all of it verifies; with salvage only for what no zeros
-        can stand for.
+        `read` returns a chunk's verified plaintext, or raises BlobError. Raises BlobError or TreeError
+        unless all of it verifies; with salvage only for what no zeros can stand for.
         """
         whole = blake3()
         done = written = 0
@@ -48,7 +45,7 @@ class Filler:
             done = extent.begin + extent.length
             if done > node.size:
                 break
-            data = self._read(extent, lost)
+            data = self._read(extent, lost, read)
             if data is None:
                 update_zeros(whole, extent.length)
                 continue
@@ -65,24 +62,25 @@ class Filler:
             raise TreeError("all its chunks verify, but together they do not have its digest")
         return lost
 
-    def _read(self, extent: Extent, lost: Ranges) -> bytes | None:
+    def _read(self, extent: Extent, lost: Ranges, read: Callable[[Digest], bytes]) -> bytes | None:
         if extent.digest is None:
             return None
         try:
             if not extent.lost:
-                return self._chunk(extent, extent.digest)
+                return _chunk(extent, extent.digest, read)
         except IntegrityError:
             if not self._salvage:
                 raise
         lost.append((extent.begin, extent.begin + extent.length))
         return None
 
-    def _chunk(self, extent: Extent, digest: Digest) -> bytes:
-        check_chunk_length(extent)
-        data = self._read_chunk(digest)
-        if len(data) != extent.length:
-            raise TreeError("a chunk does not have the length that is recorded for it")
-        return data
+
+def _chunk(extent: Extent, digest: Digest, read: Callable[[Digest], bytes]) -> bytes:
+    check_chunk_length(extent)
+    data = read(digest)
+    if len(data) != extent.length:
+        raise TreeError("a chunk does not have the length that is recorded for it")
+    return data
 
 
 def reads_back(fd: int, node: Node) -> bool:

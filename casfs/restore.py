@@ -1,24 +1,25 @@
 """Restore: a tree of a snapshot, written below a target folder without a mount.
 
-A file appears under its name only when every chunk and then the whole file have verified. What is
-damaged is reported and the rest is restored. Nothing is written outside the target: every directory is
-reached by its descriptor, and a symlink in the way is replaced and never followed.
+One thread goes through the tree, and a crew writes small entries; what happened is told in the order of the
+tree. What is damaged is reported and the rest is restored. Nothing is written outside the target: every
+directory is reached by its descriptor, and a symlink in the way is replaced and never followed.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
+from functools import partial
 
 from casfs import target
+from casfs.content import HOLE, RECORD
+from casfs.crew import Crew
 from casfs.digest import Digest
-from casfs.errors import IntegrityError
-from casfs.filling import Filler, reads_back
+from casfs.entrywriter import EntryWriter, FirstName, Outcome, Overwrite
+from casfs.errors import CasfsError, IntegrityError
 from casfs.intake.exclude import PatternMatcher
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.readahead import ReadAhead
@@ -27,18 +28,17 @@ from casfs.telling import problem_of_damage, problem_of_flag, problem_of_restori
 from casfs.tree import Kind, Node, State, captured_digest, hard_link_key
 from casfs.treereader import TreeReader, join
 
-log = logging.getLogger(__name__)
+_HANDED_OVER_BYTES = 1 << 20
+"""A file of one chunk is written by the crew if it is no larger; others are, and are read, one at a time."""
+
+_FULL = frozenset([errno.ENOSPC, errno.EDQUOT])
 
 _LinkKey = tuple[int, int, int, bytes]
 """Device, inode, kind and content: an inode's number may have served two files in one backup."""
 
 
-class Overwrite(StrEnum):
-    """What happens to an entry that the target has already."""
-
-    ALWAYS = "always"
-    IF_CHANGED = "if-changed"
-    NEVER = "never"
+_Job = tuple[int, bytes, Node, bytes | None]
+"""The directory, the path in the snapshot, and the node of an entry; its only chunk where that was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +100,19 @@ class Restorer:
         self._exclude = PatternMatcher(options.exclude) if options.exclude else None
         self._ahead: ReadAhead | None = None
         self._trees = TreeReader(self._read)
-        self._filler = Filler(repository, options.salvage, self._read)
+        self._writer = EntryWriter(
+            repository,
+            options.overwrite,
+            salvage=options.salvage,
+            verify=options.verify,
+            replace_folders=options.delete,
+            dry_run=options.dry_run,
+        )
+        self._crew: Crew[_Job, Outcome] = Crew(self._write, self._settle)
         self._links: dict[_LinkKey, bytes] = {}
         self._zeroed: dict[_LinkKey, list[tuple[int, int]]] = {}
         self._root_fd, self._folder = -1, b""
+        self._opened: dict[int, _Frame] = {}
         self._stack: list[_Frame] = []
         self._base = 0
 
@@ -131,12 +140,14 @@ class Restorer:
             if self._takes_everything():
                 self._ahead = ReadAhead(self._repository, path, node)
             self._run(root, with_root)
+            self._crew.drain()
         finally:
+            # Nobody writes any more when descriptors are closed.
+            self._crew.close()
             if self._ahead is not None:
                 self._ahead.close()
-            for frame in self._stack[1:]:
-                if frame.fd >= 0:
-                    target.close_writable(frame.fd, frame.mode)
+            for frame in reversed(self._opened.values()):
+                target.close_writable(frame.fd, frame.mode)
             if self._root_fd >= 0:
                 target.close_writable(self._root_fd, root.mode if root is not None else mode)
         return self.result
@@ -165,10 +176,9 @@ class Restorer:
                 self._stack.append(child)
                 continue
             is_root = len(self._stack) == 1
-            self._leave(frame, frame.created or (with_root if is_root else frame.wanted))
+            with_metadata = frame.created or (with_root if is_root else frame.wanted)
             self._stack.pop()
-            if not is_root and frame.fd >= 0:
-                target.close_writable(frame.fd, frame.mode)
+            self._crew.then(partial(self._leave, frame, with_metadata))
 
     def _advance(self, frame: _Frame) -> _Frame | None:
         for node in frame.nodes:
@@ -188,7 +198,7 @@ class Restorer:
                 if included and not self._enter(child):
                     continue
                 if not included and self._options.dry_run and frame.fd >= 0:
-                    child.fd = target.look_into(frame.fd, node.name)
+                    self._has_opened(child, target.look_into(frame.fd, node.name))
                 return child
             if included:
                 self._restore_entry(frame, path, node)
@@ -206,7 +216,8 @@ class Restorer:
             yield from self._trees.nodes(frame.node.tree)
         except IntegrityError as error:
             frame.complete = False
-            self._damaged(frame.path, f"the directory cannot be read whole: {error}")
+            message = f"the directory cannot be read whole: {error}"
+            self._crew.then(partial(self._damaged, frame.path, message))
 
     def _enter(self, child: _Frame) -> bool:
         """Make a directory, with those above it that nobody needed yet; False where it is in the way."""
@@ -217,7 +228,7 @@ class Restorer:
                 return self._look(child)
             return self._open(len(self._stack), child)
         except OSError as error:
-            self._fail(child.path, error)
+            self._crew.then(partial(self._fail, child.path, error))
             return False
 
     def _look(self, child: _Frame) -> bool:
@@ -226,7 +237,7 @@ class Restorer:
         name = child.node.name
         st = target.entry_stat(above.fd, name) if above.fd >= 0 else None
         if st is not None and stat.S_ISDIR(st.st_mode):
-            child.fd = target.look_into(above.fd, name)
+            self._has_opened(child, target.look_into(above.fd, name))
         elif st is not None and self._options.overwrite == Overwrite.NEVER:
             self.result.skipped += 1
             return False
@@ -253,11 +264,16 @@ class Restorer:
             target.remove(above.fd, name, st)
             st = None
         if st is None:
-            child.fd = target.make_directory(above.fd, name)
+            self._has_opened(child, target.make_directory(above.fd, name))
             child.created = True
         else:
-            child.fd, child.mode = target.open_writable(above.fd, name, st)
+            self._has_opened(child, *target.open_writable(above.fd, name, st))
         return True
+
+    def _has_opened(self, frame: _Frame, fd: int, mode: int | None = None) -> None:
+        frame.fd, frame.mode = fd, mode
+        if fd >= 0:
+            self._opened[fd] = frame
 
     def _leave(self, frame: _Frame, with_metadata: bool) -> None:
         if frame.fd < 0:
@@ -265,8 +281,10 @@ class Restorer:
         if self._options.delete and frame.wanted and frame.complete:
             self._delete_others(frame)
         if with_metadata and not self._options.dry_run:
-            self._set_metadata(frame.fd, b".", frame.node, frame.path, frame.fd)
+            self._tell_unset(frame.path, target.set_metadata(frame.fd, b".", frame.node, frame.fd))
             frame.mode = None
+        if self._opened.pop(frame.fd, None) is not None:
+            target.close_writable(frame.fd, frame.mode)
 
     def _delete_others(self, frame: _Frame) -> None:
         for text in os.listdir(frame.fd):
@@ -289,175 +307,83 @@ class Restorer:
 
     def _restore_entry(self, frame: _Frame, path: bytes, node: Node) -> None:
         self._progress(path)
-        if node.state == State.CHANGED:
-            self.result.flagged += 1
-            self._monitor.problem(problem_of_flag(path, node))
         dry_run = self._options.dry_run
         try:
             if frame.fd < 0 and not dry_run and not self._open(len(self._stack) - 1, frame):
                 return
-            st = target.entry_stat(frame.fd, node.name) if frame.fd >= 0 else None
-            if st is not None and not self._may_replace(frame, path, node, st):
-                return
-            if dry_run:
-                self._count(node)
-                return
-            if self._link(frame, path, node, st):
-                return
-            if node.kind == Kind.FILE:
-                self._restore_file(frame, path, node, st)
-            else:
-                self._restore_special(frame, path, node, st)
-        except IntegrityError as error:
-            self._damaged(path, f"it is damaged and was not restored: {error}", error)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                place = join(self._folder, path[self._base :])
-                raise OSError(error.errno, os.strerror(error.errno), place) from error
-            self._fail(path, error)
-
-    def _may_replace(self, frame: _Frame, path: bytes, node: Node, st: os.stat_result) -> bool:
-        overwrite = self._options.overwrite
-        if overwrite == Overwrite.NEVER:
-            self.result.skipped += 1
-            return False
-        same = (
-            overwrite == Overwrite.IF_CHANGED
-            and node.kind == Kind.FILE
-            and stat.S_ISREG(st.st_mode)
-            and st.st_size == node.size
-            and st.st_mtime_ns == node.mtime_ns
-            and self._is_linked_alike(node, st)
-        )
-        if same and self._leave_as_it_is(frame, path, node):
-            return False
-        if stat.S_ISDIR(st.st_mode) and not self._options.delete:
-            target.refuse_entries(frame.fd, node.name)
-        return True
-
-    def _leave_as_it_is(self, frame: _Frame, path: bytes, node: Node) -> bool:
-        """Give a file that is the same its metadata; False where this user may not even open it."""
-        if not self._options.dry_run:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            try:
-                fd = os.open(node.name, flags, dir_fd=frame.fd)
-            except PermissionError:
-                return False
-            try:
-                self._set_metadata(frame.fd, node.name, node, path, fd)
-            finally:
-                os.close(fd)
-        self.result.skipped += 1
-        self._remember(path, node)
-        return True
-
-    def _is_linked_alike(self, node: Node, st: os.stat_result) -> bool:
-        """Tell whether an entry of the target has the other names that its node has, as far as met."""
-        key = _link_key(node)
-        if key is None:
-            return st.st_nlink == 1
-        first = self._links.get(key)
-        return first is None or os.path.samestat(
-            st, os.stat(first, dir_fd=self._root_fd, follow_symlinks=False)
-        )
-
-    def _link(self, frame: _Frame, path: bytes, node: Node, st: os.stat_result | None) -> bool:
-        """Make a further name of a file that was restored before; False where this is the first."""
-        key = _link_key(node)
-        first = self._links.get(key) if key is not None else None
-        if key is None or first is None:
-            return False
-        name = target.temporary_name()
-        try:
-            try:
-                os.link(
-                    *(first, name),
-                    src_dir_fd=self._root_fd,
-                    dst_dir_fd=frame.fd,
-                    follow_symlinks=False,
-                )
-            except OSError as error:
-                log.info("%r cannot be linked, it is copied: %s", path, error)
-                return False
-            self._put_in_place(frame, name, node, st)
-        except BaseException:
-            target.unlink_quietly(frame.fd, name)
-            raise
-        self._count(node)
-        if key in self._zeroed:
-            self._tell_zeroed(path, self._zeroed[key])
-        return True
-
-    def _restore_file(
-        self, frame: _Frame, path: bytes, node: Node, st: os.stat_result | None
-    ) -> None:
-        # An interrupt may come at any moment; the name is known before anything has it.
-        name = target.temporary_name()
-        try:
-            fd = target.create_file(frame.fd, name)
-            try:
-                self._fill(fd, path, node)
-                self._set_metadata(frame.fd, name, node, path, fd)
-                self._put_in_place(frame, name, node, st)
-                if self._options.verify:
-                    self._verify(fd, path, node)
-            finally:
-                os.close(fd)
-        except BaseException:
-            target.unlink_quietly(frame.fd, name)
-            raise
-        self._remember(path, node)
-        self._count(node)
-
-    def _fill(self, fd: int, path: bytes, node: Node) -> None:
-        lost = self._filler.fill(fd, node)
-        if lost:
-            key = _link_key(node)
-            if key is not None:
-                self._zeroed[key] = lost
-            self._tell_zeroed(path, lost)
-
-    def _restore_special(
-        self, frame: _Frame, path: bytes, node: Node, st: os.stat_result | None
-    ) -> None:
-        name = target.temporary_name()
-        try:
-            target.make_special(frame.fd, name, node)
-            self._set_metadata(frame.fd, name, node, path, None)
-            self._put_in_place(frame, name, node, st)
-        except BaseException:
-            target.unlink_quietly(frame.fd, name)
-            raise
-        self._remember(path, node)
-        self._count(node)
-
-    def _put_in_place(
-        self, frame: _Frame, name: bytes, node: Node, st: os.stat_result | None
-    ) -> None:
-        if st is not None and stat.S_ISDIR(st.st_mode):
-            target.remove(frame.fd, node.name, st)
-        os.rename(name, node.name, src_dir_fd=frame.fd, dst_dir_fd=frame.fd)
-        # Two names of one inode are not renamed onto each other: then the temporary one is left.
-        if st is not None and node.nlink > 1:
-            target.unlink_quietly(frame.fd, name)
-
-    def _remember(self, path: bytes, node: Node) -> None:
+            self._crew.then(partial(self._settle, Outcome(path, node, error=error)))
+            return
         key = _link_key(node)
         if key is not None:
-            self._links[key] = path[self._base :]
-
-    def _verify(self, fd: int, path: bytes, node: Node) -> None:
-        """Read back what was written; by its descriptor, since its mode may keep out even its owner."""
-        os.lseek(fd, 0, os.SEEK_SET)
-        if not reads_back(fd, node) and not self._options.salvage:
-            self._damaged(path, "what was written reads back differently")
+            self._restore_name(frame, path, node, key)
+        elif _is_small(node) and not dry_run:
+            blob = self._only_chunk(node)
+            self._crew.add((frame.fd, path, node, blob), len(blob or b""))
         else:
-            self.result.verified += 1
+            outcome = self._writer.write(frame.fd, path, node, self._read)
+            self._crew.then(partial(self._settle, outcome))
 
-    def _set_metadata(
-        self, fd: int, name: bytes, node: Node, path: bytes, open_fd: int | None
-    ) -> None:
-        for message in target.set_metadata(fd, name, node, open_fd):
+    def _only_chunk(self, node: Node) -> bytes | None:
+        """Return the only chunk of a small entry if it was read ahead; what is damaged is met again."""
+        digest = node.content[RECORD.size - len(HOLE) :]
+        if self._ahead is None or node.kind != Kind.FILE or not digest or digest == HOLE:
+            return None
+        try:
+            return self._ahead.read(Digest(digest))
+        except CasfsError:
+            return None
+
+    def _write(self, job: _Job) -> Outcome:
+        """Write an entry; in any thread."""
+        fd, path, node, blob = job
+        read = self._repository.store.read if blob is None else lambda _: blob
+        return self._writer.write(fd, path, node, read)
+
+    def _restore_name(self, frame: _Frame, path: bytes, node: Node, key: _LinkKey) -> None:
+        """Restore one of several names of a file: a link where another one was restored before."""
+        self._crew.drain()
+        known = self._links.get(key)
+        first = FirstName(self._root_fd, known) if known is not None else None
+        outcome = self._writer.write(frame.fd, path, node, self._read, first)
+        is_new = outcome.made and not outcome.linked and not self._options.dry_run
+        if is_new or outcome.kept:
+            self._links[key] = path[self._base :]
+        if outcome.linked:
+            outcome.lost = self._zeroed.get(key, [])
+        elif outcome.lost:
+            self._zeroed[key] = outcome.lost
+        self._settle(outcome)
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Count and tell what became of an entry."""
+        path, node, error = outcome.path, outcome.node, outcome.error
+        if node.state == State.CHANGED:
+            self.result.flagged += 1
+            self._monitor.problem(problem_of_flag(path, node))
+        if outcome.lost:
+            ranges = ", ".join(f"{begin}-{end}" for begin, end in outcome.lost)
+            message = f"it is damaged, zeros stand in the bytes {ranges}"
+            self._damaged(path, message, None, outcome.lost)
+        self._tell_unset(path, outcome.unset)
+        self.result.skipped += outcome.skipped
+        if outcome.made:
+            self._count(node)
+        if outcome.reads_back is not None:
+            if outcome.reads_back or self._options.salvage:
+                self.result.verified += 1
+            else:
+                self._damaged(path, "what was written reads back differently")
+        if isinstance(error, IntegrityError):
+            self._damaged(path, f"it is damaged and was not restored: {error}", error)
+        elif error is not None:
+            if error.errno in _FULL:
+                place = join(self._folder, path[self._base :])
+                raise OSError(error.errno, os.strerror(error.errno or 0), place) from error
+            self._fail(path, error)
+
+    def _tell_unset(self, path: bytes, unset: list[str]) -> None:
+        for message in unset:
             self._monitor.problem(
                 Problem(ProblemKind.METADATA, path, f"not all metadata could be set: {message}")
             )
@@ -473,10 +399,6 @@ class Restorer:
     def _progress(self, path: bytes) -> None:
         self._monitor.progress.path = path
         self._monitor.progress.files += 1
-
-    def _tell_zeroed(self, path: bytes, lost: list[tuple[int, int]]) -> None:
-        ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)
-        self._damaged(path, f"it is damaged, zeros stand in the bytes {ranges}", None, lost)
 
     def _damaged(
         self,
@@ -498,3 +420,11 @@ def _link_key(node: Node) -> _LinkKey | None:
     if key is None:
         return None
     return *key, node.kind, captured_digest(node) or node.content
+
+
+def _is_small(node: Node) -> bool:
+    """Tell whether an entry is written with at most one chunk, and that no large one."""
+    if node.kind != Kind.FILE:
+        return True
+    one = not node.levels and len(node.content) <= RECORD.size
+    return one and node.size <= _HANDED_OVER_BYTES

@@ -47,8 +47,9 @@ def restore(
 
     A directory's entries go straight into the folder. Exit 5 means that something was damaged.
     """
+    from casfs.entrywriter import Overwrite
     from casfs.repository import Repository
-    from casfs.restore import Overwrite, RestoreOptions, Restorer
+    from casfs.restore import RestoreOptions, Restorer
 
     if not target:
         raise UsageError("--target needs a folder")

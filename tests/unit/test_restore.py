@@ -16,11 +16,14 @@ from typing import Any
 
 import pytest
 
+from casfs import crew as crew_module
+from casfs import restore as restore_module
 from casfs import target as target_module
 from casfs.content import HOLE, RECORD, ContentWriter
 from casfs.digest import Digest, digest_of
+from casfs.entrywriter import Overwrite
 from casfs.monitor import Problem, ProblemKind, RecordingMonitor
-from casfs.restore import Overwrite, RestoreOptions, Restorer, RestoreResult
+from casfs.restore import RestoreOptions, Restorer, RestoreResult
 from casfs.store.blob import BlobKind
 from casfs.tree import Extra, Kind, Node, TreeRef
 
@@ -738,6 +741,82 @@ class TestFlaggedFiles:
         assert (done.result.flagged, done.result.damaged) == (1, 0)
         assert done.told(ProblemKind.CHANGED) == [b"log"]
         assert "rewritten" in done.problems[0].message
+
+
+class TestSeveralThreads:
+    """Small entries are written by several threads; nobody can tell from what comes out."""
+
+    @pytest.fixture(autouse=True)
+    def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(crew_module, "_BATCH_JOBS", 3)
+
+    def test_tell_what_happened_in_the_order_of_the_tree(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(restore_module, "_HANDED_OVER_BYTES", 3000)
+        plan: dict[bytes, Any] = {}
+        expected = []
+        plains = []
+        bad = []
+        for folder in range(12):
+            inside: dict[bytes, Any] = {}
+            for number in range(40):
+                plain = noise(f"{folder} {number}", 2000 + 200 * (number % 7))
+                plains.append(plain)
+                node = file(b"", plain)
+                path = b"%02d/%02d" % (folder, number)
+                if number % 5 == 1:
+                    node = flagged(node)
+                    expected.append((ProblemKind.CHANGED, path))
+                if number % 7 == 1:
+                    bad.append(plain)
+                    expected.append((ProblemKind.DAMAGED, path))
+                inside[b"%02d" % number] = node
+            plan[b"%02d" % folder] = inside
+        bench.store(*plains)
+        bench.publish(plan)
+        for plain in bad:
+            bench.keeper.damage(digest_of(plain))
+        done = bench.restore()
+        assert [(problem.kind, problem.path) for problem in done.problems] == expected
+        assert (done.result.files, done.result.damaged) == (480 - len(bad), len(bad))
+        whole = {digest_of(plain) for plain in plains} - {digest_of(plain) for plain in bad}
+        assert {digest_of(data) for data in bench.found().values() if data is not None} == whole
+
+    def test_set_the_times_of_a_directory_when_all_in_it_is_there(self, bench: Bench) -> None:
+        below: Plan = {b"%03d" % number: {b"f": b"1", b"g": b"2"} for number in range(300)}
+        bench.publish({b"d": below, b"e": {b"h": b"3"}})
+        assert bench.restore().problems == []
+        folders = [path for path in bench.target.rglob("*") if path.is_dir()]
+        assert len(folders) == 302
+        assert {path.stat().st_mtime_ns for path in folders} == {MTIME_NS}
+
+    def test_hold_few_descriptors_open(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        most = 0
+        make_directory = target_module.make_directory
+
+        def counting(fd: int, name: bytes) -> int:
+            nonlocal most
+            most = max(most, len(os.listdir("/proc/self/fd")))
+            return make_directory(fd, name)
+
+        monkeypatch.setattr(target_module, "make_directory", counting)
+        before = len(os.listdir("/proc/self/fd"))
+        bench.publish({b"%04d" % number: {b"f": b"%d" % number} for number in range(1500)})
+        assert bench.restore().result.files == 1500
+        assert most < before + 200
+
+    def test_link_only_to_what_is_in_its_place(self, bench: Bench) -> None:
+        linked = file(b"", b"x", inode=9, nlink=30, extra=Extra(device=3))
+        plan: dict[bytes, Any] = {}
+        for number in range(30):
+            plan[b"%02d a" % number] = b"%d" % number
+            plan[b"%02d b" % number] = linked
+        bench.store(b"x")
+        bench.publish(plan)
+        assert bench.restore().problems == []
+        names = [path for path in bench.target.iterdir() if path.name.endswith("b")]
+        assert {path.stat().st_nlink for path in names} == {30}
 
 
 class TestRefusals:

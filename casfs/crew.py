@@ -1,0 +1,95 @@
+"""A crew: jobs done by several threads, a batch each; what comes of them is told in their order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+_THREADS = 2
+_BATCH_JOBS = 32
+_BATCH_BYTES = 512 * 1024
+_MOST_WAITING = 96
+"""Batches and steps that wait: a directory that is to be closed by a step is one descriptor that is open."""
+
+_MOST_BYTES = 8 * 1024 * 1024
+
+
+class Crew(Generic[J, R]):
+    """Do jobs with `do` in threads and hand what it returns to `tell`, on the thread that adds them.
+
+    `do` raises nothing that is expected. To be closed in a `finally`.
+    """
+
+    def __init__(self, do: Callable[[J], R], tell: Callable[[R], None]) -> None:
+        self._do = do
+        self._tell = tell
+        self._pool = ThreadPoolExecutor(_THREADS, "casfs-crew")
+        self._waiting: deque[tuple[Future[list[R]] | None, Callable[[], None] | None, int]]
+        self._waiting = deque()
+        self._bytes = 0
+        self._batch: list[J] = []
+        self._batch_bytes = 0
+        self._stopped = False
+
+    def add(self, job: J, size: int) -> None:
+        """Have a job done that holds `size` bytes of memory; raises what `tell` and steps raise."""
+        self._batch.append(job)
+        self._batch_bytes += size
+        if len(self._batch) >= _BATCH_JOBS or self._batch_bytes >= _BATCH_BYTES:
+            self._send()
+            self._advance()
+
+    def then(self, step: Callable[[], None]) -> None:
+        """Call `step` on this thread, when all is told that was added before."""
+        self._send()
+        self._waiting.append((None, step, 0))
+        self._advance()
+
+    def drain(self) -> None:
+        """Wait until all is told that was added."""
+        self._send()
+        while self._waiting:
+            self._settle_oldest()
+
+    def close(self) -> None:
+        """Wait for the threads, which end what they have begun and begin nothing more."""
+        self._stopped = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _send(self) -> None:
+        if self._batch:
+            future = self._pool.submit(self._do_all, self._batch)
+            self._waiting.append((future, None, self._batch_bytes))
+            self._bytes += self._batch_bytes
+            self._batch, self._batch_bytes = [], 0
+
+    def _advance(self) -> None:
+        """Tell what is done, and wait where too much is not."""
+        while self._waiting:
+            future = self._waiting[0][0]
+            is_full = len(self._waiting) > _MOST_WAITING or self._bytes > _MOST_BYTES
+            if not is_full and future is not None and not future.done():
+                break
+            self._settle_oldest()
+
+    def _settle_oldest(self) -> None:
+        future, step, size = self._waiting.popleft()
+        self._bytes -= size
+        if future is not None:
+            for found in future.result():
+                self._tell(found)
+        if step is not None:
+            step()
+
+    def _do_all(self, jobs: list[J]) -> list[R]:
+        found = []
+        for job in jobs:
+            if self._stopped:
+                break
+            found.append(self._do(job))
+        return found

@@ -1,0 +1,222 @@
+"""Writing one entry of a snapshot into a directory of the target: what each thread of a restore does.
+
+A file appears under its name only when every chunk and then the whole file have verified; until then it has
+a temporary name beside it. Nothing here is shared between entries, and what happened is returned.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from casfs import target
+from casfs.digest import Digest
+from casfs.errors import IntegrityError
+from casfs.filling import Filler, Ranges, reads_back
+from casfs.repository import Repository
+from casfs.tree import Kind, Node, hard_link_key
+
+log = logging.getLogger(__name__)
+
+
+class Overwrite(StrEnum):
+    """What happens to an entry that the target has already."""
+
+    ALWAYS = "always"
+    IF_CHANGED = "if-changed"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class FirstName:
+    """Another name of a file, restored before: a path below an open directory."""
+
+    fd: int
+    path: bytes
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one entry.
+
+    `made` is it under its name, `kept` was it there already as it should be, `skipped` was something else
+    left in its place. `lost` are ranges where zeros stand, `unset` says what metadata could not be set,
+    `reads_back` is whether it did (None: not asked). `error` is why there is nothing.
+    """
+
+    path: bytes
+    node: Node
+    made: bool = False
+    kept: bool = False
+    skipped: bool = False
+    linked: bool = False
+    lost: Ranges = field(default_factory=list)
+    unset: list[str] = field(default_factory=list)
+    reads_back: bool | None = None
+    error: IntegrityError | OSError | None = None
+
+
+class EntryWriter:
+    """Write entries of one repository's snapshots; safe to share between threads."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        overwrite: Overwrite,
+        salvage: bool = False,
+        verify: bool = False,
+        replace_folders: bool = False,
+        dry_run: bool = False,
+    ) -> None:
+        self._filler = Filler(repository, salvage)
+        self._dry_run = dry_run
+        self._overwrite = overwrite
+        self._verify = verify
+        self._replace_folders = replace_folders
+
+    def write(
+        self,
+        fd: int,
+        path: bytes,
+        node: Node,
+        read: Callable[[Digest], bytes],
+        first: FirstName | None = None,
+    ) -> Outcome:
+        """Write the entry at `path` of a snapshot into the open directory `fd`; raises nothing of its own.
+
+        `read` returns a chunk's verified plaintext; `first` is a name of the same file. In a dry run `fd` may
+        be -1 for a directory that is not there.
+        """
+        outcome = Outcome(path, node)
+        try:
+            st = target.entry_stat(fd, node.name) if fd >= 0 else None
+            if st is not None and not self._may_replace(fd, outcome, st, first):
+                return outcome
+            if self._dry_run:
+                outcome.made = True
+                return outcome
+            if first is None or not self._link(fd, outcome, st, first):
+                if node.kind == Kind.FILE:
+                    self._write_file(fd, outcome, st, read)
+                else:
+                    self._write_special(fd, outcome, st)
+            outcome.made = True
+        except (IntegrityError, OSError) as error:
+            outcome.error = error
+        return outcome
+
+    def _may_replace(
+        self, fd: int, outcome: Outcome, st: os.stat_result, first: FirstName | None
+    ) -> bool:
+        node = outcome.node
+        if self._overwrite == Overwrite.NEVER:
+            outcome.skipped = True
+            return False
+        same = (
+            self._overwrite == Overwrite.IF_CHANGED
+            and node.kind == Kind.FILE
+            and stat.S_ISREG(st.st_mode)
+            and st.st_size == node.size
+            and st.st_mtime_ns == node.mtime_ns
+            and _is_linked_alike(node, st, first)
+        )
+        if same and self._leave_as_it_is(fd, outcome):
+            return False
+        if stat.S_ISDIR(st.st_mode) and not self._replace_folders:
+            target.refuse_entries(fd, node.name)
+        return True
+
+    def _leave_as_it_is(self, fd: int, outcome: Outcome) -> bool:
+        """Give a file that is the same its metadata; False where this user may not even open it."""
+        node = outcome.node
+        if not self._dry_run:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            try:
+                opened = os.open(node.name, flags, dir_fd=fd)
+            except PermissionError:
+                return False
+            try:
+                outcome.unset += target.set_metadata(fd, node.name, node, opened)
+            finally:
+                os.close(opened)
+        outcome.skipped = outcome.kept = True
+        return True
+
+    def _link(self, fd: int, outcome: Outcome, st: os.stat_result | None, first: FirstName) -> bool:
+        """Make a further name of a file that was restored before; False where that cannot be."""
+        name = target.temporary_name()
+        try:
+            try:
+                os.link(
+                    first.path,
+                    name,
+                    src_dir_fd=first.fd,
+                    dst_dir_fd=fd,
+                    follow_symlinks=False,
+                )
+            except OSError as error:
+                log.info("%r cannot be linked, it is copied: %s", outcome.path, error)
+                return False
+            _put_in_place(fd, name, outcome.node, st)
+        except BaseException:
+            target.unlink_quietly(fd, name)
+            raise
+        outcome.linked = True
+        return True
+
+    def _write_file(
+        self,
+        fd: int,
+        outcome: Outcome,
+        st: os.stat_result | None,
+        read: Callable[[Digest], bytes],
+    ) -> None:
+        # An interrupt may come at any moment; the name is known before anything has it.
+        name = target.temporary_name()
+        try:
+            opened = target.create_file(fd, name)
+            try:
+                outcome.lost = self._filler.fill(opened, outcome.node, read)
+                outcome.unset += target.set_metadata(fd, name, outcome.node, opened)
+                _put_in_place(fd, name, outcome.node, st)
+                if self._verify:
+                    # By its descriptor: its mode may keep out even its owner.
+                    os.lseek(opened, 0, os.SEEK_SET)
+                    outcome.reads_back = reads_back(opened, outcome.node)
+            finally:
+                os.close(opened)
+        except BaseException:
+            target.unlink_quietly(fd, name)
+            raise
+
+    def _write_special(self, fd: int, outcome: Outcome, st: os.stat_result | None) -> None:
+        name = target.temporary_name()
+        try:
+            target.make_special(fd, name, outcome.node)
+            outcome.unset += target.set_metadata(fd, name, outcome.node, None)
+            _put_in_place(fd, name, outcome.node, st)
+        except BaseException:
+            target.unlink_quietly(fd, name)
+            raise
+
+
+def _is_linked_alike(node: Node, st: os.stat_result, first: FirstName | None) -> bool:
+    """Tell whether an entry of the target has the other names that its node has, as far as met."""
+    if hard_link_key(node) is None:
+        return st.st_nlink == 1
+    return first is None or os.path.samestat(
+        st, os.stat(first.path, dir_fd=first.fd, follow_symlinks=False)
+    )
+
+
+def _put_in_place(fd: int, name: bytes, node: Node, st: os.stat_result | None) -> None:
+    if st is not None and stat.S_ISDIR(st.st_mode):
+        target.remove(fd, node.name, st)
+    os.rename(name, node.name, src_dir_fd=fd, dst_dir_fd=fd)
+    # Two names of one inode are not renamed onto each other: then the temporary one is left.
+    if st is not None and node.nlink > 1:
+        target.unlink_quietly(fd, name)

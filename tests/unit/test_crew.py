@@ -1,0 +1,104 @@
+"""A crew: whichever thread is first, what comes of jobs and steps is told in their order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from casfs import crew as crew_module
+from casfs.crew import Crew
+
+
+@pytest.fixture(autouse=True)
+def _one_job_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew_module, "_BATCH_JOBS", 1)
+
+
+class Told:
+    """A crew whose jobs are numbers; a number is done when it is let go."""
+
+    def __init__(self, held: set[int]) -> None:
+        self.told: list[object] = []
+        self.begun: set[int] = set()
+        self.gates = {number: threading.Event() for number in held}
+        self.crew: Crew[int, int] = Crew(self.do, self.told.append)
+
+    def do(self, number: int) -> int:
+        self.begun.add(number)
+        if number in self.gates:
+            self.gates[number].wait()
+        return number * 10
+
+
+@pytest.fixture
+def held() -> Iterator[Told]:
+    told = Told({0})
+    yield told
+    for gate in told.gates.values():
+        gate.set()
+    told.crew.close()
+
+
+def test_what_was_done_early_waits_for_its_turn(held: Told) -> None:
+    for number in range(10):
+        held.crew.add(number, 1)
+    held.crew.then(lambda: held.told.append("step"))
+    assert held.told == []
+    held.gates[0].set()
+    held.crew.drain()
+    assert held.told == [*range(0, 100, 10), "step"]
+
+
+def test_a_step_is_taken_at_once_where_nothing_is_before_it(held: Told) -> None:
+    held.crew.then(lambda: held.told.append("step"))
+    assert held.told == ["step"]
+
+
+def test_no_more_than_a_few_wait(held: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew_module, "_MOST_WAITING", 5)
+    held.crew.add(0, 1)
+    for number in range(1, 5):
+        held.crew.add(number, 1)
+    adder = threading.Thread(target=held.crew.add, args=(5, 1))
+    adder.start()
+    assert adder.is_alive() and held.told == []
+    held.gates[0].set()
+    adder.join()
+    assert held.told[:1] == [0]
+
+
+def test_no_more_memory_waits_than_is_allowed(held: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew_module, "_MOST_BYTES", 1000)
+    held.gates[0].set()
+    for number in range(50):
+        held.crew.add(number, 600)
+        assert len(held.told) >= number, "the one before this was told before another was added"
+
+
+def test_an_error_of_what_tells_reaches_who_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(found: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    crew: Crew[int, int] = Crew(lambda number: number, refuse)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            crew.add(1, 1)
+            crew.drain()
+    finally:
+        crew.close()
+
+
+def test_a_closed_crew_begins_nothing_more() -> None:
+    told = Told({0, 1})
+    for number in range(30):
+        told.crew.add(number, 1)
+    closer = threading.Thread(target=told.crew.close)
+    closer.start()
+    while not told.crew._stopped:
+        closer.join(0.001)
+    told.gates[0].set()
+    told.gates[1].set()
+    closer.join()
+    assert told.begun <= {0, 1}
