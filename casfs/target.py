@@ -111,10 +111,24 @@ def make_directory(fd: int, name: bytes) -> int:
 
 def remove(fd: int, name: bytes, st: os.stat_result) -> None:
     """Remove an entry and all below it, following no symlink."""
-    if stat.S_ISDIR(st.st_mode):
-        shutil.rmtree(name, dir_fd=fd)
-    else:
+    if not stat.S_ISDIR(st.st_mode):
         os.unlink(name, dir_fd=fd)
+        return
+    try:
+        shutil.rmtree(name, dir_fd=fd)
+    except PermissionError:
+        _unprotect(fd, name)
+        for _, below, _, opened in os.fwalk(name, dir_fd=fd):
+            for entry in below:
+                _unprotect(opened, entry)
+        shutil.rmtree(name, dir_fd=fd)
+
+
+def _unprotect(fd: int, name: bytes) -> None:
+    """Give its owner the right to empty a directory; anything else is left alone."""
+    st = entry_stat(fd, name)
+    if st is not None and stat.S_ISDIR(st.st_mode):
+        os.close(open_writable(fd, name, st)[0])
 
 
 def unlink_quietly(fd: int, name: bytes) -> None:
@@ -194,7 +208,9 @@ def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[
             os.utime(open_fd, ns=times)
         else:
             os.utime(name, ns=times, dir_fd=fd, follow_symlinks=False)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
+        failed.append(f"time: {error.strerror}")
+    except OverflowError as error:
         failed.append(f"time: {error}")
     return failed
 

@@ -339,6 +339,26 @@ class TestWithoutPrivileges:
         assert stat.S_IMODE((target / "documents").stat().st_mode) == 0o555
         assert stat.S_IMODE(target.stat().st_mode) == 0o500
 
+    def test_delete_removes_a_tree_that_its_owner_may_not_write_into(
+        self, kept: Casfs, source: Path, target: Path, superuser: None
+    ) -> None:
+        deep = target / "extra/more/below"
+        deep.mkdir(parents=True)
+        (deep / "file").touch()
+        (target / "outside").mkdir()
+        (deep / "link").symlink_to(target / "outside")
+        for closed, mode in ((deep, 0), (deep.parent, 0o555), (deep.parent.parent, 0o311)):
+            closed.chmod(mode)
+        (target / "outside").chmod(0o555)
+        told = kept.json(
+            *("restore", f"latest:{source.name}", "--target", target, "--delete"),
+            *("--exclude", "outside"),
+            prefix=WITHOUT_CAPABILITIES,
+        )
+        assert told.one("summary")["deleted"] == 1
+        assert not (target / "extra").exists()
+        assert stat.S_IMODE((target / "outside").stat().st_mode) == 0o555
+
     def test_another_users_setuid_program_does_not_become_one_of_whoever_restores_it(
         self, kept: Casfs, source: Path, target: Path, superuser: None
     ) -> None:
