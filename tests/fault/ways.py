@@ -76,6 +76,8 @@ def make_way(seed: int) -> list[Move]:
         return ((name, *(dice.randrange(MOST) for _ in range(3))) for name in names)  # type: ignore[misc]
 
     way = [*moves(7, edit=1)]
+    if dice.random() < 0.1:
+        way += moves(1, **{"fill a directory": 1})
     for _ in range(dice.randrange(3, 6)):
         way += moves(1, **{"backup": 2, "backups at the same time": 1})
         way += moves(2, edit=1)
