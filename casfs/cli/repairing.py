@@ -89,6 +89,12 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
         repairer = SnapshotRepairer(repository, monitor, dry_run)
         result = repairer.repair(ReadChoice() if read_data else None)
     would = "would be " if dry_run else ""
+    for snapshot_id in result.returned:
+        output.line(
+            f"snapshot {shown_id(snapshot_id)} is whole and had another's name; it "
+            f"{would or 'was '}given its own"
+        )
+        output.emit("returned", id=snapshot_id.hex(), dry_run=dry_run)
     for one in result.repaired:
         if one.message:
             output.line(f"snapshot {shown_id(one.snapshot_id)} {would}dropped: {one.message}")

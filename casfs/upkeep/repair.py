@@ -46,11 +46,10 @@ from casfs.tree import (
 from casfs.treereader import join
 from casfs.treewriter import TreeWriter
 from casfs.upkeep.check import Checker
+from casfs.upkeep.misplaced import DAMAGED_FOLDER, Misplaced
 from casfs.upkeep.scrub import ReadChoice
 
 log = logging.getLogger(__name__)
-
-DAMAGED_FOLDER = "damaged"
 
 
 @dataclass(slots=True)
@@ -66,9 +65,13 @@ class SnapshotRepair:
 
 @dataclass(slots=True)
 class RepairResult:
-    """What a repair of the snapshots came to; sound ones are only counted."""
+    """What a repair of the snapshots came to; sound ones are only counted.
+
+    `returned` are those that were whole and had the names of others; they are looked at like all.
+    """
 
     sound: int = 0
+    returned: list[SnapshotId] = field(default_factory=list)
     repaired: list[SnapshotRepair] = field(default_factory=list)
 
 
@@ -115,7 +118,13 @@ class SnapshotRepairer:
 
     def repair(self, read: ReadChoice | None = None) -> RepairResult:
         """Look for what is lost, as a check does, and publish snapshots without it."""
+        misplaced = Misplaced(self._repository)
+        self.result.returned = sorted(misplaced.files)
+        if not self._dry_run:
+            misplaced.put_in_place()
         lost = {d.snapshot for d in self._checker.check(read).damage if d.snapshot is not None}
+        if self._dry_run:
+            lost -= misplaced.files.keys()
         for snapshot_id in self._repository.snapshot_ids():
             if snapshot_id not in lost:
                 self.result.sound += 1

@@ -25,6 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from casfs.digest import digest_of
 from casfs.repository import read_config
 from casfs.store.lock import LockMode, RepositoryLock
 
@@ -294,7 +295,9 @@ class Explorer:
     def _is_hurt(self) -> bool:
         """Tell whether anything is lost, or an object is not what it was."""
         damaged = self.past.changed("snapshots") + self.past.changed("packs")
-        return bool(damaged or self._lost())
+        # One that another has replaced is not listed, and may have come back.
+        is_hidden = any(path.name not in self.seen for path in self.past.there("snapshots"))
+        return bool(damaged or is_hidden or self._lost())
 
     def _lost(self) -> Right:
         """Return what cannot be read, as (snapshot, path)."""
@@ -311,7 +314,12 @@ class Explorer:
 
     def repair_snapshots(self, *_: int, read_data: bool = True) -> None:
         """Repair; what could be read is in the snapshots that take the places of others."""
+        folder = self.scene.root / "snapshots"
+        names = {path.name for path in folder.iterdir()}
+        whole = {digest_of((folder / name).read_bytes()).hex() for name in names} & names
         told = self._act("repair_snapshots", read_data=read_data).done()
+        for name in whole - {one["id"] for one in told}:
+            assert (folder / name).exists(), f"snapshot {name} was whole, if under another name"
         new = {one["id"]: one["new_id"] for one in told}
         listed: dict[str, Files] = self._read("look").done()
         for old, name in new.items():
@@ -437,6 +445,7 @@ class Explorer:
 
     def _verified(self, listed: dict[str, Files]) -> dict[str, Files]:
         for name, files in listed.items():
+            assert name in self.truth, f"{name} is listed, and nobody published it"
             for path, found in files.items():
                 right = (LOST, self.truth[name].get(path))
                 assert found in right, f"{path} in {name} is given as {found}"

@@ -70,6 +70,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("casfs.upkeep", "casfs.upkeep.durations"),
     ("casfs.upkeep.needs",),
     (
+        "casfs.upkeep.misplaced",
         "casfs.upkeep.rescue",
         "casfs.upkeep.retention",
         "casfs.upkeep.scrub",

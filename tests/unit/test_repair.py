@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 
 import pytest
+import zstandard
 
 from casfs import treewriter
 from casfs.content import HOLE, RECORD
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.snapshot import Snapshot
+from casfs.snapshot import Snapshot, decode_snapshot
 from casfs.store.lock import LockMode
 from casfs.store.pack import RECORD as RECORD_HEADER
 from casfs.tree import Node, Reason, State, capture_of, captured_digest
 from casfs.upkeep.check import Checker
+from casfs.upkeep.misplaced import Misplaced
 from casfs.upkeep.prune import PruneOptions, Pruner
 from casfs.upkeep.repair import IndexRepair, RepairResult, SnapshotRepairer, repair_index
 from casfs.upkeep.scrub import Damage, ReadChoice
@@ -175,6 +178,83 @@ def test_a_snapshot_of_which_nothing_can_be_read_is_put_aside(keeper: Keeper) ->
     assert (keeper.root / "damaged" / junk.hex()).read_bytes() == data
     assert (keeper.root / "damaged" / rootless.hex()).exists()
     assert damage(keeper) == []
+
+
+def _exchange(keeper: Keeper, *snapshots: SnapshotId) -> None:
+    """Have each of some snapshots' files be the one of the next."""
+    paths = [keeper.root / "snapshots" / one.hex() for one in snapshots]
+    data = [path.read_bytes() for path in paths]
+    for path, other in zip(paths, [*data[1:], data[0]], strict=True):
+        path.write_bytes(other)
+
+
+class _StoppedError(Exception):
+    """A process ends here."""
+
+
+def _listed(keeper: Keeper) -> set[SnapshotId]:
+    with keeper.reading() as repository:
+        return {found for found, _ in repository.snapshots()}
+
+
+def test_snapshots_that_changed_places_get_their_names_back(keeper: Keeper) -> None:
+    ids = [keeper.publish({b"f": b"%d" % number}, time_ns=number)[0] for number in range(4)]
+    _exchange(keeper, *ids[:3])
+    assert _listed(keeper) == {ids[3]}
+    foretold, _ = repair(keeper, dry_run=True)
+    assert _listed(keeper) == {ids[3]}
+    result, told = repair(keeper)
+    assert foretold == result
+    assert (result.returned, result.repaired, result.sound) == (sorted(ids[:3]), [], 4)
+    assert told == {}
+    assert _listed(keeper) == set(ids)
+    assert damage(keeper) == []
+    assert not list((keeper.root / "damaged").iterdir())
+
+
+def test_a_damaged_snapshot_is_not_taken_for_one_with_another_name(keeper: Keeper) -> None:
+    """Where it is not compressed, one with a changed letter can be read as well."""
+    keeper.publish({b"kept": b"1"}, time_ns=1, host="here")
+    damaged, _ = keeper.publish({b"f": b"2"}, time_ns=2, host="there")
+    path = keeper.root / "snapshots" / damaged.hex()
+    data = path.read_bytes()
+    payload = zstandard.ZstdDecompressor().decompress(data[16:]) if data[10] else data[16:]
+    changed = data[:10] + b"\0" + data[11:16] + payload.replace(b"there", b"where")
+    path.write_bytes(changed)
+    with keeper.reading() as repository:
+        name = SnapshotId(digest_of(changed))
+        assert decode_snapshot(name, changed, repository.codec).host == "where"
+    result, _ = repair(keeper)
+    assert result.returned == []
+    assert [one.snapshot_id for one in result.repaired] == [damaged]
+    assert damaged not in _listed(keeper) and len(_listed(keeper)) == 1
+
+
+def test_an_exchange_of_snapshots_that_is_undone_half_way_is_undone_by_the_next_repair(
+    keeper: Keeper,
+) -> None:
+    ids = [keeper.publish({b"f": b"%d" % number}, time_ns=number)[0] for number in range(3)]
+    stop = 0
+    while True:
+        assert _listed(keeper) == set(ids)
+        _exchange(keeper, *ids)
+        steps = iter(range(stop))
+
+        def count(step: str, steps: Iterator[int] = steps) -> None:
+            if next(steps, None) is None:
+                raise _StoppedError(step)
+
+        try:
+            with Repository.open(keeper.root, "repair", LockMode.TENDING) as repository:
+                repository.store.storage._on_step = count  # type: ignore[attr-defined]
+                Misplaced(repository).put_in_place()
+        except _StoppedError:
+            repair(keeper)
+            stop += 1
+        else:
+            break
+    assert stop > 9
+    assert _listed(keeper) == set(ids)
 
 
 def test_a_dry_run_tells_the_same_and_changes_nothing(keeper: Keeper) -> None:
