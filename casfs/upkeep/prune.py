@@ -415,8 +415,8 @@ class NeedsUnknownError(IntegrityError):
     def __str__(self) -> str:
         return (
             f"what snapshot {short(self.snapshot_id)} needs is not known for sure: {self.cause}; "
-            "nothing was removed (casfs check tells what is lost, a new backup may heal it, and "
-            "casfs repair snapshots gives it up)"
+            "nothing was removed (casfs check tells what is lost, casfs repair index finds again what only "
+            "the index has lost, a new backup may heal the rest, and casfs repair snapshots gives it up)"
         )
 
 

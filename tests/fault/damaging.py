@@ -118,7 +118,11 @@ class SoundRepository:
         assert file is not None and folder is not None and folder.tree is not None
         data = _place(repository, root, Digest(file.content[8:]))
         tree = _place(repository, root, Digest(folder.tree.digest))
-        packs = sorted(path for path in (root / "packs").rglob("*") if path.is_file())
+        # By age: the order of names is another one each time.
+        packs = sorted(
+            (path for path in (root / "packs").rglob("*") if path.is_file()),
+            key=lambda path: path.stat().st_mtime_ns,
+        )
         other = next(path for path in packs if path not in (data[0], tree[0]))
         size = data[0].stat().st_size
         (condemned,) = (root / "condemned").iterdir()
