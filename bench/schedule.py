@@ -125,7 +125,8 @@ class Schedule:
         file_bytes, files = corpus.estimate(self._plan.scale)
         # The corpus; of every program its repository, what it restored and what was copied out.
         copies = 4 + 3 * len(self._programs)
-        self._scratch.need(copies * file_bytes, copies * files, f"The corpus `{corpus.name}`")
+        room = (copies * file_bytes, copies * files)
+        self._scratch.need(*room, f"The corpus `{corpus.name}`")
         _say(f"making the corpus {corpus.name}")
         source = self._scratch.make("corpora", corpus.name)
         description = corpus.build(source, self._plan.scale)
@@ -136,7 +137,9 @@ class Schedule:
         tools: tuple[Trial, ...] = (LimitTrial(stage), TrivialFuseTrial(stage))
         trials += [tool for tool in tools if tool.name in self._plan.tools]
         for repetition in range(1, self._plan.repeat + 1):
-            self._clean_up()
+            # As late as can be: what is removed is counted against whoever makes files next.
+            if repetition == 1 or not self._scratch.has_room(*room):
+                self._clean_up()
             failed: set[str] = set()
             for work in works:
                 self._turn(stage, work, repetition, trials, failed)

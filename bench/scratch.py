@@ -102,6 +102,14 @@ class Scratch:
         """Remove what was put aside; the kernel's cache is best dropped afterwards."""
         self.remove(self.folder / "trash")
 
+    def has_room(self, file_bytes: int, files: int) -> bool:
+        """Tell whether there is room for so much more."""
+        try:
+            self.need(file_bytes, files, "")
+        except ScratchError:
+            return False
+        return True
+
     def need(self, file_bytes: int, files: int, purpose: str) -> None:
         """Raise ScratchError where there is no room for so much more."""
         stats = os.statvfs(self.folder)

@@ -310,7 +310,7 @@ class TestRestore:
             left = found_in(target)
             # What was being written keeps its temporary name.
             unnamed = {path for path in left if b"/" + TEMPORARY_PREFIX in path.encode()}
-            assert len(unnamed) <= 2, "one in each thread that writes"
+            assert len(unnamed) <= 2, "one in each of the two threads that write"
             assert {path: left[path] for path in left.keys() - unnamed}.items() <= shows.items()
             scene.act("restore", target=str(target), delete=True).done()
             assert found_in(target) == shows

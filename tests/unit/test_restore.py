@@ -743,8 +743,8 @@ class TestFlaggedFiles:
         assert "rewritten" in done.problems[0].message
 
 
-class TestSeveralThreads:
-    """Small entries are written by several threads; nobody can tell from what comes out."""
+class TestOtherThreads:
+    """Small entries are written by other threads; nobody can tell from what comes out."""
 
     @pytest.fixture(autouse=True)
     def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
