@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import NamedTuple, TypeVar
 
 from blake3 import blake3
 
@@ -17,6 +20,13 @@ from casfs.chunker import Chunker
 from casfs.content import HOLE, RECORD, ContentWriter, Put
 from casfs.digest import EMPTY_DIGEST, Digest, update_zeros
 from casfs.store.blob import BlobKind
+
+_LARGE_BYTES = 8 * 1024 * 1024
+"""From here on the digest of a whole file is computed by a thread of its own."""
+
+_WAITING_CHUNKS = 2
+
+T = TypeVar("T")
 
 
 class Reading(NamedTuple):
@@ -82,42 +92,101 @@ class FileReader:
     def _read_chunks(
         self, read_into: Callable[[memoryview], int], most_bytes: int | None
     ) -> Reading:
-        whole = blake3()
         content = ContentWriter(self._put, self._digest)
-        size = self._store_chunks(read_into, most_bytes, whole, content)
-        return _finish(content, whole, size)
+        with _WholeDigest() as whole:
+            size = self._store_chunks(read_into, most_bytes, whole, content)
+            return _finish(content, whole, size)
 
     def _read_sparse(self, fd: int, size: int) -> Reading:
-        whole = blake3()
         content = ContentWriter(self._put, self._digest)
         done = 0
-        for begin, end in data_ranges(fd, size):
-            _add_hole(content, whole, begin - done)
-            stored = self._store_chunks(_range_reader(fd, begin, end), end - begin, whole, content)
-            done = begin + stored
-            if done < end:
-                return _finish(content, whole, done)
-        end = min(size, os.fstat(fd).st_size)
-        if end > done:
-            _add_hole(content, whole, end - done)
-            done = end
-        return _finish(content, whole, done)
+        with _WholeDigest() as whole:
+            for begin, end in data_ranges(fd, size):
+                _add_hole(content, whole, begin - done)
+                read_into = _range_reader(fd, begin, end)
+                done = begin + self._store_chunks(read_into, end - begin, whole, content)
+                if done < end:
+                    return _finish(content, whole, done)
+            end = min(size, os.fstat(fd).st_size)
+            if end > done:
+                _add_hole(content, whole, end - done)
+                done = end
+            return _finish(content, whole, done)
 
     def _store_chunks(
         self,
         read_into: Callable[[memoryview], int],
         most_bytes: int | None,
-        whole: blake3,
+        whole: _WholeDigest,
         content: ContentWriter,
     ) -> int:
         size = 0
         for chunk in self._chunker.cut(read_into, most_bytes):
+            whole.add(chunk)
             digest = self._digest(chunk)
-            whole.update(chunk)
             self._put(BlobKind.DATA, digest, chunk)
             content.add(len(chunk), digest)
             size += len(chunk)
         return size
+
+
+class _WholeDigest:
+    """The plain digest of a file, of the very buffers of its chunks; for a `with` block.
+
+    That of a large file is computed by another thread while the chunks are cut and named.
+    """
+
+    def __init__(self) -> None:
+        self._hasher = blake3()
+        self._bytes = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _WholeDigest:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def add(self, data: bytes) -> None:
+        """Append data, which nobody changes afterwards."""
+        self._bytes += len(data)
+        if self._pool is None and self._bytes <= _LARGE_BYTES:
+            self._hasher.update(data)
+            return
+        self._later(self._append, data)
+
+    def add_zeros(self, length: int) -> None:
+        """Append zeros."""
+        if self._pool is None:
+            self._append_zeros(length)
+        else:
+            self._later(self._append_zeros, length)
+
+    def digest(self) -> Digest:
+        """Return the digest of all that was appended."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        return Digest(self._hasher.digest())
+
+    def _later(self, step: Callable[[T], None], what: T) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "casfs-digest")
+        if len(self._waiting) >= _WAITING_CHUNKS:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(step, what))
+
+    def _append(self, data: bytes) -> None:
+        self._hasher.update(data)
+
+    def _append_zeros(self, length: int) -> None:
+        update_zeros(self._hasher, length)
 
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -147,18 +216,18 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def _finish(content: ContentWriter, whole: blake3, size: int) -> Reading:
+def _finish(content: ContentWriter, whole: _WholeDigest, size: int) -> Reading:
     records, levels = content.finish()
-    plain = Digest(whole.digest())
+    plain = whole.digest()
     single = levels == 0 and len(records) == RECORD.size and records[8:] == plain
     captured = None if single or not records else plain
     return Reading(records, levels, size, plain, captured)
 
 
-def _add_hole(content: ContentWriter, whole: blake3, length: int) -> None:
+def _add_hole(content: ContentWriter, whole: _WholeDigest, length: int) -> None:
     if length > 0:
         content.add(length, HOLE)
-        update_zeros(whole, length)
+        whole.add_zeros(length)
 
 
 def _range_reader(fd: int, begin: int, end: int) -> Callable[[memoryview], int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from blake3 import blake3
 from casfs.chunker import Chunker
 from casfs.digest import Digest, digest_of
 from casfs.intake import capture
+from casfs.intake import reading as reading_module
 from casfs.intake.capture import Capturer, NotRegularError, Patience
 from casfs.intake.freeze import Freeze, Freezer
 from casfs.intake.reading import FileReader, Reading
@@ -21,6 +24,8 @@ from casfs.intake.source import open_directory
 from casfs.store.blob import BlobKind
 from casfs.store.config import new_config
 from casfs.tree import Node, State, capture_of, captured_digest
+
+from .storing import noise
 
 YEAR_2020_NS = 1_577_836_800_000_000_007
 
@@ -134,6 +139,48 @@ class TestANode:
         st = os.stat_result((0o100644, 1, 1, 1, 0, 0, 0, 0, 0, 0, *times))
         assert (st.st_mtime_ns % 1_000_000_000 == 0) == is_whole
         assert capture._is_racy(st, began_ns) is is_racy
+
+
+class TestALargeFile:
+    """Its digest is computed by another thread, of the buffers that are stored."""
+
+    @pytest.mark.parametrize("large_bytes", [0, 3 << 20, 1 << 40])
+    @pytest.mark.parametrize("holes", [False, True])
+    def test_has_the_digest_of_all_of_it_in_order(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch, large_bytes: int, holes: bool
+    ) -> None:
+        monkeypatch.setattr(reading_module, "_LARGE_BYTES", large_bytes)
+        file = scene.folder / "file"
+        size = 12 << 20
+        with file.open("wb") as stream:
+            for number in range(3):
+                stream.write(noise(f"part {number}", 2 << 20))
+                if holes:
+                    stream.seek(2 << 20, os.SEEK_CUR)
+            stream.truncate(size)
+        before = threading.active_count()
+        node = scene.capture("file")
+        assert node.size == size
+        assert captured_digest(node) == blake3(file.read_bytes()).digest()
+        assert threading.active_count() == before, "no thread outlives the capture"
+
+    def test_that_cannot_be_read_to_its_end_leaves_no_thread(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(reading_module, "_LARGE_BYTES", 0)
+        (scene.folder / "file").write_bytes(noise("file", 12 << 20))
+        preadv, left = os.preadv, iter(range(6))
+
+        def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+            if next(left, None) is None:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return preadv(fd, [buffers[0][: 1 << 20]], offset)
+
+        before = threading.active_count()
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            scene.capture("file")
+        assert threading.active_count() == before
 
 
 class TestOtherKinds:
