@@ -25,7 +25,8 @@ from bench.scratch import Scratch
 from bench.stage import WORK_TIMEOUT_S
 from casfs.digest import Digest, PackId
 from casfs.store.index import Index
-from casfs.store.pack import MAX_PACK_BLOBS, PackEntry
+from casfs.store.pack import PackEntry
+from casfs.store.writer import PACK_BLOBS
 
 FILES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 BLOBS = (100_000, 1_000_000, 5_000_000, 20_000_000)
@@ -143,8 +144,8 @@ def _of_lookups(scratch: Scratch, counts: tuple[int, ...]) -> Iterator[Point]:
 
 def _grow(index: Index, round_number: int, count: int) -> None:
     """Add blobs in the order of their digests: an index of this size is soon made so, and no smaller."""
-    for begin in range(0, count, MAX_PACK_BLOBS):
-        numbers = range(begin, min(begin + MAX_PACK_BLOBS, count))
+    for begin in range(0, count, PACK_BLOBS):
+        numbers = range(begin, min(begin + PACK_BLOBS, count))
         entries = [
             PackEntry(made_digest(round_number, number, count), 16, 100, 300, 1, 1)
             for number in numbers

@@ -27,7 +27,6 @@ from casfs.errors import BlobError
 from casfs.store.blob import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec
 from casfs.store.pack import (
     ENCRYPTED_KIND,
-    MAX_PACK_BLOBS,
     RECORD,
     PackEntry,
     encode_end,
@@ -44,6 +43,9 @@ if TYPE_CHECKING:
 
 PACK_BYTES = 64 * 1024 * 1024
 """A pack is sealed when it holds this much: large enough for few files and syncs, small enough to move."""
+
+PACK_BLOBS = 32_768
+"""Or when it holds so many: who checks has the entries of a few packs in memory. The format allows more."""
 
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 512
@@ -247,7 +249,7 @@ class _Packer:
             self._stats.new_blobs += 1
             self._stats.new_plain_bytes += len(plain)
             self._stats.new_stored_bytes += stored_bytes + RECORD.size
-            if self._pack.bytes >= self._pack_bytes or len(self._pack.entries) >= MAX_PACK_BLOBS:
+            if self._pack.bytes >= self._pack_bytes or len(self._pack.entries) >= PACK_BLOBS:
                 self._seal()
         self._ahead_digests.difference_update([digest for _, digest, _ in batch])
 

@@ -40,6 +40,7 @@ from casfs.store.location import Location, PackRecord
 from casfs.store.lock import LockMode, LockRecord
 from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER
 from casfs.store.store import pack_name
+from casfs.store.writer import PACK_BLOBS
 from casfs.upkeep.needs import Needs
 from casfs.upkeep.rescue import Rescuer
 from casfs.upkeep.sessions import remove_unneeded_sessions
@@ -54,7 +55,9 @@ DEFAULT_MARGIN_S = 86_400
 
 _SMALL_PACK_BYTES = 8 * 1024 * 1024
 _MANY_SMALL_PACKS = 16
-"""So many small packs, as many small backups leave them, are packed into larger ones."""
+"""So many small packs, as many small backups leave them, are packed into larger ones.
+
+One that is full of tiny blobs would come out as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +230,7 @@ class Pruner:
             unused_bytes = record.pack_bytes - use.needed_bytes - _directory_bytes(record)
             if record.is_damaged or unused_bytes > self._options.unused_share * record.pack_bytes:
                 chosen.add(ordinal)
-            elif record.pack_bytes < _SMALL_PACK_BYTES:
+            elif record.pack_bytes < _SMALL_PACK_BYTES and record.blobs < PACK_BLOBS // 2:
                 small.add(ordinal)
         return chosen | small if len(small) >= _MANY_SMALL_PACKS else chosen
 

@@ -70,7 +70,7 @@ class TestNumbers:
         assert f"one entry of {pack.ENTRY.size} bytes" in text
         assert f"**Trailer**, {pack.TRAILER.size} bytes" in text
         assert f"magic `{pack.TRAILER_MAGIC.decode()}`" in text
-        assert f"{writer.PACK_BYTES // MIB} MiB or {pack.MAX_PACK_BLOBS:,} blobs" in text
+        assert f"{writer.PACK_BYTES // MIB} MiB or {writer.PACK_BLOBS:,} blobs" in text
 
     def test_of_records(self) -> None:
         by_offset = {int(row[0]): (int(row[1]), row[2]) for row in rows("Packs")}

@@ -161,6 +161,19 @@ class TestPartlyNeeded:
         assert len(pack_paths(keeper.root)) == 1
         assert prune(keeper).repacked_packs == 0
 
+    def test_packs_that_are_full_of_tiny_blobs_are_not_packed_again_and_again(
+        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(prune_module, "_MANY_SMALL_PACKS", 6)
+        for number in range(6):
+            publish(keeper, number, str(number), size=KIB)
+        with keeper.reading() as repository:
+            fewest = min(record.blobs for record in repository.store.index.packs())
+        monkeypatch.setattr(prune_module, "PACK_BLOBS", 2 * fewest)
+        assert prune(keeper).repacked_packs == 0
+        monkeypatch.setattr(prune_module, "PACK_BLOBS", 1000)
+        assert prune(keeper).repacked_packs == 6
+
     def test_a_damaged_blob_keeps_its_pack(self, keeper: Keeper) -> None:
         keeper.store(*(noise(name, 50 * KIB) for name in "abcd"))
         publish(keeper, 1, "a", "b")

@@ -131,7 +131,7 @@ class TestPacks:
     def test_are_sealed_at_the_greatest_number_of_blobs(
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(writer_module, "MAX_PACK_BLOBS", 10)
+        monkeypatch.setattr(writer_module, "PACK_BLOBS", 10)
         store_blobs(store, [b"%d" % number for number in range(35)])
         assert sorted(record.blobs for record in store.index.packs()) == [5, 10, 10, 10]
 
