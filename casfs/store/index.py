@@ -166,46 +166,33 @@ class Index:
         that is known is left alone. Should this be interrupted, `partial_packs` has what is not whole.
         """
         for pack, pack_bytes, entries in packs:
-            parts = _parts(entries)
-            is_whole = len(parts) == 1
-            begin = functools.partial(
-                self._begin, added=(pack, pack_bytes, parts[0], len(entries)), is_whole=is_whole
-            )
-            ordinal = self._env.write(begin)
-            if ordinal is not None and not is_whole:
-                self._go_on(pack, ordinal, parts[1:])
+            self._add_pack(pack, pack_bytes, entries)
+
+    def _add_pack(self, pack: PackId, pack_bytes: int, entries: list[PackEntry]) -> None:
+        first, *rest = _parts(entries)
+
+        def begin(txn: Transaction) -> int | None:
+            ordinal = self._tables.record(txn, pack, pack_bytes, len(entries))
+            if ordinal is not None:
+                self._tables.place(txn, ordinal, first, self._tables.condemned(txn))
+                if rest:
+                    txn.put(_PARTIAL + pack, b"", db=self._tables.meta)
+            return ordinal
+
+        ordinal = self._env.write(begin)
+        if ordinal is not None:
+            self._go_on(pack, ordinal, rest)
 
     def partial_packs(self) -> list[PackId]:
         """Return the packs of which not all blobs were added, by a process that lives or that died."""
-
-        def ask(txn: Transaction) -> list[PackId]:
-            cursor = txn.cursor(db=self._tables.meta)
-            found = []
-            more = cursor.set_range(_PARTIAL)
-            while more and (key := bytes(cursor.key())).startswith(_PARTIAL):
-                found.append(PackId(key[len(_PARTIAL) :]))
-                more = cursor.next()
-            return found
-
-        return self._env.read(ask)
+        found = self._env.read(lambda txn: self._tables.meta_after(txn, _PARTIAL))
+        return [PackId(name) for name in found]
 
     def complete_pack(self, pack: PackId, entries: list[PackEntry]) -> None:
         """Add what is missing of a pack that was added in part by a process that lives no more."""
         ordinals = [record.ordinal for record in self.packs() if record.pack == pack]
         for ordinal in ordinals:
             self._go_on(pack, ordinal, _parts(entries))
-
-    def _begin(
-        self, txn: Transaction, added: tuple[PackId, int, list[PackEntry], int], is_whole: bool
-    ) -> int | None:
-        """Record a pack and the first of its blobs; return its ordinal, None where it is known."""
-        pack, pack_bytes, entries, blobs = added
-        ordinal = self._tables.record(txn, pack, pack_bytes, blobs)
-        if ordinal is not None:
-            self._tables.place(txn, ordinal, entries, self._tables.condemned(txn))
-            if not is_whole:
-                txn.put(_PARTIAL + pack, b"", db=self._tables.meta)
-        return ordinal
 
     def _go_on(self, pack: PackId, ordinal: int, parts: list[list[PackEntry]]) -> None:
         """Add more blobs of a pack, the last of them, unless another process has done so meanwhile."""
@@ -385,23 +372,12 @@ class Index:
 
     def keep_complete(self, snapshots: Set[bytes]) -> None:
         """Drop what `mark_complete` remembered of all other snapshots; to drop one too many is harmless."""
-        prefix = b"complete"
-
-        def find(txn: Transaction) -> list[bytes]:
-            cursor = txn.cursor(db=self._tables.meta)
-            found = []
-            more = cursor.set_range(prefix)
-            while more and (key := bytes(cursor.key())).startswith(prefix):
-                if key[len(prefix) :] not in snapshots:
-                    found.append(key)
-                more = cursor.next()
-            return found
-
-        gone = self._env.read(find)
+        known = self._env.read(lambda txn: self._tables.meta_after(txn, b"complete"))
+        gone = [snapshot for snapshot in known if snapshot not in snapshots]
 
         def change(txn: Transaction) -> None:
-            for key in gone:
-                txn.delete(key, db=self._tables.meta)
+            for snapshot in gone:
+                txn.delete(b"complete" + snapshot, db=self._tables.meta)
 
         if gone:
             self._env.write(change)

@@ -111,6 +111,16 @@ class Tables:
             return found
         return self._condemned
 
+    def meta_after(self, txn: Transaction, prefix: bytes) -> list[bytes]:
+        """Return what follows a prefix in the keys of `meta` that begin with it."""
+        cursor = txn.cursor(db=self.meta)
+        found = []
+        more = cursor.set_range(prefix)
+        while more and (key := bytes(cursor.key())).startswith(prefix):
+            found.append(key[len(prefix) :])
+            more = cursor.next()
+        return found
+
     def count_loss(self, txn: Transaction) -> None:
         """Count that entries were lost."""
         next_pack, next_blob, losses = self.counters(txn)
