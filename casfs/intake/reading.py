@@ -11,8 +11,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import NamedTuple, TypeVar
+from contextlib import closing
+from functools import partial
+from typing import NamedTuple
 
 from blake3 import blake3
 
@@ -25,8 +26,6 @@ _LARGE_BYTES = 8 * 1024 * 1024
 """From here on the digest of a whole file is computed by a thread of its own."""
 
 _WAITING_CHUNKS = 2
-
-T = TypeVar("T")
 
 
 class Reading(NamedTuple):
@@ -93,14 +92,14 @@ class FileReader:
         self, read_into: Callable[[memoryview], int], most_bytes: int | None
     ) -> Reading:
         content = ContentWriter(self._put, self._digest)
-        with _WholeDigest() as whole:
+        with closing(_WholeDigest()) as whole:
             size = self._store_chunks(read_into, most_bytes, whole, content)
             return _finish(content, whole, size)
 
     def _read_sparse(self, fd: int, size: int) -> Reading:
         content = ContentWriter(self._put, self._digest)
         done = 0
-        with _WholeDigest() as whole:
+        with closing(_WholeDigest()) as whole:
             for begin, end in data_ranges(fd, size):
                 _add_hole(content, whole, begin - done)
                 read_into = _range_reader(fd, begin, end)
@@ -131,7 +130,7 @@ class FileReader:
 
 
 class _WholeDigest:
-    """The plain digest of a file, of the very buffers of its chunks; for a `with` block.
+    """The plain digest of a file, of the very buffers of its chunks; to be closed.
 
     That of a large file is computed by another thread while the chunks are cut and named.
     """
@@ -140,34 +139,18 @@ class _WholeDigest:
         self._hasher = blake3()
         self._bytes = 0
         self._pool: ThreadPoolExecutor | None = None
-        self._waiting: deque[Future[None]] = deque()
-
-    def __enter__(self) -> _WholeDigest:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._waiting: deque[Future[object]] = deque()
 
     def add(self, data: bytes) -> None:
         """Append data, which nobody changes afterwards."""
         self._bytes += len(data)
-        if self._pool is None and self._bytes <= _LARGE_BYTES:
-            self._hasher.update(data)
-            return
-        self._later(self._append, data)
+        if self._pool is None and self._bytes > _LARGE_BYTES:
+            self._pool = ThreadPoolExecutor(1, "casfs-digest")
+        self._do(partial(self._hasher.update, data))
 
     def add_zeros(self, length: int) -> None:
         """Append zeros."""
-        if self._pool is None:
-            self._append_zeros(length)
-        else:
-            self._later(self._append_zeros, length)
+        self._do(partial(update_zeros, self._hasher, length))
 
     def digest(self) -> Digest:
         """Return the digest of all that was appended."""
@@ -175,18 +158,18 @@ class _WholeDigest:
             self._waiting.popleft().result()
         return Digest(self._hasher.digest())
 
-    def _later(self, step: Callable[[T], None], what: T) -> None:
+    def close(self) -> None:
+        """Let no thread outlive this."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _do(self, step: Callable[[], object]) -> None:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "casfs-digest")
+            step()
+            return
         if len(self._waiting) >= _WAITING_CHUNKS:
             self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(step, what))
-
-    def _append(self, data: bytes) -> None:
-        self._hasher.update(data)
-
-    def _append_zeros(self, length: int) -> None:
-        update_zeros(self._hasher, length)
+        self._waiting.append(self._pool.submit(step))
 
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
