@@ -568,6 +568,14 @@ def test_an_index_that_another_builds_anew_meanwhile_costs_nothing_that_is_neede
     assert_sound(keeper)
 
 
+def one_of_two_forgotten(keeper: Keeper) -> tuple[dict[bytes, bytes], list[Path]]:
+    """Leave one snapshot of two, whose content has the noise "b", and return its content and all packs."""
+    first = publish(keeper, 1, "a")
+    publish(keeper, 2, "b")
+    forget(keeper, first)
+    return contents(keeper), pack_paths(keeper.root)
+
+
 REBUILD = """
 import sys
 from pathlib import Path
@@ -582,11 +590,7 @@ print("rebuilt", flush=True)
 def test_an_index_that_is_built_anew_while_needs_are_marked_costs_nothing_that_is_needed(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = publish(keeper, 1, "a")
-    publish(keeper, 2, "b")
-    forget(keeper, first)
-    before = contents(keeper)
-    packs = pack_paths(keeper.root)
+    before, packs = one_of_two_forgotten(keeper)
     uses = Pruner._uses
 
     def rebuild_first(self: Pruner) -> object:
@@ -644,11 +648,7 @@ def test_an_index_that_lists_less_than_it_knew_when_it_was_asked_costs_nothing(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where LMDB was given a damaged list of free pages and wrote over some that were in use."""
-    first = publish(keeper, 1, "a")
-    publish(keeper, 2, "b")
-    forget(keeper, first)
-    before = contents(keeper)
-    packs = pack_paths(keeper.root)
+    before, packs = one_of_two_forgotten(keeper)
     needed = digest_of(noise("b", 50 * KIB))
     blobs = Index.blobs
 
