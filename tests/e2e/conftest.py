@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from . import everything
-from .command import Casfs, program
+from tests.e2e import everything
+from tests.e2e.command import Casfs, program
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from .command import Casfs
-from .comparing import tree_differences
-from .everything import HOSTILE_NAMES
-from .mounting import tmpfs
+from tests.e2e.command import Casfs
+from tests.e2e.comparing import tree_differences
+from tests.e2e.everything import HOSTILE_NAMES
+from tests.e2e.mounting import tmpfs
 
 MIB = 1 << 20
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ..fault.scripted_source import ScriptedSource, content, scripted_source
-from .command import Casfs, Result
+from tests.e2e.command import Casfs, Result
+from tests.fault.scripted_source import ScriptedSource, content, scripted_source
 
 pytestmark = pytest.mark.fuse
 

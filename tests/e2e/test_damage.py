@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from .command import Casfs
-from .comparing import tree_differences
+from tests.e2e.command import Casfs
+from tests.e2e.comparing import tree_differences
 
 MIB = 1 << 20
 

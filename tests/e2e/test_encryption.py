@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from .command import Casfs, Result, program
-from .comparing import rsync_differences
-from .keys import (
+from tests.e2e.command import Casfs, Result, program
+from tests.e2e.comparing import rsync_differences
+from tests.e2e.keys import (
     PASSPHRASE,
     SSH_PASSPHRASE,
     Keys,
@@ -24,8 +24,8 @@ from .keys import (
     gpg_environment,
     made_keys,
 )
-from .mounting import mounted
-from .waiting import wait_until
+from tests.e2e.mounting import mounted
+from tests.e2e.waiting import wait_until
 
 NOBODY = 65534
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from .command import Casfs
-from .comparing import (
+from tests.e2e.command import Casfs
+from tests.e2e.comparing import (
     Look,
     differences,
     extents,
@@ -23,9 +23,9 @@ from .comparing import (
     stored_bytes,
     tree_differences,
 )
-from .conftest import Kept, forget
-from .everything import CROWD, bind
-from .mounting import mounted
+from tests.e2e.conftest import Kept, forget
+from tests.e2e.everything import CROWD, bind
+from tests.e2e.mounting import mounted
 
 GIB = 1 << 30
 

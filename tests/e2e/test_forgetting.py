@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from .command import Casfs, Result
-from .comparing import tree_differences
-from .mounting import mounted
+from tests.e2e.command import Casfs, Result
+from tests.e2e.comparing import tree_differences
+from tests.e2e.mounting import mounted
 
 MIB = 1 << 20
 

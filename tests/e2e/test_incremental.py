@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from .command import Casfs, program
-from .comparing import tree_differences
+from tests.e2e.command import Casfs, program
+from tests.e2e.comparing import tree_differences
 
 MIB = 1 << 20
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from .command import Casfs, program
+from tests.e2e.command import Casfs, program
 
 MIB = 1 << 20
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from .command import Casfs, program
-from .mounting import mount_namespace
+from tests.e2e.command import Casfs, program
+from tests.e2e.mounting import mount_namespace
 
 pytestmark = pytest.mark.fuse
 

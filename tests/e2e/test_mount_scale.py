@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.command import Casfs
+from tests.e2e.mounting import mounted
+from tests.e2e.test_mount import processes_naming
 from tests.synthetic import Shape, plant
-
-from .command import Casfs
-from .mounting import mounted
-from .test_mount import processes_naming
 
 pytestmark = [pytest.mark.fuse, pytest.mark.slow]
 

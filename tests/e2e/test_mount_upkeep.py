@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from .command import Casfs
-from .mounting import is_mounted, mounted
-from .waiting import wait_until
+from tests.e2e.command import Casfs
+from tests.e2e.mounting import is_mounted, mounted
+from tests.e2e.waiting import wait_until
 
 MIB = 1 << 20
 

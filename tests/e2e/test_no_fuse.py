@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from .command import Casfs
-from .mounting import is_mounted, unmount_by_force
+from tests.e2e.command import Casfs
+from tests.e2e.mounting import is_mounted, unmount_by_force
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .command import Casfs
-from .comparing import look_at, rsync_differences, tree_differences
+from tests.e2e.command import Casfs
+from tests.e2e.comparing import look_at, rsync_differences, tree_differences
 
 MIB = 1 << 20
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .command import Casfs, program
+from tests.e2e.command import Casfs, program
 
 
 def run_closed(casfs: Casfs, closing: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .command import Casfs, program
+from tests.e2e.command import Casfs, program
 
 
 class TestUsage:

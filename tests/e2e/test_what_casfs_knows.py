@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from .command import Casfs
-from .comparing import rsync_differences, tree_differences
-from .mounting import mounted
+from tests.e2e.command import Casfs
+from tests.e2e.comparing import rsync_differences, tree_differences
+from tests.e2e.mounting import mounted
 
 MIB = 1 << 20
 

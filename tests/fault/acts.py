@@ -48,9 +48,8 @@ from casfs.upkeep.forget import Candidate, forget
 from casfs.upkeep.prune import PruneOptions, Pruner
 from casfs.upkeep.repair import SnapshotRepairer, repair_index
 from casfs.upkeep.scrub import ReadChoice
-
-from .disks import SHUTDOWN
-from .looking import look_at_snapshots, look_through_the_mount
+from tests.fault.disks import SHUTDOWN
+from tests.fault.looking import look_at_snapshots, look_through_the_mount
 
 KIB = 1 << 10
 PACK_BYTES = 64 * KIB

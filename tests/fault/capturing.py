@@ -31,8 +31,7 @@ from mount.errands import Errands
 from mount.pieces import PieceCache
 from mount.view import SnapshotView, Sources
 from mount.waiting import Waiting
-
-from ..encrypting import RECIPIENT, unlock
+from tests.encrypting import RECIPIENT, unlock
 
 
 @dataclass(frozen=True, slots=True)

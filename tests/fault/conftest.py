@@ -10,10 +10,9 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from casfs.intake import capture
-
-from .capturing import Keeper, keeper
-from .scripted_source import ScriptedSource, scripted_source
-from .stage import Scene, Stage, make_scene
+from tests.fault.capturing import Keeper, keeper
+from tests.fault.scripted_source import ScriptedSource, scripted_source
+from tests.fault.stage import Scene, Stage, make_scene
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,8 @@ from casfs.store.pack import RECORD, TRAILER
 from casfs.store.store import pack_name
 from casfs.tree import Kind, Node
 from casfs.treereader import join
-
-from .looking import Files
-from .stage import KIB, Scene, Stage, make_scene
+from tests.fault.looking import Files
+from tests.fault.stage import KIB, Scene, Stage, make_scene
 
 SWAPPED = "swapped with another"
 APPENDED = "with bytes appended"

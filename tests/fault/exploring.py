@@ -28,13 +28,12 @@ from typing import Any
 from casfs.digest import digest_of
 from casfs.repository import read_config
 from casfs.store.lock import LockMode, RepositoryLock
-
-from ..encrypting import PUBLIC, SECRET
-from ..unit.storing import noise
-from .hurting import HURTS, INDEX_HURTS, MOST, Past
-from .looking import FLAGGED, LOST, Files, look_at_source
-from .stage import KIB, Outcome, Scene, Stage, make_scene
-from .ways import COMMANDS, NAMES, SHARES, SIZES, SPARSE, STEPS, Move
+from tests.encrypting import PUBLIC, SECRET
+from tests.fault.hurting import HURTS, INDEX_HURTS, MOST, Past
+from tests.fault.looking import FLAGGED, LOST, Files, look_at_source
+from tests.fault.stage import KIB, Outcome, Scene, Stage, make_scene
+from tests.fault.ways import COMMANDS, NAMES, SHARES, SIZES, SPARSE, STEPS, Move
+from tests.unit.storing import noise
 
 NO_SESSION = re.compile("^session [0-9a-f]+ is missing")
 

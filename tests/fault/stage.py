@@ -19,9 +19,8 @@ from typing import Any
 
 import casfs
 from casfs.repository import Repository
-
-from ..unit.storing import noise
-from .looking import Files, look_at_source
+from tests.fault.looking import Files, look_at_source
+from tests.unit.storing import noise
 
 PROJECT = Path(casfs.__file__).parent.parent
 KIB = 1 << 10

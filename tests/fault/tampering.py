@@ -15,11 +15,10 @@ from typing import Any
 from casfs.digest import digest_of
 from casfs.repository import read_config
 from casfs.store.pack import RECORD, SESSION_HEADER, TRAILER
-
-from ..encrypting import PUBLIC, SECRET
-from ..unit.storing import noise
-from .looking import Files, look_at_source
-from .stage import KIB, Stage
+from tests.encrypting import PUBLIC, SECRET
+from tests.fault.looking import Files, look_at_source
+from tests.fault.stage import KIB, Stage
+from tests.unit.storing import noise
 
 PASSPHRASE = "correct horse"
 

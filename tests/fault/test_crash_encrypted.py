@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from ..encrypting import OTHER_PUBLIC, OTHER_SECRET
-from .looking import look_at_source
-from .stage import Outcome, Stage, come_back, kept_as_it_is
-from .tampering import PASSPHRASE, Hostile, make_hostile
+from tests.encrypting import OTHER_PUBLIC, OTHER_SECRET
+from tests.fault.looking import look_at_source
+from tests.fault.stage import Outcome, Stage, come_back, kept_as_it_is
+from tests.fault.tampering import PASSPHRASE, Hostile, make_hostile
 
 pytestmark = pytest.mark.slow
 

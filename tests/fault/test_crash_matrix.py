@@ -16,10 +16,9 @@ import pytest
 from casfs.repository import Repository
 from casfs.store.lock import RepositoryLock
 from casfs.target import TEMPORARY_PREFIX
-
-from ..unit.storing import flip, pack_paths
-from .looking import FLAGGED, LOST, Files, look_at_source
-from .stage import KIB, Outcome, Scene, come_back, kept_as_it_is
+from tests.fault.looking import FLAGGED, LOST, Files, look_at_source
+from tests.fault.stage import KIB, Outcome, Scene, come_back, kept_as_it_is
+from tests.unit.storing import flip, pack_paths
 
 NO_SYNC: dict[str, Any] = {"sync": False}
 LAST = ("folder snapshots", "done snapshots")

@@ -18,9 +18,8 @@ from typing import Any
 import pytest
 
 from casfs.store.lock import LockMode, RepositoryLock
-
-from ..e2e.command import WITHOUT_READING_EVERYTHING, Casfs
-from .damaging import (
+from tests.e2e.command import WITHOUT_READING_EVERYTHING, Casfs
+from tests.fault.damaging import (
     APPENDED,
     CLOSED,
     INSIDE,
@@ -32,8 +31,8 @@ from .damaging import (
     damage,
     moved,
 )
-from .looking import FLAGGED, LOST, Files, look_at_source
-from .stage import Outcome, Scene, Stage
+from tests.fault.looking import FLAGGED, LOST, Files, look_at_source
+from tests.fault.stage import Outcome, Scene, Stage
 
 pytestmark = pytest.mark.slow
 

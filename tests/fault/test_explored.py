@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from .effort import EFFORT, dice
-from .exploring import Explorer, Kind
-from .stage import Stage
-from .ways import Move, make_way
+from tests.fault.effort import EFFORT, dice
+from tests.fault.exploring import Explorer, Kind
+from tests.fault.stage import Stage
+from tests.fault.ways import Move, make_way
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 * EFFORT)]
 

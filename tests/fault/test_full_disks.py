@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from .disks import MIB, fresh_disk, require_disks
-from .looking import look_at_source
-from .stage import KIB, Scene, Stage, make_scene
+from tests.fault.disks import MIB, fresh_disk, require_disks
+from tests.fault.looking import look_at_source
+from tests.fault.stage import KIB, Scene, Stage, make_scene
 
 pytestmark = pytest.mark.slow
 

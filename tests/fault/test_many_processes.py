@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from .effort import EFFORT, dice
-from .looking import Files, look_at_source
-from .stage import KIB, Scene, Stage, make_scene
+from tests.fault.effort import EFFORT, dice
+from tests.fault.looking import Files, look_at_source
+from tests.fault.stage import KIB, Scene, Stage, make_scene
 
 ROUNDS = 12 * EFFORT
 HOSTS = ("one", "two", "three")

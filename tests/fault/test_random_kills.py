@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from ..e2e.command import Casfs, finish
-from .effort import EFFORT, dice
-from .looking import Files, look_at_source
-from .stage import KIB, Scene, Stage, make_scene
+from tests.e2e.command import Casfs, finish
+from tests.fault.effort import EFFORT, dice
+from tests.fault.looking import Files, look_at_source
+from tests.fault.stage import KIB, Scene, Stage, make_scene
 
 ROUNDS = 25 * EFFORT
 

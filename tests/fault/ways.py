@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from .hurting import HURTS, MOST
-from .stage import KIB
+from tests.fault.hurting import HURTS, MOST
+from tests.fault.stage import KIB
 
 Move = tuple[str, int, int, int]
 

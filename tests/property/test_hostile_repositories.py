@@ -29,11 +29,10 @@ from casfs.snapshot import decode_snapshot
 from casfs.store.blob import BlobKind
 from casfs.store.pack import TRAILER, parse_trailer
 from casfs.store.store import pack_name
-
-from ..fault.damaging import SoundRepository
-from ..fault.effort import EFFORT
-from ..fault.looking import LOST
-from ..fault.stage import Scene, Stage
+from tests.fault.damaging import SoundRepository
+from tests.fault.effort import EFFORT
+from tests.fault.looking import LOST
+from tests.fault.stage import Scene, Stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 * EFFORT)]
 

@@ -29,8 +29,7 @@ from hypothesis.stateful import (
 )
 
 from casfs.cli.app import casfs
-
-from ..e2e.comparing import Look, differences, look_at
+from tests.e2e.comparing import Look, differences, look_at
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .planting import Keeper
+from tests.unit.planting import Keeper
 
 
 @pytest.fixture

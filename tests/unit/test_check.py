@@ -22,9 +22,8 @@ from casfs.upkeep import check as check_module
 from casfs.upkeep import scrub as scrub_module
 from casfs.upkeep.check import Checker, CheckResult
 from casfs.upkeep.scrub import Damage, ReadChoice
-
-from .planting import Keeper, Plan, entry, file, flagged, reference
-from .storing import add_pack, flip, make_pack, noise, pack_paths
+from tests.unit.planting import Keeper, Plan, entry, file, flagged, reference
+from tests.unit.storing import add_pack, flip, make_pack, noise, pack_paths
 
 CHUNKS = [noise(f"chunk {number}", 3000) for number in range(4)]
 

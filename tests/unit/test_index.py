@@ -16,8 +16,7 @@ from casfs.store import index as index_module
 from casfs.store.index import Index
 from casfs.store.location import IndexedPack, Location
 from casfs.store.pack import PackEntry
-
-from .storing import child, hear, tell
+from tests.unit.storing import child, hear, tell
 
 SMALL_MAP = 1 << 17
 

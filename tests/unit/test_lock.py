@@ -12,8 +12,7 @@ import pytest
 
 from casfs.errors import LockedError, StorageError
 from casfs.store.lock import LockMode, RepositoryLock, live_locks, remove_stale_temporaries
-
-from .storing import child, hear
+from tests.unit.storing import child, hear
 
 SHARED, TENDING, EXCLUSIVE = LockMode.SHARED, LockMode.TENDING, LockMode.EXCLUSIVE
 

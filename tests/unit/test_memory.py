@@ -18,9 +18,8 @@ from casfs.store.index import Index
 from casfs.store.pack import PackEntry
 from casfs.tree import Kind, Node, State
 from tests.encrypting import DOMAIN
-
-from .planting import entry
-from .storing import noise
+from tests.unit.planting import entry
+from tests.unit.storing import noise
 
 DAY_S = 86_400
 CHUNKS = [keyed_digest(noise(f"chunk {n}", 10), DOMAIN.digest_key) for n in range(3)]

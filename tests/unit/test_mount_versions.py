@@ -11,9 +11,8 @@ import mount.versions
 from casfs.tree import Kind
 from mount.inode import LISTINGS_END, VERSIONS, StaleError
 from mount.waiting import NotAtHand
-
-from .planting import Keeper, reference
-from .test_mount_catalogue import NOON_NS, SECOND_NS, Catalogue
+from tests.unit.planting import Keeper, reference
+from tests.unit.test_mount_catalogue import NOON_NS, SECOND_NS, Catalogue
 
 
 @pytest.fixture

@@ -17,9 +17,8 @@ from casfs.repository import Repository
 from casfs.store.store import BlobStore
 from casfs.tree import Kind, Node
 from casfs.treereader import TreeReader
-
-from .planting import Keeper
-from .storing import flip, noise
+from tests.unit.planting import Keeper
+from tests.unit.storing import flip, noise
 
 FILES = 40
 

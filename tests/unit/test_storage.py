@@ -15,8 +15,7 @@ import pytest
 
 from casfs.errors import NotFoundError, StorageError
 from casfs.store.storage import LocalStorage
-
-from .storing import noise
+from tests.unit.storing import noise
 
 Step = tuple[str, str]
 

@@ -12,9 +12,8 @@ from casfs.repository import Repository, read_config
 from casfs.store.storage import LocalStorage
 from casfs.upkeep.storage import FOLDERS, StorageCheck, check_storage
 from tests.encrypting import RECIPIENT, EncryptedKeeper
-
-from .planting import Keeper
-from .storing import flip, noise
+from tests.unit.planting import Keeper
+from tests.unit.storing import flip, noise
 
 pytestmark = pytest.mark.usefixtures("own_home")
 

@@ -16,8 +16,7 @@ from casfs.store import store as store_module
 from casfs.store.location import Location
 from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
 from casfs.store.store import BlobStore, pack_name
-
-from .storing import (
+from tests.unit.storing import (
     add_pack,
     child,
     flip,

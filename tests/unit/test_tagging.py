@@ -9,8 +9,7 @@ import pytest
 from casfs.digest import SnapshotId
 from casfs.repository import Repository
 from casfs.tagging import retag
-
-from .planting import Keeper
+from tests.unit.planting import Keeper
 
 
 class Crash(BaseException):
