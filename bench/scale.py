@@ -1,6 +1,6 @@
 """How a mount stands a repository that no machine here could back up: `python -m bench scale`.
 
-The repository is written straight into the store by `tests.synthetic`: 1,000 snapshots, and one of them
+The repository is written straight into the store by `tests.support.synthetic_repository`: 1,000 snapshots, and one of them
 with two million files and a directory of 100,000. Every mount and every first look is cold.
 """
 
@@ -56,7 +56,13 @@ class Scale:
 
     def figures(self) -> Iterator[Figure]:
         """Make the repository, measure, and yield each figure as soon as there is one."""
-        command = [sys.executable, "-m", "tests.synthetic", str(self._repository), *self._shape]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.support.synthetic_repository",
+            str(self._repository),
+            *self._shape,
+        ]
         made = subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.PIPE)
         entries = int(made.stdout)
         at = self._mountpoint

@@ -23,7 +23,7 @@ from casfs.keys.recipients import parse_recipient
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from tests.data.make_repository_v1 import describe, fill
-from tests.encrypting import identities
+from tests.support.encryption import identities
 
 PASSPHRASE = "wie man in den Wald ruft"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import everything
-from tests.e2e.command import Casfs, program
+from tests.support import full_tree as everything
+from tests.support.cli import Casfs, program
 
 
 @dataclass(frozen=True, slots=True)

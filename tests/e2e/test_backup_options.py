@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.comparing import tree_differences
-from tests.e2e.everything import HOSTILE_NAMES
-from tests.e2e.mounting import tmpfs
+from tests.support.cli import Casfs
+from tests.support.comparing import tree_differences
+from tests.support.full_tree import HOSTILE_NAMES
+from tests.support.mounts import tmpfs
 
 MIB = 1 << 20
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import WITHOUT_READING_EVERYTHING, Casfs
-from tests.e2e.mounting import is_mounted, mounted, tmpfs
+from tests.support.cli import WITHOUT_READING_EVERYTHING, Casfs
+from tests.support.mounts import is_mounted, mounted, tmpfs
 
 MIB = 1 << 20
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.command import Casfs, Result
-from tests.fault.scripted_source import ScriptedSource, content, scripted_source
+from tests.support.cli import Casfs, Result
+from tests.support.scripted_source import ScriptedSource, content, scripted_source
 
 pytestmark = pytest.mark.fuse
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.fault.disks import MIB, endless_writer, fresh_disk, generations
+from tests.support.cli import Casfs
+from tests.support.loop_devices import MIB, endless_writer, fresh_disk, generations
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("disks")]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from tests.e2e.command import Casfs
 from tests.e2e.test_incremental import settle
-from tests.fault.disks import MIB, fresh_disk
+from tests.support.cli import Casfs
+from tests.support.loop_devices import MIB, fresh_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("disks")]
 

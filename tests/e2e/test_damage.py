@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.comparing import tree_differences
+from tests.support.cli import Casfs
+from tests.support.comparing import tree_differences
 
 MIB = 1 << 20
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.command import Casfs, Result, program
-from tests.e2e.comparing import rsync_differences
-from tests.e2e.keys import (
+from tests.support.cli import Casfs, Result, program
+from tests.support.comparing import rsync_differences
+from tests.support.key_tools import (
     PASSPHRASE,
     SSH_PASSPHRASE,
     Keys,
@@ -24,8 +24,8 @@ from tests.e2e.keys import (
     gpg_environment,
     made_keys,
 )
-from tests.e2e.mounting import mounted
-from tests.e2e.waiting import wait_until
+from tests.support.mounts import mounted
+from tests.support.waiting import wait_until
 
 NOBODY = 65534
 

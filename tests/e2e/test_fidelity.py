@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.comparing import (
+from tests.e2e.conftest import Kept, forget
+from tests.support.cli import Casfs
+from tests.support.comparing import (
     Look,
     differences,
     extents,
@@ -23,9 +24,8 @@ from tests.e2e.comparing import (
     stored_bytes,
     tree_differences,
 )
-from tests.e2e.conftest import Kept, forget
-from tests.e2e.everything import CROWD, bind
-from tests.e2e.mounting import mounted
+from tests.support.full_tree import CROWD, bind
+from tests.support.mounts import mounted
 
 GIB = 1 << 30
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.command import Casfs, Result
-from tests.e2e.comparing import tree_differences
-from tests.e2e.mounting import mounted
+from tests.support.cli import Casfs, Result
+from tests.support.comparing import tree_differences
+from tests.support.mounts import mounted
 
 MIB = 1 << 20
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.comparing import tree_differences
-from tests.e2e.mounting import small_disk
+from tests.support.cli import Casfs
+from tests.support.comparing import tree_differences
+from tests.support.mounts import small_disk
 
 MIB = 1 << 20
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.command import WITHOUT_READING_EVERYTHING, Casfs, Result
-from tests.e2e.comparing import tree_differences
-from tests.e2e.everything import HOSTILE_NAMES
+from tests.support.cli import WITHOUT_READING_EVERYTHING, Casfs, Result
+from tests.support.comparing import tree_differences
+from tests.support.full_tree import HOSTILE_NAMES
 
 # What a terminal obeys: C0 but for the newlines between lines, DEL, and C1 as UTF-8.
 FORGERY = re.compile(rb"[\x00-\x09\x0b-\x1f\x7f]|\xc2[\x80-\x9f]")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs, program
-from tests.e2e.comparing import tree_differences
+from tests.support.cli import Casfs, program
+from tests.support.comparing import tree_differences
 
 MIB = 1 << 20
 

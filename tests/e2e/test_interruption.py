@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs, finish, interrupt
-from tests.e2e.comparing import tree_differences
 from tests.e2e.conftest import forget
-from tests.e2e.mounting import is_mounted, unmount_by_force
-from tests.e2e.waiting import wait_until
+from tests.support.cli import Casfs, finish, interrupt
+from tests.support.comparing import tree_differences
+from tests.support.mounts import is_mounted, unmount_by_force
+from tests.support.waiting import wait_until
 
 MIB = 1 << 20
 SIZE = 384 * MIB

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.comparing import rsync_differences
 from tests.e2e.conftest import forget
-from tests.e2e.mounting import mounted
+from tests.support.cli import Casfs
+from tests.support.comparing import rsync_differences
+from tests.support.mounts import mounted
 
 pytestmark = pytest.mark.xdist_group("large real tree")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.command import Casfs, program
+from tests.support.cli import Casfs, program
 
 MIB = 1 << 20
 

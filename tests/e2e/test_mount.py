@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.comparing import rsync_differences, tree_differences
 from tests.e2e.conftest import forget
-from tests.e2e.mounting import is_mounted, mounted, unmount_by_force
-from tests.e2e.waiting import wait_until
+from tests.support.cli import Casfs
+from tests.support.comparing import rsync_differences, tree_differences
+from tests.support.mounts import is_mounted, mounted, unmount_by_force
+from tests.support.waiting import wait_until
 
 MIB = 1 << 20
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.mounting import is_mounted, unmount_by_force
 from tests.e2e.test_mount import processes_naming
-from tests.e2e.waiting import wait_until
+from tests.support.cli import Casfs
+from tests.support.mounts import is_mounted, unmount_by_force
+from tests.support.waiting import wait_until
 
 MIB = 1 << 20
 

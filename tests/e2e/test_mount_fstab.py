@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs, program
-from tests.e2e.mounting import mount_namespace
+from tests.support.cli import Casfs, program
+from tests.support.mounts import mount_namespace
 
 pytestmark = pytest.mark.fuse
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from tests.e2e.command import Casfs, finish, interrupt
-from tests.e2e.comparing import rsync_differences
 from tests.e2e.conftest import forget
-from tests.e2e.mounting import is_mounted, mount_namespace, mounted, tmpfs, unmount_by_force
 from tests.e2e.test_mount import processes_naming
-from tests.e2e.waiting import wait_until
-from tests.unit.planting import Keeper, Plan, file, flagged
+from tests.support.builders import Keeper, Plan, file, flagged
+from tests.support.cli import Casfs, finish, interrupt
+from tests.support.comparing import rsync_differences
+from tests.support.mounts import is_mounted, mount_namespace, mounted, tmpfs, unmount_by_force
+from tests.support.waiting import wait_until
 
 MIB = 1 << 20
 NOBODY = 65534

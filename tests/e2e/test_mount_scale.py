@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.mounting import mounted
 from tests.e2e.test_mount import processes_naming
-from tests.synthetic import Shape, plant
+from tests.support.cli import Casfs
+from tests.support.mounts import mounted
+from tests.support.synthetic_repository import Shape, plant
 
 pytestmark = [pytest.mark.fuse, pytest.mark.slow]
 

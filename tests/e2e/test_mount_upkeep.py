@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.mounting import is_mounted, mounted
-from tests.e2e.waiting import wait_until
+from tests.support.cli import Casfs
+from tests.support.mounts import is_mounted, mounted
+from tests.support.waiting import wait_until
 
 MIB = 1 << 20
 

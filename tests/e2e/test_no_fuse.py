@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.mounting import is_mounted, unmount_by_force
+from tests.support.cli import Casfs
+from tests.support.mounts import is_mounted, unmount_by_force
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ import zstandard
 from blake3 import blake3
 
 from casfs.digest import digest_of
-from tests.e2e.command import Casfs, finish, program
-from tests.e2e.keys import made_keys
-from tests.e2e.waiting import wait_until
+from tests.support.cli import Casfs, finish, program
+from tests.support.key_tools import made_keys
+from tests.support.waiting import wait_until
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MTIME_NS = 1_234_567_890_123_456_789

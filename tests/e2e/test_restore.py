@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.comparing import look_at, rsync_differences, tree_differences
+from tests.support.cli import Casfs
+from tests.support.comparing import look_at, rsync_differences, tree_differences
 
 MIB = 1 << 20
 

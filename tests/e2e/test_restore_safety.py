@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.e2e.comparing import Look, look_at
+from tests.support.cli import Casfs
+from tests.support.comparing import Look, look_at
 
 
 @pytest.fixture

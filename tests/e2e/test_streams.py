@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs, program
+from tests.support.cli import Casfs, program
 
 
 def run_closed(casfs: Casfs, closing: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:

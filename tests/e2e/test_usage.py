@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs, program
+from tests.support.cli import Casfs, program
 
 
 class TestUsage:

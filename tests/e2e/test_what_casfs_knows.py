@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from tests.e2e.command import Casfs
-from tests.e2e.comparing import rsync_differences, tree_differences
-from tests.e2e.mounting import mounted
+from tests.support.cli import Casfs
+from tests.support.comparing import rsync_differences, tree_differences
+from tests.support.mounts import mounted
 
 MIB = 1 << 20
 

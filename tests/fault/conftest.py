@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from casfs.intake import capture
-from tests.fault.capturing import Keeper, keeper
-from tests.fault.scripted_source import ScriptedSource, scripted_source
-from tests.fault.stage import Scene, Stage, make_scene
+from tests.support.capturing import Keeper, keeper
+from tests.support.process_runner import Scene, Stage, make_scene
+from tests.support.scripted_source import ScriptedSource, scripted_source
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from blake3 import blake3
 from casfs.digest import Digest
 from casfs.monitor import ProblemKind
 from casfs.tree import Reason, State, capture_of, captured_digest
-from tests.fault.capturing import Keeper
-from tests.fault.scripted_source import ScriptedSource, content
+from tests.support.capturing import Keeper
+from tests.support.scripted_source import ScriptedSource, content
 
 pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("no_pauses")]
 

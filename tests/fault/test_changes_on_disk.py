@@ -17,9 +17,9 @@ import pytest
 
 from casfs.intake import capture
 from casfs.tree import Node, Reason, State, capture_of, captured_digest
-from tests.fault.capturing import Keeper, Kept
-from tests.fault.interposing import Reads
-from tests.fault.scripted_source import content
+from tests.support.capturing import Keeper, Kept
+from tests.support.read_hooks import Reads
+from tests.support.scripted_source import content
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 

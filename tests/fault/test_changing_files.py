@@ -16,8 +16,8 @@ from blake3 import blake3
 
 from casfs.monitor import ProblemKind
 from casfs.tree import Kind, Node, Reason, State, capture_of, captured_digest
-from tests.fault.capturing import Keeper, Kept
-from tests.fault.scripted_source import STEP, ScriptedSource, content
+from tests.support.capturing import Keeper, Kept
+from tests.support.scripted_source import STEP, ScriptedSource, content
 
 pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("no_pauses")]
 

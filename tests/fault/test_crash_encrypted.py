@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from tests.encrypting import OTHER_PUBLIC, OTHER_SECRET
-from tests.fault.looking import look_at_source
-from tests.fault.stage import Outcome, Stage, come_back, kept_as_it_is
-from tests.fault.tampering import PASSPHRASE, Hostile, make_hostile
+from tests.support.encryption import OTHER_PUBLIC, OTHER_SECRET
+from tests.support.observation import look_at_source
+from tests.support.process_runner import Outcome, Stage, come_back, kept_as_it_is
+from tests.support.tampering import PASSPHRASE, Hostile, make_hostile
 
 pytestmark = pytest.mark.slow
 

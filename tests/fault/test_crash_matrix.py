@@ -16,9 +16,9 @@ import pytest
 from casfs.repository import Repository
 from casfs.store.lock import RepositoryLock
 from casfs.target import TEMPORARY_PREFIX
-from tests.fault.looking import FLAGGED, LOST, Files, look_at_source
-from tests.fault.stage import KIB, Outcome, Scene, come_back, kept_as_it_is
-from tests.unit.storing import flip, pack_paths
+from tests.support.observation import FLAGGED, LOST, Files, look_at_source
+from tests.support.process_runner import KIB, Outcome, Scene, come_back, kept_as_it_is
+from tests.support.stores import flip, pack_paths
 
 NO_SYNC: dict[str, Any] = {"sync": False}
 LAST = ("folder snapshots", "done snapshots")

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from casfs.store.lock import LockMode, RepositoryLock
-from tests.e2e.command import WITHOUT_READING_EVERYTHING, Casfs
-from tests.fault.damaging import (
+from tests.support.cli import WITHOUT_READING_EVERYTHING, Casfs
+from tests.support.damage import (
     APPENDED,
     CLOSED,
     INSIDE,
@@ -31,8 +31,8 @@ from tests.fault.damaging import (
     damage,
     moved,
 )
-from tests.fault.looking import FLAGGED, LOST, Files, look_at_source
-from tests.fault.stage import Outcome, Scene, Stage
+from tests.support.observation import FLAGGED, LOST, Files, look_at_source
+from tests.support.process_runner import Outcome, Scene, Stage
 
 pytestmark = pytest.mark.slow
 

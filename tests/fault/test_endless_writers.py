@@ -14,9 +14,9 @@ from casfs.intake.reading import FileReader
 from casfs.intake.source import open_directory
 from casfs.store.blob import BlobKind
 from casfs.tree import State, capture_of, captured_digest
-from tests.fault.capturing import Keeper
-from tests.fault.disks import MIB, endless_writer, generations
-from tests.fault.interposing import Reads
+from tests.support.capturing import Keeper
+from tests.support.loop_devices import MIB, endless_writer, generations
+from tests.support.read_hooks import Reads
 
 pytestmark = [pytest.mark.slow]
 

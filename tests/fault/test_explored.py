@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.fault.effort import EFFORT, dice
-from tests.fault.exploring import Explorer, Kind
-from tests.fault.stage import Stage
-from tests.fault.ways import Move, make_way
+from tests.support.effort import EFFORT, dice
+from tests.support.explorer import Explorer, Kind
+from tests.support.process_runner import Stage
+from tests.support.random_moves import Move, make_way
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 * EFFORT)]
 

@@ -12,9 +12,9 @@ import pytest
 from casfs.intake.freeze import Freeze
 from casfs.monitor import ProblemKind
 from casfs.tree import Reason, State, capture_of
-from tests.fault.capturing import Keeper
-from tests.fault.disks import MIB, endless_writer, fresh_disk, generations
-from tests.fault.interposing import Reads
+from tests.support.capturing import Keeper
+from tests.support.loop_devices import MIB, endless_writer, fresh_disk, generations
+from tests.support.read_hooks import Reads
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("disks")]
 

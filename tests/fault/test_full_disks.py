@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.disks import MIB, fresh_disk, require_disks
-from tests.fault.looking import look_at_source
-from tests.fault.stage import KIB, Scene, Stage, make_scene
+from tests.support.loop_devices import MIB, fresh_disk, require_disks
+from tests.support.observation import look_at_source
+from tests.support.process_runner import KIB, Scene, Stage, make_scene
 
 pytestmark = pytest.mark.slow
 

@@ -15,10 +15,18 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.command import Casfs
-from tests.fault.effort import EFFORT
-from tests.fault.looking import look_at_source
-from tests.fault.stage import KIB, Outcome, Scene, Stage, come_back, kept_as_it_is, make_scene
+from tests.support.cli import Casfs
+from tests.support.effort import EFFORT
+from tests.support.observation import look_at_source
+from tests.support.process_runner import (
+    KIB,
+    Outcome,
+    Scene,
+    Stage,
+    come_back,
+    kept_as_it_is,
+    make_scene,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 * EFFORT)]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from tests.fault.effort import EFFORT, dice
-from tests.fault.looking import Files, look_at_source
-from tests.fault.stage import KIB, Scene, Stage, make_scene
+from tests.support.effort import EFFORT, dice
+from tests.support.observation import Files, look_at_source
+from tests.support.process_runner import KIB, Scene, Stage, make_scene
 
 ROUNDS = 12 * EFFORT
 HOSTS = ("one", "two", "three")

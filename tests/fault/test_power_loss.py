@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.fault.disks import LosableDisk, losable_disk
-from tests.fault.effort import EFFORT
-from tests.fault.looking import LOST, Files, look_at_source
-from tests.fault.stage import KIB, Outcome, Scene, Stage, make_scene
+from tests.support.effort import EFFORT
+from tests.support.loop_devices import LosableDisk, losable_disk
+from tests.support.observation import LOST, Files, look_at_source
+from tests.support.process_runner import KIB, Outcome, Scene, Stage, make_scene
 
 pytestmark = [
     pytest.mark.slow,

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Casfs, finish
-from tests.fault.effort import EFFORT, dice
-from tests.fault.looking import Files, look_at_source
-from tests.fault.stage import KIB, Scene, Stage, make_scene
+from tests.support.cli import Casfs, finish
+from tests.support.effort import EFFORT, dice
+from tests.support.observation import Files, look_at_source
+from tests.support.process_runner import KIB, Scene, Stage, make_scene
 
 ROUNDS = 25 * EFFORT
 

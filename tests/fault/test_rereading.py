@@ -10,8 +10,8 @@ from blake3 import blake3
 from casfs.cli.backing import exit_code
 from casfs.monitor import ProblemKind
 from casfs.tree import State, captured_digest
-from tests.fault.capturing import Keeper, Kept
-from tests.fault.scripted_source import ScriptedSource, content
+from tests.support.capturing import Keeper, Kept
+from tests.support.scripted_source import ScriptedSource, content
 
 pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("no_pauses")]
 

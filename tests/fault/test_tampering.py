@@ -22,10 +22,10 @@ from casfs.repository import read_config
 from casfs.store.condemned import Condemnation, publish_condemnation
 from casfs.store.config import encode_config
 from casfs.store.storage import LocalStorage
-from tests.encrypting import OTHER, OTHER_PUBLIC
-from tests.fault.looking import LOST, Files
-from tests.fault.stage import Stage, come_back, kept_as_it_is
-from tests.fault.tampering import (
+from tests.support.encryption import OTHER, OTHER_PUBLIC
+from tests.support.observation import LOST, Files
+from tests.support.process_runner import Stage, come_back, kept_as_it_is
+from tests.support.tampering import (
     CHANGES,
     PASSPHRASE,
     RENAMED,

@@ -28,7 +28,7 @@ from casfs.store.index import Index
 from casfs.store.pack import PackEntry, encode_end, encode_record_header, encode_session_header
 from casfs.store.session import Domain, Purpose, Session, derive
 from casfs.tree import Kind, Node, TreeRef
-from tests.encrypting import DOMAIN, PUBLIC, REPOSITORY, SECRET, SESSION, OneSession
+from tests.support.encryption import DOMAIN, PUBLIC, REPOSITORY, SECRET, SESSION, OneSession
 
 SALT = bytes(range(96, 128))
 SECOND = Domain(REPOSITORY, bytes(range(128, 160)))

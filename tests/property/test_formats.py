@@ -56,7 +56,7 @@ from casfs.tree import (
     summary_of,
 )
 from casfs.treereader import TreeReader
-from tests.unit.storing import Memory, make_pack
+from tests.support.stores import Memory, make_pack
 
 CODEC = BlobCodec(3)
 PACK = PackId(bytes(32))

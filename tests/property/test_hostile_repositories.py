@@ -29,10 +29,10 @@ from casfs.snapshot import decode_snapshot
 from casfs.store.blob import BlobKind
 from casfs.store.pack import TRAILER, parse_trailer
 from casfs.store.store import pack_name
-from tests.fault.damaging import SoundRepository
-from tests.fault.effort import EFFORT
-from tests.fault.looking import LOST
-from tests.fault.stage import Scene, Stage
+from tests.support.damage import SoundRepository
+from tests.support.effort import EFFORT
+from tests.support.observation import LOST
+from tests.support.process_runner import Scene, Stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 * EFFORT)]
 

@@ -25,10 +25,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.fault.effort import EFFORT
-from tests.fault.looking import FLAGGED, LOST, Files, look_at_source
-from tests.fault.stage import KIB, Outcome, Scene, Stage, make_scene
-from tests.unit.storing import flip, pack_paths
+from tests.support.effort import EFFORT
+from tests.support.observation import FLAGGED, LOST, Files, look_at_source
+from tests.support.process_runner import KIB, Outcome, Scene, Stage, make_scene
+from tests.support.stores import flip, pack_paths
 
 NAMES = st.sampled_from(["a", "b", "c", "folder/d", "folder/e", "folder/below/f"])
 LABELS = st.integers(0, 9)

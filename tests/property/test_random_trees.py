@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 )
 
 from casfs.cli.app import casfs
-from tests.e2e.comparing import Look, differences, look_at
+from tests.support.comparing import Look, differences, look_at
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.planting import Keeper
+from tests.support.builders import Keeper
 
 
 @pytest.fixture

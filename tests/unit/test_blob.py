@@ -11,7 +11,7 @@ import zstandard
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
 from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec, Codec, Encoded
-from tests.unit.storing import noise
+from tests.support.stores import noise
 
 TEXT = b"The same words again and again. " * 400
 

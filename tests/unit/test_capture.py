@@ -24,7 +24,7 @@ from casfs.intake.source import open_directory
 from casfs.store.blob import BlobKind
 from casfs.store.config import new_config
 from casfs.tree import Node, State, capture_of, captured_digest
-from tests.unit.storing import noise
+from tests.support.stores import noise
 
 YEAR_2020_NS = 1_577_836_800_000_000_007
 

@@ -22,8 +22,8 @@ from casfs.upkeep import check as check_module
 from casfs.upkeep import scrub as scrub_module
 from casfs.upkeep.check import Checker, CheckResult
 from casfs.upkeep.scrub import Damage, ReadChoice
-from tests.unit.planting import Keeper, Plan, entry, file, flagged, reference
-from tests.unit.storing import add_pack, flip, make_pack, noise, pack_paths
+from tests.support.builders import Keeper, Plan, entry, file, flagged, reference
+from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
 
 CHUNKS = [noise(f"chunk {number}", 3000) for number in range(4)]
 

@@ -9,7 +9,7 @@ import pytest
 
 from casfs.chunker import Chunker
 from casfs.store.config import ChunkerConfig
-from tests.unit.storing import noise
+from tests.support.stores import noise
 
 SMALL = ChunkerConfig(min_bytes=1024, avg_bytes=4096, max_bytes=16384)
 

@@ -22,7 +22,7 @@ from casfs.store.cipher import (
 from casfs.store.pack import encode_header, encode_record_header, encode_session_header
 from casfs.store.session import Domain, Session, SessionId
 from casfs.store.storage import LocalStorage
-from tests.encrypting import DOMAIN, REPOSITORY, SESSION, OneSession
+from tests.support.encryption import DOMAIN, REPOSITORY, SESSION, OneSession
 
 SALT = b"\x0b" * 32
 AT = 96

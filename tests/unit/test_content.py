@@ -23,7 +23,7 @@ from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError, TreeError
 from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
 from casfs.tree import MAX_FILE_BYTES
-from tests.unit.storing import Memory
+from tests.support.stores import Memory
 
 MANY = 100_000
 Records = Sequence[tuple[int, bytes]]

@@ -18,7 +18,7 @@ from casfs.errors import BlobError
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.tree import MAX_DEPTH, Extra, Kind, Node, replace
 from casfs.treereader import TreeReader
-from tests.unit.planting import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
+from tests.support.builders import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
 
 Told = list[tuple[str, str, tuple[str, ...]]]
 

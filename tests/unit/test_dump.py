@@ -22,7 +22,7 @@ from casfs.errors import CasfsError, UsageError
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.tar import DamagedContentError, TarStats, TarWriter, file_bytes
 from casfs.tree import Extra, Kind, Node, replace
-from tests.unit.planting import MTIME_NS, Keeper, Plan, entry, file, flagged
+from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file, flagged
 
 NINE_GIB = 9 << 30
 

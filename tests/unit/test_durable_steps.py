@@ -21,7 +21,7 @@ from casfs.store.storage import LocalSpool
 from casfs.store.writer import BlobWriter
 from casfs.upkeep.check import Checker, CheckResult
 from casfs.upkeep.scrub import ReadChoice
-from tests.unit.storing import child, hear, noise, pack_paths, tell
+from tests.support.stores import child, hear, noise, pack_paths, tell
 
 KIB = 1 << 10
 FILES = 24

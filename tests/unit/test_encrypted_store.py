@@ -27,8 +27,8 @@ from casfs.store.session import Domain, Session
 from casfs.store.storage import LocalStorage
 from casfs.store.store import BlobStore, pack_name
 from casfs.store.writer import BlobWriter
-from tests.encrypting import DOMAIN, REPOSITORY, SESSION
-from tests.unit.storing import add_pack, flip, make_pack, noise, pack_paths
+from tests.support.encryption import DOMAIN, REPOSITORY, SESSION
+from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
 
 SECOND = Domain(REPOSITORY, b"\x05" * 32)
 BOTH = Session(REPOSITORY, bytes(32), (DOMAIN, SECOND))

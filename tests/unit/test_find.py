@@ -15,7 +15,7 @@ from casfs.errors import BlobError
 from casfs.find import KIND_LETTERS, Finder, Query
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.tree import Kind, Node
-from tests.unit.planting import Grove, Plan, entry, file, flagged, reference
+from tests.support.builders import Grove, Plan, entry, file, flagged, reference
 
 
 def finder(grove: Grove, *query: Any, **conditions: Any) -> Finder:

@@ -9,7 +9,7 @@ from casfs.errors import NotFoundError, UnsafeTargetError
 from casfs.repository import Repository
 from casfs.upkeep.forget import Choice, Grouping, Plan, forget, named_snapshots, plan_policy
 from casfs.upkeep.retention import Policy
-from tests.unit.planting import Keeper
+from tests.support.builders import Keeper
 
 LAST = Policy(last=1)
 

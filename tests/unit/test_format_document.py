@@ -20,7 +20,7 @@ from casfs import content, snapshot, tree, treewriter
 from casfs.keys import passphrase, recipients, state, wrapping
 from casfs.repository import Repository
 from casfs.store import blob, config, location, pack, session, tables, writer
-from tests.unit.planting import Keeper
+from tests.support.builders import Keeper
 
 PROJECT = Path(casfs.__file__).parent.parent
 DOCUMENT = (PROJECT / "casfs" / "FORMAT.md").read_text(encoding="utf-8")

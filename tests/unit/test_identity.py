@@ -28,7 +28,7 @@ from casfs.keys.identity import (
 from casfs.keys.passphrase import parse_wrapped, unwrap_identity, wrap_identity
 from casfs.keys.recipients import Recipient, RecipientKind
 from casfs.store.storage import LocalStorage
-from tests.encrypting import OTHER_SECRET, PUBLIC, REPOSITORY, SECRET, identities
+from tests.support.encryption import OTHER_SECRET, PUBLIC, REPOSITORY, SECRET, identities
 
 pytestmark = pytest.mark.usefixtures("own_home")
 

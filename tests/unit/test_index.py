@@ -16,7 +16,7 @@ from casfs.store import index as index_module
 from casfs.store.index import Index
 from casfs.store.location import IndexedPack, Location
 from casfs.store.pack import PackEntry
-from tests.unit.storing import child, hear, tell
+from tests.support.stores import child, hear, tell
 
 SMALL_MAP = 1 << 17
 

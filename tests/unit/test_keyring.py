@@ -27,7 +27,7 @@ from casfs.keys.wrapping import (
 from casfs.store.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.store.session import Domain, Session, SessionId
 from casfs.store.storage import LocalStorage
-from tests.encrypting import (
+from tests.support.encryption import (
     DOMAIN,
     OTHER,
     OTHER_SECRET,

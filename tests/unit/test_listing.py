@@ -17,7 +17,7 @@ from casfs.cli.app import Settings, casfs
 from casfs.digest import digest_of
 from casfs.errors import NotFoundError, UsageError
 from casfs.tree import Extra, Kind, State, replace
-from tests.unit.planting import MTIME_NS, Keeper, Plan, entry, file, flagged, reference
+from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file, flagged, reference
 
 SECOND_NS = 1_000_000_000
 SHOWN_TIME = "2020-09-13 12:26:40"

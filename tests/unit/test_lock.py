@@ -12,7 +12,7 @@ import pytest
 
 from casfs.errors import LockedError, StorageError
 from casfs.store.lock import LockMode, RepositoryLock, live_locks, remove_stale_temporaries
-from tests.unit.storing import child, hear
+from tests.support.stores import child, hear
 
 SHARED, TENDING, EXCLUSIVE = LockMode.SHARED, LockMode.TENDING, LockMode.EXCLUSIVE
 

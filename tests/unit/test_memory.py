@@ -17,9 +17,9 @@ from casfs.store.blob import BlobKind
 from casfs.store.index import Index
 from casfs.store.pack import PackEntry
 from casfs.tree import Kind, Node, State
-from tests.encrypting import DOMAIN
-from tests.unit.planting import entry
-from tests.unit.storing import noise
+from tests.support.builders import entry
+from tests.support.encryption import DOMAIN
+from tests.support.stores import noise
 
 DAY_S = 86_400
 CHUNKS = [keyed_digest(noise(f"chunk {n}", 10), DOMAIN.digest_key) for n in range(3)]

@@ -16,7 +16,7 @@ from mount.catalogue import FRESH_S, RepositoryView
 from mount.inode import LISTINGS_END, ROOT, StaleError
 from mount.labels import digits_that_differ, safe_name, time_name
 from mount.waiting import NotAtHand
-from tests.unit.planting import Keeper
+from tests.support.builders import Keeper
 from tests.unit.test_mount_view import sources_of
 
 SECOND_NS = 1_000_000_000

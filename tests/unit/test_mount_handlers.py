@@ -22,7 +22,7 @@ from mount.handlers import LASTING_S, PASSING_S, FileSystem, Showing
 from mount.inode import HARD_LINKS
 from mount.reader import FileReader
 from mount.view import SnapshotView
-from tests.unit.planting import MTIME_NS, Keeper, Plan, entry, file
+from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file
 from tests.unit.test_mount_view import Shown, sources_of
 
 CTX = cast(pyfuse3.RequestContext, None)

@@ -20,7 +20,7 @@ from mount.inode import (
     hard_link_number,
 )
 from mount.pieces import PieceCache
-from tests.unit.planting import Grove, Plan, entry
+from tests.support.builders import Grove, Plan, entry
 
 
 def numbering(grove: Grove, root: Node, first: int = 1, cache_bytes: int = 1 << 20) -> Numbering:

@@ -18,7 +18,7 @@ from mount.damage import UnreadableError
 from mount.errands import Errands
 from mount.reader import FileReader
 from mount.waiting import NotAtHand, Waiting
-from tests.unit.planting import entry
+from tests.support.builders import entry
 
 
 class Shelf:

@@ -11,7 +11,7 @@ import mount.versions
 from casfs.tree import Kind
 from mount.inode import LISTINGS_END, VERSIONS, StaleError
 from mount.waiting import NotAtHand
-from tests.unit.planting import Keeper, reference
+from tests.support.builders import Keeper, reference
 from tests.unit.test_mount_catalogue import NOON_NS, SECOND_NS, Catalogue
 
 

@@ -31,7 +31,7 @@ from mount.view import (
     allocated_bytes,
 )
 from mount.waiting import NotAtHand, Waiting
-from tests.unit.planting import Grove, Keeper, Plan, entry, file, flagged, reference
+from tests.support.builders import Grove, Keeper, Plan, entry, file, flagged, reference
 
 TREE: Plan = {
     b"folder": {

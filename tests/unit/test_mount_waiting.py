@@ -23,7 +23,7 @@ from mount.foresight import Foresight
 from mount.inode import Numbering
 from mount.pieces import PieceCache
 from mount.waiting import NotAtHand, Waiting
-from tests.unit.planting import Grove, Keeper, Plan, reference
+from tests.support.builders import Grove, Keeper, Plan, reference
 
 
 @pytest.fixture

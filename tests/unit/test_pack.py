@@ -28,7 +28,7 @@ from casfs.store.pack import (
     parse_trailer,
     scan_records,
 )
-from tests.unit.storing import make_pack, noise
+from tests.support.stores import make_pack, noise
 
 PACK = PackId(bytes(range(32)))
 PLAINS = [b"first", b"", noise("second", 5000), b"third" * 40]

@@ -27,8 +27,8 @@ from casfs.upkeep import prune as prune_module
 from casfs.upkeep.check import Checker
 from casfs.upkeep.prune import NeedsUnknownError, PruneOptions, Pruner, PruneResult
 from casfs.upkeep.scrub import ReadChoice
-from tests.unit.planting import Keeper
-from tests.unit.storing import add_pack, child, flip, hear, make_pack, noise, pack_paths, tell
+from tests.support.builders import Keeper
+from tests.support.stores import add_pack, child, flip, hear, make_pack, noise, pack_paths, tell
 
 KIB = 1 << 10
 

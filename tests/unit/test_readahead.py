@@ -17,8 +17,8 @@ from casfs.repository import Repository
 from casfs.store.store import BlobStore
 from casfs.tree import Kind, Node
 from casfs.treereader import TreeReader
-from tests.unit.planting import Keeper
-from tests.unit.storing import flip, noise
+from tests.support.builders import Keeper
+from tests.support.stores import flip, noise
 
 FILES = 40
 

@@ -20,7 +20,7 @@ from casfs.keys.recipients import (
     write_recipients,
 )
 from casfs.store.storage import LocalStorage
-from tests.encrypting import OTHER, OTHER_PUBLIC, PUBLIC, RECIPIENT, SECRET
+from tests.support.encryption import OTHER, OTHER_PUBLIC, PUBLIC, RECIPIENT, SECRET
 
 SSH = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAII87UJ7DbprNb0GcdIKWqsBxYGGCrdpxnetqmALPMvjc"
 

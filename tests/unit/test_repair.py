@@ -22,8 +22,8 @@ from casfs.upkeep.misplaced import Misplaced
 from casfs.upkeep.prune import PruneOptions, Pruner
 from casfs.upkeep.repair import IndexRepair, RepairResult, SnapshotRepairer, repair_index
 from casfs.upkeep.scrub import Damage, ReadChoice
-from tests.unit.planting import Keeper, entry, reference
-from tests.unit.storing import flip, noise, pack_paths
+from tests.support.builders import Keeper, entry, reference
+from tests.support.stores import flip, noise, pack_paths
 
 CHUNKS = [noise(f"chunk {number}", 3000) for number in range(4)]
 WHOLE = b"".join(CHUNKS)

@@ -29,8 +29,8 @@ from casfs.snapshot import Snapshot
 from casfs.store.blob import BlobKind
 from casfs.store.config import decode_config, encode_config, new_config
 from casfs.store.place import cached_index_path, file_system_type, index_path
-from tests.unit.planting import Keeper, file
-from tests.unit.storing import add_pack, child, flip, hear, make_pack, pack_paths
+from tests.support.builders import Keeper, file
+from tests.support.stores import add_pack, child, flip, hear, make_pack, pack_paths
 
 
 @pytest.fixture

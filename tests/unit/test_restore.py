@@ -26,8 +26,8 @@ from casfs.monitor import Problem, ProblemKind, RecordingMonitor
 from casfs.restore import RestoreOptions, Restorer, RestoreResult
 from casfs.store.blob import BlobKind
 from casfs.tree import Extra, Kind, Node, TreeRef
-from tests.unit.planting import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
-from tests.unit.storing import noise
+from tests.support.builders import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
+from tests.support.stores import noise
 
 CHUNKS = [noise(f"chunk {number}", 3000) for number in range(4)]
 WHOLE = b"".join(CHUNKS)

@@ -23,8 +23,8 @@ from casfs.upkeep import scrub as scrub_module
 from casfs.upkeep.check import Checker, CheckResult
 from casfs.upkeep.prune import PruneOptions, Pruner
 from casfs.upkeep.scrub import ReadChoice
-from tests.unit.planting import Keeper
-from tests.unit.storing import add_pack, flip, make_pack, noise, pack_paths
+from tests.support.builders import Keeper
+from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
 
 DAY_S = 86_400
 CHUNKS = [noise(f"chunk {number}", 3000) for number in range(5)]

@@ -17,8 +17,8 @@ from casfs.store.index import Index
 from casfs.store.lock import LockMode
 from casfs.store.pack import PackEntry
 from casfs.upkeep.repair import repair_index
-from tests.unit.planting import Keeper
-from tests.unit.storing import add_pack, make_pack, noise
+from tests.support.builders import Keeper
+from tests.support.stores import add_pack, make_pack, noise
 
 PAGE = 4096
 

@@ -9,7 +9,7 @@ from blake3 import blake3
 
 from casfs.digest import keyed_digest
 from casfs.store.session import Domain, Session
-from tests.encrypting import DOMAIN, REPOSITORY, SESSION
+from tests.support.encryption import DOMAIN, REPOSITORY, SESSION
 
 OTHER_REPOSITORY = bytes(32)
 SECOND = Domain(REPOSITORY, b"\x05" * 32)

@@ -16,7 +16,7 @@ from casfs.errors import BlobError
 from casfs.sizes import measure_repository, measure_snapshot
 from casfs.store.blob import BlobKind
 from casfs.tree import Node
-from tests.unit.planting import Keeper, entry, file, flagged, reference
+from tests.support.builders import Keeper, entry, file, flagged, reference
 
 
 @pytest.fixture

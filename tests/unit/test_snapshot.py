@@ -23,8 +23,8 @@ from casfs.snapshot import (
 from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec
 from casfs.store.session import Session
 from casfs.tree import Kind, TreeRef
-from tests.encrypting import SESSION, OneSession
-from tests.unit.planting import entry, file
+from tests.support.builders import entry, file
+from tests.support.encryption import SESSION, OneSession
 
 ROOT = entry(b"", Kind.DIRECTORY, tree=TreeRef(b"\x07" * 32, 5, 100, 1))
 SMALL = Snapshot(root=ROOT, time_ns=0, host="h", user="u", paths=())

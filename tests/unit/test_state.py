@@ -27,7 +27,7 @@ from casfs.repository import Repository, read_config
 from casfs.store.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.store.session import Domain
 from casfs.store.storage import LocalStorage
-from tests.encrypting import OTHER, RECIPIENT, EncryptedKeeper, identities, unlock
+from tests.support.encryption import OTHER, RECIPIENT, EncryptedKeeper, identities, unlock
 
 PLAIN = RepositoryConfig("a" * 64, "today")
 CONFIG = RepositoryConfig(

@@ -15,7 +15,7 @@ import pytest
 
 from casfs.errors import NotFoundError, StorageError
 from casfs.store.storage import LocalStorage
-from tests.unit.storing import noise
+from tests.support.stores import noise
 
 Step = tuple[str, str]
 

@@ -11,9 +11,9 @@ from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository, read_config
 from casfs.store.storage import LocalStorage
 from casfs.upkeep.storage import FOLDERS, StorageCheck, check_storage
-from tests.encrypting import RECIPIENT, EncryptedKeeper
-from tests.unit.planting import Keeper
-from tests.unit.storing import flip, noise
+from tests.support.builders import Keeper
+from tests.support.encryption import RECIPIENT, EncryptedKeeper
+from tests.support.stores import flip, noise
 
 pytestmark = pytest.mark.usefixtures("own_home")
 

@@ -16,7 +16,7 @@ from casfs.store import store as store_module
 from casfs.store.location import Location
 from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
 from casfs.store.store import BlobStore, pack_name
-from tests.unit.storing import (
+from tests.support.stores import (
     add_pack,
     child,
     flip,
@@ -355,7 +355,7 @@ def test_the_name_of_a_pack_stands_in_the_folder_of_its_first_byte() -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from tests.unit.storing import noise, open_store, store_blobs
+from tests.support.stores import noise, open_store, store_blobs
 
 with open_store(Path(sys.argv[1])) as store:
     print("open", flush=True)

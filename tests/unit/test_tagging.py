@@ -9,7 +9,7 @@ import pytest
 from casfs.digest import SnapshotId
 from casfs.repository import Repository
 from casfs.tagging import retag
-from tests.unit.planting import Keeper
+from tests.support.builders import Keeper
 
 
 class Crash(BaseException):

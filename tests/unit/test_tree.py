@@ -31,7 +31,7 @@ from casfs.tree import (
     replace,
     summary_of,
 )
-from tests.unit.planting import entry, file, flagged
+from tests.support.builders import entry, file, flagged
 
 REF = TreeRef(b"\x07" * 32, 5, 100, 1)
 EVERY_KIND = [

@@ -20,8 +20,8 @@ from casfs.tree import (
     encode_piece,
 )
 from casfs.treereader import TreeReader, join
-from tests.unit.planting import Grove, entry, file, reference
-from tests.unit.storing import Memory
+from tests.support.builders import Grove, entry, file, reference
+from tests.support.stores import Memory
 
 
 def keep(memory: Memory, piece: Leaf | Branch, nodes: int = 1) -> TreeRef:

@@ -16,8 +16,8 @@ from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
 from casfs.tree import Branch, Extra, Kind, Leaf, Node, TreeRef, decode_piece, replace, summary_of
 from casfs.treereader import TreeReader
 from casfs.treewriter import PIECE_MAX_BYTES, PIECE_MAX_ENTRIES, PIECE_MIN_ENTRIES, TreeWriter
-from tests.unit.planting import entry, file, flagged
-from tests.unit.storing import Memory
+from tests.support.builders import entry, file, flagged
+from tests.support.stores import Memory
 
 HUGE = 100_000
 

@@ -15,7 +15,7 @@ from casfs.snapshot import Snapshot
 from casfs.tree import Kind, replace
 from casfs.treereader import TreeReader
 from casfs.versions import versions_of
-from tests.unit.planting import Grove, Keeper, Plan, entry, file, flagged, reference
+from tests.support.builders import Grove, Keeper, Plan, entry, file, flagged, reference
 
 
 def snapshots(grove: Grove, *plans: Plan) -> list[tuple[SnapshotId, Snapshot]]:

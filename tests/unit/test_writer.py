@@ -20,8 +20,8 @@ from casfs.store.location import IndexedPack
 from casfs.store.pack import RECORD
 from casfs.store.store import BlobStore
 from casfs.store.writer import BlobWriter, WriteStats
-from tests.e2e.waiting import wait_until
-from tests.unit.storing import noise, open_store, pack_paths, store_blobs
+from tests.support.stores import noise, open_store, pack_paths, store_blobs
+from tests.support.waiting import wait_until
 
 KIB = 1 << 10
 

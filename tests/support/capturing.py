@@ -31,7 +31,7 @@ from mount.errands import Errands
 from mount.pieces import PieceCache
 from mount.view import SnapshotView, Sources
 from mount.waiting import Waiting
-from tests.encrypting import RECIPIENT, unlock
+from tests.support.encryption import RECIPIENT, unlock
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from tests.fault.hurting import HURTS, MOST
-from tests.fault.stage import KIB
+from tests.support.process_runner import KIB
+from tests.support.random_damage import HURTS, MOST
 
 Move = tuple[str, int, int, int]
 

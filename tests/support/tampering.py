@@ -15,10 +15,10 @@ from typing import Any
 from casfs.digest import digest_of
 from casfs.repository import read_config
 from casfs.store.pack import RECORD, SESSION_HEADER, TRAILER
-from tests.encrypting import PUBLIC, SECRET
-from tests.fault.looking import Files, look_at_source
-from tests.fault.stage import KIB, Stage
-from tests.unit.storing import noise
+from tests.support.encryption import PUBLIC, SECRET
+from tests.support.observation import Files, look_at_source
+from tests.support.process_runner import KIB, Stage
+from tests.support.stores import noise
 
 PASSPHRASE = "correct horse"
 

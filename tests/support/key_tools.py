@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.e2e.command import Argument, Casfs, Result, program
+from tests.support.cli import Argument, Casfs, Result, program
 
 SSH_PASSPHRASE = "open sesame"
 PASSPHRASE = "gehe\u0301im: 12 $wörds"

@@ -28,12 +28,12 @@ from typing import Any
 from casfs.digest import digest_of
 from casfs.repository import read_config
 from casfs.store.lock import LockMode, RepositoryLock
-from tests.encrypting import PUBLIC, SECRET
-from tests.fault.hurting import HURTS, INDEX_HURTS, MOST, Past
-from tests.fault.looking import FLAGGED, LOST, Files, look_at_source
-from tests.fault.stage import KIB, Outcome, Scene, Stage, make_scene
-from tests.fault.ways import COMMANDS, NAMES, SHARES, SIZES, SPARSE, STEPS, Move
-from tests.unit.storing import noise
+from tests.support.encryption import PUBLIC, SECRET
+from tests.support.observation import FLAGGED, LOST, Files, look_at_source
+from tests.support.process_runner import KIB, Outcome, Scene, Stage, make_scene
+from tests.support.random_damage import HURTS, INDEX_HURTS, MOST, Past
+from tests.support.random_moves import COMMANDS, NAMES, SHARES, SIZES, SPARSE, STEPS, Move
+from tests.support.stores import noise
 
 NO_SESSION = re.compile("^session [0-9a-f]+ is missing")
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import casfs
 from casfs.repository import Repository
-from tests.fault.looking import Files, look_at_source
-from tests.unit.storing import noise
+from tests.support.observation import Files, look_at_source
+from tests.support.stores import noise
 
 PROJECT = Path(casfs.__file__).parent.parent
 KIB = 1 << 10
@@ -55,7 +55,7 @@ class Stage:
 
     def __init__(self, prefix: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "tests.fault.acts"],
+            [*prefix, sys.executable, "-m", "tests.support.killable_verbs"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.e2e.command import Argument, Casfs
-from tests.e2e.waiting import wait_until
+from tests.support.cli import Argument, Casfs
+from tests.support.waiting import wait_until
 
 
 def mount_points() -> set[bytes]:

@@ -19,8 +19,8 @@ from casfs.store.pack import RECORD, TRAILER
 from casfs.store.store import pack_name
 from casfs.tree import Kind, Node
 from casfs.treereader import join
-from tests.fault.looking import Files
-from tests.fault.stage import KIB, Scene, Stage, make_scene
+from tests.support.observation import Files
+from tests.support.process_runner import KIB, Scene, Stage, make_scene
 
 SWAPPED = "swapped with another"
 APPENDED = "with bytes appended"

@@ -48,8 +48,8 @@ from casfs.upkeep.forget import Candidate, forget
 from casfs.upkeep.prune import PruneOptions, Pruner
 from casfs.upkeep.repair import SnapshotRepairer, repair_index
 from casfs.upkeep.scrub import ReadChoice
-from tests.fault.disks import SHUTDOWN
-from tests.fault.looking import look_at_snapshots, look_through_the_mount
+from tests.support.loop_devices import SHUTDOWN
+from tests.support.observation import look_at_snapshots, look_through_the_mount
 
 KIB = 1 << 10
 PACK_BYTES = 64 * KIB

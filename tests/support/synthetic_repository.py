@@ -1,4 +1,4 @@
-"""Large repositories written straight into the store: `python -m tests.synthetic FOLDER` makes one.
+"""Large repositories written straight into the store: `python -m tests.support.synthetic_repository FOLDER` makes one.
 
 Many snapshots, each with one file changed, and the last one with a crowded directory and very many files
 besides. The trees are what a backup would have stored; the files' data is not there, so that what is
@@ -132,7 +132,9 @@ def plant(root: Path, shape: Shape) -> int:
 def main() -> int:
     """Make what the command line asks for and print the number of entries."""
     shape = Shape()
-    parser = argparse.ArgumentParser(prog="python -m tests.synthetic", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.support.synthetic_repository", description=__doc__
+    )
     parser.add_argument("folder", type=Path)
     for name in ("snapshots", "crowd", "folders", "files"):
         parser.add_argument(f"--{name}", type=int, default=getattr(shape, name))
