@@ -15,8 +15,8 @@ from itertools import accumulate
 
 from casfs.digest import DIGEST_BYTES, Digest
 from casfs.errors import IntegrityError, TreeError
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
-from casfs.tree import MAX_FILE_BYTES, MAX_PIECE_LEVELS
+from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
+from casfs.format.tree import MAX_FILE_BYTES, MAX_PIECE_LEVELS
 
 RECORD = struct.Struct("<Q32s")
 assert RECORD.size == 40

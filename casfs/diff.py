@@ -13,8 +13,8 @@ from enum import StrEnum
 
 from casfs.errors import IntegrityError, TreeError
 from casfs.flagged import check_depth
+from casfs.format.tree import Extra, Kind, Node, TreeRef, captured_digest
 from casfs.monitor import Monitor, Problem, ProblemKind
-from casfs.tree import Extra, Kind, Node, TreeRef, captured_digest
 from casfs.treereader import TreeReader, join
 
 _NO_EXTRA = Extra()

@@ -17,8 +17,8 @@ from casfs import target
 from casfs.digest import Digest
 from casfs.errors import IntegrityError
 from casfs.filling import Filler, Ranges, reads_back
+from casfs.format.tree import Kind, Node, hard_link_key
 from casfs.repository import Repository
-from casfs.tree import Kind, Node, hard_link_key
 
 log = logging.getLogger(__name__)
 

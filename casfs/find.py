@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from casfs.digest import digest_of
 from casfs.errors import IntegrityError
 from casfs.flagged import check_depth, is_flagged
+from casfs.format.tree import Kind, Node, TreeRef
 from casfs.monitor import Monitor, Problem, ProblemKind
-from casfs.tree import Kind, Node, TreeRef
 from casfs.treereader import TreeReader, join
 
 MAX_REMEMBERED = 250_000

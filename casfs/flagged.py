@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from casfs.errors import TreeError
-from casfs.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Kind, Node, State, TreeRef
+from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Kind, Node, State, TreeRef
 from casfs.treereader import TreeReader, join
 
 

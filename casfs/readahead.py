@@ -18,9 +18,9 @@ from types import TracebackType
 from casfs.content import HOLE, RECORD, check_chunk_length
 from casfs.digest import Digest
 from casfs.errors import CasfsError
+from casfs.format.tree import Kind, Node
 from casfs.repository import Repository
 from casfs.store.bulk import read_many
-from casfs.tree import Kind, Node
 from casfs.treereader import TreeReader
 
 _BATCH_BYTES = 2 * 1024 * 1024

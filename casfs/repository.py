@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from casfs.chunker import Chunker
 from casfs.content import ContentReader
 from casfs.digest import SnapshotId, short
 from casfs.errors import (
@@ -29,17 +28,8 @@ from casfs.errors import (
     StorageError,
     UsageError,
 )
-from casfs.keys.opening import ciphers_of, codec_of, encrypted_config, open_vault
-from casfs.keys.state import remember_place
-from casfs.snapshot import (
-    MAX_SNAPSHOT_BYTES,
-    Envelope,
-    Snapshot,
-    decode_snapshot,
-    encode_snapshot,
-    read_envelope,
-)
-from casfs.store.config import (
+from casfs.format.chunker import Chunker
+from casfs.format.config import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
     RepositoryConfig,
@@ -47,6 +37,17 @@ from casfs.store.config import (
     encode_config,
     new_config,
 )
+from casfs.format.snapshot import (
+    MAX_SNAPSHOT_BYTES,
+    Envelope,
+    Snapshot,
+    decode_snapshot,
+    encode_snapshot,
+    read_envelope,
+)
+from casfs.format.tree import Node
+from casfs.keys.opening import ciphers_of, codec_of, encrypted_config, open_vault
+from casfs.keys.state import remember_place
 from casfs.store.index import Index
 from casfs.store.location import PackRecord
 from casfs.store.lock import (
@@ -63,7 +64,6 @@ from casfs.store.seal import unseal
 from casfs.store.storage import LocalStorage
 from casfs.store.store import BlobStore
 from casfs.store.writer import BlobWriter
-from casfs.tree import Node
 from casfs.treereader import TreeReader
 
 if TYPE_CHECKING:

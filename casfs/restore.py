@@ -20,12 +20,12 @@ from casfs.crew import Crew
 from casfs.digest import Digest
 from casfs.entrywriter import EntryWriter, FirstName, Outcome, Overwrite
 from casfs.errors import CasfsError, IntegrityError
+from casfs.format.tree import Kind, Node, State, captured_digest, hard_link_key
 from casfs.intake.exclude import PatternMatcher
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.readahead import ReadAhead
 from casfs.repository import Repository
 from casfs.telling import problem_of_damage, problem_of_flag, problem_of_restoring
-from casfs.tree import Kind, Node, State, captured_digest, hard_link_key
 from casfs.treereader import TreeReader, join
 
 _HANDED_OVER_BYTES = 1 << 20

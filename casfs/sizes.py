@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from casfs.digest import SnapshotId
 from casfs.flagged import flagged_below
+from casfs.format.tree import Kind, Node, nodes_of
 from casfs.repository import Repository
-from casfs.tree import Kind, Node, nodes_of
 from casfs.upkeep.needs import Needs
 
 

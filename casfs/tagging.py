@@ -8,8 +8,8 @@ from __future__ import annotations
 import msgspec
 
 from casfs.digest import SnapshotId
+from casfs.format.snapshot import Snapshot
 from casfs.repository import Repository
-from casfs.snapshot import Snapshot
 
 
 def retag(

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 
-from casfs.tree import Kind, Node
+from casfs.format.tree import Kind, Node
 
 TEMPORARY_PREFIX = b".casfs-restore-"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from casfs.errors import BlobError, IntegrityError
+from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
 from casfs.intake.freeze import NotFrozenError
 from casfs.monitor import Problem, ProblemKind
 from casfs.selection import Place
-from casfs.tree import Node, Reason, State, capture_of, captured_digest
 
 
 def problem_of_capture(path: bytes, node: Node) -> Problem | None:

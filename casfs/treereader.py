@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from casfs.digest import Digest
 from casfs.errors import TreeError
-from casfs.tree import MAX_PIECE_LEVELS, Leaf, Node, TreeRef, decode_piece
+from casfs.format.tree import MAX_PIECE_LEVELS, Leaf, Node, TreeRef, decode_piece
 
 Read = Callable[[Digest], bytes]
 """Return the verified bytes of a tree blob."""

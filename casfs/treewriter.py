@@ -12,8 +12,8 @@ from collections.abc import Callable
 from casfs.content import Put
 from casfs.digest import Digest
 from casfs.errors import TreeError
-from casfs.store.blob import BlobKind
-from casfs.tree import (
+from casfs.format.codec import BlobKind
+from casfs.format.tree import (
     MAX_PIECE_LEVELS,
     Branch,
     Leaf,

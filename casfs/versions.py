@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from casfs.digest import SnapshotId
 from casfs.errors import IntegrityError
-from casfs.snapshot import Snapshot
-from casfs.tree import Node
+from casfs.format.snapshot import Snapshot
+from casfs.format.tree import Node
 from casfs.treereader import TreeReader
 
 Found = tuple[SnapshotId, Snapshot]

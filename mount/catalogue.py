@@ -26,9 +26,9 @@ from casfs.errors import (
     NotFoundError,
     StorageError,
 )
-from casfs.snapshot import Snapshot
-from casfs.store.config import CONFIG_NAME
-from casfs.tree import Kind, Node, nodes_of, replace
+from casfs.format.config import CONFIG_NAME
+from casfs.format.snapshot import Snapshot
+from casfs.format.tree import Kind, Node, nodes_of, replace
 from mount.inode import LISTINGS_END, ROOT, VERSIONS, NumberRanges, StaleError
 from mount.labels import digits_that_differ, safe_name, time_name
 from mount.reader import Readable

@@ -12,8 +12,8 @@ from itertools import accumulate
 from casfs.content import HOLE, RECORD, parse_records
 from casfs.digest import Digest
 from casfs.errors import TreeError
-from casfs.store.blob import MAX_PLAIN_BYTES
-from casfs.tree import Node
+from casfs.format.codec import MAX_PLAIN_BYTES
+from casfs.format.tree import Node
 
 _LISTS = 8
 """Parsed lists that are kept for one open file; the biggest takes about a megabyte."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import islice, pairwise
 
 from casfs.digest import Digest
-from casfs.tree import Kind, Node
+from casfs.format.tree import Kind, Node
 from mount.blobs import Blobs
 from mount.errands import Errands
 from mount.inode import Numbering

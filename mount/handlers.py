@@ -21,7 +21,7 @@ import pyfuse3
 import trio
 
 from casfs.errors import CasfsError
-from casfs.tree import Kind, Node
+from casfs.format.tree import Kind, Node
 from mount.damage import UnreadableError
 from mount.inode import HARD_LINKS, HardLinks, StaleError, hard_link_number
 from mount.reader import Readable

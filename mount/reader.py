@@ -12,7 +12,7 @@ from typing import Protocol
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError, TreeError
-from casfs.tree import Node
+from casfs.format.tree import Node
 from mount.chunks import ChunkCache
 from mount.damage import UnreadableError
 from mount.extents import ExtentMap, single_chunk

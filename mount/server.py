@@ -22,9 +22,9 @@ import pyfuse3
 import trio
 
 from casfs.errors import CasfsError, KeyMissingError, UsageError
+from casfs.format.tree import Kind
 from casfs.naming import shown
 from casfs.repository import Repository
-from casfs.tree import Kind
 from mount.blobs import Blobs
 from mount.catalogue import RepositoryView
 from mount.chunks import DEFAULT_CACHE_BYTES, ChunkCache

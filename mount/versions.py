@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from casfs.digest import SnapshotId, short
 from casfs.errors import IntegrityError
-from casfs.snapshot import Snapshot
-from casfs.tree import Node
+from casfs.format.snapshot import Snapshot
+from casfs.format.tree import Node
 from casfs.treereader import TreeReader
 from casfs.versions import PathFinder, Version, versions_of
 from mount.inode import LISTINGS_END, VERSIONS, StaleError

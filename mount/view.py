@@ -18,11 +18,11 @@ from typing import Protocol
 from casfs.content import HOLE, RECORD
 from casfs.digest import SnapshotId
 from casfs.errors import CasfsError
+from casfs.format.snapshot import Snapshot
+from casfs.format.tree import Kind, Node, State, capture_of, captured_digest
 from casfs.naming import shown
 from casfs.repository import Repository
-from casfs.snapshot import Snapshot
 from casfs.telling import reason_word
-from casfs.tree import Kind, Node, State, capture_of, captured_digest
 from mount.blobs import Blobs
 from mount.chunks import ChunkCache
 from mount.damage import DamageLog

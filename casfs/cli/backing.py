@@ -22,10 +22,10 @@ from casfs.errors import DistrustError, NotFoundError, UsageError
 from casfs.selection import keep_path
 
 if TYPE_CHECKING:
+    from casfs.format.config import RepositoryConfig
     from casfs.intake.backup import BackupResult
     from casfs.keys.identity import Identities
     from casfs.keys.opening import Unlock
-    from casfs.store.config import RepositoryConfig
     from casfs.store.storage import Storage
 
 _MOST_SECONDS = 9_200_000_000

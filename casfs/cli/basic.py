@@ -35,8 +35,8 @@ def init(
     write in its folder, and read by whoever has an identity or the passphrase. That is decided here for
     the repository's whole life; who the recipients are can be changed later (casfs key).
     """
+    from casfs.format.config import FORMAT_VERSION
     from casfs.repository import Repository
-    from casfs.store.config import FORMAT_VERSION
 
     if path is not None and settings.repo is not None and path != settings.repo:
         raise UsageError("two repositories were named; give one")
@@ -72,7 +72,7 @@ def init(
 @click.pass_obj
 def version(settings: Settings) -> None:
     """Print the versions of casfs, of its repository format and of Python."""
-    from casfs.store.config import FORMAT_VERSION
+    from casfs.format.config import FORMAT_VERSION
 
     output = settings.output()
     python = platform.python_version()

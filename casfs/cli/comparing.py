@@ -14,7 +14,7 @@ from casfs.cli.progress import CommandMonitor
 if TYPE_CHECKING:
     from casfs.cli.nodes import NodeFields
     from casfs.diff import Change
-    from casfs.tree import Node
+    from casfs.format.tree import Node
 
 _MARKS = {"added": "+", "removed": "-", "modified": "M", "metadata": "U", "type": "T"}
 
@@ -96,7 +96,7 @@ def _add(summary: _Summary, change: Change) -> None:
 
 
 def _file_bytes(node: Node | None) -> int:
-    from casfs.tree import Kind
+    from casfs.format.tree import Kind
 
     return node.size if node is not None and node.kind == Kind.FILE else 0
 

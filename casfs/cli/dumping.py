@@ -14,9 +14,9 @@ from casfs.cli.progress import CommandMonitor
 from casfs.errors import CasfsError, UsageError
 
 if TYPE_CHECKING:
+    from casfs.format.tree import Node
     from casfs.repository import Repository
     from casfs.tar import TarStats
-    from casfs.tree import Node
 
 
 @click.command()
@@ -30,8 +30,8 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
     Every byte is verified before it is written. The output ends where damage begins (exit 5).
     """
     from casfs.cli.nodes import KIND_NAMES
+    from casfs.format.tree import Kind
     from casfs.repository import Repository
-    from casfs.tree import Kind
 
     output = settings.output()
     monitor = CommandMonitor(output, "dump")

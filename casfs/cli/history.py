@@ -83,7 +83,7 @@ _NUMBERS = ("snapshots", "size")
 
 def _row(version: Version) -> tuple[str, ...]:
     from casfs.cli.nodes import shown_state, total_bytes
-    from casfs.tree import captured_digest
+    from casfs.format.tree import captured_digest
 
     node = version.node
     (first_id, first), (_, last) = version.snapshots[0], version.snapshots[-1]

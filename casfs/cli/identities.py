@@ -20,9 +20,9 @@ import click
 from casfs.errors import CasfsError, StorageError, UsageError
 
 if TYPE_CHECKING:
+    from casfs.format.config import RepositoryConfig
     from casfs.keys.identity import Identities
     from casfs.keys.opening import Unlock
-    from casfs.store.config import RepositoryConfig
     from casfs.store.storage import Storage
 
 _MAX_PASSPHRASE_BYTES = 64 * 1024

@@ -14,8 +14,8 @@ from casfs.cli.identities import PassphraseSource, new_passphrase
 from casfs.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
+    from casfs.format.config import RepositoryConfig
     from casfs.keys.recipients import Recipient
-    from casfs.store.config import RepositoryConfig
     from casfs.store.storage import LocalStorage
 
 

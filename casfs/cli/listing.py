@@ -22,9 +22,9 @@ from casfs.errors import UsageError
 
 if TYPE_CHECKING:
     from casfs.digest import SnapshotId
+    from casfs.format.snapshot import Snapshot
+    from casfs.format.tree import Node
     from casfs.repository import Repository
-    from casfs.snapshot import Snapshot
-    from casfs.tree import Node
 
     Found = tuple[SnapshotId, Snapshot]
 
@@ -318,8 +318,8 @@ def changed(settings: Settings, snap: str) -> None:
     """
     from casfs.cli.nodes import NodeFields, shown_reason
     from casfs.flagged import flagged_files
+    from casfs.format.tree import captured_digest
     from casfs.repository import Repository
-    from casfs.tree import captured_digest
 
     output = settings.output()
     count = 0

@@ -9,8 +9,8 @@ import os
 import stat
 
 from casfs.cli.output import JsonValue, json_path, local_time, shown
-from casfs.snapshot import Snapshot
-from casfs.tree import Kind, Node, Reason, State, captured_digest, nodes_of
+from casfs.format.snapshot import Snapshot
+from casfs.format.tree import Kind, Node, Reason, State, captured_digest, nodes_of
 
 KIND_NAMES = {
     Kind.FILE: "file",

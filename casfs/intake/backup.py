@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 from casfs import __version__
 from casfs.digest import SnapshotId
 from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
+from casfs.format.snapshot import Snapshot, SnapshotStats
+from casfs.format.tree import Kind, Node, TreeRef, replace
 from casfs.intake.capture import DEFAULT_ATTEMPTS, DEFAULT_PATIENCE_S, Capturer, Patience
 from casfs.intake.exclude import Exclusions
 from casfs.intake.freeze import Freeze, Freezer
@@ -34,9 +36,7 @@ from casfs.monitor import Monitor
 from casfs.naming import shown
 from casfs.repository import Repository
 from casfs.selection import Place, keep_path, select
-from casfs.snapshot import Snapshot, SnapshotStats
 from casfs.store.writer import BlobWriter, WriteStats
-from casfs.tree import Kind, Node, TreeRef, replace
 from casfs.treewriter import TreeWriter
 
 if TYPE_CHECKING:

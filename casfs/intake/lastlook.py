@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from casfs.flagged import is_flagged
+from casfs.format.tree import Node, hard_link_key, replace
 from casfs.intake.capture import Capturer
 from casfs.intake.source import open_directory
 from casfs.intake.walk import NewTree
 from casfs.monitor import Monitor
 from casfs.selection import Place
 from casfs.telling import problem_of_capture
-from casfs.tree import Node, hard_link_key, replace
 from casfs.treereader import TreeReader, join
 from casfs.treewriter import TreeWriter
 

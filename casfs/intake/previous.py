@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 
 from casfs.errors import IntegrityError
-from casfs.tree import Kind, Node, TreeRef
+from casfs.format.tree import Kind, Node, TreeRef
 from casfs.treereader import TreeReader
 
 _FILE, _DIRECTORY = Kind.FILE, Kind.DIRECTORY

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-from casfs.chunker import Chunker
 from casfs.content import HOLE, RECORD, ContentWriter, Put
 from casfs.digest import EMPTY_DIGEST, Digest, update_zeros
-from casfs.store.blob import BlobKind
+from casfs.format.chunker import Chunker
+from casfs.format.codec import BlobKind
 
 _LARGE_BYTES = 8 * 1024 * 1024
 """From here on the digest of a whole file is computed by a thread of its own."""

@@ -11,7 +11,7 @@ import os
 import stat
 import time
 
-from casfs.tree import Extra, Kind, Node
+from casfs.format.tree import Extra, Kind, Node
 
 _KINDS = {
     stat.S_IFREG: Kind.FILE,

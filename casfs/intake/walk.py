@@ -12,6 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from casfs.format.tree import (
+    MAX_DEPTH,
+    Kind,
+    Node,
+    Reason,
+    State,
+    TreeRef,
+    capture_of,
+    captured_digest,
+    replace,
+)
 from casfs.intake.capture import Capturer, NotRegularError
 from casfs.intake.exclude import Exclusions, PatternMatcher
 from casfs.intake.previous import Previous, is_unchanged
@@ -31,17 +42,6 @@ from casfs.telling import (
     problem_of_silence,
     problems_of_source,
     repository_left_out,
-)
-from casfs.tree import (
-    MAX_DEPTH,
-    Kind,
-    Node,
-    Reason,
-    State,
-    TreeRef,
-    capture_of,
-    captured_digest,
-    replace,
 )
 from casfs.treereader import TreeReader, join
 from casfs.treewriter import TreeWriter

@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 
 from casfs.errors import CasfsError, KeyMissingError, SessionError
+from casfs.format.config import RepositoryConfig
+from casfs.format.key_derivation import Domain, DomainId, Session, SessionId
 from casfs.keys.identity import Identities
 from casfs.keys.recipients import read_recipients
 from casfs.keys.wrapping import read_session, session_ids, write_session
-from casfs.store.config import RepositoryConfig
-from casfs.store.session import Domain, DomainId, Session, SessionId
 from casfs.store.storage import Storage
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from casfs.errors import KeyMissingError, StorageError
+from casfs.format.codec import BlobCodec
+from casfs.format.config import RepositoryConfig
 from casfs.keys.state import check_place, remember_place
-from casfs.store.blob import BlobCodec
-from casfs.store.config import RepositoryConfig
 from casfs.store.lock import LockMode
 from casfs.store.storage import Storage
 

@@ -16,9 +16,9 @@ import msgspec
 
 from casfs.digest import digest_of
 from casfs.errors import DistrustError, StorageError
-from casfs.store.config import RepositoryConfig
+from casfs.format.config import RepositoryConfig
+from casfs.format.key_derivation import SECRET_BYTES, Domain
 from casfs.store.place import user_folder
-from casfs.store.session import SECRET_BYTES, Domain
 
 
 class WriterState(msgspec.Struct, frozen=True):

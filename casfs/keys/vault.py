@@ -21,6 +21,8 @@ from casfs.errors import (
     StorageError,
     UsageError,
 )
+from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
+from casfs.format.key_derivation import Domain, Session
 from casfs.keys.identity import Identities, add_gpg, add_passphrase
 from casfs.keys.keyring import Keyring
 from casfs.keys.recipients import (
@@ -39,8 +41,6 @@ from casfs.keys.state import (
     save_state,
 )
 from casfs.keys.wrapping import files_of, write_session
-from casfs.store.config import CIPHER, EncryptionConfig, RepositoryConfig
-from casfs.store.session import Domain, Session
 from casfs.store.storage import Storage
 
 log = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ import msgspec
 
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError, NotFoundError, SessionError
+from casfs.format.key_derivation import MAX_DOMAINS, SECRET_BYTES, Domain, Session, SessionId
 from casfs.keys import age, gpg
 from casfs.keys.age import AgeIdentity
 from casfs.keys.recipients import Recipient, wrap
-from casfs.store.session import MAX_DOMAINS, SECRET_BYTES, Domain, Session, SessionId
 from casfs.store.storage import Storage
 
 SESSIONS = "sessions"

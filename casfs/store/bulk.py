@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError
-from casfs.store.blob import Encoded
+from casfs.format.codec import Encoded
 from casfs.store.location import Location
 from casfs.store.store import BlobStore, pack_name
 

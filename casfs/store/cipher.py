@@ -15,15 +15,15 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.digest import PackId
 from casfs.errors import BlobError, PackError
-from casfs.store.blob import ENCRYPTED, TAG_BYTES
-from casfs.store.pack import (
+from casfs.format.codec import ENCRYPTED, TAG_BYTES
+from casfs.format.key_derivation import SALT_BYTES, Session, SessionId, Sessions
+from casfs.format.pack import (
     DIRECTORY_KIND,
     ENCRYPTED_KIND,
     SESSION_HEADER,
     encode_record_header,
     parse_session,
 )
-from casfs.store.session import SALT_BYTES, Session, SessionId, Sessions
 from casfs.store.storage import Storage
 
 _INNER = struct.Struct("<BBHI")

@@ -19,9 +19,9 @@ from types import MappingProxyType
 
 from casfs.digest import Digest, PackId
 from casfs.errors import IndexUnusableError
+from casfs.format.pack import PackEntry
 from casfs.store.environment import Environment, Transaction
 from casfs.store.location import BAD, LOCATION, PACK, IndexedPack, Location, PackRecord
-from casfs.store.pack import PackEntry
 from casfs.store.tables import ORDINAL, Tables, is_trusted
 
 INDEX_VERSION = b"1"

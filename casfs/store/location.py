@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from casfs.digest import PackId
-from casfs.store.pack import PackEntry
+from casfs.format.pack import PackEntry
 
 LOCATION = struct.Struct("<IIIIIBBH")
 assert LOCATION.size == 24

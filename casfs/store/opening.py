@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casfs.errors import IndexDamagedError, IndexUnusableError, StorageError
+from casfs.format.codec import BlobCodec
 from casfs.store import seal
-from casfs.store.blob import BlobCodec
 from casfs.store.index import Index
 from casfs.store.lock import LockMode, live_locks
 from casfs.store.place import cached_index_path, index_path

@@ -22,13 +22,8 @@ from casfs.errors import (
     SessionError,
     StorageError,
 )
-from casfs.store.blob import ENCRYPTED, TAG_BYTES, BlobCodec, Encoded
-from casfs.store.condemned import condemned_packs
-from casfs.store.copies import Copies
-from casfs.store.coverage import Coverage
-from casfs.store.index import Index
-from casfs.store.location import IndexedPack, Location
-from casfs.store.pack import (
+from casfs.format.codec import ENCRYPTED, TAG_BYTES, BlobCodec, Encoded
+from casfs.format.pack import (
     HEADER,
     MAX_PACK_BYTES,
     RECORD,
@@ -39,6 +34,11 @@ from casfs.store.pack import (
     parse_trailer,
     scan_records,
 )
+from casfs.store.condemned import condemned_packs
+from casfs.store.copies import Copies
+from casfs.store.coverage import Coverage
+from casfs.store.index import Index
+from casfs.store.location import IndexedPack, Location
 from casfs.store.storage import Storage
 
 if TYPE_CHECKING:

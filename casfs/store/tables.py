@@ -6,9 +6,9 @@ import struct
 from collections.abc import Iterable, Set
 
 from casfs.digest import PackId
+from casfs.format.pack import PackEntry
 from casfs.store.environment import Environment, Transaction
 from casfs.store.location import BAD, LOCATION, PACK, PackRecord
-from casfs.store.pack import PackEntry
 
 ORDINAL = struct.Struct(">I")
 _REMOVALS = struct.Struct("<Q")

@@ -24,8 +24,8 @@ from blake3 import blake3
 
 from casfs.digest import Digest, PackId
 from casfs.errors import BlobError
-from casfs.store.blob import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec
-from casfs.store.pack import (
+from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec
+from casfs.format.pack import (
     ENCRYPTED_KIND,
     RECORD,
     PackEntry,
@@ -38,8 +38,8 @@ from casfs.store.storage import Spool
 from casfs.store.store import BlobStore, pack_name
 
 if TYPE_CHECKING:
+    from casfs.format.key_derivation import Session
     from casfs.store.cipher import PackCipher
-    from casfs.store.session import Session
 
 PACK_BYTES = 64 * 1024 * 1024
 """A pack is sealed when it holds this much: large enough for few files and syncs, small enough to move."""

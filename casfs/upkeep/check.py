@@ -15,10 +15,7 @@ from casfs.bitmap import Bitmap
 from casfs.content import RECORD, Extent
 from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
-from casfs.monitor import Monitor
-from casfs.repository import Repository
-from casfs.store.location import Location
-from casfs.tree import (
+from casfs.format.tree import (
     MAX_DEPTH,
     Kind,
     Leaf,
@@ -29,6 +26,9 @@ from casfs.tree import (
     decode_piece,
     summary_of,
 )
+from casfs.monitor import Monitor
+from casfs.repository import Repository
+from casfs.store.location import Location
 from casfs.treereader import join
 from casfs.upkeep.scrub import Damage, ReadChoice, Scrubber, ScrubResult
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from casfs.digest import SnapshotId
 from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
+from casfs.format.snapshot import Snapshot
 from casfs.repository import Repository
 from casfs.selection import keep_path
-from casfs.snapshot import Snapshot
 from casfs.upkeep.retention import Policy, Verdict, decide
 
 

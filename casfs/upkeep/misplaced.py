@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import CasfsError, IntegrityError
+from casfs.format.snapshot import MAX_SNAPSHOT_BYTES, decode_snapshot
 from casfs.repository import Repository
-from casfs.snapshot import MAX_SNAPSHOT_BYTES, decode_snapshot
 
 DAMAGED_FOLDER = "damaged"
 """Where the files of snapshots are put aside that cannot be read under their names."""

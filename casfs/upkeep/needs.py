@@ -12,9 +12,9 @@ from casfs.bitmap import Bitmap
 from casfs.content import HOLE, parse_records
 from casfs.digest import Digest
 from casfs.errors import TreeError
+from casfs.format.pack import RECORD
+from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Kind, Node, TreeRef
 from casfs.repository import Repository
-from casfs.store.pack import RECORD
-from casfs.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Kind, Node, TreeRef
 
 
 class Needs:

@@ -27,9 +27,10 @@ from casfs.errors import (
     IntegrityError,
     NotFoundError,
 )
+from casfs.format.codec import BlobKind
+from casfs.format.pack import ENTRY, HEADER, RECORD, TRAILER
 from casfs.monitor import Monitor
 from casfs.repository import Repository
-from casfs.store.blob import BlobKind
 from casfs.store.condemned import (
     Condemnation,
     publish_condemnation,
@@ -38,7 +39,6 @@ from casfs.store.condemned import (
 )
 from casfs.store.location import Location, PackRecord
 from casfs.store.lock import LockMode, LockRecord
-from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER
 from casfs.store.store import pack_name
 from casfs.store.writer import PACK_BLOBS
 from casfs.upkeep.needs import Needs

@@ -24,12 +24,8 @@ from casfs.errors import (
     NotFoundError,
     TreeError,
 )
-from casfs.monitor import Monitor, Problem, ProblemKind
-from casfs.repository import Repository
-from casfs.snapshot import MAX_SNAPSHOT_BYTES, Snapshot
-from casfs.store.opening import begin_anew
-from casfs.store.writer import BlobWriter
-from casfs.tree import (
+from casfs.format.snapshot import MAX_SNAPSHOT_BYTES, Snapshot
+from casfs.format.tree import (
     MAX_PIECE_LEVELS,
     Capture,
     Extra,
@@ -43,6 +39,10 @@ from casfs.tree import (
     decode_piece,
     replace,
 )
+from casfs.monitor import Monitor, Problem, ProblemKind
+from casfs.repository import Repository
+from casfs.store.opening import begin_anew
+from casfs.store.writer import BlobWriter
 from casfs.treereader import join
 from casfs.treewriter import TreeWriter
 from casfs.upkeep.check import Checker

@@ -25,11 +25,11 @@ from casfs.errors import (
     PackError,
     StorageError,
 )
+from casfs.format.codec import Encoded
+from casfs.format.pack import TRAILER, PackEntry
 from casfs.monitor import Monitor
 from casfs.repository import Repository
-from casfs.store.blob import Encoded
 from casfs.store.location import Location, PackRecord
-from casfs.store.pack import TRAILER, PackEntry
 from casfs.store.store import pack_name
 
 _WINDOW_BYTES = 8 * 1024 * 1024

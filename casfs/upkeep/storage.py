@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from casfs.errors import IntegrityError, NotFoundError, StorageError
+from casfs.format.config import RepositoryConfig
+from casfs.format.key_derivation import SECRET_BYTES
+from casfs.format.pack import HEADER, SESSION_HEADER
 from casfs.keys.recipients import RECIPIENTS_NAME, read_recipients
 from casfs.monitor import Monitor
-from casfs.store.config import RepositoryConfig
-from casfs.store.pack import HEADER, SESSION_HEADER
-from casfs.store.session import SECRET_BYTES
 from casfs.store.storage import Storage
 from casfs.upkeep.scrub import Damage
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 from casfs.content import HOLE, ContentWriter
 from casfs.digest import digest_of
+from casfs.format.codec import BlobKind
+from casfs.format.snapshot import Snapshot
+from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.snapshot import Snapshot
-from casfs.store.blob import BlobKind
-from casfs.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest
 from casfs.treewriter import TreeWriter
 
 if TYPE_CHECKING:

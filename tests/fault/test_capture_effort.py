@@ -9,8 +9,8 @@ import pytest
 from blake3 import blake3
 
 from casfs.digest import Digest
+from casfs.format.tree import Reason, State, capture_of, captured_digest
 from casfs.monitor import ProblemKind
-from casfs.tree import Reason, State, capture_of, captured_digest
 from tests.support.capturing import Keeper
 from tests.support.scripted_source import ScriptedSource, content
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
+from casfs.format.tree import Kind, Node, Reason, State, capture_of, captured_digest
 from casfs.monitor import ProblemKind
-from casfs.tree import Kind, Node, Reason, State, capture_of, captured_digest
 from tests.support.capturing import Keeper, Kept
 from tests.support.scripted_source import STEP, ScriptedSource, content
 

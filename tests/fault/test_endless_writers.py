@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from casfs.digest import Digest, digest_of
+from casfs.format.codec import BlobKind
+from casfs.format.tree import State, capture_of, captured_digest
 from casfs.intake.capture import Capturer, Patience
 from casfs.intake.freeze import Freeze, Freezer
 from casfs.intake.reading import FileReader
 from casfs.intake.source import open_directory
-from casfs.store.blob import BlobKind
-from casfs.tree import State, capture_of, captured_digest
 from tests.support.capturing import Keeper
 from tests.support.loop_devices import MIB, endless_writer, generations
 from tests.support.read_hooks import Reads

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from casfs.format.tree import Reason, State, capture_of
 from casfs.intake.freeze import Freeze
 from casfs.monitor import ProblemKind
-from casfs.tree import Reason, State, capture_of
 from tests.support.capturing import Keeper
 from tests.support.loop_devices import MIB, endless_writer, fresh_disk, generations
 from tests.support.read_hooks import Reads

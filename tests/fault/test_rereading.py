@@ -8,8 +8,8 @@ import pytest
 from blake3 import blake3
 
 from casfs.cli.backing import exit_code
+from casfs.format.tree import State, captured_digest
 from casfs.monitor import ProblemKind
-from casfs.tree import State, captured_digest
 from tests.support.capturing import Keeper, Kept
 from tests.support.scripted_source import ScriptedSource, content
 

@@ -6,8 +6,8 @@ import hashlib
 
 import pytest
 
-from casfs.chunker import Chunker
-from casfs.store.config import ChunkerConfig
+from casfs.format.chunker import Chunker
+from casfs.format.config import ChunkerConfig
 
 
 def noise(label: bytes, size: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from casfs.digest import EMPTY_DIGEST, SHOWN_HEX_DIGITS, digest_of, short
-from casfs.store.blob import BlobCodec
+from casfs.format.codec import BlobCodec
 
 # From the published test vectors: the input is the bytes 0 to 250, again and again.
 PUBLISHED = {

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from casfs.content import HOLE, RECORD, ContentWriter
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
-from casfs.snapshot import Snapshot, SnapshotStats, decode_snapshot
-from casfs.store.blob import BlobCodec, BlobKind, Codec
-from casfs.store.config import RepositoryConfig, decode_config, encode_config
-from casfs.store.pack import (
+from casfs.format.codec import BlobCodec, BlobKind, Codec
+from casfs.format.config import RepositoryConfig, decode_config, encode_config
+from casfs.format.pack import (
     RECORD as PACK_RECORD,
 )
-from casfs.store.pack import (
+from casfs.format.pack import (
     TRAILER,
     PackEntry,
     encode_end,
@@ -22,7 +21,8 @@ from casfs.store.pack import (
     parse_directory,
     parse_trailer,
 )
-from casfs.tree import (
+from casfs.format.snapshot import Snapshot, SnapshotStats, decode_snapshot
+from casfs.format.tree import (
     Branch,
     Capture,
     Extra,

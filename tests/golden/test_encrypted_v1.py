@@ -13,14 +13,14 @@ from blake3 import blake3
 
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError
+from casfs.format.config import RepositoryConfig
+from casfs.format.tree import Kind
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.keys.identity import Identities, read_identity_file, unlock_by_passphrase
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
-from casfs.store.config import RepositoryConfig
 from casfs.store.storage import Storage
-from casfs.tree import Kind
 from casfs.upkeep.check import Checker
 from casfs.upkeep.scrub import ReadChoice
 from casfs.upkeep.storage import check_storage

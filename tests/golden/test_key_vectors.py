@@ -18,16 +18,16 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from casfs.digest import PackId, digest_of, keyed_digest
+from casfs.format.codec import BlobCodec, BlobKind, Codec
+from casfs.format.key_derivation import Domain, Purpose, Session, derive
+from casfs.format.pack import PackEntry, encode_end, encode_record_header, encode_session_header
+from casfs.format.snapshot import Snapshot, decode_snapshot, encode_snapshot
+from casfs.format.tree import Kind, Node, TreeRef
 from casfs.intake.memory import FileMemory
 from casfs.keys.passphrase import parse_wrapped, unwrap_identity, wrap_identity
 from casfs.keys.wrapping import decode_session, encode_session
-from casfs.snapshot import Snapshot, decode_snapshot, encode_snapshot
-from casfs.store.blob import BlobCodec, BlobKind, Codec
 from casfs.store.cipher import PackCipher
 from casfs.store.index import Index
-from casfs.store.pack import PackEntry, encode_end, encode_record_header, encode_session_header
-from casfs.store.session import Domain, Purpose, Session, derive
-from casfs.tree import Kind, Node, TreeRef
 from tests.support.encryption import DOMAIN, PUBLIC, REPOSITORY, SECRET, SESSION, OneSession
 
 SALT = bytes(range(96, 128))

@@ -11,11 +11,11 @@ import pytest
 from blake3 import blake3
 
 from casfs.digest import digest_of
+from casfs.format.tree import Kind
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
-from casfs.tree import Kind
 from casfs.upkeep.check import Checker
 from casfs.upkeep.scrub import ReadChoice
 from tests.data.make_repository_v1 import describe

@@ -22,11 +22,9 @@ from casfs import treewriter as treewriter_module
 from casfs.content import HOLE, RECORD, ContentReader, ContentWriter, Extent, parse_records
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import CasfsError, IntegrityError, PackError, TreeError
-from casfs.snapshot import HEADER as SNAPSHOT_HEADER
-from casfs.snapshot import MAGIC, Snapshot, SnapshotStats, decode_snapshot, encode_snapshot
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec, BlobKind
-from casfs.store.config import RepositoryConfig, decode_config, encode_config
-from casfs.store.pack import (
+from casfs.format.codec import MAX_PLAIN_BYTES, BlobCodec, BlobKind
+from casfs.format.config import RepositoryConfig, decode_config, encode_config
+from casfs.format.pack import (
     ENTRY,
     HEADER,
     RECORD_MAGIC,
@@ -38,8 +36,10 @@ from casfs.store.pack import (
     parse_trailer,
     scan_records,
 )
-from casfs.store.pack import RECORD as PACK_RECORD
-from casfs.tree import (
+from casfs.format.pack import RECORD as PACK_RECORD
+from casfs.format.snapshot import HEADER as SNAPSHOT_HEADER
+from casfs.format.snapshot import MAGIC, Snapshot, SnapshotStats, decode_snapshot, encode_snapshot
+from casfs.format.tree import (
     Branch,
     Capture,
     Extra,

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import CasfsError
+from casfs.format.codec import BlobKind
+from casfs.format.pack import TRAILER, parse_trailer
+from casfs.format.snapshot import HEADER as SNAPSHOT_HEADER
+from casfs.format.snapshot import decode_snapshot
 from casfs.repository import Repository
-from casfs.snapshot import HEADER as SNAPSHOT_HEADER
-from casfs.snapshot import decode_snapshot
-from casfs.store.blob import BlobKind
-from casfs.store.pack import TRAILER, parse_trailer
 from casfs.store.store import pack_name
 from tests.support.damage import SoundRepository
 from tests.support.effort import EFFORT

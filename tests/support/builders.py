@@ -12,13 +12,13 @@ from typing import Any
 
 from casfs.content import RECORD
 from casfs.digest import Digest, SnapshotId, digest_of
+from casfs.format.codec import BlobKind
+from casfs.format.snapshot import Snapshot
+from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest, replace
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.snapshot import Snapshot
-from casfs.store.blob import BlobKind
 from casfs.store.store import pack_name
-from casfs.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest, replace
 from casfs.treereader import TreeReader
 from casfs.treewriter import TreeWriter
 

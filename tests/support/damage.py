@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from casfs.digest import Digest
+from casfs.format.pack import RECORD, TRAILER
+from casfs.format.tree import Kind, Node
 from casfs.repository import Repository
 from casfs.store.lock import RepositoryLock
-from casfs.store.pack import RECORD, TRAILER
 from casfs.store.store import pack_name
-from casfs.tree import Kind, Node
 from casfs.treereader import join
 from tests.support.observation import Files
 from tests.support.process_runner import KIB, Scene, Stage, make_scene

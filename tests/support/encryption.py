@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 from casfs.digest import SnapshotId
+from casfs.format.config import RepositoryConfig
+from casfs.format.key_derivation import Domain, Session
 from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.keys import age
 from casfs.keys.identity import Identities
 from casfs.keys.recipients import Recipient, RecipientKind
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.store.config import RepositoryConfig
-from casfs.store.session import Domain, Session
 from casfs.store.storage import Storage
 
 # Made for these tests; they protect nothing.

@@ -28,6 +28,7 @@ from typing import Any
 from casfs.cli.app import run as run_command
 from casfs.digest import Digest
 from casfs.errors import CasfsError, IntegrityError
+from casfs.format.config import RepositoryConfig
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.keys import age
 from casfs.keys import passphrase as passphrase_module
@@ -37,7 +38,6 @@ from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
 from casfs.store import index as index_module
 from casfs.store import writer as writer_module
-from casfs.store.config import RepositoryConfig
 from casfs.store.index import Index
 from casfs.store.lock import LockMode
 from casfs.store.storage import LocalStorage, Storage

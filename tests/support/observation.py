@@ -12,8 +12,8 @@ from pathlib import Path
 from blake3 import blake3
 
 from casfs.errors import CasfsError
+from casfs.format.tree import Kind, Node, TreeRef
 from casfs.repository import Repository
-from casfs.tree import Kind, Node, TreeRef
 from casfs.treereader import join
 from mount.blobs import Blobs
 from mount.catalogue import RepositoryView

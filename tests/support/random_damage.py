@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from casfs.store.pack import HEADER, TRAILER
+from casfs.format.pack import HEADER, TRAILER
 from casfs.store.seal import SEAL_FILE
 
 MOST = 1 << 16

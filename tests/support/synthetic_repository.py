@@ -15,11 +15,11 @@ from pathlib import Path
 
 from casfs.content import RECORD
 from casfs.digest import digest_of
+from casfs.format.codec import BlobKind
+from casfs.format.snapshot import Snapshot
+from casfs.format.tree import Kind, Node
 from casfs.repository import Repository
-from casfs.snapshot import Snapshot
-from casfs.store.blob import BlobKind
 from casfs.store.writer import BlobWriter
-from casfs.tree import Kind, Node
 from casfs.treewriter import TreeWriter
 
 _BEGIN_NS = 1_500_000_000 * 10**9

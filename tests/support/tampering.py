@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from casfs.digest import digest_of
+from casfs.format.pack import RECORD, SESSION_HEADER, TRAILER
 from casfs.repository import read_config
-from casfs.store.pack import RECORD, SESSION_HEADER, TRAILER
 from tests.support.encryption import PUBLIC, SECRET
 from tests.support.observation import Files, look_at_source
 from tests.support.process_runner import KIB, Stage

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from casfs.chunker import Chunker
 from casfs.digest import Digest, digest_of
+from casfs.format.chunker import Chunker
+from casfs.format.codec import BlobKind
+from casfs.format.config import new_config
+from casfs.format.tree import Node, State, capture_of, captured_digest
 from casfs.intake import capture
 from casfs.intake import reading as reading_module
 from casfs.intake.capture import Capturer, NotRegularError, Patience
 from casfs.intake.freeze import Freeze, Freezer
 from casfs.intake.reading import FileReader, Reading
 from casfs.intake.source import open_directory
-from casfs.store.blob import BlobKind
-from casfs.store.config import new_config
-from casfs.tree import Node, State, capture_of, captured_digest
 from tests.support.stores import noise
 
 YEAR_2020_NS = 1_577_836_800_000_000_007

@@ -11,13 +11,13 @@ import pytest
 
 from casfs.content import HOLE, RECORD, ContentWriter
 from casfs.digest import Digest, SnapshotId, digest_of
+from casfs.format.codec import BlobKind
+from casfs.format.pack import PackEntry
+from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, TreeRef, replace
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.store.blob import BlobKind
 from casfs.store.location import IndexedPack
-from casfs.store.pack import PackEntry
 from casfs.store.store import BlobStore
-from casfs.tree import Capture, Extra, Kind, Node, Reason, State, TreeRef, replace
 from casfs.upkeep import check as check_module
 from casfs.upkeep import scrub as scrub_module
 from casfs.upkeep.check import Checker, CheckResult
@@ -352,7 +352,7 @@ class TestLies:
 
 
 def _encoded(node: Node) -> bytes:
-    from casfs.tree import encode_node
+    from casfs.format.tree import encode_node
 
     return encode_node(node)
 

@@ -12,6 +12,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.digest import PackId, digest_of, keyed_digest
 from casfs.errors import BlobError, NotFoundError, PackError, SessionError
+from casfs.format.key_derivation import Domain, Session, SessionId
+from casfs.format.pack import encode_header, encode_record_header, encode_session_header
 from casfs.store.cipher import (
     OVERHEAD_BYTES,
     PackCipher,
@@ -19,8 +21,6 @@ from casfs.store.cipher import (
     decrypt_snapshot,
     encrypt_snapshot,
 )
-from casfs.store.pack import encode_header, encode_record_header, encode_session_header
-from casfs.store.session import Domain, Session, SessionId
 from casfs.store.storage import LocalStorage
 from tests.support.encryption import DOMAIN, REPOSITORY, SESSION, OneSession
 

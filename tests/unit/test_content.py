@@ -21,8 +21,8 @@ from casfs.content import (
 )
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError, TreeError
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
-from casfs.tree import MAX_FILE_BYTES
+from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
+from casfs.format.tree import MAX_FILE_BYTES
 from tests.support.stores import Memory
 
 MANY = 100_000

@@ -19,9 +19,9 @@ from casfs.cli.app import casfs as command
 from casfs.content import HOLE, RECORD
 from casfs.digest import digest_of
 from casfs.errors import CasfsError, UsageError
+from casfs.format.tree import Extra, Kind, Node, replace
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.tar import DamagedContentError, TarStats, TarWriter, file_bytes
-from casfs.tree import Extra, Kind, Node, replace
 from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file, flagged
 
 NINE_GIB = 9 << 30

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from casfs.format.snapshot import SnapshotStats
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.snapshot import SnapshotStats
 from casfs.store import writer as writer_module
 from casfs.store.lock import RepositoryLock
 from casfs.store.storage import LocalSpool

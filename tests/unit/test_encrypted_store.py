@@ -12,10 +12,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.digest import Digest, PackId, digest_of, keyed_digest
 from casfs.errors import BlobError, CasfsError, KeyMissingError, PackError, SessionError
-from casfs.store.blob import BlobCodec, BlobKind
-from casfs.store.cipher import PackCipher, PackCiphers
-from casfs.store.index import Index
-from casfs.store.pack import (
+from casfs.format.codec import BlobCodec, BlobKind
+from casfs.format.key_derivation import Domain, Session
+from casfs.format.pack import (
     HEADER,
     PackEntry,
     encode_end,
@@ -23,7 +22,8 @@ from casfs.store.pack import (
     encode_session_header,
     scan_records,
 )
-from casfs.store.session import Domain, Session
+from casfs.store.cipher import PackCipher, PackCiphers
+from casfs.store.index import Index
 from casfs.store.storage import LocalStorage
 from casfs.store.store import BlobStore, pack_name
 from casfs.store.writer import BlobWriter

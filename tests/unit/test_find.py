@@ -13,8 +13,8 @@ import casfs.find
 from casfs.digest import Digest
 from casfs.errors import BlobError
 from casfs.find import KIND_LETTERS, Finder, Query
+from casfs.format.tree import Kind, Node
 from casfs.monitor import ProblemKind, RecordingMonitor
-from casfs.tree import Kind, Node
 from tests.support.builders import Grove, Plan, entry, file, flagged, reference
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import IndexUnusableError
+from casfs.format.pack import PackEntry
 from casfs.store import environment
 from casfs.store import index as index_module
 from casfs.store.index import Index
 from casfs.store.location import IndexedPack, Location
-from casfs.store.pack import PackEntry
 from tests.support.stores import child, hear, tell
 
 SMALL_MAP = 1 << 17
@@ -316,7 +316,7 @@ from pathlib import Path
 from casfs.digest import PackId, digest_of
 from casfs.store import environment
 from casfs.store.index import Index
-from casfs.store.pack import PackEntry
+from casfs.format.pack import PackEntry
 
 environment._MAP_BYTES = int(sys.argv[2])
 first, packs = int(sys.argv[3]), int(sys.argv[4])

@@ -11,6 +11,8 @@ import pytest
 
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError, NotFoundError, SessionError
+from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
+from casfs.format.key_derivation import Domain, Session, SessionId
 from casfs.keys import age
 from casfs.keys.identity import Identities
 from casfs.keys.keyring import Keyring
@@ -24,8 +26,6 @@ from casfs.keys.wrapping import (
     session_ids,
     write_session,
 )
-from casfs.store.config import CIPHER, EncryptionConfig, RepositoryConfig
-from casfs.store.session import Domain, Session, SessionId
 from casfs.store.storage import LocalStorage
 from tests.support.encryption import (
     DOMAIN,

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from casfs.cli.app import Settings, casfs
 from casfs.digest import digest_of
 from casfs.errors import NotFoundError, UsageError
-from casfs.tree import Extra, Kind, State, replace
+from casfs.format.tree import Extra, Kind, State, replace
 from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file, flagged, reference
 
 SECOND_NS = 1_000_000_000

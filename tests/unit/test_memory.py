@@ -11,12 +11,12 @@ import pytest
 
 from casfs.content import HOLE, RECORD
 from casfs.digest import Digest, PackId, keyed_digest
+from casfs.format.codec import BlobKind
+from casfs.format.pack import PackEntry
+from casfs.format.tree import Kind, Node, State
 from casfs.intake import memory as memory_module
 from casfs.intake.memory import FileMemory
-from casfs.store.blob import BlobKind
 from casfs.store.index import Index
-from casfs.store.pack import PackEntry
-from casfs.tree import Kind, Node, State
 from tests.support.builders import entry
 from tests.support.encryption import DOMAIN
 from tests.support.stores import noise

@@ -10,8 +10,8 @@ import pytest
 
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import CasfsError
+from casfs.format.tree import Kind, Node
 from casfs.repository import Repository
-from casfs.tree import Kind, Node
 from mount.catalogue import FRESH_S, RepositoryView
 from mount.inode import LISTINGS_END, ROOT, StaleError
 from mount.labels import digits_that_differ, safe_name, time_name

@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from casfs.errors import IndexUnusableError, StorageError
-from casfs.tree import Extra, Kind, replace
+from casfs.format.tree import Extra, Kind, replace
 from mount.catalogue import RepositoryView
 from mount.handlers import LASTING_S, PASSING_S, FileSystem, Showing
 from mount.inode import HARD_LINKS

@@ -9,7 +9,7 @@ import pytest
 
 from casfs.digest import Digest, digest_of
 from casfs.errors import TreeError
-from casfs.tree import Kind, Leaf, Node, TreeRef, encode_piece
+from casfs.format.tree import Kind, Leaf, Node, TreeRef, encode_piece
 from mount.inode import (
     HARD_LINKS,
     LISTINGS_END,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mount.versions
-from casfs.tree import Kind
+from casfs.format.tree import Kind
 from mount.inode import LISTINGS_END, VERSIONS, StaleError
 from mount.waiting import NotAtHand
 from tests.support.builders import Keeper, reference

@@ -14,8 +14,8 @@ import pytest
 from casfs.content import HOLE, RECORD, ContentWriter
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.errors import BlobError
+from casfs.format.tree import Extra, Kind, Node, replace
 from casfs.repository import Repository
-from casfs.tree import Extra, Kind, Node, replace
 from mount.blobs import Blobs
 from mount.chunks import ChunkCache
 from mount.damage import DamageLog

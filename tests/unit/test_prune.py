@@ -13,6 +13,7 @@ import pytest
 
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import IndexUnusableError, IntegrityError, LockedError, StorageError
+from casfs.format.pack import TRAILER
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
@@ -20,7 +21,6 @@ from casfs.store.condemned import read_condemnations
 from casfs.store.index import Index
 from casfs.store.location import Location
 from casfs.store.lock import LockMode
-from casfs.store.pack import TRAILER
 from casfs.store.storage import LocalStorage
 from casfs.store.store import pack_name
 from casfs.upkeep import prune as prune_module

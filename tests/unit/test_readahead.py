@@ -12,10 +12,10 @@ from casfs import readahead as readahead_module
 from casfs.content import ContentReader
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
+from casfs.format.tree import Kind, Node
 from casfs.readahead import ReadAhead
 from casfs.repository import Repository
 from casfs.store.store import BlobStore
-from casfs.tree import Kind, Node
 from casfs.treereader import TreeReader
 from tests.support.builders import Keeper
 from tests.support.stores import flip, noise

@@ -11,12 +11,12 @@ import zstandard
 from casfs import treewriter
 from casfs.content import HOLE, RECORD
 from casfs.digest import Digest, SnapshotId, digest_of
+from casfs.format.pack import RECORD as RECORD_HEADER
+from casfs.format.snapshot import Snapshot, decode_snapshot
+from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.snapshot import Snapshot, decode_snapshot
 from casfs.store.lock import LockMode
-from casfs.store.pack import RECORD as RECORD_HEADER
-from casfs.tree import Node, Reason, State, capture_of, captured_digest
 from casfs.upkeep.check import Checker
 from casfs.upkeep.misplaced import Misplaced
 from casfs.upkeep.prune import PruneOptions, Pruner

@@ -24,10 +24,10 @@ from casfs.errors import (
     StorageError,
     UsageError,
 )
+from casfs.format.codec import BlobKind
+from casfs.format.config import decode_config, encode_config, new_config
+from casfs.format.snapshot import Snapshot
 from casfs.repository import Repository, normal_path
-from casfs.snapshot import Snapshot
-from casfs.store.blob import BlobKind
-from casfs.store.config import decode_config, encode_config, new_config
 from casfs.store.place import cached_index_path, file_system_type, index_path
 from tests.support.builders import Keeper, file
 from tests.support.stores import add_pack, child, flip, hear, make_pack, pack_paths

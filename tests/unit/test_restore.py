@@ -22,10 +22,10 @@ from casfs import target as target_module
 from casfs.content import HOLE, RECORD, ContentWriter
 from casfs.digest import Digest, digest_of
 from casfs.entrywriter import Overwrite
+from casfs.format.codec import BlobKind
+from casfs.format.tree import Extra, Kind, Node, TreeRef
 from casfs.monitor import Problem, ProblemKind, RecordingMonitor
 from casfs.restore import RestoreOptions, Restorer, RestoreResult
-from casfs.store.blob import BlobKind
-from casfs.tree import Extra, Kind, Node, TreeRef
 from tests.support.builders import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
 from tests.support.stores import noise
 
@@ -339,7 +339,7 @@ class TestNothingOutside:
 
     @pytest.mark.parametrize("name", [b"..", b".", b"a/../../outside/precious", b"", b"x\0"])
     def test_a_hostile_name_refuses_its_whole_directory(self, bench: Bench, name: bytes) -> None:
-        from casfs.tree import Leaf, encode_piece
+        from casfs.format.tree import Leaf, encode_piece
 
         with bench.keeper.writing() as repository:
             writer = repository.writer()

@@ -10,14 +10,14 @@ import pytest
 
 from casfs.digest import PackId, digest_of
 from casfs.errors import BlobError
+from casfs.format.codec import BlobKind
+from casfs.format.pack import PackEntry
+from casfs.format.snapshot import Snapshot
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
-from casfs.snapshot import Snapshot
-from casfs.store.blob import BlobKind
 from casfs.store.copies import Copies
 from casfs.store.lock import LockMode
-from casfs.store.pack import PackEntry
 from casfs.store.store import pack_name
 from casfs.upkeep import scrub as scrub_module
 from casfs.upkeep.check import Checker, CheckResult

@@ -13,9 +13,9 @@ from casfs.bitmap import Bitmap
 from casfs.content import ContentWriter
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
+from casfs.format.codec import BlobKind
+from casfs.format.tree import Node
 from casfs.sizes import measure_repository, measure_snapshot
-from casfs.store.blob import BlobKind
-from casfs.tree import Node
 from tests.support.builders import Keeper, entry, file, flagged, reference
 
 

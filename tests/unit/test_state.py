@@ -12,6 +12,8 @@ import msgspec
 import pytest
 
 from casfs.errors import DistrustError, StorageError
+from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
+from casfs.format.key_derivation import Domain
 from casfs.keys.identity import Identities
 from casfs.keys.recipients import write_recipients
 from casfs.keys.state import (
@@ -24,8 +26,6 @@ from casfs.keys.state import (
 )
 from casfs.keys.vault import Vault, accept, expect_recipients
 from casfs.repository import Repository, read_config
-from casfs.store.config import CIPHER, EncryptionConfig, RepositoryConfig
-from casfs.store.session import Domain
 from casfs.store.storage import LocalStorage
 from tests.support.encryption import OTHER, RECIPIENT, EncryptedKeeper, identities, unlock
 

@@ -12,9 +12,9 @@ import pytest
 
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import BlobError, PackError
+from casfs.format.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
 from casfs.store import store as store_module
 from casfs.store.location import Location
-from casfs.store.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
 from casfs.store.store import BlobStore, pack_name
 from tests.support.stores import (
     add_pack,

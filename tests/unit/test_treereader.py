@@ -9,7 +9,7 @@ import pytest
 from casfs import treewriter as treewriter_module
 from casfs.digest import digest_of
 from casfs.errors import BlobError, TreeError
-from casfs.tree import (
+from casfs.format.tree import (
     MAX_PIECE_LEVELS,
     Branch,
     Kind,

@@ -12,8 +12,18 @@ import pytest
 from casfs import treewriter as treewriter_module
 from casfs.digest import Digest, digest_of
 from casfs.errors import TreeError
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind
-from casfs.tree import Branch, Extra, Kind, Leaf, Node, TreeRef, decode_piece, replace, summary_of
+from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
+from casfs.format.tree import (
+    Branch,
+    Extra,
+    Kind,
+    Leaf,
+    Node,
+    TreeRef,
+    decode_piece,
+    replace,
+    summary_of,
+)
 from casfs.treereader import TreeReader
 from casfs.treewriter import PIECE_MAX_BYTES, PIECE_MAX_ENTRIES, PIECE_MIN_ENTRIES, TreeWriter
 from tests.support.builders import entry, file, flagged

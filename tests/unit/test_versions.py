@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from casfs.cli.app import casfs
 from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, IntegrityError
-from casfs.snapshot import Snapshot
-from casfs.tree import Kind, replace
+from casfs.format.snapshot import Snapshot
+from casfs.format.tree import Kind, replace
 from casfs.treereader import TreeReader
 from casfs.versions import versions_of
 from tests.support.builders import Grove, Keeper, Plan, entry, file, flagged, reference

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from casfs.format.tree import Kind, Node
 from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.intake.capture import Capturer, NotRegularError
 from casfs.intake.freeze import Freeze
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.repository import Repository
-from casfs.tree import Kind, Node
 
 
 class Backup:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from pyfastcdc.cy import FastCDC
 
-from casfs.store.config import ChunkerConfig
+from casfs.format.config import ChunkerConfig
 
 ReadInto = Callable[[memoryview], int]
 """Fill a buffer from the front and return the number of bytes; 0 is the end."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from casfs.chunker import Chunker
-from casfs.store.config import ChunkerConfig
+from casfs.format.chunker import Chunker
+from casfs.format.config import ChunkerConfig
 from tests.support.stores import noise
 
 SMALL = ChunkerConfig(min_bytes=1024, avg_bytes=4096, max_bytes=16384)

@@ -8,7 +8,7 @@ import pytest
 from blake3 import blake3
 
 from casfs.digest import keyed_digest
-from casfs.store.session import Domain, Session
+from casfs.format.key_derivation import Domain, Session
 from tests.support.encryption import DOMAIN, REPOSITORY, SESSION
 
 OTHER_REPOSITORY = bytes(32)

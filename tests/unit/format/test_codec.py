@@ -10,7 +10,7 @@ import zstandard
 
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec, Codec, Encoded
+from casfs.format.codec import MAX_PLAIN_BYTES, BlobCodec, Codec, Encoded
 from tests.support.stores import noise
 
 TEXT = b"The same words again and again. " * 400

@@ -14,9 +14,9 @@ import msgspec
 
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import BlobError, TreeError, UsageError
-from casfs.store.blob import ENCRYPTED, MAX_PLAIN_BYTES, BlobCodec
-from casfs.store.session import SALT_BYTES, Session, SessionId, Sessions
-from casfs.tree import Kind, Node, check_node
+from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobCodec
+from casfs.format.key_derivation import SALT_BYTES, Session, SessionId, Sessions
+from casfs.format.tree import Kind, Node, check_node
 
 MAGIC = b"CASFSNAP"
 HEADER = struct.Struct("<8sHBBI")

@@ -10,7 +10,9 @@ import zstandard
 
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import TreeError, UsageError
-from casfs.snapshot import (
+from casfs.format.codec import MAX_PLAIN_BYTES, BlobCodec
+from casfs.format.key_derivation import Session
+from casfs.format.snapshot import (
     HEADER,
     MAGIC,
     MAX_SNAPSHOT_BYTES,
@@ -20,9 +22,7 @@ from casfs.snapshot import (
     encode_snapshot,
     read_envelope,
 )
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobCodec
-from casfs.store.session import Session
-from casfs.tree import Kind, TreeRef
+from casfs.format.tree import Kind, TreeRef
 from tests.support.builders import entry, file
 from tests.support.encryption import SESSION, OneSession
 

@@ -11,8 +11,8 @@ import pytest
 
 from casfs.digest import digest_of
 from casfs.errors import CasfsError, FormatError, IntegrityError, NotFoundError
-from casfs.store.blob import MAX_PLAIN_BYTES
-from casfs.store.config import (
+from casfs.format.codec import MAX_PLAIN_BYTES
+from casfs.format.config import (
     ChunkerConfig,
     EncryptionConfig,
     RepositoryConfig,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import PackError
-from casfs.store.blob import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec
+from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec
 
 PACK_MAGIC = b"CASFSPAK"
 PACK_VERSION = 1

@@ -8,8 +8,8 @@ import pytest
 
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import PackError
-from casfs.store.blob import MAX_PLAIN_BYTES, BlobKind, Codec
-from casfs.store.pack import (
+from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind, Codec
+from casfs.format.pack import (
     DIRECTORY_KIND,
     ENTRY,
     HEADER,

@@ -9,7 +9,7 @@ import pytest
 
 from casfs.digest import EMPTY_DIGEST, Digest, digest_of
 from casfs.errors import TreeError
-from casfs.tree import (
+from casfs.format.tree import (
     Branch,
     Capture,
     Extra,

@@ -16,10 +16,13 @@ import zstandard
 from blake3 import blake3
 
 import casfs
-from casfs import content, snapshot, tree, treewriter
+from casfs import content, treewriter
+from casfs.format import codec as blob
+from casfs.format import config, pack, snapshot, tree
+from casfs.format import key_derivation as session
 from casfs.keys import passphrase, recipients, state, wrapping
 from casfs.repository import Repository
-from casfs.store import blob, config, location, pack, session, tables, writer
+from casfs.store import location, tables, writer
 from tests.support.builders import Keeper
 
 PROJECT = Path(casfs.__file__).parent.parent

@@ -1,0 +1,1 @@
+"""What is stored, as bytes and as values: no input or output."""
