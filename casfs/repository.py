@@ -48,20 +48,20 @@ from casfs.format.snapshot import (
 from casfs.format.tree import Node
 from casfs.keys.opening import ciphers_of, codec_of, encrypted_config, open_vault
 from casfs.keys.state import remember_place
-from casfs.store.index import Index
-from casfs.store.location import PackRecord
-from casfs.store.lock import (
+from casfs.storage.local import LocalStorage
+from casfs.storage.locks import (
     LockMode,
     LockRecord,
     RepositoryLock,
     live_locks,
     remove_stale_temporaries,
 )
+from casfs.storage.reserve import give_up_reserve, take_reserve
+from casfs.store.index import Index
+from casfs.store.location import PackRecord
 from casfs.store.opening import close_index, index_to_read, index_to_write
 from casfs.store.place import index_path
-from casfs.store.reserve import give_up_reserve, take_reserve
 from casfs.store.seal import unseal
-from casfs.store.storage import LocalStorage
 from casfs.store.store import BlobStore
 from casfs.store.writer import BlobWriter
 from casfs.treereader import TreeReader

@@ -29,7 +29,7 @@ from casfs.naming import on_one_line, shown
 if TYPE_CHECKING:
     from casfs.format.config import RepositoryConfig
     from casfs.keys.identity import Identities
-    from casfs.store.storage import Storage
+    from casfs.storage.local import Storage
 
 VERBS = {
     "init": "casfs.cli.basic:init",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from casfs.intake.backup import BackupResult
     from casfs.keys.identity import Identities
     from casfs.keys.opening import Unlock
-    from casfs.store.storage import Storage
+    from casfs.storage.local import Storage
 
 _MOST_SECONDS = 9_200_000_000
 """Before and after 1970: a snapshot's time is a signed number of nanoseconds in 64 bits."""

@@ -127,7 +127,7 @@ def _tell(output: Output, found: list[Damage]) -> None:
 
 def _check_storage(settings: Settings) -> int:
     from casfs.repository import read_config
-    from casfs.store.storage import LocalStorage
+    from casfs.storage.local import LocalStorage
     from casfs.upkeep.storage import check_storage
 
     root = settings.repository_path()

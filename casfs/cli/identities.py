@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from casfs.format.config import RepositoryConfig
     from casfs.keys.identity import Identities
     from casfs.keys.opening import Unlock
-    from casfs.store.storage import Storage
+    from casfs.storage.local import Storage
 
 _MAX_PASSPHRASE_BYTES = 64 * 1024
 
@@ -129,7 +129,7 @@ class KeyOptions:
 def unlocked(root: Path, unlock: Unlock) -> Identities | None:
     """Return what opens the repository in a folder, None where it is not encrypted."""
     from casfs.repository import read_config
-    from casfs.store.storage import LocalStorage
+    from casfs.storage.local import LocalStorage
 
     config = read_config(root.absolute())
     if config.encryption is None:

@@ -16,7 +16,7 @@ from casfs.errors import StorageError, UsageError
 if TYPE_CHECKING:
     from casfs.format.config import RepositoryConfig
     from casfs.keys.recipients import Recipient
-    from casfs.store.storage import LocalStorage
+    from casfs.storage.local import LocalStorage
 
 
 def recipient_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -197,7 +197,7 @@ def accept(settings: Settings) -> None:
     from casfs.keys.vault import Vault
     from casfs.keys.vault import accept as accept_keys
     from casfs.repository import read_config
-    from casfs.store.storage import LocalStorage
+    from casfs.storage.local import LocalStorage
 
     root = settings.repository_path().absolute()
     config = read_config(root)
@@ -213,7 +213,7 @@ def accept(settings: Settings) -> None:
 def _encrypted(settings: Settings) -> tuple[Path, LocalStorage, RepositoryConfig]:
     """Return the repository that was named; raises UsageError where it is not encrypted."""
     from casfs.repository import read_config
-    from casfs.store.storage import LocalStorage
+    from casfs.storage.local import LocalStorage
 
     root = settings.repository_path().absolute()
     config = read_config(root)
@@ -227,8 +227,8 @@ def _encrypted(settings: Settings) -> tuple[Path, LocalStorage, RepositoryConfig
 @contextmanager
 def _tended(settings: Settings, verb: str) -> Iterator[tuple[Path, LocalStorage, RepositoryConfig]]:
     """Give the repository that was named while nobody else changes its keys; raises LockedError."""
-    from casfs.store.lock import LockMode, RepositoryLock
-    from casfs.store.storage import LocalStorage
+    from casfs.storage.local import LocalStorage
+    from casfs.storage.locks import LockMode, RepositoryLock
 
     root, _, config = _encrypted(settings)
     with RepositoryLock.acquire(root / "locks", verb, LockMode.TENDING, "a machine") as lock:

@@ -48,7 +48,7 @@ def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> No
 def run_prune(settings: Settings, options: PruneOptions) -> None:
     """Prune a repository and say what came of it."""
     from casfs.repository import Repository
-    from casfs.store.lock import LockMode
+    from casfs.storage.locks import LockMode
     from casfs.upkeep.prune import Pruner
 
     root, output = settings.repository_path(), settings.output()

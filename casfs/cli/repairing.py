@@ -24,7 +24,7 @@ def index(settings: Settings) -> None:
     Intact blobs are found even in a pack whose directory is damaged.
     """
     from casfs.repository import Repository
-    from casfs.store.lock import LockMode
+    from casfs.storage.locks import LockMode
     from casfs.upkeep.repair import repair_index
 
     output = settings.output()
@@ -69,7 +69,7 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     new backup of the same sources brings the lost data back.
     """
     from casfs.repository import Repository
-    from casfs.store.lock import LockMode
+    from casfs.storage.locks import LockMode
     from casfs.upkeep.repair import SnapshotRepairer
     from casfs.upkeep.scrub import ReadChoice
 

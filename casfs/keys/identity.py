@@ -13,7 +13,7 @@ from casfs.keys import age, gpg
 from casfs.keys.age import AgeIdentity, AskPassphrase
 from casfs.keys.passphrase import WrappedIdentity, parse_wrapped, unwrap_identity, wrap_identity
 from casfs.keys.recipients import Recipient, RecipientKind
-from casfs.store.storage import Storage
+from casfs.storage.local import Storage
 
 log = logging.getLogger(__name__)
 

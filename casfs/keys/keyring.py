@@ -13,7 +13,7 @@ from casfs.format.key_derivation import Domain, DomainId, Session, SessionId
 from casfs.keys.identity import Identities
 from casfs.keys.recipients import read_recipients
 from casfs.keys.wrapping import read_session, session_ids, write_session
-from casfs.store.storage import Storage
+from casfs.storage.local import Storage
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from casfs.errors import KeyMissingError, StorageError
 from casfs.format.codec import BlobCodec
 from casfs.format.config import RepositoryConfig
 from casfs.keys.state import check_place, remember_place
-from casfs.store.lock import LockMode
-from casfs.store.storage import Storage
+from casfs.storage.local import Storage
+from casfs.storage.locks import LockMode
 
 if TYPE_CHECKING:
     from casfs.keys.identity import Identities

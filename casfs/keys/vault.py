@@ -41,7 +41,7 @@ from casfs.keys.state import (
     save_state,
 )
 from casfs.keys.wrapping import files_of, write_session
-from casfs.store.storage import Storage
+from casfs.storage.local import Storage
 
 log = logging.getLogger(__name__)
 

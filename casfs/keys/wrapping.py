@@ -17,7 +17,7 @@ from casfs.format.key_derivation import MAX_DOMAINS, SECRET_BYTES, Domain, Sessi
 from casfs.keys import age, gpg
 from casfs.keys.age import AgeIdentity
 from casfs.keys.recipients import Recipient, wrap
-from casfs.store.storage import Storage
+from casfs.storage.local import Storage
 
 SESSIONS = "sessions"
 

@@ -24,7 +24,7 @@ from casfs.format.pack import (
     encode_record_header,
     parse_session,
 )
-from casfs.store.storage import Storage
+from casfs.storage.local import Storage
 
 _INNER = struct.Struct("<BBHI")
 assert _INNER.size == 8

@@ -14,7 +14,7 @@ import msgspec
 
 from casfs.digest import PackId, digest_of
 from casfs.errors import NotFoundError
-from casfs.store.storage import Storage
+from casfs.storage.local import Storage
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from casfs.errors import IndexDamagedError, IndexUnusableError, StorageError
 from casfs.format.codec import BlobCodec
+from casfs.storage.local import LocalStorage
+from casfs.storage.locks import LockMode, live_locks
 from casfs.store import seal
 from casfs.store.index import Index
-from casfs.store.lock import LockMode, live_locks
 from casfs.store.place import cached_index_path, index_path
-from casfs.store.storage import LocalStorage
 from casfs.store.store import BlobStore
 
 if TYPE_CHECKING:

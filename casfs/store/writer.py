@@ -34,7 +34,7 @@ from casfs.format.pack import (
     encode_record_header,
     encode_session_header,
 )
-from casfs.store.storage import Spool
+from casfs.storage.local import Spool
 from casfs.store.store import BlobStore, pack_name
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ from casfs.format.codec import BlobKind
 from casfs.format.pack import ENTRY, HEADER, RECORD, TRAILER
 from casfs.monitor import Monitor
 from casfs.repository import Repository
+from casfs.storage.locks import LockMode, LockRecord
 from casfs.store.condemned import (
     Condemnation,
     publish_condemnation,
@@ -38,7 +39,6 @@ from casfs.store.condemned import (
     replace_condemnation,
 )
 from casfs.store.location import Location, PackRecord
-from casfs.store.lock import LockMode, LockRecord
 from casfs.store.store import pack_name
 from casfs.store.writer import PACK_BLOBS
 from casfs.upkeep.needs import Needs

@@ -10,7 +10,7 @@ import logging
 from casfs.errors import CasfsError
 from casfs.format.pack import SESSION_HEADER, parse_session
 from casfs.repository import Repository
-from casfs.store.lock import LockMode
+from casfs.storage.locks import LockMode
 from casfs.store.store import pack_name
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from casfs.format.key_derivation import SECRET_BYTES
 from casfs.format.pack import HEADER, SESSION_HEADER
 from casfs.keys.recipients import RECIPIENTS_NAME, read_recipients
 from casfs.monitor import Monitor
-from casfs.store.storage import Storage
+from casfs.storage.local import Storage
 from casfs.upkeep.scrub import Damage
 
 FOLDERS = {

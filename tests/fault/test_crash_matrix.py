@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from casfs.repository import Repository
-from casfs.store.lock import RepositoryLock
+from casfs.storage.locks import RepositoryLock
 from casfs.target import TEMPORARY_PREFIX
 from tests.support.observation import FLAGGED, LOST, Files, look_at_source
 from tests.support.process_runner import KIB, Outcome, Scene, come_back, kept_as_it_is

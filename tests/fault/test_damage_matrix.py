@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from casfs.store.lock import LockMode, RepositoryLock
+from casfs.storage.locks import LockMode, RepositoryLock
 from tests.support.cli import WITHOUT_READING_EVERYTHING, Casfs
 from tests.support.damage import (
     APPENDED,

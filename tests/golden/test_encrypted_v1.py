@@ -20,7 +20,7 @@ from casfs.keys.identity import Identities, read_identity_file, unlock_by_passph
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
-from casfs.store.storage import Storage
+from casfs.storage.local import Storage
 from casfs.upkeep.check import Checker
 from casfs.upkeep.scrub import ReadChoice
 from casfs.upkeep.storage import check_storage

@@ -16,7 +16,7 @@ from casfs.digest import Digest
 from casfs.format.pack import RECORD, TRAILER
 from casfs.format.tree import Kind, Node
 from casfs.repository import Repository
-from casfs.store.lock import RepositoryLock
+from casfs.storage.locks import RepositoryLock
 from casfs.store.store import pack_name
 from casfs.treereader import join
 from tests.support.observation import Files

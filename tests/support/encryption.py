@@ -14,7 +14,7 @@ from casfs.keys.identity import Identities
 from casfs.keys.recipients import Recipient, RecipientKind
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.store.storage import Storage
+from casfs.storage.local import Storage
 
 # Made for these tests; they protect nothing.
 PUBLIC = "age1m6w9vz8wnelhhceh4v03pcehg7hqr7kxram4qmk6n4z2fg8hwerqmasyhq"

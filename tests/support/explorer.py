@@ -27,7 +27,7 @@ from typing import Any
 
 from casfs.digest import digest_of
 from casfs.repository import read_config
-from casfs.store.lock import LockMode, RepositoryLock
+from casfs.storage.locks import LockMode, RepositoryLock
 from tests.support.encryption import PUBLIC, SECRET
 from tests.support.observation import FLAGGED, LOST, Files, look_at_source
 from tests.support.process_runner import KIB, Outcome, Scene, Stage, make_scene

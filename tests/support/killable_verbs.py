@@ -36,11 +36,11 @@ from casfs.keys.identity import Identities
 from casfs.monitor import Progress, RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
+from casfs.storage.local import LocalStorage, Storage
+from casfs.storage.locks import LockMode
 from casfs.store import index as index_module
 from casfs.store import writer as writer_module
 from casfs.store.index import Index
-from casfs.store.lock import LockMode
-from casfs.store.storage import LocalStorage, Storage
 from casfs.store.writer import BlobWriter
 from casfs.tagging import retag
 from casfs.upkeep.check import Checker

@@ -27,7 +27,7 @@ from casfs.keys.identity import (
 )
 from casfs.keys.passphrase import parse_wrapped, unwrap_identity, wrap_identity
 from casfs.keys.recipients import Recipient, RecipientKind
-from casfs.store.storage import LocalStorage
+from casfs.storage.local import LocalStorage
 from tests.support.encryption import OTHER_SECRET, PUBLIC, REPOSITORY, SECRET, identities
 
 pytestmark = pytest.mark.usefixtures("own_home")

@@ -26,7 +26,7 @@ from casfs.keys.wrapping import (
     session_ids,
     write_session,
 )
-from casfs.store.storage import LocalStorage
+from casfs.storage.local import LocalStorage
 from tests.support.encryption import (
     DOMAIN,
     OTHER,

@@ -17,11 +17,11 @@ from casfs.format.pack import TRAILER
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
+from casfs.storage.local import LocalStorage
+from casfs.storage.locks import LockMode
 from casfs.store.condemned import read_condemnations
 from casfs.store.index import Index
 from casfs.store.location import Location
-from casfs.store.lock import LockMode
-from casfs.store.storage import LocalStorage
 from casfs.store.store import pack_name
 from casfs.upkeep import prune as prune_module
 from casfs.upkeep.check import Checker
@@ -258,7 +258,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from casfs.repository import Repository
-from casfs.store.lock import LockMode
+from casfs.storage.locks import LockMode
 
 mode = LockMode(sys.argv[2])
 root = Path(sys.argv[1])

@@ -19,7 +19,7 @@ from casfs.keys.recipients import (
     read_recipients,
     write_recipients,
 )
-from casfs.store.storage import LocalStorage
+from casfs.storage.local import LocalStorage
 from tests.support.encryption import OTHER, OTHER_PUBLIC, PUBLIC, RECIPIENT, SECRET
 
 SSH = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAII87UJ7DbprNb0GcdIKWqsBxYGGCrdpxnetqmALPMvjc"

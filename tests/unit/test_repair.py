@@ -16,7 +16,7 @@ from casfs.format.snapshot import Snapshot, decode_snapshot
 from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.store.lock import LockMode
+from casfs.storage.locks import LockMode
 from casfs.upkeep.check import Checker
 from casfs.upkeep.misplaced import Misplaced
 from casfs.upkeep.prune import PruneOptions, Pruner

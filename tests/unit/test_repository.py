@@ -166,7 +166,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from casfs.repository import Repository
-from casfs.store.lock import LockMode
+from casfs.storage.locks import LockMode
 
 with Repository.open(Path(sys.argv[1]), "prune", LockMode.EXCLUSIVE):
     print("open", flush=True)

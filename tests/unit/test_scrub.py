@@ -16,8 +16,8 @@ from casfs.format.snapshot import Snapshot
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
+from casfs.storage.locks import LockMode
 from casfs.store.copies import Copies
-from casfs.store.lock import LockMode
 from casfs.store.store import pack_name
 from casfs.upkeep import scrub as scrub_module
 from casfs.upkeep.check import Checker, CheckResult

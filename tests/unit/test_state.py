@@ -26,7 +26,7 @@ from casfs.keys.state import (
 )
 from casfs.keys.vault import Vault, accept, expect_recipients
 from casfs.repository import Repository, read_config
-from casfs.store.storage import LocalStorage
+from casfs.storage.local import LocalStorage
 from tests.support.encryption import OTHER, RECIPIENT, EncryptedKeeper, identities, unlock
 
 PLAIN = RepositoryConfig("a" * 64, "today")

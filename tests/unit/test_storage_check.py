@@ -9,7 +9,7 @@ import pytest
 from casfs.keys.recipients import RECIPIENTS_NAME
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository, read_config
-from casfs.store.storage import LocalStorage
+from casfs.storage.local import LocalStorage
 from casfs.upkeep.storage import FOLDERS, StorageCheck, check_storage
 from tests.support.builders import Keeper
 from tests.support.encryption import RECIPIENT, EncryptedKeeper

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from casfs.errors import NotFoundError, StorageError
-from casfs.store.storage import LocalStorage
+from casfs.storage.local import LocalStorage
 from tests.support.stores import noise
 
 Step = tuple[str, str]

@@ -15,9 +15,9 @@ from casfs.format.snapshot import SnapshotStats
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
+from casfs.storage.local import LocalSpool
+from casfs.storage.locks import RepositoryLock
 from casfs.store import writer as writer_module
-from casfs.store.lock import RepositoryLock
-from casfs.store.storage import LocalSpool
 from casfs.store.writer import BlobWriter
 from casfs.upkeep.check import Checker, CheckResult
 from casfs.upkeep.scrub import ReadChoice

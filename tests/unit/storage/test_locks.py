@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from casfs.errors import LockedError, StorageError
-from casfs.store.lock import LockMode, RepositoryLock, live_locks, remove_stale_temporaries
+from casfs.storage.locks import LockMode, RepositoryLock, live_locks, remove_stale_temporaries
 from tests.support.stores import child, hear
 
 SHARED, TENDING, EXCLUSIVE = LockMode.SHARED, LockMode.TENDING, LockMode.EXCLUSIVE
@@ -19,7 +19,7 @@ SHARED, TENDING, EXCLUSIVE = LockMode.SHARED, LockMode.TENDING, LockMode.EXCLUSI
 HOLDER = """
 import sys
 from pathlib import Path
-from casfs.store.lock import LockMode, RepositoryLock
+from casfs.storage.locks import LockMode, RepositoryLock
 
 root = Path(sys.argv[1])
 lock = RepositoryLock.acquire(root / "locks", "backup", LockMode(sys.argv[2]))
