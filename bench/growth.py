@@ -25,7 +25,7 @@ from bench.scratch import Scratch
 from bench.stage import WORK_TIMEOUT_S
 from casfs.digest import Digest, PackId
 from casfs.format.pack import PackEntry
-from casfs.store.index import Index
+from casfs.index.index import Index
 from casfs.store.writer import PACK_BLOBS
 
 FILES = (10_000, 30_000, 100_000, 300_000, 1_000_000)

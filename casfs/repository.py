@@ -46,6 +46,9 @@ from casfs.format.snapshot import (
     read_envelope,
 )
 from casfs.format.tree import Node
+from casfs.index.fingerprint import unseal
+from casfs.index.index import Index
+from casfs.index.location import PackRecord
 from casfs.keys.opening import ciphers_of, codec_of, encrypted_config, open_vault
 from casfs.keys.state import remember_place
 from casfs.storage.local import LocalStorage
@@ -57,11 +60,8 @@ from casfs.storage.locks import (
     remove_stale_temporaries,
 )
 from casfs.storage.reserve import give_up_reserve, take_reserve
-from casfs.store.index import Index
-from casfs.store.location import PackRecord
 from casfs.store.opening import close_index, index_to_read, index_to_write
 from casfs.store.place import index_path
-from casfs.store.seal import unseal
 from casfs.store.store import BlobStore
 from casfs.store.writer import BlobWriter
 from casfs.treereader import TreeReader

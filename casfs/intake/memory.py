@@ -25,8 +25,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from casfs.content import HOLE, RECORD
 from casfs.digest import Digest
 from casfs.format.tree import Kind, Node
-from casfs.store.environment import Transaction
-from casfs.store.index import Index
+from casfs.index.index import Index
+from casfs.index.lmdb_env import Transaction
 
 _STAT = struct.Struct("<QQqqQ")
 _HEAD = struct.Struct("<8sI")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from casfs.digest import Digest, PackId
 from casfs.errors import CasfsError
 from casfs.format.pack import PackEntry
-from casfs.store.index import Index
+from casfs.index.index import Index
 
 _MOST_COPIES = 1_000_000
 _FRESH_S = 60.0

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from casfs.errors import IndexDamagedError, IndexUnusableError, StorageError
 from casfs.format.codec import BlobCodec
+from casfs.index import fingerprint as seal
+from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode, live_locks
-from casfs.store import seal
-from casfs.store.index import Index
 from casfs.store.place import cached_index_path, index_path
 from casfs.store.store import BlobStore
 

@@ -34,12 +34,12 @@ from casfs.format.pack import (
     parse_trailer,
     scan_records,
 )
+from casfs.index.index import Index
+from casfs.index.location import IndexedPack, Location
+from casfs.index.verified_packs import Coverage
 from casfs.storage.local import Storage
 from casfs.store.condemned import condemned_packs
 from casfs.store.copies import Copies
-from casfs.store.coverage import Coverage
-from casfs.store.index import Index
-from casfs.store.location import IndexedPack, Location
 
 if TYPE_CHECKING:
     # What an unencrypted repository does without is not loaded for it.

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from casfs.bitmap import Bitmap
 from casfs.content import RECORD, Extent
 from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
@@ -26,9 +25,10 @@ from casfs.format.tree import (
     decode_piece,
     summary_of,
 )
+from casfs.index.bitmap import Bitmap
+from casfs.index.location import Location
 from casfs.monitor import Monitor
 from casfs.repository import Repository
-from casfs.store.location import Location
 from casfs.treereader import join
 from casfs.upkeep.scrub import Damage, ReadChoice, Scrubber, ScrubResult
 

@@ -29,6 +29,7 @@ from casfs.errors import (
 )
 from casfs.format.codec import BlobKind
 from casfs.format.pack import ENTRY, HEADER, RECORD, TRAILER
+from casfs.index.location import Location, PackRecord
 from casfs.monitor import Monitor
 from casfs.repository import Repository
 from casfs.storage.locks import LockMode, LockRecord
@@ -38,7 +39,6 @@ from casfs.store.condemned import (
     read_condemnations,
     replace_condemnation,
 )
-from casfs.store.location import Location, PackRecord
 from casfs.store.store import pack_name
 from casfs.store.writer import PACK_BLOBS
 from casfs.upkeep.needs import Needs

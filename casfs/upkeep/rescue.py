@@ -12,8 +12,8 @@ from collections.abc import Mapping, Set
 from casfs.digest import Digest, short
 from casfs.errors import BlobError, CasfsError, NotFoundError
 from casfs.format.codec import BlobKind
+from casfs.index.location import Location, PackRecord
 from casfs.repository import Repository
-from casfs.store.location import Location, PackRecord
 from casfs.upkeep.needs import Needs
 
 log = logging.getLogger(__name__)

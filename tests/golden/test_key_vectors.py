@@ -23,11 +23,11 @@ from casfs.format.key_derivation import Domain, Purpose, Session, derive
 from casfs.format.pack import PackEntry, encode_end, encode_record_header, encode_session_header
 from casfs.format.snapshot import Snapshot, decode_snapshot, encode_snapshot
 from casfs.format.tree import Kind, Node, TreeRef
+from casfs.index.index import Index
 from casfs.intake.memory import FileMemory
 from casfs.keys.passphrase import parse_wrapped, unwrap_identity, wrap_identity
 from casfs.keys.wrapping import decode_session, encode_session
 from casfs.store.cipher import PackCipher
-from casfs.store.index import Index
 from tests.support.encryption import DOMAIN, PUBLIC, REPOSITORY, SECRET, SESSION, OneSession
 
 SALT = bytes(range(96, 128))

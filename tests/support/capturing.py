@@ -17,11 +17,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from casfs.cli.backing import exit_code
 from casfs.format.key_derivation import SessionId
 from casfs.format.tree import Kind, Node
+from casfs.index.location import Location
 from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.monitor import Problem, RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
-from casfs.store.location import Location
 from casfs.store.store import pack_name
 from casfs.upkeep.check import Checker
 from casfs.upkeep.scrub import ReadChoice

@@ -29,6 +29,8 @@ from casfs.cli.app import run as run_command
 from casfs.digest import Digest
 from casfs.errors import CasfsError, IntegrityError
 from casfs.format.config import RepositoryConfig
+from casfs.index import index as index_module
+from casfs.index.index import Index
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.keys import age
 from casfs.keys import passphrase as passphrase_module
@@ -38,9 +40,7 @@ from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
 from casfs.storage.local import LocalStorage, Storage
 from casfs.storage.locks import LockMode
-from casfs.store import index as index_module
 from casfs.store import writer as writer_module
-from casfs.store.index import Index
 from casfs.store.writer import BlobWriter
 from casfs.tagging import retag
 from casfs.upkeep.check import Checker

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from casfs.format.pack import HEADER, TRAILER
-from casfs.store.seal import SEAL_FILE
+from casfs.index.fingerprint import SEAL_FILE
 
 MOST = 1 << 16
 """What a choice is below."""

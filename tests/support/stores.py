@@ -17,8 +17,8 @@ from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import BlobError
 from casfs.format.codec import BlobCodec, BlobKind
 from casfs.format.pack import PackEntry, encode_end, encode_header, encode_record_header
+from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
-from casfs.store.index import Index
 from casfs.store.store import BlobStore, pack_name
 from casfs.store.writer import PACK_BYTES, BlobWriter, WriteStats
 

@@ -14,9 +14,9 @@ from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
 from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, TreeRef, replace
+from casfs.index.location import IndexedPack
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.store.location import IndexedPack
 from casfs.store.store import BlobStore
 from casfs.upkeep import check as check_module
 from casfs.upkeep import scrub as scrub_module

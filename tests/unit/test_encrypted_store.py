@@ -22,9 +22,9 @@ from casfs.format.pack import (
     encode_session_header,
     scan_records,
 )
+from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
 from casfs.store.cipher import PackCipher, PackCiphers
-from casfs.store.index import Index
 from casfs.store.store import BlobStore, pack_name
 from casfs.store.writer import BlobWriter
 from tests.support.encryption import DOMAIN, REPOSITORY, SESSION

@@ -22,7 +22,7 @@ PROJECT = Path(casfs.__file__).parent.parent
 # From the ground up: a module imports only from floors below its own, never from its own floor.
 # `name.*` is a room of several modules, which may import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("casfs", "casfs.bitmap", "casfs.crew", "casfs.digest", "casfs.errors", "casfs.monitor"),
+    ("casfs", "casfs.index.bitmap", "casfs.crew", "casfs.digest", "casfs.errors", "casfs.monitor"),
     ("casfs.naming",),
     (
         "casfs.store",
@@ -33,11 +33,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "casfs.storage.reserve",
         "casfs.storage.local",
     ),
-    ("casfs.store.environment", "casfs.format.pack", "casfs.format.key_derivation"),
-    ("casfs.store.cipher", "casfs.store.condemned", "casfs.store.location"),
-    ("casfs.store.tables",),
-    ("casfs.store.index",),
-    ("casfs.store.copies", "casfs.store.coverage", "casfs.store.seal"),
+    ("casfs.index.lmdb_env", "casfs.format.pack", "casfs.format.key_derivation"),
+    ("casfs.store.cipher", "casfs.store.condemned", "casfs.index.location"),
+    ("casfs.index.schema",),
+    ("casfs.index.index",),
+    ("casfs.store.copies", "casfs.index.verified_packs", "casfs.index.fingerprint"),
     ("casfs.store.store",),
     ("casfs.store.bulk", "casfs.store.opening", "casfs.store.writer"),
     ("casfs.format.chunker", "casfs.format.tree"),
@@ -289,7 +289,7 @@ def test_the_mount_knows_nothing_of_the_command_line(imports: list[Import]) -> N
 
 
 def test_exactly_one_module_imports_lmdb(imports: list[Import]) -> None:
-    assert importers_of("lmdb", imports) == {"casfs.store.environment"}
+    assert importers_of("lmdb", imports) == {"casfs.index.lmdb_env"}
 
 
 @pytest.mark.parametrize("library", ["pyfuse3", "trio"])

@@ -14,9 +14,9 @@ from casfs.digest import Digest, PackId, keyed_digest
 from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
 from casfs.format.tree import Kind, Node, State
+from casfs.index.index import Index
 from casfs.intake import memory as memory_module
 from casfs.intake.memory import FileMemory
-from casfs.store.index import Index
 from tests.support.builders import entry
 from tests.support.encryption import DOMAIN
 from tests.support.stores import noise

@@ -14,14 +14,14 @@ import pytest
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import IndexUnusableError, IntegrityError, LockedError, StorageError
 from casfs.format.pack import TRAILER
+from casfs.index.index import Index
+from casfs.index.location import Location
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode
 from casfs.store.condemned import read_condemnations
-from casfs.store.index import Index
-from casfs.store.location import Location
 from casfs.store.store import pack_name
 from casfs.upkeep import prune as prune_module
 from casfs.upkeep.check import Checker

@@ -13,8 +13,8 @@ import pytest
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import BlobError, PackError
 from casfs.format.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
+from casfs.index.location import Location
 from casfs.store import store as store_module
-from casfs.store.location import Location
 from casfs.store.store import BlobStore, pack_name
 from tests.support.stores import (
     add_pack,
@@ -227,7 +227,7 @@ class TestIndexLost:
     def test_of_another_version_is_rebuilt(
         self, root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("casfs.store.index.INDEX_VERSION", b"2")
+        monkeypatch.setattr("casfs.index.index.INDEX_VERSION", b"2")
         with open_store(root) as store:
             assert store.index.is_current()
             assert readable(store, PLAINS) == PLAINS

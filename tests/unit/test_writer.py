@@ -13,11 +13,11 @@ from casfs.digest import PackId, digest_of
 from casfs.errors import BlobError, StorageError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind, Codec
 from casfs.format.pack import RECORD
-from casfs.store import index as index_module
+from casfs.index import index as index_module
+from casfs.index.index import Index
+from casfs.index.lmdb_env import Environment, Transaction
+from casfs.index.location import IndexedPack
 from casfs.store import writer as writer_module
-from casfs.store.environment import Environment, Transaction
-from casfs.store.index import Index
-from casfs.store.location import IndexedPack
 from casfs.store.store import BlobStore
 from casfs.store.writer import BlobWriter, WriteStats
 from tests.support.stores import noise, open_store, pack_paths, store_blobs

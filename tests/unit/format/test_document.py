@@ -20,9 +20,11 @@ from casfs import content, treewriter
 from casfs.format import codec as blob
 from casfs.format import config, pack, snapshot, tree
 from casfs.format import key_derivation as session
+from casfs.index import location
+from casfs.index import schema as tables
 from casfs.keys import passphrase, recipients, state, wrapping
 from casfs.repository import Repository
-from casfs.store import location, tables, writer
+from casfs.store import writer
 from tests.support.builders import Keeper
 
 PROJECT = Path(casfs.__file__).parent.parent

@@ -20,9 +20,9 @@ from types import MappingProxyType
 from casfs.digest import Digest, PackId
 from casfs.errors import IndexUnusableError
 from casfs.format.pack import PackEntry
-from casfs.store.environment import Environment, Transaction
-from casfs.store.location import BAD, LOCATION, PACK, IndexedPack, Location, PackRecord
-from casfs.store.tables import ORDINAL, Tables, is_trusted
+from casfs.index.lmdb_env import Environment, Transaction
+from casfs.index.location import BAD, LOCATION, PACK, IndexedPack, Location, PackRecord
+from casfs.index.schema import ORDINAL, Tables, is_trusted
 
 INDEX_VERSION = b"1"
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-from casfs.bitmap import Bitmap
-from casfs.store.location import Location, PackRecord
+from casfs.index.bitmap import Bitmap
+from casfs.index.location import Location, PackRecord
 
 
 class Coverage:

@@ -17,7 +17,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from casfs.errors import IndexUnusableError
-from casfs.store.index import DATA_FILE, LOCK_FILE, Index
+from casfs.index.index import DATA_FILE, LOCK_FILE, Index
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from casfs.store.seal import read_through
+from casfs.index.fingerprint import read_through
 read_through(Path(sys.argv[2]))
 """
 

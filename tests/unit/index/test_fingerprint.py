@@ -12,10 +12,10 @@ import pytest
 from casfs.digest import PackId, digest_of
 from casfs.errors import IndexDamagedError
 from casfs.format.pack import PackEntry
+from casfs.index import fingerprint as seal
+from casfs.index.index import Index
 from casfs.repository import Repository
 from casfs.storage.locks import LockMode
-from casfs.store import seal
-from casfs.store.index import Index
 from casfs.upkeep.repair import repair_index
 from tests.support.builders import Keeper
 from tests.support.stores import add_pack, make_pack, noise

@@ -12,10 +12,10 @@ import pytest
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import IndexUnusableError
 from casfs.format.pack import PackEntry
-from casfs.store import environment
-from casfs.store import index as index_module
-from casfs.store.index import Index
-from casfs.store.location import IndexedPack, Location
+from casfs.index import index as index_module
+from casfs.index import lmdb_env as environment
+from casfs.index.index import Index
+from casfs.index.location import IndexedPack, Location
 from tests.support.stores import child, hear, tell
 
 SMALL_MAP = 1 << 17
@@ -315,7 +315,7 @@ import sys
 from pathlib import Path
 from casfs.digest import PackId, digest_of
 from casfs.store import environment
-from casfs.store.index import Index
+from casfs.index.index import Index
 from casfs.format.pack import PackEntry
 
 environment._MAP_BYTES = int(sys.argv[2])

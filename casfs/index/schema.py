@@ -7,8 +7,8 @@ from collections.abc import Iterable, Set
 
 from casfs.digest import PackId
 from casfs.format.pack import PackEntry
-from casfs.store.environment import Environment, Transaction
-from casfs.store.location import BAD, LOCATION, PACK, PackRecord
+from casfs.index.lmdb_env import Environment, Transaction
+from casfs.index.location import BAD, LOCATION, PACK, PackRecord
 
 ORDINAL = struct.Struct(">I")
 _REMOVALS = struct.Struct("<Q")

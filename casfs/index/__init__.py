@@ -1,0 +1,1 @@
+"""The index: which blob lies where, derived from the packs."""
