@@ -20,7 +20,7 @@ from casfs.digest import Digest
 from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node
 from casfs.repository import Repository
-from casfs.store.bulk import read_many
+from casfs.store.batch_read import read_many
 from casfs.treereader import TreeReader
 
 _BATCH_BYTES = 2 * 1024 * 1024

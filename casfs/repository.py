@@ -60,9 +60,9 @@ from casfs.storage.locks import (
     remove_stale_temporaries,
 )
 from casfs.storage.reserve import give_up_reserve, take_reserve
+from casfs.store.blob_store import BlobStore
 from casfs.store.opening import close_index, index_to_read, index_to_write
 from casfs.store.place import index_path
-from casfs.store.store import BlobStore
 from casfs.store.writer import BlobWriter
 from casfs.treereader import TreeReader
 

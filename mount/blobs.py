@@ -12,7 +12,7 @@ import time
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError
-from casfs.store.store import BlobStore
+from casfs.store.blob_store import BlobStore
 from mount.waiting import NotAtHand, Waiting
 
 _AT_ONCE_BYTES = 64 * 1024

@@ -35,7 +35,7 @@ from casfs.format.pack import (
     encode_session_header,
 )
 from casfs.storage.local import Spool
-from casfs.store.store import BlobStore, pack_name
+from casfs.store.blob_store import BlobStore, pack_name
 
 if TYPE_CHECKING:
     from casfs.format.key_derivation import Session

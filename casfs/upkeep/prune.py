@@ -33,13 +33,13 @@ from casfs.index.location import Location, PackRecord
 from casfs.monitor import Monitor
 from casfs.repository import Repository
 from casfs.storage.locks import LockMode, LockRecord
-from casfs.store.condemned import (
+from casfs.store.blob_store import pack_name
+from casfs.store.pending_removal import (
     Condemnation,
     publish_condemnation,
     read_condemnations,
     replace_condemnation,
 )
-from casfs.store.store import pack_name
 from casfs.store.writer import PACK_BLOBS
 from casfs.upkeep.needs import Needs
 from casfs.upkeep.rescue import Rescuer

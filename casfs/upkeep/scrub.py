@@ -30,7 +30,7 @@ from casfs.format.pack import TRAILER, PackEntry
 from casfs.index.location import Location, PackRecord
 from casfs.monitor import Monitor
 from casfs.repository import Repository
-from casfs.store.store import pack_name
+from casfs.store.blob_store import pack_name
 
 _WINDOW_BYTES = 8 * 1024 * 1024
 _BATCH_BYTES = 2 * 1024 * 1024

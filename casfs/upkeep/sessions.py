@@ -11,7 +11,7 @@ from casfs.errors import CasfsError
 from casfs.format.pack import SESSION_HEADER, parse_session
 from casfs.repository import Repository
 from casfs.storage.locks import LockMode
-from casfs.store.store import pack_name
+from casfs.store.blob_store import pack_name
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from casfs.format.config import encode_config
 from casfs.keys.recipients import Recipient, RecipientKind, read_recipients, write_recipients
 from casfs.repository import read_config
 from casfs.storage.local import LocalStorage
-from casfs.store.condemned import Condemnation, publish_condemnation
+from casfs.store.pending_removal import Condemnation, publish_condemnation
 from tests.support.encryption import OTHER, OTHER_PUBLIC
 from tests.support.observation import LOST, Files
 from tests.support.process_runner import Stage, come_back, kept_as_it_is

@@ -18,7 +18,7 @@ from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, capture
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.store.store import pack_name
+from casfs.store.blob_store import pack_name
 from casfs.treereader import TreeReader
 from casfs.treewriter import TreeWriter
 

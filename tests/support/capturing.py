@@ -22,7 +22,7 @@ from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.monitor import Problem, RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
-from casfs.store.store import pack_name
+from casfs.store.blob_store import pack_name
 from casfs.upkeep.check import Checker
 from casfs.upkeep.scrub import ReadChoice
 from mount.blobs import Blobs

@@ -17,7 +17,7 @@ from casfs.format.pack import RECORD, TRAILER
 from casfs.format.tree import Kind, Node
 from casfs.repository import Repository
 from casfs.storage.locks import RepositoryLock
-from casfs.store.store import pack_name
+from casfs.store.blob_store import pack_name
 from casfs.treereader import join
 from tests.support.observation import Files
 from tests.support.process_runner import KIB, Scene, Stage, make_scene

@@ -19,7 +19,7 @@ from casfs.format.codec import BlobCodec, BlobKind
 from casfs.format.pack import PackEntry, encode_end, encode_header, encode_record_header
 from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
-from casfs.store.store import BlobStore, pack_name
+from casfs.store.blob_store import BlobStore, pack_name
 from casfs.store.writer import PACK_BYTES, BlobWriter, WriteStats
 
 PROJECT = Path(casfs.__file__).parent.parent

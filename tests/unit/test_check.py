@@ -17,7 +17,7 @@ from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, TreeRef
 from casfs.index.location import IndexedPack
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.store.store import BlobStore
+from casfs.store.blob_store import BlobStore
 from casfs.upkeep import check as check_module
 from casfs.upkeep import scrub as scrub_module
 from casfs.upkeep.check import Checker, CheckResult

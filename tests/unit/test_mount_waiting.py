@@ -16,7 +16,7 @@ from casfs.digest import Digest, digest_of
 from casfs.errors import IndexUnusableError
 from casfs.format.tree import Node
 from casfs.repository import Repository
-from casfs.store.store import pack_name
+from casfs.store.blob_store import pack_name
 from mount.blobs import Blobs
 from mount.errands import Errands
 from mount.foresight import Foresight

@@ -21,8 +21,8 @@ from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode
-from casfs.store.condemned import read_condemnations
-from casfs.store.store import pack_name
+from casfs.store.blob_store import pack_name
+from casfs.store.pending_removal import read_condemnations
 from casfs.upkeep import prune as prune_module
 from casfs.upkeep.check import Checker
 from casfs.upkeep.prune import NeedsUnknownError, PruneOptions, Pruner, PruneResult

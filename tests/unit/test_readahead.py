@@ -15,7 +15,7 @@ from casfs.errors import BlobError
 from casfs.format.tree import Kind, Node
 from casfs.readahead import ReadAhead
 from casfs.repository import Repository
-from casfs.store.store import BlobStore
+from casfs.store.blob_store import BlobStore
 from casfs.treereader import TreeReader
 from tests.support.builders import Keeper
 from tests.support.stores import flip, noise

@@ -140,7 +140,7 @@ class TestOpening:
             raise PermissionError(13, "Permission denied")
 
         with monkeypatch.context() as patch:
-            patch.setattr("casfs.store.store.BlobStore.reconcile", fail)
+            patch.setattr("casfs.store.blob_store.BlobStore.reconcile", fail)
             with pytest.raises(StorageError, match="cannot open"):
                 keeper.writing()
         assert list((keeper.root / "locks").iterdir()) == []

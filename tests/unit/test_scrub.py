@@ -17,8 +17,8 @@ from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
 from casfs.storage.locks import LockMode
-from casfs.store.copies import Copies
-from casfs.store.store import pack_name
+from casfs.store.blob_store import pack_name
+from casfs.store.duplicates import Copies
 from casfs.upkeep import scrub as scrub_module
 from casfs.upkeep.check import Checker, CheckResult
 from casfs.upkeep.prune import PruneOptions, Pruner

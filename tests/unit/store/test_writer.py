@@ -18,7 +18,7 @@ from casfs.index.index import Index
 from casfs.index.lmdb_env import Environment, Transaction
 from casfs.index.location import IndexedPack
 from casfs.store import writer as writer_module
-from casfs.store.store import BlobStore
+from casfs.store.blob_store import BlobStore
 from casfs.store.writer import BlobWriter, WriteStats
 from tests.support.stores import noise, open_store, pack_paths, store_blobs
 from tests.support.waiting import wait_until

@@ -24,8 +24,8 @@ from casfs.format.pack import (
 )
 from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
+from casfs.store.blob_store import BlobStore, pack_name
 from casfs.store.cipher import PackCipher, PackCiphers
-from casfs.store.store import BlobStore, pack_name
 from casfs.store.writer import BlobWriter
 from tests.support.encryption import DOMAIN, REPOSITORY, SESSION
 from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths

@@ -14,7 +14,7 @@ from casfs.digest import Digest
 from casfs.errors import CasfsError
 from casfs.format.codec import Encoded
 from casfs.index.location import Location
-from casfs.store.store import BlobStore, pack_name
+from casfs.store.blob_store import BlobStore, pack_name
 
 log = logging.getLogger(__name__)
 

@@ -38,8 +38,8 @@ from casfs.index.index import Index
 from casfs.index.location import IndexedPack, Location
 from casfs.index.verified_packs import Coverage
 from casfs.storage.local import Storage
-from casfs.store.condemned import condemned_packs
-from casfs.store.copies import Copies
+from casfs.store.duplicates import Copies
+from casfs.store.pending_removal import condemned_packs
 
 if TYPE_CHECKING:
     # What an unencrypted repository does without is not loaded for it.

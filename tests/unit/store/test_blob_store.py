@@ -14,8 +14,8 @@ from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import BlobError, PackError
 from casfs.format.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
 from casfs.index.location import Location
-from casfs.store import store as store_module
-from casfs.store.store import BlobStore, pack_name
+from casfs.store import blob_store as store_module
+from casfs.store.blob_store import BlobStore, pack_name
 from tests.support.stores import (
     add_pack,
     child,
