@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from casfs.errors import IntegrityError, TreeError
-from casfs.flagged import check_depth
 from casfs.format.tree import Extra, Kind, Node, TreeRef, captured_digest
 from casfs.monitor import Monitor, Problem, ProblemKind
-from casfs.treereader import TreeReader, join
+from casfs.trees.flagged import check_depth
+from casfs.trees.reader import TreeReader, join
 
 _NO_EXTRA = Extra()
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 from blake3 import blake3
 
-from casfs.content import Extent, check_chunk_length
 from casfs.digest import Digest, update_zeros
 from casfs.errors import IntegrityError, TreeError
 from casfs.format.tree import Node, captured_digest
 from casfs.repository import Repository
+from casfs.trees.content import Extent, check_chunk_length
 
 Ranges = list[tuple[int, int]]
 """Begin and end, in bytes, of parts of a file."""

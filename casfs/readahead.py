@@ -15,13 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from casfs.content import HOLE, RECORD, check_chunk_length
 from casfs.digest import Digest
 from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node
 from casfs.repository import Repository
 from casfs.store.batch_read import read_many
-from casfs.treereader import TreeReader
+from casfs.trees.content import HOLE, RECORD, check_chunk_length
+from casfs.trees.reader import TreeReader
 
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 256

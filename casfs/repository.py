@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from casfs.content import ContentReader
 from casfs.digest import SnapshotId, short
 from casfs.errors import (
     AmbiguousIdError,
@@ -64,7 +63,8 @@ from casfs.store.blob_store import BlobStore
 from casfs.store.opening import close_index, index_to_read, index_to_write
 from casfs.store.place import index_path
 from casfs.store.writer import BlobWriter
-from casfs.treereader import TreeReader
+from casfs.trees.content import ContentReader
+from casfs.trees.reader import TreeReader
 
 if TYPE_CHECKING:
     # What an unencrypted repository does without is not loaded for it.

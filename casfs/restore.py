@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from casfs import target
-from casfs.content import HOLE, RECORD
 from casfs.crew import Crew
 from casfs.digest import Digest
 from casfs.entrywriter import EntryWriter, FirstName, Outcome, Overwrite
@@ -26,7 +25,8 @@ from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.readahead import ReadAhead
 from casfs.repository import Repository
 from casfs.telling import problem_of_damage, problem_of_flag, problem_of_restoring
-from casfs.treereader import TreeReader, join
+from casfs.trees.content import HOLE, RECORD
+from casfs.trees.reader import TreeReader, join
 
 _HANDED_OVER_BYTES = 1 << 20
 """A file of one chunk is written by the crew if it is no larger; others are, and are read, one at a time."""

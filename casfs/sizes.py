@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from casfs.digest import SnapshotId
-from casfs.flagged import flagged_below
 from casfs.format.tree import Kind, Node, nodes_of
 from casfs.repository import Repository
+from casfs.trees.flagged import flagged_below
 from casfs.upkeep.needs import Needs
 
 

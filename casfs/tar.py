@@ -18,15 +18,15 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from casfs.content import check_chunk_length
 from casfs.digest import Digest
 from casfs.errors import IntegrityError, TreeError
-from casfs.flagged import is_flagged
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node, captured_digest, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.naming import shown
 from casfs.repository import Repository
+from casfs.trees.content import check_chunk_length
+from casfs.trees.flagged import is_flagged
 
 _ZEROS = bytes(1 << 20)
 _MAX_LINKS = 100_000

@@ -14,7 +14,7 @@ from casfs.digest import SnapshotId
 from casfs.errors import IntegrityError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node
-from casfs.treereader import TreeReader
+from casfs.trees.reader import TreeReader
 
 Found = tuple[SnapshotId, Snapshot]
 

@@ -9,11 +9,11 @@ from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
 
-from casfs.content import HOLE, RECORD, parse_records
 from casfs.digest import Digest
 from casfs.errors import TreeError
 from casfs.format.codec import MAX_PLAIN_BYTES
 from casfs.format.tree import Node
+from casfs.trees.content import HOLE, RECORD, parse_records
 
 _LISTS = 8
 """Parsed lists that are kept for one open file; the biggest takes about a megabyte."""

@@ -15,7 +15,7 @@ from itertools import accumulate
 from casfs.digest import Digest
 from casfs.errors import TreeError
 from casfs.format.tree import Leaf, Node, TreeRef, decode_piece, nodes_of
-from casfs.treereader import Read
+from casfs.trees.reader import Read
 
 DEFAULT_CACHE_BYTES = 32 * 1024 * 1024
 

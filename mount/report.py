@@ -16,11 +16,11 @@ import msgspec
 
 from casfs.digest import Digest, SnapshotId
 from casfs.errors import CasfsError
-from casfs.flagged import flagged_files
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node, captured_digest
 from casfs.naming import shown
-from casfs.treereader import TreeReader
+from casfs.trees.flagged import flagged_files
+from casfs.trees.reader import TreeReader
 from mount.damage import DamageLog
 from mount.waiting import Waiting
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from casfs.content import HOLE, RECORD
 from casfs.digest import SnapshotId
 from casfs.errors import CasfsError
 from casfs.format.snapshot import Snapshot
@@ -23,6 +22,7 @@ from casfs.format.tree import Kind, Node, State, capture_of, captured_digest
 from casfs.naming import shown
 from casfs.repository import Repository
 from casfs.telling import reason_word
+from casfs.trees.content import HOLE, RECORD
 from mount.blobs import Blobs
 from mount.chunks import ChunkCache
 from mount.damage import DamageLog

@@ -102,7 +102,7 @@ def _file_bytes(node: Node | None) -> int:
 
 
 def _flagged_sides(change: Change) -> list[str]:
-    from casfs.flagged import is_flagged
+    from casfs.trees.flagged import is_flagged
 
     sides = (("before", change.before), ("after", change.after))
     return [side for side, node in sides if node is not None and is_flagged(node)]

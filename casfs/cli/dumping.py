@@ -93,9 +93,9 @@ def _is_terminal() -> bool:
 def _dump_file(
     repository: Repository, node: Node, path: bytes, file: BinaryIO, monitor: CommandMonitor
 ) -> TarStats:
-    from casfs.flagged import is_flagged
     from casfs.monitor import Problem, ProblemKind
     from casfs.tar import TarStats, file_bytes
+    from casfs.trees.flagged import is_flagged
 
     stats = TarStats(files=1, content_bytes=node.size)
     if is_flagged(node):

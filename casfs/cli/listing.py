@@ -317,9 +317,9 @@ def changed(settings: Settings, snap: str) -> None:
     captured and of what was seen when the file was read again.
     """
     from casfs.cli.nodes import NodeFields, shown_reason
-    from casfs.flagged import flagged_files
     from casfs.format.tree import captured_digest
     from casfs.repository import Repository
+    from casfs.trees.flagged import flagged_files
 
     output = settings.output()
     count = 0

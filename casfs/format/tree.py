@@ -108,7 +108,7 @@ class Node(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     `mode` has the permission bits with setuid, setgid and sticky; times are nanoseconds since 1970 and
     may be negative; `size` is the number of bytes captured. `content` is a file's list of extents
-    (see `casfs.content`; `levels` says how many lists deep it goes) or a symlink's target.
+    (see `casfs.trees.content`; `levels` says how many lists deep it goes) or a symlink's target.
     `captured` is the plain BLAKE3 of the whole file as stored; it is None where the one blob's unkeyed
     digest, or that of no bytes, is the same. `racy` marks a file that is not trusted as unchanged.
     """

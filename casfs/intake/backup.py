@@ -37,7 +37,7 @@ from casfs.naming import shown
 from casfs.repository import Repository
 from casfs.selection import Place, keep_path, select
 from casfs.store.writer import BlobWriter, WriteStats
-from casfs.treewriter import TreeWriter
+from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
     from casfs.intake.memory import FileMemory

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from casfs.flagged import is_flagged
 from casfs.format.tree import Node, hard_link_key, replace
 from casfs.intake.capture import Capturer
 from casfs.intake.source import open_directory
@@ -19,8 +18,9 @@ from casfs.intake.walk import NewTree
 from casfs.monitor import Monitor
 from casfs.selection import Place
 from casfs.telling import problem_of_capture
-from casfs.treereader import TreeReader, join
-from casfs.treewriter import TreeWriter
+from casfs.trees.flagged import is_flagged
+from casfs.trees.reader import TreeReader, join
+from casfs.trees.writer import TreeWriter
 
 _MAX_LINKS = 100_000
 

@@ -22,11 +22,11 @@ from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from casfs.content import HOLE, RECORD
 from casfs.digest import Digest
 from casfs.format.tree import Kind, Node
 from casfs.index.index import Index
 from casfs.index.lmdb_env import Transaction
+from casfs.trees.content import HOLE, RECORD
 
 _STAT = struct.Struct("<QQqqQ")
 _HEAD = struct.Struct("<8sI")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from casfs.errors import IntegrityError
 from casfs.format.tree import Kind, Node, TreeRef
-from casfs.treereader import TreeReader
+from casfs.trees.reader import TreeReader
 
 _FILE, _DIRECTORY = Kind.FILE, Kind.DIRECTORY
 

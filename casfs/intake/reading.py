@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-from casfs.content import HOLE, RECORD, ContentWriter, Put
 from casfs.digest import EMPTY_DIGEST, Digest, update_zeros
 from casfs.format.chunker import Chunker
 from casfs.format.codec import BlobKind
+from casfs.trees.content import HOLE, RECORD, ContentWriter, Put
 
 _LARGE_BYTES = 8 * 1024 * 1024
 """From here on the digest of a whole file is computed by a thread of its own."""

@@ -43,8 +43,8 @@ from casfs.telling import (
     problems_of_source,
     repository_left_out,
 )
-from casfs.treereader import TreeReader, join
-from casfs.treewriter import TreeWriter
+from casfs.trees.reader import TreeReader, join
+from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
     from casfs.intake.memory import FileMemory

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from casfs.content import RECORD, Extent
 from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
 from casfs.format.tree import (
@@ -29,7 +28,8 @@ from casfs.index.bitmap import Bitmap
 from casfs.index.location import Location
 from casfs.monitor import Monitor
 from casfs.repository import Repository
-from casfs.treereader import join
+from casfs.trees.content import RECORD, Extent
+from casfs.trees.reader import join
 from casfs.upkeep.scrub import Damage, ReadChoice, Scrubber, ScrubResult
 
 log = logging.getLogger(__name__)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from casfs.content import HOLE, parse_records
 from casfs.digest import Digest
 from casfs.errors import TreeError
 from casfs.format.pack import RECORD
 from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Kind, Node, TreeRef
 from casfs.index.bitmap import Bitmap
 from casfs.repository import Repository
+from casfs.trees.content import HOLE, parse_records
 
 
 class Needs:

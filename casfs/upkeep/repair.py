@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from casfs.content import HOLE, ContentWriter
 from casfs.digest import Digest, PackId, SnapshotId, update_zeros
 from casfs.errors import (
     CasfsError,
@@ -43,8 +42,9 @@ from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository import Repository
 from casfs.store.opening import begin_anew
 from casfs.store.writer import BlobWriter
-from casfs.treereader import join
-from casfs.treewriter import TreeWriter
+from casfs.trees.content import HOLE, ContentWriter
+from casfs.trees.reader import join
+from casfs.trees.writer import TreeWriter
 from casfs.upkeep.check import Checker
 from casfs.upkeep.misplaced import DAMAGED_FOLDER, Misplaced
 from casfs.upkeep.scrub import ReadChoice

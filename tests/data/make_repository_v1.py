@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from casfs.content import HOLE, ContentWriter
 from casfs.digest import digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.snapshot import Snapshot
@@ -25,7 +24,8 @@ from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, capture
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
-from casfs.treewriter import TreeWriter
+from casfs.trees.content import HOLE, ContentWriter
+from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
     from casfs.keys.opening import Unlock

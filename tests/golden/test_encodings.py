@@ -5,7 +5,6 @@ Where a compressor has a say only reading is fixed: another zstd may well make o
 
 from __future__ import annotations
 
-from casfs.content import HOLE, RECORD, ContentWriter
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.format.codec import BlobCodec, BlobKind, Codec
 from casfs.format.config import RepositoryConfig, decode_config, encode_config
@@ -36,7 +35,8 @@ from casfs.format.tree import (
     decode_piece,
     encode_piece,
 )
-from casfs.treewriter import TreeWriter
+from casfs.trees.content import HOLE, RECORD, ContentWriter
+from casfs.trees.writer import TreeWriter
 
 TIMES = (1_600_000_000_123_456_789, -1)
 

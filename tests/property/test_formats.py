@@ -17,9 +17,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from casfs import content as content_module
-from casfs import treewriter as treewriter_module
-from casfs.content import HOLE, RECORD, ContentReader, ContentWriter, Extent, parse_records
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import CasfsError, IntegrityError, PackError, TreeError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobCodec, BlobKind
@@ -55,7 +52,10 @@ from casfs.format.tree import (
     hard_link_key,
     summary_of,
 )
-from casfs.treereader import TreeReader
+from casfs.trees import content as content_module
+from casfs.trees import writer as treewriter_module
+from casfs.trees.content import HOLE, RECORD, ContentReader, ContentWriter, Extent, parse_records
+from casfs.trees.reader import TreeReader
 from tests.support.stores import Memory, make_pack
 
 CODEC = BlobCodec(3)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from casfs.content import RECORD
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.snapshot import Snapshot
@@ -19,8 +18,9 @@ from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.store.blob_store import pack_name
-from casfs.treereader import TreeReader
-from casfs.treewriter import TreeWriter
+from casfs.trees.content import RECORD
+from casfs.trees.reader import TreeReader
+from casfs.trees.writer import TreeWriter
 
 Plan = Mapping[bytes, Any]
 

@@ -18,7 +18,7 @@ from casfs.format.tree import Kind, Node
 from casfs.repository import Repository
 from casfs.storage.locks import RepositoryLock
 from casfs.store.blob_store import pack_name
-from casfs.treereader import join
+from casfs.trees.reader import join
 from tests.support.observation import Files
 from tests.support.process_runner import KIB, Scene, Stage, make_scene
 

@@ -14,7 +14,7 @@ from blake3 import blake3
 from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node, TreeRef
 from casfs.repository import Repository
-from casfs.treereader import join
+from casfs.trees.reader import join
 from mount.blobs import Blobs
 from mount.catalogue import RepositoryView
 from mount.chunks import ChunkCache

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from casfs.content import RECORD
 from casfs.digest import digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node
 from casfs.repository import Repository
 from casfs.store.writer import BlobWriter
-from casfs.treewriter import TreeWriter
+from casfs.trees.content import RECORD
+from casfs.trees.writer import TreeWriter
 
 _BEGIN_NS = 1_500_000_000 * 10**9
 _HOUR_NS = 3600 * 10**9

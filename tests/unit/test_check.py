@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from casfs.content import HOLE, RECORD, ContentWriter
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
@@ -18,6 +17,7 @@ from casfs.index.location import IndexedPack
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.store.blob_store import BlobStore
+from casfs.trees.content import HOLE, RECORD, ContentWriter
 from casfs.upkeep import check as check_module
 from casfs.upkeep import scrub as scrub_module
 from casfs.upkeep.check import Checker, CheckResult

@@ -17,7 +17,7 @@ from casfs.digest import Digest
 from casfs.errors import BlobError
 from casfs.format.tree import MAX_DEPTH, Extra, Kind, Node, replace
 from casfs.monitor import ProblemKind, RecordingMonitor
-from casfs.treereader import TreeReader
+from casfs.trees.reader import TreeReader
 from tests.support.builders import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
 
 Told = list[tuple[str, str, tuple[str, ...]]]

@@ -16,12 +16,12 @@ from click.testing import CliRunner, Result
 import casfs.tar
 from casfs.cli.app import Settings
 from casfs.cli.app import casfs as command
-from casfs.content import HOLE, RECORD
 from casfs.digest import digest_of
 from casfs.errors import CasfsError, UsageError
 from casfs.format.tree import Extra, Kind, Node, replace
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.tar import DamagedContentError, TarStats, TarWriter, file_bytes
+from casfs.trees.content import HOLE, RECORD
 from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file, flagged
 
 NINE_GIB = 9 << 30

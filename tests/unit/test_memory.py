@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from casfs.content import HOLE, RECORD
 from casfs.digest import Digest, PackId, keyed_digest
 from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
@@ -17,6 +16,7 @@ from casfs.format.tree import Kind, Node, State
 from casfs.index.index import Index
 from casfs.intake import memory as memory_module
 from casfs.intake.memory import FileMemory
+from casfs.trees.content import HOLE, RECORD
 from tests.support.builders import entry
 from tests.support.encryption import DOMAIN
 from tests.support.stores import noise

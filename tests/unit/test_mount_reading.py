@@ -8,11 +8,11 @@ from collections import Counter
 
 import pytest
 
-from casfs.content import HOLE, ContentWriter
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError, CasfsError, StorageError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
 from casfs.format.tree import Node, replace
+from casfs.trees.content import HOLE, ContentWriter
 from mount.chunks import ChunkCache
 from mount.damage import UnreadableError
 from mount.errands import Errands

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from casfs import readahead as readahead_module
-from casfs.content import ContentReader
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
 from casfs.format.tree import Kind, Node
 from casfs.readahead import ReadAhead
 from casfs.repository import Repository
 from casfs.store.blob_store import BlobStore
-from casfs.treereader import TreeReader
+from casfs.trees.content import ContentReader
+from casfs.trees.reader import TreeReader
 from tests.support.builders import Keeper
 from tests.support.stores import flip, noise
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 import pytest
 import zstandard
 
-from casfs import treewriter
-from casfs.content import HOLE, RECORD
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.format.pack import RECORD as RECORD_HEADER
 from casfs.format.snapshot import Snapshot, decode_snapshot
@@ -17,6 +15,8 @@ from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository
 from casfs.storage.locks import LockMode
+from casfs.trees import writer as treewriter
+from casfs.trees.content import HOLE, RECORD
 from casfs.upkeep.check import Checker
 from casfs.upkeep.misplaced import Misplaced
 from casfs.upkeep.prune import PruneOptions, Pruner

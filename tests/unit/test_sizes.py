@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from casfs.content import ContentWriter
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
 from casfs.format.codec import BlobKind
 from casfs.format.tree import Node
 from casfs.index.bitmap import Bitmap
 from casfs.sizes import measure_repository, measure_snapshot
+from casfs.trees.content import ContentWriter
 from tests.support.builders import Keeper, entry, file, flagged, reference
 
 

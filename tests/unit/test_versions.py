@@ -13,7 +13,7 @@ from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, IntegrityError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, replace
-from casfs.treereader import TreeReader
+from casfs.trees.reader import TreeReader
 from casfs.versions import versions_of
 from tests.support.builders import Grove, Keeper, Plan, entry, file, flagged, reference
 

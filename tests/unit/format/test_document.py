@@ -16,7 +16,6 @@ import zstandard
 from blake3 import blake3
 
 import casfs
-from casfs import content, treewriter
 from casfs.format import codec as blob
 from casfs.format import config, pack, snapshot, tree
 from casfs.format import key_derivation as session
@@ -25,6 +24,8 @@ from casfs.index import schema as tables
 from casfs.keys import passphrase, recipients, state, wrapping
 from casfs.repository import Repository
 from casfs.store import writer
+from casfs.trees import content
+from casfs.trees import writer as treewriter
 from tests.support.builders import Keeper
 
 PROJECT = Path(casfs.__file__).parent.parent

@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 
-from casfs.content import Put
 from casfs.digest import Digest
 from casfs.errors import TreeError
 from casfs.format.codec import BlobKind
@@ -25,6 +24,7 @@ from casfs.format.tree import (
     encode_piece,
     summary_of,
 )
+from casfs.trees.content import Put
 
 PIECE_MIN_ENTRIES = 1024
 PIECE_MAX_ENTRIES = 8192

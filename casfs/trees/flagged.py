@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from casfs.errors import TreeError
 from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Kind, Node, State, TreeRef
-from casfs.treereader import TreeReader, join
+from casfs.trees.reader import TreeReader, join
 
 
 def is_flagged(node: Node) -> bool:

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 
-from casfs import treewriter as treewriter_module
 from casfs.digest import digest_of
 from casfs.errors import BlobError, TreeError
 from casfs.format.tree import (
@@ -19,7 +18,8 @@ from casfs.format.tree import (
     TreeRef,
     encode_piece,
 )
-from casfs.treereader import TreeReader, join
+from casfs.trees import writer as treewriter_module
+from casfs.trees.reader import TreeReader, join
 from tests.support.builders import Grove, entry, file, reference
 from tests.support.stores import Memory
 

@@ -8,8 +8,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from casfs import content as content_module
-from casfs.content import (
+from casfs.digest import Digest, digest_of
+from casfs.errors import BlobError, TreeError
+from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
+from casfs.format.tree import MAX_FILE_BYTES
+from casfs.trees import content as content_module
+from casfs.trees.content import (
     HOLE,
     MAX_INLINE_RECORDS,
     RECORD,
@@ -19,10 +23,6 @@ from casfs.content import (
     check_chunk_length,
     parse_records,
 )
-from casfs.digest import Digest, digest_of
-from casfs.errors import BlobError, TreeError
-from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
-from casfs.format.tree import MAX_FILE_BYTES
 from tests.support.stores import Memory
 
 MANY = 100_000

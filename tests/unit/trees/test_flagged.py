@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from casfs.errors import TreeError
-from casfs.flagged import flagged_below, flagged_files, is_flagged
 from casfs.format.tree import MAX_DEPTH, Kind, Node, State, replace
+from casfs.trees.flagged import flagged_below, flagged_files, is_flagged
 from tests.support.builders import Grove, Plan, entry, file, flagged, reference
 
 

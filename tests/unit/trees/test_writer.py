@@ -9,7 +9,6 @@ from itertools import islice
 
 import pytest
 
-from casfs import treewriter as treewriter_module
 from casfs.digest import Digest, digest_of
 from casfs.errors import TreeError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
@@ -24,8 +23,9 @@ from casfs.format.tree import (
     replace,
     summary_of,
 )
-from casfs.treereader import TreeReader
-from casfs.treewriter import PIECE_MAX_BYTES, PIECE_MAX_ENTRIES, PIECE_MIN_ENTRIES, TreeWriter
+from casfs.trees import writer as treewriter_module
+from casfs.trees.reader import TreeReader
+from casfs.trees.writer import PIECE_MAX_BYTES, PIECE_MAX_ENTRIES, PIECE_MIN_ENTRIES, TreeWriter
 from tests.support.builders import entry, file, flagged
 from tests.support.stores import Memory
 

@@ -1,0 +1,1 @@
+"""Directories and content lists of a snapshot, read and written."""
