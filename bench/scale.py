@@ -1,7 +1,7 @@
 """How a mount stands a repository that no machine here could back up: `python -m bench scale`.
 
-The repository is written straight into the store by `tests.support.synthetic_repository`: 1,000 snapshots, and one of them
-with two million files and a directory of 100,000. Every mount and every first look is cold.
+`tests.support.synthetic_repository` writes the repository straight into the store: 1,000 snapshots,
+one of them with two million files and a directory of 100,000. Every mount and every first look is cold.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from casfs.crypto.opening import ciphers_of, codec_of, encrypted_config, open_vault
+from casfs.crypto.trust_state import remember_place
 from casfs.digest import SnapshotId, short
 from casfs.errors import (
     AmbiguousIdError,
@@ -48,8 +50,6 @@ from casfs.format.tree import Node
 from casfs.index.fingerprint import unseal
 from casfs.index.index import Index
 from casfs.index.location import PackRecord
-from casfs.keys.opening import ciphers_of, codec_of, encrypted_config, open_vault
-from casfs.keys.state import remember_place
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import (
     LockMode,
@@ -68,9 +68,9 @@ from casfs.trees.reader import TreeReader
 
 if TYPE_CHECKING:
     # What an unencrypted repository does without is not loaded for it.
-    from casfs.keys.opening import Unlock
-    from casfs.keys.recipients import Recipient
-    from casfs.keys.vault import Vault
+    from casfs.crypto.key_manager import Vault
+    from casfs.crypto.opening import Unlock
+    from casfs.crypto.recipients import Recipient
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import NoReturn
 
 import msgspec
 
+from casfs.crypto.trust_state import state_folder
 from casfs.errors import CasfsError, IntegrityError, LockedError, UsageError
-from casfs.keys.state import state_folder
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from mount.view import SnapshotView, Sources, View
 from mount.waiting import Waiting
 
 if TYPE_CHECKING:
-    from casfs.keys.identity import Identities
+    from casfs.crypto.identities import Identities
 
 log = logging.getLogger(__name__)
 

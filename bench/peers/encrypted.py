@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.measure import Command
 from bench.peers.casfs import Casfs
-from casfs.keys.age import new_identity
+from casfs.crypto.age import new_identity
 
 IDENTITY = "identity.txt"
 

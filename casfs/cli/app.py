@@ -27,8 +27,8 @@ from casfs.errors import CasfsError, UsageError
 from casfs.naming import on_one_line, shown
 
 if TYPE_CHECKING:
+    from casfs.crypto.identities import Identities
     from casfs.format.config import RepositoryConfig
-    from casfs.keys.identity import Identities
     from casfs.storage.local import Storage
 
 VERBS = {

@@ -22,10 +22,10 @@ from casfs.errors import DistrustError, NotFoundError, UsageError
 from casfs.selection import keep_path
 
 if TYPE_CHECKING:
+    from casfs.crypto.identities import Identities
+    from casfs.crypto.opening import Unlock
     from casfs.format.config import RepositoryConfig
     from casfs.intake.backup import BackupResult
-    from casfs.keys.identity import Identities
-    from casfs.keys.opening import Unlock
     from casfs.storage.local import Storage
 
 _MOST_SECONDS = 9_200_000_000
@@ -290,7 +290,7 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
 def _expecting(root: Path, file: Path, unlock: Unlock) -> Unlock:
     """Return what unlocks a repository only if it has just the recipients that a file names."""
     from casfs.cli.keys import recipients_in
-    from casfs.keys.vault import accept, expect_recipients
+    from casfs.crypto.key_manager import accept, expect_recipients
     from casfs.repository import read_config
 
     expected = recipients_in(file)

@@ -20,9 +20,9 @@ import click
 from casfs.errors import CasfsError, StorageError, UsageError
 
 if TYPE_CHECKING:
+    from casfs.crypto.identities import Identities
+    from casfs.crypto.opening import Unlock
     from casfs.format.config import RepositoryConfig
-    from casfs.keys.identity import Identities
-    from casfs.keys.opening import Unlock
     from casfs.storage.local import Storage
 
 _MAX_PASSPHRASE_BYTES = 64 * 1024
@@ -96,7 +96,7 @@ class KeyOptions:
 
     def unlock_given(self, storage: Storage, config: RepositoryConfig) -> Identities:
         """Return the identities that were given, without asking anybody for more."""
-        from casfs.keys.identity import Identities, read_identity_file, unlock_by_passphrase
+        from casfs.crypto.identities import Identities, read_identity_file, unlock_by_passphrase
 
         given = self.with_environment()
         found = Identities()
@@ -109,12 +109,12 @@ class KeyOptions:
 
     def unlock(self, storage: Storage, config: RepositoryConfig) -> Identities:
         """Return the identities that were given, else what GPG's agent or a person at a terminal opens."""
-        from casfs.keys.identity import (
+        from casfs.crypto.identities import (
             unlock_by_gpg,
             unlock_by_passphrase,
             wrapped_identities,
         )
-        from casfs.keys.recipients import read_recipients
+        from casfs.crypto.recipients import read_recipients
 
         found = self.unlock_given(storage, config)
         if not found:

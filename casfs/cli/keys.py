@@ -14,8 +14,8 @@ from casfs.cli.identities import PassphraseSource, new_passphrase
 from casfs.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
+    from casfs.crypto.recipients import Recipient
     from casfs.format.config import RepositoryConfig
-    from casfs.keys.recipients import Recipient
     from casfs.storage.local import LocalStorage
 
 
@@ -47,7 +47,7 @@ def named_recipients(texts: tuple[str, ...], files: tuple[Path, ...]) -> list[Re
     """Return the recipients that the options name; raises WrongKeyError and StorageError."""
     if not (texts or files):
         return []
-    from casfs.keys.recipients import merged, parse_recipient
+    from casfs.crypto.recipients import merged, parse_recipient
 
     found = [parse_recipient(text) for text in texts]
     return merged(found, [one for file in files for one in recipients_in(file)])
@@ -55,7 +55,7 @@ def named_recipients(texts: tuple[str, ...], files: tuple[Path, ...]) -> list[Re
 
 def recipients_in(file: Path) -> list[Recipient]:
     """Return the recipients that a file names; raises WrongKeyError and StorageError."""
-    from casfs.keys.recipients import parse_recipients_file
+    from casfs.crypto.recipients import parse_recipients_file
 
     try:
         data = file.read_bytes()
@@ -75,7 +75,7 @@ def key() -> None:
 @click.pass_obj
 def list_keys(settings: Settings) -> None:
     """List the recipients: whoever has what opens one of them can read what is stored."""
-    from casfs.keys.recipients import read_recipients
+    from casfs.crypto.recipients import read_recipients
 
     _, storage, _ = _encrypted(settings)
     output = settings.output()
@@ -100,9 +100,9 @@ def add(
 
     What is there already opens to them after `casfs key rewrap`.
     """
-    from casfs.keys.identity import add_passphrase
-    from casfs.keys.recipients import merged, read_recipients
-    from casfs.keys.vault import change_recipients, complete, require_known
+    from casfs.crypto.identities import add_passphrase
+    from casfs.crypto.key_manager import change_recipients, complete, require_known
+    from casfs.crypto.recipients import merged, read_recipients
 
     new = named_recipients(recipients, recipients_files)
     if not (new or passphrase):
@@ -131,8 +131,8 @@ def remove(settings: Settings, values: tuple[str, ...]) -> None:
     They cannot read what is stored from now on, and can still read what they could read before:
     `casfs key rewrap` takes that from them too, as far as they have no copy of the old files.
     """
-    from casfs.keys.recipients import read_recipients
-    from casfs.keys.vault import change_recipients
+    from casfs.crypto.key_manager import change_recipients
+    from casfs.crypto.recipients import read_recipients
 
     gone = []
     with _tended(settings, "key remove") as (root, storage, config):
@@ -153,7 +153,7 @@ def remove(settings: Settings, values: tuple[str, ...]) -> None:
 @click.pass_obj
 def rewrap(settings: Settings) -> None:
     """Have everything that is stored open to the recipients that there are now, and to nobody else."""
-    from casfs.keys.vault import require_known, rewrap_sessions
+    from casfs.crypto.key_manager import require_known, rewrap_sessions
 
     with _tended(settings, "key rewrap") as (root, storage, config):
         require_known(root, storage, config)
@@ -170,7 +170,7 @@ def rewrap(settings: Settings) -> None:
 def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
     """Change the passphrase; the old one opens nothing any more, but for copies of the repository."""
     from casfs.cli.identities import ask_passphrase
-    from casfs.keys.identity import change_passphrase
+    from casfs.crypto.identities import change_passphrase
 
     _encrypted(settings)
     source = settings.keys.with_environment().passphrase
@@ -194,8 +194,8 @@ def accept(settings: Settings) -> None:
     With an identity this machine also takes up the repository's own secret for what it stores, so that it
     deduplicates with all the others.
     """
-    from casfs.keys.vault import Vault
-    from casfs.keys.vault import accept as accept_keys
+    from casfs.crypto.key_manager import Vault
+    from casfs.crypto.key_manager import accept as accept_keys
     from casfs.repository import read_config
     from casfs.storage.local import LocalStorage
 

@@ -24,7 +24,7 @@ def remove_unneeded_sessions(repository: Repository) -> int:
     encryption = repository.config.encryption
     if encryption is None:
         return 0
-    from casfs.keys.wrapping import remove_session, session_ids
+    from casfs.crypto.session_files import remove_session, session_ids
 
     storage = repository.store.storage
     listed = session_ids(storage)

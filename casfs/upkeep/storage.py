@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
+from casfs.crypto.recipients import RECIPIENTS_NAME, read_recipients
 from casfs.errors import IntegrityError, NotFoundError, StorageError
 from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import SECRET_BYTES
 from casfs.format.pack import HEADER, SESSION_HEADER
-from casfs.keys.recipients import RECIPIENTS_NAME, read_recipients
 from casfs.monitor import Monitor
 from casfs.storage.local import Storage
 from casfs.upkeep.scrub import Damage

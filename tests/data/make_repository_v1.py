@@ -28,7 +28,7 @@ from casfs.trees.content import HOLE, ContentWriter
 from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
-    from casfs.keys.opening import Unlock
+    from casfs.crypto.opening import Unlock
 
 
 def main(folder: Path) -> None:

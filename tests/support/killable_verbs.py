@@ -26,15 +26,15 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from casfs.cli.app import run as run_command
+from casfs.crypto import age
+from casfs.crypto import passphrase as passphrase_module
+from casfs.crypto.identities import Identities
 from casfs.digest import Digest
 from casfs.errors import CasfsError, IntegrityError
 from casfs.format.config import RepositoryConfig
 from casfs.index import index as index_module
 from casfs.index.index import Index
 from casfs.intake.backup import BackupOptions, back_up
-from casfs.keys import age
-from casfs.keys import passphrase as passphrase_module
-from casfs.keys.identity import Identities
 from casfs.monitor import Progress, RecordingMonitor
 from casfs.repository import Repository
 from casfs.restore import RestoreOptions, Restorer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from casfs.keys.recipients import RECIPIENTS_NAME
+from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.monitor import RecordingMonitor
 from casfs.repository import Repository, read_config
 from casfs.storage.local import LocalStorage

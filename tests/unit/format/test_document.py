@@ -16,12 +16,14 @@ import zstandard
 from blake3 import blake3
 
 import casfs
+from casfs.crypto import passphrase, recipients
+from casfs.crypto import session_files as wrapping
+from casfs.crypto import trust_state as state
 from casfs.format import codec as blob
 from casfs.format import config, pack, snapshot, tree
 from casfs.format import key_derivation as session
 from casfs.index import location
 from casfs.index import schema as tables
-from casfs.keys import passphrase, recipients, state, wrapping
 from casfs.repository import Repository
 from casfs.store import writer
 from casfs.trees import content

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import msgspec
 
+from casfs.crypto import age, gpg
+from casfs.crypto.age import AgeIdentity
+from casfs.crypto.recipients import Recipient, wrap
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError, NotFoundError, SessionError
 from casfs.format.key_derivation import MAX_DOMAINS, SECRET_BYTES, Domain, Session, SessionId
-from casfs.keys import age, gpg
-from casfs.keys.age import AgeIdentity
-from casfs.keys.recipients import Recipient, wrap
 from casfs.storage.local import Storage
 
 SESSIONS = "sessions"

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from casfs.crypto import age, gpg
+from casfs.crypto.age import AgeIdentity, AskPassphrase
+from casfs.crypto.passphrase import WrappedIdentity, parse_wrapped, unwrap_identity, wrap_identity
+from casfs.crypto.recipients import Recipient, RecipientKind
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError, NotFoundError, SessionError, StorageError, WrongKeyError
-from casfs.keys import age, gpg
-from casfs.keys.age import AgeIdentity, AskPassphrase
-from casfs.keys.passphrase import WrappedIdentity, parse_wrapped, unwrap_identity, wrap_identity
-from casfs.keys.recipients import Recipient, RecipientKind
 from casfs.storage.local import Storage
 
 log = logging.getLogger(__name__)

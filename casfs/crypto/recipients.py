@@ -1,7 +1,7 @@
 """Recipients: who can open what is stored from now on; a public list in the repository.
 
 The storage could write itself into that list, so a machine that writes remembers what the list was
-(`casfs.keys.state`) and asks before it follows a change.
+(`casfs.crypto.trust_state`) and asks before it follows a change.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from enum import StrEnum
 
 import msgspec
 
+from casfs.crypto import age, gpg
 from casfs.digest import digest_of
 from casfs.errors import IntegrityError, NotFoundError, WrongKeyError
-from casfs.keys import age, gpg
 from casfs.storage.local import Storage
 
 RECIPIENTS_NAME = "recipients"

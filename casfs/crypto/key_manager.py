@@ -13,6 +13,24 @@ from pathlib import Path
 
 import msgspec
 
+from casfs.crypto.identities import Identities, add_gpg, add_passphrase
+from casfs.crypto.keyring import Keyring
+from casfs.crypto.recipients import (
+    Recipient,
+    RecipientKind,
+    encode_recipients,
+    merged,
+    read_recipients,
+    write_recipients,
+)
+from casfs.crypto.session_files import files_of, write_session
+from casfs.crypto.trust_state import (
+    WriterState,
+    check_place,
+    load_state,
+    remember_place,
+    save_state,
+)
 from casfs.digest import SnapshotId, digest_of, short
 from casfs.errors import (
     DistrustError,
@@ -23,24 +41,6 @@ from casfs.errors import (
 )
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import Domain, Session
-from casfs.keys.identity import Identities, add_gpg, add_passphrase
-from casfs.keys.keyring import Keyring
-from casfs.keys.recipients import (
-    Recipient,
-    RecipientKind,
-    encode_recipients,
-    merged,
-    read_recipients,
-    write_recipients,
-)
-from casfs.keys.state import (
-    WriterState,
-    check_place,
-    load_state,
-    remember_place,
-    save_state,
-)
-from casfs.keys.wrapping import files_of, write_session
 from casfs.storage.local import Storage
 
 log = logging.getLogger(__name__)

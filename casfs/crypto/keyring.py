@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 
+from casfs.crypto.identities import Identities
+from casfs.crypto.recipients import read_recipients
+from casfs.crypto.session_files import read_session, session_ids, write_session
 from casfs.errors import CasfsError, KeyMissingError, SessionError
 from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import Domain, DomainId, Session, SessionId
-from casfs.keys.identity import Identities
-from casfs.keys.recipients import read_recipients
-from casfs.keys.wrapping import read_session, session_ids, write_session
 from casfs.storage.local import Storage
 
 log = logging.getLogger(__name__)

@@ -9,15 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from casfs.digest import digest_of
-from casfs.errors import KeyMissingError, NotFoundError, SessionError
-from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
-from casfs.format.key_derivation import Domain, Session, SessionId
-from casfs.keys import age
-from casfs.keys.identity import Identities
-from casfs.keys.keyring import Keyring
-from casfs.keys.recipients import write_recipients
-from casfs.keys.wrapping import (
+from casfs.crypto import age
+from casfs.crypto.identities import Identities
+from casfs.crypto.keyring import Keyring
+from casfs.crypto.recipients import write_recipients
+from casfs.crypto.session_files import (
     decode_session,
     encode_session,
     files_of,
@@ -26,6 +22,10 @@ from casfs.keys.wrapping import (
     session_ids,
     write_session,
 )
+from casfs.digest import digest_of
+from casfs.errors import KeyMissingError, NotFoundError, SessionError
+from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
+from casfs.format.key_derivation import Domain, Session, SessionId
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import (
     DOMAIN,

@@ -11,12 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from casfs.errors import DistrustError, StorageError
-from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
-from casfs.format.key_derivation import Domain
-from casfs.keys.identity import Identities
-from casfs.keys.recipients import write_recipients
-from casfs.keys.state import (
+from casfs.crypto.identities import Identities
+from casfs.crypto.key_manager import Vault, accept, expect_recipients
+from casfs.crypto.recipients import write_recipients
+from casfs.crypto.trust_state import (
     WriterState,
     check_place,
     load_state,
@@ -24,7 +22,9 @@ from casfs.keys.state import (
     save_state,
     state_folder,
 )
-from casfs.keys.vault import Vault, accept, expect_recipients
+from casfs.errors import DistrustError, StorageError
+from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
+from casfs.format.key_derivation import Domain
 from casfs.repository import Repository, read_config
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import OTHER, RECIPIENT, EncryptedKeeper, identities, unlock

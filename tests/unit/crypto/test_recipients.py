@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from casfs.digest import digest_of
-from casfs.errors import IntegrityError, WrongKeyError
-from casfs.keys.recipients import (
+from casfs.crypto.recipients import (
     Recipient,
     RecipientKind,
     decode_recipients,
@@ -19,6 +17,8 @@ from casfs.keys.recipients import (
     read_recipients,
     write_recipients,
 )
+from casfs.digest import digest_of
+from casfs.errors import IntegrityError, WrongKeyError
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import OTHER, OTHER_PUBLIC, PUBLIC, RECIPIENT, SECRET
 

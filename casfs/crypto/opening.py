@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from casfs.crypto.trust_state import check_place, remember_place
 from casfs.errors import KeyMissingError, StorageError
 from casfs.format.codec import BlobCodec
 from casfs.format.config import RepositoryConfig
-from casfs.keys.state import check_place, remember_place
 from casfs.storage.local import Storage
 from casfs.storage.locks import LockMode
 
 if TYPE_CHECKING:
-    from casfs.keys.identity import Identities
-    from casfs.keys.recipients import Recipient
-    from casfs.keys.vault import Vault
+    from casfs.crypto.identities import Identities
+    from casfs.crypto.key_manager import Vault
+    from casfs.crypto.recipients import Recipient
     from casfs.store.cipher import PackCiphers
 
     Unlock = Callable[[Storage, RepositoryConfig], Identities]
@@ -37,7 +37,7 @@ def encrypted_config(
     passphrase: str | None,
 ) -> RepositoryConfig:
     """Make the keys of a new repository and return its configuration with them."""
-    from casfs.keys.vault import create_keys
+    from casfs.crypto.key_manager import create_keys
 
     encryption = create_keys(storage, config.id, recipients, passphrase)
     return msgspec.structs.replace(config, encryption=encryption)
@@ -60,9 +60,9 @@ def open_vault(
     check_place(root, config)
     if config.encryption is None:
         return None
-    from casfs.keys.identity import Identities
-    from casfs.keys.vault import Vault
-    from casfs.keys.wrapping import NOTHING_GIVEN
+    from casfs.crypto.identities import Identities
+    from casfs.crypto.key_manager import Vault
+    from casfs.crypto.session_files import NOTHING_GIVEN
 
     identities = unlock(storage, config) if unlock is not None else Identities()
     if not (identities or closed_ok):

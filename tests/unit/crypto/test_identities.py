@@ -11,11 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from casfs.digest import digest_of
-from casfs.errors import KeyMissingError, SessionError, StorageError, WrongKeyError
-from casfs.keys import age
-from casfs.keys import passphrase as passphrase_module
-from casfs.keys.identity import (
+from casfs.crypto import age
+from casfs.crypto import passphrase as passphrase_module
+from casfs.crypto.identities import (
     Identities,
     add_passphrase,
     change_passphrase,
@@ -25,8 +23,10 @@ from casfs.keys.identity import (
     unlock_by_passphrase,
     wrapped_identities,
 )
-from casfs.keys.passphrase import parse_wrapped, unwrap_identity, wrap_identity
-from casfs.keys.recipients import Recipient, RecipientKind
+from casfs.crypto.passphrase import parse_wrapped, unwrap_identity, wrap_identity
+from casfs.crypto.recipients import Recipient, RecipientKind
+from casfs.digest import digest_of
+from casfs.errors import KeyMissingError, SessionError, StorageError, WrongKeyError
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import OTHER_SECRET, PUBLIC, REPOSITORY, SECRET, identities
 

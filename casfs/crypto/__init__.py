@@ -1,0 +1,1 @@
+"""Keys: recipients, identities, sessions, and what this machine trusts."""

@@ -1,1 +1,0 @@
-"""Who may open what: recipients, identities, and the sessions that are wrapped to them."""
