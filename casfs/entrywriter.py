@@ -18,7 +18,7 @@ from casfs.digest import Digest
 from casfs.errors import IntegrityError
 from casfs.filling import Filler, Ranges, reads_back
 from casfs.format.tree import Kind, Node, hard_link_key
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from blake3 import blake3
 from casfs.digest import Digest, update_zeros
 from casfs.errors import IntegrityError, TreeError
 from casfs.format.tree import Node, captured_digest
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.trees.content import Extent, check_chunk_length
 
 Ranges = list[tuple[int, int]]

@@ -18,7 +18,7 @@ from types import TracebackType
 from casfs.digest import Digest
 from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.store.batch_read import read_many
 from casfs.trees.content import HOLE, RECORD, check_chunk_length
 from casfs.trees.reader import TreeReader

@@ -23,7 +23,7 @@ from casfs.format.tree import Kind, Node, State, captured_digest, hard_link_key
 from casfs.intake.exclude import PatternMatcher
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.readahead import ReadAhead
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.telling import problem_of_damage, problem_of_flag, problem_of_restoring
 from casfs.trees.content import HOLE, RECORD
 from casfs.trees.reader import TreeReader, join

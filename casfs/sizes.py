@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from casfs.digest import SnapshotId
 from casfs.format.tree import Kind, Node, nodes_of
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
+from casfs.repository.used_blobs import Needs
 from casfs.trees.flagged import flagged_below
-from casfs.upkeep.needs import Needs
 
 
 @dataclass(frozen=True, slots=True)

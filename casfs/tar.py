@@ -24,7 +24,7 @@ from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node, captured_digest, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.naming import shown
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.trees.content import check_chunk_length
 from casfs.trees.flagged import is_flagged
 

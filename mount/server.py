@@ -24,7 +24,7 @@ import trio
 from casfs.errors import CasfsError, KeyMissingError, UsageError
 from casfs.format.tree import Kind
 from casfs.naming import shown
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from mount.blobs import Blobs
 from mount.catalogue import RepositoryView
 from mount.chunks import DEFAULT_CACHE_BYTES, ChunkCache

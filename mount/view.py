@@ -20,7 +20,7 @@ from casfs.errors import CasfsError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node, State, capture_of, captured_digest
 from casfs.naming import shown
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.telling import reason_word
 from casfs.trees.content import HOLE, RECORD
 from mount.blobs import Blobs

@@ -160,7 +160,7 @@ def backup(
     from casfs.intake.backup import BackupOptions, back_up
     from casfs.intake.exclude import Exclusions, read_patterns
     from casfs.intake.freeze import Freeze
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
 
     sources = [os.fsencode(path) for path in paths]
     if sys.stdin is None and (stdin or "-" in files_from):
@@ -291,7 +291,7 @@ def _expecting(root: Path, file: Path, unlock: Unlock) -> Unlock:
     """Return what unlocks a repository only if it has just the recipients that a file names."""
     from casfs.cli.keys import recipients_in
     from casfs.crypto.key_manager import accept, expect_recipients
-    from casfs.repository import read_config
+    from casfs.repository.repository import read_config
 
     expected = recipients_in(file)
     if read_config(root).encryption is None:

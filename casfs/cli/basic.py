@@ -36,7 +36,7 @@ def init(
     the repository's whole life; who the recipients are can be changed later (casfs key).
     """
     from casfs.format.config import FORMAT_VERSION
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
 
     if path is not None and settings.repo is not None and path != settings.repo:
         raise UsageError("two repositories were named; give one")
@@ -115,8 +115,8 @@ def tag(
     replaced: tuple[str, ...],
 ) -> None:
     """Change a snapshot's tags; it gets a new id, its content stays the same."""
-    from casfs.repository import Repository
-    from casfs.tagging import retag
+    from casfs.repository.repository import Repository
+    from casfs.repository.tagging import retag
 
     if not (added or removed or replaced):
         raise UsageError("say what to change: --add, --remove or --set")
@@ -149,7 +149,7 @@ def tag(
 @click.pass_obj
 def stats(settings: Settings, snap: str | None) -> None:
     """Print sizes: of the whole repository, or of what a snapshot holds."""
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
     from casfs.sizes import measure_repository, measure_snapshot
 
     output = settings.output()

@@ -49,7 +49,7 @@ def check(
     When each pack was last verified is remembered, also where a check is interrupted: with --older-than
     the next one goes on from there.
     """
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
     from casfs.upkeep.check import Checker
     from casfs.upkeep.durations import parse_duration
     from casfs.upkeep.scrub import ReadChoice
@@ -126,7 +126,7 @@ def _tell(output: Output, found: list[Damage]) -> None:
 
 
 def _check_storage(settings: Settings) -> int:
-    from casfs.repository import read_config
+    from casfs.repository.repository import read_config
     from casfs.storage.local import LocalStorage
     from casfs.upkeep.storage import check_storage
 

@@ -43,7 +43,7 @@ def diff(settings: Settings, before: str, after: str) -> int:
     """
     from casfs.cli.nodes import NodeFields
     from casfs.diff import Differ, passages_of
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
 
     output = settings.output()
     monitor = CommandMonitor(output, "diff")

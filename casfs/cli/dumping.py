@@ -15,7 +15,7 @@ from casfs.errors import CasfsError, UsageError
 
 if TYPE_CHECKING:
     from casfs.format.tree import Node
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
     from casfs.tar import TarStats
 
 
@@ -31,7 +31,7 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
     """
     from casfs.cli.nodes import KIND_NAMES
     from casfs.format.tree import Kind
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
 
     output = settings.output()
     monitor = CommandMonitor(output, "dump")

@@ -102,7 +102,7 @@ def forget(
     Each group (a host and its paths) is judged apart. The space is freed by prune.
     """
     from casfs.cli.pruning import run_prune
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
     from casfs.upkeep.durations import Span
     from casfs.upkeep.forget import Choice, forget, named_snapshots, plan_policy
     from casfs.upkeep.prune import PruneOptions

@@ -27,7 +27,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
     equal, of a directory when everything below it is, times and owners included. `snapshot` is the
     first that has a version; give it to other verbs as SNAP.
     """
-    from casfs.repository import Repository, normal_path
+    from casfs.repository.repository import Repository, normal_path
     from casfs.versions import versions_of
 
     output = settings.output()

@@ -196,7 +196,7 @@ def accept(settings: Settings) -> None:
     """
     from casfs.crypto.key_manager import Vault
     from casfs.crypto.key_manager import accept as accept_keys
-    from casfs.repository import read_config
+    from casfs.repository.repository import read_config
     from casfs.storage.local import LocalStorage
 
     root = settings.repository_path().absolute()
@@ -212,7 +212,7 @@ def accept(settings: Settings) -> None:
 
 def _encrypted(settings: Settings) -> tuple[Path, LocalStorage, RepositoryConfig]:
     """Return the repository that was named; raises UsageError where it is not encrypted."""
-    from casfs.repository import read_config
+    from casfs.repository.repository import read_config
     from casfs.storage.local import LocalStorage
 
     root = settings.repository_path().absolute()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from casfs.digest import SnapshotId
     from casfs.format.snapshot import Snapshot
     from casfs.format.tree import Node
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
 
     Found = tuple[SnapshotId, Snapshot]
 
@@ -55,7 +55,7 @@ def snapshots(
     Of several --host or --tag one has to fit, of several --path every one. Where the repository is
     encrypted and nothing is given that opens it, their times and sizes are listed.
     """
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
 
     output = settings.output()
     root = settings.repository_path()
@@ -209,7 +209,7 @@ def ls(settings: Settings, snap: str, recursive: bool) -> int:
     """
     from casfs.cli.nodes import NodeFields, NodeLines
     from casfs.find import Finder, Query
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
 
     output = settings.output()
     monitor = CommandMonitor(output, "ls")
@@ -266,7 +266,7 @@ def find(
     """
     from casfs.cli.nodes import NodeFields, shown_state
     from casfs.find import KIND_LETTERS, Finder, Query
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
 
     if pattern is None and not only_flagged:
         raise UsageError("say what to look for: a PATTERN, or --changed")
@@ -318,7 +318,7 @@ def changed(settings: Settings, snap: str) -> None:
     """
     from casfs.cli.nodes import NodeFields, shown_reason
     from casfs.format.tree import captured_digest
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
     from casfs.trees.flagged import flagged_files
 
     output = settings.output()

@@ -47,7 +47,7 @@ def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> No
 
 def run_prune(settings: Settings, options: PruneOptions) -> None:
     """Prune a repository and say what came of it."""
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
     from casfs.storage.locks import LockMode
     from casfs.upkeep.prune import Pruner
 

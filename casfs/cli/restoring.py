@@ -48,7 +48,7 @@ def restore(
     A directory's entries go straight into the folder. Exit 5 means that something was damaged.
     """
     from casfs.entrywriter import Overwrite
-    from casfs.repository import Repository
+    from casfs.repository.repository import Repository
     from casfs.restore import RestoreOptions, Restorer
 
     if not target:

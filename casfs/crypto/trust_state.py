@@ -18,7 +18,7 @@ from casfs.digest import digest_of
 from casfs.errors import DistrustError, StorageError
 from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import SECRET_BYTES, Domain
-from casfs.store.place import user_folder
+from casfs.user_dirs import user_folder
 
 
 class WriterState(msgspec.Struct, frozen=True):

@@ -34,7 +34,7 @@ from casfs.intake.source import make_node
 from casfs.intake.walk import NewTree, Walker, WalkStats
 from casfs.monitor import Monitor
 from casfs.naming import shown
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.selection import Place, keep_path, select
 from casfs.store.writer import BlobWriter, WriteStats
 from casfs.trees.writer import TreeWriter

@@ -27,7 +27,7 @@ from casfs.format.tree import (
 from casfs.index.bitmap import Bitmap
 from casfs.index.location import Location
 from casfs.monitor import Monitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.trees.content import RECORD, Extent
 from casfs.trees.reader import join
 from casfs.upkeep.scrub import Damage, ReadChoice, Scrubber, ScrubResult

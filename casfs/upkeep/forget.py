@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from casfs.digest import SnapshotId
 from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
 from casfs.format.snapshot import Snapshot
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.selection import keep_path
 from casfs.upkeep.retention import Policy, Verdict, decide
 

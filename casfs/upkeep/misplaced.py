@@ -9,7 +9,7 @@ from __future__ import annotations
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import CasfsError, IntegrityError
 from casfs.format.snapshot import MAX_SNAPSHOT_BYTES, decode_snapshot
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 
 DAMAGED_FOLDER = "damaged"
 """Where the files of snapshots are put aside that cannot be read under their names."""

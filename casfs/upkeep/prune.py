@@ -31,7 +31,8 @@ from casfs.format.codec import BlobKind
 from casfs.format.pack import ENTRY, HEADER, RECORD, TRAILER
 from casfs.index.location import Location, PackRecord
 from casfs.monitor import Monitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
+from casfs.repository.used_blobs import Needs
 from casfs.storage.locks import LockMode, LockRecord
 from casfs.store.blob_store import pack_name
 from casfs.store.pending_removal import (
@@ -41,7 +42,6 @@ from casfs.store.pending_removal import (
     replace_condemnation,
 )
 from casfs.store.writer import PACK_BLOBS
-from casfs.upkeep.needs import Needs
 from casfs.upkeep.rescue import Rescuer
 from casfs.upkeep.sessions import remove_unneeded_sessions
 

@@ -39,8 +39,8 @@ from casfs.format.tree import (
     replace,
 )
 from casfs.monitor import Monitor, Problem, ProblemKind
-from casfs.repository import Repository
-from casfs.store.opening import begin_anew
+from casfs.repository.index_opening import begin_anew
+from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import HOLE, ContentWriter
 from casfs.trees.reader import join

@@ -13,8 +13,8 @@ from casfs.digest import Digest, short
 from casfs.errors import BlobError, CasfsError, NotFoundError
 from casfs.format.codec import BlobKind
 from casfs.index.location import Location, PackRecord
-from casfs.repository import Repository
-from casfs.upkeep.needs import Needs
+from casfs.repository.repository import Repository
+from casfs.repository.used_blobs import Needs
 
 log = logging.getLogger(__name__)
 

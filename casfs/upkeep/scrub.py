@@ -29,7 +29,7 @@ from casfs.format.codec import Encoded
 from casfs.format.pack import TRAILER, PackEntry
 from casfs.index.location import Location, PackRecord
 from casfs.monitor import Monitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
 
 _WINDOW_BYTES = 8 * 1024 * 1024

@@ -9,7 +9,7 @@ import logging
 
 from casfs.errors import CasfsError
 from casfs.format.pack import SESSION_HEADER, parse_session
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name
 

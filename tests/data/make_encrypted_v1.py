@@ -21,7 +21,7 @@ from casfs.crypto import age
 from casfs.crypto.recipients import parse_recipient
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from tests.data.make_repository_v1 import describe, fill
 from tests.support.encryption import identities
 

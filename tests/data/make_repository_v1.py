@@ -23,7 +23,7 @@ from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, ContentWriter
 from casfs.trees.writer import TreeWriter
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.storage.locks import RepositoryLock
 from casfs.target import TEMPORARY_PREFIX
 from tests.support.observation import FLAGGED, LOST, Files, look_at_source

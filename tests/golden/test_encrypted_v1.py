@@ -18,7 +18,7 @@ from casfs.format.config import RepositoryConfig
 from casfs.format.tree import Kind
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
 from casfs.storage.local import Storage
 from casfs.upkeep.check import Checker

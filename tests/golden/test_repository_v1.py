@@ -14,7 +14,7 @@ from casfs.digest import digest_of
 from casfs.format.tree import Kind
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
 from casfs.upkeep.check import Checker
 from casfs.upkeep.scrub import ReadChoice

@@ -27,7 +27,7 @@ from casfs.format.codec import BlobKind
 from casfs.format.pack import TRAILER, parse_trailer
 from casfs.format.snapshot import HEADER as SNAPSHOT_HEADER
 from casfs.format.snapshot import decode_snapshot
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
 from tests.support.damage import SoundRepository
 from tests.support.effort import EFFORT

@@ -16,7 +16,7 @@ from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest, replace
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
 from casfs.trees.content import RECORD
 from casfs.trees.reader import TreeReader

@@ -20,7 +20,7 @@ from casfs.format.tree import Kind, Node
 from casfs.index.location import Location
 from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.monitor import Problem, RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
 from casfs.store.blob_store import pack_name
 from casfs.upkeep.check import Checker

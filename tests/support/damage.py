@@ -15,7 +15,7 @@ from pathlib import Path
 from casfs.digest import Digest
 from casfs.format.pack import RECORD, TRAILER
 from casfs.format.tree import Kind, Node
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.storage.locks import RepositoryLock
 from casfs.store.blob_store import pack_name
 from casfs.trees.reader import join

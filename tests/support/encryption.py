@@ -13,7 +13,7 @@ from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import Domain, Session
 from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.storage.local import Storage
 
 # Made for these tests; they protect nothing.

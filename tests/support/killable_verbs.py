@@ -36,13 +36,13 @@ from casfs.index import index as index_module
 from casfs.index.index import Index
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import Progress, RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
+from casfs.repository.tagging import retag
 from casfs.restore import RestoreOptions, Restorer
 from casfs.storage.local import LocalStorage, Storage
 from casfs.storage.locks import LockMode
 from casfs.store import writer as writer_module
 from casfs.store.writer import BlobWriter
-from casfs.tagging import retag
 from casfs.upkeep.check import Checker
 from casfs.upkeep.forget import Candidate, forget
 from casfs.upkeep.prune import PruneOptions, Pruner

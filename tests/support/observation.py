@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node, TreeRef
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.trees.reader import join
 from mount.blobs import Blobs
 from mount.catalogue import RepositoryView

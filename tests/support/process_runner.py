@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import casfs
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from tests.support.observation import Files, look_at_source
 from tests.support.stores import noise
 

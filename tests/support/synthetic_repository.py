@@ -17,7 +17,7 @@ from casfs.digest import digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import RECORD
 from casfs.trees.writer import TreeWriter

@@ -15,7 +15,7 @@ from casfs.format.pack import PackEntry
 from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, TreeRef, replace
 from casfs.index.location import IndexedPack
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.store.blob_store import BlobStore
 from casfs.trees.content import HOLE, RECORD, ContentWriter
 from casfs.upkeep import check as check_module

@@ -6,7 +6,7 @@ import pytest
 
 from casfs.digest import SnapshotId
 from casfs.errors import NotFoundError, UnsafeTargetError
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.upkeep.forget import Choice, Grouping, Plan, forget, named_snapshots, plan_policy
 from casfs.upkeep.retention import Policy
 from tests.support.builders import Keeper

@@ -11,7 +11,7 @@ import pytest
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from mount.catalogue import FRESH_S, RepositoryView
 from mount.inode import LISTINGS_END, ROOT, StaleError
 from mount.labels import digits_that_differ, safe_name, time_name

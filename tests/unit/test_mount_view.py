@@ -14,7 +14,7 @@ import pytest
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.errors import BlobError
 from casfs.format.tree import Extra, Kind, Node, replace
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, RECORD, ContentWriter
 from mount.blobs import Blobs
 from mount.chunks import ChunkCache

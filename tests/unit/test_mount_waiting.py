@@ -15,7 +15,7 @@ import pytest
 from casfs.digest import Digest, digest_of
 from casfs.errors import IndexUnusableError
 from casfs.format.tree import Node
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
 from mount.blobs import Blobs
 from mount.errands import Errands

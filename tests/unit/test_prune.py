@@ -18,7 +18,7 @@ from casfs.index.index import Index
 from casfs.index.location import Location
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name
@@ -257,7 +257,7 @@ class TestRefusal:
 HOLDER = """
 import sys
 from pathlib import Path
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
 
 mode = LockMode(sys.argv[2])
@@ -401,7 +401,7 @@ import sys
 from pathlib import Path
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 
 publish = Repository.publish
 
@@ -578,7 +578,7 @@ def one_of_two_forgotten(keeper: Keeper) -> tuple[dict[bytes, bytes], list[Path]
 REBUILD = """
 import sys
 from pathlib import Path
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 
 with Repository.open(Path(sys.argv[1]), "backup", sync=False) as repository:
     repository.store.rebuild()

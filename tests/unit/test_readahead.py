@@ -13,7 +13,7 @@ from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
 from casfs.format.tree import Kind, Node
 from casfs.readahead import ReadAhead
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.store.blob_store import BlobStore
 from casfs.trees.content import ContentReader
 from casfs.trees.reader import TreeReader

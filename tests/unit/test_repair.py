@@ -13,7 +13,7 @@ from casfs.format.pack import RECORD as RECORD_HEADER
 from casfs.format.snapshot import Snapshot, decode_snapshot
 from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
 from casfs.trees import writer as treewriter
 from casfs.trees.content import HOLE, RECORD

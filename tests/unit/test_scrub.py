@@ -14,7 +14,7 @@ from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
 from casfs.format.snapshot import Snapshot
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.restore import RestoreOptions, Restorer
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name

@@ -8,7 +8,7 @@ import pytest
 
 from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository, read_config
+from casfs.repository.repository import Repository, read_config
 from casfs.storage.local import LocalStorage
 from casfs.upkeep.storage import FOLDERS, StorageCheck, check_storage
 from tests.support.builders import Keeper

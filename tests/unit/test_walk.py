@@ -15,7 +15,7 @@ from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.intake.capture import Capturer, NotRegularError
 from casfs.intake.freeze import Freeze
 from casfs.monitor import ProblemKind, RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 
 
 class Backup:

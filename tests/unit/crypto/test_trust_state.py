@@ -25,7 +25,7 @@ from casfs.crypto.trust_state import (
 from casfs.errors import DistrustError, StorageError
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import Domain
-from casfs.repository import Repository, read_config
+from casfs.repository.repository import Repository, read_config
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import OTHER, RECIPIENT, EncryptedKeeper, identities, unlock
 

@@ -24,7 +24,7 @@ from casfs.format import config, pack, snapshot, tree
 from casfs.format import key_derivation as session
 from casfs.index import location
 from casfs.index import schema as tables
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.store import writer
 from casfs.trees import content
 from casfs.trees import writer as treewriter

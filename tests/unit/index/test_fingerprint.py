@@ -14,7 +14,7 @@ from casfs.errors import IndexDamagedError
 from casfs.format.pack import PackEntry
 from casfs.index import fingerprint as seal
 from casfs.index.index import Index
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
 from casfs.upkeep.repair import repair_index
 from tests.support.builders import Keeper

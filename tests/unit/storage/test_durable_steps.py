@@ -14,7 +14,7 @@ import pytest
 from casfs.format.snapshot import SnapshotStats
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.storage.local import LocalSpool
 from casfs.storage.locks import RepositoryLock
 from casfs.store import writer as writer_module
@@ -213,7 +213,7 @@ import sys
 from pathlib import Path
 from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 
 with Repository.open(Path(sys.argv[1]), "backup", sync=False) as repository:
     print("open", flush=True)

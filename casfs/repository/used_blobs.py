@@ -13,7 +13,7 @@ from casfs.errors import TreeError
 from casfs.format.pack import RECORD
 from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Kind, Node, TreeRef
 from casfs.index.bitmap import Bitmap
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, parse_records
 
 

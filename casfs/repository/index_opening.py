@@ -17,7 +17,7 @@ from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode, live_locks
 from casfs.store.blob_store import BlobStore
-from casfs.store.place import cached_index_path, index_path
+from casfs.user_dirs import cached_index_path, index_path
 
 if TYPE_CHECKING:
     from casfs.store.cipher import PackCiphers

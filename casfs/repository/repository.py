@@ -50,6 +50,7 @@ from casfs.format.tree import Node
 from casfs.index.fingerprint import unseal
 from casfs.index.index import Index
 from casfs.index.location import PackRecord
+from casfs.repository.index_opening import close_index, index_to_read, index_to_write
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import (
     LockMode,
@@ -60,11 +61,10 @@ from casfs.storage.locks import (
 )
 from casfs.storage.reserve import give_up_reserve, take_reserve
 from casfs.store.blob_store import BlobStore
-from casfs.store.opening import close_index, index_to_read, index_to_write
-from casfs.store.place import index_path
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import ContentReader
 from casfs.trees.reader import TreeReader
+from casfs.user_dirs import index_path
 
 if TYPE_CHECKING:
     # What an unencrypted repository does without is not loaded for it.

@@ -9,7 +9,7 @@ import msgspec
 
 from casfs.digest import SnapshotId
 from casfs.format.snapshot import Snapshot
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 
 
 def retag(

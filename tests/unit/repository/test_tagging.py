@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from casfs.digest import SnapshotId
-from casfs.repository import Repository
-from casfs.tagging import retag
+from casfs.repository.repository import Repository
+from casfs.repository.tagging import retag
 from tests.support.builders import Keeper
 
 

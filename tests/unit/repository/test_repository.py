@@ -27,8 +27,8 @@ from casfs.errors import (
 from casfs.format.codec import BlobKind
 from casfs.format.config import decode_config, encode_config, new_config
 from casfs.format.snapshot import Snapshot
-from casfs.repository import Repository, normal_path
-from casfs.store.place import cached_index_path, file_system_type, index_path
+from casfs.repository.repository import Repository, normal_path
+from casfs.user_dirs import cached_index_path, file_system_type, index_path
 from tests.support.builders import Keeper, file
 from tests.support.stores import add_pack, child, flip, hear, make_pack, pack_paths
 
@@ -165,7 +165,7 @@ class TestOpening:
 HOLDER = """
 import sys
 from pathlib import Path
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
 
 with Repository.open(Path(sys.argv[1]), "prune", LockMode.EXCLUSIVE):
@@ -247,7 +247,7 @@ class TestIndex:
     ) -> None:
         assert index_path(keeper.root, "ab" * 32) == keeper.root / "index"
         for kind in ("nfs4", "cifs", "fuse.sshfs", "9p"):
-            monkeypatch.setattr("casfs.store.place.file_system_type", lambda path, k=kind: k)
+            monkeypatch.setattr("casfs.user_dirs.file_system_type", lambda path, k=kind: k)
             assert index_path(keeper.root, "ab" * 32) == cache / "casfs" / ("ab" * 16) / "index"
         keeper.publish({b"f": b"1"})
         assert len(list(cache.rglob("data.mdb"))) == 1
@@ -397,7 +397,7 @@ from casfs.upkeep.check import Checker
 from casfs.upkeep.scrub import ReadChoice
 from casfs.errors import CasfsError
 from casfs.monitor import RecordingMonitor
-from casfs.repository import Repository
+from casfs.repository.repository import Repository
 
 os.environ["XDG_CACHE_HOME"] = sys.argv[2]
 # By now all is imported: the interpreter may lie where another user cannot go.

@@ -1,0 +1,1 @@
+"""A repository: configuration, blobs and snapshots, opened for reading or for writing."""
