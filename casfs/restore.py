@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from casfs import target
+from casfs.backup.exclude import PatternMatcher
 from casfs.crew import Crew
 from casfs.digest import Digest
 from casfs.entrywriter import EntryWriter, FirstName, Outcome, Overwrite
 from casfs.errors import CasfsError, IntegrityError
 from casfs.format.tree import Kind, Node, State, captured_digest, hard_link_key
-from casfs.intake.exclude import PatternMatcher
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.readahead import ReadAhead
 from casfs.repository.repository import Repository

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from casfs.backup.reflink import NotFrozenError
+from casfs.backup.sources import Place
 from casfs.errors import BlobError, IntegrityError
 from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
-from casfs.intake.freeze import NotFrozenError
 from casfs.monitor import Problem, ProblemKind
-from casfs.selection import Place
 
 
 def problem_of_capture(path: bytes, node: Node) -> Problem | None:

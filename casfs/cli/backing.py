@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 
 import click
 
+from casfs.backup.sources import keep_path
 from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, Settings, common_options, unheard
 from casfs.cli.output import iso_time, json_path, shown_id, shown_size
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.sizes import SIZE
 from casfs.cli.tags import tags_in
 from casfs.errors import DistrustError, NotFoundError, UsageError
-from casfs.selection import keep_path
 
 if TYPE_CHECKING:
+    from casfs.backup.run import BackupResult
     from casfs.crypto.identities import Identities
     from casfs.crypto.opening import Unlock
     from casfs.format.config import RepositoryConfig
-    from casfs.intake.backup import BackupResult
     from casfs.storage.local import Storage
 
 _MOST_SECONDS = 9_200_000_000
@@ -157,9 +157,9 @@ def backup(
     Exit 3 means that it is published but some sources could not be read, 4 that some files changed
     while they were read, or were found silently changed by --reread.
     """
-    from casfs.intake.backup import BackupOptions, back_up
-    from casfs.intake.exclude import Exclusions, read_patterns
-    from casfs.intake.freeze import Freeze
+    from casfs.backup.exclude import Exclusions, read_patterns
+    from casfs.backup.reflink import Freeze
+    from casfs.backup.run import BackupOptions, back_up
     from casfs.repository.repository import Repository
 
     sources = [os.fsencode(path) for path in paths]

@@ -117,7 +117,7 @@ def _list_closed(output: Output, repository: Repository) -> None:
 def _selected(
     found: list[Found], hosts: tuple[str, ...], tags: tuple[str, ...], paths: tuple[str, ...]
 ) -> list[Found]:
-    from casfs.selection import keep_path
+    from casfs.backup.sources import keep_path
 
     wanted_tags = [set(text.split(",")) for text in tags]
     wanted_paths = {keep_path(path_argument(path)) for path in paths}

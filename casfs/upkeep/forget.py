@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from casfs.backup.sources import keep_path
 from casfs.digest import SnapshotId
 from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
 from casfs.format.snapshot import Snapshot
 from casfs.repository.repository import Repository
-from casfs.selection import keep_path
 from casfs.upkeep.retention import Policy, Verdict, decide
 
 

@@ -17,9 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from casfs.backup.run import BackupOptions, back_up
 from casfs.crypto import age
 from casfs.crypto.recipients import parse_recipient
-from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from tests.data.make_repository_v1 import describe, fill

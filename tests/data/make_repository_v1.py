@@ -17,11 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from casfs.backup.run import BackupOptions, back_up
 from casfs.digest import digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest
-from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, ContentWriter

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from casfs.intake import capture
+from casfs.backup import capture
 from tests.support.capturing import Keeper, keeper
 from tests.support.process_runner import Scene, Stage, make_scene
 from tests.support.scripted_source import ScriptedSource, scripted_source

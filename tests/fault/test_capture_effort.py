@@ -212,7 +212,7 @@ class TestPatience:
     def test_that_is_spent_leaves_other_files_one_attempt_each(
         self, scripted: ScriptedSource, kept: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("casfs.intake.capture.FIRST_PAUSE_S", 0.01)
+        monkeypatch.setattr("casfs.backup.capture.FIRST_PAUSE_S", 0.01)
         scene = scripted.scene({f"file {number:02d}": changing() for number in range(20)})
         backup = kept.back_up(scene, attempts=100, patience_s=0.1)
         made = [openings(scripted, scene / f"file {number:02d}") for number in range(20)]

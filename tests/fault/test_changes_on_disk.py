@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from casfs.backup import capture
 from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
-from casfs.intake import capture
 from tests.support.capturing import Keeper, Kept
 from tests.support.read_hooks import Reads
 from tests.support.scripted_source import content

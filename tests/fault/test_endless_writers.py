@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from casfs.backup.capture import Capturer, Patience
+from casfs.backup.reflink import Freeze, Freezer
+from casfs.backup.source_fs import open_directory
+from casfs.backup.source_reader import FileReader
 from casfs.digest import Digest, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.tree import State, capture_of, captured_digest
-from casfs.intake.capture import Capturer, Patience
-from casfs.intake.freeze import Freeze, Freezer
-from casfs.intake.reading import FileReader
-from casfs.intake.source import open_directory
 from tests.support.capturing import Keeper
 from tests.support.loop_devices import MIB, endless_writer, generations
 from tests.support.read_hooks import Reads

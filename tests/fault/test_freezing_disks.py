@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from casfs.backup.reflink import Freeze
 from casfs.format.tree import Reason, State, capture_of
-from casfs.intake.freeze import Freeze
 from casfs.monitor import ProblemKind
 from tests.support.capturing import Keeper
 from tests.support.loop_devices import MIB, endless_writer, fresh_disk, generations
@@ -77,7 +77,7 @@ def test_an_old_file_that_changes_while_it_is_read_is_cloned_then(
 ) -> None:
     file = folder / "file"
     file.write_bytes(bytes(MIB))
-    monkeypatch.setattr("casfs.intake.freeze.Freezer.is_due", lambda *_: False)
+    monkeypatch.setattr("casfs.backup.reflink.Freezer.is_due", lambda *_: False)
     reads = Reads(monkeypatch)
 
     def rewrite(count: int) -> None:

@@ -17,6 +17,7 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
+from casfs.backup.file_cache import FileMemory
 from casfs.crypto.passphrase import parse_wrapped, unwrap_identity, wrap_identity
 from casfs.crypto.session_files import decode_session, encode_session
 from casfs.digest import PackId, digest_of, keyed_digest
@@ -26,7 +27,6 @@ from casfs.format.pack import PackEntry, encode_end, encode_record_header, encod
 from casfs.format.snapshot import Snapshot, decode_snapshot, encode_snapshot
 from casfs.format.tree import Kind, Node, TreeRef
 from casfs.index.index import Index
-from casfs.intake.memory import FileMemory
 from casfs.store.cipher import PackCipher
 from tests.support.encryption import DOMAIN, PUBLIC, REPOSITORY, SECRET, SESSION, OneSession
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from casfs.backup.run import BackupOptions, back_up
 from casfs.digest import digest_of
 from casfs.format.tree import Kind
-from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.restore import RestoreOptions, Restorer

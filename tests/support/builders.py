@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from casfs.backup.run import BackupOptions, back_up
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest, replace
-from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name

@@ -14,11 +14,11 @@ import zstandard
 from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from casfs.backup.run import BackupOptions, BackupResult, back_up
 from casfs.cli.backing import exit_code
 from casfs.format.key_derivation import SessionId
 from casfs.format.tree import Kind, Node
 from casfs.index.location import Location
-from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.monitor import Problem, RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.restore import RestoreOptions, Restorer

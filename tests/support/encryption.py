@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from casfs.backup.run import BackupOptions, BackupResult, back_up
 from casfs.crypto import age
 from casfs.crypto.identities import Identities
 from casfs.crypto.recipients import Recipient, RecipientKind
 from casfs.digest import SnapshotId
 from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import Domain, Session
-from casfs.intake.backup import BackupOptions, BackupResult, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.storage.local import Storage

@@ -25,6 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from casfs.backup.run import BackupOptions, back_up
 from casfs.cli.app import run as run_command
 from casfs.crypto import age
 from casfs.crypto import passphrase as passphrase_module
@@ -34,7 +35,6 @@ from casfs.errors import CasfsError, IntegrityError
 from casfs.format.config import RepositoryConfig
 from casfs.index import index as index_module
 from casfs.index.index import Index
-from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import Progress, RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.repository.tagging import retag

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from casfs.backup.run import BackupOptions, back_up
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import IndexUnusableError, IntegrityError, LockedError, StorageError
 from casfs.format.pack import TRAILER
 from casfs.index.index import Index
 from casfs.index.location import Location
-from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.storage.local import LocalStorage
@@ -399,7 +399,7 @@ def await_age(path: Path) -> None:
 BACKUP = """
 import sys
 from pathlib import Path
-from casfs.intake.backup import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from casfs.backup.run import BackupOptions, back_up
 from casfs.format.snapshot import SnapshotStats
-from casfs.intake.backup import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.storage.local import LocalSpool
@@ -211,7 +211,7 @@ def test_what_a_stopped_backup_left_costs_the_next_one_only_what_was_not_finishe
 BACKUP = """
 import sys
 from pathlib import Path
-from casfs.intake.backup import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, back_up
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 

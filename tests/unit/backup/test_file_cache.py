@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from casfs.backup import file_cache as memory_module
+from casfs.backup.file_cache import FileMemory
 from casfs.digest import Digest, PackId, keyed_digest
 from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
 from casfs.format.tree import Kind, Node, State
 from casfs.index.index import Index
-from casfs.intake import memory as memory_module
-from casfs.intake.memory import FileMemory
 from casfs.trees.content import HOLE, RECORD
 from tests.support.builders import entry
 from tests.support.encryption import DOMAIN

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from casfs.backup.capture import Capturer, NotRegularError
+from casfs.backup.reflink import Freeze
+from casfs.backup.run import BackupOptions, BackupResult, back_up
 from casfs.format.tree import Kind, Node
-from casfs.intake.backup import BackupOptions, BackupResult, back_up
-from casfs.intake.capture import Capturer, NotRegularError
-from casfs.intake.freeze import Freeze
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.repository.repository import Repository
 
@@ -145,7 +145,7 @@ def test_clones_that_are_required_and_cannot_be_made_leave_files_out_one_by_one(
     def refuse(dir_fd: int, fd: int) -> int:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("casfs.intake.freeze._clone", refuse)
+    monkeypatch.setattr("casfs.backup.reflink._clone", refuse)
     (source / "empty").touch()
     backup = Backup(repository, source, freeze=Freeze.REQUIRE)
     assert backup.told() == [(ProblemKind.UNREADABLE, name) for name in (b"a", b"name", b"z")]

@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from casfs.backup.reflink import Freezer
+from casfs.backup.source_fs import Xattrs, make_extra, open_file, read_xattrs, storable_time
+from casfs.backup.source_reader import FileReader, Reading
+from casfs.backup.witness import digest_again
 from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, capture_of, replace
-from casfs.intake.freeze import Freezer
-from casfs.intake.reading import FileReader, Reading
-from casfs.intake.source import Xattrs, make_extra, open_file, read_xattrs, storable_time
-from casfs.intake.witness import digest_again
 
 DEFAULT_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.05

@@ -12,6 +12,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from casfs.backup.capture import Capturer, NotRegularError
+from casfs.backup.exclude import Exclusions, PatternMatcher
+from casfs.backup.parent import Previous, is_unchanged
+from casfs.backup.source_fs import (
+    kind_of,
+    list_names,
+    make_node,
+    open_directory,
+    path_of_entry,
+    read_xattrs,
+)
+from casfs.backup.sources import Place
 from casfs.format.tree import (
     MAX_DEPTH,
     Kind,
@@ -23,19 +35,7 @@ from casfs.format.tree import (
     captured_digest,
     replace,
 )
-from casfs.intake.capture import Capturer, NotRegularError
-from casfs.intake.exclude import Exclusions, PatternMatcher
-from casfs.intake.previous import Previous, is_unchanged
-from casfs.intake.source import (
-    kind_of,
-    list_names,
-    make_node,
-    open_directory,
-    path_of_entry,
-    read_xattrs,
-)
 from casfs.monitor import Monitor
-from casfs.selection import Place
 from casfs.telling import (
     problem_of_capture,
     problem_of_failure,
@@ -47,7 +47,7 @@ from casfs.trees.reader import TreeReader, join
 from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
-    from casfs.intake.memory import FileMemory
+    from casfs.backup.file_cache import FileMemory
 
 _MAX_LINKS = 100_000
 """Hard-linked files remembered at a time; one that was forgotten is read again and stores nothing."""

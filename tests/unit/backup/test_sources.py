@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from casfs.backup.sources import Place, keep_path, select
 from casfs.errors import UsageError
-from casfs.selection import Place, keep_path, select
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from casfs.backup.capture import Capturer
+from casfs.backup.source_fs import open_directory
+from casfs.backup.sources import Place
+from casfs.backup.walker import NewTree
 from casfs.format.tree import Node, hard_link_key, replace
-from casfs.intake.capture import Capturer
-from casfs.intake.source import open_directory
-from casfs.intake.walk import NewTree
 from casfs.monitor import Monitor
-from casfs.selection import Place
 from casfs.telling import problem_of_capture
 from casfs.trees.flagged import is_flagged
 from casfs.trees.reader import TreeReader, join

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
+from casfs.backup.source_reader import data_ranges
 from casfs.digest import Digest, update_zeros
-from casfs.intake.reading import data_ranges
 
 _READ_BYTES = 1 << 20
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from casfs.errors import NotFoundError, StorageError, UsageError
-from casfs.intake.exclude import (
+from casfs.backup.exclude import (
     CACHEDIR_SIGNATURE,
     CACHEDIR_TAG,
     Exclusions,
     PatternMatcher,
     read_patterns,
 )
+from casfs.errors import NotFoundError, StorageError, UsageError
 
 
 def excluded(patterns: list[str], *paths: bytes) -> list[bytes]:

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from casfs.backup import capture
+from casfs.backup import source_reader as reading_module
+from casfs.backup.capture import Capturer, NotRegularError, Patience
+from casfs.backup.reflink import Freeze, Freezer
+from casfs.backup.source_fs import open_directory
+from casfs.backup.source_reader import FileReader, Reading
 from casfs.digest import Digest, digest_of
 from casfs.format.chunker import Chunker
 from casfs.format.codec import BlobKind
 from casfs.format.config import new_config
 from casfs.format.tree import Node, State, capture_of, captured_digest
-from casfs.intake import capture
-from casfs.intake import reading as reading_module
-from casfs.intake.capture import Capturer, NotRegularError, Patience
-from casfs.intake.freeze import Freeze, Freezer
-from casfs.intake.reading import FileReader, Reading
-from casfs.intake.source import open_directory
 from tests.support.stores import noise
 
 YEAR_2020_NS = 1_577_836_800_000_000_007
@@ -67,7 +67,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 def old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every file be old enough to be trusted: the clock is an hour ahead."""
     ahead = time.time_ns() + 3600 * 1_000_000_000
-    monkeypatch.setattr("casfs.intake.capture.time.time_ns", lambda: ahead)
+    monkeypatch.setattr("casfs.backup.capture.time.time_ns", lambda: ahead)
 
 
 class TestANode:

@@ -21,26 +21,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casfs import __version__
+from casfs.backup.capture import DEFAULT_ATTEMPTS, DEFAULT_PATIENCE_S, Capturer, Patience
+from casfs.backup.exclude import Exclusions
+from casfs.backup.final_retry import LastLook
+from casfs.backup.reflink import Freeze, Freezer
+from casfs.backup.source_fs import make_node
+from casfs.backup.source_reader import FileReader
+from casfs.backup.sources import Place, keep_path, select
+from casfs.backup.walker import NewTree, Walker, WalkStats
 from casfs.digest import SnapshotId
 from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
 from casfs.format.snapshot import Snapshot, SnapshotStats
 from casfs.format.tree import Kind, Node, TreeRef, replace
-from casfs.intake.capture import DEFAULT_ATTEMPTS, DEFAULT_PATIENCE_S, Capturer, Patience
-from casfs.intake.exclude import Exclusions
-from casfs.intake.freeze import Freeze, Freezer
-from casfs.intake.lastlook import LastLook
-from casfs.intake.reading import FileReader
-from casfs.intake.source import make_node
-from casfs.intake.walk import NewTree, Walker, WalkStats
 from casfs.monitor import Monitor
 from casfs.naming import shown
 from casfs.repository.repository import Repository
-from casfs.selection import Place, keep_path, select
 from casfs.store.writer import BlobWriter, WriteStats
 from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
-    from casfs.intake.memory import FileMemory
+    from casfs.backup.file_cache import FileMemory
 
 log = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ def _memory_of(repository: Repository, options: BackupOptions) -> FileMemory | N
     domain = repository.vault.domain if repository.vault is not None else None
     if domain is None or not repository.is_closed or not options.use_parent:
         return None
-    from casfs.intake.memory import FileMemory
+    from casfs.backup.file_cache import FileMemory
 
     return FileMemory(repository.store.index, domain.memory_key, repository.losses)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from casfs.intake import freeze
-from casfs.intake.freeze import Freeze, Freezer, NotFrozenError
+from casfs.backup import reflink as freeze
+from casfs.backup.reflink import Freeze, Freezer, NotFrozenError
 
 SECOND = 1_000_000_000
 NOW = 1_700_000_000 * SECOND

@@ -8,8 +8,8 @@ import stat
 
 import pytest
 
+from casfs.backup.source_fs import make_node, read_xattrs, storable_time
 from casfs.format.tree import Kind, Leaf, decode_piece, encode_piece
-from casfs.intake.source import make_node, read_xattrs, storable_time
 
 FAR_NS = 1 << 80
 
