@@ -16,7 +16,7 @@ from casfs.errors import CasfsError, UsageError
 if TYPE_CHECKING:
     from casfs.format.tree import Node
     from casfs.repository.repository import Repository
-    from casfs.tar import TarStats
+    from casfs.restore.tar import TarStats
 
 
 @click.command()
@@ -55,7 +55,7 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
         if node.tree is None:
             stats = _dump_file(repository, node, path, file, monitor)
         else:
-            from casfs.tar import TarWriter
+            from casfs.restore.tar import TarWriter
 
             writer = TarWriter(repository, snapshot, file.write, monitor)
             writer.add_below(node, path)
@@ -94,7 +94,7 @@ def _dump_file(
     repository: Repository, node: Node, path: bytes, file: BinaryIO, monitor: CommandMonitor
 ) -> TarStats:
     from casfs.monitor import Problem, ProblemKind
-    from casfs.tar import TarStats, file_bytes
+    from casfs.restore.tar import TarStats, file_bytes
     from casfs.trees.flagged import is_flagged
 
     stats = TarStats(files=1, content_bytes=node.size)

@@ -47,9 +47,9 @@ def restore(
 
     A directory's entries go straight into the folder. Exit 5 means that something was damaged.
     """
-    from casfs.entrywriter import Overwrite
     from casfs.repository.repository import Repository
-    from casfs.restore import RestoreOptions, Restorer
+    from casfs.restore.entry_writer import Overwrite
+    from casfs.restore.restorer import RestoreOptions, Restorer
 
     if not target:
         raise UsageError("--target needs a folder")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from casfs.repository.repository import Repository
+from casfs.restore.target_fs import TEMPORARY_PREFIX
 from casfs.storage.locks import RepositoryLock
-from casfs.target import TEMPORARY_PREFIX
 from tests.support.observation import FLAGGED, LOST, Files, look_at_source
 from tests.support.process_runner import KIB, Outcome, Scene, come_back, kept_as_it_is
 from tests.support.stores import flip, pack_paths

@@ -19,7 +19,7 @@ from casfs.format.config import RepositoryConfig
 from casfs.format.tree import Kind
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
-from casfs.restore import RestoreOptions, Restorer
+from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.local import Storage
 from casfs.upkeep.check import Checker
 from casfs.upkeep.scrub import ReadChoice

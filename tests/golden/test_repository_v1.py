@@ -15,7 +15,7 @@ from casfs.digest import digest_of
 from casfs.format.tree import Kind
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
-from casfs.restore import RestoreOptions, Restorer
+from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.upkeep.check import Checker
 from casfs.upkeep.scrub import ReadChoice
 from tests.data.make_repository_v1 import describe

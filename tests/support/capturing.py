@@ -21,7 +21,7 @@ from casfs.format.tree import Kind, Node
 from casfs.index.location import Location
 from casfs.monitor import Problem, RecordingMonitor
 from casfs.repository.repository import Repository
-from casfs.restore import RestoreOptions, Restorer
+from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.store.blob_store import pack_name
 from casfs.upkeep.check import Checker
 from casfs.upkeep.scrub import ReadChoice

@@ -38,7 +38,7 @@ from casfs.index.index import Index
 from casfs.monitor import Progress, RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.repository.tagging import retag
-from casfs.restore import RestoreOptions, Restorer
+from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.local import LocalStorage, Storage
 from casfs.storage.locks import LockMode
 from casfs.store import writer as writer_module

@@ -22,7 +22,14 @@ PROJECT = Path(casfs.__file__).parent.parent
 # From the ground up: a module imports only from floors below its own, never from its own floor.
 # `name.*` is a room of several modules, which may import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("casfs", "casfs.index.bitmap", "casfs.crew", "casfs.digest", "casfs.errors", "casfs.monitor"),
+    (
+        "casfs",
+        "casfs.index.bitmap",
+        "casfs.restore.ordered_pool",
+        "casfs.digest",
+        "casfs.errors",
+        "casfs.monitor",
+    ),
     ("casfs.naming",),
     (
         "casfs.store",
@@ -50,9 +57,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("casfs.crypto.key_manager",),
     ("casfs.crypto.opening",),
     ("casfs.repository.repository",),
-    ("casfs.readahead", "casfs.backup.sources", "casfs.target"),
-    ("casfs.filling",),
-    ("casfs.entrywriter",),
+    ("casfs.restore.prefetch", "casfs.backup.sources", "casfs.restore.target_fs"),
+    ("casfs.restore.filling",),
+    ("casfs.restore.entry_writer",),
     (
         "casfs.backup",
         "casfs.backup.exclude",
@@ -86,10 +93,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "casfs.diff",
         "casfs.find",
-        "casfs.restore",
+        "casfs.restore.restorer",
         "casfs.sizes",
         "casfs.repository.tagging",
-        "casfs.tar",
+        "casfs.restore.tar",
         "casfs.versions",
     ),
     ("casfs.cli.*",),

@@ -15,7 +15,7 @@ from casfs.format.pack import PackEntry
 from casfs.format.snapshot import Snapshot
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
-from casfs.restore import RestoreOptions, Restorer
+from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name
 from casfs.store.duplicates import Copies

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import casfs.tar
+import casfs.restore.tar
 from casfs.cli.app import Settings
 from casfs.cli.app import casfs as command
 from casfs.digest import digest_of
 from casfs.errors import CasfsError, UsageError
 from casfs.format.tree import Extra, Kind, Node, replace
 from casfs.monitor import ProblemKind, RecordingMonitor
-from casfs.tar import DamagedContentError, TarStats, TarWriter, file_bytes
+from casfs.restore.tar import DamagedContentError, TarStats, TarWriter, file_bytes
 from casfs.trees.content import HOLE, RECORD
 from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file, flagged
 
@@ -327,7 +327,7 @@ class TestTar:
     def test_no_more_links_are_remembered_than_allowed(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(casfs.tar, "_MAX_LINKS", 1)
+        monkeypatch.setattr(casfs.restore.tar, "_MAX_LINKS", 1)
         keeper.store(b"1", b"2")
         one = file(b"", b"1", nlink=2, inode=1, extra=Extra(device=1))
         two = file(b"", b"2", nlink=2, inode=2, extra=Extra(device=1))

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from casfs import target
 from casfs.digest import Digest
 from casfs.errors import IntegrityError
-from casfs.filling import Filler, Ranges, reads_back
 from casfs.format.tree import Kind, Node, hard_link_key
 from casfs.repository.repository import Repository
+from casfs.restore.filling import Filler, Ranges, reads_back
+from casfs.restore.restorer import target_fs as target
 
 log = logging.getLogger(__name__)
 

@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from casfs import target
 from casfs.backup.exclude import PatternMatcher
-from casfs.crew import Crew
 from casfs.digest import Digest
-from casfs.entrywriter import EntryWriter, FirstName, Outcome, Overwrite
 from casfs.errors import CasfsError, IntegrityError
 from casfs.format.tree import Kind, Node, State, captured_digest, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
-from casfs.readahead import ReadAhead
 from casfs.repository.repository import Repository
+from casfs.restore.entry_writer import EntryWriter, FirstName, Outcome, Overwrite
+from casfs.restore.ordered_pool import Crew
+from casfs.restore.prefetch import ReadAhead
+from casfs.restore.restorer import target_fs as target
 from casfs.telling import problem_of_damage, problem_of_flag, problem_of_restoring
 from casfs.trees.content import HOLE, RECORD
 from casfs.trees.reader import TreeReader, join
