@@ -21,8 +21,8 @@ from casfs.digest import SnapshotId, short
 from casfs.errors import IntegrityError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node
+from casfs.query.history import PathFinder, Version, versions_of
 from casfs.trees.reader import TreeReader
-from casfs.versions import PathFinder, Version, versions_of
 from mount.inode import LISTINGS_END, VERSIONS, StaleError
 from mount.waiting import Waiting
 

@@ -149,8 +149,8 @@ def tag(
 @click.pass_obj
 def stats(settings: Settings, snap: str | None) -> None:
     """Print sizes: of the whole repository, or of what a snapshot holds."""
+    from casfs.query.stats import measure_repository, measure_snapshot
     from casfs.repository.repository import Repository
-    from casfs.sizes import measure_repository, measure_snapshot
 
     output = settings.output()
     with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:

@@ -13,8 +13,8 @@ from casfs.cli.progress import CommandMonitor
 
 if TYPE_CHECKING:
     from casfs.cli.nodes import NodeFields
-    from casfs.diff import Change
     from casfs.format.tree import Node
+    from casfs.query.diff import Change
 
 _MARKS = {"added": "+", "removed": "-", "modified": "M", "metadata": "U", "type": "T"}
 
@@ -42,7 +42,7 @@ def diff(settings: Settings, before: str, after: str) -> int:
     what was compared; `.` is that itself. Inode numbers and ctimes are no difference.
     """
     from casfs.cli.nodes import NodeFields
-    from casfs.diff import Differ, passages_of
+    from casfs.query.diff import Differ, passages_of
     from casfs.repository.repository import Repository
 
     output = settings.output()

@@ -12,7 +12,7 @@ from casfs.errors import IntegrityError, NotFoundError
 
 if TYPE_CHECKING:
     from casfs.digest import SnapshotId
-    from casfs.versions import Version
+    from casfs.query.history import Version
 
 
 @click.command()
@@ -27,8 +27,8 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
     equal, of a directory when everything below it is, times and owners included. `snapshot` is the
     first that has a version; give it to other verbs as SNAP.
     """
+    from casfs.query.history import versions_of
     from casfs.repository.repository import Repository, normal_path
-    from casfs.versions import versions_of
 
     output = settings.output()
     name, _, text = snap.partition(":")

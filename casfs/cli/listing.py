@@ -208,7 +208,7 @@ def ls(settings: Settings, snap: str, recursive: bool) -> int:
     they were captured: `changed` (a mixture may have been captured) or `appended` (their beginning).
     """
     from casfs.cli.nodes import NodeFields, NodeLines
-    from casfs.find import Finder, Query
+    from casfs.query.find import Finder, Query
     from casfs.repository.repository import Repository
 
     output = settings.output()
@@ -265,7 +265,7 @@ def find(
     printed, SNAP:PATH.
     """
     from casfs.cli.nodes import NodeFields, shown_state
-    from casfs.find import KIND_LETTERS, Finder, Query
+    from casfs.query.find import KIND_LETTERS, Finder, Query
     from casfs.repository.repository import Repository
 
     if pattern is None and not only_flagged:

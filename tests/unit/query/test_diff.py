@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from casfs.cli.app import Settings, casfs
-from casfs.diff import Change, ChangeKind, Differ, passages_of
 from casfs.digest import Digest
 from casfs.errors import BlobError
 from casfs.format.tree import MAX_DEPTH, Extra, Kind, Node, replace
 from casfs.monitor import ProblemKind, RecordingMonitor
+from casfs.query.diff import Change, ChangeKind, Differ, passages_of
 from casfs.trees.reader import TreeReader
 from tests.support.builders import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
 

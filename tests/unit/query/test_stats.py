@@ -14,7 +14,7 @@ from casfs.errors import BlobError
 from casfs.format.codec import BlobKind
 from casfs.format.tree import Node
 from casfs.index.bitmap import Bitmap
-from casfs.sizes import measure_repository, measure_snapshot
+from casfs.query.stats import measure_repository, measure_snapshot
 from casfs.trees.content import ContentWriter
 from tests.support.builders import Keeper, entry, file, flagged, reference
 

@@ -13,8 +13,8 @@ from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, IntegrityError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, replace
+from casfs.query.history import versions_of
 from casfs.trees.reader import TreeReader
-from casfs.versions import versions_of
 from tests.support.builders import Grove, Keeper, Plan, entry, file, flagged, reference
 
 

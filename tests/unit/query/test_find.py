@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import casfs.find
+import casfs.query.find
 from casfs.digest import Digest
 from casfs.errors import BlobError
-from casfs.find import KIND_LETTERS, Finder, Query
 from casfs.format.tree import Kind, Node
 from casfs.monitor import ProblemKind, RecordingMonitor
+from casfs.query.find import KIND_LETTERS, Finder, Query
 from tests.support.builders import Grove, Plan, entry, file, flagged, reference
 
 
@@ -136,7 +136,7 @@ def test_pieces_of_a_split_directory_are_remembered_one_by_one() -> None:
 
 
 def test_no_more_is_remembered_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(casfs.find, "MAX_REMEMBERED", 1)
+    monkeypatch.setattr(casfs.query.find, "MAX_REMEMBERED", 1)
     grove = Grove()
     root = grove.plant({b"a": {b"x": b""}, b"b": {b"y": b""}, b"c": {b"hit": b""}})
     searching = finder(grove, "hit")
