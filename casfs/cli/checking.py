@@ -12,7 +12,7 @@ from casfs.cli.progress import CommandMonitor
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from casfs.upkeep.scrub import Damage
+    from casfs.maintenance.scrub import Damage
 
 
 @click.command()
@@ -49,10 +49,10 @@ def check(
     When each pack was last verified is remembered, also where a check is interrupted: with --older-than
     the next one goes on from there.
     """
+    from casfs.maintenance.check import Checker
+    from casfs.maintenance.durations import parse_duration
+    from casfs.maintenance.scrub import ReadChoice
     from casfs.repository.repository import Repository
-    from casfs.upkeep.check import Checker
-    from casfs.upkeep.durations import parse_duration
-    from casfs.upkeep.scrub import ReadChoice
 
     if storage_only:
         if read_data or (subset, older_than, max_duration) != (None, None, None):
@@ -126,9 +126,9 @@ def _tell(output: Output, found: list[Damage]) -> None:
 
 
 def _check_storage(settings: Settings) -> int:
+    from casfs.maintenance.storage_check import check_storage
     from casfs.repository.repository import read_config
     from casfs.storage.local import LocalStorage
-    from casfs.upkeep.storage import check_storage
 
     root = settings.repository_path()
     config = read_config(root)

@@ -12,8 +12,8 @@ from casfs.cli.tags import tags_in
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from casfs.upkeep.forget import Candidate, Grouping, GroupKey, Plan
-    from casfs.upkeep.retention import Policy
+    from casfs.maintenance.forget import Candidate, Grouping, GroupKey, Plan
+    from casfs.maintenance.retention import Policy
 
 
 class _Count(click.ParamType[int]):
@@ -24,7 +24,7 @@ class _Count(click.ParamType[int]):
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
-        from casfs.upkeep.retention import UNLIMITED
+        from casfs.maintenance.retention import UNLIMITED
 
         text = str(value)
         if text in ("unlimited", str(UNLIMITED)):
@@ -102,11 +102,11 @@ def forget(
     Each group (a host and its paths) is judged apart. The space is freed by prune.
     """
     from casfs.cli.pruning import run_prune
+    from casfs.maintenance.durations import Span
+    from casfs.maintenance.forget import Choice, forget, named_snapshots, plan_policy
+    from casfs.maintenance.prune import PruneOptions
+    from casfs.maintenance.retention import Policy
     from casfs.repository.repository import Repository
-    from casfs.upkeep.durations import Span
-    from casfs.upkeep.forget import Choice, forget, named_snapshots, plan_policy
-    from casfs.upkeep.prune import PruneOptions
-    from casfs.upkeep.retention import Policy
 
     policy = Policy(
         last=keep_last,
@@ -167,7 +167,7 @@ def _refuse_what_does_not_fit(snaps: tuple[str, ...], policy: Policy, chosen: bo
 
 
 def _grouping(text: str) -> Grouping:
-    from casfs.upkeep.forget import Grouping
+    from casfs.maintenance.forget import Grouping
 
     words = {word.strip() for word in text.split(",")} - {""}
     known = {"host": "host", "hosts": "host", "path": "paths", "paths": "paths"}

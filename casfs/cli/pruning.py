@@ -11,7 +11,7 @@ from casfs.cli.output import Output, share_argument, shown_size
 from casfs.cli.progress import CommandMonitor
 
 if TYPE_CHECKING:
-    from casfs.upkeep.prune import PruneOptions, PruneResult
+    from casfs.maintenance.prune import PruneOptions, PruneResult
 
 
 @click.command()
@@ -37,8 +37,8 @@ def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> No
 
     What a backup that runs now may rely on is freed by the next prune.
     """
-    from casfs.upkeep.durations import parse_duration
-    from casfs.upkeep.prune import PruneOptions
+    from casfs.maintenance.durations import parse_duration
+    from casfs.maintenance.prune import PruneOptions
 
     share = share_argument(max_unused, "--max-unused", "25%")
     options = PruneOptions(share, parse_duration(margin, "--margin"), dry_run)
@@ -47,9 +47,9 @@ def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> No
 
 def run_prune(settings: Settings, options: PruneOptions) -> None:
     """Prune a repository and say what came of it."""
+    from casfs.maintenance.prune import Pruner
     from casfs.repository.repository import Repository
     from casfs.storage.locks import LockMode
-    from casfs.upkeep.prune import Pruner
 
     root, output = settings.repository_path(), settings.output()
     monitor = CommandMonitor(output, "prune")

@@ -23,9 +23,9 @@ def index(settings: Settings) -> None:
 
     Intact blobs are found even in a pack whose directory is damaged.
     """
+    from casfs.maintenance.repair import repair_index
     from casfs.repository.repository import Repository
     from casfs.storage.locks import LockMode
-    from casfs.upkeep.repair import repair_index
 
     output = settings.output()
     monitor = CommandMonitor(output, "repair index")
@@ -68,10 +68,10 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     A file that lost a part keeps the rest, with zeros for the part, and is flagged. Try first whether a
     new backup of the same sources brings the lost data back.
     """
+    from casfs.maintenance.repair import SnapshotRepairer
+    from casfs.maintenance.scrub import ReadChoice
     from casfs.repository.repository import Repository
     from casfs.storage.locks import LockMode
-    from casfs.upkeep.repair import SnapshotRepairer
-    from casfs.upkeep.scrub import ReadChoice
 
     output = settings.output()
     monitor = CommandMonitor(output, "repair snapshots")

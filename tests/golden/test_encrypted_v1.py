@@ -17,13 +17,13 @@ from casfs.digest import digest_of
 from casfs.errors import KeyMissingError
 from casfs.format.config import RepositoryConfig
 from casfs.format.tree import Kind
+from casfs.maintenance.check import Checker
+from casfs.maintenance.scrub import ReadChoice
+from casfs.maintenance.storage_check import check_storage
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.local import Storage
-from casfs.upkeep.check import Checker
-from casfs.upkeep.scrub import ReadChoice
-from casfs.upkeep.storage import check_storage
 from tests.data.make_encrypted_v1 import shortened
 from tests.data.make_repository_v1 import describe
 

@@ -13,11 +13,11 @@ from blake3 import blake3
 from casfs.backup.run import BackupOptions, back_up
 from casfs.digest import digest_of
 from casfs.format.tree import Kind
+from casfs.maintenance.check import Checker
+from casfs.maintenance.scrub import ReadChoice
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
-from casfs.upkeep.check import Checker
-from casfs.upkeep.scrub import ReadChoice
 from tests.data.make_repository_v1 import describe
 
 FROZEN = Path(__file__).parent.parent / "data" / "repository-v1"

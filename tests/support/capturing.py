@@ -19,12 +19,12 @@ from casfs.cli.backing import exit_code
 from casfs.format.key_derivation import SessionId
 from casfs.format.tree import Kind, Node
 from casfs.index.location import Location
+from casfs.maintenance.check import Checker
+from casfs.maintenance.scrub import ReadChoice
 from casfs.monitor import Problem, RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.store.blob_store import pack_name
-from casfs.upkeep.check import Checker
-from casfs.upkeep.scrub import ReadChoice
 from mount.blobs import Blobs
 from mount.chunks import ChunkCache
 from mount.errands import Errands

@@ -35,6 +35,11 @@ from casfs.errors import CasfsError, IntegrityError
 from casfs.format.config import RepositoryConfig
 from casfs.index import index as index_module
 from casfs.index.index import Index
+from casfs.maintenance.check import Checker
+from casfs.maintenance.forget import Candidate, forget
+from casfs.maintenance.prune import PruneOptions, Pruner
+from casfs.maintenance.repair import SnapshotRepairer, repair_index
+from casfs.maintenance.scrub import ReadChoice
 from casfs.monitor import Progress, RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.repository.tagging import retag
@@ -43,11 +48,6 @@ from casfs.storage.local import LocalStorage, Storage
 from casfs.storage.locks import LockMode
 from casfs.store import writer as writer_module
 from casfs.store.writer import BlobWriter
-from casfs.upkeep.check import Checker
-from casfs.upkeep.forget import Candidate, forget
-from casfs.upkeep.prune import PruneOptions, Pruner
-from casfs.upkeep.repair import SnapshotRepairer, repair_index
-from casfs.upkeep.scrub import ReadChoice
 from tests.support.loop_devices import SHUTDOWN
 from tests.support.observation import look_at_snapshots, look_through_the_mount
 

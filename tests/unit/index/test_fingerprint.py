@@ -14,9 +14,9 @@ from casfs.errors import IndexDamagedError
 from casfs.format.pack import PackEntry
 from casfs.index import fingerprint as seal
 from casfs.index.index import Index
+from casfs.maintenance.repair import repair_index
 from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
-from casfs.upkeep.repair import repair_index
 from tests.support.builders import Keeper
 from tests.support.stores import add_pack, make_pack, noise
 

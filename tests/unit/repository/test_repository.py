@@ -393,8 +393,8 @@ READER = """
 import os
 import sys
 from pathlib import Path
-from casfs.upkeep.check import Checker
-from casfs.upkeep.scrub import ReadChoice
+from casfs.maintenance.check import Checker
+from casfs.maintenance.scrub import ReadChoice
 from casfs.errors import CasfsError
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository

@@ -13,14 +13,14 @@ import pytest
 
 from casfs.backup.run import BackupOptions, back_up
 from casfs.format.snapshot import SnapshotStats
+from casfs.maintenance.check import Checker, CheckResult
+from casfs.maintenance.scrub import ReadChoice
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.storage.local import LocalSpool
 from casfs.storage.locks import RepositoryLock
 from casfs.store import writer as writer_module
 from casfs.store.writer import BlobWriter
-from casfs.upkeep.check import Checker, CheckResult
-from casfs.upkeep.scrub import ReadChoice
 from tests.support.stores import child, hear, noise, pack_paths, tell
 
 KIB = 1 << 10

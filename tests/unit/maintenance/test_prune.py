@@ -17,16 +17,16 @@ from casfs.errors import IndexUnusableError, IntegrityError, LockedError, Storag
 from casfs.format.pack import TRAILER
 from casfs.index.index import Index
 from casfs.index.location import Location
+from casfs.maintenance import prune as prune_module
+from casfs.maintenance.check import Checker
+from casfs.maintenance.prune import NeedsUnknownError, PruneOptions, Pruner, PruneResult
+from casfs.maintenance.scrub import ReadChoice
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name
 from casfs.store.pending_removal import read_condemnations
-from casfs.upkeep import prune as prune_module
-from casfs.upkeep.check import Checker
-from casfs.upkeep.prune import NeedsUnknownError, PruneOptions, Pruner, PruneResult
-from casfs.upkeep.scrub import ReadChoice
 from tests.support.builders import Keeper
 from tests.support.stores import add_pack, child, flip, hear, make_pack, noise, pack_paths, tell
 

@@ -13,16 +13,16 @@ from casfs.errors import BlobError
 from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
 from casfs.format.snapshot import Snapshot
+from casfs.maintenance import scrub as scrub_module
+from casfs.maintenance.check import Checker, CheckResult
+from casfs.maintenance.prune import PruneOptions, Pruner
+from casfs.maintenance.scrub import ReadChoice
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name
 from casfs.store.duplicates import Copies
-from casfs.upkeep import scrub as scrub_module
-from casfs.upkeep.check import Checker, CheckResult
-from casfs.upkeep.prune import PruneOptions, Pruner
-from casfs.upkeep.scrub import ReadChoice
 from tests.support.builders import Keeper
 from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
 

@@ -12,16 +12,16 @@ from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.format.pack import RECORD as RECORD_HEADER
 from casfs.format.snapshot import Snapshot, decode_snapshot
 from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
+from casfs.maintenance.check import Checker
+from casfs.maintenance.misplaced import Misplaced
+from casfs.maintenance.prune import PruneOptions, Pruner
+from casfs.maintenance.repair import IndexRepair, RepairResult, SnapshotRepairer, repair_index
+from casfs.maintenance.scrub import Damage, ReadChoice
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
 from casfs.trees import writer as treewriter
 from casfs.trees.content import HOLE, RECORD
-from casfs.upkeep.check import Checker
-from casfs.upkeep.misplaced import Misplaced
-from casfs.upkeep.prune import PruneOptions, Pruner
-from casfs.upkeep.repair import IndexRepair, RepairResult, SnapshotRepairer, repair_index
-from casfs.upkeep.scrub import Damage, ReadChoice
 from tests.support.builders import Keeper, entry, reference
 from tests.support.stores import flip, noise, pack_paths
 

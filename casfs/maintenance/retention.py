@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Generic, Protocol, TypeVar
 
-from casfs.upkeep.durations import Span
+from casfs.maintenance.durations import Span
 
 UNLIMITED = -1
 

@@ -26,11 +26,11 @@ from casfs.format.tree import (
 )
 from casfs.index.bitmap import Bitmap
 from casfs.index.location import Location
+from casfs.maintenance.scrub import Damage, ReadChoice, Scrubber, ScrubResult
 from casfs.monitor import Monitor
 from casfs.repository.repository import Repository
 from casfs.trees.content import RECORD, Extent
 from casfs.trees.reader import join
-from casfs.upkeep.scrub import Damage, ReadChoice, Scrubber, ScrubResult
 
 log = logging.getLogger(__name__)
 

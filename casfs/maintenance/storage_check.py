@@ -15,9 +15,9 @@ from casfs.errors import IntegrityError, NotFoundError, StorageError
 from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import SECRET_BYTES
 from casfs.format.pack import HEADER, SESSION_HEADER
+from casfs.maintenance.scrub import Damage
 from casfs.monitor import Monitor
 from casfs.storage.local import Storage
-from casfs.upkeep.scrub import Damage
 
 FOLDERS = {
     "packs": "pack",

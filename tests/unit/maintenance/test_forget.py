@@ -6,9 +6,9 @@ import pytest
 
 from casfs.digest import SnapshotId
 from casfs.errors import NotFoundError, UnsafeTargetError
+from casfs.maintenance.forget import Choice, Grouping, Plan, forget, named_snapshots, plan_policy
+from casfs.maintenance.retention import Policy
 from casfs.repository.repository import Repository
-from casfs.upkeep.forget import Choice, Grouping, Plan, forget, named_snapshots, plan_policy
-from casfs.upkeep.retention import Policy
 from tests.support.builders import Keeper
 
 LAST = Policy(last=1)

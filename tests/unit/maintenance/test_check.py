@@ -14,14 +14,14 @@ from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
 from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, TreeRef, replace
 from casfs.index.location import IndexedPack
+from casfs.maintenance import check as check_module
+from casfs.maintenance import scrub as scrub_module
+from casfs.maintenance.check import Checker, CheckResult
+from casfs.maintenance.scrub import Damage, ReadChoice
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import BlobStore
 from casfs.trees.content import HOLE, RECORD, ContentWriter
-from casfs.upkeep import check as check_module
-from casfs.upkeep import scrub as scrub_module
-from casfs.upkeep.check import Checker, CheckResult
-from casfs.upkeep.scrub import Damage, ReadChoice
 from tests.support.builders import Keeper, Plan, entry, file, flagged, reference
 from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from casfs.crypto.recipients import RECIPIENTS_NAME
+from casfs.maintenance.storage_check import FOLDERS, StorageCheck, check_storage
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository, read_config
 from casfs.storage.local import LocalStorage
-from casfs.upkeep.storage import FOLDERS, StorageCheck, check_storage
 from tests.support.builders import Keeper
 from tests.support.encryption import RECIPIENT, EncryptedKeeper
 from tests.support.stores import flip, noise

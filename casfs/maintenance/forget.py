@@ -13,8 +13,8 @@ from casfs.backup.sources import keep_path
 from casfs.digest import SnapshotId
 from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
 from casfs.format.snapshot import Snapshot
+from casfs.maintenance.retention import Policy, Verdict, decide
 from casfs.repository.repository import Repository
-from casfs.upkeep.retention import Policy, Verdict, decide
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from casfs.errors import UsageError
-from casfs.upkeep.durations import Span, parse_duration
-from casfs.upkeep.retention import UNLIMITED, Policy, decide
+from casfs.maintenance.durations import Span, parse_duration
+from casfs.maintenance.retention import UNLIMITED, Policy, decide
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from casfs.errors import (
 from casfs.format.codec import BlobKind
 from casfs.format.pack import ENTRY, HEADER, RECORD, TRAILER
 from casfs.index.location import Location, PackRecord
+from casfs.maintenance.evacuate import Rescuer
+from casfs.maintenance.sessions import remove_unneeded_sessions
 from casfs.monitor import Monitor
 from casfs.repository.repository import Repository
 from casfs.repository.used_blobs import Needs
@@ -42,8 +44,6 @@ from casfs.store.pending_removal import (
     replace_condemnation,
 )
 from casfs.store.writer import PACK_BLOBS
-from casfs.upkeep.rescue import Rescuer
-from casfs.upkeep.sessions import remove_unneeded_sessions
 
 log = logging.getLogger(__name__)
 

@@ -38,6 +38,9 @@ from casfs.format.tree import (
     decode_piece,
     replace,
 )
+from casfs.maintenance.check import Checker
+from casfs.maintenance.misplaced import DAMAGED_FOLDER, Misplaced
+from casfs.maintenance.scrub import ReadChoice
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository.index_opening import begin_anew
 from casfs.repository.repository import Repository
@@ -45,9 +48,6 @@ from casfs.store.writer import BlobWriter
 from casfs.trees.content import HOLE, ContentWriter
 from casfs.trees.reader import join
 from casfs.trees.writer import TreeWriter
-from casfs.upkeep.check import Checker
-from casfs.upkeep.misplaced import DAMAGED_FOLDER, Misplaced
-from casfs.upkeep.scrub import ReadChoice
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Checking, repairing, forgetting and pruning."""

@@ -1,1 +1,0 @@
-"""Keeping a repository well: check, repair, forget and prune."""
