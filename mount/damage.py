@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 
+from casfs.display import shown
 from casfs.errors import BlobError, CasfsError
-from casfs.naming import shown
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from casfs.display import shown
 from casfs.errors import CasfsError, NotFoundError
-from casfs.naming import shown
 
 FILE_SYSTEM_TYPE = "fuse.casfs"
 HELPER = "fusermount3"

@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 
 from casfs.digest import Digest, SnapshotId
+from casfs.display import shown
 from casfs.errors import CasfsError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node, captured_digest
-from casfs.naming import shown
 from casfs.trees.flagged import flagged_files
 from casfs.trees.reader import TreeReader
 from mount.damage import DamageLog

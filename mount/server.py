@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import pyfuse3
 import trio
 
+from casfs.display import shown
 from casfs.errors import CasfsError, KeyMissingError, UsageError
 from casfs.format.tree import Kind
-from casfs.naming import shown
 from casfs.repository.repository import Repository
 from mount.blobs import Blobs
 from mount.catalogue import RepositoryView

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from casfs.digest import SnapshotId
+from casfs.display import shown
 from casfs.errors import CasfsError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node, State, capture_of, captured_digest
-from casfs.naming import shown
+from casfs.problems import reason_word
 from casfs.repository.repository import Repository
-from casfs.telling import reason_word
 from casfs.trees.content import HOLE, RECORD
 from mount.blobs import Blobs
 from mount.chunks import ChunkCache

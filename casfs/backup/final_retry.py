@@ -17,7 +17,7 @@ from casfs.backup.sources import Place
 from casfs.backup.walker import NewTree
 from casfs.format.tree import Node, hard_link_key, replace
 from casfs.monitor import Monitor
-from casfs.telling import problem_of_capture
+from casfs.problems import problem_of_capture
 from casfs.trees.flagged import is_flagged
 from casfs.trees.reader import TreeReader, join
 from casfs.trees.writer import TreeWriter

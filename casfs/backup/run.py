@@ -30,11 +30,11 @@ from casfs.backup.source_reader import FileReader
 from casfs.backup.sources import Place, keep_path, select
 from casfs.backup.walker import NewTree, Walker, WalkStats
 from casfs.digest import SnapshotId
+from casfs.display import shown
 from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
 from casfs.format.snapshot import Snapshot, SnapshotStats
 from casfs.format.tree import Kind, Node, TreeRef, replace
 from casfs.monitor import Monitor
-from casfs.naming import shown
 from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter, WriteStats
 from casfs.trees.writer import TreeWriter

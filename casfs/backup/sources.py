@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from casfs.display import shown
 from casfs.errors import UsageError
-from casfs.naming import shown
 
 
 @dataclass(slots=True)

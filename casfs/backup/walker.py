@@ -36,7 +36,7 @@ from casfs.format.tree import (
     replace,
 )
 from casfs.monitor import Monitor
-from casfs.telling import (
+from casfs.problems import (
     problem_of_capture,
     problem_of_failure,
     problem_of_silence,

@@ -23,8 +23,8 @@ import click
 from casfs import __version__
 from casfs.cli.identities import KeyOptions, key_options
 from casfs.cli.output import Output
+from casfs.display import on_one_line, shown
 from casfs.errors import CasfsError, UsageError
-from casfs.naming import on_one_line, shown
 
 if TYPE_CHECKING:
     from casfs.crypto.identities import Identities

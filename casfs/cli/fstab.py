@@ -19,8 +19,8 @@ import click
 from casfs.cli.identities import KeyOptions, unlocked
 from casfs.cli.mounting import OwnerType, server
 from casfs.cli.sizes import SIZE
+from casfs.display import on_one_line
 from casfs.errors import CasfsError, UsageError
-from casfs.naming import on_one_line
 
 EXIT_USAGE = 1
 EXIT_FAILED = 32

@@ -11,9 +11,9 @@ from datetime import datetime
 from typing import Any
 
 from casfs.digest import SHOWN_HEX_DIGITS
+from casfs.display import on_one_line
+from casfs.display import shown as shown
 from casfs.errors import UsageError
-from casfs.naming import on_one_line
-from casfs.naming import shown as shown
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 

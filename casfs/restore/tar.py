@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from casfs.digest import Digest
+from casfs.display import shown
 from casfs.errors import IntegrityError, TreeError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node, captured_digest, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
-from casfs.naming import shown
 from casfs.repository.repository import Repository
 from casfs.trees.content import check_chunk_length
 from casfs.trees.flagged import is_flagged

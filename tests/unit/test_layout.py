@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "casfs.errors",
         "casfs.monitor",
     ),
-    ("casfs.naming",),
+    ("casfs.display",),
     (
         "casfs.store",
         "casfs.format.codec",
@@ -69,7 +69,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "casfs.backup.source_reader",
         "casfs.backup.source_fs",
     ),
-    ("casfs.backup.witness", "casfs.telling"),
+    ("casfs.backup.witness", "casfs.problems"),
     ("casfs.backup.capture",),
     ("casfs.backup.walker",),
     ("casfs.backup.final_retry",),

@@ -24,7 +24,7 @@ from casfs.cli.output import (
     shown_size,
 )
 from casfs.cli.sizes import SIZE
-from casfs.naming import on_one_line
+from casfs.display import on_one_line
 
 HOSTILE = [
     b"two\nlines",
