@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from casfs import __version__
-from casfs.cli.identities import KeyOptions, key_options
+from casfs.cli.key_options import KeyOptions, key_options
 from casfs.cli.output import Output
 from casfs.display import on_one_line, shown
 from casfs.errors import CasfsError, UsageError
@@ -32,27 +32,27 @@ if TYPE_CHECKING:
     from casfs.storage.local import Storage
 
 VERBS = {
-    "init": "casfs.cli.basic:init",
-    "backup": "casfs.cli.backing:backup",
-    "snapshots": "casfs.cli.listing:snapshots",
-    "ls": "casfs.cli.listing:ls",
-    "find": "casfs.cli.listing:find",
-    "changed": "casfs.cli.listing:changed",
-    "diff": "casfs.cli.comparing:diff",
-    "log": "casfs.cli.history:log",
-    "dump": "casfs.cli.dumping:dump",
-    "mount": "casfs.cli.mounting:mount",
-    "umount": "casfs.cli.mounting:umount",
-    "restore": "casfs.cli.restoring:restore",
-    "check": "casfs.cli.checking:check",
-    "forget": "casfs.cli.forgetting:forget",
-    "prune": "casfs.cli.pruning:prune",
-    "repair": "casfs.cli.repairing:repair",
-    "stats": "casfs.cli.basic:stats",
-    "tag": "casfs.cli.basic:tag",
-    "key": "casfs.cli.keys:key",
-    "version": "casfs.cli.basic:version",
-    "completion": "casfs.cli.basic:completion",
+    "init": "casfs.cli.commands.basic:init",
+    "backup": "casfs.cli.commands.backup:backup",
+    "snapshots": "casfs.cli.commands.listing:snapshots",
+    "ls": "casfs.cli.commands.listing:ls",
+    "find": "casfs.cli.commands.listing:find",
+    "changed": "casfs.cli.commands.listing:changed",
+    "diff": "casfs.cli.commands.diff:diff",
+    "log": "casfs.cli.commands.log:log",
+    "dump": "casfs.cli.commands.dump:dump",
+    "mount": "casfs.cli.commands.mount:mount",
+    "umount": "casfs.cli.commands.mount:umount",
+    "restore": "casfs.cli.commands.restore:restore",
+    "check": "casfs.cli.commands.check:check",
+    "forget": "casfs.cli.commands.forget:forget",
+    "prune": "casfs.cli.commands.prune:prune",
+    "repair": "casfs.cli.commands.repair:repair",
+    "stats": "casfs.cli.commands.basic:stats",
+    "tag": "casfs.cli.commands.basic:tag",
+    "key": "casfs.cli.commands.key:key",
+    "version": "casfs.cli.commands.basic:version",
+    "completion": "casfs.cli.commands.basic:completion",
 }
 
 EXIT_FAILED = 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from casfs.cli.backing import exit_code
+from casfs.cli.commands.backup import exit_code
 from casfs.format.tree import State, captured_digest
 from casfs.monitor import ProblemKind
 from tests.support.capturing import Keeper, Kept

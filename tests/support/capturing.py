@@ -15,7 +15,7 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.backup.run import BackupOptions, BackupResult, back_up
-from casfs.cli.backing import exit_code
+from casfs.cli.commands.backup import exit_code
 from casfs.format.key_derivation import SessionId
 from casfs.format.tree import Kind, Node
 from casfs.index.location import Location

@@ -464,6 +464,6 @@ class TestCommand:
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         keeper.publish({b"d": {b"f": file(b"")}})
-        monkeypatch.setattr("casfs.cli.dumping._is_terminal", lambda: True)
+        monkeypatch.setattr("casfs.cli.commands.dump._is_terminal", lambda: True)
         assert isinstance(self.run(keeper, "latest:d").exception, UsageError)
         assert self.run(keeper, "latest:d/f").exception is None

@@ -12,7 +12,7 @@ from casfs.cli.output import Output, json_path, shown, shown_size
 from casfs.cli.progress import CommandMonitor
 
 if TYPE_CHECKING:
-    from casfs.cli.nodes import NodeFields
+    from casfs.cli.entry_format import NodeFields
     from casfs.format.tree import Node
     from casfs.query.diff import Change
 
@@ -41,7 +41,7 @@ def diff(settings: Settings, before: str, after: str) -> int:
     + added, - removed, M other content, U other metadata, T another kind. Paths are told as seen from
     what was compared; `.` is that itself. Inode numbers and ctimes are no difference.
     """
-    from casfs.cli.nodes import NodeFields
+    from casfs.cli.entry_format import NodeFields
     from casfs.query.diff import Differ, passages_of
     from casfs.repository.repository import Repository
 

@@ -101,7 +101,7 @@ def forget(
 
     Each group (a host and its paths) is judged apart. The space is freed by prune.
     """
-    from casfs.cli.pruning import run_prune
+    from casfs.cli.commands.prune import run_prune
     from casfs.maintenance.durations import Span
     from casfs.maintenance.forget import Choice, forget, named_snapshots, plan_policy
     from casfs.maintenance.prune import PruneOptions

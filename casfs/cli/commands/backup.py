@@ -289,7 +289,7 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
 
 def _expecting(root: Path, file: Path, unlock: Unlock) -> Unlock:
     """Return what unlocks a repository only if it has just the recipients that a file names."""
-    from casfs.cli.keys import recipients_in
+    from casfs.cli.commands.key import recipients_in
     from casfs.crypto.key_manager import accept, expect_recipients
     from casfs.repository.repository import read_config
 

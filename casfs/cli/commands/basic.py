@@ -10,8 +10,8 @@ import click
 
 from casfs import __version__
 from casfs.cli.app import Settings, common_options
-from casfs.cli.identities import new_passphrase
-from casfs.cli.keys import named_recipients, recipient_options
+from casfs.cli.commands.key import named_recipients, recipient_options
+from casfs.cli.key_options import new_passphrase
 from casfs.cli.output import iso_time, shown, shown_id, shown_size
 from casfs.cli.tags import tags_in
 from casfs.errors import UsageError

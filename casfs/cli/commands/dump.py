@@ -29,7 +29,7 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
 
     Every byte is verified before it is written. The output ends where damage begins (exit 5).
     """
-    from casfs.cli.nodes import KIND_NAMES
+    from casfs.cli.entry_format import KIND_NAMES
     from casfs.format.tree import Kind
     from casfs.repository.repository import Repository
 

@@ -59,7 +59,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
 
 
 def _emit(output: Output, path: bytes, version: Version) -> None:
-    from casfs.cli.nodes import NodeFields
+    from casfs.cli.entry_format import NodeFields
 
     (first_id, first), (last_id, last) = version.snapshots[0], version.snapshots[-1]
     tree = version.node.tree
@@ -82,7 +82,7 @@ _NUMBERS = ("snapshots", "size")
 
 
 def _row(version: Version) -> tuple[str, ...]:
-    from casfs.cli.nodes import shown_state, total_bytes
+    from casfs.cli.entry_format import shown_state, total_bytes
     from casfs.format.tree import captured_digest
 
     node = version.node

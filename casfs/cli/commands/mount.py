@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from casfs.cli.app import Settings, common_options
-from casfs.cli.identities import unlocked
+from casfs.cli.key_options import unlocked
 from casfs.cli.output import shown
 from casfs.cli.sizes import SIZE
 from casfs.errors import CasfsError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from casfs.cli import fstab
-from casfs.cli.fstab import Invocation, Wanted, parse_arguments, parse_options, split_options
+from casfs.cli import mount_helper as fstab
+from casfs.cli.mount_helper import Invocation, Wanted, parse_arguments, parse_options, split_options
 from casfs.errors import UsageError
 
 

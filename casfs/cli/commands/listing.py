@@ -207,7 +207,7 @@ def ls(settings: Settings, snap: str, recursive: bool) -> int:
     A directory's size is that of all files below it. Files are marked that were written to while
     they were captured: `changed` (a mixture may have been captured) or `appended` (their beginning).
     """
-    from casfs.cli.nodes import NodeFields, NodeLines
+    from casfs.cli.entry_format import NodeFields, NodeLines
     from casfs.query.find import Finder, Query
     from casfs.repository.repository import Repository
 
@@ -264,7 +264,7 @@ def find(
     slashes too. With --changed it may be left out. What is found can be given to other verbs as it is
     printed, SNAP:PATH.
     """
-    from casfs.cli.nodes import NodeFields, shown_state
+    from casfs.cli.entry_format import NodeFields, shown_state
     from casfs.query.find import KIND_LETTERS, Finder, Query
     from casfs.repository.repository import Repository
 
@@ -316,7 +316,7 @@ def changed(settings: Settings, snap: str) -> None:
     Told are the reason, the number of attempts, and the BLAKE3 digests (as of b3sum) of what was
     captured and of what was seen when the file was read again.
     """
-    from casfs.cli.nodes import NodeFields, shown_reason
+    from casfs.cli.entry_format import NodeFields, shown_reason
     from casfs.format.tree import captured_digest
     from casfs.repository.repository import Repository
     from casfs.trees.flagged import flagged_files

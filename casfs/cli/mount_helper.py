@@ -16,8 +16,8 @@ from pathlib import Path
 
 import click
 
-from casfs.cli.identities import KeyOptions, unlocked
-from casfs.cli.mounting import OwnerType, server
+from casfs.cli.commands.mount import OwnerType, server
+from casfs.cli.key_options import KeyOptions, unlocked
 from casfs.cli.sizes import SIZE
 from casfs.display import on_one_line
 from casfs.errors import CasfsError, UsageError
