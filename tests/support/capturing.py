@@ -12,6 +12,12 @@ from typing import Any
 
 import zstandard
 from blake3 import blake3
+from casfs_mount.background import Errands
+from casfs_mount.blob_reader import Blobs
+from casfs_mount.chunk_cache import ChunkCache
+from casfs_mount.event_loop_guard import Waiting
+from casfs_mount.tree_cache import PieceCache
+from casfs_mount.view import SnapshotView, Sources
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.backup.run import BackupOptions, BackupResult, back_up
@@ -25,12 +31,6 @@ from casfs.monitor import Problem, RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.store.blob_store import pack_name
-from mount.blobs import Blobs
-from mount.chunks import ChunkCache
-from mount.errands import Errands
-from mount.pieces import PieceCache
-from mount.view import SnapshotView, Sources
-from mount.waiting import Waiting
 from tests.support.encryption import RECIPIENT, unlock
 
 

@@ -10,18 +10,18 @@ import os
 from pathlib import Path
 
 from blake3 import blake3
+from casfs_mount.background import Errands
+from casfs_mount.blob_reader import Blobs
+from casfs_mount.chunk_cache import ChunkCache
+from casfs_mount.event_loop_guard import Waiting
+from casfs_mount.repository_view import RepositoryView
+from casfs_mount.tree_cache import PieceCache
+from casfs_mount.view import Sources
 
 from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node, TreeRef
 from casfs.repository.repository import Repository
 from casfs.trees.reader import join
-from mount.blobs import Blobs
-from mount.catalogue import RepositoryView
-from mount.chunks import ChunkCache
-from mount.errands import Errands
-from mount.pieces import PieceCache
-from mount.view import Sources
-from mount.waiting import Waiting
 
 LOST = "lost"
 FLAGGED = "flagged "

@@ -112,7 +112,7 @@ def mount(
 @click.pass_obj
 def umount(settings: Settings, mountpoint: Path) -> None:
     """Take a mount away."""
-    from mount.mountpoint import unmount
+    from casfs_mount.mountpoint import unmount
 
     real = unmount(mountpoint)
     output = settings.output()
@@ -123,11 +123,11 @@ def umount(settings: Settings, mountpoint: Path) -> None:
 def server() -> ModuleType:
     """Return the module that mounts; raises CasfsError where pyfuse3 cannot be loaded."""
     try:
-        import mount.server
+        import casfs_mount.server
     except ModuleNotFoundError as error:
         raise CasfsError(
             f"casfs mount needs pyfuse3, which cannot be loaded here ({error}); everything else works"
         ) from error
     except ImportError as error:
         raise CasfsError(f"casfs mount cannot load pyfuse3: {error}") from error
-    return mount.server
+    return casfs_mount.server

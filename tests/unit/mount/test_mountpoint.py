@@ -11,10 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from casfs_mount import mountpoint
+from casfs_mount.mountpoint import (
+    MountRecord,
+    check_fuse,
+    check_mountpoint,
+    mounted_at,
+    mounts,
+    unmount,
+)
 
 from casfs.errors import CasfsError, NotFoundError
-from mount import mountpoint
-from mount.mountpoint import MountRecord, check_fuse, check_mountpoint, mounted_at, mounts, unmount
 
 
 @pytest.fixture

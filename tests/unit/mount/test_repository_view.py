@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from casfs_mount.event_loop_guard import NotAtHand
+from casfs_mount.inodes import LISTINGS_END, ROOT, StaleError
+from casfs_mount.labels import digits_that_differ, safe_name, time_name
+from casfs_mount.repository_view import FRESH_S, RepositoryView
 
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node
 from casfs.repository.repository import Repository
-from mount.catalogue import FRESH_S, RepositoryView
-from mount.inode import LISTINGS_END, ROOT, StaleError
-from mount.labels import digits_that_differ, safe_name, time_name
-from mount.waiting import NotAtHand
 from tests.support.builders import Keeper
 from tests.unit.test_mount_view import sources_of
 
@@ -250,7 +250,7 @@ def test_a_snapshot_that_another_replaces_is_not_shown(keeper: Keeper) -> None:
     assert b"kept" in shown.listed(b"tags")
 
 
-@pytest.mark.expect_errors("mount.catalogue")
+@pytest.mark.expect_errors("casfs_mount.repository_view")
 def test_a_damaged_snapshot_is_told_once_and_the_others_are_shown(
     keeper: Keeper, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -264,7 +264,7 @@ def test_a_damaged_snapshot_is_told_once_and_the_others_are_shown(
     for _ in range(3):
         assert set(shown.listed(b"snapshots")) == {b"2023-11-14T22:14:20", b"latest"}
         shown.now += 2 * FRESH_S
-    assert len([r for r in caplog.records if r.name == "mount.catalogue"]) == 1
+    assert len([r for r in caplog.records if r.name == "casfs_mount.repository_view"]) == 1
 
 
 def test_a_repository_that_went_away_is_an_error_and_not_an_empty_list(keeper: Keeper) -> None:

@@ -14,14 +14,14 @@ from typing import Any, cast
 import pyfuse3
 import pytest
 import trio
+from casfs_mount.file_reader import FileReader
+from casfs_mount.handlers import LASTING_S, PASSING_S, FileSystem, Showing
+from casfs_mount.inodes import HARD_LINKS
+from casfs_mount.repository_view import RepositoryView
+from casfs_mount.view import SnapshotView
 
 from casfs.errors import IndexUnusableError, StorageError
 from casfs.format.tree import Extra, Kind, replace
-from mount.catalogue import RepositoryView
-from mount.handlers import LASTING_S, PASSING_S, FileSystem, Showing
-from mount.inode import HARD_LINKS
-from mount.reader import FileReader
-from mount.view import SnapshotView
 from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file
 from tests.unit.test_mount_view import Shown, sources_of
 
@@ -403,7 +403,7 @@ class TestErrors:
             with refused(errno.ESTALE):
                 await system.getattr(number, CTX)
 
-    @pytest.mark.expect_errors("mount.damage")
+    @pytest.mark.expect_errors("casfs_mount.damage_log")
     async def test_in_the_middle_of_a_listing_come_after_what_was_found(
         self, keeper: Keeper, replies: Replies
     ) -> None:

@@ -13,7 +13,7 @@ import time
 from casfs.digest import Digest
 from casfs.errors import CasfsError
 from casfs.store.blob_store import BlobStore
-from mount.waiting import NotAtHand, Waiting
+from casfs_mount.event_loop_guard import NotAtHand, Waiting
 
 _AT_ONCE_BYTES = 64 * 1024
 """Stored bytes up to which a blob is decoded on the spot: some half a millisecond."""

@@ -21,8 +21,8 @@ from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node, captured_digest
 from casfs.trees.flagged import flagged_files
 from casfs.trees.reader import TreeReader
-from mount.damage import DamageLog
-from mount.waiting import Waiting
+from casfs_mount.damage_log import DamageLog
+from casfs_mount.event_loop_guard import Waiting
 
 FOLDER = b".casfs"
 CHANGED, DAMAGE, MANIFEST, SNAPSHOT = b"changed", b"damage", b"manifest.b3", b"snapshot.json"

@@ -25,7 +25,7 @@ from casfs.digest import digest_of
 from casfs.errors import CasfsError, TreeError
 from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Node, TreeRef, nodes_of
 from casfs.trees.reader import join
-from mount.pieces import Piece, PieceCache
+from casfs_mount.tree_cache import Piece, PieceCache
 
 ROOT = 1
 VERSIONS = 1 << 31

@@ -14,8 +14,8 @@ from concurrent.futures import Future
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError
-from mount.errands import Errands
-from mount.waiting import NotAtHand, Waiting
+from casfs_mount.background import Errands
+from casfs_mount.event_loop_guard import NotAtHand, Waiting
 
 DEFAULT_CACHE_BYTES = 64 * 1024 * 1024
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import casfs_mount.versions_view
 import pytest
+from casfs_mount.event_loop_guard import NotAtHand
+from casfs_mount.inodes import LISTINGS_END, VERSIONS, StaleError
 
-import mount.versions
 from casfs.format.tree import Kind
-from mount.inode import LISTINGS_END, VERSIONS, StaleError
-from mount.waiting import NotAtHand
 from tests.support.builders import Keeper, reference
 from tests.unit.test_mount_catalogue import NOON_NS, SECOND_NS, Catalogue
 
@@ -122,7 +122,7 @@ def test_the_thread_that_must_not_wait_is_told_so_once(keeper: Keeper) -> None:
 
 
 def test_few_numbers_are_remembered(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mount.versions, "_MOST_NUMBERS", 4)
+    monkeypatch.setattr(casfs_mount.versions_view, "_MOST_NUMBERS", 4)
     catalogue = Catalogue(keeper)
     old = catalogue.find(b"versions", b"other")
     catalogue.find(b"versions", b"d", b"f", FIRST)
@@ -133,7 +133,7 @@ def test_few_numbers_are_remembered(keeper: Keeper, monkeypatch: pytest.MonkeyPa
     assert catalogue.view.node(again).name == b"other"
 
 
-@pytest.mark.expect_errors("mount.versions")
+@pytest.mark.expect_errors("casfs_mount.versions_view")
 def test_a_damaged_snapshot_is_told_in_the_log_and_the_others_are_shown(
     keeper: Keeper, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,8 +1,8 @@
 """Decoded trees, cached: a piece of a directory with the places of its entries in number order.
 
 A place is counted in nodes from the start of the piece: an entry takes one and as many as there are
-below it. Places are what inode numbers and listing positions are made of (see `mount.inode`). Safe to
-share between threads; what is not cached is read as `mount.blobs` allows.
+below it. Places are what inode numbers and listing positions are made of (see `casfs_mount.inodes`). Safe to
+share between threads; what is not cached is read as `casfs_mount.blob_reader` allows.
 """
 
 from __future__ import annotations

@@ -10,27 +10,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from casfs.digest import Digest, SnapshotId, digest_of
-from casfs.errors import BlobError
-from casfs.format.tree import Extra, Kind, Node, replace
-from casfs.repository.repository import Repository
-from casfs.trees.content import HOLE, RECORD, ContentWriter
-from mount.blobs import Blobs
-from mount.chunks import ChunkCache
-from mount.damage import DamageLog
-from mount.errands import Errands
-from mount.inode import StaleError
-from mount.pieces import PieceCache
-from mount.report import manifest_line
-from mount.view import (
+from casfs_mount.background import Errands
+from casfs_mount.blob_reader import Blobs
+from casfs_mount.chunk_cache import ChunkCache
+from casfs_mount.damage_log import DamageLog
+from casfs_mount.event_loop_guard import NotAtHand, Waiting
+from casfs_mount.inodes import StaleError
+from casfs_mount.report_files import manifest_line
+from casfs_mount.tree_cache import PieceCache
+from casfs_mount.view import (
     REPORT_NUMBERS,
     RefusedError,
     SnapshotView,
     Sources,
     allocated_bytes,
 )
-from mount.waiting import NotAtHand, Waiting
+
+from casfs.digest import Digest, SnapshotId, digest_of
+from casfs.errors import BlobError
+from casfs.format.tree import Extra, Kind, Node, replace
+from casfs.repository.repository import Repository
+from casfs.trees.content import HOLE, RECORD, ContentWriter
 from tests.support.builders import Grove, Keeper, Plan, entry, file, flagged, reference
 
 TREE: Plan = {
@@ -279,7 +279,7 @@ class TestTheFolderOfReports:
                 with pytest.raises(BlobError):
                     reader.read(len(manifest_line(b"a", digest_of(b"first"))), 1000)
 
-    @pytest.mark.expect_errors("mount.damage")
+    @pytest.mark.expect_errors("casfs_mount.damage_log")
     def test_lists_the_damage_that_was_met(self, keeper: Keeper) -> None:
         digest = digest_of(b"plain content")
         keeper.store(b"plain content")
@@ -323,12 +323,12 @@ class TestTheThreadThatMustNotWait:
 def test_damage_is_told_once_and_in_bounds(caplog: pytest.LogCaptureFixture) -> None:
     damage = DamageLog()
     error = BlobError(Digest(bytes(32)), "it is missing: no pack holds it")
-    logging.getLogger("mount.damage").disabled = True
+    logging.getLogger("casfs_mount.damage_log").disabled = True
     try:
         for n in range(20_000):
             damage.add_range(b"file %d\n" % (n // 2), n, 10, error)
     finally:
-        logging.getLogger("mount.damage").disabled = False
+        logging.getLogger("casfs_mount.damage_log").disabled = False
     lines = damage.text().splitlines()
     assert len(lines) == 10_000
     assert lines[0].startswith(b"file 0\\n: bytes 0 to 9: blob 0000")

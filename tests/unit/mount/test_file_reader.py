@@ -7,17 +7,17 @@ import threading
 from collections import Counter
 
 import pytest
+from casfs_mount.background import Errands
+from casfs_mount.chunk_cache import ChunkCache
+from casfs_mount.damage_log import UnreadableError
+from casfs_mount.event_loop_guard import NotAtHand, Waiting
+from casfs_mount.file_reader import FileReader
 
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError, CasfsError, StorageError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
 from casfs.format.tree import Node, replace
 from casfs.trees.content import HOLE, ContentWriter
-from mount.chunks import ChunkCache
-from mount.damage import UnreadableError
-from mount.errands import Errands
-from mount.reader import FileReader
-from mount.waiting import NotAtHand, Waiting
 from tests.support.builders import entry
 
 
@@ -196,7 +196,7 @@ class TestDamage:
         node, whole = shelf.file(b"content")
         bad = digest_of(b"content")
         now = 100.0
-        monkeypatch.setattr("mount.chunks.time.monotonic", lambda: now)
+        monkeypatch.setattr("casfs_mount.chunk_cache.time.monotonic", lambda: now)
         shelf.failing[bad] = StorageError("read", "pack", OSError(5, "Input/output error"))
         reader = shelf.reader(node)
         with pytest.raises(UnreadableError):

@@ -11,18 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from casfs_mount.background import Errands
+from casfs_mount.blob_reader import Blobs
+from casfs_mount.event_loop_guard import NotAtHand, Waiting
+from casfs_mount.inodes import Numbering
+from casfs_mount.prefetch import Foresight
+from casfs_mount.tree_cache import PieceCache
 
 from casfs.digest import Digest, digest_of
 from casfs.errors import IndexUnusableError
 from casfs.format.tree import Node
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
-from mount.blobs import Blobs
-from mount.errands import Errands
-from mount.foresight import Foresight
-from mount.inode import Numbering
-from mount.pieces import PieceCache
-from mount.waiting import NotAtHand, Waiting
 from tests.support.builders import Grove, Keeper, Plan, reference
 
 
@@ -99,8 +99,8 @@ class TestBlobs:
                     return faults
 
             monkeypatch.setattr(repository.store, "read_at_once", read_at_once)
-            monkeypatch.setattr("mount.blobs.time.monotonic", lambda: now)
-            monkeypatch.setattr("mount.blobs.resource.getrusage", lambda _: Usage())
+            monkeypatch.setattr("casfs_mount.blob_reader.time.monotonic", lambda: now)
+            monkeypatch.setattr("casfs_mount.blob_reader.resource.getrusage", lambda _: Usage())
             waiting.forbid_here()
             assert blobs.read(digest_of(b"small")) == b"small"
             assert blobs.read(digest_of(b"small")) == b"small", "another program took the time"

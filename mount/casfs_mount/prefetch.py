@@ -14,10 +14,10 @@ from itertools import islice, pairwise
 
 from casfs.digest import Digest
 from casfs.format.tree import Kind, Node
-from mount.blobs import Blobs
-from mount.errands import Errands
-from mount.inode import Numbering
-from mount.pieces import PieceCache
+from casfs_mount.background import Errands
+from casfs_mount.blob_reader import Blobs
+from casfs_mount.inodes import Numbering
+from casfs_mount.tree_cache import PieceCache
 
 _DIRECTORIES = 64
 """How many directories are read at a time; the next as many when a walk has come to their middle."""

@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from casfs_mount import daemon
+from casfs_mount.daemon import LOGGERS, captured_stderr, log_to
 
 from casfs.errors import CasfsError
-from mount import daemon
-from mount.daemon import LOGGERS, captured_stderr, log_to
 
 SCRIPT = """
 import os, sys, time, logging
 from pathlib import Path
 from casfs.errors import CasfsError, UsageError, LockedError, IntegrityError
-from mount.daemon import run_in_background
+from casfs_mount.daemon import run_in_background
 folder = Path(sys.argv[1])
 log = logging.getLogger("mount.test")
 logging.getLogger("mount").addHandler(logging.StreamHandler())

@@ -6,11 +6,7 @@ import random
 from itertools import pairwise
 
 import pytest
-
-from casfs.digest import Digest, digest_of
-from casfs.errors import TreeError
-from casfs.format.tree import Kind, Leaf, Node, TreeRef, encode_piece
-from mount.inode import (
+from casfs_mount.inodes import (
     HARD_LINKS,
     LISTINGS_END,
     HardLinks,
@@ -19,7 +15,11 @@ from mount.inode import (
     StaleError,
     hard_link_number,
 )
-from mount.pieces import PieceCache
+from casfs_mount.tree_cache import PieceCache
+
+from casfs.digest import Digest, digest_of
+from casfs.errors import TreeError
+from casfs.format.tree import Kind, Leaf, Node, TreeRef, encode_piece
 from tests.support.builders import Grove, Plan, entry
 
 

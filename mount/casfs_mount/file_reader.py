@@ -13,10 +13,10 @@ from typing import Protocol
 from casfs.digest import Digest
 from casfs.errors import CasfsError, TreeError
 from casfs.format.tree import Node
-from mount.chunks import ChunkCache
-from mount.damage import UnreadableError
-from mount.extents import ExtentMap, single_chunk
-from mount.waiting import NotAtHand
+from casfs_mount.chunk_cache import ChunkCache
+from casfs_mount.damage_log import UnreadableError
+from casfs_mount.event_loop_guard import NotAtHand
+from casfs_mount.extents import ExtentMap, single_chunk
 
 _ZEROS = memoryview(bytes(1 << 20))
 

@@ -25,17 +25,17 @@ from casfs.display import shown
 from casfs.errors import CasfsError, KeyMissingError, UsageError
 from casfs.format.tree import Kind
 from casfs.repository.repository import Repository
-from mount.blobs import Blobs
-from mount.catalogue import RepositoryView
-from mount.chunks import DEFAULT_CACHE_BYTES, ChunkCache
-from mount.daemon import Background, captured_stderr, run_in_background
-from mount.errands import Errands
-from mount.handlers import FileSystem, Showing
-from mount.inode import ROOT
-from mount.mountpoint import check_fuse, check_mountpoint
-from mount.pieces import PieceCache
-from mount.view import SnapshotView, Sources, View
-from mount.waiting import Waiting
+from casfs_mount.background import Errands
+from casfs_mount.blob_reader import Blobs
+from casfs_mount.chunk_cache import DEFAULT_CACHE_BYTES, ChunkCache
+from casfs_mount.daemon import Background, captured_stderr, run_in_background
+from casfs_mount.event_loop_guard import Waiting
+from casfs_mount.handlers import FileSystem, Showing
+from casfs_mount.inodes import ROOT
+from casfs_mount.mountpoint import check_fuse, check_mountpoint
+from casfs_mount.repository_view import RepositoryView
+from casfs_mount.tree_cache import PieceCache
+from casfs_mount.view import SnapshotView, Sources, View
 
 if TYPE_CHECKING:
     from casfs.crypto.identities import Identities

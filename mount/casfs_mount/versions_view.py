@@ -23,8 +23,8 @@ from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node
 from casfs.query.history import PathFinder, Version, versions_of
 from casfs.trees.reader import TreeReader
-from mount.inode import LISTINGS_END, VERSIONS, StaleError
-from mount.waiting import Waiting
+from casfs_mount.event_loop_guard import Waiting
+from casfs_mount.inodes import LISTINGS_END, VERSIONS, StaleError
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """A synchronous view of one snapshot as a file system, which knows nothing of FUSE.
 
-Everything is asked by number (see `mount.inode`) and answered with nodes, those of the snapshot and
+Everything is asked by number (see `casfs_mount.inodes`) and answered with nodes, those of the snapshot and
 those of its `.casfs` folder alike. Safe to share between threads; the one that must not wait gets
 NotAtHand wherever something has to be read first.
 """
@@ -23,16 +23,16 @@ from casfs.format.tree import Kind, Node, State, capture_of, captured_digest
 from casfs.problems import reason_word
 from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, RECORD
-from mount.blobs import Blobs
-from mount.chunks import ChunkCache
-from mount.damage import DamageLog
-from mount.errands import Errands
-from mount.foresight import Foresight
-from mount.inode import Numbering
-from mount.pieces import PieceCache
-from mount.reader import FileReader, Readable
-from mount.report import FILES, FOLDER, Reports
-from mount.waiting import Waiting
+from casfs_mount.background import Errands
+from casfs_mount.blob_reader import Blobs
+from casfs_mount.chunk_cache import ChunkCache
+from casfs_mount.damage_log import DamageLog
+from casfs_mount.event_loop_guard import Waiting
+from casfs_mount.file_reader import FileReader, Readable
+from casfs_mount.inodes import Numbering
+from casfs_mount.prefetch import Foresight
+from casfs_mount.report_files import FILES, FOLDER, Reports
+from casfs_mount.tree_cache import PieceCache
 
 log = logging.getLogger(__name__)
 

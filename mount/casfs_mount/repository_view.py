@@ -1,6 +1,6 @@
 """The whole repository as one view: every snapshot in `snapshots/`, found by id, host and tag too.
 
-`versions/` has the versions of every path across them (see `mount.versions`).
+`versions/` has the versions of every path across them (see `casfs_mount.versions_view`).
 
 `snapshots/` holds the snapshots' roots under their local times. `ids/`, `hosts/` and `tags/` lead there
 by symbolic links, so that every file has one path, one number and one place in the kernel's cache.
@@ -29,11 +29,11 @@ from casfs.errors import (
 from casfs.format.config import CONFIG_NAME
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node, nodes_of, replace
-from mount.inode import LISTINGS_END, ROOT, VERSIONS, NumberRanges, StaleError
-from mount.labels import digits_that_differ, safe_name, time_name
-from mount.reader import Readable
-from mount.versions import Placed, VersionFolders
-from mount.view import REPORT_NUMBERS, SnapshotView, Sources
+from casfs_mount.file_reader import Readable
+from casfs_mount.inodes import LISTINGS_END, ROOT, VERSIONS, NumberRanges, StaleError
+from casfs_mount.labels import digits_that_differ, safe_name, time_name
+from casfs_mount.versions_view import Placed, VersionFolders
+from casfs_mount.view import REPORT_NUMBERS, SnapshotView, Sources
 
 log = logging.getLogger(__name__)
 

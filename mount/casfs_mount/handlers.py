@@ -22,11 +22,11 @@ import trio
 
 from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node
-from mount.damage import UnreadableError
-from mount.inode import HARD_LINKS, HardLinks, StaleError, hard_link_number
-from mount.reader import Readable
-from mount.view import RefusedError, View, allocated_bytes
-from mount.waiting import NotAtHand
+from casfs_mount.damage_log import UnreadableError
+from casfs_mount.event_loop_guard import NotAtHand
+from casfs_mount.file_reader import Readable
+from casfs_mount.inodes import HARD_LINKS, HardLinks, StaleError, hard_link_number
+from casfs_mount.view import RefusedError, View, allocated_bytes
 
 log = logging.getLogger(__name__)
 
