@@ -25,7 +25,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-LOGGERS = ("casfs", "mount")
+LOGGERS = ("casfs", "casfs_mount")
 
 hypothesis.settings.register_profile(
     "ci",

@@ -267,7 +267,7 @@ def _configure() -> None:
             reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("casfs: %(message)s"))
-    for name in ("casfs", "mount"):
+    for name in ("casfs", "casfs_mount"):
         logging.getLogger(name).addHandler(handler)
     _allow_open_files()
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -17,8 +17,8 @@ from casfs.digest import Digest
 from casfs.errors import IntegrityError
 from casfs.format.tree import Kind, Node, hard_link_key
 from casfs.repository.repository import Repository
+from casfs.restore import target_fs as target
 from casfs.restore.filling import Filler, Ranges, reads_back
-from casfs.restore.restorer import target_fs as target
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from casfs.format.tree import Kind, Node, State, captured_digest, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.problems import problem_of_damage, problem_of_flag, problem_of_restoring
 from casfs.repository.repository import Repository
+from casfs.restore import target_fs as target
 from casfs.restore.entry_writer import EntryWriter, FirstName, Outcome, Overwrite
 from casfs.restore.ordered_pool import Crew
 from casfs.restore.prefetch import ReadAhead
-from casfs.restore.restorer import target_fs as target
 from casfs.trees.content import HOLE, RECORD
 from casfs.trees.reader import TreeReader, join
 

@@ -39,25 +39,25 @@ def verb(request: pytest.FixtureRequest, casfs: Casfs) -> tuple[str, ...]:
 
 class TestTheRepository:
     def test_is_missing(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
-        casfs.refuses(*verb, mentions=["repository", str(casfs.repository.repository)])
-        assert casfs.repository.repository is not None
-        assert not casfs.repository.repository.exists()
+        casfs.refuses(*verb, mentions=["repository", str(casfs.repository)])
+        assert casfs.repository is not None
+        assert not casfs.repository.exists()
 
     def test_is_not_named_at_all(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
         casfs.at(None).refuses(*verb, expect=2, mentions=["CASFS_REPOSITORY"])
 
     def test_is_an_ordinary_directory(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
-        assert casfs.repository.repository is not None
-        casfs.repository.repository.mkdir()
-        (casfs.repository.repository / "config").write_bytes(b"[core]\n\tbare = false\n")
-        casfs.refuses(*verb, mentions=[str(casfs.repository.repository)])
-        assert os.listdir(casfs.repository.repository) == ["config"]
+        assert casfs.repository is not None
+        casfs.repository.mkdir()
+        (casfs.repository / "config").write_bytes(b"[core]\n\tbare = false\n")
+        casfs.refuses(*verb, mentions=[str(casfs.repository)])
+        assert os.listdir(casfs.repository) == ["config"]
 
     def test_is_a_file(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
-        assert casfs.repository.repository is not None
-        casfs.repository.repository.write_bytes(b"not a directory")
-        casfs.refuses(*verb, mentions=[str(casfs.repository.repository)])
-        assert casfs.repository.repository.read_bytes() == b"not a directory"
+        assert casfs.repository is not None
+        casfs.repository.write_bytes(b"not a directory")
+        casfs.refuses(*verb, mentions=[str(casfs.repository)])
+        assert casfs.repository.read_bytes() == b"not a directory"
 
     def test_is_of_a_newer_format(self, repository: Casfs, verb: tuple[str, ...]) -> None:
         assert repository.repository is not None
@@ -94,11 +94,11 @@ class TestTheRepository:
         assert repository.json("snapshots").one("snapshot")["id"] == snapshot["id"]
 
     def test_cannot_be_made_in_a_directory_that_holds_something_else(self, casfs: Casfs) -> None:
-        assert casfs.repository.repository is not None
-        casfs.repository.repository.mkdir()
-        (casfs.repository.repository / "thesis.txt").write_bytes(b"years of work")
-        casfs.refuses("init", mentions=[str(casfs.repository.repository)])
-        assert os.listdir(casfs.repository.repository) == ["thesis.txt"]
+        assert casfs.repository is not None
+        casfs.repository.mkdir()
+        (casfs.repository / "thesis.txt").write_bytes(b"years of work")
+        casfs.refuses("init", mentions=[str(casfs.repository)])
+        assert os.listdir(casfs.repository) == ["thesis.txt"]
 
     def test_cannot_be_made_below_a_file(self, casfs: Casfs, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

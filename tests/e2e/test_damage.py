@@ -34,8 +34,8 @@ def flip(path: Path, offset: int) -> None:
 
 
 def packs(casfs: Casfs) -> list[Path]:
-    assert casfs.repository.repository is not None
-    return [path for path in (casfs.repository.repository / "packs").rglob("*") if path.is_file()]
+    assert casfs.repository is not None
+    return [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def reader(casfs: Casfs, folder: Path) -> Casfs:
     """Return the command for another person, who has a home of her own."""
     home = folder / "home of a reader"
     home.mkdir(exist_ok=True)
-    return Casfs(casfs.repository.repository, home)
+    return Casfs(casfs.repository, home)
 
 
 @pytest.fixture(scope="module")
@@ -394,10 +394,8 @@ class TestVerbs:
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         casfs, key = stored.casfs, ("--identity", keys.age)
-        assert casfs.repository.repository is not None
-        (pack,) = [
-            path for path in (casfs.repository.repository / "packs").rglob("*") if path.is_file()
-        ]
+        assert casfs.repository is not None
+        (pack,) = [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
         pack.chmod(0o600)
         with pack.open("r+b") as damaged:
             damaged.seek(pack.stat().st_size // 2)
@@ -657,7 +655,7 @@ class TestPassphrases:
         self, casfs: Casfs, source: Path, tmp_path: Path
     ) -> None:
         at_a_terminal(casfs, "init", "--passphrase", answers=["one", "other"], expect=2)
-        assert casfs.repository.repository is not None and not casfs.repository.repository.exists()
+        assert casfs.repository is not None and not casfs.repository.exists()
         at_a_terminal(casfs, "init", "--passphrase", answers=[PASSPHRASE, PASSPHRASE])
         stored = Stored(casfs, source)
         stored.back_up()
@@ -682,7 +680,7 @@ class TestPassphrases:
     def test_cannot_be_set_where_nobody_can_be_asked(self, casfs: Casfs) -> None:
         said = casfs.run("init", "--passphrase", expect=2)
         assert "no terminal" in said.complaint
-        assert casfs.repository.repository is not None and not casfs.repository.repository.exists()
+        assert casfs.repository is not None and not casfs.repository.exists()
 
 
 class TestSecrets:
@@ -708,9 +706,9 @@ class TestSecrets:
             said.append(casfs.run(*arguments, env=env, prefix=prefix))
         executed = b"".join(path.read_bytes() for path in tmp_path.glob("trace.*"))
         assert b'"gpg"' in executed and b"--passphrase-file" in executed
-        assert casfs.repository.repository is not None
+        assert casfs.repository is not None
         session = b"".join(
-            path.read_bytes() for path in casfs.repository.repository.rglob("*") if path.is_file()
+            path.read_bytes() for path in casfs.repository.rglob("*") if path.is_file()
         )
         kept = b"".join(path.read_bytes() for path in casfs.home.rglob("*") if path.is_file())
         spoken = b"".join(one.out + one.err for one in said)

@@ -16,8 +16,8 @@ MIB = 1 << 20
 
 
 def size_of(casfs: Casfs) -> int:
-    assert casfs.repository.repository is not None
-    packs = (casfs.repository.repository / "packs").rglob("*")
+    assert casfs.repository is not None
+    packs = (casfs.repository / "packs").rglob("*")
     return sum(path.stat().st_size for path in packs if path.is_file())
 
 
@@ -209,10 +209,8 @@ def flip(path: Path, offset: int) -> None:
 
 class TestRepair:
     def largest_pack(self, casfs: Casfs) -> Path:
-        assert casfs.repository.repository is not None
-        packs = [
-            path for path in (casfs.repository.repository / "packs").rglob("*") if path.is_file()
-        ]
+        assert casfs.repository is not None
+        packs = [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
         return max(packs, key=lambda path: path.stat().st_size)
 
     @pytest.fixture

@@ -52,8 +52,8 @@ def roomy(repository: Casfs) -> Iterator[Casfs]:
 
 
 def finished_packs(casfs: Casfs) -> list[Path]:
-    assert casfs.repository.repository is not None
-    return [path for path in (casfs.repository.repository / "packs").rglob("*") if path.is_file()]
+    assert casfs.repository is not None
+    return [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
 
 
 def wait_while_running(

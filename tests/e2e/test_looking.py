@@ -374,17 +374,17 @@ class TestNamingTheRepository:
 class TestInit:
     def test_makes_what_it_says_it_made(self, casfs: Casfs) -> None:
         made = casfs.json("init").one("repository")
-        assert casfs.repository.repository is not None
-        assert (made["path"], made["format"]) == (str(casfs.repository.repository), 1)
+        assert casfs.repository is not None
+        assert (made["path"], made["format"]) == (str(casfs.repository), 1)
         assert int(made["id"], 16)
-        config = (casfs.repository.repository / "config").read_bytes()
+        config = (casfs.repository / "config").read_bytes()
         assert config.startswith(b"casfs repository, format 1\n")
         assert made["id"].encode() in config
 
     def test_in_an_empty_directory_that_is_there(self, casfs: Casfs) -> None:
-        assert casfs.repository.repository is not None
-        casfs.repository.repository.mkdir()
-        assert str(casfs.repository.repository) in casfs.run("init").text
+        assert casfs.repository is not None
+        casfs.repository.mkdir()
+        assert str(casfs.repository) in casfs.run("init").text
 
     def test_gives_every_repository_an_id_of_its_own(self, casfs: Casfs) -> None:
         ids = {

@@ -44,8 +44,8 @@ def output(*command: str | Path, cwd: Path | None = None, expect: int = 0) -> st
 
 
 def largest_pack(casfs: Casfs) -> Path:
-    assert casfs.repository.repository is not None
-    packs = [path for path in (casfs.repository.repository / "packs").rglob("*") if path.is_file()]
+    assert casfs.repository is not None
+    packs = [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
     pack = max(packs, key=lambda path: path.stat().st_size)
     pack.chmod(0o600)
     return pack
@@ -63,7 +63,7 @@ def flip(path: Path, offset: int) -> None:
 def planted(casfs: Casfs, tmp_path: Path) -> Keeper:
     """A repository that holds what no backup could be made to hold at will."""
     keeper = Keeper(tmp_path)
-    assert casfs.repository.repository == keeper.root
+    assert casfs.repository == keeper.root
     return keeper
 
 

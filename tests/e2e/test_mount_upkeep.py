@@ -38,10 +38,8 @@ def contents(repository: Casfs, tmp_path: Path) -> dict[str, bytes]:
 
 
 def packs(casfs: Casfs) -> set[str]:
-    assert casfs.repository.repository is not None
-    return {
-        path.name for path in (casfs.repository.repository / "packs").rglob("*") if path.is_file()
-    }
+    assert casfs.repository is not None
+    return {path.name for path in (casfs.repository / "packs").rglob("*") if path.is_file()}
 
 
 def drop(path: Path) -> None:

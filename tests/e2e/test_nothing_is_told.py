@@ -109,8 +109,8 @@ def test_nothing_of_a_source_is_found_in_the_repository_and_in_what_the_host_kee
         casfs.backup(source, *options)
         (source / "zephyrfolder" / "noise").write_bytes(os.urandom(2_000_000))
         casfs.backup(source, *options, "--tag", "secondtag-onyx")
-        assert casfs.repository.repository is not None
-        found = found_in([casfs.repository.repository, casfs.home], secrets)
+        assert casfs.repository is not None
+        found = found_in([casfs.repository, casfs.home], secrets)
         if not encrypted:
             # The search finds what there is: so it is shown that it can.
             told = {what for _, what in found}
@@ -132,7 +132,7 @@ def test_nothing_of_a_source_is_found_in_the_repository_and_in_what_the_host_kee
             ("tag", "latest", "--set", "tag-quartz"),
         ):
             casfs.run(*verb, "--identity", keys.age)
-        assert found_in([casfs.repository.repository], secrets) == []
+        assert found_in([casfs.repository], secrets) == []
 
 
 def test_nothing_is_found_while_a_backup_runs_or_after_it_was_killed(
@@ -140,7 +140,7 @@ def test_nothing_is_found_while_a_backup_runs_or_after_it_was_killed(
 ) -> None:
     with made_keys() as keys:
         casfs.run("init", "--recipient", keys.age_public)
-    assert casfs.repository.repository is not None
+    assert casfs.repository is not None
     words = ("backup", "--stdin", "--stdin-name", "stdinsecretname", "--tag", "tag-quartz")
     running = subprocess.Popen(
         [os.fsencode(one) for one in (*program(), *words, "--host", "backuphost-glyph")],
@@ -150,7 +150,7 @@ def test_nothing_is_found_while_a_backup_runs_or_after_it_was_killed(
         env=casfs.environment(),
         cwd=casfs.home,
     )
-    spool = casfs.repository.repository / "tmp"
+    spool = casfs.repository / "tmp"
     try:
         assert running.stdin is not None
         running.stdin.write(CONTENT * 1000 + os.urandom(20_000_000))
@@ -159,9 +159,9 @@ def test_nothing_is_found_while_a_backup_runs_or_after_it_was_killed(
             lambda: sum(path.stat().st_size for path in spool.iterdir()) > 1_000_000,
             "a part of a pack is in the spool",
         )
-        assert list((casfs.repository.repository / "locks").iterdir())
-        assert found_in([casfs.repository.repository, casfs.home], secrets) == []
+        assert list((casfs.repository / "locks").iterdir())
+        assert found_in([casfs.repository, casfs.home], secrets) == []
     finally:
         running.kill()
         finish(running)
-    assert found_in([casfs.repository.repository, casfs.home], secrets) == []
+    assert found_in([casfs.repository, casfs.home], secrets) == []

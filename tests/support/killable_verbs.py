@@ -397,7 +397,7 @@ def cheap_passphrases() -> None:
 
 def main() -> None:
     logging.getLogger("casfs").addHandler(logging.NullHandler())
-    logging.getLogger("mount").addHandler(logging.NullHandler())
+    logging.getLogger("casfs_mount").addHandler(logging.NullHandler())
     small_packs()
     cheap_passphrases()
     for line in sys.stdin:

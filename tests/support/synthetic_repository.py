@@ -1,7 +1,8 @@
 """Large repositories written straight into the store.
 
-`python -m tests.support.synthetic_repository FOLDER` makes one. Many snapshots, each with one file changed, and the last one with a crowded directory and very many files
-besides. The trees are what a backup would have stored; the files' data is not there, so that what is
+`python -m tests.support.synthetic_repository FOLDER` makes one.
+Many snapshots, each with one file changed, and the last one with a crowded directory and very many
+files besides. The trees are what a backup would have stored; the files' data is not there, so that what is
 made holds everything a listing needs and nothing that a reader would.
 """
 

@@ -23,7 +23,7 @@ from casfs.errors import CasfsError, UsageError, LockedError, IntegrityError
 from casfs_mount.daemon import run_in_background
 folder = Path(sys.argv[1])
 log = logging.getLogger("mount.test")
-logging.getLogger("mount").addHandler(logging.StreamHandler())
+logging.getLogger("casfs_mount").addHandler(logging.StreamHandler())
 
 def work(background):
     (folder / "pid").write_text(str(os.getpid()))
@@ -141,7 +141,7 @@ def loggers_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     level = {name: logging.getLogger(name).level for name in LOGGERS}
     raising = logging.raiseExceptions
     # What pytest captures has to be text that its processes can send each other.
-    monkeypatch.setattr(logging.getLogger("mount"), "propagate", False)
+    monkeypatch.setattr(logging.getLogger("casfs_mount"), "propagate", False)
     yield
     for name, (handlers, _) in kept.items():
         for handler in logging.getLogger(name).handlers:

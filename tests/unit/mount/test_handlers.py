@@ -23,7 +23,7 @@ from casfs_mount.view import SnapshotView
 from casfs.errors import IndexUnusableError, StorageError
 from casfs.format.tree import Extra, Kind, replace
 from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file
-from tests.unit.test_mount_view import Shown, sources_of
+from tests.unit.mount.test_view import Shown, sources_of
 
 CTX = cast(pyfuse3.RequestContext, None)
 TWICE = {"nlink": 2, "inode": 77, "extra": Extra(device=5)}
@@ -353,7 +353,7 @@ class TestExtendedAttributes:
 
 
 class TestErrors:
-    @pytest.mark.expect_errors("mount")
+    @pytest.mark.expect_errors("casfs_mount")
     @pytest.mark.parametrize(
         ("error", "code"),
         [

@@ -17,7 +17,7 @@ from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node
 from casfs.repository.repository import Repository
 from tests.support.builders import Keeper
-from tests.unit.test_mount_view import sources_of
+from tests.unit.mount.test_view import sources_of
 
 SECOND_NS = 1_000_000_000
 NOON_NS = 1_700_000_000 * SECOND_NS

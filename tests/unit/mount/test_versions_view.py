@@ -12,7 +12,7 @@ from casfs_mount.inodes import LISTINGS_END, VERSIONS, StaleError
 
 from casfs.format.tree import Kind
 from tests.support.builders import Keeper, reference
-from tests.unit.test_mount_catalogue import NOON_NS, SECOND_NS, Catalogue
+from tests.unit.mount.test_repository_view import NOON_NS, SECOND_NS, Catalogue
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ class TestOpening:
         self, shown: Shown, caplog: pytest.LogCaptureFixture
     ) -> None:
         number = shown.find(b"folder/deep/changed\nhere")
-        with caplog.at_level(logging.WARNING, "mount"):
+        with caplog.at_level(logging.WARNING, "casfs_mount"):
             for _ in range(3):
                 assert b"".join(shown.view.open(number).read(0, 100)) == b"mixture"
         (record,) = caplog.records

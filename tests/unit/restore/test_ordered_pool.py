@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from casfs.restore import ordered_pool as crew_module
 from casfs.restore.ordered_pool import Crew
-from casfs.restore.restorer import ordered_pool as crew_module
 
 
 @pytest.fixture(autouse=True)

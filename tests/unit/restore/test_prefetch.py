@@ -12,8 +12,8 @@ from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
 from casfs.format.tree import Kind, Node
 from casfs.repository.repository import Repository
+from casfs.restore import prefetch as readahead_module
 from casfs.restore.prefetch import ReadAhead
-from casfs.restore.restorer import prefetch as readahead_module
 from casfs.store.blob_store import BlobStore
 from casfs.trees.content import ContentReader
 from casfs.trees.reader import TreeReader

@@ -20,11 +20,11 @@ from casfs.digest import Digest, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.tree import Extra, Kind, Node, TreeRef
 from casfs.monitor import Problem, ProblemKind, RecordingMonitor
+from casfs.restore import ordered_pool as crew_module
+from casfs.restore import restorer as restore_module
+from casfs.restore import target_fs as target_module
 from casfs.restore.entry_writer import Overwrite
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
-from casfs.restore.restorer import ordered_pool as crew_module
-from casfs.restore.restorer import restorer as restore_module
-from casfs.restore.restorer import target_fs as target_module
 from casfs.trees.content import HOLE, RECORD, ContentWriter
 from tests.support.builders import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
 from tests.support.stores import noise
