@@ -138,3 +138,11 @@ class SessionError(IntegrityError):
 
 class TreeError(IntegrityError):
     """A tree, a content list or a snapshot verified but does not keep the rules of its format."""
+
+
+class NotRegularError(Exception):
+    """The name no longer means a regular file."""
+
+
+class ReflinkError(OSError):
+    """A file cannot be cloned although that is required."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from casfs.backup.reflink import NotFrozenError
-from casfs.backup.sources import Place
-from casfs.errors import BlobError, IntegrityError
+from casfs.errors import BlobError, IntegrityError, ReflinkError
 from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
 from casfs.monitor import Problem, ProblemKind
 
@@ -42,18 +40,18 @@ def problem_of_failure(path: bytes, error: OSError) -> Problem:
     """Return what there is to tell of an entry that is not in the snapshot."""
     if isinstance(error, FileNotFoundError):
         return Problem(ProblemKind.VANISHED, path, "it vanished before it was read")
-    what = "cannot be frozen" if isinstance(error, NotFrozenError) else "cannot be read"
+    what = "cannot be frozen" if isinstance(error, ReflinkError) else "cannot be read"
     message = f"it {what}: {error.strerror or error}"
     return Problem(ProblemKind.UNREADABLE, path, message)
 
 
-def problems_of_source(place: Place, error: OSError) -> Iterator[Problem]:
-    """Yield what there is to tell of what the user named at or below a place that is not there."""
+def problems_of_source(sources: Iterable[bytes], error: OSError) -> Iterator[Problem]:
+    """Yield what there is to tell of named sources that are not there."""
     if isinstance(error, FileNotFoundError):
         message = "this source does not exist"
     else:
         message = f"this source cannot be read: {error.strerror or error}"
-    for source in place.sources():
+    for source in sources:
         yield Problem(ProblemKind.MISSING_SOURCE, source, message)
 
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from casfs.backup.reflink import Freezer
 from casfs.backup.source_fs import Xattrs, make_extra, open_file, read_xattrs, storable_time
-from casfs.backup.source_reader import FileReader, Reading
-from casfs.backup.witness import digest_again
+from casfs.backup.source_reader import FileReader, Reading, digest_again
+from casfs.errors import NotRegularError
 from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, capture_of, replace
 
 DEFAULT_ATTEMPTS = 3
@@ -41,10 +41,6 @@ _LIKE_ANOTHER_KIND = frozenset([errno.ELOOP, errno.ENXIO])
 """Opening a symlink without following it, and a socket."""
 
 _SYNC_FILE_RANGE_WRITE = 1 | 2  # and wait for what is on its way
-
-
-class NotRegularError(Exception):
-    """The name means something that is not a regular file by now."""
 
 
 class Patience:

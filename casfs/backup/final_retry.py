@@ -17,9 +17,9 @@ from casfs.backup.sources import Place
 from casfs.backup.walker import NewTree
 from casfs.format.tree import Node, hard_link_key, replace
 from casfs.monitor import Monitor
+from casfs.paths import join
 from casfs.problems import problem_of_capture
-from casfs.trees.flagged import is_flagged
-from casfs.trees.reader import TreeReader, join
+from casfs.trees.reader import TreeReader, is_flagged
 from casfs.trees.writer import TreeWriter
 
 _MAX_LINKS = 100_000

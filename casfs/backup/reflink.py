@@ -20,6 +20,8 @@ import os
 import struct
 from enum import StrEnum
 
+from casfs.errors import ReflinkError
+
 log = logging.getLogger(__name__)
 
 _FICLONE = 0x40049409
@@ -44,10 +46,6 @@ class Freeze(StrEnum):
     REQUIRE = "require"
 
 
-class NotFrozenError(OSError):
-    """A file cannot be cloned although that is required."""
-
-
 class Freezer:
     """Clone the files of one backup, as far as their file systems can."""
 
@@ -68,7 +66,7 @@ class Freezer:
     def clone(self, dir_fd: int, fd: int, st: os.stat_result) -> int | None:
         """Return a descriptor of a clone, which the caller closes, or None where there can be none.
 
-        `dir_fd` is the directory that the file is in, `st` its metadata. Raises NotFrozenError
+        `dir_fd` is the directory that the file is in, `st` its metadata. Raises ReflinkError
         instead of returning None where clones are required.
         """
         if self._mode == Freeze.NEVER:
@@ -79,7 +77,7 @@ class Freezer:
             return _clone(dir_fd, fd)
         except OSError as error:
             if self._mode == Freeze.REQUIRE:
-                raise NotFrozenError(error.errno, error.strerror) from error
+                raise ReflinkError(error.errno, error.strerror) from error
             if error.errno in _NEVER:
                 self._without.add(st.st_dev)
                 log.info("the file system %d cannot clone files", st.st_dev)

@@ -27,7 +27,7 @@ from casfs.backup.final_retry import LastLook
 from casfs.backup.reflink import Freeze, Freezer
 from casfs.backup.source_fs import make_node
 from casfs.backup.source_reader import FileReader
-from casfs.backup.sources import Place, keep_path, select
+from casfs.backup.sources import Place, select
 from casfs.backup.walker import NewTree, Walker, WalkStats
 from casfs.digest import SnapshotId
 from casfs.display import shown
@@ -35,6 +35,7 @@ from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
 from casfs.format.snapshot import Snapshot, SnapshotStats
 from casfs.format.tree import Kind, Node, TreeRef, replace
 from casfs.monitor import Monitor
+from casfs.paths import normalize_source_path
 from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter, WriteStats
 from casfs.trees.writer import TreeWriter
@@ -177,7 +178,7 @@ def _looked_up(path: bytes) -> OSError | None:
 def _kept_paths(options: BackupOptions) -> tuple[bytes, ...]:
     if options.stdin_name is not None:
         return (options.stdin_name,)
-    return tuple(sorted({keep_path(path) for path in options.paths}))
+    return tuple(sorted({normalize_source_path(path) for path in options.paths}))
 
 
 class _Backup:

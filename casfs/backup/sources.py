@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from casfs.display import shown
 from casfs.errors import UsageError
+from casfs.paths import normalize_source_path
 
 
 @dataclass(slots=True)
@@ -40,7 +41,7 @@ def select(paths: list[bytes]) -> Place:
     Raises UsageError where two different sources would have the same path in the snapshot, as `/etc/x`
     and a relative `etc/x` have: only one of them could be kept.
     """
-    kept = [keep_path(path) for path in paths]
+    kept = [normalize_source_path(path) for path in paths]
     absolute = any(path.startswith(b"/") for path in kept)
     root = Place(b"/" if absolute else b".")
     for path in kept:
@@ -74,22 +75,3 @@ def _refuse_other_source(root: Place, path: bytes) -> None:
 
 def _names(path: bytes) -> list[bytes]:
     return [name for name in path.split(b"/") if name not in (b"", b".")]
-
-
-def keep_path(path: bytes) -> bytes:
-    """Return a path as it is kept: without `..`, doubled slashes and slashes at the end.
-
-    Raises UsageError for an empty path, which would otherwise mean the current directory.
-    """
-    if not path:
-        raise UsageError("an empty path names nothing to back up")
-    parts = path.split(b"/")
-    if b".." in parts:
-        last = len(parts) - parts[::-1].index(b"..")
-        resolved = os.path.realpath(b"/".join(parts[:last]))
-        path = os.path.join(resolved, *parts[last:])
-        here = os.path.realpath(b".")
-        if parts[0] != b"" and (path + b"/").startswith(here.rstrip(b"/") + b"/"):
-            path = os.path.relpath(path, here)
-    normal = os.path.normpath(path)
-    return normal[1:] if normal.startswith(b"//") else normal

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from casfs.backup.capture import Capturer, NotRegularError
+from casfs.backup.capture import Capturer
 from casfs.backup.exclude import Exclusions, PatternMatcher
 from casfs.backup.parent import Previous, is_unchanged
 from casfs.backup.source_fs import (
@@ -24,6 +24,7 @@ from casfs.backup.source_fs import (
     read_xattrs,
 )
 from casfs.backup.sources import Place
+from casfs.errors import NotRegularError
 from casfs.format.tree import (
     MAX_DEPTH,
     Kind,
@@ -36,6 +37,7 @@ from casfs.format.tree import (
     replace,
 )
 from casfs.monitor import Monitor
+from casfs.paths import join
 from casfs.problems import (
     problem_of_capture,
     problem_of_failure,
@@ -43,7 +45,7 @@ from casfs.problems import (
     problems_of_source,
     repository_left_out,
 )
-from casfs.trees.reader import TreeReader, join
+from casfs.trees.reader import TreeReader
 from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
@@ -476,7 +478,7 @@ class Walker:
         self._monitor.problem(problem_of_failure(path, error))
 
     def _missing(self, place: Place, error: OSError) -> None:
-        for problem in problems_of_source(place, error):
+        for problem in problems_of_source(place.sources(), error):
             self.stats.missing_sources += 1
             self.stats.unreadable += 1
             self._monitor.problem(problem)

@@ -12,32 +12,23 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from casfs import __version__
-from casfs.cli.key_options import KeyOptions, key_options
 from casfs.cli.output import Output
+from casfs.cli.settings import Settings, common_options
 from casfs.display import on_one_line, shown
-from casfs.errors import CasfsError, UsageError
-
-if TYPE_CHECKING:
-    from casfs.crypto.identities import Identities
-    from casfs.format.config import RepositoryConfig
-    from casfs.storage.local import Storage
+from casfs.errors import CasfsError
 
 VERBS = {
-    "init": "casfs.cli.commands.basic:init",
+    "init": "casfs.cli.commands.init:init",
     "backup": "casfs.cli.commands.backup:backup",
-    "snapshots": "casfs.cli.commands.listing:snapshots",
-    "ls": "casfs.cli.commands.listing:ls",
-    "find": "casfs.cli.commands.listing:find",
-    "changed": "casfs.cli.commands.listing:changed",
+    "snapshots": "casfs.cli.commands.snapshots:snapshots",
+    "ls": "casfs.cli.commands.ls:ls",
+    "find": "casfs.cli.commands.find:find",
+    "changed": "casfs.cli.commands.changed:changed",
     "diff": "casfs.cli.commands.diff:diff",
     "log": "casfs.cli.commands.log:log",
     "dump": "casfs.cli.commands.dump:dump",
@@ -48,11 +39,11 @@ VERBS = {
     "forget": "casfs.cli.commands.forget:forget",
     "prune": "casfs.cli.commands.prune:prune",
     "repair": "casfs.cli.commands.repair:repair",
-    "stats": "casfs.cli.commands.basic:stats",
-    "tag": "casfs.cli.commands.basic:tag",
+    "stats": "casfs.cli.commands.stats:stats",
+    "tag": "casfs.cli.commands.tag:tag",
     "key": "casfs.cli.commands.key:key",
-    "version": "casfs.cli.commands.basic:version",
-    "completion": "casfs.cli.commands.basic:completion",
+    "version": "casfs.cli.commands.version:version",
+    "completion": "casfs.cli.commands.completion:completion",
 }
 
 EXIT_FAILED = 1
@@ -61,34 +52,6 @@ EXIT_UNREADABLE = 3
 EXIT_CHANGED = 4
 EXIT_DAMAGED = 5
 EXIT_INTERRUPTED = 130
-
-
-@dataclass(slots=True)
-class Settings:
-    """The options that stand before or after a verb."""
-
-    repo: str | None = None
-    as_json: bool = False
-    sync: bool = True
-    keys: KeyOptions = field(default_factory=KeyOptions)
-    _unlocked: Identities | None = None
-
-    def repository_path(self) -> Path:
-        """Return the repository that was named, or raise UsageError."""
-        name = self.repo or os.environ.get("CASFS_REPOSITORY")
-        if not name:
-            raise UsageError("no repository was named: give --repo PATH or set CASFS_REPOSITORY")
-        return Path(name)
-
-    def unlock(self, storage: Storage, config: RepositoryConfig) -> Identities:
-        """Return what opens an encrypted repository to this user; nobody is asked twice."""
-        if self._unlocked is None:
-            self._unlocked = self.keys.unlock(storage, config)
-        return self._unlocked
-
-    def output(self) -> Output:
-        """Return where the command's results go."""
-        return Output(self.as_json)
 
 
 _OPEN_FILES = 16_384
@@ -107,52 +70,6 @@ class _Verbs(click.Group):
         module, _, name = place.partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
-
-
-def _set_repo(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        ctx.ensure_object(Settings).repo = value
-
-
-def _set_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.ensure_object(Settings).as_json = True
-
-
-def _set_no_sync(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.ensure_object(Settings).sync = False
-
-
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that every verb has; their values are in the context's Settings."""
-    command = key_options(command)
-    command = click.option(
-        "--no-sync",
-        is_flag=True,
-        hidden=True,
-        expose_value=False,
-        callback=_set_no_sync,
-        is_eager=True,
-        help="For tests only: wait for no disk. A crash may lose what was published.",
-    )(command)
-    command = click.option(
-        "--json",
-        is_flag=True,
-        expose_value=False,
-        callback=_set_json,
-        is_eager=True,
-        help="Print one JSON object a line.",
-    )(command)
-    return click.option(
-        "-r",
-        "--repo",
-        metavar="PATH",
-        expose_value=False,
-        callback=_set_repo,
-        is_eager=True,
-        help="The repository [default: $CASFS_REPOSITORY].",
-    )(command)
 
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

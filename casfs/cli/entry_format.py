@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import stat
 
-from casfs.cli.output import JsonValue, json_path, local_time, shown
+from casfs.cli.output import JsonValue, json_path, local_time
+from casfs.display import shown
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node, Reason, State, captured_digest, nodes_of
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import click
 
 from casfs.cli.commands.mount import OwnerType, server
-from casfs.cli.key_options import KeyOptions, unlocked
-from casfs.cli.sizes import SIZE
+from casfs.cli.param_types import SIZE
+from casfs.cli.settings import KeyOptions, unlocked
 from casfs.display import on_one_line
 from casfs.errors import CasfsError, UsageError
 

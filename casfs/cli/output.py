@@ -12,8 +12,6 @@ from typing import Any
 
 from casfs.digest import SHOWN_HEX_DIGITS
 from casfs.display import on_one_line
-from casfs.display import shown as shown
-from casfs.errors import UsageError
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -96,17 +94,6 @@ def iso_time(time_ns: int) -> str:
         return datetime.fromtimestamp(time_ns / 1_000_000_000).astimezone().isoformat()
     except (OverflowError, ValueError, OSError):
         return f"@{time_ns / 1_000_000_000}"
-
-
-def share_argument(text: str, option: str, example: str) -> float:
-    """Return a percentage from 0% to 100% that was given on the command line as 0 to 1."""
-    try:
-        share = float(text.removesuffix("%")) / 100
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not a percentage such as {example}") from error
-    if not 0 <= share <= 1:
-        raise UsageError(f"{option} {text!r} is not between 0% and 100%")
-    return share
 
 
 def path_argument(text: str) -> bytes:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from casfs.cli.output import Output, json_path, shown, shown_size
+from casfs.cli.output import Output, json_path, shown_size
+from casfs.display import shown
 from casfs.monitor import Problem, Progress
 
 if TYPE_CHECKING:

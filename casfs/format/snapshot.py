@@ -159,7 +159,7 @@ def _read_header(snapshot_id: SnapshotId, data: bytes) -> tuple[int, int]:
 
 
 def _encrypted(snapshot: Snapshot, session: Session, inner: bytes) -> bytes:
-    from casfs.store.cipher import encrypt_snapshot
+    from casfs.format.cipher import encrypt_snapshot
 
     salt = os.urandom(SALT_BYTES)
     tree = snapshot.root.tree
@@ -174,7 +174,7 @@ def _encrypted(snapshot: Snapshot, session: Session, inner: bytes) -> bytes:
 
 
 def _decrypted(snapshot_id: SnapshotId, data: bytes, sessions: Sessions) -> tuple[int, int, bytes]:
-    from casfs.store.cipher import decrypt_snapshot
+    from casfs.format.cipher import decrypt_snapshot
 
     envelope = read_envelope(snapshot_id, data)
     assert envelope is not None

@@ -21,8 +21,17 @@ from casfs.digest import Digest, PackId
 from casfs.errors import IndexUnusableError
 from casfs.format.pack import PackEntry
 from casfs.index.lmdb_env import Environment, Transaction
-from casfs.index.location import BAD, LOCATION, PACK, IndexedPack, Location, PackRecord
-from casfs.index.schema import ORDINAL, Tables, is_trusted
+from casfs.index.schema import (
+    BAD,
+    LOCATION,
+    ORDINAL,
+    PACK,
+    IndexedPack,
+    Location,
+    PackRecord,
+    Tables,
+    is_trusted,
+)
 
 INDEX_VERSION = b"1"
 

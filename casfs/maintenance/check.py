@@ -25,12 +25,12 @@ from casfs.format.tree import (
     summary_of,
 )
 from casfs.index.bitmap import Bitmap
-from casfs.index.location import Location
+from casfs.index.schema import Location
 from casfs.maintenance.scrub import Damage, ReadChoice, Scrubber, ScrubResult
 from casfs.monitor import Monitor
+from casfs.paths import join
 from casfs.repository.repository import Repository
 from casfs.trees.content import RECORD, Extent
-from casfs.trees.reader import join
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Set
 from casfs.digest import Digest, short
 from casfs.errors import BlobError, CasfsError, NotFoundError
 from casfs.format.codec import BlobKind
-from casfs.index.location import Location, PackRecord
+from casfs.index.schema import Location, PackRecord
 from casfs.repository.repository import Repository
 from casfs.repository.used_blobs import Needs
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from casfs.backup.sources import keep_path
 from casfs.digest import SnapshotId
 from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
 from casfs.format.snapshot import Snapshot
 from casfs.maintenance.retention import Policy, Verdict, decide
+from casfs.paths import normalize_source_path
 from casfs.repository.repository import Repository
 
 
@@ -48,7 +48,7 @@ class Choice:
         return (
             (not self.hosts or snapshot.host in self.hosts)
             and (not self.tags or any(wanted <= set(snapshot.tags) for wanted in self.tags))
-            and {keep_path(path) for path in self.paths} <= set(snapshot.paths)
+            and {normalize_source_path(path) for path in self.paths} <= set(snapshot.paths)
         )
 
 

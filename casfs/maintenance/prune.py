@@ -28,10 +28,9 @@ from casfs.errors import (
     NotFoundError,
 )
 from casfs.format.codec import BlobKind
-from casfs.format.pack import ENTRY, HEADER, RECORD, TRAILER
-from casfs.index.location import Location, PackRecord
+from casfs.format.pack import ENTRY, HEADER, RECORD, SESSION_HEADER, TRAILER, parse_session
+from casfs.index.schema import Location, PackRecord
 from casfs.maintenance.evacuate import Rescuer
-from casfs.maintenance.sessions import remove_unneeded_sessions
 from casfs.monitor import Monitor
 from casfs.repository.repository import Repository
 from casfs.repository.used_blobs import Needs
@@ -44,6 +43,41 @@ from casfs.store.pending_removal import (
     replace_condemnation,
 )
 from casfs.store.writer import PACK_BLOBS
+
+log = logging.getLogger(__name__)
+
+
+def remove_unneeded_sessions(repository: Repository) -> int:
+    """Remove the sessions that no pack and no snapshot names; returns how many those were.
+
+    Where anything cannot be read, or another process writes, none is removed.
+    """
+    encryption = repository.config.encryption
+    if encryption is None:
+        return 0
+    from casfs.crypto.session_files import remove_session, session_ids
+
+    storage = repository.store.storage
+    listed = session_ids(storage)
+    if any(lock.mode != LockMode.READER for lock in repository.other_locks().values()):
+        return 0
+    needed = {bytes.fromhex(encryption.session)}
+    try:
+        for pack, _ in repository.store.stored_packs():
+            head = storage.read(pack_name(pack), 0, SESSION_HEADER)
+            needed.add(parse_session(pack, head)[0])
+        for snapshot_id in repository.snapshot_ids():
+            envelope = repository.envelope(snapshot_id)
+            if envelope is not None:
+                needed.add(envelope.session)
+    except CasfsError as error:
+        log.info("no session is removed: %s", error)
+        return 0
+    gone = [session_id for session_id in listed if session_id not in needed]
+    for session_id in gone:
+        remove_session(storage, session_id)
+    return len(gone)
+
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from casfs.errors import (
 )
 from casfs.format.codec import Encoded
 from casfs.format.pack import TRAILER, PackEntry
-from casfs.index.location import Location, PackRecord
+from casfs.index.schema import Location, PackRecord
 from casfs.monitor import Monitor
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name

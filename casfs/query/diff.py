@@ -14,8 +14,8 @@ from enum import StrEnum
 from casfs.errors import IntegrityError, TreeError
 from casfs.format.tree import Extra, Kind, Node, TreeRef, captured_digest
 from casfs.monitor import Monitor, Problem, ProblemKind
-from casfs.trees.flagged import check_depth
-from casfs.trees.reader import TreeReader, join
+from casfs.paths import join, split
+from casfs.trees.reader import TreeReader, check_depth
 
 _NO_EXTRA = Extra()
 
@@ -115,8 +115,8 @@ def passages_of(paths: tuple[bytes, ...], above: bytes) -> frozenset[bytes]:
 
     Their own paths are told as seen from `above`, the part of the snapshot that is compared.
     """
-    named = [_parts(path) for path in paths]
-    base = _parts(above)
+    named = [split(path) for path in paths]
+    base = split(above)
     found = set()
     for parts in named:
         for count in range(len(base), len(parts)):
@@ -125,10 +125,6 @@ def passages_of(paths: tuple[bytes, ...], above: bytes) -> frozenset[bytes]:
             if inside and not any(way[: len(other)] == other for other in named):
                 found.add(b"/".join(way[len(base) :]))
     return frozenset(found)
-
-
-def _parts(path: bytes) -> list[bytes]:
-    return [part for part in path.split(b"/") if part not in (b"", b".")]
 
 
 def _content_fields(before: Node, after: Node) -> list[str]:

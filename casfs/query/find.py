@@ -16,8 +16,8 @@ from casfs.digest import digest_of
 from casfs.errors import IntegrityError
 from casfs.format.tree import Kind, Node, TreeRef
 from casfs.monitor import Monitor, Problem, ProblemKind
-from casfs.trees.flagged import check_depth, is_flagged
-from casfs.trees.reader import TreeReader, join
+from casfs.paths import join
+from casfs.trees.reader import TreeReader, check_depth, is_flagged
 
 MAX_REMEMBERED = 250_000
 """Trees remembered as holding nothing, some 40 MB. Later ones are not: a walk that begins again with

@@ -12,7 +12,7 @@ from casfs.digest import SnapshotId
 from casfs.format.tree import Kind, Node, nodes_of
 from casfs.repository.repository import Repository
 from casfs.repository.used_blobs import Needs
-from casfs.trees.flagged import flagged_below
+from casfs.trees.reader import flagged_below
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from casfs.errors import IndexDamagedError, IndexUnusableError, StorageError
 from casfs.format.codec import BlobCodec
-from casfs.index import fingerprint as seal
+from casfs.index import fingerprint
 from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode, live_locks
@@ -44,7 +44,7 @@ def index_to_read(
     try:
         if takes_notes:
             return index_to_write(root, path, storage, codec, keep_missing=True, ciphers=ciphers)
-        if not seal.is_sound(path, in_use=_is_in_use(root)):
+        if not fingerprint.is_sound(path, in_use=_is_in_use(root)):
             raise IndexUnusableError(f"the index {path} is damaged")
         index = Index(path, readonly=True)
     except IndexUnusableError:
@@ -88,9 +88,9 @@ def index_to_write(
 
     for is_last in (False, True):
         try:
-            if not seal.is_sound(path, in_use=not is_alone()):
+            if not fingerprint.is_sound(path, in_use=not is_alone()):
                 log.warning("the index %s is damaged; it is built anew from the packs", path)
-                seal.discard(path)
+                fingerprint.discard(path)
         except OSError as error:
             raise IndexUnusableError(
                 f"cannot replace the damaged index {path}: {error.strerror}"
@@ -114,7 +114,7 @@ def begin_anew(store: BlobStore) -> None:
     """Put an empty index in the place of one that LMDB cannot change; the caller has it alone."""
     log.warning("the index %s is damaged; it is built anew from the packs", store.index.path)
     store.index.close()
-    seal.discard(store.index.path)
+    fingerprint.discard(store.index.path)
     store.use_index(Index(store.index.path))
 
 
@@ -123,9 +123,9 @@ def close_index(index: Index) -> None:
     changed, damaged = index.changed, index.environment.is_damaged and not index.readonly
     index.close()
     if damaged:
-        seal.refuse(index.path)
+        fingerprint.refuse(index.path)
     elif changed:
-        seal.write_seal(index.path)
+        fingerprint.write_seal(index.path)
 
 
 def _is_in_use(root: Path, own_lock: str | None = None) -> bool:

@@ -7,7 +7,6 @@ open. An open repository belongs to the process that opened it and is never used
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,6 @@ from casfs.errors import (
     KeyMissingError,
     NotFoundError,
     StorageError,
-    UsageError,
 )
 from casfs.format.chunker import Chunker
 from casfs.format.config import (
@@ -49,9 +47,10 @@ from casfs.format.snapshot import (
 from casfs.format.tree import Node
 from casfs.index.fingerprint import unseal
 from casfs.index.index import Index
-from casfs.index.location import PackRecord
+from casfs.index.schema import PackRecord
+from casfs.paths import parse_snapshot_path
 from casfs.repository.index_opening import close_index, index_to_read, index_to_write
-from casfs.storage.local import LocalStorage
+from casfs.storage.local import LocalStorage, give_up_reserve, take_reserve
 from casfs.storage.locks import (
     LockMode,
     LockRecord,
@@ -59,7 +58,6 @@ from casfs.storage.locks import (
     live_locks,
     remove_stale_temporaries,
 )
-from casfs.storage.reserve import give_up_reserve, take_reserve
 from casfs.store.blob_store import BlobStore
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import ContentReader
@@ -453,7 +451,7 @@ class Repository:
         """Return the snapshot, the path and the node that `SNAP` or `SNAP:PATH` names."""
         name, _, text = spec.partition(":")
         snapshot_id, snapshot = self.resolve(name)
-        path = normal_path(text)
+        path = parse_snapshot_path(text)
         node = self.trees.resolve(snapshot.root, path)
         if node is None:
             raise NotFoundError(f"snapshot {snapshot_id.hex()[:12]} has no {text!r}")
@@ -470,14 +468,6 @@ def _reader_lock(root: Path, reader: str, config: RepositoryConfig) -> Repositor
         return RepositoryLock.acquire(root / "locks", reader, LockMode.READER, _shown_host(config))
     except StorageError:
         return None  # a medium, or a user, that may only read
-
-
-def normal_path(text: str) -> bytes:
-    """Return a path inside a snapshot as bytes without empty parts; `..` is refused."""
-    parts = [part for part in os.fsencode(text).split(b"/") if part not in (b"", b".")]
-    if b".." in parts:
-        raise UsageError(f"a path inside a snapshot has no ..: {text!r}")
-    return b"/".join(parts)
 
 
 def read_config(root: Path) -> RepositoryConfig:

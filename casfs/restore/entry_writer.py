@@ -13,12 +13,97 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from casfs.digest import Digest
-from casfs.errors import IntegrityError
-from casfs.format.tree import Kind, Node, hard_link_key
+from blake3 import blake3
+
+from casfs.digest import Digest, update_zeros
+from casfs.errors import IntegrityError, TreeError
+from casfs.format.tree import Kind, Node, captured_digest, hard_link_key
 from casfs.repository.repository import Repository
-from casfs.restore import target_fs as target
-from casfs.restore.filling import Filler, Ranges, reads_back
+from casfs.restore import target_fs
+from casfs.trees.content import Extent, check_chunk_length
+
+Ranges = list[tuple[int, int]]
+"""Begin and end, in bytes, of parts of a file."""
+
+_READ_BYTES = 1 << 20
+
+
+class Filler:
+    """Fill files from one repository; with `salvage` what is lost is left as zeros.
+
+    Safe to share between threads.
+    """
+
+    def __init__(self, repository: Repository, salvage: bool) -> None:
+        self._repository = repository
+        self._salvage = salvage
+
+    def fill(self, fd: int, node: Node, read: Callable[[Digest], bytes]) -> Ranges:
+        """Write the content of a file into an empty one and return what was lost of it.
+
+        `read` returns a chunk's verified plaintext, or raises BlobError. Raises BlobError or TreeError
+        unless all of it verifies; with salvage only for what no zeros can stand for.
+        """
+        whole = blake3()
+        done = written = 0
+        lost: Ranges = []
+        for extent in self._repository.content(node).extents(lost_lists=self._salvage):
+            done = extent.begin + extent.length
+            if done > node.size:
+                break
+            data = self._read(extent, lost, read)
+            if data is None:
+                update_zeros(whole, extent.length)
+                continue
+            whole.update(data)
+            _write_at(fd, data, extent.begin)
+            written = done
+        if written < node.size:
+            os.ftruncate(fd, node.size)
+        if done > node.size or (done < node.size and not lost):
+            raise TreeError(f"its list tells {done} bytes where {node.size} were captured")
+        if lost:
+            return lost
+        if whole.digest() != captured_digest(node):
+            raise TreeError("all its chunks verify, but together they do not have its digest")
+        return lost
+
+    def _read(self, extent: Extent, lost: Ranges, read: Callable[[Digest], bytes]) -> bytes | None:
+        if extent.digest is None:
+            return None
+        try:
+            if not extent.lost:
+                return _chunk(extent, extent.digest, read)
+        except IntegrityError:
+            if not self._salvage:
+                raise
+        lost.append((extent.begin, extent.begin + extent.length))
+        return None
+
+
+def _chunk(extent: Extent, digest: Digest, read: Callable[[Digest], bytes]) -> bytes:
+    check_chunk_length(extent)
+    data = read(digest)
+    if len(data) != extent.length:
+        raise TreeError("a chunk does not have the length that is recorded for it")
+    return data
+
+
+def reads_back(fd: int, node: Node) -> bool:
+    """Tell whether an open file has the content of a node."""
+    whole = blake3()
+    while data := os.read(fd, _READ_BYTES):
+        whole.update(data)
+    return whole.digest() == captured_digest(node)
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        offset += written
+        view = view[written:]
+
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +178,7 @@ class EntryWriter:
         """
         outcome = Outcome(path, node)
         try:
-            st = target.entry_stat(fd, node.name) if fd >= 0 else None
+            st = target_fs.entry_stat(fd, node.name) if fd >= 0 else None
             if st is not None and not self._may_replace(fd, outcome, st, first):
                 return outcome
             if self._dry_run:
@@ -127,7 +212,7 @@ class EntryWriter:
         if same and self._leave_as_it_is(fd, outcome):
             return False
         if stat.S_ISDIR(st.st_mode) and not self._replace_folders:
-            target.refuse_entries(fd, node.name)
+            target_fs.refuse_entries(fd, node.name)
         return True
 
     def _leave_as_it_is(self, fd: int, outcome: Outcome) -> bool:
@@ -140,7 +225,7 @@ class EntryWriter:
             except PermissionError:
                 return False
             try:
-                outcome.unset += target.set_metadata(fd, node.name, node, opened)
+                outcome.unset += target_fs.set_metadata(fd, node.name, node, opened)
             finally:
                 os.close(opened)
         outcome.skipped = outcome.kept = True
@@ -148,7 +233,7 @@ class EntryWriter:
 
     def _link(self, fd: int, outcome: Outcome, st: os.stat_result | None, first: FirstName) -> bool:
         """Make a further name of a file that was restored before; False where that cannot be."""
-        name = target.temporary_name()
+        name = target_fs.temporary_name()
         try:
             try:
                 os.link(
@@ -163,7 +248,7 @@ class EntryWriter:
                 return False
             _put_in_place(fd, name, outcome.node, st)
         except BaseException:
-            target.unlink_quietly(fd, name)
+            target_fs.unlink_quietly(fd, name)
             raise
         outcome.linked = True
         return True
@@ -176,12 +261,12 @@ class EntryWriter:
         read: Callable[[Digest], bytes],
     ) -> None:
         # An interrupt may come at any moment; the name is known before anything has it.
-        name = target.temporary_name()
+        name = target_fs.temporary_name()
         try:
-            opened = target.create_file(fd, name)
+            opened = target_fs.create_file(fd, name)
             try:
                 outcome.lost = self._filler.fill(opened, outcome.node, read)
-                outcome.unset += target.set_metadata(fd, name, outcome.node, opened)
+                outcome.unset += target_fs.set_metadata(fd, name, outcome.node, opened)
                 _put_in_place(fd, name, outcome.node, st)
                 if self._verify:
                     # By its descriptor: its mode may keep out even its owner.
@@ -190,17 +275,17 @@ class EntryWriter:
             finally:
                 os.close(opened)
         except BaseException:
-            target.unlink_quietly(fd, name)
+            target_fs.unlink_quietly(fd, name)
             raise
 
     def _write_special(self, fd: int, outcome: Outcome, st: os.stat_result | None) -> None:
-        name = target.temporary_name()
+        name = target_fs.temporary_name()
         try:
-            target.make_special(fd, name, outcome.node)
-            outcome.unset += target.set_metadata(fd, name, outcome.node, None)
+            target_fs.make_special(fd, name, outcome.node)
+            outcome.unset += target_fs.set_metadata(fd, name, outcome.node, None)
             _put_in_place(fd, name, outcome.node, st)
         except BaseException:
-            target.unlink_quietly(fd, name)
+            target_fs.unlink_quietly(fd, name)
             raise
 
 
@@ -215,8 +300,8 @@ def _is_linked_alike(node: Node, st: os.stat_result, first: FirstName | None) ->
 
 def _put_in_place(fd: int, name: bytes, node: Node, st: os.stat_result | None) -> None:
     if st is not None and stat.S_ISDIR(st.st_mode):
-        target.remove(fd, node.name, st)
+        target_fs.remove(fd, node.name, st)
     os.rename(name, node.name, src_dir_fd=fd, dst_dir_fd=fd)
     # Two names of one inode are not renamed onto each other: then the temporary one is left.
     if st is not None and node.nlink > 1:
-        target.unlink_quietly(fd, name)
+        target_fs.unlink_quietly(fd, name)

@@ -18,6 +18,7 @@ from types import TracebackType
 from casfs.digest import Digest
 from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node
+from casfs.paths import split
 from casfs.repository.repository import Repository
 from casfs.store.batch_read import read_many
 from casfs.trees.content import HOLE, RECORD, check_chunk_length
@@ -71,7 +72,7 @@ class ReadAhead:
         plain = self._batch.blobs.get(digest)
         if plain is not None:
             return plain
-        here = _parts(self.path)
+        here = split(self.path)
         while self._batch.last is not None and self._batch.last <= here:
             self._batch = self._batches.get()
             plain = self._batch.blobs.get(digest)
@@ -145,7 +146,7 @@ class _Scout:
         if self._wanted:
             blobs |= read_many(self._store, self._wanted)
         self._read, self._wanted, self._bytes = {}, {}, 0
-        return _Batch(_parts(path), blobs)
+        return _Batch(split(path), blobs)
 
     def _chunks(self, node: Node) -> Iterator[tuple[Digest, int]]:
         content = node.content
@@ -167,8 +168,3 @@ class _Scout:
             self._read[digest] = plain
             self._bytes += len(plain)
         return plain
-
-
-def _parts(path: bytes) -> list[bytes]:
-    """Return a path so that paths compare in the order of a walk."""
-    return path.split(b"/") if path else []

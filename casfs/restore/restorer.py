@@ -19,14 +19,15 @@ from casfs.digest import Digest
 from casfs.errors import CasfsError, IntegrityError
 from casfs.format.tree import Kind, Node, State, captured_digest, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
+from casfs.paths import join
 from casfs.problems import problem_of_damage, problem_of_flag, problem_of_restoring
 from casfs.repository.repository import Repository
-from casfs.restore import target_fs as target
+from casfs.restore import target_fs
 from casfs.restore.entry_writer import EntryWriter, FirstName, Outcome, Overwrite
 from casfs.restore.ordered_pool import Crew
 from casfs.restore.prefetch import ReadAhead
 from casfs.trees.content import HOLE, RECORD
-from casfs.trees.reader import TreeReader, join
+from casfs.trees.reader import TreeReader
 
 _HANDED_OVER_BYTES = 1 << 20
 """A file of one chunk is written by the crew if it is no larger; others are, and are read, one at a time."""
@@ -124,9 +125,9 @@ class Restorer:
         root, mode = None, None
         self._folder = folder
         if self._options.dry_run:
-            self._root_fd = target.look_into(None, folder)
+            self._root_fd = target_fs.look_into(None, folder)
         else:
-            self._root_fd, mode = target.open_root(folder)
+            self._root_fd, mode = target_fs.open_root(folder)
         try:
             if node.tree is None:
                 above = Node(b"", Kind.DIRECTORY, 0o700, 0, 0, 0, 0, 0, 1)
@@ -147,9 +148,9 @@ class Restorer:
             if self._ahead is not None:
                 self._ahead.close()
             for frame in reversed(self._opened.values()):
-                target.close_writable(frame.fd, frame.mode)
+                target_fs.close_writable(frame.fd, frame.mode)
             if self._root_fd >= 0:
-                target.close_writable(self._root_fd, root.mode if root is not None else mode)
+                target_fs.close_writable(self._root_fd, root.mode if root is not None else mode)
         return self.result
 
     def _takes_everything(self) -> bool:
@@ -198,7 +199,7 @@ class Restorer:
                 if included and not self._enter(child):
                     continue
                 if not included and self._options.dry_run and frame.fd >= 0:
-                    self._has_opened(child, target.look_into(frame.fd, node.name))
+                    self._has_opened(child, target_fs.look_into(frame.fd, node.name))
                 return child
             if included:
                 self._restore_entry(frame, path, node)
@@ -235,9 +236,9 @@ class Restorer:
         """Open what is there already of a directory; False where something else would be left."""
         above = self._stack[-1]
         name = child.node.name
-        st = target.entry_stat(above.fd, name) if above.fd >= 0 else None
+        st = target_fs.entry_stat(above.fd, name) if above.fd >= 0 else None
         if st is not None and stat.S_ISDIR(st.st_mode):
-            self._has_opened(child, target.look_into(above.fd, name))
+            self._has_opened(child, target_fs.look_into(above.fd, name))
         elif st is not None and self._options.overwrite == Overwrite.NEVER:
             self.result.skipped += 1
             return False
@@ -256,18 +257,18 @@ class Restorer:
 
     def _open_in(self, above: _Frame, child: _Frame) -> bool:
         name = child.node.name
-        st = target.entry_stat(above.fd, name)
+        st = target_fs.entry_stat(above.fd, name)
         if st is not None and not stat.S_ISDIR(st.st_mode):
             if self._options.overwrite == Overwrite.NEVER:
                 self.result.skipped += 1
                 return False
-            target.remove(above.fd, name, st)
+            target_fs.remove(above.fd, name, st)
             st = None
         if st is None:
-            self._has_opened(child, target.make_directory(above.fd, name))
+            self._has_opened(child, target_fs.make_directory(above.fd, name))
             child.created = True
         else:
-            self._has_opened(child, *target.open_writable(above.fd, name, st))
+            self._has_opened(child, *target_fs.open_writable(above.fd, name, st))
         return True
 
     def _has_opened(self, frame: _Frame, fd: int, mode: int | None = None) -> None:
@@ -281,10 +282,12 @@ class Restorer:
         if self._options.delete and frame.wanted and frame.complete:
             self._delete_others(frame)
         if with_metadata and not self._options.dry_run:
-            self._tell_unset(frame.path, target.set_metadata(frame.fd, b".", frame.node, frame.fd))
+            self._tell_unset(
+                frame.path, target_fs.set_metadata(frame.fd, b".", frame.node, frame.fd)
+            )
             frame.mode = None
         if self._opened.pop(frame.fd, None) is not None:
-            target.close_writable(frame.fd, frame.mode)
+            target_fs.close_writable(frame.fd, frame.mode)
 
     def _delete_others(self, frame: _Frame) -> None:
         for text in os.listdir(frame.fd):
@@ -293,14 +296,14 @@ class Restorer:
             if name in frame.kept:
                 continue
             try:
-                st = target.entry_stat(frame.fd, name)
+                st = target_fs.entry_stat(frame.fd, name)
                 if st is None:
                     continue
                 is_directory = stat.S_ISDIR(st.st_mode)
                 if self._exclude is not None and self._exclude.matches(path, is_directory):
                     continue
                 if not self._options.dry_run:
-                    target.remove(frame.fd, name, st)
+                    target_fs.remove(frame.fd, name, st)
                 self.result.deleted += 1
             except OSError as error:
                 self._fail(path, error)

@@ -26,7 +26,7 @@ from casfs.format.tree import Kind, Node, captured_digest, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository.repository import Repository
 from casfs.trees.content import check_chunk_length
-from casfs.trees.flagged import is_flagged
+from casfs.trees.reader import is_flagged
 
 _ZEROS = bytes(1 << 20)
 _MAX_LINKS = 100_000

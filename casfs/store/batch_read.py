@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from casfs.digest import Digest
 from casfs.errors import CasfsError
 from casfs.format.codec import Encoded
-from casfs.index.location import Location
+from casfs.index.schema import Location
 from casfs.store.blob_store import BlobStore, pack_name
 
 log = logging.getLogger(__name__)

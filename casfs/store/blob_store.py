@@ -34,9 +34,9 @@ from casfs.format.pack import (
     parse_trailer,
     scan_records,
 )
+from casfs.index.bitmap import Coverage
 from casfs.index.index import Index
-from casfs.index.location import IndexedPack, Location
-from casfs.index.verified_packs import Coverage
+from casfs.index.schema import IndexedPack, Location
 from casfs.storage.local import Storage
 from casfs.store.duplicates import Copies
 from casfs.store.pending_removal import condemned_packs

@@ -38,8 +38,8 @@ from casfs.storage.local import Spool
 from casfs.store.blob_store import BlobStore, pack_name
 
 if TYPE_CHECKING:
+    from casfs.format.cipher import PackCipher
     from casfs.format.key_derivation import Session
-    from casfs.store.cipher import PackCipher
 
 PACK_BYTES = 64 * 1024 * 1024
 """A pack is sealed when it holds this much: large enough for few files and syncs, small enough to move."""
@@ -275,7 +275,7 @@ class _Packer:
             return _OpenPack(None, None)
         cipher = None
         if self._session is not None:
-            from casfs.store.cipher import PackCipher
+            from casfs.format.cipher import PackCipher
 
             cipher = PackCipher.new(self._session())
         return _OpenPack(self._store.storage.spool(self._in_memory), cipher)

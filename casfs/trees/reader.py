@@ -11,7 +11,69 @@ from collections.abc import Callable, Iterator
 
 from casfs.digest import Digest
 from casfs.errors import TreeError
-from casfs.format.tree import MAX_PIECE_LEVELS, Leaf, Node, TreeRef, decode_piece
+from casfs.format.tree import (
+    MAX_DEPTH,
+    MAX_PIECE_LEVELS,
+    Kind,
+    Leaf,
+    Node,
+    State,
+    TreeRef,
+    decode_piece,
+)
+from casfs.paths import join
+
+
+def is_flagged(node: Node) -> bool:
+    """Tell whether an entry is a file whose captured content may be a mixture."""
+    return node.kind == Kind.FILE and node.state == State.CHANGED
+
+
+def flagged_files(trees: TreeReader, root: Node, path: bytes = b"") -> Iterator[tuple[bytes, Node]]:
+    """Yield the flagged files at or below `root`, which is at `path`, with their paths and in order.
+
+    Raises BlobError and TreeError where a tree on the way is damaged.
+    """
+    if root.tree is None:
+        if is_flagged(root):
+            yield path, root
+        return
+    if not root.tree.flagged:
+        return
+    first: Iterator[Node | tuple[bytes, TreeRef]] = iter(trees.piece(root.tree))
+    stack = [(path, 1, 0, first)]
+    while stack:
+        above, depth, level, items = stack[-1]
+        for item in items:
+            if isinstance(item, Node):
+                ref = item.tree
+                below, below_depth, below_level = join(above, item.name), depth + 1, 0
+                if ref is None and is_flagged(item):
+                    yield below, item
+            else:
+                ref = item[1]
+                below, below_depth, below_level = above, depth, level + 1
+            if ref is not None and ref.flagged:
+                check_depth(below_depth, below_level)
+                stack.append((below, below_depth, below_level, iter(trees.piece(ref))))
+                break
+        else:
+            stack.pop()
+
+
+def check_depth(depth: int, level: int) -> None:
+    """Raise TreeError where directories, or the pieces of one, lie deeper than the format allows."""
+    if depth > MAX_DEPTH:
+        raise TreeError(f"directories lie more than {MAX_DEPTH} deep")
+    if level > MAX_PIECE_LEVELS:
+        raise TreeError("a directory is split more often than the format allows")
+
+
+def flagged_below(node: Node) -> int:
+    """Return how many flagged files an entry stands for, without reading anything."""
+    ref: TreeRef | None = node.tree
+    return int(is_flagged(node)) if ref is None else ref.flagged
+
 
 Read = Callable[[Digest], bytes]
 """Return the verified bytes of a tree blob."""
@@ -109,8 +171,3 @@ class TreeReader:
                     break
             else:
                 stack.pop()
-
-
-def join(above: bytes, name: bytes) -> bytes:
-    """Return the path of an entry; the root's path is empty."""
-    return above + b"/" + name if above else name

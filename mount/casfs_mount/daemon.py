@@ -23,7 +23,7 @@ from casfs.errors import CasfsError, IntegrityError, LockedError, UsageError
 
 log = logging.getLogger(__name__)
 
-LOGGERS = ("casfs", "mount", "pyfuse3")
+LOGGERS = ("casfs", "casfs_mount", "pyfuse3")
 _SYSLOG = "/dev/log"
 _MAX_REPORT_BYTES = 65536
 

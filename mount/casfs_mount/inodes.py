@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from casfs.digest import digest_of
 from casfs.errors import CasfsError, TreeError
 from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Node, TreeRef, nodes_of
-from casfs.trees.reader import join
+from casfs.paths import join
 from casfs_mount.tree_cache import Piece, PieceCache
 
 ROOT = 1

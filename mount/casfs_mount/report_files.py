@@ -19,8 +19,7 @@ from casfs.display import shown
 from casfs.errors import CasfsError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Kind, Node, captured_digest
-from casfs.trees.flagged import flagged_files
-from casfs.trees.reader import TreeReader
+from casfs.trees.reader import TreeReader, flagged_files
 from casfs_mount.damage_log import DamageLog
 from casfs_mount.event_loop_guard import Waiting
 

@@ -21,13 +21,13 @@ from casfs.backup.file_cache import FileMemory
 from casfs.crypto.passphrase import parse_wrapped, unwrap_identity, wrap_identity
 from casfs.crypto.session_files import decode_session, encode_session
 from casfs.digest import PackId, digest_of, keyed_digest
+from casfs.format.cipher import PackCipher
 from casfs.format.codec import BlobCodec, BlobKind, Codec
 from casfs.format.key_derivation import Domain, Purpose, Session, derive
 from casfs.format.pack import PackEntry, encode_end, encode_record_header, encode_session_header
 from casfs.format.snapshot import Snapshot, decode_snapshot, encode_snapshot
 from casfs.format.tree import Kind, Node, TreeRef
 from casfs.index.index import Index
-from casfs.store.cipher import PackCipher
 from tests.support.encryption import DOMAIN, PUBLIC, REPOSITORY, SECRET, SESSION, OneSession
 
 SALT = bytes(range(96, 128))

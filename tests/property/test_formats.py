@@ -53,7 +53,7 @@ from casfs.format.tree import (
     summary_of,
 )
 from casfs.trees import content as content_module
-from casfs.trees import writer as treewriter_module
+from casfs.trees import writer as writer_module
 from casfs.trees.content import HOLE, RECORD, ContentReader, ContentWriter, Extent, parse_records
 from casfs.trees.reader import TreeReader
 from tests.support.stores import Memory, make_pack
@@ -140,9 +140,9 @@ def directories(draw: st.DrawFn, max_size: int = 60) -> dict[bytes, Node]:
 def small_pieces() -> Iterator[None]:
     """Make pieces so small that a few entries have several levels of them."""
     with (
-        mock.patch.object(treewriter_module, "PIECE_MIN_ENTRIES", 2),
-        mock.patch.object(treewriter_module, "PIECE_MAX_ENTRIES", 5),
-        mock.patch.object(treewriter_module, "_PIECE_MASK", 1),
+        mock.patch.object(writer_module, "PIECE_MIN_ENTRIES", 2),
+        mock.patch.object(writer_module, "PIECE_MAX_ENTRIES", 5),
+        mock.patch.object(writer_module, "_PIECE_MASK", 1),
         mock.patch.object(content_module, "MAX_INLINE_RECORDS", 2),
         mock.patch.object(content_module, "_PIECE_MIN_RECORDS", 2),
         mock.patch.object(content_module, "_PIECE_MAX_RECORDS", 5),
@@ -163,7 +163,7 @@ class TestTrees:
     ) -> None:
         memory = Memory()
         with small_pieces():
-            writer = treewriter_module.TreeWriter(memory.put, digest_of, seed)
+            writer = writer_module.TreeWriter(memory.put, digest_of, seed)
             for name in sorted(directory):
                 writer.add(directory[name])
             ref = writer.finish()

@@ -25,8 +25,7 @@ from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import CasfsError
 from casfs.format.codec import BlobKind
 from casfs.format.pack import TRAILER, parse_trailer
-from casfs.format.snapshot import HEADER as SNAPSHOT_HEADER
-from casfs.format.snapshot import decode_snapshot
+from casfs.format.snapshot import HEADER, decode_snapshot
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
 from tests.support.damage import SoundRepository
@@ -251,12 +250,12 @@ def _forge_snapshot(
 ) -> None:
     path = repository.root / "snapshots" / name
     data = path.read_bytes()
-    magic, version, codec, zero, plain_bytes = SNAPSHOT_HEADER.unpack(data[: SNAPSHOT_HEADER.size])
-    payload = data[SNAPSHOT_HEADER.size :]
+    magic, version, codec, zero, plain_bytes = HEADER.unpack(data[: HEADER.size])
+    payload = data[HEADER.size :]
     plain = repository.codec.plain(codec, payload, plain_bytes).replace(old, new)
     for edit in edits:
         plain = edit.apply(plain)[: 1 << 20]
-    header = SNAPSHOT_HEADER.pack(magic, version, 0, zero, len(plain))
+    header = HEADER.pack(magic, version, 0, zero, len(plain))
     forged = header + plain
     snapshot_id = SnapshotId(digest_of(forged))
     if not edits:

@@ -24,7 +24,7 @@ from casfs.backup.run import BackupOptions, BackupResult, back_up
 from casfs.cli.commands.backup import exit_code
 from casfs.format.key_derivation import SessionId
 from casfs.format.tree import Kind, Node
-from casfs.index.location import Location
+from casfs.index.schema import Location
 from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import ReadChoice
 from casfs.monitor import Problem, RecordingMonitor

@@ -15,10 +15,10 @@ from pathlib import Path
 from casfs.digest import Digest
 from casfs.format.pack import RECORD, TRAILER
 from casfs.format.tree import Kind, Node
+from casfs.paths import join
 from casfs.repository.repository import Repository
 from casfs.storage.locks import RepositoryLock
 from casfs.store.blob_store import pack_name
-from casfs.trees.reader import join
 from tests.support.observation import Files
 from tests.support.process_runner import KIB, Scene, Stage, make_scene
 

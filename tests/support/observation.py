@@ -20,8 +20,8 @@ from casfs_mount.view import Sources
 
 from casfs.errors import CasfsError
 from casfs.format.tree import Kind, Node, TreeRef
+from casfs.paths import join
 from casfs.repository.repository import Repository
-from casfs.trees.reader import join
 
 LOST = "lost"
 FLAGGED = "flagged "

@@ -1,12 +1,13 @@
-"""The arrows between the rooms of the house, and what a room may be.
+"""The twelve layers: what may import what, and that no modules import each other in a circle.
 
-What exists is read from the file system; what may import what stands in the two tables. A new
-module has no place until it is written into one of them.
+The modules are read from the file system, the order of their packages stands in `LAYERS`. A new package
+has no layer until it is written into that table.
 """
 
 from __future__ import annotations
 
 import ast
+import configparser
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,117 +20,30 @@ import casfs
 
 PROJECT = Path(casfs.__file__).parent.parent
 
-# From the ground up: a module imports only from floors below its own, never from its own floor.
-# `name.*` is a room of several modules, which may import each other.
-FLOORS: tuple[tuple[str, ...], ...] = (
+# From the ground up: a module imports from its own package and from lower layers. Packages of one layer do
+# not know each other. `docs/architecture.md` explains the layers.
+LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        "casfs",
-        "casfs.index.bitmap",
-        "casfs.restore.ordered_pool",
         "casfs.digest",
+        "casfs.display",
         "casfs.errors",
         "casfs.monitor",
-    ),
-    ("casfs.display",),
-    (
-        "casfs.store",
-        "casfs.format.codec",
-        "casfs.format.config",
-        "casfs.storage.locks",
+        "casfs.paths",
         "casfs.user_dirs",
-        "casfs.storage.reserve",
-        "casfs.storage.local",
     ),
-    ("casfs.index.lmdb_env", "casfs.format.pack", "casfs.format.key_derivation"),
-    ("casfs.store.cipher", "casfs.store.pending_removal", "casfs.index.location"),
-    ("casfs.index.schema",),
-    ("casfs.index.index",),
-    ("casfs.store.duplicates", "casfs.index.verified_packs", "casfs.index.fingerprint"),
-    ("casfs.store.blob_store",),
-    ("casfs.store.batch_read", "casfs.repository.index_opening", "casfs.store.writer"),
-    ("casfs.format.chunker", "casfs.format.tree"),
-    ("casfs.trees.content", "casfs.format.snapshot", "casfs.trees.reader"),
-    ("casfs.trees.flagged", "casfs.trees.writer"),
-    ("casfs.crypto", "casfs.crypto.age", "casfs.crypto.gpg"),
-    ("casfs.crypto.passphrase", "casfs.crypto.recipients", "casfs.crypto.trust_state"),
-    ("casfs.crypto.identities", "casfs.crypto.session_files"),
-    ("casfs.crypto.keyring",),
-    ("casfs.crypto.key_manager",),
-    ("casfs.crypto.opening",),
-    ("casfs.repository.repository",),
-    ("casfs.restore.prefetch", "casfs.backup.sources", "casfs.restore.target_fs"),
-    ("casfs.restore.filling",),
-    ("casfs.restore.entry_writer",),
-    (
-        "casfs.backup",
-        "casfs.backup.exclude",
-        "casfs.backup.reflink",
-        "casfs.backup.file_cache",
-        "casfs.backup.parent",
-        "casfs.backup.source_reader",
-        "casfs.backup.source_fs",
-    ),
-    ("casfs.backup.witness", "casfs.problems"),
-    ("casfs.backup.capture",),
-    ("casfs.backup.walker",),
-    ("casfs.backup.final_retry",),
-    ("casfs.backup.run",),
-    ("casfs.maintenance", "casfs.maintenance.durations"),
-    ("casfs.repository.used_blobs",),
-    (
-        "casfs.maintenance.misplaced",
-        "casfs.maintenance.evacuate",
-        "casfs.maintenance.retention",
-        "casfs.maintenance.scrub",
-        "casfs.maintenance.sessions",
-    ),
-    (
-        "casfs.maintenance.check",
-        "casfs.maintenance.forget",
-        "casfs.maintenance.prune",
-        "casfs.maintenance.storage_check",
-    ),
-    ("casfs.maintenance.repair",),
-    (
-        "casfs.query.diff",
-        "casfs.query.find",
-        "casfs.restore.restorer",
-        "casfs.query.stats",
-        "casfs.repository.tagging",
-        "casfs.restore.tar",
-        "casfs.query.history",
-    ),
-    ("casfs.cli.*",),
+    ("casfs.storage",),
+    ("casfs.format",),
+    ("casfs.index",),
+    ("casfs.problems", "casfs.store", "casfs.trees"),
+    ("casfs.crypto",),
+    ("casfs.repository",),
+    ("casfs.backup",),
+    ("casfs.query", "casfs.restore", "casfs.maintenance"),
+    ("casfs_mount",),
+    ("casfs.cli",),
     ("casfs.__main__",),
 )
 
-# The mount stands on casfs, but for its command line, and has floors of its own.
-MOUNT_FLOORS: tuple[tuple[str, ...], ...] = (
-    (
-        "mount",
-        "casfs_mount.daemon",
-        "casfs_mount.damage_log",
-        "casfs_mount.background",
-        "casfs_mount.labels",
-        "casfs_mount.mountpoint",
-        "casfs_mount.event_loop_guard",
-    ),
-    (
-        "casfs_mount.blob_reader",
-        "casfs_mount.chunk_cache",
-        "casfs_mount.extents",
-        "casfs_mount.tree_cache",
-        "casfs_mount.report_files",
-    ),
-    ("casfs_mount.inodes", "casfs_mount.file_reader"),
-    ("casfs_mount.prefetch", "casfs_mount.versions_view"),
-    ("casfs_mount.view",),
-    ("casfs_mount.repository_view",),
-    ("casfs_mount.handlers",),
-    ("casfs_mount.server",),
-)
-
-MOST_LINES = 500
 NO_NOUNS = {"common", "helper", "helpers", "misc", "util", "utils"}
 
 
@@ -141,6 +55,7 @@ class Import:
     target: str
     line: int
     at_start: bool
+    for_types: bool
 
     def __str__(self) -> str:
         return f"{self.importer}:{self.line} imports {self.target}"
@@ -161,22 +76,23 @@ def imports_of(modules: Mapping[str, Path]) -> list[Import]:
     found = []
     for name, path in modules.items():
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        for node, at_start in _statements(ast.parse(path.read_bytes())):
+        for node, at_start, for_types in _statements(ast.parse(path.read_bytes())):
             found += [
-                Import(name, target, node.lineno, at_start)
+                Import(name, target, node.lineno, at_start, for_types)
                 for target in _targets(node, package, modules)
             ]
     return found
 
 
 def _statements(
-    node: ast.AST, at_start: bool = True
-) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    node: ast.AST, at_start: bool = True, for_types: bool = False
+) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool, bool]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
-            yield child, at_start
+            yield child, at_start, for_types
         in_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        yield from _statements(child, at_start and not in_function)
+        checks_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        yield from _statements(child, at_start and not in_function, for_types or checks_types)
 
 
 def _targets(
@@ -192,36 +108,68 @@ def _targets(
     return [name if name in modules else base for name in names]
 
 
-def room_of(module: str, floors: Sequence[Sequence[str]]) -> tuple[int, str] | None:
-    """Look up the floor and the room of a module, None where it has none."""
-    for number, floor in enumerate(floors):
-        for room in floor:
-            whole = room.removesuffix(".*")
-            if module == whole or (room != whole and module.startswith(f"{whole}.")):
-                return number, room
+def layer_of(module: str, layers: Sequence[Sequence[str]]) -> tuple[int, str] | None:
+    """Return the layer of a module and the entry that puts it there, None where none does."""
+    for number, layer in enumerate(layers):
+        for entry in layer:
+            if is_below(module, entry):
+                return number, entry
     return None
 
 
-def wrong_arrows(imports: Iterable[Import], floors: Sequence[Sequence[str]]) -> list[str]:
-    """Name the imports among the modules of a table that do not lead down."""
+def upward_imports(imports: Iterable[Import], layers: Sequence[Sequence[str]]) -> list[str]:
+    """Name the imports that do not lead to a lower layer or stay in their package."""
     wrong = []
     for found in imports:
-        importer, target = room_of(found.importer, floors), room_of(found.target, floors)
+        importer, target = layer_of(found.importer, layers), layer_of(found.target, layers)
         if importer is None or target is None or importer[1] == target[1]:
             continue
+        if importer[0] == target[0] == 0:
+            continue  # single modules, which the search for circles covers
         if importer[0] <= target[0]:
-            wrong.append(f"{found}: from floor {importer[0]} to floor {target[0]}")
+            wrong.append(f"{found}: from layer {importer[0]} to layer {target[0]}")
     return wrong
 
 
-def without_floor(modules: Iterable[str], floors: Sequence[Sequence[str]]) -> list[str]:
-    return [name for name in modules if room_of(name, floors) is None]
+def without_layer(modules: Iterable[str], layers: Sequence[Sequence[str]]) -> list[str]:
+    return [name for name in modules if name != "casfs" and layer_of(name, layers) is None]
 
 
-def without_module(modules: Iterable[str], floors: Sequence[Sequence[str]]) -> list[str]:
-    """Name the rooms of a table that no module stands for."""
+def without_module(modules: Iterable[str], layers: Sequence[Sequence[str]]) -> list[str]:
+    """Name the entries of the table for which there is no module."""
     known = set(modules)
-    return [room for floor in floors for room in floor if room.removesuffix(".*") not in known]
+    return [entry for layer in layers for entry in layer if entry not in known]
+
+
+def circles(imports: Iterable[Import]) -> list[list[str]]:
+    """Return the groups of modules that import each other, by Tarjan's algorithm (1972)."""
+    targets: dict[str, set[str]] = {}
+    for found in imports:
+        targets.setdefault(found.importer, set()).add(found.target)
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    groups: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        order[module] = low[module] = len(order)
+        stack.append(module)
+        for target in sorted(targets.get(module, ())):
+            if target not in order:
+                visit(target)
+                low[module] = min(low[module], low[target])
+            elif target in stack:
+                low[module] = min(low[module], order[target])
+        if low[module] == order[module]:
+            group = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(group) > 1:
+                groups.append(sorted(group))
+
+    for module in sorted(targets):
+        if module not in order:
+            visit(module)
+    return groups
 
 
 def is_below(module: str, package: str) -> bool:
@@ -238,7 +186,7 @@ def reaching_for_the_mount(imports: Iterable[Import]) -> list[str]:
         str(found)
         for found in imports
         if is_below(found.importer, "casfs")
-        and is_below(found.target, "mount")
+        and is_below(found.target, "casfs_mount")
         and (found.at_start or not is_below(found.importer, "casfs.cli"))
     ]
 
@@ -247,13 +195,8 @@ def reaching_for_the_cli(imports: Iterable[Import]) -> list[str]:
     return [
         str(found)
         for found in imports
-        if is_below(found.importer, "mount") and is_below(found.target, "casfs.cli")
+        if is_below(found.importer, "casfs_mount") and is_below(found.target, "casfs.cli")
     ]
-
-
-def too_long(modules: Mapping[str, Path]) -> list[str]:
-    lengths = {name: path.read_bytes().count(b"\n") for name, path in modules.items()}
-    return [f"{name}: {lines} lines" for name, lines in lengths.items() if lines > MOST_LINES]
 
 
 def without_noun(modules: Iterable[str]) -> list[str]:
@@ -267,7 +210,7 @@ def casfs_modules() -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def mount_modules() -> dict[str, Path]:
-    return modules_of(PROJECT, ["mount"])
+    return modules_of(PROJECT / "mount", ["casfs_mount"])
 
 
 @pytest.fixture(scope="module")
@@ -275,22 +218,31 @@ def imports(casfs_modules: dict[str, Path], mount_modules: dict[str, Path]) -> l
     return imports_of(casfs_modules | mount_modules)
 
 
-def test_every_module_of_casfs_has_a_floor(casfs_modules: dict[str, Path]) -> None:
-    assert without_floor(casfs_modules, FLOORS) == []
-    assert without_module(casfs_modules, FLOORS) == []
+def test_every_module_has_a_layer(
+    casfs_modules: dict[str, Path], mount_modules: dict[str, Path]
+) -> None:
+    assert without_layer(casfs_modules | mount_modules, LAYERS) == []
+    assert without_module(casfs_modules | mount_modules, LAYERS) == []
+    assert len(LAYERS) == 12
 
 
-def test_every_module_of_the_mount_has_a_floor(mount_modules: dict[str, Path]) -> None:
-    assert without_floor(mount_modules, MOUNT_FLOORS) == []
-    assert without_module(mount_modules, MOUNT_FLOORS) == []
+def test_every_import_stays_in_its_package_or_leads_to_a_lower_layer(imports: list[Import]) -> None:
+    assert upward_imports(imports, LAYERS) == []
 
 
-def test_every_import_inside_casfs_leads_down(imports: list[Import]) -> None:
-    assert wrong_arrows(imports, FLOORS) == []
+def test_no_modules_import_each_other_in_a_circle(imports: list[Import]) -> None:
+    at_start = [found for found in imports if found.at_start and not found.for_types]
+    assert circles(at_start) == []
 
 
-def test_every_import_inside_the_mount_leads_down(imports: list[Import]) -> None:
-    assert wrong_arrows(imports, MOUNT_FLOORS) == []
+def test_the_packages_that_are_installed_are_all_there_are(
+    casfs_modules: dict[str, Path], mount_modules: dict[str, Path]
+) -> None:
+    config = configparser.ConfigParser()
+    config.read(PROJECT / "setup.cfg")
+    listed = config["options"]["packages"].split()
+    modules = casfs_modules | mount_modules
+    assert listed == [name for name, path in modules.items() if path.name == "__init__.py"]
 
 
 def test_casfs_reaches_for_the_mount_only_when_a_command_asks(imports: list[Import]) -> None:
@@ -310,7 +262,7 @@ def test_what_only_the_mount_needs_is_imported_only_there(
     library: str, imports: list[Import]
 ) -> None:
     importers = importers_of(library, imports)
-    assert importers and all(is_below(name, "mount") for name in importers), importers
+    assert importers and all(is_below(name, "casfs_mount") for name in importers), importers
 
 
 @pytest.mark.parametrize("library", ["click", "rich"])
@@ -319,12 +271,6 @@ def test_what_only_the_command_line_needs_is_imported_only_there(
 ) -> None:
     importers = importers_of(library, imports)
     assert importers and all(is_below(name, "casfs.cli") for name in importers), importers
-
-
-def test_no_module_is_longer_than_a_room_may_be(
-    casfs_modules: dict[str, Path], mount_modules: dict[str, Path]
-) -> None:
-    assert too_long(casfs_modules | mount_modules) == []
 
 
 def test_every_module_is_named_by_a_noun_of_its_own(
@@ -371,7 +317,7 @@ def test_the_version_is_said_without_loading_what_draws_or_mounts() -> None:
     lines = done.stderr.splitlines()
     loaded = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
     assert "casfs.cli" in loaded
-    assert not loaded & {"rich", "pyfuse3", "trio", "mount", "cryptography", "pyrage"}
+    assert not loaded & {"rich", "pyfuse3", "trio", "casfs_mount", "cryptography", "pyrage"}
 
 
 def test_what_encrypts_is_not_loaded_for_a_repository_that_is_not_encrypted(tmp_path: Path) -> None:
@@ -393,7 +339,7 @@ def fake(root: Path, files: Mapping[str, str]) -> dict[str, Path]:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return modules_of(root, ["casfs", "mount"])
+    return modules_of(root, ["casfs", "casfs_mount"])
 
 
 def test_an_import_that_leads_up_is_found_in_all_its_forms(tmp_path: Path) -> None:
@@ -408,8 +354,8 @@ def test_an_import_that_leads_up_is_found_in_all_its_forms(tmp_path: Path) -> No
             "casfs/deep/two.py": "def f():\n    from casfs import top\n",
         },
     )
-    floors = (("casfs",), ("casfs.low", "casfs.deep.*"), ("casfs.top",))
-    wrong = wrong_arrows(imports_of(modules), floors)
+    layers = ((), ("casfs.low", "casfs.deep"), ("casfs.top",))
+    wrong = upward_imports(imports_of(modules), layers)
     assert [line.partition(" imports ")[0] for line in wrong] == [
         "casfs.deep:2",
         "casfs.deep.one:1",
@@ -420,42 +366,51 @@ def test_an_import_that_leads_up_is_found_in_all_its_forms(tmp_path: Path) -> No
     ]
 
 
-def test_an_import_from_the_same_floor_is_found(tmp_path: Path) -> None:
+def test_an_import_from_a_package_of_the_same_layer_is_found(tmp_path: Path) -> None:
     modules = fake(tmp_path, {"casfs/a.py": "from casfs.b import x\n", "casfs/b.py": ""})
-    assert wrong_arrows(imports_of(modules), (("casfs.a", "casfs.b"),)) == [
-        "casfs.a:1 imports casfs.b: from floor 0 to floor 0"
+    assert upward_imports(imports_of(modules), ((), ("casfs.a", "casfs.b"))) == [
+        "casfs.a:1 imports casfs.b: from layer 1 to layer 1"
     ]
 
 
-def test_a_module_without_a_floor_and_a_floor_without_a_module_are_found(tmp_path: Path) -> None:
+def test_a_circle_of_imports_is_found(tmp_path: Path) -> None:
+    modules = fake(
+        tmp_path,
+        {
+            "casfs/a.py": "from casfs.b import x\n",
+            "casfs/b.py": "from casfs.c import x\n",
+            "casfs/c.py": "from casfs.b import x\n",
+        },
+    )
+    assert circles(imports_of(modules)) == [["casfs.b", "casfs.c"]]
+
+
+def test_a_module_without_a_layer_and_an_entry_without_a_module_are_found(tmp_path: Path) -> None:
     modules = fake(tmp_path, {"casfs/a.py": "", "casfs/b/__init__.py": "", "casfs/b/c.py": ""})
-    assert without_floor(modules, (("casfs.a", "casfs.b"),)) == ["casfs.b.c"]
-    assert without_floor(modules, (("casfs.a", "casfs.b.*"),)) == []
-    assert without_module(modules, (("casfs.a", "casfs.b.*", "casfs.gone"),)) == ["casfs.gone"]
+    assert without_layer(modules, (("casfs.a",),)) == ["casfs.b", "casfs.b.c"]
+    assert without_layer(modules, (("casfs.a", "casfs.b"),)) == []
+    assert without_module(modules, (("casfs.a", "casfs.b", "casfs.gone"),)) == ["casfs.gone"]
 
 
 def test_the_mount_may_be_reached_only_from_functions_of_the_command_line(tmp_path: Path) -> None:
-    lazily = "def f():\n    import mount.run\n"
+    lazily = "def f():\n    import casfs_mount.run\n"
     modules = fake(
         tmp_path,
         {
             "casfs/cli/lazy.py": lazily,
-            "casfs/cli/early.py": "if True:\n    from mount import run\n",
+            "casfs/cli/early.py": "if True:\n    from casfs_mount import run\n",
             "casfs/backup.py": lazily,
-            "mount/run.py": "from casfs.cli import main\n",
+            "casfs_mount/run.py": "from casfs.cli import main\n",
         },
     )
     found = imports_of(modules)
     assert reaching_for_the_mount(found) == [
-        "casfs.backup:2 imports mount.run",
-        "casfs.cli.early:2 imports mount.run",
+        "casfs.backup:2 imports casfs_mount.run",
+        "casfs.cli.early:2 imports casfs_mount.run",
     ]
-    assert reaching_for_the_cli(found) == ["mount.run:1 imports casfs.cli"]
+    assert reaching_for_the_cli(found) == ["casfs_mount.run:1 imports casfs.cli"]
 
 
-def test_a_long_module_and_a_vague_name_are_found(tmp_path: Path) -> None:
-    modules = fake(
-        tmp_path, {"casfs/long.py": "x = 1\n" * 501, "casfs/utils/x.py": "x = 1\n" * 500}
-    )
-    assert too_long(modules) == ["casfs.long: 501 lines"]
+def test_a_vague_name_is_found(tmp_path: Path) -> None:
+    modules = fake(tmp_path, {"casfs/long.py": "x = 1\n", "casfs/utils/x.py": "x = 1\n"})
     assert without_noun(modules) == ["casfs.utils.x"]

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.backup.sources import keep_path
-from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, Settings, common_options, unheard
+from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, unheard
 from casfs.cli.output import iso_time, json_path, shown_id, shown_size
+from casfs.cli.param_types import SIZE, tags_in
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.sizes import SIZE
-from casfs.cli.tags import tags_in
+from casfs.cli.settings import Settings, common_options
 from casfs.errors import DistrustError, NotFoundError, UsageError
+from casfs.paths import normalize_source_path
 
 if TYPE_CHECKING:
     from casfs.backup.run import BackupResult
@@ -307,7 +307,7 @@ def _expecting(root: Path, file: Path, unlock: Unlock) -> Unlock:
 
 def _source_names(sources: list[bytes]) -> Callable[[bytes], bytes]:
     """Return what turns a path of the snapshot into the one in the source."""
-    relative = {keep_path(source).split(b"/")[0] for source in sources} - {b""}
+    relative = {normalize_source_path(source).split(b"/")[0] for source in sources} - {b""}
 
     def source_name(path: bytes) -> bytes:
         if path.startswith(b"/") or b"." in relative or path.split(b"/")[0] in relative:

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.app import EXIT_DAMAGED, Settings, common_options
-from casfs.cli.output import Output, json_path, share_argument, shown, shown_id, shown_size
+from casfs.cli.app import EXIT_DAMAGED
+from casfs.cli.output import Output, json_path, shown_id, shown_size
+from casfs.cli.param_types import share_argument
 from casfs.cli.progress import CommandMonitor
+from casfs.cli.settings import Settings, common_options
+from casfs.display import shown
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ def check(
     the next one goes on from there.
     """
     from casfs.maintenance.check import Checker
-    from casfs.maintenance.durations import parse_duration
+    from casfs.maintenance.retention import parse_duration
     from casfs.maintenance.scrub import ReadChoice
     from casfs.repository.repository import Repository
 

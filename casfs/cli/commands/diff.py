@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.app import EXIT_DAMAGED, Settings, common_options
-from casfs.cli.output import Output, json_path, shown, shown_size
+from casfs.cli.app import EXIT_DAMAGED
+from casfs.cli.output import Output, json_path, shown_size
 from casfs.cli.progress import CommandMonitor
+from casfs.cli.settings import Settings, common_options
+from casfs.display import shown
 
 if TYPE_CHECKING:
     from casfs.cli.entry_format import NodeFields
@@ -102,7 +104,7 @@ def _file_bytes(node: Node | None) -> int:
 
 
 def _flagged_sides(change: Change) -> list[str]:
-    from casfs.trees.flagged import is_flagged
+    from casfs.trees.reader import is_flagged
 
     sides = (("before", change.before), ("after", change.after))
     return [side for side, node in sides if node is not None and is_flagged(node)]

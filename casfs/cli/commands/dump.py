@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from casfs.cli.app import Settings, common_options
-from casfs.cli.output import json_path, shown
+from casfs.cli.output import json_path
 from casfs.cli.progress import CommandMonitor
+from casfs.cli.settings import Settings, common_options
+from casfs.display import shown
 from casfs.errors import CasfsError, UsageError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _dump_file(
 ) -> TarStats:
     from casfs.monitor import Problem, ProblemKind
     from casfs.restore.tar import TarStats, file_bytes
-    from casfs.trees.flagged import is_flagged
+    from casfs.trees.reader import is_flagged
 
     stats = TarStats(files=1, content_bytes=node.size)
     if is_flagged(node):

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.app import Settings, common_options
-from casfs.cli.output import Output, iso_time, json_path, local_time, path_argument, shown, shown_id
-from casfs.cli.tags import tags_in
+from casfs.cli.output import Output, iso_time, json_path, local_time, path_argument, shown_id
+from casfs.cli.param_types import tags_in
+from casfs.cli.settings import Settings, common_options
+from casfs.display import shown
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -102,10 +103,9 @@ def forget(
     Each group (a host and its paths) is judged apart. The space is freed by prune.
     """
     from casfs.cli.commands.prune import run_prune
-    from casfs.maintenance.durations import Span
     from casfs.maintenance.forget import Choice, forget, named_snapshots, plan_policy
     from casfs.maintenance.prune import PruneOptions
-    from casfs.maintenance.retention import Policy
+    from casfs.maintenance.retention import Policy, Span
     from casfs.repository.repository import Repository
 
     policy = Policy(

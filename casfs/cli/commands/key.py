@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from casfs.cli.app import Settings, common_options
-from casfs.cli.key_options import PassphraseSource, new_passphrase
+from casfs.cli.settings import PassphraseSource, Settings, common_options, new_passphrase
 from casfs.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -169,7 +168,7 @@ def rewrap(settings: Settings) -> None:
 @click.pass_obj
 def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
     """Change the passphrase; the old one opens nothing any more, but for copies of the repository."""
-    from casfs.cli.key_options import ask_passphrase
+    from casfs.cli.settings import ask_passphrase
     from casfs.crypto.identities import change_passphrase
 
     _encrypted(settings)

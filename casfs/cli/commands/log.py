@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.app import EXIT_DAMAGED, Settings, common_options
-from casfs.cli.output import Output, iso_time, local_time, shown, shown_id, shown_size
+from casfs.cli.app import EXIT_DAMAGED
+from casfs.cli.output import Output, iso_time, local_time, shown_id, shown_size
+from casfs.cli.settings import Settings, common_options
+from casfs.display import shown
 from casfs.errors import IntegrityError, NotFoundError
 
 if TYPE_CHECKING:
@@ -27,12 +29,13 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
     equal, of a directory when everything below it is, times and owners included. `snapshot` is the
     first that has a version; give it to other verbs as SNAP.
     """
+    from casfs.paths import parse_snapshot_path
     from casfs.query.history import versions_of
-    from casfs.repository.repository import Repository, normal_path
+    from casfs.repository.repository import Repository
 
     output = settings.output()
     name, _, text = snap.partition(":")
-    path = normal_path(text)
+    path = parse_snapshot_path(text)
     damaged = 0
 
     def tell(snapshot_id: SnapshotId, error: IntegrityError) -> None:

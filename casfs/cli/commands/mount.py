@@ -10,10 +10,9 @@ from typing import Any
 
 import click
 
-from casfs.cli.app import Settings, common_options
-from casfs.cli.key_options import unlocked
-from casfs.cli.output import shown
-from casfs.cli.sizes import SIZE
+from casfs.cli.param_types import SIZE
+from casfs.cli.settings import Settings, common_options, unlocked
+from casfs.display import shown
 from casfs.errors import CasfsError
 
 _OWNER = re.compile(r"(\d{1,10}):(\d{1,10})")

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.app import Settings, common_options
-from casfs.cli.output import Output, share_argument, shown_size
+from casfs.cli.output import Output, shown_size
+from casfs.cli.param_types import share_argument
 from casfs.cli.progress import CommandMonitor
+from casfs.cli.settings import Settings, common_options
 
 if TYPE_CHECKING:
     from casfs.maintenance.prune import PruneOptions, PruneResult
@@ -37,8 +38,8 @@ def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> No
 
     What a backup that runs now may rely on is freed by the next prune.
     """
-    from casfs.maintenance.durations import parse_duration
     from casfs.maintenance.prune import PruneOptions
+    from casfs.maintenance.retention import parse_duration
 
     share = share_argument(max_unused, "--max-unused", "25%")
     options = PruneOptions(share, parse_duration(margin, "--margin"), dry_run)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from casfs.cli.app import Settings, common_options
 from casfs.cli.output import shown_id
 from casfs.cli.progress import CommandMonitor
+from casfs.cli.settings import Settings, common_options
 
 
 @click.group()

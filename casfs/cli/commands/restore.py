@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED, Settings, common_options
+from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
 from casfs.cli.output import shown_id, shown_size
 from casfs.cli.progress import CommandMonitor
+from casfs.cli.settings import Settings, common_options
 from casfs.errors import UnsafeTargetError, UsageError
 
 

@@ -14,12 +14,13 @@ import pytest
 from blake3 import blake3
 
 from casfs.backup import capture
-from casfs.backup import source_reader as reading_module
-from casfs.backup.capture import Capturer, NotRegularError, Patience
+from casfs.backup import source_reader as source_reader_module
+from casfs.backup.capture import Capturer, Patience
 from casfs.backup.reflink import Freeze, Freezer
 from casfs.backup.source_fs import open_directory
 from casfs.backup.source_reader import FileReader, Reading
 from casfs.digest import Digest, digest_of
+from casfs.errors import NotRegularError
 from casfs.format.chunker import Chunker
 from casfs.format.codec import BlobKind
 from casfs.format.config import new_config
@@ -148,7 +149,7 @@ class TestALargeFile:
     def test_has_the_digest_of_all_of_it_in_order(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch, large_bytes: int, holes: bool
     ) -> None:
-        monkeypatch.setattr(reading_module, "_LARGE_BYTES", large_bytes)
+        monkeypatch.setattr(source_reader_module, "_LARGE_BYTES", large_bytes)
         file = scene.folder / "file"
         size = 12 << 20
         with file.open("wb") as stream:
@@ -166,7 +167,7 @@ class TestALargeFile:
     def test_that_cannot_be_read_to_its_end_leaves_no_thread(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(reading_module, "_LARGE_BYTES", 0)
+        monkeypatch.setattr(source_reader_module, "_LARGE_BYTES", 0)
         (scene.folder / "file").write_bytes(noise("file", 12 << 20))
         preadv, left = os.preadv, iter(range(6))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from casfs.backup import file_cache as memory_module
+from casfs.backup import file_cache as file_cache_module
 from casfs.backup.file_cache import FileMemory
 from casfs.digest import Digest, PackId, keyed_digest
 from casfs.format.codec import BlobKind
@@ -199,7 +199,7 @@ class TestAge:
             def time() -> float:
                 return now[0] * DAY_S + 100.0
 
-        monkeypatch.setattr(memory_module, "time", Clock)
+        monkeypatch.setattr(file_cache_module, "time", Clock)
         yield now
 
     def test_makes_what_was_not_seen_for_two_months_forgotten(
@@ -234,8 +234,8 @@ class TestAge:
     def test_forgets_among_many(
         self, index: Index, day: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(memory_module, "_SCANNED", 7)
-        monkeypatch.setattr(memory_module, "_BATCH", 10)
+        monkeypatch.setattr(file_cache_module, "_SCANNED", 7)
+        monkeypatch.setattr(file_cache_module, "_BATCH", 10)
         remembered(index, *(node(inode=n) for n in range(100, 140)))
         day[0] += 50
         remembered(index, *(node(inode=n) for n in range(200, 240)))

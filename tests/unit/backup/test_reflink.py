@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from casfs.backup import reflink as freeze
-from casfs.backup.reflink import Freeze, Freezer, NotFrozenError
+from casfs.backup import reflink
+from casfs.backup.reflink import Freeze, Freezer
+from casfs.errors import ReflinkError
 
 SECOND = 1_000_000_000
 NOW = 1_700_000_000 * SECOND
@@ -41,7 +42,7 @@ class Clones:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.error: int | None = None
         self.tried = 0
-        monkeypatch.setattr(freeze, "_clone", self._clone)
+        monkeypatch.setattr(reflink, "_clone", self._clone)
 
     def _clone(self, dir_fd: int, fd: int) -> int:
         self.tried += 1
@@ -133,7 +134,7 @@ def test_a_clone_that_is_required_and_cannot_be_made_is_an_error_for_each_file(
     freezer = Freezer(Freeze.REQUIRE)
     clones.error = error
     for number in (1, 2):
-        with pytest.raises(NotFrozenError) as caught:
+        with pytest.raises(ReflinkError) as caught:
             freezer.clone(*opened, st(7, 0))
         assert caught.value.errno == error
         assert not isinstance(caught.value, FileNotFoundError), "the file has not vanished"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from casfs.backup.sources import Place, keep_path, select
+from casfs.backup.sources import Place, select
 from casfs.errors import UsageError
+from casfs.paths import normalize_source_path
 
 
 @pytest.fixture(autouse=True)
@@ -59,24 +60,24 @@ class TestKeptPaths:
         ],
     )
     def test_are_plain(self, given: bytes, kept: bytes) -> None:
-        assert keep_path(given) == kept
+        assert normalize_source_path(given) == kept
 
     def test_that_lead_out_of_here_are_absolute(self, tmp_path: Path) -> None:
-        assert keep_path(b"..") == bytes(tmp_path)
-        assert keep_path(b"../beside") == bytes(tmp_path / "beside")
-        assert keep_path(b"a/../../beside/x") == bytes(tmp_path / "beside" / "x")
+        assert normalize_source_path(b"..") == bytes(tmp_path)
+        assert normalize_source_path(b"../beside") == bytes(tmp_path / "beside")
+        assert normalize_source_path(b"a/../../beside/x") == bytes(tmp_path / "beside" / "x")
 
     def test_that_lead_out_and_back_are_relative(self, here: Path) -> None:
-        assert keep_path(b"../here/a") == b"a"
-        assert keep_path(bytes(here) + b"/a/../a") == bytes(here / "a")
+        assert normalize_source_path(b"../here/a") == b"a"
+        assert normalize_source_path(bytes(here) + b"/a/../a") == bytes(here / "a")
 
     def test_go_up_from_where_a_symlink_leads(self, tmp_path: Path) -> None:
-        assert keep_path(b"away/../beside") == bytes(tmp_path / "beside")
-        assert keep_path(b"away/x") == b"away/x"
+        assert normalize_source_path(b"away/../beside") == bytes(tmp_path / "beside")
+        assert normalize_source_path(b"away/x") == b"away/x"
 
     def test_of_nothing_are_refused(self) -> None:
         with pytest.raises(UsageError, match="empty path"):
-            keep_path(b"")
+            normalize_source_path(b"")
         with pytest.raises(UsageError, match="empty path"):
             select([b"", b"/etc"])
 

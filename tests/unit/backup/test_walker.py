@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from casfs.backup.capture import Capturer, NotRegularError
+from casfs.backup.capture import Capturer
 from casfs.backup.reflink import Freeze
 from casfs.backup.run import BackupOptions, BackupResult, back_up
+from casfs.errors import NotRegularError
 from casfs.format.tree import Kind, Node
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.repository.repository import Repository

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from casfs.cli.app import Settings, casfs
+from casfs.cli.app import casfs
+from casfs.cli.settings import Settings
 from casfs.digest import digest_of
 from casfs.errors import NotFoundError, UsageError
 from casfs.format.tree import Extra, Kind, State, replace

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from casfs.cli import mount_helper as fstab
+from casfs.cli import mount_helper
 from casfs.cli.mount_helper import Invocation, Wanted, parse_arguments, parse_options, split_options
 from casfs.errors import UsageError
 
@@ -91,7 +91,7 @@ class TestTheCommand:
     def end(self, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
         monkeypatch.setattr("sys.argv", ["mount.fuse.casfs", *map(str, arguments)])
         with pytest.raises(SystemExit) as ending:
-            fstab.main()
+            mount_helper.main()
         assert isinstance(ending.value.code, int)
         return ending.value.code
 
@@ -108,4 +108,4 @@ class TestTheCommand:
     def test_mounts_nothing_when_it_shall_only_check(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        fstab.run(["-f", str(tmp_path / "none"), str(tmp_path)])
+        mount_helper.run(["-f", str(tmp_path / "none"), str(tmp_path)])

@@ -19,12 +19,11 @@ from casfs.cli.output import (
     json_path,
     local_time,
     path_argument,
-    shown,
     shown_id,
     shown_size,
 )
-from casfs.cli.sizes import SIZE
-from casfs.display import on_one_line
+from casfs.cli.param_types import SIZE
+from casfs.display import on_one_line, shown
 
 HOSTILE = [
     b"two\nlines",

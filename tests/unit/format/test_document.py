@@ -16,13 +16,9 @@ import zstandard
 from blake3 import blake3
 
 import casfs
-from casfs.crypto import passphrase, recipients
-from casfs.crypto import session_files as wrapping
-from casfs.crypto import trust_state as state
+from casfs.crypto import passphrase, recipients, session_files, trust_state
 from casfs.format import codec as blob
-from casfs.format import config, pack, snapshot, tree
-from casfs.format import key_derivation as session
-from casfs.index import location
+from casfs.format import config, key_derivation, pack, snapshot, tree
 from casfs.index import schema as tables
 from casfs.repository.repository import Repository
 from casfs.store import writer
@@ -185,8 +181,8 @@ class TestFields:
     def test_of_the_index(self) -> None:
         told = {row[0].strip("`"): row[2] for row in rows("Index")}
         assert list(told) == ["blobs", "packs", "meta"]
-        assert told["blobs"].startswith(f"{location.LOCATION.size} bytes")
-        assert told["packs"].startswith(f"{location.PACK.size} bytes")
+        assert told["blobs"].startswith(f"{tables.LOCATION.size} bytes")
+        assert told["packs"].startswith(f"{tables.PACK.size} bytes")
         assert told["meta"].count(",") == tables.COUNTERS.size // 8
 
 
@@ -316,7 +312,9 @@ class TestEncryption:
         prefix = "casfs 2026-11-23 "
         assert f"begin with `{prefix}`" in text
         contexts = [
-            value for name, value in vars(session.Purpose).items() if not name.startswith("_")
+            value
+            for name, value in vars(key_derivation.Purpose).items()
+            if not name.startswith("_")
         ]
         assert len(set(contexts)) == len(contexts) == 8
         for context in contexts:
@@ -330,7 +328,7 @@ class TestEncryption:
         assert f"kind {pack.ENCRYPTED_KIND}" in text and f"codec {blob.ENCRYPTED}" in text
         assert f"the length is {pack.SESSION_HEADER}" in plain("Packs")
         assert f'"cipher": "{config.CIPHER}"' in plain("Configuration")
-        for module, form in ((wrapping, "session 1"), (passphrase, "identity 1")):
+        for module, form in ((session_files, "session 1"), (passphrase, "identity 1")):
             assert form == module._FORM
         assert '"casfs": "session 1"' in text
         assert "`casfs recipients 1`" in text
@@ -338,7 +336,11 @@ class TestEncryption:
         costs = (passphrase._ITERATIONS, passphrase._LANES, passphrase._MEMORY_KIB // KIB)
         assert "{} passes, {} lanes, {} MiB".format(*costs) in text
         assert set(numbers_of_kinds(text)) == {str(kind) for kind in recipients.RecipientKind}
-        assert state.WriterState.__struct_fields__[:3] == ("repository", "domain", "recipients")
+        assert trust_state.WriterState.__struct_fields__[:3] == (
+            "repository",
+            "domain",
+            "recipients",
+        )
 
 
 def numbers_of_kinds(text: str) -> list[str]:

@@ -13,9 +13,9 @@ from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import IndexUnusableError
 from casfs.format.pack import PackEntry
 from casfs.index import index as index_module
-from casfs.index import lmdb_env as environment
+from casfs.index import lmdb_env
 from casfs.index.index import Index
-from casfs.index.location import IndexedPack, Location
+from casfs.index.schema import IndexedPack, Location
 from tests.support.stores import child, hear, tell
 
 SMALL_MAP = 1 << 17
@@ -215,8 +215,8 @@ class TestOpening:
     def test_where_the_address_space_is_short_begins_with_a_small_map(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(environment, "_MAP_BYTES", 1 << 62)
-        monkeypatch.setattr(environment, "_SMALL_MAP_BYTES", SMALL_MAP)
+        monkeypatch.setattr(lmdb_env, "_MAP_BYTES", 1 << 62)
+        monkeypatch.setattr(lmdb_env, "_SMALL_MAP_BYTES", SMALL_MAP)
         index = Index(tmp_path / "index")
         index.rebuild(lambda: [pack(0, *range(5000))])
         assert index.blob_count() == 5000
@@ -314,11 +314,11 @@ WRITER = """
 import sys
 from pathlib import Path
 from casfs.digest import PackId, digest_of
-from casfs.store import environment
+from casfs.index import lmdb_env
 from casfs.index.index import Index
 from casfs.format.pack import PackEntry
 
-environment._MAP_BYTES = int(sys.argv[2])
+lmdb_env._MAP_BYTES = int(sys.argv[2])
 first, packs = int(sys.argv[3]), int(sys.argv[4])
 index = Index(Path(sys.argv[1]))
 print("open", flush=True)
@@ -336,7 +336,7 @@ class TestFullMap:
 
     @pytest.fixture
     def small(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
-        monkeypatch.setattr(environment, "_MAP_BYTES", SMALL_MAP)
+        monkeypatch.setattr(lmdb_env, "_MAP_BYTES", SMALL_MAP)
         opened = Index(tmp_path / "index")
         opened.rebuild(tuple)
         yield opened

@@ -13,7 +13,7 @@ from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
 from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, TreeRef, replace
-from casfs.index.location import IndexedPack
+from casfs.index.schema import IndexedPack
 from casfs.maintenance import check as check_module
 from casfs.maintenance import scrub as scrub_module
 from casfs.maintenance.check import Checker, CheckResult

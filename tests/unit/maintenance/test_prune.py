@@ -16,7 +16,7 @@ from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import IndexUnusableError, IntegrityError, LockedError, StorageError
 from casfs.format.pack import TRAILER
 from casfs.index.index import Index
-from casfs.index.location import Location
+from casfs.index.schema import Location
 from casfs.maintenance import prune as prune_module
 from casfs.maintenance.check import Checker
 from casfs.maintenance.prune import NeedsUnknownError, PruneOptions, Pruner, PruneResult

@@ -13,14 +13,19 @@ from casfs.format.pack import RECORD as RECORD_HEADER
 from casfs.format.snapshot import Snapshot, decode_snapshot
 from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
 from casfs.maintenance.check import Checker
-from casfs.maintenance.misplaced import Misplaced
 from casfs.maintenance.prune import PruneOptions, Pruner
-from casfs.maintenance.repair import IndexRepair, RepairResult, SnapshotRepairer, repair_index
+from casfs.maintenance.repair import (
+    IndexRepair,
+    Misplaced,
+    RepairResult,
+    SnapshotRepairer,
+    repair_index,
+)
 from casfs.maintenance.scrub import Damage, ReadChoice
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
-from casfs.trees import writer as treewriter
+from casfs.trees import writer
 from casfs.trees.content import HOLE, RECORD
 from tests.support.builders import Keeper, entry, reference
 from tests.support.stores import flip, noise, pack_paths
@@ -144,8 +149,8 @@ def test_a_lost_directory_is_empty_and_all_others_stay(keeper: Keeper) -> None:
 def test_a_piece_of_a_split_directory_costs_the_entries_in_it(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(treewriter, "PIECE_MIN_ENTRIES", 4)
-    monkeypatch.setattr(treewriter, "PIECE_MAX_ENTRIES", 8)
+    monkeypatch.setattr(writer, "PIECE_MIN_ENTRIES", 4)
+    monkeypatch.setattr(writer, "PIECE_MAX_ENTRIES", 8)
     names = [b"%03d" % number for number in range(40)]
     _, snapshot = keeper.publish({b"big": dict.fromkeys(names, b"")})
     with keeper.reading() as repository:

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from casfs.errors import UsageError
-from casfs.maintenance.durations import Span, parse_duration
-from casfs.maintenance.retention import UNLIMITED, Policy, decide
+from casfs.maintenance.retention import UNLIMITED, Policy, Span, decide, parse_duration
 
 
 @dataclass(frozen=True)

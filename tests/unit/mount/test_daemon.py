@@ -22,7 +22,7 @@ from pathlib import Path
 from casfs.errors import CasfsError, UsageError, LockedError, IntegrityError
 from casfs_mount.daemon import run_in_background
 folder = Path(sys.argv[1])
-log = logging.getLogger("mount.test")
+log = logging.getLogger("casfs_mount.test")
 logging.getLogger("casfs_mount").addHandler(logging.StreamHandler())
 
 def work(background):
@@ -158,7 +158,7 @@ def test_the_log_is_a_file_of_state_where_the_system_has_none(
     monkeypatch.setattr(daemon, "_SYSLOG", str(tmp_path / "no-such-socket"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     log_to(None)
-    logging.getLogger("mount.anything").warning("a name \udcff that is not text")
+    logging.getLogger("casfs_mount.anything").warning("a name \udcff that is not text")
     text = (tmp_path / "state" / "casfs" / "mount.log").read_text()
     assert "WARNING a name \\udcff that is not text" in text
 

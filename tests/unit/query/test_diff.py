@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from casfs.cli.app import Settings, casfs
+from casfs.cli.app import casfs
+from casfs.cli.settings import Settings
 from casfs.digest import Digest
 from casfs.errors import BlobError
 from casfs.format.tree import MAX_DEPTH, Extra, Kind, Node, replace

@@ -27,7 +27,8 @@ from casfs.errors import (
 from casfs.format.codec import BlobKind
 from casfs.format.config import decode_config, encode_config, new_config
 from casfs.format.snapshot import Snapshot
-from casfs.repository.repository import Repository, normal_path
+from casfs.paths import parse_snapshot_path
+from casfs.repository.repository import Repository
 from casfs.user_dirs import cached_index_path, file_system_type, index_path
 from tests.support.builders import Keeper, file
 from tests.support.stores import add_pack, child, flip, hear, make_pack, pack_paths
@@ -361,7 +362,7 @@ class TestPaths:
         [("", b""), ("/", b""), ("a", b"a"), ("//a/.//b/", b"a/b"), ("...", b"...")],
     )
     def test_are_normal(self, text: str, path: bytes) -> None:
-        assert normal_path(text) == path
+        assert parse_snapshot_path(text) == path
 
 
 class TestCompleteness:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from casfs.restore import ordered_pool as crew_module
+from casfs.restore import ordered_pool as ordered_pool_module
 from casfs.restore.ordered_pool import Crew
 
 
 @pytest.fixture(autouse=True)
 def _one_job_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew_module, "_BATCH_JOBS", 1)
+    monkeypatch.setattr(ordered_pool_module, "_BATCH_JOBS", 1)
 
 
 class Told:
@@ -57,7 +57,7 @@ def test_a_step_is_taken_at_once_where_nothing_is_before_it(held: Told) -> None:
 
 
 def test_no_more_than_a_few_wait(held: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew_module, "_MOST_WAITING", 5)
+    monkeypatch.setattr(ordered_pool_module, "_MOST_WAITING", 5)
     held.crew.add(0, 1)
     for number in range(1, 5):
         held.crew.add(number, 1)
@@ -70,7 +70,7 @@ def test_no_more_than_a_few_wait(held: Told, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_no_more_memory_waits_than_is_allowed(held: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew_module, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(ordered_pool_module, "_MOST_BYTES", 1000)
     held.gates[0].set()
     for number in range(50):
         held.crew.add(number, 600)

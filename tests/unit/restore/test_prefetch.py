@@ -12,7 +12,7 @@ from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
 from casfs.format.tree import Kind, Node
 from casfs.repository.repository import Repository
-from casfs.restore import prefetch as readahead_module
+from casfs.restore import prefetch as prefetch_module
 from casfs.restore.prefetch import ReadAhead
 from casfs.store.blob_store import BlobStore
 from casfs.trees.content import ContentReader
@@ -26,7 +26,7 @@ FILES = 40
 @pytest.fixture
 def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keeper:
     """A repository of files in some folders, and batches of a few blobs."""
-    monkeypatch.setattr(readahead_module, "_BATCH_BLOBS", 4)
+    monkeypatch.setattr(prefetch_module, "_BATCH_BLOBS", 4)
     source = tmp_path / "source"
     for number in range(FILES):
         path = source / f"{number % 5}" / f"{number}"

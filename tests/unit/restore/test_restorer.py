@@ -20,9 +20,9 @@ from casfs.digest import Digest, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.tree import Extra, Kind, Node, TreeRef
 from casfs.monitor import Problem, ProblemKind, RecordingMonitor
-from casfs.restore import ordered_pool as crew_module
-from casfs.restore import restorer as restore_module
-from casfs.restore import target_fs as target_module
+from casfs.restore import ordered_pool as ordered_pool_module
+from casfs.restore import restorer as restorer_module
+from casfs.restore import target_fs as target_fs_module
 from casfs.restore.entry_writer import Overwrite
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
 from casfs.trees.content import HOLE, RECORD, ContentWriter
@@ -317,14 +317,14 @@ class TestNothingOutside:
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bench.publish({b"d": {b"precious": b"evil"}})
-        create_file = target_module.create_file
+        create_file = target_fs_module.create_file
 
         def swap(*arguments: Any) -> Any:
             (bench.target / "d").rename(bench.target / "moved")
             (bench.target / "d").symlink_to(bench.outside)
             return create_file(*arguments)
 
-        monkeypatch.setattr(target_module, "create_file", swap)
+        monkeypatch.setattr(target_fs_module, "create_file", swap)
         bench.restore()
         assert bench.untouched()
         assert (bench.target / "moved" / "precious").read_bytes() == b"evil"
@@ -747,12 +747,12 @@ class TestOtherThreads:
 
     @pytest.fixture(autouse=True)
     def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(crew_module, "_BATCH_JOBS", 3)
+        monkeypatch.setattr(ordered_pool_module, "_BATCH_JOBS", 3)
 
     def test_tell_what_happened_in_the_order_of_the_tree(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(restore_module, "_HANDED_OVER_BYTES", 3000)
+        monkeypatch.setattr(restorer_module, "_HANDED_OVER_BYTES", 3000)
         plan: dict[bytes, Any] = {}
         expected = []
         plains = []
@@ -792,14 +792,14 @@ class TestOtherThreads:
 
     def test_hold_few_descriptors_open(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         most = 0
-        make_directory = target_module.make_directory
+        make_directory = target_fs_module.make_directory
 
         def counting(fd: int, name: bytes) -> int:
             nonlocal most
             most = max(most, len(os.listdir("/proc/self/fd")))
             return make_directory(fd, name)
 
-        monkeypatch.setattr(target_module, "make_directory", counting)
+        monkeypatch.setattr(target_fs_module, "make_directory", counting)
         before = len(os.listdir("/proc/self/fd"))
         bench.publish({b"%04d" % number: {b"f": b"%d" % number} for number in range(1500)})
         assert bench.restore().result.files == 1500
@@ -842,7 +842,7 @@ class TestRefusals:
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bench.publish(TREE)
-        monkeypatch.setattr(target_module, "make_directory", self.failing(errno.EACCES))
+        monkeypatch.setattr(target_fs_module, "make_directory", self.failing(errno.EACCES))
         done = bench.restore()
         assert done.told(ProblemKind.UNREADABLE) == [b"d", b"empty"]
         assert bench.found() == {"\udcff\n": b"1"}

@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import casfs.restore.tar
-from casfs.cli.app import Settings
 from casfs.cli.app import casfs as command
+from casfs.cli.settings import Settings
 from casfs.digest import digest_of
 from casfs.errors import CasfsError, UsageError
 from casfs.format.tree import Extra, Kind, Node, replace

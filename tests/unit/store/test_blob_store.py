@@ -13,8 +13,8 @@ import pytest
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import BlobError, PackError
 from casfs.format.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
-from casfs.index.location import Location
-from casfs.store import blob_store as store_module
+from casfs.index.schema import Location
+from casfs.store import blob_store as blob_store_module
 from casfs.store.blob_store import BlobStore, pack_name
 from tests.support.stores import (
     add_pack,
@@ -341,7 +341,7 @@ class TestDamagedDirectory:
         data, _ = make_pack([b"within", noise("filling", 3000), b"beyond"])
         add_pack(root, data)
         # The store's own pack has some 5,600 bytes; this bound lies before both directories.
-        monkeypatch.setattr(store_module, "MAX_PACK_BYTES", 1000)
+        monkeypatch.setattr(blob_store_module, "MAX_PACK_BYTES", 1000)
         drop_index(root)
         with open_store(root) as store:
             assert store.read(digest_of(b"within")) == b"within"

@@ -12,16 +12,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.digest import PackId, digest_of, keyed_digest
 from casfs.errors import BlobError, NotFoundError, PackError, SessionError
+from casfs.format.cipher import OVERHEAD_BYTES, PackCipher, decrypt_snapshot, encrypt_snapshot
 from casfs.format.key_derivation import Domain, Session, SessionId
 from casfs.format.pack import encode_header, encode_record_header, encode_session_header
 from casfs.storage.local import LocalStorage
-from casfs.store.cipher import (
-    OVERHEAD_BYTES,
-    PackCipher,
-    PackCiphers,
-    decrypt_snapshot,
-    encrypt_snapshot,
-)
+from casfs.store.cipher import PackCiphers
 from tests.support.encryption import DOMAIN, REPOSITORY, SESSION, OneSession
 
 SALT = b"\x0b" * 32

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.digest import Digest, PackId, digest_of, keyed_digest
 from casfs.errors import BlobError, CasfsError, KeyMissingError, PackError, SessionError
+from casfs.format.cipher import PackCipher
 from casfs.format.codec import BlobCodec, BlobKind
 from casfs.format.key_derivation import Domain, Session
 from casfs.format.pack import (
@@ -25,7 +26,7 @@ from casfs.format.pack import (
 from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
 from casfs.store.blob_store import BlobStore, pack_name
-from casfs.store.cipher import PackCipher, PackCiphers
+from casfs.store.cipher import PackCiphers
 from casfs.store.writer import BlobWriter
 from tests.support.encryption import DOMAIN, REPOSITORY, SESSION
 from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths

@@ -16,7 +16,7 @@ from casfs.format.pack import RECORD
 from casfs.index import index as index_module
 from casfs.index.index import Index
 from casfs.index.lmdb_env import Environment, Transaction
-from casfs.index.location import IndexedPack
+from casfs.index.schema import IndexedPack
 from casfs.store import writer as writer_module
 from casfs.store.blob_store import BlobStore
 from casfs.store.writer import BlobWriter, WriteStats

@@ -6,7 +6,7 @@ import pytest
 
 from casfs.errors import TreeError
 from casfs.format.tree import MAX_DEPTH, Kind, Node, State, replace
-from casfs.trees.flagged import flagged_below, flagged_files, is_flagged
+from casfs.trees.reader import flagged_below, flagged_files, is_flagged
 from tests.support.builders import Grove, Plan, entry, file, flagged, reference
 
 

@@ -18,8 +18,9 @@ from casfs.format.tree import (
     TreeRef,
     encode_piece,
 )
-from casfs.trees import writer as treewriter_module
-from casfs.trees.reader import TreeReader, join
+from casfs.paths import join
+from casfs.trees import writer as writer_module
+from casfs.trees.reader import TreeReader
 from tests.support.builders import Grove, entry, file, reference
 from tests.support.stores import Memory
 
@@ -41,8 +42,8 @@ def grove() -> Grove:
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch, grove: Grove) -> Node:
     """A directory of 200 files that is split over several levels."""
-    monkeypatch.setattr(treewriter_module, "PIECE_MIN_ENTRIES", 3)
-    monkeypatch.setattr(treewriter_module, "PIECE_MAX_ENTRIES", 5)
+    monkeypatch.setattr(writer_module, "PIECE_MIN_ENTRIES", 3)
+    monkeypatch.setattr(writer_module, "PIECE_MAX_ENTRIES", 5)
     return grove.plant({b"%03d" % number: b"" for number in range(0, 400, 2)})
 
 

@@ -23,7 +23,7 @@ from casfs.format.tree import (
     replace,
     summary_of,
 )
-from casfs.trees import writer as treewriter_module
+from casfs.trees import writer as writer_module
 from casfs.trees.reader import TreeReader
 from casfs.trees.writer import PIECE_MAX_BYTES, PIECE_MAX_ENTRIES, PIECE_MIN_ENTRIES, TreeWriter
 from tests.support.builders import entry, file, flagged
@@ -163,7 +163,7 @@ class TestBigDirectories:
     def test_are_split_at_the_greatest_number_of_entries_whatever_the_names(
         self, memory: Memory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(treewriter_module, "_PIECE_MASK", (1 << 32) - 1)
+        monkeypatch.setattr(writer_module, "_PIECE_MASK", (1 << 32) - 1)
         ref = write(memory, numbered(2 * PIECE_MAX_ENTRIES + 5))
         sizes = [len(p.nodes) for p in pieces_of(memory, ref) if isinstance(p, Leaf)]
         assert sizes == [PIECE_MAX_ENTRIES, PIECE_MAX_ENTRIES, 5]
@@ -171,7 +171,7 @@ class TestBigDirectories:
     def test_of_just_one_full_piece_have_no_branch(
         self, memory: Memory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(treewriter_module, "_PIECE_MASK", 0)
+        monkeypatch.setattr(writer_module, "_PIECE_MASK", 0)
         ref = write(memory, numbered(PIECE_MIN_ENTRIES))
         assert [type(piece) for piece in pieces_of(memory, ref)] == [Leaf]
 
@@ -209,8 +209,8 @@ class TestLevels:
 
     @pytest.fixture(autouse=True)
     def small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(treewriter_module, "PIECE_MIN_ENTRIES", 2)
-        monkeypatch.setattr(treewriter_module, "PIECE_MAX_ENTRIES", 4)
+        monkeypatch.setattr(writer_module, "PIECE_MIN_ENTRIES", 2)
+        monkeypatch.setattr(writer_module, "PIECE_MAX_ENTRIES", 4)
 
     @pytest.mark.parametrize("count", [1, 2, 4, 5, 16, 17, 64, 65, 300, 5000])
     def test_of_any_number_give_every_entry_back(self, memory: Memory, count: int) -> None:
@@ -228,7 +228,7 @@ class TestLevels:
     def test_rewrite_one_piece_on_each_for_one_new_name(
         self, memory: Memory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(treewriter_module, "_PIECE_MASK", 1)
+        monkeypatch.setattr(writer_module, "_PIECE_MASK", 1)
         depth = len(pieces_on_the_way(memory, write(memory, numbered(3000))))
         before = dict(memory.blobs)
         nodes = numbered(3000)
@@ -240,7 +240,7 @@ class TestLevels:
     def test_beyond_the_bound_are_refused(
         self, memory: Memory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(treewriter_module, "MAX_PIECE_LEVELS", 3)
+        monkeypatch.setattr(writer_module, "MAX_PIECE_LEVELS", 3)
         write(memory, numbered(4**3))
         with pytest.raises(TreeError, match="more entries than the format can hold"):
             write(memory, numbered(4**5))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from casfs.cli.output import Output
 from casfs.errors import CasfsError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -158,6 +159,34 @@ def new_passphrase(source: PassphraseSource, option: str) -> str:
     return first
 
 
+@dataclass(slots=True)
+class Settings:
+    """The options that stand before or after a verb."""
+
+    repo: str | None = None
+    as_json: bool = False
+    sync: bool = True
+    keys: KeyOptions = field(default_factory=KeyOptions)
+    _unlocked: Identities | None = None
+
+    def repository_path(self) -> Path:
+        """Return the repository that was named, or raise UsageError."""
+        name = self.repo or os.environ.get("CASFS_REPOSITORY")
+        if not name:
+            raise UsageError("no repository was named: give --repo PATH or set CASFS_REPOSITORY")
+        return Path(name)
+
+    def unlock(self, storage: Storage, config: RepositoryConfig) -> Identities:
+        """Return what opens an encrypted repository to this user; nobody is asked twice."""
+        if self._unlocked is None:
+            self._unlocked = self.keys.unlock(storage, config)
+        return self._unlocked
+
+    def output(self) -> Output:
+        """Return where the command's results go."""
+        return Output(self.as_json)
+
+
 def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options with which an encrypted repository is opened; they are kept in the Settings."""
     for name, metavar, help_text in (
@@ -192,8 +221,6 @@ def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
-    from casfs.cli.app import Settings
-
     keys = ctx.ensure_object(Settings).keys
     if parameter.name == "identity":
         keys.files += value
@@ -210,3 +237,49 @@ def _output_of(command: str) -> bytes:
     if done.returncode:
         raise CasfsError(f"the passphrase command failed: it ended with {done.returncode}")
     return done.stdout[:_MAX_PASSPHRASE_BYTES]
+
+
+def _set_repo(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.ensure_object(Settings).repo = value
+
+
+def _set_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Settings).as_json = True
+
+
+def _set_no_sync(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Settings).sync = False
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that every verb has; their values are in the context's Settings."""
+    command = key_options(command)
+    command = click.option(
+        "--no-sync",
+        is_flag=True,
+        hidden=True,
+        expose_value=False,
+        callback=_set_no_sync,
+        is_eager=True,
+        help="For tests only: wait for no disk. A crash may lose what was published.",
+    )(command)
+    command = click.option(
+        "--json",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_json,
+        is_eager=True,
+        help="Print one JSON object a line.",
+    )(command)
+    return click.option(
+        "-r",
+        "--repo",
+        metavar="PATH",
+        expose_value=False,
+        callback=_set_repo,
+        is_eager=True,
+        help="The repository [default: $CASFS_REPOSITORY].",
+    )(command)

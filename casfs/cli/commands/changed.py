@@ -1,0 +1,55 @@
+"""The command changed: list the files that changed while they were captured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from casfs.cli.output import path_argument, shown_id
+from casfs.cli.settings import Settings, common_options
+from casfs.display import shown
+
+if TYPE_CHECKING:
+    from casfs.digest import SnapshotId
+    from casfs.format.snapshot import Snapshot
+
+    Found = tuple[SnapshotId, Snapshot]
+
+
+@click.command()
+@click.argument("snap", metavar="SNAP[:PATH]")
+@common_options
+@click.pass_obj
+def changed(settings: Settings, snap: str) -> None:
+    """List the files that changed while they were captured.
+
+    Told are the reason, the number of attempts, and the BLAKE3 digests (as of b3sum) of what was
+    captured and of what was seen when the file was read again.
+    """
+    from casfs.cli.entry_format import NodeFields, shown_reason
+    from casfs.format.tree import captured_digest
+    from casfs.repository.repository import Repository
+    from casfs.trees.reader import flagged_files
+
+    output = settings.output()
+    count = 0
+    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
+        snapshot_id, snapshot, path, node = repository.resolve_path(snap)
+        fields = NodeFields(snapshot).fields
+        for below, file in flagged_files(repository.trees, node, path):
+            count += 1
+            if output.as_json:
+                output.emit("changed", snapshot=snapshot_id.hex(), **fields(below, file))
+                continue
+            capture = file.extra.capture if file.extra is not None else None
+            attempts = capture.attempts if capture is not None else 0
+            observed = capture.observed if capture is not None else None
+            output.line(
+                f"{shown_reason(file):<10}  {attempts} attempt{'' if attempts == 1 else 's':<1}  "
+                f"captured {shown_id(captured_digest(file) or b'')}  "
+                f"observed {shown_id(observed) if observed is not None else 'nothing':<12}  "
+                f"{shown(below)}"
+            )
+    if not count and not output.as_json:
+        output.warn(f"nothing in {shown(path_argument(snap))} changed while it was captured")

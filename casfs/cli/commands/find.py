@@ -1,0 +1,97 @@
+"""The command find: search the snapshots for names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from casfs.cli.app import EXIT_DAMAGED
+from casfs.cli.output import path_argument, shown_id
+from casfs.cli.progress import CommandMonitor
+from casfs.cli.settings import Settings, common_options
+from casfs.display import shown
+from casfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from casfs.digest import SnapshotId
+    from casfs.format.snapshot import Snapshot
+    from casfs.format.tree import Node
+    from casfs.repository.repository import Repository
+
+    Found = tuple[SnapshotId, Snapshot]
+
+
+@click.command()
+@click.argument("pattern", required=False)
+@click.option(
+    "--snapshot",
+    "snaps",
+    multiple=True,
+    metavar="SNAP[:PATH]",
+    help="Look in this snapshot [default: in all].",
+)
+@click.option("--changed", "only_flagged", is_flag=True, help="Only files flagged as changed.")
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(list("fdlpscb")),
+    help="Only files, directories, symlinks, pipes, sockets, character or block devices.",
+)
+@click.option("--ignore-case", "-i", is_flag=True, help="Take capital and small letters as equal.")
+@common_options
+@click.pass_obj
+def find(
+    settings: Settings,
+    pattern: str | None,
+    snaps: tuple[str, ...],
+    only_flagged: bool,
+    kind: str | None,
+    ignore_case: bool,
+) -> int:
+    """Look for names in snapshots, the newest first.
+
+    PATTERN is a shell glob for the name, or for the whole path where it has a slash; its * matches
+    slashes too. With --changed it may be left out. What is found can be given to other verbs as it is
+    printed, SNAP:PATH.
+    """
+    from casfs.cli.entry_format import NodeFields, shown_state
+    from casfs.query.find import KIND_LETTERS, Finder, Query
+    from casfs.repository.repository import Repository
+
+    if pattern is None and not only_flagged:
+        raise UsageError("say what to look for: a PATTERN, or --changed")
+    if pattern is not None:
+        pattern = path_argument(pattern).decode("utf-8", "surrogateescape")
+    kinds = frozenset([KIND_LETTERS[kind]]) if kind is not None else None
+    query = Query(pattern, ignore_case, kinds, only_flagged)
+    output = settings.output()
+    monitor = CommandMonitor(output, "find")
+    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
+        finder = Finder(repository.trees, query, monitor)
+        for snapshot_id, snapshot, top, root in _searched(repository, snaps):
+            fields = NodeFields(snapshot).fields
+            for path, node in finder.find(root, top):
+                if output.as_json:
+                    output.emit("match", snapshot=snapshot_id.hex(), **fields(path, node))
+                    continue
+                output.line(f"{shown_id(snapshot_id)}:{shown(path)}")
+                state = shown_state(node)
+                if state:
+                    output.line(f"    {state} while it was captured")
+    return EXIT_DAMAGED if monitor.problems else 0
+
+
+def _searched(
+    repository: Repository, snaps: tuple[str, ...]
+) -> list[tuple[SnapshotId, Snapshot, bytes, Node]]:
+    """Return the places to look in, the newest snapshot first."""
+    if snaps:
+        named = {(found[0], found[2]): found for found in map(repository.resolve_path, snaps)}
+        places = sorted(named.values(), key=lambda found: (found[1].time_ns, found[0]))
+    else:
+        places = [
+            (snapshot_id, snapshot, b"", snapshot.root)
+            for snapshot_id, snapshot in repository.snapshots()
+        ]
+    return places[::-1]

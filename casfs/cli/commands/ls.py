@@ -1,0 +1,52 @@
+"""The command ls: list a directory of a snapshot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from casfs.cli.app import EXIT_DAMAGED
+from casfs.cli.progress import CommandMonitor
+from casfs.cli.settings import Settings, common_options
+
+if TYPE_CHECKING:
+    from casfs.digest import SnapshotId
+    from casfs.format.snapshot import Snapshot
+
+    Found = tuple[SnapshotId, Snapshot]
+
+
+@click.command()
+@click.argument("snap", metavar="SNAP[:PATH]")
+@click.option("--recursive", "-R", is_flag=True, help="List all that is below PATH.")
+@common_options
+@click.pass_obj
+def ls(settings: Settings, snap: str, recursive: bool) -> int:
+    """List all of a snapshot, or the entries of the directory PATH in it (`:/` is the top).
+
+    A directory's size is that of all files below it. Files are marked that were written to while
+    they were captured: `changed` (a mixture may have been captured) or `appended` (their beginning).
+    """
+    from casfs.cli.entry_format import NodeFields, NodeLines
+    from casfs.query.find import Finder, Query
+    from casfs.repository.repository import Repository
+
+    output = settings.output()
+    monitor = CommandMonitor(output, "ls")
+    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
+        _, snapshot, path, node = repository.resolve_path(snap)
+        fields = NodeFields(snapshot).fields
+        line = NodeLines(snapshot, node).line
+        whole = recursive or ":" not in snap
+        if whole or node.tree is None:
+            entries = Finder(repository.trees, Query(), monitor).find(node, path)
+        else:
+            above = path + b"/" if path else b""
+            entries = ((above + entry.name, entry) for entry in repository.trees.nodes(node.tree))
+        for below, entry in entries:
+            if output.as_json:
+                output.emit("node", **fields(below, entry))
+            else:
+                output.line(line(below if whole or node.tree is None else entry.name, entry))
+    return EXIT_DAMAGED if monitor.problems else 0

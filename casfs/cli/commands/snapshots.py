@@ -1,0 +1,195 @@
+"""The command snapshots: list the snapshots of a repository."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from casfs.cli.output import (
+    Output,
+    iso_time,
+    json_path,
+    local_time,
+    path_argument,
+    shown_id,
+    shown_size,
+)
+from casfs.cli.settings import Settings, common_options
+from casfs.display import shown
+
+if TYPE_CHECKING:
+    from casfs.digest import SnapshotId
+    from casfs.format.snapshot import Snapshot
+    from casfs.repository.repository import Repository
+
+    Found = tuple[SnapshotId, Snapshot]
+
+
+@click.command()
+@click.option("--host", "hosts", multiple=True, metavar="NAME", help="Only of this host.")
+@click.option(
+    "--tag", "tags", multiple=True, metavar="TAG[,TAG...]", help="Only with all of these tags."
+)
+@click.option("--path", "paths", multiple=True, metavar="PATH", help="Only with this path.")
+@click.option(
+    "--latest",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Only the last N of each host and its paths.",
+)
+@common_options
+@click.pass_obj
+def snapshots(
+    settings: Settings,
+    hosts: tuple[str, ...],
+    tags: tuple[str, ...],
+    paths: tuple[str, ...],
+    latest: int | None,
+) -> None:
+    """List the snapshots, the newest last.
+
+    Of several --host or --tag one has to fit, of several --path every one. Where the repository is
+    encrypted and nothing is given that opens it, their times and sizes are listed.
+    """
+    from casfs.repository.repository import Repository
+
+    output = settings.output()
+    root = settings.repository_path()
+    with Repository.open(root, unlock=settings.unlock, closed_ok=True) as repository:
+        if repository.is_closed and not (hosts or tags or paths or latest):
+            _list_closed(output, repository)
+            return
+        everything = list(repository.snapshots())
+        unproven = {one for one, _ in everything if not repository.is_proven(one)}
+    found = _last_of_each(_selected(everything, hosts, tags, paths), latest)
+    if output.as_json:
+        for snapshot_id, snapshot in found:
+            _emit_snapshot(output, snapshot_id, snapshot, snapshot_id in unproven)
+    elif found:
+        _print_table(output, found)
+        for snapshot_id in [one for one, _ in found if one in unproven]:
+            output.warn(
+                f"{shown_id(snapshot_id)} is unproven: it may come from whoever holds the storage"
+            )
+    elif everything:
+        output.warn(f"none of the {len(everything)} snapshots fits")
+    else:
+        output.warn("the repository has no snapshots yet; casfs backup makes one")
+
+
+def _list_closed(output: Output, repository: Repository) -> None:
+    """List what an encrypted repository tells of its snapshots to anybody."""
+    from casfs.errors import CasfsError
+
+    found = []
+    for snapshot_id in repository.snapshot_ids():
+        try:
+            envelope = repository.envelope(snapshot_id)
+        except CasfsError as error:
+            output.warn(str(error))
+            continue
+        if envelope is not None:
+            found.append((snapshot_id, envelope))
+    found.sort(key=lambda item: (item[1].time_ns, item[0]))
+    rows = []
+    for snapshot_id, envelope in found:
+        sizes = (shown_size(envelope.total_bytes), shown_size(envelope.new_stored_bytes))
+        rows.append((shown_id(snapshot_id), local_time(envelope.time_ns), *sizes))
+        output.emit(
+            "snapshot",
+            id=snapshot_id.hex(),
+            time=iso_time(envelope.time_ns),
+            bytes=envelope.total_bytes,
+            new_bytes=envelope.new_stored_bytes,
+            closed=True,
+        )
+    if rows and not output.as_json:
+        output.table(("id", "time", "size", "stored"), ("size", "stored"), rows)
+        output.warn(
+            "the repository is encrypted, and nothing was given that opens it: give --identity"
+        )
+
+
+def _selected(
+    found: list[Found], hosts: tuple[str, ...], tags: tuple[str, ...], paths: tuple[str, ...]
+) -> list[Found]:
+    from casfs.paths import normalize_source_path
+
+    wanted_tags = [set(text.split(",")) for text in tags]
+    wanted_paths = {normalize_source_path(path_argument(path)) for path in paths}
+    return [
+        (snapshot_id, snapshot)
+        for snapshot_id, snapshot in found
+        if (not hosts or snapshot.host in hosts)
+        and (not wanted_tags or any(wanted <= set(snapshot.tags) for wanted in wanted_tags))
+        and wanted_paths <= set(snapshot.paths)
+    ]
+
+
+def _last_of_each(found: list[Found], count: int | None) -> list[Found]:
+    if count is None:
+        return found
+    seen: dict[tuple[str, tuple[bytes, ...]], int] = {}
+    kept = []
+    for snapshot_id, snapshot in reversed(found):
+        key = snapshot.host, snapshot.paths
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] <= count:
+            kept.append((snapshot_id, snapshot))
+    return kept[::-1]
+
+
+def _emit_snapshot(
+    output: Output, snapshot_id: SnapshotId, snapshot: Snapshot, unproven: bool
+) -> None:
+    tree = snapshot.root.tree
+    assert tree is not None
+    output.emit(
+        "snapshot",
+        id=snapshot_id.hex(),
+        time=iso_time(snapshot.time_ns),
+        host=snapshot.host,
+        user=snapshot.user,
+        paths=[json_path(path)["path"] for path in snapshot.paths],
+        tags=list(snapshot.tags),
+        parent=snapshot.parent.hex() if snapshot.parent is not None else None,
+        program=snapshot.program,
+        files=snapshot.stats.files,
+        dirs=snapshot.stats.directories,
+        others=snapshot.stats.others,
+        bytes=tree.total_bytes,
+        flagged=tree.flagged,
+        unreadable=snapshot.stats.unreadable,
+        vanished=snapshot.stats.vanished,
+        unproven=unproven,
+    )
+
+
+_HEADS = ("id", "time", "host", "paths", "tags", "files", "size", "flagged")
+
+
+_NUMBERS = ("files", "size", "flagged")
+
+
+def _print_table(output: Output, found: list[Found]) -> None:
+    rows = [row for snapshot_id, snapshot in found for row in _rows(snapshot_id, snapshot)]
+    output.table(_HEADS, _NUMBERS, rows)
+
+
+def _rows(snapshot_id: SnapshotId, snapshot: Snapshot) -> list[tuple[str, ...]]:
+    """Return a snapshot's row, and one more for each further path."""
+    tree = snapshot.root.tree
+    assert tree is not None
+    first, *others = [shown(path) for path in snapshot.paths] or [""]
+    row = (
+        shown_id(snapshot_id),
+        local_time(snapshot.time_ns),
+        shown(snapshot.host.encode()),
+        first,
+        ",".join(shown(tag.encode()) for tag in snapshot.tags),
+        str(snapshot.stats.files),
+        shown_size(tree.total_bytes),
+        str(tree.flagged) if tree.flagged else "",
+    )
+    return [row, *(("", "", "", other, "", "", "", "") for other in others)]

@@ -1,0 +1,56 @@
+"""The command tag: change the tags of a snapshot."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from casfs.cli.output import iso_time, shown_id
+from casfs.cli.param_types import tags_in
+from casfs.cli.settings import Settings, common_options
+from casfs.display import shown
+from casfs.errors import UsageError
+
+
+@click.command()
+@click.argument("snap", metavar="SNAP")
+@click.option("--add", "added", multiple=True, metavar="TAG[,TAG...]", help="Add tags.")
+@click.option("--remove", "removed", multiple=True, metavar="TAG[,TAG...]", help="Remove tags.")
+@click.option("--set", "replaced", multiple=True, metavar="TAG[,TAG...]", help="Have just these.")
+@common_options
+@click.pass_obj
+def tag(
+    settings: Settings,
+    snap: str,
+    added: tuple[str, ...],
+    removed: tuple[str, ...],
+    replaced: tuple[str, ...],
+) -> None:
+    """Change a snapshot's tags; it gets a new id, its content stays the same."""
+    from casfs.repository.repository import Repository
+    from casfs.repository.tagging import retag
+
+    if not (added or removed or replaced):
+        raise UsageError("say what to change: --add, --remove or --set")
+    if replaced and (added or removed):
+        raise UsageError("--set does not go with --add or --remove")
+    wanted = tags_in(replaced or added)
+    # One that has a comma, or no name, may be there from before such were refused.
+    unwanted = {tag for text in removed for tag in (text, *text.split(","))}
+    with Repository.open(
+        settings.repository_path(), "tag", sync=settings.sync, unlock=settings.unlock
+    ) as repository:
+        old_id, old = repository.resolve(snap)
+        tags = wanted if replaced else set(old.tags) - unwanted | wanted
+        new_id, new = retag(repository, old_id, old, tuple(sorted(tags)))
+    output = settings.output()
+    shown_tags = ", ".join(shown(os.fsencode(tag)) for tag in new.tags) or "none"
+    output.line(f"snapshot {shown_id(old_id)} is now {shown_id(new_id)}, tags: {shown_tags}")
+    output.emit(
+        "snapshot",
+        id=new_id.hex(),
+        replaces=old_id.hex(),
+        time=iso_time(new.time_ns),
+        tags=list(new.tags),
+    )

@@ -1,0 +1,23 @@
+"""The command version: print the versions in use."""
+
+from __future__ import annotations
+
+import platform
+
+import click
+
+from casfs import __version__
+from casfs.cli.settings import Settings, common_options
+
+
+@click.command()
+@common_options
+@click.pass_obj
+def version(settings: Settings) -> None:
+    """Print the versions of casfs, of its repository format and of Python."""
+    from casfs.format.config import FORMAT_VERSION
+
+    output = settings.output()
+    python = platform.python_version()
+    output.line(f"casfs {__version__} (repository format {FORMAT_VERSION}, Python {python})")
+    output.emit("version", casfs=__version__, format=FORMAT_VERSION, python=python)
