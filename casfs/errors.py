@@ -85,6 +85,17 @@ class StorageError(CasfsError):
         return f"cannot {self.action} {self.path}: {self.cause.strerror or self.cause}"
 
 
+class StorageDeniedError(StorageError):
+    """The storage refuses who asks: credentials, rights, or a key of the server that does not fit.
+
+    Asking again does not help.
+    """
+
+
+class StorageUnavailableError(StorageError):
+    """The storage did not answer, or is too busy; what was asked may or may not have happened."""
+
+
 class IndexUnusableError(CasfsError):
     """The index cannot be used; it is derived and can be rebuilt from the packs."""
 

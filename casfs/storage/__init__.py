@@ -1,1 +1,1 @@
-"""Where objects are kept: named, write-once, durable before they have their name."""
+"""Where a repository's objects are kept: one contract (`base`), and a module for each kind of place."""

@@ -1,0 +1,106 @@
+"""A limit to the bytes that go to or come from a storage in a second.
+
+An object is sent as a whole, so the limit holds for the average of a few objects: the wait comes before
+the bytes, as long as they would take at the limit.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from casfs.storage.base import Data, ObjectWriter, Storage
+from casfs.storage.wrapper import StorageWrapper
+
+_BURST_S = 1.0
+"""What was not used in this many seconds may be used later."""
+
+
+class RateLimit:
+    """A token bucket of bytes, shared by any number of threads."""
+
+    def __init__(
+        self,
+        bytes_per_s: int,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if bytes_per_s <= 0:
+            raise ValueError("a rate limit is at least one byte a second")
+        self._rate = bytes_per_s
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._tokens = bytes_per_s * _BURST_S
+        self._filled_at = clock()
+
+    def take(self, size: int) -> None:
+        """Wait until `size` bytes may be transferred; a larger transfer than the bucket goes into debt."""
+        with self._lock:
+            now = self._clock()
+            refilled = self._tokens + (now - self._filled_at) * self._rate
+            self._tokens = min(refilled, self._rate * _BURST_S) - size
+            self._filled_at = now
+            wait_s = -self._tokens / self._rate
+        if wait_s > 0:
+            self._sleep(wait_s)
+
+
+class LimitedStorage(StorageWrapper):
+    """A storage that is written to and read from no faster than two limits allow."""
+
+    def __init__(
+        self, inner: Storage, upload: RateLimit | None = None, download: RateLimit | None = None
+    ) -> None:
+        super().__init__(inner)
+        self._upload = upload
+        self._download = download
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Return a range of an object's bytes; the wait for their number follows them."""
+        data = self.inner.read(name, offset, size)
+        if self._download is not None:
+            self._download.take(len(data))
+        return data
+
+    def write(self, name: str, data: Data) -> None:
+        """Store an object, replacing one of the same name."""
+        self._take_upload(len(data))
+        self.inner.write(name, data)
+
+    def create(self, name: str, data: Data) -> None:
+        """Store an object unless there is one of the same name."""
+        self._take_upload(len(data))
+        self.inner.create(name, data)
+
+    def open_writer(self, in_memory: bool) -> ObjectWriter:
+        """Begin an object."""
+        return _LimitedWriter(self, self.inner.open_writer(in_memory))
+
+    def _take_upload(self, size: int) -> None:
+        if self._upload is not None:
+            self._upload.take(size)
+
+
+class _LimitedWriter:
+    """A writer whose bytes are waited for before they are sent."""
+
+    def __init__(self, storage: LimitedStorage, inner: ObjectWriter) -> None:
+        self._storage = storage
+        self._inner = inner
+        self._bytes = 0
+
+    def append(self, data: Data) -> None:
+        """Add bytes to the end."""
+        self._inner.append(data)
+        self._bytes += len(data)
+
+    def commit(self, name: str) -> None:
+        """Make the bytes durable under a name."""
+        self._storage._take_upload(self._bytes)
+        self._inner.commit(name)
+
+    def discard(self) -> None:
+        """Drop what was appended."""
+        self._inner.discard()

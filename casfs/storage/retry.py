@@ -1,0 +1,190 @@
+"""Asking again: a storage that did not answer is asked again after growing pauses.
+
+Only `StorageUnavailableError` leads to another attempt. Every object is write-once or replaced as a whole, so
+asking twice does no harm; where an answer to a creation was lost, the size of what is there tells
+whether it happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from casfs.errors import CasfsError, NotFoundError, StorageUnavailableError
+from casfs.storage.base import Data, ListedObject, ObjectWriter, Storage
+from casfs.storage.wrapper import StorageWrapper
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_REPORTED_AFTER_S = 5.0
+"""A pause of this length is worth a line in the log: people see why nothing moves."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How long is waited between two attempts, and in total.
+
+    `first_patience_s` holds until the storage has answered once: a name that is wrong should not be
+    waited for as long as a network that went away.
+    """
+
+    patience_s: float = 900.0
+    first_patience_s: float = 20.0
+    first_pause_s: float = 0.2
+    factor: float = 2.0
+    max_pause_s: float = 30.0
+
+
+class Retrier:
+    """Runs actions until they succeed or the patience is over; used by several threads at once.
+
+    `sleep(seconds)` returns True when waiting was ended by `stop`. `jitter` returns a factor between 0.5
+    and 1, so that machines which were cut off together do not come back together.
+    """
+
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], bool] | None = None,
+        jitter: Callable[[], float] = lambda: random.uniform(0.5, 1),
+    ) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._stopped = threading.Event()
+        self._sleep = sleep if sleep is not None else self._stopped.wait
+        self._jitter = jitter
+        self._has_answered = False
+
+    def stop(self) -> None:
+        """End every pause; the error that led to it is raised."""
+        self._stopped.set()
+
+    def run(self, action: Callable[[], T], again: Callable[[], T] | None = None) -> T:
+        """Return what `action` returns; every attempt but the first calls `again`, if given."""
+        deadline: float | None = None
+        pause_s = self._policy.first_pause_s
+        while True:
+            try:
+                result = action()
+            except StorageUnavailableError as error:
+                now = self._clock()
+                if deadline is None:
+                    deadline = now + self._patience_s()
+                left_s = deadline - now
+                if left_s <= 0 or self._stopped.is_set():
+                    raise
+                wait_s = min(pause_s * self._jitter(), left_s)
+                if wait_s >= _REPORTED_AFTER_S:
+                    log.warning("%s; trying again in %.0f s", error, wait_s)
+                if self._sleep(wait_s):
+                    raise
+                pause_s = min(pause_s * self._policy.factor, self._policy.max_pause_s)
+                action = again if again is not None else action
+            except CasfsError:
+                self._has_answered = True
+                raise
+            else:
+                self._has_answered = True
+                return result
+
+    def _patience_s(self) -> float:
+        policy = self._policy
+        return policy.patience_s if self._has_answered else policy.first_patience_s
+
+
+class RetryingStorage(StorageWrapper):
+    """A storage whose calls are made again when the place does not answer."""
+
+    def __init__(self, inner: Storage, retrier: Retrier) -> None:
+        super().__init__(inner)
+        self._retrier = retrier
+
+    def list(self, prefix: str) -> Iterator[ListedObject]:
+        """Yield every object below a prefix; after an error the listing goes on behind the last name."""
+        last = ""
+        entries = self.inner.list(prefix)
+
+        def reopen() -> ListedObject | None:
+            nonlocal entries
+            entries = self.inner.list(prefix)
+            return next((entry for entry in entries if entry.name > last), None)
+
+        while True:
+            entry = self._retrier.run(lambda: next(entries, None), reopen)
+            if entry is None:
+                return
+            last = entry.name
+            yield entry
+
+    def size(self, name: str) -> int:
+        """Return an object's size in bytes."""
+        return self._retrier.run(lambda: self.inner.size(name))
+
+    def mtime_ns(self, name: str) -> int:
+        """Return when an object was written."""
+        return self._retrier.run(lambda: self.inner.mtime_ns(name))
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Return a range of an object's bytes."""
+        return self._retrier.run(lambda: self.inner.read(name, offset, size))
+
+    def write(self, name: str, data: Data) -> None:
+        """Store an object, replacing one of the same name."""
+        self._retrier.run(lambda: self.inner.write(name, data))
+
+    def create(self, name: str, data: Data) -> None:
+        """Store an object unless there is one of the same name."""
+        self._retrier.run(lambda: self.inner.create(name, data))
+
+    def delete(self, name: str) -> None:
+        """Remove an object."""
+        self._retrier.run(lambda: self.inner.delete(name))
+
+    def open_writer(self, in_memory: bool) -> ObjectWriter:
+        """Begin an object."""
+        return _RetryingWriter(self, self.inner.open_writer(in_memory))
+
+    def close(self) -> None:
+        """End every pause and close the storage inside."""
+        self._retrier.stop()
+        self.inner.close()
+
+
+class _RetryingWriter:
+    """A writer whose `commit` is made again; what it sent before may have arrived."""
+
+    def __init__(self, storage: RetryingStorage, inner: ObjectWriter) -> None:
+        self._storage = storage
+        self._inner = inner
+        self._bytes = 0
+
+    def append(self, data: Data) -> None:
+        """Add bytes to the end."""
+        self._inner.append(data)
+        self._bytes += len(data)
+
+    def commit(self, name: str) -> None:
+        """Make the bytes durable under a name."""
+        self._storage._retrier.run(
+            lambda: self._inner.commit(name), lambda: self._commit_unless_there(name)
+        )
+
+    def _commit_unless_there(self, name: str) -> None:
+        try:
+            if self._storage.inner.size(name) == self._bytes:
+                return
+        except NotFoundError:
+            pass
+        self._inner.commit(name)
+
+    def discard(self) -> None:
+        """Drop what was appended."""
+        self._inner.discard()

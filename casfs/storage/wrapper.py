@@ -1,0 +1,68 @@
+"""A storage that hands every call on to another one; what wraps a storage overrides what it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from casfs.storage.base import Capabilities, Data, ListedObject, ObjectWriter, Storage
+
+
+class StorageWrapper:
+    """A storage around another one, `inner`."""
+
+    def __init__(self, inner: Storage) -> None:
+        self.inner = inner
+
+    @property
+    def url(self) -> str:
+        """The place of the storage inside."""
+        return self.inner.url
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the storage inside can do."""
+        return self.inner.capabilities
+
+    def list(self, prefix: str) -> Iterator[ListedObject]:
+        """Yield every object below a prefix."""
+        return self.inner.list(prefix)
+
+    def size(self, name: str) -> int:
+        """Return an object's size in bytes."""
+        return self.inner.size(name)
+
+    def mtime_ns(self, name: str) -> int:
+        """Return when an object was written."""
+        return self.inner.mtime_ns(name)
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Return a range of an object's bytes."""
+        return self.inner.read(name, offset, size)
+
+    def read_nonblocking(self, name: str, offset: int, size: int) -> bytes | None:
+        """Return a range if it is in memory."""
+        return self.inner.read_nonblocking(name, offset, size)
+
+    def prefetch(self, name: str, offset: int, size: int) -> None:
+        """Ask for a range to be brought into memory."""
+        self.inner.prefetch(name, offset, size)
+
+    def write(self, name: str, data: Data) -> None:
+        """Store an object, replacing one of the same name."""
+        self.inner.write(name, data)
+
+    def create(self, name: str, data: Data) -> None:
+        """Store an object unless there is one of the same name."""
+        self.inner.create(name, data)
+
+    def delete(self, name: str) -> None:
+        """Remove an object."""
+        self.inner.delete(name)
+
+    def open_writer(self, in_memory: bool) -> ObjectWriter:
+        """Begin an object."""
+        return self.inner.open_writer(in_memory)
+
+    def close(self) -> None:
+        """Close the storage inside."""
+        self.inner.close()

@@ -1,0 +1,135 @@
+"""A storage that records its calls, and delays, fails or reorders them as a test says."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from casfs.errors import StorageUnavailableError
+from casfs.storage.base import Data, ListedObject, ObjectWriter, Storage
+from casfs.storage.wrapper import StorageWrapper
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a storage: what was asked, of which name, and the bytes that went with it."""
+
+    method: str
+    name: str
+    size: int = 0
+
+
+def unavailable(call: Call) -> StorageUnavailableError:
+    """Return the error of a place that does not answer."""
+    return StorageUnavailableError(call.method, call.name, TimeoutError(110, "no answer"))
+
+
+@dataclass(slots=True)
+class Failure:
+    """Raise `error` at calls that `applies` accepts, `times` times; `after` lets the call act first."""
+
+    applies: Callable[[Call], bool]
+    error: Callable[[Call], BaseException] = unavailable
+    times: int = 1
+    after: bool = False
+
+
+@dataclass(slots=True)
+class Script:
+    """What happens to the calls of a `RecordingStorage`; changed by a test while it is used."""
+
+    failures: list[Failure] = field(default_factory=list)
+    round_trip_s: float = 0.0
+    before: Callable[[Call], None] | None = None
+    """Called in the calling thread before a call acts: a test that waits here holds the call back, so
+    that others overtake it."""
+
+
+class RecordingStorage(StorageWrapper):
+    """A storage around another one; `calls` is what was asked of it, in order."""
+
+    def __init__(self, inner: Storage, script: Script | None = None) -> None:
+        super().__init__(inner)
+        self.script = script if script is not None else Script()
+        self.calls: list[Call] = []
+        self._lock = threading.Lock()
+
+    def methods(self) -> list[str]:
+        """Return the methods that were called, in order."""
+        with self._lock:
+            return [call.method for call in self.calls]
+
+    def _do(self, call: Call, action: Callable[[], T]) -> T:
+        with self._lock:
+            self.calls.append(call)
+            failure = next(
+                (one for one in self.script.failures if one.times and one.applies(call)), None
+            )
+            if failure is not None:
+                failure.times -= 1
+        if self.script.before is not None:
+            self.script.before(call)
+        if self.script.round_trip_s:
+            time.sleep(self.script.round_trip_s)
+        if failure is not None and not failure.after:
+            raise failure.error(call)
+        result = action()
+        if failure is not None:
+            raise failure.error(call)
+        return result
+
+    def list(self, prefix: str) -> Iterator[ListedObject]:
+        """Yield every object below a prefix; each entry is a call of its own, `list entry`."""
+        entries = self._do(Call("list", prefix), lambda: self.inner.list(prefix))
+        for entry in entries:
+            yield self._do(Call("list entry", entry.name), lambda entry=entry: entry)  # type: ignore[misc]
+
+    def size(self, name: str) -> int:
+        """Return an object's size."""
+        return self._do(Call("size", name), lambda: self.inner.size(name))
+
+    def mtime_ns(self, name: str) -> int:
+        """Return when an object was written."""
+        return self._do(Call("mtime_ns", name), lambda: self.inner.mtime_ns(name))
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Return a range."""
+        return self._do(Call("read", name, size or 0), lambda: self.inner.read(name, offset, size))
+
+    def write(self, name: str, data: Data) -> None:
+        """Store an object, replacing one of the same name."""
+        self._do(Call("write", name, len(data)), lambda: self.inner.write(name, data))
+
+    def create(self, name: str, data: Data) -> None:
+        """Store an object unless there is one of the same name."""
+        self._do(Call("create", name, len(data)), lambda: self.inner.create(name, data))
+
+    def delete(self, name: str) -> None:
+        """Remove an object."""
+        self._do(Call("delete", name), lambda: self.inner.delete(name))
+
+    def open_writer(self, in_memory: bool) -> ObjectWriter:
+        """Begin an object."""
+        return _RecordingWriter(self, self.inner.open_writer(in_memory))
+
+
+class _RecordingWriter:
+    def __init__(self, storage: RecordingStorage, inner: ObjectWriter) -> None:
+        self._storage = storage
+        self._inner = inner
+        self._bytes = 0
+
+    def append(self, data: Data) -> None:
+        self._inner.append(data)
+        self._bytes += len(data)
+
+    def commit(self, name: str) -> None:
+        self._storage._do(Call("commit", name, self._bytes), lambda: self._inner.commit(name))
+
+    def discard(self) -> None:
+        self._inner.discard()
