@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "casfs.errors",
         "casfs.monitor",
         "casfs.paths",
+        "casfs.patterns",
         "casfs.user_dirs",
     ),
     ("casfs.storage",),
