@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from casfs.crypto.identities import Identities
     from casfs.crypto.opening import Unlock
     from casfs.format.config import RepositoryConfig
-    from casfs.storage.local import Storage
+    from casfs.storage.base import Storage
 
 _MAX_PASSPHRASE_BYTES = 64 * 1024
 

@@ -13,7 +13,7 @@ from casfs.crypto.passphrase import WrappedIdentity, parse_wrapped, unwrap_ident
 from casfs.crypto.recipients import Recipient, RecipientKind
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError, NotFoundError, SessionError, StorageError, WrongKeyError
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def store_identity(storage: Storage, data: bytes, suffix: str) -> None:
 
 
 def _files(storage: Storage, suffix: str) -> Iterator[tuple[str, bytes]]:
-    for name, _ in list(storage.names(IDENTITIES)):
+    for name, _, _ in list(storage.list(IDENTITIES)):
         if not name.endswith(f".{suffix}"):
             continue
         try:

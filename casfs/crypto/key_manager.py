@@ -41,7 +41,7 @@ from casfs.errors import (
 )
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import Domain, Session
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
 

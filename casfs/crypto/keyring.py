@@ -13,7 +13,7 @@ from casfs.crypto.session_files import read_session, session_ids, write_session
 from casfs.errors import CasfsError, KeyMissingError, SessionError
 from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import Domain, DomainId, Session, SessionId
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from casfs.crypto.trust_state import check_place, remember_place
 from casfs.errors import KeyMissingError, StorageError
 from casfs.format.codec import BlobCodec
 from casfs.format.config import RepositoryConfig
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 from casfs.storage.locks import LockMode
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import msgspec
 from casfs.crypto import age, gpg
 from casfs.digest import digest_of
 from casfs.errors import IntegrityError, NotFoundError, WrongKeyError
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 
 RECIPIENTS_NAME = "recipients"
 _MAX_BYTES = 4 << 20

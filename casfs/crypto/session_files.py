@@ -17,7 +17,7 @@ from casfs.crypto.recipients import Recipient, wrap
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError, NotFoundError, SessionError
 from casfs.format.key_derivation import MAX_DOMAINS, SECRET_BYTES, Domain, Session, SessionId
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 
 SESSIONS = "sessions"
 
@@ -83,7 +83,7 @@ def decode_session(data: bytes, session_id: bytes, repository: bytes) -> Session
 def session_ids(storage: Storage) -> list[SessionId]:
     """Return the sessions that the storage has, sorted."""
     found = set()
-    for name, _ in storage.names(SESSIONS):
+    for name, _, _ in storage.list(SESSIONS):
         parts = name.split("/")
         if len(parts) == 3 and len(parts[1]) == 64:
             try:
@@ -95,7 +95,7 @@ def session_ids(storage: Storage) -> list[SessionId]:
 
 def files_of(storage: Storage, session_id: SessionId) -> list[WrappedFile]:
     """Return the files of a session, those for age first."""
-    names = [name for name, _ in storage.names(f"{SESSIONS}/{session_id.hex()}")]
+    names = [name for name, _, _ in storage.list(f"{SESSIONS}/{session_id.hex()}")]
     files = [WrappedFile(name, name.rpartition(".")[2]) for name in names]
     return sorted(file for file in files if file.suffix in ("age", "gpg"))
 
@@ -112,7 +112,7 @@ def write_session(storage: Storage, session: Session, recipients: Sequence[Recip
 
 def remove_session(storage: Storage, session_id: SessionId) -> None:
     """Remove the files of a session that nothing was stored in."""
-    for name, _ in list(storage.names(f"{SESSIONS}/{session_id.hex()}")):
+    for name, _, _ in list(storage.list(f"{SESSIONS}/{session_id.hex()}")):
         storage.delete(name)
 
 

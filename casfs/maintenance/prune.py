@@ -280,7 +280,7 @@ class Pruner:
         young = {}
         for ordinal in ordinals - self._earlier().keys():
             try:
-                written_ns = self._storage.written_ns(pack_name(self._records[ordinal].pack))
+                written_ns = self._storage.mtime_ns(pack_name(self._records[ordinal].pack))
             except NotFoundError:
                 continue
             if written_ns >= writers[first].since_ns:

@@ -63,7 +63,7 @@ class Misplaced:
         names: dict[str, SnapshotId | None] = {f"snapshots/{one.hex()}": one for one in damaged}
         if damaged:
             # A repair that ended half-way has left something there.
-            names |= dict.fromkeys(name for name, _ in self._storage.names(DAMAGED_FOLDER))
+            names |= dict.fromkeys(name for name, _, _ in self._storage.list(DAMAGED_FOLDER))
         for name, under in names.items():
             try:
                 data = self._storage.read(name, 0, MAX_SNAPSHOT_BYTES)

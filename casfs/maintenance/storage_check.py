@@ -17,7 +17,7 @@ from casfs.format.key_derivation import SECRET_BYTES
 from casfs.format.pack import HEADER, SESSION_HEADER
 from casfs.maintenance.scrub import Damage
 from casfs.monitor import Monitor
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 
 FOLDERS = {
     "packs": "pack",
@@ -43,11 +43,11 @@ class StorageCheck:
 def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) -> StorageCheck:
     """Recompute the digest of every object; raises StorageError where the storage cannot be listed."""
     result = StorageCheck()
-    names = [item for folder in FOLDERS for item in storage.names(folder)]
-    monitor.progress.total_bytes = sum(size for _, size in names)
-    sessions = {name.split("/")[1] for name, _ in names if name.startswith("sessions/")}
+    names = [item for folder in FOLDERS for item in storage.list(folder)]
+    monitor.progress.total_bytes = sum(size for _, size, _ in names)
+    sessions = {name.split("/")[1] for name, _, _ in names if name.startswith("sessions/")}
     needed: dict[str, str] = {}
-    for name, size in names:
+    for name, size, _ in names:
         head = b""
         try:
             head = storage.read(name, 0, SESSION_HEADER)

@@ -309,7 +309,7 @@ class Repository:
         snapshot_id, data = encode_snapshot(snapshot, self.codec, session)
         if complete:
             self.store.index.mark_complete(snapshot_id, self._losses)
-        self.store.storage.write(f"snapshots/{snapshot_id.hex()}", data)
+        self.store.storage.create(f"snapshots/{snapshot_id.hex()}", data)
         if self.vault is not None:
             self.vault.note_published(snapshot_id, snapshot.time_ns)
         return snapshot_id
@@ -357,7 +357,7 @@ class Repository:
     def snapshot_ids(self) -> list[SnapshotId]:
         """Return the ids of all snapshot files, sorted."""
         ids = []
-        for name, _ in self.store.storage.names("snapshots"):
+        for name, _, _ in self.store.storage.list("snapshots"):
             text = name.rpartition("/")[2]
             if len(text) == 64 and all(c in "0123456789abcdef" for c in text):
                 ids.append(SnapshotId(bytes.fromhex(text)))

@@ -1,10 +1,7 @@
-"""The storage: named write-once objects on a local file system, durable before they have their name.
+"""A storage in a folder of a local or mounted file system: the contract of `base` over POSIX calls.
 
-Names are relative paths such as `packs/ab/abcd…` and `snapshots/abcd…`. An object appears under its
-name only when its bytes are on disk, and the name itself is on disk before the call returns. All of
-pack I/O goes through `Storage`, so that another storage needs nothing else.
-
-`LocalStorage` may be used from several threads at once.
+An object's bytes are on disk before its temporary file is renamed to its name, and the folder that holds
+the name is on disk before the call returns.
 """
 
 from __future__ import annotations
@@ -16,9 +13,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
-from casfs.errors import NotFoundError, StorageError
+from casfs.errors import NotFoundError, StorageDeniedError, StorageError
+from casfs.storage.base import (
+    MAX_WHOLE_READ_BYTES,
+    Capabilities,
+    Data,
+    ListedObject,
+    is_name,
+)
+from casfs.storage.buffered_writer import size_conflict
 
 RESERVE_FILE = "reserve"
 RESERVE_BYTES = 1024 * 1024
@@ -67,50 +71,6 @@ _OPEN_FILES = 64
 """How many packs a reader keeps open; each is one descriptor."""
 
 
-class Spool(Protocol):
-    """An object that is being written and has no name yet."""
-
-    def append(self, data: bytes | bytearray | memoryview) -> None:
-        """Add bytes to the end."""
-
-    def publish(self, name: str) -> None:
-        """Make the bytes durable, then give them their name, then make the name durable."""
-
-    def discard(self) -> None:
-        """Forget what was appended; harmless after `publish`."""
-
-
-class Storage(Protocol):
-    """What a repository needs of the place where its objects are kept."""
-
-    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Yield the name and size in bytes of every object below a prefix, sorted by name."""
-
-    def size(self, name: str) -> int:
-        """Return an object's size in bytes; raise NotFoundError where there is none."""
-
-    def written_ns(self, name: str) -> int:
-        """Return when an object was written, in nanoseconds since 1970 by the storage's own clock."""
-
-    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        """Return `size` bytes from `offset` (fewer at the end); raise NotFoundError, StorageError."""
-
-    def read_at_once(self, name: str, offset: int, size: int) -> bytes | None:
-        """Return `size` bytes from `offset` if they are in memory, else None; never wait."""
-
-    def prefetch(self, name: str, offset: int, size: int) -> None:
-        """Bring a range into memory soon, if the storage can; raise nothing."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Store a whole object durably, replacing one of the same name."""
-
-    def delete(self, name: str) -> None:
-        """Remove an object; one that is not there is no error."""
-
-    def spool(self, in_memory: bool) -> Spool:
-        """Begin an object whose name is known only at its end."""
-
-
 class LocalStorage:
     """A storage in a folder of a local file system.
 
@@ -118,6 +78,18 @@ class LocalStorage:
     `sync=False` is for tests of everything but durability. `on_step` is called with the name of every
     durable step before and after it, for tests that stop a process there.
     """
+
+    capabilities = Capabilities(
+        creates_exclusively=False,
+        reads_ranges=True,
+        has_own_clock=True,
+        syncs_names=True,
+        can_overwrite=True,
+        can_delete=True,
+        reads_nonblocking=True,
+        holds_locks=True,
+        parallel_requests=1,
+    )
 
     def __init__(
         self,
@@ -135,29 +107,45 @@ class LocalStorage:
         # Joining paths costs more than reading a small range of an open file.
         self._prefix = str(root / "_")[:-1]
 
-    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Yield the name and size in bytes of every object below a prefix, sorted by name."""
+    @property
+    def url(self) -> str:
+        """The folder."""
+        return str(self.root)
+
+    def list(self, prefix: str) -> Iterator[ListedObject]:
+        """Yield every object below a prefix, sorted by name."""
         try:
-            entries = sorted(os.scandir(self.root / prefix), key=lambda entry: entry.name)
+            # With the slash that follows their names, folders sort as the names of their objects do.
+            entries = sorted(
+                os.scandir(self.root / prefix),
+                key=lambda entry: (
+                    f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+                ),
+            )
         except FileNotFoundError:
             return
         except OSError as error:
-            raise StorageError("list", str(self.root / prefix), error) from error
+            raise _storage_error("list", str(self.root / prefix), error) from error
         for entry in entries:
             name = f"{prefix}/{entry.name}"
+            if not is_name(name):
+                continue
             if entry.is_dir(follow_symlinks=False):
-                yield from self.names(name)
+                yield from self.list(name)
             else:
                 try:
-                    yield name, entry.stat(follow_symlinks=False).st_size
+                    found = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
+                except OSError as error:
+                    raise _storage_error("list", str(self.root / name), error) from error
+                yield ListedObject(name, found.st_size, found.st_mtime_ns)
 
     def size(self, name: str) -> int:
         """Return an object's size in bytes."""
         return self._stat(name).st_size
 
-    def written_ns(self, name: str) -> int:
+    def mtime_ns(self, name: str) -> int:
         """Return when an object was written."""
         return self._stat(name).st_mtime_ns
 
@@ -167,7 +155,7 @@ class LocalStorage:
         except FileNotFoundError as error:
             raise NotFoundError(f"{name} is not in the repository") from error
         except OSError as error:
-            raise StorageError("read", str(self.root / name), error) from error
+            raise _storage_error("read", str(self.root / name), error) from error
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Return a range of an object's bytes."""
@@ -175,7 +163,9 @@ class LocalStorage:
         try:
             with self._readers.reader(path) as fd:
                 if size is None:
-                    size = os.fstat(fd).st_size - offset
+                    size = max(0, os.fstat(fd).st_size - offset)
+                    if size > MAX_WHOLE_READ_BYTES:
+                        raise OSError(errno.EFBIG, "it is too large to be read as a whole")
                 data = os.pread(fd, size, offset)
                 while len(data) < size:
                     more = os.pread(fd, size - len(data), offset + len(data))
@@ -186,9 +176,9 @@ class LocalStorage:
         except FileNotFoundError as error:
             raise NotFoundError(f"{name} is not in the repository") from error
         except OSError as error:
-            raise StorageError("read", path, error) from error
+            raise _storage_error("read", path, error) from error
 
-    def read_at_once(self, name: str, offset: int, size: int) -> bytes | None:
+    def read_nonblocking(self, name: str, offset: int, size: int) -> bytes | None:
         """Return a range if its object is open and the kernel has it in memory, else None."""
         file = self._readers.open_reader(f"{self._prefix}{name}")
         if file is None:
@@ -209,14 +199,23 @@ class LocalStorage:
         except OSError:
             return
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: Data) -> None:
         """Store a whole object durably, replacing one of the same name."""
-        spool = self.spool(in_memory=True)
+        writer = self.open_writer(in_memory=True)
         try:
-            spool.append(data)
-            spool.publish(name)
+            writer.append(data)
+            writer.replace(name)
         finally:
-            spool.discard()
+            writer.discard()
+
+    def create(self, name: str, data: Data) -> None:
+        """Store a whole object durably unless there is one of the same name."""
+        writer = self.open_writer(in_memory=True)
+        try:
+            writer.append(data)
+            writer.commit(name)
+        finally:
+            writer.discard()
 
     def delete(self, name: str) -> None:
         """Remove an object and make its absence durable."""
@@ -229,11 +228,11 @@ class LocalStorage:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise StorageError("delete", str(path), error) from error
+            raise _storage_error("delete", str(path), error) from error
 
-    def spool(self, in_memory: bool) -> LocalSpool:
-        """Begin an object; in memory it touches the disk only when it is published."""
-        return LocalSpool(self, in_memory)
+    def open_writer(self, in_memory: bool) -> LocalWriter:
+        """Begin an object; in memory it touches the disk only when it is committed."""
+        return LocalWriter(self, in_memory)
 
     def close(self) -> None:
         """Close the packs that were kept open for reading."""
@@ -255,6 +254,21 @@ class LocalStorage:
         os.rename(temporary, path)
         self._sync_folder(path.parent, name)
 
+    def _keep_existing(self, name: str, size: int) -> bool:
+        """Return whether an object of this name and size is there, and make its name durable then."""
+        path = self.root / name
+        try:
+            found_bytes = os.stat(path).st_size
+            if found_bytes == size and self._sync:
+                self._sync_folder(path.parent, name)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise _storage_error("create", str(path), error) from error
+        if found_bytes != size:
+            raise size_conflict(self.url, name, found_bytes, size)
+        return True
+
     def _sync_folder(self, folder: Path, name: str) -> None:
         self._step("folder", name)
         if self._sync:
@@ -270,7 +284,7 @@ class LocalStorage:
             self._on_step(f"{what} {name.partition('/')[0]}")
 
 
-class LocalSpool:
+class LocalWriter:
     """An unnamed object of a LocalStorage; one thread at a time."""
 
     def __init__(self, storage: LocalStorage, in_memory: bool) -> None:
@@ -281,7 +295,7 @@ class LocalSpool:
         self._begun = 0
         self._bytes = 0
 
-    def append(self, data: bytes | bytearray | memoryview) -> None:
+    def append(self, data: Data) -> None:
         """Add bytes to the end; raises StorageError when the disk refuses."""
         if self._parts is not None:
             self._parts.append(bytes(data))
@@ -295,8 +309,16 @@ class LocalSpool:
             )
             self._begun = self._bytes
 
-    def publish(self, name: str) -> None:
-        """Make the bytes durable under their name; raises StorageError and then leaves no name."""
+    def commit(self, name: str) -> None:
+        """Make the bytes durable under their name, unless it has them already."""
+        size = sum(map(len, self._parts)) if self._parts is not None else self._bytes
+        if self._storage._keep_existing(name, size):
+            self.discard()
+        else:
+            self.replace(name)
+
+    def replace(self, name: str) -> None:
+        """Make the bytes durable under their name, whatever has it now."""
         for part in self._parts or ():
             self._write(part)
         self._parts = None
@@ -304,12 +326,12 @@ class LocalSpool:
         try:
             self._storage._publish(self._fd, path, name)
         except OSError as error:
-            raise StorageError("write", str(self._storage.root / name), error) from error
+            raise _storage_error("write", str(self._storage.root / name), error) from error
         os.close(self._fd)
         self._fd, self._path = -1, None
 
     def discard(self) -> None:
-        """Remove what was written so far; harmless after `publish`."""
+        """Remove what was written so far; harmless after `commit`."""
         self._parts = None
         if self._fd >= 0:
             os.close(self._fd)
@@ -327,22 +349,27 @@ class LocalSpool:
                 path.parent.mkdir(exist_ok=True, mode=0o700)
                 self._fd = os.open(path, flags, 0o600)
             except OSError as error:
-                raise StorageError("create", str(path), error) from error
+                raise _storage_error("create", str(path), error) from error
             self._path = path
         return self._path
 
-    def _write(self, data: bytes | bytearray | memoryview) -> None:
+    def _write(self, data: Data) -> None:
         path = self._open()
         view = memoryview(data)
         while view:
             try:
                 written = os.write(self._fd, view)
             except OSError as error:
-                raise StorageError("write", str(path), error) from error
+                raise _storage_error("write", str(path), error) from error
             if written == 0:
-                raise StorageError("write", str(path), OSError(errno.EIO, "nothing was written"))
+                raise _storage_error("write", str(path), OSError(errno.EIO, "nothing was written"))
             view = view[written:]
             self._bytes += written
+
+
+def _storage_error(action: str, path: str, error: OSError) -> StorageError:
+    kind = StorageDeniedError if error.errno in (errno.EACCES, errno.EPERM) else StorageError
+    return kind(action, path, error)
 
 
 class _ReaderPool:

@@ -21,6 +21,7 @@ from casfs.errors import (
     PackError,
     SessionError,
     StorageError,
+    StorageUnavailableError,
 )
 from casfs.format.codec import ENCRYPTED, TAG_BYTES, BlobCodec, Encoded
 from casfs.format.pack import (
@@ -37,7 +38,7 @@ from casfs.format.pack import (
 from casfs.index.bitmap import Coverage
 from casfs.index.index import Index
 from casfs.index.schema import IndexedPack, Location
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 from casfs.store.duplicates import Copies
 from casfs.store.pending_removal import condemned_packs
 
@@ -198,6 +199,8 @@ class BlobStore:
             payload = self.storage.read(pack_name(pack), location.offset, location.stored_bytes)
         except NotFoundError as error:
             raise BlobError(digest, "its pack is missing", pack) from error
+        except StorageUnavailableError:
+            raise  # a network that is down says nothing of the pack
         except StorageError as error:
             if error.cause.errno in _OWN_LIMITS:
                 raise
@@ -217,7 +220,7 @@ class BlobStore:
         self.coverage.note(location)
         return plain
 
-    def read_at_once(self, digest: Digest, max_stored_bytes: int) -> bytes | None:
+    def read_nonblocking(self, digest: Digest, max_stored_bytes: int) -> bytes | None:
         """Return a small blob's verified plaintext if that needs no waiting, else None.
 
         None also stands for what is missing or damaged; `read` says which.
@@ -229,7 +232,7 @@ class BlobStore:
         name = pack_name(pack)
         if self._ciphers is not None and not self._ciphers.is_at_hand(name):
             return None  # its session would have to be opened first
-        payload = self.storage.read_at_once(name, location.offset, location.stored_bytes)
+        payload = self.storage.read_nonblocking(name, location.offset, location.stored_bytes)
         if payload is None:
             return None
         try:
@@ -252,7 +255,7 @@ class BlobStore:
 
     def stored_packs(self) -> Iterator[tuple[PackId, int]]:
         """Yield the name and size in bytes of every pack in the storage."""
-        for name, size in self.storage.names("packs"):
+        for name, size, _ in self.storage.list("packs"):
             text = name.rpartition("/")[2]
             try:
                 pack = PackId(bytes.fromhex(text))

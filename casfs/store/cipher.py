@@ -6,7 +6,7 @@ from casfs.digest import PackId
 from casfs.format.cipher import PackCipher
 from casfs.format.key_derivation import SessionId, Sessions
 from casfs.format.pack import SESSION_HEADER, parse_session
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 
 _MOST_CIPHERS = 4096
 

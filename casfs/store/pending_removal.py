@@ -14,7 +14,7 @@ import msgspec
 
 from casfs.digest import PackId, digest_of
 from casfs.errors import NotFoundError
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def read_condemnations(storage: Storage) -> dict[str, Condemnation]:
     is not needed of them is condemned again.
     """
     found = {}
-    for name, _ in storage.names(FOLDER):
+    for name, _, _ in storage.list(FOLDER):
         try:
             data = storage.read(name, 0, MAX_CONDEMNATION_BYTES)
             if digest_of(data).hex() != name.rpartition("/")[2]:

@@ -34,7 +34,7 @@ from casfs.format.pack import (
     encode_record_header,
     encode_session_header,
 )
-from casfs.storage.local import Spool
+from casfs.storage.base import ObjectWriter
 from casfs.store.blob_store import BlobStore, pack_name
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ class _Packer:
             from casfs.format.cipher import PackCipher
 
             cipher = PackCipher.new(self._session())
-        return _OpenPack(self._store.storage.spool(self._in_memory), cipher)
+        return _OpenPack(self._store.storage.open_writer(self._in_memory), cipher)
 
     def _unknown(self, batch: Batch) -> Batch:
         unfinished = (self._ahead_digests, self._open_digests, self._sealing_digests)
@@ -312,7 +312,7 @@ class _Packer:
 class _OpenPack:
     """A pack that is being filled."""
 
-    def __init__(self, spool: Spool | None, cipher: PackCipher | None) -> None:
+    def __init__(self, spool: ObjectWriter | None, cipher: PackCipher | None) -> None:
         self.spool = spool
         self.entries: list[PackEntry] = []
         self.bytes = 0
@@ -372,7 +372,7 @@ def _seal_pack(store: BlobStore, pack: _OpenPack) -> None:
     assert pack.spool is not None
     try:
         pack_id = pack.end(store.has_pack)
-        pack.spool.publish(pack_name(pack_id))
+        pack.spool.commit(pack_name(pack_id))
     finally:
         pack.spool.discard()
     store.index.add_packs([(pack_id, pack.bytes, pack.entries)])

@@ -43,7 +43,7 @@ class Blobs:
         if began < self._cautious_until:
             raise NotAtHand
         try:
-            data = self._store.read_at_once(digest, _AT_ONCE_BYTES)
+            data = self._store.read_nonblocking(digest, _AT_ONCE_BYTES)
         except CasfsError:
             data = None  # the thread that may wait finds out what it is
         ended = time.monotonic()

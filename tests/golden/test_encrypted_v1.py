@@ -23,7 +23,7 @@ from casfs.maintenance.storage_check import check_storage
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 from tests.data.make_encrypted_v1 import shortened
 from tests.data.make_repository_v1 import describe
 

@@ -14,7 +14,7 @@ from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import Domain, Session
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
-from casfs.storage.local import Storage
+from casfs.storage.base import Storage
 
 # Made for these tests; they protect nothing.
 PUBLIC = "age1m6w9vz8wnelhhceh4v03pcehg7hqr7kxram4qmk6n4z2fg8hwerqmasyhq"

@@ -44,7 +44,8 @@ from casfs.monitor import Progress, RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.repository.tagging import retag
 from casfs.restore.restorer import RestoreOptions, Restorer
-from casfs.storage.local import LocalStorage, Storage
+from casfs.storage.base import Storage
+from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode
 from casfs.store import writer as writer_module
 from casfs.store.writer import BlobWriter

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from casfs.crypto.identities import Identities
     from casfs.crypto.opening import Unlock
     from casfs.format.config import RepositoryConfig
-    from casfs.storage.local import Storage
+    from casfs.storage.base import Storage
 
 _MOST_SECONDS = 9_200_000_000
 """Before and after 1970: a snapshot's time is a signed number of nanoseconds in 64 bits."""

@@ -200,7 +200,9 @@ class TestPartlyNeeded:
             def refuse(*_: object) -> None:
                 raise StorageError("create", "pack", OSError(28, "No space left on device"))
 
-            patch.setattr(LocalStorage, "spool", _only_small(LocalStorage.spool, refuse))
+            patch.setattr(
+                LocalStorage, "open_writer", _only_small(LocalStorage.open_writer, refuse)
+            )
             with pytest.raises(StorageError, match="No space left"):
                 prune(keeper)
         # What could go without room has gone.

@@ -86,9 +86,9 @@ class TestBlobs:
             waiting = Waiting()
             blobs = Blobs(repository.store, waiting)
             blobs.read(digest_of(b"small"))
-            whole = repository.store.read_at_once
+            whole = repository.store.read_nonblocking
 
-            def read_at_once(digest: Digest, most: int) -> bytes | None:
+            def read_nonblocking(digest: Digest, most: int) -> bytes | None:
                 nonlocal now
                 now += 0.05 if slow else 0.0
                 return whole(digest, most)
@@ -98,7 +98,7 @@ class TestBlobs:
                 def ru_majflt(self) -> int:
                     return faults
 
-            monkeypatch.setattr(repository.store, "read_at_once", read_at_once)
+            monkeypatch.setattr(repository.store, "read_nonblocking", read_nonblocking)
             monkeypatch.setattr("casfs_mount.blob_reader.time.monotonic", lambda: now)
             monkeypatch.setattr("casfs_mount.blob_reader.resource.getrusage", lambda _: Usage())
             waiting.forbid_here()
@@ -271,10 +271,10 @@ def test_a_reader_of_the_repository_knows_what_it_has_in_memory(keeper: Keeper) 
         store = repository.store
         place = store.locate(digest_of(b"one"))
         name = pack_name(store.index.pack_id(place.pack))
-        assert store.read_at_once(digest_of(b"one"), 1 << 20) is None, "the pack is not open"
+        assert store.read_nonblocking(digest_of(b"one"), 1 << 20) is None, "the pack is not open"
         assert store.read(digest_of(b"two")) == b"two"
-        assert store.read_at_once(digest_of(b"one"), 1 << 20) == b"one"
-        assert store.read_at_once(digest_of(b"one"), 2) is None
-        assert store.storage.read_at_once(name, 0, 1 << 30) is None
+        assert store.read_nonblocking(digest_of(b"one"), 1 << 20) == b"one"
+        assert store.read_nonblocking(digest_of(b"one"), 2) is None
+        assert store.storage.read_nonblocking(name, 0, 1 << 30) is None
         store.storage.prefetch("packs/00/nothing", 0, 10)
         repository.store.index.prefetch(1 << 30)

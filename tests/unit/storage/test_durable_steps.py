@@ -17,7 +17,7 @@ from casfs.maintenance.check import Checker, CheckResult
 from casfs.maintenance.scrub import ReadChoice
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
-from casfs.storage.local import LocalSpool
+from casfs.storage.local import LocalWriter
 from casfs.storage.locks import RepositoryLock
 from casfs.store import writer as writer_module
 from casfs.store.writer import BlobWriter
@@ -110,7 +110,7 @@ class Return:
 def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leave behind what a killed process leaves: temporary files, and a lock that nobody holds."""
 
-    def forget(spool: LocalSpool) -> None:
+    def forget(spool: LocalWriter) -> None:
         if spool._fd >= 0:
             os.close(spool._fd)
             spool._fd = -1
@@ -121,7 +121,7 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             lock._fd = -1
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalSpool, "discard", forget)
+        patch.setattr(LocalWriter, "discard", forget)
         patch.setattr(RepositoryLock, "release", drop)
         yield
 

@@ -81,11 +81,11 @@ class TestObjects:
     def test_are_listed_by_name_at_any_depth(self, storage: LocalStorage) -> None:
         for name in ("packs/bb/two", "packs/aa/one", "packs/aa/three", "packs/loose"):
             storage.write(name, name.encode())
-        assert list(storage.names("packs")) == [
+        assert [(one.name, one.size) for one in storage.list("packs")] == [
             (name, len(name))
             for name in ("packs/aa/one", "packs/aa/three", "packs/bb/two", "packs/loose")
         ]
-        assert list(storage.names("nothing here")) == []
+        assert list(storage.list("nothing here")) == []
 
     def test_are_replaced_as_a_whole_even_for_one_who_has_them_open(
         self, storage: LocalStorage
@@ -108,7 +108,7 @@ class TestObjects:
     ) -> None:
         (root / "snapshots" / "file").write_bytes(b"")
         with pytest.raises(StorageError, match="cannot list"):
-            list(storage.names("snapshots/file"))
+            list(storage.list("snapshots/file"))
         with pytest.raises(StorageError, match="cannot read"):
             storage.read("snapshots", 0, 10)
         with pytest.raises(StorageError):
@@ -123,12 +123,12 @@ class TestSpools:
         self, storage: LocalStorage, root: Path, in_memory: bool
     ) -> None:
         parts = [noise("one", 10), b"", noise("two", 9_000_000), noise("three", 7)]
-        spool = storage.spool(in_memory)
+        spool = storage.open_writer(in_memory)
         for part in parts:
             spool.append(bytearray(part))
-        assert list(storage.names("packs")) == []
+        assert list(storage.list("packs")) == []
         assert bool(temporaries(root)) is not in_memory
-        spool.publish("packs/ab/cd")
+        spool.commit("packs/ab/cd")
         spool.discard()
         assert storage.read("packs/ab/cd") == b"".join(parts)
         assert temporaries(root) == []
@@ -138,7 +138,7 @@ class TestSpools:
         self, storage: LocalStorage, root: Path, in_memory: bool
     ) -> None:
         before = open_descriptors()
-        spool = storage.spool(in_memory)
+        spool = storage.open_writer(in_memory)
         spool.append(b"something")
         spool.discard()
         spool.discard()
@@ -148,7 +148,7 @@ class TestSpools:
     def test_have_temporary_names_that_begin_with_their_writers(
         self, storage: LocalStorage, root: Path
     ) -> None:
-        spools = [storage.spool(in_memory=False) for _ in range(3)]
+        spools = [storage.open_writer(in_memory=False) for _ in range(3)]
         for spool in spools:
             spool.append(b"x")
         assert [name.partition(".")[0] for name in temporaries(root)] == ["me"] * 3
@@ -193,14 +193,14 @@ class TestFailures:
         before = open_descriptors()
         with monkeypatch.context() as patch:
             patch.setattr(os, call, self.failing(code))
-            spool = storage.spool(in_memory)
+            spool = storage.open_writer(in_memory)
             with pytest.raises(StorageError) as caught:
                 spool.append(b"data")
-                spool.publish("packs/ab/cd")
+                spool.commit("packs/ab/cd")
             spool.discard()
         assert caught.value.cause.errno == code
         assert os.strerror(code) in str(caught.value)
-        assert list(storage.names("packs")) == []
+        assert list(storage.list("packs")) == []
         assert temporaries(root) == []
         assert open_descriptors() == before
 
@@ -317,11 +317,11 @@ class TestReaders:
         self, storage: LocalStorage
     ) -> None:
         storage.write("packs/a", b"0123456789")
-        assert storage.read_at_once("packs/a", 2, 3) is None
+        assert storage.read_nonblocking("packs/a", 2, 3) is None
         storage.read("packs/a")
-        assert storage.read_at_once("packs/a", 2, 3) in (b"234", None)
-        assert storage.read_at_once("packs/a", 8, 3) is None
-        assert storage.read_at_once("packs/none", 0, 1) is None
+        assert storage.read_nonblocking("packs/a", 2, 3) in (b"234", None)
+        assert storage.read_nonblocking("packs/a", 8, 3) is None
+        assert storage.read_nonblocking("packs/none", 0, 1) is None
 
     def test_may_announce_what_they_need_even_of_what_is_not_there(
         self, storage: LocalStorage

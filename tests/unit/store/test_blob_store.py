@@ -147,13 +147,13 @@ class TestReading:
         (path,) = pack_paths(root)
         with open_store(root) as store:
             assert store.read(digest_of(TEXT)) == TEXT
-            assert store.read_at_once(digest_of(TEXT), 1 << 20) in (TEXT, None)
-            assert store.read_at_once(digest_of(TEXT), 1) is None
-            assert store.read_at_once(digest_of(b"never stored"), 1 << 20) is None
+            assert store.read_nonblocking(digest_of(TEXT), 1 << 20) in (TEXT, None)
+            assert store.read_nonblocking(digest_of(TEXT), 1) is None
+            assert store.read_nonblocking(digest_of(b"never stored"), 1 << 20) is None
             assert store.prefetch(digest_of(b"one")) == 3
             assert store.prefetch(digest_of(b"never stored")) == 0
             flip(path, store.locate(digest_of(TEXT)).offset + 20)
-            assert store.read_at_once(digest_of(TEXT), 1 << 20) is None
+            assert store.read_nonblocking(digest_of(TEXT), 1 << 20) is None
 
 
 def _fields(location: Location) -> dict[str, int]:
@@ -216,10 +216,10 @@ class TestIndexLost:
     ) -> None:
         with open_store(root) as store:
             losses = store.index.losses()
-            names = store.storage.names
-            monkeypatch.setattr(store.storage, "names", lambda prefix: iter(()))
+            entries = store.storage.list
+            monkeypatch.setattr(store.storage, "list", lambda prefix: iter(()))
             store.reconcile()
-            monkeypatch.setattr(store.storage, "names", names)
+            monkeypatch.setattr(store.storage, "list", entries)
             assert store.index.losses() == losses
             assert store.index.blob_count() == len(PLAINS)
         assert caplog.text == ""

@@ -95,7 +95,7 @@ def test_blobs_come_back_and_nothing_of_them_is_in_the_pack(
     put(store, SESSION, *((keyed(plain), plain) for plain in PLAINS))
     for plain in PLAINS:
         assert store.read(keyed(plain)) == plain
-        assert store.read_at_once(keyed(plain), 1 << 20) == plain
+        assert store.read_nonblocking(keyed(plain), 1 << 20) == plain
     (path,) = pack_paths(tmp_path)
     data = path.read_bytes()
     assert data.startswith(encode_session_header(SESSION.id, data[48:80]))
@@ -112,9 +112,9 @@ def test_who_must_not_wait_is_given_nothing_for_which_a_session_has_to_be_opened
     other = again(store, keys)
     # The pack's file is open and in memory, so that only the session is missing.
     assert store.read(keyed(PLAINS[0])) == PLAINS[0]
-    assert other.read_at_once(keyed(PLAINS[0]), 1 << 20) is None
+    assert other.read_nonblocking(keyed(PLAINS[0]), 1 << 20) is None
     assert other.read(keyed(PLAINS[1])) == PLAINS[1]
-    assert other.read_at_once(keyed(PLAINS[0]), 1 << 20) == PLAINS[0]
+    assert other.read_nonblocking(keyed(PLAINS[0]), 1 << 20) == PLAINS[0]
 
 
 def test_a_store_without_its_index_is_the_same(store: BlobStore, keys: Keys) -> None:
