@@ -25,6 +25,7 @@ class ProblemKind(StrEnum):
     METADATA = "metadata"
     UNSAFE = "unsafe"
     LEFT_OUT = "left out"
+    UNMATCHED_PATTERN = "unmatched pattern"
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,8 +223,7 @@ class PatternMatcher:
 
     def select(self, path: bytes, is_directory: bool) -> Selected | None:
         """Return why a path or a directory above it is selected, or None where neither is."""
-        for level in _levels(path):
-            is_level_directory = is_directory or len(level) < len(path)
+        for level, is_level_directory in levels(path, is_directory):
             if self.matches(level, is_level_directory):
                 for pattern in reversed(self.patterns):
                     if pattern.matches(level, is_level_directory):
@@ -240,13 +239,14 @@ class Selected:
     pattern: Pattern
 
 
-def _levels(path: bytes) -> Iterator[bytes]:
+def levels(path: bytes, is_directory: bool) -> Iterator[tuple[bytes, bool]]:
+    """Yield each directory above a path, from the root down, then the path; with what is a directory."""
     end = path.find(b"/")
     while end >= 0:
-        yield path[:end]
+        yield path[:end], True
         end = path.find(b"/", end + 1)
     if path:
-        yield path
+        yield path, is_directory
 
 
 def _trim_spaces(line: bytes) -> bytes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from casfs.backup.capture import Capturer
-from casfs.backup.exclude import Exclusions, PatternMatcher
+from casfs.backup.exclude import Exclusions
 from casfs.backup.parent import Previous, is_unchanged
 from casfs.backup.source_fs import (
     kind_of,
@@ -128,7 +128,7 @@ class Walker:
         self._capturer = capturer
         self._trees = trees
         self._exclusions = exclusions
-        self._matcher: PatternMatcher | None = exclusions.matcher()
+        self._matcher = exclusions.matcher()
         self._is_picky = self._matcher is not None or exclusions.larger_than is not None
         self._one_file_system = one_file_system
         self._left_out = left_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from fractions import Fraction
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 from casfs.errors import UsageError
+from casfs.patterns import InvalidPatternError, Pattern, parse_pattern
 
 
 def tags_in(texts: Iterable[str]) -> set[str]:
@@ -44,6 +46,26 @@ class SizeType(click.ParamType[int]):
 
 
 SIZE = SizeType()
+
+
+class PatternType(click.ParamType[Pattern]):
+    """A pattern in gitignore syntax, as the bytes that were typed."""
+
+    name = "pattern"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Pattern:
+        """Return the pattern."""
+        if isinstance(value, Pattern):
+            return value
+        try:
+            return parse_pattern(os.fsencode(value))
+        except InvalidPatternError as error:
+            self.fail(str(error), param, ctx)
+
+
+PATTERN = PatternType()
 
 
 def share_argument(text: str, option: str, example: str) -> float:

@@ -14,18 +14,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from casfs.backup.exclude import PatternMatcher
 from casfs.digest import Digest
 from casfs.errors import CasfsError, IntegrityError
 from casfs.format.tree import Kind, Node, State, captured_digest, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.paths import join
+from casfs.patterns import Pattern
 from casfs.problems import problem_of_damage, problem_of_flag, problem_of_restoring
 from casfs.repository.repository import Repository
 from casfs.restore import target_fs
 from casfs.restore.entry_writer import EntryWriter, FirstName, Outcome, Overwrite
 from casfs.restore.ordered_pool import Crew
 from casfs.restore.prefetch import ReadAhead
+from casfs.restore.selection import Selection
 from casfs.trees.content import HOLE, RECORD
 from casfs.trees.reader import TreeReader
 
@@ -44,10 +45,10 @@ _Job = tuple[int, bytes, Node, bytes | None]
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """What to restore and how; patterns in gitignore syntax against the path in the snapshot."""
+    """What to restore and how; patterns are matched against paths in the snapshot."""
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: tuple[Pattern, ...] = ()
+    exclude: tuple[Pattern, ...] = ()
     overwrite: Overwrite = Overwrite.ALWAYS
     delete: bool = False
     verify: bool = False
@@ -97,8 +98,7 @@ class Restorer:
         self._repository = repository
         self._options = options
         self._monitor = monitor
-        self._include = PatternMatcher(options.include) if options.include else None
-        self._exclude = PatternMatcher(options.exclude) if options.exclude else None
+        self._selection = Selection(options.include, options.exclude)
         self._ahead: ReadAhead | None = None
         self._trees = TreeReader(self._read)
         self._writer = EntryWriter(
@@ -120,10 +120,12 @@ class Restorer:
     def restore(self, path: bytes, node: Node, folder: bytes, with_root: bool) -> RestoreResult:
         """Restore the node at `path` of a snapshot: a directory's entries go straight into `folder`.
 
-        `with_root` gives `folder` the directory's own metadata too.
+        `with_root` gives `folder` the directory's own metadata too. Raises NotFoundError where the patterns
+        leave nothing to restore.
         """
         root, mode = None, None
         self._folder = folder
+        wanted = self._selection.begin(path, node.tree is not None)
         if self._options.dry_run:
             self._root_fd = target_fs.look_into(None, folder)
         else:
@@ -131,11 +133,11 @@ class Restorer:
         try:
             if node.tree is None:
                 above = Node(b"", Kind.DIRECTORY, 0o700, 0, 0, 0, 0, 0, 1)
-                root = _Frame(above, path.rpartition(b"/")[0], self._root_fd, self._include is None)
+                root = _Frame(above, path.rpartition(b"/")[0], self._root_fd, wanted)
                 root.nodes = iter([node])
                 root.complete = with_root = False
             else:
-                root = self._frame(path, node, self._root_fd, self._include is None)
+                root = self._frame(path, node, self._root_fd, wanted)
             root.mode = mode
             self._base = len(root.path) + 1 if root.path else 0
             if self._takes_everything():
@@ -151,6 +153,10 @@ class Restorer:
                 target_fs.close_writable(frame.fd, frame.mode)
             if self._root_fd >= 0:
                 target_fs.close_writable(self._root_fd, root.mode if root is not None else mode)
+        if not (self.result.damaged or self.result.failed):
+            self._selection.require_match()
+        for problem in self._selection.problems(path):
+            self._monitor.problem(problem)
         return self.result
 
     def _takes_everything(self) -> bool:
@@ -189,11 +195,9 @@ class Restorer:
             if self._options.delete:
                 frame.kept.add(node.name)
             is_directory = node.tree is not None
-            if self._exclude is not None and self._exclude.matches(path, is_directory):
+            if self._selection.leaves_out(path, is_directory):
                 continue
-            included = (
-                self._include is None or frame.wanted or self._include.matches(path, is_directory)
-            )
+            included = self._selection.takes(path, is_directory, frame.wanted)
             if is_directory:
                 child = self._frame(path, node, -1, included)
                 if included and not self._enter(child):
@@ -300,7 +304,7 @@ class Restorer:
                 if st is None:
                     continue
                 is_directory = stat.S_ISDIR(st.st_mode)
-                if self._exclude is not None and self._exclude.matches(path, is_directory):
+                if self._selection.excludes(path, is_directory):
                     continue
                 if not self._options.dry_run:
                     target_fs.remove(frame.fd, name, st)

@@ -15,11 +15,12 @@ import click
 
 from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, unheard
 from casfs.cli.output import iso_time, json_path, shown_id, shown_size
-from casfs.cli.param_types import SIZE, tags_in
+from casfs.cli.param_types import PATTERN, SIZE, tags_in
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
 from casfs.errors import DistrustError, NotFoundError, UsageError
 from casfs.paths import normalize_source_path
+from casfs.patterns import Pattern, read_patterns
 
 if TYPE_CHECKING:
     from casfs.backup.run import BackupResult
@@ -40,7 +41,12 @@ _MOST_SECONDS = 9_200_000_000
 @click.option("--host", metavar="NAME", help="The host's name [default: this one's].")
 @click.option("--time", "when", metavar="TIME", help="The snapshot's time, ISO 8601 or @SECONDS.")
 @click.option(
-    "--exclude", "excludes", multiple=True, metavar="PATTERN", help="Leave out (gitignore)."
+    "--exclude",
+    "excludes",
+    multiple=True,
+    type=PATTERN,
+    metavar="PATTERN",
+    help="Leave out (gitignore).",
 )
 @click.option(
     "--exclude-file",
@@ -127,7 +133,7 @@ def backup(
     tags: tuple[str, ...],
     host: str | None,
     when: str | None,
-    excludes: tuple[str, ...],
+    excludes: tuple[Pattern, ...],
     exclude_files: tuple[Path, ...],
     exclude_caches: bool,
     exclude_if_present: tuple[str, ...],
@@ -157,7 +163,7 @@ def backup(
     Exit 3 means that it is published but some sources could not be read, 4 that some files changed
     while they were read, or were found silently changed by --reread.
     """
-    from casfs.backup.exclude import Exclusions, read_patterns
+    from casfs.backup.exclude import Exclusions
     from casfs.backup.reflink import Freeze
     from casfs.backup.run import BackupOptions, back_up
     from casfs.repository.repository import Repository

@@ -9,16 +9,32 @@ import click
 
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
 from casfs.cli.output import shown_id, shown_size
+from casfs.cli.param_types import PATTERN
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
 from casfs.errors import UnsafeTargetError, UsageError
+from casfs.patterns import Pattern
 
 
 @click.command()
 @click.argument("snap", metavar="SNAP[:PATH]")
 @click.option("--target", "-t", required=True, metavar="DIR", help="Where to; made if need be.")
-@click.option("--include", "includes", multiple=True, metavar="PATTERN", help="Restore only these.")
-@click.option("--exclude", "excludes", multiple=True, metavar="PATTERN", help="Leave these out.")
+@click.option(
+    "--include",
+    "includes",
+    multiple=True,
+    type=PATTERN,
+    metavar="PATTERN",
+    help="Restore only these.",
+)
+@click.option(
+    "--exclude",
+    "excludes",
+    multiple=True,
+    type=PATTERN,
+    metavar="PATTERN",
+    help="Leave these out.",
+)
 @click.option(
     "--overwrite",
     type=click.Choice(["always", "if-changed", "never"]),
@@ -36,8 +52,8 @@ def restore(
     settings: Settings,
     snap: str,
     target: str,
-    includes: tuple[str, ...],
-    excludes: tuple[str, ...],
+    includes: tuple[Pattern, ...],
+    excludes: tuple[Pattern, ...],
     overwrite: str,
     delete: bool,
     verify: bool,

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 
 from casfs.digest import Digest, digest_of
+from casfs.errors import NotFoundError
 from casfs.format.codec import BlobKind
 from casfs.format.tree import Extra, Kind, Node, TreeRef
 from casfs.monitor import Problem, ProblemKind, RecordingMonitor
+from casfs.patterns import parse_pattern
 from casfs.restore import ordered_pool as ordered_pool_module
 from casfs.restore import restorer as restorer_module
 from casfs.restore import target_fs as target_fs_module
@@ -66,6 +68,8 @@ class Bench:
 
     def restore(self, spec: str = "latest", with_root: bool = False, **options: Any) -> Restored:
         monitor = RecordingMonitor()
+        for name in {"include", "exclude"} & set(options):
+            options[name] = tuple(parse_pattern(text.encode()) for text in options[name])
         with self.keeper.reading() as repository:
             _, _, path, node = repository.resolve_path(spec)
             restorer = Restorer(repository, RestoreOptions(**options), monitor)
@@ -542,10 +546,68 @@ class TestPatterns:
         bench.restore(include=("/d/",), exclude=("f",))
         assert bench.found() == {"d": None, "d/e": None, "d/e/deep": b"3"}
 
-    def test_include_of_nothing_that_is_there_makes_nothing(self, bench: Bench) -> None:
+    def test_include_that_matches_nothing_is_an_error(self, bench: Bench) -> None:
         bench.publish(TREE)
-        assert bench.restore(include=("none",)).result.files == 0
+        with pytest.raises(NotFoundError, match="nothing matches --include 'none', '/e'; nothing"):
+            bench.restore(include=("none", "/e"))
         assert bench.found() == {}
+
+    def test_patterns_that_leave_nothing_over_are_an_error(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        with pytest.raises(NotFoundError, match="leave out everything; nothing was restored"):
+            bench.restore(exclude=("*",))
+        with pytest.raises(NotFoundError, match="outside what --exclude leaves out matches"):
+            bench.restore(include=("deep",), exclude=("d/",))
+        assert bench.found() == {}
+
+    def test_a_pattern_that_matches_nothing_is_reported(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        done = bench.restore(include=("deep", "none"), exclude=("d/f", "*.o", "!*.h"))
+        found = [
+            problem for problem in done.problems if problem.kind == ProblemKind.UNMATCHED_PATTERN
+        ]
+        assert [tuple(problem.details.values()) for problem in found] == [
+            ("--include", "none"),
+            ("--exclude", "*.o"),
+            ("--exclude", "!*.h"),
+        ]
+        assert done.result.files == 1
+
+    def test_patterns_below_an_included_directory_count_as_matched(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        assert bench.restore(include=("d", "deep")).problems == []
+        assert bench.restore("latest:d/e", include=("/d", "e/", "deep")).problems == []
+
+    def test_an_exclude_that_only_protects_in_the_target_counts_as_matched(
+        self, bench: Bench
+    ) -> None:
+        bench.publish(TREE)
+        bench.restore()
+        (bench.target / "old").write_bytes(b"")
+        assert bench.restore(delete=True, exclude=("old",)).problems == []
+        assert (bench.target / "old").exists()
+
+    @pytest.mark.parametrize("pattern", ["d", "/d/", "d/e", "e"])
+    def test_exclude_of_the_named_path_or_one_above_it_is_an_error(
+        self, bench: Bench, pattern: str
+    ) -> None:
+        bench.publish(TREE)
+        with pytest.raises(NotFoundError, match=f"'{pattern}' leaves out all that was named"):
+            bench.restore("latest:d/e", exclude=(pattern,))
+        assert not bench.target.exists()
+
+    @pytest.mark.parametrize("pattern", ["d", "/d/", "d/e", "e"])
+    def test_include_of_the_named_path_or_one_above_it_restores_all_of_it(
+        self, bench: Bench, pattern: str
+    ) -> None:
+        bench.publish(TREE)
+        bench.restore("latest:d/e", include=(pattern,))
+        assert bench.found() == {"deep": b"3"}
+
+    def test_exclude_can_spare_what_a_later_pattern_names(self, bench: Bench) -> None:
+        bench.publish(TREE)
+        bench.restore(exclude=("*", "!*/", "!deep"))
+        assert bench.found() == {"d": None, "d/e": None, "d/e/deep": b"3", "empty": None}
 
     def test_exclude_leaves_out_what_fits(self, bench: Bench) -> None:
         bench.publish(TREE)
