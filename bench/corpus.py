@@ -64,7 +64,7 @@ class Corpus:
     """How to make one corpus.
 
     `build` fills an empty folder and returns a description; `change` is None where the corpus has
-    one state only. `single` names the one file of a corpus that is one file.
+    one state only. `unsplit_entries` names the one file of a corpus that is one file.
     """
 
     name: str

@@ -173,7 +173,7 @@ def _asked(index: Index, count: int, rounds: list[int]) -> Iterator[Point]:
     ):
         began = time.perf_counter()
         for begin in range(0, _ASKED, _AT_ONCE):
-            if index.known(digests[begin : begin + _AT_ONCE]).count(found) == 0:
+            if index.are_stored(digests[begin : begin + _AT_ONCE]).count(found) == 0:
                 raise ValueError(f"the index of {count} blobs does not know what is in it")
         wall_s = time.perf_counter() - began
         point = Point(what, count, wall_s / _ASKED * 1e6, wall_s)

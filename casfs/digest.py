@@ -32,7 +32,7 @@ def keyed_digest(data: bytes | bytearray | memoryview, key: bytes | None) -> Dig
     return Digest(blake3(data).digest() if key is None else blake3(data, key=key).digest())
 
 
-def short(digest: bytes) -> str:
+def short_id(digest: bytes) -> str:
     """Return the beginning of a digest in hexadecimal, as people are shown it."""
     return digest.hex()[:SHOWN_HEX_DIGITS]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def shown(name: bytes) -> str:
+def escape_path(name: bytes) -> str:
     """Return a file name as people see it: control bytes, odd bytes and backslashes escaped.
 
     What comes out is one line, and two names never look alike.
@@ -11,17 +11,17 @@ def shown(name: bytes) -> str:
     text = name.decode("utf-8", "surrogateescape")
     if text.isprintable() and "\\" not in text:
         return text
-    return "".join(map(_shown_character, text))
+    return "".join(map(_escape_character, text))
 
 
-def on_one_line(sentence: str) -> str:
+def single_line(sentence: str) -> str:
     """Return a sentence for people in which no name that stands in it can forge a line."""
     if sentence.isprintable():
         return sentence
-    return "".join(c if c.isprintable() else _shown_character(c) for c in sentence)
+    return "".join(c if c.isprintable() else _escape_character(c) for c in sentence)
 
 
-def _shown_character(character: str) -> str:
+def _escape_character(character: str) -> str:
     code = ord(character)
     if character == "\\":
         return "\\\\"

@@ -25,7 +25,7 @@ class ExistsError(CasfsError):
     """Something stands already where something new was to be made."""
 
 
-class UnsafeTargetError(CasfsError):
+class RefusedError(CasfsError):
     """What was asked for would destroy the repository, or store it in itself."""
 
 
@@ -62,7 +62,7 @@ class WrongKeyError(CasfsError):
     """A passphrase is wrong, or an identity or a recipient is not what it should be."""
 
 
-class DistrustError(CasfsError):
+class TrustError(CasfsError):
     """A repository is not the one, or has not the recipients, that this machine knows."""
 
 

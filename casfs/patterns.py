@@ -22,7 +22,7 @@ from enum import Enum
 from itertools import groupby
 from pathlib import Path
 
-from casfs.display import on_one_line
+from casfs.display import single_line
 from casfs.errors import NotFoundError, StorageError, UsageError
 
 _SLASH = ord("/")
@@ -67,7 +67,7 @@ _Component = list[_Item]
 
 def show_pattern(text: bytes) -> str:
     """Return a pattern for messages: as the user wrote it, but on one line."""
-    return on_one_line(text.decode("utf-8", "surrogateescape"))
+    return single_line(text.decode("utf-8", "surrogateescape"))
 
 
 class InvalidPatternError(UsageError):

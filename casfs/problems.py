@@ -5,38 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from casfs.errors import BlobError, IntegrityError, ReflinkError
-from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
+from casfs.format.tree import CaptureState, ChangeReason, Node, capture_of, captured_digest
 from casfs.monitor import Problem, ProblemKind
 
 
-def problem_of_capture(path: bytes, node: Node) -> Problem | None:
+def unstable_capture(path: bytes, node: Node) -> Problem | None:
     """Return what there is to tell of how a file was captured, or None: it was there, and stable."""
     capture = capture_of(node)
     if capture is None:
         return None
-    if node.state == State.STABLE and capture.reason != Reason.VANISHED:
+    if node.state == CaptureState.STABLE and capture.reason != ChangeReason.VANISHED:
         return None
-    reason = reason_word(capture.reason)
+    reason = reason_label(capture.reason)
     captured = captured_digest(node)
     details: dict[str, str | int | None] = {
-        "state": State(node.state).name.lower(),
+        "state": CaptureState(node.state).name.lower(),
         "reason": reason,
         "attempts": capture.attempts,
         "captured": captured.hex() if captured is not None else None,
         "observed": capture.observed.hex() if capture.observed is not None else None,
     }
-    if node.state == State.CHANGED:
+    if node.state == CaptureState.CHANGED:
         times = "once" if capture.attempts == 1 else f"{capture.attempts} times"
         message = f"it changed while it was read, {times} ({reason}); it is flagged in the snapshot"
         return Problem(ProblemKind.CHANGED, path, message, details)
-    if node.state == State.APPENDED:
+    if node.state == CaptureState.APPENDED:
         message = "it grew while it was read; its beginning is stored"
         return Problem(ProblemKind.APPENDED, path, message, details)
     message = "it vanished while it was read; what it held is stored"
     return Problem(ProblemKind.VANISHED, path, message, details)
 
 
-def problem_of_failure(path: bytes, error: OSError) -> Problem:
+def backup_failed(path: bytes, error: OSError) -> Problem:
     """Return what there is to tell of an entry that is not in the snapshot."""
     if isinstance(error, FileNotFoundError):
         return Problem(ProblemKind.VANISHED, path, "it vanished before it was read")
@@ -45,7 +45,7 @@ def problem_of_failure(path: bytes, error: OSError) -> Problem:
     return Problem(ProblemKind.UNREADABLE, path, message)
 
 
-def problems_of_source(sources: Iterable[bytes], error: OSError) -> Iterator[Problem]:
+def missing_sources(sources: Iterable[bytes], error: OSError) -> Iterator[Problem]:
     """Yield what there is to tell of named sources that are not there."""
     if isinstance(error, FileNotFoundError):
         message = "this source does not exist"
@@ -55,7 +55,7 @@ def problems_of_source(sources: Iterable[bytes], error: OSError) -> Iterator[Pro
         yield Problem(ProblemKind.MISSING_SOURCE, source, message)
 
 
-def problem_of_silence(path: bytes, before: Node, now: Node) -> Problem:
+def silent_change(path: bytes, before: Node, now: Node) -> Problem:
     """Return what there is to tell of a file whose content moved while its metadata did not."""
     digests = [captured_digest(node) for node in (before, now)]
     was, captured = (digest.hex() if digest is not None else None for digest in digests)
@@ -68,27 +68,27 @@ def problem_of_silence(path: bytes, before: Node, now: Node) -> Problem:
     )
 
 
-def repository_left_out(path: bytes) -> Problem:
+def repository_excluded(path: bytes) -> Problem:
     """Return what there is to tell of a repository that lies in the source."""
     return Problem(ProblemKind.REPOSITORY, path, "the repository itself is left out")
 
 
-def reason_word(reason: int) -> str:
+def reason_label(reason: int) -> str:
     """Return a word for why a file was not simply captured as stable."""
-    return Reason(reason).name.lower().replace("_", " ")
+    return ChangeReason(reason).name.lower().replace("_", " ")
 
 
-def problem_of_flag(path: bytes, node: Node) -> Problem:
+def changed_file(path: bytes, node: Node) -> Problem:
     """Return what there is to tell of a flagged file that is restored."""
     capture = capture_of(node)
-    reason = Reason(capture.reason).name.lower() if capture is not None else "unknown"
+    reason = ChangeReason(capture.reason).name.lower() if capture is not None else "unknown"
     message = f"it had changed while it was captured ({reason}); restored as captured"
-    if capture is not None and capture.reason == Reason.DAMAGED:
+    if capture is not None and capture.reason == ChangeReason.DAMAGED:
         message = "it had lost data when its snapshot was repaired; zeros stand there"
     return Problem(ProblemKind.CHANGED, path, message, {"reason": reason})
 
 
-def problem_of_damage(
+def damaged_entry(
     path: bytes, message: str, error: IntegrityError | None, ranges: Sequence[tuple[int, int]]
 ) -> Problem:
     """Return what there is to tell of an entry that is not restored whole."""
@@ -101,7 +101,7 @@ def problem_of_damage(
     return Problem(ProblemKind.DAMAGED, path, message, details)
 
 
-def problem_of_restoring(path: bytes, error: OSError) -> Problem:
+def restore_failed(path: bytes, error: OSError) -> Problem:
     """Return what there is to tell of an entry that is not restored at all."""
     message = f"it cannot be restored: {error.strerror or error}"
     return Problem(ProblemKind.UNREADABLE, path, message)

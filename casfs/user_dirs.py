@@ -15,17 +15,17 @@ _NETWORK_TYPES = frozenset(
 """File system types of Linux on which two machines, or a server, may change a file under a mapping."""
 
 
-def index_path(root: Path, repository_id: str, encrypted: bool = False) -> Path:
+def index_dir(root: Path, repository_id: str, encrypted: bool = False) -> Path:
     """Return the folder of the index of the repository in `root`."""
     if encrypted:
-        return cached_index_path(repository_id)
+        return cached_index_dir(repository_id)
     kind = file_system_type(root)
     if kind in _NETWORK_TYPES or kind.startswith("fuse"):
-        return cached_index_path(repository_id)
+        return cached_index_dir(repository_id)
     return root / "index"
 
 
-def cached_index_path(repository_id: str) -> Path:
+def cached_index_dir(repository_id: str) -> Path:
     """Return the folder of this user's own index of a repository; its parent is made."""
     parent = user_folder("XDG_CACHE_HOME", ".cache") / repository_id[:32]
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)

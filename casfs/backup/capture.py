@@ -15,11 +15,20 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from casfs.backup.reflink import Freezer
-from casfs.backup.source_fs import Xattrs, make_extra, open_file, read_xattrs, storable_time
-from casfs.backup.source_reader import FileReader, Reading, digest_again
+from casfs.backup.reflink import Reflinker
+from casfs.backup.source_fs import Xattrs, clamp_time_ns, make_extra, open_file, read_xattrs
+from casfs.backup.source_reader import ReadResult, SourceReader, verify_read
 from casfs.errors import NotRegularError
-from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, capture_of, replace
+from casfs.format.tree import (
+    Capture,
+    CaptureState,
+    ChangeReason,
+    Node,
+    NodeExtra,
+    NodeType,
+    capture_of,
+    replace,
+)
 
 DEFAULT_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.05
@@ -43,10 +52,10 @@ _LIKE_ANOTHER_KIND = frozenset([errno.ELOOP, errno.ENXIO])
 _SYNC_FILE_RANGE_WRITE = 1 | 2  # and wait for what is on its way
 
 
-class Patience:
+class RetryBudget:
     """The time that a backup has for pauses and further attempts.
 
-    Until `end_walk` half of it is kept back: at the end of the backup, writers have had most time to
+    Until `release_reserve` half of it is kept back: at the end of the backup, writers have had most time to
     finish. Whether one more reading fits is told by how fast the ones before were.
     """
 
@@ -56,7 +65,7 @@ class Patience:
         self._read_bytes = 0
         self._read_s = 0.0
 
-    def allows(self, seconds: float) -> bool:
+    def can_spend(self, seconds: float) -> bool:
         """Tell whether there is so much time."""
         return seconds < self._left_s - self._reserve_s
 
@@ -64,16 +73,16 @@ class Patience:
         """Take time away."""
         self._left_s -= seconds
 
-    def end_walk(self) -> None:
+    def release_reserve(self) -> None:
         """Give up the reserve."""
         self._reserve_s = 0.0
 
-    def learn(self, read_bytes: int, seconds: float) -> None:
+    def record(self, read_bytes: int, seconds: float) -> None:
         """Take note of how long an unsuccessful attempt took."""
         self._read_bytes += read_bytes
         self._read_s += seconds
 
-    def expected(self, read_bytes: int) -> float:
+    def estimate(self, read_bytes: int) -> float:
         """Return the seconds that an attempt at a file of this size will take."""
         return read_bytes * self._read_s / max(self._read_bytes, 1)
 
@@ -82,8 +91,8 @@ class _Found(NamedTuple):
     """The result of one attempt; `again` says that its name means another file by now."""
 
     node: Node
-    reading: Reading
-    again: bool = False
+    result: ReadResult
+    replaced: bool = False
 
 
 class Capturer:
@@ -94,9 +103,9 @@ class Capturer:
 
     def __init__(
         self,
-        reader: FileReader,
-        freezer: Freezer,
-        patience: Patience,
+        reader: SourceReader,
+        freezer: Reflinker,
+        patience: RetryBudget,
         attempts: int = DEFAULT_ATTEMPTS,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -114,9 +123,9 @@ class Capturer:
         """
         began = time.monotonic()
         found = self._attempt(dir_fd, name, 1)
-        if found.again or found.node.state == State.CHANGED:
+        if found.replaced or found.node.state == CaptureState.CHANGED:
             found = self._capture_further(dir_fd, name, found, time.monotonic() - began)
-        self._reader.keep(found.reading)
+        self._reader.store_pending(found.result)
         return found.node
 
     def capture_again(self, dir_fd: int, before: Node) -> Node | None:
@@ -126,7 +135,7 @@ class Capturer:
         """
         capture = capture_of(before)
         attempts = capture.attempts if capture is not None else 0
-        if not self._patience.allows(self._patience.expected(before.size)):
+        if not self._patience.can_spend(self._patience.estimate(before.size)):
             return None
         began = time.monotonic()
         try:
@@ -135,24 +144,24 @@ class Capturer:
             return None
         finally:
             self._patience.spend(time.monotonic() - began)
-        self._reader.keep(found.reading)
+        self._reader.store_pending(found.result)
         return _with_earlier_reason(found.node, before)
 
     def capture_stream(self, name: bytes, fd: int, st: os.stat_result) -> Node:
         """Return the node of a file that is read from a pipe to its end."""
         reading = self._reader.read_stream(fd)
-        self._reader.keep(reading)
-        node = _make_node(name, st, (), reading, State.STABLE, racy=True)
-        return replace(node, mode=0o600, kind=Kind.FILE, nlink=1, extra=None)
+        self._reader.store_pending(reading)
+        node = _make_node(name, st, (), reading, CaptureState.STABLE, racy=True)
+        return replace(node, mode=0o600, kind=NodeType.FILE, nlink=1, extra=None)
 
     def _capture_further(self, dir_fd: int, name: bytes, best: _Found, took_s: float) -> _Found:
         """Make the attempts that are left and return the best result, the newest of equal ones."""
         pause_s = FIRST_PAUSE_S
         made = 1
         while made < self._attempts:
-            self._patience.learn(best.reading.size, took_s)
-            wait_s = 0.0 if best.again else pause_s
-            if not self._patience.allows(wait_s + took_s):
+            self._patience.record(best.result.size, took_s)
+            wait_s = 0.0 if best.replaced else pause_s
+            if not self._patience.can_spend(wait_s + took_s):
                 break
             if wait_s:
                 self._pause(wait_s)
@@ -168,10 +177,10 @@ class Capturer:
             made += 1
             if found.node.state <= best.node.state:
                 node = _with_earlier_reason(found.node, best.node)
-                best = _Found(node, found.reading, found.again)
-            if best.node.state != State.CHANGED and not best.again:
+                best = _Found(node, found.result, found.replaced)
+            if best.node.state != CaptureState.CHANGED and not best.replaced:
                 return best
-        return _Found(_with_attempts(best.node, made), best.reading)
+        return _Found(_with_attempts(best.node, made), best.result)
 
     def _attempt(self, dir_fd: int, name: bytes, attempt: int) -> _Found:
         try:
@@ -185,8 +194,8 @@ class Capturer:
             before = os.fstat(fd)
             if not stat.S_ISREG(before.st_mode):
                 raise NotRegularError(name)
-            if self._freezer.is_due(before, began_ns):
-                found = self._attempt_frozen(dir_fd, fd, name, attempt)
+            if self._freezer.should_clone(before, began_ns):
+                found = self._attempt_reflinked(dir_fd, fd, name, attempt)
                 if found is not None:
                     return found
             young_ns = began_ns - _DIRTY_NS
@@ -198,17 +207,24 @@ class Capturer:
             after = os.fstat(fd)
             if reading.size == before.st_size and _is_same(before, after):
                 if not _is_racy(before, began_ns):
-                    node = _make_node(name, before, xattrs, reading, State.STABLE, False)
+                    node = _make_node(name, before, xattrs, reading, CaptureState.STABLE, False)
                     if attempt > 1:
-                        node = _with(node, Reason.NONE, attempt, None)
+                        node = _with(node, ChangeReason.NONE, attempt, None)
                     return _Found(node, reading)
-                return self._attest(fd, name, before, after, reading, attempt, Reason.NONE)
-            return self._doubt(dir_fd, fd, name, before, after, reading, attempt)
+                return self._verify_by_reread(
+                    fd, name, before, after, reading, attempt, ChangeReason.NONE
+                )
+            return self._on_unstable(dir_fd, fd, name, before, after, reading, attempt)
         finally:
             os.close(fd)
 
-    def _attempt_frozen(
-        self, dir_fd: int, fd: int, name: bytes, attempt: int, reason: Reason = Reason.NONE
+    def _attempt_reflinked(
+        self,
+        dir_fd: int,
+        fd: int,
+        name: bytes,
+        attempt: int,
+        reason: ChangeReason = ChangeReason.NONE,
     ) -> _Found | None:
         """Capture from a clone, or return None where there can be none.
 
@@ -227,41 +243,41 @@ class Capturer:
                 if held_still or tries == _FREEZE_TRIES - 1:
                     reading = self._reader.read(clone, os.fstat(clone))
                     racy = not held_still or _is_racy(before, began_ns)
-                    node = _make_node(name, before, xattrs, reading, State.STABLE, racy)
+                    node = _make_node(name, before, xattrs, reading, CaptureState.STABLE, racy)
                     return _Found(_with(node, reason, attempt, None), reading)
             finally:
                 os.close(clone)
         return None
 
-    def _doubt(
+    def _on_unstable(
         self,
         dir_fd: int,
         fd: int,
         name: bytes,
         before: os.stat_result,
         after: os.stat_result,
-        reading: Reading,
+        reading: ReadResult,
         attempt: int,
     ) -> _Found:
         """Say what a reading is worth that did not find the file as it had been."""
-        reason = _meaning(dir_fd, name, after)
-        if reason == Reason.NONE:
-            found = self._attempt_frozen(
+        reason = _check_name(dir_fd, name, after)
+        if reason == ChangeReason.NONE:
+            found = self._attempt_reflinked(
                 dir_fd, fd, name, attempt + 1, _difference(before, after, reading.size)
             )
             if found is not None:
                 return found
-        return self._attest(fd, name, before, after, reading, attempt, reason)
+        return self._verify_by_reread(fd, name, before, after, reading, attempt, reason)
 
-    def _attest(
+    def _verify_by_reread(
         self,
         fd: int,
         name: bytes,
         before: os.stat_result,
         after: os.stat_result,
-        reading: Reading,
+        reading: ReadResult,
         attempt: int,
-        reason: Reason,
+        reason: ChangeReason,
     ) -> _Found:
         """Let a witness say what a reading is worth; the metadata are those between the two reads.
 
@@ -269,22 +285,22 @@ class Capturer:
         already moves no timestamp.
         """
         xattrs = read_xattrs(fd)
-        again = reason == Reason.REPLACED
+        again = reason == ChangeReason.REPLACED
         observed = None
         try:
-            seen = digest_again(fd, reading.size)
+            seen = verify_read(fd, reading.size)
         except OSError:
-            state, reason = State.CHANGED, Reason.READ_ERROR
+            state, reason = CaptureState.CHANGED, ChangeReason.READ_ERROR
         else:
             equal = seen.prefix == reading.digest
             if equal and seen.size == reading.size:
-                state = State.STABLE
+                state = CaptureState.STABLE
             elif equal and seen.size > reading.size:
-                state, reason, observed = State.APPENDED, Reason.GREW, seen.observed
+                state, reason, observed = CaptureState.APPENDED, ChangeReason.GREW, seen.observed
             else:
-                state, observed = State.CHANGED, seen.observed
-                if reason == Reason.NONE:
-                    reason = _why(before, reading.size, seen.size)
+                state, observed = CaptureState.CHANGED, seen.observed
+                if reason == ChangeReason.NONE:
+                    reason = _classify(before, reading.size, seen.size)
         node = _make_node(name, after, xattrs, reading, state, racy=True)
         return _Found(_with(node, reason, attempt, observed), reading, again)
 
@@ -307,7 +323,7 @@ def _is_racy(st: os.stat_result, began_ns: int) -> bool:
     return ctime_ns > began_ns - grain_ns or abs(mtime_ns - began_ns) < grain_ns
 
 
-def _meaning(dir_fd: int, name: bytes, after: os.stat_result) -> Reason:
+def _check_name(dir_fd: int, name: bytes, after: os.stat_result) -> ChangeReason:
     """Tell whether the name still means the file that was read: NONE, REPLACED or VANISHED.
 
     Raises NotRegularError where it means something that is not a regular file.
@@ -315,28 +331,28 @@ def _meaning(dir_fd: int, name: bytes, after: os.stat_result) -> Reason:
     try:
         now = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
     except FileNotFoundError:
-        return Reason.VANISHED
+        return ChangeReason.VANISHED
     except OSError:
-        return Reason.NONE
+        return ChangeReason.NONE
     if not stat.S_ISREG(now.st_mode):
         raise NotRegularError(name)
-    return Reason.NONE if os.path.samestat(now, after) else Reason.REPLACED
+    return ChangeReason.NONE if os.path.samestat(now, after) else ChangeReason.REPLACED
 
 
-def _difference(before: os.stat_result, after: os.stat_result, read_bytes: int) -> Reason:
+def _difference(before: os.stat_result, after: os.stat_result, read_bytes: int) -> ChangeReason:
     """Tell from metadata alone what happened to a file."""
     if after.st_size < before.st_size or read_bytes < before.st_size:
-        return Reason.SHRANK
+        return ChangeReason.SHRANK
     if after.st_size > before.st_size:
-        return Reason.GREW
-    return Reason.NONE if after.st_mtime_ns == before.st_mtime_ns else Reason.REWRITTEN
+        return ChangeReason.GREW
+    return ChangeReason.NONE if after.st_mtime_ns == before.st_mtime_ns else ChangeReason.REWRITTEN
 
 
-def _why(before: os.stat_result, read_bytes: int, seen_bytes: int) -> Reason:
+def _classify(before: os.stat_result, read_bytes: int, seen_bytes: int) -> ChangeReason:
     """Tell what happened to a file of which two reads saw different bytes."""
     if seen_bytes < read_bytes or read_bytes < before.st_size:
-        return Reason.SHRANK
-    return Reason.GREW if seen_bytes > read_bytes else Reason.REWRITTEN
+        return ChangeReason.SHRANK
+    return ChangeReason.GREW if seen_bytes > read_bytes else ChangeReason.REWRITTEN
 
 
 def _clean_pages(fd: int) -> None:
@@ -365,16 +381,21 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 
 def _make_node(
-    name: bytes, st: os.stat_result, xattrs: Xattrs, reading: Reading, state: State, racy: bool
+    name: bytes,
+    st: os.stat_result,
+    xattrs: Xattrs,
+    reading: ReadResult,
+    state: CaptureState,
+    racy: bool,
 ) -> Node:
     return Node(
         name,
-        Kind.FILE,
+        NodeType.FILE,
         stat.S_IMODE(st.st_mode),
         st.st_uid,
         st.st_gid,
-        storable_time(st.st_mtime_ns),
-        storable_time(st.st_ctime_ns),
+        clamp_time_ns(st.st_mtime_ns),
+        clamp_time_ns(st.st_ctime_ns),
         st.st_ino,
         st.st_nlink or 1,  # it has lost its last name since it was opened
         reading.size,
@@ -384,28 +405,30 @@ def _make_node(
         reading.levels,
         reading.captured,
         None,
-        make_extra(st, xattrs, Kind.FILE) if xattrs or st.st_nlink > 1 else None,
+        make_extra(st, xattrs, NodeType.FILE) if xattrs or st.st_nlink > 1 else None,
     )
 
 
-def _with(node: Node, reason: Reason, attempts: int, observed: bytes | None) -> Node:
+def _with(node: Node, reason: ChangeReason, attempts: int, observed: bytes | None) -> Node:
     """Return the node with the evidence, where there is any: one simple attempt leaves none."""
-    if reason == Reason.NONE and attempts == 1:
+    if reason == ChangeReason.NONE and attempts == 1:
         return node
-    extra = node.extra or Extra()
+    extra = node.extra or NodeExtra()
     return replace(node, extra=replace(extra, capture=Capture(reason, attempts, observed)))
 
 
 def _with_earlier_reason(node: Node, earlier: Node) -> Node:
     """Return the node with the reason why the attempt before it was not enough, if it has none."""
     now, then = capture_of(node), capture_of(earlier)
-    if now is None or now.reason != Reason.NONE or then is None:
+    if now is None or now.reason != ChangeReason.NONE or then is None:
         return node
-    reason = Reason.REPLACED if then.reason == Reason.VANISHED else Reason(then.reason)
+    reason = (
+        ChangeReason.REPLACED if then.reason == ChangeReason.VANISHED else ChangeReason(then.reason)
+    )
     return _with(node, reason, now.attempts, now.observed)
 
 
 def _with_attempts(node: Node, attempts: int) -> Node:
     capture = capture_of(node)
     assert capture is not None
-    return _with(node, Reason(capture.reason), attempts, capture.observed)
+    return _with(node, ChangeReason(capture.reason), attempts, capture.observed)

@@ -23,10 +23,10 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.digest import Digest
-from casfs.format.tree import Kind, Node
+from casfs.format.tree import Node, NodeType
 from casfs.index.index import Index
 from casfs.index.lmdb_env import Transaction
-from casfs.trees.content import HOLE, RECORD
+from casfs.trees.content import EXTENT, HOLE
 
 _STAT = struct.Struct("<QQqqQ")
 _HEAD = struct.Struct("<8sI")
@@ -43,10 +43,10 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Node)
 
 
-class FileMemory:
-    """What one backup recalls and remembers; `key` is the domain's, `losses` are those of the index.
+class FileCache:
+    """What one backup recalls and remembers; `key` is the domain's, `loss_epoch` are those of the index.
 
-    `losses` was asked for before the first blob was taken for stored.
+    `loss_epoch` was asked for before the first blob was taken for stored.
     """
 
     def __init__(self, index: Index, key: bytes, losses: int) -> None:
@@ -62,10 +62,10 @@ class FileMemory:
         self._writer = ThreadPoolExecutor(1, "casfs-memory")
         self._writing: Future[None] | None = None
         self._is_empty = not self._env.read(lambda txn: txn.stat(db=self._files)["entries"])
-        self._trusts_all = not index.condemned()
+        self._trusts_all = not index.marked_for_removal()
         self._confirmed: dict[bytes, tuple[int, int]] = {}
 
-    def recall(self, path: bytes, st: os.stat_result) -> Node | None:
+    def get(self, path: bytes, st: os.stat_result) -> Node | None:
         """Return the node of a file as it was stored when it had this path and these metadata."""
         if self._is_empty:
             return None
@@ -83,23 +83,23 @@ class FileMemory:
         if node.name != path.rpartition(b"/")[2] or not self._is_stored(batch, node):
             return None
         if self._day - day >= _REFRESHED_DAYS:
-            self.remember(path, node)
+            self.put(path, node)
         return node
 
-    def remember(self, path: bytes, node: Node) -> None:
+    def put(self, path: bytes, node: Node) -> None:
         """Keep the node of a file, if it may be trusted as unchanged the next time."""
-        if node.kind != Kind.FILE or node.state or node.racy:
+        if node.kind != NodeType.FILE or node.state or node.racy:
             return
         self._pending.append((path, node))
         if len(self._pending) >= _BATCH:
-            self._hand_over()
+            self._submit()
 
-    def confirm(self) -> None:
+    def commit(self) -> None:
         """Say that all that was remembered is durable and in the index; old memories are dropped."""
         self._write()
         key, value = b"memory" + self._batch, _CONFIRMED.pack(*self._state)
         self._env.write(lambda txn: txn.put(key, value, db=self._meta))
-        self._forget_old()
+        self._drop_old()
 
     def close(self) -> None:
         """Wait until nothing is being written; what was not confirmed is not trusted."""
@@ -117,8 +117,8 @@ class FileMemory:
             return True  # nothing that was stored then can have gone since
         if node.levels:
             return False  # the lists are in packs that cannot be read here
-        digests = (Digest(one) for _, one in RECORD.iter_unpack(node.content) if one != HOLE)
-        return all(self._index.known(digests))
+        digests = (Digest(one) for _, one in EXTENT.iter_unpack(node.content) if one != HOLE)
+        return all(self._index.are_stored(digests))
 
     def _state_at(self, batch: bytes) -> tuple[int, int]:
         """Return the losses and removals of the index before a backup, (-1, -1) if it did not end well."""
@@ -134,12 +134,12 @@ class FileMemory:
 
     def _write(self) -> None:
         """Wait until all that is to be remembered is written."""
-        self._hand_over()
+        self._submit()
         if self._writing is not None:
             self._writing.result()
             self._writing = None
 
-    def _hand_over(self) -> None:
+    def _submit(self) -> None:
         if self._writing is not None:
             self._writing.result()
         files, self._pending = self._pending, []
@@ -162,17 +162,17 @@ class FileMemory:
 
         self._env.write(change)
 
-    def _forget_old(self) -> None:
+    def _drop_old(self) -> None:
         """Drop what was not seen for two months, at most once a day."""
         today = struct.pack("<I", self._day)
         if self._env.read(lambda txn: txn.get(b"tidied", db=self._meta)) == today:
             return
         after: bytes | None = b""
         while after is not None:
-            after = self._forget_some(after)
+            after = self._drop_some(after)
         self._env.write(lambda txn: txn.put(b"tidied", today, db=self._meta))
 
-    def _forget_some(self, after: bytes) -> bytes | None:
+    def _drop_some(self, after: bytes) -> bytes | None:
         """Look at some memories behind a name; return the last of them, or None at the end."""
         limit = self._day - _KEPT_DAYS
 

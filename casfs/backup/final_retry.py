@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from casfs.backup.capture import Capturer
 from casfs.backup.source_fs import open_directory
-from casfs.backup.sources import Place
+from casfs.backup.sources import SourceNode
 from casfs.backup.walker import NewTree
 from casfs.format.tree import Node, hard_link_key, replace
 from casfs.monitor import Monitor
 from casfs.paths import join
-from casfs.problems import problem_of_capture
+from casfs.problems import unstable_capture
 from casfs.trees.reader import TreeReader, is_flagged
 from casfs.trees.writer import TreeWriter
 
@@ -34,10 +34,10 @@ class _Frame:
     fd: int
     nodes: Iterator[Node]
     tree: TreeWriter
-    places: dict[bytes, Place] | None = None
+    places: dict[bytes, SourceNode] | None = None
 
 
-class LastLook:
+class FinalRetry:
     """Look once more at the flagged files of one walk; used once.
 
     The trees are those of the walk and can be read; what is still flagged is told to `monitor`.
@@ -52,9 +52,9 @@ class LastLook:
         self._monitor = monitor
         self._links: dict[tuple[int, int], Node] = {}
 
-    def look(self, root: Node, place: Place) -> Node:
+    def run(self, root: Node, place: SourceNode) -> Node:
         """Return the root with every better capture in its place; `place` is what was walked."""
-        fd = _opened(None, place.source, root.inode, follow=True) if place.whole else -1
+        fd = _opened(None, place.source, root.inode, follow=True) if place.is_source else -1
         stack = [self._frame(root, b"", fd, place)]
         try:
             while True:
@@ -73,12 +73,12 @@ class LastLook:
             for frame in stack:
                 _close(frame.fd)
 
-    def _frame(self, node: Node, path: bytes, fd: int, place: Place | None) -> _Frame:
+    def _frame(self, node: Node, path: bytes, fd: int, place: SourceNode | None) -> _Frame:
         assert node.tree is not None
-        single = self._trees.single(node.tree)
+        single = self._trees.unsplit_entries(node.tree)
         nodes = iter(single) if single is not None else self._trees.nodes(node.tree)
         tree = self._new_tree(node.tree, single)
-        places = place.below if place is not None and not place.whole else None
+        places = place.children if place is not None and not place.is_source else None
         return _Frame(node, path, fd, nodes, tree, places)
 
     def _advance(self, frame: _Frame) -> _Frame | None:
@@ -88,7 +88,7 @@ class LastLook:
             if node.tree is not None and node.tree.flagged:
                 return self._enter(frame, path, node)
             if is_flagged(node):
-                node = self._again(frame, path, node)
+                node = self._retry(frame, path, node)
             frame.tree.add(node)
         return None
 
@@ -97,7 +97,7 @@ class LastLook:
             fd = _opened(frame.fd, node.name, node.inode) if frame.fd >= 0 else -1
             return self._frame(node, path, fd, None)
         place = frame.places.get(node.name)
-        if place is None or not place.whole:
+        if place is None or not place.is_source:
             return self._frame(node, path, -1, place)
         above = _opened(None, os.path.dirname(place.source) or b".", None, follow=True)
         try:
@@ -106,7 +106,7 @@ class LastLook:
             _close(above)
         return self._frame(node, path, fd, place)
 
-    def _again(self, frame: _Frame, path: bytes, node: Node) -> Node:
+    def _retry(self, frame: _Frame, path: bytes, node: Node) -> Node:
         """Return a newer capture of a file, or the one that there is, and tell what it is worth."""
         self._monitor.progress.path = path
         key = hard_link_key(node)
@@ -125,7 +125,7 @@ class LastLook:
             found = node
         elif key is not None and len(self._links) < _MAX_LINKS:
             self._links[key] = found
-        problem = problem_of_capture(path, found)
+        problem = unstable_capture(path, found)
         if problem is not None:
             self._monitor.problem(problem)
         return found

@@ -10,15 +10,15 @@ import os
 from collections.abc import Iterator
 
 from casfs.errors import IntegrityError
-from casfs.format.tree import Kind, Node, TreeRef
+from casfs.format.tree import Node, NodeType, TreeRef
 from casfs.trees.reader import TreeReader
 
-_FILE, _DIRECTORY = Kind.FILE, Kind.DIRECTORY
+_FILE, _DIRECTORY = NodeType.FILE, NodeType.DIRECTORY
 
 log = logging.getLogger(__name__)
 
 
-class Previous:
+class ParentCursor:
     """The entries of one directory in the previous snapshot, taken in order of their names."""
 
     def __init__(self, trees: TreeReader, ref: TreeRef | None) -> None:
@@ -26,7 +26,7 @@ class Previous:
         self.single: list[Node] | None = None
         self._nodes: Iterator[Node] = iter(())
         try:
-            self.single = None if ref is None else trees.single(ref)
+            self.single = None if ref is None else trees.unsplit_entries(ref)
         except IntegrityError as error:
             self._give_up(error)
         if self.single is not None:
@@ -35,7 +35,7 @@ class Previous:
             self._nodes = trees.nodes(self.ref)
         self._next = self._advance()
 
-    def take(self, name: bytes) -> Node | None:
+    def match(self, name: bytes) -> Node | None:
         """Return the entry of this name, or None; names are asked for in increasing order."""
         node = self._next
         while node is not None and node.name < name:
@@ -59,7 +59,7 @@ class Previous:
         self._nodes = iter(())
 
 
-def is_unchanged(node: Node, st: os.stat_result, kind: Kind | None) -> bool:
+def is_unchanged(node: Node, st: os.stat_result, kind: NodeType | None) -> bool:
     """Tell whether an entry's metadata are those of a node that may be trusted to tell its content."""
     return (
         node.mtime_ns == st.st_mtime_ns

@@ -46,7 +46,7 @@ class Freeze(StrEnum):
     REQUIRE = "require"
 
 
-class Freezer:
+class Reflinker:
     """Clone the files of one backup, as far as their file systems can."""
 
     def __init__(self, mode: Freeze = Freeze.AUTO) -> None:
@@ -54,7 +54,7 @@ class Freezer:
         self._is_auto = mode == Freeze.AUTO
         self._without: set[int] = set()
 
-    def is_due(self, st: os.stat_result, now_ns: int) -> bool:
+    def should_clone(self, st: os.stat_result, now_ns: int) -> bool:
         """Tell whether a file is to be cloned before it is read at all."""
         if self._is_auto:
             hot_ns = now_ns - _FRESH_NS - st.st_size * _HOT_NS_PER_BYTE

@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casfs import __version__
-from casfs.backup.capture import DEFAULT_ATTEMPTS, DEFAULT_PATIENCE_S, Capturer, Patience
+from casfs.backup.capture import DEFAULT_ATTEMPTS, DEFAULT_PATIENCE_S, Capturer, RetryBudget
 from casfs.backup.exclude import Exclusions
-from casfs.backup.final_retry import LastLook
-from casfs.backup.reflink import Freeze, Freezer
+from casfs.backup.final_retry import FinalRetry
+from casfs.backup.reflink import Freeze, Reflinker
 from casfs.backup.source_fs import make_node
-from casfs.backup.source_reader import FileReader
-from casfs.backup.sources import Place, select
+from casfs.backup.source_reader import SourceReader
+from casfs.backup.sources import SourceNode, build_source_tree
 from casfs.backup.walker import NewTree, Walker, WalkStats
 from casfs.digest import SnapshotId
-from casfs.display import shown
-from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
+from casfs.display import escape_path
+from casfs.errors import IntegrityError, NotFoundError, RefusedError
 from casfs.format.snapshot import Snapshot, SnapshotStats
-from casfs.format.tree import Kind, Node, TreeRef, replace
+from casfs.format.tree import Node, NodeType, TreeRef, replace
 from casfs.monitor import Monitor
 from casfs.paths import normalize_source_path
 from casfs.repository.repository import Repository
@@ -41,7 +41,7 @@ from casfs.store.writer import BlobWriter, WriteStats
 from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
-    from casfs.backup.file_cache import FileMemory
+    from casfs.backup.file_cache import FileCache
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class BackupResult:
     missing_sources: int
 
 
-def back_up(repository: Repository, options: BackupOptions, monitor: Monitor) -> BackupResult:
+def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor) -> BackupResult:
     """Read the sources and publish a snapshot of them.
 
     Problems of single entries go to `monitor` and into the counts. Raises NotFoundError where no source
@@ -135,7 +135,7 @@ def _find_parent(
         return None
     if options.parent is not None:
         return repository.resolve(options.parent)
-    if repository.is_closed:
+    if repository.is_locked:
         return None
     paths = _kept_paths(options)
     newest: tuple[SnapshotId, Snapshot] | None = None
@@ -149,24 +149,24 @@ def _require_a_source(options: BackupOptions, root: Path) -> None:
     """Raise NotFoundError where there is nothing to back up; a part that is missing is a problem."""
     if options.stdin_name is not None:
         return
-    errors = {path: error for path in options.paths if (error := _looked_up(path)) is not None}
+    errors = {path: error for path in options.paths if (error := _owner_names(path)) is not None}
     found = [path for path in options.paths if path not in errors]
     if any(not (os.path.exists(path) and os.path.samefile(path, root)) for path in found):
         return
     if found:
-        raise UnsafeTargetError(f"{root} is the repository itself; nothing was published")
+        raise RefusedError(f"{root} is the repository itself; nothing was published")
     for path, error in errors.items():
         if not isinstance(error, FileNotFoundError):
             raise NotFoundError(
-                f"{shown(path)} cannot be read: {error.strerror}; nothing was published"
+                f"{escape_path(path)} cannot be read: {error.strerror}; nothing was published"
             )
-    names = ", ".join(shown(path) for path in options.paths[:3])
+    names = ", ".join(escape_path(path) for path in options.paths[:3])
     more = ", …" if len(options.paths) > 3 else ""
     verb = "do not exist" if len(options.paths) > 1 else "does not exist"
     raise NotFoundError(f"{names}{more} {verb}; nothing was published")
 
 
-def _looked_up(path: bytes) -> OSError | None:
+def _owner_names(path: bytes) -> OSError | None:
     """Return why nothing can be known of what a path names, or None."""
     try:
         os.lstat(path)
@@ -192,20 +192,20 @@ class _Backup:
         self._repository = repository
         self._options = options
         self._monitor = monitor
-        self._freezer = Freezer(options.freeze)
-        self._patience = Patience(options.patience_s)
-        self._memory = _memory_of(repository, options)
+        self._freezer = Reflinker(options.freeze)
+        self._patience = RetryBudget(options.patience_s)
+        self._memory = _open_file_cache(repository, options)
 
     def read(self, parent: tuple[SnapshotId, Snapshot] | None) -> Node:
         """Return the root of the new snapshot; all that it refers to is durable and indexed then."""
         options = self._options
         # A dry run stores no trees that could be read again.
         looks_again = options.attempts > 1 and options.patience_s > 0 and not options.dry_run
-        place = select(list(options.paths))
+        place = build_source_tree(list(options.paths))
         root = self._written(lambda writer: self._walk(writer, place, parent, not looks_again))
         if looks_again and root.tree is not None and root.tree.flagged:
-            self._patience.end_walk()
-            root = self._written(lambda writer: self._look_again(writer, place, root))
+            self._patience.release_reserve()
+            root = self._written(lambda writer: self._retry_changed(writer, place, root))
         return root
 
     def close(self) -> None:
@@ -219,7 +219,7 @@ class _Backup:
             root = read(writer)
             stored = writer.finish()
             if self._memory is not None and not self._options.dry_run:
-                self._memory.confirm()
+                self._memory.commit()
         finally:
             writer.close()
         self.stored.new_blobs += stored.new_blobs
@@ -231,7 +231,7 @@ class _Backup:
     def _walk(
         self,
         writer: BlobWriter,
-        place: Place,
+        place: SourceNode,
         parent: tuple[SnapshotId, Snapshot] | None,
         tell_changed: bool,
     ) -> Node:
@@ -255,15 +255,15 @@ class _Backup:
             return _read_stdin(capturer, walker, self._options.stdin_name)
         return walker.walk(place, parent[1].root if parent is not None else None)
 
-    def _look_again(self, writer: BlobWriter, place: Place, root: Node) -> Node:
-        look = LastLook(
+    def _retry_changed(self, writer: BlobWriter, place: SourceNode, root: Node) -> Node:
+        look = FinalRetry(
             self._capturer(writer), self._repository.trees, self._new_tree(writer), self._monitor
         )
-        return look.look(root, place)
+        return look.run(root, place)
 
     def _capturer(self, writer: BlobWriter) -> Capturer:
         digest = self._repository.codec.digest
-        reader = FileReader(self._repository.chunker(), writer.put, digest)
+        reader = SourceReader(self._repository.chunker(), writer.put, digest)
         return Capturer(reader, self._freezer, self._patience, self._options.attempts)
 
     def _new_tree(self, writer: BlobWriter, keep_trees: bool = True) -> NewTree:
@@ -273,14 +273,14 @@ class _Backup:
         return lambda previous, nodes: TreeWriter(writer.put, digest, seed, previous, nodes)
 
 
-def _memory_of(repository: Repository, options: BackupOptions) -> FileMemory | None:
+def _open_file_cache(repository: Repository, options: BackupOptions) -> FileCache | None:
     """Return what stands for the previous snapshot where that cannot be read."""
     domain = repository.vault.domain if repository.vault is not None else None
-    if domain is None or not repository.is_closed or not options.use_parent:
+    if domain is None or not repository.is_locked or not options.use_parent:
         return None
-    from casfs.backup.file_cache import FileMemory
+    from casfs.backup.file_cache import FileCache
 
-    return FileMemory(repository.store.index, domain.memory_key, repository.losses)
+    return FileCache(repository.store.index, domain.memory_key, repository.loss_epoch)
 
 
 def _content_check(
@@ -292,12 +292,12 @@ def _content_check(
     nobody needs to ask.
     """
     index = repository.store.index
-    if parent is None or (index.is_complete(parent[0]) and not index.condemned()):
+    if parent is None or (index.is_complete(parent[0]) and not index.marked_for_removal()):
         return None
 
     def is_stored(node: Node) -> bool:
         try:
-            return all(index.known(repository.content(node).blobs()))
+            return all(index.are_stored(repository.content(node).blobs()))
         except IntegrityError:
             return False
 
@@ -310,7 +310,7 @@ def _read_stdin(capturer: Capturer, walker: Walker, name: bytes) -> Node:
     now_ns = time.time_ns()
     node = replace(capturer.capture_stream(name, 0, st), mtime_ns=now_ns, ctime_ns=now_ns, inode=0)
     walker.count(node)
-    root = make_node(b"", os.stat("."), Kind.DIRECTORY, ())
+    root = make_node(b"", os.stat("."), NodeType.DIRECTORY, ())
     return replace(root, tree=_single_tree(walker, node))
 
 

@@ -11,16 +11,16 @@ import os
 import stat
 import time
 
-from casfs.format.tree import Extra, Kind, Node
+from casfs.format.tree import Node, NodeExtra, NodeType
 
 _KINDS = {
-    stat.S_IFREG: Kind.FILE,
-    stat.S_IFDIR: Kind.DIRECTORY,
-    stat.S_IFLNK: Kind.SYMLINK,
-    stat.S_IFIFO: Kind.FIFO,
-    stat.S_IFSOCK: Kind.SOCKET,
-    stat.S_IFCHR: Kind.CHARACTER_DEVICE,
-    stat.S_IFBLK: Kind.BLOCK_DEVICE,
+    stat.S_IFREG: NodeType.FILE,
+    stat.S_IFDIR: NodeType.DIRECTORY,
+    stat.S_IFLNK: NodeType.SYMLINK,
+    stat.S_IFIFO: NodeType.FIFO,
+    stat.S_IFSOCK: NodeType.SOCKET,
+    stat.S_IFCHR: NodeType.CHARACTER_DEVICE,
+    stat.S_IFBLK: NodeType.BLOCK_DEVICE,
 }
 
 _TYPE_BITS = 0o170000
@@ -44,7 +44,7 @@ _LAST_LEASE_PAUSE_S = 3.0
 """Pauses double from the one to the other: some five seconds in all."""
 
 
-def kind_of(st: os.stat_result) -> Kind | None:
+def node_type(st: os.stat_result) -> NodeType | None:
     """Return what an entry is, or None for a kind that is not known."""
     return _KINDS.get(st.st_mode & _TYPE_BITS)
 
@@ -125,29 +125,29 @@ def read_xattrs(where: int | bytes) -> Xattrs:
     return tuple(sorted(found))
 
 
-def path_of_entry(dir_fd: int, name: bytes) -> bytes:
+def proc_fd_path(dir_fd: int, name: bytes) -> bytes:
     """Return a path by which calls that take no directory descriptor reach an entry."""
     return b"/proc/self/fd/%d/%s" % (dir_fd, name)
 
 
-def storable_time(time_ns: int) -> int:
+def clamp_time_ns(time_ns: int) -> int:
     """Return a time as a node can hold it: one before 1677 or after 2262 becomes the nearest that fits."""
     if _EARLIEST_NS <= time_ns <= _LATEST_NS:
         return time_ns
     return max(_EARLIEST_NS, min(time_ns, _LATEST_NS))
 
 
-def make_extra(st: os.stat_result, xattrs: Xattrs, kind: Kind) -> Extra | None:
+def make_extra(st: os.stat_result, xattrs: Xattrs, kind: NodeType) -> NodeExtra | None:
     """Return what few nodes have, or None where this one has none of it."""
-    device = st.st_dev if st.st_nlink > 1 and kind != Kind.DIRECTORY else 0
-    rdev = st.st_rdev if kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE) else 0
+    device = st.st_dev if st.st_nlink > 1 and kind != NodeType.DIRECTORY else 0
+    rdev = st.st_rdev if kind in (NodeType.CHARACTER_DEVICE, NodeType.BLOCK_DEVICE) else 0
     if not (xattrs or device or rdev):
         return None
-    return Extra(xattrs, rdev, device)
+    return NodeExtra(xattrs, rdev, device)
 
 
 def make_node(
-    name: bytes, st: os.stat_result, kind: Kind, xattrs: Xattrs, content: bytes = b""
+    name: bytes, st: os.stat_result, kind: NodeType, xattrs: Xattrs, content: bytes = b""
 ) -> Node:
     """Return the node of an entry that is not a regular file; a directory's tree is added later."""
     return Node(
@@ -156,8 +156,8 @@ def make_node(
         stat.S_IMODE(st.st_mode),
         st.st_uid,
         st.st_gid,
-        storable_time(st.st_mtime_ns),
-        storable_time(st.st_ctime_ns),
+        clamp_time_ns(st.st_mtime_ns),
+        clamp_time_ns(st.st_ctime_ns),
         st.st_ino,
         st.st_nlink,
         size=len(content),

@@ -21,13 +21,13 @@ from blake3 import blake3
 from casfs.digest import EMPTY_DIGEST, Digest, update_zeros
 from casfs.format.chunker import Chunker
 from casfs.format.codec import BlobKind
-from casfs.trees.content import HOLE, RECORD, ContentWriter, Put
+from casfs.trees.content import EXTENT, HOLE, ContentWriter, Put
 
 _READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Testimony:
+class VerifyResult:
     """What a witness saw: the digest of the beginning that was captured, of all, and the size of all."""
 
     prefix: Digest
@@ -35,23 +35,23 @@ class Testimony:
     size: int
 
 
-def digest_again(fd: int, captured_bytes: int) -> Testimony:
+def verify_read(fd: int, captured_bytes: int) -> VerifyResult:
     """Read an open file again, no further than the size that it has now."""
     end = os.fstat(fd).st_size
-    witness = _Witness(captured_bytes)
+    witness = _VerifyingHash(captured_bytes)
     for begin, data_end in data_ranges(fd, end):
         witness.skip(begin)
         while witness.done < data_end:
             stop = witness.next_stop(data_end)
             data = os.pread(fd, min(stop - witness.done, _READ_BYTES), witness.done)
             if not data:
-                return witness.testimony()
-            witness.see(data)
+                return witness.result()
+            witness.update(data)
     witness.skip(min(end, os.fstat(fd).st_size))
-    return witness.testimony()
+    return witness.result()
 
 
-class _Witness:
+class _VerifyingHash:
     """Digests over the bytes from the beginning, told apart where the captured ones end."""
 
     def __init__(self, captured_bytes: int) -> None:
@@ -65,7 +65,7 @@ class _Witness:
         """Return how far one step may go: up to `end`, and not across the end of what was captured."""
         return self._captured_bytes if self.done < self._captured_bytes < end else end
 
-    def see(self, data: bytes) -> None:
+    def update(self, data: bytes) -> None:
         self._whole.update(data)
         self.done += len(data)
         self._mark()
@@ -78,9 +78,9 @@ class _Witness:
             self.done = stop
             self._mark()
 
-    def testimony(self) -> Testimony:
+    def result(self) -> VerifyResult:
         observed = Digest(self._whole.digest())
-        return Testimony(self._prefix or observed, observed, self.done)
+        return VerifyResult(self._prefix or observed, observed, self.done)
 
     def _mark(self) -> None:
         if self.done == self._captured_bytes:
@@ -93,7 +93,7 @@ _LARGE_BYTES = 8 * 1024 * 1024
 _WAITING_CHUNKS = 2
 
 
-class Reading(NamedTuple):
+class ReadResult(NamedTuple):
     """What one pass found: the content list, the size in bytes and the plain digest of the file.
 
     `captured` is that digest where a node has to keep it, `pending` a blob that is stored only when
@@ -108,7 +108,7 @@ class Reading(NamedTuple):
     pending: tuple[Digest, bytes] | None = None
 
 
-class FileReader:
+class SourceReader:
     """Read files of one backup; `put` stores a blob, `digest` names it. Used by one thread."""
 
     def __init__(self, chunker: Chunker, put: Put, digest: Callable[[bytes], Digest]) -> None:
@@ -119,7 +119,7 @@ class FileReader:
         # Then a small file is hashed once and not twice.
         self._digest_is_plain = digest(b"casfs") == blake3(b"casfs").digest()
 
-    def read(self, fd: int, st: os.stat_result) -> Reading:
+    def read(self, fd: int, st: os.stat_result) -> ReadResult:
         """Read a regular file from its beginning to the size in `st`, or to where it ends before."""
         size = st.st_size
         if st.st_blocks * 512 < size:
@@ -128,16 +128,16 @@ class FileReader:
             return self._read_small(fd, size)
         return self._read_chunks(_range_reader(fd, 0, size), size)
 
-    def read_stream(self, fd: int) -> Reading:
+    def read_stream(self, fd: int) -> ReadResult:
         """Read a pipe to its end."""
         return self._read_chunks(lambda buffer: os.readv(fd, [buffer]), None)
 
-    def keep(self, reading: Reading) -> None:
+    def store_pending(self, reading: ReadResult) -> None:
         """Store what is pending of a reading that a node will refer to."""
         if reading.pending is not None:
             self._put(BlobKind.DATA, *reading.pending)
 
-    def _read_small(self, fd: int, size: int) -> Reading:
+    def _read_small(self, fd: int, size: int) -> ReadResult:
         data = os.read(fd, size) if size else b""
         while len(data) < size:
             more = os.read(fd, size - len(data))
@@ -145,23 +145,23 @@ class FileReader:
                 break
             data += more
         if not data:
-            return Reading(b"", 0, 0, EMPTY_DIGEST, None)
+            return ReadResult(b"", 0, 0, EMPTY_DIGEST, None)
         size = len(data)
         plain = Digest(blake3(data).digest())
         if self._digest_is_plain:
-            return Reading(RECORD.pack(size, plain), 0, size, plain, None, (plain, data))
+            return ReadResult(EXTENT.pack(size, plain), 0, size, plain, None, (plain, data))
         digest = self._digest(data)
-        return Reading(RECORD.pack(size, digest), 0, size, plain, plain, (digest, data))
+        return ReadResult(EXTENT.pack(size, digest), 0, size, plain, plain, (digest, data))
 
     def _read_chunks(
         self, read_into: Callable[[memoryview], int], most_bytes: int | None
-    ) -> Reading:
+    ) -> ReadResult:
         content = ContentWriter(self._put, self._digest)
         with closing(_WholeDigest()) as whole:
             size = self._store_chunks(read_into, most_bytes, whole, content)
             return _finish(content, whole, size)
 
-    def _read_sparse(self, fd: int, size: int) -> Reading:
+    def _read_sparse(self, fd: int, size: int) -> ReadResult:
         content = ContentWriter(self._put, self._digest)
         done = 0
         with closing(_WholeDigest()) as whole:
@@ -264,12 +264,12 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def _finish(content: ContentWriter, whole: _WholeDigest, size: int) -> Reading:
+def _finish(content: ContentWriter, whole: _WholeDigest, size: int) -> ReadResult:
     records, levels = content.finish()
     plain = whole.digest()
-    single = levels == 0 and len(records) == RECORD.size and records[8:] == plain
+    single = levels == 0 and len(records) == EXTENT.size and records[8:] == plain
     captured = None if single or not records else plain
-    return Reading(records, levels, size, plain, captured)
+    return ReadResult(records, levels, size, plain, captured)
 
 
 def _add_hole(content: ContentWriter, whole: _WholeDigest, length: int) -> None:

@@ -10,32 +10,32 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import UsageError
 from casfs.paths import normalize_source_path
 
 
 @dataclass(slots=True)
-class Place:
-    """A name on the way to sources: `whole` means that it and all below it was asked for.
+class SourceNode:
+    """A name on the way to sources: `is_source` means that it and all below it was asked for.
 
     `source` is where it is in the file system.
     """
 
     source: bytes
-    whole: bool = False
-    below: dict[bytes, Place] = field(default_factory=dict)
+    is_source: bool = False
+    children: dict[bytes, SourceNode] = field(default_factory=dict)
 
     def sources(self) -> Iterator[bytes]:
         """Yield the sources at and below this place."""
-        if self.whole:
+        if self.is_source:
             yield self.source
             return
-        for name in sorted(self.below):
-            yield from self.below[name].sources()
+        for name in sorted(self.children):
+            yield from self.children[name].sources()
 
 
-def select(paths: list[bytes]) -> Place:
+def build_source_tree(paths: list[bytes]) -> SourceNode:
     """Return the root of the tree of places for the paths that a user named.
 
     Raises UsageError where two different sources would have the same path in the snapshot, as `/etc/x`
@@ -43,34 +43,34 @@ def select(paths: list[bytes]) -> Place:
     """
     kept = [normalize_source_path(path) for path in paths]
     absolute = any(path.startswith(b"/") for path in kept)
-    root = Place(b"/" if absolute else b".")
+    root = SourceNode(b"/" if absolute else b".")
     for path in kept:
         place = root
         source = b"/" if path.startswith(b"/") else b""
         for name in _names(path):
             source = os.path.join(source, name)
-            place = place.below.setdefault(name, Place(source))
-        if not place.whole:
+            place = place.children.setdefault(name, SourceNode(source))
+        if not place.is_source:
             place.source = source or b"."
-            place.whole = True
+            place.is_source = True
     for path in kept:
         _refuse_other_source(root, path)
     return root
 
 
-def _refuse_other_source(root: Place, path: bytes) -> None:
+def _refuse_other_source(root: SourceNode, path: bytes) -> None:
     place = root
     names = _names(path)
     for depth in range(len(names) + 1):
-        if place.whole:
+        if place.is_source:
             source = os.path.normpath(os.path.join(place.source, *names[depth:]))
             if source != path and os.path.abspath(source) != os.path.abspath(path):
                 raise UsageError(
-                    f"{shown(place.source)} and {shown(path)} are different places that would share "
-                    "a path in the snapshot; back them up apart"
+                    f"{escape_path(place.source)} and {escape_path(path)} are different places "
+                    "that would share a path in the snapshot; back them up apart"
                 )
         if depth < len(names):
-            place = place.below[names[depth]]
+            place = place.children[names[depth]]
 
 
 def _names(path: bytes) -> list[bytes]:

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING
 
 from casfs.backup.capture import Capturer
 from casfs.backup.exclude import Exclusions
-from casfs.backup.parent import Previous, is_unchanged
+from casfs.backup.parent import ParentCursor, is_unchanged
 from casfs.backup.source_fs import (
-    kind_of,
     list_names,
     make_node,
+    node_type,
     open_directory,
-    path_of_entry,
+    proc_fd_path,
     read_xattrs,
 )
-from casfs.backup.sources import Place
+from casfs.backup.sources import SourceNode
 from casfs.errors import NotRegularError
 from casfs.format.tree import (
     MAX_DEPTH,
-    Kind,
+    CaptureState,
+    ChangeReason,
     Node,
-    Reason,
-    State,
+    NodeType,
     TreeRef,
     capture_of,
     captured_digest,
@@ -39,25 +39,25 @@ from casfs.format.tree import (
 from casfs.monitor import Monitor
 from casfs.paths import join
 from casfs.problems import (
-    problem_of_capture,
-    problem_of_failure,
-    problem_of_silence,
-    problems_of_source,
-    repository_left_out,
+    backup_failed,
+    missing_sources,
+    repository_excluded,
+    silent_change,
+    unstable_capture,
 )
 from casfs.trees.reader import TreeReader
 from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
-    from casfs.backup.file_cache import FileMemory
+    from casfs.backup.file_cache import FileCache
 
 _MAX_LINKS = 100_000
 """Hard-linked files remembered at a time; one that was forgotten is read again and stores nothing."""
 
-_FILE, _DIRECTORY = Kind.FILE, Kind.DIRECTORY
+_FILE, _DIRECTORY = NodeType.FILE, NodeType.DIRECTORY
 """Looked up once: to ask a class of names for one takes longer than to compare it."""
 
-_MEANINGS = 3
+_MAX_TYPE_CHANGES = 3
 """What a name may turn into while it is looked at, before it is given up."""
 
 NewTree = Callable[[TreeRef | None, list[Node] | None], TreeWriter]
@@ -86,9 +86,9 @@ class _Frame:
     fd: int
     device: int
     names: Iterator[bytes]
-    previous: Previous
+    parent: ParentCursor
     tree: TreeWriter
-    places: dict[bytes, Place] | None = None
+    sources: dict[bytes, SourceNode] | None = None
     marker: bytes | None = None
 
 
@@ -119,7 +119,7 @@ class Walker:
         monitor: Monitor,
         reread: bool = False,
         tell_changed: bool = True,
-        memory: FileMemory | None = None,
+        memory: FileCache | None = None,
     ) -> None:
         self.stats = WalkStats()
         self.uids: set[int] = set()
@@ -129,27 +129,27 @@ class Walker:
         self._trees = trees
         self._exclusions = exclusions
         self._matcher = exclusions.matcher()
-        self._is_picky = self._matcher is not None or exclusions.larger_than is not None
+        self._has_excludes = self._matcher is not None or exclusions.larger_than is not None
         self._one_file_system = one_file_system
-        self._left_out = left_out
+        self._repository_stat = left_out
         self._is_stored = is_stored if not reread else lambda _: False
         self._reread = reread
-        self._tell_changed = tell_changed
-        self._memory = memory
+        self._report_changed = tell_changed
+        self._file_cache = memory
         self._monitor = monitor
         self._progress = monitor.progress
         self._links: dict[tuple[int, int], _Link] = {}
 
-    def walk(self, root: Place, previous: Node | None) -> Node:
+    def walk(self, root: SourceNode, previous: Node | None) -> Node:
         """Return the root node of the snapshot of all places."""
         st = os.stat(root.source)
-        node = make_node(b"", st, Kind.DIRECTORY, self._xattrs(root.source, b""))
+        node = make_node(b"", st, NodeType.DIRECTORY, self._xattrs(root.source, b""))
         tree = previous.tree if previous is not None else None
-        if root.whole:
+        if root.is_source:
             fd = open_directory(None, root.source, follow=True)
             frame = self._open_frame(node, b"", fd, st, tree, root)
         else:
-            frame = self._place_frame(node, b"", root, tree)
+            frame = self._source_frame(node, b"", root, tree)
         return self._run(frame)
 
     def count(self, node: Node) -> None:
@@ -190,14 +190,14 @@ class Walker:
 
     def _advance(self, frame: _Frame, depth: int) -> _Frame | None:
         """Handle entries of a directory until one is a directory to go into; None when all are done."""
-        take = frame.previous.take
-        if frame.places is not None:
+        take = frame.parent.match
+        if frame.sources is not None:
             for name in frame.names:
-                child = self._enter_place(frame, name, join(frame.path, name), take(name))
+                child = self._enter_source(frame, name, join(frame.path, name), take(name))
                 if child is not None:
                     return child
             return None
-        is_trusting = self._is_stored is None and not self._is_picky and frame.marker is None
+        is_trusting = self._is_stored is None and not self._has_excludes and frame.marker is None
         for name in frame.names:
             previous = take(name)
             try:
@@ -205,21 +205,21 @@ class Walker:
             except OSError as error:
                 self._failed(join(frame.path, name), error)
                 continue
-            kind = kind_of(st)
+            kind = node_type(st)
             if (
                 previous is not None
                 and kind is not _DIRECTORY
                 and is_trusting
                 and is_unchanged(previous, st, kind)
             ):
-                self._keep(frame, previous)
+                self._add_unchanged(frame, previous)
                 continue
             child = self._enter(frame, name, join(frame.path, name), st, kind, previous, depth)
             if child is not None:
                 return child
         return None
 
-    def _keep(self, frame: _Frame, node: Node) -> None:
+    def _add_unchanged(self, frame: _Frame, node: Node) -> None:
         """Add an entry that is what it was in the previous snapshot."""
         self.stats.unchanged += node.kind == _FILE
         self.count(node)
@@ -231,18 +231,18 @@ class Walker:
         name: bytes,
         path: bytes,
         st: os.stat_result,
-        kind: Kind | None,
+        kind: NodeType | None,
         previous: Node | None,
         depth: int,
     ) -> _Frame | None:
         """Add an entry, or return the frame of a directory to go into."""
-        for _ in range(_MEANINGS):
+        for _ in range(_MAX_TYPE_CHANGES):
             is_directory = kind is _DIRECTORY
             if self._is_excluded(frame, name, path, st, is_directory):
                 return None
             if is_directory:
-                if os.path.samestat(st, self._left_out):
-                    self._monitor.problem(repository_left_out(path))
+                if os.path.samestat(st, self._repository_stat):
+                    self._monitor.problem(repository_excluded(path))
                     return None
                 return self._enter_directory(frame, name, path, st, previous, depth)
             try:
@@ -255,8 +255,8 @@ class Walker:
             except OSError as error:
                 self._failed(path, error)
                 return None
-            kind = kind_of(st)
-        self._failed(path, _restless())
+            kind = node_type(st)
+        self._failed(path, _unstable_name_error())
         return None
 
     def _enter_directory(
@@ -277,11 +277,11 @@ class Walker:
                 raise OSError(errno.ENAMETOOLONG, f"it lies more than {MAX_DEPTH} directories deep")
             if not foreign:
                 fd = open_directory(frame.fd, name)
-            if previous is not None and is_unchanged(previous, st, Kind.DIRECTORY):
+            if previous is not None and is_unchanged(previous, st, NodeType.DIRECTORY):
                 node = previous
             else:
-                where = fd if fd >= 0 else path_of_entry(frame.fd, name)
-                node = make_node(name, st, Kind.DIRECTORY, read_xattrs(where))
+                where = fd if fd >= 0 else proc_fd_path(frame.fd, name)
+                node = make_node(name, st, NodeType.DIRECTORY, read_xattrs(where))
             return self._open_frame(
                 node, path, fd, st, previous.tree if previous is not None else None
             )
@@ -291,14 +291,14 @@ class Walker:
             self._failed(path, error)
             if isinstance(error, FileNotFoundError):
                 return None
-            node = make_node(name, st, Kind.DIRECTORY, ())
+            node = make_node(name, st, NodeType.DIRECTORY, ())
             return _Frame(
                 node,
                 path,
                 -1,
                 st.st_dev,
                 iter(()),
-                Previous(self._trees, None),
+                ParentCursor(self._trees, None),
                 self.new_tree(None, None),
             )
 
@@ -309,23 +309,25 @@ class Walker:
         fd: int,
         st: os.stat_result,
         tree: TreeRef | None,
-        place: Place | None = None,
+        place: SourceNode | None = None,
     ) -> _Frame:
         names = list_names(fd) if fd >= 0 else []
         marker = self._exclusions.marker_of(names, fd) if names else None
-        previous = Previous(self._trees, tree)
+        previous = ParentCursor(self._trees, tree)
         writer = self.new_tree(previous.ref, previous.single)
         frame = _Frame(node, path, fd, st.st_dev, iter(names), previous, writer, None, marker)
         self._progress.path = path
         return frame
 
-    def _place_frame(self, node: Node, path: bytes, place: Place, tree: TreeRef | None) -> _Frame:
-        previous = Previous(self._trees, tree)
-        names = iter(sorted(place.below))
+    def _source_frame(
+        self, node: Node, path: bytes, place: SourceNode, tree: TreeRef | None
+    ) -> _Frame:
+        previous = ParentCursor(self._trees, tree)
+        names = iter(sorted(place.children))
         writer = self.new_tree(previous.ref, previous.single)
-        return _Frame(node, path, -1, -1, names, previous, writer, place.below)
+        return _Frame(node, path, -1, -1, names, previous, writer, place.children)
 
-    def _enter_place(
+    def _enter_source(
         self,
         frame: _Frame,
         name: bytes,
@@ -334,8 +336,8 @@ class Walker:
         meanings: int = 1,
     ) -> _Frame | None:
         """Add what a user named, or return the frame of a directory on the way there or of it."""
-        assert frame.places is not None
-        place = frame.places[name]
+        assert frame.sources is not None
+        place = frame.sources[name]
         try:
             above = open_directory(None, os.path.dirname(place.source) or b".", follow=True)
         except OSError as error:
@@ -343,28 +345,28 @@ class Walker:
             return None
         try:
             entry = os.path.basename(place.source)
-            st = os.stat(entry, dir_fd=above, follow_symlinks=not place.whole)
-            kind = kind_of(st)
+            st = os.stat(entry, dir_fd=above, follow_symlinks=not place.is_source)
+            kind = node_type(st)
             parent = _Frame(
-                frame.node, frame.path, above, st.st_dev, iter(()), frame.previous, frame.tree
+                frame.node, frame.path, above, st.st_dev, iter(()), frame.parent, frame.tree
             )
-            if place.whole and kind != Kind.DIRECTORY:
+            if place.is_source and kind != NodeType.DIRECTORY:
                 self._add_entry(parent, name, path, st, kind, previous)
                 return None
-            if place.whole:
-                if os.path.samestat(st, self._left_out):
-                    self._monitor.problem(repository_left_out(path))
+            if place.is_source:
+                if os.path.samestat(st, self._repository_stat):
+                    self._monitor.problem(repository_excluded(path))
                     return None
                 return self._enter_directory(parent, name, path, st, previous, 1)
-            if kind != Kind.DIRECTORY:
+            if kind != NodeType.DIRECTORY:
                 raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
             tree = previous.tree if previous is not None else None
-            node = make_node(name, st, Kind.DIRECTORY, self._xattrs(place.source, path))
-            return self._place_frame(node, path, place, tree)
+            node = make_node(name, st, NodeType.DIRECTORY, self._xattrs(place.source, path))
+            return self._source_frame(node, path, place, tree)
         except NotRegularError:
-            if meanings < _MEANINGS:
-                return self._enter_place(frame, name, path, previous, meanings + 1)
-            self._failed(path, _restless())
+            if meanings < _MAX_TYPE_CHANGES:
+                return self._enter_source(frame, name, path, previous, meanings + 1)
+            self._failed(path, _unstable_name_error())
             return None
         except OSError as error:
             self._missing(place, error)
@@ -378,7 +380,7 @@ class Walker:
         name: bytes,
         path: bytes,
         st: os.stat_result,
-        kind: Kind | None,
+        kind: NodeType | None,
         previous: Node | None,
     ) -> None:
         if kind is None:
@@ -386,21 +388,21 @@ class Walker:
                 path, OSError(errno.EOPNOTSUPP, "it is of a kind that casfs does not know")
             )
             return
-        if previous is None and self._memory is not None and kind == Kind.FILE:
-            previous = self._memory.recall(path, st)
+        if previous is None and self._file_cache is not None and kind == NodeType.FILE:
+            previous = self._file_cache.get(path, st)
         if (
             previous is not None
             and is_unchanged(previous, st, kind)
             and (self._is_stored is None or kind is not _FILE or self._is_stored(previous))
         ):
-            self._keep(frame, previous)
+            self._add_unchanged(frame, previous)
             return
         try:
             if kind is _FILE:
                 node = self._read_file(frame, name, path, st)
             else:
-                where = path_of_entry(frame.fd, name)
-                target = os.readlink(name, dir_fd=frame.fd) if kind == Kind.SYMLINK else b""
+                where = proc_fd_path(frame.fd, name)
+                target = os.readlink(name, dir_fd=frame.fd) if kind == NodeType.SYMLINK else b""
                 node = make_node(name, st, kind, read_xattrs(where), target)
         except OSError as error:
             self._failed(path, error)
@@ -412,19 +414,21 @@ class Walker:
 
     def _compare(self, path: bytes, previous: Node, node: Node, st: os.stat_result) -> None:
         """Tell of a file that was read although it seemed unchanged, and was not."""
-        if not (is_unchanged(previous, st, Kind.FILE) and is_unchanged(node, st, Kind.FILE)):
+        if not (
+            is_unchanged(previous, st, NodeType.FILE) and is_unchanged(node, st, NodeType.FILE)
+        ):
             return
         if captured_digest(previous) == captured_digest(node):
             self.stats.unchanged += 1
             return
         self.stats.silently_changed += 1
-        self._monitor.problem(problem_of_silence(path, previous, node))
+        self._monitor.problem(silent_change(path, previous, node))
 
     def _read_file(self, frame: _Frame, name: bytes, path: bytes, st: os.stat_result) -> Node:
         if st.st_nlink > 1:
             key = (st.st_dev, st.st_ino)
             link = self._links.get(key)
-            if link is not None and is_unchanged(link.node, st, Kind.FILE):
+            if link is not None and is_unchanged(link.node, st, NodeType.FILE):
                 link.left -= 1
                 if link.left <= 1:
                     del self._links[key]
@@ -432,22 +436,22 @@ class Walker:
         self._progress.path = path
         node = self._capturer.capture(frame.fd, name)
         if node.extra is not None:
-            self._tell(path, node)
-        if self._memory is not None:
-            self._memory.remember(path, node)
+            self._report_capture(path, node)
+        if self._file_cache is not None:
+            self._file_cache.put(path, node)
         if node.nlink > 1:
             if len(self._links) >= _MAX_LINKS:
                 self._links.pop(next(iter(self._links)))
             self._links[st.st_dev, st.st_ino] = _Link(node, node.nlink)
         return node
 
-    def _tell(self, path: bytes, node: Node) -> None:
+    def _report_capture(self, path: bytes, node: Node) -> None:
         capture = capture_of(node)
-        if capture is not None and capture.reason == Reason.VANISHED:
+        if capture is not None and capture.reason == ChangeReason.VANISHED:
             self.stats.vanished += 1
-        if node.state == State.CHANGED and not self._tell_changed:
+        if node.state == CaptureState.CHANGED and not self._report_changed:
             return
-        problem = problem_of_capture(path, node)
+        problem = unstable_capture(path, node)
         if problem is not None:
             self._monitor.problem(problem)
 
@@ -456,10 +460,10 @@ class Walker:
     ) -> bool:
         if frame.marker is not None and name != frame.marker:
             return True
-        if not self._is_picky:
+        if not self._has_excludes:
             return False
         limit = self._exclusions.larger_than
-        if limit is not None and st.st_size > limit and kind_of(st) == Kind.FILE:
+        if limit is not None and st.st_size > limit and node_type(st) == NodeType.FILE:
             return True
         return self._matcher is not None and self._matcher.matches(path, is_directory)
 
@@ -475,14 +479,14 @@ class Walker:
             self.stats.vanished += 1
         else:
             self.stats.unreadable += 1
-        self._monitor.problem(problem_of_failure(path, error))
+        self._monitor.problem(backup_failed(path, error))
 
-    def _missing(self, place: Place, error: OSError) -> None:
-        for problem in problems_of_source(place.sources(), error):
+    def _missing(self, place: SourceNode, error: OSError) -> None:
+        for problem in missing_sources(place.sources(), error):
             self.stats.missing_sources += 1
             self.stats.unreadable += 1
             self._monitor.problem(problem)
 
 
-def _restless() -> OSError:
+def _unstable_name_error() -> OSError:
     return OSError(errno.ESTALE, "it turns into something else whenever it is looked at")

@@ -19,7 +19,7 @@ import click
 from casfs import __version__
 from casfs.cli.output import Output
 from casfs.cli.settings import Settings, common_options
-from casfs.display import on_one_line, shown
+from casfs.display import escape_path, single_line
 from casfs.errors import CasfsError
 
 VERBS = {
@@ -117,28 +117,28 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail(as_json, "interrupted; the repository is as sound as before", EXIT_INTERRUPTED)
     except BrokenPipeError as error:
-        return unheard(error, EXIT_FAILED)
+        return stdout_failed(error, EXIT_FAILED)
     except OSError as error:
-        return _fail(as_json, _sentence(error), EXIT_FAILED)
+        return _fail(as_json, _os_error_message(error), EXIT_FAILED)
 
 
-def _sentence(error: OSError) -> str:
+def _os_error_message(error: OSError) -> str:
     """Return what the system said; a name may be bytes, and is told as people would type it."""
     message = error.strerror or str(error)
     name = error.filename
     if isinstance(name, bytes):
-        return f"{shown(name)}: {message}"
+        return f"{escape_path(name)}: {message}"
     return f"{name}: {message}" if name is not None else message
 
 
-def unheard(error: OSError, code: int) -> int:
+def stdout_failed(error: OSError, code: int) -> int:
     """Return an exit code where standard output takes nothing any more.
 
     Whoever read it may just have gone, and is told nothing; another error is told on stderr.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if not isinstance(error, BrokenPipeError):
-        Output(as_json=False).warn(f"what was done cannot be told: {_sentence(error)}")
+        Output(as_json=False).warn(f"what was done cannot be told: {_os_error_message(error)}")
     return code
 
 
@@ -153,11 +153,11 @@ def _fail(as_json: bool, sentence: str, code: int) -> int:
     return code
 
 
-class _OneLine(logging.Formatter):
+class _SingleLineFormatter(logging.Formatter):
     """A formatter whose messages cannot be made to look like several."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return on_one_line(super().formatMessage(record))
+        return single_line(super().formatMessage(record))
 
 
 def _open_standard_streams() -> None:
@@ -183,7 +183,7 @@ def _configure() -> None:
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine("casfs: %(message)s"))
+    handler.setFormatter(_SingleLineFormatter("casfs: %(message)s"))
     for name in ("casfs", "casfs_mount"):
         logging.getLogger(name).addHandler(handler)
     _allow_open_files()

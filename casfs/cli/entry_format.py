@@ -8,30 +8,41 @@ from __future__ import annotations
 import os
 import stat
 
-from casfs.cli.output import JsonValue, json_path, local_time
-from casfs.display import shown
+from casfs.cli.output import JsonValue, format_time, json_path
+from casfs.display import escape_path
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Kind, Node, Reason, State, captured_digest, nodes_of
+from casfs.format.tree import (
+    CaptureState,
+    ChangeReason,
+    Node,
+    NodeType,
+    captured_digest,
+    subtree_count,
+)
 
 KIND_NAMES = {
-    Kind.FILE: "file",
-    Kind.DIRECTORY: "dir",
-    Kind.SYMLINK: "symlink",
-    Kind.FIFO: "fifo",
-    Kind.SOCKET: "socket",
-    Kind.CHARACTER_DEVICE: "chardev",
-    Kind.BLOCK_DEVICE: "blockdev",
+    NodeType.FILE: "file",
+    NodeType.DIRECTORY: "dir",
+    NodeType.SYMLINK: "symlink",
+    NodeType.FIFO: "fifo",
+    NodeType.SOCKET: "socket",
+    NodeType.CHARACTER_DEVICE: "chardev",
+    NodeType.BLOCK_DEVICE: "blockdev",
 }
 _FORMATS = {
-    Kind.FILE: stat.S_IFREG,
-    Kind.DIRECTORY: stat.S_IFDIR,
-    Kind.SYMLINK: stat.S_IFLNK,
-    Kind.FIFO: stat.S_IFIFO,
-    Kind.SOCKET: stat.S_IFSOCK,
-    Kind.CHARACTER_DEVICE: stat.S_IFCHR,
-    Kind.BLOCK_DEVICE: stat.S_IFBLK,
+    NodeType.FILE: stat.S_IFREG,
+    NodeType.DIRECTORY: stat.S_IFDIR,
+    NodeType.SYMLINK: stat.S_IFLNK,
+    NodeType.FIFO: stat.S_IFIFO,
+    NodeType.SOCKET: stat.S_IFSOCK,
+    NodeType.CHARACTER_DEVICE: stat.S_IFCHR,
+    NodeType.BLOCK_DEVICE: stat.S_IFBLK,
 }
-_STATES = {State.STABLE: "stable", State.APPENDED: "appended", State.CHANGED: "changed"}
+_STATES = {
+    CaptureState.STABLE: "stable",
+    CaptureState.APPENDED: "appended",
+    CaptureState.CHANGED: "changed",
+}
 _WIDEST_OWNER = 16
 
 
@@ -43,8 +54,8 @@ class NodeLines:
     """
 
     def __init__(self, snapshot: Snapshot, top: Node) -> None:
-        self._users = {number: _shown_text(name) for number, name in snapshot.users}
-        self._groups = {number: _shown_text(name) for number, name in snapshot.groups}
+        self._users = {number: _format_text(name) for number, name in snapshot.users}
+        self._groups = {number: _format_text(name) for number, name in snapshot.groups}
         self._user_width = _width(self._users)
         self._group_width = _width(self._groups)
         self._size_width = len(str(total_bytes(top)))
@@ -53,31 +64,31 @@ class NodeLines:
         """Return the line of an entry under this name."""
         user = self._users.get(node.uid) or str(node.uid)
         group = self._groups.get(node.gid) or str(node.gid)
-        shown_name = shown(name)
-        if node.kind == Kind.SYMLINK:
-            shown_name += f" -> {shown(node.content)}"
+        shown_name = escape_path(name)
+        if node.kind == NodeType.SYMLINK:
+            shown_name += f" -> {escape_path(node.content)}"
         return (
-            f"{stat.filemode(_FORMATS[Kind(node.kind)] | node.mode)} "
+            f"{stat.filemode(_FORMATS[NodeType(node.kind)] | node.mode)} "
             f"{user:<{self._user_width}} {group:<{self._group_width}} "
-            f"{_size(node):>{self._size_width}} {local_time(node.mtime_ns)} "
-            f"{shown_state(node):<8} {shown_name}"
+            f"{_size(node):>{self._size_width}} {format_time(node.mtime_ns)} "
+            f"{format_state(node):<8} {shown_name}"
         )
 
 
-def shown_state(node: Node) -> str:
+def format_state(node: Node) -> str:
     """Return the word for a file that was written to while it was captured, or nothing."""
-    if node.kind != Kind.FILE or node.state == State.STABLE:
+    if node.kind != NodeType.FILE or node.state == CaptureState.STABLE:
         return ""
-    return _STATES[State(node.state)]
+    return _STATES[CaptureState(node.state)]
 
 
-def shown_reason(node: Node) -> str:
+def format_reason(node: Node) -> str:
     """Return the word for why a file was not captured as stable."""
     capture = node.extra.capture if node.extra is not None else None
     if capture is None:
         return "unknown"
     try:
-        return Reason(capture.reason).name.lower().replace("_", " ")
+        return ChangeReason(capture.reason).name.lower().replace("_", " ")
     except ValueError:
         return str(capture.reason)
 
@@ -101,7 +112,7 @@ class NodeFields:
     def attributes(self, node: Node) -> dict[str, JsonValue]:
         """Return what is told of an entry without its path."""
         fields: dict[str, JsonValue] = {
-            "kind": KIND_NAMES[Kind(node.kind)],
+            "kind": KIND_NAMES[NodeType(node.kind)],
             "mode": node.mode,
             "uid": node.uid,
             "gid": node.gid,
@@ -113,14 +124,14 @@ class NodeFields:
             "inode": node.inode,
             "nlink": node.nlink,
         }
-        if node.kind == Kind.FILE:
+        if node.kind == NodeType.FILE:
             captured = captured_digest(node)
-            fields["state"] = _STATES[State(node.state)]
+            fields["state"] = _STATES[CaptureState(node.state)]
             fields["captured"] = captured.hex() if captured is not None else None
-        elif node.kind == Kind.SYMLINK:
+        elif node.kind == NodeType.SYMLINK:
             fields |= json_path(node.content, "target")
         elif node.tree is not None:
-            fields["entries"] = nodes_of(node) - 1
+            fields["entries"] = subtree_count(node) - 1
             fields["total_bytes"] = node.tree.total_bytes
             fields["flagged"] = node.tree.flagged
         if node.extra is not None:
@@ -132,20 +143,20 @@ def _extra_fields(node: Node) -> dict[str, JsonValue]:
     extra = node.extra
     assert extra is not None
     fields: dict[str, JsonValue] = {}
-    if node.kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE):
+    if node.kind in (NodeType.CHARACTER_DEVICE, NodeType.BLOCK_DEVICE):
         fields["rdev"] = extra.rdev
     if extra.xattrs:
         fields["xattrs"] = [name.decode("utf-8", "surrogateescape") for name, _ in extra.xattrs]
     if extra.capture is not None:
         observed = extra.capture.observed
-        fields["reason"] = shown_reason(node)
+        fields["reason"] = format_reason(node)
         fields["attempts"] = extra.capture.attempts
         fields["observed"] = observed.hex() if observed is not None else None
     return fields
 
 
-def _shown_text(text: str) -> str:
-    return shown(text.encode("utf-8", "surrogateescape"))
+def _format_text(text: str) -> str:
+    return escape_path(text.encode("utf-8", "surrogateescape"))
 
 
 def _width(names: dict[int, str]) -> int:
@@ -153,7 +164,7 @@ def _width(names: dict[int, str]) -> int:
 
 
 def _size(node: Node) -> str:
-    if node.kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE):
+    if node.kind in (NodeType.CHARACTER_DEVICE, NodeType.BLOCK_DEVICE):
         rdev = node.extra.rdev if node.extra is not None else 0
         try:
             return f"{os.major(rdev)}, {os.minor(rdev)}"

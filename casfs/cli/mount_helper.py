@@ -19,14 +19,14 @@ import click
 from casfs.cli.commands.mount import OwnerType, server
 from casfs.cli.param_types import SIZE
 from casfs.cli.settings import KeyOptions, unlocked
-from casfs.display import on_one_line
+from casfs.display import single_line
 from casfs.errors import CasfsError, UsageError
 
 EXIT_USAGE = 1
 EXIT_FAILED = 32
 
 _FLAGS = frozenset(("nodev", "noexec", "nosuid", "dev", "exec", "suid"))
-_PASSED_OVER = frozenset(
+_IGNORED = frozenset(
     (
         *("_netdev", "async", "atime", "auto", "defaults", "diratime", "fail", "group", "lazytime"),
         *("noatime", "noauto", "nodiratime", "nofail", "nogroup", "norelatime", "nostrictatime"),
@@ -34,7 +34,7 @@ _PASSED_OVER = frozenset(
         *("users", "nolazytime", "nosymfollow"),
     )
 )
-_PASSED_OVER_BEGINNINGS = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
+_IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Invocation:
 
 
 @dataclass(slots=True)
-class Wanted:
+class MountOptions:
     """What the options say."""
 
     snapshot: str | None = None
@@ -105,9 +105,9 @@ def split_options(text: str) -> list[str]:
     return [option for option in options if option]
 
 
-def parse_options(options: Sequence[str]) -> Wanted:
+def parse_options(options: Sequence[str]) -> MountOptions:
     """Return what the options say; raises UsageError for those that nobody knows."""
-    wanted = Wanted()
+    wanted = MountOptions()
     for option in options:
         name, equals, value = option.partition("=")
         name = name.replace("-", "_") if name in _SWITCHES_WITH_HYPHENS else name
@@ -117,7 +117,7 @@ def parse_options(options: Sequence[str]) -> Wanted:
             wanted.flags = (*wanted.flags, option)
         elif not equals and name in ("allow_other", "deny_changed", "no_kernel_cache"):
             setattr(wanted, name, True)
-        elif option not in _PASSED_OVER and not option.startswith(_PASSED_OVER_BEGINNINGS):
+        elif option not in _IGNORED and not option.startswith(_IGNORED_PREFIXES):
             raise UsageError(f"there is no option {option}")
     return wanted
 
@@ -133,7 +133,7 @@ _SWITCHES_WITH_HYPHENS = frozenset(
 )
 
 
-def _set_value(wanted: Wanted, name: str, value: str) -> None:
+def _set_value(wanted: MountOptions, name: str, value: str) -> None:
     try:
         if name in ("uid", "gid"):
             setattr(wanted, name, OwnerType().convert(f"{value}:{value}", None, None)[0])
@@ -187,7 +187,7 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except CasfsError as error:
-        print(f"mount.fuse.casfs: {on_one_line(str(error))}", file=sys.stderr)
+        print(f"mount.fuse.casfs: {single_line(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(EXIT_FAILED)

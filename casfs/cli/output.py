@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from casfs.digest import SHOWN_HEX_DIGITS
-from casfs.display import on_one_line
+from casfs.display import single_line
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -50,7 +50,7 @@ class Output:
     def warn(self, sentence: str) -> None:
         """Print a sentence about a problem to standard error."""
         sys.stdout.flush()
-        print(f"casfs: {on_one_line(sentence)}", file=sys.stderr)
+        print(f"casfs: {single_line(sentence)}", file=sys.stderr)
 
 
 def json_path(path: bytes, field: str = "path") -> dict[str, str]:
@@ -66,12 +66,12 @@ def json_path(path: bytes, field: str = "path") -> dict[str, str]:
     return fields
 
 
-def shown_id(digest: bytes) -> str:
+def short_id(digest: bytes) -> str:
     """Return the beginning of an id as people see it."""
     return digest.hex()[:SHOWN_HEX_DIGITS]
 
 
-def shown_size(size: float) -> str:
+def format_size(size: float) -> str:
     """Return a number of bytes with a binary unit."""
     for unit in _UNITS[:-1]:
         if abs(size) < 1024:
@@ -80,7 +80,7 @@ def shown_size(size: float) -> str:
     return f"{size:.1f} {_UNITS[-1]}"
 
 
-def local_time(time_ns: int) -> str:
+def format_time(time_ns: int) -> str:
     """Return a time as people read it: local, to the second."""
     try:
         return datetime.fromtimestamp(time_ns // 1_000_000_000).strftime("%Y-%m-%d %H:%M:%S")

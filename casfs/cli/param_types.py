@@ -14,7 +14,7 @@ from casfs.errors import UsageError
 from casfs.patterns import InvalidPatternError, Pattern, parse_pattern
 
 
-def tags_in(texts: Iterable[str]) -> set[str]:
+def parse_tags(texts: Iterable[str]) -> set[str]:
     """Return the tags that a snapshot is to have, or has where it is to be kept.
 
     A comma parts them everywhere, so that no snapshot gets a tag which could not be asked for. Raises
@@ -68,7 +68,7 @@ class PatternType(click.ParamType[Pattern]):
 PATTERN = PatternType()
 
 
-def share_argument(text: str, option: str, example: str) -> float:
+def parse_share(text: str, option: str, example: str) -> float:
     """Return a percentage from 0% to 100% that was given on the command line as 0 to 1."""
     try:
         share = float(text.removesuffix("%")) / 100

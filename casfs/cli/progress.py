@@ -8,8 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from casfs.cli.output import Output, json_path, shown_size
-from casfs.display import shown
+from casfs.cli.output import Output, format_size, json_path
+from casfs.display import escape_path
 from casfs.monitor import Problem, Progress
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class CommandMonitor:
         self.progress = Progress()
         self.problems = 0
         self._output = output
-        self._place_of = place_of if place_of is not None else _as_it_is
+        self._place_of = place_of if place_of is not None else _unescaped
         self._verb = verb
         self._status: Status | None = None
         self._done = threading.Event()
@@ -39,7 +39,7 @@ class CommandMonitor:
     def problem(self, problem: Problem) -> None:
         """Print a problem at once."""
         self.problems += 1
-        sentence = f"{shown(self._place_of(problem.path)) or '/'}: {problem.message}"
+        sentence = f"{escape_path(self._place_of(problem.path)) or '/'}: {problem.message}"
         if self._status is not None:
             self._status.console.print(
                 f"casfs: {sentence}", markup=False, highlight=False, soft_wrap=True
@@ -86,10 +86,10 @@ class CommandMonitor:
             files = f"{progress.files} files"
             if progress.total_entries is not None:
                 files = f"{progress.files} of {progress.total_entries} entries"
-            path = shown(progress.path)[-60:]
-            text = f"{self._verb}: {files}, {shown_size(progress.done_bytes)}  {path}"
+            path = escape_path(progress.path)[-60:]
+            text = f"{self._verb}: {files}, {format_size(progress.done_bytes)}  {path}"
             self._status.update(escape(text))
 
 
-def _as_it_is(path: bytes) -> bytes:
+def _unescaped(path: bytes) -> bytes:
     return path

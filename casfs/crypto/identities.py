@@ -91,7 +91,7 @@ def wrapped_identities(storage: Storage) -> list[tuple[str, WrappedIdentity]]:
 def add_passphrase(storage: Storage, passphrase: str, repository: bytes) -> Recipient:
     """Make an identity that a passphrase opens, store it durably, and return its recipient."""
     secret, public = age.new_identity()
-    store_identity(storage, wrap_identity(secret, public, passphrase, repository), "json")
+    write_identity(storage, wrap_identity(secret, public, passphrase, repository), "json")
     return Recipient(RecipientKind.PASSPHRASE, public)
 
 
@@ -101,7 +101,7 @@ def add_gpg(storage: Storage, recipient: Recipient) -> Recipient:
     With it a reader asks GPG once and not for every session.
     """
     secret, public = age.new_identity()
-    store_identity(storage, gpg.wrap(secret.encode() + b"\n", [recipient.key]), "gpg")
+    write_identity(storage, gpg.wrap(secret.encode() + b"\n", [recipient.key]), "gpg")
     return Recipient(recipient.kind, recipient.value, public, recipient.key)
 
 
@@ -116,7 +116,7 @@ def change_passphrase(storage: Storage, old: str, new: str, repository: bytes) -
             secret = unwrap_identity(one, old, repository)
         except WrongKeyError:
             continue
-        store_identity(storage, wrap_identity(secret, one.recipient, new, repository), "json")
+        write_identity(storage, wrap_identity(secret, one.recipient, new, repository), "json")
         storage.delete(name)
         changed += 1
     if not changed:
@@ -124,7 +124,7 @@ def change_passphrase(storage: Storage, old: str, new: str, repository: bytes) -
     return changed
 
 
-def store_identity(storage: Storage, data: bytes, suffix: str) -> None:
+def write_identity(storage: Storage, data: bytes, suffix: str) -> None:
     """Store a wrapped identity durably under the digest of its bytes."""
     storage.write(f"{IDENTITIES}/{digest_of(data).hex()}.{suffix}", data)
 

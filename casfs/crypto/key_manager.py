@@ -23,36 +23,36 @@ from casfs.crypto.recipients import (
     read_recipients,
     write_recipients,
 )
-from casfs.crypto.session_files import files_of, write_session
+from casfs.crypto.session_files import list_session_files, write_session
 from casfs.crypto.trust_state import (
     WriterState,
-    check_place,
     load_state,
-    remember_place,
+    pin,
     save_state,
+    verify_pin,
 )
-from casfs.digest import SnapshotId, digest_of, short
+from casfs.digest import SnapshotId, digest_of, short_id
 from casfs.errors import (
-    DistrustError,
     KeyMissingError,
     NotFoundError,
     StorageError,
+    TrustError,
     UsageError,
 )
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
-from casfs.format.key_derivation import Domain, Session
+from casfs.format.key_derivation import DedupDomain, WriteSession
 from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
 
 
-class Vault:
+class KeyManager:
     """Keys to read with, and for a writer its domain and its session; safe to share between threads."""
 
     def __init__(
         self,
         keyring: Keyring,
-        domain: Domain | None = None,
+        domain: DedupDomain | None = None,
         state: WriterState | None = None,
         all_domains: bool = False,
     ) -> None:
@@ -60,35 +60,37 @@ class Vault:
         self.domain = domain
         self._state = state
         self._all_domains = all_domains
-        self._session: Session | None = None
+        self._session: WriteSession | None = None
         self._lock = threading.Lock()
 
     @classmethod
-    def to_read(cls, storage: Storage, config: RepositoryConfig, identities: Identities) -> Vault:
+    def for_reading(
+        cls, storage: Storage, config: RepositoryConfig, identities: Identities
+    ) -> KeyManager:
         """Return a vault that opens what the identities open."""
         return cls(Keyring(storage, config, identities))
 
     @classmethod
-    def to_write(
+    def for_writing(
         cls,
         root: Path,
         storage: Storage,
         config: RepositoryConfig,
         identities: Identities,
         all_domains: bool = False,
-    ) -> Vault:
+    ) -> KeyManager:
         """Return a vault that also writes, in the domain that this machine has or is given now.
 
         With `all_domains` blobs of every domain can be stored, which needs identities. Raises
-        DistrustError where the repository or its recipients are not those that this machine knows.
+        TrustError where the repository or its recipients are not those that this machine knows.
         """
         keyring = Keyring(storage, config, identities)
-        state = require_known(root, storage, config)
+        state = verify_trusted(root, storage, config)
         domain = state.own_domain() if state is not None else None
         if (domain is None or domain.id != keyring.domain_id) and keyring.can_read:
             domain = _repository_domain(keyring) or domain
         if domain is None:
-            domain = Domain.new(keyring.repository)
+            domain = DedupDomain.new(keyring.repository)
             log.warning(
                 "this machine has not stored anything in this repository before, and was given no "
                 "identity: it deduplicates with nothing that is there, and its snapshots are told as "
@@ -98,8 +100,8 @@ class Vault:
             followed = _digest_of_recipients(storage)
             state = WriterState(config.id, domain.secret.hex(), followed)
             save_state(state)
-        remember_place(root, config)
-        _look_for_last(storage, state)
+        pin(root, config)
+        _check_last_snapshot(storage, state)
         return cls(keyring, domain, state, all_domains)
 
     @property
@@ -107,7 +109,7 @@ class Vault:
         """Tell whether there is any identity."""
         return self.keyring.can_read
 
-    def session(self) -> Session:
+    def session(self) -> WriteSession:
         """Return the session of this writer, which is durable; it begins when it is first asked for."""
         if self.domain is None:
             raise ValueError("the repository is open for reading")
@@ -119,12 +121,12 @@ class Vault:
                 self._session = self.keyring.begin(domains)
             return self._session
 
-    def note_published(self, snapshot_id: SnapshotId, time_ns: int) -> None:
+    def record_published(self, snapshot_id: SnapshotId, time_ns: int) -> None:
         """Remember the last snapshot that this machine published."""
         if self._state is not None:
             self._remember(snapshot_id.hex(), time_ns)
 
-    def note_deleted(self, snapshot_id: SnapshotId) -> None:
+    def record_deleted(self, snapshot_id: SnapshotId) -> None:
         """Forget about a snapshot that this machine itself removes."""
         if self._state is not None and self._state.last_snapshot == snapshot_id.hex():
             self._remember("", 0)
@@ -138,7 +140,7 @@ class Vault:
             log.warning("%s; a rollback of the storage would not be noticed", error)
 
 
-def _repository_domain(keyring: Keyring) -> Domain | None:
+def _repository_domain(keyring: Keyring) -> DedupDomain | None:
     """Return the repository's own domain, None where no session that tells it can be opened."""
     try:
         return keyring.first_domain()
@@ -154,11 +156,11 @@ def create_keys(
     passphrase: str | None = None,
 ) -> EncryptionConfig:
     """Make what an encrypted repository begins with: recipients, a domain, and a session that holds it."""
-    everybody = complete(storage, merged([], recipients))
+    everybody = with_gpg_identities(storage, merged([], recipients))
     if passphrase is not None:
         everybody.append(add_passphrase(storage, passphrase, bytes.fromhex(repository_id)))
-    domain = Domain.new(bytes.fromhex(repository_id))
-    session = Session.new([domain])
+    domain = DedupDomain.new(bytes.fromhex(repository_id))
+    session = WriteSession.new([domain])
     write_recipients(storage, everybody)
     write_session(storage, session, everybody)
     save_state(
@@ -169,7 +171,7 @@ def create_keys(
     return EncryptionConfig(CIPHER, session.id.hex(), domain.id.hex())
 
 
-def complete(storage: Storage, recipients: Sequence[Recipient]) -> list[Recipient]:
+def with_gpg_identities(storage: Storage, recipients: Sequence[Recipient]) -> list[Recipient]:
     """Return recipients of which those of GPG have an identity in the repository."""
     return [
         add_gpg(storage, one) if one.kind == RecipientKind.GPG and not one.age else one
@@ -182,26 +184,26 @@ def change_recipients(
 ) -> None:
     """Replace the list of recipients, which holds for new sessions, and have this machine follow it.
 
-    Raises DistrustError where the list is not the one that this machine knows, and UsageError for none.
+    Raises TrustError where the list is not the one that this machine knows, and UsageError for none.
     """
     if not recipients:
         raise UsageError(
             "the last recipient cannot be removed: nobody could read what is stored next"
         )
-    require_known(root, storage, config)
+    verify_trusted(root, storage, config)
     write_recipients(storage, recipients)
-    accept(root, storage, config)
+    trust_current_recipients(root, storage, config)
 
 
-def require_known(root: Path, storage: Storage, config: RepositoryConfig) -> WriterState | None:
+def verify_trusted(root: Path, storage: Storage, config: RepositoryConfig) -> WriterState | None:
     """Return what this machine remembers of a repository.
 
-    Raises DistrustError where that, or its recipients, are not those that it knows.
+    Raises TrustError where that, or its recipients, are not those that it knows.
     """
-    check_place(root, config)
+    verify_pin(root, config)
     state = load_state(config)
     if state is not None and state.recipients != _digest_of_recipients(storage):
-        raise DistrustError(
+        raise TrustError(
             f"the recipients of the repository in {root} are not those that this machine knows: "
             "what is stored next could be read by others. casfs key list shows them; if they are "
             "as they should be, say casfs key accept"
@@ -218,7 +220,7 @@ def rewrap_sessions(storage: Storage, config: RepositoryConfig, identities: Iden
     recipients = read_recipients(storage)
     sessions = Keyring(storage, config, identities).sessions()
     for session in sessions:
-        before = [file.name for file in files_of(storage, session.id)]
+        before = [file.name for file in list_session_files(storage, session.id)]
         written = write_session(storage, session, recipients)
         for name in before:
             if name not in written:
@@ -226,22 +228,24 @@ def rewrap_sessions(storage: Storage, config: RepositoryConfig, identities: Iden
     return len(sessions)
 
 
-def expect_recipients(storage: Storage, expected: Sequence[Recipient]) -> None:
-    """Raise DistrustError unless the repository's recipients are just those."""
+def require_recipients(storage: Storage, expected: Sequence[Recipient]) -> None:
+    """Raise TrustError unless the repository's recipients are just those."""
     there = {(one.kind, one.value) for one in read_recipients(storage)}
     wanted = {(one.kind, one.value) for one in expected}
     if there != wanted:
         more = ", ".join(sorted(value for _, value in there - wanted)) or "none"
         less = ", ".join(sorted(value for _, value in wanted - there)) or "none"
-        raise DistrustError(
+        raise TrustError(
             "the repository has other recipients than the file names; "
             f"only the repository has: {more}; only the file has: {less}"
         )
 
 
-def accept(root: Path, storage: Storage, config: RepositoryConfig) -> list[Recipient]:
+def trust_current_recipients(
+    root: Path, storage: Storage, config: RepositoryConfig
+) -> list[Recipient]:
     """Have this machine follow the recipients that the repository has now; returns them."""
-    remember_place(root, config)
+    pin(root, config)
     if config.encryption is None:
         return []
     recipients = read_recipients(storage)
@@ -256,7 +260,7 @@ def _digest_of_recipients(storage: Storage) -> str:
     return digest_of(encode_recipients(read_recipients(storage))).hex()
 
 
-def _look_for_last(storage: Storage, state: WriterState) -> None:
+def _check_last_snapshot(storage: Storage, state: WriterState) -> None:
     """Warn where the last snapshot that this machine published is gone."""
     if not state.last_snapshot:
         return
@@ -266,5 +270,5 @@ def _look_for_last(storage: Storage, state: WriterState) -> None:
         log.warning(
             "the last snapshot that this machine published, %s, is not there any more: it was forgotten "
             "or replaced elsewhere, or the storage was set back to an earlier state",
-            short(bytes.fromhex(state.last_snapshot)),
+            short_id(bytes.fromhex(state.last_snapshot)),
         )

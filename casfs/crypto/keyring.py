@@ -12,7 +12,7 @@ from casfs.crypto.recipients import read_recipients
 from casfs.crypto.session_files import read_session, session_ids, write_session
 from casfs.errors import CasfsError, KeyMissingError, SessionError
 from casfs.format.config import RepositoryConfig
-from casfs.format.key_derivation import Domain, DomainId, Session, SessionId
+from casfs.format.key_derivation import DedupDomain, DomainId, SessionId, WriteSession
 from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Keyring:
         self._first = SessionId(bytes.fromhex(config.encryption.session))
         self._storage = storage
         self._identities = identities
-        self._open: dict[SessionId, Session] = {}
+        self._open: dict[SessionId, WriteSession] = {}
         self._failed: dict[SessionId, CasfsError] = {}
 
     @property
@@ -37,7 +37,7 @@ class Keyring:
         """Tell whether there is any identity; which sessions it opens is seen when they are."""
         return bool(self._identities)
 
-    def session(self, session_id: SessionId) -> Session:
+    def session(self, session_id: SessionId) -> WriteSession:
         """Return a session's secrets; raises KeyMissingError and SessionError."""
         found = self._open.get(session_id)
         if found is not None:
@@ -59,25 +59,25 @@ class Keyring:
         self._open[session_id] = session
         return session
 
-    def begin(self, domains: list[Domain]) -> Session:
+    def begin(self, domains: list[DedupDomain]) -> WriteSession:
         """Return a new session; its secrets are wrapped to the recipients durably."""
-        session = Session.new(domains)
+        session = WriteSession.new(domains)
         write_session(self._storage, session, read_recipients(self._storage))
         self._open[session.id] = session
         return session
 
-    def first_domain(self) -> Domain:
+    def first_domain(self) -> DedupDomain:
         """Return the repository's own domain; raises KeyMissingError where no session tells it."""
         for session_id in [self._first, *session_ids(self._storage)]:
             try:
                 session = self.session(session_id)
             except (KeyMissingError, SessionError):
                 continue
-            if self.is_proven(session):
+            if self.is_from_trusted_writer(session):
                 return session.domains[0]
         raise KeyMissingError("no session could be opened whose writer had the repository's domain")
 
-    def domains(self, first: Domain) -> list[Domain]:
+    def domains(self, first: DedupDomain) -> list[DedupDomain]:
         """Return a domain and after it all others that the repository's sessions have.
 
         Raises KeyMissingError.
@@ -88,7 +88,7 @@ class Keyring:
                 found.setdefault(domain.id, domain)
         return list(found.values())
 
-    def sessions(self) -> list[Session]:
+    def sessions(self) -> list[WriteSession]:
         """Return all sessions but the damaged ones, which are logged; raises KeyMissingError."""
         found = []
         for session_id in session_ids(self._storage):
@@ -115,7 +115,7 @@ class Keyring:
                     found.append(error)
         return found
 
-    def is_proven(self, session: Session) -> bool:
+    def is_from_trusted_writer(self, session: WriteSession) -> bool:
         """Tell whether a session's writer had the repository's own domain.
 
         The storage never has it, so what the storage made itself is not proven.

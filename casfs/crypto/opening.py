@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from casfs.crypto.trust_state import check_place, remember_place
+from casfs.crypto.trust_state import pin, verify_pin
 from casfs.errors import KeyMissingError, StorageError
 from casfs.format.codec import BlobCodec
 from casfs.format.config import RepositoryConfig
@@ -21,7 +21,7 @@ from casfs.storage.locks import LockMode
 
 if TYPE_CHECKING:
     from casfs.crypto.identities import Identities
-    from casfs.crypto.key_manager import Vault
+    from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.recipients import Recipient
     from casfs.store.cipher import PackCiphers
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def encrypted_config(
+def create_encryption(
     storage: Storage,
     config: RepositoryConfig,
     recipients: Sequence[Recipient],
@@ -43,25 +43,25 @@ def encrypted_config(
     return msgspec.structs.replace(config, encryption=encryption)
 
 
-def open_vault(
+def open_key_manager(
     root: Path,
     storage: Storage,
     config: RepositoryConfig,
     unlock: Unlock | None,
     mode: LockMode | None = None,
     closed_ok: bool = False,
-) -> Vault | None:
+) -> KeyManager | None:
     """Return the keys of a repository, None of one that is not encrypted; `mode` is that of a writer.
 
     Raises KeyMissingError where nothing opens it, unless that is `closed_ok`; what `unlock` raises, and
-    what `Vault.to_write` does; DistrustError where another encrypted repository, or none, is in the place of
-    one that this user has written to or read from.
+    what `KeyManager.for_writing` does; TrustError where another encrypted repository, or none, is in the
+    place of one that this user has written to or read from.
     """
-    check_place(root, config)
+    verify_pin(root, config)
     if config.encryption is None:
         return None
     from casfs.crypto.identities import Identities
-    from casfs.crypto.key_manager import Vault
+    from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.session_files import NOTHING_GIVEN
 
     identities = unlock(storage, config) if unlock is not None else Identities()
@@ -73,19 +73,19 @@ def open_vault(
     if mode is None:
         if identities:
             _remember(root, config)
-        return Vault.to_read(storage, config, identities)
-    return Vault.to_write(root, storage, config, identities, mode != LockMode.SHARED)
+        return KeyManager.for_reading(storage, config, identities)
+    return KeyManager.for_writing(root, storage, config, identities, mode != LockMode.SHARED)
 
 
 def _remember(root: Path, config: RepositoryConfig) -> None:
     """Remember what a reader has opened, so that it notices another repository in its place."""
     try:
-        remember_place(root, config)
+        pin(root, config)
     except StorageError as error:
         log.info("%s; an exchanged repository would not be noticed", error)
 
 
-def ciphers_of(storage: Storage, vault: Vault | None) -> PackCiphers | None:
+def make_ciphers(storage: Storage, vault: KeyManager | None) -> PackCiphers | None:
     """Return what opens the packs of an encrypted repository."""
     if vault is None:
         return None
@@ -94,7 +94,7 @@ def ciphers_of(storage: Storage, vault: Vault | None) -> PackCiphers | None:
     return PackCiphers(storage, vault.keyring)
 
 
-def codec_of(level: int, vault: Vault | None) -> BlobCodec:
+def make_codec(level: int, vault: KeyManager | None) -> BlobCodec:
     """Return the codec of a repository; that of a writer keys its digests."""
     domain = vault.domain if vault is not None else None
     return BlobCodec(level, digest_key=domain.digest_key if domain is not None else None)

@@ -16,7 +16,13 @@ from casfs.crypto.age import AgeIdentity
 from casfs.crypto.recipients import Recipient, wrap
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError, NotFoundError, SessionError
-from casfs.format.key_derivation import MAX_DOMAINS, SECRET_BYTES, Domain, Session, SessionId
+from casfs.format.key_derivation import (
+    MAX_DOMAINS,
+    SECRET_BYTES,
+    DedupDomain,
+    SessionId,
+    WriteSession,
+)
 from casfs.storage.base import Storage
 
 SESSIONS = "sessions"
@@ -45,7 +51,7 @@ class WrappedFile(NamedTuple):
     suffix: str
 
 
-def encode_session(session: Session) -> bytes:
+def encode_session(session: WriteSession) -> bytes:
     """Return the document with the session's secrets."""
     document = _Document(
         _FORM,
@@ -57,7 +63,7 @@ def encode_session(session: Session) -> bytes:
     return msgspec.json.encode(document) + b"\n"
 
 
-def decode_session(data: bytes, session_id: bytes, repository: bytes) -> Session:
+def decode_session(data: bytes, session_id: bytes, repository: bytes) -> WriteSession:
     """Parse a document; raises SessionError unless it is that of this session of this repository."""
     label = f"session {session_id.hex()[:12]}"
     try:
@@ -73,8 +79,8 @@ def decode_session(data: bytes, session_id: bytes, repository: bytes) -> Session
     sound = 2 <= len(secrets) <= MAX_DOMAINS + 1
     if not sound or any(len(one) != SECRET_BYTES for one in secrets):
         raise SessionError(f"{label} has secrets of an impossible size")
-    domains = tuple(Domain(repository, secret) for secret in secrets[1:])
-    session = Session(repository, secrets[0], domains)
+    domains = tuple(DedupDomain(repository, secret) for secret in secrets[1:])
+    session = WriteSession(repository, secrets[0], domains)
     if session.id != session_id:
         raise SessionError(f"{label} holds the secrets of another session")
     return session
@@ -93,14 +99,16 @@ def session_ids(storage: Storage) -> list[SessionId]:
     return sorted(found)
 
 
-def files_of(storage: Storage, session_id: SessionId) -> list[WrappedFile]:
+def list_session_files(storage: Storage, session_id: SessionId) -> list[WrappedFile]:
     """Return the files of a session, those for age first."""
     names = [name for name, _, _ in storage.list(f"{SESSIONS}/{session_id.hex()}")]
     files = [WrappedFile(name, name.rpartition(".")[2]) for name in names]
     return sorted(file for file in files if file.suffix in ("age", "gpg"))
 
 
-def write_session(storage: Storage, session: Session, recipients: Sequence[Recipient]) -> list[str]:
+def write_session(
+    storage: Storage, session: WriteSession, recipients: Sequence[Recipient]
+) -> list[str]:
     """Wrap a session to its recipients, durably; returns the names of the files."""
     names = []
     for suffix, data in wrap(encode_session(session), recipients):
@@ -122,7 +130,7 @@ def read_session(
     repository: bytes,
     identities: Sequence[AgeIdentity],
     use_gpg: bool,
-) -> Session:
+) -> WriteSession:
     """Open a session by the first of its files that the identities, or the user's GPG keys, open.
 
     Raises KeyMissingError where none does, SessionError where the files are missing or damaged.
@@ -130,7 +138,7 @@ def read_session(
     label = f"session {session_id.hex()[:12]}"
     closed: KeyMissingError | None = None
     damaged: SessionError | None = None
-    for data, suffix in _sound_files(storage, session_id):
+    for data, suffix in _intact_files(storage, session_id):
         try:
             if isinstance(data, SessionError):
                 raise data
@@ -144,16 +152,16 @@ def read_session(
         except SessionError as error:
             damaged = error
     if closed is not None and (damaged is None or not identities):
-        raise KeyMissingError(_sentence(identities, use_gpg)) from closed
+        raise KeyMissingError(_join_reasons(identities, use_gpg)) from closed
     raise damaged or SessionError(
         f"{label} is missing: what was stored in it cannot be decrypted any more"
     )
 
 
-def _sound_files(
+def _intact_files(
     storage: Storage, session_id: SessionId
 ) -> Iterator[tuple[bytes | SessionError, str]]:
-    for name, suffix in files_of(storage, session_id):
+    for name, suffix in list_session_files(storage, session_id):
         try:
             data = storage.read(name, 0, _MAX_FILE_BYTES)
         except NotFoundError:
@@ -165,7 +173,7 @@ def _sound_files(
             yield SessionError(f"{name} is damaged: it does not have its digest"), suffix
 
 
-def _sentence(identities: Sequence[AgeIdentity], use_gpg: bool) -> str:
+def _join_reasons(identities: Sequence[AgeIdentity], use_gpg: bool) -> str:
     if identities or use_gpg:
         return "none of the identities that were given opens this: it was stored for others"
     return f"the repository {NOTHING_GIVEN}"

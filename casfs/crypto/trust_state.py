@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 
 from casfs.digest import digest_of
-from casfs.errors import DistrustError, StorageError
+from casfs.errors import StorageError, TrustError
 from casfs.format.config import RepositoryConfig
-from casfs.format.key_derivation import SECRET_BYTES, Domain
+from casfs.format.key_derivation import SECRET_BYTES, DedupDomain
 from casfs.user_dirs import user_folder
 
 
@@ -30,12 +30,12 @@ class WriterState(msgspec.Struct, frozen=True):
     last_snapshot: str = ""
     last_time_ns: int = 0
 
-    def own_domain(self) -> Domain:
+    def own_domain(self) -> DedupDomain:
         """Return the domain in which this machine writes."""
-        return Domain(bytes.fromhex(self.repository), bytes.fromhex(self.domain))
+        return DedupDomain(bytes.fromhex(self.repository), bytes.fromhex(self.domain))
 
 
-class _Place(msgspec.Struct, frozen=True):
+class _Pin(msgspec.Struct, frozen=True):
     path: str
     repository: str
     domain: str
@@ -56,7 +56,7 @@ def state_folder(make: bool = True) -> Path:
 def load_state(config: RepositoryConfig) -> WriterState | None:
     """Return what this machine remembers of a repository, or None.
 
-    Raises StorageError, and DistrustError for a file that is damaged.
+    Raises StorageError, and TrustError for a file that is damaged.
     """
     path = _state_path(config.id)
     try:
@@ -80,24 +80,24 @@ def save_state(state: WriterState) -> None:
     _write(_state_path(state.repository), msgspec.json.encode(state))
 
 
-def remember_place(root: Path, config: RepositoryConfig) -> None:
+def pin(root: Path, config: RepositoryConfig) -> None:
     """Remember which repository is in a place, if it or the one before is encrypted.
 
     Raises StorageError.
     """
-    if config.encryption is None and not os.path.exists(_place_path(root, make=False)):
+    if config.encryption is None and not os.path.exists(_pin_path(root, make=False)):
         return
     domain = config.encryption.domain if config.encryption is not None else ""
     shown = os.fsencode(root).decode("utf-8", "backslashreplace")
-    place = _Place(shown, config.id, domain)
-    _write(_place_path(root), msgspec.json.encode(place))
+    place = _Pin(shown, config.id, domain)
+    _write(_pin_path(root), msgspec.json.encode(place))
 
 
-def check_place(root: Path, config: RepositoryConfig) -> None:
-    """Raise DistrustError unless the repository in a place is the encrypted one that was there before."""
-    path = _place_path(root, make=False)
+def verify_pin(root: Path, config: RepositoryConfig) -> None:
+    """Raise TrustError unless the repository in a place is the encrypted one that was there before."""
+    path = _pin_path(root, make=False)
     try:
-        place = msgspec.json.decode(path.read_bytes(), type=_Place)
+        place = msgspec.json.decode(path.read_bytes(), type=_Pin)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return  # nothing is remembered, or this user has no folder of its own
     except OSError as error:
@@ -107,7 +107,7 @@ def check_place(root: Path, config: RepositoryConfig) -> None:
     domain = config.encryption.domain if config.encryption is not None else ""
     if (place.repository, place.domain) != (config.id, domain):
         what = "an unencrypted one" if config.encryption is None else f"{config.id[:12]}"
-        raise DistrustError(
+        raise TrustError(
             f"the repository in {root} was {place.repository[:12]}, encrypted, and is {what} now: "
             "somebody may have exchanged it. If that is as it should be, say casfs key accept"
         )
@@ -117,7 +117,7 @@ def _state_path(repository: str) -> Path:
     return state_folder() / f"{repository[:32]}.json"
 
 
-def _place_path(root: Path, make: bool = True) -> Path:
+def _pin_path(root: Path, make: bool = True) -> Path:
     return state_folder(make) / f"place-{digest_of(os.fsencode(root)).hex()[:32]}.json"
 
 
@@ -136,5 +136,5 @@ def _write(path: Path, data: bytes) -> None:
         raise StorageError("write", str(path), error) from error
 
 
-def _damaged(path: Path) -> DistrustError:
-    return DistrustError(f"{path} is damaged; restore it, or remove it and say casfs key accept")
+def _damaged(path: Path) -> TrustError:
+    return TrustError(f"{path} is damaged; restore it, or remove it and say casfs key accept")

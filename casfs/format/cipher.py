@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from casfs.digest import PackId
 from casfs.errors import BlobError, PackError
 from casfs.format.codec import ENCRYPTED, TAG_BYTES
-from casfs.format.key_derivation import SALT_BYTES, Session
+from casfs.format.key_derivation import SALT_BYTES, WriteSession
 from casfs.format.pack import (
     DIRECTORY_KIND,
     ENCRYPTED_KIND,
@@ -30,7 +30,7 @@ OVERHEAD_BYTES = TAG_BYTES + _INNER.size
 """What encryption adds to a payload."""
 
 
-class Inner(NamedTuple):
+class DecryptedPayload(NamedTuple):
     """What a payload says of itself when it is decrypted; `domain` is a place in the session's domains."""
 
     kind: int
@@ -43,13 +43,13 @@ class Inner(NamedTuple):
 class PackCipher:
     """Encrypt and decrypt the payloads of one pack; safe to share between threads."""
 
-    def __init__(self, session: Session, salt: bytes) -> None:
+    def __init__(self, session: WriteSession, salt: bytes) -> None:
         self.session = session
         self.salt = salt
         self._aead = AESGCM(session.pack_key(salt))
 
     @classmethod
-    def new(cls, session: Session) -> PackCipher:
+    def new(cls, session: WriteSession) -> PackCipher:
         """Return the cipher of a pack that is to be written."""
         return cls(session, os.urandom(SALT_BYTES))
 
@@ -61,7 +61,7 @@ class PackCipher:
         header = _blob_header(len(inner) + TAG_BYTES)
         return self._aead.encrypt(_nonce(offset), inner, header)
 
-    def decrypt(self, digest: bytes, offset: int, stored: bytes) -> Inner:
+    def decrypt(self, digest: bytes, offset: int, stored: bytes) -> DecryptedPayload:
         """Return what a stored payload holds; raises BlobError naming `digest`."""
         try:
             plain = self._aead.decrypt(_nonce(offset), stored, _blob_header(len(stored)))
@@ -72,9 +72,9 @@ class PackCipher:
         kind, codec, domain, plain_bytes = _INNER.unpack_from(plain)
         if domain >= len(self.session.domains):
             raise BlobError(digest, "it is of a domain that its session does not have")
-        return Inner(kind, codec, domain, plain_bytes, plain[_INNER.size :])
+        return DecryptedPayload(kind, codec, domain, plain_bytes, plain[_INNER.size :])
 
-    def digest_key(self, inner: Inner) -> bytes:
+    def digest_key(self, inner: DecryptedPayload) -> bytes:
         """Return the key of the digest of a payload that was decrypted."""
         return self.session.domains[inner.domain].digest_key
 
@@ -91,12 +91,12 @@ class PackCipher:
             raise PackError(pack, "its directory does not decrypt") from error
 
 
-def encrypt_snapshot(session: Session, salt: bytes, plain: bytes, header: bytes) -> bytes:
+def encrypt_snapshot(session: WriteSession, salt: bytes, plain: bytes, header: bytes) -> bytes:
     """Return a snapshot's payload; all that stands before it is authenticated with it."""
     return AESGCM(session.snapshot_key(salt)).encrypt(_nonce(0), plain, header)
 
 
-def decrypt_snapshot(session: Session, salt: bytes, stored: bytes, header: bytes) -> bytes:
+def decrypt_snapshot(session: WriteSession, salt: bytes, stored: bytes, header: bytes) -> bytes:
     """Return what is in a snapshot's payload; raises BlobError."""
     try:
         return AESGCM(session.snapshot_key(salt)).decrypt(_nonce(0), stored, header)

@@ -127,7 +127,7 @@ class BlobCodec:
         plains: list[bytes | None] = [None] * len(wanted)
         frames: list[int] = []
         for i, one in enumerate(wanted):
-            if one.codec == _ZSTD and _tells(one.payload, one.plain_bytes):
+            if one.codec == _ZSTD and _is_single_frame(one.payload, one.plain_bytes):
                 frames.append(i)
             elif one.codec == _RAW and len(one.payload) == one.plain_bytes:
                 plains[i] = one.payload
@@ -151,13 +151,13 @@ class BlobCodec:
             plains[i] = found[position].tobytes()
         return plains
 
-    def identify(
+    def digest_payload(
         self, codec: int, payload: bytes, plain_bytes: int, key: bytes | None = None
     ) -> Digest:
         """Return the digest of a payload that was found without one; raises BlobError."""
-        return keyed_digest(self.plain(codec, payload, plain_bytes), key)
+        return keyed_digest(self.decompress(codec, payload, plain_bytes), key)
 
-    def plain(self, codec: int, payload: bytes, plain_bytes: int) -> bytes:
+    def decompress(self, codec: int, payload: bytes, plain_bytes: int) -> bytes:
         """Return the plaintext of a payload that something else verifies; raises BlobError."""
         return self._plain(Digest(b""), codec, payload, plain_bytes)
 
@@ -204,7 +204,7 @@ class BlobCodec:
         return decompressor
 
 
-def _tells(payload: bytes, plain_bytes: int) -> bool:
+def _is_single_frame(payload: bytes, plain_bytes: int) -> bool:
     """Tell whether a payload is one frame and nothing else, of the size that is recorded and allowed."""
     try:
         told: int = zstandard.frame_content_size(payload)

@@ -25,7 +25,7 @@ SALT_BYTES = 32
 MAX_DOMAINS = 1 << 16
 
 
-class Purpose:
+class KeyContext:
     """The contexts of BLAKE3's key derivation, one for each use; they are part of the format."""
 
     SESSION_ID = "casfs 2026-11-23 session id"
@@ -44,14 +44,14 @@ def derive(purpose: str, *parts: bytes, size: int = 32) -> bytes:
 
 
 @dataclass(frozen=True)
-class Domain:
+class DedupDomain:
     """What makes digests and cuts in one repository (its id in bytes) differ from those of others."""
 
     repository: bytes
     secret: bytes
 
     @classmethod
-    def new(cls, repository: bytes) -> Domain:
+    def new(cls, repository: bytes) -> DedupDomain:
         """Return a domain that nobody had before."""
         return cls(repository, secrets.token_bytes(SECRET_BYTES))
 
@@ -61,31 +61,31 @@ class Domain:
     @functools.cached_property
     def id(self) -> DomainId:
         """The name of the domain, which tells nothing of its secret."""
-        return DomainId(derive(Purpose.DOMAIN_ID, self.secret, self.repository))
+        return DomainId(derive(KeyContext.DOMAIN_ID, self.secret, self.repository))
 
     @functools.cached_property
     def digest_key(self) -> bytes:
         """The key of the digests of blobs."""
-        return derive(Purpose.DIGEST_KEY, self.secret)
+        return derive(KeyContext.DIGEST_KEY, self.secret)
 
     @property
     def chunker_seed(self) -> int:
         """The seed of the chunker: 63 bits, since the library takes no more."""
-        return int.from_bytes(derive(Purpose.CHUNKER_SEED, self.secret, size=8), "little") >> 1
+        return int.from_bytes(derive(KeyContext.CHUNKER_SEED, self.secret, size=8), "little") >> 1
 
     @property
     def tree_seed(self) -> int:
         """The seed of the places where big directories are split, 32 bits."""
-        return int.from_bytes(derive(Purpose.TREE_SEED, self.secret, size=4), "little")
+        return int.from_bytes(derive(KeyContext.TREE_SEED, self.secret, size=4), "little")
 
     @property
     def memory_key(self) -> bytes:
         """The key of what a machine that cannot read remembers of unchanged files."""
-        return derive(Purpose.MEMORY_KEY, self.secret)
+        return derive(KeyContext.MEMORY_KEY, self.secret)
 
 
 @dataclass(frozen=True)
-class Session:
+class WriteSession:
     """A session's secrets; the first of the `domains` is its writer's own.
 
     The id commits to the repository and to every secret, so that nothing else can be passed off as it.
@@ -93,10 +93,10 @@ class Session:
 
     repository: bytes
     secret: bytes
-    domains: tuple[Domain, ...]
+    domains: tuple[DedupDomain, ...]
 
     @classmethod
-    def new(cls, domains: Sequence[Domain]) -> Session:
+    def new(cls, domains: Sequence[DedupDomain]) -> WriteSession:
         """Return a session with a fresh secret."""
         return cls(domains[0].repository, secrets.token_bytes(SECRET_BYTES), tuple(domains))
 
@@ -107,15 +107,15 @@ class Session:
     def id(self) -> SessionId:
         """The name of the session."""
         parts = [self.secret, self.repository, *(domain.secret for domain in self.domains)]
-        return SessionId(derive(Purpose.SESSION_ID, *parts))
+        return SessionId(derive(KeyContext.SESSION_ID, *parts))
 
     def pack_key(self, salt: bytes) -> bytes:
         """Return the key of the one pack that has this salt."""
-        return derive(Purpose.PACK_KEY, self.secret, salt)
+        return derive(KeyContext.PACK_KEY, self.secret, salt)
 
     def snapshot_key(self, salt: bytes) -> bytes:
         """Return the key of the one snapshot that has this salt."""
-        return derive(Purpose.SNAPSHOT_KEY, self.secret, salt)
+        return derive(KeyContext.SNAPSHOT_KEY, self.secret, salt)
 
     def domain_of(self, digest: bytes, plain: bytes) -> int:
         """Return the place of the domain in which a blob has its digest; the first if it has none."""
@@ -128,5 +128,5 @@ class Session:
 class Sessions(Protocol):
     """What a store needs of whoever has the keys."""
 
-    def session(self, session_id: SessionId) -> Session:
+    def session(self, session_id: SessionId) -> WriteSession:
         """Return a session's secrets; raise KeyMissingError, or SessionError where it is damaged."""

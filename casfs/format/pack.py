@@ -24,8 +24,8 @@ SESSION_HEADER = HEADER.size + _SESSION.size
 """Size in bytes of the header of an encrypted pack."""
 
 RECORD_MAGIC = b"cBLB"
-RECORD = struct.Struct("<4sBBHII")
-assert RECORD.size == 16
+BLOB_HEADER = struct.Struct("<4sBBHII")
+assert BLOB_HEADER.size == 16
 
 DIRECTORY_KIND = 255
 """The kind in the record header in front of the directory; no blob has it."""
@@ -79,7 +79,7 @@ def parse_session(pack: PackId, data: bytes) -> tuple[bytes, bytes]:
 
 def encode_record_header(kind: int, codec: int, stored_bytes: int, plain_bytes: int) -> bytes:
     """Return the header that goes before a payload."""
-    return RECORD.pack(RECORD_MAGIC, kind, codec, 0, stored_bytes, plain_bytes)
+    return BLOB_HEADER.pack(RECORD_MAGIC, kind, codec, 0, stored_bytes, plain_bytes)
 
 
 def encode_end(
@@ -96,7 +96,7 @@ def encode_end(
     directory = b"".join(
         ENTRY.pack(e.digest, e.stored_bytes, e.plain_bytes, e.kind, e.codec, 0) for e in entries
     )
-    offset = directory_offset + RECORD.size
+    offset = directory_offset + BLOB_HEADER.size
     if encrypt is None:
         header = encode_record_header(DIRECTORY_KIND, Codec.RAW, len(directory), len(directory))
     else:
@@ -156,18 +156,18 @@ def parse_directory(
     if digest_of(data) != digest:
         raise PackError(pack, "its directory does not have its digest")
     if decrypt is not None:
-        data = decrypt(pack, end + RECORD.size, data)
+        data = decrypt(pack, end + BLOB_HEADER.size, data)
     if len(data) % ENTRY.size:
         raise PackError(pack, "its directory has an impossible size")
     fields = list(ENTRY.iter_unpack(data))
-    offset = end - sum(RECORD.size + stored_bytes for _, stored_bytes, *_ in fields)
+    offset = end - sum(BLOB_HEADER.size + stored_bytes for _, stored_bytes, *_ in fields)
     if offset < HEADER.size:
         raise PackError(pack, "its directory does not fit its length")
     entries: list[PackEntry] = []
     for blob, stored_bytes, plain_bytes, kind, codec, _ in fields:
         if stored_bytes > MAX_STORED_BYTES or plain_bytes > MAX_PLAIN_BYTES:
             raise PackError(pack, "its directory tells an impossible blob size")
-        offset += RECORD.size
+        offset += BLOB_HEADER.size
         entries.append(PackEntry(Digest(blob), offset, stored_bytes, plain_bytes, kind, codec))
         offset += stored_bytes
     return entries
@@ -175,9 +175,9 @@ def parse_directory(
 
 def parse_record_header(data: bytes, offset: int = 0) -> tuple[int, int, int, int] | None:
     """Return kind, codec, stored and plain bytes, or None where no sound record header stands."""
-    if len(data) - offset < RECORD.size:
+    if len(data) - offset < BLOB_HEADER.size:
         return None
-    magic, kind, codec, reserved, stored_bytes, plain_bytes = RECORD.unpack_from(data, offset)
+    magic, kind, codec, reserved, stored_bytes, plain_bytes = BLOB_HEADER.unpack_from(data, offset)
     known = kind in BlobKind.__members__.values() or kind in (DIRECTORY_KIND, ENCRYPTED_KIND)
     if magic != RECORD_MAGIC or reserved or not known:
         return None
@@ -203,7 +203,7 @@ def scan_records(data: bytes | memoryview, offset: int) -> Iterator[tuple[int, i
                 return
             continue
         kind, codec, stored_bytes, plain_bytes = found
-        begin = offset + RECORD.size
+        begin = offset + BLOB_HEADER.size
         if kind == DIRECTORY_KIND:
             offset = begin
             continue

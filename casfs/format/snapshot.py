@@ -15,8 +15,8 @@ import msgspec
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import BlobError, TreeError, UsageError
 from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobCodec
-from casfs.format.key_derivation import SALT_BYTES, Session, SessionId, Sessions
-from casfs.format.tree import Kind, Node, check_node
+from casfs.format.key_derivation import SALT_BYTES, SessionId, Sessions, WriteSession
+from casfs.format.tree import Node, NodeType, check_node
 
 MAGIC = b"CASFSNAP"
 HEADER = struct.Struct("<8sHBBI")
@@ -81,7 +81,7 @@ _decoder = msgspec.msgpack.Decoder(Snapshot)
 
 
 def encode_snapshot(
-    snapshot: Snapshot, codec: BlobCodec, session: Session | None = None
+    snapshot: Snapshot, codec: BlobCodec, session: WriteSession | None = None
 ) -> tuple[SnapshotId, bytes]:
     """Return the snapshot's id and the bytes of its file, encrypted in a session if there is one.
 
@@ -135,13 +135,13 @@ def decode_snapshot(
     try:
         if sessions is not None:
             kind, plain_bytes, payload = _decrypted(snapshot_id, data, sessions)
-        snapshot = _decoder.decode(codec.plain(kind, payload, plain_bytes))
+        snapshot = _decoder.decode(codec.decompress(kind, payload, plain_bytes))
     except BlobError as error:
         raise TreeError(f"snapshot {label} is damaged: {error.reason}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         raise TreeError(f"snapshot {label} does not parse: {error}") from error
     check_node(snapshot.root)
-    if snapshot.root.kind != Kind.DIRECTORY:
+    if snapshot.root.kind != NodeType.DIRECTORY:
         raise TreeError(f"snapshot {label} has a root that is not a directory")
     return snapshot
 
@@ -158,7 +158,7 @@ def _read_header(snapshot_id: SnapshotId, data: bytes) -> tuple[int, int]:
     return kind, plain_bytes
 
 
-def _encrypted(snapshot: Snapshot, session: Session, inner: bytes) -> bytes:
+def _encrypted(snapshot: Snapshot, session: WriteSession, inner: bytes) -> bytes:
     from casfs.format.cipher import encrypt_snapshot
 
     salt = os.urandom(SALT_BYTES)

@@ -30,7 +30,7 @@ _MAX_LINKS = (1 << 32) - 1
 _MAX_DEVICE = (1 << 64) - 1
 
 
-class Kind(IntEnum):
+class NodeType(IntEnum):
     """What an entry is."""
 
     FILE = 1
@@ -42,11 +42,11 @@ class Kind(IntEnum):
     BLOCK_DEVICE = 7
 
 
-_FILE, _DIRECTORY, _SYMLINK = map(int, (Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK))
+_FILE, _DIRECTORY, _SYMLINK = map(int, (NodeType.FILE, NodeType.DIRECTORY, NodeType.SYMLINK))
 """Plain numbers, for what is asked of every node."""
 
 
-class State(IntEnum):
+class CaptureState(IntEnum):
     """How a regular file was captured (see the README, "A file that changes")."""
 
     STABLE = 0
@@ -54,10 +54,10 @@ class State(IntEnum):
     CHANGED = 2
 
 
-_CHANGED = int(State.CHANGED)
+_CHANGED = int(CaptureState.CHANGED)
 
 
-class Reason(IntEnum):
+class ChangeReason(IntEnum):
     """Why a capture was not simply stable; DAMAGED is what a repair left of one that lost chunks."""
 
     NONE = 0
@@ -94,7 +94,7 @@ class Capture(msgspec.Struct, array_like=True, frozen=True, gc=False):
     observed: bytes | None = None
 
 
-class Extra(msgspec.Struct, array_like=True, frozen=True, gc=False):
+class NodeExtra(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What few nodes have: xattrs sorted by name, device number, file system of a hard link, capture."""
 
     xattrs: tuple[tuple[bytes, bytes], ...] = ()
@@ -129,7 +129,7 @@ class Node(msgspec.Struct, array_like=True, frozen=True, gc=False):
     levels: int = 0
     captured: bytes | None = None
     tree: TreeRef | None = None
-    extra: Extra | None = None
+    extra: NodeExtra | None = None
 
 
 class Leaf(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
@@ -213,7 +213,7 @@ def check_node(node: Node) -> None:
             and 0 <= node.state <= 2
         )
     elif kind == _DIRECTORY:
-        sound = node.tree is not None and _is_sound(node.tree)
+        sound = node.tree is not None and _is_valid(node.tree)
     else:
         sound = node.tree is None and 3 <= kind <= 7
         if kind == _SYMLINK:
@@ -225,12 +225,12 @@ def check_node(node: Node) -> None:
         and 0 <= node.gid <= _MAX_OWNER
         and node.inode >= 0
         and 0 <= node.nlink <= _MAX_LINKS
-        and (node.extra is None or _is_sound_extra(node.extra))
+        and (node.extra is None or _is_valid_extra(node.extra))
     ):
         raise TreeError(f"the entry {node.name!r} of a tree breaks the format's rules")
 
 
-def _is_sound_extra(extra: Extra) -> bool:
+def _is_valid_extra(extra: NodeExtra) -> bool:
     capture = extra.capture
     return (
         0 <= extra.rdev <= _MAX_DEVICE
@@ -239,7 +239,7 @@ def _is_sound_extra(extra: Extra) -> bool:
         and (
             capture is None
             or (
-                capture.reason in Reason.__members__.values()
+                capture.reason in ChangeReason.__members__.values()
                 and capture.attempts >= 0
                 and (capture.observed is None or len(capture.observed) == DIGEST_BYTES)
             )
@@ -251,7 +251,7 @@ def _check_branch(pieces: list[PieceRef]) -> None:
     if not pieces:
         raise TreeError("a split tree has no pieces")
     _check_order([piece.first for piece in pieces])
-    if not all(_is_sound(piece.tree) for piece in pieces):
+    if not all(_is_valid(piece.tree) for piece in pieces):
         raise TreeError("a split tree has a piece that breaks the format's rules")
 
 
@@ -260,7 +260,7 @@ def _check_order(names: list[bytes]) -> None:
         raise TreeError("the names of a tree are not sorted, or one stands twice")
 
 
-def _is_sound(ref: TreeRef) -> bool:
+def _is_valid(ref: TreeRef) -> bool:
     return (
         len(ref.digest) == DIGEST_BYTES
         and 0 <= ref.flagged <= ref.nodes < MAX_COUNT
@@ -268,12 +268,12 @@ def _is_sound(ref: TreeRef) -> bool:
     )
 
 
-def nodes_of(node: Node) -> int:
+def subtree_count(node: Node) -> int:
     """Return how many nodes an entry stands for: itself and all below it."""
     return 1 if node.tree is None else 1 + node.tree.nodes
 
 
-def summary_of(nodes: list[Node]) -> tuple[int, int, int]:
+def subtree_summary(nodes: list[Node]) -> tuple[int, int, int]:
     """Return the sums over entries: nodes, bytes of regular files, flagged files."""
     count = len(nodes)
     size = flagged = 0
@@ -292,7 +292,7 @@ def summary_of(nodes: list[Node]) -> tuple[int, int, int]:
 
 def captured_digest(node: Node) -> Digest | None:
     """Return the plain BLAKE3 of a regular file as it was captured; None for anything else."""
-    if node.kind != Kind.FILE:
+    if node.kind != NodeType.FILE:
         return None
     if node.captured is not None:
         return Digest(node.captured)
@@ -306,7 +306,7 @@ def capture_of(node: Node) -> Capture | None:
 
 def hard_link_key(node: Node) -> tuple[int, int] | None:
     """Return device and inode of an entry that may have other names, or None where it has one name."""
-    if node.nlink > 1 and node.kind != Kind.DIRECTORY and node.extra is not None:
+    if node.nlink > 1 and node.kind != NodeType.DIRECTORY and node.extra is not None:
         return node.extra.device, node.inode
     return None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from casfs.index.schema import Location, PackRecord
 
 
-class Coverage:
+class VerifiedPacks:
     """The blobs that were read and verified: one bit for each, and a count for each pack."""
 
     def __init__(self) -> None:
@@ -16,7 +16,7 @@ class Coverage:
         self._blobs = Bitmap()
         self._counts: dict[int, int] = {}
 
-    def note(self, location: Location) -> None:
+    def mark(self, location: Location) -> None:
         """Take note of a blob that was read from its place and had its digest."""
         with self._lock:
             if self._blobs.add(location.ordinal):
@@ -26,7 +26,7 @@ class Coverage:
         """Tell whether no blob was read yet."""
         return not self._counts
 
-    def of(self, packs: Iterable[PackRecord]) -> list[PackRecord]:
+    def complete_packs(self, packs: Iterable[PackRecord]) -> list[PackRecord]:
         """Return those of the packs of which every blob was noted.
 
         A pack with a blob that is read from another pack is not among them.

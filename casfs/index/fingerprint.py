@@ -21,20 +21,20 @@ from casfs.index.index import DATA_FILE, LOCK_FILE, Index
 
 log = logging.getLogger(__name__)
 
-SEAL_FILE = "seal"
+FINGERPRINT_FILE = "seal"
 _HASHED_BYTES = 64 * 1024 * 1024
 """Larger files are known by size and time only: hashing them would be felt at every command."""
 
-_MAX_SEAL_BYTES = 4096
+_MAX_FINGERPRINT_BYTES = 4096
 _PROBE_S = 600
 _FORM = "casfs index seal 1: {size} {mtime_ns} {digest}\n"
 _REFUSED = b"casfs index seal 1: damaged\n"
 
 
-def write_seal(path: Path) -> None:
+def write_fingerprint(path: Path) -> None:
     """Seal the index in a folder that nobody in this process has open; does nothing where it cannot."""
-    data, seal = path / DATA_FILE, path / SEAL_FILE
-    temporary = path / f"{SEAL_FILE}.{os.getpid()}"
+    data, seal = path / DATA_FILE, path / FINGERPRINT_FILE
+    temporary = path / f"{FINGERPRINT_FILE}.{os.getpid()}"
     try:
         before = os.stat(data)
         digest = _digest(data, before.st_size)
@@ -50,23 +50,23 @@ def write_seal(path: Path) -> None:
         log.info("the index in %s cannot be sealed: %s", path, error)
 
 
-def refuse(path: Path) -> None:
+def mark_damaged(path: Path) -> None:
     """Have the index in a folder be built anew by who uses it next: it was found to be damaged.
 
     Reading all of it need not show that. While somebody writes it is left to that one.
     """
     try:
-        (path / SEAL_FILE).write_bytes(_REFUSED)
+        (path / FINGERPRINT_FILE).write_bytes(_REFUSED)
     except OSError as error:
         log.info("that the index in %s is damaged cannot be noted: %s", path, error)
 
 
-def unseal(path: Path) -> None:
+def clear(path: Path) -> None:
     """Have the index in a folder be read as a whole before it is used the next time."""
-    (path / SEAL_FILE).unlink(missing_ok=True)
+    (path / FINGERPRINT_FILE).unlink(missing_ok=True)
 
 
-def is_sound(path: Path, in_use: bool) -> bool:
+def is_intact(path: Path, in_use: bool) -> bool:
     """Tell whether the index in a folder can be given to LMDB; True where there is none.
 
     `in_use` says that a writer lives: then the file may differ from what was sealed, but never be
@@ -77,9 +77,9 @@ def is_sound(path: Path, in_use: bool) -> bool:
         st = os.stat(data)
     except OSError:
         return True
-    if _is_refused(path):
+    if _is_marked_damaged(path):
         return in_use
-    told = _read_seal(path)
+    told = _read_fingerprint(path)
     if told is not None:
         size, mtime_ns, digest = told
         if st.st_size < size:
@@ -99,7 +99,7 @@ def is_sound(path: Path, in_use: bool) -> bool:
     elif in_use:
         return True
     if _survives_a_probe(path):
-        write_seal(path)
+        write_fingerprint(path)
         return True
     return False
 
@@ -109,11 +109,11 @@ def discard(path: Path) -> None:
 
     Whoever has it open goes on with the file that had the name.
     """
-    for name in (SEAL_FILE, DATA_FILE, LOCK_FILE):
+    for name in (FINGERPRINT_FILE, DATA_FILE, LOCK_FILE):
         (path / name).unlink(missing_ok=True)
 
 
-def read_through(path: Path) -> int:
+def probe(path: Path) -> int:
     """Read everything in an index and return how many blobs it has; raises IndexUnusableError.
 
     Only for a process that may be killed by what it reads.
@@ -121,14 +121,14 @@ def read_through(path: Path) -> int:
     index = Index(path, readonly=True)
     try:
         # What lies between the entries is met by nobody until something is written.
-        index.environment.walk()
+        index.environment.verify_pages()
         packs = {record.ordinal for record in index.packs()}
         count = 0
         for _, location in index.blobs():
             count += 1
             if location.pack not in packs:
                 raise IndexUnusableError(f"the index {path} names a pack that it does not have")
-        if count != index.blob_count() or not index.condemned() <= packs:
+        if count != index.blob_count() or not index.marked_for_removal() <= packs:
             raise IndexUnusableError(f"the index {path} contradicts itself")
     finally:
         index.close()
@@ -158,8 +158,8 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from casfs.index.fingerprint import read_through
-read_through(Path(sys.argv[2]))
+from casfs.index.fingerprint import probe
+probe(Path(sys.argv[2]))
 """
 
 
@@ -177,18 +177,18 @@ def _digest(path: Path, size: int) -> str:
     return hasher.hexdigest()
 
 
-def _is_refused(path: Path) -> bool:
+def _is_marked_damaged(path: Path) -> bool:
     try:
-        with open(path / SEAL_FILE, "rb") as file:
-            return file.read(_MAX_SEAL_BYTES) == _REFUSED
+        with open(path / FINGERPRINT_FILE, "rb") as file:
+            return file.read(_MAX_FINGERPRINT_BYTES) == _REFUSED
     except OSError:
         return False
 
 
-def _read_seal(path: Path) -> tuple[int, int, str] | None:
+def _read_fingerprint(path: Path) -> tuple[int, int, str] | None:
     try:
-        with open(path / SEAL_FILE, "rb") as file:
-            text = file.read(_MAX_SEAL_BYTES).decode()
+        with open(path / FINGERPRINT_FILE, "rb") as file:
+            text = file.read(_MAX_FINGERPRINT_BYTES).decode()
         size, mtime_ns, digest = text.removeprefix(_FORM.partition("{")[0]).split()
         return int(size), int(mtime_ns), digest
     except (OSError, ValueError):

@@ -20,9 +20,9 @@ from types import MappingProxyType
 from casfs.digest import Digest, PackId
 from casfs.errors import IndexUnusableError
 from casfs.format.pack import PackEntry
-from casfs.index.lmdb_env import Environment, Transaction
+from casfs.index.lmdb_env import LmdbEnv, Transaction
 from casfs.index.schema import (
-    BAD,
+    DAMAGED,
     LOCATION,
     ORDINAL,
     PACK,
@@ -62,7 +62,7 @@ class Index:
         sync: bool = True,
     ) -> None:
         self.path = path
-        self._env = Environment(path, readonly, on_step, sync)
+        self._env = LmdbEnv(path, readonly, on_step, sync)
         try:
             self._tables = Tables(self._env)
         except BaseException:
@@ -76,7 +76,7 @@ class Index:
         return self._env.readonly
 
     @property
-    def environment(self) -> Environment:
+    def environment(self) -> LmdbEnv:
         """The database, for what is kept beside the index."""
         return self._env
 
@@ -106,7 +106,7 @@ class Index:
         value = self._env.read(lambda txn: txn.get(digest, db=self._tables.blobs))
         return None if value is None else Location(*LOCATION.unpack(value))
 
-    def lookups(self, digests: list[Digest]) -> list[Location | None]:
+    def lookup_many(self, digests: list[Digest]) -> list[Location | None]:
         """Return where each blob is, as `lookup` does, in one transaction; for a few thousand at a time."""
 
         def ask(txn: Transaction) -> list[Location | None]:
@@ -116,7 +116,7 @@ class Index:
 
         return self._env.read(ask)
 
-    def known(self, digests: Iterable[Digest]) -> list[bool]:
+    def are_stored(self, digests: Iterable[Digest]) -> list[bool]:
         """Tell for each digest whether the blob can be trusted to be stored.
 
         `digests` are taken a batch at a time and never inside a transaction, so that what yields them
@@ -126,7 +126,7 @@ class Index:
         def ask(txn: Transaction, batch: list[Digest]) -> list[bool]:
             get = txn.get
             blobs = self._tables.blobs
-            condemned = self._tables.condemned(txn)
+            condemned = self._tables.marked_for_removal(txn)
             if not condemned:
                 return [(get(digest, db=blobs) or _UNKNOWN)[-2] == 0 for digest in batch]
             return [is_trusted(get(digest, db=blobs), condemned) for digest in batch]
@@ -181,36 +181,36 @@ class Index:
         first, *rest = _parts(entries)
 
         def begin(txn: Transaction) -> int | None:
-            ordinal = self._tables.record(txn, pack, pack_bytes, len(entries))
+            ordinal = self._tables.put_pack(txn, pack, pack_bytes, len(entries))
             if ordinal is not None:
-                self._tables.place(txn, ordinal, first, self._tables.condemned(txn))
+                self._tables.put_blobs(txn, ordinal, first, self._tables.marked_for_removal(txn))
                 if rest:
                     txn.put(_PARTIAL + pack, b"", db=self._tables.meta)
             return ordinal
 
         ordinal = self._env.write(begin)
         if ordinal is not None:
-            self._go_on(pack, ordinal, rest)
+            self._continue_pack(pack, ordinal, rest)
 
     def partial_packs(self) -> list[PackId]:
         """Return the packs of which not all blobs were added, by a process that lives or that died."""
-        found = self._env.read(lambda txn: self._tables.meta_after(txn, _PARTIAL))
+        found = self._env.read(lambda txn: self._tables.meta_suffixes(txn, _PARTIAL))
         return [PackId(name) for name in found]
 
-    def complete_pack(self, pack: PackId, entries: list[PackEntry]) -> None:
+    def finish_partial_pack(self, pack: PackId, entries: list[PackEntry]) -> None:
         """Add what is missing of a pack that was added in part by a process that lives no more."""
         ordinals = [record.ordinal for record in self.packs() if record.pack == pack]
         for ordinal in ordinals:
-            self._go_on(pack, ordinal, _parts(entries))
+            self._continue_pack(pack, ordinal, _parts(entries))
 
-    def _go_on(self, pack: PackId, ordinal: int, parts: list[list[PackEntry]]) -> None:
+    def _continue_pack(self, pack: PackId, ordinal: int, parts: list[list[PackEntry]]) -> None:
         """Add more blobs of a pack, the last of them, unless another process has done so meanwhile."""
 
         def change(txn: Transaction, entries: list[PackEntry], is_last: bool) -> None:
             # Where the index was built anew the pack is whole in it.
             if txn.get(_PARTIAL + pack, db=self._tables.meta) is None:
                 return
-            self._tables.place(txn, ordinal, entries, self._tables.condemned(txn))
+            self._tables.put_blobs(txn, ordinal, entries, self._tables.marked_for_removal(txn))
             if is_last:
                 txn.delete(_PARTIAL + pack, db=self._tables.meta)
 
@@ -218,7 +218,7 @@ class Index:
             is_last = number == len(parts)
             self._env.write(functools.partial(change, entries=part, is_last=is_last))
 
-    def adopt(
+    def add_found_packs(
         self, packs: Callable[[], Iterable[IndexedPack]], condemned: Callable[[], Set[PackId]]
     ) -> None:
         """Record packs that were found in the storage; those that are condemned are so from the first.
@@ -228,7 +228,9 @@ class Index:
         """
 
         def change(txn: Transaction) -> None:
-            self._adopt(txn, set(self._tables.condemned(txn)), condemned(), packs())
+            self._add_found_pack(
+                txn, set(self._tables.marked_for_removal(txn)), condemned(), packs()
+            )
 
         self._env.write(change)
 
@@ -242,16 +244,16 @@ class Index:
         Others see the index as it was until it is whole. Ordinals go on from where they were, so that
         none that a reader remembers comes to mean another pack or blob. What was known of the packs
         that are yielded (verified, condemned, damaged blobs) is known still; of a damaged pack a blob that
-        another pack was named for is not trusted. `condemned` is as for `adopt`.
+        another pack was named for is not trusted. `marked_for_removal` is as for `add_found_packs`.
         """
 
         def change(txn: Transaction) -> None:
             next_pack, next_blob, losses = self._tables.counters(txn)
             before = {record.ordinal: record for record in self._tables.all_packs(txn)}
-            still = {before[n].pack for n in self._tables.condemned(txn) if n in before}
+            still = {before[n].pack for n in self._tables.marked_for_removal(txn) if n in before}
             broken = {n for n, one in before.items() if one.is_damaged}
             marks = {
-                (bytes(key), before[at.pack].pack): at.is_bad
+                (bytes(key), before[at.pack].pack): at.is_damaged
                 for key, value in txn.cursor(db=self._tables.blobs)
                 if (value[-2] or (broken and LOCATION.unpack(value)[0] in broken))
                 and (at := Location(*LOCATION.unpack(value))).pack in before
@@ -261,11 +263,11 @@ class Index:
                 txn.drop(db, delete=False)
             self._tables.set_counters(txn, next_pack, next_blob, losses + 1)
             txn.put(b"version", INDEX_VERSION, db=self._tables.meta)
-            self._adopt(txn, set(), still | condemned(), packs(), marks, known)
+            self._add_found_pack(txn, set(), still | condemned(), packs(), marks, known)
 
         self._env.write(change)
 
-    def _adopt(
+    def _add_found_pack(
         self,
         txn: Transaction,
         now_condemned: set[int],
@@ -276,31 +278,33 @@ class Index:
     ) -> None:
         for pack, pack_bytes, entries in packs:
             before = known.get(pack)
-            ordinal = self._tables.record(txn, pack, pack_bytes, len(entries), before)
+            ordinal = self._tables.put_pack(txn, pack, pack_bytes, len(entries), before)
             if ordinal is None:
                 continue
             if pack in condemned:
                 now_condemned.add(ordinal)
             is_damaged = before is not None and before.is_damaged
             bad = {e.digest for e in entries if marks.get((e.digest, pack), is_damaged)}
-            self._tables.place(txn, ordinal, sorted(entries), now_condemned, bad)
-        self._tables.condemn(txn, now_condemned)
+            self._tables.put_blobs(txn, ordinal, sorted(entries), now_condemned, bad)
+        self._tables.mark_for_removal(txn, now_condemned)
 
-    def condemned(self) -> frozenset[int]:
+    def marked_for_removal(self) -> frozenset[int]:
         """Return the ordinals of the packs whose blobs are no longer trusted to stay."""
-        return self._env.read(self._tables.condemned)
+        return self._env.read(self._tables.marked_for_removal)
 
-    def condemn(self, ordinals: Iterable[int]) -> None:
+    def mark_for_removal(self, ordinals: Iterable[int]) -> None:
         """Have just these packs be condemned: blobs in them are found, and stored anew when seen again."""
         wanted = set(ordinals)
-        if wanted != self.condemned():
-            self._env.write(lambda txn: self._tables.condemn(txn, wanted))
+        if wanted != self.marked_for_removal():
+            self._env.write(lambda txn: self._tables.mark_for_removal(txn, wanted))
 
-    def change_condemned(self, more: Set[int], less: Set[int]) -> None:
+    def change_marked(self, more: Set[int], less: Set[int]) -> None:
         """Condemn some packs and others no longer; what is said of the rest stays as it is."""
         if more or less:
             self._env.write(
-                lambda txn: self._tables.condemn(txn, (self._tables.condemned(txn) | more) - less)
+                lambda txn: self._tables.mark_for_removal(
+                    txn, (self._tables.marked_for_removal(txn) | more) - less
+                )
             )
 
     def remove_packs(self, packs: Mapping[int, PackId], lost: bool = False) -> bool:
@@ -325,7 +329,7 @@ class Index:
                 txn.delete(ORDINAL.pack(ordinal), db=self._tables.packs)
                 for key in (b"pack" + pack, _PARTIAL + pack):
                     txn.delete(key, db=self._tables.meta)
-            self._tables.condemn(txn, self._tables.condemned(txn) - ordinals)
+            self._tables.mark_for_removal(txn, self._tables.marked_for_removal(txn) - ordinals)
             self._tables.count_removal(txn)
             if lost:
                 self._tables.count_loss(txn)
@@ -338,7 +342,7 @@ class Index:
 
         def change(txn: Transaction) -> None:
             lost = False
-            for flags, digests in ((BAD, bad), (0, sound)):
+            for flags, digests in ((DAMAGED, bad), (0, sound)):
                 for digest in digests:
                     value = txn.get(digest, db=self._tables.blobs)
                     fields = LOCATION.unpack(value) if value is not None else None
@@ -350,7 +354,7 @@ class Index:
 
         self._env.write(change)
 
-    def losses(self) -> int:
+    def loss_epoch(self) -> int:
         """Return how often entries were lost so far; see `mark_complete`."""
         return self._env.read(lambda txn: self._tables.counters(txn)[2])
 
@@ -361,7 +365,7 @@ class Index:
     def mark_complete(self, snapshot: bytes, losses: int) -> None:
         """Remember that every blob a snapshot needs was in the index after so many losses.
 
-        `losses` was asked for before the first blob was taken for stored: what another process loses
+        `loss_epoch` was asked for before the first blob was taken for stored: what another process loses
         between then and now must not be missed.
         """
 
@@ -381,7 +385,7 @@ class Index:
 
     def keep_complete(self, snapshots: Set[bytes]) -> None:
         """Drop what `mark_complete` remembered of all other snapshots; to drop one too many is harmless."""
-        known = self._env.read(lambda txn: self._tables.meta_after(txn, b"complete"))
+        known = self._env.read(lambda txn: self._tables.meta_suffixes(txn, b"complete"))
         gone = [snapshot for snapshot in known if snapshot not in snapshots]
 
         def change(txn: Transaction) -> None:
@@ -397,7 +401,7 @@ class Index:
 
     def mark_damaged(self, ordinals: Iterable[int]) -> None:
         """Remember that the bytes of some packs are not what their names say."""
-        self._mark_packs(ordinals, 0, BAD)
+        self._mark_packs(ordinals, 0, DAMAGED)
 
     def _mark_packs(self, ordinals: Iterable[int], when_s: int, flags: int) -> None:
         marked = list(ordinals)

@@ -35,7 +35,7 @@ T = TypeVar("T")
 Transaction = lmdb.Transaction
 
 
-class Environment:
+class LmdbEnv:
     """An open environment with named databases; `on_step` hears of every commit, before and after it.
 
     Without `sync` commits wait for no disk: for tests of everything but durability. `is_damaged` tells
@@ -80,7 +80,7 @@ class Environment:
         """Close the environment."""
         self._env.close()
 
-    def walk(self) -> None:
+    def verify_pages(self) -> None:
         """Have LMDB visit every page that is in use and the list of those that are not.
 
         Raises IndexDamagedError where they contradict each other; more than that may end the process.

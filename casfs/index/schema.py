@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from casfs.digest import PackId
 from casfs.format.pack import PackEntry
-from casfs.index.lmdb_env import Environment, Transaction
+from casfs.index.lmdb_env import LmdbEnv, Transaction
 
 LOCATION = struct.Struct("<IIIIIBBH")
 assert LOCATION.size == 24
 PACK = struct.Struct("<32sQIIQ")
 assert PACK.size == 56
 
-BAD = 1
+DAMAGED = 1
 """The flag of a blob or a pack whose data were found damaged."""
 
 IndexedPack = tuple[PackId, int, list[PackEntry]]
@@ -36,11 +36,11 @@ class Location(NamedTuple):
     flags: int = 0
 
     @property
-    def is_bad(self) -> bool:
+    def is_damaged(self) -> bool:
         """Tell whether the data were found damaged."""
-        return bool(self.flags & BAD)
+        return bool(self.flags & DAMAGED)
 
-    def is_of(self, entry: PackEntry) -> bool:
+    def matches(self, entry: PackEntry) -> bool:
         """Tell whether this is the place that the directory of the pack tells."""
         told = (entry.offset, entry.stored_bytes, entry.plain_bytes)
         return (self.offset, self.stored_bytes, self.plain_bytes) == told
@@ -70,7 +70,7 @@ _CONDEMNED_ITEM = struct.Struct("<I")
 class Tables:
     """The databases `blobs`, `packs` and `meta` of an environment."""
 
-    def __init__(self, env: Environment) -> None:
+    def __init__(self, env: LmdbEnv) -> None:
         self.blobs = env.database(b"blobs")
         self.packs = env.database(b"packs")
         self.meta = env.database(b"meta")
@@ -83,7 +83,7 @@ class Tables:
         for key, value in txn.cursor(db=self.packs):
             pack, pack_bytes, blobs, flags, verified_s = PACK.unpack(value)
             ordinal = ORDINAL.unpack(key)[0]
-            is_damaged = bool(flags & BAD)
+            is_damaged = bool(flags & DAMAGED)
             record = PackRecord(ordinal, PackId(pack), pack_bytes, blobs, verified_s, is_damaged)
             records.append(record)
         return records
@@ -100,7 +100,7 @@ class Tables:
             found = cursor.next()
         return rows
 
-    def record(
+    def put_pack(
         self,
         txn: Transaction,
         pack: PackId,
@@ -114,12 +114,12 @@ class Tables:
         ordinal, next_blob, losses = self.counters(txn)
         is_damaged = known is not None and known.is_damaged
         verified_s = known.verified_s if known is not None else 0
-        value = PACK.pack(pack, pack_bytes, blobs, BAD * is_damaged, verified_s)
+        value = PACK.pack(pack, pack_bytes, blobs, DAMAGED * is_damaged, verified_s)
         txn.put(ORDINAL.pack(ordinal), value, db=self.packs)
         self.set_counters(txn, ordinal + 1, next_blob, losses)
         return ordinal
 
-    def place(
+    def put_blobs(
         self,
         txn: Transaction,
         ordinal: int,
@@ -134,7 +134,7 @@ class Tables:
         next_pack, next_blob, losses = self.counters(txn)
         blobs, pack_location = self.blobs, LOCATION.pack
         for digest, offset, stored_bytes, plain_bytes, kind, codec in entries:
-            flags = BAD if digest in bad else 0
+            flags = DAMAGED if digest in bad else 0
             place = (ordinal, offset, stored_bytes, plain_bytes)
             location = pack_location(*place, next_blob, kind, codec, flags)
             if txn.put(digest, location, overwrite=False, db=blobs):
@@ -148,12 +148,12 @@ class Tables:
                     txn.put(digest, location, db=blobs)
         self.set_counters(txn, next_pack, next_blob, losses)
 
-    def condemn(self, txn: Transaction, ordinals: Iterable[int]) -> None:
+    def mark_for_removal(self, txn: Transaction, ordinals: Iterable[int]) -> None:
         """Have just these packs be condemned."""
         value = b"".join(map(_CONDEMNED_ITEM.pack, sorted(ordinals)))
         txn.put(b"condemned", value, db=self.meta)
 
-    def condemned(self, txn: Transaction) -> frozenset[int]:
+    def marked_for_removal(self, txn: Transaction) -> frozenset[int]:
         """Return the ordinals of the condemned packs."""
         value = bytes(txn.get(b"condemned", db=self.meta) or b"")
         if value != self._condemned_as_stored:
@@ -162,7 +162,7 @@ class Tables:
             return found
         return self._condemned
 
-    def meta_after(self, txn: Transaction, prefix: bytes) -> list[bytes]:
+    def meta_suffixes(self, txn: Transaction, prefix: bytes) -> list[bytes]:
         """Return what follows a prefix in the keys of `meta` that begin with it."""
         cursor = txn.cursor(db=self.meta)
         found = []

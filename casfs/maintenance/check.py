@@ -15,22 +15,22 @@ from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
 from casfs.format.tree import (
     MAX_DEPTH,
-    Kind,
+    CaptureState,
     Leaf,
     Node,
-    State,
+    NodeType,
     TreeRef,
     captured_digest,
     decode_piece,
-    summary_of,
+    subtree_summary,
 )
 from casfs.index.bitmap import Bitmap
 from casfs.index.schema import Location
-from casfs.maintenance.scrub import Damage, ReadChoice, Scrubber, ScrubResult
+from casfs.maintenance.scrub import Finding, PackSelection, Scrubber, ScrubResult
 from casfs.monitor import Monitor
 from casfs.paths import join
 from casfs.repository.repository import Repository
-from casfs.trees.content import RECORD, Extent
+from casfs.trees.content import EXTENT, Extent
 
 log = logging.getLogger(__name__)
 
@@ -61,20 +61,20 @@ class Checker:
         self._told_unknown: set[Digest] = set()
         self._located: dict[Digest, Location] = {}
 
-    def check(self, read: ReadChoice | None = None) -> CheckResult:
+    def check(self, read: PackSelection | None = None) -> CheckResult:
         """Check the structure, and read the packs that are chosen (None: none of them)."""
         Scrubber(self._repository, self.result, self._monitor).scrub(read)
         self._check_sessions()
         self._check_snapshots()
         return self.result
 
-    def _report(self, damage: Damage) -> None:
+    def _report(self, damage: Finding) -> None:
         self.result.damage.append(damage)
 
     def _check_sessions(self) -> None:
         if self._repository.vault is not None:
             for error in self._repository.vault.keyring.damaged():
-                self._report(Damage("session", str(error)))
+                self._report(Finding("session", str(error)))
 
     def _check_snapshots(self) -> None:
         self._walk_snapshots()
@@ -93,7 +93,7 @@ class Checker:
             try:
                 snapshot = self._repository.load(snapshot_id)
             except CasfsError as error:
-                self._report(Damage("snapshot", str(error), snapshot=snapshot_id))
+                self._report(Finding("snapshot", str(error), snapshot=snapshot_id))
                 continue
             self._walk(snapshot_id, snapshot.root)
             if snapshot.root.tree is not None:
@@ -114,7 +114,7 @@ class Checker:
                 if child.tree is not None:
                     self._push(stack, snapshot_id, below, child.tree)
                     break
-                if child.kind == Kind.FILE and not self._check_file(snapshot_id, below, child):
+                if child.kind == NodeType.FILE and not self._check_file(snapshot_id, below, child):
                     self._mark(stack)
             else:
                 stack.pop()
@@ -135,9 +135,9 @@ class Checker:
             if len(stack) > 2 * MAX_DEPTH:
                 raise TreeError("directories are nested deeper than the format allows")
             digest = Digest(ref.digest)
-            if digest in self.result.bad:
+            if digest in self.result.damaged:
                 raise BlobError(
-                    digest, "its data does not have its digest", self.result.bad[digest]
+                    digest, "its data does not have its digest", self.result.damaged[digest]
                 )
             if self._store.index.lookup(digest) is None:
                 self._is_elsewhere(digest)
@@ -147,7 +147,7 @@ class Checker:
             self.damaged_trees.add(ref.digest)
             self._mark(stack)
             self._report(
-                Damage(
+                Finding(
                     "tree",
                     f"the directory cannot be read: {error}",
                     getattr(error, "pack", None),
@@ -170,7 +170,7 @@ class Checker:
         digests = [Digest(node.content[8:]) for node in nodes if _is_one_chunk(node)]
         if len(self._located) > _MOST_LOCATED:
             self._located.clear()
-        found = zip(digests, self._store.index.lookups(digests), strict=True)
+        found = zip(digests, self._store.index.lookup_many(digests), strict=True)
         self._located.update((digest, at) for digest, at in found if at is not None)
 
     def _mark(self, stack: list[tuple[bytes, TreeRef, Iterator[Node | TreeRef]]]) -> None:
@@ -193,18 +193,18 @@ class Checker:
                 return True
             for extent in self._repository.content(node).extents(lost_lists=True):
                 done = extent.begin + extent.length
-                if not self.is_sound(extent):
+                if not self.is_intact(extent):
                     lost.append((extent.begin, done))
                     blob = blob or extent.digest
             if done != node.size:
                 raise TreeError(f"its list tells {done} bytes where {node.size} were captured")
         except IntegrityError as error:
-            self._report(Damage("file", str(error), snapshot=snapshot_id, path=path))
+            self._report(Finding("file", str(error), snapshot=snapshot_id, path=path))
             return False
         if lost:
             ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)
             message = f"the bytes {ranges} of {node.size} are lost"
-            self._report(Damage("file", message, None, blob, snapshot_id, path, tuple(lost)))
+            self._report(Finding("file", message, None, blob, snapshot_id, path, tuple(lost)))
         return not lost
 
     def _is_plain(self, node: Node) -> bool:
@@ -217,15 +217,15 @@ class Checker:
         return (
             location is not None
             and location.plain_bytes == length == node.size
-            and digest not in self.result.bad
+            and digest not in self.result.damaged
         )
 
-    def is_sound(self, extent: Extent) -> bool:
+    def is_intact(self, extent: Extent) -> bool:
         """Tell whether a chunk is stored and was not found damaged; raises TreeError."""
         if extent.digest is None:
             return True
         location = self._store.index.lookup(extent.digest)
-        if extent.lost or extent.digest in self.result.bad:
+        if extent.lost or extent.digest in self.result.damaged:
             return False
         if location is None:
             return self._is_elsewhere(extent.digest)
@@ -239,17 +239,17 @@ class Checker:
         if pack is not None and digest not in self._told_unknown:
             self._told_unknown.add(digest)
             message = "it does not know the blob; casfs repair index rebuilds it"
-            self._report(Damage("index", message, pack, digest))
+            self._report(Finding("index", message, pack, digest))
         return pack is not None
 
 
 def _is_one_chunk(node: Node) -> bool:
-    return len(node.content) == RECORD.size and not node.levels and node.kind == Kind.FILE
+    return len(node.content) == EXTENT.size and not node.levels and node.kind == NodeType.FILE
 
 
 def _check_summary(ref: TreeRef, piece: object) -> None:
     if isinstance(piece, Leaf):
-        told = summary_of(piece.nodes)
+        told = subtree_summary(piece.nodes)
     else:
         parts = [part.tree for part in piece.pieces]  # type: ignore[attr-defined]
         told = (
@@ -264,8 +264,8 @@ def _check_summary(ref: TreeRef, piece: object) -> None:
 def _check_capture(node: Node) -> None:
     """Raise TreeError where a file's state and its two digests contradict each other."""
     capture = node.extra.capture if node.extra is not None else None
-    if node.state == State.CHANGED and capture is None:
+    if node.state == CaptureState.CHANGED and capture is None:
         raise TreeError("it is flagged without the evidence")
     observed = capture.observed if capture is not None else None
-    if node.state == State.STABLE and observed not in (None, captured_digest(node)):
+    if node.state == CaptureState.STABLE and observed not in (None, captured_digest(node)):
         raise TreeError("it is called stable, but two reads saw different data")

@@ -9,25 +9,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Set
 
-from casfs.digest import Digest, short
+from casfs.digest import Digest, short_id
 from casfs.errors import BlobError, CasfsError, NotFoundError
 from casfs.format.codec import BlobKind
 from casfs.index.schema import Location, PackRecord
 from casfs.repository.repository import Repository
-from casfs.repository.used_blobs import Needs
+from casfs.repository.used_blobs import UsedBlobs
 
 log = logging.getLogger(__name__)
 
 
-class Rescuer:
+class Evacuator:
     """Rescue blobs of a repository that is open for writing; `needs` are those that matter."""
 
-    def __init__(self, repository: Repository, needs: Needs) -> None:
+    def __init__(self, repository: Repository, needs: UsedBlobs) -> None:
         self._repository = repository
         self._store = repository.store
         self._needs = needs
 
-    def rescue_last_copies(self, records: Mapping[int, PackRecord], ordinals: Set[int]) -> set[int]:
+    def copy_needed_blobs(self, records: Mapping[int, PackRecord], ordinals: Set[int]) -> set[int]:
         """See to it that what is needed, and is in packs that go, is sound where the index looks.
 
         `records` are the packs that there were before; what was packed anew since is not read again.
@@ -43,7 +43,9 @@ class Rescuer:
             except NotFoundError:
                 continue
             except CasfsError as error:
-                log.warning("pack %s, which nothing seems to need: %s", short(record.pack), error)
+                log.warning(
+                    "pack %s, which nothing seems to need: %s", short_id(record.pack), error
+                )
                 closed.add(ordinal)
                 continue
             for entry in entries:
@@ -60,7 +62,7 @@ class Rescuer:
                 except BlobError:
                     rotten[entry.digest] = location
         if rotten:
-            self.rescue(rotten)
+            self.copy_damaged(rotten)
         return closed if closed and self._lacks_anything() else set()
 
     def _lacks_anything(self) -> bool:
@@ -74,7 +76,7 @@ class Rescuer:
                     return True
         return False
 
-    def rescue(self, rotten: Mapping[Digest, Location]) -> bool:
+    def copy_damaged(self, rotten: Mapping[Digest, Location]) -> bool:
         """Store anew what another pack has sound of these blobs; tell whether there was any.
 
         That pack may be one of those that nobody seems to need.
@@ -87,7 +89,7 @@ class Rescuer:
                     plain = self._store.read(digest)
                 except CasfsError:
                     continue
-                if not location.is_bad:
+                if not location.is_damaged:
                     self._store.index.mark_blobs(location.pack, [digest])
                 writer.put(BlobKind(location.kind), digest, plain)
                 found = True

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from casfs.digest import SnapshotId
-from casfs.errors import IntegrityError, NotFoundError, UnsafeTargetError
+from casfs.errors import IntegrityError, NotFoundError, RefusedError
 from casfs.format.snapshot import Snapshot
-from casfs.maintenance.retention import Policy, Verdict, decide
+from casfs.maintenance.retention import KeepDecision, Policy, apply_policy
 from casfs.paths import normalize_source_path
 from casfs.repository.repository import Repository
 
@@ -36,7 +36,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SnapshotFilter:
     """Which snapshots are looked at; each empty field accepts all."""
 
     hosts: tuple[str, ...] = ()
@@ -79,10 +79,10 @@ class GroupKey:
 
 
 @dataclass(slots=True)
-class Plan:
+class ForgetPlan:
     """Verdicts on the snapshots of each group, the newest first, and who is to go."""
 
-    groups: dict[GroupKey, list[Verdict[Candidate]]] = field(default_factory=dict)
+    groups: dict[GroupKey, list[KeepDecision[Candidate]]] = field(default_factory=dict)
 
     def forgotten(self) -> list[Candidate]:
         """Return the snapshots that no rule keeps."""
@@ -94,33 +94,37 @@ class Plan:
 
 
 def plan_policy(
-    repository: Repository, policy: Policy, grouping: Grouping, choice: Choice, allow_all: bool
-) -> Plan:
+    repository: Repository,
+    policy: Policy,
+    grouping: Grouping,
+    choice: SnapshotFilter,
+    allow_all: bool,
+) -> ForgetPlan:
     """Return what a policy keeps and forgets.
 
-    Raises UnsafeTargetError where it would leave nothing of a group, unless `allow_all`.
+    Raises RefusedError where it would leave nothing of a group, unless `allow_all`.
     """
     groups: dict[GroupKey, list[Candidate]] = {}
     for snapshot_id, snapshot in repository.snapshots():
         if choice.accepts(snapshot):
             key = grouping.key(snapshot)
             groups.setdefault(key, []).append(Candidate(snapshot_id, snapshot))
-    plan = Plan({key: decide(members, policy) for key, members in groups.items()})
+    plan = ForgetPlan({key: apply_policy(members, policy) for key, members in groups.items()})
     for key, verdicts in plan.groups.items():
         if not allow_all and not any(verdict.is_kept for verdict in verdicts):
-            raise UnsafeTargetError(
+            raise RefusedError(
                 f"these rules keep none of the {len(verdicts)} snapshots of {_named(key)}; nothing was "
                 "forgotten: keep some (such as --keep-last 1), or say --unsafe-allow-remove-all"
             )
     return plan
 
 
-def named_snapshots(
+def select_by_name(
     repository: Repository, names: Sequence[str], allow_all: bool
 ) -> list[Candidate]:
     """Return the snapshots that were named by `latest`, id or prefix, each once.
 
-    Raises NotFoundError, AmbiguousIdError, and UnsafeTargetError where none would be left.
+    Raises NotFoundError, AmbiguousIdError, and RefusedError where none would be left.
     """
     found: dict[SnapshotId, Candidate] = {}
     for name in names:
@@ -134,7 +138,7 @@ def named_snapshots(
             found[snapshot_id] = Candidate(snapshot_id, None)
     left = {snapshot_id for snapshot_id, _ in repository.snapshots()} - found.keys()
     if not left and not allow_all:
-        raise UnsafeTargetError(
+        raise RefusedError(
             "no snapshot would be left; nothing was forgotten (say --unsafe-allow-remove-all to mean that)"
         )
     return list(found.values())

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from casfs.digest import Digest, SnapshotId, short
+from casfs.digest import Digest, SnapshotId, short_id
 from casfs.errors import (
     BlobError,
     CasfsError,
@@ -28,19 +28,19 @@ from casfs.errors import (
     NotFoundError,
 )
 from casfs.format.codec import BlobKind
-from casfs.format.pack import ENTRY, HEADER, RECORD, SESSION_HEADER, TRAILER, parse_session
+from casfs.format.pack import BLOB_HEADER, ENTRY, HEADER, SESSION_HEADER, TRAILER, parse_session
 from casfs.index.schema import Location, PackRecord
-from casfs.maintenance.evacuate import Rescuer
+from casfs.maintenance.evacuate import Evacuator
 from casfs.monitor import Monitor
 from casfs.repository.repository import Repository
-from casfs.repository.used_blobs import Needs
+from casfs.repository.used_blobs import UsedBlobs
 from casfs.storage.locks import LockMode, LockRecord
 from casfs.store.blob_store import pack_name
 from casfs.store.pending_removal import (
-    Condemnation,
-    publish_condemnation,
-    read_condemnations,
-    replace_condemnation,
+    RemovalNotice,
+    publish_notice,
+    read_notices,
+    replace_notice,
 )
 from casfs.store.writer import PACK_BLOBS
 
@@ -130,11 +130,11 @@ class PruneResult:
 
 
 @dataclass(slots=True)
-class _Use:
+class _PackUsage:
     """What is needed of a pack: payloads with their record headers, in bytes."""
 
     needed_bytes: int = 0
-    has_bad: bool = False
+    has_damaged: bool = False
 
 
 class Pruner:
@@ -147,11 +147,11 @@ class Pruner:
         self._index = repository.store.index
         self._options = options
         self._monitor = monitor
-        self._needs = Needs(repository)
-        self._rescuer = Rescuer(repository, self._needs)
+        self._needs = UsedBlobs(repository)
+        self._rescuer = Evacuator(repository, self._needs)
         self._marked: set[SnapshotId] = set()
         self._records: dict[int, PackRecord] = {}
-        self._young: dict[int, str] = {}
+        self._in_flight: dict[int, str] = {}
         self._removed: set[int] = set()
         self._bad: dict[Digest, Location] = {}
 
@@ -161,39 +161,39 @@ class Pruner:
         # Before anything is marked by ordinals: what another process makes of the index is seen by them.
         self._records = {record.ordinal: record for record in self._index.packs()}
         self._mark()
-        uses = self._uses()
-        if self._bad and not self._options.dry_run and self._rescuer.rescue(self._bad):
-            uses = self._uses()
+        uses = self._pack_usage()
+        if self._bad and not self._options.dry_run and self._rescuer.copy_damaged(self._bad):
+            uses = self._pack_usage()
         self.result.packs = len(self._records)
-        repacked = self._chosen(uses)
+        repacked = self._select_repack(uses)
         unneeded = self._records.keys() - uses.keys()
-        self._young = self._written_since(unneeded | repacked, locks)
-        repacked -= self._young.keys()
-        unneeded -= self._young.keys()
+        self._in_flight = self._written_since(unneeded | repacked, locks)
+        repacked -= self._in_flight.keys()
+        unneeded -= self._in_flight.keys()
         if self._options.dry_run:
-            self._foretell(uses, unneeded | repacked, repacked)
+            self._estimate(uses, unneeded | repacked, repacked)
             return self.result
         # What needs no room goes first: the disk may be full.
-        self._condemn(unneeded)
-        kept = self._rescuer.rescue_last_copies(self._records, unneeded)
-        waiting = unneeded - self._remove(self._settle(unneeded) - kept)
+        self._mark_for_removal(unneeded)
+        kept = self._rescuer.copy_needed_blobs(self._records, unneeded)
+        waiting = unneeded - self._remove(self._recheck(unneeded) - kept)
         if repacked:
-            self._condemn(repacked | waiting)
+            self._mark_for_removal(repacked | waiting)
             try:
                 self._repack(repacked)
             except BaseException:
-                self._reprieve(waiting)
+                self._unmark(waiting)
                 raise
-            kept = self._rescuer.rescue_last_copies(self._records, repacked | waiting)
-            self._remove(self._settle(repacked | waiting) - kept)
+            kept = self._rescuer.copy_needed_blobs(self._records, repacked | waiting)
+            self._remove(self._recheck(repacked | waiting) - kept)
         self._index.keep_complete(set(self._repository.snapshot_ids()))
         remove_unneeded_sessions(self._repository)
         return self.result
 
-    def _reprieve(self, waiting: set[int]) -> None:
+    def _unmark(self, waiting: set[int]) -> None:
         """Have only what was condemned before be so, where packing anew has failed."""
         try:
-            self._condemn(waiting)
+            self._mark_for_removal(waiting)
         except CasfsError as error:
             log.warning("%s; the next prune goes on from here", error)
 
@@ -210,15 +210,15 @@ class Pruner:
                 except NotFoundError:
                     continue
                 except IntegrityError as error:
-                    raise NeedsUnknownError(snapshot_id, error) from error
+                    raise UsedBlobsUnknownError(snapshot_id, error) from error
                 finally:
                     self._marked.add(snapshot_id)
                 self.result.snapshots += 1
                 self._monitor.progress.files += 1
 
-    def _uses(self) -> dict[int, _Use]:
+    def _pack_usage(self) -> dict[int, _PackUsage]:
         """Return what is needed of each pack, by ordinal; packs of which nothing is are not in it."""
-        uses: dict[int, _Use] = {}
+        uses: dict[int, _PackUsage] = {}
         needed = 0
         total = 0
         self._bad = {}
@@ -226,12 +226,12 @@ class Pruner:
         for digest, location in self._index.blobs():
             total += 1
             if location.ordinal in self._needs.blobs:
-                if location.is_bad or digest in elsewhere:
+                if location.is_damaged or digest in elsewhere:
                     self._bad[digest] = location
                 needed += 1
-                use = uses.setdefault(location.pack, _Use())
-                use.needed_bytes += location.stored_bytes + RECORD.size
-                use.has_bad |= location.is_bad
+                use = uses.setdefault(location.pack, _PackUsage())
+                use.needed_bytes += location.stored_bytes + BLOB_HEADER.size
+                use.has_damaged |= location.is_damaged
         if needed < self._needs.count:
             self._require_same_index()
             raise IndexUnusableError(
@@ -242,24 +242,24 @@ class Pruner:
         self.result.unneeded_blobs = total - needed
         return uses
 
-    def _earlier(self) -> dict[int, Condemnation]:
+    def _pending(self) -> dict[int, RemovalNotice]:
         """Return the packs that are condemned, with the condemnation of each."""
         by_name = {record.pack: ordinal for ordinal, record in self._records.items()}
         return {
             by_name[pack]: condemnation
-            for condemnation in read_condemnations(self._storage).values()
+            for condemnation in read_notices(self._storage).values()
             for pack in condemnation.pack_ids()
             if pack in by_name
         }
 
-    def _chosen(self, uses: dict[int, _Use]) -> set[int]:
+    def _select_repack(self, uses: dict[int, _PackUsage]) -> set[int]:
         """Return the packs whose needed blobs are to be packed anew."""
         chosen, small = set(), set()
         for ordinal, use in uses.items():
             record = self._records.get(ordinal)
             # What is damaged in a pack may be all that is left of it: it stays as it is. Where what is
             # needed is sound, or stored elsewhere by now, nobody needs the damaged pack.
-            if record is None or use.has_bad:
+            if record is None or use.has_damaged:
                 continue
             unused_bytes = record.pack_bytes - use.needed_bytes - _directory_bytes(record)
             if record.is_damaged or unused_bytes > self._options.unused_share * record.pack_bytes:
@@ -278,7 +278,7 @@ class Pruner:
             return {}
         first = min(writers, key=lambda name: writers[name].since_ns)
         young = {}
-        for ordinal in ordinals - self._earlier().keys():
+        for ordinal in ordinals - self._pending().keys():
             try:
                 written_ns = self._storage.mtime_ns(pack_name(self._records[ordinal].pack))
             except NotFoundError:
@@ -287,7 +287,7 @@ class Pruner:
                 young[ordinal] = first
         return young
 
-    def _foretell(self, uses: dict[int, _Use], removed: set[int], repacked: set[int]) -> None:
+    def _estimate(self, uses: dict[int, _PackUsage], removed: set[int], repacked: set[int]) -> None:
         result = self.result
         result.repacked_packs = len(repacked)
         result.repacked_bytes = sum(self._records[n].pack_bytes for n in repacked)
@@ -295,26 +295,26 @@ class Pruner:
         result.removed_packs = len(removed)
         result.removed_bytes = sum(self._records[n].pack_bytes for n in removed)
 
-    def _condemn(self, ordinals: set[int]) -> None:
+    def _mark_for_removal(self, ordinals: set[int]) -> None:
         """Tell everybody which packs are not to be relied on, and learn who may be doing so."""
         self._require_same_index()
         packs = {self._records[ordinal].pack for ordinal in ordinals}
         fresh = set(packs)
-        for name, condemnation in read_condemnations(self._storage).items():
+        for name, condemnation in read_notices(self._storage).items():
             fresh -= condemnation.pack_ids()
-            replace_condemnation(self._storage, name, condemnation.only(packs))
+            replace_notice(self._storage, name, condemnation.only(packs))
         if fresh:
             names = tuple(sorted(pack.hex() for pack in fresh))
-            publish_condemnation(self._storage, Condemnation(int(time.time()), names))
-        self._index.condemn(ordinals)
+            publish_notice(self._storage, RemovalNotice(int(time.time()), names))
+        self._index.mark_for_removal(ordinals)
         # Only now does everybody who begins to write see it.
         locks = self._repository.other_locks()
         readers = tuple(sorted(n for n, lock in locks.items() if lock.mode == LockMode.READER))
         writers = tuple(sorted(locks.keys() - set(readers)))
-        for name, condemnation in read_condemnations(self._storage).items():
+        for name, condemnation in read_notices(self._storage).items():
             if condemnation.writers is None:
                 asked = replace(condemnation, writers=writers, readers=readers)
-                replace_condemnation(self._storage, name, asked)
+                replace_notice(self._storage, name, asked)
 
     def _repack(self, chosen: set[int]) -> None:
         """Store what is needed of some condemned packs in new ones."""
@@ -349,7 +349,7 @@ class Pruner:
             writer.close()
         self.result.new_bytes = stats.new_stored_bytes
 
-    def _settle(self, candidates: set[int]) -> set[int]:
+    def _recheck(self, candidates: set[int]) -> set[int]:
         """Return which condemned packs may go; what is needed after all is condemned no longer.
 
         The locks are read before the snapshots: who wrote when a pack was condemned, and does so no
@@ -358,12 +358,12 @@ class Pruner:
         locks = self._repository.other_locks()
         self._mark()
         self._require_same_index()
-        unneeded = candidates - self._uses().keys()
-        condemnations = self._earlier()
+        unneeded = candidates - self._pack_usage().keys()
+        condemnations = self._pending()
         removable = set()
-        waited_for = set(self._young.values())
-        self.result.waiting_packs = len(self._young)
-        self.result.waiting_bytes = sum(self._records[n].pack_bytes for n in self._young)
+        waited_for = set(self._in_flight.values())
+        self.result.waiting_packs = len(self._in_flight)
+        self.result.waiting_bytes = sum(self._records[n].pack_bytes for n in self._in_flight)
         for ordinal in unneeded:
             condemnation = condemnations.get(ordinal)
             holders = self._holders(condemnation, locks) if condemnation is not None else set(locks)
@@ -375,10 +375,10 @@ class Pruner:
             self.result.waiting_bytes += self._records[ordinal].pack_bytes
         self.result.waited_for = sorted(waited_for)
         if unneeded != candidates:
-            self._condemn(unneeded)
+            self._mark_for_removal(unneeded)
         return removable
 
-    def _holders(self, condemnation: Condemnation, locks: dict[str, LockRecord]) -> set[str]:
+    def _holders(self, condemnation: RemovalNotice, locks: dict[str, LockRecord]) -> set[str]:
         """Return the names of the locks for whose sake the condemned packs stay."""
         if condemnation.writers is None:
             return set(locks)
@@ -410,10 +410,10 @@ class Pruner:
             self._removed |= ordinals
             self._unlink(ordinals)
         removed = set(packs.values())
-        for name, condemnation in read_condemnations(self._storage).items():
+        for name, condemnation in read_notices(self._storage).items():
             condemned = condemnation.pack_ids()
             if not condemned.isdisjoint(removed):
-                replace_condemnation(self._storage, name, condemnation.only(condemned - removed))
+                replace_notice(self._storage, name, condemnation.only(condemned - removed))
         return ordinals
 
     def _require_same_index(self) -> None:
@@ -441,7 +441,7 @@ class _IndexReplacedError(IndexUnusableError):
         return "the index was built anew while this prune ran; what is left is for the next prune"
 
 
-class NeedsUnknownError(IntegrityError):
+class UsedBlobsUnknownError(IntegrityError):
     """What a snapshot needs cannot be read, so nothing is known to be unneeded."""
 
     def __init__(self, snapshot_id: SnapshotId, cause: IntegrityError) -> None:
@@ -451,7 +451,7 @@ class NeedsUnknownError(IntegrityError):
 
     def __str__(self) -> str:
         return (
-            f"what snapshot {short(self.snapshot_id)} needs is not known for sure: {self.cause}; "
+            f"what snapshot {short_id(self.snapshot_id)} needs is not known for sure: {self.cause}; "
             "nothing was removed (casfs check tells what is lost, casfs repair index finds again what only "
             "the index has lost, a new backup may heal the rest, and casfs repair snapshots gives it up)"
         )
@@ -459,4 +459,4 @@ class NeedsUnknownError(IntegrityError):
 
 def _directory_bytes(record: PackRecord) -> int:
     """Return what a pack takes besides its blobs."""
-    return HEADER.size + RECORD.size + record.blobs * ENTRY.size + TRAILER.size
+    return HEADER.size + BLOB_HEADER.size + record.blobs * ENTRY.size + TRAILER.size

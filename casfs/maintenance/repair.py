@@ -27,22 +27,22 @@ from casfs.format.snapshot import MAX_SNAPSHOT_BYTES, Snapshot, decode_snapshot
 from casfs.format.tree import (
     MAX_PIECE_LEVELS,
     Capture,
-    Extra,
-    Kind,
+    CaptureState,
+    ChangeReason,
     Leaf,
     Node,
-    Reason,
-    State,
+    NodeExtra,
+    NodeType,
     TreeRef,
     captured_digest,
     decode_piece,
     replace,
 )
 from casfs.maintenance.check import Checker
-from casfs.maintenance.scrub import ReadChoice
+from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.paths import join
-from casfs.repository.index_opening import begin_anew
+from casfs.repository.index_opening import replace_with_empty
 from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import HOLE, ContentWriter
@@ -52,7 +52,7 @@ DAMAGED_FOLDER = "damaged"
 """Where the files of snapshots are put aside that cannot be read under their names."""
 
 
-class Misplaced:
+class SwappedSnapshots:
     """The misplaced snapshots of a repository: `files` are their bytes, by their right ids."""
 
     def __init__(self, repository: Repository) -> None:
@@ -78,7 +78,7 @@ class Misplaced:
             except CasfsError:
                 continue
 
-    def put_in_place(self) -> None:
+    def rename_back(self) -> None:
         """Give the snapshots their names; the repository is open for writing."""
         aside = [one for one in self._taken if one in self.files]
         for one in aside:
@@ -120,7 +120,7 @@ class RepairResult:
     `returned` are those that were whole and had the names of others; they are looked at like all.
     """
 
-    sound: int = 0
+    intact: int = 0
     returned: list[SnapshotId] = field(default_factory=list)
     repaired: list[SnapshotRepair] = field(default_factory=list)
 
@@ -141,7 +141,7 @@ def repair_index(repository: Repository) -> IndexRepair:
     try:
         store.rebuild()
     except IndexDamagedError:
-        begin_anew(store)
+        replace_with_empty(store)
         store.rebuild()
     return IndexRepair(
         packs=len(store.index.packs()),
@@ -166,18 +166,18 @@ class SnapshotRepairer:
         self._checker = Checker(repository, monitor)
         self._current = SnapshotRepair(SnapshotId(b""))
 
-    def repair(self, read: ReadChoice | None = None) -> RepairResult:
+    def repair(self, read: PackSelection | None = None) -> RepairResult:
         """Look for what is lost, as a check does, and publish snapshots without it."""
-        misplaced = Misplaced(self._repository)
+        misplaced = SwappedSnapshots(self._repository)
         self.result.returned = sorted(misplaced.files)
         if not self._dry_run:
-            misplaced.put_in_place()
+            misplaced.rename_back()
         lost = {d.snapshot for d in self._checker.check(read).damage if d.snapshot is not None}
         if self._dry_run:
             lost -= misplaced.files.keys()
         for snapshot_id in self._repository.snapshot_ids():
             if snapshot_id not in lost:
-                self.result.sound += 1
+                self.result.intact += 1
                 continue
             self._current = SnapshotRepair(snapshot_id)
             try:
@@ -273,7 +273,7 @@ class SnapshotRepairer:
 
     def _kept(self, writer: BlobWriter, path: bytes, node: Node) -> Node | None:
         """Return an entry as it can be kept, or None."""
-        if node.kind != Kind.FILE or self._is_whole(node):
+        if node.kind != NodeType.FILE or self._is_whole(node):
             return node
         holed = self._holed(writer, node)
         if holed is None:
@@ -295,7 +295,7 @@ class SnapshotRepairer:
             length = 0
             for extent in self._repository.content(node).extents(lost_lists=True):
                 length += extent.length
-                if not self._checker.is_sound(extent):
+                if not self._checker.is_intact(extent):
                     return False
         except IntegrityError:
             return False
@@ -332,14 +332,14 @@ class SnapshotRepairer:
         attempts = 1
         if node.extra is not None and node.extra.capture is not None:
             attempts = node.extra.capture.attempts
-        evidence = Capture(Reason.DAMAGED, attempts, captured_digest(node))
+        evidence = Capture(ChangeReason.DAMAGED, attempts, captured_digest(node))
         new = replace(
             node,
             content=records,
             levels=levels,
             captured=whole.digest(),
-            state=State.CHANGED,
-            extra=replace(node.extra or Extra(), capture=evidence),
+            state=CaptureState.CHANGED,
+            extra=replace(node.extra or NodeExtra(), capture=evidence),
         )
         return new, lost
 

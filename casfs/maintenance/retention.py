@@ -28,7 +28,7 @@ def parse_duration(text: str, option: str) -> int:
     return sum(number * _SECONDS[unit] for number, unit in parts)
 
 
-class Span:
+class CalendarSpan:
     """A length of time by the calendar; units are y, m (months), w, d, h and min."""
 
     def __init__(self, text: str, option: str) -> None:
@@ -95,7 +95,7 @@ class Policy:
     weekly: int = 0
     monthly: int = 0
     yearly: int = 0
-    within: Span | None = None
+    within: CalendarSpan | None = None
     tags: tuple[frozenset[str], ...] = ()
 
     def is_empty(self) -> bool:
@@ -105,7 +105,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict(Generic[D]):
+class KeepDecision(Generic[D]):
     """A snapshot and the rules that keep it; with none it is forgotten."""
 
     snapshot: D
@@ -137,7 +137,7 @@ class _Rule:
         return True
 
 
-def decide(snapshots: Iterable[D], policy: Policy) -> list[Verdict[D]]:
+def apply_policy(snapshots: Iterable[D], policy: Policy) -> list[KeepDecision[D]]:
     """Return a verdict on each snapshot of one group, from the newest to the oldest."""
     ordered: Sequence[D] = sorted(snapshots, key=lambda item: item.time_ns, reverse=True)
     rules = (
@@ -150,20 +150,20 @@ def decide(snapshots: Iterable[D], policy: Policy) -> list[Verdict[D]]:
     )
     since = None
     if policy.within is not None and ordered:
-        since = policy.within.before(local(ordered[0].time_ns))
+        since = policy.within.before(local_datetime(ordered[0].time_ns))
     verdicts = []
     for position, snapshot in enumerate(ordered):
-        moment = local(snapshot.time_ns)
+        moment = local_datetime(snapshot.time_ns)
         reasons = [rule.name for rule in rules if rule.keeps(moment, position)]
         if since is not None and policy.within is not None and moment >= since:
             reasons.append(f"within {policy.within.text}")
         tags = set(snapshot.tags)
         reasons += [f"tag {','.join(sorted(wanted))}" for wanted in policy.tags if wanted <= tags]
-        verdicts.append(Verdict(snapshot, tuple(reasons)))
+        verdicts.append(KeepDecision(snapshot, tuple(reasons)))
     return verdicts
 
 
-def local(time_ns: int) -> datetime:
+def local_datetime(time_ns: int) -> datetime:
     """Return a time as people on this machine mean it; the nearest where a calendar has none."""
     try:
         return datetime.fromtimestamp(time_ns // 1_000_000_000)

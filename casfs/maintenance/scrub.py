@@ -44,7 +44,7 @@ _NOTED_AFTER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
+class Finding:
     """Something that is not as it should be.
 
     `what` is "pack", "blob", "index", "session", "snapshot", "tree" or "file"; fields that do not apply are
@@ -61,7 +61,7 @@ class Damage:
 
 
 @dataclass(frozen=True, slots=True)
-class ReadChoice:
+class PackSelection:
     """Which packs are read: a share (0 to 1) of them, those last verified before so many seconds.
 
     The longest unverified come first; after `max_duration_s` no other is begun.
@@ -85,8 +85,8 @@ class ScrubResult:
     packs_left: int = 0
     blobs_read: int = 0
     read_bytes: int = 0
-    damage: list[Damage] = field(default_factory=list)
-    bad: dict[Digest, PackId] = field(default_factory=dict)
+    damage: list[Finding] = field(default_factory=list)
+    damaged: dict[Digest, PackId] = field(default_factory=dict)
     unknown: dict[Digest, PackId] = field(default_factory=dict)
 
 
@@ -95,8 +95,8 @@ class _Read:
     """What reading a pack has shown."""
 
     entries: list[PackEntry]
-    damage: list[Damage]
-    is_sound: bool
+    damage: list[Finding]
+    is_intact: bool
 
 
 class Scrubber:
@@ -116,7 +116,7 @@ class Scrubber:
         self._closed: set[PackId] = set()
         self._noted_at = time.monotonic()
 
-    def scrub(self, choice: ReadChoice | None) -> None:
+    def scrub(self, choice: PackSelection | None) -> None:
         """Compare every pack with the index, and read those that are chosen (None: none of them)."""
         # A backup may be running: what the index names first is in the storage by the time of the
         # listing, and what is found beyond that is newer than this check.
@@ -139,13 +139,13 @@ class Scrubber:
                     if damage or ordinal in self._broken:
                         self._broken[ordinal] = {entry.digest for entry in entries}
             if choice is not None:
-                self._read_chosen(pool, stored, choice)
+                self._read_selected(pool, stored, choice)
         self._mark_unfound()
         self._look_elsewhere()
         unchanged = records == self._store.index.packs()
         if indexed < entries_before and sound and unchanged:
             message = "it has entries that no pack holds; casfs repair index rebuilds it"
-            self._report(Damage("index", message))
+            self._report(Finding("index", message))
 
     def _damage_of_records(self, records: list[PackRecord], stored: dict[PackId, int]) -> bool:
         """Compare the index's list of packs with what is stored; tell whether anything was wrong."""
@@ -165,7 +165,7 @@ class Scrubber:
                 continue
             wrong = True
             self._broken[record.ordinal] = set()
-            self._report(Damage("pack", message, pack=record.pack))
+            self._report(Finding("pack", message, pack=record.pack))
         return wrong
 
     def _is_gone(self, ordinal: int) -> bool:
@@ -181,9 +181,9 @@ class Scrubber:
 
     def _directories(
         self, pool: ThreadPoolExecutor, jobs: list[tuple[PackId, int]]
-    ) -> Iterator[tuple[PackId, list[PackEntry], list[Damage]]]:
+    ) -> Iterator[tuple[PackId, list[PackEntry], list[Finding]]]:
         """Yield what `_check_directory` finds, in order and few ahead: many would fill the memory."""
-        running: deque[Future[tuple[PackId, list[PackEntry], list[Damage]]]] = deque()
+        running: deque[Future[tuple[PackId, list[PackEntry], list[Finding]]]] = deque()
         for job in jobs:
             running.append(pool.submit(self._check_directory, job))
             if len(running) > 1:
@@ -193,24 +193,24 @@ class Scrubber:
 
     def _check_directory(
         self, job: tuple[PackId, int]
-    ) -> tuple[PackId, list[PackEntry], list[Damage]]:
+    ) -> tuple[PackId, list[PackEntry], list[Finding]]:
         pack, pack_bytes = job
         try:
             return pack, self._store.read_directory(pack, pack_bytes), []
         except NotFoundError as error:
             if self._is_removed(pack):
                 return pack, [], []
-            return pack, [], [Damage("pack", _reason(error), pack)]
+            return pack, [], [Finding("pack", _reason(error), pack)]
         except KeyMissingError:
             raise
         except CasfsError as error:
-            damage = [Damage("pack", _reason(error), pack)]
+            damage = [Finding("pack", _reason(error), pack)]
             if isinstance(error, StorageError) and error.cause.errno in _REFUSED:
                 self._closed.add(pack)
         try:
             return pack, self._store.salvage_directory(pack, pack_bytes), damage
         except CasfsError as unreadable:
-            return pack, [], [*damage, Damage("pack", _reason(unreadable), pack)]
+            return pack, [], [*damage, Finding("pack", _reason(unreadable), pack)]
 
     def _compare_index(self, pack: PackId, entries: list[PackEntry]) -> int:
         """Compare a pack's directory with the index; return how many index entries point into it."""
@@ -220,11 +220,11 @@ class Scrubber:
                 self._note_unknown(pack, entry.digest)
             elif self._ordinals.get(location.pack) == pack:
                 count += 1
-                if not location.is_of(entry):
+                if not location.matches(entry):
                     message = "it names another place for the blob than its pack does"
-                    self._report(Damage("index", message, pack, entry.digest))
-                if location.is_bad:
-                    self.result.bad[entry.digest] = pack
+                    self._report(Finding("index", message, pack, entry.digest))
+                if location.is_damaged:
+                    self.result.damaged[entry.digest] = pack
         return count
 
     def _located(self, entries: list[PackEntry]) -> Iterator[tuple[PackEntry, Location | None]]:
@@ -232,7 +232,7 @@ class Scrubber:
         for begin in range(0, len(entries), _ASKED_AT_ONCE):
             some = entries[begin : begin + _ASKED_AT_ONCE]
             yield from zip(
-                some, self._store.index.lookups([entry.digest for entry in some]), strict=True
+                some, self._store.index.lookup_many([entry.digest for entry in some]), strict=True
             )
 
     def _note_unknown(self, pack: PackId, digest: Digest) -> None:
@@ -244,10 +244,10 @@ class Scrubber:
         if len(self.result.unknown) < _MOST_UNKNOWN:
             self.result.unknown[digest] = pack
 
-    def _read_chosen(
-        self, pool: ThreadPoolExecutor, stored: dict[PackId, int], choice: ReadChoice
+    def _read_selected(
+        self, pool: ThreadPoolExecutor, stored: dict[PackId, int], choice: PackSelection
     ) -> None:
-        wanted = self._wanted(stored, choice)
+        wanted = self._select_packs(stored, choice)
         self._monitor.progress.total_bytes = sum(stored[pack] for pack in wanted)
         began = time.monotonic()
         rest = iter(wanted)
@@ -274,7 +274,7 @@ class Scrubber:
             self._note_verified()
         self.result.packs_left = sum(1 for _ in rest)
 
-    def _wanted(self, stored: dict[PackId, int], choice: ReadChoice) -> list[PackId]:
+    def _select_packs(self, stored: dict[PackId, int], choice: PackSelection) -> list[PackId]:
         """Return the packs to read, the longest unverified first."""
         verified = {record.pack: record.verified_s for record in self._store.index.packs()}
         packs = sorted(_share_of(stored, choice.share), key=lambda pack: verified.get(pack, 0))
@@ -296,7 +296,7 @@ class Scrubber:
         if ordinal is None:
             return
         bad = {found.blob for found in damage if found.blob is not None}
-        if read.is_sound:
+        if read.is_intact:
             self._verified.append(ordinal)
         else:
             self._broken.setdefault(ordinal, {entry.digest for entry in entries})
@@ -306,10 +306,12 @@ class Scrubber:
             location = self._store.index.lookup(digest)
             # Of a blob that two packs hold, only the copy that the index names is read.
             if location is not None and location.pack == ordinal:
-                self.result.bad[digest] = pack
-        sound = [e.digest for e in entries if e.digest in self.result.bad and e.digest not in bad]
+                self.result.damaged[digest] = pack
+        sound = [
+            e.digest for e in entries if e.digest in self.result.damaged and e.digest not in bad
+        ]
         for digest in sound:
-            del self.result.bad[digest]
+            del self.result.damaged[digest]
         if (bad or sound) and not self._store.index.readonly:
             self._store.index.mark_blobs(ordinal, bad, sound)
         if time.monotonic() - self._noted_at > _NOTED_AFTER_S:
@@ -338,18 +340,18 @@ class Scrubber:
             if self._is_gone(ordinal):
                 continue
             pack = self._ordinals[ordinal]
-            self.result.bad.update(dict.fromkeys(digests, pack))
+            self.result.damaged.update(dict.fromkeys(digests, pack))
             if pack not in self._closed and not self._store.index.readonly:
                 self._store.index.mark_blobs(ordinal, digests)
 
     def _look_elsewhere(self) -> None:
         """Find which damaged blobs another pack has, as every reader does: those are not lost."""
-        for digest in list(self.result.bad):
+        for digest in list(self.result.damaged):
             try:
                 self._store.read(digest)
             except CasfsError:
                 continue
-            del self.result.bad[digest]
+            del self.result.damaged[digest]
 
     def _note_verified(self) -> None:
         if self._verified and not self._store.index.readonly:
@@ -363,7 +365,7 @@ class Scrubber:
         _, entries, told = self._check_directory((pack, pack_bytes))
         if told and not entries:
             return _Read(entries, [], False)
-        damage: list[Damage] = []
+        damage: list[Finding] = []
         whole = blake3()
         reader = _PackReader(self._repository, pack, whole)
         try:
@@ -372,15 +374,15 @@ class Scrubber:
                 damage += self._verify(pack, batch, payloads)
             reader.read(pack_bytes - TRAILER.size, TRAILER.size)
         except CasfsError as error:
-            damage = [Damage("pack", _reason(error), pack), *self._read_one_by_one(pack, entries)]
+            damage = [Finding("pack", _reason(error), pack), *self._read_one_by_one(pack, entries)]
             return _Read(entries, damage, False)
         if whole.digest() != pack:
-            damage.append(Damage("pack", "its bytes do not have the digest that names it", pack))
+            damage.append(Finding("pack", "its bytes do not have the digest that names it", pack))
         return _Read(entries, damage, not (damage or told))
 
     def _verify(
         self, pack: PackId, entries: list[PackEntry], payloads: list[bytes]
-    ) -> Iterator[Damage]:
+    ) -> Iterator[Finding]:
         """Yield which blobs are damaged among those that were read."""
         encoded = [
             Encoded(entry.digest, entry.offset, entry.codec, payload, entry.plain_bytes)
@@ -392,17 +394,17 @@ class Scrubber:
                 try:
                     self._store.decode(pack, entry, payload)
                 except BlobError as error:
-                    yield Damage("blob", error.reason, pack, entry.digest)
+                    yield Finding("blob", error.reason, pack, entry.digest)
 
-    def _read_one_by_one(self, pack: PackId, entries: list[PackEntry]) -> Iterator[Damage]:
+    def _read_one_by_one(self, pack: PackId, entries: list[PackEntry]) -> Iterator[Finding]:
         """Yield which blobs are damaged in a pack that cannot be read from its beginning to its end."""
         for entry in entries:
             try:
                 self._store.read_entry(pack, entry)
             except BlobError as error:
-                yield Damage("blob", error.reason, pack, entry.digest)
+                yield Finding("blob", error.reason, pack, entry.digest)
             except CasfsError as error:
-                yield Damage("blob", str(error), pack, entry.digest)
+                yield Finding("blob", str(error), pack, entry.digest)
 
 
 def _batches(entries: list[PackEntry]) -> Iterator[list[PackEntry]]:

@@ -15,7 +15,7 @@ from casfs.errors import IntegrityError, NotFoundError, StorageError
 from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import SECRET_BYTES
 from casfs.format.pack import HEADER, SESSION_HEADER
-from casfs.maintenance.scrub import Damage
+from casfs.maintenance.scrub import Finding
 from casfs.monitor import Monitor
 from casfs.storage.base import Storage
 
@@ -37,7 +37,7 @@ class StorageCheck:
 
     objects: int = 0
     read_bytes: int = 0
-    damage: list[Damage] = field(default_factory=list)
+    damage: list[Finding] = field(default_factory=list)
 
 
 def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) -> StorageCheck:
@@ -60,7 +60,7 @@ def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) 
         result.read_bytes += size
         folder = name.partition("/")[0]
         if problem is not None:
-            result.damage.append(Damage(FOLDERS[folder], f"{name}: {problem}"))
+            result.damage.append(Finding(FOLDERS[folder], f"{name}: {problem}"))
         elif folder in ("packs", "snapshots"):
             # Both tell their session behind a header of the same size.
             needed.setdefault(head[HEADER.size : HEADER.size + SECRET_BYTES].hex(), name)
@@ -69,7 +69,7 @@ def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) 
         for session, name in needed.items():
             if session not in sessions:
                 message = f"the session {session} is missing, which {name} names"
-                result.damage.append(Damage("session", message))
+                result.damage.append(Finding("session", message))
         _note(result, lambda: read_recipients(storage))
     return result
 
@@ -78,7 +78,7 @@ def _note(result: StorageCheck, read: Callable[[], object]) -> None:
     try:
         read()
     except (IntegrityError, StorageError) as error:
-        result.damage.append(Damage(RECIPIENTS_NAME, str(error)))
+        result.damage.append(Finding(RECIPIENTS_NAME, str(error)))
 
 
 def _problem(storage: Storage, name: str, size: int, monitor: Monitor) -> str | None:

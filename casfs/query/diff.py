@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from casfs.errors import IntegrityError, TreeError
-from casfs.format.tree import Extra, Kind, Node, TreeRef, captured_digest
+from casfs.format.tree import Node, NodeExtra, NodeType, TreeRef, captured_digest
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.paths import join, split
 from casfs.trees.reader import TreeReader, check_depth
 
-_NO_EXTRA = Extra()
+_NO_EXTRA = NodeExtra()
 
 
 class ChangeKind(StrEnum):
@@ -110,7 +110,7 @@ class Differ:
         return Change(kind, path, before, after, (*content, *metadata))
 
 
-def passages_of(paths: tuple[bytes, ...], above: bytes) -> frozenset[bytes]:
+def ancestor_dirs(paths: tuple[bytes, ...], above: bytes) -> frozenset[bytes]:
     """Return the directories that are only on the way to a snapshot's paths.
 
     Their own paths are told as seen from `above`, the part of the snapshot that is compared.
@@ -129,12 +129,12 @@ def passages_of(paths: tuple[bytes, ...], above: bytes) -> frozenset[bytes]:
 
 def _content_fields(before: Node, after: Node) -> list[str]:
     fields = []
-    if before.kind == Kind.FILE:
+    if before.kind == NodeType.FILE:
         if before.size != after.size:
             fields.append("size")
         if captured_digest(before) != captured_digest(after):
             fields.append("content")
-    elif before.kind == Kind.SYMLINK:
+    elif before.kind == NodeType.SYMLINK:
         if before.content != after.content:
             fields.append("target")
     elif (before.extra or _NO_EXTRA).rdev != (after.extra or _NO_EXTRA).rdev:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from casfs.digest import digest_of
 from casfs.errors import IntegrityError
-from casfs.format.tree import Kind, Node, TreeRef
+from casfs.format.tree import Node, NodeType, TreeRef
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.paths import join
 from casfs.trees.reader import TreeReader, check_depth, is_flagged
@@ -25,13 +25,13 @@ the same trees would otherwise push out each just before it is asked for."""
 
 
 KIND_LETTERS = {
-    "f": Kind.FILE,
-    "d": Kind.DIRECTORY,
-    "l": Kind.SYMLINK,
-    "p": Kind.FIFO,
-    "s": Kind.SOCKET,
-    "c": Kind.CHARACTER_DEVICE,
-    "b": Kind.BLOCK_DEVICE,
+    "f": NodeType.FILE,
+    "d": NodeType.DIRECTORY,
+    "l": NodeType.SYMLINK,
+    "p": NodeType.FIFO,
+    "s": NodeType.SOCKET,
+    "c": NodeType.CHARACTER_DEVICE,
+    "b": NodeType.BLOCK_DEVICE,
 }
 """The letters that find(1) has for kinds."""
 
@@ -46,7 +46,7 @@ class Query:
 
     pattern: str | None = None
     ignore_case: bool = False
-    kinds: frozenset[Kind] | None = None
+    kinds: frozenset[NodeType] | None = None
     only_flagged: bool = False
 
 
@@ -59,7 +59,7 @@ class _Frame:
     level: int
     key: bytes
     items: Iterator[Node | tuple[bytes, TreeRef]]
-    barren: bool = True
+    no_match: bool = True
 
 
 class Finder:
@@ -94,7 +94,7 @@ class Finder:
             for item in frame.items:
                 if isinstance(item, Node):
                     if self._fits(frame.path, item):
-                        frame.barren = False
+                        frame.no_match = False
                         yield join(frame.path, item.name), item
                     if item.tree is None:
                         continue
@@ -126,10 +126,10 @@ class Finder:
             return None
 
     def _leave(self, frame: _Frame, above: _Frame | None) -> None:
-        if frame.barren:
+        if frame.no_match:
             self._remember(frame.key)
         elif above is not None:
-            above.barren = False
+            above.no_match = False
 
     def _remember(self, key: bytes) -> None:
         if len(self._barren) < MAX_REMEMBERED:

@@ -27,7 +27,7 @@ class Version:
     snapshots: tuple[Found, ...]
 
 
-class PathFinder:
+class PathLookup:
     """Looks one path up in one snapshot after the other; below equal trees only once."""
 
     def __init__(self, trees: TreeReader, path: bytes) -> None:
@@ -55,7 +55,7 @@ class PathFinder:
         return node
 
 
-def versions_of(
+def path_history(
     trees: TreeReader,
     snapshots: Iterable[Found],
     path: bytes,
@@ -66,7 +66,7 @@ def versions_of(
     Snapshots without the path have no part in it. One in which the way to it is damaged is told to
     `on_damage` and left out.
     """
-    finder = PathFinder(trees, path)
+    finder = PathLookup(trees, path)
     nodes: dict[tuple[object, ...], Node] = {}
     holders: dict[tuple[object, ...], list[Found]] = {}
     for snapshot_id, snapshot in snapshots:

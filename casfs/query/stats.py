@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from casfs.digest import SnapshotId
-from casfs.format.tree import Kind, Node, nodes_of
+from casfs.format.tree import Node, NodeType, subtree_count
 from casfs.repository.repository import Repository
-from casfs.repository.used_blobs import Needs
+from casfs.repository.used_blobs import UsedBlobs
 from casfs.trees.reader import flagged_below
 
 
 @dataclass(frozen=True, slots=True)
-class RepositorySizes:
+class RepositoryStats:
     """What is stored; `plain_bytes` before compression, `total_bytes` of the files of all snapshots."""
 
     snapshots: int
@@ -28,7 +28,7 @@ class RepositorySizes:
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotSizes:
+class SnapshotContentStats:
     """What a snapshot, or a part of it, holds.
 
     `blobs` are the distinct ones that it needs, data and trees, and `stored_bytes` their size in
@@ -44,11 +44,11 @@ class SnapshotSizes:
     unique_stored_bytes: int
 
 
-def measure_repository(repository: Repository) -> RepositorySizes:
+def repository_stats(repository: Repository) -> RepositoryStats:
     """Return the sizes of the whole repository, from the index and the snapshots' summaries."""
     packs = repository.store.index.packs()
     totals = [snapshot.root.tree for _, snapshot in repository.snapshots()]
-    return RepositorySizes(
+    return RepositoryStats(
         snapshots=len(totals),
         packs=len(packs),
         pack_bytes=sum(pack.pack_bytes for pack in packs),
@@ -58,21 +58,21 @@ def measure_repository(repository: Repository) -> RepositorySizes:
     )
 
 
-def measure_snapshot(repository: Repository, spec: str) -> SnapshotSizes:
+def snapshot_stats(repository: Repository, spec: str) -> SnapshotContentStats:
     """Return the sizes of what `SNAP` or `SNAP:PATH` names.
 
     Raises NotFoundError, and BlobError or TreeError where a tree of any snapshot is damaged.
     """
     snapshot_id, _, _, node = repository.resolve_path(spec)
-    others = Needs(repository)
+    others = UsedBlobs(repository)
     for other_id, other in repository.snapshots():
         if other_id != snapshot_id:
             others.add(other.root)
-    needs = Needs(repository, others.blobs)
+    needs = UsedBlobs(repository, others.blobs)
     needs.add(node)
-    return SnapshotSizes(
+    return SnapshotContentStats(
         snapshot_id=snapshot_id,
-        entries=nodes_of(node) - (node.tree is not None),
+        entries=subtree_count(node) - (node.tree is not None),
         total_bytes=_file_bytes(node),
         flagged=flagged_below(node),
         blobs=needs.count,
@@ -84,4 +84,4 @@ def measure_snapshot(repository: Repository, spec: str) -> SnapshotSizes:
 def _file_bytes(node: Node) -> int:
     if node.tree is not None:
         return node.tree.total_bytes
-    return node.size if node.kind == Kind.FILE else 0
+    return node.size if node.kind == NodeType.FILE else 0

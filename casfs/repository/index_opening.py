@@ -15,9 +15,9 @@ from casfs.format.codec import BlobCodec
 from casfs.index import fingerprint
 from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
-from casfs.storage.locks import LockMode, live_locks
+from casfs.storage.locks import LockMode, list_and_reap_locks
 from casfs.store.blob_store import BlobStore
-from casfs.user_dirs import cached_index_path, index_path
+from casfs.user_dirs import cached_index_dir, index_dir
 
 if TYPE_CHECKING:
     from casfs.store.cipher import PackCiphers
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def index_to_read(
+def open_index_readonly(
     root: Path,
     repository_id: str,
     storage: LocalStorage,
@@ -40,11 +40,11 @@ def index_to_read(
     With `takes_notes` it can be written
     if possible at all.
     """
-    path = index_path(root, repository_id, encrypted=ciphers is not None)
+    path = index_dir(root, repository_id, encrypted=ciphers is not None)
     try:
         if takes_notes:
-            return index_to_write(root, path, storage, codec, keep_missing=True, ciphers=ciphers)
-        if not fingerprint.is_sound(path, in_use=_is_in_use(root)):
+            return open_index(root, path, storage, codec, keep_missing=True, ciphers=ciphers)
+        if not fingerprint.is_intact(path, in_use=_is_in_use(root)):
             raise IndexUnusableError(f"the index {path} is damaged")
         index = Index(path, readonly=True)
     except IndexUnusableError:
@@ -54,18 +54,18 @@ def index_to_read(
             return index
         close_index(index)
     try:
-        return index_to_write(root, path, storage, codec, ciphers=ciphers)
+        return open_index(root, path, storage, codec, ciphers=ciphers)
     except IndexUnusableError:
         if not path.is_relative_to(root):
             raise
     try:
-        own = cached_index_path(repository_id)
+        own = cached_index_dir(repository_id)
     except OSError as error:
         raise StorageError("make an index in the folder", str(error.filename), error) from error
-    return index_to_write(root, own, storage, codec, ciphers=ciphers)
+    return open_index(root, own, storage, codec, ciphers=ciphers)
 
 
-def index_to_write(
+def open_index(
     root: Path,
     path: Path,
     storage: LocalStorage,
@@ -88,7 +88,7 @@ def index_to_write(
 
     for is_last in (False, True):
         try:
-            if not fingerprint.is_sound(path, in_use=not is_alone()):
+            if not fingerprint.is_intact(path, in_use=not is_alone()):
                 log.warning("the index %s is damaged; it is built anew from the packs", path)
                 fingerprint.discard(path)
         except OSError as error:
@@ -110,7 +110,7 @@ def index_to_write(
     raise AssertionError("unreachable")
 
 
-def begin_anew(store: BlobStore) -> None:
+def replace_with_empty(store: BlobStore) -> None:
     """Put an empty index in the place of one that LMDB cannot change; the caller has it alone."""
     log.warning("the index %s is damaged; it is built anew from the packs", store.index.path)
     store.index.close()
@@ -123,15 +123,15 @@ def close_index(index: Index) -> None:
     changed, damaged = index.changed, index.environment.is_damaged and not index.readonly
     index.close()
     if damaged:
-        fingerprint.refuse(index.path)
+        fingerprint.mark_damaged(index.path)
     elif changed:
-        fingerprint.write_seal(index.path)
+        fingerprint.write_fingerprint(index.path)
 
 
 def _is_in_use(root: Path, own_lock: str | None = None) -> bool:
     """Tell whether another process may be changing the index now."""
     try:
-        live = live_locks(root / "locks")
+        live = list_and_reap_locks(root / "locks")
     except OSError:
         return False
     return any(name != own_lock and record.mode != LockMode.READER for name, record in live.items())

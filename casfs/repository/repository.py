@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from casfs.crypto.opening import ciphers_of, codec_of, encrypted_config, open_vault
-from casfs.crypto.trust_state import remember_place
-from casfs.digest import SnapshotId, short
+from casfs.crypto.opening import create_encryption, make_ciphers, make_codec, open_key_manager
+from casfs.crypto.trust_state import pin
+from casfs.digest import SnapshotId, short_id
 from casfs.errors import (
     AmbiguousIdError,
     CasfsError,
@@ -45,28 +45,28 @@ from casfs.format.snapshot import (
     read_envelope,
 )
 from casfs.format.tree import Node
-from casfs.index.fingerprint import unseal
+from casfs.index.fingerprint import clear
 from casfs.index.index import Index
 from casfs.index.schema import PackRecord
 from casfs.paths import parse_snapshot_path
-from casfs.repository.index_opening import close_index, index_to_read, index_to_write
-from casfs.storage.local import LocalStorage, give_up_reserve, take_reserve
+from casfs.repository.index_opening import close_index, open_index, open_index_readonly
+from casfs.storage.local import LocalStorage, allocate_reserve, release_reserve
 from casfs.storage.locks import (
     LockMode,
     LockRecord,
     RepositoryLock,
-    live_locks,
+    list_and_reap_locks,
     remove_stale_temporaries,
 )
 from casfs.store.blob_store import BlobStore
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import ContentReader
 from casfs.trees.reader import TreeReader
-from casfs.user_dirs import index_path
+from casfs.user_dirs import index_dir
 
 if TYPE_CHECKING:
     # What an unencrypted repository does without is not loaded for it.
-    from casfs.crypto.key_manager import Vault
+    from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.opening import Unlock
     from casfs.crypto.recipients import Recipient
 
@@ -93,13 +93,13 @@ class Repository:
         index: Index,
         level: int,
         lock: RepositoryLock | None,
-        vault: Vault | None = None,
+        vault: KeyManager | None = None,
     ) -> None:
         self.root = root
         self.config = config
         self.vault = vault
-        self.codec = codec_of(level, vault)
-        self.store = BlobStore(storage, index, self.codec, ciphers_of(storage, vault))
+        self.codec = make_codec(level, vault)
+        self.store = BlobStore(storage, index, self.codec, make_ciphers(storage, vault))
         self.trees = TreeReader(self.store.read)
         self._lock = lock
         self._losses = 0
@@ -135,13 +135,13 @@ class Repository:
         config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         storage = LocalStorage(root)
         if recipients or passphrase is not None:
-            config = encrypted_config(storage, config, recipients, passphrase)
-        index = Index(index_path(root, config.id, encrypted=config.encryption is not None))
+            config = create_encryption(storage, config, recipients, passphrase)
+        index = Index(index_dir(root, config.id, encrypted=config.encryption is not None))
         index.rebuild(tuple)
         close_index(index)
-        take_reserve(root)
+        allocate_reserve(root)
         storage.write(CONFIG_NAME, encode_config(config))
-        remember_place(root.absolute(), config)
+        pin(root.absolute(), config)
         return config
 
     @classmethod
@@ -175,39 +175,39 @@ class Repository:
         config = read_config(root)
         if verb is None:
             storage = LocalStorage(root)
-            vault = open_vault(root, storage, config, unlock, None, closed_ok)
+            vault = open_key_manager(root, storage, config, unlock, None, closed_ok)
             note = _reader_lock(root, reader, config) if reader is not None else None
             try:
-                ciphers = ciphers_of(storage, vault)
-                codec = codec_of(level, vault)
-                index = index_to_read(root, config.id, storage, codec, takes_notes, ciphers)
+                ciphers = make_ciphers(storage, vault)
+                codec = make_codec(level, vault)
+                index = open_index_readonly(root, config.id, storage, codec, takes_notes, ciphers)
             except BaseException:
                 if note is not None:
                     note.release()
                 raise
             return cls(root, config, storage, index, level, note, vault)
         if frees:
-            give_up_reserve(root)
+            release_reserve(root)
         lock = RepositoryLock.acquire(root / "locks", verb, mode, _shown_host(config))
         try:
             remove_stale_temporaries(root)
             storage = LocalStorage(root, writer=lock.name, sync=sync, on_step=on_step)
-            vault = open_vault(root, storage, config, unlock, mode, closed_ok)
-            path = index_path(root, config.id, encrypted=vault is not None)
+            vault = open_key_manager(root, storage, config, unlock, mode, closed_ok)
+            path = index_dir(root, config.id, encrypted=vault is not None)
             if mode == LockMode.EXCLUSIVE:
-                unseal(path)
-            index = index_to_write(
+                clear(path)
+            index = open_index(
                 root,
                 path,
                 storage,
-                codec_of(level, vault),
+                make_codec(level, vault),
                 lock.name,
                 on_step,
                 sync,
-                ciphers=ciphers_of(storage, vault),
+                ciphers=make_ciphers(storage, vault),
             )
             repository = cls(root, config, storage, index, level, lock, vault)
-            repository._losses = index.losses()
+            repository._losses = index.loss_epoch()
         except OSError as error:
             lock.release()
             raise StorageError("open", str(root), error) from error
@@ -227,14 +227,14 @@ class Repository:
         if self._lock is not None:
             self._lock.release()
             if self._lock.mode != LockMode.READER:
-                take_reserve(self.root)
+                allocate_reserve(self.root)
 
     def _verified_packs(self) -> list[PackRecord]:
         """Return the packs all of whose blobs and whose directory were verified."""
         if self.store.coverage.is_empty():
             return []
         try:
-            found = self.store.coverage.of(self.store.index.packs())
+            found = self.store.coverage.complete_packs(self.store.index.packs())
             for record in found:
                 self.store.read_directory(record.pack, record.pack_bytes)
         except CasfsError:
@@ -264,12 +264,12 @@ class Repository:
         self.close()
 
     @property
-    def is_closed(self) -> bool:
+    def is_locked(self) -> bool:
         """Tell whether the repository is encrypted and nothing was given that opens it."""
         return self.vault is not None and not self.vault.can_read
 
     @property
-    def losses(self) -> int:
+    def loss_epoch(self) -> int:
         """How often the index had lost entries when the repository was opened for writing."""
         return self._losses
 
@@ -303,7 +303,7 @@ class Repository:
     def publish(self, snapshot: Snapshot, complete: bool = True) -> SnapshotId:
         """Store a snapshot as the last step of a backup.
 
-        `complete` says that all its blobs are known to be durable and in the index.
+        `with_gpg_identities` says that all its blobs are known to be durable and in the index.
         """
         session = self.vault.session() if self.vault is not None else None
         snapshot_id, data = encode_snapshot(snapshot, self.codec, session)
@@ -311,7 +311,7 @@ class Repository:
             self.store.index.mark_complete(snapshot_id, self._losses)
         self.store.storage.create(f"snapshots/{snapshot_id.hex()}", data)
         if self.vault is not None:
-            self.vault.note_published(snapshot_id, snapshot.time_ns)
+            self.vault.record_published(snapshot_id, snapshot.time_ns)
         return snapshot_id
 
     def replace_snapshot(
@@ -342,14 +342,14 @@ class Repository:
     def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         """Remove a snapshot; its blobs stay until a prune."""
         if self.vault is not None:
-            self.vault.note_deleted(snapshot_id)
+            self.vault.record_deleted(snapshot_id)
         self.store.storage.delete(f"snapshots/{snapshot_id.hex()}")
 
     def other_locks(self) -> dict[str, LockRecord]:
         """Return the locks that other living processes hold, by name."""
         own = self._lock.name if self._lock is not None else None
         try:
-            live = live_locks(self.root / "locks")
+            live = list_and_reap_locks(self.root / "locks")
         except OSError as error:
             raise StorageError("read the locks in", str(self.root / "locks"), error) from error
         return {name: record for name, record in live.items() if name != own}
@@ -377,7 +377,7 @@ class Repository:
         data = self.store.storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
         return read_envelope(snapshot_id, data)
 
-    def is_proven(self, snapshot_id: SnapshotId) -> bool:
+    def is_from_trusted_writer(self, snapshot_id: SnapshotId) -> bool:
         """Tell whether whoever published a snapshot knew the repository's own secret, if it has one.
 
         Raises as `load` does.
@@ -387,7 +387,9 @@ class Repository:
         envelope = self.envelope(snapshot_id)
         if envelope is None:
             return False
-        return self.vault.keyring.is_proven(self.vault.keyring.session(envelope.session))
+        return self.vault.keyring.is_from_trusted_writer(
+            self.vault.keyring.session(envelope.session)
+        )
 
     def snapshots(self) -> Iterator[tuple[SnapshotId, Snapshot]]:
         """Yield every snapshot from the oldest to the newest; those that are damaged, or cannot
@@ -410,7 +412,7 @@ class Repository:
         for snapshot_id, missing in closed.items():
             if not found:
                 raise missing  # there are snapshots, and all of them are for others
-            log.warning("snapshot %s is left out: %s", short(snapshot_id), missing)
+            log.warning("snapshot %s is left out: %s", short_id(snapshot_id), missing)
         replaced = {snapshot.replaces for _, snapshot in found}
         found.sort(key=lambda item: (item[1].time_ns, item[0]))
         for snapshot_id, snapshot in found:
@@ -427,11 +429,11 @@ class Repository:
         else:
             snapshot_id = self.resolve_id(name)
             found = snapshot_id, self.load(snapshot_id)
-        if not self.is_proven(found[0]):
+        if not self.is_from_trusted_writer(found[0]):
             log.warning(
                 "snapshot %s is unproven: who published it did not have this repository's own secret, so "
                 "it may come from whoever holds the storage",
-                short(found[0]),
+                short_id(found[0]),
             )
         return found
 

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 from casfs.digest import Digest
 from casfs.errors import TreeError
-from casfs.format.pack import RECORD
-from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Kind, Node, TreeRef
+from casfs.format.pack import BLOB_HEADER
+from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Node, NodeType, TreeRef
 from casfs.index.bitmap import Bitmap
 from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, parse_records
 
 
-class Needs:
+class UsedBlobs:
     """The blobs that are needed by the trees that were added.
 
     `without` are blobs that do not count. What is opened is told apart from what is counted: a file
@@ -60,7 +60,7 @@ class Needs:
                     stack.pop()
 
     def _add_content(self, node: Node) -> None:
-        if node.kind != Kind.FILE:
+        if node.kind != NodeType.FILE:
             return
         stack = [(iter(parse_records(node.content)), node.levels)]
         while stack:
@@ -82,7 +82,7 @@ class Needs:
         location = self._store.locate(digest)
         if self.blobs.add(location.ordinal):
             self.count += 1
-            stored_bytes = location.stored_bytes + RECORD.size
+            stored_bytes = location.stored_bytes + BLOB_HEADER.size
             self.stored_bytes += stored_bytes
             if self._without is not None and location.ordinal in self._without:
                 self.other_stored_bytes += stored_bytes

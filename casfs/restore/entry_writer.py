@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from casfs.digest import Digest, update_zeros
 from casfs.errors import IntegrityError, TreeError
-from casfs.format.tree import Kind, Node, captured_digest, hard_link_key
+from casfs.format.tree import Node, NodeType, captured_digest, hard_link_key
 from casfs.repository.repository import Repository
 from casfs.restore import target_fs
 from casfs.trees.content import Extent, check_chunk_length
@@ -89,7 +89,7 @@ def _chunk(extent: Extent, digest: Digest, read: Callable[[Digest], bytes]) -> b
     return data
 
 
-def reads_back(fd: int, node: Node) -> bool:
+def verify_content(fd: int, node: Node) -> bool:
     """Tell whether an open file has the content of a node."""
     whole = blake3()
     while data := os.read(fd, _READ_BYTES):
@@ -117,7 +117,7 @@ class Overwrite(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class FirstName:
+class LinkTarget:
     """Another name of a file, restored before: a path below an open directory."""
 
     fd: int
@@ -125,22 +125,23 @@ class FirstName:
 
 
 @dataclass(slots=True)
-class Outcome:
+class EntryResult:
     """What became of one entry.
 
-    `made` is it under its name, `kept` was it there already as it should be, `skipped` was something else
-    left in its place. `lost` are ranges where zeros stand, `unset` says what metadata could not be set,
-    `reads_back` is whether it did (None: not asked). `error` is why there is nothing.
+    `written`: it is under its name. `unchanged`: it was there already as it should be. `skipped`: another
+    entry was left in its place. `lost` are ranges that are zeros, `metadata_errors` says what metadata could
+    not be set, `reads_back` is whether its content verified (None: not asked). `error` is why there is
+    nothing.
     """
 
     path: bytes
     node: Node
-    made: bool = False
-    kept: bool = False
+    written: bool = False
+    unchanged: bool = False
     skipped: bool = False
     linked: bool = False
     lost: Ranges = field(default_factory=list)
-    unset: list[str] = field(default_factory=list)
+    metadata_errors: list[str] = field(default_factory=list)
     reads_back: bool | None = None
     error: IntegrityError | OSError | None = None
 
@@ -169,33 +170,33 @@ class EntryWriter:
         path: bytes,
         node: Node,
         read: Callable[[Digest], bytes],
-        first: FirstName | None = None,
-    ) -> Outcome:
+        first: LinkTarget | None = None,
+    ) -> EntryResult:
         """Write the entry at `path` of a snapshot into the open directory `fd`; raises nothing of its own.
 
         `read` returns a chunk's verified plaintext; `first` is a name of the same file. In a dry run `fd` may
         be -1 for a directory that is not there.
         """
-        outcome = Outcome(path, node)
+        outcome = EntryResult(path, node)
         try:
             st = target_fs.entry_stat(fd, node.name) if fd >= 0 else None
             if st is not None and not self._may_replace(fd, outcome, st, first):
                 return outcome
             if self._dry_run:
-                outcome.made = True
+                outcome.written = True
                 return outcome
             if first is None or not self._link(fd, outcome, st, first):
-                if node.kind == Kind.FILE:
+                if node.kind == NodeType.FILE:
                     self._write_file(fd, outcome, st, read)
                 else:
                     self._write_special(fd, outcome, st)
-            outcome.made = True
+            outcome.written = True
         except (IntegrityError, OSError) as error:
             outcome.error = error
         return outcome
 
     def _may_replace(
-        self, fd: int, outcome: Outcome, st: os.stat_result, first: FirstName | None
+        self, fd: int, outcome: EntryResult, st: os.stat_result, first: LinkTarget | None
     ) -> bool:
         node = outcome.node
         if self._overwrite == Overwrite.NEVER:
@@ -203,7 +204,7 @@ class EntryWriter:
             return False
         same = (
             self._overwrite == Overwrite.IF_CHANGED
-            and node.kind == Kind.FILE
+            and node.kind == NodeType.FILE
             and stat.S_ISREG(st.st_mode)
             and st.st_size == node.size
             and st.st_mtime_ns == node.mtime_ns
@@ -212,10 +213,10 @@ class EntryWriter:
         if same and self._leave_as_it_is(fd, outcome):
             return False
         if stat.S_ISDIR(st.st_mode) and not self._replace_folders:
-            target_fs.refuse_entries(fd, node.name)
+            target_fs.require_empty(fd, node.name)
         return True
 
-    def _leave_as_it_is(self, fd: int, outcome: Outcome) -> bool:
+    def _leave_as_it_is(self, fd: int, outcome: EntryResult) -> bool:
         """Give a file that is the same its metadata; False where this user may not even open it."""
         node = outcome.node
         if not self._dry_run:
@@ -225,13 +226,15 @@ class EntryWriter:
             except PermissionError:
                 return False
             try:
-                outcome.unset += target_fs.set_metadata(fd, node.name, node, opened)
+                outcome.metadata_errors += target_fs.set_metadata(fd, node.name, node, opened)
             finally:
                 os.close(opened)
-        outcome.skipped = outcome.kept = True
+        outcome.skipped = outcome.unchanged = True
         return True
 
-    def _link(self, fd: int, outcome: Outcome, st: os.stat_result | None, first: FirstName) -> bool:
+    def _link(
+        self, fd: int, outcome: EntryResult, st: os.stat_result | None, first: LinkTarget
+    ) -> bool:
         """Make a further name of a file that was restored before; False where that cannot be."""
         name = target_fs.temporary_name()
         try:
@@ -256,7 +259,7 @@ class EntryWriter:
     def _write_file(
         self,
         fd: int,
-        outcome: Outcome,
+        outcome: EntryResult,
         st: os.stat_result | None,
         read: Callable[[Digest], bytes],
     ) -> None:
@@ -266,30 +269,30 @@ class EntryWriter:
             opened = target_fs.create_file(fd, name)
             try:
                 outcome.lost = self._filler.fill(opened, outcome.node, read)
-                outcome.unset += target_fs.set_metadata(fd, name, outcome.node, opened)
+                outcome.metadata_errors += target_fs.set_metadata(fd, name, outcome.node, opened)
                 _put_in_place(fd, name, outcome.node, st)
                 if self._verify:
                     # By its descriptor: its mode may keep out even its owner.
                     os.lseek(opened, 0, os.SEEK_SET)
-                    outcome.reads_back = reads_back(opened, outcome.node)
+                    outcome.reads_back = verify_content(opened, outcome.node)
             finally:
                 os.close(opened)
         except BaseException:
             target_fs.unlink_quietly(fd, name)
             raise
 
-    def _write_special(self, fd: int, outcome: Outcome, st: os.stat_result | None) -> None:
+    def _write_special(self, fd: int, outcome: EntryResult, st: os.stat_result | None) -> None:
         name = target_fs.temporary_name()
         try:
             target_fs.make_special(fd, name, outcome.node)
-            outcome.unset += target_fs.set_metadata(fd, name, outcome.node, None)
+            outcome.metadata_errors += target_fs.set_metadata(fd, name, outcome.node, None)
             _put_in_place(fd, name, outcome.node, st)
         except BaseException:
             target_fs.unlink_quietly(fd, name)
             raise
 
 
-def _is_linked_alike(node: Node, st: os.stat_result, first: FirstName | None) -> bool:
+def _is_linked_alike(node: Node, st: os.stat_result, first: LinkTarget | None) -> bool:
     """Tell whether an entry of the target has the other names that its node has, as far as met."""
     if hard_link_key(node) is None:
         return st.st_nlink == 1

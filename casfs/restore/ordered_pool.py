@@ -22,7 +22,7 @@ _MOST_WAITING = 96
 _MOST_BYTES = 8 * 1024 * 1024
 
 
-class Crew(Generic[J, R]):
+class OrderedPool(Generic[J, R]):
     """Do jobs with `do` in threads and hand what it returns to `tell`, on the thread that adds them.
 
     `do` raises nothing that is expected. To be closed in a `finally`.
@@ -39,7 +39,7 @@ class Crew(Generic[J, R]):
         self._batch_bytes = 0
         self._stopped = False
 
-    def add(self, job: J, size: int) -> None:
+    def work(self, job: J, size: int) -> None:
         """Have a job done that holds `size` bytes of memory; raises what `tell` and steps raise."""
         self._batch.append(job)
         self._batch_bytes += size
@@ -47,7 +47,7 @@ class Crew(Generic[J, R]):
             self._send()
             self._advance()
 
-    def then(self, step: Callable[[], None]) -> None:
+    def call_after(self, step: Callable[[], None]) -> None:
         """Call `step` on this thread, when all is told that was added before."""
         self._send()
         self._waiting.append((None, step, 0))

@@ -17,17 +17,17 @@ from types import TracebackType
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError
-from casfs.format.tree import Kind, Node
+from casfs.format.tree import Node, NodeType
 from casfs.paths import split
 from casfs.repository.repository import Repository
-from casfs.store.batch_read import read_many
-from casfs.trees.content import HOLE, RECORD, check_chunk_length
+from casfs.store.batch_read import read_batch
+from casfs.trees.content import EXTENT, HOLE, check_chunk_length
 from casfs.trees.reader import TreeReader
 
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 256
 _WAITING_BATCHES = 2
-_LOOKED_AFTER_S = 0.005
+_POLL_S = 0.005
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class _Batch:
     blobs: dict[Digest, bytes] = field(default_factory=dict)
 
 
-class ReadAhead:
+class Prefetcher:
     """Read blobs of the tree at `path`, for one thread that goes through it in order.
 
     `path` is where that thread is; it says so as it goes. To be closed, or used in a `with` block.
@@ -50,13 +50,13 @@ class ReadAhead:
         self._batch = _Batch()
         self._batches: queue.Queue[_Batch] = queue.Queue(_WAITING_BATCHES)
         self._stopped = False
-        scout = _Scout(repository, path, root)
+        scout = _TreeScanner(repository, path, root)
         self._thread = threading.Thread(
             target=self._run, args=(scout,), name="casfs-readahead", daemon=True
         )
         self._thread.start()
 
-    def __enter__(self) -> ReadAhead:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(
@@ -87,9 +87,9 @@ class ReadAhead:
         while self._thread.is_alive():
             with suppress(queue.Empty):  # it may be waiting for room
                 self._batches.get_nowait()
-            self._thread.join(_LOOKED_AFTER_S)
+            self._thread.join(_POLL_S)
 
-    def _run(self, scout: _Scout) -> None:
+    def _run(self, scout: _TreeScanner) -> None:
         try:
             for batch in scout.batches():
                 if self._stopped:
@@ -100,7 +100,7 @@ class ReadAhead:
                 self._batches.put(_Batch(None))
 
 
-class _Scout:
+class _TreeScanner:
     """Goes through a tree, reads what is in it, and makes batches."""
 
     def __init__(self, repository: Repository, path: bytes, root: Node) -> None:
@@ -128,7 +128,7 @@ class _Scout:
             if self._is_full():
                 yield self._end(here)
             here = path
-            if node.kind != Kind.FILE or node.nlink > 1:
+            if node.kind != NodeType.FILE or node.nlink > 1:
                 continue
             for digest, size in self._chunks(node):
                 if self._is_full():
@@ -144,13 +144,13 @@ class _Scout:
     def _end(self, path: bytes) -> _Batch:
         blobs = self._read
         if self._wanted:
-            blobs |= read_many(self._store, self._wanted)
+            blobs |= read_batch(self._store, self._wanted)
         self._read, self._wanted, self._bytes = {}, {}, 0
         return _Batch(split(path), blobs)
 
     def _chunks(self, node: Node) -> Iterator[tuple[Digest, int]]:
         content = node.content
-        if len(content) == RECORD.size and not node.levels and content[8:] != HOLE:
+        if len(content) == EXTENT.size and not node.levels and content[8:] != HOLE:
             yield Digest(content[8:]), node.size
             return
         try:

@@ -16,18 +16,18 @@ from functools import partial
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError, IntegrityError
-from casfs.format.tree import Kind, Node, State, captured_digest, hard_link_key
+from casfs.format.tree import CaptureState, Node, NodeType, captured_digest, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.paths import join
 from casfs.patterns import Pattern
-from casfs.problems import problem_of_damage, problem_of_flag, problem_of_restoring
+from casfs.problems import changed_file, damaged_entry, restore_failed
 from casfs.repository.repository import Repository
 from casfs.restore import target_fs
-from casfs.restore.entry_writer import EntryWriter, FirstName, Outcome, Overwrite
-from casfs.restore.ordered_pool import Crew
-from casfs.restore.prefetch import ReadAhead
+from casfs.restore.entry_writer import EntryResult, EntryWriter, LinkTarget, Overwrite
+from casfs.restore.ordered_pool import OrderedPool
+from casfs.restore.prefetch import Prefetcher
 from casfs.restore.selection import Selection
-from casfs.trees.content import HOLE, RECORD
+from casfs.trees.content import EXTENT, HOLE
 from casfs.trees.reader import TreeReader
 
 _HANDED_OVER_BYTES = 1 << 20
@@ -99,7 +99,7 @@ class Restorer:
         self._options = options
         self._monitor = monitor
         self._selection = Selection(options.include, options.exclude)
-        self._ahead: ReadAhead | None = None
+        self._ahead: Prefetcher | None = None
         self._trees = TreeReader(self._read)
         self._writer = EntryWriter(
             repository,
@@ -109,7 +109,7 @@ class Restorer:
             replace_folders=options.delete,
             dry_run=options.dry_run,
         )
-        self._crew: Crew[_Job, Outcome] = Crew(self._write, self._settle)
+        self._crew: OrderedPool[_Job, EntryResult] = OrderedPool(self._write, self._settle)
         self._links: dict[_LinkKey, bytes] = {}
         self._zeroed: dict[_LinkKey, list[tuple[int, int]]] = {}
         self._root_fd, self._folder = -1, b""
@@ -127,12 +127,12 @@ class Restorer:
         self._folder = folder
         wanted = self._selection.begin(path, node.tree is not None)
         if self._options.dry_run:
-            self._root_fd = target_fs.look_into(None, folder)
+            self._root_fd = target_fs.open_if_exists(None, folder)
         else:
             self._root_fd, mode = target_fs.open_root(folder)
         try:
             if node.tree is None:
-                above = Node(b"", Kind.DIRECTORY, 0o700, 0, 0, 0, 0, 0, 1)
+                above = Node(b"", NodeType.DIRECTORY, 0o700, 0, 0, 0, 0, 0, 1)
                 root = _Frame(above, path.rpartition(b"/")[0], self._root_fd, wanted)
                 root.nodes = iter([node])
                 root.complete = with_root = False
@@ -141,7 +141,7 @@ class Restorer:
             root.mode = mode
             self._base = len(root.path) + 1 if root.path else 0
             if self._takes_everything():
-                self._ahead = ReadAhead(self._repository, path, node)
+                self._ahead = Prefetcher(self._repository, path, node)
             self._run(root, with_root)
             self._crew.drain()
         finally:
@@ -150,9 +150,11 @@ class Restorer:
             if self._ahead is not None:
                 self._ahead.close()
             for frame in reversed(self._opened.values()):
-                target_fs.close_writable(frame.fd, frame.mode)
+                target_fs.close_restoring_mode(frame.fd, frame.mode)
             if self._root_fd >= 0:
-                target_fs.close_writable(self._root_fd, root.mode if root is not None else mode)
+                target_fs.close_restoring_mode(
+                    self._root_fd, root.mode if root is not None else mode
+                )
         if not (self.result.damaged or self.result.failed):
             self._selection.require_match()
         for problem in self._selection.problems(path):
@@ -185,7 +187,7 @@ class Restorer:
             is_root = len(self._stack) == 1
             with_metadata = frame.created or (with_root if is_root else frame.wanted)
             self._stack.pop()
-            self._crew.then(partial(self._leave, frame, with_metadata))
+            self._crew.call_after(partial(self._leave, frame, with_metadata))
 
     def _advance(self, frame: _Frame) -> _Frame | None:
         for node in frame.nodes:
@@ -203,7 +205,7 @@ class Restorer:
                 if included and not self._enter(child):
                     continue
                 if not included and self._options.dry_run and frame.fd >= 0:
-                    self._has_opened(child, target_fs.look_into(frame.fd, node.name))
+                    self._has_opened(child, target_fs.open_if_exists(frame.fd, node.name))
                 return child
             if included:
                 self._restore_entry(frame, path, node)
@@ -222,7 +224,7 @@ class Restorer:
         except IntegrityError as error:
             frame.complete = False
             message = f"the directory cannot be read whole: {error}"
-            self._crew.then(partial(self._damaged, frame.path, message))
+            self._crew.call_after(partial(self._damaged, frame.path, message))
 
     def _enter(self, child: _Frame) -> bool:
         """Make a directory, with those above it that nobody needed yet; False where it is in the way."""
@@ -233,7 +235,7 @@ class Restorer:
                 return self._look(child)
             return self._open(len(self._stack), child)
         except OSError as error:
-            self._crew.then(partial(self._fail, child.path, error))
+            self._crew.call_after(partial(self._fail, child.path, error))
             return False
 
     def _look(self, child: _Frame) -> bool:
@@ -242,7 +244,7 @@ class Restorer:
         name = child.node.name
         st = target_fs.entry_stat(above.fd, name) if above.fd >= 0 else None
         if st is not None and stat.S_ISDIR(st.st_mode):
-            self._has_opened(child, target_fs.look_into(above.fd, name))
+            self._has_opened(child, target_fs.open_if_exists(above.fd, name))
         elif st is not None and self._options.overwrite == Overwrite.NEVER:
             self.result.skipped += 1
             return False
@@ -286,12 +288,12 @@ class Restorer:
         if self._options.delete and frame.wanted and frame.complete:
             self._delete_others(frame)
         if with_metadata and not self._options.dry_run:
-            self._tell_unset(
+            self._report_metadata_errors(
                 frame.path, target_fs.set_metadata(frame.fd, b".", frame.node, frame.fd)
             )
             frame.mode = None
         if self._opened.pop(frame.fd, None) is not None:
-            target_fs.close_writable(frame.fd, frame.mode)
+            target_fs.close_restoring_mode(frame.fd, frame.mode)
 
     def _delete_others(self, frame: _Frame) -> None:
         for text in os.listdir(frame.fd):
@@ -319,29 +321,29 @@ class Restorer:
             if frame.fd < 0 and not dry_run and not self._open(len(self._stack) - 1, frame):
                 return
         except OSError as error:
-            self._crew.then(partial(self._settle, Outcome(path, node, error=error)))
+            self._crew.call_after(partial(self._settle, EntryResult(path, node, error=error)))
             return
         key = _link_key(node)
         if key is not None:
             self._restore_name(frame, path, node, key)
         elif _is_small(node) and not dry_run:
-            blob = self._only_chunk(node)
-            self._crew.add((frame.fd, path, node, blob), len(blob or b""))
+            blob = self._single_chunk(node)
+            self._crew.work((frame.fd, path, node, blob), len(blob or b""))
         else:
             outcome = self._writer.write(frame.fd, path, node, self._read)
-            self._crew.then(partial(self._settle, outcome))
+            self._crew.call_after(partial(self._settle, outcome))
 
-    def _only_chunk(self, node: Node) -> bytes | None:
+    def _single_chunk(self, node: Node) -> bytes | None:
         """Return the only chunk of a small entry if it was read ahead; what is damaged is met again."""
-        digest = node.content[RECORD.size - len(HOLE) :]
-        if self._ahead is None or node.kind != Kind.FILE or not digest or digest == HOLE:
+        digest = node.content[EXTENT.size - len(HOLE) :]
+        if self._ahead is None or node.kind != NodeType.FILE or not digest or digest == HOLE:
             return None
         try:
             return self._ahead.read(Digest(digest))
         except CasfsError:
             return None
 
-    def _write(self, job: _Job) -> Outcome:
+    def _write(self, job: _Job) -> EntryResult:
         """Write an entry; in any thread."""
         fd, path, node, blob = job
         read = self._repository.store.read if blob is None else lambda _: blob
@@ -351,10 +353,10 @@ class Restorer:
         """Restore one of several names of a file: a link where another one was restored before."""
         self._crew.drain()
         known = self._links.get(key)
-        first = FirstName(self._root_fd, known) if known is not None else None
+        first = LinkTarget(self._root_fd, known) if known is not None else None
         outcome = self._writer.write(frame.fd, path, node, self._read, first)
-        is_new = outcome.made and not outcome.linked and not self._options.dry_run
-        if is_new or outcome.kept:
+        is_new = outcome.written and not outcome.linked and not self._options.dry_run
+        if is_new or outcome.unchanged:
             self._links[key] = path[self._base :]
         if outcome.linked:
             outcome.lost = self._zeroed.get(key, [])
@@ -362,19 +364,19 @@ class Restorer:
             self._zeroed[key] = outcome.lost
         self._settle(outcome)
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, outcome: EntryResult) -> None:
         """Count and tell what became of an entry."""
         path, node, error = outcome.path, outcome.node, outcome.error
-        if node.state == State.CHANGED:
+        if node.state == CaptureState.CHANGED:
             self.result.flagged += 1
-            self._monitor.problem(problem_of_flag(path, node))
+            self._monitor.problem(changed_file(path, node))
         if outcome.lost:
             ranges = ", ".join(f"{begin}-{end}" for begin, end in outcome.lost)
             message = f"it is damaged, zeros stand in the bytes {ranges}"
             self._damaged(path, message, None, outcome.lost)
-        self._tell_unset(path, outcome.unset)
+        self._report_metadata_errors(path, outcome.metadata_errors)
         self.result.skipped += outcome.skipped
-        if outcome.made:
+        if outcome.written:
             self._count(node)
         if outcome.reads_back is not None:
             if outcome.reads_back or self._options.salvage:
@@ -389,14 +391,14 @@ class Restorer:
                 raise OSError(error.errno, os.strerror(error.errno or 0), place) from error
             self._fail(path, error)
 
-    def _tell_unset(self, path: bytes, unset: list[str]) -> None:
+    def _report_metadata_errors(self, path: bytes, unset: list[str]) -> None:
         for message in unset:
             self._monitor.problem(
                 Problem(ProblemKind.METADATA, path, f"not all metadata could be set: {message}")
             )
 
     def _count(self, node: Node) -> None:
-        if node.kind == Kind.FILE:
+        if node.kind == NodeType.FILE:
             self.result.files += 1
             self.result.restored_bytes += node.size
             self._monitor.progress.done_bytes += node.size
@@ -415,11 +417,11 @@ class Restorer:
         ranges: list[tuple[int, int]] | None = None,
     ) -> None:
         self.result.damaged += 1
-        self._monitor.problem(problem_of_damage(path, message, error, ranges or ()))
+        self._monitor.problem(damaged_entry(path, message, error, ranges or ()))
 
     def _fail(self, path: bytes, error: OSError) -> None:
         self.result.failed += 1
-        self._monitor.problem(problem_of_restoring(path, error))
+        self._monitor.problem(restore_failed(path, error))
 
 
 def _link_key(node: Node) -> _LinkKey | None:
@@ -431,7 +433,7 @@ def _link_key(node: Node) -> _LinkKey | None:
 
 def _is_small(node: Node) -> bool:
     """Tell whether an entry is written with at most one chunk, and that no large one."""
-    if node.kind != Kind.FILE:
+    if node.kind != NodeType.FILE:
         return True
-    one = not node.levels and len(node.content) <= RECORD.size
+    one = not node.levels and len(node.content) <= EXTENT.size
     return one and node.size <= _HANDED_OVER_BYTES

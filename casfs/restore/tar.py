@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from casfs.digest import Digest
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import IntegrityError, TreeError
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Kind, Node, captured_digest, hard_link_key
+from casfs.format.tree import Node, NodeType, captured_digest, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository.repository import Repository
 from casfs.trees.content import check_chunk_length
@@ -35,12 +35,12 @@ _MAX_LINKS = 100_000
 _MAX_OCTAL_7 = 8**7 - 1
 _MAX_OCTAL_11 = 8**11 - 1
 _TYPES = {
-    Kind.FILE: tarfile.REGTYPE,
-    Kind.DIRECTORY: tarfile.DIRTYPE,
-    Kind.SYMLINK: tarfile.SYMTYPE,
-    Kind.FIFO: tarfile.FIFOTYPE,
-    Kind.CHARACTER_DEVICE: tarfile.CHRTYPE,
-    Kind.BLOCK_DEVICE: tarfile.BLKTYPE,
+    NodeType.FILE: tarfile.REGTYPE,
+    NodeType.DIRECTORY: tarfile.DIRTYPE,
+    NodeType.SYMLINK: tarfile.SYMTYPE,
+    NodeType.FIFO: tarfile.FIFOTYPE,
+    NodeType.CHARACTER_DEVICE: tarfile.CHRTYPE,
+    NodeType.BLOCK_DEVICE: tarfile.BLKTYPE,
 }
 
 _ACL_KEYWORDS = {
@@ -69,7 +69,7 @@ class DamagedContentError(IntegrityError):
         self.cause = cause
 
     def __str__(self) -> str:
-        return f"{shown(self.path)} is damaged from byte {self.offset} on: {self.cause}"
+        return f"{escape_path(self.path)} is damaged from byte {self.offset} on: {self.cause}"
 
 
 def file_bytes(repository: Repository, node: Node, path: bytes) -> Iterator[bytes]:
@@ -170,7 +170,7 @@ class TarWriter:
         progress = self._monitor.progress
         progress.path = path
         progress.files += 1
-        if node.kind == Kind.SOCKET:
+        if node.kind == NodeType.SOCKET:
             self._leave_out(path, "a socket cannot be in a tar; it is left out")
             return
         if is_flagged(node):
@@ -183,14 +183,17 @@ class TarWriter:
             self.stats.links += 1
             self._count(node)
             return
-        if node.kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE) and _device(node) is None:
+        if (
+            node.kind in (NodeType.CHARACTER_DEVICE, NodeType.BLOCK_DEVICE)
+            and _device(node) is None
+        ):
             self._leave_out(path, "its device number does not fit into a tar; it is left out")
             return
-        if node.kind == Kind.DIRECTORY:
+        if node.kind == NodeType.DIRECTORY:
             name += b"/"
-        target = node.content if node.kind == Kind.SYMLINK else b""
-        self._put(self._header(name, node, _TYPES[Kind(node.kind)], target))
-        if node.kind == Kind.FILE:
+        target = node.content if node.kind == NodeType.SYMLINK else b""
+        self._put(self._header(name, node, _TYPES[NodeType(node.kind)], target))
+        if node.kind == NodeType.FILE:
             for data in file_bytes(self._repository, node, path):
                 self._put(data)
                 progress.done_bytes += len(data)
@@ -204,9 +207,9 @@ class TarWriter:
         self._monitor.problem(Problem(ProblemKind.LEFT_OUT, path, message))
 
     def _count(self, node: Node) -> None:
-        if node.kind == Kind.FILE:
+        if node.kind == NodeType.FILE:
             self.stats.files += 1
-        elif node.kind == Kind.DIRECTORY:
+        elif node.kind == NodeType.DIRECTORY:
             self.stats.directories += 1
         else:
             self.stats.others += 1

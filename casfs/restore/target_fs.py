@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 
-from casfs.format.tree import Kind, Node
+from casfs.format.tree import Node, NodeType
 
 TEMPORARY_PREFIX = b".casfs-restore-"
 
@@ -33,12 +33,12 @@ def open_writable(fd: int, name: bytes, st: os.stat_result) -> tuple[int, int | 
     """Open a directory of the target to make entries in it; raises OSError for a symlink.
 
     One that its owner may not write into, as a restore before may have left it, gets that right. Then its
-    mode comes with the descriptor, for `close_writable` to give it back where it gets no other.
+    mode comes with the descriptor, for `close_restoring_mode` to give it back where it gets no other.
     """
     return _open_writable(fd, name, st, follow=False)
 
 
-def close_writable(fd: int, mode: int | None) -> None:
+def close_restoring_mode(fd: int, mode: int | None) -> None:
     """Close a directory, with the mode that it had where one is given."""
     try:
         if mode is not None:
@@ -69,19 +69,19 @@ def _open_writable(
         os.close(path_fd)
 
 
-def look_into(fd: int | None, name: bytes) -> int:
+def open_if_exists(fd: int | None, name: bytes) -> int:
     """Open a directory to see what is in it, or return -1 where that cannot be seen."""
     try:
         if fd is not None:
-            return open_below(fd, name)
+            return open_subdir(fd, name)
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return -1
 
 
-def refuse_entries(fd: int, name: bytes) -> None:
+def require_empty(fd: int, name: bytes) -> None:
     """Raise OSError for a directory that has something in it."""
-    opened = open_below(fd, name)
+    opened = open_subdir(fd, name)
     try:
         if os.listdir(opened):
             raise OSError(errno.ENOTEMPTY, "a directory that is not empty is in its place")
@@ -89,7 +89,7 @@ def refuse_entries(fd: int, name: bytes) -> None:
         os.close(opened)
 
 
-def open_below(fd: int, name: bytes) -> int:
+def open_subdir(fd: int, name: bytes) -> int:
     """Open a directory of the target; raises OSError for a symlink."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(name, flags, dir_fd=fd)
@@ -106,7 +106,7 @@ def entry_stat(fd: int, name: bytes) -> os.stat_result | None:
 def make_directory(fd: int, name: bytes) -> int:
     """Make a directory that only its owner enters until its metadata are set, and open it."""
     os.mkdir(name, 0o700, dir_fd=fd)
-    return open_below(fd, name)
+    return open_subdir(fd, name)
 
 
 def remove(fd: int, name: bytes, st: os.stat_result) -> None:
@@ -157,18 +157,18 @@ def create_file(fd: int, name: bytes) -> int:
 
 def make_special(fd: int, name: bytes, node: Node) -> None:
     """Make a symlink, FIFO, socket or device."""
-    if node.kind == Kind.SYMLINK:
+    if node.kind == NodeType.SYMLINK:
         os.symlink(node.content, name, dir_fd=fd)
-    elif node.kind == Kind.FIFO:
+    elif node.kind == NodeType.FIFO:
         os.mkfifo(name, 0o600, dir_fd=fd)
     else:
         types = {
-            Kind.SOCKET: stat.S_IFSOCK,
-            Kind.CHARACTER_DEVICE: stat.S_IFCHR,
-            Kind.BLOCK_DEVICE: stat.S_IFBLK,
+            NodeType.SOCKET: stat.S_IFSOCK,
+            NodeType.CHARACTER_DEVICE: stat.S_IFCHR,
+            NodeType.BLOCK_DEVICE: stat.S_IFBLK,
         }
         device = node.extra.rdev if node.extra is not None else 0
-        os.mknod(name, types[Kind(node.kind)] | 0o600, device, dir_fd=fd)
+        os.mknod(name, types[NodeType(node.kind)] | 0o600, device, dir_fd=fd)
 
 
 def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[str]:
@@ -198,7 +198,7 @@ def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[
     try:
         if open_fd is not None:
             os.fchmod(open_fd, mode)
-        elif node.kind != Kind.SYMLINK:
+        elif node.kind != NodeType.SYMLINK:
             os.chmod(name, mode, dir_fd=fd)
     except OSError as error:
         failed.append(f"mode: {error.strerror}")

@@ -30,7 +30,7 @@ _LEAST_BYTES = 128 * 1024
 _SCARCE = 4
 
 
-def take_reserve(root: Path) -> None:
+def allocate_reserve(root: Path) -> None:
     """Set the space aside in a repository's folder, as much of it as there is; raises nothing."""
     path = root / RESERVE_FILE
     size = RESERVE_BYTES
@@ -53,7 +53,7 @@ def take_reserve(root: Path) -> None:
         os.close(fd)
 
 
-def give_up_reserve(root: Path) -> None:
+def release_reserve(root: Path) -> None:
     """Free the space where there is hardly any other; raises nothing."""
     try:
         if _free_bytes(root) < _SCARCE * RESERVE_BYTES:

@@ -30,15 +30,15 @@ class LockMode(StrEnum):
 
     READER = "reader"
     SHARED = "shared"
-    TENDING = "tending"
+    MAINTENANCE = "tending"
     EXCLUSIVE = "exclusive"
 
 
 _CONFLICTS = {
     LockMode.READER: frozenset[LockMode](),
     LockMode.SHARED: frozenset([LockMode.EXCLUSIVE]),
-    LockMode.TENDING: frozenset([LockMode.TENDING, LockMode.EXCLUSIVE]),
-    LockMode.EXCLUSIVE: frozenset([LockMode.SHARED, LockMode.TENDING, LockMode.EXCLUSIVE]),
+    LockMode.MAINTENANCE: frozenset([LockMode.MAINTENANCE, LockMode.EXCLUSIVE]),
+    LockMode.EXCLUSIVE: frozenset([LockMode.SHARED, LockMode.MAINTENANCE, LockMode.EXCLUSIVE]),
 }
 
 
@@ -46,7 +46,7 @@ class LockRecord(msgspec.Struct, frozen=True):
     """What a lock file tells people about who holds it.
 
     `since_ns` is when it was written by the clock of its file system, in nanoseconds since 1970; it is
-    told by `live_locks` and not by the file itself.
+    told by `list_and_reap_locks` and not by the file itself.
     """
 
     mode: LockMode
@@ -87,7 +87,7 @@ class RepositoryLock:
         except OSError as error:
             raise StorageError("write a lock in", str(folder), error) from error
         try:
-            for other_name, other in live_locks(folder).items():
+            for other_name, other in list_and_reap_locks(folder).items():
                 if other_name != name and other.mode in _CONFLICTS[mode]:
                     raise LockedError(
                         f"the repository is in use: {other.verb} on {other.host}, process {other.pid}; "
@@ -120,7 +120,7 @@ class RepositoryLock:
         self.release()
 
 
-def live_locks(folder: Path) -> dict[str, LockRecord]:
+def list_and_reap_locks(folder: Path) -> dict[str, LockRecord]:
     """Return the locks that a living process holds, and remove the others."""
     live: dict[str, LockRecord] = {}
     for path in sorted(folder.iterdir()):
@@ -131,7 +131,7 @@ def live_locks(folder: Path) -> dict[str, LockRecord]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Another may have removed it first, and its maker have made it again.
-            if _is_still(path, fd):
+            if _is_same_file(path, fd):
                 path.unlink(missing_ok=True)
         except BlockingIOError:
             if not path.name.startswith("."):
@@ -147,7 +147,7 @@ def remove_stale_temporaries(root: Path) -> None:
     names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
     if not names:
         return
-    live = live_locks(root / "locks")
+    live = list_and_reap_locks(root / "locks")
     for name in names:
         if name.partition(".")[0] not in live:
             (folder / name).unlink(missing_ok=True)
@@ -161,7 +161,7 @@ def _create_held(folder: Path, name: str, record: LockRecord) -> int:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             os.pwrite(fd, msgspec.json.encode(record), 0)
-            if _is_still(unfinished, fd):
+            if _is_same_file(unfinished, fd):
                 os.rename(unfinished, folder / name)
                 return fd
         except FileNotFoundError:
@@ -174,7 +174,7 @@ def _create_held(folder: Path, name: str, record: LockRecord) -> int:
         os.close(fd)
 
 
-def _is_still(path: Path, fd: int) -> bool:
+def _is_same_file(path: Path, fd: int) -> bool:
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:

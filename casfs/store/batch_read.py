@@ -31,7 +31,7 @@ _Place = tuple[int, int, Digest, Location]
 _by_place = operator.itemgetter(0, 1)
 
 
-def read_many(store: BlobStore, wanted: Mapping[Digest, int]) -> dict[Digest, bytes]:
+def read_batch(store: BlobStore, wanted: Mapping[Digest, int]) -> dict[Digest, bytes]:
     """Return the verified plaintexts of those blobs that are sound where the index looks for them.
 
     `wanted` tells the size of each; one of another size is left out. All are in memory together. For
@@ -40,7 +40,7 @@ def read_many(store: BlobStore, wanted: Mapping[Digest, int]) -> dict[Digest, by
     digests = list(wanted)
     places: list[_Place] = [
         (at.pack, at.offset, digest, at)
-        for digest, at in zip(digests, store.index.lookups(digests), strict=True)
+        for digest, at in zip(digests, store.index.lookup_many(digests), strict=True)
         if at is not None and at.plain_bytes == wanted[digest]
     ]
     places.sort(key=_by_place)
@@ -76,7 +76,7 @@ def _read_run(store: BlobStore, run: list[_Place], plains: dict[Digest, bytes]) 
         store.decode_many(pack, encoded, _THREADS), run, strict=True
     ):
         if plain is not None:
-            store.coverage.note(at)
+            store.coverage.mark(at)
             plains[digest] = plain
 
 

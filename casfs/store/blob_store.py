@@ -25,9 +25,9 @@ from casfs.errors import (
 )
 from casfs.format.codec import ENCRYPTED, TAG_BYTES, BlobCodec, Encoded
 from casfs.format.pack import (
+    BLOB_HEADER,
     HEADER,
     MAX_PACK_BYTES,
-    RECORD,
     TRAILER,
     PackEntry,
     parse_directory,
@@ -35,12 +35,12 @@ from casfs.format.pack import (
     parse_trailer,
     scan_records,
 )
-from casfs.index.bitmap import Coverage
+from casfs.index.bitmap import VerifiedPacks
 from casfs.index.index import Index
 from casfs.index.schema import IndexedPack, Location
 from casfs.storage.base import Storage
-from casfs.store.duplicates import Copies
-from casfs.store.pending_removal import condemned_packs
+from casfs.store.duplicates import Duplicates
+from casfs.store.pending_removal import packs_pending_removal
 
 if TYPE_CHECKING:
     # What an unencrypted repository does without is not loaded for it.
@@ -80,7 +80,7 @@ class BlobStore:
         self.storage = storage
         self.codec = codec
         self._ciphers = ciphers
-        self.coverage = Coverage()
+        self.coverage = VerifiedPacks()
         self.salvaged: set[PackId] = set()
         self.unreadable: set[PackId] = set()
         self.found_elsewhere: set[Digest] = set()
@@ -90,7 +90,7 @@ class BlobStore:
     def use_index(self, index: Index) -> None:
         """Find blobs through this index from now on."""
         self.index = index
-        self._copies = Copies(index, self.stored_packs, self.entries)
+        self._copies = Duplicates(index, self.stored_packs, self.entries)
 
     def locate(self, digest: Digest) -> Location:
         """Return where a blob is; raises BlobError when the index does not know it."""
@@ -121,7 +121,7 @@ class BlobStore:
                 return self.read_at(digest, moved)
             except BlobError as also:
                 error = also
-        for pack, entry in self._copies.of(digest):
+        for pack, entry in self._copies.find(digest):
             try:
                 plain = self.read_entry(pack, entry)
             except (BlobError, NotFoundError, StorageError):
@@ -158,7 +158,7 @@ class BlobStore:
     ) -> bytes:
         if self._ciphers is None:
             return self.codec.decode(digest, codec, payload, plain_bytes)
-        cipher = self._ciphers.of(pack, pack_name(pack))
+        cipher = self._ciphers.for_pack(pack, pack_name(pack))
         inner = cipher.decrypt(digest, offset, payload)
         if (inner.codec | ENCRYPTED, inner.plain_bytes) != (codec, plain_bytes):
             raise BlobError(digest, "it is not what is recorded of it")
@@ -217,7 +217,7 @@ class BlobStore:
             raise BlobError(digest, error.reason, pack) from error
         except PackError as error:
             raise BlobError(digest, f"of its pack: {error.reason}", pack) from error
-        self.coverage.note(location)
+        self.coverage.mark(location)
         return plain
 
     def read_nonblocking(self, digest: Digest, max_stored_bytes: int) -> bytes | None:
@@ -230,7 +230,7 @@ class BlobStore:
             return None
         pack = self.index.pack_id(location.pack)
         name = pack_name(pack)
-        if self._ciphers is not None and not self._ciphers.is_at_hand(name):
+        if self._ciphers is not None and not self._ciphers.is_cached(name):
             return None  # its session would have to be opened first
         payload = self.storage.read_nonblocking(name, location.offset, location.stored_bytes)
         if payload is None:
@@ -241,7 +241,7 @@ class BlobStore:
             )
         except CasfsError:
             return None
-        self.coverage.note(location)
+        self.coverage.mark(location)
         return plain
 
     def prefetch(self, digest: Digest) -> int:
@@ -269,18 +269,18 @@ class BlobStore:
     def read_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
         """Return a pack's entries from its directory; raises PackError when that is damaged."""
         name = pack_name(pack)
-        if pack_bytes < HEADER.size + RECORD.size + TRAILER.size:
+        if pack_bytes < HEADER.size + BLOB_HEADER.size + TRAILER.size:
             raise PackError(pack, "it is too short for a pack")
         if pack_bytes > MAX_PACK_BYTES:
             raise PackError(pack, "it is too long for a pack")
         parse_header(pack, self.storage.read(name, 0, HEADER.size))
         tail = self.storage.read(name, pack_bytes - TRAILER.size, TRAILER.size)
-        cipher = self._ciphers.of(pack, name) if self._ciphers is not None else None
+        cipher = self._ciphers.for_pack(pack, name) if self._ciphers is not None else None
         overhead = TAG_BYTES if cipher is not None else 0
         offset, directory_bytes, _, digest = parse_trailer(pack, tail, pack_bytes, overhead)
         directory = self.storage.read(name, offset, directory_bytes)
         decrypt = cipher.decrypt_directory if cipher is not None else None
-        return parse_directory(pack, directory, digest, offset - RECORD.size, decrypt)
+        return parse_directory(pack, directory, digest, offset - BLOB_HEADER.size, decrypt)
 
     def entries(self, pack: PackId, pack_bytes: int | None = None) -> list[PackEntry]:
         """Return a pack's entries, also where they have to be found without its directory.
@@ -304,7 +304,7 @@ class BlobStore:
         data = self.storage.read(name, 0, min(pack_bytes, MAX_PACK_BYTES))
         entries: list[PackEntry] = []
         try:
-            cipher = self._ciphers.of(pack, name) if self._ciphers is not None else None
+            cipher = self._ciphers.for_pack(pack, name) if self._ciphers is not None else None
         except PackError:
             return entries  # without its header nothing in it can be decrypted
         for offset, kind, codec, stored_bytes, plain_bytes in scan_records(data, HEADER.size):
@@ -315,7 +315,7 @@ class BlobStore:
                     inner = cipher.decrypt(b"", offset, payload)
                     kind, codec, plain_bytes = inner.kind, inner.codec, inner.plain_bytes
                     payload, key = inner.payload, cipher.digest_key(inner)
-                digest = self.codec.identify(codec, payload, plain_bytes, key)
+                digest = self.codec.digest_payload(codec, payload, plain_bytes, key)
             except IntegrityError:
                 continue
             if cipher is not None:
@@ -335,8 +335,9 @@ class BlobStore:
 
         A prune of another process may be at work. It condemns a pack before it removes it from the index,
         and removes the file before the condemnation. So what is condemned is asked after what it is
-        compared with was read, here and in `_adopt`. Unless nobody else writes (`is_alone`) a pack that
-        is condemned and not in the index is being removed, and what the index calls condemned stays so.
+        compared with was read, here and in `_add_found_pack`. Unless no other process writes (`is_alone`)
+        a pack that is condemned and not in the index is being removed, and what the index calls condemned
+        stays so.
         """
         stored = dict(self.stored_packs())
         indexed = {record.pack for record in self.index.packs()}
@@ -356,38 +357,38 @@ class BlobStore:
         elif new := sorted(stored.keys() - indexed):
             self._adopt([(pack, stored[pack]) for pack in new], is_alone)
         self._complete(stored, is_alone)
-        before = self.index.condemned()
-        condemned = condemned_packs(self.storage)
+        before = self.index.marked_for_removal()
+        condemned = packs_pending_removal(self.storage)
         if condemned or before:
             found = {record.ordinal for record in self.index.packs() if record.pack in condemned}
-            self.index.change_condemned(found - before, before - found if is_alone() else set())
+            self.index.change_marked(found - before, before - found if is_alone() else set())
 
     def _complete(self, stored: Mapping[PackId, int], is_alone: Callable[[], bool]) -> None:
         """Add to the index what a process that died had not added yet of a pack."""
         partial = [pack for pack in self.index.partial_packs() if pack in stored]
         if partial and is_alone():
             for pack, _, entries in self._indexed([(pack, stored[pack]) for pack in partial]):
-                self.index.complete_pack(pack, entries)
+                self.index.finish_partial_pack(pack, entries)
 
     def _adopt(self, new: list[tuple[PackId, int]], is_alone: Callable[[], bool]) -> None:
         condemned: set[PackId] = set()
 
         def ask() -> set[PackId]:
             condemned.clear()
-            condemned.update(condemned_packs(self.storage))
+            condemned.update(packs_pending_removal(self.storage))
             return condemned
 
         def packs() -> Iterator[IndexedPack]:
             alone = is_alone()
             return self._indexed(one for one in new if alone or one[0] not in condemned)
 
-        self.index.adopt(packs, ask)
+        self.index.add_found_packs(packs, ask)
 
     def _is_closed(self, pack: PackId) -> bool:
         """Tell whether a pack is encrypted with keys that are not at hand."""
         try:
             if self._ciphers is not None:
-                self._ciphers.of(pack, pack_name(pack))
+                self._ciphers.for_pack(pack, pack_name(pack))
         except KeyMissingError:
             return True
         except CasfsError:
@@ -409,7 +410,7 @@ class BlobStore:
         """
         self._remembered = self._told_of_damaged()
         self.index.rebuild(
-            lambda: self._indexed(self.stored_packs()), lambda: condemned_packs(self.storage)
+            lambda: self._indexed(self.stored_packs()), lambda: packs_pending_removal(self.storage)
         )
         self._remembered = {}
 

@@ -19,11 +19,11 @@ class PackCiphers:
         self._sessions = sessions
         self._known: dict[str, PackCipher] = {}
 
-    def is_at_hand(self, name: str) -> bool:
+    def is_cached(self, name: str) -> bool:
         """Tell whether `of` would wait for nothing."""
         return name in self._known
 
-    def of(self, pack: PackId, name: str) -> PackCipher:
+    def for_pack(self, pack: PackId, name: str) -> PackCipher:
         """Return the cipher of a pack, which is stored under `name`.
 
         Raises PackError for one that is not encrypted, KeyMissingError and SessionError for a session that

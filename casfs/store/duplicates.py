@@ -23,7 +23,7 @@ _FRESH_S = 60.0
 Copy = tuple[PackId, PackEntry]
 
 
-class Copies:
+class Duplicates:
     """The copies that an index does not name; `stored` lists packs and sizes, `read` a directory."""
 
     def __init__(
@@ -39,7 +39,7 @@ class Copies:
         self._found: dict[Digest, list[Copy]] = {}
         self._looked_s: float | None = None
 
-    def of(self, digest: Digest) -> list[Copy]:
+    def find(self, digest: Digest) -> list[Copy]:
         """Return the copies of a blob in other places than the index names."""
         with self._lock:
             found = self._found.get(digest)
@@ -64,7 +64,7 @@ class Copies:
                 if (
                     location is not None
                     and names.get(location.pack) == pack
-                    and location.is_of(entry)
+                    and location.matches(entry)
                 ):
                     continue
                 if left:

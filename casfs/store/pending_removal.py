@@ -19,10 +19,10 @@ from casfs.storage.base import Storage
 log = logging.getLogger(__name__)
 
 FOLDER = "condemned"
-MAX_CONDEMNATION_BYTES = 64 * 1024 * 1024
+MAX_NOTICE_BYTES = 64 * 1024 * 1024
 
 
-class Condemnation(msgspec.Struct, frozen=True):
+class RemovalNotice(msgspec.Struct, frozen=True):
     """Packs (names in hexadecimal) that nothing needed at `time_s`, in seconds since 1970.
 
     `writers` and `readers` are the names of the locks that were held when it could be read by all; None
@@ -38,17 +38,17 @@ class Condemnation(msgspec.Struct, frozen=True):
         """Return the names of the packs."""
         return {PackId(bytes.fromhex(pack)) for pack in self.packs}
 
-    def only(self, packs: Iterable[PackId]) -> Condemnation:
+    def only(self, packs: Iterable[PackId]) -> RemovalNotice:
         """Return the condemnation of those of its packs that are among `packs`."""
         wanted = {pack.hex() for pack in packs}
         kept = tuple(pack for pack in self.packs if pack in wanted)
         return msgspec.structs.replace(self, packs=kept)
 
 
-_decoder = msgspec.json.Decoder(Condemnation)
+_decoder = msgspec.json.Decoder(RemovalNotice)
 
 
-def publish_condemnation(storage: Storage, condemnation: Condemnation) -> str:
+def publish_notice(storage: Storage, condemnation: RemovalNotice) -> str:
     """Make a condemnation durable and return its object's name."""
     data = msgspec.json.encode(condemnation) + b"\n"
     name = f"{FOLDER}/{digest_of(data).hex()}"
@@ -56,14 +56,14 @@ def publish_condemnation(storage: Storage, condemnation: Condemnation) -> str:
     return name
 
 
-def replace_condemnation(storage: Storage, name: str, condemnation: Condemnation) -> None:
+def replace_notice(storage: Storage, name: str, condemnation: RemovalNotice) -> None:
     """Put a condemnation in the place of one that has a name; one without packs is just removed."""
-    if condemnation.packs and publish_condemnation(storage, condemnation) == name:
+    if condemnation.packs and publish_notice(storage, condemnation) == name:
         return
     storage.delete(name)
 
 
-def read_condemnations(storage: Storage) -> dict[str, Condemnation]:
+def read_notices(storage: Storage) -> dict[str, RemovalNotice]:
     """Return every condemnation by its object's name.
 
     One that is damaged is logged and left out: its packs are packs like all others then, and what
@@ -72,7 +72,7 @@ def read_condemnations(storage: Storage) -> dict[str, Condemnation]:
     found = {}
     for name, _, _ in storage.list(FOLDER):
         try:
-            data = storage.read(name, 0, MAX_CONDEMNATION_BYTES)
+            data = storage.read(name, 0, MAX_NOTICE_BYTES)
             if digest_of(data).hex() != name.rpartition("/")[2]:
                 raise msgspec.ValidationError("it does not have its digest")
             condemnation = _decoder.decode(data)
@@ -86,9 +86,9 @@ def read_condemnations(storage: Storage) -> dict[str, Condemnation]:
     return found
 
 
-def condemned_packs(storage: Storage) -> set[PackId]:
+def packs_pending_removal(storage: Storage) -> set[PackId]:
     """Return the names of all packs that are condemned."""
     found: set[PackId] = set()
-    for condemnation in read_condemnations(storage).values():
+    for condemnation in read_notices(storage).values():
         found |= condemnation.pack_ids()
     return found

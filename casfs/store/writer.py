@@ -26,8 +26,8 @@ from casfs.digest import Digest, PackId
 from casfs.errors import BlobError
 from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec
 from casfs.format.pack import (
+    BLOB_HEADER,
     ENCRYPTED_KIND,
-    RECORD,
     PackEntry,
     encode_end,
     encode_header,
@@ -39,7 +39,7 @@ from casfs.store.blob_store import BlobStore, pack_name
 
 if TYPE_CHECKING:
     from casfs.format.cipher import PackCipher
-    from casfs.format.key_derivation import Session
+    from casfs.format.key_derivation import WriteSession
 
 PACK_BYTES = 64 * 1024 * 1024
 """A pack is sealed when it holds this much: large enough for few files and syncs, small enough to move."""
@@ -54,7 +54,7 @@ _COMPRESSING_THREADS = 2
 _COMPRESSED_AHEAD = _COMPRESSING_THREADS + 1
 """Batches that are being compressed or are to be packed: one more than threads, so that none waits."""
 
-_LOOKED_AFTER_S = 0.02
+_POLL_S = 0.02
 """How soon it is seen that a batch is compressed while no other comes."""
 
 _LESS_URGENT = 5
@@ -90,7 +90,7 @@ class BlobWriter:
         dry_run: bool = False,
         spool_in_memory: bool = False,
         pack_bytes: int = PACK_BYTES,
-        session: Callable[[], Session] | None = None,
+        session: Callable[[], WriteSession] | None = None,
     ) -> None:
         self.stats = WriteStats()
         self._session = session
@@ -151,7 +151,7 @@ class BlobWriter:
         with (
             ThreadPoolExecutor(1, "casfs-sealer") as sealer,
             ThreadPoolExecutor(
-                _COMPRESSING_THREADS, "casfs-compressor", initializer=_step_back
+                _COMPRESSING_THREADS, "casfs-compressor", initializer=_lower_priority
             ) as compressors,
         ):
             packer = _Packer(self, sealer, compressors)
@@ -171,10 +171,10 @@ class BlobWriter:
 
     def _next(self, packer: _Packer) -> Batch | None:
         """Wait for the next batch; what is compressed meanwhile is packed."""
-        while self._error is None and packer.is_behind:
-            is_ready = packer.is_ready
+        while self._error is None and packer.has_pending:
+            is_ready = packer.oldest_done
             with suppress(queue.Empty):
-                return self._queue.get(timeout=0 if is_ready else _LOOKED_AFTER_S)
+                return self._queue.get(timeout=0 if is_ready else _POLL_S)
             if is_ready:
                 try:
                     packer.pack_oldest()
@@ -185,7 +185,7 @@ class BlobWriter:
         return self._queue.get()
 
 
-def _step_back() -> None:
+def _lower_priority() -> None:
     """Give the calling thread, and no other, a lower priority."""
     thread = threading.get_native_id()
     try:
@@ -218,7 +218,7 @@ class _Packer:
 
     def store(self, batch: Batch) -> None:
         """Begin to compress the blobs of a batch that nobody has yet; pack those of an earlier one."""
-        fresh = self._unknown(batch)
+        fresh = self._not_stored(batch)
         if fresh:
             self._ahead_digests.update([digest for _, digest, _ in fresh])
             plains = [plain for _, _, plain in fresh]
@@ -228,12 +228,12 @@ class _Packer:
             self.pack_oldest()
 
     @property
-    def is_behind(self) -> bool:
+    def has_pending(self) -> bool:
         """Tell whether something was handed over that is not packed yet."""
         return bool(self._ahead)
 
     @property
-    def is_ready(self) -> bool:
+    def oldest_done(self) -> bool:
         """Tell whether the oldest batch is compressed."""
         return self._ahead[0][1].done()
 
@@ -248,16 +248,16 @@ class _Packer:
             self._open_digests.add(digest)
             self._stats.new_blobs += 1
             self._stats.new_plain_bytes += len(plain)
-            self._stats.new_stored_bytes += stored_bytes + RECORD.size
+            self._stats.new_stored_bytes += stored_bytes + BLOB_HEADER.size
             if self._pack.bytes >= self._pack_bytes or len(self._pack.entries) >= PACK_BLOBS:
-                self._seal()
+                self._finish_pack()
         self._ahead_digests.difference_update([digest for _, digest, _ in batch])
 
     def finish(self) -> None:
         """Pack and seal what is left and wait for the sealer."""
         while self._ahead:
             self.pack_oldest()
-        self._seal()
+        self._finish_pack()
         if self._sealing is not None:
             self._sealing.result()
 
@@ -280,7 +280,7 @@ class _Packer:
             cipher = PackCipher.new(self._session())
         return _OpenPack(self._store.storage.open_writer(self._in_memory), cipher)
 
-    def _unknown(self, batch: Batch) -> Batch:
+    def _not_stored(self, batch: Batch) -> Batch:
         unfinished = (self._ahead_digests, self._open_digests, self._sealing_digests)
         seen: set[Digest] = set()
         candidates: Batch = []
@@ -290,10 +290,10 @@ class _Packer:
                 continue
             seen.add(digest)
             candidates.append(blob)
-        known = self._store.index.known([digest for _, digest, _ in candidates])
+        known = self._store.index.are_stored([digest for _, digest, _ in candidates])
         return [blob for blob, is_known in zip(candidates, known, strict=True) if not is_known]
 
-    def _seal(self) -> None:
+    def _finish_pack(self) -> None:
         pack, digests = self._pack, self._open_digests
         if pack is None:
             return
@@ -306,7 +306,7 @@ class _Packer:
         self._pack, self._open_digests = None, set()
         self._sealing_digests = digests
         self._stats.packs += 1
-        self._sealing = self._sealer.submit(_seal_pack, self._store, pack)
+        self._sealing = self._sealer.submit(_commit_pack, self._store, pack)
 
 
 class _OpenPack:
@@ -326,7 +326,7 @@ class _OpenPack:
     def add(self, kind: BlobKind, codec: int, digest: Digest, plain: bytes, payload: bytes) -> int:
         """Append one record and return the size of its payload as it is stored."""
         buffer = self._buffer
-        offset = self.bytes + len(buffer) + RECORD.size
+        offset = self.bytes + len(buffer) + BLOB_HEADER.size
         if self._cipher is None:
             buffer += encode_record_header(kind, codec, len(payload), len(plain))
         else:
@@ -367,7 +367,7 @@ class _OpenPack:
         self._buffer = bytearray()
 
 
-def _seal_pack(store: BlobStore, pack: _OpenPack) -> None:
+def _commit_pack(store: BlobStore, pack: _OpenPack) -> None:
     """Make a pack durable, then its name, then its index entries: the order that a crash respects."""
     assert pack.spool is not None
     try:

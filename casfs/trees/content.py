@@ -18,8 +18,8 @@ from casfs.errors import IntegrityError, TreeError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
 from casfs.format.tree import MAX_FILE_BYTES, MAX_PIECE_LEVELS
 
-RECORD = struct.Struct("<Q32s")
-assert RECORD.size == 40
+EXTENT = struct.Struct("<Q32s")
+assert EXTENT.size == 40
 
 HOLE = bytes(DIGEST_BYTES)
 
@@ -55,7 +55,7 @@ class ContentWriter:
 
     def add(self, length: int, digest: bytes) -> None:
         """Append a chunk, or a hole when `digest` is HOLE."""
-        self._add(0, RECORD.pack(length, digest), digest)
+        self._add(0, EXTENT.pack(length, digest), digest)
 
     def finish(self) -> tuple[bytes, int]:
         """Return the records for the node and how many levels of list blobs stand below them."""
@@ -83,8 +83,8 @@ class ContentWriter:
         data = b"".join(records)
         digest = self._digest(data)
         self._put(BlobKind.CONTENT, digest, data)
-        length = sum(RECORD.unpack_from(record)[0] for record in records)
-        self._add(level + 1, RECORD.pack(length, digest), digest)
+        length = sum(EXTENT.unpack_from(record)[0] for record in records)
+        self._add(level + 1, EXTENT.pack(length, digest), digest)
 
 
 class ContentReader:
@@ -154,9 +154,9 @@ class ContentReader:
 
 def parse_records(data: bytes) -> list[tuple[int, bytes]]:
     """Return lengths and digests of a list; raises TreeError where it breaks the rules."""
-    if len(data) % RECORD.size:
+    if len(data) % EXTENT.size:
         raise TreeError("a content list has an impossible size")
-    records = list(RECORD.iter_unpack(data))
+    records = list(EXTENT.iter_unpack(data))
     total = 0
     for length, _ in records:
         total += length

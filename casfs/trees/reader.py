@@ -14,10 +14,10 @@ from casfs.errors import TreeError
 from casfs.format.tree import (
     MAX_DEPTH,
     MAX_PIECE_LEVELS,
-    Kind,
+    CaptureState,
     Leaf,
     Node,
-    State,
+    NodeType,
     TreeRef,
     decode_piece,
 )
@@ -26,7 +26,7 @@ from casfs.paths import join
 
 def is_flagged(node: Node) -> bool:
     """Tell whether an entry is a file whose captured content may be a mixture."""
-    return node.kind == Kind.FILE and node.state == State.CHANGED
+    return node.kind == NodeType.FILE and node.state == CaptureState.CHANGED
 
 
 def flagged_files(trees: TreeReader, root: Node, path: bytes = b"") -> Iterator[tuple[bytes, Node]]:
@@ -120,7 +120,7 @@ class TreeReader:
         for part in piece.pieces[max(bisect_right(firsts, after) - 1, 0) :]:
             yield from self._leaves(part.tree, after, levels - 1)
 
-    def single(self, ref: TreeRef) -> list[Node] | None:
+    def unsplit_entries(self, ref: TreeRef) -> list[Node] | None:
         """Return the entries of a directory that is not split, or None."""
         piece = decode_piece(self._read(Digest(ref.digest)))
         return piece.nodes if isinstance(piece, Leaf) else None

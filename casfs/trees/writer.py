@@ -22,7 +22,7 @@ from casfs.format.tree import (
     encode_leaf,
     encode_node,
     encode_piece,
-    summary_of,
+    subtree_summary,
 )
 from casfs.trees.content import Put
 
@@ -36,7 +36,7 @@ _PIECE_MASK = 0x7FF
 class TreeWriter:
     """Build the tree of one directory.
 
-    `previous` is the tree of the same directory in the parent snapshot: where every entry is the very
+    `parent` is the tree of the same directory in the parent snapshot: where every entry is the very
     node that was read from it, and there are as many, its reference is returned and nothing is encoded.
     """
 
@@ -117,7 +117,7 @@ class TreeWriter:
         else:
             data = encode_piece(Leaf(nodes))
         self._nodes, self._encoded, self._encoded_bytes = [], None, 0
-        return self._store(data, *summary_of(nodes))
+        return self._store(data, *subtree_summary(nodes))
 
     def _append(self, level: int, piece: PieceRef) -> None:
         if level == len(self._levels):

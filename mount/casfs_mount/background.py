@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 _THREADS = 2
 _MAX_WAITING = 8
-"""Errands that may wait; more would do what is not wanted any more when its turn comes."""
+"""BackgroundPool that may wait; more would do what is not wanted any more when its turn comes."""
 
 
-class Errands:
+class BackgroundPool:
     """Runs errands; safe to share between threads."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Errands:
         self._threads: list[threading.Thread] = []
         self._closed = False
 
-    def send(self, errand: Callable[[], None]) -> bool:
+    def submit(self, errand: Callable[[], None]) -> bool:
         """Have an errand run soon; False when there are too many already."""
         if self._closed or self._queue.qsize() >= _MAX_WAITING:
             return False

@@ -13,9 +13,9 @@ import time
 from casfs.digest import Digest
 from casfs.errors import CasfsError
 from casfs.store.blob_store import BlobStore
-from casfs_mount.event_loop_guard import NotAtHand, Waiting
+from casfs_mount.event_loop_guard import EventLoopGuard, WouldBlock
 
-_AT_ONCE_BYTES = 64 * 1024
+_NONBLOCKING_BYTES = 64 * 1024
 """Stored bytes up to which a blob is decoded on the spot: some half a millisecond."""
 
 _SLOW_S = 0.004
@@ -23,10 +23,10 @@ _CAUTION = 8
 """How many times the length of a wait goes by until another one is risked."""
 
 
-class Blobs:
+class BlobReader:
     """The blobs of one repository; safe to share between threads."""
 
-    def __init__(self, store: BlobStore, waiting: Waiting) -> None:
+    def __init__(self, store: BlobStore, waiting: EventLoopGuard) -> None:
         self._store = store
         self._waiting = waiting
         self._cautious_until = 0.0
@@ -35,22 +35,22 @@ class Blobs:
     def read(self, digest: Digest) -> bytes:
         """Return a blob's verified plaintext.
 
-        Raises NotAtHand, BlobError when it is missing or damaged, and what storage and index raise.
+        Raises WouldBlock, BlobError when it is missing or damaged, and what storage and index raise.
         """
-        if self._waiting.is_allowed():
+        if self._waiting.may_block():
             return self._store.read(digest)
         began = time.monotonic()
         if began < self._cautious_until:
-            raise NotAtHand
+            raise WouldBlock
         try:
-            data = self._store.read_nonblocking(digest, _AT_ONCE_BYTES)
+            data = self._store.read_nonblocking(digest, _NONBLOCKING_BYTES)
         except CasfsError:
             data = None  # the thread that may wait finds out what it is
         ended = time.monotonic()
         if ended - began > _SLOW_S:
             self._consider_caution(ended, ended - began)
         if data is None:
-            raise NotAtHand
+            raise WouldBlock
         return data
 
     def _consider_caution(self, now: float, waited: float) -> None:

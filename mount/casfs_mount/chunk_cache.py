@@ -1,7 +1,7 @@
 """Decoded chunks, cached in a bounded number of bytes: one decode per chunk, however many ask at once.
 
 Every chunk was verified when it was decoded. Safe to share between threads; a thread that must not
-wait gets NotAtHand.
+wait gets WouldBlock.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from concurrent.futures import Future
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError
-from casfs_mount.background import Errands
-from casfs_mount.event_loop_guard import NotAtHand, Waiting
+from casfs_mount.background import BackgroundPool
+from casfs_mount.event_loop_guard import EventLoopGuard, WouldBlock
 
 DEFAULT_CACHE_BYTES = 64 * 1024 * 1024
 
@@ -32,8 +32,8 @@ class ChunkCache:
     def __init__(
         self,
         read: Callable[[Digest], bytes],
-        waiting: Waiting,
-        errands: Errands,
+        waiting: EventLoopGuard,
+        errands: BackgroundPool,
         limit_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self._read = read
@@ -47,7 +47,7 @@ class ChunkCache:
         self.cached_bytes = 0
 
     def get(self, digest: bytes, keep: bool = True) -> bytes:
-        """Return a blob's plaintext; raises NotAtHand, BlobError and what the storage raises.
+        """Return a blob's plaintext; raises WouldBlock, BlobError and what the storage raises.
 
         Without `keep` it is not cached: for what is given as a whole and so is in the kernel's cache.
         """
@@ -57,10 +57,10 @@ class ChunkCache:
             return chunk.data
         if self._failures:
             self._raise_recent_failure(digest)
-        if self._waiting.is_allowed():
+        if self._waiting.may_block():
             return self._load(digest, keep)
         if digest in self._loading:
-            raise NotAtHand
+            raise WouldBlock
         data = self._read(Digest(digest))
         if keep:
             with self._lock:
@@ -75,7 +75,7 @@ class ChunkCache:
     def read_ahead(self, digest: bytes) -> None:
         """Ask for a blob to be cached soon; returns at once and may do nothing."""
         if not (digest in self._chunks or digest in self._loading or digest in self._failures):
-            self._errands.send(lambda: self._load_ahead(digest))
+            self._errands.submit(lambda: self._load_ahead(digest))
 
     def _load_ahead(self, digest: bytes) -> None:
         if digest not in self._chunks:

@@ -76,7 +76,7 @@ def run_in_background(work: Callable[[Background], None], log_file: Path | None)
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _be_the_child(work, Background(writing, log_file))
+        _run_child(work, Background(writing, log_file))
     os.close(writing)
     try:
         with os.fdopen(reading, "rb") as pipe:
@@ -139,7 +139,7 @@ def captured_stderr(said: list[str]) -> Iterator[None]:
         said.extend(line.strip() for line in text.splitlines() if line.strip())
 
 
-def _be_the_child(work: Callable[[Background], None], background: Background) -> NoReturn:
+def _run_child(work: Callable[[Background], None], background: Background) -> NoReturn:
     code = 1
     try:
         os.setsid()

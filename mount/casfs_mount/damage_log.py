@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import BlobError, CasfsError
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class DamageLog:
         with self._lock:
             if key in self._lines or len(self._lines) >= _MAX_LINES:
                 return
-            line = f"{shown(path) or '/'}: {what}"
+            line = f"{escape_path(path) or '/'}: {what}"
             self._lines[key] = line
         log.error("%s", line)
 

@@ -2,7 +2,7 @@
 
 A range is answered with views of the decoded chunks that hold it, and of zeros for holes. Who reads in
 sequence has the next chunks decoded ahead. Several threads may read the same open file; the one that
-must not wait gets NotAtHand.
+must not wait gets WouldBlock.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from casfs.digest import Digest
 from casfs.errors import CasfsError, TreeError
 from casfs.format.codec import MAX_PLAIN_BYTES
 from casfs.format.tree import Node
-from casfs.trees.content import HOLE, RECORD, parse_records
+from casfs.trees.content import EXTENT, HOLE, parse_records
 from casfs_mount.chunk_cache import ChunkCache
 from casfs_mount.damage_log import UnreadableError
-from casfs_mount.event_loop_guard import NotAtHand
+from casfs_mount.event_loop_guard import WouldBlock
 
 _LISTS = 8
 """Parsed lists that are kept for one open file; the biggest takes about a megabyte."""
@@ -76,9 +76,9 @@ class ExtentMap:
 def single_chunk(node: Node) -> Digest | None:
     """Return the digest of the one chunk that makes up a file, or None where there is more to it."""
     content = node.content
-    if len(content) != RECORD.size or node.levels or node.size > MAX_PLAIN_BYTES:
+    if len(content) != EXTENT.size or node.levels or node.size > MAX_PLAIN_BYTES:
         return None
-    length, digest = RECORD.unpack(content)
+    length, digest = EXTENT.unpack(content)
     return Digest(digest) if length == node.size and digest != HOLE else None
 
 
@@ -137,7 +137,7 @@ class FileReader:
     def read(self, offset: int, size: int) -> list[memoryview]:
         """Return the bytes of a range in pieces, cut at the end of the file; nothing is copied.
 
-        Raises NotAtHand, and UnreadableError when any of it is damaged or cannot be read now.
+        Raises WouldBlock, and UnreadableError when any of it is damaged or cannot be read now.
         """
         end = min(offset + size, self._size)
         parts: list[memoryview] = []
@@ -195,6 +195,6 @@ class FileReader:
                 if digest is not None:
                     self._chunks.read_ahead(digest)
                 at = begin + length
-        except (NotAtHand, CasfsError):
+        except (WouldBlock, CasfsError):
             pass  # a list is not at hand or damaged; who reads there sees to it
         self._ahead_to = at

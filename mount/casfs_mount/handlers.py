@@ -21,9 +21,9 @@ import pyfuse3
 import trio
 
 from casfs.errors import CasfsError
-from casfs.format.tree import Kind, Node
+from casfs.format.tree import Node, NodeType
 from casfs_mount.damage_log import UnreadableError
-from casfs_mount.event_loop_guard import NotAtHand
+from casfs_mount.event_loop_guard import WouldBlock
 from casfs_mount.file_reader import Readable
 from casfs_mount.inodes import HARD_LINKS, HardLinks, StaleError, hard_link_number
 from casfs_mount.view import RefusedError, View, allocated_bytes
@@ -52,13 +52,13 @@ _LOOKING_THREADS = 4
 _READING_THREADS = 8
 
 _TYPES: dict[int, int] = {
-    Kind.FILE: stat.S_IFREG,
-    Kind.DIRECTORY: stat.S_IFDIR,
-    Kind.SYMLINK: stat.S_IFLNK,
-    Kind.FIFO: stat.S_IFIFO,
-    Kind.SOCKET: stat.S_IFSOCK,
-    Kind.CHARACTER_DEVICE: stat.S_IFCHR,
-    Kind.BLOCK_DEVICE: stat.S_IFBLK,
+    NodeType.FILE: stat.S_IFREG,
+    NodeType.DIRECTORY: stat.S_IFDIR,
+    NodeType.SYMLINK: stat.S_IFLNK,
+    NodeType.FIFO: stat.S_IFIFO,
+    NodeType.SOCKET: stat.S_IFSOCK,
+    NodeType.CHARACTER_DEVICE: stat.S_IFCHR,
+    NodeType.BLOCK_DEVICE: stat.S_IFBLK,
 }
 
 Entry = tuple[bytes, int, Node, int]
@@ -66,7 +66,7 @@ Entry = tuple[bytes, int, Node, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Showing:
+class DisplayOptions:
     """How things are shown: `owner` (user, group) of everything, and whether the kernel keeps data."""
 
     owner: tuple[int, int] | None = None
@@ -96,7 +96,7 @@ class FileSystem(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_acl = True
 
-    def __init__(self, view: View, showing: Showing) -> None:
+    def __init__(self, view: View, showing: DisplayOptions) -> None:
         super().__init__()
         self._view = view
         self._showing = showing
@@ -118,9 +118,9 @@ class FileSystem(pyfuse3.Operations):
         parent = self._place(parent_inode)
         try:
             found = self._find(parent, name)
-        except NotAtHand:
+        except WouldBlock:
             found = await self._in_thread(self._find, parent, name)
-        timeout = LASTING_S if self._view.is_lasting(parent) else PASSING_S
+        timeout = LASTING_S if self._view.is_immutable(parent) else PASSING_S
         entry = self._entry
         if found is None:
             if timeout < LASTING_S:
@@ -129,7 +129,7 @@ class FileSystem(pyfuse3.Operations):
         else:
             number = self._fill(*found)
             if number >= HARD_LINKS:
-                self._links.told(number, found[0])
+                self._links.remember(number, found[0])
         entry.entry_timeout = entry.attr_timeout = timeout
         return entry
 
@@ -141,11 +141,11 @@ class FileSystem(pyfuse3.Operations):
         place = self._place(inode)
         try:
             node = self._view.node(place)
-        except NotAtHand:
+        except WouldBlock:
             node = await self._in_thread(self._view.node, place)
         self._fill(place, node)
         entry = self._entry
-        entry.attr_timeout = LASTING_S if self._view.is_lasting(place) else PASSING_S
+        entry.attr_timeout = LASTING_S if self._view.is_immutable(place) else PASSING_S
         return entry
 
     @guarded
@@ -154,7 +154,7 @@ class FileSystem(pyfuse3.Operations):
         place = self._place(inode)
         try:
             return self._view.node(place).content
-        except NotAtHand:
+        except WouldBlock:
             return (await self._in_thread(self._view.node, place)).content
 
     @guarded
@@ -171,9 +171,9 @@ class FileSystem(pyfuse3.Operations):
         try:
             self._list(fh, self._entries(fh, start_id), token)
             if start_id == 0:
-                self._view.looked(fh, False)
-        except NotAtHand:
-            self._view.looked(fh, True)
+                self._view.on_readdir(fh, False)
+        except WouldBlock:
+            self._view.on_readdir(fh, True)
             gathered = await self._in_thread(self._gather, fh, start_id)
             self._list(fh, gathered, token)
 
@@ -185,7 +185,7 @@ class FileSystem(pyfuse3.Operations):
         place = self._place(inode)
         try:
             reader = self._view.open(place)
-        except NotAtHand:
+        except WouldBlock:
             reader = await self._in_thread(self._view.open, place)
         handle = next(self._handles)
         self._open[handle] = reader, inode
@@ -199,10 +199,10 @@ class FileSystem(pyfuse3.Operations):
             try:
                 parts = reader.read(off, size)
                 if off == 0:
-                    self._view.opened(self._place(inode), False)
-            except NotAtHand:
+                    self._view.on_open(self._place(inode), False)
+            except WouldBlock:
                 if off == 0:
-                    self._view.opened(self._place(inode), True)
+                    self._view.on_open(self._place(inode), True)
                 parts = await trio.to_thread.run_sync(
                     reader.read, off, size, abandon_on_cancel=True, limiter=self._reading
                 )
@@ -239,7 +239,7 @@ class FileSystem(pyfuse3.Operations):
         place = self._place(inode)
         try:
             value = self._view.xattr(place, name)
-        except NotAtHand:
+        except WouldBlock:
             value = await self._in_thread(self._view.xattr, place, name)
         if value is None:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
@@ -251,16 +251,16 @@ class FileSystem(pyfuse3.Operations):
         place = self._place(inode)
         try:
             return self._view.xattr_names(place)
-        except NotAtHand:
+        except WouldBlock:
             return await self._in_thread(self._view.xattr_names, place)
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """Tell the size of what is shown; nothing is free."""
         try:
             try:
-                size, nodes = self._view.totals()
-            except NotAtHand:
-                size, nodes = await self._in_thread(self._view.totals)
+                size, nodes = self._view.statfs_totals()
+            except WouldBlock:
+                size, nodes = await self._in_thread(self._view.statfs_totals)
         except Exception as error:
             raise pyfuse3.FUSEError(self.errno_of(pyfuse3.ROOT_INODE, error)) from None
         found = pyfuse3.StatvfsData()
@@ -295,7 +295,7 @@ class FileSystem(pyfuse3.Operations):
             if isinstance(error, CasfsError):
                 self._view.damage(place, error)
             else:
-                log.error("%s: %s", self._view.name_of(place), error, exc_info=error)
+                log.error("%s: %s", self._view.describe(place), error, exc_info=error)
         except Exception:
             log.exception("an error could not be told: %r", error)
         return errno.EIO
@@ -338,7 +338,7 @@ class FileSystem(pyfuse3.Operations):
         self, directory: int, entries: Iterator[Entry] | list[Entry], token: pyfuse3.ReaddirToken
     ) -> None:
         entry = self._entry
-        timeout = LASTING_S if self._view.is_lasting(directory) else PASSING_S
+        timeout = LASTING_S if self._view.is_immutable(directory) else PASSING_S
         entry.entry_timeout = entry.attr_timeout = timeout
         fill, reply = self._fill, pyfuse3.readdir_reply
         replied = False
@@ -349,8 +349,8 @@ class FileSystem(pyfuse3.Operations):
                     return
                 replied = True
                 if number >= HARD_LINKS:
-                    self._links.told(number, place)
-        except (NotAtHand, CasfsError):
+                    self._links.remember(number, place)
+        except (WouldBlock, CasfsError):
             # What was found is given; the next call begins where this one failed.
             if not replied:
                 raise
@@ -364,9 +364,9 @@ class FileSystem(pyfuse3.Operations):
         extra = node.extra
         if extra is not None:
             rdev = extra.rdev
-            if node.nlink > 1 and kind != Kind.DIRECTORY:
+            if node.nlink > 1 and kind != NodeType.DIRECTORY:
                 key = extra.device, node.inode
-                number = hard_link_number(self._view.first_of(place), key)
+                number = hard_link_number(self._view.range_start(place), key)
         entry.st_ino = pyfuse3.InodeT(number)
         entry.st_mode = pyfuse3.ModeT(_TYPES[kind] | node.mode)
         entry.st_nlink = node.nlink
@@ -377,7 +377,7 @@ class FileSystem(pyfuse3.Operations):
             entry.st_uid, entry.st_gid = self._showing.owner
         entry.st_rdev = rdev
         entry.st_size = node.size
-        entry.st_blocks = (allocated_bytes(node) + 511) >> 9 if kind == Kind.FILE else 0
+        entry.st_blocks = (allocated_bytes(node) + 511) >> 9 if kind == NodeType.FILE else 0
         mtime_ns = node.mtime_ns
         entry.st_mtime_ns = mtime_ns
         entry.st_atime_ns = mtime_ns

@@ -23,9 +23,9 @@ from collections.abc import Iterator
 
 from casfs.digest import digest_of
 from casfs.errors import CasfsError, TreeError
-from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Node, TreeRef, nodes_of
+from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Node, TreeRef, subtree_count
 from casfs.paths import join
-from casfs_mount.tree_cache import Piece, PieceCache
+from casfs_mount.tree_cache import TreeCache, TreePage
 
 ROOT = 1
 VERSIONS = 1 << 31
@@ -50,19 +50,19 @@ class StaleError(CasfsError):
 class Numbering:
     """The numbers of one snapshot's tree: `first` is the root's, `end` is one past the last node's."""
 
-    def __init__(self, root: Node, first: int, pieces: PieceCache) -> None:
+    def __init__(self, root: Node, first: int, pieces: TreeCache) -> None:
         self.root = root
         self.first = first
-        self.end = first + nodes_of(root)
+        self.end = first + subtree_count(root)
         self._pieces = pieces
         # Requests for one node come in a row.
         self._recent: tuple[int, Node] = first, root
         # The leaf that was searched last: first number, first number after it, itself, and the
         # number of the directory that it is of.
-        self._last: tuple[int, int, Piece, int] | None = None
+        self._last: tuple[int, int, TreePage, int] | None = None
 
     def node(self, number: int) -> Node:
-        """Return the node with a number; raises StaleError, NotAtHand and what reading raises."""
+        """Return the node with a number; raises StaleError, WouldBlock and what reading raises."""
         known, node = self._recent
         if known == number:
             return node
@@ -70,7 +70,7 @@ class Numbering:
         if last is not None and last[0] <= number < last[1]:
             piece = last[2]
             place = number - last[0]
-            i = piece.index_of_place(place)
+            i = piece.index_of_position(place)
             node = piece.nodes[i]  # type: ignore[index]
             if piece.starts[i] != place:
                 node = self._descend(node, last[0] + piece.starts[i], number, None)
@@ -81,7 +81,7 @@ class Numbering:
         self._recent = number, node
         return node
 
-    def way(self, number: int) -> list[tuple[int, Node]]:
+    def path_to(self, number: int) -> list[tuple[int, Node]]:
         """Return numbers and nodes from the root to a number, both ends included."""
         if not self.first <= number < self.end:
             raise StaleError(number)
@@ -94,14 +94,14 @@ class Numbering:
         last = self._last
         if last is not None and last[0] <= number < last[1]:
             place = number - last[0]
-            if last[2].starts[last[2].index_of_place(place)] == place:
+            if last[2].starts[last[2].index_of_position(place)] == place:
                 return last[3]
-        return self.way(number)[-2:][0][0]
+        return self.path_to(number)[-2:][0][0]
 
     def path(self, number: int) -> bytes:
         """Return the path below the root of the node with a number."""
         path = b""
-        for _, node in self.way(number)[1:]:
+        for _, node in self.path_to(number)[1:]:
             path = join(path, node.name)
         return path
 
@@ -141,7 +141,7 @@ class Numbering:
         starts = piece.starts
         if place >= starts[-1]:
             return
-        i = piece.index_of_place(place) if place > 0 else 0
+        i = piece.index_of_position(place) if place > 0 else 0
         shift = base - origin
         if piece.nodes is not None:
             if starts[i] < place:
@@ -166,7 +166,7 @@ class Numbering:
                 if ref is None:
                     raise StaleError(number)
                 piece = self._pieces.get(ref)
-                i = piece.index_of_place(number - base)
+                i = piece.index_of_position(number - base)
                 if piece.nodes is not None:
                     self._last = base, base + piece.starts[-1], piece, directory
                     base += piece.starts[i]
@@ -181,7 +181,7 @@ class Numbering:
         raise TreeError("directories are nested more deeply than the format allows")
 
 
-class NumberRanges:
+class InodeRanges:
     """Ranges of numbers that do not overlap; each is where its key wants it, if there is room.
 
     So a snapshot's numbers do not depend on the other snapshots, whatever comes and goes. Used by
@@ -243,7 +243,7 @@ class HardLinks:
             raise StaleError(number)
         return known[0]
 
-    def told(self, number: int, place: int) -> None:
+    def remember(self, number: int, place: int) -> None:
         """Count that the kernel was told a number, which leads to `place`."""
         known = self._known.get(number)
         if known is None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import CasfsError, NotFoundError
 
 FILE_SYSTEM_TYPE = "fuse.casfs"
@@ -92,7 +92,7 @@ def check_fuse(allow_other: bool) -> None:
 def check_mountpoint(path: Path, repository: Path) -> Path:
     """Return the real path of a directory that can be mounted on; raise CasfsError for any other."""
     real = real_path(path)
-    name = shown(os.fsencode(path))
+    name = escape_path(os.fsencode(path))
     record = mounted_at(real)
     try:
         status = os.stat(real)
@@ -118,11 +118,12 @@ def check_mountpoint(path: Path, repository: Path) -> Path:
     home = real_path(repository)
     if real == home or home in real.parents:
         raise CasfsError(
-            f"cannot mount on {name}: it is inside the repository {shown(bytes(home))}"
+            f"cannot mount on {name}: it is inside the repository {escape_path(bytes(home))}"
         )
     if real in home.parents:
         raise CasfsError(
-            f"cannot mount on {name}: the repository {shown(bytes(home))} is inside it and would be hidden"
+            f"cannot mount on {name}: the repository {escape_path(bytes(home))} is inside it "
+            "and would be hidden"
         )
     return real
 
@@ -153,7 +154,7 @@ def unmount(path: Path) -> Path:
     Raises NotFoundError where no mount of casfs is, CasfsError where it is busy or not this user's.
     """
     real = real_path(path)
-    name = shown(os.fsencode(path))
+    name = escape_path(os.fsencode(path))
     record = mounted_at(real)
     if record is None:
         raise NotFoundError(f"nothing is mounted on {name}")
@@ -193,7 +194,7 @@ def _take_away(real: Path) -> str | None:
         return None
     if b"busy" in done.stderr.lower():
         return _who_is_busy(real)
-    return shown(done.stderr.strip().replace(b"\n", b"; "))
+    return escape_path(done.stderr.strip().replace(b"\n", b"; "))
 
 
 def _count(path: Path) -> int:
@@ -204,11 +205,11 @@ def _count(path: Path) -> int:
 def _who_is_busy(real: Path) -> str:
     below = [found.path for found in mounts() if found.path.startswith(bytes(real) + b"/")]
     if below:
-        return f"it is busy: {shown(below[0])} is mounted below it"
+        return f"it is busy: {escape_path(below[0])} is mounted below it"
     users = sorted(set(_users_of(real)))
     if not users:
         return "it is busy: a program uses it"
-    listed = ", ".join(f"{shown(program)} (process {pid})" for pid, program in users[:5])
+    listed = ", ".join(f"{escape_path(program)} (process {pid})" for pid, program in users[:5])
     more = f" and {len(users) - 5} more" if len(users) > 5 else ""
     return f"it is busy: used by {listed}{more}"
 

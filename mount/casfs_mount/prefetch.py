@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from itertools import islice, pairwise
 
 from casfs.digest import Digest
-from casfs.format.tree import Kind, Node
-from casfs_mount.background import Errands
-from casfs_mount.blob_reader import Blobs
+from casfs.format.tree import Node, NodeType
+from casfs_mount.background import BackgroundPool
+from casfs_mount.blob_reader import BlobReader
 from casfs_mount.inodes import Numbering
-from casfs_mount.tree_cache import PieceCache
+from casfs_mount.tree_cache import TreeCache
 
 _DIRECTORIES = 64
 """How many directories are read at a time; the next as many when a walk has come to their middle."""
@@ -29,7 +29,7 @@ _FILE_BYTES = 8 * 1024 * 1024
 _NEVER = 1 << 63
 
 
-class Foresight:
+class Prefetcher:
     """Goes ahead of walks through one snapshot.
 
     `looked` and `opened` are called for every directory and file that is read, by the thread that must
@@ -37,7 +37,7 @@ class Foresight:
     """
 
     def __init__(
-        self, numbers: Numbering, pieces: PieceCache, blobs: Blobs, errands: Errands
+        self, numbers: Numbering, pieces: TreeCache, blobs: BlobReader, errands: BackgroundPool
     ) -> None:
         self._numbers = numbers
         self._pieces = pieces
@@ -50,20 +50,20 @@ class Foresight:
         self._next_file = -1
         self._fetched = -1, range(0)
 
-    def looked(self, number: int, waited: bool) -> None:
+    def on_readdir(self, number: int, waited: bool) -> None:
         """Tell that a directory is listed, and whether that has to wait."""
         if self._begin <= number <= self._end:
             if number >= self._middle:
                 middle, self._middle = self._middle, _NEVER
-                if not self._errands.send(lambda: self._go_on(None)):
+                if not self._errands.submit(lambda: self._go_on(None)):
                     self._middle = middle
         elif waited:
-            self._errands.send(lambda: self._go_on(number))
+            self._errands.submit(lambda: self._go_on(number))
 
-    def opened(self, number: int, waited: bool) -> None:
+    def on_open(self, number: int, waited: bool) -> None:
         """Tell that a file is read from its beginning, and whether that has to wait."""
         if waited or number == self._next_file:
-            self._errands.send(lambda: self._fetch_files(number))
+            self._errands.submit(lambda: self._fetch_files(number))
 
     def _go_on(self, start: int | None) -> None:
         """Read some more directories, those that follow `start` when it is a new walk."""
@@ -90,7 +90,7 @@ class Foresight:
         if not self._fetching.acquire(blocking=False):
             return
         try:
-            way = self._numbers.way(number)
+            way = self._numbers.path_to(number)
             if len(way) < 2:
                 return
             above, directory = way[-2]
@@ -102,7 +102,7 @@ class Foresight:
             fetched = [number]
             size = 0
             for beside, node, _ in self._numbers.entries(above, directory, start - above):
-                if node.kind == Kind.FILE and node.content:
+                if node.kind == NodeType.FILE and node.content:
                     fetched.append(beside)
                     size += self._blobs.prefetch(Digest(node.content[8:40]))
                 if size >= _FILE_BYTES or len(fetched) > _FILES:
@@ -114,13 +114,13 @@ class Foresight:
 
 
 def _directories_after(
-    numbers: Numbering, pieces: PieceCache, blobs: Blobs, start: int
+    numbers: Numbering, pieces: TreeCache, blobs: BlobReader, start: int
 ) -> Iterator[int]:
     """Yield the numbers of the directories behind one, in the order of a walk, each after reading it.
 
     What is in the directory comes first, then what follows it beside it, then what follows its parent.
     """
-    way = numbers.way(start)
+    way = numbers.path_to(start)
     stack = [_entries_after(numbers, *way[-1], 0)]
     for (above, parent), (below, _) in pairwise(way):
         stack.insert(-1, _entries_after(numbers, above, parent, below - above))
@@ -145,7 +145,7 @@ def _entries_after(
 
 
 def _ask_for_directories(
-    numbers: Numbering, number: int, directory: Node, pieces: PieceCache, blobs: Blobs
+    numbers: Numbering, number: int, directory: Node, pieces: TreeCache, blobs: BlobReader
 ) -> None:
     """Have the kernel read the trees of a directory's first directories all at once."""
     below = (node.tree for _, node, _ in numbers.entries(number, directory) if node.tree)

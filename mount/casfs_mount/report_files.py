@@ -15,13 +15,13 @@ from typing import Any
 import msgspec
 
 from casfs.digest import Digest, SnapshotId
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import CasfsError
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Kind, Node, captured_digest
+from casfs.format.tree import Node, NodeType, captured_digest
 from casfs.trees.reader import TreeReader, flagged_files
 from casfs_mount.damage_log import DamageLog
-from casfs_mount.event_loop_guard import Waiting
+from casfs_mount.event_loop_guard import EventLoopGuard
 
 FOLDER = b".casfs"
 CHANGED, DAMAGE, MANIFEST, SNAPSHOT = b"changed", b"damage", b"manifest.b3", b"snapshot.json"
@@ -30,7 +30,7 @@ FILES = (CHANGED, DAMAGE, MANIFEST, SNAPSHOT)
 _BATCH_BYTES = 256 * 1024
 
 
-class Reports:
+class ReportFiles:
     """The files about one snapshot; `root` is the directory that is shown as its root."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Reports:
         root: Node,
         trees: TreeReader,
         damage: DamageLog,
-        waiting: Waiting,
+        waiting: EventLoopGuard,
     ) -> None:
         self._snapshot_id = snapshot_id
         self._snapshot = snapshot
@@ -59,7 +59,7 @@ class Reports:
             size = len(self._damage.text())
         return Node(
             name=name,
-            kind=Kind.DIRECTORY if directory else Kind.FILE,
+            kind=NodeType.DIRECTORY if directory else NodeType.FILE,
             mode=0o555 if directory else 0o444,
             uid=self._root.uid,
             gid=self._root.gid,
@@ -82,7 +82,7 @@ class Reports:
 
     def _changed(self) -> Iterator[bytes]:
         for path, _ in flagged_files(self._trees, self._root):
-            yield shown(path).encode("utf-8", "surrogateescape") + b"\n"
+            yield escape_path(path).encode("utf-8", "surrogateescape") + b"\n"
 
     def _manifest(self) -> Iterator[bytes]:
         for path, node in self._trees.walk(self._root):
@@ -116,7 +116,7 @@ class ReportReader:
 
     streamed = True
 
-    def __init__(self, make: Callable[[], Iterator[bytes]], waiting: Waiting) -> None:
+    def __init__(self, make: Callable[[], Iterator[bytes]], waiting: EventLoopGuard) -> None:
         self._make = make
         self._waiting = waiting
         self._lock = threading.Lock()
@@ -130,7 +130,7 @@ class ReportReader:
 
         Raises what making the file raises, again for every reader who comes to that place.
         """
-        self._waiting.begin()
+        self._waiting.require_may_block()
         with self._lock:
             if offset < self._begin:
                 self._pieces = self._make()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 
-from casfs.digest import SHOWN_HEX_DIGITS, Digest, SnapshotId, digest_of, short
+from casfs.digest import SHOWN_HEX_DIGITS, Digest, SnapshotId, digest_of, short_id
 from casfs.errors import (
     CasfsError,
     IntegrityError,
@@ -30,11 +30,11 @@ from casfs.errors import (
 )
 from casfs.format.config import CONFIG_NAME
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Kind, Node, nodes_of, replace
+from casfs.format.tree import Node, NodeType, replace, subtree_count
 from casfs_mount.file_reader import Readable
-from casfs_mount.inodes import LISTINGS_END, ROOT, VERSIONS, NumberRanges, StaleError
-from casfs_mount.versions_view import Placed, VersionFolders
-from casfs_mount.view import REPORT_NUMBERS, SnapshotView, Sources
+from casfs_mount.inodes import LISTINGS_END, ROOT, VERSIONS, InodeRanges, StaleError
+from casfs_mount.versions_view import NamedSnapshot, VersionsView
+from casfs_mount.view import REPORT_NUMBERS, MountContext, SnapshotView
 
 _MAX_NAME_BYTES = 255
 
@@ -113,14 +113,14 @@ class _Listing:
 class RepositoryView:
     """Every snapshot of a repository side by side; safe to share between threads."""
 
-    def __init__(self, sources: Sources, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, sources: MountContext, clock: Callable[[], float] = time.monotonic) -> None:
         self._sources = sources
         self._clock = clock
         self._owner = os.getuid(), os.getgid()
         self._born_ns = time.time_ns()
         self._lock = threading.Lock()
         self._checked_s = -FRESH_S
-        self._ranges = NumberRanges()
+        self._ranges = InodeRanges()
         self._shown: dict[SnapshotId, _Shown] = {}
         self._unreadable: set[SnapshotId] = set()
         self._waited_for: set[SnapshotId] = set()
@@ -131,7 +131,7 @@ class RepositoryView:
         self._paths: dict[int, Path] = {ROOT: ()}
         self._listings: dict[int, _Listing] = {}
         self._full_ids: dict[bytes, tuple[int, Node]] = {}
-        self._versions = VersionFolders(
+        self._versions = VersionsView(
             sources.repository.trees,
             sources.waiting,
             lambda name: self._directory(name, self._born_ns),
@@ -214,36 +214,36 @@ class RepositoryView:
             raise StaleError(number)
         return self._view(number).open(number)
 
-    def first_of(self, number: int) -> int:
+    def range_start(self, number: int) -> int:
         """Return where the range of numbers begins that holds a number."""
         return self._ranges.find(number) if number >= LISTINGS_END else 0
 
-    def is_lasting(self, number: int) -> bool:
+    def is_immutable(self, number: int) -> bool:
         """Tell whether what is said of a number stays true as long as the mount."""
-        return number >= LISTINGS_END and self._view(number).is_lasting(number)
+        return number >= LISTINGS_END and self._view(number).is_immutable(number)
 
-    def totals(self) -> tuple[int, int]:
+    def statfs_totals(self) -> tuple[int, int]:
         """Return the sums over all snapshots, as if nothing were shared."""
         self._refresh()
         views = [shown.view for shown in self._shown.values() if shown.gone_s is None]
-        sums = [view.totals() for view in views]
+        sums = [view.statfs_totals() for view in views]
         return sum(size for size, _ in sums), sum(nodes for _, nodes in sums)
 
-    def looked(self, number: int, waited: bool) -> None:
+    def on_readdir(self, number: int, waited: bool) -> None:
         """Tell that a directory is listed from its beginning, and whether that has to wait."""
         if number >= LISTINGS_END:
-            self._view(number).looked(number, waited)
+            self._view(number).on_readdir(number, waited)
 
-    def opened(self, number: int, waited: bool) -> None:
+    def on_open(self, number: int, waited: bool) -> None:
         """Tell that a file is read from its beginning, and whether that has to wait."""
-        self._view(number).opened(number, waited)
+        self._view(number).on_open(number, waited)
 
-    def name_of(self, number: int) -> str:
+    def describe(self, number: int) -> str:
         """Return what a number is, for the log."""
         if number < LISTINGS_END:
             return "the list of snapshots"
         try:
-            return self._view(number).name_of(number)
+            return self._view(number).describe(number)
         except StaleError:
             return f"inode {number}"
 
@@ -263,7 +263,7 @@ class RepositoryView:
     def _refresh(self) -> None:
         if self._clock() - self._checked_s < FRESH_S:
             return
-        self._sources.waiting.begin()
+        self._sources.waiting.require_may_block()
         with self._lock:
             if self._clock() - self._checked_s < FRESH_S:
                 return
@@ -292,7 +292,7 @@ class RepositoryView:
                 self._waited_for.add(snapshot_id)
             except KeyMissingError as error:
                 self._unreadable.add(snapshot_id)
-                log.warning("snapshot %s is not shown: %s", short(snapshot_id), error)
+                log.warning("snapshot %s is not shown: %s", short_id(snapshot_id), error)
             except IntegrityError as error:
                 self._unreadable.add(snapshot_id)
                 log.error("%s; it is not shown", error)
@@ -319,7 +319,7 @@ class RepositoryView:
         if name in taken:
             name = name[:-8] + snapshot_id.hex().encode("ascii")
         root = snapshot.root
-        first = self._ranges.add(snapshot_id, nodes_of(root) + REPORT_NUMBERS)
+        first = self._ranges.add(snapshot_id, subtree_count(root) + REPORT_NUMBERS)
         view = SnapshotView(self._sources, snapshot_id, snapshot, root, first)
         shown = _Shown(snapshot_id, snapshot, name, first, view)
         self._by_first[first] = shown
@@ -377,8 +377,8 @@ class RepositoryView:
                 times[path] = time_ns
             whole = self._serial((b"ids", identity))
             full_ids[identity] = whole, self._link(identity, target, time_ns)
-        self._versions.show(
-            tuple(Placed(shown.snapshot_id, shown.snapshot, shown.name) for shown in present)
+        self._versions.set_snapshots(
+            tuple(NamedSnapshot(shown.snapshot_id, shown.snapshot, shown.name) for shown in present)
         )
         folders[()][b"versions"] = self._versions.root()
         listings: dict[int, _Listing] = {}
@@ -407,11 +407,11 @@ class RepositoryView:
 
     def _directory(self, name: bytes, time_ns: int) -> Node:
         uid, gid = self._owner
-        return Node(name, Kind.DIRECTORY, 0o555, uid, gid, time_ns, time_ns, 0, 2)
+        return Node(name, NodeType.DIRECTORY, 0o555, uid, gid, time_ns, time_ns, 0, 2)
 
     def _link(self, name: bytes, target: bytes, time_ns: int) -> Node:
         uid, gid = self._owner
         size = len(target)
         return Node(
-            name, Kind.SYMLINK, 0o777, uid, gid, time_ns, time_ns, 0, 1, size, content=target
+            name, NodeType.SYMLINK, 0o777, uid, gid, time_ns, time_ns, 0, 1, size, content=target
         )

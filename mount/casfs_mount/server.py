@@ -21,21 +21,21 @@ from typing import TYPE_CHECKING
 import pyfuse3
 import trio
 
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import CasfsError, KeyMissingError, UsageError
-from casfs.format.tree import Kind
+from casfs.format.tree import NodeType
 from casfs.repository.repository import Repository
-from casfs_mount.background import Errands
-from casfs_mount.blob_reader import Blobs
+from casfs_mount.background import BackgroundPool
+from casfs_mount.blob_reader import BlobReader
 from casfs_mount.chunk_cache import DEFAULT_CACHE_BYTES, ChunkCache
 from casfs_mount.daemon import Background, captured_stderr, run_in_background
-from casfs_mount.event_loop_guard import Waiting
-from casfs_mount.handlers import FileSystem, Showing
+from casfs_mount.event_loop_guard import EventLoopGuard
+from casfs_mount.handlers import DisplayOptions, FileSystem
 from casfs_mount.inodes import ROOT
 from casfs_mount.mountpoint import check_fuse, check_mountpoint
 from casfs_mount.repository_view import RepositoryView
-from casfs_mount.tree_cache import PieceCache
-from casfs_mount.view import SnapshotView, Sources, View
+from casfs_mount.tree_cache import TreeCache
+from casfs_mount.view import MountContext, SnapshotView, View
 
 if TYPE_CHECKING:
     from casfs.crypto.identities import Identities
@@ -116,13 +116,13 @@ def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
     unlock = (lambda storage, config: given) if given is not None else None
     repository = Repository.open(request.repository, reader="mount", unlock=unlock)
     repository.store.index.prefetch(INDEX_PREFETCH_BYTES)
-    waiting = Waiting()
-    blobs = Blobs(repository.store, waiting)
-    errands = Errands()
-    sources = Sources(
+    waiting = EventLoopGuard()
+    blobs = BlobReader(repository.store, waiting)
+    errands = BackgroundPool()
+    sources = MountContext(
         repository=repository,
         blobs=blobs,
-        pieces=PieceCache(blobs.read),
+        pieces=TreeCache(blobs.read),
         chunks=ChunkCache(blobs.read, waiting, errands, request.cache_bytes),
         waiting=waiting,
         errands=errands,
@@ -132,7 +132,7 @@ def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
     _prepare_process()
     try:
         view = open_view(sources, request.snapshot)
-        operations = FileSystem(view, Showing(request.owner, request.kernel_cache))
+        operations = FileSystem(view, DisplayOptions(request.owner, request.kernel_cache))
         # A signal that came between mounting and serving would leave a mount without a server.
         kept = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         try:
@@ -158,11 +158,11 @@ def _mount(operations: FileSystem, request: MountRequest) -> None:
             pyfuse3.init(operations, os.fspath(request.mountpoint), _options(request))
     except RuntimeError as error:
         why = "; ".join(said) or str(error)
-        name = shown(bytes(request.mountpoint))
-        raise CasfsError(f"FUSE cannot mount on {name}: {shown(os.fsencode(why))}") from error
+        name = escape_path(bytes(request.mountpoint))
+        raise CasfsError(f"FUSE cannot mount on {name}: {escape_path(os.fsencode(why))}") from error
 
 
-def open_view(sources: Sources, snapshot: str | None) -> View:
+def open_view(sources: MountContext, snapshot: str | None) -> View:
     """Return the view of SNAP or SNAP:PATH, or of the whole repository.
 
     Raises NotFoundError, AmbiguousIdError and UsageError, and what the repository raises.
@@ -171,8 +171,8 @@ def open_view(sources: Sources, snapshot: str | None) -> View:
         _refuse_if_closed(sources.repository)
         return RepositoryView(sources)
     snapshot_id, loaded, path, root = sources.repository.resolve_path(snapshot)
-    if root.kind != Kind.DIRECTORY:
-        raise UsageError(f"only a directory can be mounted: {shown(path)} is none")
+    if root.kind != NodeType.DIRECTORY:
+        raise UsageError(f"only a directory can be mounted: {escape_path(path)} is none")
     return SnapshotView(sources, snapshot_id, loaded, root, ROOT)
 
 
@@ -220,13 +220,13 @@ def _prepare_process() -> None:
             mallopt(option, value)
 
 
-async def _run(mountpoint: Path, waiting: Waiting, on_ready: Callable[[], None]) -> None:
-    waiting.forbid_here()
+async def _run(mountpoint: Path, waiting: EventLoopGuard, on_ready: Callable[[], None]) -> None:
+    waiting.bind()
     with trio.open_signal_receiver(*_ENDING) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_at_a_signal, signals, nursery.cancel_scope)
-            nursery.start_soon(_make_usable, mountpoint, on_ready)
+            nursery.start_soon(_announce_ready, mountpoint, on_ready)
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
@@ -241,7 +241,7 @@ async def _end_at_a_signal(signals: AsyncIterator[int], scope: trio.CancelScope)
         scope.cancel()
 
 
-async def _make_usable(mountpoint: Path, on_ready: Callable[[], None]) -> None:
+async def _announce_ready(mountpoint: Path, on_ready: Callable[[], None]) -> None:
     """Ask the mount something, which shows that it answers, and let the kernel read further ahead."""
     status = await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
     raise_read_ahead(status.st_dev)

@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from casfs.digest import Digest
 from casfs.errors import TreeError
-from casfs.format.tree import Leaf, Node, TreeRef, decode_piece, nodes_of
+from casfs.format.tree import Leaf, Node, TreeRef, decode_piece, subtree_count
 from casfs.trees.reader import Read
 
 DEFAULT_CACHE_BYTES = 32 * 1024 * 1024
@@ -23,7 +23,7 @@ _ENTRY_BYTES = 420
 """What a decoded entry takes beside the bytes that it was decoded from, about."""
 
 
-class Piece:
+class TreePage:
     """The entries of a leaf or the pieces of a branch, and where each begins.
 
     `starts` has the place of each and, last, the number of nodes in all. `nodes` is None in a branch,
@@ -39,7 +39,7 @@ class Piece:
         if isinstance(decoded, Leaf):
             self.nodes = decoded.nodes
             self.firsts = [node.name for node in decoded.nodes]
-            counts = [nodes_of(node) for node in decoded.nodes]
+            counts = [subtree_count(node) for node in decoded.nodes]
         else:
             self.parts = [piece.tree for piece in decoded.pieces]
             self.firsts = [piece.first for piece in decoded.pieces]
@@ -51,7 +51,7 @@ class Piece:
         self.used = False
         self.weight = len(data) + _ENTRY_BYTES * len(counts)
 
-    def index_of_place(self, place: int) -> int:
+    def index_of_position(self, place: int) -> int:
         """Return which entry or part holds a place."""
         return bisect_right(self.starts, place, 0, len(self.starts) - 1) - 1
 
@@ -60,21 +60,21 @@ class Piece:
         return bisect_right(self.firsts, name) - 1
 
 
-class PieceCache:
+class TreeCache:
     """Verified pieces by digest, in a bounded number of bytes."""
 
     def __init__(self, read: Read, limit_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self._read = read
         self._limit = limit_bytes
         self._lock = threading.Lock()
-        self._pieces: OrderedDict[bytes, Piece] = OrderedDict()
+        self._pieces: OrderedDict[bytes, TreePage] = OrderedDict()
         self.cached_bytes = 0
 
-    def get(self, ref: TreeRef) -> Piece:
-        """Return a tree's piece; raises NotAtHand, TreeError and whatever reading raises."""
+    def get(self, ref: TreeRef) -> TreePage:
+        """Return a tree's piece; raises WouldBlock, TreeError and whatever reading raises."""
         piece = self._pieces.get(ref.digest)
         if piece is None:
-            piece = Piece(ref, self._read(Digest(ref.digest)))
+            piece = TreePage(ref, self._read(Digest(ref.digest)))
             self._keep(ref.digest, piece)
             return piece
         if piece.starts[-1] != ref.nodes:
@@ -86,7 +86,7 @@ class PieceCache:
         """Tell whether `get` would answer at once."""
         return ref.digest in self._pieces
 
-    def _keep(self, digest: bytes, piece: Piece) -> None:
+    def _keep(self, digest: bytes, piece: TreePage) -> None:
         with self._lock:
             if digest in self._pieces:
                 return

@@ -17,13 +17,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from casfs.digest import SnapshotId, short
+from casfs.digest import SnapshotId, short_id
 from casfs.errors import IntegrityError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node
-from casfs.query.history import PathFinder, Version, versions_of
+from casfs.query.history import PathLookup, Version, path_history
 from casfs.trees.reader import TreeReader
-from casfs_mount.event_loop_guard import Waiting
+from casfs_mount.event_loop_guard import EventLoopGuard
 from casfs_mount.inodes import LISTINGS_END, VERSIONS, StaleError
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ Path = tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class NamedSnapshot:
     """A snapshot with its name in `snapshots/`."""
 
     snapshot_id: SnapshotId
@@ -53,7 +53,7 @@ class _Folder:
     by_name: dict[bytes, tuple[int, Node]]
 
 
-class VersionFolders:
+class VersionsView:
     """The tree below `versions/`; safe to share between threads.
 
     `directory` and `link` make the nodes of what has a name, or of a link with a target and a time.
@@ -62,7 +62,7 @@ class VersionFolders:
     def __init__(
         self,
         trees: TreeReader,
-        waiting: Waiting,
+        waiting: EventLoopGuard,
         directory: Callable[[bytes], Node],
         link: Callable[[bytes, bytes, int], Node],
     ) -> None:
@@ -71,7 +71,7 @@ class VersionFolders:
         self._directory = directory
         self._link = link
         self._lock = threading.Lock()
-        self._placed: tuple[Placed, ...] = ()
+        self._placed: tuple[NamedSnapshot, ...] = ()
         self._next = VERSIONS + 1
         # What a number stands for: a folder's path, or a link's path and its name.
         self._things: OrderedDict[int, tuple[Path, bytes | None]] = OrderedDict()
@@ -81,7 +81,7 @@ class VersionFolders:
         self._existing: set[Path] = set()
         self._told: set[SnapshotId] = set()
 
-    def show(self, placed: tuple[Placed, ...]) -> None:
+    def set_snapshots(self, placed: tuple[NamedSnapshot, ...]) -> None:
         """Show the versions in these snapshots, the earliest first."""
         with self._lock:
             self._placed = placed
@@ -93,8 +93,8 @@ class VersionFolders:
         return VERSIONS, self._directory(b"versions")
 
     def node(self, number: int) -> Node:
-        """Return the node with a number; raises StaleError and NotAtHand."""
-        path, name = self._thing(number)
+        """Return the node with a number; raises StaleError and WouldBlock."""
+        path, name = self._target_of(number)
         if name is None:
             return self._directory(path[-1] if path else b"versions")
         found = self._folder(path).by_name.get(name)
@@ -104,7 +104,7 @@ class VersionFolders:
 
     def parent(self, number: int) -> int | None:
         """Return the number of the directory that holds a node; None for `versions/` itself."""
-        path, name = self._thing(number)
+        path, name = self._target_of(number)
         if name is None and not path:
             return None
         with self._lock:
@@ -112,7 +112,7 @@ class VersionFolders:
 
     def lookup(self, number: int, name: bytes) -> tuple[int, Node] | None:
         """Return a version's link, else the directory of a path that is in any snapshot, else None."""
-        path, link = self._thing(number)
+        path, link = self._target_of(number)
         if link is not None:
             return None
         found = self._folder(path).by_name.get(name)
@@ -123,7 +123,7 @@ class VersionFolders:
             known = below in self._existing
             placed = self._placed
         if not known:
-            self._waiting.begin()
+            self._waiting.require_may_block()
             if not self._exists(below, placed):
                 return None
         with self._lock:
@@ -133,14 +133,14 @@ class VersionFolders:
 
     def entries(self, number: int, place: int) -> Iterator[tuple[int, Node, int]]:
         """Yield number, node and the place after it of a path's versions from a place on."""
-        path, link = self._thing(number)
+        path, link = self._target_of(number)
         if link is not None:
             return
         folder = self._folder(path)
         for i in range(bisect_right(folder.serials, place), len(folder.serials)):
             yield *folder.links[i], folder.serials[i]
 
-    def _thing(self, number: int) -> tuple[Path, bytes | None]:
+    def _target_of(self, number: int) -> tuple[Path, bytes | None]:
         if number == VERSIONS:
             return (), None
         with self._lock:
@@ -167,14 +167,14 @@ class VersionFolders:
             self._things.move_to_end(number)
         return number
 
-    def _exists(self, path: Path, placed: tuple[Placed, ...]) -> bool:
-        finder = PathFinder(self._trees, b"/".join(path))
+    def _exists(self, path: Path, placed: tuple[NamedSnapshot, ...]) -> bool:
+        finder = PathLookup(self._trees, b"/".join(path))
         for one in reversed(placed):
             try:
                 if finder.find(one.snapshot.root) is not None:
                     return True
             except IntegrityError as error:
-                self._tell(one.snapshot_id, error)
+                self._warn(one.snapshot_id, error)
         return False
 
     def _folder(self, path: Path) -> _Folder:
@@ -183,19 +183,21 @@ class VersionFolders:
             placed = self._placed
         if folder is not None:
             return folder
-        self._waiting.begin()
+        self._waiting.require_may_block()
         snapshots = [(one.snapshot_id, one.snapshot) for one in placed]
-        found = versions_of(self._trees, snapshots, b"/".join(path), self._tell)
+        found = path_history(self._trees, snapshots, b"/".join(path), self._warn)
         names = {one.snapshot_id: one.name for one in placed}
         with self._lock:
-            folder = self._made(path, found, names)
+            folder = self._build_folder(path, found, names)
             if placed is self._placed:
                 self._folders[path] = folder
                 if len(self._folders) > _MOST_LISTINGS:
                     self._folders.popitem(last=False)
         return folder
 
-    def _made(self, path: Path, versions: list[Version], names: dict[SnapshotId, bytes]) -> _Folder:
+    def _build_folder(
+        self, path: Path, versions: list[Version], names: dict[SnapshotId, bytes]
+    ) -> _Folder:
         by_name: dict[bytes, tuple[int, Node]] = {}
         for version in versions:
             snapshot_id, snapshot = version.snapshots[0]
@@ -206,9 +208,9 @@ class VersionFolders:
         links = sorted(by_name.values(), key=lambda link: link[0])
         return _Folder([number for number, _ in links], links, by_name)
 
-    def _tell(self, snapshot_id: SnapshotId, error: IntegrityError) -> None:
+    def _warn(self, snapshot_id: SnapshotId, error: IntegrityError) -> None:
         with self._lock:
             if snapshot_id in self._told:
                 return
             self._told.add(snapshot_id)
-        log.error("snapshot %s: %s", short(snapshot_id), error)
+        log.error("snapshot %s: %s", short_id(snapshot_id), error)

@@ -2,7 +2,7 @@
 
 Everything is asked by number (see `casfs_mount.inodes`) and answered with nodes, those of the snapshot and
 those of its `.casfs` folder alike. Safe to share between threads; the one that must not wait gets
-NotAtHand wherever something has to be read first.
+WouldBlock wherever something has to be read first.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from casfs.digest import SnapshotId
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import CasfsError
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Kind, Node, State, capture_of, captured_digest
-from casfs.problems import reason_word
+from casfs.format.tree import CaptureState, Node, NodeType, capture_of, captured_digest
+from casfs.problems import reason_label
 from casfs.repository.repository import Repository
-from casfs.trees.content import HOLE, RECORD
-from casfs_mount.background import Errands
-from casfs_mount.blob_reader import Blobs
+from casfs.trees.content import EXTENT, HOLE
+from casfs_mount.background import BackgroundPool
+from casfs_mount.blob_reader import BlobReader
 from casfs_mount.chunk_cache import ChunkCache
 from casfs_mount.damage_log import DamageLog
-from casfs_mount.event_loop_guard import Waiting
+from casfs_mount.event_loop_guard import EventLoopGuard
 from casfs_mount.file_reader import FileReader, Readable
 from casfs_mount.inodes import Numbering
-from casfs_mount.prefetch import Foresight
-from casfs_mount.report_files import FILES, FOLDER, Reports
-from casfs_mount.tree_cache import PieceCache
+from casfs_mount.prefetch import Prefetcher
+from casfs_mount.report_files import FILES, FOLDER, ReportFiles
+from casfs_mount.tree_cache import TreeCache
 
 log = logging.getLogger(__name__)
 
@@ -75,22 +75,22 @@ class View(Protocol):
     def open(self, number: int) -> Readable:
         """Return a reader of a regular file; raises RefusedError."""
 
-    def first_of(self, number: int) -> int:
+    def range_start(self, number: int) -> int:
         """Return where the range of numbers begins that holds a number."""
 
-    def is_lasting(self, number: int) -> bool:
+    def is_immutable(self, number: int) -> bool:
         """Tell whether a node, and what is in a directory, stays the same as long as the mount."""
 
-    def totals(self) -> tuple[int, int]:
+    def statfs_totals(self) -> tuple[int, int]:
         """Return bytes and entries of all that is shown."""
 
-    def looked(self, number: int, waited: bool) -> None:
+    def on_readdir(self, number: int, waited: bool) -> None:
         """Tell that a directory is listed from its beginning, and whether that has to wait."""
 
-    def opened(self, number: int, waited: bool) -> None:
+    def on_open(self, number: int, waited: bool) -> None:
         """Tell that a file is read from its beginning, and whether that has to wait."""
 
-    def name_of(self, number: int) -> str:
+    def describe(self, number: int) -> str:
         """Return what a number is, for the log; never fails and never waits."""
 
     def damage(self, number: int, error: CasfsError) -> None:
@@ -98,15 +98,15 @@ class View(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class MountContext:
     """What all views of one mount share."""
 
     repository: Repository
-    blobs: Blobs
-    pieces: PieceCache
+    blobs: BlobReader
+    pieces: TreeCache
     chunks: ChunkCache
-    waiting: Waiting
-    errands: Errands
+    waiting: EventLoopGuard
+    errands: BackgroundPool
     deny_changed: bool = False
 
 
@@ -115,7 +115,7 @@ class SnapshotView:
 
     def __init__(
         self,
-        sources: Sources,
+        sources: MountContext,
         snapshot_id: SnapshotId,
         snapshot: Snapshot,
         root: Node,
@@ -124,11 +124,11 @@ class SnapshotView:
         self._sources = sources
         self._snapshot_id = snapshot_id
         self._numbers = Numbering(root, first, sources.pieces)
-        self._foresight = Foresight(self._numbers, sources.pieces, sources.blobs, sources.errands)
+        self._foresight = Prefetcher(self._numbers, sources.pieces, sources.blobs, sources.errands)
         self._first = first
         self._folder = self._numbers.end
         self._damage = DamageLog()
-        self._reports = Reports(
+        self._reports = ReportFiles(
             snapshot_id, snapshot, root, sources.repository.trees, self._damage, sources.waiting
         )
         self._root = root
@@ -176,7 +176,7 @@ class SnapshotView:
                 if own == name:
                     return value
         if name.startswith(_VIRTUAL_XATTRS):
-            return self._knowledge(node, name[len(_VIRTUAL_XATTRS) :])
+            return self._known_facts(node, name[len(_VIRTUAL_XATTRS) :])
         return None
 
     def xattr_names(self, number: int) -> list[bytes]:
@@ -192,9 +192,9 @@ class SnapshotView:
                 raise RefusedError("it is a directory", errno.EISDIR)
             return self._reports.open(name)
         node = self._numbers.node(number)
-        if node.kind != Kind.FILE:
+        if node.kind != NodeType.FILE:
             raise RefusedError("it is not a regular file", errno.EINVAL)
-        if node.state == State.CHANGED:
+        if node.state == CaptureState.CHANGED:
             self._warn_of_changed(number)
         return FileReader(
             node,
@@ -204,37 +204,37 @@ class SnapshotView:
             ),
         )
 
-    def first_of(self, number: int) -> int:
+    def range_start(self, number: int) -> int:
         """Return where the range of numbers begins that holds a number."""
         return self._first
 
-    def is_lasting(self, number: int) -> bool:
+    def is_immutable(self, number: int) -> bool:
         """Tell whether what is said of a number stays true: all but `.casfs` does."""
         return number < self._folder
 
-    def totals(self) -> tuple[int, int]:
+    def statfs_totals(self) -> tuple[int, int]:
         """Return bytes and entries of the snapshot."""
         tree = self._root.tree
         return (0, 1) if tree is None else (tree.total_bytes, tree.nodes + 1)
 
-    def looked(self, number: int, waited: bool) -> None:
+    def on_readdir(self, number: int, waited: bool) -> None:
         """Tell that a directory is listed from its beginning, and whether that has to wait."""
         if number < self._folder:
-            self._foresight.looked(number, waited)
+            self._foresight.on_readdir(number, waited)
 
-    def opened(self, number: int, waited: bool) -> None:
+    def on_open(self, number: int, waited: bool) -> None:
         """Tell that a file is read from its beginning, and whether that has to wait."""
         if number < self._folder:
-            self._foresight.opened(number, waited)
+            self._foresight.on_open(number, waited)
 
-    def name_of(self, number: int) -> str:
+    def describe(self, number: int) -> str:
         """Return the path of a node for the log, or its number where that cannot be told at once."""
         try:
             name = self._report(number)
             path = b".casfs/" + name if name is not None else self._numbers.path(number)
         except Exception:  # the path is a courtesy; what is being told is another error
             return f"inode {number}"
-        return f"{shown(path) or '/'} (snapshot {self._snapshot_id.hex()[:12]})"
+        return f"{escape_path(path) or '/'} (snapshot {self._snapshot_id.hex()[:12]})"
 
     def damage(self, number: int, error: CasfsError) -> None:
         """Remember that something of a node other than a range of its bytes cannot be read."""
@@ -250,7 +250,7 @@ class SnapshotView:
             return FOLDER
         return FILES[place - 1] if 0 < place <= len(FILES) else None
 
-    def _knowledge(self, node: Node, what: bytes) -> bytes | None:
+    def _known_facts(self, node: Node, what: bytes) -> bytes | None:
         if what == b"snapshot":
             return self._snapshot_id.hex().encode("ascii")
         captured = captured_digest(node)
@@ -258,7 +258,7 @@ class SnapshotView:
             return None
         capture = capture_of(node)
         if what == b"capture":
-            return State(node.state).name.lower().encode("ascii")
+            return CaptureState(node.state).name.lower().encode("ascii")
         if what == b"captured":
             return captured.hex().encode("ascii")
         if what == b"observed":
@@ -267,7 +267,7 @@ class SnapshotView:
         if what == b"attempts":
             return b"%d" % (capture.attempts if capture is not None else 1)
         if what == b"reason":
-            return reason_word(capture.reason if capture is not None else 0).encode("ascii")
+            return reason_label(capture.reason if capture is not None else 0).encode("ascii")
         return None
 
     def _warn_of_changed(self, number: int) -> None:
@@ -281,7 +281,7 @@ class SnapshotView:
         if first_time:
             log.warning(
                 "%s changed while it was backed up (snapshot %s)%s",
-                shown(path),
+                escape_path(path),
                 self._snapshot_id.hex()[:12],
                 ": opening it is denied" if denied else "; what was captured is shown",
             )
@@ -295,6 +295,6 @@ def allocated_bytes(node: Node) -> int:
     What lists of chunks further down say about holes is not looked up.
     """
     content = node.content
-    if node.levels or (len(content) == RECORD.size and content[8:] != HOLE):
+    if node.levels or (len(content) == EXTENT.size and content[8:] != HOLE):
         return node.size
-    return sum(length for length, digest in RECORD.iter_unpack(content) if digest != HOLE)
+    return sum(length for length, digest in EXTENT.iter_unpack(content) if digest != HOLE)

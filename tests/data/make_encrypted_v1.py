@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from casfs.backup.run import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.crypto import age
 from casfs.crypto.recipients import parse_recipient
 from casfs.monitor import RecordingMonitor
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
                     (b".",), host="frozen", tags=("one",), time_ns=number * 10**18
                 )
                 with Repository.open(folder, "backup") as repository:
-                    back_up(repository, options, RecordingMonitor())
+                    run_backup(repository, options, RecordingMonitor())
                 (source / "later").write_bytes(b"in the second session\n" * 50)
         finally:
             os.chdir(here)

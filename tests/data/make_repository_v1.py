@@ -17,11 +17,19 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from casfs.backup.run import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.digest import digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest
+from casfs.format.tree import (
+    Capture,
+    CaptureState,
+    ChangeReason,
+    Node,
+    NodeExtra,
+    NodeType,
+    captured_digest,
+)
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, ContentWriter
@@ -45,7 +53,7 @@ def main(folder: Path) -> None:
                 options = BackupOptions(
                     (b".",), host="frozen", tags=("one", "two"), time_ns=1_700_000_000_000_000_000
                 )
-                back_up(repository, options, RecordingMonitor())
+                run_backup(repository, options, RecordingMonitor())
             finally:
                 os.chdir(here)
             publish_by_hand(repository)
@@ -103,19 +111,43 @@ def publish_by_hand(repository: Repository) -> None:
     tree = TreeWriter(writer.put, digest_of, repository.config.tree_seed)
     tree.add(
         Node(
-            *(b"appended", Kind.FILE, 0o600, 7, 8, *times, 11, 1, len(data), State.APPENDED, True),
+            *(
+                b"appended",
+                NodeType.FILE,
+                0o600,
+                7,
+                8,
+                *times,
+                11,
+                1,
+                len(data),
+                CaptureState.APPENDED,
+                True,
+            ),
             *(records, levels, digest_of(data), None),
-            Extra(capture=Capture(Reason.GREW, 1, digest_of(data + b"more"))),
+            NodeExtra(capture=Capture(ChangeReason.GREW, 1, digest_of(data + b"more"))),
         )
     )
     tree.add(
         Node(
-            *(b"changed", Kind.FILE, 0o600, 7, 8, *times, 12, 1, len(torn), State.CHANGED, True),
+            *(
+                b"changed",
+                NodeType.FILE,
+                0o600,
+                7,
+                8,
+                *times,
+                12,
+                1,
+                len(torn),
+                CaptureState.CHANGED,
+                True,
+            ),
             *(len(torn).to_bytes(8, "little") + digest_of(torn), 0, None, None),
-            Extra(capture=Capture(Reason.REWRITTEN, 3, digest_of(b"seen later"))),
+            NodeExtra(capture=Capture(ChangeReason.REWRITTEN, 3, digest_of(b"seen later"))),
         )
     )
-    root = Node(b"", Kind.DIRECTORY, 0o755, 0, 0, *times, 2, 2, tree=tree.finish())
+    root = Node(b"", NodeType.DIRECTORY, 0o755, 0, 0, *times, 2, 2, tree=tree.finish())
     writer.finish()
     repository.publish(
         Snapshot(
@@ -146,7 +178,7 @@ def describe(folder: Path, unlock: Unlock | None = None) -> dict[str, dict[str, 
                     "size": node.size,
                     "state": int(node.state),
                     "blake3": digest.hex() if digest is not None else None,
-                    "target": node.content.decode() if node.kind == Kind.SYMLINK else None,
+                    "target": node.content.decode() if node.kind == NodeType.SYMLINK else None,
                     "xattrs": [
                         [name.decode(), value.hex()]
                         for name, value in (node.extra.xattrs if node.extra is not None else ())

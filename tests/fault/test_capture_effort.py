@@ -9,7 +9,7 @@ import pytest
 from blake3 import blake3
 
 from casfs.digest import Digest
-from casfs.format.tree import Reason, State, capture_of, captured_digest
+from casfs.format.tree import CaptureState, ChangeReason, capture_of, captured_digest
 from casfs.monitor import ProblemKind
 from tests.support.capturing import Keeper
 from tests.support.scripted_source import ScriptedSource, content
@@ -88,7 +88,7 @@ class TestAttempts:
         file = scripted.scene({"file": {"seed": "old", "size": SMALL, "rules": [rule]}}) / "file"
         backup = kept.back_up(file.parent)
         assert openings(scripted, file) == 1
-        assert backup.file(file).state == State.APPENDED
+        assert backup.file(file).state == CaptureState.APPENDED
         assert (backup.flagged, backup.exit) == (0, 0)
 
     def test_take_a_prefix_over_a_mixture_that_was_captured_before(
@@ -102,7 +102,11 @@ class TestAttempts:
         node = backup.file(file)
         capture = capture_of(node)
         assert capture is not None
-        assert (node.state, capture.reason, capture.attempts) == (State.APPENDED, Reason.GREW, 2)
+        assert (node.state, capture.reason, capture.attempts) == (
+            CaptureState.APPENDED,
+            ChangeReason.GREW,
+            2,
+        )
         assert captured_digest(node) == blake3(content("version 1 ", SMALL)).digest()
 
     def test_keep_the_whole_file_that_was_replaced_when_its_successor_never_holds_still(
@@ -123,7 +127,7 @@ class TestAttempts:
         capture = capture_of(node)
         assert capture is not None
         found = (node.state, capture.reason, capture.attempts)
-        assert found == (State.STABLE, Reason.REPLACED, 3)
+        assert found == (CaptureState.STABLE, ChangeReason.REPLACED, 3)
         assert captured_digest(node) == blake3(content("old", SMALL)).digest()
 
     def test_keep_what_there_is_when_the_file_can_no_longer_be_opened(
@@ -133,7 +137,7 @@ class TestAttempts:
         file = scripted.scene({"file": {"seed": "old", "size": SMALL, "rules": script}}) / "file"
         backup = kept.back_up(file.parent)
         node = backup.file(file)
-        assert node.state == State.CHANGED
+        assert node.state == CaptureState.CHANGED
         assert backup.exit == 4
         digest = captured_digest(node)
         assert digest is not None
@@ -156,7 +160,7 @@ class TestTheLastLook:
         capture = capture_of(node)
         assert capture is not None
         found = (node.state, capture.reason, capture.attempts, capture.observed)
-        assert found == (State.STABLE, Reason.REWRITTEN, 4, None)
+        assert found == (CaptureState.STABLE, ChangeReason.REWRITTEN, 4, None)
         assert backup.flagged == 1
         assert [problem.path.rpartition(b"/")[2] for problem in backup.problems] == [b"never"]
         stats = backup.result.snapshot.stats
@@ -177,7 +181,7 @@ class TestTheLastLook:
         node = backup.file(file)
         capture = capture_of(node)
         assert capture is not None
-        assert (node.state, capture.attempts) == (State.CHANGED, 3)
+        assert (node.state, capture.attempts) == (CaptureState.CHANGED, 3)
         problem = backup.problem(file)
         assert problem is not None and problem.kind == ProblemKind.CHANGED
 
@@ -196,7 +200,7 @@ class TestTheLastLook:
     ) -> None:
         file = scripted.scene({"file": changing(SMALL, 1, 2, 3), "other": changing()}) / "file"
         backup = kept.back_up(file)
-        assert backup.file(file).state == State.STABLE
+        assert backup.file(file).state == CaptureState.STABLE
         assert openings(scripted, file) == 4
         assert backup.node(file.parent / "other") is None
 
@@ -242,7 +246,7 @@ class TestClocksTooCoarseToShowAChange:
         capture = capture_of(node)
         assert capture is not None
         found = (node.state, capture.reason, capture.attempts, node.racy)
-        assert found == (State.STABLE, Reason.REWRITTEN, 2, True)
+        assert found == (CaptureState.STABLE, ChangeReason.REWRITTEN, 2, True)
         assert captured_digest(node) == blake3(content("version 1 ", SMALL)).digest()
 
     def test_a_rewrite_at_every_reading_is_flagged(
@@ -251,7 +255,7 @@ class TestClocksTooCoarseToShowAChange:
         told = {"seed": "old", "size": SMALL, "young": True, "rules": rewritten(0)}
         file = scripted.scene({"file": told}) / "file"
         backup = kept.back_up(file.parent)
-        assert backup.file(file).state == State.CHANGED
+        assert backup.file(file).state == CaptureState.CHANGED
         assert backup.exit == 4
 
     def test_a_file_that_is_so_young_is_stable_and_read_again_by_the_next_backup(
@@ -261,7 +265,7 @@ class TestClocksTooCoarseToShowAChange:
         file = scripted.scene({"file": told}) / "file"
         first = kept.back_up(file.parent)
         node = first.file(file)
-        assert (node.state, node.racy, capture_of(node)) == (State.STABLE, True, None)
+        assert (node.state, node.racy, capture_of(node)) == (CaptureState.STABLE, True, None)
         assert reads(scripted, file) == 2, "a capture and its witness"
         second = kept.back_up(file.parent)
         assert second.result.snapshot.stats.unchanged == 0
@@ -277,14 +281,14 @@ class TestTheNextBackup:
         told = {"seed": "old", "size": SMALL, "rules": [rule] if change else []}
         file = scripted.scene({"file": told}) / "file"
         first = kept.back_up(file.parent, attempts=1)
-        expected = {"append": State.APPENDED, "rewrite": State.CHANGED}
-        assert first.file(file).state == expected.get(str(change), State.STABLE)
+        expected = {"append": CaptureState.APPENDED, "rewrite": CaptureState.CHANGED}
+        assert first.file(file).state == expected.get(str(change), CaptureState.STABLE)
         before = openings(scripted, file)
         second = kept.back_up(file.parent)
         assert openings(scripted, file) == before + (change is not None)
         assert second.result.snapshot.stats.unchanged == (change is None)
         node = second.file(file)
-        assert node.state == State.STABLE
+        assert node.state == CaptureState.STABLE
         third = kept.back_up(file.parent)
         assert third.result.snapshot.stats.unchanged == 1
 
@@ -296,7 +300,7 @@ class TestWhatStatSays:
         told = {"seed": "endless", "size": LARGE, "told_size": SMALL}
         file = scripted.scene({"file": told}) / "file"
         node = kept.back_up(file.parent).file(file)
-        assert (node.state, node.size) == (State.STABLE, SMALL)
+        assert (node.state, node.size) == (CaptureState.STABLE, SMALL)
         assert captured_digest(node) == blake3(content("endless", LARGE)[:SMALL]).digest()
 
     def test_a_file_that_ends_before_its_size_is_as_long_as_what_was_read(
@@ -305,7 +309,7 @@ class TestWhatStatSays:
         told = {"seed": "short", "size": SMALL, "told_size": LARGE}
         file = scripted.scene({"file": told}) / "file"
         node = kept.back_up(file.parent).file(file)
-        assert (node.state, node.size) == (State.STABLE, SMALL)
+        assert (node.state, node.size) == (CaptureState.STABLE, SMALL)
         assert reads(scripted, file) == 2, "only a witness could say that this is all"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from casfs.backup import capture
-from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
+from casfs.format.tree import CaptureState, ChangeReason, Node, capture_of, captured_digest
 from tests.support.capturing import Keeper, Kept
 from tests.support.read_hooks import Reads
 from tests.support.scripted_source import content
@@ -46,12 +46,12 @@ def settle(*files: Path) -> None:
         time.sleep(0.01)
 
 
-def found(node: Node) -> tuple[State, Reason, int]:
+def found(node: Node) -> tuple[CaptureState, ChangeReason, int]:
     """Return state, reason and attempts."""
     evidence = capture_of(node)
     if evidence is None:
-        return State(node.state), Reason.NONE, 1
-    return State(node.state), Reason(evidence.reason), evidence.attempts
+        return CaptureState(node.state), ChangeReason.NONE, 1
+    return CaptureState(node.state), ChangeReason(evidence.reason), evidence.attempts
 
 
 def write_at(file: Path, offset: int, data: bytes) -> None:
@@ -119,10 +119,10 @@ class TestSparseFiles:
         data = restored.read_bytes()
         if change == "append":
             held_still = when == "witness"
-            assert node.state == (State.STABLE if held_still else State.APPENDED)
+            assert node.state == (CaptureState.STABLE if held_still else CaptureState.APPENDED)
             assert data == old
         else:
-            assert node.state == State.STABLE
+            assert node.state == CaptureState.STABLE
             assert data in (old, now)
         assert backup.flagged == 0
         assert restored.stat().st_blocks * 512 < 2 * MIB, "its holes are no longer holes"
@@ -138,7 +138,7 @@ class TestSparseFiles:
         reads.watch(sparse, fill)
         backup = kept.back_up(sparse)
         state, reason, attempts = found(backup.file(sparse))
-        assert (state, reason, attempts) == (State.CHANGED, Reason.REWRITTEN, 4)
+        assert (state, reason, attempts) == (CaptureState.CHANGED, ChangeReason.REWRITTEN, 4)
         assert (backup.flagged, backup.exit) == (1, 4)
         kept.assert_is_sound()
 
@@ -209,7 +209,7 @@ class TestMappedFiles:
         reads.before(mapped.file, 5, lambda: mapped.store(b"changed"))
         backup = kept.back_up(mapped.file)
         assert mapped.file.stat().st_ctime_ns > times
-        assert found(backup.file(mapped.file)) == (State.STABLE, Reason.REWRITTEN, 2)
+        assert found(backup.file(mapped.file)) == (CaptureState.STABLE, ChangeReason.REWRITTEN, 2)
         restored = backup.restore(tmp_path / "target") / mapped.file.relative_to("/")
         assert restored.read_bytes() == bytes(mapped.pages)
 
@@ -222,7 +222,7 @@ class TestMappedFiles:
         settle(mapped.file)
         reads.before(mapped.file, 5, lambda: mapped.store(b"changed"))
         node = kept.back_up(mapped.file).file(mapped.file)
-        assert found(node) == (State.STABLE, Reason.NONE, 1)
+        assert found(node) == (CaptureState.STABLE, ChangeReason.NONE, 1)
 
     def test_that_are_stored_to_without_end_are_flagged(
         self, reads: Reads, kept: Keeper, mapped: Mapped
@@ -230,7 +230,7 @@ class TestMappedFiles:
         settle(mapped.file)
         reads.watch(mapped.file, lambda count: mapped.store(b"%08d" % count))
         backup = kept.back_up(mapped.file)
-        assert found(backup.file(mapped.file)) == (State.CHANGED, Reason.REWRITTEN, 4)
+        assert found(backup.file(mapped.file)) == (CaptureState.CHANGED, ChangeReason.REWRITTEN, 4)
         assert backup.exit == 4
 
     def test_that_are_stored_to_behind_the_capture_are_read_by_the_next_backup(
@@ -239,7 +239,7 @@ class TestMappedFiles:
         mapped.store(b"dirty")
         settle(mapped.file)
         first = kept.back_up(mapped.file)
-        assert found(first.file(mapped.file)) == (State.STABLE, Reason.NONE, 1)
+        assert found(first.file(mapped.file)) == (CaptureState.STABLE, ChangeReason.NONE, 1)
         mapped.store(b"later")
         second = kept.back_up(mapped.file)
         assert second.result.snapshot.stats.unchanged == 0
@@ -269,7 +269,7 @@ class TestTheLastLook:
         return file
 
     def assert_is_as_now(self, backup: Kept, restored: Path, file: Path) -> None:
-        assert found(backup.file(file)) == (State.STABLE, Reason.REWRITTEN, 4)
+        assert found(backup.file(file)) == (CaptureState.STABLE, ChangeReason.REWRITTEN, 4)
         assert (restored / file.relative_to("/")).read_bytes() == file.read_bytes()
 
     def test_rewrites_the_trees_on_the_way_and_leaves_the_others(
@@ -290,8 +290,8 @@ class TestTheLastLook:
         restored = backup.restore(tmp_path / "target")
         for file in files:
             self.assert_is_as_now(backup, restored, file)
-        assert found(backup.file(calm)) == (State.STABLE, Reason.NONE, 1)
-        assert found(backup.file(never)) == (State.CHANGED, Reason.REWRITTEN, 4)
+        assert found(backup.file(calm)) == (CaptureState.STABLE, ChangeReason.NONE, 1)
+        assert found(backup.file(never)) == (CaptureState.CHANGED, ChangeReason.REWRITTEN, 4)
         assert backup.flagged == 1
         assert backup.file(source / "a").tree is not None
         flagged = {
@@ -322,7 +322,7 @@ class TestTheLastLook:
         backup = kept.back_up(Path("one"), Path("two/three"), Path("two/named/file"))
         for file in files:
             relative = Path(file.relative_to(source))
-            assert found(backup.file(relative)) == (State.STABLE, Reason.REWRITTEN, 4)
+            assert found(backup.file(relative)) == (CaptureState.STABLE, ChangeReason.REWRITTEN, 4)
         restored = backup.restore(tmp_path / "target")
         for file in files:
             assert (restored / file.relative_to(source)).read_bytes() == file.read_bytes()
@@ -339,7 +339,7 @@ class TestTheLastLook:
         backup = kept.back_up(source)
         node = backup.file(source)
         assert node.tree is not None and node.tree.nodes == 6001
-        assert kept.repository.trees.single(node.tree) is None, "it was not split"
+        assert kept.repository.trees.unsplit_entries(node.tree) is None, "it was not split"
         self.assert_is_as_now(backup, backup.restore(tmp_path / "target"), file)
         kept.assert_is_sound()
 
@@ -375,7 +375,7 @@ class TestTheLastLook:
 
         reads.before(last, 1, replace_the_folder)
         backup = kept.back_up(source)
-        assert found(backup.file(file)) == (State.CHANGED, Reason.REWRITTEN, 3)
+        assert found(backup.file(file)) == (CaptureState.CHANGED, ChangeReason.REWRITTEN, 3)
         assert backup.exit == 4
 
 
@@ -394,7 +394,7 @@ class TestNames:
 
         reads.before(file, 2, remove)
         backup = kept.back_up(source)
-        assert found(backup.file(file)) == (State.STABLE, Reason.VANISHED, 1)
+        assert found(backup.file(file)) == (CaptureState.STABLE, ChangeReason.VANISHED, 1)
         assert backup.file(file).nlink == 1
         assert backup.exit == 0
         assert backup.result.snapshot.stats.vanished == 1
@@ -409,7 +409,7 @@ class TestNames:
         reads.before(file, 2, (source / "zzz").unlink)
         backup = kept.back_up(source)
         node = backup.file(file)
-        assert (found(node), node.nlink) == ((State.STABLE, Reason.NONE, 1), 1)
+        assert (found(node), node.nlink) == ((CaptureState.STABLE, ChangeReason.NONE, 1), 1)
         assert backup.result.snapshot.stats.vanished == 1, "the other name is gone"
 
     def test_a_file_is_read_when_whoever_holds_a_lease_on_it_gives_it_back(

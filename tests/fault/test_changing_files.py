@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from casfs.format.tree import Kind, Node, Reason, State, capture_of, captured_digest
+from casfs.format.tree import (
+    CaptureState,
+    ChangeReason,
+    Node,
+    NodeType,
+    capture_of,
+    captured_digest,
+)
 from casfs.monitor import ProblemKind
 from tests.support.capturing import Keeper, Kept
 from tests.support.scripted_source import STEP, ScriptedSource, content
@@ -34,8 +41,8 @@ class Outcome:
     """What a cell of the matrix must give; `content` names what a restore must give."""
 
     content: str
-    state: State = State.STABLE
-    reason: Reason = Reason.NONE
+    state: CaptureState = CaptureState.STABLE
+    reason: ChangeReason = ChangeReason.NONE
     attempts: int = 1
 
 
@@ -44,32 +51,32 @@ READ_AS_NEW = Outcome("new")
 ABSENT = Outcome("absent")
 
 
-def after_two(text: str, reason: Reason) -> Outcome:
-    return Outcome(text, State.STABLE, reason, 2)
+def after_two(text: str, reason: ChangeReason) -> Outcome:
+    return Outcome(text, CaptureState.STABLE, reason, 2)
 
 
-def never_stable(reason: Reason) -> Outcome:
-    return Outcome("served", State.CHANGED, reason, LAST_LOOK)
+def never_stable(reason: ChangeReason) -> Outcome:
+    return Outcome("served", CaptureState.CHANGED, reason, LAST_LOOK)
 
 
-APPENDED = Outcome("old", State.APPENDED, Reason.GREW)
-HALVED_ONCE = after_two("half", Reason.SHRANK)
-EMPTIED = after_two("nothing", Reason.SHRANK)
-REWRITTEN_ONCE = after_two("new", Reason.REWRITTEN)
-REPLACED_ONCE = after_two("new", Reason.REPLACED)
-REPLACED_ALWAYS = Outcome("served", State.STABLE, Reason.REPLACED, 3)
-VANISHED = Outcome("old", State.STABLE, Reason.VANISHED)
-UNREAD_ONCE = after_two("old", Reason.READ_ERROR)
+APPENDED = Outcome("old", CaptureState.APPENDED, ChangeReason.GREW)
+HALVED_ONCE = after_two("half", ChangeReason.SHRANK)
+EMPTIED = after_two("nothing", ChangeReason.SHRANK)
+REWRITTEN_ONCE = after_two("new", ChangeReason.REWRITTEN)
+REPLACED_ONCE = after_two("new", ChangeReason.REPLACED)
+REPLACED_ALWAYS = Outcome("served", CaptureState.STABLE, ChangeReason.REPLACED, 3)
+VANISHED = Outcome("old", CaptureState.STABLE, ChangeReason.VANISHED)
+UNREAD_ONCE = after_two("old", ChangeReason.READ_ERROR)
 
 # change → for each moment, what it comes to where the later attempts are calm, and where they are not
 EXPECTED: dict[str, tuple[tuple[Outcome, Outcome], ...]] = {
     "append": ((APPENDED, APPENDED),) * 3 + ((OLD, OLD),),
-    "truncate": ((Outcome("half"),) * 2,) + ((HALVED_ONCE, never_stable(Reason.SHRANK)),) * 3,
+    "truncate": ((Outcome("half"),) * 2,) + ((HALVED_ONCE, never_stable(ChangeReason.SHRANK)),) * 3,
     "empty": ((Outcome("nothing"),) * 2,) + ((EMPTIED, EMPTIED),) * 3,
     "rewrite": ((READ_AS_NEW, Outcome("served")),)
-    + ((REWRITTEN_ONCE, never_stable(Reason.REWRITTEN)),) * 3,
+    + ((REWRITTEN_ONCE, never_stable(ChangeReason.REWRITTEN)),) * 3,
     "rewrite, mtime put back": ((READ_AS_NEW, Outcome("served")),)
-    + ((REWRITTEN_ONCE, never_stable(Reason.REWRITTEN)),) * 3,
+    + ((REWRITTEN_ONCE, never_stable(ChangeReason.REWRITTEN)),) * 3,
     "rename over": ((REPLACED_ONCE, REPLACED_ALWAYS),) * 3 + ((OLD, OLD),),
     "unlink": ((VANISHED, VANISHED),) * 3 + ((OLD, OLD),),
     "fifo": ((Outcome("fifo"),) * 2,) * 3 + ((OLD, OLD),),
@@ -77,7 +84,7 @@ EXPECTED: dict[str, tuple[tuple[Outcome, Outcome], ...]] = {
     "directory": ((Outcome("directory"),) * 2,) * 3 + ((OLD, OLD),),
     "chmod": ((OLD, OLD),) * 4,
     "read error": ((ABSENT, ABSENT),) * 2
-    + ((OLD, OLD), (UNREAD_ONCE, never_stable(Reason.READ_ERROR))),
+    + ((OLD, OLD), (UNREAD_ONCE, never_stable(ChangeReason.READ_ERROR))),
 }
 
 
@@ -116,7 +123,7 @@ def test_a_file_that_changes_is_captured_as_what_it_is(
     outcome = EXPECTED[change][MOMENTS.index(moment)][0 if calm else 1]
 
     assert backup.exit == exit_for(outcome)
-    assert backup.flagged == (outcome.state == State.CHANGED)
+    assert backup.flagged == (outcome.state == CaptureState.CHANGED)
     check_problem(backup, file, outcome)
     restored = backup.restore(tmp_path / "target") / file.relative_to("/")
     node = backup.node(file)
@@ -137,7 +144,7 @@ def test_a_file_that_changes_is_captured_as_what_it_is(
 def exit_for(outcome: Outcome) -> int:
     if outcome is ABSENT:
         return 3
-    return 4 if outcome.state == State.CHANGED else 0
+    return 4 if outcome.state == CaptureState.CHANGED else 0
 
 
 def check_problem(backup: Kept, file: Path, outcome: Outcome) -> None:
@@ -149,7 +156,7 @@ def check_problem(backup: Kept, file: Path, outcome: Outcome) -> None:
     if outcome is ABSENT:
         assert problem is not None and problem.kind == ProblemKind.UNREADABLE
         return
-    kinds = {State.CHANGED: ProblemKind.CHANGED, State.APPENDED: ProblemKind.APPENDED}
+    kinds = {CaptureState.CHANGED: ProblemKind.CHANGED, CaptureState.APPENDED: ProblemKind.APPENDED}
     kind = ProblemKind.VANISHED if outcome is VANISHED else kinds.get(outcome.state)
     assert (problem.kind if problem is not None else None) == kind
     if problem is None:
@@ -174,11 +181,11 @@ def check_other_kind(node: Node | None, restored: Path, kind: str) -> None:
     assert node is not None
     mode = restored.lstat().st_mode
     if kind == "fifo":
-        assert node.kind == Kind.FIFO and stat.S_ISFIFO(mode)
+        assert node.kind == NodeType.FIFO and stat.S_ISFIFO(mode)
     elif kind == "symlink":
-        assert node.kind == Kind.SYMLINK and restored.readlink() == Path("somewhere else")
+        assert node.kind == NodeType.SYMLINK and restored.readlink() == Path("somewhere else")
     else:
-        assert node.kind == Kind.DIRECTORY
+        assert node.kind == NodeType.DIRECTORY
 
 
 def check_file(
@@ -193,8 +200,8 @@ def check_file(
     captured = captured_digest(node)
     assert captured is not None
     found = (
-        State(node.state),
-        Reason(capture.reason) if capture is not None else Reason.NONE,
+        CaptureState(node.state),
+        ChangeReason(capture.reason) if capture is not None else ChangeReason.NONE,
         capture.attempts if capture is not None else 1,
     )
     assert found == (outcome.state, outcome.reason, outcome.attempts)
@@ -213,7 +220,7 @@ def check_file(
     opening = outcome.attempts
     assert served.get((opening, 1), (blake3().hexdigest(), 0)) == (captured.hex(), len(data))
     observed = capture.observed if capture is not None else None
-    if outcome.state == State.STABLE or outcome.reason == Reason.READ_ERROR:
+    if outcome.state == CaptureState.STABLE or outcome.reason == ChangeReason.READ_ERROR:
         assert observed is None
     else:
         assert observed is not None

@@ -163,7 +163,7 @@ class TestPrune:
     ) -> None:
         """A backup that runs beside the next command looks into the index between any two commits."""
         with Repository.open(grown.root) as repository:
-            condemned = repository.store.index.condemned()
+            condemned = repository.store.index.marked_for_removal()
             blobs = [
                 digest.hex()
                 for digest, location in repository.store.index.blobs()

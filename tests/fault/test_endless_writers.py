@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from casfs.backup.capture import Capturer, Patience
-from casfs.backup.reflink import Freeze, Freezer
+from casfs.backup.capture import Capturer, RetryBudget
+from casfs.backup.reflink import Freeze, Reflinker
 from casfs.backup.source_fs import open_directory
-from casfs.backup.source_reader import FileReader
+from casfs.backup.source_reader import SourceReader
 from casfs.digest import Digest, digest_of
 from casfs.format.codec import BlobKind
-from casfs.format.tree import State, capture_of, captured_digest
+from casfs.format.tree import CaptureState, capture_of, captured_digest
 from tests.support.capturing import Keeper
 from tests.support.loop_devices import MIB, endless_writer, generations
 from tests.support.read_hooks import Reads
@@ -37,7 +37,7 @@ def test_no_mixture_of_two_generations_is_ever_called_stable(
     def put(kind: BlobKind, digest: Digest, plain: bytes) -> None:
         blobs[digest] = plain
 
-    states: Counter[State] = Counter()
+    states: Counter[CaptureState] = Counter()
     disturbed = 0
     folder = tmp_path / "source"
     folder.mkdir()
@@ -45,8 +45,8 @@ def test_no_mixture_of_two_generations_is_ever_called_stable(
         fd = open_directory(None, bytes(folder))
         Reads(monkeypatch, STEP).watch(folder / "file", lambda _: None)
         for _ in range(CAPTURES):
-            reader = FileReader(kept.repository.chunker(), put, digest_of)
-            capturer = Capturer(reader, Freezer(Freeze.NEVER), Patience(10), 2, lambda _: None)
+            reader = SourceReader(kept.repository.chunker(), put, digest_of)
+            capturer = Capturer(reader, Reflinker(Freeze.NEVER), RetryBudget(10), 2, lambda _: None)
             node = capturer.capture(fd, b"file")
             data = b"".join(
                 blobs[extent.digest]
@@ -56,11 +56,11 @@ def test_no_mixture_of_two_generations_is_ever_called_stable(
             assert len(data) == node.size == size
             assert digest_of(data) == captured_digest(node)
             held = generations(data)
-            states[State(node.state)] += 1
+            states[CaptureState(node.state)] += 1
             disturbed += capture_of(node) is not None
-            if node.state == State.STABLE:
+            if node.state == CaptureState.STABLE:
                 assert len(held) == 1, "a mixture is called stable"
     assert sum(states.values()) == CAPTURES
     assert disturbed > 0, "the writer never disturbed a capture"
     if pause_s:
-        assert states[State.STABLE] > 0, "no capture found a pause"
+        assert states[CaptureState.STABLE] > 0, "no capture found a pause"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from casfs.backup.reflink import Freeze
-from casfs.format.tree import Reason, State, capture_of
+from casfs.format.tree import CaptureState, ChangeReason, capture_of
 from casfs.monitor import ProblemKind
 from tests.support.capturing import Keeper
 from tests.support.loop_devices import MIB, endless_writer, fresh_disk, generations
@@ -47,7 +47,7 @@ def test_a_file_that_is_written_without_end_is_captured_as_it_was_at_one_instant
         for number in range(25):
             backup = kept.back_up(folder, freeze=freeze)
             node = backup.file(file)
-            assert (node.state, node.size) == (State.STABLE, SIZE)
+            assert (node.state, node.size) == (CaptureState.STABLE, SIZE)
             assert (backup.exit, backup.problems) == (0, [])
             restored = backup.restore(tmp_path / str(number)) / file.relative_to("/")
             held = generations(restored.read_bytes())
@@ -77,7 +77,7 @@ def test_an_old_file_that_changes_while_it_is_read_is_cloned_then(
 ) -> None:
     file = folder / "file"
     file.write_bytes(bytes(MIB))
-    monkeypatch.setattr("casfs.backup.reflink.Freezer.is_due", lambda *_: False)
+    monkeypatch.setattr("casfs.backup.reflink.Reflinker.should_clone", lambda *_: False)
     reads = Reads(monkeypatch)
 
     def rewrite(count: int) -> None:
@@ -89,7 +89,7 @@ def test_an_old_file_that_changes_while_it_is_read_is_cloned_then(
     capture = capture_of(node)
     assert capture is not None
     found = (node.state, capture.reason, capture.attempts)
-    assert found == (State.STABLE, Reason.REWRITTEN, 2)
+    assert found == (CaptureState.STABLE, ChangeReason.REWRITTEN, 2)
     restored = backup.restore(tmp_path / "target") / file.relative_to("/")
     assert restored.read_bytes() == file.read_bytes()
 
@@ -101,7 +101,7 @@ def test_holes_of_a_clone_are_holes(kept: Keeper, tmp_path: Path, folder: Path) 
         opened.truncate(64 * MIB)
     backup = kept.back_up(folder, freeze=Freeze.REQUIRE)
     node = backup.file(file)
-    assert (node.size, node.state) == (64 * MIB, State.STABLE)
+    assert (node.size, node.state) == (64 * MIB, CaptureState.STABLE)
     assert backup.result.snapshot.stats.new_plain_bytes < MIB
     restored = backup.restore(tmp_path / "target") / file.relative_to("/")
     assert restored.stat().st_blocks * 512 < MIB

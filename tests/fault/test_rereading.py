@@ -8,7 +8,7 @@ import pytest
 from blake3 import blake3
 
 from casfs.cli.commands.backup import exit_code
-from casfs.format.tree import State, captured_digest
+from casfs.format.tree import CaptureState, captured_digest
 from casfs.monitor import ProblemKind
 from tests.support.capturing import Keeper, Kept
 from tests.support.scripted_source import ScriptedSource, content
@@ -68,7 +68,7 @@ def test_rot_is_found_told_and_stored_and_the_old_snapshot_keeps_the_old(
         "previous": blake3(old).hexdigest(),
     }
     node = reread.file(scene / "rotten")
-    assert (node.state, node.racy) == (State.STABLE, False)
+    assert (node.state, node.racy) == (CaptureState.STABLE, False)
     for backup, expected in ((first, old), (blind, old), (reread, new)):
         target = backup.restore(tmp_path / str(id(backup))) / scene.relative_to("/")
         assert (target / "rotten").read_bytes() == expected

@@ -21,7 +21,7 @@ from casfs.crypto.recipients import Recipient, RecipientKind, read_recipients, w
 from casfs.format.config import encode_config
 from casfs.repository.repository import read_config
 from casfs.storage.local import LocalStorage
-from casfs.store.pending_removal import Condemnation, publish_condemnation
+from casfs.store.pending_removal import RemovalNotice, publish_notice
 from tests.support.encryption import OTHER, OTHER_PUBLIC
 from tests.support.observation import LOST, Files
 from tests.support.process_runner import Stage, come_back, kept_as_it_is
@@ -337,7 +337,7 @@ class TestForgery:
     def test_of_a_condemnation_of_every_pack_costs_nothing(self, hostile: Hostile) -> None:
         packs = tuple(path.name for path in hostile.objects("packs"))
         storage = LocalStorage(hostile.root, writer="attacker")
-        publish_condemnation(storage, Condemnation(0, packs, writers=()))
+        publish_notice(storage, RemovalNotice(0, packs, writers=()))
         assert must_restore_nothing_wrong(hostile).exit == 0
         said = hostile.run("prune", *hostile.identity(), home="fresh")
         assert said.exit == 0

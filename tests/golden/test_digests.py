@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from casfs.digest import EMPTY_DIGEST, SHOWN_HEX_DIGITS, digest_of, short
+from casfs.digest import EMPTY_DIGEST, SHOWN_HEX_DIGITS, digest_of, short_id
 from casfs.format.codec import BlobCodec
 
 # From the published test vectors: the input is the bytes 0 to 250, again and again.
@@ -34,4 +34,4 @@ def test_the_digest_of_nothing_is_the_constant_that_empty_files_have() -> None:
 def test_the_digest_of_a_word_is_what_everybody_gets() -> None:
     abc = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
     assert digest_of(b"abc").hex() == abc
-    assert short(digest_of(b"abc")) == abc[:SHOWN_HEX_DIGITS] == "6437b3ac3846"
+    assert short_id(digest_of(b"abc")) == abc[:SHOWN_HEX_DIGITS] == "6437b3ac3846"

@@ -9,7 +9,7 @@ from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.format.codec import BlobCodec, BlobKind, Codec
 from casfs.format.config import RepositoryConfig, decode_config, encode_config
 from casfs.format.pack import (
-    RECORD as PACK_RECORD,
+    BLOB_HEADER as PACK_RECORD,
 )
 from casfs.format.pack import (
     TRAILER,
@@ -24,37 +24,41 @@ from casfs.format.snapshot import Snapshot, SnapshotStats, decode_snapshot
 from casfs.format.tree import (
     Branch,
     Capture,
-    Extra,
-    Kind,
+    CaptureState,
+    ChangeReason,
     Leaf,
     Node,
+    NodeExtra,
+    NodeType,
     PieceRef,
-    Reason,
-    State,
     TreeRef,
     decode_piece,
     encode_piece,
 )
-from casfs.trees.content import HOLE, RECORD, ContentWriter
+from casfs.trees.content import EXTENT, HOLE, ContentWriter
 from casfs.trees.writer import TreeWriter
 
 TIMES = (1_600_000_000_123_456_789, -1)
 
 NODES = [
     Node(
-        *(b"chunks", Kind.FILE, 0o644, 1000, 100, *TIMES, 77, 2, 9, State.CHANGED, True),
-        RECORD.pack(5, b"\x01" * 32) + RECORD.pack(4, HOLE),
+        *(b"chunks", NodeType.FILE, 0o644, 1000, 100, *TIMES, 77, 2, 9, CaptureState.CHANGED, True),
+        EXTENT.pack(5, b"\x01" * 32) + EXTENT.pack(4, HOLE),
         0,
         b"\x02" * 32,
         None,
-        Extra(((b"user.a", b"\0v"),), 0, 2049, Capture(Reason.REWRITTEN, 3, b"\x03" * 32)),
+        NodeExtra(
+            ((b"user.a", b"\0v"),), 0, 2049, Capture(ChangeReason.REWRITTEN, 3, b"\x03" * 32)
+        ),
     ),
     Node(
-        *(b"dir\xff", Kind.DIRECTORY, 0o1777, 0, 0, *TIMES, 78, 3),
+        *(b"dir\xff", NodeType.DIRECTORY, 0o1777, 0, 0, *TIMES, 78, 3),
         tree=TreeRef(b"\x04" * 32, 5, 300, 1),
     ),
-    Node(b"link", Kind.SYMLINK, 0o777, 0, 0, *TIMES, 79, 1, 6, content=b"target"),
-    Node(b"null", Kind.CHARACTER_DEVICE, 0o666, 0, 0, *TIMES, 80, 1, extra=Extra((), 0x103)),
+    Node(b"link", NodeType.SYMLINK, 0o777, 0, 0, *TIMES, 79, 1, 6, content=b"target"),
+    Node(
+        b"null", NodeType.CHARACTER_DEVICE, 0o666, 0, 0, *TIMES, 80, 1, extra=NodeExtra((), 0x103)
+    ),
 ]
 LEAF = bytes.fromhex(
     "920094dc0011c4066368756e6b7301cd01a4cd03e864cf16345785dffbcd15ff4d020902c3c45005000000000000"
@@ -171,7 +175,8 @@ def test_a_snapshot_that_was_published_at_first_is_read() -> None:
     snapshot = decode_snapshot(SnapshotId(bytes.fromhex(SNAPSHOT_ID)), SNAPSHOT, BlobCodec(3))
     assert snapshot == Snapshot(
         root=Node(
-            *(b"", Kind.DIRECTORY, 0o755, 0, 0, *TIMES, 2, 3), tree=TreeRef(b"\x08" * 32, 1, 2, 0)
+            *(b"", NodeType.DIRECTORY, 0o755, 0, 0, *TIMES, 2, 3),
+            tree=TreeRef(b"\x08" * 32, 1, 2, 0),
         ),
         time_ns=1_700_000_000_000_000_000,
         host="host",
@@ -198,7 +203,7 @@ def test_a_directory_is_split_where_it_always_was() -> None:
         puts = Puts()
         writer = TreeWriter(puts, digest_of, seed)
         for number in range(30_000):
-            writer.add(Node(b"%05d" % number, Kind.FILE, 0o644, 0, 0, 0, 0, number, 1))
+            writer.add(Node(b"%05d" % number, NodeType.FILE, 0o644, 0, 0, 0, 0, number, 1))
         ref = writer.finish()
         leaves = [decode_piece(data) for data in puts.blobs[:-1]]
         assert [len(leaf.nodes) for leaf in leaves if isinstance(leaf, Leaf)] == sizes
@@ -211,7 +216,7 @@ def test_a_content_list_is_cut_where_it_always_was() -> None:
     for number in range(20_000):
         writer.add(number + 1, digest_of(b"%d" % number))
     records, levels = writer.finish()
-    assert [len(data) // RECORD.size for data in puts.blobs] == [
+    assert [len(data) // EXTENT.size for data in puts.blobs] == [
         *(279, 1216, 723, 380, 281, 397, 287, 4421, 2825, 449),
         *(332, 1072, 422, 2514, 2087, 385, 269, 760, 901),
     ]

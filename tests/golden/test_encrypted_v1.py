@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from casfs.backup.run import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.crypto.identities import Identities, read_identity_file, unlock_by_passphrase
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError
 from casfs.format.config import RepositoryConfig
-from casfs.format.tree import Kind
+from casfs.format.tree import NodeType
 from casfs.maintenance.check import Checker
-from casfs.maintenance.scrub import ReadChoice
+from casfs.maintenance.scrub import PackSelection
 from casfs.maintenance.storage_check import check_storage
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
@@ -66,7 +66,7 @@ def test_each_of_its_keys_shows_everything_in_it_as_it_was(
 
 def test_every_byte_of_it_verifies_with_a_key_and_every_object_without(frozen: Path) -> None:
     with Repository.open(frozen, unlock=by_age) as repository:
-        result = Checker(repository, RecordingMonitor()).check(ReadChoice())
+        result = Checker(repository, RecordingMonitor()).check(PackSelection())
         storage = check_storage(repository.store.storage, repository.config, RecordingMonitor())
     assert (result.damage, storage.damage) == ([], [])
     assert (result.snapshots, result.packs_read, storage.objects) == (2, 2, 8)
@@ -84,7 +84,7 @@ def test_every_file_of_it_restores_with_its_digest(frozen: Path, tmp_path: Path)
     files = 0
     for entries in told.values():
         for path, entry in entries.items():
-            if entry["kind"] == Kind.FILE:
+            if entry["kind"] == NodeType.FILE:
                 name = base64.b64decode(path).decode("utf-8", "surrogateescape")
                 data = (tmp_path / "target" / name).read_bytes()
                 assert blake3(data).hexdigest() == entry["blake3"]
@@ -117,5 +117,5 @@ def test_a_backup_into_it_with_a_key_finds_what_is_there(frozen: Path, tmp_path:
         place = repository.store.index.lookup(digest)
         assert place is not None
         assert repository.store.index.lookup(digest_of(there)) is None
-        back_up(repository, BackupOptions((bytes(source),)), RecordingMonitor())
+        run_backup(repository, BackupOptions((bytes(source),)), RecordingMonitor())
         assert repository.store.index.lookup(digest) == place

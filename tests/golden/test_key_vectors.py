@@ -17,21 +17,21 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
-from casfs.backup.file_cache import FileMemory
+from casfs.backup.file_cache import FileCache
 from casfs.crypto.passphrase import parse_wrapped, unwrap_identity, wrap_identity
 from casfs.crypto.session_files import decode_session, encode_session
 from casfs.digest import PackId, digest_of, keyed_digest
 from casfs.format.cipher import PackCipher
 from casfs.format.codec import BlobCodec, BlobKind, Codec
-from casfs.format.key_derivation import Domain, Purpose, Session, derive
+from casfs.format.key_derivation import DedupDomain, KeyContext, WriteSession, derive
 from casfs.format.pack import PackEntry, encode_end, encode_record_header, encode_session_header
 from casfs.format.snapshot import Snapshot, decode_snapshot, encode_snapshot
-from casfs.format.tree import Kind, Node, TreeRef
+from casfs.format.tree import Node, NodeType, TreeRef
 from casfs.index.index import Index
 from tests.support.encryption import DOMAIN, PUBLIC, REPOSITORY, SECRET, SESSION, OneSession
 
 SALT = bytes(range(96, 128))
-SECOND = Domain(REPOSITORY, bytes(range(128, 160)))
+SECOND = DedupDomain(REPOSITORY, bytes(range(128, 160)))
 
 KEYS: dict[str, tuple[Callable[[], bytes], str]] = {
     "session id": (
@@ -39,7 +39,7 @@ KEYS: dict[str, tuple[Callable[[], bytes], str]] = {
         "ec5e00d988d9ac67cce966bf83423cafa32332aa6d8de05280dcec942be13b9e",
     ),
     "session id of two domains": (
-        lambda: Session(REPOSITORY, SESSION.secret, (DOMAIN, SECOND)).id,
+        lambda: WriteSession(REPOSITORY, SESSION.secret, (DOMAIN, SECOND)).id,
         "d8fae331f466bf3dab5affc63efb70b5567e4cde4764dad1c75667f3cbc3833d",
     ),
     "domain id": (
@@ -98,7 +98,7 @@ def test_a_key_is_derived_as_the_authors_of_blake3_publish_it() -> None:
 
 
 def test_no_two_purposes_share_a_key() -> None:
-    contexts = [value for name, value in vars(Purpose).items() if name.isupper()]
+    contexts = [value for name, value in vars(KeyContext).items() if name.isupper()]
     assert len(contexts) == len(set(contexts)) == 8
     assert len({derive(context, SESSION.secret) for context in contexts}) == 8
 
@@ -162,7 +162,7 @@ def test_a_pack_is_encrypted_as_it_always_was() -> None:
 
 def test_a_snapshot_is_encrypted_as_it_always_was(monkeypatch: pytest.MonkeyPatch) -> None:
     root = Node(
-        *(b"", Kind.DIRECTORY, 0o755, 0, 0, 1, 2, 3, 2),
+        *(b"", NodeType.DIRECTORY, 0o755, 0, 0, 1, 2, 3, 2),
         tree=TreeRef(bytes(range(160, 192)), 5, 100, 1),
     )
     snapshot = Snapshot(root, 1_700_000_000_123_456_789, "host", "user", (b"/home",), ("tag",))
@@ -217,7 +217,7 @@ def test_what_is_remembered_of_a_file_is_found_under_the_name_that_it_always_had
     index = Index(tmp_path / "index")
     index.rebuild(tuple)
     try:
-        memory = FileMemory(index, DOMAIN.memory_key, 0)
+        memory = FileCache(index, DOMAIN.memory_key, 0)
         name, key = memory._derive(b"home/file", 7, 11, 13, 17)
     finally:
         index.close()

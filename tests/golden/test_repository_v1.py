@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from casfs.backup.run import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.digest import digest_of
-from casfs.format.tree import Kind
+from casfs.format.tree import NodeType
 from casfs.maintenance.check import Checker
-from casfs.maintenance.scrub import ReadChoice
+from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
@@ -44,7 +44,7 @@ def test_everything_in_it_is_listed_as_it_was(frozen: Path) -> None:
 
 def test_every_byte_of_it_verifies(frozen: Path) -> None:
     with Repository.open(frozen) as repository:
-        result = Checker(repository, RecordingMonitor()).check(ReadChoice())
+        result = Checker(repository, RecordingMonitor()).check(PackSelection())
     assert result.damage == []
     assert result.snapshots == 2
     assert result.packs_read == result.packs > 0
@@ -63,7 +63,7 @@ def test_every_file_of_it_restores_with_its_digest(frozen: Path, tmp_path: Path)
             )
             assert (result.damaged, result.failed) == (0, 0)
             for path, node in repository.trees.walk(snapshot.root):
-                if node.kind == Kind.FILE:
+                if node.kind == NodeType.FILE:
                     digest = told[snapshot_id.hex()][_key(path)]["blake3"]
                     data = Path(str(target), path.decode("utf-8", "surrogateescape")).read_bytes()
                     assert blake3(data).hexdigest() == digest
@@ -90,7 +90,7 @@ def test_a_backup_into_it_finds_what_is_there_and_stores_what_is_new(
     with Repository.open(frozen, "backup") as repository:
         place = repository.store.index.lookup(digest_of(there))
         assert place is not None
-        back_up(repository, BackupOptions((bytes(source),)), RecordingMonitor())
+        run_backup(repository, BackupOptions((bytes(source),)), RecordingMonitor())
         assert repository.store.index.lookup(digest_of(there)) == place
         assert repository.store.read(digest_of(b"nothing of the kind"))
     assert sum(1 for _ in (frozen / "packs").rglob("*/*")) == 1 + sum(

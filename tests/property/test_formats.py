@@ -21,6 +21,7 @@ from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import CasfsError, IntegrityError, PackError, TreeError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobCodec, BlobKind
 from casfs.format.config import RepositoryConfig, decode_config, encode_config
+from casfs.format.pack import BLOB_HEADER as PACK_RECORD
 from casfs.format.pack import (
     ENTRY,
     HEADER,
@@ -33,16 +34,15 @@ from casfs.format.pack import (
     parse_trailer,
     scan_records,
 )
-from casfs.format.pack import RECORD as PACK_RECORD
 from casfs.format.snapshot import HEADER as SNAPSHOT_HEADER
 from casfs.format.snapshot import MAGIC, Snapshot, SnapshotStats, decode_snapshot, encode_snapshot
 from casfs.format.tree import (
     Branch,
     Capture,
-    Extra,
-    Kind,
     Leaf,
     Node,
+    NodeExtra,
+    NodeType,
     PieceRef,
     TreeRef,
     captured_digest,
@@ -50,11 +50,11 @@ from casfs.format.tree import (
     decode_piece,
     encode_piece,
     hard_link_key,
-    summary_of,
+    subtree_summary,
 )
 from casfs.trees import content as content_module
 from casfs.trees import writer as writer_module
-from casfs.trees.content import HOLE, RECORD, ContentReader, ContentWriter, Extent, parse_records
+from casfs.trees.content import EXTENT, HOLE, ContentReader, ContentWriter, Extent, parse_records
 from casfs.trees.reader import TreeReader
 from tests.support.stores import Memory, make_pack
 
@@ -77,11 +77,11 @@ def captures(draw: st.DrawFn) -> Capture:
 
 
 @st.composite
-def extras(draw: st.DrawFn) -> Extra:
+def extras(draw: st.DrawFn) -> NodeExtra:
     names = st.binary(min_size=1, max_size=9).filter(lambda name: b"\0" not in name)
     values = draw(st.dictionaries(names, st.binary(max_size=9), max_size=3))
     numbers = st.integers(0, (1 << 64) - 1)
-    return Extra(
+    return NodeExtra(
         tuple(sorted(values.items())), draw(numbers), draw(numbers), draw(st.none() | captures())
     )
 
@@ -95,19 +95,19 @@ def tree_refs(draw: st.DrawFn) -> TreeRef:
 @st.composite
 def nodes(draw: st.DrawFn, name: st.SearchStrategy[bytes] = NAMES) -> Node:
     """Any entry that the format allows."""
-    kind = draw(st.sampled_from(list(Kind)))
+    kind = draw(st.sampled_from(list(NodeType)))
     fields: dict[str, Any] = {}
-    if kind == Kind.FILE:
+    if kind == NodeType.FILE:
         records = draw(st.lists(st.tuples(COUNTS.map(lambda n: n + 1), DIGESTS), max_size=4))
-        fields["content"] = b"".join(RECORD.pack(*record) for record in records)
+        fields["content"] = b"".join(EXTENT.pack(*record) for record in records)
         fields["size"] = sum(length for length, _ in records)
         fields["levels"] = draw(st.integers(0, 8))
         fields["state"] = draw(st.integers(0, 2))
         fields["racy"] = draw(st.booleans())
         fields["captured"] = draw(st.none() | DIGESTS)
-    elif kind == Kind.DIRECTORY:
+    elif kind == NodeType.DIRECTORY:
         fields["tree"] = draw(tree_refs())
-    elif kind == Kind.SYMLINK:
+    elif kind == NodeType.SYMLINK:
         target = st.binary(min_size=1, max_size=20).filter(lambda target: b"\0" not in target)
         fields["content"] = draw(target)
         fields["size"] = len(fields["content"])
@@ -174,7 +174,9 @@ class TestTrees:
             assert reader.lookup(ref, name) == directory.get(name)
             after = [node.name for node in reader.nodes(ref, name)]
             assert after == [known for known in sorted(directory) if known > name]
-        assert (ref.nodes, ref.total_bytes, ref.flagged) == summary_of(list(directory.values()))
+        assert (ref.nodes, ref.total_bytes, ref.flagged) == subtree_summary(
+            list(directory.values())
+        )
 
 
 class TestContentLists:
@@ -321,10 +323,10 @@ def use_piece(data: bytes) -> None:
         assert 0 <= node.uid < (1 << 32) - 1 and 0 <= node.gid < (1 << 32) - 1
         captured_digest(node)
         hard_link_key(node)
-        if node.kind == Kind.FILE:
+        if node.kind == NodeType.FILE:
             use_content(node.content, node.levels)
     assert encode_piece(piece)
-    assert len(summary_of(piece.nodes)) == 3
+    assert len(subtree_summary(piece.nodes)) == 3
 
 
 def use_content(content: bytes, levels: int) -> None:
@@ -347,7 +349,7 @@ def use_pack(data: bytes) -> None:
         assert kind in set(BlobKind)
         assert plain <= MAX_PLAIN_BYTES
         payload = data[at : at + stored]
-        refuse_or(partial(CODEC.identify, codec, payload, plain), IntegrityError)
+        refuse_or(partial(CODEC.digest_payload, codec, payload, plain), IntegrityError)
 
 
 def use_snapshot(data: bytes) -> None:
@@ -370,7 +372,7 @@ def use_config(data: bytes) -> None:
 def use_payload(data: bytes) -> None:
     for codec in (0, 1, 2):
         for plain_bytes in (0, len(data), 1 << 20, MAX_PLAIN_BYTES + 1):
-            plain = refuse_or(partial(CODEC.plain, codec, data, plain_bytes), IntegrityError)
+            plain = refuse_or(partial(CODEC.decompress, codec, data, plain_bytes), IntegrityError)
             assert plain is None or (isinstance(plain, bytes) and len(plain) == plain_bytes)
 
 
@@ -398,11 +400,11 @@ REAL_NODES = [
     Node(b"dir", 2, 0o755, 0, 0, 1, 2, 3, 4, tree=TreeRef(b"\x04" * 32, 5, 300, 1)),
     Node(
         *(b"file", 1, 0o644, 1000, 100, 1, 2, 77, 2, 9, 2, True),
-        RECORD.pack(5, b"\x01" * 32) + RECORD.pack(4, HOLE),
+        EXTENT.pack(5, b"\x01" * 32) + EXTENT.pack(4, HOLE),
         0,
         b"\x02" * 32,
         None,
-        Extra(((b"user.a", b"v"),), 0, 2049, Capture(3, 3, b"\x03" * 32)),
+        NodeExtra(((b"user.a", b"v"),), 0, 2049, Capture(3, 3, b"\x03" * 32)),
     ),
     Node(b"link", 3, 0o777, 0, 0, 1, 2, 79, 1, 6, content=b"target"),
 ]

@@ -252,7 +252,7 @@ def _forge_snapshot(
     data = path.read_bytes()
     magic, version, codec, zero, plain_bytes = HEADER.unpack(data[: HEADER.size])
     payload = data[HEADER.size :]
-    plain = repository.codec.plain(codec, payload, plain_bytes).replace(old, new)
+    plain = repository.codec.decompress(codec, payload, plain_bytes).replace(old, new)
     for edit in edits:
         plain = edit.apply(plain)[: 1 << 20]
     header = HEADER.pack(magic, version, 0, zero, len(plain))

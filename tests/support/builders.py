@@ -10,15 +10,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from casfs.backup.run import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, captured_digest, replace
+from casfs.format.tree import (
+    Capture,
+    CaptureState,
+    ChangeReason,
+    Node,
+    NodeExtra,
+    NodeType,
+    captured_digest,
+    replace,
+)
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
-from casfs.trees.content import RECORD
+from casfs.trees.content import EXTENT
 from casfs.trees.reader import TreeReader
 from casfs.trees.writer import TreeWriter
 
@@ -28,10 +37,10 @@ SEED = 7
 MTIME_NS = 1_600_000_000_123_456_789
 
 
-def entry(name: bytes, kind: Kind = Kind.FILE, **fields: Any) -> Node:
+def entry(name: bytes, kind: NodeType = NodeType.FILE, **fields: Any) -> Node:
     """Return a node with the fields that a test does not care for filled in."""
     known: dict[str, Any] = {
-        "mode": 0o755 if kind == Kind.DIRECTORY else 0o644,
+        "mode": 0o755 if kind == NodeType.DIRECTORY else 0o644,
         "uid": 0,
         "gid": 0,
         "mtime_ns": MTIME_NS,
@@ -44,15 +53,15 @@ def entry(name: bytes, kind: Kind = Kind.FILE, **fields: Any) -> Node:
 
 def file(name: bytes, content: bytes = b"", **fields: Any) -> Node:
     """Return the node of a file that consists of one chunk."""
-    records = RECORD.pack(len(content), digest_of(content)) if content else b""
+    records = EXTENT.pack(len(content), digest_of(content)) if content else b""
     return entry(name, size=len(content), content=records, **fields)
 
 
 def flagged(node: Node, seen: bytes = b"seen when read again") -> Node:
     """Return a file's node with the evidence that it changed while it was captured."""
-    capture = Capture(Reason.REWRITTEN, 3, digest_of(seen))
-    extra = replace(node.extra or Extra(), capture=capture)
-    return replace(node, state=State.CHANGED, captured=captured_digest(node), extra=extra)
+    capture = Capture(ChangeReason.REWRITTEN, 3, digest_of(seen))
+    extra = replace(node.extra or NodeExtra(), capture=capture)
+    return replace(node, state=CaptureState.CHANGED, captured=captured_digest(node), extra=extra)
 
 
 class Grove:
@@ -81,7 +90,7 @@ class Grove:
                 self.put(BlobKind.DATA, digest_of(what), what)
                 what = file(below, what)
             writer.add(replace(what, name=below))
-        return entry(name, Kind.DIRECTORY, tree=writer.finish(), **fields)
+        return entry(name, NodeType.DIRECTORY, tree=writer.finish(), **fields)
 
 
 def reference(node: Node) -> Digest:
@@ -101,7 +110,7 @@ class Keeper:
         """Publish a snapshot of the sources and return it."""
         paths = tuple(bytes(source) for source in sources)
         with self.writing() as repository:
-            result = back_up(
+            result = run_backup(
                 repository,
                 BackupOptions(**({"paths": paths, "host": "here"} | options)),
                 RecordingMonitor(),

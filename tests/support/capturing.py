@@ -12,21 +12,21 @@ from typing import Any
 
 import zstandard
 from blake3 import blake3
-from casfs_mount.background import Errands
-from casfs_mount.blob_reader import Blobs
+from casfs_mount.background import BackgroundPool
+from casfs_mount.blob_reader import BlobReader
 from casfs_mount.chunk_cache import ChunkCache
-from casfs_mount.event_loop_guard import Waiting
-from casfs_mount.tree_cache import PieceCache
-from casfs_mount.view import SnapshotView, Sources
+from casfs_mount.event_loop_guard import EventLoopGuard
+from casfs_mount.tree_cache import TreeCache
+from casfs_mount.view import MountContext, SnapshotView
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from casfs.backup.run import BackupOptions, BackupResult, back_up
+from casfs.backup.run import BackupOptions, BackupResult, run_backup
 from casfs.cli.commands.backup import exit_code
 from casfs.format.key_derivation import SessionId
-from casfs.format.tree import Kind, Node
+from casfs.format.tree import Node, NodeType
 from casfs.index.schema import Location
 from casfs.maintenance.check import Checker
-from casfs.maintenance.scrub import ReadChoice
+from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import Problem, RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
@@ -75,12 +75,12 @@ class Kept:
         """Return what a mount shows of a regular file: its bytes, and what casfs knows of it."""
         snapshot_id, snapshot = self.result.snapshot_id, self.result.snapshot
         assert snapshot_id is not None
-        waiting, errands = Waiting(), Errands()
-        blobs = Blobs(self.repository.store, waiting)
-        sources = Sources(
+        waiting, errands = EventLoopGuard(), BackgroundPool()
+        blobs = BlobReader(self.repository.store, waiting)
+        sources = MountContext(
             repository=self.repository,
             blobs=blobs,
-            pieces=PieceCache(blobs.read),
+            pieces=TreeCache(blobs.read),
             chunks=ChunkCache(blobs.read, waiting, errands),
             waiting=waiting,
             errands=errands,
@@ -92,7 +92,7 @@ class Kept:
             if found is None:
                 return None
             number, node = found
-        if node.kind != Kind.FILE:
+        if node.kind != NodeType.FILE:
             return None
         reader = view.open(number)
         data = b""
@@ -123,7 +123,7 @@ class Keeper:
     def back_up(self, *paths: Path, **options: Any) -> Kept:
         monitor = RecordingMonitor()
         sources = tuple(os.fsencode(path) for path in paths)
-        result = back_up(self.repository, BackupOptions(sources, **options), monitor)
+        result = run_backup(self.repository, BackupOptions(sources, **options), monitor)
         return Kept(self.repository, result, monitor.problems)
 
     def assert_is_sound(self) -> None:
@@ -131,7 +131,7 @@ class Keeper:
 
         The second is asked of the packs' own bytes, without the code that reads blobs.
         """
-        result = Checker(self.repository, RecordingMonitor()).check(ReadChoice())
+        result = Checker(self.repository, RecordingMonitor()).check(PackSelection())
         assert result.damage == []
         store = self.repository.store
         found = 0

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from casfs.digest import Digest
-from casfs.format.pack import RECORD, TRAILER
-from casfs.format.tree import Kind, Node
+from casfs.format.pack import BLOB_HEADER, TRAILER
+from casfs.format.tree import Node, NodeType
 from casfs.paths import join
 from casfs.repository.repository import Repository
 from casfs.storage.locks import RepositoryLock
@@ -135,7 +135,7 @@ class SoundRepository:
         return {
             "data of a pack": Target(*data, other),
             "the directory of a pack": Target(
-                data[0], size - TRAILER.size - RECORD.size - 60, size - TRAILER.size, other
+                data[0], size - TRAILER.size - BLOB_HEADER.size - 60, size - TRAILER.size, other
             ),
             "the trailer of a pack": Target(data[0], size - TRAILER.size + 8, size, other),
             "a tree": Target(*tree, other),
@@ -165,7 +165,7 @@ def _reaches(repository: Repository, root: Path, node: Node) -> dict[str, Reach]
             here = above | {_place(repository, root, Digest(node.tree.digest))}
             for below in repository.trees.nodes(node.tree):
                 walk(below, join(path, below.name), here)
-        elif node.kind == Kind.FILE:
+        elif node.kind == NodeType.FILE:
             places = {_place(repository, root, d) for d in repository.content(node).blobs()}
             found[os.fsdecode(path)] = Reach(above | places)
 

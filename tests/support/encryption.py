@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from casfs.backup.run import BackupOptions, BackupResult, back_up
+from casfs.backup.run import BackupOptions, BackupResult, run_backup
 from casfs.crypto import age
 from casfs.crypto.identities import Identities
 from casfs.crypto.recipients import Recipient, RecipientKind
 from casfs.digest import SnapshotId
 from casfs.format.config import RepositoryConfig
-from casfs.format.key_derivation import Domain, Session
+from casfs.format.key_derivation import DedupDomain, WriteSession
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.storage.base import Storage
@@ -23,8 +23,8 @@ OTHER_PUBLIC = "age1r3pzt2np6544e7z6nkrw7ufsvjeprfeescny6ykxzv95d7udmsjqeln3q9"
 OTHER_SECRET = "AGE-SECRET-KEY-1D88DZGXV96QDNLQ3RFEMW6CSL6MSK7X4F7Y0J8T9WAR8R0CFTP9S4SUG47"
 
 REPOSITORY = bytes(range(32))
-DOMAIN = Domain(REPOSITORY, bytes(range(32, 64)))
-SESSION = Session(REPOSITORY, bytes(range(64, 96)), (DOMAIN,))
+DOMAIN = DedupDomain(REPOSITORY, bytes(range(32, 64)))
+SESSION = WriteSession(REPOSITORY, bytes(range(64, 96)), (DOMAIN,))
 
 RECIPIENT = Recipient(RecipientKind.AGE, PUBLIC)
 OTHER = Recipient(RecipientKind.AGE, OTHER_PUBLIC)
@@ -33,10 +33,10 @@ OTHER = Recipient(RecipientKind.AGE, OTHER_PUBLIC)
 class OneSession:
     """What knows one session, and opens no other."""
 
-    def __init__(self, session: Session = SESSION) -> None:
+    def __init__(self, session: WriteSession = SESSION) -> None:
         self._session = session
 
-    def session(self, session_id: bytes) -> Session:
+    def session(self, session_id: bytes) -> WriteSession:
         assert session_id == self._session.id
         return self._session
 
@@ -74,7 +74,7 @@ class EncryptedKeeper:
         paths = tuple(os.fsencode(source) for source in sources)
         chosen = BackupOptions(**({"paths": paths, "host": "here"} | options))  # type: ignore[arg-type]
         with self.writing() as repository:
-            return back_up(repository, chosen, RecordingMonitor())
+            return run_backup(repository, chosen, RecordingMonitor())
 
     def id_of(self, result: BackupResult) -> SnapshotId:
         assert result.snapshot_id is not None

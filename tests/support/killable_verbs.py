@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from casfs.backup.run import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.cli.app import run as run_command
 from casfs.crypto import age
 from casfs.crypto import passphrase as passphrase_module
@@ -39,7 +39,7 @@ from casfs.maintenance.check import Checker
 from casfs.maintenance.forget import Candidate, forget
 from casfs.maintenance.prune import PruneOptions, Pruner
 from casfs.maintenance.repair import SnapshotRepairer, repair_index
-from casfs.maintenance.scrub import ReadChoice
+from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import Progress, RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.repository.tagging import retag
@@ -75,7 +75,7 @@ def act_backup(
     with Repository.open(root, "backup", sync=options.pop("sync", True), on_step=step) as found:
         chosen = BackupOptions((os.fsencode(source),), host=host, **options)
         monitor = RecordingMonitor()
-        result = back_up(found, chosen, monitor)
+        result = run_backup(found, chosen, monitor)
     assert result.snapshot_id is not None
     return {
         "id": result.snapshot_id.hex(),
@@ -88,7 +88,7 @@ def act_backup(
 def act_prune(
     root: Path, step: Step, share: float = 0.25, margin_s: float = 0.0, sync: bool = True
 ) -> dict[str, Any]:
-    opened = Repository.open(root, "prune", LockMode.TENDING, sync=sync, on_step=step)
+    opened = Repository.open(root, "prune", LockMode.MAINTENANCE, sync=sync, on_step=step)
     with opened as repository:
         options = PruneOptions(share, margin_s)
         return dataclasses.asdict(Pruner(repository, options, RecordingMonitor()).prune())
@@ -120,10 +120,12 @@ def act_repair_snapshots(
     root: Path, step: Step, read_data: bool = True, sync: bool = True
 ) -> list[dict[str, Any]]:
     monitor = RecordingMonitor()
-    opened = Repository.open(root, "repair snapshots", LockMode.TENDING, sync=sync, on_step=step)
+    opened = Repository.open(
+        root, "repair snapshots", LockMode.MAINTENANCE, sync=sync, on_step=step
+    )
     with opened as repository:
         repairer = SnapshotRepairer(repository, monitor)
-        result = repairer.repair(ReadChoice() if read_data else None)
+        result = repairer.repair(PackSelection() if read_data else None)
     told = [os.fsdecode(problem.path) for problem in monitor.problems]
     return [
         {
@@ -158,7 +160,7 @@ def act_check(
     root: Path, step: Step, read_data: bool = True, share: float = 1.0
 ) -> list[dict[str, Any]]:
     with Repository.open(root, reader="check", takes_notes=True) as repository:
-        choice = ReadChoice(share) if read_data else None
+        choice = PackSelection(share) if read_data else None
         result = Checker(repository, RecordingMonitor()).check(choice)
     return [
         {
@@ -266,7 +268,7 @@ def act_trusts(root: Path, step: Step, blobs: list[str]) -> list[bool]:
     """Ask the index alone, as a writer does that has it open."""
     index = Index(root / "index", readonly=True)
     try:
-        return index.known([Digest(bytes.fromhex(blob)) for blob in blobs])
+        return index.are_stored([Digest(bytes.fromhex(blob)) for blob in blobs])
     finally:
         index.close()
 

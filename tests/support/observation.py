@@ -10,16 +10,16 @@ import os
 from pathlib import Path
 
 from blake3 import blake3
-from casfs_mount.background import Errands
-from casfs_mount.blob_reader import Blobs
+from casfs_mount.background import BackgroundPool
+from casfs_mount.blob_reader import BlobReader
 from casfs_mount.chunk_cache import ChunkCache
-from casfs_mount.event_loop_guard import Waiting
+from casfs_mount.event_loop_guard import EventLoopGuard
 from casfs_mount.repository_view import RepositoryView
-from casfs_mount.tree_cache import PieceCache
-from casfs_mount.view import Sources
+from casfs_mount.tree_cache import TreeCache
+from casfs_mount.view import MountContext
 
 from casfs.errors import CasfsError
-from casfs.format.tree import Kind, Node, TreeRef
+from casfs.format.tree import Node, NodeType, TreeRef
 from casfs.paths import join
 from casfs.repository.repository import Repository
 
@@ -71,7 +71,7 @@ def _look(repository: Repository, root: Node) -> Files:
                 if node.tree is not None:
                     found[_key(below)] = "directory"
                     stack.append((below, node.tree))
-                elif node.kind == Kind.FILE:
+                elif node.kind == NodeType.FILE:
                     found[_key(below)] = _flagged(node, _content(repository, node))
         except CasfsError:
             found[_key(path)] = LOST
@@ -97,13 +97,13 @@ def _flagged(node: Node, content: str) -> str:
 
 def look_through_the_mount(repository: Repository) -> dict[str, Files]:
     """Describe every snapshot as the view behind a mount of the whole repository shows it."""
-    waiting, errands = Waiting(), Errands()
-    blobs = Blobs(repository.store, waiting)
+    waiting, errands = EventLoopGuard(), BackgroundPool()
+    blobs = BlobReader(repository.store, waiting)
     view = RepositoryView(
-        Sources(
+        MountContext(
             repository=repository,
             blobs=blobs,
-            pieces=PieceCache(blobs.read),
+            pieces=TreeCache(blobs.read),
             chunks=ChunkCache(blobs.read, waiting, errands),
             waiting=waiting,
             errands=errands,
@@ -114,7 +114,7 @@ def look_through_the_mount(repository: Repository) -> dict[str, Files]:
     assert top is not None
     try:
         for number, node, _ in view.entries(top[0], 0):
-            if node.kind == Kind.DIRECTORY:
+            if node.kind == NodeType.DIRECTORY:
                 told = view.xattr(number, b"user.casfs.snapshot")
                 assert told is not None
                 found[told.decode()] = _look_below(view, number)
@@ -131,10 +131,10 @@ def _look_below(view: RepositoryView, root: int) -> Files:
         try:
             for below_number, node, _ in view.entries(number, 0):
                 below = join(path, node.name)
-                if node.kind == Kind.DIRECTORY:
+                if node.kind == NodeType.DIRECTORY:
                     found[_key(below)] = "directory"
                     stack.append((below, below_number))
-                elif node.kind == Kind.FILE:
+                elif node.kind == NodeType.FILE:
                     found[_key(below)] = _flagged(node, _read(view, below_number))
         except CasfsError:
             found[_key(path)] = LOST

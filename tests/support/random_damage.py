@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from casfs.format.pack import HEADER, TRAILER
-from casfs.index.fingerprint import SEAL_FILE
+from casfs.index.fingerprint import FINGERPRINT_FILE
 
 MOST = 1 << 16
 """What a choice is below."""
@@ -41,7 +41,7 @@ class Past:
         for index, states in self._states.items():
             state = {
                 name: ((index / name).read_bytes(), (index / name).stat().st_mtime_ns)
-                for name in (DATA, SEAL_FILE)
+                for name in (DATA, FINGERPRINT_FILE)
                 if (index / name).exists()
             }
             if state and state not in states[-1:]:
@@ -222,15 +222,15 @@ HURTS: dict[str, tuple[int, Hurt]] = {
     "a pack that was removed comes back": (3, _bringing_back("packs", Past.gone, every=False)),
     "all packs that were removed come back": (1, _bringing_back("packs", Past.gone, every=True)),
     "a damaged pack is as it was": (2, _bringing_back("packs", Past.changed, every=False)),
-    "the index is an older one": (4, _rolling_back(DATA, SEAL_FILE)),
+    "the index is an older one": (4, _rolling_back(DATA, FINGERPRINT_FILE)),
     "the index is an older one under its new seal": (2, _rolling_back(DATA)),
-    "the seal is an older one": (1, _rolling_back(SEAL_FILE)),
-    "the index vanishes": (2, _removing_from_index(DATA, SEAL_FILE)),
+    "the seal is an older one": (1, _rolling_back(FINGERPRINT_FILE)),
+    "the index vanishes": (2, _removing_from_index(DATA, FINGERPRINT_FILE)),
     "the data of the index vanish": (1, _removing_from_index(DATA)),
-    "the seal vanishes": (1, _removing_from_index(SEAL_FILE)),
+    "the seal vanishes": (1, _removing_from_index(FINGERPRINT_FILE)),
     "a bit of the index flips": (1, _changing_index(DATA, _flip)),
     "a block of the index is zeroed": (1, _changing_index(DATA, _zero)),
-    "a bit of the seal flips": (1, _changing_index(SEAL_FILE, _flip)),
+    "a bit of the seal flips": (1, _changing_index(FINGERPRINT_FILE, _flip)),
     "a condemnation vanishes": (3, _removing("condemned")),
     "a condemnation is damaged": (1, _changing("condemned", _flip)),
     "a condemnation comes back": (3, _bringing_back("condemned", Past.gone, every=False)),

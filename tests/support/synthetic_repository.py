@@ -17,10 +17,10 @@ from pathlib import Path
 from casfs.digest import digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Kind, Node
+from casfs.format.tree import Node, NodeType
 from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter
-from casfs.trees.content import RECORD
+from casfs.trees.content import EXTENT
 from casfs.trees.writer import TreeWriter
 
 _BEGIN_NS = 1_500_000_000 * 10**9
@@ -47,11 +47,11 @@ class _Planter:
         """Return a file of a size and a content of its own, as numbered."""
         self._made += 1
         size = 1 + self._made * 7919 % 60_000
-        content = RECORD.pack(size, digest_of(b"%d" % self._made))
+        content = EXTENT.pack(size, digest_of(b"%d" % self._made))
         time_ns = _BEGIN_NS + self._made * 1_000_003
         return Node(
             name,
-            Kind.FILE,
+            NodeType.FILE,
             0o644,
             1000,
             1000,
@@ -70,7 +70,7 @@ class _Planter:
             tree.add(node)
         self._made += 1
         return Node(
-            *(name, Kind.DIRECTORY, 0o755, 1000, 1000, _BEGIN_NS, _BEGIN_NS, self._made, 2),
+            *(name, NodeType.DIRECTORY, 0o755, 1000, 1000, _BEGIN_NS, _BEGIN_NS, self._made, 2),
             tree=tree.finish(),
         )
 

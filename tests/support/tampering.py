@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from casfs.digest import digest_of
-from casfs.format.pack import RECORD, SESSION_HEADER, TRAILER
+from casfs.format.pack import BLOB_HEADER, SESSION_HEADER, TRAILER
 from casfs.repository.repository import read_config
 from tests.support.encryption import PUBLIC, SECRET
 from tests.support.observation import Files, look_at_source
@@ -141,7 +141,7 @@ def parts_of(hostile: Hostile) -> dict[str, Part]:
         "the last session": whole(sessions[-1]),
         "the identity of the passphrase": whole(identity),
         "the header of a pack": Part(pack, 0, SESSION_HEADER),
-        "the records of a pack": Part(pack, SESSION_HEADER, directory - RECORD.size),
+        "the records of a pack": Part(pack, SESSION_HEADER, directory - BLOB_HEADER.size),
         "the directory of a pack": Part(pack, directory, size - TRAILER.size),
         "the trailer of a pack": Part(pack, size - TRAILER.size, size),
         "the header of a snapshot": Part(snapshot, 0, 16),

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, unheard
-from casfs.cli.output import iso_time, json_path, shown_id, shown_size
-from casfs.cli.param_types import PATTERN, SIZE, tags_in
+from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, stdout_failed
+from casfs.cli.output import format_size, iso_time, json_path, short_id
+from casfs.cli.param_types import PATTERN, SIZE, parse_tags
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
-from casfs.errors import DistrustError, NotFoundError, UsageError
+from casfs.errors import NotFoundError, TrustError, UsageError
 from casfs.paths import normalize_source_path
 from casfs.patterns import Pattern, read_patterns
 
@@ -165,7 +165,7 @@ def backup(
     """
     from casfs.backup.exclude import Exclusions
     from casfs.backup.reflink import Freeze
-    from casfs.backup.run import BackupOptions, back_up
+    from casfs.backup.run import BackupOptions, run_backup
     from casfs.repository.repository import Repository
 
     sources = [os.fsencode(path) for path in paths]
@@ -191,7 +191,7 @@ def backup(
     options = BackupOptions(
         paths=tuple(sources),
         host=host if host is not None else socket.gethostname(),
-        tags=tuple(sorted(tags_in(tags))),
+        tags=tuple(sorted(parse_tags(tags))),
         time_ns=_parse_time(when) if when is not None else None,
         exclusions=Exclusions(
             tuple(patterns),
@@ -226,14 +226,14 @@ def backup(
         ) as repository,
         monitor,
     ):
-        result = back_up(repository, options, monitor)
+        result = run_backup(repository, options, monitor)
     code = exit_code(result, changed_ok)
     try:
         _report(settings, result, dry_run)
         sys.stdout.flush()
     except OSError as error:
         # The snapshot is published whether or not anybody hears of it, and the code says so.
-        return unheard(error, code)
+        return stdout_failed(error, code)
     return code
 
 
@@ -252,8 +252,8 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
     assert tree is not None
     output = settings.output()
     output.line(
-        f"{stats.files} files in {stats.directories} directories, {shown_size(tree.total_bytes)}; "
-        f"{stats.unchanged} unchanged; {shown_size(stats.new_stored_bytes)} "
+        f"{stats.files} files in {stats.directories} directories, {format_size(tree.total_bytes)}; "
+        f"{stats.unchanged} unchanged; {format_size(stats.new_stored_bytes)} "
         f"{'would be ' if dry_run else ''}stored anew in {stats.seconds:.1f} s"
     )
     if stats.vanished:
@@ -265,7 +265,7 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
     if stats.silently_changed:
         output.line(f"{stats.silently_changed} changed although size, mtime and ctime did not")
     if result.snapshot_id is not None:
-        output.line(f"snapshot {shown_id(result.snapshot_id)}")
+        output.line(f"snapshot {short_id(result.snapshot_id)}")
     else:
         output.line("nothing was stored: this was a dry run")
     output.emit(
@@ -296,16 +296,16 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
 def _expecting(root: Path, file: Path, unlock: Unlock) -> Unlock:
     """Return what unlocks a repository only if it has just the recipients that a file names."""
     from casfs.cli.commands.key import recipients_in
-    from casfs.crypto.key_manager import accept, expect_recipients
+    from casfs.crypto.key_manager import require_recipients, trust_current_recipients
     from casfs.repository.repository import read_config
 
     expected = recipients_in(file)
     if read_config(root).encryption is None:
-        raise DistrustError(f"the repository in {root} is not encrypted; nothing was stored")
+        raise TrustError(f"the repository in {root} is not encrypted; nothing was stored")
 
     def expect_and_unlock(storage: Storage, config: RepositoryConfig) -> Identities:
-        expect_recipients(storage, expected)
-        accept(root.absolute(), storage, config)
+        require_recipients(storage, expected)
+        trust_current_recipients(root.absolute(), storage, config)
         return unlock(storage, config)
 
     return expect_and_unlock

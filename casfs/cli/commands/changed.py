@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.output import path_argument, shown_id
+from casfs.cli.output import path_argument, short_id
 from casfs.cli.settings import Settings, common_options
-from casfs.display import shown
+from casfs.display import escape_path
 
 if TYPE_CHECKING:
     from casfs.digest import SnapshotId
@@ -27,7 +27,7 @@ def changed(settings: Settings, snap: str) -> None:
     Told are the reason, the number of attempts, and the BLAKE3 digests (as of b3sum) of what was
     captured and of what was seen when the file was read again.
     """
-    from casfs.cli.entry_format import NodeFields, shown_reason
+    from casfs.cli.entry_format import NodeFields, format_reason
     from casfs.format.tree import captured_digest
     from casfs.repository.repository import Repository
     from casfs.trees.reader import flagged_files
@@ -46,10 +46,10 @@ def changed(settings: Settings, snap: str) -> None:
             attempts = capture.attempts if capture is not None else 0
             observed = capture.observed if capture is not None else None
             output.line(
-                f"{shown_reason(file):<10}  {attempts} attempt{'' if attempts == 1 else 's':<1}  "
-                f"captured {shown_id(captured_digest(file) or b'')}  "
-                f"observed {shown_id(observed) if observed is not None else 'nothing':<12}  "
-                f"{shown(below)}"
+                f"{format_reason(file):<10}  {attempts} attempt{'' if attempts == 1 else 's':<1}  "
+                f"captured {short_id(captured_digest(file) or b'')}  "
+                f"observed {short_id(observed) if observed is not None else 'nothing':<12}  "
+                f"{escape_path(below)}"
             )
     if not count and not output.as_json:
-        output.warn(f"nothing in {shown(path_argument(snap))} changed while it was captured")
+        output.warn(f"nothing in {escape_path(path_argument(snap))} changed while it was captured")

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.output import Output, json_path, shown_id, shown_size
-from casfs.cli.param_types import share_argument
+from casfs.cli.output import Output, format_size, json_path, short_id
+from casfs.cli.param_types import parse_share
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from casfs.maintenance.scrub import Damage
+    from casfs.maintenance.scrub import Finding
 
 
 @click.command()
@@ -54,7 +54,7 @@ def check(
     """
     from casfs.maintenance.check import Checker
     from casfs.maintenance.retention import parse_duration
-    from casfs.maintenance.scrub import ReadChoice
+    from casfs.maintenance.scrub import PackSelection
     from casfs.repository.repository import Repository
 
     if storage_only:
@@ -63,7 +63,7 @@ def check(
         return _check_storage(settings)
     choice = None
     if read_data or subset is not None:
-        choice = ReadChoice(
+        choice = PackSelection(
             _subset(subset) if subset is not None else 1.0,
             parse_duration(older_than, "--older-than") if older_than is not None else None,
             parse_duration(max_duration, "--max-duration") if max_duration is not None else None,
@@ -80,7 +80,7 @@ def check(
         monitor,
     ):
         result = Checker(repository, monitor).check(choice)
-    _tell(output, result.damage)
+    _print_result(output, result.damage)
     output.line(
         f"checked {result.snapshots} snapshots, {result.trees} trees, {result.files} files, "
         f"{result.packs} packs"
@@ -88,7 +88,7 @@ def check(
     if result.packs_read:
         output.line(
             f"read {result.packs_read} packs with {result.blobs_read} blobs, "
-            f"{shown_size(result.read_bytes)}"
+            f"{format_size(result.read_bytes)}"
         )
     if result.packs_left:
         output.line(f"{result.packs_left} packs are left for the next time")
@@ -113,9 +113,9 @@ def check(
     return EXIT_DAMAGED if result.damage else 0
 
 
-def _tell(output: Output, found: list[Damage]) -> None:
+def _print_result(output: Output, found: list[Finding]) -> None:
     for damage in found:
-        output.line(_sentence(damage))
+        output.line(_format_finding(damage))
         output.emit(
             "damage",
             what=damage.what,
@@ -139,9 +139,9 @@ def _check_storage(settings: Settings) -> int:
     monitor = CommandMonitor(output, "check")
     with monitor:
         result = check_storage(LocalStorage(root), config, monitor)
-    _tell(output, result.damage)
+    _print_result(output, result.damage)
     found = len(result.damage)
-    output.line(f"read {result.objects} objects, {shown_size(result.read_bytes)}")
+    output.line(f"read {result.objects} objects, {format_size(result.read_bytes)}")
     output.line(f"{found} problems were found" if found else "no damage was found")
     output.emit(
         "summary",
@@ -153,21 +153,21 @@ def _check_storage(settings: Settings) -> int:
     return EXIT_DAMAGED if result.damage else 0
 
 
-def _sentence(damage: Damage) -> str:
+def _format_finding(damage: Finding) -> str:
     parts = [damage.what]
     if damage.path is not None:
-        parts.append(shown(damage.path) or "/")
+        parts.append(escape_path(damage.path) or "/")
     if damage.snapshot is not None:
-        parts.append(f"in snapshot {shown_id(damage.snapshot)}")
+        parts.append(f"in snapshot {short_id(damage.snapshot)}")
     if damage.blob is not None:
-        parts.append(f"blob {shown_id(damage.blob)}")
+        parts.append(f"blob {short_id(damage.blob)}")
     if damage.pack is not None:
         parts.append(f"{'' if damage.what == 'pack' else 'pack '}{damage.pack.hex()}")
     return f"{' '.join(parts)}: {damage.message}"
 
 
 def _subset(text: str) -> float:
-    share = share_argument(text, "--read-data-subset", "5%")
+    share = parse_share(text, "--read-data-subset", "5%")
     if share == 0:
         raise UsageError(f"--read-data-subset {text!r} reads nothing; say more than 0%")
     return share

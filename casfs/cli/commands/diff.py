@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.output import Output, json_path, shown_size
+from casfs.cli.output import Output, format_size, json_path
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
-from casfs.display import shown
+from casfs.display import escape_path
 
 if TYPE_CHECKING:
     from casfs.cli.entry_format import NodeFields
@@ -44,7 +44,7 @@ def diff(settings: Settings, before: str, after: str) -> int:
     what was compared; `.` is that itself. Inode numbers and ctimes are no difference.
     """
     from casfs.cli.entry_format import NodeFields
-    from casfs.query.diff import Differ, passages_of
+    from casfs.query.diff import Differ, ancestor_dirs
     from casfs.repository.repository import Repository
 
     output = settings.output()
@@ -53,7 +53,7 @@ def diff(settings: Settings, before: str, after: str) -> int:
     with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
         old_id, old, old_path, old_node = repository.resolve_path(before)
         new_id, new, new_path, new_node = repository.resolve_path(after)
-        passages = passages_of(old.paths, old_path) | passages_of(new.paths, new_path)
+        passages = ancestor_dirs(old.paths, old_path) | ancestor_dirs(new.paths, new_path)
         differ = Differ(repository.trees, monitor, passages)
         told = NodeFields(old), NodeFields(new)
         for change in differ.changes(old_node, new_node):
@@ -61,9 +61,9 @@ def diff(settings: Settings, before: str, after: str) -> int:
             _print(output, change) if not output.as_json else _emit(output, change, *told)
     counts = summary.counts
     output.line(
-        f"{counts['added']} added ({shown_size(summary.added_bytes)}), "
-        f"{counts['removed']} removed ({shown_size(summary.removed_bytes)}), "
-        f"{counts['modified']} modified ({shown_size(summary.modified_bytes)}), "
+        f"{counts['added']} added ({format_size(summary.added_bytes)}), "
+        f"{counts['removed']} removed ({format_size(summary.removed_bytes)}), "
+        f"{counts['modified']} modified ({format_size(summary.modified_bytes)}), "
         f"{counts['metadata']} of other metadata, {counts['type']} of another kind"
     )
     if summary.flagged:
@@ -98,9 +98,9 @@ def _add(summary: _Summary, change: Change) -> None:
 
 
 def _file_bytes(node: Node | None) -> int:
-    from casfs.format.tree import Kind
+    from casfs.format.tree import NodeType
 
-    return node.size if node is not None and node.kind == Kind.FILE else 0
+    return node.size if node is not None and node.kind == NodeType.FILE else 0
 
 
 def _flagged_sides(change: Change) -> list[str]:
@@ -112,7 +112,7 @@ def _flagged_sides(change: Change) -> list[str]:
 
 def _print(output: Output, change: Change) -> None:
     slash = "/" if change.kind in ("added", "removed") and _is_directory(change) else ""
-    output.line(f"{_MARKS[change.kind]}  {shown(change.path) or '.'}{slash}")
+    output.line(f"{_MARKS[change.kind]}  {escape_path(change.path) or '.'}{slash}")
     for side in _flagged_sides(change):
         output.line(f"      the file {side} was captured while it changed")
 

@@ -11,7 +11,7 @@ import click
 from casfs.cli.output import json_path
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import CasfsError, UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
     Every byte is verified before it is written. The output ends where damage begins (exit 5).
     """
     from casfs.cli.entry_format import KIND_NAMES
-    from casfs.format.tree import Kind
+    from casfs.format.tree import NodeType
     from casfs.repository.repository import Repository
 
     output = settings.output()
@@ -43,10 +43,10 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
         ExitStack() as stack,
     ):
         snapshot_id, snapshot, path, node = repository.resolve_path(snap)
-        kind = Kind(node.kind)
-        if kind not in (Kind.FILE, Kind.DIRECTORY):
+        kind = NodeType(node.kind)
+        if kind not in (NodeType.FILE, NodeType.DIRECTORY):
             raise CasfsError(
-                f"{shown(path)} is neither a file nor a directory but a {KIND_NAMES[kind]}; "
+                f"{escape_path(path)} is neither a file nor a directory but a {KIND_NAMES[kind]}; "
                 "it holds nothing to dump"
             )
         file = _open(target, node, output.as_json, stack)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.output import path_argument, shown_id
+from casfs.cli.output import path_argument, short_id
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def find(
     slashes too. With --changed it may be left out. What is found can be given to other verbs as it is
     printed, SNAP:PATH.
     """
-    from casfs.cli.entry_format import NodeFields, shown_state
+    from casfs.cli.entry_format import NodeFields, format_state
     from casfs.query.find import KIND_LETTERS, Finder, Query
     from casfs.repository.repository import Repository
 
@@ -75,8 +75,8 @@ def find(
                 if output.as_json:
                     output.emit("match", snapshot=snapshot_id.hex(), **fields(path, node))
                     continue
-                output.line(f"{shown_id(snapshot_id)}:{shown(path)}")
-                state = shown_state(node)
+                output.line(f"{short_id(snapshot_id)}:{escape_path(path)}")
+                state = format_state(node)
                 if state:
                     output.line(f"    {state} while it was captured")
     return EXIT_DAMAGED if monitor.problems else 0

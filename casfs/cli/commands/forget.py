@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.output import Output, iso_time, json_path, local_time, path_argument, shown_id
-from casfs.cli.param_types import tags_in
+from casfs.cli.output import Output, format_time, iso_time, json_path, path_argument, short_id
+from casfs.cli.param_types import parse_tags
 from casfs.cli.settings import Settings, common_options
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from casfs.maintenance.forget import Candidate, Grouping, GroupKey, Plan
+    from casfs.maintenance.forget import Candidate, ForgetPlan, Grouping, GroupKey
     from casfs.maintenance.retention import Policy
 
 
@@ -103,9 +103,9 @@ def forget(
     Each group (a host and its paths) is judged apart. The space is freed by prune.
     """
     from casfs.cli.commands.prune import run_prune
-    from casfs.maintenance.forget import Choice, forget, named_snapshots, plan_policy
+    from casfs.maintenance.forget import SnapshotFilter, forget, plan_policy, select_by_name
     from casfs.maintenance.prune import PruneOptions
-    from casfs.maintenance.retention import Policy, Span
+    from casfs.maintenance.retention import CalendarSpan, Policy
     from casfs.repository.repository import Repository
 
     policy = Policy(
@@ -115,15 +115,15 @@ def forget(
         weekly=keep_weekly,
         monthly=keep_monthly,
         yearly=keep_yearly,
-        within=Span(keep_within, "--keep-within") if keep_within is not None else None,
-        tags=tuple(frozenset(tags_in([text])) for text in keep_tags),
+        within=CalendarSpan(keep_within, "--keep-within") if keep_within is not None else None,
+        tags=tuple(frozenset(parse_tags([text])) for text in keep_tags),
     )
-    choice = Choice(
+    choice = SnapshotFilter(
         hosts,
         tuple(frozenset(text.split(",")) for text in tags),
         tuple(path_argument(path) for path in paths),
     )
-    _refuse_what_does_not_fit(snaps, policy, choice != Choice())
+    _check_options(snaps, policy, choice != SnapshotFilter())
     grouping = _grouping(group_by)
     root, output = settings.repository_path(), settings.output()
     # A dry run changes nothing, and needs not be allowed to.
@@ -135,7 +135,7 @@ def forget(
         unlock=settings.unlock,
     ) as repository:
         if snaps:
-            forgotten = named_snapshots(repository, snaps, allow_all)
+            forgotten = select_by_name(repository, snaps, allow_all)
             kept = len({i for i, _ in repository.snapshots()} - {c.snapshot_id for c in forgotten})
             _print_named(output, forgotten, dry_run)
         else:
@@ -155,7 +155,7 @@ def forget(
         run_prune(settings, PruneOptions())
 
 
-def _refuse_what_does_not_fit(snaps: tuple[str, ...], policy: Policy, chosen: bool) -> None:
+def _check_options(snaps: tuple[str, ...], policy: Policy, chosen: bool) -> None:
     if snaps and not policy.is_empty():
         raise UsageError("name snapshots, or give rules (--keep-…), not both")
     if snaps and chosen:
@@ -179,23 +179,25 @@ def _grouping(text: str) -> Grouping:
     return Grouping("host" in wanted, "paths" in wanted, "tags" in wanted)
 
 
-def _print_plan(output: Output, plan: Plan, dry_run: bool) -> None:
+def _print_plan(output: Output, plan: ForgetPlan, dry_run: bool) -> None:
     for key, verdicts in plan.groups.items():
         output.line(_title(key))
         for verdict in verdicts:
-            _say(output, verdict.snapshot, verdict.reasons, dry_run)
+            _print_result(output, verdict.snapshot, verdict.reasons, dry_run)
 
 
 def _print_named(output: Output, candidates: list[Candidate], dry_run: bool) -> None:
     for candidate in candidates:
-        _say(output, candidate, (), dry_run)
+        _print_result(output, candidate, (), dry_run)
 
 
-def _say(output: Output, candidate: Candidate, reasons: tuple[str, ...], dry_run: bool) -> None:
+def _print_result(
+    output: Output, candidate: Candidate, reasons: tuple[str, ...], dry_run: bool
+) -> None:
     snapshot = candidate.snapshot
-    time = local_time(candidate.time_ns) if snapshot is not None else "(its file is damaged)"
+    time = format_time(candidate.time_ns) if snapshot is not None else "(its file is damaged)"
     verdict = f"keep    {', '.join(reasons)}" if reasons else "forget"
-    output.line(f"  {shown_id(candidate.snapshot_id)}  {time}  {shown(verdict.encode())}")
+    output.line(f"  {short_id(candidate.snapshot_id)}  {time}  {escape_path(verdict.encode())}")
     output.emit(
         "snapshot",
         id=candidate.snapshot_id.hex(),
@@ -214,9 +216,9 @@ def _say(output: Output, candidate: Candidate, reasons: tuple[str, ...], dry_run
 def _title(key: GroupKey) -> str:
     parts = []
     if key.host is not None:
-        parts.append(f"host {shown(key.host.encode())}")
+        parts.append(f"host {escape_path(key.host.encode())}")
     if key.paths is not None:
-        parts.append(" ".join(shown(path) for path in key.paths))
+        parts.append(" ".join(escape_path(path) for path in key.paths))
     if key.tags is not None:
-        parts.append(f"tags {shown(', '.join(key.tags).encode()) or 'none'}")
+        parts.append(f"tags {escape_path(', '.join(key.tags).encode()) or 'none'}")
     return ", ".join(parts) or "all snapshots"

@@ -8,7 +8,7 @@ import click
 
 from casfs.cli.commands.key import named_recipients, recipient_options
 from casfs.cli.settings import Settings, common_options, new_passphrase
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import UsageError
 
 
@@ -43,7 +43,7 @@ def init(
     wanted = named_recipients(recipients, recipients_files)
     config = Repository.create(root, wanted, new)
     output = settings.output()
-    output.line(f"made repository {config.id[:12]} in {shown(bytes(root))}")
+    output.line(f"made repository {config.id[:12]} in {escape_path(bytes(root))}")
     if config.encryption is None:
         output.line("it is not encrypted: whoever can read the folder can read what is stored")
     else:

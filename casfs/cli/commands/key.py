@@ -100,7 +100,7 @@ def add(
     What is there already opens to them after `casfs key rewrap`.
     """
     from casfs.crypto.identities import add_passphrase
-    from casfs.crypto.key_manager import change_recipients, complete, require_known
+    from casfs.crypto.key_manager import change_recipients, verify_trusted, with_gpg_identities
     from casfs.crypto.recipients import merged, read_recipients
 
     new = named_recipients(recipients, recipients_files)
@@ -109,15 +109,15 @@ def add(
     text = None
     if passphrase:
         text = new_passphrase(settings.keys.with_environment().passphrase, "--passphrase-file")
-    with _tended(settings, "key add") as (root, storage, config):
-        require_known(root, storage, config)
+    with _open_for_maintenance(settings, "key add") as (root, storage, config):
+        verify_trusted(root, storage, config)
         if text is not None:
             new.append(add_passphrase(storage, text, bytes.fromhex(config.id)))
         now = read_recipients(storage)
         known = {one.value for one in now}
-        added = complete(storage, [one for one in new if one.value not in known])
+        added = with_gpg_identities(storage, [one for one in new if one.value not in known])
         change_recipients(root, storage, config, merged(now, added))
-    _tell(settings, "added", added)
+    _print_recipients(settings, "added", added)
 
 
 @key.command()
@@ -134,7 +134,7 @@ def remove(settings: Settings, values: tuple[str, ...]) -> None:
     from casfs.crypto.recipients import read_recipients
 
     gone = []
-    with _tended(settings, "key remove") as (root, storage, config):
+    with _open_for_maintenance(settings, "key remove") as (root, storage, config):
         now = read_recipients(storage)
         for value in values:
             fitting = [one for one in now if one.value.startswith(value)]
@@ -144,7 +144,7 @@ def remove(settings: Settings, values: tuple[str, ...]) -> None:
                 )
             gone += fitting
         change_recipients(root, storage, config, [one for one in now if one not in gone])
-    _tell(settings, "removed", gone)
+    _print_recipients(settings, "removed", gone)
 
 
 @key.command()
@@ -152,10 +152,10 @@ def remove(settings: Settings, values: tuple[str, ...]) -> None:
 @click.pass_obj
 def rewrap(settings: Settings) -> None:
     """Have everything that is stored open to the recipients that there are now, and to nobody else."""
-    from casfs.crypto.key_manager import require_known, rewrap_sessions
+    from casfs.crypto.key_manager import rewrap_sessions, verify_trusted
 
-    with _tended(settings, "key rewrap") as (root, storage, config):
-        require_known(root, storage, config)
+    with _open_for_maintenance(settings, "key rewrap") as (root, storage, config):
+        verify_trusted(root, storage, config)
         count = rewrap_sessions(storage, config, settings.unlock(storage, config))
     output = settings.output()
     output.line(f"wrapped the keys of {count} sessions anew")
@@ -177,7 +177,7 @@ def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
     if old is None:
         raise UsageError("there is no terminal to ask for the old passphrase: --passphrase-file")
     new = new_passphrase(PassphraseSource(file=new_passphrase_file), "--new-passphrase-file")
-    with _tended(settings, "key passwd") as (_, storage, config):
+    with _open_for_maintenance(settings, "key passwd") as (_, storage, config):
         change_passphrase(storage, old, new, bytes.fromhex(config.id))
     output = settings.output()
     output.line("the passphrase was changed")
@@ -193,8 +193,8 @@ def accept(settings: Settings) -> None:
     With an identity this machine also takes up the repository's own secret for what it stores, so that it
     deduplicates with all the others.
     """
-    from casfs.crypto.key_manager import Vault
-    from casfs.crypto.key_manager import accept as accept_keys
+    from casfs.crypto.key_manager import KeyManager
+    from casfs.crypto.key_manager import trust_current_recipients as accept_keys
     from casfs.repository.repository import read_config
     from casfs.storage.local import LocalStorage
 
@@ -205,8 +205,8 @@ def accept(settings: Settings) -> None:
     if config.encryption is not None:
         identities = settings.keys.unlock_given(storage, config)
         if identities:
-            Vault.to_write(root, storage, config, identities)
-    _tell(settings, "accepted", recipients)
+            KeyManager.for_writing(root, storage, config, identities)
+    _print_recipients(settings, "accepted", recipients)
 
 
 def _encrypted(settings: Settings) -> tuple[Path, LocalStorage, RepositoryConfig]:
@@ -224,13 +224,15 @@ def _encrypted(settings: Settings) -> tuple[Path, LocalStorage, RepositoryConfig
 
 
 @contextmanager
-def _tended(settings: Settings, verb: str) -> Iterator[tuple[Path, LocalStorage, RepositoryConfig]]:
+def _open_for_maintenance(
+    settings: Settings, verb: str
+) -> Iterator[tuple[Path, LocalStorage, RepositoryConfig]]:
     """Give the repository that was named while nobody else changes its keys; raises LockedError."""
     from casfs.storage.local import LocalStorage
     from casfs.storage.locks import LockMode, RepositoryLock
 
     root, _, config = _encrypted(settings)
-    with RepositoryLock.acquire(root / "locks", verb, LockMode.TENDING, "a machine") as lock:
+    with RepositoryLock.acquire(root / "locks", verb, LockMode.MAINTENANCE, "a machine") as lock:
         storage = LocalStorage(root, writer=lock.name, sync=settings.sync)
         try:
             yield root, storage, config
@@ -238,7 +240,7 @@ def _tended(settings: Settings, verb: str) -> Iterator[tuple[Path, LocalStorage,
             storage.close()
 
 
-def _tell(settings: Settings, what: str, recipients: list[Recipient]) -> None:
+def _print_recipients(settings: Settings, what: str, recipients: list[Recipient]) -> None:
     output = settings.output()
     for one in recipients:
         output.line(f"{what} {one.kind} {one.value}")

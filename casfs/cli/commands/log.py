@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.output import Output, iso_time, local_time, shown_id, shown_size
+from casfs.cli.output import Output, format_size, format_time, iso_time, short_id
 from casfs.cli.settings import Settings, common_options
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import IntegrityError, NotFoundError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
     first that has a version; give it to other verbs as SNAP.
     """
     from casfs.paths import parse_snapshot_path
-    from casfs.query.history import versions_of
+    from casfs.query.history import path_history
     from casfs.repository.repository import Repository
 
     output = settings.output()
@@ -41,7 +41,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
     def tell(snapshot_id: SnapshotId, error: IntegrityError) -> None:
         nonlocal damaged
         damaged += 1
-        output.warn(f"snapshot {shown_id(snapshot_id)} cannot be looked into: {error}")
+        output.warn(f"snapshot {short_id(snapshot_id)} cannot be looked into: {error}")
 
     with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
         _, named = repository.resolve(name)
@@ -50,9 +50,9 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
             for snapshot_id, snapshot in repository.snapshots()
             if all_hosts or snapshot.host == named.host
         ]
-        versions = versions_of(repository.trees, found, path, tell)
+        versions = path_history(repository.trees, found, path, tell)
     if not versions and not damaged:
-        raise NotFoundError(f"none of the {len(found)} snapshots has {shown(path) or '/'}")
+        raise NotFoundError(f"none of the {len(found)} snapshots has {escape_path(path) or '/'}")
     if output.as_json:
         for version in versions:
             _emit(output, path, version)
@@ -85,19 +85,19 @@ _NUMBERS = ("snapshots", "size")
 
 
 def _row(version: Version) -> tuple[str, ...]:
-    from casfs.cli.entry_format import shown_state, total_bytes
+    from casfs.cli.entry_format import format_state, total_bytes
     from casfs.format.tree import captured_digest
 
     node = version.node
     (first_id, first), (_, last) = version.snapshots[0], version.snapshots[-1]
     digest = node.tree.digest if node.tree is not None else captured_digest(node)
     return (
-        shown_id(first_id),
-        local_time(first.time_ns),
-        local_time(last.time_ns),
+        short_id(first_id),
+        format_time(first.time_ns),
+        format_time(last.time_ns),
         str(len(version.snapshots)),
-        shown_size(total_bytes(node)),
-        local_time(node.mtime_ns),
-        shown_id(digest) if digest is not None else "",
-        shown_state(node) or "",
+        format_size(total_bytes(node)),
+        format_time(node.mtime_ns),
+        short_id(digest) if digest is not None else "",
+        format_state(node) or "",
     )

@@ -12,7 +12,7 @@ import click
 
 from casfs.cli.param_types import SIZE
 from casfs.cli.settings import Settings, common_options, unlocked
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import CasfsError
 
 _OWNER = re.compile(r"(\d{1,10}):(\d{1,10})")
@@ -95,7 +95,7 @@ def mount(
 
     def tell(mountpoint: Path) -> None:
         output = settings.output()
-        output.line(f"mounted on {shown(bytes(mountpoint))}")
+        output.line(f"mounted on {escape_path(bytes(mountpoint))}")
         output.emit("mounted", mountpoint=str(mountpoint))
         sys.stdout.flush()
 
@@ -115,7 +115,7 @@ def umount(settings: Settings, mountpoint: Path) -> None:
 
     real = unmount(mountpoint)
     output = settings.output()
-    output.line(f"unmounted {shown(bytes(real))}")
+    output.line(f"unmounted {escape_path(bytes(real))}")
     output.emit("unmounted", mountpoint=str(real))
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.output import Output, shown_size
-from casfs.cli.param_types import share_argument
+from casfs.cli.output import Output, format_size
+from casfs.cli.param_types import parse_share
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
 
@@ -41,7 +41,7 @@ def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> No
     from casfs.maintenance.prune import PruneOptions
     from casfs.maintenance.retention import parse_duration
 
-    share = share_argument(max_unused, "--max-unused", "25%")
+    share = parse_share(max_unused, "--max-unused", "25%")
     options = PruneOptions(share, parse_duration(margin, "--margin"), dry_run)
     run_prune(settings, options)
 
@@ -58,7 +58,7 @@ def run_prune(settings: Settings, options: PruneOptions) -> None:
         Repository.open(
             root,
             "prune",
-            LockMode.TENDING,
+            LockMode.MAINTENANCE,
             sync=settings.sync,
             frees=True,
             unlock=settings.unlock,
@@ -66,10 +66,10 @@ def run_prune(settings: Settings, options: PruneOptions) -> None:
         monitor,
     ):
         result = Pruner(repository, options, monitor).prune()
-    _say(output, result, options.dry_run)
+    _print_result(output, result, options.dry_run)
 
 
-def _say(output: Output, result: PruneResult, dry_run: bool) -> None:
+def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
     would = "would be " if dry_run else ""
     output.line(
         f"{result.snapshots} snapshots need {result.needed_blobs} of "
@@ -77,16 +77,16 @@ def _say(output: Output, result: PruneResult, dry_run: bool) -> None:
     )
     if result.repacked_packs:
         output.line(
-            f"what is needed of {result.repacked_packs} packs ({shown_size(result.repacked_bytes)}) "
-            f"{would or 'was '}packed anew ({shown_size(result.new_bytes)})"
+            f"what is needed of {result.repacked_packs} packs ({format_size(result.repacked_bytes)}) "
+            f"{would or 'was '}packed anew ({format_size(result.new_bytes)})"
         )
     output.line(
         f"{result.removed_packs} packs {would or 'were '}removed; "
-        f"{shown_size(result.freed_bytes)} {would or 'were '}freed"
+        f"{format_size(result.freed_bytes)} {would or 'were '}freed"
     )
     if result.waiting_packs:
         output.line(
-            f"{result.waiting_packs} packs ({shown_size(result.waiting_bytes)}) wait for "
+            f"{result.waiting_packs} packs ({format_size(result.waiting_bytes)}) wait for "
             f"{len(result.waited_for)} other processes; the next prune removes them"
         )
     output.emit(

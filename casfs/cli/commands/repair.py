@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from casfs.cli.output import shown_id
+from casfs.cli.output import short_id
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
 
@@ -69,7 +69,7 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     new backup of the same sources brings the lost data back.
     """
     from casfs.maintenance.repair import SnapshotRepairer
-    from casfs.maintenance.scrub import ReadChoice
+    from casfs.maintenance.scrub import PackSelection
     from casfs.repository.repository import Repository
     from casfs.storage.locks import LockMode
 
@@ -80,28 +80,28 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
         Repository.open(
             root,
             "repair snapshots",
-            LockMode.TENDING,
+            LockMode.MAINTENANCE,
             sync=settings.sync,
             unlock=settings.unlock,
         ) as repository,
         monitor,
     ):
         repairer = SnapshotRepairer(repository, monitor, dry_run)
-        result = repairer.repair(ReadChoice() if read_data else None)
+        result = repairer.repair(PackSelection() if read_data else None)
     would = "would be " if dry_run else ""
     for snapshot_id in result.returned:
         output.line(
-            f"snapshot {shown_id(snapshot_id)} is whole and had another's name; it "
+            f"snapshot {short_id(snapshot_id)} is whole and had another's name; it "
             f"{would or 'was '}given its own"
         )
         output.emit("returned", id=snapshot_id.hex(), dry_run=dry_run)
     for one in result.repaired:
         if one.message:
-            output.line(f"snapshot {shown_id(one.snapshot_id)} {would}dropped: {one.message}")
+            output.line(f"snapshot {short_id(one.snapshot_id)} {would}dropped: {one.message}")
         else:
-            by = f"replaced by {shown_id(one.new_id)}" if one.new_id is not None else "replaced"
+            by = f"replaced by {short_id(one.new_id)}" if one.new_id is not None else "replaced"
             output.line(
-                f"snapshot {shown_id(one.snapshot_id)} {would}{by}: {one.holed} files flagged, "
+                f"snapshot {short_id(one.snapshot_id)} {would}{by}: {one.holed} files flagged, "
                 f"{one.dropped} losses dropped"
             )
         output.emit(
@@ -114,6 +114,6 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
             dry_run=dry_run,
         )
     output.line(
-        f"{result.sound} snapshots are sound, {len(result.repaired)} {would or 'were '}repaired"
+        f"{result.intact} snapshots are sound, {len(result.repaired)} {would or 'were '}repaired"
     )
-    output.emit("summary", sound=result.sound, repaired=len(result.repaired), dry_run=dry_run)
+    output.emit("summary", sound=result.intact, repaired=len(result.repaired), dry_run=dry_run)

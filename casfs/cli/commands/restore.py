@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
-from casfs.cli.output import shown_id, shown_size
+from casfs.cli.output import format_size, short_id
 from casfs.cli.param_types import PATTERN
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
-from casfs.errors import UnsafeTargetError, UsageError
+from casfs.errors import RefusedError, UsageError
 from casfs.patterns import Pattern
 
 
@@ -95,9 +95,9 @@ def restore(
             result = restorer.restore(path, node, os.fsencode(target), with_root)
     would = "would be " if dry_run else ""
     output.line(
-        f"{would}restored from {shown_id(snapshot_id)}: {result.files} files, "
+        f"{would}restored from {short_id(snapshot_id)}: {result.files} files, "
         f"{result.directories} directories, {result.others} others, "
-        f"{shown_size(result.restored_bytes)}"
+        f"{format_size(result.restored_bytes)}"
     )
     for count, what in (
         (
@@ -134,12 +134,12 @@ def restore(
 
 
 def _refuse_repository(root: Path, target: Path, delete: bool) -> None:
-    """Raise UnsafeTargetError where a restore would write or delete the repository's own files."""
+    """Raise RefusedError where a restore would write or delete the repository's own files."""
     resolved_root, resolved_target = root.resolve(), target.resolve()
     if resolved_target.is_relative_to(resolved_root):
-        raise UnsafeTargetError(f"{target} is inside the repository {root}; name another folder")
+        raise RefusedError(f"{target} is inside the repository {root}; name another folder")
     if delete and resolved_root.is_relative_to(resolved_target):
-        raise UnsafeTargetError(
+        raise RefusedError(
             f"the repository {root} is inside {target}, and --delete could delete it; "
             "name another folder"
         )

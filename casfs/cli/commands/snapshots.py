@@ -8,15 +8,15 @@ import click
 
 from casfs.cli.output import (
     Output,
+    format_size,
+    format_time,
     iso_time,
     json_path,
-    local_time,
     path_argument,
-    shown_id,
-    shown_size,
+    short_id,
 )
 from casfs.cli.settings import Settings, common_options
-from casfs.display import shown
+from casfs.display import escape_path
 
 if TYPE_CHECKING:
     from casfs.digest import SnapshotId
@@ -57,11 +57,11 @@ def snapshots(
     output = settings.output()
     root = settings.repository_path()
     with Repository.open(root, unlock=settings.unlock, closed_ok=True) as repository:
-        if repository.is_closed and not (hosts or tags or paths or latest):
+        if repository.is_locked and not (hosts or tags or paths or latest):
             _list_closed(output, repository)
             return
         everything = list(repository.snapshots())
-        unproven = {one for one, _ in everything if not repository.is_proven(one)}
+        unproven = {one for one, _ in everything if not repository.is_from_trusted_writer(one)}
     found = _last_of_each(_selected(everything, hosts, tags, paths), latest)
     if output.as_json:
         for snapshot_id, snapshot in found:
@@ -70,7 +70,7 @@ def snapshots(
         _print_table(output, found)
         for snapshot_id in [one for one, _ in found if one in unproven]:
             output.warn(
-                f"{shown_id(snapshot_id)} is unproven: it may come from whoever holds the storage"
+                f"{short_id(snapshot_id)} is unproven: it may come from whoever holds the storage"
             )
     elif everything:
         output.warn(f"none of the {len(everything)} snapshots fits")
@@ -94,8 +94,8 @@ def _list_closed(output: Output, repository: Repository) -> None:
     found.sort(key=lambda item: (item[1].time_ns, item[0]))
     rows = []
     for snapshot_id, envelope in found:
-        sizes = (shown_size(envelope.total_bytes), shown_size(envelope.new_stored_bytes))
-        rows.append((shown_id(snapshot_id), local_time(envelope.time_ns), *sizes))
+        sizes = (format_size(envelope.total_bytes), format_size(envelope.new_stored_bytes))
+        rows.append((short_id(snapshot_id), format_time(envelope.time_ns), *sizes))
         output.emit(
             "snapshot",
             id=snapshot_id.hex(),
@@ -181,15 +181,15 @@ def _rows(snapshot_id: SnapshotId, snapshot: Snapshot) -> list[tuple[str, ...]]:
     """Return a snapshot's row, and one more for each further path."""
     tree = snapshot.root.tree
     assert tree is not None
-    first, *others = [shown(path) for path in snapshot.paths] or [""]
+    first, *others = [escape_path(path) for path in snapshot.paths] or [""]
     row = (
-        shown_id(snapshot_id),
-        local_time(snapshot.time_ns),
-        shown(snapshot.host.encode()),
+        short_id(snapshot_id),
+        format_time(snapshot.time_ns),
+        escape_path(snapshot.host.encode()),
         first,
-        ",".join(shown(tag.encode()) for tag in snapshot.tags),
+        ",".join(escape_path(tag.encode()) for tag in snapshot.tags),
         str(snapshot.stats.files),
-        shown_size(tree.total_bytes),
+        format_size(tree.total_bytes),
         str(tree.flagged) if tree.flagged else "",
     )
     return [row, *(("", "", "", other, "", "", "", "") for other in others)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from casfs.cli.output import shown_size
+from casfs.cli.output import format_size
 from casfs.cli.settings import Settings, common_options
 
 
@@ -14,20 +14,20 @@ from casfs.cli.settings import Settings, common_options
 @click.pass_obj
 def stats(settings: Settings, snap: str | None) -> None:
     """Print sizes: of the whole repository, or of what a snapshot holds."""
-    from casfs.query.stats import measure_repository, measure_snapshot
+    from casfs.query.stats import repository_stats, snapshot_stats
     from casfs.repository.repository import Repository
 
     output = settings.output()
     with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
         if snap is not None:
-            seen = measure_snapshot(repository, snap)
+            seen = snapshot_stats(repository, snap)
             output.line(f"entries:    {seen.entries}")
-            output.line(f"size:       {shown_size(seen.total_bytes)}")
+            output.line(f"size:       {format_size(seen.total_bytes)}")
             output.line(f"flagged:    {seen.flagged}")
             output.line(f"blobs:      {seen.blobs}")
             output.line(
-                f"stored:     {shown_size(seen.stored_bytes)} (without what others share: "
-                f"{shown_size(seen.unique_stored_bytes)})"
+                f"stored:     {format_size(seen.stored_bytes)} (without what others share: "
+                f"{format_size(seen.unique_stored_bytes)})"
             )
             output.emit(
                 "stats",
@@ -40,11 +40,11 @@ def stats(settings: Settings, snap: str | None) -> None:
                 unique_stored_bytes=seen.unique_stored_bytes,
             )
             return
-        whole = measure_repository(repository)
+        whole = repository_stats(repository)
     output.line(f"snapshots:  {whole.snapshots}")
-    output.line(f"packs:      {whole.packs} ({shown_size(whole.pack_bytes)})")
-    output.line(f"blobs:      {whole.blobs} ({shown_size(whole.plain_bytes)} before compression)")
-    output.line(f"contents:   {shown_size(whole.total_bytes)} in all snapshots")
+    output.line(f"packs:      {whole.packs} ({format_size(whole.pack_bytes)})")
+    output.line(f"blobs:      {whole.blobs} ({format_size(whole.plain_bytes)} before compression)")
+    output.line(f"contents:   {format_size(whole.total_bytes)} in all snapshots")
     output.emit(
         "stats",
         snapshots=whole.snapshots,

@@ -6,10 +6,10 @@ import os
 
 import click
 
-from casfs.cli.output import iso_time, shown_id
-from casfs.cli.param_types import tags_in
+from casfs.cli.output import iso_time, short_id
+from casfs.cli.param_types import parse_tags
 from casfs.cli.settings import Settings, common_options
-from casfs.display import shown
+from casfs.display import escape_path
 from casfs.errors import UsageError
 
 
@@ -35,7 +35,7 @@ def tag(
         raise UsageError("say what to change: --add, --remove or --set")
     if replaced and (added or removed):
         raise UsageError("--set does not go with --add or --remove")
-    wanted = tags_in(replaced or added)
+    wanted = parse_tags(replaced or added)
     # One that has a comma, or no name, may be there from before such were refused.
     unwanted = {tag for text in removed for tag in (text, *text.split(","))}
     with Repository.open(
@@ -45,8 +45,8 @@ def tag(
         tags = wanted if replaced else set(old.tags) - unwanted | wanted
         new_id, new = retag(repository, old_id, old, tuple(sorted(tags)))
     output = settings.output()
-    shown_tags = ", ".join(shown(os.fsencode(tag)) for tag in new.tags) or "none"
-    output.line(f"snapshot {shown_id(old_id)} is now {shown_id(new_id)}, tags: {shown_tags}")
+    shown_tags = ", ".join(escape_path(os.fsencode(tag)) for tag in new.tags) or "none"
+    output.line(f"snapshot {short_id(old_id)} is now {short_id(new_id)}, tags: {shown_tags}")
     output.emit(
         "snapshot",
         id=new_id.hex(),

@@ -15,16 +15,16 @@ from blake3 import blake3
 
 from casfs.backup import capture
 from casfs.backup import source_reader as source_reader_module
-from casfs.backup.capture import Capturer, Patience
-from casfs.backup.reflink import Freeze, Freezer
+from casfs.backup.capture import Capturer, RetryBudget
+from casfs.backup.reflink import Freeze, Reflinker
 from casfs.backup.source_fs import open_directory
-from casfs.backup.source_reader import FileReader, Reading
+from casfs.backup.source_reader import ReadResult, SourceReader
 from casfs.digest import Digest, digest_of
 from casfs.errors import NotRegularError
 from casfs.format.chunker import Chunker
 from casfs.format.codec import BlobKind
 from casfs.format.config import new_config
-from casfs.format.tree import Node, State, capture_of, captured_digest
+from casfs.format.tree import CaptureState, Node, capture_of, captured_digest
 from tests.support.stores import noise
 
 YEAR_2020_NS = 1_577_836_800_000_000_007
@@ -43,12 +43,12 @@ class Scene:
         self,
         attempts: int = 3,
         patience_s: float = 60.0,
-        read: Callable[[FileReader], FileReader] = lambda reader: reader,
+        read: Callable[[SourceReader], SourceReader] = lambda reader: reader,
     ) -> Capturer:
         chunker = Chunker(new_config("2020-01-01T00:00:00Z").chunker)
-        reader = read(FileReader(chunker, self._put, digest_of))
+        reader = read(SourceReader(chunker, self._put, digest_of))
         return Capturer(
-            reader, Freezer(Freeze.NEVER), Patience(patience_s), attempts, self.pauses.append
+            reader, Reflinker(Freeze.NEVER), RetryBudget(patience_s), attempts, self.pauses.append
         )
 
     def capture(self, name: str) -> Node:
@@ -88,14 +88,14 @@ class TestANode:
             st.st_ctime_ns,
             st.st_ino,
         )
-        assert (node.state, node.racy, node.extra) == (State.STABLE, False, None)
+        assert (node.state, node.racy, node.extra) == (CaptureState.STABLE, False, None)
         assert captured_digest(node) == blake3(b"content").digest()
         assert scene.blobs == {digest_of(b"content"): b"content"}
 
     def test_of_an_empty_file_stores_nothing(self, scene: Scene) -> None:
         (scene.folder / "empty").touch()
         node = scene.capture("empty")
-        assert (node.size, node.content, node.state) == (0, b"", State.STABLE)
+        assert (node.size, node.content, node.state) == (0, b"", CaptureState.STABLE)
         assert scene.blobs == {}
 
     def test_has_the_xattrs(self, scene: Scene) -> None:
@@ -114,7 +114,7 @@ class TestANode:
         for _ in range(20):
             file.write_bytes(b"young")
             node = scene.capture("file")
-            assert node.state == State.STABLE
+            assert node.state == CaptureState.STABLE
             if node.racy:
                 return
         pytest.fail("no capture came within a tick of the writing")
@@ -212,12 +212,12 @@ class TestOtherKinds:
             scene.capture("gone")
 
 
-class Restless(FileReader):
+class Restless(SourceReader):
     """A reader that finds the file longer after each reading than it was, and other at its start."""
 
     file: Path
 
-    def read(self, fd: int, st: os.stat_result) -> Reading:
+    def read(self, fd: int, st: os.stat_result) -> ReadResult:
         found = super().read(fd, st)
         with self.file.open("r+b") as opened:
             opened.write(os.urandom(8))
@@ -225,12 +225,14 @@ class Restless(FileReader):
 
 
 class TestPatience:
-    def restless(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FileReader]:
+    def restless(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch
+    ) -> Callable[..., SourceReader]:
         old(monkeypatch)
         file = scene.folder / "file"
         file.write_bytes(bytes(100))
 
-        def make(reader: FileReader) -> FileReader:
+        def make(reader: SourceReader) -> SourceReader:
             reader.__class__ = Restless
             assert isinstance(reader, Restless)
             reader.file = file
@@ -245,7 +247,7 @@ class TestPatience:
         node = scene.capturer(attempts=6, read=read).capture(scene.fd, b"file")
         assert scene.pauses == [0.05, 0.1, 0.2, 0.4, 0.8]
         evidence = capture_of(node)
-        assert (node.state, evidence and evidence.attempts) == (State.CHANGED, 6)
+        assert (node.state, evidence and evidence.attempts) == (CaptureState.CHANGED, 6)
 
     def test_does_not_wait_for_a_file_that_holds_still(self, scene: Scene) -> None:
         (scene.folder / "file").write_bytes(b"still")
@@ -273,35 +275,35 @@ class TestPatience:
         assert made == [3, 2, 1]
 
     def test_keeps_half_of_the_time_for_the_end_of_the_backup(self) -> None:
-        patience = Patience(10.0)
-        assert patience.allows(4.9)
-        assert not patience.allows(5.0)
+        patience = RetryBudget(10.0)
+        assert patience.can_spend(4.9)
+        assert not patience.can_spend(5.0)
         patience.spend(4.0)
-        assert patience.allows(0.9)
-        assert not patience.allows(1.1)
-        patience.end_walk()
-        assert patience.allows(5.9)
-        assert not patience.allows(6.1)
+        assert patience.can_spend(0.9)
+        assert not patience.can_spend(1.1)
+        patience.release_reserve()
+        assert patience.can_spend(5.9)
+        assert not patience.can_spend(6.1)
 
     def test_of_nothing_allows_nothing(self) -> None:
-        patience = Patience(0.0)
-        assert not patience.allows(0.0)
-        patience.end_walk()
-        assert not patience.allows(0.0)
+        patience = RetryBudget(0.0)
+        assert not patience.can_spend(0.0)
+        patience.release_reserve()
+        assert not patience.can_spend(0.0)
 
     def test_expects_a_reading_to_take_as_long_as_those_before(self) -> None:
-        patience = Patience()
-        assert patience.expected(1 << 40) == 0.0
-        patience.learn(100, 2.0)
-        patience.learn(300, 2.0)
-        assert patience.expected(1000) == 10.0
+        patience = RetryBudget()
+        assert patience.estimate(1 << 40) == 0.0
+        patience.record(100, 2.0)
+        patience.record(300, 2.0)
+        assert patience.estimate(1000) == 10.0
 
     def test_makes_no_last_attempt_at_a_file_that_is_too_large_for_it(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         read = self.restless(scene, monkeypatch)
-        patience = Patience(10.0)
-        patience.end_walk()
+        patience = RetryBudget(10.0)
+        patience.release_reserve()
         capturer = scene.capturer(attempts=1, read=read)
         node = capturer.capture(scene.fd, b"file")
         capturer._patience = patience
@@ -309,5 +311,5 @@ class TestPatience:
         assert again is not None
         evidence = capture_of(again)
         assert evidence is not None and evidence.attempts == 2
-        patience.learn(1, 1.0)
+        patience.record(1, 1.0)
         assert capturer.capture_again(scene.fd, node) is None

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 
 from casfs.backup import file_cache as file_cache_module
-from casfs.backup.file_cache import FileMemory
+from casfs.backup.file_cache import FileCache
 from casfs.digest import Digest, PackId, keyed_digest
 from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
-from casfs.format.tree import Kind, Node, State
+from casfs.format.tree import CaptureState, Node, NodeType
 from casfs.index.index import Index
-from casfs.trees.content import HOLE, RECORD
+from casfs.trees.content import EXTENT, HOLE
 from tests.support.builders import entry
 from tests.support.encryption import DOMAIN
 from tests.support.stores import noise
 
 DAY_S = 86_400
 CHUNKS = [keyed_digest(noise(f"chunk {n}", 10), DOMAIN.digest_key) for n in range(3)]
-CONTENT = b"".join(RECORD.pack(10, digest) for digest in (*CHUNKS[:2], HOLE))
+CONTENT = b"".join(EXTENT.pack(10, digest) for digest in (*CHUNKS[:2], HOLE))
 PATH = b"home/me/a very special name"
 
 
@@ -57,17 +57,17 @@ def stat_of(node: Node, **changes: int) -> os.stat_result:
     return Result()  # type: ignore[return-value]
 
 
-def memory(index: Index, key: bytes = DOMAIN.memory_key) -> FileMemory:
-    return FileMemory(index, key, index.losses())
+def memory(index: Index, key: bytes = DOMAIN.memory_key) -> FileCache:
+    return FileCache(index, key, index.loss_epoch())
 
 
 def remembered(index: Index, *nodes: Node, confirm: bool = True) -> None:
     """Do what a backup does that stored these files."""
     found = memory(index)
     for one in nodes or (node(),):
-        found.remember(PATH, one)
+        found.put(PATH, one)
     if confirm:
-        found.confirm()
+        found.commit()
     else:
         found._write()
 
@@ -86,41 +86,41 @@ def put(index: Index, name: bytes, value: bytes) -> None:
 
 class TestRecall:
     def test_gives_the_node_of_a_file_that_is_as_it_was(self, index: Index) -> None:
-        assert memory(index).recall(PATH, stat_of(node())) is None
+        assert memory(index).get(PATH, stat_of(node())) is None
         remembered(index)
-        assert memory(index).recall(PATH, stat_of(node())) == node()
+        assert memory(index).get(PATH, stat_of(node())) == node()
 
     @pytest.mark.parametrize("what", ["inode", "size", "mtime_ns", "ctime_ns"])
     def test_gives_nothing_for_a_file_that_changed(self, index: Index, what: str) -> None:
         remembered(index)
         other = getattr(node(), what) + 1
-        assert memory(index).recall(PATH, stat_of(node(), **{what: other})) is None
+        assert memory(index).get(PATH, stat_of(node(), **{what: other})) is None
 
     @pytest.mark.parametrize(
         "path", [b"home/me/another name", b"home/a very special name", PATH + b"/"]
     )
     def test_gives_nothing_for_another_path(self, index: Index, path: bytes) -> None:
         remembered(index)
-        assert memory(index).recall(path, stat_of(node())) is None
+        assert memory(index).get(path, stat_of(node())) is None
 
     def test_gives_nothing_with_another_key(self, index: Index) -> None:
         remembered(index)
-        assert memory(index, bytes(32)).recall(PATH, stat_of(node())) is None
+        assert memory(index, bytes(32)).get(PATH, stat_of(node())) is None
 
     @pytest.mark.parametrize(
         "untrusted",
         [
-            node(state=State.CHANGED),
-            node(state=State.APPENDED),
+            node(state=CaptureState.CHANGED),
+            node(state=CaptureState.APPENDED),
             node(racy=True),
-            entry(b"a very special name", Kind.SYMLINK, content=b"x", inode=7, size=30),
+            entry(b"a very special name", NodeType.SYMLINK, content=b"x", inode=7, size=30),
         ],
         ids=["changed", "appended", "racy", "link"],
     )
     def test_gives_nothing_that_may_not_be_trusted(self, index: Index, untrusted: Node) -> None:
         remembered(index, untrusted)
         assert everything(index) == []
-        assert memory(index).recall(PATH, stat_of(untrusted)) is None
+        assert memory(index).get(PATH, stat_of(untrusted)) is None
 
     def test_gives_nothing_where_the_memory_was_changed(self, index: Index) -> None:
         remembered(index)
@@ -128,10 +128,10 @@ class TestRecall:
         for place in range(12, len(value)):
             changed = value[:place] + bytes([value[place] ^ 1]) + value[place + 1 :]
             put(index, name, changed)
-            assert memory(index).recall(PATH, stat_of(node())) is None
+            assert memory(index).get(PATH, stat_of(node())) is None
         for size in (0, 5, 12, 24, len(value) - 1):
             put(index, name, value[:size])
-            assert memory(index).recall(PATH, stat_of(node())) is None
+            assert memory(index).get(PATH, stat_of(node())) is None
 
 
 class TestTrust:
@@ -139,53 +139,53 @@ class TestTrust:
         self, index: Index
     ) -> None:
         remembered(index, confirm=False)
-        assert memory(index).recall(PATH, stat_of(node())) == node()
+        assert memory(index).get(PATH, stat_of(node())) == node()
 
     def test_ends_for_what_an_unfinished_backup_did_not_store(self, index: Index) -> None:
-        lost = node(content=CONTENT + RECORD.pack(10, keyed_digest(b"x", DOMAIN.digest_key)))
+        lost = node(content=CONTENT + EXTENT.pack(10, keyed_digest(b"x", DOMAIN.digest_key)))
         remembered(index, lost, confirm=False)
-        assert memory(index).recall(PATH, stat_of(lost)) is None
+        assert memory(index).get(PATH, stat_of(lost)) is None
 
     def test_ends_where_a_blob_was_found_damaged(self, index: Index) -> None:
         remembered(index)
         location = index.lookup(CHUNKS[0])
         assert location is not None
         index.mark_blobs(location.pack, [CHUNKS[0]])
-        assert memory(index).recall(PATH, stat_of(node())) is None
+        assert memory(index).get(PATH, stat_of(node())) is None
 
     def test_ends_where_a_pack_was_removed_and_stays_for_files_of_the_others(
         self, index: Index
     ) -> None:
-        other = node(content=RECORD.pack(10, CHUNKS[2]), inode=8)
+        other = node(content=EXTENT.pack(10, CHUNKS[2]), inode=8)
         remembered(index, node(), other)
         location = index.lookup(CHUNKS[1])
         assert location is not None
         index.remove_packs({location.pack: index.pack_id(location.pack)})
-        assert memory(index).recall(PATH, stat_of(node())) is None
-        assert memory(index).recall(PATH, stat_of(other)) == other
+        assert memory(index).get(PATH, stat_of(node())) is None
+        assert memory(index).get(PATH, stat_of(other)) == other
 
     def test_ends_where_the_pack_of_a_blob_is_condemned(self, index: Index) -> None:
         remembered(index)
         location = index.lookup(CHUNKS[1])
         assert location is not None
-        index.condemn([location.pack])
-        assert memory(index).recall(PATH, stat_of(node())) is None
+        index.mark_for_removal([location.pack])
+        assert memory(index).get(PATH, stat_of(node())) is None
 
     def test_of_a_list_in_packs_ends_with_any_loss_since_it_cannot_be_read(
         self, index: Index
     ) -> None:
         deep = node(levels=1)
         remembered(index, deep)
-        assert memory(index).recall(PATH, stat_of(deep)) == deep
+        assert memory(index).get(PATH, stat_of(deep)) == deep
         location = index.lookup(CHUNKS[2])
         assert location is not None
         index.remove_packs({location.pack: index.pack_id(location.pack)})
-        assert memory(index).recall(PATH, stat_of(deep)) is None
+        assert memory(index).get(PATH, stat_of(deep)) is None
 
     def test_of_a_list_that_an_unfinished_backup_stored_is_none(self, index: Index) -> None:
         deep = node(levels=1)
         remembered(index, deep, confirm=False)
-        assert memory(index).recall(PATH, stat_of(deep)) is None
+        assert memory(index).get(PATH, stat_of(deep)) is None
 
 
 class TestAge:
@@ -207,10 +207,10 @@ class TestAge:
     ) -> None:
         remembered(index)
         day[0] += 60
-        memory(index).confirm()
+        memory(index).commit()
         assert len(everything(index)) == 1
         day[0] += 1
-        memory(index).confirm()
+        memory(index).commit()
         assert everything(index) == []
 
     def test_does_not_touch_what_is_seen(self, index: Index, day: list[int]) -> None:
@@ -218,8 +218,8 @@ class TestAge:
         for _ in range(20):
             day[0] += 8
             again = memory(index)
-            assert again.recall(PATH, stat_of(node())) == node()
-            again.confirm()
+            assert again.get(PATH, stat_of(node())) == node()
+            again.commit()
         assert len(everything(index)) == 1
 
     def test_is_not_written_anew_every_day(self, index: Index, day: list[int]) -> None:
@@ -227,8 +227,8 @@ class TestAge:
         before = everything(index)
         day[0] += 6
         again = memory(index)
-        assert again.recall(PATH, stat_of(node())) == node()
-        again.confirm()
+        assert again.get(PATH, stat_of(node())) == node()
+        again.commit()
         assert everything(index) == before
 
     def test_forgets_among_many(
@@ -241,9 +241,9 @@ class TestAge:
         remembered(index, *(node(inode=n) for n in range(200, 240)))
         assert len(everything(index)) == 80
         day[0] += 30
-        memory(index).confirm()
+        memory(index).commit()
         assert len(everything(index)) == 40
-        assert memory(index).recall(PATH, stat_of(node(inode=239))) is not None
+        assert memory(index).get(PATH, stat_of(node(inode=239))) is not None
 
 
 def test_nothing_of_a_file_can_be_read_in_the_memory(index: Index, tmp_path: Path) -> None:

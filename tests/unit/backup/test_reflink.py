@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from casfs.backup import reflink
-from casfs.backup.reflink import Freeze, Freezer
+from casfs.backup.reflink import Freeze, Reflinker
 from casfs.errors import ReflinkError
 
 SECOND = 1_000_000_000
@@ -72,13 +72,13 @@ def clones(monkeypatch: pytest.MonkeyPatch) -> Clones:
 def test_a_file_is_cloned_at_once_when_it_was_written_recently_for_its_size(
     size: int, age_ns: int, is_due: bool
 ) -> None:
-    assert Freezer(Freeze.AUTO).is_due(st(size, age_ns), NOW) is is_due
-    assert Freezer(Freeze.NEVER).is_due(st(size, age_ns), NOW) is False
-    assert Freezer(Freeze.REQUIRE).is_due(st(size, age_ns), NOW) is (size > 0)
+    assert Reflinker(Freeze.AUTO).should_clone(st(size, age_ns), NOW) is is_due
+    assert Reflinker(Freeze.NEVER).should_clone(st(size, age_ns), NOW) is False
+    assert Reflinker(Freeze.REQUIRE).should_clone(st(size, age_ns), NOW) is (size > 0)
 
 
 def test_never_means_never(opened: tuple[int, int], clones: Clones) -> None:
-    assert Freezer(Freeze.NEVER).clone(*opened, st(7, 0)) is None
+    assert Reflinker(Freeze.NEVER).clone(*opened, st(7, 0)) is None
     assert clones.tried == 0
 
 
@@ -86,7 +86,7 @@ def test_never_means_never(opened: tuple[int, int], clones: Clones) -> None:
 def test_a_clone_that_can_be_made_is_returned(
     opened: tuple[int, int], clones: Clones, mode: Freeze
 ) -> None:
-    clone = Freezer(mode).clone(*opened, st(7, 0))
+    clone = Reflinker(mode).clone(*opened, st(7, 0))
     assert clone is not None
     assert os.read(clone, 100) == b"content"
     os.close(clone)
@@ -96,12 +96,12 @@ def test_a_clone_that_can_be_made_is_returned(
 def test_a_file_system_that_knows_no_clones_is_asked_once(
     opened: tuple[int, int], clones: Clones, error: int
 ) -> None:
-    freezer = Freezer(Freeze.AUTO)
+    freezer = Reflinker(Freeze.AUTO)
     clones.error = error
     for _ in range(3):
         assert freezer.clone(*opened, st(7, 0)) is None
     assert clones.tried == 1
-    assert not freezer.is_due(st(7, 0), NOW)
+    assert not freezer.should_clone(st(7, 0), NOW)
     clones.error = None
     clone = freezer.clone(*opened, st(7, 0, device=8))
     assert clone is not None, "another file system may know clones"
@@ -118,7 +118,7 @@ def test_a_file_system_that_knows_no_clones_is_asked_once(
 def test_one_file_that_cannot_be_cloned_says_nothing_of_the_others(
     opened: tuple[int, int], clones: Clones, error: int
 ) -> None:
-    freezer = Freezer(Freeze.AUTO)
+    freezer = Reflinker(Freeze.AUTO)
     clones.error = error
     assert freezer.clone(*opened, st(7, 0)) is None
     clones.error = None
@@ -131,7 +131,7 @@ def test_one_file_that_cannot_be_cloned_says_nothing_of_the_others(
 def test_a_clone_that_is_required_and_cannot_be_made_is_an_error_for_each_file(
     opened: tuple[int, int], clones: Clones, error: int
 ) -> None:
-    freezer = Freezer(Freeze.REQUIRE)
+    freezer = Reflinker(Freeze.REQUIRE)
     clones.error = error
     for number in (1, 2):
         with pytest.raises(ReflinkError) as caught:
@@ -146,9 +146,9 @@ def test_no_clone_is_made_where_writers_could_run_out_of_space_for_it(
 ) -> None:
     disk = os.fstatvfs(opened[1])
     too_large = disk.f_bavail * disk.f_frsize + (1 << 40)
-    assert Freezer(Freeze.AUTO).clone(*opened, st(too_large, 0)) is None
+    assert Reflinker(Freeze.AUTO).clone(*opened, st(too_large, 0)) is None
     assert clones.tried == 0
-    clone = Freezer(Freeze.REQUIRE).clone(*opened, st(too_large, 0))
+    clone = Reflinker(Freeze.REQUIRE).clone(*opened, st(too_large, 0))
     assert clone is not None
     os.close(clone)
 
@@ -161,5 +161,5 @@ def test_a_failed_clone_leaves_no_descriptor_open(
 
     monkeypatch.setattr("fcntl.ioctl", refuse)
     before = os.listdir("/proc/self/fd")
-    assert Freezer(Freeze.AUTO).clone(*opened, os.fstat(opened[1])) is None
+    assert Reflinker(Freeze.AUTO).clone(*opened, os.fstat(opened[1])) is None
     assert os.listdir("/proc/self/fd") == before

@@ -8,8 +8,8 @@ import stat
 
 import pytest
 
-from casfs.backup.source_fs import make_node, read_xattrs, storable_time
-from casfs.format.tree import Kind, Leaf, decode_piece, encode_piece
+from casfs.backup.source_fs import clamp_time_ns, make_node, read_xattrs
+from casfs.format.tree import Leaf, NodeType, decode_piece, encode_piece
 
 FAR_NS = 1 << 80
 
@@ -21,11 +21,11 @@ def _stat_with_times(mtime_ns: int, ctime_ns: int) -> os.stat_result:
 
 @pytest.mark.parametrize("time_ns", [0, -1, 1 << 62, -(1 << 63), (1 << 63) - 1])
 def test_a_time_that_fits_is_kept(time_ns: int) -> None:
-    assert storable_time(time_ns) == time_ns
+    assert clamp_time_ns(time_ns) == time_ns
 
 
 def test_times_beyond_64_bits_of_nanoseconds_become_the_nearest_that_can_be_stored() -> None:
-    node = make_node(b"far", _stat_with_times(FAR_NS, -FAR_NS), Kind.FIFO, ())
+    node = make_node(b"far", _stat_with_times(FAR_NS, -FAR_NS), NodeType.FIFO, ())
     assert (node.mtime_ns, node.ctime_ns) == ((1 << 63) - 1, -(1 << 63))
     assert decode_piece(encode_piece(Leaf([node]))) == Leaf([node])
 

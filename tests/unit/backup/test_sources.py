@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from casfs.backup.sources import Place, select
+from casfs.backup.sources import SourceNode, build_source_tree
 from casfs.errors import UsageError
 from casfs.paths import normalize_source_path
 
@@ -27,14 +27,14 @@ def sources(*paths: bytes) -> dict[bytes, bytes]:
     """Return what is taken whole, by its path in the snapshot."""
     found: dict[bytes, bytes] = {}
 
-    def look(place: Place, path: bytes) -> None:
-        if place.whole:
+    def look(place: SourceNode, path: bytes) -> None:
+        if place.is_source:
             found[path] = place.source
             return
-        for name, below in place.below.items():
+        for name, below in place.children.items():
             look(below, path + b"/" + name if path else name)
 
-    look(select(list(paths)), b"")
+    look(build_source_tree(list(paths)), b"")
     return found
 
 
@@ -79,7 +79,7 @@ class TestKeptPaths:
         with pytest.raises(UsageError, match="empty path"):
             normalize_source_path(b"")
         with pytest.raises(UsageError, match="empty path"):
-            select([b"", b"/etc"])
+            build_source_tree([b"", b"/etc"])
 
 
 class TestPlaces:
@@ -104,9 +104,9 @@ class TestPlaces:
             b"home/b": b"/home/b",
             b"var": b"/var",
         }
-        root = select([b"/home/a", b"/home/b"])
-        assert list(root.below) == [b"home"]
-        assert root.below[b"home"].source == b"/home"
+        root = build_source_tree([b"/home/a", b"/home/b"])
+        assert list(root.children) == [b"home"]
+        assert root.children[b"home"].source == b"/home"
         assert list(root.sources()) == [b"/home/a", b"/home/b"]
 
     def test_of_nothing_are_an_empty_root(self) -> None:
@@ -138,7 +138,7 @@ class TestConflicts:
     )
     def test_are_refused_in_any_order(self, paths: tuple[bytes, ...]) -> None:
         with pytest.raises(UsageError, match="share a path in the snapshot"):
-            select(list(paths))
+            build_source_tree(list(paths))
 
     def test_are_no_matter_on_the_way(self) -> None:
         assert sources(b"a/b", b"/a/c") == {b"a/b": b"a/b", b"a/c": b"/a/c"}

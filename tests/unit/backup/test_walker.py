@@ -12,9 +12,9 @@ import pytest
 
 from casfs.backup.capture import Capturer
 from casfs.backup.reflink import Freeze
-from casfs.backup.run import BackupOptions, BackupResult, back_up
+from casfs.backup.run import BackupOptions, BackupResult, run_backup
 from casfs.errors import NotRegularError
-from casfs.format.tree import Kind, Node
+from casfs.format.tree import Node, NodeType
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.repository.repository import Repository
 
@@ -25,7 +25,7 @@ class Backup:
     def __init__(self, repository: Repository, source: Path, **options: Any) -> None:
         monitor = RecordingMonitor()
         options = {"paths": (bytes(source),), **options}
-        self.result: BackupResult = back_up(repository, BackupOptions(**options), monitor)
+        self.result: BackupResult = run_backup(repository, BackupOptions(**options), monitor)
         self.problems = monitor.problems
         self._repository = repository
         self._source = source
@@ -72,13 +72,15 @@ def before_each_capture(monkeypatch: pytest.MonkeyPatch, wanted: bytes, act: Act
     monkeypatch.setattr(Capturer, "capture", capture)
 
 
-@pytest.mark.parametrize("kind", [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.FIFO])
+@pytest.mark.parametrize(
+    "kind", [NodeType.FILE, NodeType.DIRECTORY, NodeType.SYMLINK, NodeType.FIFO]
+)
 @pytest.mark.parametrize("by", ["folder", "name"])
 def test_a_name_that_means_something_else_by_now_is_taken_as_what_it_is(
     repository: Repository,
     source: Path,
     monkeypatch: pytest.MonkeyPatch,
-    kind: Kind,
+    kind: NodeType,
     by: str,
 ) -> None:
     name = source / "name"
@@ -86,14 +88,14 @@ def test_a_name_that_means_something_else_by_now_is_taken_as_what_it_is(
     def replace(count: int) -> None:
         name.unlink()
         match kind:
-            case Kind.FILE:
+            case NodeType.FILE:
                 name.write_bytes(b"another file")
-            case Kind.DIRECTORY:
+            case NodeType.DIRECTORY:
                 name.mkdir()
                 (name / "inside").write_bytes(b"inside")
-            case Kind.SYMLINK:
+            case NodeType.SYMLINK:
                 name.symlink_to("z")
-            case Kind.FIFO:
+            case NodeType.FIFO:
                 os.mkfifo(name)
 
     before_each_capture(monkeypatch, b"name", replace)
@@ -101,9 +103,9 @@ def test_a_name_that_means_something_else_by_now_is_taken_as_what_it_is(
     node = backup.node("name")
     assert node is not None and node.kind == kind
     assert backup.told() == []
-    if kind == Kind.FILE:
+    if kind == NodeType.FILE:
         assert node.size == len(b"another file")
-    if kind == Kind.DIRECTORY:
+    if kind == NodeType.DIRECTORY:
         inside = backup.node("name/inside")
         assert inside is not None and inside.size == 6
     if by == "folder":

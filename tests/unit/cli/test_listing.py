@@ -17,7 +17,7 @@ from casfs.cli.app import casfs
 from casfs.cli.settings import Settings
 from casfs.digest import digest_of
 from casfs.errors import NotFoundError, UsageError
-from casfs.format.tree import Extra, Kind, State, replace
+from casfs.format.tree import CaptureState, NodeExtra, NodeType, replace
 from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file, flagged, reference
 
 SECOND_NS = 1_000_000_000
@@ -142,14 +142,14 @@ class TestSnapshots:
 
 
 TREE: Plan = {
-    b"dev": entry(b"", Kind.BLOCK_DEVICE, mode=0o660, extra=Extra(rdev=os.makedev(8, 1))),
+    b"dev": entry(b"", NodeType.BLOCK_DEVICE, mode=0o660, extra=NodeExtra(rdev=os.makedev(8, 1))),
     b"docs": {
         b"deep": {b"file": file(b"", b"x")},
-        b"grown": replace(file(b"", b"12"), state=State.APPENDED),
+        b"grown": replace(file(b"", b"12"), state=CaptureState.APPENDED),
         b"log": flagged(file(b"", b"1234", mode=0o4751, uid=1000, gid=50)),
     },
-    b"fifo": entry(b"", Kind.FIFO),
-    b"link": entry(b"", Kind.SYMLINK, content=b"to\nthere", mode=0o777),
+    b"fifo": entry(b"", NodeType.FIFO),
+    b"link": entry(b"", NodeType.SYMLINK, content=b"to\nthere", mode=0o777),
     b"odd \xff": file(b""),
 }
 OWNERS: dict[str, Any] = {"users": ((0, "root"), (1000, "anna")), "groups": ((50, "staff\n"),)}
@@ -329,7 +329,7 @@ class TestChanged:
         assert [told["path"] for told in objects(keeper, "changed", "latest:a/x")] == ["a/x"]
 
     def test_of_a_file_without_evidence_still_lists_it(self, keeper: Keeper) -> None:
-        keeper.publish({b"f": replace(file(b"", b"1"), state=State.CHANGED)})
+        keeper.publish({b"f": replace(file(b"", b"1"), state=CaptureState.CHANGED)})
         (line,) = lines(keeper, "changed", "latest")
         assert line.startswith("unknown ")
         assert line.endswith(" observed nothing       f")

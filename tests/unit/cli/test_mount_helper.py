@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from casfs.cli import mount_helper
-from casfs.cli.mount_helper import Invocation, Wanted, parse_arguments, parse_options, split_options
+from casfs.cli.mount_helper import (
+    Invocation,
+    MountOptions,
+    parse_arguments,
+    parse_options,
+    split_options,
+)
 from casfs.errors import UsageError
 
 
@@ -49,7 +55,7 @@ def test_every_option_of_casfs_can_be_given() -> None:
         "no_kernel_cache,log_file=/var/log/casfs,noexec"
     )
     wanted = parse_options(split_options(text))
-    assert wanted == Wanted(
+    assert wanted == MountOptions(
         snapshot="latest:home",
         allow_other=True,
         uid=1000,
@@ -69,8 +75,8 @@ def test_what_belongs_to_others_is_passed_over() -> None:
         "rw,ro,defaults,noauto,nofail,_netdev,user,users,user=anna,relatime,noatime,"
         "x-systemd.automount,x-systemd.idle-timeout=5min,comment=x,X-mount.mkdir"
     )
-    assert parse_options(split_options(text)) == Wanted()
-    assert Wanted().owner() is None
+    assert parse_options(split_options(text)) == MountOptions()
+    assert MountOptions().owner() is None
 
 
 @pytest.mark.parametrize(

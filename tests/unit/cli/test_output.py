@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from casfs.cli.output import (
     Output,
+    format_size,
+    format_time,
     iso_time,
     json_path,
-    local_time,
     path_argument,
-    shown_id,
-    shown_size,
+    short_id,
 )
 from casfs.cli.param_types import SIZE
-from casfs.display import on_one_line, shown
+from casfs.display import escape_path, single_line
 
 HOSTILE = [
     b"two\nlines",
@@ -53,7 +53,7 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class TestNames:
     @pytest.mark.parametrize("name", HOSTILE)
     def test_are_shown_on_one_line_of_printable_characters(self, name: bytes) -> None:
-        text = shown(name)
+        text = escape_path(name)
         assert text.isprintable()
         assert len(text.splitlines()) == 1
 
@@ -73,20 +73,20 @@ class TestNames:
         ],
     )
     def test_are_escaped_where_they_must_be_and_only_there(self, name: bytes, text: str) -> None:
-        assert shown(name) == text
+        assert escape_path(name) == text
 
     @given(st.lists(st.binary(max_size=8), min_size=2, max_size=2, unique=True))
     def test_that_differ_never_look_alike(self, names: list[bytes]) -> None:
-        assert shown(names[0]) != shown(names[1])
+        assert escape_path(names[0]) != escape_path(names[1])
 
     @given(st.one_of(st.binary(max_size=30), st.text(max_size=30).map(str.encode)))
     def test_of_any_bytes_are_printable(self, name: bytes) -> None:
-        assert shown(name).isprintable()
+        assert escape_path(name).isprintable()
 
     @given(st.text(max_size=30))
     def test_within_a_sentence_leave_it_one_line(self, sentence: str) -> None:
-        assert on_one_line(sentence).isprintable()
-        assert on_one_line(on_one_line(sentence)) == on_one_line(sentence)
+        assert single_line(sentence).isprintable()
+        assert single_line(single_line(sentence)) == single_line(sentence)
 
 
 class TestJson:
@@ -146,22 +146,22 @@ class TestNumbers:
         ],
     )
     def test_of_bytes_have_a_unit(self, size: int, text: str) -> None:
-        assert shown_size(size) == text
+        assert format_size(size) == text
 
     def test_of_ids_are_their_beginning(self) -> None:
-        assert shown_id(bytes(range(32))) == "000102030405"
+        assert short_id(bytes(range(32))) == "000102030405"
 
     def test_of_times_are_local_for_people_and_tell_their_offset_to_programs(
         self, zone: None
     ) -> None:
         time_ns = 1_700_000_000_500_000_000
-        assert local_time(time_ns) == "2023-11-15 03:58:20"
+        assert format_time(time_ns) == "2023-11-15 03:58:20"
         assert iso_time(time_ns) == "2023-11-15T03:58:20.500000+05:45"
-        assert local_time(-1) == "1970-01-01 05:44:59"
+        assert format_time(-1) == "1970-01-01 05:44:59"
 
     @pytest.mark.parametrize("time_ns", [10**30, -(10**30), (1 << 64) - 1, -(1 << 63)])
     def test_of_impossible_times_are_no_error(self, time_ns: int) -> None:
-        assert local_time(time_ns)
+        assert format_time(time_ns)
         assert iso_time(time_ns)
 
 

@@ -18,10 +18,10 @@ from casfs.crypto.identities import (
     add_passphrase,
     change_passphrase,
     read_identity_file,
-    store_identity,
     unlock_by_gpg,
     unlock_by_passphrase,
     wrapped_identities,
+    write_identity,
 )
 from casfs.crypto.passphrase import parse_wrapped, unwrap_identity, wrap_identity
 from casfs.crypto.recipients import Recipient, RecipientKind
@@ -225,7 +225,7 @@ class TestHostileFiles:
         data = json.dumps(self.GOOD | change).encode()
         with pytest.raises(SessionError):
             parse_wrapped(data, "it")
-        store_identity(storage, data, "json")
+        write_identity(storage, data, "json")
         with caplog.at_level(logging.WARNING):
             assert wrapped_identities(storage) == []
         assert digest_of(data).hex() in caplog.text
@@ -252,7 +252,7 @@ class TestHostileFiles:
         assert "does not have its digest" in caplog.text
 
     def test_of_gpg_that_were_replaced_open_nothing(self, storage: LocalStorage) -> None:
-        store_identity(storage, b"no message at all", "gpg")
+        write_identity(storage, b"no message at all", "gpg")
         found = unlock_by_gpg(storage, [Recipient(RecipientKind.GPG, "A" * 40, PUBLIC, b"key")])
         assert not found
 

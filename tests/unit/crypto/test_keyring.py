@@ -16,7 +16,7 @@ from casfs.crypto.recipients import write_recipients
 from casfs.crypto.session_files import (
     decode_session,
     encode_session,
-    files_of,
+    list_session_files,
     read_session,
     remove_session,
     session_ids,
@@ -25,7 +25,7 @@ from casfs.crypto.session_files import (
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError, NotFoundError, SessionError
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
-from casfs.format.key_derivation import Domain, Session, SessionId
+from casfs.format.key_derivation import DedupDomain, SessionId, WriteSession
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import (
     DOMAIN,
@@ -43,7 +43,7 @@ CONFIG = RepositoryConfig(
     created="today",
     encryption=EncryptionConfig(CIPHER, SESSION.id.hex(), DOMAIN.id.hex()),
 )
-SECOND = Domain(REPOSITORY, b"\x05" * 32)
+SECOND = DedupDomain(REPOSITORY, b"\x05" * 32)
 
 
 class Counting(LocalStorage):
@@ -78,7 +78,7 @@ def put(storage: LocalStorage, session_id: bytes, data: bytes, suffix: str = "ag
 
 class TestDocument:
     def test_comes_back_as_it_was(self) -> None:
-        session = Session(REPOSITORY, bytes(32), (SECOND, DOMAIN))
+        session = WriteSession(REPOSITORY, bytes(32), (SECOND, DOMAIN))
         assert decode_session(encode_session(session), session.id, REPOSITORY) == session
 
     @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ class TestFiles:
         data = (tmp_path / name).read_bytes()
         assert name == f"sessions/{SESSION.id.hex()}/{digest_of(data).hex()}.age"
         assert SESSION.secret not in data and SESSION.secret.hex().encode() not in data
-        assert [file.name for file in files_of(storage, SESSION.id)] == [name]
+        assert [file.name for file in list_session_files(storage, SESSION.id)] == [name]
         assert session_ids(storage) == [SESSION.id]
 
     def test_that_are_none_are_left_alone(self, storage: LocalStorage) -> None:
@@ -134,7 +134,7 @@ class TestFiles:
             storage.write(name, b"")
         storage.write(f"sessions/{SESSION.id.hex()}/notes.txt", b"")
         assert session_ids(storage) == [SESSION.id]
-        assert len(files_of(storage, SESSION.id)) == 1
+        assert len(list_session_files(storage, SESSION.id)) == 1
 
     def test_are_removed_with_all_their_files(self, storage: LocalStorage) -> None:
         (old,) = write_session(storage, SESSION, [RECIPIENT])
@@ -173,7 +173,7 @@ class TestFiles:
     def test_of_another_session_or_repository_are_not_taken_for_it(
         self, storage: LocalStorage
     ) -> None:
-        other = Session(REPOSITORY, bytes(32), (DOMAIN,))
+        other = WriteSession(REPOSITORY, bytes(32), (DOMAIN,))
         foreign = dataclasses.replace(SESSION, repository=bytes(32))
         for session, reason in ((other, "of another session"), (foreign, "another repository")):
             name = put(storage, SESSION.id, age.wrap(encode_session(session), [PUBLIC]))
@@ -219,15 +219,17 @@ class TestKeyring:
 
     def test_tells_what_was_made_with_the_domain_of_the_repository(self, storage: Counting) -> None:
         ring = keyring(storage)
-        assert ring.is_proven(SESSION)
-        assert not ring.is_proven(Session(REPOSITORY, bytes(32), (SECOND, DOMAIN)))
+        assert ring.is_from_trusted_writer(SESSION)
+        assert not ring.is_from_trusted_writer(
+            WriteSession(REPOSITORY, bytes(32), (SECOND, DOMAIN))
+        )
 
     def test_finds_the_domain_of_the_repository_in_any_proven_session(
         self, storage: Counting
     ) -> None:
-        unproven = Session(REPOSITORY, bytes(32), (SECOND,))
+        unproven = WriteSession(REPOSITORY, bytes(32), (SECOND,))
         write_session(storage, unproven, [RECIPIENT])
-        proven = Session.new([DOMAIN])
+        proven = WriteSession.new([DOMAIN])
         with pytest.raises(KeyMissingError):
             keyring(storage).first_domain()
         write_session(storage, proven, [RECIPIENT])
@@ -237,7 +239,7 @@ class TestKeyring:
 
     def test_tells_every_domain_once_the_asked_one_first(self, storage: Counting) -> None:
         for domains in ((DOMAIN,), (SECOND, DOMAIN), (SECOND,)):
-            write_session(storage, Session.new(domains), [RECIPIENT])
+            write_session(storage, WriteSession.new(domains), [RECIPIENT])
         ring = keyring(storage)
         assert ring.domains(SECOND) == [SECOND, DOMAIN]
         assert ring.domains(DOMAIN) == [DOMAIN, SECOND]

@@ -12,19 +12,19 @@ import msgspec
 import pytest
 
 from casfs.crypto.identities import Identities
-from casfs.crypto.key_manager import Vault, accept, expect_recipients
+from casfs.crypto.key_manager import KeyManager, require_recipients, trust_current_recipients
 from casfs.crypto.recipients import write_recipients
 from casfs.crypto.trust_state import (
     WriterState,
-    check_place,
     load_state,
-    remember_place,
+    pin,
     save_state,
     state_folder,
+    verify_pin,
 )
-from casfs.errors import DistrustError, StorageError
+from casfs.errors import StorageError, TrustError
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
-from casfs.format.key_derivation import Domain
+from casfs.format.key_derivation import DedupDomain
 from casfs.repository.repository import Repository, read_config
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import OTHER, RECIPIENT, EncryptedKeeper, identities, unlock
@@ -71,13 +71,13 @@ class TestFiles:
         save_state(msgspec.structs.replace(STATE, last_snapshot="f" * 64, last_time_ns=5))
         loaded = load_state(CONFIG)
         assert loaded is not None and loaded.last_snapshot == "f" * 64
-        assert loaded.own_domain() == Domain(b"\xaa" * 32, b"\xdd" * 32)
+        assert loaded.own_domain() == DedupDomain(b"\xaa" * 32, b"\xdd" * 32)
 
     def test_can_be_read_by_nobody_else_whatever_the_umask_is(self, state: Path) -> None:
         before = os.umask(0)
         try:
             save_state(STATE)
-            remember_place(Path("/repository"), CONFIG)
+            pin(Path("/repository"), CONFIG)
         finally:
             os.umask(before)
         assert stat.S_IMODE(state.stat().st_mode) == 0o700
@@ -101,7 +101,7 @@ class TestFiles:
         save_state(STATE)
         (file,) = state.iterdir()
         file.write_bytes(data)
-        with pytest.raises(DistrustError, match="is damaged; restore it, or remove it"):
+        with pytest.raises(TrustError, match="is damaged; restore it, or remove it"):
             load_state(CONFIG)
 
     def test_leave_nothing_behind_where_they_cannot_be_written(
@@ -129,12 +129,12 @@ class TestPlace:
     ROOT = Path("/some/repository")
 
     def test_that_was_never_seen_may_hold_anything(self) -> None:
-        check_place(self.ROOT, CONFIG)
-        check_place(self.ROOT, PLAIN)
+        verify_pin(self.ROOT, CONFIG)
+        verify_pin(self.ROOT, PLAIN)
 
     def test_holds_what_it_held(self) -> None:
-        remember_place(self.ROOT, CONFIG)
-        check_place(self.ROOT, CONFIG)
+        pin(self.ROOT, CONFIG)
+        verify_pin(self.ROOT, CONFIG)
 
     @pytest.mark.parametrize(
         "config",
@@ -150,25 +150,25 @@ class TestPlace:
     def test_that_holds_another_repository_is_not_written_to(
         self, config: RepositoryConfig
     ) -> None:
-        remember_place(self.ROOT, CONFIG)
-        with pytest.raises(DistrustError, match="casfs key accept"):
-            check_place(self.ROOT, config)
-        check_place(Path("/some/other"), config)
+        pin(self.ROOT, CONFIG)
+        with pytest.raises(TrustError, match="casfs key accept"):
+            verify_pin(self.ROOT, config)
+        verify_pin(Path("/some/other"), config)
 
     def test_may_have_a_name_that_is_no_text(self, tmp_path: Path) -> None:
         root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n"))
-        remember_place(root, CONFIG)
-        check_place(root, CONFIG)
-        with pytest.raises(DistrustError):
-            check_place(root, PLAIN)
+        pin(root, CONFIG)
+        verify_pin(root, CONFIG)
+        with pytest.raises(TrustError):
+            verify_pin(root, PLAIN)
 
     def test_whose_file_is_damaged_is_not_trusted(self, state: Path) -> None:
-        remember_place(self.ROOT, CONFIG)
+        pin(self.ROOT, CONFIG)
         (file,) = state.iterdir()
         for data in (b"", b"{}", b"\xff"):
             file.write_bytes(data)
-            with pytest.raises(DistrustError, match="is damaged"):
-                check_place(self.ROOT, CONFIG)
+            with pytest.raises(TrustError, match="is damaged"):
+                verify_pin(self.ROOT, CONFIG)
 
 
 class TestWriter:
@@ -180,10 +180,10 @@ class TestWriter:
         Repository.create(keeper.root.with_name("forged"))
         keeper.root.with_name("forged").rename(keeper.root)
         before = stored(keeper.root)
-        with pytest.raises(DistrustError, match="is an unencrypted one now"):
+        with pytest.raises(TrustError, match="is an unencrypted one now"):
             keeper.back_up(source)
         assert stored(keeper.root) == before
-        accept(keeper.root, LocalStorage(keeper.root), read_config(keeper.root))
+        trust_current_recipients(keeper.root, LocalStorage(keeper.root), read_config(keeper.root))
         keeper.back_up(source)
         assert stored(keeper.root) > before
 
@@ -194,10 +194,10 @@ class TestWriter:
         storage = LocalStorage(keeper.root)
         write_recipients(storage, [RECIPIENT, OTHER])
         before = stored(keeper.root)
-        with pytest.raises(DistrustError, match="could be read by others"):
+        with pytest.raises(TrustError, match="could be read by others"):
             keeper.back_up(source)
         assert stored(keeper.root) == before
-        assert accept(keeper.root, storage, keeper.config) == [RECIPIENT, OTHER]
+        assert trust_current_recipients(keeper.root, storage, keeper.config) == [RECIPIENT, OTHER]
         keeper.back_up(source)
 
     def test_that_lost_its_state_begins_a_domain_and_says_so(
@@ -215,8 +215,8 @@ class TestWriter:
         assert "has not stored anything in this repository before" in caplog.text
         assert second.snapshot.stats.new_blobs == first.snapshot.stats.new_blobs
         with keeper.reading() as repository:
-            assert repository.is_proven(keeper.id_of(first))
-            assert not repository.is_proven(keeper.id_of(second))
+            assert repository.is_from_trusted_writer(keeper.id_of(first))
+            assert not repository.is_from_trusted_writer(keeper.id_of(second))
 
     def test_that_lost_its_state_and_has_an_identity_goes_on_in_the_domain_of_the_repository(
         self, keeper: EncryptedKeeper, source: Path, state: Path
@@ -254,21 +254,21 @@ class TestWriter:
 
     def test_may_expect_just_these_recipients(self, keeper: EncryptedKeeper) -> None:
         storage = LocalStorage(keeper.root)
-        expect_recipients(storage, [RECIPIENT])
+        require_recipients(storage, [RECIPIENT])
         for wrong in ([OTHER], [RECIPIENT, OTHER], []):
-            with pytest.raises(DistrustError, match="other recipients than the file names"):
-                expect_recipients(storage, wrong)
+            with pytest.raises(TrustError, match="other recipients than the file names"):
+                require_recipients(storage, wrong)
 
     def test_has_one_session_that_begins_with_what_is_stored(self, keeper: EncryptedKeeper) -> None:
         config = keeper.config
         storage = LocalStorage(keeper.root, writer="test", sync=False)
-        vault = Vault.to_write(keeper.root, storage, config, Identities())
+        vault = KeyManager.for_writing(keeper.root, storage, config, Identities())
         sessions = keeper.root / "sessions"
         assert len(list(sessions.iterdir())) == 1
         session = vault.session()
         assert vault.session() is session
         assert len(list(sessions.iterdir())) == 2
-        reader = Vault.to_read(storage, config, identities())
+        reader = KeyManager.for_reading(storage, config, identities())
         assert reader.keyring.session(session.id) == session
         with pytest.raises(ValueError, match="open for reading"):
             reader.session()

@@ -145,10 +145,10 @@ class TestDecoding:
 
 
 def test_a_payload_without_a_digest_is_known_by_what_it_decodes_to(codec: BlobCodec) -> None:
-    assert codec.identify(Codec.ZSTD, compressed(TEXT), len(TEXT)) == digest_of(TEXT)
-    assert codec.plain(Codec.RAW, b"plain", 5) == b"plain"
+    assert codec.digest_payload(Codec.ZSTD, compressed(TEXT), len(TEXT)) == digest_of(TEXT)
+    assert codec.decompress(Codec.RAW, b"plain", 5) == b"plain"
     with pytest.raises(BlobError):
-        codec.identify(Codec.RAW, b"plain", 6)
+        codec.digest_payload(Codec.RAW, b"plain", 6)
 
 
 def test_threads_share_a_codec(codec: BlobCodec) -> None:

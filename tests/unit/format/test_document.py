@@ -69,7 +69,7 @@ class TestNumbers:
         assert f"**Header**, {pack.HEADER.size} bytes: magic `CASFSPAK`" in text
         assert pack.PACK_MAGIC == b"CASFSPAK"
         assert f"version = {pack.PACK_VERSION} (u16)" in text
-        assert f"**Record**, {pack.RECORD.size} bytes" in text
+        assert f"**Record**, {pack.BLOB_HEADER.size} bytes" in text
         assert f"one entry of {pack.ENTRY.size} bytes" in text
         assert f"**Trailer**, {pack.TRAILER.size} bytes" in text
         assert f"magic `{pack.TRAILER_MAGIC.decode()}`" in text
@@ -78,7 +78,7 @@ class TestNumbers:
     def test_of_records(self) -> None:
         by_offset = {int(row[0]): (int(row[1]), row[2]) for row in rows("Packs")}
         assert sorted(by_offset) == [0, 4, 5, 6, 8, 12]
-        assert sum(size for size, _ in by_offset.values()) == pack.RECORD.size
+        assert sum(size for size, _ in by_offset.values()) == pack.BLOB_HEADER.size
         assert by_offset[0][1] == f"magic `{pack.RECORD_MAGIC.decode()}`"
         kinds = numbered(by_offset[4][1].removeprefix("kind: "))
         assert {number: name.lower() for number, name in kinds.items()} == {
@@ -100,7 +100,7 @@ class TestNumbers:
 
     def test_of_content_lists(self) -> None:
         text = plain("Content lists")
-        assert f"a list of {content.RECORD.size}-byte records" in text
+        assert f"a list of {content.EXTENT.size}-byte records" in text
         assert f"At most {content.MAX_INLINE_RECORDS} records stand in the node" in text
         bounds = content._PIECE_MIN_RECORDS, content._PIECE_MAX_RECORDS
         assert f"({bounds[0]} to {bounds[1]:,} records a piece)" in text
@@ -156,16 +156,16 @@ class TestFields:
     def test_of_a_node_have_the_values_that_the_code_knows(self) -> None:
         meaning = {row[1]: row[2] for row in rows("Trees")}
         assert {n: name.lower() for n, name in numbered(meaning["kind"]).items()} == code_names(
-            tree.Kind
+            tree.NodeType
         )
-        assert numbered(meaning["state"]) == code_names(tree.State)
+        assert numbered(meaning["state"]) == code_names(tree.CaptureState)
         reasons = re.search(r"reason (0 none.*?);", plain("Trees"))
         assert reasons is not None
-        assert numbered(reasons[1]) == code_names(tree.Reason)
+        assert numbered(reasons[1]) == code_names(tree.ChangeReason)
 
     def test_of_what_few_nodes_have(self) -> None:
         text = plain("Trees")
-        assert f"`[{', '.join(tree.Extra.__struct_fields__)}]`" in text
+        assert f"`[{', '.join(tree.NodeExtra.__struct_fields__)}]`" in text
         assert f"`[{', '.join(tree.Capture.__struct_fields__)}]`" in text
         assert tree.TreeRef.__struct_fields__ == ("digest", "nodes", "total_bytes", "flagged")
         assert "`[digest, nodes, bytes, flagged]`" in text
@@ -313,7 +313,7 @@ class TestEncryption:
         assert f"begin with `{prefix}`" in text
         contexts = [
             value
-            for name, value in vars(key_derivation.Purpose).items()
+            for name, value in vars(key_derivation.KeyContext).items()
             if not name.startswith("_")
         ]
         assert len(set(contexts)) == len(contexts) == 8

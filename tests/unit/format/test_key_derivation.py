@@ -8,17 +8,17 @@ import pytest
 from blake3 import blake3
 
 from casfs.digest import keyed_digest
-from casfs.format.key_derivation import Domain, Session
+from casfs.format.key_derivation import DedupDomain, WriteSession
 from tests.support.encryption import DOMAIN, REPOSITORY, SESSION
 
 OTHER_REPOSITORY = bytes(32)
-SECOND = Domain(REPOSITORY, b"\x05" * 32)
+SECOND = DedupDomain(REPOSITORY, b"\x05" * 32)
 
 
 def test_new_secrets_are_fresh_every_time() -> None:
-    one, other = Domain.new(REPOSITORY), Domain.new(REPOSITORY)
+    one, other = DedupDomain.new(REPOSITORY), DedupDomain.new(REPOSITORY)
     assert len(one.secret) == 32 and one.secret != other.secret
-    first, second = Session.new([one]), Session.new([one])
+    first, second = WriteSession.new([one]), WriteSession.new([one])
     assert len(first.secret) == 32 and first.secret != second.secret
     assert first.repository == REPOSITORY and first.id != second.id
 
@@ -36,7 +36,7 @@ def test_the_id_of_a_session_commits_to_the_repository_and_to_every_secret_in_it
 
 
 def test_the_id_of_a_domain_is_another_in_another_repository() -> None:
-    assert Domain(OTHER_REPOSITORY, DOMAIN.secret).id != DOMAIN.id
+    assert DedupDomain(OTHER_REPOSITORY, DOMAIN.secret).id != DOMAIN.id
 
 
 def test_every_pack_and_every_snapshot_has_a_key_of_its_own() -> None:
@@ -65,12 +65,12 @@ def test_print_tells_no_secret() -> None:
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_blob_is_told_to_be_of_the_domain_that_keyed_its_digest(place: int) -> None:
-    session = Session(REPOSITORY, bytes(32), (DOMAIN, SECOND))
+    session = WriteSession(REPOSITORY, bytes(32), (DOMAIN, SECOND))
     plain = b"a blob that is moved"
     digest = keyed_digest(plain, session.domains[place].digest_key)
     assert session.domain_of(digest, plain) == place
 
 
 def test_a_blob_without_a_known_digest_is_of_the_first_domain() -> None:
-    session = Session(REPOSITORY, bytes(32), (DOMAIN, SECOND))
+    session = WriteSession(REPOSITORY, bytes(32), (DOMAIN, SECOND))
     assert session.domain_of(blake3(b"plain").digest(), b"plain") == 0

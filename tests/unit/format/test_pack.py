@@ -10,12 +10,12 @@ from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import PackError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind, Codec
 from casfs.format.pack import (
+    BLOB_HEADER,
     DIRECTORY_KIND,
     ENTRY,
     HEADER,
     MAX_PACK_BLOBS,
     MAX_STORED_BYTES,
-    RECORD,
     RECORD_MAGIC,
     TRAILER,
     PackEntry,
@@ -38,7 +38,7 @@ def parse(data: bytes) -> list[PackEntry]:
     """Read a whole pack as the store does, by its trailer and directory."""
     parse_header(PACK, data)
     offset, size, count, digest = parse_trailer(PACK, data[-TRAILER.size :], len(data))
-    entries = parse_directory(PACK, data[offset : offset + size], digest, offset - RECORD.size)
+    entries = parse_directory(PACK, data[offset : offset + size], digest, offset - BLOB_HEADER.size)
     assert len(entries) == count
     return entries
 
@@ -56,7 +56,7 @@ def test_entries_come_back_with_the_offsets_of_their_payloads() -> None:
 
 def test_an_empty_pack_is_a_pack() -> None:
     data, _ = make_pack([])
-    assert len(data) == HEADER.size + RECORD.size + TRAILER.size
+    assert len(data) == HEADER.size + BLOB_HEADER.size + TRAILER.size
     assert parse(data) == []
 
 
@@ -151,12 +151,12 @@ class TestRecordHeader:
         [
             b"",
             encode_record_header(1, 0, 5, 5)[:-1],
-            RECORD.pack(b"cBLb", 1, 0, 0, 5, 5),
-            RECORD.pack(RECORD_MAGIC, 0, 0, 0, 5, 5),
-            RECORD.pack(RECORD_MAGIC, 4, 0, 0, 5, 5),
-            RECORD.pack(RECORD_MAGIC, 1, 0, 1, 5, 5),
-            RECORD.pack(RECORD_MAGIC, 1, 0, 0, MAX_STORED_BYTES + 1, 5),
-            RECORD.pack(RECORD_MAGIC, 1, 0, 0, 5, MAX_PLAIN_BYTES + 1),
+            BLOB_HEADER.pack(b"cBLb", 1, 0, 0, 5, 5),
+            BLOB_HEADER.pack(RECORD_MAGIC, 0, 0, 0, 5, 5),
+            BLOB_HEADER.pack(RECORD_MAGIC, 4, 0, 0, 5, 5),
+            BLOB_HEADER.pack(RECORD_MAGIC, 1, 0, 1, 5, 5),
+            BLOB_HEADER.pack(RECORD_MAGIC, 1, 0, 0, MAX_STORED_BYTES + 1, 5),
+            BLOB_HEADER.pack(RECORD_MAGIC, 1, 0, 0, 5, MAX_PLAIN_BYTES + 1),
         ],
     )
     def test_that_is_none_is_told_from_one(self, data: bytes) -> None:
@@ -174,9 +174,9 @@ class TestScan:
     def test_goes_on_behind_a_damaged_record_header(self) -> None:
         data, entries = make_pack(PLAINS)
         for number, entry in enumerate(entries):
-            for byte in range(RECORD.size):
+            for byte in range(BLOB_HEADER.size):
                 broken = bytearray(data)
-                broken[entry.offset - RECORD.size + byte] ^= 0xFF
+                broken[entry.offset - BLOB_HEADER.size + byte] ^= 0xFF
                 rest = PLAINS[:number] + PLAINS[number + 1 :]
                 assert [plain for plain in found(bytes(broken)) if plain in rest] == rest
 
@@ -199,7 +199,7 @@ class TestScan:
 
     def test_skips_the_directory_and_whatever_stands_behind_it(self) -> None:
         head = encode_header()
-        name = RECORD.pack(RECORD_MAGIC, 1, 0, 0, 4, 4) + bytes(16)
+        name = BLOB_HEADER.pack(RECORD_MAGIC, 1, 0, 0, 4, 4) + bytes(16)
         entry = PackEntry(Digest(name), 16, 4, 4, 1, 0)
         data = head + encode_record_header(1, 0, 4, 4) + b"blob" + encode_end([entry], 36)
         payloads = found(data)
@@ -209,7 +209,7 @@ class TestScan:
 
 
 def test_the_structs_have_the_sizes_that_the_format_tells() -> None:
-    assert (HEADER.size, RECORD.size, ENTRY.size, TRAILER.size) == (16, 16, 44, 64)
+    assert (HEADER.size, BLOB_HEADER.size, ENTRY.size, TRAILER.size) == (16, 16, 44, 64)
     assert DIRECTORY_KIND not in set(BlobKind)
     directory = encode_end([PackEntry(Digest(b"\xaa" * 32), 32, 5, 6, 2, 1)], 37)
     assert directory[:16] == b"cBLB\xff\x00\x00\x00" + struct.pack("<II", 44, 44)

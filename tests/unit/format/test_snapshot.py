@@ -11,7 +11,7 @@ import zstandard
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import TreeError, UsageError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobCodec
-from casfs.format.key_derivation import Session
+from casfs.format.key_derivation import WriteSession
 from casfs.format.snapshot import (
     HEADER,
     MAGIC,
@@ -22,11 +22,11 @@ from casfs.format.snapshot import (
     encode_snapshot,
     read_envelope,
 )
-from casfs.format.tree import Kind, TreeRef
+from casfs.format.tree import NodeType, TreeRef
 from tests.support.builders import entry, file
 from tests.support.encryption import SESSION, OneSession
 
-ROOT = entry(b"", Kind.DIRECTORY, tree=TreeRef(b"\x07" * 32, 5, 100, 1))
+ROOT = entry(b"", NodeType.DIRECTORY, tree=TreeRef(b"\x07" * 32, 5, 100, 1))
 SMALL = Snapshot(root=ROOT, time_ns=0, host="h", user="u", paths=())
 FULL = Snapshot(
     root=ROOT,
@@ -123,9 +123,9 @@ class TestHostileFiles:
         "fields",
         [
             {"root": file(b"")},
-            {"root": entry(b"", Kind.DIRECTORY)},
-            {"root": entry(b"", Kind.DIRECTORY, tree=TreeRef(b"short", 0, 0, 0))},
-            {"root": entry(b"", Kind.DIRECTORY, uid=-1, tree=ROOT.tree)},
+            {"root": entry(b"", NodeType.DIRECTORY)},
+            {"root": entry(b"", NodeType.DIRECTORY, tree=TreeRef(b"short", 0, 0, 0))},
+            {"root": entry(b"", NodeType.DIRECTORY, uid=-1, tree=ROOT.tree)},
             {"root": None},
             {"time_ns": "now"},
             {"time_ns": 1.5},
@@ -241,5 +241,5 @@ class TestEncrypted:
 class AnySession(OneSession):
     """What takes any session's id for the one that it knows."""
 
-    def session(self, session_id: bytes) -> Session:
+    def session(self, session_id: bytes) -> WriteSession:
         return SESSION

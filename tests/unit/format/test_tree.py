@@ -12,13 +12,13 @@ from casfs.errors import TreeError
 from casfs.format.tree import (
     Branch,
     Capture,
-    Extra,
-    Kind,
+    CaptureState,
+    ChangeReason,
     Leaf,
     Node,
+    NodeExtra,
+    NodeType,
     PieceRef,
-    Reason,
-    State,
     TreeRef,
     captured_digest,
     check_node,
@@ -27,9 +27,9 @@ from casfs.format.tree import (
     encode_node,
     encode_piece,
     hard_link_key,
-    nodes_of,
     replace,
-    summary_of,
+    subtree_count,
+    subtree_summary,
 )
 from tests.support.builders import entry, file, flagged
 
@@ -37,17 +37,17 @@ REF = TreeRef(b"\x07" * 32, 5, 100, 1)
 EVERY_KIND = [
     file(b"empty"),
     file(b"file", b"content", captured=b"\x01" * 32),
-    entry(b"directory", Kind.DIRECTORY, tree=REF),
-    entry(b"symlink", Kind.SYMLINK, content=b"../target", size=9),
-    entry(b"fifo", Kind.FIFO),
-    entry(b"socket", Kind.SOCKET),
-    entry(b"character", Kind.CHARACTER_DEVICE, extra=Extra(rdev=0x103)),
-    entry(b"block", Kind.BLOCK_DEVICE, extra=Extra(rdev=(1 << 64) - 1)),
+    entry(b"directory", NodeType.DIRECTORY, tree=REF),
+    entry(b"symlink", NodeType.SYMLINK, content=b"../target", size=9),
+    entry(b"fifo", NodeType.FIFO),
+    entry(b"socket", NodeType.SOCKET),
+    entry(b"character", NodeType.CHARACTER_DEVICE, extra=NodeExtra(rdev=0x103)),
+    entry(b"block", NodeType.BLOCK_DEVICE, extra=NodeExtra(rdev=(1 << 64) - 1)),
     flagged(file(b"flagged", b"x")),
     entry(b"\xff\n\x01", mode=0o7777, uid=4_294_967_294, gid=4_294_967_294),
     entry(b"past", mtime_ns=-(1 << 63), ctime_ns=-1),
     entry(b"future", mtime_ns=(1 << 64) - 1, inode=(1 << 64) - 1, nlink=(1 << 32) - 1),
-    entry(b"n" * 255, extra=Extra(((b"user.a", b""), (b"user.b", b"\0v")), 0, 7)),
+    entry(b"n" * 255, extra=NodeExtra(((b"user.a", b""), (b"user.b", b"\0v")), 0, 7)),
 ]
 
 
@@ -80,8 +80,8 @@ class TestEncoding:
         assert encode_leaf(list(map(encode_node, nodes))) == leaf(*nodes)
 
     def test_is_arrays_in_the_order_that_the_format_tells(self) -> None:
-        capture = Capture(Reason.REWRITTEN, 3, b"\x0b" * 32)
-        extra = Extra(((b"user.x", b"v"),), 4, 5, capture)
+        capture = Capture(ChangeReason.REWRITTEN, 3, b"\x0b" * 32)
+        extra = NodeExtra(((b"user.x", b"v"),), 4, 5, capture)
         node = Node(
             b"name",
             1,
@@ -124,14 +124,14 @@ class TestCompatibility:
         assert isinstance(piece, Leaf)
         assert piece.nodes == [Node(b"f", 1, 0o644, 0, 0, 1, 2, 3, 1)]
         assert piece.nodes[0].captured is None
-        assert piece.nodes[0].state == State.STABLE
+        assert piece.nodes[0].state == CaptureState.STABLE
 
     def test_fields_that_a_later_version_adds_are_left_alone(self) -> None:
         whole = [b"f", 1, 0o644, 0, 0, 1, 2, 3, 1, 0, 0, False, b"", 0, None, None]
         extra = [[], 0, 0, [1, 2, None, "later"], "later"]
         piece = decode_piece(as_builtins([[*whole, extra, "later", 7]]))
         assert isinstance(piece, Leaf)
-        assert piece.nodes[0].extra == Extra((), 0, 0, Capture(1, 2))
+        assert piece.nodes[0].extra == NodeExtra((), 0, 0, Capture(1, 2))
         branch = msgspec.msgpack.encode([1, [[b"a", [b"\x07" * 32, 5, 100, 1, "later"], 9]]])
         assert decode_piece(branch) == Branch([PieceRef(b"a", REF)])
 
@@ -161,7 +161,7 @@ class TestHostileNames:
 
     def test_that_stand_twice_are_refused(self) -> None:
         with pytest.raises(TreeError, match="stands twice"):
-            decode_piece(leaf(file(b"a"), entry(b"a", Kind.SYMLINK, content=b"/etc")))
+            decode_piece(leaf(file(b"a"), entry(b"a", NodeType.SYMLINK, content=b"/etc")))
 
     def test_of_pieces_are_sorted_and_unique_too(self) -> None:
         for names in ([b"b", b"a"], [b"a", b"a"]):
@@ -191,18 +191,26 @@ class TestHostileFields:
             pytest.param(entry(b"f", content=b"x" * 39), id="content of a broken record"),
             pytest.param(file(b"f", captured=b"short"), id="digest that is none"),
             pytest.param(file(b"f", tree=REF), id="file with a tree"),
-            pytest.param(entry(b"f", Kind.SYMLINK, tree=REF, content=b"x"), id="link with a tree"),
-            pytest.param(entry(b"f", Kind.SYMLINK), id="link to nothing"),
-            pytest.param(entry(b"f", Kind.SYMLINK, content=b"a\0b"), id="link with NUL"),
-            pytest.param(entry(b"f", Kind.DIRECTORY), id="directory without a tree"),
-            pytest.param(file(b"f", extra=Extra(rdev=-1)), id="device below zero"),
-            pytest.param(file(b"f", extra=Extra(device=-1)), id="file system below zero"),
-            pytest.param(file(b"f", extra=Extra(((b"", b""),))), id="xattr without a name"),
-            pytest.param(file(b"f", extra=Extra(((b"user.\0", b""),))), id="xattr with NUL"),
-            pytest.param(file(b"f", extra=Extra(capture=Capture(99, 1))), id="unknown reason"),
-            pytest.param(file(b"f", extra=Extra(capture=Capture(-1, 1))), id="reason below zero"),
-            pytest.param(file(b"f", extra=Extra(capture=Capture(1, -1))), id="attempts below zero"),
-            pytest.param(file(b"f", extra=Extra(capture=Capture(1, 1, b"x"))), id="odd observed"),
+            pytest.param(
+                entry(b"f", NodeType.SYMLINK, tree=REF, content=b"x"), id="link with a tree"
+            ),
+            pytest.param(entry(b"f", NodeType.SYMLINK), id="link to nothing"),
+            pytest.param(entry(b"f", NodeType.SYMLINK, content=b"a\0b"), id="link with NUL"),
+            pytest.param(entry(b"f", NodeType.DIRECTORY), id="directory without a tree"),
+            pytest.param(file(b"f", extra=NodeExtra(rdev=-1)), id="device below zero"),
+            pytest.param(file(b"f", extra=NodeExtra(device=-1)), id="file system below zero"),
+            pytest.param(file(b"f", extra=NodeExtra(((b"", b""),))), id="xattr without a name"),
+            pytest.param(file(b"f", extra=NodeExtra(((b"user.\0", b""),))), id="xattr with NUL"),
+            pytest.param(file(b"f", extra=NodeExtra(capture=Capture(99, 1))), id="unknown reason"),
+            pytest.param(
+                file(b"f", extra=NodeExtra(capture=Capture(-1, 1))), id="reason below zero"
+            ),
+            pytest.param(
+                file(b"f", extra=NodeExtra(capture=Capture(1, -1))), id="attempts below zero"
+            ),
+            pytest.param(
+                file(b"f", extra=NodeExtra(capture=Capture(1, 1, b"x"))), id="odd observed"
+            ),
         ],
     )
     def test_are_refused(self, node: Node) -> None:
@@ -231,7 +239,7 @@ class TestHostileFields:
     )
     def test_of_a_tree_reference_are_refused(self, ref: TreeRef) -> None:
         with pytest.raises(TreeError):
-            decode_piece(leaf(entry(b"d", Kind.DIRECTORY, tree=ref)))
+            decode_piece(leaf(entry(b"d", NodeType.DIRECTORY, tree=ref)))
         with pytest.raises(TreeError):
             decode_piece(encode_piece(Branch([PieceRef(b"a", ref)])))
 
@@ -268,14 +276,14 @@ class TestSummary:
     def test_counts_what_is_below_and_only_files_have_bytes(self) -> None:
         nodes = [
             file(b"a", b"12345"),
-            entry(b"b", Kind.SYMLINK, content=b"target", size=6),
-            entry(b"c", Kind.DIRECTORY, tree=REF, size=4096),
+            entry(b"b", NodeType.SYMLINK, content=b"target", size=6),
+            entry(b"c", NodeType.DIRECTORY, tree=REF, size=4096),
             flagged(file(b"d", b"123")),
-            replace(file(b"e", b"1"), state=State.APPENDED),
+            replace(file(b"e", b"1"), state=CaptureState.APPENDED),
         ]
-        assert summary_of(nodes) == (5 + 5, 5 + 100 + 3 + 1, 1 + 1)
-        assert summary_of([]) == (0, 0, 0)
-        assert [nodes_of(node) for node in nodes] == [1, 1, 6, 1, 1]
+        assert subtree_summary(nodes) == (5 + 5, 5 + 100 + 3 + 1, 1 + 1)
+        assert subtree_summary([]) == (0, 0, 0)
+        assert [subtree_count(node) for node in nodes] == [1, 1, 6, 1, 1]
 
 
 class TestCapturedDigest:
@@ -286,19 +294,19 @@ class TestCapturedDigest:
         assert captured_digest(file(b"f", b"many", captured=whole)) == whole
 
     def test_is_none_for_what_is_no_file(self) -> None:
-        assert captured_digest(entry(b"d", Kind.DIRECTORY, tree=REF)) is None
-        assert captured_digest(entry(b"l", Kind.SYMLINK, content=b"x" * 40)) is None
+        assert captured_digest(entry(b"d", NodeType.DIRECTORY, tree=REF)) is None
+        assert captured_digest(entry(b"l", NodeType.SYMLINK, content=b"x" * 40)) is None
 
 
 class TestHardLinks:
     def test_are_known_by_device_and_inode(self) -> None:
-        node = file(b"f", nlink=2, inode=9, extra=Extra(device=3))
+        node = file(b"f", nlink=2, inode=9, extra=NodeExtra(device=3))
         assert hard_link_key(node) == (3, 9)
-        assert hard_link_key(replace(node, kind=Kind.FIFO)) == (3, 9)
+        assert hard_link_key(replace(node, kind=NodeType.FIFO)) == (3, 9)
 
     def test_are_no_business_of_single_names_and_directories(self) -> None:
-        extra = Extra(device=3)
+        extra = NodeExtra(device=3)
         assert hard_link_key(file(b"f", inode=9, extra=extra)) is None
         assert hard_link_key(file(b"f", inode=9, nlink=2)) is None
-        directory = entry(b"d", Kind.DIRECTORY, nlink=5, tree=REF, extra=extra)
+        directory = entry(b"d", NodeType.DIRECTORY, nlink=5, tree=REF, extra=extra)
         assert hard_link_key(directory) is None

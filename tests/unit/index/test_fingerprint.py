@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
     ]
     index.rebuild(lambda: [(PackId(digest_of(b"pack")), 4000, entries)])
     index.close()
-    fingerprint.write_seal(folder)
+    fingerprint.write_fingerprint(folder)
     return folder
 
 
@@ -75,12 +75,12 @@ def _lose_free_pages(path: Path) -> None:
 
 
 def test_what_was_sealed_is_sound(path: Path) -> None:
-    assert fingerprint.is_sound(path, in_use=False)
-    assert fingerprint.is_sound(path, in_use=True)
+    assert fingerprint.is_intact(path, in_use=False)
+    assert fingerprint.is_intact(path, in_use=True)
 
 
 def test_there_is_nothing_unsound_about_no_index(tmp_path: Path) -> None:
-    assert fingerprint.is_sound(tmp_path, in_use=False)
+    assert fingerprint.is_intact(tmp_path, in_use=False)
 
 
 @pytest.mark.parametrize("keep_time", [True, False])
@@ -89,45 +89,45 @@ def test_damage_is_found_whatever_the_time_of_the_file_tells(
     path: Path, change: str, keep_time: bool
 ) -> None:
     _change(path, change, keep_time)
-    assert not fingerprint.is_sound(path, in_use=False)
+    assert not fingerprint.is_intact(path, in_use=False)
 
 
 def test_a_flipped_bit_that_moved_no_time_is_found(path: Path) -> None:
     _change(path, "flip", keep_time=True)
-    assert not fingerprint.is_sound(path, in_use=False)
-    assert not fingerprint.is_sound(path, in_use=True)
+    assert not fingerprint.is_intact(path, in_use=False)
+    assert not fingerprint.is_intact(path, in_use=True)
 
 
 @pytest.mark.parametrize("told", [b"", b"casfs index seal 1: x y z", b"\xff" * 5000])
 def test_an_index_without_a_readable_seal_is_read_and_sealed(path: Path, told: bytes) -> None:
-    (path / fingerprint.SEAL_FILE).write_bytes(told)
-    assert fingerprint.is_sound(path, in_use=False)
-    assert (path / fingerprint.SEAL_FILE).read_bytes().startswith(b"casfs index seal 1: ")
+    (path / fingerprint.FINGERPRINT_FILE).write_bytes(told)
+    assert fingerprint.is_intact(path, in_use=False)
+    assert (path / fingerprint.FINGERPRINT_FILE).read_bytes().startswith(b"casfs index seal 1: ")
 
 
 def test_what_a_killed_writer_left_is_sound(path: Path) -> None:
     index = Index(path)
     index.mark_complete(b"s" * 32, 1)
     index.close()
-    assert fingerprint.is_sound(path, in_use=False)
+    assert fingerprint.is_intact(path, in_use=False)
 
 
 def test_what_a_living_writer_has_changed_is_left_to_it(path: Path) -> None:
-    (path / fingerprint.SEAL_FILE).write_text("casfs index seal 1: 4096 17 -\n")
-    assert fingerprint.is_sound(path, in_use=True)
+    (path / fingerprint.FINGERPRINT_FILE).write_text("casfs index seal 1: 4096 17 -\n")
+    assert fingerprint.is_intact(path, in_use=True)
     os.truncate(path / "data.mdb", 100)
-    assert not fingerprint.is_sound(path, in_use=True)
+    assert not fingerprint.is_intact(path, in_use=True)
 
 
 def test_a_large_index_is_known_by_size_and_time(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprint, "_HASHED_BYTES", PAGE)
-    fingerprint.write_seal(path)
-    assert (path / fingerprint.SEAL_FILE).read_text().endswith(" -\n")
-    assert fingerprint.is_sound(path, in_use=False)
+    fingerprint.write_fingerprint(path)
+    assert (path / fingerprint.FINGERPRINT_FILE).read_text().endswith(" -\n")
+    assert fingerprint.is_intact(path, in_use=False)
     _change(path, "cut", keep_time=True)
-    assert not fingerprint.is_sound(path, in_use=False)
+    assert not fingerprint.is_intact(path, in_use=False)
 
 
 @pytest.mark.parametrize("change", ["cut", "junk", "zeros"])
@@ -150,7 +150,7 @@ def test_a_repository_with_a_damaged_index_is_opened_with_a_new_one(
 
 def test_damage_that_no_entry_shows_is_found(path: Path) -> None:
     _lose_free_pages(path)
-    assert not fingerprint.is_sound(path, in_use=False)
+    assert not fingerprint.is_intact(path, in_use=False)
 
 
 def _grown(tmp_path: Path) -> Keeper:

@@ -70,12 +70,12 @@ class TestBlobs:
         index.add_packs([pack(0, *range(0, 50, 2))])
         for at_once in (1000, 7, 1):
             monkeypatch.setattr(index_module, "_ASKED_AT_ONCE", at_once)
-            assert index.known(map(blob, range(50))) == [n % 2 == 0 for n in range(50)]
-        assert index.known([]) == []
+            assert index.are_stored(map(blob, range(50))) == [n % 2 == 0 for n in range(50)]
+        assert index.are_stored([]) == []
 
     def test_that_are_asked_for_may_come_out_of_the_index_itself(self, index: Index) -> None:
         index.add_packs([pack(0, *range(100))])
-        assert all(index.known(digest for digest, _ in index.blobs(batch=7)))
+        assert all(index.are_stored(digest for digest, _ in index.blobs(batch=7)))
 
     def test_are_listed_by_digest_in_batches_of_any_size(self, index: Index) -> None:
         index.add_packs([pack(0, *range(100))])
@@ -122,7 +122,7 @@ class TestRebuilding:
     def test_replaces_everything(self, index: Index) -> None:
         index.add_packs([pack(0, 1, 2)])
         index.rebuild(lambda: [pack(1, 2, 3)])
-        assert index.known(map(blob, (1, 2, 3))) == [False, True, True]
+        assert index.are_stored(map(blob, (1, 2, 3))) == [False, True, True]
         assert [record.pack for record in index.packs()] == [pack(1)[0]]
 
     def test_gives_no_ordinal_a_second_meaning(self, index: Index) -> None:
@@ -138,7 +138,7 @@ class TestRebuilding:
 
     def test_that_fails_changes_nothing(self, index: Index) -> None:
         index.add_packs([pack(0, 1)])
-        before = index.packs(), list(index.blobs()), index.losses()
+        before = index.packs(), list(index.blobs()), index.loss_epoch()
 
         def fail() -> Iterator[IndexedPack]:
             yield pack(1, 2)
@@ -146,7 +146,7 @@ class TestRebuilding:
 
         with pytest.raises(ValueError, match="a disk"):
             index.rebuild(fail)
-        assert (index.packs(), list(index.blobs()), index.losses()) == before
+        assert (index.packs(), list(index.blobs()), index.loss_epoch()) == before
 
     def test_is_what_makes_an_index_current(self, tmp_path: Path) -> None:
         new = Index(tmp_path / "index")
@@ -162,7 +162,7 @@ class TestRebuilding:
 class TestCompleteness:
     def test_holds_until_something_is_lost(self, index: Index) -> None:
         assert not index.is_complete(b"snapshot")
-        index.mark_complete(b"snapshot", index.losses())
+        index.mark_complete(b"snapshot", index.loss_epoch())
         assert index.is_complete(b"snapshot")
         index.add_packs([pack(0, 1)])
         assert index.is_complete(b"snapshot")
@@ -170,9 +170,9 @@ class TestCompleteness:
         assert not index.is_complete(b"snapshot")
 
     def test_is_not_claimed_for_a_loss_that_came_between(self, index: Index) -> None:
-        losses = index.losses()
+        losses = index.loss_epoch()
         index.rebuild(tuple)
-        assert index.losses() == losses + 1
+        assert index.loss_epoch() == losses + 1
         index.mark_complete(b"snapshot", losses)
         assert not index.is_complete(b"snapshot")
 
@@ -209,7 +209,7 @@ class TestOpening:
         first.close()
         for readonly in (True, False):
             second = Index(tmp_path / "index", readonly)
-            assert second.known(map(blob, (1, 2, 3))) == [True, True, False]
+            assert second.are_stored(map(blob, (1, 2, 3))) == [True, True, False]
             second.close()
 
     def test_where_the_address_space_is_short_begins_with_a_small_map(
@@ -269,7 +269,7 @@ class TestLargePacks:
         assert index.partial_packs() == ([added[0]] if 0 < commits < 13 else [])
         assert all(index.pack_id(place.pack) == added[0] for place in before.values())
         for partial in index.partial_packs():
-            index.complete_pack(partial, added[2])
+            index.finish_partial_pack(partial, added[2])
             assert index.partial_packs() == []
             after = dict(index.blobs())
             assert before.items() <= after.items() and len(after) == 100
@@ -293,7 +293,7 @@ class TestLargePacks:
         opened.rebuild(tuple)
         opened.add_packs([added])
         assert rebuilt and opened.partial_packs() == []
-        assert opened.known(map(blob, range(100))) == [True] * 100
+        assert opened.are_stored(map(blob, range(100))) == [True] * 100
         ordinals = {record.pack: record.ordinal for record in opened.packs()}
         assert all(
             place.pack == ordinals[added[0] if digest != blob(200) else other[0]]
@@ -348,7 +348,7 @@ class TestFullMap:
         with caplog.at_level(logging.INFO):
             for number in range(20):
                 small.add_packs([pack(number, *range(number * 200, number * 200 + 200))])
-        assert small.known(map(blob, range(4000))) == [True] * 4000
+        assert small.are_stored(map(blob, range(4000))) == [True] * 4000
         assert len(small.packs()) == 20
         assert sorted(place.ordinal for _, place in small.blobs()) == list(range(4000))
         assert "grows" in caplog.text
@@ -368,7 +368,7 @@ class TestFullMap:
         def read() -> None:
             try:
                 while not stop.is_set():
-                    if small.known(map(blob, range(100))) != [True] * 100:
+                    if small.are_stored(map(blob, range(100))) != [True] * 100:
                         wrong.append("a blob was not known")
                     stop.wait(0.0005)
             except IndexUnusableError as error:
@@ -391,7 +391,7 @@ class TestFullMap:
             assert hear(process) == "open"
             tell(process)
             assert hear(process) == "done"
-        assert small.known(map(blob, range(4000))) == [True] * 4000
+        assert small.are_stored(map(blob, range(4000))) == [True] * 4000
         small.add_packs([pack(40, *range(4000, 4100))])
         assert small.blob_count() == 4100
 

@@ -12,16 +12,25 @@ import pytest
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
-from casfs.format.tree import Capture, Extra, Kind, Node, Reason, State, TreeRef, replace
+from casfs.format.tree import (
+    Capture,
+    CaptureState,
+    ChangeReason,
+    Node,
+    NodeExtra,
+    NodeType,
+    TreeRef,
+    replace,
+)
 from casfs.index.schema import IndexedPack
 from casfs.maintenance import check as check_module
 from casfs.maintenance import scrub as scrub_module
 from casfs.maintenance.check import Checker, CheckResult
-from casfs.maintenance.scrub import Damage, ReadChoice
+from casfs.maintenance.scrub import Finding, PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import BlobStore
-from casfs.trees.content import HOLE, RECORD, ContentWriter
+from casfs.trees.content import EXTENT, HOLE, ContentWriter
 from tests.support.builders import Keeper, Plan, entry, file, flagged, reference
 from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
 
@@ -36,7 +45,7 @@ def keeper(tmp_path: Path) -> Keeper:
 def of_chunks(*chunks: bytes, size: int | None = None, **fields: Any) -> Node:
     """Return the node of a file that consists of several chunks."""
     whole = b"".join(chunks)
-    records = b"".join(RECORD.pack(len(chunk), digest_of(chunk)) for chunk in chunks)
+    records = b"".join(EXTENT.pack(len(chunk), digest_of(chunk)) for chunk in chunks)
     size = len(whole) if size is None else size
     return entry(b"", size=size, content=records, captured=digest_of(whole), **fields)
 
@@ -52,11 +61,11 @@ def store(keeper: Keeper, chunks: Iterable[bytes], kind: BlobKind = BlobKind.DAT
 
 def check(keeper: Keeper, read_data: bool = False, share: float = 1.0) -> CheckResult:
     with keeper.reading() as repository:
-        choice = ReadChoice(share) if read_data else None
+        choice = PackSelection(share) if read_data else None
         return Checker(repository, RecordingMonitor()).check(choice)
 
 
-def damage(keeper: Keeper, what: str, read_data: bool = False) -> list[Damage]:
+def damage(keeper: Keeper, what: str, read_data: bool = False) -> list[Finding]:
     """Return the damage of one kind that a check finds."""
     return [found for found in check(keeper, read_data).damage if found.what == what]
 
@@ -90,10 +99,10 @@ class TestSoundRepositories:
 
     def test_hold_holes_and_all_kinds_of_entries(self, keeper: Keeper) -> None:
         store(keeper, CHUNKS[:1])
-        records = RECORD.pack(1 << 40, HOLE) + RECORD.pack(3000, digest_of(CHUNKS[0]))
+        records = EXTENT.pack(1 << 40, HOLE) + EXTENT.pack(3000, digest_of(CHUNKS[0]))
         whole = b"\x01" * 32
         sparse = entry(b"", size=(1 << 40) + 3000, content=records, captured=whole)
-        keeper.publish({b"s": sparse, b"l": entry(b"", Kind.SYMLINK, content=b"x")})
+        keeper.publish({b"s": sparse, b"l": entry(b"", NodeType.SYMLINK, content=b"x")})
         assert check(keeper, read_data=True).damage == []
 
 
@@ -232,7 +241,7 @@ class TestLostPacks:
 class TestWrongIndex:
     def rebuilt(
         self, keeper: Keeper, change: Any, needed: Sequence[bytes] = CHUNKS
-    ) -> list[Damage]:
+    ) -> list[Finding]:
         """Check with an index in which one entry of the only pack is something else."""
         store(keeper, CHUNKS)
         with keeper.writing() as repository:
@@ -285,7 +294,7 @@ class TestDamagedSnapshots:
 class TestLies:
     """Data that verify, but contradict each other: no casfs has written them."""
 
-    def lying(self, keeper: Keeper, node: Node) -> Damage:
+    def lying(self, keeper: Keeper, node: Node) -> Finding:
         store(keeper, CHUNKS)
         snapshot_id, _ = keeper.publish({b"lie": node, b"truth": of_chunks(*CHUNKS)})
         (found,) = check(keeper, read_data=True).damage
@@ -298,18 +307,18 @@ class TestLies:
         assert f"12000 bytes where {size}" in found.message
 
     def test_about_the_length_of_a_chunk_are_found(self, keeper: Keeper) -> None:
-        records = RECORD.pack(2999, digest_of(CHUNKS[0]))
+        records = EXTENT.pack(2999, digest_of(CHUNKS[0]))
         found = self.lying(keeper, entry(b"", size=2999, content=records))
         assert "does not have the length" in found.message
 
     def test_about_a_flag_without_evidence_are_found(self, keeper: Keeper) -> None:
-        found = self.lying(keeper, replace(file(b"", CHUNKS[0]), state=State.CHANGED))
+        found = self.lying(keeper, replace(file(b"", CHUNKS[0]), state=CaptureState.CHANGED))
         assert "without the evidence" in found.message
 
     def test_about_a_stable_file_that_two_reads_saw_differently_are_found(
         self, keeper: Keeper
     ) -> None:
-        extra = Extra(capture=Capture(Reason.NONE, 2, digest_of(b"something else")))
+        extra = NodeExtra(capture=Capture(ChangeReason.NONE, 2, digest_of(b"something else")))
         found = self.lying(keeper, replace(file(b"", CHUNKS[0]), extra=extra))
         assert "two reads saw different data" in found.message
 
@@ -325,7 +334,7 @@ class TestLies:
             writer.put(BlobKind.TREE, digest_of(leaf), leaf)
             writer.finish()
         ref = replace(TreeRef(digest_of(leaf), 1, 0, 0), **change)
-        keeper.publish({b"lie": entry(b"", Kind.DIRECTORY, tree=ref)})
+        keeper.publish({b"lie": entry(b"", NodeType.DIRECTORY, tree=ref)})
         (found,) = check(keeper).damage
         assert (found.what, found.path) == ("tree", b"lie")
         assert "summary" in found.message
@@ -333,7 +342,7 @@ class TestLies:
     def test_about_the_kind_of_a_blob_are_found(self, keeper: Keeper) -> None:
         store(keeper, CHUNKS)
         ref = TreeRef(digest_of(CHUNKS[0]), 1, 0, 0)
-        keeper.publish({b"lie": entry(b"", Kind.DIRECTORY, tree=ref)})
+        keeper.publish({b"lie": entry(b"", NodeType.DIRECTORY, tree=ref)})
         (found,) = check(keeper).damage
         assert (found.what, found.path) == ("tree", b"lie")
 
@@ -382,7 +391,7 @@ class TestLongLists:
 
     def test_that_lost_a_piece_name_its_range(self, keeper: Keeper) -> None:
         snapshot_id, node = self.publish_long(keeper)
-        length, digest = RECORD.unpack_from(node.content)
+        length, digest = EXTENT.unpack_from(node.content)
         keeper.damage(Digest(digest))
         (lost,) = damage(keeper, "file", read_data=True)
         assert (lost.snapshot, lost.path) == (snapshot_id, b"long")
@@ -425,7 +434,7 @@ class TestBesideABackup:
             self.result = self.checked(repository)
 
     def checked(self, repository: Repository) -> CheckResult:
-        return Checker(repository, RecordingMonitor()).check(ReadChoice())
+        return Checker(repository, RecordingMonitor()).check(PackSelection())
 
     @pytest.mark.parametrize("indexed", [True, False])
     def test_a_new_pack_is_read_and_nothing_is_wrong_with_it(

@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 
 from casfs.digest import SnapshotId
-from casfs.errors import NotFoundError, UnsafeTargetError
-from casfs.maintenance.forget import Choice, Grouping, Plan, forget, named_snapshots, plan_policy
+from casfs.errors import NotFoundError, RefusedError
+from casfs.maintenance.forget import (
+    ForgetPlan,
+    Grouping,
+    SnapshotFilter,
+    forget,
+    plan_policy,
+    select_by_name,
+)
 from casfs.maintenance.retention import Policy
 from casfs.repository.repository import Repository
 from tests.support.builders import Keeper
@@ -22,16 +29,16 @@ def planned(
     keeper: Keeper,
     policy: Policy = LAST,
     grouping: Grouping | None = None,
-    choice: Choice | None = None,
+    choice: SnapshotFilter | None = None,
     allow_all: bool = False,
-) -> Plan:
+) -> ForgetPlan:
     with keeper.reading() as repository:
         return plan_policy(
-            repository, policy, grouping or Grouping(), choice or Choice(), allow_all
+            repository, policy, grouping or Grouping(), choice or SnapshotFilter(), allow_all
         )
 
 
-def gone(plan: Plan) -> set[SnapshotId]:
+def gone(plan: ForgetPlan) -> set[SnapshotId]:
     return {candidate.snapshot_id for candidate in plan.forgotten()}
 
 
@@ -60,18 +67,18 @@ def test_what_is_not_chosen_is_not_touched(keeper: Keeper) -> None:
     made(keeper, 2)
     made(keeper, 3, tags=("a", "b"))
     made(keeper, 4, host="there", tags=("a",))
-    choice = Choice(hosts=("here",), tags=(frozenset("ab"), frozenset("c")), paths=(b".",))
+    choice = SnapshotFilter(hosts=("here",), tags=(frozenset("ab"), frozenset("c")), paths=(b".",))
     plan = planned(keeper, choice=choice)
     assert gone(plan) == {old}
     assert plan.kept() == 1
-    assert planned(keeper, choice=Choice(paths=(b"/etc",))).groups == {}
+    assert planned(keeper, choice=SnapshotFilter(paths=(b"/etc",))).groups == {}
 
 
 def test_rules_that_keep_nothing_of_a_group_are_refused(keeper: Keeper) -> None:
     made(keeper, 1, tags=("keep",))
     made(keeper, 2, host="there")
     policy = Policy(tags=(frozenset({"keep"}),))
-    with pytest.raises(UnsafeTargetError, match="host there, paths \\."):
+    with pytest.raises(RefusedError, match="host there, paths \\."):
         planned(keeper, policy)
     assert planned(keeper, policy, allow_all=True).kept() == 1
 
@@ -79,13 +86,13 @@ def test_rules_that_keep_nothing_of_a_group_are_refused(keeper: Keeper) -> None:
 def test_snapshots_are_named_by_prefix_and_once(keeper: Keeper) -> None:
     first, second = made(keeper, 1), made(keeper, 2)
     with keeper.reading() as repository:
-        found = named_snapshots(repository, [first.hex()[:8], first.hex()], False)
+        found = select_by_name(repository, [first.hex()[:8], first.hex()], False)
         assert [candidate.snapshot_id for candidate in found] == [first]
         with pytest.raises(NotFoundError):
-            named_snapshots(repository, ["nothing"], False)
-        with pytest.raises(UnsafeTargetError, match="no snapshot would be left"):
-            named_snapshots(repository, [first.hex(), second.hex()], False)
-        assert len(named_snapshots(repository, [first.hex(), second.hex()], True)) == 2
+            select_by_name(repository, ["nothing"], False)
+        with pytest.raises(RefusedError, match="no snapshot would be left"):
+            select_by_name(repository, [first.hex(), second.hex()], False)
+        assert len(select_by_name(repository, [first.hex(), second.hex()], True)) == 2
 
 
 def test_forgotten_ones_are_gone_and_no_pack_is(keeper: Keeper) -> None:
@@ -93,7 +100,7 @@ def test_forgotten_ones_are_gone_and_no_pack_is(keeper: Keeper) -> None:
     kept = made(keeper, 2)
     packs = sorted(keeper.root.glob("packs/*/*"))
     with keeper.writing() as repository:
-        plan = plan_policy(repository, LAST, Grouping(), Choice(), False)
+        plan = plan_policy(repository, LAST, Grouping(), SnapshotFilter(), False)
         assert forget(repository, plan.forgotten()) == 1
         assert forget(repository, plan.forgotten()) == 1  # to be gone already is no error
         assert repository.snapshot_ids() == [kept]
@@ -105,7 +112,7 @@ def test_a_damaged_one_can_be_named(keeper: Keeper) -> None:
     made(keeper, 2)
     (keeper.root / "snapshots" / damaged.hex()).write_bytes(b"junk")
     with keeper.writing() as repository:
-        found = named_snapshots(repository, [damaged.hex()[:12]], False)
+        found = select_by_name(repository, [damaged.hex()[:12]], False)
         assert (found[0].snapshot, found[0].time_ns, found[0].tags) == (None, 0, ())
         forget(repository, found)
         assert damaged not in repository.snapshot_ids()
@@ -122,5 +129,5 @@ def test_forgetting_what_replaced_another_brings_that_one_not_back(
             patch.setattr(Repository, "delete_snapshot", lambda *_: None)
             second = repository.replace_snapshot(first, snapshot, tags=("new",))
         assert set(repository.snapshot_ids()) == {first, second, other}
-        forget(repository, named_snapshots(repository, [second.hex()], False))
+        forget(repository, select_by_name(repository, [second.hex()], False))
         assert repository.snapshot_ids() == [other]

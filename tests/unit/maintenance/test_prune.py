@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from casfs.backup.run import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import IndexUnusableError, IntegrityError, LockedError, StorageError
 from casfs.format.pack import TRAILER
@@ -19,14 +19,14 @@ from casfs.index.index import Index
 from casfs.index.schema import Location
 from casfs.maintenance import prune as prune_module
 from casfs.maintenance.check import Checker
-from casfs.maintenance.prune import NeedsUnknownError, PruneOptions, Pruner, PruneResult
-from casfs.maintenance.scrub import ReadChoice
+from casfs.maintenance.prune import PruneOptions, Pruner, PruneResult, UsedBlobsUnknownError
+from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name
-from casfs.store.pending_removal import read_condemnations
+from casfs.store.pending_removal import read_notices
 from tests.support.builders import Keeper
 from tests.support.stores import add_pack, child, flip, hear, make_pack, noise, pack_paths, tell
 
@@ -34,7 +34,7 @@ KIB = 1 << 10
 
 
 def prune(keeper: Keeper, **options: object) -> PruneResult:
-    with Repository.open(keeper.root, "prune", LockMode.TENDING, sync=False) as repository:
+    with Repository.open(keeper.root, "prune", LockMode.MAINTENANCE, sync=False) as repository:
         return Pruner(repository, PruneOptions(**options), RecordingMonitor()).prune()  # type: ignore[arg-type]
 
 
@@ -61,15 +61,15 @@ def contents(keeper: Keeper) -> dict[bytes, bytes]:
 
 def assert_sound(keeper: Keeper) -> None:
     with keeper.reading() as repository:
-        assert Checker(repository, RecordingMonitor()).check(ReadChoice()).damage == []
+        assert Checker(repository, RecordingMonitor()).check(PackSelection()).damage == []
 
 
 def condemned(keeper: Keeper) -> int:
     """Return how many packs are condemned, in the storage and in the index alike."""
     with keeper.reading() as repository:
-        told = read_condemnations(repository.store.storage).values()
+        told = read_notices(repository.store.storage).values()
         names = {pack for condemnation in told for pack in condemnation.pack_ids()}
-        ordinals = repository.store.index.condemned()
+        ordinals = repository.store.index.marked_for_removal()
         assert {repository.store.index.pack_id(ordinal) for ordinal in ordinals} == names
         return len(names)
 
@@ -180,7 +180,7 @@ class TestPartlyNeeded:
         prune(keeper, unused_share=0.0)
         assert condemned(keeper) == 0
         with keeper.reading() as repository:
-            found = Checker(repository, RecordingMonitor()).check(ReadChoice()).damage
+            found = Checker(repository, RecordingMonitor()).check(PackSelection()).damage
             assert [(d.path, d.ranges) for d in found if d.what == "file"] == [
                 (b"a", ((0, 50 * KIB),))
             ]
@@ -243,7 +243,7 @@ class TestRefusal:
                 if noise("f", 50 * KIB) in path.read_bytes():
                     path.unlink()
         packs = pack_paths(keeper.root)
-        with pytest.raises(NeedsUnknownError, match="nothing was removed") as raised:
+        with pytest.raises(UsedBlobsUnknownError, match="nothing was removed") as raised:
             prune(keeper)
         assert raised.value.exit_code == IntegrityError.exit_code == 5
         assert pack_paths(keeper.root) == packs
@@ -358,9 +358,9 @@ class TestBesideOthers:
         # The forgotten one comes back as the parent, as if its forgetting had not been seen.
         with keeper.writing() as repository:
             assert repository.publish(snapshot) == first
-            assert repository.store.index.condemned()
+            assert repository.store.index.marked_for_removal()
             options = BackupOptions((bytes(source),), host="here", parent=first.hex())
-            result = back_up(repository, options, RecordingMonitor())
+            result = run_backup(repository, options, RecordingMonitor())
             assert result.snapshot.stats.new_blobs > 2
             repository.delete_snapshot(first)
         assert prune(keeper).removed_packs == 1
@@ -401,7 +401,7 @@ def await_age(path: Path) -> None:
 BACKUP = """
 import sys
 from pathlib import Path
-from casfs.backup.run import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 
@@ -414,7 +414,7 @@ def wait_first(*arguments):
 
 Repository.publish = wait_first
 with Repository.open(Path(sys.argv[1]), "backup", sync=False) as repository:
-    back_up(repository, BackupOptions((sys.argv[2].encode(),)), RecordingMonitor())
+    run_backup(repository, BackupOptions((sys.argv[2].encode(),)), RecordingMonitor())
 print("published", flush=True)
 """
 
@@ -462,7 +462,7 @@ class TestInterruption:
         with Repository.open(
             keeper.root,
             "prune",
-            LockMode.TENDING,
+            LockMode.MAINTENANCE,
             sync=False,
             on_step=on_step,  # type: ignore[arg-type]
         ) as repository:
@@ -485,7 +485,7 @@ class TestInterruption:
         with pytest.raises(self.Crash):
             self.prune(keeper, on_step)
         with keeper.reading() as repository:
-            (told,) = read_condemnations(repository.store.storage).values()
+            (told,) = read_notices(repository.store.storage).values()
             assert told.writers is None
             assert abs(told.time_s - time.time()) < 3600
         with child(HOLDER, keeper.root, "shared") as process:
@@ -556,7 +556,7 @@ def test_an_index_that_another_builds_anew_meanwhile_costs_nothing_that_is_neede
             with child(REBUILD, keeper.root) as other:
                 assert hear(other) == "rebuilt"
 
-    opened = Repository.open(keeper.root, "prune", LockMode.TENDING, sync=False, on_step=meddle)
+    opened = Repository.open(keeper.root, "prune", LockMode.MAINTENANCE, sync=False, on_step=meddle)
     with opened as repository:
         try:
             Pruner(repository, PruneOptions(unused_share=0.0), RecordingMonitor()).prune()
@@ -592,15 +592,15 @@ def test_an_index_that_is_built_anew_while_needs_are_marked_costs_nothing_that_i
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, packs = one_of_two_forgotten(keeper)
-    uses = Pruner._uses
+    uses = Pruner._pack_usage
 
     def rebuild_first(self: Pruner) -> object:
-        monkeypatch.setattr(Pruner, "_uses", uses)
+        monkeypatch.setattr(Pruner, "_pack_usage", uses)
         with child(REBUILD, keeper.root) as other:
             assert hear(other) == "rebuilt"
         return uses(self)
 
-    monkeypatch.setattr(Pruner, "_uses", rebuild_first)
+    monkeypatch.setattr(Pruner, "_pack_usage", rebuild_first)
     with pytest.raises(IndexUnusableError, match="built anew while this prune ran"):
         prune(keeper)
     assert pack_paths(keeper.root) == packs
@@ -685,7 +685,7 @@ def test_the_only_sound_copy_of_what_is_needed_is_stored_anew_before_its_pack_go
     keeper.damage(digest_of(copies[0]))
     if checked:
         with Repository.open(keeper.root, reader="check", takes_notes=True) as repository:
-            Checker(repository, RecordingMonitor()).check(ReadChoice())
+            Checker(repository, RecordingMonitor()).check(PackSelection())
     assert contents(keeper) == before
     prune(keeper, unused_share=0.0)
     assert contents(keeper) == before

@@ -9,24 +9,24 @@ import pytest
 import zstandard
 
 from casfs.digest import Digest, SnapshotId, digest_of
-from casfs.format.pack import RECORD as RECORD_HEADER
+from casfs.format.pack import BLOB_HEADER as RECORD_HEADER
 from casfs.format.snapshot import Snapshot, decode_snapshot
-from casfs.format.tree import Node, Reason, State, capture_of, captured_digest
+from casfs.format.tree import CaptureState, ChangeReason, Node, capture_of, captured_digest
 from casfs.maintenance.check import Checker
 from casfs.maintenance.prune import PruneOptions, Pruner
 from casfs.maintenance.repair import (
     IndexRepair,
-    Misplaced,
     RepairResult,
     SnapshotRepairer,
+    SwappedSnapshots,
     repair_index,
 )
-from casfs.maintenance.scrub import Damage, ReadChoice
+from casfs.maintenance.scrub import Finding, PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
 from casfs.trees import writer
-from casfs.trees.content import HOLE, RECORD
+from casfs.trees.content import EXTENT, HOLE
 from tests.support.builders import Keeper, entry, reference
 from tests.support.stores import flip, noise, pack_paths
 
@@ -36,22 +36,22 @@ WHOLE = b"".join(CHUNKS)
 
 def of_chunks(*chunks: bytes) -> Node:
     whole = b"".join(chunks)
-    records = b"".join(RECORD.pack(len(chunk), digest_of(chunk)) for chunk in chunks)
+    records = b"".join(EXTENT.pack(len(chunk), digest_of(chunk)) for chunk in chunks)
     return entry(b"", size=len(whole), content=records, captured=digest_of(whole))
 
 
 def repair(keeper: Keeper, **options: bool) -> tuple[RepairResult, dict[bytes, str]]:
     """Repair the snapshots; return what came of it, and what was told of which path."""
     monitor = RecordingMonitor()
-    with Repository.open(keeper.root, "repair", LockMode.TENDING, sync=False) as repository:
-        result = SnapshotRepairer(repository, monitor, **options).repair(ReadChoice())
+    with Repository.open(keeper.root, "repair", LockMode.MAINTENANCE, sync=False) as repository:
+        result = SnapshotRepairer(repository, monitor, **options).repair(PackSelection())
     return result, {problem.path: problem.message for problem in monitor.problems}
 
 
-def damage(keeper: Keeper) -> list[Damage]:
+def damage(keeper: Keeper) -> list[Finding]:
     """Return what a check finds in snapshots and in packs that they need."""
     with keeper.reading() as repository:
-        found = Checker(repository, RecordingMonitor()).check(ReadChoice()).damage
+        found = Checker(repository, RecordingMonitor()).check(PackSelection()).damage
     return [one for one in found if one.snapshot is not None]
 
 
@@ -70,7 +70,7 @@ def nodes(keeper: Keeper) -> dict[bytes, Node]:
 def test_sound_snapshots_stay_as_they_are(keeper: Keeper) -> None:
     ids = {keeper.publish({b"f": b"1"}, time_ns=time_ns)[0] for time_ns in (1, 2)}
     result, told = repair(keeper)
-    assert (result.sound, result.repaired, told) == (2, [], {})
+    assert (result.intact, result.repaired, told) == (2, [], {})
     with keeper.reading() as repository:
         assert set(repository.snapshot_ids()) == ids
 
@@ -91,23 +91,23 @@ def test_a_file_keeps_what_is_left_of_it_and_is_flagged(keeper: Keeper) -> None:
     found = nodes(keeper)
     node = found[b"d/f"]
     left = CHUNKS[0] + bytes(6000) + CHUNKS[3]
-    assert (node.size, node.state) == (12000, State.CHANGED)
+    assert (node.size, node.state) == (12000, CaptureState.CHANGED)
     assert captured_digest(node) == digest_of(left)
     capture = capture_of(node)
     assert capture is not None
-    assert (capture.reason, capture.observed) == (Reason.DAMAGED, digest_of(WHOLE))
+    assert (capture.reason, capture.observed) == (ChangeReason.DAMAGED, digest_of(WHOLE))
     with keeper.reading() as repository:
         extents = list(repository.content(node).extents())
         assert [extent.digest is None for extent in extents] == [False, True, True, False]
-    assert found[b"other"].state == State.STABLE
+    assert found[b"other"].state == CaptureState.STABLE
     assert damage(keeper) == []
 
 
 def test_what_was_lost_already_is_told_apart_from_what_is_lost_now(keeper: Keeper) -> None:
     """Holes of the source stay holes and are no loss; a second repair keeps the first's evidence."""
     keeper.store(*CHUNKS)
-    records = RECORD.pack(5000, HOLE)
-    records += b"".join(RECORD.pack(3000, digest_of(chunk)) for chunk in CHUNKS)
+    records = EXTENT.pack(5000, HOLE)
+    records += b"".join(EXTENT.pack(3000, digest_of(chunk)) for chunk in CHUNKS)
     whole = bytes(5000) + WHOLE
     sparse = entry(b"", size=17000, content=records, captured=digest_of(whole))
     keeper.publish({b"f": sparse})
@@ -209,7 +209,7 @@ def test_snapshots_that_changed_places_get_their_names_back(keeper: Keeper) -> N
     assert _listed(keeper) == {ids[3]}
     result, told = repair(keeper)
     assert foretold == result
-    assert (result.returned, result.repaired, result.sound) == (sorted(ids[:3]), [], 4)
+    assert (result.returned, result.repaired, result.intact) == (sorted(ids[:3]), [], 4)
     assert told == {}
     assert _listed(keeper) == set(ids)
     assert damage(keeper) == []
@@ -249,9 +249,9 @@ def test_an_exchange_of_snapshots_that_is_undone_half_way_is_undone_by_the_next_
                 raise _StoppedError(step)
 
         try:
-            with Repository.open(keeper.root, "repair", LockMode.TENDING) as repository:
+            with Repository.open(keeper.root, "repair", LockMode.MAINTENANCE) as repository:
                 repository.store.storage._on_step = count  # type: ignore[attr-defined]
-                Misplaced(repository).put_in_place()
+                SwappedSnapshots(repository).rename_back()
         except _StoppedError:
             repair(keeper)
             stop += 1
@@ -280,11 +280,11 @@ def test_a_repaired_repository_can_be_pruned(keeper: Keeper) -> None:
     keeper.publish({b"f": of_chunks(*CHUNKS)})
     keeper.damage(digest_of(CHUNKS[0]))
     repair(keeper)
-    with Repository.open(keeper.root, "prune", LockMode.TENDING, sync=False) as repository:
+    with Repository.open(keeper.root, "prune", LockMode.MAINTENANCE, sync=False) as repository:
         Pruner(repository, PruneOptions(unused_share=0.0), RecordingMonitor()).prune()
     assert damage(keeper) == []
     with keeper.reading() as repository:
-        assert Checker(repository, RecordingMonitor()).check(ReadChoice()).damage == []
+        assert Checker(repository, RecordingMonitor()).check(PackSelection()).damage == []
 
 
 class TestIndex:
@@ -357,11 +357,16 @@ class TestIndex:
         keeper.store(noise("other", 100))
         keeper.damage(digest_of(CHUNKS[1]))
         with Repository.open(keeper.root, takes_notes=True) as repository:
-            Checker(repository, RecordingMonitor()).check(ReadChoice())
+            Checker(repository, RecordingMonitor()).check(PackSelection())
         self.rebuilt(keeper)
         with keeper.reading() as repository:
             index = repository.store.index
-            assert index.known([digest_of(chunk) for chunk in CHUNKS]) == [True, False, True, True]
+            assert index.are_stored([digest_of(chunk) for chunk in CHUNKS]) == [
+                True,
+                False,
+                True,
+                True,
+            ]
             assert sorted(record.verified_s > 0 for record in index.packs()) == [False, True]
 
 
@@ -371,8 +376,8 @@ def test_one_file_is_only_read_where_something_is_lost(keeper: Keeper) -> None:
     keeper.publish({b"bad": {b"f": of_chunks(CHUNKS[0])}, b"good": {b"g": of_chunks(CHUNKS[1])}})
     keeper.damage(digest_of(CHUNKS[0]))
     with Repository.open(keeper.root, takes_notes=True) as repository:
-        Checker(repository, RecordingMonitor()).check(ReadChoice())
-    with Repository.open(keeper.root, "repair", LockMode.TENDING, sync=False) as repository:
+        Checker(repository, RecordingMonitor()).check(PackSelection())
+    with Repository.open(keeper.root, "repair", LockMode.MAINTENANCE, sync=False) as repository:
         SnapshotRepairer(repository, RecordingMonitor()).repair()
         counts = repository.store.coverage
         sound = repository.store.locate(digest_of(CHUNKS[1]))
@@ -396,6 +401,6 @@ def test_an_index_that_is_built_anew_forgets_nothing_that_it_knew_and_is_true(
         repository.store.rebuild()
         assert repository.store.read(digest_of(chunks[0])) == chunks[0]
         assert repository.store.read(digest_of(chunks[2])) == chunks[2]
-        assert repository.store.index.known([digest_of(chunk) for chunk in chunks]) == [
+        assert repository.store.index.are_stored([digest_of(chunk) for chunk in chunks]) == [
             *(True, False, True),
         ]

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from casfs.errors import UsageError
-from casfs.maintenance.retention import UNLIMITED, Policy, Span, decide, parse_duration
+from casfs.maintenance.retention import (
+    UNLIMITED,
+    CalendarSpan,
+    Policy,
+    apply_policy,
+    parse_duration,
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ def kept(snapshots: Iterable[Dated], policy: Policy) -> list[str]:
     """Return the local times of what is kept, the newest first."""
     return [
         datetime.fromtimestamp(v.snapshot.time_ns // 10**9).isoformat(" ", "minutes")
-        for v in decide(snapshots, policy)
+        for v in apply_policy(snapshots, policy)
         if v.is_kept
     ]
 
@@ -65,7 +71,7 @@ class TestRules:
         assert len(kept(turn, Policy(yearly=5))) == 2
 
     def test_within_counts_from_the_newest_and_not_from_now(self) -> None:
-        found = kept(HOURLY, Policy(within=Span("2h", "--keep-within")))
+        found = kept(HOURLY, Policy(within=CalendarSpan("2h", "--keep-within")))
         assert found == ["2026-03-03 23:30", "2026-03-03 22:30", "2026-03-03 21:30"]
 
     def test_tags_keep_whatever_their_age(self) -> None:
@@ -78,7 +84,7 @@ class TestRules:
         assert len(kept(tagged, Policy(tags=(frozenset("a"), frozenset("b"))))) == 2
 
     def test_every_rule_that_keeps_is_told(self) -> None:
-        verdicts = decide(
+        verdicts = apply_policy(
             [at("2026-01-01 00:00", "a", "b")],
             Policy(1, 1, 1, 1, 1, 1, None, (frozenset("b"), frozenset("ba"), frozenset("bc"))),
         )
@@ -88,11 +94,11 @@ class TestRules:
     def test_no_rule_keeps_nothing(self) -> None:
         assert Policy().is_empty()
         assert kept(HOURLY, Policy()) == []
-        assert decide([], Policy(last=3)) == []
+        assert apply_policy([], Policy(last=3)) == []
 
     def test_times_that_no_calendar_has_are_judged_too(self) -> None:
         far = [Dated(1 << 63), Dated(-(1 << 63)), at("2026-01-01 00:00")]
-        assert len(decide(far, Policy(last=3, daily=3, within=Span("1y", "x")))) == 3
+        assert len(apply_policy(far, Policy(last=3, daily=3, within=CalendarSpan("1y", "x")))) == 3
 
 
 @given(
@@ -105,7 +111,7 @@ def test_rules_hold_whatever_the_times(
     hours: list[int], last: int, daily: int, monthly: int
 ) -> None:
     snapshots = [Dated((1_500_000_000 + 3600 * hour) * 10**9) for hour in hours]
-    verdicts = decide(snapshots, Policy(last=last, daily=daily, monthly=monthly))
+    verdicts = apply_policy(snapshots, Policy(last=last, daily=daily, monthly=monthly))
     times = [verdict.snapshot.time_ns for verdict in verdicts]
     assert times == sorted((s.time_ns for s in snapshots), reverse=True)
     # An oracle that asks each day and month for its newest.
@@ -156,9 +162,9 @@ class TestSpans:
         ],
     )
     def test_go_by_the_calendar(self, text: str, earlier: datetime) -> None:
-        assert Span(text, "--keep-within").before(self.MARCH) == earlier
+        assert CalendarSpan(text, "--keep-within").before(self.MARCH) == earlier
 
     @pytest.mark.parametrize("text", ["", "7", "1s", "x", "1y 2d"])
     def test_that_are_none_are_refused(self, text: str) -> None:
         with pytest.raises(UsageError, match="--keep-within"):
-            Span(text, "--keep-within")
+            CalendarSpan(text, "--keep-within")

@@ -16,13 +16,13 @@ from casfs.format.snapshot import Snapshot
 from casfs.maintenance import scrub as scrub_module
 from casfs.maintenance.check import Checker, CheckResult
 from casfs.maintenance.prune import PruneOptions, Pruner
-from casfs.maintenance.scrub import ReadChoice
+from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name
-from casfs.store.duplicates import Copies
+from casfs.store.duplicates import Duplicates
 from tests.support.builders import Keeper
 from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
 
@@ -32,7 +32,7 @@ CHUNKS = [noise(f"chunk {number}", 3000) for number in range(5)]
 
 def check(keeper: Keeper, **choice: Any) -> CheckResult:
     with Repository.open(keeper.root, takes_notes=True) as repository:
-        return Checker(repository, RecordingMonitor()).check(ReadChoice(**choice))
+        return Checker(repository, RecordingMonitor()).check(PackSelection(**choice))
 
 
 def verified(keeper: Keeper) -> dict[str, int]:
@@ -86,7 +86,7 @@ class TestRemembering:
     ) -> None:
         flip(packs[2], 100)
         with keeper.reading() as repository:
-            result = Checker(repository, RecordingMonitor()).check(ReadChoice())
+            result = Checker(repository, RecordingMonitor()).check(PackSelection())
         assert len(result.damage) == 2
         assert set(verified(keeper).values()) == {0}
 
@@ -204,7 +204,7 @@ class TestHealing:
         _, snapshot = keeper.back_up(source)
         assert snapshot.stats.new_blobs == 1
         with keeper.reading() as repository:
-            result = Checker(repository, RecordingMonitor()).check(ReadChoice())
+            result = Checker(repository, RecordingMonitor()).check(PackSelection())
             # The damaged copy is still in its pack; no file has lost anything any more.
             assert "file" not in {found.what for found in result.damage}
             assert repository.store.read(digest_of(content)) == content
@@ -223,7 +223,7 @@ class TestHealing:
             writer.put(BlobKind.DATA, digest_of(CHUNKS[4]), CHUNKS[4])
             writer.finish()
         assert {found.what for found in check(keeper).damage} == {"pack", "blob"}
-        with Repository.open(keeper.root, "prune", LockMode.TENDING) as repository:
+        with Repository.open(keeper.root, "prune", LockMode.MAINTENANCE) as repository:
             Pruner(repository, PruneOptions(unused_share=1.0), RecordingMonitor()).prune()
         result = check(keeper)
         assert result.damage == []
@@ -245,7 +245,7 @@ class TestHealing:
         with keeper.writing() as repository:
             digests = [digest_of(chunk) for chunk in CHUNKS[:2]]
             # The sound one was named there before, so what the check has not marked is trusted.
-            assert repository.store.index.known(digests) == [False, True]
+            assert repository.store.index.are_stored(digests) == [False, True]
 
     def test_packs_that_changed_places_are_replaced_though_all_their_blobs_were_read_since(
         self, keeper: Keeper
@@ -262,7 +262,7 @@ class TestHealing:
         with keeper.reading() as repository:
             for digest, _ in list(repository.store.index.blobs()):
                 repository.store.read(digest)
-        with Repository.open(keeper.root, "prune", LockMode.TENDING) as repository:
+        with Repository.open(keeper.root, "prune", LockMode.MAINTENANCE) as repository:
             Pruner(repository, PruneOptions(unused_share=1.0), RecordingMonitor()).prune()
         assert check(keeper).damage == []
 
@@ -289,11 +289,11 @@ class TestHealing:
         keeper.damage(digest)
         check(keeper)
         with keeper.reading() as repository:
-            assert repository.store.index.known([digest]) == [False]
+            assert repository.store.index.are_stored([digest]) == [False]
         keeper.damage(digest)
         assert check(keeper).damage == []
         with keeper.reading() as repository:
-            assert repository.store.index.known([digest]) == [True]
+            assert repository.store.index.are_stored([digest]) == [True]
 
     def test_what_a_check_found_is_told_by_the_next_that_reads_nothing(
         self, keeper: Keeper, packs: list[Path]
@@ -336,7 +336,7 @@ class TestOtherCopies:
                 searched.append(pack)
                 return store.read_directory(pack, size)
 
-            copies = Copies(store.index, store.stored_packs, read)
+            copies = Duplicates(store.index, store.stored_packs, read)
             monkeypatch.setattr(repository.store, "_copies", copies)
             for number in range(200):
                 with pytest.raises(BlobError, match="missing"):

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from casfs_mount.background import Errands
-from casfs_mount.blob_reader import Blobs
-from casfs_mount.event_loop_guard import NotAtHand, Waiting
+from casfs_mount.background import BackgroundPool
+from casfs_mount.blob_reader import BlobReader
+from casfs_mount.event_loop_guard import EventLoopGuard, WouldBlock
 from casfs_mount.inodes import Numbering
-from casfs_mount.prefetch import Foresight
-from casfs_mount.tree_cache import PieceCache
+from casfs_mount.prefetch import Prefetcher
+from casfs_mount.tree_cache import TreeCache
 
 from casfs.digest import Digest, digest_of
 from casfs.errors import IndexUnusableError
@@ -35,45 +35,45 @@ class TestBlobs:
     def test_are_given_at_once_when_the_kernel_has_them(self, keeper: Keeper) -> None:
         keeper.store(b"small", bytes(1 << 20))
         with keeper.reading() as repository:
-            waiting = Waiting()
-            blobs = Blobs(repository.store, waiting)
+            waiting = EventLoopGuard()
+            blobs = BlobReader(repository.store, waiting)
             assert blobs.read(digest_of(b"small")) == b"small"
-            waiting.forbid_here()
+            waiting.bind()
             assert blobs.read(digest_of(b"small")) == b"small"
 
     def test_that_the_kernel_does_not_have_are_not_waited_for(self, keeper: Keeper) -> None:
         keeper.store(b"small")
         with keeper.reading() as repository:
-            waiting = Waiting()
-            blobs = Blobs(repository.store, waiting)
+            waiting = EventLoopGuard()
+            blobs = BlobReader(repository.store, waiting)
             assert blobs.read(digest_of(b"small")) == b"small"
             place = repository.store.locate(digest_of(b"small"))
             path = keeper.root / pack_name(repository.store.index.pack_id(place.pack))
             drop_from_memory(path)
-            waiting.forbid_here()
-            with pytest.raises(NotAtHand):
+            waiting.bind()
+            with pytest.raises(WouldBlock):
                 blobs.read(digest_of(b"small"))
 
     def test_that_are_large_are_left_to_who_may_wait(self, keeper: Keeper) -> None:
         large = os.urandom(1 << 20)
         keeper.store(large)
         with keeper.reading() as repository:
-            waiting = Waiting()
-            blobs = Blobs(repository.store, waiting)
+            waiting = EventLoopGuard()
+            blobs = BlobReader(repository.store, waiting)
             assert blobs.read(digest_of(large)) == large
-            waiting.forbid_here()
-            with pytest.raises(NotAtHand):
+            waiting.bind()
+            with pytest.raises(WouldBlock):
                 blobs.read(digest_of(large))
 
     def test_that_are_damaged_or_missing_are_left_to_who_may_wait(self, keeper: Keeper) -> None:
         keeper.store(b"damaged")
         keeper.damage(digest_of(b"damaged"))
         with keeper.reading() as repository:
-            waiting = Waiting()
-            blobs = Blobs(repository.store, waiting)
-            waiting.forbid_here()
+            waiting = EventLoopGuard()
+            blobs = BlobReader(repository.store, waiting)
+            waiting.bind()
             for digest in (digest_of(b"damaged"), digest_of(b"missing")):
-                with pytest.raises(NotAtHand):
+                with pytest.raises(WouldBlock):
                     blobs.read(digest)
                 assert blobs.prefetch(digest) == (0 if digest == digest_of(b"missing") else 7)
 
@@ -83,8 +83,8 @@ class TestBlobs:
         keeper.store(b"small")
         now, faults, slow = 100.0, 0, True
         with keeper.reading() as repository:
-            waiting = Waiting()
-            blobs = Blobs(repository.store, waiting)
+            waiting = EventLoopGuard()
+            blobs = BlobReader(repository.store, waiting)
             blobs.read(digest_of(b"small"))
             whole = repository.store.read_nonblocking
 
@@ -101,13 +101,13 @@ class TestBlobs:
             monkeypatch.setattr(repository.store, "read_nonblocking", read_nonblocking)
             monkeypatch.setattr("casfs_mount.blob_reader.time.monotonic", lambda: now)
             monkeypatch.setattr("casfs_mount.blob_reader.resource.getrusage", lambda _: Usage())
-            waiting.forbid_here()
+            waiting.bind()
             assert blobs.read(digest_of(b"small")) == b"small"
             assert blobs.read(digest_of(b"small")) == b"small", "another program took the time"
             faults = 1
             assert blobs.read(digest_of(b"small")) == b"small"
             slow = False
-            with pytest.raises(NotAtHand):
+            with pytest.raises(WouldBlock):
                 blobs.read(digest_of(b"small"))
             now += 1
             assert blobs.read(digest_of(b"small")) == b"small"
@@ -121,7 +121,7 @@ class TestBlobs:
                 raise IndexUnusableError("gone")
 
             monkeypatch.setattr(repository.store, "prefetch", fail)
-            assert Blobs(repository.store, Waiting()).prefetch(digest_of(b"")) == 0
+            assert BlobReader(repository.store, EventLoopGuard()).prefetch(digest_of(b"")) == 0
 
 
 def drop_from_memory(path: Path) -> None:
@@ -141,20 +141,20 @@ def drop_from_memory(path: Path) -> None:
             pytest.skip("this file system keeps what it was asked to drop")
 
 
-class Prompt(Errands):
+class Prompt(BackgroundPool):
     """Runs errands on the spot and counts them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def send(self, errand: Callable[[], None]) -> bool:
+    def submit(self, errand: Callable[[], None]) -> bool:
         self.count += 1
         errand()
         return True
 
 
-class Asked(Blobs):
+class Asked(BlobReader):
     """Blobs in memory; remembers what was asked for ahead."""
 
     def __init__(self, grove: Grove) -> None:
@@ -180,11 +180,11 @@ class Walk:
     def __init__(self, plan: Plan) -> None:
         self.grove = Grove()
         self.root = self.grove.plant(plan)
-        self.pieces = PieceCache(self.grove.read)
+        self.pieces = TreeCache(self.grove.read)
         self.numbers = Numbering(self.root, 1, self.pieces)
         self.blobs = Asked(self.grove)
         self.errands = Prompt()
-        self.foresight = Foresight(self.numbers, self.pieces, self.blobs, self.errands)
+        self.foresight = Prefetcher(self.numbers, self.pieces, self.blobs, self.errands)
         self.waits = 0
 
     def list(self, number: int, directory: Node) -> int:
@@ -192,7 +192,7 @@ class Walk:
         assert directory.tree is not None
         waited = not self.pieces.holds(directory.tree)
         self.waits += waited
-        self.foresight.looked(number, waited)
+        self.foresight.on_readdir(number, waited)
         found = 1
         for below, node, _ in self.numbers.entries(number, directory):
             if node.tree is not None:
@@ -209,22 +209,22 @@ class TestForesight:
 
     def test_goes_a_bounded_number_of_directories_ahead(self) -> None:
         walk = Walk(DEEP)
-        walk.foresight.looked(1, True)
+        walk.foresight.on_readdir(1, True)
         assert 60 <= len(walk.grove.reads) <= 70
 
     def test_does_nothing_for_who_does_not_wait(self) -> None:
         walk = Walk(DEEP)
         for number in range(1, 200, 7):
-            walk.foresight.looked(number, False)
-            walk.foresight.opened(number, False)
+            walk.foresight.on_readdir(number, False)
+            walk.foresight.on_open(number, False)
         assert walk.errands.count == 0
 
     def test_begins_anew_where_somebody_waits_far_away(self) -> None:
         walk = Walk(DEEP)
-        walk.foresight.looked(1, True)
+        walk.foresight.on_readdir(1, True)
         (number,) = [n for n, node, _ in walk.numbers.entries(1, walk.root) if node.name == b"15"]
         before = len(walk.grove.reads)
-        walk.foresight.looked(number, True)
+        walk.foresight.on_readdir(number, True)
         assert len(walk.grove.reads) > before + 30
         assert walk.numbers.path(number) == b"15"
 
@@ -234,11 +234,11 @@ class TestForesight:
         assert found is not None
         damaged = reference(found[1])
         walk.grove.blobs[damaged] = b"\xc1"
-        errands = Errands()
-        foresight = Foresight(walk.numbers, walk.pieces, walk.blobs, errands)
-        foresight.looked(1, True)
+        errands = BackgroundPool()
+        foresight = Prefetcher(walk.numbers, walk.pieces, walk.blobs, errands)
+        foresight.on_readdir(1, True)
         done = threading.Event()
-        while not errands.send(done.set):
+        while not errands.submit(done.set):
             pass
         assert done.wait(30) and errands.close(30)
 
@@ -247,7 +247,7 @@ class TestForesight:
         walk = Walk(content)
         entries = list(walk.numbers.entries(1, walk.root))
         for i, (number, _, _) in enumerate(entries):
-            walk.foresight.opened(number, i == 0)
+            walk.foresight.on_open(number, i == 0)
         assert walk.errands.count < 15
         asked = [walk.grove.blobs[Digest(digest)] for digest in walk.blobs.asked]
         assert asked == [content[name] for name in sorted(content)][1:]
@@ -255,13 +255,13 @@ class TestForesight:
     def test_asks_for_few_files_when_they_are_large(self) -> None:
         content = {b"%04d" % n: bytes([n]) * (3 << 20) for n in range(30)}
         walk = Walk(content)
-        walk.foresight.opened(2, True)
+        walk.foresight.on_open(2, True)
         assert len(walk.blobs.asked) == 3
 
     def test_asks_for_nothing_behind_the_last_file(self) -> None:
         walk = Walk({b"only": b"one"})
-        walk.foresight.opened(2, True)
-        walk.foresight.opened(1, True)
+        walk.foresight.on_open(2, True)
+        walk.foresight.on_open(1, True)
         assert walk.blobs.asked == []
 
 

@@ -7,10 +7,10 @@ import threading
 from collections import Counter
 
 import pytest
-from casfs_mount.background import Errands
+from casfs_mount.background import BackgroundPool
 from casfs_mount.chunk_cache import ChunkCache
 from casfs_mount.damage_log import UnreadableError
-from casfs_mount.event_loop_guard import NotAtHand, Waiting
+from casfs_mount.event_loop_guard import EventLoopGuard, WouldBlock
 from casfs_mount.file_reader import FileReader
 
 from casfs.digest import Digest, digest_of
@@ -29,13 +29,13 @@ class Shelf:
         self.reads: Counter[bytes] = Counter()
         self.failing: dict[bytes, CasfsError] = {}
         self.gate: threading.Event | None = None
-        self.waiting = Waiting()
+        self.waiting = EventLoopGuard()
 
     def put(self, kind: BlobKind, digest: Digest, data: bytes) -> None:
         self.blobs[digest] = data
 
     def read(self, digest: Digest) -> bytes:
-        self.waiting.begin()
+        self.waiting.require_may_block()
         self.reads[digest] += 1
         if self.gate is not None:
             assert self.gate.wait(30)
@@ -60,7 +60,7 @@ class Shelf:
         return entry(b"file", size=len(data), content=content, levels=levels), data
 
     def cache(self, limit_bytes: int = 1 << 20) -> ChunkCache:
-        return ChunkCache(self.read, self.waiting, Errands(), limit_bytes)
+        return ChunkCache(self.read, self.waiting, BackgroundPool(), limit_bytes)
 
     def reader(self, node: Node, cache: ChunkCache | None = None) -> FileReader:
         self.damage: list[tuple[int, int, CasfsError]] = []
@@ -245,8 +245,8 @@ class TestTheThreadThatMustNotWait:
         node, whole = shelf.file(*chunks(3, 1000))
         cache = shelf.cache()
         reader = shelf.reader(node, cache)
-        shelf.waiting.forbid_here()
-        with pytest.raises(NotAtHand):
+        shelf.waiting.bind()
+        with pytest.raises(WouldBlock):
             reader.read(0, 10)
         assert shelf.damage == []
         other = threading.Thread(target=lambda: reader.read(0, len(whole)))
@@ -263,8 +263,8 @@ class TestTheThreadThatMustNotWait:
         other.start()
         while not shelf.reads:
             pass
-        shelf.waiting.forbid_here()
-        with pytest.raises(NotAtHand):
+        shelf.waiting.bind()
+        with pytest.raises(WouldBlock):
             shelf.reader(node, cache).read(0, 4)
         shelf.gate.set()
         other.join()
@@ -337,16 +337,16 @@ class TestTheCache:
 
 
 def test_an_errand_that_fails_does_not_end_the_others(caplog: pytest.LogCaptureFixture) -> None:
-    errands = Errands()
+    errands = BackgroundPool()
     done = threading.Event()
 
     def fail() -> None:
         raise StorageError("read", "pack", OSError(5, "Input/output error"))
 
     for _ in range(4):
-        errands.send(fail)
-    assert errands.send(done.set)
+        errands.submit(fail)
+    assert errands.submit(done.set)
     assert done.wait(30)
     assert errands.close(30)
-    assert not errands.send(done.set)
+    assert not errands.submit(done.set)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]

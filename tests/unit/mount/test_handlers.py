@@ -15,24 +15,26 @@ import pyfuse3
 import pytest
 import trio
 from casfs_mount.file_reader import FileReader
-from casfs_mount.handlers import LASTING_S, PASSING_S, FileSystem, Showing
+from casfs_mount.handlers import LASTING_S, PASSING_S, DisplayOptions, FileSystem
 from casfs_mount.inodes import HARD_LINKS
 from casfs_mount.repository_view import RepositoryView
 from casfs_mount.view import SnapshotView
 
 from casfs.errors import IndexUnusableError, StorageError
-from casfs.format.tree import Extra, Kind, replace
+from casfs.format.tree import NodeExtra, NodeType, replace
 from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file
 from tests.unit.mount.test_view import Shown, sources_of
 
 CTX = cast(pyfuse3.RequestContext, None)
-TWICE = {"nlink": 2, "inode": 77, "extra": Extra(device=5)}
+TWICE = {"nlink": 2, "inode": 77, "extra": NodeExtra(device=5)}
 
 TREE: Plan = {
-    b"device": entry(b"", Kind.CHARACTER_DEVICE, extra=Extra(rdev=os.makedev(1, 3)), mode=0o4620),
+    b"device": entry(
+        b"", NodeType.CHARACTER_DEVICE, extra=NodeExtra(rdev=os.makedev(1, 3)), mode=0o4620
+    ),
     b"file": b"twelve bytes",
     b"folder": {b"inside": b"!", b"twin": file(b"", b"same", **TWICE)},
-    b"link": entry(b"", Kind.SYMLINK, content=b"to/nowhere", size=10),
+    b"link": entry(b"", NodeType.SYMLINK, content=b"to/nowhere", size=10),
     b"twin": file(b"", b"same", **TWICE),
 }
 
@@ -81,8 +83,8 @@ def shown(keeper: Keeper) -> Iterator[Shown]:
 
 @pytest.fixture
 async def system(shown: Shown) -> AsyncIterator[FileSystem]:
-    shown.sources.waiting.forbid_here()
-    yield FileSystem(shown.view, Showing())
+    shown.sources.waiting.bind()
+    yield FileSystem(shown.view, DisplayOptions())
 
 
 @contextmanager
@@ -116,7 +118,7 @@ class TestAttributes:
         assert found.st_rdev == os.makedev(1, 3)
 
     async def test_of_everything_are_of_the_owner_that_was_asked_for(self, shown: Shown) -> None:
-        system = FileSystem(shown.view, Showing(owner=(12, 34)))
+        system = FileSystem(shown.view, DisplayOptions(owner=(12, 34)))
         for name in (b"file", b"folder", b"link", b".casfs"):
             found = await system.lookup(1, name, CTX)
             assert (found.st_uid, found.st_gid) == (12, 34)
@@ -127,11 +129,11 @@ class TestAttributes:
         plan: Plan = {
             b"owner": entry(b"", uid=(1 << 32) - 2, gid=(1 << 32) - 2, nlink=(1 << 32) - 1),
             b"past": entry(b"", mtime_ns=-(1 << 63), ctime_ns=(1 << 63) - 1),
-            b"rdev": entry(b"", Kind.BLOCK_DEVICE, extra=Extra(rdev=(1 << 64) - 1)),
+            b"rdev": entry(b"", NodeType.BLOCK_DEVICE, extra=NodeExtra(rdev=(1 << 64) - 1)),
         }
         shown = Shown(keeper, plan)
         with shown.repository:
-            await FileSystem(shown.view, Showing()).readdir(1, 0, TOKEN)
+            await FileSystem(shown.view, DisplayOptions()).readdir(1, 0, TOKEN)
         assert replies.names == [b".", b"..", b"owner", b"past", b"rdev"]
 
     async def test_of_what_is_not_there_are_remembered_as_missing(self, system: FileSystem) -> None:
@@ -200,8 +202,8 @@ class TestListing:
         names = [b"%05d" % n for n in range(9000)]
         shown = Shown(keeper, dict.fromkeys(names, b""))
         with shown.repository:
-            shown.sources.waiting.forbid_here()
-            system = FileSystem(shown.view, Showing())
+            shown.sources.waiting.bind()
+            system = FileSystem(shown.view, DisplayOptions())
             for room in (1, 100, 5000):
                 found: list[bytes] = []
                 position = 0
@@ -228,7 +230,7 @@ class TestReading:
         assert system._open == {}
 
     async def test_without_the_kernels_cache_is_direct(self, shown: Shown) -> None:
-        system = FileSystem(shown.view, Showing(kernel_cache=False))
+        system = FileSystem(shown.view, DisplayOptions(kernel_cache=False))
         opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
         assert opened.direct_io and not opened.keep_cache
 
@@ -265,7 +267,7 @@ class TestReading:
 
         def read(reader: FileReader, offset: int, size: int) -> list[memoryview]:
             if reader._size == 12:
-                system._view._sources.waiting.begin()  # type: ignore[attr-defined]
+                system._view._sources.waiting.require_may_block()  # type: ignore[attr-defined]
                 assert gate.wait(30)
             return whole(reader, offset, size)
 
@@ -291,7 +293,7 @@ class TestReading:
         opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
 
         def read(reader: FileReader, offset: int, size: int) -> list[memoryview]:
-            system._view._sources.waiting.begin()  # type: ignore[attr-defined]
+            system._view._sources.waiting.require_may_block()  # type: ignore[attr-defined]
             gate.wait(30)
             return []
 
@@ -339,10 +341,10 @@ class TestChanges:
 
 class TestExtendedAttributes:
     async def test_are_given_or_missing(self, keeper: Keeper) -> None:
-        extra = Extra(xattrs=((b"user.a", b"1"), (b"user.b", b"")))
+        extra = NodeExtra(xattrs=((b"user.a", b"1"), (b"user.b", b"")))
         shown = Shown(keeper, {b"f": file(b"", b"x", extra=extra)})
         with shown.repository:
-            system = FileSystem(shown.view, Showing())
+            system = FileSystem(shown.view, DisplayOptions())
             number = await number_of(system, "f")
             assert await system.listxattr(number, CTX) == [b"user.a", b"user.b"]
             assert await system.getxattr(number, b"user.a", CTX) == b"1"
@@ -378,7 +380,7 @@ class TestErrors:
         def fail(*args: object) -> Any:
             raise error
 
-        for name in ("node", "lookup", "entries", "xattr", "xattr_names", "open", "totals"):
+        for name in ("node", "lookup", "entries", "xattr", "xattr_names", "open", "statfs_totals"):
             monkeypatch.setattr(SnapshotView, name, fail)
         monkeypatch.setattr(FileReader, "read", fail)
         for request in (
@@ -417,8 +419,8 @@ class TestErrors:
         keeper.damage(ref.digest)
         shown = Shown(keeper, plan)
         with shown.repository:
-            shown.sources.waiting.forbid_here()
-            system = FileSystem(shown.view, Showing())
+            shown.sources.waiting.bind()
+            system = FileSystem(shown.view, DisplayOptions())
             replies.room = 1 << 30
             position = 0
             with refused(errno.EIO):
@@ -433,7 +435,7 @@ class TestStatistics:
         big = replace(file(b"", b"x"), size=10_000_000_001)
         shown = Shown(keeper, {b"big": big, b"small": b"y"})
         with shown.repository:
-            found = await FileSystem(shown.view, Showing()).statfs(CTX)
+            found = await FileSystem(shown.view, DisplayOptions()).statfs(CTX)
         assert found.f_blocks == -(-10_000_000_002 // found.f_frsize)
         assert (found.f_files, found.f_bfree, found.f_bavail, found.f_namemax) == (3, 0, 0, 255)
 
@@ -446,8 +448,8 @@ class TestTheWholeRepository:
         keeper.publish({b"f": b"content"})
         with keeper.reading() as repository:
             sources = sources_of(repository)
-            sources.waiting.forbid_here()
-            system = FileSystem(RepositoryView(sources), Showing())
+            sources.waiting.bind()
+            system = FileSystem(RepositoryView(sources), DisplayOptions())
             await system.readdir(1, 0, TOKEN)
             assert replies.names[:2] == [b".", b".."]
             assert replies.names[2:] == [b"hosts", b"ids", b"snapshots", b"tags", b"versions"]

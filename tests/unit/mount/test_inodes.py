@@ -10,21 +10,21 @@ from casfs_mount.inodes import (
     HARD_LINKS,
     LISTINGS_END,
     HardLinks,
+    InodeRanges,
     Numbering,
-    NumberRanges,
     StaleError,
     hard_link_number,
 )
-from casfs_mount.tree_cache import PieceCache
+from casfs_mount.tree_cache import TreeCache
 
 from casfs.digest import Digest, digest_of
 from casfs.errors import TreeError
-from casfs.format.tree import Kind, Leaf, Node, TreeRef, encode_piece
+from casfs.format.tree import Leaf, Node, NodeType, TreeRef, encode_piece
 from tests.support.builders import Grove, Plan, entry
 
 
 def numbering(grove: Grove, root: Node, first: int = 1, cache_bytes: int = 1 << 20) -> Numbering:
-    return Numbering(root, first, PieceCache(grove.read, cache_bytes))
+    return Numbering(root, first, TreeCache(grove.read, cache_bytes))
 
 
 def walked(numbers: Numbering) -> dict[int, bytes]:
@@ -151,7 +151,7 @@ def test_a_tree_that_lies_about_what_is_below_it_is_refused() -> None:
     grove = Grove()
     leaf = encode_piece(Leaf([entry(b"one"), entry(b"two")]))
     grove.blobs[digest_of(leaf)] = leaf
-    liar = entry(b"", Kind.DIRECTORY, tree=TreeRef(digest_of(leaf), 1, 0, 0))
+    liar = entry(b"", NodeType.DIRECTORY, tree=TreeRef(digest_of(leaf), 1, 0, 0))
     numbers = numbering(grove, liar)
     with pytest.raises(TreeError, match="as many entries"):
         list(numbers.entries(1, liar))
@@ -161,7 +161,7 @@ def test_a_tree_that_two_refer_to_with_different_counts_is_refused_when_cached()
     grove = Grove()
     honest = grove.plant({b"a": b"", b"b": b""})
     assert honest.tree is not None
-    cache = PieceCache(grove.read)
+    cache = TreeCache(grove.read)
     cache.get(honest.tree)
     with pytest.raises(TreeError):
         cache.get(TreeRef(honest.tree.digest, 5, 0, 0))
@@ -170,10 +170,10 @@ def test_a_tree_that_two_refer_to_with_different_counts_is_refused_when_cached()
 def test_the_cache_of_pieces_stays_in_its_bounds_and_keeps_what_is_used() -> None:
     grove = Grove()
     trees = [grove.plant({b"%d" % n: b""}).tree for n in range(100)]
-    one = PieceCache(grove.read)
+    one = TreeCache(grove.read)
     assert trees[0] is not None
     one.get(trees[0])
-    cache = PieceCache(grove.read, 10 * one.cached_bytes)
+    cache = TreeCache(grove.read, 10 * one.cached_bytes)
     for tree in trees:
         assert tree is not None
         cache.get(tree)
@@ -184,7 +184,7 @@ def test_the_cache_of_pieces_stays_in_its_bounds_and_keeps_what_is_used() -> Non
 
 class TestRanges:
     def test_do_not_overlap_whatever_the_keys_are(self) -> None:
-        ranges = NumberRanges(100, 1100)
+        ranges = InodeRanges(100, 1100)
         random_bytes = random.Random(3).randbytes
         taken = [(ranges.add(random_bytes(32), 10), 10) for _ in range(60)]
         taken.append((ranges.add(bytes(32), 30), 30))
@@ -198,7 +198,7 @@ class TestRanges:
             assert ranges.find(first) == ranges.find(first + count - 1) == first
 
     def test_depend_on_the_key_alone_where_there_is_room(self) -> None:
-        one, other = NumberRanges(), NumberRanges()
+        one, other = InodeRanges(), InodeRanges()
         keys = [digest_of(b"%d" % n) for n in range(20)]
         first = {key: one.add(key, 1000 + n) for n, key in enumerate(keys)}
         again = {key: other.add(key, 1000 + n) for n, key in reversed(list(enumerate(keys)))}
@@ -206,7 +206,7 @@ class TestRanges:
         assert min(first.values()) >= LISTINGS_END
 
     def test_leave_nothing_behind_when_they_are_removed(self) -> None:
-        ranges = NumberRanges()
+        ranges = InodeRanges()
         first = ranges.add(digest_of(b"x"), 100)
         ranges.remove(first)
         for number in (first, first + 50):
@@ -216,7 +216,7 @@ class TestRanges:
 
     def test_refuse_what_cannot_be_numbered(self) -> None:
         with pytest.raises(TreeError):
-            NumberRanges().add(bytes(32), 1 << 61)
+            InodeRanges().add(bytes(32), 1 << 61)
 
 
 class TestHardLinks:
@@ -229,8 +229,8 @@ class TestHardLinks:
 
     def test_are_known_until_they_were_forgotten_as_often_as_told(self) -> None:
         links = HardLinks()
-        links.told(HARD_LINKS + 5, 17)
-        links.told(HARD_LINKS + 5, 99)
+        links.remember(HARD_LINKS + 5, 17)
+        links.remember(HARD_LINKS + 5, 99)
         assert links.place(HARD_LINKS + 5) == 17
         links.forget(HARD_LINKS + 5, 1)
         assert links.place(HARD_LINKS + 5) == 17

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from casfs_mount.event_loop_guard import NotAtHand
+from casfs_mount.event_loop_guard import WouldBlock
 from casfs_mount.inodes import LISTINGS_END, ROOT, StaleError
 from casfs_mount.repository_view import (
     FRESH_S,
@@ -19,7 +19,7 @@ from casfs_mount.repository_view import (
 
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import CasfsError
-from casfs.format.tree import Kind, Node
+from casfs.format.tree import Node, NodeType
 from casfs.repository.repository import Repository
 from tests.support.builders import Keeper
 from tests.unit.mount.test_view import sources_of
@@ -77,7 +77,7 @@ class Catalogue:
                 at.pop()
                 continue
             node = self.view.node(self.find(*at, name))
-            if node.kind == Kind.SYMLINK:
+            if node.kind == NodeType.SYMLINK:
                 rest = node.content.split(b"/") + rest
             else:
                 at.append(name)
@@ -135,7 +135,7 @@ def test_an_empty_repository_has_its_directories(keeper: Keeper) -> None:
     shown = Catalogue(keeper)
     for name in shown.listed():
         assert shown.listed(name) == {}
-    assert shown.view.totals() == (0, 0)
+    assert shown.view.statfs_totals() == (0, 0)
 
 
 def test_numbers_of_different_snapshots_never_meet_and_stay_the_same(keeper: Keeper) -> None:
@@ -146,7 +146,7 @@ def test_numbers_of_different_snapshots_never_meet_and_stay_the_same(keeper: Kee
         shown = Catalogue(keeper)
         found = {}
         for name, (root, node) in shown.listed(b"snapshots").items():
-            if node.kind == Kind.DIRECTORY:
+            if node.kind == NodeType.DIRECTORY:
                 found[name] = root
                 found[name + b"/"] = shown.find(b"snapshots", name, b"file")
         shown.repository.close()
@@ -287,8 +287,8 @@ def test_a_repository_that_went_away_is_an_error_and_not_an_empty_list(keeper: K
 def test_the_thread_that_must_not_wait_never_reads_the_list(keeper: Keeper) -> None:
     publish(keeper, 0)
     shown = Catalogue(keeper)
-    shown.sources.waiting.forbid_here()
-    with pytest.raises(NotAtHand):
+    shown.sources.waiting.bind()
+    with pytest.raises(WouldBlock):
         shown.view.node(ROOT)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import casfs_mount.versions_view
 import pytest
-from casfs_mount.event_loop_guard import NotAtHand
+from casfs_mount.event_loop_guard import WouldBlock
 from casfs_mount.inodes import LISTINGS_END, VERSIONS, StaleError
 
-from casfs.format.tree import Kind
+from casfs.format.tree import NodeType
 from tests.support.builders import Keeper, reference
 from tests.unit.mount.test_repository_view import NOON_NS, SECOND_NS, Catalogue
 
@@ -35,7 +35,7 @@ def test_a_path_lists_a_link_for_each_version(keeper: Keeper) -> None:
         FIRST: b"../../../snapshots/" + FIRST + b"/d/f",
         THIRD: b"../../../snapshots/" + THIRD + b"/d/f",
     }
-    assert all(node.kind == Kind.SYMLINK for _, node in found.values())
+    assert all(node.kind == NodeType.SYMLINK for _, node in found.values())
     assert list(catalogue.listed(b"versions", b"other")) == [FIRST]
     assert list(catalogue.listed(b"versions")) == [FIRST, THIRD], "of the whole snapshot"
 
@@ -64,7 +64,7 @@ def test_numbers_stay_and_lead_back(keeper: Keeper) -> None:
     assert view.parent(folder) == catalogue.find(b"versions", b"d")
     assert view.parent(catalogue.find(b"versions")) == 1
     assert view.node(catalogue.find(b"versions")).name == b"versions"
-    assert not view.is_lasting(folder)
+    assert not view.is_immutable(folder)
 
 
 def test_a_listing_goes_on_from_a_place(keeper: Keeper) -> None:
@@ -114,10 +114,10 @@ def test_the_thread_that_must_not_wait_is_told_so_once(keeper: Keeper) -> None:
     number = catalogue.find(b"versions")
     found = catalogue.find(b"versions", b"d")
     assert len(list(catalogue.view.entries(found, 0))) == 2
-    catalogue.sources.waiting.forbid_here()
+    catalogue.sources.waiting.bind()
     assert len(list(catalogue.view.entries(found, 0))) == 2
     assert catalogue.view.lookup(number, b"d") is not None
-    with pytest.raises(NotAtHand):
+    with pytest.raises(WouldBlock):
         catalogue.view.lookup(number, b"other")
 
 

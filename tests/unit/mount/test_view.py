@@ -10,27 +10,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from casfs_mount.background import Errands
-from casfs_mount.blob_reader import Blobs
+from casfs_mount.background import BackgroundPool
+from casfs_mount.blob_reader import BlobReader
 from casfs_mount.chunk_cache import ChunkCache
 from casfs_mount.damage_log import DamageLog
-from casfs_mount.event_loop_guard import NotAtHand, Waiting
+from casfs_mount.event_loop_guard import EventLoopGuard, WouldBlock
 from casfs_mount.inodes import StaleError
 from casfs_mount.report_files import manifest_line
-from casfs_mount.tree_cache import PieceCache
+from casfs_mount.tree_cache import TreeCache
 from casfs_mount.view import (
     REPORT_NUMBERS,
+    MountContext,
     RefusedError,
     SnapshotView,
-    Sources,
     allocated_bytes,
 )
 
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.errors import BlobError
-from casfs.format.tree import Extra, Kind, Node, replace
+from casfs.format.tree import Node, NodeExtra, NodeType, replace
 from casfs.repository.repository import Repository
-from casfs.trees.content import HOLE, RECORD, ContentWriter
+from casfs.trees.content import EXTENT, HOLE, ContentWriter
 from tests.support.builders import Grove, Keeper, Plan, entry, file, flagged, reference
 
 TREE: Plan = {
@@ -38,23 +38,23 @@ TREE: Plan = {
         b"deep": {b"changed\nhere": flagged(file(b"", b"mixture"))},
         b"plain": b"plain content",
     },
-    b"link": entry(b"", Kind.SYMLINK, content=b"folder/plain", size=12, nlink=1),
+    b"link": entry(b"", NodeType.SYMLINK, content=b"folder/plain", size=12, nlink=1),
     b"tagged": file(
         b"",
         b"with attributes",
-        extra=Extra(xattrs=((b"security.capability", b"\1\2"), (b"user.own", b"mine"))),
+        extra=NodeExtra(xattrs=((b"security.capability", b"\1\2"), (b"user.own", b"mine"))),
     ),
 }
 
 
-def sources_of(repository: Repository, deny_changed: bool = False) -> Sources:
-    waiting = Waiting()
-    errands = Errands()
-    blobs = Blobs(repository.store, waiting)
-    return Sources(
+def sources_of(repository: Repository, deny_changed: bool = False) -> MountContext:
+    waiting = EventLoopGuard()
+    errands = BackgroundPool()
+    blobs = BlobReader(repository.store, waiting)
+    return MountContext(
         repository=repository,
         blobs=blobs,
-        pieces=PieceCache(blobs.read),
+        pieces=TreeCache(blobs.read),
         chunks=ChunkCache(blobs.read, waiting, errands),
         waiting=waiting,
         errands=errands,
@@ -114,7 +114,7 @@ class TestTheTree:
         assert shown.view.parent(1) == 1
 
     def test_gives_its_sizes_without_being_walked(self, shown: Shown) -> None:
-        assert shown.view.totals() == (7 + 13 + 15, 7)
+        assert shown.view.statfs_totals() == (7 + 13 + 15, 7)
 
     def test_knows_no_number_behind_its_own(self, shown: Shown) -> None:
         with pytest.raises(StaleError):
@@ -166,7 +166,7 @@ class TestExtendedAttributes:
         assert shown.view.xattr(number, b"user.casfs.snapshot") is not None
 
     def test_of_casfs_give_way_to_a_files_own_of_that_name(self, keeper: Keeper) -> None:
-        own = Extra(xattrs=((b"user.casfs.capture", b"mine"),))
+        own = NodeExtra(xattrs=((b"user.casfs.capture", b"mine"),))
         shown = Shown(keeper, {b"f": file(b"", b"x", extra=own)})
         with shown.repository:
             assert shown.view.xattr(shown.find(b"f"), b"user.casfs.capture") == b"mine"
@@ -200,7 +200,7 @@ class TestOpening:
 class TestTheFolderOfReports:
     def test_is_found_and_not_listed(self, shown: Shown) -> None:
         number = shown.find(b".casfs")
-        assert shown.view.node(number).kind == Kind.DIRECTORY
+        assert shown.view.node(number).kind == NodeType.DIRECTORY
         assert [node.name for _, node, _ in shown.view.entries(1, 0)].count(b".casfs") == 0
         names = [node.name for _, node, _ in shown.view.entries(number, 0)]
         assert names == [b"changed", b"damage", b"manifest.b3", b"snapshot.json"]
@@ -296,10 +296,10 @@ class TestTheFolderOfReports:
         assert " in pack " in line
 
     def test_is_the_only_part_that_may_change(self, shown: Shown) -> None:
-        assert shown.view.is_lasting(1)
-        assert shown.view.is_lasting(shown.find(b"folder/plain"))
-        assert not shown.view.is_lasting(shown.find(b".casfs"))
-        assert not shown.view.is_lasting(shown.find(b".casfs/damage"))
+        assert shown.view.is_immutable(1)
+        assert shown.view.is_immutable(shown.find(b"folder/plain"))
+        assert not shown.view.is_immutable(shown.find(b".casfs"))
+        assert not shown.view.is_immutable(shown.find(b".casfs/damage"))
 
 
 class TestTheThreadThatMustNotWait:
@@ -308,15 +308,15 @@ class TestTheThreadThatMustNotWait:
         waiting = shown.sources.waiting
         fresh = sources_of(shown.repository)
         view = SnapshotView(fresh, shown.snapshot_id, shown.snapshot, shown.snapshot.root, 1)
-        fresh.waiting.forbid_here()
-        assert waiting.is_allowed()
+        fresh.waiting.bind()
+        assert waiting.may_block()
         assert next(node.name for _, node, _ in view.entries(1, 0)) == b"folder"
 
     def test_is_never_kept_by_a_pack_that_is_not_open(self, keeper: Keeper) -> None:
         shown = Shown(keeper, TREE)
         with shown.repository:
-            shown.sources.waiting.forbid_here()
-            with pytest.raises(NotAtHand):
+            shown.sources.waiting.bind()
+            with pytest.raises(WouldBlock):
                 list(shown.view.entries(1, 0))
 
 
@@ -347,7 +347,7 @@ def test_names_that_are_not_text_do_not_break_the_manifest() -> None:
 
 def test_holes_take_no_room() -> None:
     def node(*records: tuple[int, bytes]) -> Node:
-        content = b"".join(RECORD.pack(length, digest) for length, digest in records)
+        content = b"".join(EXTENT.pack(length, digest) for length, digest in records)
         return entry(b"f", size=sum(length for length, _ in records), content=content)
 
     data = digest_of(b"x")

@@ -15,9 +15,9 @@ from casfs.cli.app import casfs
 from casfs.cli.settings import Settings
 from casfs.digest import Digest
 from casfs.errors import BlobError
-from casfs.format.tree import MAX_DEPTH, Extra, Kind, Node, replace
+from casfs.format.tree import MAX_DEPTH, Node, NodeExtra, NodeType, replace
 from casfs.monitor import ProblemKind, RecordingMonitor
-from casfs.query.diff import Change, ChangeKind, Differ, passages_of
+from casfs.query.diff import Change, ChangeKind, Differ, ancestor_dirs
 from casfs.trees.reader import TreeReader
 from tests.support.builders import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
 
@@ -45,8 +45,8 @@ def told_of_one(before: Node, after: Node) -> Told:
 
 
 OLD = file(b"", b"old")
-LINK = entry(b"", Kind.SYMLINK, content=b"here")
-DEVICE = entry(b"", Kind.CHARACTER_DEVICE, extra=Extra(rdev=259))
+LINK = entry(b"", NodeType.SYMLINK, content=b"here")
+DEVICE = entry(b"", NodeType.CHARACTER_DEVICE, extra=NodeExtra(rdev=259))
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ DEVICE = entry(b"", Kind.CHARACTER_DEVICE, extra=Extra(rdev=259))
         (OLD, replace(OLD, uid=1), "metadata", ("uid",)),
         (OLD, replace(OLD, gid=1), "metadata", ("gid",)),
         (OLD, replace(OLD, mtime_ns=MTIME_NS + 1), "metadata", ("mtime",)),
-        (OLD, replace(OLD, extra=Extra(((b"user.a", b"1"),))), "metadata", ("xattrs",)),
+        (OLD, replace(OLD, extra=NodeExtra(((b"user.a", b"1"),))), "metadata", ("xattrs",)),
         (LINK, replace(LINK, content=b"there"), "modified", ("target",)),
-        (DEVICE, replace(DEVICE, extra=Extra(rdev=260)), "modified", ("rdev",)),
+        (DEVICE, replace(DEVICE, extra=NodeExtra(rdev=260)), "modified", ("rdev",)),
         (OLD, LINK, "type", ("kind",)),
     ],
 )
@@ -77,7 +77,7 @@ def test_what_differs_of_an_entry_is_told(
     [
         {"inode": 99},
         {"ctime_ns": 99},
-        {"nlink": 2, "extra": Extra(device=5)},
+        {"nlink": 2, "extra": NodeExtra(device=5)},
         {"racy": True},
         {"captured": OLD.content[8:40]},
     ],
@@ -228,7 +228,7 @@ def test_directories_deeper_than_the_format_allows_are_told_and_left() -> None:
 def test_passages_are_what_is_only_on_the_way_to_what_was_backed_up(
     paths: tuple[bytes, ...], above: bytes, expected: set[bytes]
 ) -> None:
-    assert passages_of(paths, above) == expected
+    assert ancestor_dirs(paths, above) == expected
 
 
 def test_the_mtime_of_a_passage_is_no_difference_but_its_mode_is() -> None:

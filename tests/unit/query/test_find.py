@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import casfs.query.find
 from casfs.digest import Digest
 from casfs.errors import BlobError
-from casfs.format.tree import Kind, Node
+from casfs.format.tree import Node, NodeType
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.query.find import KIND_LETTERS, Finder, Query
 from tests.support.builders import Grove, Plan, entry, file, flagged, reference
@@ -29,7 +29,7 @@ def found(which: Finder, root: Node, path: bytes = b"") -> list[bytes]:
 TREE: Plan = {
     b"Report.txt": b"1",
     b"docs": {b"caf\xc3\xa9": b"2", b"report.pdf": b"3", b"report.txt": b"4"},
-    b"link": entry(b"", Kind.SYMLINK, content=b"docs"),
+    b"link": entry(b"", NodeType.SYMLINK, content=b"docs"),
     b"report.d": {b"x": b"5"},
 }
 
@@ -49,7 +49,7 @@ TREE: Plan = {
         (Query("report"), []),
         (Query("report.*", kinds=frozenset([KIND_LETTERS["d"]])), [b"report.d"]),
         (Query("*", kinds=frozenset([KIND_LETTERS["l"]])), [b"link"]),
-        (Query(kinds=frozenset([Kind.DIRECTORY])), [b"docs", b"report.d"]),
+        (Query(kinds=frozenset([NodeType.DIRECTORY])), [b"docs", b"report.d"]),
     ],
     ids=str,
 )

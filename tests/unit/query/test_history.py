@@ -12,8 +12,8 @@ from casfs.cli.app import casfs
 from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, IntegrityError
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Kind, replace
-from casfs.query.history import versions_of
+from casfs.format.tree import NodeType, replace
+from casfs.query.history import path_history
 from casfs.trees.reader import TreeReader
 from tests.support.builders import Grove, Keeper, Plan, entry, file, flagged, reference
 
@@ -31,7 +31,7 @@ def snapshots(grove: Grove, *plans: Plan) -> list[tuple[SnapshotId, Snapshot]]:
 def versions(grove: Grove, path: bytes, *plans: Plan) -> list[list[int]]:
     """Return which of the plans have each version of a path."""
     failures: list[IntegrityError] = []
-    found = versions_of(
+    found = path_history(
         grove.trees, snapshots(grove, *plans), path, lambda _, error: failures.append(error)
     )
     assert failures == []
@@ -64,10 +64,10 @@ def test_the_state_of_the_capture_makes_a_version() -> None:
 
 def test_links_devices_and_kinds_are_told_apart() -> None:
     plans: list[Plan] = [
-        {b"x": entry(b"", Kind.SYMLINK, content=b"a")},
-        {b"x": entry(b"", Kind.SYMLINK, content=b"b")},
-        {b"x": entry(b"", Kind.FIFO)},
-        {b"x": entry(b"", Kind.SYMLINK, content=b"a")},
+        {b"x": entry(b"", NodeType.SYMLINK, content=b"a")},
+        {b"x": entry(b"", NodeType.SYMLINK, content=b"b")},
+        {b"x": entry(b"", NodeType.FIFO)},
+        {b"x": entry(b"", NodeType.SYMLINK, content=b"a")},
     ]
     assert versions(Grove(), b"x", *plans) == [[0, 3], [1], [2]]
 
@@ -78,7 +78,7 @@ def test_a_directory_is_compared_and_not_read() -> None:
     found = snapshots(grove, *plans)
     below = [grove.trees.resolve(snapshot.root, b"above/d") for _, snapshot in found]
     grove.reads.clear()
-    assert len(versions_of(grove.trees, found, b"above/d", lambda *_: None)) == 2
+    assert len(path_history(grove.trees, found, b"above/d", lambda *_: None)) == 2
     assert not {reference(node) for node in below if node is not None} & set(grove.reads)
 
 
@@ -86,7 +86,7 @@ def test_equal_trees_on_the_way_are_read_once_for_all_snapshots() -> None:
     grove = Grove()
     found = snapshots(grove, *[{b"a": {b"b": {b"f": b"1"}}, b"n": b"%d" % n} for n in range(50)])
     grove.reads.clear()
-    assert len(versions_of(grove.trees, found, b"a/b/f", lambda *_: None)) == 1
+    assert len(path_history(grove.trees, found, b"a/b/f", lambda *_: None)) == 1
     assert len(grove.reads) == 50 + 2, "the roots differ, what is below them does not"
 
 
@@ -103,7 +103,7 @@ def test_a_damaged_way_is_told_and_the_other_snapshots_are_given() -> None:
 
     trees = TreeReader(damaged)
     failures: list[SnapshotId] = []
-    versions = versions_of(trees, found, b"d/f", lambda i, _: failures.append(i))
+    versions = path_history(trees, found, b"d/f", lambda i, _: failures.append(i))
     assert failures == [found[0][0]]
     assert [version.snapshots[0][0] for version in versions] == [found[1][0]]
 

@@ -14,7 +14,7 @@ from casfs.errors import BlobError
 from casfs.format.codec import BlobKind
 from casfs.format.tree import Node
 from casfs.index.bitmap import Bitmap
-from casfs.query.stats import measure_repository, measure_snapshot
+from casfs.query.stats import repository_stats, snapshot_stats
 from casfs.trees.content import ContentWriter
 from tests.support.builders import Keeper, entry, file, flagged, reference
 
@@ -39,8 +39,8 @@ def source(tmp_path: Path) -> Path:
 def test_the_first_snapshot_needs_all_that_was_stored(keeper: Keeper, source: Path) -> None:
     snapshot_id, snapshot = keeper.back_up(source)
     with keeper.reading() as repository:
-        whole = measure_repository(repository)
-        seen = measure_snapshot(repository, "latest")
+        whole = repository_stats(repository)
+        seen = snapshot_stats(repository, "latest")
     assert snapshot.root.tree is not None
     assert (whole.snapshots, whole.packs) == (1, 1)
     assert whole.blobs == seen.blobs == snapshot.stats.new_blobs
@@ -58,9 +58,9 @@ def test_two_snapshots_of_the_same_have_nothing_of_their_own(keeper: Keeper) -> 
     first, _ = keeper.publish({b"f": file(b"", content)}, time_ns=1)
     second, _ = keeper.publish({b"f": file(b"", content)}, time_ns=2)
     with keeper.reading() as repository:
-        assert measure_repository(repository).snapshots == 2
+        assert repository_stats(repository).snapshots == 2
         for snapshot_id in (first, second):
-            seen = measure_snapshot(repository, snapshot_id.hex())
+            seen = snapshot_stats(repository, snapshot_id.hex())
             assert (seen.snapshot_id, seen.blobs) == (snapshot_id, 2)
             assert seen.stored_bytes > 10_000
             assert seen.unique_stored_bytes == 0
@@ -71,7 +71,7 @@ def test_what_a_change_added_is_the_snapshots_own(keeper: Keeper, source: Path) 
     (source / "new").write_bytes(os.urandom(100_000))
     _, snapshot = keeper.back_up(source)
     with keeper.reading() as repository:
-        seen = measure_snapshot(repository, "latest")
+        seen = snapshot_stats(repository, "latest")
     assert 100_000 <= snapshot.stats.new_stored_bytes < 110_000
     assert seen.unique_stored_bytes == snapshot.stats.new_stored_bytes
     assert seen.stored_bytes > 3 << 20
@@ -80,8 +80,8 @@ def test_what_a_change_added_is_the_snapshots_own(keeper: Keeper, source: Path) 
 def test_of_a_part_only_that_part_counts(keeper: Keeper, source: Path) -> None:
     keeper.back_up(source)
     with keeper.reading() as repository:
-        part = measure_snapshot(repository, f"latest:{source}/sub")
-        one = measure_snapshot(repository, f"latest:{source}/big")
+        part = snapshot_stats(repository, f"latest:{source}/sub")
+        one = snapshot_stats(repository, f"latest:{source}/big")
     assert (part.entries, part.total_bytes, part.blobs) == (2, 10_000, 2)
     assert 5000 < part.stored_bytes < 6000
     assert (one.entries, one.total_bytes) == (1, 3 << 20)
@@ -91,9 +91,9 @@ def test_of_a_part_only_that_part_counts(keeper: Keeper, source: Path) -> None:
 def test_flagged_files_are_counted_from_the_summary(keeper: Keeper) -> None:
     keeper.publish({b"a": flagged(file(b"")), b"b": {b"c": flagged(file(b"")), b"d": b""}})
     with keeper.reading() as repository:
-        assert measure_snapshot(repository, "latest").flagged == 2
-        assert measure_snapshot(repository, "latest:a").flagged == 1
-        assert measure_snapshot(repository, "latest:b/d").flagged == 0
+        assert snapshot_stats(repository, "latest").flagged == 2
+        assert snapshot_stats(repository, "latest:a").flagged == 1
+        assert snapshot_stats(repository, "latest:b/d").flagged == 0
 
 
 def big_file(keeper: Keeper, chunks: list[bytes]) -> Node:
@@ -122,7 +122,7 @@ def test_every_chunk_of_a_file_with_lists_of_lists_is_counted_once(keeper: Keepe
         stored = sum(store.locate(Digest(part)).stored_bytes + 16 for part in lists)
         stored += sum(len(chunk) + 16 for chunk in chunks)
         both = set(repository.content(other).blobs())
-        seen = measure_snapshot(repository, f"{first.hex()}:again")
+        seen = snapshot_stats(repository, f"{first.hex()}:again")
         assert seen.blobs == len(chunks) + len(lists)
         assert seen.stored_bytes == stored
         own = lists - both
@@ -142,14 +142,14 @@ def test_a_file_that_consists_of_a_tree_hides_nothing_of_that_tree(keeper: Keepe
         as_file = file(b"", repository.store.read(reference(folder)))
     second, _ = keeper.publish({b"a": as_file, b"z": folder})
     with keeper.reading() as repository:
-        assert measure_snapshot(repository, second.hex()).blobs == 3
+        assert snapshot_stats(repository, second.hex()).blobs == 3
 
 
 def test_a_damaged_tree_is_an_error_and_no_wrong_number(keeper: Keeper) -> None:
     _, snapshot = keeper.publish({b"a": {b"b": b""}})
     keeper.damage(reference(snapshot.root))
     with keeper.reading() as repository, pytest.raises(BlobError):
-        measure_snapshot(repository, "latest")
+        snapshot_stats(repository, "latest")
 
 
 @given(st.lists(st.integers(0, 5000)), st.lists(st.integers(0, 6000)))

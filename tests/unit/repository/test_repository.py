@@ -29,7 +29,7 @@ from casfs.format.config import decode_config, encode_config, new_config
 from casfs.format.snapshot import Snapshot
 from casfs.paths import parse_snapshot_path
 from casfs.repository.repository import Repository
-from casfs.user_dirs import cached_index_path, file_system_type, index_path
+from casfs.user_dirs import cached_index_dir, file_system_type, index_dir
 from tests.support.builders import Keeper, file
 from tests.support.stores import add_pack, child, flip, hear, make_pack, pack_paths
 
@@ -246,10 +246,10 @@ class TestIndex:
     def test_on_a_network_file_system_lies_in_the_cache(
         self, keeper: Keeper, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        assert index_path(keeper.root, "ab" * 32) == keeper.root / "index"
+        assert index_dir(keeper.root, "ab" * 32) == keeper.root / "index"
         for kind in ("nfs4", "cifs", "fuse.sshfs", "9p"):
             monkeypatch.setattr("casfs.user_dirs.file_system_type", lambda path, k=kind: k)
-            assert index_path(keeper.root, "ab" * 32) == cache / "casfs" / ("ab" * 16) / "index"
+            assert index_dir(keeper.root, "ab" * 32) == cache / "casfs" / ("ab" * 16) / "index"
         keeper.publish({b"f": b"1"})
         assert len(list(cache.rglob("data.mdb"))) == 1
 
@@ -258,7 +258,7 @@ class TestIndex:
         assert file_system_type(tmp_path)
 
     def test_of_every_repository_is_apart_in_the_cache(self, cache: Path) -> None:
-        assert cached_index_path("ab" * 32) != cached_index_path("cd" * 32)
+        assert cached_index_dir("ab" * 32) != cached_index_dir("cd" * 32)
 
 
 class TestSnapshots:
@@ -395,7 +395,7 @@ import os
 import sys
 from pathlib import Path
 from casfs.maintenance.check import Checker
-from casfs.maintenance.scrub import ReadChoice
+from casfs.maintenance.scrub import PackSelection
 from casfs.errors import CasfsError
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
@@ -407,7 +407,7 @@ os.setgid(65534)
 os.setuid(65534)
 try:
     with Repository.open(Path(sys.argv[1])) as repository:
-        result = Checker(repository, RecordingMonitor()).check(ReadChoice())
+        result = Checker(repository, RecordingMonitor()).check(PackSelection())
         print("read", result.snapshots, result.blobs_read, len(result.damage), flush=True)
 except CasfsError as error:
     print(type(error).__name__, error, flush=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from casfs.restore import ordered_pool as ordered_pool_module
-from casfs.restore.ordered_pool import Crew
+from casfs.restore.ordered_pool import OrderedPool
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ class Told:
         self.told: list[object] = []
         self.begun: set[int] = set()
         self.gates = {number: threading.Event() for number in held}
-        self.crew: Crew[int, int] = Crew(self.do, self.told.append)
+        self.crew: OrderedPool[int, int] = OrderedPool(self.do, self.told.append)
 
     def do(self, number: int) -> int:
         self.begun.add(number)
@@ -43,8 +43,8 @@ def held() -> Iterator[Told]:
 
 def test_what_was_done_early_waits_for_its_turn(held: Told) -> None:
     for number in range(10):
-        held.crew.add(number, 1)
-    held.crew.then(lambda: held.told.append("step"))
+        held.crew.work(number, 1)
+    held.crew.call_after(lambda: held.told.append("step"))
     assert held.told == []
     held.gates[0].set()
     held.crew.drain()
@@ -52,16 +52,16 @@ def test_what_was_done_early_waits_for_its_turn(held: Told) -> None:
 
 
 def test_a_step_is_taken_at_once_where_nothing_is_before_it(held: Told) -> None:
-    held.crew.then(lambda: held.told.append("step"))
+    held.crew.call_after(lambda: held.told.append("step"))
     assert held.told == ["step"]
 
 
 def test_no_more_than_a_few_wait(held: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ordered_pool_module, "_MOST_WAITING", 5)
-    held.crew.add(0, 1)
+    held.crew.work(0, 1)
     for number in range(1, 5):
-        held.crew.add(number, 1)
-    adder = threading.Thread(target=held.crew.add, args=(5, 1))
+        held.crew.work(number, 1)
+    adder = threading.Thread(target=held.crew.work, args=(5, 1))
     adder.start()
     assert adder.is_alive() and held.told == []
     held.gates[0].set()
@@ -73,7 +73,7 @@ def test_no_more_memory_waits_than_is_allowed(held: Told, monkeypatch: pytest.Mo
     monkeypatch.setattr(ordered_pool_module, "_MOST_BYTES", 1000)
     held.gates[0].set()
     for number in range(50):
-        held.crew.add(number, 600)
+        held.crew.work(number, 600)
         assert len(held.told) >= number, "the one before this was told before another was added"
 
 
@@ -81,10 +81,10 @@ def test_an_error_of_what_tells_reaches_who_adds(monkeypatch: pytest.MonkeyPatch
     def refuse(found: int) -> None:
         raise OSError(28, "No space left on device")
 
-    crew: Crew[int, int] = Crew(lambda number: number, refuse)
+    crew: OrderedPool[int, int] = OrderedPool(lambda number: number, refuse)
     try:
         with pytest.raises(OSError, match="No space left"):
-            crew.add(1, 1)
+            crew.work(1, 1)
             crew.drain()
     finally:
         crew.close()
@@ -93,7 +93,7 @@ def test_an_error_of_what_tells_reaches_who_adds(monkeypatch: pytest.MonkeyPatch
 def test_a_closed_crew_begins_nothing_more() -> None:
     told = Told({0, 1})
     for number in range(30):
-        told.crew.add(number, 1)
+        told.crew.work(number, 1)
     closer = threading.Thread(target=told.crew.close)
     closer.start()
     while not told.crew._stopped:

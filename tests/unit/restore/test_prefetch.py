@@ -10,10 +10,10 @@ import pytest
 
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
-from casfs.format.tree import Kind, Node
+from casfs.format.tree import Node, NodeType
 from casfs.repository.repository import Repository
 from casfs.restore import prefetch as prefetch_module
-from casfs.restore.prefetch import ReadAhead
+from casfs.restore.prefetch import Prefetcher
 from casfs.store.blob_store import BlobStore
 from casfs.trees.content import ContentReader
 from casfs.trees.reader import TreeReader
@@ -65,12 +65,12 @@ def root_of(repository: Repository) -> Node:
     return snapshot.root
 
 
-def go(ahead: ReadAhead, root: Node, skip: bytes = b"?") -> dict[bytes, bytes | BlobError]:
+def go(ahead: Prefetcher, root: Node, skip: bytes = b"?") -> dict[bytes, bytes | BlobError]:
     """Go through a tree as a restore does and return the contents of its files."""
     contents: dict[bytes, bytes | BlobError] = {}
     for path, node in TreeReader(ahead.read).walk(root):
         ahead.path = path
-        if node.kind != Kind.FILE or path.split(b"/")[-2] == skip:
+        if node.kind != NodeType.FILE or path.split(b"/")[-2] == skip:
             continue
         try:
             extents = ContentReader(node.content, node.levels, ahead.read).extents()
@@ -85,7 +85,7 @@ def wanted(repository: Repository, skip: bytes = b"?") -> dict[bytes, bytes]:
     return {
         path: b"".join(read(one.digest) for one in repository.content(node).extents() if one.digest)
         for path, node in repository.trees.walk(root_of(repository))
-        if node.kind == Kind.FILE and path.split(b"/")[-2] != skip
+        if node.kind == NodeType.FILE and path.split(b"/")[-2] != skip
     }
 
 
@@ -93,7 +93,7 @@ def test_gives_every_blob_to_who_takes_all_and_he_reads_none(
     repository: Repository, own_reads: list[Digest]
 ) -> None:
     root = root_of(repository)
-    with ReadAhead(repository, b"", root) as ahead:
+    with Prefetcher(repository, b"", root) as ahead:
         found = go(ahead, root)
     assert own_reads == []
     assert found == wanted(repository)
@@ -104,7 +104,7 @@ def test_who_passes_over_a_folder_finds_what_comes_behind_it(
     repository: Repository, own_reads: list[Digest]
 ) -> None:
     root = root_of(repository)
-    with ReadAhead(repository, b"", root) as ahead:
+    with Prefetcher(repository, b"", root) as ahead:
         found = go(ahead, root, skip=b"1")
     assert own_reads == []
     assert found == wanted(repository, skip=b"1")
@@ -116,7 +116,7 @@ def test_a_blob_of_somewhere_else_is_read_all_the_same(repository: Repository) -
     node = repository.trees.resolve(root, last)
     assert node is not None
     digest = Digest(node.content[8:40])
-    with ReadAhead(repository, b"", root) as ahead:
+    with Prefetcher(repository, b"", root) as ahead:
         assert digest_of(ahead.read(digest)) == digest
 
 
@@ -130,7 +130,7 @@ def test_damage_is_met_by_who_asks_and_only_for_what_is_damaged(
         flip(repository.root / "packs" / pack[:2] / pack, location.offset + 100)
     with keeper.reading() as repository:
         root = root_of(repository)
-        with ReadAhead(repository, b"", root) as ahead:
+        with Prefetcher(repository, b"", root) as ahead:
             found = go(ahead, root)
     damaged = [path for path, content in found.items() if isinstance(content, BlobError)]
     assert [path.split(b"/")[-1] for path in damaged] == [b"37", b"7"]
@@ -150,10 +150,10 @@ def test_a_tree_that_cannot_be_read_ends_it_and_the_rest_is_read_by_who_asks(
         pack = repository.store.index.pack_id(location.pack).hex()
         flip(repository.root / "packs" / pack[:2] / pack, location.offset + 5)
         own_reads.clear()
-        with ReadAhead(repository, b"", root) as ahead, pytest.raises(BlobError):
+        with Prefetcher(repository, b"", root) as ahead, pytest.raises(BlobError):
             go(ahead, root)
         assert own_reads == [Digest(folder.tree.digest)]
-        with ReadAhead(repository, b"", root) as ahead:
+        with Prefetcher(repository, b"", root) as ahead:
             ahead.path = b"zzz"
             assert ahead.read(digest_of(noise("file 29", 2000))) == noise("file 29", 2000)
 
@@ -162,7 +162,7 @@ def test_it_can_be_closed_at_any_moment_and_leaves_no_thread(repository: Reposit
     before = threading.active_count()
     root = root_of(repository)
     for count in range(8):
-        with ReadAhead(repository, b"", root) as ahead:
+        with Prefetcher(repository, b"", root) as ahead:
             for path, _ in zip(wanted(repository), range(count), strict=False):
                 ahead.path = path
                 ahead.read(digest_of(noise("file 0", 2000)))

@@ -19,7 +19,7 @@ import pytest
 from casfs.digest import Digest, digest_of
 from casfs.errors import NotFoundError
 from casfs.format.codec import BlobKind
-from casfs.format.tree import Extra, Kind, Node, TreeRef
+from casfs.format.tree import Node, NodeExtra, NodeType, TreeRef
 from casfs.monitor import Problem, ProblemKind, RecordingMonitor
 from casfs.patterns import parse_pattern
 from casfs.restore import ordered_pool as ordered_pool_module
@@ -27,7 +27,7 @@ from casfs.restore import restorer as restorer_module
 from casfs.restore import target_fs as target_fs_module
 from casfs.restore.entry_writer import Overwrite
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
-from casfs.trees.content import HOLE, RECORD, ContentWriter
+from casfs.trees.content import EXTENT, HOLE, ContentWriter
 from tests.support.builders import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
 from tests.support.stores import noise
 
@@ -94,7 +94,7 @@ class Bench:
 
 def of_chunks(*chunks: bytes, **fields: Any) -> Node:
     whole = b"".join(chunks)
-    records = b"".join(RECORD.pack(len(chunk), digest_of(chunk)) for chunk in chunks)
+    records = b"".join(EXTENT.pack(len(chunk), digest_of(chunk)) for chunk in chunks)
     known: dict[str, Any] = {
         "size": len(whole),
         "content": records,
@@ -135,7 +135,9 @@ class TestContent:
         assert bench.found() == {"e": None, "e/deep": b"3", "f": b"22"}
 
     def test_is_told_to_the_last_entry_while_it_goes_on(self, bench: Bench) -> None:
-        bench.publish({b"d": {b"f": b"1", b"empty": {}}, b"g": b"2", b"l": entry(b"l", Kind.FIFO)})
+        bench.publish(
+            {b"d": {b"f": b"1", b"empty": {}}, b"g": b"2", b"l": entry(b"l", NodeType.FIFO)}
+        )
         with bench.keeper.reading() as repository:
             _, snapshot = repository.resolve("latest")
             monitor = RecordingMonitor()
@@ -153,9 +155,9 @@ class TestContent:
         bench.store(*CHUNKS)
         whole = bytes(1 << 22) + CHUNKS[0] + bytes(1 << 22)
         records = (
-            RECORD.pack(1 << 22, HOLE)
-            + RECORD.pack(3000, digest_of(CHUNKS[0]))
-            + RECORD.pack(1 << 22, HOLE)
+            EXTENT.pack(1 << 22, HOLE)
+            + EXTENT.pack(3000, digest_of(CHUNKS[0]))
+            + EXTENT.pack(1 << 22, HOLE)
         )
         sparse = entry(b"", size=len(whole), content=records, captured=digest_of(whole))
         bench.publish({b"s": sparse, b"f": of_chunks(*CHUNKS)})
@@ -212,9 +214,9 @@ class TestMetadata:
         bench.publish(
             {
                 b"a": file(b"", mode=0o4711, mtime_ns=when["a"]),
-                b"b": entry(b"", Kind.SYMLINK, content=b"nowhere", mtime_ns=when["b"]),
-                b"fifo": entry(b"", Kind.FIFO, mode=0o640),
-                b"socket": entry(b"", Kind.SOCKET, mode=0o600),
+                b"b": entry(b"", NodeType.SYMLINK, content=b"nowhere", mtime_ns=when["b"]),
+                b"fifo": entry(b"", NodeType.FIFO, mode=0o640),
+                b"socket": entry(b"", NodeType.SOCKET, mode=0o600),
                 b"d": {b"f": b""},
             }
         )
@@ -236,7 +238,7 @@ class TestMetadata:
         assert stat.S_IMODE(bench.target.stat().st_mode) == 0o750
 
     def test_of_attributes_replace_what_an_old_entry_had(self, bench: Bench) -> None:
-        extra = Extra(((b"user.a", b"\0value"), (b"user.b", b"")))
+        extra = NodeExtra(((b"user.a", b"\0value"), (b"user.b", b"")))
         bench.publish({b"f": file(b"", extra=extra), b"d": {}})
         bench.restore()
         os.setxattr(bench.target / "d", "user.old", b"x")
@@ -252,7 +254,9 @@ class TestMetadata:
         bench.publish(
             {
                 b"f": file(b"", uid=1234, gid=4_294_967_294, mode=0o6755),
-                b"null": entry(b"", Kind.CHARACTER_DEVICE, mode=0o666, extra=Extra(rdev=device)),
+                b"null": entry(
+                    b"", NodeType.CHARACTER_DEVICE, mode=0o666, extra=NodeExtra(rdev=device)
+                ),
             }
         )
         assert bench.restore().problems == []
@@ -262,7 +266,7 @@ class TestMetadata:
         assert (bench.target / "null").stat().st_rdev == device
 
     def test_that_the_target_refuses_is_told_and_the_file_is_there(self, bench: Bench) -> None:
-        bench.publish({b"f": file(b"", extra=Extra(((b"nonsense.x", b""),)), mode=0o600)})
+        bench.publish({b"f": file(b"", extra=NodeExtra(((b"nonsense.x", b""),)), mode=0o600)})
         done = bench.restore()
         assert bench.found() == {"f": b""}
         if os.geteuid() == 0:
@@ -282,7 +286,7 @@ class TestNothingOutside:
         assert bench.found() == {"d": None, "d/new": b"evil", "d/precious": b"evil"}
 
     def test_a_symlink_in_place_of_a_file_is_replaced(self, bench: Bench) -> None:
-        bench.publish({b"f": b"evil", b"fifo": entry(b"", Kind.FIFO)})
+        bench.publish({b"f": b"evil", b"fifo": entry(b"", NodeType.FIFO)})
         bench.target.mkdir()
         for name in ("f", "fifo"):
             (bench.target / name).symlink_to(bench.outside / "precious")
@@ -291,7 +295,7 @@ class TestNothingOutside:
         assert (bench.target / "f").read_bytes() == b"evil"
 
     def test_a_symlink_of_one_snapshot_is_no_way_for_the_next(self, bench: Bench) -> None:
-        bench.publish({b"d": entry(b"", Kind.SYMLINK, content=bytes(bench.outside))})
+        bench.publish({b"d": entry(b"", NodeType.SYMLINK, content=bytes(bench.outside))})
         bench.restore()
         assert (bench.target / "d").resolve() == bench.outside
         bench.publish({b"d": {b"precious": b"evil"}})
@@ -351,7 +355,7 @@ class TestNothingOutside:
             writer.put(BlobKind.TREE, digest_of(leaf), leaf)
             writer.put(BlobKind.DATA, digest_of(b"evil"), b"evil")
             writer.finish()
-        hostile = entry(b"", Kind.DIRECTORY, tree=TreeRef(digest_of(leaf), 1, 4, 0))
+        hostile = entry(b"", NodeType.DIRECTORY, tree=TreeRef(digest_of(leaf), 1, 4, 0))
         bench.publish({b"d": hostile, b"f": b"sound"})
         done = bench.restore(delete=True)
         assert bench.untouched()
@@ -361,7 +365,7 @@ class TestNothingOutside:
 
 class TestHardLinks:
     def linked(self, content: bytes, **fields: Any) -> Node:
-        known = {"inode": 9, "nlink": 2, "extra": Extra(device=3)}
+        known = {"inode": 9, "nlink": 2, "extra": NodeExtra(device=3)}
         return file(b"", content, **(known | fields))
 
     def inodes(self, bench: Bench) -> dict[str, int]:
@@ -373,7 +377,7 @@ class TestHardLinks:
 
     def test_are_one_file_again_across_directories(self, bench: Bench) -> None:
         bench.store(b"x")
-        other = self.linked(b"x", extra=Extra(device=4))
+        other = self.linked(b"x", extra=NodeExtra(device=4))
         bench.publish({b"a": {b"f": self.linked(b"x")}, b"b": self.linked(b"x"), b"c": other})
         done = bench.restore()
         inodes = self.inodes(bench)
@@ -382,13 +386,13 @@ class TestHardLinks:
         assert done.result.files == 3
 
     def test_of_anything_but_files_are_one_again_too(self, bench: Bench) -> None:
-        fields: dict[str, Any] = {"inode": 9, "nlink": 2, "extra": Extra(device=3)}
+        fields: dict[str, Any] = {"inode": 9, "nlink": 2, "extra": NodeExtra(device=3)}
         bench.publish(
             {
-                b"a": entry(b"", Kind.FIFO, **fields),
-                b"b": entry(b"", Kind.FIFO, **fields),
-                b"c": entry(b"", Kind.SYMLINK, content=b"t", **(fields | {"inode": 5})),
-                b"d": entry(b"", Kind.SYMLINK, content=b"t", **(fields | {"inode": 5})),
+                b"a": entry(b"", NodeType.FIFO, **fields),
+                b"b": entry(b"", NodeType.FIFO, **fields),
+                b"c": entry(b"", NodeType.SYMLINK, content=b"t", **(fields | {"inode": 5})),
+                b"d": entry(b"", NodeType.SYMLINK, content=b"t", **(fields | {"inode": 5})),
             }
         )
         bench.restore()
@@ -709,7 +713,7 @@ class TestDamage:
 
     def test_is_told_for_every_name_of_a_file_with_salvage(self, bench: Bench) -> None:
         bench.store(*CHUNKS)
-        linked = of_chunks(*CHUNKS, inode=9, nlink=2, extra=Extra(device=3))
+        linked = of_chunks(*CHUNKS, inode=9, nlink=2, extra=NodeExtra(device=3))
         bench.publish({b"a": linked, b"b": linked})
         bench.keeper.damage(digest_of(CHUNKS[0]))
         done = bench.restore(salvage=True)
@@ -727,12 +731,12 @@ class TestDamage:
             records, levels = content.finish()
             writer.finish()
         whole = b"".join(chunks)
-        assert (levels, len(records) > 3 * RECORD.size) == (1, True)
+        assert (levels, len(records) > 3 * EXTENT.size) == (1, True)
         node = entry(
             b"", size=len(whole), content=records, levels=levels, captured=digest_of(whole)
         )
         bench.publish({b"f": node})
-        (first, _), (length, digest), *_ = RECORD.iter_unpack(records)
+        (first, _), (length, digest), *_ = EXTENT.iter_unpack(records)
         bench.keeper.damage(Digest(digest))
         assert bench.restore().result.damaged == 1
         assert bench.found() == {}
@@ -762,7 +766,7 @@ class TestDamage:
 
     def test_of_a_chunk_with_another_length_is_lost(self, bench: Bench) -> None:
         bench.store(*CHUNKS)
-        records = RECORD.pack(2999, digest_of(CHUNKS[0])) + RECORD.pack(3000, digest_of(CHUNKS[1]))
+        records = EXTENT.pack(2999, digest_of(CHUNKS[0])) + EXTENT.pack(3000, digest_of(CHUNKS[1]))
         bench.publish({b"f": entry(b"", size=5999, content=records, captured=bytes(32))})
         assert bench.restore().result.damaged == 1
         assert bench.found() == {}
@@ -770,7 +774,7 @@ class TestDamage:
         assert bench.found() == {"f": bytes(2999) + CHUNKS[1]}
 
     def test_of_a_hostile_hole_takes_no_time(self, bench: Bench) -> None:
-        records = RECORD.pack((1 << 63) - 1, HOLE)
+        records = EXTENT.pack((1 << 63) - 1, HOLE)
         bench.publish({b"f": entry(b"", size=5, content=records, captured=bytes(32))})
         began = time.monotonic()
         assert bench.restore(salvage=True).result.damaged == 1
@@ -868,7 +872,7 @@ class TestOtherThreads:
         assert most < before + 200
 
     def test_link_only_to_what_is_in_its_place(self, bench: Bench) -> None:
-        linked = file(b"", b"x", inode=9, nlink=30, extra=Extra(device=3))
+        linked = file(b"", b"x", inode=9, nlink=30, extra=NodeExtra(device=3))
         plan: dict[bytes, Any] = {}
         for number in range(30):
             plan[b"%02d a" % number] = b"%d" % number
@@ -893,7 +897,7 @@ class TestRefusals:
     def test_of_one_entry_are_told_and_the_rest_is_restored(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bench.publish({b"f": b"1", b"fifo": entry(b"", Kind.FIFO), b"g": b"2"})
+        bench.publish({b"f": b"1", b"fifo": entry(b"", NodeType.FIFO), b"g": b"2"})
         monkeypatch.setattr(os, "mkfifo", self.failing(errno.EPERM))
         done = bench.restore()
         assert (done.result.failed, done.result.files) == (1, 2)
@@ -924,7 +928,7 @@ class TestRefusals:
 
     def test_to_link_make_a_copy(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         bench.store(b"x")
-        linked = file(b"", b"x", inode=9, nlink=2, extra=Extra(device=3))
+        linked = file(b"", b"x", inode=9, nlink=2, extra=NodeExtra(device=3))
         bench.publish({b"a": linked, b"b": linked})
         monkeypatch.setattr(os, "link", self.failing(errno.EMLINK))
         assert bench.restore().problems == []

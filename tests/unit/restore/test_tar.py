@@ -18,10 +18,10 @@ from casfs.cli.app import casfs as command
 from casfs.cli.settings import Settings
 from casfs.digest import digest_of
 from casfs.errors import CasfsError, UsageError
-from casfs.format.tree import Extra, Kind, Node, replace
+from casfs.format.tree import Node, NodeExtra, NodeType, replace
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.restore.tar import DamagedContentError, TarStats, TarWriter, file_bytes
-from casfs.trees.content import HOLE, RECORD
+from casfs.trees.content import EXTENT, HOLE
 from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file, flagged
 
 NINE_GIB = 9 << 30
@@ -35,7 +35,7 @@ def keeper(tmp_path: Path) -> Keeper:
 def of_chunks(*chunks: bytes | int, **fields: Any) -> Node:
     """Return the node of a file of chunks; a number is a hole of so many bytes."""
     records = b"".join(
-        RECORD.pack(chunk, HOLE) if isinstance(chunk, int) else chunk_record(chunk)
+        EXTENT.pack(chunk, HOLE) if isinstance(chunk, int) else chunk_record(chunk)
         for chunk in chunks
     )
     whole = b"".join(bytes(chunk) for chunk in chunks)
@@ -44,7 +44,7 @@ def of_chunks(*chunks: bytes | int, **fields: Any) -> Node:
 
 
 def chunk_record(chunk: bytes) -> bytes:
-    return RECORD.pack(len(chunk), digest_of(chunk))
+    return EXTENT.pack(len(chunk), digest_of(chunk))
 
 
 class TestFile:
@@ -90,8 +90,8 @@ class TestFile:
             {"captured": digest_of(b"something else")},
             {"size": 3},
             {"size": 9},
-            {"content": RECORD.pack(4, digest_of(b"chunk"))},
-            {"content": RECORD.pack(6, digest_of(b"chunk"))},
+            {"content": EXTENT.pack(4, digest_of(b"chunk"))},
+            {"content": EXTENT.pack(6, digest_of(b"chunk"))},
             {"content": chunk_record(b"chunk") * 2},
             {"content": b""},
         ],
@@ -136,12 +136,16 @@ class TestTar:
             keeper,
             {
                 b"dev": {
-                    b"null": entry(b"", Kind.CHARACTER_DEVICE, extra=Extra(rdev=os.makedev(1, 3))),
-                    b"sda": entry(b"", Kind.BLOCK_DEVICE, extra=Extra(rdev=os.makedev(8, 1000))),
+                    b"null": entry(
+                        b"", NodeType.CHARACTER_DEVICE, extra=NodeExtra(rdev=os.makedev(1, 3))
+                    ),
+                    b"sda": entry(
+                        b"", NodeType.BLOCK_DEVICE, extra=NodeExtra(rdev=os.makedev(8, 1000))
+                    ),
                 },
-                b"fifo": entry(b"", Kind.FIFO, mode=0o620),
+                b"fifo": entry(b"", NodeType.FIFO, mode=0o620),
                 b"file": file(b"", b"content", mode=0o4751, uid=1000, gid=50),
-                b"link": entry(b"", Kind.SYMLINK, content=b"dev/null", mode=0o777),
+                b"link": entry(b"", NodeType.SYMLINK, content=b"dev/null", mode=0o777),
             },
             users=((1000, "anna"),),
             groups=((50, "staff"),),
@@ -220,7 +224,7 @@ class TestTar:
     def test_names_and_targets_of_any_bytes_and_length_survive(
         self, keeper: Keeper, name: bytes
     ) -> None:
-        link = entry(b"", Kind.SYMLINK, content=name * 2)
+        link = entry(b"", NodeType.SYMLINK, content=name * 2)
         inside = {b"again" + name[:200]: file(b""), b"link": link}
         stream, _, _ = tar_of(keeper, {name: inside})
         found = members(stream)
@@ -265,8 +269,8 @@ class TestTar:
             (b"user.empty", b""),
             (b"user.every", every_byte),
         )
-        link = entry(b"", Kind.SYMLINK, content=b"x", extra=Extra(((b"trusted.t", b"1"),)))
-        stream, _, _ = tar_of(keeper, {b"f": file(b"", extra=Extra(xattrs)), b"l": link})
+        link = entry(b"", NodeType.SYMLINK, content=b"x", extra=NodeExtra(((b"trusted.t", b"1"),)))
+        stream, _, _ = tar_of(keeper, {b"f": file(b"", extra=NodeExtra(xattrs)), b"l": link})
         found = members(stream)
         told = {
             keyword.removeprefix("SCHILY.xattr."): value.encode("utf-8", "surrogateescape")
@@ -279,7 +283,7 @@ class TestTar:
         assert found[b"l"].pax_headers["SCHILY.xattr.trusted.t"] == "1"
 
     def test_an_xattr_whose_name_is_not_utf_8_is_there_as_bytes(self, keeper: Keeper) -> None:
-        stream, _, _ = tar_of(keeper, {b"f": file(b"", extra=Extra(((b"user.\xe9", b"v"),)))})
+        stream, _, _ = tar_of(keeper, {b"f": file(b"", extra=NodeExtra(((b"user.\xe9", b"v"),)))})
         assert b"25 SCHILY.xattr.user.\xe9=v\n" in stream
 
     def test_an_acl_is_there_as_text_too(self, keeper: Keeper) -> None:
@@ -289,7 +293,7 @@ class TestTar:
         )
         broken = acl[:-1]
         xattrs = ((b"system.posix_acl_access", acl), (b"system.posix_acl_default", broken))
-        headers = members(tar_of(keeper, {b"d": file(b"", extra=Extra(xattrs))})[0])[
+        headers = members(tar_of(keeper, {b"d": file(b"", extra=NodeExtra(xattrs))})[0])[
             b"d"
         ].pax_headers
         assert headers["SCHILY.acl.access"] == (
@@ -303,8 +307,8 @@ class TestTar:
 
     def test_further_names_of_a_file_are_links_to_the_first(self, keeper: Keeper) -> None:
         keeper.store(b"content")
-        one = file(b"", b"content", nlink=3, inode=5, extra=Extra(device=1))
-        other = replace(one, extra=Extra(device=2))
+        one = file(b"", b"content", nlink=3, inode=5, extra=NodeExtra(device=1))
+        other = replace(one, extra=NodeExtra(device=2))
         changed = replace(one, size=0, content=b"")
         stream, stats, _ = tar_of(
             keeper, {b"a": {b"first": one}, b"b": one, b"c": other, b"d": changed, b"e": one}
@@ -318,7 +322,7 @@ class TestTar:
 
     def test_a_file_whose_names_have_all_been_met_is_forgotten(self, keeper: Keeper) -> None:
         keeper.store(b"content")
-        pair = file(b"", b"content", nlink=2, inode=5, extra=Extra(device=1))
+        pair = file(b"", b"content", nlink=2, inode=5, extra=NodeExtra(device=1))
         stream, stats, _ = tar_of(keeper, {b"a": pair, b"b": pair, b"c": pair, b"d": pair})
         linked = [name for name, member in members(stream).items() if member.islnk()]
         assert linked == [b"b", b"d"]
@@ -329,21 +333,23 @@ class TestTar:
     ) -> None:
         monkeypatch.setattr(casfs.restore.tar, "_MAX_LINKS", 1)
         keeper.store(b"1", b"2")
-        one = file(b"", b"1", nlink=2, inode=1, extra=Extra(device=1))
-        two = file(b"", b"2", nlink=2, inode=2, extra=Extra(device=1))
+        one = file(b"", b"1", nlink=2, inode=1, extra=NodeExtra(device=1))
+        two = file(b"", b"2", nlink=2, inode=2, extra=NodeExtra(device=1))
         stream, _, _ = tar_of(keeper, {b"a": one, b"b": two, b"c": one, b"d": two})
         found = members(stream)
         assert [found[name].islnk() for name in (b"c", b"d")] == [False, False]
         assert [found[name].size for name in (b"c", b"d")] == [1, 1]
 
     def test_a_hard_linked_symlink_is_a_link_to_the_first(self, keeper: Keeper) -> None:
-        link = entry(b"", Kind.SYMLINK, content=b"x", nlink=2, inode=5, extra=Extra(device=1))
+        link = entry(
+            b"", NodeType.SYMLINK, content=b"x", nlink=2, inode=5, extra=NodeExtra(device=1)
+        )
         found = members(tar_of(keeper, {b"a": link, b"b": link})[0])
         assert found[b"a"].issym() and found[b"b"].islnk() and found[b"b"].linkname == "a"
 
     def test_a_socket_is_left_out_and_told(self, keeper: Keeper) -> None:
         stream, stats, monitor = tar_of(
-            keeper, {b"run": {b"s": entry(b"", Kind.SOCKET)}, b"z": file(b"")}
+            keeper, {b"run": {b"s": entry(b"", NodeType.SOCKET)}, b"z": file(b"")}
         )
         assert list(members(stream)) == [b"run", b"z"]
         (problem,) = monitor.problems
@@ -354,7 +360,7 @@ class TestTar:
     def test_a_device_with_an_impossible_number_is_left_out_and_told(
         self, keeper: Keeper, rdev: int
     ) -> None:
-        node = entry(b"", Kind.BLOCK_DEVICE, extra=Extra(rdev=rdev))
+        node = entry(b"", NodeType.BLOCK_DEVICE, extra=NodeExtra(rdev=rdev))
         stream, stats, monitor = tar_of(keeper, {b"a": node, b"b": file(b"")})
         assert list(members(stream)) == [b"b"]
         assert [problem.path for problem in monitor.problems] == [b"a"]
@@ -445,11 +451,11 @@ class TestCommand:
         assert isinstance(result.exception, DamagedContentError)
         assert result.exception.exit_code == 5
 
-    @pytest.mark.parametrize("kind", [Kind.FIFO, Kind.SOCKET, Kind.SYMLINK])
+    @pytest.mark.parametrize("kind", [NodeType.FIFO, NodeType.SOCKET, NodeType.SYMLINK])
     def test_of_what_holds_nothing_is_refused(
-        self, keeper: Keeper, tmp_path: Path, kind: Kind
+        self, keeper: Keeper, tmp_path: Path, kind: NodeType
     ) -> None:
-        keeper.publish({b"it": entry(b"", kind, content=b"x" if kind == Kind.SYMLINK else b"")})
+        keeper.publish({b"it": entry(b"", kind, content=b"x" if kind == NodeType.SYMLINK else b"")})
         target = tmp_path / "target"
         result = self.run(keeper, "latest:it", "-o", str(target))
         assert isinstance(result.exception, CasfsError)

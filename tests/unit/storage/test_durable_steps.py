@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from casfs.backup.run import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.format.snapshot import SnapshotStats
 from casfs.maintenance.check import Checker, CheckResult
-from casfs.maintenance.scrub import ReadChoice
+from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.storage.local import LocalWriter
@@ -42,7 +42,7 @@ class Scene:
     def back_up(self, on_step: Callable[[str], None] | None = None) -> SnapshotStats:
         with Repository.open(self.root, "backup", sync=False, on_step=on_step) as repository:
             options = BackupOptions((bytes(self.source),), host="here")
-            return back_up(repository, options, RecordingMonitor()).snapshot.stats
+            return run_backup(repository, options, RecordingMonitor()).snapshot.stats
 
     def listed(self) -> list[str]:
         with Repository.open(self.root) as repository:
@@ -50,7 +50,7 @@ class Scene:
 
     def check(self) -> CheckResult:
         with Repository.open(self.root) as repository:
-            return Checker(repository, RecordingMonitor()).check(ReadChoice())
+            return Checker(repository, RecordingMonitor()).check(PackSelection())
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +211,7 @@ def test_what_a_stopped_backup_left_costs_the_next_one_only_what_was_not_finishe
 BACKUP = """
 import sys
 from pathlib import Path
-from casfs.backup.run import BackupOptions, back_up
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 
@@ -219,7 +219,7 @@ with Repository.open(Path(sys.argv[1]), "backup", sync=False) as repository:
     print("open", flush=True)
     sys.stdin.readline()
     options = BackupOptions((sys.argv[2].encode(),), host=sys.argv[3])
-    back_up(repository, options, RecordingMonitor())
+    run_backup(repository, options, RecordingMonitor())
 print("done", flush=True)
 """
 

@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 
 from casfs.errors import LockedError, StorageError
-from casfs.storage.locks import LockMode, RepositoryLock, live_locks, remove_stale_temporaries
+from casfs.storage.locks import (
+    LockMode,
+    RepositoryLock,
+    list_and_reap_locks,
+    remove_stale_temporaries,
+)
 from tests.support.stores import child, hear
 
-SHARED, TENDING, EXCLUSIVE = LockMode.SHARED, LockMode.TENDING, LockMode.EXCLUSIVE
+SHARED, TENDING, EXCLUSIVE = LockMode.SHARED, LockMode.MAINTENANCE, LockMode.EXCLUSIVE
 
 HOLDER = """
 import sys
@@ -52,7 +57,7 @@ def held(folder: Path) -> Iterator[list[RepositoryLock]]:
 def test_shared_locks_go_together(folder: Path, held: list[RepositoryLock]) -> None:
     held += [RepositoryLock.acquire(folder, "backup") for _ in range(3)]
     assert len({lock.name for lock in held}) == 3
-    assert set(live_locks(folder)) == {lock.name for lock in held}
+    assert set(list_and_reap_locks(folder)) == {lock.name for lock in held}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,7 @@ def test_readers_go_with_everybody(
     held.append(RepositoryLock.acquire(folder, "mount", LockMode.READER))
     held.append(RepositoryLock.acquire(folder, "other", other))
     held.append(RepositoryLock.acquire(folder, "mount", LockMode.READER))
-    assert set(live_locks(folder)) == {lock.name for lock in held}
+    assert set(list_and_reap_locks(folder)) == {lock.name for lock in held}
 
 
 def test_one_that_tends_goes_with_shared_ones_in_any_order(
@@ -93,7 +98,7 @@ def test_one_that_tends_goes_with_shared_ones_in_any_order(
     held.append(RepositoryLock.acquire(folder, "backup", SHARED))
     held.append(RepositoryLock.acquire(folder, "prune", TENDING))
     held.append(RepositoryLock.acquire(folder, "backup", SHARED))
-    assert len(live_locks(folder)) == 3
+    assert len(list_and_reap_locks(folder)) == 3
 
 
 def test_a_lock_that_was_given_back_is_gone(folder: Path) -> None:
@@ -106,7 +111,7 @@ def test_a_lock_that_was_given_back_is_gone(folder: Path) -> None:
 
 def test_a_lock_says_in_its_file_who_holds_it(folder: Path, held: list[RepositoryLock]) -> None:
     held.append(RepositoryLock.acquire(folder, "backup"))
-    record = live_locks(folder)[held[0].name]
+    record = list_and_reap_locks(folder)[held[0].name]
     assert (record.mode, record.verb, record.pid) == (SHARED, "backup", os.getpid())
 
 
@@ -144,9 +149,9 @@ def test_a_lock_that_was_made_again_meanwhile_is_not_removed(
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock_of_the_file_that_was_there_before)
-    live_locks(folder)
+    list_and_reap_locks(folder)
     assert path.exists()
-    assert set(live_locks(folder)) == {held[0].name}
+    assert set(list_and_reap_locks(folder)) == {held[0].name}
 
 
 def test_a_lock_is_not_seen_before_it_says_what_it_is(
@@ -162,7 +167,7 @@ def test_a_lock_is_not_seen_before_it_says_what_it_is(
 
     monkeypatch.setattr(os, "pwrite", look_first)
     held.append(RepositoryLock.acquire(folder, "backup"))
-    assert set(live_locks(folder)) == {lock.name for lock in held}
+    assert set(list_and_reap_locks(folder)) == {lock.name for lock in held}
     assert len(os.listdir(folder)) == 2
 
 
@@ -181,14 +186,14 @@ def test_a_maker_whose_new_file_was_taken_for_stale_makes_it_again(
     monkeypatch.setattr(fcntl, "flock", flock_of_a_slow_process)
     held.append(RepositoryLock.acquire(folder, "backup"))
     assert os.listdir(folder) == [held[0].name]
-    assert set(live_locks(folder)) == {held[0].name}
+    assert set(list_and_reap_locks(folder)) == {held[0].name}
 
 
 @pytest.mark.parametrize("kind", ["shared", "exclusive"])
 def test_a_lock_lives_as_long_as_its_process(root: Path, folder: Path, kind: str) -> None:
     with child(HOLDER, root, kind) as process:
         name = hear(process)
-        assert set(live_locks(folder)) == {name}
+        assert set(list_and_reap_locks(folder)) == {name}
         with pytest.raises(LockedError, match=f"process {process.pid}"):
             RepositoryLock.acquire(folder, "prune", EXCLUSIVE)
         process.kill()

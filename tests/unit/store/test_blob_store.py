@@ -12,7 +12,7 @@ import pytest
 
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import BlobError, PackError
-from casfs.format.pack import ENTRY, HEADER, RECORD, TRAILER, PackEntry
+from casfs.format.pack import BLOB_HEADER, ENTRY, HEADER, TRAILER, PackEntry
 from casfs.index.schema import Location
 from casfs.store import blob_store as blob_store_module
 from casfs.store.blob_store import BlobStore, pack_name
@@ -96,7 +96,7 @@ class TestReading:
     def test_a_pack_that_vanished_or_was_cut_is_told(self, root: Path) -> None:
         (path,) = pack_paths(root)
         with open_store(root) as store:
-            os.truncate(path, HEADER.size + RECORD.size + 2)
+            os.truncate(path, HEADER.size + BLOB_HEADER.size + 2)
             with pytest.raises(BlobError, match="ends before") as caught:
                 store.read(digest_of(PLAINS[0]))
             assert caught.value.pack == bytes.fromhex(path.name)
@@ -173,7 +173,7 @@ class TestIndexLost:
         data, _ = make_pack([b"sealed", b"but a crash came before the index"])
         pack = add_pack(root, data)
         with open_store(root) as store:
-            losses = store.index.losses()
+            losses = store.index.loss_epoch()
             assert store.read(digest_of(b"sealed")) == b"sealed"
             assert pack in {record.pack for record in store.index.packs()}
             assert losses == 1
@@ -183,13 +183,13 @@ class TestIndexLost:
     ) -> None:
         with open_store(root) as store:
             store_blobs(store, [b"in a second pack"])
-            store.index.mark_complete(b"snapshot", store.index.losses())
+            store.index.mark_complete(b"snapshot", store.index.loss_epoch())
         lost = max(pack_paths(root), key=lambda path: path.stat().st_size)
         kept = lost.read_bytes()
         lost.unlink()
         with open_store(root) as store:
             assert "named 1 packs that are not there" in caplog.text
-            assert store.index.known(map(digest_of, PLAINS)) == [False] * len(PLAINS)
+            assert store.index.are_stored(map(digest_of, PLAINS)) == [False] * len(PLAINS)
             assert store.read(digest_of(b"in a second pack")) == b"in a second pack"
             assert not store.index.is_complete(b"snapshot")
             stats = store_blobs(store, PLAINS)
@@ -215,12 +215,12 @@ class TestIndexLost:
         self, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         with open_store(root) as store:
-            losses = store.index.losses()
+            losses = store.index.loss_epoch()
             entries = store.storage.list
             monkeypatch.setattr(store.storage, "list", lambda prefix: iter(()))
             store.reconcile()
             monkeypatch.setattr(store.storage, "list", entries)
-            assert store.index.losses() == losses
+            assert store.index.loss_epoch() == losses
             assert store.index.blob_count() == len(PLAINS)
         assert caplog.text == ""
 
@@ -287,12 +287,12 @@ class TestDamagedDirectory:
         (path,) = pack_paths(root)
         entry = places(root)[number]
         flip(path, -1)
-        flip(path, entry.offset - RECORD.size)
+        flip(path, entry.offset - BLOB_HEADER.size)
         drop_index(root)
         with open_store(root) as store:
             rest = [plain for plain in PLAINS if digest_of(plain) != entry.digest]
             assert readable(store, rest) == rest
-            assert not store.index.known([entry.digest])[0]
+            assert not store.index.are_stored([entry.digest])[0]
 
     def test_together_with_a_damaged_payload_gives_it_under_no_name(self, root: Path) -> None:
         (path,) = pack_paths(root)
@@ -345,7 +345,7 @@ class TestDamagedDirectory:
         drop_index(root)
         with open_store(root) as store:
             assert store.read(digest_of(b"within")) == b"within"
-            assert not any(store.index.known([digest_of(b"beyond"), digest_of(b"last")]))
+            assert not any(store.index.are_stored([digest_of(b"beyond"), digest_of(b"last")]))
 
 
 def test_the_name_of_a_pack_stands_in_the_folder_of_its_first_byte() -> None:
@@ -383,7 +383,7 @@ def test_two_processes_store_at_the_same_time_and_both_are_whole(tmp_path: Path)
         assert readable(store, plains) == plains
         assert store.index.blob_count() == 300
         assert {r.pack for r in store.index.packs()} == {pack for pack, _ in store.stored_packs()}
-        assert store.index.losses() == 1
+        assert store.index.loss_epoch() == 1
     drop_index(tmp_path)
     with open_store(tmp_path) as store:
         assert readable(store, plains) == plains

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from casfs.digest import PackId, digest_of, keyed_digest
 from casfs.errors import BlobError, NotFoundError, PackError, SessionError
 from casfs.format.cipher import OVERHEAD_BYTES, PackCipher, decrypt_snapshot, encrypt_snapshot
-from casfs.format.key_derivation import Domain, Session, SessionId
+from casfs.format.key_derivation import DedupDomain, SessionId, WriteSession
 from casfs.format.pack import encode_header, encode_record_header, encode_session_header
 from casfs.storage.local import LocalStorage
 from casfs.store.cipher import PackCiphers
@@ -63,11 +63,11 @@ def test_a_payload_in_another_pack_of_the_same_session_does_not_open(stored: byt
     "session",
     [
         dataclasses.replace(SESSION, secret=bytes(32)),
-        Session.new([DOMAIN]),
+        WriteSession.new([DOMAIN]),
     ],
     ids=["another secret", "a new one"],
 )
-def test_a_payload_of_another_session_does_not_open(stored: bytes, session: Session) -> None:
+def test_a_payload_of_another_session_does_not_open(stored: bytes, session: WriteSession) -> None:
     with pytest.raises(BlobError, match="does not decrypt"):
         PackCipher(session, SALT).decrypt(DIGEST, AT, stored)
 
@@ -136,8 +136,8 @@ class TestHostileInsides:
 
 
 def test_the_second_domain_of_a_session_keys_its_own_digests() -> None:
-    second = Domain(REPOSITORY, b"\x05" * 32)
-    cipher = PackCipher(Session(REPOSITORY, bytes(32), (DOMAIN, second)), SALT)
+    second = DedupDomain(REPOSITORY, b"\x05" * 32)
+    cipher = PackCipher(WriteSession(REPOSITORY, bytes(32), (DOMAIN, second)), SALT)
     inner = cipher.decrypt(DIGEST, AT, cipher.encrypt(AT, 1, 0, 1, 5, b"12345"))
     assert (inner.domain, cipher.digest_key(inner)) == (1, second.digest_key)
 
@@ -177,12 +177,12 @@ class TestPackCiphers:
     def test_give_the_cipher_that_the_header_of_a_pack_names(self, storage: LocalStorage) -> None:
         storage.write("packs/one", encode_session_header(SESSION.id, SALT) + b"rest")
         ciphers = PackCiphers(storage, OneSession())
-        assert not ciphers.is_at_hand("packs/one")
-        cipher = ciphers.of(self.PACK, "packs/one")
+        assert not ciphers.is_cached("packs/one")
+        cipher = ciphers.for_pack(self.PACK, "packs/one")
         assert (cipher.session, cipher.salt) == (SESSION, SALT)
-        assert ciphers.is_at_hand("packs/one")
+        assert ciphers.is_cached("packs/one")
         storage.delete("packs/one")
-        assert ciphers.of(self.PACK, "packs/one") is cipher
+        assert ciphers.for_pack(self.PACK, "packs/one") is cipher
 
     @pytest.mark.parametrize(
         "head",
@@ -198,17 +198,17 @@ class TestPackCiphers:
     def test_refuse_what_is_no_encrypted_pack(self, storage: LocalStorage, head: bytes) -> None:
         storage.write("packs/one", head)
         with pytest.raises(PackError):
-            PackCiphers(storage, OneSession()).of(self.PACK, "packs/one")
+            PackCiphers(storage, OneSession()).for_pack(self.PACK, "packs/one")
 
     def test_tell_of_a_pack_that_is_gone(self, storage: LocalStorage) -> None:
         with pytest.raises(NotFoundError):
-            PackCiphers(storage, OneSession()).of(self.PACK, "packs/one")
+            PackCiphers(storage, OneSession()).for_pack(self.PACK, "packs/one")
 
     def test_ask_again_for_a_session_that_did_not_open(self, storage: LocalStorage) -> None:
         class Failing(OneSession):
             fails = True
 
-            def session(self, session_id: bytes) -> Session:
+            def session(self, session_id: bytes) -> WriteSession:
                 if self.fails:
                     raise SessionError("not now")
                 return super().session(SessionId(session_id))
@@ -217,6 +217,6 @@ class TestPackCiphers:
         sessions = Failing()
         ciphers = PackCiphers(storage, sessions)
         with pytest.raises(SessionError):
-            ciphers.of(self.PACK, "packs/one")
+            ciphers.for_pack(self.PACK, "packs/one")
         sessions.fails = False
-        assert ciphers.of(self.PACK, "packs/one").session == SESSION
+        assert ciphers.for_pack(self.PACK, "packs/one").session == SESSION

@@ -14,7 +14,7 @@ from casfs.digest import Digest, PackId, digest_of, keyed_digest
 from casfs.errors import BlobError, CasfsError, KeyMissingError, PackError, SessionError
 from casfs.format.cipher import PackCipher
 from casfs.format.codec import BlobCodec, BlobKind
-from casfs.format.key_derivation import Domain, Session
+from casfs.format.key_derivation import DedupDomain, WriteSession
 from casfs.format.pack import (
     HEADER,
     PackEntry,
@@ -31,27 +31,27 @@ from casfs.store.writer import BlobWriter
 from tests.support.encryption import DOMAIN, REPOSITORY, SESSION
 from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
 
-SECOND = Domain(REPOSITORY, b"\x05" * 32)
-BOTH = Session(REPOSITORY, bytes(32), (DOMAIN, SECOND))
+SECOND = DedupDomain(REPOSITORY, b"\x05" * 32)
+BOTH = WriteSession(REPOSITORY, bytes(32), (DOMAIN, SECOND))
 PLAINS = [b"short", noise("one", 5000), b"text that shrinks " * 300]
 
 
-def keyed(plain: bytes, domain: Domain = DOMAIN) -> Digest:
+def keyed(plain: bytes, domain: DedupDomain = DOMAIN) -> Digest:
     return keyed_digest(plain, domain.digest_key)
 
 
 class Keys:
     """Sessions by id; `error` is raised for any other."""
 
-    def __init__(self, *sessions: Session) -> None:
+    def __init__(self, *sessions: WriteSession) -> None:
         self.sessions = {session.id: session for session in sessions}
         self.error: CasfsError = KeyMissingError("closed")
 
-    def session(self, session_id: bytes) -> Session:
+    def session(self, session_id: bytes) -> WriteSession:
         found = self.sessions.get(session_id)  # type: ignore[call-overload]
         if found is None:
             raise self.error
-        assert isinstance(found, Session)
+        assert isinstance(found, WriteSession)
         return found
 
 
@@ -74,7 +74,7 @@ def store(tmp_path: Path, keys: Keys) -> Iterator[BlobStore]:
     storage.close()
 
 
-def put(store: BlobStore, session: Session, *blobs: tuple[Digest, bytes]) -> None:
+def put(store: BlobStore, session: WriteSession, *blobs: tuple[Digest, bytes]) -> None:
     writer = BlobWriter(store, session=lambda: session)
     try:
         for digest, plain in blobs:
@@ -254,7 +254,7 @@ def test_a_host_that_cannot_read_keeps_what_it_knew_where_a_pack_is_gone(
     (tmp_path / pack_name(store.index.pack_id(location.pack))).unlink()
     closed = again(store, Keys())
     closed.reconcile()
-    assert closed.index.known([keyed(PLAINS[0]), keyed(PLAINS[1])]) == [False, True]
+    assert closed.index.are_stored([keyed(PLAINS[0]), keyed(PLAINS[1])]) == [False, True]
 
 
 def test_records_that_are_found_without_a_directory_tell_nothing_of_what_they_hold(

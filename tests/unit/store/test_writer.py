@@ -12,10 +12,10 @@ import pytest
 from casfs.digest import PackId, digest_of
 from casfs.errors import BlobError, StorageError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind, Codec
-from casfs.format.pack import RECORD
+from casfs.format.pack import BLOB_HEADER
 from casfs.index import index as index_module
 from casfs.index.index import Index
-from casfs.index.lmdb_env import Environment, Transaction
+from casfs.index.lmdb_env import LmdbEnv, Transaction
 from casfs.index.schema import IndexedPack
 from casfs.store import writer as writer_module
 from casfs.store.blob_store import BlobStore
@@ -85,7 +85,7 @@ class TestBlobs:
         ((_, size),) = store.stored_packs()
         overhead = 16 + 16 + stats.new_blobs * 44 + 64
         assert stats.new_stored_bytes == size - overhead
-        assert stats.new_stored_bytes < stats.new_plain_bytes + stats.new_blobs * RECORD.size
+        assert stats.new_stored_bytes < stats.new_plain_bytes + stats.new_blobs * BLOB_HEADER.size
 
     def test_beyond_the_greatest_size_are_refused_by_name(self, store: BlobStore) -> None:
         plain = bytes(MAX_PLAIN_BYTES + 1)
@@ -226,19 +226,19 @@ def test_a_pack_that_a_crash_left_half_in_the_index_is_completed_by_who_comes_ne
 ) -> None:
     monkeypatch.setattr(index_module, "_ADDED_AT_ONCE", 7)
     plains = blobs("a", 60)
-    write = Environment.write
+    write = LmdbEnv.write
     left = iter(range(4))
 
-    def interrupted(self: Environment, change: Callable[[Transaction], object]) -> object:
+    def interrupted(self: LmdbEnv, change: Callable[[Transaction], object]) -> object:
         if next(left, None) is None:
             raise InterruptedError("killed")
         return write(self, change)
 
     with open_store(tmp_path) as store:
-        monkeypatch.setattr(Environment, "write", interrupted)
+        monkeypatch.setattr(LmdbEnv, "write", interrupted)
         with pytest.raises(InterruptedError):
             store_blobs(store, plains)
-        monkeypatch.setattr(Environment, "write", write)
+        monkeypatch.setattr(LmdbEnv, "write", write)
         assert store.index.blob_count() == 4 * 7
         (pack,) = store.index.partial_packs()
         # While somebody else may be adding them, it is left alone.
@@ -283,7 +283,7 @@ class TestFailure:
         def fail(digests: object) -> list[bool]:
             raise RuntimeError("the index broke")
 
-        monkeypatch.setattr(store.index, "known", fail)
+        monkeypatch.setattr(store.index, "are_stored", fail)
         with pytest.raises(RuntimeError, match="the index broke"):
             store_blobs(store, blobs("a", 3))
 
@@ -293,7 +293,7 @@ class TestFailure:
         def fail(digests: object) -> list[bool]:
             raise RuntimeError("the index broke")
 
-        monkeypatch.setattr(store.index, "known", fail)
+        monkeypatch.setattr(store.index, "are_stored", fail)
         writer = BlobWriter(store)
         plain = noise("big", 3 << 20)
         for _ in range(2):
@@ -319,7 +319,7 @@ class TestFailure:
         with pytest.raises(MemoryError, match="nothing to compress into"):
             store_blobs(store, blobs("a", 100), pack_bytes=small_packs)
         assert temporaries(store) == []
-        assert not any(store.index.known([digest_of(bad)]))
+        assert not any(store.index.are_stored([digest_of(bad)]))
 
 
 class TestClosing:
@@ -333,7 +333,7 @@ class TestClosing:
         writer.close()
         writer.close()
         assert temporaries(store) == []
-        known = store.index.known(map(digest_of, plains))
+        known = store.index.are_stored(map(digest_of, plains))
         assert not all(known)
         assert {record.pack for record in store.index.packs()} == {
             pack for pack, _ in store.stored_packs()

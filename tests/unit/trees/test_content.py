@@ -14,9 +14,9 @@ from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
 from casfs.format.tree import MAX_FILE_BYTES
 from casfs.trees import content as content_module
 from casfs.trees.content import (
+    EXTENT,
     HOLE,
     MAX_INLINE_RECORDS,
-    RECORD,
     ContentReader,
     ContentWriter,
     Extent,
@@ -74,31 +74,31 @@ class TestShortLists:
         records = random_records(count)
         content, levels = write(memory, records)
         assert levels == 0
-        assert content == b"".join(RECORD.pack(*record) for record in records)
+        assert content == b"".join(EXTENT.pack(*record) for record in records)
         assert memory.blobs == {}
         assert list(ContentReader(content, 0, memory.read).extents()) == extents_of(records)
 
     def test_of_one_record_more_become_a_blob(self, memory: Memory) -> None:
         records = random_records(MAX_INLINE_RECORDS + 1)
         content, levels = write(memory, records)
-        assert (len(content), levels) == (RECORD.size, 1)
+        assert (len(content), levels) == (EXTENT.size, 1)
         assert memory.kinds == {BlobKind.CONTENT: 1}
-        assert list(memory.blobs.values()) == [b"".join(RECORD.pack(*r) for r in records)]
-        assert RECORD.unpack(content)[0] == sum(length for length, _ in records)
+        assert list(memory.blobs.values()) == [b"".join(EXTENT.pack(*r) for r in records)]
+        assert EXTENT.unpack(content)[0] == sum(length for length, _ in records)
 
 
 class TestLongLists:
     def test_come_back_whole(self, memory: Memory, many: Records) -> None:
         content, levels = write(memory, many)
         assert levels == 2
-        assert len(content) <= MAX_INLINE_RECORDS * RECORD.size
+        assert len(content) <= MAX_INLINE_RECORDS * EXTENT.size
         assert list(ContentReader(content, levels, memory.read).extents()) == extents_of(many)
 
     def test_have_pieces_within_the_bounds(self, memory: Memory, many: Records) -> None:
         content, _ = write(memory, many)
         upper = [memory.read(Digest(digest)) for _, digest in parse_records(content)]
         lower = [
-            len(memory.read(Digest(digest))) // RECORD.size
+            len(memory.read(Digest(digest))) // EXTENT.size
             for piece in upper
             for _, digest in parse_records(piece)
         ]
@@ -136,7 +136,7 @@ class TestLongLists:
     def test_of_one_chunk_again_and_again_are_split_all_the_same(self, memory: Memory) -> None:
         records = [(4 << 20, b"\x01" * 32)] * 20_000
         assert list(reader_of(memory, records).extents()) == extents_of(records)
-        assert max(map(len, memory.blobs.values())) == 8192 * RECORD.size
+        assert max(map(len, memory.blobs.values())) == 8192 * EXTENT.size
 
     def test_of_holes_are_split_all_the_same(self, memory: Memory) -> None:
         records = [(4096, HOLE), (4096, b"\x01" * 31 + b"\x02")] * 10_000
@@ -153,7 +153,7 @@ class TestLongLists:
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert sum(sizes) > MANY * RECORD.size
+        assert sum(sizes) > MANY * EXTENT.size
         assert peak < 2_000_000
 
 
@@ -208,12 +208,12 @@ class TestLevels:
 
 class TestLies:
     def list_blob(self, memory: Memory, *records: tuple[int, bytes]) -> bytes:
-        return memory.keep(b"".join(RECORD.pack(*record) for record in records))
+        return memory.keep(b"".join(EXTENT.pack(*record) for record in records))
 
     def test_about_the_length_of_a_list_are_found(self, memory: Memory) -> None:
         digest = self.list_blob(memory, (10, b"\x01" * 32), (20, b"\x02" * 32))
         for told in (29, 31, 1 << 40):
-            reader = ContentReader(RECORD.pack(told, digest), 1, memory.read)
+            reader = ContentReader(EXTENT.pack(told, digest), 1, memory.read)
             with pytest.raises(TreeError, match="length that is recorded"):
                 list(reader.extents())
 
@@ -223,36 +223,36 @@ class TestLies:
             parse_records(bytes(size))
         digest = memory.keep(b"\x01" * size)
         with pytest.raises(TreeError):
-            list(ContentReader(RECORD.pack(5, digest), 1, memory.read).extents())
+            list(ContentReader(EXTENT.pack(5, digest), 1, memory.read).extents())
         with pytest.raises(TreeError):
-            list(ContentReader(RECORD.pack(5, digest), 1, memory.read).blobs())
+            list(ContentReader(EXTENT.pack(5, digest), 1, memory.read).blobs())
 
     def test_of_an_empty_extent_are_found(self) -> None:
         with pytest.raises(TreeError, match="empty extent"):
-            parse_records(RECORD.pack(5, b"\x01" * 32) + RECORD.pack(0, b"\x01" * 32))
+            parse_records(EXTENT.pack(5, b"\x01" * 32) + EXTENT.pack(0, b"\x01" * 32))
 
     def test_of_more_bytes_than_any_file_has_are_found(self) -> None:
-        half = RECORD.pack(MAX_FILE_BYTES // 2 + 1, b"\x01" * 32)
+        half = EXTENT.pack(MAX_FILE_BYTES // 2 + 1, b"\x01" * 32)
         assert len(parse_records(half)) == 1
         with pytest.raises(TreeError, match="impossible file size"):
             parse_records(half * 2)
         with pytest.raises(TreeError, match="impossible file size"):
-            parse_records(RECORD.pack((1 << 64) - 1, HOLE))
+            parse_records(EXTENT.pack((1 << 64) - 1, HOLE))
 
     def test_of_an_empty_list_are_found(self, memory: Memory) -> None:
-        reader = ContentReader(RECORD.pack(5, memory.keep(b"")), 1, memory.read)
+        reader = ContentReader(EXTENT.pack(5, memory.keep(b"")), 1, memory.read)
         with pytest.raises(TreeError):
             list(reader.extents())
 
     def test_of_a_hole_in_place_of_a_list_are_found(self, memory: Memory) -> None:
-        reader = ContentReader(RECORD.pack(5, HOLE), 1, memory.read)
+        reader = ContentReader(EXTENT.pack(5, HOLE), 1, memory.read)
         with pytest.raises(BlobError):
             list(reader.extents())
 
     def test_about_the_levels_end_in_an_error_and_not_in_wrong_bytes(self, memory: Memory) -> None:
         chunk = memory.keep(b"the bytes of a chunk")
         with pytest.raises(TreeError):
-            list(ContentReader(RECORD.pack(20, chunk), 1, memory.read).extents())
+            list(ContentReader(EXTENT.pack(20, chunk), 1, memory.read).extents())
 
     def test_about_a_chunk_larger_than_any_blob_are_found(self) -> None:
         check_chunk_length(Extent(0, MAX_PLAIN_BYTES, digest_of(b"")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from casfs.errors import TreeError
-from casfs.format.tree import MAX_DEPTH, Kind, Node, State, replace
+from casfs.format.tree import MAX_DEPTH, CaptureState, Node, NodeType, replace
 from casfs.trees.reader import flagged_below, flagged_files, is_flagged
 from tests.support.builders import Grove, Plan, entry, file, flagged, reference
 
@@ -19,7 +19,7 @@ def test_flagged_files_are_found_at_every_depth_and_in_order() -> None:
     root = grove.plant(
         {
             b"a": {b"b": {b"deep": flagged(file(b""))}, b"stable": b"x"},
-            b"also": replace(file(b"", b"x"), state=State.APPENDED),
+            b"also": replace(file(b"", b"x"), state=CaptureState.APPENDED),
             b"log": flagged(file(b"", b"x")),
             b"z": {b"last": flagged(file(b""))},
         }
@@ -68,7 +68,7 @@ def test_a_file_that_is_asked_for_itself_is_told_only_if_it_is_flagged() -> None
 
 
 def test_the_state_of_what_is_no_file_means_nothing() -> None:
-    assert not is_flagged(entry(b"fifo", Kind.FIFO, state=State.CHANGED))
+    assert not is_flagged(entry(b"fifo", NodeType.FIFO, state=CaptureState.CHANGED))
 
 
 def test_the_number_below_an_entry_is_known_without_reading() -> None:

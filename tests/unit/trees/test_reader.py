@@ -11,9 +11,9 @@ from casfs.errors import BlobError, TreeError
 from casfs.format.tree import (
     MAX_PIECE_LEVELS,
     Branch,
-    Kind,
     Leaf,
     Node,
+    NodeType,
     PieceRef,
     TreeRef,
     encode_piece,
@@ -56,7 +56,7 @@ class TestSplitDirectories:
     def test_are_one_sorted_list(self, grove: Grove, split: Node) -> None:
         names = [node.name for node in grove.trees.nodes(tree_of(split))]
         assert names == [b"%03d" % number for number in range(0, 400, 2)]
-        assert grove.trees.single(tree_of(split)) is None
+        assert grove.trees.unsplit_entries(tree_of(split)) is None
         leaves = list(grove.trees.leaves(tree_of(split)))
         assert len(leaves) >= 40
         assert all(before[-1].name < behind[0].name for before, behind in pairwise(leaves))
@@ -186,14 +186,14 @@ class TestHostileTrees:
         with pytest.raises(TreeError):
             list(reader.nodes(ref))
         with pytest.raises(TreeError):
-            reader.single(ref)
+            reader.unsplit_entries(ref)
         with pytest.raises(TreeError):
             reader.lookup(ref, b"m")
         with pytest.raises(TreeError):
             reader.piece(ref)
 
     def test_that_are_missing_are_told_by_the_store(self, memory: Memory) -> None:
-        lost = entry(b"", Kind.DIRECTORY, tree=TreeRef(b"\x07" * 32, 1, 0, 0))
+        lost = entry(b"", NodeType.DIRECTORY, tree=TreeRef(b"\x07" * 32, 1, 0, 0))
         with pytest.raises(BlobError):
             list(TreeReader(memory.read).walk(lost))
 

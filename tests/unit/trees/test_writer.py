@@ -14,14 +14,14 @@ from casfs.errors import TreeError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
 from casfs.format.tree import (
     Branch,
-    Extra,
-    Kind,
     Leaf,
     Node,
+    NodeExtra,
+    NodeType,
     TreeRef,
     decode_piece,
     replace,
-    summary_of,
+    subtree_summary,
 )
 from casfs.trees import writer as writer_module
 from casfs.trees.reader import TreeReader
@@ -91,11 +91,11 @@ class TestSmallDirectories:
         below = TreeRef(b"\x07" * 32, 5, 100, 1)
         nodes = [
             file(b"a", b"12345"),
-            entry(b"b", Kind.DIRECTORY, tree=below),
+            entry(b"b", NodeType.DIRECTORY, tree=below),
             flagged(file(b"c", b"123")),
         ]
         ref = write(memory, nodes)
-        assert (ref.nodes, ref.total_bytes, ref.flagged) == summary_of(nodes) == (8, 108, 2)
+        assert (ref.nodes, ref.total_bytes, ref.flagged) == subtree_summary(nodes) == (8, 108, 2)
 
     def test_have_the_same_tree_for_the_same_entries(self, memory: Memory) -> None:
         assert write(memory, numbered(10)) == write(Memory(), numbered(10))
@@ -176,7 +176,7 @@ class TestBigDirectories:
         assert [type(piece) for piece in pieces_of(memory, ref)] == [Leaf]
 
     def test_with_big_attributes_are_split_by_their_size(self, memory: Memory) -> None:
-        big = Extra(((b"user.big", bytes(60_000)),))
+        big = NodeExtra(((b"user.big", bytes(60_000)),))
         nodes = [replace(node, extra=big) for node in numbered(300)]
         ref = write(memory, nodes)
         leaves = [piece for piece in pieces_of(memory, ref) if isinstance(piece, Leaf)]
