@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from casfs.display import escape_path
 from casfs.errors import BlobError, IntegrityError, ReflinkError
 from casfs.format.tree import CaptureState, ChangeReason, Node, capture_of, captured_digest
 from casfs.monitor import Problem, ProblemKind
@@ -53,6 +54,17 @@ def missing_sources(sources: Iterable[bytes], error: OSError) -> Iterator[Proble
         message = f"this source cannot be read: {error.strerror or error}"
     for source in sources:
         yield Problem(ProblemKind.MISSING_SOURCE, source, message)
+
+
+def source_left_out(source: bytes, reason: str) -> Problem:
+    """Return the problem of a named source that an option leaves out; `reason` is a clause."""
+    return Problem(ProblemKind.LEFT_OUT, source, f"this source is left out: {reason}")
+
+
+def marked_source(path: bytes, marker: bytes) -> Problem:
+    """Return the problem of a named directory that holds a marker."""
+    message = f"all that is in this source is left out, because it holds {escape_path(marker)}"
+    return Problem(ProblemKind.LEFT_OUT, path, message)
 
 
 def silent_change(path: bytes, before: Node, now: Node) -> Problem:

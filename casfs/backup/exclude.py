@@ -7,9 +7,12 @@ and `*.o` names it anywhere.
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 
-from casfs.patterns import Pattern, PatternMatcher
+from casfs.display import escape_path
+from casfs.paths import normalize_source_path, split
+from casfs.patterns import Pattern, PatternMatcher, show_pattern
 
 CACHEDIR_TAG = b"CACHEDIR.TAG"
 CACHEDIR_SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"
@@ -29,8 +32,29 @@ class Exclusions:
         """Return the matcher of the patterns, or None where there are none."""
         return PatternMatcher(self.patterns) if self.patterns else None
 
+    def reason_against(self, source: bytes, matcher: PatternMatcher | None) -> str | None:
+        """Return why a named source is left out, as a clause; None where it is not or does not exist."""
+        try:
+            st = os.lstat(source)
+        except OSError:
+            return None
+        if matcher is not None:
+            path = b"/".join(split(normalize_source_path(source)))
+            found = matcher.select(path, stat.S_ISDIR(st.st_mode))
+            if found is not None:
+                what = "it" if found.path == path else f"{escape_path(found.path)} above it"
+                return f"the pattern '{show_pattern(found.pattern.text)}' matches {what}"
+        if self.excludes_file(st):
+            return f"it is larger than {self.larger_than} bytes"
+        return None
+
+    def excludes_file(self, st: os.stat_result) -> bool:
+        """Return whether an entry is a regular file that is too large."""
+        limit = self.larger_than
+        return limit is not None and st.st_size > limit and stat.S_ISREG(st.st_mode)
+
     def marker_of(self, names: list[bytes], fd: int) -> bytes | None:
-        """Return the name of the file that excludes a directory's other entries, or None."""
+        """Return the name of the entry that excludes a directory's other entries, or None."""
         if self.caches and CACHEDIR_TAG in names and _has_signature(fd):
             return CACHEDIR_TAG
         for name in self.if_present:

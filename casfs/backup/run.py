@@ -32,10 +32,11 @@ from casfs.backup.walker import NewTree, Walker, WalkStats
 from casfs.digest import SnapshotId
 from casfs.display import escape_path
 from casfs.errors import IntegrityError, NotFoundError, RefusedError
-from casfs.format.snapshot import Snapshot, SnapshotStats
+from casfs.format.snapshot import Snapshot, SnapshotStats, require_encodable
 from casfs.format.tree import Node, NodeType, TreeRef, replace
 from casfs.monitor import Monitor
 from casfs.paths import normalize_source_path
+from casfs.problems import source_left_out
 from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter, WriteStats
 from casfs.trees.writer import TreeWriter
@@ -46,7 +47,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_OWNER_NAMES = 65_536
-"""Names of owners kept in one snapshot; beyond it numbers have to do."""
+MAX_OWNER_NAMES_BYTES = 2 * 1024 * 1024
+"""Names of users, and of groups, kept in one snapshot; beyond either limit numbers have to do."""
+
+_OWNER_BYTES = 16
+"""What an owner takes in a snapshot's file besides the name, at most."""
+
+_ROOM_BYTES = 2 * MAX_OWNER_NAMES_BYTES + 1024 * 1024
+"""What a snapshot's file takes besides what is known before the sources are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,29 +95,36 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
     """Read the sources and publish a snapshot of them.
 
     Problems of single entries go to `monitor` and into the counts. Raises NotFoundError where no source
-    exists, and what the repository raises; nothing is published then.
+    exists or all are left out, UsageError where the snapshot's file could not hold all paths, and what the
+    repository raises; nothing is published then.
     """
     began = time.monotonic()
-    _require_a_source(options, repository.root)
-    time_ns = options.time_ns if options.time_ns is not None else time.time_ns()
+    sources = _included_sources(options, monitor)
+    _require_a_source(sources, repository.root)
+    draft = Snapshot(
+        root=Node(b"", NodeType.DIRECTORY, 0, 0, 0, 0, 0, 0, 1),
+        time_ns=options.time_ns if options.time_ns is not None else time.time_ns(),
+        host=options.host,
+        user=_user_name(),
+        paths=_kept_paths(options),
+        tags=options.tags,
+        program=f"casfs {__version__}",
+    )
+    # A snapshot that could not be published is refused before anything is stored.
+    require_encodable(draft, _ROOM_BYTES)
     parent = _find_parent(repository, options)
-    backup = _Backup(repository, options, monitor)
+    backup = _Backup(repository, options, sources, monitor)
     try:
         root = backup.read(parent)
     finally:
         backup.close()
     stats, stored = backup.stats, backup.stored
-    snapshot = Snapshot(
+    snapshot = replace(
+        draft,
         root=root,
-        time_ns=time_ns,
-        host=options.host,
-        user=_user_name(),
-        paths=_kept_paths(options),
-        tags=options.tags,
-        users=_names(backup.uids, lambda number: pwd.getpwuid(number).pw_name),
-        groups=_names(backup.gids, lambda number: grp.getgrgid(number).gr_name),
+        users=_owner_names(backup.uids, lambda number: pwd.getpwuid(number).pw_name),
+        groups=_owner_names(backup.gids, lambda number: grp.getgrgid(number).gr_name),
         parent=parent[0] if parent is not None else None,
-        program=f"casfs {__version__}",
         stats=SnapshotStats(
             files=stats.files,
             directories=stats.directories,
@@ -145,12 +160,35 @@ def _find_parent(
     return newest
 
 
-def _require_a_source(options: BackupOptions, root: Path) -> None:
-    """Raise NotFoundError where there is nothing to back up; a part that is missing is a problem."""
-    if options.stdin_name is not None:
+def _included_sources(options: BackupOptions, monitor: Monitor) -> tuple[bytes, ...]:
+    """Return the named sources without those that options leave out, which are reported.
+
+    Raises NotFoundError where none is left.
+    """
+    matcher = options.exclusions.matcher()
+    reasons = {
+        source: reason
+        for source in options.paths
+        if (reason := options.exclusions.reason_against(source, matcher)) is not None
+    }
+    included = tuple(source for source in options.paths if source not in reasons)
+    if reasons and not included:
+        source, reason = next(iter(reasons.items()))
+        what = f"{escape_path(source)} is left out"
+        if len(reasons) > 1:
+            what = f"all sources are left out, as {escape_path(source)}"
+        raise NotFoundError(f"{what}: {reason}; nothing was published")
+    for source, reason in reasons.items():
+        monitor.problem(source_left_out(source, reason))
+    return included
+
+
+def _require_a_source(sources: tuple[bytes, ...], root: Path) -> None:
+    """Raise NotFoundError where none of the sources exists; one that does not is a problem."""
+    if not sources:
         return
-    errors = {path: error for path in options.paths if (error := _owner_names(path)) is not None}
-    found = [path for path in options.paths if path not in errors]
+    errors = {path: error for path in sources if (error := _lstat_error(path)) is not None}
+    found = [path for path in sources if path not in errors]
     if any(not (os.path.exists(path) and os.path.samefile(path, root)) for path in found):
         return
     if found:
@@ -160,13 +198,13 @@ def _require_a_source(options: BackupOptions, root: Path) -> None:
             raise NotFoundError(
                 f"{escape_path(path)} cannot be read: {error.strerror}; nothing was published"
             )
-    names = ", ".join(escape_path(path) for path in options.paths[:3])
-    more = ", …" if len(options.paths) > 3 else ""
-    verb = "do not exist" if len(options.paths) > 1 else "does not exist"
+    names = ", ".join(escape_path(path) for path in sources[:3])
+    more = ", …" if len(sources) > 3 else ""
+    verb = "do not exist" if len(sources) > 1 else "does not exist"
     raise NotFoundError(f"{names}{more} {verb}; nothing was published")
 
 
-def _owner_names(path: bytes) -> OSError | None:
+def _lstat_error(path: bytes) -> OSError | None:
     """Return why nothing can be known of what a path names, or None."""
     try:
         os.lstat(path)
@@ -184,13 +222,20 @@ def _kept_paths(options: BackupOptions) -> tuple[bytes, ...]:
 class _Backup:
     """The reading of one backup's sources: the walk, and a last look at what it flagged."""
 
-    def __init__(self, repository: Repository, options: BackupOptions, monitor: Monitor) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        options: BackupOptions,
+        sources: tuple[bytes, ...],
+        monitor: Monitor,
+    ) -> None:
         self.stats = WalkStats()
         self.stored = WriteStats()
         self.uids: set[int] = set()
         self.gids: set[int] = set()
         self._repository = repository
         self._options = options
+        self._sources = sources
         self._monitor = monitor
         self._freezer = Reflinker(options.freeze)
         self._patience = RetryBudget(options.patience_s)
@@ -201,7 +246,7 @@ class _Backup:
         options = self._options
         # A dry run stores no trees that could be read again.
         looks_again = options.attempts > 1 and options.patience_s > 0 and not options.dry_run
-        place = build_source_tree(list(options.paths))
+        place = build_source_tree(list(self._sources))
         root = self._written(lambda writer: self._walk(writer, place, parent, not looks_again))
         if looks_again and root.tree is not None and root.tree.flagged:
             self._patience.release_reserve()
@@ -320,13 +365,18 @@ def _single_tree(walker: Walker, node: Node) -> TreeRef:
     return tree.finish()
 
 
-def _names(numbers: set[int], name_of: Callable[[int], str]) -> tuple[tuple[int, str], ...]:
-    found = []
+def _owner_names(numbers: set[int], name_of: Callable[[int], str]) -> tuple[tuple[int, str], ...]:
+    found: list[tuple[int, str]] = []
+    room_bytes = MAX_OWNER_NAMES_BYTES
     for number in sorted(numbers)[:MAX_OWNER_NAMES]:
         try:
-            found.append((number, _unicode(name_of(number))))
+            name = _unicode(name_of(number))
         except (KeyError, OverflowError):
             continue
+        room_bytes -= _OWNER_BYTES + len(name.encode())
+        if room_bytes < 0:
+            break
+        found.append((number, name))
     return tuple(found)
 
 

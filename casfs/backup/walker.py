@@ -40,6 +40,7 @@ from casfs.monitor import Monitor
 from casfs.paths import join
 from casfs.problems import (
     backup_failed,
+    marked_source,
     missing_sources,
     repository_excluded,
     silent_change,
@@ -148,6 +149,7 @@ class Walker:
         if root.is_source:
             fd = open_directory(None, root.source, follow=True)
             frame = self._open_frame(node, b"", fd, st, tree, root)
+            self._report_marker(frame)
         else:
             frame = self._source_frame(node, b"", root, tree)
         return self._run(frame)
@@ -282,9 +284,13 @@ class Walker:
             else:
                 where = fd if fd >= 0 else proc_fd_path(frame.fd, name)
                 node = make_node(name, st, NodeType.DIRECTORY, read_xattrs(where))
-            return self._open_frame(
+            child = self._open_frame(
                 node, path, fd, st, previous.tree if previous is not None else None
             )
+            if frame.marker is not None:
+                # Only a marker gets here, and one that is a directory marks without what is in it.
+                child.names = iter(())
+            return child
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -357,7 +363,9 @@ class Walker:
                 if os.path.samestat(st, self._repository_stat):
                     self._monitor.problem(repository_excluded(path))
                     return None
-                return self._enter_directory(parent, name, path, st, previous, 1)
+                child = self._enter_directory(parent, name, path, st, previous, 1)
+                self._report_marker(child)
+                return child
             if kind != NodeType.DIRECTORY:
                 raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
             tree = previous.tree if previous is not None else None
@@ -373,6 +381,11 @@ class Walker:
             return None
         finally:
             os.close(above)
+
+    def _report_marker(self, frame: _Frame | None) -> None:
+        """Report a named directory of which a marker leaves out everything else."""
+        if frame is not None and frame.marker is not None:
+            self._monitor.problem(marked_source(frame.path, frame.marker))
 
     def _add_entry(
         self,
@@ -462,8 +475,7 @@ class Walker:
             return True
         if not self._has_excludes:
             return False
-        limit = self._exclusions.larger_than
-        if limit is not None and st.st_size > limit and node_type(st) == NodeType.FILE:
+        if self._exclusions.excludes_file(st):
             return True
         return self._matcher is not None and self._matcher.matches(path, is_directory)
 

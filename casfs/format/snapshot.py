@@ -88,21 +88,31 @@ def encode_snapshot(
     Raises UsageError for one that no reader would accept: with too many paths, or with text that is not
     Unicode.
     """
-    try:
-        plain = _encoder.encode(snapshot)
-    except UnicodeEncodeError as error:
-        raise UsageError(f"the host, user or tag {error.object!r} is not UTF-8") from error
-    if len(plain) > MAX_PLAIN_BYTES:
-        raise UsageError(
-            f"the snapshot's paths and other circumstances take {len(plain)} bytes where "
-            f"{MAX_PLAIN_BYTES} are allowed; name fewer paths"
-        )
+    plain = _encode(snapshot, MAX_PLAIN_BYTES)
     ((kind, payload),) = codec.encode_many([plain])
     if session is None:
         data = HEADER.pack(MAGIC, SNAPSHOT_VERSION, kind, 0, len(plain)) + bytes(payload)
     else:
         data = _encrypted(snapshot, session, _INNER.pack(kind, len(plain)) + bytes(payload))
     return SnapshotId(digest_of(data)), data
+
+
+def require_encodable(snapshot: Snapshot, room_bytes: int) -> None:
+    """Raise UsageError for a snapshot that could not be encoded if it took some more bytes."""
+    _encode(snapshot, MAX_PLAIN_BYTES - room_bytes)
+
+
+def _encode(snapshot: Snapshot, max_bytes: int) -> bytes:
+    try:
+        plain = _encoder.encode(snapshot)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the host, user or tag {error.object!r} is not UTF-8") from error
+    if len(plain) > max_bytes:
+        raise UsageError(
+            f"the snapshot's paths and other circumstances take {len(plain)} bytes where "
+            f"{max_bytes} are allowed; name fewer paths"
+        )
+    return plain
 
 
 def read_envelope(snapshot_id: SnapshotId, data: bytes) -> Envelope | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,6 +31,20 @@ def files(casfs: Casfs, snapshot: str = "latest") -> set[str]:
     """Return every path of a snapshot that is not a directory."""
     nodes = casfs.json("ls", snapshot).of_type("node")
     return {node["path"].lstrip("/") for node in nodes if node["kind"] != "dir"}
+
+
+def german_latin1(folder: Path) -> Path:
+    """Return a LOCPATH with a German locale whose characters are Latin-1; skip where none can be made."""
+    made = folder / "locales"
+    made.mkdir()
+    command = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(made / "de_DE")]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("needs localedef")
+    if done.returncode != 0:
+        pytest.skip(f"no German locale can be made: {os.fsdecode(done.stderr).strip()}")
+    return made
 
 
 @pytest.fixture
@@ -312,6 +327,104 @@ class TestLeavingOut:
         assert "nowhere" in result.complaint
         assert repository.json("snapshots").objects == []
 
+    @pytest.mark.parametrize(
+        ("patterns", "kept"),
+        [
+            (["*", "!*/", "!*.c"], {"src/main.c"}),
+            (
+                ["build/**", "!build/keep.txt"],
+                {"build/keep.txt", "src/build/output.o", "src/main.c", "src/main.o"},
+            ),
+            (["!*", "src"], {"build/output.o", "build/keep.txt"}),
+            (["[[:alpha:]]*"], set()),
+            (["./build", "./main.c"], {"src/build/output.o", "src/main.c", "src/main.o"}),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_excludes_mean_what_git_means(
+        self, repository: Casfs, garden: Path, patterns: list[str], kept: set[str]
+    ) -> None:
+        options = [word for pattern in patterns for word in ("--exclude", pattern)]
+        repository.backup(*options, ".", cwd=garden)
+        found = files(repository)
+        assert {name for name in found if name.startswith(("src/", "build/"))} - {
+            "src/deep/er/still.log"
+        } == kept
+
+    @pytest.mark.parametrize("pattern", ["garden", "/garden/", "garden/build"])
+    def test_a_source_that_is_excluded_fails_the_backup(
+        self, repository: Casfs, garden: Path, pattern: str
+    ) -> None:
+        repository.refuses(
+            *("backup", "--exclude", pattern, "garden/build"),
+            cwd=garden.parent,
+            mentions=["garden/build is left out", f"'{pattern}'", "nothing was published"],
+        )
+        assert repository.json("snapshots").objects == []
+
+    def test_excluded_sources_among_others_are_reported(
+        self, repository: Casfs, garden: Path
+    ) -> None:
+        options = ("--exclude", "build", "--exclude-larger-than", "1M")
+        found = repository.json("backup", *options, "build", "src", "huge.bin", cwd=garden)
+        problems = {problem["path"]: problem["message"] for problem in found.of_type("problem")}
+        assert problems == {
+            "build": "this source is left out: the pattern 'build' matches it",
+            "huge.bin": "this source is left out: it is larger than 1048576 bytes",
+        }
+        assert files(repository) == {"src/main.c", "src/main.o", "src/deep/er/still.log"}
+
+    @pytest.mark.parametrize(
+        "locale",
+        [
+            {"LC_ALL": "C.UTF-8"},
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            {"LC_ALL": "de_DE", "PYTHONUTF8": "0"},
+        ],
+        ids=["UTF-8", "ASCII", "Latin-1"],
+    )
+    def test_patterns_with_umlauts_match_in_every_locale(
+        self, repository: Casfs, garden: Path, tmp_path: Path, locale: dict[str, str]
+    ) -> None:
+        if locale["LC_ALL"] == "de_DE":
+            locale = locale | {"LOCPATH": str(german_latin1(tmp_path))}
+        for name in ("bücher", "bücher.txt", "größe.o", "büro"):
+            (garden / name).write_bytes(b"x")
+        rules = tmp_path / "rules"
+        rules.write_bytes("bü*er*\n[g]röße.o\n".encode())
+        options = ("--exclude-file", rules, "--exclude", "büro")
+        repository.run("backup", *options, garden, env=locale)
+        assert not [name for name in below(repository, garden) if "ü" in name or "ö" in name]
+
+    @pytest.mark.parametrize(
+        ("rules", "mentions"),
+        [
+            (b"*.o\n[a\n", ["line 2 of", "'['"]),
+            ("*.o\n".encode("utf-16"), ["UTF-8"]),
+            (b"a\\\n", ["line 1 of", "backslash"]),
+        ],
+        ids=["bracket", "UTF-16", "backslash"],
+    )
+    def test_exclude_file_that_cannot_mean_anything_ends_the_backup(
+        self,
+        repository: Casfs,
+        garden: Path,
+        tmp_path: Path,
+        rules: bytes,
+        mentions: list[str],
+    ) -> None:
+        (tmp_path / "rules").write_bytes(rules)
+        options = ("--exclude-file", tmp_path / "rules", garden)
+        repository.refuses("backup", *options, expect=2, mentions=mentions)
+        assert repository.json("snapshots").objects == []
+
+    def test_exclude_takes_a_name_that_begins_like_a_comment(
+        self, repository: Casfs, garden: Path
+    ) -> None:
+        (garden / "#recycle").mkdir()
+        self.left_out(repository, garden, "--exclude", "#recycle")
+        assert "#recycle" not in below(repository, garden)
+
     def test_exclude_caches_goes_by_the_signature(self, repository: Casfs, garden: Path) -> None:
         gone = self.left_out(repository, garden, "--exclude-caches")
         assert gone - {"cache/CACHEDIR.TAG"} == {"cache/thing"}
@@ -319,6 +432,35 @@ class TestLeavingOut:
     def test_exclude_if_present_goes_by_a_name(self, repository: Casfs, garden: Path) -> None:
         gone = self.left_out(repository, garden, "--exclude-if-present", ".nobackup")
         assert gone - {"private/.nobackup"} == {"private/diary", "private/more/diary"}
+
+    def test_exclude_if_present_with_a_directory_keeps_it_empty(
+        self, repository: Casfs, garden: Path
+    ) -> None:
+        (garden / "docs" / ".git" / "objects").mkdir(parents=True)
+        (garden / "docs" / ".git" / "config").write_bytes(b"x")
+        gone = self.left_out(repository, garden, "--exclude-if-present", ".git")
+        assert gone == {"docs/a.md", "docs/b.md", "docs/drafts/c.md"}
+        kept = below(repository, garden)
+        assert {name for name in kept if name.startswith("docs")} == {"docs", "docs/.git"}
+
+    def test_exclude_if_present_in_a_source_itself_is_reported(
+        self, repository: Casfs, garden: Path
+    ) -> None:
+        found = repository.json(
+            "backup", "--exclude-if-present", ".nobackup", "private", cwd=garden
+        )
+        assert [problem["path"] for problem in found.of_type("problem")] == ["private"]
+        assert files(repository) == {"private/.nobackup"}
+
+    @pytest.mark.parametrize("name", ["", ".git/", "a/b", ".."])
+    def test_exclude_if_present_refuses_what_is_no_name(
+        self, repository: Casfs, garden: Path, name: str
+    ) -> None:
+        repository.refuses(
+            *("backup", "--exclude-if-present", name, garden),
+            expect=2,
+            mentions=["plain file name"],
+        )
 
     def test_exclude_larger_than_goes_by_the_size(self, repository: Casfs, garden: Path) -> None:
         assert self.left_out(repository, garden, "--exclude-larger-than", "1024") == {
@@ -397,6 +539,48 @@ class TestSourcesFromElsewhere:
         )
         assert "nowhere" in result.complaint
         assert files(repository) == {"keep.txt"}
+
+    def test_files_from_has_no_comments(self, repository: Casfs, garden: Path) -> None:
+        (garden / "# c").write_bytes(b"x")
+        repository.backup("--files-from", "-", cwd=garden, stdin=b"# c\nkeep.txt\n")
+        assert files(repository) == {"# c", "keep.txt"}
+        words = repository.run("backup", "--help").text.split()
+        assert "Each line is a path, one with # too." in " ".join(words)
+
+    def test_files_from_may_begin_with_a_byte_order_mark(
+        self, repository: Casfs, garden: Path
+    ) -> None:
+        repository.backup("--files-from", "-", cwd=garden, stdin=b"\xef\xbb\xbfkeep.txt\n")
+        assert files(repository) == {"keep.txt"}
+
+    def test_files_from_with_nul_suggests_the_option_for_it(
+        self, repository: Casfs, garden: Path
+    ) -> None:
+        repository.refuses(
+            *("backup", "--files-from", "-"),
+            cwd=garden,
+            stdin=b"keep.txt\0docs\0",
+            expect=2,
+            mentions=["NUL", "-0", "standard input"],
+        )
+        repository.refuses(
+            *("backup", "-0", "docs"), cwd=garden, expect=2, mentions=["--files-from"]
+        )
+
+    def test_more_paths_than_a_snapshot_can_hold_are_refused_before_anything_is_stored(
+        self, repository: Casfs, garden: Path
+    ) -> None:
+        assert repository.repository is not None
+        before = sorted((repository.repository / "packs").rglob("*"))
+        paths = b"".join(b"docs/%08d" % n + b"x" * 200 + b"\n" for n in range(60_000))
+        repository.refuses(
+            *("backup", "--files-from", "-"),
+            cwd=garden,
+            stdin=b"docs/a.md\n" + paths,
+            expect=2,
+            mentions=["name fewer paths"],
+        )
+        assert sorted((repository.repository / "packs").rglob("*")) == before
 
     def test_files_from_an_empty_list_publishes_nothing(
         self, repository: Casfs, garden: Path

@@ -110,6 +110,17 @@ class TestIncludeAndExclude:
                 ("--include", "documents", "--exclude", "letters"),
                 {"documents/report.txt"},
             ),
+            (("--exclude", "*", "--exclude", "!*/", "--exclude", "!*.raw"), {"pictures/photo.raw"}),
+            (("--exclude", "/documents/**"), ALL),
+            (
+                ("--exclude", "**/documents/**", "--exclude", "!report.txt"),
+                ALL - {"documents/letters/to-anna.txt"},
+            ),
+            (
+                ("--exclude", "!*", "--exclude", "documents"),
+                {"readme.txt", "link", "pictures/photo.raw"},
+            ),
+            (("--include", "[[:alpha:]]eadme.txt"), {"readme.txt"}),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )
@@ -119,12 +130,32 @@ class TestIncludeAndExclude:
         kept.run("restore", "latest", "--target", target, *options)
         assert names(target / "source") == expected
 
-    def test_of_nothing_restores_nothing(self, kept: Casfs, target: Path) -> None:
-        result = kept.run(
-            "restore", "latest", "--target", target, "--include", "no such name", expect=None
+    def test_include_of_nothing_fails(self, kept: Casfs, target: Path) -> None:
+        kept.refuses(
+            *("restore", "latest", "--target", target, "--include", "no such name"),
+            mentions=["nothing matches --include 'no such name'", "nothing was restored"],
         )
-        assert result.exit in (0, 1), result
         assert not target.exists() or names(target) == set()
+
+    def test_a_pattern_that_matches_nothing_is_reported(self, kept: Casfs, target: Path) -> None:
+        options = ("--include", "readme.txt", "--include", "*.doc", "--exclude", "*.tmp")
+        result = kept.json("restore", "latest", "--target", target, *options)
+        problems = [(p["kind"], p["option"], p["pattern"]) for p in result.of_type("problem")]
+        assert problems == [
+            ("unmatched pattern", "--include", "*.doc"),
+            ("unmatched pattern", "--exclude", "*.tmp"),
+        ]
+        assert "--include '*.doc'" in result.complaint
+        assert names(target / "source") == {"readme.txt"}
+
+    @pytest.mark.parametrize("option", ["--include", "--exclude"])
+    def test_a_pattern_that_can_never_match_is_refused(
+        self, kept: Casfs, target: Path, option: str
+    ) -> None:
+        kept.refuses(
+            *("restore", "latest", "--target", target, option, "[a"), expect=2, mentions=["'['"]
+        )
+        assert not target.exists()
 
 
 class TestOverwrite:

@@ -46,28 +46,31 @@ _MOST_SECONDS = 9_200_000_000
     multiple=True,
     type=PATTERN,
     metavar="PATTERN",
-    help="Leave out (gitignore).",
+    help="Leave out what matches (gitignore syntax, from the snapshot's root).",
 )
 @click.option(
     "--exclude-file",
     "exclude_files",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Leave out what a file's patterns say (gitignore syntax).",
+    help="Leave out what matches a pattern in a file, as in .gitignore.",
 )
 @click.option("--exclude-caches", is_flag=True, help="Leave out directories with a CACHEDIR.TAG.")
 @click.option(
     "--exclude-if-present",
     multiple=True,
     metavar="NAME",
-    help="Leave out directories that hold NAME.",
+    help="Leave out what is in directories that hold NAME, except NAME itself.",
 )
 @click.option("--exclude-larger-than", type=SIZE, metavar="SIZE", help="Leave out larger files.")
 @click.option(
     "--one-file-system", "-x", is_flag=True, help="Stay on the file systems of the sources."
 )
 @click.option(
-    "--files-from", multiple=True, metavar="FILE", help="Read paths from a file, - is stdin."
+    "--files-from",
+    multiple=True,
+    metavar="FILE",
+    help="Read paths from a file, - is stdin. Each line is a path, one with # too.",
 )
 @click.option("-0", "--null", "nul", is_flag=True, help="Paths of --files-from end with NUL.")
 @click.option("--stdin", is_flag=True, help="Back up what comes from standard input.")
@@ -175,6 +178,8 @@ def backup(
         sources += _read_paths(name, nul)
     if stdin and (sources or "-" in files_from):
         raise UsageError("--stdin does not go with paths")
+    if nul and not files_from:
+        raise UsageError("-0 goes with --files-from")
     if stdin_name is not None and not stdin:
         raise UsageError("--stdin-name goes with --stdin")
     if not (sources or stdin):
@@ -196,7 +201,7 @@ def backup(
         exclusions=Exclusions(
             tuple(patterns),
             exclude_caches,
-            tuple(os.fsencode(name) for name in exclude_if_present),
+            tuple(_marker_name(name) for name in exclude_if_present),
             exclude_larger_than,
         ),
         one_file_system=one_file_system,
@@ -331,8 +336,19 @@ def _read_paths(name: str, nul: bool) -> list[bytes]:
             data = Path(name).read_bytes()
     except FileNotFoundError as error:
         raise NotFoundError(f"the file of paths {name} does not exist") from error
-    lines = data.split(b"\0" if nul else b"\n")
-    return [line for line in lines if line]
+    if not nul:
+        data = data.removeprefix(b"\xef\xbb\xbf")
+        if b"\0" in data:
+            where = "on standard input" if name == "-" else f"in {name}"
+            raise UsageError(f"the paths {where} hold NUL; add -0 where each path ends with it")
+    return [path for path in data.split(b"\0" if nul else b"\n") if path]
+
+
+def _marker_name(name: str) -> bytes:
+    encoded = os.fsencode(name)
+    if b"/" in encoded or encoded in (b"", b".", b".."):
+        raise UsageError(f"--exclude-if-present must be a plain file name, not {name!r}")
+    return encoded
 
 
 def _stdin_name(name: str | None) -> bytes:

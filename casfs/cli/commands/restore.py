@@ -25,7 +25,7 @@ from casfs.patterns import Pattern
     multiple=True,
     type=PATTERN,
     metavar="PATTERN",
-    help="Restore only these.",
+    help="Restore only what matches (gitignore syntax, from the snapshot's root).",
 )
 @click.option(
     "--exclude",
@@ -33,7 +33,7 @@ from casfs.patterns import Pattern
     multiple=True,
     type=PATTERN,
     metavar="PATTERN",
-    help="Leave these out.",
+    help="Leave out what matches; stronger than --include.",
 )
 @click.option(
     "--overwrite",

@@ -21,6 +21,7 @@ from casfs.format.snapshot import (
     decode_snapshot,
     encode_snapshot,
     read_envelope,
+    require_encodable,
 )
 from casfs.format.tree import NodeType, TreeRef
 from tests.support.builders import entry, file
@@ -168,6 +169,15 @@ class TestWhatNobodyCouldRead:
         paths = tuple(b"/a/rather/long/path/%09d" % n + b"x" * 200 for n in range(80_000))
         with pytest.raises(UsageError, match="name fewer paths"):
             encode_snapshot(msgspec.structs.replace(SMALL, paths=paths), codec)
+
+    def test_room_for_what_is_not_known_yet_is_kept(self, codec: BlobCodec) -> None:
+        paths = tuple(b"/a/rather/long/path/%09d" % n + b"x" * 200 for n in range(60_000))
+        big = msgspec.structs.replace(SMALL, paths=paths)
+        require_encodable(big, 1 << 20)
+        with pytest.raises(UsageError, match="name fewer paths"):
+            require_encodable(big, 4 << 20)
+        with pytest.raises(UsageError, match="not UTF-8"):
+            require_encodable(msgspec.structs.replace(SMALL, host="h\udcff"), 0)
 
     def test_with_text_that_is_not_unicode_is_not_published(self, codec: BlobCodec) -> None:
         for fields in ({"host": "h\udcff"}, {"tags": ("\udcff",)}, {"user": "\udcff"}):
