@@ -20,6 +20,53 @@ class TestMatcher:
         assert matcher.matches(b"a.o", is_directory=False)
 
 
+class TestNamedSources:
+    def reason(self, exclusions: Exclusions, source: str) -> str | None:
+        return exclusions.reason_against(os.fsencode(source), exclusions.matcher())
+
+    @pytest.fixture
+    def here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        (tmp_path / "top" / "below").mkdir(parents=True)
+        (tmp_path / "top" / "file").write_bytes(b"12345")
+        (tmp_path / "top" / "link").symlink_to("below")
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("pattern", "source", "reason"),
+        [
+            ("below", "top/below", "matches it"),
+            ("top", "top/below", "matches top above it"),
+            ("/top/", "./top//below/", "matches top above it"),
+            ("file", "top/below/../file", "matches it"),
+            ("below/", "top/below", "matches it"),
+            ("below/", "top/file", None),
+            ("link/", "top/link", None),
+            ("link/", "top/link/", "matches it"),
+            ("top/*", "top", None),
+            ("*", ".", None),
+            ("none", "none", None),
+        ],
+    )
+    def test_a_pattern_counts_for_a_source_and_what_is_above_it(
+        self, here: Path, pattern: str, source: str, reason: str | None
+    ) -> None:
+        found = self.reason(Exclusions((parse_pattern(pattern.encode()),)), source)
+        assert found == (reason and f"the pattern '{pattern}' {reason}")
+
+    def test_an_absolute_source_is_matched_by_its_whole_path(self, here: Path) -> None:
+        pattern = parse_pattern(os.fsencode(here / "top"))
+        assert self.reason(Exclusions((pattern,)), str(here / "top" / "below")) is not None
+        assert self.reason(Exclusions((pattern,)), "top/below") is None
+
+    def test_the_size_counts_for_files_only(self, here: Path) -> None:
+        for size, reason in ((4, "it is larger than 4 bytes"), (5, None)):
+            exclusions = Exclusions(larger_than=size)
+            assert self.reason(exclusions, "top/file") == reason
+            assert self.reason(exclusions, "top") is None
+            assert self.reason(exclusions, "top/link") is None
+
+
 class TestMarkers:
     @pytest.fixture
     def fd(self, tmp_path: Path) -> Iterator[int]:
