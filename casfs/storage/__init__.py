@@ -1,1 +1,1 @@
-"""Where a repository's objects are kept: one contract (`base`), and a module for each kind of place."""
+"""Storage of a repository's objects: the contract (`base`) and one module for each back end."""

@@ -1,7 +1,7 @@
-"""An object that is collected on this machine and sent when its name is known.
+"""An object that is collected on this machine and sent once its name is known.
 
-It waits in memory, or in a temporary file without a name in the folder that TMPDIR names: such a file
-disappears with its process and only this user could ever have opened it.
+The bytes wait in memory, or in an unnamed temporary file in the TMPDIR folder. The file disappears with its
+process, and no other user can open it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from casfs.storage.base import Data
 
 
 class BufferedWriter:
-    """An `ObjectWriter` for places that take an object as a whole; `send(name, data)` creates it."""
+    """An `ObjectWriter` for back ends that take only whole objects; `send(name, data)` creates one."""
 
     def __init__(self, send: Callable[[str, Data], None], in_memory: bool) -> None:
         self._send = send
@@ -25,7 +25,7 @@ class BufferedWriter:
         self._file: IO[bytes] | None = None
 
     def append(self, data: Data) -> None:
-        """Add bytes to the end; raise StorageError where the temporary file cannot grow."""
+        """Append bytes; raise StorageError where the temporary file cannot grow."""
         if self._buffer is not None:
             self._buffer += data
             return
@@ -52,7 +52,8 @@ class BufferedWriter:
         try:
             file.flush()
             size = file.seek(0, 2)
-            # A private file that is never cut cannot fault for being short; mapped, it takes no memory.
+            # The file is private and never truncated, so the mapping cannot fault. A mapping takes
+            # no memory.
             mapped = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
         except OSError as error:
             raise StorageError("read a temporary file in", tempfile.gettempdir(), error) from error
@@ -60,7 +61,7 @@ class BufferedWriter:
             self._send(name, view)
 
     def discard(self) -> None:
-        """Drop what was appended."""
+        """Drop the appended bytes."""
         if self._buffer is not None:
             self._buffer = bytearray()
         if self._file is not None:
@@ -69,7 +70,7 @@ class BufferedWriter:
 
 
 def size_conflict(url: str, name: str, found_bytes: int, wanted_bytes: int) -> StorageError:
-    """Return the error for an object that is there already and is not the one that was to be written."""
+    """Return the error for a name whose existing object has another size than the new one."""
     return StorageError(
         "create",
         f"{url}/{name}",

@@ -1,7 +1,7 @@
-"""Requests and bytes by kind: what a storage on the other side of a network is paid for by.
+"""Counts of requests and bytes by kind: the costs of a remote storage.
 
-A back end notes each request where it makes it: pages of listings, attempts that failed, and ranges that
-a large read was split into all count.
+A back end counts each request where it makes it, including pages of listings, failed attempts, and the ranges
+into which it splits a large read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from enum import StrEnum
 
 
 class RequestKind(StrEnum):
-    """What a request asks for."""
+    """The kind of a request."""
 
     LIST = "list"
     STAT = "stat"
@@ -24,7 +24,7 @@ class RequestKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RequestTotals:
-    """How many requests of one kind were made, and the bytes of objects that went with them."""
+    """The number of requests of one kind, and the bytes of objects that they transferred."""
 
     requests: int = 0
     sent_bytes: int = 0
@@ -32,7 +32,7 @@ class RequestTotals:
 
 
 class RequestCounter:
-    """Counts requests; used by several threads at once."""
+    """Counts requests; several threads may use it at once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -41,7 +41,7 @@ class RequestCounter:
     def add(
         self, kind: RequestKind, requests: int = 1, sent_bytes: int = 0, received_bytes: int = 0
     ) -> None:
-        """Count requests and the bytes of objects that they moved."""
+        """Count requests and the bytes of objects that they transferred."""
         with self._lock:
             so_far = self._totals.get(kind, RequestTotals())
             self._totals[kind] = RequestTotals(
@@ -51,6 +51,6 @@ class RequestCounter:
             )
 
     def totals(self) -> dict[RequestKind, RequestTotals]:
-        """Return what was counted so far, by kind; kinds without a request are left out."""
+        """Return the totals so far by kind; kinds without a request are omitted."""
         with self._lock:
             return dict(self._totals)

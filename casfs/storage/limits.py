@@ -1,7 +1,7 @@
-"""A limit to the bytes that go to or come from a storage in a second.
+"""Upload and download rate limits for a storage.
 
-An object is sent as a whole, so the limit holds for the average of a few objects: the wait comes before
-the bytes, as long as they would take at the limit.
+An object is sent as a whole, so the limit holds for the average over several objects: an upload first sleeps
+for as long as its bytes take at the limit, a download sleeps afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from casfs.storage.base import Data, ObjectWriter, Storage
 from casfs.storage.wrapper import StorageWrapper
 
 _BURST_S = 1.0
-"""What was not used in this many seconds may be used later."""
+"""Unused capacity of this many seconds may be used later."""
 
 
 class RateLimit:
@@ -27,7 +27,7 @@ class RateLimit:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         if bytes_per_s <= 0:
-            raise ValueError("a rate limit is at least one byte a second")
+            raise ValueError("a rate limit must be at least one byte per second")
         self._rate = bytes_per_s
         self._clock = clock
         self._sleep = sleep
@@ -36,7 +36,7 @@ class RateLimit:
         self._filled_at = clock()
 
     def take(self, size: int) -> None:
-        """Wait until `size` bytes may be transferred; a larger transfer than the bucket goes into debt."""
+        """Block until `size` bytes may be transferred. A transfer larger than the bucket leaves a debt."""
         with self._lock:
             now = self._clock()
             refilled = self._tokens + (now - self._filled_at) * self._rate
@@ -48,7 +48,7 @@ class RateLimit:
 
 
 class LimitedStorage(StorageWrapper):
-    """A storage that is written to and read from no faster than two limits allow."""
+    """A storage whose reads and writes keep to two rate limits."""
 
     def __init__(
         self, inner: Storage, upload: RateLimit | None = None, download: RateLimit | None = None
@@ -58,7 +58,7 @@ class LimitedStorage(StorageWrapper):
         self._download = download
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        """Return a range of an object's bytes; the wait for their number follows them."""
+        """Return a range of an object's bytes, after a sleep of as long as they take at the limit."""
         data = self.inner.read(name, offset, size)
         if self._download is not None:
             self._download.take(len(data))
@@ -84,7 +84,7 @@ class LimitedStorage(StorageWrapper):
 
 
 class _LimitedWriter:
-    """A writer whose bytes are waited for before they are sent."""
+    """A writer that waits for its bytes' share of the limit before it sends them."""
 
     def __init__(self, storage: LimitedStorage, inner: ObjectWriter) -> None:
         self._storage = storage
@@ -92,7 +92,7 @@ class _LimitedWriter:
         self._bytes = 0
 
     def append(self, data: Data) -> None:
-        """Add bytes to the end."""
+        """Append bytes."""
         self._inner.append(data)
         self._bytes += len(data)
 
@@ -102,5 +102,5 @@ class _LimitedWriter:
         self._inner.commit(name)
 
     def discard(self) -> None:
-        """Drop what was appended."""
+        """Drop the appended bytes."""
         self._inner.discard()

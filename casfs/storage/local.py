@@ -1,7 +1,7 @@
 """A storage in a folder of a local or mounted file system: the contract of `base` over POSIX calls.
 
-An object's bytes are on disk before its temporary file is renamed to its name, and the folder that holds
-the name is on disk before the call returns.
+An object's bytes are synced before its temporary file is renamed to its name. The folder that holds the name
+is synced before the call returns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _SCARCE = 4
 
 
 def allocate_reserve(root: Path) -> None:
-    """Set the space aside in a repository's folder, as much of it as there is; raises nothing."""
+    """Allocate reserve space in a repository's folder, as much as fits; raise nothing.
+
+    A full disk stops the prune that would free space. `release_reserve` makes room for its first writes.
+    """
     path = root / RESERVE_FILE
     size = RESERVE_BYTES
     try:
@@ -54,7 +57,7 @@ def allocate_reserve(root: Path) -> None:
 
 
 def release_reserve(root: Path) -> None:
-    """Free the space where there is hardly any other; raises nothing."""
+    """Free the reserve if the file system is almost full; raise nothing."""
     try:
         if _free_bytes(root) < _SCARCE * RESERVE_BYTES:
             (root / RESERVE_FILE).unlink(missing_ok=True)
@@ -68,15 +71,15 @@ def _free_bytes(root: Path) -> int:
 
 
 _OPEN_FILES = 64
-"""How many packs a reader keeps open; each is one descriptor."""
+"""How many packs stay open for reading; each uses one descriptor."""
 
 
 class LocalStorage:
     """A storage in a folder of a local file system.
 
-    `writer` names this process's temporary files, so that those of a process that died are known.
-    `sync=False` is for tests of everything but durability. `on_step` is called with the name of every
-    durable step before and after it, for tests that stop a process there.
+    `writer` is part of the names of this process's temporary files, so that the files of a dead process can
+    be recognized. `sync=False` is for tests of everything but durability. `on_step` is called with the name
+    of every durable step before and after it, for tests that stop a process there.
     """
 
     capabilities = Capabilities(
@@ -104,18 +107,19 @@ class LocalStorage:
         self._on_step = on_step
         self._serial = itertools.count()
         self._readers = _ReaderPool(_OPEN_FILES)
-        # Joining paths costs more than reading a small range of an open file.
+        # Joining paths costs more than a small read from an open file.
         self._prefix = str(root / "_")[:-1]
 
     @property
     def url(self) -> str:
-        """The folder."""
+        """The folder's path."""
         return str(self.root)
 
     def list(self, prefix: str) -> Iterator[ListedObject]:
         """Yield every object below a prefix, sorted by name."""
         try:
-            # With the slash that follows their names, folders sort as the names of their objects do.
+            # A folder sorts by its name with the `/` that follows it, so that objects come in order
+            # of their names.
             entries = sorted(
                 os.scandir(self.root / prefix),
                 key=lambda entry: (
@@ -146,7 +150,7 @@ class LocalStorage:
         return self._stat(name).st_size
 
     def mtime_ns(self, name: str) -> int:
-        """Return when an object was written."""
+        """Return the time at which an object was written."""
         return self._stat(name).st_mtime_ns
 
     def _stat(self, name: str) -> os.stat_result:
@@ -165,7 +169,7 @@ class LocalStorage:
                 if size is None:
                     size = max(0, os.fstat(fd).st_size - offset)
                     if size > MAX_WHOLE_READ_BYTES:
-                        raise OSError(errno.EFBIG, "it is too large to be read as a whole")
+                        raise OSError(errno.EFBIG, "too large to read as a whole")
                 data = os.pread(fd, size, offset)
                 while len(data) < size:
                     more = os.pread(fd, size - len(data), offset + len(data))
@@ -179,7 +183,7 @@ class LocalStorage:
             raise _storage_error("read", path, error) from error
 
     def read_nonblocking(self, name: str, offset: int, size: int) -> bytes | None:
-        """Return a range if its object is open and the kernel has it in memory, else None."""
+        """Return a range if its object is open and the kernel has the range cached, else None."""
         file = self._readers.open_reader(f"{self._prefix}{name}")
         if file is None:
             return None
@@ -200,7 +204,7 @@ class LocalStorage:
             return
 
     def write(self, name: str, data: Data) -> None:
-        """Store a whole object durably, replacing one of the same name."""
+        """Store a whole object durably and replace an object of the same name."""
         writer = self.open_writer(in_memory=True)
         try:
             writer.append(data)
@@ -209,7 +213,7 @@ class LocalStorage:
             writer.discard()
 
     def create(self, name: str, data: Data) -> None:
-        """Store a whole object durably unless there is one of the same name."""
+        """Store a whole object durably unless the name exists."""
         writer = self.open_writer(in_memory=True)
         try:
             writer.append(data)
@@ -218,7 +222,7 @@ class LocalStorage:
             writer.discard()
 
     def delete(self, name: str) -> None:
-        """Remove an object and make its absence durable."""
+        """Remove an object and make its removal durable."""
         path = self.root / name
         self._readers.forget(str(path))
         try:
@@ -231,11 +235,11 @@ class LocalStorage:
             raise _storage_error("delete", str(path), error) from error
 
     def open_writer(self, in_memory: bool) -> LocalWriter:
-        """Begin an object; in memory it touches the disk only when it is committed."""
+        """Begin an object; with `in_memory` the disk is not touched before the commit."""
         return LocalWriter(self, in_memory)
 
     def close(self) -> None:
-        """Close the packs that were kept open for reading."""
+        """Close the packs that are kept open for reading."""
         self._readers.close()
 
     def _temporary_path(self) -> Path:
@@ -255,7 +259,7 @@ class LocalStorage:
         self._sync_folder(path.parent, name)
 
     def _keep_existing(self, name: str, size: int) -> bool:
-        """Return whether an object of this name and size is there, and make its name durable then."""
+        """Return whether an object of this name and size exists; if so, make its name durable."""
         path = self.root / name
         try:
             found_bytes = os.stat(path).st_size
@@ -285,7 +289,7 @@ class LocalStorage:
 
 
 class LocalWriter:
-    """An unnamed object of a LocalStorage; one thread at a time."""
+    """An unnamed object of a LocalStorage; used by one thread at a time."""
 
     def __init__(self, storage: LocalStorage, in_memory: bool) -> None:
         self._storage = storage
@@ -296,21 +300,21 @@ class LocalWriter:
         self._bytes = 0
 
     def append(self, data: Data) -> None:
-        """Add bytes to the end; raises StorageError when the disk refuses."""
+        """Append bytes; raise StorageError when the write fails."""
         if self._parts is not None:
             self._parts.append(bytes(data))
             return
         self._write(data)
         if self._bytes - self._begun >= 8 * 1024 * 1024:
-            # Asking the kernel to drop the pages makes it begin writing them, so that the sync at
-            # the end finds little left to do.
+            # The advice to drop the pages starts writeback, which leaves less for the sync at the
+            # end.
             os.posix_fadvise(
                 self._fd, self._begun, self._bytes - self._begun, os.POSIX_FADV_DONTNEED
             )
             self._begun = self._bytes
 
     def commit(self, name: str) -> None:
-        """Make the bytes durable under their name, unless it has them already."""
+        """Make the bytes durable under a name, unless an object of the same size has it."""
         size = sum(map(len, self._parts)) if self._parts is not None else self._bytes
         if self._storage._keep_existing(name, size):
             self.discard()
@@ -318,7 +322,7 @@ class LocalWriter:
             self.replace(name)
 
     def replace(self, name: str) -> None:
-        """Make the bytes durable under their name, whatever has it now."""
+        """Make the bytes durable under a name and replace the object that has it."""
         for part in self._parts or ():
             self._write(part)
         self._parts = None
@@ -331,7 +335,7 @@ class LocalWriter:
         self._fd, self._path = -1, None
 
     def discard(self) -> None:
-        """Remove what was written so far; harmless after `commit`."""
+        """Remove the bytes written so far; after `commit`, do nothing."""
         self._parts = None
         if self._fd >= 0:
             os.close(self._fd)
@@ -345,7 +349,7 @@ class LocalWriter:
             path = self._storage._temporary_path()
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             try:
-                # A copy of a repository may have been made without its empty folders.
+                # A copy of a repository may lack the empty folders.
                 path.parent.mkdir(exist_ok=True, mode=0o700)
                 self._fd = os.open(path, flags, 0o600)
             except OSError as error:
@@ -362,7 +366,9 @@ class LocalWriter:
             except OSError as error:
                 raise _storage_error("write", str(path), error) from error
             if written == 0:
-                raise _storage_error("write", str(path), OSError(errno.EIO, "nothing was written"))
+                raise _storage_error(
+                    "write", str(path), OSError(errno.EIO, "the kernel wrote no bytes")
+                )
             view = view[written:]
             self._bytes += written
 
@@ -373,7 +379,7 @@ def _storage_error(action: str, path: str, error: OSError) -> StorageError:
 
 
 class _ReaderPool:
-    """Descriptors of recently read objects, each closed only when nobody reads from it."""
+    """Descriptors of recently read objects. A descriptor is closed only while no thread reads from it."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -403,7 +409,7 @@ class _ReaderPool:
         return file
 
     def open_reader(self, path: str) -> _OpenFile | None:
-        """Return a file to use in a `with` block if it is open already."""
+        """Return a file to use in a `with` block if it is already open."""
         with self._lock:
             file = self._files.get(path)
             if file is not None:
@@ -411,14 +417,14 @@ class _ReaderPool:
             return file
 
     def forget(self, path: str) -> None:
-        """Close a file whose name will mean another one."""
+        """Close a file whose name is about to refer to another object."""
         with self._lock:
             file = self._files.pop(path, None)
             if file is not None:
                 file.retire()
 
     def close(self) -> None:
-        """Close every file that nobody is reading, and the others when they are done."""
+        """Close every file; a file that a thread reads from is closed when that read ends."""
         with self._lock:
             for file in self._files.values():
                 file.retire()
@@ -426,7 +432,7 @@ class _ReaderPool:
 
 
 class _OpenFile:
-    """A descriptor with its count of users; `with` gives the descriptor."""
+    """A descriptor with a count of its users; `with` returns the descriptor."""
 
     __slots__ = ("_fd", "_lock", "_retired", "users")
 
@@ -446,7 +452,7 @@ class _OpenFile:
                 os.close(self._fd)
 
     def retire(self) -> None:
-        """Close now or when the last user leaves; the pool's lock is held."""
+        """Close the descriptor now, or when its last user leaves. The caller holds the pool's lock."""
         self._retired = True
         if self.users == 0:
             os.close(self._fd)

@@ -1,8 +1,8 @@
-"""Locks between processes: one small file each, held by `flock` for as long as its process lives.
+"""Locks between processes: one small file each, held by `flock` as long as its process lives.
 
-A lock whose file can be locked by another belongs to nobody any more and is removed. What may be held at
-once is told by `LockMode`. A reader's lock keeps nobody from anything: it tells a prune that somebody
-may still read what no snapshot needs any more.
+The kernel releases a lock when its process dies; the next process that lists the locks removes its file.
+`LockMode` defines which locks conflict. A reader's lock conflicts with none: it shows a prune that a reader
+may still need blobs that no snapshot refers to.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from casfs.errors import LockedError, StorageError
 
 
 class LockMode(StrEnum):
-    """What a lock is for: readers go with everybody, shared ones (backups) with all but an exclusive one.
+    """The purpose of a lock.
 
-    Of those that tend the repository (prune, repair snapshots) there is one at a time; an exclusive one
-    (repair index) stands alone.
+    Readers conflict with no lock. Shared locks (backups) conflict only with an exclusive lock. Only one
+    process at a time may hold a maintenance lock (prune, repair snapshots). An exclusive lock (repair index)
+    conflicts with every lock except a reader's.
     """
 
     READER = "reader"
@@ -43,10 +44,10 @@ _CONFLICTS = {
 
 
 class LockRecord(msgspec.Struct, frozen=True):
-    """What a lock file tells people about who holds it.
+    """The contents of a lock file: who holds the lock.
 
-    `since_ns` is when it was written by the clock of its file system, in nanoseconds since 1970; it is
-    told by `list_and_reap_locks` and not by the file itself.
+    `since_ns` is the time at which the lock was written: nanoseconds since 1970 by the clock of its file
+    system. `list_and_reap_locks` sets it; the file does not contain it.
     """
 
     mode: LockMode
@@ -58,7 +59,7 @@ class LockRecord(msgspec.Struct, frozen=True):
 
 
 class RepositoryLock:
-    """A held lock; `name` is unique among all that ever were, and marks temporary files."""
+    """A held lock. `name` is never reused; it is also part of the names of temporary files."""
 
     def __init__(self, folder: Path, name: str, fd: int, mode: LockMode) -> None:
         self._path = folder / name
@@ -74,9 +75,9 @@ class RepositoryLock:
         mode: LockMode = LockMode.SHARED,
         host: str | None = None,
     ) -> RepositoryLock:
-        """Take a lock in `folder`, or raise LockedError naming who holds the repository.
+        """Acquire a lock in `folder`; raise LockedError naming the holder of a conflicting lock.
 
-        `host` is what others are told of where the holder is, by default this machine's name.
+        `host` is the host name recorded in the lock, by default this machine's.
         """
         name = secrets.token_hex(8)
         host = host if host is not None else socket.gethostname()
@@ -102,7 +103,7 @@ class RepositoryLock:
         return lock
 
     def release(self) -> None:
-        """Give the lock back; harmless when it was given back already."""
+        """Release the lock. A second call does nothing."""
         if self._fd >= 0:
             self._path.unlink(missing_ok=True)
             os.close(self._fd)
@@ -121,7 +122,7 @@ class RepositoryLock:
 
 
 def list_and_reap_locks(folder: Path) -> dict[str, LockRecord]:
-    """Return the locks that a living process holds, and remove the others."""
+    """Return the locks that living processes hold, and remove the files of the rest."""
     live: dict[str, LockRecord] = {}
     for path in sorted(folder.iterdir()):
         try:
@@ -130,7 +131,7 @@ def list_and_reap_locks(folder: Path) -> dict[str, LockRecord]:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another may have removed it first, and its maker have made it again.
+            # Another process may have removed the file, and its owner created it again.
             if _is_same_file(path, fd):
                 path.unlink(missing_ok=True)
         except BlockingIOError:
@@ -142,7 +143,7 @@ def list_and_reap_locks(folder: Path) -> dict[str, LockRecord]:
 
 
 def remove_stale_temporaries(root: Path) -> None:
-    """Delete temporary files whose writer no longer lives; `root` is the repository's folder."""
+    """Delete temporary files whose writer is dead; `root` is the repository's folder."""
     folder = root / "tmp"
     names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
     if not names:
@@ -154,7 +155,7 @@ def remove_stale_temporaries(root: Path) -> None:
 
 
 def _create_held(folder: Path, name: str, record: LockRecord) -> int:
-    """Make a lock's file, which appears under its name only when it is held and tells all."""
+    """Create a lock file that appears under its name only when it is locked and complete."""
     unfinished = folder / f".{name}"
     while True:
         fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -170,7 +171,7 @@ def _create_held(folder: Path, name: str, record: LockRecord) -> int:
             os.close(fd)
             unfinished.unlink(missing_ok=True)
             raise
-        # Somebody took the new file for one that was left behind; make it again.
+        # Another process removed the unfinished file as stale; create it again.
         os.close(fd)
 
 
@@ -186,5 +187,6 @@ def _read_record(fd: int) -> LockRecord:
         record = msgspec.json.decode(os.pread(fd, 4096, 0), type=LockRecord)
         return msgspec.structs.replace(record, since_ns=os.fstat(fd).st_mtime_ns)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        # Held, but what it says is damaged, or of another version: treat it as the strictest.
+        # The lock is held, but its record is damaged or of another version: assume the strictest
+        # mode.
         return LockRecord(LockMode.EXCLUSIVE, "another command", "an unknown host", 0, 0)

@@ -1,4 +1,4 @@
-"""A storage in this process's memory, for tests of everything above it."""
+"""A storage in this process's memory, for tests of the layers above."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from casfs.storage.buffered_writer import BufferedWriter, size_conflict
 
 
 class MemoryStorage:
-    """Objects in a dictionary; `now_ns` is the clock of the place."""
+    """Objects in a dictionary; `now_ns` is the storage's clock."""
 
     capabilities = Capabilities(
         creates_exclusively=True,
@@ -33,7 +33,7 @@ class MemoryStorage:
         self._objects: dict[str, tuple[bytes, int]] = {}
 
     def list(self, prefix: str) -> Iterator[ListedObject]:
-        """Yield every object below a prefix as it is now, sorted by name."""
+        """Yield every object below a prefix, from a copy of the current list, sorted by name."""
         with self._lock:
             found = [
                 ListedObject(name, len(data), mtime_ns)
@@ -47,7 +47,7 @@ class MemoryStorage:
         return len(self._get(name)[0])
 
     def mtime_ns(self, name: str) -> int:
-        """Return when an object was written."""
+        """Return the time at which an object was written."""
         return self._get(name)[1]
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -56,7 +56,7 @@ class MemoryStorage:
         return data[offset:] if size is None else data[offset : offset + size]
 
     def read_nonblocking(self, name: str, offset: int, size: int) -> bytes | None:
-        """Return a range if the object holds all of it."""
+        """Return a range if the object contains all of it, else None."""
         try:
             data = self.read(name, offset, size)
         except NotFoundError:
@@ -64,15 +64,15 @@ class MemoryStorage:
         return data if len(data) == size else None
 
     def prefetch(self, name: str, offset: int, size: int) -> None:
-        """Do nothing: everything is in memory."""
+        """Do nothing: all objects are in memory."""
 
     def write(self, name: str, data: Data) -> None:
-        """Store an object, replacing one of the same name."""
+        """Store an object and replace an object of the same name."""
         with self._lock:
             self._objects[name] = (bytes(data), self._now_ns())
 
     def create(self, name: str, data: Data) -> None:
-        """Store an object unless there is one of the same name."""
+        """Store an object unless the name exists."""
         with self._lock:
             there = self._objects.setdefault(name, (bytes(data), self._now_ns()))
         if len(there[0]) != len(data):
@@ -88,7 +88,7 @@ class MemoryStorage:
         return BufferedWriter(self.create, in_memory)
 
     def close(self) -> None:
-        """Do nothing: the objects stay."""
+        """Do nothing: the objects remain."""
 
     def _get(self, name: str) -> tuple[bytes, int]:
         with self._lock:

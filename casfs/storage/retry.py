@@ -1,8 +1,8 @@
-"""Asking again: a storage that did not answer is asked again after growing pauses.
+"""Retries with growing pauses for a storage that does not answer.
 
-Only `StorageUnavailableError` leads to another attempt. Every object is write-once or replaced as a whole, so
-asking twice does no harm; where an answer to a creation was lost, the size of what is there tells
-whether it happened.
+Only `StorageUnavailableError` causes a retry. Every object is write-once or replaced as a whole, so a
+repeated request does no harm. Where the answer to a creation was lost, the size of the object shows whether
+the creation took effect.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _REPORTED_AFTER_S = 5.0
-"""A pause of this length is worth a line in the log: people see why nothing moves."""
+"""A pause of at least this length is logged, so that the user sees why nothing happens."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long is waited between two attempts, and in total.
+    """Limits of the pauses between two attempts, and of all attempts together.
 
-    `first_patience_s` holds until the storage has answered once: a name that is wrong should not be
-    waited for as long as a network that went away.
+    `first_patience_s` applies until the storage has answered once: a wrong host name should fail sooner than
+    a network that went away.
     """
 
     patience_s: float = 900.0
@@ -43,10 +43,10 @@ class RetryPolicy:
 
 
 class Retrier:
-    """Runs actions until they succeed or the patience is over; used by several threads at once.
+    """Runs actions until they succeed or the time limit is reached; several threads may use it at once.
 
-    `sleep(seconds)` returns True when waiting was ended by `stop`. `jitter` returns a factor between 0.5
-    and 1, so that machines which were cut off together do not come back together.
+    `sleep(seconds)` returns True when `stop` ended the pause. `jitter` returns a factor between 0.5 and 1, so
+    that machines that lost the connection together do not retry together.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Retrier:
         self._has_answered = False
 
     def stop(self) -> None:
-        """End every pause; the error that led to it is raised."""
+        """End every pause; the calls that were waiting raise their last error."""
         self._stopped.set()
 
     def run(self, action: Callable[[], T], again: Callable[[], T] | None = None) -> T:
-        """Return what `action` returns; every attempt but the first calls `again`, if given."""
+        """Return the result of `action`; attempts after the first call `again` instead, if given."""
         deadline: float | None = None
         pause_s = self._policy.first_pause_s
         while True:
@@ -101,14 +101,14 @@ class Retrier:
 
 
 class RetryingStorage(StorageWrapper):
-    """A storage whose calls are made again when the place does not answer."""
+    """A storage that repeats a call when the back end does not answer."""
 
     def __init__(self, inner: Storage, retrier: Retrier) -> None:
         super().__init__(inner)
         self._retrier = retrier
 
     def list(self, prefix: str) -> Iterator[ListedObject]:
-        """Yield every object below a prefix; after an error the listing goes on behind the last name."""
+        """Yield every object below a prefix; after an error the listing resumes after the last name."""
         last = ""
         entries = self.inner.list(prefix)
 
@@ -129,7 +129,7 @@ class RetryingStorage(StorageWrapper):
         return self._retrier.run(lambda: self.inner.size(name))
 
     def mtime_ns(self, name: str) -> int:
-        """Return when an object was written."""
+        """Return the time at which an object was written."""
         return self._retrier.run(lambda: self.inner.mtime_ns(name))
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -137,11 +137,11 @@ class RetryingStorage(StorageWrapper):
         return self._retrier.run(lambda: self.inner.read(name, offset, size))
 
     def write(self, name: str, data: Data) -> None:
-        """Store an object, replacing one of the same name."""
+        """Store an object and replace an object of the same name."""
         self._retrier.run(lambda: self.inner.write(name, data))
 
     def create(self, name: str, data: Data) -> None:
-        """Store an object unless there is one of the same name."""
+        """Store an object unless the name exists."""
         self._retrier.run(lambda: self.inner.create(name, data))
 
     def delete(self, name: str) -> None:
@@ -153,13 +153,13 @@ class RetryingStorage(StorageWrapper):
         return _RetryingWriter(self, self.inner.open_writer(in_memory))
 
     def close(self) -> None:
-        """End every pause and close the storage inside."""
+        """End every pause and close the inner storage."""
         self._retrier.stop()
         self.inner.close()
 
 
 class _RetryingWriter:
-    """A writer whose `commit` is made again; what it sent before may have arrived."""
+    """A writer that repeats `commit`; an earlier attempt may have taken effect."""
 
     def __init__(self, storage: RetryingStorage, inner: ObjectWriter) -> None:
         self._storage = storage
@@ -167,7 +167,7 @@ class _RetryingWriter:
         self._bytes = 0
 
     def append(self, data: Data) -> None:
-        """Add bytes to the end."""
+        """Append bytes."""
         self._inner.append(data)
         self._bytes += len(data)
 
@@ -186,5 +186,5 @@ class _RetryingWriter:
         self._inner.commit(name)
 
     def discard(self) -> None:
-        """Drop what was appended."""
+        """Drop the appended bytes."""
         self._inner.discard()

@@ -1,4 +1,4 @@
-"""A storage that hands every call on to another one; what wraps a storage overrides what it changes."""
+"""A storage that passes every call to an inner storage; subclasses override what they change."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from casfs.storage.base import Capabilities, Data, ListedObject, ObjectWriter, S
 
 
 class StorageWrapper:
-    """A storage around another one, `inner`."""
+    """A storage around another, `inner`."""
 
     def __init__(self, inner: Storage) -> None:
         self.inner = inner
 
     @property
     def url(self) -> str:
-        """The place of the storage inside."""
+        """The location of the inner storage."""
         return self.inner.url
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the storage inside can do."""
+        """What the inner storage supports."""
         return self.inner.capabilities
 
     def list(self, prefix: str) -> Iterator[ListedObject]:
@@ -32,7 +32,7 @@ class StorageWrapper:
         return self.inner.size(name)
 
     def mtime_ns(self, name: str) -> int:
-        """Return when an object was written."""
+        """Return the time at which an object was written."""
         return self.inner.mtime_ns(name)
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -40,19 +40,19 @@ class StorageWrapper:
         return self.inner.read(name, offset, size)
 
     def read_nonblocking(self, name: str, offset: int, size: int) -> bytes | None:
-        """Return a range if it is in memory."""
+        """Return a range if it is in memory, else None."""
         return self.inner.read_nonblocking(name, offset, size)
 
     def prefetch(self, name: str, offset: int, size: int) -> None:
-        """Ask for a range to be brought into memory."""
+        """Request that a range be loaded into memory."""
         self.inner.prefetch(name, offset, size)
 
     def write(self, name: str, data: Data) -> None:
-        """Store an object, replacing one of the same name."""
+        """Store an object and replace an object of the same name."""
         self.inner.write(name, data)
 
     def create(self, name: str, data: Data) -> None:
-        """Store an object unless there is one of the same name."""
+        """Store an object unless the name exists."""
         self.inner.create(name, data)
 
     def delete(self, name: str) -> None:
@@ -64,5 +64,5 @@ class StorageWrapper:
         return self.inner.open_writer(in_memory)
 
     def close(self) -> None:
-        """Close the storage inside."""
+        """Close the inner storage."""
         self.inner.close()
