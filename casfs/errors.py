@@ -21,6 +21,24 @@ class UsageError(CasfsError):
     exit_code = 2
 
 
+class ConfigError(UsageError):
+    """A configuration file cannot be used as it is.
+
+    `line` is None where the file as a whole is meant, `key` the dotted key or "" where none is.
+    """
+
+    def __init__(self, file: str, line: int | None, key: str, reason: str) -> None:
+        super().__init__(file, line, key, reason)
+        self.file = file
+        self.line = line
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return ": ".join(part for part in (place, self.key, self.reason) if part)
+
+
 class ExistsError(CasfsError):
     """Something stands already where something new was to be made."""
 

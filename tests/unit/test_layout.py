@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("casfs.repository",),
     ("casfs.backup",),
     ("casfs.query", "casfs.restore", "casfs.maintenance"),
-    ("casfs_mount",),
+    ("casfs_mount", "casfs.config"),
     ("casfs.cli",),
     ("casfs.__main__",),
 )

@@ -1,0 +1,53 @@
+"""Repositories that the configuration names, and what opens them.
+
+No secret is in the configuration: it names the files that hold secrets and the commands that print them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from casfs.config.values import AbsolutePath, Command, RepositoryUrl
+from casfs.storage.base import StorageOptions
+
+
+class NamedRepository(
+    msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True
+):
+    """A table `[repositories.NAME]`.
+
+    The keys from `endpoint` to `ca_file` reach object storage, `ssh_command` reaches a machine, and the
+    others open an encrypted repository.
+    """
+
+    url: RepositoryUrl
+    endpoint: str | None = None
+    region: str | None = None
+    credentials_command: Command | None = None
+    aws_profile: str | None = None
+    virtual_hosted: bool = False
+    ca_file: AbsolutePath | None = None
+    ssh_command: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = ("ssh",)
+    identity_file: AbsolutePath | None = None
+    passphrase_command: Command | None = None
+    passphrase_file: AbsolutePath | None = None
+    recipients_file: AbsolutePath | None = None
+
+    def __post_init__(self) -> None:
+        if self.passphrase_command is not None and self.passphrase_file is not None:
+            raise ValueError("give passphrase-command or passphrase-file, not both")
+
+    def storage_options(self) -> StorageOptions:
+        """Return how the place is reached, but for its URL."""
+        command = self.credentials_command
+        return StorageOptions(
+            endpoint=self.endpoint,
+            region=self.region,
+            profile=self.aws_profile,
+            credentials_command=command.text if command is not None else None,
+            virtual_hosted=self.virtual_hosted,
+            ca_file=self.ca_file.path if self.ca_file is not None else None,
+            ssh_command=self.ssh_command,
+        )
