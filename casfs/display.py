@@ -1,6 +1,8 @@
-"""File names as people see them: on one line, whatever bytes a name is made of."""
+"""What people read: file names on one line, whatever bytes they are made of, and sizes with units."""
 
 from __future__ import annotations
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def escape_path(name: bytes) -> str:
@@ -19,6 +21,15 @@ def single_line(sentence: str) -> str:
     if sentence.isprintable():
         return sentence
     return "".join(c if c.isprintable() else _escape_character(c) for c in sentence)
+
+
+def format_size(size: float) -> str:
+    """Return a number of bytes with a binary unit."""
+    for unit in _UNITS[:-1]:
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} {_UNITS[-1]}"
 
 
 def _escape_character(character: str) -> str:

@@ -11,9 +11,8 @@ from datetime import datetime
 from typing import Any
 
 from casfs.digest import SHOWN_HEX_DIGITS
+from casfs.display import format_size as format_size
 from casfs.display import single_line
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 JsonValue = Any
 
@@ -69,15 +68,6 @@ def json_path(path: bytes, field: str = "path") -> dict[str, str]:
 def short_id(digest: bytes) -> str:
     """Return the beginning of an id as people see it."""
     return digest.hex()[:SHOWN_HEX_DIGITS]
-
-
-def format_size(size: float) -> str:
-    """Return a number of bytes with a binary unit."""
-    for unit in _UNITS[:-1]:
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} {_UNITS[-1]}"
 
 
 def format_time(time_ns: int) -> str:

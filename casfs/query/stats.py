@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from casfs.digest import SnapshotId
+from casfs.errors import NotFoundError
 from casfs.format.tree import Node, NodeType, subtree_count
 from casfs.repository.repository import Repository
 from casfs.repository.used_blobs import UsedBlobs
+from casfs.store.blob_store import pack_name
 from casfs.trees.reader import flagged_below
+
+_MAX_ASKED_PACKS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,40 @@ class SnapshotContentStats:
     blobs: int
     stored_bytes: int
     unique_stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackStats:
+    """What lies in packs; no key is needed to know it.
+
+    `oldest_verification_ns` is when the pack that was verified longest ago was verified, or written by
+    the storage's clock where it never was; None without any pack.
+    """
+
+    packs: int
+    pack_bytes: int
+    unverified_packs: int
+    oldest_verification_ns: int | None
+
+
+def pack_stats(repository: Repository) -> PackStats:
+    """Return the sizes of all packs, and for how long one of them has not been verified."""
+    packs = repository.store.index.packs()
+    unverified = [pack for pack in packs if not pack.verified_s]
+    times_ns = [pack.verified_s * 1_000_000_000 for pack in packs if pack.verified_s]
+    # Packs are numbered as they come, so the first of them are the oldest; to ask for the time of each
+    # would be a request a pack.
+    for pack in unverified[:_MAX_ASKED_PACKS]:
+        try:
+            times_ns.append(repository.store.storage.mtime_ns(pack_name(pack.pack)))
+        except NotFoundError:
+            continue  # a prune has just removed it
+    return PackStats(
+        packs=len(packs),
+        pack_bytes=sum(pack.pack_bytes for pack in packs),
+        unverified_packs=len(unverified),
+        oldest_verification_ns=min(times_ns, default=None),
+    )
 
 
 def repository_stats(repository: Repository) -> RepositoryStats:

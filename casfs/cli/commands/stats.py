@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import click
 
-from casfs.cli.output import format_size
+from casfs.cli.output import format_size, format_time, iso_time
 from casfs.cli.settings import Settings, common_options
+from casfs.errors import UsageError
 
 
 @click.command()
 @click.argument("snap", metavar="[SNAP[:PATH]]", required=False)
+@click.option(
+    "--storage",
+    "storage_only",
+    is_flag=True,
+    help="Only the packs, and when they were last verified; needs no key.",
+)
 @common_options
 @click.pass_obj
-def stats(settings: Settings, snap: str | None) -> None:
+def stats(settings: Settings, snap: str | None, storage_only: bool) -> None:
     """Print sizes: of the whole repository, or of what a snapshot holds."""
     from casfs.query.stats import repository_stats, snapshot_stats
     from casfs.repository.repository import Repository
 
+    if storage_only:
+        if snap is not None:
+            raise UsageError("--storage counts all packs; give no snapshot")
+        _print_packs(settings)
+        return
     output = settings.output()
     with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
         if snap is not None:
@@ -53,4 +65,27 @@ def stats(settings: Settings, snap: str | None) -> None:
         blobs=whole.blobs,
         plain_bytes=whole.plain_bytes,
         bytes=whole.total_bytes,
+    )
+
+
+def _print_packs(settings: Settings) -> None:
+    from casfs.query.stats import pack_stats
+    from casfs.repository.repository import Repository
+
+    with Repository.open(
+        settings.repository_path(), unlock=settings.keys.unlock_given, closed_ok=True
+    ) as repository:
+        seen = pack_stats(repository)
+    oldest_ns = seen.oldest_verification_ns
+    output = settings.output()
+    output.line(f"packs:      {seen.packs} ({format_size(seen.pack_bytes)})")
+    output.line(f"unverified: {seen.unverified_packs}")
+    if oldest_ns is not None:
+        output.line(f"oldest:     verified or written {format_time(oldest_ns)}")
+    output.emit(
+        "stats",
+        packs=seen.packs,
+        pack_bytes=seen.pack_bytes,
+        unverified_packs=seen.unverified_packs,
+        oldest_verification=iso_time(oldest_ns) if oldest_ns is not None else None,
     )

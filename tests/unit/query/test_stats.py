@@ -14,7 +14,8 @@ from casfs.errors import BlobError
 from casfs.format.codec import BlobKind
 from casfs.format.tree import Node
 from casfs.index.bitmap import Bitmap
-from casfs.query.stats import repository_stats, snapshot_stats
+from casfs.query.stats import pack_stats, repository_stats, snapshot_stats
+from casfs.store.blob_store import pack_name
 from casfs.trees.content import ContentWriter
 from tests.support.builders import Keeper, entry, file, flagged, reference
 
@@ -159,3 +160,38 @@ def test_a_bitmap_is_a_set_of_numbers(added: list[int], asked: list[int]) -> Non
         assert bitmap.add(number) is (number not in oracle)
         oracle.add(number)
     assert [number in bitmap for number in asked] == [number in oracle for number in asked]
+
+
+def test_the_oldest_verification_is_the_time_of_the_pack_that_was_verified_longest_ago(
+    keeper: Keeper,
+) -> None:
+    for content in (b"first", b"second", b"third"):
+        keeper.store(os.urandom(1000) + content)
+    with keeper.reading() as repository:
+        first, second, third = repository.store.index.packs()
+        written_ns = {
+            pack.ordinal: repository.store.storage.mtime_ns(pack_name(pack.pack))
+            for pack in (first, second, third)
+        }
+        fresh = pack_stats(repository)
+    assert (fresh.packs, fresh.unverified_packs) == (3, 3)
+    assert fresh.pack_bytes == first.pack_bytes + second.pack_bytes + third.pack_bytes
+    assert fresh.oldest_verification_ns == min(written_ns.values())
+    later_s = max(written_ns.values()) // 1_000_000_000 + 100
+    with keeper.writing() as repository:
+        repository.store.index.mark_verified([first.ordinal, second.ordinal], later_s)
+    with keeper.reading() as repository:
+        checked = pack_stats(repository)
+    assert checked.unverified_packs == 1
+    assert checked.oldest_verification_ns == written_ns[third.ordinal]
+    with keeper.writing() as repository:
+        repository.store.index.mark_verified([second.ordinal], later_s + 50)
+        repository.store.index.mark_verified([third.ordinal], later_s + 60)
+    with keeper.reading() as repository:
+        assert pack_stats(repository).oldest_verification_ns == later_s * 1_000_000_000
+
+
+def test_a_repository_without_packs_has_no_oldest_verification(keeper: Keeper) -> None:
+    with keeper.reading() as repository:
+        seen = pack_stats(repository)
+    assert (seen.packs, seen.pack_bytes, seen.oldest_verification_ns) == (0, 0, None)

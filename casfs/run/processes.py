@@ -1,0 +1,198 @@
+"""Processes of a run: the verbs that are its steps, and the commands of its hooks.
+
+Each step is a process of its own that runs the same verb as a person would, with `--json`. A step that
+crashes or is killed for its memory leaves the others and the notification alone; memory is given back
+between steps; an exit code and one JSON object are the whole interface.
+
+Each process leads its own process group: Ctrl-C in a terminal and SIGTERM reach the run alone, which
+passes them on once and waits until the process has ended. It is killed only when the run is interrupted
+a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from casfs.run.outcome import EXIT_FAILED, EXIT_INTERRUPTED, HookOutcome, JsonObject
+
+_MAX_PROBLEMS = 20
+"""How many problems of a step the summary holds; the others are counted."""
+
+_MAX_LINE_BYTES = 1024 * 1024
+_STDERR = 2
+_PROBLEM_TYPES = ("problem", "damage")
+
+
+@dataclass(slots=True)
+class VerbOutput:
+    """What a verb with `--json` has printed so far, in bounded memory.
+
+    `result` is the last object that is neither a problem nor progress nor an error; `on_problem` is called
+    with every problem, `problems` holds only the first.
+    """
+
+    on_problem: Callable[[JsonObject], None] | None = None
+    result: JsonObject | None = None
+    error: str | None = None
+    problems: tuple[JsonObject, ...] = ()
+    problem_count: int = 0
+
+    def add_line(self, line: bytes) -> None:
+        """Take note of one line; one that is not a JSON object is ignored."""
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(value, dict):
+            return
+        kind = value.get("type")
+        if kind in _PROBLEM_TYPES:
+            self.problem_count += 1
+            if self.on_problem is not None:
+                self.on_problem(value)
+            if len(self.problems) < _MAX_PROBLEMS:
+                self.problems = (*self.problems, value)
+        elif kind == "error":
+            self.error = str(value.get("message"))
+        elif kind != "progress":
+            self.result = value
+
+
+@dataclass(frozen=True, slots=True)
+class VerbEnd:
+    """How a verb ended: its exit code, what it printed, and how long it took."""
+
+    exit: int
+    output: VerbOutput
+    started_s: float
+    seconds: float
+    was_interrupted: bool = False
+
+
+class VerbRunner:
+    """Run verbs of casfs; `arguments` are what every one of them is given besides its own.
+
+    `lock_fd` is kept open by each process, so that the lock of the profile lasts as long as one of them.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        lock_fd: int | None = None,
+        program: Sequence[str] | None = None,
+    ) -> None:
+        # Without -P Python would import casfs from the current folder, whoever wrote it there.
+        self._program = program or (sys.executable, "-P", "-m", "casfs")
+        self._arguments = arguments
+        self._environment = environment
+        self._inherited = () if lock_fd is None else (lock_fd,)
+
+    def run(
+        self, verb: Sequence[str], on_problem: Callable[[JsonObject], None] | None = None
+    ) -> VerbEnd:
+        """Run a verb to its end; what it says on stderr goes to the stderr of this process.
+
+        An interruption is not raised: it is passed on, and the returned value says so.
+        """
+        started_s, start = time.time(), time.monotonic()
+        output = VerbOutput(on_problem)
+        command = [*self._program, verb[0], *self._arguments, "--json", *verb[1:]]
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                env=dict(self._environment),
+                pass_fds=self._inherited,
+                process_group=0,
+            )
+        except (OSError, ValueError) as error:
+            output.error = f"cannot be started: {error}"
+            return VerbEnd(EXIT_FAILED, output, started_s, time.monotonic() - start)
+        with process:
+            assert process.stdout is not None
+            pipe = process.stdout
+            interrupted = _finish(process, lambda: _read_lines(pipe, output))
+        code = process.returncode
+        if interrupted:
+            code = EXIT_INTERRUPTED
+        elif code < 0:
+            output.error = f"was ended by {_signal_name(-code)}"
+            code = EXIT_FAILED
+        return VerbEnd(code, output, started_s, time.monotonic() - start, interrupted)
+
+
+def run_hook(name: str, command: str, text: bytes, environment: Mapping[str, str]) -> HookOutcome:
+    """Run a hook in a shell with `text` on its standard input; raises KeyboardInterrupt.
+
+    What it prints goes to stderr, which keeps stdout for the results of the run.
+    """
+    start = time.monotonic()
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.PIPE,
+        stdout=_STDERR,
+        env=dict(environment),
+        process_group=0,
+    )
+    with process:
+        interrupted = _finish(process, lambda: process.communicate(text))
+    if interrupted:
+        raise KeyboardInterrupt
+    code = process.returncode
+    return HookOutcome(
+        hook=name, exit=code if code >= 0 else 128 - code, seconds=time.monotonic() - start
+    )
+
+
+def _finish(process: subprocess.Popen[bytes], work: Callable[[], object]) -> bool:
+    """Do the work that ends with the process; return whether an interruption was passed on to it.
+
+    The work is taken up again after an interruption, for a process that can write nothing more to a full
+    pipe would never end.
+    """
+    try:
+        work()
+        process.wait()
+        return False
+    except KeyboardInterrupt:
+        _signal_group(process, signal.SIGTERM)
+    except BaseException:
+        _signal_group(process, signal.SIGKILL)
+        raise
+    try:
+        work()
+        process.wait()
+    except KeyboardInterrupt:
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+    return True
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    if process.poll() is None:
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def _read_lines(pipe: IO[bytes], output: VerbOutput) -> None:
+    while line := pipe.readline(_MAX_LINE_BYTES):
+        output.add_line(line)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

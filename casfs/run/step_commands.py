@@ -1,0 +1,77 @@
+"""The arguments with which each step of a profile is run as a verb of the command line.
+
+Repositories are given by name: each process reads the configuration itself, so that no secret and nothing
+that leads to one is among the arguments, which every user of the machine can see.
+"""
+
+from __future__ import annotations
+
+from casfs.config.profiles import CheckPlan, Keep, Profile
+from casfs.run.outcome import StepName
+
+
+def step_arguments(step: StepName, target: str | None, profile: Profile, host: str) -> list[str]:
+    """Return the verb of a step and its arguments, but for those that all steps have."""
+    if step is StepName.BACKUP:
+        return _backup(profile, host)
+    if step is StepName.FORGET and profile.keep is not None:
+        return _forget(profile, profile.keep, host)
+    if step is StepName.CHECK and profile.check is not None:
+        return _check(profile.check)
+    if step is StepName.MIRROR and target is not None:
+        return ["mirror", target]
+    return [str(step)]
+
+
+def _backup(profile: Profile, host: str) -> list[str]:
+    found = ["backup", f"--host={host}"]
+    found += [f"--tag={tag.text}" for tag in profile.tags]
+    found += [f"--exclude={pattern}" for pattern in profile.exclude]
+    found += [f"--exclude-file={file.path}" for file in profile.exclude_file]
+    found += [f"--exclude-if-present={name}" for name in profile.exclude_if_present]
+    if profile.exclude_larger_than is not None:
+        found.append(f"--exclude-larger-than={profile.exclude_larger_than.text}")
+    if profile.attempts is not None:
+        found.append(f"--attempts={profile.attempts}")
+    if profile.patience is not None:
+        found.append(f"--patience={profile.patience.seconds}")
+    if profile.freeze is not None:
+        found.append(f"--freeze={profile.freeze}")
+    if profile.compression is not None:
+        found.append(f"--compression={profile.compression}")
+    for is_set, option in (
+        (profile.exclude_caches, "--exclude-caches"),
+        (profile.one_file_system, "--one-file-system"),
+        (profile.reread, "--reread"),
+        (profile.changed_ok, "--changed-ok"),
+    ):
+        found += [option] if is_set else []
+    return [*found, "--", *(source.path for source in profile.sources)]
+
+
+def _forget(profile: Profile, keep: Keep, host: str) -> list[str]:
+    """Return what applies the rules to the snapshots of this host, these tags and these sources only."""
+    found = ["forget", f"--host={host}"]
+    if profile.tags:
+        found.append("--tag=" + ",".join(tag.text for tag in profile.tags))
+    found += [f"--path={source.path}" for source in profile.sources]
+    for period in ("last", "hourly", "daily", "weekly", "monthly", "yearly"):
+        count = getattr(keep, period)
+        if count is not None:
+            found.append(f"--keep-{period}={count}")
+    if keep.within is not None:
+        found.append(f"--keep-within={keep.within.text}")
+    return found + [f"--keep-tag={tag.text}" for tag in keep.tags]
+
+
+def _check(plan: CheckPlan) -> list[str]:
+    found = ["check"]
+    if plan.read_data_subset is not None:
+        found.append(f"--read-data-subset={plan.read_data_subset.text}")
+    elif plan.read_data or plan.older_than is not None or plan.max_duration is not None:
+        found.append("--read-data")
+    if plan.older_than is not None:
+        found.append(f"--older-than={plan.older_than.text}")
+    if plan.max_duration is not None:
+        found.append(f"--max-duration={plan.max_duration.text}")
+    return found
