@@ -138,6 +138,6 @@ def _files(storage: Storage, suffix: str) -> Iterator[tuple[str, bytes]]:
         except NotFoundError:
             continue
         if digest_of(data).hex() != name.rpartition("/")[2].partition(".")[0]:
-            log.warning("%s is damaged: it does not have its digest", name)
+            log.warning("%s is damaged: digest mismatch", name)
             continue
         yield name, data

@@ -170,7 +170,7 @@ def _intact_files(
         if digest_of(data).hex() == stem:
             yield data, suffix
         else:
-            yield SessionError(f"{name} is damaged: it does not have its digest"), suffix
+            yield SessionError(f"{name} is damaged: digest mismatch"), suffix
 
 
 def _join_reasons(identities: Sequence[AgeIdentity], use_gpg: bool) -> str:

@@ -108,7 +108,7 @@ class BlobCodec:
         """
         plain = self._plain(digest, codec, payload, plain_bytes)
         if keyed_digest(plain, key) != digest:
-            raise BlobError(digest, "its data does not have its digest")
+            raise BlobError(digest, "digest mismatch")
         return plain
 
     def decode_many(self, wanted: Sequence[Encoded], threads: int = 1) -> list[bytes | None]:

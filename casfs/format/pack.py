@@ -154,7 +154,7 @@ def parse_directory(
     the directory of the pack's name, its own offset and its bytes as stored.
     """
     if digest_of(data) != digest:
-        raise PackError(pack, "its directory does not have its digest")
+        raise PackError(pack, "directory digest mismatch")
     if decrypt is not None:
         data = decrypt(pack, end + BLOB_HEADER.size, data)
     if len(data) % ENTRY.size:

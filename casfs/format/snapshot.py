@@ -159,7 +159,7 @@ def decode_snapshot(
 def _read_header(snapshot_id: SnapshotId, data: bytes) -> tuple[int, int]:
     label = snapshot_id.hex()[:12]
     if bytes(digest_of(data)) != snapshot_id:
-        raise TreeError(f"snapshot {label} is damaged: its file does not have its digest")
+        raise TreeError(f"snapshot {label} is damaged: digest mismatch")
     if len(data) < HEADER.size:
         raise TreeError(f"snapshot {label} is damaged: it is too short")
     magic, version, kind, _, plain_bytes = HEADER.unpack_from(data)

@@ -136,9 +136,7 @@ class Checker:
                 raise TreeError("directories are nested deeper than the format allows")
             digest = Digest(ref.digest)
             if digest in self.result.damaged:
-                raise BlobError(
-                    digest, "its data does not have its digest", self.result.damaged[digest]
-                )
+                raise BlobError(digest, "digest mismatch", self.result.damaged[digest])
             if self._store.index.lookup(digest) is None:
                 self._is_elsewhere(digest)
             piece = decode_piece(self._store.read(digest))

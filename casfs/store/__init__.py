@@ -1,1 +1,1 @@
-"""Where blobs are kept: packs in a storage, found through an index that can be rebuilt from them."""
+"""Blobs by digest: packs in a storage, found through an index that can be rebuilt from them."""

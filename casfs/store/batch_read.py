@@ -1,6 +1,7 @@
-"""Reading many blobs at once: in the order of their places, neighbours in one read, decoded together.
+"""Batch reads of blobs: sorted by pack and offset, adjacent blobs in one read, decoded together.
 
-For one blob the interpreter does more than the disk and the decompressor; for many it does it once.
+For a single blob the interpreter's overhead exceeds the cost of the read and of the decompression; a batch
+pays that overhead once.
 """
 
 from __future__ import annotations
@@ -19,23 +20,24 @@ from casfs.store.blob_store import BlobStore, pack_name
 log = logging.getLogger(__name__)
 
 _GAP_BYTES = 64 * 1024
-"""What is read for nothing sooner than another read is begun."""
+"""Largest gap between two blobs that one read covers; beyond it a second read costs less."""
 
 _THREADS = 2
 
 _READ_BYTES = 4 * 1024 * 1024
 
 _Place = tuple[int, int, Digest, Location]
-"""Pack, offset, and what is there."""
+"""Pack ordinal, offset, digest and location."""
 
 _by_place = operator.itemgetter(0, 1)
 
 
 def read_batch(store: BlobStore, wanted: Mapping[Digest, int]) -> dict[Digest, bytes]:
-    """Return the verified plaintexts of those blobs that are sound where the index looks for them.
+    """Return the verified plaintexts of the wanted blobs that are intact where the index locates them.
 
-    `wanted` tells the size of each; one of another size is left out. All are in memory together. For
-    what is left out, `BlobStore.read` finds another copy or says what is wrong.
+    `wanted` maps each digest to its plaintext size in bytes; a blob of another size is omitted. All returned
+    plaintexts are in memory at once. For an omitted blob, `BlobStore.read` finds another copy or raises the
+    reason.
     """
     digests = list(wanted)
     places: list[_Place] = [
@@ -47,7 +49,7 @@ def read_batch(store: BlobStore, wanted: Mapping[Digest, int]) -> dict[Digest, b
     plains: dict[Digest, bytes] = {}
     begin = 0
     while begin < len(places):
-        run = list(itertools.takewhile(_Neighbourhood(), itertools.islice(places, begin, None)))
+        run = list(itertools.takewhile(_IsAdjacent(), itertools.islice(places, begin, None)))
         begin += len(run)
         try:
             _read_run(store, run, plains)
@@ -80,8 +82,8 @@ def _read_run(store: BlobStore, run: list[_Place], plains: dict[Digest, bytes]) 
             plains[digest] = plain
 
 
-class _Neighbourhood:
-    """Tells, of places in order, whether the next lies close enough behind those before for one read."""
+class _IsAdjacent:
+    """A predicate on sorted places: whether the next is close enough for a read shared with the previous."""
 
     def __init__(self) -> None:
         self._pack = -1

@@ -1,6 +1,6 @@
-"""The blob store: verified reads by digest, and the agreement between packs on disk and the index.
+"""The blob store: verified reads by digest, and reconciliation of the index with the stored packs.
 
-Reading is safe from several threads. Nothing is returned whose digest was not recomputed.
+Threads may read concurrently. Every returned plaintext has had its digest recomputed.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from casfs.store.duplicates import Duplicates
 from casfs.store.pending_removal import packs_pending_removal
 
 if TYPE_CHECKING:
-    # What an unencrypted repository does without is not loaded for it.
+    # An unencrypted repository does not need this import.
     from casfs.store.cipher import PackCiphers
 
 log = logging.getLogger(__name__)
 
-_MOST_REMEMBERED = 100_000
+_MAX_FOUND_ELSEWHERE = 100_000
 
 _OWN_LIMITS = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-"""Errors of a read that say nothing of the disk."""
+"""Read errors that come from this process's limits, not from the disk."""
 
 
 def pack_name(pack: PackId) -> str:
@@ -61,13 +61,13 @@ def pack_name(pack: PackId) -> str:
 
 
 class BlobStore:
-    """Blobs of one repository, found through its index.
+    """The blobs of one repository, found through its index.
 
-    Where it is encrypted, `ciphers` open the packs.
+    In an encrypted repository `ciphers` decrypts the packs.
 
-    `salvaged` are packs whose directory was damaged when the index had to be brought up to date, and
-    `unreadable` those that could not be read then. `found_elsewhere` are blobs that were read from another
-    place than the index names, because they are not sound there.
+    `salvaged` holds the packs whose directory was damaged at the last update of the index, and `unreadable`
+    the packs that could not be read then. `found_elsewhere` holds the blobs that were read from another copy
+    because the copy that the index names is damaged.
     """
 
     def __init__(
@@ -85,25 +85,24 @@ class BlobStore:
         self.unreadable: set[PackId] = set()
         self.found_elsewhere: set[Digest] = set()
         self.use_index(index)
-        self._remembered: dict[PackId, list[PackEntry]] = {}
+        self._old_entries: dict[PackId, list[PackEntry]] = {}
 
     def use_index(self, index: Index) -> None:
-        """Find blobs through this index from now on."""
+        """Look up blobs in this index from now on."""
         self.index = index
-        self._copies = Duplicates(index, self.stored_packs, self.entries)
+        self._duplicates = Duplicates(index, self.stored_packs, self.entries)
 
     def locate(self, digest: Digest) -> Location:
-        """Return where a blob is; raises BlobError when the index does not know it."""
+        """Return the location of a blob; raise BlobError when the index does not contain it."""
         location = self.index.lookup(digest)
         if location is None:
             raise _missing(digest)
         return location
 
     def read(self, digest: Digest) -> bytes:
-        """Return a blob's verified plaintext; raises BlobError when it is missing or damaged.
+        """Return a blob's verified plaintext; raise BlobError when it is missing or damaged.
 
-        Where the index is wrong, behind, or names a damaged copy of which there is a sound one, that
-        one is found.
+        If the index is wrong or outdated, or names a damaged copy, return an intact copy from another place.
         """
         location = self.index.lookup(digest)
         try:
@@ -114,27 +113,27 @@ class BlobStore:
             return self._read_elsewhere(digest, location, error)
 
     def _read_elsewhere(self, digest: Digest, location: Location | None, error: BlobError) -> bytes:
-        # A prune may have moved it between the two steps; then the index knows better by now.
+        # A prune may have moved the blob between the two steps; then the index has the new location.
         moved = self.index.lookup(digest)
         if moved is not None and moved != location:
             try:
                 return self.read_at(digest, moved)
             except BlobError as also:
                 error = also
-        for pack, entry in self._copies.find(digest):
+        for pack, entry in self._duplicates.find(digest):
             try:
                 plain = self.read_entry(pack, entry)
             except (BlobError, NotFoundError, StorageError):
                 continue
-            if len(self.found_elsewhere) < _MOST_REMEMBERED:
+            if len(self.found_elsewhere) < _MAX_FOUND_ELSEWHERE:
                 self.found_elsewhere.add(digest)
             return plain
         raise error
 
     def read_entry(self, pack: PackId, entry: PackEntry) -> bytes:
-        """Return the verified plaintext of one copy of a blob, wherever the index looks for it.
+        """Return the verified plaintext of one copy of a blob, whether or not the index names that copy.
 
-        Raises BlobError, NotFoundError and StorageError.
+        Raise BlobError, NotFoundError and StorageError.
         """
         payload = self.storage.read(pack_name(pack), entry.offset, entry.stored_bytes)
         return self.decode(pack, entry, payload)
@@ -142,7 +141,7 @@ class BlobStore:
     def decode(self, pack: PackId, entry: PackEntry, payload: bytes) -> bytes:
         """Return the verified plaintext of a payload that was read from its place in a pack.
 
-        Raises BlobError; in an encrypted repository also what `PackCiphers.of` raises.
+        Raise BlobError; in an encrypted repository also the errors of `PackCiphers.for_pack`.
         """
         digest, offset, _, plain_bytes, _, codec = entry
         return self._decode(pack, digest, offset, codec, payload, plain_bytes)
@@ -161,7 +160,7 @@ class BlobStore:
         cipher = self._ciphers.for_pack(pack, pack_name(pack))
         inner = cipher.decrypt(digest, offset, payload)
         if (inner.codec | ENCRYPTED, inner.plain_bytes) != (codec, plain_bytes):
-            raise BlobError(digest, "it is not what is recorded of it")
+            raise BlobError(digest, "its encrypted codec and size do not match the recorded ones")
         return self.codec.decode(
             digest, inner.codec, inner.payload, plain_bytes, cipher.digest_key(inner)
         )
@@ -169,9 +168,9 @@ class BlobStore:
     def decode_many(
         self, pack: PackId, wanted: Sequence[Encoded], threads: int = 1
     ) -> list[bytes | None]:
-        """Return the verified plaintexts of payloads of one pack, None for each that is not sound.
+        """Return the verified plaintexts of payloads of one pack, None for each damaged payload.
 
-        Raises PackError where nothing of the pack can be decrypted.
+        Raise PackError where nothing of the pack can be decrypted.
         """
         if self._ciphers is None:
             return self.codec.decode_many(wanted, threads)
@@ -188,19 +187,21 @@ class BlobStore:
         return plains
 
     def read_at(self, digest: Digest, location: Location) -> bytes:
-        """Return the verified plaintext of a blob whose place was looked up before."""
+        """Return the verified plaintext of a blob at a location from an earlier lookup.
+
+        Raise BlobError when the blob is missing or damaged, StorageError when this process or the network
+        failed.
+        """
         try:
             pack = self.index.pack_id(location.pack)
         except IndexUnusableError as error:
-            raise BlobError(
-                digest, "the index names a pack for it that it does not have"
-            ) from error
+            raise BlobError(digest, "the index refers to an unknown pack") from error
         try:
             payload = self.storage.read(pack_name(pack), location.offset, location.stored_bytes)
         except NotFoundError as error:
             raise BlobError(digest, "its pack is missing", pack) from error
         except StorageUnavailableError:
-            raise  # a network that is down says nothing of the pack
+            raise  # an unreachable network does not mean that the pack is damaged
         except StorageError as error:
             if error.cause.errno in _OWN_LIMITS:
                 raise
@@ -208,7 +209,7 @@ class BlobStore:
                 digest, f"its pack cannot be read: {error.cause.strerror}", pack
             ) from error
         if len(payload) != location.stored_bytes:
-            raise BlobError(digest, "its pack ends before it", pack)
+            raise BlobError(digest, "its pack is too short to hold it", pack)
         try:
             plain = self._decode(
                 pack, digest, location.offset, location.codec, payload, location.plain_bytes
@@ -216,14 +217,14 @@ class BlobStore:
         except BlobError as error:
             raise BlobError(digest, error.reason, pack) from error
         except PackError as error:
-            raise BlobError(digest, f"of its pack: {error.reason}", pack) from error
+            raise BlobError(digest, f"its pack is damaged: {error.reason}", pack) from error
         self.coverage.mark(location)
         return plain
 
     def read_nonblocking(self, digest: Digest, max_stored_bytes: int) -> bytes | None:
-        """Return a small blob's verified plaintext if that needs no waiting, else None.
+        """Return a small blob's verified plaintext if no step would block, else None.
 
-        None also stands for what is missing or damaged; `read` says which.
+        None also means missing or damaged; `read` raises the reason.
         """
         location = self.index.lookup(digest)
         if location is None or location.stored_bytes > max_stored_bytes:
@@ -231,7 +232,7 @@ class BlobStore:
         pack = self.index.pack_id(location.pack)
         name = pack_name(pack)
         if self._ciphers is not None and not self._ciphers.is_cached(name):
-            return None  # its session would have to be opened first
+            return None  # decrypting its session would block
         payload = self.storage.read_nonblocking(name, location.offset, location.stored_bytes)
         if payload is None:
             return None
@@ -245,7 +246,7 @@ class BlobStore:
         return plain
 
     def prefetch(self, digest: Digest) -> int:
-        """Have a blob's stored bytes brought into memory soon; return how many those are."""
+        """Start to load a blob's stored bytes into memory; return their number."""
         location = self.index.lookup(digest)
         if location is None:
             return 0
@@ -262,17 +263,17 @@ class BlobStore:
             except ValueError:
                 pack = PackId(b"")
             if len(pack) != 32 or pack_name(pack) != name:
-                log.warning("%s is not a pack of casfs; it is left alone", name)
+                log.warning("%s is not a casfs pack; ignored", name)
                 continue
             yield pack, size
 
     def read_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
-        """Return a pack's entries from its directory; raises PackError when that is damaged."""
+        """Return a pack's entries from its directory; raise PackError when the directory is damaged."""
         name = pack_name(pack)
         if pack_bytes < HEADER.size + BLOB_HEADER.size + TRAILER.size:
-            raise PackError(pack, "it is too short for a pack")
+            raise PackError(pack, "too short for a pack")
         if pack_bytes > MAX_PACK_BYTES:
-            raise PackError(pack, "it is too long for a pack")
+            raise PackError(pack, "too long for a pack")
         parse_header(pack, self.storage.read(name, 0, HEADER.size))
         tail = self.storage.read(name, pack_bytes - TRAILER.size, TRAILER.size)
         cipher = self._ciphers.for_pack(pack, name) if self._ciphers is not None else None
@@ -283,10 +284,10 @@ class BlobStore:
         return parse_directory(pack, directory, digest, offset - BLOB_HEADER.size, decrypt)
 
     def entries(self, pack: PackId, pack_bytes: int | None = None) -> list[PackEntry]:
-        """Return a pack's entries, also where they have to be found without its directory.
+        """Return a pack's entries from its directory, or by a scan where the directory is damaged.
 
-        `pack_bytes` is the size that it has in the storage, asked for where it is None. What the index
-        tells of it is not to be given here: another pack may have taken its place.
+        `pack_bytes` is the pack's size in the storage, looked up where it is None. Do not pass the size that
+        the index records: another pack may have replaced it.
         """
         if pack_bytes is None:
             pack_bytes = self.storage.size(pack_name(pack))
@@ -296,9 +297,9 @@ class BlobStore:
             return self.salvage_directory(pack, pack_bytes)
 
     def salvage_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
-        """Return entries for all blobs of a pack that decode, found without its directory.
+        """Return entries for all blobs of a pack that decode, found by a scan of its records.
 
-        Beyond the size that any pack may have nothing is looked for.
+        The scan ends at MAX_PACK_BYTES.
         """
         name = pack_name(pack)
         data = self.storage.read(name, 0, min(pack_bytes, MAX_PACK_BYTES))
@@ -306,7 +307,7 @@ class BlobStore:
         try:
             cipher = self._ciphers.for_pack(pack, name) if self._ciphers is not None else None
         except PackError:
-            return entries  # without its header nothing in it can be decrypted
+            return entries  # without the pack's header no blob can be decrypted
         for offset, kind, codec, stored_bytes, plain_bytes in scan_records(data, HEADER.size):
             payload = data[offset : offset + stored_bytes]
             key = None
@@ -328,64 +329,66 @@ class BlobStore:
     ) -> None:
         """Bring the index into agreement with the packs in the storage.
 
-        Packs that a crash left out of the index, or half in it, are added from their directories.
-        Where the index names a pack that is gone it is rebuilt from the packs alone, so that no blob is
-        trusted that nothing holds and duplicates in other packs are found; with `keep_missing` it names
-        that pack still, for somebody who is to tell of it.
+        Packs that a crash left out of the index, wholly or in part, are added from their directories. If the
+        index names a missing pack, the index is rebuilt from the packs alone, so that no blob of the missing
+        pack counts as stored and duplicates in other packs are found. With `keep_missing` the index keeps
+        such a pack, so that a check can report it.
 
-        A prune of another process may be at work. It condemns a pack before it removes it from the index,
-        and removes the file before the condemnation. So what is condemned is asked after what it is
-        compared with was read, here and in `_add_found_pack`. Unless no other process writes (`is_alone`)
-        a pack that is condemned and not in the index is being removed, and what the index calls condemned
-        stays so.
+        A prune in another process may be running. It publishes a removal notice before it removes a pack from
+        the index, and deletes the pack's file before the notice. So the notices are read after what they are
+        compared with, here and in `_add_found_packs`. Unless no other process writes (`is_alone`), a pack
+        that has a notice and is not in the index is being removed, and a pack that the index marks for
+        removal keeps its mark.
         """
         stored = dict(self.stored_packs())
         indexed = {record.pack for record in self.index.packs()}
         missing = {pack for pack in indexed - stored.keys() if not self.has_pack(pack)}
         if missing and not keep_missing:
             log.warning(
-                "the index named %d packs that are not there; what they held is no longer trusted",
+                "%d packs that the index names are missing; their blobs no longer count as stored",
                 len(missing),
             )
-        if missing and not keep_missing and any(self._is_closed(pack) for pack in stored):
-            # A rebuild would lose what this machine once knew of the packs that it cannot open.
+        if missing and not keep_missing and any(self._is_locked(pack) for pack in stored):
+            # A rebuild would lose the entries of packs for which this machine lacks the keys.
             ordinals = {one.ordinal: one.pack for one in self.index.packs() if one.pack in missing}
             self.index.remove_packs(ordinals, lost=True)
             missing = set()
         if (missing and not keep_missing) or not self.index.is_current():
             self.rebuild()
         elif new := sorted(stored.keys() - indexed):
-            self._adopt([(pack, stored[pack]) for pack in new], is_alone)
-        self._complete(stored, is_alone)
+            self._add_found_packs([(pack, stored[pack]) for pack in new], is_alone)
+        self._finish_partial_packs(stored, is_alone)
         before = self.index.marked_for_removal()
-        condemned = packs_pending_removal(self.storage)
-        if condemned or before:
-            found = {record.ordinal for record in self.index.packs() if record.pack in condemned}
+        pending = packs_pending_removal(self.storage)
+        if pending or before:
+            found = {record.ordinal for record in self.index.packs() if record.pack in pending}
             self.index.change_marked(found - before, before - found if is_alone() else set())
 
-    def _complete(self, stored: Mapping[PackId, int], is_alone: Callable[[], bool]) -> None:
-        """Add to the index what a process that died had not added yet of a pack."""
+    def _finish_partial_packs(
+        self, stored: Mapping[PackId, int], is_alone: Callable[[], bool]
+    ) -> None:
+        """Index the rest of each pack that a process left partly indexed when it died."""
         partial = [pack for pack in self.index.partial_packs() if pack in stored]
         if partial and is_alone():
             for pack, _, entries in self._indexed([(pack, stored[pack]) for pack in partial]):
                 self.index.finish_partial_pack(pack, entries)
 
-    def _adopt(self, new: list[tuple[PackId, int]], is_alone: Callable[[], bool]) -> None:
-        condemned: set[PackId] = set()
+    def _add_found_packs(self, new: list[tuple[PackId, int]], is_alone: Callable[[], bool]) -> None:
+        pending: set[PackId] = set()
 
         def ask() -> set[PackId]:
-            condemned.clear()
-            condemned.update(packs_pending_removal(self.storage))
-            return condemned
+            pending.clear()
+            pending.update(packs_pending_removal(self.storage))
+            return pending
 
         def packs() -> Iterator[IndexedPack]:
             alone = is_alone()
-            return self._indexed(one for one in new if alone or one[0] not in condemned)
+            return self._indexed(one for one in new if alone or one[0] not in pending)
 
         self.index.add_found_packs(packs, ask)
 
-    def _is_closed(self, pack: PackId) -> bool:
-        """Tell whether a pack is encrypted with keys that are not at hand."""
+    def _is_locked(self, pack: PackId) -> bool:
+        """Return whether a pack is encrypted with keys that are not available."""
         try:
             if self._ciphers is not None:
                 self._ciphers.for_pack(pack, pack_name(pack))
@@ -396,26 +399,27 @@ class BlobStore:
         return False
 
     def has_pack(self, pack: PackId) -> bool:
-        """Tell whether a pack is in the storage by now: another writer may just have published it."""
+        """Return whether a pack is in the storage now; another writer may have published it since the
+        listing."""
         try:
             return self.storage.size(pack_name(pack)) >= 0
         except NotFoundError:
             return False
 
     def rebuild(self) -> None:
-        """Build the index anew from the packs alone.
+        """Rebuild the index from the packs alone.
 
-        Of a pack whose directory is damaged, the index that there was may know more than can be found in
-        it: what it told of that pack is kept where it proves to be true.
+        For a pack with a damaged directory, the old index may know more blobs than a scan finds: its entries
+        are kept where the blobs verify.
         """
-        self._remembered = self._told_of_damaged()
+        self._old_entries = self._entries_of_damaged()
         self.index.rebuild(
             lambda: self._indexed(self.stored_packs()), lambda: packs_pending_removal(self.storage)
         )
-        self._remembered = {}
+        self._old_entries = {}
 
-    def _told_of_damaged(self) -> dict[PackId, list[PackEntry]]:
-        """Return what the index tells of the packs whose directories are damaged."""
+    def _entries_of_damaged(self) -> dict[PackId, list[PackEntry]]:
+        """Return the index entries of packs whose directories are damaged."""
         if not self.index.is_current():
             return {}
         damaged = set()
@@ -425,25 +429,25 @@ class BlobStore:
             except CasfsError:
                 damaged.add(pack)
         names = {one.ordinal: one.pack for one in self.index.packs() if one.pack in damaged}
-        told: dict[PackId, list[PackEntry]] = {}
+        entries_by_pack: dict[PackId, list[PackEntry]] = {}
         for digest, at in self.index.blobs() if names else ():
             if at.pack in names:
                 entry = PackEntry(
                     digest, at.offset, at.stored_bytes, at.plain_bytes, at.kind, at.codec
                 )
-                told.setdefault(names[at.pack], []).append(entry)
-        return told
+                entries_by_pack.setdefault(names[at.pack], []).append(entry)
+        return entries_by_pack
 
     def _indexed(self, packs: Iterable[tuple[PackId, int]]) -> Iterator[IndexedPack]:
         for pack, pack_bytes in packs:
             try:
                 entries = self._entries(pack, pack_bytes)
             except NotFoundError:
-                continue  # a prune has just removed it
+                continue  # a prune removed it after the listing
             except KeyMissingError:
-                continue  # only who has its keys can use what it holds
+                continue  # only a process with its keys can use its blobs
             except (SessionError, StorageError) as error:
-                log.warning("%s; its blobs are left out until it can be read", error)
+                log.warning("%s; its blobs are not indexed until it can be read", error)
                 self.unreadable.add(pack)
                 continue
             yield pack, pack_bytes, entries
@@ -452,14 +456,14 @@ class BlobStore:
         try:
             return self.read_directory(pack, pack_bytes)
         except PackError as error:
-            log.warning("%s; its intact blobs are found one by one", error)
+            log.warning("%s; scanning it for intact blobs", error)
             self.salvaged.add(pack)
             return self._salvaged_entries(pack, pack_bytes)
 
     def _salvaged_entries(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
         found = self.salvage_directory(pack, pack_bytes)
         digests = {entry.digest for entry in found}
-        for entry in self._remembered.get(pack, ()):
+        for entry in self._old_entries.get(pack, ()):
             if entry.digest not in digests:
                 try:
                     self.read_entry(pack, entry)

@@ -1,4 +1,4 @@
-"""Ciphers of packs, cached: one AEAD key for each pack read lately. Safe to share between threads."""
+"""Cached pack ciphers: one AEAD key for each recently read pack. Threads may share the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_CIPHERS = 4096
 
 
 class PackCiphers:
-    """The ciphers of the packs of an encrypted repository, made when they are needed."""
+    """The ciphers of the packs of an encrypted repository, derived on first use."""
 
     def __init__(self, storage: Storage, sessions: Sessions) -> None:
         self._storage = storage
@@ -20,14 +20,14 @@ class PackCiphers:
         self._known: dict[str, PackCipher] = {}
 
     def is_cached(self, name: str) -> bool:
-        """Tell whether `of` would wait for nothing."""
+        """Return whether `for_pack` would return without a read."""
         return name in self._known
 
     def for_pack(self, pack: PackId, name: str) -> PackCipher:
-        """Return the cipher of a pack, which is stored under `name`.
+        """Return the cipher of a pack that is stored under `name`.
 
-        Raises PackError for one that is not encrypted, KeyMissingError and SessionError for a session that
-        cannot be opened, NotFoundError and StorageError.
+        Raise PackError for a pack that is not encrypted, KeyMissingError and SessionError for a session that
+        cannot be decrypted, NotFoundError and StorageError.
         """
         cipher = self._known.get(name)
         if cipher is None:

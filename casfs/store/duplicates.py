@@ -1,8 +1,8 @@
-"""Where else a blob is: the copies in packs that the index does not name, found when one is asked for.
+"""Copies of blobs in packs that the index does not name.
 
-They are rare: two backups that stored a blob at the same time, one that was stored anew, an index that is
-wrong or damaged. So all directories are read once for all of them, when the first read fails, and no
-more than once in a while after that. Safe to share between threads.
+Such copies are rare: two backups stored a blob at the same time, a blob was stored again, or the index is
+wrong or damaged. So the first failed read scans all directories for all copies, and later failures scan again
+only after a pause. Threads may share the object.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from casfs.index.index import Index
 
 _MOST_COPIES = 1_000_000
 _FRESH_S = 60.0
-"""How long it is believed that there is no further copy of a blob."""
+"""How long a scan that found no further copy of a blob remains valid."""
 
 Copy = tuple[PackId, PackEntry]
 
 
 class Duplicates:
-    """The copies that an index does not name; `stored` lists packs and sizes, `read` a directory."""
+    """Copies of blobs that an index does not name; `stored` yields packs and sizes, `read` returns a
+    directory."""
 
     def __init__(
         self,
@@ -37,20 +38,20 @@ class Duplicates:
         self._read = read
         self._lock = threading.Lock()
         self._found: dict[Digest, list[Copy]] = {}
-        self._looked_s: float | None = None
+        self._scanned_s: float | None = None
 
     def find(self, digest: Digest) -> list[Copy]:
-        """Return the copies of a blob in other places than the index names."""
+        """Return the copies of a blob that the index does not name."""
         with self._lock:
             found = self._found.get(digest)
             now = time.monotonic()
-            if found is None and (self._looked_s is None or now - self._looked_s > _FRESH_S):
-                self._look()
-                self._looked_s = time.monotonic()
+            if found is None and (self._scanned_s is None or now - self._scanned_s > _FRESH_S):
+                self._scan_directories()
+                self._scanned_s = time.monotonic()
                 found = self._found.get(digest)
         return found or []
 
-    def _look(self) -> None:
+    def _scan_directories(self) -> None:
         self._found = {}
         names = {record.ordinal: record.pack for record in self._index.packs()}
         left = _MOST_COPIES

@@ -1,8 +1,8 @@
-"""Condemned packs: what a prune says of packs before it removes them (FORMAT.md, "Condemned packs").
+"""Removal notices: what a prune publishes about packs before it removes them (FORMAT.md, "Pending removal").
 
-A condemnation is a small object in the storage, named by the digest of its bytes. Whoever opens the
-repository for writing after it is there stores the blobs of such packs anew when it sees them again;
-so the packs can go when those who were writing before have ended and no snapshot needs them.
+A notice is a small object in the storage, named by the digest of its bytes. A writer that opens the
+repository after a notice is published stores the blobs of its packs again when it meets them. So a prune may
+remove the packs once all earlier writers have ended and no snapshot needs the packs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MAX_NOTICE_BYTES = 64 * 1024 * 1024
 
 
 class RemovalNotice(msgspec.Struct, frozen=True):
-    """Packs (names in hexadecimal) that nothing needed at `time_s`, in seconds since 1970.
+    """Packs (names in hexadecimal) that no snapshot needed at `time_s`, in seconds since 1970.
 
-    `writers` and `readers` are the names of the locks that were held when it could be read by all; None
-    says that nobody had asked yet.
+    `writers` and `readers` are the names of the locks that were held once the notice was readable by every
+    process. None means that no prune has listed the locks yet.
     """
 
     time_s: int
@@ -39,7 +39,7 @@ class RemovalNotice(msgspec.Struct, frozen=True):
         return {PackId(bytes.fromhex(pack)) for pack in self.packs}
 
     def only(self, packs: Iterable[PackId]) -> RemovalNotice:
-        """Return the condemnation of those of its packs that are among `packs`."""
+        """Return a notice of only those of its packs that are in `packs`."""
         wanted = {pack.hex() for pack in packs}
         kept = tuple(pack for pack in self.packs if pack in wanted)
         return msgspec.structs.replace(self, packs=kept)
@@ -48,47 +48,47 @@ class RemovalNotice(msgspec.Struct, frozen=True):
 _decoder = msgspec.json.Decoder(RemovalNotice)
 
 
-def publish_notice(storage: Storage, condemnation: RemovalNotice) -> str:
-    """Make a condemnation durable and return its object's name."""
-    data = msgspec.json.encode(condemnation) + b"\n"
+def publish_notice(storage: Storage, notice: RemovalNotice) -> str:
+    """Store a notice durably and return its object's name."""
+    data = msgspec.json.encode(notice) + b"\n"
     name = f"{FOLDER}/{digest_of(data).hex()}"
     storage.write(name, data)
     return name
 
 
-def replace_notice(storage: Storage, name: str, condemnation: RemovalNotice) -> None:
-    """Put a condemnation in the place of one that has a name; one without packs is just removed."""
-    if condemnation.packs and publish_notice(storage, condemnation) == name:
+def replace_notice(storage: Storage, name: str, notice: RemovalNotice) -> None:
+    """Replace a stored notice; a new notice without packs only deletes the old one."""
+    if notice.packs and publish_notice(storage, notice) == name:
         return
     storage.delete(name)
 
 
 def read_notices(storage: Storage) -> dict[str, RemovalNotice]:
-    """Return every condemnation by its object's name.
+    """Return every intact notice by its object's name.
 
-    One that is damaged is logged and left out: its packs are packs like all others then, and what
-    is not needed of them is condemned again.
+    A damaged notice is logged and ignored: its packs count as ordinary packs, and the next prune marks those
+    that are not needed again.
     """
     found = {}
     for name, _, _ in storage.list(FOLDER):
         try:
             data = storage.read(name, 0, MAX_NOTICE_BYTES)
             if digest_of(data).hex() != name.rpartition("/")[2]:
-                raise msgspec.ValidationError("it does not have its digest")
-            condemnation = _decoder.decode(data)
-            condemnation.pack_ids()
+                raise msgspec.ValidationError("digest mismatch")
+            notice = _decoder.decode(data)
+            notice.pack_ids()
         except NotFoundError:
             continue
         except (msgspec.DecodeError, ValueError) as error:
-            log.warning("%s is damaged (%s); it is not heeded", name, error)
+            log.warning("%s is damaged (%s); ignored", name, error)
             continue
-        found[name] = condemnation
+        found[name] = notice
     return found
 
 
 def packs_pending_removal(storage: Storage) -> set[PackId]:
-    """Return the names of all packs that are condemned."""
+    """Return the names of all packs that are marked for removal."""
     found: set[PackId] = set()
-    for condemnation in read_notices(storage).values():
-        found |= condemnation.pack_ids()
+    for notice in read_notices(storage).values():
+        found |= notice.pack_ids()
     return found

@@ -1,11 +1,10 @@
-"""Storing blobs: batches from one producer, deduplicated, compressed and packed behind its back.
+"""Blob writer: a producer hands over blobs; background threads deduplicate, compress and pack them.
 
-Four threads work for a writer: one looks up and packs, two compress what lies between the one and the
-other, a batch each, and one seals full packs. Batches are packed in the order in which they were put,
-whichever is compressed first. Sealing is the one place with the order of durable steps: pack data, the
-pack's name, the index. `finish()` returns only when all that was put is durable and indexed. An error
-in any thread is raised by the next `put` or `finish`; few batches wait between the threads, so that memory
-is bounded.
+Each writer runs four threads: one deduplicates and packs, two compress a batch each, and one finishes full
+packs. Batches are packed in the order of `put`, whichever is compressed first. `_commit_pack` is the only
+place with the order of durable steps: pack data, the pack's name, the index. `finish()` returns only when
+everything that was put is durable and indexed. The next `put` or `finish` raises an error of any thread. The
+queues between the threads hold few batches, so memory is bounded.
 """
 
 from __future__ import annotations
@@ -42,23 +41,23 @@ if TYPE_CHECKING:
     from casfs.format.key_derivation import WriteSession
 
 PACK_BYTES = 64 * 1024 * 1024
-"""A pack is sealed when it holds this much: large enough for few files and syncs, small enough to move."""
+"""A pack is finished at this size: large enough for few files and syncs, small enough to move."""
 
 PACK_BLOBS = 32_768
-"""Or when it holds so many: who checks has the entries of a few packs in memory. The format allows more."""
+"""A pack is also finished at this many blobs, as a check holds several directories in memory."""
 
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 512
 _QUEUED_BATCHES = 2
 _COMPRESSING_THREADS = 2
 _COMPRESSED_AHEAD = _COMPRESSING_THREADS + 1
-"""Batches that are being compressed or are to be packed: one more than threads, so that none waits."""
+"""Batches that are being compressed or wait to be packed: one more than threads, so that no thread idles."""
 
 _POLL_S = 0.02
-"""How soon it is seen that a batch is compressed while no other comes."""
+"""How often the packer checks whether a batch is compressed while the producer sends none."""
 
 _LESS_URGENT = 5
-"""Niceness of the compressing threads: what keeps them busy must not wait for a core behind them."""
+"""Niceness of the compression threads, so that the threads that feed them get a core first."""
 
 _BUFFER_BYTES = 1024 * 1024
 
@@ -68,7 +67,7 @@ Payloads = list[tuple[Codec, bytes]]
 
 @dataclass(slots=True)
 class WriteStats:
-    """What one writer stored: blobs that were new, their plaintext and their size in packs, in bytes."""
+    """Totals of one writer: new blobs, their plaintext bytes and their stored bytes, and finished packs."""
 
     new_blobs: int = 0
     new_plain_bytes: int = 0
@@ -77,11 +76,11 @@ class WriteStats:
 
 
 class BlobWriter:
-    """Store blobs; used by one thread, to be closed in a `finally`.
+    """Stores blobs. One thread uses it and closes it in a `finally` block.
 
-    With `dry_run` everything is done but writing. `spool_in_memory` keeps an unfinished pack in memory
-    instead of in a temporary file. `session` is asked for when the first pack is begun, in an encrypted
-    repository; what it returns is durable then.
+    With `dry_run` it does everything except write. `spool_in_memory` keeps an unfinished pack in memory
+    instead of in a temporary file. In an encrypted repository it calls `session` when it begins the first
+    pack; the returned session is durable.
     """
 
     def __init__(
@@ -107,9 +106,9 @@ class BlobWriter:
         self._packer.start()
 
     def put(self, kind: BlobKind, digest: Digest, plain: bytes) -> None:
-        """Hand over a blob; `digest` was computed from this very buffer, which is not changed later.
+        """Queue a blob. `digest` was computed from this buffer, which the caller must not change.
 
-        Raises BlobError for one that is larger than any reader would accept.
+        Raise BlobError for a blob that is larger than readers accept.
         """
         if len(plain) > MAX_PLAIN_BYTES:
             raise BlobError(digest, f"its {len(plain)} bytes are more than a blob may have")
@@ -119,7 +118,7 @@ class BlobWriter:
             self._send()
 
     def finish(self) -> WriteStats:
-        """Wait until everything that was put is durable and in the index; the writer is done then."""
+        """Wait until everything that was put is durable and indexed. The writer cannot be used afterwards."""
         if self._batch:
             self._send()
         self._queue.put(None)
@@ -129,7 +128,7 @@ class BlobWriter:
         return self.stats
 
     def close(self) -> None:
-        """Stop all threads; packs that were sealed stay, an unfinished one is forgotten."""
+        """Stop all threads. Finished packs stay; an unfinished pack is dropped."""
         if self._closed:
             return
         self._closed = True
@@ -170,7 +169,7 @@ class BlobWriter:
                 packer.discard()
 
     def _next(self, packer: _Packer) -> Batch | None:
-        """Wait for the next batch; what is compressed meanwhile is packed."""
+        """Return the next batch; while none is queued, pack the batches that are compressed."""
         while self._error is None and packer.has_pending:
             is_ready = packer.oldest_done
             with suppress(queue.Empty):
@@ -186,17 +185,17 @@ class BlobWriter:
 
 
 def _lower_priority() -> None:
-    """Give the calling thread, and no other, a lower priority."""
+    """Lower the priority of the calling thread only."""
     thread = threading.get_native_id()
     try:
         nice = os.getpriority(os.PRIO_PROCESS, thread) + _LESS_URGENT
         os.setpriority(os.PRIO_PROCESS, thread, nice)
     except OSError:
-        return  # where that is not allowed they work all the same
+        return  # not permitted: the threads work at normal priority
 
 
 class _Packer:
-    """The packing thread's state: what is being compressed, the open pack, and the one being sealed."""
+    """State of the packing thread: batches being compressed, the open pack, and the pack being finished."""
 
     def __init__(
         self, writer: BlobWriter, sealer: ThreadPoolExecutor, compressors: ThreadPoolExecutor
@@ -217,7 +216,7 @@ class _Packer:
         self._pack: _OpenPack | None = None
 
     def store(self, batch: Batch) -> None:
-        """Begin to compress the blobs of a batch that nobody has yet; pack those of an earlier one."""
+        """Start to compress a batch's blobs that are not stored yet; pack an earlier batch if enough wait."""
         fresh = self._not_stored(batch)
         if fresh:
             self._ahead_digests.update([digest for _, digest, _ in fresh])
@@ -229,16 +228,16 @@ class _Packer:
 
     @property
     def has_pending(self) -> bool:
-        """Tell whether something was handed over that is not packed yet."""
+        """Whether a batch was handed over that is not packed yet."""
         return bool(self._ahead)
 
     @property
     def oldest_done(self) -> bool:
-        """Tell whether the oldest batch is compressed."""
+        """Whether the oldest batch is compressed."""
         return self._ahead[0][1].done()
 
     def pack_oldest(self) -> None:
-        """Wait until the oldest batch is compressed, and pack it."""
+        """Wait until the oldest batch is compressed, then pack it."""
         batch, encoding = self._ahead.popleft()
         payloads = encoding.result()
         for (kind, digest, plain), (codec, payload) in zip(batch, payloads, strict=True):
@@ -254,7 +253,7 @@ class _Packer:
         self._ahead_digests.difference_update([digest for _, digest, _ in batch])
 
     def finish(self) -> None:
-        """Pack and seal what is left and wait for the sealer."""
+        """Pack the remaining batches, finish the open pack and wait until it is durable."""
         while self._ahead:
             self.pack_oldest()
         self._finish_pack()
@@ -262,7 +261,7 @@ class _Packer:
             self._sealing.result()
 
     def discard(self) -> None:
-        """Forget what is not packed yet, and an unfinished pack."""
+        """Drop the unpacked batches and the unfinished pack."""
         for _, encoding in self._ahead:
             encoding.cancel()
         self._ahead.clear()
@@ -298,7 +297,7 @@ class _Packer:
         if pack is None:
             return
         if self._dry_run:
-            # Nothing was stored, so only the memory of what would have been tells duplicates.
+            # Nothing is stored in a dry run, so only the kept digests identify duplicates.
             self._pack = None
             return
         if self._sealing is not None:
@@ -324,7 +323,7 @@ class _OpenPack:
         self._buffer = bytearray(header)
 
     def add(self, kind: BlobKind, codec: int, digest: Digest, plain: bytes, payload: bytes) -> int:
-        """Append one record and return the size of its payload as it is stored."""
+        """Append one record and return its payload's stored size in bytes."""
         buffer = self._buffer
         offset = self.bytes + len(buffer) + BLOB_HEADER.size
         if self._cipher is None:
@@ -341,9 +340,10 @@ class _OpenPack:
         return len(payload)
 
     def end(self, is_taken: Callable[[PackId], bool]) -> PackId:
-        """Append directory and trailer and return the pack's name, which nothing has yet.
+        """Append directory and trailer and return the pack's name, which no stored pack has.
 
-        A pack of the same blobs may be there, and condemned: a prune that removes it must not mean this one.
+        A pack with the same blobs may exist and be pending removal. The distinct name protects this pack from
+        the prune that removes the other.
         """
         self.flush()
         encrypt = self._cipher.encrypt_directory if self._cipher is not None else None
@@ -359,7 +359,7 @@ class _OpenPack:
         return pack
 
     def flush(self) -> None:
-        """Hash what is buffered and hand it to the spool."""
+        """Hash the buffered bytes and pass them to the object writer."""
         self.hasher.update(self._buffer)
         if self.spool is not None:
             self.spool.append(self._buffer)
@@ -368,7 +368,7 @@ class _OpenPack:
 
 
 def _commit_pack(store: BlobStore, pack: _OpenPack) -> None:
-    """Make a pack durable, then its name, then its index entries: the order that a crash respects."""
+    """Make a pack durable, then its name, then its index entries. Crash recovery depends on this order."""
     assert pack.spool is not None
     try:
         pack_id = pack.end(store.has_pack)

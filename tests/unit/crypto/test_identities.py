@@ -249,7 +249,7 @@ class TestHostileFiles:
         path.write_bytes(path.read_bytes() + b" ")
         with pytest.raises(WrongKeyError, match="has no passphrase"):
             unlock_by_passphrase(storage, REPOSITORY, "secret")
-        assert "does not have its digest" in caplog.text
+        assert "digest mismatch" in caplog.text
 
     def test_of_gpg_that_were_replaced_open_nothing(self, storage: LocalStorage) -> None:
         write_identity(storage, b"no message at all", "gpg")

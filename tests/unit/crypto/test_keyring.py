@@ -164,7 +164,7 @@ class TestFiles:
         changed = bytearray((tmp_path / name).read_bytes())
         changed[place] ^= 1
         (tmp_path / name).write_bytes(changed)
-        with pytest.raises(SessionError, match="does not have its digest"):
+        with pytest.raises(SessionError, match="digest mismatch"):
             read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
         write_session(storage, SESSION, [RECIPIENT])
         found = read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)

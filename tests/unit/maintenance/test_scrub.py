@@ -337,7 +337,7 @@ class TestOtherCopies:
                 return store.read_directory(pack, size)
 
             copies = Duplicates(store.index, store.stored_packs, read)
-            monkeypatch.setattr(repository.store, "_copies", copies)
+            monkeypatch.setattr(repository.store, "_duplicates", copies)
             for number in range(200):
                 with pytest.raises(BlobError, match="missing"):
                     repository.store.read(digest_of(b"%d" % number))
