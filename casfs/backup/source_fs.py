@@ -11,17 +11,8 @@ import os
 import stat
 import time
 
+from casfs.format.node_types import TYPES_BY_MODE_BITS
 from casfs.format.tree import Node, NodeExtra, NodeType
-
-_KINDS = {
-    stat.S_IFREG: NodeType.FILE,
-    stat.S_IFDIR: NodeType.DIRECTORY,
-    stat.S_IFLNK: NodeType.SYMLINK,
-    stat.S_IFIFO: NodeType.FIFO,
-    stat.S_IFSOCK: NodeType.SOCKET,
-    stat.S_IFCHR: NodeType.CHARACTER_DEVICE,
-    stat.S_IFBLK: NodeType.BLOCK_DEVICE,
-}
 
 _TYPE_BITS = 0o170000
 
@@ -46,7 +37,7 @@ _LAST_LEASE_PAUSE_S = 3.0
 
 def node_type(st: os.stat_result) -> NodeType | None:
     """Return what an entry is, or None for a kind that is not known."""
-    return _KINDS.get(st.st_mode & _TYPE_BITS)
+    return TYPES_BY_MODE_BITS.get(st.st_mode & _TYPE_BITS)
 
 
 def open_file(dir_fd: int, name: bytes) -> int:

@@ -10,6 +10,7 @@ import stat
 
 from casfs.cli.output import JsonValue, format_time, json_path
 from casfs.display import escape_path
+from casfs.format.node_types import NODE_TYPES
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import (
     CaptureState,
@@ -20,24 +21,6 @@ from casfs.format.tree import (
     subtree_count,
 )
 
-KIND_NAMES = {
-    NodeType.FILE: "file",
-    NodeType.DIRECTORY: "dir",
-    NodeType.SYMLINK: "symlink",
-    NodeType.FIFO: "fifo",
-    NodeType.SOCKET: "socket",
-    NodeType.CHARACTER_DEVICE: "chardev",
-    NodeType.BLOCK_DEVICE: "blockdev",
-}
-_FORMATS = {
-    NodeType.FILE: stat.S_IFREG,
-    NodeType.DIRECTORY: stat.S_IFDIR,
-    NodeType.SYMLINK: stat.S_IFLNK,
-    NodeType.FIFO: stat.S_IFIFO,
-    NodeType.SOCKET: stat.S_IFSOCK,
-    NodeType.CHARACTER_DEVICE: stat.S_IFCHR,
-    NodeType.BLOCK_DEVICE: stat.S_IFBLK,
-}
 _STATES = {
     CaptureState.STABLE: "stable",
     CaptureState.APPENDED: "appended",
@@ -68,7 +51,7 @@ class NodeLines:
         if node.kind == NodeType.SYMLINK:
             shown_name += f" -> {escape_path(node.content)}"
         return (
-            f"{stat.filemode(_FORMATS[NodeType(node.kind)] | node.mode)} "
+            f"{stat.filemode(NODE_TYPES[NodeType(node.kind)].mode_bits | node.mode)} "
             f"{user:<{self._user_width}} {group:<{self._group_width}} "
             f"{_size(node):>{self._size_width}} {format_time(node.mtime_ns)} "
             f"{format_state(node):<8} {shown_name}"
@@ -112,7 +95,7 @@ class NodeFields:
     def attributes(self, node: Node) -> dict[str, JsonValue]:
         """Return what is told of an entry without its path."""
         fields: dict[str, JsonValue] = {
-            "kind": KIND_NAMES[NodeType(node.kind)],
+            "kind": NODE_TYPES[NodeType(node.kind)].word,
             "mode": node.mode,
             "uid": node.uid,
             "gid": node.gid,

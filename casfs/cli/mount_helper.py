@@ -16,8 +16,8 @@ from pathlib import Path
 
 import click
 
-from casfs.cli.commands.mount import OwnerType, server
-from casfs.cli.param_types import SIZE
+from casfs.cli.commands.mount import server
+from casfs.cli.param_types import OWNER, SIZE
 from casfs.cli.settings import KeyOptions, unlocked
 from casfs.display import single_line
 from casfs.errors import CasfsError, UsageError
@@ -136,7 +136,7 @@ _SWITCHES_WITH_HYPHENS = frozenset(
 def _set_value(wanted: MountOptions, name: str, value: str) -> None:
     try:
         if name in ("uid", "gid"):
-            setattr(wanted, name, OwnerType().convert(f"{value}:{value}", None, None)[0])
+            setattr(wanted, name, OWNER.convert(f"{value}:{value}", None, None)[0])
         elif name == "cache_size":
             wanted.cache_size = SIZE.convert(value, None, None)
         elif name == "log_file":

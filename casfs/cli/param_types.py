@@ -1,37 +1,28 @@
-"""Sizes as arguments: a number with an optional binary unit."""
+"""The types of the command line's values: each kind of value has one parser, and one message."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from casfs.errors import UsageError
 from casfs.patterns import InvalidPatternError, Pattern, parse_pattern
 
+if TYPE_CHECKING:
+    from casfs.maintenance.retention import CalendarSpan
 
-def parse_tags(texts: Iterable[str]) -> set[str]:
-    """Return the tags that a snapshot is to have, or has where it is to be kept.
-
-    A comma parts them everywhere, so that no snapshot gets a tag which could not be asked for. Raises
-    UsageError for one without a name.
-    """
-    found = {tag for text in texts for tag in text.split(",")}
-    if "" in found:
-        raise UsageError("a tag without a name cannot be given")
-    return found
-
-
-_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_OWNER = re.compile(r"(\d{1,10}):(\d{1,10})")
+_MAX_OWNER = 0xFFFFFFFE
+"""The number above it, -1 as 32 bits, means "leave the owner as it is" to chown(2)."""
 
 
 class SizeType(click.ParamType[int]):
-    """A size in bytes: `1048576`, `1024K`, `1M`, `1MiB` are the same."""
+    """A size in bytes: `1048576`, `1024K`, `1M` and `1MiB` are equal."""
 
     name = "size"
 
@@ -39,17 +30,14 @@ class SizeType(click.ParamType[int]):
         """Return the number of bytes."""
         if isinstance(value, int):
             return value
-        match = _PATTERN.fullmatch(str(value).strip())
+        match = _SIZE.fullmatch(str(value).strip())
         if match is None:
             self.fail(f"{value!r} is not a size such as 500K, 10M or 2G", param, ctx)
         return int(Fraction(match.group(1)) * 1024 ** _POWERS[match.group(2).lower()])
 
 
-SIZE = SizeType()
-
-
 class PatternType(click.ParamType[Pattern]):
-    """A pattern in gitignore syntax, as the bytes that were typed."""
+    """A pattern in gitignore syntax, parsed from the bytes that the user typed."""
 
     name = "pattern"
 
@@ -65,15 +53,120 @@ class PatternType(click.ParamType[Pattern]):
             self.fail(str(error), param, ctx)
 
 
+class TagsType(click.ParamType[frozenset[str]]):
+    """Tags, separated by commas; an empty tag is refused.
+
+    Every option that takes tags splits them in this way, so that no snapshot gets a tag that cannot be
+    searched for.
+    """
+
+    name = "tags"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> frozenset[str]:
+        """Return the set of tags."""
+        if isinstance(value, frozenset):
+            return value
+        tags = frozenset(str(value).split(","))
+        if "" in tags:
+            self.fail(f"{value!r} contains an empty tag; separate tags by one comma", param, ctx)
+        return tags
+
+
+class CountType(click.ParamType[int]):
+    """How many snapshots a rule keeps: a number, or `unlimited` (restic's -1)."""
+
+    name = "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number, `retention.UNLIMITED` for `unlimited`."""
+        from casfs.maintenance.retention import UNLIMITED
+
+        text = str(value)
+        if text in ("unlimited", str(UNLIMITED)):
+            return UNLIMITED
+        if not (text.isascii() and text.isdigit()):
+            self.fail(f"{text!r} is neither a number of snapshots nor unlimited", param, ctx)
+        return int(text)
+
+
+class PercentType(click.ParamType[float]):
+    """A percentage from 0% to 100%; the sign may be left out."""
+
+    name = "percent"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the share, from 0 to 1."""
+        if isinstance(value, float):
+            return value
+        try:
+            share = float(str(value).removesuffix("%")) / 100
+        except ValueError:
+            self.fail(f"{value!r} is not a percentage such as 25%", param, ctx)
+        if not 0 <= share <= 1:
+            self.fail(f"{value!r} is not between 0% and 100%", param, ctx)
+        return share
+
+
+class DurationType(click.ParamType[int]):
+    """A length of time: s, m or min (minutes), h, d and w, together as in 1h30m."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of seconds."""
+        from casfs.maintenance.retention import parse_duration
+
+        if isinstance(value, int):
+            return value
+        return parse_duration(str(value), _option_name(param))
+
+
+class SpanType(click.ParamType["CalendarSpan"]):
+    """A length of time by the calendar: y, m (months), w, d, h and min, together as in 1y6m."""
+
+    name = "span"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> CalendarSpan:
+        """Return the span."""
+        from casfs.maintenance.retention import CalendarSpan
+
+        if isinstance(value, CalendarSpan):
+            return value
+        return CalendarSpan(str(value), _option_name(param))
+
+
+class OwnerType(click.ParamType[tuple[int, int]]):
+    """A user and a group as numbers: `1000:1000`."""
+
+    name = "owner"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Return user and group."""
+        if isinstance(value, tuple):
+            return value
+        match = _OWNER.fullmatch(str(value))
+        if match is None or max(map(int, match.groups())) > _MAX_OWNER:
+            self.fail(f"{value!r} is not UID:GID, two numbers", param, ctx)
+        return int(match.group(1)), int(match.group(2))
+
+
+def _option_name(param: click.Parameter | None) -> str:
+    return param.opts[0] if param is not None else "the value"
+
+
+SIZE = SizeType()
 PATTERN = PatternType()
-
-
-def parse_share(text: str, option: str, example: str) -> float:
-    """Return a percentage from 0% to 100% that was given on the command line as 0 to 1."""
-    try:
-        share = float(text.removesuffix("%")) / 100
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not a percentage such as {example}") from error
-    if not 0 <= share <= 1:
-        raise UsageError(f"{option} {text!r} is not between 0% and 100%")
-    return share
+TAGS = TagsType()
+COUNT = CountType()
+PERCENT = PercentType()
+DURATION = DurationType()
+SPAN = SpanType()
+OWNER = OwnerType()

@@ -13,8 +13,8 @@ from casfs.digest import SnapshotId
 from casfs.errors import IntegrityError, NotFoundError, RefusedError
 from casfs.format.snapshot import Snapshot
 from casfs.maintenance.retention import KeepDecision, Policy, apply_policy
-from casfs.paths import normalize_source_path
 from casfs.repository.repository import Repository
+from casfs.repository.snapshot_filter import SnapshotFilter
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +33,6 @@ class Candidate:
     def tags(self) -> tuple[str, ...]:
         """Tags of the snapshot."""
         return self.snapshot.tags if self.snapshot is not None else ()
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotFilter:
-    """Which snapshots are looked at; each empty field accepts all."""
-
-    hosts: tuple[str, ...] = ()
-    tags: tuple[frozenset[str], ...] = ()
-    paths: tuple[bytes, ...] = ()
-
-    def accepts(self, snapshot: Snapshot) -> bool:
-        """Tell whether a snapshot has one of the hosts, all tags of one of the sets, and all paths."""
-        return (
-            (not self.hosts or snapshot.host in self.hosts)
-            and (not self.tags or any(wanted <= set(snapshot.tags) for wanted in self.tags))
-            and {normalize_source_path(path) for path in self.paths} <= set(snapshot.paths)
-        )
 
 
 @dataclass(frozen=True, slots=True)

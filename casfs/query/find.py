@@ -24,18 +24,6 @@ MAX_REMEMBERED = 250_000
 the same trees would otherwise push out each just before it is asked for."""
 
 
-KIND_LETTERS = {
-    "f": NodeType.FILE,
-    "d": NodeType.DIRECTORY,
-    "l": NodeType.SYMLINK,
-    "p": NodeType.FIFO,
-    "s": NodeType.SOCKET,
-    "c": NodeType.CHARACTER_DEVICE,
-    "b": NodeType.BLOCK_DEVICE,
-}
-"""The letters that find(1) has for kinds."""
-
-
 @dataclass(frozen=True, slots=True)
 class Query:
     """What fits; a condition that is None, False or left out holds for everything.

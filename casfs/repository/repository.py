@@ -50,6 +50,7 @@ from casfs.index.index import Index
 from casfs.index.schema import PackRecord
 from casfs.paths import parse_snapshot_path
 from casfs.repository.index_opening import close_index, open_index, open_index_readonly
+from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
 from casfs.storage.local import LocalStorage, allocate_reserve, release_reserve
 from casfs.storage.locks import (
     LockMode,
@@ -419,13 +420,23 @@ class Repository:
             if snapshot_id not in replaced:
                 yield snapshot_id, snapshot
 
-    def resolve(self, name: str) -> tuple[SnapshotId, Snapshot]:
-        """Return the snapshot that `latest`, an id or a unique prefix of one names."""
+    def resolve(
+        self, name: str, latest_of: SnapshotFilter = ALL_SNAPSHOTS
+    ) -> tuple[SnapshotId, Snapshot]:
+        """Return the snapshot that `latest`, an id or a unique prefix of an id names.
+
+        `latest` is the newest that `latest_of` accepts. Raises NotFoundError and AmbiguousIdError.
+        """
         if name == "latest":
             everything = list(self.snapshots())
             if not everything:
                 raise NotFoundError(f"the repository {self.root} has no snapshots yet")
-            found = everything[-1]
+            matching = [item for item in everything if latest_of.accepts(item[1])]
+            if not matching:
+                raise NotFoundError(
+                    f"no snapshot matches; {self.root} has {len(everything)}: see casfs snapshots"
+                )
+            found = matching[-1]
         else:
             snapshot_id = self.resolve_id(name)
             found = snapshot_id, self.load(snapshot_id)

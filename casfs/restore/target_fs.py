@@ -13,6 +13,7 @@ import secrets
 import shutil
 import stat
 
+from casfs.format.node_types import NODE_TYPES
 from casfs.format.tree import Node, NodeType
 
 TEMPORARY_PREFIX = b".casfs-restore-"
@@ -162,13 +163,8 @@ def make_special(fd: int, name: bytes, node: Node) -> None:
     elif node.kind == NodeType.FIFO:
         os.mkfifo(name, 0o600, dir_fd=fd)
     else:
-        types = {
-            NodeType.SOCKET: stat.S_IFSOCK,
-            NodeType.CHARACTER_DEVICE: stat.S_IFCHR,
-            NodeType.BLOCK_DEVICE: stat.S_IFBLK,
-        }
         device = node.extra.rdev if node.extra is not None else 0
-        os.mknod(name, types[NodeType(node.kind)] | 0o600, device, dir_fd=fd)
+        os.mknod(name, NODE_TYPES[NodeType(node.kind)].mode_bits | 0o600, device, dir_fd=fd)
 
 
 def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[str]:

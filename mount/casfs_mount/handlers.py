@@ -12,7 +12,6 @@ import functools
 import itertools
 import logging
 import os
-import stat
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
@@ -21,6 +20,7 @@ import pyfuse3
 import trio
 
 from casfs.errors import CasfsError
+from casfs.format.node_types import MODE_BITS
 from casfs.format.tree import Node, NodeType
 from casfs_mount.damage_log import UnreadableError
 from casfs_mount.event_loop_guard import WouldBlock
@@ -50,16 +50,6 @@ _GATHERED = 256
 
 _LOOKING_THREADS = 4
 _READING_THREADS = 8
-
-_TYPES: dict[int, int] = {
-    NodeType.FILE: stat.S_IFREG,
-    NodeType.DIRECTORY: stat.S_IFDIR,
-    NodeType.SYMLINK: stat.S_IFLNK,
-    NodeType.FIFO: stat.S_IFIFO,
-    NodeType.SOCKET: stat.S_IFSOCK,
-    NodeType.CHARACTER_DEVICE: stat.S_IFCHR,
-    NodeType.BLOCK_DEVICE: stat.S_IFBLK,
-}
 
 Entry = tuple[bytes, int, Node, int]
 """Name, number by position, node and the position after it."""
@@ -368,7 +358,7 @@ class FileSystem(pyfuse3.Operations):
                 key = extra.device, node.inode
                 number = hard_link_number(self._view.range_start(place), key)
         entry.st_ino = pyfuse3.InodeT(number)
-        entry.st_mode = pyfuse3.ModeT(_TYPES[kind] | node.mode)
+        entry.st_mode = pyfuse3.ModeT(MODE_BITS[kind] | node.mode)
         entry.st_nlink = node.nlink
         if self._showing.owner is None:
             entry.st_uid = node.uid

@@ -15,7 +15,7 @@ import click
 
 from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, stdout_failed
 from casfs.cli.output import format_size, iso_time, json_path, short_id
-from casfs.cli.param_types import PATTERN, SIZE, parse_tags
+from casfs.cli.param_types import PATTERN, SIZE, TAGS
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
 from casfs.errors import NotFoundError, TrustError, UsageError
@@ -36,7 +36,12 @@ _MOST_SECONDS = 9_200_000_000
 @click.command()
 @click.argument("paths", nargs=-1, metavar="PATH...")
 @click.option(
-    "--tag", "tags", multiple=True, metavar="TAG[,TAG...]", help="Give the snapshot tags."
+    "--tag",
+    "tags",
+    type=TAGS,
+    multiple=True,
+    metavar="TAG[,TAG...]",
+    help="Give the snapshot tags.",
 )
 @click.option("--host", metavar="NAME", help="The host's name [default: this one's].")
 @click.option("--time", "when", metavar="TIME", help="The snapshot's time, ISO 8601 or @SECONDS.")
@@ -133,7 +138,7 @@ _MOST_SECONDS = 9_200_000_000
 def backup(
     settings: Settings,
     paths: tuple[str, ...],
-    tags: tuple[str, ...],
+    tags: tuple[frozenset[str], ...],
     host: str | None,
     when: str | None,
     excludes: tuple[Pattern, ...],
@@ -196,7 +201,7 @@ def backup(
     options = BackupOptions(
         paths=tuple(sources),
         host=host if host is not None else socket.gethostname(),
-        tags=tuple(sorted(parse_tags(tags))),
+        tags=tuple(sorted(frozenset[str]().union(*tags))),
         time_ns=_parse_time(when) if when is not None else None,
         exclusions=Exclusions(
             tuple(patterns),

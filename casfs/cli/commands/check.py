@@ -8,7 +8,7 @@ import click
 
 from casfs.cli.app import EXIT_DAMAGED
 from casfs.cli.output import Output, format_size, json_path, short_id
-from casfs.cli.param_types import parse_share
+from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
 from casfs.display import escape_path
@@ -20,14 +20,24 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--read-data", is_flag=True, help="Read every pack and recompute every digest.")
-@click.option("--read-data-subset", "subset", metavar="P%", help="Read this share of the packs.")
+@click.option(
+    "--read-data-subset",
+    "subset",
+    type=PERCENT,
+    metavar="P%",
+    help="Read this share of the packs.",
+)
 @click.option(
     "--older-than",
+    "older_than_s",
+    type=DURATION,
     metavar="DURATION",
     help="Read only packs that were not verified for so long, as in 30d.",
 )
 @click.option(
     "--max-duration",
+    "max_duration_s",
+    type=DURATION,
     metavar="DURATION",
     help="Begin no pack after so long, as in 10m; the longest unverified come first.",
 )
@@ -42,9 +52,9 @@ if TYPE_CHECKING:
 def check(
     settings: Settings,
     read_data: bool,
-    subset: str | None,
-    older_than: str | None,
-    max_duration: str | None,
+    subset: float | None,
+    older_than_s: int | None,
+    max_duration_s: int | None,
     storage_only: bool,
 ) -> int:
     """Check every snapshot, tree and index entry; exit 5 where something is damaged.
@@ -53,22 +63,19 @@ def check(
     the next one goes on from there.
     """
     from casfs.maintenance.check import Checker
-    from casfs.maintenance.retention import parse_duration
     from casfs.maintenance.scrub import PackSelection
     from casfs.repository.repository import Repository
 
     if storage_only:
-        if read_data or (subset, older_than, max_duration) != (None, None, None):
+        if read_data or (subset, older_than_s, max_duration_s) != (None, None, None):
             raise UsageError("--storage reads everything, and goes with no other choice")
         return _check_storage(settings)
+    if subset == 0:
+        raise UsageError("--read-data-subset 0% reads nothing; give more than 0%")
     choice = None
     if read_data or subset is not None:
-        choice = PackSelection(
-            _subset(subset) if subset is not None else 1.0,
-            parse_duration(older_than, "--older-than") if older_than is not None else None,
-            parse_duration(max_duration, "--max-duration") if max_duration is not None else None,
-        )
-    elif older_than is not None or max_duration is not None:
+        choice = PackSelection(subset if subset is not None else 1.0, older_than_s, max_duration_s)
+    elif older_than_s is not None or max_duration_s is not None:
         raise UsageError("--older-than and --max-duration say what to read; give --read-data too")
     output = settings.output()
     monitor = CommandMonitor(output, "check")
@@ -164,10 +171,3 @@ def _format_finding(damage: Finding) -> str:
     if damage.pack is not None:
         parts.append(f"{'' if damage.what == 'pack' else 'pack '}{damage.pack.hex()}")
     return f"{' '.join(parts)}: {damage.message}"
-
-
-def _subset(text: str) -> float:
-    share = parse_share(text, "--read-data-subset", "5%")
-    if share == 0:
-        raise UsageError(f"--read-data-subset {text!r} reads nothing; say more than 0%")
-    return share

@@ -30,7 +30,7 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
 
     Every byte is verified before it is written. The output ends where damage begins (exit 5).
     """
-    from casfs.cli.entry_format import KIND_NAMES
+    from casfs.format.node_types import NODE_TYPES
     from casfs.format.tree import NodeType
     from casfs.repository.repository import Repository
 
@@ -46,7 +46,7 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
         kind = NodeType(node.kind)
         if kind not in (NodeType.FILE, NodeType.DIRECTORY):
             raise CasfsError(
-                f"{escape_path(path)} is neither a file nor a directory but a {KIND_NAMES[kind]}; "
+                f"{escape_path(path)} is neither a file nor a directory but a {NODE_TYPES[kind].word}; "
                 "it holds nothing to dump"
             )
         file = _open(target, node, output.as_json, stack)
@@ -66,7 +66,7 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
         "summary",
         snapshot=snapshot_id.hex(),
         **json_path(path),
-        kind=KIND_NAMES[kind],
+        kind=NODE_TYPES[kind].word,
         output=target,
         files=stats.files,
         dirs=stats.directories,

@@ -56,14 +56,15 @@ def find(
     printed, SNAP:PATH.
     """
     from casfs.cli.entry_format import NodeFields, format_state
-    from casfs.query.find import KIND_LETTERS, Finder, Query
+    from casfs.format.node_types import TYPES_BY_LETTER
+    from casfs.query.find import Finder, Query
     from casfs.repository.repository import Repository
 
     if pattern is None and not only_flagged:
         raise UsageError("say what to look for: a PATTERN, or --changed")
     if pattern is not None:
         pattern = path_argument(pattern).decode("utf-8", "surrogateescape")
-    kinds = frozenset([KIND_LETTERS[kind]]) if kind is not None else None
+    kinds = frozenset([TYPES_BY_LETTER[kind]]) if kind is not None else None
     query = Query(pattern, ignore_case, kinds, only_flagged)
     output = settings.output()
     monitor = CommandMonitor(output, "find")

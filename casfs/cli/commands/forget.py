@@ -7,51 +7,34 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.output import Output, format_time, iso_time, json_path, path_argument, short_id
-from casfs.cli.param_types import parse_tags
+from casfs.cli.param_types import COUNT, SPAN, TAGS
 from casfs.cli.settings import Settings, common_options
 from casfs.display import escape_path
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
     from casfs.maintenance.forget import Candidate, ForgetPlan, Grouping, GroupKey
-    from casfs.maintenance.retention import Policy
-
-
-class _Count(click.ParamType[int]):
-    """How many snapshots a rule keeps: a number, or `unlimited` (restic's -1)."""
-
-    name = "N"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        from casfs.maintenance.retention import UNLIMITED
-
-        text = str(value)
-        if text in ("unlimited", str(UNLIMITED)):
-            return UNLIMITED
-        if not (text.isascii() and text.isdigit()):
-            self.fail(f"{text!r} is neither a number of snapshots nor unlimited", param, ctx)
-        return int(text)
-
-
-_COUNT = _Count()
+    from casfs.maintenance.retention import CalendarSpan, Policy
 
 
 @click.command()
 @click.argument("snaps", nargs=-1, metavar="[SNAP]...")
-@click.option("--keep-last", "-l", type=_COUNT, default=0, help="Keep the newest N.")
-@click.option("--keep-hourly", "-H", type=_COUNT, default=0, help="The newest of N hours.")
-@click.option("--keep-daily", "-d", type=_COUNT, default=0, help="The newest of N days.")
-@click.option("--keep-weekly", "-w", type=_COUNT, default=0, help="The newest of N weeks.")
-@click.option("--keep-monthly", "-m", type=_COUNT, default=0, help="The newest of N months.")
-@click.option("--keep-yearly", "-y", type=_COUNT, default=0, help="The newest of N years.")
+@click.option("--keep-last", "-l", type=COUNT, default=0, help="Keep the newest N.")
+@click.option("--keep-hourly", "-H", type=COUNT, default=0, help="The newest of N hours.")
+@click.option("--keep-daily", "-d", type=COUNT, default=0, help="The newest of N days.")
+@click.option("--keep-weekly", "-w", type=COUNT, default=0, help="The newest of N weeks.")
+@click.option("--keep-monthly", "-m", type=COUNT, default=0, help="The newest of N months.")
+@click.option("--keep-yearly", "-y", type=COUNT, default=0, help="The newest of N years.")
 @click.option(
-    "--keep-within", metavar="SPAN", help="All so close to the newest, as in 1y6m or 30d."
+    "--keep-within",
+    type=SPAN,
+    metavar="SPAN",
+    help="All so close to the newest, as in 1y6m or 30d.",
 )
 @click.option(
     "--keep-tag",
     "keep_tags",
+    type=TAGS,
     multiple=True,
     metavar="TAG[,TAG...]",
     help="All with all of these tags.",
@@ -60,6 +43,7 @@ _COUNT = _Count()
 @click.option(
     "--tag",
     "tags",
+    type=TAGS,
     multiple=True,
     metavar="TAG[,TAG...]",
     help="Look only at those with all of these tags.",
@@ -88,10 +72,10 @@ def forget(
     keep_weekly: int,
     keep_monthly: int,
     keep_yearly: int,
-    keep_within: str | None,
-    keep_tags: tuple[str, ...],
+    keep_within: CalendarSpan | None,
+    keep_tags: tuple[frozenset[str], ...],
     hosts: tuple[str, ...],
-    tags: tuple[str, ...],
+    tags: tuple[frozenset[str], ...],
     paths: tuple[str, ...],
     group_by: str,
     dry_run: bool,
@@ -103,10 +87,11 @@ def forget(
     Each group (a host and its paths) is judged apart. The space is freed by prune.
     """
     from casfs.cli.commands.prune import run_prune
-    from casfs.maintenance.forget import SnapshotFilter, forget, plan_policy, select_by_name
+    from casfs.maintenance.forget import forget, plan_policy, select_by_name
     from casfs.maintenance.prune import PruneOptions
-    from casfs.maintenance.retention import CalendarSpan, Policy
+    from casfs.maintenance.retention import Policy
     from casfs.repository.repository import Repository
+    from casfs.repository.snapshot_filter import SnapshotFilter
 
     policy = Policy(
         last=keep_last,
@@ -115,15 +100,11 @@ def forget(
         weekly=keep_weekly,
         monthly=keep_monthly,
         yearly=keep_yearly,
-        within=CalendarSpan(keep_within, "--keep-within") if keep_within is not None else None,
-        tags=tuple(frozenset(parse_tags([text])) for text in keep_tags),
+        within=keep_within,
+        tags=keep_tags,
     )
-    choice = SnapshotFilter(
-        hosts,
-        tuple(frozenset(text.split(",")) for text in tags),
-        tuple(path_argument(path) for path in paths),
-    )
-    _check_options(snaps, policy, choice != SnapshotFilter())
+    choice = SnapshotFilter(hosts, tags, tuple(path_argument(path) for path in paths))
+    _check_options(snaps, policy, not choice.is_empty())
     grouping = _grouping(group_by)
     root, output = settings.repository_path(), settings.output()
     # A dry run changes nothing, and needs not be allowed to.

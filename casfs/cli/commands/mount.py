@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import click
 
-from casfs.cli.param_types import SIZE
+from casfs.cli.param_types import OWNER, SIZE
 from casfs.cli.settings import Settings, common_options, unlocked
 from casfs.display import escape_path
 from casfs.errors import CasfsError
-
-_OWNER = re.compile(r"(\d{1,10}):(\d{1,10})")
-
-
-class OwnerType(click.ParamType[tuple[int, int]]):
-    """A user and a group as numbers: `1000:1000`."""
-
-    name = "owner"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        """Return user and group."""
-        if isinstance(value, tuple):
-            return value
-        match = _OWNER.fullmatch(str(value))
-        if match is None or max(map(int, match.groups())) > 0xFFFFFFFE:
-            self.fail(f"{value!r} is not UID:GID, two numbers", param, ctx)
-        return int(match.group(1)), int(match.group(2))
 
 
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="[SNAP[:PATH]] MOUNTPOINT")
 @click.option("--foreground", "-f", is_flag=True, help="Stay here until it is unmounted.")
 @click.option("--allow-other", is_flag=True, help="Let other users in; permissions hold for them.")
-@click.option("--owner", type=OwnerType(), metavar="UID:GID", help="Show everything as theirs.")
+@click.option("--owner", type=OWNER, metavar="UID:GID", help="Show everything as theirs.")
 @click.option(
     "--cache-size",
     type=SIZE,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.output import Output, format_size
-from casfs.cli.param_types import parse_share
+from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.option(
     "--max-unused",
+    "max_unused_share",
+    type=PERCENT,
     metavar="P%",
     default="25%",
     show_default=True,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--margin",
+    "margin_s",
+    type=DURATION,
     metavar="DURATION",
     default="1d",
     show_default=True,
@@ -33,17 +37,14 @@ if TYPE_CHECKING:
 @click.option("--dry-run", "-n", is_flag=True, help="Tell what would be freed, and free nothing.")
 @common_options
 @click.pass_obj
-def prune(settings: Settings, max_unused: str, margin: str, dry_run: bool) -> None:
+def prune(settings: Settings, max_unused_share: float, margin_s: int, dry_run: bool) -> None:
     """Free what no snapshot needs; safe beside backups and mounts.
 
     What a backup that runs now may rely on is freed by the next prune.
     """
     from casfs.maintenance.prune import PruneOptions
-    from casfs.maintenance.retention import parse_duration
 
-    share = parse_share(max_unused, "--max-unused", "25%")
-    options = PruneOptions(share, parse_duration(margin, "--margin"), dry_run)
-    run_prune(settings, options)
+    run_prune(settings, PruneOptions(max_unused_share, margin_s, dry_run))
 
 
 def run_prune(settings: Settings, options: PruneOptions) -> None:

@@ -15,6 +15,7 @@ from casfs.cli.output import (
     path_argument,
     short_id,
 )
+from casfs.cli.param_types import TAGS
 from casfs.cli.settings import Settings, common_options
 from casfs.display import escape_path
 
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--host", "hosts", multiple=True, metavar="NAME", help="Only of this host.")
 @click.option(
-    "--tag", "tags", multiple=True, metavar="TAG[,TAG...]", help="Only with all of these tags."
+    "--tag",
+    "tags",
+    type=TAGS,
+    multiple=True,
+    metavar="TAG[,TAG...]",
+    help="Only with all of these tags.",
 )
 @click.option("--path", "paths", multiple=True, metavar="PATH", help="Only with this path.")
 @click.option(
@@ -43,7 +49,7 @@ if TYPE_CHECKING:
 def snapshots(
     settings: Settings,
     hosts: tuple[str, ...],
-    tags: tuple[str, ...],
+    tags: tuple[frozenset[str], ...],
     paths: tuple[str, ...],
     latest: int | None,
 ) -> None:
@@ -53,16 +59,18 @@ def snapshots(
     encrypted and nothing is given that opens it, their times and sizes are listed.
     """
     from casfs.repository.repository import Repository
+    from casfs.repository.snapshot_filter import SnapshotFilter
 
+    choice = SnapshotFilter(hosts, tags, tuple(path_argument(path) for path in paths))
     output = settings.output()
     root = settings.repository_path()
     with Repository.open(root, unlock=settings.unlock, closed_ok=True) as repository:
-        if repository.is_locked and not (hosts or tags or paths or latest):
+        if repository.is_locked and choice.is_empty() and not latest:
             _list_closed(output, repository)
             return
         everything = list(repository.snapshots())
         unproven = {one for one, _ in everything if not repository.is_from_trusted_writer(one)}
-    found = _last_of_each(_selected(everything, hosts, tags, paths), latest)
+    found = _last_of_each([item for item in everything if choice.accepts(item[1])], latest)
     if output.as_json:
         for snapshot_id, snapshot in found:
             _emit_snapshot(output, snapshot_id, snapshot, snapshot_id in unproven)
@@ -109,22 +117,6 @@ def _list_closed(output: Output, repository: Repository) -> None:
         output.warn(
             "the repository is encrypted, and nothing was given that opens it: give --identity"
         )
-
-
-def _selected(
-    found: list[Found], hosts: tuple[str, ...], tags: tuple[str, ...], paths: tuple[str, ...]
-) -> list[Found]:
-    from casfs.paths import normalize_source_path
-
-    wanted_tags = [set(text.split(",")) for text in tags]
-    wanted_paths = {normalize_source_path(path_argument(path)) for path in paths}
-    return [
-        (snapshot_id, snapshot)
-        for snapshot_id, snapshot in found
-        if (not hosts or snapshot.host in hosts)
-        and (not wanted_tags or any(wanted <= set(snapshot.tags) for wanted in wanted_tags))
-        and wanted_paths <= set(snapshot.paths)
-    ]
 
 
 def _last_of_each(found: list[Found], count: int | None) -> list[Found]:

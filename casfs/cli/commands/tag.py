@@ -7,7 +7,7 @@ import os
 import click
 
 from casfs.cli.output import iso_time, short_id
-from casfs.cli.param_types import parse_tags
+from casfs.cli.param_types import TAGS
 from casfs.cli.settings import Settings, common_options
 from casfs.display import escape_path
 from casfs.errors import UsageError
@@ -15,17 +15,19 @@ from casfs.errors import UsageError
 
 @click.command()
 @click.argument("snap", metavar="SNAP")
-@click.option("--add", "added", multiple=True, metavar="TAG[,TAG...]", help="Add tags.")
+@click.option("--add", "added", type=TAGS, multiple=True, metavar="TAG[,TAG...]", help="Add tags.")
 @click.option("--remove", "removed", multiple=True, metavar="TAG[,TAG...]", help="Remove tags.")
-@click.option("--set", "replaced", multiple=True, metavar="TAG[,TAG...]", help="Have just these.")
+@click.option(
+    "--set", "replaced", type=TAGS, multiple=True, metavar="TAG[,TAG...]", help="Have just these."
+)
 @common_options
 @click.pass_obj
 def tag(
     settings: Settings,
     snap: str,
-    added: tuple[str, ...],
+    added: tuple[frozenset[str], ...],
     removed: tuple[str, ...],
-    replaced: tuple[str, ...],
+    replaced: tuple[frozenset[str], ...],
 ) -> None:
     """Change a snapshot's tags; it gets a new id, its content stays the same."""
     from casfs.repository.repository import Repository
@@ -35,8 +37,8 @@ def tag(
         raise UsageError("say what to change: --add, --remove or --set")
     if replaced and (added or removed):
         raise UsageError("--set does not go with --add or --remove")
-    wanted = parse_tags(replaced or added)
-    # One that has a comma, or no name, may be there from before such were refused.
+    wanted = frozenset[str]().union(*(replaced or added))
+    # Not TAGS: a snapshot of an early version may have an empty tag, or one with a comma in it.
     unwanted = {tag for text in removed for tag in (text, *text.split(","))}
     with Repository.open(
         settings.repository_path(), "tag", sync=settings.sync, unlock=settings.unlock

@@ -9,13 +9,13 @@ from casfs.errors import NotFoundError, RefusedError
 from casfs.maintenance.forget import (
     ForgetPlan,
     Grouping,
-    SnapshotFilter,
     forget,
     plan_policy,
     select_by_name,
 )
 from casfs.maintenance.retention import Policy
 from casfs.repository.repository import Repository
+from casfs.repository.snapshot_filter import SnapshotFilter
 from tests.support.builders import Keeper
 
 LAST = Policy(last=1)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 import casfs.query.find
 from casfs.digest import Digest
 from casfs.errors import BlobError
+from casfs.format.node_types import TYPES_BY_LETTER
 from casfs.format.tree import Node, NodeType
 from casfs.monitor import ProblemKind, RecordingMonitor
-from casfs.query.find import KIND_LETTERS, Finder, Query
+from casfs.query.find import Finder, Query
 from tests.support.builders import Grove, Plan, entry, file, flagged, reference
 
 
@@ -47,8 +48,8 @@ TREE: Plan = {
         (Query("docs/r*"), [b"docs/report.pdf", b"docs/report.txt"]),
         (Query("*/x"), [b"report.d/x"]),
         (Query("report"), []),
-        (Query("report.*", kinds=frozenset([KIND_LETTERS["d"]])), [b"report.d"]),
-        (Query("*", kinds=frozenset([KIND_LETTERS["l"]])), [b"link"]),
+        (Query("report.*", kinds=frozenset([TYPES_BY_LETTER["d"]])), [b"report.d"]),
+        (Query("*", kinds=frozenset([TYPES_BY_LETTER["l"]])), [b"link"]),
         (Query(kinds=frozenset([NodeType.DIRECTORY])), [b"docs", b"report.d"]),
     ],
     ids=str,
