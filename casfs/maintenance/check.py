@@ -1,8 +1,8 @@
-"""Check: every snapshot, tree, content list and index entry, and where asked for every stored byte.
+"""Check every snapshot, tree, content list and index entry and, on request, every stored byte.
 
-Problems are collected and never raised: what is lost is told as paths and byte ranges of snapshots.
+Problems are collected and never raised. Lost data is reported as paths and byte ranges of snapshots.
 A tree that several snapshots share is walked once, and again only where something below it is damaged,
-so that every snapshot's losses are named.
+so that the result names the losses of every snapshot. One thread walks; the scrub has threads of its own.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from casfs.trees.content import EXTENT, Extent
 
 log = logging.getLogger(__name__)
 
-_MOST_LOCATED = 20_000
-"""Places of chunks that are kept in mind between a tree and the files in it."""
+_MAX_LOCATIONS = 20_000
+"""Limit of the cached chunk locations, looked up once per tree for the files in it."""
 
 
 @dataclass(slots=True)
 class CheckResult(ScrubResult):
-    """What was looked at, and what was found; `flagged` counts files captured while they changed."""
+    """Counts of the objects checked, and the findings; `flagged` counts files in state `changed`."""
 
     snapshots: int = 0
     trees: int = 0
@@ -49,7 +49,7 @@ class CheckResult(ScrubResult):
 
 
 class Checker:
-    """Check one repository; used once."""
+    """Check one repository. Use each instance for one check."""
 
     def __init__(self, repository: Repository, monitor: Monitor) -> None:
         self.result = CheckResult()
@@ -58,11 +58,11 @@ class Checker:
         self._store = repository.store
         self._monitor = monitor
         self._visited = Bitmap()
-        self._told_unknown: set[Digest] = set()
-        self._located: dict[Digest, Location] = {}
+        self._reported_unknown: set[Digest] = set()
+        self._locations: dict[Digest, Location] = {}
 
     def check(self, read: PackSelection | None = None) -> CheckResult:
-        """Check the structure, and read the packs that are chosen (None: none of them)."""
+        """Check the structure, and read the packs that `read` selects (None: no pack)."""
         Scrubber(self._repository, self.result, self._monitor).scrub(read)
         self._check_sessions()
         self._check_snapshots()
@@ -79,12 +79,12 @@ class Checker:
     def _check_snapshots(self) -> None:
         self._walk_snapshots()
         if self.result.damage:
-            # One that was forgotten meanwhile has no losses.
-            there = set(self._repository.snapshot_ids())
+            # A snapshot that was forgotten during the check has no losses.
+            existing = set(self._repository.snapshot_ids())
             self.result.damage = [
                 damage
                 for damage in self.result.damage
-                if damage.snapshot is None or damage.snapshot in there
+                if damage.snapshot is None or damage.snapshot in existing
             ]
 
     def _walk_snapshots(self) -> None:
@@ -100,7 +100,7 @@ class Checker:
                 self.result.flagged += snapshot.root.tree.flagged
 
     def _walk(self, snapshot_id: SnapshotId, root: Node) -> None:
-        """Visit the trees below a root; a directory whose loss is found marks those above it."""
+        """Visit the trees below a root; on damage, mark all trees above it as damaged."""
         assert root.tree is not None
         stack: list[tuple[bytes, TreeRef, Iterator[Node | TreeRef]]] = []
         self._push(stack, snapshot_id, b"", root.tree)
@@ -138,7 +138,7 @@ class Checker:
             if digest in self.result.damaged:
                 raise BlobError(digest, "digest mismatch", self.result.damaged[digest])
             if self._store.index.lookup(digest) is None:
-                self._is_elsewhere(digest)
+                self._is_in_unindexed_pack(digest)
             piece = decode_piece(self._store.read(digest))
             _check_summary(ref, piece)
         except (IntegrityError, CasfsError) as error:
@@ -164,12 +164,12 @@ class Checker:
         stack.append((path, ref, children))
 
     def _locate(self, nodes: list[Node]) -> None:
-        """Look up at once what files that are whole in one chunk consist of."""
+        """Cache the locations of all single-chunk files among `nodes`, with one index lookup."""
         digests = [Digest(node.content[8:]) for node in nodes if _is_one_chunk(node)]
-        if len(self._located) > _MOST_LOCATED:
-            self._located.clear()
+        if len(self._locations) > _MAX_LOCATIONS:
+            self._locations.clear()
         found = zip(digests, self._store.index.lookup_many(digests), strict=True)
-        self._located.update((digest, at) for digest, at in found if at is not None)
+        self._locations.update((digest, at) for digest, at in found if at is not None)
 
     def _mark(self, stack: list[tuple[bytes, TreeRef, Iterator[Node | TreeRef]]]) -> None:
         for _, ref, _ in stack:
@@ -187,7 +187,7 @@ class Checker:
         done = 0
         try:
             _check_capture(node)
-            if self._is_plain(node):
+            if self._is_intact_single_chunk(node):
                 return True
             for extent in self._repository.content(node).extents(lost_lists=True):
                 done = extent.begin + extent.length
@@ -195,22 +195,22 @@ class Checker:
                     lost.append((extent.begin, done))
                     blob = blob or extent.digest
             if done != node.size:
-                raise TreeError(f"its list tells {done} bytes where {node.size} were captured")
+                raise TreeError(f"the content list covers {done} bytes, captured were {node.size}")
         except IntegrityError as error:
             self._report(Finding("file", str(error), snapshot=snapshot_id, path=path))
             return False
         if lost:
             ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)
-            message = f"the bytes {ranges} of {node.size} are lost"
+            message = f"bytes {ranges} of {node.size} are lost"
             self._report(Finding("file", message, None, blob, snapshot_id, path, tuple(lost)))
         return not lost
 
-    def _is_plain(self, node: Node) -> bool:
-        """Tell whether a file is one chunk that was looked up before and is sound."""
+    def _is_intact_single_chunk(self, node: Node) -> bool:
+        """Return whether a file is a single intact chunk whose location is cached."""
         if not _is_one_chunk(node):
             return False
         digest = Digest(node.content[8:])
-        location = self._located.get(digest)
+        location = self._locations.get(digest)
         length = int.from_bytes(node.content[:8], "little")
         return (
             location is not None
@@ -219,24 +219,29 @@ class Checker:
         )
 
     def is_intact(self, extent: Extent) -> bool:
-        """Tell whether a chunk is stored and was not found damaged; raises TreeError."""
+        """Return whether a chunk is stored and was not found damaged.
+
+        Raises TreeError where the index and the content list disagree about its length.
+        """
         if extent.digest is None:
             return True
         location = self._store.index.lookup(extent.digest)
         if extent.lost or extent.digest in self.result.damaged:
             return False
         if location is None:
-            return self._is_elsewhere(extent.digest)
+            return self._is_in_unindexed_pack(extent.digest)
         if location.plain_bytes != extent.length:
-            raise TreeError("a chunk does not have the length that is recorded for it")
+            raise TreeError(
+                f"chunk length mismatch: {location.plain_bytes} bytes stored, {extent.length} recorded"
+            )
         return True
 
-    def _is_elsewhere(self, digest: Digest) -> bool:
-        """Tell whether a needed blob that the index does not name is in a pack, and report the index."""
+    def _is_in_unindexed_pack(self, digest: Digest) -> bool:
+        """Return whether a pack holds a needed blob that the index lacks, and report the index."""
         pack = self.result.unknown.get(digest)
-        if pack is not None and digest not in self._told_unknown:
-            self._told_unknown.add(digest)
-            message = "it does not know the blob; casfs repair index rebuilds it"
+        if pack is not None and digest not in self._reported_unknown:
+            self._reported_unknown.add(digest)
+            message = "a stored blob is missing from it; run `casfs repair index`"
             self._report(Finding("index", message, pack, digest))
         return pack is not None
 
@@ -247,23 +252,23 @@ def _is_one_chunk(node: Node) -> bool:
 
 def _check_summary(ref: TreeRef, piece: object) -> None:
     if isinstance(piece, Leaf):
-        told = subtree_summary(piece.nodes)
+        recomputed = subtree_summary(piece.nodes)
     else:
         parts = [part.tree for part in piece.pieces]  # type: ignore[attr-defined]
-        told = (
+        recomputed = (
             sum(part.nodes for part in parts),
             sum(part.total_bytes for part in parts),
             sum(part.flagged for part in parts),
         )
-    if told != (ref.nodes, ref.total_bytes, ref.flagged):
-        raise TreeError("its summary does not fit what is in it")
+    if recomputed != (ref.nodes, ref.total_bytes, ref.flagged):
+        raise TreeError("the summary differs from the entries")
 
 
 def _check_capture(node: Node) -> None:
-    """Raise TreeError where a file's state and its two digests contradict each other."""
+    """Raise TreeError where the state of a file contradicts its two digests."""
     capture = node.extra.capture if node.extra is not None else None
     if node.state == CaptureState.CHANGED and capture is None:
-        raise TreeError("it is flagged without the evidence")
+        raise TreeError("the state is `changed`, but the capture record is missing")
     observed = capture.observed if capture is not None else None
     if node.state == CaptureState.STABLE and observed not in (None, captured_digest(node)):
-        raise TreeError("it is called stable, but two reads saw different data")
+        raise TreeError("the state is `stable`, but two reads saw different data")

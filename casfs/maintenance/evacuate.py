@@ -1,7 +1,7 @@
-"""Rescue: what is needed and rotten where the index looks is stored anew from another pack that has it.
+"""Evacuate needed blobs: rewrite a blob whose indexed copy is damaged from an intact duplicate.
 
-Two backups that ran at the same time may have stored a blob twice, and a prune that asks the index takes
-the pack with the only sound copy for unneeded.
+Two concurrent backups may store a blob twice. The index names one copy; if that copy is damaged, prune
+would take the pack with the only intact copy for unneeded.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ log = logging.getLogger(__name__)
 
 
 class Evacuator:
-    """Rescue blobs of a repository that is open for writing; `needs` are those that matter."""
+    """Copy blobs of a repository that is open for writing; `used` are the blobs worth copying."""
 
-    def __init__(self, repository: Repository, needs: UsedBlobs) -> None:
+    def __init__(self, repository: Repository, used: UsedBlobs) -> None:
         self._repository = repository
         self._store = repository.store
-        self._needs = needs
+        self._used = used
 
     def copy_needed_blobs(self, records: Mapping[int, PackRecord], ordinals: Set[int]) -> set[int]:
-        """See to it that what is needed, and is in packs that go, is sound where the index looks.
+        """Rewrite needed blobs whose indexed copy is damaged and that the packs to remove hold.
 
-        `records` are the packs that there were before; what was packed anew since is not read again.
-        Returns the packs that have to stay: they cannot be read, and something that is needed is lost
-        unless they have it.
+        `ordinals` are the packs to remove, `records` the packs that existed before this prune wrote any;
+        packs written since are not read again. Returns the packs that must stay: they cannot be read, and
+        they may hold the last copy of a needed blob.
         """
-        rotten = {}
-        closed = set()
+        damaged = {}
+        unreadable = set()
         for ordinal in sorted(ordinals):
             record = records[ordinal]
             try:
@@ -44,9 +44,11 @@ class Evacuator:
                 continue
             except CasfsError as error:
                 log.warning(
-                    "pack %s, which nothing seems to need: %s", short_id(record.pack), error
+                    "pack %s, which seems unneeded, cannot be read: %s",
+                    short_id(record.pack),
+                    error,
                 )
-                closed.add(ordinal)
+                unreadable.add(ordinal)
                 continue
             for entry in entries:
                 location = self._store.index.lookup(entry.digest)
@@ -54,37 +56,37 @@ class Evacuator:
                     location is None
                     or location.pack == ordinal
                     or location.pack not in records
-                    or location.ordinal not in self._needs.blobs
+                    or location.ordinal not in self._used.blobs
                 ):
                     continue
                 try:
                     self._store.read_at(entry.digest, location)
                 except BlobError:
-                    rotten[entry.digest] = location
-        if rotten:
-            self.copy_damaged(rotten)
-        return closed if closed and self._lacks_anything() else set()
+                    damaged[entry.digest] = location
+        if damaged:
+            self.copy_damaged(damaged)
+        return unreadable if unreadable and self._is_any_needed_blob_lost() else set()
 
-    def _lacks_anything(self) -> bool:
-        """Tell whether any blob that is needed can be read from nowhere; all of them are read for that."""
+    def _is_any_needed_blob_lost(self) -> bool:
+        """Return whether a needed blob has no readable copy. Reads every needed blob."""
         for digest, location in self._store.index.blobs():
-            if location.ordinal in self._needs.blobs:
+            if location.ordinal in self._used.blobs:
                 try:
                     self._store.read(digest)
                 except CasfsError as error:
-                    log.warning("%s; the packs that cannot be read stay", error)
+                    log.warning("%s; unreadable packs are kept, they may hold it", error)
                     return True
         return False
 
-    def copy_damaged(self, rotten: Mapping[Digest, Location]) -> bool:
-        """Store anew what another pack has sound of these blobs; tell whether there was any.
+    def copy_damaged(self, damaged: Mapping[Digest, Location]) -> bool:
+        """Rewrite damaged blobs from intact duplicates; return whether any blob was rewritten.
 
-        That pack may be one of those that nobody seems to need.
+        The duplicate may be in a pack that no snapshot needs.
         """
         found = False
         writer = self._repository.writer()
         try:
-            for digest, location in rotten.items():
+            for digest, location in damaged.items():
                 try:
                     plain = self._store.read(digest)
                 except CasfsError:

@@ -1,7 +1,7 @@
-"""Forget: choose snapshots by a policy or by name, and remove them; what they held stays until a prune.
+"""Select snapshots by a policy or by name, and remove them; their data stays until the next prune.
 
-A running backup is not disturbed: no blob goes. A snapshot that another replaces goes before that one,
-so that a crash never brings back what was to be hidden.
+No blob is removed, so a running backup is not disturbed. A snapshot that another snapshot replaces is
+removed before its replacement, so that a crash never makes a replaced snapshot visible again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from casfs.repository.snapshot_filter import SnapshotFilter
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A snapshot with its id; None where its file is damaged and only its name is known."""
+    """A snapshot with its id; `snapshot` is None where its file is damaged and only the id is known."""
 
     snapshot_id: SnapshotId
     snapshot: Snapshot | None
@@ -37,14 +37,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """By which circumstances snapshots are grouped before a policy is applied to each group."""
+    """The properties by which snapshots are grouped; a policy applies to each group separately."""
 
     host: bool = True
     paths: bool = True
     tags: bool = False
 
     def key(self, snapshot: Snapshot) -> GroupKey:
-        """Return what a snapshot has in common with those of its group."""
+        """Return the key of the group of a snapshot."""
         return GroupKey(
             snapshot.host if self.host else None,
             snapshot.paths if self.paths else None,
@@ -54,7 +54,7 @@ class Grouping:
 
 @dataclass(frozen=True, slots=True, order=True)
 class GroupKey:
-    """What the snapshots of a group have in common; None is what they were not grouped by."""
+    """The common properties of a group; a property that is not grouped by is None."""
 
     host: str | None
     paths: tuple[bytes, ...] | None
@@ -63,7 +63,7 @@ class GroupKey:
 
 @dataclass(slots=True)
 class ForgetPlan:
-    """Verdicts on the snapshots of each group, the newest first, and who is to go."""
+    """The decisions on the snapshots of each group, newest first."""
 
     groups: dict[GroupKey, list[KeepDecision[Candidate]]] = field(default_factory=dict)
 
@@ -72,7 +72,7 @@ class ForgetPlan:
         return [v.snapshot for group in self.groups.values() for v in group if not v.is_kept]
 
     def kept(self) -> int:
-        """Return how many snapshots stay."""
+        """Return the number of snapshots that stay."""
         return sum(v.is_kept for group in self.groups.values() for v in group)
 
 
@@ -83,9 +83,9 @@ def plan_policy(
     choice: SnapshotFilter,
     allow_all: bool,
 ) -> ForgetPlan:
-    """Return what a policy keeps and forgets.
+    """Return the decisions of a policy on the snapshots that `choice` accepts.
 
-    Raises RefusedError where it would leave nothing of a group, unless `allow_all`.
+    Raises RefusedError where the policy keeps no snapshot of a group, unless `allow_all`.
     """
     groups: dict[GroupKey, list[Candidate]] = {}
     for snapshot_id, snapshot in repository.snapshots():
@@ -93,11 +93,11 @@ def plan_policy(
             key = grouping.key(snapshot)
             groups.setdefault(key, []).append(Candidate(snapshot_id, snapshot))
     plan = ForgetPlan({key: apply_policy(members, policy) for key, members in groups.items()})
-    for key, verdicts in plan.groups.items():
-        if not allow_all and not any(verdict.is_kept for verdict in verdicts):
+    for key, decisions in plan.groups.items():
+        if not allow_all and not any(decision.is_kept for decision in decisions):
             raise RefusedError(
-                f"these rules keep none of the {len(verdicts)} snapshots of {_named(key)}; nothing was "
-                "forgotten: keep some (such as --keep-last 1), or say --unsafe-allow-remove-all"
+                f"these rules keep none of the {len(decisions)} snapshots of {_describe(key)}; nothing was "
+                "forgotten: keep some (such as --keep-last 1), or pass --unsafe-allow-remove-all"
             )
     return plan
 
@@ -105,9 +105,10 @@ def plan_policy(
 def select_by_name(
     repository: Repository, names: Sequence[str], allow_all: bool
 ) -> list[Candidate]:
-    """Return the snapshots that were named by `latest`, id or prefix, each once.
+    """Return the snapshots that `names` select by `latest`, id or prefix, each once.
 
-    Raises NotFoundError, AmbiguousIdError, and RefusedError where none would be left.
+    Raises NotFoundError, AmbiguousIdError, and RefusedError where no snapshot would be left, unless
+    `allow_all`.
     """
     found: dict[SnapshotId, Candidate] = {}
     for name in names:
@@ -122,13 +123,16 @@ def select_by_name(
     left = {snapshot_id for snapshot_id, _ in repository.snapshots()} - found.keys()
     if not left and not allow_all:
         raise RefusedError(
-            "no snapshot would be left; nothing was forgotten (say --unsafe-allow-remove-all to mean that)"
+            "no snapshot would be left; nothing was forgotten (pass --unsafe-allow-remove-all to force it)"
         )
     return list(found.values())
 
 
 def forget(repository: Repository, candidates: Iterable[Candidate]) -> int:
-    """Remove snapshots, each durably, and return how many; the repository is open for writing."""
+    """Remove snapshots durably, one at a time, and return the number removed.
+
+    The repository is open for writing.
+    """
     count = 0
     for candidate in candidates:
         snapshot = candidate.snapshot
@@ -142,7 +146,7 @@ def forget(repository: Repository, candidates: Iterable[Candidate]) -> int:
     return count
 
 
-def _named(key: GroupKey) -> str:
+def _describe(key: GroupKey) -> str:
     parts = []
     if key.host is not None:
         parts.append(f"host {key.host}")

@@ -1,13 +1,15 @@
-"""Prune: free what no snapshot needs, beside backups and mounts of any process (FORMAT.md, "Prune").
+"""Prune: free the blobs that no snapshot needs, while backups and mounts run (FORMAT.md, "Prune").
 
-Mark: a bit for every blob that a snapshot needs. Condemn: packs that hold nothing needed, and those of
-which too much is not needed, are named in a durable object; who opens the repository from then on does
-not take their blobs for stored. Repack: what is needed of the latter goes into new packs. Remove: a
-condemned pack goes when all who were writing when it was condemned have ended and no snapshot needs it,
-and, where somebody was reading then, when that one has ended or the condemnation is old enough.
+1. Mark: set a bit for every blob that a snapshot needs.
+2. Mark for removal: name in a durable notice the packs without needed blobs, and the packs with too much
+   unneeded data. A process that opens the repository later does not count their blobs as stored.
+3. Repack: copy the needed blobs of the second kind of pack into new packs.
+4. Remove: delete a pack under notice when no snapshot needs it, every process that was writing when the
+   notice was published has ended, and every process that was reading then has ended or the notice is
+   older than the margin.
 
-Interrupted anywhere it leaves packs that are not needed, or a condemnation, which the next prune takes up.
-Where anything cannot be read that says what is needed, nothing is removed.
+A prune that is interrupted anywhere leaves unneeded packs or a notice, and the next prune continues from
+there. Where data that decides what is needed cannot be read, nothing is removed. One thread only.
 """
 
 from __future__ import annotations
@@ -48,9 +50,9 @@ log = logging.getLogger(__name__)
 
 
 def remove_unneeded_sessions(repository: Repository) -> int:
-    """Remove the sessions that no pack and no snapshot names; returns how many those were.
+    """Remove the sessions that no pack and no snapshot names; return the number removed.
 
-    Where anything cannot be read, or another process writes, none is removed.
+    Nothing is removed where a pack or snapshot cannot be read, or while another process writes.
     """
     encryption = repository.config.encryption
     if encryption is None:
@@ -73,30 +75,35 @@ def remove_unneeded_sessions(repository: Repository) -> int:
     except CasfsError as error:
         log.info("no session is removed: %s", error)
         return 0
-    gone = [session_id for session_id in listed if session_id not in needed]
-    for session_id in gone:
+    unneeded = [session_id for session_id in listed if session_id not in needed]
+    for session_id in unneeded:
         remove_session(storage, session_id)
-    return len(gone)
+    return len(unneeded)
 
-
-log = logging.getLogger(__name__)
 
 DEFAULT_UNUSED_SHARE = 0.25
-"""Packs of which more is not needed are packed anew: that bounds what is kept in vain to a third."""
+"""Packs with a larger share of unneeded bytes are repacked.
+
+With 1/4, the unneeded bytes that stay are at most a third of the needed ones.
+"""
 
 DEFAULT_MARGIN_S = 86_400
-"""How long packs stay for the sake of readers that were there when they were condemned."""
+"""How long packs stay for readers that were active when the packs were marked for removal."""
 
 _SMALL_PACK_BYTES = 8 * 1024 * 1024
 _MANY_SMALL_PACKS = 16
-"""So many small packs, as many small backups leave them, are packed into larger ones.
+"""At least this many small packs, as small backups leave them, are merged into larger packs.
 
-One that is full of tiny blobs would come out as it is."""
+A pack that is full of tiny blobs is not counted: repacking would not make it larger."""
 
 
 @dataclass(frozen=True, slots=True)
 class PruneOptions:
-    """`unused_share` 0 to 1 of a pack from which on it is packed anew; `margin_s` for readers."""
+    """Options of a prune.
+
+    Packs with more than `unused_share` (0 to 1) of unneeded bytes are repacked. `margin_s` is the time
+    that packs under notice stay for active readers.
+    """
 
     unused_share: float = DEFAULT_UNUSED_SHARE
     margin_s: float = DEFAULT_MARGIN_S
@@ -105,9 +112,9 @@ class PruneOptions:
 
 @dataclass(slots=True)
 class PruneResult:
-    """What was found and done; sizes in bytes of packs.
+    """Counts of what a prune found and did; sizes are bytes of packs.
 
-    `waiting_packs` are condemned and stay for now, for the sake of `waited_for`.
+    `waiting_packs` are unneeded and stay until the processes in `waited_for` (names of locks) end.
     """
 
     snapshots: int = 0
@@ -125,20 +132,23 @@ class PruneResult:
 
     @property
     def freed_bytes(self) -> int:
-        """Return what the repository is smaller by."""
+        """Return the bytes by which the repository shrinks."""
         return self.removed_bytes - self.new_bytes
 
 
 @dataclass(slots=True)
 class _PackUsage:
-    """What is needed of a pack: payloads with their record headers, in bytes."""
+    """The needed blobs of a pack; `needed_bytes` counts payloads with their record headers."""
 
     needed_bytes: int = 0
     has_damaged: bool = False
 
 
 class Pruner:
-    """Prune one repository that is open for writing with a lock that tends it; used once."""
+    """Prune one repository that is open for writing under the maintenance lock.
+
+    Use each instance for one prune.
+    """
 
     def __init__(self, repository: Repository, options: PruneOptions, monitor: Monitor) -> None:
         self.result = PruneResult()
@@ -147,66 +157,92 @@ class Pruner:
         self._index = repository.store.index
         self._options = options
         self._monitor = monitor
-        self._needs = UsedBlobs(repository)
-        self._rescuer = Evacuator(repository, self._needs)
+        self._used = UsedBlobs(repository)
+        self._evacuator = Evacuator(repository, self._used)
         self._marked: set[SnapshotId] = set()
         self._records: dict[int, PackRecord] = {}
         self._in_flight: dict[int, str] = {}
         self._removed: set[int] = set()
-        self._bad: dict[Digest, Location] = {}
+        self._damaged: dict[Digest, Location] = {}
 
     def prune(self) -> PruneResult:
-        """Do it; raises IntegrityError, and removes nothing, where what is needed is damaged."""
+        """Run all phases of a prune.
+
+        Raises IntegrityError, and removes nothing, where a tree or content list of a snapshot is damaged.
+        """
         locks = self._repository.other_locks()
-        # Before anything is marked by ordinals: what another process makes of the index is seen by them.
+        # Read before anything is marked by ordinal: a rebuilt index shows by different ordinals.
         self._records = {record.ordinal: record for record in self._index.packs()}
-        self._mark()
-        uses = self._pack_usage()
-        if self._bad and not self._options.dry_run and self._rescuer.copy_damaged(self._bad):
-            uses = self._pack_usage()
         self.result.packs = len(self._records)
-        repacked = self._select_repack(uses)
-        unneeded = self._records.keys() - uses.keys()
-        self._in_flight = self._written_since(unneeded | repacked, locks)
-        repacked -= self._in_flight.keys()
-        unneeded -= self._in_flight.keys()
+        self._mark()
+        usage = self._rewrite_damaged(self._pack_usage())
+        unneeded, repacked = self._select(usage, locks)
         if self._options.dry_run:
-            self._estimate(uses, unneeded | repacked, repacked)
+            self._estimate(usage, unneeded | repacked, repacked)
             return self.result
-        # What needs no room goes first: the disk may be full.
-        self._mark_for_removal(unneeded)
-        kept = self._rescuer.copy_needed_blobs(self._records, unneeded)
-        waiting = unneeded - self._remove(self._recheck(unneeded) - kept)
+        # Removal before repacking: removal needs no free space, and the disk may be full.
+        waiting = self._remove_unneeded(unneeded)
         if repacked:
-            self._mark_for_removal(repacked | waiting)
-            try:
-                self._repack(repacked)
-            except BaseException:
-                self._unmark(waiting)
-                raise
-            kept = self._rescuer.copy_needed_blobs(self._records, repacked | waiting)
-            self._remove(self._recheck(repacked | waiting) - kept)
+            self._repack_and_remove(repacked, waiting)
         self._index.keep_complete(set(self._repository.snapshot_ids()))
         remove_unneeded_sessions(self._repository)
         return self.result
 
+    def _rewrite_damaged(self, usage: dict[int, _PackUsage]) -> dict[int, _PackUsage]:
+        """Rewrite damaged needed blobs from intact duplicates; return the usage after that."""
+        if self._options.dry_run or not self._damaged:
+            return usage
+        return self._pack_usage() if self._evacuator.copy_damaged(self._damaged) else usage
+
+    def _select(
+        self, usage: dict[int, _PackUsage], locks: dict[str, LockRecord]
+    ) -> tuple[set[int], set[int]]:
+        """Return the packs without needed blobs and the packs to repack, by ordinal.
+
+        Packs that a running backup may have written are in neither set, but in `_in_flight`.
+        """
+        repacked = self._select_repack(usage)
+        unneeded = self._records.keys() - usage.keys()
+        self._in_flight = self._written_since(unneeded | repacked, locks)
+        return unneeded - self._in_flight.keys(), repacked - self._in_flight.keys()
+
+    def _remove_unneeded(self, unneeded: set[int]) -> set[int]:
+        """Mark packs for removal and remove those that no process uses; return the others."""
+        self._mark_for_removal(unneeded)
+        kept = self._evacuator.copy_needed_blobs(self._records, unneeded)
+        return unneeded - self._remove(self._recheck(unneeded) - kept)
+
+    def _repack_and_remove(self, repacked: set[int], waiting: set[int]) -> None:
+        """Copy the needed blobs of packs into new packs, and remove the packs where possible.
+
+        `waiting` are the packs that are marked for removal already.
+        """
+        self._mark_for_removal(repacked | waiting)
+        try:
+            self._repack(repacked)
+        except BaseException:
+            self._unmark(waiting)
+            raise
+        kept = self._evacuator.copy_needed_blobs(self._records, repacked | waiting)
+        self._remove(self._recheck(repacked | waiting) - kept)
+
     def _unmark(self, waiting: set[int]) -> None:
-        """Have only what was condemned before be so, where packing anew has failed."""
+        """Undo the removal marks of a failed repack; `waiting` stays marked."""
         try:
             self._mark_for_removal(waiting)
         except CasfsError as error:
-            log.warning("%s; the next prune goes on from here", error)
+            log.warning("%s; the next prune continues from here", error)
 
     def _mark(self) -> None:
-        """Mark what snapshots need that were not looked at yet.
+        """Mark the blobs of all snapshots that are not marked yet.
 
-        One that goes while it is looked at may have been replaced by another, so the list is read
-        again until nothing new is on it.
+        A snapshot that vanishes meanwhile may have been replaced, so the list is read again until it
+        has no new entry.
         """
         while new := set(self._repository.snapshot_ids()) - self._marked:
             for snapshot_id in sorted(new):
                 try:
-                    self._needs.add(self._repository.load(snapshot_id).root)
+                    self._used.add(self._repository.load(snapshot_id).root)
                 except NotFoundError:
                     continue
                 except IntegrityError as error:
@@ -217,51 +253,51 @@ class Pruner:
                 self._monitor.progress.files += 1
 
     def _pack_usage(self) -> dict[int, _PackUsage]:
-        """Return what is needed of each pack, by ordinal; packs of which nothing is are not in it."""
-        uses: dict[int, _PackUsage] = {}
+        """Return the usage of each pack with needed blobs, by ordinal."""
+        usage: dict[int, _PackUsage] = {}
         needed = 0
         total = 0
-        self._bad = {}
+        self._damaged = {}
         elsewhere = self._repository.store.found_elsewhere
         for digest, location in self._index.blobs():
             total += 1
-            if location.ordinal in self._needs.blobs:
+            if location.ordinal in self._used.blobs:
                 if location.is_damaged or digest in elsewhere:
-                    self._bad[digest] = location
+                    self._damaged[digest] = location
                 needed += 1
-                use = uses.setdefault(location.pack, _PackUsage())
-                use.needed_bytes += location.stored_bytes + BLOB_HEADER.size
-                use.has_damaged |= location.is_damaged
-        if needed < self._needs.count:
+                pack_usage = usage.setdefault(location.pack, _PackUsage())
+                pack_usage.needed_bytes += location.stored_bytes + BLOB_HEADER.size
+                pack_usage.has_damaged |= location.is_damaged
+        if needed < self._used.count:
             self._require_same_index()
             raise IndexUnusableError(
-                f"the index lists {needed} of {self._needs.count} blobs that it knew a moment ago, so what "
-                "is needed is not known for sure; nothing more was removed (casfs repair index)"
+                f"the index lists only {needed} of the {self._used.count} needed blobs that it listed "
+                "before; no further pack was removed; run `casfs repair index`"
             )
         self.result.needed_blobs = needed
         self.result.unneeded_blobs = total - needed
-        return uses
+        return usage
 
     def _pending(self) -> dict[int, RemovalNotice]:
-        """Return the packs that are condemned, with the condemnation of each."""
+        """Return the packs that are marked for removal, with the notice of each."""
         by_name = {record.pack: ordinal for ordinal, record in self._records.items()}
         return {
-            by_name[pack]: condemnation
-            for condemnation in read_notices(self._storage).values()
-            for pack in condemnation.pack_ids()
+            by_name[pack]: notice
+            for notice in read_notices(self._storage).values()
+            for pack in notice.pack_ids()
             if pack in by_name
         }
 
-    def _select_repack(self, uses: dict[int, _PackUsage]) -> set[int]:
-        """Return the packs whose needed blobs are to be packed anew."""
+    def _select_repack(self, usage: dict[int, _PackUsage]) -> set[int]:
+        """Return the packs to repack: damaged ones, those with much unneeded data, many small ones."""
         chosen, small = set(), set()
-        for ordinal, use in uses.items():
+        for ordinal, pack_usage in usage.items():
             record = self._records.get(ordinal)
-            # What is damaged in a pack may be all that is left of it: it stays as it is. Where what is
-            # needed is sound, or stored elsewhere by now, nobody needs the damaged pack.
-            if record is None or use.has_damaged:
+            # A damaged blob may be the last trace of its data: the pack stays as it is. Once the needed
+            # blobs of the pack are rewritten elsewhere, the pack is unneeded and not in `usage`.
+            if record is None or pack_usage.has_damaged:
                 continue
-            unused_bytes = record.pack_bytes - use.needed_bytes - _directory_bytes(record)
+            unused_bytes = record.pack_bytes - pack_usage.needed_bytes - _directory_bytes(record)
             if record.is_damaged or unused_bytes > self._options.unused_share * record.pack_bytes:
                 chosen.add(ordinal)
             elif record.pack_bytes < _SMALL_PACK_BYTES and record.blobs < PACK_BLOBS // 2:
@@ -269,55 +305,62 @@ class Pruner:
         return chosen | small if len(small) >= _MANY_SMALL_PACKS else chosen
 
     def _written_since(self, ordinals: set[int], locks: dict[str, LockRecord]) -> dict[int, str]:
-        """Return which packs may be those of a backup that is running, with the name of its lock.
+        """Return the packs that a running backup may have written, each with the name of a lock.
 
-        To condemn them would be safe, but its own data would not be trusted until the next prune.
+        Marking them for removal would be safe, but their blobs would not count as stored until the next
+        prune.
         """
         writers = {n: lock for n, lock in locks.items() if lock.mode != LockMode.READER}
         if not writers:
             return {}
-        first = min(writers, key=lambda name: writers[name].since_ns)
-        young = {}
+        oldest = min(writers, key=lambda name: writers[name].since_ns)
+        in_flight = {}
         for ordinal in ordinals - self._pending().keys():
             try:
                 written_ns = self._storage.mtime_ns(pack_name(self._records[ordinal].pack))
             except NotFoundError:
                 continue
-            if written_ns >= writers[first].since_ns:
-                young[ordinal] = first
-        return young
+            if written_ns >= writers[oldest].since_ns:
+                in_flight[ordinal] = oldest
+        return in_flight
 
-    def _estimate(self, uses: dict[int, _PackUsage], removed: set[int], repacked: set[int]) -> None:
+    def _estimate(
+        self, usage: dict[int, _PackUsage], removed: set[int], repacked: set[int]
+    ) -> None:
+        """Fill the result of a dry run."""
         result = self.result
         result.repacked_packs = len(repacked)
         result.repacked_bytes = sum(self._records[n].pack_bytes for n in repacked)
-        result.new_bytes = sum(uses[n].needed_bytes for n in repacked)
+        result.new_bytes = sum(usage[n].needed_bytes for n in repacked)
         result.removed_packs = len(removed)
         result.removed_bytes = sum(self._records[n].pack_bytes for n in removed)
 
     def _mark_for_removal(self, ordinals: set[int]) -> None:
-        """Tell everybody which packs are not to be relied on, and learn who may be doing so."""
+        """Publish which packs are going to be removed, then record which processes may use them.
+
+        Replaces the set of packs that all earlier notices name.
+        """
         self._require_same_index()
         packs = {self._records[ordinal].pack for ordinal in ordinals}
         fresh = set(packs)
-        for name, condemnation in read_notices(self._storage).items():
-            fresh -= condemnation.pack_ids()
-            replace_notice(self._storage, name, condemnation.only(packs))
+        for name, notice in read_notices(self._storage).items():
+            fresh -= notice.pack_ids()
+            replace_notice(self._storage, name, notice.only(packs))
         if fresh:
             names = tuple(sorted(pack.hex() for pack in fresh))
             publish_notice(self._storage, RemovalNotice(int(time.time()), names))
         self._index.mark_for_removal(ordinals)
-        # Only now does everybody who begins to write see it.
+        # Read after publishing: a process that locks later sees the notice.
         locks = self._repository.other_locks()
         readers = tuple(sorted(n for n, lock in locks.items() if lock.mode == LockMode.READER))
         writers = tuple(sorted(locks.keys() - set(readers)))
-        for name, condemnation in read_notices(self._storage).items():
-            if condemnation.writers is None:
-                asked = replace(condemnation, writers=writers, readers=readers)
-                replace_notice(self._storage, name, asked)
+        for name, notice in read_notices(self._storage).items():
+            if notice.writers is None:
+                with_holders = replace(notice, writers=writers, readers=readers)
+                replace_notice(self._storage, name, with_holders)
 
     def _repack(self, chosen: set[int]) -> None:
-        """Store what is needed of some condemned packs in new ones."""
+        """Copy the needed blobs of packs into new packs."""
         store = self._repository.store
         self._monitor.progress.total_bytes = sum(self._records[n].pack_bytes for n in chosen)
         writer = self._repository.writer()
@@ -330,14 +373,14 @@ class Pruner:
                     if (
                         location is None
                         or location.pack != ordinal
-                        or location.ordinal not in self._needs.blobs
+                        or location.ordinal not in self._used.blobs
                     ):
                         continue
                     try:
                         plain = store.read(entry.digest)
                     except BlobError as error:
-                        # It stays where it is, and its pack with it.
-                        log.warning("%s; its pack is not touched", error)
+                        # The damaged blob, and with it the pack, stays.
+                        log.warning("%s; the pack is kept", error)
                         self._index.mark_blobs(ordinal, [entry.digest])
                         continue
                     writer.put(BlobKind(location.kind), entry.digest, plain)
@@ -350,24 +393,24 @@ class Pruner:
         self.result.new_bytes = stats.new_stored_bytes
 
     def _recheck(self, candidates: set[int]) -> set[int]:
-        """Return which condemned packs may go; what is needed after all is condemned no longer.
+        """Return the packs among `candidates` that can be removed now; unmark those needed again.
 
-        The locks are read before the snapshots: who wrote when a pack was condemned, and does so no
-        longer, has published what it will.
+        The locks are read before the snapshots: a writer that was active when a pack was marked, and holds
+        no lock any more, has published its snapshot.
         """
         locks = self._repository.other_locks()
         self._mark()
         self._require_same_index()
         unneeded = candidates - self._pack_usage().keys()
-        condemnations = self._pending()
+        notices = self._pending()
         removable = set()
         waited_for = set(self._in_flight.values())
         self.result.waiting_packs = len(self._in_flight)
         self.result.waiting_bytes = sum(self._records[n].pack_bytes for n in self._in_flight)
         for ordinal in unneeded:
-            condemnation = condemnations.get(ordinal)
-            holders = self._holders(condemnation, locks) if condemnation is not None else set(locks)
-            if not holders and condemnation is not None:
+            notice = notices.get(ordinal)
+            holders = self._holders(notice, locks) if notice is not None else set(locks)
+            if not holders and notice is not None:
                 removable.add(ordinal)
                 continue
             waited_for |= holders
@@ -378,27 +421,27 @@ class Pruner:
             self._mark_for_removal(unneeded)
         return removable
 
-    def _holders(self, condemnation: RemovalNotice, locks: dict[str, LockRecord]) -> set[str]:
-        """Return the names of the locks for whose sake the condemned packs stay."""
-        if condemnation.writers is None:
+    def _holders(self, notice: RemovalNotice, locks: dict[str, LockRecord]) -> set[str]:
+        """Return the names of the locks whose processes may still use the packs of a notice."""
+        if notice.writers is None:
             return set(locks)
-        holders = locks.keys() & set(condemnation.writers)
-        if time.time() - condemnation.time_s < self._options.margin_s:
-            holders |= locks.keys() & set(condemnation.readers)
+        holders = locks.keys() & set(notice.writers)
+        if time.time() - notice.time_s < self._options.margin_s:
+            holders |= locks.keys() & set(notice.readers)
         return holders
 
     def _remove(self, ordinals: set[int]) -> set[int]:
-        """Remove packs from the index, then from the storage, then their condemnation; return them."""
+        """Remove packs from the index, then from the storage, then from the notices; return them."""
         if not ordinals:
             return ordinals
         packs = {ordinal: self._records[ordinal].pack for ordinal in sorted(ordinals)}
         try:
             same = self._index.remove_packs(packs)
         except IndexDamagedError:
-            raise  # what it told of the packs may be wrong as well
+            raise  # the pack records read from it may be wrong as well
         except IndexUnusableError as error:
-            # A full disk has no room for that. Without the packs it has; should this end before the
-            # index knows it, the next who opens the repository sees that they are gone.
+            # On a full disk the index update needs the space that the packs take. If this process is
+            # killed before the index is updated, the next opener notices that the packs are missing.
             log.warning("%s; the packs are removed first", error)
             self._require_same_index()
             self._unlink(ordinals)
@@ -410,16 +453,16 @@ class Pruner:
             self._removed |= ordinals
             self._unlink(ordinals)
         removed = set(packs.values())
-        for name, condemnation in read_notices(self._storage).items():
-            condemned = condemnation.pack_ids()
-            if not condemned.isdisjoint(removed):
-                replace_notice(self._storage, name, condemnation.only(condemned - removed))
+        for name, notice in read_notices(self._storage).items():
+            pending = notice.pack_ids()
+            if not pending.isdisjoint(removed):
+                replace_notice(self._storage, name, notice.only(pending - removed))
         return ordinals
 
     def _require_same_index(self) -> None:
-        """Raise where another process has built the index anew: all ordinals mean nothing then.
+        """Raise where another process has rebuilt the index, which makes all ordinals meaningless.
 
-        That happens when a pack vanishes by other hands while this prune runs.
+        Another process rebuilds the index when a pack vanishes that this prune did not remove.
         """
         current = {record.ordinal: record.pack for record in self._index.packs()}
         for ordinal, record in self._records.items():
@@ -435,14 +478,14 @@ class Pruner:
 
 
 class _IndexReplacedError(IndexUnusableError):
-    """The index is another one than it was when this prune began."""
+    """The index is not the index with which this prune began."""
 
     def __str__(self) -> str:
-        return "the index was built anew while this prune ran; what is left is for the next prune"
+        return "the index was rebuilt while this prune ran; run `casfs prune` again for the rest"
 
 
 class UsedBlobsUnknownError(IntegrityError):
-    """What a snapshot needs cannot be read, so nothing is known to be unneeded."""
+    """A tree or content list of a snapshot cannot be read, so the needed blobs are unknown."""
 
     def __init__(self, snapshot_id: SnapshotId, cause: IntegrityError) -> None:
         super().__init__(snapshot_id, cause)
@@ -451,12 +494,13 @@ class UsedBlobsUnknownError(IntegrityError):
 
     def __str__(self) -> str:
         return (
-            f"what snapshot {short_id(self.snapshot_id)} needs is not known for sure: {self.cause}; "
-            "nothing was removed (casfs check tells what is lost, casfs repair index finds again what only "
-            "the index has lost, a new backup may heal the rest, and casfs repair snapshots gives it up)"
+            f"the blobs that snapshot {short_id(self.snapshot_id)} needs are unknown: {self.cause}; "
+            "nothing was removed. Run `casfs check` to list the damage, and `casfs repair index` where only "
+            "the index lost entries; a new backup may restore the rest, or drop the lost data with "
+            "`casfs repair snapshots`"
         )
 
 
 def _directory_bytes(record: PackRecord) -> int:
-    """Return what a pack takes besides its blobs."""
+    """Return the bytes of a pack that are no blob records: header, directory and trailer."""
     return HEADER.size + BLOB_HEADER.size + record.blobs * ENTRY.size + TRAILER.size

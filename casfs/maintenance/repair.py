@@ -1,10 +1,11 @@
-"""Repair: snapshots without what is lost, and the index from the packs alone.
+"""Repair snapshots by dropping lost data, and rebuild the index from the packs alone.
 
-A file that lost chunks keeps the others: the lost ranges are holes, and it is flagged as `changed` with
-the reason `damaged`, so that nothing takes it for sound; its `observed` digest is the one that it had.
-A file of which nothing is left, and entries whose directory cannot be read, are dropped. A snapshot is
-never rewritten: a new one replaces it. What is lost is known from the index, so the blobs' data should be
-checked first; a backup that sees the lost data again heals more than any repair.
+A file that lost chunks keeps the others. The lost ranges become holes, and the file gets the state
+`changed` with the reason `damaged`, so that no command takes it for intact; its `observed` digest is the
+digest that it had. Files without any remaining data, and entries whose directory cannot be read, are
+dropped. A snapshot is never rewritten: a new snapshot replaces it. The repair learns from the index which
+blobs are lost, so run `casfs check --read-data` first. A backup that reads the lost data again restores
+more than any repair.
 """
 
 from __future__ import annotations
@@ -49,44 +50,46 @@ from casfs.trees.content import HOLE, ContentWriter
 from casfs.trees.writer import TreeWriter
 
 DAMAGED_FOLDER = "damaged"
-"""Where the files of snapshots are put aside that cannot be read under their names."""
+"""The folder for snapshot files that do not match their names."""
 
 
 class SwappedSnapshots:
-    """The misplaced snapshots of a repository: `files` are their bytes, by their right ids."""
+    """Intact snapshots stored under wrong names; `files` maps the correct id to the file's bytes."""
 
     def __init__(self, repository: Repository) -> None:
         self.files: dict[SnapshotId, bytes] = {}
         self._storage = repository.store.storage
-        self._taken: dict[SnapshotId, bytes] = {}
-        damaged = {one for one in repository.snapshot_ids() if _is_damaged(repository, one)}
-        names: dict[str, SnapshotId | None] = {f"snapshots/{one.hex()}": one for one in damaged}
+        self._misnamed: dict[SnapshotId, bytes] = {}
+        damaged = {name for name in repository.snapshot_ids() if _is_damaged(repository, name)}
+        names: dict[str, SnapshotId | None] = {f"snapshots/{id_.hex()}": id_ for id_ in damaged}
         if damaged:
-            # A repair that ended half-way has left something there.
+            # An interrupted rename_back leaves files there.
             names |= dict.fromkeys(name for name, _, _ in self._storage.list(DAMAGED_FOLDER))
-        for name, under in names.items():
+        for name, current_id in names.items():
             try:
                 data = self._storage.read(name, 0, MAX_SNAPSHOT_BYTES)
-                right = SnapshotId(digest_of(data))
-                # Any bytes are right under the name of their digest: it takes that name to know them by.
-                if right in damaged:
+                correct_id = SnapshotId(digest_of(data))
+                # Every byte string matches its own digest. Only a digest that names a damaged snapshot
+                # shows that these bytes belong there.
+                if correct_id in damaged:
                     keyring = repository.vault.keyring if repository.vault is not None else None
-                    decode_snapshot(right, data, repository.codec, keyring)
-                    self.files[right] = data
-                    if under is not None:
-                        self._taken[under] = data
+                    decode_snapshot(correct_id, data, repository.codec, keyring)
+                    self.files[correct_id] = data
+                    if current_id is not None:
+                        self._misnamed[current_id] = data
             except CasfsError:
                 continue
 
     def rename_back(self) -> None:
-        """Give the snapshots their names; the repository is open for writing."""
-        aside = [one for one in self._taken if one in self.files]
-        for one in aside:
-            self._storage.write(f"{DAMAGED_FOLDER}/{one.hex()}", self._taken[one])
-        for right, data in self.files.items():
-            self._storage.write(f"snapshots/{right.hex()}", data)
-        for one in aside:
-            self._storage.delete(f"{DAMAGED_FOLDER}/{one.hex()}")
+        """Rename the snapshots to their digests; the repository is open for writing."""
+        # Two snapshots with swapped names overwrite each other: their bytes are saved first.
+        overwritten = [name for name in self._misnamed if name in self.files]
+        for name in overwritten:
+            self._storage.write(f"{DAMAGED_FOLDER}/{name.hex()}", self._misnamed[name])
+        for correct_id, data in self.files.items():
+            self._storage.write(f"snapshots/{correct_id.hex()}", data)
+        for name in overwritten:
+            self._storage.delete(f"{DAMAGED_FOLDER}/{name.hex()}")
 
 
 def _is_damaged(repository: Repository, snapshot_id: SnapshotId) -> bool:
@@ -95,7 +98,7 @@ def _is_damaged(repository: Repository, snapshot_id: SnapshotId) -> bool:
     except IntegrityError:
         return True
     except CasfsError:
-        return False  # it was forgotten meanwhile, or is for others
+        return False  # forgotten meanwhile, or encrypted to other recipients
     return False
 
 
@@ -104,7 +107,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class SnapshotRepair:
-    """What was done to one snapshot: `new_id` is None where nothing of it could be kept."""
+    """The repair of one snapshot. `new_id` is None where no data of the snapshot is left.
+
+    `dropped` counts the entries dropped, `holed` the files that lost ranges.
+    """
 
     snapshot_id: SnapshotId
     new_id: SnapshotId | None = None
@@ -115,9 +121,10 @@ class SnapshotRepair:
 
 @dataclass(slots=True)
 class RepairResult:
-    """What a repair of the snapshots came to; sound ones are only counted.
+    """The result of a repair of the snapshots; `intact` counts the snapshots without damage.
 
-    `returned` are those that were whole and had the names of others; they are looked at like all.
+    `returned` are intact snapshots that had the name of another snapshot and got their own name back;
+    they are checked like all others.
     """
 
     intact: int = 0
@@ -127,7 +134,11 @@ class RepairResult:
 
 @dataclass(slots=True)
 class IndexRepair:
-    """What the index was built from; of `salvaged` packs the directory was damaged."""
+    """The result of an index rebuild.
+
+    The directories of `salvaged` packs are damaged, their intact blobs were found all the same.
+    `unreadable` packs contribute nothing to the index.
+    """
 
     packs: int
     blobs: int
@@ -136,7 +147,7 @@ class IndexRepair:
 
 
 def repair_index(repository: Repository) -> IndexRepair:
-    """Build the index anew from the packs alone; the repository is open for writing, alone."""
+    """Rebuild the index from the packs alone; the caller holds the exclusive lock."""
     store = repository.store
     try:
         store.rebuild()
@@ -152,9 +163,10 @@ def repair_index(repository: Repository) -> IndexRepair:
 
 
 class SnapshotRepairer:
-    """Repair the snapshots of a repository that is open with a lock that tends it; used once.
+    """Repair the snapshots of a repository that is open under the maintenance lock.
 
-    The monitor is told of everything that is dropped, with its path in the snapshot.
+    Use each instance for one repair. The monitor gets a problem for every entry that is dropped, with
+    its path in the snapshot.
     """
 
     def __init__(self, repository: Repository, monitor: Monitor, dry_run: bool = False) -> None:
@@ -167,31 +179,49 @@ class SnapshotRepairer:
         self._current = SnapshotRepair(SnapshotId(b""))
 
     def repair(self, read: PackSelection | None = None) -> RepairResult:
-        """Look for what is lost, as a check does, and publish snapshots without it."""
-        misplaced = SwappedSnapshots(self._repository)
-        self.result.returned = sorted(misplaced.files)
-        if not self._dry_run:
-            misplaced.rename_back()
-        lost = {d.snapshot for d in self._checker.check(read).damage if d.snapshot is not None}
-        if self._dry_run:
-            lost -= misplaced.files.keys()
+        """Check the repository, and replace every snapshot that lost data by one without it.
+
+        `read` selects the packs whose data the check reads (None: no pack).
+        """
+        swapped = self._rename_swapped()
+        damaged = self._find_damaged(read, swapped)
         for snapshot_id in self._repository.snapshot_ids():
-            if snapshot_id not in lost:
-                self.result.intact += 1
-                continue
-            self._current = SnapshotRepair(snapshot_id)
-            try:
-                snapshot = self._repository.load(snapshot_id)
-            except NotFoundError:
-                continue
-            except IntegrityError as error:
-                self._give_up(snapshot_id, str(error))
+            if snapshot_id in damaged:
+                self._repair_one(snapshot_id)
             else:
-                self._repair_one(snapshot_id, snapshot)
-            self.result.repaired.append(self._current)
+                self.result.intact += 1
         return self.result
 
-    def _repair_one(self, snapshot_id: SnapshotId, snapshot: Snapshot) -> None:
+    def _rename_swapped(self) -> SwappedSnapshots:
+        swapped = SwappedSnapshots(self._repository)
+        self.result.returned = sorted(swapped.files)
+        if not self._dry_run:
+            swapped.rename_back()
+        return swapped
+
+    def _find_damaged(
+        self, read: PackSelection | None, swapped: SwappedSnapshots
+    ) -> set[SnapshotId]:
+        """Return the snapshots with losses, as the check finds them."""
+        findings = self._checker.check(read).damage
+        damaged = {finding.snapshot for finding in findings if finding.snapshot is not None}
+        if self._dry_run:
+            damaged -= swapped.files.keys()
+        return damaged
+
+    def _repair_one(self, snapshot_id: SnapshotId) -> None:
+        self._current = SnapshotRepair(snapshot_id)
+        try:
+            snapshot = self._repository.load(snapshot_id)
+        except NotFoundError:
+            return
+        except IntegrityError as error:
+            self._drop_snapshot(snapshot_id, str(error))
+        else:
+            self._replace_snapshot(snapshot_id, snapshot)
+        self.result.repaired.append(self._current)
+
+    def _replace_snapshot(self, snapshot_id: SnapshotId, snapshot: Snapshot) -> None:
         writer = self._repository.writer(self._dry_run)
         try:
             root = self._rewrite(writer, snapshot.root)
@@ -199,16 +229,16 @@ class SnapshotRepairer:
         finally:
             writer.close()
         if root.tree is not None and root.tree.nodes == 0 and self._current.dropped:
-            self._give_up(snapshot_id, "nothing of it is left")
+            self._drop_snapshot(snapshot_id, "none of its data is left")
         elif not self._dry_run:
             self._current.new_id = self._repository.replace_snapshot(
                 snapshot_id, snapshot, root=root
             )
 
-    def _give_up(self, snapshot_id: SnapshotId, reason: str) -> None:
-        """Drop a whole snapshot; its file is put aside."""
+    def _drop_snapshot(self, snapshot_id: SnapshotId, reason: str) -> None:
+        """Delete a snapshot, after a copy of its file went to the folder of damaged files."""
         self._current.message = reason
-        self._lose(b"", f"the whole snapshot is dropped: {reason}")
+        self._report_dropped(b"", f"the whole snapshot is dropped: {reason}")
         if self._dry_run:
             return
         storage = self._repository.store.storage
@@ -216,13 +246,13 @@ class SnapshotRepairer:
         try:
             data = storage.read(name, 0, MAX_SNAPSHOT_BYTES)
         except CasfsError as error:
-            log.warning("%s; no copy of it is kept", error)
+            log.warning("%s; no copy of the snapshot file is kept", error)
         else:
             storage.write(f"{DAMAGED_FOLDER}/{snapshot_id.hex()}", data)
         self._repository.delete_snapshot(snapshot_id)
 
     def _rewrite(self, writer: BlobWriter, root: Node) -> Node:
-        """Return the root of what is left; only directories with losses below them are read."""
+        """Return the root of the remaining tree; read only directories with losses below them."""
         stack = [_Frame(root, b"", self._entries(root, b""), self._tree_writer(writer))]
         while True:
             frame = stack[-1]
@@ -232,9 +262,9 @@ class SnapshotRepairer:
                     tree = self._tree_writer(writer)
                     stack.append(_Frame(node, path, self._entries(node, path), tree))
                     break
-                kept = self._kept(writer, path, node)
-                if kept is not None:
-                    frame.tree.add(kept)
+                remaining = self._remaining_entry(writer, path, node)
+                if remaining is not None:
+                    frame.tree.add(remaining)
             else:
                 stack.pop()
                 done = replace(frame.node, tree=frame.tree.finish())
@@ -247,7 +277,7 @@ class SnapshotRepairer:
         return TreeWriter(writer.put, self._repository.codec.digest, seed)
 
     def _entries(self, directory: Node, path: bytes) -> Iterator[Node]:
-        """Yield what can be read of a directory's entries; what cannot is told."""
+        """Yield the readable entries of a directory, and report the others as dropped."""
         assert directory.tree is not None
         stack: list[Iterator[TreeRef]] = [iter([directory.tree])]
         last = b""
@@ -263,7 +293,9 @@ class SnapshotRepairer:
                 if isinstance(piece, Leaf) and piece.nodes and piece.nodes[0].name <= last:
                     raise TreeError("the pieces of a split directory are not in order")
             except CasfsError as error:
-                self._lose(path, f"{ref.nodes} entries of this directory are dropped: {error}")
+                self._report_dropped(
+                    path, f"{ref.nodes} entries of this directory are dropped: {error}"
+                )
                 continue
             if isinstance(piece, Leaf):
                 yield from piece.nodes
@@ -271,26 +303,24 @@ class SnapshotRepairer:
             else:
                 stack.append(iter([part.tree for part in piece.pieces]))
 
-    def _kept(self, writer: BlobWriter, path: bytes, node: Node) -> Node | None:
-        """Return an entry as it can be kept, or None."""
-        if node.kind != NodeType.FILE or self._is_whole(node):
+    def _remaining_entry(self, writer: BlobWriter, path: bytes, node: Node) -> Node | None:
+        """Return an entry without its lost data, or None where no data is left."""
+        if node.kind != NodeType.FILE or self._is_complete(node):
             return node
-        holed = self._holed(writer, node)
-        if holed is None:
-            self._lose(path, "the file is dropped: nothing of it is left")
+        with_holes = self._punch_holes(writer, node)
+        if with_holes is None:
+            self._report_dropped(path, "the file is dropped: none of its data is left")
             return None
-        new, lost = holed
+        new, lost = with_holes
         if not lost:
-            return node  # another pack has what is damaged where the index looks for it
+            return node  # another pack holds an intact copy of each damaged chunk
         ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)
         self._current.holed += 1
-        message = (
-            f"the bytes {ranges} of {node.size} are lost; zeros stand there, and it is flagged"
-        )
+        message = f"bytes {ranges} of {node.size} are lost and read as zeros; the file is marked `changed`"
         self._monitor.problem(Problem(ProblemKind.DAMAGED, path, message))
         return new
 
-    def _is_whole(self, node: Node) -> bool:
+    def _is_complete(self, node: Node) -> bool:
         try:
             length = 0
             for extent in self._repository.content(node).extents(lost_lists=True):
@@ -301,15 +331,20 @@ class SnapshotRepairer:
             return False
         return length == node.size
 
-    def _holed(self, writer: BlobWriter, node: Node) -> tuple[Node, list[tuple[int, int]]] | None:
-        """Return a file with holes where its data is lost, and these; None where nothing is left."""
+    def _punch_holes(
+        self, writer: BlobWriter, node: Node
+    ) -> tuple[Node, list[tuple[int, int]]] | None:
+        """Return a file with holes for its lost data, and the lost ranges (begin, end) in bytes.
+
+        Returns None where no data is left, or where the content list contradicts itself.
+        """
         content = ContentWriter(writer.put, self._repository.codec.digest)
         whole = blake3()
         lost: list[tuple[int, int]] = []
         size = kept = 0
         try:
             for extent in self._repository.content(node).extents(lost_lists=True):
-                data = self._data_of(extent.digest, extent.length, extent.lost)
+                data = self._read_chunk(extent.digest, extent.length, extent.lost)
                 begin, size = size, size + extent.length
                 if data is not None:
                     content.add(extent.length, extent.digest or HOLE)
@@ -325,7 +360,7 @@ class SnapshotRepairer:
                 else:
                     lost.append((begin, size))
         except TreeError:
-            return None  # its own list contradicts itself
+            return None
         if not kept or size != node.size:
             return None
         records, levels = content.finish()
@@ -343,8 +378,8 @@ class SnapshotRepairer:
         )
         return new, lost
 
-    def _data_of(self, digest: Digest | None, length: int, lost: bool) -> bytes | None:
-        """Return a chunk's data; None for a hole, and for what is lost."""
+    def _read_chunk(self, digest: Digest | None, length: int, lost: bool) -> bytes | None:
+        """Return the data of a chunk; None for a hole and for lost data."""
         if digest is None or lost:
             return None
         try:
@@ -353,14 +388,14 @@ class SnapshotRepairer:
             return None
         return data if len(data) == length else None
 
-    def _lose(self, path: bytes, message: str) -> None:
+    def _report_dropped(self, path: bytes, message: str) -> None:
         self._current.dropped += 1
         self._monitor.problem(Problem(ProblemKind.DAMAGED, path, message))
 
 
 @dataclass(slots=True)
 class _Frame:
-    """A directory that is being written anew."""
+    """A directory that is being rewritten."""
 
     node: Node
     path: bytes

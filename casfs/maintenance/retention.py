@@ -1,8 +1,8 @@
-"""Retention: which snapshots of a group are kept, and why; a decision without any I/O.
+"""Retention: decide which snapshots of a group to keep, and by which rules, without any I/O.
 
-The rules are those that users of restic and borg know. Snapshots are taken from the newest to the
-oldest; a rule of periods keeps the newest snapshot of each period, for as many periods as it was told.
-Times are local, as people mean them.
+The rules are those of `restic forget` and `borg prune`. Snapshots are visited from the newest to the
+oldest; a period rule keeps the newest snapshot of each period, for the given number of periods. Periods
+are calendar periods in local time.
 """
 
 from __future__ import annotations
@@ -21,21 +21,27 @@ _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
 def parse_duration(text: str, option: str) -> int:
-    """Return seconds; units are s, m or min (minutes), h, d and w, together as in 1h30m."""
+    """Return seconds; units are s, m or min (minutes), h, d and w, and combine as in 1h30m.
+
+    Raises UsageError, naming `option`, for any other text.
+    """
     parts = _parts(text)
     if not parts or any(unit not in _SECONDS for _, unit in parts):
-        raise UsageError(f"{option} {text!r} is not a length of time such as 30d, 12h or 10m")
+        raise UsageError(f"{option} {text!r} is not a duration such as 30d, 12h or 10m")
     return sum(number * _SECONDS[unit] for number, unit in parts)
 
 
 class CalendarSpan:
-    """A length of time by the calendar; units are y, m (months), w, d, h and min."""
+    """A duration in calendar units: y, m (months), w, d, h and min.
+
+    Raises UsageError, naming `option`, for any other text.
+    """
 
     def __init__(self, text: str, option: str) -> None:
         parts = _parts(text)
         if not parts or any(unit not in ("y", "m", "w", "d", "h", "min") for _, unit in parts):
             raise UsageError(
-                f"{option} {text!r} is not a length of time such as 1y6m, 30d or 36h "
+                f"{option} {text!r} is not a duration such as 1y6m, 30d or 36h "
                 "(y, m for months, w, d, h, min)"
             )
         self._months = sum(n * (12 if unit == "y" else 1) for n, unit in parts if unit in "ym")
@@ -43,7 +49,7 @@ class CalendarSpan:
         self.text = text
 
     def before(self, moment: datetime) -> datetime:
-        """Return the moment that lies so long before another; the earliest there is where it must."""
+        """Return the moment this duration before `moment`, at the earliest `datetime.min`."""
         months = moment.year * 12 + moment.month - 1 - self._months
         year, month = divmod(months, 12)
         if year < 1:
@@ -67,7 +73,7 @@ UNLIMITED = -1
 
 
 class Dated(Protocol):
-    """What is kept or forgotten."""
+    """An item with a time and tags, which a policy keeps or forgets."""
 
     @property
     def time_ns(self) -> int:
@@ -83,10 +89,10 @@ D = TypeVar("D", bound=Dated)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How many snapshots to keep; `UNLIMITED` keeps one for every period.
+    """The number of snapshots that each rule keeps; `UNLIMITED` keeps one for every period.
 
-    `within` keeps all that are no older than so long before the newest of the group; a snapshot with
-    all the tags of one set in `tags` is kept always.
+    `within` keeps all snapshots no older than this duration before the newest of the group. A snapshot
+    with all the tags of one set in `tags` is always kept.
     """
 
     last: int = 0
@@ -99,46 +105,46 @@ class Policy:
     tags: tuple[frozenset[str], ...] = ()
 
     def is_empty(self) -> bool:
-        """Tell whether it would keep nothing."""
+        """Return whether the policy has no rule and would keep nothing."""
         counts = (self.last, self.hourly, self.daily, self.weekly, self.monthly, self.yearly)
         return not any(counts) and self.within is None and not self.tags
 
 
 @dataclass(frozen=True, slots=True)
 class KeepDecision(Generic[D]):
-    """A snapshot and the rules that keep it; with none it is forgotten."""
+    """A snapshot and the rules that keep it; a snapshot without such a rule is forgotten."""
 
     snapshot: D
     reasons: tuple[str, ...]
 
     @property
     def is_kept(self) -> bool:
-        """Tell whether it stays."""
+        """Return whether any rule keeps the snapshot."""
         return bool(self.reasons)
 
 
 @dataclass(slots=True)
 class _Rule:
     name: str
-    left: int
+    remaining: int
     period_of: Callable[[datetime, int], object]
     newest: object = None
 
     def keeps(self, moment: datetime, position: int) -> bool:
-        """Tell whether this rule keeps a snapshot; asked from the newest on."""
-        if self.left == 0:
+        """Return whether this rule keeps a snapshot. Call in order, newest snapshot first."""
+        if self.remaining == 0:
             return False
         period = self.period_of(moment, position)
         if period == self.newest:
             return False
         self.newest = period
-        if self.left > 0:
-            self.left -= 1
+        if self.remaining > 0:
+            self.remaining -= 1
         return True
 
 
 def apply_policy(snapshots: Iterable[D], policy: Policy) -> list[KeepDecision[D]]:
-    """Return a verdict on each snapshot of one group, from the newest to the oldest."""
+    """Return the decision on each snapshot of one group, from the newest to the oldest."""
     ordered: Sequence[D] = sorted(snapshots, key=lambda item: item.time_ns, reverse=True)
     rules = (
         _Rule("last", policy.last, lambda moment, position: position),
@@ -151,7 +157,7 @@ def apply_policy(snapshots: Iterable[D], policy: Policy) -> list[KeepDecision[D]
     since = None
     if policy.within is not None and ordered:
         since = policy.within.before(local_datetime(ordered[0].time_ns))
-    verdicts = []
+    decisions = []
     for position, snapshot in enumerate(ordered):
         moment = local_datetime(snapshot.time_ns)
         reasons = [rule.name for rule in rules if rule.keeps(moment, position)]
@@ -159,12 +165,12 @@ def apply_policy(snapshots: Iterable[D], policy: Policy) -> list[KeepDecision[D]
             reasons.append(f"within {policy.within.text}")
         tags = set(snapshot.tags)
         reasons += [f"tag {','.join(sorted(wanted))}" for wanted in policy.tags if wanted <= tags]
-        verdicts.append(KeepDecision(snapshot, tuple(reasons)))
-    return verdicts
+        decisions.append(KeepDecision(snapshot, tuple(reasons)))
+    return decisions
 
 
 def local_datetime(time_ns: int) -> datetime:
-    """Return a time as people on this machine mean it; the nearest where a calendar has none."""
+    """Return a time in this machine's time zone, clamped to the range of `datetime`."""
     try:
         return datetime.fromtimestamp(time_ns // 1_000_000_000)
     except (OverflowError, ValueError, OSError):

@@ -1,8 +1,9 @@
-"""Scrub: packs against the index, and their bytes against every digest there is of them.
+"""Scrub: compare the packs with the index, and their bytes with every digest recorded for them.
 
-Two threads read; what they find is gathered by the one that asked. When a pack was read as a whole and is
-sound, that is remembered with the index, and a blob that is damaged is marked there, so that no backup
-takes it for stored: seen again in a source it is stored anew, which heals older snapshots.
+Two threads read; the calling thread gathers their findings and is the only one that changes the result
+and the index. The index records when a pack was verified as a whole. Damaged blobs are marked in the index,
+so that no backup counts them as stored: a backup that reads the data again stores it again, which restores
+older snapshots too.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from casfs.store.blob_store import pack_name
 _WINDOW_BYTES = 8 * 1024 * 1024
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 512
-_ASKED_AT_ONCE = 4096
+_LOOKUP_BATCH = 4096
 _THREADS = 2
 _REFUSED = frozenset([errno.EACCES, errno.EPERM])
-_MOST_UNKNOWN = 100_000
-_NOTED_AFTER_S = 5.0
-"""How often what was verified is made durable: what an interruption may cost."""
+_MAX_UNKNOWN = 100_000
+_SAVE_INTERVAL_S = 5.0
+"""How often the verified packs are recorded durably; an interruption loses at most this much work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be.
+    """A damaged, missing or inconsistent object.
 
-    `what` is "pack", "blob", "index", "session", "snapshot", "tree" or "file"; fields that do not apply are
-    None. `ranges` are begin and end in bytes of what a file has lost.
+    `what` is the kind of object: "pack", "blob", "index", "session", "snapshot", "tree" or "file". Fields
+    that do not apply are None. `ranges` are the lost ranges of a file: begin and end in bytes.
     """
 
     what: str
@@ -62,9 +63,9 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class PackSelection:
-    """Which packs are read: a share (0 to 1) of them, those last verified before so many seconds.
+    """The packs to read: a share (0 to 1) of them, last verified more than `older_than_s` ago.
 
-    The longest unverified come first; after `max_duration_s` no other is begun.
+    The packs that were verified longest ago come first. No pack is begun after `max_duration_s`.
     """
 
     share: float = 1.0
@@ -74,10 +75,10 @@ class PackSelection:
 
 @dataclass(slots=True)
 class ScrubResult:
-    """What was read and found: packs, blobs, bytes; `left` were to be read and time did not allow it.
+    """Counts of the packs, blobs and bytes read, and the findings.
 
-    `bad` are blobs of which no sound copy was found, with the pack that should hold each; `unknown` are
-    those that packs hold and the index does not name.
+    `packs_left` were selected, but the time ran out. `damaged` are the blobs without an intact copy, each
+    with the pack that should hold it. `unknown` are blobs that packs hold and the index lacks.
     """
 
     packs: int = 0
@@ -92,7 +93,7 @@ class ScrubResult:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What reading a pack has shown."""
+    """The result of reading one pack."""
 
     entries: list[PackEntry]
     damage: list[Finding]
@@ -100,7 +101,10 @@ class _Read:
 
 
 class Scrubber:
-    """Check the packs of one repository; used once. What is found goes into `result`."""
+    """Check the packs of one repository, and add the findings to `result`.
+
+    Use each instance for one scrub.
+    """
 
     def __init__(self, repository: Repository, result: ScrubResult, monitor: Monitor) -> None:
         self.result = result
@@ -111,45 +115,45 @@ class Scrubber:
         self._ordinals: dict[int, PackId] = {}
         self._by_name: dict[PackId, int] = {}
         self._verified: list[int] = []
-        # Packs that are not as they were stored, with the blobs that were found in them all the same.
-        self._broken: dict[int, set[Digest]] = {}
-        self._closed: set[PackId] = set()
-        self._noted_at = time.monotonic()
+        # Damaged packs, by ordinal, with the blobs that were found in them all the same.
+        self._damaged: dict[int, set[Digest]] = {}
+        self._unreadable: set[PackId] = set()
+        self._saved_at = time.monotonic()
 
     def scrub(self, choice: PackSelection | None) -> None:
-        """Compare every pack with the index, and read those that are chosen (None: none of them)."""
-        # A backup may be running: what the index names first is in the storage by the time of the
-        # listing, and what is found beyond that is newer than this check.
+        """Compare every pack with the index, and read the packs of `choice` (None: no pack)."""
+        # A backup may be running: packs that the index names now are in the storage when it is listed
+        # below, and packs beyond those are newer than this check.
         entries_before = self._store.index.blob_count()
         records = self._store.index.packs()
         stored = dict(self._store.stored_packs())
         found_before = self._damage_of_records(records, stored)
         self.result.packs = len(stored)
         indexed = 0
-        sound = not found_before
+        is_intact = not found_before
         with ThreadPoolExecutor(_THREADS, "casfs-check") as pool:
             for pack, entries, damage in self._directories(pool, sorted(stored.items())):
-                sound &= not damage
+                is_intact &= not damage
                 self.result.damage += damage
                 if damage:
                     self._mark_damaged(pack)
                 ordinal = self._by_name.get(pack)
                 if ordinal is not None:
                     indexed += self._compare_index(pack, entries)
-                    if damage or ordinal in self._broken:
-                        self._broken[ordinal] = {entry.digest for entry in entries}
+                    if damage or ordinal in self._damaged:
+                        self._damaged[ordinal] = {entry.digest for entry in entries}
             if choice is not None:
                 self._read_selected(pool, stored, choice)
         self._mark_unfound()
         self._look_elsewhere()
         unchanged = records == self._store.index.packs()
-        if indexed < entries_before and sound and unchanged:
-            message = "it has entries that no pack holds; casfs repair index rebuilds it"
+        if indexed < entries_before and is_intact and unchanged:
+            message = "it has entries that no pack holds; run `casfs repair index`"
             self._report(Finding("index", message))
 
     def _damage_of_records(self, records: list[PackRecord], stored: dict[PackId, int]) -> bool:
-        """Compare the index's list of packs with what is stored; tell whether anything was wrong."""
-        wrong = False
+        """Compare the index's list of packs with the storage; return whether any pack differs."""
+        any_damage = False
         for record in records:
             if record.pack not in stored and self._is_gone(record.ordinal):
                 continue
@@ -159,21 +163,21 @@ class Scrubber:
                 message = "the index names it, but it is missing"
             elif stored[record.pack] != record.pack_bytes:
                 message = (
-                    f"it has {stored[record.pack]} bytes where {record.pack_bytes} were stored"
+                    f"size mismatch: {stored[record.pack]} bytes, {record.pack_bytes} were stored"
                 )
             else:
                 continue
-            wrong = True
-            self._broken[record.ordinal] = set()
+            any_damage = True
+            self._damaged[record.ordinal] = set()
             self._report(Finding("pack", message, pack=record.pack))
-        return wrong
+        return any_damage
 
     def _is_gone(self, ordinal: int) -> bool:
-        """Tell whether a prune has removed a pack from the index meanwhile."""
+        """Return whether a prune has removed a pack from the index since this check began."""
         return all(record.ordinal != ordinal for record in self._store.index.packs())
 
     def _is_removed(self, pack: PackId) -> bool:
-        """Tell whether a prune has removed a pack that was in the storage when this check began."""
+        """Return whether a prune has removed a pack from the storage since this check began."""
         ordinal = self._by_name.get(pack)
         if ordinal is not None:
             return self._is_gone(ordinal)
@@ -182,7 +186,10 @@ class Scrubber:
     def _directories(
         self, pool: ThreadPoolExecutor, jobs: list[tuple[PackId, int]]
     ) -> Iterator[tuple[PackId, list[PackEntry], list[Finding]]]:
-        """Yield what `_check_directory` finds, in order and few ahead: many would fill the memory."""
+        """Yield the results of `_check_directory` in order.
+
+        At most two directories are in memory: the entries of many would fill it.
+        """
         running: deque[Future[tuple[PackId, list[PackEntry], list[Finding]]]] = deque()
         for job in jobs:
             running.append(pool.submit(self._check_directory, job))
@@ -206,42 +213,42 @@ class Scrubber:
         except CasfsError as error:
             damage = [Finding("pack", _reason(error), pack)]
             if isinstance(error, StorageError) and error.cause.errno in _REFUSED:
-                self._closed.add(pack)
+                self._unreadable.add(pack)
         try:
             return pack, self._store.salvage_directory(pack, pack_bytes), damage
         except CasfsError as unreadable:
             return pack, [], [*damage, Finding("pack", _reason(unreadable), pack)]
 
     def _compare_index(self, pack: PackId, entries: list[PackEntry]) -> int:
-        """Compare a pack's directory with the index; return how many index entries point into it."""
+        """Compare a pack's directory with the index; return the number of index entries into it."""
         count = 0
         for entry, location in self._located(entries):
             if location is None:
-                self._note_unknown(pack, entry.digest)
+                self._record_unknown(pack, entry.digest)
             elif self._ordinals.get(location.pack) == pack:
                 count += 1
                 if not location.matches(entry):
-                    message = "it names another place for the blob than its pack does"
+                    message = "its location of the blob differs from the pack's directory"
                     self._report(Finding("index", message, pack, entry.digest))
                 if location.is_damaged:
                     self.result.damaged[entry.digest] = pack
         return count
 
     def _located(self, entries: list[PackEntry]) -> Iterator[tuple[PackEntry, Location | None]]:
-        """Yield entries with what the index says of each, which is asked for some thousands at a time."""
-        for begin in range(0, len(entries), _ASKED_AT_ONCE):
-            some = entries[begin : begin + _ASKED_AT_ONCE]
+        """Yield each entry with its location in the index, looked up in batches."""
+        for begin in range(0, len(entries), _LOOKUP_BATCH):
+            batch = entries[begin : begin + _LOOKUP_BATCH]
             yield from zip(
-                some, self._store.index.lookup_many([entry.digest for entry in some]), strict=True
+                batch, self._store.index.lookup_many([entry.digest for entry in batch]), strict=True
             )
 
-    def _note_unknown(self, pack: PackId, digest: Digest) -> None:
-        """Keep in mind a stored blob that the index does not know.
+    def _record_unknown(self, pack: PackId, digest: Digest) -> None:
+        """Record a stored blob that the index lacks.
 
-        That is no damage by itself. Where two backups stored a blob at the same time, the index names one
-        of its packs; when nobody needs it any more and that pack is removed, the other may stay.
+        This is no damage by itself. Where two concurrent backups stored a blob twice, the index names one
+        of the two packs; a prune that removes that pack as unneeded may leave the other.
         """
-        if len(self.result.unknown) < _MOST_UNKNOWN:
+        if len(self.result.unknown) < _MAX_UNKNOWN:
             self.result.unknown[digest] = pack
 
     def _read_selected(
@@ -258,7 +265,7 @@ class Scrubber:
                     choice.max_duration_s is not None
                     and time.monotonic() - began >= choice.max_duration_s
                 )
-                # One pack more than there are threads, so that none of them waits.
+                # One pack more than there are threads, so that no thread waits.
                 while not late and len(running) <= _THREADS:
                     pack = next(rest, None)
                     if pack is None:
@@ -267,15 +274,15 @@ class Scrubber:
                 if not running:
                     break
                 pack, future = running.pop(0)
-                self._gather(pack, stored[pack], future.result())
+                self._merge(pack, stored[pack], future.result())
         finally:
             for _, future in running:
                 future.cancel()
-            self._note_verified()
+            self._save_verified()
         self.result.packs_left = sum(1 for _ in rest)
 
     def _select_packs(self, stored: dict[PackId, int], choice: PackSelection) -> list[PackId]:
-        """Return the packs to read, the longest unverified first."""
+        """Return the packs to read; those verified longest ago come first."""
         verified = {record.pack: record.verified_s for record in self._store.index.packs()}
         packs = sorted(_share_of(stored, choice.share), key=lambda pack: verified.get(pack, 0))
         if choice.older_than_s is not None:
@@ -283,7 +290,8 @@ class Scrubber:
             packs = [pack for pack in packs if verified.get(pack, 0) <= limit]
         return packs
 
-    def _gather(self, pack: PackId, pack_bytes: int, read: _Read) -> None:
+    def _merge(self, pack: PackId, pack_bytes: int, read: _Read) -> None:
+        """Add what was read of a pack to the result and to the index."""
         entries, damage = read.entries, read.damage
         ordinal = self._by_name.get(pack)
         if damage and self._is_removed(pack):
@@ -295,45 +303,48 @@ class Scrubber:
         self._monitor.progress.done_bytes += pack_bytes
         if ordinal is None:
             return
-        bad = {found.blob for found in damage if found.blob is not None}
+        damaged = {finding.blob for finding in damage if finding.blob is not None}
         if read.is_intact:
             self._verified.append(ordinal)
         else:
-            self._broken.setdefault(ordinal, {entry.digest for entry in entries})
+            self._damaged.setdefault(ordinal, {entry.digest for entry in entries})
             if damage:
                 self._mark_damaged(pack)
-        for digest in bad:
+        for digest in damaged:
             location = self._store.index.lookup(digest)
-            # Of a blob that two packs hold, only the copy that the index names is read.
+            # Where two packs hold a blob, readers use only the copy that the index names.
             if location is not None and location.pack == ordinal:
                 self.result.damaged[digest] = pack
-        sound = [
-            e.digest for e in entries if e.digest in self.result.damaged and e.digest not in bad
+        intact = [
+            entry.digest
+            for entry in entries
+            if entry.digest in self.result.damaged and entry.digest not in damaged
         ]
-        for digest in sound:
+        for digest in intact:
             del self.result.damaged[digest]
-        if (bad or sound) and not self._store.index.readonly:
-            self._store.index.mark_blobs(ordinal, bad, sound)
-        if time.monotonic() - self._noted_at > _NOTED_AFTER_S:
-            self._note_verified()
+        if (damaged or intact) and not self._store.index.readonly:
+            self._store.index.mark_blobs(ordinal, damaged, intact)
+        if time.monotonic() - self._saved_at > _SAVE_INTERVAL_S:
+            self._save_verified()
 
     def _mark_damaged(self, pack: PackId) -> None:
-        """Have the next prune pack anew what is needed of a pack."""
+        """Mark a pack damaged in the index; the next prune repacks its needed blobs."""
         ordinal = self._by_name.get(pack)
-        writable = not self._store.index.readonly and pack not in self._closed
+        writable = not self._store.index.readonly and pack not in self._unreadable
         if ordinal is not None and writable:
             self._store.index.mark_damaged([ordinal])
 
     def _mark_unfound(self) -> None:
-        """Mark the blobs that a broken pack should hold and that were not found in it.
+        """Mark the blobs that a damaged pack should hold and that were not found in it.
 
-        Where this process may not read a pack, that is no reason to distrust it for good.
+        Blobs of a pack that this process has no permission to read count as damaged in the result, but are
+        not marked in the index: another user may be able to read them.
         """
-        if not self._broken:
+        if not self._damaged:
             return
         unfound: dict[int, list[Digest]] = {}
         for digest, location in self._store.index.blobs():
-            found = self._broken.get(location.pack)
+            found = self._damaged.get(location.pack)
             if found is not None and digest not in found:
                 unfound.setdefault(location.pack, []).append(digest)
         for ordinal, digests in unfound.items():
@@ -341,11 +352,11 @@ class Scrubber:
                 continue
             pack = self._ordinals[ordinal]
             self.result.damaged.update(dict.fromkeys(digests, pack))
-            if pack not in self._closed and not self._store.index.readonly:
+            if pack not in self._unreadable and not self._store.index.readonly:
                 self._store.index.mark_blobs(ordinal, digests)
 
     def _look_elsewhere(self) -> None:
-        """Find which damaged blobs another pack has, as every reader does: those are not lost."""
+        """Drop blobs from `damaged` that another pack holds intact: every reader finds them there."""
         for digest in list(self.result.damaged):
             try:
                 self._store.read(digest)
@@ -353,17 +364,17 @@ class Scrubber:
                 continue
             del self.result.damaged[digest]
 
-    def _note_verified(self) -> None:
+    def _save_verified(self) -> None:
         if self._verified and not self._store.index.readonly:
             self._store.index.mark_verified(self._verified, int(time.time()))
         self._verified = []
-        self._noted_at = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def _read_pack(self, pack: PackId, pack_bytes: int) -> _Read:
         """Recompute the digest of a pack and of every blob in it, in one pass."""
-        # What is wrong with the directory was told already.
-        _, entries, told = self._check_directory((pack, pack_bytes))
-        if told and not entries:
+        # Damage of the directory was reported when the directories were checked.
+        _, entries, reported = self._check_directory((pack, pack_bytes))
+        if reported and not entries:
             return _Read(entries, [], False)
         damage: list[Finding] = []
         whole = blake3()
@@ -377,13 +388,13 @@ class Scrubber:
             damage = [Finding("pack", _reason(error), pack), *self._read_one_by_one(pack, entries)]
             return _Read(entries, damage, False)
         if whole.digest() != pack:
-            damage.append(Finding("pack", "its bytes do not have the digest that names it", pack))
-        return _Read(entries, damage, not (damage or told))
+            damage.append(Finding("pack", "digest mismatch", pack))
+        return _Read(entries, damage, not (damage or reported))
 
     def _verify(
         self, pack: PackId, entries: list[PackEntry], payloads: list[bytes]
     ) -> Iterator[Finding]:
-        """Yield which blobs are damaged among those that were read."""
+        """Yield a finding for each damaged blob among `entries`, whose payloads were read."""
         encoded = [
             Encoded(entry.digest, entry.offset, entry.codec, payload, entry.plain_bytes)
             for entry, payload in zip(entries, payloads, strict=True)
@@ -397,7 +408,7 @@ class Scrubber:
                     yield Finding("blob", error.reason, pack, entry.digest)
 
     def _read_one_by_one(self, pack: PackId, entries: list[PackEntry]) -> Iterator[Finding]:
-        """Yield which blobs are damaged in a pack that cannot be read from its beginning to its end."""
+        """Yield a finding for each damaged blob of a pack that cannot be read from start to end."""
         for entry in entries:
             try:
                 self._store.read_entry(pack, entry)
@@ -408,7 +419,7 @@ class Scrubber:
 
 
 def _batches(entries: list[PackEntry]) -> Iterator[list[PackEntry]]:
-    """Yield runs of entries that are decoded together, and held in memory together."""
+    """Yield runs of entries, bounded in number and bytes, that are in memory at the same time."""
     batch: list[PackEntry] = []
     batch_bytes = 0
     for entry in entries:
@@ -422,7 +433,7 @@ def _batches(entries: list[PackEntry]) -> Iterator[list[PackEntry]]:
 
 
 class _PackReader:
-    """Read a pack from its beginning to its end in windows, hashing all of it on the way."""
+    """Read a pack from start to end in windows, and hash every byte on the way."""
 
     def __init__(self, repository: Repository, pack: PackId, whole: blake3) -> None:
         self._storage = repository.store.storage
@@ -433,7 +444,10 @@ class _PackReader:
         self._data = b""
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return a range that lies at or behind the one before; what is between is hashed too."""
+        """Return a range that begins at or after the end of the previous one; hash the gap too.
+
+        Raises PackError where the pack ends before the range does.
+        """
         while offset + size > self._begin + len(self._data):
             keep = self._data[max(offset - self._begin, 0) :]
             end = self._begin + len(self._data)
@@ -448,7 +462,7 @@ class _PackReader:
 
 
 def _share_of(packs: Iterable[PackId], share: float) -> Iterator[PackId]:
-    """Yield the packs of a share: always the same ones for the same share, evenly spread."""
+    """Yield the packs of a share: the same packs for the same share, evenly spread."""
     limit = int(share * 2**64)
     return (pack for pack in packs if int.from_bytes(pack[:8], "big") < limit)
 

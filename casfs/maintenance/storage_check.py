@@ -1,6 +1,6 @@
-"""The check of a storage without any key: every object that has its digest for a name is read and has it.
+"""Check a storage without any key: read every object that is named by its digest, and compare the two.
 
-It needs neither the index nor an identity, so whoever keeps the storage can do it.
+The check needs neither the index nor an identity, so the operator of the storage can run it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ FOLDERS = {
     "identities": "identity",
     "condemned": "condemned",
 }
-"""The folders of what is named by its digest, and what is in each."""
+"""The folders whose objects are named by their digest, with the kind of object in each."""
 
 _WINDOW_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(slots=True)
 class StorageCheck:
-    """What was read, and what is not what its name says."""
+    """Counts of the objects and bytes read, and the damage found."""
 
     objects: int = 0
     read_bytes: int = 0
@@ -41,7 +41,7 @@ class StorageCheck:
 
 
 def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) -> StorageCheck:
-    """Recompute the digest of every object; raises StorageError where the storage cannot be listed."""
+    """Recompute the digest of every object; raise StorageError where the storage cannot be listed."""
     result = StorageCheck()
     names = [item for folder in FOLDERS for item in storage.list(folder)]
     monitor.progress.total_bytes = sum(size for _, size, _ in names)
@@ -51,9 +51,9 @@ def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) 
         head = b""
         try:
             head = storage.read(name, 0, SESSION_HEADER)
-            problem = _problem(storage, name, size, monitor)
+            problem = _find_problem(storage, name, size, monitor)
         except NotFoundError:
-            continue  # a prune has just removed it
+            continue  # removed by a concurrent prune
         except StorageError as error:
             problem = str(error)
         result.objects += 1
@@ -62,26 +62,26 @@ def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) 
         if problem is not None:
             result.damage.append(Finding(FOLDERS[folder], f"{name}: {problem}"))
         elif folder in ("packs", "snapshots"):
-            # Both tell their session behind a header of the same size.
+            # In both formats the session id follows a header of the same size.
             needed.setdefault(head[HEADER.size : HEADER.size + SECRET_BYTES].hex(), name)
     if config.encryption is not None:
         needed[config.encryption.session] = "the configuration"
         for session, name in needed.items():
             if session not in sessions:
-                message = f"the session {session} is missing, which {name} names"
+                message = f"session {session} is missing; {name} needs it"
                 result.damage.append(Finding("session", message))
-        _note(result, lambda: read_recipients(storage))
+        _record_failure(result, lambda: read_recipients(storage))
     return result
 
 
-def _note(result: StorageCheck, read: Callable[[], object]) -> None:
+def _record_failure(result: StorageCheck, read: Callable[[], object]) -> None:
     try:
         read()
     except (IntegrityError, StorageError) as error:
         result.damage.append(Finding(RECIPIENTS_NAME, str(error)))
 
 
-def _problem(storage: Storage, name: str, size: int, monitor: Monitor) -> str | None:
+def _find_problem(storage: Storage, name: str, size: int, monitor: Monitor) -> str | None:
     stem = name.rpartition("/")[2].partition(".")[0]
     whole = blake3()
     done = 0
@@ -90,7 +90,7 @@ def _problem(storage: Storage, name: str, size: int, monitor: Monitor) -> str | 
         done += len(data)
         monitor.progress.done_bytes += len(data)
     if whole.hexdigest() != stem:
-        return "its bytes do not have the digest that names it"
+        return "digest mismatch"
     if done != size:
-        return f"it has {done} bytes where {size} were listed"
+        return f"size mismatch: read {done} bytes, listed {size}"
     return None

@@ -263,7 +263,7 @@ class TestWrongIndex:
 
         found = [d for d in self.rebuilt(keeper, change) if d.what == "index"]
         assert [d.blob for d in found] == [digest_of(CHUNKS[0])]
-        assert "another place" in found[0].message
+        assert "its location of the blob differs" in found[0].message
 
     def test_that_does_not_know_a_blob_is_found(self, keeper: Keeper) -> None:
         found = self.rebuilt(keeper, lambda entries: entries[1:])
@@ -304,16 +304,16 @@ class TestLies:
     @pytest.mark.parametrize("size", [0, 11_999, 12_001])
     def test_about_the_size_of_a_file_are_found(self, keeper: Keeper, size: int) -> None:
         found = self.lying(keeper, of_chunks(*CHUNKS, size=size))
-        assert f"12000 bytes where {size}" in found.message
+        assert f"12000 bytes, captured were {size}" in found.message
 
     def test_about_the_length_of_a_chunk_are_found(self, keeper: Keeper) -> None:
         records = EXTENT.pack(2999, digest_of(CHUNKS[0]))
         found = self.lying(keeper, entry(b"", size=2999, content=records))
-        assert "does not have the length" in found.message
+        assert "chunk length mismatch" in found.message
 
     def test_about_a_flag_without_evidence_are_found(self, keeper: Keeper) -> None:
         found = self.lying(keeper, replace(file(b"", CHUNKS[0]), state=CaptureState.CHANGED))
-        assert "without the evidence" in found.message
+        assert "capture record is missing" in found.message
 
     def test_about_a_stable_file_that_two_reads_saw_differently_are_found(
         self, keeper: Keeper

@@ -601,7 +601,7 @@ def test_an_index_that_is_built_anew_while_needs_are_marked_costs_nothing_that_i
         return uses(self)
 
     monkeypatch.setattr(Pruner, "_pack_usage", rebuild_first)
-    with pytest.raises(IndexUnusableError, match="built anew while this prune ran"):
+    with pytest.raises(IndexUnusableError, match="rebuilt while this prune ran"):
         prune(keeper)
     assert pack_paths(keeper.root) == packs
     assert contents(keeper) == before
@@ -658,7 +658,7 @@ def test_an_index_that_lists_less_than_it_knew_when_it_was_asked_costs_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(Index, "blobs", forgetful)
-        with pytest.raises(IndexUnusableError, match="not known for sure"):
+        with pytest.raises(IndexUnusableError, match=r"lists only \d+ of the \d+ needed blobs"):
             prune(keeper, unused_share=0.0)
     assert pack_paths(keeper.root) == packs
     assert contents(keeper) == before

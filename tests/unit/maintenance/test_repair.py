@@ -127,7 +127,7 @@ def test_a_file_of_which_nothing_is_left_is_dropped(keeper: Keeper) -> None:
     keeper.damage(digest_of(CHUNKS[0]))
     result, told = repair(keeper)
     assert (result.repaired[0].dropped, result.repaired[0].holed) == (1, 0)
-    assert told == {b"gone": "the file is dropped: nothing of it is left"}
+    assert told == {b"gone": "the file is dropped: none of its data is left"}
     assert nodes(keeper).keys() == {b"here"}
     assert damage(keeper) == []
 

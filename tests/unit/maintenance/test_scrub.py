@@ -93,7 +93,7 @@ class TestRemembering:
     def test_an_interruption_keeps_what_was_read(
         self, keeper: Keeper, packs: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        gather = scrub_module.Scrubber._gather
+        gather = scrub_module.Scrubber._merge
         gathered = 0
 
         def stop(*arguments: Any) -> None:
@@ -104,7 +104,7 @@ class TestRemembering:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(scrub_module.Scrubber, "_gather", stop)
+            patch.setattr(scrub_module.Scrubber, "_merge", stop)
             with pytest.raises(KeyboardInterrupt):
                 check(keeper)
         assert sum(mark > 0 for mark in verified(keeper).values()) == 2

@@ -73,7 +73,7 @@ def test_a_flipped_bit_anywhere_is_told(root: Path, folder: str, what: str, plac
     flip(path, place)
     (damage,) = checked(root).damage
     assert damage.message.startswith(str(path.relative_to(root)))
-    assert "do not have the digest that names it" in damage.message
+    assert damage.message.endswith(": digest mismatch")
     assert damage.what == what
 
 
@@ -99,7 +99,7 @@ def test_the_loss_of_the_first_session_is_told(root: Path) -> None:
     for path in (root / "sessions" / first.session).iterdir():
         path.unlink()
     (damage,) = checked(root).damage
-    assert "is missing, which the configuration names" in damage.message
+    assert "is missing; the configuration needs it" in damage.message
 
 
 def test_a_damaged_or_missing_list_of_recipients_is_told(root: Path) -> None:
@@ -120,4 +120,4 @@ def test_a_session_that_something_stored_needs_is_told_where_it_is_missing(root:
     other.rmdir()
     (damage,) = checked(root).damage
     assert damage.what == "session"
-    assert f"the session {other.name} is missing, which packs/" in damage.message
+    assert f"session {other.name} is missing; packs/" in damage.message
