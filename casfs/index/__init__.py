@@ -1,1 +1,1 @@
-"""The index: which blob lies where, derived from the packs."""
+"""The index: an LMDB database that maps digests to locations in packs, derived from the packs."""

@@ -1,4 +1,4 @@
-"""Sets of ordinals: one bit for each number up to the greatest, whatever the number of members."""
+"""Sets of ordinals as bitmaps: one bit for each number up to the largest member."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from casfs.index.schema import Location, PackRecord
 
 
 class VerifiedPacks:
-    """The blobs that were read and verified: one bit for each, and a count for each pack."""
+    """The blobs that were read and verified: one bit for each, and a count for each pack.
+
+    Threads may share it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -17,19 +20,19 @@ class VerifiedPacks:
         self._counts: dict[int, int] = {}
 
     def mark(self, location: Location) -> None:
-        """Take note of a blob that was read from its place and had its digest."""
+        """Record that a blob was read from its location and verified."""
         with self._lock:
             if self._blobs.add(location.ordinal):
                 self._counts[location.pack] = self._counts.get(location.pack, 0) + 1
 
     def is_empty(self) -> bool:
-        """Tell whether no blob was read yet."""
+        """Return whether no blob is recorded yet."""
         return not self._counts
 
     def complete_packs(self, packs: Iterable[PackRecord]) -> list[PackRecord]:
-        """Return those of the packs of which every blob was noted.
+        """Return those of the packs whose blobs are all recorded.
 
-        A pack with a blob that is read from another pack is not among them.
+        A pack is not complete if one of its blobs was read from another pack.
         """
         with self._lock:
             counts = dict(self._counts)
@@ -37,13 +40,13 @@ class VerifiedPacks:
 
 
 class Bitmap:
-    """A set of numbers from 0 on that takes one bit for each up to the greatest; one thread."""
+    """A set of numbers from 0 on, with one bit for each up to the largest member; used by one thread."""
 
     def __init__(self) -> None:
         self._bits = bytearray()
 
     def add(self, ordinal: int) -> bool:
-        """Put a number into the set; tell whether it was new."""
+        """Add a number to the set; return whether it was new."""
         place, bit = ordinal >> 3, 1 << (ordinal & 7)
         bits = self._bits
         if place >= len(bits):

@@ -1,9 +1,9 @@
-"""Whether an index file is what casfs left there, asked before LMDB is let near it.
+"""The index file's fingerprint: detects foreign or torn changes before LMDB opens the file.
 
-LMDB believes its file: a page that rotted, or that is missing because the file was cut, ends the process
-with a signal that nothing can catch. So whoever closes an index that it changed leaves a seal beside
-it: size, time of change, and the digest of a file that is not too large. Where the seal does not fit (a
-writer was killed, or somebody else changed the file) another process reads the whole index first.
+LMDB trusts its file: a damaged page, or a page missing from a truncated file, crashes the process with a
+signal that cannot be caught. So a writer that closes a changed index stores a fingerprint beside it: size,
+mtime and, up to a size limit, the digest of the file. If the fingerprint does not match (a writer was killed,
+or another program changed the file), a subprocess first reads the whole index.
 """
 
 from __future__ import annotations
@@ -23,54 +23,57 @@ log = logging.getLogger(__name__)
 
 FINGERPRINT_FILE = "seal"
 _HASHED_BYTES = 64 * 1024 * 1024
-"""Larger files are known by size and time only: hashing them would be felt at every command."""
+"""Larger files are identified by size and mtime only, because hashing them would slow every command."""
 
 _MAX_FINGERPRINT_BYTES = 4096
 _PROBE_S = 600
 _FORM = "casfs index seal 1: {size} {mtime_ns} {digest}\n"
-_REFUSED = b"casfs index seal 1: damaged\n"
+_DAMAGED_MARK = b"casfs index seal 1: damaged\n"
 
 
 def write_fingerprint(path: Path) -> None:
-    """Seal the index in a folder that nobody in this process has open; does nothing where it cannot."""
-    data, seal = path / DATA_FILE, path / FINGERPRINT_FILE
+    """Write the fingerprint of an index that this process does not have open.
+
+    Log a failure; raise nothing.
+    """
+    data, fingerprint = path / DATA_FILE, path / FINGERPRINT_FILE
     temporary = path / f"{FINGERPRINT_FILE}.{os.getpid()}"
     try:
         before = os.stat(data)
         digest = _digest(data, before.st_size)
         if _state(before) != _state(os.stat(data)):
-            seal.unlink(missing_ok=True)
+            fingerprint.unlink(missing_ok=True)
             return
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:
             size, mtime_ns = _state(before)
             file.write(_FORM.format(size=size, mtime_ns=mtime_ns, digest=digest).encode())
-        os.rename(temporary, seal)
+        os.rename(temporary, fingerprint)
     except OSError as error:
-        log.info("the index in %s cannot be sealed: %s", path, error)
+        log.info("the index in %s gets no fingerprint: %s", path, error)
 
 
 def mark_damaged(path: Path) -> None:
-    """Have the index in a folder be built anew by who uses it next: it was found to be damaged.
+    """Mark the index damaged; the next opener rebuilds it.
 
-    Reading all of it need not show that. While somebody writes it is left to that one.
+    A whole read of the index may not find the damage that was noticed. While a writer lives, the mark has no
+    effect. Log a failure; raise nothing.
     """
     try:
-        (path / FINGERPRINT_FILE).write_bytes(_REFUSED)
+        (path / FINGERPRINT_FILE).write_bytes(_DAMAGED_MARK)
     except OSError as error:
-        log.info("that the index in %s is damaged cannot be noted: %s", path, error)
+        log.info("the index in %s cannot be marked damaged: %s", path, error)
 
 
 def clear(path: Path) -> None:
-    """Have the index in a folder be read as a whole before it is used the next time."""
+    """Remove the fingerprint; the next opener first reads the whole index in a subprocess."""
     (path / FINGERPRINT_FILE).unlink(missing_ok=True)
 
 
 def is_intact(path: Path, in_use: bool) -> bool:
-    """Tell whether the index in a folder can be given to LMDB; True where there is none.
+    """Return whether LMDB can safely open the index in a folder; True if the folder has no index.
 
-    `in_use` says that a writer lives: then the file may differ from what was sealed, but never be
-    shorter.
+    `in_use` means that a writer lives: then the file may differ from its fingerprint but must not be shorter.
     """
     data = path / DATA_FILE
     try:
@@ -79,14 +82,14 @@ def is_intact(path: Path, in_use: bool) -> bool:
         return True
     if _is_marked_damaged(path):
         return in_use
-    told = _read_fingerprint(path)
-    if told is not None:
-        size, mtime_ns, digest = told
+    recorded = _read_fingerprint(path)
+    if recorded is not None:
+        size, mtime_ns, digest = recorded
         if st.st_size < size:
             return False
         if (size, mtime_ns) == _state(st):
             try:
-                # Where another changes the file meanwhile the state tells; then it is read by the probe.
+                # If another process changes the file meanwhile, size or mtime shows it and the probe decides.
                 found = _digest(data, size) if digest != "-" else digest
             except OSError:
                 return False
@@ -105,38 +108,38 @@ def is_intact(path: Path, in_use: bool) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Remove an index that is not sound, so that a new one can be made in its place.
+    """Remove a damaged index, so that a new one can be created.
 
-    Whoever has it open goes on with the file that had the name.
+    A process that has the old index open continues with the removed file.
     """
     for name in (FINGERPRINT_FILE, DATA_FILE, LOCK_FILE):
         (path / name).unlink(missing_ok=True)
 
 
 def probe(path: Path) -> int:
-    """Read everything in an index and return how many blobs it has; raises IndexUnusableError.
+    """Read everything in an index and return its number of blobs; raise IndexUnusableError.
 
-    Only for a process that may be killed by what it reads.
+    A damaged index may crash the process, so run this only in a subprocess.
     """
     index = Index(path, readonly=True)
     try:
-        # What lies between the entries is met by nobody until something is written.
+        # Damage outside the entries would otherwise stay unnoticed until the next write.
         index.environment.verify_pages()
         packs = {record.ordinal for record in index.packs()}
         count = 0
         for _, location in index.blobs():
             count += 1
             if location.pack not in packs:
-                raise IndexUnusableError(f"the index {path} names a pack that it does not have")
+                raise IndexUnusableError(f"the index {path} refers to an unknown pack")
         if count != index.blob_count() or not index.marked_for_removal() <= packs:
-            raise IndexUnusableError(f"the index {path} contradicts itself")
+            raise IndexUnusableError(f"the index {path} is inconsistent")
     finally:
         index.close()
     return count
 
 
 def _survives_a_probe(path: Path) -> bool:
-    """Have another process read the index; what kills it there does no harm here."""
+    """Return whether a subprocess can read the whole index; a crash there does no harm here."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-P", "-c", _PROBE, str(root), str(path)]
     try:
@@ -180,7 +183,7 @@ def _digest(path: Path, size: int) -> str:
 def _is_marked_damaged(path: Path) -> bool:
     try:
         with open(path / FINGERPRINT_FILE, "rb") as file:
-            return file.read(_MAX_FINGERPRINT_BYTES) == _REFUSED
+            return file.read(_MAX_FINGERPRINT_BYTES) == _DAMAGED_MARK
     except OSError:
         return False
 

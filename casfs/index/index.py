@@ -1,11 +1,13 @@
-"""The index: digest → place in a pack, in LMDB; derived, and rebuilt from the packs alone.
+"""The index: digest → location in a pack, stored in LMDB.
 
-Every method owns its transaction and returns copies; none lives across a thread or an `await`. The
-index is opened after any fork. Values are fixed in size; every blob and every pack has an ordinal, so
-that a set of them is a bitmap (FORMAT.md, "Index").
+It is derived and can be rebuilt from the packs alone.
 
-A blob is trusted to be stored (`known`) unless its data were found damaged or its pack is condemned; where
-it is (`lookup`) is told all the same, and a new copy takes the place of one that is not trusted.
+Every method owns its transaction and returns copies. No transaction crosses a thread or an `await`. The index
+is opened after any fork. Values have a fixed size. Every blob and every pack has an ordinal, so that a set of
+them is a bitmap (FORMAT.md, "Index").
+
+A blob counts as stored (`are_stored`) unless it was found damaged or its pack is marked for removal. `lookup`
+returns its location in any case. A new copy replaces a location that does not count as stored.
 """
 
 from __future__ import annotations
@@ -40,19 +42,21 @@ LOCK_FILE = "lock.mdb"
 
 _PARTIAL = b"partial"
 
-_UNKNOWN = b"\1\0"
-"""The flags of a blob that is not there."""
+_ABSENT = b"\1\0"
+"""The last two bytes of the row of an absent blob: any nonzero flags."""
 
 _ASKED_AT_ONCE = 10_000
 
 _ADDED_AT_ONCE = 8192
-"""Blobs that one transaction adds to what others read. Each may touch a page of its own, of 4 KiB, which is
-held in memory until the commit; the blobs of a larger pack are added in the order of the digests, so that
-each page is still written once or twice."""
+"""The most blobs that one transaction adds to existing ones.
+
+Each blob may touch its own page of 4 KiB, which stays in memory until the commit. The blobs of a larger pack
+are added in the order of their digests, so that each page is still written only once or twice.
+"""
 
 
 class Index:
-    """An open index; safe to share between threads, never across a fork."""
+    """An open index. Threads may share it; it must not cross a fork."""
 
     def __init__(
         self,
@@ -72,21 +76,21 @@ class Index:
 
     @property
     def readonly(self) -> bool:
-        """Tell whether nothing can be changed."""
+        """Whether the index is read-only."""
         return self._env.readonly
 
     @property
     def environment(self) -> LmdbEnv:
-        """The database, for what is kept beside the index."""
+        """The LMDB environment, for data that is kept beside the index."""
         return self._env
 
     @property
     def changed(self) -> bool:
-        """Tell whether anything was written since this index was opened."""
+        """Whether this index was written since it was opened."""
         return self._env.changed
 
     def prefetch(self, max_bytes: int) -> None:
-        """Have the kernel read the index soon if it is no larger than this; raises nothing."""
+        """Ask the kernel to load the index into memory if it is no larger than `max_bytes`; raise nothing."""
         try:
             fd = os.open(self.path / DATA_FILE, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -102,12 +106,12 @@ class Index:
         self._env.close()
 
     def lookup(self, digest: Digest) -> Location | None:
-        """Return where a blob is, trusted or not, or None."""
+        """Return a blob's location, whether or not the blob counts as stored; None if it is unknown."""
         value = self._env.read(lambda txn: txn.get(digest, db=self._tables.blobs))
         return None if value is None else Location(*LOCATION.unpack(value))
 
     def lookup_many(self, digests: list[Digest]) -> list[Location | None]:
-        """Return where each blob is, as `lookup` does, in one transaction; for a few thousand at a time."""
+        """Return the location of each blob, as `lookup`, in one transaction; for a few thousand at a time."""
 
         def ask(txn: Transaction) -> list[Location | None]:
             get, blobs, unpack = txn.get, self._tables.blobs, LOCATION.unpack
@@ -117,35 +121,35 @@ class Index:
         return self._env.read(ask)
 
     def are_stored(self, digests: Iterable[Digest]) -> list[bool]:
-        """Tell for each digest whether the blob can be trusted to be stored.
+        """Return for each digest whether the blob counts as stored.
 
-        `digests` are taken a batch at a time and never inside a transaction, so that what yields them
-        may use the index.
+        `digests` is consumed in batches and never inside a transaction, so that the iterable may use the
+        index.
         """
 
         def ask(txn: Transaction, batch: list[Digest]) -> list[bool]:
             get = txn.get
             blobs = self._tables.blobs
-            condemned = self._tables.marked_for_removal(txn)
-            if not condemned:
-                return [(get(digest, db=blobs) or _UNKNOWN)[-2] == 0 for digest in batch]
-            return [is_trusted(get(digest, db=blobs), condemned) for digest in batch]
+            pending = self._tables.marked_for_removal(txn)
+            if not pending:
+                return [(get(digest, db=blobs) or _ABSENT)[-2] == 0 for digest in batch]
+            return [is_trusted(get(digest, db=blobs), pending) for digest in batch]
 
-        told: list[bool] = []
+        stored: list[bool] = []
         rest = iter(digests)
         while batch := list(itertools.islice(rest, _ASKED_AT_ONCE)):
-            told += self._env.read(functools.partial(ask, batch=batch))
-        return told
+            stored += self._env.read(functools.partial(ask, batch=batch))
+        return stored
 
     def pack_id(self, ordinal: int) -> PackId:
-        """Return the name of a pack by its ordinal; raises IndexUnusableError for an unknown one."""
+        """Return a pack's name by its ordinal; raise IndexUnusableError for an unknown ordinal."""
         pack = self._pack_ids.get(ordinal)
         if pack is None:
             value = self._env.read(
                 lambda txn: txn.get(ORDINAL.pack(ordinal), db=self._tables.packs)
             )
             if value is None:
-                raise IndexUnusableError(f"the index names a pack {ordinal} that it does not have")
+                raise IndexUnusableError(f"the index refers to an unknown pack {ordinal}")
             pack = self._pack_ids[ordinal] = PackId(PACK.unpack(value)[0])
         return pack
 
@@ -154,11 +158,11 @@ class Index:
         return self._env.read(self._tables.all_packs)
 
     def blob_count(self) -> int:
-        """Return how many blobs the index has."""
+        """Return the number of blobs in the index."""
         return self._env.read(lambda txn: int(txn.stat(db=self._tables.blobs)["entries"]))
 
     def blobs(self, batch: int = 10_000) -> Iterator[tuple[Digest, Location]]:
-        """Yield every blob in the order of the digests, a bounded batch in memory at a time."""
+        """Yield every blob in the order of the digests; one batch at a time is in memory."""
         after: bytes | None = None
         while True:
             rows = self._env.read(functools.partial(self._tables.rows, after=after, limit=batch))
@@ -169,10 +173,10 @@ class Index:
             after = rows[-1][0]
 
     def add_packs(self, packs: Iterable[IndexedPack]) -> None:
-        """Record packs durably; a pack of many blobs in several transactions.
+        """Record packs durably; a pack with many blobs takes several transactions.
 
-        A blob that another pack holds already keeps its place, unless it is not trusted there; a pack
-        that is known is left alone. Should this be interrupted, `partial_packs` has what is not whole.
+        A blob that another pack holds keeps its location if it counts as stored there. A pack that is already
+        recorded stays unchanged. After an interruption `partial_packs` returns the pack that is incomplete.
         """
         for pack, pack_bytes, entries in packs:
             self._add_pack(pack, pack_bytes, entries)
@@ -193,21 +197,21 @@ class Index:
             self._continue_pack(pack, ordinal, rest)
 
     def partial_packs(self) -> list[PackId]:
-        """Return the packs of which not all blobs were added, by a process that lives or that died."""
+        """Return the packs whose blobs are not all added yet, by a running process or by one that died."""
         found = self._env.read(lambda txn: self._tables.meta_suffixes(txn, _PARTIAL))
         return [PackId(name) for name in found]
 
     def finish_partial_pack(self, pack: PackId, entries: list[PackEntry]) -> None:
-        """Add what is missing of a pack that was added in part by a process that lives no more."""
+        """Add the missing blobs of a pack whose writer died before it had added them all."""
         ordinals = [record.ordinal for record in self.packs() if record.pack == pack]
         for ordinal in ordinals:
             self._continue_pack(pack, ordinal, _parts(entries))
 
     def _continue_pack(self, pack: PackId, ordinal: int, parts: list[list[PackEntry]]) -> None:
-        """Add more blobs of a pack, the last of them, unless another process has done so meanwhile."""
+        """Add the rest of a pack's blobs, unless another process has done so meanwhile."""
 
         def change(txn: Transaction, entries: list[PackEntry], is_last: bool) -> None:
-            # Where the index was built anew the pack is whole in it.
+            # After a rebuild the index contains the whole pack.
             if txn.get(_PARTIAL + pack, db=self._tables.meta) is None:
                 return
             self._tables.put_blobs(txn, ordinal, entries, self._tables.marked_for_removal(txn))
@@ -219,32 +223,30 @@ class Index:
             self._env.write(functools.partial(change, entries=part, is_last=is_last))
 
     def add_found_packs(
-        self, packs: Callable[[], Iterable[IndexedPack]], condemned: Callable[[], Set[PackId]]
+        self, packs: Callable[[], Iterable[IndexedPack]], pending: Callable[[], Set[PackId]]
     ) -> None:
-        """Record packs that were found in the storage; those that are condemned are so from the first.
+        """Record packs that were found in the storage; mark those that are pending removal in the same step.
 
-        What is condemned is asked within the transaction, and before the packs are: one that is still
-        there then, and that a prune has removed from the index, is condemned.
+        `pending` is called within the transaction and before `packs`. So a pack that still exists then,
+        although a prune has removed it from the index, is among the pending packs.
         """
 
         def change(txn: Transaction) -> None:
-            self._add_found_pack(
-                txn, set(self._tables.marked_for_removal(txn)), condemned(), packs()
-            )
+            self._add_found_pack(txn, set(self._tables.marked_for_removal(txn)), pending(), packs())
 
         self._env.write(change)
 
     def rebuild(
         self,
         packs: Callable[[], Iterable[IndexedPack]],
-        condemned: Callable[[], Set[PackId]] = frozenset,
+        pending: Callable[[], Set[PackId]] = frozenset,
     ) -> None:
-        """Replace everything by what `packs` yields, in one transaction; counts as a loss.
+        """Replace the whole index by the packs that `packs` yields, in one transaction; counts as a loss.
 
-        Others see the index as it was until it is whole. Ordinals go on from where they were, so that
-        none that a reader remembers comes to mean another pack or blob. What was known of the packs
-        that are yielded (verified, condemned, damaged blobs) is known still; of a damaged pack a blob that
-        another pack was named for is not trusted. `marked_for_removal` is as for `add_found_packs`.
+        Readers see the old index until the commit. Ordinals continue from the old ones, so that an ordinal
+        that a reader holds never refers to another pack or blob. The marks of the yielded packs (verified,
+        pending removal, damaged blobs) are kept. A blob of a damaged pack that the old index located in
+        another pack does not count as stored in the damaged one. `pending` is as for `add_found_packs`.
         """
 
         def change(txn: Transaction) -> None:
@@ -263,15 +265,15 @@ class Index:
                 txn.drop(db, delete=False)
             self._tables.set_counters(txn, next_pack, next_blob, losses + 1)
             txn.put(b"version", INDEX_VERSION, db=self._tables.meta)
-            self._add_found_pack(txn, set(), still | condemned(), packs(), marks, known)
+            self._add_found_pack(txn, set(), still | pending(), packs(), marks, known)
 
         self._env.write(change)
 
     def _add_found_pack(
         self,
         txn: Transaction,
-        now_condemned: set[int],
-        condemned: Set[PackId],
+        marked: set[int],
+        pending: Set[PackId],
         packs: Iterable[IndexedPack],
         marks: Mapping[tuple[bytes, PackId], bool] = MappingProxyType({}),
         known: Mapping[PackId, PackRecord] = MappingProxyType({}),
@@ -281,25 +283,31 @@ class Index:
             ordinal = self._tables.put_pack(txn, pack, pack_bytes, len(entries), before)
             if ordinal is None:
                 continue
-            if pack in condemned:
-                now_condemned.add(ordinal)
+            if pack in pending:
+                marked.add(ordinal)
             is_damaged = before is not None and before.is_damaged
             bad = {e.digest for e in entries if marks.get((e.digest, pack), is_damaged)}
-            self._tables.put_blobs(txn, ordinal, sorted(entries), now_condemned, bad)
-        self._tables.mark_for_removal(txn, now_condemned)
+            self._tables.put_blobs(txn, ordinal, sorted(entries), marked, bad)
+        self._tables.mark_for_removal(txn, marked)
 
     def marked_for_removal(self) -> frozenset[int]:
-        """Return the ordinals of the packs whose blobs are no longer trusted to stay."""
+        """Return the ordinals of the packs that are marked for removal.
+
+        Their blobs do not count as stored.
+        """
         return self._env.read(self._tables.marked_for_removal)
 
     def mark_for_removal(self, ordinals: Iterable[int]) -> None:
-        """Have just these packs be condemned: blobs in them are found, and stored anew when seen again."""
+        """Replace the set of packs that are marked for removal.
+
+        Their blobs stay readable but no longer count as stored, so that a writer stores them again.
+        """
         wanted = set(ordinals)
         if wanted != self.marked_for_removal():
             self._env.write(lambda txn: self._tables.mark_for_removal(txn, wanted))
 
     def change_marked(self, more: Set[int], less: Set[int]) -> None:
-        """Condemn some packs and others no longer; what is said of the rest stays as it is."""
+        """Add and remove removal marks; the marks of all other packs stay."""
         if more or less:
             self._env.write(
                 lambda txn: self._tables.mark_for_removal(
@@ -308,9 +316,9 @@ class Index:
             )
 
     def remove_packs(self, packs: Mapping[int, PackId], lost: bool = False) -> bool:
-        """Forget packs, and the blobs that are placed in them: nobody needs them, or they are `lost`.
+        """Remove packs that no snapshot needs, or that are `lost`, and the blobs located in them.
 
-        Where one of them does not have this ordinal any more nothing is done, and False returned.
+        If one of the packs no longer has its ordinal, change nothing and return False.
         """
         ordinals = packs.keys()
 
@@ -337,12 +345,15 @@ class Index:
 
         return self._env.write(change)
 
-    def mark_blobs(self, pack: int, bad: Iterable[Digest], sound: Iterable[Digest] = ()) -> None:
-        """Remember which blobs of a pack (its ordinal) are damaged; to mark one counts as a loss."""
+    def mark_blobs(self, pack: int, bad: Iterable[Digest], intact: Iterable[Digest] = ()) -> None:
+        """Set which blobs of a pack (its ordinal) are damaged or intact.
+
+        A newly damaged blob counts as a loss.
+        """
 
         def change(txn: Transaction) -> None:
             lost = False
-            for flags, digests in ((DAMAGED, bad), (0, sound)):
+            for flags, digests in ((DAMAGED, bad), (0, intact)):
                 for digest in digests:
                     value = txn.get(digest, db=self._tables.blobs)
                     fields = LOCATION.unpack(value) if value is not None else None
@@ -355,18 +366,18 @@ class Index:
         self._env.write(change)
 
     def loss_epoch(self) -> int:
-        """Return how often entries were lost so far; see `mark_complete`."""
+        """Return the count of losses of entries so far; see `mark_complete`."""
         return self._env.read(lambda txn: self._tables.counters(txn)[2])
 
     def removals(self) -> int:
-        """Return how often packs were removed that no snapshot needed, since the last rebuild."""
+        """Return how often unneeded packs were removed since the last rebuild."""
         return self._env.read(self._tables.removals)
 
     def mark_complete(self, snapshot: bytes, losses: int) -> None:
-        """Remember that every blob a snapshot needs was in the index after so many losses.
+        """Record that the index contained every blob of a snapshot at the loss count `losses`.
 
-        `loss_epoch` was asked for before the first blob was taken for stored: what another process loses
-        between then and now must not be missed.
+        The caller reads `loss_epoch` before it first takes a blob for stored, so that a loss by another
+        process between the two calls is noticed.
         """
 
         def change(txn: Transaction) -> None:
@@ -375,7 +386,7 @@ class Index:
         self._env.write(change)
 
     def is_complete(self, snapshot: bytes) -> bool:
-        """Tell whether nothing can have been lost from a snapshot since `mark_complete`."""
+        """Return whether the index has lost no entries since `mark_complete` for a snapshot."""
 
         def ask(txn: Transaction) -> bool:
             value = txn.get(b"complete" + snapshot, db=self._tables.meta)
@@ -384,7 +395,7 @@ class Index:
         return self._env.read(ask)
 
     def keep_complete(self, snapshots: Set[bytes]) -> None:
-        """Drop what `mark_complete` remembered of all other snapshots; to drop one too many is harmless."""
+        """Drop the `mark_complete` records of all other snapshots; dropping too many is harmless."""
         known = self._env.read(lambda txn: self._tables.meta_suffixes(txn, b"complete"))
         gone = [snapshot for snapshot in known if snapshot not in snapshots]
 
@@ -396,11 +407,11 @@ class Index:
             self._env.write(change)
 
     def mark_verified(self, ordinals: Iterable[int], when_s: int) -> None:
-        """Remember when all bytes of some packs were last verified (seconds since 1970)."""
+        """Record the time at which all bytes of some packs were last verified (seconds since 1970)."""
         self._mark_packs(ordinals, when_s, 0)
 
     def mark_damaged(self, ordinals: Iterable[int]) -> None:
-        """Remember that the bytes of some packs are not what their names say."""
+        """Record that the bytes of some packs do not match their names."""
         self._mark_packs(ordinals, 0, DAMAGED)
 
     def _mark_packs(self, ordinals: Iterable[int], when_s: int, flags: int) -> None:
@@ -421,14 +432,14 @@ class Index:
         self._env.write(change)
 
     def is_current(self) -> bool:
-        """Tell whether the index was begun by `rebuild` in a version that this module reads."""
+        """Return whether the index was created by `rebuild` in the version that this module reads."""
         return (
             self._env.read(lambda txn: txn.get(b"version", db=self._tables.meta)) == INDEX_VERSION
         )
 
 
 def _parts(entries: list[PackEntry]) -> list[list[PackEntry]]:
-    """Return entries in the order of their digests, at least one part of them, however few they are."""
+    """Split entries, sorted by digest, into parts for one transaction each; at least one part."""
     ordered = sorted(entries)
     ends = range(0, max(1, len(ordered)), _ADDED_AT_ONCE)
     return [ordered[begin : begin + _ADDED_AT_ONCE] for begin in ends]

@@ -1,8 +1,8 @@
-"""An LMDB environment: transactions of one call each, and a map that grows and follows other processes.
+"""An LMDB environment: each call owns its transaction, and the map grows and follows other processes.
 
-This is the only module that imports lmdb. Work is passed in and runs inside a transaction on the
-calling thread; what it returns is copied out of the map by then. Safe to share between threads, never
-across a fork.
+This is the only module that imports lmdb. A caller passes a function, which runs inside a transaction on the
+calling thread and returns only values copied out of the map. Threads may share the environment; it must not
+cross a fork.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from casfs.errors import IndexDamagedError, IndexUnusableError
 log = logging.getLogger(__name__)
 
 _MAP_BYTES = 256 * 1024**3
-"""Address space, not memory or disk: the file grows as needed. Room for some 2,000 million blobs."""
+"""Address space, not memory or disk: the file grows as needed. Enough for about 2,000 million blobs."""
 
 _SMALL_MAP_BYTES = 1024**3
-"""Where the address space is limited; doubled whenever it is full."""
+"""The first map size where the address space is limited; it doubles whenever the map is full."""
 
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, struct.error)
-"""What LMDB raises, and what unpacking what it gives does, where the file cannot be what was written."""
+"""Errors of LMDB, and of unpacking its values, that mean that the file is damaged."""
 
 T = TypeVar("T")
 
@@ -36,10 +36,10 @@ Transaction = lmdb.Transaction
 
 
 class LmdbEnv:
-    """An open environment with named databases; `on_step` hears of every commit, before and after it.
+    """An open environment with named databases.
 
-    Without `sync` commits wait for no disk: for tests of everything but durability. `is_damaged` tells
-    whether anything has shown that the file cannot be what was written.
+    `on_step` is called before and after every commit. Without `sync` commits do not wait for the disk: for
+    tests of everything but durability. `is_damaged` is set once an error has shown that the file is damaged.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class LmdbEnv:
         self._on_step = on_step
         self._sync = sync
         self._map_bytes = _MAP_BYTES
-        # No transaction of this process may be open while the map is moved, or its reads would fail.
-        # So none is begun inside another: it would wait for the map, and the map for the outer one.
+        # No transaction of this process may be open while the map is resized, or its reads would fail. So no
+        # transaction begins inside another: it would wait for the resize, and the resize for the outer one.
         self._gate = threading.Condition()
         self._open_transactions = 0
-        self._moving = False
+        self._resizing = False
         try:
             self._env = self._open(readonly)
         except (lmdb.Error, OSError) as error:
@@ -70,7 +70,7 @@ class LmdbEnv:
             ) from error
 
     def database(self, name: bytes) -> lmdb._Database:
-        """Return a named database, which is made where the environment can be written."""
+        """Return a named database; create it unless the environment is read-only."""
         try:
             return self._env.open_db(name, create=not self.readonly)
         except lmdb.Error as error:
@@ -81,9 +81,9 @@ class LmdbEnv:
         self._env.close()
 
     def verify_pages(self) -> None:
-        """Have LMDB visit every page that is in use and the list of those that are not.
+        """Let LMDB visit every used page and the list of free pages.
 
-        Raises IndexDamagedError where they contradict each other; more than that may end the process.
+        Raise IndexDamagedError where they are inconsistent. Other damage may crash the process.
         """
         fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -95,11 +95,14 @@ class LmdbEnv:
             os.close(fd)
 
     def read(self, ask: Callable[[Transaction], T]) -> T:
-        """Return what `ask` finds in a transaction that changes nothing."""
+        """Return the result of `ask`, run in a read-only transaction."""
         return self._run(False, ask)
 
     def write(self, change: Callable[[Transaction], T]) -> T:
-        """Do a change and make it durable; when the map is full it is begun anew in a larger one."""
+        """Run `change` in a write transaction and commit it durably.
+
+        If the map is full, the map grows and `change` runs again. Return the result of `change`.
+        """
         self.changed = True
         self._step("commit")
         result = self._run(True, change)
@@ -114,7 +117,7 @@ class LmdbEnv:
         if not readonly:
             self.path.mkdir(exist_ok=True, mode=0o700)
         elif not (self.path / "data.mdb").exists():
-            raise FileNotFoundError("there is no index")
+            raise FileNotFoundError("the index does not exist")
         lock = not readonly or os.access(self.path / "lock.mdb", os.W_OK)
         for map_bytes in (_MAP_BYTES, _SMALL_MAP_BYTES):
             self._map_bytes = map_bytes
@@ -140,12 +143,12 @@ class LmdbEnv:
         raise IndexUnusableError(f"not enough address space for the index {self.path}")
 
     def _run(self, write: bool, work: Callable[[Transaction], T]) -> T:
-        """Do some work in a transaction, as often as the map must be made larger for it."""
+        """Run `work` in a transaction; run it again whenever the map had to be resized."""
         while True:
             full_bytes = 0
             with self._gate:
-                if self._moving:
-                    self._gate.wait_for(lambda: not self._moving)
+                if self._resizing:
+                    self._gate.wait_for(lambda: not self._resizing)
                 self._open_transactions += 1
             try:
                 with self._env.begin(write=write) as txn:
@@ -159,15 +162,15 @@ class LmdbEnv:
             finally:
                 with self._gate:
                     self._open_transactions -= 1
-                    if self._moving:
+                    if self._resizing:
                         self._gate.notify_all()
             self._resize(full_bytes)
 
     def _resize(self, full_bytes: int) -> None:
-        """Double a map of `full_bytes` that is full, or with 0 follow another process's map."""
+        """Double a full map of `full_bytes`; with 0, adopt the map size that another process has set."""
         with self._gate:
-            self._gate.wait_for(lambda: not self._moving)
-            self._moving = True
+            self._gate.wait_for(lambda: not self._resizing)
+            self._resizing = True
             self._gate.wait_for(lambda: self._open_transactions == 0)
             try:
                 if not full_bytes:
@@ -179,7 +182,7 @@ class LmdbEnv:
             except lmdb.Error as error:
                 raise self._unusable(error) from error
             finally:
-                self._moving = False
+                self._resizing = False
                 self._gate.notify_all()
 
     def _unusable(self, error: Exception) -> IndexUnusableError:

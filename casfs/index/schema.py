@@ -1,4 +1,4 @@
-"""The tables of an index, and what is done to them within a transaction that somebody else owns."""
+"""The index's databases and their rows. Every function works inside a transaction that the caller owns."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PACK = struct.Struct("<32sQIIQ")
 assert PACK.size == 56
 
 DAMAGED = 1
-"""The flag of a blob or a pack whose data were found damaged."""
+"""The flag of a blob or a pack whose stored data are damaged."""
 
 IndexedPack = tuple[PackId, int, list[PackEntry]]
 """A pack's name, its size in bytes, and its entries."""
 
 
 class Location(NamedTuple):
-    """Where a blob's payload is: `pack` is the pack's ordinal, `offset` in bytes from its start."""
+    """Location of a blob's payload: `pack` is the pack's ordinal, `offset` counts bytes from its start."""
 
     pack: int
     offset: int
@@ -37,20 +37,21 @@ class Location(NamedTuple):
 
     @property
     def is_damaged(self) -> bool:
-        """Tell whether the data were found damaged."""
+        """Whether the data were found damaged."""
         return bool(self.flags & DAMAGED)
 
     def matches(self, entry: PackEntry) -> bool:
-        """Tell whether this is the place that the directory of the pack tells."""
-        told = (entry.offset, entry.stored_bytes, entry.plain_bytes)
-        return (self.offset, self.stored_bytes, self.plain_bytes) == told
+        """Return whether this location agrees with an entry of the pack's directory."""
+        recorded = (entry.offset, entry.stored_bytes, entry.plain_bytes)
+        return (self.offset, self.stored_bytes, self.plain_bytes) == recorded
 
 
 @dataclass(frozen=True, slots=True)
 class PackRecord:
-    """What the index knows of a pack; `verified_s` is when all its bytes were last verified (0: never).
+    """The index's record of a pack.
 
-    `is_damaged` says that its bytes were found not to be what its name says.
+    `verified_s` is the time at which all its bytes were last verified (seconds since 1970, 0: never).
+    `is_damaged` means that its bytes did not match its name.
     """
 
     ordinal: int
@@ -64,7 +65,7 @@ class PackRecord:
 ORDINAL = struct.Struct(">I")
 _REMOVALS = struct.Struct("<Q")
 COUNTERS = struct.Struct("<QQQ")
-_CONDEMNED_ITEM = struct.Struct("<I")
+_MARKED_ITEM = struct.Struct("<I")
 
 
 class Tables:
@@ -74,8 +75,8 @@ class Tables:
         self.blobs = env.database(b"blobs")
         self.packs = env.database(b"packs")
         self.meta = env.database(b"meta")
-        self._condemned_as_stored = b""
-        self._condemned: frozenset[int] = frozenset()
+        self._marked_value = b""
+        self._marked: frozenset[int] = frozenset()
 
     def all_packs(self, txn: Transaction) -> list[PackRecord]:
         """Return every pack in the order of the ordinals."""
@@ -89,7 +90,7 @@ class Tables:
         return records
 
     def rows(self, txn: Transaction, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
-        """Return so many rows of `blobs` that follow a digest, as they are stored."""
+        """Return up to `limit` rows of `blobs` that follow a digest, as stored."""
         cursor = txn.cursor(db=self.blobs)
         found = cursor.first() if after is None else cursor.set_range(after)
         if found and after is not None and cursor.key() == after:
@@ -108,7 +109,7 @@ class Tables:
         blobs: int,
         known: PackRecord | None = None,
     ) -> int | None:
-        """Record a pack, not its blobs; return its ordinal, None where there is such a pack."""
+        """Record a pack without its blobs; return its ordinal, or None if the pack is already recorded."""
         if not txn.put(b"pack" + pack, b"", overwrite=False, db=self.meta):
             return None
         ordinal, next_blob, losses = self.counters(txn)
@@ -124,12 +125,12 @@ class Tables:
         txn: Transaction,
         ordinal: int,
         entries: list[PackEntry],
-        condemned: Set[int],
+        marked: Set[int],
         bad: Set[bytes] = frozenset(),
     ) -> None:
-        """Have blobs of a recorded pack be found in it, unless they are to be trusted elsewhere.
+        """Record blobs as located in a pack, except those that have a trusted location elsewhere.
 
-        Those in `bad` are not to be trusted in this pack.
+        Blobs in `bad` are recorded as damaged in this pack.
         """
         next_pack, next_blob, losses = self.counters(txn)
         blobs, pack_location = self.blobs, LOCATION.pack
@@ -140,30 +141,30 @@ class Tables:
             if txn.put(digest, location, overwrite=False, db=blobs):
                 next_blob += 1
                 continue
-            there = txn.get(digest, db=blobs)
-            if not flags and not is_trusted(there, condemned):
-                fields = LOCATION.unpack(there or b"")
+            existing = txn.get(digest, db=blobs)
+            if not flags and not is_trusted(existing, marked):
+                fields = LOCATION.unpack(existing or b"")
                 if fields[0] != ordinal:
                     location = pack_location(*place, fields[4], kind, codec, 0)
                     txn.put(digest, location, db=blobs)
         self.set_counters(txn, next_pack, next_blob, losses)
 
     def mark_for_removal(self, txn: Transaction, ordinals: Iterable[int]) -> None:
-        """Have just these packs be condemned."""
-        value = b"".join(map(_CONDEMNED_ITEM.pack, sorted(ordinals)))
+        """Replace the set of packs that are marked for removal."""
+        value = b"".join(map(_MARKED_ITEM.pack, sorted(ordinals)))
         txn.put(b"condemned", value, db=self.meta)
 
     def marked_for_removal(self, txn: Transaction) -> frozenset[int]:
-        """Return the ordinals of the condemned packs."""
+        """Return the ordinals of the packs that are marked for removal."""
         value = bytes(txn.get(b"condemned", db=self.meta) or b"")
-        if value != self._condemned_as_stored:
-            found = frozenset(number for (number,) in _CONDEMNED_ITEM.iter_unpack(value))
-            self._condemned, self._condemned_as_stored = found, value
+        if value != self._marked_value:
+            found = frozenset(number for (number,) in _MARKED_ITEM.iter_unpack(value))
+            self._marked, self._marked_value = found, value
             return found
-        return self._condemned
+        return self._marked
 
     def meta_suffixes(self, txn: Transaction, prefix: bytes) -> list[bytes]:
-        """Return what follows a prefix in the keys of `meta` that begin with it."""
+        """Return the remainders of the keys of `meta` that begin with a prefix."""
         cursor = txn.cursor(db=self.meta)
         found = []
         more = cursor.set_range(prefix)
@@ -173,29 +174,29 @@ class Tables:
         return found
 
     def count_loss(self, txn: Transaction) -> None:
-        """Count that entries were lost."""
+        """Increment the count of losses of entries."""
         next_pack, next_blob, losses = self.counters(txn)
         self.set_counters(txn, next_pack, next_blob, losses + 1)
 
     def removals(self, txn: Transaction) -> int:
-        """Return how often packs were removed that no snapshot needed."""
+        """Return the count of removals of unneeded packs."""
         value = txn.get(b"removals", db=self.meta)
         return int(_REMOVALS.unpack(value)[0]) if value is not None else 0
 
     def count_removal(self, txn: Transaction) -> None:
-        """Count that packs were removed that no snapshot needed."""
+        """Increment the count of removals of unneeded packs."""
         txn.put(b"removals", _REMOVALS.pack(self.removals(txn) + 1), db=self.meta)
 
     def counters(self, txn: Transaction) -> tuple[int, int, int]:
-        """Return the next ordinal of a pack, that of a blob, and the losses."""
+        """Return the next pack ordinal, the next blob ordinal, and the count of losses."""
         value = txn.get(b"counters", db=self.meta)
         return COUNTERS.unpack(value) if value is not None else (0, 0, 0)
 
     def set_counters(self, txn: Transaction, next_pack: int, next_blob: int, losses: int) -> None:
-        """Set what `counters` returns."""
+        """Store the values that `counters` returns."""
         txn.put(b"counters", COUNTERS.pack(next_pack, next_blob, losses), db=self.meta)
 
 
-def is_trusted(value: bytes | memoryview | None, condemned: Set[int]) -> bool:
-    """Tell whether a row of `blobs` says that the blob is stored, and is to stay."""
-    return value is not None and value[-2] == 0 and LOCATION.unpack(value)[0] not in condemned
+def is_trusted(value: bytes | memoryview | None, marked: Set[int]) -> bool:
+    """Return whether a row of `blobs` shows an intact blob whose pack is not marked for removal."""
+    return value is not None and value[-2] == 0 and LOCATION.unpack(value)[0] not in marked

@@ -202,8 +202,10 @@ class StorageOptions:
     session_token: str | None = field(default=None, repr=False)
 
     credentials_command: str | None = None
-    """A shell command that prints credentials: NAME=VALUE lines of the usual variables, or the JSON of
-    AWS's credential_process."""
+    """A shell command that prints credentials.
+
+    NAME=VALUE lines of the usual variables, or the JSON of AWS's credential_process.
+    """
 
     virtual_hosted: bool = False
     """Put the bucket into the host name. AWS always does; most other servers do not need it."""

@@ -399,8 +399,10 @@ class BlobStore:
         return False
 
     def has_pack(self, pack: PackId) -> bool:
-        """Return whether a pack is in the storage now; another writer may have published it since the
-        listing."""
+        """Return whether a pack is in the storage now.
+
+        Another writer may have published it since the listing.
+        """
         try:
             return self.storage.size(pack_name(pack)) >= 0
         except NotFoundError:

@@ -24,8 +24,10 @@ Copy = tuple[PackId, PackEntry]
 
 
 class Duplicates:
-    """Copies of blobs that an index does not name; `stored` yields packs and sizes, `read` returns a
-    directory."""
+    """Copies of blobs that an index does not name.
+
+    `stored` yields packs and sizes, `read` returns a directory.
+    """
 
     def __init__(
         self,

@@ -179,7 +179,7 @@ class TestCompleteness:
 
 class TestOpening:
     def test_for_reading_needs_an_index(self, tmp_path: Path) -> None:
-        with pytest.raises(IndexUnusableError, match="no index"):
+        with pytest.raises(IndexUnusableError, match="does not exist"):
             Index(tmp_path / "index", readonly=True)
         assert not (tmp_path / "index").exists()
 
