@@ -331,7 +331,7 @@ def test_a_command_is_charged_for_what_its_children_did(tmp_path: Path) -> None:
     assert 0 < usage.cpu_s <= usage.wall_s * 2 + 0.1
 
 
-def test_a_failing_command_is_reported_with_the_end_of_what_it_said(tmp_path: Path) -> None:
+def test_a_failing_command_is_reported_with_the_end_of_its_output(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=r"ended with code 3: the reason$"):
         run(Command(("sh", "-c", "echo the reason; exit 3")), tmp_path / "log", 60.0)
 
@@ -376,7 +376,7 @@ def test_scratch_files_are_removed_after_an_interrupt(tmp_path: Path) -> None:
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_too_little_room_is_said_before_anything_is_made(tmp_path: Path) -> None:
+def test_too_little_room_is_reported_before_anything_is_made(tmp_path: Path) -> None:
     with (
         Scratch(tmp_path) as scratch,
         pytest.raises(ScratchError, match=r"The corpus `big` needs about .* GB in .* are free"),

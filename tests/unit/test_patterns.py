@@ -52,7 +52,7 @@ class TestGlobs:
             *(b"x1", b"xA", b"x_")
         ]
 
-    def test_matching_heeds_case(self) -> None:
+    def test_matching_is_case_sensitive(self) -> None:
         assert selected([b"*.TMP"], b"a.tmp", b"a.TMP") == [b"a.TMP"]
 
     def test_a_backslash_takes_the_meaning_from_the_next_character(self) -> None:

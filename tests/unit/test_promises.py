@@ -34,7 +34,7 @@ def _is_test(node: ast.stmt) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMED)))
-def test_a_test_that_is_named_exists(name: str) -> None:
+def test_every_test_that_is_named_exists(name: str) -> None:
     file, _, test = name.partition("::")
     assert (PROJECT / file).is_file()
     assert test in names_in(PROJECT / file)
@@ -47,7 +47,7 @@ def test_every_promise_names_a_test() -> None:
     assert [sentence for sentence in sentences if "`tests/" not in sentence] == []
 
 
-def test_every_test_of_faults_that_kills_or_damages_stands_on_the_page() -> None:
+def test_every_fault_test_that_kills_or_damages_is_on_the_page() -> None:
     """A matrix that is added and that no promise speaks of would be looked for in vain."""
     files = {name.partition("::")[0] for name in NAMED}
     there = {str(path.relative_to(PROJECT)) for path in (PROJECT / "tests/fault").glob("test_*.py")}

@@ -71,8 +71,8 @@ def old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("casfs.backup.capture.time.time_ns", lambda: ahead)
 
 
-class TestANode:
-    def test_tells_content_size_and_metadata(
+class TestCapturedNode:
+    def test_a_captured_node_records_content_size_and_metadata(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         old(monkeypatch)
@@ -92,13 +92,13 @@ class TestANode:
         assert captured_digest(node) == blake3(b"content").digest()
         assert scene.blobs == {digest_of(b"content"): b"content"}
 
-    def test_of_an_empty_file_stores_nothing(self, scene: Scene) -> None:
+    def test_an_empty_file_stores_nothing(self, scene: Scene) -> None:
         (scene.folder / "empty").touch()
         node = scene.capture("empty")
         assert (node.size, node.content, node.state) == (0, b"", CaptureState.STABLE)
         assert scene.blobs == {}
 
-    def test_has_the_xattrs(self, scene: Scene) -> None:
+    def test_a_captured_node_has_the_xattrs(self, scene: Scene) -> None:
         file = scene.folder / "file"
         file.write_bytes(b"content")
         try:
@@ -109,7 +109,7 @@ class TestANode:
         assert node.extra is not None
         assert (b"user.colour", b"red") in node.extra.xattrs
 
-    def test_of_a_file_as_young_as_the_capture_is_not_to_be_trusted(self, scene: Scene) -> None:
+    def test_a_file_as_young_as_its_capture_is_racy(self, scene: Scene) -> None:
         file = scene.folder / "file"
         for _ in range(20):
             file.write_bytes(b"young")
@@ -130,7 +130,7 @@ class TestANode:
             (3_000_000_000, True, False),
         ],
     )
-    def test_is_racy_within_the_grain_of_the_clock(
+    def test_a_file_is_racy_within_the_granularity_of_the_clock(
         self, age_ns: int, is_whole: bool, is_racy: bool
     ) -> None:
         began_ns = 1_700_000_000_000_000_000 + (age_ns if is_whole else 123)
@@ -141,12 +141,12 @@ class TestANode:
         assert capture._is_racy(st, began_ns) is is_racy
 
 
-class TestALargeFile:
+class TestLargeFile:
     """Its digest is computed by another thread, of the buffers that are stored."""
 
     @pytest.mark.parametrize("large_bytes", [0, 3 << 20, 1 << 40])
     @pytest.mark.parametrize("holes", [False, True])
-    def test_has_the_digest_of_all_of_it_in_order(
+    def test_a_large_file_has_the_digest_of_all_its_bytes_in_order(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch, large_bytes: int, holes: bool
     ) -> None:
         monkeypatch.setattr(source_reader_module, "_LARGE_BYTES", large_bytes)
@@ -164,7 +164,7 @@ class TestALargeFile:
         assert captured_digest(node) == blake3(file.read_bytes()).digest()
         assert threading.active_count() == before, "no thread outlives the capture"
 
-    def test_that_cannot_be_read_to_its_end_leaves_no_thread(
+    def test_a_large_file_that_fails_to_read_leaves_no_thread(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(source_reader_module, "_LARGE_BYTES", 0)
@@ -183,9 +183,9 @@ class TestALargeFile:
         assert threading.active_count() == before
 
 
-class TestOtherKinds:
+class TestOtherFileTypes:
     @pytest.mark.parametrize("kind", ["directory", "fifo", "symlink", "dangling", "socket"])
-    def test_are_told_from_files_without_being_waited_for_or_followed(
+    def test_entries_that_are_no_regular_files_are_neither_opened_nor_followed(
         self, scene: Scene, kind: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(scene.folder)
@@ -207,7 +207,7 @@ class TestOtherKinds:
             scene.capture("name")
         assert scene.blobs == {}
 
-    def test_a_name_that_is_gone_is_an_error_of_its_own(self, scene: Scene) -> None:
+    def test_a_missing_name_raises_file_not_found(self, scene: Scene) -> None:
         with pytest.raises(FileNotFoundError):
             scene.capture("gone")
 
@@ -224,7 +224,7 @@ class Restless(SourceReader):
         return found
 
 
-class TestPatience:
+class TestRetryBudget:
     def restless(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> Callable[..., SourceReader]:
@@ -240,7 +240,7 @@ class TestPatience:
 
         return make
 
-    def test_waits_longer_before_each_further_attempt(
+    def test_a_capture_pauses_longer_before_each_further_attempt(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         read = self.restless(scene, monkeypatch)
@@ -249,12 +249,12 @@ class TestPatience:
         evidence = capture_of(node)
         assert (node.state, evidence and evidence.attempts) == (CaptureState.CHANGED, 6)
 
-    def test_does_not_wait_for_a_file_that_holds_still(self, scene: Scene) -> None:
+    def test_a_capture_does_not_pause_for_a_stable_file(self, scene: Scene) -> None:
         (scene.folder / "file").write_bytes(b"still")
         scene.capture("file")
         assert scene.pauses == []
 
-    def test_ends_before_a_pause_that_it_has_no_time_for(
+    def test_a_capture_stops_before_a_pause_that_its_budget_does_not_cover(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         read = self.restless(scene, monkeypatch)
@@ -264,7 +264,9 @@ class TestPatience:
         evidence = capture_of(node)
         assert evidence is not None and evidence.attempts == 4
 
-    def test_is_for_all_files_together(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_all_files_share_one_retry_budget(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         read = self.restless(scene, monkeypatch)
         capturer = scene.capturer(attempts=3, patience_s=0.5, read=read)
         made = []
@@ -274,7 +276,7 @@ class TestPatience:
             made.append(evidence.attempts)
         assert made == [3, 2, 1]
 
-    def test_keeps_half_of_the_time_for_the_end_of_the_backup(self) -> None:
+    def test_a_retry_budget_reserves_half_of_the_time_for_the_final_retry(self) -> None:
         patience = RetryBudget(10.0)
         assert patience.can_spend(4.9)
         assert not patience.can_spend(5.0)
@@ -285,20 +287,20 @@ class TestPatience:
         assert patience.can_spend(5.9)
         assert not patience.can_spend(6.1)
 
-    def test_of_nothing_allows_nothing(self) -> None:
+    def test_an_empty_retry_budget_allows_nothing(self) -> None:
         patience = RetryBudget(0.0)
         assert not patience.can_spend(0.0)
         patience.release_reserve()
         assert not patience.can_spend(0.0)
 
-    def test_expects_a_reading_to_take_as_long_as_those_before(self) -> None:
+    def test_a_retry_budget_estimates_a_read_from_earlier_reads(self) -> None:
         patience = RetryBudget()
         assert patience.estimate(1 << 40) == 0.0
         patience.record(100, 2.0)
         patience.record(300, 2.0)
         assert patience.estimate(1000) == 10.0
 
-    def test_makes_no_last_attempt_at_a_file_that_is_too_large_for_it(
+    def test_a_final_retry_skips_a_file_that_is_too_large_for_the_budget(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         read = self.restless(scene, monkeypatch)

@@ -13,7 +13,7 @@ from casfs.patterns import parse_pattern
 
 
 class TestMatcher:
-    def test_is_none_where_there_is_nothing_to_match(self) -> None:
+    def test_a_matcher_exists_only_where_patterns_are_given(self) -> None:
         assert Exclusions().matcher() is None
         matcher = Exclusions((parse_pattern(b"*.o"),)).matcher()
         assert matcher is not None
@@ -77,14 +77,14 @@ class TestMarkers:
     def marker(self, exclusions: Exclusions, fd: int) -> bytes | None:
         return exclusions.marker_of([os.fsencode(name) for name in os.listdir(fd)], fd)
 
-    def test_by_name_exclude_where_they_stand(self, tmp_path: Path, fd: int) -> None:
+    def test_a_marker_excludes_the_directory_that_holds_it(self, tmp_path: Path, fd: int) -> None:
         exclusions = Exclusions(if_present=(b".nobackup", b".skip"))
         assert self.marker(exclusions, fd) is None
         (tmp_path / ".skip").touch()
         assert self.marker(exclusions, fd) == b".skip"
         assert self.marker(Exclusions(), fd) is None
 
-    def test_of_caches_need_the_signature(self, tmp_path: Path, fd: int) -> None:
+    def test_a_cache_tag_needs_the_signature(self, tmp_path: Path, fd: int) -> None:
         tag = tmp_path / os.fsdecode(CACHEDIR_TAG)
         caches = Exclusions(caches=True)
         for data, found in (
@@ -99,7 +99,7 @@ class TestMarkers:
             assert self.marker(Exclusions(), fd) is None
 
     @pytest.mark.parametrize("kind", ["symlink", "fifo", "directory"])
-    def test_of_caches_are_regular_files(self, tmp_path: Path, fd: int, kind: str) -> None:
+    def test_a_cache_tag_is_a_regular_file(self, tmp_path: Path, fd: int, kind: str) -> None:
         tag = tmp_path / os.fsdecode(CACHEDIR_TAG)
         if kind == "symlink":
             (tmp_path / "real").write_bytes(CACHEDIR_SIGNATURE)

@@ -84,14 +84,16 @@ def put(index: Index, name: bytes, value: bytes) -> None:
     index.environment.write(lambda txn: txn.put(name, value, db=files))
 
 
-class TestRecall:
-    def test_gives_the_node_of_a_file_that_is_as_it_was(self, index: Index) -> None:
+class TestFileCacheGet:
+    def test_the_file_cache_returns_the_node_of_an_unchanged_file(self, index: Index) -> None:
         assert memory(index).get(PATH, stat_of(node())) is None
         remembered(index)
         assert memory(index).get(PATH, stat_of(node())) == node()
 
     @pytest.mark.parametrize("what", ["inode", "size", "mtime_ns", "ctime_ns"])
-    def test_gives_nothing_for_a_file_that_changed(self, index: Index, what: str) -> None:
+    def test_the_file_cache_returns_nothing_for_a_changed_file(
+        self, index: Index, what: str
+    ) -> None:
         remembered(index)
         other = getattr(node(), what) + 1
         assert memory(index).get(PATH, stat_of(node(), **{what: other})) is None
@@ -99,11 +101,13 @@ class TestRecall:
     @pytest.mark.parametrize(
         "path", [b"home/me/another name", b"home/a very special name", PATH + b"/"]
     )
-    def test_gives_nothing_for_another_path(self, index: Index, path: bytes) -> None:
+    def test_the_file_cache_returns_nothing_for_another_path(
+        self, index: Index, path: bytes
+    ) -> None:
         remembered(index)
         assert memory(index).get(path, stat_of(node())) is None
 
-    def test_gives_nothing_with_another_key(self, index: Index) -> None:
+    def test_the_file_cache_returns_nothing_with_another_key(self, index: Index) -> None:
         remembered(index)
         assert memory(index, bytes(32)).get(PATH, stat_of(node())) is None
 
@@ -117,12 +121,14 @@ class TestRecall:
         ],
         ids=["changed", "appended", "racy", "link"],
     )
-    def test_gives_nothing_that_may_not_be_trusted(self, index: Index, untrusted: Node) -> None:
+    def test_the_file_cache_stores_no_node_that_may_not_be_trusted(
+        self, index: Index, untrusted: Node
+    ) -> None:
         remembered(index, untrusted)
         assert everything(index) == []
         assert memory(index).get(PATH, stat_of(untrusted)) is None
 
-    def test_gives_nothing_where_the_memory_was_changed(self, index: Index) -> None:
+    def test_the_file_cache_returns_nothing_for_a_damaged_record(self, index: Index) -> None:
         remembered(index)
         ((name, value),) = everything(index)
         for place in range(12, len(value)):
@@ -134,28 +140,28 @@ class TestRecall:
             assert memory(index).get(PATH, stat_of(node())) is None
 
 
-class TestTrust:
-    def test_holds_for_what_an_unfinished_backup_stored_if_the_index_has_it(
+class TestFileCacheTrust:
+    def test_the_file_cache_trusts_an_unfinished_backup_whose_blobs_are_in_the_index(
         self, index: Index
     ) -> None:
         remembered(index, confirm=False)
         assert memory(index).get(PATH, stat_of(node())) == node()
 
-    def test_ends_for_what_an_unfinished_backup_did_not_store(self, index: Index) -> None:
+    def test_the_file_cache_distrusts_an_unfinished_backup_whose_blobs_are_not_in_the_index(
+        self, index: Index
+    ) -> None:
         lost = node(content=CONTENT + EXTENT.pack(10, keyed_digest(b"x", DOMAIN.digest_key)))
         remembered(index, lost, confirm=False)
         assert memory(index).get(PATH, stat_of(lost)) is None
 
-    def test_ends_where_a_blob_was_found_damaged(self, index: Index) -> None:
+    def test_the_file_cache_distrusts_a_file_with_a_damaged_blob(self, index: Index) -> None:
         remembered(index)
         location = index.lookup(CHUNKS[0])
         assert location is not None
         index.mark_blobs(location.pack, [CHUNKS[0]])
         assert memory(index).get(PATH, stat_of(node())) is None
 
-    def test_ends_where_a_pack_was_removed_and_stays_for_files_of_the_others(
-        self, index: Index
-    ) -> None:
+    def test_the_file_cache_distrusts_only_files_whose_pack_was_removed(self, index: Index) -> None:
         other = node(content=EXTENT.pack(10, CHUNKS[2]), inode=8)
         remembered(index, node(), other)
         location = index.lookup(CHUNKS[1])
@@ -164,14 +170,16 @@ class TestTrust:
         assert memory(index).get(PATH, stat_of(node())) is None
         assert memory(index).get(PATH, stat_of(other)) == other
 
-    def test_ends_where_the_pack_of_a_blob_is_condemned(self, index: Index) -> None:
+    def test_the_file_cache_distrusts_a_file_whose_pack_is_marked_for_removal(
+        self, index: Index
+    ) -> None:
         remembered(index)
         location = index.lookup(CHUNKS[1])
         assert location is not None
         index.mark_for_removal([location.pack])
         assert memory(index).get(PATH, stat_of(node())) is None
 
-    def test_of_a_list_in_packs_ends_with_any_loss_since_it_cannot_be_read(
+    def test_the_file_cache_distrusts_content_lists_in_packs_after_any_loss(
         self, index: Index
     ) -> None:
         deep = node(levels=1)
@@ -182,13 +190,15 @@ class TestTrust:
         index.remove_packs({location.pack: index.pack_id(location.pack)})
         assert memory(index).get(PATH, stat_of(deep)) is None
 
-    def test_of_a_list_that_an_unfinished_backup_stored_is_none(self, index: Index) -> None:
+    def test_the_file_cache_distrusts_content_lists_of_an_unfinished_backup(
+        self, index: Index
+    ) -> None:
         deep = node(levels=1)
         remembered(index, deep, confirm=False)
         assert memory(index).get(PATH, stat_of(deep)) is None
 
 
-class TestAge:
+class TestFileCacheAge:
     @pytest.fixture
     def day(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         """The day that it is, which the test may change."""
@@ -202,7 +212,7 @@ class TestAge:
         monkeypatch.setattr(file_cache_module, "time", Clock)
         yield now
 
-    def test_makes_what_was_not_seen_for_two_months_forgotten(
+    def test_the_file_cache_drops_files_not_seen_for_two_months(
         self, index: Index, day: list[int]
     ) -> None:
         remembered(index)
@@ -213,7 +223,7 @@ class TestAge:
         memory(index).commit()
         assert everything(index) == []
 
-    def test_does_not_touch_what_is_seen(self, index: Index, day: list[int]) -> None:
+    def test_the_file_cache_keeps_files_that_are_seen(self, index: Index, day: list[int]) -> None:
         remembered(index)
         for _ in range(20):
             day[0] += 8
@@ -222,7 +232,9 @@ class TestAge:
             again.commit()
         assert len(everything(index)) == 1
 
-    def test_is_not_written_anew_every_day(self, index: Index, day: list[int]) -> None:
+    def test_the_file_cache_rewrites_no_record_every_day(
+        self, index: Index, day: list[int]
+    ) -> None:
         remembered(index)
         before = everything(index)
         day[0] += 6
@@ -231,7 +243,7 @@ class TestAge:
         again.commit()
         assert everything(index) == before
 
-    def test_forgets_among_many(
+    def test_the_file_cache_drops_old_files_among_many(
         self, index: Index, day: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(file_cache_module, "_SCANNED", 7)
@@ -246,7 +258,9 @@ class TestAge:
         assert memory(index).get(PATH, stat_of(node(inode=239))) is not None
 
 
-def test_nothing_of_a_file_can_be_read_in_the_memory(index: Index, tmp_path: Path) -> None:
+def test_the_file_cache_shows_nothing_of_a_file_to_readers_of_the_index(
+    index: Index, tmp_path: Path
+) -> None:
     special = node(content=CONTENT, uid=1_234_567_890)
     remembered(index, special)
     index.close()
@@ -266,7 +280,7 @@ def test_nothing_of_a_file_can_be_read_in_the_memory(index: Index, tmp_path: Pat
     assert bytes(CHUNKS[0]) in kept
 
 
-def test_the_same_file_is_remembered_in_other_bytes_every_time(index: Index) -> None:
+def test_the_file_cache_stores_the_same_file_in_other_bytes_every_time(index: Index) -> None:
     remembered(index)
     first = everything(index)
     remembered(index)

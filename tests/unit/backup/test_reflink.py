@@ -77,7 +77,9 @@ def test_a_file_is_cloned_at_once_when_it_was_written_recently_for_its_size(
     assert Reflinker(Freeze.REQUIRE).should_clone(st(size, age_ns), NOW) is (size > 0)
 
 
-def test_never_means_never(opened: tuple[int, int], clones: Clones) -> None:
+def test_a_reflinker_never_clones_where_clones_are_switched_off(
+    opened: tuple[int, int], clones: Clones
+) -> None:
     assert Reflinker(Freeze.NEVER).clone(*opened, st(7, 0)) is None
     assert clones.tried == 0
 
@@ -115,7 +117,7 @@ def test_a_file_system_that_knows_no_clones_is_asked_once(
         *(errno.EINVAL, errno.EPERM, errno.ETXTBSY, errno.ENOENT),
     ],
 )
-def test_one_file_that_cannot_be_cloned_says_nothing_of_the_others(
+def test_a_file_that_cannot_be_cloned_does_not_stop_clones_of_others(
     opened: tuple[int, int], clones: Clones, error: int
 ) -> None:
     freezer = Reflinker(Freeze.AUTO)

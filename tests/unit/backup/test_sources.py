@@ -38,7 +38,7 @@ def sources(*paths: bytes) -> dict[bytes, bytes]:
     return found
 
 
-class TestKeptPaths:
+class TestNormalizedPath:
     @pytest.mark.parametrize(
         ("given", "kept"),
         [
@@ -59,46 +59,50 @@ class TestKeptPaths:
             (b"a/..b", b"a/..b"),
         ],
     )
-    def test_are_plain(self, given: bytes, kept: bytes) -> None:
+    def test_a_normalized_path_has_no_dots_or_doubled_slashes(
+        self, given: bytes, kept: bytes
+    ) -> None:
         assert normalize_source_path(given) == kept
 
-    def test_that_lead_out_of_here_are_absolute(self, tmp_path: Path) -> None:
+    def test_a_path_that_leads_out_of_the_current_directory_becomes_absolute(
+        self, tmp_path: Path
+    ) -> None:
         assert normalize_source_path(b"..") == bytes(tmp_path)
         assert normalize_source_path(b"../beside") == bytes(tmp_path / "beside")
         assert normalize_source_path(b"a/../../beside/x") == bytes(tmp_path / "beside" / "x")
 
-    def test_that_lead_out_and_back_are_relative(self, here: Path) -> None:
+    def test_a_path_that_leads_out_and_back_becomes_relative(self, here: Path) -> None:
         assert normalize_source_path(b"../here/a") == b"a"
         assert normalize_source_path(bytes(here) + b"/a/../a") == bytes(here / "a")
 
-    def test_go_up_from_where_a_symlink_leads(self, tmp_path: Path) -> None:
+    def test_two_dots_go_up_from_the_target_of_a_symlink(self, tmp_path: Path) -> None:
         assert normalize_source_path(b"away/../beside") == bytes(tmp_path / "beside")
         assert normalize_source_path(b"away/x") == b"away/x"
 
-    def test_of_nothing_are_refused(self) -> None:
+    def test_an_empty_path_is_refused(self) -> None:
         with pytest.raises(UsageError, match="empty path"):
             normalize_source_path(b"")
         with pytest.raises(UsageError, match="empty path"):
             build_source_tree([b"", b"/etc"])
 
 
-class TestPlaces:
-    def test_keep_absolute_paths_whole_and_relative_ones_as_given(self) -> None:
+class TestSourceTree:
+    def test_the_source_tree_keeps_absolute_paths_whole_and_relative_paths_as_given(self) -> None:
         assert sources(b"/home/a") == {b"home/a": b"/home/a"}
         assert sources(b"a/b") == {b"a/b": b"a/b"}
         assert sources(b"a/b", b"/home/a") == {b"a/b": b"a/b", b"home/a": b"/home/a"}
 
-    def test_of_everything_here_or_anywhere_are_the_root_itself(self) -> None:
+    def test_the_current_directory_and_the_root_become_the_root_of_the_snapshot(self) -> None:
         assert sources(b".") == {b"": b"."}
         assert sources(b"/") == {b"": b"/"}
         assert sources(b".", b"a") == {b"": b"."}
 
-    def test_within_one_another_are_taken_once(self) -> None:
+    def test_sources_within_each_other_are_taken_once(self) -> None:
         for paths in ((b"a", b"a/b"), (b"a/b", b"a"), (b"a", b"a/", b"./a")):
             assert sources(*paths) == {b"a": b"a"}
         assert sources(b"/home", b"/home/a") == {b"home": b"/home"}
 
-    def test_share_the_way_to_them(self) -> None:
+    def test_sources_share_their_common_parent_directories(self) -> None:
         assert sources(b"/home/a", b"/home/b", b"/var") == {
             b"home/a": b"/home/a",
             b"home/b": b"/home/b",
@@ -109,16 +113,16 @@ class TestPlaces:
         assert root.children[b"home"].source == b"/home"
         assert list(root.sources()) == [b"/home/a", b"/home/b"]
 
-    def test_of_nothing_are_an_empty_root(self) -> None:
+    def test_no_sources_make_an_empty_tree(self) -> None:
         assert sources() == {}
 
-    def test_the_same_by_two_ways_are_one(self, here: Path) -> None:
+    def test_a_source_given_by_two_paths_is_taken_once(self, here: Path) -> None:
         os.chdir("/")
         relative = bytes(here).lstrip(b"/")
         assert list(sources(bytes(here), relative)) == [relative]
 
 
-class TestConflicts:
+class TestSourceConflict:
     """Two sources that would have one path in the snapshot: keeping one would lose the other."""
 
     @pytest.mark.parametrize(
@@ -136,9 +140,11 @@ class TestConflicts:
             (b"a", b"/a/b", b"c"),
         ],
     )
-    def test_are_refused_in_any_order(self, paths: tuple[bytes, ...]) -> None:
+    def test_two_sources_with_one_path_in_the_snapshot_are_refused_in_any_order(
+        self, paths: tuple[bytes, ...]
+    ) -> None:
         with pytest.raises(UsageError, match="share a path in the snapshot"):
             build_source_tree(list(paths))
 
-    def test_are_no_matter_on_the_way(self) -> None:
+    def test_two_sources_may_share_parent_directories_from_different_places(self) -> None:
         assert sources(b"a/b", b"/a/c") == {b"a/b": b"a/b", b"a/c": b"/a/c"}

@@ -76,7 +76,7 @@ def before_each_capture(monkeypatch: pytest.MonkeyPatch, wanted: bytes, act: Act
     "kind", [NodeType.FILE, NodeType.DIRECTORY, NodeType.SYMLINK, NodeType.FIFO]
 )
 @pytest.mark.parametrize("by", ["folder", "name"])
-def test_a_name_that_means_something_else_by_now_is_taken_as_what_it_is(
+def test_an_entry_replaced_by_another_kind_is_captured_as_what_it_is_now(
     repository: Repository,
     source: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -113,7 +113,7 @@ def test_a_name_that_means_something_else_by_now_is_taken_as_what_it_is(
 
 
 @pytest.mark.parametrize("by", ["folder", "name"])
-def test_a_name_that_never_means_the_same_twice_is_given_up_and_the_others_are_not(
+def test_an_entry_replaced_at_every_look_is_given_up_and_the_others_are_captured(
     repository: Repository, source: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     asked = []
@@ -132,7 +132,7 @@ def test_a_name_that_never_means_the_same_twice_is_given_up_and_the_others_are_n
     assert backup.node("z") is not None
 
 
-def test_a_file_that_vanishes_before_it_is_opened_is_counted_and_told(
+def test_a_file_that_vanishes_before_it_is_opened_is_counted_and_reported(
     repository: Repository, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before_each_capture(monkeypatch, b"name", lambda _: (source / "name").unlink())
@@ -142,7 +142,7 @@ def test_a_file_that_vanishes_before_it_is_opened_is_counted_and_told(
     assert (stats.vanished, stats.unreadable, stats.files) == (1, 0, 2)
 
 
-def test_clones_that_are_required_and_cannot_be_made_leave_files_out_one_by_one(
+def test_required_clones_that_fail_leave_files_out_one_by_one(
     repository: Repository, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(dir_fd: int, fd: int) -> int:
@@ -157,7 +157,7 @@ def test_clones_that_are_required_and_cannot_be_made_leave_files_out_one_by_one(
     assert backup.node("empty") is not None, "of an empty file nothing is read"
 
 
-def test_an_unchanged_tree_is_the_same_tree_with_and_without_reading_again(
+def test_an_unchanged_tree_is_the_same_with_and_without_rereading(
     repository: Repository, source: Path
 ) -> None:
     while time.time_ns() < (source / "z").stat().st_ctime_ns + 60_000_000:

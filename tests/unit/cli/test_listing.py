@@ -59,15 +59,15 @@ def objects(keeper: Keeper, verb: str, *arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines(keeper, verb, "--json", *arguments)]
 
 
-class TestSnapshots:
-    def test_of_an_empty_repository_are_nothing_but_a_hint(self, keeper: Keeper) -> None:
+class TestSnapshotsCommand:
+    def test_snapshots_prints_only_a_hint_for_an_empty_repository(self, keeper: Keeper) -> None:
         result = run(keeper, "snapshots")
         assert result.stdout == ""
         assert "no snapshots yet" in result.stderr
         machine = run(keeper, "snapshots", "--json")
         assert (machine.stdout, machine.stderr) == ("", "")
 
-    def test_are_a_table_with_a_row_for_each_further_path(self, keeper: Keeper) -> None:
+    def test_snapshots_prints_a_row_for_each_further_path(self, keeper: Keeper) -> None:
         first, _ = keeper.publish({b"f": file(b"", b"12345")}, time_ns=MTIME_NS, paths=(b"f",))
         second, _ = keeper.publish(
             {b"f": flagged(file(b"", b"1"))},
@@ -87,7 +87,7 @@ class TestSnapshots:
         assert more.split() == ["/b\\n"]
         assert more.index("/b") == head.index("paths")
 
-    def test_as_objects_tell_all_that_is_known(self, keeper: Keeper, tmp_path: Path) -> None:
+    def test_snapshots_json_holds_every_field(self, keeper: Keeper, tmp_path: Path) -> None:
         (tmp_path / "source").mkdir()
         (tmp_path / "source" / "f").write_bytes(b"123")
         first, _ = keeper.back_up(tmp_path / "source", tags=("a",))
@@ -120,7 +120,7 @@ class TestSnapshots:
         ],
         ids=str,
     )
-    def test_are_selected_by_host_tag_path_and_age(
+    def test_snapshots_filters_by_host_tag_path_and_age(
         self, keeper: Keeper, options: tuple[str, ...], expected: str
     ) -> None:
         ids: dict[str, str] = {}
@@ -155,19 +155,19 @@ TREE: Plan = {
 OWNERS: dict[str, Any] = {"users": ((0, "root"), (1000, "anna")), "groups": ((50, "staff\n"),)}
 
 
-class TestLs:
+class TestLsCommand:
     @pytest.fixture(autouse=True)
     def snapshot(self, keeper: Keeper) -> str:
         return keeper.publish(TREE, **OWNERS)[0].hex()
 
-    def test_of_a_directory_lists_its_entries_in_columns(self, keeper: Keeper) -> None:
+    def test_ls_lists_a_directory_in_columns(self, keeper: Keeper) -> None:
         assert lines(keeper, "ls", "latest:/docs") == [
             f"drwxr-xr-x root 0       1 {SHOWN_TIME}          deep",
             f"-rw-r--r-- root 0       2 {SHOWN_TIME} appended grown",
             f"-rwsr-x--x anna staff\\n 4 {SHOWN_TIME} changed  log",
         ]
 
-    def test_of_the_top_tells_every_kind_and_escapes_names(self, keeper: Keeper) -> None:
+    def test_ls_shows_every_kind_of_entry_and_escapes_names(self, keeper: Keeper) -> None:
         told = lines(keeper, "ls", "latest:")
         assert [line[0] for line in told] == ["b", "d", "p", "l", "-"]
         assert " 8, 1 " in told[0]
@@ -175,9 +175,7 @@ class TestLs:
         assert told[3].endswith(" link -> to\\nthere")
         assert told[4].endswith(" odd \\xff")
 
-    def test_of_a_snapshot_or_with_recursive_lists_all_with_their_paths(
-        self, keeper: Keeper
-    ) -> None:
+    def test_ls_of_a_snapshot_or_recursive_lists_every_path(self, keeper: Keeper) -> None:
         below = ["docs/deep", "docs/deep/file", "docs/grown", "docs/log"]
         whole = lines(keeper, "ls", "latest")
         assert [line.split()[-1] for line in whole[1:6]] == ["docs", *below]
@@ -185,13 +183,13 @@ class TestLs:
         part = lines(keeper, "ls", "--recursive", "latest:docs")
         assert [line.split()[-1] for line in part] == below
 
-    def test_of_a_file_is_that_file(self, keeper: Keeper) -> None:
+    def test_ls_of_a_file_lists_that_file(self, keeper: Keeper) -> None:
         (line,) = lines(keeper, "ls", "latest:docs/log")
         assert line.endswith(" changed  docs/log")
         (told,) = objects(keeper, "ls", "latest:docs/log")
         assert told["path"] == "docs/log"
 
-    def test_as_objects_tells_all_that_is_known(self, keeper: Keeper) -> None:
+    def test_ls_json_holds_every_field(self, keeper: Keeper) -> None:
         told = {node["path"]: node for node in objects(keeper, "ls", "latest")}
         assert {node["type"] for node in told.values()} == {"node"}
         log = told["docs/log"]
@@ -213,15 +211,15 @@ class TestLs:
         odd = told["odd \udcff"]
         assert base64.b64decode(odd["path_b64"]) == b"odd \xff"
 
-    def test_of_one_directory_as_objects_tells_whole_paths(self, keeper: Keeper) -> None:
+    def test_ls_json_of_a_directory_has_whole_paths(self, keeper: Keeper) -> None:
         told = [node["path"] for node in objects(keeper, "ls", "latest:/docs/")]
         assert told == ["docs/deep", "docs/grown", "docs/log"]
 
-    def test_of_what_is_not_there_is_an_error(self, keeper: Keeper) -> None:
+    def test_ls_fails_for_a_missing_path(self, keeper: Keeper) -> None:
         with pytest.raises(NotFoundError, match="docs/none"):
             run(keeper, "ls", "latest:docs/none")
 
-    def test_goes_past_a_damaged_directory_and_ends_with_5(
+    def test_ls_skips_a_damaged_directory_and_exits_with_5(
         self, keeper: Keeper, snapshot: str
     ) -> None:
         with keeper.reading() as repository:
@@ -236,7 +234,7 @@ class TestLs:
         assert [problem["path"] for problem in problems] == ["docs/deep"]
 
 
-class TestFind:
+class TestFindCommand:
     @pytest.fixture(autouse=True)
     def snapshots(self, keeper: Keeper) -> list[str]:
         plans: list[Plan] = [
@@ -248,7 +246,7 @@ class TestFind:
             for number, plan in enumerate(plans)
         ]
 
-    def test_looks_in_all_snapshots_the_newest_first(
+    def test_find_searches_all_snapshots_newest_first(
         self, keeper: Keeper, snapshots: list[str]
     ) -> None:
         old, new = (snapshot[:12] for snapshot in snapshots)
@@ -258,7 +256,7 @@ class TestFind:
             f"{old}:report.d",
         ]
 
-    def test_marks_what_was_captured_while_it_changed(
+    def test_find_marks_files_that_changed_during_capture(
         self, keeper: Keeper, snapshots: list[str]
     ) -> None:
         found = lines(keeper, "find", "R*")
@@ -268,7 +266,7 @@ class TestFind:
         assert lines(keeper, "find", "--changed") == found
         assert lines(keeper, "find", "--changed", "*.pdf") == []
 
-    def test_as_objects_tells_the_snapshot_and_the_node(
+    def test_find_json_has_the_snapshot_and_the_node(
         self, keeper: Keeper, snapshots: list[str]
     ) -> None:
         first, second = objects(keeper, "find", "-i", "report.txt", "--snapshot", snapshots[1])
@@ -276,7 +274,7 @@ class TestFind:
         assert (first["path"], first["kind"], first["size"]) == ("a/report.txt", "file", 1)
         assert (second["path"], second["state"]) == ("b/Report.txt", "changed")
 
-    def test_in_some_snapshots_looks_nowhere_else(
+    def test_find_searches_only_the_named_snapshots(
         self, keeper: Keeper, snapshots: list[str]
     ) -> None:
         old, new = snapshots
@@ -290,15 +288,15 @@ class TestFind:
             found = objects(keeper, "find", "report.txt", *options)
             assert [match["snapshot"] for match in found] == expected, options
 
-    def test_of_a_kind_finds_only_that(self, keeper: Keeper, snapshots: list[str]) -> None:
+    def test_find_filters_by_type(self, keeper: Keeper, snapshots: list[str]) -> None:
         assert lines(keeper, "find", "report.*", "--type", "d") == [f"{snapshots[0][:12]}:report.d"]
         assert lines(keeper, "find", "report.*", "--type", "l") == []
 
-    def test_for_nothing_is_a_usage_error(self, keeper: Keeper) -> None:
+    def test_find_without_criteria_is_a_usage_error(self, keeper: Keeper) -> None:
         with pytest.raises(UsageError):
             run(keeper, "find")
 
-    def test_goes_past_damage_and_ends_with_5(self, keeper: Keeper) -> None:
+    def test_find_skips_damage_and_exits_with_5(self, keeper: Keeper) -> None:
         with keeper.reading() as repository:
             folder = repository.resolve_path("latest:b")[3]
         keeper.damage(reference(folder))
@@ -307,8 +305,8 @@ class TestFind:
         assert result.stderr.startswith("casfs: b: ")
 
 
-class TestChanged:
-    def test_lists_the_flagged_files_with_the_evidence(self, keeper: Keeper) -> None:
+class TestChangedCommand:
+    def test_changed_lists_flagged_files_with_their_evidence(self, keeper: Keeper) -> None:
         snapshot, _ = keeper.publish(TREE)
         (line,) = lines(keeper, "changed", "latest")
         captured = digest_of(b"1234").hex()[:12]
@@ -323,18 +321,18 @@ class TestChanged:
         assert told["captured"].startswith(captured) and len(told["captured"]) == 64
         assert told["observed"].startswith(observed) and len(told["observed"]) == 64
 
-    def test_of_a_part_lists_that_part(self, keeper: Keeper) -> None:
+    def test_changed_of_a_path_lists_only_what_is_below_it(self, keeper: Keeper) -> None:
         keeper.publish({b"a": {b"x": flagged(file(b""))}, b"b": {b"y": flagged(file(b""))}})
         assert [told["path"] for told in objects(keeper, "changed", "latest:b")] == ["b/y"]
         assert [told["path"] for told in objects(keeper, "changed", "latest:a/x")] == ["a/x"]
 
-    def test_of_a_file_without_evidence_still_lists_it(self, keeper: Keeper) -> None:
+    def test_changed_lists_a_flagged_file_without_evidence(self, keeper: Keeper) -> None:
         keeper.publish({b"f": replace(file(b"", b"1"), state=CaptureState.CHANGED)})
         (line,) = lines(keeper, "changed", "latest")
         assert line.startswith("unknown ")
         assert line.endswith(" observed nothing       f")
 
-    def test_says_that_nothing_was_flagged(self, keeper: Keeper) -> None:
+    def test_changed_reports_that_nothing_was_flagged(self, keeper: Keeper) -> None:
         keeper.publish({b"f": b""})
         result = run(keeper, "changed", "latest")
         assert result.stdout == ""

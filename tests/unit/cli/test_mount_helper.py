@@ -29,13 +29,11 @@ from casfs.errors import UsageError
         ("", []),
     ],
 )
-def test_a_list_of_options_is_split_at_commas_that_are_not_protected(
-    text: str, expected: list[str]
-) -> None:
+def test_an_option_list_is_split_at_unprotected_commas(text: str, expected: list[str]) -> None:
     assert split_options(text) == expected
 
 
-def test_the_arguments_of_mount_are_understood() -> None:
+def test_the_arguments_of_mount_are_parsed() -> None:
     given = ["/repo", "/mnt", "-sn", "-v", "-o", "rw,noexec", "-t", "fuse.casfs", "-N", "/ns"]
     assert parse_arguments(given) == Invocation(
         Path("/repo"), Path("/mnt"), ("rw", "noexec"), fake=False
@@ -44,12 +42,12 @@ def test_the_arguments_of_mount_are_understood() -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["/repo"], ["/a", "/b", "/c"], ["/a", "/b", "-z"]])
-def test_other_arguments_are_refused(arguments: list[str]) -> None:
+def test_unexpected_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(UsageError):
         parse_arguments(arguments)
 
 
-def test_every_option_of_casfs_can_be_given() -> None:
+def test_every_option_of_casfs_can_be_given_to_the_mount_helper() -> None:
     text = (
         "snapshot=latest:home,allow_other,uid=1000,gid=100,cache_size=1M,deny_changed,"
         "no_kernel_cache,log_file=/var/log/casfs,noexec"
@@ -70,7 +68,7 @@ def test_every_option_of_casfs_can_be_given() -> None:
     assert parse_options(split_options(text.replace("_", "-"))) == wanted
 
 
-def test_what_belongs_to_others_is_passed_over() -> None:
+def test_the_mount_helper_ignores_options_of_other_programs() -> None:
     text = (
         "rw,ro,defaults,noauto,nofail,_netdev,user,users,user=anna,relatime,noatime,"
         "x-systemd.automount,x-systemd.idle-timeout=5min,comment=x,X-mount.mkdir"
@@ -83,17 +81,17 @@ def test_what_belongs_to_others_is_passed_over() -> None:
     "option",
     ["snapsot=latest", "uid=anna", "uid=-1", "cache_size=much", "remount", "allow_other=1", "uid"],
 )
-def test_an_option_that_nobody_knows_is_refused(option: str) -> None:
+def test_the_mount_helper_refuses_unknown_options(option: str) -> None:
     with pytest.raises(UsageError):
         parse_options([option])
 
 
-def test_half_an_owner_is_refused() -> None:
+def test_the_mount_helper_refuses_an_owner_without_a_group() -> None:
     with pytest.raises(UsageError, match="both"):
         parse_options(["uid=5"]).owner()
 
 
-class TestTheCommand:
+class TestMountHelperCommand:
     def end(self, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
         monkeypatch.setattr("sys.argv", ["mount.fuse.casfs", *map(str, arguments)])
         with pytest.raises(SystemExit) as ending:
@@ -101,7 +99,7 @@ class TestTheCommand:
         assert isinstance(ending.value.code, int)
         return ending.value.code
 
-    def test_tells_usage_from_failure_as_mount_does(
+    def test_the_mount_helper_exits_with_1_for_usage_and_32_for_failure(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
         assert self.end(monkeypatch, "/repo") == 1
@@ -111,7 +109,7 @@ class TestTheCommand:
         assert len(lines) == 3
         assert all(line.startswith("mount.fuse.casfs: ") for line in lines)
 
-    def test_mounts_nothing_when_it_shall_only_check(
+    def test_the_mount_helper_mounts_nothing_in_a_dry_run(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         mount_helper.run(["-f", str(tmp_path / "none"), str(tmp_path)])

@@ -50,9 +50,9 @@ def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.tzset()
 
 
-class TestNames:
+class TestEscapePath:
     @pytest.mark.parametrize("name", HOSTILE)
-    def test_are_shown_on_one_line_of_printable_characters(self, name: bytes) -> None:
+    def test_an_escaped_path_is_one_line_of_printable_characters(self, name: bytes) -> None:
         text = escape_path(name)
         assert text.isprintable()
         assert len(text.splitlines()) == 1
@@ -72,26 +72,26 @@ class TestNames:
             (b"", ""),
         ],
     )
-    def test_are_escaped_where_they_must_be_and_only_there(self, name: bytes, text: str) -> None:
+    def test_a_path_is_escaped_only_where_necessary(self, name: bytes, text: str) -> None:
         assert escape_path(name) == text
 
     @given(st.lists(st.binary(max_size=8), min_size=2, max_size=2, unique=True))
-    def test_that_differ_never_look_alike(self, names: list[bytes]) -> None:
+    def test_different_paths_never_look_alike(self, names: list[bytes]) -> None:
         assert escape_path(names[0]) != escape_path(names[1])
 
     @given(st.one_of(st.binary(max_size=30), st.text(max_size=30).map(str.encode)))
-    def test_of_any_bytes_are_printable(self, name: bytes) -> None:
+    def test_an_escaped_path_of_any_bytes_is_printable(self, name: bytes) -> None:
         assert escape_path(name).isprintable()
 
     @given(st.text(max_size=30))
-    def test_within_a_sentence_leave_it_one_line(self, sentence: str) -> None:
+    def test_a_sentence_with_a_name_stays_one_line(self, sentence: str) -> None:
         assert single_line(sentence).isprintable()
         assert single_line(single_line(sentence)) == single_line(sentence)
 
 
-class TestJson:
+class TestJsonOutput:
     @pytest.mark.parametrize("name", [b"plain", b"", "häst".encode(), *HOSTILE])
-    def test_tells_every_byte_of_a_path(self, name: bytes) -> None:
+    def test_json_keeps_every_byte_of_a_path(self, name: bytes) -> None:
         line = json.dumps(json_path(name))
         assert line.isascii()
         assert len(line.splitlines()) == 1
@@ -101,10 +101,10 @@ class TestJson:
             assert base64.b64decode(told["path_b64"]) == name
         assert ("path_b64" in told) is (name in (b"\xff\xfe", b"\xed\xa0\x80"))
 
-    def test_names_another_field_in_both_forms(self) -> None:
+    def test_json_path_names_another_field_in_both_forms(self) -> None:
         assert set(json_path(b"\xff", "target")) == {"target", "target_b64"}
 
-    def test_is_one_object_a_line_with_its_type_and_nothing_for_people(
+    def test_json_output_is_one_typed_object_a_line_and_no_text(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         output = Output(as_json=True)
@@ -114,7 +114,7 @@ class TestJson:
             {"type": "node", "path": "a\nb", "size": 5}
         ]
 
-    def test_is_not_shown_to_people(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_text_output_shows_no_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         output = Output(as_json=False)
         output.line("for people")
         output.emit("node", path="x")
@@ -131,7 +131,7 @@ def test_a_warning_is_one_line_on_standard_error_whatever_it_names(
     assert captured.err == "casfs: the file a\\ncasfs: all is well is damaged\n"
 
 
-class TestNumbers:
+class TestFormatting:
     @pytest.mark.parametrize(
         ("size", "text"),
         [
@@ -145,27 +145,25 @@ class TestNumbers:
             (-2048, "-2.0 KiB"),
         ],
     )
-    def test_of_bytes_have_a_unit(self, size: int, text: str) -> None:
+    def test_a_formatted_size_has_a_unit(self, size: int, text: str) -> None:
         assert format_size(size) == text
 
-    def test_of_ids_are_their_beginning(self) -> None:
+    def test_a_short_id_is_the_beginning_of_the_id(self) -> None:
         assert short_id(bytes(range(32))) == "000102030405"
 
-    def test_of_times_are_local_for_people_and_tell_their_offset_to_programs(
-        self, zone: None
-    ) -> None:
+    def test_formatted_times_are_local_and_json_times_have_their_offset(self, zone: None) -> None:
         time_ns = 1_700_000_000_500_000_000
         assert format_time(time_ns) == "2023-11-15 03:58:20"
         assert iso_time(time_ns) == "2023-11-15T03:58:20.500000+05:45"
         assert format_time(-1) == "1970-01-01 05:44:59"
 
     @pytest.mark.parametrize("time_ns", [10**30, -(10**30), (1 << 64) - 1, -(1 << 63)])
-    def test_of_impossible_times_are_no_error(self, time_ns: int) -> None:
+    def test_times_beyond_the_calendar_are_formatted_without_an_error(self, time_ns: int) -> None:
         assert format_time(time_ns)
         assert iso_time(time_ns)
 
 
-class TestArguments:
+class TestParameterTypes:
     @pytest.mark.parametrize(
         ("text", "size"),
         [
@@ -182,14 +180,14 @@ class TestArguments:
             ("9" * 400, int("9" * 400)),
         ],
     )
-    def test_of_sizes_are_exact(self, text: str, size: int) -> None:
+    def test_a_size_argument_is_exact(self, text: str, size: int) -> None:
         assert SIZE.convert(text, None, None) == size
         assert SIZE.convert(size, None, None) == size
 
     @pytest.mark.parametrize("text", ["", "M", "-1", "1X", "1,5M", "0x10", "1e6", "1 M M", "inf"])
-    def test_that_are_no_sizes_are_refused_with_an_example(self, text: str) -> None:
+    def test_an_invalid_size_is_refused_with_an_example(self, text: str) -> None:
         with pytest.raises(click.BadParameter, match="such as 500K, 10M or 2G"):
             SIZE.convert(text, None, None)
 
-    def test_of_paths_keep_their_bytes(self) -> None:
+    def test_a_path_argument_keeps_its_bytes(self) -> None:
         assert path_argument(os.fsdecode(b"\xff\n")) == b"\xff\n"

@@ -66,17 +66,17 @@ def read(path: Path, data: bytes, passphrase: str | None = None) -> list[age.Age
     return read_identity_file(path, lambda what: passphrase)
 
 
-class TestFile:
-    def test_of_age_keygen_is_read(self, tmp_path: Path) -> None:
+class TestIdentityFile:
+    def test_an_age_keygen_file_is_read(self, tmp_path: Path) -> None:
         data = f"# created: today\n# public key: {PUBLIC}\n{SECRET}\n".encode()
         assert age.unwrap(SEALED, read(tmp_path / "id", data)) == b"for me"
 
-    def test_may_hold_several(self, tmp_path: Path) -> None:
+    def test_an_identity_file_may_hold_several_identities(self, tmp_path: Path) -> None:
         found = read(tmp_path / "id", f"{OTHER_SECRET}\r\n\r\n  {SECRET}\r\n".encode())
         assert len(found) == 2
         assert age.unwrap(SEALED, found) == b"for me"
 
-    def test_that_age_encrypted_asks_for_its_passphrase(self, tmp_path: Path) -> None:
+    def test_an_age_encrypted_identity_file_asks_for_its_passphrase(self, tmp_path: Path) -> None:
         asked = []
 
         def ask(what: str) -> str:
@@ -94,9 +94,7 @@ class TestFile:
             read_identity_file(path, nobody)
 
     @pytest.mark.parametrize("passphrase", ["", "gehe\u0301im \N{KEY}"])
-    def test_of_an_ssh_key_is_read_with_its_passphrase(
-        self, tmp_path: Path, passphrase: str
-    ) -> None:
+    def test_an_ssh_key_is_read_with_its_passphrase(self, tmp_path: Path, passphrase: str) -> None:
         path = tmp_path / "id_ed25519"
         subprocess.run(
             ["ssh-keygen", "-q", "-t", "ed25519", "-N", passphrase, "-f", path], check=True
@@ -111,7 +109,7 @@ class TestFile:
             with pytest.raises(KeyMissingError, match="needs a passphrase"):
                 read_identity_file(path, nobody)
 
-    def test_of_an_ssh_key_that_age_has_no_use_for_is_refused(self, tmp_path: Path) -> None:
+    def test_an_ssh_key_of_an_unsupported_type_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "id_ecdsa"
         subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", path], check=True)
         with pytest.raises(WrongKeyError, match="no SSH key that age can use"):
@@ -132,27 +130,31 @@ class TestFile:
             (b"age-encryption.org/v1\nx\n", "wrong"),
         ],
     )
-    def test_that_holds_none_is_refused(self, tmp_path: Path, data: bytes, reason: str) -> None:
+    def test_a_file_without_an_identity_is_refused(
+        self, tmp_path: Path, data: bytes, reason: str
+    ) -> None:
         with pytest.raises(WrongKeyError, match=reason) as caught:
             read(tmp_path / "id", data, "secret")
         assert SECRET[16:40] not in str(caught.value)
         assert str(tmp_path / "id") in str(caught.value)
 
-    def test_that_cannot_be_read_is_told(self, tmp_path: Path) -> None:
+    def test_an_unreadable_identity_file_is_a_storage_error(self, tmp_path: Path) -> None:
         for path in (tmp_path / "none", tmp_path):
             with pytest.raises(StorageError, match="read the identity file"):
                 read_identity_file(path, nobody)
 
 
-class TestPassphrase:
-    def test_opens_what_is_wrapped_to_its_recipient(self, storage: LocalStorage) -> None:
+class TestRepositoryPassphrase:
+    def test_a_passphrase_opens_what_is_wrapped_to_its_recipient(
+        self, storage: LocalStorage
+    ) -> None:
         one = add_passphrase(storage, "secret", REPOSITORY)
         assert one.kind == RecipientKind.PASSPHRASE
         sealed = age.wrap(b"data", [one.public_key])
         found = unlock_by_passphrase(storage, REPOSITORY, "secret")
         assert age.unwrap(sealed, found) == b"data"
 
-    def test_that_is_wrong_opens_nothing(self, storage: LocalStorage) -> None:
+    def test_a_wrong_passphrase_opens_nothing(self, storage: LocalStorage) -> None:
         with pytest.raises(WrongKeyError, match="has no passphrase; give --identity"):
             unlock_by_passphrase(storage, REPOSITORY, "secret")
         add_passphrase(storage, "secret", REPOSITORY)
@@ -160,18 +162,22 @@ class TestPassphrase:
             with pytest.raises(WrongKeyError, match="the passphrase is"):
                 unlock_by_passphrase(storage, REPOSITORY, wrong)
 
-    def test_opens_only_in_the_repository_that_it_was_made_for(self, storage: LocalStorage) -> None:
+    def test_a_passphrase_opens_only_the_repository_it_was_made_for(
+        self, storage: LocalStorage
+    ) -> None:
         add_passphrase(storage, "secret", REPOSITORY)
         with pytest.raises(WrongKeyError, match="the passphrase is wrong"):
             unlock_by_passphrase(storage, bytes(32), "secret")
 
-    def test_of_several_opens_its_own(self, storage: LocalStorage) -> None:
+    def test_each_of_several_passphrases_opens_its_own_identity(
+        self, storage: LocalStorage
+    ) -> None:
         recipients = [add_passphrase(storage, text, REPOSITORY) for text in ("one", "two")]
         for text, one in zip(("one", "two"), recipients, strict=True):
             (found,) = unlock_by_passphrase(storage, REPOSITORY, text)
             assert age.unwrap(age.wrap(b"x", [one.public_key]), [found]) == b"x"
 
-    def test_is_changed_and_the_old_one_opens_nothing_then(self, storage: LocalStorage) -> None:
+    def test_a_changed_passphrase_replaces_the_old_one(self, storage: LocalStorage) -> None:
         one = add_passphrase(storage, "old", REPOSITORY)
         add_passphrase(storage, "another", REPOSITORY)
         with pytest.raises(WrongKeyError, match="nothing was changed"):
@@ -183,20 +189,20 @@ class TestPassphrase:
             assert len(unlock_by_passphrase(storage, REPOSITORY, text)) == 1
         assert one.value in {wrapped.recipient for _, wrapped in wrapped_identities(storage)}
 
-    def test_is_wrapped_anew_with_other_bytes_every_time(self) -> None:
+    def test_an_identity_is_wrapped_to_other_bytes_every_time(self) -> None:
         files = {wrap_identity(SECRET, PUBLIC, "secret", REPOSITORY) for _ in range(3)}
         assert len(files) == 3
         for data in files:
             assert SECRET.encode() not in data and b"secret" not in data
 
-    def test_does_not_open_an_identity_that_tells_another_recipient(self) -> None:
+    def test_a_passphrase_does_not_open_an_identity_with_another_recipient(self) -> None:
         wrapped = parse_wrapped(wrap_identity(SECRET, PUBLIC, "secret", REPOSITORY), "it")
         other = msgspec.structs.replace(wrapped, recipient="age1other")
         with pytest.raises(WrongKeyError):
             unwrap_identity(other, "secret", REPOSITORY)
 
 
-class TestHostileFiles:
+class TestHostileIdentityFile:
     GOOD = json.loads(wrap_identity(SECRET, PUBLIC, "secret", REPOSITORY))
 
     @pytest.mark.parametrize(
@@ -219,7 +225,7 @@ class TestHostileFiles:
         ],
         ids=str,
     )
-    def test_that_ask_for_too_much_are_not_obeyed(
+    def test_a_wrapped_identity_that_asks_for_too_much_is_refused(
         self, storage: LocalStorage, caplog: pytest.LogCaptureFixture, change: dict[str, object]
     ) -> None:
         data = json.dumps(self.GOOD | change).encode()
@@ -231,17 +237,19 @@ class TestHostileFiles:
         assert digest_of(data).hex() in caplog.text
 
     @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"[" * 10_000, b"{}"])
-    def test_that_do_not_parse_are_told(self, data: bytes) -> None:
+    def test_a_wrapped_identity_that_does_not_parse_is_refused(self, data: bytes) -> None:
         with pytest.raises(SessionError, match="it does not parse"):
             parse_wrapped(data, "it")
 
     @pytest.mark.parametrize("wrapped", [b"", b"x" * 15, b"x" * 16, b"x" * 100])
-    def test_that_hold_nothing_that_was_encrypted_do_not_open(self, wrapped: bytes) -> None:
+    def test_a_wrapped_identity_without_a_valid_ciphertext_does_not_open(
+        self, wrapped: bytes
+    ) -> None:
         good = parse_wrapped(wrap_identity(SECRET, PUBLIC, "secret", REPOSITORY), "it")
         with pytest.raises(WrongKeyError):
             unwrap_identity(msgspec.structs.replace(good, wrapped=wrapped), "secret", REPOSITORY)
 
-    def test_that_do_not_have_their_digest_are_left_out(
+    def test_a_wrapped_identity_with_a_digest_mismatch_is_skipped(
         self, storage: LocalStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         add_passphrase(storage, "secret", REPOSITORY)
@@ -251,29 +259,29 @@ class TestHostileFiles:
             unlock_by_passphrase(storage, REPOSITORY, "secret")
         assert "digest mismatch" in caplog.text
 
-    def test_of_gpg_that_were_replaced_open_nothing(self, storage: LocalStorage) -> None:
+    def test_a_replaced_gpg_identity_opens_nothing(self, storage: LocalStorage) -> None:
         write_identity(storage, b"no message at all", "gpg")
         found = unlock_by_gpg(storage, [Recipient(RecipientKind.GPG, "A" * 40, PUBLIC, b"key")])
         assert not found
 
 
-def test_nothing_of_an_identity_is_printed() -> None:
+def test_printing_an_identity_shows_no_secret() -> None:
     found = identities()
     shown = f"{found!r} {found.ages[0]!r} {found}"
     assert SECRET[16:30] not in shown.upper()
     assert repr(Identities()) == "Identities(0, use_gpg=False)"
 
 
-class TestFilesOfAge:
+class TestHostileAgeFile:
     """What the storage gives back in the place of a session's file."""
 
-    def test_with_any_changed_byte_do_not_open(self) -> None:
+    def test_an_age_file_with_any_changed_byte_does_not_open(self) -> None:
         for place in range(len(SEALED)):
             changed = SEALED[:place] + bytes([SEALED[place] ^ 1]) + SEALED[place + 1 :]
             with pytest.raises(KeyMissingError):
                 age.unwrap(changed, identities().ages)
 
-    def test_that_are_cut_or_longer_do_not_open(self) -> None:
+    def test_an_age_file_that_is_cut_or_extended_does_not_open(self) -> None:
         for size in range(len(SEALED)):
             with pytest.raises(KeyMissingError):
                 age.unwrap(SEALED[:size], identities().ages)

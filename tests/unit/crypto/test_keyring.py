@@ -76,8 +76,8 @@ def put(storage: LocalStorage, session_id: bytes, data: bytes, suffix: str = "ag
     return name
 
 
-class TestDocument:
-    def test_comes_back_as_it_was(self) -> None:
+class TestSessionDocument:
+    def test_a_session_document_is_decoded_as_it_was_encoded(self) -> None:
         session = WriteSession(REPOSITORY, bytes(32), (SECOND, DOMAIN))
         assert decode_session(encode_session(session), session.id, REPOSITORY) == session
 
@@ -98,23 +98,25 @@ class TestDocument:
             ({"secret": None}, "does not hold what a session holds"),
         ],
     )
-    def test_that_was_changed_is_refused(self, change: dict[str, object], reason: str) -> None:
+    def test_a_changed_session_document_is_refused(
+        self, change: dict[str, object], reason: str
+    ) -> None:
         document = msgspec.json.decode(encode_session(SESSION)) | change
         with pytest.raises(SessionError, match=reason):
             decode_session(msgspec.json.encode(document), SESSION.id, REPOSITORY)
 
     @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{}", b"[" * 10_000])
-    def test_that_is_none_is_refused(self, data: bytes) -> None:
+    def test_data_that_is_no_session_document_is_refused(self, data: bytes) -> None:
         with pytest.raises(SessionError, match="does not hold what a session holds"):
             decode_session(data, SESSION.id, REPOSITORY)
 
-    def test_is_not_that_of_a_session_with_another_name(self) -> None:
+    def test_a_session_document_under_another_id_is_refused(self) -> None:
         with pytest.raises(SessionError, match="the secrets of another session"):
             decode_session(encode_session(SESSION), bytes(32), REPOSITORY)
 
 
-class TestFiles:
-    def test_are_named_by_their_bytes_and_hold_nothing_that_can_be_read(
+class TestSessionFiles:
+    def test_a_session_file_is_named_by_its_bytes_and_shows_no_secret(
         self, storage: LocalStorage, tmp_path: Path
     ) -> None:
         (name,) = write_session(storage, SESSION, [RECIPIENT, OTHER])
@@ -124,7 +126,7 @@ class TestFiles:
         assert [file.name for file in list_session_files(storage, SESSION.id)] == [name]
         assert session_ids(storage) == [SESSION.id]
 
-    def test_that_are_none_are_left_alone(self, storage: LocalStorage) -> None:
+    def test_files_that_are_no_session_files_are_ignored(self, storage: LocalStorage) -> None:
         write_session(storage, SESSION, [RECIPIENT])
         for name in (
             "sessions/x/y.age",
@@ -136,7 +138,7 @@ class TestFiles:
         assert session_ids(storage) == [SESSION.id]
         assert len(list_session_files(storage, SESSION.id)) == 1
 
-    def test_are_removed_with_all_their_files(self, storage: LocalStorage) -> None:
+    def test_a_session_is_removed_with_all_its_files(self, storage: LocalStorage) -> None:
         (old,) = write_session(storage, SESSION, [RECIPIENT])
         (new,) = write_session(storage, SESSION, [OTHER])
         assert old != new
@@ -144,7 +146,7 @@ class TestFiles:
         assert session_ids(storage) == []
 
     @pytest.mark.parametrize("given", [Identities(), identities(OTHER_SECRET)])
-    def test_stay_closed_to_who_is_no_recipient(
+    def test_a_session_file_does_not_open_without_its_recipient(
         self, storage: LocalStorage, given: Identities
     ) -> None:
         write_session(storage, SESSION, [RECIPIENT])
@@ -152,12 +154,12 @@ class TestFiles:
             read_session(storage, SESSION.id, REPOSITORY, given.ages, given.use_gpg)
         assert ("give --identity" in str(caught.value)) == (not given)
 
-    def test_that_are_missing_are_told(self, storage: LocalStorage) -> None:
+    def test_a_missing_session_is_reported(self, storage: LocalStorage) -> None:
         with pytest.raises(SessionError, match="is missing: what was stored in it cannot"):
             read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
 
     @pytest.mark.parametrize("place", [0, 30, -1])
-    def test_that_were_changed_are_damaged_and_a_sound_one_beside_them_opens(
+    def test_a_changed_session_file_is_damaged_and_an_intact_one_beside_it_opens(
         self, storage: LocalStorage, tmp_path: Path, place: int
     ) -> None:
         (name,) = write_session(storage, SESSION, [RECIPIENT])
@@ -170,7 +172,7 @@ class TestFiles:
         found = read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
         assert found == SESSION
 
-    def test_of_another_session_or_repository_are_not_taken_for_it(
+    def test_a_session_file_of_another_session_or_repository_is_refused(
         self, storage: LocalStorage
     ) -> None:
         other = WriteSession(REPOSITORY, bytes(32), (DOMAIN,))
@@ -181,7 +183,9 @@ class TestFiles:
                 read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
             storage.delete(name)
 
-    def test_that_somebody_put_beside_a_sound_one_do_no_harm(self, storage: LocalStorage) -> None:
+    def test_foreign_files_beside_an_intact_session_file_do_no_harm(
+        self, storage: LocalStorage
+    ) -> None:
         write_session(storage, SESSION, [RECIPIENT])
         for number in range(4):
             put(storage, SESSION.id, b"not a file of age %d" % number)
@@ -192,7 +196,7 @@ class TestFiles:
 
 
 class TestKeyring:
-    def test_opens_each_session_once(self, storage: Counting) -> None:
+    def test_the_keyring_opens_each_session_once(self, storage: Counting) -> None:
         write_session(storage, SESSION, [RECIPIENT])
         ring = keyring(storage)
         assert ring.session(SESSION.id) == SESSION
@@ -200,7 +204,9 @@ class TestKeyring:
         assert ring.session(SESSION.id) is ring.session(SESSION.id)
         assert storage.reads == reads
 
-    def test_does_not_try_again_what_did_not_open(self, storage: Counting) -> None:
+    def test_the_keyring_does_not_retry_a_session_that_did_not_open(
+        self, storage: Counting
+    ) -> None:
         write_session(storage, SESSION, [OTHER])
         ring = keyring(storage)
         with pytest.raises(KeyMissingError):
@@ -210,21 +216,23 @@ class TestKeyring:
             ring.session(SESSION.id)
         assert storage.reads == reads
 
-    def test_begins_a_session_that_the_recipients_open(self, storage: Counting) -> None:
+    def test_the_keyring_begins_a_session_that_the_recipients_open(self, storage: Counting) -> None:
         write_recipients(storage, [OTHER])
         session = Keyring(storage, CONFIG, Identities()).begin([SECOND])
         assert keyring(storage, OTHER_SECRET).session(session.id) == session
         with pytest.raises(KeyMissingError):
             keyring(storage).session(session.id)
 
-    def test_tells_what_was_made_with_the_domain_of_the_repository(self, storage: Counting) -> None:
+    def test_the_keyring_trusts_only_sessions_with_the_first_domain_of_the_repository(
+        self, storage: Counting
+    ) -> None:
         ring = keyring(storage)
         assert ring.is_from_trusted_writer(SESSION)
         assert not ring.is_from_trusted_writer(
             WriteSession(REPOSITORY, bytes(32), (SECOND, DOMAIN))
         )
 
-    def test_finds_the_domain_of_the_repository_in_any_proven_session(
+    def test_the_keyring_finds_the_domain_of_the_repository_in_any_proven_session(
         self, storage: Counting
     ) -> None:
         unproven = WriteSession(REPOSITORY, bytes(32), (SECOND,))
@@ -237,18 +245,20 @@ class TestKeyring:
         write_session(storage, SESSION, [RECIPIENT])
         assert keyring(storage).first_domain() == DOMAIN
 
-    def test_tells_every_domain_once_the_asked_one_first(self, storage: Counting) -> None:
+    def test_the_keyring_lists_every_domain_once_with_the_requested_one_first(
+        self, storage: Counting
+    ) -> None:
         for domains in ((DOMAIN,), (SECOND, DOMAIN), (SECOND,)):
             write_session(storage, WriteSession.new(domains), [RECIPIENT])
         ring = keyring(storage)
         assert ring.domains(SECOND) == [SECOND, DOMAIN]
         assert ring.domains(DOMAIN) == [DOMAIN, SECOND]
 
-    def test_is_that_of_an_encrypted_repository_only(self, storage: Counting) -> None:
+    def test_a_keyring_needs_an_encrypted_repository(self, storage: Counting) -> None:
         with pytest.raises(ValueError, match="not encrypted"):
             Keyring(storage, RepositoryConfig("a", "b"), Identities())
 
-    def test_says_whether_there_is_anything_to_open_with(self, storage: Counting) -> None:
+    def test_the_keyring_reports_whether_it_can_read(self, storage: Counting) -> None:
         assert keyring(storage).can_read
         assert not Keyring(storage, CONFIG, Identities()).can_read
         assert Keyring(storage, CONFIG, Identities(use_gpg=True)).can_read

@@ -27,12 +27,12 @@ SSH = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAII87UJ7DbprNb0GcdIKWqsBxYGGCrdpxnetqm
 pytestmark = pytest.mark.usefixtures("own_home")
 
 
-class TestOne:
-    def test_is_a_public_key_of_age(self) -> None:
+class TestRecipient:
+    def test_an_age_public_key_is_a_recipient(self) -> None:
         assert parse_recipient(f"  {PUBLIC}\n") == RECIPIENT
         assert RECIPIENT.public_key == PUBLIC
 
-    def test_is_a_public_ssh_key_without_its_comment(self) -> None:
+    def test_an_ssh_public_key_is_a_recipient_without_its_comment(self) -> None:
         assert parse_recipient(f"{SSH} me@example.org") == Recipient(RecipientKind.SSH, SSH)
 
     @pytest.mark.parametrize(
@@ -51,16 +51,16 @@ class TestOne:
             ("a b@c", "no recipient"),
         ],
     )
-    def test_is_nothing_else(self, text: str, reason: str) -> None:
+    def test_other_text_is_no_recipient(self, text: str, reason: str) -> None:
         with pytest.raises(WrongKeyError, match=reason) as caught:
             parse_recipient(text)
         assert SECRET[20:] not in str(caught.value).upper()
 
-    def test_of_gpg_must_be_in_the_keyring_of_the_user(self) -> None:
+    def test_a_gpg_recipient_must_be_in_the_keyring_of_the_user(self) -> None:
         with pytest.raises(WrongKeyError, match=r"no public key nobody@example\.org"):
             parse_recipient("nobody@example.org")
 
-    def test_of_gpg_needs_the_command(
+    def test_a_gpg_recipient_needs_the_gpg_command(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -68,34 +68,34 @@ class TestOne:
             parse_recipient("0xDEADBEEF")
 
 
-class TestFile:
-    def test_names_one_a_line_and_may_have_comments(self) -> None:
+class TestRecipientsFile:
+    def test_a_recipients_file_has_one_recipient_a_line_and_may_have_comments(self) -> None:
         data = f"# mine\n{PUBLIC}\n\n  \n{SSH} me\n# another\n{OTHER_PUBLIC}".encode()
         found = parse_recipients_file(data, "file")
         assert [one.value for one in found] == [PUBLIC, SSH, OTHER_PUBLIC]
 
-    def test_that_names_nobody_is_refused(self) -> None:
+    def test_a_recipients_file_without_recipients_is_refused(self) -> None:
         for data in (b"", b"\n", b"# only a comment\n"):
             with pytest.raises(WrongKeyError, match="list names no recipient"):
                 parse_recipients_file(data, "list")
 
-    def test_that_is_wrong_somewhere_is_refused_with_the_line(self) -> None:
+    def test_an_invalid_recipients_file_is_refused_with_the_line(self) -> None:
         with pytest.raises(WrongKeyError, match=r"list, line 3: .*no recipient"):
             parse_recipients_file(f"{PUBLIC}\n\nnobody\n".encode(), "list")
         with pytest.raises(WrongKeyError, match="not text"):
             parse_recipients_file(b"\xff\xfe", "list")
 
 
-class TestList:
+class TestRecipientList:
     GPG = Recipient(RecipientKind.GPG, "A" * 40, OTHER_PUBLIC, b"exported\0key")
 
-    def test_comes_back_as_it_was(self) -> None:
+    def test_a_recipient_list_is_decoded_as_it_was_encoded(self) -> None:
         everybody = [RECIPIENT, Recipient(RecipientKind.SSH, SSH), self.GPG]
         assert decode_recipients(encode_recipients(everybody)) == everybody
         assert encode_recipients(everybody) == encode_recipients(list(everybody))
         assert self.GPG.public_key == OTHER_PUBLIC
 
-    def test_with_any_changed_bit_is_damaged(self) -> None:
+    def test_a_recipient_list_with_any_changed_bit_is_damaged(self) -> None:
         data = encode_recipients([RECIPIENT])
         for place in range(len(data)):
             changed = bytearray(data)
@@ -121,12 +121,12 @@ class TestList:
             b'[{"kind":"age","value":""}]',
         ],
     )
-    def test_of_a_hostile_storage_is_refused(self, body: bytes) -> None:
+    def test_a_recipient_list_that_breaks_the_format_is_refused(self, body: bytes) -> None:
         text = b"casfs recipients 1\n" + body
         with pytest.raises(IntegrityError, match="list of recipients is damaged"):
             decode_recipients(text + b"\nblake3 %s\n" % digest_of(text).hex().encode())
 
-    def test_is_replaced_in_the_storage(self, tmp_path: Path) -> None:
+    def test_a_recipient_list_is_replaced_in_the_storage(self, tmp_path: Path) -> None:
         (tmp_path / "tmp").mkdir()
         storage = LocalStorage(tmp_path, writer="test", sync=False)
         with pytest.raises(IntegrityError, match="missing"):
@@ -135,5 +135,5 @@ class TestList:
         write_recipients(storage, [OTHER])
         assert read_recipients(storage) == [OTHER]
 
-    def test_has_each_once(self) -> None:
+    def test_a_recipient_list_holds_each_recipient_once(self) -> None:
         assert merged([RECIPIENT], [OTHER, RECIPIENT, OTHER]) == [RECIPIENT, OTHER]

@@ -63,8 +63,8 @@ def stored(root: Path) -> set[Path]:
     }
 
 
-class TestFiles:
-    def test_come_back_as_they_were(self) -> None:
+class TestStateFile:
+    def test_the_trust_state_is_loaded_as_it_was_saved(self) -> None:
         assert load_state(CONFIG) is None
         save_state(STATE)
         assert load_state(CONFIG) == STATE
@@ -73,7 +73,9 @@ class TestFiles:
         assert loaded is not None and loaded.last_snapshot == "f" * 64
         assert loaded.own_domain() == DedupDomain(b"\xaa" * 32, b"\xdd" * 32)
 
-    def test_can_be_read_by_nobody_else_whatever_the_umask_is(self, state: Path) -> None:
+    def test_the_trust_state_is_readable_by_its_owner_only_whatever_the_umask(
+        self, state: Path
+    ) -> None:
         before = os.umask(0)
         try:
             save_state(STATE)
@@ -97,14 +99,14 @@ class TestFiles:
             msgspec.json.encode(msgspec.structs.replace(STATE, domain="x" * 64)),
         ],
     )
-    def test_that_are_damaged_are_not_trusted(self, state: Path, data: bytes) -> None:
+    def test_a_damaged_trust_state_is_refused(self, state: Path, data: bytes) -> None:
         save_state(STATE)
         (file,) = state.iterdir()
         file.write_bytes(data)
         with pytest.raises(TrustError, match="is damaged; restore it, or remove it"):
             load_state(CONFIG)
 
-    def test_leave_nothing_behind_where_they_cannot_be_written(
+    def test_a_failed_save_of_the_trust_state_leaves_the_old_one(
         self, state: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         save_state(STATE)
@@ -118,21 +120,21 @@ class TestFiles:
         assert len(list(state.iterdir())) == 1
         assert load_state(CONFIG) == STATE
 
-    def test_lie_in_the_home_where_nothing_else_is_said(
+    def test_the_trust_state_is_in_the_home_directory_by_default(
         self, own_home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("XDG_STATE_HOME")
         assert state_folder() == own_home / ".local" / "state" / "casfs"
 
 
-class TestPlace:
+class TestPin:
     ROOT = Path("/some/repository")
 
-    def test_that_was_never_seen_may_hold_anything(self) -> None:
+    def test_an_unknown_location_may_hold_any_repository(self) -> None:
         verify_pin(self.ROOT, CONFIG)
         verify_pin(self.ROOT, PLAIN)
 
-    def test_holds_what_it_held(self) -> None:
+    def test_a_pinned_repository_is_accepted_at_its_location(self) -> None:
         pin(self.ROOT, CONFIG)
         verify_pin(self.ROOT, CONFIG)
 
@@ -147,7 +149,7 @@ class TestPlace:
         ],
         ids=["unencrypted", "another", "another domain"],
     )
-    def test_that_holds_another_repository_is_not_written_to(
+    def test_another_repository_at_a_pinned_location_is_refused(
         self, config: RepositoryConfig
     ) -> None:
         pin(self.ROOT, CONFIG)
@@ -155,14 +157,14 @@ class TestPlace:
             verify_pin(self.ROOT, config)
         verify_pin(Path("/some/other"), config)
 
-    def test_may_have_a_name_that_is_no_text(self, tmp_path: Path) -> None:
+    def test_a_pinned_location_may_have_a_name_that_is_not_text(self, tmp_path: Path) -> None:
         root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n"))
         pin(root, CONFIG)
         verify_pin(root, CONFIG)
         with pytest.raises(TrustError):
             verify_pin(root, PLAIN)
 
-    def test_whose_file_is_damaged_is_not_trusted(self, state: Path) -> None:
+    def test_a_damaged_pin_is_refused(self, state: Path) -> None:
         pin(self.ROOT, CONFIG)
         (file,) = state.iterdir()
         for data in (b"", b"{}", b"\xff"):
@@ -171,8 +173,8 @@ class TestPlace:
                 verify_pin(self.ROOT, CONFIG)
 
 
-class TestWriter:
-    def test_whose_repository_was_replaced_stores_nothing_until_it_accepts_that(
+class TestTrustOfWriter:
+    def test_a_writer_stores_nothing_in_a_replaced_repository_until_the_user_accepts_it(
         self, keeper: EncryptedKeeper, tmp_path: Path, source: Path
     ) -> None:
         keeper.back_up(source)
@@ -187,7 +189,7 @@ class TestWriter:
         keeper.back_up(source)
         assert stored(keeper.root) > before
 
-    def test_follows_no_change_of_the_recipients_that_the_storage_made(
+    def test_a_writer_refuses_a_change_of_recipients_that_the_storage_made(
         self, keeper: EncryptedKeeper, source: Path
     ) -> None:
         keeper.back_up(source)
@@ -200,7 +202,7 @@ class TestWriter:
         assert trust_current_recipients(keeper.root, storage, keeper.config) == [RECIPIENT, OTHER]
         keeper.back_up(source)
 
-    def test_that_lost_its_state_begins_a_domain_and_says_so(
+    def test_a_writer_without_its_state_begins_a_domain_and_warns(
         self,
         keeper: EncryptedKeeper,
         source: Path,
@@ -218,7 +220,7 @@ class TestWriter:
             assert repository.is_from_trusted_writer(keeper.id_of(first))
             assert not repository.is_from_trusted_writer(keeper.id_of(second))
 
-    def test_that_lost_its_state_and_has_an_identity_goes_on_in_the_domain_of_the_repository(
+    def test_a_writer_without_its_state_but_with_an_identity_keeps_the_domain_of_the_repository(
         self, keeper: EncryptedKeeper, source: Path, state: Path
     ) -> None:
         keeper.back_up(source)
@@ -230,7 +232,7 @@ class TestWriter:
         assert before is not None and after is not None
         assert (after.domain, after.recipients) == (before.domain, before.recipients)
 
-    def test_warns_where_the_last_snapshot_that_it_published_is_gone(
+    def test_a_writer_warns_where_the_last_snapshot_it_published_is_missing(
         self, keeper: EncryptedKeeper, source: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         result = keeper.back_up(source)
@@ -243,7 +245,7 @@ class TestWriter:
         assert "is not there any more" in caplog.text
         assert "set back to an earlier state" in caplog.text
 
-    def test_does_not_warn_of_what_it_removed_itself(
+    def test_a_writer_does_not_warn_of_a_snapshot_it_removed_itself(
         self, keeper: EncryptedKeeper, source: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         result = keeper.back_up(source)
@@ -252,14 +254,16 @@ class TestWriter:
         keeper.back_up(source)
         assert "not there any more" not in caplog.text
 
-    def test_may_expect_just_these_recipients(self, keeper: EncryptedKeeper) -> None:
+    def test_a_writer_can_require_exact_recipients(self, keeper: EncryptedKeeper) -> None:
         storage = LocalStorage(keeper.root)
         require_recipients(storage, [RECIPIENT])
         for wrong in ([OTHER], [RECIPIENT, OTHER], []):
             with pytest.raises(TrustError, match="other recipients than the file names"):
                 require_recipients(storage, wrong)
 
-    def test_has_one_session_that_begins_with_what_is_stored(self, keeper: EncryptedKeeper) -> None:
+    def test_a_writer_begins_one_session_with_the_first_blob_it_stores(
+        self, keeper: EncryptedKeeper
+    ) -> None:
         config = keeper.config
         storage = LocalStorage(keeper.root, writer="test", sync=False)
         vault = KeyManager.for_writing(keeper.root, storage, config, Identities())

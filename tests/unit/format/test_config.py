@@ -44,7 +44,7 @@ def test_a_configuration_comes_back_as_it_was_written() -> None:
         assert decode_config(encode_config(config), "here") == config
 
 
-def test_the_file_is_text_that_says_its_format_first_and_its_digest_last() -> None:
+def test_the_configuration_file_is_text_with_its_format_first_and_its_digest_last() -> None:
     lines = encode_config(CONFIG).decode("ascii").splitlines(keepends=True)
     assert lines[0] == "casfs repository, format 1\n"
     assert lines[-1] == f"blake3 {digest_of(''.join(lines[:-1]).encode()).hex()}\n"
@@ -110,7 +110,7 @@ def test_a_file_that_was_cut_is_refused_at_any_place() -> None:
             decode_config(data[:end], "here")
 
 
-def test_what_follows_the_digest_is_refused() -> None:
+def test_bytes_after_the_digest_of_a_configuration_are_refused() -> None:
     with pytest.raises(IntegrityError):
         decode_config(encode_config(CONFIG) + b"\n", "here")
 
@@ -169,7 +169,7 @@ def test_fields_that_a_later_version_adds_are_left_alone() -> None:
         {"seed": 1 << 64},
     ],
 )
-def test_a_chunker_that_would_cut_what_nobody_can_read_is_refused(fields: dict[str, Any]) -> None:
+def test_a_chunker_that_would_cut_unreadable_chunks_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises((FormatError, IntegrityError)):
         decode_config(with_chunker(**fields), "here")
 

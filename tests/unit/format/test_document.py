@@ -63,8 +63,8 @@ def code_names(members: Iterable[Any]) -> dict[int, str]:
     return {int(member): member.name.lower().replace("_", " ") for member in members}
 
 
-class TestNumbers:
-    def test_of_packs(self) -> None:
+class TestDocumentedNumbers:
+    def test_the_document_has_the_numbers_of_packs(self) -> None:
         text = plain("Packs")
         assert f"**Header**, {pack.HEADER.size} bytes: magic `CASFSPAK`" in text
         assert pack.PACK_MAGIC == b"CASFSPAK"
@@ -75,7 +75,7 @@ class TestNumbers:
         assert f"magic `{pack.TRAILER_MAGIC.decode()}`" in text
         assert f"{writer.PACK_BYTES // MIB} MiB or {writer.PACK_BLOBS:,} blobs" in text
 
-    def test_of_records(self) -> None:
+    def test_the_document_has_the_numbers_of_records(self) -> None:
         by_offset = {int(row[0]): (int(row[1]), row[2]) for row in rows("Packs")}
         assert sorted(by_offset) == [0, 4, 5, 6, 8, 12]
         assert sum(size for size, _ in by_offset.values()) == pack.BLOB_HEADER.size
@@ -90,7 +90,7 @@ class TestNumbers:
         assert codecs == code_names(blob.Codec)
         assert f"at most {blob.MAX_PLAIN_BYTES // MIB} MiB" in by_offset[12][1]
 
-    def test_of_chunks(self) -> None:
+    def test_the_document_has_the_numbers_of_chunks(self) -> None:
         chunker = config.ChunkerConfig()
         text = plain("Chunks")
         assert f"minimum of {chunker.min_bytes // KIB} KiB" in text
@@ -98,7 +98,7 @@ class TestNumbers:
         assert f"{chunker.max_bytes // MIB} MiB maximum" in text
         assert f"normalization {chunker.normalization}" in text
 
-    def test_of_content_lists(self) -> None:
+    def test_the_document_has_the_numbers_of_content_lists(self) -> None:
         text = plain("Content lists")
         assert f"a list of {content.EXTENT.size}-byte records" in text
         assert f"At most {content.MAX_INLINE_RECORDS} records stand in the node" in text
@@ -107,7 +107,7 @@ class TestNumbers:
         assert content._PIECE_MASK == (1 << 10) - 1 and "ten zero bits" in text
         assert f"at most {tree.MAX_PIECE_LEVELS}." in text
 
-    def test_of_trees(self) -> None:
+    def test_the_document_has_the_numbers_of_trees(self) -> None:
         text = plain("Trees")
         least, most = treewriter.PIECE_MIN_ENTRIES, treewriter.PIECE_MAX_ENTRIES
         assert f"more than {least:,} is split" in text
@@ -116,12 +116,12 @@ class TestNumbers:
         assert treewriter._PIECE_MASK == (1 << 11) - 1 and "eleven zero bits" in text
         assert f"Names are 1 to {tree.MAX_NAME_BYTES} bytes" in text
 
-    def test_of_snapshots(self) -> None:
+    def test_the_document_has_the_numbers_of_snapshots(self) -> None:
         text = plain("Snapshots")
         assert f"A file of {snapshot.HEADER.size} bytes of header" in text
         assert f"magic `{snapshot.MAGIC.decode()}`, version = {snapshot.SNAPSHOT_VERSION}" in text
 
-    def test_of_bounds(self) -> None:
+    def test_the_document_has_the_bounds_of_the_code(self) -> None:
         text = plain("Hostile input")
         for bound in (
             f"{blob.MAX_PLAIN_BYTES // MIB} MiB a plaintext",
@@ -136,15 +136,15 @@ class TestNumbers:
         assert pack.MAX_STORED_BYTES == blob.MAX_PLAIN_BYTES + KIB
 
 
-class TestFields:
-    def test_of_the_configuration(self) -> None:
+class TestDocumentedFields:
+    def test_the_document_lists_the_fields_of_the_configuration(self) -> None:
         told = [row[0].strip("`") for row in rows("Configuration")]
         assert told == list(config.RepositoryConfig.__struct_fields__)
         (chunker,) = [row[1] for row in rows("Configuration") if row[0] == "`chunker`"]
         for name in config.ChunkerConfig.__struct_fields__:
             assert f"`{name}`" in chunker
 
-    def test_of_a_node_stand_in_their_order(self) -> None:
+    def test_the_document_lists_the_fields_of_a_node_in_their_order(self) -> None:
         told: list[str] = []
         for places, names, _ in rows("Trees"):
             told += [name.strip() for name in names.split(",")]
@@ -153,7 +153,7 @@ class TestFields:
         assert told == fields
         assert f"**Node**, an array of {len(fields)}:" in plain("Trees")
 
-    def test_of_a_node_have_the_values_that_the_code_knows(self) -> None:
+    def test_the_document_lists_the_values_of_node_fields(self) -> None:
         meaning = {row[1]: row[2] for row in rows("Trees")}
         assert {n: name.lower() for n, name in numbered(meaning["kind"]).items()} == code_names(
             tree.NodeType
@@ -163,14 +163,14 @@ class TestFields:
         assert reasons is not None
         assert numbered(reasons[1]) == code_names(tree.ChangeReason)
 
-    def test_of_what_few_nodes_have(self) -> None:
+    def test_the_document_lists_the_fields_of_node_extras(self) -> None:
         text = plain("Trees")
         assert f"`[{', '.join(tree.NodeExtra.__struct_fields__)}]`" in text
         assert f"`[{', '.join(tree.Capture.__struct_fields__)}]`" in text
         assert tree.TreeRef.__struct_fields__ == ("digest", "nodes", "total_bytes", "flagged")
         assert "`[digest, nodes, bytes, flagged]`" in text
 
-    def test_of_a_snapshot(self) -> None:
+    def test_the_document_lists_the_fields_of_a_snapshot(self) -> None:
         told = {name for row in rows("Snapshots") for name in re.findall(r"`(\w+)`", row[0])}
         assert told == set(snapshot.Snapshot.__struct_fields__)
         (stats,) = [row[1] for row in rows("Snapshots") if row[0] == "`stats`"]
@@ -178,7 +178,7 @@ class TestFields:
             words = "new blobs and bytes" if name.startswith("new_") else name.replace("_", " ")
             assert words in stats
 
-    def test_of_the_index(self) -> None:
+    def test_the_document_lists_the_tables_of_the_index(self) -> None:
         told = {row[0].strip("`"): row[2] for row in rows("Index")}
         assert list(told) == ["blobs", "packs", "meta"]
         assert told["blobs"].startswith(f"{tables.LOCATION.size} bytes")
@@ -186,8 +186,8 @@ class TestFields:
         assert told["meta"].count(",") == tables.COUNTERS.size // 8
 
 
-class TestLayout:
-    def test_is_that_of_a_new_repository(
+class TestDocumentedLayout:
+    def test_the_documented_layout_is_that_of_a_new_repository(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -208,7 +208,7 @@ class TestLayout:
         assert first in plain("Configuration")
         assert re.fullmatch("blake3 [0-9a-f]{64}", last)
 
-    def test_is_read_by_whoever_installs_the_package(self) -> None:
+    def test_the_format_document_is_part_of_the_installed_package(self) -> None:
         assert "*.md" in (PROJECT / "setup.cfg").read_text()
 
 
@@ -306,8 +306,8 @@ def test_a_reader_written_from_the_document_reads_the_frozen_repository(part: st
     assert seen == set(manifest)
 
 
-class TestEncryption:
-    def test_names_every_context_of_derivation(self) -> None:
+class TestDocumentedEncryption:
+    def test_the_document_names_every_context_of_key_derivation(self) -> None:
         text = plain("Encryption")
         prefix = "casfs 2026-11-23 "
         assert f"begin with `{prefix}`" in text
@@ -323,7 +323,7 @@ class TestEncryption:
             told = f"derive(`{short}`" in text
             assert told, context
 
-    def test_tells_sizes_codes_and_forms(self) -> None:
+    def test_the_document_has_the_sizes_codes_and_forms_of_encryption(self) -> None:
         text = plain("Encryption")
         assert f"kind {pack.ENCRYPTED_KIND}" in text and f"codec {blob.ENCRYPTED}" in text
         assert f"the length is {pack.SESSION_HEADER}" in plain("Packs")

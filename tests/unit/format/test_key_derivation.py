@@ -49,13 +49,13 @@ def test_every_pack_and_every_snapshot_has_a_key_of_its_own() -> None:
     assert SESSION.secret not in keys
 
 
-def test_what_a_domain_gives_is_different_for_each_use() -> None:
+def test_a_domain_derives_a_different_secret_for_each_use() -> None:
     seeds = DOMAIN.chunker_seed.to_bytes(8, "little") + DOMAIN.tree_seed.to_bytes(4, "little")
     found = [DOMAIN.secret, DOMAIN.digest_key, DOMAIN.memory_key, DOMAIN.id]
     assert len({one[:4] for one in [*found, seeds[:4], seeds[8:]]}) == 6
 
 
-def test_print_tells_no_secret() -> None:
+def test_printing_a_session_or_a_domain_shows_no_secret() -> None:
     for shown in (repr(SESSION), str(SESSION), repr(DOMAIN), f"{[SESSION, DOMAIN]}"):
         for secret in (SESSION.secret, DOMAIN.secret):
             assert secret.hex()[:12] not in shown
@@ -64,7 +64,7 @@ def test_print_tells_no_secret() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_blob_is_told_to_be_of_the_domain_that_keyed_its_digest(place: int) -> None:
+def test_a_blob_is_assigned_to_the_domain_that_keyed_its_digest(place: int) -> None:
     session = WriteSession(REPOSITORY, bytes(32), (DOMAIN, SECOND))
     plain = b"a blob that is moved"
     digest = keyed_digest(plain, session.domains[place].digest_key)

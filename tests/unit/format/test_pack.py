@@ -69,7 +69,7 @@ def test_a_longer_header_moves_no_offset_since_they_are_counted_from_the_end() -
     assert parse(longer) == [e._replace(offset=e.offset + 8) for e in entries]
 
 
-class TestHeader:
+class TestPackHeader:
     @pytest.mark.parametrize(
         ("data", "reason"),
         [
@@ -80,13 +80,13 @@ class TestHeader:
             (HEADER.pack(b"CASFSPAK", 1, 15, 0), "length"),
         ],
     )
-    def test_that_is_not_one_is_refused(self, data: bytes, reason: str) -> None:
+    def test_an_invalid_pack_header_is_refused(self, data: bytes, reason: str) -> None:
         with pytest.raises(PackError, match=reason) as caught:
             parse_header(PACK, data)
         assert caught.value.pack == PACK
 
 
-class TestTrailer:
+class TestPackTrailer:
     LENGTH = 1000
     COUNT = 3
     SIZE = 3 * ENTRY.size
@@ -103,31 +103,31 @@ class TestTrailer:
             ((0, 0, 0, bytes(32), b"CASFSEND"), "does not fit"),
         ],
     )
-    def test_that_contradicts_itself_or_the_length_is_refused(
+    def test_a_pack_trailer_that_contradicts_itself_or_the_length_is_refused(
         self, fields: tuple[int, int, int, bytes, bytes], reason: str
     ) -> None:
         with pytest.raises(PackError, match=reason):
             parse_trailer(PACK, TRAILER.pack(*fields[:4], 0, fields[4]), self.LENGTH)
 
-    def test_with_more_blobs_than_a_pack_may_have_is_refused_whatever_the_length(self) -> None:
+    def test_a_pack_trailer_with_too_many_blobs_is_refused_whatever_the_length(self) -> None:
         count = MAX_PACK_BLOBS + 1
         size = count * ENTRY.size
         data = TRAILER.pack(16, size, count, bytes(32), 0, b"CASFSEND")
         with pytest.raises(PackError, match="impossible directory"):
             parse_trailer(PACK, data, 16 + size + TRAILER.size)
 
-    def test_that_is_cut_short_is_refused(self) -> None:
+    def test_a_pack_trailer_that_is_cut_short_is_refused(self) -> None:
         with pytest.raises(PackError, match="shorter"):
             parse_trailer(PACK, bytes(TRAILER.size - 1), 1000)
 
 
-class TestDirectory:
-    def test_with_another_digest_is_refused(self) -> None:
+class TestPackDirectory:
+    def test_a_pack_directory_with_another_digest_is_refused(self) -> None:
         directory = ENTRY.pack(bytes(32), 5, 5, 1, 0, 0)
         with pytest.raises(PackError, match="digest"):
             parse_directory(PACK, directory, Digest(bytes(32)), 100)
 
-    def test_whose_payloads_would_begin_before_the_pack_is_refused(self) -> None:
+    def test_a_pack_directory_whose_payloads_begin_before_the_pack_is_refused(self) -> None:
         directory = ENTRY.pack(bytes(32), 500, 500, 1, 0, 0)
         with pytest.raises(PackError, match="does not fit"):
             parse_directory(PACK, directory, digest_of(directory), 300)
@@ -135,14 +135,16 @@ class TestDirectory:
     @pytest.mark.parametrize(
         ("stored", "plain"), [(MAX_STORED_BYTES + 1, 1), (1, MAX_PLAIN_BYTES + 1)]
     )
-    def test_with_a_blob_beyond_the_bounds_is_refused(self, stored: int, plain: int) -> None:
+    def test_a_pack_directory_with_a_blob_beyond_the_bounds_is_refused(
+        self, stored: int, plain: int
+    ) -> None:
         directory = ENTRY.pack(bytes(32), stored, plain, 1, 0, 0)
         with pytest.raises(PackError, match="impossible blob size"):
             parse_directory(PACK, directory, digest_of(directory), 1 << 30)
 
 
 class TestRecordHeader:
-    def test_comes_back_as_it_was_made(self) -> None:
+    def test_a_record_header_is_parsed_as_it_was_encoded(self) -> None:
         data = encode_record_header(BlobKind.TREE, Codec.ZSTD, 7, 9)
         assert parse_record_header(b"xx" + data, 2) == (BlobKind.TREE, Codec.ZSTD, 7, 9)
 
@@ -159,19 +161,19 @@ class TestRecordHeader:
             BLOB_HEADER.pack(RECORD_MAGIC, 1, 0, 0, 5, MAX_PLAIN_BYTES + 1),
         ],
     )
-    def test_that_is_none_is_told_from_one(self, data: bytes) -> None:
+    def test_data_that_is_no_record_header_is_not_parsed_as_one(self, data: bytes) -> None:
         assert parse_record_header(data) is None
 
 
-class TestScan:
+class TestRecordScan:
     """The walk record by record, which needs no directory."""
 
-    def test_finds_every_blob_of_a_sound_pack_and_nothing_else(self) -> None:
+    def test_a_record_scan_finds_exactly_the_blobs_of_an_intact_pack(self) -> None:
         data, entries = make_pack(PLAINS)
         assert found(data) == PLAINS
         assert [at for at, *_ in scan_records(data, HEADER.size)] == [e.offset for e in entries]
 
-    def test_goes_on_behind_a_damaged_record_header(self) -> None:
+    def test_a_record_scan_continues_after_a_damaged_record_header(self) -> None:
         data, entries = make_pack(PLAINS)
         for number, entry in enumerate(entries):
             for byte in range(BLOB_HEADER.size):
@@ -180,24 +182,24 @@ class TestScan:
                 rest = PLAINS[:number] + PLAINS[number + 1 :]
                 assert [plain for plain in found(bytes(broken)) if plain in rest] == rest
 
-    def test_of_a_pack_that_was_cut_finds_all_that_is_whole(self) -> None:
+    def test_a_record_scan_of_a_cut_pack_finds_every_whole_blob(self) -> None:
         data, entries = make_pack(PLAINS)
         for end in range(HEADER.size, len(data), 97):
             whole = [p for p, e in zip(PLAINS, entries, strict=True) if e.offset + len(p) <= end]
             assert found(data[:end])[: len(whole)] == whole
 
-    def test_does_not_look_into_a_sound_record_that_holds_a_pack_itself(self) -> None:
+    def test_a_record_scan_does_not_look_into_a_record_that_holds_a_pack(self) -> None:
         inner, _ = make_pack([b"inner one", b"inner two"])
         outer, _ = make_pack([b"before", inner, b"behind"])
         assert found(outer) == [b"before", inner, b"behind"]
 
-    def test_of_hostile_data_full_of_magics_ends(self) -> None:
+    def test_a_record_scan_of_data_full_of_magics_ends(self) -> None:
         data = encode_header() + RECORD_MAGIC * 5000
         assert found(data) == []
         overlapping = encode_record_header(1, 0, 64, 64) * 2000
         assert len(found(encode_header() + overlapping)) < 2000
 
-    def test_skips_the_directory_and_whatever_stands_behind_it(self) -> None:
+    def test_a_record_scan_skips_the_directory_and_everything_after_it(self) -> None:
         head = encode_header()
         name = BLOB_HEADER.pack(RECORD_MAGIC, 1, 0, 0, 4, 4) + bytes(16)
         entry = PackEntry(Digest(name), 16, 4, 4, 1, 0)
@@ -208,7 +210,7 @@ class TestScan:
         assert all(digest_of(payload) != name for payload in payloads)
 
 
-def test_the_structs_have_the_sizes_that_the_format_tells() -> None:
+def test_the_structs_have_the_sizes_of_the_format() -> None:
     assert (HEADER.size, BLOB_HEADER.size, ENTRY.size, TRAILER.size) == (16, 16, 44, 64)
     assert DIRECTORY_KIND not in set(BlobKind)
     directory = encode_end([PackEntry(Digest(b"\xaa" * 32), 32, 5, 6, 2, 1)], 37)

@@ -88,7 +88,7 @@ def test_any_changed_byte_is_noticed(codec: BlobCodec) -> None:
         decode_snapshot(snapshot_id, data + b"\0", codec)
 
 
-class TestHostileFiles:
+class TestHostileSnapshotFile:
     """Files whose digest fits their name, but that no casfs has written."""
 
     PLAIN = msgspec.msgpack.encode(SMALL)
@@ -111,11 +111,15 @@ class TestHostileFiles:
             (made(b"\x80", 1), "parse"),
         ],
     )
-    def test_are_refused(self, codec: BlobCodec, data: bytes, reason: str) -> None:
+    def test_a_snapshot_file_that_breaks_the_format_is_refused(
+        self, codec: BlobCodec, data: bytes, reason: str
+    ) -> None:
         with pytest.raises(TreeError, match=reason):
             read(data, codec)
 
-    def test_that_would_expand_beyond_what_they_tell_are_refused(self, codec: BlobCodec) -> None:
+    def test_a_snapshot_file_that_expands_beyond_its_declared_size_is_refused(
+        self, codec: BlobCodec
+    ) -> None:
         bomb = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 20))
         with pytest.raises(TreeError, match="another size"):
             read(made(bomb, 1000, codec=1), codec)
@@ -137,7 +141,7 @@ class TestHostileFiles:
             {"stats": []},
         ],
     )
-    def test_with_impossible_fields_are_refused(
+    def test_a_snapshot_file_with_impossible_fields_is_refused(
         self, codec: BlobCodec, fields: dict[str, Any]
     ) -> None:
         known = {name: getattr(FULL, name) for name in FULL.__struct_fields__}
@@ -145,27 +149,27 @@ class TestHostileFiles:
         with pytest.raises(TreeError):
             read(made(plain, len(plain)), codec)
 
-    def test_with_text_that_is_not_unicode_are_refused(self, codec: BlobCodec) -> None:
+    def test_a_snapshot_file_with_invalid_unicode_is_refused(self, codec: BlobCodec) -> None:
         plain = msgspec.msgpack.encode(FULL).replace("häst".encode(), b"h\xff\xffst")
         with pytest.raises(TreeError, match="parse"):
             read(made(plain, len(plain)), codec)
 
 
-class TestCompatibility:
-    def test_fields_that_a_later_version_adds_are_left_alone(self, codec: BlobCodec) -> None:
+class TestSnapshotCompatibility:
+    def test_a_snapshot_with_fields_of_a_later_version_is_read(self, codec: BlobCodec) -> None:
         known = {name: getattr(FULL, name) for name in FULL.__struct_fields__}
         stats = msgspec.to_builtins(FULL.stats) | {"later": 1}
         plain = msgspec.msgpack.encode(known | {"later": ["x"], "stats": stats})
         assert read(made(plain, len(plain)), codec) == FULL
 
-    def test_fields_that_are_missing_have_their_defaults(self, codec: BlobCodec) -> None:
+    def test_a_snapshot_with_missing_fields_has_their_defaults(self, codec: BlobCodec) -> None:
         known = {"root": ROOT, "time_ns": 0, "host": "h", "user": "u", "paths": []}
         plain = msgspec.msgpack.encode(known)
         assert read(made(plain, len(plain)), codec) == SMALL
 
 
-class TestWhatNobodyCouldRead:
-    def test_with_too_many_paths_is_not_published(self, codec: BlobCodec) -> None:
+class TestUnreadableSnapshot:
+    def test_a_snapshot_with_too_many_paths_is_not_published(self, codec: BlobCodec) -> None:
         paths = tuple(b"/a/rather/long/path/%09d" % n + b"x" * 200 for n in range(80_000))
         with pytest.raises(UsageError, match="name fewer paths"):
             encode_snapshot(msgspec.structs.replace(SMALL, paths=paths), codec)
@@ -179,12 +183,12 @@ class TestWhatNobodyCouldRead:
         with pytest.raises(UsageError, match="not UTF-8"):
             require_encodable(msgspec.structs.replace(SMALL, host="h\udcff"), 0)
 
-    def test_with_text_that_is_not_unicode_is_not_published(self, codec: BlobCodec) -> None:
+    def test_a_snapshot_with_invalid_unicode_is_not_published(self, codec: BlobCodec) -> None:
         for fields in ({"host": "h\udcff"}, {"tags": ("\udcff",)}, {"user": "\udcff"}):
             with pytest.raises(UsageError, match="not UTF-8"):
                 encode_snapshot(msgspec.structs.replace(SMALL, **fields), codec)
 
-    def test_as_large_as_allowed_is_read_again(self, codec: BlobCodec) -> None:
+    def test_a_snapshot_of_the_greatest_size_is_published_and_read(self, codec: BlobCodec) -> None:
         paths = tuple(b"/a/rather/long/path/%09d" % n + b"x" * 200 for n in range(60_000))
         big = msgspec.structs.replace(SMALL, paths=paths)
         snapshot_id, data = encode_snapshot(big, codec)
@@ -192,20 +196,20 @@ class TestWhatNobodyCouldRead:
         assert decode_snapshot(snapshot_id, data, codec) == big
 
 
-class TestEncrypted:
+class TestEncryptedSnapshot:
     """A snapshot of an encrypted repository: what it tells to anybody, and what opens it."""
 
     @pytest.fixture
     def made(self, codec: BlobCodec) -> tuple[SnapshotId, bytes]:
         return encode_snapshot(FULL, codec, SESSION)
 
-    def test_comes_back_with_its_session(
+    def test_an_encrypted_snapshot_is_decoded_with_its_session(
         self, codec: BlobCodec, made: tuple[SnapshotId, bytes]
     ) -> None:
         assert decode_snapshot(*made, codec, OneSession()) == FULL
         assert bytes(made[0]) == digest_of(made[1])
 
-    def test_tells_without_a_key_its_time_and_sizes_and_nothing_else(
+    def test_an_encrypted_snapshot_shows_only_its_time_and_sizes_without_a_key(
         self, made: tuple[SnapshotId, bytes]
     ) -> None:
         envelope = read_envelope(*made)
@@ -215,13 +219,13 @@ class TestEncrypted:
         for secret in ("häst".encode(), b"/home/a", b"daily", b"wheel", b"casfs 1", b"\x07" * 32):
             assert secret not in made[1]
 
-    def test_of_an_unencrypted_one_there_is_no_envelope(self, codec: BlobCodec) -> None:
+    def test_an_unencrypted_snapshot_has_no_envelope(self, codec: BlobCodec) -> None:
         assert read_envelope(*encode_snapshot(FULL, codec)) is None
 
-    def test_has_other_bytes_every_time(self, codec: BlobCodec) -> None:
+    def test_an_encrypted_snapshot_has_other_bytes_every_time(self, codec: BlobCodec) -> None:
         assert len({encode_snapshot(FULL, codec, SESSION)[0] for _ in range(3)}) == 3
 
-    def test_with_any_changed_byte_does_not_open_though_it_was_named_anew(
+    def test_an_encrypted_snapshot_with_any_changed_byte_does_not_open_under_its_new_id(
         self, codec: BlobCodec, made: tuple[SnapshotId, bytes]
     ) -> None:
         data = made[1]
@@ -231,7 +235,7 @@ class TestEncrypted:
             with pytest.raises(TreeError, match="snapshot "):
                 decode_snapshot(new_id, changed, codec, AnySession())
 
-    def test_that_was_cut_and_named_anew_does_not_open(
+    def test_an_encrypted_snapshot_that_is_cut_does_not_open_under_its_new_id(
         self, codec: BlobCodec, made: tuple[SnapshotId, bytes]
     ) -> None:
         for size in (0, 15, 16, 50, 103, 104, 119, 120, len(made[1]) - 1):
@@ -239,7 +243,7 @@ class TestEncrypted:
             with pytest.raises(TreeError):
                 decode_snapshot(SnapshotId(digest_of(data)), data, codec, AnySession())
 
-    def test_is_not_taken_for_one_of_an_unencrypted_repository_nor_the_other_way_round(
+    def test_an_encrypted_snapshot_and_an_unencrypted_repository_exclude_each_other(
         self, codec: BlobCodec, made: tuple[SnapshotId, bytes]
     ) -> None:
         with pytest.raises(TreeError, match="is encrypted, unlike its repository"):

@@ -60,26 +60,26 @@ def leaf(*nodes: Node) -> bytes:
     return encode_piece(Leaf(list(nodes)))
 
 
-class TestEncoding:
-    def test_of_every_kind_of_entry_comes_back(self) -> None:
+class TestTreeEncoding:
+    def test_a_leaf_with_every_kind_of_entry_is_decoded_as_it_was_encoded(self) -> None:
         nodes = sorted(EVERY_KIND, key=lambda node: node.name)
         piece = decode_piece(leaf(*nodes))
         assert isinstance(piece, Leaf)
         assert piece.nodes == nodes
 
-    def test_of_a_branch_comes_back(self) -> None:
+    def test_a_branch_is_decoded_as_it_was_encoded(self) -> None:
         branch = Branch([PieceRef(b"a", REF), PieceRef(b"b\xff", replace(REF, nodes=0, flagged=0))])
         assert decode_piece(encode_piece(branch)) == branch
 
-    def test_of_an_empty_directory_is_an_empty_leaf(self) -> None:
+    def test_an_empty_directory_is_an_empty_leaf(self) -> None:
         assert decode_piece(leaf()) == Leaf([])
 
     @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 300, 65_535, 65_536])
-    def test_of_a_leaf_in_parts_gives_the_same_bytes(self, count: int) -> None:
+    def test_a_leaf_encoded_in_parts_has_the_same_bytes(self, count: int) -> None:
         nodes = [file(b"%06d" % number) for number in range(count)]
         assert encode_leaf(list(map(encode_node, nodes))) == leaf(*nodes)
 
-    def test_is_arrays_in_the_order_that_the_format_tells(self) -> None:
+    def test_an_encoded_node_is_arrays_in_the_order_of_the_format(self) -> None:
         capture = Capture(ChangeReason.REWRITTEN, 3, b"\x0b" * 32)
         extra = NodeExtra(((b"user.x", b"v"),), 4, 5, capture)
         node = Node(
@@ -118,15 +118,15 @@ class TestEncoding:
         ]
 
 
-class TestCompatibility:
-    def test_fields_that_are_missing_at_the_end_have_their_defaults(self) -> None:
+class TestTreeCompatibility:
+    def test_a_node_with_missing_fields_at_the_end_has_their_defaults(self) -> None:
         piece = decode_piece(as_builtins([[b"f", 1, 0o644, 0, 0, 1, 2, 3, 1]]))
         assert isinstance(piece, Leaf)
         assert piece.nodes == [Node(b"f", 1, 0o644, 0, 0, 1, 2, 3, 1)]
         assert piece.nodes[0].captured is None
         assert piece.nodes[0].state == CaptureState.STABLE
 
-    def test_fields_that_a_later_version_adds_are_left_alone(self) -> None:
+    def test_a_node_with_fields_of_a_later_version_is_read(self) -> None:
         whole = [b"f", 1, 0o644, 0, 0, 1, 2, 3, 1, 0, 0, False, b"", 0, None, None]
         extra = [[], 0, 0, [1, 2, None, "later"], "later"]
         piece = decode_piece(as_builtins([[*whole, extra, "later", 7]]))
@@ -135,41 +135,41 @@ class TestCompatibility:
         branch = msgspec.msgpack.encode([1, [[b"a", [b"\x07" * 32, 5, 100, 1, "later"], 9]]])
         assert decode_piece(branch) == Branch([PieceRef(b"a", REF)])
 
-    def test_a_piece_of_an_unknown_form_is_refused(self) -> None:
+    def test_a_tree_piece_of_an_unknown_form_is_refused(self) -> None:
         with pytest.raises(TreeError):
             decode_piece(msgspec.msgpack.encode([2, []]))
 
 
-class TestHostileNames:
+class TestHostileName:
     @pytest.mark.parametrize(
         "name",
         [b"", b".", b"..", b"a/b", b"/", b"a\0b", b"\0", b"n" * 256, b"../../etc/passwd"],
     )
-    def test_are_refused_wherever_they_stand(self, name: bytes) -> None:
+    def test_a_hostile_name_is_refused_wherever_it_is_in_a_leaf(self, name: bytes) -> None:
         for others in ([], [file(b"\x01")], [file(b"\x01"), file(b"zzz")]):
             nodes = sorted([*others, file(name)], key=lambda node: node.name)
             with pytest.raises(TreeError):
                 decode_piece(leaf(*nodes))
 
     @pytest.mark.parametrize("name", [b"...", b".a", b"..a", b"\\", b"n" * 255, b" ", b"\xff"])
-    def test_are_told_from_names_that_are_only_odd(self, name: bytes) -> None:
+    def test_an_unusual_but_valid_name_is_accepted(self, name: bytes) -> None:
         assert decode_piece(leaf(file(name))) == Leaf([file(name)])
 
-    def test_in_wrong_order_are_refused(self) -> None:
+    def test_names_in_wrong_order_are_refused(self) -> None:
         with pytest.raises(TreeError, match="not sorted"):
             decode_piece(leaf(file(b"b"), file(b"a")))
 
-    def test_that_stand_twice_are_refused(self) -> None:
+    def test_a_duplicate_name_is_refused(self) -> None:
         with pytest.raises(TreeError, match="stands twice"):
             decode_piece(leaf(file(b"a"), entry(b"a", NodeType.SYMLINK, content=b"/etc")))
 
-    def test_of_pieces_are_sorted_and_unique_too(self) -> None:
+    def test_names_of_pieces_must_be_sorted_and_unique(self) -> None:
         for names in ([b"b", b"a"], [b"a", b"a"]):
             with pytest.raises(TreeError, match="not sorted"):
                 decode_piece(encode_piece(Branch([PieceRef(name, REF) for name in names])))
 
 
-class TestHostileFields:
+class TestHostileNode:
     @pytest.mark.parametrize(
         "node",
         [
@@ -213,14 +213,14 @@ class TestHostileFields:
             ),
         ],
     )
-    def test_are_refused(self, node: Node) -> None:
+    def test_a_node_with_impossible_fields_is_refused(self, node: Node) -> None:
         with pytest.raises(TreeError, match="'f' of a tree breaks the format's rules"):
             decode_piece(leaf(node))
         with pytest.raises(TreeError):
             check_node(node)
 
     @pytest.mark.parametrize("kind", [-1, 0, 8, 255, 1 << 40])
-    def test_of_a_kind_that_is_not_known_are_refused(self, kind: int) -> None:
+    def test_a_node_of_an_unknown_kind_is_refused(self, kind: int) -> None:
         with pytest.raises(TreeError):
             decode_piece(as_builtins([[b"f", kind, 0o644, 0, 0, 1, 2, 3, 1]]))
 
@@ -237,7 +237,7 @@ class TestHostileFields:
             replace(REF, flagged=6),
         ],
     )
-    def test_of_a_tree_reference_are_refused(self, ref: TreeRef) -> None:
+    def test_a_node_with_an_impossible_tree_reference_is_refused(self, ref: TreeRef) -> None:
         with pytest.raises(TreeError):
             decode_piece(leaf(entry(b"d", NodeType.DIRECTORY, tree=ref)))
         with pytest.raises(TreeError):
@@ -248,7 +248,7 @@ class TestHostileFields:
             decode_piece(encode_piece(Branch([])))
 
 
-class TestHostileBytes:
+class TestHostileTreeBytes:
     @pytest.mark.parametrize(
         "data",
         [
@@ -267,13 +267,13 @@ class TestHostileBytes:
             msgspec.msgpack.encode([0, [[b"f", 1.5, 0, 0, 0, 0, 0, 0, 1]]]),
         ],
     )
-    def test_that_do_not_parse_are_refused(self, data: bytes) -> None:
+    def test_tree_bytes_that_do_not_parse_are_refused(self, data: bytes) -> None:
         with pytest.raises(TreeError):
             decode_piece(data)
 
 
-class TestSummary:
-    def test_counts_what_is_below_and_only_files_have_bytes(self) -> None:
+class TestSubtreeSummary:
+    def test_a_subtree_summary_counts_every_entry_and_the_bytes_of_files_only(self) -> None:
         nodes = [
             file(b"a", b"12345"),
             entry(b"b", NodeType.SYMLINK, content=b"target", size=6),
@@ -287,24 +287,24 @@ class TestSummary:
 
 
 class TestCapturedDigest:
-    def test_is_that_of_all_the_files_bytes(self) -> None:
+    def test_the_captured_digest_covers_all_bytes_of_the_file(self) -> None:
         whole = Digest(b"\x0c" * 32)
         assert captured_digest(file(b"f", b"one chunk")) == digest_of(b"one chunk")
         assert captured_digest(file(b"f")) == EMPTY_DIGEST
         assert captured_digest(file(b"f", b"many", captured=whole)) == whole
 
-    def test_is_none_for_what_is_no_file(self) -> None:
+    def test_the_captured_digest_of_an_entry_that_is_no_file_is_none(self) -> None:
         assert captured_digest(entry(b"d", NodeType.DIRECTORY, tree=REF)) is None
         assert captured_digest(entry(b"l", NodeType.SYMLINK, content=b"x" * 40)) is None
 
 
-class TestHardLinks:
-    def test_are_known_by_device_and_inode(self) -> None:
+class TestHardLinkKey:
+    def test_a_hard_link_key_is_the_device_and_the_inode(self) -> None:
         node = file(b"f", nlink=2, inode=9, extra=NodeExtra(device=3))
         assert hard_link_key(node) == (3, 9)
         assert hard_link_key(replace(node, kind=NodeType.FIFO)) == (3, 9)
 
-    def test_are_no_business_of_single_names_and_directories(self) -> None:
+    def test_a_single_name_or_a_directory_has_no_hard_link_key(self) -> None:
         extra = NodeExtra(device=3)
         assert hard_link_key(file(b"f", inode=9, extra=extra)) is None
         assert hard_link_key(file(b"f", inode=9, nlink=2)) is None

@@ -74,45 +74,47 @@ def _lose_free_pages(path: Path) -> None:
     file.write_bytes(data)
 
 
-def test_what_was_sealed_is_sound(path: Path) -> None:
+def test_an_index_with_a_matching_fingerprint_is_intact(path: Path) -> None:
     assert fingerprint.is_intact(path, in_use=False)
     assert fingerprint.is_intact(path, in_use=True)
 
 
-def test_there_is_nothing_unsound_about_no_index(tmp_path: Path) -> None:
+def test_a_missing_index_is_intact(tmp_path: Path) -> None:
     assert fingerprint.is_intact(tmp_path, in_use=False)
 
 
 @pytest.mark.parametrize("keep_time", [True, False])
 @pytest.mark.parametrize("change", ["cut", "emptied", "junk", "zeros"])
-def test_damage_is_found_whatever_the_time_of_the_file_tells(
+def test_damage_of_the_index_is_found_whatever_the_time_of_its_file(
     path: Path, change: str, keep_time: bool
 ) -> None:
     _change(path, change, keep_time)
     assert not fingerprint.is_intact(path, in_use=False)
 
 
-def test_a_flipped_bit_that_moved_no_time_is_found(path: Path) -> None:
+def test_a_flipped_bit_that_left_the_time_unchanged_is_found(path: Path) -> None:
     _change(path, "flip", keep_time=True)
     assert not fingerprint.is_intact(path, in_use=False)
     assert not fingerprint.is_intact(path, in_use=True)
 
 
 @pytest.mark.parametrize("told", [b"", b"casfs index seal 1: x y z", b"\xff" * 5000])
-def test_an_index_without_a_readable_seal_is_read_and_sealed(path: Path, told: bytes) -> None:
+def test_an_index_without_a_readable_fingerprint_is_probed_and_gets_one(
+    path: Path, told: bytes
+) -> None:
     (path / fingerprint.FINGERPRINT_FILE).write_bytes(told)
     assert fingerprint.is_intact(path, in_use=False)
     assert (path / fingerprint.FINGERPRINT_FILE).read_bytes().startswith(b"casfs index seal 1: ")
 
 
-def test_what_a_killed_writer_left_is_sound(path: Path) -> None:
+def test_an_index_that_a_killed_writer_left_is_intact(path: Path) -> None:
     index = Index(path)
     index.mark_complete(b"s" * 32, 1)
     index.close()
     assert fingerprint.is_intact(path, in_use=False)
 
 
-def test_what_a_living_writer_has_changed_is_left_to_it(path: Path) -> None:
+def test_an_index_that_a_living_writer_is_changing_is_checked_by_length_only(path: Path) -> None:
     (path / fingerprint.FINGERPRINT_FILE).write_text("casfs index seal 1: 4096 17 -\n")
     assert fingerprint.is_intact(path, in_use=True)
     os.truncate(path / "data.mdb", 100)
@@ -167,7 +169,7 @@ def _repair(keeper: Keeper) -> int:
 
 
 @pytest.mark.parametrize("is_read", [True, False], ids=["read", "not-read"])
-def test_repair_index_mends_an_index_that_cannot_be_changed(
+def test_repair_index_repairs_an_index_that_cannot_be_changed(
     tmp_path: Path, is_read: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper = _grown(tmp_path)
@@ -180,7 +182,7 @@ def test_repair_index_mends_an_index_that_cannot_be_changed(
     keeper.publish({b"f": b"another"})
 
 
-def test_after_a_verb_that_could_not_change_the_index_it_is_built_anew(
+def test_an_index_is_rebuilt_after_a_command_that_could_not_change_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper = _grown(tmp_path)
@@ -194,7 +196,7 @@ def test_after_a_verb_that_could_not_change_the_index_it_is_built_anew(
         assert len(list(repository.snapshots())) == 6
 
 
-def test_one_that_cannot_even_be_brought_up_to_date_is_built_anew_at_once(
+def test_an_index_that_cannot_be_brought_up_to_date_is_rebuilt_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper = _grown(tmp_path)
@@ -204,7 +206,7 @@ def test_one_that_cannot_even_be_brought_up_to_date_is_built_anew_at_once(
     keeper.publish({b"f": b"another"})
 
 
-def test_another_repositorys_index_does_no_harm(tmp_path: Path) -> None:
+def test_an_index_of_another_repository_does_no_harm(tmp_path: Path) -> None:
     keeper, other = Keeper(tmp_path / "a"), Keeper(tmp_path / "b")
     keeper.publish({b"f": b"1"})
     other.publish({b"g": b"2"})

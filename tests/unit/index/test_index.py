@@ -45,8 +45,8 @@ def located(index: Index, number: int) -> Location:
     return found
 
 
-class TestBlobs:
-    def test_are_found_where_their_pack_has_them(self, index: Index) -> None:
+class TestIndexedBlobs:
+    def test_the_index_finds_blobs_where_their_pack_has_them(self, index: Index) -> None:
         index.add_packs([pack(0, 1, 2), pack(1, 3)])
         place = located(index, 2)
         assert (place.offset, place.stored_bytes, place.plain_bytes) == (48, 12, 20)
@@ -56,7 +56,7 @@ class TestBlobs:
         assert index.lookup(blob(4)) is None
         assert index.blob_count() == 3
 
-    def test_keep_the_place_that_they_had_first(self, index: Index) -> None:
+    def test_a_blob_in_a_second_pack_keeps_its_first_location(self, index: Index) -> None:
         index.add_packs([pack(0, 1)])
         before = located(index, 1)
         index.add_packs([pack(1, 2, 1)])
@@ -64,7 +64,7 @@ class TestBlobs:
         assert index.blob_count() == 2
         assert [record.blobs for record in index.packs()] == [1, 2]
 
-    def test_are_known_in_the_order_they_are_asked_for(
+    def test_the_index_answers_which_blobs_are_stored_in_the_order_of_the_digests(
         self, index: Index, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         index.add_packs([pack(0, *range(0, 50, 2))])
@@ -73,11 +73,11 @@ class TestBlobs:
             assert index.are_stored(map(blob, range(50))) == [n % 2 == 0 for n in range(50)]
         assert index.are_stored([]) == []
 
-    def test_that_are_asked_for_may_come_out_of_the_index_itself(self, index: Index) -> None:
+    def test_the_index_accepts_digests_that_it_lists_itself(self, index: Index) -> None:
         index.add_packs([pack(0, *range(100))])
         assert all(index.are_stored(digest for digest, _ in index.blobs(batch=7)))
 
-    def test_are_listed_by_digest_in_batches_of_any_size(self, index: Index) -> None:
+    def test_the_index_lists_blobs_by_digest_in_batches_of_any_size(self, index: Index) -> None:
         index.add_packs([pack(0, *range(100))])
         expected = sorted(map(blob, range(100)))
         for batch in (1, 33, 50, 100, 1000):
@@ -85,14 +85,14 @@ class TestBlobs:
             assert [digest for digest, _ in listed] == expected
             assert all(index.lookup(digest) == place for digest, place in listed)
 
-    def test_have_ordinals_without_gaps(self, index: Index) -> None:
+    def test_blob_ordinals_have_no_gaps(self, index: Index) -> None:
         index.add_packs([pack(0, 1, 2, 3)])
         index.add_packs([pack(1, 3, 4), pack(2, 1, 5)])
         assert sorted(place.ordinal for _, place in index.blobs()) == list(range(5))
 
 
-class TestPacks:
-    def test_are_listed_as_they_were_added(self, index: Index) -> None:
+class TestIndexedPacks:
+    def test_the_index_lists_packs_as_they_were_added(self, index: Index) -> None:
         index.add_packs([pack(5, 1), pack(3, 2)])
         index.add_packs([pack(4)])
         assert [(r.ordinal, r.pack, r.pack_bytes, r.blobs) for r in index.packs()] == [
@@ -101,31 +101,31 @@ class TestPacks:
             (2, pack(4)[0], 1004, 0),
         ]
 
-    def test_that_are_known_are_left_alone(self, index: Index) -> None:
+    def test_adding_a_known_pack_changes_nothing(self, index: Index) -> None:
         index.add_packs([pack(0, 1)])
         before = index.packs(), list(index.blobs())
         index.add_packs([pack(0, 1, 2)])
         assert (index.packs(), list(index.blobs())) == before
 
-    def test_remember_when_they_were_verified(self, index: Index) -> None:
+    def test_the_index_records_when_a_pack_was_verified(self, index: Index) -> None:
         index.add_packs([pack(0, 1), pack(1, 2)])
         index.mark_verified([1, 99], 1_700_000_000)
         assert [record.verified_s for record in index.packs()] == [0, 1_700_000_000]
         assert [record.pack_bytes for record in index.packs()] == [1000, 1001]
 
-    def test_that_nobody_knows_are_an_error(self, index: Index) -> None:
+    def test_an_unknown_pack_ordinal_is_an_error(self, index: Index) -> None:
         with pytest.raises(IndexUnusableError, match="pack 7"):
             index.pack_id(7)
 
 
-class TestRebuilding:
-    def test_replaces_everything(self, index: Index) -> None:
+class TestIndexRebuild:
+    def test_a_rebuild_replaces_all_entries(self, index: Index) -> None:
         index.add_packs([pack(0, 1, 2)])
         index.rebuild(lambda: [pack(1, 2, 3)])
         assert index.are_stored(map(blob, (1, 2, 3))) == [False, True, True]
         assert [record.pack for record in index.packs()] == [pack(1)[0]]
 
-    def test_gives_no_ordinal_a_second_meaning(self, index: Index) -> None:
+    def test_a_rebuild_gives_no_ordinal_a_second_meaning(self, index: Index) -> None:
         index.add_packs([pack(0, 1, 2)])
         old_packs = {record.ordinal for record in index.packs()}
         old_blobs = {place.ordinal for _, place in index.blobs()}
@@ -136,7 +136,7 @@ class TestRebuilding:
         ordinals = [place.ordinal for _, place in index.blobs()]
         assert len(set(ordinals)) == 4
 
-    def test_that_fails_changes_nothing(self, index: Index) -> None:
+    def test_a_failed_rebuild_changes_nothing(self, index: Index) -> None:
         index.add_packs([pack(0, 1)])
         before = index.packs(), list(index.blobs()), index.loss_epoch()
 
@@ -148,7 +148,7 @@ class TestRebuilding:
             index.rebuild(fail)
         assert (index.packs(), list(index.blobs()), index.loss_epoch()) == before
 
-    def test_is_what_makes_an_index_current(self, tmp_path: Path) -> None:
+    def test_a_rebuild_makes_a_new_index_current(self, tmp_path: Path) -> None:
         new = Index(tmp_path / "index")
         assert not new.is_current()
         new.rebuild(tuple)
@@ -159,8 +159,8 @@ class TestRebuilding:
         again.close()
 
 
-class TestCompleteness:
-    def test_holds_until_something_is_lost(self, index: Index) -> None:
+class TestIndexCompleteness:
+    def test_a_snapshot_stays_complete_until_something_is_lost(self, index: Index) -> None:
         assert not index.is_complete(b"snapshot")
         index.mark_complete(b"snapshot", index.loss_epoch())
         assert index.is_complete(b"snapshot")
@@ -169,7 +169,7 @@ class TestCompleteness:
         index.rebuild(tuple)
         assert not index.is_complete(b"snapshot")
 
-    def test_is_not_claimed_for_a_loss_that_came_between(self, index: Index) -> None:
+    def test_a_snapshot_is_not_marked_complete_after_a_loss_in_between(self, index: Index) -> None:
         losses = index.loss_epoch()
         index.rebuild(tuple)
         assert index.loss_epoch() == losses + 1
@@ -177,13 +177,15 @@ class TestCompleteness:
         assert not index.is_complete(b"snapshot")
 
 
-class TestOpening:
-    def test_for_reading_needs_an_index(self, tmp_path: Path) -> None:
+class TestIndexOpening:
+    def test_opening_for_reading_needs_an_index(self, tmp_path: Path) -> None:
         with pytest.raises(IndexUnusableError, match="does not exist"):
             Index(tmp_path / "index", readonly=True)
         assert not (tmp_path / "index").exists()
 
-    def test_for_reading_refuses_one_that_was_never_begun(self, tmp_path: Path) -> None:
+    def test_opening_for_reading_refuses_an_index_that_was_never_initialized(
+        self, tmp_path: Path
+    ) -> None:
         import lmdb
 
         lmdb.open(str(tmp_path / "index"), max_dbs=1).close()
@@ -191,19 +193,19 @@ class TestOpening:
             Index(tmp_path / "index", readonly=True)
 
     @pytest.mark.parametrize("readonly", [False, True])
-    def test_refuses_what_is_no_index(self, tmp_path: Path, readonly: bool) -> None:
+    def test_opening_refuses_a_file_that_is_no_index(self, tmp_path: Path, readonly: bool) -> None:
         folder = tmp_path / "index"
         folder.mkdir()
         (folder / "data.mdb").write_bytes(b"nothing that LMDB would know" * 1000)
         with pytest.raises(IndexUnusableError, match="repair index"):
             Index(folder, readonly)
 
-    def test_refuses_a_place_that_is_no_folder(self, tmp_path: Path) -> None:
+    def test_opening_refuses_a_path_that_is_no_folder(self, tmp_path: Path) -> None:
         (tmp_path / "index").write_bytes(b"")
         with pytest.raises(IndexUnusableError):
             Index(tmp_path / "index")
 
-    def test_again_after_closing_finds_everything(self, tmp_path: Path) -> None:
+    def test_reopening_an_index_finds_everything(self, tmp_path: Path) -> None:
         first = Index(tmp_path / "index")
         first.rebuild(lambda: [pack(0, 1, 2)])
         first.close()
@@ -212,7 +214,7 @@ class TestOpening:
             assert second.are_stored(map(blob, (1, 2, 3))) == [True, True, False]
             second.close()
 
-    def test_where_the_address_space_is_short_begins_with_a_small_map(
+    def test_opening_with_little_address_space_begins_with_a_small_map(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(lmdb_env, "_MAP_BYTES", 1 << 62)
@@ -246,7 +248,7 @@ class TestLargePacks:
         finally:
             index.close()
 
-    def test_are_whole_after_as_many_commits_as_they_need(self, tmp_path: Path) -> None:
+    def test_a_large_pack_is_whole_after_as_many_commits_as_it_needs(self, tmp_path: Path) -> None:
         steps: list[str] = []
         index = Index(tmp_path / "index", on_step=steps.append)
         index.rebuild(tuple)
@@ -258,7 +260,7 @@ class TestLargePacks:
         index.close()
 
     @pytest.mark.parametrize("commits", range(14))
-    def test_that_were_added_in_part_are_completed_and_keep_what_they_had(
+    def test_a_partly_added_pack_is_completed_and_keeps_its_locations(
         self, tmp_path: Path, commits: int
     ) -> None:
         added = pack(3, *range(100))
@@ -277,9 +279,7 @@ class TestLargePacks:
             assert [record.blobs for record in index.packs()] == [100]
         index.close()
 
-    def test_are_not_gone_on_with_where_the_index_was_built_anew_meanwhile(
-        self, tmp_path: Path
-    ) -> None:
+    def test_a_partly_added_pack_is_not_continued_in_a_rebuilt_index(self, tmp_path: Path) -> None:
         added, other = pack(0, *range(100)), pack(1, 200)
         rebuilt = False
 
@@ -301,7 +301,7 @@ class TestLargePacks:
         )
         opened.close()
 
-    def test_that_are_removed_are_not_partial_any_more(self, tmp_path: Path) -> None:
+    def test_a_removed_pack_is_no_longer_partial(self, tmp_path: Path) -> None:
         added = pack(3, *range(100))
         self.stopped_after(tmp_path / "index", 4, added)
         index = Index(tmp_path / "index")
@@ -331,7 +331,7 @@ print("done", flush=True)
 """
 
 
-class TestFullMap:
+class TestIndexMapGrowth:
     """The map grows when it is full, for everybody who has the index open."""
 
     @pytest.fixture
@@ -342,7 +342,7 @@ class TestFullMap:
         yield opened
         opened.close()
 
-    def test_grows_for_as_many_packs_as_come(
+    def test_the_map_grows_for_as_many_packs_as_come(
         self, small: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         with caplog.at_level(logging.INFO):
@@ -354,13 +354,13 @@ class TestFullMap:
         assert "grows" in caplog.text
         assert (tmp_path / "index/data.mdb").stat().st_size > SMALL_MAP
 
-    def test_grows_in_the_middle_of_a_rebuild(self, small: Index) -> None:
+    def test_the_map_grows_in_the_middle_of_a_rebuild(self, small: Index) -> None:
         packs = [pack(number, *range(number * 200, number * 200 + 200)) for number in range(20)]
         small.rebuild(lambda: iter(packs))
         assert small.blob_count() == 4000
         assert [record.pack for record in small.packs()] == [found[0] for found in packs]
 
-    def test_grows_while_other_threads_read(self, small: Index) -> None:
+    def test_the_map_grows_while_other_threads_read(self, small: Index) -> None:
         small.add_packs([pack(0, *range(100))])
         stop = threading.Event()
         wrong: list[object] = []
@@ -385,7 +385,9 @@ class TestFullMap:
         assert wrong == []
         assert small.blob_count() == 4000
 
-    def test_that_another_process_made_grow_is_followed(self, small: Index, tmp_path: Path) -> None:
+    def test_a_map_that_another_process_grew_is_followed(
+        self, small: Index, tmp_path: Path
+    ) -> None:
         small.add_packs([pack(0, *range(100))])
         with child(WRITER, tmp_path / "index", SMALL_MAP, 1, 39) as process:
             assert hear(process) == "open"

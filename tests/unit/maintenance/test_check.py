@@ -75,8 +75,8 @@ def pack_with(keeper: Keeper, data: bytes) -> Path:
     return path
 
 
-class TestSoundRepositories:
-    def test_are_counted(self, keeper: Keeper) -> None:
+class TestIntactRepository:
+    def test_check_counts_what_an_intact_repository_holds(self, keeper: Keeper) -> None:
         store(keeper, CHUNKS)
         keeper.publish({b"a": of_chunks(*CHUNKS[:2]), b"d": {b"f": b"1"}, b"l": flagged(file(b""))})
         keeper.publish({b"b": of_chunks(*CHUNKS), b"d": {b"f": b"1"}})
@@ -92,12 +92,12 @@ class TestSoundRepositories:
         assert whole.read_bytes == sum(path.stat().st_size for path in pack_paths(keeper.root))
         assert whole.blobs_read == 4 + 3 + 1
 
-    def test_that_are_empty_are_sound_too(self, keeper: Keeper) -> None:
+    def test_check_finds_no_damage_in_an_empty_repository(self, keeper: Keeper) -> None:
         assert check(keeper, read_data=True) == CheckResult()
         keeper.publish({})
         assert check(keeper, read_data=True).damage == []
 
-    def test_hold_holes_and_all_kinds_of_entries(self, keeper: Keeper) -> None:
+    def test_check_accepts_holes_and_all_kinds_of_entries(self, keeper: Keeper) -> None:
         store(keeper, CHUNKS[:1])
         records = EXTENT.pack(1 << 40, HOLE) + EXTENT.pack(3000, digest_of(CHUNKS[0]))
         whole = b"\x01" * 32
@@ -106,8 +106,8 @@ class TestSoundRepositories:
         assert check(keeper, read_data=True).damage == []
 
 
-class TestDamagedBlobs:
-    def test_are_found_by_reading_and_named_with_their_pack(self, keeper: Keeper) -> None:
+class TestDamagedBlob:
+    def test_check_finds_a_damaged_blob_by_reading_and_names_its_pack(self, keeper: Keeper) -> None:
         store(keeper, CHUNKS)
         keeper.publish({b"f": b"1"})
         keeper.damage(digest_of(CHUNKS[2]))
@@ -120,7 +120,9 @@ class TestDamagedBlobs:
         (whole,) = damage(keeper, "pack", read_data=True)
         assert whole.pack == blob.pack
 
-    def test_name_every_file_and_range_in_every_snapshot(self, keeper: Keeper) -> None:
+    def test_check_names_every_file_and_range_of_a_damaged_blob_in_every_snapshot(
+        self, keeper: Keeper
+    ) -> None:
         store(keeper, CHUNKS)
         bad, sound = of_chunks(*CHUNKS), of_chunks(*CHUNKS[:2])
         ids = {
@@ -139,7 +141,7 @@ class TestDamagedBlobs:
         assert all(file.blob == digest_of(CHUNKS[2]) for file in found)
         assert "6000-9000 of 12000" in found[0].message
 
-    def test_that_are_trees_name_the_directory_and_cost_no_other(self, keeper: Keeper) -> None:
+    def test_a_damaged_tree_names_its_directory_and_affects_no_other(self, keeper: Keeper) -> None:
         plan: Plan = {b"a": {b"b": {b"f": b""}}, b"z": {b"f": of_chunks(CHUNKS[0])}}
         _, snapshot = keeper.publish(plan)
         with keeper.reading() as repository:
@@ -154,14 +156,16 @@ class TestDamagedBlobs:
         # A tree is read even without reading data, and a blob of it is verified wherever it is.
         assert [tree.path for tree in damage(keeper, "tree")] == [b"a/b"]
 
-    def test_that_are_missing_are_found_without_reading(self, keeper: Keeper) -> None:
+    def test_check_finds_a_missing_blob_without_reading(self, keeper: Keeper) -> None:
         store(keeper, CHUNKS[:1])
         snapshot_id, _ = keeper.publish({b"f": of_chunks(*CHUNKS[:3])})
         (lost,) = damage(keeper, "file")
         assert (lost.snapshot, lost.path) == (snapshot_id, b"f")
         assert lost.ranges == ((3000, 6000), (6000, 9000))
 
-    def test_cost_no_file_where_the_index_names_another_copy(self, keeper: Keeper) -> None:
+    def test_a_damaged_blob_affects_no_file_where_the_index_names_another_copy(
+        self, keeper: Keeper
+    ) -> None:
         store(keeper, CHUNKS)
         second = add_pack(keeper.root, make_pack(reversed(CHUNKS))[0])
         keeper.publish({b"f": of_chunks(*CHUNKS)})
@@ -172,7 +176,7 @@ class TestDamagedBlobs:
         assert {d.pack for d in found} == {second}
 
     @pytest.mark.parametrize("window", [64, 1000, 1 << 23])
-    def test_are_found_wherever_the_pack_is_read_in_windows(
+    def test_check_finds_a_damaged_blob_wherever_its_pack_is_read_in_windows(
         self, keeper: Keeper, window: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(scrub_module, "_WINDOW_BYTES", window)
@@ -186,7 +190,7 @@ class TestDamagedBlobs:
         assert check(keeper, read_data=True).damage == []
 
     @pytest.mark.parametrize("place", [9, 12, 16 + 6, -20, -70])
-    def test_a_flip_outside_of_all_blobs_is_found_by_the_packs_name(
+    def test_check_finds_a_flipped_bit_outside_all_blobs_by_the_name_of_the_pack(
         self, keeper: Keeper, place: int
     ) -> None:
         store(keeper, CHUNKS)
@@ -198,8 +202,8 @@ class TestDamagedBlobs:
         assert {d.pack.hex() for d in found if d.pack is not None} == {path.name}
 
 
-class TestLostPacks:
-    def test_name_every_file_without_reading_data(self, keeper: Keeper) -> None:
+class TestDamagedPack:
+    def test_a_lost_pack_names_every_file_without_reading_data(self, keeper: Keeper) -> None:
         store(keeper, CHUNKS[:2])
         store(keeper, CHUNKS[2:])
         keeper.publish({b"both": of_chunks(*CHUNKS), b"sound": of_chunks(*CHUNKS[2:])})
@@ -211,7 +215,7 @@ class TestLostPacks:
         (lost,) = damage(keeper, "file")
         assert (lost.path, lost.ranges) == (b"both", ((0, 3000), (3000, 6000)))
 
-    def test_that_were_cut_name_what_lay_behind_the_cut(self, keeper: Keeper) -> None:
+    def test_a_cut_pack_names_the_ranges_behind_the_cut(self, keeper: Keeper) -> None:
         store(keeper, CHUNKS)
         keeper.publish({b"f": of_chunks(*CHUNKS)})
         path = pack_with(keeper, CHUNKS[0])
@@ -220,19 +224,19 @@ class TestLostPacks:
         assert lost.ranges == ((6000, 9000), (9000, 12000))
         assert any("were stored" in pack.message for pack in damage(keeper, "pack"))
 
-    def test_with_trees_in_them_name_the_directories(self, keeper: Keeper) -> None:
+    def test_a_lost_pack_with_trees_names_the_directories(self, keeper: Keeper) -> None:
         snapshot_id, _ = keeper.publish({b"d": {}})
         pack_paths(keeper.root)[0].unlink()
         (tree,) = damage(keeper, "tree")
         assert (tree.snapshot, tree.path) == (snapshot_id, b"")
 
-    def test_whose_directory_is_damaged_cost_no_file(self, keeper: Keeper) -> None:
+    def test_a_pack_with_a_damaged_directory_affects_no_file(self, keeper: Keeper) -> None:
         store(keeper, CHUNKS)
         keeper.publish({b"f": of_chunks(*CHUNKS)})
         flip(pack_with(keeper, CHUNKS[0]), -1)
         assert {found.what for found in check(keeper, read_data=True).damage} == {"pack"}
 
-    def test_that_are_none_at_all_are_named(self, keeper: Keeper) -> None:
+    def test_a_file_that_is_no_pack_is_named(self, keeper: Keeper) -> None:
         keeper.publish({b"f": b"1"})
         pack = add_pack(keeper.root, noise("junk", 500))
         assert {found.pack for found in check(keeper).damage} == {pack}
@@ -255,7 +259,7 @@ class TestWrongIndex:
     @pytest.mark.parametrize(
         "fields", [{"offset": 999}, {"stored_bytes": 999}, {"plain_bytes": 999}]
     )
-    def test_that_names_another_place_is_found(
+    def test_check_finds_an_index_entry_with_a_wrong_location(
         self, keeper: Keeper, fields: dict[str, int]
     ) -> None:
         def change(entries: list[PackEntry]) -> list[PackEntry]:
@@ -265,24 +269,26 @@ class TestWrongIndex:
         assert [d.blob for d in found] == [digest_of(CHUNKS[0])]
         assert "its location of the blob differs" in found[0].message
 
-    def test_that_does_not_know_a_blob_is_found(self, keeper: Keeper) -> None:
+    def test_check_finds_a_needed_blob_that_the_index_does_not_have(self, keeper: Keeper) -> None:
         found = self.rebuilt(keeper, lambda entries: entries[1:])
         # Nothing is lost: who reads the file looks into the packs themselves.
         assert [(d.what, d.blob) for d in found] == [("index", digest_of(CHUNKS[0]))]
 
-    def test_that_does_not_know_a_blob_that_nobody_needs_is_none(self, keeper: Keeper) -> None:
+    def test_check_ignores_an_unneeded_blob_that_the_index_does_not_have(
+        self, keeper: Keeper
+    ) -> None:
         """That is left where two backups have stored a blob, and one of the packs was removed since."""
         assert self.rebuilt(keeper, lambda entries: entries[1:], needed=CHUNKS[1:]) == []
 
-    def test_that_knows_what_no_pack_holds_is_found(self, keeper: Keeper) -> None:
+    def test_check_finds_an_index_entry_that_no_pack_holds(self, keeper: Keeper) -> None:
         phantom = PackEntry(digest_of(b"phantom"), 500, 5, 5, 1, 0)
         (found,) = self.rebuilt(keeper, lambda entries: [*entries, phantom])
         assert found.what == "index"
         assert "no pack holds" in found.message
 
 
-class TestDamagedSnapshots:
-    def test_are_named_and_the_others_checked(self, keeper: Keeper) -> None:
+class TestDamagedSnapshot:
+    def test_check_names_a_damaged_snapshot_and_checks_the_others(self, keeper: Keeper) -> None:
         first, _ = keeper.publish({b"f": b"1"}, time_ns=1)
         keeper.publish({b"g": of_chunks(CHUNKS[0])}, time_ns=2)
         flip(keeper.root / "snapshots" / first.hex(), -1)
@@ -291,7 +297,7 @@ class TestDamagedSnapshots:
         assert [d.snapshot for d in found if d.what == "snapshot"] == [first]
 
 
-class TestLies:
+class TestContradictions:
     """Data that verify, but contradict each other: no casfs has written them."""
 
     def lying(self, keeper: Keeper, node: Node) -> Finding:
@@ -302,22 +308,20 @@ class TestLies:
         return found
 
     @pytest.mark.parametrize("size", [0, 11_999, 12_001])
-    def test_about_the_size_of_a_file_are_found(self, keeper: Keeper, size: int) -> None:
+    def test_check_finds_a_wrong_file_size(self, keeper: Keeper, size: int) -> None:
         found = self.lying(keeper, of_chunks(*CHUNKS, size=size))
         assert f"12000 bytes, captured were {size}" in found.message
 
-    def test_about_the_length_of_a_chunk_are_found(self, keeper: Keeper) -> None:
+    def test_check_finds_a_wrong_chunk_length(self, keeper: Keeper) -> None:
         records = EXTENT.pack(2999, digest_of(CHUNKS[0]))
         found = self.lying(keeper, entry(b"", size=2999, content=records))
         assert "chunk length mismatch" in found.message
 
-    def test_about_a_flag_without_evidence_are_found(self, keeper: Keeper) -> None:
+    def test_check_finds_a_flagged_file_without_evidence(self, keeper: Keeper) -> None:
         found = self.lying(keeper, replace(file(b"", CHUNKS[0]), state=CaptureState.CHANGED))
         assert "capture record is missing" in found.message
 
-    def test_about_a_stable_file_that_two_reads_saw_differently_are_found(
-        self, keeper: Keeper
-    ) -> None:
+    def test_check_finds_a_stable_file_that_two_reads_saw_differently(self, keeper: Keeper) -> None:
         extra = NodeExtra(capture=Capture(ChangeReason.NONE, 2, digest_of(b"something else")))
         found = self.lying(keeper, replace(file(b"", CHUNKS[0]), extra=extra))
         assert "two reads saw different data" in found.message
@@ -325,7 +329,7 @@ class TestLies:
     @pytest.mark.parametrize(
         "change", [{"nodes": 9}, {"total_bytes": 5}, {"flagged": 1}, {"nodes": 0, "flagged": 0}]
     )
-    def test_about_the_sums_of_a_directory_are_found(
+    def test_check_finds_a_wrong_summary_of_a_directory(
         self, keeper: Keeper, change: dict[str, int]
     ) -> None:
         with keeper.writing() as repository:
@@ -339,14 +343,14 @@ class TestLies:
         assert (found.what, found.path) == ("tree", b"lie")
         assert "summary" in found.message
 
-    def test_about_the_kind_of_a_blob_are_found(self, keeper: Keeper) -> None:
+    def test_check_finds_a_blob_of_another_kind(self, keeper: Keeper) -> None:
         store(keeper, CHUNKS)
         ref = TreeRef(digest_of(CHUNKS[0]), 1, 0, 0)
         keeper.publish({b"lie": entry(b"", NodeType.DIRECTORY, tree=ref)})
         (found,) = check(keeper).damage
         assert (found.what, found.path) == ("tree", b"lie")
 
-    def test_about_depth_end_at_the_bound(
+    def test_check_stops_at_the_depth_bound(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(check_module, "MAX_DEPTH", 10)
@@ -366,7 +370,7 @@ def _encoded(node: Node) -> bytes:
     return encode_node(node)
 
 
-class TestLongLists:
+class TestLongContentList:
     def publish_long(self, keeper: Keeper) -> tuple[SnapshotId, Node]:
         """Publish a file of 1,000 chunks in lists of about 300."""
         with keeper.writing() as repository:
@@ -385,11 +389,11 @@ class TestLongLists:
         )
         return keeper.publish({b"long": node})[0], node
 
-    def test_are_followed(self, keeper: Keeper) -> None:
+    def test_check_reads_long_content_lists(self, keeper: Keeper) -> None:
         self.publish_long(keeper)
         assert check(keeper, read_data=True).damage == []
 
-    def test_that_lost_a_piece_name_its_range(self, keeper: Keeper) -> None:
+    def test_a_content_list_that_lost_a_piece_names_its_range(self, keeper: Keeper) -> None:
         snapshot_id, node = self.publish_long(keeper)
         length, digest = EXTENT.unpack_from(node.content)
         keeper.damage(Digest(digest))
@@ -398,8 +402,8 @@ class TestLongLists:
         assert lost.ranges == ((0, length),)
 
 
-class TestShares:
-    def test_are_the_same_packs_every_time_and_grow_to_all(self, keeper: Keeper) -> None:
+class TestReadShare:
+    def test_a_share_reads_the_same_packs_every_time_and_grows_to_all(self, keeper: Keeper) -> None:
         for number in range(12):
             store(keeper, [noise(f"pack {number}", 200)])
         read = [check(keeper, True, share).packs_read for share in (0.0, 0.3, 0.6, 1.0)]
@@ -408,14 +412,14 @@ class TestShares:
         assert 0 < read[1] < 12
         assert check(keeper, True, 0.3).packs_read == read[1]
 
-    def test_of_a_damaged_pack_find_it_once_it_is_among_them(self, keeper: Keeper) -> None:
+    def test_a_share_finds_damage_once_it_includes_the_damaged_pack(self, keeper: Keeper) -> None:
         store(keeper, CHUNKS)
         keeper.damage(digest_of(CHUNKS[0]))
         assert check(keeper, True, 0.0).damage == []
         assert check(keeper, True, 1.0).damage != []
 
 
-class TestBesideABackup:
+class TestConcurrentBackup:
     """What is stored while a check runs is no damage."""
 
     def meanwhile(self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch, indexed: bool) -> None:
@@ -437,7 +441,7 @@ class TestBesideABackup:
         return Checker(repository, RecordingMonitor()).check(PackSelection())
 
     @pytest.mark.parametrize("indexed", [True, False])
-    def test_a_new_pack_is_read_and_nothing_is_wrong_with_it(
+    def test_check_finds_no_damage_in_a_pack_that_a_backup_adds_meanwhile(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch, indexed: bool
     ) -> None:
         keeper.publish({b"f": b"1"})

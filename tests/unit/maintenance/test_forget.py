@@ -62,7 +62,7 @@ def test_grouping_can_be_by_anything_or_nothing(keeper: Keeper) -> None:
     assert planned(keeper, grouping=Grouping(False, False, True)).kept() == 2
 
 
-def test_what_is_not_chosen_is_not_touched(keeper: Keeper) -> None:
+def test_forget_touches_only_the_chosen_snapshots(keeper: Keeper) -> None:
     old = made(keeper, 1, tags=("a", "b"))
     made(keeper, 2)
     made(keeper, 3, tags=("a", "b"))
@@ -95,7 +95,7 @@ def test_snapshots_are_named_by_prefix_and_once(keeper: Keeper) -> None:
         assert len(select_by_name(repository, [first.hex(), second.hex()], True)) == 2
 
 
-def test_forgotten_ones_are_gone_and_no_pack_is(keeper: Keeper) -> None:
+def test_forget_removes_snapshots_and_no_pack(keeper: Keeper) -> None:
     made(keeper, 1)
     kept = made(keeper, 2)
     packs = sorted(keeper.root.glob("packs/*/*"))
@@ -107,7 +107,7 @@ def test_forgotten_ones_are_gone_and_no_pack_is(keeper: Keeper) -> None:
     assert sorted(keeper.root.glob("packs/*/*")) == packs
 
 
-def test_a_damaged_one_can_be_named(keeper: Keeper) -> None:
+def test_a_damaged_snapshot_can_be_forgotten_by_name(keeper: Keeper) -> None:
     damaged = made(keeper, 1)
     made(keeper, 2)
     (keeper.root / "snapshots" / damaged.hex()).write_bytes(b"junk")
@@ -118,7 +118,7 @@ def test_a_damaged_one_can_be_named(keeper: Keeper) -> None:
         assert damaged not in repository.snapshot_ids()
 
 
-def test_forgetting_what_replaced_another_brings_that_one_not_back(
+def test_forgetting_a_replacement_does_not_bring_back_the_replaced_snapshot(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a crash leaves it between the two steps of a change of tags."""

@@ -80,8 +80,8 @@ def publish(keeper: Keeper, time_ns: int, *names: str, size: int = 50 * KIB) -> 
     return keeper.publish(plan, time_ns=time_ns)[0]
 
 
-class TestUnneeded:
-    def test_packs_go_and_what_is_left_is_sound(self, keeper: Keeper) -> None:
+class TestPruneUnneeded:
+    def test_prune_removes_unneeded_packs_and_keeps_the_rest_intact(self, keeper: Keeper) -> None:
         first = publish(keeper, 1, "a")
         publish(keeper, 2, "b")
         forget(keeper, first)
@@ -98,7 +98,7 @@ class TestUnneeded:
             assert len(repository.store.index.packs()) == 1
             assert repository.store.index.blob_count() == 2
 
-    def test_nothing_goes_where_everything_is_needed(self, keeper: Keeper) -> None:
+    def test_prune_removes_nothing_where_everything_is_needed(self, keeper: Keeper) -> None:
         publish(keeper, 1, "a")
         packs = pack_paths(keeper.root)
         result = prune(keeper)
@@ -106,16 +106,16 @@ class TestUnneeded:
         assert pack_paths(keeper.root) == packs
         assert not list((keeper.root / "condemned").iterdir())
 
-    def test_of_an_empty_repository_is_nothing(self, keeper: Keeper) -> None:
+    def test_prune_of_an_empty_repository_does_nothing(self, keeper: Keeper) -> None:
         assert prune(keeper) == PruneResult()
 
-    def test_what_an_interrupted_backup_left_goes(self, keeper: Keeper) -> None:
+    def test_prune_removes_what_an_interrupted_backup_left(self, keeper: Keeper) -> None:
         publish(keeper, 1, "a")
         keeper.store(noise("nobody's", 50 * KIB))
         assert prune(keeper).removed_packs == 1
         assert_sound(keeper)
 
-    def test_a_dry_run_tells_and_changes_nothing(self, keeper: Keeper) -> None:
+    def test_prune_dry_run_reports_the_same_and_changes_nothing(self, keeper: Keeper) -> None:
         first = publish(keeper, 1, "a")
         publish(keeper, 2, "b")
         forget(keeper, first)
@@ -127,8 +127,8 @@ class TestUnneeded:
         assert told.freed_bytes == prune(keeper).freed_bytes
 
 
-class TestPartlyNeeded:
-    def test_packs_are_packed_anew(self, keeper: Keeper) -> None:
+class TestRepack:
+    def test_prune_repacks_partly_needed_packs(self, keeper: Keeper) -> None:
         keeper.store(*(noise(name, 50 * KIB) for name in "abcd"))
         publish(keeper, 1, "a")
         before = contents(keeper)
@@ -141,14 +141,14 @@ class TestPartlyNeeded:
         with keeper.reading() as repository:
             assert repository.store.index.lookup(digest_of(noise("b", 50 * KIB))) is None
 
-    def test_packs_stay_where_little_would_be_won(self, keeper: Keeper) -> None:
+    def test_prune_keeps_packs_where_little_would_be_freed(self, keeper: Keeper) -> None:
         keeper.store(*(noise(name, 50 * KIB) for name in "abcd"))
         publish(keeper, 1, "a", "b", "c")
         assert prune(keeper, unused_share=0.3).repacked_packs == 0
         assert prune(keeper, unused_share=0.2).repacked_packs == 1
         assert_sound(keeper)
 
-    def test_many_small_packs_become_few(
+    def test_prune_joins_many_small_packs(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(prune_module, "_MANY_SMALL_PACKS", 6)
@@ -160,7 +160,7 @@ class TestPartlyNeeded:
         assert len(pack_paths(keeper.root)) == 1
         assert prune(keeper).repacked_packs == 0
 
-    def test_packs_that_are_full_of_tiny_blobs_are_not_packed_again_and_again(
+    def test_prune_does_not_repack_packs_full_of_tiny_blobs_repeatedly(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(prune_module, "_MANY_SMALL_PACKS", 6)
@@ -173,7 +173,7 @@ class TestPartlyNeeded:
         monkeypatch.setattr(prune_module, "PACK_BLOBS", 1000)
         assert prune(keeper).repacked_packs == 6
 
-    def test_a_damaged_blob_keeps_its_pack(self, keeper: Keeper) -> None:
+    def test_prune_keeps_the_pack_of_a_damaged_blob(self, keeper: Keeper) -> None:
         keeper.store(*(noise(name, 50 * KIB) for name in "abcd"))
         publish(keeper, 1, "a", "b")
         keeper.damage(digest_of(noise("a", 50 * KIB)))
@@ -187,7 +187,7 @@ class TestPartlyNeeded:
         # What was found is known, and the pack is not touched again.
         assert prune(keeper, unused_share=0.0).repacked_packs == 0
 
-    def test_a_full_disk_keeps_everything_and_condemns_nothing(
+    def test_prune_on_a_full_disk_keeps_everything_and_marks_nothing_for_removal(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = publish(keeper, 1, "gone")
@@ -225,9 +225,9 @@ def _only_small(spool: object, refuse: object) -> object:
     return choose
 
 
-class TestRefusal:
+class TestPruneRefusal:
     @pytest.mark.parametrize("what", ["snapshot", "tree", "missing chunk"])
-    def test_nothing_is_removed_where_it_is_not_known_what_is_needed(
+    def test_prune_removes_nothing_where_it_does_not_know_what_is_needed(
         self, keeper: Keeper, what: str
     ) -> None:
         first = publish(keeper, 1, "a")
@@ -276,7 +276,7 @@ with repository:
 """
 
 
-class TestBesideOthers:
+class TestConcurrentPrune:
     @contextmanager
     def held(self, keeper: Keeper, mode: str) -> Iterator[object]:
         with child(HOLDER, keeper.root, mode) as process:
@@ -284,7 +284,9 @@ class TestBesideOthers:
             yield process
 
     @pytest.mark.parametrize("mode", ["shared", "reader"])
-    def test_what_others_may_rely_on_waits_for_them(self, keeper: Keeper, mode: str) -> None:
+    def test_prune_keeps_what_running_processes_may_rely_on_until_they_end(
+        self, keeper: Keeper, mode: str
+    ) -> None:
         first = publish(keeper, 1, "a")
         publish(keeper, 2, "b")
         with self.held(keeper, mode) as process:
@@ -300,7 +302,7 @@ class TestBesideOthers:
         assert condemned(keeper) == 0
         assert_sound(keeper)
 
-    def test_readers_are_waited_for_no_longer_than_the_margin(self, keeper: Keeper) -> None:
+    def test_prune_waits_for_readers_no_longer_than_the_margin(self, keeper: Keeper) -> None:
         first = publish(keeper, 1, "a")
         publish(keeper, 2, "b")
         with self.held(keeper, "reader"):
@@ -308,7 +310,7 @@ class TestBesideOthers:
             assert prune(keeper, margin_s=3600).waiting_packs == 1
             assert prune(keeper, margin_s=0).removed_packs == 1
 
-    def test_who_came_later_is_not_waited_for(self, keeper: Keeper) -> None:
+    def test_prune_does_not_wait_for_processes_that_came_later(self, keeper: Keeper) -> None:
         first = publish(keeper, 1, "a")
         publish(keeper, 2, "b")
         with self.held(keeper, "shared"):
@@ -317,7 +319,7 @@ class TestBesideOthers:
         with self.held(keeper, "shared"), self.held(keeper, "reader"):
             assert prune(keeper).removed_packs == 1
 
-    def test_what_a_backup_took_for_stored_before_stays(
+    def test_prune_keeps_a_blob_that_a_running_backup_found_stored(
         self, keeper: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A backup finds a chunk stored, then that is condemned, then the snapshot is published."""
@@ -341,7 +343,7 @@ class TestBesideOthers:
         assert noise("a", 50 * KIB) in contents(keeper).values()
         assert_sound(keeper)
 
-    def test_a_backup_that_begins_later_stores_it_anew(
+    def test_a_backup_that_begins_after_a_prune_stores_a_pending_blob_again(
         self, keeper: Keeper, tmp_path: Path
     ) -> None:
         source = tmp_path / "source"
@@ -367,7 +369,9 @@ class TestBesideOthers:
         assert noise("a", 50 * KIB) in contents(keeper).values()
         assert_sound(keeper)
 
-    def test_a_pack_that_comes_out_as_a_condemned_one_was_is_another(self, keeper: Keeper) -> None:
+    def test_a_new_pack_with_the_blobs_of_a_pending_pack_has_another_name(
+        self, keeper: Keeper
+    ) -> None:
         first = publish(keeper, 1, "a")
         publish(keeper, 2, "b")
         before = packs(keeper)
@@ -419,11 +423,11 @@ print("published", flush=True)
 """
 
 
-class TestInterruption:
+class TestPruneInterruption:
     class Crash(BaseException):
         """What stops a process at once."""
 
-    def test_at_every_step_leaves_what_the_next_prune_finishes(
+    def test_a_prune_interrupted_at_any_step_is_finished_by_the_next_prune(
         self, keeper: Keeper, tmp_path: Path
     ) -> None:
         first = publish(keeper, 1, "a")
@@ -468,7 +472,7 @@ class TestInterruption:
         ) as repository:
             Pruner(repository, PruneOptions(), RecordingMonitor()).prune()
 
-    def test_a_condemnation_of_which_nobody_asked_who_writes_is_asked_for_then(
+    def test_a_removal_notice_without_its_writers_gets_them_from_the_next_prune(
         self, keeper: Keeper
     ) -> None:
         first = publish(keeper, 1, "a")
@@ -494,7 +498,7 @@ class TestInterruption:
         assert prune(keeper).removed_packs == 1
 
     @pytest.mark.parametrize("data", [b"", b"{}", b"junk", b'{"time_s":1,"packs":["zz"]}'])
-    def test_a_damaged_condemnation_is_not_heeded_and_does_no_harm(
+    def test_a_damaged_removal_notice_is_ignored_and_does_no_harm(
         self, keeper: Keeper, data: bytes
     ) -> None:
         first = publish(keeper, 1, "a")
@@ -509,7 +513,7 @@ class TestInterruption:
         assert_sound(keeper)
 
 
-def test_what_is_remembered_of_snapshots_that_are_gone_is_dropped(keeper: Keeper) -> None:
+def test_prune_drops_completeness_marks_of_removed_snapshots(keeper: Keeper) -> None:
     first, second = publish(keeper, 1, "a"), publish(keeper, 2, "b")
     forget(keeper, first)
     prune(keeper)
@@ -519,7 +523,7 @@ def test_what_is_remembered_of_snapshots_that_are_gone_is_dropped(keeper: Keeper
 
 
 @pytest.mark.parametrize("moment", ["rename packs", "done packs", "done condemned", "done index"])
-def test_an_index_that_another_builds_anew_meanwhile_costs_nothing_that_is_needed(
+def test_prune_loses_nothing_needed_where_another_process_rebuilds_the_index(
     keeper: Keeper, tmp_path: Path, moment: str
 ) -> None:
     """All ordinals change then, and what the prune knows by ordinal is known of nothing any more."""
@@ -588,7 +592,7 @@ print("rebuilt", flush=True)
 """
 
 
-def test_an_index_that_is_built_anew_while_needs_are_marked_costs_nothing_that_is_needed(
+def test_prune_loses_nothing_needed_where_the_index_is_rebuilt_during_marking(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, packs = one_of_two_forgotten(keeper)
@@ -611,7 +615,7 @@ def test_an_index_that_is_built_anew_while_needs_are_marked_costs_nothing_that_i
 
 
 @pytest.mark.parametrize("is_lost", [True, False], ids=["lost-elsewhere", "not-lost"])
-def test_a_pack_that_cannot_be_read_stays_only_while_something_needed_may_be_in_it(
+def test_prune_keeps_an_unreadable_pack_only_while_it_may_hold_a_needed_blob(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch, is_lost: bool
 ) -> None:
     """As where two packs have changed places and the disk has an error in the one that seems unneeded."""
@@ -645,7 +649,7 @@ def test_a_pack_that_cannot_be_read_stays_only_while_something_needed_may_be_in_
     assert contents(keeper) == before
 
 
-def test_an_index_that_lists_less_than_it_knew_when_it_was_asked_costs_nothing(
+def test_prune_loses_nothing_where_the_index_lists_less_than_it_knew(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where LMDB was given a damaged list of free pages and wrote over some that were in use."""
@@ -666,7 +670,7 @@ def test_an_index_that_lists_less_than_it_knew_when_it_was_asked_costs_nothing(
 
 
 @pytest.mark.parametrize("checked", [True, False], ids=["marked", "not known"])
-def test_the_only_sound_copy_of_what_is_needed_is_stored_anew_before_its_pack_goes(
+def test_prune_copies_the_only_intact_copy_of_a_needed_blob_before_its_pack_goes(
     keeper: Keeper, tmp_path: Path, checked: bool
 ) -> None:
     """Two backups may have stored the same; the index names one of the packs, and that one rots."""

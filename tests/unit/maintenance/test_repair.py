@@ -67,7 +67,7 @@ def nodes(keeper: Keeper) -> dict[bytes, Node]:
         return dict(repository.trees.walk(snapshot.root))
 
 
-def test_sound_snapshots_stay_as_they_are(keeper: Keeper) -> None:
+def test_repair_leaves_intact_snapshots_as_they_are(keeper: Keeper) -> None:
     ids = {keeper.publish({b"f": b"1"}, time_ns=time_ns)[0] for time_ns in (1, 2)}
     result, told = repair(keeper)
     assert (result.intact, result.repaired, told) == (2, [], {})
@@ -75,7 +75,7 @@ def test_sound_snapshots_stay_as_they_are(keeper: Keeper) -> None:
         assert set(repository.snapshot_ids()) == ids
 
 
-def test_a_file_keeps_what_is_left_of_it_and_is_flagged(keeper: Keeper) -> None:
+def test_repair_keeps_the_intact_parts_of_a_file_and_flags_it(keeper: Keeper) -> None:
     keeper.store(*CHUNKS)
     old, _ = keeper.publish({b"d": {b"f": of_chunks(*CHUNKS)}, b"other": of_chunks(CHUNKS[0])})
     keeper.damage(digest_of(CHUNKS[1]))
@@ -103,7 +103,7 @@ def test_a_file_keeps_what_is_left_of_it_and_is_flagged(keeper: Keeper) -> None:
     assert damage(keeper) == []
 
 
-def test_what_was_lost_already_is_told_apart_from_what_is_lost_now(keeper: Keeper) -> None:
+def test_repair_distinguishes_earlier_losses_from_new_ones(keeper: Keeper) -> None:
     """Holes of the source stay holes and are no loss; a second repair keeps the first's evidence."""
     keeper.store(*CHUNKS)
     records = EXTENT.pack(5000, HOLE)
@@ -121,7 +121,7 @@ def test_what_was_lost_already_is_told_apart_from_what_is_lost_now(keeper: Keepe
     assert damage(keeper) == []
 
 
-def test_a_file_of_which_nothing_is_left_is_dropped(keeper: Keeper) -> None:
+def test_repair_drops_a_file_of_which_nothing_is_left(keeper: Keeper) -> None:
     keeper.store(*CHUNKS)
     keeper.publish({b"gone": of_chunks(CHUNKS[0]), b"here": of_chunks(CHUNKS[1])})
     keeper.damage(digest_of(CHUNKS[0]))
@@ -132,7 +132,7 @@ def test_a_file_of_which_nothing_is_left_is_dropped(keeper: Keeper) -> None:
     assert damage(keeper) == []
 
 
-def test_a_lost_directory_is_empty_and_all_others_stay(keeper: Keeper) -> None:
+def test_repair_empties_a_lost_directory_and_keeps_all_others(keeper: Keeper) -> None:
     plan = {b"a": {b"b": {b"f": b"1", b"g": b"2"}, b"h": b"3"}, b"z": {b"i": b"4"}}
     _, snapshot = keeper.publish(plan)
     with keeper.reading() as repository:
@@ -146,7 +146,7 @@ def test_a_lost_directory_is_empty_and_all_others_stay(keeper: Keeper) -> None:
     assert damage(keeper) == []
 
 
-def test_a_piece_of_a_split_directory_costs_the_entries_in_it(
+def test_a_lost_piece_of_a_split_directory_costs_only_its_entries(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "PIECE_MIN_ENTRIES", 4)
@@ -169,7 +169,7 @@ def test_a_piece_of_a_split_directory_costs_the_entries_in_it(
     assert damage(keeper) == []
 
 
-def test_a_snapshot_of_which_nothing_can_be_read_is_put_aside(keeper: Keeper) -> None:
+def test_repair_sets_an_unreadable_snapshot_aside(keeper: Keeper) -> None:
     junk, _ = keeper.publish({b"f": b"1"}, time_ns=1)
     flip(keeper.root / "snapshots" / junk.hex(), 50)
     data = (keeper.root / "snapshots" / junk.hex()).read_bytes()
@@ -201,7 +201,7 @@ def _listed(keeper: Keeper) -> set[SnapshotId]:
         return {found for found, _ in repository.snapshots()}
 
 
-def test_snapshots_that_changed_places_get_their_names_back(keeper: Keeper) -> None:
+def test_repair_gives_swapped_snapshots_their_names_back(keeper: Keeper) -> None:
     ids = [keeper.publish({b"f": b"%d" % number}, time_ns=number)[0] for number in range(4)]
     _exchange(keeper, *ids[:3])
     assert _listed(keeper) == {ids[3]}
@@ -216,7 +216,7 @@ def test_snapshots_that_changed_places_get_their_names_back(keeper: Keeper) -> N
     assert not list((keeper.root / "damaged").iterdir())
 
 
-def test_a_damaged_snapshot_is_not_taken_for_one_with_another_name(keeper: Keeper) -> None:
+def test_repair_does_not_take_a_damaged_snapshot_for_a_swapped_one(keeper: Keeper) -> None:
     """Where it is not compressed, one with a changed letter can be read as well."""
     keeper.publish({b"kept": b"1"}, time_ns=1, host="here")
     damaged, _ = keeper.publish({b"f": b"2"}, time_ns=2, host="there")
@@ -234,7 +234,7 @@ def test_a_damaged_snapshot_is_not_taken_for_one_with_another_name(keeper: Keepe
     assert damaged not in _listed(keeper) and len(_listed(keeper)) == 1
 
 
-def test_an_exchange_of_snapshots_that_is_undone_half_way_is_undone_by_the_next_repair(
+def test_a_half_undone_swap_of_snapshots_is_undone_by_the_next_repair(
     keeper: Keeper,
 ) -> None:
     ids = [keeper.publish({b"f": b"%d" % number}, time_ns=number)[0] for number in range(3)]
@@ -261,7 +261,7 @@ def test_an_exchange_of_snapshots_that_is_undone_half_way_is_undone_by_the_next_
     assert _listed(keeper) == set(ids)
 
 
-def test_a_dry_run_tells_the_same_and_changes_nothing(keeper: Keeper) -> None:
+def test_repair_dry_run_reports_the_same_and_changes_nothing(keeper: Keeper) -> None:
     keeper.store(*CHUNKS)
     old, _ = keeper.publish({b"f": of_chunks(*CHUNKS), b"gone": of_chunks(CHUNKS[2])})
     keeper.damage(digest_of(CHUNKS[2]))
@@ -287,7 +287,7 @@ def test_a_repaired_repository_can_be_pruned(keeper: Keeper) -> None:
         assert Checker(repository, RecordingMonitor()).check(PackSelection()).damage == []
 
 
-class TestIndex:
+class TestRepairIndex:
     def rebuilt(self, keeper: Keeper) -> IndexRepair:
         mode = LockMode.EXCLUSIVE
         with Repository.open(keeper.root, "repair index", mode, sync=False) as repository:
@@ -302,7 +302,9 @@ class TestIndex:
             }
 
     @pytest.mark.parametrize("index", ["sound", "deleted", "junk"])
-    def test_is_built_from_the_packs_alone(self, keeper: Keeper, index: str) -> None:
+    def test_repair_index_builds_the_index_from_the_packs_alone(
+        self, keeper: Keeper, index: str
+    ) -> None:
         keeper.store(*CHUNKS)
         keeper.publish({b"f": of_chunks(*CHUNKS)})
         before = self.entries(keeper)
@@ -315,7 +317,7 @@ class TestIndex:
         assert (result.salvaged, result.unreadable) == ([], [])
         assert self.entries(keeper) == before
 
-    def test_knows_the_intact_blobs_of_a_pack_whose_directory_is_damaged(
+    def test_repair_index_finds_the_intact_blobs_of_a_pack_with_a_damaged_directory(
         self, keeper: Keeper
     ) -> None:
         keeper.store(*CHUNKS)
@@ -331,7 +333,7 @@ class TestIndex:
         with keeper.reading() as repository:
             assert repository.store.read(digest_of(CHUNKS[3])) == CHUNKS[3]
 
-    def test_leaves_out_a_pack_that_cannot_be_read_and_all_others_in(
+    def test_repair_index_leaves_out_only_a_pack_that_cannot_be_read(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         keeper.store(CHUNKS[0])
@@ -352,7 +354,7 @@ class TestIndex:
                 *CHUNKS[:2]
             }
 
-    def test_keeps_what_was_found_out_about_packs_and_blobs(self, keeper: Keeper) -> None:
+    def test_repair_index_keeps_verification_times_and_damage_marks(self, keeper: Keeper) -> None:
         keeper.store(*CHUNKS)
         keeper.store(noise("other", 100))
         keeper.damage(digest_of(CHUNKS[1]))
@@ -370,7 +372,7 @@ class TestIndex:
             assert sorted(record.verified_s > 0 for record in index.packs()) == [False, True]
 
 
-def test_one_file_is_only_read_where_something_is_lost(keeper: Keeper) -> None:
+def test_repair_reads_one_file_only_where_something_is_lost(keeper: Keeper) -> None:
     """What is sound is not read again: a repair costs what is lost, and the check before it."""
     keeper.store(*CHUNKS)
     keeper.publish({b"bad": {b"f": of_chunks(CHUNKS[0])}, b"good": {b"g": of_chunks(CHUNKS[1])}})
@@ -384,7 +386,7 @@ def test_one_file_is_only_read_where_something_is_lost(keeper: Keeper) -> None:
         assert sound.ordinal not in counts._blobs
 
 
-def test_an_index_that_is_built_anew_forgets_nothing_that_it_knew_and_is_true(
+def test_a_rebuilt_index_keeps_what_it_knew_and_is_correct(
     keeper: Keeper,
 ) -> None:
     """With the directory damaged, and a record too, only the index knows where its blob is."""

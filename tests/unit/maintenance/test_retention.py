@@ -42,11 +42,11 @@ def kept(snapshots: Iterable[Dated], policy: Policy) -> list[str]:
 HOURLY = [at(f"2026-03-{day:02} {hour:02}:30") for day in (1, 2, 3) for hour in range(24)]
 
 
-class TestRules:
-    def test_last_keeps_the_newest(self) -> None:
+class TestRetentionPolicy:
+    def test_keep_last_keeps_the_newest_snapshots(self) -> None:
         assert kept(HOURLY, Policy(last=2)) == ["2026-03-03 23:30", "2026-03-03 22:30"]
 
-    def test_a_period_keeps_its_newest_for_as_many_periods(self) -> None:
+    def test_a_period_rule_keeps_the_newest_of_as_many_periods(self) -> None:
         assert kept(HOURLY, Policy(daily=2)) == ["2026-03-03 23:30", "2026-03-02 23:30"]
         assert len(kept(HOURLY, Policy(hourly=30))) == 30
         assert kept(HOURLY, Policy(weekly=9)) == ["2026-03-03 23:30", "2026-03-01 23:30"]
@@ -56,34 +56,34 @@ class TestRules:
             == kept(HOURLY, Policy(last=1))
         )
 
-    def test_periods_without_a_snapshot_do_not_count(self) -> None:
+    def test_a_period_rule_skips_periods_without_a_snapshot(self) -> None:
         sparse = [at("2020-01-01 10:00"), at("2023-05-01 10:00"), at("2026-01-01 10:00")]
         assert len(kept(sparse, Policy(daily=3))) == 3
         assert kept(sparse, Policy(yearly=2)) == ["2026-01-01 10:00", "2023-05-01 10:00"]
 
-    def test_unlimited_keeps_one_for_every_period(self) -> None:
+    def test_an_unlimited_rule_keeps_one_snapshot_of_every_period(self) -> None:
         assert len(kept(HOURLY, Policy(daily=UNLIMITED))) == 3
         assert len(kept(HOURLY, Policy(last=UNLIMITED))) == len(HOURLY)
 
-    def test_the_week_at_the_turn_of_the_year_is_one(self) -> None:
+    def test_the_week_at_the_turn_of_the_year_counts_once(self) -> None:
         turn = [at("2025-12-31 10:00"), at("2026-01-01 10:00")]
         assert kept(turn, Policy(weekly=5)) == ["2026-01-01 10:00"]
         assert len(kept(turn, Policy(yearly=5))) == 2
 
-    def test_within_counts_from_the_newest_and_not_from_now(self) -> None:
+    def test_keep_within_counts_from_the_newest_snapshot_and_not_from_now(self) -> None:
         found = kept(HOURLY, Policy(within=CalendarSpan("2h", "--keep-within")))
         assert found == ["2026-03-03 23:30", "2026-03-03 22:30", "2026-03-03 21:30"]
 
-    def test_tags_keep_whatever_their_age(self) -> None:
+    def test_keep_tag_keeps_snapshots_of_any_age(self) -> None:
         tagged = [at("2001-01-01 00:00", "release", "x"), at("2026-01-01 00:00")]
         assert kept(tagged, Policy(tags=(frozenset({"release"}),))) == ["2001-01-01 00:00"]
 
-    def test_of_several_tags_in_one_rule_all_have_to_be_there(self) -> None:
+    def test_keep_tag_with_several_tags_needs_all_of_them(self) -> None:
         tagged = [at("2026-01-01 00:00", "a"), at("2026-01-02 00:00", "b", "c", "a")]
         assert kept(tagged, Policy(tags=(frozenset("ab"),))) == ["2026-01-02 00:00"]
         assert len(kept(tagged, Policy(tags=(frozenset("a"), frozenset("b"))))) == 2
 
-    def test_every_rule_that_keeps_is_told(self) -> None:
+    def test_a_decision_names_every_rule_that_keeps_a_snapshot(self) -> None:
         verdicts = apply_policy(
             [at("2026-01-01 00:00", "a", "b")],
             Policy(1, 1, 1, 1, 1, 1, None, (frozenset("b"), frozenset("ba"), frozenset("bc"))),
@@ -91,12 +91,12 @@ class TestRules:
         names = ("last", "hourly", "daily", "weekly", "monthly", "yearly", "tag b", "tag a,b")
         assert verdicts[0].reasons == names
 
-    def test_no_rule_keeps_nothing(self) -> None:
+    def test_an_empty_policy_keeps_nothing(self) -> None:
         assert Policy().is_empty()
         assert kept(HOURLY, Policy()) == []
         assert apply_policy([], Policy(last=3)) == []
 
-    def test_times_that_no_calendar_has_are_judged_too(self) -> None:
+    def test_a_policy_accepts_times_that_no_calendar_has(self) -> None:
         far = [Dated(1 << 63), Dated(-(1 << 63)), at("2026-01-01 00:00")]
         assert len(apply_policy(far, Policy(last=3, daily=3, within=CalendarSpan("1y", "x")))) == 3
 
@@ -107,7 +107,7 @@ class TestRules:
     st.integers(0, 5),
     st.integers(0, 5),
 )
-def test_rules_hold_whatever_the_times(
+def test_retention_rules_hold_for_random_times(
     hours: list[int], last: int, daily: int, monthly: int
 ) -> None:
     snapshots = [Dated((1_500_000_000 + 3600 * hour) * 10**9) for hour in hours]
@@ -141,12 +141,12 @@ def test_durations_are_read(text: str, seconds: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "5", "d", "1y", "5 d", "-5d", "1h30", "٣d", "99999999d"])
-def test_durations_that_are_none_are_refused(text: str) -> None:
+def test_invalid_durations_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--max-duration"):
         parse_duration(text, "--max-duration")
 
 
-class TestSpans:
+class TestCalendarSpan:
     MARCH = datetime(2024, 3, 31, 12)
 
     @pytest.mark.parametrize(
@@ -161,10 +161,10 @@ class TestSpans:
             ("999999d", datetime.min),
         ],
     )
-    def test_go_by_the_calendar(self, text: str, earlier: datetime) -> None:
+    def test_a_span_follows_the_calendar(self, text: str, earlier: datetime) -> None:
         assert CalendarSpan(text, "--keep-within").before(self.MARCH) == earlier
 
     @pytest.mark.parametrize("text", ["", "7", "1s", "x", "1y 2d"])
-    def test_that_are_none_are_refused(self, text: str) -> None:
+    def test_an_invalid_span_is_refused(self, text: str) -> None:
         with pytest.raises(UsageError, match="--keep-within"):
             CalendarSpan(text, "--keep-within")

@@ -58,8 +58,8 @@ def packs(keeper: Keeper) -> list[Path]:
     return pack_paths(keeper.root)
 
 
-class TestRemembering:
-    def test_sound_packs_are_marked_and_damaged_ones_are_not(
+class TestVerificationMarks:
+    def test_scrub_marks_intact_packs_and_no_damaged_ones(
         self, keeper: Keeper, packs: list[Path]
     ) -> None:
         flip(packs[2], 100)
@@ -69,19 +69,21 @@ class TestRemembering:
         assert marks.pop(packs[2].name) == 0
         assert all(mark >= before for mark in marks.values()) and len(marks) == 3
 
-    def test_a_damaged_directory_is_no_sound_pack(self, keeper: Keeper, packs: list[Path]) -> None:
+    def test_scrub_does_not_mark_a_pack_with_a_damaged_directory(
+        self, keeper: Keeper, packs: list[Path]
+    ) -> None:
         flip(packs[1], -10)
         check(keeper)
         assert verified(keeper)[packs[1].name] == 0
 
-    def test_looking_at_the_structure_verifies_nothing(
+    def test_a_check_of_the_structure_marks_no_pack(
         self, keeper: Keeper, packs: list[Path]
     ) -> None:
         with Repository.open(keeper.root, takes_notes=True) as repository:
             Checker(repository, RecordingMonitor()).check()
         assert set(verified(keeper).values()) == {0}
 
-    def test_a_reader_that_may_not_write_checks_all_the_same(
+    def test_a_reader_without_write_access_checks_and_marks_nothing(
         self, keeper: Keeper, packs: list[Path]
     ) -> None:
         flip(packs[2], 100)
@@ -90,7 +92,7 @@ class TestRemembering:
         assert len(result.damage) == 2
         assert set(verified(keeper).values()) == {0}
 
-    def test_an_interruption_keeps_what_was_read(
+    def test_an_interrupted_scrub_keeps_its_marks(
         self, keeper: Keeper, packs: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         gather = scrub_module.Scrubber._merge
@@ -111,15 +113,15 @@ class TestRemembering:
         assert check(keeper, older_than_s=DAY_S).packs_read == 2
 
 
-class TestChoosing:
-    def test_only_what_was_not_verified_for_so_long_is_read(
+class TestPackSelection:
+    def test_scrub_reads_only_packs_not_verified_for_the_given_time(
         self, keeper: Keeper, packs: list[Path]
     ) -> None:
         set_verified(keeper, 10 * DAY_S, 40 * DAY_S, 29 * DAY_S, 31 * DAY_S)
         assert check(keeper, older_than_s=30 * DAY_S).packs_read == 2
         assert check(keeper, older_than_s=30 * DAY_S).packs_read == 0
 
-    def test_the_longest_unverified_come_first(
+    def test_scrub_reads_the_longest_unverified_packs_first(
         self, keeper: Keeper, packs: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         names = set_verified(keeper, 3, 1_000, 20, 500)
@@ -135,7 +137,7 @@ class TestChoosing:
         check(keeper)
         assert read == [names[1], names[3], names[2], names[0]]
 
-    def test_time_that_is_up_leaves_the_rest_and_says_so(
+    def test_scrub_stops_when_its_time_is_up_and_reports_what_is_left(
         self, keeper: Keeper, packs: list[Path]
     ) -> None:
         result = check(keeper, max_duration_s=0)
@@ -144,8 +146,8 @@ class TestChoosing:
         assert (result.packs_read, result.packs_left) == (4, 0)
 
 
-class TestCoverage:
-    def test_a_restore_of_all_verifies_the_packs_that_it_read(
+class TestVerifiedPacks:
+    def test_a_full_restore_marks_the_packs_that_it_read(
         self, keeper: Keeper, tmp_path: Path
     ) -> None:
         keeper.store(noise("nobody's", 100))
@@ -156,7 +158,7 @@ class TestCoverage:
             restorer.restore(b"", snapshot.root, target, False)
         assert sorted(mark > 0 for mark in verified(keeper).values()) == [False, True]
 
-    def test_one_blob_that_was_not_read_leaves_its_pack_unverified(self, keeper: Keeper) -> None:
+    def test_a_blob_that_was_not_read_leaves_its_pack_unverified(self, keeper: Keeper) -> None:
         keeper.store(*CHUNKS)
         with keeper.reading() as repository:
             for _ in range(2):
@@ -187,7 +189,7 @@ def settled(keeper: Keeper, source: Path) -> Snapshot:
 
 
 class TestHealing:
-    def test_a_damaged_chunk_that_a_backup_sees_again_is_stored_anew(
+    def test_a_backup_that_sees_a_damaged_chunk_stores_it_again(
         self, keeper: Keeper, tmp_path: Path
     ) -> None:
         source = tmp_path / "source"
@@ -209,7 +211,7 @@ class TestHealing:
             assert "file" not in {found.what for found in result.damage}
             assert repository.store.read(digest_of(content)) == content
 
-    def test_a_damaged_pack_of_which_all_that_is_needed_is_sound_goes_with_the_next_prune(
+    def test_prune_removes_a_damaged_pack_whose_needed_blobs_are_intact(
         self, keeper: Keeper
     ) -> None:
         keeper.store(*CHUNKS)
@@ -229,7 +231,7 @@ class TestHealing:
         assert result.damage == []
         assert result.packs_read == 4
 
-    def test_a_damaged_copy_is_not_trusted_where_the_pack_that_was_named_for_it_is_gone(
+    def test_a_damaged_copy_is_not_trusted_where_the_indexed_pack_is_missing(
         self, keeper: Keeper
     ) -> None:
         """As where an older index is put back, which names a pack that a prune has replaced since."""
@@ -247,7 +249,7 @@ class TestHealing:
             # The sound one was named there before, so what the check has not marked is trusted.
             assert repository.store.index.are_stored(digests) == [False, True]
 
-    def test_packs_that_changed_places_are_replaced_though_all_their_blobs_were_read_since(
+    def test_swapped_packs_are_replaced_although_all_their_blobs_were_read(
         self, keeper: Keeper
     ) -> None:
         keeper.publish({b"f": CHUNKS[0]})
@@ -266,7 +268,7 @@ class TestHealing:
             Pruner(repository, PruneOptions(unused_share=1.0), RecordingMonitor()).prune()
         assert check(keeper).damage == []
 
-    def test_a_damaged_tree_is_stored_anew_where_it_is_seen_again(
+    def test_a_backup_that_sees_a_damaged_tree_stores_it_again(
         self, keeper: Keeper, tmp_path: Path
     ) -> None:
         source = tmp_path / "source"
@@ -281,7 +283,7 @@ class TestHealing:
         keeper.back_up(source)
         assert "tree" not in {found.what for found in check(keeper).damage}
 
-    def test_a_blob_that_reads_well_again_is_trusted_again(
+    def test_a_blob_that_reads_correctly_again_is_trusted_again(
         self, keeper: Keeper, packs: list[Path]
     ) -> None:
         """As where the disk, and not the data, was at fault."""
@@ -295,7 +297,7 @@ class TestHealing:
         with keeper.reading() as repository:
             assert repository.store.index.are_stored([digest]) == [True]
 
-    def test_what_a_check_found_is_told_by_the_next_that_reads_nothing(
+    def test_a_check_without_reading_reports_what_the_last_scrub_found(
         self, keeper: Keeper, packs: list[Path]
     ) -> None:
         keeper.publish({b"f": CHUNKS[4]})
@@ -306,8 +308,8 @@ class TestHealing:
         assert [(one.what, one.path) for one in found] == [("file", b"f")]
 
 
-class TestOtherCopies:
-    def test_a_sound_copy_in_another_pack_is_read(self, keeper: Keeper) -> None:
+class TestDuplicates:
+    def test_a_read_falls_back_to_an_intact_copy_in_another_pack(self, keeper: Keeper) -> None:
         keeper.store(CHUNKS[0])
         keeper.damage(digest_of(CHUNKS[0]))
         data, _ = make_pack([CHUNKS[0], CHUNKS[1]])
@@ -315,7 +317,7 @@ class TestOtherCopies:
         with keeper.reading() as repository:
             assert repository.store.read(digest_of(CHUNKS[0])) == CHUNKS[0]
 
-    def test_a_wrong_entry_of_the_index_costs_nothing(self, keeper: Keeper) -> None:
+    def test_a_read_succeeds_despite_a_wrong_location_in_the_index(self, keeper: Keeper) -> None:
         data, entries = make_pack(CHUNKS)
         wrong = [entry._replace(offset=entry.offset + 1) for entry in entries]
         pack = add_pack(keeper.root, data)
@@ -325,7 +327,7 @@ class TestOtherCopies:
             for chunk in CHUNKS:
                 assert repository.store.read(digest_of(chunk)) == chunk
 
-    def test_all_packs_are_searched_once_for_all_that_is_lost(
+    def test_one_search_of_all_packs_serves_all_lost_blobs(
         self, keeper: Keeper, packs: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with keeper.reading() as repository:
@@ -343,7 +345,7 @@ class TestOtherCopies:
                     repository.store.read(digest_of(b"%d" % number))
             assert len(searched) == len(set(searched)) == len(packs)
 
-    def test_are_found_however_much_is_lost_besides(self, keeper: Keeper) -> None:
+    def test_a_copy_is_found_however_many_other_blobs_are_lost(self, keeper: Keeper) -> None:
         lost = [b"lost %d" % number for number in range(200)]
         keeper.store(*lost, CHUNKS[0])
         for chunk in (*lost, CHUNKS[0]):
@@ -356,7 +358,7 @@ class TestOtherCopies:
                     repository.store.read(digest_of(chunk))
             assert repository.store.read(digest_of(CHUNKS[0])) == CHUNKS[0]
 
-    def test_are_found_in_a_pack_whose_directory_is_damaged(self, keeper: Keeper) -> None:
+    def test_a_copy_is_found_in_a_pack_with_a_damaged_directory(self, keeper: Keeper) -> None:
         keeper.store(CHUNKS[0])
         keeper.damage(digest_of(CHUNKS[0]))
         data, _ = make_pack([CHUNKS[0], CHUNKS[1]])

@@ -40,14 +40,14 @@ def objects(root: Path) -> list[Path]:
     return [path for folder in FOLDERS for path in (root / folder).rglob("*") if path.is_file()]
 
 
-def test_a_sound_storage_has_no_damage_and_every_object_was_read(root: Path) -> None:
+def test_storage_check_reads_every_object_of_an_intact_storage(root: Path) -> None:
     result = checked(root)
     assert result.damage == []
     assert result.objects == len(objects(root)) == 5
     assert result.read_bytes == sum(path.stat().st_size for path in objects(root))
 
 
-def test_an_unencrypted_repository_is_checked_in_the_same_way(tmp_path: Path) -> None:
+def test_storage_check_handles_an_unencrypted_repository_in_the_same_way(tmp_path: Path) -> None:
     keeper = Keeper(tmp_path)
     keeper.store(b"one", b"two")
     keeper.publish({b"file": b"content"})
@@ -68,7 +68,9 @@ def test_an_unencrypted_repository_is_checked_in_the_same_way(tmp_path: Path) ->
         ("identities", "identity"),
     ],
 )
-def test_a_flipped_bit_anywhere_is_told(root: Path, folder: str, what: str, place: int) -> None:
+def test_storage_check_reports_a_flipped_bit_anywhere(
+    root: Path, folder: str, what: str, place: int
+) -> None:
     path = next(path for path in objects(root) if path.relative_to(root).parts[0] == folder)
     flip(path, place)
     (damage,) = checked(root).damage
@@ -77,7 +79,7 @@ def test_a_flipped_bit_anywhere_is_told(root: Path, folder: str, what: str, plac
     assert damage.what == what
 
 
-def test_a_cut_object_and_one_with_more_bytes_are_told(root: Path) -> None:
+def test_storage_check_reports_a_cut_or_extended_object(root: Path) -> None:
     for path in objects(root):
         data = path.read_bytes()
         for wrong in (b"", data[:-1], data + b"\0"):
@@ -87,13 +89,13 @@ def test_a_cut_object_and_one_with_more_bytes_are_told(root: Path) -> None:
     assert checked(root).damage == []
 
 
-def test_an_object_under_another_name_is_told(root: Path) -> None:
+def test_storage_check_reports_an_object_under_another_name(root: Path) -> None:
     path = next(path for path in objects(root) if path.parent.name != "snapshots")
     path.rename(path.with_name("0" * 64))
     assert checked(root).damage
 
 
-def test_the_loss_of_the_first_session_is_told(root: Path) -> None:
+def test_storage_check_reports_the_loss_of_the_first_session(root: Path) -> None:
     first = read_config(root).encryption
     assert first is not None
     for path in (root / "sessions" / first.session).iterdir():
@@ -102,7 +104,7 @@ def test_the_loss_of_the_first_session_is_told(root: Path) -> None:
     assert "is missing; the configuration needs it" in damage.message
 
 
-def test_a_damaged_or_missing_list_of_recipients_is_told(root: Path) -> None:
+def test_storage_check_reports_a_damaged_or_missing_list_of_recipients(root: Path) -> None:
     flip(root / RECIPIENTS_NAME, 40)
     (damage,) = checked(root).damage
     assert (damage.what, "damaged" in damage.message) == ("recipients", True)
@@ -111,7 +113,7 @@ def test_a_damaged_or_missing_list_of_recipients_is_told(root: Path) -> None:
     assert "missing" in damage.message
 
 
-def test_a_session_that_something_stored_needs_is_told_where_it_is_missing(root: Path) -> None:
+def test_storage_check_reports_a_missing_session_that_stored_objects_need(root: Path) -> None:
     first = read_config(root).encryption
     assert first is not None
     (other,) = [path for path in (root / "sessions").iterdir() if path.name != first.session]

@@ -60,7 +60,7 @@ def is_alive(folder: Path) -> bool:
     return Path(f"/proc/{(folder / 'pid').read_text()}/cmdline").exists()
 
 
-def test_the_parent_ends_when_it_is_ready_and_the_work_goes_on(tmp_path: Path) -> None:
+def test_the_parent_process_ends_when_the_daemon_is_ready(tmp_path: Path) -> None:
     done = run(
         tmp_path,
         "background.ready()\n"
@@ -91,13 +91,15 @@ def test_the_parent_ends_when_it_is_ready_and_the_work_goes_on(tmp_path: Path) -
         ("LockedError('taken')", "LockedError 6 taken"),
     ],
 )
-def test_an_error_before_it_is_ready_is_the_parents(tmp_path: Path, raised: str, told: str) -> None:
+def test_an_error_before_the_daemon_is_ready_reaches_the_parent(
+    tmp_path: Path, raised: str, told: str
+) -> None:
     done = run(tmp_path, f"raise {raised}")
     assert (done.stdout, done.stderr) == (f"{told}\n", "")
     assert not is_alive(tmp_path)
 
 
-def test_a_bug_before_it_is_ready_is_told_with_its_traceback(tmp_path: Path) -> None:
+def test_a_bug_before_the_daemon_is_ready_is_printed_with_its_traceback(tmp_path: Path) -> None:
     done = run(tmp_path, "raise ZeroDivisionError('a bug')")
     assert done.stdout.startswith("CasfsError 1 the mount's server ended: ZeroDivisionError")
     assert "Traceback" in done.stderr
@@ -106,12 +108,14 @@ def test_a_bug_before_it_is_ready_is_told_with_its_traceback(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("work", "how"), [("os.kill(os.getpid(), 9)", "signal 9"), ("os._exit(7)", "exit code 7")]
 )
-def test_a_sudden_death_before_it_is_ready_is_told(tmp_path: Path, work: str, how: str) -> None:
+def test_a_sudden_death_before_the_daemon_is_ready_is_reported(
+    tmp_path: Path, work: str, how: str
+) -> None:
     done = run(tmp_path, work)
     assert done.stdout == f"CasfsError 1 the mount's server ended unexpectedly ({how})\n"
 
 
-def test_an_error_after_it_is_ready_is_in_the_log(tmp_path: Path) -> None:
+def test_an_error_after_the_daemon_is_ready_is_logged(tmp_path: Path) -> None:
     done = run(tmp_path, "background.ready()\nraise ValueError('too late to tell')")
     assert done.stdout == "ready\n"
     wait_for(lambda: not is_alive(tmp_path))
@@ -171,7 +175,7 @@ def test_a_log_file_that_was_asked_for_has_to_be_writable(
         log_to(tmp_path / "file" / "below")
 
 
-def test_what_libraries_write_to_standard_error_is_caught(
+def test_standard_error_of_libraries_is_captured(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     said: list[str] = []

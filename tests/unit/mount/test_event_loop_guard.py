@@ -31,8 +31,8 @@ def keeper(tmp_path: Path) -> Keeper:
     return Keeper(tmp_path)
 
 
-class TestBlobs:
-    def test_are_given_at_once_when_the_kernel_has_them(self, keeper: Keeper) -> None:
+class TestBlobReader:
+    def test_the_event_loop_reads_a_blob_that_the_kernel_has_cached(self, keeper: Keeper) -> None:
         keeper.store(b"small", bytes(1 << 20))
         with keeper.reading() as repository:
             waiting = EventLoopGuard()
@@ -41,7 +41,9 @@ class TestBlobs:
             waiting.bind()
             assert blobs.read(digest_of(b"small")) == b"small"
 
-    def test_that_the_kernel_does_not_have_are_not_waited_for(self, keeper: Keeper) -> None:
+    def test_the_event_loop_does_not_wait_for_a_blob_outside_the_page_cache(
+        self, keeper: Keeper
+    ) -> None:
         keeper.store(b"small")
         with keeper.reading() as repository:
             waiting = EventLoopGuard()
@@ -54,7 +56,7 @@ class TestBlobs:
             with pytest.raises(WouldBlock):
                 blobs.read(digest_of(b"small"))
 
-    def test_that_are_large_are_left_to_who_may_wait(self, keeper: Keeper) -> None:
+    def test_the_event_loop_leaves_large_blobs_to_a_worker(self, keeper: Keeper) -> None:
         large = os.urandom(1 << 20)
         keeper.store(large)
         with keeper.reading() as repository:
@@ -65,7 +67,9 @@ class TestBlobs:
             with pytest.raises(WouldBlock):
                 blobs.read(digest_of(large))
 
-    def test_that_are_damaged_or_missing_are_left_to_who_may_wait(self, keeper: Keeper) -> None:
+    def test_the_event_loop_leaves_damaged_or_missing_blobs_to_a_worker(
+        self, keeper: Keeper
+    ) -> None:
         keeper.store(b"damaged")
         keeper.damage(digest_of(b"damaged"))
         with keeper.reading() as repository:
@@ -77,7 +81,7 @@ class TestBlobs:
                     blobs.read(digest)
                 assert blobs.prefetch(digest) == (0 if digest == digest_of(b"missing") else 7)
 
-    def test_of_a_slow_index_are_left_alone_for_a_while(
+    def test_the_event_loop_avoids_a_slow_index_for_a_while(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         keeper.store(b"small")
@@ -112,7 +116,7 @@ class TestBlobs:
             now += 1
             assert blobs.read(digest_of(b"small")) == b"small"
 
-    def test_of_an_index_that_cannot_be_used_are_not_prefetched(
+    def test_a_blob_of_an_unusable_index_is_not_prefetched(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with keeper.reading() as repository:
@@ -200,26 +204,26 @@ class Walk:
         return found
 
 
-class TestForesight:
-    def test_lets_a_walk_wait_once_and_never_again(self) -> None:
+class TestPrefetcher:
+    def test_the_prefetcher_lets_a_walk_wait_only_once(self) -> None:
         walk = Walk(DEEP)
         assert walk.list(1, walk.root) == 1 + 20 + 200
         assert walk.waits == 1
         assert len(walk.grove.reads) == len(set(walk.grove.reads))
 
-    def test_goes_a_bounded_number_of_directories_ahead(self) -> None:
+    def test_the_prefetcher_reads_a_bounded_number_of_directories_ahead(self) -> None:
         walk = Walk(DEEP)
         walk.foresight.on_readdir(1, True)
         assert 60 <= len(walk.grove.reads) <= 70
 
-    def test_does_nothing_for_who_does_not_wait(self) -> None:
+    def test_the_prefetcher_does_nothing_for_a_reader_that_does_not_wait(self) -> None:
         walk = Walk(DEEP)
         for number in range(1, 200, 7):
             walk.foresight.on_readdir(number, False)
             walk.foresight.on_open(number, False)
         assert walk.errands.count == 0
 
-    def test_begins_anew_where_somebody_waits_far_away(self) -> None:
+    def test_the_prefetcher_restarts_where_a_reader_waits_far_away(self) -> None:
         walk = Walk(DEEP)
         walk.foresight.on_readdir(1, True)
         (number,) = [n for n, node, _ in walk.numbers.entries(1, walk.root) if node.name == b"15"]
@@ -228,7 +232,7 @@ class TestForesight:
         assert len(walk.grove.reads) > before + 30
         assert walk.numbers.path(number) == b"15"
 
-    def test_stays_quiet_about_a_damaged_tree(self) -> None:
+    def test_the_prefetcher_ignores_a_damaged_tree(self) -> None:
         walk = Walk(DEEP)
         found = walk.numbers.child(1, walk.root, b"01")
         assert found is not None
@@ -242,7 +246,7 @@ class TestForesight:
             pass
         assert done.wait(30) and errands.close(30)
 
-    def test_asks_for_the_files_that_follow_one_and_goes_on_from_their_middle(self) -> None:
+    def test_the_prefetcher_requests_the_files_after_an_opened_one_in_batches(self) -> None:
         content = {b"%04d" % n: b"content %d" % n for n in range(300)}
         walk = Walk(content)
         entries = list(walk.numbers.entries(1, walk.root))
@@ -252,20 +256,22 @@ class TestForesight:
         asked = [walk.grove.blobs[Digest(digest)] for digest in walk.blobs.asked]
         assert asked == [content[name] for name in sorted(content)][1:]
 
-    def test_asks_for_few_files_when_they_are_large(self) -> None:
+    def test_the_prefetcher_requests_few_large_files(self) -> None:
         content = {b"%04d" % n: bytes([n]) * (3 << 20) for n in range(30)}
         walk = Walk(content)
         walk.foresight.on_open(2, True)
         assert len(walk.blobs.asked) == 3
 
-    def test_asks_for_nothing_behind_the_last_file(self) -> None:
+    def test_the_prefetcher_requests_nothing_after_the_last_file(self) -> None:
         walk = Walk({b"only": b"one"})
         walk.foresight.on_open(2, True)
         walk.foresight.on_open(1, True)
         assert walk.blobs.asked == []
 
 
-def test_a_reader_of_the_repository_knows_what_it_has_in_memory(keeper: Keeper) -> None:
+def test_a_reader_of_the_repository_returns_only_cached_blobs_without_waiting(
+    keeper: Keeper,
+) -> None:
     keeper.store(b"one", b"two")
     with Repository.open(keeper.root) as repository:
         store = repository.store

@@ -72,8 +72,8 @@ def chunks(count: int, size: int, seed: int = 5) -> list[bytes]:
     return [rng.randbytes(size + rng.randrange(size)) for _ in range(count)]
 
 
-class TestReading:
-    def test_gives_the_same_bytes_as_the_file_at_any_range(self) -> None:
+class TestFileReader:
+    def test_a_read_of_any_range_returns_the_bytes_of_the_file(self) -> None:
         shelf = Shelf()
         node, whole = shelf.file(b"first", 1000, *chunks(5, 300), 7, b"x" * 50, 5000)
         reader = shelf.reader(node)
@@ -83,7 +83,7 @@ class TestReading:
             size = rng.choice([1, 10, 600, len(whole) * 2])
             assert b"".join(reader.read(offset, size)) == whole[offset : offset + size]
 
-    def test_of_a_file_with_lists_of_lists_is_right_too(self) -> None:
+    def test_a_read_through_nested_content_lists_is_correct(self) -> None:
         shelf = Shelf()
         node, whole = shelf.file(*chunks(3000, 4))
         assert node.levels >= 1
@@ -94,7 +94,7 @@ class TestReading:
             assert b"".join(reader.read(offset, 40)) == whole[offset : offset + 40]
         assert b"".join(reader.read(0, len(whole))) == whole
 
-    def test_inside_one_chunk_copies_nothing(self) -> None:
+    def test_a_read_inside_one_chunk_copies_nothing(self) -> None:
         shelf = Shelf()
         (data,) = chunks(1, 1000)
         node, _ = shelf.file(data)
@@ -102,7 +102,7 @@ class TestReading:
         (found,) = shelf.reader(node, cache).read(10, 20)
         assert found.obj is shelf.blobs[digest_of(data)]
 
-    def test_of_a_huge_hole_needs_memory_for_the_answer_alone(self) -> None:
+    def test_a_read_of_a_huge_hole_needs_memory_for_the_answer_only(self) -> None:
         shelf = Shelf()
         node, _ = shelf.file(b"island")
         writer = ContentWriter(shelf.put, digest_of)
@@ -115,7 +115,7 @@ class TestReading:
         assert b"".join(reader.read(3, 6)) == b"and\0\0\0"
         assert b"".join(reader.read((1 << 50) + 5, 100)) == b"\0"
 
-    def test_at_the_end_and_behind_it_gives_nothing(self) -> None:
+    def test_a_read_at_or_behind_the_end_returns_nothing(self) -> None:
         shelf = Shelf()
         node, whole = shelf.file(b"abc")
         empty, _ = shelf.file()
@@ -123,7 +123,7 @@ class TestReading:
         assert b"".join(shelf.reader(node).read(1 << 60, 5)) == b""
         assert b"".join(shelf.reader(empty).read(0, 5)) == b""
 
-    def test_in_sequence_has_the_next_chunks_decoded_ahead(self) -> None:
+    def test_a_sequential_read_has_the_next_chunks_decoded_ahead(self) -> None:
         shelf = Shelf()
         data = chunks(20, 60_000)
         node, whole = shelf.file(*data)
@@ -142,7 +142,7 @@ class TestReading:
         assert b"".join(reader.read(0, len(whole))) == whole
         assert set(shelf.reads.values()) == {1}
 
-    def test_at_random_decodes_nothing_ahead(self) -> None:
+    def test_a_random_read_decodes_nothing_ahead(self) -> None:
         shelf = Shelf()
         data = chunks(30, 600_000)
         node, _ = shelf.file(*data)
@@ -151,7 +151,7 @@ class TestReading:
             reader.read(sum(map(len, data[:i])), 4096)
         assert shelf.reads.total() == 3
 
-    def test_of_a_whole_file_at_once_takes_no_room_in_the_cache(self) -> None:
+    def test_a_read_of_a_whole_file_at_once_takes_no_room_in_the_cache(self) -> None:
         shelf = Shelf()
         node, whole = shelf.file(b"small")
         cache = shelf.cache()
@@ -161,8 +161,8 @@ class TestReading:
         assert cache.cached_bytes > 0
 
 
-class TestDamage:
-    def test_is_an_error_for_its_own_range_and_no_other(self) -> None:
+class TestDamagedFile:
+    def test_a_damaged_chunk_fails_its_own_range_only(self) -> None:
         shelf = Shelf()
         data = chunks(3, 1000)
         node, whole = shelf.file(*data)
@@ -177,7 +177,7 @@ class TestDamage:
                 reader.read(offset, size)
         assert {(found[0], found[1]) for found in shelf.damage} == {(begin, len(data[1]))}
 
-    def test_is_not_decoded_again_for_every_page_of_it(self) -> None:
+    def test_a_damaged_chunk_is_not_decoded_again_for_every_page(self) -> None:
         shelf = Shelf()
         (data,) = chunks(1, 100_000)
         node, _ = shelf.file(data)
@@ -189,7 +189,7 @@ class TestDamage:
                 reader.read(page * 4096, 4096)
         assert shelf.reads[bad] == 1
 
-    def test_that_was_a_disk_error_is_over_when_the_disk_is_well_again(
+    def test_a_disk_error_ends_when_the_disk_recovers(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shelf = Shelf()
@@ -205,7 +205,7 @@ class TestDamage:
         now += 60
         assert b"".join(reader.read(0, 10)) == whole
 
-    def test_of_a_list_of_chunks_is_an_error(self) -> None:
+    def test_a_damaged_content_list_is_an_error(self) -> None:
         shelf = Shelf()
         node, _ = shelf.file(*chunks(3000, 4))
         top = node.content[8:40]
@@ -214,7 +214,7 @@ class TestDamage:
             shelf.reader(node).read(0, 10)
 
     @pytest.mark.parametrize("recorded", [3, 5])
-    def test_of_a_recorded_length_is_an_error(self, recorded: int) -> None:
+    def test_a_wrong_recorded_length_is_an_error(self, recorded: int) -> None:
         shelf = Shelf()
         shelf.put(BlobKind.DATA, digest_of(b"four"), b"four")
         writer = ContentWriter(shelf.put, digest_of)
@@ -223,13 +223,13 @@ class TestDamage:
         with pytest.raises(UnreadableError, match="recorded"):
             shelf.reader(node).read(0, 10)
 
-    def test_of_a_size_that_the_chunks_do_not_have_is_an_error(self) -> None:
+    def test_a_size_that_the_chunks_do_not_have_is_an_error(self) -> None:
         shelf = Shelf()
         node, _ = shelf.file(b"some bytes")
         with pytest.raises(UnreadableError, match="length that is recorded"):
             shelf.reader(replace(node, size=1 << 40)).read(0, 10)
 
-    def test_of_an_impossible_chunk_size_is_refused_unread(self) -> None:
+    def test_an_impossible_chunk_size_is_refused_unread(self) -> None:
         shelf = Shelf()
         writer = ContentWriter(shelf.put, digest_of)
         writer.add(MAX_PLAIN_BYTES + 1, digest_of(b"x"))
@@ -239,8 +239,8 @@ class TestDamage:
         assert shelf.reads.total() == 0
 
 
-class TestTheThreadThatMustNotWait:
-    def test_is_told_that_nothing_is_at_hand_and_later_gets_it(self) -> None:
+class TestEventLoopThread:
+    def test_the_event_loop_gets_a_chunk_after_a_worker_has_decoded_it(self) -> None:
         shelf = Shelf()
         node, whole = shelf.file(*chunks(3, 1000))
         cache = shelf.cache()
@@ -254,7 +254,7 @@ class TestTheThreadThatMustNotWait:
         other.join()
         assert b"".join(reader.read(0, len(whole))) == whole
 
-    def test_does_not_wait_for_another_thread_that_is_decoding(self) -> None:
+    def test_the_event_loop_does_not_wait_for_a_thread_that_is_decoding(self) -> None:
         shelf = Shelf()
         node, _ = shelf.file(b"slow")
         cache = shelf.cache()
@@ -272,8 +272,8 @@ class TestTheThreadThatMustNotWait:
         assert shelf.reads.total() == 1
 
 
-class TestTheCache:
-    def test_decodes_a_chunk_once_however_many_ask(self) -> None:
+class TestChunkCache:
+    def test_the_chunk_cache_decodes_a_chunk_once_for_many_readers(self) -> None:
         shelf = Shelf()
         (data,) = chunks(1, 1000)
         shelf.put(BlobKind.DATA, digest_of(data), data)
@@ -294,7 +294,7 @@ class TestTheCache:
         assert found == [data] * 8
         assert shelf.reads.total() == 1
 
-    def test_tells_all_who_ask_of_a_failure(self) -> None:
+    def test_the_chunk_cache_reports_a_failure_to_every_reader(self) -> None:
         shelf = Shelf()
         bad = digest_of(b"bad")
         shelf.failing[bad] = BlobError(bad, "it does not decompress")
@@ -318,7 +318,7 @@ class TestTheCache:
             thread.join()
         assert told == ["it does not decompress"] * 4
 
-    def test_stays_in_its_bounds_and_keeps_what_is_used(self) -> None:
+    def test_the_chunk_cache_stays_in_its_bounds_and_keeps_what_is_used(self) -> None:
         shelf = Shelf()
         data = chunks(50, 10_000)
         for chunk in data:
@@ -330,13 +330,15 @@ class TestTheCache:
             assert cache.cached_bytes <= 100_000
         assert shelf.reads[digest_of(data[0])] == 1
 
-    def test_serves_a_chunk_that_is_larger_than_the_whole_cache(self) -> None:
+    def test_the_chunk_cache_serves_a_chunk_larger_than_itself(self) -> None:
         shelf = Shelf()
         node, whole = shelf.file(*chunks(4, 10_000))
         assert b"".join(shelf.reader(node, shelf.cache(100)).read(0, 1 << 20)) == whole
 
 
-def test_an_errand_that_fails_does_not_end_the_others(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_background_task_does_not_end_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     errands = BackgroundPool()
     done = threading.Event()
 

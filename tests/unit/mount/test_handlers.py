@@ -103,7 +103,7 @@ async def number_of(system: FileSystem, path: str) -> int:
 
 
 class TestAttributes:
-    async def test_are_those_of_the_node(self, system: FileSystem) -> None:
+    async def test_attributes_are_those_of_the_node(self, system: FileSystem) -> None:
         found = await system.lookup(1, b"file", CTX)
         assert stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o644
         assert (found.st_size, found.st_blocks, found.st_nlink) == (12, 1, 1)
@@ -112,18 +112,18 @@ class TestAttributes:
         same = await system.getattr(found.st_ino, CTX)
         assert (same.st_size, same.attr_timeout) == (12, LASTING_S)
 
-    async def test_of_devices_have_their_number_and_bits(self, system: FileSystem) -> None:
+    async def test_device_attributes_have_number_and_mode_bits(self, system: FileSystem) -> None:
         found = await system.lookup(1, b"device", CTX)
         assert stat.S_ISCHR(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o4620
         assert found.st_rdev == os.makedev(1, 3)
 
-    async def test_of_everything_are_of_the_owner_that_was_asked_for(self, shown: Shown) -> None:
+    async def test_the_owner_option_sets_the_owner_of_every_entry(self, shown: Shown) -> None:
         system = FileSystem(shown.view, DisplayOptions(owner=(12, 34)))
         for name in (b"file", b"folder", b"link", b".casfs"):
             found = await system.lookup(1, name, CTX)
             assert (found.st_uid, found.st_gid) == (12, 34)
 
-    async def test_of_any_value_that_the_format_allows_are_shown(
+    async def test_attributes_of_any_value_of_the_format_are_shown(
         self, keeper: Keeper, replies: Replies
     ) -> None:
         plan: Plan = {
@@ -136,14 +136,16 @@ class TestAttributes:
             await FileSystem(shown.view, DisplayOptions()).readdir(1, 0, TOKEN)
         assert replies.names == [b".", b"..", b"owner", b"past", b"rdev"]
 
-    async def test_of_what_is_not_there_are_remembered_as_missing(self, system: FileSystem) -> None:
+    async def test_a_missing_name_is_cached_as_missing(self, system: FileSystem) -> None:
         found = await system.lookup(1, b"missing", CTX)
         assert (found.st_ino, found.entry_timeout) == (0, LASTING_S)
 
-    async def test_of_links_lead_where_they_lead(self, system: FileSystem) -> None:
+    async def test_readlink_returns_the_target(self, system: FileSystem) -> None:
         assert await system.readlink(await number_of(system, "link"), CTX) == b"to/nowhere"
 
-    async def test_of_dots_are_of_the_directory_and_its_parent(self, system: FileSystem) -> None:
+    async def test_lookup_of_dots_returns_the_directory_and_its_parent(
+        self, system: FileSystem
+    ) -> None:
         folder = await number_of(system, "folder")
         assert (await system.lookup(folder, b".", CTX)).st_ino == folder
         assert (await system.lookup(folder, b"..", CTX)).st_ino == 1
@@ -151,7 +153,9 @@ class TestAttributes:
 
 
 class TestHardLinks:
-    async def test_share_a_number_that_leads_to_both(self, system: FileSystem) -> None:
+    async def test_hard_links_share_an_inode_number_that_leads_to_both(
+        self, system: FileSystem
+    ) -> None:
         number = await number_of(system, "twin")
         assert number == await number_of(system, "folder/twin") >= HARD_LINKS
         found = await system.getattr(number, CTX)
@@ -159,7 +163,7 @@ class TestHardLinks:
         opened = await system.open(number, os.O_RDONLY, CTX)
         assert bytes(await system.read(opened.fh, 0, 10)) == b"same"
 
-    async def test_are_forgotten_when_the_kernel_forgets_them(
+    async def test_a_hard_link_is_forgotten_when_the_kernel_forgets_it(
         self, system: FileSystem, replies: Replies
     ) -> None:
         number = await number_of(system, "twin")
@@ -171,7 +175,7 @@ class TestHardLinks:
         with refused(errno.ESTALE):
             await system.getattr(number, CTX)
 
-    async def test_that_did_not_fit_into_a_reply_are_not_counted(
+    async def test_a_hard_link_that_did_not_fit_into_a_reply_is_not_counted(
         self, system: FileSystem, replies: Replies
     ) -> None:
         replies.room = 6
@@ -180,15 +184,17 @@ class TestHardLinks:
         assert len(system._links) == 0
 
 
-class TestListing:
-    async def test_begins_with_the_dots(self, system: FileSystem, replies: Replies) -> None:
+class TestReaddir:
+    async def test_readdir_begins_with_the_dots(self, system: FileSystem, replies: Replies) -> None:
         handle = await system.opendir(1, CTX)
         await system.readdir(handle, 0, TOKEN)
         assert replies.names == [b".", b"..", b"device", b"file", b"folder", b"link", b"twin"]
         assert len(set(replies.positions)) == 7 and 0 not in replies.positions
         await system.releasedir(handle)
 
-    async def test_goes_on_from_every_position(self, system: FileSystem, replies: Replies) -> None:
+    async def test_readdir_continues_from_every_position(
+        self, system: FileSystem, replies: Replies
+    ) -> None:
         await system.readdir(1, 0, TOKEN)
         whole, positions = replies.names[:], replies.positions[:]
         for i, position in enumerate(positions):
@@ -196,7 +202,7 @@ class TestListing:
             await system.readdir(1, position, TOKEN)
             assert replies.names == whole[i + 1 :]
 
-    async def test_in_replies_of_any_room_gives_everything_once(
+    async def test_readdir_with_replies_of_any_size_returns_every_name_once(
         self, keeper: Keeper, replies: Replies
     ) -> None:
         names = [b"%05d" % n for n in range(9000)]
@@ -219,8 +225,10 @@ class TestListing:
                 assert room == 1 or len(found) == 9002
 
 
-class TestReading:
-    async def test_gives_the_bytes_and_lets_the_kernel_keep_them(self, system: FileSystem) -> None:
+class TestRead:
+    async def test_read_returns_the_bytes_and_lets_the_kernel_cache_them(
+        self, system: FileSystem
+    ) -> None:
         opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
         assert opened.keep_cache and not opened.direct_io
         assert bytes(await system.read(opened.fh, 0, 4096)) == b"twelve bytes"
@@ -229,17 +237,17 @@ class TestReading:
         await system.release(opened.fh)
         assert system._open == {}
 
-    async def test_without_the_kernels_cache_is_direct(self, shown: Shown) -> None:
+    async def test_open_without_the_kernel_cache_is_direct(self, shown: Shown) -> None:
         system = FileSystem(shown.view, DisplayOptions(kernel_cache=False))
         opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
         assert opened.direct_io and not opened.keep_cache
 
-    async def test_of_reports_is_direct(self, system: FileSystem) -> None:
+    async def test_open_of_a_report_is_direct(self, system: FileSystem) -> None:
         opened = await system.open(await number_of(system, ".casfs/changed"), os.O_RDONLY, CTX)
         assert opened.direct_io and not opened.keep_cache
         assert bytes(await system.read(opened.fh, 0, 100)) == b""
 
-    async def test_across_chunks_gives_one_buffer_of_any_size(
+    async def test_read_across_chunks_returns_one_buffer_of_any_size(
         self, system: FileSystem, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
@@ -252,11 +260,11 @@ class TestReading:
         "flags",
         [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC, os.O_RDONLY | os.O_APPEND],
     )
-    async def test_for_writing_is_refused(self, system: FileSystem, flags: int) -> None:
+    async def test_open_for_writing_is_refused(self, system: FileSystem, flags: int) -> None:
         with refused(errno.EROFS):
             await system.open(await number_of(system, "file"), flags, CTX)
 
-    async def test_of_a_slow_disk_does_not_keep_others_waiting(
+    async def test_a_read_from_a_slow_disk_does_not_delay_other_requests(
         self, system: FileSystem, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         gate = threading.Event()
@@ -286,7 +294,7 @@ class TestReading:
                 gate.set()
         assert found == [b"twelve bytes"]
 
-    async def test_that_is_cancelled_is_left_behind(
+    async def test_a_cancelled_read_does_not_block_the_server(
         self, system: FileSystem, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         gate = threading.Event()
@@ -310,8 +318,8 @@ class TestReading:
                 await trio.sleep(0.01)
 
 
-class TestChanges:
-    async def test_are_all_refused(self, system: FileSystem) -> None:
+class TestReadOnly:
+    async def test_every_change_is_refused(self, system: FileSystem) -> None:
         anything = cast(Any, None)
         changes: list[Callable[..., Awaitable[object]]] = [
             system.setattr,
@@ -331,7 +339,7 @@ class TestChanges:
             with refused(errno.EROFS):
                 await change(1, anything, anything, anything)
 
-    async def test_of_what_a_read_only_mount_never_needs_are_left_to_the_kernel(
+    async def test_requests_that_a_read_only_mount_does_not_need_are_left_to_the_kernel(
         self, system: FileSystem
     ) -> None:
         for unused in (system.flush(1), system.fsync(1, False), system.access(1, 4, CTX)):
@@ -340,7 +348,9 @@ class TestChanges:
 
 
 class TestExtendedAttributes:
-    async def test_are_given_or_missing(self, keeper: Keeper) -> None:
+    async def test_extended_attributes_are_returned_or_reported_missing(
+        self, keeper: Keeper
+    ) -> None:
         extra = NodeExtra(xattrs=((b"user.a", b"1"), (b"user.b", b"")))
         shown = Shown(keeper, {b"f": file(b"", b"x", extra=extra)})
         with shown.repository:
@@ -367,7 +377,7 @@ class TestErrors:
         ],
         ids=lambda value: type(value).__name__,
     )
-    async def test_of_any_kind_become_an_errno_in_every_handler(
+    async def test_an_exception_of_any_kind_becomes_an_errno_in_every_handler(
         self,
         system: FileSystem,
         replies: Replies,
@@ -398,15 +408,13 @@ class TestErrors:
                 await request
         assert replies.names == []
 
-    async def test_of_a_number_that_nobody_has_say_that_it_is_stale(
-        self, system: FileSystem
-    ) -> None:
+    async def test_an_unknown_inode_number_is_stale(self, system: FileSystem) -> None:
         for number in (9999, HARD_LINKS + 1):
             with refused(errno.ESTALE):
                 await system.getattr(number, CTX)
 
     @pytest.mark.expect_errors("casfs_mount.damage_log")
-    async def test_in_the_middle_of_a_listing_come_after_what_was_found(
+    async def test_an_error_in_the_middle_of_a_listing_comes_after_the_entries_found(
         self, keeper: Keeper, replies: Replies
     ) -> None:
         names = [b"%05d" % n for n in range(20_000)]
@@ -430,8 +438,8 @@ class TestErrors:
         assert replies.names == [b".", b"..", *names[: names.index(first)]]
 
 
-class TestStatistics:
-    async def test_tell_the_size_and_that_nothing_is_free(self, keeper: Keeper) -> None:
+class TestStatfs:
+    async def test_statfs_reports_the_size_and_no_free_space(self, keeper: Keeper) -> None:
         big = replace(file(b"", b"x"), size=10_000_000_001)
         shown = Shown(keeper, {b"big": big, b"small": b"y"})
         with shown.repository:
@@ -440,8 +448,8 @@ class TestStatistics:
         assert (found.f_files, found.f_bfree, found.f_bavail, found.f_namemax) == (3, 0, 0, 255)
 
 
-class TestTheWholeRepository:
-    async def test_is_listed_and_its_lists_may_change_while_its_files_do_not(
+class TestRepositoryMount:
+    async def test_the_lists_of_a_repository_mount_may_change_and_its_files_may_not(
         self, keeper: Keeper, replies: Replies
     ) -> None:
         keeper.store(b"content")

@@ -54,7 +54,7 @@ BIG: Plan = {
 }
 
 
-def test_every_node_has_its_place_in_the_order_of_a_walk() -> None:
+def test_inode_numbers_follow_the_order_of_a_walk() -> None:
     grove = Grove()
     numbers = numbering(grove, grove.plant(SMALL))
     assert walked(numbers) == {
@@ -72,7 +72,7 @@ def test_every_node_has_its_place_in_the_order_of_a_walk() -> None:
 
 
 @pytest.mark.parametrize("cache_bytes", [1, 1 << 24], ids=["cold", "warm"])
-def test_a_number_leads_back_to_its_node_and_its_path_and_its_parent(cache_bytes: int) -> None:
+def test_an_inode_number_leads_to_its_node_path_and_parent(cache_bytes: int) -> None:
     grove = Grove()
     numbers = numbering(grove, grove.plant(SMALL), 100, cache_bytes)
     paths = walked(numbers)
@@ -83,7 +83,7 @@ def test_a_number_leads_back_to_its_node_and_its_path_and_its_parent(cache_bytes
         assert numbers.parent(number) == by_path[path.rpartition(b"/")[0]]
 
 
-def test_numbers_of_a_split_directory_are_found_in_few_reads() -> None:
+def test_inode_numbers_of_a_split_directory_are_found_in_few_reads() -> None:
     grove = Grove()
     root = grove.plant(BIG)
     numbers = numbering(grove, root, cache_bytes=1 << 26)
@@ -99,7 +99,7 @@ def test_numbers_of_a_split_directory_are_found_in_few_reads() -> None:
         assert numbers.path(number) == path
 
 
-def test_a_name_is_found_with_the_number_that_the_listing_gives() -> None:
+def test_lookup_and_listing_give_the_same_inode_number() -> None:
     grove = Grove()
     numbers = numbering(grove, grove.plant(BIG), cache_bytes=1 << 26)
     crowd_number, crowd = numbers.child(1, numbers.root, b"crowd") or (0, numbers.root)
@@ -111,7 +111,7 @@ def test_a_name_is_found_with_the_number_that_the_listing_gives() -> None:
         assert numbers.child(crowd_number, crowd, name) is None
 
 
-def test_a_listing_goes_on_from_any_position_that_it_gave() -> None:
+def test_a_listing_continues_from_any_position_that_it_gave() -> None:
     grove = Grove()
     numbers = numbering(grove, grove.plant(BIG), cache_bytes=1 << 26)
     crowd_number, crowd = numbers.child(1, numbers.root, b"crowd") or (0, numbers.root)
@@ -136,7 +136,7 @@ def test_the_position_at_the_end_gives_nothing_more() -> None:
     assert list(numbers.entries(1, numbers.root, end + 1000)) == []
 
 
-def test_a_number_outside_is_stale() -> None:
+def test_an_inode_number_outside_the_range_is_stale() -> None:
     grove = Grove()
     numbers = numbering(grove, grove.plant(SMALL), 100)
     for number in (0, 99, 109, 1 << 40):
@@ -146,7 +146,7 @@ def test_a_number_outside_is_stale() -> None:
             numbers.path(number)
 
 
-def test_a_tree_that_lies_about_what_is_below_it_is_refused() -> None:
+def test_a_tree_with_a_wrong_summary_is_refused() -> None:
     """Otherwise numbers of one directory would run into those of the next."""
     grove = Grove()
     leaf = encode_piece(Leaf([entry(b"one"), entry(b"two")]))
@@ -157,7 +157,7 @@ def test_a_tree_that_lies_about_what_is_below_it_is_refused() -> None:
         list(numbers.entries(1, liar))
 
 
-def test_a_tree_that_two_refer_to_with_different_counts_is_refused_when_cached() -> None:
+def test_a_cached_tree_referenced_with_different_counts_is_refused() -> None:
     grove = Grove()
     honest = grove.plant({b"a": b"", b"b": b""})
     assert honest.tree is not None
@@ -167,7 +167,7 @@ def test_a_tree_that_two_refer_to_with_different_counts_is_refused_when_cached()
         cache.get(TreeRef(honest.tree.digest, 5, 0, 0))
 
 
-def test_the_cache_of_pieces_stays_in_its_bounds_and_keeps_what_is_used() -> None:
+def test_the_tree_cache_stays_in_its_bounds_and_keeps_what_is_used() -> None:
     grove = Grove()
     trees = [grove.plant({b"%d" % n: b""}).tree for n in range(100)]
     one = TreeCache(grove.read)
@@ -182,8 +182,8 @@ def test_the_cache_of_pieces_stays_in_its_bounds_and_keeps_what_is_used() -> Non
     assert grove.reads.count(Digest(trees[0].digest)) == 2
 
 
-class TestRanges:
-    def test_do_not_overlap_whatever_the_keys_are(self) -> None:
+class TestInodeRanges:
+    def test_inode_ranges_do_not_overlap_whatever_the_keys(self) -> None:
         ranges = InodeRanges(100, 1100)
         random_bytes = random.Random(3).randbytes
         taken = [(ranges.add(random_bytes(32), 10), 10) for _ in range(60)]
@@ -197,7 +197,7 @@ class TestRanges:
         for first, count in taken:
             assert ranges.find(first) == ranges.find(first + count - 1) == first
 
-    def test_depend_on_the_key_alone_where_there_is_room(self) -> None:
+    def test_an_inode_range_depends_on_its_key_alone_where_there_is_room(self) -> None:
         one, other = InodeRanges(), InodeRanges()
         keys = [digest_of(b"%d" % n) for n in range(20)]
         first = {key: one.add(key, 1000 + n) for n, key in enumerate(keys)}
@@ -205,7 +205,7 @@ class TestRanges:
         assert first == again
         assert min(first.values()) >= LISTINGS_END
 
-    def test_leave_nothing_behind_when_they_are_removed(self) -> None:
+    def test_a_removed_inode_range_leaves_nothing_behind(self) -> None:
         ranges = InodeRanges()
         first = ranges.add(digest_of(b"x"), 100)
         ranges.remove(first)
@@ -214,20 +214,20 @@ class TestRanges:
                 ranges.find(number)
         assert ranges.add(digest_of(b"x"), 100) == first
 
-    def test_refuse_what_cannot_be_numbered(self) -> None:
+    def test_an_inode_range_that_is_too_large_is_refused(self) -> None:
         with pytest.raises(TreeError):
             InodeRanges().add(bytes(32), 1 << 61)
 
 
 class TestHardLinks:
-    def test_have_one_number_for_each_file_and_snapshot(self) -> None:
+    def test_a_hard_link_number_is_unique_to_file_and_snapshot(self) -> None:
         number = hard_link_number(1, (7, 42))
         assert number == hard_link_number(1, (7, 42)) >= HARD_LINKS
         others = {hard_link_number(*key) for key in ((1, (7, 43)), (1, (8, 42)), (2, (7, 42)))}
         assert len(others | {number}) == 4
         assert number < 1 << 63
 
-    def test_are_known_until_they_were_forgotten_as_often_as_told(self) -> None:
+    def test_a_hard_link_is_known_until_it_was_forgotten_as_often_as_remembered(self) -> None:
         links = HardLinks()
         links.remember(HARD_LINKS + 5, 17)
         links.remember(HARD_LINKS + 5, 99)
@@ -240,5 +240,5 @@ class TestHardLinks:
             links.place(HARD_LINKS + 5)
         links.forget(HARD_LINKS + 5, 3)
 
-    def test_accept_device_numbers_of_any_sign_and_size(self) -> None:
+    def test_a_hard_link_number_accepts_device_numbers_of_any_sign_and_size(self) -> None:
         assert hard_link_number(1 << 61, (-1, 1 << 70)) >= HARD_LINKS

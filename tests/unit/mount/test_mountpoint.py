@@ -34,7 +34,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *records: MountRecord) -> None:
     monkeypatch.setattr(mountpoint, "mounts", lambda: list(records))
 
 
-def test_an_ordinary_directory_will_do_even_with_something_in_it(
+def test_an_ordinary_directory_is_a_valid_mountpoint_even_with_entries(
     tmp_path: Path, repository: Path
 ) -> None:
     (tmp_path / "at" / "full").mkdir(parents=True)
@@ -43,13 +43,13 @@ def test_an_ordinary_directory_will_do_even_with_something_in_it(
     assert check_mountpoint(tmp_path / "link", repository) == tmp_path / "at"
 
 
-def test_a_missing_one_is_not_made(tmp_path: Path, repository: Path) -> None:
+def test_a_missing_mountpoint_is_not_created(tmp_path: Path, repository: Path) -> None:
     with pytest.raises(NotFoundError, match="does not exist"):
         check_mountpoint(tmp_path / "nowhere", repository)
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_file_is_refused(tmp_path: Path, repository: Path) -> None:
+def test_a_mountpoint_that_is_a_file_is_refused(tmp_path: Path, repository: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CasfsError, match="not a directory"):
         check_mountpoint(tmp_path / "file", repository)
@@ -58,7 +58,7 @@ def test_a_file_is_refused(tmp_path: Path, repository: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["repository", "repository/below", "link"])
-def test_the_inside_of_the_repository_is_refused(
+def test_a_mountpoint_inside_the_repository_is_refused(
     tmp_path: Path, repository: Path, where: str
 ) -> None:
     (tmp_path / "link").symlink_to("repository/below")
@@ -66,14 +66,16 @@ def test_the_inside_of_the_repository_is_refused(
         check_mountpoint(tmp_path / where, repository)
 
 
-def test_what_holds_the_repository_is_refused(tmp_path: Path, repository: Path) -> None:
+def test_a_mountpoint_that_contains_the_repository_is_refused(
+    tmp_path: Path, repository: Path
+) -> None:
     """Its packs would be looked for inside the mount that needs them."""
     for where in (tmp_path, tmp_path.parent, Path("/")):
         with pytest.raises(CasfsError, match="would be hidden"):
             check_mountpoint(where, repository)
 
 
-def test_what_is_mounted_already_is_refused(
+def test_a_busy_mountpoint_is_refused(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "at").mkdir()
@@ -122,7 +124,7 @@ def test_a_mount_whose_root_the_kernel_remembers_is_asked(
     end.set()
 
 
-def test_names_cannot_forge_a_sentence(tmp_path: Path, repository: Path) -> None:
+def test_names_cannot_forge_a_message(tmp_path: Path, repository: Path) -> None:
     with pytest.raises(NotFoundError) as caught:
         check_mountpoint(tmp_path / "new\nline\x1b[2J", repository)
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
@@ -149,14 +151,14 @@ def test_the_kernels_table_is_read_whatever_a_mountpoint_is_called(tmp_path: Pat
     assert any(record.path == b"/" for record in mounts())
 
 
-def test_there_is_nothing_to_unmount_where_nothing_is_mounted(tmp_path: Path) -> None:
+def test_unmount_refuses_a_path_where_nothing_is_mounted(tmp_path: Path) -> None:
     for where in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(NotFoundError, match="nothing is mounted"):
             unmount(where)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it mounts a file system")
-def test_a_busy_mount_is_explained_by_who_uses_it(
+def test_a_busy_mount_is_reported_with_its_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = tmp_path / "at"
@@ -177,26 +179,28 @@ def test_a_busy_mount_is_explained_by_who_uses_it(
             user.communicate(b"\n")
 
 
-def test_a_machine_without_the_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_the_fuse_device_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("/nonexistent", "/dev/null", "/etc/passwd"):
         monkeypatch.setattr(mountpoint, "DEVICE", device)
         with pytest.raises(CasfsError, match="no FUSE on this machine"):
             check_fuse(False)
 
 
-class TestAnOrdinaryUser:
+class TestUnprivilegedUser:
     @pytest.fixture(autouse=True)
     def ordinary(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
         monkeypatch.setattr(mountpoint, "DEVICE", "/dev/null")
         monkeypatch.setattr(mountpoint, "_DEVICE_NUMBER", os.stat("/dev/null").st_rdev)
 
-    def test_needs_the_helper(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_unprivileged_user_needs_the_mount_helper(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(mountpoint, "HELPER", "no-such-helper")
         with pytest.raises(CasfsError, match="no-such-helper is not installed"):
             check_fuse(False)
 
-    def test_may_let_others_in_only_where_the_administrator_says_so(
+    def test_an_unprivileged_user_may_allow_others_only_where_fuse_conf_permits(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(mountpoint, "HELPER", "true")

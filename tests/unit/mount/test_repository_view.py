@@ -122,7 +122,7 @@ def test_every_snapshot_is_found_by_time_id_host_and_tag(keeper: Keeper) -> None
         assert shown.view.parent(found[0]) == root
 
 
-def test_whole_ids_are_found_and_not_listed(keeper: Keeper) -> None:
+def test_whole_ids_are_found_but_not_listed(keeper: Keeper) -> None:
     identity = publish(keeper, 0).hex().encode()
     shown = Catalogue(keeper)
     assert set(shown.listed(b"ids")) == {identity[:12], b"latest"}
@@ -131,7 +131,7 @@ def test_whole_ids_are_found_and_not_listed(keeper: Keeper) -> None:
     assert shown.view.lookup(shown.find(b"ids"), identity[:20]) is None
 
 
-def test_an_empty_repository_has_its_directories(keeper: Keeper) -> None:
+def test_an_empty_repository_view_has_its_directories(keeper: Keeper) -> None:
     shown = Catalogue(keeper)
     for name in shown.listed():
         assert shown.listed(name) == {}
@@ -199,7 +199,7 @@ def test_the_list_is_not_read_again_within_a_second(
     assert len(reads) == 2
 
 
-def test_a_forgotten_snapshot_leaves_and_still_answers_who_is_in_it(keeper: Keeper) -> None:
+def test_a_forgotten_snapshot_leaves_the_lists_and_still_serves_its_users(keeper: Keeper) -> None:
     first = publish(keeper, 0, host="gone", tags=("gone",))
     publish(keeper, 60)
     shown = Catalogue(keeper)
@@ -227,7 +227,7 @@ def test_a_forgotten_snapshot_leaves_and_still_answers_who_is_in_it(keeper: Keep
         shown.view.node(file)
 
 
-def test_a_listing_goes_on_where_it_was_although_snapshots_came_and_went(keeper: Keeper) -> None:
+def test_a_listing_continues_where_it_was_although_snapshots_come_and_go(keeper: Keeper) -> None:
     ids = [publish(keeper, 60 * n) for n in range(6)]
     shown = Catalogue(keeper)
     snapshots = shown.find(b"snapshots")
@@ -256,7 +256,7 @@ def test_a_snapshot_that_another_replaces_is_not_shown(keeper: Keeper) -> None:
 
 
 @pytest.mark.expect_errors("casfs_mount.repository_view")
-def test_a_damaged_snapshot_is_told_once_and_the_others_are_shown(
+def test_a_damaged_snapshot_is_logged_once_and_the_others_are_shown(
     keeper: Keeper, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = publish(keeper, 0)
@@ -284,7 +284,7 @@ def test_a_repository_that_went_away_is_an_error_and_not_an_empty_list(keeper: K
     assert len(shown.listed(b"snapshots")) == 2
 
 
-def test_the_thread_that_must_not_wait_never_reads_the_list(keeper: Keeper) -> None:
+def test_the_event_loop_thread_never_reads_the_list_of_snapshots(keeper: Keeper) -> None:
     publish(keeper, 0)
     shown = Catalogue(keeper)
     shown.sources.waiting.bind()

@@ -40,7 +40,7 @@ def test_a_path_lists_a_link_for_each_version(keeper: Keeper) -> None:
     assert list(catalogue.listed(b"versions")) == [FIRST, THIRD], "of the whole snapshot"
 
 
-def test_what_is_below_a_path_is_reachable_and_not_listed(keeper: Keeper) -> None:
+def test_paths_below_versions_are_reachable_but_not_listed(keeper: Keeper) -> None:
     catalogue = Catalogue(keeper)
     assert b"d" not in catalogue.listed(b"versions")
     number = catalogue.find(b"versions")
@@ -51,7 +51,7 @@ def test_what_is_below_a_path_is_reachable_and_not_listed(keeper: Keeper) -> Non
     assert list(catalogue.view.entries(link, 0)) == []
 
 
-def test_numbers_stay_and_lead_back(keeper: Keeper) -> None:
+def test_inode_numbers_of_versions_are_stable_and_lead_back(keeper: Keeper) -> None:
     catalogue = Catalogue(keeper)
     folder = catalogue.find(b"versions", b"d", b"f")
     link = catalogue.find(b"versions", b"d", b"f", FIRST)
@@ -67,7 +67,7 @@ def test_numbers_stay_and_lead_back(keeper: Keeper) -> None:
     assert not view.is_immutable(folder)
 
 
-def test_a_listing_goes_on_from_a_place(keeper: Keeper) -> None:
+def test_a_listing_of_versions_continues_from_any_position(keeper: Keeper) -> None:
     catalogue = Catalogue(keeper)
     folder = catalogue.find(b"versions", b"d")
     (_, _, after), second = catalogue.view.entries(folder, 0)
@@ -75,7 +75,7 @@ def test_a_listing_goes_on_from_a_place(keeper: Keeper) -> None:
     assert list(catalogue.view.entries(folder, second[2])) == []
 
 
-def test_new_snapshots_bring_versions_and_forgotten_ones_take_them(keeper: Keeper) -> None:
+def test_new_snapshots_add_versions_and_forgotten_ones_remove_them(keeper: Keeper) -> None:
     catalogue = Catalogue(keeper)
     link = catalogue.find(b"versions", b"d", b"f", THIRD)
     with keeper.reading() as repository:
@@ -93,7 +93,7 @@ def test_new_snapshots_bring_versions_and_forgotten_ones_take_them(keeper: Keepe
         catalogue.view.node(link)
 
 
-def test_a_path_that_left_with_its_snapshot_is_not_found_any_more(keeper: Keeper) -> None:
+def test_a_path_of_a_forgotten_snapshot_is_no_longer_found(keeper: Keeper) -> None:
     keeper.publish({b"passing": b"p"}, time_ns=NOON_NS + 9 * SECOND_NS)
     catalogue = Catalogue(keeper)
     number = catalogue.find(b"versions")
@@ -109,7 +109,7 @@ def test_a_path_that_left_with_its_snapshot_is_not_found_any_more(keeper: Keeper
     assert catalogue.view.lookup(number, b"passing") is None
 
 
-def test_the_thread_that_must_not_wait_is_told_so_once(keeper: Keeper) -> None:
+def test_the_event_loop_thread_does_not_search_for_versions(keeper: Keeper) -> None:
     catalogue = Catalogue(keeper)
     number = catalogue.find(b"versions")
     found = catalogue.find(b"versions", b"d")
@@ -121,7 +121,9 @@ def test_the_thread_that_must_not_wait_is_told_so_once(keeper: Keeper) -> None:
         catalogue.view.lookup(number, b"other")
 
 
-def test_few_numbers_are_remembered(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_versions_view_remembers_a_bounded_number_of_paths(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(casfs_mount.versions_view, "_MOST_NUMBERS", 4)
     catalogue = Catalogue(keeper)
     old = catalogue.find(b"versions", b"other")
@@ -134,7 +136,7 @@ def test_few_numbers_are_remembered(keeper: Keeper, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.expect_errors("casfs_mount.versions_view")
-def test_a_damaged_snapshot_is_told_in_the_log_and_the_others_are_shown(
+def test_a_damaged_snapshot_is_logged_and_versions_of_the_others_are_shown(
     keeper: Keeper, caplog: pytest.LogCaptureFixture
 ) -> None:
     with keeper.reading() as repository:

@@ -101,8 +101,8 @@ def shown(keeper: Keeper) -> Iterator[Shown]:
     shown.repository.close()
 
 
-class TestTheTree:
-    def test_is_found_by_name_and_by_listing(self, shown: Shown) -> None:
+class TestSnapshotTree:
+    def test_entries_are_found_by_name_and_by_listing(self, shown: Shown) -> None:
         names = [node.name for _, node, _ in shown.view.entries(1, 0)]
         assert names == [b"folder", b"link", b"tagged"]
         for number, node, _ in shown.view.entries(1, 0):
@@ -113,28 +113,28 @@ class TestTheTree:
         assert shown.view.node(shown.find(b"link")).content == b"folder/plain"
         assert shown.view.parent(1) == 1
 
-    def test_gives_its_sizes_without_being_walked(self, shown: Shown) -> None:
+    def test_the_totals_of_a_snapshot_are_known_without_a_walk(self, shown: Shown) -> None:
         assert shown.view.statfs_totals() == (7 + 13 + 15, 7)
 
-    def test_knows_no_number_behind_its_own(self, shown: Shown) -> None:
+    def test_an_inode_number_behind_the_snapshot_is_stale(self, shown: Shown) -> None:
         with pytest.raises(StaleError):
             shown.view.node(7 + 1 + REPORT_NUMBERS)
 
-    def test_opens_only_regular_files(self, shown: Shown) -> None:
+    def test_only_regular_files_can_be_opened(self, shown: Shown) -> None:
         for path in (b"folder", b"link", b".casfs"):
             with pytest.raises(RefusedError):
                 shown.view.open(shown.find(path))
 
 
 class TestExtendedAttributes:
-    def test_of_the_file_are_listed_and_read(self, shown: Shown) -> None:
+    def test_extended_attributes_of_a_file_are_listed_and_read(self, shown: Shown) -> None:
         number = shown.find(b"tagged")
         assert shown.view.xattr_names(number) == [b"security.capability", b"user.own"]
         assert shown.view.xattr(number, b"user.own") == b"mine"
         assert shown.view.xattr(number, b"security.capability") == b"\1\2"
         assert shown.view.xattr(number, b"user.other") is None
 
-    def test_of_casfs_are_read_by_name_and_never_listed(self, shown: Shown) -> None:
+    def test_casfs_attributes_are_read_by_name_and_never_listed(self, shown: Shown) -> None:
         number = shown.find(b"folder/deep/changed\nhere")
         assert shown.view.xattr_names(number) == []
         for name, value in (
@@ -148,7 +148,7 @@ class TestExtendedAttributes:
         ):
             assert shown.view.xattr(number, b"user.casfs." + name) == value, name
 
-    def test_of_casfs_tell_of_a_stable_file_that_it_is_one(self, shown: Shown) -> None:
+    def test_casfs_attributes_describe_a_stable_file(self, shown: Shown) -> None:
         number = shown.find(b"folder/plain")
         digest = digest_of(b"plain content").hex().encode()
         for name, value in (
@@ -160,20 +160,22 @@ class TestExtendedAttributes:
         ):
             assert shown.view.xattr(number, b"user.casfs." + name) == value, name
 
-    def test_of_casfs_tell_of_a_directory_its_snapshot_alone(self, shown: Shown) -> None:
+    def test_casfs_attributes_of_a_directory_name_only_its_snapshot(self, shown: Shown) -> None:
         number = shown.find(b"folder")
         assert shown.view.xattr(number, b"user.casfs.capture") is None
         assert shown.view.xattr(number, b"user.casfs.snapshot") is not None
 
-    def test_of_casfs_give_way_to_a_files_own_of_that_name(self, keeper: Keeper) -> None:
+    def test_a_files_own_attribute_hides_a_casfs_attribute_of_that_name(
+        self, keeper: Keeper
+    ) -> None:
         own = NodeExtra(xattrs=((b"user.casfs.capture", b"mine"),))
         shown = Shown(keeper, {b"f": file(b"", b"x", extra=own)})
         with shown.repository:
             assert shown.view.xattr(shown.find(b"f"), b"user.casfs.capture") == b"mine"
 
 
-class TestOpening:
-    def test_a_changed_file_is_told_in_the_log_once(
+class TestOpeningChangedFile:
+    def test_opening_a_changed_file_is_logged_once(
         self, shown: Shown, caplog: pytest.LogCaptureFixture
     ) -> None:
         number = shown.find(b"folder/deep/changed\nhere")
@@ -183,7 +185,7 @@ class TestOpening:
         (record,) = caplog.records
         assert "folder/deep/changed\\nhere" in record.getMessage()
 
-    def test_a_changed_file_can_be_denied(
+    def test_opening_a_changed_file_can_be_denied(
         self, keeper: Keeper, caplog: pytest.LogCaptureFixture
     ) -> None:
         shown = Shown(keeper, TREE, deny_changed=True)
@@ -197,8 +199,8 @@ class TestOpening:
         assert "denied" in caplog.text
 
 
-class TestTheFolderOfReports:
-    def test_is_found_and_not_listed(self, shown: Shown) -> None:
+class TestReportFolder:
+    def test_the_report_folder_is_found_but_not_listed(self, shown: Shown) -> None:
         number = shown.find(b".casfs")
         assert shown.view.node(number).kind == NodeType.DIRECTORY
         assert [node.name for _, node, _ in shown.view.entries(1, 0)].count(b".casfs") == 0
@@ -208,26 +210,24 @@ class TestTheFolderOfReports:
         assert shown.view.parent(shown.find(b".casfs/changed")) == number
         assert shown.view.lookup(number, b"other") is None
 
-    def test_is_at_the_root_alone(self, shown: Shown) -> None:
+    def test_the_report_folder_is_only_at_the_root(self, shown: Shown) -> None:
         assert shown.view.lookup(shown.find(b"folder"), b".casfs") is None
 
-    def test_gives_way_to_a_real_entry_of_that_name(self, keeper: Keeper) -> None:
+    def test_the_report_folder_gives_way_to_a_real_entry_of_its_name(self, keeper: Keeper) -> None:
         shown = Shown(keeper, {b".casfs": {b"real": b""}})
         with shown.repository:
             number = shown.find(b".casfs")
             assert [node.name for _, node, _ in shown.view.entries(number, 0)] == [b"real"]
 
-    def test_lists_on_from_a_position(self, shown: Shown) -> None:
+    def test_a_listing_of_the_report_folder_continues_from_a_position(self, shown: Shown) -> None:
         number = shown.find(b".casfs")
         whole = list(shown.view.entries(number, 0))
         assert list(shown.view.entries(number, whole[1][2])) == whole[2:]
 
-    def test_names_the_changed_files_on_one_line_each(self, shown: Shown) -> None:
+    def test_the_changed_report_has_one_line_for_each_changed_file(self, shown: Shown) -> None:
         assert shown.text(b".casfs/changed") == b"folder/deep/changed\\nhere\n"
 
-    def test_reads_nothing_to_name_the_changed_files_where_there_are_none(
-        self, keeper: Keeper
-    ) -> None:
+    def test_the_changed_report_reads_nothing_where_no_file_changed(self, keeper: Keeper) -> None:
         shown = Shown(keeper, {b"a": {b"b": b""}})
         with shown.repository:
             number = shown.find(b".casfs/changed")
@@ -235,14 +235,14 @@ class TestTheFolderOfReports:
             shown.repository.trees._read = None  # type: ignore[assignment]
             assert b"".join(shown.view.open(number).read(0, 10)) == b""
 
-    def test_describes_the_snapshot_in_json_of_the_size_that_it_shows(self, shown: Shown) -> None:
+    def test_the_snapshot_report_is_json_of_the_reported_size(self, shown: Shown) -> None:
         text = shown.text(b".casfs/snapshot.json")
         assert shown.view.node(shown.find(b".casfs/snapshot.json")).size == len(text)
         told = json.loads(text)
         assert told["id"] == shown.snapshot_id.hex()
         assert (told["host"], told["entries"], told["flagged"]) == ("here", 6, 1)
 
-    def test_has_a_manifest_of_every_regular_file(self, shown: Shown) -> None:
+    def test_the_manifest_lists_every_regular_file(self, shown: Shown) -> None:
         expected = [
             (b"folder/deep/changed\\nhere", b"mixture", b"\\"),
             (b"folder/plain", b"plain content", b""),
@@ -253,7 +253,7 @@ class TestTheFolderOfReports:
             for path, content, mark in expected
         )
 
-    def test_gives_the_same_in_pieces_of_any_size_and_from_the_beginning_again(
+    def test_the_manifest_reads_the_same_in_pieces_of_any_size_and_from_the_beginning(
         self, keeper: Keeper
     ) -> None:
         shown = Shown(keeper, {b"%05d" % n: b"x%d" % n for n in range(6000)})
@@ -267,7 +267,7 @@ class TestTheFolderOfReports:
                 offset, size = rng.randrange(len(whole) + 100), rng.randrange(1, 70_000)
                 assert b"".join(reader.read(offset, size)) == whole[offset : offset + size]
 
-    def test_breaks_off_with_an_error_and_not_with_an_end(self, keeper: Keeper) -> None:
+    def test_the_manifest_ends_with_an_error_at_a_damaged_directory(self, keeper: Keeper) -> None:
         plan: Plan = {b"a": b"first", b"b": {b"c": b""}, b"z": b"last"}
         keeper.publish(plan)
         keeper.damage(reference(Grove().plant({b"c": b""})))
@@ -280,7 +280,7 @@ class TestTheFolderOfReports:
                     reader.read(len(manifest_line(b"a", digest_of(b"first"))), 1000)
 
     @pytest.mark.expect_errors("casfs_mount.damage_log")
-    def test_lists_the_damage_that_was_met(self, keeper: Keeper) -> None:
+    def test_the_damage_report_lists_the_damage_that_reads_met(self, keeper: Keeper) -> None:
         digest = digest_of(b"plain content")
         keeper.store(b"plain content")
         keeper.damage(digest)
@@ -295,15 +295,15 @@ class TestTheFolderOfReports:
         assert line.startswith("folder/plain: bytes 0 to 12: blob " + digest.hex())
         assert " in pack " in line
 
-    def test_is_the_only_part_that_may_change(self, shown: Shown) -> None:
+    def test_only_the_report_folder_may_change(self, shown: Shown) -> None:
         assert shown.view.is_immutable(1)
         assert shown.view.is_immutable(shown.find(b"folder/plain"))
         assert not shown.view.is_immutable(shown.find(b".casfs"))
         assert not shown.view.is_immutable(shown.find(b".casfs/damage"))
 
 
-class TestTheThreadThatMustNotWait:
-    def test_gets_small_trees_at_once_when_the_kernel_has_them(self, shown: Shown) -> None:
+class TestEventLoopThread:
+    def test_the_event_loop_reads_cached_small_trees_at_once(self, shown: Shown) -> None:
         shown.find(b"folder/plain")  # opens the pack, which only a thread that may wait does
         waiting = shown.sources.waiting
         fresh = sources_of(shown.repository)
@@ -312,7 +312,7 @@ class TestTheThreadThatMustNotWait:
         assert waiting.may_block()
         assert next(node.name for _, node, _ in view.entries(1, 0)) == b"folder"
 
-    def test_is_never_kept_by_a_pack_that_is_not_open(self, keeper: Keeper) -> None:
+    def test_the_event_loop_does_not_wait_for_a_pack_that_is_not_open(self, keeper: Keeper) -> None:
         shown = Shown(keeper, TREE)
         with shown.repository:
             shown.sources.waiting.bind()
@@ -320,7 +320,9 @@ class TestTheThreadThatMustNotWait:
                 list(shown.view.entries(1, 0))
 
 
-def test_damage_is_told_once_and_in_bounds(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_damage_log_reports_each_range_once_and_is_bounded(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     damage = DamageLog()
     error = BlobError(Digest(bytes(32)), "it is missing: no pack holds it")
     logging.getLogger("casfs_mount.damage_log").disabled = True

@@ -65,7 +65,7 @@ DEVICE = entry(b"", NodeType.CHARACTER_DEVICE, extra=NodeExtra(rdev=259))
         (OLD, LINK, "type", ("kind",)),
     ],
 )
-def test_what_differs_of_an_entry_is_told(
+def test_diff_reports_what_differs_of_an_entry(
     before: Node, after: Node, kind: str, fields: tuple[str, ...]
 ) -> None:
     assert told_of_one(before, after) == [(kind, "it", fields)]
@@ -83,7 +83,7 @@ def test_what_differs_of_an_entry_is_told(
     ],
     ids=str,
 )
-def test_what_a_copy_has_of_its_own_is_no_difference(other: dict[str, Any]) -> None:
+def test_diff_ignores_fields_that_differ_in_every_copy(other: dict[str, Any]) -> None:
     assert told_of_one(OLD, replace(OLD, **other)) == []
 
 
@@ -95,7 +95,7 @@ def test_a_copied_tree_does_not_differ_although_its_digests_do() -> None:
     assert told(grove, before, after) == []
 
 
-def test_all_that_is_in_an_added_or_removed_directory_is_told() -> None:
+def test_diff_reports_everything_in_an_added_or_removed_directory() -> None:
     grove = Grove()
     less = grove.plant({b"kept": b""})
     more = grove.plant({b"a": {b"b": {b"c": b"1"}, b"d": b"2"}, b"kept": b"", b"z": b"3"})
@@ -104,7 +104,7 @@ def test_all_that_is_in_an_added_or_removed_directory_is_told() -> None:
     assert told(grove, more, less) == [("removed", path, ()) for path in paths]
 
 
-def test_a_directory_in_the_place_of_a_file_is_told_with_what_is_in_it() -> None:
+def test_diff_reports_a_directory_in_place_of_a_file_with_its_entries() -> None:
     grove = Grove()
     before, after = grove.plant({b"it": b"file"}), grove.plant({b"it": {b"in": b""}})
     assert told(grove, before, after) == [("type", "it", ("kind",)), ("added", "it/in", ())]
@@ -181,7 +181,7 @@ def test_a_split_directory_is_compared_with_one_that_is_not() -> None:
     ]
 
 
-def test_a_damaged_directory_is_told_and_the_rest_is_compared() -> None:
+def test_diff_reports_a_damaged_directory_and_compares_the_rest() -> None:
     grove = Grove()
     bad = grove.plant({b"x": b"1"})
     before = grove.plant({b"a": bad, b"b": b"1"})
@@ -199,7 +199,7 @@ def test_a_damaged_directory_is_told_and_the_rest_is_compared() -> None:
     assert (problem.kind, problem.path) == (ProblemKind.DAMAGED, b"a")
 
 
-def test_directories_deeper_than_the_format_allows_are_told_and_left() -> None:
+def test_diff_reports_directories_beyond_the_depth_bound_and_skips_them() -> None:
     grove = Grove()
     node = grove.plant({b"bottom": b""})
     for _ in range(MAX_DEPTH):
@@ -225,13 +225,13 @@ def test_directories_deeper_than_the_format_allows_are_told_and_left() -> None:
         ((b"/a/b/c", b"/a/x"), b"", {b"", b"a", b"a/b"}),
     ],
 )
-def test_passages_are_what_is_only_on_the_way_to_what_was_backed_up(
+def test_ancestor_directories_only_lead_to_what_was_backed_up(
     paths: tuple[bytes, ...], above: bytes, expected: set[bytes]
 ) -> None:
     assert ancestor_dirs(paths, above) == expected
 
 
-def test_the_mtime_of_a_passage_is_no_difference_but_its_mode_is() -> None:
+def test_diff_ignores_the_mtime_of_an_ancestor_directory_but_not_its_mode() -> None:
     grove = Grove()
     before = grove.plant({b"home": grove.plant({b"me": b"1"})})
     later = grove.plant({b"home": grove.plant({b"me": b"1"}, mtime_ns=5)}, mtime_ns=5)
@@ -263,7 +263,7 @@ def flat(plan: Plan, above: str = "") -> dict[str, bytes | None]:
 
 
 @given(_plans, _plans)
-def test_the_changes_are_those_that_comparing_every_path_finds(before: Plan, after: Plan) -> None:
+def test_diff_agrees_with_a_comparison_of_every_path(before: Plan, after: Plan) -> None:
     grove = Grove()
     old, new = flat(before), flat(after)
     expected = dict.fromkeys(new.keys() - old.keys(), "added")
@@ -278,7 +278,7 @@ def test_the_changes_are_those_that_comparing_every_path_finds(before: Plan, aft
     assert len(found) == len(expected)
 
 
-class TestCommand:
+class TestDiffCommand:
     """`casfs diff`."""
 
     @pytest.fixture
@@ -296,7 +296,7 @@ class TestCommand:
         assert result.return_value == expect
         return result
 
-    def test_says_what_changed_in_lines_and_sums(self, keeper: Keeper) -> None:
+    def test_diff_prints_changes_as_lines_and_sums(self, keeper: Keeper) -> None:
         first, _ = keeper.publish({b"a": b"12", b"b": {b"c": b""}, b"gone": b"1", b"same": b"1"})
         second, _ = keeper.publish(
             {
@@ -319,7 +319,7 @@ class TestCommand:
             "1 of another kind",
         ]
 
-    def test_says_which_sides_were_captured_while_they_changed(self, keeper: Keeper) -> None:
+    def test_diff_prints_which_sides_changed_during_capture(self, keeper: Keeper) -> None:
         first, _ = keeper.publish({b"log": flagged(file(b"", b"1")), b"x": b""})
         second, _ = keeper.publish({b"log": flagged(file(b"", b"2")), b"x": flagged(file(b""))})
         third, _ = keeper.publish({b"log": file(b"", b"3")})
@@ -338,13 +338,13 @@ class TestCommand:
         assert (summary["removed"], summary["modified"], summary["flagged"]) == (1, 1, 2)
         assert (summary["before"], summary["after"]) == (second.hex(), third.hex())
 
-    def test_of_parts_tells_paths_as_seen_from_them(self, keeper: Keeper) -> None:
+    def test_diff_of_subtrees_prints_relative_paths(self, keeper: Keeper) -> None:
         first, _ = keeper.publish({b"a": {b"x": b"1"}, b"other": b"1"})
         second, _ = keeper.publish({b"b": {b"y": b"1"}, b"other": b"2"})
         lines = self.run(keeper, f"{first.hex()}:a", f"{second.hex()}:b").stdout.splitlines()
         assert lines[:-1] == ["-  x", "+  y"]
 
-    def test_of_two_backups_of_a_folder_shows_what_was_done_in_it(
+    def test_diff_of_two_backups_shows_what_was_done_in_the_folder(
         self, keeper: Keeper, tmp_path: Path
     ) -> None:
         source = tmp_path / "source"
@@ -360,7 +360,7 @@ class TestCommand:
         top = str(source).lstrip("/")
         assert lines[:-1] == [f"M  {top}/edited", f"U  {top}/sub/kept"]
 
-    def test_goes_past_damage_and_ends_with_5(self, keeper: Keeper) -> None:
+    def test_diff_skips_damage_and_exits_with_5(self, keeper: Keeper) -> None:
         first, snapshot = keeper.publish({b"a": {b"x": b"1"}, b"b": b"1"})
         second, _ = keeper.publish({b"a": {b"x": b"2"}, b"b": b"2"})
         with keeper.reading() as repository:

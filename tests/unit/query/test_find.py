@@ -148,7 +148,7 @@ def test_no_more_is_remembered_than_allowed(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(first) - len(grove.reads) == 1
 
 
-def test_a_damaged_directory_is_told_once_and_the_others_are_searched() -> None:
+def test_find_reports_a_damaged_directory_once_and_searches_the_others() -> None:
     grove = Grove()
     bad = grove.plant({b"hit": b"", b"other": b""})
     root = grove.plant({b"bad": bad, b"good": {b"hit": b""}})

@@ -57,7 +57,7 @@ def test_times_and_owners_make_no_version_of_a_file_and_do_of_a_directory() -> N
     assert versions(Grove(), b"d", *plans) == [[0], [1]]
 
 
-def test_the_state_of_the_capture_makes_a_version() -> None:
+def test_links_devices_and_kinds_are_different_versions() -> None:
     one = file(b"f", b"same")
     assert versions(Grove(), b"f", {b"f": one}, {b"f": flagged(one)}) == [[0], [1]]
 
@@ -90,7 +90,7 @@ def test_equal_trees_on_the_way_are_read_once_for_all_snapshots() -> None:
     assert len(grove.reads) == 50 + 2, "the roots differ, what is below them does not"
 
 
-def test_a_damaged_way_is_told_and_the_other_snapshots_are_given() -> None:
+def test_a_damaged_path_is_reported_and_the_other_snapshots_are_given() -> None:
     grove = Grove()
     found = snapshots(grove, {b"d": {b"f": b"1"}}, {b"d": {b"f": b"2"}})
     lost = grove.trees.resolve(found[0][1].root, b"d")
@@ -108,7 +108,7 @@ def test_a_damaged_way_is_told_and_the_other_snapshots_are_given() -> None:
     assert [version.snapshots[0][0] for version in versions] == [found[1][0]]
 
 
-class TestTheVerb:
+class TestLogCommand:
     @pytest.fixture
     def keeper(self, tmp_path: Path) -> Keeper:
         keeper = Keeper(tmp_path)
@@ -125,7 +125,7 @@ class TestTheVerb:
         assert done.return_value == expect
         return done.stdout
 
-    def test_prints_a_table_for_people(self, keeper: Keeper) -> None:
+    def test_log_prints_a_table_for_people(self, keeper: Keeper) -> None:
         head, *rows = self.run(keeper, "latest:d/f", "--all-hosts").splitlines()
         assert head.split()[:4] == ["snapshot", "first", "last", "snapshots"]
         assert [row.split()[5:8] for row in rows] == [
@@ -134,7 +134,7 @@ class TestTheVerb:
             ["1", "1", "B"],
         ]
 
-    def test_prints_an_object_for_each_version(self, keeper: Keeper) -> None:
+    def test_log_prints_a_json_object_for_each_version(self, keeper: Keeper) -> None:
         with keeper.reading() as repository:
             ids = [snapshot_id.hex() for snapshot_id, _ in repository.snapshots()]
         lines = self.run(keeper, "--json", f"{ids[0]}:/d/f").splitlines()
@@ -145,15 +145,15 @@ class TestTheVerb:
         assert (second["snapshots"], second["size"], second["path"]) == ([ids[2]], 2, "d/f")
         assert second["hosts"] == ["a"]
 
-    def test_looks_only_into_snapshots_of_that_host(self, keeper: Keeper) -> None:
+    def test_log_searches_only_snapshots_of_the_same_host(self, keeper: Keeper) -> None:
         assert len(self.run(keeper, "latest:d").splitlines()) == 1 + 1
         assert len(self.run(keeper, "--all-hosts", "latest:d").splitlines()) == 1 + 3
 
-    def test_of_what_is_in_no_snapshot_is_an_error(self, keeper: Keeper) -> None:
+    def test_log_of_a_path_in_no_snapshot_is_an_error(self, keeper: Keeper) -> None:
         with pytest.raises(Exception, match="none of the 1 snapshots has d/nothing"):
             self.run(keeper, "latest:d/nothing")
 
-    def test_says_that_a_snapshot_is_damaged(self, keeper: Keeper) -> None:
+    def test_log_reports_a_damaged_snapshot(self, keeper: Keeper) -> None:
         with keeper.reading() as repository:
             found = list(repository.snapshots())
         keeper.damage(reference(found[2][1].root))

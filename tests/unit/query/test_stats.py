@@ -78,7 +78,7 @@ def test_what_a_change_added_is_the_snapshots_own(keeper: Keeper, source: Path) 
     assert seen.stored_bytes > 3 << 20
 
 
-def test_of_a_part_only_that_part_counts(keeper: Keeper, source: Path) -> None:
+def test_snapshot_stats_of_a_path_count_only_that_part(keeper: Keeper, source: Path) -> None:
     keeper.back_up(source)
     with keeper.reading() as repository:
         part = snapshot_stats(repository, f"latest:{source}/sub")

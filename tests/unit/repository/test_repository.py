@@ -46,8 +46,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-class TestMaking:
-    def test_lays_out_the_folders_and_says_what_they_are(self, keeper: Keeper) -> None:
+class TestRepositoryCreation:
+    def test_create_lays_out_the_folders_and_a_readme(self, keeper: Keeper) -> None:
         assert sorted(os.listdir(keeper.root)) == [
             *(
                 "README",
@@ -68,21 +68,23 @@ class TestMaking:
             written = decode_config((keeper.root / "config").read_bytes(), "")
             assert repository.config == written
 
-    def test_takes_an_empty_folder_or_makes_it_with_those_above(self, tmp_path: Path) -> None:
+    def test_create_accepts_an_empty_folder_or_makes_it_with_its_parents(
+        self, tmp_path: Path
+    ) -> None:
         (tmp_path / "empty").mkdir()
         first = Repository.create(tmp_path / "empty")
         second = Repository.create(tmp_path / "not" / "there" / "yet")
         assert first.id != second.id
 
-    def test_refuses_where_one_is_and_changes_nothing(self, keeper: Keeper) -> None:
+    def test_create_refuses_an_existing_repository_and_changes_nothing(
+        self, keeper: Keeper
+    ) -> None:
         before = (keeper.root / "config").read_bytes()
         with pytest.raises(ExistsError, match="already"):
             Repository.create(keeper.root)
         assert (keeper.root / "config").read_bytes() == before
 
-    def test_refuses_a_folder_with_something_in_it_and_what_is_no_folder(
-        self, tmp_path: Path
-    ) -> None:
+    def test_create_refuses_a_full_folder_and_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "note").touch()
         (tmp_path / "file").touch()
@@ -91,7 +93,7 @@ class TestMaking:
                 Repository.create(tmp_path / place)
         assert os.listdir(tmp_path / "full") == ["note"]
 
-    def test_that_the_disk_refuses_is_a_storage_error(
+    def test_create_on_a_failing_disk_is_a_storage_error(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def refuse(*arguments: object, **options: object) -> None:
@@ -102,8 +104,8 @@ class TestMaking:
             Repository.create(tmp_path / "repository")
 
 
-class TestOpening:
-    def test_where_there_is_none_is_told(self, tmp_path: Path) -> None:
+class TestRepositoryOpening:
+    def test_open_without_a_repository_raises_not_found(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         for place in ("none", "", "file"):
             with pytest.raises(NotFoundError):
@@ -111,7 +113,7 @@ class TestOpening:
             with pytest.raises(NotFoundError):
                 Repository.open(tmp_path / place, "backup")
 
-    def test_of_another_format_is_refused_before_anything_is_touched(self, keeper: Keeper) -> None:
+    def test_open_refuses_another_format_before_it_writes_anything(self, keeper: Keeper) -> None:
         config = (keeper.root / "config").read_bytes()
         (keeper.root / "config").write_bytes(config.replace(b"format 1", b"format 2"))
         for verb in (None, "backup"):
@@ -119,22 +121,22 @@ class TestOpening:
                 Repository.open(keeper.root, verb)
         assert os.listdir(keeper.root / "locks") == []
 
-    def test_with_a_damaged_configuration_is_refused(self, keeper: Keeper) -> None:
+    def test_open_refuses_a_damaged_configuration(self, keeper: Keeper) -> None:
         flip(keeper.root / "config", 60)
         with pytest.raises(IntegrityError, match="restore it from a copy"):
             Repository.open(keeper.root)
 
-    def test_for_writing_holds_a_lock_until_it_is_closed(self, keeper: Keeper) -> None:
+    def test_open_for_writing_holds_a_lock_until_it_is_closed(self, keeper: Keeper) -> None:
         with keeper.writing():
             (lock,) = (keeper.root / "locks").iterdir()
             assert json.loads(lock.read_text())["verb"] == "test"
         assert list((keeper.root / "locks").iterdir()) == []
 
-    def test_for_reading_takes_no_lock(self, keeper: Keeper) -> None:
+    def test_open_for_reading_takes_no_lock(self, keeper: Keeper) -> None:
         with keeper.reading():
             assert list((keeper.root / "locks").iterdir()) == []
 
-    def test_that_fails_leaves_neither_a_lock_nor_an_open_index(
+    def test_a_failed_open_leaves_neither_a_lock_nor_an_open_index(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(store: object, *_: object) -> None:
@@ -148,7 +150,7 @@ class TestOpening:
         with keeper.writing() as repository:
             assert repository.snapshot_ids() == []
 
-    def test_removes_what_a_dead_writer_left(self, keeper: Keeper) -> None:
+    def test_opening_for_writing_removes_what_a_dead_writer_left(self, keeper: Keeper) -> None:
         (keeper.root / "tmp" / "0123456789abcdef.3").write_bytes(b"half a pack")
         (keeper.root / "locks" / "0123456789abcdef").write_bytes(b"{}")
         with keeper.reading():
@@ -157,7 +159,7 @@ class TestOpening:
             assert os.listdir(keeper.root / "tmp") == []
             assert len(os.listdir(keeper.root / "locks")) == 1
 
-    def test_twice_in_one_process_is_an_error_and_no_crash(self, keeper: Keeper) -> None:
+    def test_opening_twice_in_one_process_is_an_error_and_no_crash(self, keeper: Keeper) -> None:
         with keeper.writing(), pytest.raises(IndexUnusableError, match="already open"):
             keeper.writing()
         assert os.listdir(keeper.root / "locks") == []
@@ -175,7 +177,7 @@ with Repository.open(Path(sys.argv[1]), "prune", LockMode.EXCLUSIVE):
 """
 
 
-def test_an_exclusive_writer_keeps_others_out_and_no_reader(keeper: Keeper) -> None:
+def test_an_exclusive_writer_excludes_other_writers_and_no_reader(keeper: Keeper) -> None:
     keeper.publish({b"f": b"1"})
     with child(HOLDER, keeper.root) as process:
         assert hear(process) == "open"
@@ -187,7 +189,7 @@ def test_an_exclusive_writer_keeps_others_out_and_no_reader(keeper: Keeper) -> N
         assert len(list(repository.snapshots())) == 1
 
 
-class TestIndex:
+class TestIndexRecovery:
     """Reading finds every pack, whatever became of the index."""
 
     CONTENT = b"the content of a file"
@@ -207,12 +209,12 @@ class TestIndex:
             assert extent.digest is not None
             return repository.store.read(extent.digest)
 
-    def test_that_was_deleted_is_built_anew(self, keeper: Keeper, snapshot_id: SnapshotId) -> None:
+    def test_a_deleted_index_is_rebuilt(self, keeper: Keeper, snapshot_id: SnapshotId) -> None:
         shutil.rmtree(keeper.root / "index")
         assert self.read(keeper) == self.CONTENT
         assert (keeper.root / "index" / "data.mdb").exists()
 
-    def test_that_is_behind_is_brought_up_to_date(
+    def test_an_index_that_lacks_a_pack_is_brought_up_to_date(
         self, keeper: Keeper, snapshot_id: SnapshotId
     ) -> None:
         data, _ = make_pack([b"sealed just before a crash"])
@@ -222,7 +224,7 @@ class TestIndex:
             assert pack in {record.pack for record in repository.store.index.packs()}
 
     @pytest.mark.parametrize("writing", [False, True])
-    def test_that_is_no_index_any_more_is_built_anew(
+    def test_an_index_file_of_junk_is_rebuilt(
         self, keeper: Keeper, snapshot_id: SnapshotId, cache: Path, writing: bool
     ) -> None:
         (keeper.root / "index" / "data.mdb").write_bytes(b"junk" * 10_000)
@@ -231,7 +233,7 @@ class TestIndex:
         assert self.read(keeper) == self.CONTENT
         assert not list(cache.rglob("data.mdb"))
 
-    def test_of_a_lost_pack_costs_only_what_was_in_it(
+    def test_a_lost_pack_costs_only_the_blobs_in_it(
         self, keeper: Keeper, snapshot_id: SnapshotId
     ) -> None:
         (path,) = [path for path in pack_paths(keeper.root) if self.CONTENT in path.read_bytes()]
@@ -243,7 +245,7 @@ class TestIndex:
             with pytest.raises(IntegrityError, match="its pack is missing"):
                 repository.store.read(digest_of(self.CONTENT))
 
-    def test_on_a_network_file_system_lies_in_the_cache(
+    def test_the_index_of_a_network_file_system_is_in_the_cache(
         self, keeper: Keeper, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert index_dir(keeper.root, "ab" * 32) == keeper.root / "index"
@@ -253,29 +255,29 @@ class TestIndex:
         keeper.publish({b"f": b"1"})
         assert len(list(cache.rglob("data.mdb"))) == 1
 
-    def test_knows_on_what_kind_of_file_system_it_is(self, tmp_path: Path) -> None:
+    def test_the_type_of_a_file_system_is_known(self, tmp_path: Path) -> None:
         assert file_system_type(Path("/proc")) == "proc"
         assert file_system_type(tmp_path)
 
-    def test_of_every_repository_is_apart_in_the_cache(self, cache: Path) -> None:
+    def test_each_repository_has_its_own_index_in_the_cache(self, cache: Path) -> None:
         assert cached_index_dir("ab" * 32) != cached_index_dir("cd" * 32)
 
 
-class TestSnapshots:
+class TestSnapshotList:
     @pytest.fixture
     def four(self, keeper: Keeper) -> list[SnapshotId]:
         """Ids by time; they were published in another order."""
         ids = {time: keeper.publish({b"f": b"1"}, time_ns=time)[0] for time in (3, 1, 2, 4)}
         return [ids[time] for time in sorted(ids)]
 
-    def test_are_listed_from_the_oldest_to_the_newest(
+    def test_snapshots_are_listed_from_the_oldest_to_the_newest(
         self, keeper: Keeper, four: list[SnapshotId]
     ) -> None:
         with keeper.reading() as repository:
             assert [s.time_ns for _, s in repository.snapshots()] == [1, 2, 3, 4]
             assert repository.resolve("latest")[1].time_ns == 4
 
-    def test_that_are_damaged_are_left_out_and_named(
+    def test_damaged_snapshots_are_left_out_and_named(
         self, keeper: Keeper, four: list[SnapshotId], caplog: pytest.LogCaptureFixture
     ) -> None:
         flip(keeper.root / "snapshots" / four[0].hex(), 40)
@@ -286,7 +288,7 @@ class TestSnapshots:
         assert four[0].hex()[:12] in caplog.text
         assert "casfs check" in caplog.text
 
-    def test_that_vanish_while_they_are_listed_are_left_out(
+    def test_snapshots_that_vanish_during_a_listing_are_left_out(
         self, keeper: Keeper, four: list[SnapshotId], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with keeper.reading() as repository:
@@ -295,13 +297,17 @@ class TestSnapshots:
             (keeper.root / "snapshots" / four[0].hex()).unlink()
             assert len(list(repository.snapshots())) == 3
 
-    def test_are_told_from_foreign_files(self, keeper: Keeper, four: list[SnapshotId]) -> None:
+    def test_foreign_files_are_not_listed_as_snapshots(
+        self, keeper: Keeper, four: list[SnapshotId]
+    ) -> None:
         for name in ("note.txt", "A" * 64, "a" * 63, "g" * 64):
             (keeper.root / "snapshots" / name).touch()
         with keeper.reading() as repository:
             assert len(repository.snapshot_ids()) == 4
 
-    def test_are_found_by_any_unique_prefix(self, keeper: Keeper, four: list[SnapshotId]) -> None:
+    def test_a_snapshot_is_found_by_any_unique_prefix(
+        self, keeper: Keeper, four: list[SnapshotId]
+    ) -> None:
         with keeper.reading() as repository:
             for snapshot_id in four:
                 text = snapshot_id.hex()
@@ -310,13 +316,13 @@ class TestSnapshots:
                 assert repository.resolve(text[:20].upper())[0] == snapshot_id
 
     @pytest.mark.parametrize("name", ["", "zz", "latest2", "../config", "0" * 65])
-    def test_that_are_not_there_are_not_found(
+    def test_an_unknown_snapshot_is_not_found(
         self, keeper: Keeper, four: list[SnapshotId], name: str
     ) -> None:
         with keeper.reading() as repository, pytest.raises(NotFoundError, match="no snapshot"):
             repository.resolve(name)
 
-    def test_that_share_a_prefix_are_all_named(self, keeper: Keeper) -> None:
+    def test_an_ambiguous_prefix_names_all_its_snapshots(self, keeper: Keeper) -> None:
         names = ["ab" + "0" * 62, "ab" + "1" * 62]
         for name in names:
             (keeper.root / "snapshots" / name).touch()
@@ -325,11 +331,11 @@ class TestSnapshots:
         assert caught.value.matches == names
         assert "2 snapshots (ab0000000000, ab1111111111)" in str(caught.value)
 
-    def test_of_an_empty_repository_are_none(self, keeper: Keeper) -> None:
+    def test_an_empty_repository_has_no_latest_snapshot(self, keeper: Keeper) -> None:
         with keeper.reading() as repository, pytest.raises(NotFoundError, match="no snapshots yet"):
             repository.resolve("latest")
 
-    def test_that_were_deleted_are_gone_for_good(
+    def test_a_deleted_snapshot_cannot_be_loaded(
         self, keeper: Keeper, four: list[SnapshotId]
     ) -> None:
         with keeper.writing() as repository:
@@ -339,8 +345,8 @@ class TestSnapshots:
                 repository.load(four[0])
 
 
-class TestPaths:
-    def test_lead_into_a_snapshot(self, keeper: Keeper) -> None:
+class TestSnapshotPath:
+    def test_a_snapshot_path_leads_into_a_snapshot(self, keeper: Keeper) -> None:
         snapshot_id, _ = keeper.publish({b"a": {b"b:c": b"1", b"\xff": b"2"}})
         with keeper.reading() as repository:
             for spec, path in (
@@ -361,19 +367,19 @@ class TestPaths:
         ("text", "path"),
         [("", b""), ("/", b""), ("a", b"a"), ("//a/.//b/", b"a/b"), ("...", b"...")],
     )
-    def test_are_normal(self, text: str, path: bytes) -> None:
+    def test_a_snapshot_path_is_normalized(self, text: str, path: bytes) -> None:
         assert parse_snapshot_path(text) == path
 
 
 class TestCompleteness:
-    def test_of_a_snapshot_is_known_after_it_was_published(self, keeper: Keeper) -> None:
+    def test_a_published_snapshot_is_marked_complete(self, keeper: Keeper) -> None:
         snapshot_id, snapshot = keeper.publish({b"f": b"1"})
         with keeper.writing() as repository:
             assert repository.store.index.is_complete(snapshot_id)
             unsure = repository.publish(_with_time(snapshot, 9), complete=False)
             assert not repository.store.index.is_complete(unsure)
 
-    def test_is_not_claimed_where_another_process_lost_something_meanwhile(
+    def test_a_snapshot_is_not_marked_complete_after_a_loss_by_another_process(
         self, keeper: Keeper
     ) -> None:
         _, snapshot = keeper.publish({b"f": b"1"})
@@ -415,7 +421,7 @@ except CasfsError as error:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it becomes another user")
-class TestOtherUsers:
+class TestReadOnlyUser:
     """One who may read a repository and not write it can do all that reading is."""
 
     @pytest.fixture
@@ -441,14 +447,14 @@ class TestOtherUsers:
         os.chown(cache, 65534, 65534)
         return cache
 
-    def test_read_with_the_index_that_is_there(self, shared: Keeper) -> None:
+    def test_a_read_only_user_reads_with_the_existing_index(self, shared: Keeper) -> None:
         self.open_to_all(shared)
         before = sorted(os.listdir(shared.root / "index"))
         assert self.read(shared, Path("/nonexistent")) == "read 1 3 0"
         assert sorted(os.listdir(shared.root / "index")) == before
 
     @pytest.mark.parametrize("index", ["deleted", "behind", "hidden"])
-    def test_read_with_an_index_of_their_own_where_there_is_no_other(
+    def test_a_read_only_user_builds_an_index_where_none_can_be_used(
         self, shared: Keeper, index: str
     ) -> None:
         if index == "deleted":
@@ -462,18 +468,20 @@ class TestOtherUsers:
         assert self.read(shared, cache) == f"read 1 {4 if index == 'behind' else 3} 0"
         assert len(list(cache.rglob("data.mdb"))) == 1
 
-    def test_are_told_where_they_may_not_even_make_an_index(self, shared: Keeper) -> None:
+    def test_a_read_only_user_without_a_cache_folder_gets_a_clear_error(
+        self, shared: Keeper
+    ) -> None:
         shutil.rmtree(shared.root / "index")
         self.open_to_all(shared)
         said = self.read(shared, Path("/nonexistent"))
         assert said.startswith("StorageError cannot make an index in the folder /nonexistent")
 
-    def test_are_told_where_they_may_not_read(self, shared: Keeper) -> None:
+    def test_a_user_without_read_access_gets_a_clear_error(self, shared: Keeper) -> None:
         shared.root.chmod(0o700)
         assert self.read(shared, Path("/nonexistent")).startswith("StorageError cannot read")
 
 
-def test_a_configuration_that_was_copied_names_the_same_repository(keeper: Keeper) -> None:
+def test_a_copied_configuration_names_the_same_repository(keeper: Keeper) -> None:
     config = new_config("2026-01-01T00:00:00Z")
     (keeper.root / "config").write_bytes(encode_config(config))
     with keeper.reading() as repository:

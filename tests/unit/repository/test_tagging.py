@@ -47,7 +47,7 @@ def tag_and_crash(
         retag(repository, snapshot_id, repository.load(snapshot_id), tags)
 
 
-def test_the_new_snapshot_takes_the_place_of_the_old_one(keeper: Keeper) -> None:
+def test_a_retagged_snapshot_replaces_the_old_one(keeper: Keeper) -> None:
     first, snapshot = keeper.publish({b"f": b"1"}, tags=("a",))
     second = tag(keeper, first, "b", "c")
     with keeper.reading() as repository:
@@ -65,7 +65,7 @@ def test_equal_tags_change_nothing(keeper: Keeper) -> None:
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_what_is_known_to_be_complete_stays_so(keeper: Keeper, complete: bool) -> None:
+def test_a_retagged_snapshot_keeps_its_completeness(keeper: Keeper, complete: bool) -> None:
     first, _ = keeper.publish({b"f": b"1"})
     with keeper.writing() as repository:
         if not complete:
@@ -75,8 +75,8 @@ def test_what_is_known_to_be_complete_stays_so(keeper: Keeper, complete: bool) -
         assert repository.store.index.is_complete(second) is complete
 
 
-class TestCrash:
-    def test_before_the_old_one_goes_leaves_both_and_lists_the_new_one(
+class TestRetagCrash:
+    def test_a_crash_before_the_old_snapshot_is_removed_lists_the_new_one(
         self, keeper: Keeper
     ) -> None:
         first, _ = keeper.publish({b"f": b"1"}, tags=("old",))
@@ -86,14 +86,14 @@ class TestCrash:
         assert listed(keeper) == [("new",)]
 
     @pytest.mark.parametrize("before", ["data", "rename"])
-    def test_before_the_new_one_is_there_leaves_the_old_one(
+    def test_a_crash_before_the_new_snapshot_is_published_leaves_the_old_one(
         self, keeper: Keeper, before: str
     ) -> None:
         first, _ = keeper.publish({b"f": b"1"}, tags=("old",))
         tag_and_crash(keeper, first, "new", before=before)
         assert listed(keeper) == [("old",)]
 
-    def test_is_mended_by_the_next_change_and_the_first_never_comes_back(
+    def test_the_next_retag_repairs_a_crash_and_the_first_snapshot_never_returns(
         self, keeper: Keeper
     ) -> None:
         first, _ = keeper.publish({b"f": b"1"}, tags=("old",))
@@ -105,7 +105,7 @@ class TestCrash:
         with keeper.reading() as repository:
             assert repository.snapshot_ids() == [third]
 
-    def test_after_crash_lists_one_all_the_same(self, keeper: Keeper) -> None:
+    def test_repeated_crashes_still_list_one_snapshot(self, keeper: Keeper) -> None:
         first, _ = keeper.publish({b"f": b"1"}, tags=("0",))
         for number in range(1, 4):
             tag_and_crash(keeper, first, f"{number}")

@@ -41,7 +41,7 @@ def held() -> Iterator[Told]:
     told.crew.close()
 
 
-def test_what_was_done_early_waits_for_its_turn(held: Told) -> None:
+def test_early_results_wait_for_their_turn(held: Told) -> None:
     for number in range(10):
         held.crew.work(number, 1)
     held.crew.call_after(lambda: held.told.append("step"))
@@ -51,12 +51,12 @@ def test_what_was_done_early_waits_for_its_turn(held: Told) -> None:
     assert held.told == [*range(0, 100, 10), "step"]
 
 
-def test_a_step_is_taken_at_once_where_nothing_is_before_it(held: Told) -> None:
+def test_a_step_runs_at_once_where_no_work_is_before_it(held: Told) -> None:
     held.crew.call_after(lambda: held.told.append("step"))
     assert held.told == ["step"]
 
 
-def test_no_more_than_a_few_wait(held: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bounded_number_of_results_waits(held: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ordered_pool_module, "_MOST_WAITING", 5)
     held.crew.work(0, 1)
     for number in range(1, 5):
@@ -69,7 +69,9 @@ def test_no_more_than_a_few_wait(held: Told, monkeypatch: pytest.MonkeyPatch) ->
     assert held.told[:1] == [0]
 
 
-def test_no_more_memory_waits_than_is_allowed(held: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_wait_hold_a_bounded_amount_of_memory(
+    held: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ordered_pool_module, "_MOST_BYTES", 1000)
     held.gates[0].set()
     for number in range(50):
@@ -77,7 +79,7 @@ def test_no_more_memory_waits_than_is_allowed(held: Told, monkeypatch: pytest.Mo
         assert len(held.told) >= number, "the one before this was told before another was added"
 
 
-def test_an_error_of_what_tells_reaches_who_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_result_handler_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(found: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -90,7 +92,7 @@ def test_an_error_of_what_tells_reaches_who_adds(monkeypatch: pytest.MonkeyPatch
         crew.close()
 
 
-def test_a_closed_crew_begins_nothing_more() -> None:
+def test_a_closed_pool_starts_no_more_work() -> None:
     told = Told({0, 1})
     for number in range(30):
         told.crew.work(number, 1)

@@ -89,7 +89,7 @@ def wanted(repository: Repository, skip: bytes = b"?") -> dict[bytes, bytes]:
     }
 
 
-def test_gives_every_blob_to_who_takes_all_and_he_reads_none(
+def test_the_prefetcher_reads_every_blob_of_a_walk_ahead(
     repository: Repository, own_reads: list[Digest]
 ) -> None:
     root = root_of(repository)
@@ -100,7 +100,7 @@ def test_gives_every_blob_to_who_takes_all_and_he_reads_none(
     assert len(found) == FILES + 2
 
 
-def test_who_passes_over_a_folder_finds_what_comes_behind_it(
+def test_the_prefetcher_follows_a_walk_that_skips_a_folder(
     repository: Repository, own_reads: list[Digest]
 ) -> None:
     root = root_of(repository)
@@ -110,7 +110,7 @@ def test_who_passes_over_a_folder_finds_what_comes_behind_it(
     assert found == wanted(repository, skip=b"1")
 
 
-def test_a_blob_of_somewhere_else_is_read_all_the_same(repository: Repository) -> None:
+def test_a_blob_outside_the_walk_is_read_directly(repository: Repository) -> None:
     root = root_of(repository)
     last = max(wanted(repository))
     node = repository.trees.resolve(root, last)
@@ -120,7 +120,7 @@ def test_a_blob_of_somewhere_else_is_read_all_the_same(repository: Repository) -
         assert digest_of(ahead.read(digest)) == digest
 
 
-def test_damage_is_met_by_who_asks_and_only_for_what_is_damaged(
+def test_damage_reaches_the_reader_of_the_damaged_blob_only(
     keeper: Keeper, own_reads: list[Digest]
 ) -> None:
     bad = noise("file 7", 2000)
@@ -137,7 +137,7 @@ def test_damage_is_met_by_who_asks_and_only_for_what_is_damaged(
     assert set(own_reads) == {digest_of(bad)}
 
 
-def test_a_tree_that_cannot_be_read_ends_it_and_the_rest_is_read_by_who_asks(
+def test_an_unreadable_tree_ends_prefetching_and_the_rest_is_read_directly(
     keeper: Keeper, own_reads: list[Digest]
 ) -> None:
     with keeper.reading() as repository:
@@ -158,7 +158,9 @@ def test_a_tree_that_cannot_be_read_ends_it_and_the_rest_is_read_by_who_asks(
             assert ahead.read(digest_of(noise("file 29", 2000))) == noise("file 29", 2000)
 
 
-def test_it_can_be_closed_at_any_moment_and_leaves_no_thread(repository: Repository) -> None:
+def test_the_prefetcher_can_be_closed_at_any_moment_and_leaves_no_thread(
+    repository: Repository,
+) -> None:
     before = threading.active_count()
     root = root_of(repository)
     for count in range(8):

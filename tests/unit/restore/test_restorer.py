@@ -119,8 +119,8 @@ TREE_FOUND = {
 }
 
 
-class TestContent:
-    def test_of_a_whole_snapshot_comes_back(self, bench: Bench) -> None:
+class TestRestoredContent:
+    def test_restore_writes_a_whole_snapshot(self, bench: Bench) -> None:
         bench.publish(TREE)
         done = bench.restore()
         assert bench.found() == TREE_FOUND
@@ -129,12 +129,12 @@ class TestContent:
         assert (result.files, result.directories, result.restored_bytes) == (3, 3, 4)
         assert (result.damaged, result.failed, result.skipped, result.deleted) == (0, 0, 0, 0)
 
-    def test_of_a_directory_goes_straight_into_the_target(self, bench: Bench) -> None:
+    def test_restore_writes_a_directory_straight_into_the_target(self, bench: Bench) -> None:
         bench.publish(TREE)
         bench.restore("latest:d")
         assert bench.found() == {"e": None, "e/deep": b"3", "f": b"22"}
 
-    def test_is_told_to_the_last_entry_while_it_goes_on(self, bench: Bench) -> None:
+    def test_restore_reports_progress_up_to_the_last_entry(self, bench: Bench) -> None:
         bench.publish(
             {b"d": {b"f": b"1", b"empty": {}}, b"g": b"2", b"l": entry(b"l", NodeType.FIFO)}
         )
@@ -146,12 +146,12 @@ class TestContent:
         assert snapshot.root.tree is not None
         assert monitor.progress.files == snapshot.root.tree.nodes == 5
 
-    def test_of_one_file_stands_in_the_target_by_its_name(self, bench: Bench) -> None:
+    def test_restore_writes_a_single_file_under_its_name(self, bench: Bench) -> None:
         bench.publish(TREE)
         assert bench.restore("latest:d/e/deep", delete=True).result.files == 1
         assert bench.found() == {"deep": b"3"}
 
-    def test_of_many_chunks_and_holes_has_holes_again(self, bench: Bench) -> None:
+    def test_restore_makes_the_holes_of_a_sparse_file(self, bench: Bench) -> None:
         bench.store(*CHUNKS)
         whole = bytes(1 << 22) + CHUNKS[0] + bytes(1 << 22)
         records = (
@@ -165,19 +165,19 @@ class TestContent:
         assert bench.found() == {"s": whole, "f": WHOLE}
         assert (bench.target / "s").stat().st_blocks * 512 < 1 << 20
 
-    def test_of_a_dry_run_is_only_counted(self, bench: Bench) -> None:
+    def test_restore_dry_run_counts_and_writes_nothing(self, bench: Bench) -> None:
         bench.publish(TREE)
         result = bench.restore(dry_run=True, delete=True).result
         assert (result.files, result.directories, result.restored_bytes) == (3, 3, 4)
         assert not bench.target.exists()
 
-    def test_leaves_no_temporary_file(self, bench: Bench) -> None:
+    def test_restore_leaves_no_temporary_file(self, bench: Bench) -> None:
         bench.publish(TREE)
         for overwrite in Overwrite:
             bench.restore(overwrite=overwrite)
             assert bench.found() == TREE_FOUND
 
-    def test_may_lie_deeper_than_any_recursion(self, bench: Bench) -> None:
+    def test_restore_handles_trees_deeper_than_the_recursion_limit(self, bench: Bench) -> None:
         depth = sys.getrecursionlimit() + 100
         allow_open_files(depth + 200)
         grove = Grove()
@@ -208,8 +208,8 @@ def allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-class TestMetadata:
-    def test_comes_back_with_the_entry(self, bench: Bench) -> None:
+class TestRestoredMetadata:
+    def test_restore_sets_times_modes_and_types(self, bench: Bench) -> None:
         when = {"a": -1_000_000_001, "b": 4_000_000_000_123_456_789}
         bench.publish(
             {
@@ -231,13 +231,13 @@ class TestMetadata:
         assert stat.S_IMODE(look["d"].st_mode) == stat.S_IMODE(bench.target.stat().st_mode) == 0o755
         assert look["d"].st_mtime_ns == bench.target.stat().st_mtime_ns == MTIME_NS
 
-    def test_of_the_target_itself_are_its_own_unless_asked_for(self, bench: Bench) -> None:
+    def test_restore_changes_the_metadata_of_the_target_only_when_asked(self, bench: Bench) -> None:
         bench.target.mkdir(mode=0o750)
         bench.publish({b"f": b""})
         bench.restore()
         assert stat.S_IMODE(bench.target.stat().st_mode) == 0o750
 
-    def test_of_attributes_replace_what_an_old_entry_had(self, bench: Bench) -> None:
+    def test_restore_replaces_the_xattrs_of_an_old_entry(self, bench: Bench) -> None:
         extra = NodeExtra(((b"user.a", b"\0value"), (b"user.b", b"")))
         bench.publish({b"f": file(b"", extra=extra), b"d": {}})
         bench.restore()
@@ -249,7 +249,7 @@ class TestMetadata:
         assert os.listxattr(bench.target / "d") == []
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it gives files to other users")
-    def test_of_owners_and_devices_comes_back_for_root(self, bench: Bench) -> None:
+    def test_restore_as_root_sets_owners_and_devices(self, bench: Bench) -> None:
         device = os.makedev(1, 3)
         bench.publish(
             {
@@ -265,7 +265,7 @@ class TestMetadata:
         assert stat.S_IMODE(look.st_mode) == 0o6755
         assert (bench.target / "null").stat().st_rdev == device
 
-    def test_that_the_target_refuses_is_told_and_the_file_is_there(self, bench: Bench) -> None:
+    def test_restore_reports_refused_metadata_and_keeps_the_file(self, bench: Bench) -> None:
         bench.publish({b"f": file(b"", extra=NodeExtra(((b"nonsense.x", b""),)), mode=0o600)})
         done = bench.restore()
         assert bench.found() == {"f": b""}
@@ -273,10 +273,10 @@ class TestMetadata:
             assert done.told(ProblemKind.METADATA) == [b"f"]
 
 
-class TestNothingOutside:
+class TestNothingOutsideTarget:
     """The target may hold symlinks, and the snapshot may be hostile: nothing is followed."""
 
-    def test_a_symlink_in_place_of_a_directory_is_replaced(self, bench: Bench) -> None:
+    def test_restore_replaces_a_symlink_in_place_of_a_directory(self, bench: Bench) -> None:
         bench.publish({b"d": {b"precious": b"evil", b"new": b"evil"}})
         bench.target.mkdir()
         (bench.target / "d").symlink_to(bench.outside)
@@ -285,7 +285,7 @@ class TestNothingOutside:
         assert not (bench.target / "d").is_symlink()
         assert bench.found() == {"d": None, "d/new": b"evil", "d/precious": b"evil"}
 
-    def test_a_symlink_in_place_of_a_file_is_replaced(self, bench: Bench) -> None:
+    def test_restore_replaces_a_symlink_in_place_of_a_file(self, bench: Bench) -> None:
         bench.publish({b"f": b"evil", b"fifo": entry(b"", NodeType.FIFO)})
         bench.target.mkdir()
         for name in ("f", "fifo"):
@@ -294,7 +294,9 @@ class TestNothingOutside:
         assert bench.untouched()
         assert (bench.target / "f").read_bytes() == b"evil"
 
-    def test_a_symlink_of_one_snapshot_is_no_way_for_the_next(self, bench: Bench) -> None:
+    def test_restore_does_not_follow_a_symlink_that_an_earlier_restore_made(
+        self, bench: Bench
+    ) -> None:
         bench.publish({b"d": entry(b"", NodeType.SYMLINK, content=bytes(bench.outside))})
         bench.restore()
         assert (bench.target / "d").resolve() == bench.outside
@@ -303,7 +305,9 @@ class TestNothingOutside:
             bench.restore(overwrite=overwrite, delete=True)
             assert bench.untouched()
 
-    def test_a_symlink_that_is_to_stay_hides_what_is_below(self, bench: Bench) -> None:
+    def test_restore_skips_everything_below_a_symlink_that_it_may_not_replace(
+        self, bench: Bench
+    ) -> None:
         bench.publish({b"d": {b"precious": b"evil"}})
         bench.target.mkdir()
         (bench.target / "d").symlink_to(bench.outside)
@@ -312,7 +316,7 @@ class TestNothingOutside:
         assert (bench.target / "d").is_symlink()
         assert (result.files, result.skipped) == (0, 1)
 
-    def test_deleting_follows_no_symlink(self, bench: Bench) -> None:
+    def test_restore_with_delete_follows_no_symlink(self, bench: Bench) -> None:
         bench.publish({b"f": b""})
         (bench.target / "old").mkdir(parents=True)
         (bench.target / "link").symlink_to(bench.outside)
@@ -321,7 +325,7 @@ class TestNothingOutside:
         assert bench.untouched()
         assert bench.found() == {"f": b""}
 
-    def test_a_directory_that_is_swapped_for_a_symlink_meanwhile_is_no_way_out(
+    def test_restore_does_not_follow_a_symlink_swapped_in_during_its_run(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bench.publish({b"d": {b"precious": b"evil"}})
@@ -337,7 +341,9 @@ class TestNothingOutside:
         assert bench.untouched()
         assert (bench.target / "moved" / "precious").read_bytes() == b"evil"
 
-    def test_hard_links_of_the_target_keep_their_other_content(self, bench: Bench) -> None:
+    def test_restore_does_not_change_other_hard_links_of_a_replaced_file(
+        self, bench: Bench
+    ) -> None:
         bench.publish({b"f": b"new"})
         bench.target.mkdir()
         os.link(bench.outside / "precious", bench.target / "f")
@@ -346,7 +352,9 @@ class TestNothingOutside:
         assert bench.found() == {"f": b"new"}
 
     @pytest.mark.parametrize("name", [b"..", b".", b"a/../../outside/precious", b"", b"x\0"])
-    def test_a_hostile_name_refuses_its_whole_directory(self, bench: Bench, name: bytes) -> None:
+    def test_restore_refuses_a_whole_directory_with_a_hostile_name(
+        self, bench: Bench, name: bytes
+    ) -> None:
         from casfs.format.tree import Leaf, encode_piece
 
         with bench.keeper.writing() as repository:
@@ -363,7 +371,7 @@ class TestNothingOutside:
         assert done.told(ProblemKind.DAMAGED) == [b"d"]
 
 
-class TestHardLinks:
+class TestRestoredHardLinks:
     def linked(self, content: bytes, **fields: Any) -> Node:
         known = {"inode": 9, "nlink": 2, "extra": NodeExtra(device=3)}
         return file(b"", content, **(known | fields))
@@ -375,7 +383,7 @@ class TestHardLinks:
             if not path.is_dir()
         }
 
-    def test_are_one_file_again_across_directories(self, bench: Bench) -> None:
+    def test_restore_links_files_across_directories(self, bench: Bench) -> None:
         bench.store(b"x")
         other = self.linked(b"x", extra=NodeExtra(device=4))
         bench.publish({b"a": {b"f": self.linked(b"x")}, b"b": self.linked(b"x"), b"c": other})
@@ -385,7 +393,7 @@ class TestHardLinks:
         assert (bench.target / "b").stat().st_nlink == 2
         assert done.result.files == 3
 
-    def test_of_anything_but_files_are_one_again_too(self, bench: Bench) -> None:
+    def test_restore_links_entries_that_are_no_files(self, bench: Bench) -> None:
         fields: dict[str, Any] = {"inode": 9, "nlink": 2, "extra": NodeExtra(device=3)}
         bench.publish(
             {
@@ -400,16 +408,14 @@ class TestHardLinks:
         assert inodes["a"] == inodes["b"]
         assert inodes["c"] == inodes["d"]
 
-    def test_whose_inode_served_two_files_are_not_made(self, bench: Bench) -> None:
+    def test_restore_does_not_link_files_with_different_content(self, bench: Bench) -> None:
         bench.store(b"x", b"y")
         bench.publish({b"a": self.linked(b"x"), b"b": self.linked(b"y")})
         assert bench.restore().problems == []
         assert bench.found() == {"a": b"x", "b": b"y"}
 
     @pytest.mark.parametrize("overwrite", list(Overwrite))
-    def test_are_made_again_where_one_name_is_missing(
-        self, bench: Bench, overwrite: Overwrite
-    ) -> None:
+    def test_restore_links_a_missing_name_again(self, bench: Bench, overwrite: Overwrite) -> None:
         bench.store(b"x")
         bench.publish({b"a": self.linked(b"x"), b"b": self.linked(b"x")})
         bench.restore()
@@ -420,7 +426,7 @@ class TestHardLinks:
         assert (inodes["a"] == inodes["b"]) is (overwrite != Overwrite.NEVER)
 
     @pytest.mark.parametrize("overwrite", [Overwrite.ALWAYS, Overwrite.IF_CHANGED])
-    def test_that_the_snapshot_does_not_have_are_parted(
+    def test_restore_separates_hard_links_that_the_snapshot_does_not_have(
         self, bench: Bench, overwrite: Overwrite
     ) -> None:
         bench.publish({b"a": file(b"", b"x"), b"b": file(b"", b"x")})
@@ -433,7 +439,7 @@ class TestHardLinks:
         assert inodes["a"] != inodes["b"]
         assert bench.found() == {"a": b"x", "b": b"x"}
 
-    def test_stay_when_they_are_there_already(self, bench: Bench) -> None:
+    def test_restore_keeps_existing_hard_links(self, bench: Bench) -> None:
         bench.store(b"x")
         bench.publish({b"a": self.linked(b"x"), b"b": self.linked(b"x")})
         bench.restore()
@@ -446,7 +452,7 @@ class TestHardLinks:
         assert inodes["a"] == inodes["b"]
 
 
-class TestOverwriting:
+class TestOverwrite:
     @pytest.fixture
     def twice(self, bench: Bench) -> Bench:
         """A bench whose target holds what was restored, changed in three ways."""
@@ -461,17 +467,17 @@ class TestOverwriting:
         os.utime(bench.target / "same", ns=(0, MTIME_NS))
         return bench
 
-    def test_always_leaves_nothing_as_it_was(self, twice: Bench) -> None:
+    def test_overwrite_always_replaces_everything(self, twice: Bench) -> None:
         result = twice.restore().result
         assert (result.files, result.skipped) == (4, 0)
         assert twice.found() == {"same": b"1", "newer": b"2", "longer": b"3", "missing": b"4"}
 
-    def test_if_changed_leaves_what_has_the_size_and_time(self, twice: Bench) -> None:
+    def test_overwrite_if_changed_skips_files_of_equal_size_and_time(self, twice: Bench) -> None:
         result = twice.restore(overwrite=Overwrite.IF_CHANGED).result
         assert (result.files, result.skipped) == (3, 1)
         assert twice.found() == {"same": b"X", "newer": b"2", "longer": b"3", "missing": b"4"}
 
-    def test_never_leaves_whatever_is_there(self, twice: Bench) -> None:
+    def test_overwrite_never_skips_every_existing_file(self, twice: Bench) -> None:
         result = twice.restore(overwrite=Overwrite.NEVER).result
         assert (result.files, result.skipped) == (1, 3)
         assert twice.found() == {
@@ -481,7 +487,9 @@ class TestOverwriting:
             "missing": b"4",
         }
 
-    def test_a_dry_run_tells_what_would_be_left_deleted_and_in_the_way(self, twice: Bench) -> None:
+    def test_restore_dry_run_reports_what_would_be_skipped_deleted_and_in_the_way(
+        self, twice: Bench
+    ) -> None:
         (twice.target / "missing").mkdir()
         (twice.target / "missing/something").touch()
         (twice.target / "other").mkdir()
@@ -505,14 +513,14 @@ class TestOverwriting:
         wet = twice.restore(delete=True).result
         assert (wet.files, wet.skipped, wet.deleted) == (4, 0, 1)
 
-    def test_if_changed_sets_the_metadata_of_what_it_leaves(self, bench: Bench) -> None:
+    def test_overwrite_if_changed_sets_the_metadata_of_skipped_files(self, bench: Bench) -> None:
         bench.publish({b"f": b"1"})
         bench.restore()
         os.chmod(bench.target / "f", 0o777)
         bench.restore(overwrite=Overwrite.IF_CHANGED)
         assert stat.S_IMODE((bench.target / "f").stat().st_mode) == 0o644
 
-    def test_a_directory_with_something_in_it_gives_way_only_to_delete(self, bench: Bench) -> None:
+    def test_restore_replaces_a_full_directory_only_with_delete(self, bench: Bench) -> None:
         bench.publish({b"x": b"file", b"y": b"file"})
         (bench.target / "x").mkdir(parents=True)
         (bench.target / "x" / "kept").write_bytes(b"")
@@ -523,13 +531,13 @@ class TestOverwriting:
         assert bench.restore(delete=True).result.failed == 0
         assert bench.found() == {"x": b"file", "y": b"file"}
 
-    def test_an_empty_directory_gives_way_to_a_file(self, bench: Bench) -> None:
+    def test_restore_replaces_an_empty_directory_with_a_file(self, bench: Bench) -> None:
         bench.publish({b"x": b"file"})
         (bench.target / "x").mkdir(parents=True)
         assert bench.restore().result.failed == 0
         assert bench.found() == {"x": b"file"}
 
-    def test_a_file_gives_way_to_a_directory(self, bench: Bench) -> None:
+    def test_restore_replaces_a_file_with_a_directory(self, bench: Bench) -> None:
         bench.publish({b"x": {b"f": b""}})
         bench.target.mkdir()
         (bench.target / "x").write_bytes(b"file")
@@ -537,15 +545,15 @@ class TestOverwriting:
         assert bench.found() == {"x": None, "x/f": b""}
 
 
-class TestPatterns:
-    def test_include_restores_what_fits_and_the_directories_on_the_way(self, bench: Bench) -> None:
+class TestRestorePatterns:
+    def test_include_restores_matches_and_their_parent_directories(self, bench: Bench) -> None:
         bench.publish(TREE)
         result = bench.restore(include=("deep",)).result
         assert bench.found() == {"d": None, "d/e": None, "d/e/deep": b"3"}
         assert result.files == 1
         assert (bench.target / "d").stat().st_mtime_ns == MTIME_NS
 
-    def test_include_of_a_directory_takes_all_that_is_in_it(self, bench: Bench) -> None:
+    def test_include_of_a_directory_restores_everything_in_it(self, bench: Bench) -> None:
         bench.publish(TREE)
         bench.restore(include=("/d/",), exclude=("f",))
         assert bench.found() == {"d": None, "d/e": None, "d/e/deep": b"3"}
@@ -613,19 +621,19 @@ class TestPatterns:
         bench.restore(exclude=("*", "!*/", "!deep"))
         assert bench.found() == {"d": None, "d/e": None, "d/e/deep": b"3", "empty": None}
 
-    def test_exclude_leaves_out_what_fits(self, bench: Bench) -> None:
+    def test_exclude_leaves_out_matches(self, bench: Bench) -> None:
         bench.publish(TREE)
         bench.restore(exclude=("e/", "empty"))
         assert bench.found() == {"d": None, "d/f": b"22", "\udcff\n": b"1"}
 
-    def test_are_matched_against_the_path_in_the_snapshot(self, bench: Bench) -> None:
+    def test_patterns_match_the_path_in_the_snapshot(self, bench: Bench) -> None:
         bench.publish(TREE)
         bench.restore("latest:d", include=("/d/e",))
         assert bench.found() == {"e": None, "e/deep": b"3"}
 
 
-class TestDeleting:
-    def test_removes_what_the_snapshot_does_not_have(self, bench: Bench) -> None:
+class TestRestoreDelete:
+    def test_delete_removes_what_the_snapshot_does_not_have(self, bench: Bench) -> None:
         bench.publish(TREE)
         bench.restore()
         (bench.target / "d" / "old").write_bytes(b"")
@@ -635,7 +643,7 @@ class TestDeleting:
         assert bench.restore(delete=True).result.deleted == 2
         assert bench.found() == TREE_FOUND
 
-    def test_leaves_what_is_excluded_and_what_was_not_asked_for(self, bench: Bench) -> None:
+    def test_delete_keeps_what_is_excluded_or_not_included(self, bench: Bench) -> None:
         bench.publish(TREE)
         bench.restore()
         (bench.target / "d" / "old.log").write_bytes(b"")
@@ -645,7 +653,7 @@ class TestDeleting:
         assert bench.restore(delete=True, exclude=("*.log", "old")).result.deleted == 0
         assert bench.found() == before
 
-    def test_in_a_damaged_directory_deletes_nothing(self, bench: Bench) -> None:
+    def test_delete_removes_nothing_in_a_damaged_directory(self, bench: Bench) -> None:
         bench.publish({b"bad": {b"f": b"1"}, b"good": {b"g": b"2"}})
         bench.restore()
         for name in ("bad/extra", "good/extra"):
@@ -664,7 +672,7 @@ class TestDeleting:
             "good/g": b"2",
         }
 
-    def test_at_a_damaged_root_deletes_nothing_at_all(self, bench: Bench) -> None:
+    def test_delete_removes_nothing_below_a_damaged_root(self, bench: Bench) -> None:
         bench.publish(TREE)
         bench.restore()
         (bench.target / "extra").write_bytes(b"")
@@ -676,7 +684,7 @@ class TestDeleting:
         assert (result.deleted, result.damaged) == (0, 1)
         assert bench.found() == before
 
-    def test_keeps_the_old_file_in_place_of_a_damaged_one(self, bench: Bench) -> None:
+    def test_delete_keeps_the_old_file_in_place_of_a_damaged_one(self, bench: Bench) -> None:
         bench.store(*CHUNKS)
         bench.publish({b"f": of_chunks(*CHUNKS)})
         bench.target.mkdir()
@@ -686,7 +694,7 @@ class TestDeleting:
         assert bench.found() == {"f": b"old"}
 
 
-class TestDamage:
+class TestRestoreOfDamage:
     @pytest.fixture
     def damaged(self, bench: Bench) -> Bench:
         bench.store(*CHUNKS)
@@ -694,7 +702,9 @@ class TestDamage:
         bench.keeper.damage(digest_of(CHUNKS[1]))
         return bench
 
-    def test_costs_just_its_file_and_names_blob_and_pack(self, damaged: Bench) -> None:
+    def test_a_damaged_chunk_costs_only_its_file_and_is_reported_with_blob_and_pack(
+        self, damaged: Bench
+    ) -> None:
         done = damaged.restore()
         assert damaged.found() == {"good": CHUNKS[2] + CHUNKS[3]}
         assert (done.result.files, done.result.damaged) == (1, 1)
@@ -703,7 +713,7 @@ class TestDamage:
         assert problem.details["blob"] == digest_of(CHUNKS[1]).hex()
         assert isinstance(problem.details["pack"], str) and len(problem.details["pack"]) == 64
 
-    def test_is_zeros_with_salvage_and_the_ranges_are_told(self, damaged: Bench) -> None:
+    def test_salvage_writes_zeros_for_lost_ranges_and_reports_them(self, damaged: Bench) -> None:
         done = damaged.restore(salvage=True)
         assert damaged.found()["bad"] == CHUNKS[0] + bytes(3000) + CHUNKS[2] + CHUNKS[3]
         assert (done.result.files, done.result.damaged) == (2, 1)
@@ -711,7 +721,7 @@ class TestDamage:
         assert problem.details["ranges"] == "3000-6000"
         assert "3000-6000" in problem.message
 
-    def test_is_told_for_every_name_of_a_file_with_salvage(self, bench: Bench) -> None:
+    def test_salvage_reports_damage_for_every_name_of_a_file(self, bench: Bench) -> None:
         bench.store(*CHUNKS)
         linked = of_chunks(*CHUNKS, inode=9, nlink=2, extra=NodeExtra(device=3))
         bench.publish({b"a": linked, b"b": linked})
@@ -720,7 +730,7 @@ class TestDamage:
         assert done.told(ProblemKind.DAMAGED) == [b"a", b"b"]
         assert (bench.target / "a").samefile(bench.target / "b")
 
-    def test_of_a_list_costs_what_it_lists_with_salvage(self, bench: Bench) -> None:
+    def test_salvage_of_a_lost_content_list_loses_only_what_it_lists(self, bench: Bench) -> None:
         with bench.keeper.writing() as repository:
             writer = repository.writer()
             content = ContentWriter(writer.put, digest_of)
@@ -755,7 +765,7 @@ class TestDamage:
             pytest.param({"content": b""}, id="no content"),
         ],
     )
-    def test_that_no_zeros_can_stand_for_is_not_restored(
+    def test_a_file_with_a_wrong_manifest_is_not_restored(
         self, bench: Bench, lie: dict[str, Any], salvage: bool
     ) -> None:
         bench.store(*CHUNKS)
@@ -764,7 +774,7 @@ class TestDamage:
         assert bench.found() == {"good": CHUNKS[0]}
         assert done.told(ProblemKind.DAMAGED) == [b"f"]
 
-    def test_of_a_chunk_with_another_length_is_lost(self, bench: Bench) -> None:
+    def test_salvage_replaces_a_chunk_of_another_length_with_zeros(self, bench: Bench) -> None:
         bench.store(*CHUNKS)
         records = EXTENT.pack(2999, digest_of(CHUNKS[0])) + EXTENT.pack(3000, digest_of(CHUNKS[1]))
         bench.publish({b"f": entry(b"", size=5999, content=records, captured=bytes(32))})
@@ -773,7 +783,7 @@ class TestDamage:
         assert bench.restore(salvage=True).problems[0].details["ranges"] == "0-2999"
         assert bench.found() == {"f": bytes(2999) + CHUNKS[1]}
 
-    def test_of_a_hostile_hole_takes_no_time(self, bench: Bench) -> None:
+    def test_a_hostile_hole_takes_no_time(self, bench: Bench) -> None:
         records = EXTENT.pack((1 << 63) - 1, HOLE)
         bench.publish({b"f": entry(b"", size=5, content=records, captured=bytes(32))})
         began = time.monotonic()
@@ -781,7 +791,7 @@ class TestDamage:
         assert time.monotonic() - began < 30
         assert bench.found() == {}
 
-    def test_that_was_written_wrongly_is_found_by_verifying(
+    def test_verify_finds_a_file_that_was_written_wrongly(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bench.publish({b"f": b"right"})
@@ -797,8 +807,8 @@ class TestDamage:
         assert "reads back differently" in done.problems[0].message
 
 
-class TestFlaggedFiles:
-    def test_are_restored_as_captured_and_told(self, bench: Bench) -> None:
+class TestRestoreOfChangedFiles:
+    def test_restore_writes_a_flagged_file_as_captured_and_reports_it(self, bench: Bench) -> None:
         bench.store(b"mixture")
         bench.publish({b"log": flagged(file(b"", b"mixture"))})
         done = bench.restore()
@@ -808,14 +818,14 @@ class TestFlaggedFiles:
         assert "rewritten" in done.problems[0].message
 
 
-class TestOtherThreads:
+class TestRestoreThreads:
     """Small entries are written by other threads; nobody can tell from what comes out."""
 
     @pytest.fixture(autouse=True)
     def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ordered_pool_module, "_BATCH_JOBS", 3)
 
-    def test_tell_what_happened_in_the_order_of_the_tree(
+    def test_restore_reports_results_in_the_order_of_the_tree(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(restorer_module, "_HANDED_OVER_BYTES", 3000)
@@ -848,7 +858,7 @@ class TestOtherThreads:
         whole = {digest_of(plain) for plain in plains} - {digest_of(plain) for plain in bad}
         assert {digest_of(data) for data in bench.found().values() if data is not None} == whole
 
-    def test_set_the_times_of_a_directory_when_all_in_it_is_there(self, bench: Bench) -> None:
+    def test_restore_sets_the_times_of_a_directory_after_its_entries(self, bench: Bench) -> None:
         below: Plan = {b"%03d" % number: {b"f": b"1", b"g": b"2"} for number in range(300)}
         bench.publish({b"d": below, b"e": {b"h": b"3"}})
         assert bench.restore().problems == []
@@ -856,7 +866,9 @@ class TestOtherThreads:
         assert len(folders) == 302
         assert {path.stat().st_mtime_ns for path in folders} == {MTIME_NS}
 
-    def test_hold_few_descriptors_open(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_restore_holds_few_descriptors_open(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         most = 0
         make_directory = target_fs_module.make_directory
 
@@ -871,7 +883,7 @@ class TestOtherThreads:
         assert bench.restore().result.files == 1500
         assert most < before + 200
 
-    def test_link_only_to_what_is_in_its_place(self, bench: Bench) -> None:
+    def test_restore_links_only_to_files_in_their_place(self, bench: Bench) -> None:
         linked = file(b"", b"x", inode=9, nlink=30, extra=NodeExtra(device=3))
         plan: dict[bytes, Any] = {}
         for number in range(30):
@@ -884,7 +896,7 @@ class TestOtherThreads:
         assert {path.stat().st_nlink for path in names} == {30}
 
 
-class TestRefusals:
+class TestTargetErrors:
     """What the file system of the target refuses ends a restore only where it must."""
 
     @staticmethod
@@ -894,7 +906,7 @@ class TestRefusals:
 
         return fail
 
-    def test_of_one_entry_are_told_and_the_rest_is_restored(
+    def test_restore_reports_an_entry_that_the_target_refuses_and_restores_the_rest(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bench.publish({b"f": b"1", b"fifo": entry(b"", NodeType.FIFO), b"g": b"2"})
@@ -904,7 +916,7 @@ class TestRefusals:
         assert done.told(ProblemKind.UNREADABLE) == [b"fifo"]
         assert bench.found() == {"f": b"1", "g": b"2"}
 
-    def test_of_a_directory_are_told_once_and_cost_what_is_in_it(
+    def test_restore_reports_a_refused_directory_once_and_skips_its_entries(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bench.publish(TREE)
@@ -913,7 +925,7 @@ class TestRefusals:
         assert done.told(ProblemKind.UNREADABLE) == [b"d", b"empty"]
         assert bench.found() == {"\udcff\n": b"1"}
 
-    def test_of_a_full_disk_end_it_and_leave_nothing_half(
+    def test_restore_ends_on_a_full_disk_and_leaves_no_partial_file(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bench.publish({b"d": {b"f": b"1"}, b"g": b"2"})
@@ -926,7 +938,9 @@ class TestRefusals:
         assert bench.found() == {"d": None}
         assert len(os.listdir("/proc/self/fd")) == before
 
-    def test_to_link_make_a_copy(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_restore_copies_a_file_that_cannot_be_linked(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         bench.store(b"x")
         linked = file(b"", b"x", inode=9, nlink=2, extra=NodeExtra(device=3))
         bench.publish({b"a": linked, b"b": linked})
@@ -942,7 +956,7 @@ def few_descriptors_left_open() -> Iterator[None]:
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
-def test_a_repository_is_only_read(bench: Bench) -> None:
+def test_restore_only_reads_the_repository(bench: Bench) -> None:
     bench.publish(TREE)
     before = {path: path.stat().st_mtime_ns for path in bench.keeper.root.rglob("*")}
     bench.restore()

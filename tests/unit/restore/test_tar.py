@@ -47,17 +47,17 @@ def chunk_record(chunk: bytes) -> bytes:
     return EXTENT.pack(len(chunk), digest_of(chunk))
 
 
-class TestFile:
+class TestDumpOfFile:
     """The bytes of one file."""
 
-    def test_holes_are_zeros_between_the_chunks(self, keeper: Keeper) -> None:
+    def test_dump_writes_zeros_for_holes(self, keeper: Keeper) -> None:
         keeper.store(b"begin", b"end")
         node = of_chunks(7, b"begin", 3 << 20, b"end", 1)
         with keeper.reading() as repository:
             data = b"".join(file_bytes(repository, node, b"f"))
         assert data == bytes(7) + b"begin" + bytes(3 << 20) + b"end" + bytes(1)
 
-    def test_no_more_than_a_chunk_is_held_of_a_long_hole(self, keeper: Keeper) -> None:
+    def test_dump_holds_at_most_a_chunk_of_a_long_hole(self, keeper: Keeper) -> None:
         node = of_chunks(20 << 20)
         with keeper.reading() as repository:
             parts = [len(part) for part in file_bytes(repository, node, b"f")]
@@ -65,9 +65,7 @@ class TestFile:
         assert max(parts) <= 1 << 20
 
     @pytest.mark.parametrize("bad", [0, 1, 2])
-    def test_what_comes_before_a_damaged_chunk_is_given_and_then_no_more(
-        self, keeper: Keeper, bad: int
-    ) -> None:
+    def test_dump_ends_before_a_damaged_chunk(self, keeper: Keeper, bad: int) -> None:
         chunks = [os.urandom(1000), os.urandom(2000), os.urandom(3000)]
         keeper.store(*chunks)
         keeper.damage(digest_of(chunks[bad]))
@@ -80,7 +78,7 @@ class TestFile:
         assert caught.value.exit_code == 5
         assert f"dir/f\\n is damaged from byte {len(got)} on" in str(caught.value)
 
-    def test_a_missing_chunk_is_damage(self, keeper: Keeper) -> None:
+    def test_dump_of_a_missing_chunk_reports_damage(self, keeper: Keeper) -> None:
         with keeper.reading() as repository, pytest.raises(DamagedContentError, match="missing"):
             list(file_bytes(repository, of_chunks(b"never stored"), b"f"))
 
@@ -97,7 +95,7 @@ class TestFile:
         ],
         ids=str,
     )
-    def test_a_manifest_that_is_wrong_is_damage_although_every_chunk_verifies(
+    def test_dump_of_a_wrong_manifest_reports_damage_although_every_chunk_verifies(
         self, keeper: Keeper, wrong: dict[str, Any]
     ) -> None:
         keeper.store(b"chunk")
@@ -127,10 +125,10 @@ def members(stream: bytes) -> dict[bytes, tarfile.TarInfo]:
         return {os.fsencode(member.name): member for member in tar}
 
 
-class TestTar:
+class TestDumpAsTar:
     """A directory as a tar, read back by Python's own reader."""
 
-    def test_every_kind_comes_back_with_its_metadata(self, keeper: Keeper) -> None:
+    def test_tar_keeps_every_kind_of_entry_with_its_metadata(self, keeper: Keeper) -> None:
         keeper.store(b"content")
         stream, stats, monitor = tar_of(
             keeper,
@@ -166,7 +164,7 @@ class TestTar:
         assert len(stream) % tarfile.RECORDSIZE == 0
         assert stream.endswith(bytes(2 * tarfile.BLOCKSIZE))
 
-    def test_content_comes_back_byte_for_byte(self, keeper: Keeper) -> None:
+    def test_tar_keeps_content_byte_for_byte(self, keeper: Keeper) -> None:
         contents = {b"%d" % size: os.urandom(size) for size in (0, 1, 511, 512, 513, 5000)}
         keeper.store(*filter(None, contents.values()))
         plan = {name: file(name, data) for name, data in contents.items()}
@@ -194,7 +192,7 @@ class TestTar:
             -(10**18),
         ],
     )
-    def test_times_are_exact_to_the_nanosecond(self, keeper: Keeper, time_ns: int) -> None:
+    def test_tar_keeps_times_to_the_nanosecond(self, keeper: Keeper, time_ns: int) -> None:
         stream, _, _ = tar_of(keeper, {b"f": file(b"", mtime_ns=time_ns)})
         member = members(stream)[b"f"]
         exact = member.pax_headers.get("mtime")
@@ -221,7 +219,7 @@ class TestTar:
             b"\xe2\x80\xae",
         ],
     )
-    def test_names_and_targets_of_any_bytes_and_length_survive(
+    def test_tar_keeps_names_and_targets_of_any_bytes_and_length(
         self, keeper: Keeper, name: bytes
     ) -> None:
         link = entry(b"", NodeType.SYMLINK, content=name * 2)
@@ -231,17 +229,17 @@ class TestTar:
         assert set(found) == {name, name + b"/again" + name[:200], name + b"/link"}
         assert os.fsencode(found[name + b"/link"].linkname) == name * 2
 
-    def test_a_header_that_is_not_needed_is_not_written(self, keeper: Keeper) -> None:
+    def test_tar_writes_no_needless_pax_header(self, keeper: Keeper) -> None:
         stream, _, _ = tar_of(keeper, {b"f": file(b"", mtime_ns=10**18)})
         assert b"PaxHeaders" not in stream
         assert members(stream)[b"f"].pax_headers == {}
 
-    def test_numbers_that_do_not_fit_a_plain_header_survive(self, keeper: Keeper) -> None:
+    def test_tar_keeps_numbers_that_do_not_fit_a_plain_header(self, keeper: Keeper) -> None:
         node = file(b"", uid=4_000_000_000, gid=8**7, mtime_ns=0)
         member = members(tar_of(keeper, {b"f": node})[0])[b"f"]
         assert (member.uid, member.gid) == (4_000_000_000, 8**7)
 
-    def test_a_size_beyond_8_gib_is_told(self, keeper: Keeper) -> None:
+    def test_tar_declares_a_size_beyond_8_gib(self, keeper: Keeper) -> None:
         """The content is not there, so that the stream ends behind the header."""
         _, snapshot = keeper.publish({b"f": entry(b"", size=NINE_GIB, captured=digest_of(b""))})
         out = io.BytesIO()
@@ -254,14 +252,14 @@ class TestTar:
         assert member is not None
         assert member.size == NINE_GIB
 
-    def test_long_owner_names_and_odd_ones_survive(self, keeper: Keeper) -> None:
+    def test_tar_keeps_long_and_non_ascii_owner_names(self, keeper: Keeper) -> None:
         users, groups = ((1, "u" * 40),), ((2, "größe"),)
         plan = {b"f": file(b"", uid=1, gid=2), b"g": file(b"", uid=3, gid=4)}
         found = members(tar_of(keeper, plan, users=users, groups=groups)[0])
         assert (found[b"f"].uname, found[b"f"].gname) == ("u" * 40, "größe")
         assert (found[b"g"].uname, found[b"g"].gname) == ("", "")
 
-    def test_xattrs_of_any_bytes_are_in_the_header(self, keeper: Keeper) -> None:
+    def test_tar_keeps_xattrs_of_any_bytes(self, keeper: Keeper) -> None:
         every_byte = bytes(range(256))
         xattrs = (
             (b"security.capability", b"\x01\0\0\x02\xff"),
@@ -282,11 +280,11 @@ class TestTar:
         assert told == {name.decode(): value for name, value in expected.items()}
         assert found[b"l"].pax_headers["SCHILY.xattr.trusted.t"] == "1"
 
-    def test_an_xattr_whose_name_is_not_utf_8_is_there_as_bytes(self, keeper: Keeper) -> None:
+    def test_tar_keeps_an_xattr_whose_name_is_not_utf_8(self, keeper: Keeper) -> None:
         stream, _, _ = tar_of(keeper, {b"f": file(b"", extra=NodeExtra(((b"user.\xe9", b"v"),)))})
         assert b"25 SCHILY.xattr.user.\xe9=v\n" in stream
 
-    def test_an_acl_is_there_as_text_too(self, keeper: Keeper) -> None:
+    def test_tar_holds_an_acl_also_as_text(self, keeper: Keeper) -> None:
         acl = bytes.fromhex(
             "02000000 01000700ffffffff 0200060039300000 04000500ffffffff"
             "0800000031d40000 10000700ffffffff 20000100ffffffff"
@@ -305,7 +303,7 @@ class TestTar:
             == acl
         )
 
-    def test_further_names_of_a_file_are_links_to_the_first(self, keeper: Keeper) -> None:
+    def test_tar_links_further_names_of_a_file_to_the_first(self, keeper: Keeper) -> None:
         keeper.store(b"content")
         one = file(b"", b"content", nlink=3, inode=5, extra=NodeExtra(device=1))
         other = replace(one, extra=NodeExtra(device=2))
@@ -320,7 +318,7 @@ class TestTar:
         assert found[b"d"].size == 0, "its content is not that of the first"
         assert (stats.links, stats.files, stats.content_bytes) == (2, 5, 14)
 
-    def test_a_file_whose_names_have_all_been_met_is_forgotten(self, keeper: Keeper) -> None:
+    def test_tar_forgets_a_file_after_its_last_name(self, keeper: Keeper) -> None:
         keeper.store(b"content")
         pair = file(b"", b"content", nlink=2, inode=5, extra=NodeExtra(device=1))
         stream, stats, _ = tar_of(keeper, {b"a": pair, b"b": pair, b"c": pair, b"d": pair})
@@ -328,7 +326,7 @@ class TestTar:
         assert linked == [b"b", b"d"]
         assert stats.links == 2
 
-    def test_no_more_links_are_remembered_than_allowed(
+    def test_tar_remembers_a_bounded_number_of_links(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(casfs.restore.tar, "_MAX_LINKS", 1)
@@ -340,14 +338,14 @@ class TestTar:
         assert [found[name].islnk() for name in (b"c", b"d")] == [False, False]
         assert [found[name].size for name in (b"c", b"d")] == [1, 1]
 
-    def test_a_hard_linked_symlink_is_a_link_to_the_first(self, keeper: Keeper) -> None:
+    def test_tar_links_a_hard_linked_symlink_to_the_first(self, keeper: Keeper) -> None:
         link = entry(
             b"", NodeType.SYMLINK, content=b"x", nlink=2, inode=5, extra=NodeExtra(device=1)
         )
         found = members(tar_of(keeper, {b"a": link, b"b": link})[0])
         assert found[b"a"].issym() and found[b"b"].islnk() and found[b"b"].linkname == "a"
 
-    def test_a_socket_is_left_out_and_told(self, keeper: Keeper) -> None:
+    def test_tar_leaves_out_a_socket_and_reports_it(self, keeper: Keeper) -> None:
         stream, stats, monitor = tar_of(
             keeper, {b"run": {b"s": entry(b"", NodeType.SOCKET)}, b"z": file(b"")}
         )
@@ -357,7 +355,7 @@ class TestTar:
         assert stats.left_out == 1
 
     @pytest.mark.parametrize("rdev", [(1 << 64) - 1, os.makedev(8**7, 0)])
-    def test_a_device_with_an_impossible_number_is_left_out_and_told(
+    def test_tar_leaves_out_a_device_with_an_impossible_number_and_reports_it(
         self, keeper: Keeper, rdev: int
     ) -> None:
         node = entry(b"", NodeType.BLOCK_DEVICE, extra=NodeExtra(rdev=rdev))
@@ -366,14 +364,14 @@ class TestTar:
         assert [problem.path for problem in monitor.problems] == [b"a"]
         assert stats.left_out == 1
 
-    def test_a_flagged_file_is_written_as_captured_and_told(self, keeper: Keeper) -> None:
+    def test_tar_holds_a_flagged_file_as_captured_and_reports_it(self, keeper: Keeper) -> None:
         keeper.store(b"mixture")
         stream, stats, monitor = tar_of(keeper, {b"log": flagged(file(b"", b"mixture"))})
         assert members(stream)[b"log"].size == 7
         assert [(p.kind, p.path) for p in monitor.problems] == [(ProblemKind.CHANGED, b"log")]
         assert stats.flagged == 1
 
-    def test_the_stream_ends_before_damage_and_is_no_whole_tar(self, keeper: Keeper) -> None:
+    def test_tar_ends_before_damage_without_an_end_marker(self, keeper: Keeper) -> None:
         keeper.store(b"first", b"second")
         _, snapshot = keeper.publish(
             {b"a": file(b"", b"first"), b"b": file(b"", b"second"), b"c": file(b"", b"first")}
@@ -395,7 +393,7 @@ class TestTar:
                 assert content.read() in (b"first", b"second"[: member.size])
 
 
-class TestCommand:
+class TestDumpCommand:
     """`casfs dump`."""
 
     def run(self, keeper: Keeper, *arguments: str) -> Result:
@@ -406,7 +404,9 @@ class TestCommand:
             standalone_mode=False,
         )
 
-    def test_writes_a_file_to_stdout_or_to_a_file(self, keeper: Keeper, tmp_path: Path) -> None:
+    def test_dump_writes_a_file_to_stdout_or_to_a_file(
+        self, keeper: Keeper, tmp_path: Path
+    ) -> None:
         data = os.urandom(100_000)
         (tmp_path / "source").write_bytes(data)
         keeper.back_up(tmp_path / "source")
@@ -419,7 +419,7 @@ class TestCommand:
         assert (told["type"], told["kind"], told["bytes"]) == ("summary", "file", 100_000)
         assert told["path"] == str(tmp_path / "source").lstrip("/")
 
-    def test_writes_a_directory_as_a_tar(self, keeper: Keeper, tmp_path: Path) -> None:
+    def test_dump_writes_a_directory_as_a_tar(self, keeper: Keeper, tmp_path: Path) -> None:
         source = tmp_path / "source"
         (source / "sub").mkdir(parents=True)
         (source / "sub" / "file").write_bytes(b"content")
@@ -434,14 +434,16 @@ class TestCommand:
             hashlib.sha256(streamed).digest() == hashlib.sha256(Path(target).read_bytes()).digest()
         )
 
-    def test_warns_of_a_flagged_file(self, keeper: Keeper) -> None:
+    def test_dump_warns_of_a_flagged_file(self, keeper: Keeper) -> None:
         keeper.store(b"mixture")
         keeper.publish({b"log": flagged(file(b"", b"mixture"))})
         result = self.run(keeper, "latest:log")
         assert result.stdout_bytes == b"mixture"
         assert "log: it changed while it was captured" in result.stderr
 
-    def test_of_a_damaged_file_ends_with_5_after_what_is_sound(self, keeper: Keeper) -> None:
+    def test_dump_of_a_damaged_file_exits_with_5_after_the_intact_part(
+        self, keeper: Keeper
+    ) -> None:
         sound, bad = os.urandom(1000), os.urandom(1000)
         keeper.store(sound, bad)
         keeper.publish({b"f": of_chunks(sound, bad, sound)})
@@ -452,7 +454,7 @@ class TestCommand:
         assert result.exception.exit_code == 5
 
     @pytest.mark.parametrize("kind", [NodeType.FIFO, NodeType.SOCKET, NodeType.SYMLINK])
-    def test_of_what_holds_nothing_is_refused(
+    def test_dump_of_an_entry_without_content_is_refused(
         self, keeper: Keeper, tmp_path: Path, kind: NodeType
     ) -> None:
         keeper.publish({b"it": entry(b"", kind, content=b"x" if kind == NodeType.SYMLINK else b"")})
@@ -462,11 +464,11 @@ class TestCommand:
         assert kind.name.lower() in str(result.exception)
         assert not target.exists()
 
-    def test_with_json_and_without_a_file_to_write_to_is_refused(self, keeper: Keeper) -> None:
+    def test_dump_with_json_needs_an_output_file(self, keeper: Keeper) -> None:
         keeper.publish({b"f": file(b"")})
         assert isinstance(self.run(keeper, "latest:f", "--json").exception, UsageError)
 
-    def test_of_a_directory_does_not_go_to_a_terminal(
+    def test_dump_of_a_directory_to_a_terminal_is_refused(
         self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         keeper.publish({b"d": {b"f": file(b"")}})

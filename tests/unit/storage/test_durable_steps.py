@@ -133,7 +133,7 @@ def steps_of(scene: Scene) -> list[str]:
     return steps
 
 
-def test_the_snapshot_comes_last_and_every_pack_before_its_index_entries(scene: Scene) -> None:
+def test_a_snapshot_is_published_last_and_every_pack_before_its_index_entries(scene: Scene) -> None:
     steps = steps_of(scene)
     assert steps[-6:] == [
         *("commit index", "done index", "data snapshots", "rename snapshots"),
@@ -188,7 +188,7 @@ def test_a_backup_that_is_stopped_at_any_step_leaves_nothing_to_repair(
     assert reused[-4] >= FILES
 
 
-def test_what_a_stopped_backup_left_costs_the_next_one_only_what_was_not_finished(
+def test_a_backup_after_a_stopped_one_stores_only_what_was_not_finished(
     scene: Scene,
 ) -> None:
     sealed = 0
@@ -224,7 +224,7 @@ print("done", flush=True)
 """
 
 
-def test_two_backups_at_the_same_time_both_publish_and_both_are_whole(
+def test_two_concurrent_backups_both_publish_complete_snapshots(
     scene: Scene, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -248,7 +248,7 @@ def test_two_backups_at_the_same_time_both_publish_and_both_are_whole(
     assert os.listdir(scene.root / "tmp") == []
 
 
-def test_a_writer_that_starts_beside_another_leaves_its_temporary_files_alone(
+def test_a_new_writer_keeps_the_temporary_files_of_a_running_one(
     scene: Scene, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"

@@ -42,7 +42,7 @@ def test_an_idle_limit_saves_no_more_than_a_second() -> None:
     assert clock.now_s == pytest.approx(3702)
 
 
-def test_a_limit_of_nothing_is_refused() -> None:
+def test_a_rate_limit_of_zero_is_refused() -> None:
     with pytest.raises(ValueError):
         RateLimit(0)
 

@@ -61,7 +61,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
 
 
 class TestObjects:
-    def test_are_read_whole_or_in_parts(self, storage: LocalStorage) -> None:
+    def test_an_object_is_read_whole_or_in_parts(self, storage: LocalStorage) -> None:
         storage.write("snapshots/a", b"0123456789")
         assert storage.read("snapshots/a") == b"0123456789"
         assert storage.read("snapshots/a", 3) == b"3456789"
@@ -70,7 +70,7 @@ class TestObjects:
         assert storage.read("snapshots/a", 20, 10) == b""
         assert storage.size("snapshots/a") == 10
 
-    def test_that_are_not_there_are_told_from_an_empty_one(self, storage: LocalStorage) -> None:
+    def test_a_missing_object_differs_from_an_empty_one(self, storage: LocalStorage) -> None:
         storage.write("snapshots/empty", b"")
         assert storage.read("snapshots/empty") == b""
         with pytest.raises(NotFoundError):
@@ -78,7 +78,7 @@ class TestObjects:
         with pytest.raises(NotFoundError):
             storage.size("snapshots/none")
 
-    def test_are_listed_by_name_at_any_depth(self, storage: LocalStorage) -> None:
+    def test_objects_are_listed_by_name_at_any_depth(self, storage: LocalStorage) -> None:
         for name in ("packs/bb/two", "packs/aa/one", "packs/aa/three", "packs/loose"):
             storage.write(name, name.encode())
         assert [(one.name, one.size) for one in storage.list("packs")] == [
@@ -87,7 +87,7 @@ class TestObjects:
         ]
         assert list(storage.list("nothing here")) == []
 
-    def test_are_replaced_as_a_whole_even_for_one_who_has_them_open(
+    def test_an_object_is_replaced_as_a_whole_even_for_open_readers(
         self, storage: LocalStorage
     ) -> None:
         storage.write("snapshots/a", b"before")
@@ -95,7 +95,7 @@ class TestObjects:
         storage.write("snapshots/a", b"behind")
         assert storage.read("snapshots/a") == b"behind"
 
-    def test_are_deleted_once_and_for_all(self, storage: LocalStorage) -> None:
+    def test_a_deleted_object_is_gone_and_may_be_deleted_again(self, storage: LocalStorage) -> None:
         storage.write("snapshots/a", b"x")
         storage.read("snapshots/a")
         storage.delete("snapshots/a")
@@ -103,7 +103,7 @@ class TestObjects:
         with pytest.raises(NotFoundError):
             storage.read("snapshots/a")
 
-    def test_of_an_unreadable_place_are_a_storage_error(
+    def test_an_unreadable_location_is_a_storage_error(
         self, storage: LocalStorage, root: Path
     ) -> None:
         (root / "snapshots" / "file").write_bytes(b"")
@@ -117,9 +117,9 @@ class TestObjects:
             storage.delete("packs")
 
 
-class TestSpools:
+class TestObjectWriter:
     @pytest.mark.parametrize("in_memory", [False, True])
-    def test_give_what_was_appended_under_the_name_told_last(
+    def test_an_object_writer_publishes_what_was_appended_under_the_committed_name(
         self, storage: LocalStorage, root: Path, in_memory: bool
     ) -> None:
         parts = [noise("one", 10), b"", noise("two", 9_000_000), noise("three", 7)]
@@ -134,7 +134,7 @@ class TestSpools:
         assert temporaries(root) == []
 
     @pytest.mark.parametrize("in_memory", [False, True])
-    def test_that_are_discarded_leave_nothing(
+    def test_a_discarded_object_writer_leaves_nothing(
         self, storage: LocalStorage, root: Path, in_memory: bool
     ) -> None:
         before = open_descriptors()
@@ -145,7 +145,7 @@ class TestSpools:
         assert temporaries(root) == []
         assert open_descriptors() == before
 
-    def test_have_temporary_names_that_begin_with_their_writers(
+    def test_a_temporary_name_begins_with_its_writer(
         self, storage: LocalStorage, root: Path
     ) -> None:
         spools = [storage.open_writer(in_memory=False) for _ in range(3)]
@@ -155,7 +155,7 @@ class TestSpools:
         for spool in spools:
             spool.discard()
 
-    def test_go_on_where_the_kernel_took_only_a_part(
+    def test_an_object_writer_continues_after_a_short_write(
         self, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write = os.write
@@ -166,7 +166,7 @@ class TestSpools:
         assert storage.read("snapshots/a") == data
 
 
-class TestFailures:
+class TestStorageFailure:
     """Whatever the disk refuses is one clear error, and no name stands for half an object."""
 
     @staticmethod
@@ -181,7 +181,7 @@ class TestFailures:
         ("call", "code"),
         [("write", errno.ENOSPC), ("fsync", errno.EIO), ("rename", errno.EDQUOT)],
     )
-    def test_leave_neither_a_name_nor_a_temporary_file(
+    def test_a_failed_write_leaves_neither_a_name_nor_a_temporary_file(
         self,
         root: Path,
         monkeypatch: pytest.MonkeyPatch,
@@ -204,21 +204,23 @@ class TestFailures:
         assert temporaries(root) == []
         assert open_descriptors() == before
 
-    def test_of_a_disk_that_takes_nothing_do_not_go_on_for_ever(
+    def test_a_disk_that_accepts_no_bytes_is_a_storage_error(
         self, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(os, "write", lambda fd, data: 0)
         with pytest.raises(StorageError, match="cannot write"):
             storage.write("snapshots/a", b"x")
 
-    def test_of_a_folder_that_is_gone_name_it(self, storage: LocalStorage, root: Path) -> None:
+    def test_a_missing_folder_is_named_in_the_error(
+        self, storage: LocalStorage, root: Path
+    ) -> None:
         shutil.rmtree(root)
         with pytest.raises(StorageError, match=r"cannot create .*/tmp/me\.0"):
             storage.write("snapshots/a", b"x")
 
 
-class TestOrder:
-    def test_bytes_are_synced_before_they_have_their_name_and_then_the_folder(
+class TestDurabilityOrder:
+    def test_an_object_is_synced_before_its_rename_and_its_folder_after(
         self, root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         steps = watch(monkeypatch)
@@ -248,7 +250,7 @@ class TestOrder:
         storage.delete("snapshots/a")
         assert steps == [("sync folder", "snapshots")]
 
-    def test_every_step_is_told_before_it_is_done(self, root: Path) -> None:
+    def test_every_durable_step_is_announced_before_it_happens(self, root: Path) -> None:
         seen: list[tuple[str, bool]] = []
         storage = LocalStorage(
             root,
@@ -275,8 +277,8 @@ class TestOrder:
         assert steps == [("rename", "one")]
 
 
-class TestReaders:
-    def test_keep_a_bounded_number_of_objects_open(self, storage: LocalStorage) -> None:
+class TestObjectReaders:
+    def test_readers_keep_a_bounded_number_of_objects_open(self, storage: LocalStorage) -> None:
         names = [f"packs/x/{number:03}" for number in range(150)]
         for name in names:
             storage.write(name, name.encode())
@@ -289,7 +291,7 @@ class TestReaders:
         assert storage.read(names[0]) == names[0].encode()
         storage.close()
 
-    def test_in_many_threads_see_every_object_as_it_is(self, storage: LocalStorage) -> None:
+    def test_concurrent_readers_see_every_object_as_it_is(self, storage: LocalStorage) -> None:
         names = [f"packs/x/{number:03}" for number in range(100)]
         for name in names:
             storage.write(name, name.encode() * 50)
@@ -313,7 +315,7 @@ class TestReaders:
         storage.close()
         assert open_descriptors() == before
 
-    def test_that_must_not_wait_get_what_is_in_memory_or_nothing(
+    def test_a_nonblocking_read_returns_cached_bytes_or_nothing(
         self, storage: LocalStorage
     ) -> None:
         storage.write("packs/a", b"0123456789")
@@ -323,9 +325,7 @@ class TestReaders:
         assert storage.read_nonblocking("packs/a", 8, 3) is None
         assert storage.read_nonblocking("packs/none", 0, 1) is None
 
-    def test_may_announce_what_they_need_even_of_what_is_not_there(
-        self, storage: LocalStorage
-    ) -> None:
+    def test_a_prefetch_of_a_missing_object_does_no_harm(self, storage: LocalStorage) -> None:
         storage.write("packs/a", b"0123456789")
         storage.prefetch("packs/a", 0, 10)
         storage.prefetch("packs/none", 0, 10)

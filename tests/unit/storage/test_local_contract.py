@@ -52,7 +52,7 @@ def test_an_object_too_large_for_memory_is_not_read_whole(
     assert storage.read("config", MAX_WHOLE_READ_BYTES, 10) == b"\0"
 
 
-def test_a_folder_that_must_not_be_written_denies_it(
+def test_a_read_only_folder_refuses_a_write_with_storage_denied(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object, **options: object) -> int:

@@ -54,7 +54,7 @@ def held(folder: Path) -> Iterator[list[RepositoryLock]]:
         lock.release()
 
 
-def test_shared_locks_go_together(folder: Path, held: list[RepositoryLock]) -> None:
+def test_shared_locks_do_not_exclude_each_other(folder: Path, held: list[RepositoryLock]) -> None:
     held += [RepositoryLock.acquire(folder, "backup") for _ in range(3)]
     assert len({lock.name for lock in held}) == 3
     assert set(list_and_reap_locks(folder)) == {lock.name for lock in held}
@@ -71,7 +71,7 @@ def test_shared_locks_go_together(folder: Path, held: list[RepositoryLock]) -> N
         (TENDING, TENDING),
     ],
 )
-def test_locks_that_do_not_go_together_are_refused_and_the_error_says_who_holds(
+def test_conflicting_locks_are_refused_and_the_error_names_the_holder(
     folder: Path, held: list[RepositoryLock], first: LockMode, second: LockMode
 ) -> None:
     held.append(RepositoryLock.acquire(folder, "prune", first))
@@ -83,7 +83,7 @@ def test_locks_that_do_not_go_together_are_refused_and_the_error_says_who_holds(
 
 
 @pytest.mark.parametrize("other", LockMode)
-def test_readers_go_with_everybody(
+def test_readers_conflict_with_no_other_lock(
     folder: Path, held: list[RepositoryLock], other: LockMode
 ) -> None:
     held.append(RepositoryLock.acquire(folder, "mount", LockMode.READER))
@@ -92,7 +92,7 @@ def test_readers_go_with_everybody(
     assert set(list_and_reap_locks(folder)) == {lock.name for lock in held}
 
 
-def test_one_that_tends_goes_with_shared_ones_in_any_order(
+def test_a_maintenance_lock_and_shared_locks_coexist_in_any_order(
     folder: Path, held: list[RepositoryLock]
 ) -> None:
     held.append(RepositoryLock.acquire(folder, "backup", SHARED))
@@ -101,7 +101,7 @@ def test_one_that_tends_goes_with_shared_ones_in_any_order(
     assert len(list_and_reap_locks(folder)) == 3
 
 
-def test_a_lock_that_was_given_back_is_gone(folder: Path) -> None:
+def test_a_released_lock_is_gone(folder: Path) -> None:
     with RepositoryLock.acquire(folder, "prune", EXCLUSIVE) as lock:
         assert os.listdir(folder) == [lock.name]
     lock.release()
@@ -109,13 +109,13 @@ def test_a_lock_that_was_given_back_is_gone(folder: Path) -> None:
     RepositoryLock.acquire(folder, "prune", EXCLUSIVE).release()
 
 
-def test_a_lock_says_in_its_file_who_holds_it(folder: Path, held: list[RepositoryLock]) -> None:
+def test_a_lock_file_names_its_holder(folder: Path, held: list[RepositoryLock]) -> None:
     held.append(RepositoryLock.acquire(folder, "backup"))
     record = list_and_reap_locks(folder)[held[0].name]
     assert (record.mode, record.verb, record.pid) == (SHARED, "backup", os.getpid())
 
 
-def test_a_file_that_nobody_holds_is_removed_whatever_it_says(folder: Path) -> None:
+def test_a_lock_file_without_a_holder_is_removed_whatever_it_contains(folder: Path) -> None:
     folder.mkdir()
     (folder / "dead").write_text('{"mode":"exclusive","verb":"prune","host":"h","pid":1,"time":0}')
     (folder / "junk").write_bytes(b"\xff\0")
@@ -123,7 +123,7 @@ def test_a_file_that_nobody_holds_is_removed_whatever_it_says(folder: Path) -> N
     assert os.listdir(folder) == []
 
 
-def test_a_held_file_that_says_nothing_counts_as_exclusive(folder: Path) -> None:
+def test_a_held_lock_file_without_content_counts_as_exclusive(folder: Path) -> None:
     folder.mkdir()
     with open(folder / "young", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -132,7 +132,7 @@ def test_a_held_file_that_says_nothing_counts_as_exclusive(folder: Path) -> None
     RepositoryLock.acquire(folder, "backup").release()
 
 
-def test_a_lock_that_was_made_again_meanwhile_is_not_removed(
+def test_a_lock_that_was_recreated_meanwhile_is_not_removed(
     folder: Path, held: list[RepositoryLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held.append(RepositoryLock.acquire(folder, "backup"))
@@ -154,7 +154,7 @@ def test_a_lock_that_was_made_again_meanwhile_is_not_removed(
     assert set(list_and_reap_locks(folder)) == {held[0].name}
 
 
-def test_a_lock_is_not_seen_before_it_says_what_it_is(
+def test_a_lock_is_not_visible_before_it_has_its_content(
     folder: Path, held: list[RepositoryLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two backups that begin at the same moment do not take each other for something strict."""
@@ -171,7 +171,7 @@ def test_a_lock_is_not_seen_before_it_says_what_it_is(
     assert len(os.listdir(folder)) == 2
 
 
-def test_a_maker_whose_new_file_was_taken_for_stale_makes_it_again(
+def test_a_lock_file_removed_as_stale_during_its_creation_is_created_again(
     folder: Path, held: list[RepositoryLock], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flock = fcntl.flock
@@ -203,7 +203,7 @@ def test_a_lock_lives_as_long_as_its_process(root: Path, folder: Path, kind: str
     assert not (folder / name).exists()
 
 
-def test_temporary_files_stay_while_their_writer_lives_and_no_longer(
+def test_temporary_files_live_exactly_as_long_as_their_writer(
     root: Path, folder: Path, held: list[RepositoryLock]
 ) -> None:
     held.append(RepositoryLock.acquire(folder, "backup"))
@@ -221,13 +221,13 @@ def test_temporary_files_stay_while_their_writer_lives_and_no_longer(
         assert os.listdir(root / "tmp") == [own]
 
 
-def test_nothing_to_remove_is_no_error(root: Path) -> None:
+def test_removing_stale_files_of_an_empty_folder_is_no_error(root: Path) -> None:
     remove_stale_temporaries(root)
     (root / "tmp").rmdir()
     remove_stale_temporaries(root)
 
 
-def test_a_place_that_takes_no_locks_is_a_storage_error(tmp_path: Path) -> None:
+def test_a_folder_without_lock_support_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "locks").write_bytes(b"a file")
     with pytest.raises(StorageError, match="write a lock"):
         RepositoryLock.acquire(tmp_path / "locks", "backup")

@@ -60,7 +60,7 @@ def test_a_storage_that_answered_before_is_waited_for() -> None:
     assert clock.now_s == pytest.approx(900)
 
 
-def test_what_is_refused_is_not_asked_again() -> None:
+def test_a_refused_request_is_not_retried() -> None:
     def denied(call: Call) -> BaseException:
         return StorageDeniedError("create", call.name, PermissionError(13, "no"))
 
@@ -101,7 +101,7 @@ def test_an_upload_that_arrived_is_not_sent_again() -> None:
     assert double.methods() == ["commit", "size"]
 
 
-def test_a_listing_goes_on_behind_the_last_name() -> None:
+def test_a_listing_continues_after_the_last_name() -> None:
     script = Script(
         [
             Failure(lambda call: call == Call("list entry", "packs/3"), times=2),

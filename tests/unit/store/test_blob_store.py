@@ -62,14 +62,16 @@ def places(root: Path) -> list[PackEntry]:
         return store.read_directory(pack, size)
 
 
-class TestReading:
-    def test_a_blob_that_nobody_stored_is_missing(self, root: Path) -> None:
+class TestBlobReads:
+    def test_a_blob_that_was_never_stored_is_missing(self, root: Path) -> None:
         with open_store(root) as store, pytest.raises(BlobError, match="missing") as caught:
             store.read(digest_of(b"never stored"))
         assert caught.value.pack is None
         assert caught.value.digest == digest_of(b"never stored")
 
-    def test_a_damaged_blob_names_itself_and_its_pack_and_costs_no_other(self, root: Path) -> None:
+    def test_a_damaged_blob_is_reported_with_its_pack_and_affects_no_other(
+        self, root: Path
+    ) -> None:
         (path,) = pack_paths(root)
         entry = next(e for e in places(root) if e.digest == digest_of(PLAINS[2]))
         flip(path, entry.offset + 2500)
@@ -82,7 +84,7 @@ class TestReading:
         assert path.name[:12] in str(caught.value)
         assert entry.digest.hex()[:12] in str(caught.value)
 
-    def test_any_flipped_bit_of_a_payload_is_noticed(self, root: Path) -> None:
+    def test_any_flipped_bit_of_a_payload_is_detected(self, root: Path) -> None:
         (path,) = pack_paths(root)
         entry = next(e for e in places(root) if e.digest == digest_of(TEXT))
         for place in range(entry.offset, entry.offset + entry.stored_bytes):
@@ -93,7 +95,7 @@ class TestReading:
         with open_store(root) as store:
             assert store.read(entry.digest) == TEXT
 
-    def test_a_pack_that_vanished_or_was_cut_is_told(self, root: Path) -> None:
+    def test_a_missing_or_cut_pack_is_reported(self, root: Path) -> None:
         (path,) = pack_paths(root)
         with open_store(root) as store:
             os.truncate(path, HEADER.size + BLOB_HEADER.size + 2)
@@ -104,7 +106,7 @@ class TestReading:
         with open_store(root) as store, pytest.raises(BlobError, match="missing"):
             store.read(digest_of(PLAINS[0]))
 
-    def test_a_pack_that_vanishes_while_the_store_is_open_is_told(self, root: Path) -> None:
+    def test_a_pack_that_vanishes_while_the_store_is_open_is_reported(self, root: Path) -> None:
         (path,) = pack_paths(root)
         with open_store(root) as store:
             path.unlink()
@@ -125,7 +127,7 @@ class TestReading:
             {"codec": 200},
         ],
     )
-    def test_a_wrong_entry_of_the_index_gives_an_error_and_no_wrong_bytes(
+    def test_a_wrong_index_entry_gives_an_error_and_no_wrong_bytes(
         self, root: Path, change: dict[str, int]
     ) -> None:
         with open_store(root) as store:
@@ -133,7 +135,7 @@ class TestReading:
             with pytest.raises(BlobError):
                 store.read_at(digest_of(b"one"), Location(**wrong))
 
-    def test_a_blob_that_moved_while_it_was_read_is_looked_up_again(
+    def test_a_blob_that_moves_during_a_read_is_looked_up_again(
         self, root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with open_store(root) as store:
@@ -143,7 +145,7 @@ class TestReading:
             monkeypatch.setattr(store.index, "lookup", lambda digest: next(answers))
             assert store.read(digest_of(b"one")) == b"one"
 
-    def test_without_waiting_gives_verified_bytes_or_nothing(self, root: Path) -> None:
+    def test_a_nonblocking_read_returns_verified_bytes_or_nothing(self, root: Path) -> None:
         (path,) = pack_paths(root)
         with open_store(root) as store:
             assert store.read(digest_of(TEXT)) == TEXT
@@ -160,8 +162,8 @@ def _fields(location: Location) -> dict[str, int]:
     return location._asdict()
 
 
-class TestIndexLost:
-    def test_deleted_is_built_anew_with_every_blob(self, root: Path) -> None:
+class TestIndexReconciliation:
+    def test_a_deleted_index_is_rebuilt_with_every_blob(self, root: Path) -> None:
         with open_store(root) as store:
             store_blobs(store, [b"in a second pack"])
         drop_index(root)
@@ -169,7 +171,7 @@ class TestIndexLost:
             assert readable(store, [*PLAINS, b"in a second pack"]) == [*PLAINS, b"in a second pack"]
             assert store.index.blob_count() == len(PLAINS) + 1
 
-    def test_behind_the_packs_is_brought_up_to_date(self, root: Path) -> None:
+    def test_an_index_that_lacks_a_pack_is_brought_up_to_date(self, root: Path) -> None:
         data, _ = make_pack([b"sealed", b"but a crash came before the index"])
         pack = add_pack(root, data)
         with open_store(root) as store:
@@ -178,7 +180,7 @@ class TestIndexLost:
             assert pack in {record.pack for record in store.index.packs()}
             assert losses == 1
 
-    def test_naming_a_lost_pack_is_rebuilt_so_that_nothing_trusts_it(
+    def test_an_index_with_a_lost_pack_is_rebuilt_and_loses_its_completeness(
         self, root: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         with open_store(root) as store:
@@ -200,7 +202,9 @@ class TestIndexLost:
         with open_store(root) as store:
             assert readable(store, PLAINS) == PLAINS
 
-    def test_finds_the_second_copy_of_what_a_lost_pack_held(self, root: Path) -> None:
+    def test_reconciliation_finds_a_second_copy_of_the_blobs_of_a_lost_pack(
+        self, root: Path
+    ) -> None:
         data, _ = make_pack(PLAINS)
         second = add_pack(root, data)
         with open_store(root) as store:
@@ -211,7 +215,7 @@ class TestIndexLost:
         with open_store(root) as store:
             assert readable(store, PLAINS) == PLAINS
 
-    def test_is_not_rebuilt_for_a_pack_that_came_between_two_looks(
+    def test_an_index_is_not_rebuilt_for_a_pack_added_between_two_listings(
         self, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         with open_store(root) as store:
@@ -224,7 +228,7 @@ class TestIndexLost:
             assert store.index.blob_count() == len(PLAINS)
         assert caplog.text == ""
 
-    def test_of_another_version_is_rebuilt(
+    def test_an_index_of_another_version_is_rebuilt(
         self, root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("casfs.index.index.INDEX_VERSION", b"2")
@@ -234,7 +238,7 @@ class TestIndexLost:
 
 
 class TestForeignFiles:
-    def test_among_the_packs_are_left_alone_and_named(
+    def test_foreign_files_among_the_packs_are_kept_and_named(
         self, root: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         foreign = ["packs/note.txt", "packs/ab/short", f"packs/ab/{'c' * 64}", f"packs/{'a' * 64}"]
@@ -269,7 +273,9 @@ class TestDamagedDirectory:
             pytest.param(8, id="the pack's version"),
         ],
     )
-    def test_costs_no_blob(self, root: Path, where: int, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_damaged_pack_directory_loses_no_blob(
+        self, root: Path, where: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
         (path,) = pack_paths(root)
         flip(path, where)
         drop_index(root)
@@ -281,7 +287,7 @@ class TestDamagedDirectory:
         assert "scanning it for intact blobs" in caplog.text
 
     @pytest.mark.parametrize("number", range(len(PLAINS)))
-    def test_together_with_a_damaged_record_costs_just_that_blob(
+    def test_a_damaged_pack_directory_and_record_lose_only_that_blob(
         self, root: Path, number: int
     ) -> None:
         (path,) = pack_paths(root)
@@ -294,7 +300,7 @@ class TestDamagedDirectory:
             assert readable(store, rest) == rest
             assert not store.index.are_stored([entry.digest])[0]
 
-    def test_together_with_a_damaged_payload_gives_it_under_no_name(self, root: Path) -> None:
+    def test_a_damaged_pack_directory_and_payload_lose_only_that_blob(self, root: Path) -> None:
         (path,) = pack_paths(root)
         entry = next(e for e in places(root) if e.digest == digest_of(PLAINS[2]))
         flip(path, -1)
@@ -303,7 +309,7 @@ class TestDamagedDirectory:
         with open_store(root) as store:
             assert readable(store, PLAINS) == PLAINS[:2] + PLAINS[3:]
 
-    def test_of_a_pack_that_was_cut_gives_all_that_is_whole(self, root: Path) -> None:
+    def test_a_cut_pack_yields_every_whole_blob(self, root: Path) -> None:
         (path,) = pack_paths(root)
         entries = places(root)
         whole = path.read_bytes()
@@ -316,13 +322,15 @@ class TestDamagedDirectory:
                 assert wanted <= {digest for digest, _ in store.index.blobs()}
 
     @pytest.mark.parametrize("data", [b"", b"x", b"CASFSPAK", bytes(5000), noise("junk", 5000)])
-    def test_of_a_file_that_is_no_pack_at_all_gives_nothing(self, root: Path, data: bytes) -> None:
+    def test_a_file_that_is_no_pack_yields_no_blob(self, root: Path, data: bytes) -> None:
         pack = add_pack(root, data)
         with open_store(root) as store:
             assert readable(store, PLAINS) == PLAINS
             assert pack in {record.pack for record in store.index.packs()}
 
-    def test_that_lies_about_digests_gives_an_error_and_no_wrong_bytes(self, root: Path) -> None:
+    def test_a_pack_directory_with_wrong_digests_gives_an_error_and_no_wrong_bytes(
+        self, root: Path
+    ) -> None:
         data, entries = make_pack([b"evil", b"sound"])
         name = digest_of(b"what a snapshot needs")
         lying = data.replace(entries[0].digest, name)
@@ -335,7 +343,7 @@ class TestDamagedDirectory:
                 store.read(name)
             assert store.read(digest_of(b"sound")) == b"sound"
 
-    def test_a_pack_beyond_the_greatest_size_is_read_no_further(
+    def test_a_pack_is_not_read_beyond_the_greatest_size(
         self, root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         data, _ = make_pack([b"within", noise("filling", 3000), b"beyond"])
@@ -348,7 +356,7 @@ class TestDamagedDirectory:
             assert not any(store.index.are_stored([digest_of(b"beyond"), digest_of(b"last")]))
 
 
-def test_the_name_of_a_pack_stands_in_the_folder_of_its_first_byte() -> None:
+def test_a_pack_is_in_the_folder_of_its_first_byte() -> None:
     assert pack_name(PackId(bytes(range(0xA0, 0xC0)))).startswith("packs/a0/a0a1a2")
 
 
@@ -367,7 +375,7 @@ with open_store(Path(sys.argv[1])) as store:
 """
 
 
-def test_two_processes_store_at_the_same_time_and_both_are_whole(tmp_path: Path) -> None:
+def test_two_processes_store_concurrently_without_loss(tmp_path: Path) -> None:
     with open_store(tmp_path):
         pass
     with (

@@ -35,9 +35,7 @@ def stored(cipher: PackCipher) -> bytes:
     return cipher.encrypt(AT, 2, 1, 0, 77, PLAIN)
 
 
-def test_a_payload_comes_back_with_all_that_it_tells_of_itself(
-    cipher: PackCipher, stored: bytes
-) -> None:
+def test_a_payload_is_decrypted_with_its_metadata(cipher: PackCipher, stored: bytes) -> None:
     inner = cipher.decrypt(DIGEST, AT, stored)
     assert inner == (2, 1, 0, 77, PLAIN)
     assert cipher.digest_key(inner) == DOMAIN.digest_key
@@ -46,15 +44,13 @@ def test_a_payload_comes_back_with_all_that_it_tells_of_itself(
 
 
 @pytest.mark.parametrize("offset", [0, 16, AT - 1, AT + 1, AT + 2**32])
-def test_a_payload_that_was_moved_does_not_open(
-    cipher: PackCipher, stored: bytes, offset: int
-) -> None:
+def test_a_moved_payload_does_not_open(cipher: PackCipher, stored: bytes, offset: int) -> None:
     with pytest.raises(BlobError, match=r"changed, or moved") as caught:
         cipher.decrypt(DIGEST, offset, stored)
     assert caught.value.digest == DIGEST
 
 
-def test_a_payload_in_another_pack_of_the_same_session_does_not_open(stored: bytes) -> None:
+def test_a_payload_moved_to_another_pack_of_its_session_does_not_open(stored: bytes) -> None:
     with pytest.raises(BlobError, match="does not decrypt"):
         PackCipher(SESSION, b"\x0c" * 32).decrypt(DIGEST, AT, stored)
 
@@ -72,7 +68,7 @@ def test_a_payload_of_another_session_does_not_open(stored: bytes, session: Writ
         PackCipher(session, SALT).decrypt(DIGEST, AT, stored)
 
 
-def test_any_changed_bit_of_a_payload_is_noticed(cipher: PackCipher, stored: bytes) -> None:
+def test_any_changed_bit_of_a_payload_is_detected(cipher: PackCipher, stored: bytes) -> None:
     for bit in range(len(stored) * 8):
         changed = bytearray(stored)
         changed[bit // 8] ^= 1 << bit % 8
@@ -80,13 +76,13 @@ def test_any_changed_bit_of_a_payload_is_noticed(cipher: PackCipher, stored: byt
             cipher.decrypt(DIGEST, AT, bytes(changed))
 
 
-def test_any_shorter_or_longer_payload_is_refused(cipher: PackCipher, stored: bytes) -> None:
+def test_a_shorter_or_longer_payload_is_refused(cipher: PackCipher, stored: bytes) -> None:
     for wrong in (*(stored[:size] for size in range(len(stored))), stored + b"\0"):
         with pytest.raises(BlobError):
             cipher.decrypt(DIGEST, AT, wrong)
 
 
-def test_the_record_in_front_of_a_payload_is_sealed_with_it(
+def test_the_record_header_is_authenticated_with_its_payload(
     cipher: PackCipher, stored: bytes
 ) -> None:
     header = encode_record_header(254, 16, len(stored), 0)
@@ -113,7 +109,7 @@ def test_a_directory_does_not_pass_for_a_blob_nor_a_blob_for_a_directory(
         cipher.decrypt_directory(PackId(bytes(32)), AT + 1, directory)
 
 
-class TestHostileInsides:
+class TestHostilePayload:
     """What only somebody with the session's keys could have encrypted."""
 
     def sealed(self, inner: bytes) -> bytes:
@@ -121,12 +117,14 @@ class TestHostileInsides:
         return AESGCM(SESSION.pack_key(SALT)).encrypt(AT.to_bytes(12, "little"), inner, header)
 
     @pytest.mark.parametrize("size", range(8))
-    def test_that_are_too_short_are_refused(self, cipher: PackCipher, size: int) -> None:
+    def test_a_decrypted_payload_that_is_too_short_is_refused(
+        self, cipher: PackCipher, size: int
+    ) -> None:
         with pytest.raises(BlobError, match="too short"):
             cipher.decrypt(DIGEST, AT, self.sealed(bytes(size)))
 
     @pytest.mark.parametrize("domain", [1, 2, 65535])
-    def test_of_a_domain_that_there_is_not_are_refused(
+    def test_a_decrypted_payload_of_an_unknown_domain_is_refused(
         self, cipher: PackCipher, domain: int
     ) -> None:
         with pytest.raises(BlobError, match="domain"):
@@ -174,7 +172,7 @@ class TestPackCiphers:
 
     PACK = PackId(digest_of(b"any"))
 
-    def test_give_the_cipher_that_the_header_of_a_pack_names(self, storage: LocalStorage) -> None:
+    def test_the_cipher_of_a_pack_is_the_one_its_header_names(self, storage: LocalStorage) -> None:
         storage.write("packs/one", encode_session_header(SESSION.id, SALT) + b"rest")
         ciphers = PackCiphers(storage, OneSession())
         assert not ciphers.is_cached("packs/one")
@@ -195,16 +193,18 @@ class TestPackCiphers:
         ],
         ids=["unencrypted", "cut", "very short", "empty", "another file"],
     )
-    def test_refuse_what_is_no_encrypted_pack(self, storage: LocalStorage, head: bytes) -> None:
+    def test_a_pack_that_is_not_encrypted_is_refused(
+        self, storage: LocalStorage, head: bytes
+    ) -> None:
         storage.write("packs/one", head)
         with pytest.raises(PackError):
             PackCiphers(storage, OneSession()).for_pack(self.PACK, "packs/one")
 
-    def test_tell_of_a_pack_that_is_gone(self, storage: LocalStorage) -> None:
+    def test_a_missing_pack_has_no_cipher(self, storage: LocalStorage) -> None:
         with pytest.raises(NotFoundError):
             PackCiphers(storage, OneSession()).for_pack(self.PACK, "packs/one")
 
-    def test_ask_again_for_a_session_that_did_not_open(self, storage: LocalStorage) -> None:
+    def test_a_session_that_did_not_open_is_requested_again(self, storage: LocalStorage) -> None:
         class Failing(OneSession):
             fails = True
 

@@ -89,7 +89,7 @@ def again(store: BlobStore, keys: Keys) -> BlobStore:
     return BlobStore(store.storage, store.index, store.codec, PackCiphers(store.storage, keys))
 
 
-def test_blobs_come_back_and_nothing_of_them_is_in_the_pack(
+def test_encrypted_blobs_are_read_back_and_leave_no_plaintext_in_the_pack(
     store: BlobStore, tmp_path: Path
 ) -> None:
     put(store, SESSION, *((keyed(plain), plain) for plain in PLAINS))
@@ -105,9 +105,7 @@ def test_blobs_come_back_and_nothing_of_them_is_in_the_pack(
             assert bytes(digest) not in data
 
 
-def test_who_must_not_wait_is_given_nothing_for_which_a_session_has_to_be_opened(
-    store: BlobStore, keys: Keys
-) -> None:
+def test_a_nonblocking_read_does_not_open_a_session(store: BlobStore, keys: Keys) -> None:
     put(store, SESSION, (keyed(PLAINS[0]), PLAINS[0]), (keyed(PLAINS[1]), PLAINS[1]))
     other = again(store, keys)
     # The pack's file is open and in memory, so that only the session is missing.
@@ -117,7 +115,9 @@ def test_who_must_not_wait_is_given_nothing_for_which_a_session_has_to_be_opened
     assert other.read_nonblocking(keyed(PLAINS[0]), 1 << 20) == PLAINS[0]
 
 
-def test_a_store_without_its_index_is_the_same(store: BlobStore, keys: Keys) -> None:
+def test_an_encrypted_store_is_the_same_after_a_rebuild_of_its_index(
+    store: BlobStore, keys: Keys
+) -> None:
     put(store, BOTH, *((keyed(plain), plain) for plain in PLAINS), (keyed(b"x", SECOND), b"x"))
     before = dict(store.index.blobs())
     store.rebuild()
@@ -127,7 +127,7 @@ def test_a_store_without_its_index_is_the_same(store: BlobStore, keys: Keys) -> 
     assert again(store, keys).read(keyed(b"x", SECOND)) == b"x"
 
 
-def test_a_damaged_directory_costs_no_blob_of_any_domain(
+def test_a_damaged_directory_loses_no_blob_of_any_domain(
     store: BlobStore, tmp_path: Path, keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(store, BOTH, *((keyed(plain), plain) for plain in PLAINS), (keyed(b"x", SECOND), b"x"))
@@ -148,9 +148,7 @@ def test_a_damaged_directory_costs_no_blob_of_any_domain(
         assert again(store, keys).read(keyed(plain)) == plain
 
 
-def test_a_payload_that_was_moved_inside_its_pack_is_not_given_out(
-    store: BlobStore, tmp_path: Path
-) -> None:
+def test_a_payload_moved_inside_its_pack_is_not_returned(store: BlobStore, tmp_path: Path) -> None:
     first, second = noise("first", 3000), noise("second", 3000)
     put(store, SESSION, (keyed(first), first), (keyed(second), second))
     (path,) = pack_paths(tmp_path)
@@ -165,7 +163,7 @@ def test_a_payload_that_was_moved_inside_its_pack_is_not_given_out(
             store.read(keyed(plain))
 
 
-def test_a_payload_that_tells_another_size_or_codec_than_the_index_is_not_given_out(
+def test_a_payload_whose_size_or_codec_contradicts_the_index_is_not_returned(
     store: BlobStore,
 ) -> None:
     plain = noise("plain", 3000)
@@ -180,7 +178,7 @@ def test_a_payload_that_tells_another_size_or_codec_than_the_index_is_not_given_
         store.read_entry(found[0], entry._replace(digest=keyed(b"another")))
 
 
-def test_a_directory_that_lies_is_found_out_by_the_digest(store: BlobStore, tmp_path: Path) -> None:
+def test_a_directory_with_wrong_digests_is_detected(store: BlobStore, tmp_path: Path) -> None:
     """Who has a session's keys, such as another host, can write any directory; no data is mistaken."""
     cipher = PackCipher(SESSION, bytes(32))
     body = bytearray(encode_session_header(SESSION.id, bytes(32)))
@@ -194,7 +192,7 @@ def test_a_directory_that_lies_is_found_out_by_the_digest(store: BlobStore, tmp_
         store.read(keyed(b"right"))
 
 
-def test_an_unencrypted_pack_is_none_of_an_encrypted_repository(
+def test_an_unencrypted_pack_is_refused_by_an_encrypted_repository(
     store: BlobStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data, _ = make_pack([b"forged"])
@@ -208,7 +206,7 @@ def test_an_unencrypted_pack_is_none_of_an_encrypted_repository(
 
 
 @pytest.mark.parametrize("error", [KeyMissingError("closed"), SessionError("damaged")])
-def test_a_pack_whose_session_does_not_open_harms_no_other(
+def test_a_pack_whose_session_does_not_open_affects_no_other(
     store: BlobStore, keys: Keys, error: CasfsError, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(store, SESSION, (keyed(PLAINS[0]), PLAINS[0]))
@@ -245,7 +243,7 @@ def test_a_damaged_blob_is_found_in_another_pack_although_a_third_does_not_open(
     assert again(store, keys).read(digest) == plain
 
 
-def test_a_host_that_cannot_read_keeps_what_it_knew_where_a_pack_is_gone(
+def test_a_write_only_host_keeps_its_other_entries_where_a_pack_is_lost(
     store: BlobStore, tmp_path: Path
 ) -> None:
     put(store, SESSION, (keyed(PLAINS[0]), PLAINS[0]))
@@ -257,7 +255,7 @@ def test_a_host_that_cannot_read_keeps_what_it_knew_where_a_pack_is_gone(
     assert closed.index.are_stored([keyed(PLAINS[0]), keyed(PLAINS[1])]) == [False, True]
 
 
-def test_records_that_are_found_without_a_directory_tell_nothing_of_what_they_hold(
+def test_records_scanned_without_a_key_reveal_nothing_of_their_content(
     store: BlobStore, tmp_path: Path
 ) -> None:
     put(store, SESSION, *((keyed(plain), plain) for plain in PLAINS))
@@ -266,7 +264,7 @@ def test_records_that_are_found_without_a_directory_tell_nothing_of_what_they_ho
     assert [(kind, codec, plain) for _, kind, codec, _, plain in found] == [(254, 16, 0)] * 3
 
 
-def test_what_is_encrypted_inside_tells_kind_codec_domain_and_size(
+def test_an_encrypted_payload_begins_with_kind_codec_domain_and_size(
     store: BlobStore, tmp_path: Path
 ) -> None:
     put(store, BOTH, (keyed(PLAINS[2], SECOND), PLAINS[2]))

@@ -53,8 +53,10 @@ def wait_for_packing(writer: BlobWriter, count: int) -> None:
     wait_until(lambda: writer.stats.new_blobs == count, f"{count} blobs are packed")
 
 
-class TestBlobs:
-    def test_are_read_back_after_finish(self, store: BlobStore, small_packs: int) -> None:
+class TestStoredBlobs:
+    def test_stored_blobs_are_read_back_after_finish(
+        self, store: BlobStore, small_packs: int
+    ) -> None:
         plains = [b"", b"small", b"compressible " * 5000, *blobs("a", 30)]
         stats = store_blobs(store, plains, pack_bytes=small_packs)
         assert [store.read(digest_of(plain)) for plain in plains] == plains
@@ -62,7 +64,7 @@ class TestBlobs:
         assert stats.new_plain_bytes == sum(map(len, plains))
         assert stats.packs == len(list(store.stored_packs())) > 4
 
-    def test_are_stored_once_however_often_they_come(
+    def test_a_blob_is_stored_once_however_often_it_comes(
         self, store: BlobStore, small_packs: int
     ) -> None:
         plains = blobs("a", 20)
@@ -74,20 +76,22 @@ class TestBlobs:
         stored = [entry.digest for entries in directories for entry in entries]
         assert sorted(stored) == sorted(map(digest_of, plains))
 
-    def test_of_every_kind_keep_it(self, store: BlobStore) -> None:
+    def test_a_blob_of_every_kind_keeps_its_kind(self, store: BlobStore) -> None:
         for kind in BlobKind:
             store_blobs(store, [kind.name.encode()], kind)
         for kind in BlobKind:
             assert store.locate(digest_of(kind.name.encode())).kind == kind
 
-    def test_stats_tell_what_the_packs_grew_by(self, store: BlobStore) -> None:
+    def test_write_stats_report_what_the_packs_grew_by(self, store: BlobStore) -> None:
         stats = store_blobs(store, [b"compressible " * 5000, *blobs("a", 3)])
         ((_, size),) = store.stored_packs()
         overhead = 16 + 16 + stats.new_blobs * 44 + 64
         assert stats.new_stored_bytes == size - overhead
         assert stats.new_stored_bytes < stats.new_plain_bytes + stats.new_blobs * BLOB_HEADER.size
 
-    def test_beyond_the_greatest_size_are_refused_by_name(self, store: BlobStore) -> None:
+    def test_a_blob_beyond_the_greatest_size_is_refused_by_its_digest(
+        self, store: BlobStore
+    ) -> None:
         plain = bytes(MAX_PLAIN_BYTES + 1)
         with pytest.raises(BlobError, match="more than a blob may have"):
             store_blobs(store, [b"sound", plain])
@@ -95,19 +99,19 @@ class TestBlobs:
         store_blobs(store, [plain[:-1]])
         assert len(store.read(digest_of(plain[:-1]))) == MAX_PLAIN_BYTES
 
-    def test_handed_over_by_nobody_make_no_pack(self, store: BlobStore) -> None:
+    def test_a_writer_without_blobs_writes_no_pack(self, store: BlobStore) -> None:
         assert store_blobs(store, []) == WriteStats()
         assert list(store.stored_packs()) == []
 
 
-class TestPacks:
-    def test_are_sealed_when_they_are_full(self, store: BlobStore, small_packs: int) -> None:
+class TestWrittenPacks:
+    def test_a_pack_is_finished_when_it_is_full(self, store: BlobStore, small_packs: int) -> None:
         store_blobs(store, blobs("a", 40), pack_bytes=small_packs)
         sizes = [size for _, size in store.stored_packs()]
         assert sum(size >= small_packs for size in sizes) >= len(sizes) - 1
         assert max(sizes) < small_packs + 20 * KIB
 
-    def test_hold_the_blobs_in_the_order_they_came_whichever_are_compressed_first(
+    def test_a_pack_holds_blobs_in_their_order_whichever_is_compressed_first(
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch, small_packs: int
     ) -> None:
         plains = blobs("a", 12)
@@ -127,7 +131,7 @@ class TestPacks:
         digests = [entry.digest for entry in store.read_directory(pack, size)]
         assert digests == list(map(digest_of, plains))
 
-    def test_are_sealed_at_the_greatest_number_of_blobs(
+    def test_a_pack_is_finished_at_the_greatest_number_of_blobs(
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(writer_module, "PACK_BLOBS", 10)
@@ -135,7 +139,7 @@ class TestPacks:
         assert sorted(record.blobs for record in store.index.packs()) == [5, 10, 10, 10]
 
     @pytest.mark.parametrize("in_memory", [False, True])
-    def test_are_named_by_the_digest_of_their_bytes(
+    def test_a_pack_is_named_by_the_digest_of_its_bytes(
         self, store: BlobStore, tmp_path: Path, in_memory: bool
     ) -> None:
         writer = BlobWriter(store, spool_in_memory=in_memory)
@@ -146,7 +150,7 @@ class TestPacks:
         assert path.parent.name == path.name[:2]
         assert temporaries(store) == []
 
-    def test_spooled_in_memory_are_no_files_before_they_are_full(self, store: BlobStore) -> None:
+    def test_a_pack_spooled_in_memory_has_no_file_before_it_is_full(self, store: BlobStore) -> None:
         for in_memory in (True, False):
             writer = BlobWriter(store, spool_in_memory=in_memory)
             for plain in blobs(f"{in_memory}", 2, 1100 * KIB):
@@ -158,7 +162,7 @@ class TestPacks:
 
 
 class TestDryRun:
-    def test_counts_as_if_it_stored_and_stores_nothing(
+    def test_a_dry_run_counts_like_a_real_run_and_stores_nothing(
         self, store: BlobStore, small_packs: int
     ) -> None:
         store_blobs(store, blobs("a", 3))
@@ -176,10 +180,10 @@ class TestDryRun:
         assert real.new_plain_bytes == stats.new_plain_bytes
 
 
-class TestOrder:
+class TestDurabilityOrder:
     """Pack data, the pack's name, its folder, the index: one after another, for every pack."""
 
-    def test_of_the_durable_steps_is_the_same_for_every_pack(
+    def test_the_durable_steps_have_the_same_order_for_every_pack(
         self, tmp_path: Path, small_packs: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         steps: list[str] = []
@@ -200,7 +204,7 @@ class TestOrder:
             assert steps[:length] in (one, new_folder)
             del steps[:length]
 
-    def test_has_each_pack_whole_on_disk_before_the_index_knows_it(
+    def test_every_pack_is_whole_on_disk_before_the_index_has_it(
         self, tmp_path: Path, small_packs: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         add_packs = Index.add_packs
@@ -221,7 +225,7 @@ class TestOrder:
         assert len(seen) == stats.packs > 3
 
 
-def test_a_pack_that_a_crash_left_half_in_the_index_is_completed_by_who_comes_next(
+def test_a_pack_that_a_crash_left_partly_indexed_is_completed_by_the_next_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_module, "_ADDED_AT_ONCE", 7)
@@ -250,7 +254,7 @@ def test_a_pack_that_a_crash_left_half_in_the_index_is_completed_by_who_comes_ne
         assert store_blobs(store, plains).new_blobs == 0
 
 
-class TestFailure:
+class TestWriterFailure:
     def failing_store(self, root: Path, step: str, passes: int) -> Iterator[BlobStore]:
         left = iter(range(passes))
 
@@ -263,7 +267,7 @@ class TestFailure:
 
     @pytest.mark.parametrize("step", ["data packs", "rename packs", "folder packs"])
     @pytest.mark.parametrize("passes", [0, 3])
-    def test_to_seal_a_pack_is_raised_by_a_later_put_or_by_finish(
+    def test_a_failed_pack_write_is_raised_by_a_later_put_or_by_finish(
         self, tmp_path: Path, small_packs: int, step: str, passes: int
     ) -> None:
         for store in self.failing_store(tmp_path, step, passes):
@@ -277,7 +281,7 @@ class TestFailure:
             assert (stats.new_blobs < 100) is (passes > 0)
             assert all(store.read(digest_of(plain)) == plain for plain in blobs("a", 100))
 
-    def test_to_look_up_a_blob_is_raised_too(
+    def test_a_failed_lookup_is_raised(
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(digests: object) -> list[bool]:
@@ -287,7 +291,7 @@ class TestFailure:
         with pytest.raises(RuntimeError, match="the index broke"):
             store_blobs(store, blobs("a", 3))
 
-    def test_that_was_met_is_met_again_by_every_call(
+    def test_a_failed_writer_raises_on_every_call(
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(digests: object) -> list[bool]:
@@ -304,7 +308,7 @@ class TestFailure:
             writer.finish()
         writer.close()
 
-    def test_to_compress_is_raised_too_and_nothing_is_left_behind(
+    def test_a_failed_compression_is_raised_and_leaves_nothing_behind(
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch, small_packs: int
     ) -> None:
         real = store.codec.encode_many
@@ -322,8 +326,8 @@ class TestFailure:
         assert not any(store.index.are_stored([digest_of(bad)]))
 
 
-class TestClosing:
-    def test_forgets_the_unfinished_pack_and_keeps_the_sealed_ones(
+class TestWriterClose:
+    def test_a_closed_writer_drops_its_unfinished_pack_and_keeps_the_finished_ones(
         self, store: BlobStore, small_packs: int
     ) -> None:
         writer = BlobWriter(store, pack_bytes=small_packs)
@@ -344,7 +348,7 @@ class TestClosing:
             if is_known
         )
 
-    def test_ends_all_threads(self, store: BlobStore) -> None:
+    def test_a_closed_writer_leaves_no_thread(self, store: BlobStore) -> None:
         before = threading.active_count()
         for finish in (True, False):
             writer = BlobWriter(store)

@@ -68,9 +68,9 @@ def memory() -> Memory:
     return Memory()
 
 
-class TestShortLists:
+class TestShortContentList:
     @pytest.mark.parametrize("count", [0, 1, 2, MAX_INLINE_RECORDS])
-    def test_stand_in_the_node(self, memory: Memory, count: int) -> None:
+    def test_a_short_content_list_is_stored_in_the_node(self, memory: Memory, count: int) -> None:
         records = random_records(count)
         content, levels = write(memory, records)
         assert levels == 0
@@ -78,7 +78,7 @@ class TestShortLists:
         assert memory.blobs == {}
         assert list(ContentReader(content, 0, memory.read).extents()) == extents_of(records)
 
-    def test_of_one_record_more_become_a_blob(self, memory: Memory) -> None:
+    def test_a_content_list_one_record_longer_becomes_a_blob(self, memory: Memory) -> None:
         records = random_records(MAX_INLINE_RECORDS + 1)
         content, levels = write(memory, records)
         assert (len(content), levels) == (EXTENT.size, 1)
@@ -87,14 +87,18 @@ class TestShortLists:
         assert EXTENT.unpack(content)[0] == sum(length for length, _ in records)
 
 
-class TestLongLists:
-    def test_come_back_whole(self, memory: Memory, many: Records) -> None:
+class TestLongContentList:
+    def test_a_long_content_list_is_read_as_it_was_written(
+        self, memory: Memory, many: Records
+    ) -> None:
         content, levels = write(memory, many)
         assert levels == 2
         assert len(content) <= MAX_INLINE_RECORDS * EXTENT.size
         assert list(ContentReader(content, levels, memory.read).extents()) == extents_of(many)
 
-    def test_have_pieces_within_the_bounds(self, memory: Memory, many: Records) -> None:
+    def test_pieces_of_a_content_list_are_within_the_bounds(
+        self, memory: Memory, many: Records
+    ) -> None:
         content, _ = write(memory, many)
         upper = [memory.read(Digest(digest)) for _, digest in parse_records(content)]
         lower = [
@@ -107,7 +111,7 @@ class TestLongLists:
         assert 900 < MANY / len(lower) < 1800
 
     @pytest.mark.parametrize("position", [0, 1, MANY // 2, MANY - 1])
-    def test_rewrite_one_piece_a_level_for_one_changed_chunk(
+    def test_one_changed_chunk_rewrites_one_piece_a_level(
         self, memory: Memory, many: Records, position: int
     ) -> None:
         write(memory, many)
@@ -120,7 +124,7 @@ class TestLongLists:
         reader = ContentReader(content, levels, memory.read)
         assert list(reader.extents()) == extents_of(changed)
 
-    def test_rewrite_few_pieces_for_chunks_that_come_or_go(
+    def test_added_or_removed_chunks_rewrite_few_pieces(
         self, memory: Memory, many: Records
     ) -> None:
         write(memory, many)
@@ -133,16 +137,16 @@ class TestLongLists:
             write(memory, changed)
             assert len(memory.blobs) - before == 2
 
-    def test_of_one_chunk_again_and_again_are_split_all_the_same(self, memory: Memory) -> None:
+    def test_a_content_list_of_one_repeated_chunk_is_split(self, memory: Memory) -> None:
         records = [(4 << 20, b"\x01" * 32)] * 20_000
         assert list(reader_of(memory, records).extents()) == extents_of(records)
         assert max(map(len, memory.blobs.values())) == 8192 * EXTENT.size
 
-    def test_of_holes_are_split_all_the_same(self, memory: Memory) -> None:
+    def test_a_content_list_of_holes_is_split(self, memory: Memory) -> None:
         records = [(4096, HOLE), (4096, b"\x01" * 31 + b"\x02")] * 10_000
         assert list(reader_of(memory, records).extents()) == extents_of(records)
 
-    def test_need_memory_for_one_piece_a_level_only(self, many: Records) -> None:
+    def test_writing_a_content_list_needs_memory_for_one_piece_a_level(self, many: Records) -> None:
         sizes: list[int] = []
         tracemalloc.start()
         try:
@@ -157,7 +161,7 @@ class TestLongLists:
         assert peak < 2_000_000
 
 
-class TestLevels:
+class TestContentListLevels:
     """Lists of lists of lists, which take petabytes unless pieces are made small."""
 
     @pytest.fixture(autouse=True)
@@ -167,7 +171,9 @@ class TestLevels:
         monkeypatch.setattr(content_module, "_PIECE_MAX_RECORDS", 4)
 
     @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 8, 9, 33, 64, 65, 300])
-    def test_of_any_number_are_read_from_any_offset(self, memory: Memory, count: int) -> None:
+    def test_a_content_list_of_any_number_of_levels_is_read_from_any_offset(
+        self, memory: Memory, count: int
+    ) -> None:
         records = random_records(count, seed=count)
         reader, extents = reader_of(memory, records), extents_of(records)
         assert list(reader.extents()) == extents
@@ -180,7 +186,9 @@ class TestLevels:
         assert list(reader.extents(end)) == []
         assert list(reader.extents(end + 5)) == []
 
-    def test_are_read_on_the_way_to_an_offset_only(self, memory: Memory) -> None:
+    def test_reading_from_an_offset_reads_only_the_lists_that_lead_there(
+        self, memory: Memory
+    ) -> None:
         records = random_records(1000)
         reader = reader_of(memory, records)
         memory.reads.clear()
@@ -188,7 +196,9 @@ class TestLevels:
         assert next(reader.extents(middle.begin + 1)) == middle
         assert len(memory.reads) <= 8
 
-    def test_tell_all_their_blobs_lists_before_what_they_list(self, memory: Memory) -> None:
+    def test_a_content_list_yields_its_blobs_with_lists_before_their_content(
+        self, memory: Memory
+    ) -> None:
         records = random_records(300)
         content, levels = write(memory, records)
         told = list(ContentReader(content, levels, memory.read).blobs())
@@ -197,7 +207,7 @@ class TestLevels:
         assert {digest for digest in told if digest in memory.blobs} == set(memory.blobs)
         assert told.index(parse_records(content)[0][1]) == 0  # type: ignore[arg-type]
 
-    def test_beyond_the_bound_are_refused(
+    def test_a_content_list_beyond_the_level_bound_is_refused(
         self, memory: Memory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(content_module, "MAX_PIECE_LEVELS", 3)
@@ -206,11 +216,11 @@ class TestLevels:
             write(memory, [(1, b"\x01" * 32)] * 4**5)
 
 
-class TestLies:
+class TestHostileContentList:
     def list_blob(self, memory: Memory, *records: tuple[int, bytes]) -> bytes:
         return memory.keep(b"".join(EXTENT.pack(*record) for record in records))
 
-    def test_about_the_length_of_a_list_are_found(self, memory: Memory) -> None:
+    def test_a_wrong_length_of_a_content_list_is_refused(self, memory: Memory) -> None:
         digest = self.list_blob(memory, (10, b"\x01" * 32), (20, b"\x02" * 32))
         for told in (29, 31, 1 << 40):
             reader = ContentReader(EXTENT.pack(told, digest), 1, memory.read)
@@ -218,7 +228,7 @@ class TestLies:
                 list(reader.extents())
 
     @pytest.mark.parametrize("size", [1, 39, 41, 79])
-    def test_of_a_broken_record_are_found(self, memory: Memory, size: int) -> None:
+    def test_a_broken_record_is_refused(self, memory: Memory, size: int) -> None:
         with pytest.raises(TreeError, match="impossible size"):
             parse_records(bytes(size))
         digest = memory.keep(b"\x01" * size)
@@ -227,11 +237,11 @@ class TestLies:
         with pytest.raises(TreeError):
             list(ContentReader(EXTENT.pack(5, digest), 1, memory.read).blobs())
 
-    def test_of_an_empty_extent_are_found(self) -> None:
+    def test_an_empty_extent_is_refused(self) -> None:
         with pytest.raises(TreeError, match="empty extent"):
             parse_records(EXTENT.pack(5, b"\x01" * 32) + EXTENT.pack(0, b"\x01" * 32))
 
-    def test_of_more_bytes_than_any_file_has_are_found(self) -> None:
+    def test_an_impossible_file_size_is_refused(self) -> None:
         half = EXTENT.pack(MAX_FILE_BYTES // 2 + 1, b"\x01" * 32)
         assert len(parse_records(half)) == 1
         with pytest.raises(TreeError, match="impossible file size"):
@@ -239,32 +249,36 @@ class TestLies:
         with pytest.raises(TreeError, match="impossible file size"):
             parse_records(EXTENT.pack((1 << 64) - 1, HOLE))
 
-    def test_of_an_empty_list_are_found(self, memory: Memory) -> None:
+    def test_an_empty_content_list_is_refused(self, memory: Memory) -> None:
         reader = ContentReader(EXTENT.pack(5, memory.keep(b"")), 1, memory.read)
         with pytest.raises(TreeError):
             list(reader.extents())
 
-    def test_of_a_hole_in_place_of_a_list_are_found(self, memory: Memory) -> None:
+    def test_a_hole_in_place_of_a_content_list_is_refused(self, memory: Memory) -> None:
         reader = ContentReader(EXTENT.pack(5, HOLE), 1, memory.read)
         with pytest.raises(BlobError):
             list(reader.extents())
 
-    def test_about_the_levels_end_in_an_error_and_not_in_wrong_bytes(self, memory: Memory) -> None:
+    def test_a_wrong_number_of_levels_is_an_error_and_gives_no_wrong_bytes(
+        self, memory: Memory
+    ) -> None:
         chunk = memory.keep(b"the bytes of a chunk")
         with pytest.raises(TreeError):
             list(ContentReader(EXTENT.pack(20, chunk), 1, memory.read).extents())
 
-    def test_about_a_chunk_larger_than_any_blob_are_found(self) -> None:
+    def test_a_chunk_larger_than_any_blob_is_refused(self) -> None:
         check_chunk_length(Extent(0, MAX_PLAIN_BYTES, digest_of(b"")))
         check_chunk_length(Extent(0, 1 << 60, None))
         with pytest.raises(TreeError, match="impossible chunk size"):
             check_chunk_length(Extent(0, MAX_PLAIN_BYTES + 1, digest_of(b"")))
 
 
-class TestLostLists:
+class TestLostContentList:
     """A list that is lost costs the bytes that it lists, where somebody asks for what is left."""
 
-    def test_are_one_extent_each_that_says_so(self, memory: Memory, many: Records) -> None:
+    def test_a_lost_content_list_becomes_one_lost_extent(
+        self, memory: Memory, many: Records
+    ) -> None:
         content, levels = write(memory, many)
         records = parse_records(content)
         (_, top), whole = records[0], extents_of(many)
@@ -282,7 +296,9 @@ class TestLostLists:
         sound = [e for e in whole if e.begin + e.length <= begin or e.begin >= begin + length]
         assert [extent for extent in found if not extent.lost] == sound
 
-    def test_at_the_top_cost_everything_and_no_more(self, memory: Memory) -> None:
+    def test_a_lost_top_list_becomes_one_lost_extent_of_the_whole_file(
+        self, memory: Memory
+    ) -> None:
         records = random_records(100)
         content, levels = write(memory, records)
         memory.blobs.clear()

@@ -42,14 +42,14 @@ def test_a_directory_without_flagged_files_is_not_read() -> None:
     assert len(grove.reads) == 2
 
 
-def test_nothing_is_read_where_nothing_is_flagged() -> None:
+def test_an_unflagged_tree_is_not_read() -> None:
     grove = Grove()
     root = grove.plant({b"file": b"x", b"folder": {b"file": b"y"}})
     assert names(grove, root) == []
     assert grove.reads == []
 
 
-def test_of_a_split_directory_only_the_pieces_with_flagged_files_are_read() -> None:
+def test_only_pieces_with_flagged_files_of_a_split_directory_are_read() -> None:
     grove = Grove()
     plan: dict[bytes, object] = {b"%06d" % number: file(b"") for number in range(30_000)}
     plan[b"020000"] = flagged(file(b""))
@@ -61,13 +61,13 @@ def test_of_a_split_directory_only_the_pieces_with_flagged_files_are_read() -> N
     assert len(grove.reads) == 2
 
 
-def test_a_file_that_is_asked_for_itself_is_told_only_if_it_is_flagged() -> None:
+def test_a_file_named_itself_is_listed_only_if_it_is_flagged() -> None:
     grove = Grove()
     assert names(grove, flagged(file(b"log")), b"var/log") == [b"var/log"]
     assert names(grove, file(b"log"), b"var/log") == []
 
 
-def test_the_state_of_what_is_no_file_means_nothing() -> None:
+def test_the_capture_state_of_an_entry_that_is_no_file_is_ignored() -> None:
     assert not is_flagged(entry(b"fifo", NodeType.FIFO, state=CaptureState.CHANGED))
 
 

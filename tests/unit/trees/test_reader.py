@@ -52,8 +52,8 @@ def tree_of(node: Node) -> TreeRef:
     return node.tree
 
 
-class TestSplitDirectories:
-    def test_are_one_sorted_list(self, grove: Grove, split: Node) -> None:
+class TestSplitDirectory:
+    def test_a_split_directory_is_read_as_one_sorted_list(self, grove: Grove, split: Node) -> None:
         names = [node.name for node in grove.trees.nodes(tree_of(split))]
         assert names == [b"%03d" % number for number in range(0, 400, 2)]
         assert grove.trees.unsplit_entries(tree_of(split)) is None
@@ -62,11 +62,15 @@ class TestSplitDirectories:
         assert all(before[-1].name < behind[0].name for before, behind in pairwise(leaves))
 
     @pytest.mark.parametrize("after", [b"", b"000", b"001", b"199", b"200", b"398", b"399", b"z"])
-    def test_go_on_behind_any_name(self, grove: Grove, split: Node, after: bytes) -> None:
+    def test_a_listing_of_a_split_directory_continues_after_any_name(
+        self, grove: Grove, split: Node, after: bytes
+    ) -> None:
         names = [node.name for node in grove.trees.nodes(tree_of(split), after)]
         assert names == [b"%03d" % n for n in range(0, 400, 2) if b"%03d" % n > after]
 
-    def test_read_only_the_pieces_on_the_way(self, grove: Grove, split: Node) -> None:
+    def test_a_lookup_in_a_split_directory_reads_only_the_pieces_on_the_way(
+        self, grove: Grove, split: Node
+    ) -> None:
         grove.reads.clear()
         found = next(grove.trees.nodes(tree_of(split), b"299"))
         assert found.name == b"300"
@@ -75,20 +79,22 @@ class TestSplitDirectories:
         assert grove.trees.lookup(tree_of(split), b"300") == found
         assert len(grove.reads) <= MAX_PIECE_LEVELS + 1
 
-    def test_find_every_name_and_no_other(self, grove: Grove, split: Node) -> None:
+    def test_a_lookup_in_a_split_directory_finds_exactly_its_names(
+        self, grove: Grove, split: Node
+    ) -> None:
         for number in range(400):
             found = grove.trees.lookup(tree_of(split), b"%03d" % number)
             assert (found is not None) is (number % 2 == 0)
         assert grove.trees.lookup(tree_of(split), b"") is None
         assert grove.trees.lookup(tree_of(split), b"\xff") is None
 
-    def test_are_shown_as_pieces_to_one_who_asks(self, grove: Grove, split: Node) -> None:
+    def test_a_split_directory_can_be_read_as_pieces(self, grove: Grove, split: Node) -> None:
         top = grove.trees.piece(tree_of(split))
         firsts = [part[0] for part in top if isinstance(part, tuple)]
         assert len(firsts) == len(top) > 1
         assert firsts[0] == b"000"
 
-    def test_that_have_lost_a_piece_give_what_comes_before_it(
+    def test_a_split_directory_yields_the_entries_before_a_lost_piece(
         self, grove: Grove, split: Node
     ) -> None:
         leaves = list(grove.trees.leaves(tree_of(split)))
@@ -101,12 +107,12 @@ class TestSplitDirectories:
         assert seen == [node.name for leaf in leaves[:20] for node in leaf]
 
 
-class TestPaths:
+class TestTreePath:
     @pytest.fixture
     def root(self, grove: Grove) -> Node:
         return grove.plant({b"a": {b"b": {b"c": b"deep"}, b"f": b"file"}, b"\xff": b"", b"z": {}})
 
-    def test_lead_to_the_entry(self, grove: Grove, root: Node) -> None:
+    def test_a_path_resolves_to_its_entry(self, grove: Grove, root: Node) -> None:
         found = grove.trees.resolve(root, b"a/b/c")
         assert found is not None
         assert (found.name, found.size) == (b"c", 4)
@@ -115,12 +121,12 @@ class TestPaths:
         assert grove.trees.resolve(root, b"\xff") is not None
 
     @pytest.mark.parametrize("path", [b"b", b"a/c", b"a/f/x", b"z/x", b"a/b/c/d", b"..", b"."])
-    def test_to_nothing_lead_to_none(self, grove: Grove, root: Node, path: bytes) -> None:
+    def test_a_path_without_an_entry_resolves_to_none(
+        self, grove: Grove, root: Node, path: bytes
+    ) -> None:
         assert grove.trees.resolve(root, path) is None
 
-    def test_are_walked_with_a_directory_before_what_is_in_it(
-        self, grove: Grove, root: Node
-    ) -> None:
+    def test_a_walk_yields_a_directory_before_its_entries(self, grove: Grove, root: Node) -> None:
         paths = [path for path, _ in grove.trees.walk(root)]
         assert paths == [b"a", b"a/b", b"a/b/c", b"a/f", b"z", b"\xff"]
         below = grove.trees.resolve(root, b"a")
@@ -130,11 +136,11 @@ class TestPaths:
         ]
         assert list(grove.trees.walk(file(b"f"))) == []
 
-    def test_are_joined_without_a_slash_at_the_root(self) -> None:
+    def test_joining_a_name_to_the_root_adds_no_slash(self) -> None:
         assert join(b"", b"a") == b"a"
         assert join(b"a/b", b"c") == b"a/b/c"
 
-    def test_may_be_thousands_of_directories_deep(self, grove: Grove) -> None:
+    def test_a_walk_handles_thousands_of_nested_directories(self, grove: Grove) -> None:
         node = grove.plant({b"f": b""})
         for _ in range(5000):
             node = grove.plant({b"d": node})
@@ -144,21 +150,21 @@ class TestPaths:
         assert grove.trees.resolve(node, paths[-1]) is not None
 
 
-class TestHostileTrees:
-    def test_whose_pieces_are_not_in_order_are_refused(self, memory: Memory) -> None:
+class TestHostileTree:
+    def test_a_split_directory_with_unordered_pieces_is_refused(self, memory: Memory) -> None:
         first = keep(memory, Leaf([file(b"m"), file(b"z")]))
         second = keep(memory, Leaf([file(b"n")]))
         ref = keep(memory, Branch([PieceRef(b"a", first), PieceRef(b"n", second)]))
         with pytest.raises(TreeError, match="pieces of a split directory are not in order"):
             list(TreeReader(memory.read).nodes(ref))
 
-    def test_with_a_name_in_two_pieces_are_refused(self, memory: Memory) -> None:
+    def test_a_split_directory_with_a_name_in_two_pieces_is_refused(self, memory: Memory) -> None:
         leaf = keep(memory, Leaf([file(b"m")]))
         ref = keep(memory, Branch([PieceRef(b"a", leaf), PieceRef(b"m", leaf)]))
         with pytest.raises(TreeError, match="not in order"):
             list(TreeReader(memory.read).nodes(ref))
 
-    def test_with_empty_pieces_are_no_danger(self, memory: Memory) -> None:
+    def test_a_split_directory_with_empty_pieces_is_read(self, memory: Memory) -> None:
         empty = keep(memory, Leaf([]), 0)
         full = keep(memory, Leaf([file(b"m")]))
         parts = [PieceRef(b"a", empty), PieceRef(b"m", full), PieceRef(b"n", empty)]
@@ -167,7 +173,7 @@ class TestHostileTrees:
         assert [node.name for node in reader.nodes(ref)] == [b"m"]
         assert reader.lookup(ref, b"n") is None
 
-    def test_split_deeper_than_the_bound_are_refused(self, memory: Memory) -> None:
+    def test_a_directory_split_deeper_than_the_bound_is_refused(self, memory: Memory) -> None:
         ref = keep(memory, Leaf([file(b"m")]))
         for _ in range(MAX_PIECE_LEVELS):
             ref = keep(memory, Branch([PieceRef(b"m", ref)]))
@@ -180,7 +186,7 @@ class TestHostileTrees:
         with pytest.raises(TreeError, match="split more often"):
             reader.lookup(ref, b"m")
 
-    def test_that_are_no_tree_at_all_are_refused(self, memory: Memory) -> None:
+    def test_a_blob_that_is_no_tree_is_refused(self, memory: Memory) -> None:
         ref = TreeRef(memory.keep(b"a chunk of a file"), 1, 0, 0)
         reader = TreeReader(memory.read)
         with pytest.raises(TreeError):
@@ -192,12 +198,12 @@ class TestHostileTrees:
         with pytest.raises(TreeError):
             reader.piece(ref)
 
-    def test_that_are_missing_are_told_by_the_store(self, memory: Memory) -> None:
+    def test_a_missing_tree_raises_the_error_of_the_store(self, memory: Memory) -> None:
         lost = entry(b"", NodeType.DIRECTORY, tree=TreeRef(b"\x07" * 32, 1, 0, 0))
         with pytest.raises(BlobError):
             list(TreeReader(memory.read).walk(lost))
 
-    def test_whose_sums_lie_are_read_by_what_is_in_them(self, grove: Grove) -> None:
+    def test_a_tree_with_a_wrong_summary_is_read_by_its_entries(self, grove: Grove) -> None:
         node = grove.plant({b"a": b"", b"b": b""})
         lying = TreeRef(reference(node), 1_000_000, 1 << 60, 1000)
         assert [found.name for found in grove.trees.nodes(lying)] == [b"a", b"b"]

@@ -79,15 +79,15 @@ def memory() -> Memory:
     return Memory()
 
 
-class TestSmallDirectories:
+class TestSmallDirectory:
     @pytest.mark.parametrize("count", [0, 1, 2, 100, PIECE_MIN_ENTRIES - 1])
-    def test_are_one_leaf(self, memory: Memory, count: int) -> None:
+    def test_a_small_directory_is_one_leaf(self, memory: Memory, count: int) -> None:
         nodes = numbered(count)
         ref = write(memory, nodes)
         assert len(memory.blobs) == 1
         assert piece_of(memory, ref) == Leaf(nodes)
 
-    def test_tell_the_sum_of_what_is_below(self, memory: Memory) -> None:
+    def test_a_tree_reference_has_the_summary_of_what_is_below(self, memory: Memory) -> None:
         below = TreeRef(b"\x07" * 32, 5, 100, 1)
         nodes = [
             file(b"a", b"12345"),
@@ -97,25 +97,27 @@ class TestSmallDirectories:
         ref = write(memory, nodes)
         assert (ref.nodes, ref.total_bytes, ref.flagged) == subtree_summary(nodes) == (8, 108, 2)
 
-    def test_have_the_same_tree_for_the_same_entries(self, memory: Memory) -> None:
+    def test_equal_entries_have_the_same_tree(self, memory: Memory) -> None:
         assert write(memory, numbered(10)) == write(Memory(), numbered(10))
         assert write(memory, numbered(10)) != write(memory, numbered(11))
 
 
-class TestOrder:
+class TestEntryOrder:
     @pytest.mark.parametrize("names", [[b"b", b"a"], [b"a", b"a"], [b""]])
-    def test_that_is_wrong_is_refused(self, memory: Memory, names: list[bytes]) -> None:
+    def test_entries_in_wrong_order_are_refused(self, memory: Memory, names: list[bytes]) -> None:
         with pytest.raises(TreeError, match="comes after"):
             write(memory, map(file, names))
 
 
-class TestBigDirectories:
-    def test_come_back_whole_and_in_order(self, memory: Memory, huge: list[Node]) -> None:
+class TestLargeDirectory:
+    def test_a_large_directory_is_read_whole_and_in_order(
+        self, memory: Memory, huge: list[Node]
+    ) -> None:
         ref = write(memory, huge)
         assert list(TreeReader(memory.read).nodes(ref)) == huge
         assert (ref.nodes, ref.total_bytes, ref.flagged) == (HUGE, 0, 0)
 
-    def test_have_pieces_within_the_bounds_and_sums_that_fit(
+    def test_pieces_of_a_large_directory_are_within_the_bounds_and_have_correct_summaries(
         self, memory: Memory, huge: list[Node]
     ) -> None:
         ref = write(memory, huge)
@@ -130,7 +132,7 @@ class TestBigDirectories:
         assert [part.first for part in top.pieces] == firsts
 
     @pytest.mark.parametrize("position", [0, 1, HUGE // 3, HUGE // 2, HUGE - 2])
-    def test_rewrite_one_leaf_and_the_branch_for_one_new_name(
+    def test_one_new_name_rewrites_one_leaf_and_the_branch(
         self, memory: Memory, huge: list[Node], position: int
     ) -> None:
         write(memory, huge)
@@ -142,7 +144,7 @@ class TestBigDirectories:
         assert len(fresh) == 2
         assert {type(decode_piece(data)) for data in fresh} == {Leaf, Branch}
 
-    def test_rewrite_one_leaf_and_the_branch_for_one_changed_or_lost_name(
+    def test_one_changed_or_removed_name_rewrites_one_leaf_and_the_branch(
         self, memory: Memory, huge: list[Node]
     ) -> None:
         write(memory, huge)
@@ -154,13 +156,15 @@ class TestBigDirectories:
             write(memory, nodes)
             assert len(memory.blobs) - len(before) == 2
 
-    def test_are_split_elsewhere_with_another_seed(self, memory: Memory, huge: list[Node]) -> None:
+    def test_another_seed_splits_a_large_directory_elsewhere(
+        self, memory: Memory, huge: list[Node]
+    ) -> None:
         first, second = Memory(), Memory()
         write(first, huge, seed=0)
         write(second, huge, seed=1)
         assert len(first.blobs.keys() & second.blobs.keys()) == 0
 
-    def test_are_split_at_the_greatest_number_of_entries_whatever_the_names(
+    def test_a_directory_is_split_at_the_greatest_number_of_entries_whatever_the_names(
         self, memory: Memory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(writer_module, "_PIECE_MASK", (1 << 32) - 1)
@@ -168,14 +172,14 @@ class TestBigDirectories:
         sizes = [len(p.nodes) for p in pieces_of(memory, ref) if isinstance(p, Leaf)]
         assert sizes == [PIECE_MAX_ENTRIES, PIECE_MAX_ENTRIES, 5]
 
-    def test_of_just_one_full_piece_have_no_branch(
+    def test_a_directory_of_exactly_one_full_piece_has_no_branch(
         self, memory: Memory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(writer_module, "_PIECE_MASK", 0)
         ref = write(memory, numbered(PIECE_MIN_ENTRIES))
         assert [type(piece) for piece in pieces_of(memory, ref)] == [Leaf]
 
-    def test_with_big_attributes_are_split_by_their_size(self, memory: Memory) -> None:
+    def test_a_directory_with_large_attributes_is_split_by_size(self, memory: Memory) -> None:
         big = NodeExtra(((b"user.big", bytes(60_000)),))
         nodes = [replace(node, extra=big) for node in numbered(300)]
         ref = write(memory, nodes)
@@ -184,12 +188,12 @@ class TestBigDirectories:
         assert max(map(len, memory.blobs.values())) < PIECE_MAX_BYTES + 70_000 < MAX_PLAIN_BYTES
         assert list(TreeReader(memory.read).nodes(ref)) == nodes
 
-    def test_with_long_contents_are_split_by_their_size_too(self, memory: Memory) -> None:
+    def test_a_directory_with_long_contents_is_split_by_size(self, memory: Memory) -> None:
         nodes = [replace(node, content=bytes(40 * 32), size=9) for node in numbered(9000)]
         write(memory, nodes)
         assert max(map(len, memory.blobs.values())) < PIECE_MAX_BYTES + 2000
 
-    def test_need_memory_for_one_piece_only(self, huge: list[Node]) -> None:
+    def test_writing_a_directory_needs_memory_for_one_piece(self, huge: list[Node]) -> None:
         ended: list[int] = []
         tracemalloc.start()
         try:
@@ -204,7 +208,7 @@ class TestBigDirectories:
         assert peak < 2_000_000
 
 
-class TestLevels:
+class TestTreeLevels:
     """Branches of branches, which take millions of entries unless pieces are made small."""
 
     @pytest.fixture(autouse=True)
@@ -213,7 +217,9 @@ class TestLevels:
         monkeypatch.setattr(writer_module, "PIECE_MAX_ENTRIES", 4)
 
     @pytest.mark.parametrize("count", [1, 2, 4, 5, 16, 17, 64, 65, 300, 5000])
-    def test_of_any_number_give_every_entry_back(self, memory: Memory, count: int) -> None:
+    def test_a_tree_of_any_number_of_levels_yields_every_entry(
+        self, memory: Memory, count: int
+    ) -> None:
         nodes = numbered(count)
         ref = write(memory, nodes)
         reader = TreeReader(memory.read)
@@ -221,11 +227,13 @@ class TestLevels:
         assert ref.nodes == count
         assert all(reader.lookup(ref, node.name) == node for node in nodes)
 
-    def test_of_five_thousand_entries_are_several(self, memory: Memory) -> None:
+    def test_a_tree_of_five_thousand_entries_in_small_pieces_has_several_levels(
+        self, memory: Memory
+    ) -> None:
         ref = write(memory, numbered(5000))
         assert 6 <= len(pieces_on_the_way(memory, ref)) <= 9
 
-    def test_rewrite_one_piece_on_each_for_one_new_name(
+    def test_one_new_name_rewrites_one_piece_on_each_level(
         self, memory: Memory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(writer_module, "_PIECE_MASK", 1)
@@ -237,7 +245,7 @@ class TestLevels:
         assert len(before) > 1000
         assert 5 <= depth <= len(memory.blobs) - len(before) <= 4 * depth
 
-    def test_beyond_the_bound_are_refused(
+    def test_a_tree_beyond_the_level_bound_is_refused(
         self, memory: Memory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(writer_module, "MAX_PIECE_LEVELS", 3)
@@ -246,8 +254,8 @@ class TestLevels:
             write(memory, numbered(4**5))
 
 
-class TestUnchangedDirectories:
-    def test_give_their_previous_tree_and_store_nothing(self, memory: Memory) -> None:
+class TestUnchangedDirectory:
+    def test_an_unchanged_directory_keeps_its_tree_and_stores_nothing(self, memory: Memory) -> None:
         nodes = numbered(50)
         ref = write(memory, nodes)
         before = dict(memory.blobs)
@@ -257,7 +265,7 @@ class TestUnchangedDirectories:
         assert again.finish() is ref
         assert memory.blobs == before
 
-    def test_are_told_from_those_with_an_entry_more_less_or_changed(self, memory: Memory) -> None:
+    def test_a_directory_with_any_changed_entry_gets_another_tree(self, memory: Memory) -> None:
         nodes = numbered(50)
         ref = write(memory, nodes)
         for now in (nodes[:-1], [*nodes, file(b"z")], [replace(nodes[0], mode=0), *nodes[1:]]):
@@ -268,7 +276,9 @@ class TestUnchangedDirectories:
             assert new != ref
             assert list(TreeReader(memory.read).nodes(new)) == now
 
-    def test_that_are_split_store_nothing_new(self, memory: Memory, huge: list[Node]) -> None:
+    def test_an_unchanged_split_directory_stores_nothing_new(
+        self, memory: Memory, huge: list[Node]
+    ) -> None:
         ref = write(memory, huge)
         before = len(memory.blobs)
         again = TreeWriter(memory.put, digest_of, 0, ref, None)
