@@ -59,6 +59,6 @@ GOLDEN: dict[str, tuple[ChunkerConfig, bytes, list[int]]] = {
 @pytest.mark.parametrize("name", GOLDEN)
 @pytest.mark.parametrize("step", [1 << 22, 65_537])
 @pytest.mark.parametrize("is_known", [True, False])
-def test_data_is_cut_where_it_always_was(name: str, step: int, is_known: bool) -> None:
+def test_golden_data_is_cut_at_its_recorded_points(name: str, step: int, is_known: bool) -> None:
     config, data, lengths = GOLDEN[name]
     assert cut(data, config, step, len(data) if is_known else None) == lengths

@@ -21,7 +21,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_the_published_vectors_come_out(size: int) -> None:
+def test_the_published_blake3_vectors_are_reproduced(size: int) -> None:
     data = (bytes(range(251)) * (size // 251 + 1))[:size]
     assert digest_of(data).hex() == PUBLISHED[size]
     assert BlobCodec(3).digest(data) == digest_of(data)
@@ -31,7 +31,7 @@ def test_the_digest_of_nothing_is_the_constant_that_empty_files_have() -> None:
     assert EMPTY_DIGEST.hex() == PUBLISHED[0]
 
 
-def test_the_digest_of_a_word_is_what_everybody_gets() -> None:
+def test_the_digest_of_a_word_is_that_of_other_blake3_tools() -> None:
     abc = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
     assert digest_of(b"abc").hex() == abc
     assert short_id(digest_of(b"abc")) == abc[:SHOWN_HEX_DIGITS] == "6437b3ac3846"

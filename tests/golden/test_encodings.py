@@ -140,7 +140,7 @@ class Puts:
         self.blobs.append(data)
 
 
-def test_a_tree_has_the_bytes_that_it_always_had() -> None:
+def test_a_tree_keeps_its_golden_bytes() -> None:
     assert encode_piece(Leaf(NODES)) == LEAF
     assert decode_piece(LEAF) == Leaf(NODES)
     assert digest_of(LEAF).hex().startswith("452a53f22b5d4d64cb31416be1ffe43d")
@@ -148,7 +148,7 @@ def test_a_tree_has_the_bytes_that_it_always_had() -> None:
     assert decode_piece(BRANCH) == Branch(PIECES)
 
 
-def test_a_pack_has_the_bytes_that_it_always_had() -> None:
+def test_a_pack_keeps_its_golden_bytes() -> None:
     data = bytearray(encode_header())
     entries = []
     for kind, plain in BLOBS:
@@ -165,13 +165,13 @@ def test_a_pack_has_the_bytes_that_it_always_had() -> None:
     assert parse_directory(name, directory, digest, offset - PACK_RECORD.size) == entries
 
 
-def test_a_configuration_has_the_bytes_that_it_always_had() -> None:
+def test_a_configuration_keeps_its_golden_bytes() -> None:
     config = RepositoryConfig(id="ab" * 32, created="2026-01-02T03:04:05Z")
     assert encode_config(config) == CONFIG
     assert decode_config(CONFIG, "") == config
 
 
-def test_a_snapshot_that_was_published_at_first_is_read() -> None:
+def test_a_snapshot_of_the_first_version_is_read() -> None:
     snapshot = decode_snapshot(SnapshotId(bytes.fromhex(SNAPSHOT_ID)), SNAPSHOT, BlobCodec(3))
     assert snapshot == Snapshot(
         root=Node(
@@ -189,13 +189,13 @@ def test_a_snapshot_that_was_published_at_first_is_read() -> None:
     )
 
 
-def test_a_payload_that_was_compressed_at_first_is_read() -> None:
+def test_a_payload_of_the_first_version_is_read() -> None:
     payload = bytes.fromhex("28b52ffd602c006d000030636173667320010023514b11")
     plain = b"casfs " * 50
     assert BlobCodec(3).decode(digest_of(plain), Codec.ZSTD, payload, 300) == plain
 
 
-def test_a_directory_is_split_where_it_always_was() -> None:
+def test_a_directory_keeps_its_golden_split_points() -> None:
     for seed, sizes, top in (
         (0, [1670, 1433, 1559, 7354, 2281, 1480, 7671, 2495, 4057], "6f98cdb8e4fc9cbf"),
         (12345, [1139, 2515, 8192, 3182, 7943, 1505, 3503, 1860, 161], "de4f1d7476ecf984"),
@@ -210,7 +210,7 @@ def test_a_directory_is_split_where_it_always_was() -> None:
         assert ref.digest.hex().startswith(top)
 
 
-def test_a_content_list_is_cut_where_it_always_was() -> None:
+def test_a_content_list_keeps_its_golden_cut_points() -> None:
     puts = Puts()
     writer = ContentWriter(puts, digest_of)
     for number in range(20_000):

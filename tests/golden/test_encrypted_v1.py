@@ -54,7 +54,7 @@ def by_passphrase(storage: Storage, config: RepositoryConfig) -> Identities:
 
 
 @pytest.mark.parametrize("unlock", [by_age, by_ssh, by_passphrase])
-def test_each_of_its_keys_shows_everything_in_it_as_it_was(
+def test_each_key_of_the_frozen_repository_shows_all_its_entries(
     frozen: Path,
     unlock: Callable[[Storage, RepositoryConfig], Identities],
 ) -> None:
@@ -64,7 +64,7 @@ def test_each_of_its_keys_shows_everything_in_it_as_it_was(
     assert [len(entries) for entries in found.values()] == [3010, 3011]
 
 
-def test_every_byte_of_it_verifies_with_a_key_and_every_object_without(frozen: Path) -> None:
+def test_the_frozen_encrypted_repository_verifies_with_a_key_and_without(frozen: Path) -> None:
     with Repository.open(frozen, unlock=by_age) as repository:
         result = Checker(repository, RecordingMonitor()).check(PackSelection())
         storage = check_storage(repository.store.storage, repository.config, RecordingMonitor())
@@ -72,7 +72,9 @@ def test_every_byte_of_it_verifies_with_a_key_and_every_object_without(frozen: P
     assert (result.snapshots, result.packs_read, storage.objects) == (2, 2, 8)
 
 
-def test_every_file_of_it_restores_with_its_digest(frozen: Path, tmp_path: Path) -> None:
+def test_every_file_of_the_frozen_encrypted_repository_restores_with_its_digest(
+    frozen: Path, tmp_path: Path
+) -> None:
     with Repository.open(frozen, unlock=by_age) as repository:
         _, snapshot = repository.resolve("latest")
         monitor = RecordingMonitor()
@@ -92,14 +94,14 @@ def test_every_file_of_it_restores_with_its_digest(frozen: Path, tmp_path: Path)
     assert files == 75
 
 
-def test_without_a_key_nothing_of_it_is_shown(frozen: Path) -> None:
+def test_the_frozen_encrypted_repository_shows_nothing_without_a_key(frozen: Path) -> None:
     with pytest.raises(KeyMissingError, match="check --storage"):
         Repository.open(frozen)
     with Repository.open(frozen, closed_ok=True) as repository, pytest.raises(KeyMissingError):
         list(repository.snapshots())
 
 
-def test_its_objects_are_named_by_their_bytes() -> None:
+def test_objects_of_the_frozen_encrypted_repository_are_named_by_their_digests() -> None:
     folders = ("packs", "snapshots", "sessions", "identities")
     files = [path for folder in folders for path in (FROZEN / folder).rglob("*") if path.is_file()]
     assert len(files) == 8
@@ -107,7 +109,9 @@ def test_its_objects_are_named_by_their_bytes() -> None:
         assert blake3(path.read_bytes()).hexdigest() == path.name.partition(".")[0]
 
 
-def test_a_backup_into_it_with_a_key_finds_what_is_there(frozen: Path, tmp_path: Path) -> None:
+def test_a_backup_into_the_frozen_encrypted_repository_finds_stored_blobs(
+    frozen: Path, tmp_path: Path
+) -> None:
     there = b"What is the digest of a file that changes?\n" * 40
     source = tmp_path / "source"
     source.mkdir()

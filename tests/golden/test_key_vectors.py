@@ -73,18 +73,18 @@ class Uncompressed(BlobCodec):
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_a_derived_key_is_what_it_always_was(name: str) -> None:
+def test_a_derived_key_keeps_its_golden_value(name: str) -> None:
     derived, expected = KEYS[name]
     assert derived().hex() == expected
 
 
-def test_the_seeds_are_what_they_always_were() -> None:
+def test_derived_seeds_keep_their_golden_values() -> None:
     assert DOMAIN.chunker_seed == 4015598431371700807
     assert DOMAIN.tree_seed == 1884299190
     assert DOMAIN.chunker_seed < 1 << 63
 
 
-def test_a_key_is_derived_as_the_authors_of_blake3_publish_it() -> None:
+def test_key_derivation_reproduces_the_published_blake3_vectors() -> None:
     # From the published test vectors: the context, and the bytes 0 to 250 again and again.
     context = "BLAKE3 2019-12-27 16:29:52 test vectors context"
     assert derive(context, b"").hex() == (
@@ -103,7 +103,7 @@ def test_no_two_purposes_share_a_key() -> None:
     assert len({derive(context, SESSION.secret) for context in contexts}) == 8
 
 
-def test_a_digest_is_keyed_as_it_always_was() -> None:
+def test_a_keyed_digest_keeps_its_golden_value() -> None:
     data = bytes(range(251)) * 10
     expected = "98ad33b22f13fdd868940ae24810f54402cc69d1493023e34b1c703047734db6"
     assert keyed_digest(data, DOMAIN.digest_key).hex() == expected
@@ -116,7 +116,7 @@ def test_a_digest_is_keyed_as_it_always_was() -> None:
     )
 
 
-def test_the_document_of_a_session_is_what_it_always_was() -> None:
+def test_a_session_document_keeps_its_golden_bytes() -> None:
     text = encode_session(SESSION)
     assert text == (
         b'{"casfs":"session 1","repository":"%s","id":"%s","secret":"%s","domains":["%s"]}\n'
@@ -127,7 +127,7 @@ def test_the_document_of_a_session_is_what_it_always_was() -> None:
     assert decode_session(text, SESSION.id, REPOSITORY) == SESSION
 
 
-def test_a_pack_is_encrypted_as_it_always_was() -> None:
+def test_an_encrypted_pack_keeps_its_golden_bytes() -> None:
     cipher = PackCipher(SESSION, SALT)
     plains = [b"", b"short", hashlib.shake_128(b"casfs pack").digest(3000)]
     pack = bytearray(encode_session_header(SESSION.id, SALT))
@@ -160,7 +160,7 @@ def test_a_pack_is_encrypted_as_it_always_was() -> None:
     assert cipher.decrypt_directory(PackId(bytes(32)), at + 16, stored) == directory
 
 
-def test_a_snapshot_is_encrypted_as_it_always_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encrypted_snapshot_keeps_its_golden_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     root = Node(
         *(b"", NodeType.DIRECTORY, 0o755, 0, 0, 1, 2, 3, 2),
         tree=TreeRef(bytes(range(160, 192)), 5, 100, 1),
@@ -181,7 +181,7 @@ def test_a_snapshot_is_encrypted_as_it_always_was(monkeypatch: pytest.MonkeyPatc
     assert msgspec.msgpack.decode(inner[8:])["host"] == "host"
 
 
-def test_an_identity_is_wrapped_to_a_passphrase_as_it_always_was(
+def test_a_wrapped_identity_keeps_its_golden_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     numbers = itertools.count(1)
@@ -195,7 +195,7 @@ def test_an_identity_is_wrapped_to_a_passphrase_as_it_always_was(
     assert unwrap_identity(wrapped, "correct horse", REPOSITORY) == SECRET
 
 
-def test_the_key_of_a_passphrase_is_that_of_the_published_vector() -> None:
+def test_the_key_of_a_passphrase_reproduces_the_published_vector() -> None:
     # RFC 9106, section 5.3.
     kdf = Argon2id(
         salt=b"\x02" * 16,
@@ -211,7 +211,7 @@ def test_the_key_of_a_passphrase_is_that_of_the_published_vector() -> None:
     )
 
 
-def test_what_is_remembered_of_a_file_is_found_under_the_name_that_it_always_had(
+def test_a_file_cache_record_keeps_its_golden_name_and_key(
     tmp_path: Path,
 ) -> None:
     index = Index(tmp_path / "index")

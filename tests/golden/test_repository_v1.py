@@ -38,11 +38,11 @@ def manifest() -> dict[str, dict[str, dict[str, object]]]:
     return found
 
 
-def test_everything_in_it_is_listed_as_it_was(frozen: Path) -> None:
+def test_the_frozen_repository_lists_all_its_entries(frozen: Path) -> None:
     assert describe(frozen) == manifest()
 
 
-def test_every_byte_of_it_verifies(frozen: Path) -> None:
+def test_every_byte_of_the_frozen_repository_verifies(frozen: Path) -> None:
     with Repository.open(frozen) as repository:
         result = Checker(repository, RecordingMonitor()).check(PackSelection())
     assert result.damage == []
@@ -50,7 +50,9 @@ def test_every_byte_of_it_verifies(frozen: Path) -> None:
     assert result.packs_read == result.packs > 0
 
 
-def test_every_file_of_it_restores_with_its_digest(frozen: Path, tmp_path: Path) -> None:
+def test_every_file_of_the_frozen_repository_restores_with_its_digest(
+    frozen: Path, tmp_path: Path
+) -> None:
     digests = 0
     told = manifest()
     with Repository.open(frozen) as repository:
@@ -71,7 +73,7 @@ def test_every_file_of_it_restores_with_its_digest(frozen: Path, tmp_path: Path)
     assert digests == 3009
 
 
-def test_its_packs_and_snapshots_are_named_by_their_bytes() -> None:
+def test_packs_and_snapshots_of_the_frozen_repository_are_named_by_their_digests() -> None:
     objects = [path for folder in ("packs", "snapshots") for path in (FROZEN / folder).rglob("*")]
     files = [path for path in objects if path.is_file()]
     assert len(files) >= 4
@@ -79,7 +81,7 @@ def test_its_packs_and_snapshots_are_named_by_their_bytes() -> None:
         assert blake3(path.read_bytes()).hexdigest() == path.name
 
 
-def test_a_backup_into_it_finds_what_is_there_and_stores_what_is_new(
+def test_a_backup_into_the_frozen_repository_stores_only_new_blobs(
     frozen: Path, tmp_path: Path
 ) -> None:
     there = b"What is the digest of a file that changes?\n" * 40

@@ -151,14 +151,14 @@ def small_pieces() -> Iterator[None]:
         yield
 
 
-class TestTrees:
+class TestTreeRoundTrip:
     @given(nodes())
-    def test_any_entry_comes_back_and_is_sound(self, node: Node) -> None:
+    def test_any_entry_is_valid_and_decoded_as_it_was_encoded(self, node: Node) -> None:
         check_node(node)
         assert decode_piece(encode_piece(Leaf([node]))) == Leaf([node])
 
     @given(directories(), st.integers(0, (1 << 32) - 1), st.binary(max_size=4))
-    def test_a_directory_is_the_dict_that_was_written(
+    def test_any_directory_is_read_as_it_was_written(
         self, directory: dict[bytes, Node], seed: int, other: bytes
     ) -> None:
         memory = Memory()
@@ -179,13 +179,13 @@ class TestTrees:
         )
 
 
-class TestContentLists:
+class TestContentListRoundTrip:
     RECORDS = st.lists(
         st.tuples(st.integers(1, 1 << 30), st.one_of(DIGESTS, st.just(HOLE))), max_size=80
     )
 
     @given(RECORDS, st.integers(0, 1 << 36))
-    def test_a_list_is_the_list_that_was_written(
+    def test_any_content_list_is_read_as_it_was_written(
         self, records: list[tuple[int, bytes]], offset: int
     ) -> None:
         memory = Memory()
@@ -207,7 +207,7 @@ class TestContentLists:
         ]
 
 
-class TestPacks:
+class TestPackRoundTrip:
     PLAINS = st.lists(
         st.one_of(
             st.binary(max_size=60), st.just(RECORD_MAGIC * 5), st.just(HEADER.pack(b"", 0, 0, 0))
@@ -224,7 +224,7 @@ class TestPacks:
         )
 
     @given(PLAINS)
-    def test_a_pack_is_the_list_of_blobs_that_was_written(self, plains: list[bytes]) -> None:
+    def test_any_pack_is_read_as_it_was_written(self, plains: list[bytes]) -> None:
         data, entries = make_pack(plains)
         assert self.parse(data) == entries
         assert [data[e.offset : e.offset + e.stored_bytes] for e in entries] == plains
@@ -232,7 +232,7 @@ class TestPacks:
         assert walked[: len(plains)] == plains
 
     @given(PLAINS, st.data())
-    def test_a_damaged_pack_gives_every_blob_that_the_damage_did_not_hit(
+    def test_a_damaged_pack_yields_every_blob_outside_the_damage(
         self, plains: list[bytes], data: st.DataObject
     ) -> None:
         whole, entries = make_pack(plains)
@@ -343,7 +343,7 @@ def _all_extents(
 
 
 def use_pack(data: bytes) -> None:
-    refuse_or(lambda: TestPacks.parse(data), PackError)
+    refuse_or(lambda: TestPackRoundTrip.parse(data), PackError)
     for at, kind, codec, stored, plain in scan_records(data, min(len(data), HEADER.size)):
         assert at + stored <= len(data)
         assert kind in set(BlobKind)
@@ -428,12 +428,12 @@ REAL_PACK, REAL_ENTRIES = make_pack([b"first", b"second" * 9, b""])
 REAL_FRAME = CODEC.encode_many([b"words and words and words " * 20])[0][1]
 
 
-class TestAnyBytes:
+class TestRandomBytes:
     @CHEAP
     @given(st.binary(max_size=200))
     @example(b"\x92\x00\xdd\xff\xff\xff\xff")
     @example(b"\x91" * 5000)
-    def test_are_refused_by_every_parser(self, data: bytes) -> None:
+    def test_every_parser_refuses_random_bytes(self, data: bytes) -> None:
         use_piece(data)
         use_pack(data)
         use_snapshot(data)
@@ -447,7 +447,7 @@ class TestAnyBytes:
 
     @CHEAP
     @given(st.binary(max_size=200))
-    def test_behind_a_right_beginning_are_refused_too(self, data: bytes) -> None:
+    def test_every_parser_refuses_random_bytes_after_a_valid_beginning(self, data: bytes) -> None:
         use_piece(b"\x92\x00\x91\xdc\x00\x11" + data)
         use_piece(b"\x92\x01\x91\x92" + data)
         use_pack(REAL_PACK[: HEADER.size] + data + REAL_PACK[HEADER.size :])
@@ -462,7 +462,7 @@ class TestAnyBytes:
 class TestChangedBytes:
     @CHEAP
     @given(st.data())
-    def test_are_refused_or_give_what_is_sound_in_itself(self, data: st.DataObject) -> None:
+    def test_changed_bytes_are_refused_or_parse_to_valid_values(self, data: st.DataObject) -> None:
         use_piece(data.draw(changed(REAL_LEAF)))
         use_piece(data.draw(changed(REAL_BRANCH)))
         use_pack(data.draw(changed(REAL_PACK)))
@@ -473,7 +473,9 @@ class TestChangedBytes:
 
     @CHEAP
     @given(st.data())
-    def test_under_digests_that_fit_are_no_better(self, data: st.DataObject) -> None:
+    def test_changed_bytes_under_matching_digests_are_refused_or_valid(
+        self, data: st.DataObject
+    ) -> None:
         directory = b"".join(
             ENTRY.pack(e.digest, e.stored_bytes, e.plain_bytes, e.kind, e.codec, 0)
             for e in REAL_ENTRIES
@@ -484,7 +486,7 @@ class TestChangedBytes:
         use_config(fitted_config(data.draw(changed(body))))
 
     @given(st.data())
-    def test_of_a_blob_never_pass_for_it(self, data: st.DataObject) -> None:
+    def test_a_changed_payload_never_decodes_to_another_blob(self, data: st.DataObject) -> None:
         plain = b"words and words and words " * 20
         payload = data.draw(changed(REAL_FRAME))
         try:
@@ -494,31 +496,33 @@ class TestChangedBytes:
         assert found == plain
 
 
-class TestReplacedParts:
+class TestReplacedFields:
     @CHEAP
     @given(st.data())
-    def test_of_a_tree_are_refused_or_sound(self, data: st.DataObject) -> None:
+    def test_replaced_fields_of_a_tree_are_refused_or_valid(self, data: st.DataObject) -> None:
         for real in (REAL_LEAF, REAL_BRANCH):
             use_piece(msgspec.msgpack.encode(data.draw(replaced(msgspec.msgpack.decode(real)))))
 
     @CHEAP
     @given(st.data())
-    def test_of_a_snapshot_are_refused_or_sound(self, data: st.DataObject) -> None:
+    def test_replaced_fields_of_a_snapshot_are_refused_or_valid(self, data: st.DataObject) -> None:
         known = msgspec.msgpack.decode(msgspec.msgpack.encode(REAL_SNAPSHOT))
         plain = msgspec.msgpack.encode(data.draw(replaced(known)))
         use_snapshot(SNAPSHOT_HEADER.pack(MAGIC, 1, 0, 0, len(plain)) + plain)
 
     @CHEAP
     @given(st.data())
-    def test_of_a_configuration_are_refused_or_sound(self, data: st.DataObject) -> None:
+    def test_replaced_fields_of_a_configuration_are_refused_or_valid(
+        self, data: st.DataObject
+    ) -> None:
         known = data.draw(replaced(msgspec.to_builtins(REAL_CONFIG)))
         use_config(fitted_config(msgspec.json.encode(known)))
 
 
-def test_a_real_one_of_each_is_accepted() -> None:
+def test_every_parser_accepts_a_valid_example() -> None:
     assert decode_piece(REAL_LEAF) == Leaf(REAL_NODES)
     assert isinstance(decode_piece(REAL_BRANCH), Branch)
-    assert TestPacks.parse(REAL_PACK) == REAL_ENTRIES
+    assert TestPackRoundTrip.parse(REAL_PACK) == REAL_ENTRIES
     name, data = encode_snapshot(REAL_SNAPSHOT, CODEC)
     assert decode_snapshot(name, data, CODEC) == REAL_SNAPSHOT
     assert decode_config(fitted_config(msgspec.json.encode(REAL_CONFIG)), "") == REAL_CONFIG

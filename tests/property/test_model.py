@@ -269,7 +269,7 @@ def stage() -> Iterator[Stage]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300 * EFFORT)
-def test_whatever_happens_a_repository_shows_what_was_published_or_says_that_it_is_lost(
+def test_any_sequence_of_commands_keeps_published_snapshots_or_reports_their_loss(
     stage: Stage,
 ) -> None:
     class Here(Repositories):
