@@ -46,9 +46,9 @@ def reads(scripted: ScriptedSource, file: Path) -> int:
     return len(scripted.served(file))
 
 
-class TestAttempts:
+class TestCaptureAttempts:
     @pytest.mark.parametrize(("attempts", "made"), [(1, 1), (2, 3), (3, 4), (5, 6)])
-    def test_are_made_as_often_as_allowed_and_once_more_at_the_end(
+    def test_a_changing_file_is_captured_as_often_as_allowed_and_once_more_at_the_end(
         self, scripted: ScriptedSource, kept: Keeper, attempts: int, made: int
     ) -> None:
         file = scripted.scene({"file": changing()}) / "file"
@@ -60,7 +60,7 @@ class TestAttempts:
         problem = backup.problem(file)
         assert problem is not None and problem.details["attempts"] == made
 
-    def test_end_with_the_first_that_is_stable(
+    def test_a_stable_capture_ends_the_attempts(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         file = scripted.scene({"file": changing(SMALL, 1)}) / "file"
@@ -68,7 +68,7 @@ class TestAttempts:
         assert openings(scripted, file) == 2
         assert (backup.flagged, backup.exit, backup.problems) == (0, 0, [])
 
-    def test_that_were_thrown_away_store_nothing_of_a_small_file(
+    def test_a_discarded_attempt_stores_nothing_of_a_small_file(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         file = scripted.scene({"file": changing(SMALL, 1, 2)}) / "file"
@@ -81,7 +81,7 @@ class TestAttempts:
         assert [place is not None for place in stored] == [False, False, True]
         assert captured_digest(backup.file(file)) == bytes.fromhex(served[3, 1][0])
 
-    def test_keep_a_prefix_rather_than_try_for_more(
+    def test_a_consistent_prefix_ends_the_attempts(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         rule = {"opening": 0, "reading": 1, "where": "after", "change": "append", "size": 10}
@@ -91,7 +91,7 @@ class TestAttempts:
         assert backup.file(file).state == CaptureState.APPENDED
         assert (backup.flagged, backup.exit) == (0, 0)
 
-    def test_take_a_prefix_over_a_mixture_that_was_captured_before(
+    def test_a_consistent_prefix_replaces_an_earlier_mixture(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         append = {"opening": 2, "reading": 1, "where": "after", "change": "append", "size": 10}
@@ -109,7 +109,7 @@ class TestAttempts:
         )
         assert captured_digest(node) == blake3(content("version 1 ", SMALL)).digest()
 
-    def test_keep_the_whole_file_that_was_replaced_when_its_successor_never_holds_still(
+    def test_a_whole_replaced_file_is_kept_when_its_successor_keeps_changing(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         replaced = {
@@ -130,7 +130,7 @@ class TestAttempts:
         assert found == (CaptureState.STABLE, ChangeReason.REPLACED, 3)
         assert captured_digest(node) == blake3(content("old", SMALL)).digest()
 
-    def test_keep_what_there_is_when_the_file_can_no_longer_be_opened(
+    def test_an_earlier_attempt_is_kept_when_the_file_can_no_longer_be_opened(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         script = [*rewritten(1), {**rewritten(1, where="after")[0], "change": "chmod"}]
@@ -144,8 +144,8 @@ class TestAttempts:
         assert scripted.served(file)[1, 1][0] == digest.hex()
 
 
-class TestTheLastLook:
-    def test_takes_a_file_back_from_the_flagged_ones(
+class TestFinalRetry:
+    def test_the_final_retry_unflags_a_file_that_became_stable(
         self, scripted: ScriptedSource, kept: Keeper, tmp_path: Path
     ) -> None:
         told = {
@@ -171,7 +171,7 @@ class TestTheLastLook:
         assert (restored / "z").read_bytes() == content("z", 10)
         kept.assert_is_sound()
 
-    def test_keeps_what_was_captured_of_a_file_that_is_gone_by_then(
+    def test_the_final_retry_keeps_the_capture_of_a_file_that_is_gone(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         gone = {"opening": 3, "reading": 2, "where": "after", "change": "unlink"}
@@ -185,7 +185,7 @@ class TestTheLastLook:
         problem = backup.problem(file)
         assert problem is not None and problem.kind == ProblemKind.CHANGED
 
-    def test_is_not_had_by_a_dry_run_which_tells_what_it_found_all_the_same(
+    def test_a_dry_run_makes_no_final_retry_and_reports_what_it_found(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         file = scripted.scene({"file": changing(SMALL, 0)}) / "file"
@@ -195,7 +195,7 @@ class TestTheLastLook:
         assert problem is not None and problem.details["attempts"] == 3
         assert kept.repository.store.index.blob_count() == 0
 
-    def test_finds_a_file_that_was_named_itself(
+    def test_the_final_retry_finds_a_file_that_is_itself_a_source(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         file = scripted.scene({"file": changing(SMALL, 1, 2, 3), "other": changing()}) / "file"
@@ -205,15 +205,17 @@ class TestTheLastLook:
         assert backup.node(file.parent / "other") is None
 
 
-class TestPatience:
-    def test_of_nothing_allows_one_attempt(self, scripted: ScriptedSource, kept: Keeper) -> None:
+class TestRetryBudget:
+    def test_an_empty_retry_budget_allows_one_attempt(
+        self, scripted: ScriptedSource, kept: Keeper
+    ) -> None:
         file = scripted.scene({"file": changing()}) / "file"
         backup = kept.back_up(file.parent, patience_s=0.0)
         assert openings(scripted, file) == 1
         assert backup.exit == 4
         assert backup.problem(file) is not None
 
-    def test_that_is_spent_leaves_other_files_one_attempt_each(
+    def test_a_spent_retry_budget_leaves_one_attempt_for_each_other_file(
         self, scripted: ScriptedSource, kept: Keeper, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("casfs.backup.capture.FIRST_PAUSE_S", 0.01)
@@ -225,7 +227,7 @@ class TestPatience:
         assert sum(made) < 60
         assert backup.flagged == 20
 
-    def test_is_not_spent_on_files_that_hold_still(
+    def test_a_stable_file_spends_no_retry_budget(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         scene = scripted.scene({"still": {"seed": "s", "size": LARGE}, "then": changing(SMALL, 1)})
@@ -233,10 +235,10 @@ class TestPatience:
         assert backup.flagged == 0
 
 
-class TestClocksTooCoarseToShowAChange:
+class TestCoarseClock:
     """The file's times are those of its opening, and nothing that happens moves them."""
 
-    def test_a_rewrite_that_moves_no_timestamp_is_seen_by_the_witness(
+    def test_the_witness_read_sees_a_rewrite_that_moves_no_timestamp(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         told = {"seed": "old", "size": SMALL, "young": True, "rules": rewritten(1)}
@@ -249,7 +251,7 @@ class TestClocksTooCoarseToShowAChange:
         assert found == (CaptureState.STABLE, ChangeReason.REWRITTEN, 2, True)
         assert captured_digest(node) == blake3(content("version 1 ", SMALL)).digest()
 
-    def test_a_rewrite_at_every_reading_is_flagged(
+    def test_a_rewrite_at_every_read_is_flagged(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         told = {"seed": "old", "size": SMALL, "young": True, "rules": rewritten(0)}
@@ -258,7 +260,7 @@ class TestClocksTooCoarseToShowAChange:
         assert backup.file(file).state == CaptureState.CHANGED
         assert backup.exit == 4
 
-    def test_a_file_that_is_so_young_is_stable_and_read_again_by_the_next_backup(
+    def test_a_young_file_is_stable_and_read_again_by_the_next_backup(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         told = {"seed": "old", "size": SMALL, "young": True}
@@ -272,9 +274,9 @@ class TestClocksTooCoarseToShowAChange:
         assert openings(scripted, file) == 2
 
 
-class TestTheNextBackup:
+class TestNextBackup:
     @pytest.mark.parametrize("change", ["append", "rewrite", "rename over", None], ids=str)
-    def test_trusts_only_what_simply_held_still(
+    def test_the_next_backup_trusts_only_files_that_were_plainly_stable(
         self, scripted: ScriptedSource, kept: Keeper, change: str | None
     ) -> None:
         rule = {"opening": 1, "reading": 1, "where": "after", "change": change, "size": SMALL}
@@ -293,8 +295,8 @@ class TestTheNextBackup:
         assert third.result.snapshot.stats.unchanged == 1
 
 
-class TestWhatStatSays:
-    def test_a_file_that_goes_on_behind_its_size_is_read_no_further(
+class TestWrongStatSize:
+    def test_a_file_is_read_no_further_than_its_reported_size(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         told = {"seed": "endless", "size": LARGE, "told_size": SMALL}
@@ -303,7 +305,7 @@ class TestWhatStatSays:
         assert (node.state, node.size) == (CaptureState.STABLE, SMALL)
         assert captured_digest(node) == blake3(content("endless", LARGE)[:SMALL]).digest()
 
-    def test_a_file_that_ends_before_its_size_is_as_long_as_what_was_read(
+    def test_a_file_that_ends_before_its_reported_size_has_the_size_that_was_read(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         told = {"seed": "short", "size": SMALL, "told_size": LARGE}
@@ -313,8 +315,8 @@ class TestWhatStatSays:
         assert reads(scripted, file) == 2, "only a witness could say that this is all"
 
 
-class TestSeveralFiles:
-    def test_what_cannot_be_read_outranks_what_changed(
+class TestExitCode:
+    def test_an_unreadable_file_outranks_a_changed_file_in_the_exit_code(
         self, scripted: ScriptedSource, kept: Keeper
     ) -> None:
         broken = {"opening": 0, "reading": 1, "where": "between", "change": "read error"}
@@ -341,7 +343,7 @@ class TestSeveralFiles:
 @pytest.mark.parametrize("size", [SMALL, LARGE], ids=["one chunk", "many chunks"])
 @pytest.mark.parametrize("order", ["changing first", "true one first"])
 @pytest.mark.parametrize("where", ["between", "after"])
-def test_a_file_that_changed_poisons_no_file_that_has_its_old_content(
+def test_a_changed_file_never_supplies_the_data_of_a_file_with_its_old_content(
     scripted: ScriptedSource, kept: Keeper, tmp_path: Path, size: int, order: str, where: str
 ) -> None:
     """What Brackup got wrong: digests of one read stored with the data of another."""

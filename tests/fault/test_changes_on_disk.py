@@ -60,7 +60,7 @@ def write_at(file: Path, offset: int, data: bytes) -> None:
         opened.write(data)
 
 
-class TestSparseFiles:
+class TestSparseFile:
     """Data, a hole of 5 MiB, data, and a hole of 1 MiB at the end."""
 
     HEAD, GAP, TAIL, END = 300_000 // PAGE * PAGE, 5 * MIB, 300_000 // PAGE * PAGE, MIB
@@ -87,7 +87,7 @@ class TestSparseFiles:
     @pytest.mark.parametrize(
         "change", ["fill the gap", "punch the head", "cut in the gap", "cut in the end", "append"]
     )
-    def test_that_change_come_back_as_they_were_at_one_moment(
+    def test_a_changing_sparse_file_is_restored_as_it_was_at_one_moment(
         self, reads: Reads, kept: Keeper, tmp_path: Path, sparse: Path, change: str, when: str
     ) -> None:
         old, size = sparse.read_bytes(), sparse.stat().st_size
@@ -128,7 +128,7 @@ class TestSparseFiles:
         assert restored.stat().st_blocks * 512 < 2 * MIB, "its holes are no longer holes"
         kept.assert_is_sound()
 
-    def test_that_change_at_every_read_are_flagged(
+    def test_a_sparse_file_that_changes_at_every_read_is_flagged(
         self, reads: Reads, kept: Keeper, sparse: Path
     ) -> None:
         def fill(count: int) -> None:
@@ -185,7 +185,7 @@ def kind_of_disk(folder: Path) -> str:
     return "unknown"
 
 
-class TestMappedFiles:
+class TestMappedFile:
     """A store to a page that is dirty already moves no timestamp: the pages have to be clean first."""
 
     @pytest.fixture
@@ -199,7 +199,7 @@ class TestMappedFiles:
             yield found
 
     @pytest.mark.parametrize("pages", ["clean", "dirty"])
-    def test_that_are_stored_to_between_reads_are_captured_again(
+    def test_a_mapped_file_stored_to_between_reads_is_captured_again(
         self, reads: Reads, kept: Keeper, tmp_path: Path, mapped: Mapped, pages: str
     ) -> None:
         if pages == "dirty":
@@ -213,7 +213,7 @@ class TestMappedFiles:
         restored = backup.restore(tmp_path / "target") / mapped.file.relative_to("/")
         assert restored.read_bytes() == bytes(mapped.pages)
 
-    def test_would_be_a_mixture_called_stable_if_dirty_pages_were_left_dirty(
+    def test_a_mapped_file_with_dirty_pages_would_hide_a_mixture(
         self, reads: Reads, kept: Keeper, mapped: Mapped, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Shows that the test above tests what it says, on this kernel and file system."""
@@ -224,7 +224,7 @@ class TestMappedFiles:
         node = kept.back_up(mapped.file).file(mapped.file)
         assert found(node) == (CaptureState.STABLE, ChangeReason.NONE, 1)
 
-    def test_that_are_stored_to_without_end_are_flagged(
+    def test_a_mapped_file_stored_to_at_every_read_is_flagged(
         self, reads: Reads, kept: Keeper, mapped: Mapped
     ) -> None:
         settle(mapped.file)
@@ -233,7 +233,7 @@ class TestMappedFiles:
         assert found(backup.file(mapped.file)) == (CaptureState.CHANGED, ChangeReason.REWRITTEN, 4)
         assert backup.exit == 4
 
-    def test_that_are_stored_to_behind_the_capture_are_read_by_the_next_backup(
+    def test_a_mapped_file_stored_to_after_its_capture_is_read_by_the_next_backup(
         self, kept: Keeper, mapped: Mapped
     ) -> None:
         mapped.store(b"dirty")
@@ -259,7 +259,7 @@ def restless(reads: Reads, file: Path, readings: int) -> None:
     reads.watch(file, act)
 
 
-class TestTheLastLook:
+class TestFinalRetryOnDisk:
     """Three attempts with a witness each are six readings; the seventh is the last look."""
 
     def make(self, folder: Path, name: str) -> Path:
@@ -272,7 +272,7 @@ class TestTheLastLook:
         assert found(backup.file(file)) == (CaptureState.STABLE, ChangeReason.REWRITTEN, 4)
         assert (restored / file.relative_to("/")).read_bytes() == file.read_bytes()
 
-    def test_rewrites_the_trees_on_the_way_and_leaves_the_others(
+    def test_the_final_retry_rewrites_only_the_trees_above_the_files(
         self, reads: Reads, kept: Keeper, tmp_path: Path, source: Path
     ) -> None:
         files = [
@@ -302,7 +302,7 @@ class TestTheLastLook:
         assert flagged == {"a": 0, "b": 0, "z": 1}
         kept.assert_is_sound()
 
-    def test_finds_files_of_sources_that_were_named_by_several_paths(
+    def test_the_final_retry_finds_files_of_several_sources(
         self,
         reads: Reads,
         kept: Keeper,
@@ -328,7 +328,7 @@ class TestTheLastLook:
             assert (restored / file.relative_to(source)).read_bytes() == file.read_bytes()
         assert backup.flagged == 0
 
-    def test_finds_a_file_in_a_directory_that_is_split(
+    def test_the_final_retry_finds_a_file_in_a_split_directory(
         self, reads: Reads, kept: Keeper, tmp_path: Path, source: Path
     ) -> None:
         for number in range(6000):
@@ -343,7 +343,7 @@ class TestTheLastLook:
         self.assert_is_as_now(backup, backup.restore(tmp_path / "target"), file)
         kept.assert_is_sound()
 
-    def test_captures_the_names_of_one_file_alike(
+    def test_the_final_retry_captures_all_names_of_a_file_alike(
         self, reads: Reads, kept: Keeper, tmp_path: Path, source: Path
     ) -> None:
         file = self.make(source / "a", "name")
@@ -361,7 +361,7 @@ class TestTheLastLook:
         assert names[0].samefile(names[1])
         assert names[0].read_bytes() == file.read_bytes()
 
-    def test_leaves_a_directory_alone_that_another_has_replaced(
+    def test_the_final_retry_skips_a_directory_that_was_replaced(
         self, reads: Reads, kept: Keeper, source: Path
     ) -> None:
         file = self.make(source / "folder", "file")
@@ -379,8 +379,8 @@ class TestTheLastLook:
         assert backup.exit == 4
 
 
-class TestNames:
-    def test_a_directory_that_is_removed_around_an_open_file_loses_nothing_that_was_read(
+class TestRemovedNames:
+    def test_a_directory_removed_around_an_open_file_loses_nothing_that_was_read(
         self, reads: Reads, kept: Keeper, source: Path
     ) -> None:
         file = source / "folder" / "file"
@@ -399,7 +399,7 @@ class TestNames:
         assert backup.exit == 0
         assert backup.result.snapshot.stats.vanished == 1
 
-    def test_a_file_that_loses_one_of_its_names_is_stable_under_the_other(
+    def test_a_file_that_loses_a_name_is_stable_under_the_other(
         self, reads: Reads, kept: Keeper, source: Path
     ) -> None:
         file = source / "file"
@@ -412,7 +412,7 @@ class TestNames:
         assert (found(node), node.nlink) == ((CaptureState.STABLE, ChangeReason.NONE, 1), 1)
         assert backup.result.snapshot.stats.vanished == 1, "the other name is gone"
 
-    def test_a_file_is_read_when_whoever_holds_a_lease_on_it_gives_it_back(
+    def test_a_leased_file_is_read_after_the_lease_is_released(
         self, kept: Keeper, source: Path
     ) -> None:
         """Samba takes such leases; opening without waiting is refused until they are given back."""

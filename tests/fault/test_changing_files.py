@@ -104,7 +104,7 @@ def rules(change: str, moment: str, calm: bool, size: int) -> list[dict[str, Any
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("size", SCENES)
 @pytest.mark.parametrize("change", EXPECTED)
-def test_a_file_that_changes_is_captured_as_what_it_is(
+def test_a_changing_file_is_recorded_with_the_state_of_its_capture(
     scripted: ScriptedSource,
     request: pytest.FixtureRequest,
     tmp_path: Path,

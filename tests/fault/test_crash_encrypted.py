@@ -73,7 +73,7 @@ def must_be_sound(scene: Hostile) -> set[str]:
     return must_be_there(scene)
 
 
-def test_a_backup_killed_anywhere_loses_nothing_and_the_next_one_does_its_work(
+def test_a_backup_killed_at_any_step_loses_nothing_and_the_next_one_completes_it(
     scene: Hostile,
 ) -> None:
     (scene.source / "new").write_bytes(b"new" * 1000)
@@ -96,7 +96,7 @@ def test_a_backup_killed_anywhere_loses_nothing_and_the_next_one_does_its_work(
     assert kills > 10
 
 
-def test_a_rewrap_killed_anywhere_leaves_everything_open_and_the_next_one_ends_it(
+def test_a_rewrap_killed_at_any_step_keeps_every_session_readable_and_the_next_one_completes_it(
     scene: Hostile,
 ) -> None:
     assert scene.run("key", "add", "--recipient", OTHER_PUBLIC, home="writer").exit == 0
@@ -112,7 +112,7 @@ def test_a_rewrap_killed_anywhere_leaves_everything_open_and_the_next_one_ends_i
         assert len(sessions) == len(set(sessions)) == 3
 
 
-def test_a_change_of_recipients_killed_anywhere_leaves_a_list_that_the_host_follows(
+def test_a_change_of_recipients_killed_at_any_step_leaves_a_list_that_the_host_accepts(
     scene: Hostile,
 ) -> None:
     words = ("key", "add", "--recipient", OTHER_PUBLIC)
@@ -132,7 +132,7 @@ def test_a_change_of_recipients_killed_anywhere_leaves_a_list_that_the_host_foll
         scene.published = dict(known)
 
 
-def test_a_change_of_the_passphrase_killed_anywhere_leaves_one_that_opens(scene: Hostile) -> None:
+def test_a_change_of_passphrase_killed_at_any_step_leaves_one_that_opens(scene: Hostile) -> None:
     (scene.folder / "new").write_text("the new one")
     new = ("--new-passphrase-file", scene.folder / "new")
     words = ("key", "passwd", "--passphrase-fd", "0", *new)

@@ -60,7 +60,7 @@ def goes_on(scene: Scene, *maybe: Files) -> None:
 
 
 class TestBackup:
-    def test_killed_anywhere_loses_nothing_and_what_was_finished_is_used_again(
+    def test_a_backup_killed_at_any_step_loses_nothing_and_its_finished_packs_are_reused(
         self, scene: Scene
     ) -> None:
         scene.write("old", "old", 30 * KIB)
@@ -88,7 +88,7 @@ class TestBackup:
         assert stored_again[0] == 12
         assert stored_again[-1] == 0
 
-    def test_killed_before_the_first_snapshot_leaves_a_repository_without_any(
+    def test_a_first_backup_killed_at_any_step_leaves_a_valid_empty_repository(
         self, scene: Scene
     ) -> None:
         scene.write("file", "file")
@@ -125,7 +125,9 @@ class TestPrune:
         del scene.published[first], scene.published[second]
         return scene
 
-    def test_killed_anywhere_loses_nothing_and_the_next_one_finishes_it(self, grown: Scene) -> None:
+    def test_a_prune_killed_at_any_step_loses_nothing_and_the_next_one_completes_it(
+        self, grown: Scene
+    ) -> None:
         known = dict(grown.published)
         steps: list[str] = []
         for _, outcome in killed_everywhere(grown, "prune", **NO_SYNC):
@@ -137,15 +139,13 @@ class TestPrune:
         assert steps.count("unlink packs") >= 4
         assert steps.count("rename packs") >= 1
 
-    def test_killed_anywhere_leaves_all_to_a_prune_that_is_the_next_command(
-        self, grown: Scene
-    ) -> None:
+    def test_a_prune_right_after_a_killed_prune_completes_it(self, grown: Scene) -> None:
         for _ in killed_everywhere(grown, "prune", **NO_SYNC):
             grown.act("prune", **NO_SYNC).done()
             grown.must_be_sound()
             grown.must_be_tidy()
 
-    def test_killed_twice_in_a_row_loses_nothing(self, grown: Scene) -> None:
+    def test_a_prune_killed_twice_in_a_row_loses_nothing(self, grown: Scene) -> None:
         known = dict(grown.published)
         for stop, _ in killed_everywhere(grown, "prune", **NO_SYNC):
             if stop % 5 == 0:
@@ -158,7 +158,7 @@ class TestPrune:
                 grown.published = dict(known)
 
     @pytest.mark.parametrize("index", ["as it was left", "missing"])
-    def test_killed_in_a_removal_leaves_packs_that_are_never_trusted_again(
+    def test_a_prune_killed_during_a_removal_leaves_packs_that_are_never_trusted_again(
         self, grown: Scene, index: str
     ) -> None:
         """A backup that runs beside the next command looks into the index between any two commits."""
@@ -190,7 +190,7 @@ class TestPrune:
 
 
 class TestForget:
-    def test_killed_anywhere_has_forgotten_some_and_touched_no_other(self, scene: Scene) -> None:
+    def test_a_forget_killed_at_any_step_removes_only_chosen_snapshots(self, scene: Scene) -> None:
         ids = []
         for number in range(4):
             scene.write("file", f"version {number}")
@@ -208,7 +208,7 @@ class TestForget:
 
 
 class TestTag:
-    def test_killed_anywhere_leaves_the_snapshot_with_old_or_new_tags_and_once(
+    def test_a_tag_killed_at_any_step_leaves_the_snapshot_once_with_old_or_new_tags(
         self, scene: Scene
     ) -> None:
         scene.write("file", "file")
@@ -225,7 +225,9 @@ class TestTag:
 
 class TestRepairIndex:
     @pytest.mark.parametrize("index", ["sound", "missing"])
-    def test_killed_anywhere_loses_nothing(self, scene: Scene, index: str) -> None:
+    def test_a_repair_of_the_index_killed_at_any_step_loses_nothing(
+        self, scene: Scene, index: str
+    ) -> None:
         for number in range(8):
             scene.write(f"{number}", f"{number}")
         scene.back_up()
@@ -241,7 +243,7 @@ class TestRepairIndex:
 
 
 class TestRepairSnapshots:
-    def test_killed_anywhere_touches_no_sound_snapshot_and_can_be_done_again(
+    def test_a_repair_of_snapshots_killed_at_any_step_keeps_intact_ones_and_can_be_repeated(
         self, scene: Scene
     ) -> None:
         for number in range(10):
@@ -283,7 +285,7 @@ class TestRepairSnapshots:
 
 
 class TestRestore:
-    def test_killed_at_any_entry_leaves_whole_files_under_names_and_can_be_done_again(
+    def test_a_restore_killed_at_any_entry_leaves_only_whole_files_and_can_be_repeated(
         self, scene: Scene, tmp_path: Path
     ) -> None:
         for number in range(6):

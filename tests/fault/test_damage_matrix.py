@@ -162,7 +162,7 @@ def is_named(path: str, told: set[str]) -> bool:
     return any(path == one or one == "" or path.startswith(one + "/") for one in told)
 
 
-def test_whatever_is_damaged_the_rest_is_served_and_what_is_lost_is_named_and_nothing_gets_worse(
+def test_any_damage_costs_only_what_it_hits_is_named_and_never_grows(
     cell: Cell,
 ) -> None:
     truth = cell.sound.published
@@ -328,7 +328,7 @@ def _repair_snapshots_drops_no_more(cell: Cell, readable: set[tuple[str, str]]) 
     assert [one for one in left if one["snapshot"] is not None] == []
 
 
-def test_a_prune_loses_nothing_whichever_packs_have_changed_places(
+def test_a_prune_loses_nothing_whichever_packs_were_swapped(
     sound: SoundRepository, stage: Stage
 ) -> None:
     packs = sorted(path for path in (sound.scene.root / "packs").rglob("*") if path.is_file())
@@ -355,7 +355,7 @@ def test_a_prune_loses_nothing_whichever_packs_have_changed_places(
 
 
 @pytest.mark.parametrize("what", [what for what in WHATS if what not in (CLOSED, REMOVED)])
-def test_a_lock_that_is_held_and_cannot_be_read_keeps_writers_out_and_lets_readers_in(
+def test_a_held_lock_that_cannot_be_read_excludes_writers_and_no_readers(
     sound: SoundRepository, what: str
 ) -> None:
     root = sound.scene.root.with_name("damaged lock")
@@ -394,7 +394,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("place", SAID)
-def test_the_installed_command_exits_as_it_promises(
+def test_the_command_exits_with_the_documented_codes_on_damage(
     sound: SoundRepository, stage: Stage, tmp_path: Path, place: str
 ) -> None:
     cell = Cell(sound, place, FLIPPED, stage)

@@ -25,7 +25,7 @@ STEP = 16 * 1024
 
 
 @pytest.mark.parametrize(("size", "pause_s"), [(MIB, 0.0), (MIB, 0.002)])
-def test_no_mixture_of_two_generations_is_ever_called_stable(
+def test_a_mixture_of_two_generations_is_never_called_stable(
     kept: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, pause_s: float
 ) -> None:
     """Pauses between the generations give captures a chance; those that take it must be whole.

@@ -53,7 +53,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("kind", Kind, ids=[kind.value for kind in Kind])
-def test_whatever_damage_comes_between_whatever_verbs_nothing_more_is_lost_and_all_can_be_repaired(
+def test_random_damage_between_random_commands_loses_no_more_and_can_be_repaired(
     stage: Stage, folder: Path, kind: Kind
 ) -> None:
     throw = dice()
@@ -68,5 +68,5 @@ def test_whatever_damage_comes_between_whatever_verbs_nothing_more_is_lost_and_a
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_what_was_found_stays_mended(stage: Stage, folder: Path, name: str) -> None:
+def test_repaired_bugs_of_the_explorer_stay_repaired(stage: Stage, folder: Path, name: str) -> None:
     Explorer(stage, folder).go(FOUND[name])

@@ -38,7 +38,7 @@ def folder(disk: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("freeze", [Freeze.AUTO, Freeze.REQUIRE])
-def test_a_file_that_is_written_without_end_is_captured_as_it_was_at_one_instant(
+def test_a_constantly_written_file_is_captured_as_it_was_at_one_instant(
     kept: Keeper, tmp_path: Path, folder: Path, freeze: Freeze
 ) -> None:
     file = folder / "file"
@@ -58,7 +58,7 @@ def test_a_file_that_is_written_without_end_is_captured_as_it_was_at_one_instant
     kept.assert_is_sound()
 
 
-def test_nothing_of_a_clone_is_ever_seen_and_no_timestamp_moves(kept: Keeper, folder: Path) -> None:
+def test_a_clone_is_never_visible_and_moves_no_timestamp(kept: Keeper, folder: Path) -> None:
     file = folder / "file"
     file.write_bytes(b"held" * MIB)
     os.utime(file, ns=(1, 2))
@@ -72,7 +72,7 @@ def test_nothing_of_a_clone_is_ever_seen_and_no_timestamp_moves(kept: Keeper, fo
     assert backup.file(file).mtime_ns == 2
 
 
-def test_an_old_file_that_changes_while_it_is_read_is_cloned_then(
+def test_an_old_file_that_changes_during_its_read_is_cloned(
     kept: Keeper, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = folder / "file"

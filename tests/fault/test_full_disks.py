@@ -60,7 +60,7 @@ def grow(scene: Scene) -> None:
     del scene.published[first]
 
 
-def test_a_backup_that_fills_the_disk_gives_all_of_it_back_that_it_did_not_finish(
+def test_a_backup_that_fills_the_disk_frees_all_its_unfinished_data(
     small: Scene,
 ) -> None:
     small.write("kept", "kept", 2 * MIB)
@@ -83,7 +83,7 @@ def test_a_backup_that_fills_the_disk_gives_all_of_it_back_that_it_did_not_finis
 
 
 @pytest.mark.parametrize("left_kib", [0, 64, 256])
-def test_a_prune_on_a_full_disk_makes_room_or_says_why_not_and_loses_nothing(
+def test_a_prune_on_a_full_disk_frees_room_or_reports_why_not_and_loses_nothing(
     small: Scene, left_kib: int
 ) -> None:
     grow(small)
@@ -103,7 +103,7 @@ def test_a_prune_on_a_full_disk_makes_room_or_says_why_not_and_loses_nothing(
     small.must_be_tidy()
 
 
-def test_a_prune_that_has_no_room_to_pack_anew_removes_what_needs_none(small: Scene) -> None:
+def test_a_prune_without_room_to_repack_removes_what_needs_no_room(small: Scene) -> None:
     grow(small)
     # Packs of which a part is needed: to free them takes room for that part.
     for number in range(60):
@@ -128,7 +128,7 @@ def test_a_prune_that_has_no_room_to_pack_anew_removes_what_needs_none(small: Sc
     small.must_be_tidy()
 
 
-def test_a_snapshot_is_forgotten_on_a_disk_that_is_full_to_the_last_byte(small: Scene) -> None:
+def test_forget_removes_a_snapshot_on_a_completely_full_disk(small: Scene) -> None:
     grow(small)
     small.write("more", "more")
     gone = small.back_up()["id"]

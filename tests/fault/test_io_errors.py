@@ -86,7 +86,7 @@ def failing_everywhere(
 
 @pytest.mark.parametrize(("call", "what"), FAULTS)
 @pytest.mark.parametrize("verb", ["backup", "prune"])
-def test_a_call_that_fails_once_is_told_and_loses_nothing(
+def test_a_failing_disk_call_is_reported_and_loses_nothing(
     grown: Scene, verb: str, call: str, what: str
 ) -> None:
     arguments = {"source": str(grown.source)} if verb == "backup" else {}
@@ -117,7 +117,7 @@ SYSCALLS = ["pwrite64", "fdatasync", "ftruncate", "pwritev", "msync"]
 
 @pytest.mark.parametrize("what", ["EIO", "ENOSPC"])
 @pytest.mark.parametrize("verb", ["backup", "prune", "repair"])
-def test_a_call_of_the_index_that_fails_is_told_and_loses_nothing(
+def test_a_failing_index_call_is_reported_and_loses_nothing(
     stage: Stage, tmp_path: Path, verb: str, what: str
 ) -> None:
     scene = make_scene(stage, tmp_path)

@@ -107,7 +107,7 @@ def powerless(stage: Stage, kind: str, power: str) -> Iterator[PowerlessScene]:
 
 
 @BOTH
-def test_a_backup_that_loses_its_power_at_any_step_loses_nothing_that_was_published(
+def test_a_power_loss_at_any_step_of_a_backup_loses_nothing_published(
     powerless: PowerlessScene,
 ) -> None:
     scene = powerless.scene
@@ -136,7 +136,7 @@ def test_a_backup_that_loses_its_power_at_any_step_loses_nothing_that_was_publis
 
 
 @BOTH
-def test_a_prune_that_loses_its_power_at_any_step_loses_nothing_that_was_published(
+def test_a_power_loss_at_any_step_of_a_prune_loses_nothing_published(
     powerless: PowerlessScene,
 ) -> None:
     scene = powerless.scene
@@ -161,7 +161,7 @@ def test_a_prune_that_loses_its_power_at_any_step_loses_nothing_that_was_publish
 
 
 @BOTH
-def test_a_forget_that_was_done_is_not_undone_when_the_power_fails(
+def test_a_power_loss_does_not_undo_a_finished_forget(
     powerless: PowerlessScene,
 ) -> None:
     scene = powerless.scene
@@ -181,7 +181,7 @@ def test_a_forget_that_was_done_is_not_undone_when_the_power_fails(
 
 
 @BOTH
-def test_a_snapshot_that_is_tagged_when_the_power_fails_is_there_once(
+def test_a_power_loss_during_a_tag_leaves_the_snapshot_once(
     powerless: PowerlessScene,
 ) -> None:
     scene = powerless.scene
@@ -196,7 +196,7 @@ def test_a_snapshot_that_is_tagged_when_the_power_fails_is_there_once(
 
 
 @pytest.mark.parametrize("power", ["cut off"])
-def test_without_the_syncs_what_a_backup_has_published_would_be_lost(
+def test_a_backup_without_syncs_would_lose_what_it_published(
     powerless: PowerlessScene,
 ) -> None:
     """What this file shows is shown only where a disk loses what nobody synced: so it does."""

@@ -25,9 +25,7 @@ ROUNDS = 25 * EFFORT
 pytestmark = pytest.mark.timeout(300 * EFFORT)
 
 
-def test_a_repository_outlives_commands_that_are_killed_at_any_moment(
-    stage: Stage, tmp_path: Path
-) -> None:
+def test_a_repository_survives_commands_killed_at_any_moment(stage: Stage, tmp_path: Path) -> None:
     scene = make_scene(stage, tmp_path)
     (tmp_path / "home").mkdir()
     casfs = Casfs(scene.root, tmp_path / "home")

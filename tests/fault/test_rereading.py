@@ -31,7 +31,7 @@ def scene(scripted: ScriptedSource) -> Path:
     )
 
 
-def test_unchanged_files_are_read_only_when_asked_for(
+def test_unchanged_files_are_reread_only_on_request(
     scripted: ScriptedSource, kept: Keeper, scene: Path
 ) -> None:
     kept.back_up(scene)
@@ -45,7 +45,7 @@ def test_unchanged_files_are_read_only_when_asked_for(
     assert third.result.snapshot.root.tree == second.result.snapshot.root.tree
 
 
-def test_rot_is_found_told_and_stored_and_the_old_snapshot_keeps_the_old(
+def test_silent_corruption_is_reported_and_stored_and_the_old_snapshot_keeps_the_old_content(
     scripted: ScriptedSource, kept: Keeper, tmp_path: Path, scene: Path
 ) -> None:
     first = kept.back_up(scene)
@@ -78,7 +78,7 @@ def test_rot_is_found_told_and_stored_and_the_old_snapshot_keeps_the_old(
 
 
 @pytest.mark.parametrize("where", ["before", "between", "after"])
-def test_a_change_that_shows_is_no_silent_one(
+def test_a_change_with_new_timestamps_is_not_reported_as_silent(
     scripted: ScriptedSource, kept: Keeper, where: str
 ) -> None:
     rule = {"opening": 2, "reading": 1, "where": where, "change": "rewrite", "seed": "new"}
@@ -91,7 +91,7 @@ def test_a_change_that_shows_is_no_silent_one(
     assert captured_digest(backup.file(file)) == blake3(content("new", 100_000)).digest()
 
 
-def test_what_changes_while_it_is_read_again_is_flagged_and_not_called_silent(
+def test_a_file_that_changes_during_a_reread_is_flagged_and_not_called_silent(
     scripted: ScriptedSource, kept: Keeper
 ) -> None:
     rules = [
@@ -108,7 +108,7 @@ def test_what_changes_while_it_is_read_again_is_flagged_and_not_called_silent(
     assert (backup.flagged, backup.exit) == (1, 4)
 
 
-def test_rot_in_a_file_that_cannot_be_read_any_more_is_unreadable(
+def test_silent_corruption_in_an_unreadable_file_is_reported_as_unreadable(
     scripted: ScriptedSource, kept: Keeper
 ) -> None:
     rule = {"opening": 2, "reading": 1, "where": "between", "change": "read error"}

@@ -124,7 +124,7 @@ def must_restore_nothing_wrong(hostile: Hostile) -> Said:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "what"), list(cases()))
-def test_no_change_of_an_object_passes(
+def test_no_change_of_an_object_goes_unnoticed_or_does_harm(
     hostile: Hostile, sound: tuple[Hostile, Hostile], part: str, what: str
 ) -> None:
     target = parts_of(hostile)[part]
@@ -165,23 +165,25 @@ def test_no_change_of_an_object_passes(
         assert len(hostile.published) == 3
 
 
-class TestDeletion:
+class TestDeletedObject:
     """What is not there any more is told by who needs it."""
 
-    def test_of_the_configuration_is_told_by_every_verb(self, hostile: Hostile) -> None:
+    def test_a_deleted_configuration_is_reported_by_every_command(self, hostile: Hostile) -> None:
         (hostile.root / "config").unlink()
         for arguments in (("snapshots",), ("check", "--storage"), ("backup", hostile.source)):
             assert hostile.run(*arguments, home="writer").exit == 1
         must_restore_nothing_wrong(hostile)
 
-    def test_of_the_recipients_stops_a_backup_and_no_reader(self, hostile: Hostile) -> None:
+    def test_a_deleted_recipient_list_stops_a_backup_and_no_reader(self, hostile: Hostile) -> None:
         (hostile.root / "recipients").unlink()
         assert hostile.back_up().exit == 5
         assert len(hostile.published) == 2
         assert hostile.run("check", "--storage", home="nobody").exit == 5
         assert must_restore_nothing_wrong(hostile).exit == 0
 
-    def test_of_a_pack_is_told_and_the_next_backup_stores_it_anew(self, hostile: Hostile) -> None:
+    def test_a_deleted_pack_is_reported_and_the_next_backup_stores_it_again(
+        self, hostile: Hostile
+    ) -> None:
         for pack in hostile.objects("packs"):
             pack.unlink()
         assert hostile.run("check", *hostile.identity(), home="knowing").exit == 5
@@ -189,7 +191,7 @@ class TestDeletion:
         assert hostile.back_up().exit == 0
         assert must_restore_nothing_wrong(hostile).exit == 0
 
-    def test_of_a_session_is_told_with_and_without_a_key(self, hostile: Hostile) -> None:
+    def test_a_deleted_session_is_reported_with_and_without_a_key(self, hostile: Hostile) -> None:
         hostile.objects("sessions")[-1].unlink()
         assert hostile.run("check", *hostile.identity(), home="knowing").exit == 5
         assert hostile.run("check", "--storage", home="nobody").exit == 5
@@ -199,7 +201,7 @@ class TestDeletion:
         assert hostile.back_up().exit == 0
         assert must_restore_nothing_wrong(hostile).exit == 0
 
-    def test_of_the_last_snapshot_is_told_to_the_host_that_published_it(
+    def test_a_deleted_last_snapshot_is_reported_to_the_host_that_published_it(
         self, hostile: Hostile
     ) -> None:
         hostile.objects("snapshots")[-1].unlink()
@@ -207,7 +209,7 @@ class TestDeletion:
         assert "is not there any more" in hostile.back_up().err
         assert must_restore_nothing_wrong(hostile).exit == 0
 
-    def test_of_the_identity_of_a_passphrase_is_told_to_who_has_that(
+    def test_a_deleted_passphrase_identity_is_reported_to_the_user_of_the_passphrase(
         self, hostile: Hostile
     ) -> None:
         hostile.objects("identities")[0].unlink()
@@ -216,10 +218,8 @@ class TestDeletion:
         assert (said.exit, "has no passphrase" in said.err) == (1, True)
 
 
-class TestTheWholeRepository:
-    def test_set_back_to_an_earlier_state_is_told_to_who_wrote_to_it(
-        self, hostile: Hostile
-    ) -> None:
+class TestReplacedRepository:
+    def test_a_rollback_of_the_repository_is_reported_to_its_writer(self, hostile: Hostile) -> None:
         with kept_as_it_is(hostile.root) as earlier:
             (hostile.source / "a" / "3").write_bytes(b"later")
             assert hostile.back_up().exit == 0
@@ -229,7 +229,7 @@ class TestTheWholeRepository:
         assert must_restore_nothing_wrong(hostile).exit == 0
         assert hostile.run("check", *hostile.identity(), home="fresh").exit == 0
 
-    def test_exchanged_for_one_of_the_same_recipients_stores_nothing(
+    def test_a_repository_replaced_by_another_of_the_same_recipients_stores_nothing(
         self, hostile: Hostile, sound: tuple[Hostile, Hostile]
     ) -> None:
         shutil.rmtree(hostile.root)
@@ -241,7 +241,9 @@ class TestTheWholeRepository:
         told = hostile.run("snapshots", *hostile.identity(), home="writer")
         assert "and is" in told.err
 
-    def test_exchanged_for_one_that_is_not_encrypted_stores_nothing(self, hostile: Hostile) -> None:
+    def test_a_repository_replaced_by_an_unencrypted_one_stores_nothing(
+        self, hostile: Hostile
+    ) -> None:
         shutil.rmtree(hostile.root)
         assert hostile.run("init", home="attacker").exit == 0
         before = hostile.objects("")
@@ -249,7 +251,7 @@ class TestTheWholeRepository:
         assert (said.exit, "an unencrypted one now" in said.err) == (1, True)
         assert hostile.objects("") == before
 
-    def test_with_another_domain_in_its_configuration_stores_nothing(
+    def test_a_repository_with_another_domain_in_its_configuration_stores_nothing(
         self, hostile: Hostile
     ) -> None:
         config = read_config(hostile.root)
@@ -265,7 +267,7 @@ class TestTheWholeRepository:
 class TestForgery:
     """What the storage can make of what is public: it needs no secret to encrypt to the recipients."""
 
-    def test_of_the_recipients_stops_the_next_backup(self, hostile: Hostile) -> None:
+    def test_a_forged_recipient_list_stops_the_next_backup(self, hostile: Hostile) -> None:
         storage = LocalStorage(hostile.root)
         write_recipients(storage, [*read_recipients(storage), OTHER])
         before = hostile.objects("")
@@ -276,7 +278,9 @@ class TestForgery:
             assert hostile.run("key", *more, home="writer").exit == 1
         assert must_restore_nothing_wrong(hostile).exit == 0
 
-    def test_of_a_snapshot_is_told_as_unproven_wherever_it_is_used(self, hostile: Hostile) -> None:
+    def test_a_forged_snapshot_is_reported_as_unproven_wherever_it_is_used(
+        self, hostile: Hostile
+    ) -> None:
         lure = hostile.folder / "lure"
         lure.mkdir()
         (lure / "payroll").write_bytes(b"what the attacker wants to be restored")
@@ -297,7 +301,7 @@ class TestForgery:
         # No backup takes it for what is unchanged, and no true snapshot has anything of it.
         assert hostile.back_up(*map(str, hostile.identity())).exit == 0
 
-    def test_by_replaying_all_of_another_repository_shows_nothing_of_it(
+    def test_a_replayed_repository_shows_nothing_of_the_other_one(
         self, hostile: Hostile, sound: tuple[Hostile, Hostile]
     ) -> None:
         for folder in ("packs", "snapshots", "sessions"):
@@ -309,7 +313,7 @@ class TestForgery:
         assert checked.exit == 5
         assert "made for another repository" in checked.out
 
-    def test_of_what_only_a_stranger_opens_keeps_nobody_from_reading_or_storing(
+    def test_foreign_encrypted_objects_stop_neither_reading_nor_storing(
         self, hostile: Hostile
     ) -> None:
         with kept_as_it_is(hostile.root) as theirs:
@@ -334,7 +338,9 @@ class TestForgery:
         assert hostile.run("check", "--storage", home="nobody").exit == 0
         assert must_restore_nothing_wrong(hostile).exit == 0
 
-    def test_of_a_condemnation_of_every_pack_costs_nothing(self, hostile: Hostile) -> None:
+    def test_a_forged_removal_notice_for_every_pack_removes_nothing_needed(
+        self, hostile: Hostile
+    ) -> None:
         packs = tuple(path.name for path in hostile.objects("packs"))
         storage = LocalStorage(hostile.root, writer="attacker")
         publish_notice(storage, RemovalNotice(0, packs, writers=()))
@@ -346,7 +352,7 @@ class TestForgery:
             must_show_nothing_wrong(hostile, seen)
             assert set(seen) == set(hostile.published)
 
-    def test_of_the_list_that_a_terminal_is_shown_writes_nothing_there(
+    def test_a_forged_recipient_cannot_write_control_characters_to_a_terminal(
         self, hostile: Hostile
     ) -> None:
         storage = LocalStorage(hostile.root)
