@@ -85,7 +85,7 @@ def garden(tmp_path: Path) -> Path:
     return root
 
 
-class TestPaths:
+class TestSourcePaths:
     def test_an_absolute_path_is_kept_whole(self, repository: Casfs, source: Path) -> None:
         repository.backup(source)
         assert files(repository) == {
@@ -110,7 +110,7 @@ class TestPaths:
         repository.backup("source/documents/letters", cwd=source.parent)
         assert files(repository) == {"source/documents/letters/to-anna.txt"}
 
-    def test_the_current_directory_is_the_root_of_the_snapshot(
+    def test_the_current_directory_becomes_the_root_of_the_snapshot(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup(".", cwd=source)
@@ -119,7 +119,9 @@ class TestPaths:
         assert tree_differences(source, tmp_path / "target") == []
 
     @pytest.mark.parametrize("path", ["../source/documents", "../../{top}/source/documents"])
-    def test_dots_are_resolved_first(self, repository: Casfs, source: Path, path: str) -> None:
+    def test_two_dots_in_a_source_path_are_resolved_first(
+        self, repository: Casfs, source: Path, path: str
+    ) -> None:
         """What `..` leads out to has no place below the root but its own, from the top."""
         repository.backup(path.format(top=source.parent.name), cwd=source)
         found = files(repository)
@@ -130,32 +132,38 @@ class TestPaths:
             for name in found
         )
 
-    def test_dots_within_a_path_are_resolved_first(self, repository: Casfs, source: Path) -> None:
+    def test_dots_within_a_source_path_are_resolved_first(
+        self, repository: Casfs, source: Path
+    ) -> None:
         repository.backup("pictures/../documents/./letters/", cwd=source)
         assert files(repository) == {"documents/letters/to-anna.txt"}
         repository.backup(f"{source}/pictures/../readme.txt")
         assert files(repository) == {str(source / "readme.txt").lstrip("/")}
 
-    def test_paths_within_each_other_are_kept_once(self, repository: Casfs, source: Path) -> None:
+    def test_source_paths_within_each_other_are_kept_once(
+        self, repository: Casfs, source: Path
+    ) -> None:
         snapshot = repository.backup(source, source / "documents", source / "readme.txt")
         assert snapshot["files"] == 4
         assert len(files(repository)) == 5
 
-    def test_a_name_with_a_leading_dash_is_given_behind_two_dashes(
+    def test_a_source_with_a_leading_dash_is_accepted_after_two_dashes(
         self, repository: Casfs, tmp_path: Path
     ) -> None:
         (tmp_path / "-rf").write_bytes(b"harmless")
         repository.backup("--", "-rf", cwd=tmp_path)
         assert files(repository) == {"-rf"}
 
-    def test_a_name_that_is_not_utf8_can_be_given(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_a_source_name_that_is_not_utf8_is_accepted(
+        self, repository: Casfs, tmp_path: Path
+    ) -> None:
         for name in (b"caf\xe9\xff", b"two\nlines"):
             with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
                 file.write(name)
             repository.backup(name, cwd=tmp_path)
             assert repository.run("dump", b"latest:" + name).out == name
 
-    def test_a_symbolic_link_is_kept_as_a_link(
+    def test_a_source_that_is_a_symbolic_link_is_kept_as_a_link(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         (tmp_path / "to-source").symlink_to(source)
@@ -163,7 +171,7 @@ class TestPaths:
         (node,) = repository.json("ls", "latest").of_type("node")
         assert (node["path"].lstrip("/"), node["kind"]) == ("to-source", "symlink")
 
-    def test_the_directories_above_an_absolute_path_keep_their_modes(
+    def test_directories_above_an_absolute_source_keep_their_modes(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         (source / "documents").chmod(0o750)
@@ -173,8 +181,10 @@ class TestPaths:
         assert restored.stat().st_mode & 0o7777 == 0o750
 
 
-class TestCircumstances:
-    def test_tags_host_and_time_are_those_given(self, repository: Casfs, source: Path) -> None:
+class TestSnapshotDetails:
+    def test_tags_host_and_time_are_taken_from_the_options(
+        self, repository: Casfs, source: Path
+    ) -> None:
         said = repository.backup(
             *("--tag", "daily", "--tag", "before the move", "--host", "attic"),
             *("--time", "2020-02-03T04:05:06+00:00", source),
@@ -190,16 +200,14 @@ class TestCircumstances:
         for word in ("2020-02-03", "attic", "daily", "before the move", said["id"][:12]):
             assert word in shown
 
-    def test_several_tags_may_stand_in_one_option_as_where_they_are_asked_for(
-        self, repository: Casfs, source: Path
-    ) -> None:
+    def test_one_tag_option_accepts_several_tags(self, repository: Casfs, source: Path) -> None:
         snapshot = repository.backup("--tag", "home,daily", "--tag", "first", source)
         assert snapshot["tags"] == ["daily", "first", "home"]
         assert repository.json("snapshots", "--tag", "home,daily").one("snapshot")
         repository.run("tag", "latest", "--remove", "first,daily", "--add", "a,b")
         assert repository.json("snapshots").one("snapshot")["tags"] == ["a", "b", "home"]
 
-    def test_host_and_time_are_those_of_the_machine_unless_given(
+    def test_host_and_time_default_to_those_of_the_machine(
         self, repository: Casfs, source: Path
     ) -> None:
         before = datetime.now(UTC).replace(microsecond=0)
@@ -209,7 +217,7 @@ class TestCircumstances:
         assert snapshot["tags"] == []
 
     @pytest.mark.parametrize("given", ["2019-12-31 23:59:58", "2019-12-31T23:59:58", "2019-12-31"])
-    def test_a_time_without_a_zone_is_local(
+    def test_a_time_without_a_zone_is_local_time(
         self, repository: Casfs, source: Path, given: str
     ) -> None:
         snapshot = repository.backup("--time", given, source, env={"TZ": "Etc/GMT-5"})
@@ -217,7 +225,7 @@ class TestCircumstances:
         midnight = (31, 18, 59) if ":" in given else (30, 19, 0)
         assert (shown.day, shown.hour, shown.minute) == midnight
 
-    def test_latest_is_the_youngest_by_time_and_not_the_last_one_made(
+    def test_latest_is_the_snapshot_with_the_newest_time(
         self, repository: Casfs, source: Path
     ) -> None:
         (source / "now").touch()
@@ -227,7 +235,7 @@ class TestCircumstances:
         assert "now" in below(repository, source)
 
 
-class TestLeavingOut:
+class TestExclusion:
     EVERYTHING = frozenset(
         {
             *("keep.txt", "noise.log", "important.log", "small.bin", "limit.bin", "large.bin"),
@@ -246,44 +254,44 @@ class TestLeavingOut:
         kept = below(casfs, garden)
         return set(self.EVERYTHING) - kept
 
-    def test_nothing_unless_asked(self, repository: Casfs, garden: Path) -> None:
+    def test_a_backup_excludes_nothing_by_default(self, repository: Casfs, garden: Path) -> None:
         assert self.left_out(repository, garden) == set()
 
-    def test_exclude_takes_a_pattern_at_any_depth(self, repository: Casfs, garden: Path) -> None:
+    def test_exclude_matches_a_pattern_at_any_depth(self, repository: Casfs, garden: Path) -> None:
         assert self.left_out(repository, garden, "--exclude", "*.log") == {
             "noise.log",
             "important.log",
             "src/deep/er/still.log",
         }
 
-    def test_exclude_can_be_given_several_times(self, repository: Casfs, garden: Path) -> None:
+    def test_exclude_accepts_several_patterns(self, repository: Casfs, garden: Path) -> None:
         gone = self.left_out(repository, garden, "--exclude", "*.o", "--exclude", "*.md")
         assert gone == {
             *("build/output.o", "src/build/output.o", "src/main.o"),
             *("docs/a.md", "docs/b.md", "docs/drafts/c.md"),
         }
 
-    def test_exclude_of_a_directory_leaves_out_what_is_below_it_and_itself(
+    def test_exclude_of_a_directory_leaves_out_everything_below_it(
         self, repository: Casfs, garden: Path
     ) -> None:
         gone = self.left_out(repository, garden, "--exclude", "build/")
         assert gone == {"build/output.o", "build/keep.txt", "src/build/output.o"}
         assert "build" not in below(repository, garden)
 
-    def test_exclude_of_a_directory_pattern_spares_a_file_of_that_name(
+    def test_exclude_of_a_directory_pattern_keeps_a_file_of_that_name(
         self, repository: Casfs, garden: Path
     ) -> None:
         (garden / "docs" / "build").write_bytes(b"a file")
         self.left_out(repository, garden, "--exclude", "build/")
         assert "docs/build" in below(repository, garden)
 
-    def test_exclude_of_an_absolute_path_leaves_out_that_one(
+    def test_exclude_of_an_absolute_path_matches_only_that_path(
         self, repository: Casfs, garden: Path
     ) -> None:
         gone = self.left_out(repository, garden, "--exclude", str(garden / "build"))
         assert gone == {"build/output.o", "build/keep.txt"}
 
-    def test_exclude_file_speaks_gitignore(
+    def test_exclude_file_uses_gitignore_syntax(
         self, repository: Casfs, garden: Path, tmp_path: Path
     ) -> None:
         rules = tmp_path / "rules"
@@ -306,7 +314,7 @@ class TestLeavingOut:
         assert gone.isdisjoint({"important.log", "huge.bin", "keep.txt", "build/output.o"})
         assert "!surprise" not in below(repository, garden)
 
-    def test_exclude_file_with_a_pattern_of_bytes_that_are_not_utf8(
+    def test_exclude_file_accepts_patterns_that_are_not_utf8(
         self, repository: Casfs, garden: Path, tmp_path: Path
     ) -> None:
         for name in (b"caf\xe9", b"\xff\xfe"):
@@ -319,9 +327,7 @@ class TestLeavingOut:
         assert b"caf\xe9" not in kept
         assert b"\xff\xfe" in kept
 
-    def test_exclude_file_that_is_missing_ends_the_backup(
-        self, repository: Casfs, garden: Path
-    ) -> None:
+    def test_a_missing_exclude_file_ends_the_backup(self, repository: Casfs, garden: Path) -> None:
         result = repository.run("backup", "--exclude-file", "nowhere", garden, expect=None)
         assert result.exit in (1, 2), result
         assert "nowhere" in result.complaint
@@ -425,11 +431,11 @@ class TestLeavingOut:
         self.left_out(repository, garden, "--exclude", "#recycle")
         assert "#recycle" not in below(repository, garden)
 
-    def test_exclude_caches_goes_by_the_signature(self, repository: Casfs, garden: Path) -> None:
+    def test_exclude_caches_checks_the_signature(self, repository: Casfs, garden: Path) -> None:
         gone = self.left_out(repository, garden, "--exclude-caches")
         assert gone - {"cache/CACHEDIR.TAG"} == {"cache/thing"}
 
-    def test_exclude_if_present_goes_by_a_name(self, repository: Casfs, garden: Path) -> None:
+    def test_exclude_if_present_checks_for_a_name(self, repository: Casfs, garden: Path) -> None:
         gone = self.left_out(repository, garden, "--exclude-if-present", ".nobackup")
         assert gone - {"private/.nobackup"} == {"private/diary", "private/more/diary"}
 
@@ -462,14 +468,14 @@ class TestLeavingOut:
             mentions=["plain file name"],
         )
 
-    def test_exclude_larger_than_goes_by_the_size(self, repository: Casfs, garden: Path) -> None:
+    def test_exclude_larger_than_checks_the_size(self, repository: Casfs, garden: Path) -> None:
         assert self.left_out(repository, garden, "--exclude-larger-than", "1024") == {
             "large.bin",
             "huge.bin",
         }
         assert self.left_out(repository, garden, "--exclude-larger-than", "1M") == {"huge.bin"}
 
-    def test_one_file_system_leaves_out_what_is_mounted(
+    def test_one_file_system_leaves_out_mounted_file_systems(
         self, repository: Casfs, garden: Path, superuser: None
     ) -> None:
         with tmpfs(garden / "mnt") as other:
@@ -482,7 +488,7 @@ class TestLeavingOut:
             repository.backup(garden)
             assert "mnt/elsewhere" in below(repository, garden)
 
-    def test_one_file_system_takes_the_one_of_each_source(
+    def test_one_file_system_stays_on_the_file_system_of_each_source(
         self, repository: Casfs, garden: Path, superuser: None
     ) -> None:
         with tmpfs(garden / "mnt") as other:
@@ -493,7 +499,7 @@ class TestLeavingOut:
                 for name in ("docs/a.md", "docs/b.md", "docs/drafts/c.md", "mnt/elsewhere")
             }
 
-    def test_what_is_left_out_is_not_even_opened(self, repository: Casfs, garden: Path) -> None:
+    def test_excluded_entries_are_never_opened(self, repository: Casfs, garden: Path) -> None:
         """A FIFO would block for ever, and a name left out may not be readable."""
         os.mkfifo(garden / "pipe.log")
         (garden / "closed").mkdir(mode=0)
@@ -501,8 +507,8 @@ class TestLeavingOut:
         assert below(repository, garden).isdisjoint({"pipe.log", "closed"})
 
 
-class TestSourcesFromElsewhere:
-    def test_files_from_a_file_has_a_path_a_line(
+class TestSourcesFromStreams:
+    def test_files_from_reads_one_path_a_line(
         self, repository: Casfs, garden: Path, tmp_path: Path
     ) -> None:
         (tmp_path / "list").write_bytes(b"keep.txt\ndocs\n\nsrc/main.c\n")
@@ -511,11 +517,11 @@ class TestSourcesFromElsewhere:
             *("keep.txt", "docs/a.md", "docs/b.md", "docs/drafts/c.md", "src/main.c"),
         }
 
-    def test_files_from_stdin(self, repository: Casfs, garden: Path) -> None:
+    def test_files_from_reads_paths_from_stdin(self, repository: Casfs, garden: Path) -> None:
         repository.backup("--files-from", "-", cwd=garden, stdin=b"keep.txt\nsmall.bin")
         assert files(repository) == {"keep.txt", "small.bin"}
 
-    def test_files_from_stdin_with_nul_takes_every_name(
+    def test_files_from_with_nul_separators_accepts_every_name(
         self, repository: Casfs, tmp_path: Path
     ) -> None:
         names = [name for name in HOSTILE_NAMES if name != b"-"]
@@ -529,11 +535,11 @@ class TestSourcesFromElsewhere:
         assert snapshot["files"] == len(names)
         assert {os.fsencode(name) for name in files(repository)} == set(names)
 
-    def test_files_from_adds_to_the_paths_given(self, repository: Casfs, garden: Path) -> None:
+    def test_files_from_adds_to_the_given_paths(self, repository: Casfs, garden: Path) -> None:
         repository.backup("--files-from", "-", "keep.txt", cwd=garden, stdin=b"small.bin\n")
         assert files(repository) == {"keep.txt", "small.bin"}
 
-    def test_files_from_with_a_path_that_is_missing(self, repository: Casfs, garden: Path) -> None:
+    def test_files_from_reports_a_missing_path(self, repository: Casfs, garden: Path) -> None:
         result = repository.run(
             "backup", "--files-from", "-", cwd=garden, stdin=b"keep.txt\nnowhere\n", expect=3
         )
@@ -582,7 +588,7 @@ class TestSourcesFromElsewhere:
         )
         assert sorted((repository.repository / "packs").rglob("*")) == before
 
-    def test_files_from_an_empty_list_publishes_nothing(
+    def test_an_empty_files_from_list_publishes_nothing(
         self, repository: Casfs, garden: Path
     ) -> None:
         result = repository.run("backup", "--files-from", "-", cwd=garden, expect=None)
@@ -591,21 +597,23 @@ class TestSourcesFromElsewhere:
         assert repository.json("snapshots").objects == []
 
     @pytest.mark.parametrize("size", [0, 1, 70_000, 9 * MIB + 7])
-    def test_stdin_becomes_a_file_of_the_name_given(self, repository: Casfs, size: int) -> None:
+    def test_stdin_becomes_a_file_of_the_given_name(self, repository: Casfs, size: int) -> None:
         data = random.Random(size).randbytes(size)
         snapshot = repository.backup("--stdin", "--stdin-name", "dump.sql", stdin=data)
         assert (snapshot["files"], snapshot["bytes"]) == (1, size)
         assert files(repository) == {"dump.sql"}
         assert repository.run("dump", "latest:dump.sql").out == data
 
-    def test_stdin_has_a_name_of_its_own_where_none_is_given(self, repository: Casfs) -> None:
+    def test_stdin_becomes_a_file_named_stdin_by_default(self, repository: Casfs) -> None:
         repository.backup("--stdin", stdin=b"SELECT 1;\n")
         assert files(repository) == {"stdin"}
         assert repository.run("dump", "latest:/stdin").out == b"SELECT 1;\n"
 
 
-class TestDryRun:
-    def test_stores_nothing_and_says_what_it_would(self, repository: Casfs, source: Path) -> None:
+class TestBackupDryRun:
+    def test_a_backup_dry_run_stores_nothing_and_reports_what_it_would(
+        self, repository: Casfs, source: Path
+    ) -> None:
         assert repository.repository is not None
         before = tree_of(repository.repository)
         said = repository.backup("--dry-run", source)
@@ -619,7 +627,7 @@ class TestDryRun:
         assert real["dry_run"] is False
         assert (real["files"], real["bytes"]) == (said["files"], said["bytes"])
 
-    def test_knows_what_is_unchanged_and_what_is_stored(
+    def test_a_backup_dry_run_distinguishes_unchanged_and_stored_data(
         self, repository: Casfs, source: Path
     ) -> None:
         repository.backup(source)
@@ -639,7 +647,7 @@ def tree_of(repository: Path) -> set[str]:
     }
 
 
-class TestStoring:
+class TestBackupStorage:
     def test_a_higher_compression_level_stores_less(
         self, repository: Casfs, tmp_path: Path
     ) -> None:
@@ -666,7 +674,7 @@ class TestStoring:
         repository.run("restore", "latest", "--target", tmp_path / "target")
         assert tree_differences(source, tmp_path / "target" / str(source).lstrip("/")) == []
 
-    def test_people_are_told_the_id_and_what_was_done(
+    def test_a_backup_prints_the_snapshot_id_and_its_counts(
         self, repository: Casfs, source: Path
     ) -> None:
         result = repository.run("backup", source)
@@ -675,7 +683,7 @@ class TestStoring:
         assert "4" in result.text
         assert result.complaint == "", "nothing is drawn where there is no terminal"
 
-    def test_two_backups_at_the_same_time_both_succeed(
+    def test_two_concurrent_backups_both_succeed(
         self, repository: Casfs, source: Path, garden: Path
     ) -> None:
         first = repository.start("backup", source)
@@ -688,7 +696,9 @@ class TestStoring:
 
 
 @pytest.mark.fuse
-def test_a_time_that_no_snapshot_can_hold_ends_no_backup(repository: Casfs, tmp_path: Path) -> None:
+def test_a_time_that_no_snapshot_can_hold_does_not_end_a_backup(
+    repository: Casfs, tmp_path: Path
+) -> None:
     with tmpfs(tmp_path / "memory") as memory:
         far = memory / "far"
         far.write_text("from the year 33658")

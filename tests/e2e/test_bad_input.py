@@ -37,29 +37,37 @@ def verb(request: pytest.FixtureRequest, casfs: Casfs) -> tuple[str, ...]:
     return arguments
 
 
-class TestTheRepository:
-    def test_is_missing(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
+class TestInvalidRepository:
+    def test_a_missing_repository_is_refused(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
         casfs.refuses(*verb, mentions=["repository", str(casfs.repository)])
         assert casfs.repository is not None
         assert not casfs.repository.exists()
 
-    def test_is_not_named_at_all(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
+    def test_a_command_without_a_repository_is_a_usage_error(
+        self, casfs: Casfs, verb: tuple[str, ...]
+    ) -> None:
         casfs.at(None).refuses(*verb, expect=2, mentions=["CASFS_REPOSITORY"])
 
-    def test_is_an_ordinary_directory(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
+    def test_a_directory_that_is_no_repository_is_refused(
+        self, casfs: Casfs, verb: tuple[str, ...]
+    ) -> None:
         assert casfs.repository is not None
         casfs.repository.mkdir()
         (casfs.repository / "config").write_bytes(b"[core]\n\tbare = false\n")
         casfs.refuses(*verb, mentions=[str(casfs.repository)])
         assert os.listdir(casfs.repository) == ["config"]
 
-    def test_is_a_file(self, casfs: Casfs, verb: tuple[str, ...]) -> None:
+    def test_a_file_in_place_of_a_repository_is_refused(
+        self, casfs: Casfs, verb: tuple[str, ...]
+    ) -> None:
         assert casfs.repository is not None
         casfs.repository.write_bytes(b"not a directory")
         casfs.refuses(*verb, mentions=[str(casfs.repository)])
         assert casfs.repository.read_bytes() == b"not a directory"
 
-    def test_is_of_a_newer_format(self, repository: Casfs, verb: tuple[str, ...]) -> None:
+    def test_a_repository_of_a_newer_format_is_refused(
+        self, repository: Casfs, verb: tuple[str, ...]
+    ) -> None:
         assert repository.repository is not None
         config = repository.repository / "config"
         first, _, rest = config.read_bytes().partition(b"\n")
@@ -71,7 +79,9 @@ class TestTheRepository:
         assert config.read_bytes() == newer
 
     @pytest.mark.parametrize("damage", ["empty", "garbage", "cut short"])
-    def test_has_a_configuration_that_cannot_be_read(self, repository: Casfs, damage: str) -> None:
+    def test_a_damaged_configuration_is_reported_in_one_line(
+        self, repository: Casfs, damage: str
+    ) -> None:
         assert repository.repository is not None
         config = repository.repository / "config"
         whole = config.read_bytes()
@@ -87,32 +97,32 @@ class TestTheRepository:
         assert len(result.complaints) == 1, result
         assert "config" in result.complaint or "repository" in result.complaint, result
 
-    def test_is_there_already(self, repository: Casfs, source: Path) -> None:
+    def test_init_refuses_an_existing_repository(self, repository: Casfs, source: Path) -> None:
         assert repository.repository is not None
         snapshot = repository.backup(source)
         repository.refuses("init", mentions=[str(repository.repository), "already"])
         assert repository.json("snapshots").one("snapshot")["id"] == snapshot["id"]
 
-    def test_cannot_be_made_in_a_directory_that_holds_something_else(self, casfs: Casfs) -> None:
+    def test_init_refuses_a_directory_with_other_content(self, casfs: Casfs) -> None:
         assert casfs.repository is not None
         casfs.repository.mkdir()
         (casfs.repository / "thesis.txt").write_bytes(b"years of work")
         casfs.refuses("init", mentions=[str(casfs.repository)])
         assert os.listdir(casfs.repository) == ["thesis.txt"]
 
-    def test_cannot_be_made_below_a_file(self, casfs: Casfs, tmp_path: Path) -> None:
+    def test_init_refuses_a_path_below_a_file(self, casfs: Casfs, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         casfs.at(tmp_path / "file" / "repository").refuses(
             "init", mentions=[str(tmp_path / "file")]
         )
 
 
-class TestTheSource:
-    def test_is_missing(self, repository: Casfs, tmp_path: Path) -> None:
+class TestInvalidSource:
+    def test_a_missing_source_is_refused(self, repository: Casfs, tmp_path: Path) -> None:
         repository.refuses("backup", tmp_path / "nowhere", mentions=[str(tmp_path / "nowhere")])
         assert repository.json("snapshots").objects == []
 
-    def test_is_in_a_directory_that_cannot_be_looked_into(
+    def test_a_source_below_an_unsearchable_directory_is_reported_as_denied(
         self, repository: Casfs, source: Path
     ) -> None:
         """It may well be there; nobody is told that it is not."""
@@ -126,7 +136,7 @@ class TestTheSource:
         assert "exist" not in sentence
         assert repository.json("snapshots").objects == []
 
-    def test_is_missing_beside_one_that_is_there(
+    def test_a_missing_source_beside_an_existing_one_exits_with_3(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         result = repository.run("backup", source, tmp_path / "nowhere", expect=3)
@@ -134,7 +144,7 @@ class TestTheSource:
         published = repository.json("snapshots").one("snapshot")
         assert published["files"] == 4
 
-    def test_holds_a_file_that_cannot_be_read(
+    def test_an_unreadable_file_in_a_source_exits_with_3(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         secret = source / "documents" / "secret"
@@ -157,7 +167,9 @@ class TestTheSource:
         assert not (restored / "documents" / "secret").exists()
         assert (restored / "documents" / "report.txt").read_bytes() == b"a report\n" * 1000
 
-    def test_holds_a_directory_that_cannot_be_read(self, repository: Casfs, source: Path) -> None:
+    def test_an_unreadable_directory_in_a_source_exits_with_3(
+        self, repository: Casfs, source: Path
+    ) -> None:
         closed = source / "closed"
         closed.mkdir()
         (closed / "inside").write_bytes(b"out of reach")
@@ -170,7 +182,7 @@ class TestTheSource:
         assert (snapshot["unreadable"], snapshot["files"]) == (1, 4)
         closed.chmod(0o700)
 
-    def test_is_itself_a_directory_that_cannot_be_read(
+    def test_an_unreadable_source_directory_is_reported(
         self, repository: Casfs, source: Path
     ) -> None:
         source.chmod(0)
@@ -180,7 +192,7 @@ class TestTheSource:
         assert str(source) in result.complaint
 
     @pytest.mark.fuse
-    def test_holds_a_file_whose_disk_fails_in_the_middle(
+    def test_a_read_error_in_the_middle_of_a_file_is_reported(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         """A damaged repository, mounted, is a disk that fails where the damage is."""
@@ -202,17 +214,17 @@ class TestTheSource:
         assert problem["kind"] == "unreadable"
         assert told.one("snapshot")["files"] == 4
 
-    def test_is_a_single_file(self, repository: Casfs, source: Path) -> None:
+    def test_a_source_may_be_a_single_file(self, repository: Casfs, source: Path) -> None:
         snapshot = repository.backup(source / "readme.txt")
         assert (snapshot["files"], snapshot["bytes"]) == (1, 8)
         path = f"latest:{source / 'readme.txt'}"
         assert repository.run("dump", path).out == b"read me\n"
 
-    def test_is_given_twice(self, repository: Casfs, source: Path) -> None:
+    def test_a_source_given_twice_is_stored_once(self, repository: Casfs, source: Path) -> None:
         snapshot = repository.backup(source, source)
         assert snapshot["files"] == 4
 
-    def test_holds_the_repository_which_is_left_out_and_said(
+    def test_a_repository_inside_a_source_is_left_out_and_reported(
         self, casfs: Casfs, source: Path
     ) -> None:
         inside = casfs.at(source / "documents" / "backups").init()
@@ -224,7 +236,7 @@ class TestTheSource:
         assert not any("backups/" in path for path in paths)
         assert inside.json("check", "--read-data").one("summary")["ok"] is True
 
-    def test_is_the_repository_itself(self, repository: Casfs) -> None:
+    def test_a_repository_as_its_own_source_is_refused(self, repository: Casfs) -> None:
         assert repository.repository is not None
         result = repository.run("backup", repository.repository, expect=None)
         assert result.exit in (1, 2), result
@@ -232,7 +244,7 @@ class TestTheSource:
         assert repository.json("snapshots").objects == []
 
 
-class TestTheSnapshot:
+class TestInvalidSnapshot:
     NAMERS: tuple[tuple[str, ...], ...] = (
         ("ls", "{}"),
         ("diff", "{}", "latest"),
@@ -245,28 +257,32 @@ class TestTheSnapshot:
     )
 
     @pytest.mark.parametrize("verb", NAMERS, ids=" ".join)
-    def test_is_unknown(self, repository: Casfs, source: Path, verb: tuple[str, ...]) -> None:
+    def test_an_unknown_snapshot_is_refused(
+        self, repository: Casfs, source: Path, verb: tuple[str, ...]
+    ) -> None:
         (repository.home / "mountpoint").mkdir()
         snapshot = repository.backup(source)["id"]
         unknown = "".join("0" if digit != "0" else "1" for digit in snapshot[:12])
         repository.refuses(*(part.format(unknown) for part in verb), mentions=[unknown])
         assert not (repository.home / "target").exists()
 
-    def test_is_named_by_something_that_is_no_id(self, repository: Casfs, source: Path) -> None:
+    def test_text_that_is_no_snapshot_id_is_refused(self, repository: Casfs, source: Path) -> None:
         repository.backup(source)
         for name in ("yesterday", "../../etc", "xyz", "ABCDEFG", "latest~1"):
             repository.refuses("ls", name, mentions=[name])
 
-    def test_is_named_by_nothing(self, repository: Casfs, source: Path) -> None:
+    def test_an_empty_snapshot_name_is_refused(self, repository: Casfs, source: Path) -> None:
         repository.backup(source)
         result = repository.run("ls", "", expect=None)
         assert result.exit in (1, 2), result
         assert result.complaints
 
-    def test_is_the_latest_of_none(self, repository: Casfs) -> None:
+    def test_latest_without_snapshots_is_refused(self, repository: Casfs) -> None:
         repository.refuses("ls", "latest", mentions=["snapshot"])
 
-    def test_is_named_by_an_ambiguous_prefix(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_an_ambiguous_snapshot_prefix_is_refused(
+        self, repository: Casfs, tmp_path: Path
+    ) -> None:
         """Of seventeen ids two begin with the same of sixteen digits."""
         (tmp_path / "small").mkdir()
         found: dict[str, str] = {}
@@ -280,7 +296,7 @@ class TestTheSnapshot:
             repository.refuses(*(part.format(snapshot[0]) for part in verb), mentions=["ambiguous"])
         assert repository.json("ls", snapshot[:32]).of_type("node")
 
-    def test_has_no_such_path(self, repository: Casfs, source: Path) -> None:
+    def test_a_missing_path_in_a_snapshot_is_refused(self, repository: Casfs, source: Path) -> None:
         repository.backup(source)
         for verb in (
             ("ls", "latest:/no/such/path"),
@@ -290,14 +306,14 @@ class TestTheSnapshot:
         ):
             repository.refuses(*verb, mentions=["no/such/path"])
 
-    def test_has_a_file_where_a_directory_is_asked_for(
+    def test_a_path_below_a_file_in_a_snapshot_is_refused(
         self, repository: Casfs, source: Path
     ) -> None:
         repository.backup(source)
         repository.refuses("ls", f"latest:{source}/readme.txt/below", mentions=["readme.txt"])
 
 
-class TestTheMountpoint:
+class TestInvalidMountpoint:
     @pytest.fixture(autouse=True)
     def snapshot(self, repository: Casfs, source: Path) -> str:
         identity = repository.backup(source)["id"]
@@ -305,26 +321,30 @@ class TestTheMountpoint:
         return identity
 
     @pytest.mark.fuse
-    def test_is_missing(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_a_missing_mountpoint_is_refused(self, repository: Casfs, tmp_path: Path) -> None:
         at = tmp_path / "nowhere"
         repository.refuses("mount", "latest", at, mentions=[str(at)])
         assert not at.exists()
 
     @pytest.mark.fuse
-    def test_is_a_file(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_a_mountpoint_that_is_a_file_is_refused(
+        self, repository: Casfs, tmp_path: Path
+    ) -> None:
         at = tmp_path / "file"
         at.touch()
         repository.refuses("mount", "latest", at, mentions=[str(at), "director"])
 
     @pytest.mark.fuse
-    def test_is_busy_with_a_mount_of_casfs(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_a_mountpoint_with_a_casfs_mount_is_refused(
+        self, repository: Casfs, tmp_path: Path
+    ) -> None:
         with mounted(repository, "latest", at=tmp_path / "mount") as at:
             repository.refuses("mount", "latest", at, mentions=[str(at), "mounted"])
             repository.refuses("mount", at, mentions=[str(at), "mounted"])
             assert os.listdir(at)
 
     @pytest.mark.fuse
-    def test_is_busy_with_another_file_system(
+    def test_a_mountpoint_with_another_file_system_is_refused(
         self, repository: Casfs, tmp_path: Path, superuser: None
     ) -> None:
         with tmpfs(tmp_path / "other") as at:
@@ -333,7 +353,7 @@ class TestTheMountpoint:
             assert (at / "file").read_bytes() == b"kept"
 
     @pytest.mark.fuse
-    def test_is_inside_the_repository(self, repository: Casfs) -> None:
+    def test_a_mountpoint_inside_the_repository_is_refused(self, repository: Casfs) -> None:
         assert repository.repository is not None
         for at in (repository.repository, repository.repository / "here"):
             at.mkdir(exist_ok=True)
@@ -341,7 +361,7 @@ class TestTheMountpoint:
             assert not is_mounted(at)
 
     @pytest.mark.fuse
-    def test_is_inside_the_repository_by_way_of_a_symbolic_link(
+    def test_a_mountpoint_inside_the_repository_behind_a_symlink_is_refused(
         self, repository: Casfs, tmp_path: Path
     ) -> None:
         assert repository.repository is not None
@@ -351,13 +371,13 @@ class TestTheMountpoint:
         assert not is_mounted(repository.repository / "here")
 
     @pytest.mark.fuse
-    def test_holds_nothing_that_could_be_unmounted(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_umount_refuses_a_path_without_a_mount(self, repository: Casfs, tmp_path: Path) -> None:
         (tmp_path / "plain").mkdir()
         for at in (tmp_path / "plain", tmp_path / "nowhere"):
             repository.refuses("umount", at, mentions=[str(at)])
 
     @pytest.mark.fuse
-    def test_holds_a_mount_of_another_program_which_umount_leaves_alone(
+    def test_umount_refuses_a_mount_of_another_program(
         self, repository: Casfs, tmp_path: Path, superuser: None
     ) -> None:
         with tmpfs(tmp_path / "other") as at:
@@ -365,7 +385,7 @@ class TestTheMountpoint:
             assert is_mounted(at)
 
     @pytest.mark.fuse
-    def test_is_in_use_when_it_is_to_be_unmounted(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_umount_of_a_busy_mount_is_refused(self, repository: Casfs, tmp_path: Path) -> None:
         with mounted(repository, "latest", at=tmp_path / "mount") as at:
             handle = os.open(at, os.O_RDONLY)
             try:

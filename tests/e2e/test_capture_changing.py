@@ -35,7 +35,7 @@ def backup(casfs: Casfs, scene: Path, *options: str, expect: int) -> tuple[Resul
     return result, problems
 
 
-def test_a_file_that_never_holds_still_is_flagged_said_and_restored_as_captured(
+def test_a_file_that_keeps_changing_is_flagged_reported_and_restored_as_captured(
     repository: Casfs, scripted: ScriptedSource, tmp_path: Path
 ) -> None:
     scene = scripted.scene({"restless": changing("rewrite"), "still": {"seed": "s", "size": 9}})
@@ -62,7 +62,7 @@ def test_a_file_that_never_holds_still_is_flagged_said_and_restored_as_captured(
     repository.run("check", "--read-data")
 
 
-def test_people_are_told_which_file_why_and_how_many(
+def test_a_backup_prints_which_file_changed_why_and_how_many(
     repository: Casfs, scripted: ScriptedSource
 ) -> None:
     scene = scripted.scene({"restless": changing("rewrite")})
@@ -73,9 +73,7 @@ def test_people_are_told_which_file_why_and_how_many(
     assert "1 changed while they were read" in result.text
 
 
-def test_changed_ok_accepts_changes_and_nothing_else(
-    repository: Casfs, scripted: ScriptedSource
-) -> None:
+def test_changed_ok_accepts_only_changed_files(repository: Casfs, scripted: ScriptedSource) -> None:
     restless = {"restless": changing("rewrite")}
     _, problems = backup(repository, scripted.scene(restless), "--changed-ok", expect=0)
     assert problems.keys() == {"restless"}
@@ -90,7 +88,7 @@ def test_changed_ok_accepts_changes_and_nothing_else(
     assert result.one("snapshot")["unreadable"] == 1
 
 
-def test_a_file_whose_writer_finishes_before_the_end_of_the_backup_is_sound(
+def test_a_file_whose_writer_finishes_before_the_end_of_the_backup_is_not_flagged(
     repository: Casfs, scripted: ScriptedSource, tmp_path: Path
 ) -> None:
     rules = [changing("rewrite", opening)["rules"][0] for opening in (1, 2, 3)]
@@ -109,7 +107,7 @@ def test_a_file_whose_writer_finishes_before_the_end_of_the_backup_is_sound(
     ("options", "attempts"),
     [(["--attempts", "1"], 1), (["--attempts", "2"], 3), (["--patience", "0"], 1)],
 )
-def test_effort_is_bounded_as_asked_for(
+def test_attempts_and_time_are_bounded_by_options(
     repository: Casfs, scripted: ScriptedSource, options: list[str], attempts: int
 ) -> None:
     scene = scripted.scene({"restless": changing("rewrite")})
@@ -128,7 +126,7 @@ def test_effort_is_bounded_as_asked_for(
         ("fifo", None, None),
     ],
 )
-def test_what_is_consistent_is_no_reason_for_another_exit_code(
+def test_a_consistent_capture_does_not_change_the_exit_code(
     repository: Casfs, scripted: ScriptedSource, change: str, kind: str | None, reason: str | None
 ) -> None:
     scene = scripted.scene({"file": changing(change, opening=1)})
@@ -149,7 +147,7 @@ def test_what_is_consistent_is_no_reason_for_another_exit_code(
         ["--patience", "soon"],
     ],
 )
-def test_options_that_mean_nothing_are_refused(
+def test_meaningless_capture_options_are_refused(
     repository: Casfs, source: Path, options: list[str]
 ) -> None:
     repository.refuses("backup", *options, source, expect=2, mentions=[options[0]])

@@ -30,7 +30,7 @@ def plain_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("options", [[], ["--freeze", "auto"], ["--freeze", "require"]])
-def test_a_file_under_constant_writing_is_captured_as_it_was_at_one_instant(
+def test_a_constantly_written_file_is_captured_as_it_was_at_one_instant(
     repository: Casfs, disk: Path, tmp_path: Path, options: list[str]
 ) -> None:
     file = disk / "file"
@@ -45,7 +45,7 @@ def test_a_file_under_constant_writing_is_captured_as_it_was_at_one_instant(
     repository.run("check", "--read-data")
 
 
-def test_a_disk_that_cannot_clone_leaves_every_file_out_when_clones_are_required(
+def test_required_clones_on_a_disk_without_clones_leave_out_every_file(
     repository: Casfs, plain_disk: Path
 ) -> None:
     (plain_disk / "file").write_bytes(b"content")

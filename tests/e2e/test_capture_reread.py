@@ -53,7 +53,7 @@ def disk(tmp_path: Path) -> Iterator[RottingDisk]:
         yield RottingDisk(folder, tmp_path / "ext4.img")
 
 
-def test_rot_is_found_only_by_reading_again_and_both_versions_are_kept(
+def test_silent_corruption_is_found_only_by_rereading_and_both_versions_are_kept(
     repository: Casfs, disk: RottingDisk, tmp_path: Path
 ) -> None:
     first = repository.backup(disk.folder)
@@ -87,7 +87,9 @@ def test_rot_is_found_only_by_reading_again_and_both_versions_are_kept(
     repository.backup("--reread", disk.folder)
 
 
-def test_people_are_told_and_changed_ok_accepts_it(repository: Casfs, disk: RottingDisk) -> None:
+def test_a_reread_prints_silent_changes_and_changed_ok_accepts_them(
+    repository: Casfs, disk: RottingDisk
+) -> None:
     repository.backup(disk.folder)
     disk.rot()
     dry = repository.run("backup", "--reread", "--dry-run", disk.folder, expect=4)

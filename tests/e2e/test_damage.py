@@ -50,7 +50,9 @@ def damaged(repository: Casfs, source: Path, tmp_path: Path) -> Damaged:
 
 
 class TestCheck:
-    def test_of_a_sound_repository_finds_nothing(self, repository: Casfs, source: Path) -> None:
+    def test_check_finds_no_damage_in_an_intact_repository(
+        self, repository: Casfs, source: Path
+    ) -> None:
         for _ in range(2):
             repository.backup(source)
         for options in ((), ("--read-data",), ("--read-data-subset", "50%")):
@@ -59,10 +61,10 @@ class TestCheck:
             assert result.of_type("damage") == []
             assert repository.run("check", *options).text.strip()
 
-    def test_of_an_empty_repository_finds_nothing(self, repository: Casfs) -> None:
+    def test_check_finds_no_damage_in_an_empty_repository(self, repository: Casfs) -> None:
         assert repository.json("check", "--read-data").one("summary")["ok"] is True
 
-    def test_with_read_data_names_the_pack_and_the_file(self, damaged: Damaged) -> None:
+    def test_check_with_read_data_names_the_damaged_pack_and_file(self, damaged: Damaged) -> None:
         result = damaged.casfs.json("check", "--read-data", expect=5)
         assert result.one("summary")["ok"] is False
         damage = result.of_type("damage")
@@ -77,7 +79,7 @@ class TestCheck:
         assert damaged.pack.name[:12] in said
         assert "source/big" in said
 
-    def test_names_the_file_in_every_snapshot_that_has_it(
+    def test_check_names_a_damaged_file_in_every_snapshot_that_has_it(
         self, damaged: Damaged, tmp_path: Path
     ) -> None:
         (damaged.source / "big").rename(damaged.source / "big under a new name")
@@ -90,7 +92,9 @@ class TestCheck:
             assert identity in told
 
     @pytest.mark.parametrize("what", ["a pack is gone", "a pack is cut short"])
-    def test_without_reading_data_finds_that(self, damaged: Damaged, what: str) -> None:
+    def test_check_without_reading_data_finds_a_missing_or_cut_pack(
+        self, damaged: Damaged, what: str
+    ) -> None:
         if what == "a pack is gone":
             damaged.pack.unlink()
         else:
@@ -98,7 +102,7 @@ class TestCheck:
         result = damaged.casfs.json("check", expect=5)
         assert damaged.pack.name in str(result.of_type("damage"))
 
-    def test_finds_a_snapshot_that_is_not_what_its_name_says(
+    def test_check_finds_a_snapshot_that_does_not_match_its_name(
         self, repository: Casfs, source: Path
     ) -> None:
         identity = repository.backup(source)["id"]
@@ -114,7 +118,7 @@ class TestCheck:
         assert identity in str(result.of_type("damage"))
 
     @pytest.mark.parametrize("where", [0.0, 0.25, 0.5, 0.75, 1.0])
-    def test_with_read_data_finds_a_flip_anywhere_in_a_small_pack(
+    def test_check_with_read_data_finds_a_flipped_byte_anywhere_in_a_small_pack(
         self, repository: Casfs, source: Path, where: float
     ) -> None:
         repository.backup(source)
@@ -126,8 +130,8 @@ class TestCheck:
             repository.run("check", "--read-data")
 
 
-class TestRestore:
-    def test_leaves_the_damaged_file_out_and_restores_the_others(
+class TestRestoreOfDamage:
+    def test_restore_leaves_out_a_damaged_file_and_restores_the_others(
         self, damaged: Damaged, tmp_path: Path
     ) -> None:
         target = tmp_path / "target"
@@ -144,7 +148,7 @@ class TestRestore:
         people = damaged.casfs.run("restore", "latest", "--target", target, expect=5)
         assert "source/big" in people.complaint
 
-    def test_leaves_an_existing_file_in_place_of_a_damaged_one(
+    def test_restore_keeps_an_existing_file_in_place_of_a_damaged_one(
         self, damaged: Damaged, tmp_path: Path
     ) -> None:
         (tmp_path / "target/source").mkdir(parents=True)
@@ -152,7 +156,7 @@ class TestRestore:
         damaged.casfs.run("restore", "latest", "--target", tmp_path / "target", expect=5)
         assert (tmp_path / "target/source/big").read_bytes() == b"an older copy"
 
-    def test_with_salvage_writes_zeros_for_what_is_lost_and_lists_the_ranges(
+    def test_restore_with_salvage_writes_zeros_for_lost_ranges_and_lists_them(
         self, damaged: Damaged, tmp_path: Path
     ) -> None:
         target = tmp_path / "target"
@@ -174,13 +178,13 @@ class TestRestore:
         start = next(n for n in range(wrong[0], wrong[0] + 4096) if saved[n] != damaged.big[n])
         assert any(start - 64 <= number <= start for number in numbers), (problem, start)
 
-    def test_of_a_sound_part_of_a_damaged_snapshot_succeeds(
+    def test_restore_of_an_intact_part_of_a_damaged_snapshot_succeeds(
         self, damaged: Damaged, tmp_path: Path
     ) -> None:
         damaged.casfs.run("restore", "latest:source/documents", "--target", tmp_path / "target")
         assert tree_differences(damaged.source / "documents", tmp_path / "target") == []
 
-    def test_with_the_pack_gone_names_every_lost_file_and_goes_on(
+    def test_restore_without_a_pack_names_every_lost_file_and_continues(
         self, damaged: Damaged, tmp_path: Path
     ) -> None:
         (damaged.source / "later").write_bytes(b"in another pack")
@@ -205,7 +209,7 @@ def _numbers(value: object) -> set[int]:
     return set()
 
 
-class TestOtherVerbs:
+class TestOtherCommands:
     def test_dump_of_a_damaged_file_fails_and_of_another_does_not(self, damaged: Damaged) -> None:
         result = damaged.casfs.run("dump", "latest:source/big", expect=None)
         assert result.exit in (1, 5), result
@@ -221,7 +225,7 @@ class TestOtherVerbs:
         damaged.casfs.run("find", "big")
         damaged.casfs.backup("source", cwd=tmp_path)
 
-    def test_the_index_can_be_deleted_and_everything_is_still_there(
+    def test_a_deleted_index_loses_nothing(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)

@@ -92,16 +92,16 @@ def mixed(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Stored:
     return Stored(reader(casfs, folder), source)
 
 
-class TestEveryKind:
+class TestEveryKeyType:
     """Each of them opens the one repository that was stored for all."""
 
-    def test_of_age_restores(self, mixed: Stored, keys: Keys, tmp_path: Path) -> None:
+    def test_an_age_identity_restores(self, mixed: Stored, keys: Keys, tmp_path: Path) -> None:
         mixed.restores(tmp_path / "target", "--identity", keys.age)
 
-    def test_of_ssh_restores(self, mixed: Stored, keys: Keys, tmp_path: Path) -> None:
+    def test_an_ssh_key_restores(self, mixed: Stored, keys: Keys, tmp_path: Path) -> None:
         mixed.restores(tmp_path / "target", "--identity", keys.ssh)
 
-    def test_of_ssh_with_a_passphrase_restores_at_a_terminal(
+    def test_an_ssh_key_with_a_passphrase_restores_at_a_terminal(
         self, mixed: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         arguments = ("restore", "latest", "--target", tmp_path / "target")
@@ -114,34 +114,32 @@ class TestEveryKind:
         sentence = mixed.casfs.refuses("ls", "latest", "--identity", keys.locked_ssh)
         assert "needs a passphrase, and there is no terminal" in sentence
 
-    def test_of_gpg_restores_by_the_agent(self, mixed: Stored, keys: Keys, tmp_path: Path) -> None:
+    def test_a_gpg_key_restores_through_the_agent(
+        self, mixed: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
         mixed.restores(tmp_path / "target", env={"GNUPGHOME": str(keys.gpg_home)})
 
-    def test_of_a_passphrase_from_a_file_restores(
+    def test_a_passphrase_from_a_file_restores(
         self, mixed: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         mixed.restores(tmp_path / "target", "--passphrase-file", keys.passphrase)
 
-    def test_of_a_passphrase_from_a_descriptor_restores(
-        self, mixed: Stored, tmp_path: Path
-    ) -> None:
+    def test_a_passphrase_from_a_descriptor_restores(self, mixed: Stored, tmp_path: Path) -> None:
         mixed.restores(tmp_path / "target", "--passphrase-fd", "0", stdin=PASSPHRASE.encode())
 
-    def test_of_a_passphrase_from_a_command_restores(
+    def test_a_passphrase_from_a_command_restores(
         self, mixed: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         command = f"cat '{keys.passphrase}'"
         mixed.restores(tmp_path / "target", "--passphrase-command", command)
 
-    def test_of_a_passphrase_from_the_terminal_restores(
-        self, mixed: Stored, tmp_path: Path
-    ) -> None:
+    def test_a_passphrase_from_the_terminal_restores(self, mixed: Stored, tmp_path: Path) -> None:
         arguments = ("restore", "latest", "--target", tmp_path / "target")
         shown = at_a_terminal(mixed.casfs, *arguments, answers=[PASSPHRASE])
         mixed.is_whole(tmp_path / "target")
         assert PASSPHRASE not in shown.complaint
 
-    def test_may_be_named_in_the_environment(self, mixed: Stored, keys: Keys) -> None:
+    def test_keys_are_accepted_from_the_environment(self, mixed: Stored, keys: Keys) -> None:
         for env in (
             {"CASFS_IDENTITY": f"{keys.stranger}:{keys.age}"},
             {"CASFS_PASSPHRASE_FILE": str(keys.passphrase)},
@@ -193,8 +191,8 @@ class TestPlainTools:
             self.holds_the_session(session.name, done.stdout)
 
 
-class TestWithoutAKey:
-    def test_snapshots_tells_times_and_sizes_and_nothing_else(self, mixed: Stored) -> None:
+class TestWithoutKey:
+    def test_snapshots_without_a_key_prints_only_times_and_sizes(self, mixed: Stored) -> None:
         listed = mixed.casfs.json("snapshots").of_type("snapshot")
         assert len(listed) == 2
         for one in listed:
@@ -205,7 +203,7 @@ class TestWithoutAKey:
         assert "nothing was given that opens it" in shown.complaint
         assert str(mixed.source) not in shown.text
 
-    def test_check_of_the_storage_reads_every_object(self, mixed: Stored) -> None:
+    def test_check_of_the_storage_without_a_key_reads_every_object(self, mixed: Stored) -> None:
         told = mixed.casfs.json("check", "--storage").one("summary")
         assert (told["ok"], told["damage"]) == (True, 0)
         assert told["objects"] == 1 + 2 + 6 + 2  # packs, snapshots, files of sessions, identities
@@ -232,7 +230,7 @@ class TestWithoutAKey:
         ],
         ids=" ".join,
     )
-    def test_every_other_verb_says_what_is_missing(
+    def test_every_other_command_without_a_key_reports_what_is_missing(
         self, mixed: Stored, arguments: tuple[str, ...]
     ) -> None:
         said = mixed.casfs.run(*arguments, expect=1)
@@ -241,7 +239,7 @@ class TestWithoutAKey:
         assert "give --identity FILE, or a passphrase" in said.complaint
 
     @pytest.mark.fuse
-    def test_mount_says_what_is_missing_and_mounts_nothing(
+    def test_mount_without_a_key_reports_what_is_missing_and_mounts_nothing(
         self, mixed: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         (tmp_path / "at").mkdir()
@@ -251,14 +249,14 @@ class TestWithoutAKey:
         assert "none of the identities that were given opens this" in said.complaints[-1]
 
 
-class TestWrongKeys:
-    def test_a_wrong_passphrase_is_told(self, mixed: Stored) -> None:
+class TestWrongKey:
+    def test_a_wrong_passphrase_is_reported(self, mixed: Stored) -> None:
         how = ("--passphrase-fd", "0")
         for wrong in (b"wrong\n", PASSPHRASE.upper().encode(), b" " + PASSPHRASE.encode()):
             said = mixed.casfs.run("ls", "latest", *how, stdin=wrong, expect=1)
             assert said.complaints == ["casfs: the passphrase is wrong"]
 
-    def test_an_unusable_passphrase_is_a_mistake_of_the_caller(self, mixed: Stored) -> None:
+    def test_an_unusable_passphrase_is_a_usage_error(self, mixed: Stored) -> None:
         for wrong, word in ((b"", "empty"), (b"\n", "empty"), (b"\xff\xfe", "not UTF-8")):
             said = mixed.casfs.run("ls", "latest", "--passphrase-fd", "0", stdin=wrong, expect=2)
             assert word in said.complaint
@@ -267,7 +265,7 @@ class TestWrongKeys:
         )
         assert "from one place" in said.complaint
 
-    def test_a_source_of_a_passphrase_that_fails_is_told(
+    def test_a_failing_source_of_a_passphrase_is_reported(
         self, mixed: Stored, tmp_path: Path
     ) -> None:
         for arguments, word in (
@@ -281,11 +279,11 @@ class TestWrongKeys:
             said = mixed.casfs.run("ls", "latest", *arguments, expect=1)
             assert word in said.complaint and len(said.complaints) == 1, said
 
-    def test_an_identity_of_somebody_else_opens_nothing(self, mixed: Stored, keys: Keys) -> None:
+    def test_a_foreign_identity_opens_nothing(self, mixed: Stored, keys: Keys) -> None:
         sentence = mixed.casfs.refuses("ls", "latest", "--identity", keys.stranger)
         assert "none of the identities that were given opens this" in sentence
 
-    def test_a_recipient_in_the_place_of_an_identity_is_told(
+    def test_a_recipient_in_place_of_an_identity_is_reported(
         self, mixed: Stored, tmp_path: Path, keys: Keys
     ) -> None:
         file = tmp_path / "public"
@@ -293,7 +291,7 @@ class TestWrongKeys:
         sentence = mixed.casfs.refuses("ls", "latest", "--identity", file)
         assert "line 1: it is not an age identity" in sentence
 
-    def test_without_gpg_its_keys_cannot_be_used_and_all_others_can(
+    def test_missing_gpg_disables_only_gpg_keys(
         self, mixed: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         env = {"GNUPGHOME": str(keys.gpg_home), "PATH": str(tmp_path)}
@@ -330,10 +328,12 @@ def listed(casfs: Casfs, *arguments: str | Path) -> list[str]:
     return [one["id"] for one in casfs.json("snapshots", *arguments).of_type("snapshot")]
 
 
-class TestVerbs:
+class TestCommandsWithKey:
     """What works in any repository works in an encrypted one, for who has the key."""
 
-    def test_that_look(self, stored: Stored, keys: Keys, tmp_path: Path) -> None:
+    def test_commands_that_list_and_search_work_with_a_key(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
         casfs, source = stored.casfs, stored.source
         key = ("--identity", keys.age)
         (source / "readme.txt").write_bytes(b"read me again\n")
@@ -351,7 +351,9 @@ class TestVerbs:
         assert listed(casfs, *key, "--tag", "second") == [second]
         stored.restores(tmp_path / "target", *key)
 
-    def test_that_keep_well(self, stored: Stored, keys: Keys, tmp_path: Path) -> None:
+    def test_commands_that_maintain_work_with_a_key(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
         casfs, source = stored.casfs, stored.source
         key = ("--identity", keys.age)
         (source / "documents" / "noise").unlink()
@@ -377,7 +379,7 @@ class TestVerbs:
         )
 
     @pytest.mark.fuse
-    def test_that_mount_show_new_snapshots_as_they_come(
+    def test_a_mount_with_a_key_shows_new_snapshots(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         her = reader(stored.casfs, tmp_path)
@@ -390,7 +392,7 @@ class TestVerbs:
             wait_until(lambda: (latest / inside / "more").exists(), "the snapshot is shown")
             stored.is_whole(latest)
 
-    def test_that_tell_what_is_lost_and_give_it_up(
+    def test_commands_that_check_and_repair_work_with_a_key(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         casfs, key = stored.casfs, ("--identity", keys.age)
@@ -416,21 +418,25 @@ class TestVerbs:
         (begin, end), *_ = lost["ranges"]
         assert kept[:begin] == true[:begin] and kept[end:] == true[end:]
 
-    def test_that_store_use_the_identity_too(self, stored: Stored, keys: Keys) -> None:
+    def test_a_backup_with_an_identity_uses_the_parent_snapshot(
+        self, stored: Stored, keys: Keys
+    ) -> None:
         again = stored.back_up("--identity", keys.age)
         assert again["unchanged"] == 3
         assert again["parent"] == listed(stored.casfs)[0]
 
 
-class TestHostThatCannotRead:
-    def test_reads_no_unchanged_file_and_stores_nothing(self, stored: Stored) -> None:
+class TestWriteOnlyHost:
+    def test_a_write_only_host_reads_no_unchanged_file_and_stores_nothing(
+        self, stored: Stored
+    ) -> None:
         assert stored.casfs.repository is not None
         packs = sorted((stored.casfs.repository / "packs").rglob("*"))
         again = stored.back_up()
         assert (again["files"], again["unchanged"], again["new_blobs"]) == (3, 3, 0)
         assert sorted((stored.casfs.repository / "packs").rglob("*")) == packs
 
-    def test_stores_a_change_and_what_it_stored_before_only_once(
+    def test_a_write_only_host_stores_changed_and_copied_data_once(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         noise = (stored.source / "documents" / "noise").read_bytes()
@@ -440,7 +446,7 @@ class TestHostThatCannotRead:
         assert again["new_bytes"] < 100_000
         stored.restores(tmp_path / "target", "--identity", keys.age)
 
-    def test_that_lost_its_cache_stores_everything_anew_and_right(
+    def test_a_write_only_host_without_its_cache_stores_everything_again_correctly(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         shutil.rmtree(stored.casfs.home / ".cache" / "casfs")
@@ -449,7 +455,7 @@ class TestHostThatCannotRead:
         stored.restores(tmp_path / "target", "--identity", keys.age)
         assert stored.back_up()["unchanged"] == 3
 
-    def test_that_lost_its_state_is_told_as_unproven_until_it_accepts_with_an_identity(
+    def test_a_write_only_host_without_its_state_is_unproven_until_it_accepts_with_an_identity(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         casfs, key = stored.casfs, ("--identity", keys.age)
@@ -468,7 +474,7 @@ class TestHostThatCannotRead:
         assert "unproven" not in her.casfs.run("ls", "latest", *key).complaint
         assert casfs.json("check", "--read-data", *key).one("summary")["ok"]
 
-    def test_that_lost_everything_backs_up_correctly(
+    def test_a_write_only_host_without_cache_and_state_backs_up_correctly(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         (stored.source / "more").write_bytes(b"more")
@@ -476,7 +482,7 @@ class TestHostThatCannotRead:
         fresh.back_up()
         fresh.restores(tmp_path / "target", "--identity", keys.age)
 
-    def test_refuses_unless_the_recipients_are_those_of_its_file(
+    def test_a_write_only_host_refuses_recipients_other_than_those_of_its_file(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         file = tmp_path / "recipients"
@@ -486,7 +492,7 @@ class TestHostThatCannotRead:
         sentence = stored.casfs.refuses("backup", stored.source, "--recipients-file", file)
         assert "other recipients than the file names" in sentence
 
-    def test_may_be_another_user_who_has_the_recipients_only(
+    def test_a_write_only_host_may_run_as_a_user_with_only_the_recipients(
         self, keys: Keys, superuser: None
     ) -> None:
         folder = Path(tempfile.mkdtemp(prefix="cn"))
@@ -527,7 +533,7 @@ class TestHostThatCannotRead:
 
 
 class TestTwoHosts:
-    def test_share_what_they_store_where_both_have_the_identity(
+    def test_two_hosts_with_the_identity_share_stored_data(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         second = reader(stored.casfs, tmp_path)
@@ -541,7 +547,7 @@ class TestTwoHosts:
         Stored(second, stored.source).back_up(*key, "--host", "second")
         assert stored.back_up(*key)["new_bytes"] < 100_000
 
-    def test_that_cannot_read_store_apart_and_a_prune_packs_both_domains_anew(
+    def test_two_write_only_hosts_store_separately_and_a_prune_repacks_both_domains(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         casfs, source = stored.casfs, stored.source
@@ -571,11 +577,11 @@ class TestTwoHosts:
             assert Stored(host, source).back_up(*key)["new_bytes"] < 100_000
 
 
-class TestKeys:
+class TestRecipientChanges:
     def key_list(self, casfs: Casfs) -> list[str]:
         return [one["value"] for one in casfs.json("key", "list").of_type("recipient")]
 
-    def test_that_are_added_open_what_is_stored_next_and_the_rest_after_a_rewrap(
+    def test_an_added_key_opens_new_snapshots_and_all_after_a_rewrap(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         casfs = stored.casfs
@@ -594,7 +600,7 @@ class TestKeys:
         assert listed(her, *theirs) == listed(her, "--identity", keys.age)
         Stored(her, stored.source).restores(tmp_path / "target", *theirs)
 
-    def test_that_are_removed_open_nothing_that_is_stored_next_and_nothing_after_a_rewrap(
+    def test_a_removed_key_opens_no_new_snapshots_and_none_after_a_rewrap(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         casfs = stored.casfs
@@ -611,14 +617,14 @@ class TestKeys:
         Stored(her, stored.source).restores(tmp_path / "target", *theirs)
         assert casfs.json("check", "--storage").one("summary")["ok"]
 
-    def test_of_all_recipients_the_last_stays(self, stored: Stored, keys: Keys) -> None:
+    def test_the_last_recipient_cannot_be_removed(self, stored: Stored, keys: Keys) -> None:
         said = stored.casfs.run("key", "remove", keys.age_public, expect=2)
         assert "the last recipient cannot be removed" in said.complaint
         stored.casfs.run("key", "remove", "age1nobody", expect=2)
         stored.casfs.run("key", "add", expect=2)
         assert self.key_list(stored.casfs) == [keys.age_public]
 
-    def test_of_gpg_are_added_and_open_everything_after_a_rewrap(
+    def test_an_added_gpg_key_opens_everything_after_a_rewrap(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         env = {"GNUPGHOME": str(keys.gpg_home)}
@@ -628,7 +634,7 @@ class TestKeys:
         her = Stored(reader(stored.casfs, tmp_path), stored.source)
         her.restores(tmp_path / "target", env=env)
 
-    def test_are_not_changed_by_a_machine_that_knows_other_recipients(
+    def test_a_machine_that_knows_other_recipients_cannot_change_keys(
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         other = reader(stored.casfs, tmp_path)
@@ -644,14 +650,14 @@ class TestKeys:
         stored.casfs.run("key", "accept")
         stored.back_up()
 
-    def test_of_an_unencrypted_repository_there_are_none(self, repository: Casfs) -> None:
+    def test_key_commands_refuse_an_unencrypted_repository(self, repository: Casfs) -> None:
         for arguments in (("list",), ("rewrap",), ("add", "--recipient", "age1x")):
             said = repository.run("key", *arguments, expect=None)
             assert said.exit in (1, 2) and len(said.complaints[-1].split()) > 3
 
 
-class TestPassphrases:
-    def test_are_asked_for_twice_at_a_terminal_and_changed(
+class TestPassphraseChanges:
+    def test_a_passphrase_is_asked_for_twice_at_a_terminal_and_can_be_changed(
         self, casfs: Casfs, source: Path, tmp_path: Path
     ) -> None:
         at_a_terminal(casfs, "init", "--passphrase", answers=["one", "other"], expect=2)
@@ -665,7 +671,7 @@ class TestPassphrases:
         (tmp_path / "new").write_text("new one")
         stored.restores(tmp_path / "target", "--passphrase-file", tmp_path / "new")
 
-    def test_are_changed_without_a_terminal(
+    def test_a_passphrase_can_be_changed_without_a_terminal(
         self, casfs: Casfs, source: Path, keys: Keys, tmp_path: Path
     ) -> None:
         old, new = ("--passphrase-file", keys.passphrase), tmp_path / "new"
@@ -677,14 +683,14 @@ class TestPassphrases:
         casfs.run("ls", "latest", *old, expect=1)
         casfs.run("ls", "latest", "--passphrase-file", new)
 
-    def test_cannot_be_set_where_nobody_can_be_asked(self, casfs: Casfs) -> None:
+    def test_a_passphrase_cannot_be_set_without_a_terminal_or_source(self, casfs: Casfs) -> None:
         said = casfs.run("init", "--passphrase", expect=2)
         assert "no terminal" in said.complaint
         assert casfs.repository is not None and not casfs.repository.exists()
 
 
 class TestSecrets:
-    def test_are_in_no_argument_no_output_and_no_file(
+    def test_secrets_are_in_no_argument_no_output_and_no_file(
         self, casfs: Casfs, keys: Keys, tmp_path: Path, source: Path
     ) -> None:
         trace = tmp_path / "trace"
@@ -718,7 +724,7 @@ class TestSecrets:
         assert b"AGE-SECRET-KEY-" not in executed + session + kept + spoken
         assert list((tmp_path / "tmp").iterdir()) == []
 
-    def test_are_in_no_file_that_others_can_read(self, stored: Stored) -> None:
+    def test_secrets_are_in_no_file_that_other_users_can_read(self, stored: Stored) -> None:
         assert stored.casfs.repository is not None
         for folder in (
             stored.casfs.home / ".local" / "state" / "casfs",

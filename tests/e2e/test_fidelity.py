@@ -50,7 +50,7 @@ def restored(everything_kept: Kept, tmp_path_factory: pytest.TempPathFactory) ->
     forget(target)
 
 
-def test_nothing_was_left_out_of_the_tree_that_holds_everything(everything_kept: Kept) -> None:
+def test_the_full_tree_fixture_leaves_nothing_out(everything_kept: Kept) -> None:
     assert everything_kept.left_out == {}
 
 
@@ -161,7 +161,7 @@ def plain(looks: dict[bytes, Look]) -> dict[bytes, Look]:
 
 
 @pytest.mark.fuse
-def test_getfattr_getfacl_and_getcap_say_the_same_of_the_mount_and_of_the_source(
+def test_getfattr_getfacl_and_getcap_agree_on_the_mount_and_the_source(
     everything_kept: Kept, shown: Path
 ) -> None:
     for folder, command in (
@@ -208,7 +208,7 @@ def test_no_two_files_of_a_mount_share_an_inode_number_unless_they_are_links(sho
 
 
 @pytest.mark.fuse
-def test_the_directory_of_many_entries_is_listed_whole_and_once(shown: Path) -> None:
+def test_a_directory_of_many_entries_is_listed_whole_and_once(shown: Path) -> None:
     listed = os.listdir(shown / "crowd")
     assert len(listed) == len(set(listed)) == CROWD
 
@@ -220,7 +220,7 @@ def test_the_holes_of_a_file_take_no_room_in_the_mount(shown: Path) -> None:
 
 
 @pytest.mark.fuse
-def test_parts_of_a_big_file_are_read_right_at_any_offset_of_the_mount(
+def test_a_large_file_of_the_mount_reads_correctly_at_any_offset(
     everything_kept: Kept, shown: Path
 ) -> None:
     original = (everything_kept.source / "contents" / "random-several").read_bytes()
@@ -252,7 +252,7 @@ def test_the_mount_refuses_every_change(shown: Path) -> None:
             attempt()
 
 
-def test_the_listing_says_the_numbers_that_lstat_says(everything_kept: Kept) -> None:
+def test_the_listing_shows_the_numbers_of_lstat(everything_kept: Kept) -> None:
     nodes = everything_kept.casfs.json("ls", f"latest:/{everything_kept.inside}/times").objects
     by_name = {os.path.basename(os.fsencode(node["path"])): node for node in nodes}
     for name in os.listdir(os.fsencode(everything_kept.source / "times")):
@@ -354,7 +354,9 @@ def test_a_file_of_twenty_gigabytes_of_holes_stays_one(repository: Casfs, tmp_pa
 
 
 @pytest.mark.fuse
-def test_a_socket_in_the_source_does_not_stop_being_usable(repository: Casfs, source: Path) -> None:
+def test_a_socket_in_the_source_stays_usable_after_a_backup(
+    repository: Casfs, source: Path
+) -> None:
     """A backup neither connects to a socket nor opens a FIFO, where it would wait for ever."""
     os.mkfifo(source / "fifo")
     with socket.socket(socket.AF_UNIX) as listener:

@@ -40,7 +40,7 @@ def daily(repository: Casfs, source: Path) -> Casfs:
 
 
 class TestForget:
-    def test_keeps_what_rules_keep_and_says_why(self, daily: Casfs) -> None:
+    def test_forget_keeps_what_rules_keep_and_reports_why(self, daily: Casfs) -> None:
         before = ids(daily)
         rules = ("--keep-last", "1", "--keep-daily", "2", "--keep-weekly", "2")
         dry = daily.json("forget", *rules, "--dry-run")
@@ -59,18 +59,20 @@ class TestForget:
         assert ids(daily) == before[2:]
         assert daily.json("forget", *rules).one("summary")["forgotten"] == 0
 
-    def test_shows_people_each_snapshot_with_its_reasons(self, daily: Casfs) -> None:
+    def test_forget_prints_each_snapshot_with_its_reasons(self, daily: Casfs) -> None:
         said = daily.run("forget", "--keep-within", "1d", "-n").text
         assert said.count("within 1d") == 2
         assert "3 snapshots would be forgotten, 2 would be kept" in said
 
-    def test_removes_what_is_named(self, daily: Casfs) -> None:
+    def test_forget_removes_named_snapshots(self, daily: Casfs) -> None:
         before = ids(daily)
         daily.run("forget", before[0][:12], before[3])
         assert ids(daily) == [before[1], before[2], before[4]]
         daily.refuses("forget", before[0], mentions=["no snapshot has the id"])
 
-    def test_keeps_tags_and_looks_only_at_what_is_chosen(self, daily: Casfs, source: Path) -> None:
+    def test_forget_keeps_tagged_snapshots_and_touches_only_chosen_ones(
+        self, daily: Casfs, source: Path
+    ) -> None:
         before = ids(daily)
         kept = daily.json("tag", before[0], "--add", "keep").one("snapshot")["id"]
         other = daily.backup(source, "--host", "elsewhere")["id"]
@@ -81,7 +83,7 @@ class TestForget:
         daily.run("forget", "--keep-last", "1", "--keep-tag", "keep")
         assert set(ids(daily)) == {kept, before[4], other}
 
-    def test_refuses_to_remove_everything(self, daily: Casfs) -> None:
+    def test_forget_refuses_to_remove_everything(self, daily: Casfs) -> None:
         before = ids(daily)
         daily.refuses("forget", "--keep-tag", "none such", mentions=["nothing was forgotten"])
         daily.refuses("forget", *before, mentions=["no snapshot would be left"])
@@ -103,12 +105,14 @@ class TestForget:
             ("latest", "--host", "here"),
         ],
     )
-    def test_refuses_what_means_nothing(self, daily: Casfs, arguments: tuple[str, ...]) -> None:
+    def test_forget_refuses_meaningless_options(
+        self, daily: Casfs, arguments: tuple[str, ...]
+    ) -> None:
         before = ids(daily)
         daily.refuses("forget", *arguments, expect=2)
         assert ids(daily) == before
 
-    def test_latest_can_be_named(self, daily: Casfs) -> None:
+    def test_forget_accepts_latest(self, daily: Casfs) -> None:
         before = ids(daily)
         daily.run("forget", "latest")
         assert ids(daily) == before[:-1]
@@ -126,7 +130,7 @@ class TestPrune:
         return repository
 
     @pytest.mark.parametrize("at_once", [True, False])
-    def test_frees_what_forgotten_snapshots_held(
+    def test_prune_frees_what_forgotten_snapshots_held(
         self, bulky: Casfs, source: Path, tmp_path: Path, at_once: bool
     ) -> None:
         before = size_of(bulky)
@@ -143,7 +147,7 @@ class TestPrune:
         bulky.run("restore", f"latest:{source}", "--target", tmp_path / "target")
         assert tree_differences(source, tmp_path / "target") == []
 
-    def test_a_dry_run_tells_what_would_be_freed(self, bulky: Casfs) -> None:
+    def test_prune_dry_run_reports_what_would_be_freed(self, bulky: Casfs) -> None:
         bulky.run("forget", "--keep-last", "1")
         before = size_of(bulky)
         told = bulky.json("prune", "--dry-run").one("prune")
@@ -152,7 +156,7 @@ class TestPrune:
         assert "would be freed" in bulky.run("prune", "-n").text
 
     @pytest.mark.fuse
-    def test_beside_a_mount_keeps_what_it_shows(
+    def test_prune_beside_a_mount_keeps_what_the_mount_shows(
         self, bulky: Casfs, source: Path, tmp_path: Path
     ) -> None:
         first = ids(bulky)[0]
@@ -166,7 +170,7 @@ class TestPrune:
         assert bulky.json("prune").one("prune")["freed_bytes"] >= 8 * MIB
 
     @pytest.mark.fuse
-    def test_that_moves_what_a_mount_shows_disturbs_nobody(
+    def test_prune_that_repacks_shown_data_does_not_disturb_a_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         (source / "bulk").write_bytes(os.urandom(8 * MIB))
@@ -184,12 +188,12 @@ class TestPrune:
     @pytest.mark.parametrize(
         "arguments", [("--max-unused", "x"), ("--max-unused", "120%"), ("--margin", "soon")]
     )
-    def test_refuses_what_means_nothing(
+    def test_prune_refuses_meaningless_options(
         self, repository: Casfs, arguments: tuple[str, ...]
     ) -> None:
         repository.refuses("prune", *arguments, expect=2)
 
-    def test_refuses_where_a_needed_pack_is_missing(self, bulky: Casfs) -> None:
+    def test_prune_refuses_to_run_where_a_needed_pack_is_missing(self, bulky: Casfs) -> None:
         assert bulky.repository is not None
         packs = [path for path in (bulky.repository / "packs").rglob("*") if path.is_file()]
         min(packs, key=lambda path: path.stat().st_size).unlink()
@@ -220,7 +224,9 @@ class TestRepair:
         flip(self.largest_pack(repository), 4 * MIB)
         return repository
 
-    def test_a_new_backup_of_the_same_source_heals(self, damaged: Casfs, source: Path) -> None:
+    def test_a_new_backup_of_the_same_source_repairs_damage(
+        self, damaged: Casfs, source: Path
+    ) -> None:
         first = ids(damaged)[0]
         found = damaged.json("check", "--read-data", expect=5)
         assert {line["what"] for line in found.of_type("damage")} == {"pack", "blob", "file"}
@@ -229,7 +235,7 @@ class TestRepair:
         assert healed.out == (source / "bulk").read_bytes()
         assert not damaged.json("check", expect=None).of_type("damage")
 
-    def test_snapshots_keep_what_is_left_and_say_what_is_lost(
+    def test_repair_snapshots_keeps_what_is_left_and_reports_what_is_lost(
         self, damaged: Casfs, source: Path, tmp_path: Path
     ) -> None:
         first = ids(damaged)[0]
@@ -255,7 +261,9 @@ class TestRepair:
         damaged.run("prune")
         assert damaged.json("check", "--read-data").one("summary")["ok"] is True
 
-    def test_index_is_built_from_the_packs(self, damaged: Casfs, source: Path) -> None:
+    def test_repair_index_builds_the_index_from_the_packs(
+        self, damaged: Casfs, source: Path
+    ) -> None:
         assert damaged.repository is not None
         (damaged.repository / "index" / "data.mdb").write_bytes(b"junk" * 5000)
         result = damaged.json("repair", "index").one("index")
@@ -263,14 +271,14 @@ class TestRepair:
         assert damaged.run("dump", f"latest:{source}/readme.txt").out == b"read me\n"
 
     @pytest.mark.parametrize("arguments", [(), ("everything",), ("index", "--fast")])
-    def test_refuses_what_means_nothing(
+    def test_repair_refuses_meaningless_options(
         self, repository: Casfs, arguments: tuple[str, ...]
     ) -> None:
         assert repository.run("repair", *arguments, expect=2).complaints
 
 
 class TestScrub:
-    def test_reads_the_stalest_first_and_goes_on_where_it_ended(
+    def test_scrub_reads_the_stalest_packs_first_and_continues_where_it_ended(
         self, repository: Casfs, source: Path
     ) -> None:
         def read(*options: str) -> dict[str, Any]:
@@ -290,7 +298,7 @@ class TestScrub:
         "arguments",
         [("--older-than", "30d"), ("--read-data", "--older-than", "x"), ("--max-duration", "5m")],
     )
-    def test_refuses_what_means_nothing(
+    def test_scrub_refuses_meaningless_options(
         self, repository: Casfs, arguments: tuple[str, ...]
     ) -> None:
         repository.refuses("check", *arguments, expect=2)

@@ -58,7 +58,7 @@ def hostile(tmp_path: Path) -> bytes:
     return root
 
 
-def test_every_name_is_told_to_programs_without_loss(repository: Casfs, hostile: bytes) -> None:
+def test_json_output_has_every_name_without_loss(repository: Casfs, hostile: bytes) -> None:
     repository.backup(hostile)
     result = repository.json("ls", "latest")
     assert result.out.isascii()
@@ -66,7 +66,9 @@ def test_every_name_is_told_to_programs_without_loss(repository: Casfs, hostile:
     assert found >= set(NAMES)
 
 
-def test_ls_and_find_and_diff_print_no_name_that_forges(repository: Casfs, hostile: bytes) -> None:
+def test_ls_find_and_diff_print_no_name_that_forges_output(
+    repository: Casfs, hostile: bytes
+) -> None:
     empty = os.path.dirname(hostile) + b"/empty"
     os.mkdir(empty)
     before = repository.backup("--host", "h", empty)["id"]
@@ -81,7 +83,9 @@ def test_ls_and_find_and_diff_print_no_name_that_forges(repository: Casfs, hosti
     assert {os.path.basename(name_in(change)) for change in changes} >= set(NAMES)
 
 
-def test_warnings_of_a_backup_print_no_name_that_forges(repository: Casfs, hostile: bytes) -> None:
+def test_backup_warnings_print_no_name_that_forges_output(
+    repository: Casfs, hostile: bytes
+) -> None:
     for name in NAMES:
         os.chmod(hostile + b"/" + name, 0)
     result = repository.run("backup", hostile, expect=3, prefix=WITHOUT_READING_EVERYTHING)
@@ -99,7 +103,7 @@ def test_a_missing_source_of_a_hostile_name_is_refused_on_one_line(repository: C
         assert len(result.complaints) == 1, result
 
 
-def test_paths_hosts_and_tags_of_snapshots_print_nothing_that_forges(
+def test_snapshots_prints_no_path_host_or_tag_that_forges_output(
     repository: Casfs, hostile: bytes
 ) -> None:
     """They may be refused; what is accepted is escaped."""
@@ -131,7 +135,7 @@ def test_errors_about_hostile_arguments_stay_on_one_line(repository: Casfs, sour
             assert len(result.complaints) == 1, result
 
 
-def test_hostile_names_can_be_asked_for_and_come_back(
+def test_hostile_names_can_be_requested_and_are_returned(
     repository: Casfs, hostile: bytes, tmp_path: Path
 ) -> None:
     repository.backup(hostile)
@@ -143,7 +147,7 @@ def test_hostile_names_can_be_asked_for_and_come_back(
     assert set(os.listdir(restored)) == set(NAMES)
 
 
-def test_output_in_the_c_locale_is_no_different(repository: Casfs, hostile: bytes) -> None:
+def test_output_in_the_c_locale_is_the_same(repository: Casfs, hostile: bytes) -> None:
     repository.backup(hostile, env={"LC_ALL": "C"})
     found = repository.json("ls", "latest", env={"LC_ALL": "C"}).of_type("node")
     assert {os.path.basename(name_in(node)) for node in found} >= set(NAMES)

@@ -180,7 +180,7 @@ def test_a_small_edit_in_a_big_file_stores_a_small_part_of_it(
     assert 0 < edited["new_bytes"] < 10 * MIB
 
 
-def test_one_new_file_in_a_crowded_directory_stores_one_piece_of_its_tree(
+def test_one_new_file_in_a_large_directory_stores_one_piece_of_its_tree(
     repository: Casfs, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
@@ -194,7 +194,7 @@ def test_one_new_file_in_a_crowded_directory_stores_one_piece_of_its_tree(
     assert second["new_bytes"] < first["new_bytes"] / 2
 
 
-def test_other_paths_and_other_hosts_have_snapshots_of_their_own_as_parent(
+def test_other_paths_and_other_hosts_have_their_own_parent_snapshots(
     repository: Casfs, settled: Path
 ) -> None:
     first = repository.backup(settled, "--host", "one")
@@ -207,7 +207,7 @@ def test_other_paths_and_other_hosts_have_snapshots_of_their_own_as_parent(
     assert again["parent"] == first["id"]
 
 
-def test_the_parent_can_be_named_and_can_be_refused(repository: Casfs, settled: Path) -> None:
+def test_the_parent_can_be_chosen_or_switched_off(repository: Casfs, settled: Path) -> None:
     first = repository.backup(settled)
     repository.backup(settled)
     named = repository.backup("--parent", first["id"][:16], settled)

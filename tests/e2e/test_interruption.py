@@ -104,9 +104,7 @@ def test_a_backup_stopped_in_the_middle_leaves_finished_packs_for_the_next(
     assert list((roomy.repository / "tmp").iterdir()) == []
 
 
-def test_an_interrupted_backup_says_so_as_an_error_line_for_programs(
-    roomy: Casfs, heavy: Path
-) -> None:
+def test_an_interrupted_backup_prints_a_json_error(roomy: Casfs, heavy: Path) -> None:
     process = roomy.start("backup", "--json", heavy)
     wait_while_running(process, lambda: len(finished_packs(roomy)) >= 1, "a pack")
     interrupt(process)
@@ -116,7 +114,7 @@ def test_an_interrupted_backup_says_so_as_an_error_line_for_programs(
     assert result.of_type("snapshot") == []
 
 
-def test_ctrl_c_at_the_very_beginning_of_a_backup_leaves_a_sound_repository(
+def test_ctrl_c_at_the_very_beginning_of_a_backup_leaves_an_intact_repository(
     roomy: Casfs, heavy: Path
 ) -> None:
     """As soon as anything of the backup can be seen in the repository."""

@@ -30,7 +30,7 @@ def by_path(nodes: list[dict[str, Any]], top: str | Path) -> dict[str, dict[str,
 
 
 class TestSnapshots:
-    def test_are_listed_from_the_oldest_to_the_youngest(
+    def test_snapshots_are_listed_from_the_oldest_to_the_newest(
         self, repository: Casfs, source: Path
     ) -> None:
         ids = [
@@ -50,13 +50,13 @@ class TestSnapshots:
         assert places == sorted(places)
         assert str(source) in lines
 
-    def test_of_an_empty_repository_are_none(self, repository: Casfs) -> None:
+    def test_snapshots_of_an_empty_repository_prints_nothing(self, repository: Casfs) -> None:
         assert repository.json("snapshots").objects == []
         repository.run("snapshots")
 
 
 class TestLs:
-    def test_lists_the_whole_snapshot(self, repository: Casfs, source: Path) -> None:
+    def test_ls_lists_the_whole_snapshot(self, repository: Casfs, source: Path) -> None:
         repository.backup(source)
         nodes = by_path(repository.json("ls", "latest").of_type("node"), source)
         assert nodes.keys() == {
@@ -76,7 +76,7 @@ class TestLs:
         for path in nodes:
             assert path in shown
 
-    def test_lists_one_directory_or_one_file(self, repository: Casfs, source: Path) -> None:
+    def test_ls_lists_one_directory_or_one_file(self, repository: Casfs, source: Path) -> None:
         identity = repository.backup(source)["id"]
         for snapshot in ("latest", identity, identity[:10]):
             found = repository.json("ls", f"{snapshot}:{source}/documents").of_type("node")
@@ -86,14 +86,14 @@ class TestLs:
         (file,) = repository.json("ls", f"latest:{source}/readme.txt").of_type("node")
         assert file["path"].endswith("readme.txt")
 
-    def test_takes_a_path_with_a_colon(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_ls_accepts_a_path_with_a_colon(self, repository: Casfs, tmp_path: Path) -> None:
         (tmp_path / "a:b").mkdir()
         (tmp_path / "a:b" / "c:d").write_bytes(b"colons")
         repository.backup("a:b", cwd=tmp_path)
         assert repository.json("ls", "latest:a:b/c:d").one("node")["size"] == 6
         assert repository.run("dump", "latest:a:b/c:d").out == b"colons"
 
-    def test_takes_a_path_with_and_without_a_leading_slash(
+    def test_dump_accepts_a_path_with_and_without_a_leading_slash(
         self, repository: Casfs, source: Path
     ) -> None:
         repository.backup("documents", cwd=source)
@@ -116,7 +116,7 @@ class TestFind:
             for match in casfs.json("find", *arguments).of_type("match")
         }
 
-    def test_looks_for_a_name_in_every_snapshot(
+    def test_find_searches_for_a_name_in_every_snapshot(
         self, repository: Casfs, source: Path, snapshots: list[str]
     ) -> None:
         assert self.found(repository, source, "report.*") == {
@@ -128,7 +128,7 @@ class TestFind:
         assert "pictures/report.pdf" in shown
         assert snapshots[1][:12] in shown
 
-    def test_finds_directories_and_links_too(
+    def test_find_finds_directories_and_links(
         self, repository: Casfs, source: Path, snapshots: list[str]
     ) -> None:
         assert self.found(repository, source, "letters") == {
@@ -136,18 +136,18 @@ class TestFind:
         }
         assert len(self.found(repository, source, "link")) == 2
 
-    def test_says_the_size_and_the_kind(self, repository: Casfs) -> None:
+    def test_find_reports_the_size_and_the_kind(self, repository: Casfs) -> None:
         match = repository.json("find", "report.pdf").one("match")
         assert (match["kind"], match["size"]) == ("file", 4)
 
-    def test_that_finds_nothing_prints_nothing(self, repository: Casfs) -> None:
+    def test_find_without_matches_prints_nothing(self, repository: Casfs) -> None:
         result = repository.run("find", "no such name", expect=None)
         assert result.exit in (0, 1)
         assert result.out == b""
 
 
 class TestDiff:
-    def test_tells_added_removed_modified_and_metadata_apart(
+    def test_diff_distinguishes_added_removed_modified_and_metadata(
         self, repository: Casfs, source: Path
     ) -> None:
         first = repository.backup(source)["id"]
@@ -175,17 +175,17 @@ class TestDiff:
         for path in ("new.txt", "readme.txt", "documents/report.txt", "to-anna.txt", "link"):
             assert path in shown
 
-    def test_of_a_snapshot_with_itself_is_nothing(self, repository: Casfs, source: Path) -> None:
+    def test_diff_of_a_snapshot_with_itself_is_empty(self, repository: Casfs, source: Path) -> None:
         repository.backup(source)
         result = repository.json("diff", "latest", "latest")
         assert result.of_type("change") == []
 
-    def test_of_unchanged_backups_is_nothing(self, repository: Casfs, source: Path) -> None:
+    def test_diff_of_unchanged_backups_is_empty(self, repository: Casfs, source: Path) -> None:
         first = repository.backup(source)["id"]
         second = repository.backup(source)["id"]
         assert repository.json("diff", first, second).of_type("change") == []
 
-    def test_backwards_swaps_added_and_removed(self, repository: Casfs, source: Path) -> None:
+    def test_diff_backwards_swaps_added_and_removed(self, repository: Casfs, source: Path) -> None:
         first = repository.backup(source)["id"]
         (source / "folder").mkdir()
         (source / "folder" / "new").touch()
@@ -195,7 +195,7 @@ class TestDiff:
             assert changes["folder"]["change"] == word
             assert changes["folder/new"]["change"] == word
 
-    def test_of_a_part_looks_at_that_part(self, repository: Casfs, source: Path) -> None:
+    def test_diff_of_a_path_compares_only_that_path(self, repository: Casfs, source: Path) -> None:
         """SNAP:PATH names something inside a snapshot wherever a snapshot is named."""
         first = repository.backup(source)["id"]
         (source / "new.txt").touch()
@@ -210,13 +210,15 @@ class TestDiff:
 
 class TestDump:
     @pytest.mark.parametrize("size", [0, 1, 1 << 20, 5 * MIB + 3])
-    def test_of_a_file_is_its_bytes(self, repository: Casfs, tmp_path: Path, size: int) -> None:
+    def test_dump_of_a_file_prints_its_bytes(
+        self, repository: Casfs, tmp_path: Path, size: int
+    ) -> None:
         data = os.urandom(size)
         (tmp_path / "file").write_bytes(data)
         repository.backup("file", cwd=tmp_path)
         assert repository.run("dump", "latest:file").out == data
 
-    def test_of_a_directory_is_a_tar_of_what_is_below_it(
+    def test_dump_of_a_directory_prints_a_tar_of_its_entries(
         self, repository: Casfs, source: Path
     ) -> None:
         repository.backup(source)
@@ -229,7 +231,7 @@ class TestDump:
             assert content is not None
             assert content.read() == b"a report\n" * 1000
 
-    def test_of_a_symbolic_link_or_a_device_is_refused(
+    def test_dump_of_a_symbolic_link_or_a_fifo_is_refused(
         self, repository: Casfs, source: Path
     ) -> None:
         os.mkfifo(source / "fifo")
@@ -237,7 +239,7 @@ class TestDump:
         for name in ("link", "fifo"):
             repository.refuses("dump", f"latest:{source}/{name}", mentions=[name])
 
-    def test_of_a_directory_does_not_go_to_a_terminal(
+    def test_dump_of_a_directory_does_not_write_to_a_terminal(
         self, repository: Casfs, source: Path
     ) -> None:
         repository.backup(source)
@@ -254,7 +256,7 @@ class TestDump:
 
 
 class TestStats:
-    def test_tell_what_is_stored(self, repository: Casfs, source: Path) -> None:
+    def test_stats_report_what_is_stored(self, repository: Casfs, source: Path) -> None:
         empty = repository.json("stats").one("stats")
         repository.backup(source)
         full = repository.json("stats").one("stats")
@@ -264,7 +266,7 @@ class TestStats:
         assert any(full[name] > empty.get(name, 0) for name in numbers)
         assert repository.run("stats").text.strip()
 
-    def test_of_one_snapshot_tell_what_it_holds(self, repository: Casfs, source: Path) -> None:
+    def test_stats_of_a_snapshot_report_its_size(self, repository: Casfs, source: Path) -> None:
         identity = repository.backup(source)["id"]
         told = repository.json("stats", "latest").one("stats")
         assert told["snapshot"] == identity
@@ -273,7 +275,7 @@ class TestStats:
 
 
 class TestTag:
-    def test_adds_and_removes_words(self, repository: Casfs, source: Path) -> None:
+    def test_tag_adds_and_removes_tags(self, repository: Casfs, source: Path) -> None:
         repository.backup("--tag", "first", source)
         tagged = repository.json("tag", "latest", "--add", "keep").one("snapshot")
         assert sorted(tagged["tags"]) == ["first", "keep"]
@@ -285,14 +287,16 @@ class TestTag:
         assert repository.run("dump", f"latest:{source}/readme.txt").out == b"read me\n"
         assert repository.json("check", "--read-data").one("summary")["ok"] is True
 
-    def test_leaves_the_other_snapshots_alone(self, repository: Casfs, source: Path) -> None:
+    def test_tag_leaves_the_other_snapshots_unchanged(
+        self, repository: Casfs, source: Path
+    ) -> None:
         first = repository.backup(source)["id"]
         repository.backup(source)
         repository.run("tag", first, "--add", "old")
         tags = [snapshot["tags"] for snapshot in repository.json("snapshots").objects]
         assert tags == [["old"], []]
 
-    def test_keeps_the_snapshot_a_parent_for_the_next_backup(
+    def test_a_tagged_snapshot_is_the_parent_of_the_next_backup(
         self, repository: Casfs, source: Path
     ) -> None:
         repository.backup(source)
@@ -301,8 +305,8 @@ class TestTag:
         assert again["parent"] == tagged
 
 
-class TestWhatNeedsNoRepository:
-    def test_version_says_it_for_people_and_for_programs(self, casfs: Casfs) -> None:
+class TestWithoutRepository:
+    def test_version_prints_the_version_as_text_and_as_json(self, casfs: Casfs) -> None:
         none = casfs.at(None)
         said = none.json("version").one("version")
         version = said["casfs"]
@@ -310,7 +314,7 @@ class TestWhatNeedsNoRepository:
         assert version in none.run("version").text
 
     @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-    def test_completion_is_a_script_of_that_shell(self, casfs: Casfs, shell: str) -> None:
+    def test_completion_prints_a_script_of_the_shell(self, casfs: Casfs, shell: str) -> None:
         script = casfs.at(None).run("completion", shell).out
         assert b"casfs" in script
         assert script.count(b"\n") > 3
@@ -318,7 +322,7 @@ class TestWhatNeedsNoRepository:
             subprocess.run([shell, "-n"], input=script, check=True, capture_output=True)
         assert casfs.at(None).json("completion", shell).objects
 
-    def test_completion_of_bash_completes_verbs_and_options(self, casfs: Casfs) -> None:
+    def test_completion_of_bash_completes_commands_and_options(self, casfs: Casfs) -> None:
         """Loads the script into a real shell and presses Tab there, so to speak."""
         if len(program()) > 1:
             pytest.skip("casfs is not installed as a command, only as a module")
@@ -338,8 +342,8 @@ class TestWhatNeedsNoRepository:
         assert "snapshots" in done.stdout.decode()
 
 
-class TestNamingTheRepository:
-    def test_before_and_after_the_verb_and_in_the_environment(
+class TestRepositoryOption:
+    def test_the_repository_is_named_before_or_after_the_command_or_in_the_environment(
         self, repository: Casfs, source: Path
     ) -> None:
         identity = repository.backup(source)["id"]
@@ -357,14 +361,18 @@ class TestNamingTheRepository:
         assert none.run("ls", "latest", "-r", where).out
         assert none.run("-r", "repository", "ls", "latest", cwd=source.parent).out
 
-    def test_an_option_outranks_the_environment(self, repository: Casfs, source: Path) -> None:
+    def test_the_repository_option_overrides_the_environment(
+        self, repository: Casfs, source: Path
+    ) -> None:
         identity = repository.backup(source)["id"]
         elsewhere = repository.at(repository.home / "elsewhere")
         where = str(repository.repository)
         assert elsewhere.json("snapshots", "-r", where).one("snapshot")["id"] == identity
         assert elsewhere.run("-r", where, "snapshots", "--json").objects
 
-    def test_of_a_verb_outranks_that_before_it(self, repository: Casfs, source: Path) -> None:
+    def test_a_repository_option_after_the_command_overrides_one_before_it(
+        self, repository: Casfs, source: Path
+    ) -> None:
         repository.backup(source)
         where = str(repository.repository)
         result = repository.at(None).run("-r", "/nowhere", "snapshots", "--json", "-r", where)
@@ -372,7 +380,7 @@ class TestNamingTheRepository:
 
 
 class TestInit:
-    def test_makes_what_it_says_it_made(self, casfs: Casfs) -> None:
+    def test_init_creates_the_repository_that_it_reports(self, casfs: Casfs) -> None:
         made = casfs.json("init").one("repository")
         assert casfs.repository is not None
         assert (made["path"], made["format"]) == (str(casfs.repository), 1)
@@ -381,19 +389,21 @@ class TestInit:
         assert config.startswith(b"casfs repository, format 1\n")
         assert made["id"].encode() in config
 
-    def test_in_an_empty_directory_that_is_there(self, casfs: Casfs) -> None:
+    def test_init_accepts_an_existing_empty_directory(self, casfs: Casfs) -> None:
         assert casfs.repository is not None
         casfs.repository.mkdir()
         assert str(casfs.repository) in casfs.run("init").text
 
-    def test_gives_every_repository_an_id_of_its_own(self, casfs: Casfs) -> None:
+    def test_init_gives_every_repository_its_own_id(self, casfs: Casfs) -> None:
         ids = {
             casfs.at(casfs.home / name).json("init").one("repository")["id"]
             for name in ("one", "two")
         }
         assert len(ids) == 2
 
-    def test_keeps_others_out_of_what_is_stored(self, repository: Casfs, source: Path) -> None:
+    def test_init_keeps_stored_data_private_to_its_owner(
+        self, repository: Casfs, source: Path
+    ) -> None:
         """A backup holds files that only their owners may read."""
         repository.backup(source)
         assert repository.repository is not None

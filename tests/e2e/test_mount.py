@@ -22,8 +22,8 @@ MIB = 1 << 20
 pytestmark = pytest.mark.fuse
 
 
-class TestOneSnapshot:
-    def test_is_the_root_of_the_mount(
+class TestSnapshotMount:
+    def test_a_mounted_snapshot_is_the_root_of_the_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -32,7 +32,7 @@ class TestOneSnapshot:
             assert rsync_differences(source, mount / "source") == ""
             assert tree_differences(source, mount / "source") == []
 
-    def test_can_be_named_by_id_and_by_prefix(
+    def test_a_snapshot_is_mounted_by_id_and_by_prefix(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         first = repository.backup("source", cwd=tmp_path)["id"]
@@ -42,7 +42,7 @@ class TestOneSnapshot:
             with mounted(repository, name, at=tmp_path / "mount") as mount:
                 assert (mount / "source/readme.txt").read_bytes() == b"read me\n"
 
-    def test_can_be_a_directory_of_it(
+    def test_a_directory_of_a_snapshot_can_be_mounted(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         """SNAP:PATH names something inside a snapshot wherever a snapshot is named."""
@@ -56,7 +56,7 @@ class TestOneSnapshot:
         finally:
             unmount_by_force(at)
 
-    def test_gives_every_inode_the_same_number_at_every_mount(
+    def test_an_inode_has_the_same_number_at_every_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup(source)
@@ -67,7 +67,7 @@ class TestOneSnapshot:
         assert len(seen[0]) > 8
         assert seen[0] == seen[1]
 
-    def test_says_its_size_to_df_and_its_files(
+    def test_a_mount_reports_its_size_to_df(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup(source)
@@ -77,7 +77,9 @@ class TestOneSnapshot:
             assert state.f_blocks * state.f_frsize >= MIB
             assert state.f_flag & os.ST_RDONLY
 
-    def test_can_be_read_by_several_at_once(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_a_mount_serves_several_readers_at_once(
+        self, repository: Casfs, tmp_path: Path
+    ) -> None:
         source = tmp_path / "source"
         source.mkdir()
         contents = {f"file{n}": os.urandom(3 * MIB + n) for n in range(8)}
@@ -99,7 +101,7 @@ class TestOneSnapshot:
                 reader.join()
         assert wrong == []
 
-    def test_stays_readable_while_a_backup_runs(
+    def test_a_mount_stays_readable_while_a_backup_runs(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -110,7 +112,7 @@ class TestOneSnapshot:
             assert not (mount / "source/new").exists()
             assert (mount / "source/pictures/photo.raw").stat().st_size == MIB
 
-    def test_can_be_the_source_of_a_backup(
+    def test_a_mount_can_be_the_source_of_a_backup(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -119,8 +121,8 @@ class TestOneSnapshot:
         assert (again["files"], again["new_bytes"] < 65536) == (4, True)
 
 
-class TestAllSnapshots:
-    def test_are_found_by_id_time_host_and_tag(
+class TestRepositoryMount:
+    def test_mounted_snapshots_are_found_by_id_time_host_and_tag(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         first = repository.backup(
@@ -157,7 +159,7 @@ class TestAllSnapshots:
             assert sorted(os.listdir(mount / "tags")) == ["daily", "weekly"]
             assert rsync_differences(source, mount / "snapshots/latest/source") == ""
 
-    def test_that_are_made_while_it_is_mounted_appear(
+    def test_new_snapshots_appear_in_a_running_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("--host", "attic", "source", cwd=tmp_path)
@@ -175,7 +177,7 @@ class TestAllSnapshots:
             wait_until(lambda: latest.read_bytes() == b"younger\n", "and it is the latest")
             assert len([n for n in os.listdir(mount / "snapshots") if n != "latest"]) == 2
 
-    def test_of_an_empty_repository_are_none_yet(
+    def test_a_mount_of_an_empty_repository_shows_the_first_snapshot_when_it_comes(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         with mounted(repository, at=tmp_path / "mount") as mount:
@@ -183,7 +185,7 @@ class TestAllSnapshots:
             repository.backup("source", cwd=tmp_path)
             wait_until(lambda: os.listdir(mount / "hosts") != [], "the first snapshot")
 
-    def test_of_the_same_second_are_told_apart(
+    def test_mounted_snapshots_of_the_same_second_have_different_names(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         for number in range(3):
@@ -195,7 +197,7 @@ class TestAllSnapshots:
             found = {(mount / "snapshots" / t / "source/readme.txt").read_bytes() for t in times}
             assert found == {b"0", b"1", b"2"}
 
-    def test_of_hosts_and_tags_that_are_no_file_names_are_found(
+    def test_hosts_and_tags_that_are_no_file_names_are_found_in_the_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         for tag in ("a/b", "..", ".", "x" * 300):
@@ -209,8 +211,8 @@ class TestAllSnapshots:
                 assert (mount / "tags" / tag / "latest/source/readme.txt").exists(), tag
 
 
-class TestTheCommand:
-    def test_returns_when_the_mount_is_usable_and_says_where(
+class TestMountCommand:
+    def test_mount_returns_when_the_mount_is_usable_and_prints_where(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -227,7 +229,7 @@ class TestTheCommand:
         finally:
             unmount_by_force(at)
 
-    def test_leaves_no_process_behind_after_umount(
+    def test_umount_leaves_no_process_behind(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -235,7 +237,7 @@ class TestTheCommand:
             assert processes_naming(mount)
         wait_until(lambda: not processes_naming(tmp_path / "mount"), "the mount's process ends")
 
-    def test_keeps_nothing_of_the_terminal_that_started_it(
+    def test_a_mount_in_the_background_keeps_nothing_of_its_terminal(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         """Otherwise `casfs mount … | cat` would hang: run() itself waits for the pipes to close."""
@@ -247,7 +249,7 @@ class TestTheCommand:
             cwd = os.readlink(f"/proc/{process}/cwd")
             assert not cwd.startswith(str(tmp_path)), "it would keep that directory busy"
 
-    def test_takes_a_relative_mountpoint_and_one_behind_a_link(
+    def test_mount_accepts_a_relative_mountpoint_and_one_behind_a_link(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -262,7 +264,7 @@ class TestTheCommand:
         finally:
             unmount_by_force(tmp_path / "real")
 
-    def test_takes_a_mountpoint_with_a_hostile_name(
+    def test_mount_accepts_a_mountpoint_with_a_hostile_name(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -270,7 +272,7 @@ class TestTheCommand:
             with mounted(repository, "latest", at=tmp_path / name) as mount:
                 assert (mount / "source/readme.txt").read_bytes() == b"read me\n"
 
-    def test_takes_a_relative_repository(
+    def test_mount_accepts_a_relative_repository(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         """A process in the background stands in another directory."""
@@ -285,7 +287,7 @@ class TestTheCommand:
         finally:
             unmount_by_force(at)
 
-    def test_in_the_foreground_stays_until_it_is_unmounted(
+    def test_mount_in_the_foreground_runs_until_it_is_unmounted(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -307,7 +309,7 @@ class TestTheCommand:
                 process.kill()
                 process.communicate()
 
-    def test_owner_shows_everything_as_that_users(
+    def test_the_owner_option_shows_every_entry_with_that_owner(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -317,7 +319,7 @@ class TestTheCommand:
                 assert (state.st_uid, state.st_gid) == (1234, 5678), path
 
     @pytest.mark.parametrize("size", ["1M", "1048576", "2G"])
-    def test_cache_size_bounds_the_cache_and_not_what_can_be_read(
+    def test_cache_size_bounds_the_cache_and_not_the_readable_data(
         self, repository: Casfs, tmp_path: Path, size: str
     ) -> None:
         data = os.urandom(12 * MIB)
@@ -327,7 +329,7 @@ class TestTheCommand:
             for _ in range(2):
                 assert (mount / "big").read_bytes() == data
 
-    def test_others_see_nothing_unless_they_are_allowed(
+    def test_other_users_see_nothing_unless_they_are_allowed(
         self, repository: Casfs, source: Path, superuser: None
     ) -> None:
         """The folder has to be one that others can reach, which pytest's is not."""
@@ -374,8 +376,8 @@ def processes_naming(mountpoint: Path) -> list[int]:
     return found
 
 
-class TestDamage:
-    def test_is_an_error_for_what_it_hits_and_for_nothing_else(
+class TestMountOfDamage:
+    def test_a_damaged_chunk_is_a_read_error_for_its_range_only(
         self, repository: Casfs, tmp_path: Path
     ) -> None:
         source = tmp_path / "source"

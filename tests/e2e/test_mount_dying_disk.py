@@ -133,7 +133,7 @@ def disk(repository: Casfs, tmp_path: Path, interposer: Path) -> Iterator[Disk]:
         unmount_by_force(disk.at)
 
 
-def test_a_read_error_of_the_disk_is_one_of_the_reader_and_ends_with_it(disk: Disk) -> None:
+def test_a_disk_read_error_reaches_the_reader_and_ends_with_the_fault(disk: Disk) -> None:
     disk.be("broken")
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output error"):
@@ -152,7 +152,7 @@ def test_a_read_error_of_the_disk_is_one_of_the_reader_and_ends_with_it(disk: Di
     wait_until(is_back, "the file is readable again")
 
 
-def test_who_waits_for_the_disk_holds_up_nobody_else(disk: Disk) -> None:
+def test_a_reader_that_waits_for_the_disk_delays_no_other(disk: Disk) -> None:
     got: list[bytes] = []
     disk.be("silent")
     readers = [threading.Thread(target=lambda: got.append(disk.read("two"))) for _ in range(12)]

@@ -62,8 +62,8 @@ def at(repository: Casfs, source: Path, tmp_path: Path) -> Path:
     return tmp_path / "at"
 
 
-class TestMount:
-    def test_mounts_a_repository_by_its_type(
+class TestMountByType:
+    def test_mount_by_type_mounts_a_repository(
         self, repository: Casfs, inside: Inside, at: Path
     ) -> None:
         assert repository.repository is not None
@@ -78,7 +78,7 @@ class TestMount:
         assert not (at / "readme.txt").exists(), "it is mounted in that namespace only"
         assert inside("umount", at).returncode == 0
 
-    def test_tells_what_is_wrong_and_fails(
+    def test_mount_by_type_reports_errors_and_fails(
         self, repository: Casfs, inside: Inside, at: Path
     ) -> None:
         assert repository.repository is not None
@@ -92,7 +92,7 @@ class TestMount:
             assert words in done.stderr
             assert len(done.stderr.splitlines()) == 1
 
-    def test_all_of_fstab_mounts_once(
+    def test_mount_all_mounts_each_fstab_entry_once(
         self, repository: Casfs, inside: Inside, at: Path, tmp_path: Path
     ) -> None:
         table = tmp_path / "fstab"
@@ -113,7 +113,7 @@ def documented_units() -> dict[str, str]:
     return dict(found)
 
 
-def test_the_units_in_the_readme_are_sound(tmp_path: Path) -> None:
+def test_the_systemd_units_in_the_readme_are_valid(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd-analyze, which verifies units")
     units = documented_units()

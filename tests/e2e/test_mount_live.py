@@ -70,7 +70,7 @@ def planted(casfs: Casfs, tmp_path: Path) -> Keeper:
 class TestPrograms:
     """Programs that know nothing of casfs, in a mounted tree."""
 
-    def test_that_compare_find_no_difference(
+    def test_tar_diff_rsync_and_find_see_no_difference_in_the_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -86,7 +86,7 @@ class TestPrograms:
             ]
             assert said[0] == said[1]
 
-    def test_that_look_for_newer_files_find_them(
+    def test_find_newer_files_works_in_the_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         os.utime(source / "readme.txt", (2_000_000_000, 2_000_000_000))
@@ -95,7 +95,7 @@ class TestPrograms:
             found = output("find", mount / "source", "-newermt", "2030-01-01", "-type", "f")
             assert found.split() == [str(mount / "source/readme.txt")]
 
-    def test_of_git_work_in_a_clone(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_git_works_in_a_mounted_clone(self, repository: Casfs, tmp_path: Path) -> None:
         clone = tmp_path / "clone"
         output("git", "init", "-q", clone)
         for n in range(3):
@@ -113,7 +113,7 @@ class TestPrograms:
             assert output(*safe, "log", "--format=%s").split("\n")[0] == "change 2"
             assert output(*safe, "--no-optional-locks", "status", "--porcelain") == ""
 
-    def test_of_sqlite_read_a_database(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_sqlite_reads_a_mounted_database(self, repository: Casfs, tmp_path: Path) -> None:
         with sqlite3.connect(tmp_path / "data.db") as database:
             database.execute("create table t (n integer primary key, text text)")
             database.executemany("insert into t values (?, ?)", ((n, "x" * n) for n in range(2000)))
@@ -125,7 +125,7 @@ class TestPrograms:
             assert shown.execute("select sum(length(text)) from t").fetchone() == (1999 * 1000,)
             shown.close()
 
-    def test_run_from_the_mount_with_their_libraries_and_modules(
+    def test_mounted_programs_run_with_their_libraries_and_modules(
         self, repository: Casfs, tmp_path: Path
     ) -> None:
         (tmp_path / "tree").mkdir()
@@ -141,7 +141,9 @@ class TestPrograms:
             code = "import ctypes, package; print(ctypes.CDLL('./library.so').abs(-package.answer))"
             assert output(sys.executable, "-Bc", code, cwd=mount / "tree") == "42\n"
 
-    def test_map_files_into_memory(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_mounted_files_can_be_mapped_into_memory(
+        self, repository: Casfs, tmp_path: Path
+    ) -> None:
         data = random.Random(1).randbytes(9 * MIB + 5)
         (tmp_path / "big").write_bytes(data)
         repository.backup("big", cwd=tmp_path)
@@ -154,7 +156,7 @@ class TestPrograms:
                     assert area[-7:] == data[-7:]
                     assert area[MIB - 9 : MIB * 3] == data[MIB - 9 : MIB * 3]
 
-    def test_copy_holes_as_holes(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_cp_copies_holes_of_the_mount_as_holes(self, repository: Casfs, tmp_path: Path) -> None:
         with (tmp_path / "sparse").open("wb") as sparse:
             sparse.truncate(64 * MIB)
             sparse.seek(40 * MIB)
@@ -166,7 +168,9 @@ class TestPrograms:
         assert (tmp_path / "copy").stat().st_blocks * 512 < MIB
         assert (tmp_path / "copy").read_bytes() == (tmp_path / "sparse").read_bytes()
 
-    def test_of_fio_verify_what_several_jobs_read(self, repository: Casfs, tmp_path: Path) -> None:
+    def test_fio_verifies_mounted_data_with_several_jobs(
+        self, repository: Casfs, tmp_path: Path
+    ) -> None:
         """Every block that fio wrote holds its own place and checksum."""
         (tmp_path / "tree").mkdir()
         common = (
@@ -184,7 +188,7 @@ class TestPrograms:
         told = json.loads(said)["jobs"]
         assert [(job["error"], job["read"]["io_bytes"]) for job in told] == [(0, 16 * MIB)] * 3
 
-    def test_of_du_count_the_same_bytes(
+    def test_du_counts_the_same_bytes_in_the_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         """Directories, whose sizes are the file system's own affair, are left out."""
@@ -198,7 +202,7 @@ class TestPrograms:
         assert said[0] == said[1]
         assert int(said[0].split()[0]) > 4 * MIB
 
-    def test_that_walk_all_of_it_at_once_see_the_same(
+    def test_concurrent_walkers_see_the_same_tree_in_the_mount(
         self, repository: Casfs, tmp_path: Path
     ) -> None:
         """As locate's updatedb, a virus scanner and an indexer would in one night."""
@@ -221,7 +225,7 @@ class TestPrograms:
         expected = output("grep", "-rc", "7", ".", cwd=tmp_path / "tree")
         assert sorted(expected.splitlines()) == sorted(said[1].decode().splitlines())
 
-    def test_stand_on_it_as_the_lower_layer_of_an_overlay(
+    def test_an_overlay_works_with_the_mount_as_its_lower_layer(
         self, repository: Casfs, source: Path, tmp_path: Path, superuser: None
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -243,7 +247,7 @@ class TestPrograms:
             finally:
                 output("umount", merged)
 
-    def test_that_list_attributes_see_the_files_own(
+    def test_attribute_lists_of_the_mount_show_only_the_files_own(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         os.setxattr(source / "readme.txt", "user.own", b"mine")
@@ -260,7 +264,7 @@ class TestPrograms:
             with pytest.raises(OSError, match="No data available"):
                 os.getxattr(shown, "user.other")
 
-    def test_of_other_users_are_let_in_by_access_lists(
+    def test_access_lists_of_the_mount_admit_other_users(
         self, repository: Casfs, superuser: None
     ) -> None:
         """The mode alone would tell the kernel otherwise in both cases."""
@@ -286,7 +290,7 @@ class TestPrograms:
 
 
 class TestReports:
-    def test_are_reachable_and_not_listed(
+    def test_reports_of_a_mount_are_reachable_but_not_listed(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         identity = repository.backup("--host", "attic", "source", cwd=tmp_path)["id"]
@@ -304,7 +308,7 @@ class TestReports:
             assert (mount / ".casfs/damage").read_bytes() == b""
             output("find", mount, "-name", ".casfs", "-exec", "false", "{}", "+")
 
-    def test_have_a_manifest_that_checks_the_mount_and_the_source(
+    def test_the_manifest_of_a_mount_checks_the_mount_and_the_source(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         for n in range(3000):
@@ -330,7 +334,7 @@ class TestReports:
             output("cp", mount / ".casfs/manifest.b3", tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes().splitlines() == lines
 
-    def test_stand_in_every_snapshot_of_the_whole_repository(
+    def test_every_snapshot_of_a_repository_mount_has_reports(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         identity = repository.backup("source", cwd=tmp_path)["id"]
@@ -339,7 +343,7 @@ class TestReports:
             assert told["id"] == identity
             assert not (mount / ".casfs").exists()
 
-    def test_name_what_changed_while_it_was_backed_up(
+    def test_reports_name_files_that_changed_during_the_backup(
         self, casfs: Casfs, planted: Keeper, tmp_path: Path
     ) -> None:
         planted.store(b"mixture")
@@ -363,7 +367,7 @@ class TestReports:
             assert b"denied" in (tmp_path / "log").read_bytes()
 
 
-class TestDamage:
+class TestDamageInMount:
     @pytest.fixture
     def big(self, repository: Casfs, tmp_path: Path) -> bytes:
         data = random.Random(3).randbytes(20 * MIB)
@@ -373,7 +377,7 @@ class TestDamage:
         repository.backup("tree", cwd=tmp_path)
         return data
 
-    def test_is_listed_with_file_range_blob_and_pack(
+    def test_damage_is_listed_with_file_range_blob_and_pack(
         self, repository: Casfs, big: bytes, tmp_path: Path
     ) -> None:
         pack = largest_pack(repository)
@@ -400,7 +404,7 @@ class TestDamage:
             assert line in log.read_text()
             assert log.read_text().count("tree/big") == 1
 
-    def test_of_a_removed_pack_is_an_error_and_comes_back_well(
+    def test_a_missing_pack_is_a_read_error_until_it_returns(
         self, repository: Casfs, big: bytes, tmp_path: Path
     ) -> None:
         pack = largest_pack(repository)
@@ -413,7 +417,7 @@ class TestDamage:
             (tmp_path / "kept").rename(pack)
             wait_until(lambda: reads(mount / "tree/big") == big, "the failure is forgotten")
 
-    def test_of_the_whole_repository_is_an_error_and_no_end(
+    def test_a_missing_repository_is_an_error_and_does_not_end_the_mount(
         self, repository: Casfs, big: bytes, tmp_path: Path
     ) -> None:
         assert repository.repository is not None
@@ -444,8 +448,8 @@ def lists(folder: Path) -> bool:
         return False
 
 
-class TestTheWholeRepository:
-    def test_loses_what_is_forgotten_without_being_mounted_again(
+class TestChangingRepositoryMount:
+    def test_a_forgotten_snapshot_leaves_a_running_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         first = repository.backup("--host", "gone", "source", cwd=tmp_path)["id"]
@@ -463,7 +467,7 @@ class TestTheWholeRepository:
             assert open_file.read() == b"read me\n"
             open_file.close()
 
-    def test_shows_a_snapshot_under_its_new_tags_and_id(
+    def test_a_retagged_snapshot_is_shown_with_its_new_tags_and_id(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
@@ -475,7 +479,7 @@ class TestTheWholeRepository:
             kept = mount / "tags/kept/latest/source/readme.txt"
             assert kept.read_bytes() == b"read me\n"
 
-    def test_has_the_versions_of_every_path_as_links(
+    def test_versions_of_every_path_are_links_in_the_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         for content in (b"one\n", b"one\n", b"two\n"):
@@ -493,7 +497,7 @@ class TestTheWholeRepository:
             repository.backup("source", cwd=tmp_path)
             wait_until(lambda: len(os.listdir(folder)) == 3, "the new version")
 
-    def test_gives_no_two_files_one_number(
+    def test_no_two_files_of_a_repository_mount_share_an_inode_number(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         for n in range(5):
@@ -520,7 +524,7 @@ def fuse_for_everybody(folder: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
         yield keeper, inside
 
 
-class TestTheServer:
+class TestMountServer:
     @pytest.fixture
     def snapshot(self, repository: Casfs, source: Path, tmp_path: Path) -> Iterator[Path]:
         repository.backup("source", cwd=tmp_path)
@@ -530,7 +534,7 @@ class TestTheServer:
         unmount_by_force(at)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-    def test_unmounts_at_a_signal_and_ends(
+    def test_a_signal_unmounts_and_ends_the_server(
         self, repository: Casfs, snapshot: Path, number: int
     ) -> None:
         repository.run("mount", "latest", snapshot)
@@ -541,7 +545,7 @@ class TestTheServer:
         repository.run("mount", "latest", snapshot)
         repository.run("umount", snapshot)
 
-    def test_in_the_foreground_ends_well_at_every_way_of_unmounting(
+    def test_a_server_in_the_foreground_ends_cleanly_at_every_way_of_unmounting(
         self, repository: Casfs, snapshot: Path
     ) -> None:
         ways: list[list[str]] = [["fusermount3", "-u"], ["umount"], ["umount", "-l"]]
@@ -558,7 +562,7 @@ class TestTheServer:
         assert finish(process).exit in (0, 130)
         assert not is_mounted(snapshot)
 
-    def test_that_was_killed_leaves_a_mount_that_is_explained_and_cleared(
+    def test_a_mount_whose_server_was_killed_is_explained_and_cleared(
         self, repository: Casfs, snapshot: Path
     ) -> None:
         repository.run("mount", "latest", snapshot)
@@ -582,7 +586,7 @@ class TestTheServer:
         repository.run("mount", "latest", snapshot)
         repository.run("umount", snapshot)
 
-    def test_that_is_busy_is_told_with_who_uses_it(self, repository: Casfs, snapshot: Path) -> None:
+    def test_umount_of_a_busy_mount_names_its_user(self, repository: Casfs, snapshot: Path) -> None:
         repository.run("mount", "latest", snapshot)
         user = subprocess.Popen(
             ["sh", "-c", "echo; read line"],
@@ -600,7 +604,9 @@ class TestTheServer:
             user.communicate(b"\n")
         repository.run("umount", snapshot)
 
-    def test_of_an_ordinary_user_serves_that_user(self, repository: Casfs, superuser: None) -> None:
+    def test_a_mount_of_an_unprivileged_user_serves_that_user(
+        self, repository: Casfs, superuser: None
+    ) -> None:
         folder = Path(tempfile.mkdtemp(prefix="casfs-e2e-"))
         for name in ("home", "tree", "mount"):
             (folder / name).mkdir()
@@ -625,7 +631,7 @@ class TestTheServer:
         finally:
             forget(folder)
 
-    def test_without_the_kernels_cache_gives_the_same_bytes(
+    def test_a_mount_without_the_kernel_cache_returns_the_same_bytes(
         self, repository: Casfs, tmp_path: Path
     ) -> None:
         data = random.Random(4).randbytes(7 * MIB)
@@ -638,7 +644,7 @@ class TestTheServer:
             assert os.pread(handle, 100, 5 * MIB - 50) == data[5 * MIB - 50 :][:100]
             os.close(handle)
 
-    def test_reads_further_ahead_where_it_may(
+    def test_a_mount_raises_the_read_ahead_of_the_kernel(
         self, repository: Casfs, snapshot: Path, superuser: None
     ) -> None:
         repository.run("mount", "latest", snapshot)
@@ -647,9 +653,7 @@ class TestTheServer:
         assert setting.read_text() == "1024\n"
         repository.run("umount", snapshot)
 
-    def test_can_be_asked_for_by_the_size_of_its_cache_and_refuses_nonsense(
-        self, repository: Casfs, snapshot: Path
-    ) -> None:
+    def test_mount_refuses_invalid_options(self, repository: Casfs, snapshot: Path) -> None:
         for option in (("--owner", "1:2:3"), ("--owner", "root:root"), ("--cache-size", "-1")):
             repository.refuses("mount", *option, "latest", snapshot, expect=2)
         repository.refuses("mount", "latest", "twice", snapshot, expect=2)

@@ -69,7 +69,7 @@ def test_a_crowded_directory_is_listed_in_pieces(
         assert first * 4 < everything
 
 
-def test_all_snapshots_are_there_at_once_with_the_versions_of_a_path(
+def test_all_snapshots_and_versions_of_a_path_are_shown_at_once(
     planted: tuple[Casfs, int], tmp_path: Path
 ) -> None:
     casfs, _ = planted

@@ -49,7 +49,7 @@ def drop(path: Path) -> None:
     os.close(descriptor)
 
 
-def test_a_prune_that_packs_anew_changes_nothing_for_readers(
+def test_a_prune_that_repacks_changes_nothing_for_readers(
     repository: Casfs, contents: dict[str, bytes], tmp_path: Path
 ) -> None:
     before = packs(repository)
@@ -87,7 +87,7 @@ def test_a_prune_that_packs_anew_changes_nothing_for_readers(
     assert not before <= packs(repository), "nothing was packed anew"
 
 
-def test_a_file_of_a_forgotten_snapshot_is_right_or_an_error(
+def test_a_file_of_a_forgotten_snapshot_reads_correctly_or_fails(
     repository: Casfs, contents: dict[str, bytes], tmp_path: Path
 ) -> None:
     old = (tmp_path / "tree/file7").read_bytes()
@@ -108,7 +108,7 @@ def test_a_file_of_a_forgotten_snapshot_is_right_or_an_error(
         assert is_mounted(mount)
 
 
-def test_an_index_that_is_built_anew_changes_nothing_for_readers(
+def test_a_rebuilt_index_changes_nothing_for_readers(
     repository: Casfs, contents: dict[str, bytes], tmp_path: Path
 ) -> None:
     with mounted(repository, "latest", at=tmp_path / "mount") as mount:

@@ -40,7 +40,7 @@ def test_mount_is_refused_because_there_is_no_device(repository: Casfs, superuse
     )
 
 
-def test_mount_is_refused_because_the_device_is_of_no_use(
+def test_mount_is_refused_because_the_device_is_unusable(
     repository: Casfs, superuser: None
 ) -> None:
     assert_refused(

@@ -98,7 +98,7 @@ def secrets(tmp_path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("encrypted", [True, False])
-def test_nothing_of_a_source_is_found_in_the_repository_and_in_what_the_host_keeps(
+def test_no_source_text_is_found_in_the_repository_or_in_the_state_of_the_host(
     casfs: Casfs, tmp_path: Path, secrets: dict[str, bytes], encrypted: bool
 ) -> None:
     source = tmp_path / "source"
@@ -135,7 +135,7 @@ def test_nothing_of_a_source_is_found_in_the_repository_and_in_what_the_host_kee
         assert found_in([casfs.repository], secrets) == []
 
 
-def test_nothing_is_found_while_a_backup_runs_or_after_it_was_killed(
+def test_no_source_text_is_found_during_a_backup_or_after_a_kill(
     casfs: Casfs, secrets: dict[str, bytes]
 ) -> None:
     with made_keys() as keys:

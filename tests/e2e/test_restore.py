@@ -42,49 +42,55 @@ ALL = frozenset(
 )
 
 
-class TestWhat:
-    def test_a_whole_snapshot(self, kept: Casfs, source: Path, target: Path) -> None:
+class TestSelection:
+    def test_restore_writes_a_whole_snapshot(self, kept: Casfs, source: Path, target: Path) -> None:
         summary = kept.json("restore", "latest", "--target", target).one("summary")
         assert (summary["files"], summary["bytes"]) == (4, 8 + 9000 + 10 + MIB)
         assert tree_differences(source, target / "source") == []
         assert rsync_differences(source, target / "source") == ""
         assert os.listdir(target) == ["source"]
 
-    def test_a_directory_of_a_snapshot(self, kept: Casfs, source: Path, target: Path) -> None:
+    def test_restore_writes_a_directory_of_a_snapshot(
+        self, kept: Casfs, source: Path, target: Path
+    ) -> None:
         kept.run("restore", "latest:source/documents", "--target", target)
         assert names(target) == {"report.txt", "letters/to-anna.txt"}
         assert tree_differences(source / "documents", target) == []
 
-    def test_a_file_of_a_snapshot(self, kept: Casfs, source: Path, target: Path) -> None:
+    def test_restore_writes_a_file_of_a_snapshot(
+        self, kept: Casfs, source: Path, target: Path
+    ) -> None:
         kept.run("restore", "latest:/source/documents/report.txt", "--target", target)
         assert names(target) == {"report.txt"}
         assert (target / "report.txt").read_bytes() == b"a report\n" * 1000
         state = (source / "documents/report.txt").stat()
         assert (target / "report.txt").stat().st_mtime_ns == state.st_mtime_ns
 
-    def test_an_older_snapshot(self, kept: Casfs, source: Path, target: Path) -> None:
+    def test_restore_writes_an_older_snapshot(
+        self, kept: Casfs, source: Path, target: Path
+    ) -> None:
         first = kept.json("snapshots").one("snapshot")["id"]
         (source / "readme.txt").write_bytes(b"newer")
         kept.backup("source", cwd=source.parent)
         kept.run("restore", first[:12], "--target", target)
         assert (target / "source/readme.txt").read_bytes() == b"read me\n"
 
-    def test_into_a_target_several_levels_deep_that_is_not_there(
+    def test_restore_creates_a_target_several_levels_deep(
         self, kept: Casfs, source: Path, target: Path
     ) -> None:
         kept.run("restore", "latest", "--target", target / "a" / "b")
         assert tree_differences(source, target / "a/b/source") == []
 
-    def test_into_a_relative_target(self, kept: Casfs, source: Path) -> None:
+    def test_restore_accepts_a_relative_target(self, kept: Casfs, source: Path) -> None:
         kept.run("restore", "latest", "--target", "here")
         assert tree_differences(source, kept.home / "here/source") == []
 
-    def test_into_a_target_that_is_a_file_is_refused(self, kept: Casfs, target: Path) -> None:
+    def test_restore_refuses_a_target_that_is_a_file(self, kept: Casfs, target: Path) -> None:
         target.write_bytes(b"in the way")
         kept.refuses("restore", "latest", "--target", target, mentions=[str(target)])
         assert target.read_bytes() == b"in the way"
 
-    def test_into_the_repository_is_refused(self, kept: Casfs) -> None:
+    def test_restore_refuses_the_repository_as_its_target(self, kept: Casfs) -> None:
         assert kept.repository is not None
         before = look_at(kept.repository / "packs")
         for place in (kept.repository, kept.repository / "packs"):
@@ -124,7 +130,7 @@ class TestIncludeAndExclude:
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )
-    def test_choose(
+    def test_include_and_exclude_choose_what_is_restored(
         self, kept: Casfs, target: Path, options: tuple[str, ...], expected: set[str]
     ) -> None:
         kept.run("restore", "latest", "--target", target, *options)
@@ -173,7 +179,7 @@ class TestOverwrite:
     def restore(self, casfs: Casfs, target: Path, *options: str) -> None:
         casfs.run("restore", "latest", "--target", target, *options)
 
-    def test_always_puts_everything_back(
+    def test_overwrite_always_replaces_every_file(
         self, kept: Casfs, source: Path, target: Path, changed: Path
     ) -> None:
         before = (changed / "documents/report.txt").stat().st_ino
@@ -183,7 +189,7 @@ class TestOverwrite:
         assert tree_differences(source, changed) == []
         assert (changed / "documents/report.txt").stat().st_ino != before
 
-    def test_if_changed_leaves_files_that_are_the_same_untouched(
+    def test_overwrite_if_changed_leaves_equal_files_untouched(
         self, kept: Casfs, source: Path, target: Path, changed: Path
     ) -> None:
         before = (changed / "documents/report.txt").stat()
@@ -194,7 +200,9 @@ class TestOverwrite:
         os.utime(changed, ns=(0, source.stat().st_mtime_ns))
         assert tree_differences(source, changed) == []
 
-    def test_if_changed_keeps_hard_links(self, kept: Casfs, source: Path, target: Path) -> None:
+    def test_overwrite_if_changed_restores_hard_links(
+        self, kept: Casfs, source: Path, target: Path
+    ) -> None:
         (source / "a").write_bytes(b"one file")
         kept.backup("source", cwd=source.parent)
         kept.run("restore", "latest", "--target", target)
@@ -203,7 +211,7 @@ class TestOverwrite:
         kept.run("restore", "latest", "--target", target, "--overwrite", "if-changed")
         assert tree_differences(source, target / "source") == []
 
-    def test_never_leaves_every_existing_file_and_brings_missing_ones(
+    def test_overwrite_never_keeps_existing_files_and_adds_missing_ones(
         self, kept: Casfs, target: Path, changed: Path
     ) -> None:
         self.restore(kept, target, "--overwrite", "never")
@@ -212,7 +220,7 @@ class TestOverwrite:
         assert (changed / "documents/letters/to-anna.txt").read_bytes() == b"Dear Anna\n"
         assert (changed / "extra").read_bytes() == b"not from the snapshot"
 
-    def test_by_default_puts_back_what_was_changed(
+    def test_restore_replaces_changed_files_by_default(
         self, kept: Casfs, target: Path, changed: Path
     ) -> None:
         self.restore(kept, target)
@@ -220,7 +228,7 @@ class TestOverwrite:
         assert (changed / "extra").read_bytes() == b"not from the snapshot"
 
     @pytest.mark.parametrize("kind", ["directory", "full directory", "symlink", "fifo"])
-    def test_replaces_something_of_another_kind(
+    def test_restore_replaces_an_entry_of_another_kind(
         self, kept: Casfs, source: Path, target: Path, kind: str
     ) -> None:
         tree = target / "source"
@@ -246,7 +254,9 @@ class TestOverwrite:
             kept.run("restore", "latest", "--target", target)
         assert tree_differences(source, tree) == []
 
-    def test_replaces_a_file_by_a_directory(self, kept: Casfs, source: Path, target: Path) -> None:
+    def test_restore_replaces_a_file_by_a_directory(
+        self, kept: Casfs, source: Path, target: Path
+    ) -> None:
         (target / "source").mkdir(parents=True)
         (target / "source/documents").write_bytes(b"a file in the way")
         kept.run("restore", "latest", "--target", target)
@@ -254,7 +264,7 @@ class TestOverwrite:
 
 
 class TestDelete:
-    def test_removes_what_the_snapshot_does_not_hold(
+    def test_delete_removes_what_the_snapshot_does_not_hold(
         self, kept: Casfs, source: Path, target: Path
     ) -> None:
         kept.run("restore", "latest", "--target", target)
@@ -268,19 +278,19 @@ class TestDelete:
         assert tree_differences(source, tree) == []
         assert (source / "readme.txt").exists()
 
-    def test_is_not_done_unless_asked(self, kept: Casfs, target: Path) -> None:
+    def test_restore_deletes_nothing_by_default(self, kept: Casfs, target: Path) -> None:
         (target / "source").mkdir(parents=True)
         (target / "source/extra").write_bytes(b"x")
         kept.run("restore", "latest", "--target", target)
         assert (target / "source/extra").read_bytes() == b"x"
 
-    def test_removes_nothing_in_a_dry_run(self, kept: Casfs, target: Path) -> None:
+    def test_delete_in_a_dry_run_removes_nothing(self, kept: Casfs, target: Path) -> None:
         (target / "source").mkdir(parents=True)
         (target / "source/extra").write_bytes(b"x")
         kept.run("restore", "latest", "--target", target, "--delete", "--dry-run")
         assert names(target) == {"source/extra"}
 
-    def test_spares_what_was_excluded(self, kept: Casfs, target: Path) -> None:
+    def test_delete_keeps_what_was_excluded(self, kept: Casfs, target: Path) -> None:
         """Excluded means: not touched, neither written nor removed."""
         kept.run("restore", "latest", "--target", target)
         (target / "source/documents/notes.txt").write_bytes(b"mine")
@@ -291,7 +301,7 @@ class TestDelete:
         assert (target / "source/documents/notes.txt").read_bytes() == b"mine"
         assert (target / "source/documents/report.txt").exists()
 
-    def test_spares_what_was_not_included(self, kept: Casfs, target: Path) -> None:
+    def test_delete_keeps_what_was_not_included(self, kept: Casfs, target: Path) -> None:
         kept.run("restore", "latest", "--target", target)
         (target / "source/documents/notes.txt").write_bytes(b"mine")
         (target / "source/pictures/extra").write_bytes(b"to be removed")
@@ -305,7 +315,7 @@ class TestDelete:
 
 
 class TestDryRunAndVerify:
-    def test_a_dry_run_writes_nothing_and_says_what_it_would(
+    def test_a_restore_dry_run_writes_nothing_and_reports_what_it_would(
         self, kept: Casfs, target: Path
     ) -> None:
         said = kept.json("restore", "latest", "--target", target, "--dry-run").one("summary")
@@ -343,7 +353,7 @@ WITHOUT_CAPABILITIES = (
 
 
 class TestWithoutPrivileges:
-    def test_a_tree_that_its_owner_may_not_write_into_can_be_restored_over(
+    def test_restore_overwrites_a_tree_that_its_owner_may_not_write_into(
         self, kept: Casfs, source: Path, target: Path, superuser: None
     ) -> None:
         """A restore leaves directories write-protected as they were; the next one gets into them."""
@@ -390,7 +400,7 @@ class TestWithoutPrivileges:
         assert not (target / "extra").exists()
         assert stat.S_IMODE((target / "outside").stat().st_mode) == 0o555
 
-    def test_another_users_setuid_program_does_not_become_one_of_whoever_restores_it(
+    def test_restore_gives_no_setuid_bit_to_a_file_of_another_owner(
         self, kept: Casfs, source: Path, target: Path, superuser: None
     ) -> None:
         for name, owner, group in (("both", 12345, 54321), ("group", 12345, 0), ("own", 0, 0)):
@@ -407,7 +417,7 @@ class TestWithoutPrivileges:
         kept.run("restore", "latest", "--target", target)
         assert stat.S_IMODE((target / "source/both").stat().st_mode) == 0o6755
 
-    def test_an_ordinary_user_restores_what_an_ordinary_user_can(
+    def test_an_unprivileged_user_restores_everything_but_owners_and_trusted_attributes(
         self, kept: Casfs, source: Path, target: Path, superuser: None
     ) -> None:
         """Owners and trusted attributes are out of reach: said or passed over, never the end.

@@ -66,7 +66,7 @@ def test_a_parent_that_is_a_link_to_outside_is_not_followed(
         assert "documents" in result.complaint or result.exit == 0, result
 
 
-def test_a_link_further_up_is_not_followed_either(
+def test_a_link_further_up_is_not_followed(
     kept: Casfs, outside: Path, untouched: dict[bytes, Look], tmp_path: Path
 ) -> None:
     (tmp_path / "target").mkdir()
@@ -146,7 +146,7 @@ def test_delete_removes_a_link_and_not_what_it_points_to(
     assert not os.path.lexists(tree / "extra directory")
 
 
-def test_a_link_of_one_snapshot_is_not_followed_by_the_restore_of_the_next(
+def test_a_link_of_one_snapshot_is_not_followed_by_the_next_restore(
     repository: Casfs,
     source: Path,
     outside: Path,

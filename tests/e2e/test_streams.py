@@ -54,7 +54,7 @@ def test_a_closed_stdin_cannot_be_backed_up(repository: Casfs, option: str) -> N
 
 
 @pytest.mark.parametrize("wanted", [0, 3])
-def test_a_backup_that_cannot_tell_what_it_published_ends_as_one_that_can(
+def test_a_backup_that_cannot_print_its_result_exits_like_one_that_can(
     repository: Casfs, source: Path, wanted: int
 ) -> None:
     """1 would mean that nothing was published."""
@@ -85,9 +85,7 @@ def test_a_target_that_is_a_file_is_named_as_it_was_typed(repository: Casfs, sou
     assert told == f"casfs: {target}: File exists"
 
 
-def test_nobody_is_asked_for_a_passphrase_where_stdin_is_closed(
-    casfs: Casfs, tmp_path: Path
-) -> None:
+def test_a_closed_stdin_is_not_asked_for_a_passphrase(casfs: Casfs, tmp_path: Path) -> None:
     (tmp_path / "passphrase").write_text("open sesame")
     locked = casfs.at(tmp_path / "locked")
     locked.run("init", "--passphrase", "--passphrase-file", tmp_path / "passphrase")

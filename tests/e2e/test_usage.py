@@ -59,7 +59,7 @@ class TestUsage:
         ],
         ids=lambda arguments: " ".join(arguments) or "nothing",
     )
-    def test_error_exits_with_2_and_says_what_is_wrong(
+    def test_a_usage_error_exits_with_2_and_reports_what_is_wrong(
         self, repository: Casfs, arguments: tuple[str, ...]
     ) -> None:
         (repository.home / "file").touch()
@@ -72,7 +72,7 @@ class TestUsage:
             assert told.one("error")["exit"] == 2
             assert told.one("error")["message"]
 
-    def test_is_shown_by_help_of_the_command_and_of_every_verb(self, casfs: Casfs) -> None:
+    def test_help_shows_the_usage_of_every_command(self, casfs: Casfs) -> None:
         shown = casfs.run("--help").text
         for verb in (
             *("init", "backup", "snapshots", "ls", "find", "diff", "dump", "mount", "umount"),
@@ -82,10 +82,10 @@ class TestUsage:
             assert "--help" in casfs.run(verb, "--help").text
             assert "--json" in casfs.run(verb, "--help").text
 
-    def test_with_an_option_missing_its_value(self, repository: Casfs) -> None:
+    def test_an_option_without_its_value_is_a_usage_error(self, repository: Casfs) -> None:
         assert repository.run("backup", "--tag", expect=2).complaints
 
-    def test_works_from_the_module_as_from_the_command(self, repository: Casfs) -> None:
+    def test_the_module_runs_like_the_command(self, repository: Casfs) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "casfs", "snapshots", "--json"],
             env=repository.environment(),
@@ -95,7 +95,7 @@ class TestUsage:
         assert (done.returncode, done.stdout) == (0, b"")
 
 
-def test_a_closed_stdout_is_no_traceback(repository: Casfs, source: Path) -> None:
+def test_a_closed_stdout_causes_no_traceback(repository: Casfs, source: Path) -> None:
     """As in `casfs ls latest | head -1`."""
     for number in range(3000):
         (source / f"file with a long name to fill the pipe {number}").touch()
@@ -125,7 +125,7 @@ def test_a_full_stdout_is_an_error(repository: Casfs, source: Path) -> None:
     assert b"No space left" in process.stderr
 
 
-def test_a_repository_that_was_copied_without_its_empty_folders_works(
+def test_a_repository_copied_without_its_empty_folders_works(
     repository: Casfs, source: Path, tmp_path: Path
 ) -> None:
     assert repository.repository is not None

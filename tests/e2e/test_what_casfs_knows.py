@@ -20,8 +20,8 @@ MIB = 1 << 20
 
 
 @pytest.mark.fuse
-class TestInTheMount:
-    def test_a_files_state_and_digests_can_be_asked_for_and_are_not_listed(
+class TestCaptureDetailsInMount:
+    def test_capture_state_and_digests_are_readable_and_unlisted_attributes(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         os.setxattr(source / "readme.txt", "user.own", b"mine")
@@ -38,7 +38,7 @@ class TestInTheMount:
             with pytest.raises(OSError, match="No data available"):
                 os.getxattr(mount / "source/readme.txt", "user.casfs.no-such-thing")
 
-    def test_the_folder_casfs_is_reachable_and_not_listed(
+    def test_the_casfs_folder_is_reachable_but_not_listed(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         snapshot = repository.backup("source", cwd=tmp_path)
@@ -54,7 +54,7 @@ class TestInTheMount:
             assert (mount / ".casfs/changed").read_bytes() == b""
             assert (mount / ".casfs/damage").read_bytes() == b""
 
-    def test_a_folder_of_that_name_in_the_source_is_shown_as_it_is(
+    def test_a_casfs_folder_of_the_source_is_shown_as_it_is(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         (source / ".casfs").mkdir()
@@ -104,7 +104,9 @@ class TestFlaggedFiles:
         assert [problem["path"] for problem in problems] == ["source/restless"]
         return repository
 
-    def test_are_counted_and_listed_with_reason_and_digests(self, flagged: Casfs) -> None:
+    def test_flagged_files_are_counted_and_listed_with_reason_and_digests(
+        self, flagged: Casfs
+    ) -> None:
         assert flagged.json("snapshots").one("snapshot")["flagged"] == 1
         shown = flagged.run("changed", "latest").text
         assert "source/restless" in shown
@@ -116,7 +118,7 @@ class TestFlaggedFiles:
         assert line["attempts"] >= 1
         assert line["reason"]
 
-    def test_are_no_damage_and_are_restored_as_captured(
+    def test_flagged_files_are_no_damage_and_are_restored_as_captured(
         self, flagged: Casfs, source: Path, tmp_path: Path
     ) -> None:
         assert flagged.json("check", "--read-data").one("summary")["ok"] is True
@@ -127,7 +129,7 @@ class TestFlaggedFiles:
         assert blake3(restored).hexdigest() == line["captured"]
         assert len(restored) == 16 * MIB
 
-    def test_are_read_again_by_the_next_backup(
+    def test_flagged_files_are_read_again_by_the_next_backup(
         self, flagged: Casfs, source: Path, tmp_path: Path
     ) -> None:
         snapshot = flagged.backup("source", cwd=tmp_path)
@@ -135,7 +137,7 @@ class TestFlaggedFiles:
         flagged.run("restore", "latest", "--target", tmp_path / "target")
         assert tree_differences(source, tmp_path / "target/source") == []
 
-    def test_change_no_exit_code_where_that_is_asked_for(
+    def test_flagged_files_do_not_change_the_exit_code_with_changed_ok(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         (source / "restless").write_bytes(os.urandom(16 * MIB))
@@ -147,7 +149,7 @@ class TestFlaggedFiles:
         assert repository.json("snapshots").one("snapshot")["flagged"] == 1
 
     @pytest.mark.fuse
-    def test_are_shown_by_the_mount_with_what_is_known_of_them_or_denied(
+    def test_flagged_files_are_marked_by_the_mount_or_denied(
         self, flagged: Casfs, tmp_path: Path
     ) -> None:
         (line,) = flagged.json("changed", "latest").objects
