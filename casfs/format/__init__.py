@@ -1,1 +1,1 @@
-"""What is stored, as bytes and as values: no input or output."""
+"""The on-disk format: conversion between bytes and values, without I/O (FORMAT.md)."""

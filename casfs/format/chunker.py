@@ -1,7 +1,8 @@
-"""Cutting data into chunks at content-defined boundaries: FastCDC 2020 through pyfastcdc.
+"""Content-defined chunking: FastCDC 2020 through pyfastcdc.
 
-Only its compiled form is used (the fallback is some 200 times slower), always on private buffers and
-never on a mapped source. Cut points are pinned by golden tests: another cut is another repository.
+Only pyfastcdc's compiled form is used, because the fallback is about 200 times slower. It always runs on
+private buffers and never on a mapped source. Golden tests pin the cut points: other cut points would
+deduplicate with nothing that a repository holds.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from pyfastcdc.cy import FastCDC
 from casfs.format.config import ChunkerConfig
 
 ReadInto = Callable[[memoryview], int]
-"""Fill a buffer from the front and return the number of bytes; 0 is the end."""
+"""Fills a buffer from its start and returns the number of bytes; 0 means the end of the stream."""
 
 
 class Chunker:
-    """Cut streams with one repository's parameters; used by one thread at a time."""
+    """Cuts streams with one repository's parameters; used by one thread at a time."""
 
     def __init__(self, config: ChunkerConfig) -> None:
         self.min_bytes = config.min_bytes
@@ -33,8 +34,8 @@ class Chunker:
     def cut(self, read_into: ReadInto, most_bytes: int | None = None) -> Iterator[bytes]:
         """Yield the chunks of a stream, each a private copy that the caller may keep.
 
-        `most_bytes` bounds the stream where the caller knows it: a short one is read into one buffer,
-        since the stream interface allocates and clears two maximal chunks for every stream.
+        `most_bytes` bounds the stream's length where the caller knows it. A short stream is read into one
+        buffer, because the stream interface allocates and clears two maximal chunks for every stream.
         """
         if most_bytes is not None and most_bytes <= self._buffered_bytes:
             yield from self._cut_buffered(read_into, most_bytes)

@@ -1,7 +1,7 @@
-"""The cipher: AES-256-GCM over the payloads of one pack, each bound to its place (FORMAT.md, "Encryption").
+"""The cipher: AES-256-GCM over the payloads of one pack, each bound to its offset (FORMAT.md, "Encryption").
 
-Every pack has a key of its own, so the offset of a payload is a nonce that is used once; the record's header
-is authenticated with it. What a payload is (kind, codec, size, domain) is told inside.
+Every pack has its own key, so a payload's offset is a nonce that is used once. The record header is
+authenticated with the payload. Kind, codec, size and domain of a blob are inside the ciphertext.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _INNER = struct.Struct("<BBHI")
 assert _INNER.size == 8
 
 OVERHEAD_BYTES = TAG_BYTES + _INNER.size
-"""What encryption adds to a payload."""
+"""The bytes that encryption adds to a payload."""
 
 
 class DecryptedPayload(NamedTuple):
-    """What a payload says of itself when it is decrypted; `domain` is a place in the session's domains."""
+    """A decrypted payload with its inner header; `domain` is an index into the session's domains."""
 
     kind: int
     codec: int
@@ -41,7 +41,7 @@ class DecryptedPayload(NamedTuple):
 
 
 class PackCipher:
-    """Encrypt and decrypt the payloads of one pack; safe to share between threads."""
+    """Encrypts and decrypts the payloads of one pack. Threads may share it."""
 
     def __init__(self, session: WriteSession, salt: bytes) -> None:
         self.session = session
@@ -50,58 +50,58 @@ class PackCipher:
 
     @classmethod
     def new(cls, session: WriteSession) -> PackCipher:
-        """Return the cipher of a pack that is to be written."""
+        """Return the cipher of a new pack, with a random salt."""
         return cls(session, os.urandom(SALT_BYTES))
 
     def encrypt(
         self, offset: int, kind: int, codec: int, domain: int, plain_bytes: int, payload: bytes
     ) -> bytes:
-        """Return the payload to store at `offset`."""
+        """Return the encrypted payload to store at `offset`."""
         inner = _INNER.pack(kind, codec, domain, plain_bytes) + payload
         header = _blob_header(len(inner) + TAG_BYTES)
         return self._aead.encrypt(_nonce(offset), inner, header)
 
     def decrypt(self, digest: bytes, offset: int, stored: bytes) -> DecryptedPayload:
-        """Return what a stored payload holds; raises BlobError naming `digest`."""
+        """Return the contents of a stored payload; raise BlobError for `digest`."""
         try:
             plain = self._aead.decrypt(_nonce(offset), stored, _blob_header(len(stored)))
         except (InvalidTag, ValueError) as error:
-            raise BlobError(digest, "it does not decrypt: it was changed, or moved") from error
+            raise BlobError(digest, "decryption failed: its bytes were changed or moved") from error
         if len(plain) < _INNER.size:
-            raise BlobError(digest, "what is encrypted in it is too short")
+            raise BlobError(digest, "its decrypted payload is too short")
         kind, codec, domain, plain_bytes = _INNER.unpack_from(plain)
         if domain >= len(self.session.domains):
-            raise BlobError(digest, "it is of a domain that its session does not have")
+            raise BlobError(digest, "its domain is not in its session")
         return DecryptedPayload(kind, codec, domain, plain_bytes, plain[_INNER.size :])
 
     def digest_key(self, inner: DecryptedPayload) -> bytes:
-        """Return the key of the digest of a payload that was decrypted."""
+        """Return the key of a decrypted payload's digest."""
         return self.session.domains[inner.domain].digest_key
 
     def encrypt_directory(self, offset: int, directory: bytes) -> bytes:
-        """Return the directory's payload to store at `offset`."""
+        """Return the encrypted directory payload to store at `offset`."""
         header = _directory_header(len(directory) + TAG_BYTES)
         return self._aead.encrypt(_nonce(offset), directory, header)
 
     def decrypt_directory(self, pack: PackId, offset: int, stored: bytes) -> bytes:
-        """Return the directory; raises PackError."""
+        """Return the decrypted directory; raise PackError."""
         try:
             return self._aead.decrypt(_nonce(offset), stored, _directory_header(len(stored)))
         except (InvalidTag, ValueError) as error:
-            raise PackError(pack, "its directory does not decrypt") from error
+            raise PackError(pack, "directory decryption failed") from error
 
 
 def encrypt_snapshot(session: WriteSession, salt: bytes, plain: bytes, header: bytes) -> bytes:
-    """Return a snapshot's payload; all that stands before it is authenticated with it."""
+    """Return a snapshot's encrypted payload; `header`, all bytes before it, is authenticated with it."""
     return AESGCM(session.snapshot_key(salt)).encrypt(_nonce(0), plain, header)
 
 
 def decrypt_snapshot(session: WriteSession, salt: bytes, stored: bytes, header: bytes) -> bytes:
-    """Return what is in a snapshot's payload; raises BlobError."""
+    """Return a snapshot's decrypted payload; raise BlobError."""
     try:
         return AESGCM(session.snapshot_key(salt)).decrypt(_nonce(0), stored, header)
     except (InvalidTag, ValueError) as error:
-        raise BlobError(b"", "it does not decrypt: it was changed") from error
+        raise BlobError(b"", "decryption failed: its bytes were changed") from error
 
 
 def _nonce(offset: int) -> bytes:

@@ -1,7 +1,7 @@
-"""Blobs: kinds, codecs, and the way between plaintext and the stored payload.
+"""Blobs: kinds, codecs, and the conversion between plaintext and stored payload.
 
-A payload is believed only after it was decoded under a cap and its digest recomputed. The compressor
-and decompressor objects belong to one thread each; `BlobCodec` keeps them apart.
+A plaintext is returned only after it was decoded under a size limit and its digest recomputed, except by
+`decompress`. Each compressor and decompressor belongs to one thread; `BlobCodec` keeps one per thread.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from casfs.digest import Digest, keyed_digest
 from casfs.errors import BlobError
 
 MAX_PLAIN_BYTES = 16 * 1024 * 1024
-"""No blob is larger; a recorded size above it is refused before anything is allocated."""
+"""The largest blob. A larger recorded size is refused before anything is allocated."""
 
 _SMALLEST_COMPRESSIBLE = 64
-"""Shorter plaintexts stay raw: a zstd frame's header and block header eat what little there is."""
+"""Shorter plaintexts stay raw, because the zstd frame and block headers outweigh the savings."""
 
 
 _PARALLEL_BYTES = 1024 * 1024
-"""For less plaintext a thread of its own is not worth its making."""
+"""For less plaintext a second thread costs more than it saves."""
 
 
 class BlobKind(IntEnum):
-    """What a blob is for; prune, check and encryption treat the kinds apart."""
+    """The purpose of a blob. Prune, check and encryption treat the kinds differently."""
 
     DATA = 1
     TREE = 2
@@ -38,7 +38,7 @@ class BlobKind(IntEnum):
 
 
 class Codec(IntEnum):
-    """How a payload was made of the plaintext."""
+    """The encoding of a payload."""
 
     RAW = 0
     ZSTD = 1
@@ -47,14 +47,17 @@ class Codec(IntEnum):
 _RAW, _ZSTD = int(Codec.RAW), int(Codec.ZSTD)
 
 ENCRYPTED = 16
-"""Added to the codec of a payload that is encrypted; a record of one tells nothing more."""
+"""Added to the codec of an encrypted payload.
+
+The record header of such a payload contains only this value.
+"""
 
 TAG_BYTES = 16
-"""What AES-GCM adds to what it encrypts."""
+"""The bytes that AES-GCM adds to a plaintext."""
 
 
 class Encoded(NamedTuple):
-    """A payload as it stands in a pack at `offset`, with what is recorded of it."""
+    """A payload as stored in a pack at `offset`, with the fields of its directory entry."""
 
     digest: Digest
     offset: int
@@ -64,9 +67,9 @@ class Encoded(NamedTuple):
 
 
 class BlobCodec:
-    """Compress and restore payloads at one zstd level; safe to share between threads.
+    """Compresses and decompresses payloads at one zstd level. Threads may share it.
 
-    `digest_key` keys the digests that are made here, where the repository is encrypted.
+    In an encrypted repository `digest_key` keys the digests that `digest` computes.
     """
 
     def __init__(self, level: int, digest_key: bytes | None = None) -> None:
@@ -75,13 +78,13 @@ class BlobCodec:
         self._local = threading.local()
 
     def digest(self, plain: bytes | bytearray | memoryview) -> Digest:
-        """Return the digest that names a blob of this plaintext."""
+        """Return the digest that names a blob with this plaintext."""
         return keyed_digest(plain, self._digest_key)
 
     def encode_many(self, plains: list[bytes]) -> list[tuple[Codec, bytes]]:
-        """Compress a batch in one call, order kept; a payload that would not shrink stays raw.
+        """Compress a batch in one call, in order; a payload that does not shrink stays raw.
 
-        The interpreter lock is released once for the batch and not once for each blob.
+        The interpreter lock is released once for the batch instead of once for each blob.
         """
         payloads: list[tuple[Codec, bytes]] = [(Codec.RAW, plain) for plain in plains]
         wanted = [i for i, plain in enumerate(plains) if len(plain) >= _SMALLEST_COMPRESSIBLE]
@@ -102,9 +105,9 @@ class BlobCodec:
         plain_bytes: int,
         key: bytes | None = None,
     ) -> bytes:
-        """Return the verified plaintext; `key` is that of the digest.
+        """Return the verified plaintext; `key` is the digest's key.
 
-        Raises BlobError when the payload does not decode to exactly `plain_bytes` bytes of that digest.
+        Raise BlobError when the payload does not decode to exactly `plain_bytes` bytes with that digest.
         """
         plain = self._plain(digest, codec, payload, plain_bytes)
         if keyed_digest(plain, key) != digest:
@@ -114,8 +117,8 @@ class BlobCodec:
     def decode_many(self, wanted: Sequence[Encoded], threads: int = 1) -> list[bytes | None]:
         """Return the verified plaintexts of unkeyed blobs, None for each that `decode` would refuse.
 
-        The interpreter lock is released once for the batch and not once for each blob. `threads` is how
-        many may decompress a batch that is large.
+        The interpreter lock is released once for the batch instead of once for each blob. `threads` is the
+        number of threads that may decompress a large batch.
         """
         plains = self._plain_many(wanted, threads)
         return [
@@ -141,7 +144,7 @@ class BlobCodec:
             found = self._decompressor().multi_decompress_to_buffer(
                 [wanted[i].payload for i in frames], decompressed_sizes=sizes, threads=threads
             )
-        except zstandard.ZstdError:  # which of them it is is not told
+        except zstandard.ZstdError:  # the error does not identify the damaged frame
             for i in frames:
                 with suppress(BlobError):
                     one = wanted[i]
@@ -154,39 +157,41 @@ class BlobCodec:
     def digest_payload(
         self, codec: int, payload: bytes, plain_bytes: int, key: bytes | None = None
     ) -> Digest:
-        """Return the digest of a payload that was found without one; raises BlobError."""
+        """Return the digest of a payload's plaintext; raise BlobError when the payload does not decode."""
         return keyed_digest(self.decompress(codec, payload, plain_bytes), key)
 
     def decompress(self, codec: int, payload: bytes, plain_bytes: int) -> bytes:
-        """Return the plaintext of a payload that something else verifies; raises BlobError."""
+        """Return the plaintext of a payload that the caller verifies in another way; raise BlobError."""
         return self._plain(Digest(b""), codec, payload, plain_bytes)
 
     def _plain(self, digest: Digest, codec: int, payload: bytes, plain_bytes: int) -> bytes:
         if plain_bytes > MAX_PLAIN_BYTES:
-            raise BlobError(digest, f"its recorded size of {plain_bytes} bytes is not allowed")
+            raise BlobError(digest, f"its recorded size of {plain_bytes} bytes is above the limit")
         if codec == Codec.RAW:
             plain = payload
         elif codec == Codec.ZSTD:
             plain = self._decompress(digest, payload, plain_bytes)
         else:
-            raise BlobError(digest, f"its codec {codec} is not known to this version")
+            raise BlobError(digest, f"unknown codec {codec}; use a newer casfs")
         if len(plain) != plain_bytes:
-            raise BlobError(digest, f"it holds {len(plain)} bytes where {plain_bytes} are recorded")
+            raise BlobError(
+                digest, f"it has {len(plain)} bytes instead of the recorded {plain_bytes}"
+            )
         return plain
 
     def _decompress(self, digest: Digest, payload: bytes, plain_bytes: int) -> bytes:
         try:
             frame = zstandard.get_frame_parameters(payload)
             if frame.content_size != plain_bytes:
-                raise BlobError(digest, "its compressed frame tells another size")
+                raise BlobError(digest, "its zstd frame has another size than recorded")
             if plain_bytes == 0:
-                # The decompressor would not look at what follows.
-                raise BlobError(digest, "nothing was compressed in it")
+                # The decompressor would ignore bytes after an empty frame.
+                raise BlobError(digest, "its zstd frame is empty")
             plain: bytes = self._decompressor().decompress(
                 payload, max_output_size=plain_bytes, allow_extra_data=False
             )
         except zstandard.ZstdError as error:
-            raise BlobError(digest, f"it does not decompress ({error})") from error
+            raise BlobError(digest, f"decompression failed ({error})") from error
         return plain
 
     def _compressor(self) -> zstandard.ZstdCompressor:
@@ -205,15 +210,15 @@ class BlobCodec:
 
 
 def _is_single_frame(payload: bytes, plain_bytes: int) -> bool:
-    """Tell whether a payload is one frame and nothing else, of the size that is recorded and allowed."""
+    """Return whether a payload is exactly one frame with the recorded size, which is within the limit."""
     try:
-        told: int = zstandard.frame_content_size(payload)
+        frame_bytes: int = zstandard.frame_content_size(payload)
         end = zstandard.frame_header_size(payload)
     except zstandard.ZstdError:
         return False
-    if told != plain_bytes or not 0 < plain_bytes <= MAX_PLAIN_BYTES:
+    if frame_bytes != plain_bytes or not 0 < plain_bytes <= MAX_PLAIN_BYTES:
         return False
-    # The decompressor of batches would not look at what follows: RFC 8878, 3.1.1.2 tells where blocks end.
+    # The batch decompressor would ignore trailing bytes; RFC 8878, 3.1.1.2 defines where blocks end.
     is_last = False
     while not is_last:
         header = int.from_bytes(payload[end : end + 3], "little")

@@ -1,6 +1,6 @@
 """The repository's configuration: a small text file that is written once (FORMAT.md, "Configuration").
 
-The first line tells the format, so that any version can say what it found; the last line is the
+The first line contains the format version, so that every version of casfs can name it. The last line is the
 BLAKE3 of all bytes before it.
 """
 
@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "config"
 MAX_CONFIG_BYTES = 1 << 20
 CIPHER = "aes-256-gcm"
-"""How packs and snapshots are encrypted, and the only way that there is so far."""
+"""The only cipher for packs and snapshots."""
 
 _MAX_CHUNK_BYTES = 16 * 1024 * 1024
 
@@ -28,7 +28,7 @@ _LAST_LINE = re.compile(rb"blake3 ([0-9a-f]{64})\n\Z")
 
 
 class ChunkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Parameters of FastCDC 2020, sizes in bytes; they never change in a repository's life."""
+    """Parameters of FastCDC 2020, sizes in bytes; they never change during a repository's life."""
 
     algorithm: str = "fastcdc-2020"
     min_bytes: int = 256 * 1024
@@ -39,7 +39,7 @@ class ChunkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EncryptionConfig(msgspec.Struct, frozen=True):
-    """How a repository is encrypted: the session that was made with it, and its own domain, both by id."""
+    """A repository's encryption: the ids of the session that was created with it and of its own domain."""
 
     cipher: str = ""
     session: str = ""
@@ -47,10 +47,10 @@ class EncryptionConfig(msgspec.Struct, frozen=True):
 
 
 class RepositoryConfig(msgspec.Struct, frozen=True):
-    """What was decided when the repository was made.
+    """The settings fixed when the repository was created.
 
-    `tree_seed` seeds the places where big directories are split; where the repository is encrypted, that
-    and the chunker's seed are secret, and 0 stands here.
+    `tree_seed` seeds the split points of large directories. In an encrypted repository that seed and the
+    chunker's seed are secret, and both fields are 0.
     """
 
     id: str
@@ -66,17 +66,17 @@ def new_config(created: str) -> RepositoryConfig:
 
 
 def encode_config(config: RepositoryConfig) -> bytes:
-    """Return the file's bytes."""
+    """Return the bytes of the configuration file."""
     body = msgspec.json.format(msgspec.json.encode(config), indent=2)
     text = b"casfs repository, format %d\n%s\n" % (FORMAT_VERSION, body)
     return text + b"blake3 %s\n" % digest_of(text).hex().encode()
 
 
 def decode_config(data: bytes, place: str) -> RepositoryConfig:
-    """Parse the file's bytes; `place` is named in errors.
+    """Parse the bytes of the configuration file; errors name `place`.
 
-    Raises NotFoundError where another program's file stands, FormatError for a format of another
-    version and IntegrityError for a damaged file.
+    Raise NotFoundError when the file belongs to another program, FormatError for another format version, and
+    IntegrityError for a damaged file.
     """
     first = _FIRST_LINE.match(data)
     if first is None:
@@ -92,24 +92,28 @@ def decode_config(data: bytes, place: str) -> RepositoryConfig:
     last = _LAST_LINE.search(data)
     if last is None or digest_of(data[: last.start()]).hex().encode() != last.group(1):
         raise IntegrityError(
-            f"the configuration {place} is damaged: its digest does not fit; restore it from a copy"
+            f"the configuration {place} is damaged: digest mismatch; restore it from a copy"
         )
     try:
         config = msgspec.json.decode(data[first.end() : last.start()], type=RepositoryConfig)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"the configuration {place} is damaged: {error}") from error
-    if config.encryption is not None and not _is_known(config.encryption):
+    if config.encryption is not None and not _is_supported(config.encryption):
         raise FormatError(
-            f"{place} is encrypted in a way that this casfs does not know: use a newer casfs"
+            f"{place} uses an encryption that this casfs does not support; use a newer casfs"
         )
     if not _ID.fullmatch(config.id):
-        raise IntegrityError(f"the configuration {place} is damaged: its id is none")
+        raise IntegrityError(
+            f"the configuration {place} is damaged: its id is not 64 hexadecimal digits"
+        )
     if not _is_usable(config.chunker):
-        raise FormatError(f"{place} has a chunker that this casfs does not know: use a newer casfs")
+        raise FormatError(
+            f"{place} uses a chunker that this casfs does not support; use a newer casfs"
+        )
     return config
 
 
-def _is_known(encryption: EncryptionConfig) -> bool:
+def _is_supported(encryption: EncryptionConfig) -> bool:
     ids = (encryption.session, encryption.domain)
     return encryption.cipher == CIPHER and all(map(_ID.fullmatch, ids))
 

@@ -1,10 +1,11 @@
-"""Sessions and domains: the secrets that encrypt a repository, and every key that is derived from them.
+"""Write sessions and dedup domains: the secrets of an encrypted repository, and all keys derived from them.
 
-A session is one writer's run: a fresh secret from which the keys of its packs and snapshots are derived. A
-domain is the secret that keys the digests of blobs and seeds the cuts, so that a writer finds again what
-it stored before; it opens nothing. Whoever unwraps a session has both (FORMAT.md, "Encryption").
+A write session is one writer's run: a fresh secret from which the keys of its packs and snapshots are
+derived. A dedup domain is the secret that keys blob digests and seeds the chunker and the directory splits,
+so that a writer recognizes blobs that it stored before; it decrypts nothing. A process that decrypts a
+session gets both (FORMAT.md, "Encryption").
 
-Values are immutable and may be shared between threads.
+Values are immutable; threads may share them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_DOMAINS = 1 << 16
 
 
 class KeyContext:
-    """The contexts of BLAKE3's key derivation, one for each use; they are part of the format."""
+    """The contexts of BLAKE3's key derivation, one for each purpose; they are part of the format."""
 
     SESSION_ID = "casfs 2026-11-23 session id"
     DOMAIN_ID = "casfs 2026-11-23 domain id"
@@ -39,20 +40,20 @@ class KeyContext:
 
 
 def derive(purpose: str, *parts: bytes, size: int = 32) -> bytes:
-    """Return `size` bytes derived from secrets of fixed lengths, as BLAKE3's `derive_key` does."""
+    """Return `size` bytes derived by BLAKE3's `derive_key` from secrets of fixed lengths."""
     return blake3(b"".join(parts), derive_key_context=purpose).digest(length=size)
 
 
 @dataclass(frozen=True)
 class DedupDomain:
-    """What makes digests and cuts in one repository (its id in bytes) differ from those of others."""
+    """The secret that makes the digests and cuts of a repository (its id in bytes) differ from all others."""
 
     repository: bytes
     secret: bytes
 
     @classmethod
     def new(cls, repository: bytes) -> DedupDomain:
-        """Return a domain that nobody had before."""
+        """Return a domain with a new random secret."""
         return cls(repository, secrets.token_bytes(SECRET_BYTES))
 
     def __repr__(self) -> str:
@@ -60,27 +61,27 @@ class DedupDomain:
 
     @functools.cached_property
     def id(self) -> DomainId:
-        """The name of the domain, which tells nothing of its secret."""
+        """The domain's id, which does not reveal its secret."""
         return DomainId(derive(KeyContext.DOMAIN_ID, self.secret, self.repository))
 
     @functools.cached_property
     def digest_key(self) -> bytes:
-        """The key of the digests of blobs."""
+        """The key of blob digests."""
         return derive(KeyContext.DIGEST_KEY, self.secret)
 
     @property
     def chunker_seed(self) -> int:
-        """The seed of the chunker: 63 bits, since the library takes no more."""
+        """The chunker's seed: 63 bits, the most that pyfastcdc accepts."""
         return int.from_bytes(derive(KeyContext.CHUNKER_SEED, self.secret, size=8), "little") >> 1
 
     @property
     def tree_seed(self) -> int:
-        """The seed of the places where big directories are split, 32 bits."""
+        """The seed of the split points of large directories, 32 bits."""
         return int.from_bytes(derive(KeyContext.TREE_SEED, self.secret, size=4), "little")
 
     @property
     def memory_key(self) -> bytes:
-        """The key of what a machine that cannot read remembers of unchanged files."""
+        """The key of the files cache of a machine that cannot read the repository."""
         return derive(KeyContext.MEMORY_KEY, self.secret)
 
 
@@ -88,7 +89,7 @@ class DedupDomain:
 class WriteSession:
     """A session's secrets; the first of the `domains` is its writer's own.
 
-    The id commits to the repository and to every secret, so that nothing else can be passed off as it.
+    The id commits to the repository and to every secret, so that no other session can have the same id.
     """
 
     repository: bytes
@@ -97,7 +98,7 @@ class WriteSession:
 
     @classmethod
     def new(cls, domains: Sequence[DedupDomain]) -> WriteSession:
-        """Return a session with a fresh secret."""
+        """Return a session with a new random secret."""
         return cls(domains[0].repository, secrets.token_bytes(SECRET_BYTES), tuple(domains))
 
     def __repr__(self) -> str:
@@ -105,20 +106,20 @@ class WriteSession:
 
     @functools.cached_property
     def id(self) -> SessionId:
-        """The name of the session."""
+        """The session's id."""
         parts = [self.secret, self.repository, *(domain.secret for domain in self.domains)]
         return SessionId(derive(KeyContext.SESSION_ID, *parts))
 
     def pack_key(self, salt: bytes) -> bytes:
-        """Return the key of the one pack that has this salt."""
+        """Return the key of the pack with this salt."""
         return derive(KeyContext.PACK_KEY, self.secret, salt)
 
     def snapshot_key(self, salt: bytes) -> bytes:
-        """Return the key of the one snapshot that has this salt."""
+        """Return the key of the snapshot with this salt."""
         return derive(KeyContext.SNAPSHOT_KEY, self.secret, salt)
 
     def domain_of(self, digest: bytes, plain: bytes) -> int:
-        """Return the place of the domain in which a blob has its digest; the first if it has none."""
+        """Return the index of the domain that keys a blob's digest; 0 if no domain matches."""
         for place, domain in enumerate(self.domains if len(self.domains) > 1 else ()):
             if blake3(plain, key=domain.digest_key).digest() == digest:
                 return place
@@ -126,7 +127,7 @@ class WriteSession:
 
 
 class Sessions(Protocol):
-    """What a store needs of whoever has the keys."""
+    """Access to decrypted sessions, as the blob store needs it."""
 
     def session(self, session_id: SessionId) -> WriteSession:
-        """Return a session's secrets; raise KeyMissingError, or SessionError where it is damaged."""
+        """Return a session's secrets; raise KeyMissingError, or SessionError when its file is damaged."""

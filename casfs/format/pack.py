@@ -1,7 +1,7 @@
-"""The pack format: parsing and building, apart from any I/O (see FORMAT.md, "Packs").
+"""The pack format: parsing and encoding, without I/O (FORMAT.md, "Packs").
 
-A pack is a header, then blob records one after another, then a directory of them, then a trailer.
-Every record carries its own small header, so that a damaged directory costs no intact blob.
+A pack is a header, the blob records, a directory of them, and a trailer. Every record has its own small
+header, so that a damaged directory costs no intact blob.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ assert HEADER.size == 16
 
 _SESSION = struct.Struct("<32s32s")
 SESSION_HEADER = HEADER.size + _SESSION.size
-"""Size in bytes of the header of an encrypted pack."""
+"""Size in bytes of an encrypted pack's header."""
 
 RECORD_MAGIC = b"cBLB"
 BLOB_HEADER = struct.Struct("<4sBBHII")
 assert BLOB_HEADER.size == 16
 
 DIRECTORY_KIND = 255
-"""The kind in the record header in front of the directory; no blob has it."""
+"""The kind in the directory's record header; no blob has it."""
 
 ENCRYPTED_KIND = 254
-"""The kind in the record header of an encrypted blob, whose own kind is told inside."""
+"""The kind in an encrypted blob's record header; the blob's own kind is inside the ciphertext."""
 
 ENTRY = struct.Struct("<32sIIBBH")
 assert ENTRY.size == 44
@@ -41,15 +41,15 @@ TRAILER = struct.Struct("<QII32sQ8s")
 assert TRAILER.size == 64
 
 MAX_STORED_BYTES = MAX_PLAIN_BYTES + 1024
-"""No payload is larger: one that does not shrink is stored raw; the rest is room for encryption."""
+"""The largest payload: a plaintext that does not shrink is stored raw; the rest is room for encryption."""
 
 MAX_PACK_BLOBS = 1 << 16
 MAX_PACK_BYTES = 1 << 31
-"""Bounds on what a reader accepts; a writer stays far below the size."""
+"""Limits that a reader enforces; a writer stays far below the size."""
 
 
 class PackEntry(NamedTuple):
-    """One blob of a pack: `offset` is where its payload begins, in bytes from the pack's start."""
+    """A blob's directory entry; `offset` is the start of its payload, in bytes from the pack's start."""
 
     digest: Digest
     offset: int
@@ -60,25 +60,25 @@ class PackEntry(NamedTuple):
 
 
 def encode_header() -> bytes:
-    """Return the bytes that every pack begins with."""
+    """Return the header of an unencrypted pack."""
     return HEADER.pack(PACK_MAGIC, PACK_VERSION, HEADER.size, 0)
 
 
 def encode_session_header(session: bytes, salt: bytes) -> bytes:
-    """Return the bytes that an encrypted pack begins with."""
+    """Return the header of an encrypted pack."""
     return HEADER.pack(PACK_MAGIC, PACK_VERSION, SESSION_HEADER, 0) + _SESSION.pack(session, salt)
 
 
 def parse_session(pack: PackId, data: bytes) -> tuple[bytes, bytes]:
-    """Return the session and the salt of an encrypted pack from its first bytes; raises PackError."""
+    """Return the session id and the salt from an encrypted pack's first bytes; raise PackError."""
     if parse_header(pack, data) < SESSION_HEADER or len(data) < SESSION_HEADER:
-        raise PackError(pack, "it is not encrypted, as all of this repository is")
+        raise PackError(pack, "not encrypted, although its repository is")
     session, salt = _SESSION.unpack_from(data, HEADER.size)
     return session, salt
 
 
 def encode_record_header(kind: int, codec: int, stored_bytes: int, plain_bytes: int) -> bytes:
-    """Return the header that goes before a payload."""
+    """Return the record header that precedes a payload."""
     return BLOB_HEADER.pack(RECORD_MAGIC, kind, codec, 0, stored_bytes, plain_bytes)
 
 
@@ -90,8 +90,8 @@ def encode_end(
 ) -> bytes:
     """Return the directory's record, which begins at `directory_offset`, and the trailer.
 
-    `encrypt` makes the stored directory of its offset and its bytes; `variant` means nothing, and gives
-    the pack another name.
+    `encrypt` returns the stored directory, given its offset and its bytes. `variant` has no meaning except
+    that another value gives the pack another name.
     """
     directory = b"".join(
         ENTRY.pack(e.digest, e.stored_bytes, e.plain_bytes, e.kind, e.codec, 0) for e in entries
@@ -109,35 +109,35 @@ def encode_end(
 
 
 def parse_header(pack: PackId, data: bytes) -> int:
-    """Check a pack's first bytes and return where its records begin."""
+    """Check a pack's first bytes and return the offset of its first record; raise PackError."""
     if len(data) < HEADER.size:
-        raise PackError(pack, "it is shorter than a pack's header")
+        raise PackError(pack, "shorter than a pack header")
     magic, version, header_bytes, _ = HEADER.unpack_from(data)
     if magic != PACK_MAGIC:
-        raise PackError(pack, "it does not begin as a pack does")
+        raise PackError(pack, "its header has the wrong magic")
     if version != PACK_VERSION:
-        raise PackError(pack, f"it has pack version {version}; this casfs reads {PACK_VERSION}")
+        raise PackError(pack, f"pack version {version}; this casfs reads {PACK_VERSION}")
     if header_bytes < HEADER.size:
-        raise PackError(pack, "its header tells an impossible length")
+        raise PackError(pack, "its header has an invalid length")
     return int(header_bytes)
 
 
 def parse_trailer(
     pack: PackId, data: bytes, pack_bytes: int, overhead_bytes: int = 0
 ) -> tuple[int, int, int, Digest]:
-    """Return the directory's offset, length in bytes, entry count and digest; `data` is the tail.
+    """Return the directory's offset, size in bytes, entry count and digest; `data` is the trailer.
 
-    `overhead_bytes` is what encryption adds to a directory.
+    `overhead_bytes` is the number of bytes that encryption adds to a directory. Raise PackError.
     """
     if len(data) != TRAILER.size:
-        raise PackError(pack, "it is shorter than a pack's trailer")
+        raise PackError(pack, "shorter than a pack trailer")
     offset, directory_bytes, count, digest, _, magic = TRAILER.unpack(data)
     if magic != TRAILER_MAGIC:
-        raise PackError(pack, "its end is missing or damaged")
+        raise PackError(pack, "its trailer is missing or damaged")
     if count > MAX_PACK_BLOBS or directory_bytes != count * ENTRY.size + overhead_bytes:
-        raise PackError(pack, "its trailer tells an impossible directory")
+        raise PackError(pack, "its trailer has an invalid directory size")
     if offset + directory_bytes + TRAILER.size != pack_bytes:
-        raise PackError(pack, "its trailer does not fit its length")
+        raise PackError(pack, "its trailer contradicts its length")
     return offset, directory_bytes, count, Digest(digest)
 
 
@@ -148,25 +148,25 @@ def parse_directory(
     end: int,
     decrypt: Callable[[PackId, int, bytes], bytes] | None = None,
 ) -> list[PackEntry]:
-    """Return the entries of a directory whose digest was told by the trailer.
+    """Return the entries of a directory; `digest` is the digest in the trailer. Raise PackError.
 
-    `end` is the offset of the directory's own record header: the last payload ends there. `decrypt` makes
-    the directory of the pack's name, its own offset and its bytes as stored.
+    `end` is the offset of the directory's record header, where the last payload ends. `decrypt` returns the
+    directory, given the pack's name, the directory's offset and its stored bytes.
     """
     if digest_of(data) != digest:
         raise PackError(pack, "directory digest mismatch")
     if decrypt is not None:
         data = decrypt(pack, end + BLOB_HEADER.size, data)
     if len(data) % ENTRY.size:
-        raise PackError(pack, "its directory has an impossible size")
+        raise PackError(pack, "its directory has an invalid size")
     fields = list(ENTRY.iter_unpack(data))
     offset = end - sum(BLOB_HEADER.size + stored_bytes for _, stored_bytes, *_ in fields)
     if offset < HEADER.size:
-        raise PackError(pack, "its directory does not fit its length")
+        raise PackError(pack, "its directory contradicts its length")
     entries: list[PackEntry] = []
     for blob, stored_bytes, plain_bytes, kind, codec, _ in fields:
         if stored_bytes > MAX_STORED_BYTES or plain_bytes > MAX_PLAIN_BYTES:
-            raise PackError(pack, "its directory tells an impossible blob size")
+            raise PackError(pack, "its directory has an invalid blob size")
         offset += BLOB_HEADER.size
         entries.append(PackEntry(Digest(blob), offset, stored_bytes, plain_bytes, kind, codec))
         offset += stored_bytes
@@ -174,7 +174,7 @@ def parse_directory(
 
 
 def parse_record_header(data: bytes, offset: int = 0) -> tuple[int, int, int, int] | None:
-    """Return kind, codec, stored and plain bytes, or None where no sound record header stands."""
+    """Return kind, codec, stored and plain bytes of a record header, or None if the header is not valid."""
     if len(data) - offset < BLOB_HEADER.size:
         return None
     magic, kind, codec, reserved, stored_bytes, plain_bytes = BLOB_HEADER.unpack_from(data, offset)
@@ -189,10 +189,10 @@ def parse_record_header(data: bytes, offset: int = 0) -> tuple[int, int, int, in
 
 
 def scan_records(data: bytes | memoryview, offset: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Walk the records without a directory: yield offset of payload, kind, codec, stored, plain bytes.
+    """Scan records without the directory: yield payload offset, kind, codec, stored and plain bytes.
 
-    Where a record header is damaged the walk goes on at the next place that looks like one, so what it
-    yields must be verified by decoding; that is why no digest is stored in a record header.
+    After a damaged record header the scan continues at the next record magic. So the caller must verify each
+    result by decoding it; therefore a record header contains no digest.
     """
     raw = bytes(data)
     while offset < len(raw):

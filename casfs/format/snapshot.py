@@ -1,7 +1,7 @@
-"""Snapshots: a root node with its circumstances, in one small file named by the digest of its bytes.
+"""Snapshots: a root node with metadata, in one small file named by the digest of its bytes.
 
-See FORMAT.md, "Snapshots". The file is a blob record of its own; a tagged snapshot is a new one that
-says which it replaces.
+See FORMAT.md, "Snapshots". The file has its own header and is compressed like a blob. A retagged snapshot is
+a new snapshot that names the one it replaces.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_SNAPSHOT_BYTES = 32 * 1024 * 1024
 
 
 class Envelope(NamedTuple):
-    """What an encrypted snapshot tells to anybody: its session, its time, and sizes in bytes."""
+    """The unencrypted header of an encrypted snapshot: its session, its time, and sizes in bytes."""
 
     session: SessionId
     salt: bytes
@@ -40,7 +40,7 @@ class Envelope(NamedTuple):
 
 
 class SnapshotStats(msgspec.Struct, frozen=True):
-    """What a backup did; sizes in bytes, `seconds` of wall time."""
+    """Totals of a backup; sizes in bytes, `seconds` of wall time."""
 
     files: int = 0
     directories: int = 0
@@ -58,8 +58,8 @@ class SnapshotStats(msgspec.Struct, frozen=True):
 class Snapshot(msgspec.Struct, frozen=True):
     """A published snapshot.
 
-    `time_ns` is nanoseconds since 1970; `paths` are what was asked for, as bytes. `users` and `groups`
-    are the names of the owners at the time of the backup, sorted by number.
+    `time_ns` is nanoseconds since 1970. `paths` are the requested sources, as bytes. `users` and `groups` are
+    the owners' names at the time of the backup, sorted by number.
     """
 
     root: Node
@@ -83,10 +83,9 @@ _decoder = msgspec.msgpack.Decoder(Snapshot)
 def encode_snapshot(
     snapshot: Snapshot, codec: BlobCodec, session: WriteSession | None = None
 ) -> tuple[SnapshotId, bytes]:
-    """Return the snapshot's id and the bytes of its file, encrypted in a session if there is one.
+    """Return the snapshot's id and the bytes of its file, encrypted in `session` if given.
 
-    Raises UsageError for one that no reader would accept: with too many paths, or with text that is not
-    Unicode.
+    Raise UsageError for a snapshot that readers would refuse: too many paths, or text that is not Unicode.
     """
     plain = _encode(snapshot, MAX_PLAIN_BYTES)
     ((kind, payload),) = codec.encode_many([plain])
@@ -98,7 +97,7 @@ def encode_snapshot(
 
 
 def require_encodable(snapshot: Snapshot, room_bytes: int) -> None:
-    """Raise UsageError for a snapshot that could not be encoded if it took some more bytes."""
+    """Raise UsageError if the snapshot plus `room_bytes` would exceed the size limit."""
     _encode(snapshot, MAX_PLAIN_BYTES - room_bytes)
 
 
@@ -109,22 +108,22 @@ def _encode(snapshot: Snapshot, max_bytes: int) -> bytes:
         raise UsageError(f"the host, user or tag {error.object!r} is not UTF-8") from error
     if len(plain) > max_bytes:
         raise UsageError(
-            f"the snapshot's paths and other circumstances take {len(plain)} bytes where "
-            f"{max_bytes} are allowed; name fewer paths"
+            f"the snapshot's paths and other metadata take {len(plain)} bytes; the limit is "
+            f"{max_bytes}; name fewer paths"
         )
     return plain
 
 
 def read_envelope(snapshot_id: SnapshotId, data: bytes) -> Envelope | None:
-    """Return what an encrypted snapshot's file tells without a key, None for one that is not encrypted.
+    """Return an encrypted snapshot's unencrypted header, None for a snapshot that is not encrypted.
 
-    Raises TreeError when it is not what its name says.
+    Raise TreeError when the data do not match the id.
     """
     kind, _ = _read_header(snapshot_id, data)
     if kind != ENCRYPTED:
         return None
     if len(data) < HEADER.size + _ENVELOPE.size:
-        raise TreeError(f"snapshot {snapshot_id.hex()[:12]} is damaged: it is too short")
+        raise TreeError(f"snapshot {snapshot_id.hex()[:12]} is damaged: too short")
     session, salt, *rest = _ENVELOPE.unpack_from(data, HEADER.size)
     return Envelope(SessionId(session), salt, *rest)
 
@@ -132,9 +131,9 @@ def read_envelope(snapshot_id: SnapshotId, data: bytes) -> Envelope | None:
 def decode_snapshot(
     snapshot_id: SnapshotId, data: bytes, codec: BlobCodec, sessions: Sessions | None = None
 ) -> Snapshot:
-    """Parse a snapshot's file; raises TreeError when it is not what its name says.
+    """Parse a snapshot's file; raise TreeError when it does not match its id or breaks the format's rules.
 
-    In an encrypted repository `sessions` has the keys; what it raises is raised here.
+    In an encrypted repository `sessions` provides the keys; its errors are passed on.
     """
     label = snapshot_id.hex()[:12]
     kind, plain_bytes = _read_header(snapshot_id, data)
@@ -149,10 +148,10 @@ def decode_snapshot(
     except BlobError as error:
         raise TreeError(f"snapshot {label} is damaged: {error.reason}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
-        raise TreeError(f"snapshot {label} does not parse: {error}") from error
+        raise TreeError(f"snapshot {label} cannot be parsed: {error}") from error
     check_node(snapshot.root)
     if snapshot.root.kind != NodeType.DIRECTORY:
-        raise TreeError(f"snapshot {label} has a root that is not a directory")
+        raise TreeError(f"snapshot {label} is invalid: its root is not a directory")
     return snapshot
 
 
@@ -161,10 +160,10 @@ def _read_header(snapshot_id: SnapshotId, data: bytes) -> tuple[int, int]:
     if bytes(digest_of(data)) != snapshot_id:
         raise TreeError(f"snapshot {label} is damaged: digest mismatch")
     if len(data) < HEADER.size:
-        raise TreeError(f"snapshot {label} is damaged: it is too short")
+        raise TreeError(f"snapshot {label} is damaged: too short")
     magic, version, kind, _, plain_bytes = HEADER.unpack_from(data)
     if magic != MAGIC or version != SNAPSHOT_VERSION or plain_bytes > MAX_PLAIN_BYTES:
-        raise TreeError(f"snapshot {label} has a form that this casfs does not read")
+        raise TreeError(f"snapshot {label} has an unsupported format; use a newer casfs")
     return kind, plain_bytes
 
 
@@ -192,6 +191,6 @@ def _decrypted(snapshot_id: SnapshotId, data: bytes, sessions: Sessions) -> tupl
     session = sessions.session(envelope.session)
     inner = decrypt_snapshot(session, envelope.salt, data[end:], data[:end])
     if len(inner) < _INNER.size:
-        raise BlobError(b"", "what is encrypted in it is too short")
+        raise BlobError(b"", "its decrypted payload is too short")
     kind, plain_bytes = _INNER.unpack_from(inner)
     return kind, plain_bytes, inner[_INNER.size :]

@@ -1,8 +1,8 @@
-"""Trees and nodes: what a directory and an entry of it are on disk (FORMAT.md, "Trees").
+"""Trees and nodes: the stored form of a directory and of its entries (FORMAT.md, "Trees").
 
-Parsing and building, apart from any I/O. A tree blob is msgpack of arrays in a fixed order; digests are
-those of the stored bytes and never of a re-encoding. Everything that is decoded is checked: names,
-their order, sizes and summaries, since what is read may be hostile.
+Parsing and encoding, without I/O. A tree blob is msgpack of arrays with a fixed order of fields. Digests are
+those of the stored bytes, never of a re-encoding. Stored data may be hostile, so everything that is decoded
+is checked: names, their order, sizes and summaries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from casfs.errors import TreeError
 R = TypeVar("R", bound=msgspec.Struct)
 
 MAX_DEPTH = 4096
-"""Directories below one another that are walked; a deeper path cannot be named by one system call."""
+"""The deepest nesting that is walked; a deeper path cannot be named in one system call."""
 
 MAX_PIECE_LEVELS = 8
 MAX_NAME_BYTES = 255
@@ -31,7 +31,7 @@ _MAX_DEVICE = (1 << 64) - 1
 
 
 class NodeType(IntEnum):
-    """What an entry is."""
+    """The type of an entry."""
 
     FILE = 1
     DIRECTORY = 2
@@ -43,7 +43,7 @@ class NodeType(IntEnum):
 
 
 _FILE, _DIRECTORY, _SYMLINK = map(int, (NodeType.FILE, NodeType.DIRECTORY, NodeType.SYMLINK))
-"""Plain numbers, for what is asked of every node."""
+"""Plain integers, for checks of every node."""
 
 
 class CaptureState(IntEnum):
@@ -58,7 +58,10 @@ _CHANGED = int(CaptureState.CHANGED)
 
 
 class ChangeReason(IntEnum):
-    """Why a capture was not simply stable; DAMAGED is what a repair left of one that lost chunks."""
+    """The reason why a capture was not simply stable.
+
+    DAMAGED marks a file that lost chunks and was repaired.
+    """
 
     NONE = 0
     GREW = 1
@@ -71,10 +74,10 @@ class ChangeReason(IntEnum):
 
 
 class TreeRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A tree by digest, with the summary of all that is below it.
+    """A tree by digest, with a summary of everything below it.
 
-    `nodes` counts every entry below at any depth, `total_bytes` the sizes of the regular files among them,
-    `flagged` those whose state is `changed`.
+    `nodes` counts the entries below at any depth, `total_bytes` is the sum of the regular files' sizes,
+    `flagged` counts the files whose state is `changed`.
     """
 
     digest: bytes
@@ -84,9 +87,9 @@ class TreeRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Capture(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """The evidence of a capture that was not simply stable at the first attempt.
+    """The evidence of a capture that was not stable at the first attempt.
 
-    `observed` is the digest that the last witness read saw, where it differs from the captured one.
+    `observed` is the digest that the last verifying read found, if it differs from the captured digest.
     """
 
     reason: int
@@ -95,7 +98,7 @@ class Capture(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class NodeExtra(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What few nodes have: xattrs sorted by name, device number, file system of a hard link, capture."""
+    """Rarely used fields: xattrs sorted by name, device number, file system of a hard link, capture."""
 
     xattrs: tuple[tuple[bytes, bytes], ...] = ()
     rdev: int = 0
@@ -106,11 +109,12 @@ class NodeExtra(msgspec.Struct, array_like=True, frozen=True, gc=False):
 class Node(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """An entry of a directory.
 
-    `mode` has the permission bits with setuid, setgid and sticky; times are nanoseconds since 1970 and
-    may be negative; `size` is the number of bytes captured. `content` is a file's list of extents
-    (see `casfs.trees.content`; `levels` says how many lists deep it goes) or a symlink's target.
-    `captured` is the plain BLAKE3 of the whole file as stored; it is None where the one blob's unkeyed
-    digest, or that of no bytes, is the same. `racy` marks a file that is not trusted as unchanged.
+    `mode` contains the permission bits with setuid, setgid and sticky. Times are nanoseconds since 1970 and
+    may be negative. `size` is the number of bytes captured. `content` is a file's list of extents (see
+    `casfs.trees.content`; `levels` is the number of lists above the extents) or a symlink's target.
+    `captured` is the plain BLAKE3 of the whole file as stored. It is None where the file's only blob has the
+    same unkeyed digest, or where the file is empty. `racy` means that the next backup must not trust the file
+    as unchanged.
     """
 
     name: bytes
@@ -133,20 +137,20 @@ class Node(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Leaf(msgspec.Struct, array_like=True, frozen=True, tag=0, gc=False):
-    """A tree piece that holds entries, sorted by name."""
+    """A tree piece with entries, sorted by name."""
 
     nodes: list[Node]
 
 
 class PieceRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A piece of a split directory: the name it begins with, and its summary."""
+    """A piece of a split directory: its first name and its summary."""
 
     first: bytes
     tree: TreeRef
 
 
 class Branch(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
-    """A tree piece that holds pieces, sorted by their first names."""
+    """A tree piece with references to pieces, sorted by their first names."""
 
     pieces: list[PieceRef]
 
@@ -158,27 +162,27 @@ _names = operator.attrgetter("name")
 
 
 def encode_node(node: Node) -> bytes:
-    """Return one entry's bytes, as they stand in a leaf."""
+    """Return an entry's bytes as stored in a leaf."""
     return _encoder.encode(node)
 
 
 def encode_piece(piece: Leaf | Branch) -> bytes:
-    """Return a tree blob's bytes."""
+    """Return the bytes of a tree blob."""
     return _encoder.encode(piece)
 
 
 def encode_leaf(encoded_nodes: list[bytes]) -> bytes:
-    """Return the bytes of a leaf whose entries are encoded already: the same as `encode_piece`'s."""
+    """Return the bytes of a leaf from encoded entries, equal to those of `encode_piece`."""
     head = _encoder.encode([None] * len(encoded_nodes))[: -len(encoded_nodes) or None]
     return b"\x92\x00" + head + b"".join(encoded_nodes)
 
 
 def decode_piece(data: bytes) -> Leaf | Branch:
-    """Parse and check a tree blob; raises TreeError for anything that breaks the format's rules."""
+    """Parse and check a tree blob; raise TreeError for data that break the format's rules."""
     try:
         piece: Leaf | Branch = _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError, OverflowError) as error:
-        raise TreeError(f"a tree does not parse: {error}") from error
+        raise TreeError(f"a tree cannot be parsed: {error}") from error
     if isinstance(piece, Leaf):
         _check_leaf(piece.nodes)
     else:
@@ -191,20 +195,20 @@ def _check_leaf(nodes: list[Node]) -> None:
     _check_order(names)
     joined = b"/".join(names)
     if b"\0" in joined or joined.count(b"/") != max(len(names) - 1, 0):
-        raise TreeError("a tree holds a name with a slash or NUL in it")
+        raise TreeError("a tree has a name with a slash or NUL")
     if names and (max(map(len, names)) > MAX_NAME_BYTES or not names[0]):
-        raise TreeError("a tree holds a name that is empty or too long")
+        raise TreeError("a tree has a name that is empty or too long")
     if b"." in names or b".." in names:
-        raise TreeError("a tree holds an entry named . or ..")
+        raise TreeError("a tree has an entry named . or ..")
     for node in nodes:
         check_node(node)
 
 
 def check_node(node: Node) -> None:
-    """Raise TreeError for an entry whose fields contradict each other or are out of bounds."""
+    """Raise TreeError for an entry whose fields are inconsistent or out of bounds."""
     kind = node.kind
     if kind == _FILE:
-        sound = (
+        is_valid = (
             node.tree is None
             and 0 <= node.size <= MAX_FILE_BYTES
             and 0 <= node.levels <= MAX_PIECE_LEVELS
@@ -213,13 +217,13 @@ def check_node(node: Node) -> None:
             and 0 <= node.state <= 2
         )
     elif kind == _DIRECTORY:
-        sound = node.tree is not None and _is_valid(node.tree)
+        is_valid = node.tree is not None and _is_valid(node.tree)
     else:
-        sound = node.tree is None and 3 <= kind <= 7
+        is_valid = node.tree is None and 3 <= kind <= 7
         if kind == _SYMLINK:
-            sound = sound and len(node.content) > 0 and b"\0" not in node.content
+            is_valid = is_valid and len(node.content) > 0 and b"\0" not in node.content
     if not (
-        sound
+        is_valid
         and 0 <= node.mode <= 0o7777
         and 0 <= node.uid <= _MAX_OWNER
         and 0 <= node.gid <= _MAX_OWNER
@@ -257,7 +261,7 @@ def _check_branch(pieces: list[PieceRef]) -> None:
 
 def _check_order(names: list[bytes]) -> None:
     if not all(map(_less, names, names[1:])):
-        raise TreeError("the names of a tree are not sorted, or one stands twice")
+        raise TreeError("the names of a tree are not sorted or not unique")
 
 
 def _is_valid(ref: TreeRef) -> bool:
@@ -269,12 +273,12 @@ def _is_valid(ref: TreeRef) -> bool:
 
 
 def subtree_count(node: Node) -> int:
-    """Return how many nodes an entry stands for: itself and all below it."""
+    """Return the number of nodes in an entry's subtree, including itself."""
     return 1 if node.tree is None else 1 + node.tree.nodes
 
 
 def subtree_summary(nodes: list[Node]) -> tuple[int, int, int]:
-    """Return the sums over entries: nodes, bytes of regular files, flagged files."""
+    """Return the totals over entries: nodes, bytes of regular files, changed files."""
     count = len(nodes)
     size = flagged = 0
     for node in nodes:
@@ -291,7 +295,7 @@ def subtree_summary(nodes: list[Node]) -> tuple[int, int, int]:
 
 
 def captured_digest(node: Node) -> Digest | None:
-    """Return the plain BLAKE3 of a regular file as it was captured; None for anything else."""
+    """Return the plain BLAKE3 of a regular file's captured bytes; None for other types."""
     if node.kind != NodeType.FILE:
         return None
     if node.captured is not None:
@@ -300,17 +304,17 @@ def captured_digest(node: Node) -> Digest | None:
 
 
 def capture_of(node: Node) -> Capture | None:
-    """Return the evidence of a file's capture, or None where it was simply stable."""
+    """Return the evidence of a file's capture, or None where the capture was simply stable."""
     return node.extra.capture if node.extra is not None else None
 
 
 def hard_link_key(node: Node) -> tuple[int, int] | None:
-    """Return device and inode of an entry that may have other names, or None where it has one name."""
+    """Return device and inode of an entry that may have other names, or None for an entry with one name."""
     if node.nlink > 1 and node.kind != NodeType.DIRECTORY and node.extra is not None:
         return node.extra.device, node.inode
     return None
 
 
 def replace(record: R, **changes: Any) -> R:
-    """Return a copy of a node, or of another record of a tree, with some fields changed."""
+    """Return a copy of a record with some fields changed."""
     return msgspec.structs.replace(record, **changes)

@@ -140,7 +140,7 @@ def test_a_body_that_does_not_parse_is_damage(body: bytes) -> None:
     ],
 )
 def test_an_encryption_that_is_not_known_is_refused(encryption: dict[str, str]) -> None:
-    with pytest.raises(FormatError, match="encrypted in a way"):
+    with pytest.raises(FormatError, match="uses an encryption"):
         decode_config(with_fields(encryption=encryption), "here")
 
 

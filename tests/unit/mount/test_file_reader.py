@@ -297,7 +297,7 @@ class TestChunkCache:
     def test_the_chunk_cache_reports_a_failure_to_every_reader(self) -> None:
         shelf = Shelf()
         bad = digest_of(b"bad")
-        shelf.failing[bad] = BlobError(bad, "it does not decompress")
+        shelf.failing[bad] = BlobError(bad, "decompression failed")
         cache = shelf.cache()
         shelf.gate = threading.Event()
         told: list[str] = []
@@ -316,7 +316,7 @@ class TestChunkCache:
         shelf.gate.set()
         for thread in threads:
             thread.join()
-        assert told == ["it does not decompress"] * 4
+        assert told == ["decompression failed"] * 4
 
     def test_the_chunk_cache_stays_in_its_bounds_and_keeps_what_is_used(self) -> None:
         shelf = Shelf()
