@@ -139,7 +139,7 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
             seconds=round(time.monotonic() - began, 3),
         ),
     )
-    snapshot_id = None if options.dry_run else repository.publish(snapshot)
+    snapshot_id = None if options.dry_run else repository.snapshots.publish(snapshot)
     return BackupResult(snapshot_id, snapshot, stats.missing_sources)
 
 
@@ -149,12 +149,12 @@ def _find_parent(
     if not options.use_parent:
         return None
     if options.parent is not None:
-        return repository.resolve(options.parent)
+        return repository.snapshots.resolve(options.parent)
     if repository.is_locked:
         return None
     paths = _kept_paths(options)
     newest: tuple[SnapshotId, Snapshot] | None = None
-    for snapshot_id, snapshot in repository.snapshots():
+    for snapshot_id, snapshot in repository.snapshots.iterate():
         if snapshot.host == options.host and snapshot.paths == paths:
             newest = snapshot_id, snapshot
     return newest

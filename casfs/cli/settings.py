@@ -129,7 +129,7 @@ class KeyOptions:
 
 def unlocked(root: Path, unlock: Unlock) -> Identities | None:
     """Return what opens the repository in a folder, None where it is not encrypted."""
-    from casfs.repository.repository import read_config
+    from casfs.repository.opening import read_config
     from casfs.storage.local import LocalStorage
 
     config = read_config(root.absolute())

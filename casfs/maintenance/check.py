@@ -80,7 +80,7 @@ class Checker:
         self._walk_snapshots()
         if self.result.damage:
             # A snapshot that was forgotten during the check has no losses.
-            existing = set(self._repository.snapshot_ids())
+            existing = set(self._repository.snapshots.ids())
             self.result.damage = [
                 damage
                 for damage in self.result.damage
@@ -88,10 +88,10 @@ class Checker:
             ]
 
     def _walk_snapshots(self) -> None:
-        for snapshot_id in self._repository.snapshot_ids():
+        for snapshot_id in self._repository.snapshots.ids():
             self.result.snapshots += 1
             try:
-                snapshot = self._repository.load(snapshot_id)
+                snapshot = self._repository.snapshots.load(snapshot_id)
             except CasfsError as error:
                 self._report(Finding("snapshot", str(error), snapshot=snapshot_id))
                 continue

@@ -88,7 +88,7 @@ def plan_policy(
     Raises RefusedError where the policy keeps no snapshot of a group, unless `allow_all`.
     """
     groups: dict[GroupKey, list[Candidate]] = {}
-    for snapshot_id, snapshot in repository.snapshots():
+    for snapshot_id, snapshot in repository.snapshots.iterate():
         if choice.accepts(snapshot):
             key = grouping.key(snapshot)
             groups.setdefault(key, []).append(Candidate(snapshot_id, snapshot))
@@ -113,14 +113,14 @@ def select_by_name(
     found: dict[SnapshotId, Candidate] = {}
     for name in names:
         if name == "latest":
-            snapshot_id, _ = repository.resolve(name)
+            snapshot_id, _ = repository.snapshots.resolve(name)
         else:
-            snapshot_id = repository.resolve_id(name)
+            snapshot_id = repository.snapshots.resolve_id(name)
         try:
-            found[snapshot_id] = Candidate(snapshot_id, repository.load(snapshot_id))
+            found[snapshot_id] = Candidate(snapshot_id, repository.snapshots.load(snapshot_id))
         except IntegrityError:
             found[snapshot_id] = Candidate(snapshot_id, None)
-    left = {snapshot_id for snapshot_id, _ in repository.snapshots()} - found.keys()
+    left = {snapshot_id for snapshot_id, _ in repository.snapshots.iterate()} - found.keys()
     if not left and not allow_all:
         raise RefusedError(
             "no snapshot would be left; nothing was forgotten (pass --unsafe-allow-remove-all to force it)"
@@ -137,9 +137,9 @@ def forget(repository: Repository, candidates: Iterable[Candidate]) -> int:
     for candidate in candidates:
         snapshot = candidate.snapshot
         if snapshot is not None and snapshot.replaces is not None:
-            repository.delete_snapshot(SnapshotId(snapshot.replaces))
+            repository.snapshots.delete(SnapshotId(snapshot.replaces))
         try:
-            repository.delete_snapshot(candidate.snapshot_id)
+            repository.snapshots.delete(candidate.snapshot_id)
         except NotFoundError:
             continue
         count += 1

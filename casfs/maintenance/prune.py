@@ -68,8 +68,8 @@ def remove_unneeded_sessions(repository: Repository) -> int:
         for pack, _ in repository.store.stored_packs():
             head = storage.read(pack_name(pack), 0, SESSION_HEADER)
             needed.add(parse_session(pack, head)[0])
-        for snapshot_id in repository.snapshot_ids():
-            envelope = repository.envelope(snapshot_id)
+        for snapshot_id in repository.snapshots.ids():
+            envelope = repository.snapshots.envelope(snapshot_id)
             if envelope is not None:
                 needed.add(envelope.session)
     except CasfsError as error:
@@ -184,7 +184,7 @@ class Pruner:
         waiting = self._remove_unneeded(unneeded)
         if repacked:
             self._repack_and_remove(repacked, waiting)
-        self._index.keep_complete(set(self._repository.snapshot_ids()))
+        self._index.keep_complete(set(self._repository.snapshots.ids()))
         remove_unneeded_sessions(self._repository)
         return self.result
 
@@ -239,10 +239,10 @@ class Pruner:
         A snapshot that vanishes meanwhile may have been replaced, so the list is read again until it
         has no new entry.
         """
-        while new := set(self._repository.snapshot_ids()) - self._marked:
+        while new := set(self._repository.snapshots.ids()) - self._marked:
             for snapshot_id in sorted(new):
                 try:
-                    self._used.add(self._repository.load(snapshot_id).root)
+                    self._used.add(self._repository.snapshots.load(snapshot_id).root)
                 except NotFoundError:
                     continue
                 except IntegrityError as error:

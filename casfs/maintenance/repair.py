@@ -60,7 +60,7 @@ class SwappedSnapshots:
         self.files: dict[SnapshotId, bytes] = {}
         self._storage = repository.store.storage
         self._misnamed: dict[SnapshotId, bytes] = {}
-        damaged = {name for name in repository.snapshot_ids() if _is_damaged(repository, name)}
+        damaged = {name for name in repository.snapshots.ids() if _is_damaged(repository, name)}
         names: dict[str, SnapshotId | None] = {f"snapshots/{id_.hex()}": id_ for id_ in damaged}
         if damaged:
             # An interrupted rename_back leaves files there.
@@ -94,7 +94,7 @@ class SwappedSnapshots:
 
 def _is_damaged(repository: Repository, snapshot_id: SnapshotId) -> bool:
     try:
-        repository.load(snapshot_id)
+        repository.snapshots.load(snapshot_id)
     except IntegrityError:
         return True
     except CasfsError:
@@ -185,7 +185,7 @@ class SnapshotRepairer:
         """
         swapped = self._rename_swapped()
         damaged = self._find_damaged(read, swapped)
-        for snapshot_id in self._repository.snapshot_ids():
+        for snapshot_id in self._repository.snapshots.ids():
             if snapshot_id in damaged:
                 self._repair_one(snapshot_id)
             else:
@@ -212,7 +212,7 @@ class SnapshotRepairer:
     def _repair_one(self, snapshot_id: SnapshotId) -> None:
         self._current = SnapshotRepair(snapshot_id)
         try:
-            snapshot = self._repository.load(snapshot_id)
+            snapshot = self._repository.snapshots.load(snapshot_id)
         except NotFoundError:
             return
         except IntegrityError as error:
@@ -231,7 +231,7 @@ class SnapshotRepairer:
         if root.tree is not None and root.tree.nodes == 0 and self._current.dropped:
             self._drop_snapshot(snapshot_id, "none of its data is left")
         elif not self._dry_run:
-            self._current.new_id = self._repository.replace_snapshot(
+            self._current.new_id = self._repository.snapshots.replace(
                 snapshot_id, snapshot, root=root
             )
 
@@ -249,7 +249,7 @@ class SnapshotRepairer:
             log.warning("%s; no copy of the snapshot file is kept", error)
         else:
             storage.write(f"{DAMAGED_FOLDER}/{snapshot_id.hex()}", data)
-        self._repository.delete_snapshot(snapshot_id)
+        self._repository.snapshots.delete(snapshot_id)
 
     def _rewrite(self, writer: BlobWriter, root: Node) -> Node:
         """Return the root of the remaining tree; read only directories with losses below them."""

@@ -85,7 +85,7 @@ def pack_stats(repository: Repository) -> PackStats:
 def repository_stats(repository: Repository) -> RepositoryStats:
     """Return the sizes of the whole repository, from the index and the snapshots' summaries."""
     packs = repository.store.index.packs()
-    totals = [snapshot.root.tree for _, snapshot in repository.snapshots()]
+    totals = [snapshot.root.tree for _, snapshot in repository.snapshots.iterate()]
     return RepositoryStats(
         snapshots=len(totals),
         packs=len(packs),
@@ -101,9 +101,9 @@ def snapshot_stats(repository: Repository, spec: str) -> SnapshotContentStats:
 
     Raises NotFoundError, and BlobError or TreeError where a tree of any snapshot is damaged.
     """
-    snapshot_id, _, _, node = repository.resolve_path(spec)
+    snapshot_id, _, _, node = repository.snapshots.resolve_path(spec)
     others = UsedBlobs(repository)
-    for other_id, other in repository.snapshots():
+    for other_id, other in repository.snapshots.iterate():
         if other_id != snapshot_id:
             others.add(other.root)
     needs = UsedBlobs(repository, others.blobs)

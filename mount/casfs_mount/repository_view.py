@@ -274,7 +274,7 @@ class RepositoryView:
     def _read_list(self) -> bool:
         """Bring what is shown into agreement with the repository; tell whether that changed it."""
         now = self._clock()
-        found = set(self._sources.repository.snapshot_ids())
+        found = set(self._sources.repository.snapshots.ids())
         if not found:
             # No snapshots are one thing; no repository, because a disk is gone, is another.
             self._sources.repository.store.storage.size(CONFIG_NAME)
@@ -283,7 +283,7 @@ class RepositoryView:
         new: list[tuple[SnapshotId, Snapshot]] = []
         for snapshot_id in found - self._shown.keys() - self._unreadable:
             try:
-                new.append((snapshot_id, self._sources.repository.load(snapshot_id)))
+                new.append((snapshot_id, self._sources.repository.snapshots.load(snapshot_id)))
             except NotFoundError:
                 continue
             except StorageError as error:

@@ -24,6 +24,7 @@ import trio
 from casfs.display import escape_path
 from casfs.errors import CasfsError, KeyMissingError, UsageError
 from casfs.format.tree import NodeType
+from casfs.repository.opening import OpenOptions, open_for_reading
 from casfs.repository.repository import Repository
 from casfs_mount.background import BackgroundPool
 from casfs_mount.blob_reader import BlobReader
@@ -114,7 +115,7 @@ def _serve_behind(request: MountRequest, background: Background) -> None:
 def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
     given = request.identities
     unlock = (lambda storage, config: given) if given is not None else None
-    repository = Repository.open(request.repository, reader="mount", unlock=unlock)
+    repository = open_for_reading(request.repository, OpenOptions(unlock=unlock), reader="mount")
     repository.store.index.prefetch(INDEX_PREFETCH_BYTES)
     waiting = EventLoopGuard()
     blobs = BlobReader(repository.store, waiting)
@@ -170,7 +171,7 @@ def open_view(sources: MountContext, snapshot: str | None) -> View:
     if snapshot is None:
         _refuse_if_closed(sources.repository)
         return RepositoryView(sources)
-    snapshot_id, loaded, path, root = sources.repository.resolve_path(snapshot)
+    snapshot_id, loaded, path, root = sources.repository.snapshots.resolve_path(snapshot)
     if root.kind != NodeType.DIRECTORY:
         raise UsageError(f"only a directory can be mounted: {escape_path(path)} is none")
     return SnapshotView(sources, snapshot_id, loaded, root, ROOT)
@@ -179,9 +180,9 @@ def open_view(sources: MountContext, snapshot: str | None) -> View:
 def _refuse_if_closed(repository: Repository) -> None:
     """Raise KeyMissingError where there are snapshots, and the identities open none of them."""
     missing: KeyMissingError | None = None
-    for snapshot_id in repository.snapshot_ids() if repository.vault is not None else ():
+    for snapshot_id in repository.snapshots.ids() if repository.vault is not None else ():
         try:
-            repository.load(snapshot_id)
+            repository.snapshots.load(snapshot_id)
         except KeyMissingError as error:
             missing = error
         except CasfsError:

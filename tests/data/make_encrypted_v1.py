@@ -21,7 +21,7 @@ from casfs.backup.run import BackupOptions, run_backup
 from casfs.crypto import age
 from casfs.crypto.recipients import parse_recipient
 from casfs.monitor import RecordingMonitor
-from casfs.repository.repository import Repository
+from casfs.repository.opening import create_repository, open_for_writing
 from tests.data.make_repository_v1 import describe, fill
 from tests.support.encryption import identities
 
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"] = f"{name}/own"
         recipients = [parse_recipient(public), parse_recipient(ssh_public.read_text())]
-        Repository.create(folder, recipients, PASSPHRASE)
+        create_repository(folder, recipients, PASSPHRASE)
         ssh_public.unlink()
         source = Path(name) / "source"
         source.mkdir()
@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
                 options = BackupOptions(
                     (b".",), host="frozen", tags=("one",), time_ns=number * 10**18
                 )
-                with Repository.open(folder, "backup") as repository:
+                with open_for_writing(folder, "backup") as repository:
                     run_backup(repository, options, RecordingMonitor())
                 (source / "later").write_bytes(b"in the second session\n" * 50)
         finally:

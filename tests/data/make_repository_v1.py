@@ -31,6 +31,12 @@ from casfs.format.tree import (
     captured_digest,
 )
 from casfs.monitor import RecordingMonitor
+from casfs.repository.opening import (
+    OpenOptions,
+    create_repository,
+    open_for_reading,
+    open_for_writing,
+)
 from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, ContentWriter
 from casfs.trees.writer import TreeWriter
@@ -42,11 +48,11 @@ if TYPE_CHECKING:
 def main(folder: Path) -> None:
     """Write the repository and, beside it, the manifest."""
     shutil.rmtree(folder, ignore_errors=True)
-    Repository.create(folder)
+    create_repository(folder)
     with tempfile.TemporaryDirectory() as name:
         source = Path(name)
         fill(source)
-        with Repository.open(folder, "backup") as repository:
+        with open_for_writing(folder, "backup") as repository:
             here = os.getcwd()
             os.chdir(source)
             try:
@@ -149,7 +155,7 @@ def publish_by_hand(repository: Repository) -> None:
     )
     root = Node(b"", NodeType.DIRECTORY, 0o755, 0, 0, *times, 2, 2, tree=tree.finish())
     writer.finish()
-    repository.publish(
+    repository.snapshots.publish(
         Snapshot(
             root=root,
             time_ns=1_700_000_100_000_000_000,
@@ -166,8 +172,8 @@ def publish_by_hand(repository: Repository) -> None:
 def describe(folder: Path, unlock: Unlock | None = None) -> dict[str, dict[str, dict[str, object]]]:
     """Return what is in every snapshot: by id and path, all that a user would miss."""
     found: dict[str, dict[str, dict[str, object]]] = {}
-    with Repository.open(folder, unlock=unlock) as repository:
-        for snapshot_id, snapshot in repository.snapshots():
+    with open_for_reading(folder, OpenOptions(unlock=unlock)) as repository:
+        for snapshot_id, snapshot in repository.snapshots.iterate():
             entries = found.setdefault(snapshot_id.hex(), {})
             for path, node in repository.trees.walk(snapshot.root):
                 digest = captured_digest(node)

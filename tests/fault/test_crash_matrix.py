@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from casfs.repository.repository import Repository
+from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.restore.target_fs import TEMPORARY_PREFIX
 from casfs.storage.locks import RepositoryLock
 from tests.support.observation import FLAGGED, LOST, Files, look_at_source
@@ -162,7 +162,7 @@ class TestPrune:
         self, grown: Scene, index: str
     ) -> None:
         """A backup that runs beside the next command looks into the index between any two commits."""
-        with Repository.open(grown.root) as repository:
+        with open_for_reading(grown.root) as repository:
             condemned = repository.store.index.marked_for_removal()
             blobs = [
                 digest.hex()
@@ -183,7 +183,7 @@ class TestPrune:
         if index == "missing":
             for path in (grown.root / "index").iterdir():
                 path.unlink()
-        with Repository.open(grown.root, "backup", sync=False, on_step=look):
+        with open_for_writing(grown.root, "backup", OpenOptions(sync=False, on_step=look)):
             pass
         assert trusted
         assert not any(trusted)

@@ -21,7 +21,7 @@ from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import PackSelection
 from casfs.maintenance.storage_check import check_storage
 from casfs.monitor import RecordingMonitor
-from casfs.repository.repository import Repository
+from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.base import Storage
 from tests.data.make_encrypted_v1 import shortened
@@ -65,7 +65,7 @@ def test_each_key_of_the_frozen_repository_shows_all_its_entries(
 
 
 def test_the_frozen_encrypted_repository_verifies_with_a_key_and_without(frozen: Path) -> None:
-    with Repository.open(frozen, unlock=by_age) as repository:
+    with open_for_reading(frozen, OpenOptions(unlock=by_age)) as repository:
         result = Checker(repository, RecordingMonitor()).check(PackSelection())
         storage = check_storage(repository.store.storage, repository.config, RecordingMonitor())
     assert (result.damage, storage.damage) == ([], [])
@@ -75,8 +75,8 @@ def test_the_frozen_encrypted_repository_verifies_with_a_key_and_without(frozen:
 def test_every_file_of_the_frozen_encrypted_repository_restores_with_its_digest(
     frozen: Path, tmp_path: Path
 ) -> None:
-    with Repository.open(frozen, unlock=by_age) as repository:
-        _, snapshot = repository.resolve("latest")
+    with open_for_reading(frozen, OpenOptions(unlock=by_age)) as repository:
+        _, snapshot = repository.snapshots.resolve("latest")
         monitor = RecordingMonitor()
         result = Restorer(repository, RestoreOptions(), monitor).restore(
             b"", snapshot.root, bytes(tmp_path / "target"), with_root=True
@@ -96,9 +96,12 @@ def test_every_file_of_the_frozen_encrypted_repository_restores_with_its_digest(
 
 def test_the_frozen_encrypted_repository_shows_nothing_without_a_key(frozen: Path) -> None:
     with pytest.raises(KeyMissingError, match="check --storage"):
-        Repository.open(frozen)
-    with Repository.open(frozen, closed_ok=True) as repository, pytest.raises(KeyMissingError):
-        list(repository.snapshots())
+        open_for_reading(frozen)
+    with (
+        open_for_reading(frozen, OpenOptions(allow_locked=True)) as repository,
+        pytest.raises(KeyMissingError),
+    ):
+        list(repository.snapshots.iterate())
 
 
 def test_objects_of_the_frozen_encrypted_repository_are_named_by_their_digests() -> None:
@@ -116,7 +119,7 @@ def test_a_backup_into_the_frozen_encrypted_repository_finds_stored_blobs(
     source = tmp_path / "source"
     source.mkdir()
     (source / "there").write_bytes(there)
-    with Repository.open(frozen, "backup", unlock=by_age) as repository:
+    with open_for_writing(frozen, "backup", OpenOptions(unlock=by_age)) as repository:
         digest = repository.codec.digest(there)
         place = repository.store.index.lookup(digest)
         assert place is not None

@@ -16,7 +16,7 @@ from casfs.format.tree import NodeType
 from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
-from casfs.repository.repository import Repository
+from casfs.repository.opening import open_for_reading, open_for_writing
 from casfs.restore.restorer import RestoreOptions, Restorer
 from tests.data.make_repository_v1 import describe
 
@@ -43,7 +43,7 @@ def test_the_frozen_repository_lists_all_its_entries(frozen: Path) -> None:
 
 
 def test_every_byte_of_the_frozen_repository_verifies(frozen: Path) -> None:
-    with Repository.open(frozen) as repository:
+    with open_for_reading(frozen) as repository:
         result = Checker(repository, RecordingMonitor()).check(PackSelection())
     assert result.damage == []
     assert result.snapshots == 2
@@ -55,8 +55,8 @@ def test_every_file_of_the_frozen_repository_restores_with_its_digest(
 ) -> None:
     digests = 0
     told = manifest()
-    with Repository.open(frozen) as repository:
-        for snapshot_id, snapshot in repository.snapshots():
+    with open_for_reading(frozen) as repository:
+        for snapshot_id, snapshot in repository.snapshots.iterate():
             target = tmp_path / snapshot_id.hex()
             monitor = RecordingMonitor()
             options = RestoreOptions()
@@ -89,7 +89,7 @@ def test_a_backup_into_the_frozen_repository_stores_only_new_blobs(
     source.mkdir()
     (source / "there").write_bytes(there)
     (source / "new").write_bytes(b"nothing of the kind")
-    with Repository.open(frozen, "backup") as repository:
+    with open_for_writing(frozen, "backup") as repository:
         place = repository.store.index.lookup(digest_of(there))
         assert place is not None
         run_backup(repository, BackupOptions((bytes(source),)), RecordingMonitor())

@@ -26,6 +26,7 @@ from casfs.errors import CasfsError
 from casfs.format.codec import BlobKind
 from casfs.format.pack import TRAILER, parse_trailer
 from casfs.format.snapshot import HEADER, decode_snapshot
+from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
 from tests.support.damage import SoundRepository
@@ -203,8 +204,8 @@ def test_trees_and_snapshots_of_any_bytes_that_verify_do_no_harm(
     sound: SoundRepository, depth: int, edits: list[Edit], swap: tuple[int, bytes] | None
 ) -> None:
     scene = tampered_copy(sound)
-    with Repository.open(scene.root, "test", sync=False) as repository:
-        _, snapshot = repository.resolve(sound.first)
+    with open_for_writing(scene.root, "test", OpenOptions(sync=False)) as repository:
+        _, snapshot = repository.snapshots.resolve(sound.first)
         assert snapshot.root.tree is not None
         chain = [snapshot.root.tree.digest]
         inside = [*os.fsencode(scene.source).lstrip(b"/").split(b"/"), b"a"]

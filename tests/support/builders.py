@@ -25,6 +25,12 @@ from casfs.format.tree import (
     replace,
 )
 from casfs.monitor import RecordingMonitor
+from casfs.repository.opening import (
+    OpenOptions,
+    create_repository,
+    open_for_reading,
+    open_for_writing,
+)
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
 from casfs.trees.content import EXTENT
@@ -104,7 +110,7 @@ class Keeper:
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "repository"
-        Repository.create(self.root)
+        create_repository(self.root)
 
     def back_up(self, *sources: Path, **options: Any) -> tuple[SnapshotId, Snapshot]:
         """Publish a snapshot of the sources and return it."""
@@ -129,7 +135,7 @@ class Keeper:
             writer.finish()
             known: dict[str, Any] = {"time_ns": MTIME_NS, "host": "here", "user": "me"}
             snapshot = Snapshot(root, **({"paths": (b".",)} | known | fields))
-            return repository.publish(snapshot), snapshot
+            return repository.snapshots.publish(snapshot), snapshot
 
     def store(self, *chunks: bytes) -> None:
         """Store blobs of data."""
@@ -140,10 +146,10 @@ class Keeper:
             writer.finish()
 
     def writing(self) -> Repository:
-        return Repository.open(self.root, "test", sync=False)
+        return open_for_writing(self.root, "test", OpenOptions(sync=False))
 
     def reading(self) -> Repository:
-        return Repository.open(self.root)
+        return open_for_reading(self.root)
 
     def damage(self, digest: Digest) -> None:
         """Flip a bit of a blob where it is stored."""

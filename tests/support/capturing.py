@@ -28,6 +28,7 @@ from casfs.index.schema import Location
 from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import Problem, RecordingMonitor
+from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.store.blob_store import pack_name
@@ -167,6 +168,6 @@ class Keeper:
 @contextmanager
 def keeper(folder: Path, encrypted: bool = False) -> Iterator[Keeper]:
     """Make a repository and open it for backups."""
-    Repository.create(folder, (RECIPIENT,) if encrypted else ())
-    with Repository.open(folder, "test", sync=False, unlock=unlock) as repository:
+    create_repository(folder, (RECIPIENT,) if encrypted else ())
+    with open_for_writing(folder, "test", OpenOptions(unlock=unlock, sync=False)) as repository:
         yield Keeper(repository)

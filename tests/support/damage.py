@@ -16,6 +16,7 @@ from casfs.digest import Digest
 from casfs.format.pack import BLOB_HEADER, TRAILER
 from casfs.format.tree import Node, NodeType
 from casfs.paths import join
+from casfs.repository.opening import create_repository, open_for_reading
 from casfs.repository.repository import Repository
 from casfs.storage.locks import RepositoryLock
 from casfs.store.blob_store import pack_name
@@ -91,26 +92,26 @@ class SoundRepository:
             left = lock.read_bytes()
         self.foreign = folder / "foreign"
         foreign = Scene(stage, self.foreign, scene.source / "b")
-        Repository.create(foreign.root)
+        create_repository(foreign.root)
         foreign.back_up()
         condemned = scene.root / "condemned"
         self.foreign_condemned = folder / "condemned"
         (told,) = os.listdir(condemned)
         self.foreign_condemned.write_bytes((condemned / told).read_bytes().replace(b"1", b"2"))
-        with Repository.open(scene.root) as repository:
+        with open_for_reading(scene.root) as repository:
             # Who opens a repository removes these.
             for name in (lock.name, "f" * 16):
                 (scene.root / "locks" / name).write_bytes(left)
             self.targets = self._find_targets(repository)
             self.reaches = {
                 snapshot_id.hex(): _reaches(repository, scene.root, snapshot.root)
-                for snapshot_id, snapshot in repository.snapshots()
+                for snapshot_id, snapshot in repository.snapshots.iterate()
             }
         self.published: dict[str, Files] = dict(scene.published)
 
     def _find_targets(self, repository: Repository) -> dict[str, Target]:
         root = self.scene.root
-        _, snapshot = repository.resolve(self.first)
+        _, snapshot = repository.snapshots.resolve(self.first)
         inside = os.fsencode(self.scene.source).lstrip(b"/")
         file = repository.trees.resolve(snapshot.root, inside + b"/a/3")
         folder = repository.trees.resolve(snapshot.root, inside + b"/a")

@@ -13,6 +13,12 @@ from casfs.digest import SnapshotId
 from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import DedupDomain, WriteSession
 from casfs.monitor import RecordingMonitor
+from casfs.repository.opening import (
+    OpenOptions,
+    create_repository,
+    open_for_reading,
+    open_for_writing,
+)
 from casfs.repository.repository import Repository
 from casfs.storage.base import Storage
 
@@ -61,13 +67,13 @@ class EncryptedKeeper:
 
     def __init__(self, folder: Path, *recipients: Recipient) -> None:
         self.root = folder / "repository"
-        self.config = Repository.create(self.root, recipients or (RECIPIENT,))
+        self.config = create_repository(self.root, recipients or (RECIPIENT,))
 
     def writing(self, verb: str = "test") -> Repository:
-        return Repository.open(self.root, verb, sync=False, closed_ok=True)
+        return open_for_writing(self.root, verb, OpenOptions(allow_locked=True, sync=False))
 
     def reading(self) -> Repository:
-        return Repository.open(self.root, unlock=unlock)
+        return open_for_reading(self.root, OpenOptions(unlock=unlock))
 
     def back_up(self, *sources: Path, **options: object) -> BackupResult:
         """Publish a snapshot of the sources without being able to read any."""

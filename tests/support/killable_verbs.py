@@ -41,8 +41,14 @@ from casfs.maintenance.prune import PruneOptions, Pruner
 from casfs.maintenance.repair import SnapshotRepairer, repair_index
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import Progress, RecordingMonitor
+from casfs.repository import opening
+from casfs.repository.opening import (
+    OpenOptions,
+    open_for_maintenance,
+    open_for_reading,
+    open_for_writing,
+)
 from casfs.repository.repository import Repository
-from casfs.repository.tagging import retag
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage
@@ -72,7 +78,9 @@ class KillingProgress(Progress):
 def act_backup(
     root: Path, step: Step, source: str, host: str = "here", **options: Any
 ) -> dict[str, Any]:
-    with Repository.open(root, "backup", sync=options.pop("sync", True), on_step=step) as found:
+    with open_for_writing(
+        root, "backup", OpenOptions(sync=options.pop("sync", True), on_step=step)
+    ) as found:
         chosen = BackupOptions((os.fsencode(source),), host=host, **options)
         monitor = RecordingMonitor()
         result = run_backup(found, chosen, monitor)
@@ -88,29 +96,31 @@ def act_backup(
 def act_prune(
     root: Path, step: Step, share: float = 0.25, margin_s: float = 0.0, sync: bool = True
 ) -> dict[str, Any]:
-    opened = Repository.open(root, "prune", LockMode.MAINTENANCE, sync=sync, on_step=step)
+    opened = open_for_maintenance(root, "prune", OpenOptions(sync=sync, on_step=step))
     with opened as repository:
         options = PruneOptions(share, margin_s)
         return dataclasses.asdict(Pruner(repository, options, RecordingMonitor()).prune())
 
 
 def act_forget(root: Path, step: Step, ids: list[str], sync: bool = True) -> int:
-    with Repository.open(root, "forget", sync=sync, on_step=step) as repository:
+    with open_for_writing(root, "forget", OpenOptions(sync=sync, on_step=step)) as repository:
         found = []
         for name in ids:
-            snapshot_id = repository.resolve_id(name)
-            found.append(Candidate(snapshot_id, repository.load(snapshot_id)))
+            snapshot_id = repository.snapshots.resolve_id(name)
+            found.append(Candidate(snapshot_id, repository.snapshots.load(snapshot_id)))
         return forget(repository, found)
 
 
 def act_tag(root: Path, step: Step, id: str, tags: list[str], sync: bool = True) -> str:
-    with Repository.open(root, "tag", sync=sync, on_step=step) as repository:
-        snapshot_id, snapshot = repository.resolve(id)
-        return retag(repository, snapshot_id, snapshot, tuple(tags))[0].hex()
+    with open_for_writing(root, "tag", OpenOptions(sync=sync, on_step=step)) as repository:
+        snapshot_id, snapshot = repository.snapshots.resolve(id)
+        return repository.snapshots.retag(snapshot_id, snapshot, tuple(tags))[0].hex()
 
 
 def act_repair_index(root: Path, step: Step, sync: bool = True) -> dict[str, int]:
-    opened = Repository.open(root, "repair index", LockMode.EXCLUSIVE, sync=sync, on_step=step)
+    opened = open_for_maintenance(
+        root, "repair index", OpenOptions(sync=sync, on_step=step), mode=LockMode.EXCLUSIVE
+    )
     with opened as repository:
         repaired = repair_index(repository)
         return {"packs": repaired.packs, "blobs": repaired.blobs}
@@ -120,9 +130,7 @@ def act_repair_snapshots(
     root: Path, step: Step, read_data: bool = True, sync: bool = True
 ) -> list[dict[str, Any]]:
     monitor = RecordingMonitor()
-    opened = Repository.open(
-        root, "repair snapshots", LockMode.MAINTENANCE, sync=sync, on_step=step
-    )
+    opened = open_for_maintenance(root, "repair snapshots", OpenOptions(sync=sync, on_step=step))
     with opened as repository:
         repairer = SnapshotRepairer(repository, monitor)
         result = repairer.repair(PackSelection() if read_data else None)
@@ -145,8 +153,8 @@ def act_restore(
     object.__setattr__(progress, "on_step", step)
     Progress.__init__(progress)
     monitor.progress = progress
-    with Repository.open(root, reader="restore") as repository:
-        _, found = repository.resolve(snapshot)
+    with open_for_reading(root, reader="restore") as repository:
+        _, found = repository.snapshots.resolve(snapshot)
         restorer = Restorer(repository, RestoreOptions(**options), monitor)
         result = restorer.restore(b"", found.root, os.fsencode(target), False)
     problems = [
@@ -159,7 +167,7 @@ def act_restore(
 def act_check(
     root: Path, step: Step, read_data: bool = True, share: float = 1.0
 ) -> list[dict[str, Any]]:
-    with Repository.open(root, reader="check", takes_notes=True) as repository:
+    with open_for_reading(root, reader="check", may_write_index=True) as repository:
         choice = PackSelection(share) if read_data else None
         result = Checker(repository, RecordingMonitor()).check(choice)
     return [
@@ -175,12 +183,12 @@ def act_check(
 
 
 def act_look(root: Path, step: Step) -> dict[str, dict[str, str]]:
-    with Repository.open(root) as repository:
+    with open_for_reading(root) as repository:
         return look_at_snapshots(repository)
 
 
 def act_look_through_the_mount(root: Path, step: Step) -> dict[str, dict[str, str]]:
-    with Repository.open(root) as repository:
+    with open_for_reading(root) as repository:
         return look_through_the_mount(repository)
 
 
@@ -193,7 +201,7 @@ def act_look_with_a_key(
     def unlock(storage: Storage, config: RepositoryConfig) -> Identities:
         return Identities([age.identity_from_line(secret)])
 
-    with Repository.open(root, unlock=unlock) as repository:
+    with open_for_reading(root, OpenOptions(unlock=unlock)) as repository:
         seen = look_at_snapshots(repository)
         return {"read": seen, "mounted": look_through_the_mount(repository) if seen else {}}
 
@@ -203,15 +211,11 @@ def act_at_home(
 ) -> Any:
     """Do another act on an encrypted repository as who lives there, with a key or without any."""
     _live_in(home)
-    open_it = Repository.open
 
     def unlock(storage: Storage, config: RepositoryConfig) -> Identities:
         return Identities([age.identity_from_line(secret)] if secret is not None else [])
 
-    def opened(*rest: Any, **more: Any) -> Repository:
-        return open_it(*rest, **{**more, "unlock": unlock, "closed_ok": secret is None})
-
-    setattr(Repository, "open", opened)  # noqa: B010 - mypy refuses to assign to a method
+    _fix_options(unlock=unlock, allow_locked=secret is None)
     return ACTS[does](root, step, **arguments)
 
 
@@ -243,18 +247,27 @@ def act_command(
     return {"exit": code, "out": said[0], "err": said[1]}
 
 
+def _fix_options(**fixed: Any) -> None:
+    """Open every repository in this process with these options, whatever the command asks for."""
+    make = OpenOptions.__init__
+
+    def made(self: OpenOptions, *rest: Any, **more: Any) -> None:
+        make(self, *rest, **{**more, **fixed})
+
+    setattr(OpenOptions, "__init__", made)  # noqa: B010 - mypy refuses to assign to a method
+    for name, value in fixed.items():
+        object.__setattr__(opening._DEFAULTS, name, value)
+
+
 def _tell_steps(step: Step) -> None:
     """Have every storage and every repository that is opened in this process tell its steps."""
-    make, open_it = LocalStorage.__init__, Repository.open
+    make = LocalStorage.__init__
+    _fix_options(on_step=step)
 
     def made(self: LocalStorage, *rest: Any, **more: Any) -> None:
         make(self, *rest, **{**more, "on_step": step})
 
-    def opened(*rest: Any, **more: Any) -> Repository:
-        return open_it(*rest, **{**more, "on_step": step})
-
     setattr(LocalStorage, "__init__", made)  # noqa: B010 - mypy refuses to assign to a method
-    setattr(Repository, "open", opened)  # noqa: B010
 
 
 def _live_in(home: str) -> None:

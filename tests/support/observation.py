@@ -55,7 +55,7 @@ def look_at_snapshots(repository: Repository) -> dict[str, Files]:
     """Describe every snapshot that is listed, by its id."""
     return {
         snapshot_id.hex(): _look(repository, snapshot.root)
-        for snapshot_id, snapshot in repository.snapshots()
+        for snapshot_id, snapshot in repository.snapshots.iterate()
     }
 
 

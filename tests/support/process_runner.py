@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import casfs
-from casfs.repository.repository import Repository
+from casfs.repository.opening import create_repository
 from tests.support.observation import Files, look_at_source
 from tests.support.stores import noise
 
@@ -159,7 +159,7 @@ class Scene:
 def make_scene(stage: Stage, folder: Path) -> Scene:
     """Make an empty repository in a folder, and a source outside the disk of the repository."""
     scene = Scene(stage, folder / "repository", folder / "source")
-    Repository.create(scene.root)
+    create_repository(scene.root)
     scene.source.mkdir()
     return scene
 

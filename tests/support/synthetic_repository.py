@@ -18,7 +18,7 @@ from casfs.digest import digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node, NodeType
-from casfs.repository.repository import Repository
+from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import EXTENT
 from casfs.trees.writer import TreeWriter
@@ -101,8 +101,8 @@ class _Planter:
 
 def plant(root: Path, shape: Shape) -> int:
     """Make a repository of that shape; return how many entries its last snapshot has below the root."""
-    Repository.create(root)
-    with Repository.open(root, "plant", sync=False) as repository:
+    create_repository(root)
+    with open_for_writing(root, "plant", OpenOptions(sync=False)) as repository:
         writer = repository.writer()
         planter = _Planter(writer)
         constant = [planter.directory(b"home", (planter.file(b"%03d" % n) for n in range(200)))]
@@ -125,7 +125,7 @@ def plant(root: Path, shape: Shape) -> int:
             )
         writer.finish()
         for snapshot in snapshots:
-            repository.publish(snapshot)
+            repository.snapshots.publish(snapshot)
         tree = snapshots[-1].root.tree
         return tree.nodes if tree is not None else 0
 

@@ -174,7 +174,7 @@ def backup(
     from casfs.backup.exclude import Exclusions
     from casfs.backup.reflink import Freeze
     from casfs.backup.run import BackupOptions, run_backup
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_writing
 
     sources = [os.fsencode(path) for path in paths]
     if sys.stdin is None and (stdin or "-" in files_from):
@@ -226,13 +226,10 @@ def backup(
     if recipients_file is not None:
         unlock = _expecting(root, recipients_file, unlock)
     with (
-        Repository.open(
+        open_for_writing(
             root,
             "backup",
-            level=compression,
-            sync=settings.sync,
-            unlock=unlock,
-            closed_ok=True,
+            OpenOptions(unlock=unlock, allow_locked=True, level=compression, sync=settings.sync),
         ) as repository,
         monitor,
     ):
@@ -307,7 +304,7 @@ def _expecting(root: Path, file: Path, unlock: Unlock) -> Unlock:
     """Return what unlocks a repository only if it has just the recipients that a file names."""
     from casfs.cli.commands.key import recipients_in
     from casfs.crypto.key_manager import require_recipients, trust_current_recipients
-    from casfs.repository.repository import read_config
+    from casfs.repository.opening import read_config
 
     expected = recipients_in(file)
     if read_config(root).encryption is None:

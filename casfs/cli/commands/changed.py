@@ -29,13 +29,15 @@ def changed(settings: Settings, snap: str) -> None:
     """
     from casfs.cli.entry_format import NodeFields, format_reason
     from casfs.format.tree import captured_digest
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_reading
     from casfs.trees.reader import flagged_files
 
     output = settings.output()
     count = 0
-    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
-        snapshot_id, snapshot, path, node = repository.resolve_path(snap)
+    with open_for_reading(
+        settings.repository_path(), OpenOptions(unlock=settings.unlock)
+    ) as repository:
+        snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(snap)
         fields = NodeFields(snapshot).fields
         for below, file in flagged_files(repository.trees, node, path):
             count += 1

@@ -64,7 +64,7 @@ def check(
     """
     from casfs.maintenance.check import Checker
     from casfs.maintenance.scrub import PackSelection
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_reading
 
     if storage_only:
         if read_data or (subset, older_than_s, max_duration_s) != (None, None, None):
@@ -81,8 +81,8 @@ def check(
     monitor = CommandMonitor(output, "check")
     root = settings.repository_path()
     with (
-        Repository.open(
-            root, reader="check", takes_notes=True, unlock=settings.unlock
+        open_for_reading(
+            root, OpenOptions(unlock=settings.unlock), reader="check", may_write_index=True
         ) as repository,
         monitor,
     ):
@@ -137,7 +137,7 @@ def _print_result(output: Output, found: list[Finding]) -> None:
 
 def _check_storage(settings: Settings) -> int:
     from casfs.maintenance.storage_check import check_storage
-    from casfs.repository.repository import read_config
+    from casfs.repository.opening import read_config
     from casfs.storage.local import LocalStorage
 
     root = settings.repository_path()

@@ -45,14 +45,16 @@ def diff(settings: Settings, before: str, after: str) -> int:
     """
     from casfs.cli.entry_format import NodeFields
     from casfs.query.diff import Differ, ancestor_dirs
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_reading
 
     output = settings.output()
     monitor = CommandMonitor(output, "diff")
     summary = _Summary()
-    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
-        old_id, old, old_path, old_node = repository.resolve_path(before)
-        new_id, new, new_path, new_node = repository.resolve_path(after)
+    with open_for_reading(
+        settings.repository_path(), OpenOptions(unlock=settings.unlock)
+    ) as repository:
+        old_id, old, old_path, old_node = repository.snapshots.resolve_path(before)
+        new_id, new, new_path, new_node = repository.snapshots.resolve_path(after)
         passages = ancestor_dirs(old.paths, old_path) | ancestor_dirs(new.paths, new_path)
         differ = Differ(repository.trees, monitor, passages)
         told = NodeFields(old), NodeFields(new)

@@ -32,17 +32,17 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
     """
     from casfs.format.node_types import NODE_TYPES
     from casfs.format.tree import NodeType
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_reading
 
     output = settings.output()
     monitor = CommandMonitor(output, "dump")
     with (
-        Repository.open(
-            settings.repository_path(), reader="dump", unlock=settings.unlock
+        open_for_reading(
+            settings.repository_path(), OpenOptions(unlock=settings.unlock), reader="dump"
         ) as repository,
         ExitStack() as stack,
     ):
-        snapshot_id, snapshot, path, node = repository.resolve_path(snap)
+        snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(snap)
         kind = NodeType(node.kind)
         if kind not in (NodeType.FILE, NodeType.DIRECTORY):
             raise CasfsError(

@@ -58,7 +58,7 @@ def find(
     from casfs.cli.entry_format import NodeFields, format_state
     from casfs.format.node_types import TYPES_BY_LETTER
     from casfs.query.find import Finder, Query
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_reading
 
     if pattern is None and not only_flagged:
         raise UsageError("say what to look for: a PATTERN, or --changed")
@@ -68,7 +68,9 @@ def find(
     query = Query(pattern, ignore_case, kinds, only_flagged)
     output = settings.output()
     monitor = CommandMonitor(output, "find")
-    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
+    with open_for_reading(
+        settings.repository_path(), OpenOptions(unlock=settings.unlock)
+    ) as repository:
         finder = Finder(repository.trees, query, monitor)
         for snapshot_id, snapshot, top, root in _searched(repository, snaps):
             fields = NodeFields(snapshot).fields
@@ -88,11 +90,13 @@ def _searched(
 ) -> list[tuple[SnapshotId, Snapshot, bytes, Node]]:
     """Return the places to look in, the newest snapshot first."""
     if snaps:
-        named = {(found[0], found[2]): found for found in map(repository.resolve_path, snaps)}
+        named = {
+            (found[0], found[2]): found for found in map(repository.snapshots.resolve_path, snaps)
+        }
         places = sorted(named.values(), key=lambda found: (found[1].time_ns, found[0]))
     else:
         places = [
             (snapshot_id, snapshot, b"", snapshot.root)
-            for snapshot_id, snapshot in repository.snapshots()
+            for snapshot_id, snapshot in repository.snapshots.iterate()
         ]
     return places[::-1]

@@ -90,8 +90,9 @@ def forget(
     from casfs.maintenance.forget import forget, plan_policy, select_by_name
     from casfs.maintenance.prune import PruneOptions
     from casfs.maintenance.retention import Policy
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
     from casfs.repository.snapshot_filter import SnapshotFilter
+    from casfs.storage.locks import LockMode
 
     policy = Policy(
         last=keep_last,
@@ -107,17 +108,19 @@ def forget(
     _check_options(snaps, policy, not choice.is_empty())
     grouping = _grouping(group_by)
     root, output = settings.repository_path(), settings.output()
-    # A dry run changes nothing, and needs not be allowed to.
-    with Repository.open(
-        root,
-        None if dry_run else "forget",
-        sync=settings.sync,
-        frees=True,
-        unlock=settings.unlock,
-    ) as repository:
+    options = OpenOptions(unlock=settings.unlock, sync=settings.sync)
+    # A dry run changes nothing, so a user who may only read can do one.
+    opened = (
+        open_for_reading(root, options)
+        if dry_run
+        else open_for_maintenance(root, "forget", options, LockMode.SHARED)
+    )
+    with opened as repository:
         if snaps:
             forgotten = select_by_name(repository, snaps, allow_all)
-            kept = len({i for i, _ in repository.snapshots()} - {c.snapshot_id for c in forgotten})
+            kept = len(
+                {i for i, _ in repository.snapshots.iterate()} - {c.snapshot_id for c in forgotten}
+            )
             _print_named(output, forgotten, dry_run)
         else:
             plan = plan_policy(repository, policy, grouping, choice, allow_all)

@@ -31,7 +31,7 @@ def init(
     the repository's whole life; who the recipients are can be changed later (casfs key).
     """
     from casfs.format.config import FORMAT_VERSION
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import create_repository
 
     if path is not None and settings.repo is not None and path != settings.repo:
         raise UsageError("two repositories were named; give one")
@@ -41,7 +41,7 @@ def init(
     if passphrase or keys.passphrase.is_given():
         new = new_passphrase(keys.passphrase, "--passphrase-file, -fd or -command")
     wanted = named_recipients(recipients, recipients_files)
-    config = Repository.create(root, wanted, new)
+    config = create_repository(root, wanted, new)
     output = settings.output()
     output.line(f"made repository {config.id[:12]} in {escape_path(bytes(root))}")
     if config.encryption is None:

@@ -195,7 +195,7 @@ def accept(settings: Settings) -> None:
     """
     from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.key_manager import trust_current_recipients as accept_keys
-    from casfs.repository.repository import read_config
+    from casfs.repository.opening import read_config
     from casfs.storage.local import LocalStorage
 
     root = settings.repository_path().absolute()
@@ -211,7 +211,7 @@ def accept(settings: Settings) -> None:
 
 def _encrypted(settings: Settings) -> tuple[Path, LocalStorage, RepositoryConfig]:
     """Return the repository that was named; raises UsageError where it is not encrypted."""
-    from casfs.repository.repository import read_config
+    from casfs.repository.opening import read_config
     from casfs.storage.local import LocalStorage
 
     root = settings.repository_path().absolute()

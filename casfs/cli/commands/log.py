@@ -31,7 +31,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
     """
     from casfs.paths import parse_snapshot_path
     from casfs.query.history import path_history
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_reading
 
     output = settings.output()
     name, _, text = snap.partition(":")
@@ -43,11 +43,13 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
         damaged += 1
         output.warn(f"snapshot {short_id(snapshot_id)} cannot be looked into: {error}")
 
-    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
-        _, named = repository.resolve(name)
+    with open_for_reading(
+        settings.repository_path(), OpenOptions(unlock=settings.unlock)
+    ) as repository:
+        _, named = repository.snapshots.resolve(name)
         found = [
             (snapshot_id, snapshot)
-            for snapshot_id, snapshot in repository.snapshots()
+            for snapshot_id, snapshot in repository.snapshots.iterate()
             if all_hosts or snapshot.host == named.host
         ]
         versions = path_history(repository.trees, found, path, tell)

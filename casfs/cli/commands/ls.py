@@ -30,12 +30,14 @@ def ls(settings: Settings, snap: str, recursive: bool) -> int:
     """
     from casfs.cli.entry_format import NodeFields, NodeLines
     from casfs.query.find import Finder, Query
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_reading
 
     output = settings.output()
     monitor = CommandMonitor(output, "ls")
-    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
-        _, snapshot, path, node = repository.resolve_path(snap)
+    with open_for_reading(
+        settings.repository_path(), OpenOptions(unlock=settings.unlock)
+    ) as repository:
+        _, snapshot, path, node = repository.snapshots.resolve_path(snap)
         fields = NodeFields(snapshot).fields
         line = NodeLines(snapshot, node).line
         whole = recursive or ":" not in snap

@@ -50,19 +50,13 @@ def prune(settings: Settings, max_unused_share: float, margin_s: int, dry_run: b
 def run_prune(settings: Settings, options: PruneOptions) -> None:
     """Prune a repository and say what came of it."""
     from casfs.maintenance.prune import Pruner
-    from casfs.repository.repository import Repository
-    from casfs.storage.locks import LockMode
+    from casfs.repository.opening import OpenOptions, open_for_maintenance
 
     root, output = settings.repository_path(), settings.output()
     monitor = CommandMonitor(output, "prune")
     with (
-        Repository.open(
-            root,
-            "prune",
-            LockMode.MAINTENANCE,
-            sync=settings.sync,
-            frees=True,
-            unlock=settings.unlock,
+        open_for_maintenance(
+            root, "prune", OpenOptions(unlock=settings.unlock, sync=settings.sync)
         ) as repository,
         monitor,
     ):

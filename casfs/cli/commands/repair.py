@@ -24,19 +24,18 @@ def index(settings: Settings) -> None:
     Intact blobs are found even in a pack whose directory is damaged.
     """
     from casfs.maintenance.repair import repair_index
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_maintenance
     from casfs.storage.locks import LockMode
 
     output = settings.output()
     monitor = CommandMonitor(output, "repair index")
     root = settings.repository_path()
     with (
-        Repository.open(
+        open_for_maintenance(
             root,
             "repair index",
-            LockMode.EXCLUSIVE,
-            sync=settings.sync,
-            unlock=settings.unlock,
+            OpenOptions(unlock=settings.unlock, sync=settings.sync),
+            mode=LockMode.EXCLUSIVE,
         ) as repository,
         monitor,
     ):
@@ -70,19 +69,14 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     """
     from casfs.maintenance.repair import SnapshotRepairer
     from casfs.maintenance.scrub import PackSelection
-    from casfs.repository.repository import Repository
-    from casfs.storage.locks import LockMode
+    from casfs.repository.opening import OpenOptions, open_for_maintenance
 
     output = settings.output()
     monitor = CommandMonitor(output, "repair snapshots")
     root = settings.repository_path()
     with (
-        Repository.open(
-            root,
-            "repair snapshots",
-            LockMode.MAINTENANCE,
-            sync=settings.sync,
-            unlock=settings.unlock,
+        open_for_maintenance(
+            root, "repair snapshots", OpenOptions(unlock=settings.unlock, sync=settings.sync)
         ) as repository,
         monitor,
     ):

@@ -64,7 +64,7 @@ def restore(
 
     A directory's entries go straight into the folder. Exit 5 means that something was damaged.
     """
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_reading
     from casfs.restore.entry_writer import Overwrite
     from casfs.restore.restorer import RestoreOptions, Restorer
 
@@ -81,10 +81,10 @@ def restore(
     )
     output = settings.output()
     _refuse_repository(settings.repository_path(), Path(target), delete)
-    with Repository.open(
-        settings.repository_path(), reader="restore", unlock=settings.unlock
+    with open_for_reading(
+        settings.repository_path(), OpenOptions(unlock=settings.unlock), reader="restore"
     ) as repository:
-        snapshot_id, snapshot, path, node = repository.resolve_path(snap)
+        snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(snap)
         # `.` and `/` are themselves what was backed up; otherwise the root stands for nothing.
         with_root = bool(path) or snapshot.paths in ((b".",), (b"/",))
         monitor = CommandMonitor(output, "restore")

@@ -58,18 +58,22 @@ def snapshots(
     Of several --host or --tag one has to fit, of several --path every one. Where the repository is
     encrypted and nothing is given that opens it, their times and sizes are listed.
     """
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_reading
     from casfs.repository.snapshot_filter import SnapshotFilter
 
     choice = SnapshotFilter(hosts, tags, tuple(path_argument(path) for path in paths))
     output = settings.output()
     root = settings.repository_path()
-    with Repository.open(root, unlock=settings.unlock, closed_ok=True) as repository:
+    with open_for_reading(
+        root, OpenOptions(unlock=settings.unlock, allow_locked=True)
+    ) as repository:
         if repository.is_locked and choice.is_empty() and not latest:
             _list_closed(output, repository)
             return
-        everything = list(repository.snapshots())
-        unproven = {one for one, _ in everything if not repository.is_from_trusted_writer(one)}
+        everything = list(repository.snapshots.iterate())
+        unproven = {
+            one for one, _ in everything if not repository.snapshots.is_from_trusted_writer(one)
+        }
     found = _last_of_each([item for item in everything if choice.accepts(item[1])], latest)
     if output.as_json:
         for snapshot_id, snapshot in found:
@@ -91,9 +95,9 @@ def _list_closed(output: Output, repository: Repository) -> None:
     from casfs.errors import CasfsError
 
     found = []
-    for snapshot_id in repository.snapshot_ids():
+    for snapshot_id in repository.snapshots.ids():
         try:
-            envelope = repository.envelope(snapshot_id)
+            envelope = repository.snapshots.envelope(snapshot_id)
         except CasfsError as error:
             output.warn(str(error))
             continue

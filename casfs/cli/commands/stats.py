@@ -22,7 +22,7 @@ from casfs.errors import UsageError
 def stats(settings: Settings, snap: str | None, storage_only: bool) -> None:
     """Print sizes: of the whole repository, or of what a snapshot holds."""
     from casfs.query.stats import repository_stats, snapshot_stats
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_reading
 
     if storage_only:
         if snap is not None:
@@ -30,7 +30,9 @@ def stats(settings: Settings, snap: str | None, storage_only: bool) -> None:
         _print_packs(settings)
         return
     output = settings.output()
-    with Repository.open(settings.repository_path(), unlock=settings.unlock) as repository:
+    with open_for_reading(
+        settings.repository_path(), OpenOptions(unlock=settings.unlock)
+    ) as repository:
         if snap is not None:
             seen = snapshot_stats(repository, snap)
             output.line(f"entries:    {seen.entries}")
@@ -70,10 +72,11 @@ def stats(settings: Settings, snap: str | None, storage_only: bool) -> None:
 
 def _print_packs(settings: Settings) -> None:
     from casfs.query.stats import pack_stats
-    from casfs.repository.repository import Repository
+    from casfs.repository.opening import OpenOptions, open_for_reading
 
-    with Repository.open(
-        settings.repository_path(), unlock=settings.keys.unlock_given, closed_ok=True
+    with open_for_reading(
+        settings.repository_path(),
+        OpenOptions(unlock=settings.keys.unlock_given, allow_locked=True),
     ) as repository:
         seen = pack_stats(repository)
     oldest_ns = seen.oldest_verification_ns

@@ -30,8 +30,7 @@ def tag(
     replaced: tuple[frozenset[str], ...],
 ) -> None:
     """Change a snapshot's tags; it gets a new id, its content stays the same."""
-    from casfs.repository.repository import Repository
-    from casfs.repository.tagging import retag
+    from casfs.repository.opening import OpenOptions, open_for_writing
 
     if not (added or removed or replaced):
         raise UsageError("say what to change: --add, --remove or --set")
@@ -40,12 +39,12 @@ def tag(
     wanted = frozenset[str]().union(*(replaced or added))
     # Not TAGS: a snapshot of an early version may have an empty tag, or one with a comma in it.
     unwanted = {tag for text in removed for tag in (text, *text.split(","))}
-    with Repository.open(
-        settings.repository_path(), "tag", sync=settings.sync, unlock=settings.unlock
+    with open_for_writing(
+        settings.repository_path(), "tag", OpenOptions(unlock=settings.unlock, sync=settings.sync)
     ) as repository:
-        old_id, old = repository.resolve(snap)
+        old_id, old = repository.snapshots.resolve(snap)
         tags = wanted if replaced else set(old.tags) - unwanted | wanted
-        new_id, new = retag(repository, old_id, old, tuple(sorted(tags)))
+        new_id, new = repository.snapshots.retag(old_id, old, tuple(sorted(tags)))
     output = settings.output()
     shown_tags = ", ".join(escape_path(os.fsencode(tag)) for tag in new.tags) or "none"
     output.line(f"snapshot {short_id(old_id)} is now {short_id(new_id)}, tags: {shown_tags}")

@@ -16,6 +16,7 @@ from casfs.backup.run import BackupOptions, BackupResult, run_backup
 from casfs.errors import NotRegularError
 from casfs.format.tree import Node, NodeType
 from casfs.monitor import ProblemKind, RecordingMonitor
+from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
 from casfs.repository.repository import Repository
 
 
@@ -41,8 +42,8 @@ class Backup:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Iterator[Repository]:
-    Repository.create(tmp_path / "repository")
-    with Repository.open(tmp_path / "repository", "test", sync=False) as found:
+    create_repository(tmp_path / "repository")
+    with open_for_writing(tmp_path / "repository", "test", OpenOptions(sync=False)) as found:
         yield found
 
 

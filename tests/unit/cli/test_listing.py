@@ -223,7 +223,7 @@ class TestLsCommand:
         self, keeper: Keeper, snapshot: str
     ) -> None:
         with keeper.reading() as repository:
-            deep = repository.resolve_path("latest:docs/deep")[3]
+            deep = repository.snapshots.resolve_path("latest:docs/deep")[3]
         keeper.damage(reference(deep))
         result = run(keeper, "ls", "latest", expect=5)
         assert "docs/log" in result.stdout
@@ -298,7 +298,7 @@ class TestFindCommand:
 
     def test_find_skips_damage_and_exits_with_5(self, keeper: Keeper) -> None:
         with keeper.reading() as repository:
-            folder = repository.resolve_path("latest:b")[3]
+            folder = repository.snapshots.resolve_path("latest:b")[3]
         keeper.damage(reference(folder))
         result = run(keeper, "find", "-i", "report.txt", expect=5)
         assert len(result.stdout.splitlines()) == 2

@@ -25,7 +25,7 @@ from casfs.crypto.trust_state import (
 from casfs.errors import StorageError, TrustError
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain
-from casfs.repository.repository import Repository, read_config
+from casfs.repository.opening import OpenOptions, create_repository, open_for_writing, read_config
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import OTHER, RECIPIENT, EncryptedKeeper, identities, unlock
 
@@ -179,7 +179,7 @@ class TestTrustOfWriter:
     ) -> None:
         keeper.back_up(source)
         shutil.rmtree(keeper.root)
-        Repository.create(keeper.root.with_name("forged"))
+        create_repository(keeper.root.with_name("forged"))
         keeper.root.with_name("forged").rename(keeper.root)
         before = stored(keeper.root)
         with pytest.raises(TrustError, match="is an unencrypted one now"):
@@ -217,8 +217,8 @@ class TestTrustOfWriter:
         assert "has not stored anything in this repository before" in caplog.text
         assert second.snapshot.stats.new_blobs == first.snapshot.stats.new_blobs
         with keeper.reading() as repository:
-            assert repository.is_from_trusted_writer(keeper.id_of(first))
-            assert not repository.is_from_trusted_writer(keeper.id_of(second))
+            assert repository.snapshots.is_from_trusted_writer(keeper.id_of(first))
+            assert not repository.snapshots.is_from_trusted_writer(keeper.id_of(second))
 
     def test_a_writer_without_its_state_but_with_an_identity_keeps_the_domain_of_the_repository(
         self, keeper: EncryptedKeeper, source: Path, state: Path
@@ -226,7 +226,7 @@ class TestTrustOfWriter:
         keeper.back_up(source)
         before = load_state(keeper.config)
         shutil.rmtree(state)
-        with Repository.open(keeper.root, "test", sync=False, unlock=unlock):
+        with open_for_writing(keeper.root, "test", OpenOptions(unlock=unlock, sync=False)):
             pass
         after = load_state(keeper.config)
         assert before is not None and after is not None
@@ -249,8 +249,10 @@ class TestTrustOfWriter:
         self, keeper: EncryptedKeeper, source: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         result = keeper.back_up(source)
-        with Repository.open(keeper.root, "forget", sync=False, unlock=unlock) as repository:
-            repository.delete_snapshot(keeper.id_of(result))
+        with open_for_writing(
+            keeper.root, "forget", OpenOptions(unlock=unlock, sync=False)
+        ) as repository:
+            repository.snapshots.delete(keeper.id_of(result))
         keeper.back_up(source)
         assert "not there any more" not in caplog.text
 

@@ -20,7 +20,7 @@ from casfs.crypto import passphrase, recipients, session_files, trust_state
 from casfs.format import codec as blob
 from casfs.format import config, key_derivation, pack, snapshot, tree
 from casfs.index import schema as tables
-from casfs.repository.repository import Repository
+from casfs.repository.opening import create_repository
 from casfs.store import writer
 from casfs.trees import content
 from casfs.trees import writer as treewriter
@@ -192,7 +192,7 @@ class TestDocumentedLayout:
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         keeper = Keeper(tmp_path)
-        Repository.create(tmp_path / "encrypted", passphrase="secret")
+        create_repository(tmp_path / "encrypted", passphrase="secret")
         encrypted = {path.name for path in (tmp_path / "encrypted").iterdir()} | {"index"}
         told = {
             re.split(r"[/ ]", line.strip())[0]

@@ -15,6 +15,7 @@ from casfs.format.pack import PackEntry
 from casfs.index import fingerprint
 from casfs.index.index import Index
 from casfs.maintenance.repair import repair_index
+from casfs.repository.opening import open_for_maintenance, open_for_reading, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
 from tests.support.builders import Keeper
@@ -132,6 +133,10 @@ def test_a_large_index_is_known_by_size_and_time(
     assert not fingerprint.is_intact(path, in_use=False)
 
 
+def opened(root: Path, verb: str | None) -> Repository:
+    return open_for_reading(root) if verb is None else open_for_writing(root, verb)
+
+
 @pytest.mark.parametrize("change", ["cut", "junk", "zeros"])
 @pytest.mark.parametrize("verb", [None, "backup"])
 def test_a_repository_with_a_damaged_index_is_opened_with_a_new_one(
@@ -140,13 +145,13 @@ def test_a_repository_with_a_damaged_index_is_opened_with_a_new_one(
     keeper = Keeper(tmp_path)
     keeper.publish({b"f": b"1"})
     _change(keeper.root / "index", change, keep_time=False)
-    with Repository.open(keeper.root, verb) as repository:
-        assert len(list(repository.snapshots())) == 1
+    with opened(keeper.root, verb) as repository:
+        assert len(list(repository.snapshots.iterate())) == 1
         assert all(repository.store.read(digest) for digest, _ in repository.store.index.blobs())
         assert repository.store.index.blob_count() > 0
     assert "is damaged; it is built anew from the packs" in caplog.text
     caplog.clear()
-    with Repository.open(keeper.root, verb):
+    with opened(keeper.root, verb):
         assert caplog.text == ""
 
 
@@ -164,7 +169,7 @@ def _grown(tmp_path: Path) -> Keeper:
 
 
 def _repair(keeper: Keeper) -> int:
-    with Repository.open(keeper.root, "repair index", LockMode.EXCLUSIVE) as repository:
+    with open_for_maintenance(keeper.root, "repair index", mode=LockMode.EXCLUSIVE) as repository:
         return repair_index(repository).blobs
 
 
@@ -192,8 +197,8 @@ def test_an_index_is_rebuilt_after_a_command_that_could_not_change_it(
         keeper.publish({b"f": b"another"})
     snapshot_id, _ = keeper.publish({b"f": b"another"})
     with keeper.reading() as repository:
-        assert snapshot_id in [found for found, _ in repository.snapshots()]
-        assert len(list(repository.snapshots())) == 6
+        assert snapshot_id in [found for found, _ in repository.snapshots.iterate()]
+        assert len(list(repository.snapshots.iterate())) == 6
 
 
 def test_an_index_that_cannot_be_brought_up_to_date_is_rebuilt_at_once(
@@ -212,8 +217,8 @@ def test_an_index_of_another_repository_does_no_harm(tmp_path: Path) -> None:
     other.publish({b"g": b"2"})
     shutil.rmtree(keeper.root / "index")
     shutil.copytree(other.root / "index", keeper.root / "index")
-    with Repository.open(keeper.root) as repository:
-        ((_, snapshot),) = repository.snapshots()
+    with open_for_reading(keeper.root) as repository:
+        ((_, snapshot),) = repository.snapshots.iterate()
         assert snapshot.root.tree is not None
         (node,) = repository.trees.nodes(snapshot.root.tree)
         assert node.name == b"f"

@@ -14,8 +14,8 @@ from casfs.maintenance.forget import (
     select_by_name,
 )
 from casfs.maintenance.retention import Policy
-from casfs.repository.repository import Repository
 from casfs.repository.snapshot_filter import SnapshotFilter
+from casfs.repository.snapshots import SnapshotStore
 from tests.support.builders import Keeper
 
 LAST = Policy(last=1)
@@ -103,7 +103,7 @@ def test_forget_removes_snapshots_and_no_pack(keeper: Keeper) -> None:
         plan = plan_policy(repository, LAST, Grouping(), SnapshotFilter(), False)
         assert forget(repository, plan.forgotten()) == 1
         assert forget(repository, plan.forgotten()) == 1  # to be gone already is no error
-        assert repository.snapshot_ids() == [kept]
+        assert repository.snapshots.ids() == [kept]
     assert sorted(keeper.root.glob("packs/*/*")) == packs
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_snapshot_can_be_forgotten_by_name(keeper: Keeper) -> None:
         found = select_by_name(repository, [damaged.hex()[:12]], False)
         assert (found[0].snapshot, found[0].time_ns, found[0].tags) == (None, 0, ())
         forget(repository, found)
-        assert damaged not in repository.snapshot_ids()
+        assert damaged not in repository.snapshots.ids()
 
 
 def test_forgetting_a_replacement_does_not_bring_back_the_replaced_snapshot(
@@ -126,8 +126,8 @@ def test_forgetting_a_replacement_does_not_bring_back_the_replaced_snapshot(
     other = made(keeper, 2)
     with keeper.writing() as repository:
         with monkeypatch.context() as patch:
-            patch.setattr(Repository, "delete_snapshot", lambda *_: None)
-            second = repository.replace_snapshot(first, snapshot, tags=("new",))
-        assert set(repository.snapshot_ids()) == {first, second, other}
+            patch.setattr(SnapshotStore, "delete", lambda *_: None)
+            second = repository.snapshots.replace(first, snapshot, tags=("new",))
+        assert set(repository.snapshots.ids()) == {first, second, other}
         forget(repository, select_by_name(repository, [second.hex()], False))
-        assert repository.snapshot_ids() == [other]
+        assert repository.snapshots.ids() == [other]

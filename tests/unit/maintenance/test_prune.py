@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,9 +22,8 @@ from casfs.maintenance.check import Checker
 from casfs.maintenance.prune import PruneOptions, Pruner, PruneResult, UsedBlobsUnknownError
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
-from casfs.repository.repository import Repository
+from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
 from casfs.storage.local import LocalStorage
-from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name
 from casfs.store.pending_removal import read_notices
 from tests.support.builders import Keeper
@@ -34,14 +33,14 @@ KIB = 1 << 10
 
 
 def prune(keeper: Keeper, **options: object) -> PruneResult:
-    with Repository.open(keeper.root, "prune", LockMode.MAINTENANCE, sync=False) as repository:
+    with open_for_maintenance(keeper.root, "prune", OpenOptions(sync=False)) as repository:
         return Pruner(repository, PruneOptions(**options), RecordingMonitor()).prune()  # type: ignore[arg-type]
 
 
 def forget(keeper: Keeper, *snapshots: SnapshotId) -> None:
     with keeper.writing() as repository:
         for snapshot_id in snapshots:
-            repository.delete_snapshot(snapshot_id)
+            repository.snapshots.delete(snapshot_id)
 
 
 def contents(keeper: Keeper) -> dict[bytes, bytes]:
@@ -53,7 +52,7 @@ def contents(keeper: Keeper) -> dict[bytes, bytes]:
                 for extent in repository.content(node).extents()
                 if extent.digest is not None
             )
-            for _, snapshot in repository.snapshots()
+            for _, snapshot in repository.snapshots.iterate()
             for path, node in repository.trees.walk(snapshot.root)
             if node.tree is None
         }
@@ -259,15 +258,15 @@ class TestPruneRefusal:
 HOLDER = """
 import sys
 from pathlib import Path
-from casfs.repository.repository import Repository
+from casfs.repository.opening import open_for_maintenance, open_for_reading
 from casfs.storage.locks import LockMode
 
 mode = LockMode(sys.argv[2])
 root = Path(sys.argv[1])
 if mode == LockMode.READER:
-    repository = Repository.open(root, reader="mount")
+    repository = open_for_reading(root, reader="mount")
 else:
-    repository = Repository.open(root, "test", mode)
+    repository = open_for_maintenance(root, "test", mode=mode)
 with repository:
     print("open", flush=True)
     for line in sys.stdin:
@@ -359,12 +358,12 @@ class TestConcurrentPrune:
             assert prune(keeper).waiting_packs == 1
         # The forgotten one comes back as the parent, as if its forgetting had not been seen.
         with keeper.writing() as repository:
-            assert repository.publish(snapshot) == first
+            assert repository.snapshots.publish(snapshot) == first
             assert repository.store.index.marked_for_removal()
             options = BackupOptions((bytes(source),), host="here", parent=first.hex())
             result = run_backup(repository, options, RecordingMonitor())
             assert result.snapshot.stats.new_blobs > 2
-            repository.delete_snapshot(first)
+            repository.snapshots.delete(first)
         assert prune(keeper).removed_packs == 1
         assert noise("a", 50 * KIB) in contents(keeper).values()
         assert_sound(keeper)
@@ -407,17 +406,18 @@ import sys
 from pathlib import Path
 from casfs.backup.run import BackupOptions, run_backup
 from casfs.monitor import RecordingMonitor
-from casfs.repository.repository import Repository
+from casfs.repository.opening import OpenOptions, open_for_writing
+from casfs.repository.snapshots import SnapshotStore
 
-publish = Repository.publish
+publish = SnapshotStore.publish
 
 def wait_first(*arguments):
     print("stored", flush=True)
     sys.stdin.readline()
     return publish(*arguments)
 
-Repository.publish = wait_first
-with Repository.open(Path(sys.argv[1]), "backup", sync=False) as repository:
+SnapshotStore.publish = wait_first
+with open_for_writing(Path(sys.argv[1]), "backup", OpenOptions(sync=False)) as repository:
     run_backup(repository, BackupOptions((sys.argv[2].encode(),)), RecordingMonitor())
 print("published", flush=True)
 """
@@ -462,13 +462,9 @@ class TestPruneInterruption:
             assert len(packs) == len(end), steps[stop]
             assert sum(path.stat().st_size for path in packs) < 120 * KIB
 
-    def prune(self, keeper: Keeper, on_step: object) -> None:
-        with Repository.open(
-            keeper.root,
-            "prune",
-            LockMode.MAINTENANCE,
-            sync=False,
-            on_step=on_step,  # type: ignore[arg-type]
+    def prune(self, keeper: Keeper, on_step: Callable[[str], None]) -> None:
+        with open_for_maintenance(
+            keeper.root, "prune", OpenOptions(sync=False, on_step=on_step)
         ) as repository:
             Pruner(repository, PruneOptions(), RecordingMonitor()).prune()
 
@@ -560,7 +556,7 @@ def test_prune_loses_nothing_needed_where_another_process_rebuilds_the_index(
             with child(REBUILD, keeper.root) as other:
                 assert hear(other) == "rebuilt"
 
-    opened = Repository.open(keeper.root, "prune", LockMode.MAINTENANCE, sync=False, on_step=meddle)
+    opened = open_for_maintenance(keeper.root, "prune", OpenOptions(sync=False, on_step=meddle))
     with opened as repository:
         try:
             Pruner(repository, PruneOptions(unused_share=0.0), RecordingMonitor()).prune()
@@ -584,9 +580,9 @@ def one_of_two_forgotten(keeper: Keeper) -> tuple[dict[bytes, bytes], list[Path]
 REBUILD = """
 import sys
 from pathlib import Path
-from casfs.repository.repository import Repository
+from casfs.repository.opening import OpenOptions, open_for_writing
 
-with Repository.open(Path(sys.argv[1]), "backup", sync=False) as repository:
+with open_for_writing(Path(sys.argv[1]), "backup", OpenOptions(sync=False)) as repository:
     repository.store.rebuild()
 print("rebuilt", flush=True)
 """
@@ -688,7 +684,7 @@ def test_prune_copies_the_only_intact_copy_of_a_needed_blob_before_its_pack_goes
     keeper.damage(tree)
     keeper.damage(digest_of(copies[0]))
     if checked:
-        with Repository.open(keeper.root, reader="check", takes_notes=True) as repository:
+        with open_for_reading(keeper.root, reader="check", may_write_index=True) as repository:
             Checker(repository, RecordingMonitor()).check(PackSelection())
     assert contents(keeper) == before
     prune(keeper, unused_share=0.0)

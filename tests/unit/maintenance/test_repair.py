@@ -23,7 +23,7 @@ from casfs.maintenance.repair import (
 )
 from casfs.maintenance.scrub import Finding, PackSelection
 from casfs.monitor import RecordingMonitor
-from casfs.repository.repository import Repository
+from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
 from casfs.storage.locks import LockMode
 from casfs.trees import writer
 from casfs.trees.content import EXTENT, HOLE
@@ -43,7 +43,7 @@ def of_chunks(*chunks: bytes) -> Node:
 def repair(keeper: Keeper, **options: bool) -> tuple[RepairResult, dict[bytes, str]]:
     """Repair the snapshots; return what came of it, and what was told of which path."""
     monitor = RecordingMonitor()
-    with Repository.open(keeper.root, "repair", LockMode.MAINTENANCE, sync=False) as repository:
+    with open_for_maintenance(keeper.root, "repair", OpenOptions(sync=False)) as repository:
         result = SnapshotRepairer(repository, monitor, **options).repair(PackSelection())
     return result, {problem.path: problem.message for problem in monitor.problems}
 
@@ -57,7 +57,7 @@ def damage(keeper: Keeper) -> list[Finding]:
 
 def only(keeper: Keeper) -> tuple[SnapshotId, Snapshot]:
     with keeper.reading() as repository:
-        (found,) = repository.snapshots()
+        (found,) = repository.snapshots.iterate()
     return found
 
 
@@ -72,7 +72,7 @@ def test_repair_leaves_intact_snapshots_as_they_are(keeper: Keeper) -> None:
     result, told = repair(keeper)
     assert (result.intact, result.repaired, told) == (2, [], {})
     with keeper.reading() as repository:
-        assert set(repository.snapshot_ids()) == ids
+        assert set(repository.snapshots.ids()) == ids
 
 
 def test_repair_keeps_the_intact_parts_of_a_file_and_flags_it(keeper: Keeper) -> None:
@@ -198,7 +198,7 @@ class _StoppedError(Exception):
 
 def _listed(keeper: Keeper) -> set[SnapshotId]:
     with keeper.reading() as repository:
-        return {found for found, _ in repository.snapshots()}
+        return {found for found, _ in repository.snapshots.iterate()}
 
 
 def test_repair_gives_swapped_snapshots_their_names_back(keeper: Keeper) -> None:
@@ -249,7 +249,7 @@ def test_a_half_undone_swap_of_snapshots_is_undone_by_the_next_repair(
                 raise _StoppedError(step)
 
         try:
-            with Repository.open(keeper.root, "repair", LockMode.MAINTENANCE) as repository:
+            with open_for_maintenance(keeper.root, "repair") as repository:
                 repository.store.storage._on_step = count  # type: ignore[attr-defined]
                 SwappedSnapshots(repository).rename_back()
         except _StoppedError:
@@ -280,7 +280,7 @@ def test_a_repaired_repository_can_be_pruned(keeper: Keeper) -> None:
     keeper.publish({b"f": of_chunks(*CHUNKS)})
     keeper.damage(digest_of(CHUNKS[0]))
     repair(keeper)
-    with Repository.open(keeper.root, "prune", LockMode.MAINTENANCE, sync=False) as repository:
+    with open_for_maintenance(keeper.root, "prune", OpenOptions(sync=False)) as repository:
         Pruner(repository, PruneOptions(unused_share=0.0), RecordingMonitor()).prune()
     assert damage(keeper) == []
     with keeper.reading() as repository:
@@ -290,7 +290,9 @@ def test_a_repaired_repository_can_be_pruned(keeper: Keeper) -> None:
 class TestRepairIndex:
     def rebuilt(self, keeper: Keeper) -> IndexRepair:
         mode = LockMode.EXCLUSIVE
-        with Repository.open(keeper.root, "repair index", mode, sync=False) as repository:
+        with open_for_maintenance(
+            keeper.root, "repair index", OpenOptions(sync=False), mode=mode
+        ) as repository:
             return repair_index(repository)
 
     def entries(self, keeper: Keeper) -> dict[bytes, tuple[bytes, int, int]]:
@@ -358,7 +360,7 @@ class TestRepairIndex:
         keeper.store(*CHUNKS)
         keeper.store(noise("other", 100))
         keeper.damage(digest_of(CHUNKS[1]))
-        with Repository.open(keeper.root, takes_notes=True) as repository:
+        with open_for_reading(keeper.root, may_write_index=True) as repository:
             Checker(repository, RecordingMonitor()).check(PackSelection())
         self.rebuilt(keeper)
         with keeper.reading() as repository:
@@ -377,9 +379,9 @@ def test_repair_reads_one_file_only_where_something_is_lost(keeper: Keeper) -> N
     keeper.store(*CHUNKS)
     keeper.publish({b"bad": {b"f": of_chunks(CHUNKS[0])}, b"good": {b"g": of_chunks(CHUNKS[1])}})
     keeper.damage(digest_of(CHUNKS[0]))
-    with Repository.open(keeper.root, takes_notes=True) as repository:
+    with open_for_reading(keeper.root, may_write_index=True) as repository:
         Checker(repository, RecordingMonitor()).check(PackSelection())
-    with Repository.open(keeper.root, "repair", LockMode.MAINTENANCE, sync=False) as repository:
+    with open_for_maintenance(keeper.root, "repair", OpenOptions(sync=False)) as repository:
         SnapshotRepairer(repository, RecordingMonitor()).repair()
         counts = repository.store.coverage
         sound = repository.store.locate(digest_of(CHUNKS[1]))

@@ -18,7 +18,7 @@ from casfs.maintenance.check import Checker, CheckResult
 from casfs.maintenance.prune import PruneOptions, Pruner
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
-from casfs.repository.repository import Repository
+from casfs.repository.opening import open_for_maintenance, open_for_reading
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name
@@ -31,7 +31,7 @@ CHUNKS = [noise(f"chunk {number}", 3000) for number in range(5)]
 
 
 def check(keeper: Keeper, **choice: Any) -> CheckResult:
-    with Repository.open(keeper.root, takes_notes=True) as repository:
+    with open_for_reading(keeper.root, may_write_index=True) as repository:
         return Checker(repository, RecordingMonitor()).check(PackSelection(**choice))
 
 
@@ -79,7 +79,7 @@ class TestVerificationMarks:
     def test_a_check_of_the_structure_marks_no_pack(
         self, keeper: Keeper, packs: list[Path]
     ) -> None:
-        with Repository.open(keeper.root, takes_notes=True) as repository:
+        with open_for_reading(keeper.root, may_write_index=True) as repository:
             Checker(repository, RecordingMonitor()).check()
         assert set(verified(keeper).values()) == {0}
 
@@ -225,7 +225,7 @@ class TestHealing:
             writer.put(BlobKind.DATA, digest_of(CHUNKS[4]), CHUNKS[4])
             writer.finish()
         assert {found.what for found in check(keeper).damage} == {"pack", "blob"}
-        with Repository.open(keeper.root, "prune", LockMode.MAINTENANCE) as repository:
+        with open_for_maintenance(keeper.root, "prune") as repository:
             Pruner(repository, PruneOptions(unused_share=1.0), RecordingMonitor()).prune()
         result = check(keeper)
         assert result.damage == []
@@ -258,13 +258,13 @@ class TestHealing:
         data = first.read_bytes()
         first.write_bytes(second.read_bytes())
         second.write_bytes(data)
-        with Repository.open(keeper.root, "repair", LockMode.EXCLUSIVE) as repository:
+        with open_for_maintenance(keeper.root, "repair", mode=LockMode.EXCLUSIVE) as repository:
             repository.store.rebuild()
         assert {found.what for found in check(keeper).damage} == {"pack"}
         with keeper.reading() as repository:
             for digest, _ in list(repository.store.index.blobs()):
                 repository.store.read(digest)
-        with Repository.open(keeper.root, "prune", LockMode.MAINTENANCE) as repository:
+        with open_for_maintenance(keeper.root, "prune") as repository:
             Pruner(repository, PruneOptions(unused_share=1.0), RecordingMonitor()).prune()
         assert check(keeper).damage == []
 

@@ -9,7 +9,7 @@ import pytest
 from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.maintenance.storage_check import FOLDERS, StorageCheck, check_storage
 from casfs.monitor import RecordingMonitor
-from casfs.repository.repository import Repository, read_config
+from casfs.repository.opening import create_repository, read_config
 from casfs.storage.local import LocalStorage
 from tests.support.builders import Keeper
 from tests.support.encryption import RECIPIENT, EncryptedKeeper
@@ -29,7 +29,7 @@ def root(tmp_path: Path) -> Path:
     source.mkdir()
     (source / "file").write_bytes(noise("file", 20_000))
     folder = tmp_path / "repository"
-    Repository.create(folder, [RECIPIENT], "secret")
+    create_repository(folder, [RECIPIENT], "secret")
     keeper = EncryptedKeeper.__new__(EncryptedKeeper)
     keeper.root = folder
     keeper.back_up(source)

@@ -21,7 +21,7 @@ from casfs_mount.tree_cache import TreeCache
 from casfs.digest import Digest, digest_of
 from casfs.errors import IndexUnusableError
 from casfs.format.tree import Node
-from casfs.repository.repository import Repository
+from casfs.repository.opening import open_for_reading
 from casfs.store.blob_store import pack_name
 from tests.support.builders import Grove, Keeper, Plan, reference
 
@@ -273,7 +273,7 @@ def test_a_reader_of_the_repository_returns_only_cached_blobs_without_waiting(
     keeper: Keeper,
 ) -> None:
     keeper.store(b"one", b"two")
-    with Repository.open(keeper.root) as repository:
+    with open_for_reading(keeper.root) as repository:
         store = repository.store
         place = store.locate(digest_of(b"one"))
         name = pack_name(store.index.pack_id(place.pack))

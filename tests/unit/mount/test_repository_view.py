@@ -20,7 +20,7 @@ from casfs_mount.repository_view import (
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import CasfsError
 from casfs.format.tree import Node, NodeType
-from casfs.repository.repository import Repository
+from casfs.repository.snapshots import SnapshotStore
 from tests.support.builders import Keeper
 from tests.unit.mount.test_view import sources_of
 
@@ -186,13 +186,13 @@ def test_the_list_is_not_read_again_within_a_second(
     publish(keeper, 0)
     shown = Catalogue(keeper)
     reads: list[float] = []
-    whole = Repository.snapshot_ids
+    whole = SnapshotStore.ids
 
-    def counted(repository: Repository) -> list[SnapshotId]:
+    def counted(snapshots: SnapshotStore) -> list[SnapshotId]:
         reads.append(shown.now)
-        return whole(repository)
+        return whole(snapshots)
 
-    monkeypatch.setattr(Repository, "snapshot_ids", counted)
+    monkeypatch.setattr(SnapshotStore, "ids", counted)
     for step in (0.0, 0.3, 0.3, 0.3, 0.3):
         shown.now += step
         shown.listed(b"snapshots")
@@ -207,7 +207,7 @@ def test_a_forgotten_snapshot_leaves_the_lists_and_still_serves_its_users(keeper
 
     def forget() -> None:
         with keeper.writing() as repository:
-            repository.delete_snapshot(first)
+            repository.snapshots.delete(first)
 
     link = shown.find(b"hosts", b"gone", b"latest")
     folder = shown.find(b"hosts", b"gone")
@@ -236,7 +236,7 @@ def test_a_listing_continues_where_it_was_although_snapshots_come_and_go(keeper:
 
     def both() -> None:
         with keeper.writing() as repository:
-            repository.delete_snapshot(ids[0])
+            repository.snapshots.delete(ids[0])
         publish(keeper, 60 * 6)
 
     shown.change(both)

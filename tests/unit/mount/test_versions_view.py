@@ -79,11 +79,11 @@ def test_new_snapshots_add_versions_and_forgotten_ones_remove_them(keeper: Keepe
     catalogue = Catalogue(keeper)
     link = catalogue.find(b"versions", b"d", b"f", THIRD)
     with keeper.reading() as repository:
-        third = list(repository.snapshots())[2][0]
+        third = list(repository.snapshots.iterate())[2][0]
 
     def change() -> None:
         with keeper.writing() as repository:
-            repository.delete_snapshot(third)
+            repository.snapshots.delete(third)
         keeper.publish({b"new": b"n", b"d": {b"f": b"3"}}, time_ns=NOON_NS + 9 * SECOND_NS)
 
     catalogue.change(change)
@@ -99,11 +99,11 @@ def test_a_path_of_a_forgotten_snapshot_is_no_longer_found(keeper: Keeper) -> No
     number = catalogue.find(b"versions")
     assert catalogue.view.lookup(number, b"passing") is not None
     with keeper.reading() as repository:
-        last = list(repository.snapshots())[-1][0]
+        last = list(repository.snapshots.iterate())[-1][0]
 
     def change() -> None:
         with keeper.writing() as repository:
-            repository.delete_snapshot(last)
+            repository.snapshots.delete(last)
 
     catalogue.change(change)
     assert catalogue.view.lookup(number, b"passing") is None
@@ -140,7 +140,7 @@ def test_a_damaged_snapshot_is_logged_and_versions_of_the_others_are_shown(
     keeper: Keeper, caplog: pytest.LogCaptureFixture
 ) -> None:
     with keeper.reading() as repository:
-        roots = [snapshot.root for _, snapshot in repository.snapshots()]
+        roots = [snapshot.root for _, snapshot in repository.snapshots.iterate()]
     keeper.damage(reference(roots[2]))
     catalogue = Catalogue(keeper)
     assert list(catalogue.listed(b"versions", b"d", b"f")) == [FIRST]

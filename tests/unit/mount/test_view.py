@@ -368,7 +368,7 @@ def test_holes_take_no_room() -> None:
 def test_a_view_of_a_directory_has_that_as_its_root(keeper: Keeper) -> None:
     snapshot_id, snapshot = keeper.publish(TREE)
     with keeper.reading() as repository:
-        _, _, _, node = repository.resolve_path(f"{snapshot_id.hex()}:folder")
+        _, _, _, node = repository.snapshots.resolve_path(f"{snapshot_id.hex()}:folder")
         view = SnapshotView(sources_of(repository), SnapshotId(snapshot_id), snapshot, node, 1)
         assert [found.name for _, found, _ in view.entries(1, 0)] == [b"deep", b"plain"]
         folder = view.lookup(1, b".casfs")

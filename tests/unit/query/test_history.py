@@ -136,7 +136,7 @@ class TestLogCommand:
 
     def test_log_prints_a_json_object_for_each_version(self, keeper: Keeper) -> None:
         with keeper.reading() as repository:
-            ids = [snapshot_id.hex() for snapshot_id, _ in repository.snapshots()]
+            ids = [snapshot_id.hex() for snapshot_id, _ in repository.snapshots.iterate()]
         lines = self.run(keeper, "--json", f"{ids[0]}:/d/f").splitlines()
         first, second = (json.loads(line) for line in lines)
         assert first["type"] == second["type"] == "version"
@@ -155,7 +155,7 @@ class TestLogCommand:
 
     def test_log_reports_a_damaged_snapshot(self, keeper: Keeper) -> None:
         with keeper.reading() as repository:
-            found = list(repository.snapshots())
+            found = list(repository.snapshots.iterate())
         keeper.damage(reference(found[2][1].root))
         lines = self.run(keeper, f"{found[0][0].hex()}:d/f", expect=5).splitlines()
         assert len(lines) == 1 + 1

@@ -28,7 +28,7 @@ from casfs.format.codec import BlobKind
 from casfs.format.config import decode_config, encode_config, new_config
 from casfs.format.snapshot import Snapshot
 from casfs.paths import parse_snapshot_path
-from casfs.repository.repository import Repository
+from casfs.repository.opening import create_repository, open_for_reading, open_for_writing
 from casfs.user_dirs import cached_index_dir, file_system_type, index_dir
 from tests.support.builders import Keeper, file
 from tests.support.stores import add_pack, child, flip, hear, make_pack, pack_paths
@@ -64,7 +64,7 @@ class TestRepositoryCreation:
         assert "casfs repository" in (keeper.root / "README").read_text()
         assert stat.S_IMODE(keeper.root.stat().st_mode) == 0o700
         with keeper.reading() as repository:
-            assert list(repository.snapshots()) == []
+            assert list(repository.snapshots.iterate()) == []
             written = decode_config((keeper.root / "config").read_bytes(), "")
             assert repository.config == written
 
@@ -72,8 +72,8 @@ class TestRepositoryCreation:
         self, tmp_path: Path
     ) -> None:
         (tmp_path / "empty").mkdir()
-        first = Repository.create(tmp_path / "empty")
-        second = Repository.create(tmp_path / "not" / "there" / "yet")
+        first = create_repository(tmp_path / "empty")
+        second = create_repository(tmp_path / "not" / "there" / "yet")
         assert first.id != second.id
 
     def test_create_refuses_an_existing_repository_and_changes_nothing(
@@ -81,7 +81,7 @@ class TestRepositoryCreation:
     ) -> None:
         before = (keeper.root / "config").read_bytes()
         with pytest.raises(ExistsError, match="already"):
-            Repository.create(keeper.root)
+            create_repository(keeper.root)
         assert (keeper.root / "config").read_bytes() == before
 
     def test_create_refuses_a_full_folder_and_a_file(self, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ class TestRepositoryCreation:
         (tmp_path / "file").touch()
         for place in ("full", "file", "file/below"):
             with pytest.raises(ExistsError):
-                Repository.create(tmp_path / place)
+                create_repository(tmp_path / place)
         assert os.listdir(tmp_path / "full") == ["note"]
 
     def test_create_on_a_failing_disk_is_a_storage_error(
@@ -101,7 +101,7 @@ class TestRepositoryCreation:
 
         monkeypatch.setattr(Path, "mkdir", refuse)
         with pytest.raises(StorageError, match="No space left"):
-            Repository.create(tmp_path / "repository")
+            create_repository(tmp_path / "repository")
 
 
 class TestRepositoryOpening:
@@ -109,22 +109,23 @@ class TestRepositoryOpening:
         (tmp_path / "file").touch()
         for place in ("none", "", "file"):
             with pytest.raises(NotFoundError):
-                Repository.open(tmp_path / place)
+                open_for_reading(tmp_path / place)
             with pytest.raises(NotFoundError):
-                Repository.open(tmp_path / place, "backup")
+                open_for_writing(tmp_path / place, "backup")
 
     def test_open_refuses_another_format_before_it_writes_anything(self, keeper: Keeper) -> None:
         config = (keeper.root / "config").read_bytes()
         (keeper.root / "config").write_bytes(config.replace(b"format 1", b"format 2"))
-        for verb in (None, "backup"):
-            with pytest.raises(FormatError, match="format 2"):
-                Repository.open(keeper.root, verb)
+        with pytest.raises(FormatError, match="format 2"):
+            open_for_reading(keeper.root)
+        with pytest.raises(FormatError, match="format 2"):
+            open_for_writing(keeper.root, "backup")
         assert os.listdir(keeper.root / "locks") == []
 
     def test_open_refuses_a_damaged_configuration(self, keeper: Keeper) -> None:
         flip(keeper.root / "config", 60)
         with pytest.raises(IntegrityError, match="restore it from a copy"):
-            Repository.open(keeper.root)
+            open_for_reading(keeper.root)
 
     def test_open_for_writing_holds_a_lock_until_it_is_closed(self, keeper: Keeper) -> None:
         with keeper.writing():
@@ -148,7 +149,7 @@ class TestRepositoryOpening:
                 keeper.writing()
         assert list((keeper.root / "locks").iterdir()) == []
         with keeper.writing() as repository:
-            assert repository.snapshot_ids() == []
+            assert repository.snapshots.ids() == []
 
     def test_opening_for_writing_removes_what_a_dead_writer_left(self, keeper: Keeper) -> None:
         (keeper.root / "tmp" / "0123456789abcdef.3").write_bytes(b"half a pack")
@@ -168,10 +169,10 @@ class TestRepositoryOpening:
 HOLDER = """
 import sys
 from pathlib import Path
-from casfs.repository.repository import Repository
+from casfs.repository.opening import open_for_maintenance
 from casfs.storage.locks import LockMode
 
-with Repository.open(Path(sys.argv[1]), "prune", LockMode.EXCLUSIVE):
+with open_for_maintenance(Path(sys.argv[1]), "prune", mode=LockMode.EXCLUSIVE):
     print("open", flush=True)
     sys.stdin.readline()
 """
@@ -184,9 +185,9 @@ def test_an_exclusive_writer_excludes_other_writers_and_no_reader(keeper: Keeper
         with pytest.raises(LockedError, match=f"prune on .*, process {process.pid}"):
             keeper.writing()
         with keeper.reading() as repository:
-            assert len(list(repository.snapshots())) == 1
+            assert len(list(repository.snapshots.iterate())) == 1
     with keeper.writing() as repository:
-        assert len(list(repository.snapshots())) == 1
+        assert len(list(repository.snapshots.iterate())) == 1
 
 
 class TestIndexRecovery:
@@ -204,7 +205,7 @@ class TestIndexRecovery:
 
     def read(self, keeper: Keeper) -> bytes:
         with keeper.reading() as repository:
-            _, _, _, node = repository.resolve_path("latest:f")
+            _, _, _, node = repository.snapshots.resolve_path("latest:f")
             (extent,) = repository.content(node).extents()
             assert extent.digest is not None
             return repository.store.read(extent.digest)
@@ -239,7 +240,7 @@ class TestIndexRecovery:
         (path,) = [path for path in pack_paths(keeper.root) if self.CONTENT in path.read_bytes()]
         path.unlink()
         with keeper.reading() as repository:
-            ((_, snapshot),) = repository.snapshots()
+            ((_, snapshot),) = repository.snapshots.iterate()
             assert snapshot.root.tree is not None
             assert [node.name for node in repository.trees.nodes(snapshot.root.tree)] == [b"f"]
             with pytest.raises(IntegrityError, match="its pack is missing"):
@@ -274,17 +275,17 @@ class TestSnapshotList:
         self, keeper: Keeper, four: list[SnapshotId]
     ) -> None:
         with keeper.reading() as repository:
-            assert [s.time_ns for _, s in repository.snapshots()] == [1, 2, 3, 4]
-            assert repository.resolve("latest")[1].time_ns == 4
+            assert [s.time_ns for _, s in repository.snapshots.iterate()] == [1, 2, 3, 4]
+            assert repository.snapshots.resolve("latest")[1].time_ns == 4
 
     def test_damaged_snapshots_are_left_out_and_named(
         self, keeper: Keeper, four: list[SnapshotId], caplog: pytest.LogCaptureFixture
     ) -> None:
         flip(keeper.root / "snapshots" / four[0].hex(), 40)
         with keeper.reading() as repository:
-            assert [s.time_ns for _, s in repository.snapshots()] == [2, 3, 4]
+            assert [s.time_ns for _, s in repository.snapshots.iterate()] == [2, 3, 4]
             with pytest.raises(IntegrityError):
-                repository.load(four[0])
+                repository.snapshots.load(four[0])
         assert four[0].hex()[:12] in caplog.text
         assert "casfs check" in caplog.text
 
@@ -292,10 +293,10 @@ class TestSnapshotList:
         self, keeper: Keeper, four: list[SnapshotId], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with keeper.reading() as repository:
-            ids = repository.snapshot_ids()
-            monkeypatch.setattr(repository, "snapshot_ids", lambda: ids)
+            ids = repository.snapshots.ids()
+            monkeypatch.setattr(repository.snapshots, "ids", lambda: ids)
             (keeper.root / "snapshots" / four[0].hex()).unlink()
-            assert len(list(repository.snapshots())) == 3
+            assert len(list(repository.snapshots.iterate())) == 3
 
     def test_foreign_files_are_not_listed_as_snapshots(
         self, keeper: Keeper, four: list[SnapshotId]
@@ -303,7 +304,7 @@ class TestSnapshotList:
         for name in ("note.txt", "A" * 64, "a" * 63, "g" * 64):
             (keeper.root / "snapshots" / name).touch()
         with keeper.reading() as repository:
-            assert len(repository.snapshot_ids()) == 4
+            assert len(repository.snapshots.ids()) == 4
 
     def test_a_snapshot_is_found_by_any_unique_prefix(
         self, keeper: Keeper, four: list[SnapshotId]
@@ -311,38 +312,38 @@ class TestSnapshotList:
         with keeper.reading() as repository:
             for snapshot_id in four:
                 text = snapshot_id.hex()
-                assert repository.resolve(text)[0] == snapshot_id
-                assert repository.resolve(text[:20])[0] == snapshot_id
-                assert repository.resolve(text[:20].upper())[0] == snapshot_id
+                assert repository.snapshots.resolve(text)[0] == snapshot_id
+                assert repository.snapshots.resolve(text[:20])[0] == snapshot_id
+                assert repository.snapshots.resolve(text[:20].upper())[0] == snapshot_id
 
     @pytest.mark.parametrize("name", ["", "zz", "latest2", "../config", "0" * 65])
     def test_an_unknown_snapshot_is_not_found(
         self, keeper: Keeper, four: list[SnapshotId], name: str
     ) -> None:
         with keeper.reading() as repository, pytest.raises(NotFoundError, match="no snapshot"):
-            repository.resolve(name)
+            repository.snapshots.resolve(name)
 
     def test_an_ambiguous_prefix_names_all_its_snapshots(self, keeper: Keeper) -> None:
         names = ["ab" + "0" * 62, "ab" + "1" * 62]
         for name in names:
             (keeper.root / "snapshots" / name).touch()
         with keeper.reading() as repository, pytest.raises(AmbiguousIdError) as caught:
-            repository.resolve("ab")
+            repository.snapshots.resolve("ab")
         assert caught.value.matches == names
         assert "2 snapshots (ab0000000000, ab1111111111)" in str(caught.value)
 
     def test_an_empty_repository_has_no_latest_snapshot(self, keeper: Keeper) -> None:
         with keeper.reading() as repository, pytest.raises(NotFoundError, match="no snapshots yet"):
-            repository.resolve("latest")
+            repository.snapshots.resolve("latest")
 
     def test_a_deleted_snapshot_cannot_be_loaded(
         self, keeper: Keeper, four: list[SnapshotId]
     ) -> None:
         with keeper.writing() as repository:
-            repository.delete_snapshot(four[0])
-            repository.delete_snapshot(four[0])
+            repository.snapshots.delete(four[0])
+            repository.snapshots.delete(four[0])
             with pytest.raises(NotFoundError):
-                repository.load(four[0])
+                repository.snapshots.load(four[0])
 
 
 class TestSnapshotPath:
@@ -357,11 +358,11 @@ class TestSnapshotPath:
                 ("latest:/a//./b:c/", b"a/b:c"),
                 (f"{snapshot_id.hex()[:8]}:a/\udcff", b"a/\xff"),
             ):
-                assert repository.resolve_path(spec)[2] == path
+                assert repository.snapshots.resolve_path(spec)[2] == path
             with pytest.raises(NotFoundError, match="has no"):
-                repository.resolve_path("latest:a/none")
+                repository.snapshots.resolve_path("latest:a/none")
             with pytest.raises(UsageError, match=r"no \.\."):
-                repository.resolve_path("latest:a/../a")
+                repository.snapshots.resolve_path("latest:a/../a")
 
     @pytest.mark.parametrize(
         ("text", "path"),
@@ -376,7 +377,7 @@ class TestCompleteness:
         snapshot_id, snapshot = keeper.publish({b"f": b"1"})
         with keeper.writing() as repository:
             assert repository.store.index.is_complete(snapshot_id)
-            unsure = repository.publish(_with_time(snapshot, 9), complete=False)
+            unsure = repository.snapshots.publish(_with_time(snapshot, 9), complete=False)
             assert not repository.store.index.is_complete(unsure)
 
     def test_a_snapshot_is_not_marked_complete_after_a_loss_by_another_process(
@@ -386,7 +387,7 @@ class TestCompleteness:
         with keeper.writing() as repository:
             # What another process does that finds a pack missing.
             repository.store.rebuild()
-            snapshot_id = repository.publish(_with_time(snapshot, 9))
+            snapshot_id = repository.snapshots.publish(_with_time(snapshot, 9))
             assert not repository.store.index.is_complete(snapshot_id)
 
 
@@ -404,7 +405,7 @@ from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import PackSelection
 from casfs.errors import CasfsError
 from casfs.monitor import RecordingMonitor
-from casfs.repository.repository import Repository
+from casfs.repository.opening import open_for_reading
 
 os.environ["XDG_CACHE_HOME"] = sys.argv[2]
 # By now all is imported: the interpreter may lie where another user cannot go.
@@ -412,7 +413,7 @@ os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
 try:
-    with Repository.open(Path(sys.argv[1])) as repository:
+    with open_for_reading(Path(sys.argv[1])) as repository:
         result = Checker(repository, RecordingMonitor()).check(PackSelection())
         print("read", result.snapshots, result.blobs_read, len(result.damage), flush=True)
 except CasfsError as error:

@@ -47,8 +47,8 @@ def test_latest_is_the_newest_snapshot_that_the_filter_accepts(keeper: Keeper) -
     old, _ = keeper.publish({}, host="here", time_ns=1)
     new, _ = keeper.publish({}, host="there", time_ns=2)
     with keeper.reading() as repository:
-        assert repository.resolve("latest")[0] == new
-        assert repository.resolve("latest", SnapshotFilter(hosts=("here",)))[0] == old
-        assert repository.resolve(new.hex(), SnapshotFilter(hosts=("here",)))[0] == new
+        assert repository.snapshots.resolve("latest")[0] == new
+        assert repository.snapshots.resolve("latest", SnapshotFilter(hosts=("here",)))[0] == old
+        assert repository.snapshots.resolve(new.hex(), SnapshotFilter(hosts=("here",)))[0] == new
         with pytest.raises(NotFoundError, match="no snapshot matches"):
-            repository.resolve("latest", SnapshotFilter(hosts=("nowhere",)))
+            repository.snapshots.resolve("latest", SnapshotFilter(hosts=("nowhere",)))

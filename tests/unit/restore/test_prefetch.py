@@ -61,7 +61,7 @@ def own_reads(monkeypatch: pytest.MonkeyPatch) -> list[Digest]:
 
 
 def root_of(repository: Repository) -> Node:
-    _, snapshot = repository.resolve("latest")
+    _, snapshot = repository.snapshots.resolve("latest")
     return snapshot.root
 
 

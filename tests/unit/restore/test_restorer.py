@@ -71,7 +71,7 @@ class Bench:
         for name in {"include", "exclude"} & set(options):
             options[name] = tuple(parse_pattern(text.encode()) for text in options[name])
         with self.keeper.reading() as repository:
-            _, _, path, node = repository.resolve_path(spec)
+            _, _, path, node = repository.snapshots.resolve_path(spec)
             restorer = Restorer(repository, RestoreOptions(**options), monitor)
             result = restorer.restore(path, node, bytes(self.target), with_root)
         return Restored(result, monitor.problems)
@@ -139,7 +139,7 @@ class TestRestoredContent:
             {b"d": {b"f": b"1", b"empty": {}}, b"g": b"2", b"l": entry(b"l", NodeType.FIFO)}
         )
         with bench.keeper.reading() as repository:
-            _, snapshot = repository.resolve("latest")
+            _, snapshot = repository.snapshots.resolve("latest")
             monitor = RecordingMonitor()
             restorer = Restorer(repository, RestoreOptions(), monitor)
             restorer.restore(b"", snapshot.root, os.fsencode(bench.target), False)
@@ -659,7 +659,7 @@ class TestRestoreDelete:
         for name in ("bad/extra", "good/extra"):
             (bench.target / name).write_bytes(b"")
         with bench.keeper.reading() as repository:
-            _, _, _, node = repository.resolve_path("latest:bad")
+            _, _, _, node = repository.snapshots.resolve_path("latest:bad")
         bench.keeper.damage(reference(node))
         done = bench.restore(delete=True)
         assert done.result.deleted == 1
@@ -678,7 +678,7 @@ class TestRestoreDelete:
         (bench.target / "extra").write_bytes(b"")
         before = bench.found()
         with bench.keeper.reading() as repository:
-            _, _, _, node = repository.resolve_path("latest")
+            _, _, _, node = repository.snapshots.resolve_path("latest")
         bench.keeper.damage(reference(node))
         result = bench.restore(delete=True).result
         assert (result.deleted, result.damaged) == (0, 1)

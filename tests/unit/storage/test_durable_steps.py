@@ -16,6 +16,12 @@ from casfs.format.snapshot import SnapshotStats
 from casfs.maintenance.check import Checker, CheckResult
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
+from casfs.repository.opening import (
+    OpenOptions,
+    create_repository,
+    open_for_reading,
+    open_for_writing,
+)
 from casfs.repository.repository import Repository
 from casfs.storage.local import LocalWriter
 from casfs.storage.locks import RepositoryLock
@@ -40,16 +46,18 @@ class Scene:
     source: Path
 
     def back_up(self, on_step: Callable[[str], None] | None = None) -> SnapshotStats:
-        with Repository.open(self.root, "backup", sync=False, on_step=on_step) as repository:
+        with open_for_writing(
+            self.root, "backup", OpenOptions(sync=False, on_step=on_step)
+        ) as repository:
             options = BackupOptions((bytes(self.source),), host="here")
             return run_backup(repository, options, RecordingMonitor()).snapshot.stats
 
     def listed(self) -> list[str]:
-        with Repository.open(self.root) as repository:
-            return [snapshot_id.hex() for snapshot_id, _ in repository.snapshots()]
+        with open_for_reading(self.root) as repository:
+            return [snapshot_id.hex() for snapshot_id, _ in repository.snapshots.iterate()]
 
     def check(self) -> CheckResult:
-        with Repository.open(self.root) as repository:
+        with open_for_reading(self.root) as repository:
             return Checker(repository, RecordingMonitor()).check(PackSelection())
 
 
@@ -70,7 +78,7 @@ def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def scene(tmp_path: Path) -> Scene:
     found = Scene(tmp_path / "repository", tmp_path / "source")
-    Repository.create(found.root)
+    create_repository(found.root)
     for number in range(256):
         # A new folder would be a step of its own, and the packs' names are never the same twice.
         (found.root / "packs" / f"{number:02x}").mkdir()
@@ -213,9 +221,9 @@ import sys
 from pathlib import Path
 from casfs.backup.run import BackupOptions, run_backup
 from casfs.monitor import RecordingMonitor
-from casfs.repository.repository import Repository
+from casfs.repository.opening import OpenOptions, open_for_writing
 
-with Repository.open(Path(sys.argv[1]), "backup", sync=False) as repository:
+with open_for_writing(Path(sys.argv[1]), "backup", OpenOptions(sync=False)) as repository:
     print("open", flush=True)
     sys.stdin.readline()
     options = BackupOptions((sys.argv[2].encode(),), host=sys.argv[3])
@@ -242,8 +250,8 @@ def test_two_concurrent_backups_both_publish_complete_snapshots(
     result = scene.check()
     assert result.damage == []
     assert result.snapshots == 3
-    with Repository.open(scene.root) as repository:
-        hosts = {snapshot.host for _, snapshot in repository.snapshots()}
+    with open_for_reading(scene.root) as repository:
+        hosts = {snapshot.host for _, snapshot in repository.snapshots.iterate()}
         assert hosts == {"here", "first", "second"}
     assert os.listdir(scene.root / "tmp") == []
 

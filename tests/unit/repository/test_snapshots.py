@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from casfs.digest import SnapshotId
-from casfs.repository.repository import Repository
-from casfs.repository.tagging import retag
+from casfs.repository.opening import OpenOptions, open_for_writing
 from tests.support.builders import Keeper
 
 
@@ -23,12 +22,14 @@ def keeper(tmp_path: Path) -> Keeper:
 
 def listed(keeper: Keeper) -> list[tuple[str, ...]]:
     with keeper.reading() as repository:
-        return [snapshot.tags for _, snapshot in repository.snapshots()]
+        return [snapshot.tags for _, snapshot in repository.snapshots.iterate()]
 
 
 def tag(keeper: Keeper, snapshot_id: SnapshotId, *tags: str) -> SnapshotId:
     with keeper.writing() as repository:
-        return retag(repository, snapshot_id, repository.load(snapshot_id), tags)[0]
+        return repository.snapshots.retag(
+            snapshot_id, repository.snapshots.load(snapshot_id), tags
+        )[0]
 
 
 def tag_and_crash(
@@ -42,17 +43,19 @@ def tag_and_crash(
 
     with (
         pytest.raises(Crash),
-        Repository.open(keeper.root, "tag", sync=False, on_step=on_step) as repository,
+        open_for_writing(
+            keeper.root, "tag", OpenOptions(sync=False, on_step=on_step)
+        ) as repository,
     ):
-        retag(repository, snapshot_id, repository.load(snapshot_id), tags)
+        repository.snapshots.retag(snapshot_id, repository.snapshots.load(snapshot_id), tags)
 
 
 def test_a_retagged_snapshot_replaces_the_old_one(keeper: Keeper) -> None:
     first, snapshot = keeper.publish({b"f": b"1"}, tags=("a",))
     second = tag(keeper, first, "b", "c")
     with keeper.reading() as repository:
-        assert repository.snapshot_ids() == [second]
-        now = repository.load(second)
+        assert repository.snapshots.ids() == [second]
+        now = repository.snapshots.load(second)
     assert (now.tags, now.replaces) == (("b", "c"), first)
     assert (now.root, now.time_ns, now.host) == (snapshot.root, snapshot.time_ns, snapshot.host)
 
@@ -61,7 +64,7 @@ def test_equal_tags_change_nothing(keeper: Keeper) -> None:
     first, _ = keeper.publish({}, tags=("a",))
     assert tag(keeper, first, "a") == first
     with keeper.reading() as repository:
-        assert repository.snapshot_ids() == [first]
+        assert repository.snapshots.ids() == [first]
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -82,7 +85,7 @@ class TestRetagCrash:
         first, _ = keeper.publish({b"f": b"1"}, tags=("old",))
         tag_and_crash(keeper, first, "new")
         with keeper.reading() as repository:
-            assert len(repository.snapshot_ids()) == 2
+            assert len(repository.snapshots.ids()) == 2
         assert listed(keeper) == [("new",)]
 
     @pytest.mark.parametrize("before", ["data", "rename"])
@@ -99,16 +102,16 @@ class TestRetagCrash:
         first, _ = keeper.publish({b"f": b"1"}, tags=("old",))
         tag_and_crash(keeper, first, "new")
         with keeper.reading() as repository:
-            ((second, _),) = repository.snapshots()
+            ((second, _),) = repository.snapshots.iterate()
         third = tag(keeper, second, "newer")
         assert listed(keeper) == [("newer",)]
         with keeper.reading() as repository:
-            assert repository.snapshot_ids() == [third]
+            assert repository.snapshots.ids() == [third]
 
     def test_repeated_crashes_still_list_one_snapshot(self, keeper: Keeper) -> None:
         first, _ = keeper.publish({b"f": b"1"}, tags=("0",))
         for number in range(1, 4):
             tag_and_crash(keeper, first, f"{number}")
             with keeper.reading() as repository:
-                ((first, _),) = repository.snapshots()
+                ((first, _),) = repository.snapshots.iterate()
             assert listed(keeper) == [(f"{number}",)]

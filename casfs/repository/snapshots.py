@@ -1,0 +1,235 @@
+"""The snapshots of a repository: listed, loaded, named, published, replaced and deleted.
+
+A snapshot is published as the last step of a backup and never rewritten. One that replaces another is
+published first; a crash between the two steps leaves both, of which only the new one is listed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from casfs.digest import SnapshotId, short_id
+from casfs.errors import (
+    AmbiguousIdError,
+    IntegrityError,
+    KeyMissingError,
+    NotFoundError,
+    StorageError,
+)
+from casfs.format.codec import BlobCodec
+from casfs.format.snapshot import (
+    MAX_SNAPSHOT_BYTES,
+    Envelope,
+    Snapshot,
+    decode_snapshot,
+    encode_snapshot,
+    read_envelope,
+)
+from casfs.format.tree import Node
+from casfs.index.index import Index
+from casfs.paths import parse_snapshot_path
+from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
+from casfs.storage.base import Storage
+from casfs.trees.reader import TreeReader
+
+if TYPE_CHECKING:
+    # A repository without encryption does not load what encrypts.
+    from casfs.crypto.key_manager import KeyManager
+
+log = logging.getLogger(__name__)
+
+
+class SnapshotStore:
+    """The snapshots in one storage; `keys` are None where the repository is not encrypted.
+
+    `loss_epoch` is that of the index when the repository was opened for writing, 0 for a reader. One thread.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        codec: BlobCodec,
+        index: Index,
+        trees: TreeReader,
+        keys: KeyManager | None,
+        loss_epoch: int,
+    ) -> None:
+        self._storage = storage
+        self._codec = codec
+        self._index = index
+        self._trees = trees
+        self._keys = keys
+        self._loss_epoch = loss_epoch
+
+    def publish(self, snapshot: Snapshot, complete: bool = True) -> SnapshotId:
+        """Store a snapshot as the last step of a backup.
+
+        `complete` says that all its blobs are known to be durable and in the index.
+        """
+        session = self._keys.session() if self._keys is not None else None
+        snapshot_id, data = encode_snapshot(snapshot, self._codec, session)
+        if complete:
+            self._index.mark_complete(snapshot_id, self._loss_epoch)
+        self._storage.create(f"snapshots/{snapshot_id.hex()}", data)
+        if self._keys is not None:
+            self._keys.record_published(snapshot_id, snapshot.time_ns)
+        return snapshot_id
+
+    def replace(
+        self,
+        snapshot_id: SnapshotId,
+        snapshot: Snapshot,
+        root: Node | None = None,
+        tags: tuple[str, ...] | None = None,
+    ) -> SnapshotId:
+        """Publish a snapshot with another root or other tags, then remove the one that it replaces.
+
+        A crash between the two leaves both, of which only the new one is listed.
+        """
+        changed = msgspec.structs.replace(
+            snapshot,
+            root=root if root is not None else snapshot.root,
+            tags=tags if tags is not None else snapshot.tags,
+            replaces=snapshot_id,
+        )
+        complete = root is None and self._index.is_complete(snapshot_id)
+        new_id = self.publish(changed, complete)
+        if snapshot.replaces is not None:
+            # A crash may have left it; with the one that replaces it gone, it would be listed again.
+            self.delete(SnapshotId(snapshot.replaces))
+        self.delete(snapshot_id)
+        return new_id
+
+    def delete(self, snapshot_id: SnapshotId) -> None:
+        """Remove a snapshot; its blobs stay until a prune."""
+        if self._keys is not None:
+            self._keys.record_deleted(snapshot_id)
+        self._storage.delete(f"snapshots/{snapshot_id.hex()}")
+
+    def ids(self) -> list[SnapshotId]:
+        """Return the ids of all snapshot files, sorted."""
+        ids = []
+        for name, _, _ in self._storage.list("snapshots"):
+            text = name.rpartition("/")[2]
+            if len(text) == 64 and all(c in "0123456789abcdef" for c in text):
+                ids.append(SnapshotId(bytes.fromhex(text)))
+        return ids
+
+    def load(self, snapshot_id: SnapshotId) -> Snapshot:
+        """Return a verified snapshot; raises NotFoundError or TreeError.
+
+        In an encrypted repository also KeyMissingError and SessionError.
+        """
+        data = self._storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
+        keyring = self._keys.keyring if self._keys is not None else None
+        return decode_snapshot(snapshot_id, data, self._codec, keyring)
+
+    def envelope(self, snapshot_id: SnapshotId) -> Envelope | None:
+        """Return what an encrypted snapshot tells without a key; raises NotFoundError or TreeError."""
+        data = self._storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
+        return read_envelope(snapshot_id, data)
+
+    def is_from_trusted_writer(self, snapshot_id: SnapshotId) -> bool:
+        """Tell whether whoever published a snapshot knew the repository's own secret, if it has one.
+
+        Raises as `load` does.
+        """
+        if self._keys is None:
+            return True
+        envelope = self.envelope(snapshot_id)
+        if envelope is None:
+            return False
+        return self._keys.keyring.is_from_trusted_writer(
+            self._keys.keyring.session(envelope.session)
+        )
+
+    def iterate(self) -> Iterator[tuple[SnapshotId, Snapshot]]:
+        """Yield every snapshot from the oldest to the newest; those that are damaged, or cannot
+        be read, are logged and left out.
+
+        One that another replaces is left out too: a crash between the two steps of a change of tags
+        leaves both. Raises KeyMissingError where there are only such as the identities do not open.
+        """
+        found: list[tuple[SnapshotId, Snapshot]] = []
+        closed: dict[SnapshotId, KeyMissingError] = {}
+        for snapshot_id in self.ids():
+            try:
+                found.append((snapshot_id, self.load(snapshot_id)))
+            except NotFoundError:
+                continue
+            except KeyMissingError as error:
+                closed[snapshot_id] = error
+            except (IntegrityError, StorageError) as error:
+                log.warning("%s; run casfs check", error)
+        for snapshot_id, missing in closed.items():
+            if not found:
+                raise missing  # there are snapshots, and all of them are for others
+            log.warning("snapshot %s is left out: %s", short_id(snapshot_id), missing)
+        replaced = {snapshot.replaces for _, snapshot in found}
+        found.sort(key=lambda item: (item[1].time_ns, item[0]))
+        for snapshot_id, snapshot in found:
+            if snapshot_id not in replaced:
+                yield snapshot_id, snapshot
+
+    def resolve(
+        self, name: str, latest_of: SnapshotFilter = ALL_SNAPSHOTS
+    ) -> tuple[SnapshotId, Snapshot]:
+        """Return the snapshot that `latest`, an id or a unique prefix of an id names.
+
+        `latest` is the newest that `latest_of` accepts. Raises NotFoundError and AmbiguousIdError.
+        """
+        if name == "latest":
+            everything = list(self.iterate())
+            if not everything:
+                raise NotFoundError("the repository has no snapshots yet; casfs backup makes one")
+            matching = [item for item in everything if latest_of.accepts(item[1])]
+            if not matching:
+                raise NotFoundError(
+                    f"none of the {len(everything)} snapshots matches; casfs snapshots lists them"
+                )
+            found = matching[-1]
+        else:
+            snapshot_id = self.resolve_id(name)
+            found = snapshot_id, self.load(snapshot_id)
+        if not self.is_from_trusted_writer(found[0]):
+            log.warning(
+                "snapshot %s is unproven: who published it did not have this repository's own secret, so "
+                "it may come from whoever holds the storage",
+                short_id(found[0]),
+            )
+        return found
+
+    def resolve_id(self, prefix: str) -> SnapshotId:
+        """Return the one id that begins so; raises AmbiguousIdError and NotFoundError."""
+        wanted = prefix.lower()
+        matches = [i for i in self.ids() if wanted and i.hex().startswith(wanted)]
+        if len(matches) > 1:
+            raise AmbiguousIdError(prefix, [match.hex() for match in matches])
+        if not matches:
+            raise NotFoundError(
+                f"no snapshot has the id {prefix!r}; casfs snapshots lists those that there are"
+            )
+        return matches[0]
+
+    def resolve_path(self, spec: str) -> tuple[SnapshotId, Snapshot, bytes, Node]:
+        """Return the snapshot, the path and the node that `SNAP` or `SNAP:PATH` names."""
+        name, _, text = spec.partition(":")
+        snapshot_id, snapshot = self.resolve(name)
+        path = parse_snapshot_path(text)
+        node = self._trees.resolve(snapshot.root, path)
+        if node is None:
+            raise NotFoundError(f"snapshot {snapshot_id.hex()[:12]} has no {text!r}")
+        return snapshot_id, snapshot, path, node
+
+    def retag(
+        self, snapshot_id: SnapshotId, snapshot: Snapshot, tags: tuple[str, ...]
+    ) -> tuple[SnapshotId, Snapshot]:
+        """Replace a snapshot by one with other tags; return it with its id. Equal tags change nothing."""
+        if tags == snapshot.tags:
+            return snapshot_id, snapshot
+        new_id = self.replace(snapshot_id, snapshot, tags=tags)
+        return new_id, msgspec.structs.replace(snapshot, tags=tags, replaces=snapshot_id)
