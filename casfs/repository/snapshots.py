@@ -189,7 +189,7 @@ class SnapshotStore:
             matching = [item for item in everything if latest_of.accepts(item[1])]
             if not matching:
                 raise NotFoundError(
-                    f"none of the {len(everything)} snapshots matches; casfs snapshots lists them"
+                    f"no snapshot matches; casfs snapshots lists the {len(everything)} of this repository"
                 )
             found = matching[-1]
         else:
