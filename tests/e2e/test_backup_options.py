@@ -185,19 +185,19 @@ class TestSnapshotDetails:
     def test_tags_host_and_time_are_taken_from_the_options(
         self, repository: Casfs, source: Path
     ) -> None:
-        said = repository.backup(
+        printed = repository.backup(
             *("--tag", "daily", "--tag", "before the move", "--host", "attic"),
             *("--time", "2020-02-03T04:05:06+00:00", source),
         )
         listed = repository.json("snapshots").one("snapshot")
-        for snapshot in (said, listed):
+        for snapshot in (printed, listed):
             assert sorted(snapshot["tags"]) == ["before the move", "daily"]
             assert snapshot["host"] == "attic"
             when = datetime.fromisoformat(snapshot["time"])
             assert when == datetime(2020, 2, 3, 4, 5, 6, tzinfo=UTC)
-        assert listed["id"] == said["id"]
+        assert listed["id"] == printed["id"]
         shown = repository.run("snapshots").text
-        for word in ("2020-02-03", "attic", "daily", "before the move", said["id"][:12]):
+        for word in ("2020-02-03", "attic", "daily", "before the move", printed["id"][:12]):
             assert word in shown
 
     def test_one_tag_option_accepts_several_tags(self, repository: Casfs, source: Path) -> None:
@@ -616,16 +616,16 @@ class TestBackupDryRun:
     ) -> None:
         assert repository.repository is not None
         before = tree_of(repository.repository)
-        said = repository.backup("--dry-run", source)
-        assert said["dry_run"] is True
-        assert (said["files"], said["bytes"]) == (4, 8 + 9000 + 10 + MIB)
+        printed = repository.backup("--dry-run", source)
+        assert printed["dry_run"] is True
+        assert (printed["files"], printed["bytes"]) == (4, 8 + 9000 + 10 + MIB)
         assert tree_of(repository.repository) == before
         assert repository.json("snapshots").objects == []
         people = repository.run("backup", "--dry-run", source)
         assert "dry" in people.text.lower() or "would" in people.text.lower(), people
         real = repository.backup(source)
         assert real["dry_run"] is False
-        assert (real["files"], real["bytes"]) == (said["files"], said["bytes"])
+        assert (real["files"], real["bytes"]) == (printed["files"], printed["bytes"])
 
     def test_a_backup_dry_run_distinguishes_unchanged_and_stored_data(
         self, repository: Casfs, source: Path
@@ -633,8 +633,8 @@ class TestBackupDryRun:
         repository.backup(source)
         (source / "copy of the photo").write_bytes((source / "pictures/photo.raw").read_bytes())
         (source / "new").write_bytes(os.urandom(100_000))
-        said = repository.backup("--dry-run", source)
-        assert 100_000 <= said["new_bytes"] < 200_000
+        printed = repository.backup("--dry-run", source)
+        assert 100_000 <= printed["new_bytes"] < 200_000
         assert len(repository.json("snapshots").objects) == 1
 
 

@@ -154,12 +154,12 @@ class TestInvalidSource:
         plain = repository.run("backup", source, expect=3, prefix=where)
         assert str(secret) in plain.complaint
         assert "permission denied" in plain.complaint.lower()
-        told = repository.json("backup", source, expect=3, prefix=where)
-        (problem,) = told.of_type("problem")
+        reported = repository.json("backup", source, expect=3, prefix=where)
+        (problem,) = reported.of_type("problem")
         assert problem["path"].endswith("documents/secret")
         assert problem["kind"] == "unreadable"
         assert "ermission denied" in problem["message"]
-        snapshot = told.one("snapshot")
+        snapshot = reported.one("snapshot")
         assert (snapshot["unreadable"], snapshot["files"]) == (1, 4)
         repository.run("restore", "latest", "--target", tmp_path / "target")
         secret.unlink()
@@ -174,11 +174,11 @@ class TestInvalidSource:
         closed.mkdir()
         (closed / "inside").write_bytes(b"out of reach")
         closed.chmod(0)
-        told = repository.json("backup", source, expect=3, prefix=WITHOUT_READING_EVERYTHING)
-        (problem,) = told.of_type("problem")
+        reported = repository.json("backup", source, expect=3, prefix=WITHOUT_READING_EVERYTHING)
+        (problem,) = reported.of_type("problem")
         assert problem["path"].rstrip("/").endswith("closed")
         assert problem["kind"] == "unreadable"
-        snapshot = told.one("snapshot")
+        snapshot = reported.one("snapshot")
         assert (snapshot["unreadable"], snapshot["files"]) == (1, 4)
         closed.chmod(0o700)
 
@@ -208,11 +208,11 @@ class TestInvalidSource:
             file.seek(20 * MIB)
             file.write(flipped)
         with mounted(broken, "latest", at=tmp_path / "disk") as disk:
-            told = repository.json("backup", disk, expect=3)
-        (problem,) = told.of_type("problem")
+            reported = repository.json("backup", disk, expect=3)
+        (problem,) = reported.of_type("problem")
         assert problem["path"].endswith("/big")
         assert problem["kind"] == "unreadable"
-        assert told.one("snapshot")["files"] == 4
+        assert reported.one("snapshot")["files"] == 4
 
     def test_a_source_may_be_a_single_file(self, repository: Casfs, source: Path) -> None:
         snapshot = repository.backup(source / "readme.txt")

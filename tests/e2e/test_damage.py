@@ -69,15 +69,15 @@ class TestCheck:
         assert result.one("summary")["ok"] is False
         damage = result.of_type("damage")
         assert damage
-        told = str(damage)
-        assert damaged.pack.name in told
-        assert "source/big" in told
-        assert "readme.txt" not in told
-        assert "photo.raw" not in told
+        reported = str(damage)
+        assert damaged.pack.name in reported
+        assert "source/big" in reported
+        assert "readme.txt" not in reported
+        assert "photo.raw" not in reported
         people = damaged.casfs.run("check", "--read-data", expect=5)
-        said = people.text + people.complaint
-        assert damaged.pack.name[:12] in said
-        assert "source/big" in said
+        printed = people.text + people.complaint
+        assert damaged.pack.name[:12] in printed
+        assert "source/big" in printed
 
     def test_check_names_a_damaged_file_in_every_snapshot_that_has_it(
         self, damaged: Damaged, tmp_path: Path
@@ -85,11 +85,11 @@ class TestCheck:
         (damaged.source / "big").rename(damaged.source / "big under a new name")
         damaged.casfs.backup("source", cwd=tmp_path)
         ids = [snapshot["id"] for snapshot in damaged.casfs.json("snapshots").objects]
-        told = str(damaged.casfs.json("check", "--read-data", expect=5).of_type("damage"))
-        assert "source/big'" in told or 'source/big"' in told
-        assert "source/big under a new name" in told
+        reported = str(damaged.casfs.json("check", "--read-data", expect=5).of_type("damage"))
+        assert "source/big'" in reported or 'source/big"' in reported
+        assert "source/big under a new name" in reported
         for identity in ids:
-            assert identity in told
+            assert identity in reported
 
     @pytest.mark.parametrize("what", ["a pack is gone", "a pack is cut short"])
     def test_check_without_reading_data_finds_a_missing_or_cut_pack(
@@ -124,8 +124,8 @@ class TestCheck:
         repository.backup(source)
         for pack in packs(repository):
             flip(pack, int(where * (pack.stat().st_size - 1)))
-            told = str(repository.json("check", "--read-data", expect=5).of_type("damage"))
-            assert pack.name in told
+            reported = str(repository.json("check", "--read-data", expect=5).of_type("damage"))
+            assert pack.name in reported
             flip(pack, int(where * (pack.stat().st_size - 1)))
             repository.run("check", "--read-data")
 

@@ -204,9 +204,11 @@ class TestWithoutKey:
         assert str(mixed.source) not in shown.text
 
     def test_check_of_the_storage_without_a_key_reads_every_object(self, mixed: Stored) -> None:
-        told = mixed.casfs.json("check", "--storage").one("summary")
-        assert (told["ok"], told["damage"]) == (True, 0)
-        assert told["objects"] == 1 + 2 + 6 + 2  # packs, snapshots, files of sessions, identities
+        reported = mixed.casfs.json("check", "--storage").one("summary")
+        assert (reported["ok"], reported["damage"]) == (True, 0)
+        assert (
+            reported["objects"] == 1 + 2 + 6 + 2
+        )  # packs, snapshots, files of sessions, identities
 
     @pytest.mark.parametrize(
         "arguments",
@@ -233,10 +235,10 @@ class TestWithoutKey:
     def test_every_other_command_without_a_key_reports_what_is_missing(
         self, mixed: Stored, arguments: tuple[str, ...]
     ) -> None:
-        said = mixed.casfs.run(*arguments, expect=1)
-        assert said.out == b""
-        assert len(said.complaints) == 1
-        assert "give --identity FILE, or a passphrase" in said.complaint
+        printed = mixed.casfs.run(*arguments, expect=1)
+        assert printed.out == b""
+        assert len(printed.complaints) == 1
+        assert "give --identity FILE, or a passphrase" in printed.complaint
 
     @pytest.mark.fuse
     def test_mount_without_a_key_reports_what_is_missing_and_mounts_nothing(
@@ -245,25 +247,25 @@ class TestWithoutKey:
         (tmp_path / "at").mkdir()
         sentence = mixed.casfs.refuses("mount", tmp_path / "at")
         assert "give --identity FILE" in sentence
-        said = mixed.casfs.run("mount", tmp_path / "at", "--identity", keys.stranger, expect=1)
-        assert "none of the identities that were given opens this" in said.complaints[-1]
+        printed = mixed.casfs.run("mount", tmp_path / "at", "--identity", keys.stranger, expect=1)
+        assert "none of the identities that were given opens this" in printed.complaints[-1]
 
 
 class TestWrongKey:
     def test_a_wrong_passphrase_is_reported(self, mixed: Stored) -> None:
         how = ("--passphrase-fd", "0")
         for wrong in (b"wrong\n", PASSPHRASE.upper().encode(), b" " + PASSPHRASE.encode()):
-            said = mixed.casfs.run("ls", "latest", *how, stdin=wrong, expect=1)
-            assert said.complaints == ["casfs: the passphrase is wrong"]
+            printed = mixed.casfs.run("ls", "latest", *how, stdin=wrong, expect=1)
+            assert printed.complaints == ["casfs: the passphrase is wrong"]
 
     def test_an_unusable_passphrase_is_a_usage_error(self, mixed: Stored) -> None:
         for wrong, word in ((b"", "empty"), (b"\n", "empty"), (b"\xff\xfe", "not UTF-8")):
-            said = mixed.casfs.run("ls", "latest", "--passphrase-fd", "0", stdin=wrong, expect=2)
-            assert word in said.complaint
-        said = mixed.casfs.run(
+            printed = mixed.casfs.run("ls", "latest", "--passphrase-fd", "0", stdin=wrong, expect=2)
+            assert word in printed.complaint
+        printed = mixed.casfs.run(
             *("ls", "latest", "--passphrase-fd", "0", "--passphrase-command", "true"), expect=2
         )
-        assert "from one place" in said.complaint
+        assert "from one place" in printed.complaint
 
     def test_a_failing_source_of_a_passphrase_is_reported(
         self, mixed: Stored, tmp_path: Path
@@ -276,8 +278,8 @@ class TestWrongKey:
             (("--passphrase-command", ""), "cannot be run"),
             (("--passphrase-command", "unclosed '"), "cannot be run"),
         ):
-            said = mixed.casfs.run("ls", "latest", *arguments, expect=1)
-            assert word in said.complaint and len(said.complaints) == 1, said
+            printed = mixed.casfs.run("ls", "latest", *arguments, expect=1)
+            assert word in printed.complaint and len(printed.complaints) == 1, printed
 
     def test_a_foreign_identity_opens_nothing(self, mixed: Stored, keys: Keys) -> None:
         sentence = mixed.casfs.refuses("ls", "latest", "--identity", keys.stranger)
@@ -295,15 +297,15 @@ class TestWrongKey:
         self, mixed: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         env = {"GNUPGHOME": str(keys.gpg_home), "PATH": str(tmp_path)}
-        said = mixed.casfs.run("ls", "latest", env=env, expect=1)
-        assert "give --identity" in said.complaint
+        printed = mixed.casfs.run("ls", "latest", env=env, expect=1)
+        assert "give --identity" in printed.complaint
         mixed.casfs.run("ls", "latest", "--identity", keys.age, env=env)
         # A backup wraps its session to everybody, so it needs what the recipients need.
         copy = tmp_path / "repository"
         assert mixed.casfs.repository is not None
         shutil.copytree(mixed.casfs.repository, copy)
-        said = mixed.casfs.at(copy).run("backup", mixed.source, env=env, expect=1)
-        assert "gpg is not installed" in said.complaint
+        printed = mixed.casfs.at(copy).run("backup", mixed.source, env=env, expect=1)
+        assert "gpg is not installed" in printed.complaint
         assert (
             list((copy / "snapshots").iterdir())
             == [
@@ -460,8 +462,8 @@ class TestWriteOnlyHost:
     ) -> None:
         casfs, key = stored.casfs, ("--identity", keys.age)
         shutil.rmtree(casfs.home / ".local" / "state" / "casfs")
-        said = casfs.run("backup", stored.source.name, cwd=stored.source.parent)
-        assert "its snapshots are told as unproven" in said.complaint
+        printed = casfs.run("backup", stored.source.name, cwd=stored.source.parent)
+        assert "its snapshots are told as unproven" in printed.complaint
         her = Stored(reader(casfs, tmp_path), stored.source)
         her.restores(tmp_path / "target", *key)
         assert "is unproven" in her.casfs.run("ls", "latest", *key).complaint
@@ -521,8 +523,8 @@ class TestWriteOnlyHost:
             theirs = Stored(Casfs(mine.repository, home), source)
             how = ("--recipients-file", recipients)
             for unchanged in (0, 3):
-                told = theirs.back_up(*how, prefix=as_nobody)
-                assert told["unchanged"] == unchanged
+                reported = theirs.back_up(*how, prefix=as_nobody)
+                assert reported["unchanged"] == unchanged
             theirs.casfs.run("ls", "latest", expect=1, prefix=as_nobody)
             owners = {path.stat().st_uid for path in (mine.repository / "packs").rglob("*")}
             assert owners == {NOBODY}
@@ -538,8 +540,8 @@ class TestTwoHosts:
     ) -> None:
         second = reader(stored.casfs, tmp_path)
         key = ("--identity", keys.age)
-        told = Stored(second, stored.source).back_up(*key, "--host", "second")
-        assert told["new_bytes"] < 100_000
+        reported = Stored(second, stored.source).back_up(*key, "--host", "second")
+        assert reported["new_bytes"] < 100_000
         assert "unproven" not in second.run("ls", "latest", *key).complaint
         Stored(second, stored.source).restores(tmp_path / "target", *key)
         # The first finds what the second stored, since both write in one domain.
@@ -553,8 +555,8 @@ class TestTwoHosts:
         casfs, source = stored.casfs, stored.source
         key = ("--identity", keys.age)
         second = reader(casfs, tmp_path)
-        told = Stored(second, source).back_up("--host", "second")
-        assert told["new_bytes"] > 3_000_000
+        reported = Stored(second, source).back_up("--host", "second")
+        assert reported["new_bytes"] > 3_000_000
         # Half of what each of them stored goes, so that what stays is packed anew.
         (source / "documents" / "noise").unlink()
         for host in (casfs, second):
@@ -589,14 +591,14 @@ class TestRecipientChanges:
         casfs.run("key", "add", "--recipient", keys.stranger_public)
         assert self.key_list(casfs) == [keys.age_public, keys.stranger_public]
         her = reader(casfs, tmp_path)
-        said = her.run("ls", "latest", *theirs, expect=1)
-        assert len(said.complaints) >= 1
+        printed = her.run("ls", "latest", *theirs, expect=1)
+        assert len(printed.complaints) >= 1
         assert "none of the identities" in her.run("check", *theirs, expect=1).complaint
         (stored.source / "more").write_bytes(b"more")
         stored.back_up()
         assert listed(her, *theirs) == listed(her, "--identity", keys.age)[1:]
-        said = casfs.run("key", "rewrap", "--identity", keys.age)
-        assert "3 sessions" in said.text
+        printed = casfs.run("key", "rewrap", "--identity", keys.age)
+        assert "3 sessions" in printed.text
         assert listed(her, *theirs) == listed(her, "--identity", keys.age)
         Stored(her, stored.source).restores(tmp_path / "target", *theirs)
 
@@ -618,8 +620,8 @@ class TestRecipientChanges:
         assert casfs.json("check", "--storage").one("summary")["ok"]
 
     def test_the_last_recipient_cannot_be_removed(self, stored: Stored, keys: Keys) -> None:
-        said = stored.casfs.run("key", "remove", keys.age_public, expect=2)
-        assert "the last recipient cannot be removed" in said.complaint
+        printed = stored.casfs.run("key", "remove", keys.age_public, expect=2)
+        assert "the last recipient cannot be removed" in printed.complaint
         stored.casfs.run("key", "remove", "age1nobody", expect=2)
         stored.casfs.run("key", "add", expect=2)
         assert self.key_list(stored.casfs) == [keys.age_public]
@@ -645,15 +647,15 @@ class TestRecipientChanges:
             ("key", "remove", keys.age_public),
             ("key", "rewrap", "--identity", keys.age),
         ):
-            said = stored.casfs.run(*arguments, expect=1)
-            assert "are not those that this machine knows" in said.complaint
+            printed = stored.casfs.run(*arguments, expect=1)
+            assert "are not those that this machine knows" in printed.complaint
         stored.casfs.run("key", "accept")
         stored.back_up()
 
     def test_key_commands_refuse_an_unencrypted_repository(self, repository: Casfs) -> None:
         for arguments in (("list",), ("rewrap",), ("add", "--recipient", "age1x")):
-            said = repository.run("key", *arguments, expect=None)
-            assert said.exit in (1, 2) and len(said.complaints[-1].split()) > 3
+            printed = repository.run("key", *arguments, expect=None)
+            assert printed.exit in (1, 2) and len(printed.complaints[-1].split()) > 3
 
 
 class TestPassphraseChanges:
@@ -684,8 +686,8 @@ class TestPassphraseChanges:
         casfs.run("ls", "latest", "--passphrase-file", new)
 
     def test_a_passphrase_cannot_be_set_without_a_terminal_or_source(self, casfs: Casfs) -> None:
-        said = casfs.run("init", "--passphrase", expect=2)
-        assert "no terminal" in said.complaint
+        printed = casfs.run("init", "--passphrase", expect=2)
+        assert "no terminal" in printed.complaint
         assert casfs.repository is not None and not casfs.repository.exists()
 
 
@@ -697,7 +699,7 @@ class TestSecrets:
         env = {"GNUPGHOME": str(keys.gpg_home), "TMPDIR": str(tmp_path / "tmp")}
         (tmp_path / "tmp").mkdir()
         passphrase = ("--passphrase", "--passphrase-file", keys.passphrase)
-        said: list[Result] = []
+        printed: list[Result] = []
         for number, arguments in enumerate(
             (
                 ("init", "--recipient", keys.age_public, "--recipient", keys.gpg, *passphrase),
@@ -709,7 +711,7 @@ class TestSecrets:
         ):
             traced = ("strace", "-f", "-s", "10000", "-e", "trace=execve")
             prefix = (*traced, "-o", f"{trace}.{number}")
-            said.append(casfs.run(*arguments, env=env, prefix=prefix))
+            printed.append(casfs.run(*arguments, env=env, prefix=prefix))
         executed = b"".join(path.read_bytes() for path in tmp_path.glob("trace.*"))
         assert b'"gpg"' in executed and b"--passphrase-file" in executed
         assert casfs.repository is not None
@@ -717,7 +719,7 @@ class TestSecrets:
             path.read_bytes() for path in casfs.repository.rglob("*") if path.is_file()
         )
         kept = b"".join(path.read_bytes() for path in casfs.home.rglob("*") if path.is_file())
-        spoken = b"".join(one.out + one.err for one in said)
+        spoken = b"".join(one.out + one.err for one in printed)
         for secret in keys.secrets():
             for place in (executed, session, kept, spoken):
                 assert secret not in place

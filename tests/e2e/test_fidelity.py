@@ -169,12 +169,12 @@ def test_getfattr_getfacl_and_getcap_agree_on_the_mount_and_the_source(
         ("access lists", ["getfacl", "-Rpn", "."]),
         ("capabilities", ["getcap", "ping", "owned by a stranger"]),
     ):
-        said = [
+        printed = [
             subprocess.run(command, cwd=root / folder, check=True, capture_output=True).stdout
             for root in (everything_kept.source, shown)
         ]
-        assert said[0].strip(), command
-        assert sorted(said[0].split(b"\n\n")) == sorted(said[1].split(b"\n\n")), command
+        assert printed[0].strip(), command
+        assert sorted(printed[0].split(b"\n\n")) == sorted(printed[1].split(b"\n\n")), command
 
 
 @pytest.mark.fuse

@@ -60,9 +60,9 @@ class TestForget:
         assert daily.json("forget", *rules).one("summary")["forgotten"] == 0
 
     def test_forget_prints_each_snapshot_with_its_reasons(self, daily: Casfs) -> None:
-        said = daily.run("forget", "--keep-within", "1d", "-n").text
-        assert said.count("within 1d") == 2
-        assert "3 snapshots would be forgotten, 2 would be kept" in said
+        printed = daily.run("forget", "--keep-within", "1d", "-n").text
+        assert printed.count("within 1d") == 2
+        assert "3 snapshots would be forgotten, 2 would be kept" in printed
 
     def test_forget_removes_named_snapshots(self, daily: Casfs) -> None:
         before = ids(daily)
@@ -150,9 +150,11 @@ class TestPrune:
     def test_prune_dry_run_reports_what_would_be_freed(self, bulky: Casfs) -> None:
         bulky.run("forget", "--keep-last", "1")
         before = size_of(bulky)
-        told = bulky.json("prune", "--dry-run").one("prune")
+        reported = bulky.json("prune", "--dry-run").one("prune")
         assert size_of(bulky) == before
-        assert abs(told["freed_bytes"] - bulky.json("prune").one("prune")["freed_bytes"]) < 10_000
+        assert (
+            abs(reported["freed_bytes"] - bulky.json("prune").one("prune")["freed_bytes"]) < 10_000
+        )
         assert "would be freed" in bulky.run("prune", "-n").text
 
     @pytest.mark.fuse
@@ -180,9 +182,9 @@ class TestPrune:
         repository.backup(source)
         with mounted(repository, "latest", at=tmp_path / "mount") as mount:
             repository.run("forget", "--keep-last", "1")
-            told = repository.json("prune", "--margin", "0s").one("prune")
-            assert told["repacked_packs"] == 1
-            assert told["freed_bytes"] >= 8 * MIB
+            reported = repository.json("prune", "--margin", "0s").one("prune")
+            assert reported["repacked_packs"] == 1
+            assert reported["freed_bytes"] >= 8 * MIB
             assert (mount / str(source).lstrip("/") / "kept").read_bytes() == kept
 
     @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ def test_a_full_disk_ends_a_backup_clearly_and_loses_nothing(
             result = small.run("backup", heavy, expect=1)
             assert "no space left" in result.complaint.lower(), result
             assert len(result.complaints) == 1, result
-        told = small.json("backup", heavy, expect=1)
-        assert told.one("error")["exit"] == 1
-        assert told.of_type("snapshot") == []
+        reported = small.json("backup", heavy, expect=1)
+        assert reported.one("error")["exit"] == 1
+        assert reported.of_type("snapshot") == []
         assert small.json("snapshots").one("snapshot")["id"] == kept
         assert small.json("check", "--read-data").one("summary")["ok"] is True
         small.run("restore", "latest", "--target", tmp_path / "target")

@@ -91,8 +91,8 @@ def test_backup_warnings_print_no_name_that_forges_output(
     result = repository.run("backup", hostile, expect=3, prefix=WITHOUT_READING_EVERYTHING)
     assert_no_forgery(result)
     assert len(result.complaints) >= len(NAMES)
-    told = repository.json("backup", hostile, expect=3, prefix=WITHOUT_READING_EVERYTHING)
-    problems = told.of_type("problem")
+    reported = repository.json("backup", hostile, expect=3, prefix=WITHOUT_READING_EVERYTHING)
+    problems = reported.of_type("problem")
     assert {os.path.basename(name_in(problem)) for problem in problems} == set(NAMES)
 
 

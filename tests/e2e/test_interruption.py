@@ -66,7 +66,7 @@ def wait_while_running(
     wait_until(reached, what, every=0.001)
 
 
-def assert_sound(casfs: Casfs, snapshots: int) -> None:
+def assert_intact(casfs: Casfs, snapshots: int) -> None:
     """The repository needs no repair, nothing published is lost and nothing half is published."""
     assert len(casfs.json("snapshots").of_type("snapshot")) == snapshots
     summary = casfs.json("check", "--read-data").one("summary")
@@ -95,11 +95,11 @@ def test_a_backup_stopped_in_the_middle_leaves_finished_packs_for_the_next(
         assert result.exit != 0, result
     kept = sum(pack.stat().st_size for pack in finished_packs(roomy))
     assert kept > 64 * MIB
-    assert_sound(roomy, snapshots=1)
+    assert_intact(roomy, snapshots=1)
     again = roomy.backup(heavy)
     # Everything that had been finished is used again; the slack is trees and pack directories.
     assert again["new_bytes"] <= SIZE - kept + 4 * MIB
-    assert_sound(roomy, snapshots=2)
+    assert_intact(roomy, snapshots=2)
     assert roomy.repository is not None
     assert list((roomy.repository / "tmp").iterdir()) == []
 
@@ -129,7 +129,7 @@ def test_ctrl_c_at_the_very_beginning_of_a_backup_leaves_an_intact_repository(
     wait_while_running(process, lambda: bool(seen() - before), "a lock or a temporary file")
     interrupt(process)
     assert finish(process).exit == 130
-    assert_sound(roomy, snapshots=0)
+    assert_intact(roomy, snapshots=0)
 
 
 def test_a_second_ctrl_c_does_not_bring_a_traceback(roomy: Casfs, heavy: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_second_ctrl_c_does_not_bring_a_traceback(roomy: Casfs, heavy: Path) -
     interrupt(process)
     interrupt(process)
     assert finish(process).exit in (130, -signal.SIGINT)
-    assert_sound(roomy, snapshots=0)
+    assert_intact(roomy, snapshots=0)
 
 
 def test_an_interrupted_restore_leaves_whole_files_only_and_can_be_finished(
@@ -173,7 +173,7 @@ def test_an_interrupted_check_exits_with_130(roomy: Casfs, heavy: Path) -> None:
     )
     interrupt(process)
     assert finish(process).exit == 130
-    assert_sound(roomy, snapshots=1)
+    assert_intact(roomy, snapshots=1)
 
 
 def _has_open(pid: int, part: str) -> bool:

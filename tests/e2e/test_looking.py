@@ -268,9 +268,9 @@ class TestStats:
 
     def test_stats_of_a_snapshot_report_its_size(self, repository: Casfs, source: Path) -> None:
         identity = repository.backup(source)["id"]
-        told = repository.json("stats", "latest").one("stats")
-        assert told["snapshot"] == identity
-        assert told["bytes"] == 8 + 9000 + 10 + MIB
+        reported = repository.json("stats", "latest").one("stats")
+        assert reported["snapshot"] == identity
+        assert reported["bytes"] == 8 + 9000 + 10 + MIB
         assert repository.run("stats", "latest").text.strip()
 
 
@@ -308,8 +308,8 @@ class TestTag:
 class TestWithoutRepository:
     def test_version_prints_the_version_as_text_and_as_json(self, casfs: Casfs) -> None:
         none = casfs.at(None)
-        said = none.json("version").one("version")
-        version = said["casfs"]
+        printed = none.json("version").one("version")
+        version = printed["casfs"]
         assert version.count(".") >= 1
         assert version in none.run("version").text
 

@@ -219,10 +219,10 @@ class TestMountCommand:
         at = tmp_path / "mount"
         at.mkdir()
         try:
-            said = repository.json("mount", "latest", at)
+            printed = repository.json("mount", "latest", at)
             assert is_mounted(at)
             assert (at / "source/readme.txt").read_bytes() == b"read me\n"
-            assert said.one("mounted")["mountpoint"] == str(at)
+            assert printed.one("mounted")["mountpoint"] == str(at)
             gone = repository.json("umount", at)
             assert gone.one("unmounted")["mountpoint"] == str(at)
             assert not is_mounted(at)

@@ -189,7 +189,7 @@ def test_a_signal_ends_the_mount_while_the_disk_is_silent(disk: Disk) -> None:
     wait_until(disk.is_waiting, "it waits for the disk")
     os.kill(disk.server, 15)
     wait_until(lambda: not is_mounted(disk.at), "it is unmounted")
-    _, said = reader.communicate(timeout=60)
+    _, printed = reader.communicate(timeout=60)
     assert reader.returncode == 1
-    assert said
+    assert printed
     wait_until(lambda: not processes_naming(disk.at), "and the server is gone")

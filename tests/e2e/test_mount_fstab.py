@@ -33,11 +33,11 @@ def inside(tmp_path: Path, superuser: None) -> Iterator[Inside]:
     layers.mkdir()
     sbin = Path("/sbin").resolve()
     options = f"lowerdir={sbin},upperdir={layers}/upper,workdir={layers}/work"
-    with mount_namespace() as keeper:
+    with mount_namespace() as repo:
 
         def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
-                ["nsenter", f"--mount=/proc/{keeper}/ns/mnt", "--", *map(str, command)],
+                ["nsenter", f"--mount=/proc/{repo}/ns/mnt", "--", *map(str, command)],
                 capture_output=True,
                 text=True,
                 check=False,

@@ -23,7 +23,7 @@ from blake3 import blake3
 
 from tests.e2e.conftest import forget
 from tests.e2e.test_mount import processes_naming
-from tests.support.builders import Keeper, Plan, file, flagged
+from tests.support.builders import Plan, RepositoryFixture, file, flagged
 from tests.support.cli import Casfs, finish, interrupt
 from tests.support.comparing import rsync_differences
 from tests.support.mounts import is_mounted, mount_namespace, mounted, tmpfs, unmount_by_force
@@ -60,11 +60,11 @@ def flip(path: Path, offset: int) -> None:
 
 
 @pytest.fixture
-def planted(casfs: Casfs, tmp_path: Path) -> Keeper:
+def fixture(casfs: Casfs, tmp_path: Path) -> RepositoryFixture:
     """A repository that holds what no backup could be made to hold at will."""
-    keeper = Keeper(tmp_path)
-    assert casfs.repository == keeper.root
-    return keeper
+    repo = RepositoryFixture(tmp_path)
+    assert casfs.repository == repo.root
+    return repo
 
 
 class TestPrograms:
@@ -80,11 +80,11 @@ class TestPrograms:
             assert output("diff", "-r", source, mount / "source") == ""
             assert rsync_differences(source, mount / "source") == ""
             shown = "%P %s %m %U %G %T@ %l\n"
-            said = [
+            printed = [
                 sorted(output("find", root, "-not", "-type", "d", "-printf", shown).splitlines())
                 for root in (source, mount / "source")
             ]
-            assert said[0] == said[1]
+            assert printed[0] == printed[1]
 
     def test_find_newer_files_works_in_the_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
@@ -184,9 +184,9 @@ class TestPrograms:
         for n, kind in enumerate(("randread", "read", "randread")):
             jobs += [f"--name=job{n}", f"--rw={kind}", f"--randseed={n + 5}"]
         with mounted(repository, "--cache-size", "4M", "latest", at=tmp_path / "mount") as mount:
-            said = output("fio", "--readonly", *common, *jobs, cwd=mount / "tree")
-        told = json.loads(said)["jobs"]
-        assert [(job["error"], job["read"]["io_bytes"]) for job in told] == [(0, 16 * MIB)] * 3
+            printed = output("fio", "--readonly", *common, *jobs, cwd=mount / "tree")
+        reported = json.loads(printed)["jobs"]
+        assert [(job["error"], job["read"]["io_bytes"]) for job in reported] == [(0, 16 * MIB)] * 3
 
     def test_du_counts_the_same_bytes_in_the_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
@@ -198,9 +198,9 @@ class TestPrograms:
         repository.backup("source", cwd=tmp_path)
         count = "find . -not -type d -print0 | du -cb --files0-from=- | tail -n 1"
         with mounted(repository, "latest", at=tmp_path / "mount") as mount:
-            said = [output("sh", "-c", count, cwd=root) for root in (source, mount / "source")]
-        assert said[0] == said[1]
-        assert int(said[0].split()[0]) > 4 * MIB
+            printed = [output("sh", "-c", count, cwd=root) for root in (source, mount / "source")]
+        assert printed[0] == printed[1]
+        assert int(printed[0].split()[0]) > 4 * MIB
 
     def test_concurrent_walkers_see_the_same_tree_in_the_mount(
         self, repository: Casfs, tmp_path: Path
@@ -217,13 +217,13 @@ class TestPrograms:
                 subprocess.Popen(command, cwd=mount / "tree", stdout=subprocess.PIPE)
                 for command in 2 * (["find", ".", "-ls"], ["grep", "-rc", "7", "."], ["ls", "-lR"])
             ]
-            said = [walker.communicate(timeout=120)[0] for walker in walkers]
+            printed = [walker.communicate(timeout=120)[0] for walker in walkers]
         assert [walker.returncode for walker in walkers] == [0] * 6
-        for one, other in zip(said[:3], said[3:], strict=True):
+        for one, other in zip(printed[:3], printed[3:], strict=True):
             assert sorted(one.splitlines()) == sorted(other.splitlines())
-        assert len(said[0].splitlines()) == 1 + 7 + 60 + 60 * 40
+        assert len(printed[0].splitlines()) == 1 + 7 + 60 + 60 * 40
         expected = output("grep", "-rc", "7", ".", cwd=tmp_path / "tree")
-        assert sorted(expected.splitlines()) == sorted(said[1].decode().splitlines())
+        assert sorted(expected.splitlines()) == sorted(printed[1].decode().splitlines())
 
     def test_an_overlay_works_with_the_mount_as_its_lower_layer(
         self, repository: Casfs, source: Path, tmp_path: Path, superuser: None
@@ -259,8 +259,8 @@ class TestPrograms:
             assert os.getxattr(shown, "user.casfs.captured") == (
                 blake3(b"read me\n").hexdigest().encode()
             )
-            said = output("getfattr", "--absolute-names", "-d", "-m", "-", shown)
-            assert "casfs" not in said
+            printed = output("getfattr", "--absolute-names", "-d", "-m", "-", shown)
+            assert "casfs" not in printed
             with pytest.raises(OSError, match="No data available"):
                 os.getxattr(shown, "user.other")
 
@@ -302,8 +302,8 @@ class TestReports:
                 "manifest.b3",
                 "snapshot.json",
             ]
-            told = json.loads((mount / ".casfs/snapshot.json").read_bytes())
-            assert (told["id"], told["host"], told["flagged"]) == (identity, "attic", 0)
+            reported = json.loads((mount / ".casfs/snapshot.json").read_bytes())
+            assert (reported["id"], reported["host"], reported["flagged"]) == (identity, "attic", 0)
             assert (mount / ".casfs/changed").read_bytes() == b""
             assert (mount / ".casfs/damage").read_bytes() == b""
             output("find", mount, "-name", ".casfs", "-exec", "false", "{}", "+")
@@ -329,8 +329,8 @@ class TestReports:
             for root in (mount, tmp_path):
                 assert output("b3sum", "--check", "--quiet", manifest, cwd=root) == ""
             (source / "readme.txt").write_bytes(b"read mE\n")
-            said = output("b3sum", "--check", manifest, cwd=tmp_path, expect=1)
-            assert "source/readme.txt: FAILED" in said
+            printed = output("b3sum", "--check", manifest, cwd=tmp_path, expect=1)
+            assert "source/readme.txt: FAILED" in printed
             output("cp", mount / ".casfs/manifest.b3", tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes().splitlines() == lines
 
@@ -339,16 +339,16 @@ class TestReports:
     ) -> None:
         identity = repository.backup("source", cwd=tmp_path)["id"]
         with mounted(repository, at=tmp_path / "mount") as mount:
-            told = json.loads((mount / "ids" / identity / ".casfs/snapshot.json").read_bytes())
-            assert told["id"] == identity
+            reported = json.loads((mount / "ids" / identity / ".casfs/snapshot.json").read_bytes())
+            assert reported["id"] == identity
             assert not (mount / ".casfs").exists()
 
     def test_reports_name_files_that_changed_during_the_backup(
-        self, casfs: Casfs, planted: Keeper, tmp_path: Path
+        self, casfs: Casfs, fixture: RepositoryFixture, tmp_path: Path
     ) -> None:
-        planted.store(b"mixture")
+        fixture.store(b"mixture")
         plan: Plan = {b"d": {b"odd\nname": flagged(file(b"", b"mixture"))}, b"f": b"sound"}
-        planted.publish(plan)
+        fixture.publish(plan)
         with mounted(
             casfs, "--log-file", tmp_path / "log", "latest", at=tmp_path / "mount"
         ) as mount:
@@ -485,8 +485,8 @@ class TestChangingRepositoryMount:
         for content in (b"one\n", b"one\n", b"two\n"):
             (source / "readme.txt").write_bytes(content)
             repository.backup("source", cwd=tmp_path)
-        told = repository.json("log", "latest:source/readme.txt").of_type("version")
-        assert [len(version["snapshots"]) for version in told] == [2, 1]
+        reported = repository.json("log", "latest:source/readme.txt").of_type("version")
+        assert [len(version["snapshots"]) for version in reported] == [2, 1]
         with mounted(repository, at=tmp_path / "mount") as mount:
             folder = mount / "versions/source/readme.txt"
             contents = [(folder / name).read_bytes() for name in sorted(os.listdir(folder))]
@@ -517,11 +517,11 @@ class TestChangingRepositoryMount:
 @contextmanager
 def fuse_for_everybody(folder: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Give every user a FUSE device, in a mount namespace of its own; yield how to run in there."""
-    with mount_namespace() as keeper:
-        inside = ("nsenter", f"--mount=/proc/{keeper}/ns/mnt", f"--wd={folder}", "--")
+    with mount_namespace() as repo:
+        inside = ("nsenter", f"--mount=/proc/{repo}/ns/mnt", f"--wd={folder}", "--")
         output(*inside, "mknod", "-m", "666", folder / "fuse", "c", "10", "229")
         output(*inside, "mount", "--bind", folder / "fuse", "/dev/fuse")
-        yield keeper, inside
+        yield repo, inside
 
 
 class TestMountServer:

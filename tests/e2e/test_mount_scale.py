@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.test_mount import processes_naming
 from tests.support.cli import Casfs
 from tests.support.mounts import mounted
-from tests.support.synthetic_repository import Shape, plant
+from tests.support.synthetic_repository import Shape, build
 
 pytestmark = [pytest.mark.fuse, pytest.mark.slow]
 
@@ -20,10 +20,10 @@ SHAPE = Shape(snapshots=400, crowd=60_000, folders=1500, files=60)
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Casfs, int]:
+def fixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Casfs, int]:
     folder = tmp_path_factory.mktemp("large")
     (folder / "home").mkdir()
-    entries = plant(folder / "repository", SHAPE)
+    entries = build(folder / "repository", SHAPE)
     return Casfs(folder / "repository", folder / "home"), entries
 
 
@@ -36,9 +36,9 @@ def peak_bytes(mount: Path) -> int:
 
 
 def test_a_walk_through_many_files_takes_bounded_memory(
-    planted: tuple[Casfs, int], tmp_path: Path
+    fixture: tuple[Casfs, int], tmp_path: Path
 ) -> None:
-    casfs, entries = planted
+    casfs, entries = fixture
     with mounted(casfs, "latest", at=tmp_path / "mount") as mount:
         before = peak_bytes(mount)
         command = ["find", str(mount), "-printf", "%i\n"]
@@ -49,10 +49,10 @@ def test_a_walk_through_many_files_takes_bounded_memory(
 
 
 def test_a_crowded_directory_is_listed_in_pieces(
-    planted: tuple[Casfs, int], tmp_path: Path
+    fixture: tuple[Casfs, int], tmp_path: Path
 ) -> None:
     """Its first entry is there before the server has read the whole directory."""
-    casfs, _ = planted
+    casfs, _ = fixture
     with mounted(casfs, "latest", at=tmp_path / "mount") as mount:
         (process,) = processes_naming(mount)
 
@@ -70,9 +70,9 @@ def test_a_crowded_directory_is_listed_in_pieces(
 
 
 def test_all_snapshots_and_versions_of_a_path_are_shown_at_once(
-    planted: tuple[Casfs, int], tmp_path: Path
+    fixture: tuple[Casfs, int], tmp_path: Path
 ) -> None:
-    casfs, _ = planted
+    casfs, _ = fixture
     with mounted(casfs, at=tmp_path / "mount") as mount:
         assert len(os.listdir(mount / "snapshots")) == SHAPE.snapshots + 1
         assert len(os.listdir(mount / "ids")) == SHAPE.snapshots + 1
@@ -81,5 +81,5 @@ def test_all_snapshots_and_versions_of_a_path_are_shown_at_once(
         assert len(os.listdir(mount / "versions" / "home")) == 1
         assert len(os.listdir(mount / "snapshots" / "latest" / "home")) == 200
         assert peak_bytes(mount) < 150_000_000
-    told = casfs.json("log", "latest:home", "--all-hosts").of_type("version")
-    assert [len(version["snapshots"]) for version in told] == [SHAPE.snapshots]
+    reported = casfs.json("log", "latest:home", "--all-hosts").of_type("version")
+    assert [len(version["snapshots"]) for version in reported] == [SHAPE.snapshots]

@@ -17,11 +17,11 @@ def snapshot(repository: Casfs, source: Path) -> None:
     (repository.home / "mountpoint").mkdir()
 
 
-def assert_refused(repository: Casfs, *prefix: str, said: str = "fuse") -> None:
+def assert_refused(repository: Casfs, *prefix: str, printed: str = "fuse") -> None:
     at = repository.home / "mountpoint"
     try:
         sentence = repository.refuses("mount", "latest", at, prefix=prefix)
-        assert said in sentence.lower(), sentence
+        assert printed in sentence.lower(), sentence
         assert not is_mounted(at)
     finally:
         unmount_by_force(at)

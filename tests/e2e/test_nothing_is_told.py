@@ -113,11 +113,11 @@ def test_no_source_text_is_found_in_the_repository_or_in_the_state_of_the_host(
         found = found_in([casfs.repository, casfs.home], secrets)
         if not encrypted:
             # The search finds what there is: so it is shown that it can.
-            told = {what for _, what in found}
-            assert {str(one) for one in (*NAMES[:4], *CIRCUMSTANCES)} <= told
-            assert "beginning of b'noise'" in told
-            assert f"digest of {len(CONTENT)} bytes of b'quixotic-letter'" in told
-            assert {f"mtime, {order} endian" for order in ("little", "big")} & told
+            reported = {what for _, what in found}
+            assert {str(one) for one in (*NAMES[:4], *CIRCUMSTANCES)} <= reported
+            assert "beginning of b'noise'" in reported
+            assert f"digest of {len(CONTENT)} bytes of b'quixotic-letter'" in reported
+            assert {f"mtime, {order} endian" for order in ("little", "big")} & reported
             return
         assert found == []
         # All of it is there for who has the key.

@@ -318,8 +318,8 @@ class TestDryRunAndVerify:
     def test_a_restore_dry_run_writes_nothing_and_reports_what_it_would(
         self, kept: Casfs, target: Path
     ) -> None:
-        said = kept.json("restore", "latest", "--target", target, "--dry-run").one("summary")
-        assert (said["files"], said["bytes"]) == (4, 8 + 9000 + 10 + MIB)
+        printed = kept.json("restore", "latest", "--target", target, "--dry-run").one("summary")
+        assert (printed["files"], printed["bytes"]) == (4, 8 + 9000 + 10 + MIB)
         assert not target.exists()
         people = kept.run("restore", "latest", "--target", target, "--dry-run")
         assert "dry" in people.text.lower() or "would" in people.text.lower(), people
@@ -391,12 +391,12 @@ class TestWithoutPrivileges:
         for closed, mode in ((deep, 0), (deep.parent, 0o555), (deep.parent.parent, 0o311)):
             closed.chmod(mode)
         (target / "outside").chmod(0o555)
-        told = kept.json(
+        reported = kept.json(
             *("restore", f"latest:{source.name}", "--target", target, "--delete"),
             *("--exclude", "outside"),
             prefix=WITHOUT_CAPABILITIES,
         )
-        assert told.one("summary")["deleted"] == 1
+        assert reported.one("summary")["deleted"] == 1
         assert not (target / "extra").exists()
         assert stat.S_IMODE((target / "outside").stat().st_mode) == 0o555
 

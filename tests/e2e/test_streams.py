@@ -81,8 +81,8 @@ def test_a_backup_that_cannot_print_its_result_exits_like_one_that_can(
 def test_a_target_that_is_a_file_is_named_as_it_was_typed(repository: Casfs, source: Path) -> None:
     repository.backup(source)
     target = source / "readme.txt"
-    told = repository.refuses("restore", "latest", "--target", target)
-    assert told == f"casfs: {target}: File exists"
+    reported = repository.refuses("restore", "latest", "--target", target)
+    assert reported == f"casfs: {target}: File exists"
 
 
 def test_a_closed_stdin_is_not_asked_for_a_passphrase(casfs: Casfs, tmp_path: Path) -> None:

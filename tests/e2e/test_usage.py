@@ -68,9 +68,9 @@ class TestUsage:
         assert result.complaints, result
         assert len(repository.json("snapshots").objects) == 1
         if len(arguments) > 1:
-            told = repository.json(*arguments, expect=2)
-            assert told.one("error")["exit"] == 2
-            assert told.one("error")["message"]
+            reported = repository.json(*arguments, expect=2)
+            assert reported.one("error")["exit"] == 2
+            assert reported.one("error")["message"]
 
     def test_help_shows_the_usage_of_every_command(self, casfs: Casfs) -> None:
         shown = casfs.run("--help").text

@@ -44,8 +44,8 @@ class TestCaptureDetailsInMount:
         snapshot = repository.backup("source", cwd=tmp_path)
         with mounted(repository, "latest", at=tmp_path / "mount") as mount:
             assert os.listdir(mount) == ["source"]
-            told = json.loads((mount / ".casfs/snapshot.json").read_bytes())
-            assert snapshot["id"] in told.values()
+            reported = json.loads((mount / ".casfs/snapshot.json").read_bytes())
+            assert snapshot["id"] in reported.values()
             manifest = (mount / ".casfs/manifest.b3").read_text()
             for name in ("readme.txt", "documents/report.txt", "pictures/photo.raw"):
                 digest = blake3((source / name).read_bytes()).hexdigest()
@@ -94,13 +94,13 @@ class TestFlaggedFiles:
         """A snapshot in which `restless` was never still while it was captured."""
         (source / "restless").write_bytes(os.urandom(16 * MIB))
         with never_still(source / "restless"):
-            told = repository.json(
+            reported = repository.json(
                 *("backup", "--attempts", "1", "--freeze", "never", "source"),
                 expect=4,
                 cwd=tmp_path,
             )
-        assert told.one("snapshot")["flagged"] == 1
-        problems = [line for line in told.of_type("problem") if line["kind"] == "changed"]
+        assert reported.one("snapshot")["flagged"] == 1
+        problems = [line for line in reported.of_type("problem") if line["kind"] == "changed"]
         assert [problem["path"] for problem in problems] == ["source/restless"]
         return repository
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from casfs.backup import capture
-from tests.support.capturing import Keeper, keeper
+from tests.support.capturing import BackupFixture, open_backup_fixture
 from tests.support.process_runner import Scene, Stage, make_scene
 from tests.support.scripted_source import ScriptedSource, scripted_source
 
@@ -23,20 +23,23 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedSourc
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Iterator[Keeper]:
+def backups(tmp_path: Path) -> Iterator[BackupFixture]:
     """A repository, in memory where there is room for that: nothing here is about what syncs do."""
     memory = Path("/dev/shm")
     parent = memory if os.access(memory, os.W_OK) else tmp_path
-    with TemporaryDirectory(dir=parent) as folder, keeper(Path(folder) / "repository") as found:
+    with (
+        TemporaryDirectory(dir=parent) as folder,
+        open_backup_fixture(Path(folder) / "repository") as found,
+    ):
         yield found
 
 
 @pytest.fixture
-def kept_encrypted(own_home: Path) -> Iterator[Keeper]:
+def encrypted_backups(own_home: Path) -> Iterator[BackupFixture]:
     """The same, encrypted."""
     with (
         TemporaryDirectory(dir=own_home) as folder,
-        keeper(Path(folder) / "repository", encrypted=True) as found,
+        open_backup_fixture(Path(folder) / "repository", encrypted=True) as found,
     ):
         yield found
 

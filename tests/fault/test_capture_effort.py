@@ -11,7 +11,7 @@ from blake3 import blake3
 from casfs.digest import Digest
 from casfs.format.tree import CaptureState, ChangeReason, capture_of, captured_digest
 from casfs.monitor import ProblemKind
-from tests.support.capturing import Keeper
+from tests.support.capturing import BackupFixture
 from tests.support.scripted_source import ScriptedSource, content
 
 pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("no_pauses")]
@@ -49,10 +49,10 @@ def reads(scripted: ScriptedSource, file: Path) -> int:
 class TestCaptureAttempts:
     @pytest.mark.parametrize(("attempts", "made"), [(1, 1), (2, 3), (3, 4), (5, 6)])
     def test_a_changing_file_is_captured_as_often_as_allowed_and_once_more_at_the_end(
-        self, scripted: ScriptedSource, kept: Keeper, attempts: int, made: int
+        self, scripted: ScriptedSource, backups: BackupFixture, attempts: int, made: int
     ) -> None:
         file = scripted.scene({"file": changing()}) / "file"
-        backup = kept.back_up(file.parent, attempts=attempts)
+        backup = backups.back_up(file.parent, attempts=attempts)
         assert openings(scripted, file) == made
         capture = capture_of(backup.file(file))
         assert capture is not None and capture.attempts == made
@@ -61,43 +61,43 @@ class TestCaptureAttempts:
         assert problem is not None and problem.details["attempts"] == made
 
     def test_a_stable_capture_ends_the_attempts(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         file = scripted.scene({"file": changing(SMALL, 1)}) / "file"
-        backup = kept.back_up(file.parent, attempts=10)
+        backup = backups.back_up(file.parent, attempts=10)
         assert openings(scripted, file) == 2
         assert (backup.flagged, backup.exit, backup.problems) == (0, 0, [])
 
     def test_a_discarded_attempt_stores_nothing_of_a_small_file(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         file = scripted.scene({"file": changing(SMALL, 1, 2)}) / "file"
-        backup = kept.back_up(file.parent)
+        backup = backups.back_up(file.parent)
         served = scripted.served(file)
         stored = [
-            kept.repository.store.index.lookup(Digest(bytes.fromhex(served[opening, 1][0])))
+            backups.repository.store.index.lookup(Digest(bytes.fromhex(served[opening, 1][0])))
             for opening in (1, 2, 3)
         ]
         assert [place is not None for place in stored] == [False, False, True]
         assert captured_digest(backup.file(file)) == bytes.fromhex(served[3, 1][0])
 
     def test_a_consistent_prefix_ends_the_attempts(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         rule = {"opening": 0, "reading": 1, "where": "after", "change": "append", "size": 10}
         file = scripted.scene({"file": {"seed": "old", "size": SMALL, "rules": [rule]}}) / "file"
-        backup = kept.back_up(file.parent)
+        backup = backups.back_up(file.parent)
         assert openings(scripted, file) == 1
         assert backup.file(file).state == CaptureState.APPENDED
         assert (backup.flagged, backup.exit) == (0, 0)
 
     def test_a_consistent_prefix_replaces_an_earlier_mixture(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         append = {"opening": 2, "reading": 1, "where": "after", "change": "append", "size": 10}
-        told = {"seed": "old", "size": SMALL, "rules": [*rewritten(1), append]}
-        file = scripted.scene({"file": told}) / "file"
-        backup = kept.back_up(file.parent)
+        spec = {"seed": "old", "size": SMALL, "rules": [*rewritten(1), append]}
+        file = scripted.scene({"file": spec}) / "file"
+        backup = backups.back_up(file.parent)
         assert openings(scripted, file) == 2
         node = backup.file(file)
         capture = capture_of(node)
@@ -110,7 +110,7 @@ class TestCaptureAttempts:
         assert captured_digest(node) == blake3(content("version 1 ", SMALL)).digest()
 
     def test_a_whole_replaced_file_is_kept_when_its_successor_keeps_changing(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         replaced = {
             "opening": 1,
@@ -120,9 +120,9 @@ class TestCaptureAttempts:
             "seed": "successor",
             "size": SMALL,
         }
-        told = {"seed": "old", "size": SMALL, "rules": [replaced, *rewritten(2, 3)]}
-        file = scripted.scene({"file": told}) / "file"
-        backup = kept.back_up(file.parent)
+        spec = {"seed": "old", "size": SMALL, "rules": [replaced, *rewritten(2, 3)]}
+        file = scripted.scene({"file": spec}) / "file"
+        backup = backups.back_up(file.parent)
         node = backup.file(file)
         capture = capture_of(node)
         assert capture is not None
@@ -131,11 +131,11 @@ class TestCaptureAttempts:
         assert captured_digest(node) == blake3(content("old", SMALL)).digest()
 
     def test_an_earlier_attempt_is_kept_when_the_file_can_no_longer_be_opened(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         script = [*rewritten(1), {**rewritten(1, where="after")[0], "change": "chmod"}]
         file = scripted.scene({"file": {"seed": "old", "size": SMALL, "rules": script}}) / "file"
-        backup = kept.back_up(file.parent)
+        backup = backups.back_up(file.parent)
         node = backup.file(file)
         assert node.state == CaptureState.CHANGED
         assert backup.exit == 4
@@ -146,16 +146,16 @@ class TestCaptureAttempts:
 
 class TestFinalRetry:
     def test_the_final_retry_unflags_a_file_that_became_stable(
-        self, scripted: ScriptedSource, kept: Keeper, tmp_path: Path
+        self, scripted: ScriptedSource, backups: BackupFixture, tmp_path: Path
     ) -> None:
-        told = {
+        spec = {
             "a": {"seed": "a", "size": 10},
             "file": changing(LARGE, 1, 2, 3),
             "never": changing(SMALL, 0),
             "z": {"seed": "z", "size": 10},
         }
-        scene = scripted.scene(told)
-        backup = kept.back_up(scene)
+        scene = scripted.scene(spec)
+        backup = backups.back_up(scene)
         node = backup.file(scene / "file")
         capture = capture_of(node)
         assert capture is not None
@@ -169,15 +169,15 @@ class TestFinalRetry:
         assert (restored / "file").read_bytes() == content("version 3 ", LARGE)
         assert (restored / "a").read_bytes() == content("a", 10)
         assert (restored / "z").read_bytes() == content("z", 10)
-        kept.assert_is_sound()
+        backups.assert_is_intact()
 
     def test_the_final_retry_keeps_the_capture_of_a_file_that_is_gone(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         gone = {"opening": 3, "reading": 2, "where": "after", "change": "unlink"}
-        told = {"seed": "old", "size": SMALL, "rules": [*rewritten(1, 2, 3), gone]}
-        file = scripted.scene({"file": told}) / "file"
-        backup = kept.back_up(file.parent)
+        spec = {"seed": "old", "size": SMALL, "rules": [*rewritten(1, 2, 3), gone]}
+        file = scripted.scene({"file": spec}) / "file"
+        backup = backups.back_up(file.parent)
         node = backup.file(file)
         capture = capture_of(node)
         assert capture is not None
@@ -186,20 +186,20 @@ class TestFinalRetry:
         assert problem is not None and problem.kind == ProblemKind.CHANGED
 
     def test_a_dry_run_makes_no_final_retry_and_reports_what_it_found(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         file = scripted.scene({"file": changing(SMALL, 0)}) / "file"
-        backup = kept.back_up(file.parent, dry_run=True)
+        backup = backups.back_up(file.parent, dry_run=True)
         assert openings(scripted, file) == 3
         problem = backup.problem(file)
         assert problem is not None and problem.details["attempts"] == 3
-        assert kept.repository.store.index.blob_count() == 0
+        assert backups.repository.store.index.blob_count() == 0
 
     def test_the_final_retry_finds_a_file_that_is_itself_a_source(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         file = scripted.scene({"file": changing(SMALL, 1, 2, 3), "other": changing()}) / "file"
-        backup = kept.back_up(file)
+        backup = backups.back_up(file)
         assert backup.file(file).state == CaptureState.STABLE
         assert openings(scripted, file) == 4
         assert backup.node(file.parent / "other") is None
@@ -207,20 +207,20 @@ class TestFinalRetry:
 
 class TestRetryBudget:
     def test_an_empty_retry_budget_allows_one_attempt(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         file = scripted.scene({"file": changing()}) / "file"
-        backup = kept.back_up(file.parent, patience_s=0.0)
+        backup = backups.back_up(file.parent, patience_s=0.0)
         assert openings(scripted, file) == 1
         assert backup.exit == 4
         assert backup.problem(file) is not None
 
     def test_a_spent_retry_budget_leaves_one_attempt_for_each_other_file(
-        self, scripted: ScriptedSource, kept: Keeper, monkeypatch: pytest.MonkeyPatch
+        self, scripted: ScriptedSource, backups: BackupFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("casfs.backup.capture.FIRST_PAUSE_S", 0.01)
         scene = scripted.scene({f"file {number:02d}": changing() for number in range(20)})
-        backup = kept.back_up(scene, attempts=100, patience_s=0.1)
+        backup = backups.back_up(scene, attempts=100, patience_s=0.1)
         made = [openings(scripted, scene / f"file {number:02d}") for number in range(20)]
         assert made[0] > 1
         assert made[-1] <= 2, "one attempt in the walk, and perhaps one at the end"
@@ -228,10 +228,10 @@ class TestRetryBudget:
         assert backup.flagged == 20
 
     def test_a_stable_file_spends_no_retry_budget(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         scene = scripted.scene({"still": {"seed": "s", "size": LARGE}, "then": changing(SMALL, 1)})
-        backup = kept.back_up(scene, patience_s=1.0)
+        backup = backups.back_up(scene, patience_s=1.0)
         assert backup.flagged == 0
 
 
@@ -239,11 +239,11 @@ class TestCoarseClock:
     """The file's times are those of its opening, and nothing that happens moves them."""
 
     def test_the_witness_read_sees_a_rewrite_that_moves_no_timestamp(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
-        told = {"seed": "old", "size": SMALL, "young": True, "rules": rewritten(1)}
-        file = scripted.scene({"file": told}) / "file"
-        backup = kept.back_up(file.parent)
+        spec = {"seed": "old", "size": SMALL, "young": True, "rules": rewritten(1)}
+        file = scripted.scene({"file": spec}) / "file"
+        backup = backups.back_up(file.parent)
         node = backup.file(file)
         capture = capture_of(node)
         assert capture is not None
@@ -252,24 +252,24 @@ class TestCoarseClock:
         assert captured_digest(node) == blake3(content("version 1 ", SMALL)).digest()
 
     def test_a_rewrite_at_every_read_is_flagged(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
-        told = {"seed": "old", "size": SMALL, "young": True, "rules": rewritten(0)}
-        file = scripted.scene({"file": told}) / "file"
-        backup = kept.back_up(file.parent)
+        spec = {"seed": "old", "size": SMALL, "young": True, "rules": rewritten(0)}
+        file = scripted.scene({"file": spec}) / "file"
+        backup = backups.back_up(file.parent)
         assert backup.file(file).state == CaptureState.CHANGED
         assert backup.exit == 4
 
     def test_a_young_file_is_stable_and_read_again_by_the_next_backup(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
-        told = {"seed": "old", "size": SMALL, "young": True}
-        file = scripted.scene({"file": told}) / "file"
-        first = kept.back_up(file.parent)
+        spec = {"seed": "old", "size": SMALL, "young": True}
+        file = scripted.scene({"file": spec}) / "file"
+        first = backups.back_up(file.parent)
         node = first.file(file)
         assert (node.state, node.racy, capture_of(node)) == (CaptureState.STABLE, True, None)
         assert reads(scripted, file) == 2, "a capture and its witness"
-        second = kept.back_up(file.parent)
+        second = backups.back_up(file.parent)
         assert second.result.snapshot.stats.unchanged == 0
         assert openings(scripted, file) == 2
 
@@ -277,47 +277,47 @@ class TestCoarseClock:
 class TestNextBackup:
     @pytest.mark.parametrize("change", ["append", "rewrite", "rename over", None], ids=str)
     def test_the_next_backup_trusts_only_files_that_were_plainly_stable(
-        self, scripted: ScriptedSource, kept: Keeper, change: str | None
+        self, scripted: ScriptedSource, backups: BackupFixture, change: str | None
     ) -> None:
         rule = {"opening": 1, "reading": 1, "where": "after", "change": change, "size": SMALL}
-        told = {"seed": "old", "size": SMALL, "rules": [rule] if change else []}
-        file = scripted.scene({"file": told}) / "file"
-        first = kept.back_up(file.parent, attempts=1)
+        spec = {"seed": "old", "size": SMALL, "rules": [rule] if change else []}
+        file = scripted.scene({"file": spec}) / "file"
+        first = backups.back_up(file.parent, attempts=1)
         expected = {"append": CaptureState.APPENDED, "rewrite": CaptureState.CHANGED}
         assert first.file(file).state == expected.get(str(change), CaptureState.STABLE)
         before = openings(scripted, file)
-        second = kept.back_up(file.parent)
+        second = backups.back_up(file.parent)
         assert openings(scripted, file) == before + (change is not None)
         assert second.result.snapshot.stats.unchanged == (change is None)
         node = second.file(file)
         assert node.state == CaptureState.STABLE
-        third = kept.back_up(file.parent)
+        third = backups.back_up(file.parent)
         assert third.result.snapshot.stats.unchanged == 1
 
 
 class TestWrongStatSize:
     def test_a_file_is_read_no_further_than_its_reported_size(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
-        told = {"seed": "endless", "size": LARGE, "told_size": SMALL}
-        file = scripted.scene({"file": told}) / "file"
-        node = kept.back_up(file.parent).file(file)
+        spec = {"seed": "endless", "size": LARGE, "stat_size": SMALL}
+        file = scripted.scene({"file": spec}) / "file"
+        node = backups.back_up(file.parent).file(file)
         assert (node.state, node.size) == (CaptureState.STABLE, SMALL)
         assert captured_digest(node) == blake3(content("endless", LARGE)[:SMALL]).digest()
 
     def test_a_file_that_ends_before_its_reported_size_has_the_size_that_was_read(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
-        told = {"seed": "short", "size": SMALL, "told_size": LARGE}
-        file = scripted.scene({"file": told}) / "file"
-        node = kept.back_up(file.parent).file(file)
+        spec = {"seed": "short", "size": SMALL, "stat_size": LARGE}
+        file = scripted.scene({"file": spec}) / "file"
+        node = backups.back_up(file.parent).file(file)
         assert (node.state, node.size) == (CaptureState.STABLE, SMALL)
         assert reads(scripted, file) == 2, "only a witness could say that this is all"
 
 
 class TestExitCode:
     def test_an_unreadable_file_outranks_a_changed_file_in_the_exit_code(
-        self, scripted: ScriptedSource, kept: Keeper
+        self, scripted: ScriptedSource, backups: BackupFixture
     ) -> None:
         broken = {"opening": 0, "reading": 1, "where": "between", "change": "read error"}
         scene = scripted.scene(
@@ -328,7 +328,7 @@ class TestExitCode:
                 "z": {"seed": "z", "size": LARGE},
             }
         )
-        backup = kept.back_up(scene)
+        backup = backups.back_up(scene)
         assert (backup.exit, backup.flagged) == (3, 1)
         stats = backup.result.snapshot.stats
         assert (stats.files, stats.unreadable) == (3, 1)
@@ -337,31 +337,36 @@ class TestExitCode:
             ProblemKind.CHANGED,
         }
         assert captured_digest(backup.file(scene / "z")) == blake3(content("z", LARGE)).digest()
-        kept.assert_is_sound()
+        backups.assert_is_intact()
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE], ids=["one chunk", "many chunks"])
 @pytest.mark.parametrize("order", ["changing first", "true one first"])
 @pytest.mark.parametrize("where", ["between", "after"])
 def test_a_changed_file_never_supplies_the_data_of_a_file_with_its_old_content(
-    scripted: ScriptedSource, kept: Keeper, tmp_path: Path, size: int, order: str, where: str
+    scripted: ScriptedSource,
+    backups: BackupFixture,
+    tmp_path: Path,
+    size: int,
+    order: str,
+    where: str,
 ) -> None:
     """What Brackup got wrong: digests of one read stored with the data of another."""
     names = ("1 changes", "2 true") if order == "changing first" else ("2 changes", "1 true")
     changes, true = names
     script = [{**rule, "seed": "B"} for rule in rewritten(1, where=where)]
     scene = scripted.scene({changes: {"seed": "A", "size": size, "rules": script}})
-    first = kept.back_up(scene, attempts=1)
+    first = backups.back_up(scene, attempts=1)
     later = scripted.scene({true: {"seed": "A", "size": size}, "b": {"seed": "B", "size": size}})
-    second = kept.back_up(later)
+    second = backups.back_up(later)
     both = scripted.scene(
         {
             changes: {"seed": "A", "size": size, "rules": script},
             true: {"seed": "A", "size": size},
         }
     )
-    third = kept.back_up(both, attempts=1)
-    kept.assert_is_sound()
+    third = backups.back_up(both, attempts=1)
+    backups.assert_is_intact()
 
     captured, _ = scripted.served(scene / changes)[1, 1]
     restored = first.restore(tmp_path / "first") / scene.relative_to("/") / changes

@@ -17,7 +17,7 @@ import pytest
 
 from casfs.backup import capture
 from casfs.format.tree import CaptureState, ChangeReason, Node, capture_of, captured_digest
-from tests.support.capturing import Keeper, Kept
+from tests.support.capturing import BackupFixture, PublishedBackup
 from tests.support.read_hooks import Reads
 from tests.support.scripted_source import content
 
@@ -77,10 +77,10 @@ class TestSparseFile:
         settle(file)
         return file
 
-    def last_read(self, reads: Reads, kept: Keeper, sparse: Path) -> int:
+    def last_read(self, reads: Reads, backups: BackupFixture, sparse: Path) -> int:
         """Return the number of the last read of an undisturbed capture."""
         reads.watch(sparse, lambda _: None)
-        kept.back_up(sparse, use_parent=False)
+        backups.back_up(sparse, use_parent=False)
         return reads.count(sparse)
 
     @pytest.mark.parametrize("when", ["before", "between", "last", "witness"])
@@ -88,10 +88,16 @@ class TestSparseFile:
         "change", ["fill the gap", "punch the head", "cut in the gap", "cut in the end", "append"]
     )
     def test_a_changing_sparse_file_is_restored_as_it_was_at_one_moment(
-        self, reads: Reads, kept: Keeper, tmp_path: Path, sparse: Path, change: str, when: str
+        self,
+        reads: Reads,
+        backups: BackupFixture,
+        tmp_path: Path,
+        sparse: Path,
+        change: str,
+        when: str,
     ) -> None:
         old, size = sparse.read_bytes(), sparse.stat().st_size
-        last = self.last_read(reads, kept, sparse)
+        last = self.last_read(reads, backups, sparse)
         number = {"before": 1, "between": last // 2 + 1, "last": last, "witness": last + 1}[when]
 
         def act() -> None:
@@ -112,7 +118,7 @@ class TestSparseFile:
                 act()
 
         reads.watch(sparse, act_at)
-        backup = kept.back_up(sparse, use_parent=False)
+        backup = backups.back_up(sparse, use_parent=False)
         node = backup.file(sparse)
         now = sparse.read_bytes()
         restored = backup.restore(tmp_path / "target") / sparse.relative_to("/")
@@ -126,21 +132,21 @@ class TestSparseFile:
             assert data in (old, now)
         assert backup.flagged == 0
         assert restored.stat().st_blocks * 512 < 2 * MIB, "its holes are no longer holes"
-        kept.assert_is_sound()
+        backups.assert_is_intact()
 
     def test_a_sparse_file_that_changes_at_every_read_is_flagged(
-        self, reads: Reads, kept: Keeper, sparse: Path
+        self, reads: Reads, backups: BackupFixture, sparse: Path
     ) -> None:
         def fill(count: int) -> None:
             write_at(sparse, self.HEAD + 2 * MIB, content(f"filled {count}", 200_000))
             write_at(sparse, 0, content(f"head {count}", 1000))
 
         reads.watch(sparse, fill)
-        backup = kept.back_up(sparse)
+        backup = backups.back_up(sparse)
         state, reason, attempts = found(backup.file(sparse))
         assert (state, reason, attempts) == (CaptureState.CHANGED, ChangeReason.REWRITTEN, 4)
         assert (backup.flagged, backup.exit) == (1, 4)
-        kept.assert_is_sound()
+        backups.assert_is_intact()
 
 
 def punch(file: Path, offset: int, length: int) -> None:
@@ -200,48 +206,48 @@ class TestMappedFile:
 
     @pytest.mark.parametrize("pages", ["clean", "dirty"])
     def test_a_mapped_file_stored_to_between_reads_is_captured_again(
-        self, reads: Reads, kept: Keeper, tmp_path: Path, mapped: Mapped, pages: str
+        self, reads: Reads, backups: BackupFixture, tmp_path: Path, mapped: Mapped, pages: str
     ) -> None:
         if pages == "dirty":
             mapped.store(b"dirty")
         settle(mapped.file)
         times = mapped.file.stat().st_ctime_ns
         reads.before(mapped.file, 5, lambda: mapped.store(b"changed"))
-        backup = kept.back_up(mapped.file)
+        backup = backups.back_up(mapped.file)
         assert mapped.file.stat().st_ctime_ns > times
         assert found(backup.file(mapped.file)) == (CaptureState.STABLE, ChangeReason.REWRITTEN, 2)
         restored = backup.restore(tmp_path / "target") / mapped.file.relative_to("/")
         assert restored.read_bytes() == bytes(mapped.pages)
 
     def test_a_mapped_file_with_dirty_pages_would_hide_a_mixture(
-        self, reads: Reads, kept: Keeper, mapped: Mapped, monkeypatch: pytest.MonkeyPatch
+        self, reads: Reads, backups: BackupFixture, mapped: Mapped, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Shows that the test above tests what it says, on this kernel and file system."""
         monkeypatch.setattr(capture, "_clean_pages", lambda fd: None)
         mapped.store(b"dirty")
         settle(mapped.file)
         reads.before(mapped.file, 5, lambda: mapped.store(b"changed"))
-        node = kept.back_up(mapped.file).file(mapped.file)
+        node = backups.back_up(mapped.file).file(mapped.file)
         assert found(node) == (CaptureState.STABLE, ChangeReason.NONE, 1)
 
     def test_a_mapped_file_stored_to_at_every_read_is_flagged(
-        self, reads: Reads, kept: Keeper, mapped: Mapped
+        self, reads: Reads, backups: BackupFixture, mapped: Mapped
     ) -> None:
         settle(mapped.file)
         reads.watch(mapped.file, lambda count: mapped.store(b"%08d" % count))
-        backup = kept.back_up(mapped.file)
+        backup = backups.back_up(mapped.file)
         assert found(backup.file(mapped.file)) == (CaptureState.CHANGED, ChangeReason.REWRITTEN, 4)
         assert backup.exit == 4
 
     def test_a_mapped_file_stored_to_after_its_capture_is_read_by_the_next_backup(
-        self, kept: Keeper, mapped: Mapped
+        self, backups: BackupFixture, mapped: Mapped
     ) -> None:
         mapped.store(b"dirty")
         settle(mapped.file)
-        first = kept.back_up(mapped.file)
+        first = backups.back_up(mapped.file)
         assert found(first.file(mapped.file)) == (CaptureState.STABLE, ChangeReason.NONE, 1)
         mapped.store(b"later")
-        second = kept.back_up(mapped.file)
+        second = backups.back_up(mapped.file)
         assert second.result.snapshot.stats.unchanged == 0
         nodes = first.file(mapped.file), second.file(mapped.file)
         assert captured_digest(nodes[0]) != captured_digest(nodes[1])
@@ -268,12 +274,12 @@ class TestFinalRetryOnDisk:
         file.write_bytes(content(str(file), 5 * 64 * 1024 + 300_000 % 64))
         return file
 
-    def assert_is_as_now(self, backup: Kept, restored: Path, file: Path) -> None:
+    def assert_is_as_now(self, backup: PublishedBackup, restored: Path, file: Path) -> None:
         assert found(backup.file(file)) == (CaptureState.STABLE, ChangeReason.REWRITTEN, 4)
         assert (restored / file.relative_to("/")).read_bytes() == file.read_bytes()
 
     def test_the_final_retry_rewrites_only_the_trees_above_the_files(
-        self, reads: Reads, kept: Keeper, tmp_path: Path, source: Path
+        self, reads: Reads, backups: BackupFixture, tmp_path: Path, source: Path
     ) -> None:
         files = [
             self.make(source / "a" / "deep" / "way" / "down", "file"),
@@ -286,7 +292,7 @@ class TestFinalRetryOnDisk:
         for file in files:
             restless(reads, file, 6)
         restless(reads, never, 100)
-        backup = kept.back_up(source)
+        backup = backups.back_up(source)
         restored = backup.restore(tmp_path / "target")
         for file in files:
             self.assert_is_as_now(backup, restored, file)
@@ -300,12 +306,12 @@ class TestFinalRetryOnDisk:
             if (tree := backup.file(source / name).tree) is not None
         }
         assert flagged == {"a": 0, "b": 0, "z": 1}
-        kept.assert_is_sound()
+        backups.assert_is_intact()
 
     def test_the_final_retry_finds_files_of_several_sources(
         self,
         reads: Reads,
-        kept: Keeper,
+        backups: BackupFixture,
         tmp_path: Path,
         source: Path,
         monkeypatch: pytest.MonkeyPatch,
@@ -319,7 +325,7 @@ class TestFinalRetryOnDisk:
         for file in files:
             restless(reads, file, 6)
         monkeypatch.chdir(source)
-        backup = kept.back_up(Path("one"), Path("two/three"), Path("two/named/file"))
+        backup = backups.back_up(Path("one"), Path("two/three"), Path("two/named/file"))
         for file in files:
             relative = Path(file.relative_to(source))
             assert found(backup.file(relative)) == (CaptureState.STABLE, ChangeReason.REWRITTEN, 4)
@@ -329,22 +335,22 @@ class TestFinalRetryOnDisk:
         assert backup.flagged == 0
 
     def test_the_final_retry_finds_a_file_in_a_split_directory(
-        self, reads: Reads, kept: Keeper, tmp_path: Path, source: Path
+        self, reads: Reads, backups: BackupFixture, tmp_path: Path, source: Path
     ) -> None:
         for number in range(6000):
             (source / f"entry {number:05d}").touch()
         file = self.make(source, "entry 03000 and a half")
         settle(file)
         restless(reads, file, 6)
-        backup = kept.back_up(source)
+        backup = backups.back_up(source)
         node = backup.file(source)
         assert node.tree is not None and node.tree.nodes == 6001
-        assert kept.repository.trees.unsplit_entries(node.tree) is None, "it was not split"
+        assert backups.repository.trees.unsplit_entries(node.tree) is None, "it was not split"
         self.assert_is_as_now(backup, backup.restore(tmp_path / "target"), file)
-        kept.assert_is_sound()
+        backups.assert_is_intact()
 
     def test_the_final_retry_captures_all_names_of_a_file_alike(
-        self, reads: Reads, kept: Keeper, tmp_path: Path, source: Path
+        self, reads: Reads, backups: BackupFixture, tmp_path: Path, source: Path
     ) -> None:
         file = self.make(source / "a", "name")
         other = source / "b" / "other name"
@@ -352,7 +358,7 @@ class TestFinalRetryOnDisk:
         other.hardlink_to(file)
         settle(file)
         restless(reads, file, 12)
-        backup = kept.back_up(source)
+        backup = backups.back_up(source)
         assert backup.flagged == 0
         nodes = backup.file(file), backup.file(other)
         assert captured_digest(nodes[0]) == captured_digest(nodes[1])
@@ -362,7 +368,7 @@ class TestFinalRetryOnDisk:
         assert names[0].read_bytes() == file.read_bytes()
 
     def test_the_final_retry_skips_a_directory_that_was_replaced(
-        self, reads: Reads, kept: Keeper, source: Path
+        self, reads: Reads, backups: BackupFixture, source: Path
     ) -> None:
         file = self.make(source / "folder", "file")
         last = self.make(source, "later")
@@ -374,14 +380,14 @@ class TestFinalRetryOnDisk:
             self.make(source / "folder", "file")
 
         reads.before(last, 1, replace_the_folder)
-        backup = kept.back_up(source)
+        backup = backups.back_up(source)
         assert found(backup.file(file)) == (CaptureState.CHANGED, ChangeReason.REWRITTEN, 3)
         assert backup.exit == 4
 
 
 class TestRemovedNames:
     def test_a_directory_removed_around_an_open_file_loses_nothing_that_was_read(
-        self, reads: Reads, kept: Keeper, source: Path
+        self, reads: Reads, backups: BackupFixture, source: Path
     ) -> None:
         file = source / "folder" / "file"
         file.parent.mkdir()
@@ -393,27 +399,27 @@ class TestRemovedNames:
             file.parent.rmdir()
 
         reads.before(file, 2, remove)
-        backup = kept.back_up(source)
+        backup = backups.back_up(source)
         assert found(backup.file(file)) == (CaptureState.STABLE, ChangeReason.VANISHED, 1)
         assert backup.file(file).nlink == 1
         assert backup.exit == 0
         assert backup.result.snapshot.stats.vanished == 1
 
     def test_a_file_that_loses_a_name_is_stable_under_the_other(
-        self, reads: Reads, kept: Keeper, source: Path
+        self, reads: Reads, backups: BackupFixture, source: Path
     ) -> None:
         file = source / "file"
         file.write_bytes(content("old", 300_000))
         (source / "zzz").hardlink_to(file)
         settle(file)
         reads.before(file, 2, (source / "zzz").unlink)
-        backup = kept.back_up(source)
+        backup = backups.back_up(source)
         node = backup.file(file)
         assert (found(node), node.nlink) == ((CaptureState.STABLE, ChangeReason.NONE, 1), 1)
         assert backup.result.snapshot.stats.vanished == 1, "the other name is gone"
 
     def test_a_leased_file_is_read_after_the_lease_is_released(
-        self, kept: Keeper, source: Path
+        self, backups: BackupFixture, source: Path
     ) -> None:
         """Samba takes such leases; opening without waiting is refused until they are given back."""
         file = source / "leased"
@@ -422,7 +428,7 @@ class TestRemovedNames:
         with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
             assert holder.stdout is not None
             assert holder.stdout.readline() == b"held\n"
-            backup = kept.back_up(source)
+            backup = backups.back_up(source)
             assert holder.wait(60) == 0, "nobody asked for it back"
         assert backup.exit == 0
         assert backup.file(file).size == 6

@@ -23,7 +23,7 @@ from casfs.format.tree import (
     captured_digest,
 )
 from casfs.monitor import ProblemKind
-from tests.support.capturing import Keeper, Kept
+from tests.support.capturing import BackupFixture, PublishedBackup
 from tests.support.scripted_source import STEP, ScriptedSource, content
 
 pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("no_pauses")]
@@ -113,13 +113,13 @@ def test_a_changing_file_is_recorded_with_the_state_of_its_capture(
     moment: str,
     calm: bool,
 ) -> None:
-    how = "kept_encrypted" if size.endswith(ENCRYPTED) else "kept"
-    kept: Keeper = request.getfixturevalue(how)
+    how = "encrypted_backups" if size.endswith(ENCRYPTED) else "backups"
+    backups: BackupFixture = request.getfixturevalue(how)
     size_bytes = SIZES[size.removesuffix(ENCRYPTED)]
     script = rules(change, moment, calm, size_bytes)
-    told = {"seed": "old", "size": size_bytes, "sparse": size == "sparse", "rules": script}
-    file = scripted.scene({"file": told, "other": {"seed": "other", "size": 5}}) / "file"
-    backup = kept.back_up(file.parent)
+    spec = {"seed": "old", "size": size_bytes, "sparse": size == "sparse", "rules": script}
+    file = scripted.scene({"file": spec, "other": {"seed": "other", "size": 5}}) / "file"
+    backup = backups.back_up(file.parent)
     outcome = EXPECTED[change][MOMENTS.index(moment)][0 if calm else 1]
 
     assert backup.exit == exit_for(outcome)
@@ -138,7 +138,7 @@ def test_a_changing_file_is_recorded_with_the_state_of_its_capture(
         check_shown(backup, file, restored.read_bytes(), outcome)
         unreadable = change == "chmod" and moment != "witness"
         assert node.mode == (0 if unreadable else 0o644)
-    kept.assert_is_sound()
+    backups.assert_is_intact()
 
 
 def exit_for(outcome: Outcome) -> int:
@@ -147,7 +147,7 @@ def exit_for(outcome: Outcome) -> int:
     return 4 if outcome.state == CaptureState.CHANGED else 0
 
 
-def check_problem(backup: Kept, file: Path, outcome: Outcome) -> None:
+def check_problem(backup: PublishedBackup, file: Path, outcome: Outcome) -> None:
     """Require that what is told of the file is what a user needs to know, once."""
     problem = backup.problem(file)
     stats = backup.result.snapshot.stats
@@ -227,7 +227,7 @@ def check_file(
         assert served[opening, 2][0] == observed.hex()
 
 
-def check_shown(backup: Kept, file: Path, restored: bytes, outcome: Outcome) -> None:
+def check_shown(backup: PublishedBackup, file: Path, restored: bytes, outcome: Outcome) -> None:
     """Require that a mount shows the same bytes as a restore gives, and the same of the capture."""
     shown = backup.shown(file)
     node = backup.file(file)
@@ -246,15 +246,15 @@ def check_shown(backup: Kept, file: Path, restored: bytes, outcome: Outcome) -> 
 
 
 def test_the_matrix_reads_files_in_several_steps_and_cuts_the_large_ones(
-    scripted: ScriptedSource, kept: Keeper
+    scripted: ScriptedSource, backups: BackupFixture
 ) -> None:
     """What the names of the sizes say is so, and a file that does not change is read once."""
-    told = {name: {"seed": name, "size": size} for name, size in SIZES.items()}
-    scene = scripted.scene(told)
-    backup = kept.back_up(scene)
+    spec = {name: {"seed": name, "size": size} for name, size in SIZES.items()}
+    scene = scripted.scene(spec)
+    backup = backups.back_up(scene)
     assert backup.exit == 0 and backup.problems == []
     chunks = {
-        name: len(list(kept.repository.content(backup.file(scene / name)).blobs()))
+        name: len(list(backups.repository.content(backup.file(scene / name)).blobs()))
         for name in SIZES
     }
     assert chunks["one chunk"] == 1

@@ -35,16 +35,16 @@ def killed_everywhere(
 
     The repository is each time what it was before, and so is what the machine remembers.
     """
-    told: dict[str, Any] = {"arguments": [str(one) for one in words], "stdin": stdin}
-    told["home"] = str(scene.folder / home)
+    reported: dict[str, Any] = {"arguments": [str(one) for one in words], "stdin": stdin}
+    reported["home"] = str(scene.folder / home)
     with kept_as_it_is(scene.folder) as copy:
-        whole = scene.stage.act("command", scene.root, **told)
+        whole = scene.stage.act("command", scene.root, **reported)
         assert whole.done()["exit"] == 0, whole
         assert len(whole.steps) > 3, whole
         stop = 0
         while True:
             come_back(copy, scene.folder)
-            outcome = scene.stage.act("command", scene.root, {"at": stop}, **told)
+            outcome = scene.stage.act("command", scene.root, {"at": stop}, **reported)
             if not outcome.was_killed:
                 break
             yield outcome
@@ -66,7 +66,7 @@ def must_be_there(scene: Hostile) -> set[str]:
     return set(seen["read"])
 
 
-def must_be_sound(scene: Hostile) -> set[str]:
+def must_be_intact(scene: Hostile) -> set[str]:
     """Require the same, and that a check finds nothing."""
     checked = scene.run("check", "--read-data", *scene.identity(), home="fresh")
     assert checked.exit == 0, checked
@@ -83,11 +83,11 @@ def test_a_backup_killed_at_any_step_loses_nothing_and_the_next_one_completes_it
         kills += 1
         listed = must_be_there(scene)
         assert len(listed) in (2, 3)
-        said = scene.back_up()
-        assert (said.exit, "unproven" in said.err) == (0, False)
-        assert "is not there any more" not in said.err
+        printed = scene.back_up()
+        assert (printed.exit, "unproven" in printed.err) == (0, False)
+        assert "is not there any more" not in printed.err
         assert scene.run("prune", "--no-sync", *scene.identity(), home="fresh").exit == 0
-        assert len(must_be_sound(scene)) == len(listed) + 1
+        assert len(must_be_intact(scene)) == len(listed) + 1
         # Keys of sessions in which nothing was stored are gone, and nothing else is left over.
         sessions = {path.parent.name for path in scene.objects("sessions")}
         assert len(sessions) <= 1 + len(scene.objects("packs")) + len(scene.objects("snapshots"))
@@ -104,7 +104,7 @@ def test_a_rewrap_killed_at_any_step_keeps_every_session_readable_and_the_next_o
     other.write_text(OTHER_SECRET + "\n")
     words = ("key", "rewrap", *scene.identity())
     for _ in killed_everywhere(scene, *words, home="writer"):
-        must_be_sound(scene)
+        must_be_intact(scene)
         assert scene.run(*words, home="writer").exit == 0
         must_be_there(scene)
         assert scene.run("check", "--identity", other, home="other").exit == 0
@@ -128,7 +128,7 @@ def test_a_change_of_recipients_killed_at_any_step_leaves_a_list_that_the_host_a
         assert scene.run(*words, home="writer").exit == 0
         assert OTHER_PUBLIC in scene.run("key", "list", home="nobody").out
         assert scene.back_up().exit == 0
-        must_be_sound(scene)
+        must_be_intact(scene)
         scene.published = dict(known)
 
 

@@ -51,11 +51,11 @@ def _killed(scene: Scene, copy: Path, verb: str, stop: int, arguments: dict[str,
 def goes_on(scene: Scene, *maybe: Files) -> None:
     """Require that the next backup and the next prune work, and leave nothing but what is needed."""
     scene.back_up(**NO_SYNC)
-    scene.must_be_sound(*maybe)
+    scene.must_be_intact(*maybe)
     scene.act("prune", **NO_SYNC).done()
     again = scene.act("prune", **NO_SYNC).done()
     assert (again["removed_packs"], again["repacked_packs"], again["waiting_packs"]) == (0, 0, 0)
-    scene.must_be_sound(*maybe)
+    scene.must_be_intact(*maybe)
     scene.must_be_tidy()
 
 
@@ -72,16 +72,16 @@ class TestBackup:
         stored_again: list[int] = []
         source = str(scene.source)
         for _, outcome in killed_everywhere(scene, "backup", source=source, **NO_SYNC):
-            listed = scene.must_be_sound(new)
+            listed = scene.must_be_intact(new)
             # The file has its name from the step on that follows the renaming.
             assert (len(listed) == 2) == (outcome.steps[-1] in LAST)
             finished = scene.packs()
             assert len(finished) >= outcome.steps.count("rename packs")
-            told = scene.act("backup", source=source, **NO_SYNC).done()
+            reported = scene.act("backup", source=source, **NO_SYNC).done()
             assert finished <= scene.packs()
-            assert scene.must_be_sound(new) == listed | {told["id"]}
+            assert scene.must_be_intact(new) == listed | {reported["id"]}
             # Trees do not count: those above the source change when anybody writes there.
-            stored_again.append(told["new_bytes"] // (12 * KIB))
+            stored_again.append(reported["new_bytes"] // (12 * KIB))
             goes_on(scene, new)
             scene.published = dict(known)
         assert stored_again == sorted(stored_again, reverse=True)
@@ -95,7 +95,7 @@ class TestBackup:
         shows = look_at_source(scene.source)
         source = str(scene.source)
         for _ in killed_everywhere(scene, "backup", source=source, **NO_SYNC):
-            scene.must_be_sound(shows)
+            scene.must_be_intact(shows)
             goes_on(scene, shows)
             scene.published = {}
 
@@ -132,7 +132,7 @@ class TestPrune:
         steps: list[str] = []
         for _, outcome in killed_everywhere(grown, "prune", **NO_SYNC):
             steps = outcome.steps
-            grown.must_be_sound()
+            grown.must_be_intact()
             goes_on(grown)
             grown.published = dict(known)
         # What this is about was there: waiting and unneeded packs, and some to be packed anew.
@@ -142,7 +142,7 @@ class TestPrune:
     def test_a_prune_right_after_a_killed_prune_completes_it(self, grown: Scene) -> None:
         for _ in killed_everywhere(grown, "prune", **NO_SYNC):
             grown.act("prune", **NO_SYNC).done()
-            grown.must_be_sound()
+            grown.must_be_intact()
             grown.must_be_tidy()
 
     def test_a_prune_killed_twice_in_a_row_loses_nothing(self, grown: Scene) -> None:
@@ -153,7 +153,7 @@ class TestPrune:
                 outcome = grown.act("prune", {"at": stop // 2}, **NO_SYNC)
                 assert outcome.was_killed or outcome.error is None
                 grown.act("backup", {"at": stop // 3}, source=source, **NO_SYNC)
-                grown.must_be_sound(look_at_source(grown.source))
+                grown.must_be_intact(look_at_source(grown.source))
                 goes_on(grown, look_at_source(grown.source))
                 grown.published = dict(known)
 
@@ -198,7 +198,7 @@ class TestForget:
         known = dict(scene.published)
         gone = frozenset(ids[:3])
         for _, outcome in killed_everywhere(scene, "forget", ids=ids[:3], **NO_SYNC):
-            listed = scene.must_be_sound(gone=gone)
+            listed = scene.must_be_intact(gone=gone)
             assert len(gone & listed) >= 3 - outcome.steps.count("folder snapshots")
             assert len(gone & listed) <= 3 - outcome.steps.count("done snapshots")
             scene.act("forget", ids=sorted(gone & listed), **NO_SYNC).done()
@@ -215,9 +215,9 @@ class TestTag:
         old = scene.back_up()["id"]
         shows = scene.published[old]
         for _ in killed_everywhere(scene, "tag", id=old, tags=["kept"], **NO_SYNC):
-            (listed,) = scene.must_be_sound(shows, gone=frozenset([old]))
+            (listed,) = scene.must_be_intact(shows, gone=frozenset([old]))
             scene.act("tag", id="latest", tags=["kept", "twice"], **NO_SYNC).done()
-            (listed,) = scene.must_be_sound(shows, gone=frozenset([old]))
+            (listed,) = scene.must_be_intact(shows, gone=frozenset([old]))
             scene.published = {listed: shows}
             goes_on(scene)
             scene.published = {old: shows}
@@ -236,7 +236,7 @@ class TestRepairIndex:
                 path.unlink()
         known = dict(scene.published)
         for _ in killed_everywhere(scene, "repair_index", **NO_SYNC):
-            scene.must_be_sound()
+            scene.must_be_intact()
             scene.act("repair_index", **NO_SYNC).done()
             goes_on(scene)
             scene.published = dict(known)
@@ -315,4 +315,4 @@ class TestRestore:
             assert {path: left[path] for path in left.keys() - unnamed}.items() <= shows.items()
             scene.act("restore", target=str(target), delete=True).done()
             assert found_in(target) == shows
-        scene.must_be_sound()
+        scene.must_be_intact()

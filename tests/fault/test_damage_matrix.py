@@ -26,7 +26,7 @@ from tests.support.damage import (
     REMOVED,
     SWAPPED,
     WHATS,
-    SoundRepository,
+    IntactRepository,
     Target,
     damage,
     moved,
@@ -57,8 +57,8 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def sound(stage: Stage, folder: Path) -> SoundRepository:
-    return SoundRepository(stage, folder)
+def intact(stage: Stage, folder: Path) -> IntactRepository:
+    return IntactRepository(stage, folder)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def weak_stage() -> Iterator[Stage]:
 class Cell:
     """One damage to one place, and fresh copies of the repository that has it."""
 
-    sound: SoundRepository
+    intact: IntactRepository
     place: str
     what: str
     stage: Stage
@@ -80,17 +80,17 @@ class Cell:
 
     def damaged(self) -> Scene:
         """Return a new copy of the repository with the damage."""
-        original = self.sound.scene
+        original = self.intact.scene
         self.copies += 1
         root = original.root.with_name(f"damaged {self.copies}")
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(original.root, root)
         damage(self.target(root), self.what)
-        return Scene(self.stage, root, original.source, dict(self.sound.published))
+        return Scene(self.stage, root, original.source, dict(self.intact.published))
 
     def target(self, root: Path) -> Target:
         """Return what is damaged; where it is swapped with a foreign file, with a copy of that."""
-        target = moved(self.sound.targets[self.place], self.sound.scene.root, root)
+        target = moved(self.intact.targets[self.place], self.intact.scene.root, root)
         if target.other.is_relative_to(root):
             return target
         other = root.with_name("foreign file")
@@ -106,16 +106,16 @@ class Cell:
         if outcome.error is not None:
             return {}
         for name, files in outcome.result.items():
-            truth = self.sound.published[name]
+            truth = self.intact.published[name]
             for path, found in files.items():
                 assert found in (LOST, truth.get(path)), f"{path} in {name} is given as {found}"
         return dict(outcome.result)
 
     def must_survive(self) -> dict[str, set[str]]:
         """Return the files that the damage does not hit, by snapshot."""
-        target = self.sound.targets[self.place]
+        target = self.intact.targets[self.place]
         survivors = {}
-        for name, reaches in self.sound.reaches.items():
+        for name, reaches in self.intact.reaches.items():
             if self.place == "a snapshot" and (
                 name == target.path.name or (self.what == SWAPPED and name == target.other.name)
             ):
@@ -129,14 +129,14 @@ class Cell:
 
 
 @pytest.fixture(params=CELLS, ids=[f"{place} {what}".replace(" ", "-") for place, what in CELLS])
-def cell(request: pytest.FixtureRequest, sound: SoundRepository, stage: Stage) -> Iterator[Cell]:
+def cell(request: pytest.FixtureRequest, intact: IntactRepository, stage: Stage) -> Iterator[Cell]:
     place, what = request.param
     if what == CLOSED and os.geteuid() == 0:
         stage = request.getfixturevalue("weak_stage")
-    found = Cell(sound, place, what, stage)
+    found = Cell(intact, place, what, stage)
     yield found
     for number in range(1, found.copies + 1):
-        shutil.rmtree(sound.scene.root.with_name(f"damaged {number}"))
+        shutil.rmtree(intact.scene.root.with_name(f"damaged {number}"))
 
 
 def right(listed: dict[str, Files], truth: dict[str, Files]) -> set[tuple[str, str]]:
@@ -157,15 +157,15 @@ def lost_of(listed: dict[str, Files], truth: dict[str, Files]) -> dict[str, set[
     }
 
 
-def is_named(path: str, told: set[str]) -> bool:
+def is_named(path: str, reported: set[str]) -> bool:
     """Tell whether a path, or a directory above it, is among those that were told."""
-    return any(path == one or one == "" or path.startswith(one + "/") for one in told)
+    return any(path == one or one == "" or path.startswith(one + "/") for one in reported)
 
 
 def test_any_damage_costs_only_what_it_hits_is_named_and_never_grows(
     cell: Cell,
 ) -> None:
-    truth = cell.sound.published
+    truth = cell.intact.published
     found = cell.look(cell.damaged())
     if cell.place == "the configuration" and cell.what not in (SWAPPED,):
         _must_be_refused(cell, "look", "check", "restore", "backup", "prune", "repair_index")
@@ -192,16 +192,16 @@ def test_any_damage_costs_only_what_it_hits_is_named_and_never_grows(
 def _must_be_refused(cell: Cell, *verbs: str) -> None:
     """Require that verbs say what they cannot read, and change nothing that matters."""
     arguments: dict[str, dict[str, Any]] = {
-        "restore": {"target": str(cell.sound.scene.root.with_name("target"))},
-        "backup": {"source": str(cell.sound.scene.source)},
+        "restore": {"target": str(cell.intact.scene.root.with_name("target"))},
+        "backup": {"source": str(cell.intact.scene.source)},
     }
-    said = ("config", "no repository", "condemned", "locks")
+    printed = ("config", "no repository", "condemned", "locks")
     for verb in verbs:
         scene = cell.damaged()
         before = _kept_files(scene.root)
         outcome = cell.act(scene, verb, **arguments.get(verb, {}))
         assert outcome.error is not None
-        assert any(word in outcome.error["error"] for word in said), outcome.error
+        assert any(word in outcome.error["error"] for word in printed), outcome.error
         assert _kept_files(scene.root) == before
 
 
@@ -222,14 +222,16 @@ def _check_names_it(cell: Cell, lost: dict[str, set[str]]) -> None:
         # The index was built anew without it, so its name is forgotten; what it held is not.
         assert bool(found) == any(lost.values())
     elif cell.place not in (*DERIVED, "the configuration"):
-        target = cell.sound.targets[cell.place].path.name
+        target = cell.intact.targets[cell.place].path.name
         assert any(target in (one["pack"], one["snapshot"]) for one in found), found
     for name, paths in lost.items():
-        told = {one["path"] for one in found if one["snapshot"] == name and one["path"] is not None}
+        reported = {
+            one["path"] for one in found if one["snapshot"] == name and one["path"] is not None
+        }
         for path in paths:
-            assert is_named(path, told), f"{path} is lost, and the check names {told}"
+            assert is_named(path, reported), f"{path} is lost, and the check names {reported}"
     # What a check has marked, and found, costs nothing that could be read before.
-    assert right(cell.look(scene), cell.sound.published) >= {
+    assert right(cell.look(scene), cell.intact.published) >= {
         (name, path) for name, paths in cell.must_survive().items() for path in paths
     }
 
@@ -240,15 +242,17 @@ def _restore_names_it(cell: Cell, found: dict[str, Files]) -> None:
         target = scene.root.with_name("target")
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
-        told = cell.act(scene, "restore", target=str(target), snapshot=name).done()
-        named = {problem["path"] for problem in told["problems"] if problem["kind"] != "metadata"}
+        reported = cell.act(scene, "restore", target=str(target), snapshot=name).done()
+        named = {
+            problem["path"] for problem in reported["problems"] if problem["kind"] != "metadata"
+        }
         start = str(target).lstrip("/") + "/"
         restored = {
             path.removeprefix(start): what
             for path, what in look_at_source(target).items()
             if path.startswith(start)
         }
-        truth = cell.sound.published[name]
+        truth = cell.intact.published[name]
         for path, what in truth.items():
             if restored.get(path) != what:
                 assert path not in restored
@@ -262,17 +266,17 @@ def _backup_goes_on(cell: Cell, readable: set[tuple[str, str]]) -> None:
     scene = cell.damaged()
     cell.act(scene, "check").done()
     outcome = cell.act(scene, "backup", source=str(scene.source))
-    told = outcome.done()
+    reported = outcome.done()
     shows = look_at_source(scene.source)
-    truth = cell.sound.published | {told["id"]: shows}
+    truth = cell.intact.published | {reported["id"]: shows}
     after = cell.act(scene, "look").done()
     if cell.what != CLOSED:
-        assert after[told["id"]] == shows, "what a check has marked was stored anew"
+        assert after[reported["id"]] == shows, "what a check has marked was stored anew"
     assert right(after, truth) >= readable
     if cell.place in PACK_PLACES and cell.what != CLOSED:
         # Each file that is in the source still is whole again in all snapshots.
         healed = right(after, truth)
-        for name in (cell.sound.first, cell.sound.second):
+        for name in (cell.intact.first, cell.intact.second):
             for path, what in truth[name].items():
                 if shows.get(path) == what and what != "directory" and cell.place != "a tree":
                     assert (name, path) in healed, f"{path} was seen again and not healed"
@@ -281,7 +285,7 @@ def _backup_goes_on(cell: Cell, readable: set[tuple[str, str]]) -> None:
 def _repair_index_keeps_it(cell: Cell, readable: set[tuple[str, str]]) -> None:
     scene = cell.damaged()
     cell.act(scene, "repair_index").done()
-    after = right(cell.look(scene), cell.sound.published)
+    after = right(cell.look(scene), cell.intact.published)
     if cell.what == CLOSED or cell.place not in PACK_PLACES:
         assert after >= readable
     if cell.what in INSIDE or cell.what == APPENDED:
@@ -306,7 +310,7 @@ def _prune_makes_it_no_worse(
             assert outcome.error is not None, "what is below a lost directory was not known"
         if cell.place == "a snapshot" and cell.what not in (REMOVED, CLOSED):
             assert outcome.error is not None, "what a damaged snapshot needs was not known"
-        assert right(cell.look(scene), cell.sound.published) >= readable
+        assert right(cell.look(scene), cell.intact.published) >= readable
 
 
 def _repair_snapshots_drops_no_more(cell: Cell, readable: set[tuple[str, str]]) -> None:
@@ -314,41 +318,41 @@ def _repair_snapshots_drops_no_more(cell: Cell, readable: set[tuple[str, str]]) 
     outcome = cell.act(scene, "repair_snapshots")
     if cell.what == CLOSED and outcome.error is not None:
         return
-    told = outcome.done()
-    new_ids = {one["new_id"]: one["id"] for one in told if one["new_id"] is not None}
+    reported = outcome.done()
+    new_ids = {one["new_id"]: one["id"] for one in reported if one["new_id"] is not None}
     after = cell.act(scene, "look").done()
     for name, files in after.items():
-        truth = cell.sound.published[new_ids.get(name, name)]
+        truth = cell.intact.published[new_ids.get(name, name)]
         for path, found in files.items():
             assert found == truth.get(path) or found.startswith(FLAGGED), path
     by_old = {new_ids.get(name, name): files for name, files in after.items()}
     for name, path in readable:
-        assert by_old.get(name, {}).get(path) == cell.sound.published[name][path], path
+        assert by_old.get(name, {}).get(path) == cell.intact.published[name][path], path
     left = cell.act(scene, "check").done()
     assert [one for one in left if one["snapshot"] is not None] == []
 
 
 def test_a_prune_loses_nothing_whichever_packs_were_swapped(
-    sound: SoundRepository, stage: Stage
+    intact: IntactRepository, stage: Stage
 ) -> None:
-    packs = sorted(path for path in (sound.scene.root / "packs").rglob("*") if path.is_file())
+    packs = sorted(path for path in (intact.scene.root / "packs").rglob("*") if path.is_file())
     sizes = {path.stat().st_size for path in packs}
     assert len(sizes) >= 3, "packs take the places of shorter ones"
     for path, other in combinations(packs, 2):
         target = Target(path, 0, path.stat().st_size, other)
         pair = f"{path.name[:8]} and {other.name[:8]}"
         for checked in (False, True):
-            root = sound.scene.root.with_name("changed places")
-            shutil.copytree(sound.scene.root, root)
+            root = intact.scene.root.with_name("changed places")
+            shutil.copytree(intact.scene.root, root)
             try:
-                damage(moved(target, sound.scene.root, root), SWAPPED)
-                scene = Scene(stage, root, sound.scene.source, dict(sound.published))
-                before = right(scene.act("look").done(), sound.published)
+                damage(moved(target, intact.scene.root, root), SWAPPED)
+                scene = Scene(stage, root, intact.scene.source, dict(intact.published))
+                before = right(scene.act("look").done(), intact.published)
                 if checked:
                     scene.act("check").done()
                 for share in (0.0, 1.0):
                     scene.act("prune", share=share)
-                    after = right(scene.act("look").done(), sound.published)
+                    after = right(scene.act("look").done(), intact.published)
                     assert after >= before, f"{pair}, checked: {checked}, share {share}"
             finally:
                 shutil.rmtree(root)
@@ -356,17 +360,17 @@ def test_a_prune_loses_nothing_whichever_packs_were_swapped(
 
 @pytest.mark.parametrize("what", [what for what in WHATS if what not in (CLOSED, REMOVED)])
 def test_a_held_lock_that_cannot_be_read_excludes_writers_and_no_readers(
-    sound: SoundRepository, what: str
+    intact: IntactRepository, what: str
 ) -> None:
-    root = sound.scene.root.with_name("damaged lock")
-    shutil.copytree(sound.scene.root, root)
+    root = intact.scene.root.with_name("damaged lock")
+    shutil.copytree(intact.scene.root, root)
     try:
         reader = RepositoryLock.acquire(root / "locks", "check", LockMode.READER)
         with reader, RepositoryLock.acquire(root / "locks", "backup") as lock:
             path = root / "locks" / lock.name
             other = root / "locks" / reader.name
             damage(Target(path, 0, path.stat().st_size, other), what)
-            scene = Scene(sound.scene.stage, root, sound.scene.source, dict(sound.published))
+            scene = Scene(intact.scene.stage, root, intact.scene.source, dict(intact.published))
             writers: dict[str, dict[str, Any]] = {
                 "backup": {"source": str(scene.source)},
                 "prune": {},
@@ -377,13 +381,13 @@ def test_a_held_lock_that_cannot_be_read_excludes_writers_and_no_readers(
                 if what in (SWAPPED, APPENDED):
                     continue  # it may be read as another lock, or as itself
                 assert outcome.error is not None and outcome.error["exit"] == 6
-            scene.must_be_sound(look_at_source(scene.source))
+            scene.must_be_intact(look_at_source(scene.source))
     finally:
         shutil.rmtree(root)
 
 
 FLIPPED = INSIDE[0]
-SAID = {
+EXPECTED_EXITS = {
     # What `check --read-data`, `restore`, `prune`, `snapshots` and `backup` exit with.
     "data of a pack": (5, 5, 0, 0, 0),
     "a tree": (5, 5, 5, 0, 0),
@@ -393,19 +397,19 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("place", SAID)
+@pytest.mark.parametrize("place", EXPECTED_EXITS)
 def test_the_command_exits_with_the_documented_codes_on_damage(
-    sound: SoundRepository, stage: Stage, tmp_path: Path, place: str
+    intact: IntactRepository, stage: Stage, tmp_path: Path, place: str
 ) -> None:
-    cell = Cell(sound, place, FLIPPED, stage)
+    cell = Cell(intact, place, FLIPPED, stage)
     commands = {
         "check": ("--read-data",),
-        "restore": (sound.first, "--target", str(tmp_path / "target")),
+        "restore": (intact.first, "--target", str(tmp_path / "target")),
         "prune": (),
         "snapshots": (),
-        "backup": (str(sound.scene.source),),
+        "backup": (str(intact.scene.source),),
     }
-    for (verb, arguments), code in zip(commands.items(), SAID[place], strict=True):
+    for (verb, arguments), code in zip(commands.items(), EXPECTED_EXITS[place], strict=True):
         scene = cell.damaged()
         casfs = Casfs(scene.root, tmp_path)
         casfs.run(verb, *arguments, expect=code)
@@ -414,5 +418,7 @@ def test_the_command_exits_with_the_documented_codes_on_damage(
             survivors = cell.must_survive()
             found = cell.look(scene)
             for name in found:
-                assert survivors[name] <= {p for n, p in right(found, sound.published) if n == name}
+                assert survivors[name] <= {
+                    p for n, p in right(found, intact.published) if n == name
+                }
         shutil.rmtree(scene.root)

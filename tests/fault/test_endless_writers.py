@@ -14,7 +14,7 @@ from casfs.backup.source_reader import SourceReader
 from casfs.digest import Digest, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.tree import CaptureState, capture_of, captured_digest
-from tests.support.capturing import Keeper
+from tests.support.capturing import BackupFixture
 from tests.support.loop_devices import MIB, endless_writer, generations
 from tests.support.read_hooks import Reads
 
@@ -26,7 +26,11 @@ STEP = 16 * 1024
 
 @pytest.mark.parametrize(("size", "pause_s"), [(MIB, 0.0), (MIB, 0.002)])
 def test_a_mixture_of_two_generations_is_never_called_stable(
-    kept: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, pause_s: float
+    backups: BackupFixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    pause_s: float,
 ) -> None:
     """Pauses between the generations give captures a chance; those that take it must be whole.
 
@@ -45,12 +49,12 @@ def test_a_mixture_of_two_generations_is_never_called_stable(
         fd = open_directory(None, bytes(folder))
         Reads(monkeypatch, STEP).watch(folder / "file", lambda _: None)
         for _ in range(CAPTURES):
-            reader = SourceReader(kept.repository.chunker(), put, digest_of)
+            reader = SourceReader(backups.repository.chunker(), put, digest_of)
             capturer = Capturer(reader, Reflinker(Freeze.NEVER), RetryBudget(10), 2, lambda _: None)
             node = capturer.capture(fd, b"file")
             data = b"".join(
                 blobs[extent.digest]
-                for extent in kept.repository.content(node).extents()
+                for extent in backups.repository.content(node).extents()
                 if extent.digest is not None
             )
             assert len(data) == node.size == size

@@ -12,7 +12,7 @@ import pytest
 from casfs.backup.reflink import Freeze
 from casfs.format.tree import CaptureState, ChangeReason, capture_of
 from casfs.monitor import ProblemKind
-from tests.support.capturing import Keeper
+from tests.support.capturing import BackupFixture
 from tests.support.loop_devices import MIB, endless_writer, fresh_disk, generations
 from tests.support.read_hooks import Reads
 
@@ -39,13 +39,13 @@ def folder(disk: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.mark.parametrize("freeze", [Freeze.AUTO, Freeze.REQUIRE])
 def test_a_constantly_written_file_is_captured_as_it_was_at_one_instant(
-    kept: Keeper, tmp_path: Path, folder: Path, freeze: Freeze
+    backups: BackupFixture, tmp_path: Path, folder: Path, freeze: Freeze
 ) -> None:
     file = folder / "file"
     seen = set()
     with endless_writer(file, SIZE):
         for number in range(25):
-            backup = kept.back_up(folder, freeze=freeze)
+            backup = backups.back_up(folder, freeze=freeze)
             node = backup.file(file)
             assert (node.state, node.size) == (CaptureState.STABLE, SIZE)
             assert (backup.exit, backup.problems) == (0, [])
@@ -55,25 +55,27 @@ def test_a_constantly_written_file_is_captured_as_it_was_at_one_instant(
             seen |= held
             restored.unlink()
     assert len(seen) > 3, "the writer did not write"
-    kept.assert_is_sound()
+    backups.assert_is_intact()
 
 
-def test_a_clone_is_never_visible_and_moves_no_timestamp(kept: Keeper, folder: Path) -> None:
+def test_a_clone_is_never_visible_and_moves_no_timestamp(
+    backups: BackupFixture, folder: Path
+) -> None:
     file = folder / "file"
     file.write_bytes(b"held" * MIB)
     os.utime(file, ns=(1, 2))
     before = times_of(file), times_of(folder)
-    backup = kept.back_up(folder, freeze=Freeze.REQUIRE)
+    backup = backups.back_up(folder, freeze=Freeze.REQUIRE)
     assert (times_of(file), times_of(folder)) == before
     assert os.listdir(folder) == ["file"]
     node = backup.file(folder)
     assert node.tree is not None
-    assert [found.name for found in kept.repository.trees.nodes(node.tree)] == [b"file"]
+    assert [found.name for found in backups.repository.trees.nodes(node.tree)] == [b"file"]
     assert backup.file(file).mtime_ns == 2
 
 
 def test_an_old_file_that_changes_during_its_read_is_cloned(
-    kept: Keeper, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    backups: BackupFixture, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = folder / "file"
     file.write_bytes(bytes(MIB))
@@ -84,7 +86,7 @@ def test_an_old_file_that_changes_during_its_read_is_cloned(
         file.write_bytes(count.to_bytes(8, "little") * (MIB // 8))
 
     reads.watch(file, rewrite)
-    backup = kept.back_up(folder)
+    backup = backups.back_up(folder)
     node = backup.file(file)
     capture = capture_of(node)
     assert capture is not None
@@ -94,12 +96,12 @@ def test_an_old_file_that_changes_during_its_read_is_cloned(
     assert restored.read_bytes() == file.read_bytes()
 
 
-def test_holes_of_a_clone_are_holes(kept: Keeper, tmp_path: Path, folder: Path) -> None:
+def test_holes_of_a_clone_are_holes(backups: BackupFixture, tmp_path: Path, folder: Path) -> None:
     file = folder / "file"
     with file.open("wb") as opened:
         opened.write(b"head" * 1000)
         opened.truncate(64 * MIB)
-    backup = kept.back_up(folder, freeze=Freeze.REQUIRE)
+    backup = backups.back_up(folder, freeze=Freeze.REQUIRE)
     node = backup.file(file)
     assert (node.size, node.state) == (64 * MIB, CaptureState.STABLE)
     assert backup.result.snapshot.stats.new_plain_bytes < MIB
@@ -108,20 +110,22 @@ def test_holes_of_a_clone_are_holes(kept: Keeper, tmp_path: Path, folder: Path) 
     assert restored.read_bytes() == file.read_bytes()
 
 
-def test_a_file_that_btrfs_never_copies_on_write_is_cloned_too(kept: Keeper, folder: Path) -> None:
+def test_a_file_that_btrfs_never_copies_on_write_is_cloned_too(
+    backups: BackupFixture, folder: Path
+) -> None:
     if "btrfs" not in str(folder):
         pytest.skip("only btrfs has such files")
     file = folder / "file"
     file.touch()
     subprocess.run(["chattr", "+C", str(file)], check=True)
     file.write_bytes(b"database" * 1000)
-    backup = kept.back_up(folder, freeze=Freeze.REQUIRE)
+    backup = backups.back_up(folder, freeze=Freeze.REQUIRE)
     assert (backup.exit, backup.problems) == (0, [])
     assert backup.file(file).size == 8000
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
-def test_a_full_disk_falls_back_quietly(kept: Keeper, tmp_path: Path, kind: str) -> None:
+def test_a_full_disk_falls_back_quietly(backups: BackupFixture, tmp_path: Path, kind: str) -> None:
     # A disk of its own: btrfs may be full for a while after what filled it is gone.
     with fresh_disk(tmp_path, kind) as disk:
         folder = disk / "folder"
@@ -129,7 +133,7 @@ def test_a_full_disk_falls_back_quietly(kept: Keeper, tmp_path: Path, kind: str)
         file = folder / "file"
         with endless_writer(file, SIZE, 0.001):
             fill(disk / "filler")
-            backup = kept.back_up(folder)
+            backup = backups.back_up(folder)
         assert backup.result.snapshot.stats.unreadable == 0
         assert backup.file(file).size == SIZE
         assert os.listdir(folder) == ["file"]
@@ -154,15 +158,15 @@ def fill(file: Path) -> None:
 
 
 def test_a_disk_that_is_mounted_read_only_is_read_without_clones(
-    kept: Keeper, disk: Path, folder: Path
+    backups: BackupFixture, disk: Path, folder: Path
 ) -> None:
     file = folder / "file"
     file.write_bytes(b"read only" * 1000)
     subprocess.run(["sync", "-f", str(disk)], check=True)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     try:
-        auto = kept.back_up(folder)
-        require = kept.back_up(folder, freeze=Freeze.REQUIRE, use_parent=False)
+        auto = backups.back_up(folder)
+        require = backups.back_up(folder, freeze=Freeze.REQUIRE, use_parent=False)
     finally:
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     assert (auto.exit, auto.problems, auto.file(file).size) == (0, [], 9000)

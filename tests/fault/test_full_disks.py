@@ -73,12 +73,12 @@ def test_a_backup_that_fills_the_disk_frees_all_its_unfinished_data(
     assert "No space left" in outcome.error["error"]
     assert small.names("tmp") == []
     # What was finished is whole; the full disk can still be read, and a prune makes room.
-    small.must_be_sound(shows)
+    small.must_be_intact(shows)
     small.act("prune").done()
     assert free_bytes(small.root) > 30 * MIB
     (small.source / "too much").unlink()
     small.back_up()
-    small.must_be_sound()
+    small.must_be_intact()
     small.must_be_tidy()
 
 
@@ -92,14 +92,14 @@ def test_a_prune_on_a_full_disk_frees_room_or_reports_why_not_and_loses_nothing(
     if outcome.error is not None:
         assert left_kib < 256, "so little room is enough"
         assert "No space left" in outcome.error["error"] or "MDB" in outcome.error["error"]
-        small.must_be_sound()
+        small.must_be_intact()
         ballast.unlink()
         outcome = small.act("prune", share=1.0)
     assert outcome.done()["removed_packs"] >= 1
-    small.must_be_sound()
+    small.must_be_intact()
     assert free_bytes(small.root) > 9 * MIB
     small.back_up()
-    small.must_be_sound()
+    small.must_be_intact()
     small.must_be_tidy()
 
 
@@ -122,9 +122,9 @@ def test_a_prune_without_room_to_repack_removes_what_needs_no_room(small: Scene)
     assert free_bytes(small.root) - before > 9 * MIB
     if outcome.error is not None:
         assert "No space left" in outcome.error["error"]
-    small.must_be_sound()
+    small.must_be_intact()
     small.act("prune", share=0.0).done()
-    small.must_be_sound()
+    small.must_be_intact()
     small.must_be_tidy()
 
 
@@ -138,4 +138,4 @@ def test_forget_removes_a_snapshot_on_a_completely_full_disk(small: Scene) -> No
         del small.published[gone]
     else:
         assert "No space left" in outcome.error["error"]
-    small.must_be_sound()
+    small.must_be_intact()

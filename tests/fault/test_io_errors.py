@@ -92,24 +92,24 @@ def test_a_failing_disk_call_is_reported_and_loses_nothing(
     arguments = {"source": str(grown.source)} if verb == "backup" else {}
     shows = look_at_source(grown.source)
     known = dict(grown.published)
-    said = {"EIO": "Input/output error", "ENOSPC": "No space left"}[what]
-    told = 0
+    printed = {"EIO": "Input/output error", "ENOSPC": "No space left"}[what]
+    reported = 0
     for outcome in failing_everywhere(grown, verb, call, what, **arguments):
         assert not outcome.was_killed
         if outcome.error is not None:
-            told += 1
-            assert said in outcome.error["error"], outcome.error
+            reported += 1
+            assert printed in outcome.error["error"], outcome.error
             assert outcome.error["exit"] in (1, 5), outcome.error
         if call != "unlink":
             assert grown.names("tmp") == [], "what was not finished takes room"
-        grown.must_be_sound(shows)
-        if told % STRIDE == 1 or EFFORT > 1:
+        grown.must_be_intact(shows)
+        if reported % STRIDE == 1 or EFFORT > 1:
             grown.back_up()
             grown.act("prune").done()
-            grown.must_be_sound(shows)
+            grown.must_be_intact(shows)
             grown.must_be_tidy()
             grown.published = dict(known)
-    assert told >= 1
+    assert reported >= 1
 
 
 SYSCALLS = ["pwrite64", "fdatasync", "ftruncate", "pwritev", "msync"]
@@ -148,9 +148,9 @@ def test_a_failing_index_call_is_reported_and_loses_nothing(
                 if result.exit == 1:
                     failed += 1
                     assert result.complaints, result
-                scene.must_be_sound(shows)
+                scene.must_be_intact(shows)
                 casfs.run("backup", scene.source)
-                scene.must_be_sound(shows)
+                scene.must_be_intact(shows)
         assert failed >= 1
         come_back(copy, scene.root)
 

@@ -127,8 +127,8 @@ def test_many_processes_at_once_lose_nothing(stage: Stage, tmp_path: Path, kills
     scene.published = {
         name: shows for name, shows in crowd.published.items() if name not in crowd.forgotten
     }
-    listed = scene.must_be_sound(*crowd.maybe)
+    listed = scene.must_be_intact(*crowd.maybe)
     scene.act("prune", share=0.0).done()
-    assert scene.must_be_sound(*crowd.maybe) == listed
+    assert scene.must_be_intact(*crowd.maybe) == listed
     scene.must_be_tidy()
     shutil.rmtree(scene.source)

@@ -81,13 +81,13 @@ class PowerlessScene:
     def must_go_on(self, *maybe: Files) -> None:
         """Require that nothing is lost and, in a short run every second time, that work goes on."""
         scene = self.scene
-        scene.must_be_sound(*maybe)
+        scene.must_be_intact(*maybe)
         self._times += 1
         if self._times % 2 and EFFORT == 1:
             return
         scene.back_up()
         scene.act("prune").done()
-        scene.must_be_sound(*maybe)
+        scene.must_be_intact(*maybe)
         scene.must_be_tidy()
 
 
@@ -119,7 +119,7 @@ def test_a_power_loss_at_any_step_of_a_backup_loses_nothing_published(
     source = str(scene.source)
     reused = False
     for outcome in powerless.powerless_everywhere("backup", source=source):
-        listed = scene.must_be_sound(new)
+        listed = scene.must_be_intact(new)
         if "done snapshots" in outcome.steps or not outcome.was_killed:
             assert len(listed) == 2, "it was told to be published, and is not there"
         finished = scene.packs()
@@ -127,8 +127,8 @@ def test_a_power_loss_at_any_step_of_a_backup_loses_nothing_published(
         if "commit index" in synced:
             # The first pack was told to be durable; the next backup builds on it.
             assert len(finished) >= 2
-            told = scene.act("backup", source=source).done()
-            assert told["new_blobs"] < 6 + 4
+            reported = scene.act("backup", source=source).done()
+            assert reported["new_blobs"] < 6 + 4
             assert finished <= scene.packs()
             reused = True
         powerless.must_go_on(new)
@@ -171,7 +171,7 @@ def test_a_power_loss_does_not_undo_a_finished_forget(
         ids.append(scene.back_up()["id"])
     gone = frozenset(ids[:2])
     for outcome in powerless.powerless_everywhere("forget", ids=ids[:2]):
-        listed = scene.must_be_sound(gone=gone)
+        listed = scene.must_be_intact(gone=gone)
         done = 2 if not outcome.was_killed else outcome.steps.count("done snapshots")
         assert len(listed & gone) <= 2 - done
         scene.act("forget", ids=sorted(listed & gone)).done()
@@ -189,7 +189,7 @@ def test_a_power_loss_during_a_tag_leaves_the_snapshot_once(
     old = scene.back_up()["id"]
     shows = scene.published[old]
     for outcome in powerless.powerless_everywhere("tag", id=old, tags=["kept"]):
-        (listed,) = scene.must_be_sound(shows, gone=frozenset([old]))
+        (listed,) = scene.must_be_intact(shows, gone=frozenset([old]))
         assert outcome.was_killed or listed == outcome.result
         scene.published = {listed: shows}
         powerless.must_go_on(shows)

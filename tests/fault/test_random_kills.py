@@ -72,7 +72,7 @@ def test_a_repository_survives_commands_killed_at_any_moment(stage: Stage, tmp_p
     assert died >= ROUNDS // 3
     scene.back_up()
     scene.act("prune").done()
-    scene.must_be_sound()
+    scene.must_be_intact()
     scene.must_be_tidy()
 
 

@@ -10,7 +10,7 @@ from blake3 import blake3
 from casfs.cli.commands.backup import exit_code
 from casfs.format.tree import CaptureState, captured_digest
 from casfs.monitor import ProblemKind
-from tests.support.capturing import Keeper, Kept
+from tests.support.capturing import BackupFixture, PublishedBackup
 from tests.support.scripted_source import ScriptedSource, content
 
 pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("no_pauses")]
@@ -32,12 +32,12 @@ def scene(scripted: ScriptedSource) -> Path:
 
 
 def test_unchanged_files_are_reread_only_on_request(
-    scripted: ScriptedSource, kept: Keeper, scene: Path
+    scripted: ScriptedSource, backups: BackupFixture, scene: Path
 ) -> None:
-    kept.back_up(scene)
-    second = kept.back_up(scene)
+    backups.back_up(scene)
+    second = backups.back_up(scene)
     assert openings(scripted, scene / "sound") == 1
-    third = kept.back_up(scene, reread=True)
+    third = backups.back_up(scene, reread=True)
     assert openings(scripted, scene / "sound") == 2
     for backup in (second, third):
         assert backup.result.snapshot.stats.unchanged == 3
@@ -46,13 +46,13 @@ def test_unchanged_files_are_reread_only_on_request(
 
 
 def test_silent_corruption_is_reported_and_stored_and_the_old_snapshot_keeps_the_old_content(
-    scripted: ScriptedSource, kept: Keeper, tmp_path: Path, scene: Path
+    scripted: ScriptedSource, backups: BackupFixture, tmp_path: Path, scene: Path
 ) -> None:
-    first = kept.back_up(scene)
+    first = backups.back_up(scene)
     scripted.rot(scene / "rotten", "rot")
-    blind = kept.back_up(scene)
+    blind = backups.back_up(scene)
     assert (blind.exit, blind.result.snapshot.stats.unchanged) == (0, 3)
-    reread = kept.back_up(scene, reread=True)
+    reread = backups.back_up(scene, reread=True)
     old, new = content("old", 2_000_000), content("rot", 2_000_000)
 
     stats = reread.result.snapshot.stats
@@ -72,27 +72,27 @@ def test_silent_corruption_is_reported_and_stored_and_the_old_snapshot_keeps_the
     for backup, expected in ((first, old), (blind, old), (reread, new)):
         target = backup.restore(tmp_path / str(id(backup))) / scene.relative_to("/")
         assert (target / "rotten").read_bytes() == expected
-    again = kept.back_up(scene, reread=True)
+    again = backups.back_up(scene, reread=True)
     assert (again.exit, again.problems) == (0, []), "it is told once"
-    kept.assert_is_sound()
+    backups.assert_is_intact()
 
 
 @pytest.mark.parametrize("where", ["before", "between", "after"])
 def test_a_change_with_new_timestamps_is_not_reported_as_silent(
-    scripted: ScriptedSource, kept: Keeper, where: str
+    scripted: ScriptedSource, backups: BackupFixture, where: str
 ) -> None:
     rule = {"opening": 2, "reading": 1, "where": where, "change": "rewrite", "seed": "new"}
-    told = {"seed": "old", "size": 100_000, "rules": [rule]}
-    file = scripted.scene({"file": told}) / "file"
-    kept.back_up(file.parent)
-    backup = kept.back_up(file.parent, reread=True)
+    spec = {"seed": "old", "size": 100_000, "rules": [rule]}
+    file = scripted.scene({"file": spec}) / "file"
+    backups.back_up(file.parent)
+    backup = backups.back_up(file.parent, reread=True)
     assert backup.result.snapshot.stats.silently_changed == 0
     assert (backup.exit, backup.problems) == (0, [])
     assert captured_digest(backup.file(file)) == blake3(content("new", 100_000)).digest()
 
 
 def test_a_file_that_changes_during_a_reread_is_flagged_and_not_called_silent(
-    scripted: ScriptedSource, kept: Keeper
+    scripted: ScriptedSource, backups: BackupFixture
 ) -> None:
     rules = [
         {"opening": opening, "reading": 1, "where": "between", "change": "rewrite", "seed": "new"}
@@ -100,25 +100,25 @@ def test_a_file_that_changes_during_a_reread_is_flagged_and_not_called_silent(
     ]
     for number, rule in enumerate(rules):
         rule["seed"] = f"version {number}"
-    told = {"seed": "old", "size": 100_000, "rules": rules}
-    file = scripted.scene({"file": told}) / "file"
-    kept.back_up(file.parent)
-    backup = kept.back_up(file.parent, reread=True)
+    spec = {"seed": "old", "size": 100_000, "rules": rules}
+    file = scripted.scene({"file": spec}) / "file"
+    backups.back_up(file.parent)
+    backup = backups.back_up(file.parent, reread=True)
     assert backup.result.snapshot.stats.silently_changed == 0
     assert (backup.flagged, backup.exit) == (1, 4)
 
 
 def test_silent_corruption_in_an_unreadable_file_is_reported_as_unreadable(
-    scripted: ScriptedSource, kept: Keeper
+    scripted: ScriptedSource, backups: BackupFixture
 ) -> None:
     rule = {"opening": 2, "reading": 1, "where": "between", "change": "read error"}
     file = scripted.scene({"file": {"seed": "old", "size": 100_000, "rules": [rule]}}) / "file"
-    first = kept.back_up(file.parent)
-    second = kept.back_up(file.parent, reread=True)
+    first = backups.back_up(file.parent)
+    second = backups.back_up(file.parent, reread=True)
     assert (first.exit, second.exit) == (0, 3)
     assert kinds(second) == [ProblemKind.UNREADABLE]
-    assert kept.back_up(file.parent).exit == 0
+    assert backups.back_up(file.parent).exit == 0
 
 
-def kinds(backup: Kept) -> list[ProblemKind]:
+def kinds(backup: PublishedBackup) -> list[ProblemKind]:
     return [problem.kind for problem in backup.problems]

@@ -29,8 +29,8 @@ from tests.support.tampering import (
     CHANGES,
     PASSPHRASE,
     RENAMED,
+    CommandResult,
     Hostile,
-    Said,
     make_hostile,
     parts_of,
     tamper,
@@ -67,7 +67,7 @@ def cases() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def sound(stage: Stage) -> Iterator[tuple[Hostile, Hostile]]:
+def intact(stage: Stage) -> Iterator[tuple[Hostile, Hostile]]:
     """Two repositories for the same recipients; they are copied for every change."""
     memory = Path("/dev/shm")
     with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
@@ -76,9 +76,9 @@ def sound(stage: Stage) -> Iterator[tuple[Hostile, Hostile]]:
 
 
 @pytest.fixture
-def hostile(sound: tuple[Hostile, Hostile]) -> Iterator[Hostile]:
+def hostile(intact: tuple[Hostile, Hostile]) -> Iterator[Hostile]:
     """The first of them, which comes back to what it was: who writes to it knows its place."""
-    first = sound[0]
+    first = intact[0]
     known = dict(first.published)
     with kept_as_it_is(first.folder) as copy:
         yield first
@@ -107,29 +107,31 @@ def must_show_nothing_wrong(hostile: Hostile, seen: dict[str, Files]) -> None:
             assert digest in (true.get(path), LOST), path
 
 
-def must_restore_nothing_wrong(hostile: Hostile) -> Said:
+def must_restore_nothing_wrong(hostile: Hostile) -> CommandResult:
     """Restore the latest snapshot there is; what has come then is what was published."""
     target = hostile.folder / "target"
-    said = hostile.run("restore", "latest", "--target", target, *hostile.identity(), home="fresh")
+    printed = hostile.run(
+        "restore", "latest", "--target", target, *hostile.identity(), home="fresh"
+    )
     inside = target / str(hostile.source).lstrip("/")
     restored = [path for path in inside.rglob("*") if path.is_file()]
     for path in restored:
         name = str(hostile.source / path.relative_to(inside)).lstrip("/")
         digest = blake3(path.read_bytes()).hexdigest()
         assert digest in {files.get(name) for files in hostile.published.values()}, path
-    if said.exit == 0:
+    if printed.exit == 0:
         assert len(restored) == 4, "a restore that said nothing left something out"
-    return said
+    return printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("part", "what"), list(cases()))
 def test_no_change_of_an_object_goes_unnoticed_or_does_harm(
-    hostile: Hostile, sound: tuple[Hostile, Hostile], part: str, what: str
+    hostile: Hostile, intact: tuple[Hostile, Hostile], part: str, what: str
 ) -> None:
     target = parts_of(hostile)[part]
     before = {path for path in hostile.root.rglob("*") if path.is_file()}
-    tamper(target, what, other_bytes(hostile, sound[1], part, what))
+    tamper(target, what, other_bytes(hostile, intact[1], part, what))
     assert len({path for path in hostile.root.rglob("*") if path.is_file()}) == len(before)
     restored = must_restore_nothing_wrong(hostile)
     for seen in (hostile.look("fresh") or {}).values():
@@ -137,29 +139,29 @@ def test_no_change_of_an_object_goes_unnoticed_or_does_harm(
     checked = hostile.run("check", "--read-data", *hostile.identity(), home="knowing")
     storage = hostile.run("check", "--storage", home="nobody")
     stored = hostile.back_up()
-    told = {"restore": restored.exit, "check": checked.exit, "storage": storage.exit}
-    told["backup"] = stored.exit
+    reported = {"restore": restored.exit, "check": checked.exit, "storage": storage.exit}
+    reported["backup"] = stored.exit
     if part in ("the configuration", "the identity of the passphrase"):
         how = ("--passphrase-fd", "0")
         opened = hostile.run("snapshots", *how, home="fresh", stdin=PASSPHRASE)
-        told["passphrase"] = opened.exit or bool(opened.err)
-    found = {verb for verb, code in told.items() if code}
+        reported["passphrase"] = opened.exit or bool(opened.err)
+    found = {verb for verb, code in reported.items() if code}
     if not what.endswith(RENAMED) and (part, what) != ("the list of recipients", FOREIGN):
-        assert storage.exit in (1, 5), told
+        assert storage.exit in (1, 5), reported
     if part == "the configuration":
-        assert found == set(told), told
+        assert found == set(reported), reported
     elif part == "the list of recipients":
-        assert stored.exit in (1, 5), told
-        assert found <= {"backup", "storage"}, told
+        assert stored.exit in (1, 5), reported
+        assert found <= {"backup", "storage"}, reported
     elif part == "the identity of the passphrase":
-        assert found - {"storage"} == {"passphrase"}, told
+        assert found - {"storage"} == {"passphrase"}, reported
     elif part == "the first session" and what.endswith(RENAMED):
         # It looks as if it was stored for others. Nothing but the domain is in it, as in all sessions.
-        assert found == set(), told
+        assert found == set(), reported
     else:
-        assert checked.exit == 5 or (checked.exit == 1 and part == "the last session"), told
+        assert checked.exit == 5 or (checked.exit == 1 and part == "the last session"), reported
     if "of a pack" in part or "of a snapshot" in part:
-        assert stored.exit == 0, told
+        assert stored.exit == 0, reported
         assert hostile.look("fresh") is not None, "one bad object stops every reader"
     if stored.exit == 0:
         assert len(hostile.published) == 3
@@ -214,8 +216,8 @@ class TestDeletedObject:
     ) -> None:
         hostile.objects("identities")[0].unlink()
         how = ("--passphrase-fd", "0")
-        said = hostile.run("snapshots", *how, home="fresh", stdin=PASSPHRASE)
-        assert (said.exit, "has no passphrase" in said.err) == (1, True)
+        printed = hostile.run("snapshots", *how, home="fresh", stdin=PASSPHRASE)
+        assert (printed.exit, "has no passphrase" in printed.err) == (1, True)
 
 
 class TestReplacedRepository:
@@ -224,22 +226,22 @@ class TestReplacedRepository:
             (hostile.source / "a" / "3").write_bytes(b"later")
             assert hostile.back_up().exit == 0
             come_back(earlier, hostile.root)
-        said = hostile.back_up()
-        assert "set back to an earlier state" in said.err
+        printed = hostile.back_up()
+        assert "set back to an earlier state" in printed.err
         assert must_restore_nothing_wrong(hostile).exit == 0
         assert hostile.run("check", *hostile.identity(), home="fresh").exit == 0
 
     def test_a_repository_replaced_by_another_of_the_same_recipients_stores_nothing(
-        self, hostile: Hostile, sound: tuple[Hostile, Hostile]
+        self, hostile: Hostile, intact: tuple[Hostile, Hostile]
     ) -> None:
         shutil.rmtree(hostile.root)
-        shutil.copytree(sound[1].root, hostile.root)
+        shutil.copytree(intact[1].root, hostile.root)
         before = hostile.objects("")
-        said = hostile.back_up()
-        assert (said.exit, "casfs key accept" in said.err) == (1, True)
+        printed = hostile.back_up()
+        assert (printed.exit, "casfs key accept" in printed.err) == (1, True)
         assert hostile.objects("") == before
-        told = hostile.run("snapshots", *hostile.identity(), home="writer")
-        assert "and is" in told.err
+        reported = hostile.run("snapshots", *hostile.identity(), home="writer")
+        assert "and is" in reported.err
 
     def test_a_repository_replaced_by_an_unencrypted_one_stores_nothing(
         self, hostile: Hostile
@@ -247,8 +249,8 @@ class TestReplacedRepository:
         shutil.rmtree(hostile.root)
         assert hostile.run("init", home="attacker").exit == 0
         before = hostile.objects("")
-        said = hostile.back_up()
-        assert (said.exit, "an unencrypted one now" in said.err) == (1, True)
+        printed = hostile.back_up()
+        assert (printed.exit, "an unencrypted one now" in printed.err) == (1, True)
         assert hostile.objects("") == before
 
     def test_a_repository_with_another_domain_in_its_configuration_stores_nothing(
@@ -259,8 +261,8 @@ class TestReplacedRepository:
         encryption = msgspec.structs.replace(config.encryption, domain="0" * 64)
         forged = msgspec.structs.replace(config, encryption=encryption)
         (hostile.root / "config").write_bytes(encode_config(forged))
-        said = hostile.back_up()
-        assert (said.exit, "casfs key accept" in said.err) == (1, True)
+        printed = hostile.back_up()
+        assert (printed.exit, "casfs key accept" in printed.err) == (1, True)
         assert len(hostile.published) == 2
 
 
@@ -271,8 +273,8 @@ class TestForgery:
         storage = LocalStorage(hostile.root)
         write_recipients(storage, [*read_recipients(storage), OTHER])
         before = hostile.objects("")
-        said = hostile.back_up()
-        assert (said.exit, "are not those that this machine knows" in said.err) == (1, True)
+        printed = hostile.back_up()
+        assert (printed.exit, "are not those that this machine knows" in printed.err) == (1, True)
         assert hostile.objects("") == before
         for more in (("add", "--recipient", OTHER_PUBLIC), ("rewrap", *hostile.identity())):
             assert hostile.run("key", *more, home="writer").exit == 1
@@ -284,28 +286,28 @@ class TestForgery:
         lure = hostile.folder / "lure"
         lure.mkdir()
         (lure / "payroll").write_bytes(b"what the attacker wants to be restored")
-        said = hostile.run("backup", "--no-sync", lure, "--time", "2030-01-01", home="attacker")
-        assert said.exit == 0
+        printed = hostile.run("backup", "--no-sync", lure, "--time", "2030-01-01", home="attacker")
+        assert printed.exit == 0
         (forged,) = set(os.listdir(hostile.root / "snapshots")) - set(hostile.published)
         listed = hostile.run("snapshots", *hostile.identity(), home="fresh")
         assert f"{forged[:12]} is unproven" in listed.err
         for true in hostile.published:
             assert true[:12] not in listed.err
         asked = hostile.run("snapshots", "--json", *hostile.identity(), home="fresh")
-        told = {one["id"]: one["unproven"] for one in map(json.loads, asked.out.splitlines())}
-        assert told == {forged: True, **dict.fromkeys(hostile.published, False)}
+        reported = {one["id"]: one["unproven"] for one in map(json.loads, asked.out.splitlines())}
+        assert reported == {forged: True, **dict.fromkeys(hostile.published, False)}
         target = hostile.folder / "lured"
         for arguments in (("ls", "latest"), ("restore", "latest", "--target", target)):
-            said = hostile.run(*arguments, *hostile.identity(), home="fresh")
-            assert f"snapshot {forged[:12]} is unproven" in said.err
+            printed = hostile.run(*arguments, *hostile.identity(), home="fresh")
+            assert f"snapshot {forged[:12]} is unproven" in printed.err
         # No backup takes it for what is unchanged, and no true snapshot has anything of it.
         assert hostile.back_up(*map(str, hostile.identity())).exit == 0
 
     def test_a_replayed_repository_shows_nothing_of_the_other_one(
-        self, hostile: Hostile, sound: tuple[Hostile, Hostile]
+        self, hostile: Hostile, intact: tuple[Hostile, Hostile]
     ) -> None:
         for folder in ("packs", "snapshots", "sessions"):
-            shutil.copytree(sound[1].root / folder, hostile.root / folder, dirs_exist_ok=True)
+            shutil.copytree(intact[1].root / folder, hostile.root / folder, dirs_exist_ok=True)
         for seen in (hostile.look("fresh") or {}).values():
             must_show_nothing_wrong(hostile, seen)
         assert must_restore_nothing_wrong(hostile).exit == 0
@@ -333,8 +335,8 @@ class TestForgery:
         assert hostile.back_up().exit == 0
         # What cannot be opened cannot be vouched for, nor be told from what is needed.
         for verb in ("check", "prune"):
-            said = hostile.run(verb, *hostile.identity(), home="fresh")
-            assert (said.exit, "none of the identities" in said.err) == (1, True), said
+            printed = hostile.run(verb, *hostile.identity(), home="fresh")
+            assert (printed.exit, "none of the identities" in printed.err) == (1, True), printed
         assert hostile.run("check", "--storage", home="nobody").exit == 0
         assert must_restore_nothing_wrong(hostile).exit == 0
 
@@ -345,8 +347,8 @@ class TestForgery:
         storage = LocalStorage(hostile.root, writer="attacker")
         publish_notice(storage, RemovalNotice(0, packs, writers=()))
         assert must_restore_nothing_wrong(hostile).exit == 0
-        said = hostile.run("prune", *hostile.identity(), home="fresh")
-        assert said.exit == 0
+        printed = hostile.run("prune", *hostile.identity(), home="fresh")
+        assert printed.exit == 0
         assert must_restore_nothing_wrong(hostile).exit == 0
         for seen in (hostile.look("fresh") or {}).values():
             must_show_nothing_wrong(hostile, seen)
@@ -358,6 +360,6 @@ class TestForgery:
         storage = LocalStorage(hostile.root)
         forged = Recipient(RecipientKind.AGE, "age1\x1b[2J\nssh nobody")
         write_recipients(storage, [*read_recipients(storage), forged])
-        said = hostile.run("key", "list", home="nobody")
-        assert said.exit == 5
-        assert "\x1b" not in said.out + said.err
+        printed = hostile.run("key", "list", home="nobody")
+        assert printed.exit == 5
+        assert "\x1b" not in printed.out + printed.err

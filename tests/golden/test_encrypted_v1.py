@@ -58,9 +58,9 @@ def test_each_key_of_the_frozen_repository_shows_all_its_entries(
     frozen: Path,
     unlock: Callable[[Storage, RepositoryConfig], Identities],
 ) -> None:
-    told = json.loads(FROZEN.with_suffix(".json").read_text(encoding="ascii"))
+    reported = json.loads(FROZEN.with_suffix(".json").read_text(encoding="ascii"))
     found = describe(frozen, unlock)
-    assert shortened(found) == told
+    assert shortened(found) == reported
     assert [len(entries) for entries in found.values()] == [3010, 3011]
 
 
@@ -82,9 +82,9 @@ def test_every_file_of_the_frozen_encrypted_repository_restores_with_its_digest(
             b"", snapshot.root, bytes(tmp_path / "target"), with_root=True
         )
     assert (result.damaged, result.failed) == (0, 0)
-    told = json.loads(FROZEN.with_suffix(".json").read_text(encoding="ascii"))
+    reported = json.loads(FROZEN.with_suffix(".json").read_text(encoding="ascii"))
     files = 0
-    for entries in told.values():
+    for entries in reported.values():
         for path, entry in entries.items():
             if entry["kind"] == NodeType.FILE:
                 name = base64.b64decode(path).decode("utf-8", "surrogateescape")

@@ -173,8 +173,8 @@ def test_an_encrypted_snapshot_keeps_its_golden_bytes(monkeypatch: pytest.Monkey
     # The same by hand.
     assert data[:16] == b"CASFSNAP" + bytes([1, 0, 16, 0, 0, 0, 0, 0])
     assert data[16:80] == SESSION.id + SALT
-    told = [int.from_bytes(data[at : at + 8], "little") for at in (80, 88, 96)]
-    assert told == [1_700_000_000_123_456_789, 100, 0]
+    reported = [int.from_bytes(data[at : at + 8], "little") for at in (80, 88, 96)]
+    assert reported == [1_700_000_000_123_456_789, 100, 0]
     key = blake3(SESSION.secret + SALT, derive_key_context="casfs 2026-11-23 snapshot key").digest()
     inner = AESGCM(key).decrypt(bytes(12), data[104:], data[:104])
     assert inner[:8] == bytes(4) + (len(inner) - 8).to_bytes(4, "little")

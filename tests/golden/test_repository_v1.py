@@ -54,7 +54,7 @@ def test_every_file_of_the_frozen_repository_restores_with_its_digest(
     frozen: Path, tmp_path: Path
 ) -> None:
     digests = 0
-    told = manifest()
+    reported = manifest()
     with open_for_reading(frozen) as repository:
         for snapshot_id, snapshot in repository.snapshots.iterate():
             target = tmp_path / snapshot_id.hex()
@@ -66,7 +66,7 @@ def test_every_file_of_the_frozen_repository_restores_with_its_digest(
             assert (result.damaged, result.failed) == (0, 0)
             for path, node in repository.trees.walk(snapshot.root):
                 if node.kind == NodeType.FILE:
-                    digest = told[snapshot_id.hex()][_key(path)]["blake3"]
+                    digest = reported[snapshot_id.hex()][_key(path)]["blake3"]
                     data = Path(str(target), path.decode("utf-8", "surrogateescape")).read_bytes()
                     assert blake3(data).hexdigest() == digest
                     digests += 1

@@ -56,7 +56,7 @@ from casfs.trees import content as content_module
 from casfs.trees import writer as writer_module
 from casfs.trees.content import EXTENT, HOLE, ContentReader, ContentWriter, Extent, parse_records
 from casfs.trees.reader import TreeReader
-from tests.support.stores import Memory, make_pack
+from tests.support.stores import MemoryBlobs, make_pack
 
 CODEC = BlobCodec(3)
 PACK = PackId(bytes(32))
@@ -161,7 +161,7 @@ class TestTreeRoundTrip:
     def test_any_directory_is_read_as_it_was_written(
         self, directory: dict[bytes, Node], seed: int, other: bytes
     ) -> None:
-        memory = Memory()
+        memory = MemoryBlobs()
         with small_pieces():
             writer = writer_module.TreeWriter(memory.put, digest_of, seed)
             for name in sorted(directory):
@@ -188,7 +188,7 @@ class TestContentListRoundTrip:
     def test_any_content_list_is_read_as_it_was_written(
         self, records: list[tuple[int, bytes]], offset: int
     ) -> None:
-        memory = Memory()
+        memory = MemoryBlobs()
         with small_pieces():
             writer = ContentWriter(memory.put, digest_of)
             for length, digest in records:
@@ -330,7 +330,7 @@ def use_piece(data: bytes) -> None:
 
 
 def use_content(content: bytes, levels: int) -> None:
-    read = Memory().read
+    read = MemoryBlobs().read
     for lost_lists in (False, True):
         refuse_or(partial(_all_extents, content, levels, read, lost_lists), IntegrityError)
     refuse_or(lambda: list(ContentReader(content, levels, read).blobs()), IntegrityError)

@@ -29,7 +29,7 @@ from casfs.format.snapshot import HEADER, decode_snapshot
 from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
-from tests.support.damage import SoundRepository
+from tests.support.damage import IntactRepository
 from tests.support.effort import EFFORT
 from tests.support.observation import LOST
 from tests.support.process_runner import Scene, Stage
@@ -80,21 +80,21 @@ def stage() -> Iterator[Stage]:
 
 
 @pytest.fixture(scope="module")
-def sound(stage: Stage) -> Iterator[SoundRepository]:
+def intact(stage: Stage) -> Iterator[IntactRepository]:
     memory = Path("/dev/shm")
     with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        yield SoundRepository(stage, Path(folder))
+        yield IntactRepository(stage, Path(folder))
 
 
-def tampered_copy(sound: SoundRepository) -> Scene:
-    original = sound.scene
+def tampered_copy(intact: IntactRepository) -> Scene:
+    original = intact.scene
     root = original.root.with_name("tampered")
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(original.root, root)
     return Scene(original.stage, root, original.source)
 
 
-def must_withstand(scene: Scene, sound: SoundRepository, trusts_snapshots: bool) -> None:
+def must_withstand(scene: Scene, intact: IntactRepository, trusts_snapshots: bool) -> None:
     """Try every verb on copies; `Stage.act` sees to it that none hangs, dies, grows, or has a bug."""
     kept = scene.root.with_name("tampered copy")
     for verb, arguments in VERBS.items():
@@ -103,7 +103,7 @@ def must_withstand(scene: Scene, sound: SoundRepository, trusts_snapshots: bool)
         outcome = scene.stage.act(verb, kept, **arguments)
         if outcome.error is None and verb.startswith("look") and trusts_snapshots:
             for name, files in outcome.result.items():
-                truth = sound.published.get(name, {})
+                truth = intact.published.get(name, {})
                 for path, found in files.items():
                     assert found in (LOST, truth.get(path)), f"{path} is given as {found}"
     shutil.rmtree(kept, ignore_errors=True)
@@ -142,9 +142,9 @@ def _states(folder: Path) -> list[tuple[str, int, int, int]]:
     seals=st.booleans(),
 )
 def test_bytes_changed_in_any_files_are_found_and_do_no_other_harm(
-    sound: SoundRepository, edits: list[tuple[int, Edit]], seals: bool
+    intact: IntactRepository, edits: list[tuple[int, Edit]], seals: bool
 ) -> None:
-    scene = tampered_copy(sound)
+    scene = tampered_copy(intact)
     files = sorted(path for path in scene.root.rglob("*") if path.is_file())
     # Folders with many packs are no more likely than the others.
     kinds = sorted({path.relative_to(scene.root).parts[0] for path in files})
@@ -157,7 +157,7 @@ def test_bytes_changed_in_any_files_are_found_and_do_no_other_harm(
         path.write_bytes(edit.apply(path.read_bytes()))
         if seals:
             _make_it_fit(path, kind)
-    must_withstand(scene, sound, trusts_snapshots=not seals)
+    must_withstand(scene, intact, trusts_snapshots=not seals)
 
 
 def _make_it_fit(path: Path, kind: str) -> None:
@@ -174,9 +174,9 @@ def _make_it_fit(path: Path, kind: str) -> None:
             pass
         else:
             directory = digest_of(data[offset : offset + size])
-            told = TRAILER.unpack(data[-TRAILER.size :])
-            assert told[2] == count
-            data = data[: -TRAILER.size] + TRAILER.pack(*told[:3], directory, *told[4:])
+            reported = TRAILER.unpack(data[-TRAILER.size :])
+            assert reported[2] == count
+            data = data[: -TRAILER.size] + TRAILER.pack(*reported[:3], directory, *reported[4:])
         new = path.parents[2] / pack_name(PackId(digest_of(data)))
         new.parent.mkdir(exist_ok=True)
         path.unlink()
@@ -201,11 +201,11 @@ NAMES = st.sampled_from(
     swap=st.none() | st.tuples(st.integers(0, 40), NAMES),
 )
 def test_trees_and_snapshots_of_any_bytes_that_verify_do_no_harm(
-    sound: SoundRepository, depth: int, edits: list[Edit], swap: tuple[int, bytes] | None
+    intact: IntactRepository, depth: int, edits: list[Edit], swap: tuple[int, bytes] | None
 ) -> None:
-    scene = tampered_copy(sound)
+    scene = tampered_copy(intact)
     with open_for_writing(scene.root, "test", OpenOptions(sync=False)) as repository:
-        _, snapshot = repository.snapshots.resolve(sound.first)
+        _, snapshot = repository.snapshots.resolve(intact.first)
         assert snapshot.root.tree is not None
         chain = [snapshot.root.tree.digest]
         inside = [*os.fsencode(scene.source).lstrip(b"/").split(b"/"), b"a"]
@@ -228,13 +228,13 @@ def test_trees_and_snapshots_of_any_bytes_that_verify_do_no_harm(
             old, new = above, digest_of(data)
             writer.put(BlobKind.TREE, new, data)
         writer.finish()
-        _forge_snapshot(repository, sound.first, old, new, edits if depth == 4 else [])
+        _forge_snapshot(repository, intact.first, old, new, edits if depth == 4 else [])
     if not edits and swap is None:
         # What is forged is believed: what the enemy changes is looked at indeed.
         found = scene.act("look").done()
-        assert sound.first not in found
-        assert sound.published[sound.first] in found.values()
-    must_withstand(scene, sound, trusts_snapshots=False)
+        assert intact.first not in found
+        assert intact.published[intact.first] in found.values()
+    must_withstand(scene, intact, trusts_snapshots=False)
 
 
 def _with_other_name(data: bytes, place: int, name: bytes) -> bytes:

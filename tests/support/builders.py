@@ -70,13 +70,13 @@ def flagged(node: Node, seen: bytes = b"seen when read again") -> Node:
     return replace(node, state=CaptureState.CHANGED, captured=captured_digest(node), extra=extra)
 
 
-class Grove:
+class TreeFixture:
     """Trees in memory; `reads` are the digests of the blobs that were read, in order."""
 
     def __init__(self) -> None:
         self.blobs: dict[Digest, bytes] = {}
         self.reads: list[Digest] = []
-        self.trees = TreeReader(self.read)
+        self.reader = TreeReader(self.read)
 
     def read(self, digest: Digest) -> bytes:
         self.reads.append(digest)
@@ -85,13 +85,13 @@ class Grove:
     def put(self, kind: BlobKind, digest: Digest, data: bytes) -> None:
         self.blobs[digest] = data
 
-    def plant(self, plan: Plan, name: bytes = b"", **fields: Any) -> Node:
+    def build(self, plan: Plan, name: bytes = b"", **fields: Any) -> Node:
         """Return the node of a directory with the entries of a plan."""
         writer = TreeWriter(self.put, digest_of, SEED)
         for below in sorted(plan):
             what = plan[below]
             if isinstance(what, Mapping):
-                what = self.plant(what, below)
+                what = self.build(what, below)
             elif isinstance(what, bytes):
                 self.put(BlobKind.DATA, digest_of(what), what)
                 what = file(below, what)
@@ -105,7 +105,7 @@ def reference(node: Node) -> Digest:
     return Digest(node.tree.digest)
 
 
-class Keeper:
+class RepositoryFixture:
     """A repository of its own, and backups of folders into it."""
 
     def __init__(self, folder: Path) -> None:
@@ -127,10 +127,10 @@ class Keeper:
     def publish(self, plan: Plan, **fields: Any) -> tuple[SnapshotId, Snapshot]:
         """Publish a snapshot of a plan; blobs of files that it gives as nodes are not stored."""
         with self.writing() as repository:
-            grove = Grove()
-            root = grove.plant(plan)
+            trees = TreeFixture()
+            root = trees.build(plan)
             writer = repository.writer()
-            for digest, data in grove.blobs.items():
+            for digest, data in trees.blobs.items():
                 writer.put(BlobKind.TREE, digest, data)
             writer.finish()
             known: dict[str, Any] = {"time_ns": MTIME_NS, "host": "here", "user": "me"}

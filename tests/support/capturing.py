@@ -36,7 +36,7 @@ from tests.support.encryption import RECIPIENT, unlock
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class PublishedBackup:
     """A published snapshot, with what was told while it was made."""
 
     repository: Repository
@@ -64,13 +64,13 @@ class Kept:
 
     def problem(self, path: Path) -> Problem | None:
         """Return the one thing that was told of a source, None where nothing was."""
-        told = [
+        reported = [
             problem
             for problem in self.problems
             if problem.path.strip(b"/") == os.fsencode(path).strip(b"/")
         ]
-        assert len(told) <= 1, told
-        return told[0] if told else None
+        assert len(reported) <= 1, reported
+        return reported[0] if reported else None
 
     def shown(self, path: Path) -> tuple[bytes, dict[str, str]] | None:
         """Return what a mount shows of a regular file: its bytes, and what casfs knows of it."""
@@ -115,19 +115,19 @@ class Kept:
         return target
 
 
-class Keeper:
+class BackupFixture:
     """A repository of one test."""
 
     def __init__(self, repository: Repository) -> None:
         self.repository = repository
 
-    def back_up(self, *paths: Path, **options: Any) -> Kept:
+    def back_up(self, *paths: Path, **options: Any) -> PublishedBackup:
         monitor = RecordingMonitor()
         sources = tuple(os.fsencode(path) for path in paths)
         result = run_backup(self.repository, BackupOptions(sources, **options), monitor)
-        return Kept(self.repository, result, monitor.problems)
+        return PublishedBackup(self.repository, result, monitor.problems)
 
-    def assert_is_sound(self) -> None:
+    def assert_is_intact(self) -> None:
         """Require that a full check finds nothing, and that every index entry tells the truth.
 
         The second is asked of the packs' own bytes, without the code that reads blobs.
@@ -166,8 +166,8 @@ class Keeper:
 
 
 @contextmanager
-def keeper(folder: Path, encrypted: bool = False) -> Iterator[Keeper]:
+def open_backup_fixture(folder: Path, encrypted: bool = False) -> Iterator[BackupFixture]:
     """Make a repository and open it for backups."""
     create_repository(folder, (RECIPIENT,) if encrypted else ())
     with open_for_writing(folder, "test", OpenOptions(unlock=unlock, sync=False)) as repository:
-        yield Keeper(repository)
+        yield BackupFixture(repository)

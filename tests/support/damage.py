@@ -65,7 +65,7 @@ def _hits(target: Target, what: str, path: Path, begin: int, end: int) -> bool:
     return end > target.begin and (what == CUT or begin < target.end)
 
 
-class SoundRepository:
+class IntactRepository:
     """The repository that is copied for every damage; it is only ever read."""
 
     def __init__(self, stage: Stage, folder: Path) -> None:
@@ -96,8 +96,8 @@ class SoundRepository:
         foreign.back_up()
         condemned = scene.root / "condemned"
         self.foreign_condemned = folder / "condemned"
-        (told,) = os.listdir(condemned)
-        self.foreign_condemned.write_bytes((condemned / told).read_bytes().replace(b"1", b"2"))
+        (reported,) = os.listdir(condemned)
+        self.foreign_condemned.write_bytes((condemned / reported).read_bytes().replace(b"1", b"2"))
         with open_for_reading(scene.root) as repository:
             # Who opens a repository removes these.
             for name in (lock.name, "f" * 16):

@@ -62,7 +62,7 @@ def unlock_other(storage: Storage, config: RepositoryConfig) -> Identities:
     return identities(OTHER_SECRET)
 
 
-class EncryptedKeeper:
+class EncryptedRepositoryFixture:
     """An encrypted repository, and backups into it by a machine that cannot read it."""
 
     def __init__(self, folder: Path, *recipients: Recipient) -> None:

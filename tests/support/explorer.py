@@ -105,8 +105,8 @@ class Explorer:
         if not root.exists():
             arguments = ["init", "--recipient", PUBLIC]
             where = str(self._homes / home)
-            told = self._stage.act("command", root, arguments=arguments, home=where).done()
-            assert told["exit"] == 0, told
+            reported = self._stage.act("command", root, arguments=arguments, home=where).done()
+            assert reported["exit"] == 0, reported
         return self._homes / home / ".cache" / "casfs" / read_config(root).id[:32] / "index"
 
     def _act(
@@ -186,13 +186,13 @@ class Explorer:
         shows = look_at_source(self.scene.source)
         before, seen = self.right, self.seen
         are_sound = not self.past.changed("packs")
-        told = self._back_up(self.scene.root, host)
-        self.truth[told["id"]] = shows
+        reported = self._back_up(self.scene.root, host)
+        self.truth[reported["id"]] = shows
         self._must_keep(before)
         # What a check has marked is not known to a host that cannot read.
         knows = self.is_checked and self.kind != Kind.CLOSED
         if knows or are_sound:
-            assert self.seen[told["id"]] == shows, "a backup is not whole"
+            assert self.seen[reported["id"]] == shows, "a backup is not whole"
         if not knows:
             return
         stored = set(shows.values())
@@ -205,8 +205,8 @@ class Explorer:
     def _back_up(self, root: Path, host: int) -> dict[str, Any]:
         name = ("here", "here", "there")[host % 3]
         source = str(self.scene.source)
-        told: dict[str, Any] = self._act("backup", root, source=source, host=name).done()
-        return told
+        reported: dict[str, Any] = self._act("backup", root, source=source, host=name).done()
+        return reported
 
     def back_up_twice(self, which: int, what: int, size: int) -> None:
         """Back up as two hosts do at the same time: neither sees what the other stores."""
@@ -264,12 +264,14 @@ class Explorer:
 
     def _judge(self, found: list[dict[str, Any]], seen: dict[str, Files]) -> None:
         for name, files in seen.items():
-            told = {one["path"] for one in found if one["snapshot"] == name}
+            reported = {one["path"] for one in found if one["snapshot"] == name}
             truth = self.truth[name]
             lost = {path for path, what in truth.items() if files.get(path) != what}
             for path in lost:
-                assert any(_is_above(one, path) for one in told), f"{path} is lost, told: {told}"
-            for path in told:
+                assert any(_is_above(one, path) for one in reported), (
+                    f"{path} is lost, told: {reported}"
+                )
+            for path in reported:
                 named = [one for one in lost if _is_above(path, one)]
                 assert named, f"{path} in {name} can be read, and is told to be lost: {found}"
 
@@ -324,10 +326,10 @@ class Explorer:
         folder = self.scene.root / "snapshots"
         names = {path.name for path in folder.iterdir()}
         whole = {digest_of((folder / name).read_bytes()).hex() for name in names} & names
-        told = self._act("repair_snapshots", read_data=read_data).done()
-        for name in whole - {one["id"] for one in told}:
+        reported = self._act("repair_snapshots", read_data=read_data).done()
+        for name in whole - {one["id"] for one in reported}:
             assert (folder / name).exists(), f"snapshot {name} was whole, if under another name"
-        new = {one["id"]: one["new_id"] for one in told}
+        new = {one["id"]: one["new_id"] for one in reported}
         listed: dict[str, Files] = self._read("look").done()
         for old, name in new.items():
             if name is None:
@@ -359,8 +361,8 @@ class Explorer:
         name = names[which % len(names)]
         target = self._folder / "target"
         target.mkdir()
-        told = self._act("restore", target=str(target), snapshot=name).done()
-        named = {one["path"] for one in told["problems"] if one["kind"] != "metadata"}
+        reported = self._act("restore", target=str(target), snapshot=name).done()
+        named = {one["path"] for one in reported["problems"] if one["kind"] != "metadata"}
         start = str(target).lstrip("/") + "/"
         restored = {
             path.removeprefix(start): what
@@ -394,17 +396,17 @@ class Explorer:
         line = COMMANDS[which % len(COMMANDS)].split()
         arguments = [word.format(**words) for word in line]
         self._homes.mkdir(exist_ok=True)
-        told = self._read("command", arguments=arguments, home=str(self._homes)).done()
-        said = f"{' '.join(line)} exits {told['exit']}: {told['err']}"
-        assert "Traceback" not in told["out"] + told["err"], said
+        reported = self._read("command", arguments=arguments, home=str(self._homes)).done()
+        printed = f"{' '.join(line)} exits {reported['exit']}: {reported['err']}"
+        assert "Traceback" not in reported["out"] + reported["err"], printed
         lost = {path for snapshot, path in self._lost() if snapshot == name}
         if line == ["check", "--read-data"]:
-            assert told["exit"] == (5 if self._read("check").done() else 0), said
+            assert reported["exit"] == (5 if self._read("check").done() else 0), printed
         elif line[0] == "restore":
             shutil.rmtree(target, ignore_errors=True)
-            assert told["exit"] == (5 if lost else 0), said
+            assert reported["exit"] == (5 if lost else 0), printed
         else:
-            assert told["exit"] in ((0, 1, 5) if self._is_hurt() else (0,)), said
+            assert reported["exit"] in ((0, 1, 5) if self._is_hurt() else (0,)), printed
 
     def end(self, *_: int) -> None:
         """Do what a user is told to do after damage; then all is sound."""
@@ -470,8 +472,8 @@ class Explorer:
         assert not lost, f"it cost {sorted(lost)[:8]} and {len(lost)} in all"
 
 
-def _is_above(told: str | None, path: str) -> bool:
-    return told is None or told in ("", path) or path.startswith(told + "/")
+def _is_above(reported: str | None, path: str) -> bool:
+    return reported is None or reported in ("", path) or path.startswith(reported + "/")
 
 
 def _shown(way: list[Move]) -> str:

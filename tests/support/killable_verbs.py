@@ -134,12 +134,12 @@ def act_repair_snapshots(
     with opened as repository:
         repairer = SnapshotRepairer(repository, monitor)
         result = repairer.repair(PackSelection() if read_data else None)
-    told = [os.fsdecode(problem.path) for problem in monitor.problems]
+    reported = [os.fsdecode(problem.path) for problem in monitor.problems]
     return [
         {
             "id": one.snapshot_id.hex(),
             "new_id": one.new_id.hex() if one.new_id is not None else None,
-            "told": told,
+            "reported": reported,
         }
         for one in result.repaired
     ]
@@ -224,7 +224,7 @@ def act_command(
 ) -> dict[str, Any]:
     """Do what the installed command does, without the time that it takes to start."""
     _live_in(home)
-    _tell_steps(step)
+    _report_steps(step)
     os.environ["CASFS_REPOSITORY"] = str(root)
     kept = [os.dup(number) for number in (0, 1, 2)]
     global told_on
@@ -243,8 +243,8 @@ def act_command(
                 os.dup2(old, number)
         out.seek(0)
         err.seek(0)
-        said = [stream.read().decode("utf-8", "backslashreplace") for stream in (out, err)]
-    return {"exit": code, "out": said[0], "err": said[1]}
+        printed = [stream.read().decode("utf-8", "backslashreplace") for stream in (out, err)]
+    return {"exit": code, "out": printed[0], "err": printed[1]}
 
 
 def _fix_options(**fixed: Any) -> None:
@@ -259,7 +259,7 @@ def _fix_options(**fixed: Any) -> None:
         object.__setattr__(opening._DEFAULTS, name, value)
 
 
-def _tell_steps(step: Step) -> None:
+def _report_steps(step: Step) -> None:
     """Have every storage and every repository that is opened in this process tell its steps."""
     make = LocalStorage.__init__
     _fix_options(on_step=step)

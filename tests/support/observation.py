@@ -115,9 +115,9 @@ def look_through_the_mount(repository: Repository) -> dict[str, Files]:
     try:
         for number, node, _ in view.entries(top[0], 0):
             if node.kind == NodeType.DIRECTORY:
-                told = view.xattr(number, b"user.casfs.snapshot")
-                assert told is not None
-                found[told.decode()] = _look_below(view, number)
+                reported = view.xattr(number, b"user.casfs.snapshot")
+                assert reported is not None
+                found[reported.decode()] = _look_below(view, number)
     finally:
         errands.close()
     return found

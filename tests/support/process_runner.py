@@ -85,21 +85,23 @@ class Stage:
         steps: list[str] = []
         result, error, bug = None, None, None
         for line in self._process.stdout:
-            told = json.loads(line)
-            if "step" in told:
-                steps.append(told["step"])
-            elif "result" in told:
-                result = told["result"]
-            elif "error" in told:
-                error = told
-            elif "bug" in told:
-                bug = told["bug"]
-            elif "ended" in told:
+            reported = json.loads(line)
+            if "step" in reported:
+                steps.append(reported["step"])
+            elif "result" in reported:
+                result = reported["result"]
+            elif "error" in reported:
+                error = reported
+            elif "bug" in reported:
+                bug = reported["bug"]
+            elif "ended" in reported:
                 assert bug is None, f"{verb} {arguments}: {bug}"
                 expected = (0, -9) if fate is not None else (0,)
-                assert told["ended"] in expected, f"{verb} {arguments} ended by {told['ended']}"
-                assert told["peak_kib"] < MOST_KIB, (verb, arguments, told)
-                return Outcome(told["ended"], steps, result, error, told["peak_kib"])
+                assert reported["ended"] in expected, (
+                    f"{verb} {arguments} ended by {reported['ended']}"
+                )
+                assert reported["peak_kib"] < MOST_KIB, (verb, arguments, reported)
+                return Outcome(reported["ended"], steps, result, error, reported["peak_kib"])
         raise AssertionError("the process that forks has died")
 
 
@@ -118,9 +120,9 @@ class Scene:
     def back_up(self, **arguments: Any) -> dict[str, Any]:
         """Back up to the end and remember what the snapshot must show."""
         shows = look_at_source(self.source)
-        told: dict[str, Any] = self.act("backup", source=str(self.source), **arguments).done()
-        self.published[told["id"]] = shows
-        return told
+        reported: dict[str, Any] = self.act("backup", source=str(self.source), **arguments).done()
+        self.published[reported["id"]] = shows
+        return reported
 
     def write(self, name: str, label: str, size: int = 12 * KIB) -> None:
         path = self.source / name
@@ -133,7 +135,7 @@ class Scene:
     def names(self, folder: str) -> list[str]:
         return os.listdir(self.root / folder)
 
-    def must_be_sound(self, *maybe: Files, gone: frozenset[str] = frozenset()) -> set[str]:
+    def must_be_intact(self, *maybe: Files, gone: frozenset[str] = frozenset()) -> set[str]:
         """Require that all that was published is there as it was, and is sound without a repair.
 
         Snapshots that look like one of `maybe` may be there too; those in `gone` need not be. Returns

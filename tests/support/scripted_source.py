@@ -119,13 +119,13 @@ class ScriptedFiles(pyfuse3.Operations):
     def add_scene(self, scene: str, files: dict[str, dict[str, Any]]) -> None:
         """Make a folder with files as told."""
         folder = self.make(1, scene.encode(), stat.S_IFDIR | 0o755).number
-        for name, told in files.items():
+        for name, reported in files.items():
             inode = self.make(folder, os.fsencode(name), stat.S_IFREG | 0o644)
-            inode.data[:] = content(told["seed"], told["size"])
-            inode.sparse = told.get("sparse", False)
-            inode.young = told.get("young", False)
-            inode.size = told.get("told_size")
-            rules = [Rule(**rule) for rule in told.get("rules", ())]
+            inode.data[:] = content(reported["seed"], reported["size"])
+            inode.sparse = reported.get("sparse", False)
+            inode.young = reported.get("young", False)
+            inode.size = reported.get("stat_size")
+            rules = [Rule(**rule) for rule in reported.get("rules", ())]
             self.scripts[inode.number] = Script(folder, os.fsencode(name), rules)
 
     def rot(self, scene: str, name: str, seed: str) -> None:

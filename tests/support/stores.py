@@ -30,7 +30,7 @@ def noise(label: str, size: int) -> bytes:
     return blake3(label.encode()).digest(length=size) if size else b""
 
 
-class Memory:
+class MemoryBlobs:
     """Blobs in a dict; `kinds` counts the different ones that were put of each kind."""
 
     def __init__(self) -> None:
@@ -146,13 +146,13 @@ def child(program: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def hear(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     """Return the next line that a child says, or "" when it has ended."""
     assert process.stdout is not None
     return process.stdout.readline().rstrip("\n")
 
 
-def tell(process: subprocess.Popen[str], line: str = "go") -> None:
+def write_line(process: subprocess.Popen[str], line: str = "go") -> None:
     """Say a line to a child."""
     assert process.stdin is not None
     process.stdin.write(line + "\n")

@@ -38,7 +38,7 @@ class Shape:
     files: int = 100
 
 
-class _Planter:
+class _TreeBuilder:
     def __init__(self, writer: BlobWriter) -> None:
         self._writer = writer
         self._made = 0
@@ -99,12 +99,12 @@ class _Planter:
         return self.directory(b"many", above())
 
 
-def plant(root: Path, shape: Shape) -> int:
+def build(root: Path, shape: Shape) -> int:
     """Make a repository of that shape; return how many entries its last snapshot has below the root."""
     create_repository(root)
     with open_for_writing(root, "plant", OpenOptions(sync=False)) as repository:
         writer = repository.writer()
-        planter = _Planter(writer)
+        planter = _TreeBuilder(writer)
         constant = [planter.directory(b"home", (planter.file(b"%03d" % n) for n in range(200)))]
         last = [planter.crowd(shape.crowd), planter.directory(b"deep", []), planter.many(shape)]
         snapshots = []
@@ -141,7 +141,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=getattr(shape, name))
     options = parser.parse_args()
     print(
-        plant(
+        build(
             options.folder,
             Shape(options.snapshots, options.crowd, options.folders, options.files),
         )

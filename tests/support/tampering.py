@@ -24,7 +24,7 @@ PASSPHRASE = "correct horse"
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class CommandResult:
     """How a command ended and what it said."""
 
     exit: int
@@ -48,28 +48,28 @@ class Hostile:
     def source(self) -> Path:
         return self.folder / "source"
 
-    def run(self, *arguments: str | Path, home: str, stdin: str = "") -> Said:
+    def run(self, *arguments: str | Path, home: str, stdin: str = "") -> CommandResult:
         """Run a command; one that fails has said so in a sentence."""
         where = self.folder / home
         where.mkdir(exist_ok=True)
         words = [str(one) for one in arguments]
-        told = self.stage.act(
+        reported = self.stage.act(
             "command", self.root, arguments=words, home=str(where), stdin=stdin
         ).done()
-        said = Said(**told)
-        assert "Traceback" not in said.out + said.err, said
-        assert said.exit in (0, 1, 5), said
-        if said.exit:
-            assert len((said.err + said.out).split()) >= 3, said
-        return said
+        printed = CommandResult(**reported)
+        assert "Traceback" not in printed.out + printed.err, printed
+        assert printed.exit in (0, 1, 5), printed
+        if printed.exit:
+            assert len((printed.err + printed.out).split()) >= 3, printed
+        return printed
 
-    def back_up(self, *more: str) -> Said:
+    def back_up(self, *more: str) -> CommandResult:
         """Back up as the host that cannot read; remember what a snapshot that came of it shows."""
         before = set(os.listdir(self.root / "snapshots"))
-        said = self.run("backup", "--no-sync", self.source, *more, home="writer")
+        printed = self.run("backup", "--no-sync", self.source, *more, home="writer")
         for name in set(os.listdir(self.root / "snapshots")) - before:
             self.published[name] = look_at_source(self.source)
-        return said
+        return printed
 
     def identity(self) -> tuple[str, Path]:
         return "--identity", self.folder / "identity"
@@ -78,10 +78,12 @@ class Hostile:
         """Return what is read and what a mount shows, None where that was refused."""
         where = self.folder / home
         where.mkdir(exist_ok=True)
-        told = self.stage.act("look_with_a_key", self.root, secret=SECRET, home=str(where))
-        assert told.exit == 0, told
-        seen: dict[str, dict[str, Files]] | None = told.result
-        assert seen is not None or (told.error is not None and told.error["exit"] in (1, 5)), told
+        reported = self.stage.act("look_with_a_key", self.root, secret=SECRET, home=str(where))
+        assert reported.exit == 0, reported
+        seen: dict[str, dict[str, Files]] | None = reported.result
+        assert seen is not None or (
+            reported.error is not None and reported.error["exit"] in (1, 5)
+        ), reported
         return seen
 
     def objects(self, folder: str) -> list[Path]:
@@ -98,8 +100,8 @@ def make_hostile(stage: Stage, folder: Path) -> Hostile:
     for number in range(4):
         (made.source / "a" / str(number)).write_bytes(noise(f"a {number}", 12 * KIB))
     passphrase = ("--passphrase", "--passphrase-fd", "0")
-    said = made.run("init", "--recipient", PUBLIC, *passphrase, home="writer", stdin=PASSPHRASE)
-    assert said.exit == 0, said
+    printed = made.run("init", "--recipient", PUBLIC, *passphrase, home="writer", stdin=PASSPHRASE)
+    assert printed.exit == 0, printed
     assert made.back_up().exit == 0
     for number in range(3):
         (made.source / "a" / str(number)).write_bytes(noise(f"b {number}", 15 * KIB))

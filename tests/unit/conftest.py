@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.builders import Keeper
+from tests.support.builders import RepositoryFixture
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
+def repo(tmp_path: Path) -> RepositoryFixture:
     """A repository of the test's own."""
-    return Keeper(tmp_path)
+    return RepositoryFixture(tmp_path)

@@ -277,41 +277,41 @@ class TestRetryBudget:
         assert made == [3, 2, 1]
 
     def test_a_retry_budget_reserves_half_of_the_time_for_the_final_retry(self) -> None:
-        patience = RetryBudget(10.0)
-        assert patience.can_spend(4.9)
-        assert not patience.can_spend(5.0)
-        patience.spend(4.0)
-        assert patience.can_spend(0.9)
-        assert not patience.can_spend(1.1)
-        patience.release_reserve()
-        assert patience.can_spend(5.9)
-        assert not patience.can_spend(6.1)
+        budget = RetryBudget(10.0)
+        assert budget.can_spend(4.9)
+        assert not budget.can_spend(5.0)
+        budget.spend(4.0)
+        assert budget.can_spend(0.9)
+        assert not budget.can_spend(1.1)
+        budget.release_reserve()
+        assert budget.can_spend(5.9)
+        assert not budget.can_spend(6.1)
 
     def test_an_empty_retry_budget_allows_nothing(self) -> None:
-        patience = RetryBudget(0.0)
-        assert not patience.can_spend(0.0)
-        patience.release_reserve()
-        assert not patience.can_spend(0.0)
+        budget = RetryBudget(0.0)
+        assert not budget.can_spend(0.0)
+        budget.release_reserve()
+        assert not budget.can_spend(0.0)
 
     def test_a_retry_budget_estimates_a_read_from_earlier_reads(self) -> None:
-        patience = RetryBudget()
-        assert patience.estimate(1 << 40) == 0.0
-        patience.record(100, 2.0)
-        patience.record(300, 2.0)
-        assert patience.estimate(1000) == 10.0
+        budget = RetryBudget()
+        assert budget.estimate(1 << 40) == 0.0
+        budget.record(100, 2.0)
+        budget.record(300, 2.0)
+        assert budget.estimate(1000) == 10.0
 
     def test_a_final_retry_skips_a_file_that_is_too_large_for_the_budget(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         read = self.restless(scene, monkeypatch)
-        patience = RetryBudget(10.0)
-        patience.release_reserve()
+        budget = RetryBudget(10.0)
+        budget.release_reserve()
         capturer = scene.capturer(attempts=1, read=read)
         node = capturer.capture(scene.fd, b"file")
-        capturer._patience = patience
+        capturer._patience = budget
         again = capturer.capture_again(scene.fd, node)
         assert again is not None
         evidence = capture_of(again)
         assert evidence is not None and evidence.attempts == 2
-        patience.record(1, 1.0)
+        budget.record(1, 1.0)
         assert capturer.capture_again(scene.fd, node) is None

@@ -36,7 +36,7 @@ class Backup:
         path = os.fsencode(self._source / name).lstrip(b"/")
         return self._repository.trees.resolve(root, path)
 
-    def told(self) -> list[tuple[ProblemKind, bytes]]:
+    def reported(self) -> list[tuple[ProblemKind, bytes]]:
         return [(problem.kind, problem.path.rpartition(b"/")[2]) for problem in self.problems]
 
 
@@ -103,7 +103,7 @@ def test_an_entry_replaced_by_another_kind_is_captured_as_what_it_is_now(
     backup = Backup(repository, source, paths=(bytes(source if by == "folder" else name),))
     node = backup.node("name")
     assert node is not None and node.kind == kind
-    assert backup.told() == []
+    assert backup.reported() == []
     if kind == NodeType.FILE:
         assert node.size == len(b"another file")
     if kind == NodeType.DIRECTORY:
@@ -127,7 +127,7 @@ def test_an_entry_replaced_at_every_look_is_given_up_and_the_others_are_captured
     paths = (bytes(source),) if by == "folder" else (bytes(source / "name"), bytes(source / "z"))
     backup = Backup(repository, source, paths=paths)
     assert asked == [1, 2, 3]
-    assert backup.told() == [(ProblemKind.UNREADABLE, b"name")]
+    assert backup.reported() == [(ProblemKind.UNREADABLE, b"name")]
     assert backup.result.snapshot.stats.unreadable == 1
     assert backup.node("name") is None
     assert backup.node("z") is not None
@@ -138,7 +138,7 @@ def test_a_file_that_vanishes_before_it_is_opened_is_counted_and_reported(
 ) -> None:
     before_each_capture(monkeypatch, b"name", lambda _: (source / "name").unlink())
     backup = Backup(repository, source)
-    assert backup.told() == [(ProblemKind.VANISHED, b"name")]
+    assert backup.reported() == [(ProblemKind.VANISHED, b"name")]
     stats = backup.result.snapshot.stats
     assert (stats.vanished, stats.unreadable, stats.files) == (1, 0, 2)
 
@@ -152,7 +152,7 @@ def test_required_clones_that_fail_leave_files_out_one_by_one(
     monkeypatch.setattr("casfs.backup.reflink._clone", refuse)
     (source / "empty").touch()
     backup = Backup(repository, source, freeze=Freeze.REQUIRE)
-    assert backup.told() == [(ProblemKind.UNREADABLE, name) for name in (b"a", b"name", b"z")]
+    assert backup.reported() == [(ProblemKind.UNREADABLE, name) for name in (b"a", b"name", b"z")]
     assert all("cannot be frozen" in problem.message for problem in backup.problems)
     assert backup.result.snapshot.stats.unreadable == 3
     assert backup.node("empty") is not None, "of an empty file nothing is read"

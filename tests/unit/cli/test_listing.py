@@ -18,7 +18,15 @@ from casfs.cli.settings import Settings
 from casfs.digest import digest_of
 from casfs.errors import NotFoundError, UsageError
 from casfs.format.tree import CaptureState, NodeExtra, NodeType, replace
-from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file, flagged, reference
+from tests.support.builders import (
+    MTIME_NS,
+    Plan,
+    RepositoryFixture,
+    entry,
+    file,
+    flagged,
+    reference,
+)
 
 SECOND_NS = 1_000_000_000
 SHOWN_TIME = "2020-09-13 12:26:40"
@@ -34,14 +42,14 @@ def universal_time() -> Iterator[None]:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
-    return Keeper(tmp_path)
+def repo(tmp_path: Path) -> RepositoryFixture:
+    return RepositoryFixture(tmp_path)
 
 
-def run(keeper: Keeper, verb: str, *arguments: str, expect: int = 0) -> Result:
+def run(repo: RepositoryFixture, verb: str, *arguments: str, expect: int = 0) -> Result:
     result = CliRunner().invoke(
         casfs,
-        [verb, "--repo", str(keeper.root), *arguments],
+        [verb, "--repo", str(repo.root), *arguments],
         obj=Settings(),
         standalone_mode=False,
     )
@@ -51,32 +59,34 @@ def run(keeper: Keeper, verb: str, *arguments: str, expect: int = 0) -> Result:
     return result
 
 
-def lines(keeper: Keeper, verb: str, *arguments: str) -> list[str]:
-    return run(keeper, verb, *arguments).stdout.splitlines()
+def lines(repo: RepositoryFixture, verb: str, *arguments: str) -> list[str]:
+    return run(repo, verb, *arguments).stdout.splitlines()
 
 
-def objects(keeper: Keeper, verb: str, *arguments: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in lines(keeper, verb, "--json", *arguments)]
+def objects(repo: RepositoryFixture, verb: str, *arguments: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines(repo, verb, "--json", *arguments)]
 
 
 class TestSnapshotsCommand:
-    def test_snapshots_prints_only_a_hint_for_an_empty_repository(self, keeper: Keeper) -> None:
-        result = run(keeper, "snapshots")
+    def test_snapshots_prints_only_a_hint_for_an_empty_repository(
+        self, repo: RepositoryFixture
+    ) -> None:
+        result = run(repo, "snapshots")
         assert result.stdout == ""
         assert "no snapshots yet" in result.stderr
-        machine = run(keeper, "snapshots", "--json")
+        machine = run(repo, "snapshots", "--json")
         assert (machine.stdout, machine.stderr) == ("", "")
 
-    def test_snapshots_prints_a_row_for_each_further_path(self, keeper: Keeper) -> None:
-        first, _ = keeper.publish({b"f": file(b"", b"12345")}, time_ns=MTIME_NS, paths=(b"f",))
-        second, _ = keeper.publish(
+    def test_snapshots_prints_a_row_for_each_further_path(self, repo: RepositoryFixture) -> None:
+        first, _ = repo.publish({b"f": file(b"", b"12345")}, time_ns=MTIME_NS, paths=(b"f",))
+        second, _ = repo.publish(
             {b"f": flagged(file(b"", b"1"))},
             time_ns=MTIME_NS + SECOND_NS,
             host="far away",
             paths=(b"/a", b"/b\n"),
             tags=("t1", "t2"),
         )
-        head, one, two, more = lines(keeper, "snapshots")
+        head, one, two, more = lines(repo, "snapshots")
         heads = ["id", "time", "host", "paths", "tags", "files", "size", "flagged"]
         assert head.split() == heads
         assert one.split() == [first.hex()[:12], *SHOWN_TIME.split(), "here", "f", "0", "5", "B"]
@@ -87,12 +97,14 @@ class TestSnapshotsCommand:
         assert more.split() == ["/b\\n"]
         assert more.index("/b") == head.index("paths")
 
-    def test_snapshots_json_holds_every_field(self, keeper: Keeper, tmp_path: Path) -> None:
+    def test_snapshots_json_holds_every_field(
+        self, repo: RepositoryFixture, tmp_path: Path
+    ) -> None:
         (tmp_path / "source").mkdir()
         (tmp_path / "source" / "f").write_bytes(b"123")
-        first, _ = keeper.back_up(tmp_path / "source", tags=("a",))
-        second, _ = keeper.back_up(tmp_path / "source")
-        old, new = objects(keeper, "snapshots")
+        first, _ = repo.back_up(tmp_path / "source", tags=("a",))
+        second, _ = repo.back_up(tmp_path / "source")
+        old, new = objects(repo, "snapshots")
         assert (old["type"], old["id"], new["id"]) == ("snapshot", first.hex(), second.hex())
         assert (old["parent"], new["parent"]) == (None, first.hex())
         assert (old["tags"], new["tags"]) == (["a"], [])
@@ -121,7 +133,7 @@ class TestSnapshotsCommand:
         ids=str,
     )
     def test_snapshots_filters_by_host_tag_path_and_age(
-        self, keeper: Keeper, options: tuple[str, ...], expected: str
+        self, repo: RepositoryFixture, options: tuple[str, ...], expected: str
     ) -> None:
         ids: dict[str, str] = {}
         for name, host, tags, paths in (
@@ -131,12 +143,12 @@ class TestSnapshotsCommand:
             ("d", "h1", ("z",), (b"/p", b"/q")),
         ):
             time_ns = MTIME_NS + len(ids)
-            snapshot_id, _ = keeper.publish({}, host=host, tags=tags, paths=paths, time_ns=time_ns)
+            snapshot_id, _ = repo.publish({}, host=host, tags=tags, paths=paths, time_ns=time_ns)
             ids[snapshot_id.hex()] = name
-        found = objects(keeper, "snapshots", *options)
-        assert "".join(ids[told["id"]] for told in found) == expected
+        found = objects(repo, "snapshots", *options)
+        assert "".join(ids[reported["id"]] for reported in found) == expected
         if not expected:
-            result = run(keeper, "snapshots", *options)
+            result = run(repo, "snapshots", *options)
             assert result.stdout == ""
             assert "none of the 4 snapshots fits" in result.stderr
 
@@ -157,125 +169,127 @@ OWNERS: dict[str, Any] = {"users": ((0, "root"), (1000, "anna")), "groups": ((50
 
 class TestLsCommand:
     @pytest.fixture(autouse=True)
-    def snapshot(self, keeper: Keeper) -> str:
-        return keeper.publish(TREE, **OWNERS)[0].hex()
+    def snapshot(self, repo: RepositoryFixture) -> str:
+        return repo.publish(TREE, **OWNERS)[0].hex()
 
-    def test_ls_lists_a_directory_in_columns(self, keeper: Keeper) -> None:
-        assert lines(keeper, "ls", "latest:/docs") == [
+    def test_ls_lists_a_directory_in_columns(self, repo: RepositoryFixture) -> None:
+        assert lines(repo, "ls", "latest:/docs") == [
             f"drwxr-xr-x root 0       1 {SHOWN_TIME}          deep",
             f"-rw-r--r-- root 0       2 {SHOWN_TIME} appended grown",
             f"-rwsr-x--x anna staff\\n 4 {SHOWN_TIME} changed  log",
         ]
 
-    def test_ls_shows_every_kind_of_entry_and_escapes_names(self, keeper: Keeper) -> None:
-        told = lines(keeper, "ls", "latest:")
-        assert [line[0] for line in told] == ["b", "d", "p", "l", "-"]
-        assert " 8, 1 " in told[0]
-        assert " 7 " in told[1], "all files below the directory"
-        assert told[3].endswith(" link -> to\\nthere")
-        assert told[4].endswith(" odd \\xff")
+    def test_ls_shows_every_kind_of_entry_and_escapes_names(self, repo: RepositoryFixture) -> None:
+        reported = lines(repo, "ls", "latest:")
+        assert [line[0] for line in reported] == ["b", "d", "p", "l", "-"]
+        assert " 8, 1 " in reported[0]
+        assert " 7 " in reported[1], "all files below the directory"
+        assert reported[3].endswith(" link -> to\\nthere")
+        assert reported[4].endswith(" odd \\xff")
 
-    def test_ls_of_a_snapshot_or_recursive_lists_every_path(self, keeper: Keeper) -> None:
+    def test_ls_of_a_snapshot_or_recursive_lists_every_path(self, repo: RepositoryFixture) -> None:
         below = ["docs/deep", "docs/deep/file", "docs/grown", "docs/log"]
-        whole = lines(keeper, "ls", "latest")
+        whole = lines(repo, "ls", "latest")
         assert [line.split()[-1] for line in whole[1:6]] == ["docs", *below]
-        assert lines(keeper, "ls", "-R", "latest:/") == whole
-        part = lines(keeper, "ls", "--recursive", "latest:docs")
+        assert lines(repo, "ls", "-R", "latest:/") == whole
+        part = lines(repo, "ls", "--recursive", "latest:docs")
         assert [line.split()[-1] for line in part] == below
 
-    def test_ls_of_a_file_lists_that_file(self, keeper: Keeper) -> None:
-        (line,) = lines(keeper, "ls", "latest:docs/log")
+    def test_ls_of_a_file_lists_that_file(self, repo: RepositoryFixture) -> None:
+        (line,) = lines(repo, "ls", "latest:docs/log")
         assert line.endswith(" changed  docs/log")
-        (told,) = objects(keeper, "ls", "latest:docs/log")
-        assert told["path"] == "docs/log"
+        (reported,) = objects(repo, "ls", "latest:docs/log")
+        assert reported["path"] == "docs/log"
 
-    def test_ls_json_holds_every_field(self, keeper: Keeper) -> None:
-        told = {node["path"]: node for node in objects(keeper, "ls", "latest")}
-        assert {node["type"] for node in told.values()} == {"node"}
-        log = told["docs/log"]
+    def test_ls_json_holds_every_field(self, repo: RepositoryFixture) -> None:
+        reported = {node["path"]: node for node in objects(repo, "ls", "latest")}
+        assert {node["type"] for node in reported.values()} == {"node"}
+        log = reported["docs/log"]
         assert (log["kind"], log["mode"], log["size"]) == ("file", 0o4751, 4)
         assert (log["uid"], log["gid"], log["user"]) == (1000, 50, "anna")
-        assert told["docs"]["group"] is None, "the number 0 has no name in the snapshot"
+        assert reported["docs"]["group"] is None, "the number 0 has no name in the snapshot"
         assert (log["mtime_ns"], log["ctime_ns"]) == (MTIME_NS, MTIME_NS)
         assert (log["inode"], log["nlink"]) == (1, 1)
         assert (log["state"], log["reason"], log["attempts"]) == ("changed", "rewritten", 3)
         assert log["captured"] == digest_of(b"1234").hex()
         assert log["observed"] == digest_of(b"seen when read again").hex()
-        assert told["docs/grown"]["state"] == "appended"
-        assert told["docs/deep/file"]["state"] == "stable"
-        assert told["link"]["target"] == "to\nthere"
-        assert (told["dev"]["kind"], told["dev"]["rdev"]) == ("blockdev", os.makedev(8, 1))
-        docs = told["docs"]
+        assert reported["docs/grown"]["state"] == "appended"
+        assert reported["docs/deep/file"]["state"] == "stable"
+        assert reported["link"]["target"] == "to\nthere"
+        assert (reported["dev"]["kind"], reported["dev"]["rdev"]) == ("blockdev", os.makedev(8, 1))
+        docs = reported["docs"]
         assert (docs["kind"], docs["entries"]) == ("dir", 4)
         assert (docs["total_bytes"], docs["flagged"]) == (7, 1)
-        odd = told["odd \udcff"]
+        odd = reported["odd \udcff"]
         assert base64.b64decode(odd["path_b64"]) == b"odd \xff"
 
-    def test_ls_json_of_a_directory_has_whole_paths(self, keeper: Keeper) -> None:
-        told = [node["path"] for node in objects(keeper, "ls", "latest:/docs/")]
-        assert told == ["docs/deep", "docs/grown", "docs/log"]
+    def test_ls_json_of_a_directory_has_whole_paths(self, repo: RepositoryFixture) -> None:
+        reported = [node["path"] for node in objects(repo, "ls", "latest:/docs/")]
+        assert reported == ["docs/deep", "docs/grown", "docs/log"]
 
-    def test_ls_fails_for_a_missing_path(self, keeper: Keeper) -> None:
+    def test_ls_fails_for_a_missing_path(self, repo: RepositoryFixture) -> None:
         with pytest.raises(NotFoundError, match="docs/none"):
-            run(keeper, "ls", "latest:docs/none")
+            run(repo, "ls", "latest:docs/none")
 
     def test_ls_skips_a_damaged_directory_and_exits_with_5(
-        self, keeper: Keeper, snapshot: str
+        self, repo: RepositoryFixture, snapshot: str
     ) -> None:
-        with keeper.reading() as repository:
+        with repo.reading() as repository:
             deep = repository.snapshots.resolve_path("latest:docs/deep")[3]
-        keeper.damage(reference(deep))
-        result = run(keeper, "ls", "latest", expect=5)
+        repo.damage(reference(deep))
+        result = run(repo, "ls", "latest", expect=5)
         assert "docs/log" in result.stdout
         assert "docs/deep/file" not in result.stdout
         assert "docs/deep: the directory cannot be read whole" in result.stderr
-        told = run(keeper, "ls", "latest", "--json", expect=5).stdout.splitlines()
-        problems = [told for told in map(json.loads, told) if told["type"] == "problem"]
+        reported = run(repo, "ls", "latest", "--json", expect=5).stdout.splitlines()
+        problems = [
+            reported for reported in map(json.loads, reported) if reported["type"] == "problem"
+        ]
         assert [problem["path"] for problem in problems] == ["docs/deep"]
 
 
 class TestFindCommand:
     @pytest.fixture(autouse=True)
-    def snapshots(self, keeper: Keeper) -> list[str]:
+    def snapshots(self, repo: RepositoryFixture) -> list[str]:
         plans: list[Plan] = [
             {b"a": {b"report.txt": b"1"}, b"report.d": {}},
             {b"a": {b"report.txt": b"1"}, b"b": {b"Report.txt": flagged(file(b""))}},
         ]
         return [
-            keeper.publish(plan, time_ns=MTIME_NS + number)[0].hex()
+            repo.publish(plan, time_ns=MTIME_NS + number)[0].hex()
             for number, plan in enumerate(plans)
         ]
 
     def test_find_searches_all_snapshots_newest_first(
-        self, keeper: Keeper, snapshots: list[str]
+        self, repo: RepositoryFixture, snapshots: list[str]
     ) -> None:
         old, new = (snapshot[:12] for snapshot in snapshots)
-        assert lines(keeper, "find", "report.*") == [
+        assert lines(repo, "find", "report.*") == [
             f"{new}:a/report.txt",
             f"{old}:a/report.txt",
             f"{old}:report.d",
         ]
 
     def test_find_marks_files_that_changed_during_capture(
-        self, keeper: Keeper, snapshots: list[str]
+        self, repo: RepositoryFixture, snapshots: list[str]
     ) -> None:
-        found = lines(keeper, "find", "R*")
+        found = lines(repo, "find", "R*")
         assert found[0] == f"{snapshots[1][:12]}:b/Report.txt"
         assert found[1].split() == ["changed", "while", "it", "was", "captured"]
         assert found[1].startswith("    ")
-        assert lines(keeper, "find", "--changed") == found
-        assert lines(keeper, "find", "--changed", "*.pdf") == []
+        assert lines(repo, "find", "--changed") == found
+        assert lines(repo, "find", "--changed", "*.pdf") == []
 
     def test_find_json_has_the_snapshot_and_the_node(
-        self, keeper: Keeper, snapshots: list[str]
+        self, repo: RepositoryFixture, snapshots: list[str]
     ) -> None:
-        first, second = objects(keeper, "find", "-i", "report.txt", "--snapshot", snapshots[1])
+        first, second = objects(repo, "find", "-i", "report.txt", "--snapshot", snapshots[1])
         assert (first["type"], first["snapshot"]) == ("match", snapshots[1])
         assert (first["path"], first["kind"], first["size"]) == ("a/report.txt", "file", 1)
         assert (second["path"], second["state"]) == ("b/Report.txt", "changed")
 
     def test_find_searches_only_the_named_snapshots(
-        self, keeper: Keeper, snapshots: list[str]
+        self, repo: RepositoryFixture, snapshots: list[str]
     ) -> None:
         old, new = snapshots
         for options, expected in (
@@ -285,56 +299,60 @@ class TestFindCommand:
             (("--snapshot", f"{old}:a"), [old]),
             (("--snapshot", f"{new}:b"), []),
         ):
-            found = objects(keeper, "find", "report.txt", *options)
+            found = objects(repo, "find", "report.txt", *options)
             assert [match["snapshot"] for match in found] == expected, options
 
-    def test_find_filters_by_type(self, keeper: Keeper, snapshots: list[str]) -> None:
-        assert lines(keeper, "find", "report.*", "--type", "d") == [f"{snapshots[0][:12]}:report.d"]
-        assert lines(keeper, "find", "report.*", "--type", "l") == []
+    def test_find_filters_by_type(self, repo: RepositoryFixture, snapshots: list[str]) -> None:
+        assert lines(repo, "find", "report.*", "--type", "d") == [f"{snapshots[0][:12]}:report.d"]
+        assert lines(repo, "find", "report.*", "--type", "l") == []
 
-    def test_find_without_criteria_is_a_usage_error(self, keeper: Keeper) -> None:
+    def test_find_without_criteria_is_a_usage_error(self, repo: RepositoryFixture) -> None:
         with pytest.raises(UsageError):
-            run(keeper, "find")
+            run(repo, "find")
 
-    def test_find_skips_damage_and_exits_with_5(self, keeper: Keeper) -> None:
-        with keeper.reading() as repository:
+    def test_find_skips_damage_and_exits_with_5(self, repo: RepositoryFixture) -> None:
+        with repo.reading() as repository:
             folder = repository.snapshots.resolve_path("latest:b")[3]
-        keeper.damage(reference(folder))
-        result = run(keeper, "find", "-i", "report.txt", expect=5)
+        repo.damage(reference(folder))
+        result = run(repo, "find", "-i", "report.txt", expect=5)
         assert len(result.stdout.splitlines()) == 2
         assert result.stderr.startswith("casfs: b: ")
 
 
 class TestChangedCommand:
-    def test_changed_lists_flagged_files_with_their_evidence(self, keeper: Keeper) -> None:
-        snapshot, _ = keeper.publish(TREE)
-        (line,) = lines(keeper, "changed", "latest")
+    def test_changed_lists_flagged_files_with_their_evidence(self, repo: RepositoryFixture) -> None:
+        snapshot, _ = repo.publish(TREE)
+        (line,) = lines(repo, "changed", "latest")
         captured = digest_of(b"1234").hex()[:12]
         observed = digest_of(b"seen when read again").hex()[:12]
         assert line.split() == [
             *("rewritten", "3", "attempts"),
             *("captured", captured, "observed", observed, "docs/log"),
         ]
-        (told,) = objects(keeper, "changed", "latest")
-        assert (told["type"], told["snapshot"]) == ("changed", snapshot.hex())
-        assert (told["path"], told["reason"], told["attempts"]) == ("docs/log", "rewritten", 3)
-        assert told["captured"].startswith(captured) and len(told["captured"]) == 64
-        assert told["observed"].startswith(observed) and len(told["observed"]) == 64
+        (reported,) = objects(repo, "changed", "latest")
+        assert (reported["type"], reported["snapshot"]) == ("changed", snapshot.hex())
+        assert (reported["path"], reported["reason"], reported["attempts"]) == (
+            "docs/log",
+            "rewritten",
+            3,
+        )
+        assert reported["captured"].startswith(captured) and len(reported["captured"]) == 64
+        assert reported["observed"].startswith(observed) and len(reported["observed"]) == 64
 
-    def test_changed_of_a_path_lists_only_what_is_below_it(self, keeper: Keeper) -> None:
-        keeper.publish({b"a": {b"x": flagged(file(b""))}, b"b": {b"y": flagged(file(b""))}})
-        assert [told["path"] for told in objects(keeper, "changed", "latest:b")] == ["b/y"]
-        assert [told["path"] for told in objects(keeper, "changed", "latest:a/x")] == ["a/x"]
+    def test_changed_of_a_path_lists_only_what_is_below_it(self, repo: RepositoryFixture) -> None:
+        repo.publish({b"a": {b"x": flagged(file(b""))}, b"b": {b"y": flagged(file(b""))}})
+        assert [reported["path"] for reported in objects(repo, "changed", "latest:b")] == ["b/y"]
+        assert [reported["path"] for reported in objects(repo, "changed", "latest:a/x")] == ["a/x"]
 
-    def test_changed_lists_a_flagged_file_without_evidence(self, keeper: Keeper) -> None:
-        keeper.publish({b"f": replace(file(b"", b"1"), state=CaptureState.CHANGED)})
-        (line,) = lines(keeper, "changed", "latest")
+    def test_changed_lists_a_flagged_file_without_evidence(self, repo: RepositoryFixture) -> None:
+        repo.publish({b"f": replace(file(b"", b"1"), state=CaptureState.CHANGED)})
+        (line,) = lines(repo, "changed", "latest")
         assert line.startswith("unknown ")
         assert line.endswith(" observed nothing       f")
 
-    def test_changed_reports_that_nothing_was_flagged(self, keeper: Keeper) -> None:
-        keeper.publish({b"f": b""})
-        result = run(keeper, "changed", "latest")
+    def test_changed_reports_that_nothing_was_flagged(self, repo: RepositoryFixture) -> None:
+        repo.publish({b"f": b""})
+        result = run(repo, "changed", "latest")
         assert result.stdout == ""
         assert "nothing in latest" in result.stderr
-        assert run(keeper, "changed", "latest", "--json").stderr == ""
+        assert run(repo, "changed", "latest", "--json").stderr == ""

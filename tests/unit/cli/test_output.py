@@ -95,11 +95,11 @@ class TestJsonOutput:
         line = json.dumps(json_path(name))
         assert line.isascii()
         assert len(line.splitlines()) == 1
-        told = json.loads(line)
-        assert told["path"].encode("utf-8", "surrogateescape") == name
-        if "path_b64" in told:
-            assert base64.b64decode(told["path_b64"]) == name
-        assert ("path_b64" in told) is (name in (b"\xff\xfe", b"\xed\xa0\x80"))
+        reported = json.loads(line)
+        assert reported["path"].encode("utf-8", "surrogateescape") == name
+        if "path_b64" in reported:
+            assert base64.b64decode(reported["path_b64"]) == name
+        assert ("path_b64" in reported) is (name in (b"\xff\xfe", b"\xed\xa0\x80"))
 
     def test_json_path_names_another_field_in_both_forms(self) -> None:
         assert set(json_path(b"\xff", "target")) == {"target", "target_b64"}

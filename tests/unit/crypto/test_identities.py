@@ -57,7 +57,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passphrase_module, "_ITERATIONS", 1)
 
 
-def nobody(what: str) -> None:
+def no_prompt(what: str) -> None:
     return None
 
 
@@ -91,7 +91,7 @@ class TestIdentityFile:
             with pytest.raises(WrongKeyError, match=r"the passphrase of .*id\.age is wrong"):
                 read(path, ENCRYPTED, wrong)
         with pytest.raises(KeyMissingError, match="no terminal to ask"):
-            read_identity_file(path, nobody)
+            read_identity_file(path, no_prompt)
 
     @pytest.mark.parametrize("passphrase", ["", "gehe\u0301im \N{KEY}"])
     def test_an_ssh_key_is_read_with_its_passphrase(self, tmp_path: Path, passphrase: str) -> None:
@@ -107,13 +107,13 @@ class TestIdentityFile:
             with pytest.raises(WrongKeyError, match=r"the passphrase of .*id_ed25519 is wrong"):
                 read_identity_file(path, lambda what: "other")
             with pytest.raises(KeyMissingError, match="needs a passphrase"):
-                read_identity_file(path, nobody)
+                read_identity_file(path, no_prompt)
 
     def test_an_ssh_key_of_an_unsupported_type_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "id_ecdsa"
         subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", path], check=True)
         with pytest.raises(WrongKeyError, match="no SSH key that age can use"):
-            read_identity_file(path, nobody)
+            read_identity_file(path, no_prompt)
 
     @pytest.mark.parametrize(
         ("data", "reason"),
@@ -141,7 +141,7 @@ class TestIdentityFile:
     def test_an_unreadable_identity_file_is_a_storage_error(self, tmp_path: Path) -> None:
         for path in (tmp_path / "none", tmp_path):
             with pytest.raises(StorageError, match="read the identity file"):
-                read_identity_file(path, nobody)
+                read_identity_file(path, no_prompt)
 
 
 class TestRepositoryPassphrase:

@@ -27,7 +27,13 @@ from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain
 from casfs.repository.opening import OpenOptions, create_repository, open_for_writing, read_config
 from casfs.storage.local import LocalStorage
-from tests.support.encryption import OTHER, RECIPIENT, EncryptedKeeper, identities, unlock
+from tests.support.encryption import (
+    OTHER,
+    RECIPIENT,
+    EncryptedRepositoryFixture,
+    identities,
+    unlock,
+)
 
 PLAIN = RepositoryConfig("a" * 64, "today")
 CONFIG = RepositoryConfig(
@@ -42,8 +48,8 @@ def state(own_home: Path) -> Path:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> EncryptedKeeper:
-    return EncryptedKeeper(tmp_path)
+def repo(tmp_path: Path) -> EncryptedRepositoryFixture:
+    return EncryptedRepositoryFixture(tmp_path)
 
 
 @pytest.fixture
@@ -175,101 +181,101 @@ class TestPin:
 
 class TestTrustOfWriter:
     def test_a_writer_stores_nothing_in_a_replaced_repository_until_the_user_accepts_it(
-        self, keeper: EncryptedKeeper, tmp_path: Path, source: Path
+        self, repo: EncryptedRepositoryFixture, tmp_path: Path, source: Path
     ) -> None:
-        keeper.back_up(source)
-        shutil.rmtree(keeper.root)
-        create_repository(keeper.root.with_name("forged"))
-        keeper.root.with_name("forged").rename(keeper.root)
-        before = stored(keeper.root)
+        repo.back_up(source)
+        shutil.rmtree(repo.root)
+        create_repository(repo.root.with_name("forged"))
+        repo.root.with_name("forged").rename(repo.root)
+        before = stored(repo.root)
         with pytest.raises(TrustError, match="is an unencrypted one now"):
-            keeper.back_up(source)
-        assert stored(keeper.root) == before
-        trust_current_recipients(keeper.root, LocalStorage(keeper.root), read_config(keeper.root))
-        keeper.back_up(source)
-        assert stored(keeper.root) > before
+            repo.back_up(source)
+        assert stored(repo.root) == before
+        trust_current_recipients(repo.root, LocalStorage(repo.root), read_config(repo.root))
+        repo.back_up(source)
+        assert stored(repo.root) > before
 
     def test_a_writer_refuses_a_change_of_recipients_that_the_storage_made(
-        self, keeper: EncryptedKeeper, source: Path
+        self, repo: EncryptedRepositoryFixture, source: Path
     ) -> None:
-        keeper.back_up(source)
-        storage = LocalStorage(keeper.root)
+        repo.back_up(source)
+        storage = LocalStorage(repo.root)
         write_recipients(storage, [RECIPIENT, OTHER])
-        before = stored(keeper.root)
+        before = stored(repo.root)
         with pytest.raises(TrustError, match="could be read by others"):
-            keeper.back_up(source)
-        assert stored(keeper.root) == before
-        assert trust_current_recipients(keeper.root, storage, keeper.config) == [RECIPIENT, OTHER]
-        keeper.back_up(source)
+            repo.back_up(source)
+        assert stored(repo.root) == before
+        assert trust_current_recipients(repo.root, storage, repo.config) == [RECIPIENT, OTHER]
+        repo.back_up(source)
 
     def test_a_writer_without_its_state_begins_a_domain_and_warns(
         self,
-        keeper: EncryptedKeeper,
+        repo: EncryptedRepositoryFixture,
         source: Path,
         state: Path,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        first = keeper.back_up(source)
+        first = repo.back_up(source)
         assert first.snapshot.stats.new_blobs
         shutil.rmtree(state)
         with caplog.at_level(logging.WARNING):
-            second = keeper.back_up(source)
+            second = repo.back_up(source)
         assert "has not stored anything in this repository before" in caplog.text
         assert second.snapshot.stats.new_blobs == first.snapshot.stats.new_blobs
-        with keeper.reading() as repository:
-            assert repository.snapshots.is_from_trusted_writer(keeper.id_of(first))
-            assert not repository.snapshots.is_from_trusted_writer(keeper.id_of(second))
+        with repo.reading() as repository:
+            assert repository.snapshots.is_from_trusted_writer(repo.id_of(first))
+            assert not repository.snapshots.is_from_trusted_writer(repo.id_of(second))
 
     def test_a_writer_without_its_state_but_with_an_identity_keeps_the_domain_of_the_repository(
-        self, keeper: EncryptedKeeper, source: Path, state: Path
+        self, repo: EncryptedRepositoryFixture, source: Path, state: Path
     ) -> None:
-        keeper.back_up(source)
-        before = load_state(keeper.config)
+        repo.back_up(source)
+        before = load_state(repo.config)
         shutil.rmtree(state)
-        with open_for_writing(keeper.root, "test", OpenOptions(unlock=unlock, sync=False)):
+        with open_for_writing(repo.root, "test", OpenOptions(unlock=unlock, sync=False)):
             pass
-        after = load_state(keeper.config)
+        after = load_state(repo.config)
         assert before is not None and after is not None
         assert (after.domain, after.recipients) == (before.domain, before.recipients)
 
     def test_a_writer_warns_where_the_last_snapshot_it_published_is_missing(
-        self, keeper: EncryptedKeeper, source: Path, caplog: pytest.LogCaptureFixture
+        self, repo: EncryptedRepositoryFixture, source: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        result = keeper.back_up(source)
-        keeper.back_up(source)
+        result = repo.back_up(source)
+        repo.back_up(source)
         assert "published" not in caplog.text
-        for file in (keeper.root / "snapshots").iterdir():
-            if file.name != keeper.id_of(result).hex():
+        for file in (repo.root / "snapshots").iterdir():
+            if file.name != repo.id_of(result).hex():
                 file.unlink()
-        keeper.back_up(source)
+        repo.back_up(source)
         assert "is not there any more" in caplog.text
         assert "set back to an earlier state" in caplog.text
 
     def test_a_writer_does_not_warn_of_a_snapshot_it_removed_itself(
-        self, keeper: EncryptedKeeper, source: Path, caplog: pytest.LogCaptureFixture
+        self, repo: EncryptedRepositoryFixture, source: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        result = keeper.back_up(source)
+        result = repo.back_up(source)
         with open_for_writing(
-            keeper.root, "forget", OpenOptions(unlock=unlock, sync=False)
+            repo.root, "forget", OpenOptions(unlock=unlock, sync=False)
         ) as repository:
-            repository.snapshots.delete(keeper.id_of(result))
-        keeper.back_up(source)
+            repository.snapshots.delete(repo.id_of(result))
+        repo.back_up(source)
         assert "not there any more" not in caplog.text
 
-    def test_a_writer_can_require_exact_recipients(self, keeper: EncryptedKeeper) -> None:
-        storage = LocalStorage(keeper.root)
+    def test_a_writer_can_require_exact_recipients(self, repo: EncryptedRepositoryFixture) -> None:
+        storage = LocalStorage(repo.root)
         require_recipients(storage, [RECIPIENT])
         for wrong in ([OTHER], [RECIPIENT, OTHER], []):
             with pytest.raises(TrustError, match="other recipients than the file names"):
                 require_recipients(storage, wrong)
 
     def test_a_writer_begins_one_session_with_the_first_blob_it_stores(
-        self, keeper: EncryptedKeeper
+        self, repo: EncryptedRepositoryFixture
     ) -> None:
-        config = keeper.config
-        storage = LocalStorage(keeper.root, writer="test", sync=False)
-        vault = KeyManager.for_writing(keeper.root, storage, config, Identities())
-        sessions = keeper.root / "sessions"
+        config = repo.config
+        storage = LocalStorage(repo.root, writer="test", sync=False)
+        vault = KeyManager.for_writing(repo.root, storage, config, Identities())
+        sessions = repo.root / "sessions"
         assert len(list(sessions.iterdir())) == 1
         session = vault.session()
         assert vault.session() is session

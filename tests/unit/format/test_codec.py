@@ -180,30 +180,30 @@ class TestBatchDecoding:
         large = bytes(range(250)) * 5000 + bytes(1 << 20)
         plains = [TEXT, b"raw", noise("raw too", 500), TEXT * 3, b"x" * 70, large]
         payloads = codec.encode_many(plains)
-        sound = [
+        intact = [
             Encoded(digest_of(plain), 0, kind, payload, len(plain))
             for plain, (kind, payload) in zip(plains, payloads, strict=True)
         ]
-        flipped = bytearray(sound[0].payload)
+        flipped = bytearray(intact[0].payload)
         flipped[len(flipped) // 2] ^= 1
-        unsound = [
-            sound[0]._replace(payload=bytes(flipped)),
-            sound[0]._replace(plain_bytes=len(TEXT) + 1),
-            sound[0]._replace(digest=digest_of(b"another")),
-            sound[0]._replace(payload=b"no frame"),
-            sound[0]._replace(payload=sound[0].payload + b"more"),
-            sound[0]._replace(payload=sound[0].payload * 2),
-            sound[0]._replace(payload=sound[0].payload[:-1]),
-            sound[1]._replace(payload=b"war"),
-            sound[1]._replace(plain_bytes=2),
-            sound[1]._replace(codec=9),
+        damaged = [
+            intact[0]._replace(payload=bytes(flipped)),
+            intact[0]._replace(plain_bytes=len(TEXT) + 1),
+            intact[0]._replace(digest=digest_of(b"another")),
+            intact[0]._replace(payload=b"no frame"),
+            intact[0]._replace(payload=intact[0].payload + b"more"),
+            intact[0]._replace(payload=intact[0].payload * 2),
+            intact[0]._replace(payload=intact[0].payload[:-1]),
+            intact[1]._replace(payload=b"war"),
+            intact[1]._replace(plain_bytes=2),
+            intact[1]._replace(codec=9),
         ]
-        assert codec.decode_many(sound) == plains
-        for one in unsound:
+        assert codec.decode_many(intact) == plains
+        for one in damaged:
             with pytest.raises(BlobError):
                 codec.decode(one.digest, one.codec, one.payload, one.plain_bytes)
             assert codec.decode_many([one]) == [None]
-            assert codec.decode_many([*sound[:2], one, *sound[2:]]) == [
+            assert codec.decode_many([*intact[:2], one, *intact[2:]]) == [
                 *plains[:2],
                 None,
                 *plains[2:],

@@ -145,8 +145,8 @@ def test_an_encryption_that_is_not_known_is_refused(encryption: dict[str, str]) 
 
 
 def test_the_encryption_survives_the_file() -> None:
-    told = {"cipher": "aes-256-gcm", "session": "ab" * 32, "domain": "cd" * 32}
-    found = decode_config(with_fields(encryption=told), "here")
+    reported = {"cipher": "aes-256-gcm", "session": "ab" * 32, "domain": "cd" * 32}
+    found = decode_config(with_fields(encryption=reported), "here")
     assert found.encryption == EncryptionConfig("aes-256-gcm", "ab" * 32, "cd" * 32)
     assert decode_config(encode_config(found), "here") == found
 

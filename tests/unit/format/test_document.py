@@ -24,7 +24,7 @@ from casfs.repository.opening import create_repository
 from casfs.store import writer
 from casfs.trees import content
 from casfs.trees import writer as treewriter
-from tests.support.builders import Keeper
+from tests.support.builders import RepositoryFixture
 
 PROJECT = Path(casfs.__file__).parent.parent
 DOCUMENT = (PROJECT / "casfs" / "FORMAT.md").read_text(encoding="utf-8")
@@ -138,19 +138,19 @@ class TestDocumentedNumbers:
 
 class TestDocumentedFields:
     def test_the_document_lists_the_fields_of_the_configuration(self) -> None:
-        told = [row[0].strip("`") for row in rows("Configuration")]
-        assert told == list(config.RepositoryConfig.__struct_fields__)
+        reported = [row[0].strip("`") for row in rows("Configuration")]
+        assert reported == list(config.RepositoryConfig.__struct_fields__)
         (chunker,) = [row[1] for row in rows("Configuration") if row[0] == "`chunker`"]
         for name in config.ChunkerConfig.__struct_fields__:
             assert f"`{name}`" in chunker
 
     def test_the_document_lists_the_fields_of_a_node_in_their_order(self) -> None:
-        told: list[str] = []
+        reported: list[str] = []
         for places, names, _ in rows("Trees"):
-            told += [name.strip() for name in names.split(",")]
-            assert places == ", ".join(str(n) for n in range(len(told)))[-len(places) :]
+            reported += [name.strip() for name in names.split(",")]
+            assert places == ", ".join(str(n) for n in range(len(reported)))[-len(places) :]
         fields = [name.removesuffix("_ns") for name in tree.Node.__struct_fields__]
-        assert told == fields
+        assert reported == fields
         assert f"**Node**, an array of {len(fields)}:" in plain("Trees")
 
     def test_the_document_lists_the_values_of_node_fields(self) -> None:
@@ -171,19 +171,19 @@ class TestDocumentedFields:
         assert "`[digest, nodes, bytes, flagged]`" in text
 
     def test_the_document_lists_the_fields_of_a_snapshot(self) -> None:
-        told = {name for row in rows("Snapshots") for name in re.findall(r"`(\w+)`", row[0])}
-        assert told == set(snapshot.Snapshot.__struct_fields__)
+        reported = {name for row in rows("Snapshots") for name in re.findall(r"`(\w+)`", row[0])}
+        assert reported == set(snapshot.Snapshot.__struct_fields__)
         (stats,) = [row[1] for row in rows("Snapshots") if row[0] == "`stats`"]
         for name in snapshot.SnapshotStats.__struct_fields__:
             words = "new blobs and bytes" if name.startswith("new_") else name.replace("_", " ")
             assert words in stats
 
     def test_the_document_lists_the_tables_of_the_index(self) -> None:
-        told = {row[0].strip("`"): row[2] for row in rows("Index")}
-        assert list(told) == ["blobs", "packs", "meta"]
-        assert told["blobs"].startswith(f"{tables.LOCATION.size} bytes")
-        assert told["packs"].startswith(f"{tables.PACK.size} bytes")
-        assert told["meta"].count(",") == tables.COUNTERS.size // 8
+        reported = {row[0].strip("`"): row[2] for row in rows("Index")}
+        assert list(reported) == ["blobs", "packs", "meta"]
+        assert reported["blobs"].startswith(f"{tables.LOCATION.size} bytes")
+        assert reported["packs"].startswith(f"{tables.PACK.size} bytes")
+        assert reported["meta"].count(",") == tables.COUNTERS.size // 8
 
 
 class TestDocumentedLayout:
@@ -191,10 +191,10 @@ class TestDocumentedLayout:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        keeper = Keeper(tmp_path)
+        repo = RepositoryFixture(tmp_path)
         create_repository(tmp_path / "encrypted", passphrase="secret")
         encrypted = {path.name for path in (tmp_path / "encrypted").iterdir()} | {"index"}
-        told = {
+        reported = {
             re.split(r"[/ ]", line.strip())[0]
             for line in section("Layout")
             .partition("REPOSITORY/")[2]
@@ -202,9 +202,9 @@ class TestDocumentedLayout:
             .splitlines()
             if line.strip()
         }
-        assert told == {path.name for path in keeper.root.iterdir()} | encrypted
+        assert reported == {path.name for path in repo.root.iterdir()} | encrypted
         assert {"sessions", "identities", "recipients"} <= encrypted
-        first, *_, last = (keeper.root / "config").read_text().splitlines()
+        first, *_, last = (repo.root / "config").read_text().splitlines()
         assert first in plain("Configuration")
         assert re.fullmatch("blake3 [0-9a-f]{64}", last)
 
@@ -292,8 +292,8 @@ def test_a_reader_written_from_the_document_reads_the_frozen_repository(part: st
     for name, found in reader.snapshots():
         entries = dict(reader.walk(found["root"]))
         seen.add(name)
-        told = {base64.b64decode(path): what for path, what in manifest[name].items()}
-        assert entries.keys() == told.keys()
+        reported = {base64.b64decode(path): what for path, what in manifest[name].items()}
+        assert entries.keys() == reported.keys()
         if part == "names":
             assert found["root"][15][1] == len(entries)
             continue
@@ -301,7 +301,7 @@ def test_a_reader_written_from_the_document_reads_the_frozen_repository(part: st
             if entry[1] == 1:
                 data = reader.content(entry[12], entry[13])
                 assert len(data) == entry[9]
-                assert blake3(data).hexdigest() == told[path]["blake3"]
+                assert blake3(data).hexdigest() == reported[path]["blake3"]
                 assert entry[14] in (None, blake3(data).digest())
     assert seen == set(manifest)
 
@@ -320,8 +320,8 @@ class TestDocumentedEncryption:
         for context in contexts:
             assert context.startswith(prefix)
             short = context.removeprefix(prefix)
-            told = f"derive(`{short}`" in text
-            assert told, context
+            reported = f"derive(`{short}`" in text
+            assert reported, context
 
     def test_the_document_has_the_sizes_codes_and_forms_of_encryption(self) -> None:
         text = plain("Encryption")
@@ -344,6 +344,6 @@ class TestDocumentedEncryption:
 
 
 def numbers_of_kinds(text: str) -> list[str]:
-    told = re.search(r"has `kind` \(([^)]*)\)", text)
-    assert told is not None
-    return re.findall(r"`(\w+)`", told[1])
+    reported = re.search(r"has `kind` \(([^)]*)\)", text)
+    assert reported is not None
+    return re.findall(r"`(\w+)`", reported[1])

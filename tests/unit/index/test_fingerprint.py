@@ -18,7 +18,7 @@ from casfs.maintenance.repair import repair_index
 from casfs.repository.opening import open_for_maintenance, open_for_reading, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
-from tests.support.builders import Keeper
+from tests.support.builders import RepositoryFixture
 from tests.support.stores import add_pack, make_pack, noise
 
 PAGE = 4096
@@ -99,11 +99,11 @@ def test_a_flipped_bit_that_left_the_time_unchanged_is_found(path: Path) -> None
     assert not fingerprint.is_intact(path, in_use=True)
 
 
-@pytest.mark.parametrize("told", [b"", b"casfs index seal 1: x y z", b"\xff" * 5000])
+@pytest.mark.parametrize("reported", [b"", b"casfs index seal 1: x y z", b"\xff" * 5000])
 def test_an_index_without_a_readable_fingerprint_is_probed_and_gets_one(
-    path: Path, told: bytes
+    path: Path, reported: bytes
 ) -> None:
-    (path / fingerprint.FINGERPRINT_FILE).write_bytes(told)
+    (path / fingerprint.FINGERPRINT_FILE).write_bytes(reported)
     assert fingerprint.is_intact(path, in_use=False)
     assert (path / fingerprint.FINGERPRINT_FILE).read_bytes().startswith(b"casfs index seal 1: ")
 
@@ -142,16 +142,16 @@ def opened(root: Path, verb: str | None) -> Repository:
 def test_a_repository_with_a_damaged_index_is_opened_with_a_new_one(
     tmp_path: Path, change: str, verb: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keeper = Keeper(tmp_path)
-    keeper.publish({b"f": b"1"})
-    _change(keeper.root / "index", change, keep_time=False)
-    with opened(keeper.root, verb) as repository:
+    repo = RepositoryFixture(tmp_path)
+    repo.publish({b"f": b"1"})
+    _change(repo.root / "index", change, keep_time=False)
+    with opened(repo.root, verb) as repository:
         assert len(list(repository.snapshots.iterate())) == 1
         assert all(repository.store.read(digest) for digest, _ in repository.store.index.blobs())
         assert repository.store.index.blob_count() > 0
     assert "is damaged; it is built anew from the packs" in caplog.text
     caplog.clear()
-    with opened(keeper.root, verb):
+    with opened(repo.root, verb):
         assert caplog.text == ""
 
 
@@ -160,16 +160,16 @@ def test_damage_that_no_entry_shows_is_found(path: Path) -> None:
     assert not fingerprint.is_intact(path, in_use=False)
 
 
-def _grown(tmp_path: Path) -> Keeper:
+def _grown(tmp_path: Path) -> RepositoryFixture:
     """A repository with an index that was rebuilt, so that it has free pages."""
-    keeper = Keeper(tmp_path)
+    repo = RepositoryFixture(tmp_path)
     for number in range(5):
-        keeper.publish({b"f": b"%d" % number})
-    return keeper
+        repo.publish({b"f": b"%d" % number})
+    return repo
 
 
-def _repair(keeper: Keeper) -> int:
-    with open_for_maintenance(keeper.root, "repair index", mode=LockMode.EXCLUSIVE) as repository:
+def _repair(repo: RepositoryFixture) -> int:
+    with open_for_maintenance(repo.root, "repair index", mode=LockMode.EXCLUSIVE) as repository:
         return repair_index(repository).blobs
 
 
@@ -177,26 +177,26 @@ def _repair(keeper: Keeper) -> int:
 def test_repair_index_repairs_an_index_that_cannot_be_changed(
     tmp_path: Path, is_read: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = _grown(tmp_path)
-    with keeper.reading() as repository:
+    repo = _grown(tmp_path)
+    with repo.reading() as repository:
         blobs = repository.store.index.blob_count()
-    _lose_free_pages(keeper.root / "index")
+    _lose_free_pages(repo.root / "index")
     if not is_read:
         monkeypatch.setattr(fingerprint, "_survives_a_probe", lambda path: True)
-    assert _repair(keeper) == blobs
-    keeper.publish({b"f": b"another"})
+    assert _repair(repo) == blobs
+    repo.publish({b"f": b"another"})
 
 
 def test_an_index_is_rebuilt_after_a_command_that_could_not_change_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = _grown(tmp_path)
+    repo = _grown(tmp_path)
     monkeypatch.setattr(fingerprint, "_survives_a_probe", lambda path: True)
-    _lose_free_pages(keeper.root / "index")
+    _lose_free_pages(repo.root / "index")
     with pytest.raises(IndexDamagedError):
-        keeper.publish({b"f": b"another"})
-    snapshot_id, _ = keeper.publish({b"f": b"another"})
-    with keeper.reading() as repository:
+        repo.publish({b"f": b"another"})
+    snapshot_id, _ = repo.publish({b"f": b"another"})
+    with repo.reading() as repository:
         assert snapshot_id in [found for found, _ in repository.snapshots.iterate()]
         assert len(list(repository.snapshots.iterate())) == 6
 
@@ -204,20 +204,20 @@ def test_an_index_is_rebuilt_after_a_command_that_could_not_change_it(
 def test_an_index_that_cannot_be_brought_up_to_date_is_rebuilt_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = _grown(tmp_path)
-    add_pack(keeper.root, make_pack([noise("behind its back", 100)])[0])
+    repo = _grown(tmp_path)
+    add_pack(repo.root, make_pack([noise("behind its back", 100)])[0])
     monkeypatch.setattr(fingerprint, "_survives_a_probe", lambda path: True)
-    _lose_free_pages(keeper.root / "index")
-    keeper.publish({b"f": b"another"})
+    _lose_free_pages(repo.root / "index")
+    repo.publish({b"f": b"another"})
 
 
 def test_an_index_of_another_repository_does_no_harm(tmp_path: Path) -> None:
-    keeper, other = Keeper(tmp_path / "a"), Keeper(tmp_path / "b")
-    keeper.publish({b"f": b"1"})
+    repo, other = RepositoryFixture(tmp_path / "a"), RepositoryFixture(tmp_path / "b")
+    repo.publish({b"f": b"1"})
     other.publish({b"g": b"2"})
-    shutil.rmtree(keeper.root / "index")
-    shutil.copytree(other.root / "index", keeper.root / "index")
-    with open_for_reading(keeper.root) as repository:
+    shutil.rmtree(repo.root / "index")
+    shutil.copytree(other.root / "index", repo.root / "index")
+    with open_for_reading(repo.root) as repository:
         ((_, snapshot),) = repository.snapshots.iterate()
         assert snapshot.root.tree is not None
         (node,) = repository.trees.nodes(snapshot.root.tree)

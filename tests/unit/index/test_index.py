@@ -16,7 +16,7 @@ from casfs.index import index as index_module
 from casfs.index import lmdb_env
 from casfs.index.index import Index
 from casfs.index.schema import IndexedPack, Location
-from tests.support.stores import child, hear, tell
+from tests.support.stores import child, read_line, write_line
 
 SMALL_MAP = 1 << 17
 
@@ -390,9 +390,9 @@ class TestIndexMapGrowth:
     ) -> None:
         small.add_packs([pack(0, *range(100))])
         with child(WRITER, tmp_path / "index", SMALL_MAP, 1, 39) as process:
-            assert hear(process) == "open"
-            tell(process)
-            assert hear(process) == "done"
+            assert read_line(process) == "open"
+            write_line(process)
+            assert read_line(process) == "done"
         assert small.are_stored(map(blob, range(4000))) == [True] * 4000
         small.add_packs([pack(40, *range(4000, 4100))])
         assert small.blob_count() == 4100
@@ -407,10 +407,10 @@ def test_two_processes_add_packs_at_the_same_time(tmp_path: Path) -> None:
         child(WRITER, tmp_path / "index", map_bytes, 0, 15) as first,
         child(WRITER, tmp_path / "index", map_bytes, 10, 15) as second,
     ):
-        assert (hear(first), hear(second)) == ("open", "open")
-        tell(first)
-        tell(second)
-        assert (hear(first), hear(second)) == ("done", "done")
+        assert (read_line(first), read_line(second)) == ("open", "open")
+        write_line(first)
+        write_line(second)
+        assert (read_line(first), read_line(second)) == ("done", "done")
     index = Index(tmp_path / "index")
     assert index.blob_count() == 2500
     assert sorted(place.ordinal for _, place in index.blobs()) == list(range(2500))

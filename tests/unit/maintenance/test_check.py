@@ -31,15 +31,15 @@ from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import BlobStore
 from casfs.trees.content import EXTENT, HOLE, ContentWriter
-from tests.support.builders import Keeper, Plan, entry, file, flagged, reference
+from tests.support.builders import Plan, RepositoryFixture, entry, file, flagged, reference
 from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
 
 CHUNKS = [noise(f"chunk {number}", 3000) for number in range(4)]
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
-    return Keeper(tmp_path)
+def repo(tmp_path: Path) -> RepositoryFixture:
+    return RepositoryFixture(tmp_path)
 
 
 def of_chunks(*chunks: bytes, size: int | None = None, **fields: Any) -> Node:
@@ -50,37 +50,37 @@ def of_chunks(*chunks: bytes, size: int | None = None, **fields: Any) -> Node:
     return entry(b"", size=size, content=records, captured=digest_of(whole), **fields)
 
 
-def store(keeper: Keeper, chunks: Iterable[bytes], kind: BlobKind = BlobKind.DATA) -> None:
+def store(repo: RepositoryFixture, chunks: Iterable[bytes], kind: BlobKind = BlobKind.DATA) -> None:
     """Store chunks in a pack of their own."""
-    with keeper.writing() as repository:
+    with repo.writing() as repository:
         writer = repository.writer()
         for chunk in chunks:
             writer.put(kind, digest_of(chunk), chunk)
         writer.finish()
 
 
-def check(keeper: Keeper, read_data: bool = False, share: float = 1.0) -> CheckResult:
-    with keeper.reading() as repository:
+def check(repo: RepositoryFixture, read_data: bool = False, share: float = 1.0) -> CheckResult:
+    with repo.reading() as repository:
         choice = PackSelection(share) if read_data else None
         return Checker(repository, RecordingMonitor()).check(choice)
 
 
-def damage(keeper: Keeper, what: str, read_data: bool = False) -> list[Finding]:
+def damage(repo: RepositoryFixture, what: str, read_data: bool = False) -> list[Finding]:
     """Return the damage of one kind that a check finds."""
-    return [found for found in check(keeper, read_data).damage if found.what == what]
+    return [found for found in check(repo, read_data).damage if found.what == what]
 
 
-def pack_with(keeper: Keeper, data: bytes) -> Path:
-    (path,) = [path for path in pack_paths(keeper.root) if data in path.read_bytes()]
+def pack_with(repo: RepositoryFixture, data: bytes) -> Path:
+    (path,) = [path for path in pack_paths(repo.root) if data in path.read_bytes()]
     return path
 
 
 class TestIntactRepository:
-    def test_check_counts_what_an_intact_repository_holds(self, keeper: Keeper) -> None:
-        store(keeper, CHUNKS)
-        keeper.publish({b"a": of_chunks(*CHUNKS[:2]), b"d": {b"f": b"1"}, b"l": flagged(file(b""))})
-        keeper.publish({b"b": of_chunks(*CHUNKS), b"d": {b"f": b"1"}})
-        structure, whole = check(keeper), check(keeper, read_data=True)
+    def test_check_counts_what_an_intact_repository_holds(self, repo: RepositoryFixture) -> None:
+        store(repo, CHUNKS)
+        repo.publish({b"a": of_chunks(*CHUNKS[:2]), b"d": {b"f": b"1"}, b"l": flagged(file(b""))})
+        repo.publish({b"b": of_chunks(*CHUNKS), b"d": {b"f": b"1"}})
+        structure, whole = check(repo), check(repo, read_data=True)
         for result in (structure, whole):
             assert result.damage == []
             assert (result.snapshots, result.trees, result.flagged) == (2, 3, 1)
@@ -89,49 +89,51 @@ class TestIntactRepository:
             assert result.packs == 3
         assert (structure.packs_read, structure.read_bytes, structure.blobs_read) == (0, 0, 0)
         assert whole.packs_read == 3
-        assert whole.read_bytes == sum(path.stat().st_size for path in pack_paths(keeper.root))
+        assert whole.read_bytes == sum(path.stat().st_size for path in pack_paths(repo.root))
         assert whole.blobs_read == 4 + 3 + 1
 
-    def test_check_finds_no_damage_in_an_empty_repository(self, keeper: Keeper) -> None:
-        assert check(keeper, read_data=True) == CheckResult()
-        keeper.publish({})
-        assert check(keeper, read_data=True).damage == []
+    def test_check_finds_no_damage_in_an_empty_repository(self, repo: RepositoryFixture) -> None:
+        assert check(repo, read_data=True) == CheckResult()
+        repo.publish({})
+        assert check(repo, read_data=True).damage == []
 
-    def test_check_accepts_holes_and_all_kinds_of_entries(self, keeper: Keeper) -> None:
-        store(keeper, CHUNKS[:1])
+    def test_check_accepts_holes_and_all_kinds_of_entries(self, repo: RepositoryFixture) -> None:
+        store(repo, CHUNKS[:1])
         records = EXTENT.pack(1 << 40, HOLE) + EXTENT.pack(3000, digest_of(CHUNKS[0]))
         whole = b"\x01" * 32
         sparse = entry(b"", size=(1 << 40) + 3000, content=records, captured=whole)
-        keeper.publish({b"s": sparse, b"l": entry(b"", NodeType.SYMLINK, content=b"x")})
-        assert check(keeper, read_data=True).damage == []
+        repo.publish({b"s": sparse, b"l": entry(b"", NodeType.SYMLINK, content=b"x")})
+        assert check(repo, read_data=True).damage == []
 
 
 class TestDamagedBlob:
-    def test_check_finds_a_damaged_blob_by_reading_and_names_its_pack(self, keeper: Keeper) -> None:
-        store(keeper, CHUNKS)
-        keeper.publish({b"f": b"1"})
-        keeper.damage(digest_of(CHUNKS[2]))
-        pack = pack_with(keeper, CHUNKS[0]).name
-        assert check(keeper).damage == []
-        (blob,) = damage(keeper, "blob", read_data=True)
+    def test_check_finds_a_damaged_blob_by_reading_and_names_its_pack(
+        self, repo: RepositoryFixture
+    ) -> None:
+        store(repo, CHUNKS)
+        repo.publish({b"f": b"1"})
+        repo.damage(digest_of(CHUNKS[2]))
+        pack = pack_with(repo, CHUNKS[0]).name
+        assert check(repo).damage == []
+        (blob,) = damage(repo, "blob", read_data=True)
         assert blob.blob == digest_of(CHUNKS[2])
         assert blob.pack is not None and blob.pack.hex() == pack
         assert "digest" in blob.message
-        (whole,) = damage(keeper, "pack", read_data=True)
+        (whole,) = damage(repo, "pack", read_data=True)
         assert whole.pack == blob.pack
 
     def test_check_names_every_file_and_range_of_a_damaged_blob_in_every_snapshot(
-        self, keeper: Keeper
+        self, repo: RepositoryFixture
     ) -> None:
-        store(keeper, CHUNKS)
-        bad, sound = of_chunks(*CHUNKS), of_chunks(*CHUNKS[:2])
+        store(repo, CHUNKS)
+        bad, intact = of_chunks(*CHUNKS), of_chunks(*CHUNKS[:2])
         ids = {
-            keeper.publish({b"d": {b"bad": bad, b"sound": sound}}, time_ns=1)[0],
-            keeper.publish({b"d": {b"bad": bad, b"sound": sound}, b"x": b""}, time_ns=2)[0],
-            keeper.publish({b"other": of_chunks(*CHUNKS[2:], CHUNKS[2])}, time_ns=3)[0],
+            repo.publish({b"d": {b"bad": bad, b"sound": intact}}, time_ns=1)[0],
+            repo.publish({b"d": {b"bad": bad, b"sound": intact}, b"x": b""}, time_ns=2)[0],
+            repo.publish({b"other": of_chunks(*CHUNKS[2:], CHUNKS[2])}, time_ns=3)[0],
         }
-        keeper.damage(digest_of(CHUNKS[2]))
-        found = damage(keeper, "file", read_data=True)
+        repo.damage(digest_of(CHUNKS[2]))
+        found = damage(repo, "file", read_data=True)
         assert {file.snapshot for file in found} == ids
         assert sorted((file.path, file.ranges) for file in found) == [
             (b"d/bad", ((6000, 9000),)),
@@ -141,158 +143,166 @@ class TestDamagedBlob:
         assert all(file.blob == digest_of(CHUNKS[2]) for file in found)
         assert "6000-9000 of 12000" in found[0].message
 
-    def test_a_damaged_tree_names_its_directory_and_affects_no_other(self, keeper: Keeper) -> None:
+    def test_a_damaged_tree_names_its_directory_and_affects_no_other(
+        self, repo: RepositoryFixture
+    ) -> None:
         plan: Plan = {b"a": {b"b": {b"f": b""}}, b"z": {b"f": of_chunks(CHUNKS[0])}}
-        _, snapshot = keeper.publish(plan)
-        with keeper.reading() as repository:
+        _, snapshot = repo.publish(plan)
+        with repo.reading() as repository:
             node = repository.trees.resolve(snapshot.root, b"a/b")
             assert node is not None
-        keeper.damage(reference(node))
-        found = damage(keeper, "tree", read_data=True)
+        repo.damage(reference(node))
+        found = damage(repo, "tree", read_data=True)
         assert [tree.path for tree in found] == [b"a/b"]
         assert found[0].blob == reference(node)
         assert found[0].pack is not None
-        assert [lost.path for lost in damage(keeper, "file", read_data=True)] == [b"z/f"]
+        assert [lost.path for lost in damage(repo, "file", read_data=True)] == [b"z/f"]
         # A tree is read even without reading data, and a blob of it is verified wherever it is.
-        assert [tree.path for tree in damage(keeper, "tree")] == [b"a/b"]
+        assert [tree.path for tree in damage(repo, "tree")] == [b"a/b"]
 
-    def test_check_finds_a_missing_blob_without_reading(self, keeper: Keeper) -> None:
-        store(keeper, CHUNKS[:1])
-        snapshot_id, _ = keeper.publish({b"f": of_chunks(*CHUNKS[:3])})
-        (lost,) = damage(keeper, "file")
+    def test_check_finds_a_missing_blob_without_reading(self, repo: RepositoryFixture) -> None:
+        store(repo, CHUNKS[:1])
+        snapshot_id, _ = repo.publish({b"f": of_chunks(*CHUNKS[:3])})
+        (lost,) = damage(repo, "file")
         assert (lost.snapshot, lost.path) == (snapshot_id, b"f")
         assert lost.ranges == ((3000, 6000), (6000, 9000))
 
     def test_a_damaged_blob_affects_no_file_where_the_index_names_another_copy(
-        self, keeper: Keeper
+        self, repo: RepositoryFixture
     ) -> None:
-        store(keeper, CHUNKS)
-        second = add_pack(keeper.root, make_pack(reversed(CHUNKS))[0])
-        keeper.publish({b"f": of_chunks(*CHUNKS)})
-        path = next(p for p in pack_paths(keeper.root) if p.name == second.hex())
+        store(repo, CHUNKS)
+        second = add_pack(repo.root, make_pack(reversed(CHUNKS))[0])
+        repo.publish({b"f": of_chunks(*CHUNKS)})
+        path = next(p for p in pack_paths(repo.root) if p.name == second.hex())
         flip(path, path.read_bytes().index(CHUNKS[1]))
-        found = check(keeper, read_data=True).damage
+        found = check(repo, read_data=True).damage
         assert {d.what for d in found} == {"blob", "pack"}
         assert {d.pack for d in found} == {second}
 
     @pytest.mark.parametrize("window", [64, 1000, 1 << 23])
     def test_check_finds_a_damaged_blob_wherever_its_pack_is_read_in_windows(
-        self, keeper: Keeper, window: int, monkeypatch: pytest.MonkeyPatch
+        self, repo: RepositoryFixture, window: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(scrub_module, "_WINDOW_BYTES", window)
         chunks = [noise(f"{size}", size) for size in (0, 1, 100, 5000, 64, 20_000)]
-        store(keeper, chunks)
-        assert check(keeper, read_data=True).damage == []
+        store(repo, chunks)
+        assert check(repo, read_data=True).damage == []
         for chunk in chunks[1:]:
-            keeper.damage(digest_of(chunk))
-            assert [found.blob for found in damage(keeper, "blob", True)] == [digest_of(chunk)]
-            keeper.damage(digest_of(chunk))
-        assert check(keeper, read_data=True).damage == []
+            repo.damage(digest_of(chunk))
+            assert [found.blob for found in damage(repo, "blob", True)] == [digest_of(chunk)]
+            repo.damage(digest_of(chunk))
+        assert check(repo, read_data=True).damage == []
 
     @pytest.mark.parametrize("place", [9, 12, 16 + 6, -20, -70])
     def test_check_finds_a_flipped_bit_outside_all_blobs_by_the_name_of_the_pack(
-        self, keeper: Keeper, place: int
+        self, repo: RepositoryFixture, place: int
     ) -> None:
-        store(keeper, CHUNKS)
-        (path,) = pack_paths(keeper.root)
+        store(repo, CHUNKS)
+        (path,) = pack_paths(repo.root)
         flip(path, place)
-        found = check(keeper, read_data=True).damage
+        found = check(repo, read_data=True).damage
         assert found
         assert {d.what for d in found} == {"pack"}
         assert {d.pack.hex() for d in found if d.pack is not None} == {path.name}
 
 
 class TestDamagedPack:
-    def test_a_lost_pack_names_every_file_without_reading_data(self, keeper: Keeper) -> None:
-        store(keeper, CHUNKS[:2])
-        store(keeper, CHUNKS[2:])
-        keeper.publish({b"both": of_chunks(*CHUNKS), b"sound": of_chunks(*CHUNKS[2:])})
-        path = pack_with(keeper, CHUNKS[0])
+    def test_a_lost_pack_names_every_file_without_reading_data(
+        self, repo: RepositoryFixture
+    ) -> None:
+        store(repo, CHUNKS[:2])
+        store(repo, CHUNKS[2:])
+        repo.publish({b"both": of_chunks(*CHUNKS), b"sound": of_chunks(*CHUNKS[2:])})
+        path = pack_with(repo, CHUNKS[0])
         path.unlink()
-        (pack,) = damage(keeper, "pack")
+        (pack,) = damage(repo, "pack")
         assert pack.pack is not None and pack.pack.hex() == path.name
         assert "missing" in pack.message
-        (lost,) = damage(keeper, "file")
+        (lost,) = damage(repo, "file")
         assert (lost.path, lost.ranges) == (b"both", ((0, 3000), (3000, 6000)))
 
-    def test_a_cut_pack_names_the_ranges_behind_the_cut(self, keeper: Keeper) -> None:
-        store(keeper, CHUNKS)
-        keeper.publish({b"f": of_chunks(*CHUNKS)})
-        path = pack_with(keeper, CHUNKS[0])
+    def test_a_cut_pack_names_the_ranges_behind_the_cut(self, repo: RepositoryFixture) -> None:
+        store(repo, CHUNKS)
+        repo.publish({b"f": of_chunks(*CHUNKS)})
+        path = pack_with(repo, CHUNKS[0])
         os.truncate(path, path.read_bytes().index(CHUNKS[2]) + 100)
-        (lost,) = damage(keeper, "file")
+        (lost,) = damage(repo, "file")
         assert lost.ranges == ((6000, 9000), (9000, 12000))
-        assert any("were stored" in pack.message for pack in damage(keeper, "pack"))
+        assert any("were stored" in pack.message for pack in damage(repo, "pack"))
 
-    def test_a_lost_pack_with_trees_names_the_directories(self, keeper: Keeper) -> None:
-        snapshot_id, _ = keeper.publish({b"d": {}})
-        pack_paths(keeper.root)[0].unlink()
-        (tree,) = damage(keeper, "tree")
+    def test_a_lost_pack_with_trees_names_the_directories(self, repo: RepositoryFixture) -> None:
+        snapshot_id, _ = repo.publish({b"d": {}})
+        pack_paths(repo.root)[0].unlink()
+        (tree,) = damage(repo, "tree")
         assert (tree.snapshot, tree.path) == (snapshot_id, b"")
 
-    def test_a_pack_with_a_damaged_directory_affects_no_file(self, keeper: Keeper) -> None:
-        store(keeper, CHUNKS)
-        keeper.publish({b"f": of_chunks(*CHUNKS)})
-        flip(pack_with(keeper, CHUNKS[0]), -1)
-        assert {found.what for found in check(keeper, read_data=True).damage} == {"pack"}
+    def test_a_pack_with_a_damaged_directory_affects_no_file(self, repo: RepositoryFixture) -> None:
+        store(repo, CHUNKS)
+        repo.publish({b"f": of_chunks(*CHUNKS)})
+        flip(pack_with(repo, CHUNKS[0]), -1)
+        assert {found.what for found in check(repo, read_data=True).damage} == {"pack"}
 
-    def test_a_file_that_is_no_pack_is_named(self, keeper: Keeper) -> None:
-        keeper.publish({b"f": b"1"})
-        pack = add_pack(keeper.root, noise("junk", 500))
-        assert {found.pack for found in check(keeper).damage} == {pack}
+    def test_a_file_that_is_no_pack_is_named(self, repo: RepositoryFixture) -> None:
+        repo.publish({b"f": b"1"})
+        pack = add_pack(repo.root, noise("junk", 500))
+        assert {found.pack for found in check(repo).damage} == {pack}
 
 
 class TestWrongIndex:
     def rebuilt(
-        self, keeper: Keeper, change: Any, needed: Sequence[bytes] = CHUNKS
+        self, repo: RepositoryFixture, change: Any, needed: Sequence[bytes] = CHUNKS
     ) -> list[Finding]:
         """Check with an index in which one entry of the only pack is something else."""
-        store(keeper, CHUNKS)
-        with keeper.writing() as repository:
+        store(repo, CHUNKS)
+        with repo.writing() as repository:
             ((pack, size),) = repository.store.stored_packs()
             entries = repository.store.read_directory(pack, size)
             packs: list[IndexedPack] = [(pack, size, change(entries))]
             repository.store.index.rebuild(lambda: packs)
-        keeper.publish({b"f": of_chunks(*needed)})
-        return check(keeper).damage
+        repo.publish({b"f": of_chunks(*needed)})
+        return check(repo).damage
 
     @pytest.mark.parametrize(
         "fields", [{"offset": 999}, {"stored_bytes": 999}, {"plain_bytes": 999}]
     )
     def test_check_finds_an_index_entry_with_a_wrong_location(
-        self, keeper: Keeper, fields: dict[str, int]
+        self, repo: RepositoryFixture, fields: dict[str, int]
     ) -> None:
         def change(entries: list[PackEntry]) -> list[PackEntry]:
             return [entries[0]._replace(**fields), *entries[1:]]  # type: ignore[arg-type]
 
-        found = [d for d in self.rebuilt(keeper, change) if d.what == "index"]
+        found = [d for d in self.rebuilt(repo, change) if d.what == "index"]
         assert [d.blob for d in found] == [digest_of(CHUNKS[0])]
         assert "its location of the blob differs" in found[0].message
 
-    def test_check_finds_a_needed_blob_that_the_index_does_not_have(self, keeper: Keeper) -> None:
-        found = self.rebuilt(keeper, lambda entries: entries[1:])
+    def test_check_finds_a_needed_blob_that_the_index_does_not_have(
+        self, repo: RepositoryFixture
+    ) -> None:
+        found = self.rebuilt(repo, lambda entries: entries[1:])
         # Nothing is lost: who reads the file looks into the packs themselves.
         assert [(d.what, d.blob) for d in found] == [("index", digest_of(CHUNKS[0]))]
 
     def test_check_ignores_an_unneeded_blob_that_the_index_does_not_have(
-        self, keeper: Keeper
+        self, repo: RepositoryFixture
     ) -> None:
         """That is left where two backups have stored a blob, and one of the packs was removed since."""
-        assert self.rebuilt(keeper, lambda entries: entries[1:], needed=CHUNKS[1:]) == []
+        assert self.rebuilt(repo, lambda entries: entries[1:], needed=CHUNKS[1:]) == []
 
-    def test_check_finds_an_index_entry_that_no_pack_holds(self, keeper: Keeper) -> None:
+    def test_check_finds_an_index_entry_that_no_pack_holds(self, repo: RepositoryFixture) -> None:
         phantom = PackEntry(digest_of(b"phantom"), 500, 5, 5, 1, 0)
-        (found,) = self.rebuilt(keeper, lambda entries: [*entries, phantom])
+        (found,) = self.rebuilt(repo, lambda entries: [*entries, phantom])
         assert found.what == "index"
         assert "no pack holds" in found.message
 
 
 class TestDamagedSnapshot:
-    def test_check_names_a_damaged_snapshot_and_checks_the_others(self, keeper: Keeper) -> None:
-        first, _ = keeper.publish({b"f": b"1"}, time_ns=1)
-        keeper.publish({b"g": of_chunks(CHUNKS[0])}, time_ns=2)
-        flip(keeper.root / "snapshots" / first.hex(), -1)
-        found = check(keeper).damage
+    def test_check_names_a_damaged_snapshot_and_checks_the_others(
+        self, repo: RepositoryFixture
+    ) -> None:
+        first, _ = repo.publish({b"f": b"1"}, time_ns=1)
+        repo.publish({b"g": of_chunks(CHUNKS[0])}, time_ns=2)
+        flip(repo.root / "snapshots" / first.hex(), -1)
+        found = check(repo).damage
         assert {d.what for d in found} == {"snapshot", "file"}
         assert [d.snapshot for d in found if d.what == "snapshot"] == [first]
 
@@ -300,65 +310,67 @@ class TestDamagedSnapshot:
 class TestContradictions:
     """Data that verify, but contradict each other: no casfs has written them."""
 
-    def lying(self, keeper: Keeper, node: Node) -> Finding:
-        store(keeper, CHUNKS)
-        snapshot_id, _ = keeper.publish({b"lie": node, b"truth": of_chunks(*CHUNKS)})
-        (found,) = check(keeper, read_data=True).damage
+    def lying(self, repo: RepositoryFixture, node: Node) -> Finding:
+        store(repo, CHUNKS)
+        snapshot_id, _ = repo.publish({b"lie": node, b"truth": of_chunks(*CHUNKS)})
+        (found,) = check(repo, read_data=True).damage
         assert (found.what, found.snapshot, found.path) == ("file", snapshot_id, b"lie")
         return found
 
     @pytest.mark.parametrize("size", [0, 11_999, 12_001])
-    def test_check_finds_a_wrong_file_size(self, keeper: Keeper, size: int) -> None:
-        found = self.lying(keeper, of_chunks(*CHUNKS, size=size))
+    def test_check_finds_a_wrong_file_size(self, repo: RepositoryFixture, size: int) -> None:
+        found = self.lying(repo, of_chunks(*CHUNKS, size=size))
         assert f"12000 bytes, captured were {size}" in found.message
 
-    def test_check_finds_a_wrong_chunk_length(self, keeper: Keeper) -> None:
+    def test_check_finds_a_wrong_chunk_length(self, repo: RepositoryFixture) -> None:
         records = EXTENT.pack(2999, digest_of(CHUNKS[0]))
-        found = self.lying(keeper, entry(b"", size=2999, content=records))
+        found = self.lying(repo, entry(b"", size=2999, content=records))
         assert "chunk length mismatch" in found.message
 
-    def test_check_finds_a_flagged_file_without_evidence(self, keeper: Keeper) -> None:
-        found = self.lying(keeper, replace(file(b"", CHUNKS[0]), state=CaptureState.CHANGED))
+    def test_check_finds_a_flagged_file_without_evidence(self, repo: RepositoryFixture) -> None:
+        found = self.lying(repo, replace(file(b"", CHUNKS[0]), state=CaptureState.CHANGED))
         assert "capture record is missing" in found.message
 
-    def test_check_finds_a_stable_file_that_two_reads_saw_differently(self, keeper: Keeper) -> None:
+    def test_check_finds_a_stable_file_that_two_reads_saw_differently(
+        self, repo: RepositoryFixture
+    ) -> None:
         extra = NodeExtra(capture=Capture(ChangeReason.NONE, 2, digest_of(b"something else")))
-        found = self.lying(keeper, replace(file(b"", CHUNKS[0]), extra=extra))
+        found = self.lying(repo, replace(file(b"", CHUNKS[0]), extra=extra))
         assert "two reads saw different data" in found.message
 
     @pytest.mark.parametrize(
         "change", [{"nodes": 9}, {"total_bytes": 5}, {"flagged": 1}, {"nodes": 0, "flagged": 0}]
     )
     def test_check_finds_a_wrong_summary_of_a_directory(
-        self, keeper: Keeper, change: dict[str, int]
+        self, repo: RepositoryFixture, change: dict[str, int]
     ) -> None:
-        with keeper.writing() as repository:
+        with repo.writing() as repository:
             writer = repository.writer()
             leaf = b"\x92\x00\x91" + _encoded(file(b"f"))
             writer.put(BlobKind.TREE, digest_of(leaf), leaf)
             writer.finish()
         ref = replace(TreeRef(digest_of(leaf), 1, 0, 0), **change)
-        keeper.publish({b"lie": entry(b"", NodeType.DIRECTORY, tree=ref)})
-        (found,) = check(keeper).damage
+        repo.publish({b"lie": entry(b"", NodeType.DIRECTORY, tree=ref)})
+        (found,) = check(repo).damage
         assert (found.what, found.path) == ("tree", b"lie")
         assert "summary" in found.message
 
-    def test_check_finds_a_blob_of_another_kind(self, keeper: Keeper) -> None:
-        store(keeper, CHUNKS)
+    def test_check_finds_a_blob_of_another_kind(self, repo: RepositoryFixture) -> None:
+        store(repo, CHUNKS)
         ref = TreeRef(digest_of(CHUNKS[0]), 1, 0, 0)
-        keeper.publish({b"lie": entry(b"", NodeType.DIRECTORY, tree=ref)})
-        (found,) = check(keeper).damage
+        repo.publish({b"lie": entry(b"", NodeType.DIRECTORY, tree=ref)})
+        (found,) = check(repo).damage
         assert (found.what, found.path) == ("tree", b"lie")
 
     def test_check_stops_at_the_depth_bound(
-        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+        self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(check_module, "MAX_DEPTH", 10)
         plan: Plan = {b"f": b""}
         for _ in range(30):
             plan = {b"d": plan}
-        keeper.publish(plan)
-        (found,) = check(keeper).damage
+        repo.publish(plan)
+        (found,) = check(repo).damage
         assert found.what == "tree"
         assert "deeper" in found.message
         assert found.path is not None and found.path.count(b"/") == 20
@@ -371,9 +383,9 @@ def _encoded(node: Node) -> bytes:
 
 
 class TestLongContentList:
-    def publish_long(self, keeper: Keeper) -> tuple[SnapshotId, Node]:
+    def publish_long(self, repo: RepositoryFixture) -> tuple[SnapshotId, Node]:
         """Publish a file of 1,000 chunks in lists of about 300."""
-        with keeper.writing() as repository:
+        with repo.writing() as repository:
             writer = repository.writer()
             content = ContentWriter(writer.put, digest_of)
             chunks = [b"chunk %d" % number for number in range(1000)]
@@ -387,53 +399,61 @@ class TestLongContentList:
         node = entry(
             b"", size=len(whole), content=records, levels=levels, captured=digest_of(whole)
         )
-        return keeper.publish({b"long": node})[0], node
+        return repo.publish({b"long": node})[0], node
 
-    def test_check_reads_long_content_lists(self, keeper: Keeper) -> None:
-        self.publish_long(keeper)
-        assert check(keeper, read_data=True).damage == []
+    def test_check_reads_long_content_lists(self, repo: RepositoryFixture) -> None:
+        self.publish_long(repo)
+        assert check(repo, read_data=True).damage == []
 
-    def test_a_content_list_that_lost_a_piece_names_its_range(self, keeper: Keeper) -> None:
-        snapshot_id, node = self.publish_long(keeper)
+    def test_a_content_list_that_lost_a_piece_names_its_range(
+        self, repo: RepositoryFixture
+    ) -> None:
+        snapshot_id, node = self.publish_long(repo)
         length, digest = EXTENT.unpack_from(node.content)
-        keeper.damage(Digest(digest))
-        (lost,) = damage(keeper, "file", read_data=True)
+        repo.damage(Digest(digest))
+        (lost,) = damage(repo, "file", read_data=True)
         assert (lost.snapshot, lost.path) == (snapshot_id, b"long")
         assert lost.ranges == ((0, length),)
 
 
 class TestReadShare:
-    def test_a_share_reads_the_same_packs_every_time_and_grows_to_all(self, keeper: Keeper) -> None:
+    def test_a_share_reads_the_same_packs_every_time_and_grows_to_all(
+        self, repo: RepositoryFixture
+    ) -> None:
         for number in range(12):
-            store(keeper, [noise(f"pack {number}", 200)])
-        read = [check(keeper, True, share).packs_read for share in (0.0, 0.3, 0.6, 1.0)]
+            store(repo, [noise(f"pack {number}", 200)])
+        read = [check(repo, True, share).packs_read for share in (0.0, 0.3, 0.6, 1.0)]
         assert read == sorted(read)
         assert (read[0], read[-1]) == (0, 12)
         assert 0 < read[1] < 12
-        assert check(keeper, True, 0.3).packs_read == read[1]
+        assert check(repo, True, 0.3).packs_read == read[1]
 
-    def test_a_share_finds_damage_once_it_includes_the_damaged_pack(self, keeper: Keeper) -> None:
-        store(keeper, CHUNKS)
-        keeper.damage(digest_of(CHUNKS[0]))
-        assert check(keeper, True, 0.0).damage == []
-        assert check(keeper, True, 1.0).damage != []
+    def test_a_share_finds_damage_once_it_includes_the_damaged_pack(
+        self, repo: RepositoryFixture
+    ) -> None:
+        store(repo, CHUNKS)
+        repo.damage(digest_of(CHUNKS[0]))
+        assert check(repo, True, 0.0).damage == []
+        assert check(repo, True, 1.0).damage != []
 
 
 class TestConcurrentBackup:
     """What is stored while a check runs is no damage."""
 
-    def meanwhile(self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch, indexed: bool) -> None:
+    def meanwhile(
+        self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch, indexed: bool
+    ) -> None:
         names = BlobStore.stored_packs
         data, entries = make_pack([b"stored meanwhile"])
 
         def stored_packs(store: BlobStore) -> Any:
             monkeypatch.setattr(BlobStore, "stored_packs", names)
-            pack = add_pack(keeper.root, data)
+            pack = add_pack(repo.root, data)
             if indexed:
                 store.index.add_packs([(pack, len(data), entries)])
             return names(store)
 
-        with keeper.writing() as repository:
+        with repo.writing() as repository:
             monkeypatch.setattr(BlobStore, "stored_packs", stored_packs)
             self.result = self.checked(repository)
 
@@ -442,9 +462,9 @@ class TestConcurrentBackup:
 
     @pytest.mark.parametrize("indexed", [True, False])
     def test_check_finds_no_damage_in_a_pack_that_a_backup_adds_meanwhile(
-        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch, indexed: bool
+        self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch, indexed: bool
     ) -> None:
-        keeper.publish({b"f": b"1"})
-        self.meanwhile(keeper, monkeypatch, indexed)
+        repo.publish({b"f": b"1"})
+        self.meanwhile(repo, monkeypatch, indexed)
         assert self.result.damage == []
         assert self.result.packs_read == 2

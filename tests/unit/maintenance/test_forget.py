@@ -16,23 +16,23 @@ from casfs.maintenance.forget import (
 from casfs.maintenance.retention import Policy
 from casfs.repository.snapshot_filter import SnapshotFilter
 from casfs.repository.snapshots import SnapshotStore
-from tests.support.builders import Keeper
+from tests.support.builders import RepositoryFixture
 
 LAST = Policy(last=1)
 
 
-def made(keeper: Keeper, time_ns: int, **fields: object) -> SnapshotId:
-    return keeper.publish({b"f": b"%d" % time_ns}, time_ns=time_ns * 10**9, **fields)[0]
+def made(repo: RepositoryFixture, time_ns: int, **fields: object) -> SnapshotId:
+    return repo.publish({b"f": b"%d" % time_ns}, time_ns=time_ns * 10**9, **fields)[0]
 
 
 def planned(
-    keeper: Keeper,
+    repo: RepositoryFixture,
     policy: Policy = LAST,
     grouping: Grouping | None = None,
     choice: SnapshotFilter | None = None,
     allow_all: bool = False,
 ) -> ForgetPlan:
-    with keeper.reading() as repository:
+    with repo.reading() as repository:
         return plan_policy(
             repository, policy, grouping or Grouping(), choice or SnapshotFilter(), allow_all
         )
@@ -42,50 +42,50 @@ def gone(plan: ForgetPlan) -> set[SnapshotId]:
     return {candidate.snapshot_id for candidate in plan.forgotten()}
 
 
-def test_each_host_and_its_paths_are_judged_apart(keeper: Keeper) -> None:
-    old = made(keeper, 1)
-    made(keeper, 2)
-    made(keeper, 3, host="there")
-    made(keeper, 4, paths=(b"/etc",))
-    plan = planned(keeper)
+def test_each_host_and_its_paths_are_judged_apart(repo: RepositoryFixture) -> None:
+    old = made(repo, 1)
+    made(repo, 2)
+    made(repo, 3, host="there")
+    made(repo, 4, paths=(b"/etc",))
+    plan = planned(repo)
     assert gone(plan) == {old}
     assert plan.kept() == 3
     assert len(plan.groups) == 3
 
 
-def test_grouping_can_be_by_anything_or_nothing(keeper: Keeper) -> None:
-    made(keeper, 1, host="there", tags=("a",))
-    made(keeper, 2, tags=("a",))
-    made(keeper, 3, paths=(b"/etc",), tags=("b",))
-    assert planned(keeper, grouping=Grouping(False, False, False)).kept() == 1
-    assert planned(keeper, grouping=Grouping(True, False, False)).kept() == 2
-    assert planned(keeper, grouping=Grouping(False, False, True)).kept() == 2
+def test_grouping_can_be_by_anything_or_nothing(repo: RepositoryFixture) -> None:
+    made(repo, 1, host="there", tags=("a",))
+    made(repo, 2, tags=("a",))
+    made(repo, 3, paths=(b"/etc",), tags=("b",))
+    assert planned(repo, grouping=Grouping(False, False, False)).kept() == 1
+    assert planned(repo, grouping=Grouping(True, False, False)).kept() == 2
+    assert planned(repo, grouping=Grouping(False, False, True)).kept() == 2
 
 
-def test_forget_touches_only_the_chosen_snapshots(keeper: Keeper) -> None:
-    old = made(keeper, 1, tags=("a", "b"))
-    made(keeper, 2)
-    made(keeper, 3, tags=("a", "b"))
-    made(keeper, 4, host="there", tags=("a",))
+def test_forget_touches_only_the_chosen_snapshots(repo: RepositoryFixture) -> None:
+    old = made(repo, 1, tags=("a", "b"))
+    made(repo, 2)
+    made(repo, 3, tags=("a", "b"))
+    made(repo, 4, host="there", tags=("a",))
     choice = SnapshotFilter(hosts=("here",), tags=(frozenset("ab"), frozenset("c")), paths=(b".",))
-    plan = planned(keeper, choice=choice)
+    plan = planned(repo, choice=choice)
     assert gone(plan) == {old}
     assert plan.kept() == 1
-    assert planned(keeper, choice=SnapshotFilter(paths=(b"/etc",))).groups == {}
+    assert planned(repo, choice=SnapshotFilter(paths=(b"/etc",))).groups == {}
 
 
-def test_rules_that_keep_nothing_of_a_group_are_refused(keeper: Keeper) -> None:
-    made(keeper, 1, tags=("keep",))
-    made(keeper, 2, host="there")
+def test_rules_that_keep_nothing_of_a_group_are_refused(repo: RepositoryFixture) -> None:
+    made(repo, 1, tags=("keep",))
+    made(repo, 2, host="there")
     policy = Policy(tags=(frozenset({"keep"}),))
     with pytest.raises(RefusedError, match="host there, paths \\."):
-        planned(keeper, policy)
-    assert planned(keeper, policy, allow_all=True).kept() == 1
+        planned(repo, policy)
+    assert planned(repo, policy, allow_all=True).kept() == 1
 
 
-def test_snapshots_are_named_by_prefix_and_once(keeper: Keeper) -> None:
-    first, second = made(keeper, 1), made(keeper, 2)
-    with keeper.reading() as repository:
+def test_snapshots_are_named_by_prefix_and_once(repo: RepositoryFixture) -> None:
+    first, second = made(repo, 1), made(repo, 2)
+    with repo.reading() as repository:
         found = select_by_name(repository, [first.hex()[:8], first.hex()], False)
         assert [candidate.snapshot_id for candidate in found] == [first]
         with pytest.raises(NotFoundError):
@@ -95,23 +95,23 @@ def test_snapshots_are_named_by_prefix_and_once(keeper: Keeper) -> None:
         assert len(select_by_name(repository, [first.hex(), second.hex()], True)) == 2
 
 
-def test_forget_removes_snapshots_and_no_pack(keeper: Keeper) -> None:
-    made(keeper, 1)
-    kept = made(keeper, 2)
-    packs = sorted(keeper.root.glob("packs/*/*"))
-    with keeper.writing() as repository:
+def test_forget_removes_snapshots_and_no_pack(repo: RepositoryFixture) -> None:
+    made(repo, 1)
+    kept = made(repo, 2)
+    packs = sorted(repo.root.glob("packs/*/*"))
+    with repo.writing() as repository:
         plan = plan_policy(repository, LAST, Grouping(), SnapshotFilter(), False)
         assert forget(repository, plan.forgotten()) == 1
         assert forget(repository, plan.forgotten()) == 1  # to be gone already is no error
         assert repository.snapshots.ids() == [kept]
-    assert sorted(keeper.root.glob("packs/*/*")) == packs
+    assert sorted(repo.root.glob("packs/*/*")) == packs
 
 
-def test_a_damaged_snapshot_can_be_forgotten_by_name(keeper: Keeper) -> None:
-    damaged = made(keeper, 1)
-    made(keeper, 2)
-    (keeper.root / "snapshots" / damaged.hex()).write_bytes(b"junk")
-    with keeper.writing() as repository:
+def test_a_damaged_snapshot_can_be_forgotten_by_name(repo: RepositoryFixture) -> None:
+    damaged = made(repo, 1)
+    made(repo, 2)
+    (repo.root / "snapshots" / damaged.hex()).write_bytes(b"junk")
+    with repo.writing() as repository:
         found = select_by_name(repository, [damaged.hex()[:12]], False)
         assert (found[0].snapshot, found[0].time_ns, found[0].tags) == (None, 0, ())
         forget(repository, found)
@@ -119,12 +119,12 @@ def test_a_damaged_snapshot_can_be_forgotten_by_name(keeper: Keeper) -> None:
 
 
 def test_forgetting_a_replacement_does_not_bring_back_the_replaced_snapshot(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a crash leaves it between the two steps of a change of tags."""
-    first, snapshot = keeper.publish({b"f": b"1"}, time_ns=1)
-    other = made(keeper, 2)
-    with keeper.writing() as repository:
+    first, snapshot = repo.publish({b"f": b"1"}, time_ns=1)
+    other = made(repo, 2)
+    with repo.writing() as repository:
         with monkeypatch.context() as patch:
             patch.setattr(SnapshotStore, "delete", lambda *_: None)
             second = repository.snapshots.replace(first, snapshot, tags=("new",))

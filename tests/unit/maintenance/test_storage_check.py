@@ -11,8 +11,8 @@ from casfs.maintenance.storage_check import FOLDERS, StorageCheck, check_storage
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import create_repository, read_config
 from casfs.storage.local import LocalStorage
-from tests.support.builders import Keeper
-from tests.support.encryption import RECIPIENT, EncryptedKeeper
+from tests.support.builders import RepositoryFixture
+from tests.support.encryption import RECIPIENT, EncryptedRepositoryFixture
 from tests.support.stores import flip, noise
 
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -30,9 +30,9 @@ def root(tmp_path: Path) -> Path:
     (source / "file").write_bytes(noise("file", 20_000))
     folder = tmp_path / "repository"
     create_repository(folder, [RECIPIENT], "secret")
-    keeper = EncryptedKeeper.__new__(EncryptedKeeper)
-    keeper.root = folder
-    keeper.back_up(source)
+    repo = EncryptedRepositoryFixture.__new__(EncryptedRepositoryFixture)
+    repo.root = folder
+    repo.back_up(source)
     return folder
 
 
@@ -48,14 +48,14 @@ def test_storage_check_reads_every_object_of_an_intact_storage(root: Path) -> No
 
 
 def test_storage_check_handles_an_unencrypted_repository_in_the_same_way(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path)
-    keeper.store(b"one", b"two")
-    keeper.publish({b"file": b"content"})
-    result = checked(keeper.root)
+    repo = RepositoryFixture(tmp_path)
+    repo.store(b"one", b"two")
+    repo.publish({b"file": b"content"})
+    result = checked(repo.root)
     assert (result.damage, result.objects) == ([], 3)
-    (snapshot,) = (keeper.root / "snapshots").iterdir()
+    (snapshot,) = (repo.root / "snapshots").iterdir()
     flip(snapshot, 20)
-    assert [damage.what for damage in checked(keeper.root).damage] == ["snapshot"]
+    assert [damage.what for damage in checked(repo.root).damage] == ["snapshot"]
 
 
 @pytest.mark.parametrize("place", [0, 40, -1])

@@ -83,7 +83,7 @@ def test_the_parent_process_ends_when_the_daemon_is_ready(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "reported"),
     [
         ("CasfsError('it is not there')", "CasfsError 1 it is not there"),
         ("UsageError('you cannot mean that')", "UsageError 2 you cannot mean that"),
@@ -92,10 +92,10 @@ def test_the_parent_process_ends_when_the_daemon_is_ready(tmp_path: Path) -> Non
     ],
 )
 def test_an_error_before_the_daemon_is_ready_reaches_the_parent(
-    tmp_path: Path, raised: str, told: str
+    tmp_path: Path, raised: str, reported: str
 ) -> None:
     done = run(tmp_path, f"raise {raised}")
-    assert (done.stdout, done.stderr) == (f"{told}\n", "")
+    assert (done.stdout, done.stderr) == (f"{reported}\n", "")
     assert not is_alive(tmp_path)
 
 
@@ -178,9 +178,9 @@ def test_a_log_file_that_was_asked_for_has_to_be_writable(
 def test_standard_error_of_libraries_is_captured(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    said: list[str] = []
-    with captured_stderr(said):
+    printed: list[str] = []
+    with captured_stderr(printed):
         os.write(2, b"fuse: something\n\n  is wrong \xff\n")
     os.write(2, b"afterwards\n")
-    assert said == ["fuse: something", "is wrong \\xff"]
+    assert printed == ["fuse: something", "is wrong \\xff"]
     assert capfd.readouterr().err == "afterwards\n"

@@ -23,18 +23,20 @@ from casfs.errors import IndexUnusableError
 from casfs.format.tree import Node
 from casfs.repository.opening import open_for_reading
 from casfs.store.blob_store import pack_name
-from tests.support.builders import Grove, Keeper, Plan, reference
+from tests.support.builders import Plan, RepositoryFixture, TreeFixture, reference
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
-    return Keeper(tmp_path)
+def repo(tmp_path: Path) -> RepositoryFixture:
+    return RepositoryFixture(tmp_path)
 
 
 class TestBlobReader:
-    def test_the_event_loop_reads_a_blob_that_the_kernel_has_cached(self, keeper: Keeper) -> None:
-        keeper.store(b"small", bytes(1 << 20))
-        with keeper.reading() as repository:
+    def test_the_event_loop_reads_a_blob_that_the_kernel_has_cached(
+        self, repo: RepositoryFixture
+    ) -> None:
+        repo.store(b"small", bytes(1 << 20))
+        with repo.reading() as repository:
             waiting = EventLoopGuard()
             blobs = BlobReader(repository.store, waiting)
             assert blobs.read(digest_of(b"small")) == b"small"
@@ -42,24 +44,24 @@ class TestBlobReader:
             assert blobs.read(digest_of(b"small")) == b"small"
 
     def test_the_event_loop_does_not_wait_for_a_blob_outside_the_page_cache(
-        self, keeper: Keeper
+        self, repo: RepositoryFixture
     ) -> None:
-        keeper.store(b"small")
-        with keeper.reading() as repository:
+        repo.store(b"small")
+        with repo.reading() as repository:
             waiting = EventLoopGuard()
             blobs = BlobReader(repository.store, waiting)
             assert blobs.read(digest_of(b"small")) == b"small"
             place = repository.store.locate(digest_of(b"small"))
-            path = keeper.root / pack_name(repository.store.index.pack_id(place.pack))
+            path = repo.root / pack_name(repository.store.index.pack_id(place.pack))
             drop_from_memory(path)
             waiting.bind()
             with pytest.raises(WouldBlock):
                 blobs.read(digest_of(b"small"))
 
-    def test_the_event_loop_leaves_large_blobs_to_a_worker(self, keeper: Keeper) -> None:
+    def test_the_event_loop_leaves_large_blobs_to_a_worker(self, repo: RepositoryFixture) -> None:
         large = os.urandom(1 << 20)
-        keeper.store(large)
-        with keeper.reading() as repository:
+        repo.store(large)
+        with repo.reading() as repository:
             waiting = EventLoopGuard()
             blobs = BlobReader(repository.store, waiting)
             assert blobs.read(digest_of(large)) == large
@@ -68,11 +70,11 @@ class TestBlobReader:
                 blobs.read(digest_of(large))
 
     def test_the_event_loop_leaves_damaged_or_missing_blobs_to_a_worker(
-        self, keeper: Keeper
+        self, repo: RepositoryFixture
     ) -> None:
-        keeper.store(b"damaged")
-        keeper.damage(digest_of(b"damaged"))
-        with keeper.reading() as repository:
+        repo.store(b"damaged")
+        repo.damage(digest_of(b"damaged"))
+        with repo.reading() as repository:
             waiting = EventLoopGuard()
             blobs = BlobReader(repository.store, waiting)
             waiting.bind()
@@ -82,11 +84,11 @@ class TestBlobReader:
                 assert blobs.prefetch(digest) == (0 if digest == digest_of(b"missing") else 7)
 
     def test_the_event_loop_avoids_a_slow_index_for_a_while(
-        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+        self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        keeper.store(b"small")
+        repo.store(b"small")
         now, faults, slow = 100.0, 0, True
-        with keeper.reading() as repository:
+        with repo.reading() as repository:
             waiting = EventLoopGuard()
             blobs = BlobReader(repository.store, waiting)
             blobs.read(digest_of(b"small"))
@@ -117,9 +119,9 @@ class TestBlobReader:
             assert blobs.read(digest_of(b"small")) == b"small"
 
     def test_a_blob_of_an_unusable_index_is_not_prefetched(
-        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+        self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with keeper.reading() as repository:
+        with repo.reading() as repository:
 
             def fail(digest: Digest) -> int:
                 raise IndexUnusableError("gone")
@@ -161,13 +163,13 @@ class Prompt(BackgroundPool):
 class Asked(BlobReader):
     """Blobs in memory; remembers what was asked for ahead."""
 
-    def __init__(self, grove: Grove) -> None:
+    def __init__(self, trees: TreeFixture) -> None:
         self.asked: list[bytes] = []
-        self.grove = grove
+        self.trees = trees
 
     def prefetch(self, digest: Digest) -> int:
         self.asked.append(digest)
-        return len(self.grove.blobs[digest])
+        return len(self.trees.blobs[digest])
 
 
 DEEP: Plan = {
@@ -182,13 +184,13 @@ class Walk:
     """A tree, a client that walks it, and foresight that sees the client."""
 
     def __init__(self, plan: Plan) -> None:
-        self.grove = Grove()
-        self.root = self.grove.plant(plan)
-        self.pieces = TreeCache(self.grove.read)
+        self.trees = TreeFixture()
+        self.root = self.trees.build(plan)
+        self.pieces = TreeCache(self.trees.read)
         self.numbers = Numbering(self.root, 1, self.pieces)
-        self.blobs = Asked(self.grove)
+        self.blobs = Asked(self.trees)
         self.errands = Prompt()
-        self.foresight = Prefetcher(self.numbers, self.pieces, self.blobs, self.errands)
+        self.prefetcher = Prefetcher(self.numbers, self.pieces, self.blobs, self.errands)
         self.waits = 0
 
     def list(self, number: int, directory: Node) -> int:
@@ -196,7 +198,7 @@ class Walk:
         assert directory.tree is not None
         waited = not self.pieces.holds(directory.tree)
         self.waits += waited
-        self.foresight.on_readdir(number, waited)
+        self.prefetcher.on_readdir(number, waited)
         found = 1
         for below, node, _ in self.numbers.entries(number, directory):
             if node.tree is not None:
@@ -209,27 +211,27 @@ class TestPrefetcher:
         walk = Walk(DEEP)
         assert walk.list(1, walk.root) == 1 + 20 + 200
         assert walk.waits == 1
-        assert len(walk.grove.reads) == len(set(walk.grove.reads))
+        assert len(walk.trees.reads) == len(set(walk.trees.reads))
 
     def test_the_prefetcher_reads_a_bounded_number_of_directories_ahead(self) -> None:
         walk = Walk(DEEP)
-        walk.foresight.on_readdir(1, True)
-        assert 60 <= len(walk.grove.reads) <= 70
+        walk.prefetcher.on_readdir(1, True)
+        assert 60 <= len(walk.trees.reads) <= 70
 
     def test_the_prefetcher_does_nothing_for_a_reader_that_does_not_wait(self) -> None:
         walk = Walk(DEEP)
         for number in range(1, 200, 7):
-            walk.foresight.on_readdir(number, False)
-            walk.foresight.on_open(number, False)
+            walk.prefetcher.on_readdir(number, False)
+            walk.prefetcher.on_open(number, False)
         assert walk.errands.count == 0
 
     def test_the_prefetcher_restarts_where_a_reader_waits_far_away(self) -> None:
         walk = Walk(DEEP)
-        walk.foresight.on_readdir(1, True)
+        walk.prefetcher.on_readdir(1, True)
         (number,) = [n for n, node, _ in walk.numbers.entries(1, walk.root) if node.name == b"15"]
-        before = len(walk.grove.reads)
-        walk.foresight.on_readdir(number, True)
-        assert len(walk.grove.reads) > before + 30
+        before = len(walk.trees.reads)
+        walk.prefetcher.on_readdir(number, True)
+        assert len(walk.trees.reads) > before + 30
         assert walk.numbers.path(number) == b"15"
 
     def test_the_prefetcher_ignores_a_damaged_tree(self) -> None:
@@ -237,10 +239,10 @@ class TestPrefetcher:
         found = walk.numbers.child(1, walk.root, b"01")
         assert found is not None
         damaged = reference(found[1])
-        walk.grove.blobs[damaged] = b"\xc1"
+        walk.trees.blobs[damaged] = b"\xc1"
         errands = BackgroundPool()
-        foresight = Prefetcher(walk.numbers, walk.pieces, walk.blobs, errands)
-        foresight.on_readdir(1, True)
+        prefetcher = Prefetcher(walk.numbers, walk.pieces, walk.blobs, errands)
+        prefetcher.on_readdir(1, True)
         done = threading.Event()
         while not errands.submit(done.set):
             pass
@@ -251,29 +253,29 @@ class TestPrefetcher:
         walk = Walk(content)
         entries = list(walk.numbers.entries(1, walk.root))
         for i, (number, _, _) in enumerate(entries):
-            walk.foresight.on_open(number, i == 0)
+            walk.prefetcher.on_open(number, i == 0)
         assert walk.errands.count < 15
-        asked = [walk.grove.blobs[Digest(digest)] for digest in walk.blobs.asked]
+        asked = [walk.trees.blobs[Digest(digest)] for digest in walk.blobs.asked]
         assert asked == [content[name] for name in sorted(content)][1:]
 
     def test_the_prefetcher_requests_few_large_files(self) -> None:
         content = {b"%04d" % n: bytes([n]) * (3 << 20) for n in range(30)}
         walk = Walk(content)
-        walk.foresight.on_open(2, True)
+        walk.prefetcher.on_open(2, True)
         assert len(walk.blobs.asked) == 3
 
     def test_the_prefetcher_requests_nothing_after_the_last_file(self) -> None:
         walk = Walk({b"only": b"one"})
-        walk.foresight.on_open(2, True)
-        walk.foresight.on_open(1, True)
+        walk.prefetcher.on_open(2, True)
+        walk.prefetcher.on_open(1, True)
         assert walk.blobs.asked == []
 
 
 def test_a_reader_of_the_repository_returns_only_cached_blobs_without_waiting(
-    keeper: Keeper,
+    repo: RepositoryFixture,
 ) -> None:
-    keeper.store(b"one", b"two")
-    with open_for_reading(keeper.root) as repository:
+    repo.store(b"one", b"two")
+    with open_for_reading(repo.root) as repository:
         store = repository.store
         place = store.locate(digest_of(b"one"))
         name = pack_name(store.index.pack_id(place.pack))

@@ -21,7 +21,7 @@ from casfs.trees.content import HOLE, ContentWriter
 from tests.support.builders import entry
 
 
-class Shelf:
+class ReadCase:
     """Blobs in memory that count how often each is read, and can fail or be held back."""
 
     def __init__(self) -> None:
@@ -74,9 +74,9 @@ def chunks(count: int, size: int, seed: int = 5) -> list[bytes]:
 
 class TestFileReader:
     def test_a_read_of_any_range_returns_the_bytes_of_the_file(self) -> None:
-        shelf = Shelf()
-        node, whole = shelf.file(b"first", 1000, *chunks(5, 300), 7, b"x" * 50, 5000)
-        reader = shelf.reader(node)
+        case = ReadCase()
+        node, whole = case.file(b"first", 1000, *chunks(5, 300), 7, b"x" * 50, 5000)
+        reader = case.reader(node)
         rng = random.Random(1)
         for _ in range(500):
             offset = rng.randrange(len(whole) + 10)
@@ -84,10 +84,10 @@ class TestFileReader:
             assert b"".join(reader.read(offset, size)) == whole[offset : offset + size]
 
     def test_a_read_through_nested_content_lists_is_correct(self) -> None:
-        shelf = Shelf()
-        node, whole = shelf.file(*chunks(3000, 4))
+        case = ReadCase()
+        node, whole = case.file(*chunks(3000, 4))
         assert node.levels >= 1
-        reader = shelf.reader(node)
+        reader = case.reader(node)
         rng = random.Random(2)
         for _ in range(300):
             offset = rng.randrange(len(whole))
@@ -95,42 +95,42 @@ class TestFileReader:
         assert b"".join(reader.read(0, len(whole))) == whole
 
     def test_a_read_inside_one_chunk_copies_nothing(self) -> None:
-        shelf = Shelf()
+        case = ReadCase()
         (data,) = chunks(1, 1000)
-        node, _ = shelf.file(data)
-        cache = shelf.cache()
-        (found,) = shelf.reader(node, cache).read(10, 20)
-        assert found.obj is shelf.blobs[digest_of(data)]
+        node, _ = case.file(data)
+        cache = case.cache()
+        (found,) = case.reader(node, cache).read(10, 20)
+        assert found.obj is case.blobs[digest_of(data)]
 
     def test_a_read_of_a_huge_hole_needs_memory_for_the_answer_only(self) -> None:
-        shelf = Shelf()
-        node, _ = shelf.file(b"island")
-        writer = ContentWriter(shelf.put, digest_of)
+        case = ReadCase()
+        node, _ = case.file(b"island")
+        writer = ContentWriter(case.put, digest_of)
         writer.add(6, digest_of(b"island"))
         writer.add(1 << 50, HOLE)
         content, levels = writer.finish()
         huge = replace(node, size=(1 << 50) + 6, content=content, levels=levels)
-        reader = shelf.reader(huge)
+        reader = case.reader(huge)
         assert b"".join(reader.read(1 << 49, 3 << 20)) == bytes(3 << 20)
         assert b"".join(reader.read(3, 6)) == b"and\0\0\0"
         assert b"".join(reader.read((1 << 50) + 5, 100)) == b"\0"
 
     def test_a_read_at_or_behind_the_end_returns_nothing(self) -> None:
-        shelf = Shelf()
-        node, whole = shelf.file(b"abc")
-        empty, _ = shelf.file()
-        assert b"".join(shelf.reader(node).read(len(whole), 5)) == b""
-        assert b"".join(shelf.reader(node).read(1 << 60, 5)) == b""
-        assert b"".join(shelf.reader(empty).read(0, 5)) == b""
+        case = ReadCase()
+        node, whole = case.file(b"abc")
+        empty, _ = case.file()
+        assert b"".join(case.reader(node).read(len(whole), 5)) == b""
+        assert b"".join(case.reader(node).read(1 << 60, 5)) == b""
+        assert b"".join(case.reader(empty).read(0, 5)) == b""
 
     def test_a_sequential_read_has_the_next_chunks_decoded_ahead(self) -> None:
-        shelf = Shelf()
+        case = ReadCase()
         data = chunks(20, 60_000)
-        node, whole = shelf.file(*data)
-        cache = shelf.cache(64 << 20)
-        reader = shelf.reader(node, cache)
+        node, whole = case.file(*data)
+        cache = case.cache(64 << 20)
+        reader = case.reader(node, cache)
         reader.read(0, 4096)
-        assert shelf.reads.total() == 1, "a first read alone is no sequence"
+        assert case.reads.total() == 1, "a first read alone is no sequence"
         reader.read(4096, 4096)
         deadline = threading.Event()
         for _ in range(1000):
@@ -140,145 +140,145 @@ class TestFileReader:
         else:
             pytest.fail("nothing was decoded ahead")
         assert b"".join(reader.read(0, len(whole))) == whole
-        assert set(shelf.reads.values()) == {1}
+        assert set(case.reads.values()) == {1}
 
     def test_a_random_read_decodes_nothing_ahead(self) -> None:
-        shelf = Shelf()
+        case = ReadCase()
         data = chunks(30, 600_000)
-        node, _ = shelf.file(*data)
-        reader = shelf.reader(node, shelf.cache(64 << 20))
+        node, _ = case.file(*data)
+        reader = case.reader(node, case.cache(64 << 20))
         for i in (20, 28, 7):
             reader.read(sum(map(len, data[:i])), 4096)
-        assert shelf.reads.total() == 3
+        assert case.reads.total() == 3
 
     def test_a_read_of_a_whole_file_at_once_takes_no_room_in_the_cache(self) -> None:
-        shelf = Shelf()
-        node, whole = shelf.file(b"small")
-        cache = shelf.cache()
-        assert b"".join(shelf.reader(node, cache).read(0, 4096)) == whole
+        case = ReadCase()
+        node, whole = case.file(b"small")
+        cache = case.cache()
+        assert b"".join(case.reader(node, cache).read(0, 4096)) == whole
         assert cache.cached_bytes == 0
-        assert b"".join(shelf.reader(node, cache).read(0, 3)) == b"sma"
+        assert b"".join(case.reader(node, cache).read(0, 3)) == b"sma"
         assert cache.cached_bytes > 0
 
 
 class TestDamagedFile:
     def test_a_damaged_chunk_fails_its_own_range_only(self) -> None:
-        shelf = Shelf()
+        case = ReadCase()
         data = chunks(3, 1000)
-        node, whole = shelf.file(*data)
+        node, whole = case.file(*data)
         bad = digest_of(data[1])
-        shelf.failing[bad] = BlobError(bad, "digest mismatch", b"p" * 32)
-        reader = shelf.reader(node)
+        case.failing[bad] = BlobError(bad, "digest mismatch", b"p" * 32)
+        reader = case.reader(node)
         begin, end = len(data[0]), len(data[0]) + len(data[1])
         assert b"".join(reader.read(0, begin)) == whole[:begin]
         assert b"".join(reader.read(end, len(whole))) == whole[end:]
         for offset, size in ((begin, 1), (begin - 1, 2), (end - 1, 5), (0, len(whole))):
             with pytest.raises(UnreadableError):
                 reader.read(offset, size)
-        assert {(found[0], found[1]) for found in shelf.damage} == {(begin, len(data[1]))}
+        assert {(found[0], found[1]) for found in case.damage} == {(begin, len(data[1]))}
 
     def test_a_damaged_chunk_is_not_decoded_again_for_every_page(self) -> None:
-        shelf = Shelf()
+        case = ReadCase()
         (data,) = chunks(1, 100_000)
-        node, _ = shelf.file(data)
+        node, _ = case.file(data)
         bad = digest_of(data)
-        shelf.failing[bad] = BlobError(bad, "its pack is missing")
-        reader = shelf.reader(node)
+        case.failing[bad] = BlobError(bad, "its pack is missing")
+        reader = case.reader(node)
         for page in range(20):
             with pytest.raises(UnreadableError):
                 reader.read(page * 4096, 4096)
-        assert shelf.reads[bad] == 1
+        assert case.reads[bad] == 1
 
     def test_a_disk_error_ends_when_the_disk_recovers(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        shelf = Shelf()
-        node, whole = shelf.file(b"content")
+        case = ReadCase()
+        node, whole = case.file(b"content")
         bad = digest_of(b"content")
         now = 100.0
         monkeypatch.setattr("casfs_mount.chunk_cache.time.monotonic", lambda: now)
-        shelf.failing[bad] = StorageError("read", "pack", OSError(5, "Input/output error"))
-        reader = shelf.reader(node)
+        case.failing[bad] = StorageError("read", "pack", OSError(5, "Input/output error"))
+        reader = case.reader(node)
         with pytest.raises(UnreadableError):
             reader.read(0, 10)
-        shelf.failing.clear()
+        case.failing.clear()
         now += 60
         assert b"".join(reader.read(0, 10)) == whole
 
     def test_a_damaged_content_list_is_an_error(self) -> None:
-        shelf = Shelf()
-        node, _ = shelf.file(*chunks(3000, 4))
+        case = ReadCase()
+        node, _ = case.file(*chunks(3000, 4))
         top = node.content[8:40]
-        shelf.failing[top] = BlobError(Digest(top), "it is missing: no pack holds it")
+        case.failing[top] = BlobError(Digest(top), "it is missing: no pack holds it")
         with pytest.raises(UnreadableError):
-            shelf.reader(node).read(0, 10)
+            case.reader(node).read(0, 10)
 
     @pytest.mark.parametrize("recorded", [3, 5])
     def test_a_wrong_recorded_length_is_an_error(self, recorded: int) -> None:
-        shelf = Shelf()
-        shelf.put(BlobKind.DATA, digest_of(b"four"), b"four")
-        writer = ContentWriter(shelf.put, digest_of)
+        case = ReadCase()
+        case.put(BlobKind.DATA, digest_of(b"four"), b"four")
+        writer = ContentWriter(case.put, digest_of)
         writer.add(recorded, digest_of(b"four"))
         node = entry(b"f", size=recorded, content=writer.finish()[0])
         with pytest.raises(UnreadableError, match="recorded"):
-            shelf.reader(node).read(0, 10)
+            case.reader(node).read(0, 10)
 
     def test_a_size_that_the_chunks_do_not_have_is_an_error(self) -> None:
-        shelf = Shelf()
-        node, _ = shelf.file(b"some bytes")
+        case = ReadCase()
+        node, _ = case.file(b"some bytes")
         with pytest.raises(UnreadableError, match="length that is recorded"):
-            shelf.reader(replace(node, size=1 << 40)).read(0, 10)
+            case.reader(replace(node, size=1 << 40)).read(0, 10)
 
     def test_an_impossible_chunk_size_is_refused_unread(self) -> None:
-        shelf = Shelf()
-        writer = ContentWriter(shelf.put, digest_of)
+        case = ReadCase()
+        writer = ContentWriter(case.put, digest_of)
         writer.add(MAX_PLAIN_BYTES + 1, digest_of(b"x"))
         node = entry(b"f", size=MAX_PLAIN_BYTES + 1, content=writer.finish()[0])
         with pytest.raises(UnreadableError, match="impossible"):
-            shelf.reader(node).read(0, 10)
-        assert shelf.reads.total() == 0
+            case.reader(node).read(0, 10)
+        assert case.reads.total() == 0
 
 
 class TestEventLoopThread:
     def test_the_event_loop_gets_a_chunk_after_a_worker_has_decoded_it(self) -> None:
-        shelf = Shelf()
-        node, whole = shelf.file(*chunks(3, 1000))
-        cache = shelf.cache()
-        reader = shelf.reader(node, cache)
-        shelf.waiting.bind()
+        case = ReadCase()
+        node, whole = case.file(*chunks(3, 1000))
+        cache = case.cache()
+        reader = case.reader(node, cache)
+        case.waiting.bind()
         with pytest.raises(WouldBlock):
             reader.read(0, 10)
-        assert shelf.damage == []
+        assert case.damage == []
         other = threading.Thread(target=lambda: reader.read(0, len(whole)))
         other.start()
         other.join()
         assert b"".join(reader.read(0, len(whole))) == whole
 
     def test_the_event_loop_does_not_wait_for_a_thread_that_is_decoding(self) -> None:
-        shelf = Shelf()
-        node, _ = shelf.file(b"slow")
-        cache = shelf.cache()
-        shelf.gate = threading.Event()
+        case = ReadCase()
+        node, _ = case.file(b"slow")
+        cache = case.cache()
+        case.gate = threading.Event()
         other = threading.Thread(target=lambda: cache.get(digest_of(b"slow")))
         other.start()
-        while not shelf.reads:
+        while not case.reads:
             pass
-        shelf.waiting.bind()
+        case.waiting.bind()
         with pytest.raises(WouldBlock):
-            shelf.reader(node, cache).read(0, 4)
-        shelf.gate.set()
+            case.reader(node, cache).read(0, 4)
+        case.gate.set()
         other.join()
-        assert b"".join(shelf.reader(node, cache).read(0, 4)) == b"slow"
-        assert shelf.reads.total() == 1
+        assert b"".join(case.reader(node, cache).read(0, 4)) == b"slow"
+        assert case.reads.total() == 1
 
 
 class TestChunkCache:
     def test_the_chunk_cache_decodes_a_chunk_once_for_many_readers(self) -> None:
-        shelf = Shelf()
+        case = ReadCase()
         (data,) = chunks(1, 1000)
-        shelf.put(BlobKind.DATA, digest_of(data), data)
-        cache = shelf.cache()
-        shelf.gate = threading.Event()
+        case.put(BlobKind.DATA, digest_of(data), data)
+        cache = case.cache()
+        case.gate = threading.Event()
         found: list[bytes] = []
         threads = [
             threading.Thread(target=lambda: found.append(cache.get(digest_of(data))))
@@ -286,54 +286,54 @@ class TestChunkCache:
         ]
         for thread in threads:
             thread.start()
-        while not shelf.reads:
+        while not case.reads:
             pass
-        shelf.gate.set()
+        case.gate.set()
         for thread in threads:
             thread.join()
         assert found == [data] * 8
-        assert shelf.reads.total() == 1
+        assert case.reads.total() == 1
 
     def test_the_chunk_cache_reports_a_failure_to_every_reader(self) -> None:
-        shelf = Shelf()
+        case = ReadCase()
         bad = digest_of(b"bad")
-        shelf.failing[bad] = BlobError(bad, "decompression failed")
-        cache = shelf.cache()
-        shelf.gate = threading.Event()
-        told: list[str] = []
+        case.failing[bad] = BlobError(bad, "decompression failed")
+        cache = case.cache()
+        case.gate = threading.Event()
+        reported: list[str] = []
 
         def ask() -> None:
             try:
                 cache.get(bad)
             except BlobError as error:
-                told.append(error.reason)
+                reported.append(error.reason)
 
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
-        while not shelf.reads:
+        while not case.reads:
             pass
-        shelf.gate.set()
+        case.gate.set()
         for thread in threads:
             thread.join()
-        assert told == ["decompression failed"] * 4
+        assert reported == ["decompression failed"] * 4
 
     def test_the_chunk_cache_stays_in_its_bounds_and_keeps_what_is_used(self) -> None:
-        shelf = Shelf()
+        case = ReadCase()
         data = chunks(50, 10_000)
         for chunk in data:
-            shelf.put(BlobKind.DATA, digest_of(chunk), chunk)
-        cache = shelf.cache(100_000)
+            case.put(BlobKind.DATA, digest_of(chunk), chunk)
+        cache = case.cache(100_000)
         for chunk in data:
             cache.get(digest_of(chunk))
             cache.get(digest_of(data[0]))
             assert cache.cached_bytes <= 100_000
-        assert shelf.reads[digest_of(data[0])] == 1
+        assert case.reads[digest_of(data[0])] == 1
 
     def test_the_chunk_cache_serves_a_chunk_larger_than_itself(self) -> None:
-        shelf = Shelf()
-        node, whole = shelf.file(*chunks(4, 10_000))
-        assert b"".join(shelf.reader(node, shelf.cache(100)).read(0, 1 << 20)) == whole
+        case = ReadCase()
+        node, whole = case.file(*chunks(4, 10_000))
+        assert b"".join(case.reader(node, case.cache(100)).read(0, 1 << 20)) == whole
 
 
 def test_a_failing_background_task_does_not_end_the_others(

@@ -22,8 +22,8 @@ from casfs_mount.view import SnapshotView
 
 from casfs.errors import IndexUnusableError, StorageError
 from casfs.format.tree import NodeExtra, NodeType, replace
-from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file
-from tests.unit.mount.test_view import Shown, sources_of
+from tests.support.builders import MTIME_NS, Plan, RepositoryFixture, entry, file
+from tests.unit.mount.test_view import MountedView, sources_of
 
 CTX = cast(pyfuse3.RequestContext, None)
 TWICE = {"nlink": 2, "inode": 77, "extra": NodeExtra(device=5)}
@@ -69,22 +69,22 @@ def replies(monkeypatch: pytest.MonkeyPatch) -> Replies:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
-    return Keeper(tmp_path)
+def repo(tmp_path: Path) -> RepositoryFixture:
+    return RepositoryFixture(tmp_path)
 
 
 @pytest.fixture
-def shown(keeper: Keeper) -> Iterator[Shown]:
-    keeper.store(b"same")
-    shown = Shown(keeper, TREE)
-    yield shown
-    shown.repository.close()
+def mounted(repo: RepositoryFixture) -> Iterator[MountedView]:
+    repo.store(b"same")
+    mounted = MountedView(repo, TREE)
+    yield mounted
+    mounted.repository.close()
 
 
 @pytest.fixture
-async def system(shown: Shown) -> AsyncIterator[FileSystem]:
-    shown.sources.waiting.bind()
-    yield FileSystem(shown.view, DisplayOptions())
+async def system(mounted: MountedView) -> AsyncIterator[FileSystem]:
+    mounted.sources.waiting.bind()
+    yield FileSystem(mounted.view, DisplayOptions())
 
 
 @contextmanager
@@ -117,23 +117,25 @@ class TestAttributes:
         assert stat.S_ISCHR(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o4620
         assert found.st_rdev == os.makedev(1, 3)
 
-    async def test_the_owner_option_sets_the_owner_of_every_entry(self, shown: Shown) -> None:
-        system = FileSystem(shown.view, DisplayOptions(owner=(12, 34)))
+    async def test_the_owner_option_sets_the_owner_of_every_entry(
+        self, mounted: MountedView
+    ) -> None:
+        system = FileSystem(mounted.view, DisplayOptions(owner=(12, 34)))
         for name in (b"file", b"folder", b"link", b".casfs"):
             found = await system.lookup(1, name, CTX)
             assert (found.st_uid, found.st_gid) == (12, 34)
 
     async def test_attributes_of_any_value_of_the_format_are_shown(
-        self, keeper: Keeper, replies: Replies
+        self, repo: RepositoryFixture, replies: Replies
     ) -> None:
         plan: Plan = {
             b"owner": entry(b"", uid=(1 << 32) - 2, gid=(1 << 32) - 2, nlink=(1 << 32) - 1),
             b"past": entry(b"", mtime_ns=-(1 << 63), ctime_ns=(1 << 63) - 1),
             b"rdev": entry(b"", NodeType.BLOCK_DEVICE, extra=NodeExtra(rdev=(1 << 64) - 1)),
         }
-        shown = Shown(keeper, plan)
-        with shown.repository:
-            await FileSystem(shown.view, DisplayOptions()).readdir(1, 0, TOKEN)
+        mounted = MountedView(repo, plan)
+        with mounted.repository:
+            await FileSystem(mounted.view, DisplayOptions()).readdir(1, 0, TOKEN)
         assert replies.names == [b".", b"..", b"owner", b"past", b"rdev"]
 
     async def test_a_missing_name_is_cached_as_missing(self, system: FileSystem) -> None:
@@ -203,13 +205,13 @@ class TestReaddir:
             assert replies.names == whole[i + 1 :]
 
     async def test_readdir_with_replies_of_any_size_returns_every_name_once(
-        self, keeper: Keeper, replies: Replies
+        self, repo: RepositoryFixture, replies: Replies
     ) -> None:
         names = [b"%05d" % n for n in range(9000)]
-        shown = Shown(keeper, dict.fromkeys(names, b""))
-        with shown.repository:
-            shown.sources.waiting.bind()
-            system = FileSystem(shown.view, DisplayOptions())
+        mounted = MountedView(repo, dict.fromkeys(names, b""))
+        with mounted.repository:
+            mounted.sources.waiting.bind()
+            system = FileSystem(mounted.view, DisplayOptions())
             for room in (1, 100, 5000):
                 found: list[bytes] = []
                 position = 0
@@ -237,8 +239,8 @@ class TestRead:
         await system.release(opened.fh)
         assert system._open == {}
 
-    async def test_open_without_the_kernel_cache_is_direct(self, shown: Shown) -> None:
-        system = FileSystem(shown.view, DisplayOptions(kernel_cache=False))
+    async def test_open_without_the_kernel_cache_is_direct(self, mounted: MountedView) -> None:
+        system = FileSystem(mounted.view, DisplayOptions(kernel_cache=False))
         opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
         assert opened.direct_io and not opened.keep_cache
 
@@ -349,12 +351,12 @@ class TestReadOnly:
 
 class TestExtendedAttributes:
     async def test_extended_attributes_are_returned_or_reported_missing(
-        self, keeper: Keeper
+        self, repo: RepositoryFixture
     ) -> None:
         extra = NodeExtra(xattrs=((b"user.a", b"1"), (b"user.b", b"")))
-        shown = Shown(keeper, {b"f": file(b"", b"x", extra=extra)})
-        with shown.repository:
-            system = FileSystem(shown.view, DisplayOptions())
+        mounted = MountedView(repo, {b"f": file(b"", b"x", extra=extra)})
+        with mounted.repository:
+            system = FileSystem(mounted.view, DisplayOptions())
             number = await number_of(system, "f")
             assert await system.listxattr(number, CTX) == [b"user.a", b"user.b"]
             assert await system.getxattr(number, b"user.a", CTX) == b"1"
@@ -415,20 +417,20 @@ class TestErrors:
 
     @pytest.mark.expect_errors("casfs_mount.damage_log")
     async def test_an_error_in_the_middle_of_a_listing_comes_after_the_entries_found(
-        self, keeper: Keeper, replies: Replies
+        self, repo: RepositoryFixture, replies: Replies
     ) -> None:
         names = [b"%05d" % n for n in range(20_000)]
         plan: Plan = dict.fromkeys(names, b"")
-        _, snapshot = keeper.publish(plan)
-        with keeper.reading() as repository:
+        _, snapshot = repo.publish(plan)
+        with repo.reading() as repository:
             assert snapshot.root.tree is not None
             parts = repository.trees.piece(snapshot.root.tree)
             first, ref = cast(Any, parts[len(parts) // 2])
-        keeper.damage(ref.digest)
-        shown = Shown(keeper, plan)
-        with shown.repository:
-            shown.sources.waiting.bind()
-            system = FileSystem(shown.view, DisplayOptions())
+        repo.damage(ref.digest)
+        mounted = MountedView(repo, plan)
+        with mounted.repository:
+            mounted.sources.waiting.bind()
+            system = FileSystem(mounted.view, DisplayOptions())
             replies.room = 1 << 30
             position = 0
             with refused(errno.EIO):
@@ -439,22 +441,22 @@ class TestErrors:
 
 
 class TestStatfs:
-    async def test_statfs_reports_the_size_and_no_free_space(self, keeper: Keeper) -> None:
+    async def test_statfs_reports_the_size_and_no_free_space(self, repo: RepositoryFixture) -> None:
         big = replace(file(b"", b"x"), size=10_000_000_001)
-        shown = Shown(keeper, {b"big": big, b"small": b"y"})
-        with shown.repository:
-            found = await FileSystem(shown.view, DisplayOptions()).statfs(CTX)
+        mounted = MountedView(repo, {b"big": big, b"small": b"y"})
+        with mounted.repository:
+            found = await FileSystem(mounted.view, DisplayOptions()).statfs(CTX)
         assert found.f_blocks == -(-10_000_000_002 // found.f_frsize)
         assert (found.f_files, found.f_bfree, found.f_bavail, found.f_namemax) == (3, 0, 0, 255)
 
 
 class TestRepositoryMount:
     async def test_the_lists_of_a_repository_mount_may_change_and_its_files_may_not(
-        self, keeper: Keeper, replies: Replies
+        self, repo: RepositoryFixture, replies: Replies
     ) -> None:
-        keeper.store(b"content")
-        keeper.publish({b"f": b"content"})
-        with keeper.reading() as repository:
+        repo.store(b"content")
+        repo.publish({b"f": b"content"})
+        with repo.reading() as repository:
             sources = sources_of(repository)
             sources.waiting.bind()
             system = FileSystem(RepositoryView(sources), DisplayOptions())

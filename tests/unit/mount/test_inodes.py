@@ -20,11 +20,13 @@ from casfs_mount.tree_cache import TreeCache
 from casfs.digest import Digest, digest_of
 from casfs.errors import TreeError
 from casfs.format.tree import Leaf, Node, NodeType, TreeRef, encode_piece
-from tests.support.builders import Grove, Plan, entry
+from tests.support.builders import Plan, TreeFixture, entry
 
 
-def numbering(grove: Grove, root: Node, first: int = 1, cache_bytes: int = 1 << 20) -> Numbering:
-    return Numbering(root, first, TreeCache(grove.read, cache_bytes))
+def numbering(
+    trees: TreeFixture, root: Node, first: int = 1, cache_bytes: int = 1 << 20
+) -> Numbering:
+    return Numbering(root, first, TreeCache(trees.read, cache_bytes))
 
 
 def walked(numbers: Numbering) -> dict[int, bytes]:
@@ -55,8 +57,8 @@ BIG: Plan = {
 
 
 def test_inode_numbers_follow_the_order_of_a_walk() -> None:
-    grove = Grove()
-    numbers = numbering(grove, grove.plant(SMALL))
+    trees = TreeFixture()
+    numbers = numbering(trees, trees.build(SMALL))
     assert walked(numbers) == {
         1: b"",
         2: b"a",
@@ -73,8 +75,8 @@ def test_inode_numbers_follow_the_order_of_a_walk() -> None:
 
 @pytest.mark.parametrize("cache_bytes", [1, 1 << 24], ids=["cold", "warm"])
 def test_an_inode_number_leads_to_its_node_path_and_parent(cache_bytes: int) -> None:
-    grove = Grove()
-    numbers = numbering(grove, grove.plant(SMALL), 100, cache_bytes)
+    trees = TreeFixture()
+    numbers = numbering(trees, trees.build(SMALL), 100, cache_bytes)
     paths = walked(numbers)
     by_path = {path: number for number, path in paths.items()}
     for number, path in random.Random(1).sample(sorted(paths.items()), len(paths)):
@@ -84,24 +86,24 @@ def test_an_inode_number_leads_to_its_node_path_and_parent(cache_bytes: int) -> 
 
 
 def test_inode_numbers_of_a_split_directory_are_found_in_few_reads() -> None:
-    grove = Grove()
-    root = grove.plant(BIG)
-    numbers = numbering(grove, root, cache_bytes=1 << 26)
+    trees = TreeFixture()
+    root = trees.build(BIG)
+    numbers = numbering(trees, root, cache_bytes=1 << 26)
     paths = walked(numbers)
     assert len(paths) == 1 + 1 + 1 + 20_000 + 20 + 2
-    grove.reads.clear()
-    fresh = numbering(grove, root)
+    trees.reads.clear()
+    fresh = numbering(trees, root)
     number = next(number for number, path in paths.items() if path == b"crowd/015007/in")
     assert fresh.node(number).name == b"in"
-    assert len(grove.reads) <= 4
+    assert len(trees.reads) <= 4
     for number, path in random.Random(2).sample(sorted(paths.items()), 500):
         assert numbers.node(number).name == path.rpartition(b"/")[2]
         assert numbers.path(number) == path
 
 
 def test_lookup_and_listing_give_the_same_inode_number() -> None:
-    grove = Grove()
-    numbers = numbering(grove, grove.plant(BIG), cache_bytes=1 << 26)
+    trees = TreeFixture()
+    numbers = numbering(trees, trees.build(BIG), cache_bytes=1 << 26)
     crowd_number, crowd = numbers.child(1, numbers.root, b"crowd") or (0, numbers.root)
     listed = {node.name: number for number, node, _ in numbers.entries(crowd_number, crowd)}
     for name in (b"000000", b"000007", b"000008", b"010000", b"019999"):
@@ -112,8 +114,8 @@ def test_lookup_and_listing_give_the_same_inode_number() -> None:
 
 
 def test_a_listing_continues_from_any_position_that_it_gave() -> None:
-    grove = Grove()
-    numbers = numbering(grove, grove.plant(BIG), cache_bytes=1 << 26)
+    trees = TreeFixture()
+    numbers = numbering(trees, trees.build(BIG), cache_bytes=1 << 26)
     crowd_number, crowd = numbers.child(1, numbers.root, b"crowd") or (0, numbers.root)
     whole = list(numbers.entries(crowd_number, crowd))
     assert len(whole) == 20_000
@@ -123,22 +125,22 @@ def test_a_listing_continues_from_any_position_that_it_gave() -> None:
 
 
 def test_a_position_inside_a_subtree_is_rounded_up() -> None:
-    grove = Grove()
-    numbers = numbering(grove, grove.plant(SMALL))
+    trees = TreeFixture()
+    numbers = numbering(trees, trees.build(SMALL))
     assert [node.name for _, node, _ in numbers.entries(1, numbers.root, 2)] == [b"h"]
 
 
 def test_the_position_at_the_end_gives_nothing_more() -> None:
-    grove = Grove()
-    numbers = numbering(grove, grove.plant(SMALL))
+    trees = TreeFixture()
+    numbers = numbering(trees, trees.build(SMALL))
     *_, (_, _, end) = numbers.entries(1, numbers.root)
     assert list(numbers.entries(1, numbers.root, end)) == []
     assert list(numbers.entries(1, numbers.root, end + 1000)) == []
 
 
 def test_an_inode_number_outside_the_range_is_stale() -> None:
-    grove = Grove()
-    numbers = numbering(grove, grove.plant(SMALL), 100)
+    trees = TreeFixture()
+    numbers = numbering(trees, trees.build(SMALL), 100)
     for number in (0, 99, 109, 1 << 40):
         with pytest.raises(StaleError):
             numbers.node(number)
@@ -148,38 +150,38 @@ def test_an_inode_number_outside_the_range_is_stale() -> None:
 
 def test_a_tree_with_a_wrong_summary_is_refused() -> None:
     """Otherwise numbers of one directory would run into those of the next."""
-    grove = Grove()
+    trees = TreeFixture()
     leaf = encode_piece(Leaf([entry(b"one"), entry(b"two")]))
-    grove.blobs[digest_of(leaf)] = leaf
+    trees.blobs[digest_of(leaf)] = leaf
     liar = entry(b"", NodeType.DIRECTORY, tree=TreeRef(digest_of(leaf), 1, 0, 0))
-    numbers = numbering(grove, liar)
+    numbers = numbering(trees, liar)
     with pytest.raises(TreeError, match="as many entries"):
         list(numbers.entries(1, liar))
 
 
 def test_a_cached_tree_referenced_with_different_counts_is_refused() -> None:
-    grove = Grove()
-    honest = grove.plant({b"a": b"", b"b": b""})
+    trees = TreeFixture()
+    honest = trees.build({b"a": b"", b"b": b""})
     assert honest.tree is not None
-    cache = TreeCache(grove.read)
+    cache = TreeCache(trees.read)
     cache.get(honest.tree)
     with pytest.raises(TreeError):
         cache.get(TreeRef(honest.tree.digest, 5, 0, 0))
 
 
 def test_the_tree_cache_stays_in_its_bounds_and_keeps_what_is_used() -> None:
-    grove = Grove()
-    trees = [grove.plant({b"%d" % n: b""}).tree for n in range(100)]
-    one = TreeCache(grove.read)
-    assert trees[0] is not None
-    one.get(trees[0])
-    cache = TreeCache(grove.read, 10 * one.cached_bytes)
-    for tree in trees:
+    trees = TreeFixture()
+    references = [trees.build({b"%d" % n: b""}).tree for n in range(100)]
+    one = TreeCache(trees.read)
+    assert references[0] is not None
+    one.get(references[0])
+    cache = TreeCache(trees.read, 10 * one.cached_bytes)
+    for tree in references:
         assert tree is not None
         cache.get(tree)
-        cache.get(trees[0])
+        cache.get(references[0])
         assert cache.cached_bytes <= 10 * one.cached_bytes
-    assert grove.reads.count(Digest(trees[0].digest)) == 2
+    assert trees.reads.count(Digest(references[0].digest)) == 2
 
 
 class TestInodeRanges:

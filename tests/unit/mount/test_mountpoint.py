@@ -79,9 +79,12 @@ def test_a_busy_mountpoint_is_refused(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "at").mkdir()
-    for kind, said in (("fuse.casfs", "a snapshot is mounted"), ("tmpfs", "a tmpfs file system")):
+    for kind, printed in (
+        ("fuse.casfs", "a snapshot is mounted"),
+        ("tmpfs", "a tmpfs file system"),
+    ):
         pretend(monkeypatch, MountRecord(os.fsencode(tmp_path / "at"), kind))
-        with pytest.raises(CasfsError, match=said):
+        with pytest.raises(CasfsError, match=printed):
             check_mountpoint(tmp_path / "at", repository)
 
 

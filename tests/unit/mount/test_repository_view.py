@@ -21,7 +21,7 @@ from casfs.digest import SnapshotId, digest_of
 from casfs.errors import CasfsError
 from casfs.format.tree import Node, NodeType
 from casfs.repository.snapshots import SnapshotStore
-from tests.support.builders import Keeper
+from tests.support.builders import RepositoryFixture
 from tests.unit.mount.test_view import sources_of
 
 SECOND_NS = 1_000_000_000
@@ -34,23 +34,23 @@ def universal_time(monkeypatch: pytest.MonkeyPatch) -> None:
     time.tzset()
 
 
-class Catalogue:
+class RepositoryViewFixture:
     """A view of a repository with a clock that is turned by hand.
 
     LMDB opens a repository once in a process, so it is closed while something is published.
     """
 
-    def __init__(self, keeper: Keeper) -> None:
-        self.keeper = keeper
+    def __init__(self, repo: RepositoryFixture) -> None:
+        self.repo = repo
         self.now = 1000.0
-        self.repository = keeper.reading()
+        self.repository = repo.reading()
         self.sources = sources_of(self.repository)
         self.view = RepositoryView(self.sources, lambda: self.now)
 
     def change(self, what: Callable[[], object]) -> None:
         self.repository.close()
         what()
-        again = self.keeper.reading()
+        again = self.repo.reading()
         self.repository.store.index = again.store.index
         self.sources.repository.store.index = again.store.index
         self.now += FRESH_S + 0.1
@@ -85,223 +85,235 @@ class Catalogue:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
-    return Keeper(tmp_path)
+def repo(tmp_path: Path) -> RepositoryFixture:
+    return RepositoryFixture(tmp_path)
 
 
-def publish(keeper: Keeper, seconds: int, **fields: object) -> SnapshotId:
+def publish(repo: RepositoryFixture, seconds: int, **fields: object) -> SnapshotId:
     plan = {b"file": b"content at %d" % seconds}
-    return keeper.publish(plan, **({"time_ns": NOON_NS + seconds * SECOND_NS} | fields))[0]
+    return repo.publish(plan, **({"time_ns": NOON_NS + seconds * SECOND_NS} | fields))[0]
 
 
-def test_every_snapshot_is_found_by_time_id_host_and_tag(keeper: Keeper) -> None:
-    first = publish(keeper, 0, host="attic", tags=("daily",))
-    second = publish(keeper, 60, host="cellar", tags=("daily", "weekly"))
-    shown = Catalogue(keeper)
-    assert set(shown.listed()) == {b"hosts", b"ids", b"snapshots", b"tags", b"versions"}
+def test_every_snapshot_is_found_by_time_id_host_and_tag(repo: RepositoryFixture) -> None:
+    first = publish(repo, 0, host="attic", tags=("daily",))
+    second = publish(repo, 60, host="cellar", tags=("daily", "weekly"))
+    mounted = RepositoryViewFixture(repo)
+    assert set(mounted.listed()) == {b"hosts", b"ids", b"snapshots", b"tags", b"versions"}
     times = [b"2023-11-14T22:13:20", b"2023-11-14T22:14:20"]
-    assert list(shown.listed(b"snapshots")) == [times[0], b"latest", times[1]]
-    assert set(shown.listed(b"hosts")) == {b"attic", b"cellar"}
-    assert set(shown.listed(b"tags")) == {b"daily", b"weekly"}
-    assert set(shown.listed(b"tags", b"daily")) == {*times, b"latest"}
-    roots = [shown.find(b"snapshots", name) for name in times]
+    assert list(mounted.listed(b"snapshots")) == [times[0], b"latest", times[1]]
+    assert set(mounted.listed(b"hosts")) == {b"attic", b"cellar"}
+    assert set(mounted.listed(b"tags")) == {b"daily", b"weekly"}
+    assert set(mounted.listed(b"tags", b"daily")) == {*times, b"latest"}
+    roots = [mounted.find(b"snapshots", name) for name in times]
     for root, identity, places in (
         (roots[0], first, [(b"hosts", b"attic", b"latest"), (b"tags", b"daily", times[0])]),
         (roots[1], second, [(b"hosts", b"cellar", times[1]), (b"tags", b"daily", b"latest")]),
     ):
         text = identity.hex().encode()
         for path in (*places, (b"ids", text[:12]), (b"ids", text)):
-            assert shown.follow(*path) == root, path
-    assert shown.follow(b"snapshots", b"latest") == roots[1]
-    assert shown.follow(b"ids", b"latest") == roots[1]
+            assert mounted.follow(*path) == root, path
+    assert mounted.follow(b"snapshots", b"latest") == roots[1]
+    assert mounted.follow(b"ids", b"latest") == roots[1]
     for root, content in zip(roots, (b"content at 0", b"content at 60"), strict=True):
-        found = shown.view.lookup(root, b"file")
+        found = mounted.view.lookup(root, b"file")
         assert found is not None
-        assert b"".join(shown.view.open(found[0]).read(0, 100)) == content
-        assert shown.view.parent(root) == shown.find(b"snapshots")
-        assert shown.view.parent(found[0]) == root
+        assert b"".join(mounted.view.open(found[0]).read(0, 100)) == content
+        assert mounted.view.parent(root) == mounted.find(b"snapshots")
+        assert mounted.view.parent(found[0]) == root
 
 
-def test_whole_ids_are_found_but_not_listed(keeper: Keeper) -> None:
-    identity = publish(keeper, 0).hex().encode()
-    shown = Catalogue(keeper)
-    assert set(shown.listed(b"ids")) == {identity[:12], b"latest"}
-    node = shown.view.node(shown.find(b"ids", identity))
+def test_whole_ids_are_found_but_not_listed(repo: RepositoryFixture) -> None:
+    identity = publish(repo, 0).hex().encode()
+    mounted = RepositoryViewFixture(repo)
+    assert set(mounted.listed(b"ids")) == {identity[:12], b"latest"}
+    node = mounted.view.node(mounted.find(b"ids", identity))
     assert node.content == b"../snapshots/2023-11-14T22:13:20"
-    assert shown.view.lookup(shown.find(b"ids"), identity[:20]) is None
+    assert mounted.view.lookup(mounted.find(b"ids"), identity[:20]) is None
 
 
-def test_an_empty_repository_view_has_its_directories(keeper: Keeper) -> None:
-    shown = Catalogue(keeper)
-    for name in shown.listed():
-        assert shown.listed(name) == {}
-    assert shown.view.statfs_totals() == (0, 0)
+def test_an_empty_repository_view_has_its_directories(repo: RepositoryFixture) -> None:
+    mounted = RepositoryViewFixture(repo)
+    for name in mounted.listed():
+        assert mounted.listed(name) == {}
+    assert mounted.view.statfs_totals() == (0, 0)
 
 
-def test_numbers_of_different_snapshots_never_meet_and_stay_the_same(keeper: Keeper) -> None:
+def test_numbers_of_different_snapshots_never_meet_and_stay_the_same(
+    repo: RepositoryFixture,
+) -> None:
     for n in range(20):
-        publish(keeper, n)
+        publish(repo, n)
     numbers = []
     for _ in range(2):
-        shown = Catalogue(keeper)
+        mounted = RepositoryViewFixture(repo)
         found = {}
-        for name, (root, node) in shown.listed(b"snapshots").items():
+        for name, (root, node) in mounted.listed(b"snapshots").items():
             if node.kind == NodeType.DIRECTORY:
                 found[name] = root
-                found[name + b"/"] = shown.find(b"snapshots", name, b"file")
-        shown.repository.close()
+                found[name + b"/"] = mounted.find(b"snapshots", name, b"file")
+        mounted.repository.close()
         assert len(set(found.values())) == len(found) == 40
         assert min(found.values()) >= LISTINGS_END
         numbers.append(found)
     assert numbers[0] == numbers[1]
 
 
-def test_snapshots_of_the_same_second_have_different_names(keeper: Keeper) -> None:
+def test_snapshots_of_the_same_second_have_different_names(repo: RepositoryFixture) -> None:
     for n in range(3):
-        publish(keeper, 0, user=f"user {n}")
-    shown = Catalogue(keeper)
-    names = sorted(name for name in shown.listed(b"snapshots") if name != b"latest")
+        publish(repo, 0, user=f"user {n}")
+    mounted = RepositoryViewFixture(repo)
+    names = sorted(name for name in mounted.listed(b"snapshots") if name != b"latest")
     assert len(names) == 3
     assert names[0] == b"2023-11-14T22:13:20"
     assert all(name.startswith(names[0]) for name in names)
-    assert len({shown.find(b"snapshots", name) for name in names}) == 3
+    assert len({mounted.find(b"snapshots", name) for name in names}) == 3
 
 
-def test_a_new_snapshot_appears_and_is_the_latest(keeper: Keeper) -> None:
-    publish(keeper, 0)
-    shown = Catalogue(keeper)
-    before = shown.listed(b"snapshots")
-    assert shown.follow(b"snapshots", b"latest") == shown.find(b"snapshots", b"2023-11-14T22:13:20")
-    shown.change(lambda: publish(keeper, 60, host="new"))
-    after = shown.listed(b"snapshots")
+def test_a_new_snapshot_appears_and_is_the_latest(repo: RepositoryFixture) -> None:
+    publish(repo, 0)
+    mounted = RepositoryViewFixture(repo)
+    before = mounted.listed(b"snapshots")
+    assert mounted.follow(b"snapshots", b"latest") == mounted.find(
+        b"snapshots", b"2023-11-14T22:13:20"
+    )
+    mounted.change(lambda: publish(repo, 60, host="new"))
+    after = mounted.listed(b"snapshots")
     assert len(after) == len(before) + 1
     assert before[b"2023-11-14T22:13:20"][0] == after[b"2023-11-14T22:13:20"][0]
-    assert shown.follow(b"snapshots", b"latest") == after[b"2023-11-14T22:14:20"][0]
-    assert b"new" in shown.listed(b"hosts")
+    assert mounted.follow(b"snapshots", b"latest") == after[b"2023-11-14T22:14:20"][0]
+    assert b"new" in mounted.listed(b"hosts")
 
 
 def test_the_list_is_not_read_again_within_a_second(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish(keeper, 0)
-    shown = Catalogue(keeper)
+    publish(repo, 0)
+    mounted = RepositoryViewFixture(repo)
     reads: list[float] = []
     whole = SnapshotStore.ids
 
     def counted(snapshots: SnapshotStore) -> list[SnapshotId]:
-        reads.append(shown.now)
+        reads.append(mounted.now)
         return whole(snapshots)
 
     monkeypatch.setattr(SnapshotStore, "ids", counted)
     for step in (0.0, 0.3, 0.3, 0.3, 0.3):
-        shown.now += step
-        shown.listed(b"snapshots")
+        mounted.now += step
+        mounted.listed(b"snapshots")
     assert len(reads) == 2
 
 
-def test_a_forgotten_snapshot_leaves_the_lists_and_still_serves_its_users(keeper: Keeper) -> None:
-    first = publish(keeper, 0, host="gone", tags=("gone",))
-    publish(keeper, 60)
-    shown = Catalogue(keeper)
-    file = shown.find(b"snapshots", b"2023-11-14T22:13:20", b"file")
+def test_a_forgotten_snapshot_leaves_the_lists_and_still_serves_its_users(
+    repo: RepositoryFixture,
+) -> None:
+    first = publish(repo, 0, host="gone", tags=("gone",))
+    publish(repo, 60)
+    mounted = RepositoryViewFixture(repo)
+    file = mounted.find(b"snapshots", b"2023-11-14T22:13:20", b"file")
 
     def forget() -> None:
-        with keeper.writing() as repository:
+        with repo.writing() as repository:
             repository.snapshots.delete(first)
 
-    link = shown.find(b"hosts", b"gone", b"latest")
-    folder = shown.find(b"hosts", b"gone")
-    shown.change(forget)
-    assert set(shown.listed(b"snapshots")) == {b"2023-11-14T22:14:20", b"latest"}
-    assert set(shown.listed(b"ids")) != {first.hex()[:12].encode()}
-    assert b"gone" not in {**shown.listed(b"hosts"), **shown.listed(b"tags")}
+    link = mounted.find(b"hosts", b"gone", b"latest")
+    folder = mounted.find(b"hosts", b"gone")
+    mounted.change(forget)
+    assert set(mounted.listed(b"snapshots")) == {b"2023-11-14T22:14:20", b"latest"}
+    assert set(mounted.listed(b"ids")) != {first.hex()[:12].encode()}
+    assert b"gone" not in {**mounted.listed(b"hosts"), **mounted.listed(b"tags")}
     for number in (link, folder):
         with pytest.raises(StaleError):
-            shown.view.node(number)
-    assert b"".join(shown.view.open(file).read(0, 100)) == b"content at 0"
-    shown.now += 30 * 3600
-    shown.listed(b"snapshots")
-    shown.now += 30 * 3600
-    shown.listed(b"snapshots")
+            mounted.view.node(number)
+    assert b"".join(mounted.view.open(file).read(0, 100)) == b"content at 0"
+    mounted.now += 30 * 3600
+    mounted.listed(b"snapshots")
+    mounted.now += 30 * 3600
+    mounted.listed(b"snapshots")
     with pytest.raises(StaleError):
-        shown.view.node(file)
+        mounted.view.node(file)
 
 
-def test_a_listing_continues_where_it_was_although_snapshots_come_and_go(keeper: Keeper) -> None:
-    ids = [publish(keeper, 60 * n) for n in range(6)]
-    shown = Catalogue(keeper)
-    snapshots = shown.find(b"snapshots")
-    whole = list(shown.view.entries(snapshots, 0))
+def test_a_listing_continues_where_it_was_although_snapshots_come_and_go(
+    repo: RepositoryFixture,
+) -> None:
+    ids = [publish(repo, 60 * n) for n in range(6)]
+    mounted = RepositoryViewFixture(repo)
+    snapshots = mounted.find(b"snapshots")
+    whole = list(mounted.view.entries(snapshots, 0))
     position = whole[3][2]
 
     def both() -> None:
-        with keeper.writing() as repository:
+        with repo.writing() as repository:
             repository.snapshots.delete(ids[0])
-        publish(keeper, 60 * 6)
+        publish(repo, 60 * 6)
 
-    shown.change(both)
-    rest = [node.name for _, node, _ in shown.view.entries(snapshots, position)]
+    mounted.change(both)
+    rest = [node.name for _, node, _ in mounted.view.entries(snapshots, position)]
     seen = {node.name for _, node, _ in whole[:4]}
     assert rest[:-1] == [node.name for _, node, _ in whole[4:]]
     assert rest[-1] == time_name(NOON_NS + 360 * SECOND_NS)
     assert seen.isdisjoint(rest)
 
 
-def test_a_snapshot_that_another_replaces_is_not_shown(keeper: Keeper) -> None:
-    first = publish(keeper, 0)
-    publish(keeper, 0, tags=("kept",), replaces=bytes(first))
-    shown = Catalogue(keeper)
-    assert len(shown.listed(b"ids")) == 2
-    assert b"kept" in shown.listed(b"tags")
+def test_a_snapshot_that_another_replaces_is_not_shown(repo: RepositoryFixture) -> None:
+    first = publish(repo, 0)
+    publish(repo, 0, tags=("kept",), replaces=bytes(first))
+    mounted = RepositoryViewFixture(repo)
+    assert len(mounted.listed(b"ids")) == 2
+    assert b"kept" in mounted.listed(b"tags")
 
 
 @pytest.mark.expect_errors("casfs_mount.repository_view")
 def test_a_damaged_snapshot_is_logged_once_and_the_others_are_shown(
-    keeper: Keeper, caplog: pytest.LogCaptureFixture
+    repo: RepositoryFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bad = publish(keeper, 0)
-    publish(keeper, 60)
-    path = keeper.root / "snapshots" / bad.hex()
+    bad = publish(repo, 0)
+    publish(repo, 60)
+    path = repo.root / "snapshots" / bad.hex()
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    shown = Catalogue(keeper)
+    mounted = RepositoryViewFixture(repo)
     for _ in range(3):
-        assert set(shown.listed(b"snapshots")) == {b"2023-11-14T22:14:20", b"latest"}
-        shown.now += 2 * FRESH_S
+        assert set(mounted.listed(b"snapshots")) == {b"2023-11-14T22:14:20", b"latest"}
+        mounted.now += 2 * FRESH_S
     assert len([r for r in caplog.records if r.name == "casfs_mount.repository_view"]) == 1
 
 
-def test_a_repository_that_went_away_is_an_error_and_not_an_empty_list(keeper: Keeper) -> None:
-    publish(keeper, 0)
-    shown = Catalogue(keeper)
-    shown.listed(b"snapshots")
-    keeper.root.rename(keeper.root.with_name("elsewhere"))
-    shown.now += 2 * FRESH_S
+def test_a_repository_that_went_away_is_an_error_and_not_an_empty_list(
+    repo: RepositoryFixture,
+) -> None:
+    publish(repo, 0)
+    mounted = RepositoryViewFixture(repo)
+    mounted.listed(b"snapshots")
+    repo.root.rename(repo.root.with_name("elsewhere"))
+    mounted.now += 2 * FRESH_S
     with pytest.raises(CasfsError):
-        shown.listed(b"snapshots")
-    keeper.root.with_name("elsewhere").rename(keeper.root)
-    assert len(shown.listed(b"snapshots")) == 2
+        mounted.listed(b"snapshots")
+    repo.root.with_name("elsewhere").rename(repo.root)
+    assert len(mounted.listed(b"snapshots")) == 2
 
 
-def test_the_event_loop_thread_never_reads_the_list_of_snapshots(keeper: Keeper) -> None:
-    publish(keeper, 0)
-    shown = Catalogue(keeper)
-    shown.sources.waiting.bind()
+def test_the_event_loop_thread_never_reads_the_list_of_snapshots(repo: RepositoryFixture) -> None:
+    publish(repo, 0)
+    mounted = RepositoryViewFixture(repo)
+    mounted.sources.waiting.bind()
     with pytest.raises(WouldBlock):
-        shown.view.node(ROOT)
+        mounted.view.node(ROOT)
 
 
-def test_hosts_and_tags_of_any_text_are_different_and_possible_names(keeper: Keeper) -> None:
+def test_hosts_and_tags_of_any_text_are_different_and_possible_names(
+    repo: RepositoryFixture,
+) -> None:
     texts = ["a/b", "a%2Fb", ".", "..", "%", "", "x" * 300, "x" * 299 + "y", "tab\t", "é", "latest"]
     for n, text in enumerate(texts):
-        publish(keeper, n, host=text)
-    shown = Catalogue(keeper)
-    names = set(shown.listed(b"hosts"))
+        publish(repo, n, host=text)
+    mounted = RepositoryViewFixture(repo)
+    names = set(mounted.listed(b"hosts"))
     assert len(names) == len(texts)
     for name in names:
         assert 0 < len(name) <= 255 and b"/" not in name and name not in (b".", b"..")
-        assert shown.view.lookup(shown.follow(b"hosts", name, b"latest"), b"file") is not None
+        assert mounted.view.lookup(mounted.follow(b"hosts", name, b"latest"), b"file") is not None
 
 
 def test_safe_names_are_readable_where_they_can_be() -> None:

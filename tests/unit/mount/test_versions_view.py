@@ -11,25 +11,25 @@ from casfs_mount.event_loop_guard import WouldBlock
 from casfs_mount.inodes import LISTINGS_END, VERSIONS, StaleError
 
 from casfs.format.tree import NodeType
-from tests.support.builders import Keeper, reference
-from tests.unit.mount.test_repository_view import NOON_NS, SECOND_NS, Catalogue
+from tests.support.builders import RepositoryFixture, reference
+from tests.unit.mount.test_repository_view import NOON_NS, SECOND_NS, RepositoryViewFixture
 
 
 @pytest.fixture
-def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keeper:
+def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RepositoryFixture:
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
-    keeper = Keeper(tmp_path)
+    repo = RepositoryFixture(tmp_path)
     for n, content in enumerate((b"1", b"1", b"2", b"1")):
-        keeper.publish({b"d": {b"f": content}, b"other": b"x"}, time_ns=NOON_NS + n * SECOND_NS)
-    return keeper
+        repo.publish({b"d": {b"f": content}, b"other": b"x"}, time_ns=NOON_NS + n * SECOND_NS)
+    return repo
 
 
 FIRST, THIRD = b"2023-11-14T22:13:20", b"2023-11-14T22:13:22"
 
 
-def test_a_path_lists_a_link_for_each_version(keeper: Keeper) -> None:
-    catalogue = Catalogue(keeper)
+def test_a_path_lists_a_link_for_each_version(repo: RepositoryFixture) -> None:
+    catalogue = RepositoryViewFixture(repo)
     found = catalogue.listed(b"versions", b"d", b"f")
     assert {name: node.content for name, (_, node) in found.items()} == {
         FIRST: b"../../../snapshots/" + FIRST + b"/d/f",
@@ -40,8 +40,8 @@ def test_a_path_lists_a_link_for_each_version(keeper: Keeper) -> None:
     assert list(catalogue.listed(b"versions")) == [FIRST, THIRD], "of the whole snapshot"
 
 
-def test_paths_below_versions_are_reachable_but_not_listed(keeper: Keeper) -> None:
-    catalogue = Catalogue(keeper)
+def test_paths_below_versions_are_reachable_but_not_listed(repo: RepositoryFixture) -> None:
+    catalogue = RepositoryViewFixture(repo)
     assert b"d" not in catalogue.listed(b"versions")
     number = catalogue.find(b"versions")
     assert catalogue.view.lookup(number, b"d") is not None
@@ -51,8 +51,8 @@ def test_paths_below_versions_are_reachable_but_not_listed(keeper: Keeper) -> No
     assert list(catalogue.view.entries(link, 0)) == []
 
 
-def test_inode_numbers_of_versions_are_stable_and_lead_back(keeper: Keeper) -> None:
-    catalogue = Catalogue(keeper)
+def test_inode_numbers_of_versions_are_stable_and_lead_back(repo: RepositoryFixture) -> None:
+    catalogue = RepositoryViewFixture(repo)
     folder = catalogue.find(b"versions", b"d", b"f")
     link = catalogue.find(b"versions", b"d", b"f", FIRST)
     assert VERSIONS <= folder < LISTINGS_END
@@ -67,24 +67,24 @@ def test_inode_numbers_of_versions_are_stable_and_lead_back(keeper: Keeper) -> N
     assert not view.is_immutable(folder)
 
 
-def test_a_listing_of_versions_continues_from_any_position(keeper: Keeper) -> None:
-    catalogue = Catalogue(keeper)
+def test_a_listing_of_versions_continues_from_any_position(repo: RepositoryFixture) -> None:
+    catalogue = RepositoryViewFixture(repo)
     folder = catalogue.find(b"versions", b"d")
     (_, _, after), second = catalogue.view.entries(folder, 0)
     assert [entry[1].name for entry in catalogue.view.entries(folder, after)] == [THIRD]
     assert list(catalogue.view.entries(folder, second[2])) == []
 
 
-def test_new_snapshots_add_versions_and_forgotten_ones_remove_them(keeper: Keeper) -> None:
-    catalogue = Catalogue(keeper)
+def test_new_snapshots_add_versions_and_forgotten_ones_remove_them(repo: RepositoryFixture) -> None:
+    catalogue = RepositoryViewFixture(repo)
     link = catalogue.find(b"versions", b"d", b"f", THIRD)
-    with keeper.reading() as repository:
+    with repo.reading() as repository:
         third = list(repository.snapshots.iterate())[2][0]
 
     def change() -> None:
-        with keeper.writing() as repository:
+        with repo.writing() as repository:
             repository.snapshots.delete(third)
-        keeper.publish({b"new": b"n", b"d": {b"f": b"3"}}, time_ns=NOON_NS + 9 * SECOND_NS)
+        repo.publish({b"new": b"n", b"d": {b"f": b"3"}}, time_ns=NOON_NS + 9 * SECOND_NS)
 
     catalogue.change(change)
     assert list(catalogue.listed(b"versions", b"d", b"f")) == [FIRST, b"2023-11-14T22:13:29"]
@@ -93,24 +93,24 @@ def test_new_snapshots_add_versions_and_forgotten_ones_remove_them(keeper: Keepe
         catalogue.view.node(link)
 
 
-def test_a_path_of_a_forgotten_snapshot_is_no_longer_found(keeper: Keeper) -> None:
-    keeper.publish({b"passing": b"p"}, time_ns=NOON_NS + 9 * SECOND_NS)
-    catalogue = Catalogue(keeper)
+def test_a_path_of_a_forgotten_snapshot_is_no_longer_found(repo: RepositoryFixture) -> None:
+    repo.publish({b"passing": b"p"}, time_ns=NOON_NS + 9 * SECOND_NS)
+    catalogue = RepositoryViewFixture(repo)
     number = catalogue.find(b"versions")
     assert catalogue.view.lookup(number, b"passing") is not None
-    with keeper.reading() as repository:
+    with repo.reading() as repository:
         last = list(repository.snapshots.iterate())[-1][0]
 
     def change() -> None:
-        with keeper.writing() as repository:
+        with repo.writing() as repository:
             repository.snapshots.delete(last)
 
     catalogue.change(change)
     assert catalogue.view.lookup(number, b"passing") is None
 
 
-def test_the_event_loop_thread_does_not_search_for_versions(keeper: Keeper) -> None:
-    catalogue = Catalogue(keeper)
+def test_the_event_loop_thread_does_not_search_for_versions(repo: RepositoryFixture) -> None:
+    catalogue = RepositoryViewFixture(repo)
     number = catalogue.find(b"versions")
     found = catalogue.find(b"versions", b"d")
     assert len(list(catalogue.view.entries(found, 0))) == 2
@@ -122,10 +122,10 @@ def test_the_event_loop_thread_does_not_search_for_versions(keeper: Keeper) -> N
 
 
 def test_the_versions_view_remembers_a_bounded_number_of_paths(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(casfs_mount.versions_view, "_MOST_NUMBERS", 4)
-    catalogue = Catalogue(keeper)
+    catalogue = RepositoryViewFixture(repo)
     old = catalogue.find(b"versions", b"other")
     catalogue.find(b"versions", b"d", b"f", FIRST)
     catalogue.find(b"versions", b"d", b"f", THIRD)
@@ -137,12 +137,12 @@ def test_the_versions_view_remembers_a_bounded_number_of_paths(
 
 @pytest.mark.expect_errors("casfs_mount.versions_view")
 def test_a_damaged_snapshot_is_logged_and_versions_of_the_others_are_shown(
-    keeper: Keeper, caplog: pytest.LogCaptureFixture
+    repo: RepositoryFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with keeper.reading() as repository:
+    with repo.reading() as repository:
         roots = [snapshot.root for _, snapshot in repository.snapshots.iterate()]
-    keeper.damage(reference(roots[2]))
-    catalogue = Catalogue(keeper)
+    repo.damage(reference(roots[2]))
+    catalogue = RepositoryViewFixture(repo)
     assert list(catalogue.listed(b"versions", b"d", b"f")) == [FIRST]
     assert list(catalogue.listed(b"versions", b"d")) == [FIRST]
     assert caplog.text.count("digest mismatch") == 1

@@ -31,7 +31,15 @@ from casfs.errors import BlobError
 from casfs.format.tree import Node, NodeExtra, NodeType, replace
 from casfs.repository.repository import Repository
 from casfs.trees.content import EXTENT, HOLE, ContentWriter
-from tests.support.builders import Grove, Keeper, Plan, entry, file, flagged, reference
+from tests.support.builders import (
+    Plan,
+    RepositoryFixture,
+    TreeFixture,
+    entry,
+    file,
+    flagged,
+    reference,
+)
 
 TREE: Plan = {
     b"folder": {
@@ -62,12 +70,12 @@ def sources_of(repository: Repository, deny_changed: bool = False) -> MountConte
     )
 
 
-class Shown:
+class MountedView:
     """A planted snapshot and its view."""
 
-    def __init__(self, keeper: Keeper, plan: Plan, deny_changed: bool = False) -> None:
-        self.snapshot_id, self.snapshot = keeper.publish(plan)
-        self.repository = keeper.reading()
+    def __init__(self, repo: RepositoryFixture, plan: Plan, deny_changed: bool = False) -> None:
+        self.snapshot_id, self.snapshot = repo.publish(plan)
+        self.repository = repo.reading()
         self.sources = sources_of(self.repository, deny_changed)
         root = self.snapshot.root
         self.view = SnapshotView(self.sources, self.snapshot_id, self.snapshot, root, 1)
@@ -89,67 +97,67 @@ class Shown:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
-    return Keeper(tmp_path)
+def repo(tmp_path: Path) -> RepositoryFixture:
+    return RepositoryFixture(tmp_path)
 
 
 @pytest.fixture
-def shown(keeper: Keeper) -> Iterator[Shown]:
-    keeper.store(b"mixture", b"with attributes")
-    shown = Shown(keeper, TREE)
-    yield shown
-    shown.repository.close()
+def mounted(repo: RepositoryFixture) -> Iterator[MountedView]:
+    repo.store(b"mixture", b"with attributes")
+    mounted = MountedView(repo, TREE)
+    yield mounted
+    mounted.repository.close()
 
 
 class TestSnapshotTree:
-    def test_entries_are_found_by_name_and_by_listing(self, shown: Shown) -> None:
-        names = [node.name for _, node, _ in shown.view.entries(1, 0)]
+    def test_entries_are_found_by_name_and_by_listing(self, mounted: MountedView) -> None:
+        names = [node.name for _, node, _ in mounted.view.entries(1, 0)]
         assert names == [b"folder", b"link", b"tagged"]
-        for number, node, _ in shown.view.entries(1, 0):
-            assert shown.view.lookup(1, node.name) == (number, node)
-            assert shown.view.node(number) == node
-            assert shown.view.parent(number) == 1
-        assert shown.view.lookup(1, b"missing") is None
-        assert shown.view.node(shown.find(b"link")).content == b"folder/plain"
-        assert shown.view.parent(1) == 1
+        for number, node, _ in mounted.view.entries(1, 0):
+            assert mounted.view.lookup(1, node.name) == (number, node)
+            assert mounted.view.node(number) == node
+            assert mounted.view.parent(number) == 1
+        assert mounted.view.lookup(1, b"missing") is None
+        assert mounted.view.node(mounted.find(b"link")).content == b"folder/plain"
+        assert mounted.view.parent(1) == 1
 
-    def test_the_totals_of_a_snapshot_are_known_without_a_walk(self, shown: Shown) -> None:
-        assert shown.view.statfs_totals() == (7 + 13 + 15, 7)
+    def test_the_totals_of_a_snapshot_are_known_without_a_walk(self, mounted: MountedView) -> None:
+        assert mounted.view.statfs_totals() == (7 + 13 + 15, 7)
 
-    def test_an_inode_number_behind_the_snapshot_is_stale(self, shown: Shown) -> None:
+    def test_an_inode_number_behind_the_snapshot_is_stale(self, mounted: MountedView) -> None:
         with pytest.raises(StaleError):
-            shown.view.node(7 + 1 + REPORT_NUMBERS)
+            mounted.view.node(7 + 1 + REPORT_NUMBERS)
 
-    def test_only_regular_files_can_be_opened(self, shown: Shown) -> None:
+    def test_only_regular_files_can_be_opened(self, mounted: MountedView) -> None:
         for path in (b"folder", b"link", b".casfs"):
             with pytest.raises(RefusedError):
-                shown.view.open(shown.find(path))
+                mounted.view.open(mounted.find(path))
 
 
 class TestExtendedAttributes:
-    def test_extended_attributes_of_a_file_are_listed_and_read(self, shown: Shown) -> None:
-        number = shown.find(b"tagged")
-        assert shown.view.xattr_names(number) == [b"security.capability", b"user.own"]
-        assert shown.view.xattr(number, b"user.own") == b"mine"
-        assert shown.view.xattr(number, b"security.capability") == b"\1\2"
-        assert shown.view.xattr(number, b"user.other") is None
+    def test_extended_attributes_of_a_file_are_listed_and_read(self, mounted: MountedView) -> None:
+        number = mounted.find(b"tagged")
+        assert mounted.view.xattr_names(number) == [b"security.capability", b"user.own"]
+        assert mounted.view.xattr(number, b"user.own") == b"mine"
+        assert mounted.view.xattr(number, b"security.capability") == b"\1\2"
+        assert mounted.view.xattr(number, b"user.other") is None
 
-    def test_casfs_attributes_are_read_by_name_and_never_listed(self, shown: Shown) -> None:
-        number = shown.find(b"folder/deep/changed\nhere")
-        assert shown.view.xattr_names(number) == []
+    def test_casfs_attributes_are_read_by_name_and_never_listed(self, mounted: MountedView) -> None:
+        number = mounted.find(b"folder/deep/changed\nhere")
+        assert mounted.view.xattr_names(number) == []
         for name, value in (
             (b"capture", b"changed"),
             (b"captured", digest_of(b"mixture").hex().encode()),
             (b"observed", digest_of(b"seen when read again").hex().encode()),
             (b"reason", b"rewritten"),
             (b"attempts", b"3"),
-            (b"snapshot", shown.snapshot_id.hex().encode()),
+            (b"snapshot", mounted.snapshot_id.hex().encode()),
             (b"nonsense", None),
         ):
-            assert shown.view.xattr(number, b"user.casfs." + name) == value, name
+            assert mounted.view.xattr(number, b"user.casfs." + name) == value, name
 
-    def test_casfs_attributes_describe_a_stable_file(self, shown: Shown) -> None:
-        number = shown.find(b"folder/plain")
+    def test_casfs_attributes_describe_a_stable_file(self, mounted: MountedView) -> None:
+        number = mounted.find(b"folder/plain")
         digest = digest_of(b"plain content").hex().encode()
         for name, value in (
             (b"capture", b"stable"),
@@ -158,166 +166,182 @@ class TestExtendedAttributes:
             (b"reason", b"none"),
             (b"attempts", b"1"),
         ):
-            assert shown.view.xattr(number, b"user.casfs." + name) == value, name
+            assert mounted.view.xattr(number, b"user.casfs." + name) == value, name
 
-    def test_casfs_attributes_of_a_directory_name_only_its_snapshot(self, shown: Shown) -> None:
-        number = shown.find(b"folder")
-        assert shown.view.xattr(number, b"user.casfs.capture") is None
-        assert shown.view.xattr(number, b"user.casfs.snapshot") is not None
+    def test_casfs_attributes_of_a_directory_name_only_its_snapshot(
+        self, mounted: MountedView
+    ) -> None:
+        number = mounted.find(b"folder")
+        assert mounted.view.xattr(number, b"user.casfs.capture") is None
+        assert mounted.view.xattr(number, b"user.casfs.snapshot") is not None
 
     def test_a_files_own_attribute_hides_a_casfs_attribute_of_that_name(
-        self, keeper: Keeper
+        self, repo: RepositoryFixture
     ) -> None:
         own = NodeExtra(xattrs=((b"user.casfs.capture", b"mine"),))
-        shown = Shown(keeper, {b"f": file(b"", b"x", extra=own)})
-        with shown.repository:
-            assert shown.view.xattr(shown.find(b"f"), b"user.casfs.capture") == b"mine"
+        mounted = MountedView(repo, {b"f": file(b"", b"x", extra=own)})
+        with mounted.repository:
+            assert mounted.view.xattr(mounted.find(b"f"), b"user.casfs.capture") == b"mine"
 
 
 class TestOpeningChangedFile:
     def test_opening_a_changed_file_is_logged_once(
-        self, shown: Shown, caplog: pytest.LogCaptureFixture
+        self, mounted: MountedView, caplog: pytest.LogCaptureFixture
     ) -> None:
-        number = shown.find(b"folder/deep/changed\nhere")
+        number = mounted.find(b"folder/deep/changed\nhere")
         with caplog.at_level(logging.WARNING, "casfs_mount"):
             for _ in range(3):
-                assert b"".join(shown.view.open(number).read(0, 100)) == b"mixture"
+                assert b"".join(mounted.view.open(number).read(0, 100)) == b"mixture"
         (record,) = caplog.records
         assert "folder/deep/changed\\nhere" in record.getMessage()
 
     def test_opening_a_changed_file_can_be_denied(
-        self, keeper: Keeper, caplog: pytest.LogCaptureFixture
+        self, repo: RepositoryFixture, caplog: pytest.LogCaptureFixture
     ) -> None:
-        shown = Shown(keeper, TREE, deny_changed=True)
-        number = shown.find(b"folder/deep/changed\nhere")
-        with shown.repository:
+        mounted = MountedView(repo, TREE, deny_changed=True)
+        number = mounted.find(b"folder/deep/changed\nhere")
+        with mounted.repository:
             for _ in range(2):
                 with pytest.raises(RefusedError) as caught:
-                    shown.view.open(number)
+                    mounted.view.open(number)
                 assert caught.value.errno == errno.EIO
-            shown.view.open(shown.find(b"folder/plain"))
+            mounted.view.open(mounted.find(b"folder/plain"))
         assert "denied" in caplog.text
 
 
 class TestReportFolder:
-    def test_the_report_folder_is_found_but_not_listed(self, shown: Shown) -> None:
-        number = shown.find(b".casfs")
-        assert shown.view.node(number).kind == NodeType.DIRECTORY
-        assert [node.name for _, node, _ in shown.view.entries(1, 0)].count(b".casfs") == 0
-        names = [node.name for _, node, _ in shown.view.entries(number, 0)]
+    def test_the_report_folder_is_found_but_not_listed(self, mounted: MountedView) -> None:
+        number = mounted.find(b".casfs")
+        assert mounted.view.node(number).kind == NodeType.DIRECTORY
+        assert [node.name for _, node, _ in mounted.view.entries(1, 0)].count(b".casfs") == 0
+        names = [node.name for _, node, _ in mounted.view.entries(number, 0)]
         assert names == [b"changed", b"damage", b"manifest.b3", b"snapshot.json"]
-        assert shown.view.parent(number) == 1
-        assert shown.view.parent(shown.find(b".casfs/changed")) == number
-        assert shown.view.lookup(number, b"other") is None
+        assert mounted.view.parent(number) == 1
+        assert mounted.view.parent(mounted.find(b".casfs/changed")) == number
+        assert mounted.view.lookup(number, b"other") is None
 
-    def test_the_report_folder_is_only_at_the_root(self, shown: Shown) -> None:
-        assert shown.view.lookup(shown.find(b"folder"), b".casfs") is None
+    def test_the_report_folder_is_only_at_the_root(self, mounted: MountedView) -> None:
+        assert mounted.view.lookup(mounted.find(b"folder"), b".casfs") is None
 
-    def test_the_report_folder_gives_way_to_a_real_entry_of_its_name(self, keeper: Keeper) -> None:
-        shown = Shown(keeper, {b".casfs": {b"real": b""}})
-        with shown.repository:
-            number = shown.find(b".casfs")
-            assert [node.name for _, node, _ in shown.view.entries(number, 0)] == [b"real"]
+    def test_the_report_folder_gives_way_to_a_real_entry_of_its_name(
+        self, repo: RepositoryFixture
+    ) -> None:
+        mounted = MountedView(repo, {b".casfs": {b"real": b""}})
+        with mounted.repository:
+            number = mounted.find(b".casfs")
+            assert [node.name for _, node, _ in mounted.view.entries(number, 0)] == [b"real"]
 
-    def test_a_listing_of_the_report_folder_continues_from_a_position(self, shown: Shown) -> None:
-        number = shown.find(b".casfs")
-        whole = list(shown.view.entries(number, 0))
-        assert list(shown.view.entries(number, whole[1][2])) == whole[2:]
+    def test_a_listing_of_the_report_folder_continues_from_a_position(
+        self, mounted: MountedView
+    ) -> None:
+        number = mounted.find(b".casfs")
+        whole = list(mounted.view.entries(number, 0))
+        assert list(mounted.view.entries(number, whole[1][2])) == whole[2:]
 
-    def test_the_changed_report_has_one_line_for_each_changed_file(self, shown: Shown) -> None:
-        assert shown.text(b".casfs/changed") == b"folder/deep/changed\\nhere\n"
+    def test_the_changed_report_has_one_line_for_each_changed_file(
+        self, mounted: MountedView
+    ) -> None:
+        assert mounted.text(b".casfs/changed") == b"folder/deep/changed\\nhere\n"
 
-    def test_the_changed_report_reads_nothing_where_no_file_changed(self, keeper: Keeper) -> None:
-        shown = Shown(keeper, {b"a": {b"b": b""}})
-        with shown.repository:
-            number = shown.find(b".casfs/changed")
-            shown.sources.pieces.get = None  # type: ignore[assignment,method-assign]
-            shown.repository.trees._read = None  # type: ignore[assignment]
-            assert b"".join(shown.view.open(number).read(0, 10)) == b""
+    def test_the_changed_report_reads_nothing_where_no_file_changed(
+        self, repo: RepositoryFixture
+    ) -> None:
+        mounted = MountedView(repo, {b"a": {b"b": b""}})
+        with mounted.repository:
+            number = mounted.find(b".casfs/changed")
+            mounted.sources.pieces.get = None  # type: ignore[assignment,method-assign]
+            mounted.repository.trees._read = None  # type: ignore[assignment]
+            assert b"".join(mounted.view.open(number).read(0, 10)) == b""
 
-    def test_the_snapshot_report_is_json_of_the_reported_size(self, shown: Shown) -> None:
-        text = shown.text(b".casfs/snapshot.json")
-        assert shown.view.node(shown.find(b".casfs/snapshot.json")).size == len(text)
-        told = json.loads(text)
-        assert told["id"] == shown.snapshot_id.hex()
-        assert (told["host"], told["entries"], told["flagged"]) == ("here", 6, 1)
+    def test_the_snapshot_report_is_json_of_the_reported_size(self, mounted: MountedView) -> None:
+        text = mounted.text(b".casfs/snapshot.json")
+        assert mounted.view.node(mounted.find(b".casfs/snapshot.json")).size == len(text)
+        reported = json.loads(text)
+        assert reported["id"] == mounted.snapshot_id.hex()
+        assert (reported["host"], reported["entries"], reported["flagged"]) == ("here", 6, 1)
 
-    def test_the_manifest_lists_every_regular_file(self, shown: Shown) -> None:
+    def test_the_manifest_lists_every_regular_file(self, mounted: MountedView) -> None:
         expected = [
             (b"folder/deep/changed\\nhere", b"mixture", b"\\"),
             (b"folder/plain", b"plain content", b""),
             (b"tagged", b"with attributes", b""),
         ]
-        assert shown.text(b".casfs/manifest.b3") == b"".join(
+        assert mounted.text(b".casfs/manifest.b3") == b"".join(
             b"%s%s  %s\n" % (mark, digest_of(content).hex().encode(), path)
             for path, content, mark in expected
         )
 
     def test_the_manifest_reads_the_same_in_pieces_of_any_size_and_from_the_beginning(
-        self, keeper: Keeper
+        self, repo: RepositoryFixture
     ) -> None:
-        shown = Shown(keeper, {b"%05d" % n: b"x%d" % n for n in range(6000)})
-        with shown.repository:
-            whole = shown.text(b".casfs/manifest.b3", 1 << 24)
+        mounted = MountedView(repo, {b"%05d" % n: b"x%d" % n for n in range(6000)})
+        with mounted.repository:
+            whole = mounted.text(b".casfs/manifest.b3", 1 << 24)
             assert whole.count(b"\n") == 6000
-            assert shown.text(b".casfs/manifest.b3", 4096) == whole
-            reader = shown.view.open(shown.find(b".casfs/manifest.b3"))
+            assert mounted.text(b".casfs/manifest.b3", 4096) == whole
+            reader = mounted.view.open(mounted.find(b".casfs/manifest.b3"))
             rng = random.Random(4)
             for _ in range(30):
                 offset, size = rng.randrange(len(whole) + 100), rng.randrange(1, 70_000)
                 assert b"".join(reader.read(offset, size)) == whole[offset : offset + size]
 
-    def test_the_manifest_ends_with_an_error_at_a_damaged_directory(self, keeper: Keeper) -> None:
+    def test_the_manifest_ends_with_an_error_at_a_damaged_directory(
+        self, repo: RepositoryFixture
+    ) -> None:
         plan: Plan = {b"a": b"first", b"b": {b"c": b""}, b"z": b"last"}
-        keeper.publish(plan)
-        keeper.damage(reference(Grove().plant({b"c": b""})))
-        shown = Shown(keeper, plan)
-        with shown.repository:
-            reader = shown.view.open(shown.find(b".casfs/manifest.b3"))
+        repo.publish(plan)
+        repo.damage(reference(TreeFixture().build({b"c": b""})))
+        mounted = MountedView(repo, plan)
+        with mounted.repository:
+            reader = mounted.view.open(mounted.find(b".casfs/manifest.b3"))
             assert b"".join(reader.read(0, 1000)) == manifest_line(b"a", digest_of(b"first"))
             for _ in range(3):
                 with pytest.raises(BlobError):
                     reader.read(len(manifest_line(b"a", digest_of(b"first"))), 1000)
 
     @pytest.mark.expect_errors("casfs_mount.damage_log")
-    def test_the_damage_report_lists_the_damage_that_reads_met(self, keeper: Keeper) -> None:
+    def test_the_damage_report_lists_the_damage_that_reads_met(
+        self, repo: RepositoryFixture
+    ) -> None:
         digest = digest_of(b"plain content")
-        keeper.store(b"plain content")
-        keeper.damage(digest)
-        shown = Shown(keeper, TREE)
-        with shown.repository:
-            assert shown.text(b".casfs/damage") == b""
-            reader = shown.view.open(shown.find(b"folder/plain"))
+        repo.store(b"plain content")
+        repo.damage(digest)
+        mounted = MountedView(repo, TREE)
+        with mounted.repository:
+            assert mounted.text(b".casfs/damage") == b""
+            reader = mounted.view.open(mounted.find(b"folder/plain"))
             for _ in range(3):
                 with pytest.raises(Exception, match="digest"):
                     reader.read(0, 10)
-            (line,) = shown.text(b".casfs/damage").decode().splitlines()
+            (line,) = mounted.text(b".casfs/damage").decode().splitlines()
         assert line.startswith("folder/plain: bytes 0 to 12: blob " + digest.hex())
         assert " in pack " in line
 
-    def test_only_the_report_folder_may_change(self, shown: Shown) -> None:
-        assert shown.view.is_immutable(1)
-        assert shown.view.is_immutable(shown.find(b"folder/plain"))
-        assert not shown.view.is_immutable(shown.find(b".casfs"))
-        assert not shown.view.is_immutable(shown.find(b".casfs/damage"))
+    def test_only_the_report_folder_may_change(self, mounted: MountedView) -> None:
+        assert mounted.view.is_immutable(1)
+        assert mounted.view.is_immutable(mounted.find(b"folder/plain"))
+        assert not mounted.view.is_immutable(mounted.find(b".casfs"))
+        assert not mounted.view.is_immutable(mounted.find(b".casfs/damage"))
 
 
 class TestEventLoopThread:
-    def test_the_event_loop_reads_cached_small_trees_at_once(self, shown: Shown) -> None:
-        shown.find(b"folder/plain")  # opens the pack, which only a thread that may wait does
-        waiting = shown.sources.waiting
-        fresh = sources_of(shown.repository)
-        view = SnapshotView(fresh, shown.snapshot_id, shown.snapshot, shown.snapshot.root, 1)
+    def test_the_event_loop_reads_cached_small_trees_at_once(self, mounted: MountedView) -> None:
+        mounted.find(b"folder/plain")  # opens the pack, which only a thread that may wait does
+        waiting = mounted.sources.waiting
+        fresh = sources_of(mounted.repository)
+        view = SnapshotView(fresh, mounted.snapshot_id, mounted.snapshot, mounted.snapshot.root, 1)
         fresh.waiting.bind()
         assert waiting.may_block()
         assert next(node.name for _, node, _ in view.entries(1, 0)) == b"folder"
 
-    def test_the_event_loop_does_not_wait_for_a_pack_that_is_not_open(self, keeper: Keeper) -> None:
-        shown = Shown(keeper, TREE)
-        with shown.repository:
-            shown.sources.waiting.bind()
+    def test_the_event_loop_does_not_wait_for_a_pack_that_is_not_open(
+        self, repo: RepositoryFixture
+    ) -> None:
+        mounted = MountedView(repo, TREE)
+        with mounted.repository:
+            mounted.sources.waiting.bind()
             with pytest.raises(WouldBlock):
-                list(shown.view.entries(1, 0))
+                list(mounted.view.entries(1, 0))
 
 
 def test_the_damage_log_reports_each_range_once_and_is_bounded(
@@ -365,9 +389,9 @@ def test_holes_take_no_room() -> None:
     assert (levels, allocated_bytes(deep)) == (1, 77)
 
 
-def test_a_view_of_a_directory_has_that_as_its_root(keeper: Keeper) -> None:
-    snapshot_id, snapshot = keeper.publish(TREE)
-    with keeper.reading() as repository:
+def test_a_view_of_a_directory_has_that_as_its_root(repo: RepositoryFixture) -> None:
+    snapshot_id, snapshot = repo.publish(TREE)
+    with repo.reading() as repository:
         _, _, _, node = repository.snapshots.resolve_path(f"{snapshot_id.hex()}:folder")
         view = SnapshotView(sources_of(repository), SnapshotId(snapshot_id), snapshot, node, 1)
         assert [found.name for _, found, _ in view.entries(1, 0)] == [b"deep", b"plain"]

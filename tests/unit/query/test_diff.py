@@ -19,29 +19,38 @@ from casfs.format.tree import MAX_DEPTH, Node, NodeExtra, NodeType, replace
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.query.diff import Change, ChangeKind, Differ, ancestor_dirs
 from casfs.trees.reader import TreeReader
-from tests.support.builders import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
+from tests.support.builders import (
+    MTIME_NS,
+    Plan,
+    RepositoryFixture,
+    TreeFixture,
+    entry,
+    file,
+    flagged,
+    reference,
+)
 
 Told = list[tuple[str, str, tuple[str, ...]]]
 
 
-def changes(grove: Grove, before: Node, after: Node, **how: Any) -> list[Change]:
+def changes(trees: TreeFixture, before: Node, after: Node, **how: Any) -> list[Change]:
     monitor = RecordingMonitor()
-    told = list(Differ(grove.trees, monitor, **how).changes(before, after))
+    reported = list(Differ(trees.reader, monitor, **how).changes(before, after))
     assert monitor.problems == []
-    return told
+    return reported
 
 
-def told(grove: Grove, before: Node, after: Node, **how: Any) -> Told:
+def reported(trees: TreeFixture, before: Node, after: Node, **how: Any) -> Told:
     return [
         (change.kind.value, change.path.decode(), change.fields)
-        for change in changes(grove, before, after, **how)
+        for change in changes(trees, before, after, **how)
     ]
 
 
-def told_of_one(before: Node, after: Node) -> Told:
+def changes_of_one(before: Node, after: Node) -> Told:
     """Compare two entries of one name in directories that are otherwise the same."""
-    grove = Grove()
-    return told(grove, grove.plant({b"it": before}), grove.plant({b"it": after}))
+    trees = TreeFixture()
+    return reported(trees, trees.build({b"it": before}), trees.build({b"it": after}))
 
 
 OLD = file(b"", b"old")
@@ -68,8 +77,8 @@ DEVICE = entry(b"", NodeType.CHARACTER_DEVICE, extra=NodeExtra(rdev=259))
 def test_diff_reports_what_differs_of_an_entry(
     before: Node, after: Node, kind: str, fields: tuple[str, ...]
 ) -> None:
-    assert told_of_one(before, after) == [(kind, "it", fields)]
-    assert told_of_one(after, before) == [(kind, "it", fields)]
+    assert changes_of_one(before, after) == [(kind, "it", fields)]
+    assert changes_of_one(after, before) == [(kind, "it", fields)]
 
 
 @pytest.mark.parametrize(
@@ -84,113 +93,113 @@ def test_diff_reports_what_differs_of_an_entry(
     ids=str,
 )
 def test_diff_ignores_fields_that_differ_in_every_copy(other: dict[str, Any]) -> None:
-    assert told_of_one(OLD, replace(OLD, **other)) == []
+    assert changes_of_one(OLD, replace(OLD, **other)) == []
 
 
 def test_a_copied_tree_does_not_differ_although_its_digests_do() -> None:
-    grove = Grove()
-    before = grove.plant({b"a": {b"b": file(b"", b"x", inode=1)}})
-    after = grove.plant({b"a": {b"b": file(b"", b"x", inode=2)}})
+    trees = TreeFixture()
+    before = trees.build({b"a": {b"b": file(b"", b"x", inode=1)}})
+    after = trees.build({b"a": {b"b": file(b"", b"x", inode=2)}})
     assert reference(before) != reference(after)
-    assert told(grove, before, after) == []
+    assert reported(trees, before, after) == []
 
 
 def test_diff_reports_everything_in_an_added_or_removed_directory() -> None:
-    grove = Grove()
-    less = grove.plant({b"kept": b""})
-    more = grove.plant({b"a": {b"b": {b"c": b"1"}, b"d": b"2"}, b"kept": b"", b"z": b"3"})
+    trees = TreeFixture()
+    less = trees.build({b"kept": b""})
+    more = trees.build({b"a": {b"b": {b"c": b"1"}, b"d": b"2"}, b"kept": b"", b"z": b"3"})
     paths = ["a", "a/b", "a/b/c", "a/d", "z"]
-    assert told(grove, less, more) == [("added", path, ()) for path in paths]
-    assert told(grove, more, less) == [("removed", path, ()) for path in paths]
+    assert reported(trees, less, more) == [("added", path, ()) for path in paths]
+    assert reported(trees, more, less) == [("removed", path, ()) for path in paths]
 
 
 def test_diff_reports_a_directory_in_place_of_a_file_with_its_entries() -> None:
-    grove = Grove()
-    before, after = grove.plant({b"it": b"file"}), grove.plant({b"it": {b"in": b""}})
-    assert told(grove, before, after) == [("type", "it", ("kind",)), ("added", "it/in", ())]
-    assert told(grove, after, before) == [("type", "it", ("kind",)), ("removed", "it/in", ())]
+    trees = TreeFixture()
+    before, after = trees.build({b"it": b"file"}), trees.build({b"it": {b"in": b""}})
+    assert reported(trees, before, after) == [("type", "it", ("kind",)), ("added", "it/in", ())]
+    assert reported(trees, after, before) == [("type", "it", ("kind",)), ("removed", "it/in", ())]
 
 
 def test_a_directory_comes_before_what_is_in_it() -> None:
-    grove = Grove()
+    trees = TreeFixture()
     inside = {b"x": b"1"}
-    before = grove.plant({b"d": grove.plant(inside, mode=0o700)})
-    after = grove.plant({b"d": grove.plant({b"x": b"2"}, mode=0o755)})
-    assert told(grove, before, after) == [
+    before = trees.build({b"d": trees.build(inside, mode=0o700)})
+    after = trees.build({b"d": trees.build({b"x": b"2"}, mode=0o755)})
+    assert reported(trees, before, after) == [
         ("metadata", "d", ("mode",)),
         ("modified", "d/x", ("content",)),
     ]
 
 
 def test_two_roots_are_compared_themselves() -> None:
-    grove = Grove()
-    assert told(grove, grove.plant({}), grove.plant({}, mode=0o700)) == [
+    trees = TreeFixture()
+    assert reported(trees, trees.build({}), trees.build({}, mode=0o700)) == [
         ("metadata", "", ("mode",))
     ]
-    assert told(grove, file(b"old", b"1"), file(b"new", b"2")) == [
+    assert reported(trees, file(b"old", b"1"), file(b"new", b"2")) == [
         ("modified", "new", ("content",))
     ]
-    assert told(grove, file(b"x"), grove.plant({b"y": b""})) == [
+    assert reported(trees, file(b"x"), trees.build({b"y": b""})) == [
         ("type", "", ("kind",)),
         ("added", "y", ()),
     ]
 
 
 def test_equal_directories_are_not_read() -> None:
-    grove = Grove()
-    same = grove.plant({b"deep": {b"file": b"x"}})
-    before = grove.plant({b"a": same, b"b": b"1"})
-    after = grove.plant({b"a": same, b"b": b"2"})
-    assert told(grove, before, after) == [("modified", "b", ("content",))]
-    assert grove.reads == [reference(before), reference(after)]
-    grove.reads.clear()
-    assert told(grove, before, before) == []
-    assert grove.reads == []
+    trees = TreeFixture()
+    same = trees.build({b"deep": {b"file": b"x"}})
+    before = trees.build({b"a": same, b"b": b"1"})
+    after = trees.build({b"a": same, b"b": b"2"})
+    assert reported(trees, before, after) == [("modified", "b", ("content",))]
+    assert trees.reads == [reference(before), reference(after)]
+    trees.reads.clear()
+    assert reported(trees, before, before) == []
+    assert trees.reads == []
 
 
 def test_equal_pieces_of_split_directories_are_not_read() -> None:
-    grove = Grove()
+    trees = TreeFixture()
     plan: dict[bytes, object] = {b"%06d" % number: file(b"") for number in range(40_000)}
-    before = grove.plant(plan)
+    before = trees.build(plan)
     plan[b"020000x"] = file(b"")
     del plan[b"000007"]
     plan[b"039999"] = file(b"", b"x")
-    after = grove.plant(plan)
-    assert len(grove.trees.piece(before.tree)) > 6 if before.tree is not None else False
-    grove.reads.clear()
+    after = trees.build(plan)
+    assert len(trees.reader.piece(before.tree)) > 6 if before.tree is not None else False
+    trees.reads.clear()
     expected = [
         ("removed", "000007", ()),
         ("added", "020000x", ()),
         ("modified", "039999", ("size", "content")),
     ]
-    assert told(grove, before, after) == expected
-    assert len(grove.reads) == 2 + 2 * 3, "two branches, and three pieces of each"
+    assert reported(trees, before, after) == expected
+    assert len(trees.reads) == 2 + 2 * 3, "two branches, and three pieces of each"
 
 
 def test_a_split_directory_is_compared_with_one_that_is_not() -> None:
-    grove = Grove()
+    trees = TreeFixture()
     plan = {b"%05d" % number: file(b"") for number in range(20_000)}
     few = {name: plan[name] for name in list(plan)[::50]}
-    left, right = grove.plant(few), grove.plant(plan)
+    left, right = trees.build(few), trees.build(plan)
     missing = [name.decode() for name in plan if name not in few]
-    assert [path for _, path, _ in told(grove, left, right)] == missing
-    assert {kind for kind, _, _ in told(grove, left, right)} == {"added"}
-    assert [path for _, path, _ in told(grove, right, left)] == missing
-    assert [path for _, path, _ in told(grove, right, grove.plant({}))] == [
+    assert [path for _, path, _ in reported(trees, left, right)] == missing
+    assert {kind for kind, _, _ in reported(trees, left, right)} == {"added"}
+    assert [path for _, path, _ in reported(trees, right, left)] == missing
+    assert [path for _, path, _ in reported(trees, right, trees.build({}))] == [
         name.decode() for name in plan
     ]
 
 
 def test_diff_reports_a_damaged_directory_and_compares_the_rest() -> None:
-    grove = Grove()
-    bad = grove.plant({b"x": b"1"})
-    before = grove.plant({b"a": bad, b"b": b"1"})
-    after = grove.plant({b"a": {b"x": b"2"}, b"b": b"2"})
+    trees = TreeFixture()
+    bad = trees.build({b"x": b"1"})
+    before = trees.build({b"a": bad, b"b": b"1"})
+    after = trees.build({b"a": {b"x": b"2"}, b"b": b"2"})
 
     def read(digest: Digest) -> bytes:
         if digest == reference(bad):
             raise BlobError(digest, "it is damaged")
-        return grove.blobs[digest]
+        return trees.blobs[digest]
 
     monitor = RecordingMonitor()
     found = list(Differ(TreeReader(read), monitor).changes(before, after))
@@ -200,12 +209,12 @@ def test_diff_reports_a_damaged_directory_and_compares_the_rest() -> None:
 
 
 def test_diff_reports_directories_beyond_the_depth_bound_and_skips_them() -> None:
-    grove = Grove()
-    node = grove.plant({b"bottom": b""})
+    trees = TreeFixture()
+    node = trees.build({b"bottom": b""})
     for _ in range(MAX_DEPTH):
-        node = grove.plant({b"d": node})
+        node = trees.build({b"d": node})
     monitor = RecordingMonitor()
-    found = list(Differ(grove.trees, monitor).changes(grove.plant({}), node))
+    found = list(Differ(trees.reader, monitor).changes(trees.build({}), node))
     assert len(found) == MAX_DEPTH
     assert ["deep" in problem.message for problem in monitor.problems] == [True]
 
@@ -232,14 +241,14 @@ def test_ancestor_directories_only_lead_to_what_was_backed_up(
 
 
 def test_diff_ignores_the_mtime_of_an_ancestor_directory_but_not_its_mode() -> None:
-    grove = Grove()
-    before = grove.plant({b"home": grove.plant({b"me": b"1"})})
-    later = grove.plant({b"home": grove.plant({b"me": b"1"}, mtime_ns=5)}, mtime_ns=5)
+    trees = TreeFixture()
+    before = trees.build({b"home": trees.build({b"me": b"1"})})
+    later = trees.build({b"home": trees.build({b"me": b"1"}, mtime_ns=5)}, mtime_ns=5)
     passages = frozenset([b"", b"home"])
-    assert told(grove, before, later, passages=passages) == []
-    assert [path for _, path, _ in told(grove, before, later)] == ["", "home"]
-    other = grove.plant({b"home": grove.plant({b"me": b"1"}, mtime_ns=5, mode=0o700)})
-    assert told(grove, before, other, passages=passages) == [("metadata", "home", ("mode",))]
+    assert reported(trees, before, later, passages=passages) == []
+    assert [path for _, path, _ in reported(trees, before, later)] == ["", "home"]
+    other = trees.build({b"home": trees.build({b"me": b"1"}, mtime_ns=5, mode=0o700)})
+    assert reported(trees, before, other, passages=passages) == [("metadata", "home", ("mode",))]
 
 
 _names = st.sampled_from([b"a", b"b", b"c", b"ab"])
@@ -264,7 +273,7 @@ def flat(plan: Plan, above: str = "") -> dict[str, bytes | None]:
 
 @given(_plans, _plans)
 def test_diff_agrees_with_a_comparison_of_every_path(before: Plan, after: Plan) -> None:
-    grove = Grove()
+    trees = TreeFixture()
     old, new = flat(before), flat(after)
     expected = dict.fromkeys(new.keys() - old.keys(), "added")
     expected |= dict.fromkeys(old.keys() - new.keys(), "removed")
@@ -273,7 +282,7 @@ def test_diff_agrees_with_a_comparison_of_every_path(before: Plan, after: Plan) 
             expected[path] = "type"
         elif old[path] != new[path]:
             expected[path] = "modified"
-    found = told(grove, grove.plant(before), grove.plant(after))
+    found = reported(trees, trees.build(before), trees.build(after))
     assert {path: kind for kind, path, _ in found} == expected
     assert len(found) == len(expected)
 
@@ -282,13 +291,13 @@ class TestDiffCommand:
     """`casfs diff`."""
 
     @pytest.fixture
-    def keeper(self, tmp_path: Path) -> Keeper:
-        return Keeper(tmp_path)
+    def repo(self, tmp_path: Path) -> RepositoryFixture:
+        return RepositoryFixture(tmp_path)
 
-    def run(self, keeper: Keeper, *arguments: str, expect: int = 0) -> Result:
+    def run(self, repo: RepositoryFixture, *arguments: str, expect: int = 0) -> Result:
         result = CliRunner().invoke(
             casfs,
-            ["diff", "--repo", str(keeper.root), *arguments],
+            ["diff", "--repo", str(repo.root), *arguments],
             obj=Settings(),
             standalone_mode=False,
         )
@@ -296,9 +305,9 @@ class TestDiffCommand:
         assert result.return_value == expect
         return result
 
-    def test_diff_prints_changes_as_lines_and_sums(self, keeper: Keeper) -> None:
-        first, _ = keeper.publish({b"a": b"12", b"b": {b"c": b""}, b"gone": b"1", b"same": b"1"})
-        second, _ = keeper.publish(
+    def test_diff_prints_changes_as_lines_and_sums(self, repo: RepositoryFixture) -> None:
+        first, _ = repo.publish({b"a": b"12", b"b": {b"c": b""}, b"gone": b"1", b"same": b"1"})
+        second, _ = repo.publish(
             {
                 b"a": file(b"", b"345", mode=0o600),
                 b"b": b"now a file",
@@ -306,7 +315,7 @@ class TestDiffCommand:
                 b"same": file(b"", b"1", uid=7),
             }
         )
-        lines = self.run(keeper, first.hex(), second.hex()).stdout.splitlines()
+        lines = self.run(repo, first.hex(), second.hex()).stdout.splitlines()
         assert lines == [
             "M  a",
             "T  b",
@@ -319,16 +328,16 @@ class TestDiffCommand:
             "1 of another kind",
         ]
 
-    def test_diff_prints_which_sides_changed_during_capture(self, keeper: Keeper) -> None:
-        first, _ = keeper.publish({b"log": flagged(file(b"", b"1")), b"x": b""})
-        second, _ = keeper.publish({b"log": flagged(file(b"", b"2")), b"x": flagged(file(b""))})
-        third, _ = keeper.publish({b"log": file(b"", b"3")})
-        lines = self.run(keeper, first.hex(), second.hex()).stdout.splitlines()
+    def test_diff_prints_which_sides_changed_during_capture(self, repo: RepositoryFixture) -> None:
+        first, _ = repo.publish({b"log": flagged(file(b"", b"1")), b"x": b""})
+        second, _ = repo.publish({b"log": flagged(file(b"", b"2")), b"x": flagged(file(b""))})
+        third, _ = repo.publish({b"log": file(b"", b"3")})
+        lines = self.run(repo, first.hex(), second.hex()).stdout.splitlines()
         assert lines[0] == "M  log"
         assert [line.split()[2] for line in lines[1:3]] == ["before", "after"]
         assert lines[-1].startswith("1 of them")
-        told = self.run(keeper, second.hex(), third.hex(), "--json").stdout.splitlines()
-        log, x, summary = map(json.loads, told)
+        reported = self.run(repo, second.hex(), third.hex(), "--json").stdout.splitlines()
+        log, x, summary = map(json.loads, reported)
         assert (log["path"], log["change"], log["flagged"]) == ("log", "modified", ["before"])
         assert (x["path"], x["change"], x["flagged"]) == ("x", "removed", ["before"])
         assert log["before"]["state"] == "changed" and log["after"]["state"] == "stable"
@@ -338,35 +347,35 @@ class TestDiffCommand:
         assert (summary["removed"], summary["modified"], summary["flagged"]) == (1, 1, 2)
         assert (summary["before"], summary["after"]) == (second.hex(), third.hex())
 
-    def test_diff_of_subtrees_prints_relative_paths(self, keeper: Keeper) -> None:
-        first, _ = keeper.publish({b"a": {b"x": b"1"}, b"other": b"1"})
-        second, _ = keeper.publish({b"b": {b"y": b"1"}, b"other": b"2"})
-        lines = self.run(keeper, f"{first.hex()}:a", f"{second.hex()}:b").stdout.splitlines()
+    def test_diff_of_subtrees_prints_relative_paths(self, repo: RepositoryFixture) -> None:
+        first, _ = repo.publish({b"a": {b"x": b"1"}, b"other": b"1"})
+        second, _ = repo.publish({b"b": {b"y": b"1"}, b"other": b"2"})
+        lines = self.run(repo, f"{first.hex()}:a", f"{second.hex()}:b").stdout.splitlines()
         assert lines[:-1] == ["-  x", "+  y"]
 
     def test_diff_of_two_backups_shows_what_was_done_in_the_folder(
-        self, keeper: Keeper, tmp_path: Path
+        self, repo: RepositoryFixture, tmp_path: Path
     ) -> None:
         source = tmp_path / "source"
         (source / "sub").mkdir(parents=True)
         (source / "sub" / "kept").write_bytes(b"kept")
         (source / "edited").write_bytes(b"old")
-        first, _ = keeper.back_up(source)
+        first, _ = repo.back_up(source)
         (source / "edited").write_bytes(b"new")
         (source / "sub" / "kept").chmod(0o600)
         (tmp_path / "beside").touch()
-        second, _ = keeper.back_up(source)
-        lines = self.run(keeper, first.hex(), second.hex()).stdout.splitlines()
+        second, _ = repo.back_up(source)
+        lines = self.run(repo, first.hex(), second.hex()).stdout.splitlines()
         top = str(source).lstrip("/")
         assert lines[:-1] == [f"M  {top}/edited", f"U  {top}/sub/kept"]
 
-    def test_diff_skips_damage_and_exits_with_5(self, keeper: Keeper) -> None:
-        first, snapshot = keeper.publish({b"a": {b"x": b"1"}, b"b": b"1"})
-        second, _ = keeper.publish({b"a": {b"x": b"2"}, b"b": b"2"})
-        with keeper.reading() as repository:
+    def test_diff_skips_damage_and_exits_with_5(self, repo: RepositoryFixture) -> None:
+        first, snapshot = repo.publish({b"a": {b"x": b"1"}, b"b": b"1"})
+        second, _ = repo.publish({b"a": {b"x": b"2"}, b"b": b"2"})
+        with repo.reading() as repository:
             node = repository.trees.resolve(snapshot.root, b"a")
         assert node is not None
-        keeper.damage(reference(node))
-        result = self.run(keeper, first.hex(), second.hex(), expect=5)
+        repo.damage(reference(node))
+        result = self.run(repo, first.hex(), second.hex(), expect=5)
         assert result.stdout.splitlines()[0] == "M  b"
         assert "a: the directory cannot be compared whole" in result.stderr

@@ -16,11 +16,11 @@ from casfs.format.node_types import TYPES_BY_LETTER
 from casfs.format.tree import Node, NodeType
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.query.find import Finder, Query
-from tests.support.builders import Grove, Plan, entry, file, flagged, reference
+from tests.support.builders import Plan, TreeFixture, entry, file, flagged, reference
 
 
-def finder(grove: Grove, *query: Any, **conditions: Any) -> Finder:
-    return Finder(grove.trees, Query(*query, **conditions), RecordingMonitor())
+def finder(trees: TreeFixture, *query: Any, **conditions: Any) -> Finder:
+    return Finder(trees.reader, Query(*query, **conditions), RecordingMonitor())
 
 
 def found(which: Finder, root: Node, path: bytes = b"") -> list[bytes]:
@@ -55,111 +55,111 @@ TREE: Plan = {
     ids=str,
 )
 def test_a_query_finds_what_fits_and_nothing_else(query: Query, expected: list[bytes]) -> None:
-    grove = Grove()
-    root = grove.plant(TREE)
-    assert found(Finder(grove.trees, query, RecordingMonitor()), root) == expected
+    trees = TreeFixture()
+    root = trees.build(TREE)
+    assert found(Finder(trees.reader, query, RecordingMonitor()), root) == expected
 
 
 def test_an_empty_query_finds_everything_in_the_order_of_a_walk() -> None:
-    grove = Grove()
-    root = grove.plant(TREE)
-    everything = list(grove.trees.walk(root, b"top"))
-    assert list(finder(grove).find(root, b"top")) == everything
+    trees = TreeFixture()
+    root = trees.build(TREE)
+    everything = list(trees.reader.walk(root, b"top"))
+    assert list(finder(trees).find(root, b"top")) == everything
 
 
 def test_a_path_pattern_is_held_against_the_path_in_the_snapshot() -> None:
-    grove = Grove()
-    docs = grove.plant(TREE[b"docs"])
-    assert found(finder(grove, "home/*/report.txt"), docs, b"home/me") == [b"home/me/report.txt"]
-    assert found(finder(grove, "me/*/report.txt"), docs, b"home/me") == []
+    trees = TreeFixture()
+    docs = trees.build(TREE[b"docs"])
+    assert found(finder(trees, "home/*/report.txt"), docs, b"home/me") == [b"home/me/report.txt"]
+    assert found(finder(trees, "me/*/report.txt"), docs, b"home/me") == []
 
 
 def test_a_name_that_is_not_utf_8_is_found_by_itself_and_by_a_wildcard() -> None:
-    grove = Grove()
-    root = grove.plant({b"caf\xe9": b""})
+    trees = TreeFixture()
+    root = trees.build({b"caf\xe9": b""})
     exact = b"caf\xe9".decode("utf-8", "surrogateescape")
     for pattern in (exact, "caf?", "c*"):
-        assert found(finder(grove, pattern), root) == [b"caf\xe9"]
+        assert found(finder(trees, pattern), root) == [b"caf\xe9"]
 
 
 def test_only_flagged_files_are_found_when_only_they_are_asked_for() -> None:
-    grove = Grove()
-    clean = grove.plant({b"a.log": b"1"})
-    root = grove.plant(
+    trees = TreeFixture()
+    clean = trees.build({b"a.log": b"1"})
+    root = trees.build(
         {b"clean": clean, b"var": {b"a.log": flagged(file(b"")), b"b": flagged(file(b""))}}
     )
-    assert found(finder(grove, only_flagged=True), root) == [b"var/a.log", b"var/b"]
-    assert found(finder(grove, "*.log", only_flagged=True), root) == [b"var/a.log"]
-    assert reference(clean) not in grove.reads
+    assert found(finder(trees, only_flagged=True), root) == [b"var/a.log", b"var/b"]
+    assert found(finder(trees, "*.log", only_flagged=True), root) == [b"var/a.log"]
+    assert reference(clean) not in trees.reads
 
 
 def test_a_root_that_is_a_file_is_looked_at_itself() -> None:
-    grove = Grove()
-    assert found(finder(grove, "*.log"), file(b"a.log"), b"var/a.log") == [b"var/a.log"]
-    assert found(finder(grove, "var/*.log"), file(b"a.log"), b"var/a.log") == [b"var/a.log"]
-    assert found(finder(grove, "*.txt"), file(b"a.log"), b"var/a.log") == []
+    trees = TreeFixture()
+    assert found(finder(trees, "*.log"), file(b"a.log"), b"var/a.log") == [b"var/a.log"]
+    assert found(finder(trees, "var/*.log"), file(b"a.log"), b"var/a.log") == [b"var/a.log"]
+    assert found(finder(trees, "*.txt"), file(b"a.log"), b"var/a.log") == []
 
 
 def test_a_tree_that_holds_nothing_is_not_read_again_in_the_next_snapshot() -> None:
-    grove = Grove()
-    barren = grove.plant({b"deeper": {b"file": b"x"}})
-    first = grove.plant({b"barren": barren, b"docs": {b"report": b"1"}})
-    second = grove.plant({b"docs": {b"report": b"1"}, b"moved": barren})
-    searching = finder(grove, "report")
+    trees = TreeFixture()
+    barren = trees.build({b"deeper": {b"file": b"x"}})
+    first = trees.build({b"barren": barren, b"docs": {b"report": b"1"}})
+    second = trees.build({b"docs": {b"report": b"1"}, b"moved": barren})
+    searching = finder(trees, "report")
     assert found(searching, first) == [b"docs/report"]
-    grove.reads.clear()
+    trees.reads.clear()
     assert found(searching, second) == [b"docs/report"]
-    assert reference(barren) not in grove.reads
-    assert len(grove.reads) == 2, "the root and docs hold something"
+    assert reference(barren) not in trees.reads
+    assert len(trees.reads) == 2, "the root and docs hold something"
 
 
 def test_a_tree_that_was_moved_is_looked_through_again_for_a_path() -> None:
-    grove = Grove()
-    docs = grove.plant({b"report": b"1"})
-    searching = finder(grove, "new/*")
-    assert found(searching, grove.plant({b"old": docs})) == []
-    assert found(searching, grove.plant({b"new": docs})) == [b"new/report"]
-    grove.reads.clear()
-    assert found(searching, grove.plant({b"old": docs, b"x": b""})) == []
-    assert reference(docs) not in grove.reads
+    trees = TreeFixture()
+    docs = trees.build({b"report": b"1"})
+    searching = finder(trees, "new/*")
+    assert found(searching, trees.build({b"old": docs})) == []
+    assert found(searching, trees.build({b"new": docs})) == [b"new/report"]
+    trees.reads.clear()
+    assert found(searching, trees.build({b"old": docs, b"x": b""})) == []
+    assert reference(docs) not in trees.reads
 
 
 def test_pieces_of_a_split_directory_are_remembered_one_by_one() -> None:
-    grove = Grove()
+    trees = TreeFixture()
     plan: dict[bytes, object] = {b"%06d" % number: file(b"") for number in range(30_000)}
     plan[b"020000.txt"] = file(b"")
-    searching = finder(grove, "*.txt")
-    assert found(searching, grove.plant(plan)) == [b"020000.txt"]
-    assert len(grove.reads) > 4, "the directory is not split"
-    grove.reads.clear()
-    assert found(searching, grove.plant(plan)) == [b"020000.txt"]
-    assert len(grove.reads) == 2
+    searching = finder(trees, "*.txt")
+    assert found(searching, trees.build(plan)) == [b"020000.txt"]
+    assert len(trees.reads) > 4, "the directory is not split"
+    trees.reads.clear()
+    assert found(searching, trees.build(plan)) == [b"020000.txt"]
+    assert len(trees.reads) == 2
 
 
 def test_no_more_is_remembered_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(casfs.query.find, "MAX_REMEMBERED", 1)
-    grove = Grove()
-    root = grove.plant({b"a": {b"x": b""}, b"b": {b"y": b""}, b"c": {b"hit": b""}})
-    searching = finder(grove, "hit")
+    trees = TreeFixture()
+    root = trees.build({b"a": {b"x": b""}, b"b": {b"y": b""}, b"c": {b"hit": b""}})
+    searching = finder(trees, "hit")
     assert found(searching, root) == [b"c/hit"]
-    first = list(grove.reads)
-    grove.reads.clear()
+    first = list(trees.reads)
+    trees.reads.clear()
     assert found(searching, root) == [b"c/hit"]
-    assert len(first) - len(grove.reads) == 1
+    assert len(first) - len(trees.reads) == 1
 
 
 def test_find_reports_a_damaged_directory_once_and_searches_the_others() -> None:
-    grove = Grove()
-    bad = grove.plant({b"hit": b"", b"other": b""})
-    root = grove.plant({b"bad": bad, b"good": {b"hit": b""}})
+    trees = TreeFixture()
+    bad = trees.build({b"hit": b"", b"other": b""})
+    root = trees.build({b"bad": bad, b"good": {b"hit": b""}})
 
     def read(digest: Digest) -> bytes:
         if digest == reference(bad):
             raise BlobError(digest, "it is damaged")
-        return grove.blobs[digest]
+        return trees.blobs[digest]
 
     monitor = RecordingMonitor()
-    searching = Finder(type(grove.trees)(read), Query("hit"), monitor)
+    searching = Finder(type(trees.reader)(read), Query("hit"), monitor)
     for _ in range(2):
         assert found(searching, root) == [b"good/hit"]
     (problem,) = monitor.problems
@@ -178,13 +178,13 @@ _plans: st.SearchStrategy[Plan] = st.recursive(
 def test_the_same_is_found_as_by_looking_at_every_entry_of_every_snapshot(
     plans: list[Plan], pattern: str
 ) -> None:
-    grove = Grove()
-    searching = finder(grove, pattern)
+    trees = TreeFixture()
+    searching = finder(trees, pattern)
     for plan in plans:
-        root = grove.plant(plan)
+        root = trees.build(plan)
         expected = [
             path
-            for path, node in grove.trees.walk(root)
+            for path, node in trees.reader.walk(root)
             if fnmatch.fnmatchcase((path if "/" in pattern else node.name).decode(), pattern)
         ]
         assert found(searching, root) == expected

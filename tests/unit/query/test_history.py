@@ -15,24 +15,32 @@ from casfs.format.snapshot import Snapshot
 from casfs.format.tree import NodeType, replace
 from casfs.query.history import path_history
 from casfs.trees.reader import TreeReader
-from tests.support.builders import Grove, Keeper, Plan, entry, file, flagged, reference
+from tests.support.builders import (
+    Plan,
+    RepositoryFixture,
+    TreeFixture,
+    entry,
+    file,
+    flagged,
+    reference,
+)
 
 
-def snapshots(grove: Grove, *plans: Plan) -> list[tuple[SnapshotId, Snapshot]]:
+def snapshots(trees: TreeFixture, *plans: Plan) -> list[tuple[SnapshotId, Snapshot]]:
     return [
         (
             SnapshotId(bytes([n]) * 32),
-            Snapshot(grove.plant(plan), time_ns=n, host="here", user="me", paths=(b".",)),
+            Snapshot(trees.build(plan), time_ns=n, host="here", user="me", paths=(b".",)),
         )
         for n, plan in enumerate(plans)
     ]
 
 
-def versions(grove: Grove, path: bytes, *plans: Plan) -> list[list[int]]:
+def versions(trees: TreeFixture, path: bytes, *plans: Plan) -> list[list[int]]:
     """Return which of the plans have each version of a path."""
     failures: list[IntegrityError] = []
     found = path_history(
-        grove.trees, snapshots(grove, *plans), path, lambda _, error: failures.append(error)
+        trees.reader, snapshots(trees, *plans), path, lambda _, error: failures.append(error)
     )
     assert failures == []
     return [[snapshot.time_ns for _, snapshot in version.snapshots] for version in found]
@@ -40,26 +48,26 @@ def versions(grove: Grove, path: bytes, *plans: Plan) -> list[list[int]]:
 
 def test_each_content_of_a_file_is_a_version_with_the_snapshots_that_have_it() -> None:
     plans: list[Plan] = [{b"d": {b"f": content}} for content in (b"1", b"1", b"2", b"1", b"3")]
-    assert versions(Grove(), b"d/f", *plans) == [[0, 1, 3], [2], [4]]
+    assert versions(TreeFixture(), b"d/f", *plans) == [[0, 1, 3], [2], [4]]
 
 
 def test_snapshots_without_the_path_have_no_part() -> None:
     plans: list[Plan] = [{}, {b"d": b"a file"}, {b"d": {b"f": b"1"}}, {b"d": {}}]
-    assert versions(Grove(), b"d/f", *plans) == [[2]]
-    assert versions(Grove(), b"nothing/at/all", *plans) == []
+    assert versions(TreeFixture(), b"d/f", *plans) == [[2]]
+    assert versions(TreeFixture(), b"nothing/at/all", *plans) == []
 
 
 def test_times_and_owners_make_no_version_of_a_file_and_do_of_a_directory() -> None:
     one = file(b"f", b"same")
     other = replace(one, mtime_ns=5, uid=7, mode=0o600, inode=9)
     plans: list[Plan] = [{b"d": {b"f": one}}, {b"d": {b"f": other}}]
-    assert versions(Grove(), b"d/f", *plans) == [[0, 1]]
-    assert versions(Grove(), b"d", *plans) == [[0], [1]]
+    assert versions(TreeFixture(), b"d/f", *plans) == [[0, 1]]
+    assert versions(TreeFixture(), b"d", *plans) == [[0], [1]]
 
 
 def test_links_devices_and_kinds_are_different_versions() -> None:
     one = file(b"f", b"same")
-    assert versions(Grove(), b"f", {b"f": one}, {b"f": flagged(one)}) == [[0], [1]]
+    assert versions(TreeFixture(), b"f", {b"f": one}, {b"f": flagged(one)}) == [[0], [1]]
 
 
 def test_links_devices_and_kinds_are_told_apart() -> None:
@@ -69,64 +77,64 @@ def test_links_devices_and_kinds_are_told_apart() -> None:
         {b"x": entry(b"", NodeType.FIFO)},
         {b"x": entry(b"", NodeType.SYMLINK, content=b"a")},
     ]
-    assert versions(Grove(), b"x", *plans) == [[0, 3], [1], [2]]
+    assert versions(TreeFixture(), b"x", *plans) == [[0, 3], [1], [2]]
 
 
 def test_a_directory_is_compared_and_not_read() -> None:
-    grove = Grove()
+    trees = TreeFixture()
     plans: list[Plan] = [{b"above": {b"d": {b"f": b"%d" % n}}} for n in (1, 1, 2)]
-    found = snapshots(grove, *plans)
-    below = [grove.trees.resolve(snapshot.root, b"above/d") for _, snapshot in found]
-    grove.reads.clear()
-    assert len(path_history(grove.trees, found, b"above/d", lambda *_: None)) == 2
-    assert not {reference(node) for node in below if node is not None} & set(grove.reads)
+    found = snapshots(trees, *plans)
+    below = [trees.reader.resolve(snapshot.root, b"above/d") for _, snapshot in found]
+    trees.reads.clear()
+    assert len(path_history(trees.reader, found, b"above/d", lambda *_: None)) == 2
+    assert not {reference(node) for node in below if node is not None} & set(trees.reads)
 
 
 def test_equal_trees_on_the_way_are_read_once_for_all_snapshots() -> None:
-    grove = Grove()
-    found = snapshots(grove, *[{b"a": {b"b": {b"f": b"1"}}, b"n": b"%d" % n} for n in range(50)])
-    grove.reads.clear()
-    assert len(path_history(grove.trees, found, b"a/b/f", lambda *_: None)) == 1
-    assert len(grove.reads) == 50 + 2, "the roots differ, what is below them does not"
+    trees = TreeFixture()
+    found = snapshots(trees, *[{b"a": {b"b": {b"f": b"1"}}, b"n": b"%d" % n} for n in range(50)])
+    trees.reads.clear()
+    assert len(path_history(trees.reader, found, b"a/b/f", lambda *_: None)) == 1
+    assert len(trees.reads) == 50 + 2, "the roots differ, what is below them does not"
 
 
 def test_a_damaged_path_is_reported_and_the_other_snapshots_are_given() -> None:
-    grove = Grove()
-    found = snapshots(grove, {b"d": {b"f": b"1"}}, {b"d": {b"f": b"2"}})
-    lost = grove.trees.resolve(found[0][1].root, b"d")
+    trees = TreeFixture()
+    found = snapshots(trees, {b"d": {b"f": b"1"}}, {b"d": {b"f": b"2"}})
+    lost = trees.reader.resolve(found[0][1].root, b"d")
     assert lost is not None
 
     def damaged(digest: Digest) -> bytes:
         if digest == reference(lost):
             raise BlobError(digest, "it is damaged")
-        return grove.read(digest)
+        return trees.read(digest)
 
-    trees = TreeReader(damaged)
+    reader = TreeReader(damaged)
     failures: list[SnapshotId] = []
-    versions = path_history(trees, found, b"d/f", lambda i, _: failures.append(i))
+    versions = path_history(reader, found, b"d/f", lambda i, _: failures.append(i))
     assert failures == [found[0][0]]
     assert [version.snapshots[0][0] for version in versions] == [found[1][0]]
 
 
 class TestLogCommand:
     @pytest.fixture
-    def keeper(self, tmp_path: Path) -> Keeper:
-        keeper = Keeper(tmp_path)
+    def repo(self, tmp_path: Path) -> RepositoryFixture:
+        repo = RepositoryFixture(tmp_path)
         for n, (content, host) in enumerate([(b"1", "a"), (b"1", "a"), (b"22", "a"), (b"3", "b")]):
-            keeper.publish({b"d": {b"f": content}}, host=host, time_ns=n * 10**9)
-        return keeper
+            repo.publish({b"d": {b"f": content}}, host=host, time_ns=n * 10**9)
+        return repo
 
-    def run(self, keeper: Keeper, *arguments: str, expect: int = 0) -> str:
+    def run(self, repo: RepositoryFixture, *arguments: str, expect: int = 0) -> str:
         done = CliRunner().invoke(
-            casfs, ["log", "--repo", str(keeper.root), *arguments], standalone_mode=False
+            casfs, ["log", "--repo", str(repo.root), *arguments], standalone_mode=False
         )
         if done.exception is not None:
             raise done.exception
         assert done.return_value == expect
         return done.stdout
 
-    def test_log_prints_a_table_for_people(self, keeper: Keeper) -> None:
-        head, *rows = self.run(keeper, "latest:d/f", "--all-hosts").splitlines()
+    def test_log_prints_a_table_for_people(self, repo: RepositoryFixture) -> None:
+        head, *rows = self.run(repo, "latest:d/f", "--all-hosts").splitlines()
         assert head.split()[:4] == ["snapshot", "first", "last", "snapshots"]
         assert [row.split()[5:8] for row in rows] == [
             ["2", "1", "B"],
@@ -134,10 +142,10 @@ class TestLogCommand:
             ["1", "1", "B"],
         ]
 
-    def test_log_prints_a_json_object_for_each_version(self, keeper: Keeper) -> None:
-        with keeper.reading() as repository:
+    def test_log_prints_a_json_object_for_each_version(self, repo: RepositoryFixture) -> None:
+        with repo.reading() as repository:
             ids = [snapshot_id.hex() for snapshot_id, _ in repository.snapshots.iterate()]
-        lines = self.run(keeper, "--json", f"{ids[0]}:/d/f").splitlines()
+        lines = self.run(repo, "--json", f"{ids[0]}:/d/f").splitlines()
         first, second = (json.loads(line) for line in lines)
         assert first["type"] == second["type"] == "version"
         assert (first["first"], first["last"]) == (ids[0], ids[1])
@@ -145,17 +153,17 @@ class TestLogCommand:
         assert (second["snapshots"], second["size"], second["path"]) == ([ids[2]], 2, "d/f")
         assert second["hosts"] == ["a"]
 
-    def test_log_searches_only_snapshots_of_the_same_host(self, keeper: Keeper) -> None:
-        assert len(self.run(keeper, "latest:d").splitlines()) == 1 + 1
-        assert len(self.run(keeper, "--all-hosts", "latest:d").splitlines()) == 1 + 3
+    def test_log_searches_only_snapshots_of_the_same_host(self, repo: RepositoryFixture) -> None:
+        assert len(self.run(repo, "latest:d").splitlines()) == 1 + 1
+        assert len(self.run(repo, "--all-hosts", "latest:d").splitlines()) == 1 + 3
 
-    def test_log_of_a_path_in_no_snapshot_is_an_error(self, keeper: Keeper) -> None:
+    def test_log_of_a_path_in_no_snapshot_is_an_error(self, repo: RepositoryFixture) -> None:
         with pytest.raises(Exception, match="none of the 1 snapshots has d/nothing"):
-            self.run(keeper, "latest:d/nothing")
+            self.run(repo, "latest:d/nothing")
 
-    def test_log_reports_a_damaged_snapshot(self, keeper: Keeper) -> None:
-        with keeper.reading() as repository:
+    def test_log_reports_a_damaged_snapshot(self, repo: RepositoryFixture) -> None:
+        with repo.reading() as repository:
             found = list(repository.snapshots.iterate())
-        keeper.damage(reference(found[2][1].root))
-        lines = self.run(keeper, f"{found[0][0].hex()}:d/f", expect=5).splitlines()
+        repo.damage(reference(found[2][1].root))
+        lines = self.run(repo, f"{found[0][0].hex()}:d/f", expect=5).splitlines()
         assert len(lines) == 1 + 1

@@ -17,12 +17,12 @@ from casfs.index.bitmap import Bitmap
 from casfs.query.stats import pack_stats, repository_stats, snapshot_stats
 from casfs.store.blob_store import pack_name
 from casfs.trees.content import ContentWriter
-from tests.support.builders import Keeper, entry, file, flagged, reference
+from tests.support.builders import RepositoryFixture, entry, file, flagged, reference
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
-    return Keeper(tmp_path)
+def repo(tmp_path: Path) -> RepositoryFixture:
+    return RepositoryFixture(tmp_path)
 
 
 @pytest.fixture
@@ -37,9 +37,11 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_first_snapshot_needs_all_that_was_stored(keeper: Keeper, source: Path) -> None:
-    snapshot_id, snapshot = keeper.back_up(source)
-    with keeper.reading() as repository:
+def test_the_first_snapshot_needs_all_that_was_stored(
+    repo: RepositoryFixture, source: Path
+) -> None:
+    snapshot_id, snapshot = repo.back_up(source)
+    with repo.reading() as repository:
         whole = repository_stats(repository)
         seen = snapshot_stats(repository, "latest")
     assert snapshot.root.tree is not None
@@ -53,12 +55,12 @@ def test_the_first_snapshot_needs_all_that_was_stored(keeper: Keeper, source: Pa
     assert seen.flagged == 0
 
 
-def test_two_snapshots_of_the_same_have_nothing_of_their_own(keeper: Keeper) -> None:
+def test_two_snapshots_of_the_same_have_nothing_of_their_own(repo: RepositoryFixture) -> None:
     content = os.urandom(10_000)
-    keeper.store(content)
-    first, _ = keeper.publish({b"f": file(b"", content)}, time_ns=1)
-    second, _ = keeper.publish({b"f": file(b"", content)}, time_ns=2)
-    with keeper.reading() as repository:
+    repo.store(content)
+    first, _ = repo.publish({b"f": file(b"", content)}, time_ns=1)
+    second, _ = repo.publish({b"f": file(b"", content)}, time_ns=2)
+    with repo.reading() as repository:
         assert repository_stats(repository).snapshots == 2
         for snapshot_id in (first, second):
             seen = snapshot_stats(repository, snapshot_id.hex())
@@ -67,20 +69,22 @@ def test_two_snapshots_of_the_same_have_nothing_of_their_own(keeper: Keeper) -> 
             assert seen.unique_stored_bytes == 0
 
 
-def test_what_a_change_added_is_the_snapshots_own(keeper: Keeper, source: Path) -> None:
-    keeper.back_up(source)
+def test_what_a_change_added_is_the_snapshots_own(repo: RepositoryFixture, source: Path) -> None:
+    repo.back_up(source)
     (source / "new").write_bytes(os.urandom(100_000))
-    _, snapshot = keeper.back_up(source)
-    with keeper.reading() as repository:
+    _, snapshot = repo.back_up(source)
+    with repo.reading() as repository:
         seen = snapshot_stats(repository, "latest")
     assert 100_000 <= snapshot.stats.new_stored_bytes < 110_000
     assert seen.unique_stored_bytes == snapshot.stats.new_stored_bytes
     assert seen.stored_bytes > 3 << 20
 
 
-def test_snapshot_stats_of_a_path_count_only_that_part(keeper: Keeper, source: Path) -> None:
-    keeper.back_up(source)
-    with keeper.reading() as repository:
+def test_snapshot_stats_of_a_path_count_only_that_part(
+    repo: RepositoryFixture, source: Path
+) -> None:
+    repo.back_up(source)
+    with repo.reading() as repository:
         part = snapshot_stats(repository, f"latest:{source}/sub")
         one = snapshot_stats(repository, f"latest:{source}/big")
     assert (part.entries, part.total_bytes, part.blobs) == (2, 10_000, 2)
@@ -89,17 +93,17 @@ def test_snapshot_stats_of_a_path_count_only_that_part(keeper: Keeper, source: P
     assert one.stored_bytes >= 3 << 20
 
 
-def test_flagged_files_are_counted_from_the_summary(keeper: Keeper) -> None:
-    keeper.publish({b"a": flagged(file(b"")), b"b": {b"c": flagged(file(b"")), b"d": b""}})
-    with keeper.reading() as repository:
+def test_flagged_files_are_counted_from_the_summary(repo: RepositoryFixture) -> None:
+    repo.publish({b"a": flagged(file(b"")), b"b": {b"c": flagged(file(b"")), b"d": b""}})
+    with repo.reading() as repository:
         assert snapshot_stats(repository, "latest").flagged == 2
         assert snapshot_stats(repository, "latest:a").flagged == 1
         assert snapshot_stats(repository, "latest:b/d").flagged == 0
 
 
-def big_file(keeper: Keeper, chunks: list[bytes]) -> Node:
+def big_file(repo: RepositoryFixture, chunks: list[bytes]) -> Node:
     """Store a file of these chunks and return its node, whose list of chunks has lists below it."""
-    with keeper.writing() as repository:
+    with repo.writing() as repository:
         writer = repository.writer()
         content = ContentWriter(writer.put, digest_of)
         for chunk in chunks:
@@ -110,14 +114,14 @@ def big_file(keeper: Keeper, chunks: list[bytes]) -> Node:
     return entry(b"", size=sum(map(len, chunks)), content=records, levels=levels)
 
 
-def test_every_chunk_of_a_file_with_lists_of_lists_is_counted_once(keeper: Keeper) -> None:
+def test_every_chunk_of_a_file_with_lists_of_lists_is_counted_once(repo: RepositoryFixture) -> None:
     chunks = [b"chunk %d" % number for number in range(20_000)]
-    node = big_file(keeper, chunks * 2)
+    node = big_file(repo, chunks * 2)
     assert node.levels > 0
-    other = big_file(keeper, [*chunks, b"one more"])
-    first, _ = keeper.publish({b"big": node, b"again": node})
-    keeper.publish({b"other": other})
-    with keeper.reading() as repository:
+    other = big_file(repo, [*chunks, b"one more"])
+    first, _ = repo.publish({b"big": node, b"again": node})
+    repo.publish({b"other": other})
+    with repo.reading() as repository:
         lists = set(repository.content(node).blobs()) - {digest_of(chunk) for chunk in chunks}
         store = repository.store
         stored = sum(store.locate(Digest(part)).stored_bytes + 16 for part in lists)
@@ -133,23 +137,23 @@ def test_every_chunk_of_a_file_with_lists_of_lists_is_counted_once(keeper: Keepe
         )
 
 
-def test_a_file_that_consists_of_a_tree_hides_nothing_of_that_tree(keeper: Keeper) -> None:
+def test_a_file_that_consists_of_a_tree_hides_nothing_of_that_tree(repo: RepositoryFixture) -> None:
     inside = b"only in the directory" * 100
-    keeper.store(inside)
-    _, snapshot = keeper.publish({b"z": {b"file": file(b"", inside)}})
-    with keeper.reading() as repository:
+    repo.store(inside)
+    _, snapshot = repo.publish({b"z": {b"file": file(b"", inside)}})
+    with repo.reading() as repository:
         folder = repository.trees.resolve(snapshot.root, b"z")
         assert folder is not None
         as_file = file(b"", repository.store.read(reference(folder)))
-    second, _ = keeper.publish({b"a": as_file, b"z": folder})
-    with keeper.reading() as repository:
+    second, _ = repo.publish({b"a": as_file, b"z": folder})
+    with repo.reading() as repository:
         assert snapshot_stats(repository, second.hex()).blobs == 3
 
 
-def test_a_damaged_tree_is_an_error_and_no_wrong_number(keeper: Keeper) -> None:
-    _, snapshot = keeper.publish({b"a": {b"b": b""}})
-    keeper.damage(reference(snapshot.root))
-    with keeper.reading() as repository, pytest.raises(BlobError):
+def test_a_damaged_tree_is_an_error_and_no_wrong_number(repo: RepositoryFixture) -> None:
+    _, snapshot = repo.publish({b"a": {b"b": b""}})
+    repo.damage(reference(snapshot.root))
+    with repo.reading() as repository, pytest.raises(BlobError):
         snapshot_stats(repository, "latest")
 
 
@@ -163,11 +167,11 @@ def test_a_bitmap_is_a_set_of_numbers(added: list[int], asked: list[int]) -> Non
 
 
 def test_the_oldest_verification_is_the_time_of_the_pack_that_was_verified_longest_ago(
-    keeper: Keeper,
+    repo: RepositoryFixture,
 ) -> None:
     for content in (b"first", b"second", b"third"):
-        keeper.store(os.urandom(1000) + content)
-    with keeper.reading() as repository:
+        repo.store(os.urandom(1000) + content)
+    with repo.reading() as repository:
         first, second, third = repository.store.index.packs()
         written_ns = {
             pack.ordinal: repository.store.storage.mtime_ns(pack_name(pack.pack))
@@ -178,20 +182,20 @@ def test_the_oldest_verification_is_the_time_of_the_pack_that_was_verified_longe
     assert fresh.pack_bytes == first.pack_bytes + second.pack_bytes + third.pack_bytes
     assert fresh.oldest_verification_ns == min(written_ns.values())
     later_s = max(written_ns.values()) // 1_000_000_000 + 100
-    with keeper.writing() as repository:
+    with repo.writing() as repository:
         repository.store.index.mark_verified([first.ordinal, second.ordinal], later_s)
-    with keeper.reading() as repository:
+    with repo.reading() as repository:
         checked = pack_stats(repository)
     assert checked.unverified_packs == 1
     assert checked.oldest_verification_ns == written_ns[third.ordinal]
-    with keeper.writing() as repository:
+    with repo.writing() as repository:
         repository.store.index.mark_verified([second.ordinal], later_s + 50)
         repository.store.index.mark_verified([third.ordinal], later_s + 60)
-    with keeper.reading() as repository:
+    with repo.reading() as repository:
         assert pack_stats(repository).oldest_verification_ns == later_s * 1_000_000_000
 
 
-def test_a_repository_without_packs_has_no_oldest_verification(keeper: Keeper) -> None:
-    with keeper.reading() as repository:
+def test_a_repository_without_packs_has_no_oldest_verification(repo: RepositoryFixture) -> None:
+    with repo.reading() as repository:
         seen = pack_stats(repository)
     assert (seen.packs, seen.pack_bytes, seen.oldest_verification_ns) == (0, 0, None)

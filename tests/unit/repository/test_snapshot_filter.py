@@ -8,16 +8,16 @@ import pytest
 
 from casfs.errors import NotFoundError
 from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
-from tests.support.builders import Keeper
+from tests.support.builders import RepositoryFixture
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
-    return Keeper(tmp_path)
+def repo(tmp_path: Path) -> RepositoryFixture:
+    return RepositoryFixture(tmp_path)
 
 
-def test_an_empty_filter_accepts_every_snapshot(keeper: Keeper) -> None:
-    _, snapshot = keeper.publish({})
+def test_an_empty_filter_accepts_every_snapshot(repo: RepositoryFixture) -> None:
+    _, snapshot = repo.publish({})
     assert ALL_SNAPSHOTS.is_empty()
     assert ALL_SNAPSHOTS.accepts(snapshot)
     assert not SnapshotFilter(paths=(b"/x",)).is_empty()
@@ -37,16 +37,16 @@ def test_an_empty_filter_accepts_every_snapshot(keeper: Keeper) -> None:
     ],
 )
 def test_a_snapshot_needs_one_host_all_tags_of_one_set_and_every_path(
-    keeper: Keeper, choice: SnapshotFilter, accepted: bool
+    repo: RepositoryFixture, choice: SnapshotFilter, accepted: bool
 ) -> None:
-    _, snapshot = keeper.publish({}, host="here", tags=("a", "b"), paths=(b"/p", b"/q"))
+    _, snapshot = repo.publish({}, host="here", tags=("a", "b"), paths=(b"/p", b"/q"))
     assert choice.accepts(snapshot) is accepted
 
 
-def test_latest_is_the_newest_snapshot_that_the_filter_accepts(keeper: Keeper) -> None:
-    old, _ = keeper.publish({}, host="here", time_ns=1)
-    new, _ = keeper.publish({}, host="there", time_ns=2)
-    with keeper.reading() as repository:
+def test_latest_is_the_newest_snapshot_that_the_filter_accepts(repo: RepositoryFixture) -> None:
+    old, _ = repo.publish({}, host="here", time_ns=1)
+    new, _ = repo.publish({}, host="there", time_ns=2)
+    with repo.reading() as repository:
         assert repository.snapshots.resolve("latest")[0] == new
         assert repository.snapshots.resolve("latest", SnapshotFilter(hosts=("here",)))[0] == old
         assert repository.snapshots.resolve(new.hex(), SnapshotFilter(hosts=("here",)))[0] == new

@@ -17,14 +17,14 @@ from casfs.restore.prefetch import Prefetcher
 from casfs.store.blob_store import BlobStore
 from casfs.trees.content import ContentReader
 from casfs.trees.reader import TreeReader
-from tests.support.builders import Keeper
+from tests.support.builders import RepositoryFixture
 from tests.support.stores import flip, noise
 
 FILES = 40
 
 
 @pytest.fixture
-def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keeper:
+def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RepositoryFixture:
     """A repository of files in some folders, and batches of a few blobs."""
     monkeypatch.setattr(prefetch_module, "_BATCH_BLOBS", 4)
     source = tmp_path / "source"
@@ -34,14 +34,14 @@ def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keeper:
         path.write_bytes(noise(f"file {number % 30}", 2000))
     (source / "3" / "big").write_bytes(noise("big", 9_000_000))
     (source / "3" / "empty").write_bytes(b"")
-    keeper = Keeper(tmp_path)
-    keeper.back_up(source)
-    return keeper
+    repo = RepositoryFixture(tmp_path)
+    repo.back_up(source)
+    return repo
 
 
 @pytest.fixture
-def repository(keeper: Keeper) -> Iterator[Repository]:
-    with keeper.reading() as opened:
+def repository(repo: RepositoryFixture) -> Iterator[Repository]:
+    with repo.reading() as opened:
         yield opened
 
 
@@ -121,14 +121,14 @@ def test_a_blob_outside_the_walk_is_read_directly(repository: Repository) -> Non
 
 
 def test_damage_reaches_the_reader_of_the_damaged_blob_only(
-    keeper: Keeper, own_reads: list[Digest]
+    repo: RepositoryFixture, own_reads: list[Digest]
 ) -> None:
     bad = noise("file 7", 2000)
-    with keeper.reading() as repository:
+    with repo.reading() as repository:
         location = repository.store.locate(digest_of(bad))
         pack = repository.store.index.pack_id(location.pack).hex()
         flip(repository.root / "packs" / pack[:2] / pack, location.offset + 100)
-    with keeper.reading() as repository:
+    with repo.reading() as repository:
         root = root_of(repository)
         with Prefetcher(repository, b"", root) as ahead:
             found = go(ahead, root)
@@ -138,9 +138,9 @@ def test_damage_reaches_the_reader_of_the_damaged_blob_only(
 
 
 def test_an_unreadable_tree_ends_prefetching_and_the_rest_is_read_directly(
-    keeper: Keeper, own_reads: list[Digest]
+    repo: RepositoryFixture, own_reads: list[Digest]
 ) -> None:
-    with keeper.reading() as repository:
+    with repo.reading() as repository:
         root = root_of(repository)
         folder = next(
             node for path, node in repository.trees.walk(root) if path.endswith(b"source/2")

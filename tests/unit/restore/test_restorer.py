@@ -28,7 +28,16 @@ from casfs.restore import target_fs as target_fs_module
 from casfs.restore.entry_writer import Overwrite
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
 from casfs.trees.content import EXTENT, HOLE, ContentWriter
-from tests.support.builders import MTIME_NS, Grove, Keeper, Plan, entry, file, flagged, reference
+from tests.support.builders import (
+    MTIME_NS,
+    Plan,
+    RepositoryFixture,
+    TreeFixture,
+    entry,
+    file,
+    flagged,
+    reference,
+)
 from tests.support.stores import noise
 
 CHUNKS = [noise(f"chunk {number}", 3000) for number in range(4)]
@@ -42,35 +51,35 @@ class Restored:
     result: RestoreResult
     problems: list[Problem]
 
-    def told(self, kind: ProblemKind) -> list[bytes]:
+    def reported(self, kind: ProblemKind) -> list[bytes]:
         return [problem.path for problem in self.problems if problem.kind == kind]
 
 
-class Bench:
+class RestoreCase:
     """A repository, a target, and a folder beside the target that nothing may touch."""
 
     def __init__(self, folder: Path) -> None:
-        self.keeper = Keeper(folder)
+        self.repo = RepositoryFixture(folder)
         self.target = folder / "target"
         self.outside = folder / "outside"
         self.outside.mkdir()
         (self.outside / "precious").write_bytes(b"do not touch")
 
     def store(self, *chunks: bytes) -> None:
-        with self.keeper.writing() as repository:
+        with self.repo.writing() as repository:
             writer = repository.writer()
             for chunk in chunks:
                 writer.put(BlobKind.DATA, digest_of(chunk), chunk)
             writer.finish()
 
     def publish(self, plan: Plan) -> None:
-        self.keeper.publish(plan)
+        self.repo.publish(plan)
 
     def restore(self, spec: str = "latest", with_root: bool = False, **options: Any) -> Restored:
         monitor = RecordingMonitor()
         for name in {"include", "exclude"} & set(options):
             options[name] = tuple(parse_pattern(text.encode()) for text in options[name])
-        with self.keeper.reading() as repository:
+        with self.repo.reading() as repository:
             _, _, path, node = repository.snapshots.resolve_path(spec)
             restorer = Restorer(repository, RestoreOptions(**options), monitor)
             result = restorer.restore(path, node, bytes(self.target), with_root)
@@ -104,8 +113,8 @@ def of_chunks(*chunks: bytes, **fields: Any) -> Node:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def case(tmp_path: Path) -> RestoreCase:
+    return RestoreCase(tmp_path)
 
 
 TREE: Plan = {b"d": {b"e": {b"deep": b"3"}, b"f": b"22"}, b"\xff\n": b"1", b"empty": {}}
@@ -120,39 +129,39 @@ TREE_FOUND = {
 
 
 class TestRestoredContent:
-    def test_restore_writes_a_whole_snapshot(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        done = bench.restore()
-        assert bench.found() == TREE_FOUND
+    def test_restore_writes_a_whole_snapshot(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        done = case.restore()
+        assert case.found() == TREE_FOUND
         assert done.problems == []
         result = done.result
         assert (result.files, result.directories, result.restored_bytes) == (3, 3, 4)
         assert (result.damaged, result.failed, result.skipped, result.deleted) == (0, 0, 0, 0)
 
-    def test_restore_writes_a_directory_straight_into_the_target(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        bench.restore("latest:d")
-        assert bench.found() == {"e": None, "e/deep": b"3", "f": b"22"}
+    def test_restore_writes_a_directory_straight_into_the_target(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        case.restore("latest:d")
+        assert case.found() == {"e": None, "e/deep": b"3", "f": b"22"}
 
-    def test_restore_reports_progress_up_to_the_last_entry(self, bench: Bench) -> None:
-        bench.publish(
+    def test_restore_reports_progress_up_to_the_last_entry(self, case: RestoreCase) -> None:
+        case.publish(
             {b"d": {b"f": b"1", b"empty": {}}, b"g": b"2", b"l": entry(b"l", NodeType.FIFO)}
         )
-        with bench.keeper.reading() as repository:
+        with case.repo.reading() as repository:
             _, snapshot = repository.snapshots.resolve("latest")
             monitor = RecordingMonitor()
             restorer = Restorer(repository, RestoreOptions(), monitor)
-            restorer.restore(b"", snapshot.root, os.fsencode(bench.target), False)
+            restorer.restore(b"", snapshot.root, os.fsencode(case.target), False)
         assert snapshot.root.tree is not None
         assert monitor.progress.files == snapshot.root.tree.nodes == 5
 
-    def test_restore_writes_a_single_file_under_its_name(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        assert bench.restore("latest:d/e/deep", delete=True).result.files == 1
-        assert bench.found() == {"deep": b"3"}
+    def test_restore_writes_a_single_file_under_its_name(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        assert case.restore("latest:d/e/deep", delete=True).result.files == 1
+        assert case.found() == {"deep": b"3"}
 
-    def test_restore_makes_the_holes_of_a_sparse_file(self, bench: Bench) -> None:
-        bench.store(*CHUNKS)
+    def test_restore_makes_the_holes_of_a_sparse_file(self, case: RestoreCase) -> None:
+        case.store(*CHUNKS)
         whole = bytes(1 << 22) + CHUNKS[0] + bytes(1 << 22)
         records = (
             EXTENT.pack(1 << 22, HOLE)
@@ -160,36 +169,36 @@ class TestRestoredContent:
             + EXTENT.pack(1 << 22, HOLE)
         )
         sparse = entry(b"", size=len(whole), content=records, captured=digest_of(whole))
-        bench.publish({b"s": sparse, b"f": of_chunks(*CHUNKS)})
-        assert bench.restore(verify=True).result.verified == 2
-        assert bench.found() == {"s": whole, "f": WHOLE}
-        assert (bench.target / "s").stat().st_blocks * 512 < 1 << 20
+        case.publish({b"s": sparse, b"f": of_chunks(*CHUNKS)})
+        assert case.restore(verify=True).result.verified == 2
+        assert case.found() == {"s": whole, "f": WHOLE}
+        assert (case.target / "s").stat().st_blocks * 512 < 1 << 20
 
-    def test_restore_dry_run_counts_and_writes_nothing(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        result = bench.restore(dry_run=True, delete=True).result
+    def test_restore_dry_run_counts_and_writes_nothing(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        result = case.restore(dry_run=True, delete=True).result
         assert (result.files, result.directories, result.restored_bytes) == (3, 3, 4)
-        assert not bench.target.exists()
+        assert not case.target.exists()
 
-    def test_restore_leaves_no_temporary_file(self, bench: Bench) -> None:
-        bench.publish(TREE)
+    def test_restore_leaves_no_temporary_file(self, case: RestoreCase) -> None:
+        case.publish(TREE)
         for overwrite in Overwrite:
-            bench.restore(overwrite=overwrite)
-            assert bench.found() == TREE_FOUND
+            case.restore(overwrite=overwrite)
+            assert case.found() == TREE_FOUND
 
-    def test_restore_handles_trees_deeper_than_the_recursion_limit(self, bench: Bench) -> None:
+    def test_restore_handles_trees_deeper_than_the_recursion_limit(self, case: RestoreCase) -> None:
         depth = sys.getrecursionlimit() + 100
         allow_open_files(depth + 200)
-        grove = Grove()
-        node = grove.plant({b"f": b"", b"g": b""})
+        trees = TreeFixture()
+        node = trees.build({b"f": b"", b"g": b""})
         for _ in range(depth - 1):
-            node = grove.plant({b"d": node})
-        bench.store(*grove.blobs.values())
-        bench.publish({b"d": node})
+            node = trees.build({b"d": node})
+        case.store(*trees.blobs.values())
+        case.publish({b"d": node})
         try:
-            assert bench.restore(include=("f",)).result.files == 1
-            assert bench.restore().result.files == 2
-            fd = os.open(bench.target, os.O_RDONLY)
+            assert case.restore(include=("f",)).result.files == 1
+            assert case.restore().result.files == 2
+            fd = os.open(case.target, os.O_RDONLY)
             for _ in range(depth):
                 below = os.open("d", os.O_RDONLY, dir_fd=fd)
                 os.close(fd)
@@ -198,7 +207,7 @@ class TestRestoredContent:
             os.close(fd)
         finally:
             # What pytest would remove it with recurses.
-            subprocess.run(["rm", "-rf", bench.target], check=True)
+            subprocess.run(["rm", "-rf", case.target], check=True)
 
 
 def allow_open_files(count: int) -> None:
@@ -209,9 +218,9 @@ def allow_open_files(count: int) -> None:
 
 
 class TestRestoredMetadata:
-    def test_restore_sets_times_modes_and_types(self, bench: Bench) -> None:
+    def test_restore_sets_times_modes_and_types(self, case: RestoreCase) -> None:
         when = {"a": -1_000_000_001, "b": 4_000_000_000_123_456_789}
-        bench.publish(
+        case.publish(
             {
                 b"a": file(b"", mode=0o4711, mtime_ns=when["a"]),
                 b"b": entry(b"", NodeType.SYMLINK, content=b"nowhere", mtime_ns=when["b"]),
@@ -220,38 +229,40 @@ class TestRestoredMetadata:
                 b"d": {b"f": b""},
             }
         )
-        done = bench.restore(with_root=True)
+        done = case.restore(with_root=True)
         assert done.problems == []
-        look = {path.name: path.lstat() for path in bench.target.rglob("*")}
+        look = {path.name: path.lstat() for path in case.target.rglob("*")}
         assert stat.S_IMODE(look["a"].st_mode) == 0o4711
         assert {name: look[name].st_mtime_ns for name in when} == when
-        assert os.readlink(bench.target / "b") == "nowhere"
+        assert os.readlink(case.target / "b") == "nowhere"
         assert stat.S_ISFIFO(look["fifo"].st_mode) and stat.S_ISSOCK(look["socket"].st_mode)
         assert stat.S_IMODE(look["fifo"].st_mode) == 0o640
-        assert stat.S_IMODE(look["d"].st_mode) == stat.S_IMODE(bench.target.stat().st_mode) == 0o755
-        assert look["d"].st_mtime_ns == bench.target.stat().st_mtime_ns == MTIME_NS
+        assert stat.S_IMODE(look["d"].st_mode) == stat.S_IMODE(case.target.stat().st_mode) == 0o755
+        assert look["d"].st_mtime_ns == case.target.stat().st_mtime_ns == MTIME_NS
 
-    def test_restore_changes_the_metadata_of_the_target_only_when_asked(self, bench: Bench) -> None:
-        bench.target.mkdir(mode=0o750)
-        bench.publish({b"f": b""})
-        bench.restore()
-        assert stat.S_IMODE(bench.target.stat().st_mode) == 0o750
+    def test_restore_changes_the_metadata_of_the_target_only_when_asked(
+        self, case: RestoreCase
+    ) -> None:
+        case.target.mkdir(mode=0o750)
+        case.publish({b"f": b""})
+        case.restore()
+        assert stat.S_IMODE(case.target.stat().st_mode) == 0o750
 
-    def test_restore_replaces_the_xattrs_of_an_old_entry(self, bench: Bench) -> None:
+    def test_restore_replaces_the_xattrs_of_an_old_entry(self, case: RestoreCase) -> None:
         extra = NodeExtra(((b"user.a", b"\0value"), (b"user.b", b"")))
-        bench.publish({b"f": file(b"", extra=extra), b"d": {}})
-        bench.restore()
-        os.setxattr(bench.target / "d", "user.old", b"x")
-        os.removexattr(bench.target / "f", "user.b")
-        bench.restore(overwrite=Overwrite.IF_CHANGED)
-        assert os.getxattr(bench.target / "f", "user.a") == b"\0value"
-        assert sorted(os.listxattr(bench.target / "f")) == ["user.a", "user.b"]
-        assert os.listxattr(bench.target / "d") == []
+        case.publish({b"f": file(b"", extra=extra), b"d": {}})
+        case.restore()
+        os.setxattr(case.target / "d", "user.old", b"x")
+        os.removexattr(case.target / "f", "user.b")
+        case.restore(overwrite=Overwrite.IF_CHANGED)
+        assert os.getxattr(case.target / "f", "user.a") == b"\0value"
+        assert sorted(os.listxattr(case.target / "f")) == ["user.a", "user.b"]
+        assert os.listxattr(case.target / "d") == []
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it gives files to other users")
-    def test_restore_as_root_sets_owners_and_devices(self, bench: Bench) -> None:
+    def test_restore_as_root_sets_owners_and_devices(self, case: RestoreCase) -> None:
         device = os.makedev(1, 3)
-        bench.publish(
+        case.publish(
             {
                 b"f": file(b"", uid=1234, gid=4_294_967_294, mode=0o6755),
                 b"null": entry(
@@ -259,116 +270,116 @@ class TestRestoredMetadata:
                 ),
             }
         )
-        assert bench.restore().problems == []
-        look = (bench.target / "f").stat()
+        assert case.restore().problems == []
+        look = (case.target / "f").stat()
         assert (look.st_uid, look.st_gid) == (1234, 4_294_967_294)
         assert stat.S_IMODE(look.st_mode) == 0o6755
-        assert (bench.target / "null").stat().st_rdev == device
+        assert (case.target / "null").stat().st_rdev == device
 
-    def test_restore_reports_refused_metadata_and_keeps_the_file(self, bench: Bench) -> None:
-        bench.publish({b"f": file(b"", extra=NodeExtra(((b"nonsense.x", b""),)), mode=0o600)})
-        done = bench.restore()
-        assert bench.found() == {"f": b""}
+    def test_restore_reports_refused_metadata_and_keeps_the_file(self, case: RestoreCase) -> None:
+        case.publish({b"f": file(b"", extra=NodeExtra(((b"nonsense.x", b""),)), mode=0o600)})
+        done = case.restore()
+        assert case.found() == {"f": b""}
         if os.geteuid() == 0:
-            assert done.told(ProblemKind.METADATA) == [b"f"]
+            assert done.reported(ProblemKind.METADATA) == [b"f"]
 
 
 class TestNothingOutsideTarget:
     """The target may hold symlinks, and the snapshot may be hostile: nothing is followed."""
 
-    def test_restore_replaces_a_symlink_in_place_of_a_directory(self, bench: Bench) -> None:
-        bench.publish({b"d": {b"precious": b"evil", b"new": b"evil"}})
-        bench.target.mkdir()
-        (bench.target / "d").symlink_to(bench.outside)
-        bench.restore(delete=True)
-        assert bench.untouched()
-        assert not (bench.target / "d").is_symlink()
-        assert bench.found() == {"d": None, "d/new": b"evil", "d/precious": b"evil"}
+    def test_restore_replaces_a_symlink_in_place_of_a_directory(self, case: RestoreCase) -> None:
+        case.publish({b"d": {b"precious": b"evil", b"new": b"evil"}})
+        case.target.mkdir()
+        (case.target / "d").symlink_to(case.outside)
+        case.restore(delete=True)
+        assert case.untouched()
+        assert not (case.target / "d").is_symlink()
+        assert case.found() == {"d": None, "d/new": b"evil", "d/precious": b"evil"}
 
-    def test_restore_replaces_a_symlink_in_place_of_a_file(self, bench: Bench) -> None:
-        bench.publish({b"f": b"evil", b"fifo": entry(b"", NodeType.FIFO)})
-        bench.target.mkdir()
+    def test_restore_replaces_a_symlink_in_place_of_a_file(self, case: RestoreCase) -> None:
+        case.publish({b"f": b"evil", b"fifo": entry(b"", NodeType.FIFO)})
+        case.target.mkdir()
         for name in ("f", "fifo"):
-            (bench.target / name).symlink_to(bench.outside / "precious")
-        bench.restore()
-        assert bench.untouched()
-        assert (bench.target / "f").read_bytes() == b"evil"
+            (case.target / name).symlink_to(case.outside / "precious")
+        case.restore()
+        assert case.untouched()
+        assert (case.target / "f").read_bytes() == b"evil"
 
     def test_restore_does_not_follow_a_symlink_that_an_earlier_restore_made(
-        self, bench: Bench
+        self, case: RestoreCase
     ) -> None:
-        bench.publish({b"d": entry(b"", NodeType.SYMLINK, content=bytes(bench.outside))})
-        bench.restore()
-        assert (bench.target / "d").resolve() == bench.outside
-        bench.publish({b"d": {b"precious": b"evil"}})
+        case.publish({b"d": entry(b"", NodeType.SYMLINK, content=bytes(case.outside))})
+        case.restore()
+        assert (case.target / "d").resolve() == case.outside
+        case.publish({b"d": {b"precious": b"evil"}})
         for overwrite in (Overwrite.IF_CHANGED, Overwrite.ALWAYS):
-            bench.restore(overwrite=overwrite, delete=True)
-            assert bench.untouched()
+            case.restore(overwrite=overwrite, delete=True)
+            assert case.untouched()
 
     def test_restore_skips_everything_below_a_symlink_that_it_may_not_replace(
-        self, bench: Bench
+        self, case: RestoreCase
     ) -> None:
-        bench.publish({b"d": {b"precious": b"evil"}})
-        bench.target.mkdir()
-        (bench.target / "d").symlink_to(bench.outside)
-        result = bench.restore(overwrite=Overwrite.NEVER, delete=True).result
-        assert bench.untouched()
-        assert (bench.target / "d").is_symlink()
+        case.publish({b"d": {b"precious": b"evil"}})
+        case.target.mkdir()
+        (case.target / "d").symlink_to(case.outside)
+        result = case.restore(overwrite=Overwrite.NEVER, delete=True).result
+        assert case.untouched()
+        assert (case.target / "d").is_symlink()
         assert (result.files, result.skipped) == (0, 1)
 
-    def test_restore_with_delete_follows_no_symlink(self, bench: Bench) -> None:
-        bench.publish({b"f": b""})
-        (bench.target / "old").mkdir(parents=True)
-        (bench.target / "link").symlink_to(bench.outside)
-        (bench.target / "old" / "link").symlink_to(bench.outside)
-        assert bench.restore(delete=True).result.deleted == 2
-        assert bench.untouched()
-        assert bench.found() == {"f": b""}
+    def test_restore_with_delete_follows_no_symlink(self, case: RestoreCase) -> None:
+        case.publish({b"f": b""})
+        (case.target / "old").mkdir(parents=True)
+        (case.target / "link").symlink_to(case.outside)
+        (case.target / "old" / "link").symlink_to(case.outside)
+        assert case.restore(delete=True).result.deleted == 2
+        assert case.untouched()
+        assert case.found() == {"f": b""}
 
     def test_restore_does_not_follow_a_symlink_swapped_in_during_its_run(
-        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+        self, case: RestoreCase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bench.publish({b"d": {b"precious": b"evil"}})
+        case.publish({b"d": {b"precious": b"evil"}})
         create_file = target_fs_module.create_file
 
         def swap(*arguments: Any) -> Any:
-            (bench.target / "d").rename(bench.target / "moved")
-            (bench.target / "d").symlink_to(bench.outside)
+            (case.target / "d").rename(case.target / "moved")
+            (case.target / "d").symlink_to(case.outside)
             return create_file(*arguments)
 
         monkeypatch.setattr(target_fs_module, "create_file", swap)
-        bench.restore()
-        assert bench.untouched()
-        assert (bench.target / "moved" / "precious").read_bytes() == b"evil"
+        case.restore()
+        assert case.untouched()
+        assert (case.target / "moved" / "precious").read_bytes() == b"evil"
 
     def test_restore_does_not_change_other_hard_links_of_a_replaced_file(
-        self, bench: Bench
+        self, case: RestoreCase
     ) -> None:
-        bench.publish({b"f": b"new"})
-        bench.target.mkdir()
-        os.link(bench.outside / "precious", bench.target / "f")
-        bench.restore()
-        assert bench.untouched()
-        assert bench.found() == {"f": b"new"}
+        case.publish({b"f": b"new"})
+        case.target.mkdir()
+        os.link(case.outside / "precious", case.target / "f")
+        case.restore()
+        assert case.untouched()
+        assert case.found() == {"f": b"new"}
 
     @pytest.mark.parametrize("name", [b"..", b".", b"a/../../outside/precious", b"", b"x\0"])
     def test_restore_refuses_a_whole_directory_with_a_hostile_name(
-        self, bench: Bench, name: bytes
+        self, case: RestoreCase, name: bytes
     ) -> None:
         from casfs.format.tree import Leaf, encode_piece
 
-        with bench.keeper.writing() as repository:
+        with case.repo.writing() as repository:
             writer = repository.writer()
             leaf = encode_piece(Leaf([file(name, b"evil")]))
             writer.put(BlobKind.TREE, digest_of(leaf), leaf)
             writer.put(BlobKind.DATA, digest_of(b"evil"), b"evil")
             writer.finish()
         hostile = entry(b"", NodeType.DIRECTORY, tree=TreeRef(digest_of(leaf), 1, 4, 0))
-        bench.publish({b"d": hostile, b"f": b"sound"})
-        done = bench.restore(delete=True)
-        assert bench.untouched()
-        assert bench.found() == {"d": None, "f": b"sound"}
-        assert done.told(ProblemKind.DAMAGED) == [b"d"]
+        case.publish({b"d": hostile, b"f": b"sound"})
+        done = case.restore(delete=True)
+        assert case.untouched()
+        assert case.found() == {"d": None, "f": b"sound"}
+        assert done.reported(ProblemKind.DAMAGED) == [b"d"]
 
 
 class TestRestoredHardLinks:
@@ -376,26 +387,26 @@ class TestRestoredHardLinks:
         known = {"inode": 9, "nlink": 2, "extra": NodeExtra(device=3)}
         return file(b"", content, **(known | fields))
 
-    def inodes(self, bench: Bench) -> dict[str, int]:
+    def inodes(self, case: RestoreCase) -> dict[str, int]:
         return {
-            str(path.relative_to(bench.target)): path.lstat().st_ino
-            for path in bench.target.rglob("*")
+            str(path.relative_to(case.target)): path.lstat().st_ino
+            for path in case.target.rglob("*")
             if not path.is_dir()
         }
 
-    def test_restore_links_files_across_directories(self, bench: Bench) -> None:
-        bench.store(b"x")
+    def test_restore_links_files_across_directories(self, case: RestoreCase) -> None:
+        case.store(b"x")
         other = self.linked(b"x", extra=NodeExtra(device=4))
-        bench.publish({b"a": {b"f": self.linked(b"x")}, b"b": self.linked(b"x"), b"c": other})
-        done = bench.restore()
-        inodes = self.inodes(bench)
+        case.publish({b"a": {b"f": self.linked(b"x")}, b"b": self.linked(b"x"), b"c": other})
+        done = case.restore()
+        inodes = self.inodes(case)
         assert inodes["a/f"] == inodes["b"] != inodes["c"]
-        assert (bench.target / "b").stat().st_nlink == 2
+        assert (case.target / "b").stat().st_nlink == 2
         assert done.result.files == 3
 
-    def test_restore_links_entries_that_are_no_files(self, bench: Bench) -> None:
+    def test_restore_links_entries_that_are_no_files(self, case: RestoreCase) -> None:
         fields: dict[str, Any] = {"inode": 9, "nlink": 2, "extra": NodeExtra(device=3)}
-        bench.publish(
+        case.publish(
             {
                 b"a": entry(b"", NodeType.FIFO, **fields),
                 b"b": entry(b"", NodeType.FIFO, **fields),
@@ -403,81 +414,85 @@ class TestRestoredHardLinks:
                 b"d": entry(b"", NodeType.SYMLINK, content=b"t", **(fields | {"inode": 5})),
             }
         )
-        bench.restore()
-        inodes = self.inodes(bench)
+        case.restore()
+        inodes = self.inodes(case)
         assert inodes["a"] == inodes["b"]
         assert inodes["c"] == inodes["d"]
 
-    def test_restore_does_not_link_files_with_different_content(self, bench: Bench) -> None:
-        bench.store(b"x", b"y")
-        bench.publish({b"a": self.linked(b"x"), b"b": self.linked(b"y")})
-        assert bench.restore().problems == []
-        assert bench.found() == {"a": b"x", "b": b"y"}
+    def test_restore_does_not_link_files_with_different_content(self, case: RestoreCase) -> None:
+        case.store(b"x", b"y")
+        case.publish({b"a": self.linked(b"x"), b"b": self.linked(b"y")})
+        assert case.restore().problems == []
+        assert case.found() == {"a": b"x", "b": b"y"}
 
     @pytest.mark.parametrize("overwrite", list(Overwrite))
-    def test_restore_links_a_missing_name_again(self, bench: Bench, overwrite: Overwrite) -> None:
-        bench.store(b"x")
-        bench.publish({b"a": self.linked(b"x"), b"b": self.linked(b"x")})
-        bench.restore()
-        (bench.target / "b").unlink()
-        bench.restore(overwrite=overwrite)
-        inodes = self.inodes(bench)
-        assert bench.found() == {"a": b"x", "b": b"x"}
+    def test_restore_links_a_missing_name_again(
+        self, case: RestoreCase, overwrite: Overwrite
+    ) -> None:
+        case.store(b"x")
+        case.publish({b"a": self.linked(b"x"), b"b": self.linked(b"x")})
+        case.restore()
+        (case.target / "b").unlink()
+        case.restore(overwrite=overwrite)
+        inodes = self.inodes(case)
+        assert case.found() == {"a": b"x", "b": b"x"}
         assert (inodes["a"] == inodes["b"]) is (overwrite != Overwrite.NEVER)
 
     @pytest.mark.parametrize("overwrite", [Overwrite.ALWAYS, Overwrite.IF_CHANGED])
     def test_restore_separates_hard_links_that_the_snapshot_does_not_have(
-        self, bench: Bench, overwrite: Overwrite
+        self, case: RestoreCase, overwrite: Overwrite
     ) -> None:
-        bench.publish({b"a": file(b"", b"x"), b"b": file(b"", b"x")})
-        bench.store(b"x")
-        bench.restore()
-        (bench.target / "b").unlink()
-        os.link(bench.target / "a", bench.target / "b")
-        bench.restore(overwrite=overwrite)
-        inodes = self.inodes(bench)
+        case.publish({b"a": file(b"", b"x"), b"b": file(b"", b"x")})
+        case.store(b"x")
+        case.restore()
+        (case.target / "b").unlink()
+        os.link(case.target / "a", case.target / "b")
+        case.restore(overwrite=overwrite)
+        inodes = self.inodes(case)
         assert inodes["a"] != inodes["b"]
-        assert bench.found() == {"a": b"x", "b": b"x"}
+        assert case.found() == {"a": b"x", "b": b"x"}
 
-    def test_restore_keeps_existing_hard_links(self, bench: Bench) -> None:
-        bench.store(b"x")
-        bench.publish({b"a": self.linked(b"x"), b"b": self.linked(b"x")})
-        bench.restore()
-        before = self.inodes(bench)
-        assert bench.restore(overwrite=Overwrite.IF_CHANGED).result.skipped == 2
-        assert self.inodes(bench) == before
-        bench.restore()
-        inodes = self.inodes(bench)
+    def test_restore_keeps_existing_hard_links(self, case: RestoreCase) -> None:
+        case.store(b"x")
+        case.publish({b"a": self.linked(b"x"), b"b": self.linked(b"x")})
+        case.restore()
+        before = self.inodes(case)
+        assert case.restore(overwrite=Overwrite.IF_CHANGED).result.skipped == 2
+        assert self.inodes(case) == before
+        case.restore()
+        inodes = self.inodes(case)
         assert sorted(inodes) == ["a", "b"]
         assert inodes["a"] == inodes["b"]
 
 
 class TestOverwrite:
     @pytest.fixture
-    def twice(self, bench: Bench) -> Bench:
+    def twice(self, case: RestoreCase) -> RestoreCase:
         """A bench whose target holds what was restored, changed in three ways."""
-        bench.publish({b"same": b"1", b"newer": b"2", b"longer": b"3", b"missing": b"4"})
-        bench.restore()
-        os.utime(bench.target / "newer", ns=(0, MTIME_NS + 1))
-        (bench.target / "longer").write_bytes(b"3 and more")
-        os.utime(bench.target / "longer", ns=(0, MTIME_NS))
-        (bench.target / "missing").unlink()
+        case.publish({b"same": b"1", b"newer": b"2", b"longer": b"3", b"missing": b"4"})
+        case.restore()
+        os.utime(case.target / "newer", ns=(0, MTIME_NS + 1))
+        (case.target / "longer").write_bytes(b"3 and more")
+        os.utime(case.target / "longer", ns=(0, MTIME_NS))
+        (case.target / "missing").unlink()
         # Behind the same size and time, only `always` finds this.
-        (bench.target / "same").write_bytes(b"X")
-        os.utime(bench.target / "same", ns=(0, MTIME_NS))
-        return bench
+        (case.target / "same").write_bytes(b"X")
+        os.utime(case.target / "same", ns=(0, MTIME_NS))
+        return case
 
-    def test_overwrite_always_replaces_everything(self, twice: Bench) -> None:
+    def test_overwrite_always_replaces_everything(self, twice: RestoreCase) -> None:
         result = twice.restore().result
         assert (result.files, result.skipped) == (4, 0)
         assert twice.found() == {"same": b"1", "newer": b"2", "longer": b"3", "missing": b"4"}
 
-    def test_overwrite_if_changed_skips_files_of_equal_size_and_time(self, twice: Bench) -> None:
+    def test_overwrite_if_changed_skips_files_of_equal_size_and_time(
+        self, twice: RestoreCase
+    ) -> None:
         result = twice.restore(overwrite=Overwrite.IF_CHANGED).result
         assert (result.files, result.skipped) == (3, 1)
         assert twice.found() == {"same": b"X", "newer": b"2", "longer": b"3", "missing": b"4"}
 
-    def test_overwrite_never_skips_every_existing_file(self, twice: Bench) -> None:
+    def test_overwrite_never_skips_every_existing_file(self, twice: RestoreCase) -> None:
         result = twice.restore(overwrite=Overwrite.NEVER).result
         assert (result.files, result.skipped) == (1, 3)
         assert twice.found() == {
@@ -488,7 +503,7 @@ class TestOverwrite:
         }
 
     def test_restore_dry_run_reports_what_would_be_skipped_deleted_and_in_the_way(
-        self, twice: Bench
+        self, twice: RestoreCase
     ) -> None:
         (twice.target / "missing").mkdir()
         (twice.target / "missing/something").touch()
@@ -505,7 +520,7 @@ class TestOverwrite:
             counts = dry.result
             if how == {"overwrite": Overwrite.IF_CHANGED}:
                 assert (counts.files, counts.skipped, counts.deleted) == (2, 1, 0)
-                assert (counts.failed, dry.told(ProblemKind.UNREADABLE)) == (1, [b"missing"])
+                assert (counts.failed, dry.reported(ProblemKind.UNREADABLE)) == (1, [b"missing"])
             elif "overwrite" in how:
                 assert (counts.files, counts.skipped, counts.deleted) == (0, 4, 1)
             else:
@@ -513,68 +528,70 @@ class TestOverwrite:
         wet = twice.restore(delete=True).result
         assert (wet.files, wet.skipped, wet.deleted) == (4, 0, 1)
 
-    def test_overwrite_if_changed_sets_the_metadata_of_skipped_files(self, bench: Bench) -> None:
-        bench.publish({b"f": b"1"})
-        bench.restore()
-        os.chmod(bench.target / "f", 0o777)
-        bench.restore(overwrite=Overwrite.IF_CHANGED)
-        assert stat.S_IMODE((bench.target / "f").stat().st_mode) == 0o644
+    def test_overwrite_if_changed_sets_the_metadata_of_skipped_files(
+        self, case: RestoreCase
+    ) -> None:
+        case.publish({b"f": b"1"})
+        case.restore()
+        os.chmod(case.target / "f", 0o777)
+        case.restore(overwrite=Overwrite.IF_CHANGED)
+        assert stat.S_IMODE((case.target / "f").stat().st_mode) == 0o644
 
-    def test_restore_replaces_a_full_directory_only_with_delete(self, bench: Bench) -> None:
-        bench.publish({b"x": b"file", b"y": b"file"})
-        (bench.target / "x").mkdir(parents=True)
-        (bench.target / "x" / "kept").write_bytes(b"")
-        done = bench.restore()
+    def test_restore_replaces_a_full_directory_only_with_delete(self, case: RestoreCase) -> None:
+        case.publish({b"x": b"file", b"y": b"file"})
+        (case.target / "x").mkdir(parents=True)
+        (case.target / "x" / "kept").write_bytes(b"")
+        done = case.restore()
         assert done.result.failed == 1
-        assert done.told(ProblemKind.UNREADABLE) == [b"x"]
-        assert bench.found() == {"x": None, "x/kept": b"", "y": b"file"}
-        assert bench.restore(delete=True).result.failed == 0
-        assert bench.found() == {"x": b"file", "y": b"file"}
+        assert done.reported(ProblemKind.UNREADABLE) == [b"x"]
+        assert case.found() == {"x": None, "x/kept": b"", "y": b"file"}
+        assert case.restore(delete=True).result.failed == 0
+        assert case.found() == {"x": b"file", "y": b"file"}
 
-    def test_restore_replaces_an_empty_directory_with_a_file(self, bench: Bench) -> None:
-        bench.publish({b"x": b"file"})
-        (bench.target / "x").mkdir(parents=True)
-        assert bench.restore().result.failed == 0
-        assert bench.found() == {"x": b"file"}
+    def test_restore_replaces_an_empty_directory_with_a_file(self, case: RestoreCase) -> None:
+        case.publish({b"x": b"file"})
+        (case.target / "x").mkdir(parents=True)
+        assert case.restore().result.failed == 0
+        assert case.found() == {"x": b"file"}
 
-    def test_restore_replaces_a_file_with_a_directory(self, bench: Bench) -> None:
-        bench.publish({b"x": {b"f": b""}})
-        bench.target.mkdir()
-        (bench.target / "x").write_bytes(b"file")
-        bench.restore()
-        assert bench.found() == {"x": None, "x/f": b""}
+    def test_restore_replaces_a_file_with_a_directory(self, case: RestoreCase) -> None:
+        case.publish({b"x": {b"f": b""}})
+        case.target.mkdir()
+        (case.target / "x").write_bytes(b"file")
+        case.restore()
+        assert case.found() == {"x": None, "x/f": b""}
 
 
 class TestRestorePatterns:
-    def test_include_restores_matches_and_their_parent_directories(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        result = bench.restore(include=("deep",)).result
-        assert bench.found() == {"d": None, "d/e": None, "d/e/deep": b"3"}
+    def test_include_restores_matches_and_their_parent_directories(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        result = case.restore(include=("deep",)).result
+        assert case.found() == {"d": None, "d/e": None, "d/e/deep": b"3"}
         assert result.files == 1
-        assert (bench.target / "d").stat().st_mtime_ns == MTIME_NS
+        assert (case.target / "d").stat().st_mtime_ns == MTIME_NS
 
-    def test_include_of_a_directory_restores_everything_in_it(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        bench.restore(include=("/d/",), exclude=("f",))
-        assert bench.found() == {"d": None, "d/e": None, "d/e/deep": b"3"}
+    def test_include_of_a_directory_restores_everything_in_it(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        case.restore(include=("/d/",), exclude=("f",))
+        assert case.found() == {"d": None, "d/e": None, "d/e/deep": b"3"}
 
-    def test_include_that_matches_nothing_is_an_error(self, bench: Bench) -> None:
-        bench.publish(TREE)
+    def test_include_that_matches_nothing_is_an_error(self, case: RestoreCase) -> None:
+        case.publish(TREE)
         with pytest.raises(NotFoundError, match="nothing matches --include 'none', '/e'; nothing"):
-            bench.restore(include=("none", "/e"))
-        assert bench.found() == {}
+            case.restore(include=("none", "/e"))
+        assert case.found() == {}
 
-    def test_patterns_that_leave_nothing_over_are_an_error(self, bench: Bench) -> None:
-        bench.publish(TREE)
+    def test_patterns_that_leave_nothing_over_are_an_error(self, case: RestoreCase) -> None:
+        case.publish(TREE)
         with pytest.raises(NotFoundError, match="leave out everything; nothing was restored"):
-            bench.restore(exclude=("*",))
+            case.restore(exclude=("*",))
         with pytest.raises(NotFoundError, match="outside what --exclude leaves out matches"):
-            bench.restore(include=("deep",), exclude=("d/",))
-        assert bench.found() == {}
+            case.restore(include=("deep",), exclude=("d/",))
+        assert case.found() == {}
 
-    def test_a_pattern_that_matches_nothing_is_reported(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        done = bench.restore(include=("deep", "none"), exclude=("d/f", "*.o", "!*.h"))
+    def test_a_pattern_that_matches_nothing_is_reported(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        done = case.restore(include=("deep", "none"), exclude=("d/f", "*.o", "!*.h"))
         found = [
             problem for problem in done.problems if problem.kind == ProblemKind.UNMATCHED_PATTERN
         ]
@@ -585,86 +602,86 @@ class TestRestorePatterns:
         ]
         assert done.result.files == 1
 
-    def test_patterns_below_an_included_directory_count_as_matched(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        assert bench.restore(include=("d", "deep")).problems == []
-        assert bench.restore("latest:d/e", include=("/d", "e/", "deep")).problems == []
+    def test_patterns_below_an_included_directory_count_as_matched(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        assert case.restore(include=("d", "deep")).problems == []
+        assert case.restore("latest:d/e", include=("/d", "e/", "deep")).problems == []
 
     def test_an_exclude_that_only_protects_in_the_target_counts_as_matched(
-        self, bench: Bench
+        self, case: RestoreCase
     ) -> None:
-        bench.publish(TREE)
-        bench.restore()
-        (bench.target / "old").write_bytes(b"")
-        assert bench.restore(delete=True, exclude=("old",)).problems == []
-        assert (bench.target / "old").exists()
+        case.publish(TREE)
+        case.restore()
+        (case.target / "old").write_bytes(b"")
+        assert case.restore(delete=True, exclude=("old",)).problems == []
+        assert (case.target / "old").exists()
 
     @pytest.mark.parametrize("pattern", ["d", "/d/", "d/e", "e"])
     def test_exclude_of_the_named_path_or_one_above_it_is_an_error(
-        self, bench: Bench, pattern: str
+        self, case: RestoreCase, pattern: str
     ) -> None:
-        bench.publish(TREE)
+        case.publish(TREE)
         with pytest.raises(NotFoundError, match=f"'{pattern}' leaves out all that was named"):
-            bench.restore("latest:d/e", exclude=(pattern,))
-        assert not bench.target.exists()
+            case.restore("latest:d/e", exclude=(pattern,))
+        assert not case.target.exists()
 
     @pytest.mark.parametrize("pattern", ["d", "/d/", "d/e", "e"])
     def test_include_of_the_named_path_or_one_above_it_restores_all_of_it(
-        self, bench: Bench, pattern: str
+        self, case: RestoreCase, pattern: str
     ) -> None:
-        bench.publish(TREE)
-        bench.restore("latest:d/e", include=(pattern,))
-        assert bench.found() == {"deep": b"3"}
+        case.publish(TREE)
+        case.restore("latest:d/e", include=(pattern,))
+        assert case.found() == {"deep": b"3"}
 
-    def test_exclude_can_spare_what_a_later_pattern_names(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        bench.restore(exclude=("*", "!*/", "!deep"))
-        assert bench.found() == {"d": None, "d/e": None, "d/e/deep": b"3", "empty": None}
+    def test_exclude_can_spare_what_a_later_pattern_names(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        case.restore(exclude=("*", "!*/", "!deep"))
+        assert case.found() == {"d": None, "d/e": None, "d/e/deep": b"3", "empty": None}
 
-    def test_exclude_leaves_out_matches(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        bench.restore(exclude=("e/", "empty"))
-        assert bench.found() == {"d": None, "d/f": b"22", "\udcff\n": b"1"}
+    def test_exclude_leaves_out_matches(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        case.restore(exclude=("e/", "empty"))
+        assert case.found() == {"d": None, "d/f": b"22", "\udcff\n": b"1"}
 
-    def test_patterns_match_the_path_in_the_snapshot(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        bench.restore("latest:d", include=("/d/e",))
-        assert bench.found() == {"e": None, "e/deep": b"3"}
+    def test_patterns_match_the_path_in_the_snapshot(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        case.restore("latest:d", include=("/d/e",))
+        assert case.found() == {"e": None, "e/deep": b"3"}
 
 
 class TestRestoreDelete:
-    def test_delete_removes_what_the_snapshot_does_not_have(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        bench.restore()
-        (bench.target / "d" / "old").write_bytes(b"")
-        (bench.target / "dir" / "below").mkdir(parents=True)
-        (bench.target / "dir" / "below" / "f").write_bytes(b"")
-        assert bench.restore().result.deleted == 0
-        assert bench.restore(delete=True).result.deleted == 2
-        assert bench.found() == TREE_FOUND
+    def test_delete_removes_what_the_snapshot_does_not_have(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        case.restore()
+        (case.target / "d" / "old").write_bytes(b"")
+        (case.target / "dir" / "below").mkdir(parents=True)
+        (case.target / "dir" / "below" / "f").write_bytes(b"")
+        assert case.restore().result.deleted == 0
+        assert case.restore(delete=True).result.deleted == 2
+        assert case.found() == TREE_FOUND
 
-    def test_delete_keeps_what_is_excluded_or_not_included(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        bench.restore()
-        (bench.target / "d" / "old.log").write_bytes(b"")
-        (bench.target / "old").write_bytes(b"")
-        before = bench.found()
-        assert bench.restore(delete=True, include=("/d/e/",)).result.deleted == 0
-        assert bench.restore(delete=True, exclude=("*.log", "old")).result.deleted == 0
-        assert bench.found() == before
+    def test_delete_keeps_what_is_excluded_or_not_included(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        case.restore()
+        (case.target / "d" / "old.log").write_bytes(b"")
+        (case.target / "old").write_bytes(b"")
+        before = case.found()
+        assert case.restore(delete=True, include=("/d/e/",)).result.deleted == 0
+        assert case.restore(delete=True, exclude=("*.log", "old")).result.deleted == 0
+        assert case.found() == before
 
-    def test_delete_removes_nothing_in_a_damaged_directory(self, bench: Bench) -> None:
-        bench.publish({b"bad": {b"f": b"1"}, b"good": {b"g": b"2"}})
-        bench.restore()
+    def test_delete_removes_nothing_in_a_damaged_directory(self, case: RestoreCase) -> None:
+        case.publish({b"bad": {b"f": b"1"}, b"good": {b"g": b"2"}})
+        case.restore()
         for name in ("bad/extra", "good/extra"):
-            (bench.target / name).write_bytes(b"")
-        with bench.keeper.reading() as repository:
+            (case.target / name).write_bytes(b"")
+        with case.repo.reading() as repository:
             _, _, _, node = repository.snapshots.resolve_path("latest:bad")
-        bench.keeper.damage(reference(node))
-        done = bench.restore(delete=True)
+        case.repo.damage(reference(node))
+        done = case.restore(delete=True)
         assert done.result.deleted == 1
-        assert done.told(ProblemKind.DAMAGED) == [b"bad"]
-        assert bench.found() == {
+        assert done.reported(ProblemKind.DAMAGED) == [b"bad"]
+        assert case.found() == {
             "bad": None,
             "bad/extra": b"",
             "bad/f": b"1",
@@ -672,38 +689,38 @@ class TestRestoreDelete:
             "good/g": b"2",
         }
 
-    def test_delete_removes_nothing_below_a_damaged_root(self, bench: Bench) -> None:
-        bench.publish(TREE)
-        bench.restore()
-        (bench.target / "extra").write_bytes(b"")
-        before = bench.found()
-        with bench.keeper.reading() as repository:
+    def test_delete_removes_nothing_below_a_damaged_root(self, case: RestoreCase) -> None:
+        case.publish(TREE)
+        case.restore()
+        (case.target / "extra").write_bytes(b"")
+        before = case.found()
+        with case.repo.reading() as repository:
             _, _, _, node = repository.snapshots.resolve_path("latest")
-        bench.keeper.damage(reference(node))
-        result = bench.restore(delete=True).result
+        case.repo.damage(reference(node))
+        result = case.restore(delete=True).result
         assert (result.deleted, result.damaged) == (0, 1)
-        assert bench.found() == before
+        assert case.found() == before
 
-    def test_delete_keeps_the_old_file_in_place_of_a_damaged_one(self, bench: Bench) -> None:
-        bench.store(*CHUNKS)
-        bench.publish({b"f": of_chunks(*CHUNKS)})
-        bench.target.mkdir()
-        (bench.target / "f").write_bytes(b"old")
-        bench.keeper.damage(digest_of(CHUNKS[1]))
-        assert bench.restore(delete=True).result.damaged == 1
-        assert bench.found() == {"f": b"old"}
+    def test_delete_keeps_the_old_file_in_place_of_a_damaged_one(self, case: RestoreCase) -> None:
+        case.store(*CHUNKS)
+        case.publish({b"f": of_chunks(*CHUNKS)})
+        case.target.mkdir()
+        (case.target / "f").write_bytes(b"old")
+        case.repo.damage(digest_of(CHUNKS[1]))
+        assert case.restore(delete=True).result.damaged == 1
+        assert case.found() == {"f": b"old"}
 
 
 class TestRestoreOfDamage:
     @pytest.fixture
-    def damaged(self, bench: Bench) -> Bench:
-        bench.store(*CHUNKS)
-        bench.publish({b"bad": of_chunks(*CHUNKS), b"good": of_chunks(*CHUNKS[2:])})
-        bench.keeper.damage(digest_of(CHUNKS[1]))
-        return bench
+    def damaged(self, case: RestoreCase) -> RestoreCase:
+        case.store(*CHUNKS)
+        case.publish({b"bad": of_chunks(*CHUNKS), b"good": of_chunks(*CHUNKS[2:])})
+        case.repo.damage(digest_of(CHUNKS[1]))
+        return case
 
     def test_a_damaged_chunk_costs_only_its_file_and_is_reported_with_blob_and_pack(
-        self, damaged: Bench
+        self, damaged: RestoreCase
     ) -> None:
         done = damaged.restore()
         assert damaged.found() == {"good": CHUNKS[2] + CHUNKS[3]}
@@ -713,7 +730,9 @@ class TestRestoreOfDamage:
         assert problem.details["blob"] == digest_of(CHUNKS[1]).hex()
         assert isinstance(problem.details["pack"], str) and len(problem.details["pack"]) == 64
 
-    def test_salvage_writes_zeros_for_lost_ranges_and_reports_them(self, damaged: Bench) -> None:
+    def test_salvage_writes_zeros_for_lost_ranges_and_reports_them(
+        self, damaged: RestoreCase
+    ) -> None:
         done = damaged.restore(salvage=True)
         assert damaged.found()["bad"] == CHUNKS[0] + bytes(3000) + CHUNKS[2] + CHUNKS[3]
         assert (done.result.files, done.result.damaged) == (2, 1)
@@ -721,17 +740,19 @@ class TestRestoreOfDamage:
         assert problem.details["ranges"] == "3000-6000"
         assert "3000-6000" in problem.message
 
-    def test_salvage_reports_damage_for_every_name_of_a_file(self, bench: Bench) -> None:
-        bench.store(*CHUNKS)
+    def test_salvage_reports_damage_for_every_name_of_a_file(self, case: RestoreCase) -> None:
+        case.store(*CHUNKS)
         linked = of_chunks(*CHUNKS, inode=9, nlink=2, extra=NodeExtra(device=3))
-        bench.publish({b"a": linked, b"b": linked})
-        bench.keeper.damage(digest_of(CHUNKS[0]))
-        done = bench.restore(salvage=True)
-        assert done.told(ProblemKind.DAMAGED) == [b"a", b"b"]
-        assert (bench.target / "a").samefile(bench.target / "b")
+        case.publish({b"a": linked, b"b": linked})
+        case.repo.damage(digest_of(CHUNKS[0]))
+        done = case.restore(salvage=True)
+        assert done.reported(ProblemKind.DAMAGED) == [b"a", b"b"]
+        assert (case.target / "a").samefile(case.target / "b")
 
-    def test_salvage_of_a_lost_content_list_loses_only_what_it_lists(self, bench: Bench) -> None:
-        with bench.keeper.writing() as repository:
+    def test_salvage_of_a_lost_content_list_loses_only_what_it_lists(
+        self, case: RestoreCase
+    ) -> None:
+        with case.repo.writing() as repository:
             writer = repository.writer()
             content = ContentWriter(writer.put, digest_of)
             chunks = [b"chunk %d" % number for number in range(9000)]
@@ -745,14 +766,14 @@ class TestRestoreOfDamage:
         node = entry(
             b"", size=len(whole), content=records, levels=levels, captured=digest_of(whole)
         )
-        bench.publish({b"f": node})
+        case.publish({b"f": node})
         (first, _), (length, digest), *_ = EXTENT.iter_unpack(records)
-        bench.keeper.damage(Digest(digest))
-        assert bench.restore().result.damaged == 1
-        assert bench.found() == {}
-        done = bench.restore(salvage=True)
+        case.repo.damage(Digest(digest))
+        assert case.restore().result.damaged == 1
+        assert case.found() == {}
+        done = case.restore(salvage=True)
         end = first + length
-        assert bench.found() == {"f": whole[:first] + bytes(length) + whole[end:]}
+        assert case.found() == {"f": whole[:first] + bytes(length) + whole[end:]}
         assert done.problems[0].details["ranges"] == f"{first}-{end}"
 
     @pytest.mark.parametrize("salvage", [False, True])
@@ -766,55 +787,57 @@ class TestRestoreOfDamage:
         ],
     )
     def test_a_file_with_a_wrong_manifest_is_not_restored(
-        self, bench: Bench, lie: dict[str, Any], salvage: bool
+        self, case: RestoreCase, lie: dict[str, Any], salvage: bool
     ) -> None:
-        bench.store(*CHUNKS)
-        bench.publish({b"f": of_chunks(*CHUNKS, **lie), b"good": of_chunks(CHUNKS[0])})
-        done = bench.restore(salvage=salvage)
-        assert bench.found() == {"good": CHUNKS[0]}
-        assert done.told(ProblemKind.DAMAGED) == [b"f"]
+        case.store(*CHUNKS)
+        case.publish({b"f": of_chunks(*CHUNKS, **lie), b"good": of_chunks(CHUNKS[0])})
+        done = case.restore(salvage=salvage)
+        assert case.found() == {"good": CHUNKS[0]}
+        assert done.reported(ProblemKind.DAMAGED) == [b"f"]
 
-    def test_salvage_replaces_a_chunk_of_another_length_with_zeros(self, bench: Bench) -> None:
-        bench.store(*CHUNKS)
+    def test_salvage_replaces_a_chunk_of_another_length_with_zeros(self, case: RestoreCase) -> None:
+        case.store(*CHUNKS)
         records = EXTENT.pack(2999, digest_of(CHUNKS[0])) + EXTENT.pack(3000, digest_of(CHUNKS[1]))
-        bench.publish({b"f": entry(b"", size=5999, content=records, captured=bytes(32))})
-        assert bench.restore().result.damaged == 1
-        assert bench.found() == {}
-        assert bench.restore(salvage=True).problems[0].details["ranges"] == "0-2999"
-        assert bench.found() == {"f": bytes(2999) + CHUNKS[1]}
+        case.publish({b"f": entry(b"", size=5999, content=records, captured=bytes(32))})
+        assert case.restore().result.damaged == 1
+        assert case.found() == {}
+        assert case.restore(salvage=True).problems[0].details["ranges"] == "0-2999"
+        assert case.found() == {"f": bytes(2999) + CHUNKS[1]}
 
-    def test_a_hostile_hole_takes_no_time(self, bench: Bench) -> None:
+    def test_a_hostile_hole_takes_no_time(self, case: RestoreCase) -> None:
         records = EXTENT.pack((1 << 63) - 1, HOLE)
-        bench.publish({b"f": entry(b"", size=5, content=records, captured=bytes(32))})
+        case.publish({b"f": entry(b"", size=5, content=records, captured=bytes(32))})
         began = time.monotonic()
-        assert bench.restore(salvage=True).result.damaged == 1
+        assert case.restore(salvage=True).result.damaged == 1
         assert time.monotonic() - began < 30
-        assert bench.found() == {}
+        assert case.found() == {}
 
     def test_verify_finds_a_file_that_was_written_wrongly(
-        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+        self, case: RestoreCase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bench.publish({b"f": b"right"})
+        case.publish({b"f": b"right"})
         rename = os.rename
 
         def rename_and_spoil(source: bytes, target: bytes, **where: int) -> None:
             rename(source, target, **where)
-            (bench.target / "f").write_bytes(b"wrong")
+            (case.target / "f").write_bytes(b"wrong")
 
         monkeypatch.setattr(os, "rename", rename_and_spoil)
-        done = bench.restore(verify=True)
+        done = case.restore(verify=True)
         assert (done.result.damaged, done.result.verified) == (1, 0)
         assert "reads back differently" in done.problems[0].message
 
 
 class TestRestoreOfChangedFiles:
-    def test_restore_writes_a_flagged_file_as_captured_and_reports_it(self, bench: Bench) -> None:
-        bench.store(b"mixture")
-        bench.publish({b"log": flagged(file(b"", b"mixture"))})
-        done = bench.restore()
-        assert bench.found() == {"log": b"mixture"}
+    def test_restore_writes_a_flagged_file_as_captured_and_reports_it(
+        self, case: RestoreCase
+    ) -> None:
+        case.store(b"mixture")
+        case.publish({b"log": flagged(file(b"", b"mixture"))})
+        done = case.restore()
+        assert case.found() == {"log": b"mixture"}
         assert (done.result.flagged, done.result.damaged) == (1, 0)
-        assert done.told(ProblemKind.CHANGED) == [b"log"]
+        assert done.reported(ProblemKind.CHANGED) == [b"log"]
         assert "rewritten" in done.problems[0].message
 
 
@@ -826,7 +849,7 @@ class TestRestoreThreads:
         monkeypatch.setattr(ordered_pool_module, "_BATCH_JOBS", 3)
 
     def test_restore_reports_results_in_the_order_of_the_tree(
-        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+        self, case: RestoreCase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(restorer_module, "_HANDED_OVER_BYTES", 3000)
         plan: dict[bytes, Any] = {}
@@ -848,26 +871,28 @@ class TestRestoreThreads:
                     expected.append((ProblemKind.DAMAGED, path))
                 inside[b"%02d" % number] = node
             plan[b"%02d" % folder] = inside
-        bench.store(*plains)
-        bench.publish(plan)
+        case.store(*plains)
+        case.publish(plan)
         for plain in bad:
-            bench.keeper.damage(digest_of(plain))
-        done = bench.restore()
+            case.repo.damage(digest_of(plain))
+        done = case.restore()
         assert [(problem.kind, problem.path) for problem in done.problems] == expected
         assert (done.result.files, done.result.damaged) == (480 - len(bad), len(bad))
         whole = {digest_of(plain) for plain in plains} - {digest_of(plain) for plain in bad}
-        assert {digest_of(data) for data in bench.found().values() if data is not None} == whole
+        assert {digest_of(data) for data in case.found().values() if data is not None} == whole
 
-    def test_restore_sets_the_times_of_a_directory_after_its_entries(self, bench: Bench) -> None:
+    def test_restore_sets_the_times_of_a_directory_after_its_entries(
+        self, case: RestoreCase
+    ) -> None:
         below: Plan = {b"%03d" % number: {b"f": b"1", b"g": b"2"} for number in range(300)}
-        bench.publish({b"d": below, b"e": {b"h": b"3"}})
-        assert bench.restore().problems == []
-        folders = [path for path in bench.target.rglob("*") if path.is_dir()]
+        case.publish({b"d": below, b"e": {b"h": b"3"}})
+        assert case.restore().problems == []
+        folders = [path for path in case.target.rglob("*") if path.is_dir()]
         assert len(folders) == 302
         assert {path.stat().st_mtime_ns for path in folders} == {MTIME_NS}
 
     def test_restore_holds_few_descriptors_open(
-        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+        self, case: RestoreCase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         most = 0
         make_directory = target_fs_module.make_directory
@@ -879,20 +904,20 @@ class TestRestoreThreads:
 
         monkeypatch.setattr(target_fs_module, "make_directory", counting)
         before = len(os.listdir("/proc/self/fd"))
-        bench.publish({b"%04d" % number: {b"f": b"%d" % number} for number in range(1500)})
-        assert bench.restore().result.files == 1500
+        case.publish({b"%04d" % number: {b"f": b"%d" % number} for number in range(1500)})
+        assert case.restore().result.files == 1500
         assert most < before + 200
 
-    def test_restore_links_only_to_files_in_their_place(self, bench: Bench) -> None:
+    def test_restore_links_only_to_files_in_their_place(self, case: RestoreCase) -> None:
         linked = file(b"", b"x", inode=9, nlink=30, extra=NodeExtra(device=3))
         plan: dict[bytes, Any] = {}
         for number in range(30):
             plan[b"%02d a" % number] = b"%d" % number
             plan[b"%02d b" % number] = linked
-        bench.store(b"x")
-        bench.publish(plan)
-        assert bench.restore().problems == []
-        names = [path for path in bench.target.iterdir() if path.name.endswith("b")]
+        case.store(b"x")
+        case.publish(plan)
+        assert case.restore().problems == []
+        names = [path for path in case.target.iterdir() if path.name.endswith("b")]
         assert {path.stat().st_nlink for path in names} == {30}
 
 
@@ -907,46 +932,46 @@ class TestTargetErrors:
         return fail
 
     def test_restore_reports_an_entry_that_the_target_refuses_and_restores_the_rest(
-        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+        self, case: RestoreCase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bench.publish({b"f": b"1", b"fifo": entry(b"", NodeType.FIFO), b"g": b"2"})
+        case.publish({b"f": b"1", b"fifo": entry(b"", NodeType.FIFO), b"g": b"2"})
         monkeypatch.setattr(os, "mkfifo", self.failing(errno.EPERM))
-        done = bench.restore()
+        done = case.restore()
         assert (done.result.failed, done.result.files) == (1, 2)
-        assert done.told(ProblemKind.UNREADABLE) == [b"fifo"]
-        assert bench.found() == {"f": b"1", "g": b"2"}
+        assert done.reported(ProblemKind.UNREADABLE) == [b"fifo"]
+        assert case.found() == {"f": b"1", "g": b"2"}
 
     def test_restore_reports_a_refused_directory_once_and_skips_its_entries(
-        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+        self, case: RestoreCase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bench.publish(TREE)
+        case.publish(TREE)
         monkeypatch.setattr(target_fs_module, "make_directory", self.failing(errno.EACCES))
-        done = bench.restore()
-        assert done.told(ProblemKind.UNREADABLE) == [b"d", b"empty"]
-        assert bench.found() == {"\udcff\n": b"1"}
+        done = case.restore()
+        assert done.reported(ProblemKind.UNREADABLE) == [b"d", b"empty"]
+        assert case.found() == {"\udcff\n": b"1"}
 
     def test_restore_ends_on_a_full_disk_and_leaves_no_partial_file(
-        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+        self, case: RestoreCase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bench.publish({b"d": {b"f": b"1"}, b"g": b"2"})
+        case.publish({b"d": {b"f": b"1"}, b"g": b"2"})
         before = len(os.listdir("/proc/self/fd"))
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", self.failing(errno.ENOSPC))
-            with pytest.raises(OSError, match="No space left") as told:
-                bench.restore()
-        assert told.value.filename == os.fsencode(bench.target / "d/f")
-        assert bench.found() == {"d": None}
+            with pytest.raises(OSError, match="No space left") as reported:
+                case.restore()
+        assert reported.value.filename == os.fsencode(case.target / "d/f")
+        assert case.found() == {"d": None}
         assert len(os.listdir("/proc/self/fd")) == before
 
     def test_restore_copies_a_file_that_cannot_be_linked(
-        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+        self, case: RestoreCase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bench.store(b"x")
+        case.store(b"x")
         linked = file(b"", b"x", inode=9, nlink=2, extra=NodeExtra(device=3))
-        bench.publish({b"a": linked, b"b": linked})
+        case.publish({b"a": linked, b"b": linked})
         monkeypatch.setattr(os, "link", self.failing(errno.EMLINK))
-        assert bench.restore().problems == []
-        assert bench.found() == {"a": b"x", "b": b"x"}
+        assert case.restore().problems == []
+        assert case.found() == {"a": b"x", "b": b"x"}
 
 
 @pytest.fixture(autouse=True)
@@ -956,11 +981,11 @@ def few_descriptors_left_open() -> Iterator[None]:
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
-def test_restore_only_reads_the_repository(bench: Bench) -> None:
-    bench.publish(TREE)
-    before = {path: path.stat().st_mtime_ns for path in bench.keeper.root.rglob("*")}
-    bench.restore()
-    after = {path: path.stat().st_mtime_ns for path in bench.keeper.root.rglob("*")}
+def test_restore_only_reads_the_repository(case: RestoreCase) -> None:
+    case.publish(TREE)
+    before = {path: path.stat().st_mtime_ns for path in case.repo.root.rglob("*")}
+    case.restore()
+    after = {path: path.stat().st_mtime_ns for path in case.repo.root.rglob("*")}
     changed = {path for path in before.keys() | after if before.get(path) != after.get(path)}
     # That whole packs were verified is remembered with the index.
-    assert all(path.is_relative_to(bench.keeper.root / "index") for path in changed)
+    assert all(path.is_relative_to(case.repo.root / "index") for path in changed)

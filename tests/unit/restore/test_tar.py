@@ -22,14 +22,14 @@ from casfs.format.tree import Node, NodeExtra, NodeType, replace
 from casfs.monitor import ProblemKind, RecordingMonitor
 from casfs.restore.tar import DamagedContentError, TarStats, TarWriter, file_bytes
 from casfs.trees.content import EXTENT, HOLE
-from tests.support.builders import MTIME_NS, Keeper, Plan, entry, file, flagged
+from tests.support.builders import MTIME_NS, Plan, RepositoryFixture, entry, file, flagged
 
 NINE_GIB = 9 << 30
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
-    return Keeper(tmp_path)
+def repo(tmp_path: Path) -> RepositoryFixture:
+    return RepositoryFixture(tmp_path)
 
 
 def of_chunks(*chunks: bytes | int, **fields: Any) -> Node:
@@ -50,27 +50,27 @@ def chunk_record(chunk: bytes) -> bytes:
 class TestDumpOfFile:
     """The bytes of one file."""
 
-    def test_dump_writes_zeros_for_holes(self, keeper: Keeper) -> None:
-        keeper.store(b"begin", b"end")
+    def test_dump_writes_zeros_for_holes(self, repo: RepositoryFixture) -> None:
+        repo.store(b"begin", b"end")
         node = of_chunks(7, b"begin", 3 << 20, b"end", 1)
-        with keeper.reading() as repository:
+        with repo.reading() as repository:
             data = b"".join(file_bytes(repository, node, b"f"))
         assert data == bytes(7) + b"begin" + bytes(3 << 20) + b"end" + bytes(1)
 
-    def test_dump_holds_at_most_a_chunk_of_a_long_hole(self, keeper: Keeper) -> None:
+    def test_dump_holds_at_most_a_chunk_of_a_long_hole(self, repo: RepositoryFixture) -> None:
         node = of_chunks(20 << 20)
-        with keeper.reading() as repository:
+        with repo.reading() as repository:
             parts = [len(part) for part in file_bytes(repository, node, b"f")]
         assert sum(parts) == 20 << 20
         assert max(parts) <= 1 << 20
 
     @pytest.mark.parametrize("bad", [0, 1, 2])
-    def test_dump_ends_before_a_damaged_chunk(self, keeper: Keeper, bad: int) -> None:
+    def test_dump_ends_before_a_damaged_chunk(self, repo: RepositoryFixture, bad: int) -> None:
         chunks = [os.urandom(1000), os.urandom(2000), os.urandom(3000)]
-        keeper.store(*chunks)
-        keeper.damage(digest_of(chunks[bad]))
+        repo.store(*chunks)
+        repo.damage(digest_of(chunks[bad]))
         got = b""
-        with keeper.reading() as repository, pytest.raises(DamagedContentError) as caught:
+        with repo.reading() as repository, pytest.raises(DamagedContentError) as caught:
             for part in file_bytes(repository, of_chunks(*chunks), b"dir/f\n"):
                 got += part
         assert got == b"".join(chunks[:bad])
@@ -78,8 +78,8 @@ class TestDumpOfFile:
         assert caught.value.exit_code == 5
         assert f"dir/f\\n is damaged from byte {len(got)} on" in str(caught.value)
 
-    def test_dump_of_a_missing_chunk_reports_damage(self, keeper: Keeper) -> None:
-        with keeper.reading() as repository, pytest.raises(DamagedContentError, match="missing"):
+    def test_dump_of_a_missing_chunk_reports_damage(self, repo: RepositoryFixture) -> None:
+        with repo.reading() as repository, pytest.raises(DamagedContentError, match="missing"):
             list(file_bytes(repository, of_chunks(b"never stored"), b"f"))
 
     @pytest.mark.parametrize(
@@ -96,12 +96,12 @@ class TestDumpOfFile:
         ids=str,
     )
     def test_dump_of_a_wrong_manifest_reports_damage_although_every_chunk_verifies(
-        self, keeper: Keeper, wrong: dict[str, Any]
+        self, repo: RepositoryFixture, wrong: dict[str, Any]
     ) -> None:
-        keeper.store(b"chunk")
+        repo.store(b"chunk")
         node = of_chunks(b"chunk")
         got = 0
-        with keeper.reading() as repository:
+        with repo.reading() as repository:
             assert b"".join(file_bytes(repository, node, b"f")) == b"chunk"
             with pytest.raises(DamagedContentError):
                 for part in file_bytes(repository, replace(node, **wrong), b"f"):
@@ -109,11 +109,13 @@ class TestDumpOfFile:
         assert got <= wrong.get("size", 5)
 
 
-def tar_of(keeper: Keeper, plan: Plan, **fields: Any) -> tuple[bytes, TarStats, RecordingMonitor]:
+def tar_of(
+    repo: RepositoryFixture, plan: Plan, **fields: Any
+) -> tuple[bytes, TarStats, RecordingMonitor]:
     """Publish a plan, whose files' contents must be stored, and return its tar."""
-    _, snapshot = keeper.publish(plan, **fields)
+    _, snapshot = repo.publish(plan, **fields)
     out, monitor = io.BytesIO(), RecordingMonitor()
-    with keeper.reading() as repository:
+    with repo.reading() as repository:
         writer = TarWriter(repository, snapshot, out.write, monitor)
         writer.add_below(snapshot.root, b"")
         stats = writer.finish()
@@ -128,10 +130,10 @@ def members(stream: bytes) -> dict[bytes, tarfile.TarInfo]:
 class TestDumpAsTar:
     """A directory as a tar, read back by Python's own reader."""
 
-    def test_tar_keeps_every_kind_of_entry_with_its_metadata(self, keeper: Keeper) -> None:
-        keeper.store(b"content")
+    def test_tar_keeps_every_kind_of_entry_with_its_metadata(self, repo: RepositoryFixture) -> None:
+        repo.store(b"content")
         stream, stats, monitor = tar_of(
-            keeper,
+            repo,
             {
                 b"dev": {
                     b"null": entry(
@@ -164,12 +166,12 @@ class TestDumpAsTar:
         assert len(stream) % tarfile.RECORDSIZE == 0
         assert stream.endswith(bytes(2 * tarfile.BLOCKSIZE))
 
-    def test_tar_keeps_content_byte_for_byte(self, keeper: Keeper) -> None:
+    def test_tar_keeps_content_byte_for_byte(self, repo: RepositoryFixture) -> None:
         contents = {b"%d" % size: os.urandom(size) for size in (0, 1, 511, 512, 513, 5000)}
-        keeper.store(*filter(None, contents.values()))
+        repo.store(*filter(None, contents.values()))
         plan = {name: file(name, data) for name, data in contents.items()}
         plan[b"sparse"] = of_chunks(100_000, contents[b"513"], 3)
-        stream, _, _ = tar_of(keeper, plan)
+        stream, _, _ = tar_of(repo, plan)
         contents[b"sparse"] = bytes(100_000) + contents[b"513"] + bytes(3)
         with tarfile.open(fileobj=io.BytesIO(stream)) as tar:
             for member in tar:
@@ -192,8 +194,8 @@ class TestDumpAsTar:
             -(10**18),
         ],
     )
-    def test_tar_keeps_times_to_the_nanosecond(self, keeper: Keeper, time_ns: int) -> None:
-        stream, _, _ = tar_of(keeper, {b"f": file(b"", mtime_ns=time_ns)})
+    def test_tar_keeps_times_to_the_nanosecond(self, repo: RepositoryFixture, time_ns: int) -> None:
+        stream, _, _ = tar_of(repo, {b"f": file(b"", mtime_ns=time_ns)})
         member = members(stream)[b"f"]
         exact = member.pax_headers.get("mtime")
         if exact is None:
@@ -220,30 +222,32 @@ class TestDumpAsTar:
         ],
     )
     def test_tar_keeps_names_and_targets_of_any_bytes_and_length(
-        self, keeper: Keeper, name: bytes
+        self, repo: RepositoryFixture, name: bytes
     ) -> None:
         link = entry(b"", NodeType.SYMLINK, content=name * 2)
         inside = {b"again" + name[:200]: file(b""), b"link": link}
-        stream, _, _ = tar_of(keeper, {name: inside})
+        stream, _, _ = tar_of(repo, {name: inside})
         found = members(stream)
         assert set(found) == {name, name + b"/again" + name[:200], name + b"/link"}
         assert os.fsencode(found[name + b"/link"].linkname) == name * 2
 
-    def test_tar_writes_no_needless_pax_header(self, keeper: Keeper) -> None:
-        stream, _, _ = tar_of(keeper, {b"f": file(b"", mtime_ns=10**18)})
+    def test_tar_writes_no_needless_pax_header(self, repo: RepositoryFixture) -> None:
+        stream, _, _ = tar_of(repo, {b"f": file(b"", mtime_ns=10**18)})
         assert b"PaxHeaders" not in stream
         assert members(stream)[b"f"].pax_headers == {}
 
-    def test_tar_keeps_numbers_that_do_not_fit_a_plain_header(self, keeper: Keeper) -> None:
+    def test_tar_keeps_numbers_that_do_not_fit_a_plain_header(
+        self, repo: RepositoryFixture
+    ) -> None:
         node = file(b"", uid=4_000_000_000, gid=8**7, mtime_ns=0)
-        member = members(tar_of(keeper, {b"f": node})[0])[b"f"]
+        member = members(tar_of(repo, {b"f": node})[0])[b"f"]
         assert (member.uid, member.gid) == (4_000_000_000, 8**7)
 
-    def test_tar_declares_a_size_beyond_8_gib(self, keeper: Keeper) -> None:
+    def test_tar_declares_a_size_beyond_8_gib(self, repo: RepositoryFixture) -> None:
         """The content is not there, so that the stream ends behind the header."""
-        _, snapshot = keeper.publish({b"f": entry(b"", size=NINE_GIB, captured=digest_of(b""))})
+        _, snapshot = repo.publish({b"f": entry(b"", size=NINE_GIB, captured=digest_of(b""))})
         out = io.BytesIO()
-        with keeper.reading() as repository, pytest.raises(DamagedContentError):
+        with repo.reading() as repository, pytest.raises(DamagedContentError):
             TarWriter(repository, snapshot, out.write, RecordingMonitor()).add_below(
                 snapshot.root, b""
             )
@@ -252,14 +256,14 @@ class TestDumpAsTar:
         assert member is not None
         assert member.size == NINE_GIB
 
-    def test_tar_keeps_long_and_non_ascii_owner_names(self, keeper: Keeper) -> None:
+    def test_tar_keeps_long_and_non_ascii_owner_names(self, repo: RepositoryFixture) -> None:
         users, groups = ((1, "u" * 40),), ((2, "größe"),)
         plan = {b"f": file(b"", uid=1, gid=2), b"g": file(b"", uid=3, gid=4)}
-        found = members(tar_of(keeper, plan, users=users, groups=groups)[0])
+        found = members(tar_of(repo, plan, users=users, groups=groups)[0])
         assert (found[b"f"].uname, found[b"f"].gname) == ("u" * 40, "größe")
         assert (found[b"g"].uname, found[b"g"].gname) == ("", "")
 
-    def test_tar_keeps_xattrs_of_any_bytes(self, keeper: Keeper) -> None:
+    def test_tar_keeps_xattrs_of_any_bytes(self, repo: RepositoryFixture) -> None:
         every_byte = bytes(range(256))
         xattrs = (
             (b"security.capability", b"\x01\0\0\x02\xff"),
@@ -268,30 +272,30 @@ class TestDumpAsTar:
             (b"user.every", every_byte),
         )
         link = entry(b"", NodeType.SYMLINK, content=b"x", extra=NodeExtra(((b"trusted.t", b"1"),)))
-        stream, _, _ = tar_of(keeper, {b"f": file(b"", extra=NodeExtra(xattrs)), b"l": link})
+        stream, _, _ = tar_of(repo, {b"f": file(b"", extra=NodeExtra(xattrs)), b"l": link})
         found = members(stream)
-        told = {
+        reported = {
             keyword.removeprefix("SCHILY.xattr."): value.encode("utf-8", "surrogateescape")
             for keyword, value in found[b"f"].pax_headers.items()
             if keyword.startswith("SCHILY.xattr.")
         }
         expected = dict(xattrs) | {b"user.a%3Db%25": b"sign"}
         del expected[b"user.a=b%"]
-        assert told == {name.decode(): value for name, value in expected.items()}
+        assert reported == {name.decode(): value for name, value in expected.items()}
         assert found[b"l"].pax_headers["SCHILY.xattr.trusted.t"] == "1"
 
-    def test_tar_keeps_an_xattr_whose_name_is_not_utf_8(self, keeper: Keeper) -> None:
-        stream, _, _ = tar_of(keeper, {b"f": file(b"", extra=NodeExtra(((b"user.\xe9", b"v"),)))})
+    def test_tar_keeps_an_xattr_whose_name_is_not_utf_8(self, repo: RepositoryFixture) -> None:
+        stream, _, _ = tar_of(repo, {b"f": file(b"", extra=NodeExtra(((b"user.\xe9", b"v"),)))})
         assert b"25 SCHILY.xattr.user.\xe9=v\n" in stream
 
-    def test_tar_holds_an_acl_also_as_text(self, keeper: Keeper) -> None:
+    def test_tar_holds_an_acl_also_as_text(self, repo: RepositoryFixture) -> None:
         acl = bytes.fromhex(
             "02000000 01000700ffffffff 0200060039300000 04000500ffffffff"
             "0800000031d40000 10000700ffffffff 20000100ffffffff"
         )
         broken = acl[:-1]
         xattrs = ((b"system.posix_acl_access", acl), (b"system.posix_acl_default", broken))
-        headers = members(tar_of(keeper, {b"d": file(b"", extra=NodeExtra(xattrs))})[0])[
+        headers = members(tar_of(repo, {b"d": file(b"", extra=NodeExtra(xattrs))})[0])[
             b"d"
         ].pax_headers
         assert headers["SCHILY.acl.access"] == (
@@ -303,13 +307,13 @@ class TestDumpAsTar:
             == acl
         )
 
-    def test_tar_links_further_names_of_a_file_to_the_first(self, keeper: Keeper) -> None:
-        keeper.store(b"content")
+    def test_tar_links_further_names_of_a_file_to_the_first(self, repo: RepositoryFixture) -> None:
+        repo.store(b"content")
         one = file(b"", b"content", nlink=3, inode=5, extra=NodeExtra(device=1))
         other = replace(one, extra=NodeExtra(device=2))
         changed = replace(one, size=0, content=b"")
         stream, stats, _ = tar_of(
-            keeper, {b"a": {b"first": one}, b"b": one, b"c": other, b"d": changed, b"e": one}
+            repo, {b"a": {b"first": one}, b"b": one, b"c": other, b"d": changed, b"e": one}
         )
         found = members(stream)
         linked = {name: member.linkname for name, member in found.items() if member.islnk()}
@@ -318,36 +322,36 @@ class TestDumpAsTar:
         assert found[b"d"].size == 0, "its content is not that of the first"
         assert (stats.links, stats.files, stats.content_bytes) == (2, 5, 14)
 
-    def test_tar_forgets_a_file_after_its_last_name(self, keeper: Keeper) -> None:
-        keeper.store(b"content")
+    def test_tar_forgets_a_file_after_its_last_name(self, repo: RepositoryFixture) -> None:
+        repo.store(b"content")
         pair = file(b"", b"content", nlink=2, inode=5, extra=NodeExtra(device=1))
-        stream, stats, _ = tar_of(keeper, {b"a": pair, b"b": pair, b"c": pair, b"d": pair})
+        stream, stats, _ = tar_of(repo, {b"a": pair, b"b": pair, b"c": pair, b"d": pair})
         linked = [name for name, member in members(stream).items() if member.islnk()]
         assert linked == [b"b", b"d"]
         assert stats.links == 2
 
     def test_tar_remembers_a_bounded_number_of_links(
-        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+        self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(casfs.restore.tar, "_MAX_LINKS", 1)
-        keeper.store(b"1", b"2")
+        repo.store(b"1", b"2")
         one = file(b"", b"1", nlink=2, inode=1, extra=NodeExtra(device=1))
         two = file(b"", b"2", nlink=2, inode=2, extra=NodeExtra(device=1))
-        stream, _, _ = tar_of(keeper, {b"a": one, b"b": two, b"c": one, b"d": two})
+        stream, _, _ = tar_of(repo, {b"a": one, b"b": two, b"c": one, b"d": two})
         found = members(stream)
         assert [found[name].islnk() for name in (b"c", b"d")] == [False, False]
         assert [found[name].size for name in (b"c", b"d")] == [1, 1]
 
-    def test_tar_links_a_hard_linked_symlink_to_the_first(self, keeper: Keeper) -> None:
+    def test_tar_links_a_hard_linked_symlink_to_the_first(self, repo: RepositoryFixture) -> None:
         link = entry(
             b"", NodeType.SYMLINK, content=b"x", nlink=2, inode=5, extra=NodeExtra(device=1)
         )
-        found = members(tar_of(keeper, {b"a": link, b"b": link})[0])
+        found = members(tar_of(repo, {b"a": link, b"b": link})[0])
         assert found[b"a"].issym() and found[b"b"].islnk() and found[b"b"].linkname == "a"
 
-    def test_tar_leaves_out_a_socket_and_reports_it(self, keeper: Keeper) -> None:
+    def test_tar_leaves_out_a_socket_and_reports_it(self, repo: RepositoryFixture) -> None:
         stream, stats, monitor = tar_of(
-            keeper, {b"run": {b"s": entry(b"", NodeType.SOCKET)}, b"z": file(b"")}
+            repo, {b"run": {b"s": entry(b"", NodeType.SOCKET)}, b"z": file(b"")}
         )
         assert list(members(stream)) == [b"run", b"z"]
         (problem,) = monitor.problems
@@ -356,29 +360,31 @@ class TestDumpAsTar:
 
     @pytest.mark.parametrize("rdev", [(1 << 64) - 1, os.makedev(8**7, 0)])
     def test_tar_leaves_out_a_device_with_an_impossible_number_and_reports_it(
-        self, keeper: Keeper, rdev: int
+        self, repo: RepositoryFixture, rdev: int
     ) -> None:
         node = entry(b"", NodeType.BLOCK_DEVICE, extra=NodeExtra(rdev=rdev))
-        stream, stats, monitor = tar_of(keeper, {b"a": node, b"b": file(b"")})
+        stream, stats, monitor = tar_of(repo, {b"a": node, b"b": file(b"")})
         assert list(members(stream)) == [b"b"]
         assert [problem.path for problem in monitor.problems] == [b"a"]
         assert stats.left_out == 1
 
-    def test_tar_holds_a_flagged_file_as_captured_and_reports_it(self, keeper: Keeper) -> None:
-        keeper.store(b"mixture")
-        stream, stats, monitor = tar_of(keeper, {b"log": flagged(file(b"", b"mixture"))})
+    def test_tar_holds_a_flagged_file_as_captured_and_reports_it(
+        self, repo: RepositoryFixture
+    ) -> None:
+        repo.store(b"mixture")
+        stream, stats, monitor = tar_of(repo, {b"log": flagged(file(b"", b"mixture"))})
         assert members(stream)[b"log"].size == 7
         assert [(p.kind, p.path) for p in monitor.problems] == [(ProblemKind.CHANGED, b"log")]
         assert stats.flagged == 1
 
-    def test_tar_ends_before_damage_without_an_end_marker(self, keeper: Keeper) -> None:
-        keeper.store(b"first", b"second")
-        _, snapshot = keeper.publish(
+    def test_tar_ends_before_damage_without_an_end_marker(self, repo: RepositoryFixture) -> None:
+        repo.store(b"first", b"second")
+        _, snapshot = repo.publish(
             {b"a": file(b"", b"first"), b"b": file(b"", b"second"), b"c": file(b"", b"first")}
         )
-        keeper.damage(digest_of(b"second"))
+        repo.damage(digest_of(b"second"))
         out = io.BytesIO()
-        with keeper.reading() as repository:
+        with repo.reading() as repository:
             writer = TarWriter(repository, snapshot, out.write, RecordingMonitor())
             with pytest.raises(DamagedContentError) as caught:
                 writer.add_below(snapshot.root, b"")
@@ -396,82 +402,93 @@ class TestDumpAsTar:
 class TestDumpCommand:
     """`casfs dump`."""
 
-    def run(self, keeper: Keeper, *arguments: str) -> Result:
+    def run(self, repo: RepositoryFixture, *arguments: str) -> Result:
         return CliRunner().invoke(
             command,
-            ["dump", "--repo", str(keeper.root), *arguments],
+            ["dump", "--repo", str(repo.root), *arguments],
             obj=Settings(),
             standalone_mode=False,
         )
 
     def test_dump_writes_a_file_to_stdout_or_to_a_file(
-        self, keeper: Keeper, tmp_path: Path
+        self, repo: RepositoryFixture, tmp_path: Path
     ) -> None:
         data = os.urandom(100_000)
         (tmp_path / "source").write_bytes(data)
-        keeper.back_up(tmp_path / "source")
-        assert self.run(keeper, f"latest:{tmp_path}/source").stdout_bytes == data
+        repo.back_up(tmp_path / "source")
+        assert self.run(repo, f"latest:{tmp_path}/source").stdout_bytes == data
         target = tmp_path / "target"
         target.write_bytes(bytes(200_000))
-        result = self.run(keeper, f"latest:{tmp_path}/source", "--output", str(target), "--json")
+        result = self.run(repo, f"latest:{tmp_path}/source", "--output", str(target), "--json")
         assert target.read_bytes() == data
-        told = json.loads(result.stdout)
-        assert (told["type"], told["kind"], told["bytes"]) == ("summary", "file", 100_000)
-        assert told["path"] == str(tmp_path / "source").lstrip("/")
+        reported = json.loads(result.stdout)
+        assert (reported["type"], reported["kind"], reported["bytes"]) == (
+            "summary",
+            "file",
+            100_000,
+        )
+        assert reported["path"] == str(tmp_path / "source").lstrip("/")
 
-    def test_dump_writes_a_directory_as_a_tar(self, keeper: Keeper, tmp_path: Path) -> None:
+    def test_dump_writes_a_directory_as_a_tar(
+        self, repo: RepositoryFixture, tmp_path: Path
+    ) -> None:
         source = tmp_path / "source"
         (source / "sub").mkdir(parents=True)
         (source / "sub" / "file").write_bytes(b"content")
-        keeper.back_up(source)
+        repo.back_up(source)
         target = str(tmp_path / "x.tar")
-        told = json.loads(self.run(keeper, f"latest:{source}", "-o", target, "--json").stdout)
+        reported = json.loads(self.run(repo, f"latest:{source}", "-o", target, "--json").stdout)
         with tarfile.open(target) as tar:
             assert tar.getnames() == ["sub", "sub/file"]
-        assert (told["kind"], told["files"], told["dirs"], told["bytes"]) == ("dir", 1, 1, 7)
-        streamed = self.run(keeper, f"latest:{source}").stdout_bytes
+        assert (reported["kind"], reported["files"], reported["dirs"], reported["bytes"]) == (
+            "dir",
+            1,
+            1,
+            7,
+        )
+        streamed = self.run(repo, f"latest:{source}").stdout_bytes
         assert (
             hashlib.sha256(streamed).digest() == hashlib.sha256(Path(target).read_bytes()).digest()
         )
 
-    def test_dump_warns_of_a_flagged_file(self, keeper: Keeper) -> None:
-        keeper.store(b"mixture")
-        keeper.publish({b"log": flagged(file(b"", b"mixture"))})
-        result = self.run(keeper, "latest:log")
+    def test_dump_warns_of_a_flagged_file(self, repo: RepositoryFixture) -> None:
+        repo.store(b"mixture")
+        repo.publish({b"log": flagged(file(b"", b"mixture"))})
+        result = self.run(repo, "latest:log")
         assert result.stdout_bytes == b"mixture"
         assert "log: it changed while it was captured" in result.stderr
 
     def test_dump_of_a_damaged_file_exits_with_5_after_the_intact_part(
-        self, keeper: Keeper
+        self, repo: RepositoryFixture
     ) -> None:
-        sound, bad = os.urandom(1000), os.urandom(1000)
-        keeper.store(sound, bad)
-        keeper.publish({b"f": of_chunks(sound, bad, sound)})
-        keeper.damage(digest_of(bad))
-        result = self.run(keeper, "latest:f")
-        assert result.stdout_bytes == sound
+        intact, bad = os.urandom(1000), os.urandom(1000)
+        repo.store(intact, bad)
+        repo.publish({b"f": of_chunks(intact, bad, intact)})
+        repo.damage(digest_of(bad))
+        result = self.run(repo, "latest:f")
+        assert result.stdout_bytes == intact
         assert isinstance(result.exception, DamagedContentError)
         assert result.exception.exit_code == 5
 
     @pytest.mark.parametrize("kind", [NodeType.FIFO, NodeType.SOCKET, NodeType.SYMLINK])
     def test_dump_of_an_entry_without_content_is_refused(
-        self, keeper: Keeper, tmp_path: Path, kind: NodeType
+        self, repo: RepositoryFixture, tmp_path: Path, kind: NodeType
     ) -> None:
-        keeper.publish({b"it": entry(b"", kind, content=b"x" if kind == NodeType.SYMLINK else b"")})
+        repo.publish({b"it": entry(b"", kind, content=b"x" if kind == NodeType.SYMLINK else b"")})
         target = tmp_path / "target"
-        result = self.run(keeper, "latest:it", "-o", str(target))
+        result = self.run(repo, "latest:it", "-o", str(target))
         assert isinstance(result.exception, CasfsError)
         assert kind.name.lower() in str(result.exception)
         assert not target.exists()
 
-    def test_dump_with_json_needs_an_output_file(self, keeper: Keeper) -> None:
-        keeper.publish({b"f": file(b"")})
-        assert isinstance(self.run(keeper, "latest:f", "--json").exception, UsageError)
+    def test_dump_with_json_needs_an_output_file(self, repo: RepositoryFixture) -> None:
+        repo.publish({b"f": file(b"")})
+        assert isinstance(self.run(repo, "latest:f", "--json").exception, UsageError)
 
     def test_dump_of_a_directory_to_a_terminal_is_refused(
-        self, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+        self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        keeper.publish({b"d": {b"f": file(b"")}})
+        repo.publish({b"d": {b"f": file(b"")}})
         monkeypatch.setattr("casfs.cli.commands.dump._is_terminal", lambda: True)
-        assert isinstance(self.run(keeper, "latest:d").exception, UsageError)
-        assert self.run(keeper, "latest:d/f").exception is None
+        assert isinstance(self.run(repo, "latest:d").exception, UsageError)
+        assert self.run(repo, "latest:d/f").exception is None

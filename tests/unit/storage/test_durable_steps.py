@@ -27,7 +27,7 @@ from casfs.storage.local import LocalWriter
 from casfs.storage.locks import RepositoryLock
 from casfs.store import writer as writer_module
 from casfs.store.writer import BlobWriter
-from tests.support.stores import child, hear, noise, pack_paths, tell
+from tests.support.stores import child, noise, pack_paths, read_line, write_line
 
 KIB = 1 << 10
 FILES = 24
@@ -242,11 +242,11 @@ def test_two_concurrent_backups_both_publish_complete_snapshots(
         child(BACKUP, scene.root, scene.source, "first") as first,
         child(BACKUP, scene.root, other, "second") as second,
     ):
-        assert (hear(first), hear(second)) == ("open", "open")
+        assert (read_line(first), read_line(second)) == ("open", "open")
         assert len(os.listdir(scene.root / "locks")) == 2
-        tell(first)
-        tell(second)
-        assert (hear(first), hear(second)) == ("done", "done")
+        write_line(first)
+        write_line(second)
+        assert (read_line(first), read_line(second)) == ("done", "done")
     result = scene.check()
     assert result.damage == []
     assert result.snapshots == 3
@@ -263,14 +263,14 @@ def test_a_new_writer_keeps_the_temporary_files_of_a_running_one(
     other.mkdir()
     (other / "file").write_bytes(b"small")
     with child(BACKUP, scene.root, other, "second") as second:
-        assert hear(second) == "open"
+        assert read_line(second) == "open"
         (lock,) = (scene.root / "locks").iterdir()
         temporary = scene.root / "tmp" / f"{lock.name}.99"
         temporary.write_bytes(b"half a pack of the other")
         scene.back_up()
         assert temporary.exists()
-        tell(second)
-        assert hear(second) == "done"
+        write_line(second)
+        assert read_line(second) == "done"
     scene.back_up()
     assert not temporary.exists()
     assert scene.check().damage == []

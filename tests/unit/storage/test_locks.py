@@ -17,7 +17,7 @@ from casfs.storage.locks import (
     list_and_reap_locks,
     remove_stale_temporaries,
 )
-from tests.support.stores import child, hear
+from tests.support.stores import child, read_line
 
 SHARED, TENDING, EXCLUSIVE = LockMode.SHARED, LockMode.MAINTENANCE, LockMode.EXCLUSIVE
 
@@ -192,7 +192,7 @@ def test_a_lock_file_removed_as_stale_during_its_creation_is_created_again(
 @pytest.mark.parametrize("kind", ["shared", "exclusive"])
 def test_a_lock_lives_as_long_as_its_process(root: Path, folder: Path, kind: str) -> None:
     with child(HOLDER, root, kind) as process:
-        name = hear(process)
+        name = read_line(process)
         assert set(list_and_reap_locks(folder)) == {name}
         with pytest.raises(LockedError, match=f"process {process.pid}"):
             RepositoryLock.acquire(folder, "prune", EXCLUSIVE)
@@ -212,7 +212,7 @@ def test_temporary_files_live_exactly_as_long_as_their_writer(
     (root / "tmp" / "0123456789abcdef.0").write_bytes(b"left by a crash")
     (root / "tmp" / "junk").write_bytes(b"")
     with child(HOLDER, root, "shared") as process:
-        name = hear(process)
+        name = read_line(process)
         remove_stale_temporaries(root)
         assert set(os.listdir(root / "tmp")) == {own, f"{name}.0"}
         process.kill()

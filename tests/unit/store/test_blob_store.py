@@ -20,13 +20,13 @@ from tests.support.stores import (
     add_pack,
     child,
     flip,
-    hear,
     make_pack,
     noise,
     open_store,
     pack_paths,
+    read_line,
     store_blobs,
-    tell,
+    write_line,
 )
 
 TEXT = b"words that compress well, " * 300
@@ -382,10 +382,10 @@ def test_two_processes_store_concurrently_without_loss(tmp_path: Path) -> None:
         child(WRITER, tmp_path, 0, 200) as first,
         child(WRITER, tmp_path, 100, 300) as second,
     ):
-        assert (hear(first), hear(second)) == ("open", "open")
-        tell(first)
-        tell(second)
-        assert (hear(first), hear(second)) == ("done", "done")
+        assert (read_line(first), read_line(second)) == ("open", "open")
+        write_line(first)
+        write_line(second)
+        assert (read_line(first), read_line(second)) == ("done", "done")
     plains = [noise(f"blob {n}", 3000) for n in range(300)]
     with open_store(tmp_path) as store:
         assert readable(store, plains) == plains

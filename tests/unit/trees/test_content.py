@@ -23,20 +23,20 @@ from casfs.trees.content import (
     check_chunk_length,
     parse_records,
 )
-from tests.support.stores import Memory
+from tests.support.stores import MemoryBlobs
 
 MANY = 100_000
 Records = Sequence[tuple[int, bytes]]
 
 
-def write(memory: Memory, records: Records) -> tuple[bytes, int]:
+def write(memory: MemoryBlobs, records: Records) -> tuple[bytes, int]:
     writer = ContentWriter(memory.put, digest_of)
     for length, digest in records:
         writer.add(length, digest)
     return writer.finish()
 
 
-def reader_of(memory: Memory, records: Records) -> ContentReader:
+def reader_of(memory: MemoryBlobs, records: Records) -> ContentReader:
     return ContentReader(*write(memory, records), memory.read)
 
 
@@ -64,13 +64,15 @@ def many() -> list[tuple[int, bytes]]:
 
 
 @pytest.fixture
-def memory() -> Memory:
-    return Memory()
+def memory() -> MemoryBlobs:
+    return MemoryBlobs()
 
 
 class TestShortContentList:
     @pytest.mark.parametrize("count", [0, 1, 2, MAX_INLINE_RECORDS])
-    def test_a_short_content_list_is_stored_in_the_node(self, memory: Memory, count: int) -> None:
+    def test_a_short_content_list_is_stored_in_the_node(
+        self, memory: MemoryBlobs, count: int
+    ) -> None:
         records = random_records(count)
         content, levels = write(memory, records)
         assert levels == 0
@@ -78,7 +80,7 @@ class TestShortContentList:
         assert memory.blobs == {}
         assert list(ContentReader(content, 0, memory.read).extents()) == extents_of(records)
 
-    def test_a_content_list_one_record_longer_becomes_a_blob(self, memory: Memory) -> None:
+    def test_a_content_list_one_record_longer_becomes_a_blob(self, memory: MemoryBlobs) -> None:
         records = random_records(MAX_INLINE_RECORDS + 1)
         content, levels = write(memory, records)
         assert (len(content), levels) == (EXTENT.size, 1)
@@ -89,7 +91,7 @@ class TestShortContentList:
 
 class TestLongContentList:
     def test_a_long_content_list_is_read_as_it_was_written(
-        self, memory: Memory, many: Records
+        self, memory: MemoryBlobs, many: Records
     ) -> None:
         content, levels = write(memory, many)
         assert levels == 2
@@ -97,7 +99,7 @@ class TestLongContentList:
         assert list(ContentReader(content, levels, memory.read).extents()) == extents_of(many)
 
     def test_pieces_of_a_content_list_are_within_the_bounds(
-        self, memory: Memory, many: Records
+        self, memory: MemoryBlobs, many: Records
     ) -> None:
         content, _ = write(memory, many)
         upper = [memory.read(Digest(digest)) for _, digest in parse_records(content)]
@@ -112,7 +114,7 @@ class TestLongContentList:
 
     @pytest.mark.parametrize("position", [0, 1, MANY // 2, MANY - 1])
     def test_one_changed_chunk_rewrites_one_piece_a_level(
-        self, memory: Memory, many: Records, position: int
+        self, memory: MemoryBlobs, many: Records, position: int
     ) -> None:
         write(memory, many)
         before = len(memory.blobs)
@@ -125,7 +127,7 @@ class TestLongContentList:
         assert list(reader.extents()) == extents_of(changed)
 
     def test_added_or_removed_chunks_rewrite_few_pieces(
-        self, memory: Memory, many: Records
+        self, memory: MemoryBlobs, many: Records
     ) -> None:
         write(memory, many)
         for changed in (
@@ -137,12 +139,12 @@ class TestLongContentList:
             write(memory, changed)
             assert len(memory.blobs) - before == 2
 
-    def test_a_content_list_of_one_repeated_chunk_is_split(self, memory: Memory) -> None:
+    def test_a_content_list_of_one_repeated_chunk_is_split(self, memory: MemoryBlobs) -> None:
         records = [(4 << 20, b"\x01" * 32)] * 20_000
         assert list(reader_of(memory, records).extents()) == extents_of(records)
         assert max(map(len, memory.blobs.values())) == 8192 * EXTENT.size
 
-    def test_a_content_list_of_holes_is_split(self, memory: Memory) -> None:
+    def test_a_content_list_of_holes_is_split(self, memory: MemoryBlobs) -> None:
         records = [(4096, HOLE), (4096, b"\x01" * 31 + b"\x02")] * 10_000
         assert list(reader_of(memory, records).extents()) == extents_of(records)
 
@@ -172,7 +174,7 @@ class TestContentListLevels:
 
     @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 8, 9, 33, 64, 65, 300])
     def test_a_content_list_of_any_number_of_levels_is_read_from_any_offset(
-        self, memory: Memory, count: int
+        self, memory: MemoryBlobs, count: int
     ) -> None:
         records = random_records(count, seed=count)
         reader, extents = reader_of(memory, records), extents_of(records)
@@ -187,7 +189,7 @@ class TestContentListLevels:
         assert list(reader.extents(end + 5)) == []
 
     def test_reading_from_an_offset_reads_only_the_lists_that_lead_there(
-        self, memory: Memory
+        self, memory: MemoryBlobs
     ) -> None:
         records = random_records(1000)
         reader = reader_of(memory, records)
@@ -197,18 +199,18 @@ class TestContentListLevels:
         assert len(memory.reads) <= 8
 
     def test_a_content_list_yields_its_blobs_with_lists_before_their_content(
-        self, memory: Memory
+        self, memory: MemoryBlobs
     ) -> None:
         records = random_records(300)
         content, levels = write(memory, records)
-        told = list(ContentReader(content, levels, memory.read).blobs())
-        chunks = [digest for digest in told if digest not in memory.blobs]
+        reported = list(ContentReader(content, levels, memory.read).blobs())
+        chunks = [digest for digest in reported if digest not in memory.blobs]
         assert chunks == [digest for _, digest in records if digest != HOLE]
-        assert {digest for digest in told if digest in memory.blobs} == set(memory.blobs)
-        assert told.index(parse_records(content)[0][1]) == 0  # type: ignore[arg-type]
+        assert {digest for digest in reported if digest in memory.blobs} == set(memory.blobs)
+        assert reported.index(parse_records(content)[0][1]) == 0  # type: ignore[arg-type]
 
     def test_a_content_list_beyond_the_level_bound_is_refused(
-        self, memory: Memory, monkeypatch: pytest.MonkeyPatch
+        self, memory: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(content_module, "MAX_PIECE_LEVELS", 3)
         assert write(memory, [(1, b"\x01" * 32)] * 4**3)[1] == 3
@@ -217,18 +219,18 @@ class TestContentListLevels:
 
 
 class TestHostileContentList:
-    def list_blob(self, memory: Memory, *records: tuple[int, bytes]) -> bytes:
+    def list_blob(self, memory: MemoryBlobs, *records: tuple[int, bytes]) -> bytes:
         return memory.keep(b"".join(EXTENT.pack(*record) for record in records))
 
-    def test_a_wrong_length_of_a_content_list_is_refused(self, memory: Memory) -> None:
+    def test_a_wrong_length_of_a_content_list_is_refused(self, memory: MemoryBlobs) -> None:
         digest = self.list_blob(memory, (10, b"\x01" * 32), (20, b"\x02" * 32))
-        for told in (29, 31, 1 << 40):
-            reader = ContentReader(EXTENT.pack(told, digest), 1, memory.read)
+        for reported in (29, 31, 1 << 40):
+            reader = ContentReader(EXTENT.pack(reported, digest), 1, memory.read)
             with pytest.raises(TreeError, match="length that is recorded"):
                 list(reader.extents())
 
     @pytest.mark.parametrize("size", [1, 39, 41, 79])
-    def test_a_broken_record_is_refused(self, memory: Memory, size: int) -> None:
+    def test_a_broken_record_is_refused(self, memory: MemoryBlobs, size: int) -> None:
         with pytest.raises(TreeError, match="impossible size"):
             parse_records(bytes(size))
         digest = memory.keep(b"\x01" * size)
@@ -249,18 +251,18 @@ class TestHostileContentList:
         with pytest.raises(TreeError, match="impossible file size"):
             parse_records(EXTENT.pack((1 << 64) - 1, HOLE))
 
-    def test_an_empty_content_list_is_refused(self, memory: Memory) -> None:
+    def test_an_empty_content_list_is_refused(self, memory: MemoryBlobs) -> None:
         reader = ContentReader(EXTENT.pack(5, memory.keep(b"")), 1, memory.read)
         with pytest.raises(TreeError):
             list(reader.extents())
 
-    def test_a_hole_in_place_of_a_content_list_is_refused(self, memory: Memory) -> None:
+    def test_a_hole_in_place_of_a_content_list_is_refused(self, memory: MemoryBlobs) -> None:
         reader = ContentReader(EXTENT.pack(5, HOLE), 1, memory.read)
         with pytest.raises(BlobError):
             list(reader.extents())
 
     def test_a_wrong_number_of_levels_is_an_error_and_gives_no_wrong_bytes(
-        self, memory: Memory
+        self, memory: MemoryBlobs
     ) -> None:
         chunk = memory.keep(b"the bytes of a chunk")
         with pytest.raises(TreeError):
@@ -277,7 +279,7 @@ class TestLostContentList:
     """A list that is lost costs the bytes that it lists, where somebody asks for what is left."""
 
     def test_a_lost_content_list_becomes_one_lost_extent(
-        self, memory: Memory, many: Records
+        self, memory: MemoryBlobs, many: Records
     ) -> None:
         content, levels = write(memory, many)
         records = parse_records(content)
@@ -293,11 +295,11 @@ class TestLostContentList:
         assert [extent for extent in found if extent.lost] == [
             Extent(begin, length, Digest(lost), lost=True)
         ]
-        sound = [e for e in whole if e.begin + e.length <= begin or e.begin >= begin + length]
-        assert [extent for extent in found if not extent.lost] == sound
+        intact = [e for e in whole if e.begin + e.length <= begin or e.begin >= begin + length]
+        assert [extent for extent in found if not extent.lost] == intact
 
     def test_a_lost_top_list_becomes_one_lost_extent_of_the_whole_file(
-        self, memory: Memory
+        self, memory: MemoryBlobs
     ) -> None:
         records = random_records(100)
         content, levels = write(memory, records)

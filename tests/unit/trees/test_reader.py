@@ -21,30 +21,30 @@ from casfs.format.tree import (
 from casfs.paths import join
 from casfs.trees import writer as writer_module
 from casfs.trees.reader import TreeReader
-from tests.support.builders import Grove, entry, file, reference
-from tests.support.stores import Memory
+from tests.support.builders import TreeFixture, entry, file, reference
+from tests.support.stores import MemoryBlobs
 
 
-def keep(memory: Memory, piece: Leaf | Branch, nodes: int = 1) -> TreeRef:
+def keep(memory: MemoryBlobs, piece: Leaf | Branch, nodes: int = 1) -> TreeRef:
     return TreeRef(memory.keep(encode_piece(piece)), nodes, 0, 0)
 
 
 @pytest.fixture
-def memory() -> Memory:
-    return Memory()
+def memory() -> MemoryBlobs:
+    return MemoryBlobs()
 
 
 @pytest.fixture
-def grove() -> Grove:
-    return Grove()
+def trees() -> TreeFixture:
+    return TreeFixture()
 
 
 @pytest.fixture
-def split(monkeypatch: pytest.MonkeyPatch, grove: Grove) -> Node:
+def split(monkeypatch: pytest.MonkeyPatch, trees: TreeFixture) -> Node:
     """A directory of 200 files that is split over several levels."""
     monkeypatch.setattr(writer_module, "PIECE_MIN_ENTRIES", 3)
     monkeypatch.setattr(writer_module, "PIECE_MAX_ENTRIES", 5)
-    return grove.plant({b"%03d" % number: b"" for number in range(0, 400, 2)})
+    return trees.build({b"%03d" % number: b"" for number in range(0, 400, 2)})
 
 
 def tree_of(node: Node) -> TreeRef:
@@ -53,118 +53,124 @@ def tree_of(node: Node) -> TreeRef:
 
 
 class TestSplitDirectory:
-    def test_a_split_directory_is_read_as_one_sorted_list(self, grove: Grove, split: Node) -> None:
-        names = [node.name for node in grove.trees.nodes(tree_of(split))]
+    def test_a_split_directory_is_read_as_one_sorted_list(
+        self, trees: TreeFixture, split: Node
+    ) -> None:
+        names = [node.name for node in trees.reader.nodes(tree_of(split))]
         assert names == [b"%03d" % number for number in range(0, 400, 2)]
-        assert grove.trees.unsplit_entries(tree_of(split)) is None
-        leaves = list(grove.trees.leaves(tree_of(split)))
+        assert trees.reader.unsplit_entries(tree_of(split)) is None
+        leaves = list(trees.reader.leaves(tree_of(split)))
         assert len(leaves) >= 40
         assert all(before[-1].name < behind[0].name for before, behind in pairwise(leaves))
 
     @pytest.mark.parametrize("after", [b"", b"000", b"001", b"199", b"200", b"398", b"399", b"z"])
     def test_a_listing_of_a_split_directory_continues_after_any_name(
-        self, grove: Grove, split: Node, after: bytes
+        self, trees: TreeFixture, split: Node, after: bytes
     ) -> None:
-        names = [node.name for node in grove.trees.nodes(tree_of(split), after)]
+        names = [node.name for node in trees.reader.nodes(tree_of(split), after)]
         assert names == [b"%03d" % n for n in range(0, 400, 2) if b"%03d" % n > after]
 
     def test_a_lookup_in_a_split_directory_reads_only_the_pieces_on_the_way(
-        self, grove: Grove, split: Node
+        self, trees: TreeFixture, split: Node
     ) -> None:
-        grove.reads.clear()
-        found = next(grove.trees.nodes(tree_of(split), b"299"))
+        trees.reads.clear()
+        found = next(trees.reader.nodes(tree_of(split), b"299"))
         assert found.name == b"300"
-        assert len(grove.reads) <= MAX_PIECE_LEVELS + 3
-        grove.reads.clear()
-        assert grove.trees.lookup(tree_of(split), b"300") == found
-        assert len(grove.reads) <= MAX_PIECE_LEVELS + 1
+        assert len(trees.reads) <= MAX_PIECE_LEVELS + 3
+        trees.reads.clear()
+        assert trees.reader.lookup(tree_of(split), b"300") == found
+        assert len(trees.reads) <= MAX_PIECE_LEVELS + 1
 
     def test_a_lookup_in_a_split_directory_finds_exactly_its_names(
-        self, grove: Grove, split: Node
+        self, trees: TreeFixture, split: Node
     ) -> None:
         for number in range(400):
-            found = grove.trees.lookup(tree_of(split), b"%03d" % number)
+            found = trees.reader.lookup(tree_of(split), b"%03d" % number)
             assert (found is not None) is (number % 2 == 0)
-        assert grove.trees.lookup(tree_of(split), b"") is None
-        assert grove.trees.lookup(tree_of(split), b"\xff") is None
+        assert trees.reader.lookup(tree_of(split), b"") is None
+        assert trees.reader.lookup(tree_of(split), b"\xff") is None
 
-    def test_a_split_directory_can_be_read_as_pieces(self, grove: Grove, split: Node) -> None:
-        top = grove.trees.piece(tree_of(split))
+    def test_a_split_directory_can_be_read_as_pieces(self, trees: TreeFixture, split: Node) -> None:
+        top = trees.reader.piece(tree_of(split))
         firsts = [part[0] for part in top if isinstance(part, tuple)]
         assert len(firsts) == len(top) > 1
         assert firsts[0] == b"000"
 
     def test_a_split_directory_yields_the_entries_before_a_lost_piece(
-        self, grove: Grove, split: Node
+        self, trees: TreeFixture, split: Node
     ) -> None:
-        leaves = list(grove.trees.leaves(tree_of(split)))
+        leaves = list(trees.reader.leaves(tree_of(split)))
         lost = encode_piece(Leaf(leaves[20]))
-        del grove.blobs[digest_of(lost)]
+        del trees.blobs[digest_of(lost)]
         seen: list[bytes] = []
         with pytest.raises(KeyError):
-            for node in grove.trees.nodes(tree_of(split)):
+            for node in trees.reader.nodes(tree_of(split)):
                 seen.append(node.name)
         assert seen == [node.name for leaf in leaves[:20] for node in leaf]
 
 
 class TestTreePath:
     @pytest.fixture
-    def root(self, grove: Grove) -> Node:
-        return grove.plant({b"a": {b"b": {b"c": b"deep"}, b"f": b"file"}, b"\xff": b"", b"z": {}})
+    def root(self, trees: TreeFixture) -> Node:
+        return trees.build({b"a": {b"b": {b"c": b"deep"}, b"f": b"file"}, b"\xff": b"", b"z": {}})
 
-    def test_a_path_resolves_to_its_entry(self, grove: Grove, root: Node) -> None:
-        found = grove.trees.resolve(root, b"a/b/c")
+    def test_a_path_resolves_to_its_entry(self, trees: TreeFixture, root: Node) -> None:
+        found = trees.reader.resolve(root, b"a/b/c")
         assert found is not None
         assert (found.name, found.size) == (b"c", 4)
-        assert grove.trees.resolve(root, b"") is root
-        assert grove.trees.resolve(root, b"/a//b/") == grove.trees.resolve(root, b"a/b")
-        assert grove.trees.resolve(root, b"\xff") is not None
+        assert trees.reader.resolve(root, b"") is root
+        assert trees.reader.resolve(root, b"/a//b/") == trees.reader.resolve(root, b"a/b")
+        assert trees.reader.resolve(root, b"\xff") is not None
 
     @pytest.mark.parametrize("path", [b"b", b"a/c", b"a/f/x", b"z/x", b"a/b/c/d", b"..", b"."])
     def test_a_path_without_an_entry_resolves_to_none(
-        self, grove: Grove, root: Node, path: bytes
+        self, trees: TreeFixture, root: Node, path: bytes
     ) -> None:
-        assert grove.trees.resolve(root, path) is None
+        assert trees.reader.resolve(root, path) is None
 
-    def test_a_walk_yields_a_directory_before_its_entries(self, grove: Grove, root: Node) -> None:
-        paths = [path for path, _ in grove.trees.walk(root)]
+    def test_a_walk_yields_a_directory_before_its_entries(
+        self, trees: TreeFixture, root: Node
+    ) -> None:
+        paths = [path for path, _ in trees.reader.walk(root)]
         assert paths == [b"a", b"a/b", b"a/b/c", b"a/f", b"z", b"\xff"]
-        below = grove.trees.resolve(root, b"a")
+        below = trees.reader.resolve(root, b"a")
         assert below is not None
-        assert [path for path, _ in grove.trees.walk(below, b"x/y")] == [
+        assert [path for path, _ in trees.reader.walk(below, b"x/y")] == [
             *(b"x/y/b", b"x/y/b/c", b"x/y/f")
         ]
-        assert list(grove.trees.walk(file(b"f"))) == []
+        assert list(trees.reader.walk(file(b"f"))) == []
 
     def test_joining_a_name_to_the_root_adds_no_slash(self) -> None:
         assert join(b"", b"a") == b"a"
         assert join(b"a/b", b"c") == b"a/b/c"
 
-    def test_a_walk_handles_thousands_of_nested_directories(self, grove: Grove) -> None:
-        node = grove.plant({b"f": b""})
+    def test_a_walk_handles_thousands_of_nested_directories(self, trees: TreeFixture) -> None:
+        node = trees.build({b"f": b""})
         for _ in range(5000):
-            node = grove.plant({b"d": node})
-        paths = [path for path, _ in grove.trees.walk(node)]
+            node = trees.build({b"d": node})
+        paths = [path for path, _ in trees.reader.walk(node)]
         assert len(paths) == 5001
         assert paths[-1] == b"d/" * 5000 + b"f"
-        assert grove.trees.resolve(node, paths[-1]) is not None
+        assert trees.reader.resolve(node, paths[-1]) is not None
 
 
 class TestHostileTree:
-    def test_a_split_directory_with_unordered_pieces_is_refused(self, memory: Memory) -> None:
+    def test_a_split_directory_with_unordered_pieces_is_refused(self, memory: MemoryBlobs) -> None:
         first = keep(memory, Leaf([file(b"m"), file(b"z")]))
         second = keep(memory, Leaf([file(b"n")]))
         ref = keep(memory, Branch([PieceRef(b"a", first), PieceRef(b"n", second)]))
         with pytest.raises(TreeError, match="pieces of a split directory are not in order"):
             list(TreeReader(memory.read).nodes(ref))
 
-    def test_a_split_directory_with_a_name_in_two_pieces_is_refused(self, memory: Memory) -> None:
+    def test_a_split_directory_with_a_name_in_two_pieces_is_refused(
+        self, memory: MemoryBlobs
+    ) -> None:
         leaf = keep(memory, Leaf([file(b"m")]))
         ref = keep(memory, Branch([PieceRef(b"a", leaf), PieceRef(b"m", leaf)]))
         with pytest.raises(TreeError, match="not in order"):
             list(TreeReader(memory.read).nodes(ref))
 
-    def test_a_split_directory_with_empty_pieces_is_read(self, memory: Memory) -> None:
+    def test_a_split_directory_with_empty_pieces_is_read(self, memory: MemoryBlobs) -> None:
         empty = keep(memory, Leaf([]), 0)
         full = keep(memory, Leaf([file(b"m")]))
         parts = [PieceRef(b"a", empty), PieceRef(b"m", full), PieceRef(b"n", empty)]
@@ -173,7 +179,7 @@ class TestHostileTree:
         assert [node.name for node in reader.nodes(ref)] == [b"m"]
         assert reader.lookup(ref, b"n") is None
 
-    def test_a_directory_split_deeper_than_the_bound_is_refused(self, memory: Memory) -> None:
+    def test_a_directory_split_deeper_than_the_bound_is_refused(self, memory: MemoryBlobs) -> None:
         ref = keep(memory, Leaf([file(b"m")]))
         for _ in range(MAX_PIECE_LEVELS):
             ref = keep(memory, Branch([PieceRef(b"m", ref)]))
@@ -186,7 +192,7 @@ class TestHostileTree:
         with pytest.raises(TreeError, match="split more often"):
             reader.lookup(ref, b"m")
 
-    def test_a_blob_that_is_no_tree_is_refused(self, memory: Memory) -> None:
+    def test_a_blob_that_is_no_tree_is_refused(self, memory: MemoryBlobs) -> None:
         ref = TreeRef(memory.keep(b"a chunk of a file"), 1, 0, 0)
         reader = TreeReader(memory.read)
         with pytest.raises(TreeError):
@@ -198,12 +204,12 @@ class TestHostileTree:
         with pytest.raises(TreeError):
             reader.piece(ref)
 
-    def test_a_missing_tree_raises_the_error_of_the_store(self, memory: Memory) -> None:
+    def test_a_missing_tree_raises_the_error_of_the_store(self, memory: MemoryBlobs) -> None:
         lost = entry(b"", NodeType.DIRECTORY, tree=TreeRef(b"\x07" * 32, 1, 0, 0))
         with pytest.raises(BlobError):
             list(TreeReader(memory.read).walk(lost))
 
-    def test_a_tree_with_a_wrong_summary_is_read_by_its_entries(self, grove: Grove) -> None:
-        node = grove.plant({b"a": b"", b"b": b""})
+    def test_a_tree_with_a_wrong_summary_is_read_by_its_entries(self, trees: TreeFixture) -> None:
+        node = trees.build({b"a": b"", b"b": b""})
         lying = TreeRef(reference(node), 1_000_000, 1 << 60, 1000)
-        assert [found.name for found in grove.trees.nodes(lying)] == [b"a", b"b"]
+        assert [found.name for found in trees.reader.nodes(lying)] == [b"a", b"b"]

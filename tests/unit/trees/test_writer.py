@@ -27,23 +27,23 @@ from casfs.trees import writer as writer_module
 from casfs.trees.reader import TreeReader
 from casfs.trees.writer import PIECE_MAX_BYTES, PIECE_MAX_ENTRIES, PIECE_MIN_ENTRIES, TreeWriter
 from tests.support.builders import entry, file, flagged
-from tests.support.stores import Memory
+from tests.support.stores import MemoryBlobs
 
 HUGE = 100_000
 
 
-def write(memory: Memory, nodes: Iterable[Node], seed: int = 0) -> TreeRef:
+def write(memory: MemoryBlobs, nodes: Iterable[Node], seed: int = 0) -> TreeRef:
     writer = TreeWriter(memory.put, digest_of, seed)
     for node in nodes:
         writer.add(node)
     return writer.finish()
 
 
-def piece_of(memory: Memory, ref: TreeRef) -> Leaf | Branch:
+def piece_of(memory: MemoryBlobs, ref: TreeRef) -> Leaf | Branch:
     return decode_piece(memory.read(Digest(ref.digest)))
 
 
-def pieces_of(memory: Memory, ref: TreeRef) -> list[Leaf | Branch]:
+def pieces_of(memory: MemoryBlobs, ref: TreeRef) -> list[Leaf | Branch]:
     """Return every piece of a directory, the top first."""
     piece = piece_of(memory, ref)
     found: list[Leaf | Branch] = [piece]
@@ -53,7 +53,7 @@ def pieces_of(memory: Memory, ref: TreeRef) -> list[Leaf | Branch]:
     return found
 
 
-def pieces_on_the_way(memory: Memory, ref: TreeRef) -> list[Leaf | Branch]:
+def pieces_on_the_way(memory: MemoryBlobs, ref: TreeRef) -> list[Leaf | Branch]:
     """Return the pieces from the top of a directory down to its first leaf."""
     found = [piece_of(memory, ref)]
     while isinstance(found[-1], Branch):
@@ -75,19 +75,19 @@ def huge() -> list[Node]:
 
 
 @pytest.fixture
-def memory() -> Memory:
-    return Memory()
+def memory() -> MemoryBlobs:
+    return MemoryBlobs()
 
 
 class TestSmallDirectory:
     @pytest.mark.parametrize("count", [0, 1, 2, 100, PIECE_MIN_ENTRIES - 1])
-    def test_a_small_directory_is_one_leaf(self, memory: Memory, count: int) -> None:
+    def test_a_small_directory_is_one_leaf(self, memory: MemoryBlobs, count: int) -> None:
         nodes = numbered(count)
         ref = write(memory, nodes)
         assert len(memory.blobs) == 1
         assert piece_of(memory, ref) == Leaf(nodes)
 
-    def test_a_tree_reference_has_the_summary_of_what_is_below(self, memory: Memory) -> None:
+    def test_a_tree_reference_has_the_summary_of_what_is_below(self, memory: MemoryBlobs) -> None:
         below = TreeRef(b"\x07" * 32, 5, 100, 1)
         nodes = [
             file(b"a", b"12345"),
@@ -97,28 +97,30 @@ class TestSmallDirectory:
         ref = write(memory, nodes)
         assert (ref.nodes, ref.total_bytes, ref.flagged) == subtree_summary(nodes) == (8, 108, 2)
 
-    def test_equal_entries_have_the_same_tree(self, memory: Memory) -> None:
-        assert write(memory, numbered(10)) == write(Memory(), numbered(10))
+    def test_equal_entries_have_the_same_tree(self, memory: MemoryBlobs) -> None:
+        assert write(memory, numbered(10)) == write(MemoryBlobs(), numbered(10))
         assert write(memory, numbered(10)) != write(memory, numbered(11))
 
 
 class TestEntryOrder:
     @pytest.mark.parametrize("names", [[b"b", b"a"], [b"a", b"a"], [b""]])
-    def test_entries_in_wrong_order_are_refused(self, memory: Memory, names: list[bytes]) -> None:
+    def test_entries_in_wrong_order_are_refused(
+        self, memory: MemoryBlobs, names: list[bytes]
+    ) -> None:
         with pytest.raises(TreeError, match="comes after"):
             write(memory, map(file, names))
 
 
 class TestLargeDirectory:
     def test_a_large_directory_is_read_whole_and_in_order(
-        self, memory: Memory, huge: list[Node]
+        self, memory: MemoryBlobs, huge: list[Node]
     ) -> None:
         ref = write(memory, huge)
         assert list(TreeReader(memory.read).nodes(ref)) == huge
         assert (ref.nodes, ref.total_bytes, ref.flagged) == (HUGE, 0, 0)
 
     def test_pieces_of_a_large_directory_are_within_the_bounds_and_have_correct_summaries(
-        self, memory: Memory, huge: list[Node]
+        self, memory: MemoryBlobs, huge: list[Node]
     ) -> None:
         ref = write(memory, huge)
         top, *leaves = pieces_of(memory, ref)
@@ -133,7 +135,7 @@ class TestLargeDirectory:
 
     @pytest.mark.parametrize("position", [0, 1, HUGE // 3, HUGE // 2, HUGE - 2])
     def test_one_new_name_rewrites_one_leaf_and_the_branch(
-        self, memory: Memory, huge: list[Node], position: int
+        self, memory: MemoryBlobs, huge: list[Node], position: int
     ) -> None:
         write(memory, huge)
         before = dict(memory.blobs)
@@ -145,7 +147,7 @@ class TestLargeDirectory:
         assert {type(decode_piece(data)) for data in fresh} == {Leaf, Branch}
 
     def test_one_changed_or_removed_name_rewrites_one_leaf_and_the_branch(
-        self, memory: Memory, huge: list[Node]
+        self, memory: MemoryBlobs, huge: list[Node]
     ) -> None:
         write(memory, huge)
         for nodes in (
@@ -157,15 +159,15 @@ class TestLargeDirectory:
             assert len(memory.blobs) - len(before) == 2
 
     def test_another_seed_splits_a_large_directory_elsewhere(
-        self, memory: Memory, huge: list[Node]
+        self, memory: MemoryBlobs, huge: list[Node]
     ) -> None:
-        first, second = Memory(), Memory()
+        first, second = MemoryBlobs(), MemoryBlobs()
         write(first, huge, seed=0)
         write(second, huge, seed=1)
         assert len(first.blobs.keys() & second.blobs.keys()) == 0
 
     def test_a_directory_is_split_at_the_greatest_number_of_entries_whatever_the_names(
-        self, memory: Memory, monkeypatch: pytest.MonkeyPatch
+        self, memory: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(writer_module, "_PIECE_MASK", (1 << 32) - 1)
         ref = write(memory, numbered(2 * PIECE_MAX_ENTRIES + 5))
@@ -173,13 +175,13 @@ class TestLargeDirectory:
         assert sizes == [PIECE_MAX_ENTRIES, PIECE_MAX_ENTRIES, 5]
 
     def test_a_directory_of_exactly_one_full_piece_has_no_branch(
-        self, memory: Memory, monkeypatch: pytest.MonkeyPatch
+        self, memory: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(writer_module, "_PIECE_MASK", 0)
         ref = write(memory, numbered(PIECE_MIN_ENTRIES))
         assert [type(piece) for piece in pieces_of(memory, ref)] == [Leaf]
 
-    def test_a_directory_with_large_attributes_is_split_by_size(self, memory: Memory) -> None:
+    def test_a_directory_with_large_attributes_is_split_by_size(self, memory: MemoryBlobs) -> None:
         big = NodeExtra(((b"user.big", bytes(60_000)),))
         nodes = [replace(node, extra=big) for node in numbered(300)]
         ref = write(memory, nodes)
@@ -188,7 +190,7 @@ class TestLargeDirectory:
         assert max(map(len, memory.blobs.values())) < PIECE_MAX_BYTES + 70_000 < MAX_PLAIN_BYTES
         assert list(TreeReader(memory.read).nodes(ref)) == nodes
 
-    def test_a_directory_with_long_contents_is_split_by_size(self, memory: Memory) -> None:
+    def test_a_directory_with_long_contents_is_split_by_size(self, memory: MemoryBlobs) -> None:
         nodes = [replace(node, content=bytes(40 * 32), size=9) for node in numbered(9000)]
         write(memory, nodes)
         assert max(map(len, memory.blobs.values())) < PIECE_MAX_BYTES + 2000
@@ -218,7 +220,7 @@ class TestTreeLevels:
 
     @pytest.mark.parametrize("count", [1, 2, 4, 5, 16, 17, 64, 65, 300, 5000])
     def test_a_tree_of_any_number_of_levels_yields_every_entry(
-        self, memory: Memory, count: int
+        self, memory: MemoryBlobs, count: int
     ) -> None:
         nodes = numbered(count)
         ref = write(memory, nodes)
@@ -228,13 +230,13 @@ class TestTreeLevels:
         assert all(reader.lookup(ref, node.name) == node for node in nodes)
 
     def test_a_tree_of_five_thousand_entries_in_small_pieces_has_several_levels(
-        self, memory: Memory
+        self, memory: MemoryBlobs
     ) -> None:
         ref = write(memory, numbered(5000))
         assert 6 <= len(pieces_on_the_way(memory, ref)) <= 9
 
     def test_one_new_name_rewrites_one_piece_on_each_level(
-        self, memory: Memory, monkeypatch: pytest.MonkeyPatch
+        self, memory: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(writer_module, "_PIECE_MASK", 1)
         depth = len(pieces_on_the_way(memory, write(memory, numbered(3000))))
@@ -246,7 +248,7 @@ class TestTreeLevels:
         assert 5 <= depth <= len(memory.blobs) - len(before) <= 4 * depth
 
     def test_a_tree_beyond_the_level_bound_is_refused(
-        self, memory: Memory, monkeypatch: pytest.MonkeyPatch
+        self, memory: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(writer_module, "MAX_PIECE_LEVELS", 3)
         write(memory, numbered(4**3))
@@ -255,7 +257,9 @@ class TestTreeLevels:
 
 
 class TestUnchangedDirectory:
-    def test_an_unchanged_directory_keeps_its_tree_and_stores_nothing(self, memory: Memory) -> None:
+    def test_an_unchanged_directory_keeps_its_tree_and_stores_nothing(
+        self, memory: MemoryBlobs
+    ) -> None:
         nodes = numbered(50)
         ref = write(memory, nodes)
         before = dict(memory.blobs)
@@ -265,7 +269,9 @@ class TestUnchangedDirectory:
         assert again.finish() is ref
         assert memory.blobs == before
 
-    def test_a_directory_with_any_changed_entry_gets_another_tree(self, memory: Memory) -> None:
+    def test_a_directory_with_any_changed_entry_gets_another_tree(
+        self, memory: MemoryBlobs
+    ) -> None:
         nodes = numbered(50)
         ref = write(memory, nodes)
         for now in (nodes[:-1], [*nodes, file(b"z")], [replace(nodes[0], mode=0), *nodes[1:]]):
@@ -277,7 +283,7 @@ class TestUnchangedDirectory:
             assert list(TreeReader(memory.read).nodes(new)) == now
 
     def test_an_unchanged_split_directory_stores_nothing_new(
-        self, memory: Memory, huge: list[Node]
+        self, memory: MemoryBlobs, huge: list[Node]
     ) -> None:
         ref = write(memory, huge)
         before = len(memory.blobs)
