@@ -1,4 +1,4 @@
-"""Patterns against random trees; `git check-ignore` is the oracle.
+"""Patterns against random trees, in the matcher, in backup and in restore; `git check-ignore` is the oracle.
 
 One git process answers for all examples of a test. Each example is a directory of its own with a
 .gitignore file, so that git reads just that example's patterns.
@@ -10,7 +10,8 @@ import itertools
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from casfs.backup.exclude import Exclusions
+from casfs.backup.run import BackupOptions, run_backup
+from casfs.errors import NotFoundError
+from casfs.format.tree import Node
+from casfs.monitor import RecordingMonitor
 from casfs.patterns import InvalidPatternError, Pattern, PatternMatcher, parse_patterns
+from casfs.repository.repository import Repository
+from casfs.restore.restorer import RestoreOptions, Restorer
+from tests.support.effort import EFFORT
+
+pytestmark = pytest.mark.timeout(300 * EFFORT)
 
 PIECES = (
     *(b"a", b"b", b"c", b"ab", b"A", b"1", b".", b"-", b" ", b"#", b"\xff", b"\xc3\xbc", b"\t"),
@@ -75,6 +86,34 @@ def _parents(path: bytes) -> Iterator[list[bytes]]:
 TREES = st.builds(grow, st.lists(PATHS, min_size=1, max_size=8), st.booleans())
 
 
+def escape(name: bytes) -> bytes:
+    """Return a pattern for a name, with a backslash before each byte that could mean something else."""
+    return re.sub(rb"([*?\[\\!# ])", rb"\\\1", name)
+
+
+@st.composite
+def lines_about(draw: st.DrawFn, tree: Tree) -> bytes:
+    """Return a pattern that matches one of the paths of a tree, or nearly does."""
+    path, _ = draw(st.sampled_from(tree.entries()))
+    names = path.split(b"/")
+    if draw(st.booleans()):
+        names = names[-1:]
+    parts = [
+        draw(st.sampled_from([escape(name), escape(name), escape(name[:1]) + b"*", b"*", b"**"]))
+        for name in names
+    ]
+    sign, root, end = (draw(st.sampled_from([b"", text])) for text in (b"!", b"/", b"/"))
+    return sign + root + b"/".join(parts) + end
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[bytes], Tree]:
+    """Return lines of patterns, and a tree that some of them are about."""
+    tree = draw(TREES)
+    lines = st.one_of(LINES, lines_about(tree)).filter(lambda line: b"\n" not in line)
+    return draw(st.lists(lines.filter(is_kept_by_git), min_size=1, max_size=5)), tree
+
+
 @dataclass(slots=True)
 class Git:
     """A repository, and a `git check-ignore` that is asked about it as long as the test runs."""
@@ -91,12 +130,14 @@ class Git:
         Path(os.fsdecode(folder), ".gitignore").write_bytes(lines)
         for path in sorted(tree.directories):
             os.mkdir(os.path.join(folder, path))
-        return {path for path, _ in tree.entries() if self._ask(number + b"/" + path)}
-
-    def _ask(self, path: bytes) -> bool:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(path + b"\0")
+        paths = [path for path, _ in tree.entries()]
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"".join(number + b"/" + path + b"\0" for path in paths))
         self.process.stdin.flush()
+        return {path for path in paths if self._is_ignored(number + b"/" + path)}
+
+    def _is_ignored(self, path: bytes) -> bool:
+        """Return git's answer for the next path that was written."""
         source, _, pattern, answered = (self._field() for _ in range(4))
         assert answered == path
         return source != b"" and not pattern.startswith(b"!")
@@ -180,9 +221,10 @@ def parsed(lines: Sequence[bytes]) -> list[Pattern]:
     return patterns
 
 
-@given(lines=st.lists(LINES.filter(is_kept_by_git), min_size=1, max_size=5), tree=TREES)
-@settings(max_examples=10 * settings().max_examples)
-def test_patterns_select_what_git_ignores(git: Git, lines: list[bytes], tree: Tree) -> None:
+@given(case=cases())
+@settings(max_examples=4 * settings().max_examples)
+def test_patterns_select_what_git_ignores(git: Git, case: tuple[list[bytes], Tree]) -> None:
+    lines, tree = case
     ignored = git.ignored(b"\n".join(map(spelled_for_git, lines)), tree)
     patterns = parsed(lines)
     assert selected(patterns, tree) == ignored
@@ -235,3 +277,76 @@ def test_files_of_patterns_are_read_as_git_reads_them(
         assert tree_of_one == set()
         return
     assert selected(patterns, tree) == git.ignored(text, tree)
+
+
+class Workshop:
+    """A repository, and a folder in which each example has a source and targets of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = itertools.count()
+        Repository.create(folder / "repository")
+
+    def opened(self) -> Repository:
+        return Repository.open(self._folder / "repository", "test", sync=False)
+
+    def target(self) -> bytes:
+        """Return the path of a folder that does not exist yet."""
+        return os.fsencode(self._folder / str(next(self._numbers)))
+
+    def grow(self, tree: Tree) -> bytes:
+        """Return a new folder that holds a tree."""
+        folder = self.target()
+        os.mkdir(folder)
+        for path in sorted(tree.directories):
+            os.mkdir(folder + b"/" + path)
+        for path in tree.others:
+            os.close(os.open(folder + b"/" + path, os.O_WRONLY | os.O_CREAT))
+        return folder
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def entries_below(folder: bytes) -> set[bytes]:
+    found = set()
+    for where, directories, others in os.walk(folder):
+        found |= {os.path.relpath(os.path.join(where, name), folder) for name in directories}
+        found |= {os.path.relpath(os.path.join(where, name), folder) for name in others}
+    return found
+
+
+def ancestors(paths: Iterable[bytes]) -> set[bytes]:
+    return {b"/".join(parts) for path in paths for parts in _parents(path)}
+
+
+@given(case=cases())
+def test_backup_and_restore_leave_out_and_take_what_git_ignores(
+    git: Git, workshop: Workshop, case: tuple[list[bytes], Tree]
+) -> None:
+    lines, tree = case
+    ignored = git.ignored(b"\n".join(map(spelled_for_git, lines)), tree)
+    everything = tree.directories | tree.others
+    patterns = tuple(parsed(lines))
+    with workshop.opened() as repository, chdir(workshop.grow(tree)):
+
+        def back_up(exclude: tuple[Pattern, ...]) -> Node:
+            options = BackupOptions(paths=(b".",), exclusions=Exclusions(exclude))
+            return run_backup(repository, options, RecordingMonitor()).snapshot.root
+
+        def restored(root: Node, options: RestoreOptions) -> set[bytes]:
+            target = workshop.target()
+            restorer = Restorer(repository, options, RecordingMonitor())
+            try:
+                restorer.restore(b"", root, target, with_root=False)
+            except NotFoundError:
+                assert entries_below(target) == set()
+            return entries_below(target)
+
+        assert restored(back_up(patterns), RestoreOptions()) == everything - ignored
+        whole = back_up(())
+        assert restored(whole, RestoreOptions(exclude=patterns)) == everything - ignored
+        wanted = ignored | ancestors(ignored) if patterns else everything
+        assert restored(whole, RestoreOptions(include=patterns)) == wanted
