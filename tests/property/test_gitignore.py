@@ -25,6 +25,7 @@ from casfs.errors import NotFoundError
 from casfs.format.tree import Node
 from casfs.monitor import RecordingMonitor
 from casfs.patterns import InvalidPatternError, Pattern, PatternMatcher, parse_patterns
+from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
 from tests.support.effort import EFFORT
@@ -285,10 +286,10 @@ class Workshop:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = itertools.count()
-        Repository.create(folder / "repository")
+        create_repository(folder / "repository")
 
     def opened(self) -> Repository:
-        return Repository.open(self._folder / "repository", "test", sync=False)
+        return open_for_writing(self._folder / "repository", "test", OpenOptions(sync=False))
 
     def target(self) -> bytes:
         """Return the path of a folder that does not exist yet."""
