@@ -1,7 +1,7 @@
-"""What a backup leaves out: patterns in gitignore syntax, sizes, and marked directories.
+"""Exclusions of a backup: patterns in gitignore syntax, a size limit, and marked directories.
 
-Patterns are matched against the path inside the snapshot, so that `/home/a/x` names just that entry
-and `*.o` names it anywhere.
+Patterns are matched against the path inside the snapshot: `/home/a/x` matches that entry only, `*.o`
+matches entries in every directory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ CACHEDIR_SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"
 
 @dataclass(frozen=True, slots=True)
 class Exclusions:
-    """What to leave out; the last of the patterns that matches an entry decides."""
+    """The exclusion options. The last pattern that matches an entry decides about it.
+
+    `caches` excludes directories with a CACHEDIR.TAG, `if_present` directories with an entry of one of
+    these names; the marker itself is backed up. `larger_than` is a file size in bytes.
+    """
 
     patterns: tuple[Pattern, ...] = ()
     caches: bool = False
@@ -29,11 +33,14 @@ class Exclusions:
     larger_than: int | None = None
 
     def matcher(self) -> PatternMatcher | None:
-        """Return the matcher of the patterns, or None where there are none."""
+        """Return a matcher of the patterns, or None without patterns."""
         return PatternMatcher(self.patterns) if self.patterns else None
 
     def reason_against(self, source: bytes, matcher: PatternMatcher | None) -> str | None:
-        """Return why a named source is left out, as a clause; None where it is not or does not exist."""
+        """Return why the options exclude a named source, as a clause of a message.
+
+        Returns None where the source is not excluded or does not exist.
+        """
         try:
             st = os.lstat(source)
         except OSError:
@@ -49,12 +56,12 @@ class Exclusions:
         return None
 
     def excludes_file(self, st: os.stat_result) -> bool:
-        """Return whether an entry is a regular file that is too large."""
+        """Return whether an entry is a regular file above the size limit."""
         limit = self.larger_than
         return limit is not None and st.st_size > limit and stat.S_ISREG(st.st_mode)
 
     def marker_of(self, names: list[bytes], fd: int) -> bytes | None:
-        """Return the name of the entry that excludes a directory's other entries, or None."""
+        """Return the name of the marker that excludes all other entries of a directory, or None."""
         if self.caches and CACHEDIR_TAG in names and _has_signature(fd):
             return CACHEDIR_TAG
         for name in self.if_present:

@@ -1,12 +1,12 @@
-"""The memory of files: what a writer that cannot read knows of files that did not change.
+"""The encrypted files cache of a write-only host, which cannot read its previous snapshot.
 
-The previous snapshot is closed to it. So beside the index it keeps, for each file, the node under a name and
-a key that are derived from the path and the metadata of the very file: it can be found and opened only by
-who has the domain's secret and the file as it was. Of what was deleted or changed it tells nothing but that
-there was something (FORMAT.md, "Encryption").
+The cache lies beside the index. It maps each file to its node; the name and the encryption key of an entry
+are derived from the path and the metadata of the file. Finding and decrypting an entry takes the secret of
+the deduplication domain and the unchanged file; about deleted or changed files the cache reveals only that
+they existed (FORMAT.md, "Encryption").
 
-What was remembered in one backup is trusted only when that backup had everything durable in the index. Used
-by one thread, with another that encrypts and writes; losing it costs the reading of files.
+The entries of a backup are trusted only after all data of that backup was durable and indexed. One thread
+uses the cache, a second one encrypts and writes. Without the cache, a backup reads every file again.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ _DAY_S = 86_400
 _KEPT_DAYS = 60
 _REFRESHED_DAYS = 7
 _BATCH = 20_000
-"""Written at a time: a commit writes every page that it touches, and names fall on all pages."""
-_SCANNED = 10_000
+"""Entries per commit: a commit writes every page that it touches, and names are spread over all pages."""
+_SCAN_BATCH = 10_000
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Node)
 
 
 class FileCache:
-    """What one backup recalls and remembers; `key` is the domain's, `loss_epoch` are those of the index.
+    """The files cache for one backup.
 
-    `loss_epoch` was asked for before the first blob was taken for stored.
+    `key` is the secret of the deduplication domain. `losses` is the loss epoch of the index, read before
+    this backup counted the first blob as stored.
     """
 
     def __init__(self, index: Index, key: bytes, losses: int) -> None:
@@ -66,7 +67,7 @@ class FileCache:
         self._confirmed: dict[bytes, tuple[int, int]] = {}
 
     def get(self, path: bytes, st: os.stat_result) -> Node | None:
-        """Return the node of a file as it was stored when it had this path and these metadata."""
+        """Return the node stored for a file with this path and this metadata, or None."""
         if self._is_empty:
             return None
         name, key = self._derive(path, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
@@ -87,7 +88,7 @@ class FileCache:
         return node
 
     def put(self, path: bytes, node: Node) -> None:
-        """Keep the node of a file, if it may be trusted as unchanged the next time."""
+        """Add the node of a file, unless the next backup must not trust it as unchanged."""
         if node.kind != NodeType.FILE or node.state or node.racy:
             return
         self._pending.append((path, node))
@@ -95,14 +96,17 @@ class FileCache:
             self._submit()
 
     def commit(self) -> None:
-        """Say that all that was remembered is durable and in the index; old memories are dropped."""
+        """Mark the entries of this backup as trusted, and drop old entries.
+
+        Call it after all blobs of the backup are durable and indexed.
+        """
         self._write()
         key, value = b"memory" + self._batch, _CONFIRMED.pack(*self._state)
         self._env.write(lambda txn: txn.put(key, value, db=self._meta))
         self._drop_old()
 
     def close(self) -> None:
-        """Wait until nothing is being written; what was not confirmed is not trusted."""
+        """Wait for pending writes; entries without a commit stay untrusted."""
         self._writer.shutdown()
 
     def _derive(
@@ -114,14 +118,16 @@ class FileCache:
 
     def _is_stored(self, batch: bytes, node: Node) -> bool:
         if self._trusts_all and self._state_at(batch) == self._state:
-            return True  # nothing that was stored then can have gone since
+            return True  # no blob was lost or removed since that backup
         if node.levels:
-            return False  # the lists are in packs that cannot be read here
-        digests = (Digest(one) for _, one in EXTENT.iter_unpack(node.content) if one != HOLE)
+            return False  # the content lists are in packs that this host cannot decrypt
+        digests = (
+            Digest(digest) for _, digest in EXTENT.iter_unpack(node.content) if digest != HOLE
+        )
         return all(self._index.are_stored(digests))
 
     def _state_at(self, batch: bytes) -> tuple[int, int]:
-        """Return the losses and removals of the index before a backup, (-1, -1) if it did not end well."""
+        """Return the loss and removal counts of the index at a backup; (-1, -1) without its commit."""
         found = self._confirmed.get(batch)
         if found is None:
             value = self._env.read(lambda txn: txn.get(b"memory" + batch, db=self._meta))
@@ -133,7 +139,7 @@ class FileCache:
         return found
 
     def _write(self) -> None:
-        """Wait until all that is to be remembered is written."""
+        """Write all pending entries, and wait until they are written."""
         self._submit()
         if self._writing is not None:
             self._writing.result()
@@ -146,7 +152,7 @@ class FileCache:
         self._writing = self._writer.submit(self._write_files, files) if files else None
 
     def _write_files(self, files: list[tuple[bytes, Node]]) -> None:
-        """Encrypt and write some files' nodes, on a thread of its own."""
+        """Encrypt and write entries, on the writer's thread."""
         head = _HEAD.pack(self._batch, self._day)
         rows = []
         for path, node in files:
@@ -163,7 +169,7 @@ class FileCache:
         self._env.write(change)
 
     def _drop_old(self) -> None:
-        """Drop what was not seen for two months, at most once a day."""
+        """Drop the entries that no backup used for two months. Does so at most once a day."""
         today = struct.pack("<I", self._day)
         if self._env.read(lambda txn: txn.get(b"tidied", db=self._meta)) == today:
             return
@@ -173,14 +179,14 @@ class FileCache:
         self._env.write(lambda txn: txn.put(b"tidied", today, db=self._meta))
 
     def _drop_some(self, after: bytes) -> bytes | None:
-        """Look at some memories behind a name; return the last of them, or None at the end."""
+        """Drop old entries in one batch after `after`; return its last name, None at the end."""
         limit = self._day - _KEPT_DAYS
 
-        def look(txn: Transaction) -> tuple[list[bytes], bytes | None]:
+        def scan(txn: Transaction) -> tuple[list[bytes], bytes | None]:
             cursor = txn.cursor(db=self._files)
             old: list[bytes] = []
             more = cursor.set_range(after) if after else cursor.first()
-            for _ in range(_SCANNED):
+            for _ in range(_SCAN_BATCH):
                 if not more:
                     return old, None
                 if _HEAD.unpack_from(cursor.value())[1] < limit:
@@ -188,7 +194,7 @@ class FileCache:
                 more = cursor.next()
             return old, bytes(cursor.key()) if more else None
 
-        old, last = self._env.read(look)
+        old, last = self._env.read(scan)
 
         def change(txn: Transaction) -> None:
             for name in old:

@@ -1,8 +1,7 @@
-"""The last look: files that changed while they were captured, captured once more at the end of a backup.
+"""Retry the capture of files in state `changed` at the end of a backup, when writers may have finished.
 
-By then their writers may have finished. The trees that the walk has written are read again, but only
-those that have a flagged file below them, as their summaries tell, and are written anew where a capture
-came out otherwise. Memory holds one directory of each level. One thread; no recursion.
+The retry descends into the trees of the walk whose summaries count `changed` files, and rewrites a tree
+where a capture has a new result. Memory holds one directory of each level. One thread; no recursion.
 """
 
 from __future__ import annotations
@@ -27,20 +26,21 @@ _MAX_LINKS = 100_000
 
 @dataclass(slots=True)
 class _Frame:
-    """A directory with flagged files below it; `fd` is -1 where it is not there any more, or virtual."""
+    """A directory with changed files below it; `fd` is -1 where it has vanished or only leads to sources."""
 
     node: Node
     path: bytes
     fd: int
     nodes: Iterator[Node]
     tree: TreeWriter
-    places: dict[bytes, SourceNode] | None = None
+    sources: dict[bytes, SourceNode] | None = None
 
 
 class FinalRetry:
-    """Look once more at the flagged files of one walk; used once.
+    """Capture the changed files of one walk again. Use each instance for one backup.
 
-    The trees are those of the walk and can be read; what is still flagged is told to `monitor`.
+    The trees of the walk must be readable from `trees`. Files that are still in state `changed` are reported
+    to `monitor`.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class FinalRetry:
         self._monitor = monitor
         self._links: dict[tuple[int, int], Node] = {}
 
-    def run(self, root: Node, place: SourceNode) -> Node:
-        """Return the root with every better capture in its place; `place` is what was walked."""
-        fd = _opened(None, place.source, root.inode, follow=True) if place.is_source else -1
-        stack = [self._frame(root, b"", fd, place)]
+    def run(self, root: Node, source: SourceNode) -> Node:
+        """Return the root with every new capture; `source` is the source tree of the walk."""
+        fd = _open_same(None, source.source, root.inode, follow=True) if source.is_source else -1
+        stack = [self._frame(root, b"", fd, source)]
         try:
             while True:
                 frame = stack[-1]
@@ -73,16 +73,16 @@ class FinalRetry:
             for frame in stack:
                 _close(frame.fd)
 
-    def _frame(self, node: Node, path: bytes, fd: int, place: SourceNode | None) -> _Frame:
+    def _frame(self, node: Node, path: bytes, fd: int, source: SourceNode | None) -> _Frame:
         assert node.tree is not None
         single = self._trees.unsplit_entries(node.tree)
         nodes = iter(single) if single is not None else self._trees.nodes(node.tree)
         tree = self._new_tree(node.tree, single)
-        places = place.children if place is not None and not place.is_source else None
-        return _Frame(node, path, fd, nodes, tree, places)
+        sources = source.children if source is not None and not source.is_source else None
+        return _Frame(node, path, fd, nodes, tree, sources)
 
     def _advance(self, frame: _Frame) -> _Frame | None:
-        """Take over entries until one is a directory to go into; None when all are done."""
+        """Copy entries up to a directory to enter, and return its frame; None after the last entry."""
         for node in frame.nodes:
             path = join(frame.path, node.name)
             if node.tree is not None and node.tree.flagged:
@@ -93,30 +93,30 @@ class FinalRetry:
         return None
 
     def _enter(self, frame: _Frame, path: bytes, node: Node) -> _Frame:
-        if frame.places is None:
-            fd = _opened(frame.fd, node.name, node.inode) if frame.fd >= 0 else -1
+        if frame.sources is None:
+            fd = _open_same(frame.fd, node.name, node.inode) if frame.fd >= 0 else -1
             return self._frame(node, path, fd, None)
-        place = frame.places.get(node.name)
-        if place is None or not place.is_source:
-            return self._frame(node, path, -1, place)
-        above = _opened(None, os.path.dirname(place.source) or b".", None, follow=True)
+        source = frame.sources.get(node.name)
+        if source is None or not source.is_source:
+            return self._frame(node, path, -1, source)
+        above = _open_same(None, os.path.dirname(source.source) or b".", None, follow=True)
         try:
-            fd = _opened(above, node.name, node.inode) if above >= 0 else -1
+            fd = _open_same(above, node.name, node.inode) if above >= 0 else -1
         finally:
             _close(above)
-        return self._frame(node, path, fd, place)
+        return self._frame(node, path, fd, source)
 
     def _retry(self, frame: _Frame, path: bytes, node: Node) -> Node:
-        """Return a newer capture of a file, or the one that there is, and tell what it is worth."""
+        """Return a new capture of a file, or the old node without one, and report its state."""
         self._monitor.progress.path = path
         key = hard_link_key(node)
         found = self._links.get(key) if key is not None else None
         if found is not None:
             found = replace(found, name=node.name)
-        elif frame.places is None:
+        elif frame.sources is None:
             found = self._capture(frame.fd, node)
-        elif (place := frame.places.get(node.name)) is not None:
-            above = _opened(None, os.path.dirname(place.source) or b".", None, follow=True)
+        elif (source := frame.sources.get(node.name)) is not None:
+            above = _open_same(None, os.path.dirname(source.source) or b".", None, follow=True)
             try:
                 found = self._capture(above, node)
             finally:
@@ -134,8 +134,8 @@ class FinalRetry:
         return self._capturer.capture_again(fd, node) if fd >= 0 else None
 
 
-def _opened(dir_fd: int | None, name: bytes, inode: int | None, follow: bool = False) -> int:
-    """Open a directory that the walk was in, -1 where there is none or another by now."""
+def _open_same(dir_fd: int | None, name: bytes, inode: int | None, follow: bool = False) -> int:
+    """Open a directory that the walk visited; return -1 where it has vanished or been replaced."""
     try:
         fd = open_directory(dir_fd, name, follow)
     except OSError:

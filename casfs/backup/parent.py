@@ -1,6 +1,7 @@
-"""The previous snapshot: what it tells of a directory, and whether an entry is still what it tells.
+"""Look up entries in the parent snapshot, and decide whether they are unchanged.
 
-It is the cache of what is unchanged; there is no other. Where it is damaged it is not asked further.
+The parent snapshot is the only cache of unchanged files, except on a write-only host. The backup reads
+everything again below a directory whose parent tree is damaged.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class ParentCursor:
-    """The entries of one directory in the previous snapshot, taken in order of their names."""
+    """A cursor over the entries of one directory of the parent snapshot, in order of their names.
+
+    `ref` is None without a usable parent tree; `single` are all entries of a directory that is not split.
+    """
 
     def __init__(self, trees: TreeReader, ref: TreeRef | None) -> None:
         self.ref = ref
@@ -28,7 +32,7 @@ class ParentCursor:
         try:
             self.single = None if ref is None else trees.unsplit_entries(ref)
         except IntegrityError as error:
-            self._give_up(error)
+            self._stop(error)
         if self.single is not None:
             self._nodes = iter(self.single)
         elif self.ref is not None:
@@ -36,7 +40,7 @@ class ParentCursor:
         self._next = self._advance()
 
     def match(self, name: bytes) -> Node | None:
-        """Return the entry of this name, or None; names are asked for in increasing order."""
+        """Return the entry of this name, or None. Call it with names in increasing order."""
         node = self._next
         while node is not None and node.name < name:
             node = self._advance()
@@ -50,17 +54,20 @@ class ParentCursor:
         try:
             return next(self._nodes, None)
         except IntegrityError as error:
-            self._give_up(error)
+            self._stop(error)
             return None
 
-    def _give_up(self, error: IntegrityError) -> None:
-        log.warning("the previous snapshot is damaged, what is there is read again: %s", error)
+    def _stop(self, error: IntegrityError) -> None:
+        log.warning("the parent snapshot is damaged; the files are read again: %s", error)
         self.ref = None
         self._nodes = iter(())
 
 
 def is_unchanged(node: Node, st: os.stat_result, kind: NodeType | None) -> bool:
-    """Tell whether an entry's metadata are those of a node that may be trusted to tell its content."""
+    """Return whether an entry's metadata equal those of a node that is trusted to describe its content.
+
+    Nodes that are racy, and files in the states `appended` and `changed`, are never trusted.
+    """
     return (
         node.mtime_ns == st.st_mtime_ns
         and node.ctime_ns == st.st_ctime_ns

@@ -1,14 +1,14 @@
-"""Freezing: an unnamed clone of a file, which is read in its place while the file goes on changing.
+"""Reflink a file to an unnamed clone, which is read instead of the file while writers change the file.
 
-Where files can share their extents (XFS, btrfs), FICLONE copies none of them and holds the locks that
-writers need: the clone is what the file was at one instant, dirty and mapped pages included. It is made
-with O_TMPFILE in the directory of the source itself, so it is on the same file system, subvolume and
-mount; it never has a name, moves no timestamp of the source or the directory, and is gone when it is
-closed, however the process ends. One thread.
+On file systems that share extents (XFS, btrfs), FICLONE copies no data and holds the locks that writers
+need: the clone is the file at one instant, including dirty and mapped pages. The clone is created with
+O_TMPFILE in the directory of the source, and so on the same file system, subvolume and mount. It never has a
+name, changes no timestamp of the source or the directory, and is freed when it is closed, however the
+process ends. One thread.
 
-A clone costs 50 to 90 µs, which is as much as all else that a small file costs, and makes what is
-overwritten meanwhile move to other blocks. So with `auto` only those files are cloned at once that
-will probably change while they are read; any other is cloned when it did.
+A clone costs 50 to 90 µs, as much as everything else for a small file, and while it exists, the file system
+writes overwritten data to new blocks. With `auto`, therefore, only files that will probably change during
+the read are cloned first; other files are cloned after they changed.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ _FICLONE = 0x40049409
 _FS_IOC_GETFLAGS = 0x80006601 | struct.calcsize("l") << 16
 _FS_IOC_SETFLAGS = 0x40006602 | struct.calcsize("l") << 16
 _FS_NOCOW_FL = 0x00800000
-_FLAGS = struct.Struct("=Ixxxx")  # an int, although the numbers of the calls say long
+_FLAGS = struct.Struct(
+    "=Ixxxx"
+)  # the kernel copies an int, although the request numbers encode a long
 
-_NEVER = frozenset([errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EISDIR])
-"""What a file system answers that knows no clones or no unnamed files; others are one file's case."""
+_UNSUPPORTED_ERRNOS = frozenset([errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EISDIR])
+"""The errors of file systems without clones or without O_TMPFILE; other errors concern one file only."""
 
 _FRESH_NS = 20_000_000
 _HOT_NS_PER_BYTE = 500
-"""A hundred times the time that reading takes at 200 MB/s: who wrote so recently may well do so again."""
+"""A hundred times the reading time at 200 MB/s: a file written within that time may well change again."""
 
 
 class Freeze(StrEnum):
-    """Whether files are read from clones."""
+    """When files are read from clones."""
 
     AUTO = "auto"
     NEVER = "never"
@@ -47,45 +49,48 @@ class Freeze(StrEnum):
 
 
 class Reflinker:
-    """Clone the files of one backup, as far as their file systems can."""
+    """Clone the files of one backup, where their file systems support it."""
 
     def __init__(self, mode: Freeze = Freeze.AUTO) -> None:
         self._mode = mode
         self._is_auto = mode == Freeze.AUTO
-        self._without: set[int] = set()
+        self._unsupported_devices: set[int] = set()
 
     def should_clone(self, st: os.stat_result, now_ns: int) -> bool:
-        """Tell whether a file is to be cloned before it is read at all."""
+        """Return whether to clone a file before its first read."""
         if self._is_auto:
             hot_ns = now_ns - _FRESH_NS - st.st_size * _HOT_NS_PER_BYTE
             is_hot = st.st_mtime_ns > hot_ns or st.st_ctime_ns > hot_ns
-            return is_hot and st.st_dev not in self._without
-        # Of an empty file nothing is read; its size was taken at one instant.
+            return is_hot and st.st_dev not in self._unsupported_devices
+        # An empty file has no data to read, and its size was taken at one instant.
         return self._mode == Freeze.REQUIRE and st.st_size > 0
 
     def clone(self, dir_fd: int, fd: int, st: os.stat_result) -> int | None:
-        """Return a descriptor of a clone, which the caller closes, or None where there can be none.
+        """Return a descriptor of a clone, which the caller closes, or None where cloning is not possible.
 
-        `dir_fd` is the directory that the file is in, `st` its metadata. Raises ReflinkError
-        instead of returning None where clones are required.
+        `dir_fd` is the directory of the file, `st` the file's metadata. Raises ReflinkError instead of
+        returning None where clones are required.
         """
         if self._mode == Freeze.NEVER:
             return None
-        if self._mode == Freeze.AUTO and not self._is_sensible(fd, st):
+        if self._mode == Freeze.AUTO and not self._may_try(fd, st):
             return None
         try:
             return _clone(dir_fd, fd)
         except OSError as error:
             if self._mode == Freeze.REQUIRE:
                 raise ReflinkError(error.errno, error.strerror) from error
-            if error.errno in _NEVER:
-                self._without.add(st.st_dev)
-                log.info("the file system %d cannot clone files", st.st_dev)
+            if error.errno in _UNSUPPORTED_ERRNOS:
+                self._unsupported_devices.add(st.st_dev)
+                log.info("file system %d cannot clone files; they are read directly", st.st_dev)
             return None
 
-    def _is_sensible(self, fd: int, st: os.stat_result) -> bool:
-        """Tell whether a clone may be tried: while it lives, who overwrites the file needs new blocks."""
-        if st.st_dev in self._without:
+    def _may_try(self, fd: int, st: os.stat_result) -> bool:
+        """Return whether the file system may support clones and has room for one.
+
+        While the clone exists, writers that overwrite the file need new blocks, at most the file's size.
+        """
+        if st.st_dev in self._unsupported_devices:
             return False
         try:
             disk = os.fstatvfs(fd)
@@ -110,7 +115,10 @@ def _clone(dir_fd: int, fd: int) -> int:
 
 
 def _share_nocow(fd: int, clone: int) -> bool:
-    """Give the clone the source's NOCOW flag; btrfs clones only between files that agree in it."""
+    """Copy the source's NOCOW flag to the clone: btrfs refuses to clone between files that differ in it.
+
+    Returns whether the flag was changed.
+    """
     try:
         wanted = _flags(fd) & _FS_NOCOW_FL
         flags = _flags(clone)

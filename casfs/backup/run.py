@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casfs import __version__
-from casfs.backup.capture import DEFAULT_ATTEMPTS, DEFAULT_PATIENCE_S, Capturer, RetryBudget
+from casfs.backup.capture import DEFAULT_ATTEMPTS, Capturer
 from casfs.backup.exclude import Exclusions
 from casfs.backup.final_retry import FinalRetry
 from casfs.backup.reflink import Freeze, Reflinker
 from casfs.backup.source_fs import make_node
 from casfs.backup.source_reader import SourceReader
 from casfs.backup.sources import SourceNode, build_source_tree
+from casfs.backup.stability import DEFAULT_PATIENCE_S, RetryBudget
 from casfs.backup.walker import NewTree, Walker, WalkStats
 from casfs.digest import SnapshotId
 from casfs.display import escape_path

@@ -1,7 +1,7 @@
-"""The file system that is backed up: entries, metadata and listings, by directory descriptor.
+"""Access the source file system by directory descriptor: open entries, read metadata, list directories.
 
-Nothing is looked up by a long path and no symlink is followed below a source, so that a tree that is
-renamed or replaced meanwhile cannot lead the walk elsewhere.
+Below a source, no function looks up a path of several components or follows a symlink. A directory that is
+renamed or replaced during the walk therefore cannot lead the walk out of the source.
 """
 
 from __future__ import annotations
@@ -19,47 +19,50 @@ _TYPE_BITS = 0o170000
 Xattrs = tuple[tuple[bytes, bytes], ...]
 
 _NO_XATTRS = frozenset([errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES, errno.ENOENT])
-"""Errors that mean that there is none to be had; anything else is a problem of the entry."""
+"""Errors that count as "no xattrs"; every other error is a problem of the entry."""
 
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _noatime = os.O_NOATIME
 
 _MAX_XATTRS_BYTES = 4 * 1024 * 1024
-"""Of one entry, names and values together: a node must fit into a tree blob."""
+"""Limit of one entry's xattrs, names and values together: a node must fit into a tree blob."""
 
 _EARLIEST_NS, _LATEST_NS = -(1 << 63), (1 << 63) - 1
-"""Some file systems (tmpfs, XFS with bigtime) keep times that 64 bits of nanoseconds do not."""
+"""Some file systems (tmpfs, XFS with bigtime) have times outside the range of 64-bit nanoseconds."""
 
 _FIRST_LEASE_PAUSE_S = 0.01
 _LAST_LEASE_PAUSE_S = 3.0
-"""Pauses double from the one to the other: some five seconds in all."""
+"""Pauses double from the first to the last: about five seconds in total."""
 
 
 def node_type(st: os.stat_result) -> NodeType | None:
-    """Return what an entry is, or None for a kind that is not known."""
+    """Return the type of an entry, or None for a type that casfs cannot store."""
     return TYPES_BY_MODE_BITS.get(st.st_mode & _TYPE_BITS)
 
 
 def open_file(dir_fd: int, name: bytes) -> int:
-    """Open an entry for reading without following a symlink, waiting for a FIFO or touching its atime."""
+    """Open an entry for reading, without following a symlink, blocking on a FIFO or changing the atime.
+
+    Waits up to five seconds for another process to release a lease on the file. Raises OSError.
+    """
     try:
         return os.open(name, _FILE_FLAGS | _noatime, dir_fd=dir_fd)
     except (PermissionError, BlockingIOError):
-        return _open_patiently(dir_fd, name)
+        return _open_with_retries(dir_fd, name)
 
 
-def _open_patiently(dir_fd: int, name: bytes) -> int:
+def _open_with_retries(dir_fd: int, name: bytes) -> int:
     pause_s = _FIRST_LEASE_PAUSE_S
     while True:
         try:
             try:
                 return os.open(name, _FILE_FLAGS | _noatime, dir_fd=dir_fd)
             except PermissionError:
-                # O_NOATIME is for the owner only; where it was not that, this fails alike.
+                # O_NOATIME is reserved to the file's owner; without it the open may be permitted.
                 return os.open(name, _FILE_FLAGS, dir_fd=dir_fd)
         except BlockingIOError:
-            # Somebody holds a lease, as Samba does for its clients, and has been told by this call
-            # to give it back.
+            # Another process holds a lease, as Samba does for its clients. The failed open made the
+            # kernel ask that process to release it.
             if pause_s > _LAST_LEASE_PAUSE_S:
                 raise
             time.sleep(pause_s)
@@ -67,7 +70,7 @@ def _open_patiently(dir_fd: int, name: bytes) -> int:
 
 
 def open_directory(dir_fd: int | None, name: bytes, follow: bool = False) -> int:
-    """Open a directory; the caller closes it."""
+    """Open a directory and return its descriptor, which the caller closes; raise OSError."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     return os.open(name, flags, dir_fd=dir_fd)
 
@@ -83,10 +86,10 @@ def list_names(fd: int) -> list[bytes]:
 
 
 def read_xattrs(where: int | bytes) -> Xattrs:
-    """Return all xattrs that may be read, sorted by name; of an open file or the path of any entry.
+    """Return the readable xattrs of an open file or of the entry at a path, sorted by name.
 
-    POSIX ACLs and file capabilities are among them. Raises OSError when a value cannot be read, and where
-    all of them take more than a snapshot has room for.
+    POSIX ACLs and file capabilities are xattrs too. Raises OSError where a value cannot be read, or where
+    all xattrs together exceed 4 MiB.
     """
     follow = isinstance(where, int)
     try:
@@ -111,25 +114,25 @@ def read_xattrs(where: int | bytes) -> Xattrs:
         if total_bytes > _MAX_XATTRS_BYTES:
             raise OSError(
                 errno.E2BIG,
-                f"its extended attributes take more than {_MAX_XATTRS_BYTES >> 20} MiB together",
+                f"its extended attributes exceed {_MAX_XATTRS_BYTES >> 20} MiB in total",
             )
     return tuple(sorted(found))
 
 
 def proc_fd_path(dir_fd: int, name: bytes) -> bytes:
-    """Return a path by which calls that take no directory descriptor reach an entry."""
+    """Return a path to an entry, for system calls that take no directory descriptor."""
     return b"/proc/self/fd/%d/%s" % (dir_fd, name)
 
 
 def clamp_time_ns(time_ns: int) -> int:
-    """Return a time as a node can hold it: one before 1677 or after 2262 becomes the nearest that fits."""
+    """Return the time clamped to the range of a node: the years 1677 to 2262."""
     if _EARLIEST_NS <= time_ns <= _LATEST_NS:
         return time_ns
     return max(_EARLIEST_NS, min(time_ns, _LATEST_NS))
 
 
 def make_extra(st: os.stat_result, xattrs: Xattrs, kind: NodeType) -> NodeExtra | None:
-    """Return what few nodes have, or None where this one has none of it."""
+    """Return the rarely used fields of a node (xattrs, device numbers), or None where all are empty."""
     device = st.st_dev if st.st_nlink > 1 and kind != NodeType.DIRECTORY else 0
     rdev = st.st_rdev if kind in (NodeType.CHARACTER_DEVICE, NodeType.BLOCK_DEVICE) else 0
     if not (xattrs or device or rdev):
@@ -140,7 +143,7 @@ def make_extra(st: os.stat_result, xattrs: Xattrs, kind: NodeType) -> NodeExtra 
 def make_node(
     name: bytes, st: os.stat_result, kind: NodeType, xattrs: Xattrs, content: bytes = b""
 ) -> Node:
-    """Return the node of an entry that is not a regular file; a directory's tree is added later."""
+    """Return the node of an entry other than a regular file; the caller adds the tree of a directory."""
     return Node(
         name,
         kind,

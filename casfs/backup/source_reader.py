@@ -1,7 +1,9 @@
-"""Reading: one pass over the bytes of an open file, cut, stored and digested from private buffers.
+"""Read an open file in one pass: cut it into chunks, and digest and store each from a private buffer.
 
-Every digest is that of the buffer that is stored. The source is never mapped, and never read beyond the
-size that the caller saw, so that an endless writer cannot hold a backup. Holes are found, not read.
+A digest is always computed from the buffer that is stored. The source is never mapped into memory, and
+never read beyond the size that the caller saw, so a process that appends forever cannot stall a backup.
+Holes are located with SEEK_DATA and SEEK_HOLE and not read. One thread per reader; the digest of a large
+file runs on a second one.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """What a witness saw: the digest of the beginning that was captured, of all, and the size of all."""
+    """The result of the witness read.
+
+    `prefix` is the digest of the first bytes, as many as were captured, `observed` the digest of all bytes
+    read, `size` their number.
+    """
 
     prefix: Digest
     observed: Digest
@@ -36,23 +42,26 @@ class VerifyResult:
 
 
 def verify_read(fd: int, captured_bytes: int) -> VerifyResult:
-    """Read an open file again, no further than the size that it has now."""
+    """Read an open file again for its digests, up to its current size (the witness read).
+
+    `captured_bytes` is the number of bytes that the capture read.
+    """
     end = os.fstat(fd).st_size
-    witness = _VerifyingHash(captured_bytes)
+    hasher = _VerifyingHash(captured_bytes)
     for begin, data_end in data_ranges(fd, end):
-        witness.skip(begin)
-        while witness.done < data_end:
-            stop = witness.next_stop(data_end)
-            data = os.pread(fd, min(stop - witness.done, _READ_BYTES), witness.done)
+        hasher.skip(begin)
+        while hasher.done < data_end:
+            stop = hasher.next_stop(data_end)
+            data = os.pread(fd, min(stop - hasher.done, _READ_BYTES), hasher.done)
             if not data:
-                return witness.result()
-            witness.update(data)
-    witness.skip(min(end, os.fstat(fd).st_size))
-    return witness.result()
+                return hasher.result()
+            hasher.update(data)
+    hasher.skip(min(end, os.fstat(fd).st_size))
+    return hasher.result()
 
 
 class _VerifyingHash:
-    """Digests over the bytes from the beginning, told apart where the captured ones end."""
+    """A running digest that also records its value after the captured bytes."""
 
     def __init__(self, captured_bytes: int) -> None:
         self.done = 0
@@ -62,7 +71,7 @@ class _VerifyingHash:
         self._mark()
 
     def next_stop(self, end: int) -> int:
-        """Return how far one step may go: up to `end`, and not across the end of what was captured."""
+        """Return the limit of one step: `end`, or the end of the captured bytes if that is nearer."""
         return self._captured_bytes if self.done < self._captured_bytes < end else end
 
     def update(self, data: bytes) -> None:
@@ -71,7 +80,7 @@ class _VerifyingHash:
         self._mark()
 
     def skip(self, end: int) -> None:
-        """See the zeros of a hole that ends at `end`."""
+        """Digest the zeros of a hole that ends at `end`."""
         while self.done < end:
             stop = self.next_stop(end)
             update_zeros(self._whole, stop - self.done)
@@ -88,16 +97,16 @@ class _VerifyingHash:
 
 
 _LARGE_BYTES = 8 * 1024 * 1024
-"""From here on the digest of a whole file is computed by a thread of its own."""
+"""The digest of a larger file is computed on a second thread."""
 
 _WAITING_CHUNKS = 2
 
 
 class ReadResult(NamedTuple):
-    """What one pass found: the content list, the size in bytes and the plain digest of the file.
+    """The result of one pass: the content list, the size in bytes and the plain digest of the file.
 
-    `captured` is that digest where a node has to keep it, `pending` a blob that is stored only when
-    the reading is kept.
+    `captured` is that digest where the node must record it, because it is not the digest of the only blob.
+    `pending` is the blob of a small file, which `store_pending` stores once the attempt is accepted.
     """
 
     content: bytes
@@ -109,18 +118,18 @@ class ReadResult(NamedTuple):
 
 
 class SourceReader:
-    """Read files of one backup; `put` stores a blob, `digest` names it. Used by one thread."""
+    """Read the files of one backup. `put` stores a blob, `digest` computes its digest. One thread."""
 
     def __init__(self, chunker: Chunker, put: Put, digest: Callable[[bytes], Digest]) -> None:
         self._chunker = chunker
         self._put = put
         self._digest = digest
         self._small_bytes = chunker.min_bytes
-        # Then a small file is hashed once and not twice.
+        # Without encryption both digests of a small file are equal: hash it once.
         self._digest_is_plain = digest(b"casfs") == blake3(b"casfs").digest()
 
     def read(self, fd: int, st: os.stat_result) -> ReadResult:
-        """Read a regular file from its beginning to the size in `st`, or to where it ends before."""
+        """Read a regular file up to the size in `st`, or up to its end if that comes first."""
         size = st.st_size
         if st.st_blocks * 512 < size:
             return self._read_sparse(fd, size)
@@ -129,11 +138,11 @@ class SourceReader:
         return self._read_chunks(_range_reader(fd, 0, size), size)
 
     def read_stream(self, fd: int) -> ReadResult:
-        """Read a pipe to its end."""
+        """Read a pipe until its end."""
         return self._read_chunks(lambda buffer: os.readv(fd, [buffer]), None)
 
     def store_pending(self, reading: ReadResult) -> None:
-        """Store what is pending of a reading that a node will refer to."""
+        """Store the pending blob of an accepted attempt, if it has one."""
         if reading.pending is not None:
             self._put(BlobKind.DATA, *reading.pending)
 
@@ -195,9 +204,9 @@ class SourceReader:
 
 
 class _WholeDigest:
-    """The plain digest of a file, of the very buffers of its chunks; to be closed.
+    """The plain digest of a file, computed from the buffers of its chunks. The caller closes it.
 
-    That of a large file is computed by another thread while the chunks are cut and named.
+    The digest of a large file runs on a second thread while the caller cuts and digests the chunks.
     """
 
     def __init__(self) -> None:
@@ -207,24 +216,24 @@ class _WholeDigest:
         self._waiting: deque[Future[object]] = deque()
 
     def add(self, data: bytes) -> None:
-        """Append data, which nobody changes afterwards."""
+        """Append data; the caller must not modify the buffer afterwards."""
         self._bytes += len(data)
         if self._pool is None and self._bytes > _LARGE_BYTES:
             self._pool = ThreadPoolExecutor(1, "casfs-digest")
         self._do(partial(self._hasher.update, data))
 
     def add_zeros(self, length: int) -> None:
-        """Append zeros."""
+        """Append `length` zeros."""
         self._do(partial(update_zeros, self._hasher, length))
 
     def digest(self) -> Digest:
-        """Return the digest of all that was appended."""
+        """Return the digest of all appended bytes."""
         while self._waiting:
             self._waiting.popleft().result()
         return Digest(self._hasher.digest())
 
     def close(self) -> None:
-        """Let no thread outlive this."""
+        """End the second thread."""
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -238,9 +247,9 @@ class _WholeDigest:
 
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield begin and end, in bytes, of what is not a hole below `size`; the position of `fd` moves.
+    """Yield begin and end, in bytes, of the data ranges below `size`; changes the position of `fd`.
 
-    A file system that knows no holes tells one range.
+    On a file system without holes this is a single range.
     """
     end = 0
     while end < size:
@@ -260,7 +269,7 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            return  # truncated between the two questions
+            return  # truncated between the two calls
         yield begin, end
 
 

@@ -1,7 +1,7 @@
-"""What a backup takes: the paths that were named, as one tree of places below the snapshot's root.
+"""Arrange the named sources of a backup as one tree below the root of the snapshot.
 
-An absolute path is kept whole, a relative one as given; `..` is resolved first, and a relative path
-that leads out of the current directory is kept as the absolute path that it means.
+An absolute path keeps all its components, a relative path is kept as given. `..` is resolved first, and a
+relative path that leads out of the current directory becomes absolute.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from casfs.paths import normalize_source_path
 
 @dataclass(slots=True)
 class SourceNode:
-    """A name on the way to sources: `is_source` means that it and all below it was asked for.
+    """A source, or a directory that only leads to sources.
 
-    `source` is where it is in the file system.
+    `is_source` marks a source: the entry and everything below it is backed up. `source` is its path in
+    the file system.
     """
 
     source: bytes
@@ -27,7 +28,7 @@ class SourceNode:
     children: dict[bytes, SourceNode] = field(default_factory=dict)
 
     def sources(self) -> Iterator[bytes]:
-        """Yield the sources at and below this place."""
+        """Yield the paths of the sources at and below this node."""
         if self.is_source:
             yield self.source
             return
@@ -36,41 +37,41 @@ class SourceNode:
 
 
 def build_source_tree(paths: list[bytes]) -> SourceNode:
-    """Return the root of the tree of places for the paths that a user named.
+    """Return the root of the tree of sources for the paths that a user named.
 
-    Raises UsageError where two different sources would have the same path in the snapshot, as `/etc/x`
-    and a relative `etc/x` have: only one of them could be kept.
+    Raises UsageError where two different sources would get the same path in the snapshot, such as `/etc/x`
+    and a relative `etc/x`.
     """
     kept = [normalize_source_path(path) for path in paths]
     absolute = any(path.startswith(b"/") for path in kept)
     root = SourceNode(b"/" if absolute else b".")
     for path in kept:
-        place = root
+        node = root
         source = b"/" if path.startswith(b"/") else b""
         for name in _names(path):
             source = os.path.join(source, name)
-            place = place.children.setdefault(name, SourceNode(source))
-        if not place.is_source:
-            place.source = source or b"."
-            place.is_source = True
+            node = node.children.setdefault(name, SourceNode(source))
+        if not node.is_source:
+            node.source = source or b"."
+            node.is_source = True
     for path in kept:
-        _refuse_other_source(root, path)
+        _refuse_same_snapshot_path(root, path)
     return root
 
 
-def _refuse_other_source(root: SourceNode, path: bytes) -> None:
-    place = root
+def _refuse_same_snapshot_path(root: SourceNode, path: bytes) -> None:
+    node = root
     names = _names(path)
     for depth in range(len(names) + 1):
-        if place.is_source:
-            source = os.path.normpath(os.path.join(place.source, *names[depth:]))
+        if node.is_source:
+            source = os.path.normpath(os.path.join(node.source, *names[depth:]))
             if source != path and os.path.abspath(source) != os.path.abspath(path):
                 raise UsageError(
-                    f"{escape_path(place.source)} and {escape_path(path)} are different places "
-                    "that would share a path in the snapshot; back them up apart"
+                    f"{escape_path(node.source)} and {escape_path(path)} are different sources "
+                    "with the same path in the snapshot; back them up separately"
                 )
         if depth < len(names):
-            place = place.children[names[depth]]
+            node = node.children[names[depth]]
 
 
 def _names(path: bytes) -> list[bytes]:

@@ -223,7 +223,7 @@ class TestMappedFile:
         self, reads: Reads, backups: BackupFixture, mapped: Mapped, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Shows that the test above tests what it says, on this kernel and file system."""
-        monkeypatch.setattr(capture, "_clean_pages", lambda fd: None)
+        monkeypatch.setattr(capture, "_start_writeback", lambda fd: None)
         mapped.store(b"dirty")
         settle(mapped.file)
         reads.before(mapped.file, 5, lambda: mapped.store(b"changed"))

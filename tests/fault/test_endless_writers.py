@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from casfs.backup.capture import Capturer, RetryBudget
+from casfs.backup.capture import Capturer
 from casfs.backup.reflink import Freeze, Reflinker
 from casfs.backup.source_fs import open_directory
 from casfs.backup.source_reader import SourceReader
+from casfs.backup.stability import RetryBudget
 from casfs.digest import Digest, digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.tree import CaptureState, capture_of, captured_digest

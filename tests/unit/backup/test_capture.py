@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from casfs.backup import capture
 from casfs.backup import source_reader as source_reader_module
-from casfs.backup.capture import Capturer, RetryBudget
+from casfs.backup import stability
+from casfs.backup.capture import Capturer
 from casfs.backup.reflink import Freeze, Reflinker
 from casfs.backup.source_fs import open_directory
 from casfs.backup.source_reader import ReadResult, SourceReader
+from casfs.backup.stability import RetryBudget
 from casfs.digest import Digest, digest_of
 from casfs.errors import NotRegularError
 from casfs.format.chunker import Chunker
@@ -138,7 +139,7 @@ class TestCapturedNode:
         times = (0.0, stamp_ns / 1e9, stamp_ns / 1e9, 0, stamp_ns, stamp_ns)
         st = os.stat_result((0o100644, 1, 1, 1, 0, 0, 0, 0, 0, 0, *times))
         assert (st.st_mtime_ns % 1_000_000_000 == 0) == is_whole
-        assert capture._is_racy(st, began_ns) is is_racy
+        assert stability.is_racy(st, began_ns) is is_racy
 
 
 class TestLargeFile:
@@ -308,7 +309,7 @@ class TestRetryBudget:
         budget.release_reserve()
         capturer = scene.capturer(attempts=1, read=read)
         node = capturer.capture(scene.fd, b"file")
-        capturer._patience = budget
+        capturer._budget = budget
         again = capturer.capture_again(scene.fd, node)
         assert again is not None
         evidence = capture_of(again)

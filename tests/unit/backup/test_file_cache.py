@@ -246,7 +246,7 @@ class TestFileCacheAge:
     def test_the_file_cache_drops_old_files_among_many(
         self, index: Index, day: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(file_cache_module, "_SCANNED", 7)
+        monkeypatch.setattr(file_cache_module, "_SCAN_BATCH", 7)
         monkeypatch.setattr(file_cache_module, "_BATCH", 10)
         remembered(index, *(node(inode=n) for n in range(100, 140)))
         day[0] += 50
