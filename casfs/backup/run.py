@@ -1,9 +1,9 @@
-"""Backup: walk the sources once, merge with the previous snapshot, publish.
+"""Run a backup: walk the sources once, merge with the parent snapshot, publish a snapshot.
 
-One thread walks, compares, reads and hashes; the writer's threads do the rest. Entries are visited in
-the order of their names, a directory's own entry after all that is in it, so that every tree is written
-once and memory holds one directory of each level. When that is stored, files that had changed while they
-were captured are looked at once more.
+One thread walks, compares, reads and hashes; the threads of the writer compress, encrypt and store. Entries
+are visited in the order of their names, and a directory after its entries, so that every tree is written
+once and memory holds one directory of each level. After the walk, files in state `changed` are captured
+again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import pwd
 import socket
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casfs import __version__
 from casfs.backup.capture import DEFAULT_ATTEMPTS, Capturer
+from casfs.backup.entry_builder import EntryBuilder
 from casfs.backup.exclude import Exclusions
 from casfs.backup.final_retry import FinalRetry
 from casfs.backup.reflink import Freeze, Reflinker
@@ -29,12 +31,12 @@ from casfs.backup.source_fs import make_node
 from casfs.backup.source_reader import SourceReader
 from casfs.backup.sources import SourceNode, build_source_tree
 from casfs.backup.stability import DEFAULT_PATIENCE_S, RetryBudget
-from casfs.backup.walker import NewTree, Walker, WalkStats
+from casfs.backup.walker import NewTree, Walker
 from casfs.digest import SnapshotId
 from casfs.display import escape_path
 from casfs.errors import IntegrityError, NotFoundError, RefusedError
 from casfs.format.snapshot import Snapshot, SnapshotStats, require_encodable
-from casfs.format.tree import Node, NodeType, TreeRef, replace
+from casfs.format.tree import Node, NodeType, replace
 from casfs.monitor import Monitor
 from casfs.paths import normalize_source_path
 from casfs.problems import source_left_out
@@ -49,21 +51,22 @@ log = logging.getLogger(__name__)
 
 MAX_OWNER_NAMES = 65_536
 MAX_OWNER_NAMES_BYTES = 2 * 1024 * 1024
-"""Names of users, and of groups, kept in one snapshot; beyond either limit numbers have to do."""
+"""Limits of the names of users, and of groups, in one snapshot; further owners keep only their number."""
 
 _OWNER_BYTES = 16
-"""What an owner takes in a snapshot's file besides the name, at most."""
+"""Upper bound of the encoded size of an owner without the name."""
 
 _ROOM_BYTES = 2 * MAX_OWNER_NAMES_BYTES + 1024 * 1024
-"""What a snapshot's file takes besides what is known before the sources are read."""
+"""Upper bound of the encoded size of the fields that are known only after the walk."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackupOptions:
-    """What to back up and how; `time_ns` None is now, `parent` None is the one that fits.
+    """The sources and options of a backup.
 
-    `patience_s` is for pauses and further attempts at files that change, in the whole backup; with one
-    attempt or no patience there is no last look at its end either.
+    `time_ns` None is the current time; `parent` None is the newest snapshot of the same host and paths.
+    `patience_s` limits the pauses and further attempts at changing files in the whole backup; with a single
+    attempt or no patience, the final retry is skipped too.
     """
 
     paths: tuple[bytes, ...]
@@ -85,7 +88,7 @@ class BackupOptions:
 
 @dataclass(frozen=True, slots=True)
 class BackupResult:
-    """What was published (`snapshot_id` is None for a dry run)."""
+    """The published snapshot; `snapshot_id` is None for a dry run."""
 
     snapshot_id: SnapshotId | None
     snapshot: Snapshot
@@ -96,13 +99,26 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
     """Read the sources and publish a snapshot of them.
 
     Problems of single entries go to `monitor` and into the counts. Raises NotFoundError where no source
-    exists or all are left out, UsageError where the snapshot's file could not hold all paths, and what the
-    repository raises; nothing is published then.
+    exists or all are excluded, UsageError where the paths do not fit into the snapshot's file, and the
+    errors of the repository; nothing is published then.
     """
     began = time.monotonic()
     sources = _included_sources(options, monitor)
     _require_a_source(sources, repository.root)
-    draft = Snapshot(
+    draft = _draft_snapshot(options)
+    # Refuse a snapshot that could not be published before anything is stored.
+    require_encodable(draft, _ROOM_BYTES)
+    parent = _find_parent(repository, options)
+    with closing(_Backup(repository, options, sources, monitor)) as backup:
+        root = backup.read(parent)
+    snapshot = _complete_snapshot(draft, root, parent, backup, began)
+    snapshot_id = None if options.dry_run else repository.snapshots.publish(snapshot)
+    return BackupResult(snapshot_id, snapshot, backup.entries.stats.missing_sources)
+
+
+def _draft_snapshot(options: BackupOptions) -> Snapshot:
+    """Return a snapshot with the fields that are known before the walk."""
+    return Snapshot(
         root=Node(b"", NodeType.DIRECTORY, 0, 0, 0, 0, 0, 0, 1),
         time_ns=options.time_ns if options.time_ns is not None else time.time_ns(),
         host=options.host,
@@ -111,20 +127,22 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
         tags=options.tags,
         program=f"casfs {__version__}",
     )
-    # A snapshot that could not be published is refused before anything is stored.
-    require_encodable(draft, _ROOM_BYTES)
-    parent = _find_parent(repository, options)
-    backup = _Backup(repository, options, sources, monitor)
-    try:
-        root = backup.read(parent)
-    finally:
-        backup.close()
-    stats, stored = backup.stats, backup.stored
-    snapshot = replace(
+
+
+def _complete_snapshot(
+    draft: Snapshot,
+    root: Node,
+    parent: tuple[SnapshotId, Snapshot] | None,
+    backup: _Backup,
+    began: float,
+) -> Snapshot:
+    """Return the draft with the results of the walk; `began` is from `time.monotonic()`."""
+    entries, stats, stored = backup.entries, backup.entries.stats, backup.stored
+    return replace(
         draft,
         root=root,
-        users=_owner_names(backup.uids, lambda number: pwd.getpwuid(number).pw_name),
-        groups=_owner_names(backup.gids, lambda number: grp.getgrgid(number).gr_name),
+        users=_owner_names(entries.uids, lambda number: pwd.getpwuid(number).pw_name),
+        groups=_owner_names(entries.gids, lambda number: grp.getgrgid(number).gr_name),
         parent=parent[0] if parent is not None else None,
         stats=SnapshotStats(
             files=stats.files,
@@ -140,13 +158,12 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
             seconds=round(time.monotonic() - began, 3),
         ),
     )
-    snapshot_id = None if options.dry_run else repository.snapshots.publish(snapshot)
-    return BackupResult(snapshot_id, snapshot, stats.missing_sources)
 
 
 def _find_parent(
     repository: Repository, options: BackupOptions
 ) -> tuple[SnapshotId, Snapshot] | None:
+    """Return the parent that the options name, or the newest snapshot of the same host and paths."""
     if not options.use_parent:
         return None
     if options.parent is not None:
@@ -162,9 +179,9 @@ def _find_parent(
 
 
 def _included_sources(options: BackupOptions, monitor: Monitor) -> tuple[bytes, ...]:
-    """Return the named sources without those that options leave out, which are reported.
+    """Return the named sources that the options do not exclude, and report the others.
 
-    Raises NotFoundError where none is left.
+    Raises NotFoundError where all sources are excluded.
     """
     matcher = options.exclusions.matcher()
     reasons = {
@@ -185,7 +202,10 @@ def _included_sources(options: BackupOptions, monitor: Monitor) -> tuple[bytes, 
 
 
 def _require_a_source(sources: tuple[bytes, ...], root: Path) -> None:
-    """Raise NotFoundError where none of the sources exists; one that does not is a problem."""
+    """Raise NotFoundError where no source exists, RefusedError where only the repository itself does.
+
+    The walk reports single missing sources as problems.
+    """
     if not sources:
         return
     errors = {path: error for path in sources if (error := _lstat_error(path)) is not None}
@@ -206,7 +226,7 @@ def _require_a_source(sources: tuple[bytes, ...], root: Path) -> None:
 
 
 def _lstat_error(path: bytes) -> OSError | None:
-    """Return why nothing can be known of what a path names, or None."""
+    """Return the error of `lstat` on a path, or None."""
     try:
         os.lstat(path)
     except OSError as error:
@@ -221,7 +241,10 @@ def _kept_paths(options: BackupOptions) -> tuple[bytes, ...]:
 
 
 class _Backup:
-    """The reading of one backup's sources: the walk, and a last look at what it flagged."""
+    """The reading part of one backup: the walk, and the final retry of changed files.
+
+    `entries` and `stored` hold the counts after `read`.
+    """
 
     def __init__(
         self,
@@ -230,42 +253,41 @@ class _Backup:
         sources: tuple[bytes, ...],
         monitor: Monitor,
     ) -> None:
-        self.stats = WalkStats()
+        self.entries: EntryBuilder
         self.stored = WriteStats()
-        self.uids: set[int] = set()
-        self.gids: set[int] = set()
         self._repository = repository
         self._options = options
         self._sources = sources
         self._monitor = monitor
-        self._freezer = Reflinker(options.freeze)
-        self._patience = RetryBudget(options.patience_s)
-        self._memory = _open_file_cache(repository, options)
+        self._reflinker = Reflinker(options.freeze)
+        self._budget = RetryBudget(options.patience_s)
+        self._file_cache = _open_file_cache(repository, options)
 
     def read(self, parent: tuple[SnapshotId, Snapshot] | None) -> Node:
-        """Return the root of the new snapshot; all that it refers to is durable and indexed then."""
+        """Return the root of the new snapshot, after all blobs that it refers to are durable and indexed."""
         options = self._options
-        # A dry run stores no trees that could be read again.
-        looks_again = options.attempts > 1 and options.patience_s > 0 and not options.dry_run
-        place = build_source_tree(list(self._sources))
-        root = self._written(lambda writer: self._walk(writer, place, parent, not looks_again))
-        if looks_again and root.tree is not None and root.tree.flagged:
-            self._patience.release_reserve()
-            root = self._written(lambda writer: self._retry_changed(writer, place, root))
+        # A dry run stores no trees, so the retry could not read them.
+        retries = options.attempts > 1 and options.patience_s > 0 and not options.dry_run
+        sources = build_source_tree(list(self._sources))
+        root = self._write(lambda writer: self._walk(writer, sources, parent, not retries))
+        if retries and root.tree is not None and root.tree.flagged:
+            self._budget.release_reserve()
+            root = self._write(lambda writer: self._retry_changed(writer, sources, root))
         return root
 
     def close(self) -> None:
-        """Leave nothing at work."""
-        if self._memory is not None:
-            self._memory.close()
+        """End the thread of the files cache."""
+        if self._file_cache is not None:
+            self._file_cache.close()
 
-    def _written(self, read: Callable[[BlobWriter], Node]) -> Node:
+    def _write(self, read: Callable[[BlobWriter], Node]) -> Node:
+        """Run `read` with a writer, and make everything durable that it stored."""
         writer = self._repository.writer(self._options.dry_run, self._options.spool_in_memory)
         try:
             root = read(writer)
             stored = writer.finish()
-            if self._memory is not None and not self._options.dry_run:
-                self._memory.commit()
+            if self._file_cache is not None and not self._options.dry_run:
+                self._file_cache.commit()
         finally:
             writer.close()
         self.stored.new_blobs += stored.new_blobs
@@ -277,40 +299,44 @@ class _Backup:
     def _walk(
         self,
         writer: BlobWriter,
-        place: SourceNode,
+        sources: SourceNode,
         parent: tuple[SnapshotId, Snapshot] | None,
-        tell_changed: bool,
+        report_changed: bool,
     ) -> Node:
         capturer = self._capturer(writer)
         is_stored = _content_check(self._repository, parent)
-        walker = Walker(
+        new_tree = self._new_tree(writer, keep_trees=is_stored is None)
+        self.entries = EntryBuilder(
             capturer=capturer,
+            monitor=self._monitor,
+            is_stored=is_stored,
+            reread=self._options.reread,
+            report_changed=report_changed,
+            file_cache=self._file_cache,
+        )
+        if self._options.stdin_name is not None:
+            return _read_stdin(capturer, self.entries, new_tree, self._options.stdin_name)
+        walker = Walker(
+            entries=self.entries,
             trees=self._repository.trees,
-            new_tree=self._new_tree(writer, keep_trees=is_stored is None),
+            new_tree=new_tree,
             exclusions=self._options.exclusions,
             one_file_system=self._options.one_file_system,
-            left_out=os.stat(self._repository.root),
-            is_stored=is_stored,
+            repository_stat=os.stat(self._repository.root),
             monitor=self._monitor,
-            reread=self._options.reread,
-            tell_changed=tell_changed,
-            memory=self._memory,
         )
-        self.stats, self.uids, self.gids = walker.stats, walker.uids, walker.gids
-        if self._options.stdin_name is not None:
-            return _read_stdin(capturer, walker, self._options.stdin_name)
-        return walker.walk(place, parent[1].root if parent is not None else None)
+        return walker.walk(sources, parent[1].root if parent is not None else None)
 
-    def _retry_changed(self, writer: BlobWriter, place: SourceNode, root: Node) -> Node:
-        look = FinalRetry(
+    def _retry_changed(self, writer: BlobWriter, sources: SourceNode, root: Node) -> Node:
+        retry = FinalRetry(
             self._capturer(writer), self._repository.trees, self._new_tree(writer), self._monitor
         )
-        return look.run(root, place)
+        return retry.run(root, sources)
 
     def _capturer(self, writer: BlobWriter) -> Capturer:
         digest = self._repository.codec.digest
         reader = SourceReader(self._repository.chunker(), writer.put, digest)
-        return Capturer(reader, self._freezer, self._patience, self._options.attempts)
+        return Capturer(reader, self._reflinker, self._budget, self._options.attempts)
 
     def _new_tree(self, writer: BlobWriter, keep_trees: bool = True) -> NewTree:
         digest, seed = self._repository.codec.digest, self._repository.tree_seed
@@ -320,7 +346,7 @@ class _Backup:
 
 
 def _open_file_cache(repository: Repository, options: BackupOptions) -> FileCache | None:
-    """Return what stands for the previous snapshot where that cannot be read."""
+    """Return the files cache of a write-only host, which replaces the parent; None on other hosts."""
     domain = repository.vault.domain if repository.vault is not None else None
     if domain is None or not repository.is_locked or not options.use_parent:
         return None
@@ -332,10 +358,10 @@ def _open_file_cache(repository: Repository, options: BackupOptions) -> FileCach
 def _content_check(
     repository: Repository, parent: tuple[SnapshotId, Snapshot] | None
 ) -> Callable[[Node], bool] | None:
-    """Return what tells whether an unchanged file's content is still stored, or None if it must be.
+    """Return a predicate whether the content of an unchanged file is still stored, or None.
 
-    Where nothing was lost from the index since the parent was published, and no pack is condemned,
-    nobody needs to ask.
+    None means that it is known to be stored: the index has lost nothing since the parent was published, and
+    no pack is marked for removal.
     """
     index = repository.store.index
     if parent is None or (index.is_complete(parent[0]) and not index.marked_for_removal()):
@@ -350,20 +376,16 @@ def _content_check(
     return is_stored
 
 
-def _read_stdin(capturer: Capturer, walker: Walker, name: bytes) -> Node:
-    """Return the root of a snapshot with the one file that is read from standard input."""
+def _read_stdin(capturer: Capturer, entries: EntryBuilder, new_tree: NewTree, name: bytes) -> Node:
+    """Return the root of a snapshot whose only file is read from standard input."""
     st = os.fstat(0)
     now_ns = time.time_ns()
     node = replace(capturer.capture_stream(name, 0, st), mtime_ns=now_ns, ctime_ns=now_ns, inode=0)
-    walker.count(node)
-    root = make_node(b"", os.stat("."), NodeType.DIRECTORY, ())
-    return replace(root, tree=_single_tree(walker, node))
-
-
-def _single_tree(walker: Walker, node: Node) -> TreeRef:
-    tree = walker.new_tree(None, None)
+    entries.count(node)
+    tree = new_tree(None, None)
     tree.add(node)
-    return tree.finish()
+    root = make_node(b"", os.stat("."), NodeType.DIRECTORY, ())
+    return replace(root, tree=tree.finish())
 
 
 def _owner_names(numbers: set[int], name_of: Callable[[int], str]) -> tuple[tuple[int, str], ...]:
@@ -389,5 +411,5 @@ def _user_name() -> str:
 
 
 def _unicode(name: str) -> str:
-    """Return a name of an account in which bytes that are not UTF-8 are escaped: it is there for people."""
+    """Return the name of an account with bytes that are not UTF-8 escaped; it is for display only."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -143,7 +143,7 @@ class TestSourceConflict:
     def test_two_sources_with_one_path_in_the_snapshot_are_refused_in_any_order(
         self, paths: tuple[bytes, ...]
     ) -> None:
-        with pytest.raises(UsageError, match="share a path in the snapshot"):
+        with pytest.raises(UsageError, match="with the same path in the snapshot"):
             build_source_tree(list(paths))
 
     def test_two_sources_may_share_parent_directories_from_different_places(self) -> None:
