@@ -1,4 +1,4 @@
-"""What holds for every test.
+"""Rules for every test.
 
 - A test marked `fuse` is skipped, with the reason, where FUSE cannot work; it fails there under
   CASFS_REQUIRE_FUSE=1.
@@ -7,7 +7,7 @@
 - A mount that is still there below pytest's folder when all tests have ended is taken away, and
   fails the run.
 - Hypothesis runs the profile that CASFS_HYPOTHESIS names: `ci` (bounded, the same examples every
-  time) unless told, or `long`.
+  time) by default, or `long`.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def publish_by_hand(repository: Repository) -> None:
 
 
 def describe(folder: Path, unlock: Unlock | None = None) -> dict[str, dict[str, dict[str, object]]]:
-    """Return what is in every snapshot: by id and path, all that a user would miss."""
+    """Return every entry of every snapshot by id and path, with all that a user would miss."""
     found: dict[str, dict[str, dict[str, object]]] = {}
     with open_for_reading(folder, OpenOptions(unlock=unlock)) as repository:
         for snapshot_id, snapshot in repository.snapshots.iterate():

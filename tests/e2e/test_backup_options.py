@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 
 def below(casfs: Casfs, top: Path, snapshot: str = "latest") -> set[str]:
-    """Return what a snapshot holds below an absolute path, without the path itself."""
+    """Return the entries of a snapshot below an absolute path, without the path itself."""
     prefix = str(top).strip("/") + "/"
     nodes = casfs.json("ls", snapshot).of_type("node")
     paths = [node["path"].strip("/") for node in nodes]
@@ -639,7 +639,7 @@ class TestBackupDryRun:
 
 
 def tree_of(repository: Path) -> set[str]:
-    """Return what is stored: everything but the locks and the index's bookkeeping."""
+    """Return the stored files without the locks and the index's bookkeeping."""
     return {
         str(path.relative_to(repository))
         for place in ("packs", "snapshots", "tmp")

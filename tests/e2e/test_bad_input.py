@@ -125,7 +125,7 @@ class TestInvalidSource:
     def test_a_source_below_an_unsearchable_directory_is_reported_as_denied(
         self, repository: Casfs, source: Path
     ) -> None:
-        """It may well be there; nobody is told that it is not."""
+        """The source may exist, so the message does not claim that it is missing."""
         (source / "documents").chmod(0)
         sentence = repository.refuses(
             "backup",

@@ -300,7 +300,7 @@ class TestWrongKey:
         printed = mixed.casfs.run("ls", "latest", env=env, expect=1)
         assert "give --identity" in printed.complaint
         mixed.casfs.run("ls", "latest", "--identity", keys.age, env=env)
-        # A backup wraps its session to everybody, so it needs what the recipients need.
+        # A backup wraps its session to every recipient, so it needs the tools of all of them.
         copy = tmp_path / "repository"
         assert mixed.casfs.repository is not None
         shutil.copytree(mixed.casfs.repository, copy)
@@ -557,7 +557,7 @@ class TestTwoHosts:
         second = reader(casfs, tmp_path)
         reported = Stored(second, source).back_up("--host", "second")
         assert reported["new_bytes"] > 3_000_000
-        # Half of what each of them stored goes, so that what stays is packed anew.
+        # Half of the data of each host is removed, so that a prune repacks the rest.
         (source / "documents" / "noise").unlink()
         for host in (casfs, second):
             Stored(host, source).back_up("--host", "short")

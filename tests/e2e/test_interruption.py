@@ -1,4 +1,4 @@
-"""Interrupted at any time: the repository is as sound as before, and what was done is kept."""
+"""Commands interrupted at any time leave the repository intact and keep finished work."""
 
 from __future__ import annotations
 

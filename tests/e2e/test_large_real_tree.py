@@ -1,4 +1,4 @@
-"""The real files of this machine: tens of thousands, made by nobody for a test."""
+"""The real files of this machine: tens of thousands, none of them made for a test."""
 
 from __future__ import annotations
 

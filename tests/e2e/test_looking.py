@@ -166,7 +166,7 @@ class TestDiff:
         assert kinds.pop("documents/report.txt") == "modified"
         assert kinds.pop("documents/letters/to-anna.txt") == "metadata"
         assert kinds.pop("link") == "type"
-        # Directories whose own mtime moved may be told as well, and nothing else.
+        # Directories whose own mtime moved may be reported as well, and nothing else.
         assert set(kinds.values()) <= {"metadata"}
         assert kinds.keys() <= {"documents", "documents/letters", "pictures"}
         assert "pictures" not in kinds, "nothing changed there"

@@ -275,7 +275,7 @@ class TestMountCommand:
     def test_mount_accepts_a_relative_repository(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
-        """A process in the background stands in another directory."""
+        """A process in the background has another working directory."""
         repository.backup("source", cwd=tmp_path)
         at = tmp_path / "mount"
         at.mkdir()

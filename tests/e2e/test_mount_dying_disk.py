@@ -1,7 +1,7 @@
-"""A mount on a disk that fails or does not answer: an errno for who needs it, and nothing for others.
+"""A mount on a disk that fails or does not answer: only readers of that disk get an errno.
 
-The disk is the real one. A library loaded before the C library stands between the mount's server and
-the packs, and fails or holds up reads while a file says so.
+The disk is the real one. A library loaded before the C library intercepts the reads of packs by the
+mount's server, and fails or delays them while a control file exists.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def interposer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Disk:
-    """A mounted snapshot of `tree` on a disk that can be told how to behave."""
+    """A mounted snapshot of `tree` on a disk whose behaviour the test controls."""
 
     def __init__(self, casfs: Casfs, folder: Path, interposer: Path) -> None:
         self.casfs = casfs

@@ -267,7 +267,7 @@ class TestPrograms:
     def test_access_lists_of_the_mount_admit_other_users(
         self, repository: Casfs, superuser: None
     ) -> None:
-        """The mode alone would tell the kernel otherwise in both cases."""
+        """The mode alone would give the opposite answer in both cases."""
         folder = Path(tempfile.mkdtemp(prefix="casfs-e2e-"))
         folder.chmod(0o755)
         (folder / "tree").mkdir(mode=0o755)

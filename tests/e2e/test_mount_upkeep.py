@@ -43,7 +43,7 @@ def packs(casfs: Casfs) -> set[str]:
 
 
 def drop(path: Path) -> None:
-    """Have the kernel forget what it keeps of a file."""
+    """Drop a file from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)

@@ -38,7 +38,7 @@ CIRCUMSTANCES = (
 
 
 def fill(source: Path) -> dict[str, bytes]:
-    """Make a source with distinctive everything; return what must be found nowhere, by what it is."""
+    """Make a source of distinctive texts; return those that must be found nowhere, by kind."""
     inside = source / "zephyrfolder"
     inside.mkdir(parents=True)
     files = {

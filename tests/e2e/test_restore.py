@@ -341,7 +341,7 @@ class TestDryRunAndVerify:
 def test_the_root_of_the_file_system_gives_the_target_its_metadata(
     repository: Casfs, target: Path
 ) -> None:
-    """As `.` does; the root above any other source stands for nothing."""
+    """As `.` does; the root above any other source has no metadata of its own."""
     repository.run("backup", "/", "--exclude", "/*")
     repository.run("restore", "latest", "--target", target)
     assert target.stat().st_mtime_ns == Path("/").stat().st_mtime_ns

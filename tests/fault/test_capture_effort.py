@@ -21,7 +21,7 @@ LARGE = 2_000_000
 
 
 def rewritten(*openings: int, where: str = "between", reading: int = 1) -> list[dict[str, Any]]:
-    """Tell a script that rewrites the file at these openings (0: at each)."""
+    """Return a script that rewrites the file at these openings (0: at each)."""
     return [
         {
             "opening": opening,

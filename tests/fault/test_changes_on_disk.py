@@ -254,7 +254,7 @@ class TestMappedFile:
 
 
 def restless(reads: Reads, file: Path, readings: int) -> None:
-    """Have a file rewritten in the middle of its next readings, witnesses among them."""
+    """Rewrite a file in the middle of its next reads, witness reads included."""
 
     def act(count: int) -> None:
         steps = -(-file.stat().st_size // (64 * 1024))

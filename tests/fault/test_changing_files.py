@@ -1,4 +1,4 @@
-"""Files that change at an exact read: what was captured, what is said of it, and what comes back.
+"""Files that change at an exact read: what is captured, reported and restored.
 
 The matrix is what happens × how large the file is × when it happens × whether the later attempts find
 the file calm. What the scripted source handed out is the witness of what must have been captured.
@@ -89,7 +89,7 @@ EXPECTED: dict[str, tuple[tuple[Outcome, Outcome], ...]] = {
 
 
 def rules(change: str, moment: str, calm: bool, size: int) -> list[dict[str, Any]]:
-    """Tell the script of a cell; for a witness to be called, something else must have happened."""
+    """Return the script of a cell; a witness read needs an earlier change."""
     opening = 1 if calm else 0
     what = {"change": change, "seed": "new", "size": 1000 if change == "append" else size}
     if moment != "witness":
@@ -148,7 +148,7 @@ def exit_for(outcome: Outcome) -> int:
 
 
 def check_problem(backup: PublishedBackup, file: Path, outcome: Outcome) -> None:
-    """Require that what is told of the file is what a user needs to know, once."""
+    """Require that the file is reported once, with what a user needs to know."""
     problem = backup.problem(file)
     stats = backup.result.snapshot.stats
     assert stats.unreadable == (outcome is ABSENT)

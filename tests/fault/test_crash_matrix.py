@@ -1,8 +1,7 @@
-"""Every verb is killed at every durable step it has, and what is left is judged.
+"""Every command is killed at each of its durable steps, and the repository is checked afterwards.
 
-A run that nobody disturbs tells the steps, so a step that is added is covered without a word here.
-`on_step` speaks before each step and after the last: to be killed there is to be killed between any
-two steps.
+An undisturbed run lists the steps, so a new step is covered without a change here. `on_step` is called
+before each step and after the last, so these kills happen between any two steps.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ class TestBackup:
 class TestPrune:
     @pytest.fixture
     def grown(self, scene: Scene) -> Scene:
-        """A repository with packs of which all, some, and none is needed, and with condemned ones."""
+        """A repository with fully, partly and not needed packs, and with packs pending removal."""
         for number in range(10):
             scene.write(f"gone/{number}", f"gone {number}")
         first = scene.back_up()["id"]
@@ -116,7 +115,7 @@ class TestPrune:
         scene.write("last", "last", 40 * KIB)
         scene.back_up()
         scene.act("forget", ids=[first]).done()
-        # A prune that had to wait for a backup leaves packs condemned.
+        # A prune that had to wait for a backup leaves packs pending removal.
         with RepositoryLock.acquire(scene.root / "locks", "backup"):
             waiting = scene.act("prune", share=1.0).done()
         assert waiting["waiting_packs"] >= 1
@@ -135,7 +134,7 @@ class TestPrune:
             grown.must_be_intact()
             goes_on(grown)
             grown.published = dict(known)
-        # What this is about was there: waiting and unneeded packs, and some to be packed anew.
+        # The prune had pending and unneeded packs to remove, and others to repack.
         assert steps.count("unlink packs") >= 4
         assert steps.count("rename packs") >= 1
 
@@ -278,7 +277,7 @@ class TestRepairSnapshots:
             scene.act("repair_snapshots", **NO_SYNC).done()
             assert new in scene.act("look").done().values()
             assert [d for d in scene.act("check").done() if d["snapshot"] is not None] == []
-            # What was given up is needed by nobody, so a prune frees the repository of it.
+            # No snapshot needs what was given up, so a prune removes it.
             scene.act("prune", share=0.0, **NO_SYNC).done()
             assert scene.act("check").done() == []
             assert new in scene.act("look").done().values()

@@ -63,7 +63,7 @@ def intact(stage: Stage, folder: Path) -> IntactRepository:
 
 @pytest.fixture(scope="module")
 def weak_stage() -> Iterator[Stage]:
-    """Processes of root who cannot read what nobody was allowed to read."""
+    """Processes of root without the capability to read files of mode 000."""
     with Stage(WITHOUT_READING_EVERYTHING) as found:
         yield found
 
@@ -89,7 +89,7 @@ class Cell:
         return Scene(self.stage, root, original.source, dict(self.intact.published))
 
     def target(self, root: Path) -> Target:
-        """Return what is damaged; where it is swapped with a foreign file, with a copy of that."""
+        """Return a damaged copy; a swap with a foreign file uses a copy of that file."""
         target = moved(self.intact.targets[self.place], self.intact.scene.root, root)
         if target.other.is_relative_to(root):
             return target
@@ -101,7 +101,7 @@ class Cell:
         return scene.act(verb, **arguments)
 
     def look(self, scene: Scene, verb: str = "look") -> dict[str, Files]:
-        """Read everything; nothing may be there that is not as it was, or told to be lost."""
+        """Read everything; every entry must be as it was or reported as lost."""
         outcome = self.act(scene, verb)
         if outcome.error is not None:
             return {}
@@ -140,7 +140,7 @@ def cell(request: pytest.FixtureRequest, intact: IntactRepository, stage: Stage)
 
 
 def right(listed: dict[str, Files], truth: dict[str, Files]) -> set[tuple[str, str]]:
-    """Return what is found as it was, as (snapshot, path)."""
+    """Return the intact entries, as (snapshot, path)."""
     return {
         (name, path)
         for name, files in listed.items()
@@ -158,7 +158,7 @@ def lost_of(listed: dict[str, Files], truth: dict[str, Files]) -> dict[str, set[
 
 
 def is_named(path: str, reported: set[str]) -> bool:
-    """Tell whether a path, or a directory above it, is among those that were told."""
+    """Return whether a path, or a directory above it, was reported."""
     return any(path == one or one == "" or path.startswith(one + "/") for one in reported)
 
 
@@ -219,7 +219,7 @@ def _check_names_it(cell: Cell, lost: dict[str, set[str]]) -> None:
     outcome = cell.act(scene, "check")
     found = outcome.done()
     if cell.what == REMOVED:
-        # The index was built anew without it, so its name is forgotten; what it held is not.
+        # The index was rebuilt without the pack, so its name is forgotten; its blobs are not.
         assert bool(found) == any(lost.values())
     elif cell.place not in (*DERIVED, "the configuration"):
         target = cell.intact.targets[cell.place].path.name

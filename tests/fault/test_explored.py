@@ -1,7 +1,7 @@
-"""Chance damage between chance verbs: nothing is lost that could be read, and all can be repaired.
+"""Random damage between random commands: readable data stays readable, and all can be repaired.
 
-Each seed is a way that `exploring` makes and goes. A long run (`make soak`) takes others every time and
-tells which; what it finds is shortened by leaving moves out, and kept here with its name.
+Each seed is a way that `exploring` makes and goes. A long run (`make soak`) takes other seeds every time
+and prints them; what it finds is shortened by leaving moves out, and kept here with its name.
 """
 
 from __future__ import annotations

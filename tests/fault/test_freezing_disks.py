@@ -140,7 +140,7 @@ def test_a_full_disk_falls_back_quietly(backups: BackupFixture, tmp_path: Path, 
 
 
 def times_of(path: Path) -> tuple[int, ...]:
-    """Return what a backup must not move; that a folder was listed is seen in its time of access."""
+    """Return the timestamps that a backup must not move; listing a folder moves its access time."""
     found = path.lstat()
     accessed_ns = found.st_atime_ns if path.is_file() else 0
     return found.st_ino, found.st_size, accessed_ns, found.st_mtime_ns, found.st_ctime_ns

@@ -1,4 +1,4 @@
-"""Backups, a prune, a check and a reader at once, all of them processes: everybody comes to their end.
+"""Backups, a prune, a check and a reader at once, all of them processes: every one finishes.
 
 Three backups each go round with a source of their own that changes, a fourth process forgets and
 prunes, one checks all data, one reads every snapshot to its last byte. What a snapshot must show is known
@@ -68,7 +68,7 @@ class Crowd:
             while not self.done.is_set():
                 there = sorted(self.published.keys() - self.forgotten)
                 gone = throw.sample(there, max(0, len(there) - 3))
-                # Told before, so that nobody is surprised that they are gone.
+                # Recorded before the removal, so that no process misses them.
                 self.forgotten.update(gone)
                 scene.act("forget", ids=gone).done()
                 share = throw.choice([0.0, 0.1, 0.25])

@@ -125,7 +125,7 @@ def test_a_power_loss_at_any_step_of_a_backup_loses_nothing_published(
         finished = scene.packs()
         synced = outcome.steps[:-1] if outcome.was_killed else outcome.steps
         if "commit index" in synced:
-            # The first pack was told to be durable; the next backup builds on it.
+            # The first pack was reported as durable; the next backup builds on it.
             assert len(finished) >= 2
             reported = scene.act("backup", source=source).done()
             assert reported["new_blobs"] < 6 + 4
@@ -199,7 +199,7 @@ def test_a_power_loss_during_a_tag_leaves_the_snapshot_once(
 def test_a_backup_without_syncs_would_lose_what_it_published(
     powerless: PowerlessScene,
 ) -> None:
-    """What this file shows is shown only where a disk loses what nobody synced: so it does."""
+    """The tests of this file prove something only if the disk loses unsynced data, as this test shows."""
     scene = powerless.scene
     scene.write("file", "file")
     scene.back_up()

@@ -77,7 +77,7 @@ def test_a_repository_survives_commands_killed_at_any_moment(stage: Stage, tmp_p
 
 
 def _judge(scene: Scene, verb: str, shows: Files, before: dict[str, Files]) -> dict[str, Files]:
-    """Require that what the verb did not have to do with is as it was; return what is listed."""
+    """Require that what the command did not touch is as it was; return the listed snapshots."""
     listed: dict[str, Files] = scene.act("look").done()
     known = list(before.values())
     for files in listed.values():

@@ -1,7 +1,7 @@
-"""A hostile storage: every object is changed in every way, and each verb says so or does no harm.
+"""A hostile storage: every object is changed in every way, and each command reports it or does no harm.
 
-Nothing wrong is ever restored or shown, nothing ends in a traceback, and what was changed is told by a
-verb of which that is asked here.
+No wrong data is ever restored or shown, no command ends in a traceback, and the change is reported by
+the commands that are required to here.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def hostile(intact: tuple[Hostile, Hostile]) -> Iterator[Hostile]:
 
 
 def other_bytes(hostile: Hostile, foreign: Hostile, part: str, what: str) -> bytes:
-    """Return what is put in the place of an object."""
+    """Return the replacement of an object."""
     where = parts_of(hostile)[part].path
     if what.removesuffix(RENAMED) == FOREIGN:
         return parts_of(foreign)[part].path.read_bytes()
@@ -99,7 +99,7 @@ def other_bytes(hostile: Hostile, foreign: Hostile, part: str, what: str) -> byt
 
 
 def must_show_nothing_wrong(hostile: Hostile, seen: dict[str, Files]) -> None:
-    """Require that all that is seen was published, or is told to be lost."""
+    """Require that every visible entry was published, or is reported as lost."""
     for name, files in seen.items():
         true = hostile.published.get(name)
         assert true is not None, "a snapshot is shown that nobody published"
@@ -168,7 +168,7 @@ def test_no_change_of_an_object_goes_unnoticed_or_does_harm(
 
 
 class TestDeletedObject:
-    """What is not there any more is told by who needs it."""
+    """A command that needs a deleted object reports the loss."""
 
     def test_a_deleted_configuration_is_reported_by_every_command(self, hostile: Hostile) -> None:
         (hostile.root / "config").unlink()
@@ -198,7 +198,7 @@ class TestDeletedObject:
         assert hostile.run("check", *hostile.identity(), home="knowing").exit == 5
         assert hostile.run("check", "--storage", home="nobody").exit == 5
         must_restore_nothing_wrong(hostile)
-        # The host's own index still knows the blobs that nobody can open now.
+        # The host's own index still has the blobs that no key opens now.
         hostile.run("check", "--read-data", *hostile.identity(), home="writer")
         assert hostile.back_up().exit == 0
         assert must_restore_nothing_wrong(hostile).exit == 0
@@ -333,7 +333,7 @@ class TestForgery:
         seen = hostile.look("fresh")
         assert seen is not None and set(seen["read"]) == set(hostile.published)
         assert hostile.back_up().exit == 0
-        # What cannot be opened cannot be vouched for, nor be told from what is needed.
+        # Objects that cannot be opened cannot be verified, and may be needed.
         for verb in ("check", "prune"):
             printed = hostile.run(verb, *hostile.identity(), home="fresh")
             assert (printed.exit, "none of the identities" in printed.err) == (1, True), printed

@@ -1,4 +1,4 @@
-"""Digests are plain BLAKE3-256: the vectors that its authors published, and what `b3sum` tells."""
+"""Digests are plain BLAKE3-256: the vectors that its authors published, and what `b3sum` prints."""
 
 from __future__ import annotations
 

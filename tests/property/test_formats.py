@@ -301,7 +301,7 @@ def replaced(draw: st.DrawFn, value: Any) -> Any:
 
 
 def refuse_or(read: Callable[[], object], *allowed: type[CasfsError]) -> object | None:
-    """Return what is read, or None where it is refused by one of the errors that may be raised."""
+    """Return the parsed value, or None where one of the allowed errors refuses it."""
     try:
         return read()
     except allowed:

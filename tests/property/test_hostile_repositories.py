@@ -1,6 +1,6 @@
-"""A repository that somebody has tampered with, and every verb that opens it.
+"""A repository that an attacker has changed, and every command that opens it.
 
-Two kinds of enemy. One changes bytes of any file, also behind the back of what would tell: the names and
+Two kinds of enemy. One changes bytes of any file, also undetectably: the names and
 digests are made to fit again. The other knows the format, writes any bytes as a tree and makes a
 snapshot that leads there. Whatever they do: no error but casfs's own, in bounded time and memory, nothing
 written outside a restore's target, and nothing given out that does not have its digest.

@@ -239,7 +239,7 @@ class Repositories(RuleBasedStateMachine):
         new = listed.keys() - self.truth.keys()
         old = self.truth.keys() - listed.keys()
         for name in new:
-            # Of whose files it is made is told by what it shows.
+            # Its entries show from whose files it was made.
             source = next(one for one in self.truth if agrees(listed[name], self.truth[one], True))
             self.truth[name] = self.truth[source]
             self.repaired.add(name)
@@ -254,7 +254,7 @@ class Repositories(RuleBasedStateMachine):
 
 
 def agrees(files: Files, truth: Files, was_repaired: bool) -> bool:
-    """Tell whether each file is what it was, or lost, or (once repaired) told to be in part."""
+    """Return whether each file is as it was, or lost, or (once repaired) reported as partly lost."""
     return all(
         found in (LOST, truth.get(path)) or (was_repaired and found.startswith(FLAGGED))
         for path, found in files.items()

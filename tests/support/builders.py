@@ -1,7 +1,7 @@
-"""Trees made for tests: planted in memory from a plan, or backed up from a folder.
+"""Trees for tests: built in memory from a plan, or backed up from a folder.
 
-A plan is a dict from names to what stands there: bytes are a file's content, a dict is a directory,
-and a node is itself.
+A plan is a dict from names to entries: bytes are the content of a file, a dict is a directory, and a
+node is itself.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def flagged(node: Node, seen: bytes = b"seen when read again") -> Node:
 
 
 class TreeFixture:
-    """Trees in memory; `reads` are the digests of the blobs that were read, in order."""
+    """Trees in memory; `reads` are the digests of the blobs read so far, in order."""
 
     def __init__(self) -> None:
         self.blobs: dict[Digest, bytes] = {}

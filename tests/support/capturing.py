@@ -37,7 +37,7 @@ from tests.support.encryption import RECIPIENT, unlock
 
 @dataclass(frozen=True, slots=True)
 class PublishedBackup:
-    """A published snapshot, with what was told while it was made."""
+    """A published snapshot, with the problems that its backup reported."""
 
     repository: Repository
     result: BackupResult
@@ -63,7 +63,7 @@ class PublishedBackup:
         return node
 
     def problem(self, path: Path) -> Problem | None:
-        """Return the one thing that was told of a source, None where nothing was."""
+        """Return the only problem of a source, or None."""
         reported = [
             problem
             for problem in self.problems
@@ -73,7 +73,7 @@ class PublishedBackup:
         return reported[0] if reported else None
 
     def shown(self, path: Path) -> tuple[bytes, dict[str, str]] | None:
-        """Return what a mount shows of a regular file: its bytes, and what casfs knows of it."""
+        """Return the bytes and the casfs attributes of a regular file as a mount shows them."""
         snapshot_id, snapshot = self.result.snapshot_id, self.result.snapshot
         assert snapshot_id is not None
         waiting, errands = EventLoopGuard(), BackgroundPool()
@@ -128,9 +128,9 @@ class BackupFixture:
         return PublishedBackup(self.repository, result, monitor.problems)
 
     def assert_is_intact(self) -> None:
-        """Require that a full check finds nothing, and that every index entry tells the truth.
+        """Require that a full check finds nothing, and that every index entry is correct.
 
-        The second is asked of the packs' own bytes, without the code that reads blobs.
+        The entries are compared with the packs' own bytes, without the code that reads blobs.
         """
         result = Checker(self.repository, RecordingMonitor()).check(PackSelection())
         assert result.damage == []

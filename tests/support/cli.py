@@ -216,7 +216,7 @@ class Casfs:
 
 
 def finish(process: subprocess.Popen[bytes], timeout: float = 120) -> Result:
-    """Wait for a started command and return what it left, as `Casfs.run` does."""
+    """Wait for a started command and return its result, as `Casfs.run` does."""
     out, err = process.communicate(timeout=timeout)
     argv = tuple(cast(list[bytes], process.args))
     result = Result(argv, process.returncode, out, err)

@@ -1,7 +1,7 @@
-"""Is one tree the same as another? Asked of rsync, and of a look of our own that sees more.
+"""Comparison of trees, by rsync and by a comparison of our own that sees more.
 
-rsync compares times in whole seconds and knows nothing of holes; the look compares nanoseconds,
-the groups of hard links, and (when told to) where the holes are.
+rsync compares times in whole seconds and knows nothing of holes; our comparison sees nanoseconds,
+the groups of hard links, and (on request) where the holes are.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def tree_differences(expected: Path, found: Path) -> list[str]:
 
 
 def rsync_differences(source: Path, copy: Path) -> str:
-    """Return what `rsync` would still have to do; the line is the one that the project promises."""
+    """Return the changes that `rsync` would still make, with the options that the documents promise."""
     done = subprocess.run(
         ["rsync", "-aHAXnc", "--delete", "--itemize-changes", f"{source}/", f"{copy}/"],
         capture_output=True,

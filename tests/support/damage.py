@@ -1,6 +1,6 @@
 """A small repository of everything that can be damaged, and the ways to damage it.
 
-What must survive a damage is computed from the sound repository: which files have a blob, or a
+What must survive a damage is computed from the intact repository: which files have a blob, or a
 directory above them, that touches the damaged bytes.
 """
 
@@ -46,12 +46,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What a file of a snapshot stands on: parts of packs, as (path of the pack, begin, end)."""
+    """The parts of packs that a file of a snapshot needs, as (path of the pack, begin, end)."""
 
     parts: frozenset[tuple[Path, int, int]]
 
     def touches(self, target: Target, what: str) -> bool:
-        """Tell whether a damage can cost this file anything while the index says where things are."""
+        """Return whether a damage can affect this file while the index is intact."""
         if what == APPENDED:
             return False
         return any(_hits(target, what, *part) for part in self.parts)
@@ -158,7 +158,7 @@ def _place(repository: Repository, root: Path, digest: Digest) -> tuple[Path, in
 
 
 def _reaches(repository: Repository, root: Path, node: Node) -> dict[str, Reach]:
-    """Return what each file stands on, by its path."""
+    """Return the parts of packs that each file needs, by its path."""
     found: dict[str, Reach] = {}
 
     def walk(node: Node, path: bytes, above: frozenset[tuple[Path, int, int]]) -> None:

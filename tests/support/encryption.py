@@ -48,7 +48,7 @@ class OneSession:
 
 
 def identities(*secrets: str) -> Identities:
-    """Return what age identities open, that of `RECIPIENT` unless told."""
+    """Return age identities, that of `RECIPIENT` by default."""
     return Identities([age.identity_from_line(one) for one in secrets or (SECRET,)])
 
 

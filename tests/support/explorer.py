@@ -1,16 +1,17 @@
-"""An explorer of what becomes of a repository under chance damage and chance verbs.
+"""An explorer of random damage to a repository between random commands.
 
-A way is a list of moves, each a name and three numbers, so that what a seed gives can be shortened. After
-every move all that is listed is read, from a copy: a look brings the index up to date, and what the next
-verb makes of it as it is is the question. Required is, after every move:
+A way is a list of moves, each a name and three numbers, so that a failing seed can be shortened. After
+every move a copy of the repository is read: reading brings the index up to date, and the next command
+must meet it as it is. After every move these hold:
 
-- Nothing is given out that is not as it was; a read, the mount and a restore give the same.
-- What could be read before a verb can be read after it, but for what a forget was told to remove.
-- A verb ends as it should, or with an error of its own.
+- All returned data is as it was; a read, the mount and a restore agree.
+- What could be read before a command can be read after it, except what a forget was asked to remove.
+- A command succeeds, or fails with an error of casfs.
 - A check that reads everything names what is lost, and nothing else.
 - A backup after such a check is whole, and what it has seen again is healed in older snapshots. It is whole
   without a check, too, where all packs that there are are as they were, whatever the index says.
-- In the end `repair index`, `check`, `repair snapshots`, `prune` leave what a check finds sound.
+- In the end `repair index`, `check`, `repair snapshots`, `prune` leave a repository that a check finds
+  intact.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class Explorer:
         return self._stage.act("at_home", root, fate, **arguments)
 
     def go(self, way: list[Move]) -> None:
-        """Go a way to its end; a failure tells which moves came to it."""
+        """Make all moves of a way; a failure names the moves that led to it."""
         for number, (name, *choices) in enumerate(way):
             try:
                 self.move(name, *choices)
@@ -171,7 +172,7 @@ class Explorer:
                     file.write(noise(f"{label}, {number % 25}", 4 * KIB))
 
     def fill(self, *_: int) -> None:
-        """Have a directory with so many entries that its tree is split."""
+        """Make a directory with so many entries that its tree is split."""
         folder = self.scene.source / "folder" / "many"
         folder.mkdir(parents=True, exist_ok=True)
         last = next(
@@ -282,7 +283,7 @@ class Explorer:
     def prune(self, share: int, *_: int, beside: LockMode | None = None) -> None:
         """Prune; it refuses where something is damaged, and only there.
 
-        While another writes, an index whose bytes are damaged is left to that one: nobody reads it first.
+        While another writes, an index whose bytes are damaged is left to that process.
         """
         if self._is_index_hurt:
             beside = None
@@ -293,7 +294,7 @@ class Explorer:
         if outcome.error is not None:
             assert outcome.error["exit"] == 5, outcome
             if not self._is_hurt():
-                # A bit that is another one may make an index forget a blob, and nothing else of it tells.
+                # A flipped bit may make an index lose a blob without any other sign.
                 assert self._may_index_be_wrong, f"nothing is lost, and {outcome.error}"
                 self._must_keep(self.right)
                 self.repair_index()
@@ -301,14 +302,14 @@ class Explorer:
         self._must_keep(self.right)
 
     def _is_hurt(self) -> bool:
-        """Tell whether anything is lost, or an object is not what it was."""
+        """Return whether anything is lost, or an object is not as it was."""
         damaged = self.past.changed("snapshots") + self.past.changed("packs")
         # One that another has replaced is not listed, and may have come back.
         is_hidden = any(path.name not in self.seen for path in self.past.there("snapshots"))
         return bool(damaged or is_hidden or self._lost())
 
     def _lost(self) -> Right:
-        """Return what cannot be read, as (snapshot, path)."""
+        """Return the unreadable entries, as (snapshot, path)."""
         return {
             (name, path)
             for name, files in self.seen.items()
@@ -380,7 +381,7 @@ class Explorer:
         self._must_keep(self.right)
 
     def command(self, which: int, one: int, other: int) -> None:
-        """Say something on the command line: its exit tells whether anything was damaged."""
+        """Run the command: its exit code reports whether anything was damaged."""
         names = sorted(self.seen, key=list(self.truth).index)
         if not names or self.kind != Kind.PLAIN:
             return
@@ -409,7 +410,7 @@ class Explorer:
             assert reported["exit"] in ((0, 1, 5) if self._is_hurt() else (0,)), printed
 
     def end(self, *_: int) -> None:
-        """Do what a user is told to do after damage; then all is sound."""
+        """Follow the documented steps after damage; then everything is intact."""
         self.repair_index()
         self.check()
         self.repair_snapshots()
@@ -418,13 +419,13 @@ class Explorer:
         self._must_keep(self.right)
         left = self._act("check").done()
         if self.kind != Kind.PLAIN:
-            # Damage to its header can make a pack name a session that there is not. What is in it nobody
-            # can tell until that comes back, so a prune leaves the pack, and a check tells of it.
+            # Damage to its header can make a pack name a session that does not exist. Its content is
+            # unknown until that session returns, so a prune keeps the pack, and a check reports it.
             left = [one for one in left if not NO_SESSION.search(one["message"])]
         assert left == [], f"a check after everything was repaired finds {left}"
 
     def _read(self, verb: str, **arguments: Any) -> Outcome:
-        """Look at a copy: what is looked at may be mended by that."""
+        """Read a copy: reading may repair what is read."""
         copy = self._folder / "copy"
         shutil.copytree(self.scene.root, copy, ignore=shutil.ignore_patterns("reserve"))
         homes = self._folder / "homes of the copy"
@@ -438,7 +439,7 @@ class Explorer:
 
     @contextmanager
     def _other_homes(self, homes: Path) -> Iterator[None]:
-        """Have others do the verbs, who remember what these do."""
+        """Run the commands as other users, whose state these commands update."""
         own, self._homes = self._homes, homes
         try:
             yield

@@ -116,7 +116,7 @@ def bind(listener: socket.socket, folder: Path | bytes, name: str) -> None:
 
 
 def build(root: Path) -> dict[str, str]:
-    """Build the tree at `root`, which must not exist; return what was left out, and why."""
+    """Build the tree at `root`, which must not exist; return the features left out, with the reasons."""
     builder = Builder(os.fsencode(root))
     os.mkdir(builder.root)
     for part in (

@@ -40,7 +40,7 @@ class Keys:
     passphrase: Path
 
     def secrets(self) -> list[bytes]:
-        """Return what must be seen nowhere: the lines of the age identity, SSH keys, passphrases."""
+        """Return the secrets that must appear nowhere: age identity, SSH keys, passphrases."""
         ssh = b"".join(self.ssh.read_bytes().splitlines()[2:-1])
         return [
             _secret_of(self.age).encode(),
@@ -125,7 +125,7 @@ def at_a_terminal(
 ) -> Result:
     """Run a command at a terminal of its own and answer each question for a passphrase.
 
-    What it shows there stands in `err`: a terminal has one stream.
+    Its output is in `err`: a terminal has one stream.
     """
     master, slave = pty.openpty()
     argv = tuple(os.fsencode(part) for part in (*program(), *arguments))
@@ -146,7 +146,7 @@ def at_a_terminal(
         while _is_readable(master):
             try:
                 more = os.read(master, 65536)
-            except OSError:  # nobody has the other end any more
+            except OSError:  # the other end is closed
                 break
             shown += more
             if shown.count(b"passphrase of") > asked and shown.endswith(b": "):

@@ -1,8 +1,8 @@
 """Verbs of casfs, each done in a process of its own that may be killed at any moment.
 
 Run as a program this is a process that has casfs loaded and no threads. For every line that it reads
-it forks, so that hundreds of them cost little, and what happens to a child harms nobody else. The child
-says its durable steps as they come, then its result; `stage` is the other end. Packs are small here,
+it forks, so that hundreds of them cost little, and what happens to a child affects no other process. The
+child prints its durable steps as they come, then its result; `stage` is the other end. Packs are small here,
 so that a small source fills many of them.
 """
 
@@ -260,7 +260,7 @@ def _fix_options(**fixed: Any) -> None:
 
 
 def _report_steps(step: Step) -> None:
-    """Have every storage and every repository that is opened in this process tell its steps."""
+    """Report the steps of every storage and repository that this process opens."""
     make = LocalStorage.__init__
     _fix_options(on_step=step)
 
@@ -351,7 +351,7 @@ class FailingCall:
 
 
 told_on = 1
-"""The descriptor on which this process tells what it does."""
+"""The descriptor to which this process reports what it does."""
 
 
 def say(message: dict[str, Any]) -> None:
@@ -359,7 +359,7 @@ def say(message: dict[str, Any]) -> None:
 
 
 def be_hurt_by(job: dict[str, Any]) -> None:
-    """Do a job in this process, which ends by it; everything is told on stdout."""
+    """Do a job in this process and end; everything is reported on stdout."""
     signal.alarm(HUNG_S)
     # LMDB's map is shared and not counted; what a hostile length might allocate is.
     resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
@@ -382,13 +382,13 @@ def be_hurt_by(job: dict[str, Any]) -> None:
     except BaseException:
         say({"bug": traceback.format_exc()})
     else:
-        # A long result is more than a pipe takes at once, and nobody else writes now.
+        # A long result is more than a pipe takes at once, and no other process writes now.
         with open(1, "w", closefd=False) as out:
             out.write(json.dumps({"result": result}) + "\n")
 
 
 def small_packs() -> None:
-    """Have this process make packs of a few files, so that one backup has many of them.
+    """Make this process write packs of a few files, so that one backup has many of them.
 
     Even their blobs come into the index by more commits than one.
     """
@@ -406,7 +406,7 @@ def small_packs() -> None:
 
 
 def cheap_passphrases() -> None:
-    """Have this process wrap to passphrases with little work: nobody guesses them here."""
+    """Make this process wrap to passphrases with little work, which test passphrases do not need."""
     passphrase_module._MEMORY_KIB = 64
     passphrase_module._ITERATIONS = 1
 

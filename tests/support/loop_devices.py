@@ -73,7 +73,7 @@ for generation in itertools.count(2):
 
 @contextmanager
 def endless_writer(file: Path, size: int, pause_s: float = 0.0) -> Iterator[None]:
-    """Have a process write a file over and over, in place and each time with one call.
+    """Run a process that rewrites a file over and over, in place and each time with one call.
 
     All 8-byte words of the file are the number of the generation. Between two of them are up to
     seven pauses.
@@ -111,7 +111,7 @@ class LosableDisk:
             os.close(folder)
 
     def write_back(self) -> None:
-        """Have everything on the disk that was written so far."""
+        """Flush everything written so far to the disk."""
         subprocess.run(["sync", "--file-system", str(self.at)], check=True)
 
     def mount(self) -> None:

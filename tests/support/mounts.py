@@ -13,7 +13,7 @@ from tests.support.waiting import wait_until
 
 
 def mount_points() -> set[bytes]:
-    """Return what is mounted. Asks the kernel's table and never the mounts, which may hang."""
+    """Return the mountpoints. Read the kernel's table and never the mounts, which may hang."""
     table = Path("/proc/self/mountinfo").read_bytes()
     return {_unescape(line.split(b" ")[4]) for line in table.splitlines()}
 
@@ -51,7 +51,7 @@ def mounted(casfs: Casfs, *arguments: Argument, at: Path) -> Iterator[Path]:
 
 @contextmanager
 def mount_namespace() -> Iterator[int]:
-    """Make a mount namespace whose mounts nobody else sees; yield a process that is in it.
+    """Make a private mount namespace; yield a process that is in it.
 
     It begins with copies of all mounts. Those of casfs are taken away at once, or servers of other tests
     would live on for them.

@@ -25,7 +25,7 @@ from casfs.repository.repository import Repository
 
 LOST = "lost"
 FLAGGED = "flagged "
-"""What stands before the digest of a file that is told to be no faithful capture."""
+"""The prefix of the digest of a file that is reported as changed during its capture."""
 
 Files = dict[str, str]
 """What is found of each file and directory of a snapshot, by its path."""

@@ -44,7 +44,7 @@ class Outcome:
         return self.exit == -9
 
     def done(self) -> Any:
-        """Return the result of an act that must have come to its end."""
+        """Return the result of an act that must have succeeded."""
         assert self.exit == 0, self
         assert self.error is None, self
         return self.result
@@ -77,7 +77,7 @@ class Stage:
         fate: dict[str, Any] | None = None,
         **arguments: Any,
     ) -> Outcome:
-        """Have a verb done; nothing but the fate that was asked for may kill it."""
+        """Run a command; only the requested fate may kill it."""
         assert self._process.stdin is not None and self._process.stdout is not None
         job: dict[str, Any] = {"verb": verb, "root": str(root), "fate": fate or {}}
         job["arguments"] = arguments
@@ -136,7 +136,7 @@ class Scene:
         return os.listdir(self.root / folder)
 
     def must_be_intact(self, *maybe: Files, gone: frozenset[str] = frozenset()) -> set[str]:
-        """Require that all that was published is there as it was, and is sound without a repair.
+        """Require that every published snapshot is as it was, and is intact without a repair.
 
         Snapshots that look like one of `maybe` may be there too; those in `gone` need not be. Returns
         the ids that are listed.

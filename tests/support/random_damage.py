@@ -1,7 +1,7 @@
 """Chance damage to any object of a repository, and objects that come back from its past.
 
 What was there once is remembered, so that older states can come back as by a backup of the repository
-that was copied over it in part: an index with its seal or without, condemnations, packs that a prune
+that was copied over it in part: an index with its fingerprint or without, removal notices, packs that a prune
 removed, snapshots that were forgotten. Objects are chosen by the order in which they appeared:
 their names depend on the time.
 """
@@ -61,11 +61,11 @@ class Past:
         return [path for path in self.there(folder) if path.read_bytes() != known[path]]
 
     def bring_back(self, path: Path) -> None:
-        """Have an object be what it was.
+        """Restore an object to its first state.
 
         The keys with which something of it was encrypted come with it. A prune removes those that
-        nothing needs, and a pack that comes without them would stay for ever: nobody can tell
-        what is in it.
+        nothing needs, and a pack that comes without them would stay for ever: its content
+        is unknown.
         """
         for one in (path, *self.gone("sessions")):
             one.parent.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ class Past:
         return self.indexes[where % len(self.indexes)]
 
     def roll_index_back(self, index: Path, which: int, names: tuple[str, ...]) -> None:
-        """Have files of an index be what they were at another time, to the nanosecond."""
+        """Restore files of an index to an earlier state, to the nanosecond."""
         states = self._states[index]
         state = states[which % len(states)] if states else {}
         for name in names:
@@ -87,7 +87,7 @@ class Past:
 
 
 Hurt = Callable[[Past, int, int], bool]
-"""Does harm that is chosen by two numbers; tells whether there was anything to harm."""
+"""Does harm that is chosen by two numbers; returns whether there was anything to harm."""
 
 
 def _place(data: bytes, which: int) -> int:

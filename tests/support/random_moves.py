@@ -66,7 +66,7 @@ VERBS = {
 def make_way(seed: int) -> list[Move]:
     """Return the way of a seed.
 
-    Snapshots that share much are made and some of them forgotten, which may leave condemned packs; then
+    Snapshots that share much are made and some of them forgotten, which may leave packs pending removal; then
     come rounds of up to three damages and as many verbs.
     """
     dice = random.Random(seed)

@@ -28,7 +28,7 @@ class Reads:
         monkeypatch.setattr(os, "preadv", self._vectored(os.preadv))
 
     def watch(self, file: Path, action: Callable[[int], None]) -> None:
-        """Have `action` called with the number of each read of a file, before it."""
+        """Call `action` with the number of each read of a file, before the read."""
         inode = file.stat().st_ino
         self._actions[inode] = action
         self._counts[inode] = 0

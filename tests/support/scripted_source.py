@@ -117,7 +117,7 @@ class ScriptedFiles(pyfuse3.Operations):
         return inode
 
     def add_scene(self, scene: str, files: dict[str, dict[str, Any]]) -> None:
-        """Make a folder with files as told."""
+        """Make a folder with the files of a specification."""
         folder = self.make(1, scene.encode(), stat.S_IFDIR | 0o755).number
         for name, reported in files.items():
             inode = self.make(folder, os.fsencode(name), stat.S_IFREG | 0o644)
@@ -129,7 +129,7 @@ class ScriptedFiles(pyfuse3.Operations):
             self.scripts[inode.number] = Script(folder, os.fsencode(name), rules)
 
     def rot(self, scene: str, name: str, seed: str) -> None:
-        """Change the content of a file, and nothing that stat would tell."""
+        """Change the content of a file, and nothing that stat returns."""
         folder = self.inodes[1].names[scene.encode()]
         inode = self.inodes[self.inodes[folder].names[os.fsencode(name)]]
         inode.data[:] = content(seed, len(inode.data))
@@ -352,7 +352,7 @@ class ScriptedSource:
         return self._mountpoint / name
 
     def rot(self, file: Path, seed: str) -> None:
-        """Change the content of a file, and nothing that stat would tell."""
+        """Change the content of a file, and nothing that stat returns."""
         self._ask({"do": "rot", "scene": file.parent.name, "file": file.name, "seed": seed})
 
     def served(self, file: Path) -> dict[tuple[int, int], tuple[str, int]]:

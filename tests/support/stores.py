@@ -127,10 +127,9 @@ def flip(path: Path, offset: int) -> None:
 
 @contextmanager
 def child(program: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run a Python program beside the test; it is killed at the end of the block if it still lives.
+    """Run a Python program beside the test; it is killed at the end of the block if it still runs.
 
-    Program and test talk through its standard streams, a line at a time, so that neither waits for
-    a time.
+    Program and test talk through its standard streams, a line at a time, so that neither sleeps.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
@@ -147,13 +146,13 @@ def child(program: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def read_line(process: subprocess.Popen[str]) -> str:
-    """Return the next line that a child says, or "" when it has ended."""
+    """Return the next line that a child prints, or "" when it has ended."""
     assert process.stdout is not None
     return process.stdout.readline().rstrip("\n")
 
 
 def write_line(process: subprocess.Popen[str], line: str = "go") -> None:
-    """Say a line to a child."""
+    """Write a line to the standard input of a child."""
     assert process.stdin is not None
     process.stdin.write(line + "\n")
     process.stdin.flush()

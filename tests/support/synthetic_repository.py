@@ -2,8 +2,8 @@
 
 `python -m tests.support.synthetic_repository FOLDER` makes one.
 Many snapshots, each with one file changed, and the last one with a crowded directory and very many
-files besides. The trees are what a backup would have stored; the files' data is not there, so that what is
-made holds everything a listing needs and nothing that a reader would.
+files besides. The trees are what a backup would have stored; the files' data is not there, so that the
+repository serves every listing and no read of a file.
 """
 
 from __future__ import annotations

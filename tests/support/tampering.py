@@ -1,7 +1,7 @@
 """An encrypted repository on a hostile storage: what there is to change, and ways to change it.
 
-Whoever keeps the storage can also name a changed object by its new digest, so that nothing looks wrong
-to who has no key; that is what `RENAMED` does.
+The owner of the storage can also name a changed object by its new digest, so that nothing looks wrong
+without a key; that is what `RENAMED` does.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Hostile:
         return "--identity", self.folder / "identity"
 
     def look(self, home: str) -> dict[str, dict[str, Files]] | None:
-        """Return what is read and what a mount shows, None where that was refused."""
+        """Return the entries as read and as mounted, or None where that was refused."""
         where = self.folder / home
         where.mkdir(exist_ok=True)
         reported = self.stage.act("look_with_a_key", self.root, secret=SECRET, home=str(where))
@@ -107,7 +107,7 @@ def make_hostile(stage: Stage, folder: Path) -> Hostile:
         (made.source / "a" / str(number)).write_bytes(noise(f"b {number}", 15 * KIB))
     assert made.back_up().exit == 0
     assert len(made.published) == 2
-    # A reader who has seen the sound repository before.
+    # A reader that has seen the intact repository before.
     assert made.run("check", *made.identity(), home="knowing").exit == 0
     return made
 
@@ -122,7 +122,7 @@ class Part:
 
 
 def parts_of(hostile: Hostile) -> dict[str, Part]:
-    """Return what can be changed, by what it is."""
+    """Return the parts of objects that can be changed, by kind."""
     root = hostile.root
     config = read_config(root)
     assert config.encryption is not None
@@ -153,7 +153,7 @@ def parts_of(hostile: Hostile) -> dict[str, Part]:
 
 
 def _flip(place: int) -> Callable[[bytes, Part, bytes], bytes]:
-    """Return what flips a bit at a share, in hundredths, of the part."""
+    """Return a function that flips a bit at a share, in hundredths, of the part."""
 
     def change(data: bytes, part: Part, other: bytes) -> bytes:
         at = part.begin + (part.end - 1 - part.begin) * place // 100

@@ -1,6 +1,6 @@
 """The layers: what may import what, and that no modules import each other in a circle.
 
-The modules are read from the file system, the order of their packages stands in `LAYERS`. A new package
+The modules are read from the file system, the order of their packages is in `LAYERS`. A new package
 has no layer until it is written into that table.
 """
 

@@ -67,7 +67,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 def old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every file be old enough to be trusted: the clock is an hour ahead."""
+    """Set the clock an hour ahead, so that every file is old enough to be trusted."""
     ahead = time.time_ns() + 3600 * 1_000_000_000
     monkeypatch.setattr("casfs.backup.capture.time.time_ns", lambda: ahead)
 

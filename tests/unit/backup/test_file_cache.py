@@ -46,7 +46,7 @@ def node(**fields: Any) -> Node:
 
 
 def stat_of(node: Node, **changes: int) -> os.stat_result:
-    """Return what stat tells of the file that a node was made of."""
+    """Return the stat of the file that a node was made from."""
 
     class Result:
         st_ino = changes.get("inode", node.inode)
@@ -276,7 +276,7 @@ def test_the_file_cache_shows_nothing_of_a_file_to_readers_of_the_index(
         (1_234_567_890).to_bytes(4, "big"),
     ):
         assert secret not in kept
-    # What the index tells anyway, under keyed digests.
+    # What the index contains anyway, under keyed digests.
     assert bytes(CHUNKS[0]) in kept
 
 

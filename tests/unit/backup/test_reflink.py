@@ -37,7 +37,7 @@ def opened(tmp_path: Path) -> Iterator[tuple[int, int]]:
 
 
 class Clones:
-    """Stands for the kernel: each clone fails with the error that is set, or is counted."""
+    """A double of the kernel: each clone fails with the error that is set, or is counted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.error: int | None = None

@@ -24,7 +24,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def sources(*paths: bytes) -> dict[bytes, bytes]:
-    """Return what is taken whole, by its path in the snapshot."""
+    """Return the sources, by their paths in the snapshot."""
     found: dict[bytes, bytes] = {}
 
     def look(place: SourceNode, path: bytes) -> None:

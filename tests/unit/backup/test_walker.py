@@ -1,4 +1,4 @@
-"""The walk: what a name means when it is looked at, and what is told of it."""
+"""The walk: how an entry is captured that changes its kind, and what is reported."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ Act = Callable[[int], None]
 
 
 def before_each_capture(monkeypatch: pytest.MonkeyPatch, wanted: bytes, act: Act) -> None:
-    """Have something happen between the moment that a name was looked at and its opening."""
+    """Run an action between the stat of a name and its opening."""
     real = Capturer.capture
     counts = {wanted: 0}
 

@@ -1,4 +1,4 @@
-"""What mount(8) hands over is understood, and what nobody knows is refused."""
+"""The arguments of mount(8) are parsed, and unknown options are refused."""
 
 from __future__ import annotations
 

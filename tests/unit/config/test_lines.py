@@ -44,7 +44,7 @@ KEY_STYLES = ["a{}", "-{}-", '"a.{}"', '"q\\"]{}"', "'lit # = {}'", '"\\u00e9{}"
 blanks = st.sampled_from(["", " ", "\t"])
 breaks = st.sampled_from(["", "\n", "\n\n  ", " # [x] = 1 '\"\n"])
 
-# "@" becomes the number of the line on which it stands.
+# "@" becomes the number of its line.
 flat_values = st.one_of(st.just("@"), st.sampled_from([v for v in DECOYS if "\n" not in v]))
 
 

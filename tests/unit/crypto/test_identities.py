@@ -52,7 +52,7 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little work for a passphrase; how much it is for people stands in the frozen vectors."""
+    """Little work for a passphrase; the golden vectors hold the real amount."""
     monkeypatch.setattr(passphrase_module, "_MEMORY_KIB", 64)
     monkeypatch.setattr(passphrase_module, "_ITERATIONS", 1)
 

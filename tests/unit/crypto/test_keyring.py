@@ -1,4 +1,4 @@
-"""Wrapped sessions and the keyring: what opens, what is told of what does not, and what is proven."""
+"""Wrapped sessions and the keyring: which sessions open, how others are reported, and which are proven."""
 
 from __future__ import annotations
 

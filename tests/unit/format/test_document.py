@@ -33,7 +33,7 @@ KIB, MIB = 1 << 10, 1 << 20
 
 
 def section(title: str) -> str:
-    """Return what stands between a heading and the next."""
+    """Return the text between a heading and the next."""
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", DOCUMENT, re.M | re.S)
     assert found is not None, f"there is no section {title!r}"
     return found[1]
@@ -55,7 +55,7 @@ def rows(title: str) -> list[list[str]]:
 
 
 def numbered(text: str) -> dict[int, str]:
-    """Return what stands behind each number in a list such as `0 raw, 1 zstd`."""
+    """Return the word after each number in a list such as `0 raw, 1 zstd`."""
     return {int(n): name.strip() for n, name in re.findall(r"(\d+) `?([A-Za-z ]+?)`?(?=,|$)", text)}
 
 

@@ -51,7 +51,7 @@ def codec() -> BlobCodec:
 
 
 def made(payload: bytes, plain_bytes: int, codec: int = 0, **header: Any) -> bytes:
-    """Return a file with this payload, its header right unless told."""
+    """Return a file with this payload and a correct header by default."""
     fields = {"magic": MAGIC, "version": 1} | header
     return HEADER.pack(fields["magic"], fields["version"], codec, 0, plain_bytes) + payload
 
@@ -197,7 +197,7 @@ class TestUnreadableSnapshot:
 
 
 class TestEncryptedSnapshot:
-    """A snapshot of an encrypted repository: what it tells to anybody, and what opens it."""
+    """A snapshot of an encrypted repository: what it shows without a key, and what opens it."""
 
     @pytest.fixture
     def made(self, codec: BlobCodec) -> tuple[SnapshotId, bytes]:

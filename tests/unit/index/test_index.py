@@ -332,7 +332,7 @@ print("done", flush=True)
 
 
 class TestIndexMapGrowth:
-    """The map grows when it is full, for everybody who has the index open."""
+    """The map grows when it is full, for every process that has the index open."""
 
     @pytest.fixture
     def small(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:

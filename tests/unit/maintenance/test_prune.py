@@ -53,7 +53,7 @@ def forget(repo: RepositoryFixture, *snapshots: SnapshotId) -> None:
 
 
 def contents(repo: RepositoryFixture) -> dict[bytes, bytes]:
-    """Return what every file of every snapshot holds, read and verified."""
+    """Return the content of every file of every snapshot, read and verified."""
     with repo.reading() as repository:
         return {
             b"%d/%s" % (snapshot.time_ns, path): b"".join(
@@ -73,7 +73,7 @@ def assert_intact(repo: RepositoryFixture) -> None:
 
 
 def pending(repo: RepositoryFixture) -> int:
-    """Return how many packs are condemned, in the storage and in the index alike."""
+    """Return how many packs are pending removal, in the storage and in the index alike."""
     with repo.reading() as repository:
         reported = read_notices(repository.store.storage).values()
         names = {pack for condemnation in reported for pack in condemnation.pack_ids()}
@@ -340,7 +340,7 @@ class TestConcurrentPrune:
     def test_prune_keeps_a_blob_that_a_running_backup_found_stored(
         self, repo: RepositoryFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A backup finds a chunk stored, then that is condemned, then the snapshot is published."""
+        """A backup finds a chunk stored, a prune marks its pack, then the snapshot is published."""
         first = publish(repo, 1, "a")
         publish(repo, 2, "b")
         source = tmp_path / "source"
@@ -349,7 +349,7 @@ class TestConcurrentPrune:
         with child(BACKUP, repo.root, source) as process:
             assert read_line(process) == "stored"
             forget(repo, first)
-            # The one that it found, and the one that it has written itself, which is not condemned.
+            # The pack that it found, and the pack that it has written itself, which is not marked.
             assert prune(repo).waiting_packs == 2
             assert pending(repo) == 1
             write_line(process)
@@ -551,7 +551,7 @@ def test_prune_loses_nothing_needed_where_another_process_rebuilds_the_index(
         (source / f"{number}").unlink()
     repo.back_up(source)
     forget(repo, first)
-    # A pack that nobody needs, for somebody to remove by hand.
+    # An unneeded pack, to be removed by hand.
     repo.store(noise("unneeded", 5000))
     before = contents(repo)
     with repo.reading() as repository:

@@ -41,7 +41,7 @@ def of_chunks(*chunks: bytes) -> Node:
 
 
 def repair(repo: RepositoryFixture, **options: bool) -> tuple[RepairResult, dict[bytes, str]]:
-    """Repair the snapshots; return what came of it, and what was told of which path."""
+    """Repair the snapshots; return the result, and the messages by path."""
     monitor = RecordingMonitor()
     with open_for_maintenance(repo.root, "repair", OpenOptions(sync=False)) as repository:
         result = SnapshotRepairer(repository, monitor, **options).repair(PackSelection())
@@ -49,7 +49,7 @@ def repair(repo: RepositoryFixture, **options: bool) -> tuple[RepairResult, dict
 
 
 def damage(repo: RepositoryFixture) -> list[Finding]:
-    """Return what a check finds in snapshots and in packs that they need."""
+    """Return the findings of a check in snapshots and in packs that they need."""
     with repo.reading() as repository:
         found = Checker(repository, RecordingMonitor()).check(PackSelection()).damage
     return [one for one in found if one.snapshot is not None]
@@ -185,7 +185,7 @@ def test_repair_sets_an_unreadable_snapshot_aside(repo: RepositoryFixture) -> No
 
 
 def _exchange(repo: RepositoryFixture, *snapshots: SnapshotId) -> None:
-    """Have each of some snapshots' files be the one of the next."""
+    """Rotate the files of some snapshots."""
     paths = [repo.root / "snapshots" / one.hex() for one in snapshots]
     data = [path.read_bytes() for path in paths]
     for path, other in zip(paths, [*data[1:], data[0]], strict=True):
@@ -350,7 +350,7 @@ class TestRepairIndex:
             bad.rmdir()
             bad.write_bytes(data)
         assert result.blobs == 1
-        # It is found again by whoever opens the repository next.
+        # The next process that opens the repository finds it again.
         with repo.reading() as repository:
             assert {repository.store.read(digest_of(chunk)) for chunk in CHUNKS[:2]} == {
                 *CHUNKS[:2]
@@ -377,7 +377,7 @@ class TestRepairIndex:
 
 
 def test_repair_reads_one_file_only_where_something_is_lost(repo: RepositoryFixture) -> None:
-    """What is sound is not read again: a repair costs what is lost, and the check before it."""
+    """Intact data is not read again: a repair reads what is lost, and the check before it."""
     repo.store(*CHUNKS)
     repo.publish({b"bad": {b"f": of_chunks(CHUNKS[0])}, b"good": {b"g": of_chunks(CHUNKS[1])}})
     repo.damage(digest_of(CHUNKS[0]))

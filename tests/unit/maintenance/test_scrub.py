@@ -201,7 +201,7 @@ class TestHealing:
         (source / "other").write_bytes(b"other")
         settled(repo, source)
         repo.damage(digest_of(content))
-        # Nobody knows of it yet, so an unchanged file is taken for stored.
+        # The damage is not known yet, so an unchanged file counts as stored.
         _, snapshot = repo.back_up(source)
         assert snapshot.stats.new_blobs == 0
         assert {found.what for found in check(repo).damage} == {"pack", "blob", "file"}
@@ -248,7 +248,7 @@ class TestHealing:
         assert {found.what for found in check(repo).damage} == {"pack", "blob"}
         with repo.writing() as repository:
             digests = [digest_of(chunk) for chunk in CHUNKS[:2]]
-            # The sound one was named there before, so what the check has not marked is trusted.
+            # The index named the intact copy before, so what the check has not marked is trusted.
             assert repository.store.index.are_stored(digests) == [False, True]
 
     def test_swapped_packs_are_replaced_although_all_their_blobs_were_read(

@@ -1,4 +1,4 @@
-"""The check that needs no key: every object has the digest that names it, or is told."""
+"""The check that needs no key: every object has the digest that names it, or is reported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def checked(root: Path) -> StorageCheck:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """An encrypted repository with an object in each folder but that of the condemned packs."""
+    """An encrypted repository with an object in each folder except that of removal notices."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "file").write_bytes(noise("file", 20_000))

@@ -1,4 +1,4 @@
-"""Who waits, for how long, and who goes ahead so that nobody has to."""
+"""The event loop never blocks: what it reads at once, what a worker reads, and prefetching."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class TestBlobReader:
 
 
 def drop_from_memory(path: Path) -> None:
-    """Have the kernel forget a file's pages, and see that it did, without bringing any back."""
+    """Drop a file's pages from the page cache, and verify that without loading any."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -148,7 +148,7 @@ def drop_from_memory(path: Path) -> None:
 
 
 class Prompt(BackgroundPool):
-    """Runs errands on the spot and counts them."""
+    """Runs background tasks at once and counts them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ DEEP: Plan = {
 
 
 class Walk:
-    """A tree, a client that walks it, and foresight that sees the client."""
+    """A tree, a client that walks it, and a prefetcher that sees the client."""
 
     def __init__(self, plan: Plan) -> None:
         self.trees = TreeFixture()

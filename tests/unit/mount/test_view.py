@@ -71,7 +71,7 @@ def sources_of(repository: Repository, deny_changed: bool = False) -> MountConte
 
 
 class MountedView:
-    """A planted snapshot and its view."""
+    """A snapshot built from a plan, and its view."""
 
     def __init__(self, repo: RepositoryFixture, plan: Plan, deny_changed: bool = False) -> None:
         self.snapshot_id, self.snapshot = repo.publish(plan)

@@ -1,4 +1,4 @@
-"""Differences are told exactly, and equal trees are not read for it."""
+"""Differences are reported exactly, and equal trees are not read."""
 
 from __future__ import annotations
 

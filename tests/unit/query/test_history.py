@@ -1,4 +1,4 @@
-"""Versions are told apart by digests, and nothing is read that is not on the way to the path."""
+"""Versions differ by digest, and only trees on the way to the path are read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def snapshots(trees: TreeFixture, *plans: Plan) -> list[tuple[SnapshotId, Snapsh
 
 
 def versions(trees: TreeFixture, path: bytes, *plans: Plan) -> list[list[int]]:
-    """Return which of the plans have each version of a path."""
+    """Return the numbers of the plans that have each version of a path."""
     failures: list[IntegrityError] = []
     found = path_history(
         trees.reader, snapshots(trees, *plans), path, lambda _, error: failures.append(error)

@@ -1,4 +1,4 @@
-"""Sizes agree with what was stored, and shared blobs are told from a snapshot's own."""
+"""Sizes agree with what was stored, and shared blobs are counted apart from a snapshot's own."""
 
 from __future__ import annotations
 

@@ -437,7 +437,7 @@ class TestReadOnlyUser:
 
     @pytest.fixture
     def shared(self) -> Iterator[RepositoryFixture]:
-        """A repository in a folder that everybody may pass, as pytest's own is not."""
+        """A repository in a folder that every user may enter, unlike pytest's own."""
         with tempfile.TemporaryDirectory() as folder:
             os.chmod(folder, 0o755)
             repo = RepositoryFixture(Path(folder))

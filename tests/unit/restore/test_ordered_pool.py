@@ -1,4 +1,4 @@
-"""A crew: whichever thread is first, what comes of jobs and steps is told in their order."""
+"""The ordered pool: results and steps come in the order of submission, whichever is done first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _one_job_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Told:
-    """A crew whose jobs are numbers; a number is done when it is let go."""
+    """A pool whose jobs are numbers; a job ends when its gate opens."""
 
     def __init__(self, held: set[int]) -> None:
         self.reported: list[object] = []

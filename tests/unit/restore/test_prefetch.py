@@ -1,4 +1,4 @@
-"""Reading ahead: whoever goes through a tree in order finds every blob, however it was read."""
+"""Reading ahead: a walk in order finds every blob, whichever thread reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Restore: what is sound comes back, what is not is told, and nothing outside the target is touched."""
+"""Restore: intact files come back, damage is reported, and nothing outside the target is touched."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WHOLE = b"".join(CHUNKS)
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What one restore did, and what it told."""
+    """The result of one restore, and the problems that it reported."""
 
     result: RestoreResult
     problems: list[Problem]
@@ -86,13 +86,13 @@ class RestoreCase:
         return Restored(result, monitor.problems)
 
     def untouched(self) -> bool:
-        """Tell whether nothing came in outside, and nothing there was changed."""
+        """Return whether nothing outside the target was added or changed."""
         return os.listdir(self.outside) == ["precious"] and (
             (self.outside / "precious").read_bytes() == b"do not touch"
         )
 
     def found(self) -> dict[str, bytes | None]:
-        """Return what is in the target: the content of files, None for anything else."""
+        """Return the entries of the target: the content of files, None for anything else."""
         return {
             str(path.relative_to(self.target)): path.read_bytes()
             if path.is_file() and not path.is_symlink()
@@ -842,7 +842,7 @@ class TestRestoreOfChangedFiles:
 
 
 class TestRestoreThreads:
-    """Small entries are written by other threads; nobody can tell from what comes out."""
+    """Other threads write small entries; the result does not show which."""
 
     @pytest.fixture(autouse=True)
     def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:

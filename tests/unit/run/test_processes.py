@@ -18,7 +18,7 @@ from casfs.run.processes import VerbEnd, VerbRunner, run_hook
 
 
 def runner(script: str, *more: str, lock_fd: int | None = None, **variables: str) -> VerbRunner:
-    """Return what runs a Python script in place of casfs."""
+    """Return a command that runs a Python script in place of casfs."""
     return VerbRunner(more, dict(os.environ) | variables, lock_fd, [sys.executable, "-c", script])
 
 

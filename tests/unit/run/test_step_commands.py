@@ -46,7 +46,7 @@ EVERYTHING = Profile(
 
 
 def understood(arguments: list[str]) -> dict[str, object]:
-    """Return what click makes of the arguments of a verb."""
+    """Return the parameters that click parses from the arguments of a command."""
     verb = casfs.get_command(click.Context(casfs), arguments[0])
     assert verb is not None
     return verb.make_context(arguments[0], arguments[1:], obj=Settings()).params

@@ -116,7 +116,7 @@ class Return:
 
 @contextmanager
 def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Leave behind what a killed process leaves: temporary files, and a lock that nobody holds."""
+    """Leave what a killed process leaves: temporary files, and a lock without a holder."""
 
     def forget(spool: LocalWriter) -> None:
         if spool._fd >= 0:

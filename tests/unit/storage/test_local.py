@@ -167,7 +167,7 @@ class TestObjectWriter:
 
 
 class TestStorageFailure:
-    """Whatever the disk refuses is one clear error, and no name stands for half an object."""
+    """Every disk error is one clear error, and no name leads to a partial object."""
 
     @staticmethod
     def failing(code: int) -> Callable[..., int]:

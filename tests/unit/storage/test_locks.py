@@ -1,4 +1,4 @@
-"""Locks: shared ones go together, an exclusive one stands alone, and the dead hold nothing."""
+"""Locks: shared locks coexist, an exclusive lock excludes others, and dead processes hold none."""
 
 from __future__ import annotations
 

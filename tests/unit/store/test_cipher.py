@@ -110,7 +110,7 @@ def test_a_directory_does_not_pass_for_a_blob_nor_a_blob_for_a_directory(
 
 
 class TestHostilePayload:
-    """What only somebody with the session's keys could have encrypted."""
+    """Payloads that only a holder of the session's keys could have encrypted."""
 
     def sealed(self, inner: bytes) -> bytes:
         header = encode_record_header(254, 16, len(inner) + 16, 0)

@@ -245,7 +245,7 @@ def test_a_pack_that_a_crash_left_partly_indexed_is_completed_by_the_next_writer
         monkeypatch.setattr(LmdbEnv, "write", write)
         assert store.index.blob_count() == 4 * 7
         (pack,) = store.index.partial_packs()
-        # While somebody else may be adding them, it is left alone.
+        # While another process may be adding them, the pack is left alone.
         store.reconcile(is_alone=lambda: False)
         assert store.index.partial_packs() == [pack]
         assert [store.read(digest_of(plain)) for plain in plains] == plains

@@ -41,7 +41,7 @@ def reader_of(memory: MemoryBlobs, records: Records) -> ContentReader:
 
 
 def extents_of(records: Records) -> list[Extent]:
-    """Return what a reader must tell, by the simplest means."""
+    """Return the expected extents, computed by the simplest means."""
     begin, found = 0, []
     for length, digest in records:
         found.append(Extent(begin, length, None if digest == HOLE else Digest(digest)))
@@ -276,7 +276,7 @@ class TestHostileContentList:
 
 
 class TestLostContentList:
-    """A list that is lost costs the bytes that it lists, where somebody asks for what is left."""
+    """A lost list costs only the bytes that it lists, where the caller asks for the rest."""
 
     def test_a_lost_content_list_becomes_one_lost_extent(
         self, memory: MemoryBlobs, many: Records
