@@ -1,0 +1,285 @@
+"""The names of places: which storage a path or a URL means, and how to open it.
+
+| name | place |
+|---|---|
+| a path, `file:///path` | a local or mounted folder |
+| `s3://bucket/prefix` | S3 and what speaks its protocol |
+| `gs://bucket/prefix`, `az://container/prefix` | Google Cloud Storage, Azure |
+| `sftp://user@host:port/path` | a machine that is reached by SSH; `/~/path` is below the home there |
+
+A name that other programs would take for a remote place is never a local folder: it is refused with the right
+form. A local path of such a shape is written with `./` before it. Nothing secret belongs into a name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, quote, unquote, urlsplit
+
+from casfs.errors import UsageError
+from casfs.storage.base import Storage, StorageOptions
+from casfs.storage.counting import RequestCounter
+from casfs.storage.limits import LimitedStorage, RateLimit
+from casfs.storage.retry import Retrier, RetryingStorage, RetryPolicy
+
+if TYPE_CHECKING:
+    from casfs.storage.sftp import SftpStorage
+
+
+class Scheme(StrEnum):
+    """The kinds of places."""
+
+    FILE = "file"
+    S3 = "s3"
+    GCS = "gs"
+    AZURE = "az"
+    SFTP = "sftp"
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A place as it was named. `path` is a local path, a prefix in a bucket, or a path on a host."""
+
+    scheme: Scheme
+    path: str
+    bucket: str = ""
+    host: str = ""
+    user: str | None = None
+    port: int | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the place is a folder that this machine can open."""
+        return self.scheme is Scheme.FILE
+
+    def __str__(self) -> str:
+        if self.is_local:
+            return self.path
+        if self.scheme is not Scheme.SFTP:
+            return f"{self.scheme}://{self.bucket}/{quote(self.path)}".rstrip("/")
+        user = f"{self.user}@" if self.user is not None else ""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = f":{self.port}" if self.port is not None else ""
+        path = self.path if self.path.startswith("/") else f"/~/{self.path}"
+        return f"sftp://{user}{host}{port}{quote(path)}"
+
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?")
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@\\-]*")
+
+_ELSEWHERE = {
+    "b2": "Backblaze B2 is reached by its S3 endpoint: s3://BUCKET/PREFIX, with AWS_ENDPOINT_URL set to it",
+    "swift": "OpenStack Swift is reached by its S3 gateway: s3://BUCKET/PREFIX with AWS_ENDPOINT_URL",
+    "rclone": "casfs does not use rclone; write s3://BUCKET/PREFIX, sftp://USER@HOST/PATH or a local path",
+    "rest": "casfs has no REST server; write s3://BUCKET/PREFIX or sftp://USER@HOST/PATH",
+    "http": "write s3://BUCKET/PREFIX, and set AWS_ENDPOINT_URL to the server",
+    "https": "write s3://BUCKET/PREFIX, and set AWS_ENDPOINT_URL to the server",
+    "ssh": "write sftp://USER@HOST/PATH",
+    "scp": "write sftp://USER@HOST/PATH",
+    "azure": "write az://CONTAINER/PREFIX",
+    "azblob": "write az://CONTAINER/PREFIX",
+    "abfs": "write az://CONTAINER/PREFIX",
+    "gcs": "write gs://BUCKET/PREFIX",
+    "smb": "mount the share, and write the path of the mounted folder",
+    "cifs": "mount the share, and write the path of the mounted folder",
+    "nfs": "mount it, and write the path of the mounted folder",
+    "s3": "write s3://BUCKET/PREFIX; a server other than AWS is named by AWS_ENDPOINT_URL",
+    "gs": "write gs://BUCKET/PREFIX",
+    "az": "write az://CONTAINER/PREFIX",
+    "sftp": "write sftp://USER@HOST/PATH",
+    "file": "write file:///PATH or the path alone",
+}
+
+
+def parse_location(name: str) -> Location:
+    """Return the place that a path or a URL names; raise UsageError, which says the right form."""
+    if not name:
+        raise UsageError("the name of a repository is empty")
+    if "\0" in name:
+        raise UsageError("the name of a repository has a NUL byte")
+    scheme = _SCHEME.match(name)
+    if "://" not in name:
+        return _parse_path(name, scheme[1].lower() if scheme else None)
+    if scheme is None or scheme.end() != name.index("://") + 1:
+        if "/" in name.partition("://")[0]:
+            return Location(Scheme.FILE, name)  # such as ./s3://x
+        hint = _ELSEWHERE.get(scheme[1].lower() if scheme is not None else "", _FORMS)
+        raise UsageError(f"{_shown(name)} names no place that casfs knows; {hint}")
+    kind = scheme[1].lower()
+    if kind not in set(Scheme):
+        hint = _ELSEWHERE.get(kind, _FORMS)
+        raise UsageError(f"casfs knows no places that begin with {kind}://; {hint}")
+    return _parse_url(Scheme(kind), name)
+
+
+_FORMS = "write a path, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or sftp://USER@HOST/PATH"
+
+
+def _parse_path(name: str, scheme: str | None) -> Location:
+    first = name.partition("/")[0]
+    if ":" not in first:
+        return Location(Scheme.FILE, name)
+    local = f"a local folder of this name is written ./{_shown(name)}"
+    if scheme in _ELSEWHERE:
+        raise UsageError(
+            f"{_shown(name)} is no name of a repository: {_ELSEWHERE[scheme]}; {local}"
+        )
+    host, _, path = name.partition(":")
+    form = (
+        f"sftp://{host}/{path.lstrip('/')}" if path.startswith("/") else f"sftp://{host}/~/{path}"
+    )
+    raise UsageError(
+        f"{_shown(name)} is no name of a repository: a folder on another machine is written "
+        f"{_shown(form)}; {local}"
+    )
+
+
+def _parse_url(scheme: Scheme, name: str) -> Location:
+    try:
+        parts = urlsplit(name)
+        port, host = parts.port, parts.hostname
+    except ValueError as error:
+        raise UsageError(f"{scheme}:// is followed by no valid address: {error}") from error
+    if parts.password is not None:
+        raise UsageError(
+            "a password must not be in the name of a repository, where other users and logs see it; "
+            + ("use a key and ssh-agent" if scheme is Scheme.SFTP else "set the usual variables")
+        )
+    if parts.query or parts.fragment or "?" in name or "#" in name:
+        raise UsageError(
+            "the name of a repository has no ? and no #; options belong in the configuration"
+        )
+    path = unquote(parts.path)
+    if "\0" in path or "\n" in path or "\r" in path:
+        raise UsageError("the name of a repository has a control character")
+    if scheme is Scheme.FILE:
+        if parts.netloc not in ("", "localhost") or not path.startswith("/"):
+            raise UsageError(
+                "a file:// URL has three slashes before an absolute path: file:///PATH"
+            )
+        return Location(scheme, path)
+    if scheme is Scheme.SFTP:
+        return _parse_sftp(parts, host, port, path)
+    if parts.username is not None:
+        raise UsageError("a key must not be in the name of a repository; set the usual variables")
+    bucket = parts.netloc
+    if port is not None or not _BUCKET.fullmatch(bucket):
+        raise UsageError(
+            f"{scheme}:// is followed by the name of a bucket, not by {_shown(bucket)!r}; the server is "
+            "named by AWS_ENDPOINT_URL or `endpoint` in the configuration"
+        )
+    prefix = path.removeprefix("/").rstrip("/")
+    if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
+        raise UsageError("the prefix in a bucket has no empty part, no . and no ..")
+    return Location(scheme, prefix, bucket=bucket)
+
+
+def _parse_sftp(parts: SplitResult, host: str | None, port: int | None, path: str) -> Location:
+    user = unquote(parts.username) if parts.username is not None else None
+    # A host or a user that begins with a dash would be an option of ssh.
+    if (
+        host is None
+        or not _HOST.fullmatch(host)
+        or (user is not None and not _USER.fullmatch(user))
+    ):
+        raise UsageError("sftp:// is followed by a host, or USER@HOST: sftp://USER@HOST/PATH")
+    path = path.rstrip("/")
+    if path.startswith("/~/"):
+        path = path[3:]
+    if not path or path == "/~":
+        raise UsageError("an sftp:// URL ends with the path of a folder: sftp://USER@HOST/PATH")
+    return Location(Scheme.SFTP, path, host=host, user=user, port=port)
+
+
+def _shown(name: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def open_storage(
+    location: Location,
+    options: StorageOptions,
+    counter: RequestCounter | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Storage:
+    """Return the storage of a remote place: retried, counted, limited. Nothing is asked of it yet.
+
+    Raise StorageDeniedError for want of credentials. A local place is opened by `local.LocalStorage`.
+    """
+    env = env if env is not None else os.environ
+    storage = _open_plain(location, options, counter, env)
+    if options.upload_bytes_per_s or options.download_bytes_per_s:
+        storage = LimitedStorage(
+            storage,
+            RateLimit(options.upload_bytes_per_s) if options.upload_bytes_per_s else None,
+            RateLimit(options.download_bytes_per_s) if options.download_bytes_per_s else None,
+        )
+    policy = RetryPolicy(options.patience_s, options.first_patience_s)
+    return RetryingStorage(storage, Retrier(policy))
+
+
+def _open_plain(
+    location: Location,
+    options: StorageOptions,
+    counter: RequestCounter | None,
+    env: Mapping[str, str],
+) -> Storage:
+    if location.scheme is Scheme.FILE:
+        raise ValueError("a local place has a storage of its own")
+    if location.scheme is Scheme.SFTP:
+        return _open_sftp(location, options, counter, env)
+    # Only who uses an object storage pays for loading its library.
+    from casfs.storage import object_store, object_store_clients
+
+    make_clients = {
+        Scheme.S3: object_store_clients.s3_clients,
+        Scheme.GCS: object_store_clients.gcs_clients,
+        Scheme.AZURE: object_store_clients.azure_clients,
+    }[location.scheme]
+    return object_store.ObjectStorage(
+        str(location), location.path, make_clients(location.bucket, options), counter
+    )
+
+
+def _open_sftp(
+    location: Location,
+    options: StorageOptions,
+    counter: RequestCounter | None,
+    env: Mapping[str, str],
+) -> SftpStorage:
+    from casfs.storage.sftp import SftpStorage
+
+    return SftpStorage(str(location), location.path, ssh_command(location, options, env), counter)
+
+
+def ssh_command(
+    location: Location, options: StorageOptions, env: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Return the command that connects to the SFTP server of a host.
+
+    CASFS_SSH_COMMAND replaces `ssh` and its first arguments, as GIT_SSH_COMMAND does for git.
+    """
+    program = options.ssh_command
+    if env.get("CASFS_SSH_COMMAND"):
+        program = tuple(shlex.split(env["CASFS_SSH_COMMAND"]))
+    command = [*program, "-x", "-a", "-oServerAliveInterval=15", "-oServerAliveCountMax=4"]
+    if location.port is not None:
+        command += ["-p", str(location.port)]
+    if location.user is not None:
+        command += ["-l", location.user]
+    return (*command, "-s", "--", location.host, "sftp")
+
+
+def local_path(location: Location) -> Path:
+    """Return the folder of a local place."""
+    if not location.is_local:
+        raise UsageError(f"{location} is not a folder of this machine")
+    return Path(location.path)
