@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 
-from casfs.display import on_one_line
+from casfs.display import single_line
 from casfs.errors import StorageDeniedError, StorageError, StorageUnavailableError
 from casfs.storage.base import Data
 
@@ -407,7 +407,7 @@ class SftpChannel:
 
 def explain_end(place: str, exit_code: int, said: str) -> StorageError:
     """Return the error for an `ssh` that ended with an exit code and these last words."""
-    last = on_one_line(said.splitlines()[-1]) if said else f"ssh ended with exit code {exit_code}"
+    last = single_line(said.splitlines()[-1]) if said else f"ssh ended with exit code {exit_code}"
     for phrase, sentence in _REFUSALS:
         if phrase in said:
             return StorageDeniedError("connect to", place, OSError(errno.EACCES, sentence))
