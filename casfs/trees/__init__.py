@@ -1,1 +1,1 @@
-"""Directories and content lists of a snapshot, read and written."""
+"""Readers and writers of directories and content lists."""

@@ -1,8 +1,8 @@
-"""Content lists: which chunks and holes make up a file, at any size (FORMAT.md, "Content lists").
+"""Content lists: the chunks and holes of a file of any size (FORMAT.md, "Content lists").
 
-A list is records of a length in bytes and a digest; an all-zero digest is a hole. Short lists stand in
-the node; a long one is cut at content-defined places into list blobs, whose own list may be cut again,
-so that a change in a huge file rewrites one piece and nobody needs the whole list in memory.
+A list consists of records with a length in bytes and a digest; an all-zero digest is a hole. A short list is
+stored in the node. A long list is cut at content-defined points into list blobs, whose own list may be cut
+again. So a change in a huge file rewrites one piece a level, and no process needs the whole list in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_INLINE_RECORDS = 32
 _PIECE_MIN_RECORDS = 256
 _PIECE_MAX_RECORDS = 8192
 _PIECE_MASK = 0x3FF
-"""A record whose digest ends in ten zero bits ends a piece: about 1,280 records, or 1.5 GB of a file."""
+"""A record whose digest ends in ten zero bits ends a piece: on average 1,280 records, or 1.5 GB of a file."""
 
 Put = Callable[[BlobKind, Digest, bytes], None]
 
@@ -36,7 +36,8 @@ Put = Callable[[BlobKind, Digest, bytes], None]
 class Extent:
     """A run of a file: `begin` and `length` in bytes; `digest` of the chunk, or None for a hole.
 
-    `lost` marks a run of which nobody knows the chunks: the digest is that of the list which told them.
+    `lost` marks a run whose list blob cannot be read, so that its chunks are unknown; `digest` is that
+    list's.
     """
 
     begin: int
@@ -46,7 +47,11 @@ class Extent:
 
 
 class ContentWriter:
-    """Build one file's content list; long lists go to `put` as blobs while it grows."""
+    """Builds one file's content list and passes full list blobs to `put`.
+
+    Memory holds at most one unfinished piece for each level. Raises TreeError for a file with too many
+    chunks.
+    """
 
     def __init__(self, put: Put, digest: Callable[[bytes], Digest]) -> None:
         self._put = put
@@ -58,7 +63,7 @@ class ContentWriter:
         self._add(0, EXTENT.pack(length, digest), digest)
 
     def finish(self) -> tuple[bytes, int]:
-        """Return the records for the node and how many levels of list blobs stand below them."""
+        """Return the records for the node and the number of levels of list blobs below them."""
         level = 0
         while level < len(self._levels) - 1 or len(self._levels[level]) > MAX_INLINE_RECORDS:
             if self._levels[level]:
@@ -88,9 +93,10 @@ class ContentWriter:
 
 
 class ContentReader:
-    """Find the extents of one file; `read` returns the verified bytes of a list blob.
+    """Reads the extents of one file; `read` returns the verified bytes of a list blob.
 
-    Raises TreeError where a list breaks the rules, and whatever `read` raises.
+    Every method raises TreeError for a list that breaks the format's rules, and passes on the errors of
+    `read`.
     """
 
     def __init__(self, content: bytes, levels: int, read: Callable[[Digest], bytes]) -> None:
@@ -99,10 +105,10 @@ class ContentReader:
         self._read = read
 
     def extents(self, begin: int = 0, lost_lists: bool = False) -> Iterator[Extent]:
-        """Yield the extents in order from the one that holds offset `begin` on.
+        """Yield the extents in order, starting with the extent that contains offset `begin`.
 
-        With `lost_lists` a list blob that cannot be read or breaks the rules raises nothing: all that it
-        lists is one extent that is marked as lost.
+        With `lost_lists` a list blob that cannot be read or breaks the rules raises no error; everything that
+        it lists becomes one extent marked as lost.
         """
         yield from self._walk(self._records, self._levels, 0, begin, lost_lists)
 
@@ -133,11 +139,11 @@ class ContentReader:
     def _piece(self, length: int, digest: bytes) -> list[tuple[int, bytes]]:
         piece = parse_records(self._read(Digest(digest)))
         if sum(size for size, _ in piece) != length:
-            raise TreeError("a content list does not have the length that is recorded for it")
+            raise TreeError("a content list has another length than recorded")
         return piece
 
     def blobs(self) -> Iterator[Digest]:
-        """Yield the digest of every chunk and list blob, lists before what they list."""
+        """Yield the digest of every chunk and list blob, each list before its contents."""
         stack = [(iter(self._records), self._levels)]
         while stack:
             records, levels = stack[-1]
@@ -153,9 +159,9 @@ class ContentReader:
 
 
 def parse_records(data: bytes) -> list[tuple[int, bytes]]:
-    """Return lengths and digests of a list; raises TreeError where it breaks the rules."""
+    """Return the lengths and digests of a list; raise TreeError where it breaks the format's rules."""
     if len(data) % EXTENT.size:
-        raise TreeError("a content list has an impossible size")
+        raise TreeError("a content list has an invalid size")
     records = list(EXTENT.iter_unpack(data))
     total = 0
     for length, _ in records:
@@ -163,11 +169,11 @@ def parse_records(data: bytes) -> list[tuple[int, bytes]]:
         if length == 0:
             raise TreeError("a content list has an empty extent")
     if total > MAX_FILE_BYTES:
-        raise TreeError("a content list tells an impossible file size")
+        raise TreeError("a content list has an invalid file size")
     return records
 
 
 def check_chunk_length(extent: Extent) -> None:
-    """Raise TreeError for a chunk that is larger than any blob may be."""
+    """Raise TreeError for a chunk that exceeds the largest blob."""
     if extent.digest is not None and extent.length > MAX_PLAIN_BYTES:
-        raise TreeError("a content list tells an impossible chunk size")
+        raise TreeError("a content list has an invalid chunk size")

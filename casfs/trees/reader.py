@@ -1,7 +1,7 @@
-"""Reading directories: a tree as one sorted list of entries, however it is split.
+"""Directory reader: presents a tree, split or not, as one sorted list of entries.
 
-Pieces are read when they are needed; nothing here holds more than the pieces on one way down. All
-raise TreeError for what breaks the format's rules, and whatever `read` raises.
+Pieces are read on demand; memory holds only the pieces on one path from the root piece to a leaf. Every
+function raises TreeError for data that break the format's rules, and passes on the errors of `read`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from casfs.paths import join
 
 
 def is_flagged(node: Node) -> bool:
-    """Tell whether an entry is a file whose captured content may be a mixture."""
+    """Return whether an entry is a file in state `changed`: its captured content may be a mixture."""
     return node.kind == NodeType.FILE and node.state == CaptureState.CHANGED
 
 
 def flagged_files(trees: TreeReader, root: Node, path: bytes = b"") -> Iterator[tuple[bytes, Node]]:
-    """Yield the flagged files at or below `root`, which is at `path`, with their paths and in order.
+    """Yield the flagged files at or below `root`, which is at `path`, in order with their paths.
 
-    Raises BlobError and TreeError where a tree on the way is damaged.
+    Raise BlobError and TreeError where a tree on the way is damaged.
     """
     if root.tree is None:
         if is_flagged(root):
@@ -62,45 +62,45 @@ def flagged_files(trees: TreeReader, root: Node, path: bytes = b"") -> Iterator[
 
 
 def check_depth(depth: int, level: int) -> None:
-    """Raise TreeError where directories, or the pieces of one, lie deeper than the format allows."""
+    """Raise TreeError where directories, or the pieces of one directory, are nested too deeply."""
     if depth > MAX_DEPTH:
-        raise TreeError(f"directories lie more than {MAX_DEPTH} deep")
+        raise TreeError(f"directories are nested more than {MAX_DEPTH} levels deep")
     if level > MAX_PIECE_LEVELS:
         raise TreeError("a directory is split more often than the format allows")
 
 
 def flagged_below(node: Node) -> int:
-    """Return how many flagged files an entry stands for, without reading anything."""
+    """Return the number of flagged files in an entry's subtree; nothing is read."""
     ref: TreeRef | None = node.tree
     return int(is_flagged(node)) if ref is None else ref.flagged
 
 
 Read = Callable[[Digest], bytes]
-"""Return the verified bytes of a tree blob."""
+"""Returns the verified bytes of a tree blob."""
 
 
 class TreeReader:
-    """Read trees of one repository."""
+    """Reads the trees of one repository."""
 
     def __init__(self, read: Read) -> None:
         self._read = read
 
     def piece(self, ref: TreeRef) -> list[Node] | list[tuple[bytes, TreeRef]]:
-        """Return a tree blob's entries or its pieces."""
+        """Return the entries of a leaf or the pieces of a branch."""
         piece = decode_piece(self._read(Digest(ref.digest)))
         if isinstance(piece, Leaf):
             return piece.nodes
         return [(part.first, part.tree) for part in piece.pieces]
 
     def nodes(self, ref: TreeRef, after: bytes = b"") -> Iterator[Node]:
-        """Yield a directory's entries in order, those with names greater than `after`."""
+        """Yield a directory's entries with names greater than `after`, in order."""
         for leaf in self.leaves(ref, after):
             for node in leaf:
                 if node.name > after:
                     yield node
 
     def leaves(self, ref: TreeRef, after: bytes = b"") -> Iterator[list[Node]]:
-        """Yield the leaves that may hold names greater than `after`, in order."""
+        """Yield the leaves that may contain names greater than `after`, in order."""
         last = b""
         for leaf in self._leaves(ref, after, MAX_PIECE_LEVELS):
             if leaf:
@@ -121,12 +121,12 @@ class TreeReader:
             yield from self._leaves(part.tree, after, levels - 1)
 
     def unsplit_entries(self, ref: TreeRef) -> list[Node] | None:
-        """Return the entries of a directory that is not split, or None."""
+        """Return the entries of a directory that is not split, None for a split one."""
         piece = decode_piece(self._read(Digest(ref.digest)))
         return piece.nodes if isinstance(piece, Leaf) else None
 
     def lookup(self, ref: TreeRef, name: bytes) -> Node | None:
-        """Return a directory's entry of that name, or None."""
+        """Return a directory's entry with that name, or None."""
         for _ in range(MAX_PIECE_LEVELS + 1):
             piece = decode_piece(self._read(Digest(ref.digest)))
             if isinstance(piece, Leaf):
@@ -142,7 +142,7 @@ class TreeReader:
     def resolve(self, root: Node, path: bytes) -> Node | None:
         """Return the entry at a path below `root` (b"" is the root itself), or None.
 
-        Symlinks are entries like any other and are not followed.
+        Symlinks are not followed.
         """
         node = root
         for name in path.split(b"/"):
@@ -157,7 +157,7 @@ class TreeReader:
         return node
 
     def walk(self, root: Node, path: bytes = b"") -> Iterator[tuple[bytes, Node]]:
-        """Yield every entry below `root` with its path, a directory before what is in it."""
+        """Yield every entry below `root` with its path, each directory before its entries."""
         if root.tree is None:
             return
         stack = [(path, self.nodes(root.tree))]

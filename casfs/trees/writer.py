@@ -1,7 +1,7 @@
-"""Writing one directory: entries come in order of their names and leave as one tree, split where big.
+"""Directory writer: takes entries sorted by name and stores one tree, split if it is large.
 
-A piece ends at an entry whose name says so, so that one new file rewrites one piece; memory holds one
-piece, whatever the size of the directory.
+The names determine where a piece ends, so that one new file rewrites one piece. Memory holds one leaf and the
+references of unfinished branches, whatever the size of the directory.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ PIECE_MIN_ENTRIES = 1024
 PIECE_MAX_ENTRIES = 8192
 PIECE_MAX_BYTES = 4 * 1024 * 1024
 _PIECE_MASK = 0x7FF
-"""A name whose seeded CRC-32 ends in eleven zero bits ends a piece: about 3,000 entries."""
+"""A name whose seeded CRC-32 ends in eleven zero bits ends a piece: on average about 3,000 entries."""
 
 
 class TreeWriter:
-    """Build the tree of one directory.
+    """Builds the tree of one directory; used by one thread.
 
-    `parent` is the tree of the same directory in the parent snapshot: where every entry is the very
-    node that was read from it, and there are as many, its reference is returned and nothing is encoded.
+    `previous` is the tree of the same directory in the parent snapshot and `previous_single` its entries if
+    it is not split. If the entries equal these, `finish` returns `previous` and encodes nothing.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class TreeWriter:
         self.entries = 0
 
     def add(self, node: Node) -> None:
-        """Append an entry; its name is greater than that of the one before."""
+        """Append an entry; raise TreeError unless its name is greater than that of the entry before."""
         if node.name <= self._last:
             raise TreeError(f"the entry {node.name!r} comes after {self._last!r}")
         self._last = node.name
@@ -74,7 +74,7 @@ class TreeWriter:
             self._flush()
 
     def finish(self) -> TreeRef:
-        """Store what is left and return the directory's tree."""
+        """Store the remaining pieces and return the directory's tree."""
         if not self._levels:
             if self._previous is not None and self._is_previous():
                 return self._previous
@@ -89,15 +89,15 @@ class TreeWriter:
         return self._levels[level][0].tree
 
     def _is_previous(self) -> bool:
-        # Equal entries are the same objects where nothing changed, which is seen before any field.
+        # Unchanged entries are identical objects, so the comparison rarely reads their fields.
         return self._previous_nodes == self._nodes
 
     def _ends_piece(self, node: Node) -> bool:
-        # Big xattrs can fill a piece long before its entries do; sizes are counted from the first.
+        # Large xattrs can fill a piece with few entries, so encoded sizes count from the first such entry.
         if self._encoded is None:
             self._encoded = []
-        for late in self._nodes[len(self._encoded) :]:
-            self._encoded.append(encode_node(late))
+        for unencoded in self._nodes[len(self._encoded) :]:
+            self._encoded.append(encode_node(unencoded))
             self._encoded_bytes += len(self._encoded[-1])
         if len(self._nodes) >= PIECE_MAX_ENTRIES or self._encoded_bytes >= PIECE_MAX_BYTES:
             return True
