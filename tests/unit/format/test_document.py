@@ -1,4 +1,4 @@
-"""The format document: its numbers are those of the code, and it suffices to write a reader."""
+"""The format document: the figures in its tables are those of the code, and it suffices to write a reader."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -16,174 +17,290 @@ import zstandard
 from blake3 import blake3
 
 import casfs
+from casfs.backup import file_cache
 from casfs.crypto import passphrase, recipients, session_files, trust_state
-from casfs.format import codec as blob
-from casfs.format import config, key_derivation, pack, snapshot, tree
-from casfs.index import schema as tables
+from casfs.digest import Digest, PackId
+from casfs.format import cipher, codec, config, key_derivation, pack, snapshot, tree
+from casfs.index import fingerprint, index, schema
+from casfs.index.lmdb_env import Transaction
+from casfs.maintenance import prune
 from casfs.repository.opening import create_repository
-from casfs.store import writer
+from casfs.storage import local, locks
+from casfs.store import pending_removal, writer
 from casfs.trees import content
-from casfs.trees import writer as treewriter
+from casfs.trees import writer as tree_writer
 from tests.support.builders import RepositoryFixture
 
 PROJECT = Path(casfs.__file__).parent.parent
 DOCUMENT = (PROJECT / "casfs" / "FORMAT.md").read_text(encoding="utf-8")
 FROZEN = PROJECT / "tests" / "data" / "repository-v1"
-KIB, MIB = 1 << 10, 1 << 20
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-
-def section(title: str) -> str:
-    """Return the text between a heading and the next."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", DOCUMENT, re.M | re.S)
-    assert found is not None, f"there is no section {title!r}"
-    return found[1]
-
-
-def plain(title: str) -> str:
-    """Return a section as one line, however its lines are wrapped."""
-    return re.sub(r"\s+", " ", section(title))
+CODES = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "i64": "q"}
+UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "day": 86_400}
 
 
 def rows(title: str) -> list[list[str]]:
-    """Return the rows of a section's tables, without their heads."""
-    lines = [line for line in section(title).splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    heads = {number - 1 for number, row in enumerate(cells) if set(row[0]) <= {"-"}}
+    """Return the rows of the first table below a heading, without its head."""
+    found = re.search(rf"^##+ {re.escape(title)}\n(.*?)(?=^##|\Z)", DOCUMENT, re.M | re.S)
+    assert found is not None, f"no heading {title!r}"
+    table = re.search(r"^\|.*\n\|[-| ]+\n((?:\|.*\n)+)", found[1], re.M)
+    assert table is not None, f"no table below {title!r}"
     return [
-        row for number, row in enumerate(cells) if number not in heads and not set(row[0]) <= {"-"}
+        [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
+        for line in table[1].splitlines()
     ]
 
 
-def numbered(text: str) -> dict[int, str]:
-    """Return the word after each number in a list such as `0 raw, 1 zstd`."""
-    return {int(n): name.strip() for n, name in re.findall(r"(\d+) `?([A-Za-z ]+?)`?(?=,|$)", text)}
+def struct_format(title: str) -> tuple[int, str]:
+    """Return the first offset of a byte table, and its fields in the notation of `struct`."""
+    begin = at = int(rows(title)[0][0])
+    codes = ""
+    for offset, kind, *_ in rows(title):
+        assert int(offset) == at, f"{title}: no field begins at {offset}"
+        count, _, unit = kind.partition(" ")
+        code = CODES.get(kind) or count + {"bytes": "s", "zero bytes": "x"}[unit]
+        codes += code
+        at += struct.calcsize("<" + code)
+    return begin, "<" + codes
 
 
-def code_names(members: Iterable[Any]) -> dict[int, str]:
-    return {int(member): member.name.lower().replace("_", " ") for member in members}
+def fields(title: str) -> list[str]:
+    """Return the fields of an array's table, whose first column counts them."""
+    numbers, names = zip(*((int(row[0]), row[1]) for row in rows(title)), strict=True)
+    assert list(numbers) == list(range(len(numbers)))
+    return list(names)
 
 
-class TestDocumentedNumbers:
-    def test_the_document_has_the_numbers_of_packs(self) -> None:
-        text = plain("Packs")
-        assert f"**Header**, {pack.HEADER.size} bytes: magic `CASFSPAK`" in text
-        assert pack.PACK_MAGIC == b"CASFSPAK"
-        assert f"version = {pack.PACK_VERSION} (u16)" in text
-        assert f"**Record**, {pack.BLOB_HEADER.size} bytes" in text
-        assert f"one entry of {pack.ENTRY.size} bytes" in text
-        assert f"**Trailer**, {pack.TRAILER.size} bytes" in text
-        assert f"magic `{pack.TRAILER_MAGIC.decode()}`" in text
-        assert f"{writer.PACK_BYTES // MIB} MiB or {writer.PACK_BLOBS:,} blobs" in text
-
-    def test_the_document_has_the_numbers_of_records(self) -> None:
-        by_offset = {int(row[0]): (int(row[1]), row[2]) for row in rows("Packs")}
-        assert sorted(by_offset) == [0, 4, 5, 6, 8, 12]
-        assert sum(size for size, _ in by_offset.values()) == pack.BLOB_HEADER.size
-        assert by_offset[0][1] == f"magic `{pack.RECORD_MAGIC.decode()}`"
-        kinds = numbered(by_offset[4][1].removeprefix("kind: "))
-        assert {number: name.lower() for number, name in kinds.items()} == {
-            **code_names(blob.BlobKind),
-            pack.ENCRYPTED_KIND: "encrypted",
-            pack.DIRECTORY_KIND: "the directory",
-        }
-        codecs = numbered(by_offset[5][1].removeprefix("codec: ").partition(" (")[0])
-        assert codecs == code_names(blob.Codec)
-        assert f"at most {blob.MAX_PLAIN_BYTES // MIB} MiB" in by_offset[12][1]
-
-    def test_the_document_has_the_numbers_of_chunks(self) -> None:
-        chunker = config.ChunkerConfig()
-        text = plain("Chunks")
-        assert f"minimum of {chunker.min_bytes // KIB} KiB" in text
-        assert f'{chunker.avg_bytes // MIB} MiB "average"' in text
-        assert f"{chunker.max_bytes // MIB} MiB maximum" in text
-        assert f"normalization {chunker.normalization}" in text
-
-    def test_the_document_has_the_numbers_of_content_lists(self) -> None:
-        text = plain("Content lists")
-        assert f"a list of {content.EXTENT.size}-byte records" in text
-        assert f"At most {content.MAX_INLINE_RECORDS} records stand in the node" in text
-        bounds = content._PIECE_MIN_RECORDS, content._PIECE_MAX_RECORDS
-        assert f"({bounds[0]} to {bounds[1]:,} records a piece)" in text
-        assert content._PIECE_MASK == (1 << 10) - 1 and "ten zero bits" in text
-        assert f"at most {tree.MAX_PIECE_LEVELS}." in text
-
-    def test_the_document_has_the_numbers_of_trees(self) -> None:
-        text = plain("Trees")
-        least, most = treewriter.PIECE_MIN_ENTRIES, treewriter.PIECE_MAX_ENTRIES
-        assert f"more than {least:,} is split" in text
-        assert f"at least {least:,} entries" in text
-        assert f"with {most:,} entries, or with {treewriter.PIECE_MAX_BYTES // MIB} MiB" in text
-        assert treewriter._PIECE_MASK == (1 << 11) - 1 and "eleven zero bits" in text
-        assert f"Names are 1 to {tree.MAX_NAME_BYTES} bytes" in text
-
-    def test_the_document_has_the_numbers_of_snapshots(self) -> None:
-        text = plain("Snapshots")
-        assert f"A file of {snapshot.HEADER.size} bytes of header" in text
-        assert f"magic `{snapshot.MAGIC.decode()}`, version = {snapshot.SNAPSHOT_VERSION}" in text
-
-    def test_the_document_has_the_bounds_of_the_code(self) -> None:
-        text = plain("Hostile input")
-        for bound in (
-            f"{blob.MAX_PLAIN_BYTES // MIB} MiB a plaintext",
-            f"{blob.MAX_PLAIN_BYTES // MIB} MiB + 1 KiB a payload",
-            f"{pack.MAX_PACK_BLOBS:,} blobs a pack",
-            f"{tree.MAX_PIECE_LEVELS} levels of lists and of splits",
-            f"{tree.MAX_DEPTH:,} directories deep",
-            f"2^{tree.MAX_COUNT.bit_length() - 1} nodes",
-            f"{pack.MAX_PACK_BYTES >> 30} GiB a pack",
-        ):
-            assert bound in text
-        assert pack.MAX_STORED_BYTES == blob.MAX_PLAIN_BYTES + KIB
+def names_by_code(title: str) -> dict[int, str]:
+    return {int(row[0]): row[1].lower().replace(" ", "_") for row in rows(title)}
 
 
-class TestDocumentedFields:
-    def test_the_document_lists_the_fields_of_the_configuration(self) -> None:
-        reported = [row[0].strip("`") for row in rows("Configuration")]
-        assert reported == list(config.RepositoryConfig.__struct_fields__)
-        (chunker,) = [row[1] for row in rows("Configuration") if row[0] == "`chunker`"]
-        for name in config.ChunkerConfig.__struct_fields__:
-            assert f"`{name}`" in chunker
+def members(enum: Iterable[IntEnum]) -> dict[int, str]:
+    return {int(member): member.name.lower() for member in enum}
 
-    def test_the_document_lists_the_fields_of_a_node_in_their_order(self) -> None:
-        reported: list[str] = []
-        for places, names, _ in rows("Trees"):
-            reported += [name.strip() for name in names.split(",")]
-            assert places == ", ".join(str(n) for n in range(len(reported)))[-len(places) :]
-        fields = [name.removesuffix("_ns") for name in tree.Node.__struct_fields__]
-        assert reported == fields
-        assert f"**Node**, an array of {len(fields)}:" in plain("Trees")
 
-    def test_the_document_lists_the_values_of_node_fields(self) -> None:
-        meaning = {row[1]: row[2] for row in rows("Trees")}
-        assert {n: name.lower() for n, name in numbered(meaning["kind"]).items()} == code_names(
-            tree.NodeType
+def number(text: str) -> float:
+    """Return the number that a cell such as `16 MiB + 1 KiB`, `2^32 - 2` or `1/4` stands for."""
+    total, sign = 0.0, 1
+    for term in re.split(r" ([+-]) ", text):
+        if term in "+-":
+            sign = 1 if term == "+" else -1
+            continue
+        figure, _, unit = term.replace(",", "").partition(" ")
+        base, _, power = figure.partition("^")
+        above, _, below = base.partition("/")
+        value = int(above) / int(below or 1)
+        total += sign * value ** int(power or 1) * (UNITS[unit] if unit else 1)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("title", "layout", "begin"),
+    [
+        ("Pack header", pack.HEADER, 0),
+        ("Pack header, encrypted part", pack._SESSION, pack.HEADER.size),
+        ("Record header", pack.BLOB_HEADER, 0),
+        ("Directory entry", pack.ENTRY, 0),
+        ("Trailer", pack.TRAILER, 0),
+        ("Extent", content.EXTENT, 0),
+        ("Snapshot header", snapshot.HEADER, 0),
+        ("Encrypted snapshot", snapshot._ENVELOPE, 0),
+        ("Encrypted snapshot, inner header", snapshot._INNER, 0),
+        ("Encrypted payload", cipher._INNER, 0),
+        ("Database `blobs`", schema.LOCATION, 0),
+        ("Database `packs`", schema.PACK, 0),
+        ("Files cache", file_cache._STAT, 0),
+        ("Files cache, value header", file_cache._HEAD, 0),
+    ],
+)
+def test_each_byte_table_has_the_layout_of_the_code(
+    title: str, layout: struct.Struct, begin: int
+) -> None:
+    assert struct_format(title) == (begin, layout.format)
+
+
+def test_magic_numbers_and_versions_are_those_of_the_code() -> None:
+    def cells(title: str) -> dict[int, str]:
+        return {int(row[0]): row[2] for row in rows(title)}
+
+    header = cells("Pack header")
+    assert header[0] == f"magic {pack.PACK_MAGIC.decode()}"
+    assert header[8] == f"version, {pack.PACK_VERSION}"
+    lengths = re.findall(r"\d+", header[10])
+    assert list(map(int, lengths)) == [pack.HEADER.size, pack.SESSION_HEADER]
+    assert cells("Record header")[0] == f"magic {pack.RECORD_MAGIC.decode()}"
+    assert cells("Trailer")[56] == f"magic {pack.TRAILER_MAGIC.decode()}"
+    assert cells("Snapshot header")[0] == f"magic {snapshot.MAGIC.decode()}"
+    assert cells("Snapshot header")[8] == f"version, {snapshot.SNAPSHOT_VERSION}"
+    assert {row[0]: row[1] for row in rows("Database `meta`")}["version"] == (
+        index.INDEX_VERSION.decode()
+    )
+
+
+def test_code_tables_list_the_members_of_the_code() -> None:
+    assert names_by_code("Kinds") == {
+        **members(codec.BlobKind),
+        pack.ENCRYPTED_KIND: "encrypted",
+        pack.DIRECTORY_KIND: "directory",
+    }
+    assert names_by_code("Codecs") == {**members(codec.Codec), codec.ENCRYPTED: "encrypted"}
+    assert names_by_code("Node types") == members(tree.NodeType)
+    assert names_by_code("Capture states") == members(tree.CaptureState)
+    assert names_by_code("Change reasons") == members(tree.ChangeReason)
+    kinds = [row[0] for row in rows("Recipient kinds")]
+    assert kinds == list(recipients.RecipientKind)
+
+
+def test_field_tables_list_the_fields_of_the_code_in_order() -> None:
+    for title, record in (
+        ("Configuration", config.RepositoryConfig),
+        ("Chunker fields", config.ChunkerConfig),
+        ("Encryption fields", config.EncryptionConfig),
+        ("Statistics", snapshot.SnapshotStats),
+        ("Pending removal", pending_removal.RemovalNotice),
+        ("Session files", session_files._Document),
+        ("Recipients", recipients.Recipient),
+    ):
+        assert [row[0] for row in rows(title)] == list(record.__struct_fields__), title
+    assert {row[0] for row in rows("Snapshot fields")} == set(snapshot.Snapshot.__struct_fields__)
+    for title, array in (
+        ("Tree reference", tree.TreeRef),
+        ("Node", tree.Node),
+        ("Extra", tree.NodeExtra),
+        ("Capture evidence", tree.Capture),
+    ):
+        assert fields(title) == list(array.__struct_fields__), title
+
+
+def test_chunker_fields_have_the_defaults_of_the_code() -> None:
+    chunker = config.ChunkerConfig()
+    for name, value, _ in rows("Chunker fields"):
+        default = getattr(chunker, name)
+        assert (value if isinstance(default, str) else number(value)) == default, name
+    assert rows("Encryption fields")[0] == ["cipher", config.CIPHER]
+
+
+def test_parameters_are_those_of_the_code() -> None:
+    assert {row[0]: number(row[1]) for row in rows("Parameters")} == {
+        "target size of a pack": writer.PACK_BYTES,
+        "target number of blobs in a pack": writer.PACK_BLOBS,
+        "most extents in a node": content.MAX_INLINE_RECORDS,
+        "fewest extents in a list piece": content._PIECE_MIN_RECORDS,
+        "most extents in a list piece": content._PIECE_MAX_RECORDS,
+        "zero bits that end a list piece": (content._PIECE_MASK + 1).bit_length() - 1,
+        "fewest entries in a tree piece": tree_writer.PIECE_MIN_ENTRIES,
+        "most entries in a tree piece": tree_writer.PIECE_MAX_ENTRIES,
+        "most bytes in a leaf": tree_writer.PIECE_MAX_BYTES,
+        "zero bits that end a tree piece": (tree_writer._PIECE_MASK + 1).bit_length() - 1,
+        "most blobs in an index commit": index._ADDED_AT_ONCE,
+        "largest index file with a digest in its fingerprint": fingerprint._HASHED_BYTES,
+        "unneeded share that repacks a pack": prune.DEFAULT_UNUSED_SHARE,
+        "margin for readers": prune.DEFAULT_MARGIN_S,
+        "reserve": local.RESERVE_BYTES,
+    }
+
+
+def test_limits_are_those_of_the_code() -> None:
+    assert {row[0]: number(row[1]) for row in rows("Hostile input")} == {
+        "plaintext of a blob": codec.MAX_PLAIN_BYTES,
+        "payload of a blob": pack.MAX_STORED_BYTES,
+        "blobs in a pack": pack.MAX_PACK_BLOBS,
+        "size of a pack": pack.MAX_PACK_BYTES,
+        "bytes in a name": tree.MAX_NAME_BYTES,
+        "levels of lists, and of tree pieces": tree.MAX_PIECE_LEVELS,
+        "depth of directories": tree.MAX_DEPTH,
+        "nodes in a snapshot": tree.MAX_COUNT,
+        "largest uid and gid": tree._MAX_OWNER,
+    }
+
+
+def test_costs_of_argon2id_are_those_of_the_code() -> None:
+    costs = {row[0]: tuple(map(number, row[1:])) for row in rows("Argon2id costs")}
+    assert costs == {
+        "passes": (passphrase._ITERATIONS, passphrase._MOST_ITERATIONS),
+        "lanes": (passphrase._LANES, passphrase._MOST_LANES),
+        "memory": (passphrase._MEMORY_KIB * KIB, passphrase._MOST_MEMORY_KIB * KIB),
+    }
+
+
+def test_lock_table_lists_the_modes_and_their_conflicts() -> None:
+    documented = {
+        row[0]: set(re.findall(r"\w+", row[2].partition(";")[0])) for row in rows("Locks")
+    }
+    assert documented == {
+        str(mode): set(map(str, conflicts)) or {"nothing"}
+        for mode, conflicts in locks._CONFLICTS.items()
+    }
+
+
+def test_derivation_table_lists_every_context_with_its_output_size() -> None:
+    prefix = "casfs 2026-11-23 "
+    assert f"begins with `{prefix}`" in DOCUMENT
+    contexts = {value for name, value in vars(key_derivation.KeyContext).items() if name.isupper()}
+    sizes = {prefix + row[1]: int(row[3].split()[0]) for row in rows("Secrets")}
+    assert sizes.keys() == contexts
+    domain = key_derivation.DedupDomain(bytes(32), bytes(32))
+    session = key_derivation.WriteSession(bytes(32), bytes(32), (domain,))
+    context = key_derivation.KeyContext
+    for name, value in (
+        (context.DOMAIN_ID, domain.id),
+        (context.SESSION_ID, session.id),
+        (context.PACK_KEY, session.pack_key(bytes(32))),
+        (context.SNAPSHOT_KEY, session.snapshot_key(bytes(32))),
+        (context.DIGEST_KEY, domain.digest_key),
+        (context.MEMORY_KEY, domain.memory_key),
+    ):
+        assert len(value) == sizes[name], name
+    assert domain.chunker_seed.bit_length() <= sizes[context.CHUNKER_SEED] * 8 - 1
+    assert domain.tree_seed.bit_length() <= sizes[context.TREE_SEED] * 8
+
+
+def test_forms_of_small_files_are_those_of_the_code() -> None:
+    documents = {row[0]: row[1] for row in rows("Session files")}
+    assert documents["casfs"] == session_files._FORM
+    assert f"`{recipients._FIRST_LINE.decode().rstrip()}`" in DOCUMENT
+    assert f"`{fingerprint._DAMAGED_MARK.decode().rstrip()}`" in DOCUMENT
+    size, mtime, digest = "SIZE", "MTIME_NS", "DIGEST"
+    line = fingerprint._FORM.format(size=size, mtime_ns=mtime, digest=digest).rstrip()
+    assert f"`{line}`" in DOCUMENT
+    assert trust_state.WriterState.__struct_fields__[:4] == (
+        "repository",
+        "domain",
+        "recipients",
+        "last_snapshot",
+    )
+
+
+def test_meta_table_lists_every_key_that_an_index_writes(tmp_path: Path) -> None:
+    known = index.Index(tmp_path / "index")
+    try:
+        known.rebuild(tuple)
+        name = PackId(bytes(range(32)))
+        entries = [pack.PackEntry(Digest(bytes(32)), 32, 8, 8, 1, 0)]
+        known.add_packs([(name, 100, entries)])
+        known.mark_complete(bytes(32), known.loss_epoch())
+        known.mark_for_removal([0])
+        cache = file_cache.FileCache(known, bytes(32), known.loss_epoch())
+        cache.commit()
+        cache.close()
+        known.remove_packs({0: name})
+        meta = known.environment.database(b"meta")
+
+        def keys(txn: Transaction) -> list[bytes]:
+            return [bytes(key) for key, _ in txn.cursor(db=meta)]
+
+        found = [*known.environment.read(keys), b"pack" + name, b"partial" + name]
+    finally:
+        known.close()
+    listed = {row[0].partition(" + ")[0].encode() for row in rows("Database `meta`")}
+    assert index._PARTIAL in listed
+    for key in found:
+        assert any(key == one or (key.startswith(one) and len(key) > len(one)) for one in listed), (
+            key
         )
-        assert numbered(meaning["state"]) == code_names(tree.CaptureState)
-        reasons = re.search(r"reason (0 none.*?);", plain("Trees"))
-        assert reasons is not None
-        assert numbered(reasons[1]) == code_names(tree.ChangeReason)
-
-    def test_the_document_lists_the_fields_of_node_extras(self) -> None:
-        text = plain("Trees")
-        assert f"`[{', '.join(tree.NodeExtra.__struct_fields__)}]`" in text
-        assert f"`[{', '.join(tree.Capture.__struct_fields__)}]`" in text
-        assert tree.TreeRef.__struct_fields__ == ("digest", "nodes", "total_bytes", "flagged")
-        assert "`[digest, nodes, bytes, flagged]`" in text
-
-    def test_the_document_lists_the_fields_of_a_snapshot(self) -> None:
-        reported = {name for row in rows("Snapshots") for name in re.findall(r"`(\w+)`", row[0])}
-        assert reported == set(snapshot.Snapshot.__struct_fields__)
-        (stats,) = [row[1] for row in rows("Snapshots") if row[0] == "`stats`"]
-        for name in snapshot.SnapshotStats.__struct_fields__:
-            words = "new blobs and bytes" if name.startswith("new_") else name.replace("_", " ")
-            assert words in stats
-
-    def test_the_document_lists_the_tables_of_the_index(self) -> None:
-        reported = {row[0].strip("`"): row[2] for row in rows("Index")}
-        assert list(reported) == ["blobs", "packs", "meta"]
-        assert reported["blobs"].startswith(f"{tables.LOCATION.size} bytes")
-        assert reported["packs"].startswith(f"{tables.PACK.size} bytes")
-        assert reported["meta"].count(",") == tables.COUNTERS.size // 8
+    for one in listed:
+        assert any(key.startswith(one) for key in found), one
 
 
 class TestDocumentedLayout:
@@ -194,22 +311,34 @@ class TestDocumentedLayout:
         repo = RepositoryFixture(tmp_path)
         create_repository(tmp_path / "encrypted", passphrase="secret")
         encrypted = {path.name for path in (tmp_path / "encrypted").iterdir()} | {"index"}
-        reported = {
-            re.split(r"[/ ]", line.strip())[0]
-            for line in section("Layout")
-            .partition("REPOSITORY/")[2]
-            .partition("```")[0]
-            .splitlines()
-            if line.strip()
+        tree_block = DOCUMENT.partition("REPOSITORY/")[2].partition("```")[0]
+        listed = {
+            re.split(r"[/ ]", line.strip())[0] for line in tree_block.splitlines() if line.strip()
         }
-        assert reported == {path.name for path in repo.root.iterdir()} | encrypted
+        assert listed == {path.name for path in repo.root.iterdir()} | encrypted
         assert {"sessions", "identities", "recipients"} <= encrypted
         first, *_, last = (repo.root / "config").read_text().splitlines()
-        assert first in plain("Configuration")
+        assert first in DOCUMENT
         assert re.fullmatch("blake3 [0-9a-f]{64}", last)
 
     def test_the_format_document_is_part_of_the_installed_package(self) -> None:
         assert "*.md" in (PROJECT / "setup.cfg").read_text()
+
+
+def test_the_glossary_defines_each_term_once() -> None:
+    section = DOCUMENT.partition("## Glossary\n")[2].partition("\n## ")[0]
+    terms = [
+        term.strip()
+        for row in re.findall(r"^\| ([^|]+) \| ", section, re.M)
+        for term in row.split(",")
+        if row not in ("term",)
+    ]
+    assert len(terms) == len(set(terms))
+    ours = (
+        "capture stable appended changed verifying-read pending-removal removal-notice write-session "
+        "dedup-domain fingerprint-of-the-index"
+    )
+    assert {name.replace("-", " ") for name in ours.split()} <= set(terms)
 
 
 class Reader:
@@ -240,11 +369,11 @@ class Reader:
         entries = list(struct.iter_unpack("<32sIIBBH", directory))
         assert len(entries) == count
         offset = at - 16 - sum(16 + stored for _, stored, *_ in entries)
-        for digest, stored, plain_bytes, kind, codec, _ in entries:
+        for digest, stored, plain_bytes, kind, encoding, _ in entries:
             head = struct.unpack("<4sBBHII", data[offset : offset + 16])
-            assert head == (b"cBLB", kind, codec, 0, stored, plain_bytes)
+            assert head == (b"cBLB", kind, encoding, 0, stored, plain_bytes)
             payload = data[offset + 16 : offset + 16 + stored]
-            found = self.plain(codec, payload, plain_bytes)
+            found = self.plain(encoding, payload, plain_bytes)
             assert blake3(found).digest() == digest
             yield digest, found
             offset += 16 + stored
@@ -304,46 +433,3 @@ def test_a_reader_written_from_the_document_reads_the_frozen_repository(part: st
                 assert blake3(data).hexdigest() == reported[path]["blake3"]
                 assert entry[14] in (None, blake3(data).digest())
     assert seen == set(manifest)
-
-
-class TestDocumentedEncryption:
-    def test_the_document_names_every_context_of_key_derivation(self) -> None:
-        text = plain("Encryption")
-        prefix = "casfs 2026-11-23 "
-        assert f"begin with `{prefix}`" in text
-        contexts = [
-            value
-            for name, value in vars(key_derivation.KeyContext).items()
-            if not name.startswith("_")
-        ]
-        assert len(set(contexts)) == len(contexts) == 8
-        for context in contexts:
-            assert context.startswith(prefix)
-            short = context.removeprefix(prefix)
-            reported = f"derive(`{short}`" in text
-            assert reported, context
-
-    def test_the_document_has_the_sizes_codes_and_forms_of_encryption(self) -> None:
-        text = plain("Encryption")
-        assert f"kind {pack.ENCRYPTED_KIND}" in text and f"codec {blob.ENCRYPTED}" in text
-        assert f"the length is {pack.SESSION_HEADER}" in plain("Packs")
-        assert f'"cipher": "{config.CIPHER}"' in plain("Configuration")
-        for module, form in ((session_files, "session 1"), (passphrase, "identity 1")):
-            assert form == module._FORM
-        assert '"casfs": "session 1"' in text
-        assert "`casfs recipients 1`" in text
-        assert recipients._FIRST_LINE == b"casfs recipients 1\n"
-        costs = (passphrase._ITERATIONS, passphrase._LANES, passphrase._MEMORY_KIB // KIB)
-        assert "{} passes, {} lanes, {} MiB".format(*costs) in text
-        assert set(numbers_of_kinds(text)) == {str(kind) for kind in recipients.RecipientKind}
-        assert trust_state.WriterState.__struct_fields__[:3] == (
-            "repository",
-            "domain",
-            "recipients",
-        )
-
-
-def numbers_of_kinds(text: str) -> list[str]:
-    reported = re.search(r"has `kind` \(([^)]*)\)", text)
-    assert reported is not None
-    return re.findall(r"`(\w+)`", reported[1])
