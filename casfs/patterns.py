@@ -25,6 +25,14 @@ from pathlib import Path
 from casfs.display import single_line
 from casfs.errors import NotFoundError, StorageError, UsageError
 
+MAX_PATTERN_BYTES = 16 * 1024
+"""Of one pattern; a path that Linux takes in one piece has at most 4,096."""
+
+MAX_FILE_BYTES = 16 * 1024 * 1024
+"""Of a file of patterns."""
+
+_MAX_SHOWN_BYTES = 200
+
 _SLASH = ord("/")
 _ALL_BYTES = frozenset(range(1, 256)) - {_SLASH}
 """What a wildcard or a bracket expression can match: every byte that a name can hold."""
@@ -66,8 +74,9 @@ _Component = list[_Item]
 
 
 def show_pattern(text: bytes) -> str:
-    """Return a pattern for messages: as the user wrote it, but on one line."""
-    return single_line(text.decode("utf-8", "surrogateescape"))
+    """Return a pattern for messages: as the user wrote it, but on one line and not too long."""
+    shortened = text if len(text) <= _MAX_SHOWN_BYTES else text[:_MAX_SHOWN_BYTES] + b"..."
+    return single_line(shortened.decode("utf-8", "surrogateescape"))
 
 
 class InvalidPatternError(UsageError):
@@ -109,6 +118,8 @@ def parse_pattern(text: bytes) -> Pattern:
 
     Raises InvalidPatternError.
     """
+    if len(text) > MAX_PATTERN_BYTES:
+        raise InvalidPatternError(text, f"it is longer than {MAX_PATTERN_BYTES} bytes")
     negated = text.startswith(b"!")
     body = text[1:] if negated else text
     only_directories = body.endswith(b"/")
@@ -162,11 +173,14 @@ def parse_patterns(data: bytes, name: str) -> list[Pattern]:
 def read_patterns(path: Path) -> list[Pattern]:
     """Return the patterns of a file in the syntax of .gitignore."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError as error:
         raise NotFoundError(f"the file of patterns {path} does not exist") from error
     except OSError as error:
         raise StorageError("read the file of patterns", str(path), error) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise UsageError(f"the file of patterns {path} is larger than {MAX_FILE_BYTES} bytes")
     return parse_patterns(data, str(path))
 
 

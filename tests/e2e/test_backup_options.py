@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import socket
 import subprocess
 from datetime import UTC, datetime
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import Casfs
+from tests.support.cli import Casfs, finish, program
 from tests.support.comparing import tree_differences
 from tests.support.full_tree import HOSTILE_NAMES
 from tests.support.mounts import tmpfs
+from tests.support.waiting import wait_until
 
 MIB = 1 << 20
 
@@ -558,6 +560,40 @@ class TestSourcesFromStreams:
     ) -> None:
         repository.backup("--files-from", "-", cwd=garden, stdin=b"\xef\xbb\xbfkeep.txt\n")
         assert files(repository) == {"keep.txt"}
+
+    def test_files_from_may_have_the_line_ends_of_windows(
+        self, repository: Casfs, garden: Path
+    ) -> None:
+        (garden / "odd\r").write_bytes(b"x")
+        repository.backup("--files-from", "-", cwd=garden, stdin=b"keep.txt\r\nsmall.bin\r\n\r\n")
+        assert files(repository) == {"keep.txt", "small.bin"}
+        repository.backup("--files-from", "-", cwd=garden, stdin=b"keep.txt\nodd\r\n")
+        assert files(repository) == {"keep.txt", "odd\r"}
+
+    def test_files_from_an_endless_file_is_refused(self, repository: Casfs, garden: Path) -> None:
+        repository.refuses(
+            "backup", "-0", "--files-from", "/dev/zero", expect=2, mentions=["/dev/zero", "bytes"]
+        )
+
+    def test_files_from_waits_for_a_pipe_that_does_not_block(
+        self, repository: Casfs, garden: Path
+    ) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        with open(reader, "rb") as source, open(writer, "wb", 0) as paths:
+            process = subprocess.Popen(
+                [*program(), "backup", "--files-from", "-"],
+                stdin=source,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=garden,
+                env=repository.environment(),
+            )
+            paths.write(b"keep.txt\nsmall")
+            wait_until(lambda: not select.select([reader], [], [], 0)[0], "the command reads")
+            paths.write(b".bin\n")
+        assert finish(process).exit == 0
+        assert files(repository) == {"keep.txt", "small.bin"}
 
     def test_files_from_with_nul_suggests_the_option_for_it(
         self, repository: Casfs, garden: Path

@@ -9,6 +9,7 @@ import pytest
 
 from casfs.errors import NotFoundError, StorageError, UsageError
 from casfs.patterns import (
+    MAX_PATTERN_BYTES,
     InvalidPatternError,
     PatternMatcher,
     parse_pattern,
@@ -184,6 +185,12 @@ class TestRefusal:
             parse_pattern(pattern)
         assert reason in str(caught.value)
 
+    def test_a_pattern_longer_than_any_path_is_refused_before_it_is_compiled(self) -> None:
+        assert selected([b"?" * MAX_PATTERN_BYTES], b"x") == []
+        with pytest.raises(InvalidPatternError, match="longer than 16384 bytes") as caught:
+            parse_pattern(b"?" * (MAX_PATTERN_BYTES + 1))
+        assert len(str(caught.value)) < 400
+
     def test_a_refusal_shows_a_pattern_on_one_line(self) -> None:
         with pytest.raises(InvalidPatternError) as caught:
             parse_pattern(b"\x1b[2J\n\xff[")
@@ -230,6 +237,10 @@ class TestPatternFiles:
     def test_a_file_in_an_encoding_with_zero_bytes_is_refused(self, encoding: str) -> None:
         with pytest.raises(UsageError, match="save it as UTF-8"):
             parse_patterns("*.o\n".encode(encoding), "rules")
+
+    def test_an_endless_file_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="larger than"):
+            read_patterns(Path("/dev/zero"))
 
     def test_a_missing_file_or_a_directory_is_a_clear_error(self, tmp_path: Path) -> None:
         with pytest.raises(NotFoundError, match="does not exist"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import sys
 from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
+from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
     from casfs.crypto.opening import Unlock
     from casfs.format.config import RepositoryConfig
     from casfs.storage.base import Storage
+
+_MAX_LIST_BYTES = 64 * 1024 * 1024
+"""Of a list of paths; a snapshot's file could not hold that many."""
+
+_PIECE_BYTES = 64 * 1024
 
 _MOST_SECONDS = 9_200_000_000
 """Before and after 1970: a snapshot's time is a signed number of nanoseconds in 64 bits."""
@@ -331,19 +338,40 @@ def _source_names(sources: list[bytes]) -> Callable[[bytes], bytes]:
 
 
 def _read_paths(name: str, nul: bool) -> list[bytes]:
+    """Return the paths in a file, one a line; a carriage return that ends every line is no part of them."""
+    where = "on standard input" if name == "-" else f"in {name}"
     try:
-        if name == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            data = Path(name).read_bytes()
+        with open(0 if name == "-" else name, "rb", 0, closefd=name != "-") as file:
+            data = _read_all(file, _MAX_LIST_BYTES)
     except FileNotFoundError as error:
         raise NotFoundError(f"the file of paths {name} does not exist") from error
-    if not nul:
-        data = data.removeprefix(b"\xef\xbb\xbf")
-        if b"\0" in data:
-            where = "on standard input" if name == "-" else f"in {name}"
-            raise UsageError(f"the paths {where} hold NUL; add -0 where each path ends with it")
-    return [path for path in data.split(b"\0" if nul else b"\n") if path]
+    if len(data) > _MAX_LIST_BYTES:
+        raise UsageError(f"the paths {where} take more than {_MAX_LIST_BYTES} bytes")
+    if nul:
+        return [path for path in data.split(b"\0") if path]
+    if b"\0" in data:
+        raise UsageError(f"the paths {where} hold NUL; add -0 where each path ends with it")
+    lines = [line for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line]
+    if all(line.endswith(b"\r") for line in lines):
+        lines = [path for line in lines if (path := line.removesuffix(b"\r"))]
+    return lines
+
+
+def _read_all(file: RawIOBase, max_bytes: int) -> bytes:
+    """Return what a file holds, and one byte more than `max_bytes` of a longer one.
+
+    A pipe that another process made non-blocking is waited for.
+    """
+    data = bytearray()
+    while len(data) <= max_bytes:
+        piece = file.read(min(_PIECE_BYTES, max_bytes + 1 - len(data)))
+        if piece is None:
+            select.select([file], [], [])
+        elif not piece:
+            break
+        else:
+            data += piece
+    return bytes(data)
 
 
 def _marker_name(name: str) -> bytes:
