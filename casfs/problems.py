@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 from casfs.display import escape_path
 from casfs.errors import BlobError, IntegrityError, ReflinkError
 from casfs.format.tree import CaptureState, ChangeReason, Node, capture_of, captured_digest
 from casfs.monitor import Problem, ProblemKind
+
+MAX_SOURCES_LEFT_OUT = 10
+"""Named sources that are left out and reported one by one."""
 
 
 def unstable_capture(path: bytes, node: Node) -> Problem | None:
@@ -56,9 +60,17 @@ def missing_sources(sources: Iterable[bytes], error: OSError) -> Iterator[Proble
         yield Problem(ProblemKind.MISSING_SOURCE, source, message)
 
 
-def source_left_out(source: bytes, reason: str) -> Problem:
-    """Return the problem of a named source that an option leaves out; `reason` is a clause."""
-    return Problem(ProblemKind.LEFT_OUT, source, f"this source is left out: {reason}")
+def sources_left_out(reasons: Mapping[bytes, str]) -> Iterator[Problem]:
+    """Yield problems of named sources that options leave out, for clauses that say why.
+
+    Where there are many, as of a list that `find` made, one problem stands for all but the first few.
+    """
+    for source, reason in islice(reasons.items(), MAX_SOURCES_LEFT_OUT):
+        yield Problem(ProblemKind.LEFT_OUT, source, f"this source is left out: {reason}")
+    more = len(reasons) - MAX_SOURCES_LEFT_OUT
+    if more > 0:
+        what = "1 more named source is" if more == 1 else f"{more} more named sources are"
+        yield Problem(ProblemKind.LEFT_OUT, b"", f"{what} left out", {"sources": more})
 
 
 def marked_source(path: bytes, marker: bytes) -> Problem:

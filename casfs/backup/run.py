@@ -39,7 +39,7 @@ from casfs.format.snapshot import Snapshot, SnapshotStats, require_encodable
 from casfs.format.tree import Node, NodeType, replace
 from casfs.monitor import Monitor
 from casfs.paths import normalize_source_path
-from casfs.problems import source_left_out
+from casfs.problems import sources_left_out
 from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter, WriteStats
 from casfs.trees.writer import TreeWriter
@@ -196,8 +196,8 @@ def _included_sources(options: BackupOptions, monitor: Monitor) -> tuple[bytes, 
         if len(reasons) > 1:
             what = f"all sources are left out, as {escape_path(source)}"
         raise NotFoundError(f"{what}: {reason}; nothing was published")
-    for source, reason in reasons.items():
-        monitor.problem(source_left_out(source, reason))
+    for problem in sources_left_out(reasons):
+        monitor.problem(problem)
     return included
 
 

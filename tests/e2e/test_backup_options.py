@@ -382,6 +382,16 @@ class TestExclusion:
         }
         assert files(repository) == {"src/main.c", "src/main.o", "src/deep/er/still.log"}
 
+    def test_many_excluded_sources_are_summed_up(self, repository: Casfs, garden: Path) -> None:
+        names = [f"{number}.o" for number in range(15)]
+        for name in names:
+            (garden / name).write_bytes(b"x")
+        found = repository.json("backup", "--exclude", "*.o", *names, "keep.txt", cwd=garden)
+        messages = [problem["message"] for problem in found.of_type("problem")]
+        assert len(messages) == 11
+        assert messages[-1] == "5 more named sources are left out"
+        assert files(repository) == {"keep.txt"}
+
     @pytest.mark.parametrize(
         "locale",
         [
