@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 import click
 
@@ -21,6 +22,8 @@ from casfs.cli.output import Output
 from casfs.errors import CasfsError, StorageError, UsageError
 
 if TYPE_CHECKING:
+    from casfs.config.file import Configuration
+    from casfs.config.repositories import NamedRepository
     from casfs.crypto.identities import Identities
     from casfs.crypto.opening import Unlock
     from casfs.format.config import RepositoryConfig
@@ -80,9 +83,28 @@ class KeyOptions:
 
     files: list[str] = field(default_factory=list)
     passphrase: PassphraseSource = field(default_factory=PassphraseSource)
+    use_environment: bool = True
+
+    def use_named(self, repository: NamedRepository) -> None:
+        """Take what the configuration says of a repository, where no option says otherwise.
+
+        The environment may name what opens another repository, so it is then left alone.
+        """
+        is_given = bool(self.files) or self.passphrase.is_given()
+        identity, file = repository.identity_file, repository.passphrase_file
+        command = repository.passphrase_command
+        if identity is None and file is None and command is None:
+            return
+        self.use_environment = False
+        if not is_given:
+            self.files = [identity.path] if identity is not None else []
+            self.passphrase.file = file.path if file is not None else None
+            self.passphrase.command = command.text if command is not None else None
 
     def with_environment(self) -> KeyOptions:
         """Return these options, with what the environment names where they name nothing."""
+        if not self.use_environment:
+            return self
         files = self.files
         if not files:
             files = [
@@ -159,22 +181,69 @@ def new_passphrase(source: PassphraseSource, option: str) -> str:
     return first
 
 
+@dataclass(frozen=True, slots=True)
+class RepositoryPlace:
+    """Where a repository is, as a path or a URL, and what the configuration says if it names it."""
+
+    url: str
+    named: NamedRepository | None = None
+
+
 @dataclass(slots=True)
 class Settings:
     """The options that stand before or after a verb."""
 
     repo: str | None = None
+    config: str | None = None
     as_json: bool = False
     sync: bool = True
     keys: KeyOptions = field(default_factory=KeyOptions)
+    _resolved: RepositoryPlace | None = None
     _unlocked: Identities | None = None
 
+    def configuration(self) -> Configuration:
+        """Return what the configuration files say; raises ConfigError."""
+        from casfs.config.file import load_configuration
+
+        return load_configuration(self.config)
+
+    def resolve(self, name: str) -> RepositoryPlace:
+        """Return the place that a path, a URL or a name from the configuration stands for."""
+        from casfs.config.values import NAME
+
+        if NAME.fullmatch(name):
+            named = self.configuration().repositories.get(name)
+            if named is not None:
+                return RepositoryPlace(named.url.url, named)
+        return RepositoryPlace(name)
+
+    def repository_place(self) -> RepositoryPlace:
+        """Return the repository that was named, or raise UsageError; its keys are used from now on."""
+        if self._resolved is None:
+            name = self.repo or os.environ.get("CASFS_REPOSITORY")
+            if not name:
+                raise UsageError(
+                    "no repository was named: give --repo PATH or set CASFS_REPOSITORY"
+                )
+            self._resolved = self.resolve(name)
+            if self._resolved.named is not None:
+                self.keys.use_named(self._resolved.named)
+        return self._resolved
+
     def repository_path(self) -> Path:
-        """Return the repository that was named, or raise UsageError."""
-        name = self.repo or os.environ.get("CASFS_REPOSITORY")
-        if not name:
-            raise UsageError("no repository was named: give --repo PATH or set CASFS_REPOSITORY")
-        return Path(name)
+        """Return the folder of the repository that was named, or raise UsageError."""
+        url = self.repository_place().url
+        if url.startswith("file://"):
+            return Path(unquote(urlsplit(url).path))
+        if self.repository_place().named is not None and "://" in url:
+            raise UsageError(f"a repository in {url} cannot be reached by this version of casfs")
+        return Path(url)
+
+    def recipients_file(self) -> Path | None:
+        """Return the file of the recipients that the configuration expects of the repository."""
+        named = self.repository_place().named
+        file = named.recipients_file if named is not None else None
+        return Path(file.path) if file is not None else None
 
     def unlock(self, storage: Storage, config: RepositoryConfig) -> Identities:
         """Return what opens an encrypted repository to this user; nobody is asked twice."""
@@ -244,6 +313,11 @@ def _set_repo(ctx: click.Context, _: click.Parameter, value: str | None) -> None
         ctx.ensure_object(Settings).repo = value
 
 
+def _set_config(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.ensure_object(Settings).config = value
+
+
 def _set_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         ctx.ensure_object(Settings).as_json = True
@@ -254,8 +328,29 @@ def _set_no_sync(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.ensure_object(Settings).sync = False
 
 
+def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of verbs that work with the configuration and open no repository themselves."""
+    command = click.option(
+        "--json",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_json,
+        is_eager=True,
+        help="Print one JSON object a line.",
+    )(command)
+    return click.option(
+        "--config",
+        metavar="FILE",
+        expose_value=False,
+        callback=_set_config,
+        is_eager=True,
+        help="The configuration [default: $CASFS_CONFIG, else ~/.config/casfs/config.toml and "
+        "/etc/casfs/config.toml].",
+    )(command)
+
+
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that every verb has; their values are in the context's Settings."""
+    """Add the options that every verb on a repository has; their values are in the context's Settings."""
     command = key_options(command)
     command = click.option(
         "--no-sync",
@@ -266,20 +361,13 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         is_eager=True,
         help="For tests only: wait for no disk. A crash may lose what was published.",
     )(command)
-    command = click.option(
-        "--json",
-        is_flag=True,
-        expose_value=False,
-        callback=_set_json,
-        is_eager=True,
-        help="Print one JSON object a line.",
-    )(command)
+    command = configuration_options(command)
     return click.option(
         "-r",
         "--repo",
-        metavar="PATH",
+        metavar="REPOSITORY",
         expose_value=False,
         callback=_set_repo,
         is_eager=True,
-        help="The repository [default: $CASFS_REPOSITORY].",
+        help="The repository: a path, or a name from the configuration [default: $CASFS_REPOSITORY].",
     )(command)

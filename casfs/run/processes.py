@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,15 +138,18 @@ def run_hook(name: str, command: str, text: bytes, environment: Mapping[str, str
     What it prints goes to stderr, which keeps stdout for the results of the run.
     """
     start = time.monotonic()
-    process = subprocess.Popen(
-        ["/bin/sh", "-c", command],
-        stdin=subprocess.PIPE,
-        stdout=_STDERR,
-        env=dict(environment),
-        process_group=0,
-    )
-    with process:
-        interrupted = _finish(process, lambda: process.communicate(text))
+    # A file, because a hook that reads nothing would leave a pipe full and the run waiting.
+    with tempfile.TemporaryFile() as file:
+        file.write(text)
+        file.seek(0)
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            stdin=file,
+            stdout=_STDERR,
+            env=dict(environment),
+            process_group=0,
+        )
+        interrupted = _finish(process, process.wait)
     if interrupted:
         raise KeyboardInterrupt
     code = process.returncode

@@ -12,6 +12,11 @@ _TITLES = {
 }
 
 
+def headline(summary: RunSummary) -> str:
+    """Return the first line of the summary, without a line feed."""
+    return summary_text(summary).partition("\n")[0]
+
+
 def summary_text(summary: RunSummary) -> str:
     """Return all that is worth knowing of a run, a line for each step; ends with a line feed."""
     lines = [

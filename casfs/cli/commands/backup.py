@@ -230,6 +230,7 @@ def backup(
     monitor = CommandMonitor(settings.output(), "backup", _source_names(sources))
     root = settings.repository_path()
     unlock: Unlock = settings.keys.unlock_given
+    recipients_file = recipients_file or settings.recipients_file()
     if recipients_file is not None:
         unlock = _expecting(root, recipients_file, unlock)
     with (

@@ -35,12 +35,23 @@ def init(
 
     if path is not None and settings.repo is not None and path != settings.repo:
         raise UsageError("two repositories were named; give one")
-    root = Path(path) if path is not None else settings.repository_path()
+    if path is not None:
+        settings.repo = path
+    root = settings.repository_path()
+    named = settings.repository_place().named
+    expected = settings.recipients_file()
+    if not (recipients or recipients_files) and expected is not None:
+        recipients_files = (expected,)
     keys = settings.keys.with_environment()
     new = None
     if passphrase or keys.passphrase.is_given():
         new = new_passphrase(keys.passphrase, "--passphrase-file, -fd or -command")
     wanted = named_recipients(recipients, recipients_files)
+    if named is not None and named.identity_file is not None and not wanted and new is None:
+        raise UsageError(
+            "the configuration names an identity-file for this repository, and nothing says to whom it "
+            "is encrypted: give --recipient, --passphrase, or recipients-file in the configuration"
+        )
     config = create_repository(root, wanted, new)
     output = settings.output()
     output.line(f"made repository {config.id[:12]} in {escape_path(bytes(root))}")
