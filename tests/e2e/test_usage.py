@@ -56,6 +56,11 @@ class TestUsage:
             ("tag",),
             ("completion",),
             ("completion", "tcl"),
+            ("run",),
+            ("run", "home", "surplus"),
+            ("config", "hide"),
+            ("schedule", "install"),
+            ("schedule", "install", "home", "--scheduler", "at"),
         ],
         ids=lambda arguments: " ".join(arguments) or "nothing",
     )
@@ -76,7 +81,8 @@ class TestUsage:
         shown = casfs.run("--help").text
         for verb in (
             *("init", "backup", "snapshots", "ls", "find", "diff", "dump", "mount", "umount"),
-            *("restore", "check", "stats", "tag", "version", "completion"),
+            *("restore", "check", "stats", "tag", "version", "completion", "run", "config"),
+            "schedule",
         ):
             assert verb in shown
             assert "--help" in casfs.run(verb, "--help").text

@@ -1,0 +1,130 @@
+"""Repositories by name, and which of several sources of a key is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from casfs.cli import app
+from casfs.cli.commands.run import job_of
+from casfs.cli.settings import KeyOptions, PassphraseSource, Settings
+from casfs.config.repositories import NamedRepository
+from casfs.config.values import AbsolutePath, Command, RepositoryUrl
+from casfs.errors import ConfigError, UsageError
+
+CONFIG = """\
+[repositories.nas]
+url = "/srv/casfs"
+passphrase-file = "/etc/casfs/passphrase"
+recipients-file = "/etc/casfs/recipients"
+[repositories.plain]
+url = "file:///srv/my%20backups"
+[repositories.cloud]
+url = "s3://bucket/prefix"
+endpoint = "https://s3.example.org"
+credentials-command = "pass show s3"
+[profiles.home]
+repository = "nas"
+sources = ["/home"]
+mirror-to = ["cloud"]
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG)
+    path.chmod(0o600)
+    return str(path)
+
+
+def settings(config: str, repo: str | None = None) -> Settings:
+    return Settings(repo=repo, config=config)
+
+
+def test_a_name_stands_for_its_path_and_its_keys(config: str) -> None:
+    found = settings(config, "nas")
+    assert found.repository_path() == Path("/srv/casfs")
+    assert found.keys.passphrase.file == "/etc/casfs/passphrase"
+    assert found.recipients_file() == Path("/etc/casfs/recipients")
+
+
+def test_a_name_in_the_environment_is_resolved_too(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CASFS_REPOSITORY", "nas")
+    assert settings(config).repository_path() == Path("/srv/casfs")
+
+
+@pytest.mark.parametrize("name", ["/srv/other", "./nas", "nas/", "other"])
+def test_a_path_stays_a_path(config: str, name: str) -> None:
+    found = settings(config, name)
+    assert found.repository_path() == Path(name)
+    assert not found.keys.passphrase.is_given()
+    assert found.recipients_file() is None
+
+
+def test_a_file_url_is_a_path(config: str) -> None:
+    assert settings(config, "plain").repository_path() == Path("/srv/my backups")
+
+
+def test_a_place_knows_how_it_is_reached(config: str) -> None:
+    place = settings(config, "cloud").repository_place()
+    assert (place.url, place.named is not None) == ("s3://bucket/prefix", True)
+    assert place.named is not None
+    options = place.named.storage_options()
+    assert options.endpoint == "https://s3.example.org"
+    assert options.credentials_command == "pass show s3"
+
+
+def test_no_repository_is_a_usage_error(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CASFS_REPOSITORY", raising=False)
+    with pytest.raises(UsageError, match="no repository was named"):
+        settings(config).repository_path()
+
+
+def named(**keys: AbsolutePath | Command) -> NamedRepository:
+    return NamedRepository(url=RepositoryUrl("/srv/casfs"), **keys)  # type: ignore[arg-type]
+
+
+class TestKeys:
+    @pytest.fixture(autouse=True)
+    def environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CASFS_IDENTITY", "/from/environment")
+        monkeypatch.setenv("CASFS_PASSPHRASE_FILE", "/secret/of/another")
+
+    def test_the_environment_is_left_alone_where_the_configuration_names_a_key(self) -> None:
+        keys = KeyOptions()
+        keys.use_named(named(identity_file=AbsolutePath("/root/key")))
+        found = keys.with_environment()
+        assert (found.files, found.passphrase.is_given()) == (["/root/key"], False)
+        keys = KeyOptions()
+        keys.use_named(named(passphrase_command=Command("pass show x")))
+        found = keys.with_environment()
+        assert (found.files, found.passphrase.command) == ([], "pass show x")
+
+    def test_an_option_goes_before_the_configuration(self) -> None:
+        keys = KeyOptions(passphrase=PassphraseSource(fd=3))
+        keys.use_named(named(identity_file=AbsolutePath("/root/key")))
+        found = keys.with_environment()
+        assert (found.files, found.passphrase.fd, found.passphrase.file) == ([], 3, None)
+
+    def test_the_environment_is_used_where_nothing_else_is_said(self) -> None:
+        keys = KeyOptions()
+        keys.use_named(named())
+        found = keys.with_environment()
+        assert found.files == ["/from/environment"]
+        assert found.passphrase.file == "/secret/of/another"
+
+
+def test_a_profile_that_mirrors_is_refused_where_no_verb_can(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = settings(config)
+    without = {name: place for name, place in app.VERBS.items() if name != "mirror"}
+    monkeypatch.setattr(app, "VERBS", without)
+    with pytest.raises(ConfigError, match=r":14: profiles\.home\.mirror-to: .* no verb mirror"):
+        job_of(found, found.configuration(), "home")
+    monkeypatch.setattr(app, "VERBS", without | {"mirror": "somewhere:mirror"})
+    assert job_of(found, found.configuration(), "home").profile.mirror_to == ("cloud",)
