@@ -8,13 +8,11 @@ so that the result names the losses of every snapshot. One thread walks; the scr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
 from casfs.format.tree import (
-    MAX_DEPTH,
     CaptureState,
     Leaf,
     Node,
@@ -31,6 +29,7 @@ from casfs.monitor import Monitor
 from casfs.paths import join
 from casfs.repository.repository import Repository
 from casfs.trees.content import EXTENT, Extent
+from casfs.trees.walk import Children, Page, walk_pages
 
 log = logging.getLogger(__name__)
 
@@ -102,66 +101,40 @@ class Checker:
     def _walk(self, snapshot_id: SnapshotId, root: Node) -> None:
         """Visit the trees below a root; on damage, mark all trees above it as damaged."""
         assert root.tree is not None
-        stack: list[tuple[bytes, TreeRef, Iterator[Node | TreeRef]]] = []
-        self._push(stack, snapshot_id, b"", root.tree)
-        while stack:
-            path, _, children = stack[-1]
-            for child in children:
-                if isinstance(child, TreeRef):
-                    self._push(stack, snapshot_id, path, child)
-                    break
-                below = join(path, child.name)
-                if child.tree is not None:
-                    self._push(stack, snapshot_id, below, child.tree)
-                    break
-                if child.kind == NodeType.FILE and not self._check_file(snapshot_id, below, child):
-                    self._mark(stack)
-            else:
-                stack.pop()
 
-    def _push(
-        self,
-        stack: list[tuple[bytes, TreeRef, Iterator[Node | TreeRef]]],
-        snapshot_id: SnapshotId,
-        path: bytes,
-        ref: TreeRef,
-    ) -> None:
-        damaged_before = ref.digest in self.damaged_trees
-        if not damaged_before and self._was_visited(ref):
-            return
-        if damaged_before:
-            self._mark(stack)
-        try:
-            if len(stack) > 2 * MAX_DEPTH:
-                raise TreeError("directories are nested deeper than the format allows")
-            digest = Digest(ref.digest)
-            if digest in self.result.damaged:
-                raise BlobError(digest, "digest mismatch", self.result.damaged[digest])
-            if self._store.index.lookup(digest) is None:
-                self._is_in_unindexed_pack(digest)
-            piece = decode_piece(self._store.read(digest))
-            _check_summary(ref, piece)
-        except (IntegrityError, CasfsError) as error:
-            self.damaged_trees.add(ref.digest)
-            self._mark(stack)
-            self._report(
-                Finding(
-                    "tree",
-                    f"the directory cannot be read: {error}",
-                    getattr(error, "pack", None),
-                    Digest(ref.digest),
-                    snapshot_id,
-                    path,
-                )
-            )
-            return
+        def damaged(page: Page, error: CasfsError) -> None:
+            self.damaged_trees.add(page.ref.digest)
+            self._mark_above(page)
+            message = f"the directory cannot be read: {error}"
+            pack = getattr(error, "pack", None)
+            digest = Digest(page.ref.digest)
+            self._report(Finding("tree", message, pack, digest, snapshot_id, page.path))
+
+        for page, node in walk_pages(b"", root.tree, self._read_page, on_error=damaged):
+            if node.kind != NodeType.FILE:
+                continue
+            path = join(page.path, node.name)
+            if not self._check_file(snapshot_id, path, node):
+                self._mark_above(page)
+
+    def _read_page(self, page: Page) -> Children | None:
+        """Return what a page holds, or None for one that was visited before."""
+        if page.ref.digest in self.damaged_trees:
+            self._mark_above(page)
+        elif self._was_visited(page.ref):
+            return None
+        digest = Digest(page.ref.digest)
+        if digest in self.result.damaged:
+            raise BlobError(digest, "digest mismatch", self.result.damaged[digest])
+        if self._store.index.lookup(digest) is None:
+            self._is_in_unindexed_pack(digest)
+        piece = decode_piece(self._store.read(digest))
+        _check_summary(page.ref, piece)
         self.result.trees += 1
         if isinstance(piece, Leaf):
             self._locate(piece.nodes)
-            children: Iterator[Node | TreeRef] = iter(piece.nodes)
-        else:
-            children = iter([part.tree for part in piece.pieces])
-        stack.append((path, ref, children))
+            return piece.nodes
+        return [part.tree for part in piece.pieces]
 
     def _locate(self, nodes: list[Node]) -> None:
         """Cache the locations of all single-chunk files among `nodes`, with one index lookup."""
@@ -171,9 +144,10 @@ class Checker:
         found = zip(digests, self._store.index.lookup_many(digests), strict=True)
         self._locations.update((digest, at) for digest, at in found if at is not None)
 
-    def _mark(self, stack: list[tuple[bytes, TreeRef, Iterator[Node | TreeRef]]]) -> None:
-        for _, ref, _ in stack:
-            self.damaged_trees.add(ref.digest)
+    def _mark_above(self, page: Page) -> None:
+        """Mark a page and those above it as damaged."""
+        for above in page.with_ancestors():
+            self.damaged_trees.add(above.ref.digest)
 
     def _was_visited(self, ref: TreeRef) -> bool:
         location = self._store.index.lookup(Digest(ref.digest))

@@ -14,10 +14,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from blake3 import blake3
-
-from casfs.digest import Digest, PackId, SnapshotId, digest_of, update_zeros
+from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import (
+    BlobError,
     CasfsError,
     IndexDamagedError,
     IntegrityError,
@@ -47,6 +46,7 @@ from casfs.repository.index_opening import replace_with_empty
 from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import HOLE, ContentWriter
+from casfs.trees.file_content import FileContent, Ranges
 from casfs.trees.writer import TreeWriter
 
 DAMAGED_FOLDER = "damaged"
@@ -339,29 +339,16 @@ class SnapshotRepairer:
         Returns None where no data is left, or where the content list contradicts itself.
         """
         content = ContentWriter(writer.put, self._repository.codec.digest)
-        whole = blake3()
-        lost: list[tuple[int, int]] = []
-        size = kept = 0
+        file = FileContent(node, self._repository.content(node), self._read_intact, salvage=True)
+        kept = 0
         try:
-            for extent in self._repository.content(node).extents(lost_lists=True):
-                data = self._read_chunk(extent.digest, extent.length, extent.lost)
-                begin, size = size, size + extent.length
-                if data is not None:
-                    content.add(extent.length, extent.digest or HOLE)
-                    whole.update(data)
-                    kept += extent.length
-                    continue
-                content.add(extent.length, HOLE)
-                update_zeros(whole, extent.length)
-                if extent.digest is None:
-                    continue
-                if lost and lost[-1][1] == begin:
-                    lost[-1] = (lost[-1][0], size)
-                else:
-                    lost.append((begin, size))
+            for part in file.parts():
+                content.add(part.length, HOLE if part.data is None else part.digest or HOLE)
+                if not part.is_lost:
+                    kept += part.length if part.data is not None else 0
         except TreeError:
             return None
-        if not kept or size != node.size:
+        if not kept:
             return None
         records, levels = content.finish()
         attempts = 1
@@ -372,21 +359,20 @@ class SnapshotRepairer:
             node,
             content=records,
             levels=levels,
-            captured=whole.digest(),
+            captured=file.digest,
             state=CaptureState.CHANGED,
             extra=replace(node.extra or NodeExtra(), capture=evidence),
         )
-        return new, lost
+        return new, _merge(file.lost)
 
-    def _read_chunk(self, digest: Digest | None, length: int, lost: bool) -> bytes | None:
-        """Return the data of a chunk; None for a hole and for lost data."""
-        if digest is None or lost:
-            return None
+    def _read_intact(self, digest: Digest) -> bytes:
+        """Return a chunk; raise BlobError for whatever keeps it from being read."""
         try:
-            data = self._read(digest)
-        except CasfsError:
-            return None
-        return data if len(data) == length else None
+            return self._read(digest)
+        except BlobError:
+            raise
+        except CasfsError as error:
+            raise BlobError(digest, str(error)) from error
 
     def _report_dropped(self, path: bytes, message: str) -> None:
         self._current.dropped += 1
@@ -401,3 +387,14 @@ class _Frame:
     path: bytes
     nodes: Iterator[Node]
     tree: TreeWriter
+
+
+def _merge(ranges: Ranges) -> Ranges:
+    """Return sorted ranges with adjacent ones joined."""
+    merged: Ranges = []
+    for begin, end in ranges:
+        if merged and merged[-1][1] == begin:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((begin, end))
+    return merged

@@ -15,7 +15,8 @@ from casfs.errors import IntegrityError, TreeError
 from casfs.format.tree import Node, NodeExtra, NodeType, TreeRef, captured_digest
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.paths import join, split
-from casfs.trees.reader import TreeReader, check_depth
+from casfs.trees.reader import TreeReader
+from casfs.trees.walk import check_depth
 
 _NO_EXTRA = NodeExtra()
 

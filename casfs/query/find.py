@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from casfs.digest import digest_of
-from casfs.errors import IntegrityError
-from casfs.format.tree import Node, NodeType, TreeRef
+from casfs.errors import CasfsError, IntegrityError
+from casfs.format.tree import Node, NodeType
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.paths import join
-from casfs.trees.reader import TreeReader, check_depth, is_flagged
+from casfs.trees.reader import TreeReader, is_flagged
+from casfs.trees.walk import Children, Page, walk_pages
 
 MAX_REMEMBERED = 250_000
 """Trees remembered as holding nothing, some 40 MB. Later ones are not: a walk that begins again with
@@ -38,18 +39,6 @@ class Query:
     only_flagged: bool = False
 
 
-@dataclass(slots=True)
-class _Frame:
-    """A tree piece that is being looked through."""
-
-    path: bytes
-    depth: int
-    level: int
-    key: bytes
-    items: Iterator[Node | tuple[bytes, TreeRef]]
-    no_match: bool = True
-
-
 class Finder:
     """Look through one snapshot after the other for the same thing."""
 
@@ -57,7 +46,7 @@ class Finder:
         self._trees = trees
         self._query = query
         self._monitor = monitor
-        self._barren: set[bytes] = set()
+        self._no_match: set[bytes] = set()
         self._by_path = query.pattern is not None and "/" in query.pattern
         self._match = None
         if query.pattern is not None:
@@ -74,54 +63,40 @@ class Finder:
             if self._fits(path.rpartition(b"/")[0], root):
                 yield path, root
             return
-        frame = self._open(path, root.tree, 1, 0)
-        stack = [frame] if frame is not None else []
-        while stack:
-            frame = stack[-1]
-            child = None
-            for item in frame.items:
-                if isinstance(item, Node):
-                    if self._fits(frame.path, item):
-                        frame.no_match = False
-                        yield join(frame.path, item.name), item
-                    if item.tree is None:
-                        continue
-                    below = join(frame.path, item.name)
-                    child = self._open(below, item.tree, frame.depth + 1, 0)
-                else:
-                    child = self._open(frame.path, item[1], frame.depth, frame.level + 1)
-                if child is not None:
-                    stack.append(child)
-                    break
-            if child is None:
-                stack.pop()
-                self._leave(frame, stack[-1] if stack else None)
+        for page, node in walk_pages(path, root.tree, self._read, self._leave, self._damaged):
+            if self._fits(page.path, node):
+                page.is_marked = True
+                yield join(page.path, node.name), node
 
-    def _open(self, path: bytes, ref: TreeRef, depth: int, level: int) -> _Frame | None:
-        """Return the frame of a tree piece, or None where there is nothing to find in it."""
-        if self._query.only_flagged and not ref.flagged:
+    def _read(self, page: Page) -> Children | None:
+        """Return what a page holds, or None where a search found nothing in it before."""
+        if self._query.only_flagged and not page.ref.flagged:
             return None
-        key = digest_of(ref.digest + path) if self._by_path else ref.digest
-        if key in self._barren:
+        if self._key(page) in self._no_match:
             return None
-        try:
-            check_depth(depth, level)
-            return _Frame(path, depth, level, key, iter(self._trees.piece(ref)))
-        except IntegrityError as error:
-            self._remember(key)
-            message = f"the directory cannot be read whole: {error}"
-            self._monitor.problem(Problem(ProblemKind.DAMAGED, path, message))
-            return None
+        return self._trees.children(page.ref)
 
-    def _leave(self, frame: _Frame, above: _Frame | None) -> None:
-        if frame.no_match:
-            self._remember(frame.key)
-        elif above is not None:
-            above.no_match = False
+    def _leave(self, page: Page) -> None:
+        """Remember a page without a match; a match marks the pages above it."""
+        if not page.is_marked:
+            self._remember(self._key(page))
+        elif page.above is not None:
+            page.above.is_marked = True
+
+    def _damaged(self, page: Page, error: CasfsError) -> None:
+        if not isinstance(error, IntegrityError):
+            raise error
+        self._remember(self._key(page))
+        message = f"the directory cannot be read whole: {error}"
+        self._monitor.problem(Problem(ProblemKind.DAMAGED, page.path, message))
+
+    def _key(self, page: Page) -> bytes:
+        """Return what two pages share in which the query finds the same."""
+        return digest_of(page.ref.digest + page.path) if self._by_path else page.ref.digest
 
     def _remember(self, key: bytes) -> None:
-        if len(self._barren) < MAX_REMEMBERED:
-            self._barren.add(key)
+        if len(self._no_match) < MAX_REMEMBERED:
+            self._no_match.add(key)
 
     def _fits(self, above: bytes, node: Node) -> bool:
         query = self._query

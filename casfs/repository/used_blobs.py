@@ -6,15 +6,13 @@ a blob, whatever the number of snapshots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from casfs.digest import Digest
-from casfs.errors import TreeError
 from casfs.format.pack import BLOB_HEADER
-from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Node, NodeType, TreeRef
+from casfs.format.tree import Node, NodeType
 from casfs.index.bitmap import Bitmap
 from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, parse_records
+from casfs.trees.walk import Children, Page, walk_pages
 
 
 class UsedBlobs:
@@ -39,25 +37,15 @@ class UsedBlobs:
         if root.tree is None:
             self._add_content(root)
             return
-        stack: list[Iterator[Node | tuple[bytes, TreeRef]]] = []
-        ref: TreeRef | None = root.tree
-        while ref is not None or stack:
-            if ref is not None and self._count(Digest(ref.digest), self._opened):
-                if len(stack) > MAX_DEPTH * (MAX_PIECE_LEVELS + 1):
-                    raise TreeError("directories lie deeper than the format allows")
-                stack.append(iter(self._trees.piece(ref)))
-            ref = None
-            for item in stack[-1] if stack else ():
-                if not isinstance(item, Node):
-                    ref = item[1]
-                    break
-                if item.tree is not None:
-                    ref = item.tree
-                    break
-                self._add_content(item)
-            else:
-                if stack:
-                    stack.pop()
+
+        def read(page: Page) -> Children | None:
+            if not self._count(Digest(page.ref.digest), self._opened):
+                return None
+            return self._trees.children(page.ref)
+
+        for _, node in walk_pages(b"", root.tree, read):
+            if node.tree is None:
+                self._add_content(node)
 
     def _add_content(self, node: Node) -> None:
         if node.kind != NodeType.FILE:

@@ -15,78 +15,33 @@ from enum import StrEnum
 
 from blake3 import blake3
 
-from casfs.digest import Digest, update_zeros
-from casfs.errors import IntegrityError, TreeError
+from casfs.digest import Digest
+from casfs.errors import IntegrityError
 from casfs.format.tree import Node, NodeType, captured_digest, hard_link_key
 from casfs.repository.repository import Repository
 from casfs.restore import target_fs
-from casfs.trees.content import Extent, check_chunk_length
-
-Ranges = list[tuple[int, int]]
-"""Begin and end, in bytes, of parts of a file."""
+from casfs.trees.file_content import FileContent, Ranges
 
 _READ_BYTES = 1 << 20
 
 
-class Filler:
-    """Fill files from one repository; with `salvage` what is lost is left as zeros.
+def write_content(
+    fd: int, repository: Repository, node: Node, read: Callable[[Digest], bytes], salvage: bool
+) -> Ranges:
+    """Write the content of a file into an empty one and return the ranges that are lost.
 
-    Safe to share between threads.
+    `read` returns a chunk's verified plaintext, or raises BlobError. Raises BlobError or TreeError unless
+    everything verifies. With `salvage` lost chunks are left as zeros instead. Safe in several threads.
     """
-
-    def __init__(self, repository: Repository, salvage: bool) -> None:
-        self._repository = repository
-        self._salvage = salvage
-
-    def fill(self, fd: int, node: Node, read: Callable[[Digest], bytes]) -> Ranges:
-        """Write the content of a file into an empty one and return what was lost of it.
-
-        `read` returns a chunk's verified plaintext, or raises BlobError. Raises BlobError or TreeError
-        unless all of it verifies; with salvage only for what no zeros can stand for.
-        """
-        whole = blake3()
-        done = written = 0
-        lost: Ranges = []
-        for extent in self._repository.content(node).extents(lost_lists=self._salvage):
-            done = extent.begin + extent.length
-            if done > node.size:
-                break
-            data = self._read(extent, lost, read)
-            if data is None:
-                update_zeros(whole, extent.length)
-                continue
-            whole.update(data)
-            _write_at(fd, data, extent.begin)
-            written = done
-        if written < node.size:
-            os.ftruncate(fd, node.size)
-        if done > node.size or (done < node.size and not lost):
-            raise TreeError(f"its list tells {done} bytes where {node.size} were captured")
-        if lost:
-            return lost
-        if whole.digest() != captured_digest(node):
-            raise TreeError("all its chunks verify, but together they do not have its digest")
-        return lost
-
-    def _read(self, extent: Extent, lost: Ranges, read: Callable[[Digest], bytes]) -> bytes | None:
-        if extent.digest is None:
-            return None
-        try:
-            if not extent.lost:
-                return _chunk(extent, extent.digest, read)
-        except IntegrityError:
-            if not self._salvage:
-                raise
-        lost.append((extent.begin, extent.begin + extent.length))
-        return None
-
-
-def _chunk(extent: Extent, digest: Digest, read: Callable[[Digest], bytes]) -> bytes:
-    check_chunk_length(extent)
-    data = read(digest)
-    if len(data) != extent.length:
-        raise TreeError("a chunk does not have the length that is recorded for it")
-    return data
+    content = FileContent(node, repository.content(node), read, salvage)
+    written = 0
+    for part in content.parts():
+        if part.data is not None:
+            _write_at(fd, part.data, part.begin)
+            written = part.begin + part.length
+    if written < node.size:
+        os.ftruncate(fd, node.size)
+    return content.lost
 
 
 def verify_content(fd: int, node: Node) -> bool:
@@ -158,7 +113,8 @@ class EntryWriter:
         replace_folders: bool = False,
         dry_run: bool = False,
     ) -> None:
-        self._filler = Filler(repository, salvage)
+        self._repository = repository
+        self._salvage = salvage
         self._dry_run = dry_run
         self._overwrite = overwrite
         self._verify = verify
@@ -268,7 +224,9 @@ class EntryWriter:
         try:
             opened = target_fs.create_file(fd, name)
             try:
-                outcome.lost = self._filler.fill(opened, outcome.node, read)
+                outcome.lost = write_content(
+                    opened, self._repository, outcome.node, read, self._salvage
+                )
                 outcome.metadata_errors += target_fs.set_metadata(fd, name, outcome.node, opened)
                 _put_in_place(fd, name, outcome.node, st)
                 if self._verify:

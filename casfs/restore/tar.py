@@ -16,16 +16,14 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from blake3 import blake3
-
 from casfs.digest import Digest
 from casfs.display import escape_path
-from casfs.errors import IntegrityError, TreeError
+from casfs.errors import IntegrityError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node, NodeType, captured_digest, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository.repository import Repository
-from casfs.trees.content import check_chunk_length
+from casfs.trees.file_content import FileContent
 from casfs.trees.reader import is_flagged
 
 _ZEROS = bytes(1 << 20)
@@ -78,29 +76,16 @@ def file_bytes(repository: Repository, node: Node, path: bytes) -> Iterator[byte
     Raises DamagedContentError where a chunk does not verify, and at the end when all of them do but
     are not what was captured.
     """
-    whole = blake3()
+    content = FileContent(node, repository.content(node), repository.store.read)
     done = 0
     try:
-        for extent in repository.content(node).extents():
-            check_chunk_length(extent)
-            if done + extent.length > node.size:
-                raise TreeError("its list of chunks is longer than the file")
-            if extent.digest is None:
-                left = extent.length
-                while left:
-                    data = _ZEROS if left >= len(_ZEROS) else _ZEROS[:left]
-                    whole.update(data)
-                    yield data
-                    left -= len(data)
+        for part in content.parts():
+            if part.data is not None:
+                yield part.data
             else:
-                data = repository.store.read(extent.digest)
-                if len(data) != extent.length:
-                    raise TreeError("a chunk does not have the length that is recorded for it")
-                whole.update(data)
-                yield data
-            done += extent.length
-        if done != node.size or whole.digest() != captured_digest(node):
-            raise TreeError("its chunks verify, but together they are not what was captured")
+                for begin in range(0, part.length, len(_ZEROS)):
+                    yield _ZEROS[: part.length - begin]
+            done = part.begin + part.length
     except IntegrityError as error:
         raise DamagedContentError(path, done, error) from error
 

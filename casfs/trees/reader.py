@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from casfs.digest import Digest
 from casfs.errors import TreeError
 from casfs.format.tree import (
-    MAX_DEPTH,
     MAX_PIECE_LEVELS,
     CaptureState,
     Leaf,
@@ -22,6 +21,7 @@ from casfs.format.tree import (
     decode_piece,
 )
 from casfs.paths import join
+from casfs.trees.walk import Children, Page, walk_pages
 
 
 def is_flagged(node: Node) -> bool:
@@ -40,33 +40,13 @@ def flagged_files(trees: TreeReader, root: Node, path: bytes = b"") -> Iterator[
         return
     if not root.tree.flagged:
         return
-    first: Iterator[Node | tuple[bytes, TreeRef]] = iter(trees.piece(root.tree))
-    stack = [(path, 1, 0, first)]
-    while stack:
-        above, depth, level, items = stack[-1]
-        for item in items:
-            if isinstance(item, Node):
-                ref = item.tree
-                below, below_depth, below_level = join(above, item.name), depth + 1, 0
-                if ref is None and is_flagged(item):
-                    yield below, item
-            else:
-                ref = item[1]
-                below, below_depth, below_level = above, depth, level + 1
-            if ref is not None and ref.flagged:
-                check_depth(below_depth, below_level)
-                stack.append((below, below_depth, below_level, iter(trees.piece(ref))))
-                break
-        else:
-            stack.pop()
 
+    def read(page: Page) -> Children | None:
+        return trees.children(page.ref) if page.ref.flagged else None
 
-def check_depth(depth: int, level: int) -> None:
-    """Raise TreeError where directories, or the pieces of one directory, are nested too deeply."""
-    if depth > MAX_DEPTH:
-        raise TreeError(f"directories are nested more than {MAX_DEPTH} levels deep")
-    if level > MAX_PIECE_LEVELS:
-        raise TreeError("a directory is split more often than the format allows")
+    for page, node in walk_pages(path, root.tree, read):
+        if is_flagged(node):
+            yield join(page.path, node.name), node
 
 
 def flagged_below(node: Node) -> int:
@@ -91,6 +71,11 @@ class TreeReader:
         if isinstance(piece, Leaf):
             return piece.nodes
         return [(part.first, part.tree) for part in piece.pieces]
+
+    def children(self, ref: TreeRef) -> Children:
+        """Return what a tree blob holds: entries, or the pages of a split directory."""
+        piece = decode_piece(self._read(Digest(ref.digest)))
+        return piece.nodes if isinstance(piece, Leaf) else [part.tree for part in piece.pieces]
 
     def nodes(self, ref: TreeRef, after: bytes = b"") -> Iterator[Node]:
         """Yield a directory's entries with names greater than `after`, in order."""
@@ -160,14 +145,5 @@ class TreeReader:
         """Yield every entry below `root` with its path, each directory before its entries."""
         if root.tree is None:
             return
-        stack = [(path, self.nodes(root.tree))]
-        while stack:
-            above, nodes = stack[-1]
-            for node in nodes:
-                below = join(above, node.name)
-                yield below, node
-                if node.tree is not None:
-                    stack.append((below, self.nodes(node.tree)))
-                    break
-            else:
-                stack.pop()
+        for page, node in walk_pages(path, root.tree, lambda page: self.children(page.ref)):
+            yield join(page.path, node.name), node

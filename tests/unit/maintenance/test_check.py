@@ -23,13 +23,13 @@ from casfs.format.tree import (
     replace,
 )
 from casfs.index.schema import IndexedPack
-from casfs.maintenance import check as check_module
 from casfs.maintenance import scrub as scrub_module
 from casfs.maintenance.check import Checker, CheckResult
 from casfs.maintenance.scrub import Finding, PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import BlobStore
+from casfs.trees import walk
 from casfs.trees.content import EXTENT, HOLE, ContentWriter
 from tests.support.builders import Plan, RepositoryFixture, entry, file, flagged, reference
 from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
@@ -365,15 +365,15 @@ class TestContradictions:
     def test_check_stops_at_the_depth_bound(
         self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(check_module, "MAX_DEPTH", 10)
+        monkeypatch.setattr(walk, "MAX_DEPTH", 20)
         plan: Plan = {b"f": b""}
         for _ in range(30):
             plan = {b"d": plan}
         repo.publish(plan)
         (found,) = check(repo).damage
         assert found.what == "tree"
-        assert "deeper" in found.message
-        assert found.path is not None and found.path.count(b"/") == 20
+        assert "more than 20 levels deep" in found.message
+        assert found.path is not None and found.path.count(b"/") == 19
 
 
 def _encoded(node: Node) -> bytes:

@@ -9,6 +9,7 @@ import pytest
 from casfs.digest import digest_of
 from casfs.errors import BlobError, TreeError
 from casfs.format.tree import (
+    MAX_DEPTH,
     MAX_PIECE_LEVELS,
     Branch,
     Leaf,
@@ -146,12 +147,19 @@ class TestTreePath:
 
     def test_a_walk_handles_thousands_of_nested_directories(self, trees: TreeFixture) -> None:
         node = trees.build({b"f": b""})
-        for _ in range(5000):
+        for _ in range(MAX_DEPTH - 1):
             node = trees.build({b"d": node})
         paths = [path for path, _ in trees.reader.walk(node)]
-        assert len(paths) == 5001
-        assert paths[-1] == b"d/" * 5000 + b"f"
+        assert len(paths) == MAX_DEPTH
+        assert paths[-1] == b"d/" * (MAX_DEPTH - 1) + b"f"
         assert trees.reader.resolve(node, paths[-1]) is not None
+
+    def test_a_walk_refuses_directories_below_the_depth_bound(self, trees: TreeFixture) -> None:
+        node = trees.build({b"f": b""})
+        for _ in range(MAX_DEPTH):
+            node = trees.build({b"d": node})
+        with pytest.raises(TreeError, match="more than 4096 levels deep"):
+            list(trees.reader.walk(node))
 
 
 class TestHostileTree:
