@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 J = TypeVar("J")
@@ -14,12 +15,21 @@ _THREADS = 1
 """Beside the one that adds jobs. A second one made ext4 work half as long again (two threads wait for one
 journal, and for the interpreter) and nothing faster, on two cores."""
 
-_BATCH_JOBS = 32
-_BATCH_BYTES = 512 * 1024
-_MOST_WAITING = 96
-"""Batches and steps that wait: a directory that is to be closed by a step is one descriptor that is open."""
 
-_MOST_BYTES = 8 * 1024 * 1024
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """How large a batch is, and how much may wait before the caller does.
+
+    `waiting` counts batches and steps: a directory that a step closes is one open descriptor.
+    """
+
+    batch_jobs: int = 32
+    batch_bytes: int = 512 * 1024
+    waiting: int = 96
+    waiting_bytes: int = 8 * 1024 * 1024
+
+
+DEFAULT_LIMITS = PoolLimits()
 
 
 class OrderedPool(Generic[J, R]):
@@ -28,7 +38,14 @@ class OrderedPool(Generic[J, R]):
     `do` raises nothing that is expected. To be closed in a `finally`.
     """
 
-    def __init__(self, do: Callable[[J], R], tell: Callable[[R], None]) -> None:
+    def __init__(
+        self,
+        do: Callable[[J], R],
+        tell: Callable[[R], None],
+        *,
+        limits: PoolLimits = DEFAULT_LIMITS,
+    ) -> None:
+        self._limits = limits
         self._do = do
         self._tell = tell
         self._pool = ThreadPoolExecutor(_THREADS, "casfs-crew")
@@ -43,7 +60,8 @@ class OrderedPool(Generic[J, R]):
         """Have a job done that holds `size` bytes of memory; raises what `tell` and steps raise."""
         self._batch.append(job)
         self._batch_bytes += size
-        if len(self._batch) >= _BATCH_JOBS or self._batch_bytes >= _BATCH_BYTES:
+        limits = self._limits
+        if len(self._batch) >= limits.batch_jobs or self._batch_bytes >= limits.batch_bytes:
             self._send()
             self._advance()
 
@@ -75,7 +93,8 @@ class OrderedPool(Generic[J, R]):
         """Tell what is done, and wait where too much is not."""
         while self._waiting:
             future = self._waiting[0][0]
-            is_full = len(self._waiting) > _MOST_WAITING or self._bytes > _MOST_BYTES
+            limits = self._limits
+            is_full = len(self._waiting) > limits.waiting or self._bytes > limits.waiting_bytes
             if not is_full and future is not None and not future.done():
                 break
             self._settle_oldest()

@@ -24,7 +24,7 @@ from casfs.problems import changed_file, damaged_entry, restore_failed
 from casfs.repository.repository import Repository
 from casfs.restore import target_fs
 from casfs.restore.entry_writer import EntryResult, EntryWriter, LinkTarget, Overwrite
-from casfs.restore.ordered_pool import OrderedPool
+from casfs.restore.ordered_pool import DEFAULT_LIMITS, OrderedPool, PoolLimits
 from casfs.restore.prefetch import Prefetcher
 from casfs.restore.selection import Selection
 from casfs.trees.content import EXTENT, HOLE
@@ -93,7 +93,14 @@ class _Frame:
 class Restorer:
     """Restore into one target; used once, by one thread."""
 
-    def __init__(self, repository: Repository, options: RestoreOptions, monitor: Monitor) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        options: RestoreOptions,
+        monitor: Monitor,
+        *,
+        limits: PoolLimits = DEFAULT_LIMITS,
+    ) -> None:
         self.result = RestoreResult()
         self._repository = repository
         self._options = options
@@ -109,7 +116,9 @@ class Restorer:
             replace_folders=options.delete,
             dry_run=options.dry_run,
         )
-        self._crew: OrderedPool[_Job, EntryResult] = OrderedPool(self._write, self._settle)
+        self._crew: OrderedPool[_Job, EntryResult] = OrderedPool(
+            self._write, self._settle, limits=limits
+        )
         self._links: dict[_LinkKey, bytes] = {}
         self._zeroed: dict[_LinkKey, list[tuple[int, int]]] = {}
         self._root_fd, self._folder = -1, b""

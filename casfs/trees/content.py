@@ -33,6 +33,23 @@ Put = Callable[[BlobKind, Digest, bytes], None]
 
 
 @dataclass(frozen=True, slots=True)
+class ContentSplit:
+    """Where a content list is split; the defaults are those of the format.
+
+    Writers of a repository use the defaults: with other numbers an unchanged file has another list.
+    """
+
+    inline_records: int = MAX_INLINE_RECORDS
+    min_records: int = _PIECE_MIN_RECORDS
+    max_records: int = _PIECE_MAX_RECORDS
+    mask: int = _PIECE_MASK
+    max_levels: int = MAX_PIECE_LEVELS
+
+
+FORMAT_SPLIT = ContentSplit()
+
+
+@dataclass(frozen=True, slots=True)
 class Extent:
     """A run of a file: `begin` and `length` in bytes; `digest` of the chunk, or None for a hole.
 
@@ -53,7 +70,10 @@ class ContentWriter:
     chunks.
     """
 
-    def __init__(self, put: Put, digest: Callable[[bytes], Digest]) -> None:
+    def __init__(
+        self, put: Put, digest: Callable[[bytes], Digest], *, split: ContentSplit = FORMAT_SPLIT
+    ) -> None:
+        self._split = split
         self._put = put
         self._digest = digest
         self._levels: list[list[bytes]] = [[]]
@@ -65,7 +85,9 @@ class ContentWriter:
     def finish(self) -> tuple[bytes, int]:
         """Return the records for the node and the number of levels of list blobs below them."""
         level = 0
-        while level < len(self._levels) - 1 or len(self._levels[level]) > MAX_INLINE_RECORDS:
+        while (
+            level < len(self._levels) - 1 or len(self._levels[level]) > self._split.inline_records
+        ):
             if self._levels[level]:
                 self._flush(level)
             level += 1
@@ -74,15 +96,15 @@ class ContentWriter:
     def _add(self, level: int, record: bytes, digest: bytes) -> None:
         records = self._levels[level]
         records.append(record)
-        full = len(records) >= _PIECE_MAX_RECORDS
-        cut = int.from_bytes(digest[-2:], "big") & _PIECE_MASK == 0 and digest != HOLE
-        if full or (cut and len(records) >= _PIECE_MIN_RECORDS):
+        full = len(records) >= self._split.max_records
+        cut = int.from_bytes(digest[-2:], "big") & self._split.mask == 0 and digest != HOLE
+        if full or (cut and len(records) >= self._split.min_records):
             self._flush(level)
 
     def _flush(self, level: int) -> None:
         records, self._levels[level] = self._levels[level], []
         if level + 1 == len(self._levels):
-            if level + 1 > MAX_PIECE_LEVELS:
+            if level + 1 > self._split.max_levels:
                 raise TreeError("a file has more chunks than the format can list")
             self._levels.append([])
         data = b"".join(records)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from casfs.digest import Digest
 from casfs.errors import TreeError
@@ -33,6 +34,22 @@ _PIECE_MASK = 0x7FF
 """A name whose seeded CRC-32 ends in eleven zero bits ends a piece: on average about 3,000 entries."""
 
 
+@dataclass(frozen=True, slots=True)
+class TreeSplit:
+    """Where the tree of a directory is split; the defaults are those of the format.
+
+    Writers of a repository use the defaults: with other numbers an unchanged directory has another tree.
+    """
+
+    min_entries: int = PIECE_MIN_ENTRIES
+    max_entries: int = PIECE_MAX_ENTRIES
+    mask: int = _PIECE_MASK
+    max_levels: int = MAX_PIECE_LEVELS
+
+
+FORMAT_SPLIT = TreeSplit()
+
+
 class TreeWriter:
     """Builds the tree of one directory; used by one thread.
 
@@ -47,7 +64,11 @@ class TreeWriter:
         seed: int,
         previous: TreeRef | None = None,
         previous_single: list[Node] | None = None,
+        *,
+        split: TreeSplit = FORMAT_SPLIT,
     ) -> None:
+        self._split = split
+        self._min_entries = split.min_entries
         self._put = put
         self._digest = digest
         self._seed = seed
@@ -68,7 +89,7 @@ class TreeWriter:
         self.entries += 1
         nodes = self._nodes
         nodes.append(node)
-        if len(nodes) < PIECE_MIN_ENTRIES and (node.extra is None or not node.extra.xattrs):
+        if len(nodes) < self._min_entries and (node.extra is None or not node.extra.xattrs):
             return
         if self._ends_piece(node):
             self._flush()
@@ -99,11 +120,11 @@ class TreeWriter:
         for unencoded in self._nodes[len(self._encoded) :]:
             self._encoded.append(encode_node(unencoded))
             self._encoded_bytes += len(self._encoded[-1])
-        if len(self._nodes) >= PIECE_MAX_ENTRIES or self._encoded_bytes >= PIECE_MAX_BYTES:
+        if len(self._nodes) >= self._split.max_entries or self._encoded_bytes >= PIECE_MAX_BYTES:
             return True
         return (
-            len(self._nodes) >= PIECE_MIN_ENTRIES
-            and zlib.crc32(node.name, self._seed) & _PIECE_MASK == 0
+            len(self._nodes) >= self._min_entries
+            and zlib.crc32(node.name, self._seed) & self._split.mask == 0
         )
 
     def _flush(self) -> None:
@@ -121,13 +142,13 @@ class TreeWriter:
 
     def _append(self, level: int, piece: PieceRef) -> None:
         if level == len(self._levels):
-            if level >= MAX_PIECE_LEVELS:
+            if level >= self._split.max_levels:
                 raise TreeError("a directory has more entries than the format can hold")
             self._levels.append([])
         pieces = self._levels[level]
         pieces.append(piece)
-        ends = zlib.crc32(piece.first, self._seed ^ (level + 1)) & _PIECE_MASK == 0
-        if len(pieces) >= PIECE_MAX_ENTRIES or (ends and len(pieces) >= PIECE_MIN_ENTRIES):
+        ends = zlib.crc32(piece.first, self._seed ^ (level + 1)) & self._split.mask == 0
+        if len(pieces) >= self._split.max_entries or (ends and len(pieces) >= self._min_entries):
             self._flush_branch(level)
 
     def _flush_branch(self, level: int) -> None:

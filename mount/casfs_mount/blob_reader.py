@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError
@@ -23,10 +24,23 @@ _CAUTION = 8
 """How many times the length of a wait goes by until another one is risked."""
 
 
+def _major_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+
+
 class BlobReader:
     """The blobs of one repository; safe to share between threads."""
 
-    def __init__(self, store: BlobStore, waiting: EventLoopGuard) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        waiting: EventLoopGuard,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        major_faults: Callable[[], int] = _major_faults,
+    ) -> None:
+        self._clock = clock
+        self._major_faults = major_faults
         self._store = store
         self._waiting = waiting
         self._cautious_until = 0.0
@@ -39,14 +53,14 @@ class BlobReader:
         """
         if self._waiting.may_block():
             return self._store.read(digest)
-        began = time.monotonic()
+        began = self._clock()
         if began < self._cautious_until:
             raise WouldBlock
         try:
             data = self._store.read_nonblocking(digest, _NONBLOCKING_BYTES)
         except CasfsError:
             data = None  # the thread that may wait finds out what it is
-        ended = time.monotonic()
+        ended = self._clock()
         if ended - began > _SLOW_S:
             self._consider_caution(ended, ended - began)
         if data is None:
@@ -55,7 +69,7 @@ class BlobReader:
 
     def _consider_caution(self, now: float, waited: float) -> None:
         """Be careful for a while if it was a disk that took so long, and not another program."""
-        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+        faults = self._major_faults()
         if faults > self._faults:
             self._cautious_until = now + _CAUTION * waited
         self._faults = faults

@@ -35,7 +35,10 @@ class ChunkCache:
         waiting: EventLoopGuard,
         errands: BackgroundPool,
         limit_bytes: int = DEFAULT_CACHE_BYTES,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._read = read
         self._waiting = waiting
         self._errands = errands
@@ -96,7 +99,7 @@ class ChunkCache:
             with self._lock:
                 del self._loading[digest]
                 if isinstance(error, CasfsError):
-                    self._failures[digest] = error, time.monotonic() + _FAILURE_S
+                    self._failures[digest] = error, self._clock() + _FAILURE_S
                     while len(self._failures) > _MAX_FAILURES:
                         self._failures.popitem(last=False)
             mine.set_exception(error)
@@ -113,7 +116,7 @@ class ChunkCache:
         if failure is None:
             return
         error, until = failure
-        if time.monotonic() < until:
+        if self._clock() < until:
             raise error
         with self._lock:
             self._failures.pop(digest, None)

@@ -6,11 +6,9 @@ bytes with some changed, and real structures with some part of them replaced by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import msgspec
 import pytest
@@ -52,10 +50,17 @@ from casfs.format.tree import (
     hard_link_key,
     subtree_summary,
 )
-from casfs.trees import content as content_module
-from casfs.trees import writer as writer_module
-from casfs.trees.content import EXTENT, HOLE, ContentReader, ContentWriter, Extent, parse_records
+from casfs.trees.content import (
+    EXTENT,
+    HOLE,
+    ContentReader,
+    ContentSplit,
+    ContentWriter,
+    Extent,
+    parse_records,
+)
 from casfs.trees.reader import TreeReader
+from casfs.trees.writer import TreeSplit, TreeWriter
 from tests.support.stores import MemoryBlobs, make_pack
 
 CODEC = BlobCodec(3)
@@ -136,19 +141,9 @@ def directories(draw: st.DrawFn, max_size: int = 60) -> dict[bytes, Node]:
     }
 
 
-@contextmanager
-def small_pieces() -> Iterator[None]:
-    """Make pieces so small that a few entries have several levels of them."""
-    with (
-        mock.patch.object(writer_module, "PIECE_MIN_ENTRIES", 2),
-        mock.patch.object(writer_module, "PIECE_MAX_ENTRIES", 5),
-        mock.patch.object(writer_module, "_PIECE_MASK", 1),
-        mock.patch.object(content_module, "MAX_INLINE_RECORDS", 2),
-        mock.patch.object(content_module, "_PIECE_MIN_RECORDS", 2),
-        mock.patch.object(content_module, "_PIECE_MAX_RECORDS", 5),
-        mock.patch.object(content_module, "_PIECE_MASK", 1),
-    ):
-        yield
+SMALL_TREES = TreeSplit(min_entries=2, max_entries=5, mask=1)
+SMALL_LISTS = ContentSplit(inline_records=2, min_records=2, max_records=5, mask=1)
+"""Pieces so small that a few entries have several levels of them."""
 
 
 class TestTreeRoundTrip:
@@ -162,11 +157,10 @@ class TestTreeRoundTrip:
         self, directory: dict[bytes, Node], seed: int, other: bytes
     ) -> None:
         memory = MemoryBlobs()
-        with small_pieces():
-            writer = writer_module.TreeWriter(memory.put, digest_of, seed)
-            for name in sorted(directory):
-                writer.add(directory[name])
-            ref = writer.finish()
+        writer = TreeWriter(memory.put, digest_of, seed, split=SMALL_TREES)
+        for name in sorted(directory):
+            writer.add(directory[name])
+        ref = writer.finish()
         reader = TreeReader(memory.read)
         assert {node.name: node for node in reader.nodes(ref)} == directory
         assert [node.name for node in reader.nodes(ref)] == sorted(directory)
@@ -189,11 +183,10 @@ class TestContentListRoundTrip:
         self, records: list[tuple[int, bytes]], offset: int
     ) -> None:
         memory = MemoryBlobs()
-        with small_pieces():
-            writer = ContentWriter(memory.put, digest_of)
-            for length, digest in records:
-                writer.add(length, digest)
-            content, levels = writer.finish()
+        writer = ContentWriter(memory.put, digest_of, split=SMALL_LISTS)
+        for length, digest in records:
+            writer.add(length, digest)
+        content, levels = writer.finish()
         reader = ContentReader(content, levels, memory.read)
         found = list(reader.extents())
         assert [(e.length, e.digest or HOLE) for e in found] == records

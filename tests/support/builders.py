@@ -35,7 +35,7 @@ from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
 from casfs.trees.content import EXTENT
 from casfs.trees.reader import TreeReader
-from casfs.trees.writer import TreeWriter
+from casfs.trees.writer import FORMAT_SPLIT, TreeSplit, TreeWriter
 
 Plan = Mapping[bytes, Any]
 
@@ -73,7 +73,8 @@ def flagged(node: Node, seen: bytes = b"seen when read again") -> Node:
 class TreeFixture:
     """Trees in memory; `reads` are the digests of the blobs read so far, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, split: TreeSplit = FORMAT_SPLIT) -> None:
+        self._split = split
         self.blobs: dict[Digest, bytes] = {}
         self.reads: list[Digest] = []
         self.reader = TreeReader(self.read)
@@ -87,7 +88,7 @@ class TreeFixture:
 
     def build(self, plan: Plan, name: bytes = b"", **fields: Any) -> Node:
         """Return the node of a directory with the entries of a plan."""
-        writer = TreeWriter(self.put, digest_of, SEED)
+        writer = TreeWriter(self.put, digest_of, SEED, split=self._split)
         for below in sorted(plan):
             what = plan[below]
             if isinstance(what, Mapping):
@@ -106,10 +107,11 @@ def reference(node: Node) -> Digest:
 
 
 class RepositoryFixture:
-    """A repository of its own, and backups of folders into it."""
+    """A repository of its own, and backups of folders into it; `split` is for trees of a plan."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "repository"
+        self.split = FORMAT_SPLIT
         create_repository(self.root)
 
     def back_up(self, *sources: Path, **options: Any) -> tuple[SnapshotId, Snapshot]:
@@ -127,7 +129,7 @@ class RepositoryFixture:
     def publish(self, plan: Plan, **fields: Any) -> tuple[SnapshotId, Snapshot]:
         """Publish a snapshot of a plan; blobs of files that it gives as nodes are not stored."""
         with self.writing() as repository:
-            trees = TreeFixture()
+            trees = TreeFixture(self.split)
             root = trees.build(plan)
             writer = repository.writer()
             for digest, data in trees.blobs.items():

@@ -25,8 +25,8 @@ from casfs.maintenance.scrub import Finding, PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
 from casfs.storage.locks import LockMode
-from casfs.trees import writer
 from casfs.trees.content import EXTENT, HOLE
+from casfs.trees.writer import TreeSplit
 from tests.support.builders import RepositoryFixture, entry, reference
 from tests.support.stores import flip, noise, pack_paths
 
@@ -147,11 +147,10 @@ def test_repair_empties_a_lost_directory_and_keeps_all_others(repo: RepositoryFi
 
 
 def test_a_lost_piece_of_a_split_directory_costs_only_its_entries(
-    repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
+    repo: RepositoryFixture,
 ) -> None:
-    monkeypatch.setattr(writer, "PIECE_MIN_ENTRIES", 4)
-    monkeypatch.setattr(writer, "PIECE_MAX_ENTRIES", 8)
     names = [b"%03d" % number for number in range(40)]
+    repo.split = TreeSplit(min_entries=4, max_entries=8)
     _, snapshot = repo.publish({b"big": dict.fromkeys(names, b"")})
     with repo.reading() as repository:
         big = repository.trees.resolve(snapshot.root, b"big")

@@ -90,7 +90,9 @@ class TestBlobReader:
         now, faults, slow = 100.0, 0, True
         with repo.reading() as repository:
             waiting = EventLoopGuard()
-            blobs = BlobReader(repository.store, waiting)
+            blobs = BlobReader(
+                repository.store, waiting, clock=lambda: now, major_faults=lambda: faults
+            )
             blobs.read(digest_of(b"small"))
             whole = repository.store.read_nonblocking
 
@@ -99,14 +101,7 @@ class TestBlobReader:
                 now += 0.05 if slow else 0.0
                 return whole(digest, most)
 
-            class Usage:
-                @property
-                def ru_majflt(self) -> int:
-                    return faults
-
             monkeypatch.setattr(repository.store, "read_nonblocking", read_nonblocking)
-            monkeypatch.setattr("casfs_mount.blob_reader.time.monotonic", lambda: now)
-            monkeypatch.setattr("casfs_mount.blob_reader.resource.getrusage", lambda _: Usage())
             waiting.bind()
             assert blobs.read(digest_of(b"small")) == b"small"
             assert blobs.read(digest_of(b"small")) == b"small", "another program took the time"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from casfs_mount.background import BackgroundPool
@@ -59,8 +61,10 @@ class ReadCase:
         data = b"".join(whole)
         return entry(b"file", size=len(data), content=content, levels=levels), data
 
-    def cache(self, limit_bytes: int = 1 << 20) -> ChunkCache:
-        return ChunkCache(self.read, self.waiting, BackgroundPool(), limit_bytes)
+    def cache(
+        self, limit_bytes: int = 1 << 20, clock: Callable[[], float] = time.monotonic
+    ) -> ChunkCache:
+        return ChunkCache(self.read, self.waiting, BackgroundPool(), limit_bytes, clock=clock)
 
     def reader(self, node: Node, cache: ChunkCache | None = None) -> FileReader:
         self.damage: list[tuple[int, int, CasfsError]] = []
@@ -189,16 +193,13 @@ class TestDamagedFile:
                 reader.read(page * 4096, 4096)
         assert case.reads[bad] == 1
 
-    def test_a_disk_error_ends_when_the_disk_recovers(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_disk_error_ends_when_the_disk_recovers(self) -> None:
         case = ReadCase()
         node, whole = case.file(b"content")
         bad = digest_of(b"content")
         now = 100.0
-        monkeypatch.setattr("casfs_mount.chunk_cache.time.monotonic", lambda: now)
         case.failing[bad] = StorageError("read", "pack", OSError(5, "Input/output error"))
-        reader = case.reader(node)
+        reader = case.reader(node, case.cache(clock=lambda: now))
         with pytest.raises(UnreadableError):
             reader.read(0, 10)
         case.failing.clear()

@@ -22,10 +22,10 @@ from casfs.format.codec import BlobKind
 from casfs.format.tree import Node, NodeExtra, NodeType, TreeRef
 from casfs.monitor import Problem, ProblemKind, RecordingMonitor
 from casfs.patterns import parse_pattern
-from casfs.restore import ordered_pool as ordered_pool_module
 from casfs.restore import restorer as restorer_module
 from casfs.restore import target_fs as target_fs_module
 from casfs.restore.entry_writer import Overwrite
+from casfs.restore.ordered_pool import DEFAULT_LIMITS, PoolLimits
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
 from casfs.trees.content import EXTENT, HOLE, ContentWriter
 from tests.support.builders import (
@@ -60,6 +60,7 @@ class RestoreCase:
 
     def __init__(self, folder: Path) -> None:
         self.repo = RepositoryFixture(folder)
+        self.limits = DEFAULT_LIMITS
         self.target = folder / "target"
         self.outside = folder / "outside"
         self.outside.mkdir()
@@ -81,7 +82,7 @@ class RestoreCase:
             options[name] = tuple(parse_pattern(text.encode()) for text in options[name])
         with self.repo.reading() as repository:
             _, _, path, node = repository.snapshots.resolve_path(spec)
-            restorer = Restorer(repository, RestoreOptions(**options), monitor)
+            restorer = Restorer(repository, RestoreOptions(**options), monitor, limits=self.limits)
             result = restorer.restore(path, node, bytes(self.target), with_root)
         return Restored(result, monitor.problems)
 
@@ -845,8 +846,8 @@ class TestRestoreThreads:
     """Other threads write small entries; the result does not show which."""
 
     @pytest.fixture(autouse=True)
-    def _small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ordered_pool_module, "_BATCH_JOBS", 3)
+    def _small_batches(self, case: RestoreCase) -> None:
+        case.limits = PoolLimits(batch_jobs=3)
 
     def test_restore_reports_results_in_the_order_of_the_tree(
         self, case: RestoreCase, monkeypatch: pytest.MonkeyPatch

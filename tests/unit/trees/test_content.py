@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -12,12 +13,13 @@ from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError, TreeError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
 from casfs.format.tree import MAX_FILE_BYTES
-from casfs.trees import content as content_module
 from casfs.trees.content import (
     EXTENT,
+    FORMAT_SPLIT,
     HOLE,
     MAX_INLINE_RECORDS,
     ContentReader,
+    ContentSplit,
     ContentWriter,
     Extent,
     check_chunk_length,
@@ -29,15 +31,23 @@ MANY = 100_000
 Records = Sequence[tuple[int, bytes]]
 
 
-def write(memory: MemoryBlobs, records: Records) -> tuple[bytes, int]:
-    writer = ContentWriter(memory.put, digest_of)
+SMALL = ContentSplit(inline_records=2, min_records=2, max_records=4)
+"""Lists so small that a few hundred records have lists of lists."""
+
+
+def write(
+    memory: MemoryBlobs, records: Records, split: ContentSplit = FORMAT_SPLIT
+) -> tuple[bytes, int]:
+    writer = ContentWriter(memory.put, digest_of, split=split)
     for length, digest in records:
         writer.add(length, digest)
     return writer.finish()
 
 
-def reader_of(memory: MemoryBlobs, records: Records) -> ContentReader:
-    return ContentReader(*write(memory, records), memory.read)
+def reader_of(
+    memory: MemoryBlobs, records: Records, split: ContentSplit = FORMAT_SPLIT
+) -> ContentReader:
+    return ContentReader(*write(memory, records, split), memory.read)
 
 
 def extents_of(records: Records) -> list[Extent]:
@@ -166,18 +176,12 @@ class TestLongContentList:
 class TestContentListLevels:
     """Lists of lists of lists, which take petabytes unless pieces are made small."""
 
-    @pytest.fixture(autouse=True)
-    def small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(content_module, "MAX_INLINE_RECORDS", 2)
-        monkeypatch.setattr(content_module, "_PIECE_MIN_RECORDS", 2)
-        monkeypatch.setattr(content_module, "_PIECE_MAX_RECORDS", 4)
-
     @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 8, 9, 33, 64, 65, 300])
     def test_a_content_list_of_any_number_of_levels_is_read_from_any_offset(
         self, memory: MemoryBlobs, count: int
     ) -> None:
         records = random_records(count, seed=count)
-        reader, extents = reader_of(memory, records), extents_of(records)
+        reader, extents = reader_of(memory, records, SMALL), extents_of(records)
         assert list(reader.extents()) == extents
         end = sum(length for length, _ in records)
         offsets = {0, 1, end - 1} | {extent.begin for extent in extents}
@@ -192,7 +196,7 @@ class TestContentListLevels:
         self, memory: MemoryBlobs
     ) -> None:
         records = random_records(1000)
-        reader = reader_of(memory, records)
+        reader = reader_of(memory, records, SMALL)
         memory.reads.clear()
         middle = extents_of(records)[500]
         assert next(reader.extents(middle.begin + 1)) == middle
@@ -202,20 +206,18 @@ class TestContentListLevels:
         self, memory: MemoryBlobs
     ) -> None:
         records = random_records(300)
-        content, levels = write(memory, records)
+        content, levels = write(memory, records, SMALL)
         reported = list(ContentReader(content, levels, memory.read).blobs())
         chunks = [digest for digest in reported if digest not in memory.blobs]
         assert chunks == [digest for _, digest in records if digest != HOLE]
         assert {digest for digest in reported if digest in memory.blobs} == set(memory.blobs)
         assert reported.index(parse_records(content)[0][1]) == 0  # type: ignore[arg-type]
 
-    def test_a_content_list_beyond_the_level_bound_is_refused(
-        self, memory: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(content_module, "MAX_PIECE_LEVELS", 3)
-        assert write(memory, [(1, b"\x01" * 32)] * 4**3)[1] == 3
+    def test_a_content_list_beyond_the_level_bound_is_refused(self, memory: MemoryBlobs) -> None:
+        split = replace(SMALL, max_levels=3)
+        assert write(memory, [(1, b"\x01" * 32)] * 4**3, split)[1] == 3
         with pytest.raises(TreeError, match="more chunks than the format can list"):
-            write(memory, [(1, b"\x01" * 32)] * 4**5)
+            write(memory, [(1, b"\x01" * 32)] * 4**5, split)
 
 
 class TestHostileContentList:

@@ -20,8 +20,8 @@ from casfs.format.tree import (
     encode_piece,
 )
 from casfs.paths import join
-from casfs.trees import writer as writer_module
 from casfs.trees.reader import TreeReader
+from casfs.trees.writer import TreeSplit
 from tests.support.builders import TreeFixture, entry, file, reference
 from tests.support.stores import MemoryBlobs
 
@@ -37,14 +37,12 @@ def memory() -> MemoryBlobs:
 
 @pytest.fixture
 def trees() -> TreeFixture:
-    return TreeFixture()
+    return TreeFixture(TreeSplit(min_entries=3, max_entries=5))
 
 
 @pytest.fixture
-def split(monkeypatch: pytest.MonkeyPatch, trees: TreeFixture) -> Node:
+def split(trees: TreeFixture) -> Node:
     """A directory of 200 files that is split over several levels."""
-    monkeypatch.setattr(writer_module, "PIECE_MIN_ENTRIES", 3)
-    monkeypatch.setattr(writer_module, "PIECE_MAX_ENTRIES", 5)
     return trees.build({b"%03d" % number: b"" for number in range(0, 400, 2)})
 
 

@@ -23,17 +23,29 @@ from casfs.format.tree import (
     replace,
     subtree_summary,
 )
-from casfs.trees import writer as writer_module
 from casfs.trees.reader import TreeReader
-from casfs.trees.writer import PIECE_MAX_BYTES, PIECE_MAX_ENTRIES, PIECE_MIN_ENTRIES, TreeWriter
+from casfs.trees.writer import (
+    FORMAT_SPLIT,
+    PIECE_MAX_BYTES,
+    PIECE_MAX_ENTRIES,
+    PIECE_MIN_ENTRIES,
+    TreeSplit,
+    TreeWriter,
+)
 from tests.support.builders import entry, file, flagged
 from tests.support.stores import MemoryBlobs
 
 HUGE = 100_000
 
 
-def write(memory: MemoryBlobs, nodes: Iterable[Node], seed: int = 0) -> TreeRef:
-    writer = TreeWriter(memory.put, digest_of, seed)
+SMALL = TreeSplit(min_entries=2, max_entries=4)
+"""Pieces so small that a few thousand entries have branches of branches."""
+
+
+def write(
+    memory: MemoryBlobs, nodes: Iterable[Node], seed: int = 0, split: TreeSplit = FORMAT_SPLIT
+) -> TreeRef:
+    writer = TreeWriter(memory.put, digest_of, seed, split=split)
     for node in nodes:
         writer.add(node)
     return writer.finish()
@@ -167,18 +179,15 @@ class TestLargeDirectory:
         assert len(first.blobs.keys() & second.blobs.keys()) == 0
 
     def test_a_directory_is_split_at_the_greatest_number_of_entries_whatever_the_names(
-        self, memory: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
+        self, memory: MemoryBlobs
     ) -> None:
-        monkeypatch.setattr(writer_module, "_PIECE_MASK", (1 << 32) - 1)
-        ref = write(memory, numbered(2 * PIECE_MAX_ENTRIES + 5))
+        split = TreeSplit(mask=(1 << 32) - 1)
+        ref = write(memory, numbered(2 * PIECE_MAX_ENTRIES + 5), split=split)
         sizes = [len(p.nodes) for p in pieces_of(memory, ref) if isinstance(p, Leaf)]
         assert sizes == [PIECE_MAX_ENTRIES, PIECE_MAX_ENTRIES, 5]
 
-    def test_a_directory_of_exactly_one_full_piece_has_no_branch(
-        self, memory: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(writer_module, "_PIECE_MASK", 0)
-        ref = write(memory, numbered(PIECE_MIN_ENTRIES))
+    def test_a_directory_of_exactly_one_full_piece_has_no_branch(self, memory: MemoryBlobs) -> None:
+        ref = write(memory, numbered(PIECE_MIN_ENTRIES), split=TreeSplit(mask=0))
         assert [type(piece) for piece in pieces_of(memory, ref)] == [Leaf]
 
     def test_a_directory_with_large_attributes_is_split_by_size(self, memory: MemoryBlobs) -> None:
@@ -213,17 +222,12 @@ class TestLargeDirectory:
 class TestTreeLevels:
     """Branches of branches, which take millions of entries unless pieces are made small."""
 
-    @pytest.fixture(autouse=True)
-    def small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(writer_module, "PIECE_MIN_ENTRIES", 2)
-        monkeypatch.setattr(writer_module, "PIECE_MAX_ENTRIES", 4)
-
     @pytest.mark.parametrize("count", [1, 2, 4, 5, 16, 17, 64, 65, 300, 5000])
     def test_a_tree_of_any_number_of_levels_yields_every_entry(
         self, memory: MemoryBlobs, count: int
     ) -> None:
         nodes = numbered(count)
-        ref = write(memory, nodes)
+        ref = write(memory, nodes, split=SMALL)
         reader = TreeReader(memory.read)
         assert list(reader.nodes(ref)) == nodes
         assert ref.nodes == count
@@ -232,28 +236,24 @@ class TestTreeLevels:
     def test_a_tree_of_five_thousand_entries_in_small_pieces_has_several_levels(
         self, memory: MemoryBlobs
     ) -> None:
-        ref = write(memory, numbered(5000))
+        ref = write(memory, numbered(5000), split=SMALL)
         assert 6 <= len(pieces_on_the_way(memory, ref)) <= 9
 
-    def test_one_new_name_rewrites_one_piece_on_each_level(
-        self, memory: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(writer_module, "_PIECE_MASK", 1)
-        depth = len(pieces_on_the_way(memory, write(memory, numbered(3000))))
+    def test_one_new_name_rewrites_one_piece_on_each_level(self, memory: MemoryBlobs) -> None:
+        split = TreeSplit(min_entries=2, max_entries=4, mask=1)
+        depth = len(pieces_on_the_way(memory, write(memory, numbered(3000), split=split)))
         before = dict(memory.blobs)
         nodes = numbered(3000)
         nodes.insert(1500, replace(nodes[1499], name=nodes[1499].name + b"+"))
-        write(memory, nodes)
+        write(memory, nodes, split=split)
         assert len(before) > 1000
         assert 5 <= depth <= len(memory.blobs) - len(before) <= 4 * depth
 
-    def test_a_tree_beyond_the_level_bound_is_refused(
-        self, memory: MemoryBlobs, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(writer_module, "MAX_PIECE_LEVELS", 3)
-        write(memory, numbered(4**3))
+    def test_a_tree_beyond_the_level_bound_is_refused(self, memory: MemoryBlobs) -> None:
+        split = TreeSplit(min_entries=2, max_entries=4, max_levels=3)
+        write(memory, numbered(4**3), split=split)
         with pytest.raises(TreeError, match="more entries than the format can hold"):
-            write(memory, numbered(4**5))
+            write(memory, numbered(4**5), split=split)
 
 
 class TestUnchangedDirectory:
