@@ -1,7 +1,7 @@
-"""Writing one entry of a snapshot into a directory of the target: what each thread of a restore does.
+"""Write one entry of a snapshot into a directory of the target.
 
-A file appears under its name only when every chunk and then the whole file have verified; until then it has
-a temporary name beside it. Nothing here is shared between entries, and what happened is returned.
+A file gets its name after every chunk and the whole file have verified; until then it has a temporary name in
+the same directory. Entries share no state, and results are returned, so any thread may write any entry.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _READ_BYTES = 1 << 20
 def write_content(
     fd: int, repository: Repository, node: Node, read: Callable[[Digest], bytes], salvage: bool
 ) -> Ranges:
-    """Write the content of a file into an empty one and return the ranges that are lost.
+    """Write the content of a file to an empty open file, and return the lost ranges.
 
-    `read` returns a chunk's verified plaintext, or raises BlobError. Raises BlobError or TreeError unless
-    everything verifies. With `salvage` lost chunks are left as zeros instead. Safe in several threads.
+    `read` returns the verified plaintext of a chunk or raises BlobError. Raises BlobError or TreeError where
+    a chunk or the whole file does not verify. With `salvage`, lost ranges become zeros and are returned, and
+    only a content list that contradicts the node raises. Thread-safe.
     """
     content = FileContent(node, repository.content(node), read, salvage)
     written = 0
@@ -45,7 +46,7 @@ def write_content(
 
 
 def verify_content(fd: int, node: Node) -> bool:
-    """Tell whether an open file has the content of a node."""
+    """Return whether an open file, read from its position, has the captured digest of a node."""
     whole = blake3()
     while data := os.read(fd, _READ_BYTES):
         whole.update(data)
@@ -64,7 +65,7 @@ log = logging.getLogger(__name__)
 
 
 class Overwrite(StrEnum):
-    """What happens to an entry that the target has already."""
+    """The treatment of entries that exist in the target."""
 
     ALWAYS = "always"
     IF_CHANGED = "if-changed"
@@ -73,7 +74,7 @@ class Overwrite(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LinkTarget:
-    """Another name of a file, restored before: a path below an open directory."""
+    """A restored name of the same file: a path below an open directory."""
 
     fd: int
     path: bytes
@@ -81,12 +82,12 @@ class LinkTarget:
 
 @dataclass(slots=True)
 class EntryResult:
-    """What became of one entry.
+    """The result of one entry.
 
-    `written`: it is under its name. `unchanged`: it was there already as it should be. `skipped`: another
-    entry was left in its place. `lost` are ranges that are zeros, `metadata_errors` says what metadata could
-    not be set, `reads_back` is whether its content verified (None: not asked). `error` is why there is
-    nothing.
+    `written`: the entry was written under its name. `unchanged`: the existing entry was already equal.
+    `skipped`: the existing entry was kept. `linked`: the entry was written as a hard link. `lost` are ranges
+    restored as zeros. `metadata_errors` are the messages of `set_metadata`. `is_verified` is the result of
+    reading the file back (None: not requested). `error` is the reason why the entry was not restored.
     """
 
     path: bytes
@@ -97,12 +98,12 @@ class EntryResult:
     linked: bool = False
     lost: Ranges = field(default_factory=list)
     metadata_errors: list[str] = field(default_factory=list)
-    reads_back: bool | None = None
+    is_verified: bool | None = None
     error: IntegrityError | OSError | None = None
 
 
 class EntryWriter:
-    """Write entries of one repository's snapshots; safe to share between threads."""
+    """Write entries of the snapshots of one repository. Thread-safe."""
 
     def __init__(
         self,
@@ -126,37 +127,37 @@ class EntryWriter:
         path: bytes,
         node: Node,
         read: Callable[[Digest], bytes],
-        first: LinkTarget | None = None,
+        link_target: LinkTarget | None = None,
     ) -> EntryResult:
-        """Write the entry at `path` of a snapshot into the open directory `fd`; raises nothing of its own.
+        """Write the entry at `path` of a snapshot into the open directory `fd`.
 
-        `read` returns a chunk's verified plaintext; `first` is a name of the same file. In a dry run `fd` may
-        be -1 for a directory that is not there.
+        `read` returns the verified plaintext of a chunk; `link_target` is a restored name of the same file.
+        In a dry run, `fd` is -1 for a directory that does not exist. Errors are in the result.
         """
-        outcome = EntryResult(path, node)
+        result = EntryResult(path, node)
         try:
             st = target_fs.entry_stat(fd, node.name) if fd >= 0 else None
-            if st is not None and not self._may_replace(fd, outcome, st, first):
-                return outcome
+            if st is not None and not self._may_replace(fd, result, st, link_target):
+                return result
             if self._dry_run:
-                outcome.written = True
-                return outcome
-            if first is None or not self._link(fd, outcome, st, first):
+                result.written = True
+                return result
+            if link_target is None or not self._link(fd, result, st, link_target):
                 if node.kind == NodeType.FILE:
-                    self._write_file(fd, outcome, st, read)
+                    self._write_file(fd, result, st, read)
                 else:
-                    self._write_special(fd, outcome, st)
-            outcome.written = True
+                    self._write_special(fd, result, st)
+            result.written = True
         except (IntegrityError, OSError) as error:
-            outcome.error = error
-        return outcome
+            result.error = error
+        return result
 
     def _may_replace(
-        self, fd: int, outcome: EntryResult, st: os.stat_result, first: LinkTarget | None
+        self, fd: int, result: EntryResult, st: os.stat_result, link_target: LinkTarget | None
     ) -> bool:
-        node = outcome.node
+        node = result.node
         if self._overwrite == Overwrite.NEVER:
-            outcome.skipped = True
+            result.skipped = True
             return False
         same = (
             self._overwrite == Overwrite.IF_CHANGED
@@ -164,17 +165,17 @@ class EntryWriter:
             and stat.S_ISREG(st.st_mode)
             and st.st_size == node.size
             and st.st_mtime_ns == node.mtime_ns
-            and _is_linked_alike(node, st, first)
+            and _is_linked_alike(node, st, link_target)
         )
-        if same and self._leave_as_it_is(fd, outcome):
+        if same and self._keep_existing(fd, result):
             return False
         if stat.S_ISDIR(st.st_mode) and not self._replace_folders:
             target_fs.require_empty(fd, node.name)
         return True
 
-    def _leave_as_it_is(self, fd: int, outcome: EntryResult) -> bool:
-        """Give a file that is the same its metadata; False where this user may not even open it."""
-        node = outcome.node
+    def _keep_existing(self, fd: int, result: EntryResult) -> bool:
+        """Set the metadata of an equal existing file; return False where this user cannot open it."""
+        node = result.node
         if not self._dry_run:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             try:
@@ -182,87 +183,89 @@ class EntryWriter:
             except PermissionError:
                 return False
             try:
-                outcome.metadata_errors += target_fs.set_metadata(fd, node.name, node, opened)
+                result.metadata_errors += target_fs.set_metadata(fd, node.name, node, opened)
             finally:
                 os.close(opened)
-        outcome.skipped = outcome.unchanged = True
+        result.skipped = result.unchanged = True
         return True
 
     def _link(
-        self, fd: int, outcome: EntryResult, st: os.stat_result | None, first: LinkTarget
+        self, fd: int, result: EntryResult, st: os.stat_result | None, link_target: LinkTarget
     ) -> bool:
-        """Make a further name of a file that was restored before; False where that cannot be."""
+        """Write the entry as a hard link to a restored name; return False where linking fails."""
         name = target_fs.temporary_name()
         try:
             try:
                 os.link(
-                    first.path,
+                    link_target.path,
                     name,
-                    src_dir_fd=first.fd,
+                    src_dir_fd=link_target.fd,
                     dst_dir_fd=fd,
                     follow_symlinks=False,
                 )
             except OSError as error:
-                log.info("%r cannot be linked, it is copied: %s", outcome.path, error)
+                log.info(
+                    "%r cannot be hard-linked and is written as a copy: %s", result.path, error
+                )
                 return False
-            _put_in_place(fd, name, outcome.node, st)
+            _rename_into_place(fd, name, result.node, st)
         except BaseException:
             target_fs.unlink_quietly(fd, name)
             raise
-        outcome.linked = True
+        result.linked = True
         return True
 
     def _write_file(
         self,
         fd: int,
-        outcome: EntryResult,
+        result: EntryResult,
         st: os.stat_result | None,
         read: Callable[[Digest], bytes],
     ) -> None:
-        # An interrupt may come at any moment; the name is known before anything has it.
+        # The name is known before the file exists: an interrupt at any moment can remove the file.
         name = target_fs.temporary_name()
         try:
             opened = target_fs.create_file(fd, name)
             try:
-                outcome.lost = write_content(
-                    opened, self._repository, outcome.node, read, self._salvage
+                result.lost = write_content(
+                    opened, self._repository, result.node, read, self._salvage
                 )
-                outcome.metadata_errors += target_fs.set_metadata(fd, name, outcome.node, opened)
-                _put_in_place(fd, name, outcome.node, st)
+                result.metadata_errors += target_fs.set_metadata(fd, name, result.node, opened)
+                _rename_into_place(fd, name, result.node, st)
                 if self._verify:
-                    # By its descriptor: its mode may keep out even its owner.
+                    # By its descriptor: the mode may not permit the owner to open the file.
                     os.lseek(opened, 0, os.SEEK_SET)
-                    outcome.reads_back = verify_content(opened, outcome.node)
+                    result.is_verified = verify_content(opened, result.node)
             finally:
                 os.close(opened)
         except BaseException:
             target_fs.unlink_quietly(fd, name)
             raise
 
-    def _write_special(self, fd: int, outcome: EntryResult, st: os.stat_result | None) -> None:
+    def _write_special(self, fd: int, result: EntryResult, st: os.stat_result | None) -> None:
         name = target_fs.temporary_name()
         try:
-            target_fs.make_special(fd, name, outcome.node)
-            outcome.metadata_errors += target_fs.set_metadata(fd, name, outcome.node, None)
-            _put_in_place(fd, name, outcome.node, st)
+            target_fs.make_special(fd, name, result.node)
+            result.metadata_errors += target_fs.set_metadata(fd, name, result.node, None)
+            _rename_into_place(fd, name, result.node, st)
         except BaseException:
             target_fs.unlink_quietly(fd, name)
             raise
 
 
-def _is_linked_alike(node: Node, st: os.stat_result, first: LinkTarget | None) -> bool:
-    """Tell whether an entry of the target has the other names that its node has, as far as met."""
+def _is_linked_alike(node: Node, st: os.stat_result, link_target: LinkTarget | None) -> bool:
+    """Return whether an entry of the target is hard-linked as its node is, to the names restored so far."""
     if hard_link_key(node) is None:
         return st.st_nlink == 1
-    return first is None or os.path.samestat(
-        st, os.stat(first.path, dir_fd=first.fd, follow_symlinks=False)
+    return link_target is None or os.path.samestat(
+        st, os.stat(link_target.path, dir_fd=link_target.fd, follow_symlinks=False)
     )
 
 
-def _put_in_place(fd: int, name: bytes, node: Node, st: os.stat_result | None) -> None:
+def _rename_into_place(fd: int, name: bytes, node: Node, st: os.stat_result | None) -> None:
     if st is not None and stat.S_ISDIR(st.st_mode):
         target_fs.remove(fd, node.name, st)
     os.rename(name, node.name, src_dir_fd=fd, dst_dir_fd=fd)
-    # Two names of one inode are not renamed onto each other: then the temporary one is left.
+    # rename() does nothing where both names refer to one inode: the temporary name must be removed.
     if st is not None and node.nlink > 1:
         target_fs.unlink_quietly(fd, name)

@@ -1,9 +1,9 @@
-"""Reading ahead: blobs of a tree, read and verified by another thread just before they are asked for.
+"""Prefetch the blobs of a tree: a second thread reads and verifies them just before the restore needs them.
 
-A restore goes through a tree in the order in which a backup went through it, which is the order in the
-packs. So another thread goes the same way first, and hands over batches of what it has read, each with the
-path that it had come to. Two batches wait at most, so that memory is bounded. What it cannot read it leaves
-out: who asks for that reads it himself, and meets the error in its place.
+A restore walks a tree in the order of the backup, which is the order of the blobs in the packs. The second
+thread walks the tree first and queues batches of verified blobs, each with the path that it had reached. At
+most two batches are queued, so memory is bounded. Blobs that cannot be read are missing from the batches: the
+restore reads them itself and gets the error at the right entry.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from casfs.trees.reader import TreeReader
 
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 256
-_WAITING_BATCHES = 2
+_MAX_QUEUED = 2
 _POLL_S = 0.005
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Blobs by digest, and the path of the entry that the last of them is for (None: that of no other)."""
+    """Blobs by digest, and the path of the entry of the last blob; `last` is None in the final batch."""
 
     last: list[bytes] | None = field(default_factory=list)
     blobs: dict[Digest, bytes] = field(default_factory=dict)
 
 
 class Prefetcher:
-    """Read blobs of the tree at `path`, for one thread that goes through it in order.
+    """Prefetch the blobs of the tree at `path`, for one thread that walks it in order.
 
-    `path` is where that thread is; it says so as it goes. To be closed, or used in a `with` block.
+    The walking thread sets `path` to its current entry. Close the prefetcher, or use it in a `with` block.
     """
 
     def __init__(self, repository: Repository, path: bytes, root: Node) -> None:
         self.path = path
         self._store = repository.store
         self._batch = _Batch()
-        self._batches: queue.Queue[_Batch] = queue.Queue(_WAITING_BATCHES)
+        self._batches: queue.Queue[_Batch] = queue.Queue(_MAX_QUEUED)
         self._stopped = False
-        scout = _TreeScanner(repository, path, root)
+        scanner = _TreeScanner(repository, path, root)
         self._thread = threading.Thread(
-            target=self._run, args=(scout,), name="casfs-readahead", daemon=True
+            target=self._run, args=(scanner,), name="casfs-prefetch", daemon=True
         )
         self._thread.start()
 
@@ -68,7 +68,7 @@ class Prefetcher:
         self.close()
 
     def read(self, digest: Digest) -> bytes:
-        """Return a blob's verified plaintext; raises BlobError when it is missing or damaged."""
+        """Return the verified plaintext of a blob; raise BlobError where it is missing or damaged."""
         plain = self._batch.blobs.get(digest)
         if plain is not None:
             return plain
@@ -81,17 +81,17 @@ class Prefetcher:
         return self._store.read(digest)
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop and join the thread."""
         self._stopped = True
         self._batch = _Batch(None)
         while self._thread.is_alive():
-            with suppress(queue.Empty):  # it may be waiting for room
+            with suppress(queue.Empty):  # the thread may be waiting for room in the queue
                 self._batches.get_nowait()
             self._thread.join(_POLL_S)
 
-    def _run(self, scout: _TreeScanner) -> None:
+    def _run(self, scanner: _TreeScanner) -> None:
         try:
-            for batch in scout.batches():
+            for batch in scanner.batches():
                 if self._stopped:
                     return
                 self._batches.put(batch)
@@ -101,7 +101,7 @@ class Prefetcher:
 
 
 class _TreeScanner:
-    """Goes through a tree, reads what is in it, and makes batches."""
+    """Walk a tree, read its blobs, and make batches of them."""
 
     def __init__(self, repository: Repository, path: bytes, root: Node) -> None:
         self._repository = repository
@@ -116,32 +116,32 @@ class _TreeScanner:
         self._bytes = 0
 
     def batches(self) -> Iterator[_Batch]:
-        """Yield what was read, up to the first tree that cannot be."""
+        """Yield batches of blobs, up to the first tree that cannot be read."""
         here = self._path
         while True:
             try:
                 path, node = next(self._entries, (None, None))
             except CasfsError:
-                break  # it is told of by who comes to it
+                break  # the restore reports it when it reaches the entry
             if path is None or node is None:
                 break
             if self._is_full():
-                yield self._end(here)
+                yield self._finish_batch(here)
             here = path
             if node.kind != NodeType.FILE or node.nlink > 1:
                 continue
             for digest, size in self._chunks(node):
                 if self._is_full():
-                    yield self._end(here)
+                    yield self._finish_batch(here)
                 if digest not in self._wanted:
                     self._wanted[digest] = size
                     self._bytes += size
-        yield self._end(here)
+        yield self._finish_batch(here)
 
     def _is_full(self) -> bool:
         return self._bytes >= _BATCH_BYTES or len(self._wanted) >= _BATCH_BLOBS
 
-    def _end(self, path: bytes) -> _Batch:
+    def _finish_batch(self, path: bytes) -> _Batch:
         blobs = self._read
         if self._wanted:
             blobs |= read_batch(self._store, self._wanted)

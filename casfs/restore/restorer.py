@@ -1,8 +1,8 @@
-"""Restore: a tree of a snapshot, written below a target folder without a mount.
+"""Restore a tree of a snapshot into a target folder, without a mount.
 
-One thread goes through the tree, and a crew writes small entries; what happened is told in the order of the
-tree. What is damaged is reported and the rest is restored. Nothing is written outside the target: every
-directory is reached by its descriptor, and a symlink in the way is replaced and never followed.
+One thread walks the tree, and a worker pool writes small entries; results are reported in the order of the
+tree. Damaged entries are reported, and the rest is restored. The restore writes nothing outside the target:
+it reaches every directory by its descriptor, and replaces symlinks in its way without following them.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from casfs.restore.selection import Selection
 from casfs.trees.content import EXTENT, HOLE
 from casfs.trees.reader import TreeReader
 
-_HANDED_OVER_BYTES = 1 << 20
-"""A file of one chunk is written by the crew if it is no larger; others are, and are read, one at a time."""
+_MAX_POOLED_BYTES = 1 << 20
+"""The pool writes files of a single chunk up to this size. The walking thread writes larger files."""
 
-_FULL = frozenset([errno.ENOSPC, errno.EDQUOT])
+_DISK_FULL_ERRNOS = frozenset([errno.ENOSPC, errno.EDQUOT])
 
 _LinkKey = tuple[int, int, int, bytes]
-"""Device, inode, kind and content: an inode's number may have served two files in one backup."""
+"""Device, inode, kind and content: an inode number may have been reused during the backup."""
 
 
 _Job = tuple[int, bytes, Node, bytes | None]
-"""The directory, the path in the snapshot, and the node of an entry; its only chunk where that was read."""
+"""The directory's descriptor, the path in the snapshot, the node, and its only chunk if already read."""
 
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """What to restore and how; patterns are matched against paths in the snapshot."""
+    """The options of a restore; patterns are matched against paths in the snapshot."""
 
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
@@ -58,7 +58,7 @@ class RestoreOptions:
 
 @dataclass(slots=True)
 class RestoreResult:
-    """What was done; `damaged` files were not restored whole, `failed` entries not at all."""
+    """Counts of a restore: `damaged` files were restored in part or not, `failed` entries not at all."""
 
     files: int = 0
     directories: int = 0
@@ -74,24 +74,25 @@ class RestoreResult:
 
 @dataclass(slots=True)
 class _Frame:
-    """A directory that is being restored; `fd` is -1 until something in it is wanted.
+    """A directory that is being restored.
 
-    `mode` is that which a directory of the target had, where it was changed to write into it.
+    `fd` is -1 until an entry in it is included. `mode` is the original mode of an existing directory that
+    was made writable. `complete` is false where its tree is damaged. `names` are its entries in the snapshot.
     """
 
     node: Node
     path: bytes
     fd: int
-    wanted: bool
+    included: bool
     nodes: Iterator[Node] = field(default_factory=lambda: iter(()))
     created: bool = False
     mode: int | None = None
     complete: bool = True
-    kept: set[bytes] = field(default_factory=set)
+    names: set[bytes] = field(default_factory=set)
 
 
 class Restorer:
-    """Restore into one target; used once, by one thread."""
+    """Restore into one target. Use each instance for one restore, from one thread."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class Restorer:
         self._options = options
         self._monitor = monitor
         self._selection = Selection(options.include, options.exclude)
-        self._ahead: Prefetcher | None = None
+        self._prefetcher: Prefetcher | None = None
         self._trees = TreeReader(self._read)
         self._writer = EntryWriter(
             repository,
@@ -116,62 +117,75 @@ class Restorer:
             replace_folders=options.delete,
             dry_run=options.dry_run,
         )
-        self._crew: OrderedPool[_Job, EntryResult] = OrderedPool(
-            self._write, self._settle, limits=limits
+        self._pool: OrderedPool[_Job, EntryResult] = OrderedPool(
+            self._write, self._on_result, limits=limits
         )
         self._links: dict[_LinkKey, bytes] = {}
         self._zeroed: dict[_LinkKey, list[tuple[int, int]]] = {}
         self._root_fd, self._folder = -1, b""
-        self._opened: dict[int, _Frame] = {}
+        self._open_frames: dict[int, _Frame] = {}
         self._stack: list[_Frame] = []
-        self._base = 0
+        self._prefix_bytes = 0
 
     def restore(self, path: bytes, node: Node, folder: bytes, with_root: bool) -> RestoreResult:
-        """Restore the node at `path` of a snapshot: a directory's entries go straight into `folder`.
+        """Restore the node at `path` of a snapshot; the entries of a directory go directly into `folder`.
 
-        `with_root` gives `folder` the directory's own metadata too. Raises NotFoundError where the patterns
-        leave nothing to restore.
+        `with_root` applies the directory's own metadata to `folder`. Raises NotFoundError where the patterns
+        select no entry.
         """
-        root, mode = None, None
         self._folder = folder
-        wanted = self._selection.begin(path, node.tree is not None)
-        if self._options.dry_run:
-            self._root_fd = target_fs.open_if_exists(None, folder)
-        else:
-            self._root_fd, mode = target_fs.open_root(folder)
+        included = self._selection.begin(path, node.tree is not None)
+        root = self._open_target(path, node, included)
         try:
-            if node.tree is None:
-                above = Node(b"", NodeType.DIRECTORY, 0o700, 0, 0, 0, 0, 0, 1)
-                root = _Frame(above, path.rpartition(b"/")[0], self._root_fd, wanted)
-                root.nodes = iter([node])
-                root.complete = with_root = False
-            else:
-                root = self._frame(path, node, self._root_fd, wanted)
-            root.mode = mode
-            self._base = len(root.path) + 1 if root.path else 0
-            if self._takes_everything():
-                self._ahead = Prefetcher(self._repository, path, node)
-            self._run(root, with_root)
-            self._crew.drain()
+            if self._reads_everything():
+                self._prefetcher = Prefetcher(self._repository, path, node)
+            self._walk(root, with_root and node.tree is not None)
+            self._pool.drain()
         finally:
-            # Nobody writes any more when descriptors are closed.
-            self._crew.close()
-            if self._ahead is not None:
-                self._ahead.close()
-            for frame in reversed(self._opened.values()):
-                target_fs.close_restoring_mode(frame.fd, frame.mode)
-            if self._root_fd >= 0:
-                target_fs.close_restoring_mode(
-                    self._root_fd, root.mode if root is not None else mode
-                )
+            self._close(root)
+        self._report_unmatched_patterns(path)
+        return self.result
+
+    def _open_target(self, path: bytes, node: Node, included: bool) -> _Frame:
+        """Open the target folder, and return its frame.
+
+        A single entry is restored as the only entry of a directory without metadata of its own.
+        """
+        mode = None
+        if self._options.dry_run:
+            self._root_fd = target_fs.open_if_exists(None, self._folder)
+        else:
+            self._root_fd, mode = target_fs.open_root(self._folder)
+        if node.tree is not None:
+            root = self._frame(path, node, self._root_fd, included)
+        else:
+            above = Node(b"", NodeType.DIRECTORY, 0o700, 0, 0, 0, 0, 0, 1)
+            root = _Frame(above, path.rpartition(b"/")[0], self._root_fd, included)
+            root.nodes = iter([node])
+            root.complete = False
+        root.mode = mode
+        self._prefix_bytes = len(root.path) + 1 if root.path else 0
+        return root
+
+    def _close(self, root: _Frame) -> None:
+        """End all threads, then close all descriptors: no thread may write to a closed one."""
+        self._pool.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        for frame in reversed(self._open_frames.values()):
+            target_fs.close_restoring_mode(frame.fd, frame.mode)
+        if self._root_fd >= 0:
+            target_fs.close_restoring_mode(self._root_fd, root.mode)
+
+    def _report_unmatched_patterns(self, path: bytes) -> None:
+        """Report the patterns that matched nothing; raise NotFoundError where nothing was selected."""
         if not (self.result.damaged or self.result.failed):
             self._selection.require_match()
         for problem in self._selection.problems(path):
             self._monitor.problem(problem)
-        return self.result
 
-    def _takes_everything(self) -> bool:
-        """Tell whether all that is there will be read, as far as can be said before."""
+    def _reads_everything(self) -> bool:
+        """Return whether the options make the restore read every file, so that prefetching pays."""
         options = self._options
         return not (
             options.include
@@ -181,11 +195,11 @@ class Restorer:
         )
 
     def _read(self, digest: Digest) -> bytes:
-        if self._ahead is not None:
-            return self._ahead.read(digest)
+        if self._prefetcher is not None:
+            return self._prefetcher.read(digest)
         return self._repository.store.read(digest)
 
-    def _run(self, root: _Frame, with_root: bool) -> None:
+    def _walk(self, root: _Frame, with_root: bool) -> None:
         self._stack = [root]
         while self._stack:
             frame = self._stack[-1]
@@ -194,72 +208,73 @@ class Restorer:
                 self._stack.append(child)
                 continue
             is_root = len(self._stack) == 1
-            with_metadata = frame.created or (with_root if is_root else frame.wanted)
+            with_metadata = frame.created or (with_root if is_root else frame.included)
             self._stack.pop()
-            self._crew.call_after(partial(self._leave, frame, with_metadata))
+            self._pool.call_after(partial(self._leave, frame, with_metadata))
 
     def _advance(self, frame: _Frame) -> _Frame | None:
+        """Restore entries up to a directory to enter, and return its frame; None after the last entry."""
         for node in frame.nodes:
             path = join(frame.path, node.name)
-            if self._ahead is not None:
-                self._ahead.path = path
+            if self._prefetcher is not None:
+                self._prefetcher.path = path
             if self._options.delete:
-                frame.kept.add(node.name)
+                frame.names.add(node.name)
             is_directory = node.tree is not None
-            if self._selection.leaves_out(path, is_directory):
+            if self._selection.excludes_node(path, is_directory):
                 continue
-            included = self._selection.takes(path, is_directory, frame.wanted)
+            included = self._selection.includes(path, is_directory, frame.included)
             if is_directory:
                 child = self._frame(path, node, -1, included)
                 if included and not self._enter(child):
                     continue
                 if not included and self._options.dry_run and frame.fd >= 0:
-                    self._has_opened(child, target_fs.open_if_exists(frame.fd, node.name))
+                    self._set_open(child, target_fs.open_if_exists(frame.fd, node.name))
                 return child
             if included:
                 self._restore_entry(frame, path, node)
         return None
 
-    def _frame(self, path: bytes, node: Node, fd: int, wanted: bool) -> _Frame:
-        frame = _Frame(node, path, fd, wanted)
+    def _frame(self, path: bytes, node: Node, fd: int, included: bool) -> _Frame:
+        frame = _Frame(node, path, fd, included)
         frame.nodes = self._nodes(frame)
         return frame
 
     def _nodes(self, frame: _Frame) -> Iterator[Node]:
-        """Yield a directory's entries; a damaged tree is reported where it ends."""
+        """Yield the entries of a directory up to the first damaged tree, which is reported."""
         assert frame.node.tree is not None
         try:
             yield from self._trees.nodes(frame.node.tree)
         except IntegrityError as error:
             frame.complete = False
-            message = f"the directory cannot be read whole: {error}"
-            self._crew.call_after(partial(self._damaged, frame.path, message))
+            message = f"the directory cannot be read completely: {error}"
+            self._pool.call_after(partial(self._damaged, frame.path, message))
 
     def _enter(self, child: _Frame) -> bool:
-        """Make a directory, with those above it that nobody needed yet; False where it is in the way."""
+        """Create a directory and the missing ones above it; return False where an entry is in its way."""
         self.result.directories += 1
         self._progress(child.path)
         try:
             if self._options.dry_run:
-                return self._look(child)
-            return self._open(len(self._stack), child)
+                return self._open_existing(child)
+            return self._open_with_parents(len(self._stack), child)
         except OSError as error:
-            self._crew.call_after(partial(self._fail, child.path, error))
+            self._pool.call_after(partial(self._fail, child.path, error))
             return False
 
-    def _look(self, child: _Frame) -> bool:
-        """Open what is there already of a directory; False where something else would be left."""
+    def _open_existing(self, child: _Frame) -> bool:
+        """Open a directory if it exists; return False where an entry in its way would be kept."""
         above = self._stack[-1]
         name = child.node.name
         st = target_fs.entry_stat(above.fd, name) if above.fd >= 0 else None
         if st is not None and stat.S_ISDIR(st.st_mode):
-            self._has_opened(child, target_fs.open_if_exists(above.fd, name))
+            self._set_open(child, target_fs.open_if_exists(above.fd, name))
         elif st is not None and self._options.overwrite == Overwrite.NEVER:
             self.result.skipped += 1
             return False
         return True
 
-    def _open(self, depth: int, child: _Frame) -> bool:
+    def _open_with_parents(self, depth: int, child: _Frame) -> bool:
         opened = depth - 1
         while self._stack[opened].fd < 0:
             opened -= 1
@@ -280,35 +295,36 @@ class Restorer:
             target_fs.remove(above.fd, name, st)
             st = None
         if st is None:
-            self._has_opened(child, target_fs.make_directory(above.fd, name))
+            self._set_open(child, target_fs.make_directory(above.fd, name))
             child.created = True
         else:
-            self._has_opened(child, *target_fs.open_writable(above.fd, name, st))
+            self._set_open(child, *target_fs.open_writable(above.fd, name, st))
         return True
 
-    def _has_opened(self, frame: _Frame, fd: int, mode: int | None = None) -> None:
+    def _set_open(self, frame: _Frame, fd: int, mode: int | None = None) -> None:
         frame.fd, frame.mode = fd, mode
         if fd >= 0:
-            self._opened[fd] = frame
+            self._open_frames[fd] = frame
 
     def _leave(self, frame: _Frame, with_metadata: bool) -> None:
+        """Finish a directory after all its entries: delete others, set its metadata, close it."""
         if frame.fd < 0:
             return
-        if self._options.delete and frame.wanted and frame.complete:
+        if self._options.delete and frame.included and frame.complete:
             self._delete_others(frame)
         if with_metadata and not self._options.dry_run:
             self._report_metadata_errors(
                 frame.path, target_fs.set_metadata(frame.fd, b".", frame.node, frame.fd)
             )
             frame.mode = None
-        if self._opened.pop(frame.fd, None) is not None:
+        if self._open_frames.pop(frame.fd, None) is not None:
             target_fs.close_restoring_mode(frame.fd, frame.mode)
 
     def _delete_others(self, frame: _Frame) -> None:
         for text in os.listdir(frame.fd):
             name = os.fsencode(text)
             path = join(frame.path, name)
-            if name in frame.kept:
+            if name in frame.names:
                 continue
             try:
                 st = target_fs.entry_stat(frame.fd, name)
@@ -327,81 +343,88 @@ class Restorer:
         self._progress(path)
         dry_run = self._options.dry_run
         try:
-            if frame.fd < 0 and not dry_run and not self._open(len(self._stack) - 1, frame):
+            if (
+                frame.fd < 0
+                and not dry_run
+                and not self._open_with_parents(len(self._stack) - 1, frame)
+            ):
                 return
         except OSError as error:
-            self._crew.call_after(partial(self._settle, EntryResult(path, node, error=error)))
+            self._pool.call_after(partial(self._on_result, EntryResult(path, node, error=error)))
             return
         key = _link_key(node)
         if key is not None:
             self._restore_name(frame, path, node, key)
         elif _is_small(node) and not dry_run:
             blob = self._single_chunk(node)
-            self._crew.work((frame.fd, path, node, blob), len(blob or b""))
+            self._pool.work((frame.fd, path, node, blob), len(blob or b""))
         else:
-            outcome = self._writer.write(frame.fd, path, node, self._read)
-            self._crew.call_after(partial(self._settle, outcome))
+            result = self._writer.write(frame.fd, path, node, self._read)
+            self._pool.call_after(partial(self._on_result, result))
 
     def _single_chunk(self, node: Node) -> bytes | None:
-        """Return the only chunk of a small entry if it was read ahead; what is damaged is met again."""
+        """Return the only chunk of a small file if prefetching is on, or None.
+
+        A damaged chunk is None too: the pool reads it again and reports the error.
+        """
         digest = node.content[EXTENT.size - len(HOLE) :]
-        if self._ahead is None or node.kind != NodeType.FILE or not digest or digest == HOLE:
+        if self._prefetcher is None or node.kind != NodeType.FILE or not digest or digest == HOLE:
             return None
         try:
-            return self._ahead.read(Digest(digest))
+            return self._prefetcher.read(Digest(digest))
         except CasfsError:
             return None
 
     def _write(self, job: _Job) -> EntryResult:
-        """Write an entry; in any thread."""
+        """Write an entry. Thread-safe."""
         fd, path, node, blob = job
         read = self._repository.store.read if blob is None else lambda _: blob
         return self._writer.write(fd, path, node, read)
 
     def _restore_name(self, frame: _Frame, path: bytes, node: Node, key: _LinkKey) -> None:
-        """Restore one of several names of a file: a link where another one was restored before."""
-        self._crew.drain()
+        """Restore a file with several names: as a hard link where another of its names was restored."""
+        self._pool.drain()
         known = self._links.get(key)
-        first = LinkTarget(self._root_fd, known) if known is not None else None
-        outcome = self._writer.write(frame.fd, path, node, self._read, first)
-        is_new = outcome.written and not outcome.linked and not self._options.dry_run
-        if is_new or outcome.unchanged:
-            self._links[key] = path[self._base :]
-        if outcome.linked:
-            outcome.lost = self._zeroed.get(key, [])
-        elif outcome.lost:
-            self._zeroed[key] = outcome.lost
-        self._settle(outcome)
+        link_target = LinkTarget(self._root_fd, known) if known is not None else None
+        result = self._writer.write(frame.fd, path, node, self._read, link_target)
+        is_new = result.written and not result.linked and not self._options.dry_run
+        if is_new or result.unchanged:
+            self._links[key] = path[self._prefix_bytes :]
+        if result.linked:
+            result.lost = self._zeroed.get(key, [])
+        elif result.lost:
+            self._zeroed[key] = result.lost
+        self._on_result(result)
 
-    def _settle(self, outcome: EntryResult) -> None:
-        """Count and tell what became of an entry."""
-        path, node, error = outcome.path, outcome.node, outcome.error
+    def _on_result(self, result: EntryResult) -> None:
+        """Count and report the result of one entry."""
+        path, node, error = result.path, result.node, result.error
         if node.state == CaptureState.CHANGED:
             self.result.flagged += 1
             self._monitor.problem(changed_file(path, node))
-        if outcome.lost:
-            ranges = ", ".join(f"{begin}-{end}" for begin, end in outcome.lost)
-            message = f"it is damaged, zeros stand in the bytes {ranges}"
-            self._damaged(path, message, None, outcome.lost)
-        self._report_metadata_errors(path, outcome.metadata_errors)
-        self.result.skipped += outcome.skipped
-        if outcome.written:
+        if result.lost:
+            ranges = ", ".join(f"{begin}-{end}" for begin, end in result.lost)
+            message = f"it is damaged; bytes {ranges} were restored as zeros"
+            self._damaged(path, message, None, result.lost)
+        self._report_metadata_errors(path, result.metadata_errors)
+        self.result.skipped += result.skipped
+        if result.written:
             self._count(node)
-        if outcome.reads_back is not None:
-            if outcome.reads_back or self._options.salvage:
+        if result.is_verified is not None:
+            if result.is_verified or self._options.salvage:
                 self.result.verified += 1
             else:
-                self._damaged(path, "what was written reads back differently")
+                self._damaged(path, "digest mismatch when the restored file was read back")
         if isinstance(error, IntegrityError):
             self._damaged(path, f"it is damaged and was not restored: {error}", error)
         elif error is not None:
-            if error.errno in _FULL:
-                place = join(self._folder, path[self._base :])
-                raise OSError(error.errno, os.strerror(error.errno or 0), place) from error
+            if error.errno in _DISK_FULL_ERRNOS:
+                target = join(self._folder, path[self._prefix_bytes :])
+                raise OSError(error.errno, os.strerror(error.errno or 0), target) from error
             self._fail(path, error)
 
-    def _report_metadata_errors(self, path: bytes, unset: list[str]) -> None:
-        for message in unset:
+    def _report_metadata_errors(self, path: bytes, errors: list[str]) -> None:
+        for message in errors:
             self._monitor.problem(
                 Problem(ProblemKind.METADATA, path, f"not all metadata could be set: {message}")
             )
@@ -441,8 +464,8 @@ def _link_key(node: Node) -> _LinkKey | None:
 
 
 def _is_small(node: Node) -> bool:
-    """Tell whether an entry is written with at most one chunk, and that no large one."""
+    """Return whether an entry needs at most one chunk, which is small."""
     if node.kind != NodeType.FILE:
         return True
-    one = not node.levels and len(node.content) <= EXTENT.size
-    return one and node.size <= _HANDED_OVER_BYTES
+    is_single_chunk = not node.levels and len(node.content) <= EXTENT.size
+    return is_single_chunk and node.size <= _MAX_POOLED_BYTES

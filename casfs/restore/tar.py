@@ -1,10 +1,10 @@
-"""Verified bytes as streams: a file as what it holds, a directory as a tar.
+"""Stream verified data: the content of a file, or a directory as a tar.
 
-The tar is a POSIX (pax) one: what a plain header cannot say exactly, such as nanoseconds, long or
-odd names, large numbers and xattrs, stands in an extended header before it. Its records are put
-together here, as bytes, because names and xattrs need not be text. Memory is bounded: of a file one chunk
-is held, of the hard links a limited number. The stream ends where the first damage begins, since all
-that follows would be taken for sound.
+The tar has the POSIX pax format: values that a plain header cannot represent, such as nanoseconds, long or
+undecodable names, large numbers and xattrs, are in an extended header before it. This module builds the
+records as bytes, because names and xattrs need not be text. Memory is bounded: one chunk of a file, and a
+limited number of hard links. The stream ends at the first damage, because a reader would take the rest for
+intact.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from casfs.trees.reader import is_flagged
 
 _ZEROS = bytes(1 << 20)
 _MAX_LINKS = 100_000
-"""Hard-linked files remembered at a time; one that was forgotten is written once more, as a file."""
+"""Hard-linked files remembered at a time; a file beyond the limit is written again in full."""
 
 _MAX_OCTAL_7 = 8**7 - 1
 _MAX_OCTAL_11 = 8**11 - 1
@@ -58,7 +58,7 @@ _ACL_TAGS = {
 
 
 class DamagedContentError(IntegrityError):
-    """A file's content cannot be given from an offset on (in bytes)."""
+    """The content of a file is damaged; `offset` (in bytes) is where its intact beginning ends."""
 
     def __init__(self, path: bytes, offset: int, cause: IntegrityError) -> None:
         super().__init__(path, offset, cause)
@@ -71,10 +71,10 @@ class DamagedContentError(IntegrityError):
 
 
 def file_bytes(repository: Repository, node: Node, path: bytes) -> Iterator[bytes]:
-    """Yield a regular file's content, chunk by chunk as it verifies, holes as zeros.
+    """Yield the content of a regular file in verified chunks, and holes as zeros.
 
-    Raises DamagedContentError where a chunk does not verify, and at the end when all of them do but
-    are not what was captured.
+    Raises DamagedContentError at a damaged chunk, and at the end where the digest of the whole file
+    differs from the captured one.
     """
     content = FileContent(node, repository.content(node), repository.store.read)
     done = 0
@@ -92,7 +92,7 @@ def file_bytes(repository: Repository, node: Node, path: bytes) -> Iterator[byte
 
 @dataclass(slots=True)
 class TarStats:
-    """What a tar holds; `content_bytes` are those of the files in it."""
+    """Counts of the entries of a tar; `content_bytes` is the size of the files in it."""
 
     files: int = 0
     directories: int = 0
@@ -105,7 +105,7 @@ class TarStats:
 
 @dataclass(slots=True)
 class _Link:
-    """A file that was written and has further names that were not met yet."""
+    """A written file with hard links that were not visited yet."""
 
     path: bytes
     kind: int
@@ -114,10 +114,10 @@ class _Link:
 
 
 class TarWriter:
-    """Write the entries below directories of one snapshot to `write`, as one tar; used once.
+    """Write the entries below directories of one snapshot to `write`, as one tar.
 
-    Sockets, which a tar cannot hold, are left out, and flagged files are written as they were
-    captured; the monitor is told of both.
+    Use each instance for one tar. Sockets, which a tar cannot represent, are skipped; files in state
+    `changed` are written as captured. The monitor gets a problem for each of both.
     """
 
     def __init__(
@@ -137,10 +137,10 @@ class TarWriter:
         self._links: dict[tuple[int, int], _Link] = {}
 
     def add_below(self, root: Node, path: bytes) -> None:
-        """Write all entries below a directory that is at `path` of the snapshot, named from there on.
+        """Write all entries below the directory at `path` of the snapshot, with names relative to it.
 
-        The directory's own metadata are not in the tar, so that unpacking it changes nothing of the
-        folder where that is done. Raises DamagedContentError, BlobError and TreeError.
+        The directory's own metadata are not in the tar, so that extracting it does not change the folder
+        it is extracted into. Raises DamagedContentError, BlobError and TreeError.
         """
         for name, node in self._repository.trees.walk(root):
             self._add(name, path + b"/" + name if path else name, node)
@@ -156,11 +156,11 @@ class TarWriter:
         progress.path = path
         progress.files += 1
         if node.kind == NodeType.SOCKET:
-            self._leave_out(path, "a socket cannot be in a tar; it is left out")
+            self._skip(path, "a tar cannot contain a socket; it is left out")
             return
         if is_flagged(node):
             self.stats.flagged += 1
-            message = "it changed while it was captured; it is written as it was captured"
+            message = "it changed while it was captured; written as captured"
             self._monitor.problem(Problem(ProblemKind.CHANGED, path, message))
         first = self._first_name(node)
         if first is not None:
@@ -172,7 +172,7 @@ class TarWriter:
             node.kind in (NodeType.CHARACTER_DEVICE, NodeType.BLOCK_DEVICE)
             and _device(node) is None
         ):
-            self._leave_out(path, "its device number does not fit into a tar; it is left out")
+            self._skip(path, "its device number does not fit into a tar; it is left out")
             return
         if node.kind == NodeType.DIRECTORY:
             name += b"/"
@@ -187,7 +187,7 @@ class TarWriter:
         self._remember(name, node)
         self._count(node)
 
-    def _leave_out(self, path: bytes, message: str) -> None:
+    def _skip(self, path: bytes, message: str) -> None:
         self.stats.left_out += 1
         self._monitor.problem(Problem(ProblemKind.LEFT_OUT, path, message))
 
@@ -200,7 +200,7 @@ class TarWriter:
             self.stats.others += 1
 
     def _first_name(self, node: Node) -> bytes | None:
-        """Return the name under which the same file was written before, or None."""
+        """Return the name under which the same file was already written, or None."""
         key = hard_link_key(node)
         link = self._links.get(key) if key is not None else None
         if key is None or link is None:
@@ -224,7 +224,7 @@ class TarWriter:
         self._written_bytes += len(data)
 
     def _header(self, name: bytes, node: Node, kind: bytes, target: bytes) -> bytes:
-        """Return the header of an entry, after the extended one that it may need."""
+        """Return the header of an entry, preceded by an extended header where it needs one."""
         info = tarfile.TarInfo()
         info.type = kind
         info.mode = node.mode
@@ -248,7 +248,7 @@ class TarWriter:
             info.devmajor, info.devminor = device
         if node.extra is not None and kind != tarfile.LNKTYPE:
             for attribute, value in node.extra.xattrs:
-                # GNU tar's way to keep the sign that ends a keyword out of it.
+                # As GNU tar does: an equals sign would end the keyword.
                 keyword = attribute.replace(b"%", b"%25").replace(b"=", b"%3D")
                 records[b"SCHILY.xattr." + keyword] = value
                 if attribute in _ACL_KEYWORDS and (text := _acl_text(value)):
@@ -257,7 +257,7 @@ class TarWriter:
 
 
 def _text(records: dict[bytes, bytes], keyword: bytes, value: bytes, limit: int) -> str:
-    """Return what the plain header says; what it can't goes into the records."""
+    """Return the text for the plain header, and add a record where that cannot represent the value."""
     if value.isascii() and len(value) <= limit:
         return value.decode("ascii")
     records[keyword] = value
@@ -279,9 +279,9 @@ def _decimal_seconds(time_ns: int) -> bytes:
 
 
 def _acl_text(value: bytes) -> bytes | None:
-    """Return a POSIX ACL as text with numeric ids, or None for what is not the kernel's form of one.
+    """Return a POSIX ACL as text with numeric ids, or None for a value not in the kernel's format.
 
-    `tar --acls` takes the ACL from there and then ignores the xattr.
+    `tar --acls` reads the ACL from this text and ignores the xattr.
     """
     if len(value) % _ACL_ENTRY.size != _ACL_VERSION.size or value[:4] != _ACL_VERSION.pack(2):
         return None
@@ -298,7 +298,7 @@ def _acl_text(value: bytes) -> bytes | None:
 
 
 def _device(node: Node) -> tuple[int, int] | None:
-    """Return major and minor number of a device, or None where a tar cannot hold them."""
+    """Return major and minor number of a device, or None where a tar cannot represent them."""
     rdev = node.extra.rdev if node.extra is not None else 0
     try:
         device = os.major(rdev), os.minor(rdev)
@@ -310,7 +310,7 @@ def _device(node: Node) -> tuple[int, int] | None:
 def _extended_header(records: dict[bytes, bytes]) -> bytes:
     if not records:
         return b""
-    # How the names are to be read must be said before the names.
+    # The character set applies to the names after it, so it comes first.
     ordered = sorted(records.items(), key=lambda record: record[0] != b"hdrcharset")
     data = b"".join(_record(keyword, value) for keyword, value in ordered)
     return _extended_block(len(data)) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
@@ -318,7 +318,7 @@ def _extended_header(records: dict[bytes, bytes]) -> bytes:
 
 @functools.lru_cache(maxsize=1024)
 def _extended_block(size: int) -> bytes:
-    """Return the block before an extended header of `size` bytes: most have one of a few sizes."""
+    """Return the header block of an extended header of `size` bytes. Few sizes are common: cached."""
     info = tarfile.TarInfo("PaxHeaders/entry")
     info.type = tarfile.XHDTYPE
     info.size = size
@@ -326,7 +326,7 @@ def _extended_block(size: int) -> bytes:
 
 
 def _record(keyword: bytes, value: bytes) -> bytes:
-    """Return a record, which begins with its own length in decimal."""
+    """Return a pax record, which begins with its own length in decimal."""
     rest = b" %s=%s\n" % (keyword, value)
     length = len(rest)
     while length != len(rest) + len(str(length)):

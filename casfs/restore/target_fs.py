@@ -1,6 +1,7 @@
-"""The file system that is restored into: entries by directory descriptor, never through a symlink.
+"""Access the target file system by directory descriptor, and never through a symlink.
 
-A regular file gets its name only when all of it is written; until then it has a temporary one beside.
+A regular file gets its name after all of it is written; until then it has a temporary name in the same
+directory.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ TEMPORARY_PREFIX = b".casfs-restore-"
 
 _serial = itertools.count()
 
-_NOT_MINE = frozenset([errno.EPERM, errno.EACCES, errno.ENOTSUP])
-"""What a user who is not root cannot set is left, as `cp -a` leaves it."""
+_NOT_PERMITTED_ERRNOS = frozenset([errno.EPERM, errno.EACCES, errno.ENOTSUP])
+"""Metadata that an ordinary user has no permission to set are skipped, as `cp -a` does."""
 
 
 def open_root(target: bytes) -> tuple[int, int | None]:
-    """Open the folder to restore into, made when it is not there, as `open_writable` does."""
+    """Open the target folder as `open_writable` does; create it where it does not exist."""
     os.makedirs(target, exist_ok=True)
     return _open_writable(None, target, os.stat(target), follow=True)
 
 
 def open_writable(fd: int, name: bytes, st: os.stat_result) -> tuple[int, int | None]:
-    """Open a directory of the target to make entries in it; raises OSError for a symlink.
+    """Open a directory of the target to create entries in it; raise OSError for a symlink.
 
-    One that its owner may not write into, as a restore before may have left it, gets that right. Then its
-    mode comes with the descriptor, for `close_restoring_mode` to give it back where it gets no other.
+    Where the owner has no write permission, as after an earlier restore, the function grants it and returns
+    the original mode with the descriptor, for `close_restoring_mode`; else it returns None for the mode.
     """
     return _open_writable(fd, name, st, follow=False)
 
 
 def close_restoring_mode(fd: int, mode: int | None) -> None:
-    """Close a directory, with the mode that it had where one is given."""
+    """Close a directory, after its mode is set back to `mode` (None: unchanged)."""
     try:
         if mode is not None:
             os.fchmod(fd, mode)
@@ -56,13 +57,13 @@ def _open_writable(
     rights = os.R_OK | os.W_OK | os.X_OK
     if mode & stat.S_IRWXU == stat.S_IRWXU or os.access(name, rights, dir_fd=dir_fd):
         return os.open(name, os.O_RDONLY | flags, dir_fd=dir_fd), None
-    # By a descriptor: the name may be that of a symlink by now.
+    # By a descriptor: another process may have replaced the directory by a symlink.
     path_fd = os.open(name, os.O_PATH | flags, dir_fd=dir_fd)
     try:
         try:
             os.chmod(b"/proc/self/fd/%d" % path_fd, mode | stat.S_IRWXU)
         except OSError as error:
-            if error.errno not in _NOT_MINE:
+            if error.errno not in _NOT_PERMITTED_ERRNOS:
                 raise
             return os.open(name, os.O_RDONLY | flags, dir_fd=dir_fd), None
         return os.open(b"/proc/self/fd/%d" % path_fd, os.O_RDONLY | os.O_CLOEXEC), mode
@@ -71,7 +72,7 @@ def _open_writable(
 
 
 def open_if_exists(fd: int | None, name: bytes) -> int:
-    """Open a directory to see what is in it, or return -1 where that cannot be seen."""
+    """Open a directory for listing, or return -1 where that fails."""
     try:
         if fd is not None:
             return open_subdir(fd, name)
@@ -81,7 +82,7 @@ def open_if_exists(fd: int | None, name: bytes) -> int:
 
 
 def require_empty(fd: int, name: bytes) -> None:
-    """Raise OSError for a directory that has something in it."""
+    """Raise OSError for a directory that is not empty."""
     opened = open_subdir(fd, name)
     try:
         if os.listdir(opened):
@@ -91,13 +92,13 @@ def require_empty(fd: int, name: bytes) -> None:
 
 
 def open_subdir(fd: int, name: bytes) -> int:
-    """Open a directory of the target; raises OSError for a symlink."""
+    """Open a directory of the target; raise OSError for a symlink."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(name, flags, dir_fd=fd)
 
 
 def entry_stat(fd: int, name: bytes) -> os.stat_result | None:
-    """Return what is known of an entry, or None where there is none."""
+    """Return the `lstat` result of an entry, or None where it does not exist."""
     try:
         return os.stat(name, dir_fd=fd, follow_symlinks=False)
     except FileNotFoundError:
@@ -105,35 +106,35 @@ def entry_stat(fd: int, name: bytes) -> os.stat_result | None:
 
 
 def make_directory(fd: int, name: bytes) -> int:
-    """Make a directory that only its owner enters until its metadata are set, and open it."""
+    """Create and open a directory that only its owner can enter until its metadata are set."""
     os.mkdir(name, 0o700, dir_fd=fd)
     return open_subdir(fd, name)
 
 
 def remove(fd: int, name: bytes, st: os.stat_result) -> None:
-    """Remove an entry and all below it, following no symlink."""
+    """Remove an entry and everything below it, without following symlinks."""
     if not stat.S_ISDIR(st.st_mode):
         os.unlink(name, dir_fd=fd)
         return
     try:
         shutil.rmtree(name, dir_fd=fd)
     except PermissionError:
-        _unprotect(fd, name)
+        _make_removable(fd, name)
         for _, below, _, opened in os.fwalk(name, dir_fd=fd):
             for entry in below:
-                _unprotect(opened, entry)
+                _make_removable(opened, entry)
         shutil.rmtree(name, dir_fd=fd)
 
 
-def _unprotect(fd: int, name: bytes) -> None:
-    """Give its owner the right to empty a directory; anything else is left alone."""
+def _make_removable(fd: int, name: bytes) -> None:
+    """Grant the owner of a directory write permission on it; ignore other entries."""
     st = entry_stat(fd, name)
     if st is not None and stat.S_ISDIR(st.st_mode):
         os.close(open_writable(fd, name, st)[0])
 
 
 def unlink_quietly(fd: int, name: bytes) -> None:
-    """Remove an entry that may not be there."""
+    """Remove an entry, and ignore errors."""
     try:
         os.unlink(name, dir_fd=fd)
     except OSError:
@@ -141,12 +142,12 @@ def unlink_quietly(fd: int, name: bytes) -> None:
 
 
 def temporary_name() -> bytes:
-    """Return a name that nothing in the target has."""
-    return b"%s%s-%x" % (TEMPORARY_PREFIX, _own_mark(), next(_serial))
+    """Return a name that is unique in the target."""
+    return b"%s%s-%x" % (TEMPORARY_PREFIX, _process_token(), next(_serial))
 
 
 @functools.cache
-def _own_mark() -> bytes:
+def _process_token() -> bytes:
     return secrets.token_hex(8).encode()
 
 
@@ -157,7 +158,7 @@ def create_file(fd: int, name: bytes) -> int:
 
 
 def make_special(fd: int, name: bytes, node: Node) -> None:
-    """Make a symlink, FIFO, socket or device."""
+    """Create a symlink, FIFO, socket or device."""
     if node.kind == NodeType.SYMLINK:
         os.symlink(node.content, name, dir_fd=fd)
     elif node.kind == NodeType.FIFO:
@@ -168,11 +169,11 @@ def make_special(fd: int, name: bytes, node: Node) -> None:
 
 
 def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[str]:
-    """Set owner, mode, xattrs and times of an entry; return what could not be set.
+    """Set owner, xattrs, mode and times of an entry; return a message for each failure.
 
-    `open_fd` is the entry's own descriptor where it has one (files and directories). The order
-    matters: chown drops setuid bits and file capabilities, a write-protected file takes no xattrs
-    from its owner, and everything moves the times.
+    `open_fd` is the entry's own descriptor (files and directories), or None. The order matters: chown
+    clears setuid bits and file capabilities, the owner cannot set xattrs of a write-protected file, and
+    every change updates the times.
     """
     failed: list[str] = []
     mode = node.mode
@@ -182,9 +183,9 @@ def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[
     try:
         _set_owner(fd, name, open_fd, node.uid, node.gid)
     except OSError as error:
-        if root or error.errno not in _NOT_MINE:
+        if root or error.errno not in _NOT_PERMITTED_ERRNOS:
             failed.append(f"owner: {error.strerror}")
-        # Whoever runs a setuid program must not become another user than the one who made it so.
+        # A setuid program must not run as a user other than the one who made it setuid.
         mode &= ~stat.S_ISUID
         try:
             _set_owner(fd, name, open_fd, -1, node.gid)
@@ -227,16 +228,16 @@ def _set_xattrs(
     except OSError:
         present = []
     for text in present:
-        # A new directory may have inherited a default ACL; an old entry may have had more than this.
+        # A new directory may inherit a default ACL; an existing entry may have other xattrs.
         if os.fsencode(text) not in wanted and not text.startswith("security.selinux"):
             try:
                 os.removexattr(where, text, follow_symlinks=follow)
             except OSError as error:
-                if root or error.errno not in _NOT_MINE:
+                if root or error.errno not in _NOT_PERMITTED_ERRNOS:
                     failed.append(f"xattr {text}: {error.strerror}")
     for name, value in wanted.items():
         try:
             os.setxattr(where, name, value, follow_symlinks=follow)
         except OSError as error:
-            if root or error.errno not in _NOT_MINE:
+            if root or error.errno not in _NOT_PERMITTED_ERRNOS:
                 failed.append(f"xattr {name.decode(errors='replace')}: {error.strerror}")

@@ -584,9 +584,9 @@ class TestRestorePatterns:
 
     def test_patterns_that_leave_nothing_over_are_an_error(self, case: RestoreCase) -> None:
         case.publish(TREE)
-        with pytest.raises(NotFoundError, match="leave out everything; nothing was restored"):
+        with pytest.raises(NotFoundError, match="exclude everything; nothing was restored"):
             case.restore(exclude=("*",))
-        with pytest.raises(NotFoundError, match="outside what --exclude leaves out matches"):
+        with pytest.raises(NotFoundError, match="nothing that is not excluded matches"):
             case.restore(include=("deep",), exclude=("d/",))
         assert case.found() == {}
 
@@ -622,7 +622,7 @@ class TestRestorePatterns:
         self, case: RestoreCase, pattern: str
     ) -> None:
         case.publish(TREE)
-        with pytest.raises(NotFoundError, match=f"'{pattern}' leaves out all that was named"):
+        with pytest.raises(NotFoundError, match=f"'{pattern}' excludes the path to restore"):
             case.restore("latest:d/e", exclude=(pattern,))
         assert not case.target.exists()
 
@@ -826,7 +826,7 @@ class TestRestoreOfDamage:
         monkeypatch.setattr(os, "rename", rename_and_spoil)
         done = case.restore(verify=True)
         assert (done.result.damaged, done.result.verified) == (1, 0)
-        assert "reads back differently" in done.problems[0].message
+        assert "digest mismatch when the restored file was read back" in done.problems[0].message
 
 
 class TestRestoreOfChangedFiles:
@@ -852,7 +852,7 @@ class TestRestoreThreads:
     def test_restore_reports_results_in_the_order_of_the_tree(
         self, case: RestoreCase, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(restorer_module, "_HANDED_OVER_BYTES", 3000)
+        monkeypatch.setattr(restorer_module, "_MAX_POOLED_BYTES", 3000)
         plan: dict[bytes, Any] = {}
         expected = []
         plains = []
