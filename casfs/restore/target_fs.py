@@ -86,7 +86,7 @@ def require_empty(fd: int, name: bytes) -> None:
     opened = open_subdir(fd, name)
     try:
         if os.listdir(opened):
-            raise OSError(errno.ENOTEMPTY, "a directory that is not empty is in its place")
+            raise OSError(errno.ENOTEMPTY, "a non-empty directory is in its place")
     finally:
         os.close(opened)
 
