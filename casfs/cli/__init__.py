@@ -1,4 +1,4 @@
-"""The command line: arguments in, sentences and exit codes out (see CLI.md's contract in the README)."""
+"""The command line: arguments in, messages and exit codes out (see docs/command-line.md)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The command `casfs`: its verbs, the options that all of them have, and how each of them ends.
+"""The command `casfs`: the table of its commands, the shared options, exit codes and signals.
 
-A verb's module is imported only when the verb is used, so that `casfs version` starts quickly and
-nothing but `casfs mount` needs FUSE.
+The module of a command is imported only when the command is used, so that `casfs version` starts
+quickly and only `casfs mount` needs FUSE.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ _OPEN_FILES = 16_384
 
 
 class _Verbs(click.Group):
-    """A group that imports a verb when it is asked for."""
+    """A group that imports the module of a command on first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        place = VERBS.get(cmd_name)
-        if place is None:
+        target = VERBS.get(cmd_name)
+        if target is None:
             return None
-        module, _, name = place.partition(":")
+        module, _, name = target.partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
 
@@ -91,15 +91,15 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     expose_value=False,
     is_eager=True,
     callback=_print_version,
-    help="Print the version, as the verb version does.",
+    help="Print the version, as the command version does.",
 )
 @common_options
 def casfs() -> None:
-    """Keep files and get them back: verified snapshots, deduplicated, mounted like a file system."""
+    """Back up files as verified, deduplicated snapshots; restore them or mount them as a file system."""
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command line and return its exit code; nothing but a bug leaves a traceback."""
+    """Run the command line and return its exit code; only a bug leaves a traceback."""
     _open_standard_streams()
     _configure()
     as_json = "--json" in arguments
@@ -118,7 +118,9 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         return _fail(as_json, error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        return _fail(as_json, "interrupted; the repository is as sound as before", EXIT_INTERRUPTED)
+        return _fail(
+            as_json, "interrupted; the repository is as intact as before", EXIT_INTERRUPTED
+        )
     except BrokenPipeError as error:
         return stdout_failed(error, EXIT_FAILED)
     except OSError as error:
@@ -126,7 +128,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _os_error_message(error: OSError) -> str:
-    """Return what the system said; a name may be bytes, and is told as people would type it."""
+    """Return the system's message with the file name, which may be bytes, escaped for display."""
     message = error.strerror or str(error)
     name = error.filename
     if isinstance(name, bytes):
@@ -135,21 +137,22 @@ def _os_error_message(error: OSError) -> str:
 
 
 def stdout_failed(error: OSError, code: int) -> int:
-    """Return an exit code where standard output takes nothing any more.
+    """Send further output to the null device and return the exit code `code`.
 
-    Whoever read it may just have gone, and is told nothing; another error is told on stderr.
+    Call it when a write to standard output fails. A closed pipe is no error: its reader has exited. Any
+    other error is printed to standard error.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if not isinstance(error, BrokenPipeError):
-        Output(as_json=False).warn(f"what was done cannot be told: {_os_error_message(error)}")
+        Output(as_json=False).warn(f"the result cannot be printed: {_os_error_message(error)}")
     return code
 
 
-def _fail(as_json: bool, sentence: str, code: int) -> int:
+def _fail(as_json: bool, message: str, code: int) -> int:
     output = Output(as_json)
-    output.warn(sentence)
+    output.warn(message)
     try:
-        output.emit("error", message=sentence, exit=code)
+        output.emit("error", message=message, exit=code)
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -157,23 +160,23 @@ def _fail(as_json: bool, sentence: str, code: int) -> int:
 
 
 class _SingleLineFormatter(logging.Formatter):
-    """A formatter whose messages cannot be made to look like several."""
+    """A formatter that keeps each record on one line, so that a file name cannot forge a record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return single_line(super().formatMessage(record))
 
 
 def _open_standard_streams() -> None:
-    """Open the null device for each of stdin, stdout and stderr that was closed.
+    """Open the null device for each of stdin, stdout and stderr that the parent process closed.
 
-    Else a file of the repository would get the number, be read as what comes from stdin, and be written
-    to by whatever prints.
+    Otherwise a file of the repository would get that descriptor number: a read of stdin would read it,
+    and any message would be written into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest number that is free is this one.
+            # open(2) returns the lowest free number, which is this one.
             fd = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
             os.set_inheritable(fd, True)
         if number and getattr(sys, name) is None:
@@ -196,7 +199,7 @@ def _configure() -> None:
 
 
 def _allow_open_files() -> None:
-    """Raise the limit of open files: a directory of each level is open in a walk or a restore."""
+    """Raise the limit of open files: a walk and a restore keep one directory of each level open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

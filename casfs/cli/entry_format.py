@@ -1,6 +1,7 @@
-"""An entry of a snapshot as the listing verbs tell it: a line for people, an object for programs.
+"""An entry of a snapshot in listings: as one line of text, or as the fields of a JSON object.
 
-In a line the name comes last, after all that casfs says itself, so that no name can pass for it.
+In a line the name comes last, after everything that casfs itself prints, so that no name can imitate
+casfs's own columns.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _STATES = {
     CaptureState.APPENDED: "appended",
     CaptureState.CHANGED: "changed",
 }
-_WIDEST_OWNER = 16
+_MAX_OWNER_WIDTH = 16
 
 
 class NodeLines:
-    """Entries below one directory as lines like those of `ls -l`, columns aligned without reading ahead.
+    """Format the entries below one directory like `ls -l`; columns align without reading ahead.
 
-    The size of a directory is that of all files below it. A column tells files that are not what they
-    would be had nobody written to them: `changed` or `appended`.
+    The size of a directory is that of all files below it. A column marks the files that another process
+    wrote to during the capture: `changed` or `appended`.
     """
 
     def __init__(self, snapshot: Snapshot, top: Node) -> None:
@@ -44,7 +45,7 @@ class NodeLines:
         self._size_width = len(str(total_bytes(top)))
 
     def line(self, name: bytes, node: Node) -> str:
-        """Return the line of an entry under this name."""
+        """Return the line of an entry with this name or path."""
         user = self._users.get(node.uid) or str(node.uid)
         group = self._groups.get(node.gid) or str(node.gid)
         shown_name = escape_path(name)
@@ -59,14 +60,14 @@ class NodeLines:
 
 
 def format_state(node: Node) -> str:
-    """Return the word for a file that was written to while it was captured, or nothing."""
+    """Return the state of a file that was written to during its capture, "" for a stable one."""
     if node.kind != NodeType.FILE or node.state == CaptureState.STABLE:
         return ""
     return _STATES[CaptureState(node.state)]
 
 
 def format_reason(node: Node) -> str:
-    """Return the word for why a file was not captured as stable."""
+    """Return why a file was not captured as stable, in a word or two."""
     capture = node.extra.capture if node.extra is not None else None
     if capture is None:
         return "unknown"
@@ -82,18 +83,18 @@ def total_bytes(node: Node) -> int:
 
 
 class NodeFields:
-    """Entries of one snapshot as the fields of a JSON object."""
+    """Format the entries of one snapshot as the fields of a JSON object."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._users = dict(snapshot.users)
         self._groups = dict(snapshot.groups)
 
     def fields(self, path: bytes, node: Node) -> dict[str, JsonValue]:
-        """Return what is told of an entry at this path."""
+        """Return the fields of an entry, with its path."""
         return json_path(path) | self.attributes(node)
 
     def attributes(self, node: Node) -> dict[str, JsonValue]:
-        """Return what is told of an entry without its path."""
+        """Return the fields of an entry, without its path."""
         fields: dict[str, JsonValue] = {
             "kind": NODE_TYPES[NodeType(node.kind)].word,
             "mode": node.mode,
@@ -143,7 +144,7 @@ def _format_text(text: str) -> str:
 
 
 def _width(names: dict[int, str]) -> int:
-    return min(max((len(name) for name in names.values()), default=4), _WIDEST_OWNER)
+    return min(max((len(name) for name in names.values()), default=4), _MAX_OWNER_WIDTH)
 
 
 def _size(node: Node) -> str:

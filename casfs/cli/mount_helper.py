@@ -1,7 +1,7 @@
-"""`mount.fuse.casfs`: what mount(8) runs for `mount -t fuse.casfs REPOSITORY MOUNTPOINT -o OPTIONS`.
+"""`mount.fuse.casfs`: mount(8) runs it for `mount -t fuse.casfs REPOSITORY MOUNTPOINT -o OPTIONS`.
 
-So a repository can stand in fstab and in systemd's mount units. Options that casfs has are taken, those
-that mount(8), systemd and others keep in the same place are passed over, and all others are refused.
+With it a repository can be mounted from fstab and from systemd's mount units. It accepts casfs's own
+options, ignores those that mount(8), systemd and others put into the same list, and refuses all others.
 The exit codes are those of mount(8).
 """
 
@@ -18,7 +18,7 @@ import click
 
 from casfs.cli.commands.mount import server
 from casfs.cli.param_types import OWNER, SIZE
-from casfs.cli.settings import KeyOptions, unlocked
+from casfs.cli.settings import KeyOptions, unlock_repository
 from casfs.display import single_line
 from casfs.errors import CasfsError, UsageError
 
@@ -39,7 +39,7 @@ _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """What mount(8) asked for; `fake` is to check and not to mount."""
+    """The arguments of mount(8); with `fake` they are checked and nothing is mounted."""
 
     repository: Path
     mountpoint: Path
@@ -49,7 +49,7 @@ class Invocation:
 
 @dataclass(slots=True)
 class MountOptions:
-    """What the options say."""
+    """The values of casfs's own options."""
 
     snapshot: str | None = None
     allow_other: bool = False
@@ -63,7 +63,7 @@ class MountOptions:
     flags: tuple[str, ...] = ()
 
     def owner(self) -> tuple[int, int] | None:
-        """Return user and group that everything is shown as, or None."""
+        """Return the user and group that own every entry of the mount, or None."""
         if self.uid is None and self.gid is None:
             return None
         if self.uid is None or self.gid is None:
@@ -89,7 +89,7 @@ def parse_arguments(arguments: Sequence[str]) -> Invocation:
 
 
 def split_options(text: str) -> list[str]:
-    """Return the options of a list; a comma inside one is written as `\\,`, or stands in quotes."""
+    """Split a list of options at its commas; `\\,` and a comma in double quotes do not separate."""
     options = [""]
     quoted = False
     rest = iter(text)
@@ -106,7 +106,7 @@ def split_options(text: str) -> list[str]:
 
 
 def parse_options(options: Sequence[str]) -> MountOptions:
-    """Return what the options say; raises UsageError for those that nobody knows."""
+    """Return the values of the options; raise UsageError for an unknown option."""
     wanted = MountOptions()
     for option in options:
         name, equals, value = option.partition("=")
@@ -118,7 +118,7 @@ def parse_options(options: Sequence[str]) -> MountOptions:
         elif not equals and name in ("allow_other", "deny_changed", "no_kernel_cache"):
             setattr(wanted, name, True)
         elif option not in _IGNORED and not option.startswith(_IGNORED_PREFIXES):
-            raise UsageError(f"there is no option {option}")
+            raise UsageError(f"unknown option {option}")
     return wanted
 
 
@@ -152,13 +152,13 @@ def _set_value(wanted: MountOptions, name: str, value: str) -> None:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Mount as mount(8) asks; returns when the mount is usable, raises CasfsError otherwise."""
+    """Mount as the arguments say; return when the mount is usable. Raises CasfsError."""
     invocation = parse_arguments(arguments)
     wanted = parse_options(invocation.options)
     serving = server()
     identities = None
     if not invocation.fake:
-        identities = unlocked(invocation.repository, wanted.keys.unlock)
+        identities = unlock_repository(invocation.repository, wanted.keys.unlock)
     request = serving.MountRequest(
         repository=invocation.repository,
         mountpoint=invocation.mountpoint,
@@ -177,8 +177,8 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Be the command."""
-    # What mount(8) starts may have no standard streams, and their numbers must not become files.
+    """Run the command and exit with a code of mount(8)."""
+    # mount(8) may start it without standard streams; a repository file must not get their numbers.
     for number in (0, 1, 2):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""What a command says: people's lines, JSON lines, and file names that cannot forge either."""
+"""The output of a command, as text or as JSON lines; file names cannot forge either."""
 
 from __future__ import annotations
 
@@ -10,33 +10,31 @@ from collections.abc import Container, Iterable
 from datetime import datetime
 from typing import Any
 
-from casfs.digest import SHOWN_HEX_DIGITS
-from casfs.display import format_size as format_size
 from casfs.display import single_line
 
 JsonValue = Any
 
 
 class Output:
-    """Standard output of one command, as text for people or as one JSON object a line."""
+    """Standard output of one command, as text or as one JSON object per line."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
 
     def line(self, text: str) -> None:
-        """Print a line for people; nothing with --json."""
+        """Print a line of text; print nothing with --json."""
         if not self.as_json:
             print(text)
 
     def emit(self, kind: str, /, **fields: JsonValue) -> None:
-        """Print a JSON object of this type; nothing without --json."""
+        """Print a JSON object of this type; print nothing without --json."""
         if self.as_json:
             print(json.dumps({"type": kind, **fields}))
 
     def table(
         self, heads: tuple[str, ...], numbers: Container[str], rows: Iterable[tuple[str, ...]]
     ) -> None:
-        """Print a table for people; columns whose heads are among `numbers` stand to the right."""
+        """Print a table as text; columns whose heads are in `numbers` are aligned to the right."""
         lines = [heads, *rows]
         widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
         for line in lines:
@@ -46,16 +44,17 @@ class Output:
             ]
             self.line("  ".join(cells).rstrip())
 
-    def warn(self, sentence: str) -> None:
-        """Print a sentence about a problem to standard error."""
+    def warn(self, message: str) -> None:
+        """Print a message about a problem to standard error, on one line."""
         sys.stdout.flush()
-        print(f"casfs: {single_line(sentence)}", file=sys.stderr)
+        print(f"casfs: {single_line(message)}", file=sys.stderr)
 
 
 def json_path(path: bytes, field: str = "path") -> dict[str, str]:
-    """Return the fields that tell a path losslessly.
+    """Return the JSON fields that hold a path without loss.
 
-    The text has surrogate escapes for bytes that are not UTF-8; those paths are told in base64 too.
+    The text has surrogate escapes for bytes that are not UTF-8; a path with such bytes is given in
+    base64 too, as `path_b64`.
     """
     fields = {field: path.decode("utf-8", "surrogateescape")}
     try:
@@ -65,13 +64,8 @@ def json_path(path: bytes, field: str = "path") -> dict[str, str]:
     return fields
 
 
-def short_id(digest: bytes) -> str:
-    """Return the beginning of an id as people see it."""
-    return digest.hex()[:SHOWN_HEX_DIGITS]
-
-
 def format_time(time_ns: int) -> str:
-    """Return a time as people read it: local, to the second."""
+    """Return a time for text output: local time, to the second."""
     try:
         return datetime.fromtimestamp(time_ns // 1_000_000_000).strftime("%Y-%m-%d %H:%M:%S")
     except (OverflowError, ValueError, OSError):
@@ -79,7 +73,7 @@ def format_time(time_ns: int) -> str:
 
 
 def iso_time(time_ns: int) -> str:
-    """Return a time as programs read it: ISO 8601 with the local offset."""
+    """Return a time for JSON output: ISO 8601 with the local offset."""
     try:
         return datetime.fromtimestamp(time_ns / 1_000_000_000).astimezone().isoformat()
     except (OverflowError, ValueError, OSError):
@@ -87,5 +81,5 @@ def iso_time(time_ns: int) -> str:
 
 
 def path_argument(text: str) -> bytes:
-    """Return the bytes of a path that was given on the command line."""
+    """Return the bytes of a path that the user typed."""
     return os.fsencode(text)

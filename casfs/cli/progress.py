@@ -1,4 +1,4 @@
-"""The command line's monitor: problems as sentences or JSON lines, progress on a terminal only."""
+"""The command line's monitor: prints problems as text or JSON lines, progress only on a terminal."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from casfs.cli.output import Output, format_size, json_path
-from casfs.display import escape_path
+from casfs.cli.output import Output, json_path
+from casfs.display import escape_path, format_size
 from casfs.monitor import Problem, Progress
 
 if TYPE_CHECKING:
@@ -19,18 +19,19 @@ _REFRESH_S = 0.2
 
 
 class CommandMonitor:
-    """Tell the user of one command; use it in a `with` block around the work.
+    """Report problems and progress of one command to the user; use it in a `with` block around the work.
 
-    `place_of` turns a path of a snapshot into the one that people know, for sentences only.
+    `source_path` turns a path of a snapshot into the path of the source, for text messages only. A thread
+    draws the progress; `problem` is called from the thread that does the work.
     """
 
     def __init__(
-        self, output: Output, verb: str, place_of: Callable[[bytes], bytes] | None = None
+        self, output: Output, verb: str, source_path: Callable[[bytes], bytes] | None = None
     ) -> None:
         self.progress = Progress()
         self.problems = 0
         self._output = output
-        self._place_of = place_of if place_of is not None else _unescaped
+        self._source_path = source_path if source_path is not None else _same_path
         self._verb = verb
         self._status: Status | None = None
         self._done = threading.Event()
@@ -39,13 +40,13 @@ class CommandMonitor:
     def problem(self, problem: Problem) -> None:
         """Print a problem at once."""
         self.problems += 1
-        sentence = f"{escape_path(self._place_of(problem.path)) or '/'}: {problem.message}"
+        message = f"{escape_path(self._source_path(problem.path)) or '/'}: {problem.message}"
         if self._status is not None:
             self._status.console.print(
-                f"casfs: {sentence}", markup=False, highlight=False, soft_wrap=True
+                f"casfs: {message}", markup=False, highlight=False, soft_wrap=True
             )
         else:
-            self._output.warn(sentence)
+            self._output.warn(message)
         self._output.emit(
             "problem",
             kind=problem.kind.value,
@@ -91,5 +92,5 @@ class CommandMonitor:
             self._status.update(escape(text))
 
 
-def _unescaped(path: bytes) -> bytes:
+def _same_path(path: bytes) -> bytes:
     return path

@@ -1,6 +1,7 @@
-"""Identities on the command line: from files, a passphrase's source, GPG's agent, or a question.
+"""The options that every command shares: the repository, the output format, and the keys.
 
-No secret is an argument or in the environment: what is named there is where to find it.
+Secrets are never arguments or environment variables: those name the file, the descriptor or the command
+that a secret is read from.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _MAX_PASSPHRASE_BYTES = 64 * 1024
 
 @dataclass(slots=True)
 class PassphraseSource:
-    """Where a passphrase comes from: a file, a descriptor or a command; none of them is a terminal."""
+    """Where a passphrase comes from: a file, a descriptor or a command, but no terminal."""
 
     file: str | None = None
     fd: int | None = None
@@ -42,18 +43,21 @@ class PassphraseSource:
     _read: str | None = None
 
     def is_given(self) -> bool:
-        """Tell whether there is any source."""
+        """Return whether the user named a source."""
         return self.file is not None or self.fd is not None or self.command is not None
 
     def read(self) -> str:
-        """Return the passphrase, without the end of its line; it is asked for once.
+        """Return the passphrase without its line end; later calls return the same text.
 
-        Raises UsageError for several sources and for an empty passphrase, StorageError and CasfsError.
+        Raises UsageError for several sources and for an empty passphrase, StorageError if the file or the
+        descriptor cannot be read, CasfsError if the command fails.
         """
         if self._read is None:
             if [self.file, self.fd, self.command].count(None) < 2:
-                raise UsageError("give the passphrase from one place, and not from several")
-            data = self._bytes()
+                raise UsageError(
+                    "give one of --passphrase-file, --passphrase-fd and --passphrase-command"
+                )
+            data = self._read_bytes()
             try:
                 self._read = data.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
             except UnicodeDecodeError as error:
@@ -62,10 +66,10 @@ class PassphraseSource:
                 raise UsageError("the passphrase is empty")
         return self._read
 
-    def _bytes(self) -> bytes:
+    def _read_bytes(self) -> bytes:
         if self.command is not None:
-            return _output_of(self.command)
-        place = self.file if self.file is not None else f"descriptor {self.fd}"
+            return _run_passphrase_command(self.command)
+        source = self.file if self.file is not None else f"descriptor {self.fd}"
         try:
             if self.file is not None:
                 with open(self.file, "rb") as file:
@@ -74,21 +78,21 @@ class PassphraseSource:
             with os.fdopen(os.dup(self.fd), "rb") as file:
                 return file.read(_MAX_PASSPHRASE_BYTES)
         except OSError as error:
-            raise StorageError("read the passphrase from", place, error) from error
+            raise StorageError("read the passphrase from", source, error) from error
 
 
 @dataclass(slots=True)
 class KeyOptions:
-    """What was given to open an encrypted repository with."""
+    """The identity files and the passphrase source that the user gave for an encrypted repository."""
 
     files: list[str] = field(default_factory=list)
     passphrase: PassphraseSource = field(default_factory=PassphraseSource)
     use_environment: bool = True
 
     def use_named(self, repository: NamedRepository) -> None:
-        """Take what the configuration says of a repository, where no option says otherwise.
+        """Use the keys that the configuration names for a repository; options take precedence.
 
-        The environment may name what opens another repository, so it is then left alone.
+        The environment is then ignored: it may name the keys of another repository.
         """
         is_given = bool(self.files) or self.passphrase.is_given()
         identity, file = repository.identity_file, repository.passphrase_file
@@ -102,7 +106,7 @@ class KeyOptions:
             self.passphrase.command = command.text if command is not None else None
 
     def with_environment(self) -> KeyOptions:
-        """Return these options, with what the environment names where they name nothing."""
+        """Return these options; environment variables fill in those that were not given."""
         if not self.use_environment:
             return self
         files = self.files
@@ -118,7 +122,7 @@ class KeyOptions:
         return KeyOptions(files, passphrase)
 
     def unlock_given(self, storage: Storage, config: RepositoryConfig) -> Identities:
-        """Return the identities that were given, without asking anybody for more."""
+        """Return the identities that the options name, without asking at the terminal."""
         from casfs.crypto.identities import Identities, read_identity_file, unlock_by_passphrase
 
         given = self.with_environment()
@@ -131,7 +135,9 @@ class KeyOptions:
         return found
 
     def unlock(self, storage: Storage, config: RepositoryConfig) -> Identities:
-        """Return the identities that were given, else what GPG's agent or a person at a terminal opens."""
+        """Return the identities that the options name, or else those that the GPG agent or a passphrase
+        typed at the terminal opens.
+        """
         from casfs.crypto.identities import (
             unlock_by_gpg,
             unlock_by_passphrase,
@@ -149,8 +155,8 @@ class KeyOptions:
         return found
 
 
-def unlocked(root: Path, unlock: Unlock) -> Identities | None:
-    """Return what opens the repository in a folder, None where it is not encrypted."""
+def unlock_repository(root: Path, unlock: Unlock) -> Identities | None:
+    """Return the identities for the repository in a folder, None if it is not encrypted."""
     from casfs.repository.opening import read_config
     from casfs.storage.local import LocalStorage
 
@@ -161,14 +167,17 @@ def unlocked(root: Path, unlock: Unlock) -> Identities | None:
 
 
 def ask_passphrase(what: str) -> str | None:
-    """Ask whoever is at the terminal for the passphrase of something; None where nobody is."""
+    """Ask for a passphrase at the terminal; return None if standard input is no terminal."""
     if sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
     return getpass.getpass(f"passphrase of {what}: ", stream=sys.stderr)
 
 
 def new_passphrase(source: PassphraseSource, option: str) -> str:
-    """Return a passphrase that is to be set, asked for twice at a terminal; raises UsageError."""
+    """Return a new passphrase from its source, or else ask twice at the terminal.
+
+    `option` is the option that a message recommends where there is no terminal. Raises UsageError.
+    """
     if source.is_given():
         return source.read()
     first = ask_passphrase("the repository, a new one")
@@ -183,7 +192,7 @@ def new_passphrase(source: PassphraseSource, option: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RepositoryPlace:
-    """Where a repository is, as a path or a URL, and what the configuration says if it names it."""
+    """The path or URL of a repository, and its section of the configuration if there is one."""
 
     url: str
     named: NamedRepository | None = None
@@ -191,7 +200,7 @@ class RepositoryPlace:
 
 @dataclass(slots=True)
 class Settings:
-    """The options that stand before or after a verb."""
+    """The options that a user gives before or after the name of the command."""
 
     repo: str | None = None
     config: str | None = None
@@ -202,13 +211,13 @@ class Settings:
     _unlocked: Identities | None = None
 
     def configuration(self) -> Configuration:
-        """Return what the configuration files say; raises ConfigError."""
+        """Return the contents of the configuration files; raise ConfigError."""
         from casfs.config.file import load_configuration
 
         return load_configuration(self.config)
 
     def resolve(self, name: str) -> RepositoryPlace:
-        """Return the place that a path, a URL or a name from the configuration stands for."""
+        """Return the place for a path, a URL or a name from the configuration."""
         from casfs.config.values import NAME
 
         if NAME.fullmatch(name):
@@ -218,7 +227,7 @@ class Settings:
         return RepositoryPlace(name)
 
     def repository_place(self) -> RepositoryPlace:
-        """Return the repository that was named, or raise UsageError; its keys are used from now on."""
+        """Return the place of the repository, and use its keys from now on; raise UsageError."""
         if self._resolved is None:
             name = self.repo or os.environ.get("CASFS_REPOSITORY")
             if not name:
@@ -231,7 +240,7 @@ class Settings:
         return self._resolved
 
     def repository_path(self) -> Path:
-        """Return the folder of the repository that was named, or raise UsageError."""
+        """Return the folder of the repository; raise UsageError if the user named none."""
         url = self.repository_place().url
         if url.startswith("file://"):
             return Path(unquote(urlsplit(url).path))
@@ -240,29 +249,29 @@ class Settings:
         return Path(url)
 
     def recipients_file(self) -> Path | None:
-        """Return the file of the recipients that the configuration expects of the repository."""
+        """Return the recipients file that the configuration names for the repository, or None."""
         named = self.repository_place().named
         file = named.recipients_file if named is not None else None
         return Path(file.path) if file is not None else None
 
     def unlock(self, storage: Storage, config: RepositoryConfig) -> Identities:
-        """Return what opens an encrypted repository to this user; nobody is asked twice."""
+        """Return the user's identities; later calls return the same ones without asking again."""
         if self._unlocked is None:
             self._unlocked = self.keys.unlock(storage, config)
         return self._unlocked
 
     def output(self) -> Output:
-        """Return where the command's results go."""
+        """Return the writer of the command's results."""
         return Output(self.as_json)
 
 
 def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options with which an encrypted repository is opened; they are kept in the Settings."""
+    """Add the options that open an encrypted repository; their values go into the Settings."""
     for name, metavar, help_text in (
         (
             "--passphrase-command",
             "COMMAND",
-            "What prints the passphrase [default: $CASFS_PASSPHRASE_COMMAND].",
+            "Run this command to get the passphrase [default: $CASFS_PASSPHRASE_COMMAND].",
         ),
         ("--passphrase-fd", "N", "Read the passphrase from this descriptor."),
         (
@@ -273,7 +282,7 @@ def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
         (
             "--identity",
             "FILE",
-            "An age identity or a private SSH key; may be repeated [default: $CASFS_IDENTITY].",
+            "Decrypt with this age identity or private SSH key; repeatable [default: $CASFS_IDENTITY].",
         ),
     ):
         command = click.option(
@@ -282,14 +291,14 @@ def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=int if name == "--passphrase-fd" else str,
             multiple=name == "--identity",
             expose_value=False,
-            callback=_keep,
+            callback=_set_key_option,
             is_eager=True,
             help=help_text,
         )(command)
     return command
 
 
-def _keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+def _set_key_option(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
     keys = ctx.ensure_object(Settings).keys
     if parameter.name == "identity":
         keys.files += value
@@ -297,14 +306,14 @@ def _keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
         setattr(keys.passphrase, str(parameter.name).removeprefix("passphrase_"), value)
 
 
-def _output_of(command: str) -> bytes:
+def _run_passphrase_command(command: str) -> bytes:
     try:
         words = shlex.split(command)
         done = subprocess.run(words, stdout=subprocess.PIPE, check=False)
     except (OSError, ValueError, IndexError) as error:
         raise CasfsError(f"the passphrase command cannot be run: {error}") from error
     if done.returncode:
-        raise CasfsError(f"the passphrase command failed: it ended with {done.returncode}")
+        raise CasfsError(f"the passphrase command failed with exit code {done.returncode}")
     return done.stdout[:_MAX_PASSPHRASE_BYTES]
 
 
@@ -336,7 +345,7 @@ def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         expose_value=False,
         callback=_set_json,
         is_eager=True,
-        help="Print one JSON object a line.",
+        help="Print one JSON object per line.",
     )(command)
     return click.option(
         "--config",
@@ -359,7 +368,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         expose_value=False,
         callback=_set_no_sync,
         is_eager=True,
-        help="For tests only: wait for no disk. A crash may lose what was published.",
+        help="For tests only: do not sync to disk. A crash may lose published snapshots.",
     )(command)
     command = configuration_options(command)
     return click.option(

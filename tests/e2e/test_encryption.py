@@ -200,7 +200,7 @@ class TestWithoutKey:
             assert one["bytes"] > 3_000_000
         assert listed[1]["new_bytes"] == 0
         shown = mixed.casfs.run("snapshots")
-        assert "nothing was given that opens it" in shown.complaint
+        assert "the repository is encrypted; give --identity" in shown.complaint
         assert str(mixed.source) not in shown.text
 
     def test_check_of_the_storage_without_a_key_reads_every_object(self, mixed: Stored) -> None:
@@ -273,7 +273,7 @@ class TestWrongKey:
         for arguments, word in (
             (("--passphrase-file", tmp_path / "none"), "No such file"),
             (("--passphrase-fd", "77"), "Bad file descriptor"),
-            (("--passphrase-command", "false"), "it ended with 1"),
+            (("--passphrase-command", "false"), "failed with exit code 1"),
             (("--passphrase-command", "no-such-program-here"), "cannot be run"),
             (("--passphrase-command", ""), "cannot be run"),
             (("--passphrase-command", "unclosed '"), "cannot be run"),

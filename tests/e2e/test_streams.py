@@ -73,7 +73,7 @@ def test_a_backup_that_cannot_print_its_result_exits_like_one_that_can(
                 check=False,
             )
             assert done.returncode == wanted, done
-            assert (b"cannot be told: No space left" in done.stderr) == (out is full)
+            assert (b"cannot be printed: No space left" in done.stderr) == (out is full)
             assert len(repository.json("snapshots").objects) == number
     reader.stdin.close()
 
@@ -91,5 +91,5 @@ def test_a_closed_stdin_is_not_asked_for_a_passphrase(casfs: Casfs, tmp_path: Pa
     locked.run("init", "--passphrase", "--passphrase-file", tmp_path / "passphrase")
     done = run_closed(locked, "<&-", "ls", "latest")
     assert done.returncode == 1, done
-    assert b"nothing was given that opens it" in done.stderr
+    assert b"the repository is encrypted; give --identity" in done.stderr
     assert b"Traceback" not in done.stderr

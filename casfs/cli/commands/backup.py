@@ -1,4 +1,4 @@
-"""The verb backup."""
+"""The command backup: publish a snapshot of files and directories."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, stdout_failed
-from casfs.cli.output import format_size, iso_time, json_path, short_id
+from casfs.cli.output import iso_time, json_path
 from casfs.cli.param_types import PATTERN, SIZE, TAGS
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
+from casfs.digest import short_id
+from casfs.display import format_size
 from casfs.errors import NotFoundError, TrustError, UsageError
 from casfs.paths import normalize_source_path
 from casfs.patterns import Pattern, read_patterns
@@ -36,7 +38,7 @@ _MAX_LIST_BYTES = 64 * 1024 * 1024
 
 _PIECE_BYTES = 64 * 1024
 
-_MOST_SECONDS = 9_200_000_000
+_MAX_SECONDS = 9_200_000_000
 """Before and after 1970: a snapshot's time is a signed number of nanoseconds in 64 bits."""
 
 
@@ -50,7 +52,7 @@ _MOST_SECONDS = 9_200_000_000
     metavar="TAG[,TAG...]",
     help="Give the snapshot tags.",
 )
-@click.option("--host", metavar="NAME", help="The host's name [default: this one's].")
+@click.option("--host", metavar="NAME", help="The host's name [default: the name of this host].")
 @click.option("--time", "when", metavar="TIME", help="The snapshot's time, ISO 8601 or @SECONDS.")
 @click.option(
     "--exclude",
@@ -58,21 +60,21 @@ _MOST_SECONDS = 9_200_000_000
     multiple=True,
     type=PATTERN,
     metavar="PATTERN",
-    help="Leave out what matches (gitignore syntax, from the snapshot's root).",
+    help="Leave out entries that match (gitignore syntax, from the snapshot's root).",
 )
 @click.option(
     "--exclude-file",
     "exclude_files",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Leave out what matches a pattern in a file, as in .gitignore.",
+    help="Leave out entries that match a pattern in this file, as in .gitignore.",
 )
 @click.option("--exclude-caches", is_flag=True, help="Leave out directories with a CACHEDIR.TAG.")
 @click.option(
     "--exclude-if-present",
     multiple=True,
     metavar="NAME",
-    help="Leave out what is in directories that hold NAME, except NAME itself.",
+    help="Leave out the contents of directories that contain NAME, except NAME itself.",
 )
 @click.option("--exclude-larger-than", type=SIZE, metavar="SIZE", help="Leave out larger files.")
 @click.option(
@@ -82,20 +84,24 @@ _MOST_SECONDS = 9_200_000_000
     "--files-from",
     multiple=True,
     metavar="FILE",
-    help="Read paths from a file, - is stdin. Each line is a path, one with # too.",
+    help="Read paths from this file, - is stdin. A line that begins with # is a path too.",
 )
-@click.option("-0", "--null", "nul", is_flag=True, help="Paths of --files-from end with NUL.")
-@click.option("--stdin", is_flag=True, help="Back up what comes from standard input.")
-@click.option("--stdin-name", metavar="NAME", help="Its name in the snapshot [default: stdin].")
-@click.option("--dry-run", "-n", is_flag=True, help="Do all but store anything.")
-@click.option("--parent", metavar="SNAP", help="Compare with this snapshot.")
+@click.option("-0", "--null", "nul", is_flag=True, help="The paths in --files-from end with NUL.")
+@click.option("--stdin", is_flag=True, help="Back up standard input as one file.")
+@click.option(
+    "--stdin-name", metavar="NAME", help="The name of that file in the snapshot [default: stdin]."
+)
+@click.option("--dry-run", "-n", is_flag=True, help="Do everything except write.")
+@click.option(
+    "--parent", metavar="SNAP", help="Compare with this snapshot to find unchanged files."
+)
 @click.option("--no-parent", is_flag=True, help="Read every file.")
 @click.option(
     "--attempts",
     type=click.IntRange(1, 100),
     default=3,
     show_default=True,
-    help="How often a file that changes is captured; above 1 once more at the end.",
+    help="Capture a file that changes up to N times; above 1, once more at the end of the backup.",
 )
 @click.option(
     "--patience",
@@ -104,19 +110,19 @@ _MOST_SECONDS = 9_200_000_000
     default=60,
     show_default=True,
     metavar="SECONDS",
-    help="Time for pauses and further captures of files that change, in all.",
+    help="Limit the total time for pauses and repeated captures of files that change.",
 )
 @click.option(
     "--freeze",
     type=click.Choice(["auto", "never", "require"]),
     default="auto",
     show_default=True,
-    help="Read a clone of a file that changes, where its file system can make one.",
+    help="Read a clone of a file that changes, where the file system supports clones.",
 )
 @click.option(
     "--reread",
     is_flag=True,
-    help="Read unchanged files too, and tell those whose content changed all the same.",
+    help="Read unchanged files too, and report those whose content changed silently.",
 )
 @click.option(
     "--compression",
@@ -124,21 +130,21 @@ _MOST_SECONDS = 9_200_000_000
     default=3,
     show_default=True,
     metavar="LEVEL",
-    help="The zstd level.",
+    help="The zstd compression level.",
 )
 @click.option(
     "--spool",
     type=click.Choice(["memory", "disk"]),
     default="disk",
     show_default=True,
-    help="Where a pack is put together.",
+    help="Where to assemble packs.",
 )
-@click.option("--changed-ok", is_flag=True, help="Exit 0 although files changed.")
+@click.option("--changed-ok", is_flag=True, help="Exit 0 even if files changed.")
 @click.option(
     "--recipients-file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Refuse unless the repository is encrypted to just these recipients.",
+    help="Refuse unless the repository is encrypted to exactly these recipients.",
 )
 @common_options
 @click.pass_obj
@@ -172,11 +178,11 @@ def backup(
 ) -> int:
     """Publish a snapshot of files and directories.
 
-    An encrypted repository is written to without any identity; one that is given is used to compare with
+    A backup to an encrypted repository needs no identity. With an identity, casfs compares the files with
     the previous snapshot.
 
-    Exit 3 means that it is published but some sources could not be read, 4 that some files changed
-    while they were read, or were found silently changed by --reread.
+    Exit code 3: the snapshot is published, but some sources could not be read. Exit code 4: some files
+    changed while they were read, or --reread found silent changes.
     """
     from casfs.backup.exclude import Exclusions
     from casfs.backup.reflink import Freeze
@@ -185,23 +191,23 @@ def backup(
 
     sources = [os.fsencode(path) for path in paths]
     if sys.stdin is None and (stdin or "-" in files_from):
-        raise UsageError("standard input is closed, and nothing can be read from it")
+        raise UsageError("standard input is closed; open it or give paths")
     for name in files_from:
         sources += _read_paths(name, nul)
     if stdin and (sources or "-" in files_from):
-        raise UsageError("--stdin does not go with paths")
+        raise UsageError("--stdin and paths exclude each other; give one of them")
     if nul and not files_from:
-        raise UsageError("-0 goes with --files-from")
+        raise UsageError("-0 needs --files-from")
     if stdin_name is not None and not stdin:
-        raise UsageError("--stdin-name goes with --stdin")
+        raise UsageError("--stdin-name needs --stdin")
     if not (sources or stdin):
-        raise UsageError("name what to back up")
+        raise UsageError("give at least one path to back up")
     if any(not source for source in sources):
         raise UsageError("an empty path cannot be backed up")
     if host == "":
         raise UsageError("--host needs a name")
     if parent is not None and no_parent:
-        raise UsageError("--parent does not go with --no-parent")
+        raise UsageError("--parent and --no-parent exclude each other; give one of them")
     patterns = list(excludes)
     for path in exclude_files:
         patterns += read_patterns(path)
@@ -232,7 +238,7 @@ def backup(
     unlock: Unlock = settings.keys.unlock_given
     recipients_file = recipients_file or settings.recipients_file()
     if recipients_file is not None:
-        unlock = _expecting(root, recipients_file, unlock)
+        unlock = _require_recipients(root, recipients_file, unlock)
     with (
         open_for_writing(
             root,
@@ -247,13 +253,13 @@ def backup(
         _report(settings, result, dry_run)
         sys.stdout.flush()
     except OSError as error:
-        # The snapshot is published whether or not anybody hears of it, and the code says so.
+        # The snapshot is published even if the result cannot be printed; the exit code says so.
         return stdout_failed(error, code)
     return code
 
 
 def exit_code(result: BackupResult, changed_ok: bool) -> int:
-    """Return what a backup that was published ends with; unreadable sources outrank changed files."""
+    """Return the exit code of a published backup; unreadable sources outrank changed files."""
     stats, tree = result.snapshot.stats, result.snapshot.root.tree
     if stats.unreadable:
         return EXIT_UNREADABLE
@@ -269,7 +275,7 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
     output.line(
         f"{stats.files} files in {stats.directories} directories, {format_size(tree.total_bytes)}; "
         f"{stats.unchanged} unchanged; {format_size(stats.new_stored_bytes)} "
-        f"{'would be ' if dry_run else ''}stored anew in {stats.seconds:.1f} s"
+        f"{'would be ' if dry_run else ''}newly stored in {stats.seconds:.1f} s"
     )
     if stats.vanished:
         output.line(f"{stats.vanished} vanished before or while they were read")
@@ -308,8 +314,8 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
     )
 
 
-def _expecting(root: Path, file: Path, unlock: Unlock) -> Unlock:
-    """Return what unlocks a repository only if it has just the recipients that a file names."""
+def _require_recipients(root: Path, file: Path, unlock: Unlock) -> Unlock:
+    """Return a function that unlocks a repository only if its recipients are those in a file."""
     from casfs.cli.commands.key import recipients_in
     from casfs.crypto.key_manager import require_recipients, trust_current_recipients
     from casfs.repository.opening import read_config
@@ -318,16 +324,16 @@ def _expecting(root: Path, file: Path, unlock: Unlock) -> Unlock:
     if read_config(root).encryption is None:
         raise TrustError(f"the repository in {root} is not encrypted; nothing was stored")
 
-    def expect_and_unlock(storage: Storage, config: RepositoryConfig) -> Identities:
+    def check_and_unlock(storage: Storage, config: RepositoryConfig) -> Identities:
         require_recipients(storage, expected)
         trust_current_recipients(root.absolute(), storage, config)
         return unlock(storage, config)
 
-    return expect_and_unlock
+    return check_and_unlock
 
 
 def _source_names(sources: list[bytes]) -> Callable[[bytes], bytes]:
-    """Return what turns a path of the snapshot into the one in the source."""
+    """Return a function from a path in the snapshot to the path of its source."""
     relative = {normalize_source_path(source).split(b"/")[0] for source in sources} - {b""}
 
     def source_name(path: bytes) -> bytes:
@@ -339,15 +345,17 @@ def _source_names(sources: list[bytes]) -> Callable[[bytes], bytes]:
 
 
 def _read_paths(name: str, nul: bool) -> list[bytes]:
-    """Return the paths in a file, one a line; a carriage return that ends every line is no part of them."""
+    """Return the paths in a file, one per line; if every line ends with a carriage return, drop it."""
     where = "on standard input" if name == "-" else f"in {name}"
     try:
         with open(0 if name == "-" else name, "rb", 0, closefd=name != "-") as file:
             data = _read_all(file, _MAX_LIST_BYTES)
     except FileNotFoundError as error:
-        raise NotFoundError(f"the file of paths {name} does not exist") from error
+        raise NotFoundError(f"the file {name} of --files-from does not exist") from error
     if len(data) > _MAX_LIST_BYTES:
-        raise UsageError(f"the paths {where} take more than {_MAX_LIST_BYTES} bytes")
+        raise UsageError(
+            f"the paths {where} take more than {_MAX_LIST_BYTES} bytes; split the list"
+        )
     if nul:
         return [path for path in data.split(b"\0") if path]
     if b"\0" in data:
@@ -359,9 +367,9 @@ def _read_paths(name: str, nul: bool) -> list[bytes]:
 
 
 def _read_all(file: RawIOBase, max_bytes: int) -> bytes:
-    """Return what a file holds, and one byte more than `max_bytes` of a longer one.
+    """Return the content of a file, but at most `max_bytes` and one byte.
 
-    A pipe that another process made non-blocking is waited for.
+    Wait for data where another process made the pipe non-blocking.
     """
     data = bytearray()
     while len(data) <= max_bytes:
@@ -390,7 +398,7 @@ def _stdin_name(name: str | None) -> bytes:
 
 
 def _parse_time(text: str) -> int:
-    """Return a time in nanoseconds, to the last digit that was given and none more."""
+    """Return a time in nanoseconds since 1970, with exactly the digits that the user gave."""
     try:
         if text.startswith("@"):
             seconds = Decimal(text[1:])
@@ -398,7 +406,7 @@ def _parse_time(text: str) -> int:
             moment = datetime.fromisoformat(text)
             seconds = Decimal(int(moment.replace(microsecond=0).timestamp()))
             seconds += Decimal(moment.microsecond).scaleb(-6)
-        if not -_MOST_SECONDS < seconds < _MOST_SECONDS:
+        if not -_MAX_SECONDS < seconds < _MAX_SECONDS:
             raise UsageError(f"--time {text!r} is not between the years 1678 and 2261")
     except (ValueError, ArithmeticError) as error:
         raise UsageError(f"--time {text!r} is neither ISO 8601 nor @SECONDS") from error

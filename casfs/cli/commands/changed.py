@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.output import path_argument, short_id
+from casfs.cli.output import path_argument
 from casfs.cli.settings import Settings, common_options
+from casfs.digest import short_id
 from casfs.display import escape_path
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 def changed(settings: Settings, snap: str) -> None:
     """List the files that changed while they were captured.
 
-    Told are the reason, the number of attempts, and the BLAKE3 digests (as of b3sum) of what was
-    captured and of what was seen when the file was read again.
+    Each line shows the reason, the number of attempts, and two BLAKE3 digests, as b3sum computes them:
+    that of the captured data, and that of the file when it was read again.
     """
     from casfs.cli.entry_format import NodeFields, format_reason
     from casfs.format.tree import captured_digest

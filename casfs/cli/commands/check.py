@@ -1,4 +1,4 @@
-"""The verb check."""
+"""The command check: verify snapshots, trees, the index and packs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.output import Output, format_size, json_path, short_id
+from casfs.cli.output import Output, json_path
 from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
-from casfs.display import escape_path
+from casfs.digest import short_id
+from casfs.display import escape_path, format_size
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,20 +33,20 @@ if TYPE_CHECKING:
     "older_than_s",
     type=DURATION,
     metavar="DURATION",
-    help="Read only packs that were not verified for so long, as in 30d.",
+    help="Read only packs whose last verification is older, as in 30d.",
 )
 @click.option(
     "--max-duration",
     "max_duration_s",
     type=DURATION,
     metavar="DURATION",
-    help="Begin no pack after so long, as in 10m; the longest unverified come first.",
+    help="Start no further pack after this time, as in 10m; the longest unverified packs come first.",
 )
 @click.option(
     "--storage",
     "storage_only",
     is_flag=True,
-    help="Recompute the digest of every object that is stored; needs no key and no index.",
+    help="Recompute the digest of every stored object; needs no key and no index.",
 )
 @common_options
 @click.pass_obj
@@ -57,10 +58,10 @@ def check(
     max_duration_s: int | None,
     storage_only: bool,
 ) -> int:
-    """Check every snapshot, tree and index entry; exit 5 where something is damaged.
+    """Check every snapshot, tree and index entry; exit with 5 if something is damaged.
 
-    When each pack was last verified is remembered, also where a check is interrupted: with --older-than
-    the next one goes on from there.
+    casfs records when it verified each pack, also if the check is interrupted: with --older-than the next
+    check continues from there.
     """
     from casfs.maintenance.check import Checker
     from casfs.maintenance.scrub import PackSelection
@@ -68,7 +69,7 @@ def check(
 
     if storage_only:
         if read_data or (subset, older_than_s, max_duration_s) != (None, None, None):
-            raise UsageError("--storage reads everything, and goes with no other choice")
+            raise UsageError("--storage reads everything; do not combine it with another selection")
         return _check_storage(settings)
     if subset == 0:
         raise UsageError("--read-data-subset 0% reads nothing; give more than 0%")
@@ -76,7 +77,7 @@ def check(
     if read_data or subset is not None:
         choice = PackSelection(subset if subset is not None else 1.0, older_than_s, max_duration_s)
     elif older_than_s is not None or max_duration_s is not None:
-        raise UsageError("--older-than and --max-duration say what to read; give --read-data too")
+        raise UsageError("--older-than and --max-duration need --read-data")
     output = settings.output()
     monitor = CommandMonitor(output, "check")
     root = settings.repository_path()
@@ -98,7 +99,7 @@ def check(
             f"{format_size(result.read_bytes)}"
         )
     if result.packs_left:
-        output.line(f"{result.packs_left} packs are left for the next time")
+        output.line(f"{result.packs_left} packs are left for the next check")
     if result.flagged:
         output.line(f"{result.flagged} files are flagged: they changed while they were captured")
     found = len(result.damage)

@@ -1,4 +1,4 @@
-"""The verb diff."""
+"""The command diff: print the differences between two snapshots."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.output import Output, format_size, json_path
+from casfs.cli.output import Output, json_path
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
-from casfs.display import escape_path
+from casfs.display import escape_path, format_size
 
 if TYPE_CHECKING:
     from casfs.cli.entry_format import NodeFields
@@ -23,7 +23,7 @@ _MARKS = {"added": "+", "removed": "-", "modified": "M", "metadata": "U", "type"
 
 @dataclass(slots=True)
 class _Summary:
-    """What a comparison found; sizes in bytes of regular files."""
+    """The totals of a comparison; sizes are bytes of regular files."""
 
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_MARKS, 0))
     added_bytes: int = 0
@@ -38,10 +38,10 @@ class _Summary:
 @common_options
 @click.pass_obj
 def diff(settings: Settings, before: str, after: str) -> int:
-    """Tell what changed from one snapshot, or part of one, to another.
+    """Print what changed from one snapshot, or part of a snapshot, to another.
 
-    + added, - removed, M other content, U other metadata, T another kind. Paths are told as seen from
-    what was compared; `.` is that itself. Inode numbers and ctimes are no difference.
+    + added, - removed, M content changed, U metadata changed, T type changed. Paths are relative to the
+    two sides of the comparison; `.` is the compared entry itself. Inode numbers and ctimes are ignored.
     """
     from casfs.cli.entry_format import NodeFields
     from casfs.query.diff import Differ, ancestor_dirs
@@ -57,16 +57,16 @@ def diff(settings: Settings, before: str, after: str) -> int:
         new_id, new, new_path, new_node = repository.snapshots.resolve_path(after)
         passages = ancestor_dirs(old.paths, old_path) | ancestor_dirs(new.paths, new_path)
         differ = Differ(repository.trees, monitor, passages)
-        told = NodeFields(old), NodeFields(new)
+        sides = NodeFields(old), NodeFields(new)
         for change in differ.changes(old_node, new_node):
             _add(summary, change)
-            _print(output, change) if not output.as_json else _emit(output, change, *told)
+            _print(output, change) if not output.as_json else _emit(output, change, *sides)
     counts = summary.counts
     output.line(
         f"{counts['added']} added ({format_size(summary.added_bytes)}), "
         f"{counts['removed']} removed ({format_size(summary.removed_bytes)}), "
         f"{counts['modified']} modified ({format_size(summary.modified_bytes)}), "
-        f"{counts['metadata']} of other metadata, {counts['type']} of another kind"
+        f"{counts['metadata']} with changed metadata, {counts['type']} with a changed type"
     )
     if summary.flagged:
         output.line(f"{summary.flagged} of them were captured while they changed")

@@ -1,4 +1,4 @@
-"""The verb dump."""
+"""The command dump: write a file, or a directory as a tar stream."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("snap", metavar="SNAP:PATH")
-@click.option("--output", "-o", "target", metavar="FILE", help="Write to FILE, not to stdout.")
+@click.option("--output", "-o", "target", metavar="FILE", help="Write to FILE instead of stdout.")
 @common_options
 @click.pass_obj
 def dump(settings: Settings, snap: str, target: str | None) -> None:
-    """Write what a file holds, or what is below a directory as a tar, to stdout or to FILE.
+    """Write the content of a file, or a directory as a tar stream, to stdout or to FILE.
 
-    Every byte is verified before it is written. The output ends where damage begins (exit 5).
+    Every byte is verified before it is written. The output stops at the first damage (exit code 5).
     """
     from casfs.format.node_types import NODE_TYPES
     from casfs.format.tree import NodeType
@@ -47,7 +47,7 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
         if kind not in (NodeType.FILE, NodeType.DIRECTORY):
             raise CasfsError(
                 f"{escape_path(path)} is neither a file nor a directory but a {NODE_TYPES[kind].word}; "
-                "it holds nothing to dump"
+                "it has no content to dump"
             )
         file = _open(target, node, output.as_json, stack)
         if target is not None:
@@ -81,9 +81,9 @@ def _open(target: str | None, node: Node, as_json: bool, stack: ExitStack) -> Bi
     if target is not None:
         return stack.enter_context(open(target, "wb"))
     if as_json:
-        raise UsageError("with --json, say where the bytes go: --output FILE")
+        raise UsageError("--json needs --output FILE for the content")
     if node.tree is not None and _is_terminal():
-        raise UsageError("a tar does not go to a terminal; give --output FILE or a pipe")
+        raise UsageError("a tar stream cannot go to a terminal; give --output FILE or use a pipe")
     return sys.stdout.buffer
 
 

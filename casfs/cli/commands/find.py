@@ -1,4 +1,4 @@
-"""The command find: search the snapshots for names."""
+"""The command find: search snapshots for names."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.output import path_argument, short_id
+from casfs.cli.output import path_argument
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
+from casfs.digest import short_id
 from casfs.display import escape_path
 from casfs.errors import UsageError
 
@@ -29,16 +30,16 @@ if TYPE_CHECKING:
     "snaps",
     multiple=True,
     metavar="SNAP[:PATH]",
-    help="Look in this snapshot [default: in all].",
+    help="Search this snapshot [default: all]; repeatable.",
 )
 @click.option("--changed", "only_flagged", is_flag=True, help="Only files flagged as changed.")
 @click.option(
     "--type",
     "kind",
     type=click.Choice(list("fdlpscb")),
-    help="Only files, directories, symlinks, pipes, sockets, character or block devices.",
+    help="Only files, directories, symlinks, pipes, sockets, character devices or block devices.",
 )
-@click.option("--ignore-case", "-i", is_flag=True, help="Take capital and small letters as equal.")
+@click.option("--ignore-case", "-i", is_flag=True, help="Ignore the case of letters.")
 @common_options
 @click.pass_obj
 def find(
@@ -49,11 +50,11 @@ def find(
     kind: str | None,
     ignore_case: bool,
 ) -> int:
-    """Look for names in snapshots, the newest first.
+    """Search snapshots for names, the newest snapshot first.
 
-    PATTERN is a shell glob for the name, or for the whole path where it has a slash; its * matches
-    slashes too. With --changed it may be left out. What is found can be given to other verbs as it is
-    printed, SNAP:PATH.
+    PATTERN is a shell glob for the name, or for the whole path if it contains a slash; its * matches
+    slashes too. With --changed it may be left out. Each result is printed as SNAP:PATH, which other
+    commands accept.
     """
     from casfs.cli.entry_format import NodeFields, format_state
     from casfs.format.node_types import TYPES_BY_LETTER
@@ -61,7 +62,7 @@ def find(
     from casfs.repository.opening import OpenOptions, open_for_reading
 
     if pattern is None and not only_flagged:
-        raise UsageError("say what to look for: a PATTERN, or --changed")
+        raise UsageError("give a PATTERN or --changed")
     if pattern is not None:
         pattern = path_argument(pattern).decode("utf-8", "surrogateescape")
     kinds = frozenset([TYPES_BY_LETTER[kind]]) if kind is not None else None
@@ -88,15 +89,15 @@ def find(
 def _searched(
     repository: Repository, snaps: tuple[str, ...]
 ) -> list[tuple[SnapshotId, Snapshot, bytes, Node]]:
-    """Return the places to look in, the newest snapshot first."""
+    """Return the entries to search below, the newest snapshot first."""
     if snaps:
         named = {
             (found[0], found[2]): found for found in map(repository.snapshots.resolve_path, snaps)
         }
-        places = sorted(named.values(), key=lambda found: (found[1].time_ns, found[0]))
+        roots = sorted(named.values(), key=lambda found: (found[1].time_ns, found[0]))
     else:
-        places = [
+        roots = [
             (snapshot_id, snapshot, b"", snapshot.root)
             for snapshot_id, snapshot in repository.snapshots.iterate()
         ]
-    return places[::-1]
+    return roots[::-1]

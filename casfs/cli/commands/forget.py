@@ -1,4 +1,4 @@
-"""The verb forget."""
+"""The command forget: remove snapshots by rules or by name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.output import Output, format_time, iso_time, json_path, path_argument, short_id
+from casfs.cli.output import Output, format_time, iso_time, json_path, path_argument
 from casfs.cli.param_types import COUNT, SPAN, TAGS
 from casfs.cli.settings import Settings, common_options
+from casfs.digest import short_id
 from casfs.display import escape_path
 from casfs.errors import UsageError
 
@@ -19,17 +20,27 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("snaps", nargs=-1, metavar="[SNAP]...")
-@click.option("--keep-last", "-l", type=COUNT, default=0, help="Keep the newest N.")
-@click.option("--keep-hourly", "-H", type=COUNT, default=0, help="The newest of N hours.")
-@click.option("--keep-daily", "-d", type=COUNT, default=0, help="The newest of N days.")
-@click.option("--keep-weekly", "-w", type=COUNT, default=0, help="The newest of N weeks.")
-@click.option("--keep-monthly", "-m", type=COUNT, default=0, help="The newest of N months.")
-@click.option("--keep-yearly", "-y", type=COUNT, default=0, help="The newest of N years.")
+@click.option("--keep-last", "-l", type=COUNT, default=0, help="Keep the newest N snapshots.")
+@click.option(
+    "--keep-hourly", "-H", type=COUNT, default=0, help="Keep the newest of each of N hours."
+)
+@click.option(
+    "--keep-daily", "-d", type=COUNT, default=0, help="Keep the newest of each of N days."
+)
+@click.option(
+    "--keep-weekly", "-w", type=COUNT, default=0, help="Keep the newest of each of N weeks."
+)
+@click.option(
+    "--keep-monthly", "-m", type=COUNT, default=0, help="Keep the newest of each of N months."
+)
+@click.option(
+    "--keep-yearly", "-y", type=COUNT, default=0, help="Keep the newest of each of N years."
+)
 @click.option(
     "--keep-within",
     type=SPAN,
     metavar="SPAN",
-    help="All so close to the newest, as in 1y6m or 30d.",
+    help="Keep all within this time before the newest, as in 1y6m or 30d.",
 )
 @click.option(
     "--keep-tag",
@@ -37,29 +48,42 @@ if TYPE_CHECKING:
     type=TAGS,
     multiple=True,
     metavar="TAG[,TAG...]",
-    help="All with all of these tags.",
+    help="Keep all that have all of these tags; repeatable.",
 )
-@click.option("--host", "hosts", multiple=True, metavar="NAME", help="Look only at this host's.")
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Consider only snapshots of this host; repeatable.",
+)
 @click.option(
     "--tag",
     "tags",
     type=TAGS,
     multiple=True,
     metavar="TAG[,TAG...]",
-    help="Look only at those with all of these tags.",
+    help="Consider only snapshots with all of these tags; repeatable.",
 )
-@click.option("--path", "paths", multiple=True, metavar="PATH", help="Look only at this path's.")
+@click.option(
+    "--path", "paths", multiple=True, metavar="PATH", help="Consider only snapshots with this path."
+)
 @click.option(
     "--group-by",
     default="host,paths",
     show_default=True,
     metavar="WHAT",
-    help="Apply the rules to each host, paths or tags apart; none for all together.",
+    help="Apply the rules to each group of equal host, paths or tags; none makes one group.",
 )
-@click.option("--dry-run", "-n", is_flag=True, help="Tell what would go and why the rest stays.")
-@click.option("--prune", "then_prune", is_flag=True, help="Free the space at once.")
 @click.option(
-    "--unsafe-allow-remove-all", "allow_all", is_flag=True, help="Allow to leave no snapshot."
+    "--dry-run", "-n", is_flag=True, help="Print what would be removed, and why the rest is kept."
+)
+@click.option("--prune", "then_prune", is_flag=True, help="Run prune afterwards to free the space.")
+@click.option(
+    "--unsafe-allow-remove-all",
+    "allow_all",
+    is_flag=True,
+    help="Allow the removal of the last snapshot.",
 )
 @common_options
 @click.pass_obj
@@ -82,9 +106,9 @@ def forget(
     then_prune: bool,
     allow_all: bool,
 ) -> None:
-    """Remove snapshots: those that are named, or those that no --keep rule keeps.
+    """Remove the named snapshots, or those that no --keep rule keeps.
 
-    Each group (a host and its paths) is judged apart. The space is freed by prune.
+    The rules apply to each group (one host and its paths) separately. `casfs prune` frees the space.
     """
     from casfs.cli.commands.prune import run_prune
     from casfs.maintenance.forget import forget, plan_policy, select_by_name
@@ -134,19 +158,21 @@ def forget(
     if not then_prune:
         return
     if dry_run:
-        output.warn("what a prune would free is not known before the snapshots are gone")
+        output.warn("the space that prune would free is unknown until the snapshots are removed")
     else:
         run_prune(settings, PruneOptions())
 
 
 def _check_options(snaps: tuple[str, ...], policy: Policy, chosen: bool) -> None:
     if snaps and not policy.is_empty():
-        raise UsageError("name snapshots, or give rules (--keep-…), not both")
+        raise UsageError("name snapshots or give rules (--keep-…), not both")
     if snaps and chosen:
-        raise UsageError("--host, --tag and --path choose for rules; snapshots were named")
+        raise UsageError(
+            "--host, --tag and --path apply to rules; leave them out to name snapshots"
+        )
     if not snaps and policy.is_empty():
         raise UsageError(
-            "nothing says what to keep: give a rule such as --keep-daily 7, or name snapshots"
+            "nothing to do: give a rule such as --keep-daily 7, or name snapshots to remove"
         )
 
 
@@ -158,16 +184,16 @@ def _grouping(text: str) -> Grouping:
     known |= {"tag": "tags", "tags": "tags"}
     wrong = sorted(words - known.keys() - {"none"})
     if wrong:
-        raise UsageError(f"--group-by {wrong[0]!r} is none of host, paths, tags and none")
+        raise UsageError(f"--group-by {wrong[0]!r} is unknown; use host, paths, tags or none")
     wanted = {known[word] for word in words if word in known}
     return Grouping("host" in wanted, "paths" in wanted, "tags" in wanted)
 
 
 def _print_plan(output: Output, plan: ForgetPlan, dry_run: bool) -> None:
-    for key, verdicts in plan.groups.items():
+    for key, decisions in plan.groups.items():
         output.line(_title(key))
-        for verdict in verdicts:
-            _print_result(output, verdict.snapshot, verdict.reasons, dry_run)
+        for decision in decisions:
+            _print_result(output, decision.snapshot, decision.reasons, dry_run)
 
 
 def _print_named(output: Output, candidates: list[Candidate], dry_run: bool) -> None:
@@ -180,8 +206,8 @@ def _print_result(
 ) -> None:
     snapshot = candidate.snapshot
     time = format_time(candidate.time_ns) if snapshot is not None else "(its file is damaged)"
-    verdict = f"keep    {', '.join(reasons)}" if reasons else "forget"
-    output.line(f"  {short_id(candidate.snapshot_id)}  {time}  {escape_path(verdict.encode())}")
+    decision = f"keep    {', '.join(reasons)}" if reasons else "forget"
+    output.line(f"  {short_id(candidate.snapshot_id)}  {time}  {escape_path(decision.encode())}")
     output.emit(
         "snapshot",
         id=candidate.snapshot_id.hex(),

@@ -24,17 +24,17 @@ def init(
     recipients_files: tuple[Path, ...],
     passphrase: bool,
 ) -> None:
-    """Make a repository; refuse where one is.
+    """Create a repository; refuse if one exists.
 
-    With recipients or a passphrase everything in it is encrypted: it can be written to by whoever may
-    write in its folder, and read by whoever has an identity or the passphrase. That is decided here for
-    the repository's whole life; who the recipients are can be changed later (casfs key).
+    With recipients or a passphrase, casfs encrypts everything in the repository. Backups then need only
+    write access to the folder; reading needs an identity or the passphrase. Encryption cannot be turned
+    on or off later. Recipients can be changed (casfs key).
     """
     from casfs.format.config import FORMAT_VERSION
     from casfs.repository.opening import create_repository
 
     if path is not None and settings.repo is not None and path != settings.repo:
-        raise UsageError("two repositories were named; give one")
+        raise UsageError("the argument and --repo name different repositories; give one of them")
     if path is not None:
         settings.repo = path
     root = settings.repository_path()
@@ -49,20 +49,20 @@ def init(
     wanted = named_recipients(recipients, recipients_files)
     if named is not None and named.identity_file is not None and not wanted and new is None:
         raise UsageError(
-            "the configuration names an identity-file for this repository, and nothing says to whom it "
-            "is encrypted: give --recipient, --passphrase, or recipients-file in the configuration"
+            "the configuration names an identity-file for this repository, but no recipient: give "
+            "--recipient, --passphrase, or recipients-file in the configuration"
         )
     config = create_repository(root, wanted, new)
     output = settings.output()
-    output.line(f"made repository {config.id[:12]} in {escape_path(bytes(root))}")
+    output.line(f"created repository {config.id[:12]} in {escape_path(bytes(root))}")
     if config.encryption is None:
-        output.line("it is not encrypted: whoever can read the folder can read what is stored")
+        output.line("it is not encrypted: every user who can read the folder can read the backups")
     else:
-        values = [f"{one.kind} {one.value}" for one in wanted]
+        values = [f"{recipient.kind} {recipient.value}" for recipient in wanted]
         values += ["a passphrase"] if new is not None else []
         output.line(f"it is encrypted to {', '.join(values)}")
         output.line(
-            "without one of these nothing in it can ever be read again: keep them apart from it"
+            "only these can decrypt it: keep a copy of the keys or the passphrase somewhere else"
         )
     output.emit(
         "repository",

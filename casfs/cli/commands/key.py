@@ -1,4 +1,4 @@
-"""The verb key: who can open what is stored in an encrypted repository."""
+"""The command key: list and change the recipients of an encrypted repository."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def recipient_options(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option(
         "--passphrase",
         is_flag=True,
-        help="A passphrase: asked for at a terminal, or from --passphrase-file, -fd, -command.",
+        help="Add a passphrase, from the terminal or from --passphrase-file, -fd or -command.",
     )(command)
     command = click.option(
         "--recipients-file",
@@ -31,29 +31,29 @@ def recipient_options(command: Callable[..., Any]) -> Callable[..., Any]:
         multiple=True,
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Recipients, one a line.",
+        help="Read recipients from this file, one per line.",
     )(command)
     return click.option(
         "--recipient",
         "recipients",
         multiple=True,
         metavar="KEY",
-        help="An age public key, an SSH public key, or a GPG key id; may be repeated.",
+        help="An age public key, an SSH public key or a GPG key id; repeatable.",
     )(command)
 
 
 def named_recipients(texts: tuple[str, ...], files: tuple[Path, ...]) -> list[Recipient]:
-    """Return the recipients that the options name; raises WrongKeyError and StorageError."""
+    """Return the recipients that the options name; raise WrongKeyError or StorageError."""
     if not (texts or files):
         return []
     from casfs.crypto.recipients import merged, parse_recipient
 
     found = [parse_recipient(text) for text in texts]
-    return merged(found, [one for file in files for one in recipients_in(file)])
+    return merged(found, [recipient for file in files for recipient in recipients_in(file)])
 
 
 def recipients_in(file: Path) -> list[Recipient]:
-    """Return the recipients that a file names; raises WrongKeyError and StorageError."""
+    """Return the recipients in a file; raise WrongKeyError or StorageError."""
     from casfs.crypto.recipients import parse_recipients_file
 
     try:
@@ -66,22 +66,22 @@ def recipients_in(file: Path) -> list[Recipient]:
 @click.group()
 @common_options
 def key() -> None:
-    """Say who can open what is stored, or show it."""
+    """List and change the recipients, which can decrypt the repository."""
 
 
 @key.command("list")
 @common_options
 @click.pass_obj
 def list_keys(settings: Settings) -> None:
-    """List the recipients: whoever has what opens one of them can read what is stored."""
+    """List the recipients: the owner of one of these keys can decrypt the repository."""
     from casfs.crypto.recipients import read_recipients
 
     _, storage, _ = _encrypted(settings)
     output = settings.output()
     rows = []
-    for one in read_recipients(storage):
-        rows.append((str(one.kind), one.value))
-        output.emit("recipient", kind=str(one.kind), value=one.value)
+    for recipient in read_recipients(storage):
+        rows.append((str(recipient.kind), recipient.value))
+        output.emit("recipient", kind=str(recipient.kind), value=recipient.value)
     output.table(("kind", "recipient"), (), rows)
 
 
@@ -95,9 +95,9 @@ def add(
     recipients_files: tuple[Path, ...],
     passphrase: bool,
 ) -> None:
-    """Add recipients: they can read what is stored from now on.
+    """Add recipients, which can decrypt all later backups.
 
-    What is there already opens to them after `casfs key rewrap`.
+    Run `casfs key rewrap` to let them decrypt the existing backups too.
     """
     from casfs.crypto.identities import add_passphrase
     from casfs.crypto.key_manager import change_recipients, verify_trusted, with_gpg_identities
@@ -114,8 +114,10 @@ def add(
         if text is not None:
             new.append(add_passphrase(storage, text, bytes.fromhex(config.id)))
         now = read_recipients(storage)
-        known = {one.value for one in now}
-        added = with_gpg_identities(storage, [one for one in new if one.value not in known])
+        known = {recipient.value for recipient in now}
+        added = with_gpg_identities(
+            storage, [recipient for recipient in new if recipient.value not in known]
+        )
         change_recipients(root, storage, config, merged(now, added))
     _print_recipients(settings, "added", added)
 
@@ -125,49 +127,52 @@ def add(
 @common_options
 @click.pass_obj
 def remove(settings: Settings, values: tuple[str, ...]) -> None:
-    """Remove recipients, by the value that `casfs key list` shows or the beginning of one.
+    """Remove recipients, by the value that `casfs key list` shows or the beginning of that value.
 
-    They cannot read what is stored from now on, and can still read what they could read before:
-    `casfs key rewrap` takes that from them too, as far as they have no copy of the old files.
+    They cannot decrypt later backups. They can still decrypt the existing ones until `casfs key rewrap`,
+    and after it with copies of the old key files.
     """
     from casfs.crypto.key_manager import change_recipients
     from casfs.crypto.recipients import read_recipients
 
-    gone = []
+    removed = []
     with _open_for_maintenance(settings, "key remove") as (root, storage, config):
         now = read_recipients(storage)
         for value in values:
-            fitting = [one for one in now if one.value.startswith(value)]
-            if len(fitting) != 1:
+            matches = [recipient for recipient in now if recipient.value.startswith(value)]
+            if len(matches) != 1:
                 raise UsageError(
-                    f"{len(fitting)} recipients begin with {value!r}; nothing was changed"
+                    f"{len(matches)} recipients begin with {value!r}; nothing was changed"
                 )
-            gone += fitting
-        change_recipients(root, storage, config, [one for one in now if one not in gone])
-    _print_recipients(settings, "removed", gone)
+            removed += matches
+        left = [recipient for recipient in now if recipient not in removed]
+        change_recipients(root, storage, config, left)
+    _print_recipients(settings, "removed", removed)
 
 
 @key.command()
 @common_options
 @click.pass_obj
 def rewrap(settings: Settings) -> None:
-    """Have everything that is stored open to the recipients that there are now, and to nobody else."""
+    """Encrypt the existing session keys to the current recipients, and only to them."""
     from casfs.crypto.key_manager import rewrap_sessions, verify_trusted
 
     with _open_for_maintenance(settings, "key rewrap") as (root, storage, config):
         verify_trusted(root, storage, config)
         count = rewrap_sessions(storage, config, settings.unlock(storage, config))
     output = settings.output()
-    output.line(f"wrapped the keys of {count} sessions anew")
+    output.line(f"rewrapped the keys of {count} sessions")
     output.emit("rewrapped", sessions=count)
 
 
 @key.command()
-@click.option("--new-passphrase-file", metavar="FILE", help="Read the new one from a file.")
+@click.option(
+    "--new-passphrase-file", metavar="FILE", help="Read the new passphrase from this file."
+)
 @common_options
 @click.pass_obj
 def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
-    """Change the passphrase; the old one opens nothing any more, but for copies of the repository."""
+    """Change the passphrase; the old one opens only copies of the repository made before."""
     from casfs.cli.settings import ask_passphrase
     from casfs.crypto.identities import change_passphrase
 
@@ -175,7 +180,9 @@ def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
     source = settings.keys.with_environment().passphrase
     old = source.read() if source.is_given() else ask_passphrase("the repository, the old one")
     if old is None:
-        raise UsageError("there is no terminal to ask for the old passphrase: --passphrase-file")
+        raise UsageError(
+            "there is no terminal to ask for the old passphrase: give --passphrase-file"
+        )
     new = new_passphrase(PassphraseSource(file=new_passphrase_file), "--new-passphrase-file")
     with _open_for_maintenance(settings, "key passwd") as (_, storage, config):
         change_passphrase(storage, old, new, bytes.fromhex(config.id))
@@ -188,10 +195,10 @@ def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
 @common_options
 @click.pass_obj
 def accept(settings: Settings) -> None:
-    """Have this machine trust the repository that is here now, and the recipients that it has.
+    """Trust the current repository and its current recipients on this machine.
 
-    With an identity this machine also takes up the repository's own secret for what it stores, so that it
-    deduplicates with all the others.
+    With an identity, this machine also uses the repository's secret for its backups, so that it
+    deduplicates with all other machines.
     """
     from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.key_manager import trust_current_recipients as accept_keys
@@ -210,7 +217,7 @@ def accept(settings: Settings) -> None:
 
 
 def _encrypted(settings: Settings) -> tuple[Path, LocalStorage, RepositoryConfig]:
-    """Return the repository that was named; raises UsageError where it is not encrypted."""
+    """Return the repository that the user named; raise UsageError if it is not encrypted."""
     from casfs.repository.opening import read_config
     from casfs.storage.local import LocalStorage
 
@@ -218,7 +225,7 @@ def _encrypted(settings: Settings) -> tuple[Path, LocalStorage, RepositoryConfig
     config = read_config(root)
     if config.encryption is None:
         raise UsageError(
-            f"the repository in {root} is not encrypted; that is decided by casfs init"
+            f"the repository in {root} is not encrypted; only casfs init can make one that is"
         )
     return root, LocalStorage(root), config
 
@@ -227,7 +234,7 @@ def _encrypted(settings: Settings) -> tuple[Path, LocalStorage, RepositoryConfig
 def _open_for_maintenance(
     settings: Settings, verb: str
 ) -> Iterator[tuple[Path, LocalStorage, RepositoryConfig]]:
-    """Give the repository that was named while nobody else changes its keys; raises LockedError."""
+    """Lock the repository against other changes of its keys and yield it; raise LockedError."""
     from casfs.storage.local import LocalStorage
     from casfs.storage.locks import LockMode, RepositoryLock
 
@@ -242,8 +249,8 @@ def _open_for_maintenance(
 
 def _print_recipients(settings: Settings, what: str, recipients: list[Recipient]) -> None:
     output = settings.output()
-    for one in recipients:
-        output.line(f"{what} {one.kind} {one.value}")
-        output.emit("recipient", what=what, kind=str(one.kind), value=one.value)
+    for recipient in recipients:
+        output.line(f"{what} {recipient.kind} {recipient.value}")
+        output.emit("recipient", what=what, kind=str(recipient.kind), value=recipient.value)
     if not recipients:
-        output.line("nothing was to be done")
+        output.line("nothing to do")

@@ -1,4 +1,4 @@
-"""The verb log: the versions of a path across snapshots."""
+"""The command log: list the versions of a path across snapshots."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.output import Output, format_size, format_time, iso_time, short_id
+from casfs.cli.output import Output, format_time, iso_time
 from casfs.cli.settings import Settings, common_options
-from casfs.display import escape_path
+from casfs.digest import short_id
+from casfs.display import escape_path, format_size
 from casfs.errors import IntegrityError, NotFoundError
 
 if TYPE_CHECKING:
@@ -19,15 +20,17 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("snap", metavar="SNAP:PATH")
-@click.option("--all-hosts", is_flag=True, help="In the snapshots of all hosts, not only SNAP's.")
+@click.option(
+    "--all-hosts", is_flag=True, help="Search the snapshots of all hosts, not only SNAP's."
+)
 @common_options
 @click.pass_obj
 def log(settings: Settings, snap: str, all_hosts: bool) -> int:
     """List the versions of a file or directory in all snapshots of SNAP's host, the newest last.
 
-    Two snapshots have the same version of a file when its content and the state of its capture are
-    equal, of a directory when everything below it is, times and owners included. `snapshot` is the
-    first that has a version; give it to other verbs as SNAP.
+    A file has the same version in two snapshots if its content and the state of its capture are equal; a
+    directory, if everything below it is equal, times and owners included. The column `snapshot` is the
+    first snapshot with that version; other commands accept it as SNAP.
     """
     from casfs.paths import parse_snapshot_path
     from casfs.query.history import path_history
@@ -38,10 +41,10 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
     path = parse_snapshot_path(text)
     damaged = 0
 
-    def tell(snapshot_id: SnapshotId, error: IntegrityError) -> None:
+    def report_damage(snapshot_id: SnapshotId, error: IntegrityError) -> None:
         nonlocal damaged
         damaged += 1
-        output.warn(f"snapshot {short_id(snapshot_id)} cannot be looked into: {error}")
+        output.warn(f"snapshot {short_id(snapshot_id)} cannot be searched: {error}")
 
     with open_for_reading(
         settings.repository_path(), OpenOptions(unlock=settings.unlock)
@@ -52,7 +55,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
             for snapshot_id, snapshot in repository.snapshots.iterate()
             if all_hosts or snapshot.host == named.host
         ]
-        versions = path_history(repository.trees, found, path, tell)
+        versions = path_history(repository.trees, found, path, report_damage)
     if not versions and not damaged:
         raise NotFoundError(f"none of the {len(found)} snapshots has {escape_path(path) or '/'}")
     if output.as_json:

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("snap", metavar="SNAP[:PATH]")
-@click.option("--recursive", "-R", is_flag=True, help="List all that is below PATH.")
+@click.option("--recursive", "-R", is_flag=True, help="List everything below PATH.")
 @common_options
 @click.pass_obj
 def ls(settings: Settings, snap: str, recursive: bool) -> int:
-    """List all of a snapshot, or the entries of the directory PATH in it (`:/` is the top).
+    """List everything in a snapshot, or the entries of its directory PATH (`:/` is the root).
 
-    A directory's size is that of all files below it. Files are marked that were written to while
-    they were captured: `changed` (a mixture may have been captured) or `appended` (their beginning).
+    A directory's size is that of all files below it. A mark shows files that were written to during the
+    capture: `changed` (old and new data may be mixed) or `appended` (the beginning was captured).
     """
     from casfs.cli.entry_format import NodeFields, NodeLines
     from casfs.query.find import Finder, Query

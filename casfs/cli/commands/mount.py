@@ -1,4 +1,4 @@
-"""The verbs mount and umount."""
+"""The commands mount and umount."""
 
 from __future__ import annotations
 
@@ -9,35 +9,41 @@ from types import ModuleType
 import click
 
 from casfs.cli.param_types import OWNER, SIZE
-from casfs.cli.settings import Settings, common_options, unlocked
+from casfs.cli.settings import Settings, common_options, unlock_repository
 from casfs.display import escape_path
 from casfs.errors import CasfsError
 
 
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="[SNAP[:PATH]] MOUNTPOINT")
-@click.option("--foreground", "-f", is_flag=True, help="Stay here until it is unmounted.")
-@click.option("--allow-other", is_flag=True, help="Let other users in; permissions hold for them.")
-@click.option("--owner", type=OWNER, metavar="UID:GID", help="Show everything as theirs.")
+@click.option(
+    "--foreground", "-f", is_flag=True, help="Stay in the foreground until it is unmounted."
+)
+@click.option(
+    "--allow-other", is_flag=True, help="Let other users read it, as far as permissions allow."
+)
+@click.option("--owner", type=OWNER, metavar="UID:GID", help="Show every entry with this owner.")
 @click.option(
     "--cache-size",
     type=SIZE,
     default="64M",
     show_default=True,
     metavar="BYTES",
-    help="Memory for decoded data.",
+    help="Memory for verified data.",
 )
-@click.option("--deny-changed", is_flag=True, help="Give EIO for files captured while changing.")
+@click.option(
+    "--deny-changed", is_flag=True, help="Return EIO for files that changed during the capture."
+)
 @click.option(
     "--no-kernel-cache",
     is_flag=True,
-    help="Verify at each read: the kernel keeps no data (slower, and no shared mappings).",
+    help="Verify data at each read; the kernel keeps none (slower, no shared mappings).",
 )
 @click.option(
     "--log-file",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Where a mount in the background logs [default: the system's log].",
+    help="Write the log of a background mount here [default: syslog].",
 )
 @common_options
 @click.pass_obj
@@ -52,12 +58,12 @@ def mount(
     no_kernel_cache: bool,
     log_file: Path | None,
 ) -> None:
-    """Show a snapshot, or without SNAP all of them, as a file system.
+    """Mount a snapshot, or without SNAP all snapshots, as a file system.
 
-    Returns when the mount is usable; it stays until `casfs umount`.
+    The command returns when the mount is usable. The mount stays until `casfs umount`.
     """
     if len(names) > 2:
-        raise click.UsageError("name one snapshot at most, and one mountpoint")
+        raise click.UsageError("give at most one snapshot and one mountpoint")
     serving = server()
     request = serving.MountRequest(
         repository=settings.repository_path(),
@@ -69,19 +75,19 @@ def mount(
         deny_changed=deny_changed,
         kernel_cache=not no_kernel_cache,
         log_file=log_file,
-        identities=unlocked(settings.repository_path(), settings.unlock),
+        identities=unlock_repository(settings.repository_path(), settings.unlock),
     )
 
-    def tell(mountpoint: Path) -> None:
+    def report(mountpoint: Path) -> None:
         output = settings.output()
         output.line(f"mounted on {escape_path(bytes(mountpoint))}")
         output.emit("mounted", mountpoint=str(mountpoint))
         sys.stdout.flush()
 
     if foreground:
-        serving.mount_here(request, tell)
+        serving.mount_here(request, report)
     else:
-        tell(serving.mount_in_background(request))
+        report(serving.mount_in_background(request))
 
 
 @click.command()
@@ -89,7 +95,7 @@ def mount(
 @common_options
 @click.pass_obj
 def umount(settings: Settings, mountpoint: Path) -> None:
-    """Take a mount away."""
+    """Unmount."""
     from casfs_mount.mountpoint import unmount
 
     real = unmount(mountpoint)
@@ -99,12 +105,13 @@ def umount(settings: Settings, mountpoint: Path) -> None:
 
 
 def server() -> ModuleType:
-    """Return the module that mounts; raises CasfsError where pyfuse3 cannot be loaded."""
+    """Return the module casfs_mount.server; raise CasfsError if pyfuse3 cannot be loaded."""
     try:
         import casfs_mount.server
     except ModuleNotFoundError as error:
         raise CasfsError(
-            f"casfs mount needs pyfuse3, which cannot be loaded here ({error}); everything else works"
+            f"casfs mount needs pyfuse3, which cannot be loaded ({error}); "
+            "all other commands work without it"
         ) from error
     except ImportError as error:
         raise CasfsError(f"casfs mount cannot load pyfuse3: {error}") from error

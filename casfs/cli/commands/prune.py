@@ -1,4 +1,4 @@
-"""The verb prune, and what forget says when it prunes."""
+"""The command prune, and its result as forget --prune prints it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.output import Output, format_size
+from casfs.cli.output import Output
 from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
+from casfs.display import format_size
 
 if TYPE_CHECKING:
     from casfs.maintenance.prune import PruneOptions, PruneResult
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     metavar="P%",
     default="25%",
     show_default=True,
-    help="Pack anew what is needed of packs of which more than this is not.",
+    help="Repack packs with more unused data than this.",
 )
 @click.option(
     "--margin",
@@ -32,15 +33,15 @@ if TYPE_CHECKING:
     metavar="DURATION",
     default="1d",
     show_default=True,
-    help="Keep for so long what a mount or a restore that runs now may still read.",
+    help="Keep data this long for mounts and restores that run now.",
 )
-@click.option("--dry-run", "-n", is_flag=True, help="Tell what would be freed, and free nothing.")
+@click.option("--dry-run", "-n", is_flag=True, help="Print what would be freed; free nothing.")
 @common_options
 @click.pass_obj
 def prune(settings: Settings, max_unused_share: float, margin_s: int, dry_run: bool) -> None:
-    """Free what no snapshot needs; safe beside backups and mounts.
+    """Remove data that no snapshot needs; safe while backups and mounts run.
 
-    What a backup that runs now may rely on is freed by the next prune.
+    Data that a running backup may rely on is left for the next prune.
     """
     from casfs.maintenance.prune import PruneOptions
 
@@ -48,7 +49,7 @@ def prune(settings: Settings, max_unused_share: float, margin_s: int, dry_run: b
 
 
 def run_prune(settings: Settings, options: PruneOptions) -> None:
-    """Prune a repository and say what came of it."""
+    """Prune a repository and print the result."""
     from casfs.maintenance.prune import Pruner
     from casfs.repository.opening import OpenOptions, open_for_maintenance
 
@@ -72,8 +73,8 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
     )
     if result.repacked_packs:
         output.line(
-            f"what is needed of {result.repacked_packs} packs ({format_size(result.repacked_bytes)}) "
-            f"{would or 'was '}packed anew ({format_size(result.new_bytes)})"
+            f"{result.repacked_packs} packs ({format_size(result.repacked_bytes)}) "
+            f"{would or 'were '}repacked into {format_size(result.new_bytes)}"
         )
     output.line(
         f"{result.removed_packs} packs {would or 'were '}removed; "

@@ -1,25 +1,25 @@
-"""The verbs repair index and repair snapshots."""
+"""The commands repair index and repair snapshots."""
 
 from __future__ import annotations
 
 import click
 
-from casfs.cli.output import short_id
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
+from casfs.digest import short_id
 
 
 @click.group()
 @common_options
 def repair() -> None:
-    """Mend what is derived, and give up what is lost."""
+    """Rebuild the index, or drop lost data from snapshots."""
 
 
 @repair.command()
 @common_options
 @click.pass_obj
 def index(settings: Settings) -> None:
-    """Build the index anew from the packs alone.
+    """Rebuild the index from the packs alone.
 
     Intact blobs are found even in a pack whose directory is damaged.
     """
@@ -43,7 +43,7 @@ def index(settings: Settings) -> None:
     for pack in result.salvaged:
         output.line(f"pack {pack.hex()}: its directory is damaged; its intact blobs were found")
     for pack in result.unreadable:
-        output.line(f"pack {pack.hex()}: it cannot be read, and is left out until it can")
+        output.line(f"pack {pack.hex()}: it cannot be read; run this again when it can")
     output.line(f"the index was built from {result.packs} packs and has {result.blobs} blobs")
     output.emit(
         "index",
@@ -55,17 +55,15 @@ def index(settings: Settings) -> None:
 
 
 @repair.command()
-@click.option("--read-data", is_flag=True, help="Read every pack first, to know all that is lost.")
-@click.option(
-    "--dry-run", "-n", is_flag=True, help="Tell what would be dropped, and change nothing."
-)
+@click.option("--read-data", is_flag=True, help="Read every pack first, to find all lost data.")
+@click.option("--dry-run", "-n", is_flag=True, help="Print what would be dropped; change nothing.")
 @common_options
 @click.pass_obj
 def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
-    """Drop from snapshots what is lost, and nothing else, naming it.
+    """Drop lost data from snapshots, and only that; print each loss.
 
-    A file that lost a part keeps the rest, with zeros for the part, and is flagged. Try first whether a
-    new backup of the same sources brings the lost data back.
+    A file that lost a part keeps the rest, with zeros for the lost part, and is flagged. Run a new backup
+    of the same sources first: it may bring the lost data back.
     """
     from casfs.maintenance.repair import SnapshotRepairer
     from casfs.maintenance.scrub import PackSelection
@@ -85,29 +83,35 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     would = "would be " if dry_run else ""
     for snapshot_id in result.returned:
         output.line(
-            f"snapshot {short_id(snapshot_id)} is whole and had another's name; it "
-            f"{would or 'was '}given its own"
+            f"snapshot {short_id(snapshot_id)} is intact, but its file had the name of another; it "
+            f"{would or 'was '}renamed back"
         )
         output.emit("returned", id=snapshot_id.hex(), dry_run=dry_run)
-    for one in result.repaired:
-        if one.message:
-            output.line(f"snapshot {short_id(one.snapshot_id)} {would}dropped: {one.message}")
-        else:
-            by = f"replaced by {short_id(one.new_id)}" if one.new_id is not None else "replaced"
+    for snapshot in result.repaired:
+        if snapshot.message:
             output.line(
-                f"snapshot {short_id(one.snapshot_id)} {would}{by}: {one.holed} files flagged, "
-                f"{one.dropped} losses dropped"
+                f"snapshot {short_id(snapshot.snapshot_id)} {would}dropped: {snapshot.message}"
+            )
+        else:
+            by = (
+                f"replaced by {short_id(snapshot.new_id)}"
+                if snapshot.new_id is not None
+                else "replaced"
+            )
+            output.line(
+                f"snapshot {short_id(snapshot.snapshot_id)} {would}{by}: {snapshot.holed} files flagged, "
+                f"{snapshot.dropped} losses dropped"
             )
         output.emit(
             "snapshot",
-            id=one.snapshot_id.hex(),
-            replaced_by=one.new_id.hex() if one.new_id is not None else None,
-            flagged=one.holed,
-            dropped=one.dropped,
-            message=one.message or None,
+            id=snapshot.snapshot_id.hex(),
+            replaced_by=snapshot.new_id.hex() if snapshot.new_id is not None else None,
+            flagged=snapshot.holed,
+            dropped=snapshot.dropped,
+            message=snapshot.message or None,
             dry_run=dry_run,
         )
     output.line(
-        f"{result.intact} snapshots are sound, {len(result.repaired)} {would or 'were '}repaired"
+        f"{result.intact} snapshots are intact, {len(result.repaired)} {would or 'were '}repaired"
     )
     output.emit("summary", sound=result.intact, repaired=len(result.repaired), dry_run=dry_run)

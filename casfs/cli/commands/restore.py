@@ -1,4 +1,4 @@
-"""The verb restore."""
+"""The command restore: write a snapshot, or a part of it, into a folder."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ from pathlib import Path
 import click
 
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
-from casfs.cli.output import format_size, short_id
 from casfs.cli.param_types import PATTERN
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
+from casfs.digest import short_id
+from casfs.display import format_size
 from casfs.errors import RefusedError, UsageError
 from casfs.patterns import Pattern
 
 
 @click.command()
 @click.argument("snap", metavar="SNAP[:PATH]")
-@click.option("--target", "-t", required=True, metavar="DIR", help="Where to; made if need be.")
+@click.option(
+    "--target",
+    "-t",
+    required=True,
+    metavar="DIR",
+    help="Restore into this folder; it is created if missing.",
+)
 @click.option(
     "--include",
     "includes",
@@ -40,12 +47,14 @@ from casfs.patterns import Pattern
     type=click.Choice(["always", "if-changed", "never"]),
     default="always",
     show_default=True,
-    help="What happens to entries that are there already.",
+    help="When to replace existing entries.",
 )
-@click.option("--delete", is_flag=True, help="Delete what the snapshot does not have.")
-@click.option("--verify", is_flag=True, help="Read back what was written and compare its digest.")
-@click.option("--salvage", is_flag=True, help="Write damaged files too, zeros for what is lost.")
-@click.option("--dry-run", "-n", is_flag=True, help="Tell what would be done; read no file.")
+@click.option("--delete", is_flag=True, help="Delete entries that the snapshot does not have.")
+@click.option(
+    "--verify", is_flag=True, help="Read the written files back and compare their digests."
+)
+@click.option("--salvage", is_flag=True, help="Write damaged files too, with zeros for lost data.")
+@click.option("--dry-run", "-n", is_flag=True, help="Print what would be done; read no file.")
 @common_options
 @click.pass_obj
 def restore(
@@ -60,9 +69,9 @@ def restore(
     salvage: bool,
     dry_run: bool,
 ) -> int:
-    """Write a snapshot, or what is below a path of it, into a folder.
+    """Write a snapshot, or everything below a path of it, into a folder.
 
-    A directory's entries go straight into the folder. Exit 5 means that something was damaged.
+    The entries of a directory go directly into the folder. Exit code 5 means that data was damaged.
     """
     from casfs.repository.opening import OpenOptions, open_for_reading
     from casfs.restore.entry_writer import Overwrite
@@ -85,7 +94,7 @@ def restore(
         settings.repository_path(), OpenOptions(unlock=settings.unlock), reader="restore"
     ) as repository:
         snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(snap)
-        # `.` and `/` are themselves what was backed up; otherwise the root stands for nothing.
+        # The root has metadata of its own only if `.` or `/` was the source.
         with_root = bool(path) or snapshot.paths in ((b".",), (b"/",))
         monitor = CommandMonitor(output, "restore")
         if node.tree is not None:
@@ -102,7 +111,9 @@ def restore(
     for count, what in (
         (
             result.skipped,
-            "are there already and would be left" if dry_run else "were there already and left",
+            "exist and would be left as they are"
+            if dry_run
+            else "existed and were left as they are",
         ),
         (result.deleted, f"{would or 'were '}deleted"),
         (result.verified, "were read back and verified"),
@@ -134,7 +145,7 @@ def restore(
 
 
 def _refuse_repository(root: Path, target: Path, delete: bool) -> None:
-    """Raise RefusedError where a restore would write or delete the repository's own files."""
+    """Raise RefusedError if the restore would write or delete the repository's own files."""
     resolved_root, resolved_target = root.resolve(), target.resolve()
     if resolved_target.is_relative_to(resolved_root):
         raise RefusedError(f"{target} is inside the repository {root}; name another folder")

@@ -6,18 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.output import (
-    Output,
-    format_size,
-    format_time,
-    iso_time,
-    json_path,
-    path_argument,
-    short_id,
-)
+from casfs.cli.output import Output, format_time, iso_time, json_path, path_argument
 from casfs.cli.param_types import TAGS
 from casfs.cli.settings import Settings, common_options
-from casfs.display import escape_path
+from casfs.digest import short_id
+from casfs.display import escape_path, format_size
 
 if TYPE_CHECKING:
     from casfs.digest import SnapshotId
@@ -28,21 +21,33 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--host", "hosts", multiple=True, metavar="NAME", help="Only of this host.")
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Only snapshots of this host; repeatable.",
+)
 @click.option(
     "--tag",
     "tags",
     type=TAGS,
     multiple=True,
     metavar="TAG[,TAG...]",
-    help="Only with all of these tags.",
+    help="Only snapshots with all of these tags; repeatable.",
 )
-@click.option("--path", "paths", multiple=True, metavar="PATH", help="Only with this path.")
+@click.option(
+    "--path",
+    "paths",
+    multiple=True,
+    metavar="PATH",
+    help="Only snapshots with this path; repeatable.",
+)
 @click.option(
     "--latest",
     type=click.IntRange(1),
     metavar="N",
-    help="Only the last N of each host and its paths.",
+    help="Only the newest N of each group of equal host and paths.",
 )
 @common_options
 @click.pass_obj
@@ -53,10 +58,10 @@ def snapshots(
     paths: tuple[str, ...],
     latest: int | None,
 ) -> None:
-    """List the snapshots, the newest last.
+    """List snapshots, the newest last.
 
-    Of several --host or --tag one has to fit, of several --path every one. Where the repository is
-    encrypted and nothing is given that opens it, their times and sizes are listed.
+    A snapshot must match one of several --host, one of several --tag, and every --path. Of an encrypted
+    repository without a key, only times and sizes are listed.
     """
     from casfs.repository.opening import OpenOptions, open_for_reading
     from casfs.repository.snapshot_filter import SnapshotFilter
@@ -68,7 +73,7 @@ def snapshots(
         root, OpenOptions(unlock=settings.unlock, allow_locked=True)
     ) as repository:
         if repository.is_locked and choice.is_empty() and not latest:
-            _list_closed(output, repository)
+            _list_envelopes(output, repository)
             return
         everything = list(repository.snapshots.iterate())
         unproven = {
@@ -80,18 +85,18 @@ def snapshots(
             _emit_snapshot(output, snapshot_id, snapshot, snapshot_id in unproven)
     elif found:
         _print_table(output, found)
-        for snapshot_id in [one for one, _ in found if one in unproven]:
+        for snapshot_id in [item[0] for item in found if item[0] in unproven]:
             output.warn(
-                f"{short_id(snapshot_id)} is unproven: it may come from whoever holds the storage"
+                f"{short_id(snapshot_id)} is unproven: the owner of the storage may have made it"
             )
     elif everything:
-        output.warn(f"none of the {len(everything)} snapshots fits")
+        output.warn(f"no snapshot matches; the repository has {len(everything)}")
     else:
-        output.warn("the repository has no snapshots yet; casfs backup makes one")
+        output.warn("the repository has no snapshots yet; casfs backup creates one")
 
 
-def _list_closed(output: Output, repository: Repository) -> None:
-    """List what an encrypted repository tells of its snapshots to anybody."""
+def _list_envelopes(output: Output, repository: Repository) -> None:
+    """List the part of each snapshot that can be read without a key."""
     from casfs.errors import CasfsError
 
     found = []
@@ -119,7 +124,7 @@ def _list_closed(output: Output, repository: Repository) -> None:
     if rows and not output.as_json:
         output.table(("id", "time", "size", "stored"), ("size", "stored"), rows)
         output.warn(
-            "the repository is encrypted, and nothing was given that opens it: give --identity"
+            "the repository is encrypted; give --identity or a passphrase to see hosts and paths"
         )
 
 
@@ -174,7 +179,7 @@ def _print_table(output: Output, found: list[Found]) -> None:
 
 
 def _rows(snapshot_id: SnapshotId, snapshot: Snapshot) -> list[tuple[str, ...]]:
-    """Return a snapshot's row, and one more for each further path."""
+    """Return the row of a snapshot, and a row for each further path."""
     tree = snapshot.root.tree
     assert tree is not None
     first, *others = [escape_path(path) for path in snapshot.paths] or [""]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from casfs.cli.output import format_size, format_time, iso_time
+from casfs.cli.output import format_time, iso_time
 from casfs.cli.settings import Settings, common_options
+from casfs.display import format_size
 from casfs.errors import UsageError
 
 
@@ -20,7 +21,7 @@ from casfs.errors import UsageError
 @common_options
 @click.pass_obj
 def stats(settings: Settings, snap: str | None, storage_only: bool) -> None:
-    """Print sizes: of the whole repository, or of what a snapshot holds."""
+    """Print the sizes of the repository, or of a snapshot or a part of it."""
     from casfs.query.stats import repository_stats, snapshot_stats
     from casfs.repository.opening import OpenOptions, open_for_reading
 
@@ -40,7 +41,7 @@ def stats(settings: Settings, snap: str | None, storage_only: bool) -> None:
             output.line(f"flagged:    {seen.flagged}")
             output.line(f"blobs:      {seen.blobs}")
             output.line(
-                f"stored:     {format_size(seen.stored_bytes)} (without what others share: "
+                f"stored:     {format_size(seen.stored_bytes)} (not shared with others: "
                 f"{format_size(seen.unique_stored_bytes)})"
             )
             output.emit(

@@ -6,9 +6,10 @@ import os
 
 import click
 
-from casfs.cli.output import iso_time, short_id
+from casfs.cli.output import iso_time
 from casfs.cli.param_types import TAGS
 from casfs.cli.settings import Settings, common_options
+from casfs.digest import short_id
 from casfs.display import escape_path
 from casfs.errors import UsageError
 
@@ -18,7 +19,12 @@ from casfs.errors import UsageError
 @click.option("--add", "added", type=TAGS, multiple=True, metavar="TAG[,TAG...]", help="Add tags.")
 @click.option("--remove", "removed", multiple=True, metavar="TAG[,TAG...]", help="Remove tags.")
 @click.option(
-    "--set", "replaced", type=TAGS, multiple=True, metavar="TAG[,TAG...]", help="Have just these."
+    "--set",
+    "replaced",
+    type=TAGS,
+    multiple=True,
+    metavar="TAG[,TAG...]",
+    help="Replace all tags by these.",
 )
 @common_options
 @click.pass_obj
@@ -29,13 +35,13 @@ def tag(
     removed: tuple[str, ...],
     replaced: tuple[frozenset[str], ...],
 ) -> None:
-    """Change a snapshot's tags; it gets a new id, its content stays the same."""
+    """Change the tags of a snapshot; it gets a new id, its content stays the same."""
     from casfs.repository.opening import OpenOptions, open_for_writing
 
     if not (added or removed or replaced):
-        raise UsageError("say what to change: --add, --remove or --set")
+        raise UsageError("give --add, --remove or --set")
     if replaced and (added or removed):
-        raise UsageError("--set does not go with --add or --remove")
+        raise UsageError("--set excludes --add and --remove")
     wanted = frozenset[str]().union(*(replaced or added))
     # Not TAGS: a snapshot of an early version may have an empty tag, or one with a comma in it.
     unwanted = {tag for text in removed for tag in (text, *text.split(","))}

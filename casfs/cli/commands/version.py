@@ -14,7 +14,7 @@ from casfs.cli.settings import Settings, common_options
 @common_options
 @click.pass_obj
 def version(settings: Settings) -> None:
-    """Print the versions of casfs, of its repository format and of Python."""
+    """Print the versions of casfs, the repository format and Python."""
     from casfs.format.config import FORMAT_VERSION
 
     output = settings.output()

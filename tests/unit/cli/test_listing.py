@@ -150,7 +150,7 @@ class TestSnapshotsCommand:
         if not expected:
             result = run(repo, "snapshots", *options)
             assert result.stdout == ""
-            assert "none of the 4 snapshots fits" in result.stderr
+            assert "no snapshot matches; the repository has 4" in result.stderr
 
 
 TREE: Plan = {

@@ -13,17 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from casfs.cli.output import (
-    Output,
-    format_size,
-    format_time,
-    iso_time,
-    json_path,
-    path_argument,
-    short_id,
-)
+from casfs.cli.output import Output, format_time, iso_time, json_path, path_argument
 from casfs.cli.param_types import SIZE
-from casfs.display import escape_path, single_line
+from casfs.digest import short_id
+from casfs.display import escape_path, format_size, single_line
 
 HOSTILE = [
     b"two\nlines",

@@ -324,8 +324,8 @@ class TestDiffCommand:
             "+  new\\n/",
             "+  new\\n/in",
             "U  same",
-            "2 added (14 B), 2 removed (1 B), 1 modified (3 B), 1 of other metadata, "
-            "1 of another kind",
+            "2 added (14 B), 2 removed (1 B), 1 modified (3 B), 1 with changed metadata, "
+            "1 with a changed type",
         ]
 
     def test_diff_prints_which_sides_changed_during_capture(self, repo: RepositoryFixture) -> None:
