@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from casfs.digest import short_id
+
 
 class CasfsError(Exception):
     """Something that casfs can explain; a user sees its sentence and no traceback."""
@@ -142,8 +144,8 @@ class BlobError(IntegrityError):
         self.pack = pack
 
     def __str__(self) -> str:
-        place = f" in pack {self.pack.hex()[:12]}" if self.pack is not None else ""
-        return f"blob {self.digest.hex()[:12]}{place}: {self.reason}"
+        place = f" in pack {short_id(self.pack)}" if self.pack is not None else ""
+        return f"blob {short_id(self.digest)}{place}: {self.reason}"
 
 
 class PackError(IntegrityError):
@@ -155,7 +157,7 @@ class PackError(IntegrityError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"pack {self.pack.hex()[:12]}: {self.reason}"
+        return f"pack {short_id(self.pack)}: {self.reason}"
 
 
 class SessionError(IntegrityError):

@@ -14,7 +14,7 @@ import msgspec
 from casfs.crypto import age, gpg
 from casfs.crypto.age import AgeIdentity
 from casfs.crypto.recipients import Recipient, wrap
-from casfs.digest import digest_of
+from casfs.digest import digest_of, short_id
 from casfs.errors import KeyMissingError, NotFoundError, SessionError
 from casfs.format.key_derivation import (
     MAX_DOMAINS,
@@ -65,7 +65,7 @@ def encode_session(session: WriteSession) -> bytes:
 
 def decode_session(data: bytes, session_id: bytes, repository: bytes) -> WriteSession:
     """Parse a document; raises SessionError unless it is that of this session of this repository."""
-    label = f"session {session_id.hex()[:12]}"
+    label = f"session {short_id(session_id)}"
     try:
         document = msgspec.json.decode(data, type=_Document)
         secrets = [bytes.fromhex(text) for text in (document.secret, *document.domains)]
@@ -135,7 +135,7 @@ def read_session(
 
     Raises KeyMissingError where none does, SessionError where the files are missing or damaged.
     """
-    label = f"session {session_id.hex()[:12]}"
+    label = f"session {short_id(session_id)}"
     closed: KeyMissingError | None = None
     damaged: SessionError | None = None
     for data, suffix in _intact_files(storage, session_id):

@@ -18,6 +18,8 @@ from typing import NewType, Protocol
 
 from blake3 import blake3
 
+from casfs.digest import short_id
+
 SessionId = NewType("SessionId", bytes)
 DomainId = NewType("DomainId", bytes)
 
@@ -57,7 +59,7 @@ class DedupDomain:
         return cls(repository, secrets.token_bytes(SECRET_BYTES))
 
     def __repr__(self) -> str:
-        return f"Domain({self.id.hex()[:12]})"
+        return f"Domain({short_id(self.id)})"
 
     @functools.cached_property
     def id(self) -> DomainId:
@@ -102,7 +104,7 @@ class WriteSession:
         return cls(domains[0].repository, secrets.token_bytes(SECRET_BYTES), tuple(domains))
 
     def __repr__(self) -> str:
-        return f"Session({self.id.hex()[:12]})"
+        return f"Session({short_id(self.id)})"
 
     @functools.cached_property
     def id(self) -> SessionId:

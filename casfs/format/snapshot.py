@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from casfs.digest import SnapshotId, digest_of
+from casfs.digest import SnapshotId, digest_of, short_id
 from casfs.errors import BlobError, TreeError, UsageError
 from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobCodec
 from casfs.format.key_derivation import SALT_BYTES, SessionId, Sessions, WriteSession
@@ -123,7 +123,7 @@ def read_envelope(snapshot_id: SnapshotId, data: bytes) -> Envelope | None:
     if kind != ENCRYPTED:
         return None
     if len(data) < HEADER.size + _ENVELOPE.size:
-        raise TreeError(f"snapshot {snapshot_id.hex()[:12]} is damaged: too short")
+        raise TreeError(f"snapshot {short_id(snapshot_id)} is damaged: too short")
     session, salt, *rest = _ENVELOPE.unpack_from(data, HEADER.size)
     return Envelope(SessionId(session), salt, *rest)
 
@@ -135,7 +135,7 @@ def decode_snapshot(
 
     In an encrypted repository `sessions` provides the keys; its errors are passed on.
     """
-    label = snapshot_id.hex()[:12]
+    label = short_id(snapshot_id)
     kind, plain_bytes = _read_header(snapshot_id, data)
     payload = data[HEADER.size :]
     if (kind == ENCRYPTED) != (sessions is not None):
@@ -156,7 +156,7 @@ def decode_snapshot(
 
 
 def _read_header(snapshot_id: SnapshotId, data: bytes) -> tuple[int, int]:
-    label = snapshot_id.hex()[:12]
+    label = short_id(snapshot_id)
     if bytes(digest_of(data)) != snapshot_id:
         raise TreeError(f"snapshot {label} is damaged: digest mismatch")
     if len(data) < HEADER.size:

@@ -30,9 +30,16 @@ from casfs.errors import (
     NotFoundError,
 )
 from casfs.format.codec import BlobKind
-from casfs.format.pack import BLOB_HEADER, ENTRY, HEADER, SESSION_HEADER, TRAILER, parse_session
+from casfs.format.pack import BLOB_HEADER, SESSION_HEADER, parse_session
 from casfs.index.schema import Location, PackRecord
 from casfs.maintenance.evacuate import Evacuator
+from casfs.maintenance.prune_plan import (
+    PackUsage,
+    PruneOptions,
+    PrunePlan,
+    packs_to_repack,
+    unneeded_packs,
+)
 from casfs.monitor import Monitor
 from casfs.repository.repository import Repository
 from casfs.repository.used_blobs import UsedBlobs
@@ -44,7 +51,6 @@ from casfs.store.pending_removal import (
     read_notices,
     replace_notice,
 )
-from casfs.store.writer import PACK_BLOBS
 
 log = logging.getLogger(__name__)
 
@@ -81,35 +87,6 @@ def remove_unneeded_sessions(repository: Repository) -> int:
     return len(unneeded)
 
 
-DEFAULT_UNUSED_SHARE = 0.25
-"""Packs with a larger share of unneeded bytes are repacked.
-
-With 1/4, the unneeded bytes that stay are at most a third of the needed ones.
-"""
-
-DEFAULT_MARGIN_S = 86_400
-"""How long packs stay for readers that were active when the packs were marked for removal."""
-
-_SMALL_PACK_BYTES = 8 * 1024 * 1024
-_MANY_SMALL_PACKS = 16
-"""At least this many small packs, as small backups leave them, are merged into larger packs.
-
-A pack that is full of tiny blobs is not counted: repacking would not make it larger."""
-
-
-@dataclass(frozen=True, slots=True)
-class PruneOptions:
-    """Options of a prune.
-
-    Packs with more than `unused_share` (0 to 1) of unneeded bytes are repacked. `margin_s` is the time
-    that packs under notice stay for active readers.
-    """
-
-    unused_share: float = DEFAULT_UNUSED_SHARE
-    margin_s: float = DEFAULT_MARGIN_S
-    dry_run: bool = False
-
-
 @dataclass(slots=True)
 class PruneResult:
     """Counts of what a prune found and did; sizes are bytes of packs.
@@ -136,14 +113,6 @@ class PruneResult:
         return self.removed_bytes - self.new_bytes
 
 
-@dataclass(slots=True)
-class _PackUsage:
-    """The needed blobs of a pack; `needed_bytes` counts payloads with their record headers."""
-
-    needed_bytes: int = 0
-    has_damaged: bool = False
-
-
 class Pruner:
     """Prune one repository that is open for writing under the maintenance lock.
 
@@ -160,51 +129,60 @@ class Pruner:
         self._used = UsedBlobs(repository)
         self._evacuator = Evacuator(repository, self._used)
         self._marked: set[SnapshotId] = set()
+        self._locks: dict[str, LockRecord] = {}
         self._records: dict[int, PackRecord] = {}
         self._in_flight: dict[int, str] = {}
         self._removed: set[int] = set()
         self._damaged: dict[Digest, Location] = {}
 
     def prune(self) -> PruneResult:
-        """Run all phases of a prune.
+        """Plan and execute a prune.
 
         Raises IntegrityError, and removes nothing, where a tree or content list of a snapshot is damaged.
         """
-        locks = self._repository.other_locks()
+        return self.execute(self.plan())
+
+    def plan(self) -> PrunePlan:
+        """Decide which packs go and which are repacked; change nothing.
+
+        Raises IntegrityError where a tree or content list of a snapshot is damaged.
+        """
+        self._locks = self._repository.other_locks()
         # Read before anything is marked by ordinal: a rebuilt index shows by different ordinals.
         self._records = {record.ordinal: record for record in self._index.packs()}
         self.result.packs = len(self._records)
         self._mark()
-        usage = self._rewrite_damaged(self._pack_usage())
-        unneeded, repacked = self._select(usage, locks)
-        if self._options.dry_run:
-            self._estimate(usage, unneeded | repacked, repacked)
-            return self.result
+        return self._make_plan(self._pack_usage())
+
+    def execute(self, plan: PrunePlan) -> PruneResult:
+        """Mark for removal, repack and remove what a plan of this instance says."""
+        if self._damaged and self._evacuator.copy_damaged(self._damaged):
+            plan = self._make_plan(self._pack_usage())
         # Removal before repacking: removal needs no free space, and the disk may be full.
-        waiting = self._remove_unneeded(unneeded)
-        if repacked:
-            self._repack_and_remove(repacked, waiting)
+        waiting = self._remove_unneeded(set(plan.unneeded))
+        if plan.repacked:
+            self._repack_and_remove(set(plan.repacked), waiting)
         self._index.keep_complete(set(self._repository.snapshots.ids()))
         remove_unneeded_sessions(self._repository)
         return self.result
 
-    def _rewrite_damaged(self, usage: dict[int, _PackUsage]) -> dict[int, _PackUsage]:
-        """Rewrite damaged needed blobs from intact duplicates; return the usage after that."""
-        if self._options.dry_run or not self._damaged:
-            return usage
-        return self._pack_usage() if self._evacuator.copy_damaged(self._damaged) else usage
+    def estimate(self, plan: PrunePlan) -> PruneResult:
+        """Return the result that a plan would have, as far as it is known before."""
+        result = self.result
+        result.repacked_packs = len(plan.repacked)
+        result.repacked_bytes = plan.repacked_bytes
+        result.new_bytes = plan.new_bytes
+        result.removed_packs = plan.removed_packs
+        result.removed_bytes = plan.removed_bytes
+        return result
 
-    def _select(
-        self, usage: dict[int, _PackUsage], locks: dict[str, LockRecord]
-    ) -> tuple[set[int], set[int]]:
-        """Return the packs without needed blobs and the packs to repack, by ordinal.
-
-        Packs that a running backup may have written are in neither set, but in `_in_flight`.
-        """
-        repacked = self._select_repack(usage)
-        unneeded = self._records.keys() - usage.keys()
-        self._in_flight = self._written_since(unneeded | repacked, locks)
-        return unneeded - self._in_flight.keys(), repacked - self._in_flight.keys()
+    def _make_plan(self, usage: dict[int, PackUsage]) -> PrunePlan:
+        unneeded = unneeded_packs(self._records, usage)
+        repacked = packs_to_repack(self._records, usage, self._options.unused_share)
+        in_flight = self._written_since(unneeded | repacked)
+        self._in_flight = in_flight
+        going = in_flight.keys()
+        return PrunePlan(self._records, usage, unneeded - going, repacked - going, in_flight)
 
     def _remove_unneeded(self, unneeded: set[int]) -> set[int]:
         """Mark packs for removal and remove those that no process uses; return the others."""
@@ -252,9 +230,9 @@ class Pruner:
                 self.result.snapshots += 1
                 self._monitor.progress.files += 1
 
-    def _pack_usage(self) -> dict[int, _PackUsage]:
+    def _pack_usage(self) -> dict[int, PackUsage]:
         """Return the usage of each pack with needed blobs, by ordinal."""
-        usage: dict[int, _PackUsage] = {}
+        usage: dict[int, PackUsage] = {}
         needed = 0
         total = 0
         self._damaged = {}
@@ -265,7 +243,7 @@ class Pruner:
                 if location.is_damaged or digest in elsewhere:
                     self._damaged[digest] = location
                 needed += 1
-                pack_usage = usage.setdefault(location.pack, _PackUsage())
+                pack_usage = usage.setdefault(location.pack, PackUsage())
                 pack_usage.needed_bytes += location.stored_bytes + BLOB_HEADER.size
                 pack_usage.has_damaged |= location.is_damaged
         if needed < self._used.count:
@@ -288,29 +266,13 @@ class Pruner:
             if pack in by_name
         }
 
-    def _select_repack(self, usage: dict[int, _PackUsage]) -> set[int]:
-        """Return the packs to repack: damaged ones, those with much unneeded data, many small ones."""
-        chosen, small = set(), set()
-        for ordinal, pack_usage in usage.items():
-            record = self._records.get(ordinal)
-            # A damaged blob may be the last trace of its data: the pack stays as it is. Once the needed
-            # blobs of the pack are rewritten elsewhere, the pack is unneeded and not in `usage`.
-            if record is None or pack_usage.has_damaged:
-                continue
-            unused_bytes = record.pack_bytes - pack_usage.needed_bytes - _directory_bytes(record)
-            if record.is_damaged or unused_bytes > self._options.unused_share * record.pack_bytes:
-                chosen.add(ordinal)
-            elif record.pack_bytes < _SMALL_PACK_BYTES and record.blobs < PACK_BLOBS // 2:
-                small.add(ordinal)
-        return chosen | small if len(small) >= _MANY_SMALL_PACKS else chosen
-
-    def _written_since(self, ordinals: set[int], locks: dict[str, LockRecord]) -> dict[int, str]:
+    def _written_since(self, ordinals: frozenset[int]) -> dict[int, str]:
         """Return the packs that a running backup may have written, each with the name of a lock.
 
         Marking them for removal would be safe, but their blobs would not count as stored until the next
         prune.
         """
-        writers = {n: lock for n, lock in locks.items() if lock.mode != LockMode.READER}
+        writers = {n: lock for n, lock in self._locks.items() if lock.mode != LockMode.READER}
         if not writers:
             return {}
         oldest = min(writers, key=lambda name: writers[name].since_ns)
@@ -323,17 +285,6 @@ class Pruner:
             if written_ns >= writers[oldest].since_ns:
                 in_flight[ordinal] = oldest
         return in_flight
-
-    def _estimate(
-        self, usage: dict[int, _PackUsage], removed: set[int], repacked: set[int]
-    ) -> None:
-        """Fill the result of a dry run."""
-        result = self.result
-        result.repacked_packs = len(repacked)
-        result.repacked_bytes = sum(self._records[n].pack_bytes for n in repacked)
-        result.new_bytes = sum(usage[n].needed_bytes for n in repacked)
-        result.removed_packs = len(removed)
-        result.removed_bytes = sum(self._records[n].pack_bytes for n in removed)
 
     def _mark_for_removal(self, ordinals: set[int]) -> None:
         """Publish which packs are going to be removed, then record which processes may use them.
@@ -499,8 +450,3 @@ class UsedBlobsUnknownError(IntegrityError):
             "the index lost entries; a new backup may restore the rest, or drop the lost data with "
             "`casfs repair snapshots`"
         )
-
-
-def _directory_bytes(record: PackRecord) -> int:
-    """Return the bytes of a pack that are no blob records: header, directory and trailer."""
-    return HEADER.size + BLOB_HEADER.size + record.blobs * ENTRY.size + TRAILER.size

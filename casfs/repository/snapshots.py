@@ -222,7 +222,7 @@ class SnapshotStore:
         path = parse_snapshot_path(text)
         node = self._trees.resolve(snapshot.root, path)
         if node is None:
-            raise NotFoundError(f"snapshot {snapshot_id.hex()[:12]} has no {text!r}")
+            raise NotFoundError(f"snapshot {short_id(snapshot_id)} has no {text!r}")
         return snapshot_id, snapshot, path, node
 
     def retag(

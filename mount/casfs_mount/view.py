@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from casfs.digest import SnapshotId
+from casfs.digest import SnapshotId, short_id
 from casfs.display import escape_path
 from casfs.errors import CasfsError
 from casfs.format.snapshot import Snapshot
@@ -234,7 +234,7 @@ class SnapshotView:
             path = b".casfs/" + name if name is not None else self._numbers.path(number)
         except Exception:  # the path is a courtesy; what is being told is another error
             return f"inode {number}"
-        return f"{escape_path(path) or '/'} (snapshot {self._snapshot_id.hex()[:12]})"
+        return f"{escape_path(path) or '/'} (snapshot {short_id(self._snapshot_id)})"
 
     def damage(self, number: int, error: CasfsError) -> None:
         """Remember that something of a node other than a range of its bytes cannot be read."""
@@ -282,7 +282,7 @@ class SnapshotView:
             log.warning(
                 "%s changed while it was backed up (snapshot %s)%s",
                 escape_path(path),
-                self._snapshot_id.hex()[:12],
+                short_id(self._snapshot_id),
                 ": opening it is denied" if denied else "; what was captured is shown",
             )
         if denied:

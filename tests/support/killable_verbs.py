@@ -37,7 +37,8 @@ from casfs.index import index as index_module
 from casfs.index.index import Index
 from casfs.maintenance.check import Checker
 from casfs.maintenance.forget import Candidate, forget
-from casfs.maintenance.prune import PruneOptions, Pruner
+from casfs.maintenance.prune import Pruner
+from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.repair import SnapshotRepairer, repair_index
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import Progress, RecordingMonitor

@@ -112,7 +112,7 @@ def forget(
     """
     from casfs.cli.commands.prune import run_prune
     from casfs.maintenance.forget import forget, plan_policy, select_by_name
-    from casfs.maintenance.prune import PruneOptions
+    from casfs.maintenance.prune_plan import PruneOptions
     from casfs.maintenance.retention import Policy
     from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
     from casfs.repository.snapshot_filter import SnapshotFilter

@@ -13,7 +13,8 @@ from casfs.cli.settings import Settings, common_options
 from casfs.display import format_size
 
 if TYPE_CHECKING:
-    from casfs.maintenance.prune import PruneOptions, PruneResult
+    from casfs.maintenance.prune import PruneResult
+    from casfs.maintenance.prune_plan import PruneOptions
 
 
 @click.command()
@@ -43,7 +44,7 @@ def prune(settings: Settings, max_unused_share: float, margin_s: int, dry_run: b
 
     Data that a running backup may rely on is left for the next prune.
     """
-    from casfs.maintenance.prune import PruneOptions
+    from casfs.maintenance.prune_plan import PruneOptions
 
     run_prune(settings, PruneOptions(max_unused_share, margin_s, dry_run))
 
@@ -61,7 +62,9 @@ def run_prune(settings: Settings, options: PruneOptions) -> None:
         ) as repository,
         monitor,
     ):
-        result = Pruner(repository, options, monitor).prune()
+        pruner = Pruner(repository, options, monitor)
+        plan = pruner.plan()
+        result = pruner.estimate(plan) if options.dry_run else pruner.execute(plan)
     _print_result(output, result, options.dry_run)
 
 

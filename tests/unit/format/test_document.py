@@ -23,7 +23,7 @@ from casfs.digest import Digest, PackId
 from casfs.format import cipher, codec, config, key_derivation, pack, snapshot, tree
 from casfs.index import fingerprint, index, schema
 from casfs.index.lmdb_env import Transaction
-from casfs.maintenance import prune
+from casfs.maintenance import prune_plan
 from casfs.repository.opening import create_repository
 from casfs.storage import local, locks
 from casfs.store import pending_removal, writer
@@ -195,8 +195,8 @@ def test_parameters_are_those_of_the_code() -> None:
         "zero bits that end a tree piece": (tree_writer._PIECE_MASK + 1).bit_length() - 1,
         "most blobs in an index commit": index._ADDED_AT_ONCE,
         "largest index file with a digest in its fingerprint": fingerprint._HASHED_BYTES,
-        "unneeded share that repacks a pack": prune.DEFAULT_UNUSED_SHARE,
-        "margin for readers": prune.DEFAULT_MARGIN_S,
+        "unneeded share that repacks a pack": prune_plan.DEFAULT_UNUSED_SHARE,
+        "margin for readers": prune_plan.DEFAULT_MARGIN_S,
         "reserve": local.RESERVE_BYTES,
     }
 

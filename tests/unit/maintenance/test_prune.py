@@ -17,9 +17,10 @@ from casfs.errors import IndexUnusableError, IntegrityError, LockedError, Storag
 from casfs.format.pack import TRAILER
 from casfs.index.index import Index
 from casfs.index.schema import Location
-from casfs.maintenance import prune as prune_module
+from casfs.maintenance import prune_plan
 from casfs.maintenance.check import Checker
-from casfs.maintenance.prune import PruneOptions, Pruner, PruneResult, UsedBlobsUnknownError
+from casfs.maintenance.prune import Pruner, PruneResult, UsedBlobsUnknownError
+from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
@@ -43,7 +44,10 @@ KIB = 1 << 10
 
 def prune(repo: RepositoryFixture, **options: object) -> PruneResult:
     with open_for_maintenance(repo.root, "prune", OpenOptions(sync=False)) as repository:
-        return Pruner(repository, PruneOptions(**options), RecordingMonitor()).prune()  # type: ignore[arg-type]
+        chosen = PruneOptions(**options)  # type: ignore[arg-type]
+        pruner = Pruner(repository, chosen, RecordingMonitor())
+        plan = pruner.plan()
+        return pruner.estimate(plan) if chosen.dry_run else pruner.execute(plan)
 
 
 def forget(repo: RepositoryFixture, *snapshots: SnapshotId) -> None:
@@ -165,7 +169,7 @@ class TestRepack:
     def test_prune_joins_many_small_packs(
         self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(prune_module, "_MANY_SMALL_PACKS", 6)
+        monkeypatch.setattr(prune_plan, "_MANY_SMALL_PACKS", 6)
         for number in range(6):
             publish(repo, number, str(number), size=KIB)
         before = contents(repo)
@@ -177,14 +181,14 @@ class TestRepack:
     def test_prune_does_not_repack_packs_full_of_tiny_blobs_repeatedly(
         self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(prune_module, "_MANY_SMALL_PACKS", 6)
+        monkeypatch.setattr(prune_plan, "_MANY_SMALL_PACKS", 6)
         for number in range(6):
             publish(repo, number, str(number), size=KIB)
         with repo.reading() as repository:
             fewest = min(record.blobs for record in repository.store.index.packs())
-        monkeypatch.setattr(prune_module, "PACK_BLOBS", 2 * fewest)
+        monkeypatch.setattr(prune_plan, "PACK_BLOBS", 2 * fewest)
         assert prune(repo).repacked_packs == 0
-        monkeypatch.setattr(prune_module, "PACK_BLOBS", 1000)
+        monkeypatch.setattr(prune_plan, "PACK_BLOBS", 1000)
         assert prune(repo).repacked_packs == 6
 
     def test_prune_keeps_the_pack_of_a_damaged_blob(self, repo: RepositoryFixture) -> None:

@@ -13,7 +13,8 @@ from casfs.format.pack import BLOB_HEADER as RECORD_HEADER
 from casfs.format.snapshot import Snapshot, decode_snapshot
 from casfs.format.tree import CaptureState, ChangeReason, Node, capture_of, captured_digest
 from casfs.maintenance.check import Checker
-from casfs.maintenance.prune import PruneOptions, Pruner
+from casfs.maintenance.prune import Pruner
+from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.repair import (
     IndexRepair,
     RepairResult,

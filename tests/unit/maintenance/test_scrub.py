@@ -15,7 +15,8 @@ from casfs.format.pack import PackEntry
 from casfs.format.snapshot import Snapshot
 from casfs.maintenance import scrub as scrub_module
 from casfs.maintenance.check import Checker, CheckResult
-from casfs.maintenance.prune import PruneOptions, Pruner
+from casfs.maintenance.prune import Pruner
+from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import open_for_maintenance, open_for_reading

@@ -1,0 +1,120 @@
+"""The plan of a prune: which packs go and which are repacked. Values and decisions, no input or output.
+
+`casfs prune --dry-run` prints a plan, and `casfs.maintenance.prune` executes one. A pack is needed when a
+blob in it is reachable from a snapshot (`casfs.repository.used_blobs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from casfs.format.pack import BLOB_HEADER, ENTRY, HEADER, TRAILER
+from casfs.index.schema import PackRecord
+from casfs.store.writer import PACK_BLOBS
+
+DEFAULT_UNUSED_SHARE = 0.25
+"""Packs with a larger share of unneeded bytes are repacked.
+
+With 1/4, the unneeded bytes that stay are at most a third of the needed ones.
+"""
+
+DEFAULT_MARGIN_S = 86_400
+"""How long packs stay for readers that were active when the packs were marked for removal."""
+
+_SMALL_PACK_BYTES = 8 * 1024 * 1024
+_MANY_SMALL_PACKS = 16
+"""At least this many small packs, as small backups leave them, are merged into larger packs.
+
+A pack that is full of tiny blobs is not counted: repacking would not make it larger."""
+
+
+@dataclass(frozen=True, slots=True)
+class PruneOptions:
+    """Options of a prune.
+
+    Packs with more than `unused_share` (0 to 1) of unneeded bytes are repacked. `margin_s` is the time
+    that packs under notice stay for active readers.
+    """
+
+    unused_share: float = DEFAULT_UNUSED_SHARE
+    margin_s: float = DEFAULT_MARGIN_S
+    dry_run: bool = False
+
+
+@dataclass(slots=True)
+class PackUsage:
+    """The needed blobs of a pack; `needed_bytes` counts payloads with their record headers."""
+
+    needed_bytes: int = 0
+    has_damaged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePlan:
+    """What a prune will do, with packs by their ordinals in the index.
+
+    `unneeded` packs hold no needed blob. `repacked` packs go after their needed blobs were copied. A pack
+    that a running backup may have written is in neither set but in `in_flight`, with the name of that
+    backup's lock.
+    """
+
+    packs: Mapping[int, PackRecord]
+    usage: Mapping[int, PackUsage]
+    unneeded: frozenset[int]
+    repacked: frozenset[int]
+    in_flight: Mapping[int, str]
+
+    @property
+    def removed_packs(self) -> int:
+        """The number of packs that go, repacked ones included."""
+        return len(self.unneeded | self.repacked)
+
+    @property
+    def removed_bytes(self) -> int:
+        """The stored bytes of the packs that go."""
+        return self._stored_bytes(self.unneeded | self.repacked)
+
+    @property
+    def repacked_bytes(self) -> int:
+        """The stored bytes of the packs whose needed blobs are copied."""
+        return self._stored_bytes(self.repacked)
+
+    @property
+    def new_bytes(self) -> int:
+        """The bytes of the needed blobs that are copied into new packs."""
+        return sum(self.usage[ordinal].needed_bytes for ordinal in self.repacked)
+
+    def _stored_bytes(self, ordinals: frozenset[int]) -> int:
+        return sum(self.packs[ordinal].pack_bytes for ordinal in ordinals)
+
+
+def unneeded_packs(
+    packs: Mapping[int, PackRecord], usage: Mapping[int, PackUsage]
+) -> frozenset[int]:
+    """Return the packs without a needed blob."""
+    return frozenset(packs.keys() - usage.keys())
+
+
+def packs_to_repack(
+    packs: Mapping[int, PackRecord], usage: Mapping[int, PackUsage], unused_share: float
+) -> frozenset[int]:
+    """Return the packs to repack: damaged ones, those with much unneeded data, many small ones."""
+    chosen, small = set(), set()
+    for ordinal, pack_usage in usage.items():
+        record = packs.get(ordinal)
+        # A damaged blob may be the last trace of its data: the pack stays as it is. Once the needed
+        # blobs of the pack are rewritten elsewhere, the pack is unneeded and not in `usage`.
+        if record is None or pack_usage.has_damaged:
+            continue
+        unused_bytes = record.pack_bytes - pack_usage.needed_bytes - _directory_bytes(record)
+        if record.is_damaged or unused_bytes > unused_share * record.pack_bytes:
+            chosen.add(ordinal)
+        elif record.pack_bytes < _SMALL_PACK_BYTES and record.blobs < PACK_BLOBS // 2:
+            small.add(ordinal)
+    return frozenset(chosen | small if len(small) >= _MANY_SMALL_PACKS else chosen)
+
+
+def _directory_bytes(record: PackRecord) -> int:
+    """Return the bytes of a pack that are no blob records: header, directory and trailer."""
+    return HEADER.size + BLOB_HEADER.size + record.blobs * ENTRY.size + TRAILER.size
