@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from casfs.backup.capture import Capturer
+from casfs.backup.exclude import Exclusions
 from casfs.backup.reflink import Freeze
 from casfs.backup.run import BackupOptions, BackupResult, run_backup
 from casfs.errors import NotRegularError
@@ -171,3 +172,22 @@ def test_an_unchanged_tree_is_the_same_with_and_without_rereading(
     unchanged = [backup.result.snapshot.stats.unchanged for backup in (first, second, third)]
     assert unchanged == [0, 3, 3]
     assert third.result.snapshot.stats.new_blobs == 0
+
+
+def test_a_marker_that_is_a_directory_is_emptied_where_an_earlier_snapshot_has_its_content(
+    repository: Repository, source: Path
+) -> None:
+    (source / "tree" / ".git" / "objects").mkdir(parents=True)
+    (source / "tree" / ".git" / "config").write_bytes(b"config")
+    (source / "tree" / "file").write_bytes(b"file")
+    whole = Backup(repository, source)
+    assert whole.node("tree/.git/config") is not None
+    marked = Backup(repository, source, exclusions=Exclusions(if_present=(b".git",)))
+    assert marked.problems == []
+    node = marked.node("tree/.git")
+    assert node is not None and node.tree is not None
+    assert node.tree.nodes == 0
+    assert marked.node("tree/file") is None
+    again = Backup(repository, source)
+    assert again.node("tree/.git/config") is not None
+    assert again.node("tree/file") is not None
