@@ -1,7 +1,7 @@
-"""Digests: BLAKE3-256 of plaintext, and the readable forms of one.
+"""Compute BLAKE3-256 digests of plaintext, and format them for display.
 
-A blob's digest is keyed where the repository is encrypted; the digest of a whole file is always the
-plain one, so that `b3sum` agrees with it.
+The digest of a blob is keyed in an encrypted repository. The digest of a whole file is always plain, so that
+`b3sum` computes the same.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def digest_of(data: bytes | bytearray | memoryview) -> Digest:
 
 
 def keyed_digest(data: bytes | bytearray | memoryview, key: bytes | None) -> Digest:
-    """Return the BLAKE3-256 of `data` with a key of 32 bytes, the plain one without."""
+    """Return the BLAKE3-256 of `data`, keyed with a key of 32 bytes, or plain without a key."""
     return Digest(blake3(data).digest() if key is None else blake3(data, key=key).digest())
 
 
 def short_id(digest: bytes) -> str:
-    """Return the beginning of a digest in hexadecimal, as people are shown it."""
+    """Return the first 12 hexadecimal digits of a digest, for display."""
     return digest.hex()[:SHOWN_HEX_DIGITS]
 
 
 def update_zeros(whole: blake3, length: int) -> None:
-    """Digest a hole of `length` bytes as the zeros that reading it would give."""
+    """Update a digest with `length` zero bytes, as a hole reads."""
     view = memoryview(_ZEROS)
     while length > 0:
         part = min(length, len(_ZEROS))

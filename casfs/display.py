@@ -1,4 +1,4 @@
-"""What people read: file names on one line, whatever bytes they are made of, and sizes with units."""
+"""Format values for display: file names of any bytes on one line, and sizes with units."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def escape_path(name: bytes) -> str:
-    """Return a file name as people see it: control bytes, odd bytes and backslashes escaped.
+    """Return a file name for display: control characters, undecodable bytes and backslashes escaped.
 
-    What comes out is one line, and two names never look alike.
+    The result is a single line, and different names have different results.
     """
     text = name.decode("utf-8", "surrogateescape")
     if text.isprintable() and "\\" not in text:
@@ -17,7 +17,7 @@ def escape_path(name: bytes) -> str:
 
 
 def single_line(sentence: str) -> str:
-    """Return a sentence for people in which no name that stands in it can forge a line."""
+    """Return a message on a single line: a name inside it cannot forge a second line."""
     if sentence.isprintable():
         return sentence
     return "".join(c if c.isprintable() else _escape_character(c) for c in sentence)

@@ -1,7 +1,7 @@
-"""The one tree of exceptions: attributes hold the data, `str()` makes the sentence.
+"""The exceptions of casfs: attributes hold the data, `str()` returns the message.
 
-`exit_code` is what the command line returns when the error ends a command (see the contract of the
-command line: 1 failed, 2 usage, 5 damage found, 6 locked).
+`exit_code` is the exit code of a command that the error ends: 1 failed, 2 usage error, 5 damage found,
+6 locked.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from casfs.digest import short_id
 
 
 class CasfsError(Exception):
-    """Something that casfs can explain; a user sees its sentence and no traceback."""
+    """An expected error; the user sees its message and no traceback."""
 
     exit_code: ClassVar[int] = 1
 
 
 class UsageError(CasfsError):
-    """The command was asked for something that it cannot mean."""
+    """The arguments of a command are invalid or contradict each other."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """A configuration file cannot be used as it is.
+    """A configuration file is invalid.
 
-    `line` is None where the file as a whole is meant, `key` the dotted key or "" where none is.
+    `line` is None where the error concerns the whole file; `key` is the dotted key, or "" without a key.
     """
 
     def __init__(self, file: str, line: int | None, key: str, reason: str) -> None:
@@ -42,19 +42,19 @@ class ConfigError(UsageError):
 
 
 class ExistsError(CasfsError):
-    """Something stands already where something new was to be made."""
+    """The object to create already exists."""
 
 
 class RefusedError(CasfsError):
-    """What was asked for would destroy the repository, or store it in itself."""
+    """The command is valid but refused, because it would destroy data or back up a repository into itself."""
 
 
 class NotFoundError(CasfsError):
-    """A repository, snapshot, path or mountpoint that was named is not there."""
+    """A named repository, snapshot, path or mountpoint does not exist."""
 
 
 class AmbiguousIdError(CasfsError):
-    """A prefix fits several snapshots."""
+    """A prefix matches several snapshots."""
 
     def __init__(self, prefix: str, matches: list[str]) -> None:
         super().__init__(prefix, matches)
@@ -65,35 +65,35 @@ class AmbiguousIdError(CasfsError):
         shown = ", ".join(match[:12] for match in self.matches[:5])
         more = ", …" if len(self.matches) > 5 else ""
         return (
-            f"snapshot id prefix {self.prefix!r} is ambiguous: it fits {len(self.matches)} snapshots "
+            f"snapshot id prefix {self.prefix!r} is ambiguous: it matches {len(self.matches)} snapshots "
             f"({shown}{more}); give more digits"
         )
 
 
 class FormatError(CasfsError):
-    """The repository has a format that this version does not read."""
+    """The repository has a format version that this version of casfs cannot read."""
 
 
 class KeyMissingError(CasfsError):
-    """What is encrypted cannot be opened with the identities that were given."""
+    """None of the given identities can decrypt the data."""
 
 
 class WrongKeyError(CasfsError):
-    """A passphrase is wrong, or an identity or a recipient is not what it should be."""
+    """A passphrase is wrong, or an identity or recipient is invalid."""
 
 
 class TrustError(CasfsError):
-    """A repository is not the one, or has not the recipients, that this machine knows."""
+    """A repository differs from the one that this machine trusts, in its identity or its recipients."""
 
 
 class LockedError(CasfsError):
-    """Another process holds the repository against this."""
+    """Another process holds a conflicting lock on the repository."""
 
     exit_code = 6
 
 
 class StorageError(CasfsError):
-    """The storage refused: disk full, I/O error, permission."""
+    """A storage operation failed: disk full, I/O error, missing permission."""
 
     def __init__(self, action: str, path: str, cause: OSError) -> None:
         super().__init__(action, path, cause)
@@ -106,35 +106,35 @@ class StorageError(CasfsError):
 
 
 class StorageDeniedError(StorageError):
-    """The storage refuses who asks: credentials, rights, or a key of the server that does not fit.
+    """The storage denies access: wrong credentials, missing permission, or an unexpected host key.
 
-    Asking again does not help.
+    Retrying does not help.
     """
 
 
 class StorageUnavailableError(StorageError):
-    """The storage did not answer, or is too busy; what was asked may or may not have happened."""
+    """The storage did not answer or is overloaded; the operation may or may not have taken effect."""
 
 
 class IndexUnusableError(CasfsError):
-    """The index cannot be used; it is derived and can be rebuilt from the packs."""
+    """The index cannot be used. It is derived data and can be rebuilt from the packs."""
 
 
 class IndexDamagedError(IndexUnusableError):
-    """LMDB has found that its file contradicts itself."""
+    """LMDB reports that its file is corrupt."""
 
 
 class IntegrityError(CasfsError):
-    """What is stored is not what its digest says."""
+    """Stored data is damaged, missing, or contradicts its digest."""
 
     exit_code = 5
 
 
 class BlobError(IntegrityError):
-    """One blob is damaged or missing.
+    """A blob is damaged or missing.
 
-    `digest` is the blob's, `pack` the name of the pack that should hold it (None when the index
-    knows of none), `reason` a clause in plain words.
+    `digest` is the blob's digest, `pack` the name of the pack that should hold it (None where the index has
+    none), `reason` a clause of a message.
     """
 
     def __init__(self, digest: bytes, reason: str, pack: bytes | None = None) -> None:
@@ -149,7 +149,7 @@ class BlobError(IntegrityError):
 
 
 class PackError(IntegrityError):
-    """A pack cannot be parsed or is not what its name says."""
+    """A pack cannot be parsed, or does not match the digest in its name."""
 
     def __init__(self, pack: bytes, reason: str) -> None:
         super().__init__(pack, reason)
@@ -161,19 +161,19 @@ class PackError(IntegrityError):
 
 
 class SessionError(IntegrityError):
-    """A session's wrapped keys are missing, damaged, or not what their name says.
+    """The wrapped keys of a session are missing, damaged, or do not match the digest in their name.
 
-    What was stored in that session cannot be decrypted.
+    Data that was stored in the session cannot be decrypted.
     """
 
 
 class TreeError(IntegrityError):
-    """A tree, a content list or a snapshot verified but does not keep the rules of its format."""
+    """A tree, a content list or a snapshot has the right digest but violates its format."""
 
 
 class NotRegularError(Exception):
-    """The name no longer means a regular file."""
+    """The name no longer refers to a regular file."""
 
 
 class ReflinkError(OSError):
-    """A file cannot be cloned although that is required."""
+    """A file cannot be cloned, although the options require a clone."""

@@ -1,7 +1,6 @@
-"""What the library tells about its progress: counters that are read at leisure, and problems as they come.
+"""The interface through which the library reports: progress counters, and problems as they occur.
 
-The library never prints. A command passes a `Monitor`; the terminal's draws, the JSON one emits lines,
-a test's records.
+The library never prints. A command passes a `Monitor` that draws on the terminal or emits JSON lines.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Protocol
 
 
 class ProblemKind(StrEnum):
-    """What went wrong with one entry; none of them ends the command."""
+    """The kind of a problem with one entry. No problem ends the command."""
 
     UNREADABLE = "unreadable"
     VANISHED = "vanished"
@@ -30,7 +29,7 @@ class ProblemKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One entry that was not handled as the user would expect; `path` as in the snapshot."""
+    """An unexpected result for one entry; `path` is its path in the snapshot."""
 
     kind: ProblemKind
     path: bytes
@@ -40,9 +39,9 @@ class Problem:
 
 @dataclass(slots=True)
 class Progress:
-    """How far a command is; written by one thread, read by any.
+    """Progress counters of a command. One thread writes them, any thread may read them.
 
-    Where a total is known, `files` counts entries of all kinds.
+    `files` counts entries of all kinds where `total_entries` is known. Sizes are in bytes.
     """
 
     files: int = 0
@@ -53,21 +52,21 @@ class Progress:
 
 
 class Monitor(Protocol):
-    """Who is told; `progress` is one object for the whole command."""
+    """A receiver of progress and problems; `progress` is one object for the whole command."""
 
     progress: Progress
 
     def problem(self, problem: Problem) -> None:
-        """Take note of a problem."""
+        """Receive a problem. Called on the thread of the command."""
 
 
 class RecordingMonitor:
-    """Keep problems in a list: for callers without a user to tell, and for tests."""
+    """A monitor that keeps problems in a list, for tests and for callers without a user interface."""
 
     def __init__(self) -> None:
         self.progress = Progress()
         self.problems: list[Problem] = []
 
     def problem(self, problem: Problem) -> None:
-        """Keep it."""
+        """Append the problem to the list."""
         self.problems.append(problem)

@@ -1,4 +1,4 @@
-"""Telling: what a monitor is told of single entries of a backup or a restore, in sentences and in fields."""
+"""Build the problems that a backup or a restore reports for single entries: a message and its details."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from casfs.format.tree import CaptureState, ChangeReason, Node, capture_of, capt
 from casfs.monitor import Problem, ProblemKind
 
 MAX_SOURCES_LEFT_OUT = 10
-"""Named sources that are left out and reported one by one."""
+"""Excluded sources that are reported one by one; a single problem counts the others."""
 
 
 def unstable_capture(path: bytes, node: Node) -> Problem | None:
-    """Return what there is to tell of how a file was captured, or None: it was there, and stable."""
+    """Return the problem of a file that changed or vanished during its capture, or None."""
     capture = capture_of(node)
     if capture is None:
         return None
@@ -32,26 +32,28 @@ def unstable_capture(path: bytes, node: Node) -> Problem | None:
     }
     if node.state == CaptureState.CHANGED:
         times = "once" if capture.attempts == 1 else f"{capture.attempts} times"
-        message = f"it changed while it was read, {times} ({reason}); it is flagged in the snapshot"
+        message = (
+            f"it changed while it was read, {times} ({reason}); the snapshot marks it as changed"
+        )
         return Problem(ProblemKind.CHANGED, path, message, details)
     if node.state == CaptureState.APPENDED:
         message = "it grew while it was read; its beginning is stored"
         return Problem(ProblemKind.APPENDED, path, message, details)
-    message = "it vanished while it was read; what it held is stored"
+    message = "it vanished while it was read; its content is stored"
     return Problem(ProblemKind.VANISHED, path, message, details)
 
 
 def backup_failed(path: bytes, error: OSError) -> Problem:
-    """Return what there is to tell of an entry that is not in the snapshot."""
+    """Return the problem of an entry that could not be backed up."""
     if isinstance(error, FileNotFoundError):
         return Problem(ProblemKind.VANISHED, path, "it vanished before it was read")
-    what = "cannot be frozen" if isinstance(error, ReflinkError) else "cannot be read"
-    message = f"it {what}: {error.strerror or error}"
+    action = "cloned" if isinstance(error, ReflinkError) else "read"
+    message = f"it cannot be {action}: {error.strerror or error}"
     return Problem(ProblemKind.UNREADABLE, path, message)
 
 
 def missing_sources(sources: Iterable[bytes], error: OSError) -> Iterator[Problem]:
-    """Yield what there is to tell of named sources that are not there."""
+    """Yield a problem for each named source that does not exist or cannot be opened."""
     if isinstance(error, FileNotFoundError):
         message = "this source does not exist"
     else:
@@ -61,9 +63,9 @@ def missing_sources(sources: Iterable[bytes], error: OSError) -> Iterator[Proble
 
 
 def sources_left_out(reasons: Mapping[bytes, str]) -> Iterator[Problem]:
-    """Yield problems of named sources that options leave out, for clauses that say why.
+    """Yield a problem for each named source that the options exclude; `reasons` are clauses.
 
-    Where there are many, as of a list that `find` made, one problem stands for all but the first few.
+    Of a long list, as `find` makes one, only the first `MAX_SOURCES_LEFT_OUT` get problems of their own.
     """
     for source, reason in islice(reasons.items(), MAX_SOURCES_LEFT_OUT):
         yield Problem(ProblemKind.LEFT_OUT, source, f"this source is left out: {reason}")
@@ -74,18 +76,18 @@ def sources_left_out(reasons: Mapping[bytes, str]) -> Iterator[Problem]:
 
 
 def marked_source(path: bytes, marker: bytes) -> Problem:
-    """Return the problem of a named directory that holds a marker."""
-    message = f"all that is in this source is left out, because it holds {escape_path(marker)}"
+    """Return the problem of a named directory whose marker excludes all its other entries."""
+    message = f"all entries of this source are left out: it contains {escape_path(marker)}"
     return Problem(ProblemKind.LEFT_OUT, path, message)
 
 
 def silent_change(path: bytes, before: Node, now: Node) -> Problem:
-    """Return what there is to tell of a file whose content moved while its metadata did not."""
+    """Return the problem of a file whose content changed while its metadata did not."""
     digests = [captured_digest(node) for node in (before, now)]
     was, captured = (digest.hex() if digest is not None else None for digest in digests)
     message = (
-        "its content is not what it was, while size, mtime and ctime are; the new content is stored, "
-        "and the snapshot before keeps the old"
+        "its content changed, but size, mtime and ctime did not; the new content is stored, and the "
+        "previous snapshot keeps the old content"
     )
     return Problem(
         ProblemKind.SILENTLY_CHANGED, path, message, {"captured": captured, "previous": was}
@@ -93,29 +95,29 @@ def silent_change(path: bytes, before: Node, now: Node) -> Problem:
 
 
 def repository_excluded(path: bytes) -> Problem:
-    """Return what there is to tell of a repository that lies in the source."""
+    """Return the problem of a repository inside a source."""
     return Problem(ProblemKind.REPOSITORY, path, "the repository itself is left out")
 
 
 def reason_label(reason: int) -> str:
-    """Return a word for why a file was not simply captured as stable."""
+    """Return the display form of a ChangeReason."""
     return ChangeReason(reason).name.lower().replace("_", " ")
 
 
 def changed_file(path: bytes, node: Node) -> Problem:
-    """Return what there is to tell of a flagged file that is restored."""
+    """Return the problem of a restored file in state `changed`."""
     capture = capture_of(node)
     reason = ChangeReason(capture.reason).name.lower() if capture is not None else "unknown"
-    message = f"it had changed while it was captured ({reason}); restored as captured"
+    message = f"it changed while it was captured ({reason}); restored as captured"
     if capture is not None and capture.reason == ChangeReason.DAMAGED:
-        message = "it had lost data when its snapshot was repaired; zeros stand there"
+        message = "it had lost data when its snapshot was repaired; the lost ranges are zeros"
     return Problem(ProblemKind.CHANGED, path, message, {"reason": reason})
 
 
 def damaged_entry(
     path: bytes, message: str, error: IntegrityError | None, ranges: Sequence[tuple[int, int]]
 ) -> Problem:
-    """Return what there is to tell of an entry that is not restored whole."""
+    """Return the problem of a damaged entry; `ranges` are the lost ranges in bytes."""
     details: dict[str, str | int | None] = {}
     if isinstance(error, BlobError):
         details["blob"] = error.digest.hex()
@@ -126,6 +128,6 @@ def damaged_entry(
 
 
 def restore_failed(path: bytes, error: OSError) -> Problem:
-    """Return what there is to tell of an entry that is not restored at all."""
+    """Return the problem of an entry that could not be restored."""
     message = f"it cannot be restored: {error.strerror or error}"
     return Problem(ProblemKind.UNREADABLE, path, message)

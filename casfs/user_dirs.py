@@ -1,7 +1,8 @@
-"""Where a repository's index lives: inside it on a local disk, in the user's cache directory otherwise.
+"""Locate the user's folders, and the index of a repository: inside it, or in the user's cache directory.
 
-LMDB maps its file and locks it through shared memory, which a network file system breaks. The index of an
-encrypted repository tells what no storage is to see, so it never lies there.
+LMDB maps its file and locks it through shared memory; both break on network file systems. The index of an
+encrypted repository would reveal to the storage what the encryption hides, so it is never inside the
+repository.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from pathlib import Path
 _NETWORK_TYPES = frozenset(
     ["nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "afs", "lustre", "beegfs"]
 )
-"""File system types of Linux on which two machines, or a server, may change a file under a mapping."""
+"""Linux file system types on which another machine may change a file while it is mapped."""
 
 
 def index_dir(root: Path, repository_id: str, encrypted: bool = False) -> Path:
-    """Return the folder of the index of the repository in `root`."""
+    """Return the folder of the index of the repository at `root`."""
     if encrypted:
         return cached_index_dir(repository_id)
     kind = file_system_type(root)
@@ -26,20 +27,20 @@ def index_dir(root: Path, repository_id: str, encrypted: bool = False) -> Path:
 
 
 def cached_index_dir(repository_id: str) -> Path:
-    """Return the folder of this user's own index of a repository; its parent is made."""
+    """Return the folder of this user's own index of a repository, and create its parent."""
     parent = user_folder("XDG_CACHE_HOME", ".cache") / repository_id[:32]
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     return parent / "index"
 
 
 def user_folder(variable: str, usual: str) -> Path:
-    """Return this user's folder of casfs below the one that a variable of XDG names, or the usual one."""
+    """Return the user's casfs folder: below the folder in an XDG variable, or below `~/usual`."""
     base = os.environ.get(variable) or os.path.join(os.path.expanduser("~"), usual)
     return Path(base) / "casfs"
 
 
 def file_system_type(path: Path) -> str:
-    """Return the type of the file system that holds `path`, or "" where the kernel does not say."""
+    """Return the type of the file system that holds `path`, or "" where it is unknown."""
     device = os.stat(path).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:

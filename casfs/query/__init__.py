@@ -1,1 +1,1 @@
-"""Questions about snapshots that change nothing."""
+"""Read-only queries about snapshots: diff, find, history, stats."""

@@ -1,8 +1,8 @@
-"""The differences between two trees, told while both are read side by side in the order of their names.
+"""Compare two trees by reading both in parallel, in the order of their names.
 
-Equal digests of directories, and of the pieces of split ones, are skipped without being read; memory
-holds one piece of each side for every directory on the way down. Inode numbers, link counts and ctimes
-are no differences: a copied tree has others and holds the same. One thread; no recursion.
+Directories with equal digests, and equal pieces of split directories, are skipped without being read. Memory
+holds one piece of each side for each level of the trees. Inode numbers, link counts and ctimes are not
+compared: they differ in a copied tree. One thread; no recursion.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NO_EXTRA = NodeExtra()
 
 
 class ChangeKind(StrEnum):
-    """How an entry differs; METADATA where its content is the same, TYPE where its kind is not."""
+    """How an entry differs; METADATA where its content is equal, TYPE where its type differs."""
 
     ADDED = "added"
     REMOVED = "removed"
@@ -33,10 +33,10 @@ class ChangeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """An entry that differs; `path` is below what was compared.
+    """An entry that differs; `path` is relative to the compared roots.
 
-    `fields` names what differs of an entry that both sides have. `before` is None for what was added,
-    `after` for what was removed.
+    `fields` are the names of the differing fields of an entry that both sides have. `before` is None for an
+    added entry, `after` for a removed one.
     """
 
     kind: ChangeKind
@@ -47,23 +47,23 @@ class Change:
 
 
 class Differ:
-    """Compare trees of one repository; a damaged directory goes to the monitor and is left out.
+    """Compare trees of one repository; damaged directories are reported to the monitor and skipped.
 
-    The mtime of the directories in `passages` is not compared: they are only on the way to what was
-    backed up, and their mtime moves with names that were not.
+    The mtime of the directories in `ancestors` is not compared: they only lead to the sources of a backup,
+    and their mtime changes with entries outside the backup.
     """
 
     def __init__(
-        self, trees: TreeReader, monitor: Monitor, passages: frozenset[bytes] = frozenset()
+        self, trees: TreeReader, monitor: Monitor, ancestors: frozenset[bytes] = frozenset()
     ) -> None:
         self._trees = trees
         self._monitor = monitor
-        self._passages = passages
+        self._ancestors = ancestors
 
     def changes(self, before: Node, after: Node) -> Iterator[Change]:
-        """Yield the changes from `before` to `after`, a directory before what is in it.
+        """Yield the changes from `before` to `after`, a directory before its entries.
 
-        Two directories have the path b""; two other entries that of the later one's name.
+        The path of the roots is b"" where one of them is a directory, else the name of `after`.
         """
         path = b"" if before.tree is not None or after.tree is not None else after.name
         change = self._compare(path, before, after)
@@ -76,16 +76,16 @@ class Differ:
                 check_depth(len(stack), 0)
                 pair = next(pairs, None)
             except IntegrityError as error:
-                message = f"the directory cannot be compared whole: {error}"
+                message = f"the directory cannot be compared completely: {error}"
                 self._monitor.problem(Problem(ProblemKind.DAMAGED, above, message))
                 pair = None
             if pair is None:
                 stack.pop()
                 continue
             old, new = pair
-            some = new if new is not None else old
-            assert some is not None
-            path = join(above, some.name)
+            present = new if new is not None else old
+            assert present is not None
+            path = join(above, present.name)
             change = self._compare(path, old, new)
             if change is not None:
                 yield change
@@ -103,7 +103,7 @@ class Differ:
             return Change(ChangeKind.TYPE, path, before, after, ("kind",))
         content = _content_fields(before, after)
         metadata = _metadata_fields(before, after)
-        if path in self._passages and "mtime" in metadata:
+        if path in self._ancestors and "mtime" in metadata:
             metadata.remove("mtime")
         if not (content or metadata):
             return None
@@ -112,19 +112,19 @@ class Differ:
 
 
 def ancestor_dirs(paths: tuple[bytes, ...], above: bytes) -> frozenset[bytes]:
-    """Return the directories that are only on the way to a snapshot's paths.
+    """Return the directories that only lead to the source paths of a snapshot.
 
-    Their own paths are told as seen from `above`, the part of the snapshot that is compared.
+    The returned paths are relative to `above`, the compared part of the snapshot.
     """
-    named = [split(path) for path in paths]
+    sources = [split(path) for path in paths]
     base = split(above)
     found = set()
-    for parts in named:
+    for parts in sources:
         for count in range(len(base), len(parts)):
-            way = parts[:count]
-            inside = way[: len(base)] == base
-            if inside and not any(way[: len(other)] == other for other in named):
-                found.add(b"/".join(way[len(base) :]))
+            ancestor = parts[:count]
+            is_compared = ancestor[: len(base)] == base
+            if is_compared and not any(ancestor[: len(other)] == other for other in sources):
+                found.add(b"/".join(ancestor[len(base) :]))
     return frozenset(found)
 
 
@@ -165,9 +165,10 @@ def _differ(before: TreeRef | None, after: TreeRef | None) -> bool:
 
 
 class _Side:
-    """One directory's entries in order; `name` is None at the end, else what comes next begins there.
+    """A cursor over the entries of one directory in order; `name` is None at the end.
 
-    What comes next is a `node`, or a `piece` that was not read and holds no name below `name`.
+    The next item is a `node` of this name, or a `piece` that was not read, whose names are all at or after
+    `name`.
     """
 
     __slots__ = ("_last", "_stack", "_trees", "name", "node", "piece")
@@ -181,14 +182,14 @@ class _Side:
         self._last = b""
 
     def expand(self) -> None:
-        """Read the piece and go to what it begins with."""
+        """Read the piece, and move to its first item."""
         assert self.piece is not None
         check_depth(0, len(self._stack))
         self._stack.append(iter(self._trees.piece(self.piece)))
         self.advance()
 
     def advance(self) -> None:
-        """Go past what comes next."""
+        """Move past the next item."""
         self.name = self.node = self.piece = None
         while self._stack:
             item = next(self._stack[-1], None)
@@ -208,9 +209,9 @@ class _Side:
 def _pairs(
     trees: TreeReader, before_ref: TreeRef | None, after_ref: TreeRef | None
 ) -> Iterator[tuple[Node | None, Node | None]]:
-    """Yield the entries of two directories by name, with None where one of them has none.
+    """Yield the entries of two directories in pairs by name; a missing entry is None.
 
-    Entries of pieces that both have are left out.
+    Entries of pieces that both directories share are skipped.
     """
     before, after = _Side(trees, before_ref), _Side(trees, after_ref)
     while before.name is not None or after.name is not None:
@@ -219,7 +220,7 @@ def _pairs(
             before.advance()
             after.advance()
             continue
-        # None sorts last: a side at its end waits for the other.
+        # None sorts last: a side at its end waits for the other side.
         before_first = after.name is None or (before.name is not None and before.name <= after.name)
         after_first = before.name is None or (after.name is not None and after.name <= before.name)
         if before_first and before.piece is not None:

@@ -1,8 +1,8 @@
-"""Finding entries by name in many snapshots, reading each distinct tree once where it holds nothing.
+"""Find entries by name in many snapshots, and read each distinct tree without a match only once.
 
-Snapshots share most of their trees. A tree below which nothing fits is remembered by its digest, and
-is not read again in the next snapshot; the others lie on the way to what is found. Damaged
-directories are told to the monitor and left out. Used by one thread.
+Snapshots share most of their trees. A tree without a match below it is remembered by its digest and not read
+again in the next snapshot; the other trees lead to a match. Damaged directories are reported to the monitor
+and skipped. Used by one thread.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from casfs.trees.reader import TreeReader, is_flagged
 from casfs.trees.walk import Children, Page, walk_pages
 
 MAX_REMEMBERED = 250_000
-"""Trees remembered as holding nothing, some 40 MB. Later ones are not: a walk that begins again with
-the same trees would otherwise push out each just before it is asked for."""
+"""Limit of the remembered trees, about 40 MB. Further trees are not remembered: evicting old ones would not
+help, because a walk of the next snapshot meets the same trees in the same order, and each would be evicted
+just before its use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What fits; a condition that is None, False or left out holds for everything.
+    """The conditions of a search; a condition that is None or False matches every entry.
 
-    `pattern` is a shell glob for the name, or for the whole path in the snapshot when it has a `/`.
-    Its `*` matches slashes too; a slash at the beginning is ignored.
+    `pattern` is a shell glob for the name, or for the whole path in the snapshot if it contains a `/`.
+    Its `*` matches slashes too; a leading slash is ignored.
     """
 
     pattern: str | None = None
@@ -40,7 +41,7 @@ class Query:
 
 
 class Finder:
-    """Look through one snapshot after the other for the same thing."""
+    """Search one snapshot after the other for the same query."""
 
     def __init__(self, trees: TreeReader, query: Query, monitor: Monitor) -> None:
         self._trees = trees
@@ -55,21 +56,21 @@ class Finder:
             self._match = re.compile(fnmatch.translate(text), flags).match
 
     def find(self, root: Node, path: bytes = b"") -> Iterator[tuple[bytes, Node]]:
-        """Yield what fits below `root`, which is at `path`: a directory before what is in it.
+        """Yield the matches below `root`, which is at `path`; a directory comes before its entries.
 
-        A root that is no directory is looked at itself.
+        A root that is not a directory is itself compared with the query.
         """
         if root.tree is None:
-            if self._fits(path.rpartition(b"/")[0], root):
+            if self._matches(path.rpartition(b"/")[0], root):
                 yield path, root
             return
         for page, node in walk_pages(path, root.tree, self._read, self._leave, self._damaged):
-            if self._fits(page.path, node):
+            if self._matches(page.path, node):
                 page.is_marked = True
                 yield join(page.path, node.name), node
 
     def _read(self, page: Page) -> Children | None:
-        """Return what a page holds, or None where a search found nothing in it before."""
+        """Return the children of a page, or None where an earlier search found no match in it."""
         if self._query.only_flagged and not page.ref.flagged:
             return None
         if self._key(page) in self._no_match:
@@ -87,18 +88,18 @@ class Finder:
         if not isinstance(error, IntegrityError):
             raise error
         self._remember(self._key(page))
-        message = f"the directory cannot be read whole: {error}"
+        message = f"the directory cannot be read completely: {error}"
         self._monitor.problem(Problem(ProblemKind.DAMAGED, page.path, message))
 
     def _key(self, page: Page) -> bytes:
-        """Return what two pages share in which the query finds the same."""
+        """Return the key of a page: pages with equal keys have equal matches."""
         return digest_of(page.ref.digest + page.path) if self._by_path else page.ref.digest
 
     def _remember(self, key: bytes) -> None:
         if len(self._no_match) < MAX_REMEMBERED:
             self._no_match.add(key)
 
-    def _fits(self, above: bytes, node: Node) -> bool:
+    def _matches(self, above: bytes, node: Node) -> bool:
         query = self._query
         if query.only_flagged and not is_flagged(node):
             return False

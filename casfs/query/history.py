@@ -1,8 +1,8 @@
-"""Versions: what one path held in many snapshots, told by digests alone.
+"""The history of one path: its distinct versions in many snapshots, by digests alone.
 
-The path is looked up in each snapshot and nothing below it is read. Two snapshots have the same version
-of a file when content and state of the capture are equal, of a directory when the digests of their
-trees are. A way through trees that were met before is not read again. Used by one thread.
+The path is looked up in each snapshot, and nothing below it is read. Two snapshots have the same version of a
+file if content and capture state are equal, and of a directory if the digests of its tree are equal. Trees
+that were already visited are not read again. Used by one thread.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Found = tuple[SnapshotId, Snapshot]
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version of a path: the node in the first of the snapshots that have it, and those in order."""
+    """A version of a path: the snapshots that have it, in order, and the node in the first of them."""
 
     node: Node
     snapshots: tuple[Found, ...]
 
 
 class PathLookup:
-    """Looks one path up in one snapshot after the other; below equal trees only once."""
+    """Look up one path in one snapshot after the other, below equal trees only once."""
 
     def __init__(self, trees: TreeReader, path: bytes) -> None:
         self._trees = trees
@@ -36,9 +36,9 @@ class PathLookup:
         self._known: dict[tuple[int, bytes], Node | None] = {}
 
     def find(self, root: Node) -> Node | None:
-        """Return the node at the path below a root, or None; raises what reading trees raises."""
+        """Return the node at the path below a root, or None; raise IntegrityError for a damaged tree."""
         node: Node | None = root
-        passed: list[tuple[int, bytes]] = []
+        visited: list[tuple[int, bytes]] = []
         for depth, name in enumerate(self._names):
             tree = node.tree if node is not None else None
             if tree is None:
@@ -48,9 +48,9 @@ class PathLookup:
             if key in self._known:
                 node = self._known[key]
                 break
-            passed.append(key)
+            visited.append(key)
             node = self._trees.lookup(tree, name)
-        for key in passed:
+        for key in visited:
             self._known[key] = node
         return node
 
@@ -61,17 +61,17 @@ def path_history(
     path: bytes,
     on_damage: Callable[[SnapshotId, IntegrityError], None],
 ) -> list[Version]:
-    """Return the distinct versions of a path in snapshots that come in order, the earliest first.
+    """Return the distinct versions of a path in `snapshots`, in the order of the snapshots.
 
-    Snapshots without the path have no part in it. One in which the way to it is damaged is told to
-    `on_damage` and left out.
+    Snapshots without the path are skipped. So are snapshots with a damaged tree on the path, which go to
+    `on_damage`.
     """
-    finder = PathLookup(trees, path)
+    lookup = PathLookup(trees, path)
     nodes: dict[tuple[object, ...], Node] = {}
     holders: dict[tuple[object, ...], list[Found]] = {}
     for snapshot_id, snapshot in snapshots:
         try:
-            node = finder.find(snapshot.root)
+            node = lookup.find(snapshot.root)
         except IntegrityError as error:
             on_damage(snapshot_id, error)
             continue
@@ -83,7 +83,7 @@ def path_history(
 
 
 def _identity(node: Node) -> tuple[object, ...]:
-    """Return what two nodes have in common when they are the same version."""
+    """Return a key that is equal for nodes of the same version."""
     if node.tree is not None:
         return node.kind, node.tree.digest
     rdev = node.extra.rdev if node.extra is not None else 0

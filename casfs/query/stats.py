@@ -1,7 +1,7 @@
-"""Sizes: what a repository stores, and what of it one snapshot needs and no other.
+"""Statistics of a repository, and of one snapshot, including the data that no other snapshot needs.
 
-Every distinct tree is read once. Sets of blobs are bitmaps over the ordinals of the index, one bit for
-a blob, whatever the number of snapshots.
+Every distinct tree is read once. Sets of blobs are bitmaps over the ordinals of the index, one bit per blob,
+independent of the number of snapshots.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from casfs.repository.used_blobs import UsedBlobs
 from casfs.store.blob_store import pack_name
 from casfs.trees.reader import flagged_below
 
-_MAX_ASKED_PACKS = 100
+_MAX_TIME_REQUESTS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class RepositoryStats:
-    """What is stored; `plain_bytes` before compression, `total_bytes` of the files of all snapshots."""
+    """Counts and sizes of a repository.
+
+    `plain_bytes` is the size of all blobs before compression, `total_bytes` that of all files in all
+    snapshots.
+    """
 
     snapshots: int
     packs: int
@@ -33,10 +37,10 @@ class RepositoryStats:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotContentStats:
-    """What a snapshot, or a part of it, holds.
+    """Counts and sizes of a snapshot, or of a part of it.
 
-    `blobs` are the distinct ones that it needs, data and trees, and `stored_bytes` their size in
-    packs; `unique_stored_bytes` counts of these the ones that no other snapshot needs.
+    `blobs` is the number of distinct blobs that it needs, data and trees, `stored_bytes` their size in packs,
+    and `unique_stored_bytes` the size of those that no other snapshot needs.
     """
 
     snapshot_id: SnapshotId
@@ -50,10 +54,10 @@ class SnapshotContentStats:
 
 @dataclass(frozen=True, slots=True)
 class PackStats:
-    """What lies in packs; no key is needed to know it.
+    """Counts and sizes of the packs, which need no key.
 
-    `oldest_verification_ns` is when the pack that was verified longest ago was verified, or written by
-    the storage's clock where it never was; None without any pack.
+    `oldest_verification_ns` is the earliest time of the last verification of any pack. For a pack that was
+    never verified, the time when the storage received it counts. None without packs.
     """
 
     packs: int
@@ -63,17 +67,16 @@ class PackStats:
 
 
 def pack_stats(repository: Repository) -> PackStats:
-    """Return the sizes of all packs, and for how long one of them has not been verified."""
+    """Return the sizes of all packs, and the time of the oldest verification."""
     packs = repository.store.index.packs()
     unverified = [pack for pack in packs if not pack.verified_s]
     times_ns = [pack.verified_s * 1_000_000_000 for pack in packs if pack.verified_s]
-    # Packs are numbered as they come, so the first of them are the oldest; to ask for the time of each
-    # would be a request a pack.
-    for pack in unverified[:_MAX_ASKED_PACKS]:
+    # Each time is one request to the storage. Older packs have lower ordinals, so the first ones suffice.
+    for pack in unverified[:_MAX_TIME_REQUESTS]:
         try:
             times_ns.append(repository.store.storage.mtime_ns(pack_name(pack.pack)))
         except NotFoundError:
-            continue  # a prune has just removed it
+            continue  # removed by a concurrent prune
     return PackStats(
         packs=len(packs),
         pack_bytes=sum(pack.pack_bytes for pack in packs),
@@ -91,13 +94,13 @@ def repository_stats(repository: Repository) -> RepositoryStats:
         packs=len(packs),
         pack_bytes=sum(pack.pack_bytes for pack in packs),
         blobs=repository.store.index.blob_count(),
-        plain_bytes=sum(place.plain_bytes for _, place in repository.store.index.blobs()),
+        plain_bytes=sum(location.plain_bytes for _, location in repository.store.index.blobs()),
         total_bytes=sum(tree.total_bytes for tree in totals if tree is not None),
     )
 
 
 def snapshot_stats(repository: Repository, spec: str) -> SnapshotContentStats:
-    """Return the sizes of what `SNAP` or `SNAP:PATH` names.
+    """Return the sizes of the snapshot or entry that `spec` (`SNAP` or `SNAP:PATH`) names.
 
     Raises NotFoundError, and BlobError or TreeError where a tree of any snapshot is damaged.
     """
@@ -106,16 +109,16 @@ def snapshot_stats(repository: Repository, spec: str) -> SnapshotContentStats:
     for other_id, other in repository.snapshots.iterate():
         if other_id != snapshot_id:
             others.add(other.root)
-    needs = UsedBlobs(repository, others.blobs)
-    needs.add(node)
+    used = UsedBlobs(repository, others.blobs)
+    used.add(node)
     return SnapshotContentStats(
         snapshot_id=snapshot_id,
         entries=subtree_count(node) - (node.tree is not None),
         total_bytes=_file_bytes(node),
         flagged=flagged_below(node),
-        blobs=needs.count,
-        stored_bytes=needs.stored_bytes,
-        unique_stored_bytes=needs.stored_bytes - needs.other_stored_bytes,
+        blobs=used.count,
+        stored_bytes=used.stored_bytes,
+        unique_stored_bytes=used.stored_bytes - used.other_stored_bytes,
     )
 
 

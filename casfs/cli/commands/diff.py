@@ -55,8 +55,8 @@ def diff(settings: Settings, before: str, after: str) -> int:
     ) as repository:
         old_id, old, old_path, old_node = repository.snapshots.resolve_path(before)
         new_id, new, new_path, new_node = repository.snapshots.resolve_path(after)
-        passages = ancestor_dirs(old.paths, old_path) | ancestor_dirs(new.paths, new_path)
-        differ = Differ(repository.trees, monitor, passages)
+        ancestors = ancestor_dirs(old.paths, old_path) | ancestor_dirs(new.paths, new_path)
+        differ = Differ(repository.trees, monitor, ancestors)
         sides = NodeFields(old), NodeFields(new)
         for change in differ.changes(old_node, new_node):
             _add(summary, change)

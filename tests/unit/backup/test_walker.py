@@ -154,7 +154,7 @@ def test_required_clones_that_fail_leave_files_out_one_by_one(
     (source / "empty").touch()
     backup = Backup(repository, source, freeze=Freeze.REQUIRE)
     assert backup.reported() == [(ProblemKind.UNREADABLE, name) for name in (b"a", b"name", b"z")]
-    assert all("cannot be frozen" in problem.message for problem in backup.problems)
+    assert all("cannot be cloned" in problem.message for problem in backup.problems)
     assert backup.result.snapshot.stats.unreadable == 3
     assert backup.node("empty") is not None, "of an empty file nothing is read"
 

@@ -240,7 +240,7 @@ class TestLsCommand:
         result = run(repo, "ls", "latest", expect=5)
         assert "docs/log" in result.stdout
         assert "docs/deep/file" not in result.stdout
-        assert "docs/deep: the directory cannot be read whole" in result.stderr
+        assert "docs/deep: the directory cannot be read completely" in result.stderr
         reported = run(repo, "ls", "latest", "--json", expect=5).stdout.splitlines()
         problems = [
             reported for reported in map(json.loads, reported) if reported["type"] == "problem"

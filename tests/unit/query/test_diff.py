@@ -244,11 +244,11 @@ def test_diff_ignores_the_mtime_of_an_ancestor_directory_but_not_its_mode() -> N
     trees = TreeFixture()
     before = trees.build({b"home": trees.build({b"me": b"1"})})
     later = trees.build({b"home": trees.build({b"me": b"1"}, mtime_ns=5)}, mtime_ns=5)
-    passages = frozenset([b"", b"home"])
-    assert reported(trees, before, later, passages=passages) == []
+    ancestors = frozenset([b"", b"home"])
+    assert reported(trees, before, later, ancestors=ancestors) == []
     assert [path for _, path, _ in reported(trees, before, later)] == ["", "home"]
     other = trees.build({b"home": trees.build({b"me": b"1"}, mtime_ns=5, mode=0o700)})
-    assert reported(trees, before, other, passages=passages) == [("metadata", "home", ("mode",))]
+    assert reported(trees, before, other, ancestors=ancestors) == [("metadata", "home", ("mode",))]
 
 
 _names = st.sampled_from([b"a", b"b", b"c", b"ab"])
@@ -378,4 +378,4 @@ class TestDiffCommand:
         repo.damage(reference(node))
         result = self.run(repo, first.hex(), second.hex(), expect=5)
         assert result.stdout.splitlines()[0] == "M  b"
-        assert "a: the directory cannot be compared whole" in result.stderr
+        assert "a: the directory cannot be compared completely" in result.stderr
