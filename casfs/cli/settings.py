@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from casfs.crypto.identities import Identities
     from casfs.crypto.opening import Unlock
     from casfs.format.config import RepositoryConfig
-    from casfs.storage.base import Storage
+    from casfs.storage.base import Storage, StorageOptions
 
 _MAX_PASSPHRASE_BYTES = 64 * 1024
 
@@ -191,11 +191,17 @@ def new_passphrase(source: PassphraseSource, option: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class RepositoryPlace:
+class RepositoryAddress:
     """The path or URL of a repository, and its section of the configuration if there is one."""
 
     url: str
     named: NamedRepository | None = None
+
+    def storage_options(self) -> StorageOptions:
+        """Return how the place is reached, beside its URL."""
+        from casfs.storage.base import StorageOptions
+
+        return self.named.storage_options() if self.named is not None else StorageOptions()
 
 
 @dataclass(slots=True)
@@ -207,7 +213,7 @@ class Settings:
     as_json: bool = False
     sync: bool = True
     keys: KeyOptions = field(default_factory=KeyOptions)
-    _resolved: RepositoryPlace | None = None
+    _address: RepositoryAddress | None = None
     _unlocked: Identities | None = None
 
     def configuration(self) -> Configuration:
@@ -216,41 +222,41 @@ class Settings:
 
         return load_configuration(self.config)
 
-    def resolve(self, name: str) -> RepositoryPlace:
+    def resolve(self, name: str) -> RepositoryAddress:
         """Return the place for a path, a URL or a name from the configuration."""
         from casfs.config.values import NAME
 
         if NAME.fullmatch(name):
             named = self.configuration().repositories.get(name)
             if named is not None:
-                return RepositoryPlace(named.url.url, named)
-        return RepositoryPlace(name)
+                return RepositoryAddress(named.url.url, named)
+        return RepositoryAddress(name)
 
-    def repository_place(self) -> RepositoryPlace:
+    def repository_address(self) -> RepositoryAddress:
         """Return the place of the repository, and use its keys from now on; raise UsageError."""
-        if self._resolved is None:
+        if self._address is None:
             name = self.repo or os.environ.get("CASFS_REPOSITORY")
             if not name:
                 raise UsageError(
                     "no repository was named: give --repo PATH or set CASFS_REPOSITORY"
                 )
-            self._resolved = self.resolve(name)
-            if self._resolved.named is not None:
-                self.keys.use_named(self._resolved.named)
-        return self._resolved
+            self._address = self.resolve(name)
+            if self._address.named is not None:
+                self.keys.use_named(self._address.named)
+        return self._address
 
     def repository_path(self) -> Path:
         """Return the folder of the repository; raise UsageError if the user named none."""
-        url = self.repository_place().url
+        url = self.repository_address().url
         if url.startswith("file://"):
             return Path(unquote(urlsplit(url).path))
-        if self.repository_place().named is not None and "://" in url:
+        if self.repository_address().named is not None and "://" in url:
             raise UsageError(f"a repository in {url} cannot be reached by this version of casfs")
         return Path(url)
 
     def recipients_file(self) -> Path | None:
         """Return the recipients file that the configuration names for the repository, or None."""
-        named = self.repository_place().named
+        named = self.repository_address().named
         file = named.recipients_file if named is not None else None
         return Path(file.path) if file is not None else None
 

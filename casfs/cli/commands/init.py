@@ -38,7 +38,7 @@ def init(
     if path is not None:
         settings.repo = path
     root = settings.repository_path()
-    named = settings.repository_place().named
+    named = settings.repository_address().named
     expected = settings.recipients_file()
     if not (recipients or recipients_files) and expected is not None:
         recipients_files = (expected,)

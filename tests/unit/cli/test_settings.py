@@ -12,6 +12,7 @@ from casfs.cli.settings import KeyOptions, PassphraseSource, Settings
 from casfs.config.repositories import NamedRepository
 from casfs.config.values import AbsolutePath, Command, RepositoryUrl
 from casfs.errors import ConfigError, UsageError
+from casfs.storage.base import StorageOptions
 
 CONFIG = """\
 [repositories.nas]
@@ -50,7 +51,7 @@ def test_a_name_stands_for_its_path_and_its_keys(config: str) -> None:
     assert found.recipients_file() == Path("/etc/casfs/recipients")
 
 
-def test_a_name_in_the_environment_is_resolved_too(
+def test_a_name_in_the_environment_is_address_too(
     config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CASFS_REPOSITORY", "nas")
@@ -69,13 +70,15 @@ def test_a_file_url_is_a_path(config: str) -> None:
     assert settings(config, "plain").repository_path() == Path("/srv/my backups")
 
 
-def test_a_place_knows_how_it_is_reached(config: str) -> None:
-    place = settings(config, "cloud").repository_place()
-    assert (place.url, place.named is not None) == ("s3://bucket/prefix", True)
-    assert place.named is not None
-    options = place.named.storage_options()
+def test_an_address_says_how_its_place_is_reached(config: str) -> None:
+    address = settings(config, "cloud").repository_address()
+    assert address.url == "s3://bucket/prefix"
+    options = address.storage_options()
     assert options.endpoint == "https://s3.example.org"
     assert options.credentials_command == "pass show s3"
+    assert settings(config, "s3://bucket/prefix").repository_address().storage_options() == (
+        StorageOptions()
+    )
 
 
 def test_no_repository_is_a_usage_error(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
