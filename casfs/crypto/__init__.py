@@ -1,1 +1,1 @@
-"""Keys: recipients, identities, sessions, and what this machine trusts."""
+"""Keys: recipients, identities, write sessions, and the repositories that this machine trusts."""

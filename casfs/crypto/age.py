@@ -1,6 +1,6 @@
-"""age: wrapping to public keys and unwrapping with identities; the one module that imports pyrage.
+"""age: encryption to public keys and decryption with identities. The only module that imports pyrage.
 
-Recipients are X25519 (`age1…`) and SSH keys; an identity is what opens what was wrapped to its recipient.
+Recipients are X25519 (`age1…`) and SSH public keys. An identity is the private key of a recipient.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from cryptography.hazmat.primitives import serialization
 from casfs.errors import KeyMissingError, WrongKeyError
 
 AgeIdentity = NewType("AgeIdentity", object)
-"""An identity in memory; nothing of it is ever printed."""
+"""An identity in memory; it is never printed."""
 
 AskPassphrase = Callable[[str], str | None]
-"""Return the passphrase of what is named, or None where nobody can be asked."""
+"""Returns the passphrase for a named file, or None if no user can be asked."""
 
 _SSH = re.compile(r"ssh-(ed25519|rsa) +\S+")
 _ENCRYPTED_FILE = (b"age-encryption.org/", b"-----BEGIN AGE ENCRYPTED FILE-----")
 
 
 def canonical_recipient(text: str) -> str:
-    """Return a recipient without its comment; raises WrongKeyError for what is none."""
+    """Return a recipient without its comment; raise WrongKeyError for an invalid recipient."""
     ssh = _SSH.match(text)
     key = ssh[0] if ssh is not None else text.strip()
     _recipient(key)
@@ -34,24 +34,24 @@ def canonical_recipient(text: str) -> str:
 
 
 def new_identity() -> tuple[str, str]:
-    """Return a fresh X25519 identity, as its secret line, and its recipient."""
+    """Return a new X25519 identity as its secret line, and its recipient."""
     identity = pyrage.x25519.Identity.generate()
     return str(identity), str(identity.to_public())
 
 
 def identity_from_line(line: str) -> AgeIdentity:
-    """Return the identity of an `AGE-SECRET-KEY-1…` line; raises WrongKeyError."""
+    """Return the identity of an `AGE-SECRET-KEY-1…` line; raise WrongKeyError."""
     try:
         return AgeIdentity(pyrage.x25519.Identity.from_str(line))
     except pyrage.IdentityError as error:
-        raise WrongKeyError("it is not an age identity") from error
+        raise WrongKeyError("not an age identity") from error
 
 
 def identities_of_file(data: bytes, name: str, ask: AskPassphrase) -> list[AgeIdentity]:
-    """Return the identities in a file's bytes: age's own, encrypted or not, or a private SSH key.
+    """Return the identities in a file's bytes: age identities, encrypted or not, or a private SSH key.
 
-    `name` is how errors and questions call the file. Raises WrongKeyError, and KeyMissingError where a
-    passphrase is needed and nobody can be asked.
+    `name` is the file's name in errors and prompts. Raise WrongKeyError, and KeyMissingError where a
+    passphrase is needed and no user can be asked.
     """
     if data.startswith(_ENCRYPTED_FILE):
         data = _decrypted_file(data, name, ask)
@@ -61,7 +61,7 @@ def identities_of_file(data: bytes, name: str, ask: AskPassphrase) -> list[AgeId
     try:
         lines = data.decode("ascii").splitlines()
     except UnicodeDecodeError as error:
-        raise WrongKeyError(f"{name} is no identity file: it is not text") from error
+        raise WrongKeyError(f"{name} is not an identity file: it is not text") from error
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -70,17 +70,17 @@ def identities_of_file(data: bytes, name: str, ask: AskPassphrase) -> list[AgeId
         except WrongKeyError as error:
             raise WrongKeyError(f"{name}, line {number}: {error}") from error
     if not found:
-        raise WrongKeyError(f"{name} holds no identity")
+        raise WrongKeyError(f"{name} contains no identity")
     return found
 
 
 def wrap(data: bytes, recipients: Sequence[str]) -> bytes:
-    """Return a file of age that each of the recipients opens."""
+    """Return an age file that each of the recipients can decrypt."""
     return cast(bytes, pyrage.encrypt(data, [_recipient(text) for text in recipients]))
 
 
 def unwrap(data: bytes, identities: Sequence[AgeIdentity]) -> bytes:
-    """Return what is in a file of age; raises KeyMissingError where none of the identities opens it."""
+    """Return the plaintext of an age file; raise KeyMissingError where no identity decrypts it."""
     try:
         return cast(bytes, pyrage.decrypt(data, list(identities)))
     except pyrage.DecryptError as error:
@@ -96,9 +96,9 @@ def _recipient(text: str) -> object:
 
 
 def _decrypted_file(data: bytes, name: str, ask: AskPassphrase) -> bytes:
-    passphrase = _asked(name, ask)
+    passphrase = _ask_passphrase(name, ask)
     if data.startswith(b"-----"):
-        raise WrongKeyError(f"{name} is armored; decrypt it with age, and give it as it is then")
+        raise WrongKeyError(f"{name} is an armored file; decrypt it with age and pass the result")
     try:
         return cast(bytes, pyrage.passphrase.decrypt(data, passphrase))
     except (pyrage.DecryptError, UnicodeEncodeError) as error:
@@ -109,7 +109,7 @@ def _ssh_identity(data: bytes, name: str, ask: AskPassphrase) -> AgeIdentity:
     try:
         key = serialization.load_ssh_private_key(data, None)
     except TypeError:
-        passphrase = _asked(name, ask)
+        passphrase = _ask_passphrase(name, ask)
         try:
             key = serialization.load_ssh_private_key(
                 data, passphrase.encode("utf-8", "surrogateescape")
@@ -117,9 +117,9 @@ def _ssh_identity(data: bytes, name: str, ask: AskPassphrase) -> AgeIdentity:
         except ValueError as error:
             raise WrongKeyError(f"the passphrase of {name} is wrong") from error
         except UnsupportedAlgorithm as error:
-            raise WrongKeyError(f"{name} is no SSH key that can be used: {error}") from error
+            raise WrongKeyError(f"{name} is not a usable SSH key: {error}") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise WrongKeyError(f"{name} is no SSH key that can be used: {error}") from error
+        raise WrongKeyError(f"{name} is not a usable SSH key: {error}") from error
     plain = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.OpenSSH,
@@ -128,10 +128,10 @@ def _ssh_identity(data: bytes, name: str, ask: AskPassphrase) -> AgeIdentity:
     try:
         return AgeIdentity(pyrage.ssh.Identity.from_buffer(plain))
     except pyrage.IdentityError as error:
-        raise WrongKeyError(f"{name} is no SSH key that age can use: {error}") from error
+        raise WrongKeyError(f"{name} is not an SSH key that age can use: {error}") from error
 
 
-def _asked(name: str, ask: AskPassphrase) -> str:
+def _ask_passphrase(name: str, ask: AskPassphrase) -> str:
     passphrase = ask(name)
     if passphrase is None:
         raise KeyMissingError(f"{name} needs a passphrase, and there is no terminal to ask for it")

@@ -1,7 +1,7 @@
-"""GnuPG: wrapping to OpenPGP keys and unwrapping with those of the user, by the command `gpg`.
+"""GnuPG: encryption to OpenPGP keys and decryption with the user's keys, through the command `gpg`.
 
-What is encrypted needs no keyring: the public key was kept with the repository. What is decrypted is a
-matter of the user's own keyring and agent. Nothing secret stands on a command line.
+Encryption uses the exported public keys in the repository and no keyring. Decryption uses the user's keyring
+and agent. No secret is passed on a command line.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ _LONGEST_S = 300
 
 
 def looks_like_key(text: str) -> bool:
-    """Tell whether a text may name a key: hexadecimal digits or an address."""
+    """Return whether a text may identify a key: hexadecimal digits or an address."""
     return _KEY_ID.fullmatch(text) is not None
 
 
 def public_key(name: str) -> tuple[str, bytes]:
-    """Return fingerprint and exported key of the one key in the user's keyring that `name` means.
+    """Return the fingerprint and the exported key of the only key in the user's keyring that matches `name`.
 
-    Raises WrongKeyError where there is none, where there are several, or where it cannot encrypt.
+    Raise WrongKeyError where no key or several keys match, or where the key cannot encrypt.
     """
     if not looks_like_key(name):
-        raise WrongKeyError(f"{name!r} is no GPG key id, fingerprint or address")
+        raise WrongKeyError(f"{name!r} is not a GPG key id, fingerprint or address")
     listed = _run([*_QUIET, "--with-colons", "--list-keys", "--", name])
     if listed.returncode:
-        raise WrongKeyError(f"gpg has no public key {name}: {_said(listed)}")
+        raise WrongKeyError(f"gpg has no public key {name}: {_last_message(listed)}")
     primaries = re.findall(r"^pub:.*\n(?:.*\n)*?fpr:(?:[^:]*:){8}([0-9A-F]+):", _text(listed), re.M)
     if len(primaries) != 1:
-        raise WrongKeyError(f"gpg has {len(primaries)} keys that {name} fits; give a fingerprint")
+        raise WrongKeyError(f"{len(primaries)} gpg keys match {name}; give a fingerprint")
     fingerprint = primaries[0]
     exported = _run([*_QUIET, "--export-options", "export-minimal", "--export", fingerprint])
     if exported.returncode or not exported.stdout:
-        raise WrongKeyError(f"gpg does not export the key {name}: {_said(exported)}")
+        raise WrongKeyError(f"gpg cannot export the key {name}: {_last_message(exported)}")
     wrap(b"", [exported.stdout])
     return fingerprint, exported.stdout
 
 
 def wrap(data: bytes, keys: Sequence[bytes]) -> bytes:
-    """Return an OpenPGP message that the owner of each of the exported public keys opens.
+    """Return an OpenPGP message that the owner of each of the exported public keys can decrypt.
 
-    Raises WrongKeyError where a key has expired or cannot encrypt.
+    Raise WrongKeyError where a key has expired or cannot encrypt.
     """
     with tempfile.TemporaryDirectory(prefix="casfs-gpg-") as home:
         command = [*_QUIET, "--no-options", "--homedir", home, "--trust-model", "always"]
@@ -61,26 +61,28 @@ def wrap(data: bytes, keys: Sequence[bytes]) -> bytes:
             command += ["--recipient-file", str(file)]
         done = _run([*command, "--output", "-", "--encrypt"], data)
     if done.returncode:
-        raise WrongKeyError(f"gpg cannot encrypt to a recipient's key: {_said(done)}")
+        raise WrongKeyError(f"gpg cannot encrypt to a recipient's key: {_last_message(done)}")
     return done.stdout
 
 
 def unwrap(data: bytes) -> bytes:
-    """Return what is in an OpenPGP message; raises KeyMissingError where the user cannot open it.
+    """Return the plaintext of an OpenPGP message.
 
-    The agent may ask for a passphrase in its own way.
+    Raise KeyMissingError where the user's keys do not decrypt it.
+
+    The agent may ask the user for a passphrase.
     """
     environment = dict(os.environ)
     if sys.stdin is not None and sys.stdin.isatty():
         environment.setdefault("GPG_TTY", os.ttyname(sys.stdin.fileno()))
     done = _run(["gpg", "--quiet", "--no-tty", "--decrypt"], data, environment)
     if done.returncode:
-        raise KeyMissingError(f"gpg does not open it: {_said(done)}")
+        raise KeyMissingError(f"gpg cannot decrypt it: {_last_message(done)}")
     return done.stdout
 
 
 def has_secret_key(fingerprint: str) -> bool:
-    """Tell whether the user's keyring has the secret part of a key, or knows the card that has."""
+    """Return whether the user's keyring has the secret part of a key, or knows the card that has it."""
     try:
         listed = _run([*_QUIET, "--with-colons", "--list-secret-keys", "--", fingerprint])
     except WrongKeyError:
@@ -101,7 +103,9 @@ def _run(
             check=False,
         )
     except FileNotFoundError as error:
-        raise WrongKeyError("the command gpg is not installed, and a GPG key needs it") from error
+        raise WrongKeyError(
+            "the command gpg is not installed; install it to use GPG keys"
+        ) from error
     except subprocess.TimeoutExpired as error:
         raise WrongKeyError(f"gpg did not answer within {_LONGEST_S} seconds") from error
 
@@ -110,6 +114,6 @@ def _text(done: subprocess.CompletedProcess[bytes]) -> str:
     return done.stdout.decode("utf-8", "backslashreplace")
 
 
-def _said(done: subprocess.CompletedProcess[bytes]) -> str:
+def _last_message(done: subprocess.CompletedProcess[bytes]) -> str:
     lines = done.stderr.decode("utf-8", "backslashreplace").strip().splitlines()
-    return lines[-1].removeprefix("gpg: ") if lines else f"it ended with {done.returncode}"
+    return lines[-1].removeprefix("gpg: ") if lines else f"exit code {done.returncode}"

@@ -1,4 +1,4 @@
-"""Identities: what a person has that opens sessions, gathered from files, a passphrase, and GPG's agent."""
+"""Identities that decrypt write sessions: from files, from a passphrase, and from GPG's agent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_FILE_BYTES = 1 << 20
 
 @dataclass(slots=True)
 class Identities:
-    """What was unlocked: identities of age, and whether GPG may be asked for each session."""
+    """Unlocked identities: age identities, and whether GPG may be called for each session."""
 
     ages: list[AgeIdentity] = field(default_factory=list)
     use_gpg: bool = False
@@ -36,7 +36,7 @@ class Identities:
 
 
 def read_identity_file(path: Path, ask: AskPassphrase) -> list[AgeIdentity]:
-    """Return the identities in a file; raises WrongKeyError, KeyMissingError and StorageError."""
+    """Return the identities in a file; raise WrongKeyError, KeyMissingError and StorageError."""
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_FILE_BYTES)
@@ -46,7 +46,10 @@ def read_identity_file(path: Path, ask: AskPassphrase) -> list[AgeIdentity]:
 
 
 def unlock_by_passphrase(storage: Storage, repository: bytes, passphrase: str) -> list[AgeIdentity]:
-    """Return the identities of the repository that a passphrase opens; raises WrongKeyError if none."""
+    """Return the repository's identities that a passphrase decrypts.
+
+    Raise WrongKeyError if there are none.
+    """
     found = []
     wrapped = wrapped_identities(storage)
     for _, one in wrapped:
@@ -63,7 +66,10 @@ def unlock_by_passphrase(storage: Storage, repository: bytes, passphrase: str) -
 
 
 def unlock_by_gpg(storage: Storage, recipients: list[Recipient]) -> Identities:
-    """Return what the user's GPG keys open: one operation, where the repository has such recipients."""
+    """Return the identities that the user's GPG keys decrypt.
+
+    One GPG operation if the repository has such recipients.
+    """
     own = [
         one for one in recipients if one.kind == RecipientKind.GPG and gpg.has_secret_key(one.value)
     ]
@@ -78,7 +84,7 @@ def unlock_by_gpg(storage: Storage, recipients: list[Recipient]) -> Identities:
 
 
 def wrapped_identities(storage: Storage) -> list[tuple[str, WrappedIdentity]]:
-    """Return the identities that a passphrase opens, with the names of their files."""
+    """Return the identities that are encrypted with a passphrase, with the names of their files."""
     found = []
     for name, data in _files(storage, "json"):
         try:
@@ -89,16 +95,16 @@ def wrapped_identities(storage: Storage) -> list[tuple[str, WrappedIdentity]]:
 
 
 def add_passphrase(storage: Storage, passphrase: str, repository: bytes) -> Recipient:
-    """Make an identity that a passphrase opens, store it durably, and return its recipient."""
+    """Create an identity encrypted with a passphrase, store it durably, and return its recipient."""
     secret, public = age.new_identity()
     write_identity(storage, wrap_identity(secret, public, passphrase, repository), "json")
     return Recipient(RecipientKind.PASSPHRASE, public)
 
 
 def add_gpg(storage: Storage, recipient: Recipient) -> Recipient:
-    """Make an identity that a GPG key opens, store it durably, and return the whole recipient.
+    """Create an identity encrypted with a GPG key, store it durably, and return the completed recipient.
 
-    With it a reader asks GPG once and not for every session.
+    With this identity a reader calls GPG once instead of once a session.
     """
     secret, public = age.new_identity()
     write_identity(storage, gpg.wrap(secret.encode() + b"\n", [recipient.key]), "gpg")
@@ -106,9 +112,10 @@ def add_gpg(storage: Storage, recipient: Recipient) -> Recipient:
 
 
 def change_passphrase(storage: Storage, old: str, new: str, repository: bytes) -> int:
-    """Wrap what the old passphrase opens to the new one; returns how many identities those are.
+    """Encrypt the identities of the old passphrase with the new one; return their number.
 
-    The new files are durable before the old ones go. Raises WrongKeyError where nothing opens.
+    The new files are durable before the old ones are deleted. Raise WrongKeyError where the old passphrase
+    decrypts none.
     """
     changed = 0
     for name, one in wrapped_identities(storage):
@@ -125,7 +132,7 @@ def change_passphrase(storage: Storage, old: str, new: str, repository: bytes) -
 
 
 def write_identity(storage: Storage, data: bytes, suffix: str) -> None:
-    """Store a wrapped identity durably under the digest of its bytes."""
+    """Store an encrypted identity durably under the digest of its bytes."""
     storage.write(f"{IDENTITIES}/{digest_of(data).hex()}.{suffix}", data)
 
 

@@ -1,7 +1,7 @@
-"""The vault: the keys with which one process reads or writes one encrypted repository.
+"""The key manager: the keys with which a process reads or writes one encrypted repository.
 
-A writer has a domain, and one session that begins with the first thing that it stores. A reader has what its
-identities open. A backup needs no identity at all: it writes, and cannot read.
+A writer has a dedup domain, and a write session that begins with the first stored blob. A reader has the
+sessions that its identities decrypt. A backup needs no identity: it can write without being able to read.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 class KeyManager:
-    """Keys to read with, and for a writer its domain and its session; safe to share between threads."""
+    """Keys for reading and, in a writer, its domain and its session. Threads may share it."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class KeyManager:
     def for_reading(
         cls, storage: Storage, config: RepositoryConfig, identities: Identities
     ) -> KeyManager:
-        """Return a vault that opens what the identities open."""
+        """Return a key manager that decrypts with the given identities."""
         return cls(Keyring(storage, config, identities))
 
     @classmethod
@@ -79,10 +79,10 @@ class KeyManager:
         identities: Identities,
         all_domains: bool = False,
     ) -> KeyManager:
-        """Return a vault that also writes, in the domain that this machine has or is given now.
+        """Return a key manager that also writes, in this machine's domain or in a new one.
 
-        With `all_domains` blobs of every domain can be stored, which needs identities. Raises
-        TrustError where the repository or its recipients are not those that this machine knows.
+        With `all_domains` it can store blobs of every domain, which needs identities. Raise TrustError where
+        the repository or its recipients differ from those that this machine trusts.
         """
         keyring = Keyring(storage, config, identities)
         state = verify_trusted(root, storage, config)
@@ -92,13 +92,13 @@ class KeyManager:
         if domain is None:
             domain = DedupDomain.new(keyring.repository)
             log.warning(
-                "this machine has not stored anything in this repository before, and was given no "
-                "identity: it deduplicates with nothing that is there, and its snapshots are told as "
-                "unproven (the README says why)"
+                "this machine has not written to this repository before and was given no identity: its "
+                "backups deduplicate with nothing in it and are reported as unproven; see the README, "
+                '"Encrypted, and a host that cannot read"'
             )
         if state is None or state.domain != domain.secret.hex():
-            followed = _digest_of_recipients(storage)
-            state = WriterState(config.id, domain.secret.hex(), followed)
+            trusted = _digest_of_recipients(storage)
+            state = WriterState(config.id, domain.secret.hex(), trusted)
             save_state(state)
         pin(root, config)
         _check_last_snapshot(storage, state)
@@ -106,11 +106,11 @@ class KeyManager:
 
     @property
     def can_read(self) -> bool:
-        """Tell whether there is any identity."""
+        """Whether any identity is available."""
         return self.keyring.can_read
 
     def session(self) -> WriteSession:
-        """Return the session of this writer, which is durable; it begins when it is first asked for."""
+        """Return this writer's session, which is durable; the first call creates it."""
         if self.domain is None:
             raise ValueError("the repository is open for reading")
         with self._lock:
@@ -122,12 +122,12 @@ class KeyManager:
             return self._session
 
     def record_published(self, snapshot_id: SnapshotId, time_ns: int) -> None:
-        """Remember the last snapshot that this machine published."""
+        """Record the last snapshot that this machine published."""
         if self._state is not None:
             self._remember(snapshot_id.hex(), time_ns)
 
     def record_deleted(self, snapshot_id: SnapshotId) -> None:
-        """Forget about a snapshot that this machine itself removes."""
+        """Drop the record of the last published snapshot if this machine deletes that snapshot."""
         if self._state is not None and self._state.last_snapshot == snapshot_id.hex():
             self._remember("", 0)
 
@@ -141,11 +141,11 @@ class KeyManager:
 
 
 def _repository_domain(keyring: Keyring) -> DedupDomain | None:
-    """Return the repository's own domain, None where no session that tells it can be opened."""
+    """Return the repository's own domain, or None if no session with it can be decrypted."""
     try:
         return keyring.first_domain()
     except KeyMissingError as error:
-        log.info("the repository's own domain is not known: %s", error)
+        log.info("the repository's own domain is unknown: %s", error)
         return None
 
 
@@ -155,24 +155,27 @@ def create_keys(
     recipients: Sequence[Recipient],
     passphrase: str | None = None,
 ) -> EncryptionConfig:
-    """Make what an encrypted repository begins with: recipients, a domain, and a session that holds it."""
-    everybody = with_gpg_identities(storage, merged([], recipients))
+    """Create the first keys of an encrypted repository.
+
+    Recipients, a domain, and a session that contains it.
+    """
+    all_recipients = with_gpg_identities(storage, merged([], recipients))
     if passphrase is not None:
-        everybody.append(add_passphrase(storage, passphrase, bytes.fromhex(repository_id)))
+        all_recipients.append(add_passphrase(storage, passphrase, bytes.fromhex(repository_id)))
     domain = DedupDomain.new(bytes.fromhex(repository_id))
     session = WriteSession.new([domain])
-    write_recipients(storage, everybody)
-    write_session(storage, session, everybody)
+    write_recipients(storage, all_recipients)
+    write_session(storage, session, all_recipients)
     save_state(
         WriterState(
-            repository_id, domain.secret.hex(), digest_of(encode_recipients(everybody)).hex()
+            repository_id, domain.secret.hex(), digest_of(encode_recipients(all_recipients)).hex()
         )
     )
     return EncryptionConfig(CIPHER, session.id.hex(), domain.id.hex())
 
 
 def with_gpg_identities(storage: Storage, recipients: Sequence[Recipient]) -> list[Recipient]:
-    """Return recipients of which those of GPG have an identity in the repository."""
+    """Return the recipients; create an identity in the repository for each GPG recipient without one."""
     return [
         add_gpg(storage, one) if one.kind == RecipientKind.GPG and not one.age else one
         for one in recipients
@@ -182,40 +185,39 @@ def with_gpg_identities(storage: Storage, recipients: Sequence[Recipient]) -> li
 def change_recipients(
     root: Path, storage: Storage, config: RepositoryConfig, recipients: Sequence[Recipient]
 ) -> None:
-    """Replace the list of recipients, which holds for new sessions, and have this machine follow it.
+    """Replace the list of recipients of new sessions, and trust the new list on this machine.
 
-    Raises TrustError where the list is not the one that this machine knows, and UsageError for none.
+    Raise TrustError where the current list is not the one that this machine trusts, and UsageError for an
+    empty list.
     """
     if not recipients:
-        raise UsageError(
-            "the last recipient cannot be removed: nobody could read what is stored next"
-        )
+        raise UsageError("the last recipient cannot be removed: no key could read later backups")
     verify_trusted(root, storage, config)
     write_recipients(storage, recipients)
     trust_current_recipients(root, storage, config)
 
 
 def verify_trusted(root: Path, storage: Storage, config: RepositoryConfig) -> WriterState | None:
-    """Return what this machine remembers of a repository.
+    """Return this machine's state of a repository.
 
-    Raises TrustError where that, or its recipients, are not those that it knows.
+    Raise TrustError where the repository or its recipients differ from those that the machine trusts.
     """
     verify_pin(root, config)
     state = load_state(config)
     if state is not None and state.recipients != _digest_of_recipients(storage):
         raise TrustError(
-            f"the recipients of the repository in {root} are not those that this machine knows: "
-            "what is stored next could be read by others. casfs key list shows them; if they are "
-            "as they should be, say casfs key accept"
+            f"the recipients of the repository in {root} differ from those that this machine trusts, so "
+            "others could read later backups. Compare them (`casfs key list`); if they are correct, "
+            "run `casfs key accept`"
         )
     return state
 
 
 def rewrap_sessions(storage: Storage, config: RepositoryConfig, identities: Identities) -> int:
-    """Wrap every session to the recipients that there are now; returns how many sessions those are.
+    """Encrypt every session to the current recipients; return the number of sessions.
 
-    The new files are durable before the old ones go, and what another process has written meanwhile stays.
-    Raises KeyMissingError where the identities do not open one of them; nothing was changed then.
+    The new files are durable before the old ones are deleted. Files that another process writes meanwhile
+    stay. Raise KeyMissingError, and change nothing, where the identities do not decrypt one of the sessions.
     """
     recipients = read_recipients(storage)
     sessions = Keyring(storage, config, identities).sessions()
@@ -229,14 +231,14 @@ def rewrap_sessions(storage: Storage, config: RepositoryConfig, identities: Iden
 
 
 def require_recipients(storage: Storage, expected: Sequence[Recipient]) -> None:
-    """Raise TrustError unless the repository's recipients are just those."""
-    there = {(one.kind, one.value) for one in read_recipients(storage)}
+    """Raise TrustError unless the repository's recipients are exactly the expected ones."""
+    current = {(one.kind, one.value) for one in read_recipients(storage)}
     wanted = {(one.kind, one.value) for one in expected}
-    if there != wanted:
-        more = ", ".join(sorted(value for _, value in there - wanted)) or "none"
-        less = ", ".join(sorted(value for _, value in wanted - there)) or "none"
+    if current != wanted:
+        more = ", ".join(sorted(value for _, value in current - wanted)) or "none"
+        less = ", ".join(sorted(value for _, value in wanted - current)) or "none"
         raise TrustError(
-            "the repository has other recipients than the file names; "
+            "the repository's recipients differ from the file's; "
             f"only the repository has: {more}; only the file has: {less}"
         )
 
@@ -244,15 +246,15 @@ def require_recipients(storage: Storage, expected: Sequence[Recipient]) -> None:
 def trust_current_recipients(
     root: Path, storage: Storage, config: RepositoryConfig
 ) -> list[Recipient]:
-    """Have this machine follow the recipients that the repository has now; returns them."""
+    """Trust the repository's current recipients on this machine; return them."""
     pin(root, config)
     if config.encryption is None:
         return []
     recipients = read_recipients(storage)
-    followed = _digest_of_recipients(storage)
+    trusted = _digest_of_recipients(storage)
     state = load_state(config)
     if state is not None:
-        save_state(msgspec.structs.replace(state, recipients=followed))
+        save_state(msgspec.structs.replace(state, recipients=trusted))
     return recipients
 
 
@@ -261,14 +263,14 @@ def _digest_of_recipients(storage: Storage) -> str:
 
 
 def _check_last_snapshot(storage: Storage, state: WriterState) -> None:
-    """Warn where the last snapshot that this machine published is gone."""
+    """Warn if the last snapshot that this machine published is missing."""
     if not state.last_snapshot:
         return
     try:
         storage.size(f"snapshots/{state.last_snapshot}")
     except NotFoundError:
         log.warning(
-            "the last snapshot that this machine published, %s, is not there any more: it was forgotten "
-            "or replaced elsewhere, or the storage was set back to an earlier state",
+            "the last snapshot that this machine published, %s, is missing: it was removed or replaced "
+            "elsewhere, or the storage was rolled back to an earlier state",
             short_id(bytes.fromhex(state.last_snapshot)),
         )

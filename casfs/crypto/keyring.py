@@ -1,6 +1,6 @@
-"""The keyring: the sessions of one repository, each opened once, and the domains that they tell.
+"""The keyring: the write sessions of one repository, each decrypted once, and their dedup domains.
 
-Safe to share between threads: a session that two of them open at once is the same.
+Threads may share it: if two decrypt the same session at once, both get equal secrets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Keyring:
-    """The keys of one encrypted repository, as far as `identities` open them."""
+    """The keys of an encrypted repository that `identities` decrypt."""
 
     def __init__(self, storage: Storage, config: RepositoryConfig, identities: Identities) -> None:
         if config.encryption is None:
@@ -34,11 +34,11 @@ class Keyring:
 
     @property
     def can_read(self) -> bool:
-        """Tell whether there is any identity; which sessions it opens is seen when they are."""
+        """Whether any identity is available; it may still fail to decrypt a session."""
         return bool(self._identities)
 
     def session(self, session_id: SessionId) -> WriteSession:
-        """Return a session's secrets; raises KeyMissingError and SessionError."""
+        """Return a session's secrets; raise KeyMissingError and SessionError."""
         found = self._open.get(session_id)
         if found is not None:
             return found
@@ -60,14 +60,17 @@ class Keyring:
         return session
 
     def begin(self, domains: list[DedupDomain]) -> WriteSession:
-        """Return a new session; its secrets are wrapped to the recipients durably."""
+        """Return a new session whose secrets are stored durably, encrypted to the recipients."""
         session = WriteSession.new(domains)
         write_session(self._storage, session, read_recipients(self._storage))
         self._open[session.id] = session
         return session
 
     def first_domain(self) -> DedupDomain:
-        """Return the repository's own domain; raises KeyMissingError where no session tells it."""
+        """Return the repository's own domain.
+
+        Raise KeyMissingError where no decrypted session contains it.
+        """
         for session_id in [self._first, *session_ids(self._storage)]:
             try:
                 session = self.session(session_id)
@@ -75,12 +78,12 @@ class Keyring:
                 continue
             if self.is_from_trusted_writer(session):
                 return session.domains[0]
-        raise KeyMissingError("no session could be opened whose writer had the repository's domain")
+        raise KeyMissingError("no decrypted session contains the repository's own domain")
 
     def domains(self, first: DedupDomain) -> list[DedupDomain]:
-        """Return a domain and after it all others that the repository's sessions have.
+        """Return a domain, followed by all other domains of the repository's sessions.
 
-        Raises KeyMissingError.
+        Raise KeyMissingError.
         """
         found = {first.id: first}
         for session in self.sessions():
@@ -89,7 +92,7 @@ class Keyring:
         return list(found.values())
 
     def sessions(self) -> list[WriteSession]:
-        """Return all sessions but the damaged ones, which are logged; raises KeyMissingError."""
+        """Return all intact sessions and log the damaged ones; raise KeyMissingError."""
         found = []
         for session_id in session_ids(self._storage):
             try:
@@ -99,9 +102,9 @@ class Keyring:
         return found
 
     def damaged(self) -> list[SessionError]:
-        """Return what is wrong with the sessions that there are, and with that of the configuration.
+        """Return an error for each damaged session, including the configuration's session if it is missing.
 
-        Of those that the identities do not open nothing is known.
+        Sessions that the identities do not decrypt are not checked.
         """
         found = []
         for session_id in sorted({self._first, *session_ids(self._storage)}):
@@ -110,14 +113,14 @@ class Keyring:
             except KeyMissingError:
                 continue
             except SessionError as error:
-                # A prune may have removed it meanwhile.
+                # A prune may have removed the session meanwhile.
                 if session_id == self._first or session_id in session_ids(self._storage):
                     found.append(error)
         return found
 
     def is_from_trusted_writer(self, session: WriteSession) -> bool:
-        """Tell whether a session's writer had the repository's own domain.
+        """Return whether a session's writer had the repository's own domain.
 
-        The storage never has it, so what the storage made itself is not proven.
+        The storage never has this domain, so a session that the storage forged is not proven.
         """
         return session.domains[0].id == self.domain_id

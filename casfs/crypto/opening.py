@@ -1,6 +1,6 @@
-"""What a repository asks of its keys when it is made or opened.
+"""Keys for creating and for opening a repository.
 
-Nothing of encryption is loaded here for a repository that is not encrypted.
+For an unencrypted repository this module imports nothing of encryption.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def create_encryption(
     recipients: Sequence[Recipient],
     passphrase: str | None,
 ) -> RepositoryConfig:
-    """Make the keys of a new repository and return its configuration with them."""
+    """Create the keys of a new repository and return its configuration with their ids."""
     from casfs.crypto.key_manager import create_keys
 
     encryption = create_keys(storage, config.id, recipients, passphrase)
@@ -51,11 +51,11 @@ def open_key_manager(
     mode: LockMode | None = None,
     closed_ok: bool = False,
 ) -> KeyManager | None:
-    """Return the keys of a repository, None of one that is not encrypted; `mode` is that of a writer.
+    """Return a repository's key manager, None if it is not encrypted; `mode` is a writer's lock mode.
 
-    Raises KeyMissingError where nothing opens it, unless that is `closed_ok`; what `unlock` raises, and
-    what `KeyManager.for_writing` does; TrustError where another encrypted repository, or none, is in the
-    place of one that this user has written to or read from.
+    Raise KeyMissingError where no identity is given, unless `closed_ok`. Raise the errors of `unlock` and of
+    `KeyManager.for_writing`. Raise TrustError where another repository, encrypted or not, has replaced an
+    encrypted one that this user has written to or read from.
     """
     verify_pin(root, config)
     if config.encryption is None:
@@ -67,34 +67,34 @@ def open_key_manager(
     identities = unlock(storage, config) if unlock is not None else Identities()
     if not (identities or closed_ok):
         raise KeyMissingError(
-            f"the repository in {root} {NOTHING_GIVEN}. Without one there are backup, snapshots and "
-            "check --storage"
+            f"the repository in {root} {NOTHING_GIVEN}. Without it only backup, snapshots and "
+            "check --storage are possible"
         )
     if mode is None:
         if identities:
-            _remember(root, config)
+            _pin_for_reader(root, config)
         return KeyManager.for_reading(storage, config, identities)
     return KeyManager.for_writing(root, storage, config, identities, mode != LockMode.SHARED)
 
 
-def _remember(root: Path, config: RepositoryConfig) -> None:
-    """Remember what a reader has opened, so that it notices another repository in its place."""
+def _pin_for_reader(root: Path, config: RepositoryConfig) -> None:
+    """Pin the repository that a reader opens, so that a later process notices another in its place."""
     try:
         pin(root, config)
     except StorageError as error:
-        log.info("%s; an exchanged repository would not be noticed", error)
+        log.info("%s; a replaced repository would not be noticed", error)
 
 
-def make_ciphers(storage: Storage, vault: KeyManager | None) -> PackCiphers | None:
-    """Return what opens the packs of an encrypted repository."""
-    if vault is None:
+def make_ciphers(storage: Storage, keys: KeyManager | None) -> PackCiphers | None:
+    """Return the ciphers of an encrypted repository's packs, None without encryption."""
+    if keys is None:
         return None
     from casfs.store.cipher import PackCiphers
 
-    return PackCiphers(storage, vault.keyring)
+    return PackCiphers(storage, keys.keyring)
 
 
-def make_codec(level: int, vault: KeyManager | None) -> BlobCodec:
-    """Return the codec of a repository; that of a writer keys its digests."""
-    domain = vault.domain if vault is not None else None
+def make_codec(level: int, keys: KeyManager | None) -> BlobCodec:
+    """Return the codec of a repository; a writer's codec keys its digests."""
+    domain = keys.domain if keys is not None else None
     return BlobCodec(level, digest_key=domain.digest_key if domain is not None else None)

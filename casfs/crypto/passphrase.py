@@ -1,6 +1,6 @@
-"""Passphrases: an identity of age, encrypted under a key that Argon2id makes of a passphrase.
+"""Passphrases: an age identity encrypted with a key that Argon2id derives from a passphrase.
 
-So a repository with a passphrase is written to with public keys too, and a backup never asks for it.
+A repository with a passphrase is still written to with public keys, so a backup never asks for it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from casfs.errors import SessionError, WrongKeyError
 _ITERATIONS = 3
 _LANES = 4
 _MEMORY_KIB = 64 * 1024
-"""The second of the two choices that RFC 9106 recommends, section 4."""
+"""The second recommended option of RFC 9106, section 4."""
 
 _MOST_ITERATIONS = 64
 _MOST_LANES = 64
 _MOST_MEMORY_KIB = 1 << 20
-"""Bounds on what a reader does for a file that may be hostile."""
+"""Limits of the work that a reader does for a file that may be hostile."""
 
 _FORM = "identity 1"
 
 
 class WrappedIdentity(msgspec.Struct, frozen=True):
-    """An identity as it lies in the repository; `recipient` is its public half."""
+    """An encrypted identity as stored in the repository; `recipient` is its public half."""
 
     casfs: str
     recipient: str
@@ -42,7 +42,7 @@ class WrappedIdentity(msgspec.Struct, frozen=True):
 
 
 def wrap_identity(identity: str, recipient: str, passphrase: str, repository: bytes) -> bytes:
-    """Return the file of an identity that opens with the passphrase, in this repository only."""
+    """Return the file of an identity that the passphrase decrypts, in this repository only."""
     wrapped = WrappedIdentity(
         _FORM,
         recipient,
@@ -54,20 +54,20 @@ def wrap_identity(identity: str, recipient: str, passphrase: str, repository: by
         os.urandom(12),
         b"",
     )
-    sealed = _aead(wrapped, passphrase).encrypt(
+    ciphertext = _aead(wrapped, passphrase).encrypt(
         wrapped.nonce, identity.encode(), _bound(wrapped, repository)
     )
-    return msgspec.json.encode(msgspec.structs.replace(wrapped, wrapped=sealed)) + b"\n"
+    return msgspec.json.encode(msgspec.structs.replace(wrapped, wrapped=ciphertext)) + b"\n"
 
 
 def parse_wrapped(data: bytes, name: str) -> WrappedIdentity:
-    """Parse a file of `wrap_identity`; raises SessionError for what cannot be one."""
+    """Parse a file of `wrap_identity`; raise SessionError for an invalid file."""
     try:
         wrapped = msgspec.json.decode(data, type=WrappedIdentity)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise SessionError(f"{name} does not parse: {error}") from error
+        raise SessionError(f"{name} cannot be parsed: {error}") from error
     if wrapped.casfs != _FORM or wrapped.kdf != "argon2id":
-        raise SessionError(f"{name} has a form that this casfs does not read")
+        raise SessionError(f"{name} has an unsupported format; use a newer casfs")
     if not (
         1 <= wrapped.iterations <= _MOST_ITERATIONS
         and 1 <= wrapped.lanes <= _MOST_LANES
@@ -76,12 +76,12 @@ def parse_wrapped(data: bytes, name: str) -> WrappedIdentity:
         and len(wrapped.nonce) == 12
         and len(wrapped.wrapped) <= 4096
     ):
-        raise SessionError(f"{name} asks for what no passphrase of casfs needs")
+        raise SessionError(f"{name} has parameters beyond the limits of casfs")
     return wrapped
 
 
 def unwrap_identity(wrapped: WrappedIdentity, passphrase: str, repository: bytes) -> str:
-    """Return the identity's secret line; raises WrongKeyError for a wrong passphrase."""
+    """Return the identity's secret line; raise WrongKeyError for a wrong passphrase."""
     try:
         plain = _aead(wrapped, passphrase).decrypt(
             wrapped.nonce, wrapped.wrapped, _bound(wrapped, repository)
@@ -99,7 +99,7 @@ def _aead(wrapped: WrappedIdentity, passphrase: str) -> AESGCM:
         lanes=wrapped.lanes,
         memory_cost=wrapped.memory_kib,
     )
-    # A terminal may give bytes that are no text.
+    # A terminal may return bytes that are not valid text.
     return AESGCM(kdf.derive(passphrase.encode("utf-8", "surrogateescape")))
 
 

@@ -1,7 +1,7 @@
-"""Recipients: who can open what is stored from now on; a public list in the repository.
+"""Recipients: the public keys to which new sessions are encrypted; a public list in the repository.
 
-The storage could write itself into that list, so a machine that writes remembers what the list was
-(`casfs.crypto.trust_state`) and asks before it follows a change.
+The storage could add itself to that list. So a machine that writes remembers the list
+(`casfs.crypto.trust_state`) and refuses a changed list until the user accepts it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _VALUE = re.compile(r"[!-~]+( [!-~]+)?")
 
 
 class RecipientKind(StrEnum):
-    """What opens what is wrapped to a recipient."""
+    """The kind of key that decrypts for a recipient."""
 
     AGE = "age"
     SSH = "ssh"
@@ -36,8 +36,9 @@ class RecipientKind(StrEnum):
 class Recipient(msgspec.Struct, frozen=True):
     """A recipient.
 
-    `value` is what people know it by: an age or SSH public key, a fingerprint, or for a passphrase the
-    public key whose identity it opens. `age` is that public key for a GPG key, whose exported form is `key`.
+    `value` identifies it to users: an age or SSH public key, a fingerprint, or for a passphrase the public
+    key of its identity. For a GPG key, `age` is the public key of its identity in the repository and `key` is
+    the exported key.
     """
 
     kind: RecipientKind
@@ -47,14 +48,14 @@ class Recipient(msgspec.Struct, frozen=True):
 
     @property
     def public_key(self) -> str:
-        """The recipient that age knows."""
+        """The recipient's public key in age's form."""
         return self.age or self.value
 
 
 def parse_recipient(text: str) -> Recipient:
-    """Return the recipient that a text names: `age1…`, `ssh-ed25519 …`, or a GPG key of the user's keyring.
+    """Return the recipient of a text: `age1…`, `ssh-ed25519 …`, or a GPG key of the user's keyring.
 
-    Raises WrongKeyError. The public key of a GPG recipient is for `add_identity` to make.
+    Raise WrongKeyError. A GPG recipient gets its `age` from `add_gpg`.
     """
     text = text.strip()
     if text.startswith("age1"):
@@ -62,23 +63,23 @@ def parse_recipient(text: str) -> Recipient:
     if text.startswith("ssh-"):
         return Recipient(RecipientKind.SSH, age.canonical_recipient(text))
     if text.upper().startswith("AGE-SECRET-KEY-"):
-        raise WrongKeyError("that is a secret identity and no recipient; name its public key")
+        raise WrongKeyError("that is a secret identity, not a recipient; give its public key")
     name = text.removeprefix("gpg:")
     if not gpg.looks_like_key(name):
         raise WrongKeyError(
-            f"{text!r} is no recipient: give an age or SSH public key, or the id of a GPG key"
+            f"{text!r} is not a recipient: give an age or SSH public key, or the id of a GPG key"
         )
     fingerprint, key = gpg.public_key(name)
     return Recipient(RecipientKind.GPG, fingerprint, key=key)
 
 
 def parse_recipients_file(data: bytes, name: str) -> list[Recipient]:
-    """Return the recipients in a file's bytes, one a line, `#` begins a comment; raises WrongKeyError."""
+    """Return the recipients in a file's bytes, one a line, `#` begins a comment; raise WrongKeyError."""
     found = []
     try:
         lines = data.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise WrongKeyError(f"{name} is no file of recipients: it is not text") from error
+        raise WrongKeyError(f"{name} is not a file of recipients: it is not text") from error
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
             try:
@@ -86,18 +87,18 @@ def parse_recipients_file(data: bytes, name: str) -> list[Recipient]:
             except WrongKeyError as error:
                 raise WrongKeyError(f"{name}, line {number}: {error}") from error
     if not found:
-        raise WrongKeyError(f"{name} names no recipient")
+        raise WrongKeyError(f"{name} contains no recipient")
     return found
 
 
 def encode_recipients(recipients: Sequence[Recipient]) -> bytes:
-    """Return the file's bytes."""
+    """Return the bytes of the file."""
     text = _FIRST_LINE + msgspec.json.format(msgspec.json.encode(recipients), indent=1)
     return text + b"\nblake3 %s\n" % digest_of(text).hex().encode()
 
 
 def decode_recipients(data: bytes) -> list[Recipient]:
-    """Parse the file's bytes; raises IntegrityError for a damaged file."""
+    """Parse the bytes of the file; raise IntegrityError for a damaged file."""
     last = _LAST_LINE.search(data)
     if (
         not data.startswith(_FIRST_LINE)
@@ -110,13 +111,15 @@ def decode_recipients(data: bytes) -> list[Recipient]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"the repository's list of recipients is damaged: {error}") from error
     if not all(_VALUE.fullmatch(one.value) for one in found):
-        # It is shown to people, whose terminal a hostile storage is not to write on.
-        raise IntegrityError("the repository's list of recipients is damaged: one of them is none")
+        # The values are printed, and a hostile storage must not write control characters to a terminal.
+        raise IntegrityError(
+            "the repository's list of recipients is damaged: it has an invalid recipient"
+        )
     return found
 
 
 def read_recipients(storage: Storage) -> list[Recipient]:
-    """Return who the repository's recipients are; raises IntegrityError and StorageError."""
+    """Return the repository's recipients; raise IntegrityError and StorageError."""
     try:
         return decode_recipients(storage.read(RECIPIENTS_NAME, 0, _MAX_BYTES))
     except NotFoundError as error:
@@ -129,17 +132,20 @@ def write_recipients(storage: Storage, recipients: Sequence[Recipient]) -> None:
 
 
 def wrap(data: bytes, recipients: Iterable[Recipient]) -> list[tuple[str, bytes]]:
-    """Return the files that the recipients open, each with its suffix: one of age, and one of GPG."""
-    everybody = list(recipients)
-    files = [("age", age.wrap(data, [one.public_key for one in everybody]))]
-    keys = [one.key for one in everybody if one.kind == RecipientKind.GPG]
+    """Return the files that the recipients decrypt, each with its suffix.
+
+    One for age, and one for GPG keys.
+    """
+    all_recipients = list(recipients)
+    files = [("age", age.wrap(data, [one.public_key for one in all_recipients]))]
+    keys = [one.key for one in all_recipients if one.kind == RecipientKind.GPG]
     if keys:
         files.append(("gpg", gpg.wrap(data, keys)))
     return files
 
 
 def merged(now: Sequence[Recipient], more: Iterable[Recipient]) -> list[Recipient]:
-    """Return a list with others added, each once."""
+    """Return a list with further recipients added, each once."""
     found = {one.value: one for one in now}
     for one in more:
         found.setdefault(one.value, one)

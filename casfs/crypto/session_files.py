@@ -1,7 +1,8 @@
-"""Wrapped sessions: the small files from which the tools of the recipients get a session's secrets.
+"""Session files: the secrets of a write session, encrypted to the recipients.
 
-`sessions/ID/DIGEST.age` and `….gpg` hold the same JSON document and nothing else, so the plain `age` and
-`gpg` open them. Each file is named by the digest of its bytes and never rewritten (FORMAT.md, "Encryption").
+`sessions/ID/DIGEST.age` and `….gpg` contain the same JSON document and nothing else, so the plain `age` and
+`gpg` decrypt them. Each file is named by the digest of its bytes and never rewritten (FORMAT.md,
+"Encryption").
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from casfs.storage.base import Storage
 SESSIONS = "sessions"
 
 NOTHING_GIVEN = (
-    "is encrypted, and nothing was given that opens it: give --identity FILE, or a passphrase "
+    "is encrypted and no key was given: give --identity FILE, or a passphrase "
     "(--passphrase-file, --passphrase-command, or at a terminal)"
 )
 
@@ -45,7 +46,7 @@ class _Document(msgspec.Struct, frozen=True):
 
 
 class WrappedFile(NamedTuple):
-    """One file of a session: its name in the storage, and whether `age` or `gpg` opens it."""
+    """One file of a session: its name in the storage, and whether `age` or `gpg` decrypts it."""
 
     name: str
     suffix: str
@@ -64,30 +65,30 @@ def encode_session(session: WriteSession) -> bytes:
 
 
 def decode_session(data: bytes, session_id: bytes, repository: bytes) -> WriteSession:
-    """Parse a document; raises SessionError unless it is that of this session of this repository."""
+    """Parse a document; raise SessionError unless it belongs to this session of this repository."""
     label = f"session {short_id(session_id)}"
     try:
         document = msgspec.json.decode(data, type=_Document)
         secrets = [bytes.fromhex(text) for text in (document.secret, *document.domains)]
         made_for = bytes.fromhex(document.repository)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise SessionError(f"{label} does not hold what a session holds") from error
+        raise SessionError(f"{label} has an invalid document") from error
     if document.casfs != _FORM:
-        raise SessionError(f"{label} has a form that this casfs does not read")
+        raise SessionError(f"{label} has an unsupported format; use a newer casfs")
     if made_for != repository:
-        raise SessionError(f"{label} was made for another repository, {document.repository[:12]}")
-    sound = 2 <= len(secrets) <= MAX_DOMAINS + 1
-    if not sound or any(len(one) != SECRET_BYTES for one in secrets):
-        raise SessionError(f"{label} has secrets of an impossible size")
+        raise SessionError(f"{label} belongs to another repository, {document.repository[:12]}")
+    is_valid = 2 <= len(secrets) <= MAX_DOMAINS + 1
+    if not is_valid or any(len(one) != SECRET_BYTES for one in secrets):
+        raise SessionError(f"{label} has secrets of an invalid number or size")
     domains = tuple(DedupDomain(repository, secret) for secret in secrets[1:])
     session = WriteSession(repository, secrets[0], domains)
     if session.id != session_id:
-        raise SessionError(f"{label} holds the secrets of another session")
+        raise SessionError(f"{label} contains the secrets of another session")
     return session
 
 
 def session_ids(storage: Storage) -> list[SessionId]:
-    """Return the sessions that the storage has, sorted."""
+    """Return the ids of the sessions in the storage, sorted."""
     found = set()
     for name, _, _ in storage.list(SESSIONS):
         parts = name.split("/")
@@ -100,7 +101,7 @@ def session_ids(storage: Storage) -> list[SessionId]:
 
 
 def list_session_files(storage: Storage, session_id: SessionId) -> list[WrappedFile]:
-    """Return the files of a session, those for age first."""
+    """Return the files of a session, age files first."""
     names = [name for name, _, _ in storage.list(f"{SESSIONS}/{session_id.hex()}")]
     files = [WrappedFile(name, name.rpartition(".")[2]) for name in names]
     return sorted(file for file in files if file.suffix in ("age", "gpg"))
@@ -109,7 +110,7 @@ def list_session_files(storage: Storage, session_id: SessionId) -> list[WrappedF
 def write_session(
     storage: Storage, session: WriteSession, recipients: Sequence[Recipient]
 ) -> list[str]:
-    """Wrap a session to its recipients, durably; returns the names of the files."""
+    """Encrypt a session to its recipients and store it durably; return the names of the files."""
     names = []
     for suffix, data in wrap(encode_session(session), recipients):
         name = f"{SESSIONS}/{session.id.hex()}/{digest_of(data).hex()}.{suffix}"
@@ -119,7 +120,7 @@ def write_session(
 
 
 def remove_session(storage: Storage, session_id: SessionId) -> None:
-    """Remove the files of a session that nothing was stored in."""
+    """Remove the files of a session that no pack or snapshot uses."""
     for name, _, _ in list(storage.list(f"{SESSIONS}/{session_id.hex()}")):
         storage.delete(name)
 
@@ -131,9 +132,9 @@ def read_session(
     identities: Sequence[AgeIdentity],
     use_gpg: bool,
 ) -> WriteSession:
-    """Open a session by the first of its files that the identities, or the user's GPG keys, open.
+    """Decrypt a session with the first of its files that the identities or the user's GPG keys decrypt.
 
-    Raises KeyMissingError where none does, SessionError where the files are missing or damaged.
+    Raise KeyMissingError where none can be decrypted, SessionError where the files are missing or damaged.
     """
     label = f"session {short_id(session_id)}"
     closed: KeyMissingError | None = None
@@ -146,7 +147,7 @@ def read_session(
                 return decode_session(age.unwrap(data, identities), session_id, repository)
             if suffix == "gpg" and use_gpg:
                 return decode_session(gpg.unwrap(data), session_id, repository)
-            closed = closed or KeyMissingError(f"{label} is closed")
+            closed = closed or KeyMissingError(f"{label} cannot be decrypted")
         except KeyMissingError as error:
             closed = error
         except SessionError as error:
@@ -154,7 +155,7 @@ def read_session(
     if closed is not None and (damaged is None or not identities):
         raise KeyMissingError(_join_reasons(identities, use_gpg)) from closed
     raise damaged or SessionError(
-        f"{label} is missing: what was stored in it cannot be decrypted any more"
+        f"{label} is missing: its packs and snapshots can no longer be decrypted"
     )
 
 
@@ -175,5 +176,5 @@ def _intact_files(
 
 def _join_reasons(identities: Sequence[AgeIdentity], use_gpg: bool) -> str:
     if identities or use_gpg:
-        return "none of the identities that were given opens this: it was stored for others"
+        return "none of the given identities decrypts this: it was stored for other recipients"
     return f"the repository {NOTHING_GIVEN}"

@@ -1,9 +1,9 @@
-"""What a machine remembers of the encrypted repositories that it writes to.
+"""This machine's state of the encrypted repositories that it uses: trust on first use.
 
-A file for each repository holds the secret of the domain in which this machine writes, the digest of the list
-of recipients that it follows, and the last snapshot that it published; a file for each place says which
-repository is there. They lie in the user's state directory, readable by nobody else. What is in them opens
-nothing: it tells whether a known content is stored, and no more.
+One file for each repository contains the secret of the domain in which this machine writes, the digest of the
+list of recipients that it trusts, and the last snapshot that it published. One file for each location, the
+pin, names the repository there. The files are in the user's state directory, readable only by this user.
+Their contents decrypt nothing: they only reveal whether a known content is stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from casfs.user_dirs import user_folder
 
 
 class WriterState(msgspec.Struct, frozen=True):
-    """What is remembered of one repository; `domain` and `recipients` are hexadecimal."""
+    """The state of one repository; `domain` and `recipients` are hexadecimal."""
 
     repository: str
     domain: str
@@ -42,7 +42,7 @@ class _Pin(msgspec.Struct, frozen=True):
 
 
 def state_folder(make: bool = True) -> Path:
-    """Return the folder of the user's state, made if need be; raises StorageError."""
+    """Return the folder of the user's state, created if missing; raise StorageError."""
     folder = user_folder("XDG_STATE_HOME", ".local/state")
     if not make:
         return folder
@@ -54,9 +54,9 @@ def state_folder(make: bool = True) -> Path:
 
 
 def load_state(config: RepositoryConfig) -> WriterState | None:
-    """Return what this machine remembers of a repository, or None.
+    """Return this machine's state of a repository, or None.
 
-    Raises StorageError, and TrustError for a file that is damaged.
+    Raise StorageError, and TrustError for a damaged file.
     """
     path = _state_path(config.id)
     try:
@@ -67,23 +67,25 @@ def load_state(config: RepositoryConfig) -> WriterState | None:
         raise StorageError("read", str(path), error) from error
     try:
         state = msgspec.json.decode(data, type=WriterState)
-        sound = state.repository == config.id and len(bytes.fromhex(state.domain)) == SECRET_BYTES
+        is_valid = (
+            state.repository == config.id and len(bytes.fromhex(state.domain)) == SECRET_BYTES
+        )
     except (msgspec.DecodeError, ValueError) as error:
         raise _damaged(path) from error
-    if not sound:
+    if not is_valid:
         raise _damaged(path)
     return state
 
 
 def save_state(state: WriterState) -> None:
-    """Remember durably; raises StorageError."""
+    """Store the state durably; raise StorageError."""
     _write(_state_path(state.repository), msgspec.json.encode(state))
 
 
 def pin(root: Path, config: RepositoryConfig) -> None:
-    """Remember which repository is in a place, if it or the one before is encrypted.
+    """Record which repository is at a location, if it or the recorded one is encrypted.
 
-    Raises StorageError.
+    Raise StorageError.
     """
     if config.encryption is None and not os.path.exists(_pin_path(root, make=False)):
         return
@@ -94,12 +96,12 @@ def pin(root: Path, config: RepositoryConfig) -> None:
 
 
 def verify_pin(root: Path, config: RepositoryConfig) -> None:
-    """Raise TrustError unless the repository in a place is the encrypted one that was there before."""
+    """Raise TrustError unless the repository at a location is the encrypted one recorded there before."""
     path = _pin_path(root, make=False)
     try:
         place = msgspec.json.decode(path.read_bytes(), type=_Pin)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return  # nothing is remembered, or this user has no folder of its own
+        return  # no pin exists, or this user has no state folder
     except OSError as error:
         raise StorageError("read", str(path), error) from error
     except msgspec.DecodeError as error:
@@ -108,8 +110,8 @@ def verify_pin(root: Path, config: RepositoryConfig) -> None:
     if (place.repository, place.domain) != (config.id, domain):
         what = "an unencrypted one" if config.encryption is None else f"{config.id[:12]}"
         raise TrustError(
-            f"the repository in {root} was {place.repository[:12]}, encrypted, and is {what} now: "
-            "somebody may have exchanged it. If that is as it should be, say casfs key accept"
+            f"the repository in {root} was {place.repository[:12]}, encrypted, and is {what} now: it may "
+            "have been replaced. If the change is intended, run `casfs key accept`"
         )
 
 
@@ -137,4 +139,4 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _damaged(path: Path) -> TrustError:
-    return TrustError(f"{path} is damaged; restore it, or remove it and say casfs key accept")
+    return TrustError(f"{path} is damaged; restore it, or remove it and run `casfs key accept`")

@@ -85,7 +85,7 @@ def test_a_backup_killed_at_any_step_loses_nothing_and_the_next_one_completes_it
         assert len(listed) in (2, 3)
         printed = scene.back_up()
         assert (printed.exit, "unproven" in printed.err) == (0, False)
-        assert "is not there any more" not in printed.err
+        assert "is missing: it was removed" not in printed.err
         assert scene.run("prune", "--no-sync", *scene.identity(), home="fresh").exit == 0
         assert len(must_be_intact(scene)) == len(listed) + 1
         # Keys of sessions in which nothing was stored are gone, and nothing else is left over.

@@ -208,7 +208,7 @@ class TestDeletedObject:
     ) -> None:
         hostile.objects("snapshots")[-1].unlink()
         must_restore_nothing_wrong(hostile)
-        assert "is not there any more" in hostile.back_up().err
+        assert "is missing: it was removed" in hostile.back_up().err
         assert must_restore_nothing_wrong(hostile).exit == 0
 
     def test_a_deleted_passphrase_identity_is_reported_to_the_user_of_the_passphrase(
@@ -227,7 +227,7 @@ class TestReplacedRepository:
             assert hostile.back_up().exit == 0
             come_back(earlier, hostile.root)
         printed = hostile.back_up()
-        assert "set back to an earlier state" in printed.err
+        assert "rolled back to an earlier state" in printed.err
         assert must_restore_nothing_wrong(hostile).exit == 0
         assert hostile.run("check", *hostile.identity(), home="fresh").exit == 0
 
@@ -274,7 +274,10 @@ class TestForgery:
         write_recipients(storage, [*read_recipients(storage), OTHER])
         before = hostile.objects("")
         printed = hostile.back_up()
-        assert (printed.exit, "are not those that this machine knows" in printed.err) == (1, True)
+        assert (printed.exit, "differ from those that this machine trusts" in printed.err) == (
+            1,
+            True,
+        )
         assert hostile.objects("") == before
         for more in (("add", "--recipient", OTHER_PUBLIC), ("rewrap", *hostile.identity())):
             assert hostile.run("key", *more, home="writer").exit == 1
@@ -313,7 +316,7 @@ class TestForgery:
         assert must_restore_nothing_wrong(hostile).exit == 0
         checked = hostile.run("check", *hostile.identity(), home="fresh")
         assert checked.exit == 5
-        assert "made for another repository" in checked.out
+        assert "belongs to another repository" in checked.out
 
     def test_foreign_encrypted_objects_stop_neither_reading_nor_storing(
         self, hostile: Hostile
@@ -328,7 +331,7 @@ class TestForgery:
                 shutil.copytree(theirs / folder, hostile.root / folder, dirs_exist_ok=True)
         assert len(hostile.objects("snapshots")) == 3
         listed = hostile.run("snapshots", *hostile.identity(), home="fresh")
-        assert (listed.exit, "is left out: none of the identities" in listed.err) == (0, True)
+        assert (listed.exit, "is left out: none of the given identities" in listed.err) == (0, True)
         assert must_restore_nothing_wrong(hostile).exit == 0
         seen = hostile.look("fresh")
         assert seen is not None and set(seen["read"]) == set(hostile.published)
@@ -336,7 +339,9 @@ class TestForgery:
         # Objects that cannot be opened cannot be verified, and may be needed.
         for verb in ("check", "prune"):
             printed = hostile.run(verb, *hostile.identity(), home="fresh")
-            assert (printed.exit, "none of the identities" in printed.err) == (1, True), printed
+            assert (printed.exit, "none of the given identities" in printed.err) == (1, True), (
+                printed
+            )
         assert hostile.run("check", "--storage", home="nobody").exit == 0
         assert must_restore_nothing_wrong(hostile).exit == 0
 

@@ -112,20 +112,23 @@ class TestIdentityFile:
     def test_an_ssh_key_of_an_unsupported_type_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "id_ecdsa"
         subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", path], check=True)
-        with pytest.raises(WrongKeyError, match="no SSH key that age can use"):
+        with pytest.raises(WrongKeyError, match="not an SSH key that age can use"):
             read_identity_file(path, no_prompt)
 
     @pytest.mark.parametrize(
         ("data", "reason"),
         [
-            (b"", "holds no identity"),
-            (b"# nothing\n\n", "holds no identity"),
-            (PUBLIC.encode(), "line 1: it is not an age identity"),
-            (SECRET.encode()[:-1], "line 1: it is not an age identity"),
-            (f"\n{SECRET}x".encode(), "line 2: it is not an age identity"),
+            (b"", "contains no identity"),
+            (b"# nothing\n\n", "contains no identity"),
+            (PUBLIC.encode(), "line 1: not an age identity"),
+            (SECRET.encode()[:-1], "line 1: not an age identity"),
+            (f"\n{SECRET}x".encode(), "line 2: not an age identity"),
             (b"\xff\xfe\x00", "not text"),
-            (b"-----BEGIN OPENSSH PRIVATE KEY-----\nx\n", "no SSH key"),
-            (b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "no SSH key"),
+            (b"-----BEGIN OPENSSH PRIVATE KEY-----\nx\n", "not a usable SSH key"),
+            (
+                b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+                "not a usable SSH key",
+            ),
             (b"-----BEGIN AGE ENCRYPTED FILE-----\nx\n", "armored"),
             (b"age-encryption.org/v1\nx\n", "wrong"),
         ],
@@ -238,7 +241,7 @@ class TestHostileIdentityFile:
 
     @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"[" * 10_000, b"{}"])
     def test_a_wrapped_identity_that_does_not_parse_is_refused(self, data: bytes) -> None:
-        with pytest.raises(SessionError, match="it does not parse"):
+        with pytest.raises(SessionError, match="it cannot be parsed"):
             parse_wrapped(data, "it")
 
     @pytest.mark.parametrize("wrapped", [b"", b"x" * 15, b"x" * 16, b"x" * 100])

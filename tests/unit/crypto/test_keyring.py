@@ -86,16 +86,16 @@ class TestSessionDocument:
         [
             ({"casfs": "session 2"}, "form"),
             ({"repository": bytes(32).hex()}, "another repository"),
-            ({"repository": "x"}, "does not hold what a session holds"),
+            ({"repository": "x"}, "has an invalid document"),
             ({"secret": bytes(32).hex()}, "the secrets of another session"),
-            ({"secret": bytes(31).hex()}, "impossible size"),
-            ({"domains": []}, "impossible size"),
+            ({"secret": bytes(31).hex()}, "invalid number or size"),
+            ({"domains": []}, "invalid number or size"),
             ({"domains": [bytes(32).hex()]}, "the secrets of another session"),
             ({"domains": [DOMAIN.secret.hex()] * 2}, "the secrets of another session"),
-            ({"domains": ["00"]}, "impossible size"),
-            ({"domains": [bytes(32).hex()] * 70_000}, "impossible size"),
-            ({"domains": 5}, "does not hold what a session holds"),
-            ({"secret": None}, "does not hold what a session holds"),
+            ({"domains": ["00"]}, "invalid number or size"),
+            ({"domains": [bytes(32).hex()] * 70_000}, "invalid number or size"),
+            ({"domains": 5}, "has an invalid document"),
+            ({"secret": None}, "has an invalid document"),
         ],
     )
     def test_a_changed_session_document_is_refused(
@@ -107,7 +107,7 @@ class TestSessionDocument:
 
     @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{}", b"[" * 10_000])
     def test_data_that_is_no_session_document_is_refused(self, data: bytes) -> None:
-        with pytest.raises(SessionError, match="does not hold what a session holds"):
+        with pytest.raises(SessionError, match="has an invalid document"):
             decode_session(data, SESSION.id, REPOSITORY)
 
     def test_a_session_document_under_another_id_is_refused(self) -> None:
@@ -155,7 +155,7 @@ class TestSessionFiles:
         assert ("give --identity" in str(caught.value)) == (not given)
 
     def test_a_missing_session_is_reported(self, storage: LocalStorage) -> None:
-        with pytest.raises(SessionError, match="is missing: what was stored in it cannot"):
+        with pytest.raises(SessionError, match="is missing: its packs and snapshots can no longer"):
             read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
 
     @pytest.mark.parametrize("place", [0, 30, -1])

@@ -45,10 +45,10 @@ class TestRecipient:
             ("age1", "not a recipient"),
             ("ssh-ed25519 AAAA", "not a recipient"),
             ("ssh-ed25519", "not a recipient"),
-            ("", "no recipient"),
-            ("somebody", "no recipient"),
-            ("--output=/etc/passwd", "no recipient"),
-            ("a b@c", "no recipient"),
+            ("", "is not a recipient"),
+            ("somebody", "is not a recipient"),
+            ("--output=/etc/passwd", "is not a recipient"),
+            ("a b@c", "is not a recipient"),
         ],
     )
     def test_other_text_is_no_recipient(self, text: str, reason: str) -> None:
@@ -76,11 +76,11 @@ class TestRecipientsFile:
 
     def test_a_recipients_file_without_recipients_is_refused(self) -> None:
         for data in (b"", b"\n", b"# only a comment\n"):
-            with pytest.raises(WrongKeyError, match="list names no recipient"):
+            with pytest.raises(WrongKeyError, match="list contains no recipient"):
                 parse_recipients_file(data, "list")
 
     def test_an_invalid_recipients_file_is_refused_with_the_line(self) -> None:
-        with pytest.raises(WrongKeyError, match=r"list, line 3: .*no recipient"):
+        with pytest.raises(WrongKeyError, match=r"list, line 3: .*is not a recipient"):
             parse_recipients_file(f"{PUBLIC}\n\nnobody\n".encode(), "list")
         with pytest.raises(WrongKeyError, match="not text"):
             parse_recipients_file(b"\xff\xfe", "list")

@@ -202,7 +202,7 @@ class TestTrustOfWriter:
         storage = LocalStorage(repo.root)
         write_recipients(storage, [RECIPIENT, OTHER])
         before = stored(repo.root)
-        with pytest.raises(TrustError, match="could be read by others"):
+        with pytest.raises(TrustError, match="others could read later backups"):
             repo.back_up(source)
         assert stored(repo.root) == before
         assert trust_current_recipients(repo.root, storage, repo.config) == [RECIPIENT, OTHER]
@@ -220,7 +220,7 @@ class TestTrustOfWriter:
         shutil.rmtree(state)
         with caplog.at_level(logging.WARNING):
             second = repo.back_up(source)
-        assert "has not stored anything in this repository before" in caplog.text
+        assert "has not written to this repository before" in caplog.text
         assert second.snapshot.stats.new_blobs == first.snapshot.stats.new_blobs
         with repo.reading() as repository:
             assert repository.snapshots.is_from_trusted_writer(repo.id_of(first))
@@ -248,8 +248,8 @@ class TestTrustOfWriter:
             if file.name != repo.id_of(result).hex():
                 file.unlink()
         repo.back_up(source)
-        assert "is not there any more" in caplog.text
-        assert "set back to an earlier state" in caplog.text
+        assert "is missing: it was removed" in caplog.text
+        assert "rolled back to an earlier state" in caplog.text
 
     def test_a_writer_does_not_warn_of_a_snapshot_it_removed_itself(
         self, repo: EncryptedRepositoryFixture, source: Path, caplog: pytest.LogCaptureFixture
@@ -260,13 +260,13 @@ class TestTrustOfWriter:
         ) as repository:
             repository.snapshots.delete(repo.id_of(result))
         repo.back_up(source)
-        assert "not there any more" not in caplog.text
+        assert "is missing: it was removed" not in caplog.text
 
     def test_a_writer_can_require_exact_recipients(self, repo: EncryptedRepositoryFixture) -> None:
         storage = LocalStorage(repo.root)
         require_recipients(storage, [RECIPIENT])
         for wrong in ([OTHER], [RECIPIENT, OTHER], []):
-            with pytest.raises(TrustError, match="other recipients than the file names"):
+            with pytest.raises(TrustError, match="recipients differ from the file"):
                 require_recipients(storage, wrong)
 
     def test_a_writer_begins_one_session_with_the_first_blob_it_stores(
