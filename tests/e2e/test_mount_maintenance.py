@@ -84,7 +84,7 @@ def test_a_prune_that_repacks_changes_nothing_for_readers(
             stop.set()
             reader.join()
     assert wrong == []
-    assert not before <= packs(repository), "nothing was packed anew"
+    assert not before <= packs(repository), "nothing was repacked"
 
 
 def test_a_file_of_a_forgotten_snapshot_reads_correctly_or_fails(

@@ -271,7 +271,7 @@ def _backup_goes_on(cell: Cell, readable: set[tuple[str, str]]) -> None:
     truth = cell.intact.published | {reported["id"]: shows}
     after = cell.act(scene, "look").done()
     if cell.what != CLOSED:
-        assert after[reported["id"]] == shows, "what a check has marked was stored anew"
+        assert after[reported["id"]] == shows, "what a check has marked was stored again"
     assert right(after, truth) >= readable
     if cell.place in PACK_PLACES and cell.what != CLOSED:
         # Each file that is in the source still is whole again in all snapshots.

@@ -28,7 +28,7 @@ FOUND: dict[str, list[Move]] = {
         ("backup", 2, 0, 0),
         ("two packs change places", 0, 1, 0),
     ],
-    "what a check has found in a copy is stored anew though an older index named another": [
+    "what a check has found in a copy is stored again though an older index named another": [
         ("backup", 2, 0, 0),
         ("backup", 2, 0, 0),
         ("edit", 22268, 18110, 31004),

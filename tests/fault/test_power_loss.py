@@ -121,7 +121,7 @@ def test_a_power_loss_at_any_step_of_a_backup_loses_nothing_published(
     for outcome in powerless.powerless_everywhere("backup", source=source):
         listed = scene.must_be_intact(new)
         if "done snapshots" in outcome.steps or not outcome.was_killed:
-            assert len(listed) == 2, "it was told to be published, and is not there"
+            assert len(listed) == 2, "it was reported as published, and is missing"
         finished = scene.packs()
         synced = outcome.steps[:-1] if outcome.was_killed else outcome.steps
         if "commit index" in synced:

@@ -73,7 +73,7 @@ def test_silent_corruption_is_reported_and_stored_and_the_old_snapshot_keeps_the
         target = backup.restore(tmp_path / str(id(backup))) / scene.relative_to("/")
         assert (target / "rotten").read_bytes() == expected
     again = backups.back_up(scene, reread=True)
-    assert (again.exit, again.problems) == (0, []), "it is told once"
+    assert (again.exit, again.problems) == (0, []), "it is reported once"
     backups.assert_is_intact()
 
 

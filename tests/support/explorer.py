@@ -270,11 +270,11 @@ class Explorer:
             lost = {path for path, what in truth.items() if files.get(path) != what}
             for path in lost:
                 assert any(_is_above(one, path) for one in reported), (
-                    f"{path} is lost, told: {reported}"
+                    f"{path} is lost, reported: {reported}"
                 )
             for path in reported:
                 named = [one for one in lost if _is_above(path, one)]
-                assert named, f"{path} in {name} can be read, and is told to be lost: {found}"
+                assert named, f"{path} in {name} can be read, and is reported as lost: {found}"
 
     def check_less(self, **options: Any) -> None:
         self._act("check", **options).done()
@@ -377,7 +377,9 @@ class Explorer:
                 assert restored.get(path) == what, f"{path} can be read and was not restored"
             else:
                 assert restored.get(path) in (None, "directory"), f"{path} is restored as another"
-                assert any(_is_above(one, path) for one in named), f"{path} is lost, told: {named}"
+                assert any(_is_above(one, path) for one in named), (
+                    f"{path} is lost, reported: {named}"
+                )
         self._must_keep(self.right)
 
     def command(self, which: int, one: int, other: int) -> None:

@@ -67,7 +67,7 @@ def test_the_parent_process_ends_when_the_daemon_is_ready(tmp_path: Path) -> Non
         "wait = folder / 'end'\n"
         "while not wait.exists(): time.sleep(0.01)\n"
         "state = [os.readlink(f'/proc/self/fd/{n}') for n in (0, 1, 2)] + [str(os.getsid(0))]\n"
-        "log.warning('told in the log')\n"
+        "log.warning('a warning for the log')\n"
         "(folder / 'state').write_text(' '.join(state))",
     )
     assert (done.stdout, done.stderr, done.returncode) == ("ready\n", "", 0)
@@ -79,7 +79,7 @@ def test_the_parent_process_ends_when_the_daemon_is_ready(tmp_path: Path) -> Non
         *["/dev/null"] * 3,
         (tmp_path / "pid").read_text(),
     ]
-    assert "WARNING told in the log" in (tmp_path / "log").read_text()
+    assert "WARNING a warning for the log" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,10 @@ def test_a_sudden_death_before_the_daemon_is_ready_is_reported(
 
 
 def test_an_error_after_the_daemon_is_ready_is_logged(tmp_path: Path) -> None:
-    done = run(tmp_path, "background.ready()\nraise ValueError('too late to tell')")
+    done = run(tmp_path, "background.ready()\nraise ValueError('too late for the parent')")
     assert done.stdout == "ready\n"
     wait_for(lambda: not is_alive(tmp_path))
-    assert "too late to tell" in (tmp_path / "log").read_text()
+    assert "too late for the parent" in (tmp_path / "log").read_text()
 
 
 def test_a_log_that_cannot_be_written_is_an_error_of_the_parent(tmp_path: Path) -> None:

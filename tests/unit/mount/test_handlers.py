@@ -316,7 +316,7 @@ class TestRead:
                 nursery.cancel_scope.cancel()
         gate.set()
         with trio.fail_after(30):
-            while not system.is_idle():  # noqa: ASYNC110 (a thread tells nobody that it ended)
+            while not system.is_idle():  # noqa: ASYNC110 (a thread does not announce its end)
                 await trio.sleep(0.01)
 
 

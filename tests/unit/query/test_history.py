@@ -65,12 +65,12 @@ def test_times_and_owners_make_no_version_of_a_file_and_do_of_a_directory() -> N
     assert versions(TreeFixture(), b"d", *plans) == [[0], [1]]
 
 
-def test_links_devices_and_kinds_are_different_versions() -> None:
+def test_the_state_of_a_capture_makes_a_version() -> None:
     one = file(b"f", b"same")
     assert versions(TreeFixture(), b"f", {b"f": one}, {b"f": flagged(one)}) == [[0], [1]]
 
 
-def test_links_devices_and_kinds_are_told_apart() -> None:
+def test_links_devices_and_kinds_are_different_versions() -> None:
     plans: list[Plan] = [
         {b"x": entry(b"", NodeType.SYMLINK, content=b"a")},
         {b"x": entry(b"", NodeType.SYMLINK, content=b"b")},

@@ -346,7 +346,7 @@ class TestHooks:
 
 
 class TestReports:
-    def test_pings_tell_start_and_success_with_the_summary(
+    def test_pings_report_start_and_success_with_the_summary(
         self, verbs: ScriptedVerbs, pings: PingServer
     ) -> None:
         run(verbs, ping=PingUrl(f"{pings.url}/id"))

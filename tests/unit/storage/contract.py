@@ -208,7 +208,7 @@ class StorageContract:
             assert list(pool.map(write_and_read, range(24))) == blocks
         assert len(list(storage.list("packs"))) == 24
 
-    def test_of_many_creations_at_the_same_time_one_stays(self, storage: Storage) -> None:
+    def test_one_of_many_concurrent_creations_stays(self, storage: Storage) -> None:
         versions = [bytes([i]) * 1000 for i in range(8)]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda data: storage.create("packs/aa/contested", data), versions))
