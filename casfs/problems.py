@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from casfs.display import escape_path
-from casfs.errors import BlobError, IntegrityError, ReflinkError
+from casfs.errors import BlobError, IntegrityError, ReflinkError, TreeError
 from casfs.format.tree import CaptureState, ChangeReason, Node, capture_of, captured_digest
 from casfs.monitor import Problem, ProblemKind
 
@@ -43,13 +43,21 @@ def unstable_capture(path: bytes, node: Node) -> Problem | None:
     return Problem(ProblemKind.VANISHED, path, message, details)
 
 
-def backup_failed(path: bytes, error: OSError) -> Problem:
+def backup_failed(path: bytes, error: OSError | TreeError) -> Problem:
     """Return the problem of an entry that could not be backed up."""
     if isinstance(error, FileNotFoundError):
         return Problem(ProblemKind.VANISHED, path, "it vanished before it was read")
+    if isinstance(error, TreeError):
+        return Problem(ProblemKind.UNREADABLE, path, f"it cannot be stored: {error}")
     action = "cloned" if isinstance(error, ReflinkError) else "read"
     message = f"it cannot be {action}: {error.strerror or error}"
     return Problem(ProblemKind.UNREADABLE, path, message)
+
+
+def unread_xattrs(path: bytes, error: OSError) -> Problem:
+    """Return the problem of an entry that is stored without some of its extended attributes."""
+    message = f"not all of its extended attributes can be read: {error.strerror or error}"
+    return Problem(ProblemKind.METADATA, path, message)
 
 
 def missing_sources(sources: Iterable[bytes], error: OSError) -> Iterator[Problem]:

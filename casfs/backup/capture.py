@@ -62,6 +62,11 @@ class _Attempt(NamedTuple):
     node: Node
     result: ReadResult
     replaced: bool = False
+    xattr_error: OSError | None = None
+
+
+def _ignore(_: OSError) -> None:
+    """Do nothing about an error."""
 
 
 class Capturer:
@@ -85,8 +90,13 @@ class Capturer:
         self._attempts = max(attempts, 1)
         self._pause = pause
 
-    def capture(self, dir_fd: int, name: bytes) -> Node:
+    def capture(
+        self, dir_fd: int, name: bytes, on_xattr_error: Callable[[OSError], None] = _ignore
+    ) -> Node:
         """Return the node of a regular file, after its content went to the `put` of the reader.
+
+        `on_xattr_error` is called where not all xattrs could be read; the next backup does not trust the
+        file as unchanged then.
 
         Raises NotRegularError where the name no longer refers to a regular file, and OSError where the
         file has vanished or cannot be read.
@@ -96,6 +106,8 @@ class Capturer:
         if found.replaced or found.node.state == CaptureState.CHANGED:
             found = self._capture_further(dir_fd, name, found, time.monotonic() - began)
         self._reader.store_pending(found.result)
+        if found.xattr_error is not None:
+            on_xattr_error(found.xattr_error)
         return found.node
 
     def capture_again(self, dir_fd: int, before: Node) -> Node | None:
@@ -147,10 +159,10 @@ class Capturer:
             made += 1
             if found.node.state <= best.node.state:
                 node = _with_earlier_reason(found.node, best.node)
-                best = _Attempt(node, found.result, found.replaced)
+                best = found._replace(node=node)
             if best.node.state != CaptureState.CHANGED and not best.replaced:
                 return best
-        return _Attempt(_with_attempts(best.node, made), best.result)
+        return best._replace(node=_with_attempts(best.node, made), replaced=False)
 
     def _attempt(self, dir_fd: int, name: bytes, attempt: int) -> _Attempt:
         """Open and read a file once: from a clone where that is due, else directly."""
@@ -173,15 +185,16 @@ class Capturer:
             if before.st_ctime_ns > dirty_since_ns or before.st_mtime_ns > dirty_since_ns:
                 _start_writeback(fd)
                 before = os.fstat(fd)
-            xattrs = read_xattrs(fd)
+            xattrs, xattr_error = read_xattrs(fd)
             reading = self._reader.read(fd, before)
             after = os.fstat(fd)
             if reading.size == before.st_size and is_same(before, after):
                 if not is_racy(before, began_ns):
-                    node = _make_node(name, before, xattrs, reading, CaptureState.STABLE, False)
+                    racy = xattr_error is not None
+                    node = _make_node(name, before, xattrs, reading, CaptureState.STABLE, racy)
                     if attempt > 1:
                         node = _with(node, ChangeReason.NONE, attempt, None)
-                    return _Attempt(node, reading)
+                    return _Attempt(node, reading, xattr_error=xattr_error)
                 return self._verify_by_reread(
                     fd, name, before, after, reading, attempt, ChangeReason.NONE
                 )
@@ -205,7 +218,7 @@ class Capturer:
         for tries in range(_REFLINK_TRIES):
             began_ns = time.time_ns()
             before = os.fstat(fd)
-            xattrs = read_xattrs(fd)
+            xattrs, xattr_error = read_xattrs(fd)
             clone = self._reflinker.clone(dir_fd, fd, before)
             if clone is None:
                 return None
@@ -213,9 +226,10 @@ class Capturer:
                 is_unmodified = is_same(before, os.fstat(fd))
                 if is_unmodified or tries == _REFLINK_TRIES - 1:
                     reading = self._reader.read(clone, os.fstat(clone))
-                    racy = not is_unmodified or is_racy(before, began_ns)
+                    racy = not is_unmodified or is_racy(before, began_ns) or xattr_error is not None
                     node = _make_node(name, before, xattrs, reading, CaptureState.STABLE, racy)
-                    return _Attempt(_with(node, reason, attempt, None), reading)
+                    node = _with(node, reason, attempt, None)
+                    return _Attempt(node, reading, xattr_error=xattr_error)
             finally:
                 os.close(clone)
         return None
@@ -255,7 +269,7 @@ class Capturer:
         The node gets the metadata from between the two reads and is racy: a store to a mapped page that is
         already dirty updates no timestamp, so the next backup must not trust them.
         """
-        xattrs = read_xattrs(fd)
+        xattrs, xattr_error = read_xattrs(fd)
         replaced = reason == ChangeReason.REPLACED
         observed = None
         try:
@@ -273,7 +287,7 @@ class Capturer:
                 if reason == ChangeReason.NONE:
                     reason = classify_by_reread(before, reading.size, reread.size)
         node = _make_node(name, after, xattrs, reading, state, racy=True)
-        return _Attempt(_with(node, reason, attempt, observed), reading, replaced)
+        return _Attempt(_with(node, reason, attempt, observed), reading, replaced, xattr_error)
 
 
 def _check_name(dir_fd: int, name: bytes, after: os.stat_result) -> ChangeReason:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from casfs.backup.capture import Capturer
 from casfs.backup.parent import is_unchanged
 from casfs.backup.source_fs import make_node, proc_fd_path, read_xattrs
+from casfs.errors import TreeError
 from casfs.format.tree import (
     CaptureState,
     ChangeReason,
@@ -21,10 +22,11 @@ from casfs.format.tree import (
     NodeType,
     capture_of,
     captured_digest,
+    check_entry,
     replace,
 )
 from casfs.monitor import Monitor
-from casfs.problems import backup_failed, silent_change, unstable_capture
+from casfs.problems import backup_failed, silent_change, unread_xattrs, unstable_capture
 
 if TYPE_CHECKING:
     from casfs.backup.file_cache import FileCache
@@ -124,14 +126,36 @@ class EntryBuilder:
                 node = self._read_file(dir_fd, name, path, st)
             else:
                 target = os.readlink(name, dir_fd=dir_fd) if kind == NodeType.SYMLINK else b""
-                node = make_node(name, st, kind, read_xattrs(proc_fd_path(dir_fd, name)), target)
-        except OSError as error:
+                node = self.make_node(name, path, st, kind, proc_fd_path(dir_fd, name), target)
+            check_entry(node)
+        except (OSError, TreeError) as error:
             self.report_failure(path, error)
             return None
         if self._reread and previous is not None and kind is _FILE:
             self._compare(path, previous, node, st)
         self.count(node)
         return node
+
+    def make_node(
+        self,
+        name: bytes,
+        path: bytes,
+        st: os.stat_result,
+        kind: NodeType,
+        where: int | bytes,
+        content: bytes = b"",
+    ) -> Node:
+        """Return the node of an entry that is not a regular file, with the xattrs that can be read.
+
+        `where` is the entry's path or descriptor. Xattrs that cannot be read are reported, and the next
+        backup does not trust the entry as unchanged, so that it reports them too.
+        """
+        xattrs, error = read_xattrs(where)
+        node = make_node(name, st, kind, xattrs, content)
+        if error is None:
+            return node
+        self._report_xattrs(path, error)
+        return replace(node, racy=True)
 
     def count(self, node: Node) -> None:
         """Count an entry of the new snapshot."""
@@ -152,13 +176,17 @@ class EntryBuilder:
         self.stats.unchanged += node.kind == _FILE
         self.count(node)
 
-    def report_failure(self, path: bytes, error: OSError) -> None:
+    def report_failure(self, path: bytes, error: OSError | TreeError) -> None:
         """Count and report an entry that is missing from the snapshot or incomplete."""
         if isinstance(error, FileNotFoundError):
             self.stats.vanished += 1
         else:
             self.stats.unreadable += 1
         self._monitor.problem(backup_failed(path, error))
+
+    def _report_xattrs(self, path: bytes, error: OSError) -> None:
+        self.stats.unreadable += 1
+        self._monitor.problem(unread_xattrs(path, error))
 
     def _read_file(self, dir_fd: int, name: bytes, path: bytes, st: os.stat_result) -> Node:
         if st.st_nlink > 1:
@@ -170,7 +198,9 @@ class EntryBuilder:
                     del self._links[key]
                 return replace(link.node, name=name)
         self._progress.path = path
-        node = self._capturer.capture(dir_fd, name)
+        node = self._capturer.capture(
+            dir_fd, name, on_xattr_error=lambda error: self._report_xattrs(path, error)
+        )
         if node.extra is not None:
             self._report_capture(path, node)
         if self._file_cache is not None:

@@ -14,7 +14,7 @@ from casfs.backup.capture import Capturer
 from casfs.backup.source_fs import open_directory
 from casfs.backup.sources import SourceNode
 from casfs.backup.walker import NewTree
-from casfs.format.tree import Node, hard_link_key, replace
+from casfs.format.tree import Node, replace, source_inode
 from casfs.monitor import Monitor
 from casfs.paths import join
 from casfs.problems import unstable_capture
@@ -109,7 +109,7 @@ class FinalRetry:
     def _retry(self, frame: _Frame, path: bytes, node: Node) -> Node:
         """Return a new capture of a file, or the old node without one, and report its state."""
         self._monitor.progress.path = path
-        key = hard_link_key(node)
+        key = source_inode(node)
         found = self._links.get(key) if key is not None else None
         if found is not None:
             found = replace(found, name=node.name)
@@ -123,7 +123,7 @@ class FinalRetry:
                 _close(above)
         if found is None:
             found = node
-        elif key is not None and len(self._links) < _MAX_LINKS:
+        elif source_inode(found) == key is not None and len(self._links) < _MAX_LINKS:
             self._links[key] = found
         problem = unstable_capture(path, found)
         if problem is not None:

@@ -7,9 +7,12 @@ renamed or replaced during the walk therefore cannot lead the walk out of the so
 from __future__ import annotations
 
 import errno
+import itertools
+import operator
 import os
 import stat
 import time
+from typing import NamedTuple
 
 from casfs.format.node_types import TYPES_BY_MODE_BITS
 from casfs.format.tree import Node, NodeExtra, NodeType
@@ -19,7 +22,7 @@ _TYPE_BITS = 0o170000
 Xattrs = tuple[tuple[bytes, bytes], ...]
 
 _NO_XATTRS = frozenset([errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES, errno.ENOENT])
-"""Errors that count as "no xattrs"; every other error is a problem of the entry."""
+"""Errors that count as "no xattrs"; every other error is reported."""
 
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _noatime = os.O_NOATIME
@@ -76,47 +79,62 @@ def open_directory(dir_fd: int | None, name: bytes, follow: bool = False) -> int
 
 
 def list_names(fd: int) -> list[bytes]:
-    """Return the names in an open directory, sorted as bytes."""
+    """Return the names in an open directory, each once, sorted as bytes.
+
+    A directory in which entries are renamed while it is listed may list one of them twice.
+    """
     try:
         names = os.listdir(b"/proc/self/fd/%d" % fd)
     except FileNotFoundError:
         names = [os.fsencode(name) for name in os.listdir(fd)]  # no /proc; costs twice the memory
     names.sort()
+    if any(map(operator.eq, names, itertools.islice(names, 1, None))):
+        names = [name for name, _ in itertools.groupby(names)]
     return names
 
 
-def read_xattrs(where: int | bytes) -> Xattrs:
-    """Return the readable xattrs of an open file or of the entry at a path, sorted by name.
+class ReadXattrs(NamedTuple):
+    """The xattrs of an entry that could be read, sorted by name, and why some may be missing."""
 
-    POSIX ACLs and file capabilities are xattrs too. Raises OSError where a value cannot be read, or where
-    all xattrs together exceed 4 MiB.
+    xattrs: Xattrs
+    error: OSError | None = None
+
+
+_WITHOUT_XATTRS = ReadXattrs(())
+
+
+def read_xattrs(where: int | bytes) -> ReadXattrs:
+    """Return the readable xattrs of an open file or of the entry at a path. Raise nothing.
+
+    POSIX ACLs and file capabilities are xattrs too. A value that this user may not read is no error. An
+    xattr with which all of them would exceed 4 MiB is one, and so is every other failure.
     """
     follow = isinstance(where, int)
     try:
         names = os.listxattr(where, follow_symlinks=follow)
     except OSError as error:
-        if error.errno in _NO_XATTRS:
-            return ()
-        raise
+        return ReadXattrs((), None if error.errno in _NO_XATTRS else error)
     if not names:
-        return ()
-    found = []
+        return _WITHOUT_XATTRS
+    found: dict[bytes, bytes] = {}
     total_bytes = 0
+    problem: OSError | None = None
     for name in names:
         try:
             value = os.getxattr(where, name, follow_symlinks=follow)
         except OSError as error:
             if error.errno not in _NO_XATTRS:
-                raise
+                problem = problem or error
             continue
-        found.append((os.fsencode(name), value))
         total_bytes += len(name) + len(value)
         if total_bytes > _MAX_XATTRS_BYTES:
-            raise OSError(
+            problem = OSError(
                 errno.E2BIG,
                 f"its extended attributes exceed {_MAX_XATTRS_BYTES >> 20} MiB in total",
             )
-    return tuple(sorted(found))
+            break
+        found[os.fsencode(name)] = value
+    return ReadXattrs(tuple(sorted(found.items())), problem)
 
 
 def proc_fd_path(dir_fd: int, name: bytes) -> bytes:

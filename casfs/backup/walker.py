@@ -20,15 +20,16 @@ from casfs.backup.source_fs import (
     node_type,
     open_directory,
     proc_fd_path,
-    read_xattrs,
 )
 from casfs.backup.sources import SourceNode
-from casfs.errors import NotRegularError
+from casfs.errors import NotRegularError, TreeError
 from casfs.format.tree import (
     MAX_DEPTH,
     Node,
     NodeType,
     TreeRef,
+    check_entry,
+    check_name,
     replace,
 )
 from casfs.monitor import Monitor
@@ -96,7 +97,7 @@ class Walker:
     def walk(self, root: SourceNode, previous: Node | None) -> Node:
         """Return the root node of the new snapshot; `previous` is the root of the parent snapshot."""
         st = os.stat(root.source)
-        node = make_node(b"", st, NodeType.DIRECTORY, self._xattrs(root.source, b""))
+        node = self._entries.make_node(b"", b"", st, NodeType.DIRECTORY, root.source)
         tree = previous.tree if previous is not None else None
         if root.is_source:
             fd = open_directory(None, root.source, follow=True)
@@ -121,6 +122,11 @@ class Walker:
                 node = replace(frame.node, tree=frame.tree.finish())
                 if not stack:
                     return node
+                try:
+                    check_entry(node)
+                except TreeError as error:
+                    self._entries.report_failure(frame.path, error)
+                    continue
                 self._entries.count(node)
                 stack[-1].tree.add(node)
         finally:
@@ -211,6 +217,7 @@ class Walker:
         foreign = self._one_file_system and st.st_dev != frame.device
         fd = -1
         try:
+            check_name(name)
             if depth >= MAX_DEPTH:
                 raise OSError(
                     errno.ENAMETOOLONG, f"it is nested more than {MAX_DEPTH} directories deep"
@@ -221,7 +228,7 @@ class Walker:
                 node = previous
             else:
                 where = fd if fd >= 0 else proc_fd_path(frame.fd, name)
-                node = make_node(name, st, NodeType.DIRECTORY, read_xattrs(where))
+                node = self._entries.make_node(name, path, st, NodeType.DIRECTORY, where)
             child = self._open_frame(
                 node, path, fd, st, previous.tree if previous is not None else None
             )
@@ -229,11 +236,11 @@ class Walker:
                 # The directory is itself the marker of its parent: it is kept without its entries.
                 child.names = iter(())
             return child
-        except OSError as error:
+        except (OSError, TreeError) as error:
             if fd >= 0:
                 os.close(fd)
             self._entries.report_failure(path, error)
-            if isinstance(error, FileNotFoundError):
+            if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
                 return None
             node = make_node(name, st, NodeType.DIRECTORY, ())
             return _Frame(
@@ -309,7 +316,7 @@ class Walker:
             if kind != NodeType.DIRECTORY:
                 raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
             tree = previous.tree if previous is not None else None
-            node = make_node(name, st, NodeType.DIRECTORY, self._xattrs(source.source, path))
+            node = self._entries.make_node(name, path, st, NodeType.DIRECTORY, source.source)
             return self._source_frame(node, path, source, tree)
         except NotRegularError:
             if types_seen < _MAX_TYPE_CHANGES:
@@ -337,13 +344,6 @@ class Walker:
         if self._exclusions.excludes_file(st):
             return True
         return self._matcher is not None and self._matcher.matches(path, is_directory)
-
-    def _xattrs(self, source: bytes, path: bytes) -> tuple[tuple[bytes, bytes], ...]:
-        try:
-            return read_xattrs(source)
-        except OSError as error:
-            self._entries.report_failure(path, error)
-            return ()
 
     def _report_missing(self, source: SourceNode, error: OSError) -> None:
         stats = self._entries.stats

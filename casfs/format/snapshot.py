@@ -85,8 +85,10 @@ def encode_snapshot(
 ) -> tuple[SnapshotId, bytes]:
     """Return the snapshot's id and the bytes of its file, encrypted in `session` if given.
 
-    Raise UsageError for a snapshot that readers would refuse: too many paths, or text that is not Unicode.
+    Raise UsageError for a snapshot that readers would refuse: too many paths, text that is not Unicode, a
+    time beyond 64 bits, or an invalid root.
     """
+    _require_valid(snapshot)
     plain = _encode(snapshot, MAX_PLAIN_BYTES)
     ((kind, payload),) = codec.encode_many([plain])
     if session is None:
@@ -94,6 +96,17 @@ def encode_snapshot(
     else:
         data = _encrypted(snapshot, session, _INNER.pack(kind, len(plain)) + bytes(payload))
     return SnapshotId(digest_of(data)), data
+
+
+def _require_valid(snapshot: Snapshot) -> None:
+    try:
+        check_node(snapshot.root)
+    except TreeError as error:
+        raise UsageError(f"the snapshot cannot be stored: its root is invalid ({error})") from error
+    if snapshot.root.kind != NodeType.DIRECTORY:
+        raise UsageError("the snapshot cannot be stored: its root is not a directory")
+    if not -(1 << 63) <= snapshot.time_ns < 1 << 63:
+        raise UsageError("the snapshot cannot be stored: its time does not fit into 64 bits")
 
 
 def require_encodable(snapshot: Snapshot, room_bytes: int) -> None:

@@ -22,7 +22,8 @@ MAX_DEPTH = 4096
 """The deepest nesting that is walked; a deeper path cannot be named in one system call."""
 
 MAX_PIECE_LEVELS = 8
-MAX_NAME_BYTES = 255
+MAX_NAME_BYTES = 4096
+"""Most file systems allow 255 bytes, exFAT, NTFS and SMB 255 UTF-16 units (up to 765 bytes), FUSE more."""
 MAX_COUNT = 1 << 48
 MAX_FILE_BYTES = (1 << 63) - 1
 _MAX_OWNER = (1 << 32) - 2
@@ -76,8 +77,8 @@ class ChangeReason(IntEnum):
 class TreeRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """A tree by digest, with a summary of everything below it.
 
-    `nodes` counts the entries below at any depth, `total_bytes` is the sum of the regular files' sizes,
-    `flagged` counts the files whose state is `changed`.
+    `nodes` counts the entries below at any depth, `flagged` the `changed` files. `total_bytes` is
+    the sum of the regular files' sizes, at most `MAX_FILE_BYTES`: a few sparse files may add up to more.
     """
 
     digest: bytes
@@ -190,6 +191,25 @@ def decode_piece(data: bytes) -> Leaf | Branch:
     return piece
 
 
+def check_name(name: bytes) -> None:
+    """Raise TreeError for a name that no reader accepts in a directory."""
+    if not name or b"/" in name or b"\0" in name or name in (b".", b".."):
+        raise TreeError(f"the name {name!r} is none that an entry can have")
+    if len(name) > MAX_NAME_BYTES:
+        raise TreeError(f"its name has {len(name)} bytes; at most {MAX_NAME_BYTES} can be stored")
+
+
+def check_entry(node: Node) -> None:
+    """Raise TreeError for an entry that no reader accepts in a directory.
+
+    A writer asks before it adds an entry, because a reader refuses the whole piece that holds it.
+    """
+    check_name(node.name)
+    if node.kind == _SYMLINK and not node.content:
+        raise TreeError("it is a symbolic link with an empty target")
+    check_node(node)
+
+
 def _check_leaf(nodes: list[Node]) -> None:
     names = list(map(_names, nodes))
     _check_order(names)
@@ -291,7 +311,7 @@ def subtree_summary(nodes: list[Node]) -> tuple[int, int, int]:
             size += node.size
             if node.state == _CHANGED:
                 flagged += 1
-    return count, size, flagged
+    return count, min(size, MAX_FILE_BYTES), flagged
 
 
 def captured_digest(node: Node) -> Digest | None:
@@ -308,11 +328,28 @@ def capture_of(node: Node) -> Capture | None:
     return node.extra.capture if node.extra is not None else None
 
 
-def hard_link_key(node: Node) -> tuple[int, int] | None:
+def source_inode(node: Node) -> tuple[int, int] | None:
     """Return device and inode of an entry that may have other names, or None for an entry with one name."""
-    if node.nlink > 1 and node.kind != NodeType.DIRECTORY and node.extra is not None:
+    if node.nlink > 1 and node.kind != _DIRECTORY and node.extra is not None:
         return node.extra.device, node.inode
     return None
+
+
+HardLinkKey = tuple[int, int, int, int, bytes]
+
+
+def hard_link_key(node: Node) -> HardLinkKey | None:
+    """Return what the names of one stored file have in common, or None for an entry with one name.
+
+    Besides device and inode these are the type, the device number and the content: a file that changed
+    between the visits of two of its names is two files in the snapshot, and an inode may have served two
+    files during one backup.
+    """
+    inode = source_inode(node)
+    if inode is None:
+        return None
+    rdev = node.extra.rdev if node.extra is not None else 0
+    return *inode, node.kind, rdev, captured_digest(node) or node.content
 
 
 def replace(record: R, **changes: Any) -> R:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
 from casfs.format.tree import (
+    MAX_FILE_BYTES,
     CaptureState,
     Leaf,
     Node,
@@ -231,7 +232,7 @@ def _check_summary(ref: TreeRef, piece: object) -> None:
         parts = [part.tree for part in piece.pieces]  # type: ignore[attr-defined]
         recomputed = (
             sum(part.nodes for part in parts),
-            sum(part.total_bytes for part in parts),
+            min(sum(part.total_bytes for part in parts), MAX_FILE_BYTES),
             sum(part.flagged for part in parts),
         )
     if recomputed != (ref.nodes, ref.total_bytes, ref.flagged):

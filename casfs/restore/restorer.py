@@ -16,7 +16,7 @@ from functools import partial
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError, IntegrityError
-from casfs.format.tree import CaptureState, Node, NodeType, captured_digest, hard_link_key
+from casfs.format.tree import CaptureState, HardLinkKey, Node, NodeType, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.paths import join
 from casfs.patterns import Pattern
@@ -34,10 +34,6 @@ _MAX_POOLED_BYTES = 1 << 20
 """The pool writes files of a single chunk up to this size. The walking thread writes larger files."""
 
 _DISK_FULL_ERRNOS = frozenset([errno.ENOSPC, errno.EDQUOT])
-
-_LinkKey = tuple[int, int, int, bytes]
-"""Device, inode, kind and content: an inode number may have been reused during the backup."""
-
 
 _Job = tuple[int, bytes, Node, bytes | None]
 """The directory's descriptor, the path in the snapshot, the node, and its only chunk if already read."""
@@ -120,8 +116,8 @@ class Restorer:
         self._pool: OrderedPool[_Job, EntryResult] = OrderedPool(
             self._write, self._on_result, limits=limits
         )
-        self._links: dict[_LinkKey, bytes] = {}
-        self._zeroed: dict[_LinkKey, list[tuple[int, int]]] = {}
+        self._links: dict[HardLinkKey, bytes] = {}
+        self._zeroed: dict[HardLinkKey, list[tuple[int, int]]] = {}
         self._root_fd, self._folder = -1, b""
         self._open_frames: dict[int, _Frame] = {}
         self._stack: list[_Frame] = []
@@ -352,7 +348,7 @@ class Restorer:
         except OSError as error:
             self._pool.call_after(partial(self._on_result, EntryResult(path, node, error=error)))
             return
-        key = _link_key(node)
+        key = hard_link_key(node)
         if key is not None:
             self._restore_name(frame, path, node, key)
         elif _is_small(node) and not dry_run:
@@ -381,7 +377,7 @@ class Restorer:
         read = self._repository.store.read if blob is None else lambda _: blob
         return self._writer.write(fd, path, node, read)
 
-    def _restore_name(self, frame: _Frame, path: bytes, node: Node, key: _LinkKey) -> None:
+    def _restore_name(self, frame: _Frame, path: bytes, node: Node, key: HardLinkKey) -> None:
         """Restore a file with several names: as a hard link where another of its names was restored."""
         self._pool.drain()
         known = self._links.get(key)
@@ -454,13 +450,6 @@ class Restorer:
     def _fail(self, path: bytes, error: OSError) -> None:
         self.result.failed += 1
         self._monitor.problem(restore_failed(path, error))
-
-
-def _link_key(node: Node) -> _LinkKey | None:
-    key = hard_link_key(node)
-    if key is None:
-        return None
-    return *key, node.kind, captured_digest(node) or node.content
 
 
 def _is_small(node: Node) -> bool:

@@ -16,11 +16,10 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from casfs.digest import Digest
 from casfs.display import escape_path
 from casfs.errors import IntegrityError
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Node, NodeType, captured_digest, hard_link_key
+from casfs.format.tree import HardLinkKey, Node, NodeType, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository.repository import Repository
 from casfs.trees.file_content import FileContent
@@ -108,8 +107,6 @@ class _Link:
     """A written file with hard links that were not visited yet."""
 
     path: bytes
-    kind: int
-    digest: Digest | None
     names_left: int
 
 
@@ -134,7 +131,7 @@ class TarWriter:
         self._write = write
         self._monitor = monitor
         self._written_bytes = 0
-        self._links: dict[tuple[int, int], _Link] = {}
+        self._links: dict[HardLinkKey, _Link] = {}
 
     def add_below(self, root: Node, path: bytes) -> None:
         """Write all entries below the directory at `path` of the snapshot, with names relative to it.
@@ -205,8 +202,6 @@ class TarWriter:
         link = self._links.get(key) if key is not None else None
         if key is None or link is None:
             return None
-        if (link.kind, link.digest) != (node.kind, captured_digest(node)):
-            return None
         link.names_left -= 1
         if not link.names_left:
             del self._links[key]
@@ -217,7 +212,7 @@ class TarWriter:
         if key is not None and key not in self._links:
             if len(self._links) >= _MAX_LINKS:
                 self._links.pop(next(iter(self._links)))
-            self._links[key] = _Link(name, node.kind, captured_digest(node), node.nlink - 1)
+            self._links[key] = _Link(name, node.nlink - 1)
 
     def _put(self, data: bytes) -> None:
         self._write(data)

@@ -14,6 +14,7 @@ from casfs.digest import Digest
 from casfs.errors import TreeError
 from casfs.format.codec import BlobKind
 from casfs.format.tree import (
+    MAX_FILE_BYTES,
     MAX_PIECE_LEVELS,
     Branch,
     Leaf,
@@ -79,6 +80,7 @@ class TreeWriter:
         self._encoded_bytes = 0
         self._last = b""
         self._levels: list[list[PieceRef]] = []
+        self._name_bytes: list[int] = []
         self.entries = 0
 
     def add(self, node: Node) -> None:
@@ -145,19 +147,25 @@ class TreeWriter:
             if level >= self._split.max_levels:
                 raise TreeError("a directory has more entries than the format can hold")
             self._levels.append([])
+            self._name_bytes.append(0)
         pieces = self._levels[level]
         pieces.append(piece)
+        self._name_bytes[level] += len(piece.first)
+        is_full = (
+            len(pieces) >= self._split.max_entries or self._name_bytes[level] >= PIECE_MAX_BYTES
+        )
         ends = zlib.crc32(piece.first, self._seed ^ (level + 1)) & self._split.mask == 0
-        if len(pieces) >= self._split.max_entries or (ends and len(pieces) >= self._min_entries):
+        if is_full or (ends and len(pieces) >= self._min_entries):
             self._flush_branch(level)
 
     def _flush_branch(self, level: int) -> None:
         pieces, self._levels[level] = self._levels[level], []
+        self._name_bytes[level] = 0
         trees = [piece.tree for piece in pieces]
         ref = self._store(
             encode_piece(Branch(pieces)),
             sum(tree.nodes for tree in trees),
-            sum(tree.total_bytes for tree in trees),
+            min(sum(tree.total_bytes for tree in trees), MAX_FILE_BYTES),
             sum(tree.flagged for tree in trees),
         )
         self._append(level + 1, PieceRef(pieces[0].first, ref))

@@ -21,7 +21,7 @@ import trio
 
 from casfs.errors import CasfsError
 from casfs.format.node_types import MODE_BITS
-from casfs.format.tree import Node, NodeType
+from casfs.format.tree import Node, NodeType, hard_link_key
 from casfs_mount.damage_log import UnreadableError
 from casfs_mount.event_loop_guard import WouldBlock
 from casfs_mount.file_reader import Readable
@@ -44,6 +44,9 @@ _PREFERRED_BYTES = 128 * 1024
 """st_blksize: what programs read at once; larger ones cost them memory for every small file."""
 
 _USUAL_READ_BYTES = 1024 * 1024
+
+_LISTED_NAME_BYTES = 1024
+"""FUSE_NAME_MAX of most kernels, which refuse a whole listing for one longer name."""
 
 _GATHERED = 256
 """Entries that a worker thread collects of a directory that is not cached; the next call has more."""
@@ -334,6 +337,14 @@ class FileSystem(pyfuse3.Operations):
         replied = False
         try:
             for name, place, node, after in entries:
+                if len(name) > _LISTED_NAME_BYTES:
+                    log.warning(
+                        "%s holds a name of %d bytes, which the kernel cannot list; restore it with "
+                        "casfs restore, or read it with casfs dump",
+                        self._view.describe(directory),
+                        len(name),
+                    )
+                    continue
                 number = fill(place, node)
                 if not reply(token, name, entry, after):
                     return
@@ -354,8 +365,8 @@ class FileSystem(pyfuse3.Operations):
         extra = node.extra
         if extra is not None:
             rdev = extra.rdev
-            if node.nlink > 1 and kind != NodeType.DIRECTORY:
-                key = extra.device, node.inode
+            key = hard_link_key(node) if node.nlink > 1 else None
+            if key is not None:
                 number = hard_link_number(self._view.range_start(place), key)
         entry.st_ino = pyfuse3.InodeT(number)
         entry.st_mode = pyfuse3.ModeT(MODE_BITS[kind] | node.mode)

@@ -23,7 +23,14 @@ from collections.abc import Iterator
 
 from casfs.digest import digest_of
 from casfs.errors import CasfsError, TreeError
-from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Node, TreeRef, subtree_count
+from casfs.format.tree import (
+    MAX_DEPTH,
+    MAX_PIECE_LEVELS,
+    HardLinkKey,
+    Node,
+    TreeRef,
+    subtree_count,
+)
 from casfs.paths import join
 from casfs_mount.tree_cache import TreeCache, TreePage
 
@@ -33,7 +40,7 @@ LISTINGS_END = 1 << 32
 RANGES_END = 1 << 61
 HARD_LINKS = 1 << 62
 
-_LINK = struct.Struct("<QQQ")
+_LINK = struct.Struct("<QQQQQ")
 
 
 class StaleError(CasfsError):
@@ -263,12 +270,12 @@ class HardLinks:
         return len(self._known)
 
 
-def hard_link_number(first: int, key: tuple[int, int]) -> int:
-    """Return the number of all names of one (device, inode) in the snapshot that begins at `first`."""
-    device, inode = key
+def hard_link_number(first: int, key: HardLinkKey) -> int:
+    """Return the number of all names of one stored file in the snapshot that begins at `first`."""
+    device, inode, kind, rdev, content = key
     mask = (1 << 64) - 1
-    digest = digest_of(_LINK.pack(first, device & mask, inode & mask))
-    return HARD_LINKS | int.from_bytes(digest[:8], "big") >> 2
+    head = _LINK.pack(first, device & mask, inode & mask, kind, rdev & mask)
+    return HARD_LINKS | int.from_bytes(digest_of(head + content)[:8], "big") >> 2
 
 
 def _too_split() -> TreeError:

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
-from casfs.errors import CasfsError, IntegrityError, PackError, TreeError
+from casfs.errors import CasfsError, IntegrityError, PackError, TreeError, UsageError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobCodec, BlobKind
 from casfs.format.config import RepositoryConfig, decode_config, encode_config
 from casfs.format.pack import BLOB_HEADER as PACK_RECORD
@@ -35,6 +35,7 @@ from casfs.format.pack import (
 from casfs.format.snapshot import HEADER as SNAPSHOT_HEADER
 from casfs.format.snapshot import MAGIC, Snapshot, SnapshotStats, decode_snapshot, encode_snapshot
 from casfs.format.tree import (
+    MAX_NAME_BYTES,
     Branch,
     Capture,
     Leaf,
@@ -44,6 +45,7 @@ from casfs.format.tree import (
     PieceRef,
     TreeRef,
     captured_digest,
+    check_entry,
     check_node,
     decode_piece,
     encode_piece,
@@ -68,7 +70,8 @@ PACK = PackId(bytes(32))
 CHEAP = settings(max_examples=4 * settings().max_examples)
 
 NAMES = st.one_of(
-    st.binary(min_size=1, max_size=6), st.sampled_from([b"a", b"aa", b"b", b"\xff", b"x" * 255])
+    st.binary(min_size=1, max_size=6),
+    st.sampled_from([b"a", b"aa", b"b", b"\xff", b"x" * 255, b"x" * 765]),
 ).filter(lambda name: b"/" not in name and b"\0" not in name and name not in (b".", b".."))
 DIGESTS = st.binary(min_size=32, max_size=32)
 COUNTS = st.integers(0, 1 << 40)
@@ -144,6 +147,89 @@ def directories(draw: st.DrawFn, max_size: int = 60) -> dict[bytes, Node]:
 SMALL_TREES = TreeSplit(min_entries=2, max_entries=5, mask=1)
 SMALL_LISTS = ContentSplit(inline_records=2, min_records=2, max_records=5, mask=1)
 """Pieces so small that a few entries have several levels of them."""
+
+
+def wild_nodes() -> st.SearchStrategy[Node]:
+    """Entries whose fields are what a source, or a mistake, may give: valid or not."""
+    numbers = st.sampled_from([-1, 0, 1, (1 << 32) - 2, (1 << 32) - 1, (1 << 63) - 1])
+    names = st.binary(max_size=5) | st.sampled_from([b".", b"..", b"x" * 4096, b"x" * 4097])
+    contents = st.binary(max_size=2) | st.sampled_from([b"c" * 40, b"c" * 41, b"\0"])
+    xattrs = st.lists(st.tuples(st.binary(max_size=2), st.binary(max_size=2)), max_size=2)
+    extra = st.builds(
+        NodeExtra,
+        xattrs.map(tuple),
+        numbers,
+        numbers,
+        st.none()
+        | st.builds(
+            Capture, st.integers(-1, 8), st.integers(-1, 2), st.none() | st.binary(max_size=1)
+        ),
+    )
+    return st.builds(
+        Node,
+        names,
+        st.integers(-1, 8),
+        st.integers(-1, 0o10000),
+        *[numbers] * 6,
+        size=numbers,
+        state=st.integers(-1, 3),
+        content=contents,
+        levels=st.integers(-1, 9),
+        captured=st.none() | st.binary(min_size=31, max_size=32),
+        tree=st.none() | st.builds(TreeRef, DIGESTS | st.just(b""), numbers, numbers, numbers),
+        extra=st.none() | extra,
+    )
+
+
+class TestRulesOfWritersAndReaders:
+    @CHEAP
+    @given(nodes(NAMES | st.integers(1, 4096).map(lambda length: b"n" * length)) | wild_nodes())
+    def test_a_writer_accepts_an_entry_exactly_if_a_reader_does(self, node: Node) -> None:
+        try:
+            check_entry(node)
+        except TreeError:
+            with pytest.raises(TreeError):
+                decode_piece(encode_piece(Leaf([node])))
+        else:
+            assert decode_piece(encode_piece(Leaf([node]))) == Leaf([node])
+
+    @settings(deadline=None, max_examples=max(settings().max_examples // 10, 3))
+    @given(
+        st.integers(1, 12_000),
+        st.sampled_from([1, 255, 1024, 4096]),
+        st.sampled_from([1, 4095]),
+        st.integers(0, (1 << 32) - 1),
+    )
+    def test_no_directory_has_a_piece_that_is_larger_than_a_blob_may_be(
+        self, count: int, name_bytes: int, target_bytes: int, seed: int
+    ) -> None:
+        target = b"t" * target_bytes
+        memory = MemoryBlobs()
+        writer = TreeWriter(memory.put, digest_of, seed)
+        node = Node(b"", NodeType.SYMLINK, 0o777, 0, 0, 0, 0, 1, 1, target_bytes, content=target)
+        for number in range(count):
+            name = b"%06d" % number + b"n" * (name_bytes - 6)
+            writer.add(msgspec.structs.replace(node, name=name))
+        ref = writer.finish()
+        assert max(map(len, memory.blobs.values())) <= MAX_PLAIN_BYTES
+        assert sum(1 for _ in TreeReader(memory.read).nodes(ref)) == count == ref.nodes
+
+    @given(
+        st.text(max_size=4) | st.just("\ud800"),
+        st.lists(st.binary(max_size=4), max_size=3),
+        st.lists(st.text(max_size=3) | st.just("\udcff"), max_size=2),
+        st.sampled_from([0, -1, (1 << 63) - 1, -(1 << 63), 1 << 63, 1 << 64]),
+        wild_nodes() | nodes(st.just(b"")),
+    )
+    def test_a_snapshot_is_refused_before_it_is_written_or_read_as_it_was(
+        self, host: str, paths: list[bytes], tags: list[str], time_ns: int, root: Node
+    ) -> None:
+        snapshot = Snapshot(root, time_ns, host, host, tuple(paths), tuple(tags))
+        try:
+            snapshot_id, data = encode_snapshot(snapshot, CODEC)
+        except UsageError:
+            return
+        assert decode_snapshot(snapshot_id, data, CODEC) == snapshot
 
 
 class TestTreeRoundTrip:
@@ -311,7 +397,7 @@ def use_piece(data: bytes) -> None:
     names = [node.name for node in piece.nodes]
     assert names == sorted(set(names))
     for node in piece.nodes:
-        assert 0 < len(node.name) <= 255
+        assert 0 < len(node.name) <= MAX_NAME_BYTES
         assert not {b"/"[0], 0} & set(node.name) and node.name not in (b".", b"..")
         assert 0 <= node.uid < (1 << 32) - 1 and 0 <= node.gid < (1 << 32) - 1
         captured_digest(node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -22,7 +23,12 @@ _MAKE = {
     "xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"],
     "btrfs": ["mkfs.btrfs", "-q"],
     "ext4": ["mkfs.ext4", "-q", "-m", "0"],
+    "ntfs": ["mkntfs", "-q", "-F", "-Q"],
+    "exfat": ["mkfs.exfat"],
 }
+
+_MOUNT = {"ntfs": ["ntfs-3g"], "exfat": ["mount", "-t", "exfat-fuse", "-o", "loop"]}
+"""What mounts an image through FUSE; the kernel mounts the others."""
 
 
 @contextmanager
@@ -30,12 +36,18 @@ def fresh_disk(folder: Path, kind: str, size: int = 512 * MIB) -> Iterator[Path]
     """Mount an empty file system of a kind; mount and loop device are gone afterwards."""
     if os.geteuid() != 0:
         pytest.skip("needs root: it mounts a disk")
+    mount = _MOUNT.get(kind, ["mount", "-o", "loop"])
+    helper = "mount.exfat-fuse" if kind == "exfat" else mount[0]
+    for program in (_MAKE[kind][0], helper):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program}")
     image, at = folder / f"{kind}.img", folder / kind
     at.mkdir()
     with image.open("wb") as file:
         file.truncate(size)
     subprocess.run([*_MAKE[kind], str(image)], check=True, capture_output=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(at)], check=True)
+    mounted = subprocess.run([*mount, str(image), str(at)], capture_output=True, text=True)
+    assert mounted.returncode == 0, mounted.stderr
     try:
         yield at
     finally:

@@ -71,6 +71,11 @@ class Inode:
     young: bool = False
     size: int | None = None
     """What stat says, where that is not the truth."""
+    target: bytes = b"somewhere else"
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)
+    list_error: int = 0
+    get_error: int = 0
+    """Errors of listing xattrs and of reading any of them; 0 for none."""
 
 
 @dataclass(slots=True)
@@ -108,6 +113,7 @@ class ScriptedFiles(pyfuse3.Operations):
         self.inodes = {1: Inode(1, stat.S_IFDIR | 0o755)}
         self.scripts: dict[int, Script] = {}
         self.handles: dict[int, Handle] = {}
+        self.listed_twice: set[tuple[int, bytes]] = set()
         self._changes = 0
 
     def make(self, folder: int, name: bytes, mode: int) -> Inode:
@@ -120,7 +126,19 @@ class ScriptedFiles(pyfuse3.Operations):
         """Make a folder with the files of a specification."""
         folder = self.make(1, scene.encode(), stat.S_IFDIR | 0o755).number
         for name, reported in files.items():
-            inode = self.make(folder, os.fsencode(name), stat.S_IFREG | 0o644)
+            mode = reported.get("mode", stat.S_IFREG | 0o644)
+            inode = self.make(folder, os.fsencode(name), mode)
+            inode.xattrs = {key.encode(): b"value" for key in reported.get("xattrs", ())}
+            inode.target = os.fsencode(reported.get("target", inode.target))
+            inode.list_error = reported.get("list_error", 0)
+            inode.get_error = reported.get("get_error", 0)
+            if reported.get("twice"):
+                self.listed_twice.add((folder, os.fsencode(name)))
+            if stat.S_ISDIR(mode):
+                inside = self.make(inode.number, b"inside", stat.S_IFREG | 0o644)
+                inside.data[:] = content(reported["seed"], reported["size"])
+                self.scripts[inside.number] = Script(inode.number, b"inside", [])
+                continue
             inode.data[:] = content(reported["seed"], reported["size"])
             inode.sparse = reported.get("sparse", False)
             inode.young = reported.get("young", False)
@@ -241,7 +259,21 @@ class ScriptedFiles(pyfuse3.Operations):
         return entry
 
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        return b"somewhere else"
+        return self.inodes[inode].target
+
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        found = self.inodes[inode]
+        if found.list_error:
+            raise pyfuse3.FUSEError(found.list_error)
+        return list(found.xattrs)
+
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        found = self.inodes[inode]
+        if name not in found.xattrs:
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        if found.get_error:
+            raise pyfuse3.FUSEError(found.get_error)
+        return found.xattrs[name]
 
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
         return pyfuse3.FileHandleT(inode)
@@ -249,7 +281,12 @@ class ScriptedFiles(pyfuse3.Operations):
     async def readdir(
         self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
     ) -> None:
-        for position, (name, number) in enumerate(self.inodes[fh].names.items(), 1):
+        listed = [
+            item
+            for item in self.inodes[fh].names.items()
+            for _ in range(2 if (fh, item[0]) in self.listed_twice else 1)
+        ]
+        for position, (name, number) in enumerate(listed, 1):
             if position > start_id:
                 entry = await self.getattr(number, pyfuse3.RequestContext())
                 if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), entry, position):

@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from casfs.backup.source_fs import clamp_time_ns, make_node, read_xattrs
+from casfs.backup.source_fs import clamp_time_ns, list_names, make_node, read_xattrs
 from casfs.format.tree import Leaf, NodeType, decode_piece, encode_piece
 
 FAR_NS = 1 << 80
@@ -36,6 +36,12 @@ def test_more_xattrs_than_a_snapshot_has_room_for_are_a_problem_of_the_entry(
     names = [f"user.{number}" for number in range(65)]
     monkeypatch.setattr(os, "listxattr", lambda *_, **__: names)
     monkeypatch.setattr(os, "getxattr", lambda *_, **__: bytes(65536))
-    with pytest.raises(OSError, match="exceed 4 MiB in total") as raised:
-        read_xattrs(b"anything")
-    assert raised.value.errno == errno.E2BIG
+    xattrs, error = read_xattrs(b"anything")
+    assert error is not None and error.errno == errno.E2BIG
+    assert "exceed 4 MiB in total" in str(error)
+    assert [os.fsdecode(name) for name, _ in xattrs] == sorted(names[:63])
+
+
+def test_a_name_that_is_listed_twice_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "listdir", lambda _: [b"b", b"a", b"b", b"c", b"b"])
+    assert list_names(0) == [b"a", b"b", b"c"]

@@ -65,11 +65,11 @@ def before_each_capture(monkeypatch: pytest.MonkeyPatch, wanted: bytes, act: Act
     real = Capturer.capture
     counts = {wanted: 0}
 
-    def capture(self: Capturer, dir_fd: int, name: bytes) -> Node:
+    def capture(self: Capturer, dir_fd: int, name: bytes, **options: Any) -> Node:
         if name == wanted:
             counts[name] += 1
             act(counts[name])
-        return real(self, dir_fd, name)
+        return real(self, dir_fd, name, **options)
 
     monkeypatch.setattr(Capturer, "capture", capture)
 

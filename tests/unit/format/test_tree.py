@@ -10,6 +10,7 @@ import pytest
 from casfs.digest import EMPTY_DIGEST, Digest, digest_of
 from casfs.errors import TreeError
 from casfs.format.tree import (
+    MAX_FILE_BYTES,
     Branch,
     Capture,
     CaptureState,
@@ -21,6 +22,7 @@ from casfs.format.tree import (
     PieceRef,
     TreeRef,
     captured_digest,
+    check_entry,
     check_node,
     decode_piece,
     encode_leaf,
@@ -28,6 +30,7 @@ from casfs.format.tree import (
     encode_piece,
     hard_link_key,
     replace,
+    source_inode,
     subtree_count,
     subtree_summary,
 )
@@ -143,7 +146,7 @@ class TestTreeCompatibility:
 class TestHostileName:
     @pytest.mark.parametrize(
         "name",
-        [b"", b".", b"..", b"a/b", b"/", b"a\0b", b"\0", b"n" * 256, b"../../etc/passwd"],
+        [b"", b".", b"..", b"a/b", b"/", b"a\0b", b"\0", b"n" * 4097, b"../../etc/passwd"],
     )
     def test_a_hostile_name_is_refused_wherever_it_is_in_a_leaf(self, name: bytes) -> None:
         for others in ([], [file(b"\x01")], [file(b"\x01"), file(b"zzz")]):
@@ -298,11 +301,58 @@ class TestCapturedDigest:
         assert captured_digest(entry(b"l", NodeType.SYMLINK, content=b"x" * 40)) is None
 
 
+class TestWriterChecks:
+    @pytest.mark.parametrize("name", [b"", b".", b"..", b"a/b", b"a\0b", b"n" * 4097])
+    def test_a_name_that_no_reader_accepts_is_refused_before_it_is_written(
+        self, name: bytes
+    ) -> None:
+        with pytest.raises(TreeError, match="name"):
+            check_entry(file(name))
+        with pytest.raises(TreeError):
+            decode_piece(encode_piece(Leaf([file(name)])))
+
+    @pytest.mark.parametrize("length", [255, 256, 765, 4096])
+    def test_a_name_of_up_to_4096_bytes_is_written_and_read(self, length: int) -> None:
+        node = file(b"n" * length)
+        check_entry(node)
+        assert decode_piece(encode_piece(Leaf([node]))) == Leaf([node])
+
+    def test_a_symlink_with_an_empty_target_is_refused_before_it_is_written(self) -> None:
+        with pytest.raises(TreeError, match="empty target"):
+            check_entry(entry(b"l", NodeType.SYMLINK))
+
+    def test_sizes_that_add_up_to_more_than_a_summary_holds_are_counted_as_the_largest(
+        self,
+    ) -> None:
+        sparse = [entry(name, size=MAX_FILE_BYTES) for name in (b"a", b"b", b"c")]
+        assert subtree_summary(sparse) == (3, MAX_FILE_BYTES, 0)
+        directory = entry(
+            b"d", NodeType.DIRECTORY, tree=TreeRef(bytes(32), *subtree_summary(sparse))
+        )
+        check_entry(directory)
+        assert subtree_summary([directory, directory])[1] == MAX_FILE_BYTES
+
+
 class TestHardLinkKey:
-    def test_a_hard_link_key_is_the_device_and_the_inode(self) -> None:
+    def test_the_source_inode_is_the_device_and_the_inode(self) -> None:
         node = file(b"f", nlink=2, inode=9, extra=NodeExtra(device=3))
-        assert hard_link_key(node) == (3, 9)
-        assert hard_link_key(replace(node, kind=NodeType.FIFO)) == (3, 9)
+        assert source_inode(node) == (3, 9)
+        assert source_inode(replace(node, kind=NodeType.FIFO)) == (3, 9)
+        assert source_inode(replace(node, nlink=1)) is None
+
+    def test_two_names_share_a_hard_link_key_only_if_all_that_is_stored_is_the_same(self) -> None:
+        node = file(b"f", b"one", nlink=2, inode=9, extra=NodeExtra(device=3))
+        key = hard_link_key(node)
+        assert key is not None and hard_link_key(replace(node, name=b"g", mtime_ns=1)) == key
+        others = [
+            replace(node, inode=8),
+            replace(node, extra=NodeExtra(device=4)),
+            replace(node, content=file(b"f", b"two").content),
+            replace(node, captured=bytes(32)),
+            replace(node, kind=NodeType.SYMLINK),
+            replace(node, extra=NodeExtra(device=3, rdev=1)),
+        ]
+        assert len({key, *map(hard_link_key, others)}) == 1 + len(others)
 
     def test_a_single_name_or_a_directory_has_no_hard_link_key(self) -> None:
         extra = NodeExtra(device=3)

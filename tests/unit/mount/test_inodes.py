@@ -223,10 +223,17 @@ class TestInodeRanges:
 
 class TestHardLinks:
     def test_a_hard_link_number_is_unique_to_file_and_snapshot(self) -> None:
-        number = hard_link_number(1, (7, 42))
-        assert number == hard_link_number(1, (7, 42)) >= HARD_LINKS
-        others = {hard_link_number(*key) for key in ((1, (7, 43)), (1, (8, 42)), (2, (7, 42)))}
-        assert len(others | {number}) == 4
+        number = hard_link_number(1, (7, 42, 1, 0, b"x"))
+        assert number == hard_link_number(1, (7, 42, 1, 0, b"x")) >= HARD_LINKS
+        others = {
+            hard_link_number(1, (7, 43, 1, 0, b"x")),
+            hard_link_number(1, (8, 42, 1, 0, b"x")),
+            hard_link_number(1, (7, 42, 4, 0, b"x")),
+            hard_link_number(1, (7, 42, 1, 1, b"x")),
+            hard_link_number(1, (7, 42, 1, 0, b"y")),
+            hard_link_number(2, (7, 42, 1, 0, b"x")),
+        }
+        assert len(others | {number}) == 7
         assert number < 1 << 63
 
     def test_a_hard_link_is_known_until_it_was_forgotten_as_often_as_remembered(self) -> None:
@@ -243,4 +250,4 @@ class TestHardLinks:
         links.forget(HARD_LINKS + 5, 3)
 
     def test_a_hard_link_number_accepts_device_numbers_of_any_sign_and_size(self) -> None:
-        assert hard_link_number(1 << 61, (-1, 1 << 70)) >= HARD_LINKS
+        assert hard_link_number(1 << 61, (-1, 1 << 70, 6, 1 << 64, b"")) >= HARD_LINKS
