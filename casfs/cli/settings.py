@@ -343,6 +343,15 @@ def _set_no_sync(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.ensure_object(Settings).sync = False
 
 
+def complete_profiles(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """Return the profiles whose names begin like this; none where the configuration cannot be read."""
+    try:
+        names = ctx.ensure_object(Settings).configuration().profiles
+    except CasfsError:
+        return []
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of verbs that work with the configuration and open no repository themselves."""
     command = click.option(

@@ -14,10 +14,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.cli import Casfs, Result, finish
+from tests.support.mounts import small_disk
 from tests.support.ping_server import PingServer, serving_pings
 from tests.support.scripted_source import ScriptedSource, scripted_source
 from tests.support.waiting import wait_until
 
+MIB = 1024 * 1024
 SIZE = 100_000
 ALWAYS_REWRITTEN = {"opening": 0, "reading": 1, "where": "between", "change": "rewrite"}
 
@@ -222,6 +224,36 @@ def test_a_failing_before_hook_stops_the_run_and_still_notifies(night: Night) ->
     for kept in ("run_last_success_timestamp_seconds", "backup_files", "backup_timestamp_seconds"):
         assert after[kept] == before[kept]
     assert len(night.casfs.json("snapshots").of_type("snapshot")) == 1
+
+
+@pytest.mark.usefixtures("superuser")
+def test_a_full_disk_fails_the_backup_while_prune_and_check_go_on(
+    night: Night, tmp_path: Path
+) -> None:
+    heavy = night.sources[1] / "heavy"
+    with small_disk(tmp_path, 64 * MIB) as disk:
+        night.casfs = night.casfs.at(disk / "repository").init()
+        night.configure()
+        night.run()
+        before = night.metrics
+        heavy.write_bytes(os.urandom(96 * MIB))
+        night.age("prune", 8)
+        night.age("check", 2)
+        result = night.run(expect=1)
+        assert night.steps(result) == {
+            "backup": "1",
+            "forget": "skipped",
+            "prune": "0",
+            "check": "0",
+        }
+        assert "no space left" in night.pings.requests[-1][2].lower()
+        assert night.pings.paths[-1] == "/uuid/fail"
+        for kept in ("backup_files", "backup_bytes", "run_last_success_timestamp_seconds"):
+            assert night.metrics[kept] == before[kept]
+        assert night.metrics["run_consecutive_failures"] == 1
+        heavy.unlink()
+        night.run()
+        assert night.metrics["run_consecutive_failures"] == 0
 
 
 def test_damage_is_the_exit_code_and_stays_until_it_is_repaired(night: Night) -> None:

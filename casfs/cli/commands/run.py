@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from casfs.cli.settings import Settings, configuration_options
+from casfs.cli.settings import Settings, complete_profiles, configuration_options
 from casfs.errors import CasfsError, LockedError, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("profile", metavar="PROFILE")
+@click.argument("profile", metavar="PROFILE", shell_complete=complete_profiles)
 @click.option("--dry-run", "-n", is_flag=True, help="List the steps that are due; run nothing.")
 @click.option(
     "--scheduled",

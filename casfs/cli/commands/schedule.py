@@ -14,7 +14,7 @@ import click
 
 from casfs.cli.commands.run import job_of
 from casfs.cli.output import format_time, iso_time
-from casfs.cli.settings import Settings, configuration_options
+from casfs.cli.settings import Settings, complete_profiles, configuration_options
 from casfs.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _scope_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @schedule.command()
-@click.argument("profile", metavar="PROFILE")
+@click.argument("profile", metavar="PROFILE", shell_complete=complete_profiles)
 @click.option(
     "--print", "only_print", is_flag=True, help="Show what would be written; change nothing."
 )
@@ -85,7 +85,7 @@ def install(
 
 
 @schedule.command()
-@click.argument("profile", metavar="PROFILE")
+@click.argument("profile", metavar="PROFILE", shell_complete=complete_profiles)
 @_scope_options
 @configuration_options
 @click.pass_obj
@@ -110,7 +110,7 @@ def remove(settings: Settings, profile: str, system: bool | None, scheduler: str
 
 
 @schedule.command()
-@click.argument("profile", metavar="[PROFILE]", required=False)
+@click.argument("profile", metavar="[PROFILE]", required=False, shell_complete=complete_profiles)
 @_scope_options
 @configuration_options
 @click.pass_obj
