@@ -43,7 +43,15 @@ class Query:
 class Finder:
     """Search one snapshot after the other for the same query."""
 
-    def __init__(self, trees: TreeReader, query: Query, monitor: Monitor) -> None:
+    def __init__(
+        self,
+        trees: TreeReader,
+        query: Query,
+        monitor: Monitor,
+        *,
+        max_remembered: int = MAX_REMEMBERED,
+    ) -> None:
+        self._max_remembered = max_remembered
         self._trees = trees
         self._query = query
         self._monitor = monitor
@@ -96,7 +104,7 @@ class Finder:
         return digest_of(page.ref.digest + page.path) if self._by_path else page.ref.digest
 
     def _remember(self, key: bytes) -> None:
-        if len(self._no_match) < MAX_REMEMBERED:
+        if len(self._no_match) < self._max_remembered:
             self._no_match.add(key)
 
     def _matches(self, above: bytes, node: Node) -> bool:

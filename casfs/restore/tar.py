@@ -26,7 +26,7 @@ from casfs.trees.file_content import FileContent
 from casfs.trees.reader import is_flagged
 
 _ZEROS = bytes(1 << 20)
-_MAX_LINKS = 100_000
+MAX_LINKS = 100_000
 """Hard-linked files remembered at a time; a file beyond the limit is written again in full."""
 
 _MAX_OCTAL_7 = 8**7 - 1
@@ -123,7 +123,10 @@ class TarWriter:
         snapshot: Snapshot,
         write: Callable[[bytes], object],
         monitor: Monitor,
+        *,
+        max_links: int = MAX_LINKS,
     ) -> None:
+        self._max_links = max_links
         self.stats = TarStats()
         self._repository = repository
         self._users = dict(snapshot.users)
@@ -210,7 +213,7 @@ class TarWriter:
     def _remember(self, name: bytes, node: Node) -> None:
         key = hard_link_key(node)
         if key is not None and key not in self._links:
-            if len(self._links) >= _MAX_LINKS:
+            if len(self._links) >= self._max_links:
                 self._links.pop(next(iter(self._links)))
             self._links[key] = _Link(name, node.nlink - 1)
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import casfs.query.find
 from casfs.digest import Digest
 from casfs.errors import BlobError
 from casfs.format.node_types import TYPES_BY_LETTER
@@ -136,11 +135,10 @@ def test_pieces_of_a_split_directory_are_remembered_one_by_one() -> None:
     assert len(trees.reads) == 2
 
 
-def test_no_more_is_remembered_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(casfs.query.find, "MAX_REMEMBERED", 1)
+def test_a_finder_remembers_a_bounded_number_of_trees() -> None:
     trees = TreeFixture()
     root = trees.build({b"a": {b"x": b""}, b"b": {b"y": b""}, b"c": {b"hit": b""}})
-    searching = finder(trees, "hit")
+    searching = Finder(trees.reader, Query("hit"), RecordingMonitor(), max_remembered=1)
     assert found(searching, root) == [b"c/hit"]
     first = list(trees.reads)
     trees.reads.clear()

@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import casfs.restore.tar
 from casfs.cli.app import casfs as command
 from casfs.cli.settings import Settings
 from casfs.digest import digest_of
 from casfs.errors import CasfsError, UsageError
 from casfs.format.tree import Node, NodeExtra, NodeType, replace
 from casfs.monitor import ProblemKind, RecordingMonitor
-from casfs.restore.tar import DamagedContentError, TarStats, TarWriter, file_bytes
+from casfs.restore.tar import MAX_LINKS, DamagedContentError, TarStats, TarWriter, file_bytes
 from casfs.trees.content import EXTENT, HOLE
 from tests.support.builders import MTIME_NS, Plan, RepositoryFixture, entry, file, flagged
 
@@ -110,13 +109,13 @@ class TestDumpOfFile:
 
 
 def tar_of(
-    repo: RepositoryFixture, plan: Plan, **fields: Any
+    repo: RepositoryFixture, plan: Plan, max_links: int = MAX_LINKS, **fields: Any
 ) -> tuple[bytes, TarStats, RecordingMonitor]:
     """Publish a plan, whose files' contents must be stored, and return its tar."""
     _, snapshot = repo.publish(plan, **fields)
     out, monitor = io.BytesIO(), RecordingMonitor()
     with repo.reading() as repository:
-        writer = TarWriter(repository, snapshot, out.write, monitor)
+        writer = TarWriter(repository, snapshot, out.write, monitor, max_links=max_links)
         writer.add_below(snapshot.root, b"")
         stats = writer.finish()
     return out.getvalue(), stats, monitor
@@ -330,14 +329,11 @@ class TestDumpAsTar:
         assert linked == [b"b", b"d"]
         assert stats.links == 2
 
-    def test_tar_remembers_a_bounded_number_of_links(
-        self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(casfs.restore.tar, "_MAX_LINKS", 1)
+    def test_tar_remembers_a_bounded_number_of_links(self, repo: RepositoryFixture) -> None:
         repo.store(b"1", b"2")
         one = file(b"", b"1", nlink=2, inode=1, extra=NodeExtra(device=1))
         two = file(b"", b"2", nlink=2, inode=2, extra=NodeExtra(device=1))
-        stream, _, _ = tar_of(repo, {b"a": one, b"b": two, b"c": one, b"d": two})
+        stream, _, _ = tar_of(repo, {b"a": one, b"b": two, b"c": one, b"d": two}, max_links=1)
         found = members(stream)
         assert [found[name].islnk() for name in (b"c", b"d")] == [False, False]
         assert [found[name].size for name in (b"c", b"d")] == [1, 1]
