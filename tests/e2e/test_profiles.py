@@ -376,7 +376,7 @@ def test_a_repository_whose_recipients_are_others_is_not_written_to(
     by_name = ("--config", night.config, "-r", "nas")
     night.configure(repository=f'identity-file = "{tmp_path}/ours"')
     refused = night.casfs.run("init", *by_name, expect=2)
-    assert "nothing says to whom it is encrypted" in refused.complaint
+    assert "names an identity-file for this repository, but no recipient" in refused.complaint
     night.configure(
         repository=f'identity-file = "{tmp_path}/ours"\nrecipients-file = "{recipients}"'
     )
