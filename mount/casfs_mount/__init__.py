@@ -1,5 +1,5 @@
-"""Showing snapshots as a file system: from a synchronous view of them to FUSE.
+"""The FUSE mount of casfs: a synchronous view of snapshots, and the request handlers above it.
 
-Arrows run one way: server → handlers → views → numbers, pieces and chunks → casfs. Only `handlers` and
-`server` know FUSE and trio; everything below them can be used, and tested, without either.
+Imports point one way: server → handlers → views → inode numbers, tree cache and chunk cache → casfs. Only
+`handlers` and `server` import pyfuse3 and trio; everything below them works, and is tested, without FUSE.
 """

@@ -1,6 +1,6 @@
-"""Work that nobody waits for: a few threads, a short queue, and no place for what does not fit.
+"""A best-effort worker pool: a few daemon threads and a short queue; a task that does not fit is dropped.
 
-The threads start with the first errand and keep no process from ending.
+No caller waits for a result. The threads start with the first task and do not keep the process alive.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from casfs.errors import CasfsError
 log = logging.getLogger(__name__)
 
 _THREADS = 2
-_MAX_WAITING = 8
-"""BackgroundPool that may wait; more would do what is not wanted any more when its turn comes."""
+_MAX_QUEUED = 8
+"""Tasks that may wait for a thread; in a longer queue, results would come too late to be of use."""
 
 
 class BackgroundPool:
-    """Runs errands; safe to share between threads."""
+    """Runs tasks on its threads; safe to share between threads."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -28,22 +28,22 @@ class BackgroundPool:
         self._threads: list[threading.Thread] = []
         self._closed = False
 
-    def submit(self, errand: Callable[[], None]) -> bool:
-        """Have an errand run soon; False when there are too many already."""
-        if self._closed or self._queue.qsize() >= _MAX_WAITING:
+    def submit(self, task: Callable[[], None]) -> bool:
+        """Queue a task and return True; return False if the queue is full or the pool is closed."""
+        if self._closed or self._queue.qsize() >= _MAX_QUEUED:
             return False
         if not self._threads:
             self._start()
-        self._queue.put(errand)
+        self._queue.put(task)
         return True
 
-    def close(self, patience_s: float = 1.0) -> bool:
-        """Run no more of them, and tell whether none is running any more."""
+    def close(self, timeout_s: float = 1.0) -> bool:
+        """Start no further task; return whether all running tasks ended within `timeout_s` each."""
         self._closed = True
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
-            thread.join(patience_s)
+            thread.join(timeout_s)
         return not any(thread.is_alive() for thread in self._threads)
 
     def _start(self) -> None:
@@ -51,18 +51,18 @@ class BackgroundPool:
             if self._threads:
                 return
             self._threads = [
-                threading.Thread(target=self._run, name=f"casfs-errands-{n}", daemon=True)
+                threading.Thread(target=self._run, name=f"casfs-background-{n}", daemon=True)
                 for n in range(_THREADS)
             ]
             for thread in self._threads:
                 thread.start()
 
     def _run(self) -> None:
-        while (errand := self._queue.get()) is not None and not self._closed:
+        while (task := self._queue.get()) is not None and not self._closed:
             try:
-                errand()
+                task()
             except CasfsError as error:
-                # Whoever needs what failed here asks for it again and is told.
+                # A reader that needs the data reads it again and gets the error.
                 log.debug("in the background: %s", error)
             except Exception:
-                log.exception("an errand failed")
+                log.exception("a background task failed")

@@ -1,8 +1,8 @@
-"""Verified blobs for a mount: at once where that needs no waiting, otherwise where waiting is allowed.
+"""Verified blobs for a mount: non-blocking on the event-loop thread, blocking on every other thread.
 
-On the thread that must not wait, small blobs whose bytes the kernel has in memory are decoded on the
-spot, which costs a fraction of a trip to another thread. When that turns out to be slow all the same,
-because the pages of the index come from a slow disk, it is left alone for a while.
+On the event-loop thread a small blob whose bytes are in the kernel's page cache is decoded at once, which
+costs a fraction of a trip to a worker thread. If such a read was slow because pages of the index came
+from a slow disk, the event-loop thread makes no further attempt for a while.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from casfs.store.blob_store import BlobStore
 from casfs_mount.event_loop_guard import EventLoopGuard, WouldBlock
 
 _NONBLOCKING_BYTES = 64 * 1024
-"""Stored bytes up to which a blob is decoded on the spot: some half a millisecond."""
+"""Blobs of up to this many stored bytes are decoded on the event-loop thread, in about 0.5 ms."""
 
 _SLOW_S = 0.004
-_CAUTION = 8
-"""How many times the length of a wait goes by until another one is risked."""
+_PAUSE_FACTOR = 8
+"""After a slow read the event-loop thread makes no attempt for this many times its duration."""
 
 
 def _major_faults() -> int:
@@ -34,7 +34,7 @@ class BlobReader:
     def __init__(
         self,
         store: BlobStore,
-        waiting: EventLoopGuard,
+        guard: EventLoopGuard,
         *,
         clock: Callable[[], float] = time.monotonic,
         major_faults: Callable[[], int] = _major_faults,
@@ -42,40 +42,43 @@ class BlobReader:
         self._clock = clock
         self._major_faults = major_faults
         self._store = store
-        self._waiting = waiting
-        self._cautious_until = 0.0
+        self._guard = guard
+        self._paused_until = 0.0
         self._faults = 0
 
     def read(self, digest: Digest) -> bytes:
         """Return a blob's verified plaintext.
 
-        Raises WouldBlock, BlobError when it is missing or damaged, and what storage and index raise.
+        Raises WouldBlock, BlobError if it is missing or damaged, and the errors of storage and index.
         """
-        if self._waiting.may_block():
+        if self._guard.may_block():
             return self._store.read(digest)
         began = self._clock()
-        if began < self._cautious_until:
+        if began < self._paused_until:
             raise WouldBlock
         try:
             data = self._store.read_nonblocking(digest, _NONBLOCKING_BYTES)
         except CasfsError:
-            data = None  # the thread that may wait finds out what it is
+            data = None  # the worker thread repeats the read and raises the error
         ended = self._clock()
         if ended - began > _SLOW_S:
-            self._consider_caution(ended, ended - began)
+            self._pause_after_disk_wait(ended, ended - began)
         if data is None:
             raise WouldBlock
         return data
 
-    def _consider_caution(self, now: float, waited: float) -> None:
-        """Be careful for a while if it was a disk that took so long, and not another program."""
+    def _pause_after_disk_wait(self, now: float, waited: float) -> None:
+        """Stop attempts for a while if a disk caused the delay, and not another program.
+
+        A major page fault of this thread shows that it waited for a disk.
+        """
         faults = self._major_faults()
         if faults > self._faults:
-            self._cautious_until = now + _CAUTION * waited
+            self._paused_until = now + _PAUSE_FACTOR * waited
         self._faults = faults
 
     def prefetch(self, digest: Digest) -> int:
-        """Have a blob's stored bytes brought into memory soon; return how many those are."""
+        """Ask the kernel to read a blob's stored bytes ahead; return their number, 0 if it is unknown."""
         try:
             return self._store.prefetch(digest)
         except CasfsError:

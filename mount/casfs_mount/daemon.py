@@ -1,7 +1,7 @@
-"""A process in the background whose parent waits until it is ready, or has said why it is not.
+"""A background process whose parent waits until it is ready or has failed.
 
-The fork comes before anything is opened: no database, no thread and no descriptor of a repository
-crosses it. What the parent learns comes through a pipe, so that it also learns of a sudden death.
+The fork comes before anything is opened: no database, thread or descriptor of a repository crosses it.
+The child reports through a pipe, so the parent also notices when the child dies without a report.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _MAX_REPORT_BYTES = 65536
 
 
 class _Report(msgspec.Struct, frozen=True):
-    """What the process in the background says once: an empty message when it is ready."""
+    """The one report of the background process: an empty message when it is ready, else the error."""
 
     message: str
     exit: int
 
 
 class Background:
-    """The child's side: `ready` lets the parent go and cuts the ties to its terminal."""
+    """The child's side of the pipe; call `ready` or `failed` once."""
 
     def __init__(self, pipe: int, log_file: Path | None) -> None:
         self._pipe = pipe
         self._log_file = log_file
 
     def ready(self) -> None:
-        """Go on without the terminal, log elsewhere, and let the parent say that all is well."""
+        """Detach from the terminal, redirect the log, and report success to the parent."""
         log_to(self._log_file)
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
@@ -52,7 +52,7 @@ class Background:
         self._send("", 0)
 
     def failed(self, message: str, code: int) -> None:
-        """Let the parent say why it did not work."""
+        """Report an error and its exit code to the parent."""
         self._send(message, code)
 
     def _send(self, message: str, code: int) -> None:
@@ -65,10 +65,10 @@ class Background:
 
 
 def run_in_background(work: Callable[[Background], None], log_file: Path | None) -> None:
-    """Run `work` in another process and return as soon as that calls `ready`.
+    """Run `work` in a child process and return when it calls `ready`.
 
-    Raises in the caller's process what `work` raised before it was ready, as a CasfsError with the same
-    sentence and exit code. The other process ends with `work` and never returns from here.
+    If `work` fails before that, raise a CasfsError with the same message and exit code in this process.
+    The child process exits when `work` returns; it never returns from this function.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -96,9 +96,9 @@ def run_in_background(work: Callable[[Background], None], log_file: Path | None)
 
 
 def log_to(log_file: Path | None) -> None:
-    """Send the log of casfs and its mount to a file, else to the system's log, else to a file of state.
+    """Send the log of casfs and its mount to a file, else to syslog, else to a file in the state folder.
 
-    Raises CasfsError when the file that was asked for cannot be written.
+    Raises CasfsError if the file cannot be written.
     """
     if log_file is None and Path(_SYSLOG).exists():
         handler: logging.Handler = logging.handlers.SysLogHandler(_SYSLOG)
@@ -117,13 +117,13 @@ def log_to(log_file: Path | None) -> None:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
-    # A log that cannot be written must not become messages on a terminal that is gone.
+    # A failed write to the log must not print to a terminal that is closed.
     logging.raiseExceptions = False
 
 
 @contextlib.contextmanager
 def captured_stderr(said: list[str]) -> Iterator[None]:
-    """Keep what libraries write to the process's standard error; `said` gets the lines."""
+    """Capture what libraries write to standard error, and append its lines to `said`."""
     sys.stderr.flush()
     kept = os.dup(2)
     catch = os.memfd_create("stderr", os.MFD_CLOEXEC)

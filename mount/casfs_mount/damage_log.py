@@ -1,6 +1,6 @@
-"""What failed in this mount so far: told once in the log, and listed in `.casfs/damage`.
+"""The damage that readers of a mount met: logged once each, and listed in `.casfs/damage`.
 
-Safe to share between threads; memory is bounded.
+Safe to share between threads. Memory is bounded: after 10,000 entries further damage is not recorded.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ _MAX_LINES = 10_000
 
 
 class UnreadableError(CasfsError):
-    """A range of a file cannot be read; it was told already, `__cause__` is why."""
+    """A range of a file cannot be read; the error was already logged and is the `__cause__`."""
 
 
 class DamageLog:
-    """The damage that readers of one mount met."""
+    """The damage in one snapshot that readers of this mount met."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lines: dict[tuple[bytes, bytes], str] = {}
 
     def add_range(self, path: bytes, begin: int, length: int, error: CasfsError) -> None:
-        """Remember that `length` bytes of a file from `begin` on cannot be read."""
+        """Record that `length` bytes of a file, from `begin` on, cannot be read."""
         self._add(path, begin, f"bytes {begin} to {begin + length - 1}: {describe(error)}", error)
 
     def add_entry(self, path: bytes, error: CasfsError) -> None:
-        """Remember that something else of an entry cannot be read, such as a directory's tree."""
+        """Record that another part of an entry cannot be read, such as a directory's tree."""
         self._add(path, -1, describe(error), error)
 
     def text(self) -> bytes:
-        """Return one line for each damage, the oldest first."""
+        """Return one line for each damage, the first recorded one first."""
         with self._lock:
             lines = list(self._lines.values())
         return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
@@ -52,7 +52,7 @@ class DamageLog:
 
 
 def describe(error: CasfsError) -> str:
-    """Return the sentence of an error, with whole digests where it has any."""
+    """Return the message of an error, with unabbreviated digests."""
     if isinstance(error, BlobError):
         pack = f" in pack {error.pack.hex()}" if error.pack is not None else ""
         return f"blob {error.digest.hex()}{pack}: {error.reason}"

@@ -1,7 +1,17 @@
-"""Who may wait: the thread that answers all requests must not, every other thread may.
+"""Guard against blocking the event-loop thread: try without waiting, then repeat on a worker thread.
 
-Whatever could wait for a disk or for another thread asks first. On the event loop's thread the answer
-is WouldBlock, and the question is put again on a worker thread, which fills the caches on its way.
+One thread runs the event loop and answers all FUSE requests. If it waits for a disk, every other program
+in the mount waits too. A worker thread may wait, but to hand a request over costs some 100 µs, several
+times the cost of an answer from the cache. So each request takes two steps at most:
+
+1. The handler calls the view on the event-loop thread. Code that is about to wait, for a disk, a lock
+   or a future, first calls `require_may_block`. On this thread it raises WouldBlock: like EWOULDBLOCK of a
+   non-blocking socket, the answer is in no cache yet.
+2. The handler catches WouldBlock and makes the same call on a worker thread, where `require_may_block`
+   returns. The worker reads from disk and fills the caches on its way.
+
+A call that raises WouldBlock must have no effect that its repetition would double. All code below the
+handlers is synchronous and has no second, non-blocking version: the guard alone makes the difference.
 """
 
 from __future__ import annotations
@@ -10,24 +20,30 @@ from threading import get_ident
 
 
 class WouldBlock(Exception):
-    """The answer is in no cache, and this thread must not wait for it."""
+    """The answer is not cached, and the event-loop thread must not wait for it.
+
+    Like EWOULDBLOCK: the caller repeats the call on a thread that may wait.
+    """
 
 
 class EventLoopGuard:
-    """Knows the one thread that must not wait, if there is any."""
+    """Keeps which thread must not wait; every thread may until `bind` is called.
+
+    Safe to share between threads.
+    """
 
     def __init__(self) -> None:
-        self._hurried = 0
+        self._event_loop_thread = 0
 
     def bind(self) -> None:
-        """Let the calling thread wait no more; there is one such thread at most."""
-        self._hurried = get_ident()
+        """Make the calling thread the event-loop thread, which must not wait from now on."""
+        self._event_loop_thread = get_ident()
 
     def may_block(self) -> bool:
-        """Tell whether the calling thread may wait."""
-        return get_ident() != self._hurried
+        """Return whether the calling thread may wait."""
+        return get_ident() != self._event_loop_thread
 
     def require_may_block(self) -> None:
-        """Return where the calling thread may wait; raise WouldBlock otherwise."""
-        if get_ident() == self._hurried:
+        """Raise WouldBlock if the calling thread must not wait."""
+        if get_ident() == self._event_loop_thread:
             raise WouldBlock

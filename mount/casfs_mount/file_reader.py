@@ -1,8 +1,8 @@
-"""Reading one open file: from an offset to verified bytes.
+"""The reader of one open file: from an offset to verified bytes.
 
-A range is answered with views of the decoded chunks that hold it, and of zeros for holes. Who reads in
-sequence has the next chunks decoded ahead. Several threads may read the same open file; the one that
-must not wait gets WouldBlock.
+A read returns views of the decoded chunks that hold the range, and zeros for holes. Behind a sequential
+reader the next chunks are decoded in the background. Several threads may read the same open file; the
+event-loop thread gets WouldBlock where it would have to wait.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from casfs_mount.damage_log import UnreadableError
 from casfs_mount.event_loop_guard import WouldBlock
 
 _LISTS = 8
-"""Parsed lists that are kept for one open file; the biggest takes about a megabyte."""
+"""Parsed extent lists that are kept for one open file; the biggest takes about 1 MB."""
 
 
 class ExtentMap:
@@ -33,14 +33,14 @@ class ExtentMap:
         self._levels = node.levels
         self._top = _ExtentList(node.content)
         if self._top.starts[-1] != node.size:
-            raise TreeError("a file's chunks do not have the length that is recorded for it")
+            raise TreeError("the chunks of a file do not add up to its recorded size")
         self._lists: dict[bytes, _ExtentList] = {}
         self._last: tuple[int, int, _ExtentList] | None = None
 
     def find(self, offset: int) -> tuple[int, int, Digest | None]:
-        """Return begin, length and digest (None: a hole) of the extent that holds an offset.
+        """Return begin, length and digest (None for a hole) of the extent that holds an offset.
 
-        The offset is below the file's size. Raises TreeError and whatever `read` raises.
+        The offset must be below the file's size. Raises TreeError and the errors of `read`.
         """
         last = self._last
         if last is not None and last[0] <= offset < last[1]:
@@ -58,7 +58,7 @@ class ExtentMap:
         if digest == HOLE:
             return base + found.starts[i], length, None
         if length > MAX_PLAIN_BYTES:
-            raise TreeError("a content list tells an impossible chunk size")
+            raise TreeError("a content list has a chunk that is larger than the format allows")
         return base + found.starts[i], length, Digest(digest)
 
     def _list(self, digest: bytes, length: int) -> _ExtentList:
@@ -69,12 +69,12 @@ class ExtentMap:
             kept[digest] = known
             self._lists = kept
         if known.starts[-1] != length:
-            raise TreeError("a content list does not have the length that is recorded for it")
+            raise TreeError("a content list does not add up to its recorded length")
         return known
 
 
 def single_chunk(node: Node) -> Digest | None:
-    """Return the digest of the one chunk that makes up a file, or None where there is more to it."""
+    """Return the digest of a file's chunk if it has exactly one and no hole, else None."""
     content = node.content
     if len(content) != EXTENT.size or node.levels or node.size > MAX_PLAIN_BYTES:
         return None
@@ -83,7 +83,7 @@ def single_chunk(node: Node) -> Digest | None:
 
 
 class _ExtentList:
-    """One list's records, and where each begins; the last start is the length of all."""
+    """The records of one list, and the offset of each; the last of `starts` is the total length."""
 
     __slots__ = ("records", "starts")
 
@@ -97,26 +97,29 @@ class _ExtentList:
 
 _ZEROS = memoryview(bytes(1 << 20))
 
-_AHEAD_BYTES = 8 * 1024 * 1024
-"""How far ahead of a reader the chunks are decoded: some six of them."""
+_PREFETCH_BYTES = 8 * 1024 * 1024
+"""How far ahead of a sequential reader chunks are decoded: about six chunks."""
 
 _SLACK_BYTES = 2 * 1024 * 1024
-"""Requests of one sequential reader overtake one another by no more than this."""
+"""The kernel may reorder the requests of one sequential reader by this distance at most."""
 
 
 class Readable(Protocol):
-    """An open file. `streamed`: its size is not known before it was read to its end."""
+    """An open file."""
 
     @property
     def streamed(self) -> bool:
-        """Tell whether reads have to bypass the kernel's cache."""
+        """Whether reads must bypass the kernel's cache, because the size is unknown until the end."""
 
     def read(self, offset: int, size: int) -> list[memoryview]:
-        """Return `size` bytes from `offset` in pieces, fewer only at the end of the file."""
+        """Return `size` bytes from `offset` in parts, fewer only at the end of the file."""
 
 
 class FileReader:
-    """An open regular file of a snapshot; `on_damage` is told begin, length and error of a range."""
+    """An open regular file of a snapshot.
+
+    `on_damage` is called with begin, length and error of each range that cannot be read.
+    """
 
     streamed = False
 
@@ -128,16 +131,17 @@ class FileReader:
         self._chunks = chunks
         self._on_damage = on_damage
         self._map: ExtentMap | None = None
-        # Most files are one chunk, and need no map.
+        # Most files have one chunk and need no map.
         self._single = single_chunk(node)
         self._expected = 0
-        self._ahead_to = 0
-        self._window = min(_AHEAD_BYTES, chunks.limit_bytes // 4)
+        self._prefetched_to = 0
+        self._window = min(_PREFETCH_BYTES, chunks.limit_bytes // 4)
 
     def read(self, offset: int, size: int) -> list[memoryview]:
-        """Return the bytes of a range in pieces, cut at the end of the file; nothing is copied.
+        """Return the bytes of a range in parts, cut at the end of the file, without copying.
 
-        Raises WouldBlock, and UnreadableError when any of it is damaged or cannot be read now.
+        The parts stay valid as long as they are referenced. Raises WouldBlock, and UnreadableError if any
+        byte of the range is damaged or cannot be read now.
         """
         end = min(offset + size, self._size)
         parts: list[memoryview] = []
@@ -147,11 +151,11 @@ class FileReader:
             parts.append(part)
             at += len(part)
         if parts:
-            self._look_ahead(offset, end)
+            self._prefetch(offset, end)
         return parts
 
     def _part(self, offset: int, end: int) -> memoryview:
-        """Return what one extent has of a range: at least a byte, from `offset` on."""
+        """Return the bytes of a range up to the end of the extent at `offset`: one byte at least."""
         begin, length = offset, end - offset
         digest: Digest | None = self._single
         try:
@@ -164,7 +168,7 @@ class FileReader:
             if digest is None:
                 size = min(begin + length, end) - offset
                 return _ZEROS[:size] if size <= len(_ZEROS) else memoryview(bytes(size))
-            # Who gets the whole file at once does not come back: the kernel keeps what it got.
+            # A file read by one request is in the kernel's cache afterwards and is not read again.
             whole = length == self._size == end - offset
             data = self._chunks.get(digest, keep=not whole)
             if len(data) != length:
@@ -176,16 +180,16 @@ class FileReader:
             raise UnreadableError(str(error)) from error
         return memoryview(data)[offset - begin : end - begin]
 
-    def _look_ahead(self, offset: int, end: int) -> None:
-        """Have the chunks after `end` decoded when the reads go on where the last one ended."""
+    def _prefetch(self, offset: int, end: int) -> None:
+        """Decode the chunks after `end` in the background if the reads are sequential."""
         if self._map is None:
             return
         sequential = abs(offset - self._expected) <= _SLACK_BYTES and offset > 0
         self._expected = end
         if not sequential:
-            self._ahead_to = 0
+            self._prefetched_to = 0
             return
-        at = max(self._ahead_to, end)
+        at = max(self._prefetched_to, end)
         limit = min(end + self._window, self._size)
         if at >= limit:
             return
@@ -193,8 +197,8 @@ class FileReader:
             while at < limit:
                 begin, length, digest = self._map.find(at)
                 if digest is not None:
-                    self._chunks.read_ahead(digest)
+                    self._chunks.prefetch(digest)
                 at = begin + length
         except (WouldBlock, CasfsError):
-            pass  # a list is not at hand or damaged; who reads there sees to it
-        self._ahead_to = at
+            pass  # a list is not cached, or damaged; a read of that range loads it or reports the damage
+        self._prefetched_to = at

@@ -1,8 +1,9 @@
-"""FUSE requests, answered from a view: numbers and nodes in, attributes and bytes out.
+"""The FUSE request handlers: inode numbers and names in, attributes and bytes out.
 
-All handlers run on the event loop's thread. What is cached is answered there; what has to be read is
-asked again on a worker thread. Whatever goes wrong becomes an errno, since an exception of any other
-kind would end the mount; `trio.Cancelled` passes through. Nothing here is proportional to a snapshot.
+All handlers run on the event-loop thread. A handler first asks the view there; on WouldBlock it repeats
+the call on a worker thread (see `casfs_mount.event_loop_guard`). Every exception becomes an errno, since
+any other exception would end the mount; `trio.Cancelled` passes through. No handler takes time or memory
+proportional to the snapshot.
 """
 
 from __future__ import annotations
@@ -33,34 +34,34 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LASTING_S = 10_000_000.0
-"""What a snapshot holds never changes, so the kernel may keep it as long as it likes."""
+IMMUTABLE_TIMEOUT_S = 10_000_000.0
+"""Snapshots never change, so the kernel may cache their entries and attributes without limit."""
 
-PASSING_S = 1.0
-"""How long the kernel may keep what changes when snapshots come and go."""
+CHANGING_TIMEOUT_S = 1.0
+"""How long the kernel may cache what changes when snapshots appear or disappear."""
 
 _BLOCK_BYTES = 4096
 _PREFERRED_BYTES = 128 * 1024
-"""st_blksize: what programs read at once; larger ones cost them memory for every small file."""
+"""st_blksize, the size of programs' reads; a larger one costs them memory for every small file."""
 
-_USUAL_READ_BYTES = 1024 * 1024
+_READ_BUFFER_BYTES = 1024 * 1024
 
 _LISTED_NAME_BYTES = 1024
-"""FUSE_NAME_MAX of most kernels, which refuse a whole listing for one longer name."""
+"""FUSE_NAME_MAX of most kernels, which refuse the whole listing if one name is longer."""
 
-_GATHERED = 256
-"""Entries that a worker thread collects of a directory that is not cached; the next call has more."""
+_BATCH_ENTRIES = 256
+"""Entries that a worker thread collects from an uncached directory for one reply."""
 
-_LOOKING_THREADS = 4
-_READING_THREADS = 8
+_LOOKUP_THREADS = 4
+_READ_THREADS = 8
 
 Entry = tuple[bytes, int, Node, int]
-"""Name, number by position, node and the position after it."""
+"""The name, the inode number, the node, and the position after the entry."""
 
 
 @dataclass(frozen=True, slots=True)
 class DisplayOptions:
-    """How things are shown: `owner` (user, group) of everything, and whether the kernel keeps data."""
+    """`owner` replaces the owner (uid, gid) of every entry; `kernel_cache` lets the kernel cache data."""
 
     owner: tuple[int, int] | None = None
     kernel_cache: bool = True
@@ -69,7 +70,7 @@ class DisplayOptions:
 def guarded(
     handler: Callable[Concatenate[FileSystem, int, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[FileSystem, int, P], Coroutine[Any, Any, T]]:
-    """Turn whatever a handler raises into an errno; its first argument is an inode number."""
+    """Turn every exception of a handler into an errno; its first argument is an inode number."""
 
     async def guard(self: FileSystem, number: int, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
@@ -89,38 +90,38 @@ class FileSystem(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_acl = True
 
-    def __init__(self, view: View, showing: DisplayOptions) -> None:
+    def __init__(self, view: View, display: DisplayOptions) -> None:
         super().__init__()
         self._view = view
-        self._showing = showing
+        self._display = display
         self._links = HardLinks()
         self._handles = itertools.count(1)
         self._open: dict[int, tuple[Readable, int]] = {}
-        # Replies copy the attributes at once, so that one object serves all of them.
+        # pyfuse3 copies the attributes into the reply at once, so one object serves all requests.
         self._entry = pyfuse3.EntryAttributes()
         self._entry.st_blksize = _PREFERRED_BYTES
-        self._buffer = memoryview(bytearray(_USUAL_READ_BYTES))
-        self._looking = trio.CapacityLimiter(_LOOKING_THREADS)
-        self._reading = trio.CapacityLimiter(_READING_THREADS)
+        self._buffer = memoryview(bytearray(_READ_BUFFER_BYTES))
+        self._lookup_limiter = trio.CapacityLimiter(_LOOKUP_THREADS)
+        self._read_limiter = trio.CapacityLimiter(_READ_THREADS)
 
     @guarded
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        """Find a name; that it is not there is told in a way that the kernel remembers."""
-        parent = self._place(parent_inode)
+        """Find a name in a directory; in a snapshot, the kernel caches that a name does not exist."""
+        parent = self._position_of(parent_inode)
         try:
             found = self._find(parent, name)
         except WouldBlock:
             found = await self._in_thread(self._find, parent, name)
-        timeout = LASTING_S if self._view.is_immutable(parent) else PASSING_S
+        timeout = IMMUTABLE_TIMEOUT_S if self._view.is_immutable(parent) else CHANGING_TIMEOUT_S
         entry = self._entry
         if found is None:
-            if timeout < LASTING_S:
+            if timeout < IMMUTABLE_TIMEOUT_S:
                 raise pyfuse3.FUSEError(errno.ENOENT)
             entry.st_ino = 0
         else:
-            number = self._fill(*found)
+            number = self._fill_attributes(*found)
             if number >= HARD_LINKS:
                 self._links.remember(number, found[0])
         entry.entry_timeout = entry.attr_timeout = timeout
@@ -130,83 +131,85 @@ class FileSystem(pyfuse3.Operations):
     async def getattr(
         self, inode: int, ctx: pyfuse3.RequestContext | None
     ) -> pyfuse3.EntryAttributes:
-        """Describe a node."""
-        place = self._place(inode)
+        """Return the attributes of a node."""
+        position = self._position_of(inode)
         try:
-            node = self._view.node(place)
+            node = self._view.node(position)
         except WouldBlock:
-            node = await self._in_thread(self._view.node, place)
-        self._fill(place, node)
+            node = await self._in_thread(self._view.node, position)
+        self._fill_attributes(position, node)
         entry = self._entry
-        entry.attr_timeout = LASTING_S if self._view.is_immutable(place) else PASSING_S
+        entry.attr_timeout = (
+            IMMUTABLE_TIMEOUT_S if self._view.is_immutable(position) else CHANGING_TIMEOUT_S
+        )
         return entry
 
     @guarded
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        """Return where a symbolic link leads."""
-        place = self._place(inode)
+        """Return the target of a symbolic link."""
+        position = self._position_of(inode)
         try:
-            return self._view.node(place).content
+            return self._view.node(position).content
         except WouldBlock:
-            return (await self._in_thread(self._view.node, place)).content
+            return (await self._in_thread(self._view.node, position)).content
 
     @guarded
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        """Return the directory's own number as the handle, so that nothing has to be kept."""
+        """Return the directory's inode number as the handle, which needs no table of open directories."""
         return inode
 
     async def releasedir(self, fh: int) -> None:
-        """Do nothing: a directory's handle holds nothing."""
+        """Do nothing: a directory handle owns no resource."""
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """List a directory from a position on, as much as fits in the reply."""
+        """List the entries of a directory from a position on, as many as fit into the reply."""
         try:
-            self._list(fh, self._entries(fh, start_id), token)
+            self._reply_entries(fh, self._entries(fh, start_id), token)
             if start_id == 0:
                 self._view.on_readdir(fh, False)
         except WouldBlock:
             self._view.on_readdir(fh, True)
             gathered = await self._in_thread(self._gather, fh, start_id)
-            self._list(fh, gathered, token)
+            self._reply_entries(fh, gathered, token)
 
     @guarded
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open a file for reading."""
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND):
             raise pyfuse3.FUSEError(errno.EROFS)
-        place = self._place(inode)
+        position = self._position_of(inode)
         try:
-            reader = self._view.open(place)
+            reader = self._view.open(position)
         except WouldBlock:
-            reader = await self._in_thread(self._view.open, place)
+            reader = await self._in_thread(self._view.open, position)
         handle = next(self._handles)
         self._open[handle] = reader, inode
-        kept = self._showing.kernel_cache and not reader.streamed
+        kept = self._display.kernel_cache and not reader.streamed
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), direct_io=not kept, keep_cache=kept)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        """Return verified bytes; a range of which any part is damaged is EIO."""
+        """Return verified bytes; if any part of the range is damaged, fail with EIO."""
         reader, inode = self._open[fh]
         try:
             try:
                 parts = reader.read(off, size)
                 if off == 0:
-                    self._view.on_open(self._place(inode), False)
+                    self._view.on_open(self._position_of(inode), False)
             except WouldBlock:
                 if off == 0:
-                    self._view.on_open(self._place(inode), True)
+                    self._view.on_open(self._position_of(inode), True)
                 parts = await trio.to_thread.run_sync(
-                    reader.read, off, size, abandon_on_cancel=True, limiter=self._reading
+                    reader.read, off, size, abandon_on_cancel=True, limiter=self._read_limiter
                 )
         except Exception as error:
             raise pyfuse3.FUSEError(self.errno_of(inode, error)) from None
         if len(parts) == 1:
-            return parts[0]  # type: ignore[return-value]  # a memoryview does as well
+            return parts[0]  # type: ignore[return-value]  # pyfuse3 accepts a memoryview too
         return self._joined(parts)  # type: ignore[return-value]
 
     def _joined(self, parts: list[memoryview]) -> memoryview:
-        """Return the parts in one buffer, which the next call uses again: replies copy it at once."""
+        """Copy the parts into one buffer, which the next call reuses; pyfuse3 copies it at once."""
         size = sum(map(len, parts))
         if size > len(self._buffer):
             self._buffer = memoryview(bytearray(size))
@@ -221,7 +224,7 @@ class FileSystem(pyfuse3.Operations):
         self._open.pop(fh, None)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Let go of hard links that the kernel does not know any more; nothing else is kept."""
+        """Remove hard links that the kernel forgot from their table; there is no other table."""
         for inode, times in inode_list:
             if inode >= HARD_LINKS:
                 self._links.forget(inode, times)
@@ -229,26 +232,26 @@ class FileSystem(pyfuse3.Operations):
     @guarded
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """Return an extended attribute of a file, or what casfs knows of it."""
-        place = self._place(inode)
+        position = self._position_of(inode)
         try:
-            value = self._view.xattr(place, name)
+            value = self._view.xattr(position, name)
         except WouldBlock:
-            value = await self._in_thread(self._view.xattr, place, name)
+            value = await self._in_thread(self._view.xattr, position, name)
         if value is None:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
         return value
 
     @guarded
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        """List the file's own extended attributes and no others."""
-        place = self._place(inode)
+        """List the file's own extended attributes; those of casfs stay hidden from `cp -a` and rsync."""
+        position = self._position_of(inode)
         try:
-            return self._view.xattr_names(place)
+            return self._view.xattr_names(position)
         except WouldBlock:
-            return await self._in_thread(self._view.xattr_names, place)
+            return await self._in_thread(self._view.xattr_names, position)
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        """Tell the size of what is shown; nothing is free."""
+        """Return the total size and the number of entries; no space is free."""
         try:
             try:
                 size, nodes = self._view.statfs_totals()
@@ -270,11 +273,11 @@ class FileSystem(pyfuse3.Operations):
     write = setxattr = removexattr = _refuse
 
     def is_idle(self) -> bool:
-        """Tell whether no worker thread is still busy with a request."""
-        return self._looking.borrowed_tokens == 0 and self._reading.borrowed_tokens == 0
+        """Return whether no worker thread is busy with a request."""
+        return self._lookup_limiter.borrowed_tokens == 0 and self._read_limiter.borrowed_tokens == 0
 
     def errno_of(self, inode: int, error: Exception) -> int:
-        """Return what a program is told about an error, and tell the rest to the log."""
+        """Return the errno for an error, and record the error in the log or the list of damage."""
         if isinstance(error, UnreadableError):
             return errno.EIO
         if isinstance(error, StaleError):
@@ -284,21 +287,21 @@ class FileSystem(pyfuse3.Operations):
         if isinstance(error, MemoryError):
             return errno.ENOMEM
         try:
-            place = self._place(inode)
+            position = self._position_of(inode)
             if isinstance(error, CasfsError):
-                self._view.damage(place, error)
+                self._view.damage(position, error)
             else:
-                log.error("%s: %s", self._view.describe(place), error, exc_info=error)
+                log.error("%s: %s", self._view.describe(position), error, exc_info=error)
         except Exception:
-            log.exception("an error could not be told: %r", error)
+            log.exception("an error could not be recorded: %r", error)
         return errno.EIO
 
-    def _place(self, number: int) -> int:
-        return self._links.place(number) if number >= HARD_LINKS else number
+    def _position_of(self, number: int) -> int:
+        return self._links.position(number) if number >= HARD_LINKS else number
 
     async def _in_thread(self, ask: Callable[..., T], *args: Any) -> T:
         return await trio.to_thread.run_sync(
-            ask, *args, abandon_on_cancel=True, limiter=self._looking
+            ask, *args, abandon_on_cancel=True, limiter=self._lookup_limiter
         )
 
     def _find(self, parent: int, name: bytes) -> tuple[int, Node] | None:
@@ -308,13 +311,13 @@ class FileSystem(pyfuse3.Operations):
         return self._view.lookup(parent, name)
 
     def _gather(self, directory: int, start: int) -> list[Entry]:
-        return list(itertools.islice(self._entries(directory, start), _GATHERED))
+        return list(itertools.islice(self._entries(directory, start), _BATCH_ENTRIES))
 
     def _entries(self, directory: int, start: int) -> Iterator[Entry]:
-        """Yield entries from a position: 0 is `.`, 1 is `..`, the others follow in their places."""
+        """Yield entries from a position on: 0 is `.`, 1 is `..`, the entries follow at position + 2."""
         view = self._view
         entries = view.entries(directory, max(start - 2, 0))
-        # Whether anything has to be waited for shows before the first reply.
+        # The first entry raises WouldBlock, if anything does, before a reply is filled.
         first = next(entries, None)
         if start == 0:
             yield b".", directory, view.node(directory), 1
@@ -327,16 +330,16 @@ class FileSystem(pyfuse3.Operations):
         for number, node, after in entries:
             yield node.name, number, node, after + 2
 
-    def _list(
+    def _reply_entries(
         self, directory: int, entries: Iterator[Entry] | list[Entry], token: pyfuse3.ReaddirToken
     ) -> None:
         entry = self._entry
-        timeout = LASTING_S if self._view.is_immutable(directory) else PASSING_S
+        timeout = IMMUTABLE_TIMEOUT_S if self._view.is_immutable(directory) else CHANGING_TIMEOUT_S
         entry.entry_timeout = entry.attr_timeout = timeout
-        fill, reply = self._fill, pyfuse3.readdir_reply
+        fill, reply = self._fill_attributes, pyfuse3.readdir_reply
         replied = False
         try:
-            for name, place, node, after in entries:
+            for name, position, node, after in entries:
                 if len(name) > _LISTED_NAME_BYTES:
                     log.warning(
                         "%s holds a name of %d bytes, which the kernel cannot list; restore it with "
@@ -345,37 +348,40 @@ class FileSystem(pyfuse3.Operations):
                         len(name),
                     )
                     continue
-                number = fill(place, node)
+                number = fill(position, node)
                 if not reply(token, name, entry, after):
                     return
                 replied = True
                 if number >= HARD_LINKS:
-                    self._links.remember(number, place)
+                    self._links.remember(number, position)
         except (WouldBlock, CasfsError):
-            # What was found is given; the next call begins where this one failed.
+            # Return the entries so far; the next request begins at the one that failed.
             if not replied:
                 raise
 
-    def _fill(self, place: int, node: Node) -> int:
-        """Put a node's attributes into the common object and return its inode number."""
+    def _fill_attributes(self, position: int, node: Node) -> int:
+        """Write a node's attributes into the shared object and return its inode number.
+
+        The number is the position, except for hard links, whose names share a number.
+        """
         entry = self._entry
         kind = node.kind
-        number = place
+        number = position
         rdev = 0
         extra = node.extra
         if extra is not None:
             rdev = extra.rdev
             key = hard_link_key(node) if node.nlink > 1 else None
             if key is not None:
-                number = hard_link_number(self._view.range_start(place), key)
+                number = hard_link_number(self._view.range_start(position), key)
         entry.st_ino = pyfuse3.InodeT(number)
         entry.st_mode = pyfuse3.ModeT(MODE_BITS[kind] | node.mode)
         entry.st_nlink = node.nlink
-        if self._showing.owner is None:
+        if self._display.owner is None:
             entry.st_uid = node.uid
             entry.st_gid = node.gid
         else:
-            entry.st_uid, entry.st_gid = self._showing.owner
+            entry.st_uid, entry.st_gid = self._display.owner
         entry.st_rdev = rdev
         entry.st_size = node.size
         entry.st_blocks = (allocated_bytes(node) + 511) >> 9 if kind == NodeType.FILE else 0

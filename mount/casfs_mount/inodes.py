@@ -1,18 +1,18 @@
 """Inode numbers by position: computed from the summaries in trees, the same at every mount.
 
-A node's number is its parent's, plus one, plus the nodes before it in that directory. So a number leads
-to its node by descending from the root with a binary search in each directory, and no table grows with
-what was looked at. The exceptions are hard links, whose names must share a number: theirs comes from a
-hash, and a table holds those that the kernel was told of and has not forgotten.
+A node's number is its parent's number, plus one, plus the number of nodes before it in that directory. To
+find the node of a number, descend from the root with a binary search in each directory; no table grows
+with the number of visited nodes. Hard links are the exception, since all names of a file must share a
+number: theirs is a hash, and a table holds those that the kernel knows now.
 
 Numbers of one mount (all below 2**63):
 
-    1 … 2**31               the whole-repository view's own directories and links
-    2**31 … 2**32           its versions
-    2**32 … 2**61           snapshots in that view, each a range that its id chooses
+    1 … 2**31               directories and links of the view of a whole repository
+    2**31 … 2**32           its `versions/`
+    2**32 … 2**61           its snapshots, each in a range that the snapshot's id determines
     2**62 … 2**63           hard links
 
-A mount of one snapshot begins its only range at 1, which is what FUSE calls the root.
+A mount of one snapshot has one range, which begins at 1, FUSE's number of the root.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LINK = struct.Struct("<QQQQQ")
 
 
 class StaleError(CasfsError):
-    """A number leads to nothing in this mount (any more)."""
+    """An inode number belongs to no node of this mount, or to none any more."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -55,32 +55,35 @@ class StaleError(CasfsError):
 
 
 class Numbering:
-    """The numbers of one snapshot's tree: `first` is the root's, `end` is one past the last node's."""
+    """The inode numbers of one snapshot: `first` is the root's number, `end` the last number plus one.
 
-    def __init__(self, root: Node, first: int, pieces: TreeCache) -> None:
+    Safe to share between threads: the two fields that remember recent results are replaced as a whole.
+    """
+
+    def __init__(self, root: Node, first: int, tree_cache: TreeCache) -> None:
         self.root = root
         self.first = first
         self.end = first + subtree_count(root)
-        self._pieces = pieces
-        # Requests for one node come in a row.
+        self._tree_cache = tree_cache
+        # The kernel sends several requests for the same node in a row.
         self._recent: tuple[int, Node] = first, root
-        # The leaf that was searched last: first number, first number after it, itself, and the
-        # number of the directory that it is of.
+        # The leaf that was searched last: its first number, the first number after it, the page, and
+        # the number of its directory.
         self._last: tuple[int, int, TreePage, int] | None = None
 
     def node(self, number: int) -> Node:
-        """Return the node with a number; raises StaleError, WouldBlock and what reading raises."""
+        """Return the node with a number; raise StaleError, WouldBlock and the errors of the read."""
         known, node = self._recent
         if known == number:
             return node
         last = self._last
         if last is not None and last[0] <= number < last[1]:
-            piece = last[2]
-            place = number - last[0]
-            i = piece.index_of_position(place)
-            node = piece.nodes[i]  # type: ignore[index]
-            if piece.starts[i] != place:
-                node = self._descend(node, last[0] + piece.starts[i], number, None)
+            page = last[2]
+            position = number - last[0]
+            i = page.index_of_position(position)
+            node = page.nodes[i]  # type: ignore[index]
+            if page.starts[i] != position:
+                node = self._descend(node, last[0] + page.starts[i], number, None)
         elif self.first <= number < self.end:
             node = self._descend(self.root, self.first, number, None)
         else:
@@ -89,7 +92,7 @@ class Numbering:
         return node
 
     def path_to(self, number: int) -> list[tuple[int, Node]]:
-        """Return numbers and nodes from the root to a number, both ends included."""
+        """Return the numbers and nodes on the path from the root to a number, both included."""
         if not self.first <= number < self.end:
             raise StaleError(number)
         steps = [(self.first, self.root)]
@@ -97,68 +100,70 @@ class Numbering:
         return steps
 
     def parent(self, number: int) -> int:
-        """Return the number of the directory that holds a node; the root's is its own."""
+        """Return the number of a node's directory; for the root, its own number."""
         last = self._last
         if last is not None and last[0] <= number < last[1]:
-            place = number - last[0]
-            if last[2].starts[last[2].index_of_position(place)] == place:
+            position = number - last[0]
+            if last[2].starts[last[2].index_of_position(position)] == position:
                 return last[3]
         return self.path_to(number)[-2:][0][0]
 
     def path(self, number: int) -> bytes:
-        """Return the path below the root of the node with a number."""
+        """Return the path of the node with a number, relative to the root."""
         path = b""
         for _, node in self.path_to(number)[1:]:
             path = join(path, node.name)
         return path
 
     def child(self, number: int, directory: Node, name: bytes) -> tuple[int, Node] | None:
-        """Return number and node of a directory's entry, or None where there is no such name."""
+        """Return number and node of a directory's entry, None if the name does not exist."""
         ref = directory.tree
         base = number + 1
         for _ in range(MAX_PIECE_LEVELS + 1):
             if ref is None:
                 return None
-            piece = self._pieces.get(ref)
-            i = piece.index_of_name(name)
+            page = self._tree_cache.get(ref)
+            i = page.index_of_name(name)
             if i < 0:
                 return None
-            base += piece.starts[i]
-            if piece.nodes is not None:
-                return (base, piece.nodes[i]) if piece.firsts[i] == name else None
-            ref = piece.parts[i]  # type: ignore[index]
+            base += page.starts[i]
+            if page.nodes is not None:
+                return (base, page.nodes[i]) if page.firsts[i] == name else None
+            ref = page.parts[i]  # type: ignore[index]
         raise _too_split()
 
     def entries(
-        self, number: int, directory: Node, place: int = 0
+        self, number: int, directory: Node, position: int = 0
     ) -> Iterator[tuple[int, Node, int]]:
-        """Yield number, node and the place after it of a directory's entries from a place on.
+        """Yield the entries of a directory from a position on: number, node and position after it.
 
-        A place is 0 at the beginning or one that was yielded; what is between two is rounded up.
+        A position is 0 or one that was yielded; any other is rounded up to the next entry.
         """
         if directory.tree is not None:
-            yield from self._entries(directory.tree, number + 1, place, number + 1, 0)
+            yield from self._entries(directory.tree, number + 1, position, number + 1, 0)
 
     def _entries(
-        self, ref: TreeRef, base: int, place: int, origin: int, level: int
+        self, ref: TreeRef, base: int, position: int, origin: int, level: int
     ) -> Iterator[tuple[int, Node, int]]:
         if level > MAX_PIECE_LEVELS:
             raise _too_split()
-        piece = self._pieces.get(ref)
-        starts = piece.starts
-        if place >= starts[-1]:
+        page = self._tree_cache.get(ref)
+        starts = page.starts
+        if position >= starts[-1]:
             return
-        i = piece.index_of_position(place) if place > 0 else 0
+        i = page.index_of_position(position) if position > 0 else 0
         shift = base - origin
-        if piece.nodes is not None:
-            if starts[i] < place:
+        if page.nodes is not None:
+            if starts[i] < position:
                 i += 1
-            for k in range(i, len(piece.nodes)):
-                yield base + starts[k], piece.nodes[k], shift + starts[k + 1]
+            for k in range(i, len(page.nodes)):
+                yield base + starts[k], page.nodes[k], shift + starts[k + 1]
             return
         for k in range(i, len(starts) - 1):
-            part = piece.parts[k]  # type: ignore[index]
-            yield from self._entries(part, base + starts[k], place - starts[k], origin, level + 1)
+            part = page.parts[k]  # type: ignore[index]
+            yield from self._entries(
+                part, base + starts[k], position - starts[k], origin, level + 1
+            )
 
     def _descend(
         self, node: Node, base: int, number: int, steps: list[tuple[int, Node]] | None
@@ -172,15 +177,15 @@ class Numbering:
             for _ in range(MAX_PIECE_LEVELS + 1):
                 if ref is None:
                     raise StaleError(number)
-                piece = self._pieces.get(ref)
-                i = piece.index_of_position(number - base)
-                if piece.nodes is not None:
-                    self._last = base, base + piece.starts[-1], piece, directory
-                    base += piece.starts[i]
-                    node = piece.nodes[i]
+                page = self._tree_cache.get(ref)
+                i = page.index_of_position(number - base)
+                if page.nodes is not None:
+                    self._last = base, base + page.starts[-1], page, directory
+                    base += page.starts[i]
+                    node = page.nodes[i]
                     break
-                base += piece.starts[i]
-                ref = piece.parts[i]  # type: ignore[index]
+                base += page.starts[i]
+                ref = page.parts[i]  # type: ignore[index]
             else:
                 raise _too_split()
             if steps is not None:
@@ -189,10 +194,10 @@ class Numbering:
 
 
 class InodeRanges:
-    """Ranges of numbers that do not overlap; each is where its key wants it, if there is room.
+    """Ranges of inode numbers that do not overlap; the key of each range determines where it begins.
 
-    So a snapshot's numbers do not depend on the other snapshots, whatever comes and goes. Used by
-    one thread at a time.
+    So the numbers of a snapshot do not depend on the other snapshots, unless two ranges collide. Not safe
+    to share between threads without a lock.
     """
 
     def __init__(self, begin: int = LISTINGS_END, end: int = RANGES_END) -> None:
@@ -202,10 +207,10 @@ class InodeRanges:
         self._ends: list[int] = []
 
     def add(self, key: bytes, count: int) -> int:
-        """Return the first number of a new range of `count` numbers."""
+        """Allocate a range of `count` numbers and return its first number; raise TreeError if none fits."""
         room = self._end - self._begin - count
         if room <= 0:
-            raise TreeError("a snapshot has more entries than can be numbered")
+            raise TreeError("a snapshot has more entries than there are inode numbers")
         first = self._begin + int.from_bytes(key[:8], "big") % room
         while True:
             i = bisect_right(self._firsts, first)
@@ -222,12 +227,12 @@ class InodeRanges:
         return first
 
     def remove(self, first: int) -> None:
-        """Give a range back."""
+        """Release the range that begins at `first`."""
         i = bisect_right(self._firsts, first) - 1
         del self._firsts[i], self._ends[i]
 
     def find(self, number: int) -> int:
-        """Return the first number of the range that holds a number; raises StaleError."""
+        """Return the first number of the range that contains a number; raise StaleError."""
         i = bisect_right(self._firsts, number) - 1
         if i < 0 or self._ends[i] <= number:
             raise StaleError(number)
@@ -235,31 +240,31 @@ class InodeRanges:
 
 
 class HardLinks:
-    """Where the hard links are that the kernel knows, as long as it does.
+    """The positions of the hard links that the kernel knows, with its count of lookups for each.
 
-    Used by the event loop's thread alone, which makes a number and counts it in one step.
+    Used only by the event-loop thread, which computes a number and counts it in one step.
     """
 
     def __init__(self) -> None:
         self._known: dict[int, list[int]] = {}
 
-    def place(self, number: int) -> int:
-        """Return the number by position of a name that was told; raises StaleError."""
+    def position(self, number: int) -> int:
+        """Return the number by position of a hard link that the kernel knows; raise StaleError."""
         known = self._known.get(number)
         if known is None:
             raise StaleError(number)
         return known[0]
 
-    def remember(self, number: int, place: int) -> None:
-        """Count that the kernel was told a number, which leads to `place`."""
+    def remember(self, number: int, position: int) -> None:
+        """Count a reply that gave the kernel a number, whose node is at `position`."""
         known = self._known.get(number)
         if known is None:
-            self._known[number] = [place, 1]
+            self._known[number] = [position, 1]
         else:
             known[1] += 1
 
     def forget(self, number: int, times: int) -> None:
-        """Count that the kernel forgot a number `times` times."""
+        """Subtract `times` lookups that the kernel forgot; remove the number when none is left."""
         known = self._known.get(number)
         if known is not None:
             known[1] -= times
@@ -271,7 +276,10 @@ class HardLinks:
 
 
 def hard_link_number(first: int, key: HardLinkKey) -> int:
-    """Return the number of all names of one stored file in the snapshot that begins at `first`."""
+    """Return the inode number that all names of one stored file share in a snapshot.
+
+    `first` is the first number of the snapshot's range.
+    """
     device, inode, kind, rdev, content = key
     mask = (1 << 64) - 1
     head = _LINK.pack(first, device & mask, inode & mask, kind, rdev & mask)
@@ -279,4 +287,4 @@ def hard_link_number(first: int, key: HardLinkKey) -> int:
 
 
 def _too_split() -> TreeError:
-    return TreeError("a directory is split more often than the format allows")
+    return TreeError("a directory is split into more levels than the format allows")

@@ -1,6 +1,6 @@
-"""Mountpoints: what may become one, what is one, and how a mount is taken away again.
+"""Mountpoints: check a folder before mounting, find the mounts, and unmount.
 
-The kernel's table is asked and never the mounts themselves, which may hang. Every refusal is one
+The kernel's table of mounts is read, never the mounts themselves, which may hang. Every refusal is one
 sentence that says what to do.
 """
 
@@ -28,8 +28,8 @@ DEVICE = "/dev/fuse"
 _DEVICE_NUMBER = os.makedev(10, 229)
 _CONFIGURATION = Path("/etc/fuse.conf")
 _UMOUNT_NOFOLLOW = 8
-_PATIENCE_S = 10.0
-_ANSWER_S = 2.0
+_UNMOUNT_TIMEOUT_S = 10.0
+_ANSWER_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class MountRecord:
 
 
 def mounts() -> list[MountRecord]:
-    """Return what this process sees mounted, later mounts after those that they cover."""
+    """Return the mounts that this process sees; a later mount follows those that it covers."""
     records = []
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         before, _, after = line.partition(b" - ")
@@ -53,24 +53,24 @@ def mounts() -> list[MountRecord]:
 
 
 def mounted_at(path: Path) -> MountRecord | None:
-    """Return the uppermost mount at exactly this path, or None."""
+    """Return the topmost mount at exactly this path, or None."""
     wanted = os.fsencode(path)
     return next((found for found in reversed(mounts()) if found.path == wanted), None)
 
 
 def real_path(path: Path) -> Path:
-    """Return the absolute path without symbolic links; a mount whose server died stays nameable."""
+    """Return the absolute path without symbolic links; works for a mount whose server died too."""
     return Path(os.path.realpath(path))
 
 
 def check_fuse(allow_other: bool) -> None:
-    """Raise CasfsError when this machine or this user cannot mount with FUSE."""
+    """Raise CasfsError if this machine or this user cannot mount with FUSE."""
     try:
         found = os.stat(DEVICE)
-        sound = stat.S_ISCHR(found.st_mode) and found.st_rdev == _DEVICE_NUMBER
+        has_device = stat.S_ISCHR(found.st_mode) and found.st_rdev == _DEVICE_NUMBER
     except OSError:
-        sound = False
-    if not sound:
+        has_device = False
+    if not has_device:
         raise CasfsError(
             f"there is no FUSE on this machine: {DEVICE} is missing; load the kernel module fuse, or "
             "give the container that device"
@@ -90,14 +90,14 @@ def check_fuse(allow_other: bool) -> None:
 
 
 def check_mountpoint(path: Path, repository: Path) -> Path:
-    """Return the real path of a directory that can be mounted on; raise CasfsError for any other."""
+    """Return the real path of a directory that can be mounted on; raise CasfsError otherwise."""
     real = real_path(path)
     name = escape_path(os.fsencode(path))
     record = mounted_at(real)
     try:
         status = os.stat(real)
         if record is not None and record.kind == FILE_SYSTEM_TYPE:
-            _ask_the_server(real)
+            _check_server(real)
     except OSError as error:
         if record is not None and error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
             raise CasfsError(
@@ -128,10 +128,10 @@ def check_mountpoint(path: Path, repository: Path) -> Path:
     return real
 
 
-def _ask_the_server(real: Path) -> None:
-    """Ask a mount something that the kernel does not remember; raise OSError when its server died.
+def _check_server(real: Path) -> None:
+    """Send the mount a request that the kernel cannot answer itself; raise OSError if its server died.
 
-    A server that does not answer soon counts as alive.
+    A server that does not answer within two seconds counts as alive.
     """
     errors: list[OSError] = []
 
@@ -143,7 +143,7 @@ def _ask_the_server(real: Path) -> None:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(_ANSWER_S)
+    thread.join(_ANSWER_TIMEOUT_S)
     if errors:
         raise errors[0]
 
@@ -151,7 +151,8 @@ def _ask_the_server(real: Path) -> None:
 def unmount(path: Path) -> Path:
     """Unmount a casfs mount, wait until it is gone, and return its real path.
 
-    Raises NotFoundError where no mount of casfs is, CasfsError where it is busy or not this user's.
+    Raises NotFoundError if nothing is mounted there; CasfsError if the mount is busy, belongs to another
+    program, or cannot be unmounted by this user.
     """
     real = real_path(path)
     name = escape_path(os.fsencode(path))
@@ -159,27 +160,27 @@ def unmount(path: Path) -> Path:
     if record is None:
         raise NotFoundError(f"nothing is mounted on {name}")
     if record.kind != FILE_SYSTEM_TYPE:
-        raise CasfsError(f"what is mounted on {name} is a {record.kind} and not of casfs")
+        raise CasfsError(f"{name} is a mount of {record.kind}, not of casfs; use umount for it")
     before = _count(real)
-    problem = _take_away(real)
+    problem = _unmount(real)
     if problem is not None:
         raise CasfsError(f"cannot unmount {name}: {problem}")
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _UNMOUNT_TIMEOUT_S
     while _count(real) >= before:
         if time.monotonic() > deadline:
-            raise CasfsError(f"{name} is still mounted after {_PATIENCE_S:.0f} seconds")
+            raise CasfsError(f"{name} is still mounted after {_UNMOUNT_TIMEOUT_S:.0f} seconds")
         time.sleep(0.01)
     return real
 
 
-def _take_away(real: Path) -> str | None:
-    """Unmount, or return a clause that says why that failed."""
+def _unmount(real: Path) -> str | None:
+    """Unmount; return None, or the reason why that failed."""
     if os.geteuid() == 0:
         library = ctypes.CDLL(None, use_errno=True)
         if library.umount2(os.fsencode(real), _UMOUNT_NOFOLLOW) == 0:
             return None
         code = ctypes.get_errno()
-        return _who_is_busy(real) if code == errno.EBUSY else os.strerror(code)
+        return _describe_users(real) if code == errno.EBUSY else os.strerror(code)
     try:
         done = subprocess.run(
             [HELPER, "-u", "--", os.fsencode(real)],
@@ -193,7 +194,7 @@ def _take_away(real: Path) -> str | None:
     if done.returncode == 0:
         return None
     if b"busy" in done.stderr.lower():
-        return _who_is_busy(real)
+        return _describe_users(real)
     return escape_path(done.stderr.strip().replace(b"\n", b"; "))
 
 
@@ -202,7 +203,7 @@ def _count(path: Path) -> int:
     return sum(found.path == wanted for found in mounts())
 
 
-def _who_is_busy(real: Path) -> str:
+def _describe_users(real: Path) -> str:
     below = [found.path for found in mounts() if found.path.startswith(bytes(real) + b"/")]
     if below:
         return f"it is busy: {escape_path(below[0])} is mounted below it"
@@ -215,7 +216,7 @@ def _who_is_busy(real: Path) -> str:
 
 
 def _users_of(real: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the processes that stand in a mount or have a file of it open, as far as one may see."""
+    """Yield the visible processes that have their working folder or an open file in a mount."""
     inside = bytes(real) + b"/"
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():

@@ -1,9 +1,9 @@
-"""What a walk will want next, fetched before it is asked for, so that programs seldom wait for a disk.
+"""Prefetch for directory walks and for reads of many files, so that programs seldom wait for a disk.
 
-Programs walk directories in the order of their entries, which is the order of the numbers. Where one of
-them had to wait, somebody goes ahead of it in the background: trees are read and decoded into the cache
-of pieces, a bounded number ahead; of files, the kernel is asked to read what is stored of the next ones.
-Where nobody waits nothing is done, and a wrong guess costs a little reading.
+Programs such as find and grep walk directories in the order of their entries, which is the order of the
+inode numbers. When a request of such a walk had to wait, background tasks read ahead of the walk: trees
+are decoded into the tree cache, a bounded number ahead; for files, the kernel is asked to read the stored
+bytes of the next ones. While no request waits, nothing is prefetched. A wrong guess costs a few reads.
 """
 
 from __future__ import annotations
@@ -20,58 +20,64 @@ from casfs_mount.inodes import Numbering
 from casfs_mount.tree_cache import TreeCache
 
 _DIRECTORIES = 64
-"""How many directories are read at a time; the next as many when a walk has come to their middle."""
+"""Directories read at a time; the next batch starts when the walk reaches the middle of this one."""
 
 _FILES = 64
 _FILE_BYTES = 8 * 1024 * 1024
-"""How many files, or stored bytes of files, are asked for at a time."""
+"""The files, and the stored bytes of files, requested at a time."""
 
 _NEVER = 1 << 63
 
 
 class Prefetcher:
-    """Goes ahead of walks through one snapshot.
+    """Reads ahead of walks through one snapshot.
 
-    `looked` and `opened` are called for every directory and file that is read, by the thread that must
-    not wait; the rest happens in errands, one at a time of each kind.
+    The event-loop thread calls `on_readdir` and `on_open` for every directory and file that is read. The
+    work is done in background tasks, one at a time for directories and one for files.
     """
 
     def __init__(
-        self, numbers: Numbering, pieces: TreeCache, blobs: BlobReader, errands: BackgroundPool
+        self,
+        numbering: Numbering,
+        tree_cache: TreeCache,
+        blobs: BlobReader,
+        background: BackgroundPool,
     ) -> None:
-        self._numbers = numbers
-        self._pieces = pieces
+        self._numbering = numbering
+        self._tree_cache = tree_cache
         self._blobs = blobs
-        self._errands = errands
-        self._walking = threading.Lock()
+        self._background = background
+        self._walk_lock = threading.Lock()
         self._walk: Iterator[int] | None = None
         self._begin = self._middle = self._end = -1
-        self._fetching = threading.Lock()
+        self._fetch_lock = threading.Lock()
         self._next_file = -1
         self._fetched = -1, range(0)
 
     def on_readdir(self, number: int, waited: bool) -> None:
-        """Tell that a directory is listed, and whether that has to wait."""
+        """Note that a directory is listed; `waited`: the request has to wait for a disk."""
         if self._begin <= number <= self._end:
             if number >= self._middle:
                 middle, self._middle = self._middle, _NEVER
-                if not self._errands.submit(lambda: self._go_on(None)):
+                if not self._background.submit(lambda: self._read_directories(None)):
                     self._middle = middle
         elif waited:
-            self._errands.submit(lambda: self._go_on(number))
+            self._background.submit(lambda: self._read_directories(number))
 
     def on_open(self, number: int, waited: bool) -> None:
-        """Tell that a file is read from its beginning, and whether that has to wait."""
+        """Note that a file is read from its beginning; `waited`: the request has to wait for a disk."""
         if waited or number == self._next_file:
-            self._errands.submit(lambda: self._fetch_files(number))
+            self._background.submit(lambda: self._fetch_files(number))
 
-    def _go_on(self, start: int | None) -> None:
-        """Read some more directories, those that follow `start` when it is a new walk."""
-        if not self._walking.acquire(blocking=False):
+    def _read_directories(self, start: int | None) -> None:
+        """Read the next batch of directories; with `start`, begin a new walk after that number."""
+        if not self._walk_lock.acquire(blocking=False):
             return
         try:
             if start is not None:
-                self._walk = _directories_after(self._numbers, self._pieces, self._blobs, start)
+                self._walk = _directories_after(
+                    self._numbering, self._tree_cache, self._blobs, start
+                )
                 self._begin = self._end = start
             if self._walk is None:
                 return
@@ -83,25 +89,25 @@ class Prefetcher:
                 self._middle = read[len(read) // 2]
             self._end = max([self._end, *read])
         finally:
-            self._walking.release()
+            self._walk_lock.release()
 
     def _fetch_files(self, number: int) -> None:
-        """Ask for the files that follow one in its directory."""
-        if not self._fetching.acquire(blocking=False):
+        """Prefetch the files that follow the file `number` in its directory."""
+        if not self._fetch_lock.acquire(blocking=False):
             return
         try:
-            way = self._numbers.path_to(number)
+            way = self._numbering.path_to(number)
             if len(way) < 2:
                 return
             above, directory = way[-2]
             if self._fetched[0] == above and number in self._fetched[1]:
-                # The walk has come to the middle of what was fetched.
+                # The walk has reached the middle of the last batch.
                 start = self._fetched[1][-1]
             else:
                 start = number
             fetched = [number]
             size = 0
-            for beside, node, _ in self._numbers.entries(above, directory, start - above):
+            for beside, node, _ in self._numbering.entries(above, directory, start - above):
                 if node.kind == NodeType.FILE and node.content:
                     fetched.append(beside)
                     size += self._blobs.prefetch(Digest(node.content[8:40]))
@@ -110,45 +116,45 @@ class Prefetcher:
             self._fetched = above, range(number, fetched[-1] + 1)
             self._next_file = fetched[len(fetched) // 2] if len(fetched) > 1 else -1
         finally:
-            self._fetching.release()
+            self._fetch_lock.release()
 
 
 def _directories_after(
-    numbers: Numbering, pieces: TreeCache, blobs: BlobReader, start: int
+    numbering: Numbering, tree_cache: TreeCache, blobs: BlobReader, start: int
 ) -> Iterator[int]:
-    """Yield the numbers of the directories behind one, in the order of a walk, each after reading it.
+    """Yield the numbers of the directories after `start` in the order of a walk, each after reading it.
 
-    What is in the directory comes first, then what follows it beside it, then what follows its parent.
+    The directories in `start` come first, then those after it in its parent, then those after its parent.
     """
-    way = numbers.path_to(start)
-    stack = [_entries_after(numbers, *way[-1], 0)]
+    way = numbering.path_to(start)
+    stack = [_entries_after(numbering, *way[-1], 0)]
     for (above, parent), (below, _) in pairwise(way):
-        stack.insert(-1, _entries_after(numbers, above, parent, below - above))
+        stack.insert(-1, _entries_after(numbering, above, parent, below - above))
     while stack:
         for number, node in stack[-1]:
             if node.tree is None:
                 continue
-            if not pieces.holds(node.tree):
-                pieces.get(node.tree)
+            if not tree_cache.holds(node.tree):
+                tree_cache.get(node.tree)
             yield number
-            _ask_for_directories(numbers, number, node, pieces, blobs)
-            stack.append(_entries_after(numbers, number, node, 0))
+            _prefetch_directories(numbering, number, node, tree_cache, blobs)
+            stack.append(_entries_after(numbering, number, node, 0))
             break
         else:
             stack.pop()
 
 
 def _entries_after(
-    numbers: Numbering, number: int, directory: Node, place: int
+    numbering: Numbering, number: int, directory: Node, position: int
 ) -> Iterator[tuple[int, Node]]:
-    return ((number, node) for number, node, _ in numbers.entries(number, directory, place))
+    return ((number, node) for number, node, _ in numbering.entries(number, directory, position))
 
 
-def _ask_for_directories(
-    numbers: Numbering, number: int, directory: Node, pieces: TreeCache, blobs: BlobReader
+def _prefetch_directories(
+    numbering: Numbering, number: int, directory: Node, tree_cache: TreeCache, blobs: BlobReader
 ) -> None:
-    """Have the kernel read the trees of a directory's first directories all at once."""
-    below = (node.tree for _, node, _ in numbers.entries(number, directory) if node.tree)
+    """Ask the kernel to read the trees of a directory's first subdirectories, all at once."""
+    below = (node.tree for _, node, _ in numbering.entries(number, directory) if node.tree)
     for tree in islice(below, _DIRECTORIES):
-        if not pieces.holds(tree):
+        if not tree_cache.holds(tree):
             blobs.prefetch(Digest(tree.digest))

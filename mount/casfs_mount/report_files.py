@@ -1,7 +1,7 @@
-"""`.casfs`: what casfs knows about a snapshot, as files at its root that are reachable and not listed.
+"""`.casfs`: a folder at the root of a snapshot, reachable but not listed, with files about the snapshot.
 
-`changed`, `damage`, `manifest.b3` and `snapshot.json` are made while they are read, so that none of
-them costs anything before; a reader that goes back has them made again from the beginning.
+`changed`, `damage`, `manifest.b3` and `snapshot.json` are generated while a program reads them and cost
+nothing before. If a reader seeks backwards, the file is generated again from its beginning.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BATCH_BYTES = 256 * 1024
 
 
 class ReportFiles:
-    """The files about one snapshot; `root` is the directory that is shown as its root."""
+    """The files about one snapshot; `root` is the directory that the mount shows as its root."""
 
     def __init__(
         self,
@@ -40,17 +40,17 @@ class ReportFiles:
         root: Node,
         trees: TreeReader,
         damage: DamageLog,
-        waiting: EventLoopGuard,
+        guard: EventLoopGuard,
     ) -> None:
         self._snapshot_id = snapshot_id
         self._snapshot = snapshot
         self._root = root
         self._trees = trees
         self._damage = damage
-        self._waiting = waiting
+        self._guard = guard
 
     def node(self, name: bytes) -> Node:
-        """Return the folder's node, or that of one of its files; a streamed file shows no size."""
+        """Return the node of the folder or of one of its files; generated files have size 0."""
         directory = name == FOLDER
         size = 0
         if name == SNAPSHOT:
@@ -78,7 +78,7 @@ class ReportFiles:
             MANIFEST: self._manifest,
             SNAPSHOT: lambda: iter([self._describe()]),
         }
-        return ReportReader(make[name], self._waiting)
+        return ReportReader(make[name], self._guard)
 
     def _changed(self) -> Iterator[bytes]:
         for path, _ in flagged_files(self._trees, self._root):
@@ -112,13 +112,13 @@ class ReportFiles:
 
 
 class ReportReader:
-    """An open report: pieces are made as they are read, by one thread at a time."""
+    """An open report, generated as it is read; safe to share between threads, which take turns."""
 
     streamed = True
 
-    def __init__(self, make: Callable[[], Iterator[bytes]], waiting: EventLoopGuard) -> None:
+    def __init__(self, make: Callable[[], Iterator[bytes]], guard: EventLoopGuard) -> None:
         self._make = make
-        self._waiting = waiting
+        self._guard = guard
         self._lock = threading.Lock()
         self._pieces = make()
         self._buffer = b""
@@ -126,11 +126,11 @@ class ReportReader:
         self._error: CasfsError | None = None
 
     def read(self, offset: int, size: int) -> list[memoryview]:
-        """Return `size` bytes from `offset`, in one piece; fewer only at the end or before an error.
+        """Return `size` bytes from `offset` in one part, fewer only at the end or before an error.
 
-        Raises what making the file raises, again for every reader who comes to that place.
+        Raises the error that broke off the generation, for every read at or after that offset.
         """
-        self._waiting.require_may_block()
+        self._guard.require_may_block()
         with self._lock:
             if offset < self._begin:
                 self._pieces = self._make()
@@ -146,7 +146,7 @@ class ReportReader:
             return [found]
 
     def _more(self, used: int) -> bool:
-        """Let go of the first bytes of the buffer and add to its end; False at the end of all."""
+        """Drop the first `used` bytes of the buffer and append a batch; return False at the end."""
         kept = self._buffer[used:]
         self._begin += min(used, len(self._buffer))
         parts = [kept]
@@ -158,7 +158,7 @@ class ReportReader:
                 if added >= _BATCH_BYTES:
                     break
         except CasfsError as error:
-            # What broke off must not look as if it had ended.
+            # A report that broke off must not look complete.
             self._error = error
         self._buffer = b"".join(parts)
         return added > 0
@@ -172,11 +172,11 @@ def _iso_time(time_ns: int) -> str:
 
 
 def manifest_line(path: bytes, digest: Digest) -> bytes:
-    """Return a line as b3sum writes and checks it.
+    """Return a line in the format of b3sum, for `b3sum --check`.
 
-    A backslash, a newline and, at the end, a carriage return are escaped, which a backslash at the
-    beginning tells. A name that is not UTF-8 cannot be told in that format: it has U+FFFD in it, as
-    b3sum itself would write, and b3sum says that it cannot check that line.
+    Backslashes, newlines and a carriage return at the end are escaped; a backslash at the beginning of the
+    line marks that. The format cannot represent a name that is not UTF-8: such a name gets U+FFFD, as
+    b3sum itself writes it, and b3sum reports that it cannot check the line.
     """
     text = path.decode("utf-8", "replace").encode()
     escaped = text.replace(b"\\", b"\\\\").replace(b"\n", b"\\n")

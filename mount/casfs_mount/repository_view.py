@@ -1,11 +1,11 @@
-"""The whole repository as one view: every snapshot in `snapshots/`, found by id, host and tag too.
+"""The view of a whole repository: all snapshots by time, and links to them by id, host and tag.
 
-`versions/` has the versions of every path across them (see `casfs_mount.versions_view`).
-
-`snapshots/` holds the snapshots' roots under their local times. `ids/`, `hosts/` and `tags/` lead there
-by symbolic links, so that every file has one path, one number and one place in the kernel's cache.
-`latest` stands wherever snapshots do. The list is read again when it is asked for and older than a
-second; a snapshot's numbers depend on its id alone, its name stays as long as it is there.
+`snapshots/` has the root of each snapshot, named by its local time. `ids/`, `hosts/` and `tags/` contain
+symbolic links into it, so that every file has one path, one inode number and one place in the kernel's
+cache. Each of these folders has a link `latest`. `versions/` has the versions of every path across the
+snapshots (see `casfs_mount.versions_view`). The list of snapshots is read again when a request needs it
+and it is older than a second. The inode numbers of a snapshot depend on its id alone, and its name does
+not change while it exists.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MAX_NAME_BYTES = 255
 
 
 def time_name(time_ns: int) -> bytes:
-    """Return the name of a snapshot of that time: local, to the second."""
+    """Return the name of a snapshot's folder: its local time, to the second."""
     try:
         moment = datetime.fromtimestamp(time_ns // 1_000_000_000)
     except (OverflowError, ValueError, OSError):
@@ -49,9 +49,9 @@ def time_name(time_ns: int) -> bytes:
 
 
 def safe_name(text: str) -> bytes:
-    """Return a file name for a host or a tag, another one for each: odd characters as %XX.
+    """Return a unique file name for a host or a tag, with special characters as %XX.
 
-    What would be too long is cut and told apart by a digest.
+    A name that would be too long is cut, and a digest is appended to keep it unique.
     """
     raw = text.encode("utf-8", "surrogateescape")
     name = b"".join(
@@ -66,7 +66,7 @@ def safe_name(text: str) -> bytes:
 
 
 def digits_that_differ(ids: list[str]) -> int:
-    """Return how many digits tell all ids apart, twelve at least."""
+    """Return how many digits make all ids distinct, twelve at least."""
     ordered = sorted(ids)
     digits = SHOWN_HEX_DIGITS
     for one, other in pairwise(ordered):
@@ -78,19 +78,19 @@ def digits_that_differ(ids: list[str]) -> int:
 log = logging.getLogger(__name__)
 
 FRESH_S = 1.0
-"""How old the list of snapshots may be when it is asked for."""
+"""The age at which the list of snapshots is read again."""
 
 _KEEP_GONE_S = 24 * 3600.0
-"""How long a forgotten snapshot still answers programs that are in it."""
+"""How long a forgotten snapshot still serves programs that have it open."""
 
 _LATEST = b"latest"
 
-Path = tuple[bytes, ...]
+PathParts = tuple[bytes, ...]
 
 
 @dataclass(slots=True)
-class _Shown:
-    """A snapshot with its range of numbers; `gone_s` is when it was last seen to be missing."""
+class _ShownSnapshot:
+    """A snapshot with its range of inode numbers; `gone_s` is the time when it disappeared."""
 
     snapshot_id: SnapshotId
     snapshot: Snapshot
@@ -102,7 +102,7 @@ class _Shown:
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """A directory of the catalogue: the serial numbers of its entries, in order, and the entries."""
+    """A directory of this view: the serial numbers of its entries, ascending, and the entries."""
 
     node: Node
     serials: list[int]
@@ -111,35 +111,35 @@ class _Listing:
 
 
 class RepositoryView:
-    """Every snapshot of a repository side by side; safe to share between threads."""
+    """All snapshots of a repository; safe to share between threads."""
 
-    def __init__(self, sources: MountContext, clock: Callable[[], float] = time.monotonic) -> None:
-        self._sources = sources
+    def __init__(self, context: MountContext, clock: Callable[[], float] = time.monotonic) -> None:
+        self._context = context
         self._clock = clock
         self._owner = os.getuid(), os.getgid()
         self._born_ns = time.time_ns()
         self._lock = threading.Lock()
         self._checked_s = -FRESH_S
         self._ranges = InodeRanges()
-        self._shown: dict[SnapshotId, _Shown] = {}
+        self._shown: dict[SnapshotId, _ShownSnapshot] = {}
         self._unreadable: set[SnapshotId] = set()
-        self._waited_for: set[SnapshotId] = set()
-        self._by_first: dict[int, _Shown] = {}
-        # Serial numbers of the paths that there ever were; they are the inode numbers of links and
-        # directories here, and the positions in listings, which so survive all changes.
-        self._serials: dict[Path, int] = {(): ROOT}
-        self._paths: dict[int, Path] = {ROOT: ()}
+        self._unavailable: set[SnapshotId] = set()
+        self._by_first: dict[int, _ShownSnapshot] = {}
+        # A serial number for every path that this view ever had. It is the inode number of a link or
+        # directory of this view and its position in listings, so both stay valid when the list changes.
+        self._serials: dict[PathParts, int] = {(): ROOT}
+        self._paths: dict[int, PathParts] = {ROOT: ()}
         self._listings: dict[int, _Listing] = {}
         self._full_ids: dict[bytes, tuple[int, Node]] = {}
         self._versions = VersionsView(
-            sources.repository.trees,
-            sources.waiting,
+            context.repository.trees,
+            context.guard,
             lambda name: self._directory(name, self._born_ns),
             self._link,
         )
 
     def node(self, number: int) -> Node:
-        """Return the node with a number; raises StaleError."""
+        """Return the node with a number; raise StaleError."""
         if number >= LISTINGS_END:
             return self._view(number).node(number)
         self._refresh()
@@ -159,7 +159,7 @@ class RepositoryView:
         raise StaleError(number)
 
     def parent(self, number: int) -> int:
-        """Return the number of the directory that holds a node; the root's is its own."""
+        """Return the number of a node's directory; for the root, its own number."""
         if number >= LISTINGS_END:
             shown = self._shown_at(number)
             if number == shown.first:
@@ -171,7 +171,7 @@ class RepositoryView:
         return self._serials[self._paths.get(number, ())[:-1]]
 
     def lookup(self, number: int, name: bytes) -> tuple[int, Node] | None:
-        """Return a directory's entry, or None; whole ids are found besides the short ones."""
+        """Return a directory's entry, or None; `ids/` also finds full ids, which it does not list."""
         if number >= LISTINGS_END:
             return self._view(number).lookup(number, name)
         self._refresh()
@@ -185,19 +185,19 @@ class RepositoryView:
             found = self._full_ids.get(name)
         return found
 
-    def entries(self, number: int, place: int) -> Iterator[tuple[int, Node, int]]:
-        """Yield number, node and the place after it of a directory's entries from a place on."""
+    def entries(self, number: int, position: int) -> Iterator[tuple[int, Node, int]]:
+        """Yield the entries of a directory from a position on: number, node and position after it."""
         if number >= LISTINGS_END:
-            yield from self._view(number).entries(number, place)
+            yield from self._view(number).entries(number, position)
             return
         self._refresh()
         if number >= VERSIONS:
-            yield from self._versions.entries(number, place)
+            yield from self._versions.entries(number, position)
             return
         listing = self._listings.get(number)
         if listing is None:
             raise StaleError(number)
-        for i in range(bisect_right(listing.serials, place), len(listing.serials)):
+        for i in range(bisect_right(listing.serials, position), len(listing.serials)):
             yield *listing.entries[i], listing.serials[i]
 
     def xattr(self, number: int, name: bytes) -> bytes | None:
@@ -209,37 +209,37 @@ class RepositoryView:
         return self._view(number).xattr_names(number) if number >= LISTINGS_END else []
 
     def open(self, number: int) -> Readable:
-        """Return a reader of a regular file; the catalogue itself has none."""
+        """Return a reader of a regular file, which only snapshots have; raise StaleError."""
         if number < LISTINGS_END:
             raise StaleError(number)
         return self._view(number).open(number)
 
     def range_start(self, number: int) -> int:
-        """Return where the range of numbers begins that holds a number."""
+        """Return the first number of the range that contains a number."""
         return self._ranges.find(number) if number >= LISTINGS_END else 0
 
     def is_immutable(self, number: int) -> bool:
-        """Tell whether what is said of a number stays true as long as the mount."""
+        """Return whether a node, and the entries of a directory, stay the same while the mount lives."""
         return number >= LISTINGS_END and self._view(number).is_immutable(number)
 
     def statfs_totals(self) -> tuple[int, int]:
-        """Return the sums over all snapshots, as if nothing were shared."""
+        """Return the sums of bytes and entries over all snapshots, without deduplication."""
         self._refresh()
         views = [shown.view for shown in self._shown.values() if shown.gone_s is None]
         sums = [view.statfs_totals() for view in views]
         return sum(size for size, _ in sums), sum(nodes for _, nodes in sums)
 
     def on_readdir(self, number: int, waited: bool) -> None:
-        """Tell that a directory is listed from its beginning, and whether that has to wait."""
+        """Note that a directory is listed from its beginning; `waited`: the request has to wait."""
         if number >= LISTINGS_END:
             self._view(number).on_readdir(number, waited)
 
     def on_open(self, number: int, waited: bool) -> None:
-        """Tell that a file is read from its beginning, and whether that has to wait."""
+        """Note that a file is read from its beginning; `waited`: the request has to wait."""
         self._view(number).on_open(number, waited)
 
     def describe(self, number: int) -> str:
-        """Return what a number is, for the log."""
+        """Return a description of a number for the log."""
         if number < LISTINGS_END:
             return "the list of snapshots"
         try:
@@ -248,7 +248,7 @@ class RepositoryView:
             return f"inode {number}"
 
     def damage(self, number: int, error: CasfsError) -> None:
-        """Remember that something of a node other than a range of its bytes cannot be read."""
+        """Record that a part of a node other than its data cannot be read."""
         if number < LISTINGS_END:
             log.error("cannot list the snapshots: %s", error)
         else:
@@ -257,39 +257,39 @@ class RepositoryView:
     def _view(self, number: int) -> SnapshotView:
         return self._shown_at(number).view
 
-    def _shown_at(self, number: int) -> _Shown:
+    def _shown_at(self, number: int) -> _ShownSnapshot:
         return self._by_first[self._ranges.find(number)]
 
     def _refresh(self) -> None:
         if self._clock() - self._checked_s < FRESH_S:
             return
-        self._sources.waiting.require_may_block()
+        self._context.guard.require_may_block()
         with self._lock:
             if self._clock() - self._checked_s < FRESH_S:
                 return
-            if self._read_list() or not self._listings:
-                self._arrange()
+            if self._update_snapshots() or not self._listings:
+                self._build_listings()
             self._checked_s = self._clock()
 
-    def _read_list(self) -> bool:
-        """Bring what is shown into agreement with the repository; tell whether that changed it."""
+    def _update_snapshots(self) -> bool:
+        """Read the list of snapshots and update the ranges and views; return whether it changed."""
         now = self._clock()
-        found = set(self._sources.repository.snapshots.ids())
+        found = set(self._context.repository.snapshots.ids())
         if not found:
-            # No snapshots are one thing; no repository, because a disk is gone, is another.
-            self._sources.repository.store.storage.size(CONFIG_NAME)
+            # An empty list can also mean that the disk is gone; then this raises.
+            self._context.repository.store.storage.size(CONFIG_NAME)
         self._unreadable &= found
-        self._waited_for &= found
+        self._unavailable &= found
         new: list[tuple[SnapshotId, Snapshot]] = []
         for snapshot_id in found - self._shown.keys() - self._unreadable:
             try:
-                new.append((snapshot_id, self._sources.repository.snapshots.load(snapshot_id)))
+                new.append((snapshot_id, self._context.repository.snapshots.load(snapshot_id)))
             except NotFoundError:
                 continue
             except StorageError as error:
-                if snapshot_id not in self._waited_for:
+                if snapshot_id not in self._unavailable:
                     log.error("%s; it is not shown until it can be read", error)
-                self._waited_for.add(snapshot_id)
+                self._unavailable.add(snapshot_id)
             except KeyMissingError as error:
                 self._unreadable.add(snapshot_id)
                 log.warning("snapshot %s is not shown: %s", short_id(snapshot_id), error)
@@ -298,7 +298,7 @@ class RepositoryView:
                 log.error("%s; it is not shown", error)
         changed = False
         for snapshot_id, snapshot in sorted(new, key=lambda item: (item[1].time_ns, item[0])):
-            self._learn_packs(snapshot)
+            self._index_new_packs(snapshot)
             self._add(snapshot_id, snapshot)
             changed = True
         replaced = {s.snapshot.replaces for i, s in self._shown.items() if i in found}
@@ -320,43 +320,43 @@ class RepositoryView:
             name = name[:-8] + snapshot_id.hex().encode("ascii")
         root = snapshot.root
         first = self._ranges.add(snapshot_id, subtree_count(root) + REPORT_NUMBERS)
-        view = SnapshotView(self._sources, snapshot_id, snapshot, root, first)
-        shown = _Shown(snapshot_id, snapshot, name, first, view)
+        view = SnapshotView(self._context, snapshot_id, snapshot, root, first)
+        shown = _ShownSnapshot(snapshot_id, snapshot, name, first, view)
         self._by_first[first] = shown
         self._shown[snapshot_id] = shown
 
-    def _drop(self, shown: _Shown) -> None:
+    def _drop(self, shown: _ShownSnapshot) -> None:
         del self._shown[shown.snapshot_id], self._by_first[shown.first]
         self._ranges.remove(shown.first)
 
-    def _learn_packs(self, snapshot: Snapshot) -> None:
-        """See to it that the index knows the blobs of a snapshot that appeared.
+    def _index_new_packs(self, snapshot: Snapshot) -> None:
+        """Add the packs of a new snapshot to the index if it does not know them.
 
-        It always does when it is the repository's own; a user's own copy has to be brought up to date.
+        The index inside the repository always knows them; an index in the user's cache may not.
         """
-        tree, store = snapshot.root.tree, self._sources.repository.store
+        tree, store = snapshot.root.tree, self._context.repository.store
         try:
             if tree is not None and store.index.lookup(Digest(tree.digest)) is None:
                 store.reconcile()
         except CasfsError as error:
-            log.warning("the index could not be brought up to date: %s", error)
+            log.warning("the index cannot be updated: %s", error)
 
-    def _arrange(self) -> None:
-        """Make all directories of the catalogue anew."""
+    def _build_listings(self) -> None:
+        """Build all directories of this view again and replace the old ones."""
         present = sorted(
             (shown for shown in self._shown.values() if shown.gone_s is None),
             key=lambda shown: (shown.snapshot.time_ns, shown.snapshot_id),
         )
         digits = digits_that_differ([shown.snapshot_id.hex() for shown in present])
-        folders: dict[Path, dict[bytes, tuple[int, Node]]] = {(): {}}
+        folders: dict[PathParts, dict[bytes, tuple[int, Node]]] = {(): {}}
         folders |= {(name,): {} for name in (b"hosts", b"ids", b"snapshots", b"tags")}
-        times: dict[Path, int] = dict.fromkeys(folders, self._born_ns)
+        times: dict[PathParts, int] = dict.fromkeys(folders, self._born_ns)
         full_ids: dict[bytes, tuple[int, Node]] = {}
         for shown in present:
             time_ns = shown.snapshot.time_ns
             identity = shown.snapshot_id.hex().encode("ascii")
             target = b"../snapshots/" + shown.name
-            links: list[tuple[Path, bytes, bytes]] = [
+            links: list[tuple[PathParts, bytes, bytes]] = [
                 ((b"snapshots",), _LATEST, shown.name),
                 ((b"ids",), identity[:digits], target),
                 ((b"ids",), _LATEST, target),
@@ -382,7 +382,7 @@ class RepositoryView:
         )
         folders[()][b"versions"] = self._versions.root()
         listings: dict[int, _Listing] = {}
-        nodes: dict[Path, Node] = {}
+        nodes: dict[PathParts, Node] = {}
         for path in folders:
             name = path[-1] if path else b""
             node = self._directory(name, times[path])
@@ -393,12 +393,14 @@ class RepositoryView:
             listings[self._serial(path)] = self._listing(path, nodes[path], entries)
         self._listings, self._full_ids = listings, full_ids
 
-    def _listing(self, path: Path, node: Node, entries: dict[bytes, tuple[int, Node]]) -> _Listing:
+    def _listing(
+        self, path: PathParts, node: Node, entries: dict[bytes, tuple[int, Node]]
+    ) -> _Listing:
         order = sorted((self._serial((*path, name)), entry) for name, entry in entries.items())
         serials = [serial for serial, _ in order]
         return _Listing(node, serials, [entry for _, entry in order], entries)
 
-    def _serial(self, path: Path) -> int:
+    def _serial(self, path: PathParts) -> int:
         serial = self._serials.get(path)
         if serial is None:
             serial = self._serials[path] = len(self._serials) + ROOT

@@ -1,8 +1,8 @@
-"""The life of a mount: checks, repository, FUSE session, requests, and a clean end.
+"""The life of a mount: check, open the repository, mount, serve requests, and end cleanly.
 
-In the background everything but the checks happens after the fork. The mount counts as usable when a
-request to it was answered. SIGINT, SIGTERM and SIGHUP unmount and end it, as does unmounting it; a
-request that a disk never answers does not keep it from ending.
+For a background mount, everything except the checks happens after the fork. The mount is usable when it
+has answered a request. SIGINT, SIGTERM, SIGHUP and an unmount end it; a request that waits for a disk
+without an answer does not prevent that.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 READ_AHEAD_KIB = 1024
-"""What the kernel may ask for at once; without root it stays at its default of 128."""
+"""The kernel's read-ahead, and so the size of its requests; without root it stays at 128 KiB."""
 
 INDEX_PREFETCH_BYTES = 64 * 1024 * 1024
-"""An index up to this size is read in advance: its pages are needed in no order at all."""
+"""An index up to this size is read ahead as a whole, because requests need its pages in random order."""
 
 _SWITCH_S = 0.001
-"""How long a worker thread may keep the interpreter from the event loop, which has requests to answer."""
+"""How long a worker thread may hold the interpreter's lock while the event-loop thread wants it."""
 
 _ALLOCATOR = ((-8, 1), (-3, 32 * 1024 * 1024), (-1, 128 * 1024 * 1024))
-"""glibc's mallopt: one arena; map only what is larger than a chunk; keep this much at the top."""
+"""Options of glibc's mallopt: one arena; use mmap only above the size of a chunk; the trim threshold."""
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_END_PATIENCE_S = 5.0
+_END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_END_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class MountRequest:
-    """What to mount where: `snapshot` is SNAP or SNAP:PATH, or None for the whole repository."""
+    """What to mount and where: `snapshot` is SNAP or SNAP:PATH, or None for the whole repository."""
 
     repository: Path
     mountpoint: Path
@@ -73,29 +73,31 @@ class MountRequest:
     kernel_cache: bool = True
     log_file: Path | None = None
     flags: tuple[str, ...] = ()
-    """What the kernel is told of the mount besides: noexec, nodev and the like."""
+    """Further mount options for the kernel, such as noexec and nodev."""
     identities: Identities | None = None
-    """What opens the repository if it is encrypted, gathered before anything goes to the background."""
+    """The identities for an encrypted repository, asked for before the process goes to the background."""
 
 
 def mount_in_background(request: MountRequest) -> Path:
-    """Mount, return the real mountpoint when the mount is usable, and serve it in another process.
+    """Mount, serve in a background process, and return the real mountpoint when the mount is usable.
 
-    Raises CasfsError with one sentence when it does not work.
+    Raises CasfsError if that fails.
     """
     checked = _check(request)
-    run_in_background(lambda background: _serve_behind(checked, background), checked.log_file)
+    run_in_background(
+        lambda background: _serve_in_background(checked, background), checked.log_file
+    )
     return checked.mountpoint
 
 
 def mount_here(request: MountRequest, on_ready: Callable[[Path], None]) -> None:
-    """Mount and serve until unmounted or interrupted; `on_ready` is called when it is usable."""
+    """Mount and serve until unmounted or interrupted; call `on_ready` when the mount is usable."""
     checked = _check(request)
     _serve(checked, lambda: on_ready(checked.mountpoint))
 
 
 def _check(request: MountRequest) -> MountRequest:
-    """Refuse what can be refused before anything is opened, and make the paths absolute."""
+    """Check FUSE and the mountpoint before anything is opened; return the request with absolute paths."""
     check_fuse(request.allow_other)
     mountpoint = check_mountpoint(request.mountpoint, request.repository)
     log_file = request.log_file
@@ -107,7 +109,7 @@ def _check(request: MountRequest) -> MountRequest:
     )
 
 
-def _serve_behind(request: MountRequest, background: Background) -> None:
+def _serve_in_background(request: MountRequest, background: Background) -> None:
     os.chdir("/")
     _serve(request, background.ready)
 
@@ -117,38 +119,38 @@ def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
     unlock = (lambda storage, config: given) if given is not None else None
     repository = open_for_reading(request.repository, OpenOptions(unlock=unlock), reader="mount")
     repository.store.index.prefetch(INDEX_PREFETCH_BYTES)
-    waiting = EventLoopGuard()
-    blobs = BlobReader(repository.store, waiting)
-    errands = BackgroundPool()
-    sources = MountContext(
+    guard = EventLoopGuard()
+    blobs = BlobReader(repository.store, guard)
+    background = BackgroundPool()
+    context = MountContext(
         repository=repository,
         blobs=blobs,
-        pieces=TreeCache(blobs.read),
-        chunks=ChunkCache(blobs.read, waiting, errands, request.cache_bytes),
-        waiting=waiting,
-        errands=errands,
+        tree_cache=TreeCache(blobs.read),
+        chunk_cache=ChunkCache(blobs.read, guard, background, request.cache_bytes),
+        guard=guard,
+        background=background,
         deny_changed=request.deny_changed,
     )
     idle = False
     _prepare_process()
     try:
-        view = open_view(sources, request.snapshot)
+        view = open_view(context, request.snapshot)
         operations = FileSystem(view, DisplayOptions(request.owner, request.kernel_cache))
-        # A signal that came between mounting and serving would leave a mount without a server.
-        kept = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        # A signal between mounting and serving would leave a mount without a server.
+        kept = signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
         try:
             _mount(operations, request)
             try:
-                trio.run(_run, request.mountpoint, waiting, on_ready)
+                trio.run(_run, request.mountpoint, guard, on_ready)
             finally:
-                # Detaches where that is still to be done.
+                # Unmounts, unless the user already did.
                 pyfuse3.close()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, kept)
         idle = operations.is_idle()
     finally:
-        # A thread that a disk keeps waiting would still use what is closed here.
-        if errands.close() and idle:
+        # A thread that still waits for a disk uses the repository, so it stays open until the exit.
+        if background.close() and idle:
             repository.close()
 
 
@@ -163,22 +165,22 @@ def _mount(operations: FileSystem, request: MountRequest) -> None:
         raise CasfsError(f"FUSE cannot mount on {name}: {escape_path(os.fsencode(why))}") from error
 
 
-def open_view(sources: MountContext, snapshot: str | None) -> View:
+def open_view(context: MountContext, snapshot: str | None) -> View:
     """Return the view of SNAP or SNAP:PATH, or of the whole repository.
 
-    Raises NotFoundError, AmbiguousIdError and UsageError, and what the repository raises.
+    Raises NotFoundError, AmbiguousIdError, UsageError and the errors of the repository.
     """
     if snapshot is None:
-        _refuse_if_closed(sources.repository)
-        return RepositoryView(sources)
-    snapshot_id, loaded, path, root = sources.repository.snapshots.resolve_path(snapshot)
+        _require_readable(context.repository)
+        return RepositoryView(context)
+    snapshot_id, loaded, path, root = context.repository.snapshots.resolve_path(snapshot)
     if root.kind != NodeType.DIRECTORY:
-        raise UsageError(f"only a directory can be mounted: {escape_path(path)} is none")
-    return SnapshotView(sources, snapshot_id, loaded, root, ROOT)
+        raise UsageError(f"only a directory can be mounted; {escape_path(path)} is not a directory")
+    return SnapshotView(context, snapshot_id, loaded, root, ROOT)
 
 
-def _refuse_if_closed(repository: Repository) -> None:
-    """Raise KeyMissingError where there are snapshots, and the identities open none of them."""
+def _require_readable(repository: Repository) -> None:
+    """Raise KeyMissingError if the repository has snapshots and the identities open none of them."""
     missing: KeyMissingError | None = None
     for snapshot_id in repository.snapshots.ids() if repository.vault is not None else ():
         try:
@@ -186,7 +188,7 @@ def _refuse_if_closed(repository: Repository) -> None:
         except KeyMissingError as error:
             missing = error
         except CasfsError:
-            continue  # the view tells of it
+            continue  # the view reports it
         else:
             return
     if missing is not None:
@@ -202,55 +204,55 @@ def _options(request: MountRequest) -> set[str]:
 
 
 def _source(request: MountRequest) -> str:
-    """Return what stands for the device in tables of mounts: the repository, if it can stand there."""
+    """Return the device name for the table of mounts: the repository's path, if its characters allow."""
     path = os.fspath(request.repository)
     plain = path.isascii() and path.isprintable() and not set(path) & set(",\\")
     return path if plain else "casfs"
 
 
 def _prepare_process() -> None:
-    """Set what suits a process that answers small requests and holds some large buffers for long."""
+    """Tune the interpreter and the allocator for many small requests and long-lived large buffers."""
     sys.setswitchinterval(_SWITCH_S)
     gc.collect()
     gc.freeze()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        # Chunks come and go all the time. To give their pages back and to fault them in again costs
-        # as much as decoding them, and an arena for every thread keeps memory that no other can use.
+        # Chunks are allocated and freed all the time. Returning their pages to the kernel and faulting
+        # them in again costs as much as decoding, and memory in one thread's arena is lost to others.
         for option, value in _ALLOCATOR:
             mallopt(option, value)
 
 
-async def _run(mountpoint: Path, waiting: EventLoopGuard, on_ready: Callable[[], None]) -> None:
-    waiting.bind()
-    with trio.open_signal_receiver(*_ENDING) as signals:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+async def _run(mountpoint: Path, guard: EventLoopGuard, on_ready: Callable[[], None]) -> None:
+    guard.bind()
+    with trio.open_signal_receiver(*_END_SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _END_SIGNALS)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_end_at_a_signal, signals, nursery.cancel_scope)
+            nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope)
             nursery.start_soon(_announce_ready, mountpoint, on_ready)
             await pyfuse3.main()
             nursery.cancel_scope.cancel()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
 
 
-async def _end_at_a_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+async def _end_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
     async for number in signals:
-        log.info("the mount ends at signal %d", number)
+        log.info("the mount ends because of signal %d", number)
         pyfuse3.terminate()
-        await trio.sleep(_END_PATIENCE_S)
-        # A request still waits, for a disk that may never answer.
+        await trio.sleep(_END_TIMEOUT_S)
+        # A request still waits for a disk, which may never answer.
         scope.cancel()
 
 
 async def _announce_ready(mountpoint: Path, on_ready: Callable[[], None]) -> None:
-    """Ask the mount something, which shows that it answers, and let the kernel read further ahead."""
+    """Send the mount a request, raise the kernel's read-ahead, and call `on_ready`."""
     status = await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
     raise_read_ahead(status.st_dev)
     on_ready()
 
 
 def raise_read_ahead(device: int) -> None:
-    """Raise the read-ahead of the mount on this device number, where this user may."""
+    """Raise the kernel's read-ahead for the mount with this device number, if this user may."""
     setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     try:
         setting.write_text(f"{READ_AHEAD_KIB}\n", encoding="ascii")

@@ -1,11 +1,12 @@
-"""`versions/PATH/`: the distinct versions of a path across all snapshots, as links to where they are.
+"""`versions/PATH/`: the distinct versions of a path across all snapshots, as symbolic links.
 
-Every path of any snapshot is a directory here that lists the versions of what was at that path; the
-paths below it are reachable and not listed. A version is named by the time of the first snapshot that
-has it, and leads there. Trees are compared by digest and none is read that is not on the way.
+Every path of any snapshot is a directory here. It lists the versions of the file or directory at that
+path; the paths below it are reachable but not listed. The name of a version is the time of the first
+snapshot that has it; the link leads into that snapshot. Trees are compared by digest, and only the trees
+on the path are read.
 
-Numbers are given in the order of asking. A bounded number of them is remembered, and a program that
-comes back with an older one is told that it is stale, upon which the kernel asks by name again.
+Inode numbers are assigned in the order of lookups. A bounded number of them is kept; a request with an
+older number fails with ESTALE, and the kernel then looks the name up again.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from casfs_mount.inodes import LISTINGS_END, VERSIONS, StaleError
 
 log = logging.getLogger(__name__)
 
-_MOST_NUMBERS = 200_000
-_MOST_LISTINGS = 64
-"""Listings that are kept until the list of snapshots changes."""
+_MAX_NUMBERS = 200_000
+_MAX_LISTINGS = 64
+"""Listings that are cached until the list of snapshots changes."""
 
-Path = tuple[bytes, ...]
+PathParts = tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NamedSnapshot:
-    """A snapshot with its name in `snapshots/`."""
+    """A snapshot with the name of its folder in `snapshots/`."""
 
     snapshot_id: SnapshotId
     snapshot: Snapshot
@@ -46,7 +47,7 @@ class NamedSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """The links of one path: serial numbers in ascending order, and the links in that order."""
+    """The links of one path: their numbers, ascending, and the links in that order."""
 
     serials: list[int]
     links: list[tuple[int, Node]]
@@ -56,44 +57,44 @@ class _Folder:
 class VersionsView:
     """The tree below `versions/`; safe to share between threads.
 
-    `directory` and `link` make the nodes of what has a name, or of a link with a target and a time.
+    `directory(name)` and `link(name, target, time_ns)` build the nodes.
     """
 
     def __init__(
         self,
         trees: TreeReader,
-        waiting: EventLoopGuard,
+        guard: EventLoopGuard,
         directory: Callable[[bytes], Node],
         link: Callable[[bytes, bytes, int], Node],
     ) -> None:
         self._trees = trees
-        self._waiting = waiting
+        self._guard = guard
         self._directory = directory
         self._link = link
         self._lock = threading.Lock()
-        self._placed: tuple[NamedSnapshot, ...] = ()
+        self._snapshots: tuple[NamedSnapshot, ...] = ()
         self._next = VERSIONS + 1
-        # What a number stands for: a folder's path, or a link's path and its name.
-        self._things: OrderedDict[int, tuple[Path, bytes | None]] = OrderedDict()
-        self._numbers: dict[tuple[Path, bytes | None], int] = {}
-        # Of the present list of snapshots: listings, and paths that are known to be in one.
-        self._folders: OrderedDict[Path, _Folder] = OrderedDict()
-        self._existing: set[Path] = set()
-        self._told: set[SnapshotId] = set()
+        # The meaning of each number: the path of a folder, or the path and the name of a link.
+        self._targets: OrderedDict[int, tuple[PathParts, bytes | None]] = OrderedDict()
+        self._numbers: dict[tuple[PathParts, bytes | None], int] = {}
+        # For the current list of snapshots: the listings, and the paths known to exist in a snapshot.
+        self._folders: OrderedDict[PathParts, _Folder] = OrderedDict()
+        self._existing: set[PathParts] = set()
+        self._warned: set[SnapshotId] = set()
 
-    def set_snapshots(self, placed: tuple[NamedSnapshot, ...]) -> None:
+    def set_snapshots(self, named: tuple[NamedSnapshot, ...]) -> None:
         """Show the versions in these snapshots, the earliest first."""
         with self._lock:
-            self._placed = placed
+            self._snapshots = named
             self._folders.clear()
             self._existing.clear()
 
     def root(self) -> tuple[int, Node]:
-        """Return number and node of `versions/` itself."""
+        """Return the number and the node of `versions/` itself."""
         return VERSIONS, self._directory(b"versions")
 
     def node(self, number: int) -> Node:
-        """Return the node with a number; raises StaleError and WouldBlock."""
+        """Return the node with a number; raise StaleError and WouldBlock."""
         path, name = self._target_of(number)
         if name is None:
             return self._directory(path[-1] if path else b"versions")
@@ -103,7 +104,7 @@ class VersionsView:
         return found[1]
 
     def parent(self, number: int) -> int | None:
-        """Return the number of the directory that holds a node; None for `versions/` itself."""
+        """Return the number of a node's directory, None for `versions/` itself."""
         path, name = self._target_of(number)
         if name is None and not path:
             return None
@@ -111,7 +112,7 @@ class VersionsView:
             return self._number(path if name is not None else path[:-1], None)
 
     def lookup(self, number: int, name: bytes) -> tuple[int, Node] | None:
-        """Return a version's link, else the directory of a path that is in any snapshot, else None."""
+        """Return the link of a version, or the directory of a path that a snapshot has, or None."""
         path, link = self._target_of(number)
         if link is not None:
             return None
@@ -121,55 +122,55 @@ class VersionsView:
         below = (*path, name)
         with self._lock:
             known = below in self._existing
-            placed = self._placed
+            named = self._snapshots
         if not known:
-            self._waiting.require_may_block()
-            if not self._exists(below, placed):
+            self._guard.require_may_block()
+            if not self._exists(below, named):
                 return None
         with self._lock:
-            if placed is self._placed and len(self._existing) < _MOST_NUMBERS:
+            if named is self._snapshots and len(self._existing) < _MAX_NUMBERS:
                 self._existing.add(below)
             return self._number(below, None), self._directory(name)
 
-    def entries(self, number: int, place: int) -> Iterator[tuple[int, Node, int]]:
+    def entries(self, number: int, position: int) -> Iterator[tuple[int, Node, int]]:
         """Yield number, node and the place after it of a path's versions from a place on."""
         path, link = self._target_of(number)
         if link is not None:
             return
         folder = self._folder(path)
-        for i in range(bisect_right(folder.serials, place), len(folder.serials)):
+        for i in range(bisect_right(folder.serials, position), len(folder.serials)):
             yield *folder.links[i], folder.serials[i]
 
-    def _target_of(self, number: int) -> tuple[Path, bytes | None]:
+    def _target_of(self, number: int) -> tuple[PathParts, bytes | None]:
         if number == VERSIONS:
             return (), None
         with self._lock:
-            thing = self._things.get(number)
-            if thing is None:
+            target = self._targets.get(number)
+            if target is None:
                 raise StaleError(number)
-            self._things.move_to_end(number)
-            return thing
+            self._targets.move_to_end(number)
+            return target
 
-    def _number(self, path: Path, name: bytes | None) -> int:
-        thing = path, name
-        if thing == ((), None):
+    def _number(self, path: PathParts, name: bytes | None) -> int:
+        target = path, name
+        if target == ((), None):
             return VERSIONS
-        number = self._numbers.get(thing)
+        number = self._numbers.get(target)
         if number is None:
             number = self._next
             self._next = number + 1 if number + 1 < LISTINGS_END else VERSIONS + 1
-            self._things[number] = thing
-            self._numbers[thing] = number
-            while len(self._things) > _MOST_NUMBERS:
-                _, oldest = self._things.popitem(last=False)
+            self._targets[number] = target
+            self._numbers[target] = number
+            while len(self._targets) > _MAX_NUMBERS:
+                _, oldest = self._targets.popitem(last=False)
                 del self._numbers[oldest]
         else:
-            self._things.move_to_end(number)
+            self._targets.move_to_end(number)
         return number
 
-    def _exists(self, path: Path, placed: tuple[NamedSnapshot, ...]) -> bool:
+    def _exists(self, path: PathParts, named: tuple[NamedSnapshot, ...]) -> bool:
         finder = PathLookup(self._trees, b"/".join(path))
-        for one in reversed(placed):
+        for one in reversed(named):
             try:
                 if finder.find(one.snapshot.root) is not None:
                     return True
@@ -177,26 +178,26 @@ class VersionsView:
                 self._warn(one.snapshot_id, error)
         return False
 
-    def _folder(self, path: Path) -> _Folder:
+    def _folder(self, path: PathParts) -> _Folder:
         with self._lock:
             folder = self._folders.get(path)
-            placed = self._placed
+            named = self._snapshots
         if folder is not None:
             return folder
-        self._waiting.require_may_block()
-        snapshots = [(one.snapshot_id, one.snapshot) for one in placed]
+        self._guard.require_may_block()
+        snapshots = [(one.snapshot_id, one.snapshot) for one in named]
         found = path_history(self._trees, snapshots, b"/".join(path), self._warn)
-        names = {one.snapshot_id: one.name for one in placed}
+        names = {one.snapshot_id: one.name for one in named}
         with self._lock:
             folder = self._build_folder(path, found, names)
-            if placed is self._placed:
+            if named is self._snapshots:
                 self._folders[path] = folder
-                if len(self._folders) > _MOST_LISTINGS:
+                if len(self._folders) > _MAX_LISTINGS:
                     self._folders.popitem(last=False)
         return folder
 
     def _build_folder(
-        self, path: Path, versions: list[Version], names: dict[SnapshotId, bytes]
+        self, path: PathParts, versions: list[Version], names: dict[SnapshotId, bytes]
     ) -> _Folder:
         by_name: dict[bytes, tuple[int, Node]] = {}
         for version in versions:
@@ -210,7 +211,7 @@ class VersionsView:
 
     def _warn(self, snapshot_id: SnapshotId, error: IntegrityError) -> None:
         with self._lock:
-            if snapshot_id in self._told:
+            if snapshot_id in self._warned:
                 return
-            self._told.add(snapshot_id)
+            self._warned.add(snapshot_id)
         log.error("snapshot %s: %s", short_id(snapshot_id), error)

@@ -1,8 +1,8 @@
-"""A synchronous view of one snapshot as a file system, which knows nothing of FUSE.
+"""A synchronous view of one snapshot as a file system, independent of FUSE.
 
-Everything is asked by number (see `casfs_mount.inodes`) and answered with nodes, those of the snapshot and
-those of its `.casfs` folder alike. Safe to share between threads; the one that must not wait gets
-WouldBlock wherever something has to be read first.
+Requests name an inode number (see `casfs_mount.inodes`); answers are nodes, of the snapshot or of its
+`.casfs` folder. Safe to share between threads; the event-loop thread gets WouldBlock where something has
+to be read first.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from casfs_mount.tree_cache import TreeCache
 log = logging.getLogger(__name__)
 
 REPORT_NUMBERS = 8
-"""Numbers after those of a snapshot's nodes that its `.casfs` folder has to itself."""
+"""Inode numbers reserved for the `.casfs` folder, after those of the snapshot's nodes."""
 
 _VIRTUAL_XATTRS = b"user.casfs."
 _REMEMBERED_WARNINGS = 10_000
 
 
 class RefusedError(CasfsError):
-    """What was asked for is there and not given; `errno` is what a program is told."""
+    """The view refuses a request; the program gets `errno`."""
 
     def __init__(self, reason: str, code: int) -> None:
         super().__init__(reason)
@@ -52,19 +52,19 @@ class RefusedError(CasfsError):
 
 
 class View(Protocol):
-    """What the file system shows; numbers are always those by position."""
+    """What the request handlers need of a view; all numbers are inode numbers by position."""
 
     def node(self, number: int) -> Node:
-        """Return the node with a number; raises StaleError."""
+        """Return the node with a number; raise StaleError."""
 
     def parent(self, number: int) -> int:
-        """Return the number of the directory that holds a node; the root's is its own."""
+        """Return the number of a node's directory; for the root, its own number."""
 
     def lookup(self, number: int, name: bytes) -> tuple[int, Node] | None:
         """Return a directory's entry, or None."""
 
-    def entries(self, number: int, place: int) -> Iterator[tuple[int, Node, int]]:
-        """Yield number, node and the place after it of a directory's entries from a place on."""
+    def entries(self, number: int, position: int) -> Iterator[tuple[int, Node, int]]:
+        """Yield the entries of a directory from a position on: number, node and position after it."""
 
     def xattr(self, number: int, name: bytes) -> bytes | None:
         """Return an extended attribute, or None."""
@@ -73,103 +73,105 @@ class View(Protocol):
         """Return the names of a node's own extended attributes."""
 
     def open(self, number: int) -> Readable:
-        """Return a reader of a regular file; raises RefusedError."""
+        """Return a reader of a regular file; raise RefusedError."""
 
     def range_start(self, number: int) -> int:
-        """Return where the range of numbers begins that holds a number."""
+        """Return the first number of the range that contains a number."""
 
     def is_immutable(self, number: int) -> bool:
-        """Tell whether a node, and what is in a directory, stays the same as long as the mount."""
+        """Return whether a node, and the entries of a directory, stay the same while the mount lives."""
 
     def statfs_totals(self) -> tuple[int, int]:
-        """Return bytes and entries of all that is shown."""
+        """Return the total bytes and the number of entries of the view."""
 
     def on_readdir(self, number: int, waited: bool) -> None:
-        """Tell that a directory is listed from its beginning, and whether that has to wait."""
+        """Note that a directory is listed from its beginning; `waited`: the request has to wait."""
 
     def on_open(self, number: int, waited: bool) -> None:
-        """Tell that a file is read from its beginning, and whether that has to wait."""
+        """Note that a file is read from its beginning; `waited`: the request has to wait."""
 
     def describe(self, number: int) -> str:
-        """Return what a number is, for the log; never fails and never waits."""
+        """Return a description of a number for the log; never fail and never wait."""
 
     def damage(self, number: int, error: CasfsError) -> None:
-        """Remember that something of a node other than a range of its bytes cannot be read."""
+        """Record that a part of a node other than its data cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class MountContext:
-    """What all views of one mount share."""
+    """The repository, the caches and the threads that all views of one mount share."""
 
     repository: Repository
     blobs: BlobReader
-    pieces: TreeCache
-    chunks: ChunkCache
-    waiting: EventLoopGuard
-    errands: BackgroundPool
+    tree_cache: TreeCache
+    chunk_cache: ChunkCache
+    guard: EventLoopGuard
+    background: BackgroundPool
     deny_changed: bool = False
 
 
 class SnapshotView:
-    """One snapshot, or a directory of it, with its numbers from `first` on."""
+    """A snapshot or a directory of it as a view; `first` is the inode number of its root."""
 
     def __init__(
         self,
-        sources: MountContext,
+        context: MountContext,
         snapshot_id: SnapshotId,
         snapshot: Snapshot,
         root: Node,
         first: int,
     ) -> None:
-        self._sources = sources
+        self._context = context
         self._snapshot_id = snapshot_id
-        self._numbers = Numbering(root, first, sources.pieces)
-        self._foresight = Prefetcher(self._numbers, sources.pieces, sources.blobs, sources.errands)
+        self._numbering = Numbering(root, first, context.tree_cache)
+        self._prefetcher = Prefetcher(
+            self._numbering, context.tree_cache, context.blobs, context.background
+        )
         self._first = first
-        self._folder = self._numbers.end
+        self._folder = self._numbering.end
         self._damage = DamageLog()
         self._reports = ReportFiles(
-            snapshot_id, snapshot, root, sources.repository.trees, self._damage, sources.waiting
+            snapshot_id, snapshot, root, context.repository.trees, self._damage, context.guard
         )
         self._root = root
         self._lock = threading.Lock()
         self._warned: OrderedDict[int, None] = OrderedDict()
 
     def node(self, number: int) -> Node:
-        """Return the node with a number; raises StaleError."""
+        """Return the node with a number; raise StaleError."""
         if self._folder <= number < self._folder + REPORT_NUMBERS:
             name = self._report(number)
             if name is not None:
                 return self._reports.node(name)
-        return self._numbers.node(number)
+        return self._numbering.node(number)
 
     def parent(self, number: int) -> int:
-        """Return the number of the directory that holds a node; the root's is its own."""
+        """Return the number of a node's directory; for the root, its own number."""
         if number >= self._folder:
             return self._first if number == self._folder else self._folder
-        return self._numbers.parent(number)
+        return self._numbering.parent(number)
 
     def lookup(self, number: int, name: bytes) -> tuple[int, Node] | None:
-        """Return a directory's entry; `.casfs` at the root is there when no real one is."""
+        """Return a directory's entry, or None; the root has a `.casfs` unless the snapshot has one."""
         if number >= self._folder:
             if number == self._folder and name in FILES:
                 return self._folder + 1 + FILES.index(name), self._reports.node(name)
             return None
-        found = self._numbers.child(number, self._numbers.node(number), name)
+        found = self._numbering.child(number, self._numbering.node(number), name)
         if found is None and name == FOLDER and number == self._first:
             return self._folder, self._reports.node(FOLDER)
         return found
 
-    def entries(self, number: int, place: int) -> Iterator[tuple[int, Node, int]]:
-        """Yield number, node and the place after it of a directory's entries from a place on."""
+    def entries(self, number: int, position: int) -> Iterator[tuple[int, Node, int]]:
+        """Yield the entries of a directory from a position on: number, node and position after it."""
         if number == self._folder:
-            for i in range(place, len(FILES)):
+            for i in range(position, len(FILES)):
                 yield self._folder + 1 + i, self._reports.node(FILES[i]), i + 1
         elif number < self._folder:
-            yield from self._numbers.entries(number, self._numbers.node(number), place)
+            yield from self._numbering.entries(number, self._numbering.node(number), position)
 
     def xattr(self, number: int, name: bytes) -> bytes | None:
-        """Return a node's own attribute of that name, else what casfs knows under that name."""
+        """Return a node's own extended attribute, or the virtual one of casfs with that name."""
         node = self.node(number)
         if node.extra is not None:
             for own, value in node.extra.xattrs:
@@ -180,75 +182,75 @@ class SnapshotView:
         return None
 
     def xattr_names(self, number: int) -> list[bytes]:
-        """Return the names of a node's own attributes; those of casfs are not listed."""
+        """Return the names of a node's own attributes; the virtual ones are not listed."""
         node = self.node(number)
         return [] if node.extra is None else [name for name, _ in node.extra.xattrs]
 
     def open(self, number: int) -> Readable:
-        """Return a reader of a regular file; a changed one is told in the log once, or refused."""
+        """Return a reader of a regular file; a changed one is logged once, and refused on request."""
         if number >= self._folder:
             name = self._report(number)
             if name is None or name == FOLDER:
                 raise RefusedError("it is a directory", errno.EISDIR)
             return self._reports.open(name)
-        node = self._numbers.node(number)
+        node = self._numbering.node(number)
         if node.kind != NodeType.FILE:
             raise RefusedError("it is not a regular file", errno.EINVAL)
         if node.state == CaptureState.CHANGED:
             self._warn_of_changed(number)
         return FileReader(
             node,
-            self._sources.chunks,
+            self._context.chunk_cache,
             lambda begin, length, error: self._damage.add_range(
-                self._numbers.path(number), begin, length, error
+                self._numbering.path(number), begin, length, error
             ),
         )
 
     def range_start(self, number: int) -> int:
-        """Return where the range of numbers begins that holds a number."""
+        """Return the first number of the range that contains a number."""
         return self._first
 
     def is_immutable(self, number: int) -> bool:
-        """Tell whether what is said of a number stays true: all but `.casfs` does."""
+        """Return whether a node stays the same: every node except `.casfs` and its files."""
         return number < self._folder
 
     def statfs_totals(self) -> tuple[int, int]:
-        """Return bytes and entries of the snapshot."""
+        """Return the total bytes and the number of entries of the snapshot."""
         tree = self._root.tree
         return (0, 1) if tree is None else (tree.total_bytes, tree.nodes + 1)
 
     def on_readdir(self, number: int, waited: bool) -> None:
-        """Tell that a directory is listed from its beginning, and whether that has to wait."""
+        """Note that a directory is listed from its beginning; `waited`: the request has to wait."""
         if number < self._folder:
-            self._foresight.on_readdir(number, waited)
+            self._prefetcher.on_readdir(number, waited)
 
     def on_open(self, number: int, waited: bool) -> None:
-        """Tell that a file is read from its beginning, and whether that has to wait."""
+        """Note that a file is read from its beginning; `waited`: the request has to wait."""
         if number < self._folder:
-            self._foresight.on_open(number, waited)
+            self._prefetcher.on_open(number, waited)
 
     def describe(self, number: int) -> str:
-        """Return the path of a node for the log, or its number where that cannot be told at once."""
+        """Return the path of a node for the log, or its number if the path cannot be found at once."""
         try:
             name = self._report(number)
-            path = b".casfs/" + name if name is not None else self._numbers.path(number)
-        except Exception:  # the path is a courtesy; what is being told is another error
+            path = b".casfs/" + name if name is not None else self._numbering.path(number)
+        except Exception:  # the log message is about another error; the path only helps the reader
             return f"inode {number}"
         return f"{escape_path(path) or '/'} (snapshot {short_id(self._snapshot_id)})"
 
     def damage(self, number: int, error: CasfsError) -> None:
-        """Remember that something of a node other than a range of its bytes cannot be read."""
+        """Record that a part of a node other than its data cannot be read."""
         try:
-            path = self._numbers.path(number)
-        except Exception:  # the tree that would tell the path may be what is damaged
+            path = self._numbering.path(number)
+        except Exception:  # the damaged tree may be the one that holds the path
             path = b"inode %d" % number
         self._damage.add_entry(path, error)
 
     def _report(self, number: int) -> bytes | None:
-        place = number - self._folder
-        if place == 0:
+        position = number - self._folder
+        if position == 0:
             return FOLDER
-        return FILES[place - 1] if 0 < place <= len(FILES) else None
+        return FILES[position - 1] if 0 < position <= len(FILES) else None
 
     def _known_facts(self, node: Node, what: bytes) -> bytes | None:
         if what == b"snapshot":
@@ -271,28 +273,28 @@ class SnapshotView:
         return None
 
     def _warn_of_changed(self, number: int) -> None:
-        path = self._numbers.path(number)
+        path = self._numbering.path(number)
         with self._lock:
             first_time = number not in self._warned
             self._warned[number] = None
             if len(self._warned) > _REMEMBERED_WARNINGS:
                 self._warned.popitem(last=False)
-        denied = self._sources.deny_changed
+        denied = self._context.deny_changed
         if first_time:
             log.warning(
                 "%s changed while it was backed up (snapshot %s)%s",
                 escape_path(path),
                 short_id(self._snapshot_id),
-                ": opening it is denied" if denied else "; what was captured is shown",
+                ": opening it is denied" if denied else "; the mount shows the captured data",
             )
         if denied:
             raise RefusedError("it changed while it was backed up", errno.EIO)
 
 
 def allocated_bytes(node: Node) -> int:
-    """Return how much of a regular file is not a hole, as far as its node tells.
+    """Return the bytes of a regular file that are not holes, as far as its node alone shows.
 
-    What lists of chunks further down say about holes is not looked up.
+    Holes that are recorded in deeper extent lists count as data.
     """
     content = node.content
     if node.levels or (len(content) == EXTENT.size and content[8:] != HOLE):

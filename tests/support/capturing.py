@@ -76,17 +76,17 @@ class PublishedBackup:
         """Return the bytes and the casfs attributes of a regular file as a mount shows them."""
         snapshot_id, snapshot = self.result.snapshot_id, self.result.snapshot
         assert snapshot_id is not None
-        waiting, errands = EventLoopGuard(), BackgroundPool()
-        blobs = BlobReader(self.repository.store, waiting)
-        sources = MountContext(
+        guard, background = EventLoopGuard(), BackgroundPool()
+        blobs = BlobReader(self.repository.store, guard)
+        context = MountContext(
             repository=self.repository,
             blobs=blobs,
-            pieces=TreeCache(blobs.read),
-            chunks=ChunkCache(blobs.read, waiting, errands),
-            waiting=waiting,
-            errands=errands,
+            tree_cache=TreeCache(blobs.read),
+            chunk_cache=ChunkCache(blobs.read, guard, background),
+            guard=guard,
+            background=background,
         )
-        view = SnapshotView(sources, snapshot_id, snapshot, snapshot.root, 1)
+        view = SnapshotView(context, snapshot_id, snapshot, snapshot.root, 1)
         number, node = 1, snapshot.root
         for name in os.fsencode(path).strip(b"/").split(b"/"):
             found = view.lookup(number, name)
@@ -123,8 +123,8 @@ class BackupFixture:
 
     def back_up(self, *paths: Path, **options: Any) -> PublishedBackup:
         monitor = RecordingMonitor()
-        sources = tuple(os.fsencode(path) for path in paths)
-        result = run_backup(self.repository, BackupOptions(sources, **options), monitor)
+        context = tuple(os.fsencode(path) for path in paths)
+        result = run_backup(self.repository, BackupOptions(context, **options), monitor)
         return PublishedBackup(self.repository, result, monitor.problems)
 
     def assert_is_intact(self) -> None:

@@ -97,16 +97,16 @@ def _flagged(node: Node, content: str) -> str:
 
 def look_through_the_mount(repository: Repository) -> dict[str, Files]:
     """Describe every snapshot as the view behind a mount of the whole repository shows it."""
-    waiting, errands = EventLoopGuard(), BackgroundPool()
-    blobs = BlobReader(repository.store, waiting)
+    guard, background = EventLoopGuard(), BackgroundPool()
+    blobs = BlobReader(repository.store, guard)
     view = RepositoryView(
         MountContext(
             repository=repository,
             blobs=blobs,
-            pieces=TreeCache(blobs.read),
-            chunks=ChunkCache(blobs.read, waiting, errands),
-            waiting=waiting,
-            errands=errands,
+            tree_cache=TreeCache(blobs.read),
+            chunk_cache=ChunkCache(blobs.read, guard, background),
+            guard=guard,
+            background=background,
         )
     )
     found: dict[str, Files] = {}
@@ -119,7 +119,7 @@ def look_through_the_mount(repository: Repository) -> dict[str, Files]:
                 assert reported is not None
                 found[reported.decode()] = _look_below(view, number)
     finally:
-        errands.close()
+        background.close()
     return found
 
 

@@ -37,10 +37,10 @@ class TestBlobReader:
     ) -> None:
         repo.store(b"small", bytes(1 << 20))
         with repo.reading() as repository:
-            waiting = EventLoopGuard()
-            blobs = BlobReader(repository.store, waiting)
+            guard = EventLoopGuard()
+            blobs = BlobReader(repository.store, guard)
             assert blobs.read(digest_of(b"small")) == b"small"
-            waiting.bind()
+            guard.bind()
             assert blobs.read(digest_of(b"small")) == b"small"
 
     def test_the_event_loop_does_not_wait_for_a_blob_outside_the_page_cache(
@@ -48,13 +48,13 @@ class TestBlobReader:
     ) -> None:
         repo.store(b"small")
         with repo.reading() as repository:
-            waiting = EventLoopGuard()
-            blobs = BlobReader(repository.store, waiting)
+            guard = EventLoopGuard()
+            blobs = BlobReader(repository.store, guard)
             assert blobs.read(digest_of(b"small")) == b"small"
             place = repository.store.locate(digest_of(b"small"))
             path = repo.root / pack_name(repository.store.index.pack_id(place.pack))
             drop_from_memory(path)
-            waiting.bind()
+            guard.bind()
             with pytest.raises(WouldBlock):
                 blobs.read(digest_of(b"small"))
 
@@ -62,10 +62,10 @@ class TestBlobReader:
         large = os.urandom(1 << 20)
         repo.store(large)
         with repo.reading() as repository:
-            waiting = EventLoopGuard()
-            blobs = BlobReader(repository.store, waiting)
+            guard = EventLoopGuard()
+            blobs = BlobReader(repository.store, guard)
             assert blobs.read(digest_of(large)) == large
-            waiting.bind()
+            guard.bind()
             with pytest.raises(WouldBlock):
                 blobs.read(digest_of(large))
 
@@ -75,9 +75,9 @@ class TestBlobReader:
         repo.store(b"damaged")
         repo.damage(digest_of(b"damaged"))
         with repo.reading() as repository:
-            waiting = EventLoopGuard()
-            blobs = BlobReader(repository.store, waiting)
-            waiting.bind()
+            guard = EventLoopGuard()
+            blobs = BlobReader(repository.store, guard)
+            guard.bind()
             for digest in (digest_of(b"damaged"), digest_of(b"missing")):
                 with pytest.raises(WouldBlock):
                     blobs.read(digest)
@@ -89,9 +89,9 @@ class TestBlobReader:
         repo.store(b"small")
         now, faults, slow = 100.0, 0, True
         with repo.reading() as repository:
-            waiting = EventLoopGuard()
+            guard = EventLoopGuard()
             blobs = BlobReader(
-                repository.store, waiting, clock=lambda: now, major_faults=lambda: faults
+                repository.store, guard, clock=lambda: now, major_faults=lambda: faults
             )
             blobs.read(digest_of(b"small"))
             whole = repository.store.read_nonblocking
@@ -102,7 +102,7 @@ class TestBlobReader:
                 return whole(digest, most)
 
             monkeypatch.setattr(repository.store, "read_nonblocking", read_nonblocking)
-            waiting.bind()
+            guard.bind()
             assert blobs.read(digest_of(b"small")) == b"small"
             assert blobs.read(digest_of(b"small")) == b"small", "another program took the time"
             faults = 1
@@ -149,9 +149,9 @@ class Prompt(BackgroundPool):
         super().__init__()
         self.count = 0
 
-    def submit(self, errand: Callable[[], None]) -> bool:
+    def submit(self, task: Callable[[], None]) -> bool:
         self.count += 1
-        errand()
+        task()
         return True
 
 
@@ -184,8 +184,8 @@ class Walk:
         self.pieces = TreeCache(self.trees.read)
         self.numbers = Numbering(self.root, 1, self.pieces)
         self.blobs = Asked(self.trees)
-        self.errands = Prompt()
-        self.prefetcher = Prefetcher(self.numbers, self.pieces, self.blobs, self.errands)
+        self.background = Prompt()
+        self.prefetcher = Prefetcher(self.numbers, self.pieces, self.blobs, self.background)
         self.waits = 0
 
     def list(self, number: int, directory: Node) -> int:
@@ -218,7 +218,7 @@ class TestPrefetcher:
         for number in range(1, 200, 7):
             walk.prefetcher.on_readdir(number, False)
             walk.prefetcher.on_open(number, False)
-        assert walk.errands.count == 0
+        assert walk.background.count == 0
 
     def test_the_prefetcher_restarts_where_a_reader_waits_far_away(self) -> None:
         walk = Walk(DEEP)
@@ -235,13 +235,13 @@ class TestPrefetcher:
         assert found is not None
         damaged = reference(found[1])
         walk.trees.blobs[damaged] = b"\xc1"
-        errands = BackgroundPool()
-        prefetcher = Prefetcher(walk.numbers, walk.pieces, walk.blobs, errands)
+        background = BackgroundPool()
+        prefetcher = Prefetcher(walk.numbers, walk.pieces, walk.blobs, background)
         prefetcher.on_readdir(1, True)
         done = threading.Event()
-        while not errands.submit(done.set):
+        while not background.submit(done.set):
             pass
-        assert done.wait(30) and errands.close(30)
+        assert done.wait(30) and background.close(30)
 
     def test_the_prefetcher_requests_the_files_after_an_opened_one_in_batches(self) -> None:
         content = {b"%04d" % n: b"content %d" % n for n in range(300)}
@@ -249,7 +249,7 @@ class TestPrefetcher:
         entries = list(walk.numbers.entries(1, walk.root))
         for i, (number, _, _) in enumerate(entries):
             walk.prefetcher.on_open(number, i == 0)
-        assert walk.errands.count < 15
+        assert walk.background.count < 15
         asked = [walk.trees.blobs[Digest(digest)] for digest in walk.blobs.asked]
         assert asked == [content[name] for name in sorted(content)][1:]
 

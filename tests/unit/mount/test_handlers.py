@@ -15,7 +15,7 @@ import pyfuse3
 import pytest
 import trio
 from casfs_mount.file_reader import FileReader
-from casfs_mount.handlers import LASTING_S, PASSING_S, DisplayOptions, FileSystem
+from casfs_mount.handlers import CHANGING_TIMEOUT_S, IMMUTABLE_TIMEOUT_S, DisplayOptions, FileSystem
 from casfs_mount.inodes import HARD_LINKS
 from casfs_mount.repository_view import RepositoryView
 from casfs_mount.view import SnapshotView
@@ -83,7 +83,7 @@ def mounted(repo: RepositoryFixture) -> Iterator[MountedView]:
 
 @pytest.fixture
 async def system(mounted: MountedView) -> AsyncIterator[FileSystem]:
-    mounted.sources.waiting.bind()
+    mounted.context.guard.bind()
     yield FileSystem(mounted.view, DisplayOptions())
 
 
@@ -108,9 +108,9 @@ class TestAttributes:
         assert stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o644
         assert (found.st_size, found.st_blocks, found.st_nlink) == (12, 1, 1)
         assert found.st_mtime_ns == found.st_ctime_ns == MTIME_NS
-        assert found.entry_timeout == found.attr_timeout == LASTING_S
+        assert found.entry_timeout == found.attr_timeout == IMMUTABLE_TIMEOUT_S
         same = await system.getattr(found.st_ino, CTX)
-        assert (same.st_size, same.attr_timeout) == (12, LASTING_S)
+        assert (same.st_size, same.attr_timeout) == (12, IMMUTABLE_TIMEOUT_S)
 
     async def test_device_attributes_have_number_and_mode_bits(self, system: FileSystem) -> None:
         found = await system.lookup(1, b"device", CTX)
@@ -140,7 +140,7 @@ class TestAttributes:
 
     async def test_a_missing_name_is_cached_as_missing(self, system: FileSystem) -> None:
         found = await system.lookup(1, b"missing", CTX)
-        assert (found.st_ino, found.entry_timeout) == (0, LASTING_S)
+        assert (found.st_ino, found.entry_timeout) == (0, IMMUTABLE_TIMEOUT_S)
 
     async def test_readlink_returns_the_target(self, system: FileSystem) -> None:
         assert await system.readlink(await number_of(system, "link"), CTX) == b"to/nowhere"
@@ -210,7 +210,7 @@ class TestReaddir:
         names = [b"%05d" % n for n in range(9000)]
         mounted = MountedView(repo, dict.fromkeys(names, b""))
         with mounted.repository:
-            mounted.sources.waiting.bind()
+            mounted.context.guard.bind()
             system = FileSystem(mounted.view, DisplayOptions())
             for room in (1, 100, 5000):
                 found: list[bytes] = []
@@ -277,7 +277,7 @@ class TestRead:
 
         def read(reader: FileReader, offset: int, size: int) -> list[memoryview]:
             if reader._size == 12:
-                system._view._sources.waiting.require_may_block()  # type: ignore[attr-defined]
+                system._view._context.guard.require_may_block()  # type: ignore[attr-defined]
                 assert gate.wait(30)
             return whole(reader, offset, size)
 
@@ -303,7 +303,7 @@ class TestRead:
         opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
 
         def read(reader: FileReader, offset: int, size: int) -> list[memoryview]:
-            system._view._sources.waiting.require_may_block()  # type: ignore[attr-defined]
+            system._view._context.guard.require_may_block()  # type: ignore[attr-defined]
             gate.wait(30)
             return []
 
@@ -429,7 +429,7 @@ class TestErrors:
         repo.damage(ref.digest)
         mounted = MountedView(repo, plan)
         with mounted.repository:
-            mounted.sources.waiting.bind()
+            mounted.context.guard.bind()
             system = FileSystem(mounted.view, DisplayOptions())
             replies.room = 1 << 30
             position = 0
@@ -457,14 +457,14 @@ class TestRepositoryMount:
         repo.store(b"content")
         repo.publish({b"f": b"content"})
         with repo.reading() as repository:
-            sources = sources_of(repository)
-            sources.waiting.bind()
-            system = FileSystem(RepositoryView(sources), DisplayOptions())
+            context = sources_of(repository)
+            context.guard.bind()
+            system = FileSystem(RepositoryView(context), DisplayOptions())
             await system.readdir(1, 0, TOKEN)
             assert replies.names[:2] == [b".", b".."]
             assert replies.names[2:] == [b"hosts", b"ids", b"snapshots", b"tags", b"versions"]
             snapshots = await system.lookup(1, b"snapshots", CTX)
-            assert snapshots.entry_timeout == snapshots.attr_timeout == PASSING_S
+            assert snapshots.entry_timeout == snapshots.attr_timeout == CHANGING_TIMEOUT_S
             number = snapshots.st_ino
             with refused(errno.ENOENT):
                 await system.lookup(number, b"yesterday", CTX)
@@ -475,11 +475,11 @@ class TestRepositoryMount:
             link = (await system.lookup(number, latest, CTX)).st_ino
             assert await system.readlink(link, CTX) == name
             root = await system.lookup(number, name, CTX)
-            assert root.entry_timeout == PASSING_S
+            assert root.entry_timeout == CHANGING_TIMEOUT_S
             root_number = root.st_ino
             inside = await system.lookup(root_number, b"f", CTX)
-            assert inside.entry_timeout == inside.attr_timeout == LASTING_S
-            assert (await system.getattr(root_number, CTX)).attr_timeout == LASTING_S
+            assert inside.entry_timeout == inside.attr_timeout == IMMUTABLE_TIMEOUT_S
+            assert (await system.getattr(root_number, CTX)).attr_timeout == IMMUTABLE_TIMEOUT_S
             opened = await system.open(
                 (await system.lookup(root_number, b"f", CTX)).st_ino, os.O_RDONLY, CTX
             )

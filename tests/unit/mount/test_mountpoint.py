@@ -121,7 +121,7 @@ def test_a_mount_whose_root_the_kernel_remembers_is_asked(
         raise OSError(103, "Software caused connection abort")
 
     monkeypatch.setattr(os, "statvfs", statvfs)
-    monkeypatch.setattr(mountpoint, "_ANSWER_S", 30.0 if answer == "died" else 0.01)
+    monkeypatch.setattr(mountpoint, "_ANSWER_TIMEOUT_S", 30.0 if answer == "died" else 0.01)
     with pytest.raises(CasfsError, match="died" if answer == "died" else "mounted on .* already"):
         check_mountpoint(at, repository)
     end.set()

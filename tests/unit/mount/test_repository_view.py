@@ -44,15 +44,15 @@ class RepositoryViewFixture:
         self.repo = repo
         self.now = 1000.0
         self.repository = repo.reading()
-        self.sources = sources_of(self.repository)
-        self.view = RepositoryView(self.sources, lambda: self.now)
+        self.context = sources_of(self.repository)
+        self.view = RepositoryView(self.context, lambda: self.now)
 
     def change(self, what: Callable[[], object]) -> None:
         self.repository.close()
         what()
         again = self.repo.reading()
         self.repository.store.index = again.store.index
-        self.sources.repository.store.index = again.store.index
+        self.context.repository.store.index = again.store.index
         self.now += FRESH_S + 0.1
 
     def listed(self, *path: bytes) -> dict[bytes, tuple[int, Node]]:
@@ -297,7 +297,7 @@ def test_a_repository_that_went_away_is_an_error_and_not_an_empty_list(
 def test_the_event_loop_thread_never_reads_the_list_of_snapshots(repo: RepositoryFixture) -> None:
     publish(repo, 0)
     mounted = RepositoryViewFixture(repo)
-    mounted.sources.waiting.bind()
+    mounted.context.guard.bind()
     with pytest.raises(WouldBlock):
         mounted.view.node(ROOT)
 

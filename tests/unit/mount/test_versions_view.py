@@ -114,7 +114,7 @@ def test_the_event_loop_thread_does_not_search_for_versions(repo: RepositoryFixt
     number = catalogue.find(b"versions")
     found = catalogue.find(b"versions", b"d")
     assert len(list(catalogue.view.entries(found, 0))) == 2
-    catalogue.sources.waiting.bind()
+    catalogue.context.guard.bind()
     assert len(list(catalogue.view.entries(found, 0))) == 2
     assert catalogue.view.lookup(number, b"d") is not None
     with pytest.raises(WouldBlock):
@@ -124,7 +124,7 @@ def test_the_event_loop_thread_does_not_search_for_versions(repo: RepositoryFixt
 def test_the_versions_view_remembers_a_bounded_number_of_paths(
     repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(casfs_mount.versions_view, "_MOST_NUMBERS", 4)
+    monkeypatch.setattr(casfs_mount.versions_view, "_MAX_NUMBERS", 4)
     catalogue = RepositoryViewFixture(repo)
     old = catalogue.find(b"versions", b"other")
     catalogue.find(b"versions", b"d", b"f", FIRST)

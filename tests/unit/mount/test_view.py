@@ -56,16 +56,16 @@ TREE: Plan = {
 
 
 def sources_of(repository: Repository, deny_changed: bool = False) -> MountContext:
-    waiting = EventLoopGuard()
-    errands = BackgroundPool()
-    blobs = BlobReader(repository.store, waiting)
+    guard = EventLoopGuard()
+    background = BackgroundPool()
+    blobs = BlobReader(repository.store, guard)
     return MountContext(
         repository=repository,
         blobs=blobs,
-        pieces=TreeCache(blobs.read),
-        chunks=ChunkCache(blobs.read, waiting, errands),
-        waiting=waiting,
-        errands=errands,
+        tree_cache=TreeCache(blobs.read),
+        chunk_cache=ChunkCache(blobs.read, guard, background),
+        guard=guard,
+        background=background,
         deny_changed=deny_changed,
     )
 
@@ -76,9 +76,9 @@ class MountedView:
     def __init__(self, repo: RepositoryFixture, plan: Plan, deny_changed: bool = False) -> None:
         self.snapshot_id, self.snapshot = repo.publish(plan)
         self.repository = repo.reading()
-        self.sources = sources_of(self.repository, deny_changed)
+        self.context = sources_of(self.repository, deny_changed)
         root = self.snapshot.root
-        self.view = SnapshotView(self.sources, self.snapshot_id, self.snapshot, root, 1)
+        self.view = SnapshotView(self.context, self.snapshot_id, self.snapshot, root, 1)
 
     def find(self, path: bytes) -> int:
         number = 1
@@ -249,7 +249,7 @@ class TestReportFolder:
         mounted = MountedView(repo, {b"a": {b"b": b""}})
         with mounted.repository:
             number = mounted.find(b".casfs/changed")
-            mounted.sources.pieces.get = None  # type: ignore[assignment,method-assign]
+            mounted.context.tree_cache.get = None  # type: ignore[assignment,method-assign]
             mounted.repository.trees._read = None  # type: ignore[assignment]
             assert b"".join(mounted.view.open(number).read(0, 10)) == b""
 
@@ -327,11 +327,11 @@ class TestReportFolder:
 class TestEventLoopThread:
     def test_the_event_loop_reads_cached_small_trees_at_once(self, mounted: MountedView) -> None:
         mounted.find(b"folder/plain")  # opens the pack, which only a thread that may wait does
-        waiting = mounted.sources.waiting
+        guard = mounted.context.guard
         fresh = sources_of(mounted.repository)
         view = SnapshotView(fresh, mounted.snapshot_id, mounted.snapshot, mounted.snapshot.root, 1)
-        fresh.waiting.bind()
-        assert waiting.may_block()
+        fresh.guard.bind()
+        assert guard.may_block()
         assert next(node.name for _, node, _ in view.entries(1, 0)) == b"folder"
 
     def test_the_event_loop_does_not_wait_for_a_pack_that_is_not_open(
@@ -339,7 +339,7 @@ class TestEventLoopThread:
     ) -> None:
         mounted = MountedView(repo, TREE)
         with mounted.repository:
-            mounted.sources.waiting.bind()
+            mounted.context.guard.bind()
             with pytest.raises(WouldBlock):
                 list(mounted.view.entries(1, 0))
 
