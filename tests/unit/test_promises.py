@@ -1,4 +1,4 @@
-"""The page of promises names tests that exist, and no promise is without one."""
+"""The promises and the threat model name tests that exist, and no promise or attack is without one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 import casfs
 
 PROJECT = Path(casfs.__file__).parent.parent
-PAGE = (PROJECT / "PROMISES.md").read_text("utf-8")
-NAMED = re.findall(r"`(tests/[^`]+)`", PAGE)
+PROMISES = (PROJECT / "docs" / "promises.md").read_text("utf-8")
+THREAT_MODEL = (PROJECT / "docs" / "threat-model.md").read_text("utf-8")
+TEST_NAME = re.compile(r"`(tests/[^`]+)`")
+NAMED = TEST_NAME.findall(PROMISES)
 
 
 def names_in(path: Path) -> set[str]:
@@ -33,7 +35,7 @@ def _is_test(node: ast.stmt) -> TypeGuard[ast.FunctionDef | ast.AsyncFunctionDef
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMED)))
+@pytest.mark.parametrize("name", sorted({*NAMED, *TEST_NAME.findall(THREAT_MODEL)}))
 def test_every_test_that_is_named_exists(name: str) -> None:
     file, _, test = name.partition("::")
     assert (PROJECT / file).is_file()
@@ -41,14 +43,26 @@ def test_every_test_that_is_named_exists(name: str) -> None:
 
 
 def test_every_promise_names_a_test() -> None:
-    promises, _, _ = PAGE.partition("## What these tests do not show")
+    promises, _, _ = PROMISES.partition("## What these tests do not show")
     sentences = re.split(r"^- ", promises, flags=re.MULTILINE)[1:]
     assert len(sentences) > 50
     assert [sentence for sentence in sentences if "`tests/" not in sentence] == []
 
 
+def test_every_attack_in_the_threat_model_names_a_test_or_says_why_there_is_none() -> None:
+    _, _, attacks = THREAT_MODEL.partition("| Attack | Result | Test |\n|---|---|---|\n")
+    table, _, _ = attacks.partition("\n\n")
+    tests = [row.strip("|").split("|")[2].strip() for row in table.splitlines()]
+    assert len(tests) >= 10
+    unproven = [test for test in tests if not TEST_NAME.match(test)]
+    assert [test for test in unproven if not test.startswith("none: ")] == []
+    assert len(unproven) <= 1
+
+
 def test_every_fault_test_that_kills_or_damages_is_on_the_page() -> None:
-    """A matrix that is added and that no promise speaks of would be looked for in vain."""
+    """Require a promise for every file of fault tests, so that a reader finds them from this page."""
     files = {name.partition("::")[0] for name in NAMED}
-    there = {str(path.relative_to(PROJECT)) for path in (PROJECT / "tests/fault").glob("test_*.py")}
-    assert there - files == set()
+    existing = {
+        str(path.relative_to(PROJECT)) for path in (PROJECT / "tests/fault").glob("test_*.py")
+    }
+    assert existing - files == set()
