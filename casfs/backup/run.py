@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casfs import __version__
@@ -40,6 +39,7 @@ from casfs.format.tree import Node, NodeType, replace
 from casfs.monitor import Monitor
 from casfs.paths import normalize_source_path
 from casfs.problems import sources_left_out
+from casfs.repository.place import LocalPlace, Place, RemotePlace
 from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter, WriteStats
 from casfs.trees.writer import TreeWriter
@@ -104,7 +104,7 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
     """
     began = time.monotonic()
     sources = _included_sources(options, monitor)
-    _require_a_source(sources, repository.root)
+    _require_a_source(sources, repository.place)
     draft = _draft_snapshot(options)
     # Refuse a snapshot that could not be published before anything is stored.
     require_encodable(draft, _ROOM_BYTES)
@@ -201,7 +201,19 @@ def _included_sources(options: BackupOptions, monitor: Monitor) -> tuple[bytes, 
     return included
 
 
-def _require_a_source(sources: tuple[bytes, ...], root: Path) -> None:
+def _repository_stat(place: Place) -> os.stat_result | None:
+    """Return the attributes of the repository's folder, None where it is on another machine."""
+    return os.stat(place.root) if isinstance(place, LocalPlace) else None
+
+
+def _is_repository(path: bytes, place: Place) -> bool:
+    """Return whether a path is the folder of the repository."""
+    if isinstance(place, RemotePlace):
+        return False
+    return os.path.exists(path) and os.path.samefile(path, place.root)
+
+
+def _require_a_source(sources: tuple[bytes, ...], place: Place) -> None:
     """Raise NotFoundError where no source exists, RefusedError where only the repository itself does.
 
     The walk reports single missing sources as problems.
@@ -210,10 +222,10 @@ def _require_a_source(sources: tuple[bytes, ...], root: Path) -> None:
         return
     errors = {path: error for path in sources if (error := _lstat_error(path)) is not None}
     found = [path for path in sources if path not in errors]
-    if any(not (os.path.exists(path) and os.path.samefile(path, root)) for path in found):
+    if any(not _is_repository(path, place) for path in found):
         return
     if found:
-        raise RefusedError(f"{root} is the repository itself; nothing was published")
+        raise RefusedError(f"{place} is the repository itself; nothing was published")
     for path, error in errors.items():
         if not isinstance(error, FileNotFoundError):
             raise NotFoundError(
@@ -322,7 +334,7 @@ class _Backup:
             new_tree=new_tree,
             exclusions=self._options.exclusions,
             one_file_system=self._options.one_file_system,
-            repository_stat=os.stat(self._repository.root),
+            repository_stat=_repository_stat(self._repository.place),
             monitor=self._monitor,
         )
         return walker.walk(sources, parent[1].root if parent is not None else None)

@@ -70,7 +70,7 @@ class Walker:
     """Walk sources into trees. Use each instance for one walk.
 
     `entries` builds and counts the nodes, `new_tree` begins the tree of a directory. The walk skips the
-    repository's own folder, `repository_stat`.
+    repository's own folder, `repository_stat`, unless that is None.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Walker:
         new_tree: NewTree,
         exclusions: Exclusions,
         one_file_system: bool,
-        repository_stat: os.stat_result,
+        repository_stat: os.stat_result | None,
         monitor: Monitor,
     ) -> None:
         self._entries = entries
@@ -93,6 +93,9 @@ class Walker:
         self._repository_stat = repository_stat
         self._monitor = monitor
         self._progress = monitor.progress
+
+    def _is_repository(self, st: os.stat_result) -> bool:
+        return self._repository_stat is not None and os.path.samestat(st, self._repository_stat)
 
     def walk(self, root: SourceNode, previous: Node | None) -> Node:
         """Return the root node of the new snapshot; `previous` is the root of the parent snapshot."""
@@ -183,7 +186,7 @@ class Walker:
             if self._is_excluded(frame, name, path, st, is_directory):
                 return None
             if is_directory:
-                if os.path.samestat(st, self._repository_stat):
+                if self._is_repository(st):
                     self._monitor.problem(repository_excluded(path))
                     return None
                 return self._enter_directory(frame, name, path, st, previous, depth)
@@ -307,7 +310,7 @@ class Walker:
                     frame.tree.add(added)
                 return None
             if source.is_source:
-                if os.path.samestat(st, self._repository_stat):
+                if self._is_repository(st):
                     self._monitor.problem(repository_excluded(path))
                     return None
                 child = self._enter_directory(parent, name, path, st, previous, 1)

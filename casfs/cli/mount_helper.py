@@ -41,7 +41,7 @@ _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
 class Invocation:
     """The arguments of mount(8); with `fake` they are checked and nothing is mounted."""
 
-    repository: Path
+    repository: str
     mountpoint: Path
     options: tuple[str, ...]
     fake: bool
@@ -81,7 +81,7 @@ def parse_arguments(arguments: Sequence[str]) -> Invocation:
         raise UsageError("usage: mount.fuse.casfs REPOSITORY MOUNTPOINT [-o OPTIONS]")
     given = [value for name, value in found if name == "-o"]
     return Invocation(
-        Path(names[0]),
+        names[0],
         Path(names[1]),
         tuple(option for text in given for option in split_options(text)),
         any(name == "-f" for name, _ in found),
@@ -155,12 +155,17 @@ def run(arguments: Sequence[str]) -> None:
     """Mount as the arguments say; return when the mount is usable. Raises CasfsError."""
     invocation = parse_arguments(arguments)
     wanted = parse_options(invocation.options)
+    from casfs.repository.place import place_of
+    from casfs.storage.base import StorageOptions
+    from casfs.storage.url import parse_location
+
     serving = server()
+    place = place_of(parse_location(invocation.repository), StorageOptions())
     identities = None
     if not invocation.fake:
-        identities = unlock_repository(invocation.repository, wanted.keys.unlock)
+        identities = unlock_repository(place, wanted.keys.unlock)
     request = serving.MountRequest(
-        repository=invocation.repository,
+        repository=place,
         mountpoint=invocation.mountpoint,
         snapshot=wanted.snapshot,
         allow_other=wanted.allow_other,

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 import click
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from casfs.crypto.identities import Identities
     from casfs.crypto.opening import Unlock
     from casfs.format.config import RepositoryConfig
+    from casfs.repository.place import Place
     from casfs.storage.base import Storage, StorageOptions
 
 _MAX_PASSPHRASE_BYTES = 64 * 1024
@@ -155,15 +155,21 @@ class KeyOptions:
         return found
 
 
-def unlock_repository(root: Path, unlock: Unlock) -> Identities | None:
-    """Return the identities for the repository in a folder, None if it is not encrypted."""
-    from casfs.repository.opening import read_config
-    from casfs.storage.local import LocalStorage
+def unlock_repository(place: Place, unlock: Unlock) -> Identities | None:
+    """Return the identities for a repository, None if it is not encrypted.
 
-    config = read_config(root.absolute())
-    if config.encryption is None:
-        return None
-    return unlock(LocalStorage(root.absolute()), config)
+    This process may fork afterwards: what is needed of a remote place is read in another process.
+    """
+    from casfs.repository.key_objects import fetch_key_objects
+    from casfs.repository.place import LocalPlace
+
+    storage: Storage
+    if isinstance(place, LocalPlace):
+        storage = place.open_storage()
+    else:
+        storage = fetch_key_objects(place)
+    config = place.read_config(storage)
+    return unlock(storage, config) if config.encryption is not None else None
 
 
 def ask_passphrase(what: str) -> str | None:
@@ -245,14 +251,13 @@ class Settings:
                 self.keys.use_named(self._address.named)
         return self._address
 
-    def repository_path(self) -> Path:
-        """Return the folder of the repository; raise UsageError if the user named none."""
-        url = self.repository_address().url
-        if url.startswith("file://"):
-            return Path(unquote(urlsplit(url).path))
-        if self.repository_address().named is not None and "://" in url:
-            raise UsageError(f"a repository in {url} cannot be reached by this version of casfs")
-        return Path(url)
+    def repository(self) -> Place:
+        """Return the place of the repository; raise UsageError if the user named none."""
+        from casfs.repository.place import place_of
+        from casfs.storage.url import parse_location
+
+        address = self.repository_address()
+        return place_of(parse_location(address.url), address.storage_options())
 
     def recipients_file(self) -> Path | None:
         """Return the recipients file that the configuration names for the repository, or None."""

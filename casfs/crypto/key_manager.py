@@ -73,7 +73,7 @@ class KeyManager:
     @classmethod
     def for_writing(
         cls,
-        root: Path,
+        root: Path | str,
         storage: Storage,
         config: RepositoryConfig,
         identities: Identities,
@@ -183,7 +183,7 @@ def with_gpg_identities(storage: Storage, recipients: Sequence[Recipient]) -> li
 
 
 def change_recipients(
-    root: Path, storage: Storage, config: RepositoryConfig, recipients: Sequence[Recipient]
+    root: Path | str, storage: Storage, config: RepositoryConfig, recipients: Sequence[Recipient]
 ) -> None:
     """Replace the list of recipients of new sessions, and trust the new list on this machine.
 
@@ -197,7 +197,9 @@ def change_recipients(
     trust_current_recipients(root, storage, config)
 
 
-def verify_trusted(root: Path, storage: Storage, config: RepositoryConfig) -> WriterState | None:
+def verify_trusted(
+    root: Path | str, storage: Storage, config: RepositoryConfig
+) -> WriterState | None:
     """Return this machine's state of a repository.
 
     Raise TrustError where the repository or its recipients differ from those that the machine trusts.
@@ -244,7 +246,7 @@ def require_recipients(storage: Storage, expected: Sequence[Recipient]) -> None:
 
 
 def trust_current_recipients(
-    root: Path, storage: Storage, config: RepositoryConfig
+    root: Path | str, storage: Storage, config: RepositoryConfig
 ) -> list[Recipient]:
     """Trust the repository's current recipients on this machine; return them."""
     pin(root, config)

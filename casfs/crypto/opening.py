@@ -44,7 +44,7 @@ def create_encryption(
 
 
 def open_key_manager(
-    root: Path,
+    root: Path | str,
     storage: Storage,
     config: RepositoryConfig,
     unlock: Unlock | None,
@@ -77,7 +77,7 @@ def open_key_manager(
     return KeyManager.for_writing(root, storage, config, identities, mode != LockMode.SHARED)
 
 
-def _pin_for_reader(root: Path, config: RepositoryConfig) -> None:
+def _pin_for_reader(root: Path | str, config: RepositoryConfig) -> None:
     """Pin the repository that a reader opens, so that a later process notices another in its place."""
     try:
         pin(root, config)

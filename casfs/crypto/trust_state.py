@@ -82,7 +82,7 @@ def save_state(state: WriterState) -> None:
     _write(_state_path(state.repository), msgspec.json.encode(state))
 
 
-def pin(root: Path, config: RepositoryConfig) -> None:
+def pin(root: Path | str, config: RepositoryConfig) -> None:
     """Record which repository is at a location, if it or the recorded one is encrypted.
 
     Raise StorageError.
@@ -95,7 +95,7 @@ def pin(root: Path, config: RepositoryConfig) -> None:
     _write(_pin_path(root), msgspec.json.encode(place))
 
 
-def verify_pin(root: Path, config: RepositoryConfig) -> None:
+def verify_pin(root: Path | str, config: RepositoryConfig) -> None:
     """Raise TrustError unless the repository at a location is the encrypted one recorded there before."""
     path = _pin_path(root, make=False)
     try:
@@ -119,7 +119,7 @@ def _state_path(repository: str) -> Path:
     return state_folder() / f"{repository[:32]}.json"
 
 
-def _pin_path(root: Path, make: bool = True) -> Path:
+def _pin_path(root: Path | str, make: bool = True) -> Path:
     return state_folder(make) / f"place-{digest_of(os.fsencode(root)).hex()[:32]}.json"
 
 

@@ -41,6 +41,7 @@ from casfs.maintenance.prune_plan import (
     unneeded_packs,
 )
 from casfs.monitor import Monitor
+from casfs.repository.remote_writers import require_no_remote_writers
 from casfs.repository.repository import Repository
 from casfs.repository.used_blobs import UsedBlobs
 from casfs.storage.locks import LockMode, LockRecord
@@ -69,6 +70,7 @@ def remove_unneeded_sessions(repository: Repository) -> int:
     listed = session_ids(storage)
     if any(lock.mode != LockMode.READER for lock in repository.other_locks().values()):
         return 0
+    require_no_remote_writers(storage, "prune")
     needed = {bytes.fromhex(encryption.session)}
     try:
         for pack, _ in repository.store.stored_packs():
@@ -147,6 +149,7 @@ class Pruner:
 
         Raises IntegrityError where a tree or content list of a snapshot is damaged.
         """
+        require_no_remote_writers(self._storage, "prune")
         self._locks = self._repository.other_locks()
         # Read before anything is marked by ordinal: a rebuilt index shows by different ordinals.
         self._records = {record.ordinal: record for record in self._index.packs()}
@@ -385,6 +388,8 @@ class Pruner:
         """Remove packs from the index, then from the storage, then from the notices; return them."""
         if not ordinals:
             return ordinals
+        # Asked after the packs were marked: who writes over a network from now on sees the marks.
+        require_no_remote_writers(self._storage, "prune")
         packs = {ordinal: self._records[ordinal].pack for ordinal in sorted(ordinals)}
         try:
             same = self._index.remove_packs(packs)

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 from casfs.errors import IndexDamagedError, IndexUnusableError, StorageError
 from casfs.format.codec import BlobCodec
+from casfs.format.config import RepositoryConfig
 from casfs.index import fingerprint
 from casfs.index.index import Index
-from casfs.storage.local import LocalStorage
+from casfs.repository.place import Place, RemotePlace
+from casfs.storage.base import Storage
 from casfs.storage.locks import LockMode, list_and_reap_locks
 from casfs.store.blob_store import BlobStore
-from casfs.user_dirs import cached_index_dir, index_dir
+from casfs.user_dirs import cached_index_dir
 
 if TYPE_CHECKING:
     from casfs.store.cipher import PackCiphers
@@ -26,9 +28,9 @@ log = logging.getLogger(__name__)
 
 
 def open_index_readonly(
-    root: Path,
-    repository_id: str,
-    storage: LocalStorage,
+    place: Place,
+    config: RepositoryConfig,
+    storage: Storage,
     codec: BlobCodec,
     takes_notes: bool = False,
     ciphers: PackCiphers | None = None,
@@ -40,11 +42,13 @@ def open_index_readonly(
     With `takes_notes` it can be written
     if possible at all.
     """
-    path = index_dir(root, repository_id, encrypted=ciphers is not None)
+    path = place.index_dir(config)
     try:
         if takes_notes:
-            return open_index(root, path, storage, codec, keep_missing=True, ciphers=ciphers)
-        if not fingerprint.is_intact(path, in_use=_is_in_use(root)):
+            return open_index(
+                place, config, path, storage, codec, keep_missing=True, ciphers=ciphers
+            )
+        if not fingerprint.is_intact(path, in_use=_is_in_use(place.locks_dir(config))):
             raise IndexUnusableError(f"the index {path} is damaged")
         index = Index(path, readonly=True)
     except IndexUnusableError:
@@ -54,21 +58,22 @@ def open_index_readonly(
             return index
         close_index(index)
     try:
-        return open_index(root, path, storage, codec, ciphers=ciphers)
+        return open_index(place, config, path, storage, codec, ciphers=ciphers)
     except IndexUnusableError:
-        if not path.is_relative_to(root):
+        if isinstance(place, RemotePlace) or not path.is_relative_to(place.root):
             raise
     try:
-        own = cached_index_dir(repository_id)
+        own = cached_index_dir(config.id)
     except OSError as error:
         raise StorageError("make an index in the folder", str(error.filename), error) from error
-    return open_index(root, own, storage, codec, ciphers=ciphers)
+    return open_index(place, config, own, storage, codec, ciphers=ciphers)
 
 
 def open_index(
-    root: Path,
+    place: Place,
+    config: RepositoryConfig,
     path: Path,
-    storage: LocalStorage,
+    storage: Storage,
     codec: BlobCodec,
     own_lock: str | None = None,
     on_step: Callable[[str], None] | None = None,
@@ -84,7 +89,7 @@ def open_index(
     """
 
     def is_alone() -> bool:
-        return not _is_in_use(root, own_lock)
+        return not _is_in_use(place.locks_dir(config), own_lock)
 
     for is_last in (False, True):
         try:
@@ -128,16 +133,16 @@ def close_index(index: Index) -> None:
         fingerprint.write_fingerprint(index.path)
 
 
-def _is_in_use(root: Path, own_lock: str | None = None) -> bool:
+def _is_in_use(locks_dir: Path, own_lock: str | None = None) -> bool:
     """Tell whether another process may be changing the index now."""
     try:
-        live = list_and_reap_locks(root / "locks")
+        live = list_and_reap_locks(locks_dir)
     except OSError:
         return False
     return any(name != own_lock and record.mode != LockMode.READER for name, record in live.items())
 
 
-def _knows_all_packs(index: Index, storage: LocalStorage, codec: BlobCodec) -> bool:
+def _knows_all_packs(index: Index, storage: Storage, codec: BlobCodec) -> bool:
     if not index.is_current() or index.partial_packs():
         return False
     indexed = {record.pack for record in index.packs()}

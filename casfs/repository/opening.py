@@ -7,40 +7,44 @@ fork. A process opens a repository only once at a time.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from casfs.crypto.opening import create_encryption, make_ciphers, make_codec, open_key_manager
 from casfs.crypto.trust_state import pin
 from casfs.errors import ExistsError, NotFoundError, StorageError
-from casfs.format.config import (
-    CONFIG_NAME,
-    MAX_CONFIG_BYTES,
-    RepositoryConfig,
-    decode_config,
-    encode_config,
-    new_config,
-)
+from casfs.format.config import CONFIG_NAME, RepositoryConfig, encode_config, new_config
 from casfs.index.fingerprint import clear
 from casfs.index.index import Index
 from casfs.repository.index_opening import close_index, open_index, open_index_readonly
+from casfs.repository.place import LocalPlace, Place, RemotePlace, as_place, local_root, read_config
+from casfs.repository.remote_writers import mark_remote_writers
 from casfs.repository.repository import Repository
+from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage, allocate_reserve, release_reserve
 from casfs.storage.locks import LockMode, RepositoryLock, remove_stale_temporaries
-from casfs.user_dirs import index_dir
+from casfs.storage.probe import probe_storage
 
 if TYPE_CHECKING:
     # A repository without encryption does not load what encrypts.
     from casfs.crypto.opening import Unlock
     from casfs.crypto.recipients import Recipient
 
+log = logging.getLogger(__name__)
+
 DEFAULT_LEVEL = 3
 """zstd's own default: some 250 MB/s a core, close to what the stronger levels reach on real trees."""
 
 _FOLDERS = ("packs", "snapshots", "condemned", "locks", "tmp")
+PROBED_NAME = "probed.json"
+"""What a remote place was found to do when the repository was made there."""
+
 _README = (
     "This folder is a casfs repository: backups of files, kept as digest-named packs.\n"
     "Change nothing in it by hand. `index` can be rebuilt; everything else is needed.\n"
@@ -68,15 +72,24 @@ _DEFAULTS = OpenOptions()
 
 
 def create_repository(
-    root: Path, recipients: Sequence[Recipient] = (), passphrase: str | None = None
+    place: Path | Place, recipients: Sequence[Recipient] = (), passphrase: str | None = None
 ) -> RepositoryConfig:
-    """Create a repository in an empty or new folder and return its configuration.
+    """Create a repository in an empty or new place and return its configuration.
 
     With recipients or a passphrase it is encrypted. Raises ExistsError where something is already,
-    StorageError where the disk refuses.
+    StorageError where the place refuses.
     """
+    place = as_place(place)
+    if isinstance(place, RemotePlace):
+        return _create_remote(place, recipients, passphrase)
+    return _create_local(place.root, recipients, passphrase)
+
+
+def _create_local(
+    root: Path, recipients: Sequence[Recipient], passphrase: str | None
+) -> RepositoryConfig:
     if (root / CONFIG_NAME).exists():
-        raise ExistsError(f"there is a repository in {root} already; nothing was changed")
+        raise _exists(LocalPlace(root))
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         if any(root.iterdir()):
@@ -92,17 +105,65 @@ def create_repository(
     storage = LocalStorage(root)
     if recipients or passphrase is not None:
         config = create_encryption(storage, config, recipients, passphrase)
-    index = Index(index_dir(root, config.id, encrypted=config.encryption is not None))
+    index = Index(LocalPlace(root).index_dir(config))
     index.rebuild(tuple)
     close_index(index)
     allocate_reserve(root)
     storage.write(CONFIG_NAME, encode_config(config))
-    pin(root.absolute(), config)
+    pin(root, config)
     return config
 
 
+def _create_remote(
+    place: RemotePlace, recipients: Sequence[Recipient], passphrase: str | None
+) -> RepositoryConfig:
+    storage = place.open_storage()
+    try:
+        _require_empty(storage, place)
+        probed = probe_storage(storage)
+        if probed.is_clock_off:
+            log.warning(
+                "this machine's clock and that of %s differ by %.0f s; set it right (timedatectl)",
+                place,
+                abs(probed.clock_offset_s),
+            )
+        storage.create(PROBED_NAME, msgspec.json.encode(probed) + b"\n")
+        storage.create("README", _README.encode())
+        mark_remote_writers(storage)
+        config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        if recipients or passphrase is not None:
+            config = create_encryption(storage, config, recipients, passphrase)
+        data = encode_config(config)
+        storage.create(CONFIG_NAME, data)
+        # Another machine may have made one at the same time, with as many bytes.
+        if storage.read(CONFIG_NAME, 0, len(data) + 1) != data:
+            raise _exists(place)
+    finally:
+        storage.close()
+    pin(str(place), config)
+    return config
+
+
+def _require_empty(storage: Storage, place: RemotePlace) -> None:
+    try:
+        storage.size(CONFIG_NAME)
+    except NotFoundError:
+        pass
+    else:
+        raise _exists(place)
+    for prefix in ("packs", "snapshots"):
+        if next(iter(storage.list(prefix)), None) is not None:
+            raise ExistsError(
+                f"{place} has objects of a repository without its configuration; name an empty place"
+            )
+
+
+def _exists(place: Place) -> ExistsError:
+    return ExistsError(f"there is a repository in {place} already; nothing was changed")
+
+
 def open_for_reading(
-    root: Path,
+    place: Path | Place,
     options: OpenOptions = _DEFAULTS,
     *,
     reader: str | None = None,
@@ -115,32 +176,39 @@ def open_for_reading(
     there. Raises NotFoundError, FormatError, IntegrityError (configuration), StorageError, KeyMissingError
     and IndexUnusableError.
     """
-    root = root.absolute()
-    config = read_config(root)
-    storage = LocalStorage(root)
-    keys = open_key_manager(root, storage, config, options.unlock, None, options.allow_locked)
-    lock = _reader_lock(root, reader, config) if reader is not None else None
+    place = as_place(place)
+    storage = place.open_storage()
+    lock: RepositoryLock | None = None
     try:
+        config = place.read_config(storage)
+        keys = open_key_manager(
+            str(place), storage, config, options.unlock, None, options.allow_locked
+        )
+        if reader is not None:
+            lock = _reader_lock(place, reader, config)
         ciphers = make_ciphers(storage, keys)
         codec = make_codec(options.level, keys)
-        index = open_index_readonly(root, config.id, storage, codec, may_write_index, ciphers)
+        index = open_index_readonly(place, config, storage, codec, may_write_index, ciphers)
     except BaseException:
+        storage.close()
         if lock is not None:
             lock.release()
         raise
-    return Repository(root, config, storage, index, options.level, lock, keys)
+    return Repository(place, config, storage, index, options.level, lock, keys)
 
 
-def open_for_writing(root: Path, command: str, options: OpenOptions = _DEFAULTS) -> Repository:
+def open_for_writing(
+    place: Path | Place, command: str, options: OpenOptions = _DEFAULTS
+) -> Repository:
     """Open a repository for a command that adds to it, beside others that do.
 
     Raises what `open_for_reading` raises, and LockedError while exclusive maintenance is at work.
     """
-    return _open_locked(root, command, LockMode.SHARED, options)
+    return _open_locked(as_place(place), command, LockMode.SHARED, options)
 
 
 def open_for_maintenance(
-    root: Path,
+    place: Path | Place,
     command: str,
     options: OpenOptions = _DEFAULTS,
     mode: LockMode = LockMode.MAINTENANCE,
@@ -150,27 +218,37 @@ def open_for_maintenance(
     `mode` decides what goes beside it: with `MAINTENANCE` backups and readers, with `EXCLUSIVE` only
     readers, with `SHARED` all but exclusive maintenance. The reserved disk space is released, so that a full
     disk can be freed, except for an EXCLUSIVE rebuild. Raises what `open_for_reading` raises, and
-    LockedError.
+    LockedError, and RefusedError for what is not safe in a remote place.
     """
-    if mode != LockMode.EXCLUSIVE:
-        read_config(root.absolute())
-        release_reserve(root.absolute())
-    return _open_locked(root, command, mode, options)
+    place = as_place(place)
+    if mode != LockMode.SHARED:
+        local_root(place, command)
+    if isinstance(place, LocalPlace) and mode != LockMode.EXCLUSIVE:
+        read_config(place)
+        release_reserve(place.root)
+    return _open_locked(place, command, mode, options)
 
 
-def _open_locked(root: Path, command: str, mode: LockMode, options: OpenOptions) -> Repository:
-    root = root.absolute()
-    config = read_config(root)
-    lock = RepositoryLock.acquire(root / "locks", command, mode, _lock_host(config))
+def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOptions) -> Repository:
+    storage = place.open_storage(options.sync, options.on_step)
+    lock: RepositoryLock | None = None
     try:
-        remove_stale_temporaries(root)
-        storage = LocalStorage(root, writer=lock.name, sync=options.sync, on_step=options.on_step)
-        keys = open_key_manager(root, storage, config, options.unlock, mode, options.allow_locked)
-        path = index_dir(root, config.id, encrypted=keys is not None)
+        config = place.read_config(storage)
+        lock = RepositoryLock.acquire(place.locks_dir(config), command, mode, _lock_host(config))
+        if isinstance(place, LocalPlace) and isinstance(storage, LocalStorage):
+            remove_stale_temporaries(place.root)
+            storage.writer = lock.name
+        else:
+            mark_remote_writers(storage)
+        keys = open_key_manager(
+            str(place), storage, config, options.unlock, mode, options.allow_locked
+        )
+        path = place.index_dir(config)
         if mode == LockMode.EXCLUSIVE:
             clear(path)
         index = open_index(
-            root,
+            place,
+            config,
             path,
             storage,
             make_codec(options.level, keys),
@@ -179,12 +257,13 @@ def _open_locked(root: Path, command: str, mode: LockMode, options: OpenOptions)
             options.sync,
             ciphers=make_ciphers(storage, keys),
         )
-        return Repository(root, config, storage, index, options.level, lock, keys)
-    except OSError as error:
-        lock.release()
-        raise StorageError("open", str(root), error) from error
-    except BaseException:
-        lock.release()
+        return Repository(place, config, storage, index, options.level, lock, keys)
+    except BaseException as error:
+        storage.close()
+        if lock is not None:
+            lock.release()
+        if isinstance(error, OSError):
+            raise StorageError("open", str(place), error) from error
         raise
 
 
@@ -193,24 +272,9 @@ def _lock_host(config: RepositoryConfig) -> str | None:
     return None if config.encryption is None else "a machine"
 
 
-def _reader_lock(root: Path, reader: str, config: RepositoryConfig) -> RepositoryLock | None:
+def _reader_lock(place: Place, reader: str, config: RepositoryConfig) -> RepositoryLock | None:
     try:
-        return RepositoryLock.acquire(root / "locks", reader, LockMode.READER, _lock_host(config))
+        locks = place.locks_dir(config)
+        return RepositoryLock.acquire(locks, reader, LockMode.READER, _lock_host(config))
     except StorageError:
         return None  # a read-only medium, or a user who may only read
-
-
-def read_config(root: Path) -> RepositoryConfig:
-    """Return the configuration of the repository in a folder.
-
-    Raises NotFoundError, FormatError, IntegrityError and StorageError.
-    """
-    path = root / CONFIG_NAME
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_CONFIG_BYTES)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFoundError(f"there is no repository in {root}; casfs init makes one") from error
-    except OSError as error:
-        raise StorageError("read", str(path), error) from error
-    return decode_config(data, str(root))

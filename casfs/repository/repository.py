@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,8 +22,10 @@ from casfs.format.tree import Node
 from casfs.index.index import Index
 from casfs.index.schema import PackRecord
 from casfs.repository.index_opening import close_index
+from casfs.repository.place import LocalPlace, Place
 from casfs.repository.snapshots import SnapshotStore
-from casfs.storage.local import LocalStorage, allocate_reserve
+from casfs.storage.base import Storage
+from casfs.storage.local import allocate_reserve
 from casfs.storage.locks import (
     LockMode,
     LockRecord,
@@ -51,15 +52,15 @@ class Repository:
 
     def __init__(
         self,
-        root: Path,
+        place: Place,
         config: RepositoryConfig,
-        storage: LocalStorage,
+        storage: Storage,
         index: Index,
         level: int,
         lock: RepositoryLock | None,
         vault: KeyManager | None = None,
     ) -> None:
-        self.root = root
+        self.place = place
         self.config = config
         self.vault = vault
         self.codec = make_codec(level, vault)
@@ -78,12 +79,11 @@ class Repository:
         verified = self._verified_packs()
         close_index(self.store.index)
         self._remember_verified(verified)
-        if isinstance(storage, LocalStorage):
-            storage.close()
+        storage.close()
         if self._lock is not None:
             self._lock.release()
-            if self._lock.mode != LockMode.READER:
-                allocate_reserve(self.root)
+            if self._lock.mode != LockMode.READER and isinstance(self.place, LocalPlace):
+                allocate_reserve(self.place.root)
 
     def _verified_packs(self) -> list[PackRecord]:
         """Return the packs all of whose blobs and whose directory were verified."""
@@ -154,8 +154,9 @@ class Repository:
     def other_locks(self) -> dict[str, LockRecord]:
         """Return the locks that other living processes hold, by name."""
         own = self._lock.name if self._lock is not None else None
+        locks_dir = self.place.locks_dir(self.config)
         try:
-            live = list_and_reap_locks(self.root / "locks")
+            live = list_and_reap_locks(locks_dir)
         except OSError as error:
-            raise StorageError("read the locks in", str(self.root / "locks"), error) from error
+            raise StorageError("read the locks in", str(locks_dir), error) from error
         return {name: record for name, record in live.items() if name != own}

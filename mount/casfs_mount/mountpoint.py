@@ -89,8 +89,11 @@ def check_fuse(allow_other: bool) -> None:
         )
 
 
-def check_mountpoint(path: Path, repository: Path) -> Path:
-    """Return the real path of a directory that can be mounted on; raise CasfsError otherwise."""
+def check_mountpoint(path: Path, repository: Path | None) -> Path:
+    """Return the real path of a directory that can be mounted on; raise CasfsError otherwise.
+
+    `repository` is the folder of a local repository.
+    """
     real = real_path(path)
     name = escape_path(os.fsencode(path))
     record = mounted_at(real)
@@ -115,6 +118,8 @@ def check_mountpoint(path: Path, repository: Path) -> Path:
         raise CasfsError(
             f"{what} is mounted on {name} already; unmount it, or choose another directory"
         )
+    if repository is None:
+        return real
     home = real_path(repository)
     if real == home or home in real.parents:
         raise CasfsError(

@@ -25,6 +25,7 @@ from casfs.display import escape_path
 from casfs.errors import CasfsError, KeyMissingError, UsageError
 from casfs.format.tree import NodeType
 from casfs.repository.opening import OpenOptions, open_for_reading
+from casfs.repository.place import LocalPlace, Place
 from casfs.repository.repository import Repository
 from casfs_mount.background import BackgroundPool
 from casfs_mount.blob_reader import BlobReader
@@ -63,7 +64,7 @@ _END_TIMEOUT_S = 5.0
 class MountRequest:
     """What to mount and where: `snapshot` is SNAP or SNAP:PATH, or None for the whole repository."""
 
-    repository: Path
+    repository: Place
     mountpoint: Path
     snapshot: str | None = None
     allow_other: bool = False
@@ -99,14 +100,18 @@ def mount_here(request: MountRequest, on_ready: Callable[[Path], None]) -> None:
 def _check(request: MountRequest) -> MountRequest:
     """Check FUSE and the mountpoint before anything is opened; return the request with absolute paths."""
     check_fuse(request.allow_other)
-    mountpoint = check_mountpoint(request.mountpoint, request.repository)
+    mountpoint = check_mountpoint(request.mountpoint, _folder(request.repository))
     log_file = request.log_file
     return replace(
         request,
-        repository=Path(os.path.abspath(request.repository)),
         mountpoint=mountpoint,
         log_file=Path(os.path.abspath(log_file)) if log_file is not None else None,
     )
+
+
+def _folder(place: Place) -> Path | None:
+    """Return the folder of a local repository."""
+    return place.root if isinstance(place, LocalPlace) else None
 
 
 def _serve_in_background(request: MountRequest, background: Background) -> None:
@@ -205,7 +210,7 @@ def _options(request: MountRequest) -> set[str]:
 
 def _source(request: MountRequest) -> str:
     """Return the device name for the table of mounts: the repository's path, if its characters allow."""
-    path = os.fspath(request.repository)
+    path = str(request.repository)
     plain = path.isascii() and path.isprintable() and not set(path) & set(",\\")
     return path if plain else "casfs"
 

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from casfs.crypto.recipients import Recipient, RecipientKind, read_recipients, write_recipients
 from casfs.format.config import encode_config
-from casfs.repository.opening import read_config
+from casfs.repository.place import read_config
 from casfs.storage.local import LocalStorage
 from casfs.store.pending_removal import RemovalNotice, publish_notice
 from tests.support.encryption import OTHER, OTHER_PUBLIC

@@ -249,7 +249,7 @@ def _with_other_name(data: bytes, place: int, name: bytes) -> bytes:
 def _forge_snapshot(
     repository: Repository, name: str, old: bytes, new: Digest, edits: list[Edit]
 ) -> None:
-    path = repository.root / "snapshots" / name
+    path = Path(str(repository.place)) / "snapshots" / name
     data = path.read_bytes()
     magic, version, codec, zero, plain_bytes = HEADER.unpack(data[: HEADER.size])
     payload = data[HEADER.size :]

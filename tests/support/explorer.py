@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from casfs.digest import digest_of
-from casfs.repository.opening import read_config
+from casfs.repository.place import read_config
 from casfs.storage.locks import LockMode, RepositoryLock
 from tests.support.encryption import PUBLIC, SECRET
 from tests.support.observation import FLAGGED, LOST, Files, look_at_source

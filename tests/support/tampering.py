@@ -14,7 +14,7 @@ from typing import Any
 
 from casfs.digest import digest_of
 from casfs.format.pack import BLOB_HEADER, SESSION_HEADER, TRAILER
-from casfs.repository.opening import read_config
+from casfs.repository.place import read_config
 from tests.support.encryption import PUBLIC, SECRET
 from tests.support.observation import Files, look_at_source
 from tests.support.process_runner import KIB, Stage

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from casfs.crypto.identities import Identities
     from casfs.crypto.opening import Unlock
     from casfs.format.config import RepositoryConfig
+    from casfs.repository.place import Place
     from casfs.storage.base import Storage
 
 _MAX_LIST_BYTES = 64 * 1024 * 1024
@@ -234,7 +235,7 @@ def backup(
         stdin_name=_stdin_name(stdin_name) if stdin else None,
     )
     monitor = CommandMonitor(settings.output(), "backup", _source_names(sources))
-    root = settings.repository_path()
+    root = settings.repository()
     unlock: Unlock = settings.keys.unlock_given
     recipients_file = recipients_file or settings.recipients_file()
     if recipients_file is not None:
@@ -314,19 +315,19 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
     )
 
 
-def _require_recipients(root: Path, file: Path, unlock: Unlock) -> Unlock:
+def _require_recipients(place: Place, file: Path, unlock: Unlock) -> Unlock:
     """Return a function that unlocks a repository only if its recipients are those in a file."""
     from casfs.cli.commands.key import recipients_in
     from casfs.crypto.key_manager import require_recipients, trust_current_recipients
-    from casfs.repository.opening import read_config
+    from casfs.repository.place import read_config
 
     expected = recipients_in(file)
-    if read_config(root).encryption is None:
-        raise TrustError(f"the repository in {root} is not encrypted; nothing was stored")
+    if read_config(place).encryption is None:
+        raise TrustError(f"the repository in {place} is not encrypted; nothing was stored")
 
     def check_and_unlock(storage: Storage, config: RepositoryConfig) -> Identities:
         require_recipients(storage, expected)
-        trust_current_recipients(root.absolute(), storage, config)
+        trust_current_recipients(str(place), storage, config)
         return unlock(storage, config)
 
     return check_and_unlock

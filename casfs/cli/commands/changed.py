@@ -35,9 +35,7 @@ def changed(settings: Settings, snap: str) -> None:
 
     output = settings.output()
     count = 0
-    with open_for_reading(
-        settings.repository_path(), OpenOptions(unlock=settings.unlock)
-    ) as repository:
+    with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(snap)
         fields = NodeFields(snapshot).fields
         for below, file in flagged_files(repository.trees, node, path):

@@ -80,7 +80,7 @@ def check(
         raise UsageError("--older-than and --max-duration need --read-data")
     output = settings.output()
     monitor = CommandMonitor(output, "check")
-    root = settings.repository_path()
+    root = settings.repository()
     with (
         open_for_reading(
             root, OpenOptions(unlock=settings.unlock), reader="check", may_write_index=True
@@ -138,15 +138,15 @@ def _print_result(output: Output, found: list[Finding]) -> None:
 
 def _check_storage(settings: Settings) -> int:
     from casfs.maintenance.storage_check import check_storage
-    from casfs.repository.opening import read_config
-    from casfs.storage.local import LocalStorage
 
-    root = settings.repository_path()
-    config = read_config(root)
+    place = settings.repository()
+    storage = place.open_storage()
+    config = place.read_config(storage)
     output = settings.output()
     monitor = CommandMonitor(output, "check")
     with monitor:
-        result = check_storage(LocalStorage(root), config, monitor)
+        result = check_storage(storage, config, monitor)
+    storage.close()
     _print_result(output, result.damage)
     found = len(result.damage)
     output.line(f"read {result.objects} objects, {format_size(result.read_bytes)}")

@@ -50,9 +50,7 @@ def diff(settings: Settings, before: str, after: str) -> int:
     output = settings.output()
     monitor = CommandMonitor(output, "diff")
     summary = _Summary()
-    with open_for_reading(
-        settings.repository_path(), OpenOptions(unlock=settings.unlock)
-    ) as repository:
+    with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         old_id, old, old_path, old_node = repository.snapshots.resolve_path(before)
         new_id, new, new_path, new_node = repository.snapshots.resolve_path(after)
         ancestors = ancestor_dirs(old.paths, old_path) | ancestor_dirs(new.paths, new_path)

@@ -38,7 +38,7 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
     monitor = CommandMonitor(output, "dump")
     with (
         open_for_reading(
-            settings.repository_path(), OpenOptions(unlock=settings.unlock), reader="dump"
+            settings.repository(), OpenOptions(unlock=settings.unlock), reader="dump"
         ) as repository,
         ExitStack() as stack,
     ):

@@ -69,9 +69,7 @@ def find(
     query = Query(pattern, ignore_case, kinds, only_flagged)
     output = settings.output()
     monitor = CommandMonitor(output, "find")
-    with open_for_reading(
-        settings.repository_path(), OpenOptions(unlock=settings.unlock)
-    ) as repository:
+    with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         finder = Finder(repository.trees, query, monitor)
         for snapshot_id, snapshot, top, root in _searched(repository, snaps):
             fields = NodeFields(snapshot).fields

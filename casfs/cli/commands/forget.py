@@ -115,6 +115,7 @@ def forget(
     from casfs.maintenance.prune_plan import PruneOptions
     from casfs.maintenance.retention import Policy
     from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
+    from casfs.repository.remote_writers import require_no_remote_writers
     from casfs.repository.snapshot_filter import SnapshotFilter
     from casfs.storage.locks import LockMode
 
@@ -131,7 +132,7 @@ def forget(
     choice = SnapshotFilter(hosts, tags, tuple(path_argument(path) for path in paths))
     _check_options(snaps, policy, not choice.is_empty())
     grouping = _grouping(group_by)
-    root, output = settings.repository_path(), settings.output()
+    root, output = settings.repository(), settings.output()
     options = OpenOptions(unlock=settings.unlock, sync=settings.sync)
     # A dry run changes nothing, so a user who may only read can do one.
     opened = (
@@ -140,6 +141,8 @@ def forget(
         else open_for_maintenance(root, "forget", options, LockMode.SHARED)
     )
     with opened as repository:
+        if then_prune and not dry_run:
+            require_no_remote_writers(repository.store.storage, "forget --prune")
         if snaps:
             forgotten = select_by_name(repository, snaps, allow_all)
             kept = len(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -37,7 +38,7 @@ def init(
         raise UsageError("the argument and --repo name different repositories; give one of them")
     if path is not None:
         settings.repo = path
-    root = settings.repository_path()
+    place, name = settings.repository(), settings.repository_address().url
     named = settings.repository_address().named
     expected = settings.recipients_file()
     if not (recipients or recipients_files) and expected is not None:
@@ -52,9 +53,9 @@ def init(
             "the configuration names an identity-file for this repository, but no recipient: give "
             "--recipient, --passphrase, or recipients-file in the configuration"
         )
-    config = create_repository(root, wanted, new)
+    config = create_repository(place, wanted, new)
     output = settings.output()
-    output.line(f"created repository {config.id[:12]} in {escape_path(bytes(root))}")
+    output.line(f"created repository {config.id[:12]} in {escape_path(os.fsencode(name))}")
     if config.encryption is None:
         output.line("it is not encrypted: every user who can read the folder can read the backups")
     else:
@@ -67,7 +68,7 @@ def init(
     output.emit(
         "repository",
         id=config.id,
-        path=str(root),
+        path=name,
         format=FORMAT_VERSION,
         encrypted=config.encryption is not None,
     )

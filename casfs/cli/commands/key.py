@@ -15,6 +15,8 @@ from casfs.errors import StorageError, UsageError
 if TYPE_CHECKING:
     from casfs.crypto.recipients import Recipient
     from casfs.format.config import RepositoryConfig
+    from casfs.repository.place import Place
+    from casfs.storage.base import Storage
     from casfs.storage.local import LocalStorage
 
 
@@ -76,10 +78,11 @@ def list_keys(settings: Settings) -> None:
     """List the recipients: the owner of one of these keys can decrypt the repository."""
     from casfs.crypto.recipients import read_recipients
 
-    _, storage, _ = _encrypted(settings)
+    with _open_encrypted(settings) as storage:
+        recipients = read_recipients(storage)
     output = settings.output()
     rows = []
-    for recipient in read_recipients(storage):
+    for recipient in recipients:
         rows.append((str(recipient.kind), recipient.value))
         output.emit("recipient", kind=str(recipient.kind), value=recipient.value)
     output.table(("kind", "recipient"), (), rows)
@@ -176,7 +179,8 @@ def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
     from casfs.cli.settings import ask_passphrase
     from casfs.crypto.identities import change_passphrase
 
-    _encrypted(settings)
+    with _open_encrypted(settings):
+        pass  # asks for nothing where there is no passphrase
     source = settings.keys.with_environment().passphrase
     old = source.read() if source.is_given() else ask_passphrase("the repository, the old one")
     if old is None:
@@ -202,32 +206,36 @@ def accept(settings: Settings) -> None:
     """
     from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.key_manager import trust_current_recipients as accept_keys
-    from casfs.repository.opening import read_config
-    from casfs.storage.local import LocalStorage
 
-    root = settings.repository_path().absolute()
-    config = read_config(root)
-    storage = LocalStorage(root)
-    recipients = accept_keys(root, storage, config)
+    place = settings.repository()
+    storage = place.open_storage()
+    config = place.read_config(storage)
+    recipients = accept_keys(str(place), storage, config)
     if config.encryption is not None:
         identities = settings.keys.unlock_given(storage, config)
         if identities:
-            KeyManager.for_writing(root, storage, config, identities)
+            KeyManager.for_writing(str(place), storage, config, identities)
+    storage.close()
     _print_recipients(settings, "accepted", recipients)
 
 
-def _encrypted(settings: Settings) -> tuple[Path, LocalStorage, RepositoryConfig]:
-    """Return the repository that the user named; raise UsageError if it is not encrypted."""
-    from casfs.repository.opening import read_config
-    from casfs.storage.local import LocalStorage
+@contextmanager
+def _open_encrypted(settings: Settings) -> Iterator[Storage]:
+    """Yield the storage of the repository; raise UsageError if it is not encrypted."""
+    place = settings.repository()
+    storage = place.open_storage()
+    try:
+        _require_encryption(place, place.read_config(storage))
+        yield storage
+    finally:
+        storage.close()
 
-    root = settings.repository_path().absolute()
-    config = read_config(root)
+
+def _require_encryption(place: Place, config: RepositoryConfig) -> None:
     if config.encryption is None:
         raise UsageError(
-            f"the repository in {root} is not encrypted; only casfs init can make one that is"
+            f"the repository in {place} is not encrypted; only casfs init can make one that is"
         )
-    return root, LocalStorage(root), config
 
 
 @contextmanager
@@ -235,10 +243,14 @@ def _open_for_maintenance(
     settings: Settings, verb: str
 ) -> Iterator[tuple[Path, LocalStorage, RepositoryConfig]]:
     """Lock the repository against other changes of its keys and yield it; raise LockedError."""
+    from casfs.repository.place import local_root, read_config
     from casfs.storage.local import LocalStorage
     from casfs.storage.locks import LockMode, RepositoryLock
 
-    root, _, config = _encrypted(settings)
+    place = settings.repository()
+    root = local_root(place, verb)
+    config = read_config(place)
+    _require_encryption(place, config)
     with RepositoryLock.acquire(root / "locks", verb, LockMode.MAINTENANCE, "a machine") as lock:
         storage = LocalStorage(root, writer=lock.name, sync=settings.sync)
         try:

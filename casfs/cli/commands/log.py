@@ -46,9 +46,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
         damaged += 1
         output.warn(f"snapshot {short_id(snapshot_id)} cannot be searched: {error}")
 
-    with open_for_reading(
-        settings.repository_path(), OpenOptions(unlock=settings.unlock)
-    ) as repository:
+    with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         _, named = repository.snapshots.resolve(name)
         found = [
             (snapshot_id, snapshot)

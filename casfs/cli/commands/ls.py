@@ -34,9 +34,7 @@ def ls(settings: Settings, snap: str, recursive: bool) -> int:
 
     output = settings.output()
     monitor = CommandMonitor(output, "ls")
-    with open_for_reading(
-        settings.repository_path(), OpenOptions(unlock=settings.unlock)
-    ) as repository:
+    with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         _, snapshot, path, node = repository.snapshots.resolve_path(snap)
         fields = NodeFields(snapshot).fields
         line = NodeLines(snapshot, node).line

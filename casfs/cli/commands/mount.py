@@ -65,8 +65,9 @@ def mount(
     if len(names) > 2:
         raise click.UsageError("give at most one snapshot and one mountpoint")
     serving = server()
+    place = settings.repository()
     request = serving.MountRequest(
-        repository=settings.repository_path(),
+        repository=place,
         mountpoint=Path(names[-1]),
         snapshot=names[0] if len(names) == 2 else None,
         allow_other=allow_other,
@@ -75,7 +76,7 @@ def mount(
         deny_changed=deny_changed,
         kernel_cache=not no_kernel_cache,
         log_file=log_file,
-        identities=unlock_repository(settings.repository_path(), settings.unlock),
+        identities=unlock_repository(place, settings.unlock),
     )
 
     def report(mountpoint: Path) -> None:

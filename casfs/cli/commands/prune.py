@@ -54,7 +54,7 @@ def run_prune(settings: Settings, options: PruneOptions) -> None:
     from casfs.maintenance.prune import Pruner
     from casfs.repository.opening import OpenOptions, open_for_maintenance
 
-    root, output = settings.repository_path(), settings.output()
+    root, output = settings.repository(), settings.output()
     monitor = CommandMonitor(output, "prune")
     with (
         open_for_maintenance(

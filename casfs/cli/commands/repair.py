@@ -29,7 +29,7 @@ def index(settings: Settings) -> None:
 
     output = settings.output()
     monitor = CommandMonitor(output, "repair index")
-    root = settings.repository_path()
+    root = settings.repository()
     with (
         open_for_maintenance(
             root,
@@ -71,7 +71,7 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
 
     output = settings.output()
     monitor = CommandMonitor(output, "repair snapshots")
-    root = settings.repository_path()
+    root = settings.repository()
     with (
         open_for_maintenance(
             root, "repair snapshots", OpenOptions(unlock=settings.unlock, sync=settings.sync)

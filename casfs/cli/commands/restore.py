@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,9 @@ from casfs.digest import short_id
 from casfs.display import format_size
 from casfs.errors import RefusedError, UsageError
 from casfs.patterns import Pattern
+
+if TYPE_CHECKING:
+    from casfs.repository.place import Place
 
 
 @click.command()
@@ -89,9 +93,9 @@ def restore(
         dry_run=dry_run,
     )
     output = settings.output()
-    _refuse_repository(settings.repository_path(), Path(target), delete)
+    _refuse_repository(settings.repository(), Path(target), delete)
     with open_for_reading(
-        settings.repository_path(), OpenOptions(unlock=settings.unlock), reader="restore"
+        settings.repository(), OpenOptions(unlock=settings.unlock), reader="restore"
     ) as repository:
         snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(snap)
         # The root has metadata of its own only if `.` or `/` was the source.
@@ -144,8 +148,13 @@ def restore(
     return EXIT_FAILED if result.failed else 0
 
 
-def _refuse_repository(root: Path, target: Path, delete: bool) -> None:
+def _refuse_repository(place: Place, target: Path, delete: bool) -> None:
     """Raise RefusedError if the restore would write or delete the repository's own files."""
+    from casfs.repository.place import RemotePlace
+
+    if isinstance(place, RemotePlace):
+        return
+    root = place.root
     resolved_root, resolved_target = root.resolve(), target.resolve()
     if resolved_target.is_relative_to(resolved_root):
         raise RefusedError(f"{target} is inside the repository {root}; name another folder")

@@ -68,7 +68,7 @@ def snapshots(
 
     choice = SnapshotFilter(hosts, tags, tuple(path_argument(path) for path in paths))
     output = settings.output()
-    root = settings.repository_path()
+    root = settings.repository()
     with open_for_reading(
         root, OpenOptions(unlock=settings.unlock, allow_locked=True)
     ) as repository:

@@ -31,9 +31,7 @@ def stats(settings: Settings, snap: str | None, storage_only: bool) -> None:
         _print_packs(settings)
         return
     output = settings.output()
-    with open_for_reading(
-        settings.repository_path(), OpenOptions(unlock=settings.unlock)
-    ) as repository:
+    with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         if snap is not None:
             seen = snapshot_stats(repository, snap)
             output.line(f"entries:    {seen.entries}")
@@ -76,7 +74,7 @@ def _print_packs(settings: Settings) -> None:
     from casfs.repository.opening import OpenOptions, open_for_reading
 
     with open_for_reading(
-        settings.repository_path(),
+        settings.repository(),
         OpenOptions(unlock=settings.keys.unlock_given, allow_locked=True),
     ) as repository:
         seen = pack_stats(repository)

@@ -46,7 +46,7 @@ def tag(
     # Not TAGS: a snapshot of an early version may have an empty tag, or one with a comma in it.
     unwanted = {tag for text in removed for tag in (text, *text.split(","))}
     with open_for_writing(
-        settings.repository_path(), "tag", OpenOptions(unlock=settings.unlock, sync=settings.sync)
+        settings.repository(), "tag", OpenOptions(unlock=settings.unlock, sync=settings.sync)
     ) as repository:
         old_id, old = repository.snapshots.resolve(snap)
         tags = wanted if replaced else set(old.tags) - unwanted | wanted

@@ -35,9 +35,7 @@ def test_an_option_list_is_split_at_unprotected_commas(text: str, expected: list
 
 def test_the_arguments_of_mount_are_parsed() -> None:
     given = ["/repo", "/mnt", "-sn", "-v", "-o", "rw,noexec", "-t", "fuse.casfs", "-N", "/ns"]
-    assert parse_arguments(given) == Invocation(
-        Path("/repo"), Path("/mnt"), ("rw", "noexec"), fake=False
-    )
+    assert parse_arguments(given) == Invocation("/repo", Path("/mnt"), ("rw", "noexec"), fake=False)
     assert parse_arguments(["-f", "/repo", "/mnt"]).fake
 
 

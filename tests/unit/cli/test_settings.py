@@ -12,6 +12,7 @@ from casfs.cli.settings import KeyOptions, PassphraseSource, Settings
 from casfs.config.repositories import NamedRepository
 from casfs.config.values import AbsolutePath, Command, RepositoryUrl
 from casfs.errors import ConfigError, UsageError
+from casfs.repository.place import LocalPlace, RemotePlace
 from casfs.storage.base import StorageOptions
 
 CONFIG = """\
@@ -46,7 +47,7 @@ def settings(config: str, repo: str | None = None) -> Settings:
 
 def test_a_name_stands_for_its_path_and_its_keys(config: str) -> None:
     found = settings(config, "nas")
-    assert found.repository_path() == Path("/srv/casfs")
+    assert found.repository() == LocalPlace(Path("/srv/casfs"))
     assert found.keys.passphrase.file == "/etc/casfs/passphrase"
     assert found.recipients_file() == Path("/etc/casfs/recipients")
 
@@ -55,19 +56,19 @@ def test_a_name_in_the_environment_is_address_too(
     config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CASFS_REPOSITORY", "nas")
-    assert settings(config).repository_path() == Path("/srv/casfs")
+    assert settings(config).repository() == LocalPlace(Path("/srv/casfs"))
 
 
 @pytest.mark.parametrize("name", ["/srv/other", "./nas", "nas/", "other"])
 def test_a_path_stays_a_path(config: str, name: str) -> None:
     found = settings(config, name)
-    assert found.repository_path() == Path(name)
+    assert found.repository() == LocalPlace(Path(name).absolute())
     assert not found.keys.passphrase.is_given()
     assert found.recipients_file() is None
 
 
 def test_a_file_url_is_a_path(config: str) -> None:
-    assert settings(config, "plain").repository_path() == Path("/srv/my backups")
+    assert settings(config, "plain").repository() == LocalPlace(Path("/srv/my backups"))
 
 
 def test_an_address_says_how_its_place_is_reached(config: str) -> None:
@@ -81,10 +82,23 @@ def test_an_address_says_how_its_place_is_reached(config: str) -> None:
     )
 
 
+def test_a_remote_place_is_opened_with_the_options_of_the_configuration(config: str) -> None:
+    place = settings(config, "cloud").repository()
+    assert isinstance(place, RemotePlace)
+    assert str(place) == "s3://bucket/prefix"
+    assert place.options.endpoint == "https://s3.example.org"
+
+
+def test_a_url_that_the_configuration_does_not_name_is_a_place(config: str) -> None:
+    place = settings(config, "sftp://me@host/srv/r").repository()
+    assert isinstance(place, RemotePlace)
+    assert place.options.endpoint is None
+
+
 def test_no_repository_is_a_usage_error(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CASFS_REPOSITORY", raising=False)
     with pytest.raises(UsageError, match="no repository was named"):
-        settings(config).repository_path()
+        settings(config).repository()
 
 
 def named(**keys: AbsolutePath | Command) -> NamedRepository:

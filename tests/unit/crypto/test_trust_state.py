@@ -25,7 +25,8 @@ from casfs.crypto.trust_state import (
 from casfs.errors import StorageError, TrustError
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain
-from casfs.repository.opening import OpenOptions, create_repository, open_for_writing, read_config
+from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from casfs.repository.place import read_config
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import (
     OTHER,

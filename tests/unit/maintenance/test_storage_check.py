@@ -9,7 +9,8 @@ import pytest
 from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.maintenance.storage_check import FOLDERS, StorageCheck, check_storage
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import create_repository, read_config
+from casfs.repository.opening import create_repository
+from casfs.repository.place import read_config
 from casfs.storage.local import LocalStorage
 from tests.support.builders import RepositoryFixture
 from tests.support.encryption import RECIPIENT, EncryptedRepositoryFixture

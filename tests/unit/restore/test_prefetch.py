@@ -127,7 +127,7 @@ def test_damage_reaches_the_reader_of_the_damaged_blob_only(
     with repo.reading() as repository:
         location = repository.store.locate(digest_of(bad))
         pack = repository.store.index.pack_id(location.pack).hex()
-        flip(repository.root / "packs" / pack[:2] / pack, location.offset + 100)
+        flip(repo.root / "packs" / pack[:2] / pack, location.offset + 100)
     with repo.reading() as repository:
         root = root_of(repository)
         with Prefetcher(repository, b"", root) as ahead:
@@ -148,7 +148,7 @@ def test_an_unreadable_tree_ends_prefetching_and_the_rest_is_read_directly(
         assert folder.tree is not None
         location = repository.store.locate(Digest(folder.tree.digest))
         pack = repository.store.index.pack_id(location.pack).hex()
-        flip(repository.root / "packs" / pack[:2] / pack, location.offset + 5)
+        flip(repo.root / "packs" / pack[:2] / pack, location.offset + 5)
         own_reads.clear()
         with Prefetcher(repository, b"", root) as ahead, pytest.raises(BlobError):
             go(ahead, root)

@@ -1,0 +1,42 @@
+"""A mark that a repository is written to over a network, where no lock of a folder is seen.
+
+The pruning of a local repository knows by locks who is writing. A host that writes over a network holds no
+such lock, so it leaves a mark, and prune refuses a repository that has one. A writer makes the mark
+before it reads which packs are marked for removal; a prune looks for the mark after it has marked packs
+and before it removes any: so one of the two sees the other.
+"""
+
+from __future__ import annotations
+
+from casfs.errors import NotFoundError, RefusedError
+from casfs.storage.base import Storage
+
+MARK = "remote-writers"
+
+_TEXT = (
+    b"Hosts write to this repository over a network, where they hold no locks.\n"
+    b"While this file is here, casfs does not prune the repository.\n"
+)
+
+
+def mark_remote_writers(storage: Storage) -> None:
+    """Leave the mark in a repository, durably, unless it is there; raise StorageError."""
+    try:
+        if storage.size(MARK) > 0:
+            return
+    except NotFoundError:
+        pass
+    storage.create(MARK, _TEXT)
+
+
+def require_no_remote_writers(storage: Storage, command: str) -> None:
+    """Raise RefusedError for a repository that is, or may be, written to over a network."""
+    if storage.capabilities.holds_locks:
+        try:
+            storage.size(MARK)
+        except NotFoundError:
+            return
+    raise RefusedError(
+        f"{command} is refused: {storage.url} is written to over a network, and this version of casfs cannot "
+        "yet remove data safely beside such backups; nothing was changed"
+    )
