@@ -30,7 +30,7 @@ from tests.support.builders import (
     reference,
 )
 
-Told = list[tuple[str, str, tuple[str, ...]]]
+Changes = list[tuple[str, str, tuple[str, ...]]]
 
 
 def changes(trees: TreeFixture, before: Node, after: Node, **how: Any) -> list[Change]:
@@ -40,14 +40,14 @@ def changes(trees: TreeFixture, before: Node, after: Node, **how: Any) -> list[C
     return reported
 
 
-def reported(trees: TreeFixture, before: Node, after: Node, **how: Any) -> Told:
+def reported(trees: TreeFixture, before: Node, after: Node, **how: Any) -> Changes:
     return [
         (change.kind.value, change.path.decode(), change.fields)
         for change in changes(trees, before, after, **how)
     ]
 
 
-def changes_of_one(before: Node, after: Node) -> Told:
+def changes_of_one(before: Node, after: Node) -> Changes:
     """Compare two entries of one name in directories that are otherwise the same."""
     trees = TreeFixture()
     return reported(trees, trees.build({b"it": before}), trees.build({b"it": after}))
