@@ -29,13 +29,13 @@ MAX_PATTERN_BYTES = 16 * 1024
 """Of one pattern; a path that Linux takes in one piece has at most 4,096."""
 
 MAX_FILE_BYTES = 16 * 1024 * 1024
-"""Of a file of patterns."""
+"""Limit of a file of patterns."""
 
 _MAX_SHOWN_BYTES = 200
 
 _SLASH = ord("/")
 _ALL_BYTES = frozenset(range(1, 256)) - {_SLASH}
-"""What a wildcard or a bracket expression can match: every byte that a name can hold."""
+"""The bytes that a name can contain, and so the bytes that a wildcard or bracket expression can match."""
 
 
 def _bytes_of(characters: str) -> frozenset[int]:
@@ -96,7 +96,7 @@ class Pattern:
     negated: bool = False
     only_directories: bool = False
     by_name: bool = True
-    """Whether it is matched against the last name of a path, at any depth, or against the whole path."""
+    """True where the pattern is matched against the last component of a path, false for the whole path."""
     literal: bytes | None = None
     """The only name or path that it matches, where it has no wildcard."""
     expression: bytes = b""
@@ -186,7 +186,7 @@ def read_patterns(path: Path) -> list[Pattern]:
 
 @dataclass(frozen=True, slots=True)
 class _Alternatives:
-    """What matches some of several patterns: names, paths, and one expression for all others of each."""
+    """The alternatives of several patterns: literal names, literal paths, and an expression for the others."""
 
     names: frozenset[bytes]
     paths: frozenset[bytes]

@@ -359,7 +359,7 @@ class _Backup:
 
 def _open_file_cache(repository: Repository, options: BackupOptions) -> FileCache | None:
     """Return the files cache of a write-only host, which replaces the parent; None on other hosts."""
-    domain = repository.vault.domain if repository.vault is not None else None
+    domain = repository.key_manager.domain if repository.key_manager is not None else None
     if domain is None or not repository.is_locked or not options.use_parent:
         return None
     from casfs.backup.file_cache import FileCache

@@ -72,8 +72,8 @@ class Checker:
         self.result.damage.append(damage)
 
     def _check_sessions(self) -> None:
-        if self._repository.vault is not None:
-            for error in self._repository.vault.keyring.damaged():
+        if self._repository.key_manager is not None:
+            for error in self._repository.key_manager.keyring.damaged():
                 self._report(Finding("session", str(error)))
 
     def _check_snapshots(self) -> None:

@@ -52,7 +52,7 @@ class PackUsage:
 
 @dataclass(frozen=True, slots=True)
 class PrunePlan:
-    """What a prune will do, with packs by their ordinals in the index.
+    """The decisions of a prune, with packs by their ordinals in the index.
 
     `unneeded` packs hold no needed blob. `repacked` packs go after their needed blobs were copied. A pack
     that a running backup may have written is in neither set but in `in_flight`, with the name of that

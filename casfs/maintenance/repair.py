@@ -72,7 +72,11 @@ class SwappedSnapshots:
                 # Every byte string matches its own digest. Only a digest that names a damaged snapshot
                 # shows that these bytes belong there.
                 if correct_id in damaged:
-                    keyring = repository.vault.keyring if repository.vault is not None else None
+                    keyring = (
+                        repository.key_manager.keyring
+                        if repository.key_manager is not None
+                        else None
+                    )
                     decode_snapshot(correct_id, data, repository.codec, keyring)
                     self.files[correct_id] = data
                     if current_id is not None:

@@ -58,19 +58,19 @@ class Repository:
         index: Index,
         level: int,
         lock: RepositoryLock | None,
-        vault: KeyManager | None = None,
+        key_manager: KeyManager | None = None,
     ) -> None:
         self.place = place
         self.config = config
-        self.vault = vault
-        self.codec = make_codec(level, vault)
-        self.store = BlobStore(storage, index, self.codec, make_ciphers(storage, vault))
+        self.key_manager = key_manager
+        self.codec = make_codec(level, key_manager)
+        self.store = BlobStore(storage, index, self.codec, make_ciphers(storage, key_manager))
         self.trees = TreeReader(self.store.read)
         self._lock = lock
         is_writer = lock is not None and lock.mode != LockMode.READER
         self.loss_epoch = index.loss_epoch() if is_writer else 0
         self.snapshots = SnapshotStore(
-            storage, self.codec, index, self.trees, vault, self.loss_epoch
+            storage, self.codec, index, self.trees, key_manager, self.loss_epoch
         )
 
     def close(self) -> None:
@@ -122,20 +122,20 @@ class Repository:
     @property
     def is_locked(self) -> bool:
         """Tell whether the repository is encrypted and nothing was given that opens it."""
-        return self.vault is not None and not self.vault.can_read
+        return self.key_manager is not None and not self.key_manager.can_read
 
     def chunker(self) -> Chunker:
         """Return a chunker with the repository's parameters, for one thread."""
         config = self.config.chunker
-        if self.vault is not None and self.vault.domain is not None:
-            config = msgspec.structs.replace(config, seed=self.vault.domain.chunker_seed)
+        if self.key_manager is not None and self.key_manager.domain is not None:
+            config = msgspec.structs.replace(config, seed=self.key_manager.domain.chunker_seed)
         return Chunker(config)
 
     @property
     def tree_seed(self) -> int:
         """The start value of the CRC-32 that splits big directories."""
-        if self.vault is not None and self.vault.domain is not None:
-            return self.vault.domain.tree_seed
+        if self.key_manager is not None and self.key_manager.domain is not None:
+            return self.key_manager.domain.tree_seed
         return self.config.tree_seed
 
     def writer(self, dry_run: bool = False, spool_in_memory: bool = False) -> BlobWriter:
@@ -144,7 +144,7 @@ class Repository:
             self.store,
             dry_run=dry_run,
             spool_in_memory=spool_in_memory,
-            session=self.vault.session if self.vault is not None else None,
+            session=self.key_manager.session if self.key_manager is not None else None,
         )
 
     def content(self, node: Node) -> ContentReader:

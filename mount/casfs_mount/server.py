@@ -187,7 +187,7 @@ def open_view(context: MountContext, snapshot: str | None) -> View:
 def _require_readable(repository: Repository) -> None:
     """Raise KeyMissingError if the repository has snapshots and the identities open none of them."""
     missing: KeyMissingError | None = None
-    for snapshot_id in repository.snapshots.ids() if repository.vault is not None else ():
+    for snapshot_id in repository.snapshots.ids() if repository.key_manager is not None else ():
         try:
             repository.snapshots.load(snapshot_id)
         except KeyMissingError as error:

@@ -141,7 +141,7 @@ class BackupFixture:
             payload = bytes(store.storage.read(name, place.offset, place.stored_bytes))
             assert len(payload) == place.stored_bytes
             codec, whole = place.codec, blake3()
-            if self.repository.vault is not None:
+            if self.repository.key_manager is not None:
                 codec, payload, key = self._decrypted(name, place, payload)
                 whole = blake3(key=key)
             plain = zstandard.decompress(payload) if codec else payload
@@ -152,9 +152,9 @@ class BackupFixture:
 
     def _decrypted(self, name: str, place: Location, stored: bytes) -> tuple[int, bytes, bytes]:
         """Return codec, payload and key of the digest, by the words of the document."""
-        assert self.repository.vault is not None
+        assert self.repository.key_manager is not None
         head = self.repository.store.storage.read(name, 0, 80)
-        session = self.repository.vault.keyring.session(SessionId(head[16:48]))
+        session = self.repository.key_manager.keyring.session(SessionId(head[16:48]))
         key = blake3(
             session.secret + head[48:80], derive_key_context="casfs 2026-11-23 pack key"
         ).digest()

@@ -397,7 +397,7 @@ def small_packs() -> None:
     def writer(
         self: Repository, dry_run: bool = False, spool_in_memory: bool = False
     ) -> BlobWriter:
-        session = self.vault.session if self.vault is not None else None
+        session = self.key_manager.session if self.key_manager is not None else None
         return BlobWriter(self.store, dry_run, spool_in_memory, PACK_BYTES, session)
 
     setattr(Repository, "writer", writer)  # noqa: B010 - mypy refuses to assign to a method

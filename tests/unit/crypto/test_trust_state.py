@@ -275,11 +275,11 @@ class TestTrustOfWriter:
     ) -> None:
         config = repo.config
         storage = LocalStorage(repo.root, writer="test", sync=False)
-        vault = KeyManager.for_writing(repo.root, storage, config, Identities())
+        key_manager = KeyManager.for_writing(repo.root, storage, config, Identities())
         sessions = repo.root / "sessions"
         assert len(list(sessions.iterdir())) == 1
-        session = vault.session()
-        assert vault.session() is session
+        session = key_manager.session()
+        assert key_manager.session() is session
         assert len(list(sessions.iterdir())) == 2
         reader = KeyManager.for_reading(storage, config, identities())
         assert reader.keyring.session(session.id) == session
