@@ -186,7 +186,7 @@ def read_patterns(path: Path) -> list[Pattern]:
 
 @dataclass(frozen=True, slots=True)
 class _Alternatives:
-    """The alternatives of several patterns: literal names, literal paths, and an expression for the others."""
+    """The alternatives of several patterns: literal names, literal paths, and one expression each."""
 
     names: frozenset[bytes]
     paths: frozenset[bytes]
