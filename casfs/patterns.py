@@ -186,7 +186,7 @@ def read_patterns(path: Path) -> list[Pattern]:
 
 @dataclass(frozen=True, slots=True)
 class _Alternatives:
-    """The alternatives of several patterns: literal names, literal paths, and one expression each."""
+    """The alternatives of several patterns: names, paths, and an expression each for those with wildcards."""
 
     names: frozenset[bytes]
     paths: frozenset[bytes]
