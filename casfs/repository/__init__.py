@@ -1,1 +1,1 @@
-"""A repository: configuration, blobs and snapshots, opened for reading or for writing."""
+"""A repository: creating and opening it, its snapshots, and the blobs that they need."""

@@ -1,6 +1,6 @@
-"""Opening the index of a repository: in its place, sound, and in agreement with the packs.
+"""Opening a repository's index: located, intact, and reconciled with the packs.
 
-Damage to an index costs nobody more than the time to build it anew.
+A damaged index costs only the time to rebuild it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,11 @@ def open_index_readonly(
     takes_notes: bool = False,
     ciphers: PackCiphers | None = None,
 ) -> Index:
-    """Return an index that knows every pack in the storage.
+    """Return an index that contains every pack in the storage.
 
-    Where the repository's own is missing, damaged or behind it is brought up to date, and where it
-    cannot be written, this user's own in the cache directory is, as always where it is encrypted.
-    With `takes_notes` it can be written
-    if possible at all.
+    If the repository's own index is missing, damaged or outdated, it is brought up to date. If it cannot be
+    written, this user's own index in the cache directory is used instead, as always in an encrypted
+    repository. With `takes_notes` the returned index can be written where possible.
     """
     path = place.index_dir(config)
     try:
@@ -54,7 +53,7 @@ def open_index_readonly(
     except IndexUnusableError:
         pass
     else:
-        if _knows_all_packs(index, storage, codec):
+        if _has_all_packs(index, storage, codec):
             return index
         close_index(index)
     try:
@@ -65,7 +64,7 @@ def open_index_readonly(
     try:
         own = cached_index_dir(config.id)
     except OSError as error:
-        raise StorageError("make an index in the folder", str(error.filename), error) from error
+        raise StorageError("create an index in the folder", str(error.filename), error) from error
     return open_index(place, config, own, storage, codec, ciphers=ciphers)
 
 
@@ -81,11 +80,10 @@ def open_index(
     keep_missing: bool = False,
     ciphers: PackCiphers | None = None,
 ) -> Index:
-    """Return the index in the folder `path`, repaired where needed; `own_lock` is the caller's.
+    """Return the index in the folder `path`, repaired if needed; `own_lock` is the caller's lock.
 
-    For `keep_missing` see `BlobStore.reconcile`.
-
-    Raises IndexUnusableError, also where the folder cannot be written.
+    For `keep_missing` see `BlobStore.reconcile`. Raise IndexUnusableError, also where the folder cannot be
+    written.
     """
 
     def is_alone() -> bool:
@@ -94,7 +92,7 @@ def open_index(
     for is_last in (False, True):
         try:
             if not fingerprint.is_intact(path, in_use=not is_alone()):
-                log.warning("the index %s is damaged; it is built anew from the packs", path)
+                log.warning("the index %s is damaged; rebuilding it from the packs", path)
                 fingerprint.discard(path)
         except OSError as error:
             raise IndexUnusableError(
@@ -116,15 +114,15 @@ def open_index(
 
 
 def replace_with_empty(store: BlobStore) -> None:
-    """Put an empty index in the place of one that LMDB cannot change; the caller has it alone."""
-    log.warning("the index %s is damaged; it is built anew from the packs", store.index.path)
+    """Replace an index that LMDB cannot change by an empty one; the caller must be its only user."""
+    log.warning("the index %s is damaged; rebuilding it from the packs", store.index.path)
     store.index.close()
     fingerprint.discard(store.index.path)
     store.use_index(Index(store.index.path))
 
 
 def close_index(index: Index) -> None:
-    """Close an index, and seal it if it was changed, or have it be built anew if it is damaged."""
+    """Close an index; write its fingerprint if it was changed, or mark it damaged if it is."""
     changed, damaged = index.changed, index.environment.is_damaged and not index.readonly
     index.close()
     if damaged:
@@ -134,7 +132,7 @@ def close_index(index: Index) -> None:
 
 
 def _is_in_use(locks_dir: Path, own_lock: str | None = None) -> bool:
-    """Tell whether another process may be changing the index now."""
+    """Return whether another process may be changing the index now."""
     try:
         live = list_and_reap_locks(locks_dir)
     except OSError:
@@ -142,7 +140,7 @@ def _is_in_use(locks_dir: Path, own_lock: str | None = None) -> bool:
     return any(name != own_lock and record.mode != LockMode.READER for name, record in live.items())
 
 
-def _knows_all_packs(index: Index, storage: Storage, codec: BlobCodec) -> bool:
+def _has_all_packs(index: Index, storage: Storage, codec: BlobCodec) -> bool:
     if not index.is_current() or index.partial_packs():
         return False
     indexed = {record.pack for record in index.packs()}

@@ -1,8 +1,8 @@
 """Create a repository, and open one for reading, for writing or for maintenance.
 
 Reading takes no lock and never blocks a backup. Writing and maintenance hold a lock for as long as the
-repository is open. An open repository belongs to the process that opened it and is never used across a
-fork. A process opens a repository only once at a time.
+repository is open. An open repository belongs to the process that opened it and is never used across a fork.
+A process opens a repository only once at a time.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from casfs.storage.locks import LockMode, RepositoryLock, remove_stale_temporari
 from casfs.storage.probe import probe_storage
 
 if TYPE_CHECKING:
-    # A repository without encryption does not load what encrypts.
+    # An unencrypted repository does not need these imports.
     from casfs.crypto.opening import Unlock
     from casfs.crypto.recipients import Recipient
 
 log = logging.getLogger(__name__)
 
 DEFAULT_LEVEL = 3
-"""zstd's own default: some 250 MB/s a core, close to what the stronger levels reach on real trees."""
+"""zstd's default: about 250 MB/s a core, with a ratio close to that of higher levels on real trees."""
 
 _FOLDERS = ("packs", "snapshots", "condemned", "locks", "tmp")
 PROBED_NAME = "probed.json"
@@ -53,12 +53,12 @@ _README = (
 
 @dataclass(frozen=True, slots=True)
 class OpenOptions:
-    """How to open a repository, whatever for.
+    """Options for all ways of opening a repository.
 
-    `unlock` returns the identities that open an encrypted repository. Without any, opening fails unless
-    `allow_locked`: a write-only host backs up, and anybody may list the snapshots. `level` is zstd's, for
-    what is written. `sync=False` is for tests of everything but durability; `on_step` is called with the
-    name of every durable step before and after it.
+    `unlock` returns the identities that decrypt an encrypted repository. Without any identity, opening fails
+    unless `allow_locked` is set: a write-only host can back up, and any user can list the snapshots. `level`
+    is the zstd level for new data. `sync=False` is for tests of everything but durability. `on_step` is
+    called with the name of every durable step before and after it.
     """
 
     unlock: Unlock | None = None
@@ -76,8 +76,8 @@ def create_repository(
 ) -> RepositoryConfig:
     """Create a repository in an empty or new place and return its configuration.
 
-    With recipients or a passphrase it is encrypted. Raises ExistsError where something is already,
-    StorageError where the place refuses.
+    With recipients or a passphrase it is encrypted. Raise ExistsError where the place is not empty,
+    StorageError where a write fails.
     """
     place = as_place(place)
     if isinstance(place, RemotePlace):
@@ -93,12 +93,12 @@ def _create_local(
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         if any(root.iterdir()):
-            raise ExistsError(f"{root} is not empty; name a new or empty folder")
+            raise ExistsError(f"{root} is not empty; give a new or empty folder")
         for folder in _FOLDERS:
             (root / folder).mkdir(mode=0o700)
         (root / "README").write_text(_README)
     except (NotADirectoryError, FileExistsError) as error:
-        raise ExistsError(f"{root} is not a folder, and no repository can be made there") from error
+        raise ExistsError(f"{root} is not a folder; give a new or empty folder") from error
     except OSError as error:
         raise StorageError("make a repository in", str(root), error) from error
     config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
@@ -169,12 +169,12 @@ def open_for_reading(
     reader: str | None = None,
     may_write_index: bool = False,
 ) -> Repository:
-    """Open a repository without a lock.
+    """Open a repository for reading, without a lock that blocks others.
 
-    `reader` names the command: while it is open, a prune keeps what it may still read, if it may write into
-    the repository's `locks`. With `may_write_index` it can mark in the index what it found, if it may write
-    there. Raises NotFoundError, FormatError, IntegrityError (configuration), StorageError, KeyMissingError
-    and IndexUnusableError.
+    `reader` is the command's name: while the repository is open, a prune keeps the packs that the command may
+    still read, provided that the command may write to the repository's `locks`. With `may_write_index` the
+    command can mark its findings in the index, provided that it may write there. Raise NotFoundError,
+    FormatError, IntegrityError (configuration), StorageError, KeyMissingError and IndexUnusableError.
     """
     place = as_place(place)
     storage = place.open_storage()
@@ -200,9 +200,9 @@ def open_for_reading(
 def open_for_writing(
     place: Path | Place, command: str, options: OpenOptions = _DEFAULTS
 ) -> Repository:
-    """Open a repository for a command that adds to it, beside others that do.
+    """Open a repository for a command that adds to it; other such commands may run concurrently.
 
-    Raises what `open_for_reading` raises, and LockedError while exclusive maintenance is at work.
+    Raise the errors of `open_for_reading`, and LockedError while exclusive maintenance runs.
     """
     return _open_locked(as_place(place), command, LockMode.SHARED, options)
 
@@ -215,10 +215,10 @@ def open_for_maintenance(
 ) -> Repository:
     """Open a repository for a command that removes from it or repairs it.
 
-    `mode` decides what goes beside it: with `MAINTENANCE` backups and readers, with `EXCLUSIVE` only
-    readers, with `SHARED` all but exclusive maintenance. The reserved disk space is released, so that a full
-    disk can be freed, except for an EXCLUSIVE rebuild. Raises what `open_for_reading` raises, and
-    LockedError, and RefusedError for what is not safe in a remote place.
+    `mode` decides which commands may run concurrently: with `MAINTENANCE` backups and readers, with
+    `EXCLUSIVE` only readers, with `SHARED` all commands except exclusive maintenance. Except for an EXCLUSIVE
+    rebuild the reserved disk space is released, so that the command works on a full disk. Raise the errors of
+    `open_for_reading`, LockedError, and RefusedError for a command that is not safe in a remote place.
     """
     place = as_place(place)
     if mode != LockMode.SHARED:
@@ -268,7 +268,7 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
 
 
 def _lock_host(config: RepositoryConfig) -> str | None:
-    """Return the machine's name for a lock; an encrypted repository does not reveal it."""
+    """Return the host name for a lock; in an encrypted repository a placeholder that reveals nothing."""
     return None if config.encryption is None else "a machine"
 
 

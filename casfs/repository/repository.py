@@ -1,4 +1,7 @@
-"""An open repository: what all commands take. `casfs.repository.opening` makes it."""
+"""An open repository, as passed to every command. `casfs.repository.opening` creates it.
+
+A repository belongs to the process that opened it. Threads may read blobs concurrently (`BlobStore`).
+"""
 
 from __future__ import annotations
 
@@ -38,16 +41,17 @@ from casfs.trees.content import ContentReader
 from casfs.trees.reader import TreeReader
 
 if TYPE_CHECKING:
-    # What an unencrypted repository does without is not loaded for it.
+    # An unencrypted repository does not need this import.
     from casfs.crypto.key_manager import KeyManager
 
 log = logging.getLogger(__name__)
 
 
 class Repository:
-    """An open repository; `close` it, or use it in a `with` block.
+    """An open repository. `close` it, or use it in a `with` block.
 
-    `loss_epoch` counts how often the index had lost entries when the repository was opened for writing.
+    `loss_epoch` is the index's count of losses of entries when the repository was opened for writing, 0 for a
+    reader.
     """
 
     def __init__(
@@ -74,11 +78,11 @@ class Repository:
         )
 
     def close(self) -> None:
-        """Close the index, remember which packs were read as a whole, and give the lock back."""
+        """Close the index, record which packs were read completely, and release the lock."""
         storage = self.store.storage
         verified = self._verified_packs()
         close_index(self.store.index)
-        self._remember_verified(verified)
+        self._record_verified(verified)
         storage.close()
         if self._lock is not None:
             self._lock.release()
@@ -86,7 +90,7 @@ class Repository:
                 allocate_reserve(self.place.root)
 
     def _verified_packs(self) -> list[PackRecord]:
-        """Return the packs all of whose blobs and whose directory were verified."""
+        """Return the packs whose directory and blobs were all verified."""
         if self.store.coverage.is_empty():
             return []
         try:
@@ -97,21 +101,21 @@ class Repository:
             return []
         return found
 
-    def _remember_verified(self, packs: list[PackRecord]) -> None:
+    def _record_verified(self, packs: list[PackRecord]) -> None:
         if not packs:
             return
         try:
             index = Index(self.store.index.path)
             try:
-                # It may be another index by now, with other ordinals. And a pack with bytes that its
-                # name does not stand for may have sound blobs: it stays one that a prune replaces.
-                there = {one.ordinal: one.pack for one in index.packs() if not one.is_damaged}
-                same = [one.ordinal for one in packs if there.get(one.ordinal) == one.pack]
+                # The index may have been rebuilt meanwhile, with other ordinals. A damaged pack may still
+                # have intact blobs: it keeps its mark, so that a prune replaces it.
+                current = {one.ordinal: one.pack for one in index.packs() if not one.is_damaged}
+                same = [one.ordinal for one in packs if current.get(one.ordinal) == one.pack]
                 index.mark_verified(same, int(time.time()))
             finally:
                 close_index(index)
         except IndexUnusableError as error:
-            log.info("that packs were verified cannot be remembered: %s", error)
+            log.info("cannot record the verified packs: %s", error)
 
     def __enter__(self) -> Repository:
         return self
@@ -121,11 +125,11 @@ class Repository:
 
     @property
     def is_locked(self) -> bool:
-        """Tell whether the repository is encrypted and nothing was given that opens it."""
+        """Whether the repository is encrypted and no identity was given."""
         return self.key_manager is not None and not self.key_manager.can_read
 
     def chunker(self) -> Chunker:
-        """Return a chunker with the repository's parameters, for one thread."""
+        """Return a chunker with the repository's parameters, for use by one thread."""
         config = self.config.chunker
         if self.key_manager is not None and self.key_manager.domain is not None:
             config = msgspec.structs.replace(config, seed=self.key_manager.domain.chunker_seed)
@@ -133,13 +137,13 @@ class Repository:
 
     @property
     def tree_seed(self) -> int:
-        """The start value of the CRC-32 that splits big directories."""
+        """The start value of the CRC-32 that splits large directories."""
         if self.key_manager is not None and self.key_manager.domain is not None:
             return self.key_manager.domain.tree_seed
         return self.config.tree_seed
 
     def writer(self, dry_run: bool = False, spool_in_memory: bool = False) -> BlobWriter:
-        """Return a writer of blobs; the repository is open for writing."""
+        """Return a writer of blobs; the repository must be open for writing."""
         return BlobWriter(
             self.store,
             dry_run=dry_run,

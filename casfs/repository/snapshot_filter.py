@@ -1,4 +1,4 @@
-"""The one filter by host, tags and paths, for listing snapshots, forgetting them and choosing `latest`."""
+"""The filter by host, tags and paths, shared by listing, `forget` and `latest`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The snapshots of a repository: listed, loaded, named, published, replaced and deleted.
+"""The snapshots of a repository: list, load, resolve, publish, replace and delete.
 
-A snapshot is published as the last step of a backup and never rewritten. One that replaces another is
-published first; a crash between the two steps leaves both, of which only the new one is listed.
+A snapshot is published as the last step of a backup and never rewritten. A replacement is published before
+the old snapshot is deleted. A crash between the two steps leaves both, and only the new one is listed.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from casfs.storage.base import Storage
 from casfs.trees.reader import TreeReader
 
 if TYPE_CHECKING:
-    # A repository without encryption does not load what encrypts.
+    # An unencrypted repository does not need this import.
     from casfs.crypto.key_manager import KeyManager
 
 log = logging.getLogger(__name__)
 
 
 class SnapshotStore:
-    """The snapshots in one storage; `keys` are None where the repository is not encrypted.
+    """The snapshots in one storage; `keys` is None if the repository is not encrypted. Used by one thread.
 
-    `loss_epoch` is that of the index when the repository was opened for writing, 0 for a reader. One thread.
+    `loss_epoch` is the index's when the repository was opened for writing, 0 for a reader.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class SnapshotStore:
         self._loss_epoch = loss_epoch
 
     def publish(self, snapshot: Snapshot, complete: bool = True) -> SnapshotId:
-        """Store a snapshot as the last step of a backup.
+        """Store a snapshot, as the last step of a backup.
 
-        `complete` says that all its blobs are known to be durable and in the index.
+        `complete` means that all its blobs are durable and in the index.
         """
         session = self._keys.session() if self._keys is not None else None
         snapshot_id, data = encode_snapshot(snapshot, self._codec, session)
@@ -86,9 +86,9 @@ class SnapshotStore:
         root: Node | None = None,
         tags: tuple[str, ...] | None = None,
     ) -> SnapshotId:
-        """Publish a snapshot with another root or other tags, then remove the one that it replaces.
+        """Publish a snapshot with another root or other tags, then delete the one that it replaces.
 
-        A crash between the two leaves both, of which only the new one is listed.
+        A crash between the two steps leaves both, and only the new one is listed.
         """
         changed = msgspec.structs.replace(
             snapshot,
@@ -99,13 +99,14 @@ class SnapshotStore:
         complete = root is None and self._index.is_complete(snapshot_id)
         new_id = self.publish(changed, complete)
         if snapshot.replaces is not None:
-            # A crash may have left it; with the one that replaces it gone, it would be listed again.
+            # A crash may have left the snapshot that this one replaced; without this one it would be listed
+            # again.
             self.delete(SnapshotId(snapshot.replaces))
         self.delete(snapshot_id)
         return new_id
 
     def delete(self, snapshot_id: SnapshotId) -> None:
-        """Remove a snapshot; its blobs stay until a prune."""
+        """Delete a snapshot; its blobs stay until a prune."""
         if self._keys is not None:
             self._keys.record_deleted(snapshot_id)
         self._storage.delete(f"snapshots/{snapshot_id.hex()}")
@@ -120,23 +121,23 @@ class SnapshotStore:
         return ids
 
     def load(self, snapshot_id: SnapshotId) -> Snapshot:
-        """Return a verified snapshot; raises NotFoundError or TreeError.
+        """Return a verified snapshot; raise NotFoundError or TreeError.
 
-        In an encrypted repository also KeyMissingError and SessionError.
+        In an encrypted repository also raise KeyMissingError and SessionError.
         """
         data = self._storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
         keyring = self._keys.keyring if self._keys is not None else None
         return decode_snapshot(snapshot_id, data, self._codec, keyring)
 
     def envelope(self, snapshot_id: SnapshotId) -> Envelope | None:
-        """Return what an encrypted snapshot tells without a key; raises NotFoundError or TreeError."""
+        """Return an encrypted snapshot's unencrypted header, or None; raise NotFoundError or TreeError."""
         data = self._storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
         return read_envelope(snapshot_id, data)
 
     def is_from_trusted_writer(self, snapshot_id: SnapshotId) -> bool:
-        """Tell whether whoever published a snapshot knew the repository's own secret, if it has one.
+        """Return whether a snapshot's writer knew the repository's own secret; True without encryption.
 
-        Raises as `load` does.
+        Raise the errors of `load`.
         """
         if self._keys is None:
             return True
@@ -148,11 +149,11 @@ class SnapshotStore:
         )
 
     def iterate(self) -> Iterator[tuple[SnapshotId, Snapshot]]:
-        """Yield every snapshot from the oldest to the newest; those that are damaged, or cannot
-        be read, are logged and left out.
+        """Yield every snapshot from the oldest to the newest.
 
-        One that another replaces is left out too: a crash between the two steps of a change of tags
-        leaves both. Raises KeyMissingError where there are only such as the identities do not open.
+        Damaged and unreadable snapshots are logged and omitted. A replaced snapshot is omitted, too: a crash
+        while tags were changed leaves both. Raise KeyMissingError where the identities decrypt no snapshot at
+        all.
         """
         found: list[tuple[SnapshotId, Snapshot]] = []
         closed: dict[SnapshotId, KeyMissingError] = {}
@@ -164,11 +165,11 @@ class SnapshotStore:
             except KeyMissingError as error:
                 closed[snapshot_id] = error
             except (IntegrityError, StorageError) as error:
-                log.warning("%s; run casfs check", error)
+                log.warning("%s; run `casfs check`", error)
         for snapshot_id, missing in closed.items():
             if not found:
-                raise missing  # there are snapshots, and all of them are for others
-            log.warning("snapshot %s is left out: %s", short_id(snapshot_id), missing)
+                raise missing  # there are snapshots, but none for these identities
+            log.warning("snapshot %s is omitted: %s", short_id(snapshot_id), missing)
         replaced = {snapshot.replaces for _, snapshot in found}
         found.sort(key=lambda item: (item[1].time_ns, item[0]))
         for snapshot_id, snapshot in found:
@@ -178,18 +179,20 @@ class SnapshotStore:
     def resolve(
         self, name: str, latest_of: SnapshotFilter = ALL_SNAPSHOTS
     ) -> tuple[SnapshotId, Snapshot]:
-        """Return the snapshot that `latest`, an id or a unique prefix of an id names.
+        """Return the snapshot that `latest`, an id or a unique prefix of an id identifies.
 
-        `latest` is the newest that `latest_of` accepts. Raises NotFoundError and AmbiguousIdError.
+        `latest` is the newest that `latest_of` accepts. Raise NotFoundError and AmbiguousIdError.
         """
         if name == "latest":
             everything = list(self.iterate())
             if not everything:
-                raise NotFoundError("the repository has no snapshots yet; casfs backup makes one")
+                raise NotFoundError(
+                    "the repository has no snapshots yet; run `casfs backup` to create one"
+                )
             matching = [item for item in everything if latest_of.accepts(item[1])]
             if not matching:
                 raise NotFoundError(
-                    f"no snapshot matches; casfs snapshots lists the {len(everything)} of this repository"
+                    f"no snapshot matches; `casfs snapshots` lists the {len(everything)} of this repository"
                 )
             found = matching[-1]
         else:
@@ -197,26 +200,26 @@ class SnapshotStore:
             found = snapshot_id, self.load(snapshot_id)
         if not self.is_from_trusted_writer(found[0]):
             log.warning(
-                "snapshot %s is unproven: who published it did not have this repository's own secret, so "
-                "it may come from whoever holds the storage",
+                "snapshot %s is unproven: its writer did not have this repository's own secret, so it may "
+                "have been forged by the storage's operator",
                 short_id(found[0]),
             )
         return found
 
     def resolve_id(self, prefix: str) -> SnapshotId:
-        """Return the one id that begins so; raises AmbiguousIdError and NotFoundError."""
+        """Return the id that begins with `prefix`; raise AmbiguousIdError and NotFoundError."""
         wanted = prefix.lower()
         matches = [i for i in self.ids() if wanted and i.hex().startswith(wanted)]
         if len(matches) > 1:
             raise AmbiguousIdError(prefix, [match.hex() for match in matches])
         if not matches:
             raise NotFoundError(
-                f"no snapshot has the id {prefix!r}; casfs snapshots lists those that there are"
+                f"no snapshot has the id {prefix!r}; `casfs snapshots` lists the ids"
             )
         return matches[0]
 
     def resolve_path(self, spec: str) -> tuple[SnapshotId, Snapshot, bytes, Node]:
-        """Return the snapshot, the path and the node that `SNAP` or `SNAP:PATH` names."""
+        """Return the snapshot, the path and the node that `SNAP` or `SNAP:PATH` identifies."""
         name, _, text = spec.partition(":")
         snapshot_id, snapshot = self.resolve(name)
         path = parse_snapshot_path(text)

@@ -1,7 +1,7 @@
-"""What trees need: the blobs of which they and the files in them consist, as a set of ordinals.
+"""The blobs that trees and the files in them need, as a set of ordinals.
 
-Every distinct tree is read once. Sets of blobs are bitmaps over the ordinals of the index, one bit for
-a blob, whatever the number of snapshots.
+Every distinct tree is read once. The sets are bitmaps over the index's ordinals, one bit for each blob,
+whatever the number of snapshots. One thread only.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from casfs.trees.walk import Children, Page, walk_pages
 
 
 class UsedBlobs:
-    """The blobs that are needed by the trees that were added.
+    """The blobs that the added trees need.
 
-    `without` are blobs that do not count. What is opened is told apart from what is counted: a file
-    may consist of the very bytes of a tree, and its blob then says nothing of that tree's entries.
+    Blobs in `without` are counted separately. Trees that were opened are tracked separately from counted
+    blobs: a file's data may equal a tree's bytes, and counting that data blob does not cover the tree's
+    entries.
     """
 
     def __init__(self, repository: Repository, without: Bitmap | None = None) -> None:
@@ -33,7 +34,7 @@ class UsedBlobs:
         self._opened = Bitmap()
 
     def add(self, root: Node) -> None:
-        """Count what a node needs; raises BlobError and TreeError where a tree is damaged."""
+        """Count the blobs that a node needs; raise BlobError and TreeError where a tree is damaged."""
         if root.tree is None:
             self._add_content(root)
             return
@@ -66,7 +67,7 @@ class UsedBlobs:
                 stack.pop()
 
     def _count(self, digest: Digest, opened: Bitmap | None = None) -> bool:
-        """Count a blob once; tell whether it is the first to be put into `opened`."""
+        """Count a blob once; return whether it is new in `opened`."""
         location = self._store.locate(digest)
         if self.blobs.add(location.ordinal):
             self.count += 1

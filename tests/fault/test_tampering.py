@@ -331,7 +331,7 @@ class TestForgery:
                 shutil.copytree(theirs / folder, hostile.root / folder, dirs_exist_ok=True)
         assert len(hostile.objects("snapshots")) == 3
         listed = hostile.run("snapshots", *hostile.identity(), home="fresh")
-        assert (listed.exit, "is left out: none of the given identities" in listed.err) == (0, True)
+        assert (listed.exit, "is omitted: none of the given identities" in listed.err) == (0, True)
         assert must_restore_nothing_wrong(hostile).exit == 0
         seen = hostile.look("fresh")
         assert seen is not None and set(seen["read"]) == set(hostile.published)

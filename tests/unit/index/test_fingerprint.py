@@ -149,7 +149,7 @@ def test_a_repository_with_a_damaged_index_is_opened_with_a_new_one(
         assert len(list(repository.snapshots.iterate())) == 1
         assert all(repository.store.read(digest) for digest, _ in repository.store.index.blobs())
         assert repository.store.index.blob_count() > 0
-    assert "is damaged; it is built anew from the packs" in caplog.text
+    assert "is damaged; rebuilding it from the packs" in caplog.text
     caplog.clear()
     with opened(repo.root, verb):
         assert caplog.text == ""
