@@ -487,7 +487,7 @@ class TestReadOnlyUser:
         shutil.rmtree(shared.root / "index")
         self.open_to_all(shared)
         printed = self.read(shared, Path("/nonexistent"))
-        assert printed.startswith("StorageError cannot make an index in the folder /nonexistent")
+        assert printed.startswith("StorageError cannot create an index in the folder /nonexistent")
 
     def test_a_user_without_read_access_gets_a_clear_error(self, shared: RepositoryFixture) -> None:
         shared.root.chmod(0o700)
