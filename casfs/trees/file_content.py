@@ -37,8 +37,8 @@ class Part:
 class FileContent:
     """One pass over the content of a file; use each instance once.
 
-    `read` returns the verified plaintext of a chunk. With `salvage` lost data is no error: it is yielded as
-    a lost part and listed in `lost`. When the pass has ended, `digest` is that of what was yielded.
+    `read` returns the verified plaintext of a chunk. With `salvage` lost data raises no error: it is yielded
+    as a lost part and listed in `lost`. After the pass, `digest` is the digest of the yielded data.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class FileContent:
 
     @property
     def digest(self) -> Digest:
-        """The plain BLAKE3-256 of what was yielded, with zeros for holes and lost data."""
+        """The plain BLAKE3-256 of the yielded data, with zeros for holes and lost data."""
         return Digest(self._whole.digest())
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts of the file in order, each chunk after it has been verified.
 
-        Raises IntegrityError for a chunk that fails, unless it is salvaged, and TreeError where the list does
-        not cover the file, or where all chunks verify but are together not what was captured.
+        Raise IntegrityError for a damaged chunk, unless it is salvaged. Raise TreeError where the list does
+        not cover the file, or where all chunks verify but the digest of the whole file does not match.
         """
         size = self._node.size
         done = 0
@@ -100,7 +100,7 @@ class FileContent:
 def read_chunk(extent: Extent, digest: Digest, read: Callable[[Digest], bytes]) -> bytes:
     """Return the chunk of an extent; raise TreeError where its length is not the recorded one.
 
-    Raises what `read` raises.
+    Errors of `read` are passed on.
     """
     check_chunk_length(extent)
     data = read(digest)

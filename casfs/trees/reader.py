@@ -73,7 +73,7 @@ class TreeReader:
         return [(part.first, part.tree) for part in piece.pieces]
 
     def children(self, ref: TreeRef) -> Children:
-        """Return what a tree blob holds: entries, or the pages of a split directory."""
+        """Return the entries of a tree blob, or the pages of a split directory."""
         piece = decode_piece(self._read(Digest(ref.digest)))
         return piece.nodes if isinstance(piece, Leaf) else [part.tree for part in piece.pieces]
 

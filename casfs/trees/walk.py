@@ -1,7 +1,7 @@
 """The walk over a tree: depth first, one page at a time, without recursion and with bounded depth.
 
 A page is one tree blob: all entries of a directory, or a part of them where the directory is split. The
-walk keeps only the pages on the way to where it is.
+walk keeps only the pages on the path to its current position.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from casfs.format.tree import MAX_DEPTH, MAX_PIECE_LEVELS, Node, TreeRef
 from casfs.paths import join
 
 Children = Sequence[Node] | Sequence[TreeRef]
-"""What a page holds: entries, or the pages of a split directory."""
+"""The contents of a page: entries, or the pages of a split directory."""
 
 
 @dataclass(slots=True)
@@ -51,9 +51,9 @@ def walk_pages(
 ) -> Iterator[tuple[Page, Node]]:
     """Yield the entries below the directory at `path` with their pages, a directory before its entries.
 
-    `read` returns what a page holds, or None for a page to skip. `on_leave` is called for every page that
-    was read, when all below it has been yielded. Where `read` fails, or a page breaks the rules (depth,
-    order of names), `on_error` is called and the walk skips the page; without it the error is raised.
+    `read` returns the contents of a page, or None for a page to skip. `on_leave` is called for every page
+    that was read, after everything below it has been yielded. Where `read` fails, or a page breaks the rules
+    (depth, order of names), `on_error` is called and the walk skips the page; without it the error is raised.
     """
     stack: list[tuple[Page, Iterator[Node | TreeRef]]] = []
     page: Page | None = Page(path, ref)
