@@ -53,6 +53,7 @@ from casfs.run.step_commands import step_arguments
 log = logging.getLogger(__name__)
 
 _PUBLISHED = (0, EXIT_UNREADABLE, EXIT_CHANGED)
+_START_PATIENCE_S = 10.0
 _INTERRUPTED_PATIENCE_S = 5.0
 
 
@@ -108,21 +109,28 @@ def run_profile(
     """Run a profile and return what became of it; raises LockedError where it is running already."""
     with job.files().lock() as lock:
         run = _Run(job, monitor, job.verbs(lock.fd), now_s)
-        run.announce_start()
+        unexpected: Exception | None = None
         try:
+            run.announce_start()
             run.call_hook("before")
             for step in run.planned:
                 run.do_step(step)
+            run.measure_repository()
             if outcome_of(run.exit) is not Outcome.FAILED:
                 run.call_hook("after")
         except KeyboardInterrupt:
             run.interrupt()
+        except Exception as error:
+            # An error in casfs must not end a run without anyone hearing of it.
+            unexpected = error
+            run.fail(f"the run ended with an error in casfs: {error}")
         if outcome_of(run.exit) is Outcome.FAILED:
             run.call_hook("failure")
         run.call_hook("finally")
-        run.measure_repository()
         run.write_record()
         run.notify()
+        if unexpected is not None:
+            raise unexpected
         return run.summary()
 
 
@@ -145,6 +153,7 @@ class _Run:
         self._hooks: list[HookOutcome] = []
         self._error: str | None = None
         self._was_interrupted = False
+        self._has_failed = False
         self._lost_sources = 0
         self._measured: JsonObject | None = None
         self._pinger = job.pinger()
@@ -155,7 +164,11 @@ class _Run:
         """Return the exit code of the run so far."""
         codes = [step.exit for step in self._steps if step.exit is not None]
         codes += [EXIT_FAILED for hook in self._hooks if hook.exit]
-        return worst_exit([*codes, EXIT_INTERRUPTED * self._was_interrupted])
+        if self._has_failed:
+            codes.append(EXIT_FAILED)
+        if self._was_interrupted:
+            codes.append(EXIT_INTERRUPTED)
+        return worst_exit(codes)
 
     def summary(self) -> RunSummary:
         """Return the run so far."""
@@ -179,7 +192,8 @@ class _Run:
         """Remember that a run began, and send the ping that says so."""
         self._save(msgspec.structs.replace(self._state, last_start_s=self._started_s))
         if self._pinger is not None:
-            self._pinger.send(Ping.START, "")
+            # A monitor that cannot be reached must not keep the backup waiting.
+            self._pinger.hurried(_START_PATIENCE_S).send(Ping.START, "")
 
     def do_step(self, step: PlannedStep) -> None:
         """Run a step, or note why it is not run."""
@@ -272,6 +286,11 @@ class _Run:
         """Note that the run was interrupted: the steps that are left are not run."""
         self._was_interrupted = True
         self._error = self._error or "the run was interrupted"
+
+    def fail(self, sentence: str) -> None:
+        """Note that the run failed outside of its steps and hooks."""
+        self._has_failed = True
+        self._error = self._error or sentence
 
     def _hook_environment(self, name: str, summary: RunSummary) -> dict[str, str]:
         """Return the environment of a hook: `casfs` in it works on the profile's repository."""

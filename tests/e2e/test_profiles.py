@@ -318,6 +318,17 @@ def test_a_terminated_run_ends_its_hook_and_notifies(night: Night) -> None:
     assert night.metrics["run_exit_code"] == 130
 
 
+def test_a_run_goes_on_when_nothing_reads_its_output(night: Night) -> None:
+    run = night.casfs.start("run", "--config", night.config, "home")
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.close()
+    err = run.stderr.read()
+    run.stderr.close()
+    assert (run.wait(timeout=120), err) == (0, b"")
+    assert night.pings.paths == ["/uuid/start", "/uuid"]
+    assert night.metrics["run_exit_code"] == 0
+
+
 def test_a_missed_time_is_made_up_for_once(night: Night) -> None:
     night.configure('schedule = "daily"')
     assert night.run("--if-missed").one("run")["exit"] == 0
@@ -388,7 +399,7 @@ def test_a_repository_whose_recipients_are_others_is_not_written_to(
     assert len(night.casfs.json("snapshots", *by_name).of_type("snapshot")) == 1
 
 
-def test_a_folder_goes_before_no_name_and_a_name_before_a_folder_of_that_name(
+def test_a_name_of_the_configuration_goes_before_a_folder_of_that_name(
     night: Night,
 ) -> None:
     night.casfs = night.casfs.at(None)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from casfs.cli.app import stdout_failed
 from casfs.cli.settings import Settings, complete_profiles, configuration_options
 from casfs.errors import CasfsError, LockedError, UsageError
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from casfs.config.file import Configuration
     from casfs.config.profiles import Profile
     from casfs.run.due import PlannedStep
-    from casfs.run.outcome import StepOutcome
+    from casfs.run.outcome import RunSummary, StepOutcome
     from casfs.run.profile_run import ProfileJob
 
 
@@ -56,9 +58,9 @@ def run(settings: Settings, profile: str, dry_run: bool, scheduled: bool, if_mis
     if dry_run:
         _print_plan(output, job)
         return 0
-    monitor = _RunOutput(output)
+    printer = _RunPrinter(output)
     if not scheduled:
-        summary = run_profile(job, monitor)
+        summary = run_profile(job, printer)
     else:
         from casfs.schedule.units import EXIT_PUT_OFF
 
@@ -66,16 +68,12 @@ def run(settings: Settings, profile: str, dry_run: bool, scheduled: bool, if_mis
         try:
             if reason is not None:
                 raise LockedError(reason)
-            summary = run_profile(job, monitor)
+            summary = run_profile(job, printer)
         except LockedError as error:
             output.line(f"profile {profile} is put off: {error}")
             output.emit("put_off", profile=profile, reason=str(error), exit=EXIT_PUT_OFF)
             return EXIT_PUT_OFF
-    from casfs.run.report import headline
-
-    output.line(headline(summary))
-    fields = _json(summary)
-    output.emit(fields.pop("type"), **fields)
+    printer.run_ends(summary)
     return summary.exit
 
 
@@ -104,8 +102,11 @@ def job_of(settings: Settings, configuration: Configuration, name: str) -> Profi
     )
 
 
-class _RunOutput:
-    """A run while it goes on, on standard output."""
+class _RunPrinter:
+    """A run while it goes on, on standard output.
+
+    Where nothing can be printed any more, the run goes on: a backup does not depend on its reader.
+    """
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -117,8 +118,22 @@ class _RunOutput:
         """Print what became of a step."""
         from casfs.run.report import step_line
 
-        self._output.line(step_line(outcome))
-        self._output.emit("step", **_json(outcome))
+        self._print(step_line(outcome), "step", _json(outcome))
+
+    def run_ends(self, summary: RunSummary) -> None:
+        """Print what became of the run."""
+        from casfs.run.report import headline
+
+        fields = _json(summary)
+        self._print(headline(summary), fields.pop("type"), fields)
+
+    def _print(self, line: str, kind: str, fields: dict[str, Any]) -> None:
+        try:
+            self._output.line(line)
+            self._output.emit(kind, **fields)
+            sys.stdout.flush()
+        except OSError as error:
+            stdout_failed(error, 0)
 
 
 def _json(value: Any) -> dict[str, Any]:

@@ -246,6 +246,42 @@ def test_an_interruption_between_steps_still_notifies(
     assert pings.paths == ["/id/start", "/id/fail"]
 
 
+def test_an_error_in_casfs_itself_is_notified_before_it_is_raised(
+    verbs: ScriptedVerbs, pings: PingServer, tmp_path: Path
+) -> None:
+    def break_down(verb: str) -> None:
+        if verb == "prune":
+            raise ZeroDivisionError("a bug")
+
+    verbs.during = break_down
+    with pytest.raises(ZeroDivisionError):
+        run(
+            verbs,
+            ping=PingUrl(f"{pings.url}/id"),
+            hooks=Hooks(finally_=Command(f"echo $CASFS_ERROR > {tmp_path}/error")),
+        )
+    assert pings.paths == ["/id/start", "/id/fail"]
+    assert "a bug" in pings.requests[-1][2]
+    assert "a bug" in (tmp_path / "error").read_text()
+    assert state(verbs).last_exit == 1
+    assert run(ScriptedVerbs()).exit == 0
+
+
+def test_the_repository_is_measured_before_a_hook_may_take_it_away(
+    verbs: ScriptedVerbs, tmp_path: Path
+) -> None:
+    order = tmp_path / "order"
+
+    def note(verb: str) -> None:
+        with order.open("a") as file:
+            file.write(f"{verb}\n")
+
+    verbs.during = note
+    hooks = Hooks(after=Command(f"echo after >> {order}"))
+    run(verbs, metrics_file=AbsolutePath(str(tmp_path / "casfs.prom")), hooks=hooks)
+    assert order.read_text().split() == [*ALL, "stats", "after"]
+
+
 def test_a_run_in_progress_keeps_a_second_one_out(verbs: ScriptedVerbs) -> None:
     refused = []
 
