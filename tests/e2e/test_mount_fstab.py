@@ -85,7 +85,7 @@ class TestMountByType:
         for place, options, words in (
             (at.parent / "none", "ro", "no repository"),
             (repository.repository, "snapshot=abcdef", "no snapshot"),
-            (repository.repository, "snapshoot=latest", "no option snapshoot"),
+            (repository.repository, "snapshoot=latest", "unknown option snapshoot"),
         ):
             done = inside("mount", "-t", "fuse.casfs", place, at, "-o", options)
             assert done.returncode in (1, 32)
