@@ -41,9 +41,11 @@ def commands_in(text: str) -> list[list[str]]:
     """Return the words of every casfs command in the code blocks of a page."""
     found = []
     for block in code_blocks(text):
+        prompted = re.search(r"^[#$] casfs ", block, re.MULTILINE) is not None
         for line in block.splitlines():
             plain = line.removeprefix("# ").removeprefix("$ ")
-            if plain.startswith("casfs "):
+            # In a block with prompts, a line without a prompt is output.
+            if plain.startswith("casfs ") and (plain != line or not prompted):
                 words = shlex.split(re.sub(r"\[|\]|…", "", plain), comments=True)
                 found.append(words[1:])
     return found
