@@ -1,6 +1,6 @@
-"""Measures casfs beside other backup programs and beside what the machine itself can do.
+"""Measure casfs beside other backup programs and beside the limits of the machine.
 
-Data flows one way: ``corpus`` makes trees of files, ``peers`` says how each program is called,
+Data flows one way: ``corpus`` makes trees of files, ``peers`` defines how each program is called,
 ``schedule`` runs them in turns through ``trial`` and ``measure``, ``records`` keeps every single
 measurement, ``aims`` judges them, ``report`` and ``chart`` show them. Nothing here imports casfs:
 it is called as a user calls it, like every other program.

@@ -1,4 +1,4 @@
-"""``python -m bench``: measures, and writes results.json, table.md and chart.svg."""
+"""``python -m bench``: measure, and write results.json, table.md and chart.svg."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INTERRUPTED = 130
 
 
 class FileRecorder:
-    """Keeps a run and writes it after every measurement, so that nothing is lost."""
+    """Saves a run after every measurement, so that no measurement is lost."""
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.run = run
@@ -41,23 +41,23 @@ class FileRecorder:
         folder.mkdir(parents=True, exist_ok=True)
 
     def corpus(self, facts: CorpusFacts) -> None:
-        """Keep what a corpus is."""
+        """Save the description of a corpus."""
         self._keep(replace(self.run, corpora=(*self.run.corpora, facts)))
 
     def sample(self, sample: Sample) -> None:
-        """Keep a measurement."""
+        """Save a measurement."""
         self._keep(replace(self.run, samples=(*self.run.samples, sample)))
 
     def failure(self, failure: Failure) -> None:
-        """Keep what went wrong."""
+        """Save a failure."""
         self._keep(replace(self.run, failures=(*self.run.failures, failure)))
 
     def note(self, sentence: str) -> None:
-        """Keep a sentence for the report."""
+        """Save a sentence for the report."""
         self._keep(replace(self.run, notes=(*self.run.notes, sentence)))
 
     def finish(self) -> None:
-        """Mark the run as whole."""
+        """Mark the run as finished."""
         machine = replace(self.run.machine, floor_bytes=floor_bytes())
         self._keep(replace(self.run, finished=True, machine=machine))
 
@@ -69,7 +69,7 @@ class FileRecorder:
 
 
 def write_report(run: Run, folder: Path) -> None:
-    """Write table.md and chart.svg beside the results, and show the table."""
+    """Write table.md and chart.svg beside the results, and print the table."""
     text = render_report(run)
     (folder / "table.md").write_text(text, encoding="utf-8")
     chart = render_chart(run)
@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Do what the command line says."""
+    """Run the command line."""
     options = _parser().parse_args()
     options.peers = options.peers.absolute()
     if options.action == "setup":

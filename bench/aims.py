@@ -1,9 +1,8 @@
-"""What casfs is meant to reach, and whether a run shows it.
+"""The performance aims of casfs, and whether a run meets them.
 
-Four sets: *first light* is what the first usable version must do, *mount* what reading through a
-mount must do, *hardware* what the machine's limits allow, *encryption* what that may cost. All
-are reported, met or not. Ratios are those of medians of one run on one machine, so that the machine's
-own speed cancels out.
+Four groups: *first light* for the first usable version, *mount* for reads through a mount, *hardware* for
+the limits of the machine, *encryption* for the cost of encryption. A report shows all aims, met or missed.
+Ratios compare medians of one run on one machine, so that the speed of the machine cancels out.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Measure = Callable[[Run], float | None]
 
 
 class Outcome(Enum):
-    """What a run says of an aim."""
+    """Whether a run meets an aim."""
 
     MET = "met"
     MISSED = "missed"
@@ -40,8 +39,8 @@ class Outcome(Enum):
 class Aim:
     """A bound on one measured value.
 
-    `text` says what is compared with what, `unit` stands after both numbers; the value is at most
-    the bound, or at least, where `at_least` is set. `shown_with` names the row of the report.
+    `text` says what is compared with what; `unit` follows both numbers. The value must be at most the
+    bound, or at least the bound with `at_least`. `shown_with` names the row of the report.
     """
 
     group: str
@@ -54,11 +53,11 @@ class Aim:
     at_least: bool = False
 
     def value(self, run: Run) -> float | None:
-        """Return the measured value, or None where something for it is missing."""
+        """Return the measured value, None if a measurement for it is missing."""
         return self.measure(run)
 
     def outcome(self, run: Run) -> Outcome:
-        """Judge a run."""
+        """Return whether a run meets the aim."""
         value = self.measure(run)
         if value is None:
             return Outcome.UNKNOWN
@@ -78,10 +77,10 @@ class Aim:
 
 
 def time_ratio(corpus: str, work: Work, *references: str, program: str = CASFS) -> Measure:
-    """Measure casfs's wall time (or another program's) over that of the fastest of the references.
+    """Return the ratio of casfs's wall time (or `program`'s) to that of the fastest reference.
 
-    None unless casfs and all the references were measured: the fastest of those that happen to be
-    there would be an easier aim.
+    It is None unless casfs and all references were measured: without the fastest reference the aim
+    would be easier.
     """
 
     def measure(run: Run) -> float | None:

@@ -1,4 +1,4 @@
-"""The kernel's cache, dropped or filled so that every program starts from the same state."""
+"""Drop or fill the kernel's cache, so that every program starts from the same state."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from bench.measure import can_drop_caches, drop_caches
 
 
 class KernelCache:
-    """What the kernel keeps of the files that the benchmark uses."""
+    """The kernel's cache of the files that the benchmark uses."""
 
     def __init__(self) -> None:
         self.droppable = can_drop_caches()
 
     def drop(self) -> None:
-        """Make everything cold; needs root."""
+        """Drop the whole cache; needs root."""
         drop_caches()
 
     def settle(self) -> None:
-        """Forget what was removed, as far as that is allowed; see `Scratch.discard`."""
+        """Drop the cache of removed files, if this user may; see `Scratch.discard`."""
         if self.droppable:
             self.drop()
 
     def warm(self, *folders: Path) -> None:
-        """Make folders warm, and let no writing of an earlier program disturb the next.
+        """Read folders into the cache, and wait until earlier writes have reached the disk.
 
         They are read every time: nothing says that a kernel still has what it once read (some
         machines give memory back to their host within seconds).

@@ -1,4 +1,4 @@
-"""Draws a run as SVG: for each work, casfs's time over each other program's, on a log scale."""
+"""Draw a run as SVG: for each work, the ratio of casfs's time to each other program's, on a log scale."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOP, BAR, GAP = 64, 13, 12
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One ratio; below one casfs is the faster."""
+    """One ratio; below 1 casfs is faster."""
 
     program: str
     ratio: float
@@ -35,7 +35,7 @@ class Group:
 
 
 def ratio_groups(run: Run) -> tuple[Group, ...]:
-    """Return what can be drawn: works that casfs and at least one other program did."""
+    """Return the works that casfs and at least one other program did, which can be drawn."""
     groups = []
     for facts in run.corpora:
         for work in Work:
@@ -54,7 +54,7 @@ def ratio_groups(run: Run) -> tuple[Group, ...]:
 
 
 def render_chart(run: Run) -> str:
-    """Return the SVG text, or an empty text where there is no ratio to draw."""
+    """Return the SVG text, empty if there is no ratio to draw."""
     groups = ratio_groups(run)
     if not groups:
         return ""
@@ -84,7 +84,7 @@ def render_chart(run: Run) -> str:
 
 
 def position(ratio: float) -> float:
-    """Return the horizontal place of a ratio; what lies beyond the scale stands at its end."""
+    """Return the horizontal position of a ratio; a ratio beyond the scale is drawn at its end."""
     clamped = min(max(ratio, LEAST), GREATEST)
     return LEFT + WIDTH * math.log(clamped / LEAST) / math.log(GREATEST / LEAST)
 

@@ -1,8 +1,8 @@
-"""Deterministic file contents: prose-like text, and bytes that don't compress.
+"""Deterministic file contents: prose-like text, and bytes that do not compress.
 
-The text is drawn word by word from a vocabulary with the frequencies of a natural language, with
-phrases for a matcher and random bytes for neither matcher nor entropy coder, so that it compresses
-two to three times with zstd and has no period: what was drawn once is never drawn again at length.
+The text is drawn word by word from a vocabulary with the frequencies of a natural language. It contains
+repeated phrases and random bytes, so that zstd compresses it two to three times. It has no period: no long
+part of it occurs twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK_BYTES = 1 << 20
 
 
 class TextStream:
-    """An endless text; the same seed gives the same bytes on every machine."""
+    """A text without end; the same seed gives the same bytes on every machine."""
 
     def __init__(self, seed: str) -> None:
         self._rng = random.Random(seed)

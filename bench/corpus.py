@@ -1,9 +1,8 @@
 """The files that are backed up: a real tree of this machine, and synthetic ones.
 
-Every corpus is a folder that is made anew in the scratch folder, the real one as a copy, so that
-it lies on one known file system and holds still. Synthetic corpora are the same on every machine.
-`change` moves a corpus on to its next state in place; the rounds differ, and each is the same for
-every program because all programs are measured on one state before the next is made.
+Every run creates its corpora in the scratch folder, the real tree as a copy, so that it is on one known file
+system and does not change. Synthetic corpora are the same on every machine. `change` brings a corpus to its
+next state in place. All programs are measured on one state before the next one is made.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ DAYS = 20
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How large the corpora are made."""
+    """The sizes of the corpora."""
 
     real_files: int
     small_files: int
@@ -63,8 +62,8 @@ QUICK = Scale(
 class Corpus:
     """How to make one corpus.
 
-    `build` fills an empty folder and returns a description; `change` is None where the corpus has
-    one state only. `unsplit_entries` names the one file of a corpus that is one file.
+    `build` fills an empty folder and returns a description. `change` is None if the corpus has only one
+    state. `single` is the name of the file in a corpus of one file.
     """
 
     name: str
@@ -75,7 +74,7 @@ class Corpus:
 
 
 def survey(name: str, description: str, folder: Path) -> CorpusFacts:
-    """Count what is below `folder`; `entries` holds everything but the folder itself."""
+    """Count the entries below `folder`, without the folder itself."""
     files = entries = file_bytes = 0
     for entry in _walk(folder):
         entries += 1
@@ -86,7 +85,7 @@ def survey(name: str, description: str, folder: Path) -> CorpusFacts:
 
 
 def warm(folder: Path) -> None:
-    """Read everything below `folder`, so that it comes from the kernel's cache afterwards."""
+    """Read everything below `folder`, so that later reads come from the kernel's cache."""
     for entry in _walk(folder):
         if entry.is_file(follow_symlinks=False):
             descriptor = os.open(entry.path, os.O_RDONLY)
@@ -98,7 +97,7 @@ def warm(folder: Path) -> None:
 
 
 def touch(folder: Path) -> None:
-    """Give every regular file a new modification time, its contents staying as they are."""
+    """Give every regular file a new modification time without changing its content."""
     for entry in _walk(folder):
         if entry.is_file(follow_symlinks=False):
             stat = entry.stat(follow_symlinks=False)
@@ -106,7 +105,7 @@ def touch(folder: Path) -> None:
 
 
 def stored_bytes(folder: Path) -> int:
-    """Return what the regular files below a repository take, holes not counted."""
+    """Return the bytes of the regular files below a repository, without holes."""
     total = 0
     for entry in _walk(folder):
         if entry.is_file(follow_symlinks=False):
@@ -140,7 +139,7 @@ def _build_real(folder: Path, scale: Scale) -> str:
 
 
 def _real_sources(scale: Scale) -> Iterator[str]:
-    """Yield the folders to copy whole until there are enough files, none inside another."""
+    """Yield folders to copy until there are enough files; none is inside another."""
     # Where few files are wanted, the folder with the most comes last.
     first = REAL_SOURCES if scale is FULL else tuple(reversed(REAL_SOURCES))
     yield from filter(os.path.isdir, first)

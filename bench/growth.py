@@ -1,4 +1,4 @@
-"""Whether time per file and per blob stays what it is when there are more of them: `python -m bench growth`.
+"""Measure whether the time per file and per blob grows with their number: `python -m bench growth`.
 
 Trees of ten thousand to a million small files are backed up, backed up again and checked; an index of up to
 twenty million blobs is made without their data and asked. Written as growth.json and growth.svg.
@@ -35,7 +35,7 @@ QUICK_BLOBS = (20_000, 200_000)
 
 _ASKED = 100_000
 _AT_ONCE = 512
-"""Digests in one question, as in a backup."""
+"""Digests in one lookup, as in a backup."""
 
 _BYTES_PER_FILE = 4_500
 _BYTES_PER_BLOB = 150
@@ -43,7 +43,7 @@ _STEP = struct.Struct(">Q")
 
 
 class Point(msgspec.Struct, frozen=True):
-    """One measured value: `what` was done with `count` files or blobs, and what one of them cost."""
+    """One measured value: the action, the number of files or blobs, and the cost of each of them."""
 
     what: str
     count: int
@@ -53,7 +53,7 @@ class Point(msgspec.Struct, frozen=True):
     peak_bytes: int = 0
 
     def line(self) -> str:
-        """Return it for people."""
+        """Return the value as a line of text."""
         peak = f"{self.peak_bytes / 1e6:6.0f} MB" if self.peak_bytes else ""
         return f"{self.what:<24} {self.count:>12,} {self.each_us:9.2f} µs each {peak}"
 
@@ -143,7 +143,7 @@ def _of_lookups(scratch: Scratch, counts: tuple[int, ...]) -> Iterator[Point]:
 
 
 def _grow(index: Index, round_number: int, count: int) -> None:
-    """Add blobs in the order of their digests: an index of this size is soon made so, and no smaller."""
+    """Add blobs in the order of their digests, which builds a large index quickly and at full size."""
     for begin in range(0, count, PACK_BLOBS):
         numbers = range(begin, min(begin + PACK_BLOBS, count))
         entries = [
@@ -155,7 +155,7 @@ def _grow(index: Index, round_number: int, count: int) -> None:
 
 
 def made_digest(round_number: int, number: int, count: int) -> Digest:
-    """Return the digest of a blob that is not there; greater numbers below `count` have greater ones."""
+    """Return the digest of a blob that does not exist; digests grow with the number."""
     place = (number * (1 << 64) + (1 << 63)) // count
     return Digest(_STEP.pack(place) + blake3(b"%d %d" % (round_number, number)).digest()[8:])
 

@@ -1,4 +1,4 @@
-"""Draws what one file or blob costs over how many there are, as SVG; both scales are logarithmic."""
+"""Draw the cost per file or blob over their number, as SVG; both scales are logarithmic."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ LEFT, WIDTH, RIGHT = 70, 520, 190
 TOP, HEIGHT, BOTTOM = 46, 300, 40
 
 Lines = Mapping[str, Sequence[tuple[int, float]]]
-"""For each thing that was done, counts and microseconds for one."""
+"""For each action, the counts and the microseconds per item."""
 
 
 def render_growth(lines: Lines) -> str:
-    """Return the SVG text, or an empty text where there is nothing to draw."""
+    """Return the SVG text, empty if there is nothing to draw."""
     points = [point for line in lines.values() for point in line]
     if not points:
         return ""

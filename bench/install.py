@@ -1,4 +1,4 @@
-"""Installs the peers: restic from the distribution, borg into an environment of its own.
+"""Install the peers: restic from the distribution, borg into its own environment.
 
 Borg is compiled on this machine from its package's source, so that its extension modules are
 built as the distribution's compiler builds them; that needs a few development packages. As root
@@ -33,7 +33,7 @@ REQUIREMENT = f"borgbackup[pyfuse3]=={borg.SERIES}.*"
 
 
 def install_peers(peers: Path) -> int:
-    """Install what is missing and return an exit code; says what it does."""
+    """Install missing peers, print each step, and return an exit code."""
     missing = _missing_packages()
     if missing and not _install_packages(missing):
         return 1
@@ -77,6 +77,6 @@ def _install_packages(missing: tuple[str, ...]) -> bool:
         return False
     print(f"Installing system packages: {' '.join(missing)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    # Old lists may still do where the archive can't be reached.
+    # Old lists may still do where the archive cannot be reached.
     subprocess.run(["apt-get", *APT_OPTIONS, "update"], env=environment, check=False)
     return subprocess.run(install, env=environment, check=False).returncode == 0

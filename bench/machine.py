@@ -1,4 +1,4 @@
-"""Describes the machine that is measured."""
+"""Describe the machine that is measured."""
 
 from __future__ import annotations
 

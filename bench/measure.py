@@ -1,8 +1,7 @@
-"""Runs commands and says what they cost: wall time, processor time, peak memory.
+"""Run commands and measure wall time, processor time and peak memory.
 
-Costs come from the kernel's accounts of the very children (`wait4`), never from polling, and hold
-for the whole tree of processes below a child as far as its members were waited for. Used from one
-thread only.
+The costs are the kernel's accounts of the children (`wait4`), without polling. They include all descendants
+of a child that were waited for. One thread only.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ CALM_SHARE = 0.1
 
 
 class CommandError(Exception):
-    """A command that ended with an unexpected code, or not in time."""
+    """A command ended with an unexpected exit code, or did not end in time."""
 
     def __init__(self, command: Command, outcome: str, said: str) -> None:
         super().__init__(command, outcome, said)
@@ -43,7 +42,7 @@ class CommandError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One invocation of a program; `environment` is laid over the harness's own."""
+    """One call of a program; `environment` is added to the environment of the benchmark."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -53,7 +52,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a finished command cost; `peak_bytes` is that of its largest process."""
+    """The cost of a finished command; `peak_bytes` is the peak memory of its largest process."""
 
     wall_s: float
     cpu_s: float
@@ -63,17 +62,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class ServerUsage:
-    """What a mount's server has cost until now."""
+    """The cost of a mount's server until now."""
 
     cpu_s: float
     peak_bytes: int
 
 
 class Child:
-    """A running command in a session of its own; leaving the context ends it.
+    """A running command in its own session; leaving the context ends it.
 
-    A session of its own keeps Ctrl-C at the terminal for the harness, which then ends the child
-    itself, and lets one signal reach all that a pipeline started.
+    So Ctrl-C at the terminal reaches only the benchmark, which then ends the child, and one signal
+    reaches all processes of a pipeline.
     """
 
     def __init__(self, command: Command, output: Path) -> None:
@@ -112,13 +111,13 @@ class Child:
         return self._process.pid
 
     def running(self) -> bool:
-        """Say whether the child has not ended yet; does not reap it."""
+        """Return whether the child is still running; do not reap it."""
         return self._process.returncode is None and not self._ended(0)
 
     def wait(self, timeout_s: float) -> resource.struct_rusage:
-        """Reap the child and return its accounts.
+        """Reap the child and return its resource usage.
 
-        Raises CommandError where it is not done in time (it is killed then) or ended badly.
+        Raises CommandError if it does not end in time (then it is killed) or fails.
         """
         if not self._ended(timeout_s):
             self.stop()
@@ -131,7 +130,7 @@ class Child:
         return usage
 
     def stop(self) -> None:
-        """End the child and its session, politely first; harmless when it is over."""
+        """End the child and its session with SIGTERM, then SIGKILL; do nothing if it has ended."""
         if self._process.returncode is None:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 if not self._ended(0):
@@ -141,7 +140,7 @@ class Child:
         self._stream.close()
 
     def tail(self) -> str:
-        """Return the end of what the child said, on one line."""
+        """Return the end of the child's output, on one line."""
         with self.output.open("rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
             lines = stream.read().decode(errors="replace").split("\n")
@@ -157,7 +156,7 @@ class Child:
     def _reap(self) -> resource.struct_rusage:
         _, status, usage = os.wait4(self._process.pid, 0)
         self._process.returncode = os.waitstatus_to_exitcode(status)
-        # Whoever of the session outlives its leader would disturb the next measurement.
+        # A process that outlives the leader of the session would disturb the next measurement.
         self._signal(signal.SIGKILL)
         os.close(self._pidfd)
         self._stream.close()
@@ -169,7 +168,7 @@ class Child:
 
 
 def run(command: Command, output: Path, timeout_s: float) -> Usage:
-    """Run a command to its end and return what it cost.
+    """Run a command to its end and return its cost.
 
     What it leaves running must be in a session of its own, as the server of a mount is.
     """
@@ -188,7 +187,7 @@ def run(command: Command, output: Path, timeout_s: float) -> Usage:
 
 
 def machine_cpu_s() -> float:
-    """Return the time that all cores were busy since boot, in seconds, stolen time included."""
+    """Return the busy time of all cores since boot in seconds, stolen time included."""
     with open("/proc/stat", encoding="ascii") as stream:
         ticks = [int(each) for each in stream.readline().split()[1:9]]
     user, nice, system, _idle, _iowait, hard, soft, steal = ticks
@@ -196,7 +195,7 @@ def machine_cpu_s() -> float:
 
 
 def await_calm(patience_s: float) -> None:
-    """Wait until nothing else keeps the machine busy, but no longer than `patience_s`."""
+    """Wait until the machine is idle, but no longer than `patience_s`."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         before_s = machine_cpu_s()
@@ -206,7 +205,7 @@ def await_calm(patience_s: float) -> None:
 
 
 def floor_bytes() -> int:
-    """Return the memory below which a peak can't be told from the harness's own.
+    """Return the memory below which a peak cannot be distinguished from that of the benchmark.
 
     A child starts as a copy of the harness, and the kernel keeps the greatest value that it ever
     saw for the process, also across the start of another program.
@@ -215,18 +214,18 @@ def floor_bytes() -> int:
 
 
 def drop_caches() -> None:
-    """Make the kernel forget all file contents, names and inodes; needs root."""
+    """Drop the kernel's caches of file contents, names and inodes; needs root."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
 
 
 def can_drop_caches() -> bool:
-    """Say whether `drop_caches` would work."""
+    """Return whether `drop_caches` would work."""
     return os.access("/proc/sys/vm/drop_caches", os.W_OK)
 
 
 def server_pids(mountpoint: Path) -> tuple[int, ...]:
-    """Return the processes that have the mountpoint among their arguments."""
+    """Return the ids of the processes that have the mountpoint among their arguments."""
     wanted = os.fsencode(mountpoint)
     found = []
     for entry in os.scandir("/proc"):
@@ -241,7 +240,7 @@ def server_pids(mountpoint: Path) -> tuple[int, ...]:
 
 
 def server_usage(pids: tuple[int, ...]) -> ServerUsage:
-    """Return what the server processes have cost; those that ended meanwhile count nothing."""
+    """Return the cost of the server processes; those that have ended count nothing."""
     cpu_s = 0.0
     peak_bytes = 0
     for pid in pids:

@@ -1,4 +1,4 @@
-"""What users do with a mounted snapshot, and how long a program takes to start.
+"""Measure reads of a mounted snapshot, and how long a program takes to start.
 
 Everything is done by ordinary programs in processes of their own, so that a server that hangs
 leaves the harness able to end it.
@@ -24,7 +24,7 @@ PROBES = Path(__file__).parent / "probes"
 
 
 def do_reading(work: Work, stage: Stage, folder: Path, target: Path, repetition: int) -> Usage:
-    """Read from `folder`, which shows the corpus, as users do; return what the reader cost."""
+    """Read the corpus in `folder` as users do; return the cost of the reader."""
     single = str(folder / (stage.corpus.single or ""))
     if work is Work.FIND:
         usage = run(Command(("find", str(folder))), stage.log, WORK_TIMEOUT_S)
@@ -52,7 +52,7 @@ def do_reading(work: Work, stage: Stage, folder: Path, target: Path, repetition:
 
 
 def measure_startup(command: Command, log: Path) -> Usage:
-    """Return the start-up that is the median of some, after one that is not counted."""
+    """Return the median start of several, after one that is not counted."""
     usages = [run(command, log, WORK_TIMEOUT_S) for _ in range(STARTUPS + 1)][1:]
     median_s = statistics.median(each.wall_s for each in usages)
     return min(usages, key=lambda each: abs(each.wall_s - median_s))

@@ -1,4 +1,4 @@
-"""What one run measured, and its JSON form.
+"""The results of a run, and their JSON form.
 
 Every single repetition is kept as a `Sample`; medians and ratios are made when they are shown.
 Records are immutable. Times are in seconds, sizes in bytes.
@@ -22,7 +22,7 @@ class Sample:
 
     `peak_bytes` is the largest process of the tree, or the server of a mount; `foreign_cpu_s` is
     the processor time that the machine spent meanwhile on anything else, so that a disturbed
-    measurement can be told from a slow program. `day_*` are filled by the daily work only.
+    measurement can be distinguished from a slow program. `day_*` are filled by the daily work only.
     """
 
     corpus: str
@@ -43,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class CorpusFacts:
-    """What a corpus turned out to be on this machine."""
+    """The measured size of a corpus on this machine."""
 
     name: str
     description: str
@@ -54,7 +54,7 @@ class CorpusFacts:
 
 @dataclass(frozen=True, slots=True)
 class ProgramFacts:
-    """A program that took part, and what `version` it reported."""
+    """A program that took part, with the version that it reported."""
 
     name: str
     label: str
@@ -63,7 +63,7 @@ class ProgramFacts:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A program that could not take part, with the reason in a sentence."""
+    """A program that could not take part, with the reason."""
 
     program: str
     reason: str
@@ -71,7 +71,7 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A work that a program could not do, with the end of what it said."""
+    """A work that a program could not do, with the end of its output."""
 
     corpus: str
     work: str
@@ -96,7 +96,7 @@ class MachineFacts:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of some repetitions with the least and the greatest."""
+    """The median, the minimum and the maximum of some repetitions."""
 
     median: float
     least: float
@@ -106,7 +106,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that one run of the benchmark found."""
+    """All results of one run of the benchmark."""
 
     started: str
     repeat: int
@@ -129,12 +129,12 @@ class Run:
         )
 
     def wall(self, corpus: str, work: str, program: str) -> Spread | None:
-        """Return the wall time in seconds, or None where nothing was measured."""
+        """Return the wall time in seconds, None if nothing was measured."""
         return spread(sample.wall_s for sample in self.select(corpus, work, program))
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """Return median, least and greatest, or None of no values at all."""
+    """Return median, minimum and maximum, None without values."""
     ordered = sorted(values)
     if not ordered:
         return None
@@ -178,5 +178,5 @@ def _sample(found: dict[str, Any]) -> Sample:
 
 
 def load_run(path: Path) -> Run:
-    """Read a results file; raises OSError or ValueError."""
+    """Read a results file; raise OSError or ValueError."""
     return decode_run(path.read_text(encoding="ascii"))

@@ -1,4 +1,4 @@
-"""Shows a run as Markdown: medians with their spread, ratios, and the aims with their outcomes.
+"""Format a run as Markdown: medians with their spread, ratios, and the aims with their outcomes.
 
 Nothing is shown that was not measured: what is missing or failed has its own sentence.
 """
@@ -162,7 +162,7 @@ def _faults_part(run: Run) -> str:
         )
     lines.append(
         f"- Peak memory is that of the largest process, or of a mount's server; below "
-        f"{run.machine.floor_bytes / 1e6:.0f} MB it can't be told from the benchmark's own."
+        f"{run.machine.floor_bytes / 1e6:.0f} MB it cannot be distinguished from the benchmark's own."
     )
     return "### Notes\n\n" + "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Finds out which programs take part, in which versions, and which are missing."""
+"""Find the programs that take part, with their versions, and those that are missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VERSION_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """Who takes part, in the order of the turns, and who can't."""
+    """The programs that take part, in the order of their turns, and those that cannot."""
 
     programs: tuple[BackupProgram, ...]
     facts: tuple[ProgramFacts, ...]
@@ -91,7 +91,7 @@ PROGRAMS = ("casfs", "casfs-encrypted", "borg", "borg-zstd", "restic", LIMIT, FU
 
 
 def call_roll(peers: Path, wanted: Collection[str]) -> Roster:
-    """Look for the programs wanted; `peers` is the environment that `bench setup` makes."""
+    """Find the selected programs; `peers` is the environment that `bench setup` creates."""
     builder = _Builder(peers)
     if "casfs" in wanted or "casfs-encrypted" in wanted:
         builder.casfs()

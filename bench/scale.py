@@ -1,4 +1,4 @@
-"""How a mount stands a repository that no machine here could back up: `python -m bench scale`.
+"""Measure a mount of a repository that is too large to back up for a test: `python -m bench scale`.
 
 `tests.support.synthetic_repository` writes the repository straight into the store: 1,000 snapshots,
 one of them with two million files and a directory of 100,000. Every mount and every first look is cold.
@@ -28,7 +28,7 @@ _REPOSITORY_BYTES = 200_000_000
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A measured line: what, how much, and what was wanted of it, if anything."""
+    """A measured value with its unit, and its aim if there is one."""
 
     what: str
     value: float
@@ -36,7 +36,7 @@ class Figure:
     most: float | None = None
 
     def line(self) -> str:
-        """Return it for people."""
+        """Return the value as a line of text."""
         wanted = ""
         if self.most is not None:
             outcome = "met" if self.value <= self.most else "missed"
@@ -55,7 +55,7 @@ class Scale:
         self._casfs = str(Path(sys.executable).with_name("casfs"))
 
     def figures(self) -> Iterator[Figure]:
-        """Make the repository, measure, and yield each figure as soon as there is one."""
+        """Create the repository, measure, and yield each value as soon as it is known."""
         command = [
             sys.executable,
             "-m",
@@ -116,7 +116,7 @@ class Scale:
 
 
 def measure_scale(root: Path, quick: bool) -> int:
-    """Measure, print every figure, and return an exit code: 1 when something wanted was missed."""
+    """Measure, print every value, and return an exit code: 1 if an aim was missed."""
     code = 0
     with Scratch(root) as scratch:
         scratch.need(_REPOSITORY_BYTES, 2000, "A repository of two million files")

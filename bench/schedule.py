@@ -1,4 +1,4 @@
-"""Runs the programs in turns, so that whatever disturbs the machine disturbs all of them.
+"""Run the programs in turns, so that a disturbance of the machine affects all of them.
 
 In every repetition each work is done by one program after the other (A B C A B C). What fails is
 recorded and does not end the run; a program whose first backup failed is left out of the rest of
@@ -37,7 +37,7 @@ class Trial(Protocol):
 
 
 class Recorder(Protocol):
-    """Takes what was found; keeps it safe at once."""
+    """Receives results and saves each of them at once."""
 
     def corpus(self, facts: CorpusFacts) -> None: ...
     def sample(self, sample: Sample) -> None: ...
@@ -47,7 +47,7 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be measured; `tools` names those of the machine's limits that take part.
+    """The works to measure; `tools` names the tools that show the limits of the machine.
 
     `calm_s` is how long to wait before each measurement for a machine that is otherwise idle.
     """
@@ -62,7 +62,7 @@ class Plan:
 
 
 class Schedule:
-    """Carries out a plan with the programs that are there."""
+    """Executes a plan with the installed programs."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Schedule:
         self._rounds = 0
 
     def run(self) -> None:
-        """Measure everything; raises ScratchError where there is no room."""
+        """Measure everything; raise ScratchError if there is no space."""
         if not self._cache.droppable and self._plan.works & MOUNTED:
             self._recorder.note(
                 "What is read through a mount was not measured: only root can drop the kernel's "
@@ -137,7 +137,7 @@ class Schedule:
         tools: tuple[Trial, ...] = (LimitTrial(stage), TrivialFuseTrial(stage))
         trials += [tool for tool in tools if tool.name in self._plan.tools]
         for repetition in range(1, self._plan.repeat + 1):
-            # As late as can be: what is removed is counted against whoever makes files next.
+            # As late as possible: a removal slows down the next program that creates files.
             if repetition == 1 or not self._scratch.has_room(*room):
                 self._clean_up()
             failed: set[str] = set()

@@ -1,8 +1,7 @@
-"""The folder that a run works in: checked for room beforehand, and gone afterwards.
+"""The scratch folder of a run: checked for space before the run, and removed after it.
 
-Everything that a run makes lies below one new folder, so that whatever happens (an error, Ctrl-C,
-a termination) the same few lines find all mounts and servers and remove every file. A folder in
-which something is still mounted is never removed.
+Everything that a run creates is below one new folder. So the same few lines find all mounts and servers and
+remove every file after an error, Ctrl-C or a termination. A folder with a mount in it is never removed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MARGIN_BYTES = 1 << 30
 
 
 class ScratchError(Exception):
-    """The scratch folder can't be used; the message is a sentence for people."""
+    """The scratch folder cannot be used; the message says why."""
 
 
 class Scratch:
@@ -40,7 +39,7 @@ class Scratch:
             self.root = root.resolve()
             self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.root))
         except OSError as error:
-            raise ScratchError(f"The scratch folder {root} can't be used: {error}.") from error
+            raise ScratchError(f"The scratch folder {root} cannot be used: {error}.") from error
 
     def __enter__(self) -> Scratch:
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -63,15 +62,15 @@ class Scratch:
                 signal.signal(number, handler)
 
     def make(self, *names: str) -> Path:
-        """Return a new empty folder below the run's."""
+        """Create an empty folder below the run's folder and return it."""
         path = self.folder.joinpath(*names)
         path.mkdir(parents=True)
         return path
 
     def remove(self, folder: Path) -> None:
-        """Unmount what is mounted below `folder` and remove it; harmless where there is none.
+        """Unmount all mounts below `folder` and remove it; do nothing if it does not exist.
 
-        Raises ScratchError where something stays mounted: then nothing was removed.
+        Raises ScratchError if a mount stays; then nothing was removed.
         """
         if not folder.exists():
             return
@@ -80,18 +79,17 @@ class Scratch:
         left = mounts_below(folder)
         if left:
             raise ScratchError(f"{left[0]} could not be unmounted, so {folder} was left as it is.")
-        # Found trees may hold folders that even their owner can't write to.
+        # Found trees may hold folders that even their owner cannot write to.
         done = subprocess.run(["rm", "-rf", "--one-file-system", "--", folder], check=False)
         if done.returncode != 0:
             subprocess.run(["chmod", "-R", "u+rwX", "--", folder], check=False)
             shutil.rmtree(folder)
 
     def discard(self, folder: Path) -> None:
-        """Put a folder aside until `purge`; nothing may be mounted in it any more.
+        """Move a folder to the trash until `purge`; it must contain no mount.
 
-        A file system may be slow to make files for minutes after many were removed (ext4 passes
-        over the inodes of what was deleted lately), so that removing one program's output at once
-        would be counted against the next program.
+        For minutes after many files were removed, ext4 skips their inodes one by one when it creates
+        files. To remove one program's output at once would slow the next program down.
         """
         trash = self.folder / "trash"
         trash.mkdir(exist_ok=True)
@@ -99,11 +97,11 @@ class Scratch:
             folder.rename(tempfile.mkdtemp(dir=trash))
 
     def purge(self) -> None:
-        """Remove what was put aside; the kernel's cache is best dropped afterwards."""
+        """Empty the trash; drop the kernel's cache afterwards."""
         self.remove(self.folder / "trash")
 
     def has_room(self, file_bytes: int, files: int) -> bool:
-        """Tell whether there is room for so much more."""
+        """Return whether the scratch folder has space for so many more bytes and files."""
         try:
             self.need(file_bytes, files, "")
         except ScratchError:
@@ -111,7 +109,7 @@ class Scratch:
         return True
 
     def need(self, file_bytes: int, files: int, purpose: str) -> None:
-        """Raise ScratchError where there is no room for so much more."""
+        """Raise ScratchError if the scratch folder has no space for so many more bytes and files."""
         stats = os.statvfs(self.folder)
         free_bytes = stats.f_bavail * stats.f_frsize
         wanted_bytes = file_bytes + MARGIN_BYTES
@@ -140,7 +138,7 @@ def mounts_below(folder: Path) -> list[Path]:
 
 
 def unmount(mountpoint: Path) -> None:
-    """Unmount and see to it that the server ends, by force where it must be."""
+    """Unmount and wait until the server has ended; kill it if it does not."""
     pids = server_pids(mountpoint)
     for command in (["fusermount3", "-u"], ["umount"], ["fusermount3", "-uz"], ["umount", "-l"]):
         if mountpoint not in mounts_below(mountpoint):
@@ -168,7 +166,7 @@ def await_end(mountpoint: Path, pids: tuple[int, ...]) -> None:
 
 
 def _unescape(field: bytes) -> bytes:
-    """Return a path of mountinfo as it is: space, tab, newline and backslash are octal there."""
+    """Return the path of a mountinfo entry, in which space, tab, newline and backslash are octal."""
     head, *rest = field.split(b"\\")
     return head + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest)
 

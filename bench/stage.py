@@ -1,4 +1,4 @@
-"""A corpus in place, and what every program that is measured on it shares."""
+"""A corpus on disk, and the parts that all trials on it share."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ WORK_TIMEOUT_S = 3600.0
 
 
 class TrialError(Exception):
-    """A work that was done wrongly, or that can't be done now."""
+    """A work had a wrong result, or cannot be done now."""
 
 
 @dataclass(slots=True)
 class Stage:
-    """A corpus in place, with what the trials on it share."""
+    """A corpus on disk, with the scratch folder and the cache that all trials on it share."""
 
     corpus: Corpus
     facts: CorpusFacts
@@ -32,7 +32,7 @@ class Stage:
 
     @property
     def log(self) -> Path:
-        """Where the program that is measured writes what it says."""
+        """The file that receives the output of the measured program."""
         return self.scratch.folder / "output.log"
 
     @property
@@ -42,7 +42,7 @@ class Stage:
 
 
 def compare(facts: CorpusFacts, folder: Path) -> None:
-    """Raise TrialError where a folder has not the corpus's number of entries and bytes."""
+    """Raise TrialError if a folder does not have the corpus's number of entries and bytes."""
     found = survey(facts.name, "", folder)
     wanted = (facts.entries, facts.files, facts.file_bytes)
     if (found.entries, found.files, found.file_bytes) != wanted:

@@ -1,9 +1,8 @@
-"""One program on one corpus: does each work and says what it cost.
+"""One program on one corpus: do each work and return its cost.
 
-A trial owns the program's repository (its *home*), which a first backup makes anew. Whatever is
-not the work itself (making the repository, unmounting, comparing what came out) is left out of
-the measurement. A result is believed only after a look: a restore must have brought back as many
-files and bytes as there are, a `find` as many names.
+A trial owns the program's repository (its *home*), which a first backup creates again. Creating the
+repository, unmounting and comparing the results are not measured. Every result is checked: a restore must
+return the number of files and bytes of the corpus, a `find` the number of names.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ POLL_S = 0.005
 
 
 class BackupProgram(Protocol):
-    """How a program is called; `home` is a folder for its repository and its caches."""
+    """The calls of a program; `home` is a folder for its repository and its caches."""
 
     @property
     def name(self) -> str: ...
@@ -60,7 +59,7 @@ class BackupProgram(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Mounted:
-    """A usable mount: the corpus inside it, the server, and what it cost to get there."""
+    """A usable mount: the corpus inside it, the server processes, and the cost of mounting."""
 
     corpus: Path
     pids: tuple[int, ...]
@@ -80,11 +79,11 @@ class BackupTrial:
         self._day_usages: list[Usage] = []
 
     def does(self, work: Work) -> bool:
-        """Say whether the program takes part in a work."""
+        """Return whether the program takes part in a work."""
         return work is Work.FIRST or not self._program.first_backup_only
 
     def perform(self, work: Work, repetition: int) -> list[Sample]:
-        """Do a work once; raises TrialError or CommandError where that fails."""
+        """Do a work once; raise TrialError or CommandError if that fails."""
         if work is not Work.FIRST and self._backups == 0:
             self._first_backup()
         if work in MOUNTED:
@@ -108,7 +107,7 @@ class BackupTrial:
         return [sample]
 
     def live_a_day(self) -> None:
-        """Do the backup of one more day; `finish_days` gives the sample of all of them."""
+        """Do the backup of another day; `finish_days` returns the sample of all days."""
         if self._backups == 0:
             raise TrialError("there is no first backup to go on from")
         before = self._stored_bytes()
@@ -135,7 +134,7 @@ class BackupTrial:
         )
 
     def clear(self) -> None:
-        """Put the repository away."""
+        """Move the repository to the trash."""
         self._stage.scratch.discard(self._home)
         self._backups = 0
 
@@ -217,7 +216,7 @@ class BackupTrial:
             time.sleep(POLL_S)
 
     def _look_inside(self, mountpoint: Path, started: float, launch_cpu_s: float) -> Mounted:
-        """Return the mount once its tree answers; some programs load the snapshot only then."""
+        """Return the mount when its tree answers a stat; some programs load the snapshot only then."""
         inside = _below(self._program.mounted_root(mountpoint), self._stage.source)
         look = Command(("stat", str(inside)))
         run(look, self._stage.scratch.folder / "look.log", MOUNT_TIMEOUT_S)

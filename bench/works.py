@@ -1,4 +1,4 @@
-"""What is measured: the works, in the order in which they are done in one repetition."""
+"""The works that are measured, in their order in one repetition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NO_CORPUS = "none"
 
 
 class Work(StrEnum):
-    """One thing that a user waits for. The value names it on the command line and in results."""
+    """A task that a user waits for. Its value names it on the command line and in results."""
 
     STARTUP = "start-up"
     FIRST = "first-backup"

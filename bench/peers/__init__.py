@@ -1,1 +1,1 @@
-"""The programs that are measured, one module each; all of them are called as commands."""
+"""The measured programs, one module each; all of them are called as commands."""

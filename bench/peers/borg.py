@@ -1,4 +1,4 @@
-"""How borg 1.4 is called: a repository without encryption, caches of its own for every run."""
+"""How borg 1.4 is called: a repository without encryption, and new caches for every run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Borg:
         return self._command(home, "mount", "--foreground", _archive(home, label), str(mountpoint))
 
     def mounted_root(self, mountpoint: Path) -> Path:
-        """Return where the archive's root is shown."""
+        """Return the path of the archive's root in the mount."""
         return mountpoint
 
     def unmount(self, mountpoint: Path) -> Command:
@@ -53,7 +53,7 @@ class Borg:
         return Command((self._program, "umount", str(mountpoint)))
 
     def version(self) -> Command:
-        """Start, say the version and end."""
+        """Start, print the version and end."""
         return Command((self._program, "--version"))
 
     def _command(self, home: Path, *arguments: str, directory: Path | None = None) -> Command:

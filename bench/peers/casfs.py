@@ -43,7 +43,7 @@ class Casfs:
         return self._command(home, "mount", "latest", str(mountpoint))
 
     def mounted_root(self, mountpoint: Path) -> Path:
-        """Return where the snapshot's root is shown."""
+        """Return the path of the snapshot's root in the mount."""
         return mountpoint
 
     def unmount(self, mountpoint: Path) -> Command:
@@ -51,7 +51,7 @@ class Casfs:
         return Command((self._program, "umount", str(mountpoint)))
 
     def version(self) -> Command:
-        """Start, say the version and end."""
+        """Start, print the version and end."""
         return Command((self._program, "version"))
 
     def _command(self, home: Path, *arguments: str) -> Command:

@@ -1,4 +1,4 @@
-"""casfs with an encrypted repository: backups hold no identity, everything else is given one."""
+"""casfs with an encrypted repository: backups have no identity, all other commands get one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IDENTITY = "identity.txt"
 
 
 class EncryptedCasfs(Casfs):
-    """The project's own command; the identity lies beside the repository, in the scratch folder."""
+    """The project's own command; the identity is beside the repository, in the scratch folder."""
 
     name = "casfs-encrypted"
     label = "casfs, encrypted"

@@ -1,4 +1,4 @@
-"""What the machine itself can do: ordinary tools for the same work, without keeping versions.
+"""The limits of the machine: ordinary tools for the same work, which keep no versions.
 
 None of them waits until its output is on the disk, as backup programs do.
 """
@@ -44,18 +44,18 @@ STARTUP_LIMIT = "python -c pass"
 
 
 def limit_label(work: str, single: bool) -> str:
-    """Return the tool that is the limit for a work, or an empty text where there is none."""
+    """Return the tool that shows the limit for a work, empty if there is none."""
     limits = FILE_LIMITS if single else TREE_LIMITS
     return STARTUP_LIMIT if work == Work.STARTUP else limits.get(Work(work), "")
 
 
 def startup_command() -> Command:
-    """Return the start of an interpreter that does nothing."""
+    """Return the command of an interpreter that does nothing."""
     return Command((sys.executable, "-c", "pass"))
 
 
 def missing_tools() -> tuple[str, ...]:
-    """Return the tools among the limits that this machine has not."""
+    """Return the tools that this machine does not have."""
     wanted = ("tar", "zstd", "find", "cp", "grep", "dd")
     return tuple(tool for tool in wanted if shutil.which(tool) is None)
 
@@ -69,7 +69,7 @@ class LimitTrial:
         self._stage = stage
 
     def does(self, work: Work) -> bool:
-        """Say whether there is a tool for a work."""
+        """Return whether there is a tool for a work."""
         return bool(limit_label(work, self._stage.corpus.single is not None))
 
     def perform(self, work: Work, repetition: int) -> list[Sample]:
@@ -97,11 +97,11 @@ class LimitTrial:
         return samples
 
     def clear(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: the tools keep no repository."""
 
 
 class TrivialFuseTrial:
-    """Reading a file of the same size through a file system that does nothing else."""
+    """A read of a file of the same size through a trivial file system."""
 
     name = FUSE
 
@@ -109,7 +109,7 @@ class TrivialFuseTrial:
         self._stage = stage
 
     def does(self, work: Work) -> bool:
-        """Say whether the work is sequential reading."""
+        """Return whether the work is a sequential read."""
         return work is Work.READ
 
     def perform(self, work: Work, repetition: int) -> list[Sample]:
@@ -125,7 +125,7 @@ class TrivialFuseTrial:
         return samples
 
     def clear(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: the tools keep no repository."""
 
     @contextmanager
     def _mounted(self) -> Iterator[Path]:

@@ -49,15 +49,15 @@ class Restic:
         return self._command(home, "mount", str(mountpoint))
 
     def mounted_root(self, mountpoint: Path) -> Path:
-        """Return where the latest snapshot's root is shown."""
+        """Return the path of the latest snapshot's root in the mount."""
         return mountpoint / "snapshots" / "latest"
 
     def unmount(self, mountpoint: Path) -> Command:
-        """Unmount; restic's own way is an interrupt."""
+        """Unmount by an interrupt, as restic expects."""
         return Command(("fusermount3", "-u", str(mountpoint)))
 
     def version(self) -> Command:
-        """Start, say the version and end."""
+        """Start, print the version and end."""
         return Command((self._program, "version"))
 
     def _command(self, home: Path, *arguments: str) -> Command:

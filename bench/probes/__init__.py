@@ -1,1 +1,1 @@
-"""Small programs that the benchmark runs as children of their own."""
+"""Small programs that the benchmark runs as child processes."""

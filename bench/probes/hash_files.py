@@ -1,4 +1,4 @@
-"""Prints the BLAKE3 of files, one core, as `b3sum --num-threads 1` does."""
+"""Print the BLAKE3 of files on one core, as `b3sum --num-threads 1` does."""
 
 from __future__ import annotations
 

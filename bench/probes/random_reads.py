@@ -1,4 +1,4 @@
-"""Reads 4 KiB at random places of one file and prints the seconds that the reads took.
+"""Read 4 KiB at random offsets of one file and print the duration of the reads in seconds.
 
 Runs as a program of its own: a server that hangs must not hang the harness with it.
 """

@@ -1,4 +1,4 @@
-"""A file system of one file of zeros: what FUSE and pyfuse3 cost when there is no work to do.
+"""A file system with one file of zeros: the cost of FUSE and pyfuse3 without any work.
 
 Its reads are answered from one buffer in the event loop, so that no backup program's mount on
 this machine can be expected to be faster. Runs in the foreground until it is unmounted.
@@ -22,7 +22,7 @@ LONG_S = 3600.0
 
 
 class TrivialFileSystem(pyfuse3.Operations):
-    """A root directory and in it one file."""
+    """A root directory with one file."""
 
     supports_dot_lookup = False
 
@@ -62,12 +62,12 @@ class TrivialFileSystem(pyfuse3.Operations):
     async def read(  # type: ignore[override]
         self, fh: pyfuse3.FileHandleT, off: int, size: int
     ) -> memoryview:
-        """Give zeros."""
+        """Return zeros."""
         return self._zeros[: max(0, min(size, self._size - off))]
 
 
 def raise_read_ahead(mountpoint: str) -> None:
-    """Let the kernel ask for more at once; without root it stays at its default."""
+    """Raise the kernel's read-ahead; without root it stays at its default."""
     device = os.stat(mountpoint).st_dev
     setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     if os.access(setting, os.W_OK):
