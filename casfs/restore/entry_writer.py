@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from casfs.digest import Digest
 from casfs.errors import IntegrityError
+from casfs.format.node_types import TYPES_BY_MODE_BITS
 from casfs.format.tree import Node, NodeType, captured_digest, hard_link_key
 from casfs.repository.repository import Repository
 from casfs.restore import target_fs
@@ -100,6 +101,8 @@ class EntryResult:
     metadata_errors: list[str] = field(default_factory=list)
     is_verified: bool | None = None
     error: IntegrityError | OSError | None = None
+    link_error: OSError | None = None
+    replaced_folder: bool = False
 
 
 class EntryWriter:
@@ -161,22 +164,24 @@ class EntryWriter:
             return False
         same = (
             self._overwrite == Overwrite.IF_CHANGED
-            and node.kind == NodeType.FILE
-            and stat.S_ISREG(st.st_mode)
-            and st.st_size == node.size
-            and st.st_mtime_ns == node.mtime_ns
+            and _is_equal(fd, node, st)
             and _is_linked_alike(node, st, link_target)
         )
         if same and self._keep_existing(fd, result):
             return False
-        if stat.S_ISDIR(st.st_mode) and not self._replace_folders:
-            target_fs.require_empty(fd, node.name)
+        if stat.S_ISDIR(st.st_mode):
+            if self._replace_folders:
+                result.replaced_folder = True
+            else:
+                target_fs.require_empty(fd, node.name)
         return True
 
     def _keep_existing(self, fd: int, result: EntryResult) -> bool:
-        """Set the metadata of an equal existing file; return False where this user cannot open it."""
+        """Set the metadata of an equal existing entry; return False where this user cannot open it."""
         node = result.node
-        if not self._dry_run:
+        if not self._dry_run and node.kind != NodeType.FILE:
+            result.metadata_errors += target_fs.set_metadata(fd, node.name, node, None)
+        elif not self._dry_run:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             try:
                 opened = os.open(node.name, flags, dir_fd=fd)
@@ -196,17 +201,13 @@ class EntryWriter:
         name = target_fs.temporary_name()
         try:
             try:
-                os.link(
-                    link_target.path,
-                    name,
-                    src_dir_fd=link_target.fd,
-                    dst_dir_fd=fd,
-                    follow_symlinks=False,
-                )
+                above, first = target_fs.open_parent(link_target.fd, link_target.path)
+                try:
+                    os.link(first, name, src_dir_fd=above, dst_dir_fd=fd, follow_symlinks=False)
+                finally:
+                    os.close(above)
             except OSError as error:
-                log.info(
-                    "%r cannot be hard-linked and is written as a copy: %s", result.path, error
-                )
+                result.link_error = error
                 return False
             _rename_into_place(fd, name, result.node, st)
         except BaseException:
@@ -253,13 +254,31 @@ class EntryWriter:
             raise
 
 
+def _is_equal(fd: int, node: Node, st: os.stat_result) -> bool:
+    """Return whether an entry of the target is equal to a node, as far as its metadata show."""
+    if (
+        TYPES_BY_MODE_BITS.get(stat.S_IFMT(st.st_mode)) != node.kind
+        or st.st_mtime_ns != node.mtime_ns
+    ):
+        return False
+    if node.kind == NodeType.FILE:
+        return st.st_size == node.size
+    if node.kind == NodeType.SYMLINK:
+        return os.readlink(node.name, dir_fd=fd) == node.content
+    return st.st_rdev == (node.extra.rdev if node.extra is not None else 0)
+
+
 def _is_linked_alike(node: Node, st: os.stat_result, link_target: LinkTarget | None) -> bool:
     """Return whether an entry of the target is hard-linked as its node is, to the names restored so far."""
     if hard_link_key(node) is None:
         return st.st_nlink == 1
-    return link_target is None or os.path.samestat(
-        st, os.stat(link_target.path, dir_fd=link_target.fd, follow_symlinks=False)
-    )
+    if link_target is None:
+        return True
+    above, first = target_fs.open_parent(link_target.fd, link_target.path)
+    try:
+        return os.path.samestat(st, os.stat(first, dir_fd=above, follow_symlinks=False))
+    finally:
+        os.close(above)
 
 
 def _rename_into_place(fd: int, name: bytes, node: Node, st: os.stat_result | None) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 from casfs.digest import Digest
+from casfs.display import escape_path
 from casfs.errors import CasfsError, IntegrityError
 from casfs.format.tree import CaptureState, HardLinkKey, Node, NodeType, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
@@ -41,7 +42,11 @@ _Job = tuple[int, bytes, Node, bytes | None]
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """The options of a restore; patterns are matched against paths in the snapshot."""
+    """The options of a restore; patterns are matched against paths in the snapshot.
+
+    `sources` are the paths of the snapshot. Directories that only lead to them keep their metadata, and
+    nothing is deleted in them.
+    """
 
     include: tuple[Pattern, ...] = ()
     exclude: tuple[Pattern, ...] = ()
@@ -50,6 +55,7 @@ class RestoreOptions:
     verify: bool = False
     salvage: bool = False
     dry_run: bool = False
+    sources: tuple[bytes, ...] = (b".",)
 
 
 @dataclass(slots=True)
@@ -85,10 +91,19 @@ class _Frame:
     mode: int | None = None
     complete: bool = True
     names: set[bytes] = field(default_factory=set)
+    folded: dict[str, bytes] | None = None
+
+
+def _ignore(_: bytes) -> None:
+    """Do nothing with a path."""
 
 
 class Restorer:
-    """Restore into one target. Use each instance for one restore, from one thread."""
+    """Restore into one target. Use each instance for one restore, from one thread.
+
+    `on_deleted` is called with the path of each entry that `delete` removes, or would remove in a dry run; a
+    directory, which goes with everything below it, ends in a slash.
+    """
 
     def __init__(
         self,
@@ -97,6 +112,7 @@ class Restorer:
         monitor: Monitor,
         *,
         limits: PoolLimits = DEFAULT_LIMITS,
+        on_deleted: Callable[[bytes], None] = _ignore,
     ) -> None:
         self.result = RestoreResult()
         self._repository = repository
@@ -122,6 +138,9 @@ class Restorer:
         self._open_frames: dict[int, _Frame] = {}
         self._stack: list[_Frame] = []
         self._prefix_bytes = 0
+        self._on_deleted = on_deleted
+        self._sources = [source.strip(b"/") for source in options.sources]
+        self._merging_devices: dict[int, bool] = {}
 
     def restore(self, path: bytes, node: Node, folder: bytes, with_root: bool) -> RestoreResult:
         """Restore the node at `path` of a snapshot; the entries of a directory go directly into `folder`.
@@ -147,11 +166,11 @@ class Restorer:
 
         A single entry is restored as the only entry of a directory without metadata of its own.
         """
-        mode = None
+        mode, created = None, False
         if self._options.dry_run:
             self._root_fd = target_fs.open_if_exists(None, self._folder)
         else:
-            self._root_fd, mode = target_fs.open_root(self._folder)
+            self._root_fd, mode, created = target_fs.open_root(self._folder)
         if node.tree is not None:
             root = self._frame(path, node, self._root_fd, included)
         else:
@@ -159,7 +178,9 @@ class Restorer:
             root = _Frame(above, path.rpartition(b"/")[0], self._root_fd, included)
             root.nodes = iter([node])
             root.complete = False
-        root.mode = mode
+        root.mode, root.created = mode, created
+        if self._root_fd >= 0:
+            self._prepare(root)
         self._prefix_bytes = len(root.path) + 1 if root.path else 0
         return root
 
@@ -204,9 +225,61 @@ class Restorer:
                 self._stack.append(child)
                 continue
             is_root = len(self._stack) == 1
-            with_metadata = frame.created or (with_root if is_root else frame.included)
+            # A directory that only leads to what was asked for keeps the metadata that it has.
+            with_metadata = frame.created or self._may_change(frame)
+            if is_root:
+                with_metadata = with_metadata and with_root and frame.included
             self._stack.pop()
             self._pool.call_after(partial(self._leave, frame, with_metadata))
+
+    def _may_change(self, frame: _Frame) -> bool:
+        """Return whether an existing directory was itself backed up, and was asked for."""
+        return (
+            frame.included
+            and self._options.overwrite != Overwrite.NEVER
+            and self._is_source(frame.path)
+        )
+
+    def _is_source(self, path: bytes) -> bool:
+        """Return whether a path of the snapshot is a source or lies in one, and does not only lead to one."""
+        return any(
+            source in (b"", b".") or path == source or path.startswith(source + b"/")
+            for source in self._sources
+        )
+
+    def _prepare(self, frame: _Frame) -> None:
+        """Clear and examine an open directory before anything is written to it."""
+        if self._options.dry_run:
+            return
+        if not frame.created:
+            target_fs.remove_abandoned(frame.fd)
+        if target_fs.merges_names(frame.fd, self._merging_devices):
+            frame.folded = {}
+
+    def _is_merged(self, frame: _Frame, path: bytes, name: bytes) -> bool:
+        """Report an entry for whose name the target finds another entry that was restored before."""
+        if frame.fd < 0:
+            try:
+                self._open_with_parents(len(self._stack) - 1, frame)
+            except OSError:
+                return False  # restoring the entry fails in the same way, and reports it
+        if frame.folded is None:
+            return False
+        first = frame.folded.setdefault(target_fs.fold_name(name), name)
+        if first == name:
+            return False
+        self._pool.drain()
+        # Inode numbers do not show it: some file systems give each spelling of a name another one.
+        if target_fs.entry_stat(frame.fd, name) is None:
+            return False
+        if {first, name} <= {os.fsencode(text) for text in os.listdir(frame.fd)}:
+            return False
+        message = (
+            f"the target does not tell its name from {escape_path(first)}, which was restored; "
+            "restore it to another folder"
+        )
+        self._fail(path, OSError(errno.EEXIST, message))
+        return True
 
     def _advance(self, frame: _Frame) -> _Frame | None:
         """Restore entries up to a directory to enter, and return its frame; None after the last entry."""
@@ -220,6 +293,8 @@ class Restorer:
             if self._selection.excludes_node(path, is_directory):
                 continue
             included = self._selection.includes(path, is_directory, frame.included)
+            if included and not self._options.dry_run and self._is_merged(frame, path, node.name):
+                continue
             if is_directory:
                 child = self._frame(path, node, -1, included)
                 if included and not self._enter(child):
@@ -295,6 +370,7 @@ class Restorer:
             child.created = True
         else:
             self._set_open(child, *target_fs.open_writable(above.fd, name, st))
+        self._prepare(child)
         return True
 
     def _set_open(self, frame: _Frame, fd: int, mode: int | None = None) -> None:
@@ -306,7 +382,7 @@ class Restorer:
         """Finish a directory after all its entries: delete others, set its metadata, close it."""
         if frame.fd < 0:
             return
-        if self._options.delete and frame.included and frame.complete:
+        if self._options.delete and frame.complete and self._may_delete_in(frame):
             self._delete_others(frame)
         if with_metadata and not self._options.dry_run:
             self._report_metadata_errors(
@@ -316,11 +392,21 @@ class Restorer:
         if self._open_frames.pop(frame.fd, None) is not None:
             target_fs.close_restoring_mode(frame.fd, frame.mode)
 
+    def _may_delete_in(self, frame: _Frame) -> bool:
+        """Return whether a directory was backed up itself, and is on the file system of the target."""
+        if not frame.included or not self._is_source(frame.path):
+            return False
+        return os.fstat(frame.fd).st_dev == os.fstat(self._root_fd).st_dev
+
     def _delete_others(self, frame: _Frame) -> None:
+        names: set[bytes] | set[str] = frame.names
+        if frame.folded is not None:
+            names = {target_fs.fold_name(name) for name in frame.names}
         for text in os.listdir(frame.fd):
             name = os.fsencode(text)
             path = join(frame.path, name)
-            if name in frame.names:
+            known = name if frame.folded is None else target_fs.fold_name(name)
+            if known in names or target_fs.is_temporary(name):
                 continue
             try:
                 st = target_fs.entry_stat(frame.fd, name)
@@ -331,9 +417,15 @@ class Restorer:
                     continue
                 if not self._options.dry_run:
                     target_fs.remove(frame.fd, name, st)
-                self.result.deleted += 1
+                elif is_directory and st.st_dev != os.fstat(frame.fd).st_dev:
+                    continue
+                self._count_deleted(path, is_directory)
             except OSError as error:
                 self._fail(path, error)
+
+    def _count_deleted(self, path: bytes, is_directory: bool) -> None:
+        self.result.deleted += 1
+        self._on_deleted(path + b"/" if is_directory else path)
 
     def _restore_entry(self, frame: _Frame, path: bytes, node: Node) -> None:
         self._progress(path)
@@ -404,6 +496,11 @@ class Restorer:
             self._damaged(path, message, None, result.lost)
         self._report_metadata_errors(path, result.metadata_errors)
         self.result.skipped += result.skipped
+        if result.link_error is not None:
+            message = f"it is a copy: the hard link to its other name failed: {result.link_error.strerror}"
+            self._monitor.problem(Problem(ProblemKind.METADATA, path, message))
+        if result.written and result.replaced_folder:
+            self._count_deleted(path, True)
         if result.written:
             self._count(node)
         if result.is_verified is not None:

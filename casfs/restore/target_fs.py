@@ -7,13 +7,18 @@ directory.
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import itertools
 import os
+import re
 import secrets
-import shutil
 import stat
+import sys
+import time
+import unicodedata
 
+from casfs.digest import digest_of
 from casfs.format.node_types import NODE_TYPES
 from casfs.format.tree import Node, NodeType
 
@@ -21,14 +26,35 @@ TEMPORARY_PREFIX = b".casfs-restore-"
 
 _serial = itertools.count()
 
+_ABANDONED_S = 86_400
+
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_CASEFOLD_FL = 0x40000000
+
 _NOT_PERMITTED_ERRNOS = frozenset([errno.EPERM, errno.EACCES, errno.ENOTSUP])
 """Metadata that an ordinary user has no permission to set are skipped, as `cp -a` does."""
 
 
-def open_root(target: bytes) -> tuple[int, int | None]:
-    """Open the target folder as `open_writable` does; create it where it does not exist."""
-    os.makedirs(target, exist_ok=True)
-    return _open_writable(None, target, os.stat(target), follow=True)
+def open_root(target: bytes) -> tuple[int, int | None, bool]:
+    """Open the target folder as `open_writable` does, and return whether it was created."""
+    created = _make_directories(target)
+    return *_open_writable(None, target, os.stat(target), follow=True), created
+
+
+def _make_directories(path: bytes) -> bool:
+    """Create a directory and those above it, however deep; return whether it did not exist."""
+    missing: list[bytes] = []
+    above = path
+    while above and not os.path.lexists(above):
+        missing.append(above)
+        above = os.path.dirname(above.rstrip(b"/"))
+    for folder in reversed(missing):
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            if not os.path.isdir(folder):
+                raise
+    return bool(missing)
 
 
 def open_writable(fd: int, name: bytes, st: os.stat_result) -> tuple[int, int | None]:
@@ -112,25 +138,57 @@ def make_directory(fd: int, name: bytes) -> int:
 
 
 def remove(fd: int, name: bytes, st: os.stat_result) -> None:
-    """Remove an entry and everything below it, without following symlinks."""
+    """Remove an entry and everything below it, however deep, without following symlinks.
+
+    Raise OSError for a directory with another file system in it, which stays.
+    """
     if not stat.S_ISDIR(st.st_mode):
         os.unlink(name, dir_fd=fd)
         return
+    device = os.fstat(fd).st_dev
+    # Descriptors are not kept on the way down: there may be more levels than a process may open files.
+    steps: list[tuple[bytes, os.stat_result, list[bytes]]] = []
+    above = os.dup(fd)
     try:
-        shutil.rmtree(name, dir_fd=fd)
-    except PermissionError:
-        _make_removable(fd, name)
-        for _, below, _, opened in os.fwalk(name, dir_fd=fd):
-            for entry in below:
-                _make_removable(opened, entry)
-        shutil.rmtree(name, dir_fd=fd)
+        below: list[bytes] = [name]
+        while True:
+            if below:
+                name = below.pop()
+                st = os.stat(name, dir_fd=above, follow_symlinks=False)
+                if st.st_dev != device:
+                    raise OSError(
+                        errno.EXDEV, "another file system is mounted in it, which is kept"
+                    )
+                opened, _ = open_writable(above, name, st)
+                steps.append((name, os.fstat(above), below))
+                os.close(above)
+                above = opened
+                below = _unlink_all_but_directories(above)
+                continue
+            name, parent, below = steps.pop()
+            opened = open_subdir(above, b"..")
+            os.close(above)
+            above = opened
+            if not os.path.samestat(os.fstat(above), parent):
+                raise OSError(errno.ESTALE, "it was moved while it was removed")
+            os.rmdir(name, dir_fd=above)
+            if not steps:
+                return
+    finally:
+        os.close(above)
 
 
-def _make_removable(fd: int, name: bytes) -> None:
-    """Grant the owner of a directory write permission on it; ignore other entries."""
-    st = entry_stat(fd, name)
-    if st is not None and stat.S_ISDIR(st.st_mode):
-        os.close(open_writable(fd, name, st)[0])
+def _unlink_all_but_directories(fd: int) -> list[bytes]:
+    """Remove the entries of a directory that are not directories; return the names of those that are."""
+    directories = []
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            name = os.fsencode(entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                directories.append(name)
+            else:
+                os.unlink(name, dir_fd=fd)
+    return directories
 
 
 def unlink_quietly(fd: int, name: bytes) -> None:
@@ -142,13 +200,143 @@ def unlink_quietly(fd: int, name: bytes) -> None:
 
 
 def temporary_name() -> bytes:
-    """Return a name that is unique in the target."""
+    """Return a name that is unique in the target, and says which process gave it."""
     return b"%s%s-%x" % (TEMPORARY_PREFIX, _process_token(), next(_serial))
+
+
+_TEMPORARY = re.compile(
+    re.escape(TEMPORARY_PREFIX) + rb"([0-9a-f]{16})-([0-9a-f]+)-([0-9a-f]+)-[0-9a-f]+"
+)
 
 
 @functools.cache
 def _process_token() -> bytes:
-    return secrets.token_hex(8).encode()
+    return b"%s-%x-%x" % (_system_token(), os.getpid(), _start_time(os.getpid()) or 0)
+
+
+@functools.cache
+def _system_token() -> bytes:
+    """Return what tells this running system, and its namespace of processes, from all others."""
+    parts = [_read_or_empty(name) for name in (b"/proc/sys/kernel/random/boot_id",)]
+    try:
+        parts.append(os.readlink(b"/proc/self/ns/pid"))
+    except OSError:
+        parts.append(secrets.token_bytes(16))
+    return digest_of(b"".join(parts)).hex()[:16].encode()
+
+
+def _read_or_empty(name: bytes) -> bytes:
+    try:
+        with open(name, "rb") as file:
+            return file.read(4096)
+    except OSError:
+        return b""
+
+
+def _start_time(pid: int) -> int | None:
+    """Return when a process of this system started, in ticks since the boot; None without the process."""
+    fields = _read_or_empty(b"/proc/%d/stat" % pid).rpartition(b")")[2].split()
+    return int(fields[19]) if len(fields) > 19 else None
+
+
+def remove_abandoned(fd: int) -> None:
+    """Remove what restores that were killed left in a directory; ignore errors.
+
+    Files of a process of this system are removed when it has ended. Those of another system, which may
+    write to the same storage or may be this one before its last boot, are removed a day after their last
+    change.
+    """
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            name = os.fsencode(entry.name)
+            if name.startswith(TEMPORARY_PREFIX) and _is_abandoned(fd, name):
+                unlink_quietly(fd, name)
+
+
+def is_temporary(name: bytes) -> bool:
+    """Return whether a name is one that `temporary_name` gives."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def _is_abandoned(fd: int, name: bytes) -> bool:
+    found = _TEMPORARY.fullmatch(name)
+    if found is None:
+        return False
+    if found[1] == _system_token():
+        started = _start_time(int(found[2], 16))
+        return started is None or started != int(found[3], 16)
+    st = entry_stat(fd, name)
+    return st is not None and st.st_ctime < time.time() - _ABANDONED_S
+
+
+def open_parent(fd: int, path: bytes) -> tuple[int, bytes]:
+    """Open the directory of the entry at a path below an open one; return it with the entry's name.
+
+    Each name is looked up by itself, so a path may be longer than one system call accepts, and no symlink
+    is followed.
+    """
+    *above, name = path.split(b"/")
+    opened = os.dup(fd)
+    try:
+        for step in above:
+            below = os.open(
+                step, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=opened
+            )
+            os.close(opened)
+            opened = below
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened, name
+
+
+def merges_names(fd: int, known: dict[int, bool]) -> bool:
+    """Return whether a directory takes names that differ in case or normalization for one name.
+
+    `known` remembers the answer of each device between the calls of one restore.
+    """
+    if _has_casefold_flag(fd):
+        return True
+    device = os.fstat(fd).st_dev
+    found = known.get(device)
+    if found is None:
+        found = known[device] = _probe_merging(fd)
+    return found
+
+
+def _has_casefold_flag(fd: int) -> bool:
+    flags = bytearray(8)
+    try:
+        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+    except OSError:
+        return False
+    return bool(int.from_bytes(flags[:4], sys.byteorder) & _FS_CASEFOLD_FL)
+
+
+def _probe_merging(fd: int) -> bool:
+    plain = temporary_name()
+    for name in (plain + "-é".encode(), plain):
+        try:
+            os.close(create_file(fd, name))
+        except OSError:
+            continue  # a file system that refuses some bytes, or a directory without write permission
+        try:
+            text = name.decode()
+            others = {text.upper(), unicodedata.normalize("NFD", text)} - {text}
+            return any(entry_stat(fd, other.encode()) is not None for other in others)
+        finally:
+            unlink_quietly(fd, name)
+    return False
+
+
+def fold_name(name: bytes) -> str:
+    """Return a text that is the same for all names that some file system may take for one name.
+
+    Case, normalization, and dots and spaces at the end are left out. The names of one text may well be
+    different ones for a particular file system.
+    """
+    text = unicodedata.normalize("NFD", name.decode("utf-8", "surrogateescape"))
+    return unicodedata.normalize("NFD", text.casefold()).rstrip(" .")
 
 
 def create_file(fd: int, name: bytes) -> int:
@@ -171,6 +359,7 @@ def make_special(fd: int, name: bytes, node: Node) -> None:
 def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[str]:
     """Set owner, xattrs, mode and times of an entry; return a message for each failure.
 
+    What is already as it should be is left alone, so that an unchanged entry keeps its ctime.
     `open_fd` is the entry's own descriptor (files and directories), or None. The order matters: chown
     clears setuid bits and file capabilities, the owner cannot set xattrs of a write-protected file, and
     every change updates the times.
@@ -180,8 +369,10 @@ def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[
     where: int | bytes = open_fd if open_fd is not None else b"/proc/self/fd/%d/%s" % (fd, name)
     follow = open_fd is not None
     root = os.geteuid() == 0
+    st = _stat(fd, name, open_fd)
     try:
-        _set_owner(fd, name, open_fd, node.uid, node.gid)
+        if (st.st_uid, st.st_gid) != (node.uid, node.gid):
+            _set_owner(fd, name, open_fd, node.uid, node.gid)
     except OSError as error:
         if root or error.errno not in _NOT_PERMITTED_ERRNOS:
             failed.append(f"owner: {error.strerror}")
@@ -192,13 +383,17 @@ def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[
         except OSError:
             mode &= ~stat.S_ISGID
     _set_xattrs(where, follow, node, root, failed)
+    st = _stat(fd, name, open_fd)  # the owner and an ACL may have changed the mode
     try:
-        if open_fd is not None:
-            os.fchmod(open_fd, mode)
-        elif node.kind != NodeType.SYMLINK:
-            os.chmod(name, mode, dir_fd=fd)
+        if node.kind != NodeType.SYMLINK and stat.S_IMODE(st.st_mode) != mode:
+            if open_fd is not None:
+                os.fchmod(open_fd, mode)
+            else:
+                os.chmod(name, mode, dir_fd=fd)
     except OSError as error:
         failed.append(f"mode: {error.strerror}")
+    if st.st_mtime_ns == node.mtime_ns:
+        return failed
     try:
         times = (node.mtime_ns, node.mtime_ns)
         if open_fd is not None:
@@ -210,6 +405,12 @@ def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[
     except OverflowError as error:
         failed.append(f"time: {error}")
     return failed
+
+
+def _stat(fd: int, name: bytes, open_fd: int | None) -> os.stat_result:
+    if open_fd is not None:
+        return os.fstat(open_fd)
+    return os.stat(name, dir_fd=fd, follow_symlinks=False)
 
 
 def _set_owner(fd: int, name: bytes, open_fd: int | None, uid: int, gid: int) -> None:
@@ -235,7 +436,13 @@ def _set_xattrs(
             except OSError as error:
                 if root or error.errno not in _NOT_PERMITTED_ERRNOS:
                     failed.append(f"xattr {text}: {error.strerror}")
+    held = {os.fsencode(text) for text in present}
     for name, value in wanted.items():
+        try:
+            if name in held and os.getxattr(where, name, follow_symlinks=follow) == value:
+                continue
+        except OSError:
+            pass  # it may be written by those who may not read it
         try:
             os.setxattr(where, name, value, follow_symlinks=follow)
         except OSError as error:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
+from casfs.cli.output import json_path
 from casfs.cli.param_types import PATTERN
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
 from casfs.digest import short_id
-from casfs.display import format_size
+from casfs.display import escape_path, format_size
 from casfs.errors import RefusedError, UsageError
 from casfs.patterns import Pattern
 
@@ -93,6 +95,11 @@ def restore(
         dry_run=dry_run,
     )
     output = settings.output()
+
+    def report_deleted(path: bytes) -> None:
+        output.line(f"{'would delete' if dry_run else 'deleted'} {escape_path(path)}")
+        output.emit("deleted", **json_path(path), dry_run=dry_run)
+
     _refuse_repository(settings.repository(), Path(target), delete)
     with open_for_reading(
         settings.repository(), OpenOptions(unlock=settings.unlock), reader="restore"
@@ -104,7 +111,8 @@ def restore(
         if node.tree is not None:
             monitor.progress.total_entries = node.tree.nodes
         with monitor:
-            restorer = Restorer(repository, options, monitor)
+            options = replace(options, sources=snapshot.paths)
+            restorer = Restorer(repository, options, monitor, on_deleted=report_deleted)
             result = restorer.restore(path, node, os.fsencode(target), with_root)
     would = "would be " if dry_run else ""
     output.line(
