@@ -6,104 +6,21 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.cli import Casfs, Result, finish
+from tests.support.cli import Casfs, finish
 from tests.support.mounts import small_disk
-from tests.support.ping_server import PingServer, serving_pings
+from tests.support.night import Night
+from tests.support.ping_server import serving_pings
 from tests.support.scripted_source import ScriptedSource, scripted_source
 from tests.support.waiting import wait_until
 
 MIB = 1024 * 1024
 SIZE = 100_000
 ALWAYS_REWRITTEN = {"opening": 0, "reading": 1, "where": "between", "change": "rewrite"}
-
-
-@dataclass(slots=True)
-class Night:
-    """A profile `home` with two sources, a repository in a folder, and all who hear of its runs."""
-
-    casfs: Casfs
-    folder: Path
-    pings: PingServer
-    sources: list[Path]
-
-    @property
-    def config(self) -> Path:
-        return self.folder / "config.toml"
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The values of the metrics file by name and step."""
-        text = (self.folder / "casfs.prom").read_text()
-        return {
-            f"{sample.name.removeprefix('casfs_')} {sample.labels.get('step', '')}".strip(): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
-
-    @property
-    def calls(self) -> list[str]:
-        """The hooks that were called so far."""
-        file = self.folder / "calls"
-        return file.read_text().split() if file.exists() else []
-
-    def configure(self, *more: str, before: str = "true", repository: str = "") -> None:
-        """Write the configuration; `more` are lines of the profile."""
-        folder = self.folder
-        hooks = ", ".join(
-            f"{name} = '''echo {name} >> {folder}/calls; cat > {folder}/{name}.json; {command}'''"
-            for name, command in (
-                ("before", before),
-                ("after", "true"),
-                ("failure", "true"),
-                ("finally", "true"),
-            )
-        )
-        lines = [
-            "[repositories.nas]",
-            f'url = "{self.casfs.repository}"',
-            repository,
-            "[profiles.home]",
-            'repository = "nas"',
-            f"sources = {json.dumps([str(source) for source in self.sources])}",
-            'tags = ["home"]',
-            "patience = '1s'",
-            "keep = { last = 2 }",
-            'prune-every = "7d"',
-            'check = { older-than = "30d", every = "1d" }',
-            f'metrics-file = "{folder}/casfs.prom"',
-            f'ping = "{self.pings.url}/uuid"',
-            f"notify = {{ command = 'cat > {folder}/mail' }}",
-            f"hooks = {{ {hooks} }}",
-            *more,
-        ]
-        self.config.write_text("\n".join(lines) + "\n")
-        self.config.chmod(0o600)
-
-    def run(self, *options: str, expect: int = 0, **how: Any) -> Result:
-        return self.casfs.json(
-            "run", "--config", self.config, *options, "home", expect=expect, **how
-        )
-
-    def steps(self, result: Result) -> dict[str, str]:
-        """Return the exit code of every step that ran, and why each of the others did not."""
-        return {
-            line["step"]: str(line["exit"]) if line["status"] == "ran" else line["status"]
-            for line in result.of_type("step")
-        }
-
-    def age(self, step: str, days: float) -> None:
-        """Let a step have succeeded so many days earlier than it did."""
-        (path,) = (self.casfs.home / ".local/state/casfs/profiles").glob("home-*.json")
-        state = json.loads(path.read_text())
-        state["steps"][step]["last_success_s"] -= days * 86_400
-        path.write_text(json.dumps(state))
 
 
 @pytest.fixture
