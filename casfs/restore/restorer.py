@@ -415,6 +415,9 @@ class Restorer:
                 is_directory = stat.S_ISDIR(st.st_mode)
                 if self._selection.excludes(path, is_directory):
                     continue
+                if is_directory and self._options.exclude:
+                    self._delete_directory(frame, name)
+                    continue
                 if not self._options.dry_run:
                     target_fs.remove(frame.fd, name, st)
                 elif is_directory and st.st_dev != os.fstat(frame.fd).st_dev:
@@ -422,6 +425,30 @@ class Restorer:
                 self._count_deleted(path, is_directory)
             except OSError as error:
                 self._fail(path, error)
+
+    def _delete_directory(self, frame: _Frame, name: bytes) -> None:
+        """Delete a directory that the snapshot lacks, except what the patterns exclude in it."""
+
+        def count(path: bytes) -> None:
+            self._count_deleted(join(frame.path, path.rstrip(b"/")), path.endswith(b"/"))
+
+        target_fs.remove_except(
+            frame.fd, name, partial(self._keeps, frame), count, self._options.dry_run
+        )
+
+    def _keeps(self, frame: _Frame, path: bytes, is_directory: bool) -> bool:
+        """Return whether a pattern excludes an entry of the target, at a path below a directory."""
+        return self._selection.excludes(join(frame.path, path), is_directory)
+
+    def _holds_excluded(self, frame: _Frame, name: bytes) -> bool:
+        """Return whether replacing an entry of the target would delete entries that patterns exclude."""
+        if not (self._options.delete and self._options.exclude) or frame.fd < 0:
+            return False
+        st = target_fs.entry_stat(frame.fd, name)
+        if st is None or not stat.S_ISDIR(st.st_mode):
+            return False
+        keeps = partial(self._keeps, frame)
+        return not target_fs.remove_except(frame.fd, name, keeps, _ignore, dry_run=True)
 
     def _count_deleted(self, path: bytes, is_directory: bool) -> None:
         self.result.deleted += 1
@@ -437,6 +464,8 @@ class Restorer:
                 and not self._open_with_parents(len(self._stack) - 1, frame)
             ):
                 return
+            if self._holds_excluded(frame, node.name):
+                raise OSError(errno.ENOTEMPTY, "a directory with excluded entries is in its place")
         except OSError as error:
             self._pool.call_after(partial(self._on_result, EntryResult(path, node, error=error)))
             return

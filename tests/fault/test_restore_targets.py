@@ -116,6 +116,56 @@ class TestDelete:
         assert done.deleted == [b"documents/letter/"]
         assert (top / "documents/letter").read_text() == "kept"
 
+    def test_restore_keeps_excluded_entries_in_directories_that_the_snapshot_lacks(
+        self, backups: BackupFixture, top: Path
+    ) -> None:
+        found = backups.back_up(Path("documents"))
+        new = top / "documents/new"
+        for name in ("a.log", "a.txt", "deep/b.log", "deep/b.txt", "gone/c.txt", "logs/d.txt"):
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_text(name)
+        os.symlink("a.log", new / "link")
+        (new / "deep").chmod(0o550)
+        exclude = (parse_pattern(b"*.log"), parse_pattern(b"logs/"))
+        dry = restore(found, top, delete=True, exclude=exclude, dry_run=True)
+        assert (new / "gone/c.txt").exists()
+        done = restore(found, top, delete=True, exclude=exclude)
+        below = [b"a.txt", b"deep/b.txt", b"gone/", b"gone/c.txt", b"link"]
+        assert sorted(done.deleted) == [b"documents/new/" + path for path in below]
+        assert sorted(dry.deleted) == sorted(done.deleted)
+        left = sorted(str(path.relative_to(new)) for path in new.rglob("*") if not path.is_dir())
+        assert left == ["a.log", "deep/b.log", "logs/d.txt"]
+        assert (new / "deep").stat().st_mode & 0o777 == 0o550
+        assert done.result.deleted == len(below)
+
+    def test_restore_replaces_no_directory_that_holds_excluded_entries(
+        self, backups: BackupFixture, top: Path
+    ) -> None:
+        found = backups.back_up(Path("documents"))
+        (top / "documents/letter").unlink()
+        (top / "documents/letter/inside").mkdir(parents=True)
+        (top / "documents/letter/inside/a.log").touch()
+        exclude = (parse_pattern(b"*.log"),)
+        for dry_run in (True, False):
+            done = restore(found, top, delete=True, exclude=exclude, dry_run=dry_run)
+            assert [problem.path for problem in done.problems] == [b"documents/letter"]
+            assert "excluded" in done.problems[0].message
+            assert done.deleted == [] and done.result.failed == 1
+        assert (top / "documents/letter/inside/a.log").exists()
+
+    def test_restore_keeps_other_file_systems_beside_excluded_entries(
+        self, backups: BackupFixture, top: Path
+    ) -> None:
+        found = backups.back_up(Path("documents"))
+        (top / "documents/extra/inside").mkdir(parents=True)
+        (top / "documents/extra/file").touch()
+        with tmpfs(top / "documents/extra/inside") as mounted:
+            (mounted / "other").touch()
+            exclude = (parse_pattern(b"*.log"),)
+            done = restore(found, top, delete=True, exclude=exclude)
+            assert (mounted / "other").exists()
+        assert done.deleted == [b"documents/extra/file"]
+
     @pytest.mark.parametrize("depth", [1, 3000])
     def test_restore_deletes_directories_however_deep(
         self, backups: BackupFixture, top: Path, depth: int
