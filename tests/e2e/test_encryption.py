@@ -265,7 +265,7 @@ class TestWrongKey:
         printed = mixed.casfs.run(
             *("ls", "latest", "--passphrase-fd", "0", "--passphrase-command", "true"), expect=2
         )
-        assert "from one place" in printed.complaint
+        assert "give one of --passphrase-file" in printed.complaint
 
     def test_a_failing_source_of_a_passphrase_is_reported(
         self, mixed: Stored, tmp_path: Path

@@ -91,5 +91,5 @@ def test_a_closed_stdin_is_not_asked_for_a_passphrase(casfs: Casfs, tmp_path: Pa
     locked.run("init", "--passphrase", "--passphrase-file", tmp_path / "passphrase")
     done = run_closed(locked, "<&-", "ls", "latest")
     assert done.returncode == 1, done
-    assert b"nothing was given that opens it" in done.stderr
+    assert b"is encrypted and no key was given" in done.stderr
     assert b"Traceback" not in done.stderr
