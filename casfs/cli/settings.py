@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from casfs.cli.output import Output
+from casfs.cli.output import Output, path_argument
+from casfs.cli.param_types import TAGS
 from casfs.errors import CasfsError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from casfs.crypto.opening import Unlock
     from casfs.format.config import RepositoryConfig
     from casfs.repository.place import Place
+    from casfs.repository.snapshot_filter import SnapshotFilter
     from casfs.storage.base import Storage, StorageOptions
 
 _MAX_PASSPHRASE_BYTES = 64 * 1024
@@ -218,6 +220,9 @@ class Settings:
     config: str | None = None
     as_json: bool = False
     sync: bool = True
+    hosts: tuple[str, ...] = ()
+    tags: tuple[frozenset[str], ...] = ()
+    paths: tuple[str, ...] = ()
     keys: KeyOptions = field(default_factory=KeyOptions)
     _address: RepositoryAddress | None = None
     _unlocked: Identities | None = None
@@ -270,6 +275,12 @@ class Settings:
         if self._unlocked is None:
             self._unlocked = self.keys.unlock(storage, config)
         return self._unlocked
+
+    def latest_of(self) -> SnapshotFilter:
+        """Return the filter that narrows `latest`."""
+        from casfs.repository.snapshot_filter import SnapshotFilter
+
+        return SnapshotFilter(self.hosts, self.tags, tuple(map(path_argument, self.paths)))
 
     def output(self) -> Output:
         """Return the writer of the command's results."""
@@ -376,6 +387,30 @@ def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         help="The configuration [default: $CASFS_CONFIG, else ~/.config/casfs/config.toml and "
         "/etc/casfs/config.toml].",
     )(command)
+
+
+def _set_filter(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+    setattr(ctx.ensure_object(Settings), str(parameter.name), value)
+
+
+def latest_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that narrow `latest` to a command that takes a SNAP."""
+    for name, variable, metavar, help_text, value_type in (
+        ("--path", "paths", "PATH", "Take latest from snapshots with this path; repeatable.", None),
+        ("--tag", "tags", "TAG[,TAG...]", "Take latest from snapshots with all these tags.", TAGS),
+        ("--host", "hosts", "NAME", "Take latest from snapshots of this host; repeatable.", None),
+    ):
+        command = click.option(
+            name,
+            variable,
+            metavar=metavar,
+            type=value_type,
+            multiple=True,
+            expose_value=False,
+            callback=_set_filter,
+            help=help_text,
+        )(command)
+    return command
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:

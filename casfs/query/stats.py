@@ -12,6 +12,7 @@ from casfs.digest import SnapshotId
 from casfs.errors import NotFoundError
 from casfs.format.tree import Node, NodeType, subtree_count
 from casfs.repository.repository import Repository
+from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
 from casfs.repository.used_blobs import UsedBlobs
 from casfs.store.blob_store import pack_name
 from casfs.trees.reader import flagged_below
@@ -99,12 +100,15 @@ def repository_stats(repository: Repository) -> RepositoryStats:
     )
 
 
-def snapshot_stats(repository: Repository, spec: str) -> SnapshotContentStats:
+def snapshot_stats(
+    repository: Repository, spec: str, latest_of: SnapshotFilter = ALL_SNAPSHOTS
+) -> SnapshotContentStats:
     """Return the sizes of the snapshot or entry that `spec` (`SNAP` or `SNAP:PATH`) names.
 
-    Raises NotFoundError, and BlobError or TreeError where a tree of any snapshot is damaged.
+    `latest` is the newest snapshot that `latest_of` accepts. Raises NotFoundError, and BlobError or TreeError
+    where a tree of any snapshot is damaged.
     """
-    snapshot_id, _, _, node = repository.snapshots.resolve_path(spec)
+    snapshot_id, _, _, node = repository.snapshots.resolve_path(spec, latest_of)
     others = UsedBlobs(repository)
     for other_id, other in repository.snapshots.iterate():
         if other_id != snapshot_id:

@@ -218,10 +218,15 @@ class SnapshotStore:
             )
         return matches[0]
 
-    def resolve_path(self, spec: str) -> tuple[SnapshotId, Snapshot, bytes, Node]:
-        """Return the snapshot, the path and the node that `SNAP` or `SNAP:PATH` identifies."""
+    def resolve_path(
+        self, spec: str, latest_of: SnapshotFilter = ALL_SNAPSHOTS
+    ) -> tuple[SnapshotId, Snapshot, bytes, Node]:
+        """Return the snapshot, the path and the node that `SNAP` or `SNAP:PATH` identifies.
+
+        `latest` is the newest that `latest_of` accepts.
+        """
         name, _, text = spec.partition(":")
-        snapshot_id, snapshot = self.resolve(name)
+        snapshot_id, snapshot = self.resolve(name, latest_of)
         path = parse_snapshot_path(text)
         node = self._trees.resolve(snapshot.root, path)
         if node is None:

@@ -27,6 +27,7 @@ from casfs.format.tree import NodeType
 from casfs.repository.opening import OpenOptions, open_for_reading
 from casfs.repository.place import LocalPlace, Place
 from casfs.repository.repository import Repository
+from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
 from casfs_mount.background import BackgroundPool
 from casfs_mount.blob_reader import BlobReader
 from casfs_mount.chunk_cache import DEFAULT_CACHE_BYTES, ChunkCache
@@ -62,11 +63,15 @@ _END_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class MountRequest:
-    """What to mount and where: `snapshot` is SNAP or SNAP:PATH, or None for the whole repository."""
+    """What to mount and where: `snapshot` is SNAP or SNAP:PATH, or None for the whole repository.
+
+    `latest_of` narrows the SNAP `latest`.
+    """
 
     repository: Place
     mountpoint: Path
     snapshot: str | None = None
+    latest_of: SnapshotFilter = ALL_SNAPSHOTS
     allow_other: bool = False
     owner: tuple[int, int] | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES
@@ -139,7 +144,7 @@ def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
     idle = False
     _prepare_process()
     try:
-        view = open_view(context, request.snapshot)
+        view = open_view(context, request.snapshot, request.latest_of)
         operations = FileSystem(view, DisplayOptions(request.owner, request.kernel_cache))
         # A signal between mounting and serving would leave a mount without a server.
         kept = signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
@@ -170,7 +175,9 @@ def _mount(operations: FileSystem, request: MountRequest) -> None:
         raise CasfsError(f"FUSE cannot mount on {name}: {escape_path(os.fsencode(why))}") from error
 
 
-def open_view(context: MountContext, snapshot: str | None) -> View:
+def open_view(
+    context: MountContext, snapshot: str | None, latest_of: SnapshotFilter = ALL_SNAPSHOTS
+) -> View:
     """Return the view of SNAP or SNAP:PATH, or of the whole repository.
 
     Raises NotFoundError, AmbiguousIdError, UsageError and the errors of the repository.
@@ -178,7 +185,7 @@ def open_view(context: MountContext, snapshot: str | None) -> View:
     if snapshot is None:
         _require_readable(context.repository)
         return RepositoryView(context)
-    snapshot_id, loaded, path, root = context.repository.snapshots.resolve_path(snapshot)
+    snapshot_id, loaded, path, root = context.repository.snapshots.resolve_path(snapshot, latest_of)
     if root.kind != NodeType.DIRECTORY:
         raise UsageError(f"only a directory can be mounted; {escape_path(path)} is not a directory")
     return SnapshotView(context, snapshot_id, loaded, root, ROOT)

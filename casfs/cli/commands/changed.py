@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.output import path_argument
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, latest_options
 from casfs.digest import short_id
 from casfs.display import escape_path
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("snap", metavar="SNAP[:PATH]")
+@latest_options
 @common_options
 @click.pass_obj
 def changed(settings: Settings, snap: str) -> None:
@@ -36,7 +37,9 @@ def changed(settings: Settings, snap: str) -> None:
     output = settings.output()
     count = 0
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
-        snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(snap)
+        snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(
+            snap, settings.latest_of()
+        )
         fields = NodeFields(snapshot).fields
         for below, file in flagged_files(repository.trees, node, path):
             count += 1

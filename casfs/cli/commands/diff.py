@@ -10,7 +10,7 @@ import click
 from casfs.cli.app import EXIT_DAMAGED
 from casfs.cli.output import Output, json_path
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, latest_options
 from casfs.display import escape_path, format_size
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class _Summary:
 @click.command()
 @click.argument("before", metavar="SNAP[:PATH]")
 @click.argument("after", metavar="SNAP[:PATH]")
+@latest_options
 @common_options
 @click.pass_obj
 def diff(settings: Settings, before: str, after: str) -> int:
@@ -51,8 +52,9 @@ def diff(settings: Settings, before: str, after: str) -> int:
     monitor = CommandMonitor(output, "diff")
     summary = _Summary()
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
-        old_id, old, old_path, old_node = repository.snapshots.resolve_path(before)
-        new_id, new, new_path, new_node = repository.snapshots.resolve_path(after)
+        latest_of = settings.latest_of()
+        old_id, old, old_path, old_node = repository.snapshots.resolve_path(before, latest_of)
+        new_id, new, new_path, new_node = repository.snapshots.resolve_path(after, latest_of)
         ancestors = ancestor_dirs(old.paths, old_path) | ancestor_dirs(new.paths, new_path)
         differ = Differ(repository.trees, monitor, ancestors)
         sides = NodeFields(old), NodeFields(new)

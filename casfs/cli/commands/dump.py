@@ -10,7 +10,7 @@ import click
 
 from casfs.cli.output import json_path
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, latest_options
 from casfs.display import escape_path
 from casfs.errors import CasfsError, UsageError
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("snap", metavar="SNAP:PATH")
 @click.option("--output", "-o", "target", metavar="FILE", help="Write to FILE instead of stdout.")
+@latest_options
 @common_options
 @click.pass_obj
 def dump(settings: Settings, snap: str, target: str | None) -> None:
@@ -42,7 +43,9 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
         ) as repository,
         ExitStack() as stack,
     ):
-        snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(snap)
+        snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(
+            snap, settings.latest_of()
+        )
         kind = NodeType(node.kind)
         if kind not in (NodeType.FILE, NodeType.DIRECTORY):
             raise CasfsError(

@@ -9,7 +9,7 @@ import click
 from casfs.cli.app import EXIT_DAMAGED
 from casfs.cli.output import path_argument
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, latest_options
 from casfs.digest import short_id
 from casfs.display import escape_path
 from casfs.errors import UsageError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from casfs.format.snapshot import Snapshot
     from casfs.format.tree import Node
     from casfs.repository.repository import Repository
+    from casfs.repository.snapshot_filter import SnapshotFilter
 
     Found = tuple[SnapshotId, Snapshot]
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     help="Only files, directories, symlinks, pipes, sockets, character devices or block devices.",
 )
 @click.option("--ignore-case", "-i", is_flag=True, help="Ignore the case of letters.")
+@latest_options
 @common_options
 @click.pass_obj
 def find(
@@ -53,7 +55,8 @@ def find(
     """Search snapshots for names, the newest snapshot first.
 
     PATTERN is a shell glob for the name, or for the whole path if it contains a slash; its * matches
-    slashes too. With --changed it may be left out. Each result is printed as SNAP:PATH, which other
+    slashes too. With --changed it may be left out. Without --snapshot, --host, --tag and --path select the
+    snapshots to search. Each result is printed as SNAP:PATH, which other
     commands accept.
     """
     from casfs.cli.entry_format import NodeFields, format_state
@@ -71,7 +74,7 @@ def find(
     monitor = CommandMonitor(output, "find")
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         finder = Finder(repository.trees, query, monitor)
-        for snapshot_id, snapshot, top, root in _searched(repository, snaps):
+        for snapshot_id, snapshot, top, root in _searched(repository, snaps, settings.latest_of()):
             fields = NodeFields(snapshot).fields
             for path, node in finder.find(root, top):
                 if output.as_json:
@@ -85,17 +88,17 @@ def find(
 
 
 def _searched(
-    repository: Repository, snaps: tuple[str, ...]
+    repository: Repository, snaps: tuple[str, ...], latest_of: SnapshotFilter
 ) -> list[tuple[SnapshotId, Snapshot, bytes, Node]]:
     """Return the entries to search below, the newest snapshot first."""
     if snaps:
-        named = {
-            (found[0], found[2]): found for found in map(repository.snapshots.resolve_path, snaps)
-        }
-        roots = sorted(named.values(), key=lambda found: (found[1].time_ns, found[0]))
+        found = [repository.snapshots.resolve_path(snap, latest_of) for snap in snaps]
+        named = {(item[0], item[2]): item for item in found}
+        roots = sorted(named.values(), key=lambda item: (item[1].time_ns, item[0]))
     else:
         roots = [
             (snapshot_id, snapshot, b"", snapshot.root)
             for snapshot_id, snapshot in repository.snapshots.iterate()
+            if latest_of.accepts(snapshot)
         ]
     return roots[::-1]

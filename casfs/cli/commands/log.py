@@ -8,7 +8,7 @@ import click
 
 from casfs.cli.app import EXIT_DAMAGED
 from casfs.cli.output import Output, format_time, iso_time
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, latest_options
 from casfs.digest import short_id
 from casfs.display import escape_path, format_size
 from casfs.errors import IntegrityError, NotFoundError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--all-hosts", is_flag=True, help="Search the snapshots of all hosts, not only SNAP's."
 )
+@latest_options
 @common_options
 @click.pass_obj
 def log(settings: Settings, snap: str, all_hosts: bool) -> int:
@@ -47,7 +48,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
         output.warn(f"snapshot {short_id(snapshot_id)} cannot be searched: {error}")
 
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
-        _, named = repository.snapshots.resolve(name)
+        _, named = repository.snapshots.resolve(name, settings.latest_of())
         found = [
             (snapshot_id, snapshot)
             for snapshot_id, snapshot in repository.snapshots.iterate()

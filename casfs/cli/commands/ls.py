@@ -8,7 +8,7 @@ import click
 
 from casfs.cli.app import EXIT_DAMAGED
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, latest_options
 
 if TYPE_CHECKING:
     from casfs.digest import SnapshotId
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("snap", metavar="SNAP[:PATH]")
 @click.option("--recursive", "-R", is_flag=True, help="List everything below PATH.")
+@latest_options
 @common_options
 @click.pass_obj
 def ls(settings: Settings, snap: str, recursive: bool) -> int:
@@ -35,7 +36,7 @@ def ls(settings: Settings, snap: str, recursive: bool) -> int:
     output = settings.output()
     monitor = CommandMonitor(output, "ls")
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
-        _, snapshot, path, node = repository.snapshots.resolve_path(snap)
+        _, snapshot, path, node = repository.snapshots.resolve_path(snap, settings.latest_of())
         fields = NodeFields(snapshot).fields
         line = NodeLines(snapshot, node).line
         whole = recursive or ":" not in snap

@@ -9,7 +9,7 @@ from types import ModuleType
 import click
 
 from casfs.cli.param_types import OWNER, SIZE
-from casfs.cli.settings import Settings, common_options, unlock_repository
+from casfs.cli.settings import Settings, common_options, latest_options, unlock_repository
 from casfs.display import escape_path
 from casfs.errors import CasfsError
 
@@ -45,6 +45,7 @@ from casfs.errors import CasfsError
     metavar="FILE",
     help="Write the log of a background mount here [default: syslog].",
 )
+@latest_options
 @common_options
 @click.pass_obj
 def mount(
@@ -64,12 +65,15 @@ def mount(
     """
     if len(names) > 2:
         raise click.UsageError("give at most one snapshot and one mountpoint")
+    if len(names) == 1 and not settings.latest_of().is_empty():
+        raise click.UsageError("--host, --tag and --path narrow latest; name it as the snapshot")
     serving = server()
     place = settings.repository()
     request = serving.MountRequest(
         repository=place,
         mountpoint=Path(names[-1]),
         snapshot=names[0] if len(names) == 2 else None,
+        latest_of=settings.latest_of(),
         allow_other=allow_other,
         owner=owner,
         cache_bytes=cache_size,

@@ -13,7 +13,7 @@ from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
 from casfs.cli.output import json_path
 from casfs.cli.param_types import PATTERN
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, latest_options
 from casfs.digest import short_id
 from casfs.display import escape_path, format_size
 from casfs.errors import RefusedError, UsageError
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 )
 @click.option("--salvage", is_flag=True, help="Write damaged files too, with zeros for lost data.")
 @click.option("--dry-run", "-n", is_flag=True, help="Print what would be done; read no file.")
+@latest_options
 @common_options
 @click.pass_obj
 def restore(
@@ -104,7 +105,9 @@ def restore(
     with open_for_reading(
         settings.repository(), OpenOptions(unlock=settings.unlock), reader="restore"
     ) as repository:
-        snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(snap)
+        snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(
+            snap, settings.latest_of()
+        )
         # The root has metadata of its own only if `.` or `/` was the source.
         with_root = bool(path) or snapshot.paths in ((b".",), (b"/",))
         monitor = CommandMonitor(output, "restore")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from casfs.cli.output import format_time, iso_time
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, latest_options
 from casfs.display import format_size
 from casfs.errors import UsageError
 
@@ -18,6 +18,7 @@ from casfs.errors import UsageError
     is_flag=True,
     help="Only the packs, and when they were last verified; needs no key.",
 )
+@latest_options
 @common_options
 @click.pass_obj
 def stats(settings: Settings, snap: str | None, storage_only: bool) -> None:
@@ -33,7 +34,7 @@ def stats(settings: Settings, snap: str | None, storage_only: bool) -> None:
     output = settings.output()
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         if snap is not None:
-            seen = snapshot_stats(repository, snap)
+            seen = snapshot_stats(repository, snap, settings.latest_of())
             output.line(f"entries:    {seen.entries}")
             output.line(f"size:       {format_size(seen.total_bytes)}")
             output.line(f"flagged:    {seen.flagged}")

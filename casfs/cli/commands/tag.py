@@ -8,7 +8,7 @@ import click
 
 from casfs.cli.output import iso_time
 from casfs.cli.param_types import TAGS
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, latest_options
 from casfs.digest import short_id
 from casfs.display import escape_path
 from casfs.errors import UsageError
@@ -26,6 +26,7 @@ from casfs.errors import UsageError
     metavar="TAG[,TAG...]",
     help="Replace all tags by these.",
 )
+@latest_options
 @common_options
 @click.pass_obj
 def tag(
@@ -48,7 +49,7 @@ def tag(
     with open_for_writing(
         settings.repository(), "tag", OpenOptions(unlock=settings.unlock, sync=settings.sync)
     ) as repository:
-        old_id, old = repository.snapshots.resolve(snap)
+        old_id, old = repository.snapshots.resolve(snap, settings.latest_of())
         tags = wanted if replaced else set(old.tags) - unwanted | wanted
         new_id, new = repository.snapshots.retag(old_id, old, tuple(sorted(tags)))
     output = settings.output()

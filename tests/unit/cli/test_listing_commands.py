@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -356,3 +357,45 @@ class TestChangedCommand:
         assert result.stdout == ""
         assert "nothing in latest" in result.stderr
         assert run(repo, "changed", "latest", "--json").stderr == ""
+
+
+class TestLatest:
+    @pytest.fixture(autouse=True)
+    def snapshots(self, repo: RepositoryFixture) -> list[str]:
+        first: Plan = {b"a": b"1"}
+        second: Plan = {b"b": b"22"}
+        older, _ = repo.publish(first, time_ns=MTIME_NS, host="h1", tags=("x",), paths=(b"/p",))
+        newer, _ = repo.publish(
+            second, time_ns=MTIME_NS + 1, host="h2", tags=("y", "z"), paths=(b"/q",)
+        )
+        return [older.hex(), newer.hex()]
+
+    @pytest.mark.parametrize(
+        "options", [("--host", "h1"), ("--tag", "x"), ("--path", "/p/")], ids=" ".join
+    )
+    def test_latest_is_narrowed_by_host_tag_and_path(
+        self, repo: RepositoryFixture, options: tuple[str, ...], snapshots: list[str]
+    ) -> None:
+        older, newer = snapshots
+        assert lines(repo, "ls", "latest")[0].endswith(" b")
+        (line,) = lines(repo, "ls", "latest", *options)
+        assert line.endswith(" a")
+        assert lines(repo, "dump", "latest:a", *options) == ["1"]
+        assert lines(repo, "log", "latest:a", *options)[1].startswith(older[:12])
+        assert "size:       1 B" in lines(repo, "stats", "latest", *options)
+        assert lines(repo, "find", "*", *options) == [f"{older[:12]}:a"]
+        within_latest = ("--snapshot", "latest", *options)
+        assert lines(repo, "find", "*", *within_latest) == [f"{older[:12]}:a"]
+        assert lines(repo, "diff", "latest", newer, *options)[:2] == ["-  a", "+  b"]
+
+    def test_an_id_is_not_narrowed(self, repo: RepositoryFixture, snapshots: list[str]) -> None:
+        (line,) = lines(repo, "ls", snapshots[1], "--host", "h1")
+        assert line.endswith(" b")
+
+    def test_a_filter_that_no_snapshot_matches_is_an_error(self, repo: RepositoryFixture) -> None:
+        with pytest.raises(NotFoundError, match="no snapshot matches"):
+            run(repo, "ls", "latest", "--tag", "y,x")
+
+    def test_a_mount_of_all_snapshots_takes_no_filter(self, repo: RepositoryFixture) -> None:
+        with pytest.raises(click.UsageError, match="narrow latest"):
+            run(repo, "mount", "/mnt", "--host", "h1")
