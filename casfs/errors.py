@@ -112,8 +112,21 @@ class StorageDeniedError(StorageError):
     """
 
 
-class StorageUnavailableError(StorageError):
-    """The storage did not answer or is overloaded; the operation may or may not have taken effect."""
+class StorageUnavailableError(CasfsError):
+    """The storage did not answer, or is too busy; the request may or may not have taken effect.
+
+    Not a StorageError: a network that is down says nothing about what is stored, so no command counts
+    this as damage or continues without the data.
+    """
+
+    def __init__(self, action: str, path: str, cause: OSError) -> None:
+        super().__init__(action, path, cause)
+        self.action = action
+        self.path = path
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"cannot {self.action} {self.path}: {self.cause.strerror or self.cause}"
 
 
 class IndexUnusableError(CasfsError):

@@ -146,7 +146,8 @@ def _create_remote(
 
 def _require_empty(storage: Storage, place: RemotePlace) -> None:
     try:
-        storage.size(CONFIG_NAME)
+        # A read, since an answer without a body says less of what is wrong.
+        storage.read(CONFIG_NAME, 0, 1)
     except NotFoundError:
         pass
     else:

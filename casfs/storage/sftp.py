@@ -19,7 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from casfs.errors import NotFoundError, StorageDeniedError, StorageError
+from casfs.errors import (
+    NotFoundError,
+    StorageDeniedError,
+    StorageError,
+    StorageUnavailableError,
+)
 from casfs.storage.base import (
     MAX_WHOLE_READ_BYTES,
     Capabilities,
@@ -527,7 +532,7 @@ class _Connection:
         if self.channel.is_open:
             try:
                 self.remove(path)
-            except (StatusError, StorageError):
+            except (StatusError, StorageError, StorageUnavailableError):
                 return
 
     def read_folder(self, path: str) -> Entries:

@@ -80,6 +80,10 @@ _HEADER = struct.Struct(">IBI")
 _U32 = struct.Struct(">I")
 
 
+Ending = StorageError | StorageUnavailableError
+"""Why a connection ended."""
+
+
 class StatusError(Exception):
     """The server answered a request with a status other than OK."""
 
@@ -137,7 +141,7 @@ class Pending:
         self._ready = threading.Event()
         self._kind = 0
         self._payload = b""
-        self._error: StorageError | None = None
+        self._error: Ending | None = None
         self._sent_at = channel.now_s()
 
     def resolve(self, kind: int, payload: bytes) -> None:
@@ -145,7 +149,7 @@ class Pending:
         self._kind, self._payload = kind, payload
         self._ready.set()
 
-    def fail(self, error: StorageError) -> None:
+    def fail(self, error: Ending) -> None:
         """Hand over what ended the connection."""
         self._error = error
         self._ready.set()
@@ -193,7 +197,7 @@ class SftpChannel:
         self._send_lock = threading.Lock()
         self._pending: dict[int, Pending] = {}
         self._next_id = 0
-        self._end: StorageError | None = None
+        self._end: Ending | None = None
         self._is_closed = False
         self._heard_at = clock()
         self._messages = tempfile.TemporaryFile(prefix="casfs-")  # noqa: SIM115 - closed with the channel
@@ -369,7 +373,7 @@ class SftpChannel:
             at += 4 + length
         del buffer[:at]
 
-    def _finish(self, error: StorageError) -> None:
+    def _finish(self, error: Ending) -> None:
         with self._lock:
             if self._end is not None:
                 return
@@ -394,7 +398,7 @@ class SftpChannel:
             raise self.broken() from error
         return extensions
 
-    def _why_it_ended(self) -> StorageError:
+    def _why_it_ended(self) -> Ending:
         try:
             code = self._process.wait(5 * _LOOK_S)
         except subprocess.TimeoutExpired:
@@ -405,7 +409,7 @@ class SftpChannel:
         return explain_end(self._place, code, said)
 
 
-def explain_end(place: str, exit_code: int, said: str) -> StorageError:
+def explain_end(place: str, exit_code: int, said: str) -> Ending:
     """Return the error for an `ssh` that ended with an exit code and these last words."""
     last = single_line(said.splitlines()[-1]) if said else f"ssh ended with exit code {exit_code}"
     for phrase, sentence in _REFUSALS:

@@ -21,7 +21,6 @@ from casfs.errors import (
     PackError,
     SessionError,
     StorageError,
-    StorageUnavailableError,
 )
 from casfs.format.codec import ENCRYPTED, TAG_BYTES, BlobCodec, Encoded
 from casfs.format.pack import (
@@ -200,8 +199,6 @@ class BlobStore:
             payload = self.storage.read(pack_name(pack), location.offset, location.stored_bytes)
         except NotFoundError as error:
             raise BlobError(digest, "its pack is missing", pack) from error
-        except StorageUnavailableError:
-            raise  # an unreachable network does not mean that the pack is damaged
         except StorageError as error:
             if error.cause.errno in _OWN_LIMITS:
                 raise

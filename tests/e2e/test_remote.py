@@ -1,0 +1,295 @@
+"""Repositories on real servers, in S3 and over SFTP, used with the installed command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli import Casfs, program
+from tests.support.comparing import tree_differences
+from tests.support.mounts import mounted
+from tests.support.remote import RemoteCasfs, on_s3, over_ssh
+from tests.support.servers import S3Server, SshServer, seaweedfs, session_pids, sshd
+
+MIB = 1 << 20
+
+_serials = itertools.count()
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    with seaweedfs() as server:
+        server.make_bucket("casfs")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ssh_server() -> Iterator[SshServer]:
+    with sshd() as server:
+        yield server
+
+
+@pytest.fixture
+def empty(casfs: Casfs, request: pytest.FixtureRequest, tmp_path: Path) -> RemoteCasfs:
+    """The command of a host whose repository is named and not yet made."""
+    kind = getattr(request, "param", "s3")
+    if kind == "s3":
+        server: S3Server = request.getfixturevalue("s3_server")
+        return on_s3(server, "casfs", f"e2e-{next(_serials)}", casfs.home)
+    return over_ssh(request.getfixturevalue("ssh_server"), tmp_path / "far", casfs.home)
+
+
+@pytest.fixture
+def remote(empty: RemoteCasfs) -> RemoteCasfs:
+    """The command of a host with an empty repository."""
+    empty.run("init")
+    return empty
+
+
+everywhere = pytest.mark.parametrize("empty", ["s3", "sftp"], indirect=True)
+over_sftp = pytest.mark.parametrize("empty", ["sftp"], indirect=True)
+
+
+@everywhere
+class TestRemoteRepository:
+    def test_a_tree_comes_back_as_it_was(
+        self, remote: RemoteCasfs, source: Path, tmp_path: Path
+    ) -> None:
+        (source / "large").write_bytes(random.Random(1).randbytes(70 * MIB))
+        remote.run("backup", ".", cwd=source)
+        remote.run("restore", "latest", "--target", tmp_path / "back")
+        assert tree_differences(source, tmp_path / "back") == []
+        remote.run("check", "--read-data")
+        remote.run("check", "--storage")
+
+    def test_a_second_host_sees_what_the_first_stored_and_stores_nothing_twice(
+        self, remote: RemoteCasfs, source: Path, tmp_path: Path
+    ) -> None:
+        (source / "large").write_bytes(random.Random(1).randbytes(5 * MIB))
+        first = remote.run("backup", "--json", ".", cwd=source).one("snapshot")
+        assert first["new_bytes"] > 5 * MIB
+        other = remote.host(tmp_path / "other home")
+        again = other.run("backup", "--json", "--host", "other", ".", cwd=source).one("snapshot")
+        assert again["new_bytes"] < 100_000
+        third = remote.run("backup", "--json", ".", cwd=source).one("snapshot")
+        assert third["new_bytes"] == 0
+        assert len(remote.run("snapshots", "--json").of_type("snapshot")) == 3
+        other.run("restore", "latest", "--target", tmp_path / "back")
+        assert tree_differences(source, tmp_path / "back") == []
+
+    def test_a_lost_cache_is_made_again(
+        self, remote: RemoteCasfs, source: Path, tmp_path: Path
+    ) -> None:
+        remote.run("backup", ".", cwd=source)
+        subprocess.run(["rm", "-r", str(remote.home / ".cache" / "casfs")], check=True)
+        again = remote.run("backup", "--json", ".", cwd=source).one("snapshot")
+        assert again["new_bytes"] == 0
+        remote.run("check", "--read-data")
+
+    def test_the_verbs_that_look_work(
+        self, remote: RemoteCasfs, source: Path, tmp_path: Path
+    ) -> None:
+        (source / "changing").write_text("one")
+        remote.run("backup", ".", cwd=source)
+        (source / "changing").write_text("two and more")
+        remote.run("backup", "--tag", "second", ".", cwd=source)
+        ids = [one["id"] for one in remote.run("snapshots", "--json").of_type("snapshot")]
+        assert "changing" in remote.run("ls", "latest").text
+        assert "changing" in remote.run("find", "chang*").text
+        assert "changing" in remote.run("diff", ids[0], ids[1]).text
+        assert len(remote.run("log", "latest:changing", "--json").objects) >= 2
+        assert remote.run("dump", "latest:changing").out == b"two and more"
+        remote.run("stats")
+        remote.run("changed", "latest")
+        remote.run("tag", "--add", "kept", ids[0])
+        remote.run("forget", ids[1])
+        assert len(remote.run("snapshots", "--json").of_type("snapshot")) == 1
+
+    @pytest.mark.fuse
+    def test_a_mount_shows_the_tree(
+        self, remote: RemoteCasfs, source: Path, tmp_path: Path
+    ) -> None:
+        (source / "large").write_bytes(random.Random(1).randbytes(9 * MIB))
+        remote.run("backup", ".", cwd=source)
+        with mounted(remote, "latest", at=tmp_path / "at") as at:
+            assert tree_differences(source, at) == []
+        with mounted(remote, at=tmp_path / "whole") as at:
+            (name,) = [one for one in os.listdir(at / "ids") if one != "latest"]
+            assert tree_differences(source, at / "ids" / name) == []
+
+    @pytest.mark.fuse
+    def test_an_encrypted_repository_opens_with_its_passphrase(
+        self, empty: RemoteCasfs, source: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "passphrase").write_text("right")
+        (tmp_path / "wrong").write_text("wrong")
+        key = ("--passphrase-file", str(tmp_path / "passphrase"))
+        empty.run("init", "--passphrase", *key)
+        empty.run("backup", *key, ".", cwd=source)
+        empty.run("restore", *key, "latest", "--target", tmp_path / "back")
+        assert tree_differences(source, tmp_path / "back") == []
+        with mounted(empty, "latest", *key, at=tmp_path / "at") as at:
+            assert tree_differences(source, at) == []
+        wrong = empty.run("ls", "latest", "--passphrase-file", tmp_path / "wrong", expect=1)
+        assert "passphrase" in wrong.complaint
+        empty.run("check", "--storage")
+
+    def test_what_could_remove_data_is_refused(self, remote: RemoteCasfs, source: Path) -> None:
+        remote.run("backup", ".", cwd=source)
+        for command in (
+            ("prune",),
+            ("forget", "--keep-last", "1", "--prune"),
+            ("repair", "snapshots"),
+            ("repair", "index"),
+        ):
+            result = remote.run(*command, expect=1)
+            assert "is refused" in result.complaint
+            assert len(result.complaints) == 1
+        assert len(remote.run("snapshots", "--json").of_type("snapshot")) == 1
+        remote.run("check", "--read-data")
+
+    def test_a_repository_is_not_made_twice(self, remote: RemoteCasfs) -> None:
+        result = remote.run("init", expect=1)
+        assert "already" in result.complaint
+
+    def test_a_place_without_a_repository_is_named(self, empty: RemoteCasfs) -> None:
+        result = empty.run("snapshots", expect=1)
+        assert f"there is no repository in {empty.url}" in result.complaint
+        assert "casfs init" in result.complaint
+
+    def test_two_hosts_back_up_at_the_same_time(
+        self, remote: RemoteCasfs, source: Path, tmp_path: Path
+    ) -> None:
+        for i in range(30):
+            (source / f"f{i}").write_bytes(random.Random(i).randbytes(300_000))
+        hosts = [remote.host(tmp_path / f"home {i}") for i in range(3)]
+        running = [
+            subprocess.Popen(
+                [*program(), "backup", "--host", f"h{i}", "."],
+                cwd=source,
+                env=host.environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            for i, host in enumerate(hosts)
+        ]
+        for process in running:
+            _, complaints = process.communicate()
+            assert (process.returncode, complaints) == (0, b"")
+        assert len(remote.run("snapshots", "--json").of_type("snapshot")) == 3
+        remote.run("check", "--read-data")
+
+
+@over_sftp
+def test_a_local_prune_is_refused_where_hosts_write_over_sftp(
+    remote: RemoteCasfs, source: Path, tmp_path: Path
+) -> None:
+    remote.run("backup", ".", cwd=source)
+    local = Casfs(tmp_path / "far", remote.home)
+    result = local.run("prune", expect=1)
+    assert "written to over a network" in result.complaint
+    assert local.run("forget", "--keep-last", "1", "--prune", expect=1).complaint
+    local.run("check", "--read-data")
+
+
+def test_a_local_repository_can_be_used_over_sftp_from_then_on(
+    repository: Casfs, ssh_server: SshServer, source: Path, tmp_path: Path
+) -> None:
+    assert repository.repository is not None
+    repository.run("backup", ".", cwd=source)
+    repository.run("prune")
+    far = over_ssh(ssh_server, repository.repository, tmp_path / "other")
+    far.home.mkdir()
+    far.run("restore", "latest", "--target", tmp_path / "back")
+    assert tree_differences(source, tmp_path / "back") == []
+    repository.run("prune")  # reading leaves no mark
+    far.run("backup", "--host", "far", ".", cwd=source)
+    assert "written to over a network" in repository.run("prune", expect=1).complaint
+    assert len(repository.run("snapshots", "--json").of_type("snapshot")) == 2
+
+
+@over_sftp
+def test_a_backup_outlives_connections_that_are_cut(
+    remote: RemoteCasfs, ssh_server: SshServer, source: Path, tmp_path: Path
+) -> None:
+    for i in range(3):
+        (source / f"large{i}").write_bytes(random.Random(i).randbytes(66 * MIB))
+    process = subprocess.Popen(
+        [*program(), "backup", "."],
+        cwd=source,
+        env=remote.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    uploads = tmp_path / "far" / "uploads"
+    cuts = 0
+    while process.poll() is None:
+        pids = session_pids(ssh_server)
+        if cuts < 3 and pids and uploads.is_dir() and os.listdir(uploads):
+            cuts += 1
+            for pid in pids:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+    _, complaints = process.communicate()
+    assert process.returncode == 0, complaints
+    assert cuts > 0
+    remote.run("check", "--read-data")
+
+
+def test_a_credential_that_cannot_delete_is_enough_for_a_backup(
+    s3_server: S3Server, casfs: Casfs, source: Path, tmp_path: Path
+) -> None:
+    s3_server.make_bucket("create-only")
+    policy = {
+        "Version": "2012-10-17",
+        "Statement": [
+            {
+                "Effect": "Deny",
+                "Principal": "*",
+                "Action": "s3:DeleteObject",
+                "Resource": "arn:aws:s3:::create-only/*",
+            }
+        ],
+    }
+    s3_server.put_policy("create-only", json.dumps(policy).encode())
+    remote = on_s3(s3_server, "create-only", "r", casfs.home)
+    remote.run("init")
+    for _ in range(2):
+        assert remote.run("backup", ".", cwd=source).complaint == ""
+    denied = remote.run("forget", "latest", "--allow-all", expect=None)
+    assert denied.exit != 0
+    remote.run("restore", "latest", "--target", tmp_path / "back")
+    assert tree_differences(source, tmp_path / "back") == []
+    assert len(remote.run("snapshots", "--json").of_type("snapshot")) == 2
+
+
+def test_wrong_keys_and_buckets_are_one_sentence(s3_server: S3Server, casfs: Casfs) -> None:
+    wrong = S3Server(s3_server.endpoint, s3_server.access_key_id, "wrong")
+    result = on_s3(wrong, "casfs", "r", casfs.home).run("init", expect=1)
+    assert "the credentials are not accepted" in result.complaint
+    missing = on_s3(s3_server, "no-such-bucket", "r", casfs.home).run("init", expect=1)
+    assert "there is no such bucket" in missing.complaint
+    assert len(result.complaints) == len(missing.complaints) == 1
+
+
+@pytest.mark.parametrize("name", ["user@host:path", "s3:bucket/path", "b2:bucket", "host:/srv"])
+def test_the_forms_of_other_programs_make_no_folder(
+    casfs: Casfs, tmp_path: Path, name: str
+) -> None:
+    before = sorted(os.listdir(tmp_path))
+    for command in (("init",), ("backup", "."), ("snapshots",)):
+        result = casfs.at(None).run("-r", name, *command, cwd=tmp_path, expect=2)
+        assert "://" in result.complaint and "./" in result.complaint
+    assert sorted(os.listdir(tmp_path)) == before
