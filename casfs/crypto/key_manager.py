@@ -94,7 +94,7 @@ class KeyManager:
             log.warning(
                 "this machine has not written to this repository before and was given no identity: its "
                 "backups deduplicate with nothing in it and are reported as unproven; see the README, "
-                '"Encrypted, and a host that cannot read"'
+                '"Encryption"'
             )
         if state is None or state.domain != domain.secret.hex():
             trusted = _digest_of_recipients(storage)

@@ -78,7 +78,7 @@ def run(settings: Settings, profile: str, dry_run: bool, scheduled: bool, if_mis
 
 
 def job_of(settings: Settings, configuration: Configuration, name: str) -> ProfileJob:
-    """Return what is to be run; raises NotFoundError, and UsageError where a verb is missing."""
+    """Return the profile to run; raise NotFoundError, or UsageError if a command is missing."""
     from casfs.cli.app import VERBS
     from casfs.config.file import VARIABLE
     from casfs.run.profile_run import ProfileJob
