@@ -172,6 +172,6 @@ def test_a_disk_that_is_mounted_read_only_is_read_without_clones(
     assert (auto.exit, auto.problems, auto.file(file).size) == (0, [], 9000)
     problem = require.problem(file)
     assert problem is not None and problem.kind == ProblemKind.UNREADABLE
-    assert "frozen" in problem.message
+    assert "cloned" in problem.message
     assert require.exit == 3
     assert require.node(file) is None
