@@ -93,10 +93,31 @@ bench: $(STAMP) ## time and memory on a real tree, beside borg and restic
 	$(BIN)/python -m bench setup
 	$(BIN)/python -m bench $(ARGS)
 
+# What builds the documentation, the Debian package, and checks the distributions.
+DOCS_STAMP := $(VENV)/.docs-made
+$(DOCS_STAMP): $(STAMP) requirements-docs.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
+.PHONY: docs
+docs: $(DOCS_STAMP) ## the documentation site and the man pages in build/docs; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs/html
+	$(BIN)/python -m sphinx -q -W --keep-going -b man docs build/docs/man
+	@echo 'build/docs/html/index.html is ready'
+
 .PHONY: dist
-dist: $(STAMP) ## an sdist and a wheel in dist/
+dist: $(DOCS_STAMP) ## an sdist and a wheel in dist/, checked
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+.PHONY: deb
+deb: $(DOCS_STAMP) ## a Debian package for this distribution in dist/
+	@tools/build-deb
+
+.PHONY: test-deb
+test-deb: deb ## install the package in a new Debian (debootstrap, as root) and try it there
+	@tools/test-deb
 
 .PHONY: clean
 clean: ## remove what was built and cached here; .venv and repositories stay

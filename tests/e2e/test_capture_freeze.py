@@ -53,7 +53,7 @@ def test_required_clones_on_a_disk_without_clones_leave_out_every_file(
     result = repository.json("backup", "--freeze", "require", plain_disk, expect=3)
     problems = {line["path"].rpartition("/")[2]: line for line in result.of_type("problem")}
     assert problems["file"]["kind"] == "unreadable"
-    assert "frozen" in problems["file"]["message"]
+    assert "cloned" in problems["file"]["message"]
     assert "empty" not in problems
     snapshot = repository.backup("--freeze", "auto", plain_disk)
     assert (snapshot["unreadable"], snapshot["files"]) == (0, 2)

@@ -41,8 +41,9 @@ class _Summary:
 def diff(settings: Settings, before: str, after: str) -> int:
     """Print what changed from one snapshot, or part of a snapshot, to another.
 
-    + added, - removed, M content changed, U metadata changed, T type changed. Paths are relative to the
-    two sides of the comparison; `.` is the compared entry itself. Inode numbers and ctimes are ignored.
+    The marks: + added, - removed, M content changed, U metadata changed, T type changed. Paths are
+    relative to the two sides of the comparison; `.` is the compared entry itself. Inode numbers and ctimes
+    are ignored.
     """
     from casfs.cli.entry_format import NodeFields
     from casfs.query.diff import Differ, ancestor_dirs

@@ -115,8 +115,9 @@ def server() -> ModuleType:
         import casfs_mount.server
     except ModuleNotFoundError as error:
         raise CasfsError(
-            f"casfs mount needs pyfuse3, which cannot be loaded ({error}); "
-            "all other commands work without it"
+            f"casfs mount needs pyfuse3, which is not installed ({error}). Install it with "
+            "`pip install 'casfs[mount]'`; on Debian and Ubuntu that needs gcc, pkg-config, python3-dev and "
+            "libfuse3-dev. All other commands work without it"
         ) from error
     except ImportError as error:
         raise CasfsError(f"casfs mount cannot load pyfuse3: {error}") from error

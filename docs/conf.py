@@ -1,0 +1,63 @@
+"""Sphinx: the documentation site and the man pages from the same pages (`make docs`)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent
+sys.path[:0] = [str(PROJECT), str(PROJECT / "mount")]
+
+from sphinx.application import Sphinx
+
+from casfs import __version__
+
+project = "casfs"
+author = "The casfs authors"
+release = version = __version__
+
+extensions = ["myst_parser", "sphinx_click"]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+exclude_patterns = ["_build"]
+nitpicky = True
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = f"casfs {__version__}"
+
+man_pages = [
+    ("reference", "casfs", "verified backups of files, mounted like a file system", author, 1),
+    ("configuration", "casfs-config", "configuration and profiles of casfs", author, 5),
+]
+
+# Pages outside docs/ that the site shows too, and the page that includes each.
+INCLUDED = {
+    "../casfs/FORMAT.md": "format.md",
+    "../bench/README.md": "benchmarking.md",
+    "../CONTRIBUTING.md": "contributing.md",
+    "../CHANGELOG.md": "changelog.md",
+    "../SECURITY.md": "security.md",
+    "../README.md": "index.md",
+    "../docs/": "",
+    "docs/": "",
+    "casfs/FORMAT.md": "format.md",
+    "bench/README.md": "benchmarking.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
+
+
+def _point_to_the_site(_: object, __: str, content: list[str]) -> None:
+    """Turn links between files of the repository into links between pages of the site."""
+    for target, page in INCLUDED.items():
+        content[0] = content[0].replace(f"]({target}", f"]({page}")
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the link rewriting; Sphinx calls this."""
+    app.connect("source-read", _point_to_the_site)
+    app.connect(
+        "include-read", lambda app, path, name, content: _point_to_the_site(app, name, content)
+    )
