@@ -563,7 +563,7 @@ class TestSourcesFromStreams:
         repository.backup("--files-from", "-", cwd=garden, stdin=b"# c\nkeep.txt\n")
         assert files(repository) == {"# c", "keep.txt"}
         words = repository.run("backup", "--help").text.split()
-        assert "Each line is a path, one with # too." in " ".join(words)
+        assert "A line that begins with # is a path too." in " ".join(words)
 
     def test_files_from_may_begin_with_a_byte_order_mark(
         self, repository: Casfs, garden: Path
