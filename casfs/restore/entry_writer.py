@@ -21,6 +21,7 @@ from casfs.format.node_types import TYPES_BY_MODE_BITS
 from casfs.format.tree import Node, NodeType, captured_digest, hard_link_key
 from casfs.repository.repository import Repository
 from casfs.restore import target_fs
+from casfs.restore.staging import FileIdentity, identify, link_inode, private_directory
 from casfs.trees.file_content import FileContent, Ranges
 
 _READ_BYTES = 1 << 20
@@ -75,10 +76,11 @@ class Overwrite(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LinkTarget:
-    """A restored name of the same file: a path below an open directory."""
+    """A restored name of the same file: a path below an open directory, and the file that it is."""
 
     fd: int
     path: bytes
+    identity: FileIdentity
 
 
 @dataclass(slots=True)
@@ -87,8 +89,9 @@ class EntryResult:
 
     `written`: the entry was written under its name. `unchanged`: the existing entry was already equal.
     `skipped`: the existing entry was kept. `linked`: the entry was written as a hard link. `lost` are ranges
-    restored as zeros. `metadata_errors` are the messages of `set_metadata`. `is_verified` is the result of
-    reading the file back (None: not requested). `error` is the reason why the entry was not restored.
+    restored as zeros. `identity` is that of an entry with hard links. `metadata_errors` are the messages of
+    `set_metadata`. `is_verified` is the result of reading the file back (None: not requested). `error` is the
+    reason why the entry was not restored.
     """
 
     path: bytes
@@ -97,6 +100,7 @@ class EntryResult:
     unchanged: bool = False
     skipped: bool = False
     linked: bool = False
+    identity: FileIdentity | None = None
     lost: Ranges = field(default_factory=list)
     metadata_errors: list[str] = field(default_factory=list)
     is_verified: bool | None = None
@@ -167,7 +171,7 @@ class EntryWriter:
             and _is_equal(fd, node, st)
             and _is_linked_alike(node, st, link_target)
         )
-        if same and self._keep_existing(fd, result):
+        if same and self._keep_existing(fd, result, st):
             return False
         if stat.S_ISDIR(st.st_mode):
             if self._replace_folders:
@@ -176,11 +180,14 @@ class EntryWriter:
                 target_fs.require_empty(fd, node.name)
         return True
 
-    def _keep_existing(self, fd: int, result: EntryResult) -> bool:
-        """Set the metadata of an equal existing entry; return False where this user cannot open it."""
+    def _keep_existing(self, fd: int, result: EntryResult, st: os.stat_result) -> bool:
+        """Set the metadata of an equal existing entry; return False where this user cannot open it.
+
+        Raise OSError where the name does not refer to the file of `st` any more.
+        """
         node = result.node
         if not self._dry_run and node.kind != NodeType.FILE:
-            result.metadata_errors += target_fs.set_metadata(fd, node.name, node, None)
+            result.metadata_errors += target_fs.set_metadata(fd, node.name, node, None, st)
         elif not self._dry_run:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             try:
@@ -188,31 +195,32 @@ class EntryWriter:
             except PermissionError:
                 return False
             try:
+                target_fs.require_same(opened, st)
                 result.metadata_errors += target_fs.set_metadata(fd, node.name, node, opened)
             finally:
                 os.close(opened)
         result.skipped = result.unchanged = True
+        result.identity = identify(st)
         return True
 
     def _link(
         self, fd: int, result: EntryResult, st: os.stat_result | None, link_target: LinkTarget
     ) -> bool:
         """Write the entry as a hard link to a restored name; return False where linking fails."""
-        name = target_fs.temporary_name()
-        try:
+        with private_directory(fd) as staging:
+            name = target_fs.temporary_name()
             try:
-                above, first = target_fs.open_parent(link_target.fd, link_target.path)
                 try:
-                    os.link(first, name, src_dir_fd=above, dst_dir_fd=fd, follow_symlinks=False)
-                finally:
-                    os.close(above)
-            except OSError as error:
-                result.link_error = error
-                return False
-            _rename_into_place(fd, name, result.node, st)
-        except BaseException:
-            target_fs.unlink_quietly(fd, name)
-            raise
+                    link_inode(
+                        link_target.fd, link_target.path, link_target.identity, staging, name
+                    )
+                except OSError as error:
+                    result.link_error = error
+                    return False
+                _rename_into_place(staging, name, fd, result.node, st)
+            except BaseException:
+                target_fs.unlink_quietly(staging, name)
+                raise
         result.linked = True
         return True
 
@@ -232,7 +240,9 @@ class EntryWriter:
                     opened, self._repository, result.node, read, self._salvage
                 )
                 result.metadata_errors += target_fs.set_metadata(fd, name, result.node, opened)
-                _rename_into_place(fd, name, result.node, st)
+                _rename_into_place(fd, name, fd, result.node, st)
+                if result.node.nlink > 1:
+                    result.identity = identify(os.fstat(opened))
                 if self._verify:
                     # By its descriptor: the mode may not permit the owner to open the file.
                     os.lseek(opened, 0, os.SEEK_SET)
@@ -244,14 +254,17 @@ class EntryWriter:
             raise
 
     def _write_special(self, fd: int, result: EntryResult, st: os.stat_result | None) -> None:
-        name = target_fs.temporary_name()
-        try:
-            target_fs.make_special(fd, name, result.node)
-            result.metadata_errors += target_fs.set_metadata(fd, name, result.node, None)
-            _rename_into_place(fd, name, result.node, st)
-        except BaseException:
-            target_fs.unlink_quietly(fd, name)
-            raise
+        with private_directory(fd) as staging:
+            name = target_fs.temporary_name()
+            try:
+                target_fs.make_special(staging, name, result.node)
+                result.metadata_errors += target_fs.set_metadata(staging, name, result.node, None)
+                made = os.stat(name, dir_fd=staging, follow_symlinks=False)
+                _rename_into_place(staging, name, fd, result.node, st)
+                result.identity = identify(made)
+            except BaseException:
+                target_fs.unlink_quietly(staging, name)
+                raise
 
 
 def _is_equal(fd: int, node: Node, st: os.stat_result) -> bool:
@@ -272,19 +285,15 @@ def _is_linked_alike(node: Node, st: os.stat_result, link_target: LinkTarget | N
     """Return whether an entry of the target is hard-linked as its node is, to the names restored so far."""
     if hard_link_key(node) is None:
         return st.st_nlink == 1
-    if link_target is None:
-        return True
-    above, first = target_fs.open_parent(link_target.fd, link_target.path)
-    try:
-        return os.path.samestat(st, os.stat(first, dir_fd=above, follow_symlinks=False))
-    finally:
-        os.close(above)
+    return link_target is None or identify(st) == link_target.identity
 
 
-def _rename_into_place(fd: int, name: bytes, node: Node, st: os.stat_result | None) -> None:
+def _rename_into_place(
+    staging: int, name: bytes, fd: int, node: Node, st: os.stat_result | None
+) -> None:
     if st is not None and stat.S_ISDIR(st.st_mode):
         target_fs.remove(fd, node.name, st)
-    os.rename(name, node.name, src_dir_fd=fd, dst_dir_fd=fd)
+    os.rename(name, node.name, src_dir_fd=staging, dst_dir_fd=fd)
     # rename() does nothing where both names refer to one inode: the temporary name must be removed.
     if st is not None and node.nlink > 1:
-        target_fs.unlink_quietly(fd, name)
+        target_fs.unlink_quietly(staging, name)

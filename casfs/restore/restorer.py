@@ -8,6 +8,7 @@ it reaches every directory by its descriptor, and replaces symlinks in its way w
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -28,8 +29,11 @@ from casfs.restore.entry_writer import EntryResult, EntryWriter, LinkTarget, Ove
 from casfs.restore.ordered_pool import DEFAULT_LIMITS, OrderedPool, PoolLimits
 from casfs.restore.prefetch import Prefetcher
 from casfs.restore.selection import Selection
+from casfs.restore.staging import FileIdentity
 from casfs.trees.content import EXTENT, HOLE
 from casfs.trees.reader import TreeReader
+
+log = logging.getLogger(__name__)
 
 _MAX_POOLED_BYTES = 1 << 20
 """The pool writes files of a single chunk up to this size. The walking thread writes larger files."""
@@ -132,7 +136,7 @@ class Restorer:
         self._pool: OrderedPool[_Job, EntryResult] = OrderedPool(
             self._write, self._on_result, limits=limits
         )
-        self._links: dict[HardLinkKey, bytes] = {}
+        self._links: dict[HardLinkKey, tuple[bytes, FileIdentity]] = {}
         self._zeroed: dict[HardLinkKey, list[tuple[int, int]]] = {}
         self._root_fd, self._folder = -1, b""
         self._open_frames: dict[int, _Frame] = {}
@@ -171,6 +175,7 @@ class Restorer:
             self._root_fd = target_fs.open_if_exists(None, self._folder)
         else:
             self._root_fd, mode, created = target_fs.open_root(self._folder)
+            self._warn_of_foreign_owner()
         if node.tree is not None:
             root = self._frame(path, node, self._root_fd, included)
         else:
@@ -183,6 +188,15 @@ class Restorer:
             self._prepare(root)
         self._prefix_bytes = len(root.path) + 1 if root.path else 0
         return root
+
+    def _warn_of_foreign_owner(self) -> None:
+        owner = os.fstat(self._root_fd).st_uid
+        if owner not in (os.geteuid(), 0):
+            log.warning(
+                "the target %s belongs to user %d, who can read and replace what is restored there",
+                escape_path(self._folder),
+                owner,
+            )
 
     def _close(self, root: _Frame) -> None:
         """End all threads, then close all descriptors: no thread may write to a closed one."""
@@ -502,11 +516,11 @@ class Restorer:
         """Restore a file with several names: as a hard link where another of its names was restored."""
         self._pool.drain()
         known = self._links.get(key)
-        link_target = LinkTarget(self._root_fd, known) if known is not None else None
+        link_target = LinkTarget(self._root_fd, *known) if known is not None else None
         result = self._writer.write(frame.fd, path, node, self._read, link_target)
         is_new = result.written and not result.linked and not self._options.dry_run
-        if is_new or result.unchanged:
-            self._links[key] = path[self._prefix_bytes :]
+        if result.identity is not None and (is_new or result.unchanged):
+            self._links[key] = path[self._prefix_bytes :], result.identity
         if result.linked:
             result.lost = self._zeroed.get(key, [])
         elif result.lost:

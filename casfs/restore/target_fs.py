@@ -90,6 +90,7 @@ def _open_writable(
     path_fd = os.open(name, os.O_PATH | flags, dir_fd=dir_fd)
     try:
         try:
+            mode = stat.S_IMODE(os.fstat(path_fd).st_mode)
             os.chmod(b"/proc/self/fd/%d" % path_fd, mode | stat.S_IRWXU)
         except OSError as error:
             if error.errno not in _NOT_PERMITTED_ERRNOS:
@@ -348,7 +349,22 @@ def remove_abandoned(fd: int) -> None:
         for entry in entries:
             name = os.fsencode(entry.name)
             if name.startswith(TEMPORARY_PREFIX) and _is_abandoned(fd, name):
-                unlink_quietly(fd, name)
+                if entry.is_dir(follow_symlinks=False):
+                    _remove_abandoned_directory(fd, name)
+                else:
+                    unlink_quietly(fd, name)
+
+
+def _remove_abandoned_directory(fd: int, name: bytes) -> None:
+    try:
+        opened = open_subdir(fd, name)
+        try:
+            remove_abandoned(opened)
+        finally:
+            os.close(opened)
+        os.rmdir(name, dir_fd=fd)
+    except OSError:
+        pass
 
 
 def is_temporary(name: bytes) -> bool:
@@ -454,50 +470,79 @@ def make_special(fd: int, name: bytes, node: Node) -> None:
         os.mknod(name, NODE_TYPES[NodeType(node.kind)].mode_bits | 0o600, device, dir_fd=fd)
 
 
-def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[str]:
+def require_same(fd: int, st: os.stat_result) -> None:
+    """Raise OSError where an open entry is not the one that `st` describes, or has got another name."""
+    now = os.fstat(fd)
+    if not os.path.samestat(now, st) or now.st_nlink != st.st_nlink:
+        raise _replaced()
+
+
+def open_entry(fd: int, name: bytes, node: Node) -> int:
+    """Return an O_PATH descriptor of an entry that has the type of `node`; raise OSError for another type."""
+    opened = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+    wanted = NODE_TYPES[NodeType(node.kind)].mode_bits
+    if stat.S_IFMT(os.fstat(opened).st_mode) != wanted:
+        os.close(opened)
+        raise _replaced()
+    return opened
+
+
+def _replaced() -> OSError:
+    return OSError(errno.ESTALE, "another process replaced it while it was restored")
+
+
+def set_metadata(
+    fd: int, name: bytes, node: Node, open_fd: int | None, known: os.stat_result | None = None
+) -> list[str]:
     """Set owner, xattrs, mode and times of an entry; return a message for each failure.
 
     What is already as it should be is left alone, so that an unchanged entry keeps its ctime.
-    `open_fd` is the entry's own descriptor (files and directories), or None. The order matters: chown
-    clears setuid bits and file capabilities, the owner cannot set xattrs of a write-protected file, and
+    `open_fd` is the entry's own descriptor (files and directories), or None. Then the entry is opened by its
+    name, and OSError raised where it does not have the type of the node, or is not the one of `known`. Every
+    change goes to the descriptor: another process may exchange the name at any moment. The order matters:
+    chown clears setuid bits and file capabilities, the owner cannot set xattrs of a write-protected file, and
     every change updates the times.
     """
+    if open_fd is not None:
+        return _set_metadata(open_fd, node)
+    opened = open_entry(fd, name, node)
+    try:
+        if known is not None:
+            require_same(opened, known)
+        # The link in /proc leads to the entry itself, also where that is a symlink.
+        return _set_metadata(b"/proc/self/fd/%d" % opened, node)
+    finally:
+        os.close(opened)
+
+
+def _set_metadata(where: int | bytes, node: Node) -> list[str]:
     failed: list[str] = []
     mode = node.mode
-    where: int | bytes = open_fd if open_fd is not None else b"/proc/self/fd/%d/%s" % (fd, name)
-    follow = open_fd is not None
     root = os.geteuid() == 0
-    st = _stat(fd, name, open_fd)
+    st = os.stat(where)
     try:
         if (st.st_uid, st.st_gid) != (node.uid, node.gid):
-            _set_owner(fd, name, open_fd, node.uid, node.gid)
+            os.chown(where, node.uid, node.gid)
     except OSError as error:
         if root or error.errno not in _NOT_PERMITTED_ERRNOS:
             failed.append(f"owner: {error.strerror}")
         # A setuid program must not run as a user other than the one who made it setuid.
         mode &= ~stat.S_ISUID
         try:
-            _set_owner(fd, name, open_fd, -1, node.gid)
+            os.chown(where, -1, node.gid)
         except OSError:
             mode &= ~stat.S_ISGID
-    _set_xattrs(where, follow, node, root, failed)
-    st = _stat(fd, name, open_fd)  # the owner and an ACL may have changed the mode
+    _set_xattrs(where, node, root, failed)
+    st = os.stat(where)  # the owner and an ACL may have changed the mode
     try:
         if node.kind != NodeType.SYMLINK and stat.S_IMODE(st.st_mode) != mode:
-            if open_fd is not None:
-                os.fchmod(open_fd, mode)
-            else:
-                os.chmod(name, mode, dir_fd=fd)
+            os.chmod(where, mode)
     except OSError as error:
         failed.append(f"mode: {error.strerror}")
     if st.st_mtime_ns == node.mtime_ns:
         return failed
     try:
-        times = (node.mtime_ns, node.mtime_ns)
-        if open_fd is not None:
-            os.utime(open_fd, ns=times)
-        else:
-            os.utime(name, ns=times, dir_fd=fd, follow_symlinks=False)
+        os.utime(where, ns=(node.mtime_ns, node.mtime_ns))
     except OSError as error:
         failed.append(f"time: {error.strerror}")
     except OverflowError as error:
@@ -505,44 +550,29 @@ def set_metadata(fd: int, name: bytes, node: Node, open_fd: int | None) -> list[
     return failed
 
 
-def _stat(fd: int, name: bytes, open_fd: int | None) -> os.stat_result:
-    if open_fd is not None:
-        return os.fstat(open_fd)
-    return os.stat(name, dir_fd=fd, follow_symlinks=False)
-
-
-def _set_owner(fd: int, name: bytes, open_fd: int | None, uid: int, gid: int) -> None:
-    if open_fd is not None:
-        os.fchown(open_fd, uid, gid)
-    else:
-        os.chown(name, uid, gid, dir_fd=fd, follow_symlinks=False)
-
-
-def _set_xattrs(
-    where: int | bytes, follow: bool, node: Node, root: bool, failed: list[str]
-) -> None:
+def _set_xattrs(where: int | bytes, node: Node, root: bool, failed: list[str]) -> None:
     wanted = dict(node.extra.xattrs) if node.extra is not None else {}
     try:
-        present = os.listxattr(where, follow_symlinks=follow)
+        present = os.listxattr(where)
     except OSError:
         present = []
     for text in present:
         # A new directory may inherit a default ACL; an existing entry may have other xattrs.
         if os.fsencode(text) not in wanted and not text.startswith("security.selinux"):
             try:
-                os.removexattr(where, text, follow_symlinks=follow)
+                os.removexattr(where, text)
             except OSError as error:
                 if root or error.errno not in _NOT_PERMITTED_ERRNOS:
                     failed.append(f"xattr {text}: {error.strerror}")
     held = {os.fsencode(text) for text in present}
     for name, value in wanted.items():
         try:
-            if name in held and os.getxattr(where, name, follow_symlinks=follow) == value:
+            if name in held and os.getxattr(where, name) == value:
                 continue
         except OSError:
             pass  # it may be written by those who may not read it
         try:
-            os.setxattr(where, name, value, follow_symlinks=follow)
+            os.setxattr(where, name, value)
         except OSError as error:
             if root or error.errno not in _NOT_PERMITTED_ERRNOS:
                 failed.append(f"xattr {name.decode(errors='replace')}: {error.strerror}")

@@ -1,0 +1,224 @@
+"""Root restores into a folder of another user, who exchanges names there while it runs."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casfs.digest import digest_of
+from casfs.format.codec import BlobKind
+from casfs.format.tree import Node, NodeExtra, NodeType
+from casfs.monitor import RecordingMonitor
+from casfs.restore import entry_writer, staging, target_fs
+from casfs.restore.entry_writer import Overwrite
+from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
+from tests.support.builders import MTIME_NS, Plan, RepositoryFixture, entry, file
+from tests.support.other_user import OTHER_USER, as_other_user, needs_root
+
+pytestmark = needs_root
+
+DEVICE = 7
+
+
+class ForeignTarget:
+    """A target that belongs to another user, and a file of root that the user wants to take over."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.repo = RepositoryFixture(folder)
+        with self.repo.writing() as repository:
+            writer = repository.writer()
+            for data in (b"shared", b"secret"):
+                writer.put(BlobKind.DATA, digest_of(data), data)
+            writer.finish()
+        self.repo.publish(plan)
+        self.target = folder / "target"
+        self.target.mkdir()
+        os.chown(self.target, OTHER_USER, OTHER_USER)
+        self.target_fd = os.open(self.target, os.O_RDONLY)
+        self.vault = folder / "vault"
+        self.vault.mkdir(mode=0o700)
+        self.secret = self.vault / "first"
+        self.secret.write_bytes(b"secret")
+        self.secret.chmod(0o600)
+        self.before = self.secret.stat()
+
+    def restore(self, **options: Any) -> RestoreResult:
+        monitor = RecordingMonitor()
+        with self.repo.reading() as repository:
+            _, _, path, node = repository.snapshots.resolve_path("latest")
+            restorer = Restorer(repository, RestoreOptions(**options), monitor)
+            result = restorer.restore(path, node, bytes(self.target), False)
+        return result
+
+    def replace_temporaries_by_symlinks(self) -> None:
+        """Put a symlink to the secret in the place of every temporary entry of the restore."""
+        for name in os.listdir(self.target_fd):
+            if name.startswith(".casfs-restore-"):
+                os.rename(name, "taken", src_dir_fd=self.target_fd, dst_dir_fd=self.target_fd)
+                os.symlink(self.secret, name, dir_fd=self.target_fd)
+
+    def is_secret_untouched(self) -> bool:
+        now = self.secret.stat()
+        return now == self.before and os.listdir(self.vault) == ["first"]
+
+
+def after(original: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
+    """Return a function after which another user acts, once."""
+    done: list[bool] = []
+
+    def attacked(*arguments: Any, **named: Any) -> Any:
+        result = original(*arguments, **named)
+        if not done:
+            done.append(as_other_user(act))
+        return result
+
+    return attacked
+
+
+def before(original: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
+    """Return a function before which another user acts, once."""
+    done: list[bool] = []
+
+    def attacked(*arguments: Any, **named: Any) -> Any:
+        if not done:
+            done.append(as_other_user(act))
+            assert done == [True], "the attack needs to succeed up to here"
+        return original(*arguments, **named)
+
+    return attacked
+
+
+def special(kind: NodeType) -> Node:
+    return entry(b"", kind, mode=0o666, uid=OTHER_USER, gid=OTHER_USER)
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"), [(NodeType.FIFO, "mkfifo"), (NodeType.SOCKET, "mknod")], ids=str
+)
+def test_a_symlink_in_the_place_of_a_new_special_file_changes_no_file_of_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: NodeType, call: str
+) -> None:
+    scene = ForeignTarget(tmp_path, {b"p": special(kind)})
+    monkeypatch.setattr(os, call, after(getattr(os, call), scene.replace_temporaries_by_symlinks))
+    scene.restore()
+    assert scene.is_secret_untouched()
+
+
+def test_special_files_and_symlinks_arrive_with_their_metadata_in_a_foreign_folder(
+    tmp_path: Path,
+) -> None:
+    link = entry(b"", NodeType.SYMLINK, content=b"x", size=1, uid=OTHER_USER, gid=OTHER_USER)
+    scene = ForeignTarget(tmp_path, {b"p": special(NodeType.FIFO), b"l": link})
+    assert scene.restore().failed == 0
+    for name, mode in (("p", stat.S_IFIFO | 0o666), ("l", stat.S_IFLNK | 0o777)):
+        found = (scene.target / name).lstat()
+        assert (found.st_mode, found.st_uid, found.st_gid) == (mode, OTHER_USER, OTHER_USER)
+        assert found.st_mtime_ns == MTIME_NS
+    assert sorted(os.listdir(scene.target)) == ["l", "p"]
+
+
+def test_metadata_of_an_entry_that_became_another_type_are_not_set(tmp_path: Path) -> None:
+    scene = ForeignTarget(tmp_path, {b"f": b""})
+    (scene.target / "p").symlink_to(scene.secret)
+    with pytest.raises(OSError, match="another process replaced it"):
+        target_fs.set_metadata(scene.target_fd, b"p", special(NodeType.FIFO), None)
+    assert scene.is_secret_untouched()
+
+
+def linked(uid: int = OTHER_USER) -> Node:
+    return file(b"", b"shared", inode=9, nlink=2, uid=uid, gid=uid, extra=NodeExtra(device=DEVICE))
+
+
+def test_a_symlink_in_the_place_of_a_folder_links_no_file_of_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = ForeignTarget(tmp_path, {b"d": {b"first": linked()}, b"e": {b"second": linked()}})
+
+    def replace_folder() -> None:
+        os.rename("d", "moved", src_dir_fd=scene.target_fd, dst_dir_fd=scene.target_fd)
+        os.symlink(scene.vault, "d", dir_fd=scene.target_fd)
+
+    monkeypatch.setattr(
+        entry_writer.EntryWriter, "_link", before(entry_writer.EntryWriter._link, replace_folder)
+    )
+    scene.restore()
+    assert scene.is_secret_untouched()
+    assert (scene.target / "e" / "second").read_bytes() == b"shared"
+
+
+def test_a_file_in_the_place_of_a_restored_name_is_not_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = ForeignTarget(tmp_path, {b"a": linked(), b"b": linked()})
+
+    def replace_first() -> None:
+        os.unlink("a", dir_fd=scene.target_fd)
+        os.close(os.open("a", os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=scene.target_fd))
+
+    monkeypatch.setattr(
+        entry_writer.EntryWriter, "_link", before(entry_writer.EntryWriter._link, replace_first)
+    )
+    scene.restore()
+    assert (scene.target / "b").read_bytes() == b"shared"
+    assert (scene.target / "b").stat().st_nlink == 1
+
+
+def test_a_hard_link_in_the_place_of_an_unchanged_file_keeps_its_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = file(b"", b"secret", mode=0o666, uid=OTHER_USER, gid=OTHER_USER)
+    scene = ForeignTarget(tmp_path, {b"f": node})
+    scene.restore()
+    is_alike = entry_writer._is_linked_alike
+
+    def replace_by_link(*arguments: Any) -> bool:
+        found = is_alike(*arguments)
+        (scene.target / "f").unlink()
+        os.link(scene.secret, scene.target / "f")
+        return found
+
+    monkeypatch.setattr(entry_writer, "_is_linked_alike", replace_by_link)
+    assert scene.restore(overwrite=Overwrite.IF_CHANGED).failed == 1
+    (scene.target / "f").unlink()
+    now = scene.secret.stat()
+    assert (now.st_mode, now.st_uid) == (scene.before.st_mode, scene.before.st_uid)
+
+
+def test_a_target_of_another_user_gets_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = ForeignTarget(tmp_path, {b"f": b"1"})
+    scene.restore()
+    assert f"belongs to user {OTHER_USER}" in caplog.text
+    caplog.clear()
+    os.chown(scene.target, 0, 0)
+    scene.restore()
+    assert "belongs to" not in caplog.text
+
+
+def test_a_folder_is_private_only_without_write_permission_for_others(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    for mode, expected in ((0o700, True), (0o755, True), (0o775, False), (0o1777, False)):
+        os.fchmod(fd, mode)
+        assert staging.is_private(fd) is expected
+    os.fchmod(fd, 0o755)
+    os.chown(tmp_path, OTHER_USER, OTHER_USER)
+    assert not staging.is_private(fd)
+    os.close(fd)
+
+
+def test_a_private_directory_of_a_restore_that_was_killed_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = ForeignTarget(tmp_path, {b"f": b""})
+    monkeypatch.setattr(target_fs, "_is_abandoned", lambda fd, name: True)
+    left = scene.target / ".casfs-restore-left"
+    left.mkdir()
+    os.mkfifo(left / ".casfs-restore-inside")
+    scene.restore()
+    assert os.listdir(scene.target) == ["f"]
