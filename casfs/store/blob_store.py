@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from casfs.digest import Digest, PackId
@@ -48,6 +50,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_FOUND_ELSEWHERE = 100_000
+
+_DIRECTORIES_AHEAD = 8
+"""How many directories of remote packs are in memory at a time, each of a few MiB at most."""
+
+_TAIL_BYTES = 64 * 1024
+"""What is read of the end of a remote pack at once: the trailer, and the directory of most packs."""
 
 _OWN_LIMITS = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 """Read errors that come from this process's limits, not from the disk."""
@@ -272,11 +280,19 @@ class BlobStore:
         if pack_bytes > MAX_PACK_BYTES:
             raise PackError(pack, "too long for a pack")
         parse_header(pack, self.storage.read(name, 0, HEADER.size))
-        tail = self.storage.read(name, pack_bytes - TRAILER.size, TRAILER.size)
+        # Over a distance one request for both costs less than two. On a disk the bytes before the directory
+        # are left alone, since they may be unreadable where the directory is not.
+        guess_bytes = _TAIL_BYTES if self.storage.capabilities.parallel_requests > 1 else 0
+        tail_offset = max(0, pack_bytes - max(guess_bytes, TRAILER.size))
+        tail = self.storage.read(name, tail_offset, pack_bytes - tail_offset)
         cipher = self._ciphers.for_pack(pack, name) if self._ciphers is not None else None
         overhead = TAG_BYTES if cipher is not None else 0
-        offset, directory_bytes, _, digest = parse_trailer(pack, tail, pack_bytes, overhead)
-        directory = self.storage.read(name, offset, directory_bytes)
+        trailer = tail[-TRAILER.size :]
+        offset, directory_bytes, _, digest = parse_trailer(pack, trailer, pack_bytes, overhead)
+        if offset >= tail_offset and len(tail) == pack_bytes - tail_offset:
+            directory = tail[offset - tail_offset : offset - tail_offset + directory_bytes]
+        else:
+            directory = self.storage.read(name, offset, directory_bytes)
         decrypt = cipher.decrypt_directory if cipher is not None else None
         return parse_directory(pack, directory, digest, offset - BLOB_HEADER.size, decrypt)
 
@@ -438,9 +454,9 @@ class BlobStore:
         return entries_by_pack
 
     def _indexed(self, packs: Iterable[tuple[PackId, int]]) -> Iterator[IndexedPack]:
-        for pack, pack_bytes in packs:
+        for pack, pack_bytes, found in self._directories(packs):
             try:
-                entries = self._entries(pack, pack_bytes)
+                entries = self._entries(pack, pack_bytes, found)
             except NotFoundError:
                 continue  # a prune removed it after the listing
             except KeyMissingError:
@@ -451,13 +467,52 @@ class BlobStore:
                 continue
             yield pack, pack_bytes, entries
 
-    def _entries(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
+    def _directories(
+        self, packs: Iterable[tuple[PackId, int]]
+    ) -> Iterator[tuple[PackId, int, list[PackEntry] | CasfsError]]:
+        """Yield the entries of each pack, or the error of reading them, in the order of the packs.
+
+        Where requests travel a distance several directories are read at a time.
+        """
+        requests = min(self.storage.capabilities.parallel_requests, _DIRECTORIES_AHEAD)
+        if requests == 1:
+            for pack, pack_bytes in packs:
+                yield pack, pack_bytes, self._read_directory_or_error(pack, pack_bytes)
+            return
+        ahead: deque[tuple[PackId, int, Future[list[PackEntry] | CasfsError]]] = deque()
+        with ThreadPoolExecutor(requests, "casfs-directories") as pool:
+            try:
+                for pack, pack_bytes in packs:
+                    future = pool.submit(self._read_directory_or_error, pack, pack_bytes)
+                    ahead.append((pack, pack_bytes, future))
+                    if len(ahead) == requests:
+                        pack, pack_bytes, future = ahead.popleft()
+                        yield pack, pack_bytes, future.result()
+                while ahead:
+                    pack, pack_bytes, future = ahead.popleft()
+                    yield pack, pack_bytes, future.result()
+            finally:
+                for _, _, future in ahead:
+                    future.cancel()
+
+    def _read_directory_or_error(
+        self, pack: PackId, pack_bytes: int
+    ) -> list[PackEntry] | CasfsError:
         try:
             return self.read_directory(pack, pack_bytes)
-        except PackError as error:
-            log.warning("%s; scanning it for intact blobs", error)
+        except CasfsError as error:
+            return error
+
+    def _entries(
+        self, pack: PackId, pack_bytes: int, found: list[PackEntry] | CasfsError
+    ) -> list[PackEntry]:
+        if isinstance(found, PackError):
+            log.warning("%s; scanning it for intact blobs", found)
             self.salvaged.add(pack)
             return self._salvaged_entries(pack, pack_bytes)
+        if isinstance(found, CasfsError):
+            raise found
+        return found
 
     def _salvaged_entries(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
         found = self.salvage_directory(pack, pack_bytes)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from casfs.digest import digest_of
 from casfs.errors import ExistsError, NotFoundError, RefusedError, StorageUnavailableError
 from casfs.repository import opening
 from casfs.repository.opening import (
@@ -26,7 +30,9 @@ from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode, list_and_reap_locks
 from casfs.storage.memory import MemoryStorage
 from casfs.storage.url import Location, Scheme, parse_location
+from casfs.store.blob_store import pack_name
 from tests.support.storage_double import Call, Failure, RecordingStorage
+from tests.support.stores import store_blobs
 
 
 @pytest.fixture
@@ -148,6 +154,29 @@ def test_a_wrong_clock_is_reported(
     monkeypatch.setattr("casfs.repository.place.open_storage", lambda *arguments: storage)
     create_repository(place)
     assert "set it right" in caplog.text
+
+
+@pytest.mark.parametrize("parallel_requests", [1, 4])
+def test_a_lost_index_costs_two_reads_for_each_pack_over_a_distance(
+    place: RemotePlace, memory: RecordingStorage, own_home: Path, parallel_requests: int
+) -> None:
+    assert isinstance(memory.inner, MemoryStorage)
+    memory.inner.capabilities = replace(
+        memory.inner.capabilities, parallel_requests=parallel_requests
+    )
+    config = create_repository(place)
+    plains = [f"blob {number}".encode() * 10 for number in range(9)]
+    for plain in plains:
+        with open_for_writing(place, "test") as repository:
+            store_blobs(repository.store, [plain])
+    shutil.rmtree(own_home / "cache" / "casfs" / config.id[:32] / "index")
+    memory.calls.clear()
+    with open_for_writing(place, "test") as repository:
+        reads = Counter(call.name for call in memory.calls if call.method == "read")
+        packs = [pack_name(pack) for pack, _ in repository.store.stored_packs()]
+        assert len(packs) == 9
+        assert {reads[pack] for pack in packs} == {2 if parallel_requests > 1 else 3}
+        assert [repository.store.read(digest_of(plain)) for plain in plains] == plains
 
 
 class TestRemoteWriters:
