@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from casfs.config.repositories import NamedRepository
     from casfs.crypto.identities import Identities
     from casfs.crypto.opening import Unlock
-    from casfs.format.config import RepositoryConfig
+    from casfs.crypto.trust_root import TrustRoot
     from casfs.repository.place import Place
     from casfs.repository.snapshot_filter import SnapshotFilter
     from casfs.storage.base import Storage, StorageOptions
@@ -123,7 +124,7 @@ class KeyOptions:
                 passphrase.command = os.environ.get("CASFS_PASSPHRASE_COMMAND") or None
         return KeyOptions(files, passphrase)
 
-    def unlock_given(self, storage: Storage, config: RepositoryConfig) -> Identities:
+    def unlock_given(self, storage: Storage, trust: TrustRoot) -> Identities:
         """Return the identities that the options name, without asking at the terminal."""
         from casfs.crypto.identities import Identities, read_identity_file, unlock_by_passphrase
 
@@ -132,11 +133,11 @@ class KeyOptions:
         for name in given.files:
             found.ages += read_identity_file(Path(name), ask_passphrase)
         if given.passphrase.is_given():
-            repository = bytes.fromhex(config.id)
+            repository = bytes.fromhex(trust.config.id)
             found.ages += unlock_by_passphrase(storage, repository, given.passphrase.read())
         return found
 
-    def unlock(self, storage: Storage, config: RepositoryConfig) -> Identities:
+    def unlock(self, storage: Storage, trust: TrustRoot) -> Identities:
         """Return the identities that the options name, or else those that the GPG agent or a passphrase
         typed at the terminal opens.
         """
@@ -145,15 +146,15 @@ class KeyOptions:
             unlock_by_passphrase,
             wrapped_identities,
         )
-        from casfs.crypto.recipients import read_recipients
 
-        found = self.unlock_given(storage, config)
+        found = self.unlock_given(storage, trust)
         if not found:
-            found = unlock_by_gpg(storage, read_recipients(storage))
+            found = unlock_by_gpg(storage, trust.recipients(storage).recipients)
         if not found and wrapped_identities(storage):
-            passphrase = ask_passphrase(f"repository {config.id[:12]}")
+            repository = trust.config.id
+            passphrase = ask_passphrase(f"repository {repository[:12]}")
             if passphrase is not None:
-                found.ages = unlock_by_passphrase(storage, bytes.fromhex(config.id), passphrase)
+                found.ages = unlock_by_passphrase(storage, bytes.fromhex(repository), passphrase)
         return found
 
 
@@ -170,8 +171,11 @@ def unlock_repository(place: Place, unlock: Unlock) -> Identities | None:
         storage = place.open_storage()
     else:
         storage = fetch_key_objects(place)
-    config = place.read_config(storage)
-    return unlock(storage, config) if config.encryption is not None else None
+    try:
+        trust = place.trust_root(storage)
+        return unlock(storage, trust) if trust.config.encryption is not None else None
+    finally:
+        storage.close()
 
 
 def ask_passphrase(what: str) -> str | None:
@@ -224,7 +228,9 @@ class Settings:
     tags: tuple[frozenset[str], ...] = ()
     paths: tuple[str, ...] = ()
     keys: KeyOptions = field(default_factory=KeyOptions)
+    expected: str | None = None
     _address: RepositoryAddress | None = None
+    _place: Place | None = None
     _unlocked: Identities | None = None
 
     def configuration(self) -> Configuration:
@@ -257,12 +263,28 @@ class Settings:
         return self._address
 
     def repository(self) -> Place:
-        """Return the place of the repository; raise UsageError if the user named none."""
+        """Return the place of the repository, always the same one; raise UsageError if none is named."""
         from casfs.repository.place import place_of
         from casfs.storage.url import parse_location
 
-        address = self.repository_address()
-        return place_of(parse_location(address.url), address.storage_options())
+        if self._place is None:
+            address = self.repository_address()
+            self._place = place_of(
+                parse_location(address.url), address.storage_options(), self._expected_repository()
+            )
+        return self._place
+
+    def _expected_repository(self) -> str | None:
+        """Return the id, or the digest of the configuration, that the repository must have."""
+        given = self.expected or os.environ.get("CASFS_EXPECT_REPOSITORY")
+        if not given:
+            return None
+        if not re.fullmatch("[0-9a-fA-F]{64}", given):
+            raise UsageError(
+                "the expected repository is not 64 hexadecimal digits: give its id, or what `b3sum config` "
+                "prints in its folder"
+            )
+        return given.lower()
 
     def recipients_file(self) -> Path | None:
         """Return the recipients file that the configuration names for the repository, or None."""
@@ -270,10 +292,10 @@ class Settings:
         file = named.recipients_file if named is not None else None
         return Path(file.path) if file is not None else None
 
-    def unlock(self, storage: Storage, config: RepositoryConfig) -> Identities:
+    def unlock(self, storage: Storage, trust: TrustRoot) -> Identities:
         """Return the user's identities; later calls return the same ones without asking again."""
         if self._unlocked is None:
-            self._unlocked = self.keys.unlock(storage, config)
+            self._unlocked = self.keys.unlock(storage, trust)
         return self._unlocked
 
     def latest_of(self) -> SnapshotFilter:
@@ -342,6 +364,11 @@ def _run_passphrase_command(command: str) -> bytes:
 def _set_repo(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
     if value is not None:
         ctx.ensure_object(Settings).repo = value
+
+
+def _set_expected(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.ensure_object(Settings).expected = value
 
 
 def _set_config(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -426,6 +453,15 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         help="For tests only: do not sync to disk. A crash may lose published snapshots.",
     )(command)
     command = configuration_options(command)
+    command = click.option(
+        "--expect-repository",
+        metavar="DIGEST",
+        expose_value=False,
+        callback=_set_expected,
+        is_eager=True,
+        help="Refuse another repository than the one with this id, or whose file config has this BLAKE3 "
+        "digest [default: $CASFS_EXPECT_REPOSITORY].",
+    )(command)
     return click.option(
         "-r",
         "--repo",

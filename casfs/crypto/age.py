@@ -28,7 +28,7 @@ _ENCRYPTED_FILE = (b"age-encryption.org/", b"-----BEGIN AGE ENCRYPTED FILE-----"
 def canonical_recipient(text: str) -> str:
     """Return a recipient without its comment; raise WrongKeyError for an invalid recipient."""
     ssh = _SSH.match(text)
-    key = ssh[0] if ssh is not None else text.strip()
+    key = " ".join(ssh[0].split()) if ssh is not None else text.strip()
     _recipient(key)
     return key
 

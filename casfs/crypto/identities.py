@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def unlock_by_passphrase(storage: Storage, repository: bytes, passphrase: str) -
     return found
 
 
-def unlock_by_gpg(storage: Storage, recipients: list[Recipient]) -> Identities:
+def unlock_by_gpg(storage: Storage, recipients: Sequence[Recipient]) -> Identities:
     """Return the identities that the user's GPG keys decrypt.
 
     One GPG operation if the repository has such recipients.

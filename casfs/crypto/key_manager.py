@@ -18,12 +18,12 @@ from casfs.crypto.keyring import Keyring
 from casfs.crypto.recipients import (
     Recipient,
     RecipientKind,
-    encode_recipients,
+    RecipientList,
     merged,
-    read_recipients,
     write_recipients,
 )
 from casfs.crypto.session_files import list_session_files, write_session
+from casfs.crypto.trust_root import TrustRoot
 from casfs.crypto.trust_state import (
     WriterState,
     load_state,
@@ -31,13 +31,14 @@ from casfs.crypto.trust_state import (
     save_state,
     verify_pin,
 )
-from casfs.digest import SnapshotId, digest_of, short_id
+from casfs.digest import SnapshotId, short_id
 from casfs.errors import (
     KeyMissingError,
     NotFoundError,
     StorageError,
     TrustError,
     UsageError,
+    WrongKeyError,
 )
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain, WriteSession
@@ -75,7 +76,7 @@ class KeyManager:
         cls,
         root: Path | str,
         storage: Storage,
-        config: RepositoryConfig,
+        trust: TrustRoot,
         identities: Identities,
         all_domains: bool = False,
     ) -> KeyManager:
@@ -84,8 +85,10 @@ class KeyManager:
         With `all_domains` it can store blobs of every domain, which needs identities. Raise TrustError where
         the repository or its recipients differ from those that this machine trusts.
         """
-        keyring = Keyring(storage, config, identities)
-        state = verify_trusted(root, storage, config)
+        config = trust.config
+        state = verify_trusted(root, storage, trust)
+        recipients = trust.recipients(storage)
+        keyring = Keyring(storage, config, identities, recipients)
         domain = state.own_domain() if state is not None else None
         if (domain is None or domain.id != keyring.domain_id) and keyring.can_read:
             domain = _repository_domain(keyring) or domain
@@ -97,10 +100,9 @@ class KeyManager:
                 '"Encryption"'
             )
         if state is None or state.domain != domain.secret.hex():
-            trusted = _digest_of_recipients(storage)
-            state = WriterState(config.id, domain.secret.hex(), trusted)
+            state = WriterState(config.id, domain.secret.hex(), recipients.digest)
             save_state(state)
-        pin(root, config)
+        pin(root, trust)
         _check_last_snapshot(storage, state)
         return cls(keyring, domain, state, all_domains)
 
@@ -164,26 +166,29 @@ def create_keys(
         all_recipients.append(add_passphrase(storage, passphrase, bytes.fromhex(repository_id)))
     domain = DedupDomain.new(bytes.fromhex(repository_id))
     session = WriteSession.new([domain])
-    write_recipients(storage, all_recipients)
-    write_session(storage, session, all_recipients)
-    save_state(
-        WriterState(
-            repository_id, domain.secret.hex(), digest_of(encode_recipients(all_recipients)).hex()
-        )
-    )
+    listed = RecipientList.of(all_recipients)
+    write_recipients(storage, listed)
+    write_session(storage, session, listed.recipients)
+    save_state(WriterState(repository_id, domain.secret.hex(), listed.digest))
     return EncryptionConfig(CIPHER, session.id.hex(), domain.id.hex())
 
 
 def with_gpg_identities(storage: Storage, recipients: Sequence[Recipient]) -> list[Recipient]:
-    """Return the recipients; create an identity in the repository for each GPG recipient without one."""
-    return [
-        add_gpg(storage, one) if one.kind == RecipientKind.GPG and not one.age else one
-        for one in recipients
-    ]
+    """Return the recipients; create an identity in the repository for each GPG recipient.
+
+    Raise WrongKeyError where a GPG recipient has an age key: it would belong to another repository.
+    """
+    for one in recipients:
+        if one.kind == RecipientKind.GPG and one.age:
+            raise WrongKeyError(
+                f"the GPG key {one.value} is new in this repository, which makes the age key of its own for "
+                "it: leave out the age key after it"
+            )
+    return [add_gpg(storage, one) if one.kind == RecipientKind.GPG else one for one in recipients]
 
 
 def change_recipients(
-    root: Path | str, storage: Storage, config: RepositoryConfig, recipients: Sequence[Recipient]
+    root: Path | str, storage: Storage, trust: TrustRoot, recipients: Sequence[Recipient]
 ) -> None:
     """Replace the list of recipients of new sessions, and trust the new list on this machine.
 
@@ -192,21 +197,19 @@ def change_recipients(
     """
     if not recipients:
         raise UsageError("the last recipient cannot be removed: no key could read later backups")
-    verify_trusted(root, storage, config)
-    write_recipients(storage, recipients)
-    trust_current_recipients(root, storage, config)
+    verify_trusted(root, storage, trust)
+    trust.replace_recipients(storage, recipients)
+    trust_current_recipients(root, storage, trust)
 
 
-def verify_trusted(
-    root: Path | str, storage: Storage, config: RepositoryConfig
-) -> WriterState | None:
+def verify_trusted(root: Path | str, storage: Storage, trust: TrustRoot) -> WriterState | None:
     """Return this machine's state of a repository.
 
     Raise TrustError where the repository or its recipients differ from those that the machine trusts.
     """
-    verify_pin(root, config)
-    state = load_state(config)
-    if state is not None and state.recipients != _digest_of_recipients(storage):
+    verify_pin(root, trust)
+    state = load_state(trust.config)
+    if state is not None and state.recipients != trust.recipients(storage).digest:
         raise TrustError(
             f"the recipients of the repository in {root} differ from those that this machine trusts, so "
             "others could read later backups. Compare them (`casfs key list`); if they are correct, "
@@ -215,14 +218,14 @@ def verify_trusted(
     return state
 
 
-def rewrap_sessions(storage: Storage, config: RepositoryConfig, identities: Identities) -> int:
+def rewrap_sessions(storage: Storage, trust: TrustRoot, identities: Identities) -> int:
     """Encrypt every session to the current recipients; return the number of sessions.
 
     The new files are durable before the old ones are deleted. Files that another process writes meanwhile
     stay. Raise KeyMissingError, and change nothing, where the identities do not decrypt one of the sessions.
     """
-    recipients = read_recipients(storage)
-    sessions = Keyring(storage, config, identities).sessions()
+    recipients = trust.recipients(storage).recipients
+    sessions = Keyring(storage, trust.config, identities).sessions()
     for session in sessions:
         before = [file.name for file in list_session_files(storage, session.id)]
         written = write_session(storage, session, recipients)
@@ -232,36 +235,38 @@ def rewrap_sessions(storage: Storage, config: RepositoryConfig, identities: Iden
     return len(sessions)
 
 
-def require_recipients(storage: Storage, expected: Sequence[Recipient]) -> None:
-    """Raise TrustError unless the repository's recipients are exactly the expected ones."""
-    current = {(one.kind, one.value) for one in read_recipients(storage)}
-    wanted = {(one.kind, one.value) for one in expected}
-    if current != wanted:
-        more = ", ".join(sorted(value for _, value in current - wanted)) or "none"
-        less = ", ".join(sorted(value for _, value in wanted - current)) or "none"
+def require_recipients(current: RecipientList, expected: Sequence[Recipient]) -> None:
+    """Raise TrustError unless sessions are encrypted to exactly the keys of the expected recipients."""
+    found, wanted = (
+        {key for one in of for key in one.keys} for of in (current.recipients, expected)
+    )
+    if found != wanted:
+        more = ", ".join(sorted(found - wanted)) or "none"
+        less = ", ".join(sorted(wanted - found)) or "none"
+        hint = ""
+        if any(one.age in found - wanted for one in current.recipients if one.age):
+            hint = (
+                "; a line for a GPG key names its age key too: compare the list with `casfs key list` on a "
+                "machine that trusts the repository, then copy the line"
+            )
         raise TrustError(
             "the repository's recipients differ from the file's; "
-            f"only the repository has: {more}; only the file has: {less}"
+            f"only the repository has: {more}; only the file has: {less}{hint}"
         )
 
 
 def trust_current_recipients(
-    root: Path | str, storage: Storage, config: RepositoryConfig
-) -> list[Recipient]:
+    root: Path | str, storage: Storage, trust: TrustRoot
+) -> tuple[Recipient, ...]:
     """Trust the repository's current recipients on this machine; return them."""
-    pin(root, config)
-    if config.encryption is None:
-        return []
-    recipients = read_recipients(storage)
-    trusted = _digest_of_recipients(storage)
-    state = load_state(config)
+    pin(root, trust)
+    if trust.config.encryption is None:
+        return ()
+    recipients = trust.recipients(storage)
+    state = load_state(trust.config)
     if state is not None:
-        save_state(msgspec.structs.replace(state, recipients=trusted))
-    return recipients
-
-
-def _digest_of_recipients(storage: Storage) -> str:
-    return digest_of(encode_recipients(read_recipients(storage))).hex()
+        save_state(msgspec.structs.replace(state, recipients=recipients.digest))
+    return recipients.recipients
 
 
 def _check_last_snapshot(storage: Storage, state: WriterState) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 from casfs.crypto.identities import Identities
-from casfs.crypto.recipients import read_recipients
+from casfs.crypto.recipients import RecipientList
 from casfs.crypto.session_files import read_session, session_ids, write_session
 from casfs.errors import CasfsError, KeyMissingError, SessionError
 from casfs.format.config import RepositoryConfig
@@ -19,9 +19,18 @@ log = logging.getLogger(__name__)
 
 
 class Keyring:
-    """The keys of an encrypted repository that `identities` decrypt."""
+    """The keys of an encrypted repository that `identities` decrypt.
 
-    def __init__(self, storage: Storage, config: RepositoryConfig, identities: Identities) -> None:
+    A writer gives the `recipients` to which its sessions are encrypted.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        config: RepositoryConfig,
+        identities: Identities,
+        recipients: RecipientList | None = None,
+    ) -> None:
         if config.encryption is None:
             raise ValueError("the repository is not encrypted")
         self.repository = bytes.fromhex(config.id)
@@ -29,6 +38,7 @@ class Keyring:
         self._first = SessionId(bytes.fromhex(config.encryption.session))
         self._storage = storage
         self._identities = identities
+        self._recipients = recipients
         self._open: dict[SessionId, WriteSession] = {}
         self._failed: dict[SessionId, CasfsError] = {}
 
@@ -61,8 +71,10 @@ class Keyring:
 
     def begin(self, domains: list[DedupDomain]) -> WriteSession:
         """Return a new session whose secrets are stored durably, encrypted to the recipients."""
+        if self._recipients is None:
+            raise ValueError("the repository is open for reading")
         session = WriteSession.new(domains)
-        write_session(self._storage, session, read_recipients(self._storage))
+        write_session(self._storage, session, self._recipients.recipients)
         self._open[session.id] = session
         return session
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from casfs.crypto.trust_root import TrustRoot
 from casfs.crypto.trust_state import pin, verify_pin
 from casfs.errors import KeyMissingError, StorageError
 from casfs.format.codec import BlobCodec
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from casfs.crypto.recipients import Recipient
     from casfs.store.cipher import PackCiphers
 
-    Unlock = Callable[[Storage, RepositoryConfig], Identities]
+    Unlock = Callable[[Storage, TrustRoot], Identities]
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def create_encryption(
 def open_key_manager(
     root: Path | str,
     storage: Storage,
-    config: RepositoryConfig,
+    trust: TrustRoot,
     unlock: Unlock | None,
     mode: LockMode | None = None,
     closed_ok: bool = False,
@@ -57,14 +58,15 @@ def open_key_manager(
     `KeyManager.for_writing`. Raise TrustError where another repository, encrypted or not, has replaced an
     encrypted one that this user has written to or read from.
     """
-    verify_pin(root, config)
+    verify_pin(root, trust)
+    config = trust.config
     if config.encryption is None:
         return None
     from casfs.crypto.identities import Identities
     from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.session_files import NOTHING_GIVEN
 
-    identities = unlock(storage, config) if unlock is not None else Identities()
+    identities = unlock(storage, trust) if unlock is not None else Identities()
     if not (identities or closed_ok):
         raise KeyMissingError(
             f"the repository in {root} {NOTHING_GIVEN}. Without it only backup, snapshots and "
@@ -72,15 +74,15 @@ def open_key_manager(
         )
     if mode is None:
         if identities:
-            _pin_for_reader(root, config)
+            _pin_for_reader(root, trust)
         return KeyManager.for_reading(storage, config, identities)
-    return KeyManager.for_writing(root, storage, config, identities, mode != LockMode.SHARED)
+    return KeyManager.for_writing(root, storage, trust, identities, mode != LockMode.SHARED)
 
 
-def _pin_for_reader(root: Path | str, config: RepositoryConfig) -> None:
+def _pin_for_reader(root: Path | str, trust: TrustRoot) -> None:
     """Pin the repository that a reader opens, so that a later process notices another in its place."""
     try:
-        pin(root, config)
+        pin(root, trust)
     except StorageError as error:
         log.info("%s; a replaced repository would not be noticed", error)
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 import msgspec
 
-from casfs.crypto import age, gpg
+from casfs.crypto import age, gpg, openpgp
 from casfs.digest import digest_of
 from casfs.errors import IntegrityError, NotFoundError, WrongKeyError
 from casfs.storage.base import Storage
@@ -37,8 +38,8 @@ class Recipient(msgspec.Struct, frozen=True):
     """A recipient.
 
     `value` identifies it to users: an age or SSH public key, a fingerprint, or for a passphrase the public
-    key of its identity. For a GPG key, `age` is the public key of its identity in the repository and `key` is
-    the exported key.
+    key of its identity. Only a GPG key has the other fields: `age` is the public key of its identity in the
+    repository, and `key` is the exported key, from which the fingerprint follows.
     """
 
     kind: RecipientKind
@@ -49,13 +50,46 @@ class Recipient(msgspec.Struct, frozen=True):
     @property
     def public_key(self) -> str:
         """The recipient's public key in age's form."""
-        return self.age or self.value
+        return self.age if self.kind == RecipientKind.GPG else self.value
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Every key that decrypts for the recipient: the one in age's form, and a GPG fingerprint."""
+        return frozenset({self.value, self.public_key} - {""})
+
+    @property
+    def line(self) -> str:
+        """The recipient as a line of a file of recipients: every key that sessions are encrypted to."""
+        return f"{self.value} {self.age}" if self.age else self.value
+
+
+@dataclass(frozen=True, slots=True)
+class RecipientList:
+    """The repository's list as one read of it returned it: its bytes, verified, and what they mean.
+
+    A process reads the list once and works with this value. `digest` is the hexadecimal BLAKE3 of the
+    bytes, by which a machine pins the list.
+    """
+
+    data: bytes
+    recipients: tuple[Recipient, ...]
+
+    @classmethod
+    def of(cls, recipients: Sequence[Recipient]) -> RecipientList:
+        """Return the list of the given recipients."""
+        return cls(encode_recipients(recipients), tuple(recipients))
+
+    @property
+    def digest(self) -> str:
+        """The hexadecimal digest of the bytes."""
+        return digest_of(self.data).hex()
 
 
 def parse_recipient(text: str) -> Recipient:
     """Return the recipient of a text: `age1…`, `ssh-ed25519 …`, or a GPG key of the user's keyring.
 
-    Raise WrongKeyError. A GPG recipient gets its `age` from `add_gpg`.
+    A GPG key may be followed by the age key that `casfs key list` prints with it; a recipient that is new
+    in a repository gets that key from `add_gpg`. Raise WrongKeyError.
     """
     text = text.strip()
     if text.startswith("age1"):
@@ -64,13 +98,15 @@ def parse_recipient(text: str) -> Recipient:
         return Recipient(RecipientKind.SSH, age.canonical_recipient(text))
     if text.upper().startswith("AGE-SECRET-KEY-"):
         raise WrongKeyError("that is a secret identity, not a recipient; give its public key")
-    name = text.removeprefix("gpg:")
+    name, _, age_key = text.removeprefix("gpg:").partition(" ")
+    if age_key:
+        age_key = age.canonical_recipient(age_key)
     if not gpg.looks_like_key(name):
         raise WrongKeyError(
             f"{text!r} is not a recipient: give an age or SSH public key, or the id of a GPG key"
         )
     fingerprint, key = gpg.public_key(name)
-    return Recipient(RecipientKind.GPG, fingerprint, key=key)
+    return Recipient(RecipientKind.GPG, fingerprint, age_key, key)
 
 
 def parse_recipients_file(data: bytes, name: str) -> list[Recipient]:
@@ -110,25 +146,48 @@ def decode_recipients(data: bytes) -> list[Recipient]:
         found = msgspec.json.decode(data[len(_FIRST_LINE) : last.start()], type=list[Recipient])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"the repository's list of recipients is damaged: {error}") from error
-    if not all(_VALUE.fullmatch(one.value) for one in found):
-        # The values are printed, and a hostile storage must not write control characters to a terminal.
+    try:
+        for one in found:
+            _require_bound(one)
+    except WrongKeyError as error:
+        # The text is not quoted: a hostile storage must not write control characters to a terminal.
         raise IntegrityError(
-            "the repository's list of recipients is damaged: it has an invalid recipient"
-        )
+            f"the repository's list of recipients is damaged: it has an invalid recipient: {error}"
+        ) from error
     return found
 
 
-def read_recipients(storage: Storage) -> list[Recipient]:
+def _require_bound(recipient: Recipient) -> None:
+    """Raise WrongKeyError unless a recipient's printed value determines the keys that are encrypted to.
+
+    `age` of a GPG key is the exception: it is printed with the fingerprint and compared with it.
+    """
+    if not _VALUE.fullmatch(recipient.value):
+        raise WrongKeyError("its value is not printable")
+    if recipient.kind == RecipientKind.GPG:
+        if openpgp.fingerprint(recipient.key) != recipient.value:
+            raise WrongKeyError("the GPG key has another fingerprint")
+    elif recipient.age or recipient.key:
+        raise WrongKeyError(f"a recipient of kind {recipient.kind} has the keys of a GPG key")
+    key = recipient.public_key
+    if key.startswith("ssh-") != (recipient.kind == RecipientKind.SSH):
+        raise WrongKeyError(f"the public key is not one of kind {recipient.kind}")
+    if not _VALUE.fullmatch(key) or age.canonical_recipient(key) != key:
+        raise WrongKeyError("the public key is not in its usual form")
+
+
+def read_recipients(storage: Storage) -> RecipientList:
     """Return the repository's recipients; raise IntegrityError and StorageError."""
     try:
-        return decode_recipients(storage.read(RECIPIENTS_NAME, 0, _MAX_BYTES))
+        data = storage.read(RECIPIENTS_NAME, 0, _MAX_BYTES)
     except NotFoundError as error:
         raise IntegrityError("the repository's list of recipients is missing") from error
+    return RecipientList(data, tuple(decode_recipients(data)))
 
 
-def write_recipients(storage: Storage, recipients: Sequence[Recipient]) -> None:
+def write_recipients(storage: Storage, recipients: RecipientList) -> None:
     """Replace the list durably."""
-    storage.write(RECIPIENTS_NAME, encode_recipients(recipients))
+    storage.write(RECIPIENTS_NAME, recipients.data)
 
 
 def wrap(data: bytes, recipients: Iterable[Recipient]) -> list[tuple[str, bytes]]:

@@ -2,8 +2,9 @@
 
 One file for each repository contains the secret of the domain in which this machine writes, the digest of the
 list of recipients that it trusts, and the last snapshot that it published. One file for each location, the
-pin, names the repository there. The files are in the user's state directory, readable only by this user.
-Their contents decrypt nothing: they only reveal whether a known content is stored.
+pin, names the repository there and the digest of its configuration. The files are in the user's state
+directory, readable only by this user. Their contents decrypt nothing: they only reveal whether a known
+content is stored.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from casfs.crypto.trust_root import TrustRoot
 from casfs.digest import digest_of
 from casfs.errors import StorageError, TrustError
 from casfs.format.config import RepositoryConfig
@@ -39,6 +41,8 @@ class _Pin(msgspec.Struct, frozen=True):
     path: str
     repository: str
     domain: str
+    config: str = ""
+    """The digest of the configuration; empty in a pin of an earlier version."""
 
 
 def state_folder(make: bool = True) -> Path:
@@ -82,22 +86,35 @@ def save_state(state: WriterState) -> None:
     _write(_state_path(state.repository), msgspec.json.encode(state))
 
 
-def pin(root: Path | str, config: RepositoryConfig) -> None:
+def pin(root: Path | str, trust: TrustRoot) -> None:
     """Record which repository is at a location, if it or the recorded one is encrypted.
 
-    Raise StorageError.
+    The record names the configuration by the digest of its bytes. Raise StorageError.
     """
-    if config.encryption is None and not os.path.exists(_pin_path(root, make=False)):
+    config = trust.config
+    names = _location_names(root)
+    if config.encryption is None and not any(
+        os.path.exists(_pin_path(name, make=False)) for name in names
+    ):
         return
     domain = config.encryption.domain if config.encryption is not None else ""
     shown = os.fsencode(root).decode("utf-8", "backslashreplace")
-    place = _Pin(shown, config.id, domain)
-    _write(_pin_path(root), msgspec.json.encode(place))
+    record = msgspec.json.encode(_Pin(shown, config.id, domain, trust.config_digest))
+    for name in names:
+        _write(_pin_path(name), record)
 
 
-def verify_pin(root: Path | str, config: RepositoryConfig) -> None:
-    """Raise TrustError unless the repository at a location is the encrypted one recorded there before."""
-    path = _pin_path(root, make=False)
+def verify_pin(root: Path | str, trust: TrustRoot) -> None:
+    """Raise TrustError unless the repository at a location is the encrypted one recorded there before.
+
+    The location is known by the given path and by the path without symbolic links: neither another
+    spelling nor a symbolic link to another folder counts as a first use.
+    """
+    for name in _location_names(root):
+        _verify_pin(root, _pin_path(name, make=False), trust)
+
+
+def _verify_pin(root: Path | str, path: Path, trust: TrustRoot) -> None:
     try:
         place = msgspec.json.decode(path.read_bytes(), type=_Pin)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -106,6 +123,7 @@ def verify_pin(root: Path | str, config: RepositoryConfig) -> None:
         raise StorageError("read", str(path), error) from error
     except msgspec.DecodeError as error:
         raise _damaged(path) from error
+    config = trust.config
     domain = config.encryption.domain if config.encryption is not None else ""
     if (place.repository, place.domain) != (config.id, domain):
         what = "an unencrypted one" if config.encryption is None else f"{config.id[:12]}"
@@ -113,14 +131,28 @@ def verify_pin(root: Path | str, config: RepositoryConfig) -> None:
             f"the repository in {root} was {place.repository[:12]}, encrypted, and is {what} now: it may "
             "have been replaced. If the change is intended, run `casfs key accept`"
         )
+    if place.config not in ("", trust.config_digest):
+        raise TrustError(
+            f"the configuration of the repository in {root} was changed since this machine last used it, "
+            "although casfs never changes it. Compare it with a copy; if it is correct, run "
+            "`casfs key accept`"
+        )
+
+
+def _location_names(root: Path | str) -> list[str]:
+    """Return the names by which a location is pinned: as given and, for a local path, its real path."""
+    name = os.fspath(root)
+    if not os.path.isabs(name):
+        return [name]
+    return list(dict.fromkeys([name, os.path.realpath(name)]))
 
 
 def _state_path(repository: str) -> Path:
     return state_folder() / f"{repository[:32]}.json"
 
 
-def _pin_path(root: Path | str, make: bool = True) -> Path:
-    return state_folder(make) / f"place-{digest_of(os.fsencode(root)).hex()[:32]}.json"
+def _pin_path(name: str, make: bool = True) -> Path:
+    return state_folder(make) / f"place-{digest_of(os.fsencode(name)).hex()[:32]}.json"
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from casfs.crypto.recipients import RECIPIENTS_NAME, read_recipients
+from casfs.crypto.recipients import RECIPIENTS_NAME
+from casfs.crypto.trust_root import TrustRoot
 from casfs.errors import IntegrityError, NotFoundError, StorageError
-from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import SECRET_BYTES
 from casfs.format.pack import HEADER, SESSION_HEADER
 from casfs.maintenance.scrub import Finding
@@ -40,8 +40,9 @@ class StorageCheck:
     damage: list[Finding] = field(default_factory=list)
 
 
-def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) -> StorageCheck:
+def check_storage(storage: Storage, trust: TrustRoot, monitor: Monitor) -> StorageCheck:
     """Recompute the digest of every object; raise StorageError where the storage cannot be listed."""
+    config = trust.config
     result = StorageCheck()
     names = [item for folder in FOLDERS for item in storage.list(folder)]
     monitor.progress.total_bytes = sum(size for _, size, _ in names)
@@ -70,7 +71,7 @@ def check_storage(storage: Storage, config: RepositoryConfig, monitor: Monitor) 
             if session not in sessions:
                 message = f"session {session} is missing; {name} needs it"
                 result.damage.append(Finding("session", message))
-        _record_failure(result, lambda: read_recipients(storage))
+        _record_failure(result, lambda: trust.recipients(storage))
     return result
 
 

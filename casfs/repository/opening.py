@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from casfs.crypto.opening import create_encryption, make_ciphers, make_codec, open_key_manager
+from casfs.crypto.trust_root import TrustRoot
 from casfs.crypto.trust_state import pin
 from casfs.errors import ExistsError, NotFoundError, StorageError
 from casfs.format.config import CONFIG_NAME, RepositoryConfig, encode_config, new_config
@@ -110,7 +111,7 @@ def _create_local(
     close_index(index)
     allocate_reserve(root)
     storage.write(CONFIG_NAME, encode_config(config))
-    pin(root, config)
+    pin(root, TrustRoot(encode_config(config), str(root)))
     return config
 
 
@@ -140,7 +141,7 @@ def _create_remote(
             raise _exists(place)
     finally:
         storage.close()
-    pin(str(place), config)
+    pin(str(place), TrustRoot(data, str(place)))
     return config
 
 
@@ -181,9 +182,10 @@ def open_for_reading(
     storage = place.open_storage()
     lock: RepositoryLock | None = None
     try:
-        config = place.read_config(storage)
+        trust = place.trust_root(storage)
+        config = trust.config
         keys = open_key_manager(
-            str(place), storage, config, options.unlock, None, options.allow_locked
+            str(place), storage, trust, options.unlock, None, options.allow_locked
         )
         if reader is not None:
             lock = _reader_lock(place, reader, config)
@@ -234,7 +236,8 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
     storage = place.open_storage(options.sync, options.on_step)
     lock: RepositoryLock | None = None
     try:
-        config = place.read_config(storage)
+        trust = place.trust_root(storage)
+        config = trust.config
         lock = RepositoryLock.acquire(place.locks_dir(config), command, mode, _lock_host(config))
         if isinstance(place, LocalPlace) and isinstance(storage, LocalStorage):
             remove_stale_temporaries(place.root)
@@ -242,7 +245,7 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
         else:
             mark_remote_writers(storage)
         keys = open_key_manager(
-            str(place), storage, config, options.unlock, mode, options.allow_locked
+            str(place), storage, trust, options.unlock, mode, options.allow_locked
         )
         path = place.index_dir(config)
         if mode == LockMode.EXCLUSIVE:

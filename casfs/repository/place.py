@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from casfs.errors import NotFoundError, RefusedError, StorageError
-from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, RepositoryConfig, decode_config
+from casfs.crypto.trust_root import TrustRoot
+from casfs.errors import NotFoundError, RefusedError, StorageError, TrustError
+from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, RepositoryConfig
 from casfs.storage.base import Storage, StorageOptions
 from casfs.storage.counting import RequestCounter
 from casfs.storage.local import LocalStorage
@@ -19,11 +20,51 @@ from casfs.storage.url import Location, open_storage
 from casfs.user_dirs import cached_index_dir, index_dir
 
 
+@dataclass(slots=True)
+class ReadOnce:
+    """The configuration of a repository, once this process has read it."""
+
+    _found: TrustRoot | None = None
+
+    def read(self, storage: Storage, place: str, expected: str | None) -> TrustRoot:
+        """Return the configuration; only the first successful call reads it."""
+        if self._found is None:
+            found = TrustRoot(_read_config_bytes(storage, place), place)
+            if expected is not None and expected not in (found.config.id, found.config_digest):
+                raise TrustError(
+                    f"the repository in {place} is {found.config.id[:12]}, not the expected "
+                    f"{expected[:12]}; the digest of its configuration is {found.config_digest}"
+                )
+            self._found = found
+        return self._found
+
+
+def _read_config_bytes(storage: Storage, place: str) -> bytes:
+    try:
+        return storage.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES)
+    except NotFoundError as error:
+        raise _no_repository(place) from error
+    except StorageError as error:
+        if isinstance(error.__cause__, NotADirectoryError):
+            raise _no_repository(place) from error
+        raise
+
+
+def _no_repository(place: str) -> NotFoundError:
+    return NotFoundError(f"there is no repository in {place}; casfs init makes one")
+
+
 @dataclass(frozen=True, slots=True)
 class LocalPlace:
-    """A folder that this machine can open; `root` is absolute."""
+    """A folder that this machine can open; `root` is absolute.
+
+    `expected`, if given, is the id of the repository there or the digest of its configuration, as `b3sum
+    config` prints it. `once` keeps the configuration that was read: all of a process uses one place.
+    """
 
     root: Path
+    expected: str | None = None
+    once: ReadOnce = field(default_factory=ReadOnce, compare=False, repr=False)
 
     def __str__(self) -> str:
         return str(self.root)
@@ -34,22 +75,13 @@ class LocalPlace:
         """Return the storage in the folder."""
         return LocalStorage(self.root, sync=sync, on_step=on_step)
 
-    def read_config(self, storage: Storage) -> RepositoryConfig:
-        """Return the configuration of the repository in the folder.
+    def trust_root(self, storage: Storage) -> TrustRoot:
+        """Return the configuration of the repository, which the first call reads.
 
-        Raises NotFoundError, FormatError, IntegrityError and StorageError.
+        Raises NotFoundError, FormatError, IntegrityError, StorageError, and TrustError for another repository
+        than the expected one.
         """
-        path = self.root / CONFIG_NAME
-        try:
-            with open(path, "rb") as file:
-                data = file.read(MAX_CONFIG_BYTES)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFoundError(
-                f"there is no repository in {self.root}; casfs init makes one"
-            ) from error
-        except OSError as error:
-            raise StorageError("read", str(path), error) from error
-        return decode_config(data, str(self.root))
+        return self.once.read(storage, str(self), self.expected)
 
     def index_dir(self, config: RepositoryConfig) -> Path:
         """Return the folder of the index."""
@@ -67,6 +99,8 @@ class RemotePlace:
     location: Location
     options: StorageOptions = field(default_factory=StorageOptions)
     counter: RequestCounter = field(default_factory=RequestCounter, compare=False)
+    expected: str | None = None
+    once: ReadOnce = field(default_factory=ReadOnce, compare=False, repr=False)
 
     def __str__(self) -> str:
         return str(self.location)
@@ -77,15 +111,9 @@ class RemotePlace:
         """Return the storage, of which nothing is asked yet; the server decides what is synced."""
         return open_storage(self.location, self.options, self.counter)
 
-    def read_config(self, storage: Storage) -> RepositoryConfig:
-        """Return the configuration of the repository; raises as `LocalPlace.read_config` does."""
-        try:
-            data = storage.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES)
-        except NotFoundError as error:
-            raise NotFoundError(
-                f"there is no repository in {self}; casfs init makes one"
-            ) from error
-        return decode_config(data, str(self))
+    def trust_root(self, storage: Storage) -> TrustRoot:
+        """Return the configuration as `LocalPlace.trust_root` does."""
+        return self.once.read(storage, str(self), self.expected)
 
     def index_dir(self, config: RepositoryConfig) -> Path:
         """Return the folder of the index in the user's cache; its parent is made."""
@@ -117,18 +145,18 @@ def as_place(place: Path | Place) -> Place:
     return LocalPlace(place.absolute()) if isinstance(place, Path) else place
 
 
-def place_of(location: Location, options: StorageOptions) -> Place:
-    """Return the place that a name means."""
+def place_of(location: Location, options: StorageOptions, expected: str | None = None) -> Place:
+    """Return the place that a name means, and where the repository `expected` must be."""
     if location.is_local:
-        return LocalPlace(Path(location.path).absolute())
-    return RemotePlace(location, options)
+        return LocalPlace(Path(location.path).absolute(), expected)
+    return RemotePlace(location, options, expected=expected)
 
 
 def read_config(place: Path | Place) -> RepositoryConfig:
-    """Return the configuration of the repository in a place; raises as `LocalPlace.read_config` does."""
+    """Return the configuration of the repository in a place; raises as `LocalPlace.trust_root` does."""
     place = as_place(place)
     storage = place.open_storage()
     try:
-        return place.read_config(storage)
+        return place.trust_root(storage).config
     finally:
         storage.close()

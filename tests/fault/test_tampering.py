@@ -17,7 +17,13 @@ import msgspec
 import pytest
 from blake3 import blake3
 
-from casfs.crypto.recipients import Recipient, RecipientKind, read_recipients, write_recipients
+from casfs.crypto.recipients import (
+    Recipient,
+    RecipientKind,
+    RecipientList,
+    read_recipients,
+    write_recipients,
+)
 from casfs.format.config import encode_config
 from casfs.repository.place import read_config
 from casfs.storage.local import LocalStorage
@@ -271,7 +277,7 @@ class TestForgery:
 
     def test_a_forged_recipient_list_stops_the_next_backup(self, hostile: Hostile) -> None:
         storage = LocalStorage(hostile.root)
-        write_recipients(storage, [*read_recipients(storage), OTHER])
+        write_recipients(storage, RecipientList.of([*read_recipients(storage).recipients, OTHER]))
         before = hostile.objects("")
         printed = hostile.back_up()
         assert (printed.exit, "differ from those that this machine trusts" in printed.err) == (
@@ -322,7 +328,7 @@ class TestForgery:
         self, hostile: Hostile
     ) -> None:
         with kept_as_it_is(hostile.root) as theirs:
-            write_recipients(LocalStorage(theirs), [OTHER])
+            write_recipients(LocalStorage(theirs), RecipientList.of([OTHER]))
             (hostile.folder / "lure").mkdir()
             (hostile.folder / "lure" / "file").write_bytes(b"for the stranger")
             attacker = ("backup", "--no-sync", hostile.folder / "lure", "--repo", theirs)
@@ -364,7 +370,7 @@ class TestForgery:
     ) -> None:
         storage = LocalStorage(hostile.root)
         forged = Recipient(RecipientKind.AGE, "age1\x1b[2J\nssh nobody")
-        write_recipients(storage, [*read_recipients(storage), forged])
+        write_recipients(storage, RecipientList.of([*read_recipients(storage).recipients, forged]))
         printed = hostile.run("key", "list", home="nobody")
         assert printed.exit == 5
         assert "\x1b" not in printed.out + printed.err

@@ -13,9 +13,9 @@ from blake3 import blake3
 
 from casfs.backup.run import BackupOptions, run_backup
 from casfs.crypto.identities import Identities, read_identity_file, unlock_by_passphrase
+from casfs.crypto.trust_root import TrustRoot
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError
-from casfs.format.config import RepositoryConfig
 from casfs.format.tree import NodeType
 from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import PackSelection
@@ -40,23 +40,23 @@ def frozen(tmp_path: Path) -> Path:
     return copy
 
 
-def by_age(storage: Storage, config: RepositoryConfig) -> Identities:
+def by_age(storage: Storage, trust: TrustRoot) -> Identities:
     return Identities(read_identity_file(FROZEN.with_suffix(".age"), lambda what: None))
 
 
-def by_ssh(storage: Storage, config: RepositoryConfig) -> Identities:
+def by_ssh(storage: Storage, trust: TrustRoot) -> Identities:
     return Identities(read_identity_file(FROZEN.with_suffix(".ssh"), lambda what: None))
 
 
-def by_passphrase(storage: Storage, config: RepositoryConfig) -> Identities:
+def by_passphrase(storage: Storage, trust: TrustRoot) -> Identities:
     text = FROZEN.with_suffix(".passphrase").read_text().strip()
-    return Identities(unlock_by_passphrase(storage, bytes.fromhex(config.id), text))
+    return Identities(unlock_by_passphrase(storage, bytes.fromhex(trust.config.id), text))
 
 
 @pytest.mark.parametrize("unlock", [by_age, by_ssh, by_passphrase])
 def test_each_key_of_the_frozen_repository_shows_all_its_entries(
     frozen: Path,
-    unlock: Callable[[Storage, RepositoryConfig], Identities],
+    unlock: Callable[[Storage, TrustRoot], Identities],
 ) -> None:
     reported = json.loads(FROZEN.with_suffix(".json").read_text(encoding="ascii"))
     found = describe(frozen, unlock)
@@ -67,7 +67,8 @@ def test_each_key_of_the_frozen_repository_shows_all_its_entries(
 def test_the_frozen_encrypted_repository_verifies_with_a_key_and_without(frozen: Path) -> None:
     with open_for_reading(frozen, OpenOptions(unlock=by_age)) as repository:
         result = Checker(repository, RecordingMonitor()).check(PackSelection())
-        storage = check_storage(repository.store.storage, repository.config, RecordingMonitor())
+        trust = repository.place.trust_root(repository.store.storage)
+        storage = check_storage(repository.store.storage, trust, RecordingMonitor())
     assert (result.damage, storage.damage) == ([], [])
     assert (result.snapshots, result.packs_read, storage.objects) == (2, 2, 8)
 

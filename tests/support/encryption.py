@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from casfs.backup.run import BackupOptions, BackupResult, run_backup
 from casfs.crypto import age
 from casfs.crypto.identities import Identities
 from casfs.crypto.recipients import Recipient, RecipientKind
+from casfs.crypto.trust_root import TrustRoot
 from casfs.digest import SnapshotId
-from casfs.format.config import RepositoryConfig
+from casfs.format.config import RepositoryConfig, encode_config
 from casfs.format.key_derivation import DedupDomain, WriteSession
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import (
@@ -32,8 +34,33 @@ REPOSITORY = bytes(range(32))
 DOMAIN = DedupDomain(REPOSITORY, bytes(range(32, 64)))
 SESSION = WriteSession(REPOSITORY, bytes(range(64, 96)), (DOMAIN,))
 
+GPG_KEY = base64.b64decode(
+    "mDMEawpZrBYJKwYBBAHaRw8BAQdAznlylUn2+yr9nRWrm9TmhZwOTEytkLSvm+5UCIbVLvi0FUFubiA8YW5uQGV4YW1wbGUu"
+    "b3JnPoiQBBMWCAA4FiEEoZWskCQmmy6y4/7TM+za9VZuwIMFAmsKWawCGwMFCwkIBwIGFQoJCAsCBBYCAwECHgECF4AACgkQ"
+    "M+za9VZuwIPnpwD8DJmlDav3D4eKN0VXlHzUwFX/Zzq/DCMzVjMehXQ8sa8A/jEsBY0EJyT/XxHXv4I/H8sc5AB2OGZBQoiA"
+    "/Gv9g/gCuDgEawpZrBIKKwYBBAGXVQEFAQEHQISUWAUI/vy6MoUmlfqvzfEhQQTJqjCkV4oo49aYKL8rAwEIB4h4BBgWCAAg"
+    "FiEEoZWskCQmmy6y4/7TM+za9VZuwIMFAmsKWawCGwwACgkQM+za9VZuwIPLgAD/SIkZW2eTNgtTKDYo63AtgFp1eu7FZW1d"
+    "NsKKf/aOrm8A/2L/7UkpPrLQloMIgEEFGROqxNI3nUJ6y7g7pf03Cp0G"
+)
+GPG_FINGERPRINT = "A195AC9024269B2EB2E3FED333ECDAF5566EC083"
+OTHER_GPG_KEY = base64.b64decode(
+    "mDMEawpZrBYJKwYBBAHaRw8BAQdAtrFYZ+TEVYKjWgDEkPnqQ+eKNo+FauUBIGpB5RBCdw60FUV2ZSA8ZXZlQGV4YW1wbGUu"
+    "b3JnPoiQBBMWCAA4FiEEUyWGMcQw+F2MxxyOgviAZG7wyXgFAmsKWawCGwMFCwkIBwIGFQoJCAsCBBYCAwECHgECF4AACgkQ"
+    "gviAZG7wyXg2BwD/RDsT14weJD/Ny5RoxEuQ4ced2KY+rC9xc3J83VSVv3oA/3l0EBX5C1IhKJNZ2XWLuybkEDiq5jvrnesB"
+    "+chH2MkLuDgEawpZrBIKKwYBBAGXVQEFAQEHQClMO2DKXWmji4Ab5SZGNnl+DstN897MlCJB1QRd+gFqAwEIB4h4BBgWCAAg"
+    "FiEEUyWGMcQw+F2MxxyOgviAZG7wyXgFAmsKWawCGwwACgkQgviAZG7wyXjQjwEAuFdgK+y25WaMalVdnCkV2oYwLnFnIaXb"
+    "hHRXLwNeBxYBAOcUaYB0CXAEt+8eTBKYKYKn+op8ul8WyILOMHZE2bMD"
+)
+"""Two exported OpenPGP keys; each has one subkey for encryption, which begins at `GPG_SUBKEY_OFFSET`."""
+GPG_SUBKEY_OFFSET = 222
+
 RECIPIENT = Recipient(RecipientKind.AGE, PUBLIC)
 OTHER = Recipient(RecipientKind.AGE, OTHER_PUBLIC)
+
+
+def trust_of(config: RepositoryConfig) -> TrustRoot:
+    """Return the trust root of a repository with this configuration."""
+    return TrustRoot(encode_config(config), "the test")
 
 
 class OneSession:
@@ -52,12 +79,12 @@ def identities(*secrets: str) -> Identities:
     return Identities([age.identity_from_line(one) for one in secrets or (SECRET,)])
 
 
-def unlock(storage: Storage, config: RepositoryConfig) -> Identities:
+def unlock(storage: Storage, trust: TrustRoot) -> Identities:
     """Open what is for `RECIPIENT`."""
     return identities()
 
 
-def unlock_other(storage: Storage, config: RepositoryConfig) -> Identities:
+def unlock_other(storage: Storage, trust: TrustRoot) -> Identities:
     """Open what is for `OTHER`."""
     return identities(OTHER_SECRET)
 

@@ -30,9 +30,9 @@ from casfs.cli.app import run as run_command
 from casfs.crypto import age
 from casfs.crypto import passphrase as passphrase_module
 from casfs.crypto.identities import Identities
+from casfs.crypto.trust_root import TrustRoot
 from casfs.digest import Digest
 from casfs.errors import CasfsError, IntegrityError
-from casfs.format.config import RepositoryConfig
 from casfs.index import index as index_module
 from casfs.index.index import Index
 from casfs.maintenance.check import Checker
@@ -199,7 +199,7 @@ def act_look_with_a_key(
     """Look at all snapshots of an encrypted repository, by reading it and through the mount."""
     _live_in(home)
 
-    def unlock(storage: Storage, config: RepositoryConfig) -> Identities:
+    def unlock(storage: Storage, trust: TrustRoot) -> Identities:
         return Identities([age.identity_from_line(secret)])
 
     with open_for_reading(root, OpenOptions(unlock=unlock)) as repository:
@@ -213,7 +213,7 @@ def act_at_home(
     """Do another act on an encrypted repository as who lives there, with a key or without any."""
     _live_in(home)
 
-    def unlock(storage: Storage, config: RepositoryConfig) -> Identities:
+    def unlock(storage: Storage, trust: TrustRoot) -> Identities:
         return Identities([age.identity_from_line(secret)] if secret is not None else [])
 
     _fix_options(unlock=unlock, allow_locked=secret is None)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from casfs.backup.run import BackupResult
     from casfs.crypto.identities import Identities
     from casfs.crypto.opening import Unlock
-    from casfs.format.config import RepositoryConfig
+    from casfs.crypto.trust_root import TrustRoot
     from casfs.repository.place import Place
     from casfs.storage.base import Storage
 
@@ -325,10 +325,10 @@ def _require_recipients(place: Place, file: Path, unlock: Unlock) -> Unlock:
     if read_config(place).encryption is None:
         raise TrustError(f"the repository in {place} is not encrypted; nothing was stored")
 
-    def check_and_unlock(storage: Storage, config: RepositoryConfig) -> Identities:
-        require_recipients(storage, expected)
-        trust_current_recipients(str(place), storage, config)
-        return unlock(storage, config)
+    def check_and_unlock(storage: Storage, trust: TrustRoot) -> Identities:
+        require_recipients(trust.recipients(storage), expected)
+        trust_current_recipients(str(place), storage, trust)
+        return unlock(storage, trust)
 
     return check_and_unlock
 

@@ -141,11 +141,11 @@ def _check_storage(settings: Settings) -> int:
 
     place = settings.repository()
     storage = place.open_storage()
-    config = place.read_config(storage)
+    trust = place.trust_root(storage)
     output = settings.output()
     monitor = CommandMonitor(output, "check")
     with monitor:
-        result = check_storage(storage, config, monitor)
+        result = check_storage(storage, trust, monitor)
     storage.close()
     _print_result(output, result.damage)
     found = len(result.damage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,9 @@ from casfs.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from casfs.crypto.recipients import Recipient
-    from casfs.format.config import RepositoryConfig
+    from casfs.crypto.trust_root import TrustRoot
     from casfs.repository.place import Place
     from casfs.storage.base import Storage
-    from casfs.storage.local import LocalStorage
 
 
 def recipient_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,15 +75,13 @@ def key() -> None:
 @click.pass_obj
 def list_keys(settings: Settings) -> None:
     """List the recipients: the owner of one of these keys can decrypt the repository."""
-    from casfs.crypto.recipients import read_recipients
-
-    with _open_encrypted(settings) as storage:
-        recipients = read_recipients(storage)
+    with _open_encrypted(settings) as (storage, trust):
+        recipients = trust.recipients(storage).recipients
     output = settings.output()
     rows = []
     for recipient in recipients:
-        rows.append((str(recipient.kind), recipient.value))
-        output.emit("recipient", kind=str(recipient.kind), value=recipient.value)
+        rows.append((str(recipient.kind), recipient.line))
+        output.emit("recipient", **_fields(recipient))
     output.table(("kind", "recipient"), (), rows)
 
 
@@ -104,7 +101,7 @@ def add(
     """
     from casfs.crypto.identities import add_passphrase
     from casfs.crypto.key_manager import change_recipients, verify_trusted, with_gpg_identities
-    from casfs.crypto.recipients import merged, read_recipients
+    from casfs.crypto.recipients import merged
 
     new = named_recipients(recipients, recipients_files)
     if not (new or passphrase):
@@ -112,16 +109,16 @@ def add(
     text = None
     if passphrase:
         text = new_passphrase(settings.keys.with_environment().passphrase, "--passphrase-file")
-    with _open_for_maintenance(settings, "key add") as (root, storage, config):
-        verify_trusted(root, storage, config)
+    with _open_for_maintenance(settings, "key add") as (root, storage, trust):
+        verify_trusted(root, storage, trust)
         if text is not None:
-            new.append(add_passphrase(storage, text, bytes.fromhex(config.id)))
-        now = read_recipients(storage)
+            new.append(add_passphrase(storage, text, bytes.fromhex(trust.config.id)))
+        now = trust.recipients(storage).recipients
         known = {recipient.value for recipient in now}
         added = with_gpg_identities(
             storage, [recipient for recipient in new if recipient.value not in known]
         )
-        change_recipients(root, storage, config, merged(now, added))
+        change_recipients(root, storage, trust, merged(now, added))
     _print_recipients(settings, "added", added)
 
 
@@ -136,11 +133,10 @@ def remove(settings: Settings, values: tuple[str, ...]) -> None:
     and after it with copies of the old key files.
     """
     from casfs.crypto.key_manager import change_recipients
-    from casfs.crypto.recipients import read_recipients
 
     removed = []
-    with _open_for_maintenance(settings, "key remove") as (root, storage, config):
-        now = read_recipients(storage)
+    with _open_for_maintenance(settings, "key remove") as (root, storage, trust):
+        now = trust.recipients(storage).recipients
         for value in values:
             matches = [recipient for recipient in now if recipient.value.startswith(value)]
             if len(matches) != 1:
@@ -149,7 +145,7 @@ def remove(settings: Settings, values: tuple[str, ...]) -> None:
                 )
             removed += matches
         left = [recipient for recipient in now if recipient not in removed]
-        change_recipients(root, storage, config, left)
+        change_recipients(root, storage, trust, left)
     _print_recipients(settings, "removed", removed)
 
 
@@ -160,9 +156,9 @@ def rewrap(settings: Settings) -> None:
     """Encrypt the existing session keys to the current recipients, and only to them."""
     from casfs.crypto.key_manager import rewrap_sessions, verify_trusted
 
-    with _open_for_maintenance(settings, "key rewrap") as (root, storage, config):
-        verify_trusted(root, storage, config)
-        count = rewrap_sessions(storage, config, settings.unlock(storage, config))
+    with _open_for_maintenance(settings, "key rewrap") as (root, storage, trust):
+        verify_trusted(root, storage, trust)
+        count = rewrap_sessions(storage, trust, settings.unlock(storage, trust))
     output = settings.output()
     output.line(f"rewrapped the keys of {count} sessions")
     output.emit("rewrapped", sessions=count)
@@ -188,8 +184,8 @@ def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
             "there is no terminal to ask for the old passphrase: give --passphrase-file"
         )
     new = new_passphrase(PassphraseSource(file=new_passphrase_file), "--new-passphrase-file")
-    with _open_for_maintenance(settings, "key passwd") as (_, storage, config):
-        change_passphrase(storage, old, new, bytes.fromhex(config.id))
+    with _open_for_maintenance(settings, "key passwd") as (_, storage, trust):
+        change_passphrase(storage, old, new, bytes.fromhex(trust.config.id))
     output = settings.output()
     output.line("the passphrase was changed")
     output.emit("passphrase", changed=True)
@@ -209,30 +205,31 @@ def accept(settings: Settings) -> None:
 
     place = settings.repository()
     storage = place.open_storage()
-    config = place.read_config(storage)
-    recipients = accept_keys(str(place), storage, config)
-    if config.encryption is not None:
-        identities = settings.keys.unlock_given(storage, config)
+    trust = place.trust_root(storage)
+    recipients = accept_keys(str(place), storage, trust)
+    if trust.config.encryption is not None:
+        identities = settings.keys.unlock_given(storage, trust)
         if identities:
-            KeyManager.for_writing(str(place), storage, config, identities)
+            KeyManager.for_writing(str(place), storage, trust, identities)
     storage.close()
     _print_recipients(settings, "accepted", recipients)
 
 
 @contextmanager
-def _open_encrypted(settings: Settings) -> Iterator[Storage]:
-    """Yield the storage of the repository; raise UsageError if it is not encrypted."""
+def _open_encrypted(settings: Settings) -> Iterator[tuple[Storage, TrustRoot]]:
+    """Yield the storage of the repository and its trust root; raise UsageError if it is not encrypted."""
     place = settings.repository()
     storage = place.open_storage()
     try:
-        _require_encryption(place, place.read_config(storage))
-        yield storage
+        trust = place.trust_root(storage)
+        _require_encryption(place, trust)
+        yield storage, trust
     finally:
         storage.close()
 
 
-def _require_encryption(place: Place, config: RepositoryConfig) -> None:
-    if config.encryption is None:
+def _require_encryption(place: Place, trust: TrustRoot) -> None:
+    if trust.config.encryption is None:
         raise UsageError(
             f"the repository in {place} is not encrypted; only casfs init can make one that is"
         )
@@ -241,28 +238,41 @@ def _require_encryption(place: Place, config: RepositoryConfig) -> None:
 @contextmanager
 def _open_for_maintenance(
     settings: Settings, verb: str
-) -> Iterator[tuple[Path, LocalStorage, RepositoryConfig]]:
+) -> Iterator[tuple[Path, Storage, TrustRoot]]:
     """Lock the repository against other changes of its keys and yield it; raise LockedError."""
-    from casfs.repository.place import local_root, read_config
+    from casfs.repository.place import local_root
     from casfs.storage.local import LocalStorage
     from casfs.storage.locks import LockMode, RepositoryLock
 
     place = settings.repository()
     root = local_root(place, verb)
-    config = read_config(place)
-    _require_encryption(place, config)
-    with RepositoryLock.acquire(root / "locks", verb, LockMode.MAINTENANCE, "a machine") as lock:
-        storage = LocalStorage(root, writer=lock.name, sync=settings.sync)
-        try:
-            yield root, storage, config
-        finally:
-            storage.close()
+    storage = place.open_storage(settings.sync)
+    try:
+        trust = place.trust_root(storage)
+        _require_encryption(place, trust)
+        with RepositoryLock.acquire(
+            root / "locks", verb, LockMode.MAINTENANCE, "a machine"
+        ) as lock:
+            if isinstance(storage, LocalStorage):
+                storage.writer = lock.name
+            yield root, storage, trust
+    finally:
+        storage.close()
 
 
-def _print_recipients(settings: Settings, what: str, recipients: list[Recipient]) -> None:
+def _fields(recipient: Recipient) -> dict[str, str | None]:
+    """Return a recipient as JSON fields; `age` is the key of a GPG key in age's form."""
+    return {
+        "kind": str(recipient.kind),
+        "value": recipient.value,
+        "age": recipient.age or None,
+    }
+
+
+def _print_recipients(settings: Settings, what: str, recipients: Sequence[Recipient]) -> None:
     output = settings.output()
     for recipient in recipients:
-        output.line(f"{what} {recipient.kind} {recipient.value}")
-        output.emit("recipient", what=what, kind=str(recipient.kind), value=recipient.value)
+        output.line(f"{what} {recipient.kind} {recipient.line}")
+        output.emit("recipient", what=what, **_fields(recipient))
     if not recipients:
         output.line("nothing to do")

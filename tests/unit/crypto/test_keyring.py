@@ -12,7 +12,7 @@ import pytest
 from casfs.crypto import age
 from casfs.crypto.identities import Identities
 from casfs.crypto.keyring import Keyring
-from casfs.crypto.recipients import write_recipients
+from casfs.crypto.recipients import RecipientList, write_recipients
 from casfs.crypto.session_files import (
     decode_session,
     encode_session,
@@ -60,7 +60,7 @@ class Counting(LocalStorage):
 def storage(tmp_path: Path) -> Iterator[Counting]:
     (tmp_path / "tmp").mkdir()
     storage = Counting(tmp_path, writer="test", sync=False)
-    write_recipients(storage, [RECIPIENT])
+    write_recipients(storage, RecipientList.of([RECIPIENT]))
     yield storage
     storage.close()
 
@@ -217,8 +217,8 @@ class TestKeyring:
         assert storage.reads == reads
 
     def test_the_keyring_begins_a_session_that_the_recipients_open(self, storage: Counting) -> None:
-        write_recipients(storage, [OTHER])
-        session = Keyring(storage, CONFIG, Identities()).begin([SECOND])
+        recipients = RecipientList.of([OTHER])
+        session = Keyring(storage, CONFIG, Identities(), recipients).begin([SECOND])
         assert keyring(storage, OTHER_SECRET).session(session.id) == session
         with pytest.raises(KeyMissingError):
             keyring(storage).session(session.id)

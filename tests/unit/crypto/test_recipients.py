@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from casfs.crypto import gpg, openpgp
 from casfs.crypto.recipients import (
     Recipient,
     RecipientKind,
+    RecipientList,
     decode_recipients,
     encode_recipients,
     merged,
@@ -20,7 +22,17 @@ from casfs.crypto.recipients import (
 from casfs.digest import digest_of
 from casfs.errors import IntegrityError, WrongKeyError
 from casfs.storage.local import LocalStorage
-from tests.support.encryption import OTHER, OTHER_PUBLIC, PUBLIC, RECIPIENT, SECRET
+from tests.support.encryption import (
+    GPG_FINGERPRINT,
+    GPG_KEY,
+    GPG_SUBKEY_OFFSET,
+    OTHER,
+    OTHER_GPG_KEY,
+    OTHER_PUBLIC,
+    PUBLIC,
+    RECIPIENT,
+    SECRET,
+)
 
 SSH = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAII87UJ7DbprNb0GcdIKWqsBxYGGCrdpxnetqmALPMvjc"
 
@@ -87,7 +99,7 @@ class TestRecipientsFile:
 
 
 class TestRecipientList:
-    GPG = Recipient(RecipientKind.GPG, "A" * 40, OTHER_PUBLIC, b"exported\0key")
+    GPG = Recipient(RecipientKind.GPG, GPG_FINGERPRINT, OTHER_PUBLIC, GPG_KEY)
 
     def test_a_recipient_list_is_decoded_as_it_was_encoded(self) -> None:
         everybody = [RECIPIENT, Recipient(RecipientKind.SSH, SSH), self.GPG]
@@ -126,14 +138,50 @@ class TestRecipientList:
         with pytest.raises(IntegrityError, match="list of recipients is damaged"):
             decode_recipients(text + b"\nblake3 %s\n" % digest_of(text).hex().encode())
 
+    @pytest.mark.parametrize(
+        "forged",
+        [
+            Recipient(RecipientKind.AGE, PUBLIC, age=OTHER_PUBLIC),
+            Recipient(RecipientKind.PASSPHRASE, PUBLIC, age=OTHER_PUBLIC),
+            Recipient(RecipientKind.SSH, SSH, age=OTHER_PUBLIC),
+            Recipient(RecipientKind.AGE, PUBLIC, key=OTHER_GPG_KEY),
+            Recipient(RecipientKind.AGE, SSH),
+            Recipient(RecipientKind.SSH, PUBLIC),
+            Recipient(RecipientKind.GPG, GPG_FINGERPRINT, PUBLIC, OTHER_GPG_KEY),
+            Recipient(RecipientKind.GPG, GPG_FINGERPRINT, PUBLIC, GPG_KEY + OTHER_GPG_KEY),
+            Recipient(RecipientKind.GPG, GPG_FINGERPRINT, PUBLIC, OTHER_GPG_KEY + GPG_KEY),
+            Recipient(RecipientKind.GPG, GPG_FINGERPRINT, PUBLIC, GPG_KEY[:-1]),
+            Recipient(RecipientKind.GPG, GPG_FINGERPRINT, PUBLIC, b""),
+            Recipient(RecipientKind.GPG, GPG_FINGERPRINT, "", GPG_KEY),
+            Recipient(RecipientKind.GPG, GPG_FINGERPRINT, "age1x\x1b[2J", GPG_KEY),
+        ],
+    )
+    def test_a_recipient_list_whose_values_hide_other_keys_is_refused(
+        self, forged: Recipient
+    ) -> None:
+        with pytest.raises(IntegrityError, match="list of recipients is damaged"):
+            decode_recipients(encode_recipients([RECIPIENT, forged]))
+
+    def test_gpg_refuses_an_encryption_subkey_that_the_primary_key_did_not_sign(self) -> None:
+        grafted = GPG_KEY[:GPG_SUBKEY_OFFSET] + OTHER_GPG_KEY[GPG_SUBKEY_OFFSET:]
+        assert openpgp.fingerprint(grafted) == GPG_FINGERPRINT
+        with pytest.raises(WrongKeyError, match="cannot encrypt"):
+            gpg.wrap(b"secret", [grafted])
+        assert gpg.wrap(b"secret", [GPG_KEY])
+
+    def test_a_recipient_lists_every_key_that_sessions_are_encrypted_to(self) -> None:
+        assert RECIPIENT.line == PUBLIC and RECIPIENT.keys == {PUBLIC}
+        assert self.GPG.line == f"{GPG_FINGERPRINT} {OTHER_PUBLIC}"
+        assert self.GPG.keys == {GPG_FINGERPRINT, OTHER_PUBLIC}
+
     def test_a_recipient_list_is_replaced_in_the_storage(self, tmp_path: Path) -> None:
         (tmp_path / "tmp").mkdir()
         storage = LocalStorage(tmp_path, writer="test", sync=False)
         with pytest.raises(IntegrityError, match="missing"):
             read_recipients(storage)
-        write_recipients(storage, [RECIPIENT])
-        write_recipients(storage, [OTHER])
-        assert read_recipients(storage) == [OTHER]
+        write_recipients(storage, RecipientList.of([RECIPIENT]))
+        write_recipients(storage, RecipientList.of([OTHER]))
+        assert read_recipients(storage) == RecipientList.of([OTHER])
 
     def test_a_recipient_list_holds_each_recipient_once(self) -> None:
         assert merged([RECIPIENT], [OTHER, RECIPIENT, OTHER]) == [RECIPIENT, OTHER]

@@ -13,7 +13,7 @@ import pytest
 
 from casfs.crypto.identities import Identities
 from casfs.crypto.key_manager import KeyManager, require_recipients, trust_current_recipients
-from casfs.crypto.recipients import write_recipients
+from casfs.crypto.recipients import Recipient, RecipientKind, RecipientList, write_recipients
 from casfs.crypto.trust_state import (
     WriterState,
     load_state,
@@ -23,16 +23,21 @@ from casfs.crypto.trust_state import (
     verify_pin,
 )
 from casfs.errors import StorageError, TrustError
-from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
+from casfs.format.config import CIPHER, ChunkerConfig, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain
 from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
 from casfs.repository.place import read_config
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import (
+    GPG_FINGERPRINT,
+    GPG_KEY,
     OTHER,
+    OTHER_PUBLIC,
+    PUBLIC,
     RECIPIENT,
     EncryptedRepositoryFixture,
     identities,
+    trust_of,
     unlock,
 )
 
@@ -86,7 +91,7 @@ class TestStateFile:
         before = os.umask(0)
         try:
             save_state(STATE)
-            pin(Path("/repository"), CONFIG)
+            pin(Path("/repository"), trust_of(CONFIG))
         finally:
             os.umask(before)
         assert stat.S_IMODE(state.stat().st_mode) == 0o700
@@ -135,15 +140,57 @@ class TestStateFile:
 
 
 class TestPin:
+    @pytest.mark.parametrize("spelling", ["link", "sub/../real", "real"])
+    def test_another_spelling_of_a_pinned_location_is_no_first_use(
+        self, tmp_path: Path, spelling: str
+    ) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        pin(tmp_path / "real", trust_of(CONFIG))
+        with pytest.raises(TrustError, match="is an unencrypted one now"):
+            verify_pin(str(tmp_path / spelling), trust_of(PLAIN))
+
+    def test_a_pinned_symbolic_link_to_another_repository_is_no_first_use(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "link").symlink_to("one")
+        pin(tmp_path / "link", trust_of(CONFIG))
+        (tmp_path / "link").unlink()
+        (tmp_path / "link").symlink_to("other")
+        with pytest.raises(TrustError, match="is an unencrypted one now"):
+            verify_pin(tmp_path / "link", trust_of(PLAIN))
+
+    def test_a_changed_configuration_of_a_pinned_repository_is_refused(self) -> None:
+        pin(self.ROOT, trust_of(CONFIG))
+        for changed in (
+            msgspec.structs.replace(CONFIG, chunker=ChunkerConfig(max_bytes=1 << 20)),
+            msgspec.structs.replace(CONFIG, tree_seed=1),
+        ):
+            with pytest.raises(TrustError, match="the configuration of the repository in"):
+                verify_pin(self.ROOT, trust_of(changed))
+
+    def test_a_pin_without_the_digest_of_the_configuration_is_accepted_and_completed(
+        self, state: Path
+    ) -> None:
+        pin(self.ROOT, trust_of(CONFIG))
+        (file,) = state.iterdir()
+        old = msgspec.json.decode(file.read_bytes())
+        del old["config"]
+        file.write_bytes(msgspec.json.encode(old))
+        verify_pin(self.ROOT, trust_of(CONFIG))
+        pin(self.ROOT, trust_of(CONFIG))
+        assert msgspec.json.decode(file.read_bytes())["config"] == trust_of(CONFIG).config_digest
+
     ROOT = Path("/some/repository")
 
     def test_an_unknown_location_may_hold_any_repository(self) -> None:
-        verify_pin(self.ROOT, CONFIG)
-        verify_pin(self.ROOT, PLAIN)
+        verify_pin(self.ROOT, trust_of(CONFIG))
+        verify_pin(self.ROOT, trust_of(PLAIN))
 
     def test_a_pinned_repository_is_accepted_at_its_location(self) -> None:
-        pin(self.ROOT, CONFIG)
-        verify_pin(self.ROOT, CONFIG)
+        pin(self.ROOT, trust_of(CONFIG))
+        verify_pin(self.ROOT, trust_of(CONFIG))
 
     @pytest.mark.parametrize(
         "config",
@@ -159,25 +206,25 @@ class TestPin:
     def test_another_repository_at_a_pinned_location_is_refused(
         self, config: RepositoryConfig
     ) -> None:
-        pin(self.ROOT, CONFIG)
+        pin(self.ROOT, trust_of(CONFIG))
         with pytest.raises(TrustError, match="casfs key accept"):
-            verify_pin(self.ROOT, config)
-        verify_pin(Path("/some/other"), config)
+            verify_pin(self.ROOT, trust_of(config))
+        verify_pin(Path("/some/other"), trust_of(config))
 
     def test_a_pinned_location_may_have_a_name_that_is_not_text(self, tmp_path: Path) -> None:
         root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n"))
-        pin(root, CONFIG)
-        verify_pin(root, CONFIG)
+        pin(root, trust_of(CONFIG))
+        verify_pin(root, trust_of(CONFIG))
         with pytest.raises(TrustError):
-            verify_pin(root, PLAIN)
+            verify_pin(root, trust_of(PLAIN))
 
     def test_a_damaged_pin_is_refused(self, state: Path) -> None:
-        pin(self.ROOT, CONFIG)
+        pin(self.ROOT, trust_of(CONFIG))
         (file,) = state.iterdir()
         for data in (b"", b"{}", b"\xff"):
             file.write_bytes(data)
             with pytest.raises(TrustError, match="is damaged"):
-                verify_pin(self.ROOT, CONFIG)
+                verify_pin(self.ROOT, trust_of(CONFIG))
 
 
 class TestTrustOfWriter:
@@ -192,7 +239,9 @@ class TestTrustOfWriter:
         with pytest.raises(TrustError, match="is an unencrypted one now"):
             repo.back_up(source)
         assert stored(repo.root) == before
-        trust_current_recipients(repo.root, LocalStorage(repo.root), read_config(repo.root))
+        trust_current_recipients(
+            repo.root, LocalStorage(repo.root), trust_of(read_config(repo.root))
+        )
         repo.back_up(source)
         assert stored(repo.root) > before
 
@@ -201,12 +250,13 @@ class TestTrustOfWriter:
     ) -> None:
         repo.back_up(source)
         storage = LocalStorage(repo.root)
-        write_recipients(storage, [RECIPIENT, OTHER])
+        write_recipients(storage, RecipientList.of([RECIPIENT, OTHER]))
         before = stored(repo.root)
         with pytest.raises(TrustError, match="others could read later backups"):
             repo.back_up(source)
         assert stored(repo.root) == before
-        assert trust_current_recipients(repo.root, storage, repo.config) == [RECIPIENT, OTHER]
+        accepted = trust_current_recipients(repo.root, storage, trust_of(repo.config))
+        assert accepted == (RECIPIENT, OTHER)
         repo.back_up(source)
 
     def test_a_writer_without_its_state_begins_a_domain_and_warns(
@@ -263,19 +313,27 @@ class TestTrustOfWriter:
         repo.back_up(source)
         assert "is missing: it was removed" not in caplog.text
 
-    def test_a_writer_can_require_exact_recipients(self, repo: EncryptedRepositoryFixture) -> None:
-        storage = LocalStorage(repo.root)
-        require_recipients(storage, [RECIPIENT])
+    def test_a_writer_can_require_exact_recipients(self) -> None:
+        current = RecipientList.of([RECIPIENT])
+        require_recipients(current, [RECIPIENT])
         for wrong in ([OTHER], [RECIPIENT, OTHER], []):
             with pytest.raises(TrustError, match="recipients differ from the file"):
-                require_recipients(storage, wrong)
+                require_recipients(current, wrong)
+
+    def test_a_gpg_recipient_with_another_age_key_than_that_of_the_file_is_refused(self) -> None:
+        real = Recipient(RecipientKind.GPG, GPG_FINGERPRINT, PUBLIC, GPG_KEY)
+        forged = msgspec.structs.replace(real, age=OTHER_PUBLIC)
+        require_recipients(RecipientList.of([real]), [real])
+        for expected in (real, msgspec.structs.replace(real, age="")):
+            with pytest.raises(TrustError, match=f"only the repository has: {OTHER_PUBLIC}"):
+                require_recipients(RecipientList.of([forged]), [expected])
 
     def test_a_writer_begins_one_session_with_the_first_blob_it_stores(
         self, repo: EncryptedRepositoryFixture
     ) -> None:
         config = repo.config
         storage = LocalStorage(repo.root, writer="test", sync=False)
-        key_manager = KeyManager.for_writing(repo.root, storage, config, Identities())
+        key_manager = KeyManager.for_writing(repo.root, storage, trust_of(config), Identities())
         sessions = repo.root / "sessions"
         assert len(list(sessions.iterdir())) == 1
         session = key_manager.session()

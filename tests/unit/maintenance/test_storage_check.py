@@ -10,7 +10,7 @@ from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.maintenance.storage_check import FOLDERS, StorageCheck, check_storage
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import create_repository
-from casfs.repository.place import read_config
+from casfs.repository.place import LocalPlace, read_config
 from casfs.storage.local import LocalStorage
 from tests.support.builders import RepositoryFixture
 from tests.support.encryption import RECIPIENT, EncryptedRepositoryFixture
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("own_home")
 
 
 def checked(root: Path) -> StorageCheck:
-    return check_storage(LocalStorage(root), read_config(root), RecordingMonitor())
+    storage = LocalStorage(root)
+    return check_storage(storage, LocalPlace(root).trust_root(storage), RecordingMonitor())
 
 
 @pytest.fixture

@@ -1,0 +1,55 @@
+"""What decides whom this process trusts: a repository's configuration and its list of recipients.
+
+A hostile storage may answer every read with something else. So a process reads each of the two once, and
+what it has verified is what it uses, pins and encrypts to. The configuration is read when the repository is
+opened, the list when a command first needs it: a reader with an identity does not. One thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from casfs.digest import digest_of
+from casfs.errors import IntegrityError
+from casfs.format.config import RepositoryConfig, decode_config
+from casfs.storage.base import Storage
+
+if TYPE_CHECKING:
+    # A repository without encryption does not load what encrypts.
+    from collections.abc import Sequence
+
+    from casfs.crypto.recipients import Recipient, RecipientList
+
+
+class TrustRoot:
+    """The configuration and, once it is read, the list of recipients of one repository."""
+
+    def __init__(self, data: bytes, place: str) -> None:
+        """Verify the bytes of the configuration; raise as `decode_config`, whose errors name `place`."""
+        self.config: RepositoryConfig = decode_config(data, place)
+        self.config_digest = digest_of(data).hex()
+        self._recipients: RecipientList | IntegrityError | None = None
+
+    def recipients(self, storage: Storage) -> RecipientList:
+        """Return the list of recipients, which the first call reads.
+
+        Raise IntegrityError and StorageError.
+        """
+        from casfs.crypto.recipients import read_recipients
+
+        if self._recipients is None:
+            try:
+                self._recipients = read_recipients(storage)
+            except IntegrityError as error:
+                self._recipients = error
+        if isinstance(self._recipients, IntegrityError):
+            raise self._recipients
+        return self._recipients
+
+    def replace_recipients(self, storage: Storage, recipients: Sequence[Recipient]) -> None:
+        """Replace the list durably in the storage, and use the new one from now on."""
+        from casfs.crypto.recipients import RecipientList, write_recipients
+
+        new = RecipientList.of(recipients)
+        write_recipients(storage, new)
+        self._recipients = new
