@@ -134,7 +134,7 @@ def run(words: dict[str, str], command: str, *arguments: str) -> None:
 
 def lying(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Put the hostile storage in the place of every folder; return what is read of it."""
-    reads: ClassVar[Counter[str]] = Counter()
+    reads: Counter[str] = Counter()
     monkeypatch.setattr(LyingStorage, "reads", reads)
 
     def open_storage(
