@@ -491,7 +491,7 @@ class TestReadOnlyUser:
 
     def test_a_user_without_read_access_gets_a_clear_error(self, shared: RepositoryFixture) -> None:
         shared.root.chmod(0o700)
-        assert self.read(shared, Path("/nonexistent")).startswith("StorageError cannot read")
+        assert self.read(shared, Path("/nonexistent")).startswith("StorageDeniedError cannot read")
 
 
 def test_a_copied_configuration_names_the_same_repository(repo: RepositoryFixture) -> None:
