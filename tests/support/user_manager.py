@@ -34,6 +34,9 @@ def missing_for_a_manager() -> str | None:
         return "needs root: it makes a mount namespace"
     if not SYSTEMD.exists() or not all(map(shutil.which, ("systemctl", "unshare", "nsenter"))):
         return "needs systemd, unshare and nsenter"
+    done = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
+    if done.returncode:
+        return "needs to make a mount namespace"
     return None
 
 

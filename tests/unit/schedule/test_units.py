@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import pytest
 from casfs.errors import UsageError
 from casfs.schedule.systemd import check_calendar
 from casfs.schedule.units import ScheduledCommand, Units, render_units
+
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="needs systemd-analyze"
+)
 
 ODD_WORDS = ["a b", "50%", "$HOME", 'say "hi"', "back\\slash", "é", "#x", ";", "it's", "a\nb", "{}"]
 
@@ -56,6 +61,7 @@ def verify(folder: Path, found: Units, *options: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
 
 
+@needs_systemd
 @pytest.mark.parametrize("system", [True, False])
 @pytest.mark.parametrize("delay_s", [None, 3600])
 def test_systemd_accepts_the_units(tmp_path: Path, system: bool, delay_s: int | None) -> None:
@@ -69,6 +75,7 @@ def test_systemd_accepts_the_units(tmp_path: Path, system: bool, delay_s: int | 
     verify(tmp_path, found, *([] if system else ["--user"]))
 
 
+@needs_systemd
 def test_systemd_refuses_a_unit_that_is_wrong(tmp_path: Path) -> None:
     found = units(calendar="every now and then")
     with pytest.raises(AssertionError):
@@ -111,11 +118,13 @@ def test_only_a_system_unit_that_needs_the_network_waits_for_it() -> None:
     assert "network-online" not in units(needs_network=False).service
 
 
+@needs_systemd
 @pytest.mark.parametrize("expression", ["daily", "Mon..Fri 02:30", "*-*-* *:0/15"])
 def test_a_calendar_expression_is_accepted(expression: str) -> None:
     check_calendar(expression)
 
 
+@needs_systemd
 @pytest.mark.parametrize(
     "expression", ["dayly", "25:00", "", " ", "daily\nExecStart=/bin/sh", "-x"]
 )
@@ -134,3 +143,12 @@ def test_words_reach_the_command_as_they_are(tmp_path: Path) -> None:
         for word in shlex.split(line.removeprefix("ExecStart=").replace("\\n", "\n"))
     ]
     assert words == ["/bin/echo", *ODD_WORDS]
+
+
+def test_a_calendar_expression_is_left_to_systemd_where_it_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    check_calendar("daily")
+    with pytest.raises(UsageError, match="the schedule"):
+        check_calendar("daily\nPersistent=false")
