@@ -20,6 +20,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from msgspec import UNSET, UnsetType
+
 from casfs import __version__
 from casfs.backup.capture import DEFAULT_ATTEMPTS, Capturer
 from casfs.backup.entry_builder import EntryBuilder
@@ -41,6 +43,7 @@ from casfs.paths import normalize_source_path
 from casfs.problems import sources_left_out
 from casfs.repository.place import LocalPlace, Place, RemotePlace
 from casfs.repository.repository import Repository
+from casfs.repository.snapshot_filter import latest_of
 from casfs.store.writer import BlobWriter, WriteStats
 from casfs.trees.writer import TreeWriter
 
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     from casfs.backup.file_cache import FileCache
 
 log = logging.getLogger(__name__)
+
+DEFAULT_STDIN_NAME = b"stdin"
 
 MAX_OWNER_NAMES = 65_536
 MAX_OWNER_NAMES_BYTES = 2 * 1024 * 1024
@@ -126,6 +131,7 @@ def _draft_snapshot(options: BackupOptions) -> Snapshot:
         paths=_kept_paths(options),
         tags=options.tags,
         program=f"casfs {__version__}",
+        directory=_recorded_directory(options),
     )
 
 
@@ -171,11 +177,15 @@ def _find_parent(
     if repository.is_locked:
         return None
     paths = _kept_paths(options)
-    newest: tuple[SnapshotId, Snapshot] | None = None
-    for snapshot_id, snapshot in repository.snapshots.iterate():
-        if snapshot.host == options.host and snapshot.paths == paths:
-            newest = snapshot_id, snapshot
-    return newest
+    directory = _recorded_directory(options)
+    found = [
+        (snapshot_id, snapshot)
+        for snapshot_id, snapshot in repository.snapshots.iterate()
+        if snapshot.host == options.host
+        and snapshot.paths == paths
+        and snapshot.directory in (directory, UNSET)
+    ]
+    return latest_of(found, time.time_ns()) if found else None
 
 
 def _included_sources(options: BackupOptions, monitor: Monitor) -> tuple[bytes, ...]:
@@ -250,6 +260,22 @@ def _kept_paths(options: BackupOptions) -> tuple[bytes, ...]:
     if options.stdin_name is not None:
         return (options.stdin_name,)
     return tuple(sorted({normalize_source_path(path) for path in options.paths}))
+
+
+def _recorded_directory(options: BackupOptions) -> bytes | UnsetType:
+    """Return the directory that relative sources refer to; UNSET if all are absolute or it is gone.
+
+    A file from standard input counts as relative unless the user named it.
+    """
+    is_relative = any(not path.startswith(b"/") for path in _kept_paths(options))
+    if options.stdin_name is not None:
+        is_relative = options.stdin_name == DEFAULT_STDIN_NAME
+    if not is_relative:
+        return UNSET
+    try:
+        return os.getcwdb()
+    except OSError:
+        return UNSET
 
 
 class _Backup:

@@ -59,7 +59,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     """A published snapshot.
 
     `time_ns` is nanoseconds since 1970. `paths` are the requested sources, as bytes. `users` and `groups` are
-    the owners' names at the time of the backup, sorted by number.
+    the owners' names at the time of the backup, sorted by number. `directory` is the absolute directory that
+    relative paths refer to; snapshots without any, and older ones, do not have it.
     """
 
     root: Node
@@ -74,6 +75,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     replaces: bytes | None = None
     program: str = ""
     stats: SnapshotStats = SnapshotStats()
+    directory: bytes | msgspec.UnsetType = msgspec.UNSET
 
 
 _encoder = msgspec.msgpack.Encoder()

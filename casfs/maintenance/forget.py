@@ -6,6 +6,7 @@ removed before its replacement, so that a crash never makes a replaced snapshot 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -49,16 +50,21 @@ class Grouping:
             snapshot.host if self.host else None,
             snapshot.paths if self.paths else None,
             tuple(sorted(snapshot.tags)) if self.tags else None,
+            snapshot.directory if self.paths and isinstance(snapshot.directory, bytes) else b"",
         )
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class GroupKey:
-    """The common properties of a group; a property that is not grouped by is None."""
+    """The common properties of a group; a property that is not grouped by is None.
+
+    `directory` is where relative paths lead from, and empty where that is not recorded.
+    """
 
     host: str | None
     paths: tuple[bytes, ...] | None
     tags: tuple[str, ...] | None
+    directory: bytes = b""
 
 
 @dataclass(slots=True)
@@ -71,6 +77,10 @@ class ForgetPlan:
         """Return the snapshots that no rule keeps."""
         return [v.snapshot for group in self.groups.values() for v in group if not v.is_kept]
 
+    def from_future(self) -> list[Candidate]:
+        """Return the snapshots that stay because they are from the future."""
+        return [v.snapshot for group in self.groups.values() for v in group if v.is_from_future]
+
     def kept(self) -> int:
         """Return the number of snapshots that stay."""
         return sum(v.is_kept for group in self.groups.values() for v in group)
@@ -82,21 +92,27 @@ def plan_policy(
     grouping: Grouping,
     choice: SnapshotFilter,
     allow_all: bool,
+    now_ns: int | None = None,
 ) -> ForgetPlan:
-    """Return the decisions of a policy on the snapshots that `choice` accepts.
+    """Return the decisions of a policy on the snapshots that `choice` accepts; `now_ns` is now by default.
 
-    Raises RefusedError where the policy keeps no snapshot of a group, unless `allow_all`.
+    Raises RefusedError where the policy keeps no snapshot of a group, unless `allow_all`. Snapshots from the
+    future, which stay in any case, do not count.
     """
+    now_ns = time.time_ns() if now_ns is None else now_ns
     groups: dict[GroupKey, list[Candidate]] = {}
     for snapshot_id, snapshot in repository.snapshots.iterate():
         if choice.accepts(snapshot):
             key = grouping.key(snapshot)
             groups.setdefault(key, []).append(Candidate(snapshot_id, snapshot))
-    plan = ForgetPlan({key: apply_policy(members, policy) for key, members in groups.items()})
+    plan = ForgetPlan(
+        {key: apply_policy(members, policy, now_ns) for key, members in groups.items()}
+    )
     for key, decisions in plan.groups.items():
-        if not allow_all and not any(decision.is_kept for decision in decisions):
+        judged = [decision for decision in decisions if not decision.is_from_future]
+        if not allow_all and judged and not any(decision.is_kept for decision in judged):
             raise RefusedError(
-                f"these rules keep none of the {len(decisions)} snapshots of {_describe(key)}; nothing was "
+                f"these rules keep none of the {len(judged)} snapshots of {_describe(key)}; nothing was "
                 "forgotten: keep some (such as --keep-last 1), or pass --unsafe-allow-remove-all"
             )
     return plan
@@ -151,7 +167,9 @@ def _describe(key: GroupKey) -> str:
     if key.host is not None:
         parts.append(f"host {key.host}")
     if key.paths is not None:
-        parts.append("paths " + " ".join(path.decode("utf-8", "replace") for path in key.paths))
+        paths = " ".join(path.decode("utf-8", "replace") for path in key.paths)
+        where = f" in {key.directory.decode('utf-8', 'replace')}" if key.directory else ""
+        parts.append(f"paths {paths}{where}")
     if key.tags is not None:
         parts.append(f"tags {', '.join(key.tags) or 'none'}")
     return ", ".join(parts) or "the repository"

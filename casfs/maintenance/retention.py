@@ -11,13 +11,17 @@ import re
 from calendar import monthrange
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Generic, Protocol, TypeVar
 
 from casfs.errors import UsageError
+from casfs.repository.snapshot_filter import is_from_future
 
 _PART = re.compile(r"([0-9]{1,6})(min|[a-z])")
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+
+
+_EARLIEST_NS = -(1 << 63)
 
 
 def parse_duration(text: str, option: str) -> int:
@@ -32,7 +36,7 @@ def parse_duration(text: str, option: str) -> int:
 
 
 class CalendarSpan:
-    """A duration in calendar units: y, m (months), w, d, h and min.
+    """A duration of y and m (months), which are those of the calendar, and of w, d, h and min.
 
     Raises UsageError, naming `option`, for any other text.
     """
@@ -48,18 +52,27 @@ class CalendarSpan:
         self._seconds = sum(n * _SECONDS[unit] for n, unit in parts if unit not in "ym")
         self.text = text
 
-    def before(self, moment: datetime) -> datetime:
-        """Return the moment this duration before `moment`, at the earliest `datetime.min`."""
-        months = moment.year * 12 + moment.month - 1 - self._months
-        year, month = divmod(months, 12)
+    def before_ns(self, time_ns: int) -> int:
+        """Return the time this duration before another, in nanoseconds since 1970.
+
+        Years and months follow the calendar of the local time zone. Everything else is elapsed time, which
+        no change of the clock makes shorter or longer.
+        """
+        return self._months_before_ns(time_ns) - self._seconds * 1_000_000_000
+
+    def _months_before_ns(self, time_ns: int) -> int:
+        if not self._months:
+            return time_ns
+        moment = local_datetime(time_ns)
+        year, month = divmod(moment.year * 12 + moment.month - 1 - self._months, 12)
         if year < 1:
-            return datetime.min
+            return _EARLIEST_NS
         day = min(moment.day, monthrange(year, month + 1)[1])
         try:
-            earlier = moment.replace(year=year, month=month + 1, day=day)
-            return earlier - timedelta(seconds=self._seconds)
-        except OverflowError:
-            return datetime.min
+            seconds = moment.replace(year=year, month=month + 1, day=day).timestamp()
+        except (OverflowError, ValueError):
+            return _EARLIEST_NS
+        return int(seconds) * 1_000_000_000 + time_ns % 1_000_000_000
 
 
 def _parts(text: str) -> list[tuple[int, str]]:
@@ -122,6 +135,11 @@ class KeepDecision(Generic[D]):
         """Return whether any rule keeps the snapshot."""
         return bool(self.reasons)
 
+    @property
+    def is_from_future(self) -> bool:
+        """Return whether the snapshot is kept because it is from the future."""
+        return self.reasons == (FUTURE,)
+
 
 @dataclass(slots=True)
 class _Rule:
@@ -143,25 +161,39 @@ class _Rule:
         return True
 
 
-def apply_policy(snapshots: Iterable[D], policy: Policy) -> list[KeepDecision[D]]:
-    """Return the decision on each snapshot of one group, from the newest to the oldest."""
+FUTURE = "future"
+"""The reason that keeps a snapshot from the future."""
+
+
+def apply_policy(
+    snapshots: Iterable[D], policy: Policy, now_ns: int | None = None
+) -> list[KeepDecision[D]]:
+    """Return the decision on each snapshot of one group, from the newest to the oldest.
+
+    A snapshot from the future of `now_ns` (None: there is none) is kept and counts in no rule, so that one
+    wrong clock does not decide about the snapshots of all others.
+    """
     ordered: Sequence[D] = sorted(snapshots, key=lambda item: item.time_ns, reverse=True)
     rules = (
         _Rule("last", policy.last, lambda moment, position: position),
-        _Rule("hourly", policy.hourly, lambda moment, _: (moment.date(), moment.hour)),
+        # The hour that a change of the clock repeats is two hours.
+        _Rule("hourly", policy.hourly, lambda moment, _: (moment.date(), moment.hour, moment.fold)),
         _Rule("daily", policy.daily, lambda moment, _: moment.date()),
         _Rule("weekly", policy.weekly, lambda moment, _: moment.isocalendar()[:2]),
         _Rule("monthly", policy.monthly, lambda moment, _: (moment.year, moment.month)),
         _Rule("yearly", policy.yearly, lambda moment, _: moment.year),
     )
-    since = None
-    if policy.within is not None and ordered:
-        since = policy.within.before(local_datetime(ordered[0].time_ns))
+    since_ns = None
     decisions = []
     for position, snapshot in enumerate(ordered):
+        if now_ns is not None and is_from_future(snapshot.time_ns, now_ns):
+            decisions.append(KeepDecision(snapshot, (FUTURE,)))
+            continue
+        if since_ns is None and policy.within is not None:
+            since_ns = policy.within.before_ns(snapshot.time_ns)
         moment = local_datetime(snapshot.time_ns)
         reasons = [rule.name for rule in rules if rule.keeps(moment, position)]
-        if since is not None and policy.within is not None and moment >= since:
+        if since_ns is not None and policy.within is not None and snapshot.time_ns >= since_ns:
             reasons.append(f"within {policy.within.text}")
         tags = set(snapshot.tags)
         reasons += [f"tag {','.join(sorted(wanted))}" for wanted in policy.tags if wanted <= tags]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from casfs.format.snapshot import Snapshot
 from casfs.paths import normalize_source_path
@@ -24,7 +27,8 @@ class SnapshotFilter:
         return (
             (not self.hosts or snapshot.host in self.hosts)
             and (not self.tags or any(wanted <= set(snapshot.tags) for wanted in self.tags))
-            and {normalize_source_path(path) for path in self.paths} <= set(snapshot.paths)
+            and {normalize_source_path(path) for path in self.paths}
+            <= {*snapshot.paths, *absolute_paths(snapshot)}
         )
 
     def is_empty(self) -> bool:
@@ -33,3 +37,30 @@ class SnapshotFilter:
 
 
 ALL_SNAPSHOTS = SnapshotFilter()
+
+
+FUTURE_TOLERANCE_NS = 60_000_000_000
+"""The clocks of two machines may differ by as much."""
+
+S = TypeVar("S")
+
+
+def is_from_future(time_ns: int, now_ns: int) -> bool:
+    """Return whether a time is later than this machine's clock and its tolerance allow."""
+    return time_ns > now_ns + FUTURE_TOLERANCE_NS
+
+
+def latest_of(found: Sequence[tuple[S, Snapshot]], now_ns: int) -> tuple[S, Snapshot]:
+    """Return the latest of snapshots that are sorted by time, one at least.
+
+    A snapshot from the future is the latest only if all are.
+    """
+    past = [item for item in found if not is_from_future(item[1].time_ns, now_ns)]
+    return (past or found)[-1]
+
+
+def absolute_paths(snapshot: Snapshot) -> Iterator[bytes]:
+    """Yield the absolute path of each relative source, where the snapshot records its directory."""
+    if isinstance(snapshot.directory, bytes):
+        for path in snapshot.paths:
+            yield os.path.normpath(os.path.join(snapshot.directory, path))

@@ -7,6 +7,7 @@ the old snapshot is deleted. A crash between the two steps leaves both, and only
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from casfs.format.snapshot import (
 from casfs.format.tree import Node
 from casfs.index.index import Index
 from casfs.paths import parse_snapshot_path
-from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
+from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter, latest_of
 from casfs.storage.base import Storage
 from casfs.trees.reader import TreeReader
 
@@ -177,11 +178,12 @@ class SnapshotStore:
                 yield snapshot_id, snapshot
 
     def resolve(
-        self, name: str, latest_of: SnapshotFilter = ALL_SNAPSHOTS
+        self, name: str, wanted: SnapshotFilter = ALL_SNAPSHOTS
     ) -> tuple[SnapshotId, Snapshot]:
         """Return the snapshot that `latest`, an id or a unique prefix of an id identifies.
 
-        `latest` is the newest that `latest_of` accepts. Raise NotFoundError and AmbiguousIdError.
+        `latest` is the newest that `wanted` accepts; one from the future only if all are. Raise NotFoundError
+        and AmbiguousIdError.
         """
         if name == "latest":
             everything = list(self.iterate())
@@ -189,12 +191,12 @@ class SnapshotStore:
                 raise NotFoundError(
                     "the repository has no snapshots yet; run `casfs backup` to create one"
                 )
-            matching = [item for item in everything if latest_of.accepts(item[1])]
+            matching = [item for item in everything if wanted.accepts(item[1])]
             if not matching:
                 raise NotFoundError(
                     f"no snapshot matches; `casfs snapshots` lists the {len(everything)} of this repository"
                 )
-            found = matching[-1]
+            found = latest_of(matching, time.time_ns())
         else:
             snapshot_id = self.resolve_id(name)
             found = snapshot_id, self.load(snapshot_id)

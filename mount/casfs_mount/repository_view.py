@@ -31,6 +31,7 @@ from casfs.errors import (
 from casfs.format.config import CONFIG_NAME
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node, NodeType, replace, subtree_count
+from casfs.repository.snapshot_filter import FUTURE_TOLERANCE_NS, is_from_future
 from casfs_mount.file_reader import Readable
 from casfs_mount.inodes import LISTINGS_END, ROOT, VERSIONS, InodeRanges, StaleError
 from casfs_mount.versions_view import NamedSnapshot, VersionsView
@@ -40,12 +41,15 @@ _MAX_NAME_BYTES = 255
 
 
 def time_name(time_ns: int) -> bytes:
-    """Return the name of a snapshot's folder: its local time, to the second."""
+    """Return the name of a snapshot's folder: its local time, to the second.
+
+    It has no colon: rsync and scp take what is before one for a host, and Windows has no such names.
+    """
     try:
         moment = datetime.fromtimestamp(time_ns // 1_000_000_000)
     except (OverflowError, ValueError, OSError):
         return b"@%d" % (time_ns // 1_000_000_000)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S").encode("ascii")
+    return moment.strftime("%Y-%m-%dT%H-%M-%S").encode("ascii")
 
 
 def safe_name(text: str) -> bytes:
@@ -55,7 +59,7 @@ def safe_name(text: str) -> bytes:
     """
     raw = text.encode("utf-8", "surrogateescape")
     name = b"".join(
-        b"%%%02X" % byte if byte < 0x20 or byte in b"/%\x7f" else bytes([byte]) for byte in raw
+        b"%%%02X" % byte if byte < 0x20 or byte in b"/:%\x7f" else bytes([byte]) for byte in raw
     )
     if name in (b"", b".", b".."):
         name = name.replace(b".", b"%2E") or b"%"
@@ -130,6 +134,8 @@ class RepositoryView:
         self._serials: dict[PathParts, int] = {(): ROOT}
         self._paths: dict[int, PathParts] = {ROOT: ()}
         self._listings: dict[int, _Listing] = {}
+        # When the next snapshot from the future is one of the past, and may be the latest.
+        self._next_arrival_ns = 0
         self._full_ids: dict[bytes, tuple[int, Node]] = {}
         self._versions = VersionsView(
             context.repository.trees,
@@ -150,10 +156,7 @@ class RepositoryView:
             return listing.node
         path = self._paths.get(number)
         if path:
-            above = self._listings.get(self._serials[path[:-1]])
-            found = above.by_name.get(path[-1]) if above is not None else None
-            if found is None and path[0] == b"ids":
-                found = self._full_ids.get(path[-1])
+            found = self._entry(self._serials[path[:-1]], path[-1])
             if found is not None:
                 return found[1]
         raise StaleError(number)
@@ -171,19 +174,35 @@ class RepositoryView:
         return self._serials[self._paths.get(number, ())[:-1]]
 
     def lookup(self, number: int, name: bytes) -> tuple[int, Node] | None:
-        """Return a directory's entry, or None; `ids/` also finds full ids, which it does not list."""
+        """Return a directory's entry, or None.
+
+        Some are found and not listed: full ids in `ids/`, and the times with colons of older versions.
+        """
         if number >= LISTINGS_END:
             return self._view(number).lookup(number, name)
         self._refresh()
         if number >= VERSIONS:
             return self._versions.lookup(number, name)
-        listing = self._listings.get(number)
-        if listing is None:
+        if number not in self._listings:
             raise StaleError(number)
+        return self._entry(number, name)
+
+    def _entry(self, directory: int, name: bytes) -> tuple[int, Node] | None:
+        listing = self._listings.get(directory)
+        if listing is None:
+            return None
         found = listing.by_name.get(name)
-        if found is None and self._paths[number] == (b"ids",):
-            found = self._full_ids.get(name)
-        return found
+        if found is not None:
+            return found
+        path = self._paths[directory]
+        if path == (b"ids",):
+            return self._full_ids.get(name)
+        plain = name.replace(b":", b"%3A" if path in ((b"hosts",), (b"tags",)) else b"-")
+        if plain == name or path == () or plain not in listing.by_name:
+            return None
+        with self._lock:
+            serial = self._serial((*path, name))
+        return serial, self._link(name, plain, listing.by_name[plain][1].mtime_ns)
 
     def entries(self, number: int, position: int) -> Iterator[tuple[int, Node, int]]:
         """Yield the entries of a directory from a position on: number, node and position after it."""
@@ -267,7 +286,8 @@ class RepositoryView:
         with self._lock:
             if self._clock() - self._checked_s < FRESH_S:
                 return
-            if self._update_snapshots() or not self._listings:
+            is_due = time.time_ns() >= self._next_arrival_ns
+            if self._update_snapshots() or not self._listings or is_due:
                 self._build_listings()
             self._checked_s = self._clock()
 
@@ -352,6 +372,13 @@ class RepositoryView:
         folders |= {(name,): {} for name in (b"hosts", b"ids", b"snapshots", b"tags")}
         times: dict[PathParts, int] = dict.fromkeys(folders, self._born_ns)
         full_ids: dict[bytes, tuple[int, Node]] = {}
+        now_ns = time.time_ns()
+        future_ns = [
+            shown.snapshot.time_ns
+            for shown in present
+            if is_from_future(shown.snapshot.time_ns, now_ns)
+        ]
+        self._next_arrival_ns = min(future_ns, default=1 << 63) - FUTURE_TOLERANCE_NS
         for shown in present:
             time_ns = shown.snapshot.time_ns
             identity = shown.snapshot_id.hex().encode("ascii")
@@ -373,6 +400,8 @@ class RepositoryView:
             self._serial((b"snapshots", shown.name))
             for path, name, to in links:
                 entries = folders.setdefault(path, {})
+                if name == _LATEST in entries and is_from_future(time_ns, now_ns):
+                    continue
                 entries[name] = self._serial((*path, name)), self._link(name, to, time_ns)
                 times[path] = time_ns
             whole = self._serial((b"ids", identity))

@@ -98,10 +98,14 @@ class VersionsView:
         path, name = self._target_of(number)
         if name is None:
             return self._directory(path[-1] if path else b"versions")
-        found = self._folder(path).by_name.get(name)
-        if found is None:
+        by_name = self._folder(path).by_name
+        found = by_name.get(name)
+        if found is not None:
+            return found[1]
+        target = by_name.get(name.replace(b":", b"-"))
+        if target is None:
             raise StaleError(number)
-        return found[1]
+        return self._link(name, target[1].name, target[1].mtime_ns)
 
     def parent(self, number: int) -> int | None:
         """Return the number of a node's directory, None for `versions/` itself."""
@@ -116,9 +120,15 @@ class VersionsView:
         path, link = self._target_of(number)
         if link is not None:
             return None
-        found = self._folder(path).by_name.get(name)
+        by_name = self._folder(path).by_name
+        found = by_name.get(name)
         if found is not None:
             return found
+        plain = name.replace(b":", b"-")  # as older versions named times
+        if plain in by_name:
+            target = by_name[plain][1]
+            with self._lock:
+                return self._number(path, name), self._link(name, plain, target.mtime_ns)
         below = (*path, name)
         with self._lock:
             known = below in self._existing

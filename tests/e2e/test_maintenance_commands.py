@@ -64,6 +64,47 @@ class TestForget:
         assert printed.count("within 1d") == 2
         assert "3 snapshots would be forgotten, 2 would be kept" in printed
 
+    def test_forget_judges_the_relative_sources_of_each_directory_apart(
+        self, repository: Casfs, tmp_path: Path
+    ) -> None:
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "file").write_text(folder)
+            for _ in range(2):
+                repository.backup(".", cwd=tmp_path / folder)
+                repository.backup("--stdin", cwd=tmp_path / folder, stdin=folder.encode())
+                repository.backup("--stdin", "--stdin-name", "db.sql", cwd=tmp_path / folder)
+        listed = repository.json("snapshots").of_type("snapshot")
+        directories = {line["directory"] for line in listed}
+        assert directories == {str(tmp_path / "a"), str(tmp_path / "b"), None}
+        printed = repository.run("forget", "--keep-last", "1").text
+        assert f". in {tmp_path / 'a'}" in printed
+        left = repository.json("snapshots").of_type("snapshot")
+        assert sorted((line["paths"][0], line["directory"] or "") for line in left) == [
+            (".", str(tmp_path / "a")),
+            (".", str(tmp_path / "b")),
+            ("db.sql", ""),
+            ("stdin", str(tmp_path / "a")),
+            ("stdin", str(tmp_path / "b")),
+        ]
+
+    def test_a_snapshot_from_the_future_is_reported_and_steers_nothing(
+        self, daily: Casfs, source: Path
+    ) -> None:
+        future = daily.backup(source, "--time", "2200-01-01T00:00:00")["id"]
+        done = daily.json("forget", "--keep-within", "7d")
+        assert done.one("summary")["forgotten"] == 0
+        assert verdicts(done)["2200-01-01"] == ["future"]
+        assert f"snapshot {future[:12]} is from the future" in done.complaint
+        assert (
+            daily.json("tag", "--add", "x", "latest")
+            .one("snapshot")["time"]
+            .startswith("2026-05-05")
+        )
+        real = ids(daily)[-2]
+        assert daily.json("forget", "--keep-last", "1").one("summary")["forgotten"] == 4
+        assert ids(daily) == [real, future]
+
     def test_forget_removes_named_snapshots(self, daily: Casfs) -> None:
         before = ids(daily)
         daily.run("forget", before[0][:12], before[3])

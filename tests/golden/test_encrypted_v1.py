@@ -77,7 +77,7 @@ def test_every_file_of_the_frozen_encrypted_repository_restores_with_its_digest(
     frozen: Path, tmp_path: Path
 ) -> None:
     with open_for_reading(frozen, OpenOptions(unlock=by_age)) as repository:
-        _, snapshot = repository.snapshots.resolve("latest")
+        *_, (_, snapshot) = repository.snapshots.iterate()
         monitor = RecordingMonitor()
         result = Restorer(repository, RestoreOptions(), monitor).restore(
             b"", snapshot.root, bytes(tmp_path / "target"), with_root=True

@@ -153,6 +153,12 @@ def forget(
             plan = plan_policy(repository, policy, grouping, choice, allow_all)
             forgotten, kept = plan.forgotten(), plan.kept()
             _print_plan(output, plan, dry_run)
+            for candidate in plan.from_future():
+                output.warn(
+                    f"snapshot {short_id(candidate.snapshot_id)} is from the future "
+                    f"({format_time(candidate.time_ns)}): it is kept, and no rule counts it; "
+                    "correct the clock, or forget it by its id"
+                )
         if not dry_run:
             forget(repository, forgotten)
     would = "would be " if dry_run else ""
@@ -231,7 +237,8 @@ def _title(key: GroupKey) -> str:
     if key.host is not None:
         parts.append(f"host {escape_path(key.host.encode())}")
     if key.paths is not None:
-        parts.append(" ".join(escape_path(path) for path in key.paths))
+        where = f" in {escape_path(key.directory)}" if key.directory else ""
+        parts.append(" ".join(escape_path(path) for path in key.paths) + where)
     if key.tags is not None:
         parts.append(f"tags {escape_path(', '.join(key.tags).encode()) or 'none'}")
     return ", ".join(parts) or "all snapshots"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import click
@@ -129,14 +130,19 @@ def _list_envelopes(output: Output, repository: Repository) -> None:
 
 
 def _last_of_each(found: list[Found], count: int | None) -> list[Found]:
+    """Return the last snapshots of each host and its sources; those from the future are not counted."""
+    from casfs.repository.snapshot_filter import is_from_future
+
     if count is None:
         return found
-    seen: dict[tuple[str, tuple[bytes, ...]], int] = {}
+    now_ns = time.time_ns()
+    seen: dict[object, int] = {}
     kept = []
     for snapshot_id, snapshot in reversed(found):
-        key = snapshot.host, snapshot.paths
-        seen[key] = seen.get(key, 0) + 1
-        if seen[key] <= count:
+        key = snapshot.host, snapshot.paths, snapshot.directory
+        is_future = is_from_future(snapshot.time_ns, now_ns)
+        seen[key] = seen.get(key, 0) + (not is_future)
+        if is_future or seen[key] <= count:
             kept.append((snapshot_id, snapshot))
     return kept[::-1]
 
@@ -153,6 +159,9 @@ def _emit_snapshot(
         host=snapshot.host,
         user=snapshot.user,
         paths=[json_path(path)["path"] for path in snapshot.paths],
+        directory=json_path(snapshot.directory)["path"]
+        if isinstance(snapshot.directory, bytes)
+        else None,
         tags=list(snapshot.tags),
         parent=snapshot.parent.hex() if snapshot.parent is not None else None,
         program=snapshot.program,

@@ -42,6 +42,7 @@ FULL = Snapshot(
     replaces=b"\x02" * 32,
     program="casfs 1",
     stats=SnapshotStats(files=3, seconds=1.5),
+    directory=b"/home",
 )
 
 
@@ -161,6 +162,10 @@ class TestSnapshotCompatibility:
         stats = msgspec.to_builtins(FULL.stats) | {"later": 1}
         plain = msgspec.msgpack.encode(known | {"later": ["x"], "stats": stats})
         assert read(made(plain, len(plain)), codec) == FULL
+
+    def test_a_snapshot_without_a_directory_is_stored_as_by_older_versions(self) -> None:
+        assert b"directory" in msgspec.msgpack.encode(FULL)
+        assert b"directory" not in msgspec.msgpack.encode(SMALL)
 
     def test_a_snapshot_with_missing_fields_has_their_defaults(self, codec: BlobCodec) -> None:
         known = {"root": ROOT, "time_ns": 0, "host": "h", "user": "u", "paths": []}

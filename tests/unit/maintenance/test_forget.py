@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from casfs.digest import SnapshotId
@@ -131,3 +133,46 @@ def test_forgetting_a_replacement_does_not_bring_back_the_replaced_snapshot(
         assert set(repository.snapshots.ids()) == {first, second, other}
         forget(repository, select_by_name(repository, [second.hex()], False))
         assert repository.snapshots.ids() == [other]
+
+
+def test_relative_sources_of_different_directories_are_judged_apart(
+    repo: RepositoryFixture,
+) -> None:
+    made(repo, 1, directory=b"/a")
+    old = made(repo, 2, directory=b"/b")
+    made(repo, 3, directory=b"/b")
+    made(repo, 4)
+    plan = planned(repo)
+    assert gone(plan) == {old}
+    assert sorted(key.directory for key in plan.groups) == [b"", b"/a", b"/b"]
+    assert planned(repo, grouping=Grouping(paths=False)).kept() == 1
+
+
+def test_a_snapshot_from_the_future_is_kept_and_saves_no_other(repo: RepositoryFixture) -> None:
+    real = [made(repo, 1), made(repo, 2)]
+    future = made(repo, 2_000_000_000)
+    with repo.reading() as repository:
+
+        def plan(policy: Policy) -> ForgetPlan:
+            return plan_policy(
+                repository, policy, Grouping(), SnapshotFilter(), False, now_ns=10 * 10**9
+            )
+
+        assert gone(plan(LAST)) == {real[0]}
+        assert [one.snapshot_id for one in plan(LAST).from_future()] == [future]
+        with pytest.raises(RefusedError, match="none of the 2 snapshots"):
+            plan(Policy(tags=(frozenset({"none"}),)))
+
+
+def test_latest_is_from_the_future_only_where_all_are(
+    repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = made(repo, 1)
+    future = made(repo, 2_000_000_000)
+    with repo.reading() as repository:
+        monkeypatch.setattr(time, "time_ns", lambda: 10 * 10**9)
+        assert repository.snapshots.resolve("latest")[0] == first
+        monkeypatch.setattr(time, "time_ns", lambda: 0)
+        assert repository.snapshots.resolve("latest")[0] == first
+        monkeypatch.setattr(time, "time_ns", lambda: -(10**12))
+        assert repository.snapshots.resolve("latest")[0] == future

@@ -99,7 +99,7 @@ def test_every_snapshot_is_found_by_time_id_host_and_tag(repo: RepositoryFixture
     second = publish(repo, 60, host="cellar", tags=("daily", "weekly"))
     mounted = RepositoryViewFixture(repo)
     assert set(mounted.listed()) == {b"hosts", b"ids", b"snapshots", b"tags", b"versions"}
-    times = [b"2023-11-14T22:13:20", b"2023-11-14T22:14:20"]
+    times = [b"2023-11-14T22-13-20", b"2023-11-14T22-14-20"]
     assert list(mounted.listed(b"snapshots")) == [times[0], b"latest", times[1]]
     assert set(mounted.listed(b"hosts")) == {b"attic", b"cellar"}
     assert set(mounted.listed(b"tags")) == {b"daily", b"weekly"}
@@ -127,7 +127,7 @@ def test_whole_ids_are_found_but_not_listed(repo: RepositoryFixture) -> None:
     mounted = RepositoryViewFixture(repo)
     assert set(mounted.listed(b"ids")) == {identity[:12], b"latest"}
     node = mounted.view.node(mounted.find(b"ids", identity))
-    assert node.content == b"../snapshots/2023-11-14T22:13:20"
+    assert node.content == b"../snapshots/2023-11-14T22-13-20"
     assert mounted.view.lookup(mounted.find(b"ids"), identity[:20]) is None
 
 
@@ -164,7 +164,7 @@ def test_snapshots_of_the_same_second_have_different_names(repo: RepositoryFixtu
     mounted = RepositoryViewFixture(repo)
     names = sorted(name for name in mounted.listed(b"snapshots") if name != b"latest")
     assert len(names) == 3
-    assert names[0] == b"2023-11-14T22:13:20"
+    assert names[0] == b"2023-11-14T22-13-20"
     assert all(name.startswith(names[0]) for name in names)
     assert len({mounted.find(b"snapshots", name) for name in names}) == 3
 
@@ -174,13 +174,13 @@ def test_a_new_snapshot_appears_and_is_the_latest(repo: RepositoryFixture) -> No
     mounted = RepositoryViewFixture(repo)
     before = mounted.listed(b"snapshots")
     assert mounted.follow(b"snapshots", b"latest") == mounted.find(
-        b"snapshots", b"2023-11-14T22:13:20"
+        b"snapshots", b"2023-11-14T22-13-20"
     )
     mounted.change(lambda: publish(repo, 60, host="new"))
     after = mounted.listed(b"snapshots")
     assert len(after) == len(before) + 1
-    assert before[b"2023-11-14T22:13:20"][0] == after[b"2023-11-14T22:13:20"][0]
-    assert mounted.follow(b"snapshots", b"latest") == after[b"2023-11-14T22:14:20"][0]
+    assert before[b"2023-11-14T22-13-20"][0] == after[b"2023-11-14T22-13-20"][0]
+    assert mounted.follow(b"snapshots", b"latest") == after[b"2023-11-14T22-14-20"][0]
     assert b"new" in mounted.listed(b"hosts")
 
 
@@ -209,7 +209,7 @@ def test_a_forgotten_snapshot_leaves_the_lists_and_still_serves_its_users(
     first = publish(repo, 0, host="gone", tags=("gone",))
     publish(repo, 60)
     mounted = RepositoryViewFixture(repo)
-    file = mounted.find(b"snapshots", b"2023-11-14T22:13:20", b"file")
+    file = mounted.find(b"snapshots", b"2023-11-14T22-13-20", b"file")
 
     def forget() -> None:
         with repo.writing() as repository:
@@ -218,7 +218,7 @@ def test_a_forgotten_snapshot_leaves_the_lists_and_still_serves_its_users(
     link = mounted.find(b"hosts", b"gone", b"latest")
     folder = mounted.find(b"hosts", b"gone")
     mounted.change(forget)
-    assert set(mounted.listed(b"snapshots")) == {b"2023-11-14T22:14:20", b"latest"}
+    assert set(mounted.listed(b"snapshots")) == {b"2023-11-14T22-14-20", b"latest"}
     assert set(mounted.listed(b"ids")) != {first.hex()[:12].encode()}
     assert b"gone" not in {**mounted.listed(b"hosts"), **mounted.listed(b"tags")}
     for number in (link, folder):
@@ -275,7 +275,7 @@ def test_a_damaged_snapshot_is_logged_once_and_the_others_are_shown(
     path.write_bytes(data)
     mounted = RepositoryViewFixture(repo)
     for _ in range(3):
-        assert set(mounted.listed(b"snapshots")) == {b"2023-11-14T22:14:20", b"latest"}
+        assert set(mounted.listed(b"snapshots")) == {b"2023-11-14T22-14-20", b"latest"}
         mounted.now += 2 * FRESH_S
     assert len([r for r in caplog.records if r.name == "casfs_mount.repository_view"]) == 1
 
@@ -324,9 +324,9 @@ def test_safe_names_are_readable_where_they_can_be() -> None:
 
 
 def test_times_beyond_the_calendar_have_names_too() -> None:
-    assert time_name(NOON_NS) == b"2023-11-14T22:13:20"
-    assert time_name(-SECOND_NS) == b"1969-12-31T23:59:59"
-    assert time_name(1 << 62) == b"2116-02-20T23:53:38"
+    assert time_name(NOON_NS) == b"2023-11-14T22-13-20"
+    assert time_name(-SECOND_NS) == b"1969-12-31T23-59-59"
+    assert time_name(1 << 62) == b"2116-02-20T23-53-38"
     assert time_name(10**27) == b"@%d" % 10**18
 
 
@@ -335,3 +335,40 @@ def test_ids_are_shown_with_enough_digits_to_differ() -> None:
     one = digest_of(b"x").hex()
     assert digits_that_differ([one, digest_of(b"y").hex()]) == 12
     assert digits_that_differ([one, one[:30] + "z" * 34, "0" * 64]) == 31
+
+
+def test_no_name_in_the_mount_has_a_colon_and_those_of_older_versions_are_still_found(
+    repo: RepositoryFixture,
+) -> None:
+    publish(repo, 0, host="fe80::1", tags=("a:b",))
+    publish(repo, 60, host="attic", tags=("a:b",))
+    mounted = RepositoryViewFixture(repo)
+    folders = [(b"snapshots",), (b"hosts",), (b"tags",), (b"hosts", b"attic"), (b"tags", b"a%3Ab")]
+    for folder in folders:
+        assert b":" not in b"".join(mounted.listed(*folder))
+    root = mounted.find(b"snapshots", b"2023-11-14T22-13-20")
+    old = b"2023-11-14T22:13:20"
+    for path in ((b"snapshots", old), (b"hosts", b"fe80::1", old), (b"tags", b"a:b", old)):
+        assert mounted.follow(*path) == root
+        number = mounted.find(*path[:-1]) if path[0] == b"snapshots" else mounted.follow(*path[:-1])
+        assert old not in {node.name for _, node, _ in mounted.view.entries(number, 0)}
+    assert mounted.view.lookup(mounted.find(b"snapshots"), b"2023-11-14T22:13:21") is None
+    link = mounted.find(b"snapshots", old)
+    assert mounted.view.node(link).content == b"2023-11-14T22-13-20"
+
+
+def test_a_snapshot_from_the_future_is_the_latest_only_where_there_is_no_other(
+    repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = publish(repo, 0, host="attic")
+    publish(repo, 400 * 86_400, host="attic")
+    publish(repo, 400 * 86_400, host="cellar")
+    monkeypatch.setattr(time, "time_ns", lambda: NOON_NS + SECOND_NS)
+    mounted = RepositoryViewFixture(repo)
+    root = mounted.follow(b"ids", now.hex().encode())
+    for path in ((b"snapshots",), (b"ids",), (b"hosts", b"attic")):
+        assert mounted.follow(*path, b"latest") == root
+    assert mounted.follow(b"hosts", b"cellar", b"latest") != root
+    monkeypatch.setattr(time, "time_ns", lambda: NOON_NS + 401 * 86_400 * SECOND_NS)
+    mounted.now += FRESH_S + 1
+    assert mounted.follow(b"hosts", b"attic", b"latest") != root
