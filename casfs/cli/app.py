@@ -42,6 +42,7 @@ VERBS = {
     "run": "casfs.cli.commands.run:run",
     "config": "casfs.cli.commands.config:config",
     "schedule": "casfs.cli.commands.schedule:schedule",
+    "mirror": "casfs.cli.commands.mirror:mirror",
     "stats": "casfs.cli.commands.stats:stats",
     "tag": "casfs.cli.commands.tag:tag",
     "key": "casfs.cli.commands.key:key",

@@ -1,0 +1,238 @@
+"""Mirror: copy every object of a repository to another storage, without any key.
+
+The order is that of a backup: keys, then packs, then snapshots. The snapshots are listed before the packs, so
+every snapshot that is copied finds its packs at the destination, and a mirror that is interrupted anywhere
+leaves a repository with fewer snapshots. Running it again continues: objects are write-once and named by the
+digest of their bytes, so one of the same name and size is there already.
+
+Every object is digested on its way. One that is not what its name says is not copied and is reported; an
+intact copy at the destination stays. Memory is bounded by a window of an object for each thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import msgspec
+from blake3 import blake3
+
+from casfs.crypto.recipients import RECIPIENTS_NAME
+from casfs.errors import IntegrityError, NotFoundError, RefusedError
+from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, decode_config
+from casfs.maintenance.scrub import Finding
+from casfs.maintenance.storage_check import FOLDERS
+from casfs.monitor import Monitor
+from casfs.storage.base import ListedObject, Storage
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MARGIN_S = 7 * 86_400
+"""How long the destination keeps what the source no longer has: time to notice an attack on the source."""
+
+KEY_FOLDERS = ("identities", "sessions")
+MISSING_NAME = "mirror/missing"
+"""At the destination: since when the source lacks each object that the destination has."""
+
+_WINDOW_BYTES = 8 * 1024 * 1024
+_MAX_SMALL_BYTES = 16 << 20
+_MAX_MISSING_BYTES = 1 << 30
+_THREADS = 4
+_IN_MEMORY_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class MirrorResult:
+    """Counts of a mirror; `pending` objects are no longer in the source and wait for the margin."""
+
+    copied: int = 0
+    copied_bytes: int = 0
+    present: int = 0
+    deleted: int = 0
+    pending: int = 0
+    damage: list[Finding] = field(default_factory=list)
+
+
+class Mirror:
+    """Copy one repository from `source` to `destination`; use each instance once.
+
+    `now_s` returns the time in seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        source: Storage,
+        destination: Storage,
+        monitor: Monitor,
+        *,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
+        self.result = MirrorResult()
+        self._source = source
+        self._destination = destination
+        self._monitor = monitor
+        self._now_s = now_s
+
+    def run(self, delete: bool = False, margin_s: float = DEFAULT_MARGIN_S) -> MirrorResult:
+        """Copy what the destination lacks; with `delete` remove what the source has lacked for `margin_s`.
+
+        Nothing is deleted where an object could not be copied. Raises RefusedError for a destination that is
+        another repository, NotFoundError for a source without a repository, IntegrityError for its damaged
+        configuration, and StorageError.
+        """
+        self._copy_config()
+        listed = self._copy_objects()
+        if delete and not self.result.damage:
+            self._delete_missing(listed, margin_s)
+        return self.result
+
+    def _copy_config(self) -> None:
+        """Copy the configuration, or verify that both are of the same repository."""
+        data = self._source.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES)
+        config = decode_config(data, self._source.url)
+        try:
+            there = self._destination.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES)
+        except NotFoundError:
+            if next(iter(self._destination.list("packs")), None) is not None:
+                raise RefusedError(
+                    f"{self._destination.url} has packs and no configuration; name an empty destination"
+                ) from None
+            self._destination.create(CONFIG_NAME, data)
+            return
+        other = decode_config(there, self._destination.url)
+        if other != config:
+            raise RefusedError(
+                f"{self._destination.url} holds repository {other.id[:12]}, and {self._source.url} is "
+                f"{config.id[:12]}; name another destination"
+            )
+
+    def _copy_objects(self) -> set[str]:
+        """Copy keys, packs and snapshots; return the names that the source has."""
+        copied: set[str] = set()
+        while True:
+            snapshots = list(self._source.list("snapshots"))
+            others = [item for folder in KEY_FOLDERS for item in self._source.list(folder)]
+            packs = list(self._source.list("packs"))
+            self._copy_all(item for item in others if item.name not in copied)
+            self._copy_recipients()
+            vanished = self._copy_all(item for item in packs if item.name not in copied)
+            copied.update(item.name for item in (*others, *packs))
+            if not vanished:
+                break
+            # A prune of the source removed packs. It stored what snapshots need of them in new packs.
+            log.info("%d packs vanished from %s; listing it again", vanished, self._source.url)
+        self._copy_all(snapshots)
+        return copied | {item.name for item in snapshots}
+
+    def _copy_recipients(self) -> None:
+        """Replace the list of recipients at the destination where it differs."""
+        try:
+            data = self._source.read(RECIPIENTS_NAME, 0, _MAX_SMALL_BYTES)
+        except NotFoundError:
+            return
+        try:
+            if self._destination.read(RECIPIENTS_NAME, 0, _MAX_SMALL_BYTES) == data:
+                return
+        except NotFoundError:
+            pass
+        self._destination.write(RECIPIENTS_NAME, data)
+
+    def _copy_all(self, items: Iterable[ListedObject]) -> int:
+        """Copy objects in parallel; return how many vanished from the source meanwhile."""
+        wanted = [item for item in items if item.name.partition("/")[0] in FOLDERS]
+        progress = self._monitor.progress
+        progress.total_bytes = (progress.total_bytes or 0) + sum(item.size for item in wanted)
+        vanished = 0
+        threads = max(1, min(_THREADS, self._parallel_requests()))
+        with ThreadPoolExecutor(threads, "casfs-mirror") as pool:
+            for item, outcome in zip(wanted, pool.map(self._copy, wanted), strict=True):
+                self._monitor.progress.files += 1
+                if outcome == "copied":
+                    self.result.copied += 1
+                    self.result.copied_bytes += item.size
+                elif outcome == "present":
+                    self.result.present += 1
+                elif outcome == "vanished":
+                    vanished += 1
+                else:
+                    kind = FOLDERS[item.name.partition("/")[0]]
+                    self.result.damage.append(Finding(kind, f"{item.name}: {outcome}"))
+        return vanished
+
+    def _parallel_requests(self) -> int:
+        return max(
+            storage.capabilities.parallel_requests for storage in (self._source, self._destination)
+        )
+
+    def _is_there(self, item: ListedObject) -> bool:
+        try:
+            return self._destination.size(item.name) == item.size
+        except NotFoundError:
+            return False
+
+    def _copy(self, item: ListedObject) -> str:
+        """Copy one object; return `copied`, `present`, `vanished`, or why it is not copied."""
+        if self._is_there(item):
+            self._monitor.progress.done_bytes += item.size
+            return "present"
+        stem = item.name.rpartition("/")[2].partition(".")[0]
+        whole = blake3()
+        done = 0
+        writer = self._destination.open_writer(item.size <= _IN_MEMORY_BYTES)
+        try:
+            while done < item.size:
+                try:
+                    data = self._source.read(item.name, done, min(_WINDOW_BYTES, item.size - done))
+                except NotFoundError:
+                    return "vanished"
+                if not data:
+                    break
+                whole.update(data)
+                writer.append(data)
+                done += len(data)
+                self._monitor.progress.done_bytes += len(data)
+            if done != item.size:
+                return f"size mismatch: read {done} bytes, listed {item.size}"
+            if whole.hexdigest() != stem:
+                return "digest mismatch"
+            writer.commit(item.name)
+            return "copied"
+        finally:
+            writer.discard()
+
+    def _delete_missing(self, listed: set[str], margin_s: float) -> None:
+        """Delete what the source has lacked for the margin, snapshots first, then packs, then keys."""
+        now = int(self._now_s())
+        before = self._read_missing()
+        missing: dict[str, int] = {}
+        for folder in ("snapshots", "packs", *KEY_FOLDERS):
+            for item in list(self._destination.list(folder)):
+                if item.name in listed:
+                    continue
+                since = before.get(item.name, now)
+                # A time in the future, of a clock that was off, would keep the object for good.
+                since = min(since, now)
+                if now - since >= margin_s:
+                    self._destination.delete(item.name)
+                    self.result.deleted += 1
+                else:
+                    missing[item.name] = since
+        self.result.pending = len(missing)
+        if missing != before:
+            self._destination.write(MISSING_NAME, msgspec.json.encode(missing))
+
+    def _read_missing(self) -> dict[str, int]:
+        try:
+            data = self._destination.read(MISSING_NAME, 0, _MAX_MISSING_BYTES)
+        except NotFoundError:
+            return {}
+        try:
+            return msgspec.json.decode(data, type=dict[str, int])
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise IntegrityError(
+                f"{MISSING_NAME} in {self._destination.url} is damaged ({error}); delete it, and the margin "
+                "begins again"
+            ) from error

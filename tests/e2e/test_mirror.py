@@ -1,0 +1,57 @@
+"""The command mirror: a copy of a repository that is a repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.cli import Casfs
+
+
+def test_a_mirror_restores_and_checks_like_the_repository(
+    repository: Casfs, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_bytes(b"content" * 1000)
+    repository.run("backup", source)
+    copy = tmp_path / "copy"
+    (printed,) = repository.run("mirror", copy, "--json").objects
+    assert (printed["type"], printed["copied"] > 0, printed["damage"]) == ("mirror", True, 0)
+    (again,) = repository.run("mirror", copy, "--json").objects
+    assert (again["copied"], again["present"]) == (0, printed["copied"])
+    mirrored = Casfs(copy, repository.home)
+    assert "no damage" in mirrored.run("check", "--read-data").text
+    mirrored.run("restore", "latest", "--target", tmp_path / "target")
+    restored = tmp_path / "target" / str(source).lstrip("/") / "file"
+    assert restored.read_bytes() == b"content" * 1000
+
+
+def test_a_mirror_into_the_repository_itself_is_refused(repository: Casfs, tmp_path: Path) -> None:
+    assert repository.repository is not None
+    for place in (
+        repository.repository,
+        repository.repository / "copy",
+        repository.repository.parent,
+    ):
+        repository.refuses("mirror", place, mentions=["overlap"])
+    assert not (repository.repository / "copy").exists()
+
+
+def test_a_mirror_to_a_file_is_refused(repository: Casfs, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    repository.refuses("mirror", tmp_path / "file", mentions=["not a folder"])
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+def test_a_mirror_with_a_damaged_pack_exits_5_and_names_it(
+    repository: Casfs, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"content" * 1000)
+    repository.run("backup", tmp_path / "file")
+    assert repository.repository is not None
+    (pack,) = [path for path in (repository.repository / "packs").rglob("*") if path.is_file()]
+    data = bytearray(pack.read_bytes())
+    data[50] ^= 1
+    pack.write_bytes(data)
+    printed = repository.run("mirror", tmp_path / "copy", expect=5)
+    assert pack.name in printed.complaint and "not copied" in printed.complaint
