@@ -56,7 +56,7 @@ def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) ->
     with ExitStack() as stack:
         reading = source.open_storage()
         stack.callback(reading.close)
-        config = source.read_config(reading)
+        config = source.trust_root(reading).config
         writing = target.open_storage(sync=settings.sync)
         stack.callback(writing.close)
         host = None if config.encryption is None else "a machine"
