@@ -105,7 +105,9 @@ def run(arguments: list[str]) -> int:
     _configure()
     as_json = "--json" in arguments
     try:
-        code = casfs.main(args=arguments, prog_name="casfs", standalone_mode=False, obj=Settings())
+        settings = Settings()
+        code = casfs.main(args=arguments, prog_name="casfs", standalone_mode=False, obj=settings)
+        settings.report_requests()
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except CasfsError as error:

@@ -36,6 +36,28 @@ class SizeType(click.ParamType[int]):
         return int(Fraction(match.group(1)) * 1024 ** _POWERS[match.group(2).lower()])
 
 
+class RateType(click.ParamType[int]):
+    """Bytes per second: `500K`, `10M` and `10MiB/s` are rates."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes per second; at least one."""
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(str(value).strip().removesuffix("/s"))
+        rate = (
+            int(Fraction(match.group(1)) * 1024 ** _POWERS[match.group(2).lower()])
+            if match is not None
+            else 0
+        )
+        if rate < 1:
+            self.fail(
+                f"{value!r} is not a rate such as 500K or 10M, in bytes per second", param, ctx
+            )
+        return rate
+
+
 class PatternType(click.ParamType[Pattern]):
     """A pattern in gitignore syntax, parsed from the bytes that the user typed."""
 
@@ -163,6 +185,7 @@ def _option_name(param: click.Parameter | None) -> str:
 
 
 SIZE = SizeType()
+RATE = RateType()
 PATTERN = PatternType()
 TAGS = TagsType()
 COUNT = CountType()

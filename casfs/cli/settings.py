@@ -13,14 +13,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from casfs.cli.output import Output, path_argument
-from casfs.cli.param_types import TAGS
+from casfs.cli.param_types import RATE, TAGS
 from casfs.errors import CasfsError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -229,6 +229,8 @@ class Settings:
     paths: tuple[str, ...] = ()
     keys: KeyOptions = field(default_factory=KeyOptions)
     expected: str | None = None
+    upload_bytes_per_s: int | None = None
+    download_bytes_per_s: int | None = None
     _address: RepositoryAddress | None = None
     _place: Place | None = None
     _unlocked: Identities | None = None
@@ -264,14 +266,24 @@ class Settings:
 
     def repository(self) -> Place:
         """Return the place of the repository, always the same one; raise UsageError if none is named."""
-        from casfs.repository.place import place_of
+        from casfs.repository.place import LocalPlace, place_of
         from casfs.storage.url import parse_location
 
         if self._place is None:
             address = self.repository_address()
-            self._place = place_of(
-                parse_location(address.url), address.storage_options(), self._expected_repository()
+            options = replace(
+                address.storage_options(),
+                upload_bytes_per_s=self.upload_bytes_per_s,
+                download_bytes_per_s=self.download_bytes_per_s,
             )
+            place = place_of(parse_location(address.url), options, self._expected_repository())
+            if isinstance(place, LocalPlace) and (
+                self.upload_bytes_per_s or self.download_bytes_per_s
+            ):
+                raise UsageError(
+                    f"a rate limit holds for a repository on another machine, and {place} is a folder"
+                )
+            self._place = place
         return self._place
 
     def _expected_repository(self) -> str | None:
@@ -285,6 +297,24 @@ class Settings:
                 "prints in its folder"
             )
         return given.lower()
+
+    def report_requests(self) -> None:
+        """Print as JSON how many requests the command made to a remote repository, by kind."""
+        from casfs.repository.place import RemotePlace
+
+        if not (self.as_json and isinstance(self._place, RemotePlace)):
+            return
+        totals = self._place.counter.totals()
+        if totals:
+            kinds = {
+                str(kind): {
+                    "requests": found.requests,
+                    "sent_bytes": found.sent_bytes,
+                    "received_bytes": found.received_bytes,
+                }
+                for kind, found in sorted(totals.items())
+            }
+            self.output().emit("requests", **kinds)
 
     def recipients_file(self) -> Path | None:
         """Return the recipients file that the configuration names for the repository, or None."""
@@ -307,6 +337,32 @@ class Settings:
     def output(self) -> Output:
         """Return the writer of the command's results."""
         return Output(self.as_json)
+
+
+def _set_upload_limit(ctx: click.Context, _: click.Parameter, value: int | None) -> None:
+    ctx.ensure_object(Settings).upload_bytes_per_s = value
+
+
+def _set_download_limit(ctx: click.Context, _: click.Parameter, value: int | None) -> None:
+    ctx.ensure_object(Settings).download_bytes_per_s = value
+
+
+upload_limit_option = click.option(
+    "--limit-upload",
+    type=RATE,
+    metavar="RATE",
+    expose_value=False,
+    callback=_set_upload_limit,
+    help="Send at most this many bytes per second to a remote repository, such as 500K.",
+)
+download_limit_option = click.option(
+    "--limit-download",
+    type=RATE,
+    metavar="RATE",
+    expose_value=False,
+    callback=_set_download_limit,
+    help="Fetch at most this many bytes per second from a remote repository.",
+)
 
 
 def key_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -83,6 +83,10 @@ class TestRemoteRepository:
         assert again["new_bytes"] < 100_000
         third = remote.run("backup", "--json", ".", cwd=source).one("snapshot")
         assert third["new_bytes"] == 0
+        counted = remote.run("snapshots", "--json").one("requests")
+        assert counted["list"]["requests"] >= 1
+        assert counted["read"]["received_bytes"] > 0
+        assert "create" not in counted
         assert len(remote.run("snapshots", "--json").of_type("snapshot")) == 3
         other.run("restore", "latest", "--target", tmp_path / "back")
         assert tree_differences(source, tmp_path / "back") == []

@@ -19,7 +19,7 @@ from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, stdout_failed
 from casfs.cli.output import iso_time, json_path
 from casfs.cli.param_types import PATTERN, SIZE, TAGS
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, upload_limit_option
 from casfs.digest import short_id
 from casfs.display import format_size
 from casfs.errors import NotFoundError, TrustError, UsageError
@@ -147,6 +147,7 @@ _MAX_SECONDS = 9_200_000_000
     metavar="FILE",
     help="Refuse unless the repository is encrypted to exactly these recipients.",
 )
+@upload_limit_option
 @common_options
 @click.pass_obj
 def backup(

@@ -13,7 +13,7 @@ from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
 from casfs.cli.output import json_path
 from casfs.cli.param_types import PATTERN
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, latest_options
+from casfs.cli.settings import Settings, common_options, download_limit_option, latest_options
 from casfs.digest import short_id
 from casfs.display import escape_path, format_size
 from casfs.errors import RefusedError, UsageError
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 @click.option("--salvage", is_flag=True, help="Write damaged files too, with zeros for lost data.")
 @click.option("--dry-run", "-n", is_flag=True, help="Print what would be done; read no file.")
 @latest_options
+@download_limit_option
 @common_options
 @click.pass_obj
 def restore(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import click
 import pytest
 
 from casfs.cli import app
 from casfs.cli.commands.run import job_of
+from casfs.cli.param_types import RATE
 from casfs.cli.settings import KeyOptions, PassphraseSource, Settings
 from casfs.config.repositories import NamedRepository
 from casfs.config.values import AbsolutePath, Command, RepositoryUrl
 from casfs.errors import ConfigError, UsageError
 from casfs.repository.place import LocalPlace, RemotePlace
 from casfs.storage.base import StorageOptions
+from casfs.storage.counting import RequestKind
 
 CONFIG = """\
 [repositories.nas]
@@ -93,6 +97,51 @@ def test_a_url_that_the_configuration_does_not_name_is_a_place(config: str) -> N
     place = settings(config, "sftp://me@host/srv/r").repository()
     assert isinstance(place, RemotePlace)
     assert place.options.endpoint is None
+
+
+def test_rate_limits_reach_the_storage_of_a_remote_place(config: str) -> None:
+    found = settings(config, "cloud")
+    found.upload_bytes_per_s = 1000
+    place = found.repository()
+    assert isinstance(place, RemotePlace)
+    assert (place.options.upload_bytes_per_s, place.options.download_bytes_per_s) == (1000, None)
+    assert place.options.endpoint == "https://s3.example.org"
+
+
+def test_a_rate_limit_for_a_folder_is_refused(config: str) -> None:
+    found = settings(config, "nas")
+    found.download_bytes_per_s = 1000
+    with pytest.raises(UsageError, match="/srv/casfs is a folder"):
+        found.repository()
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("500K", 512_000), ("1", 1), ("2MiB/s", 2 << 20), ("1.5m", 3 << 19)]
+)
+def test_a_rate_is_in_bytes_per_second(text: str, rate: int) -> None:
+    assert RATE.convert(text, None, None) == rate
+
+
+@pytest.mark.parametrize("text", ["0", "fast", "-1", "10M/min", ""])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    with pytest.raises(click.UsageError, match="is not a rate"):
+        RATE.convert(text, None, None)
+
+
+def test_requests_to_a_remote_place_are_printed_as_json(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = settings(config, "cloud")
+    found.as_json = True
+    found.report_requests()
+    place = found.repository()
+    assert isinstance(place, RemotePlace)
+    place.counter.add(RequestKind.READ, received_bytes=7)
+    found.report_requests()
+    assert json.loads(capsys.readouterr().out) == {
+        "type": "requests",
+        "read": {"requests": 1, "sent_bytes": 0, "received_bytes": 7},
+    }
 
 
 def test_no_repository_is_a_usage_error(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
