@@ -101,7 +101,8 @@ class FinalRetry:
             return self._frame(node, path, -1, source)
         above = _open_same(None, os.path.dirname(source.source) or b".", None, follow=True)
         try:
-            fd = _open_same(above, node.name, node.inode) if above >= 0 else -1
+            entry = os.path.basename(source.source)
+            fd = _open_same(above, entry, node.inode) if above >= 0 else -1
         finally:
             _close(above)
         return self._frame(node, path, fd, source)

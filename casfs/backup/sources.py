@@ -28,12 +28,27 @@ class SourceNode:
     children: dict[bytes, SourceNode] = field(default_factory=dict)
 
     def sources(self) -> Iterator[bytes]:
-        """Yield the paths of the sources at and below this node."""
-        if self.is_source:
-            yield self.source
-            return
-        for name in sorted(self.children):
-            yield from self.children[name].sources()
+        """Yield the paths of the sources at and below this node; what is below a source belongs to it."""
+        stack = [self]
+        while stack:
+            node = stack.pop()
+            if node.is_source:
+                yield node.source
+            else:
+                stack += node._children_backwards()
+
+    def covered_sources(self) -> Iterator[bytes]:
+        """Yield the paths of the sources that lie in other sources."""
+        stack = [(self, False)]
+        while stack:
+            node, is_covered = stack.pop()
+            if is_covered and node.is_source:
+                yield node.source
+            is_covered = is_covered or node.is_source
+            stack += [(child, is_covered) for child in node._children_backwards()]
+
+    def _children_backwards(self) -> list[SourceNode]:
+        return [self.children[name] for name in sorted(self.children, reverse=True)]
 
 
 def build_source_tree(paths: list[bytes]) -> SourceNode:
@@ -45,7 +60,7 @@ def build_source_tree(paths: list[bytes]) -> SourceNode:
     kept = [normalize_source_path(path) for path in paths]
     absolute = any(path.startswith(b"/") for path in kept)
     root = SourceNode(b"/" if absolute else b".")
-    for path in kept:
+    for named, path in zip(paths, kept, strict=True):
         node = root
         source = b"/" if path.startswith(b"/") else b""
         for name in _names(path):
@@ -54,6 +69,9 @@ def build_source_tree(paths: list[bytes]) -> SourceNode:
         if not node.is_source:
             node.source = source or b"."
             node.is_source = True
+        if named.endswith((b"/", b"/.")) and os.path.islink(path) and os.path.isdir(path):
+            # As for rsync and tar: a slash at the end means the directory that a link leads to.
+            node.source = os.path.join(path, b".")
     for path in kept:
         _refuse_same_snapshot_path(root, path)
     return root

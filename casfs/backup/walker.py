@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from casfs.backup.entry_builder import EntryBuilder
 from casfs.backup.exclude import Exclusions
@@ -53,7 +53,11 @@ NewTree = Callable[[TreeRef | None, list[Node] | None], TreeWriter]
 
 @dataclass(slots=True)
 class _Frame:
-    """A directory that is being walked: its descriptor (-1 without one) and its remaining names."""
+    """A directory that is being walked: its descriptor (-1 without one) and its remaining names.
+
+    `sources` are the names to visit in a directory that only leads to sources; `covered` are names in a
+    source that were named themselves, or lead to such.
+    """
 
     node: Node
     path: bytes
@@ -63,6 +67,7 @@ class _Frame:
     parent: ParentCursor
     tree: TreeWriter
     sources: dict[bytes, SourceNode] | None = None
+    covered: dict[bytes, SourceNode] = field(default_factory=dict)
     marker: bytes | None = None
 
 
@@ -102,6 +107,11 @@ class Walker:
         st = os.stat(root.source)
         node = self._entries.make_node(b"", b"", st, NodeType.DIRECTORY, root.source)
         tree = previous.tree if previous is not None else None
+        for path in root.covered_sources():
+            try:
+                os.lstat(path)
+            except OSError as error:
+                self._count_missing([path], error)
         if root.is_source:
             fd = open_directory(None, root.source, follow=True)
             frame = self._open_frame(node, b"", fd, st, tree, root)
@@ -214,10 +224,20 @@ class Walker:
         st: os.stat_result,
         previous: Node | None,
         depth: int,
+        source: SourceNode | None = None,
     ) -> _Frame | None:
+        """Return the frame of a directory, or None after reporting why it is not entered.
+
+        `source` is given where the directory was named.
+        """
         if previous is not None and previous.tree is None:
             previous = None
+        tree = previous.tree if previous is not None else None
+        entry = name if source is None else os.path.basename(source.source)
+        source = source if source is not None else frame.covered.get(name)
         foreign = self._one_file_system and st.st_dev != frame.device
+        if foreign and source is not None and source.is_source:
+            foreign = False
         fd = -1
         try:
             check_name(name)
@@ -226,15 +246,15 @@ class Walker:
                     errno.ENAMETOOLONG, f"it is nested more than {MAX_DEPTH} directories deep"
                 )
             if not foreign:
-                fd = open_directory(frame.fd, name)
+                fd = open_directory(frame.fd, entry)
             if previous is not None and is_unchanged(previous, st, NodeType.DIRECTORY):
                 node = previous
             else:
                 where = fd if fd >= 0 else proc_fd_path(frame.fd, name)
                 node = self._entries.make_node(name, path, st, NodeType.DIRECTORY, where)
-            child = self._open_frame(
-                node, path, fd, st, previous.tree if previous is not None else None
-            )
+            if foreign and source is not None:
+                return self._source_frame(node, path, source, tree)
+            child = self._open_frame(node, path, fd, st, tree, source)
             if frame.marker is not None:
                 # The directory is itself the marker of its parent: it is kept without its entries.
                 child.names = iter(())
@@ -269,7 +289,9 @@ class Walker:
         marker = self._exclusions.marker_of(names, fd) if names else None
         previous = ParentCursor(self._trees, tree)
         writer = self._new_tree(previous.ref, previous.single)
-        frame = _Frame(node, path, fd, st.st_dev, iter(names), previous, writer, None, marker)
+        frame = _Frame(node, path, fd, st.st_dev, iter(names), previous, writer, marker=marker)
+        if source is not None:
+            frame.covered = source.children
         self._progress.path = path
         return frame
 
@@ -313,7 +335,7 @@ class Walker:
                 if self._is_repository(st):
                     self._monitor.problem(repository_excluded(path))
                     return None
-                child = self._enter_directory(parent, name, path, st, previous, 1)
+                child = self._enter_directory(parent, name, path, st, previous, 1, source)
                 self._report_marker(child)
                 return child
             if kind != NodeType.DIRECTORY:
@@ -349,8 +371,11 @@ class Walker:
         return self._matcher is not None and self._matcher.matches(path, is_directory)
 
     def _report_missing(self, source: SourceNode, error: OSError) -> None:
+        self._count_missing(source.sources(), error)
+
+    def _count_missing(self, sources: Iterable[bytes], error: OSError) -> None:
         stats = self._entries.stats
-        for problem in missing_sources(source.sources(), error):
+        for problem in missing_sources(sources, error):
             stats.missing_sources += 1
             stats.unreadable += 1
             self._monitor.problem(problem)
