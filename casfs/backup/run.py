@@ -169,21 +169,28 @@ def _complete_snapshot(
 def _find_parent(
     repository: Repository, options: BackupOptions
 ) -> tuple[SnapshotId, Snapshot] | None:
-    """Return the parent that the options name, or the newest snapshot of the same host and paths."""
+    """Return the parent that the options name, or the newest proven snapshot of the same host and paths.
+
+    Raise RefusedError for a named one that is unproven.
+    """
     if not options.use_parent:
         return None
     if options.parent is not None:
-        return repository.snapshots.resolve(options.parent)
+        named = repository.snapshots.resolve(options.parent)
+        repository.snapshots.require_proven(named[0], "this parent")
+        return named
     if repository.is_locked:
         return None
     paths = _kept_paths(options)
     directory = _recorded_directory(options)
+    # A forged snapshot could name the attacker's data as the unchanged content of a file.
     found = [
         (snapshot_id, snapshot)
         for snapshot_id, snapshot in repository.snapshots.iterate()
         if snapshot.host == options.host
         and snapshot.paths == paths
         and snapshot.directory in (directory, UNSET)
+        and repository.snapshots.is_from_trusted_writer(snapshot_id)
     ]
     return latest_of(found, time.time_ns()) if found else None
 

@@ -6,10 +6,11 @@ import base64
 import json
 import os
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
+from casfs.digest import SnapshotId, short_id
 from casfs.display import single_line
 
 JsonValue = Any
@@ -48,6 +49,19 @@ class Output:
         """Print a message about a problem to standard error, on one line."""
         sys.stdout.flush()
         print(f"casfs: {single_line(message)}", file=sys.stderr)
+
+
+_MOST_UNPROVEN = 20
+
+
+def warn_of_unproven(output: Output, snapshot_ids: Sequence[SnapshotId]) -> None:
+    """Print a line for each unproven snapshot, at most a screenful."""
+    for snapshot_id in snapshot_ids[:_MOST_UNPROVEN]:
+        output.warn(
+            f"{short_id(snapshot_id)} is unproven: the owner of the storage may have made it"
+        )
+    if len(snapshot_ids) > _MOST_UNPROVEN:
+        output.warn(f"{len(snapshot_ids) - _MOST_UNPROVEN} more snapshots are unproven")
 
 
 def json_path(path: bytes, field: str = "path") -> dict[str, str]:

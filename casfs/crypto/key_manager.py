@@ -111,6 +111,11 @@ class KeyManager:
         """Whether any identity is available."""
         return self.keyring.can_read
 
+    @property
+    def is_trusted_writer(self) -> bool:
+        """Whether what this process publishes is proven: it writes in the repository's own domain."""
+        return self.domain is not None and self.domain.id == self.keyring.domain_id
+
     def session(self) -> WriteSession:
         """Return this writer's session, which is durable; the first call creates it."""
         if self.domain is None:

@@ -8,7 +8,7 @@ so that the result names the losses of every snapshot. One thread walks; the scr
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from casfs.digest import Digest, SnapshotId
 from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
@@ -43,6 +43,7 @@ class CheckResult(ScrubResult):
     """Counts of the objects checked, and the findings; `flagged` counts files in state `changed`."""
 
     snapshots: int = 0
+    unproven: list[SnapshotId] = field(default_factory=list)
     trees: int = 0
     files: int = 0
     flagged: int = 0
@@ -95,6 +96,8 @@ class Checker:
             except CasfsError as error:
                 self._report(Finding("snapshot", str(error), snapshot=snapshot_id))
                 continue
+            if not self._repository.snapshots.is_from_trusted_writer(snapshot_id):
+                self.result.unproven.append(snapshot_id)
             self._walk(snapshot_id, snapshot.root)
             if snapshot.root.tree is not None:
                 self.result.flagged += snapshot.root.tree.flagged

@@ -69,8 +69,12 @@ class GroupKey:
 
 @dataclass(slots=True)
 class ForgetPlan:
-    """The decisions on the snapshots of each group, newest first."""
+    """The decisions on the snapshots of each group, newest first.
 
+    The `unproven` ones count in no rule and stay: their writer could otherwise displace proven snapshots.
+    """
+
+    unproven: list[Candidate] = field(default_factory=list)
     groups: dict[GroupKey, list[KeepDecision[Candidate]]] = field(default_factory=dict)
 
     def forgotten(self) -> list[Candidate]:
@@ -101,12 +105,17 @@ def plan_policy(
     """
     now_ns = time.time_ns() if now_ns is None else now_ns
     groups: dict[GroupKey, list[Candidate]] = {}
+    unproven: list[Candidate] = []
     for snapshot_id, snapshot in repository.snapshots.iterate():
-        if choice.accepts(snapshot):
-            key = grouping.key(snapshot)
-            groups.setdefault(key, []).append(Candidate(snapshot_id, snapshot))
+        if not choice.accepts(snapshot):
+            continue
+        candidate = Candidate(snapshot_id, snapshot)
+        if repository.snapshots.is_from_trusted_writer(snapshot_id):
+            groups.setdefault(grouping.key(snapshot), []).append(candidate)
+        else:
+            unproven.append(candidate)
     plan = ForgetPlan(
-        {key: apply_policy(members, policy, now_ns) for key, members in groups.items()}
+        unproven, {key: apply_policy(members, policy, now_ns) for key, members in groups.items()}
     )
     for key, decisions in plan.groups.items():
         judged = [decision for decision in decisions if not decision.is_from_future]
@@ -136,7 +145,9 @@ def select_by_name(
             found[snapshot_id] = Candidate(snapshot_id, repository.snapshots.load(snapshot_id))
         except IntegrityError:
             found[snapshot_id] = Candidate(snapshot_id, None)
-    left = {snapshot_id for snapshot_id, _ in repository.snapshots.iterate()} - found.keys()
+    everything = [snapshot_id for snapshot_id, _ in repository.snapshots.iterate()]
+    proven = [one for one in everything if repository.snapshots.is_from_trusted_writer(one)]
+    left = set(proven or everything) - found.keys()
     if not left and not allow_all:
         raise RefusedError(
             "no snapshot would be left; nothing was forgotten (pass --unsafe-allow-remove-all to force it)"
@@ -152,7 +163,11 @@ def forget(repository: Repository, candidates: Iterable[Candidate]) -> int:
     count = 0
     for candidate in candidates:
         snapshot = candidate.snapshot
-        if snapshot is not None and snapshot.replaces is not None:
+        if (
+            snapshot is not None
+            and snapshot.replaces is not None
+            and repository.snapshots.is_from_trusted_writer(candidate.snapshot_id)
+        ):
             repository.snapshots.delete(SnapshotId(snapshot.replaces))
         try:
             repository.snapshots.delete(candidate.snapshot_id)

@@ -97,6 +97,7 @@ class PruneResult:
     """
 
     snapshots: int = 0
+    unproven: int = 0
     packs: int = 0
     needed_blobs: int = 0
     unneeded_blobs: int = 0
@@ -231,6 +232,8 @@ class Pruner:
                 finally:
                     self._marked.add(snapshot_id)
                 self.result.snapshots += 1
+                if not self._repository.snapshots.is_from_trusted_writer(snapshot_id):
+                    self.result.unproven += 1
                 self._monitor.progress.files += 1
 
     def _pack_usage(self) -> dict[int, PackUsage]:

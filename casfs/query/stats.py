@@ -29,6 +29,7 @@ class RepositoryStats:
     """
 
     snapshots: int
+    unproven: int
     packs: int
     pack_bytes: int
     blobs: int
@@ -89,9 +90,11 @@ def pack_stats(repository: Repository) -> PackStats:
 def repository_stats(repository: Repository) -> RepositoryStats:
     """Return the sizes of the whole repository, from the index and the snapshots' summaries."""
     packs = repository.store.index.packs()
-    totals = [snapshot.root.tree for _, snapshot in repository.snapshots.iterate()]
+    snapshots = list(repository.snapshots.iterate())
+    totals = [snapshot.root.tree for _, snapshot in snapshots]
     return RepositoryStats(
-        snapshots=len(totals),
+        snapshots=len(snapshots),
+        unproven=sum(not repository.snapshots.is_from_trusted_writer(one) for one, _ in snapshots),
         packs=len(packs),
         pack_bytes=sum(pack.pack_bytes for pack in packs),
         blobs=repository.store.index.blob_count(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,6 +19,7 @@ from casfs.errors import (
     IntegrityError,
     KeyMissingError,
     NotFoundError,
+    RefusedError,
     StorageError,
 )
 from casfs.format.codec import BlobCodec
@@ -65,6 +66,7 @@ class SnapshotStore:
         self._trees = trees
         self._keys = keys
         self._loss_epoch = loss_epoch
+        self._proven: dict[SnapshotId, bool] = {}
 
     def publish(self, snapshot: Snapshot, complete: bool = True) -> SnapshotId:
         """Store a snapshot, as the last step of a backup.
@@ -91,6 +93,12 @@ class SnapshotStore:
 
         A crash between the two steps leaves both, and only the new one is listed.
         """
+        self.require_proven(snapshot_id, "a replacement")
+        if self._keys is not None and not self._keys.is_trusted_writer:
+            raise RefusedError(
+                "a replacement is refused: this machine does not have the repository's own secret, so the "
+                "new snapshot would be unproven; run `casfs key accept` with an identity"
+            )
         changed = msgspec.structs.replace(
             snapshot,
             root=root if root is not None else snapshot.root,
@@ -122,13 +130,19 @@ class SnapshotStore:
         return ids
 
     def load(self, snapshot_id: SnapshotId) -> Snapshot:
-        """Return a verified snapshot; raise NotFoundError or TreeError.
+        """Return a verified snapshot; raises NotFoundError or TreeError.
 
-        In an encrypted repository also raise KeyMissingError and SessionError.
+        In an encrypted repository also KeyMissingError and SessionError.
         """
         data = self._storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
         keyring = self._keys.keyring if self._keys is not None else None
-        return decode_snapshot(snapshot_id, data, self._codec, keyring)
+        snapshot = decode_snapshot(snapshot_id, data, self._codec, keyring)
+        if keyring is not None:
+            envelope = read_envelope(snapshot_id, data)
+            assert envelope is not None
+            session = keyring.session(envelope.session)
+            self._proven[snapshot_id] = keyring.is_from_trusted_writer(session)
+        return snapshot
 
     def envelope(self, snapshot_id: SnapshotId) -> Envelope | None:
         """Return an encrypted snapshot's unencrypted header, or None; raise NotFoundError or TreeError."""
@@ -136,18 +150,28 @@ class SnapshotStore:
         return read_envelope(snapshot_id, data)
 
     def is_from_trusted_writer(self, snapshot_id: SnapshotId) -> bool:
-        """Return whether a snapshot's writer knew the repository's own secret; True without encryption.
+        """Return whether a snapshot is proven: its writer knew the repository's own secret, if it has one.
 
-        Raise the errors of `load`.
+        An unproven snapshot is no parent, counts in no retention rule and replaces no other. Raises as `load`
+        does.
         """
         if self._keys is None:
             return True
-        envelope = self.envelope(snapshot_id)
-        if envelope is None:
-            return False
-        return self._keys.keyring.is_from_trusted_writer(
-            self._keys.keyring.session(envelope.session)
-        )
+        if snapshot_id not in self._proven:
+            self.load(snapshot_id)
+        return self._proven[snapshot_id]
+
+    def unproven_of(self, snapshot_ids: Iterable[SnapshotId]) -> list[SnapshotId]:
+        """Return the unproven ones of some snapshots, in their order; raises as `load` does."""
+        return [one for one in snapshot_ids if not self.is_from_trusted_writer(one)]
+
+    def require_proven(self, snapshot_id: SnapshotId, refused: str) -> None:
+        """Raise RefusedError for an unproven snapshot; `refused` names what is refused."""
+        if not self.is_from_trusted_writer(snapshot_id):
+            raise RefusedError(
+                f"{refused} is refused: snapshot {short_id(snapshot_id)} is unproven, so the owner of the "
+                "storage may have made it; nothing was changed"
+            )
 
     def iterate(self) -> Iterator[tuple[SnapshotId, Snapshot]]:
         """Yield every snapshot from the oldest to the newest.
@@ -171,7 +195,12 @@ class SnapshotStore:
             if not found:
                 raise missing  # there are snapshots, but none for these identities
             log.warning("snapshot %s is omitted: %s", short_id(snapshot_id), missing)
-        replaced = {snapshot.replaces for _, snapshot in found}
+        # An unproven snapshot must not hide another one.
+        replaced = {
+            snapshot.replaces
+            for snapshot_id, snapshot in found
+            if self.is_from_trusted_writer(snapshot_id)
+        }
         found.sort(key=lambda item: (item[1].time_ns, item[0]))
         for snapshot_id, snapshot in found:
             if snapshot_id not in replaced:

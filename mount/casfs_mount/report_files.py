@@ -41,7 +41,9 @@ class ReportFiles:
         trees: TreeReader,
         damage: DamageLog,
         guard: EventLoopGuard,
+        unproven: bool = False,
     ) -> None:
+        self._unproven = unproven
         self._snapshot_id = snapshot_id
         self._snapshot = snapshot
         self._root = root
@@ -103,6 +105,7 @@ class ReportFiles:
             "tags": list(snapshot.tags),
             "parent": snapshot.parent.hex() if snapshot.parent is not None else None,
             "program": snapshot.program,
+            "unproven": self._unproven,
             "entries": tree.nodes if tree is not None else 0,
             "bytes": tree.total_bytes if tree is not None else 0,
             "flagged": tree.flagged if tree is not None else 0,

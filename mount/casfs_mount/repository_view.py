@@ -321,7 +321,13 @@ class RepositoryView:
             self._index_new_packs(snapshot)
             self._add(snapshot_id, snapshot)
             changed = True
-        replaced = {s.snapshot.replaces for i, s in self._shown.items() if i in found}
+            if not self._context.repository.snapshots.is_from_trusted_writer(snapshot_id):
+                log.warning(
+                    "snapshot %s is unproven: the owner of the storage may have made it",
+                    short_id(snapshot_id),
+                )
+        proven = self._context.repository.snapshots.is_from_trusted_writer
+        replaced = {s.snapshot.replaces for i, s in self._shown.items() if i in found and proven(i)}
         for shown in list(self._shown.values()):
             gone = shown.snapshot_id not in found or shown.snapshot_id in replaced
             if gone != (shown.gone_s is not None):

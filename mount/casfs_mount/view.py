@@ -131,7 +131,13 @@ class SnapshotView:
         self._folder = self._numbering.end
         self._damage = DamageLog()
         self._reports = ReportFiles(
-            snapshot_id, snapshot, root, context.repository.trees, self._damage, context.guard
+            snapshot_id,
+            snapshot,
+            root,
+            context.repository.trees,
+            self._damage,
+            context.guard,
+            unproven=not context.repository.snapshots.is_from_trusted_writer(snapshot_id),
         )
         self._root = root
         self._lock = threading.Lock()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.output import Output, json_path
+from casfs.cli.output import Output, json_path, warn_of_unproven
 from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
@@ -102,6 +102,7 @@ def check(
         output.line(f"{result.packs_left} packs are left for the next check")
     if result.flagged:
         output.line(f"{result.flagged} files are flagged: they changed while they were captured")
+    warn_of_unproven(output, result.unproven)
     found = len(result.damage)
     output.line(f"{found} problems were found" if found else "no damage was found")
     output.emit(
@@ -109,6 +110,7 @@ def check(
         ok=not result.damage,
         damage=found,
         snapshots=result.snapshots,
+        unproven=[snapshot_id.hex() for snapshot_id in result.unproven],
         trees=result.trees,
         files=result.files,
         flagged=result.flagged,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.output import path_argument
+from casfs.cli.output import Output, path_argument, warn_of_unproven
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options, latest_options
 from casfs.digest import short_id
@@ -74,11 +74,19 @@ def find(
     monitor = CommandMonitor(output, "find")
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         finder = Finder(repository.trees, query, monitor)
-        for snapshot_id, snapshot, top, root in _searched(repository, snaps, settings.latest_of()):
+        for snapshot_id, snapshot, top, root in _searched(
+            output, repository, snaps, settings.latest_of()
+        ):
             fields = NodeFields(snapshot).fields
+            unproven = not repository.snapshots.is_from_trusted_writer(snapshot_id)
             for path, node in finder.find(root, top):
                 if output.as_json:
-                    output.emit("match", snapshot=snapshot_id.hex(), **fields(path, node))
+                    output.emit(
+                        "match",
+                        snapshot=snapshot_id.hex(),
+                        unproven=unproven,
+                        **fields(path, node),
+                    )
                     continue
                 output.line(f"{short_id(snapshot_id)}:{escape_path(path)}")
                 state = format_state(node)
@@ -88,7 +96,7 @@ def find(
 
 
 def _searched(
-    repository: Repository, snaps: tuple[str, ...], latest_of: SnapshotFilter
+    output: Output, repository: Repository, snaps: tuple[str, ...], latest_of: SnapshotFilter
 ) -> list[tuple[SnapshotId, Snapshot, bytes, Node]]:
     """Return the entries to search below, the newest snapshot first."""
     if snaps:
@@ -101,4 +109,6 @@ def _searched(
             for snapshot_id, snapshot in repository.snapshots.iterate()
             if latest_of.accepts(snapshot)
         ]
+        found_ids = [item[0] for item in roots]
+        warn_of_unproven(output, repository.snapshots.unproven_of(found_ids))
     return roots[::-1]

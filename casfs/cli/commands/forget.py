@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.output import Output, format_time, iso_time, json_path, path_argument
+from casfs.cli.output import (
+    Output,
+    format_time,
+    iso_time,
+    json_path,
+    path_argument,
+    warn_of_unproven,
+)
 from casfs.cli.param_types import COUNT, SPAN, TAGS
 from casfs.cli.settings import Settings, common_options
 from casfs.digest import short_id
@@ -140,6 +147,7 @@ def forget(
         if dry_run
         else open_for_maintenance(root, "forget", options, LockMode.SHARED)
     )
+    unproven: list[Candidate] = []
     with opened as repository:
         if then_prune and not dry_run:
             require_no_remote_writers(repository.store.storage, "forget --prune")
@@ -152,6 +160,7 @@ def forget(
         else:
             plan = plan_policy(repository, policy, grouping, choice, allow_all)
             forgotten, kept = plan.forgotten(), plan.kept()
+            unproven = plan.unproven
             _print_plan(output, plan, dry_run)
             for candidate in plan.from_future():
                 output.warn(
@@ -163,7 +172,14 @@ def forget(
             forget(repository, forgotten)
     would = "would be " if dry_run else ""
     output.line(f"{len(forgotten)} snapshots {would}forgotten, {kept} {would}kept")
-    output.emit("summary", forgotten=len(forgotten), kept=kept, dry_run=dry_run)
+    if unproven:
+        warn_of_unproven(output, [candidate.snapshot_id for candidate in unproven])
+        output.line(
+            f"{len(unproven)} unproven snapshots count in no rule and stay; name one to forget it"
+        )
+    output.emit(
+        "summary", forgotten=len(forgotten), kept=kept, unproven=len(unproven), dry_run=dry_run
+    )
     if not then_prune:
         return
     if dry_run:

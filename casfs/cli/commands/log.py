@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.output import Output, format_time, iso_time
+from casfs.cli.output import Output, format_time, iso_time, warn_of_unproven
 from casfs.cli.settings import Settings, common_options, latest_options
 from casfs.digest import short_id
 from casfs.display import escape_path, format_size
@@ -54,6 +54,8 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
             for snapshot_id, snapshot in repository.snapshots.iterate()
             if all_hosts or snapshot.host == named.host
         ]
+        found_ids = [snapshot_id for snapshot_id, _ in found]
+        warn_of_unproven(output, repository.snapshots.unproven_of(found_ids))
         versions = path_history(repository.trees, found, path, report_damage)
     if not versions and not damaged:
         raise NotFoundError(f"none of the {len(found)} snapshots has {escape_path(path) or '/'}")

@@ -74,6 +74,11 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
         f"{result.snapshots} snapshots need {result.needed_blobs} of "
         f"{result.needed_blobs + result.unneeded_blobs} blobs in {result.packs} packs"
     )
+    if result.unproven:
+        output.line(
+            f"{result.unproven} of these snapshots are unproven; their data is kept until `casfs forget` "
+            "removes them by their ids"
+        )
     if result.repacked_packs:
         output.line(
             f"{result.repacked_packs} packs ({format_size(result.repacked_bytes)}) "
@@ -92,6 +97,7 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
         "prune",
         dry_run=dry_run,
         snapshots=result.snapshots,
+        unproven=result.unproven,
         packs=result.packs,
         needed_blobs=result.needed_blobs,
         unneeded_blobs=result.unneeded_blobs,

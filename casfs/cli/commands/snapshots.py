@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.output import Output, format_time, iso_time, json_path, path_argument
+from casfs.cli.output import (
+    Output,
+    format_time,
+    iso_time,
+    json_path,
+    path_argument,
+    warn_of_unproven,
+)
 from casfs.cli.param_types import TAGS
 from casfs.cli.settings import Settings, common_options
 from casfs.digest import short_id
@@ -77,19 +84,14 @@ def snapshots(
             _list_envelopes(output, repository)
             return
         everything = list(repository.snapshots.iterate())
-        unproven = {
-            one for one, _ in everything if not repository.snapshots.is_from_trusted_writer(one)
-        }
+        unproven = set(repository.snapshots.unproven_of(one for one, _ in everything))
     found = _last_of_each([item for item in everything if choice.accepts(item[1])], latest)
     if output.as_json:
         for snapshot_id, snapshot in found:
             _emit_snapshot(output, snapshot_id, snapshot, snapshot_id in unproven)
     elif found:
         _print_table(output, found)
-        for snapshot_id in [item[0] for item in found if item[0] in unproven]:
-            output.warn(
-                f"{short_id(snapshot_id)} is unproven: the owner of the storage may have made it"
-            )
+        warn_of_unproven(output, [item[0] for item in found if item[0] in unproven])
     elif everything:
         output.warn(f"no snapshot matches; the repository has {len(everything)}")
     else:

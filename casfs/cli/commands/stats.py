@@ -55,13 +55,15 @@ def stats(settings: Settings, snap: str | None, storage_only: bool) -> None:
             )
             return
         whole = repository_stats(repository)
-    output.line(f"snapshots:  {whole.snapshots}")
+    unproven = f" ({whole.unproven} unproven)" if whole.unproven else ""
+    output.line(f"snapshots:  {whole.snapshots}{unproven}")
     output.line(f"packs:      {whole.packs} ({format_size(whole.pack_bytes)})")
     output.line(f"blobs:      {whole.blobs} ({format_size(whole.plain_bytes)} before compression)")
     output.line(f"contents:   {format_size(whole.total_bytes)} in all snapshots")
     output.emit(
         "stats",
         snapshots=whole.snapshots,
+        unproven=whole.unproven,
         packs=whole.packs,
         pack_bytes=whole.pack_bytes,
         blobs=whole.blobs,
