@@ -260,6 +260,17 @@ class TestReportFolder:
         assert reported["id"] == mounted.snapshot_id.hex()
         assert (reported["host"], reported["entries"], reported["flagged"]) == ("here", 6, 1)
 
+    def test_the_snapshot_report_says_whether_the_snapshot_is_unproven(
+        self, mounted: MountedView, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert json.loads(mounted.text(b".casfs/snapshot.json"))["unproven"] is False
+        monkeypatch.setattr(
+            mounted.repository.snapshots, "is_from_trusted_writer", lambda snapshot_id: False
+        )
+        root = mounted.snapshot.root
+        mounted.view = SnapshotView(mounted.context, mounted.snapshot_id, mounted.snapshot, root, 1)
+        assert json.loads(mounted.text(b".casfs/snapshot.json"))["unproven"] is True
+
     def test_the_manifest_lists_every_regular_file(self, mounted: MountedView) -> None:
         expected = [
             (b"folder/deep/changed\\nhere", b"mixture", b"\\"),
