@@ -26,6 +26,7 @@ class TrustRoot:
 
     def __init__(self, data: bytes, place: str) -> None:
         """Verify the bytes of the configuration; raise as `decode_config`, whose errors name `place`."""
+        self.data = data
         self.config: RepositoryConfig = decode_config(data, place)
         self.config_digest = digest_of(data).hex()
         self._recipients: RecipientList | IntegrityError | None = None

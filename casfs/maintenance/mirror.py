@@ -59,7 +59,7 @@ class MirrorResult:
 class Mirror:
     """Copy one repository from `source` to `destination`; use each instance once.
 
-    `now_s` returns the time in seconds since 1970.
+    `config` is the configuration of the source, where the caller has read and verified it. `now_s` returns the time in seconds since 1970.
     """
 
     def __init__(
@@ -68,12 +68,14 @@ class Mirror:
         destination: Storage,
         monitor: Monitor,
         *,
+        config: bytes | None = None,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self.result = MirrorResult()
         self._source = source
         self._destination = destination
         self._monitor = monitor
+        self._config = config
         self._now_s = now_s
 
     def run(self, delete: bool = False, margin_s: float = DEFAULT_MARGIN_S) -> MirrorResult:
@@ -91,7 +93,9 @@ class Mirror:
 
     def _copy_config(self) -> None:
         """Copy the configuration, or verify that both are of the same repository."""
-        data = self._source.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES)
+        data = self._config
+        if data is None:
+            data = self._source.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES)
         config = decode_config(data, self._source.url)
         try:
             there = self._destination.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES)

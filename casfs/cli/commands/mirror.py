@@ -56,7 +56,8 @@ def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) ->
     with ExitStack() as stack:
         reading = source.open_storage()
         stack.callback(reading.close)
-        config = source.trust_root(reading).config
+        trust = source.trust_root(reading)
+        config = trust.config
         writing = target.open_storage(sync=settings.sync)
         stack.callback(writing.close)
         host = None if config.encryption is None else "a machine"
@@ -69,7 +70,7 @@ def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) ->
             locks = target.locks_dir(config)
             stack.enter_context(RepositoryLock.acquire(locks, "mirror", LockMode.MAINTENANCE, host))
         stack.enter_context(monitor)
-        result = Mirror(reading, writing, monitor).run(delete, margin_s)
+        result = Mirror(reading, writing, monitor, config=trust.data).run(delete, margin_s)
     for finding in result.damage:
         output.warn(f"{finding.message}; it is not copied")
         output.emit("damage", what=finding.what, message=finding.message)

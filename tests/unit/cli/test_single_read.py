@@ -55,6 +55,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "repair snapshots": (),
     "stats": (),
     "tag": ("latest", "--add", "more"),
+    "mirror": ("{target}",),
     "key list": (),
     "key add": ("--recipient", "{more}"),
     "key remove": ("{public}",),
