@@ -59,7 +59,8 @@ class MirrorResult:
 class Mirror:
     """Copy one repository from `source` to `destination`; use each instance once.
 
-    `config` is the configuration of the source, where the caller has read and verified it. `now_s` returns the time in seconds since 1970.
+    `config` is the configuration of the source, where the caller has read and verified it. `now_s` returns
+    the time in seconds since 1970.
     """
 
     def __init__(
