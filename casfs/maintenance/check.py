@@ -25,7 +25,7 @@ from casfs.format.tree import (
 )
 from casfs.index.bitmap import Bitmap
 from casfs.index.schema import Location
-from casfs.maintenance.scrub import Finding, PackSelection, Scrubber, ScrubResult
+from casfs.maintenance.scrub import Finding, PackSelection, Scrubber, ScrubResult, is_refused
 from casfs.monitor import Monitor
 from casfs.paths import join
 from casfs.repository.repository import Repository
@@ -94,7 +94,8 @@ class Checker:
             try:
                 snapshot = self._repository.snapshots.load(snapshot_id)
             except CasfsError as error:
-                self._report(Finding("snapshot", str(error), snapshot=snapshot_id))
+                found = self.result.unreadable if is_refused(error) else self.result.damage
+                found.append(Finding("snapshot", str(error), snapshot=snapshot_id))
                 continue
             if not self._repository.snapshots.is_from_trusted_writer(snapshot_id):
                 self.result.unproven.append(snapshot_id)
@@ -107,6 +108,9 @@ class Checker:
         assert root.tree is not None
 
         def damaged(page: Page, error: CasfsError) -> None:
+            if getattr(error, "pack", None) in self.result.unreadable_packs:
+                self._report_unreadable(snapshot_id, page, error)
+                return
             self.damaged_trees.add(page.ref.digest)
             self._mark_above(page)
             message = f"the directory cannot be read: {error}"
@@ -120,6 +124,13 @@ class Checker:
             path = join(page.path, node.name)
             if not self._check_file(snapshot_id, path, node):
                 self._mark_above(page)
+
+    def _report_unreadable(self, snapshot_id: SnapshotId, page: Page, error: CasfsError) -> None:
+        """Record a directory that this user may not read; what is below it is not checked."""
+        message = f"the directory was not checked: {error}"
+        pack, digest = getattr(error, "pack", None), Digest(page.ref.digest)
+        finding = Finding("tree", message, pack, digest, snapshot_id, page.path)
+        self.result.unreadable.append(finding)
 
     def _read_page(self, page: Page) -> Children | None:
         """Return what a page holds, or None for one that was visited before."""
@@ -204,6 +215,8 @@ class Checker:
         if extent.digest is None:
             return True
         location = self._store.index.lookup(extent.digest)
+        if location is not None and self._is_unreadable(location):
+            return True  # its pack is reported
         if extent.lost or extent.digest in self.result.damaged:
             return False
         if location is None:
@@ -213,6 +226,11 @@ class Checker:
                 f"chunk length mismatch: {location.plain_bytes} bytes stored, {extent.length} recorded"
             )
         return True
+
+    def _is_unreadable(self, location: Location) -> bool:
+        if not self.result.unreadable_packs:
+            return False
+        return self._store.index.pack_id(location.pack) in self.result.unreadable_packs
 
     def _is_in_unindexed_pack(self, digest: Digest) -> bool:
         """Return whether a pack holds a needed blob that the index lacks, and report the index."""

@@ -78,7 +78,8 @@ class ScrubResult:
     """Counts of the packs, blobs and bytes read, and the findings.
 
     `packs_left` were selected, but the time ran out. `damaged` are the blobs without an intact copy, each
-    with the pack that should hold it. `unknown` are blobs that packs hold and the index lacks.
+    with the pack that should hold it. `unknown` are blobs that packs hold and the index lacks. `unreadable`
+    are packs, and directories in them, that this user has no permission to read: they were not checked.
     """
 
     packs: int = 0
@@ -89,6 +90,8 @@ class ScrubResult:
     damage: list[Finding] = field(default_factory=list)
     damaged: dict[Digest, PackId] = field(default_factory=dict)
     unknown: dict[Digest, PackId] = field(default_factory=dict)
+    unreadable: list[Finding] = field(default_factory=list)
+    unreadable_packs: set[PackId] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,6 @@ class Scrubber:
         self._verified: list[int] = []
         # Damaged packs, by ordinal, with the blobs that were found in them all the same.
         self._damaged: dict[int, set[Digest]] = {}
-        self._unreadable: set[PackId] = set()
         self._saved_at = time.monotonic()
 
     def scrub(self, choice: PackSelection | None) -> None:
@@ -147,7 +149,12 @@ class Scrubber:
         self._mark_unfound()
         self._look_elsewhere()
         unchanged = records == self._store.index.packs()
-        if indexed < entries_before and is_intact and unchanged:
+        if (
+            indexed < entries_before
+            and is_intact
+            and unchanged
+            and not self.result.unreadable_packs
+        ):
             message = "it has entries that no pack holds; run `casfs repair index`"
             self._report(Finding("index", message))
 
@@ -212,8 +219,11 @@ class Scrubber:
             raise
         except CasfsError as error:
             damage = [Finding("pack", _reason(error), pack)]
-            if isinstance(error, StorageError) and error.cause.errno in _REFUSED:
-                self._unreadable.add(pack)
+            if is_refused(error):
+                if pack not in self.result.unreadable_packs:
+                    self.result.unreadable_packs.add(pack)
+                    self.result.unreadable += damage
+                return pack, [], []
         try:
             return pack, self._store.salvage_directory(pack, pack_bytes), damage
         except CasfsError as unreadable:
@@ -288,7 +298,7 @@ class Scrubber:
         if choice.older_than_s is not None:
             limit = time.time() - choice.older_than_s
             packs = [pack for pack in packs if verified.get(pack, 0) <= limit]
-        return packs
+        return [pack for pack in packs if pack not in self.result.unreadable_packs]
 
     def _merge(self, pack: PackId, pack_bytes: int, read: _Read) -> None:
         """Add what was read of a pack to the result and to the index."""
@@ -330,16 +340,11 @@ class Scrubber:
     def _mark_damaged(self, pack: PackId) -> None:
         """Mark a pack damaged in the index; the next prune repacks its needed blobs."""
         ordinal = self._by_name.get(pack)
-        writable = not self._store.index.readonly and pack not in self._unreadable
-        if ordinal is not None and writable:
+        if ordinal is not None and not self._store.index.readonly:
             self._store.index.mark_damaged([ordinal])
 
     def _mark_unfound(self) -> None:
-        """Mark the blobs that a damaged pack should hold and that were not found in it.
-
-        Blobs of a pack that this process has no permission to read count as damaged in the result, but are
-        not marked in the index: another user may be able to read them.
-        """
+        """Mark the blobs that a damaged pack should hold and that were not found in it."""
         if not self._damaged:
             return
         unfound: dict[int, list[Digest]] = {}
@@ -352,7 +357,7 @@ class Scrubber:
                 continue
             pack = self._ordinals[ordinal]
             self.result.damaged.update(dict.fromkeys(digests, pack))
-            if pack not in self._unreadable and not self._store.index.readonly:
+            if not self._store.index.readonly:
                 self._store.index.mark_blobs(ordinal, digests)
 
     def _look_elsewhere(self) -> None:
@@ -416,6 +421,11 @@ class Scrubber:
                 yield Finding("blob", error.reason, pack, entry.digest)
             except CasfsError as error:
                 yield Finding("blob", str(error), pack, entry.digest)
+
+
+def is_refused(error: CasfsError) -> bool:
+    """Return whether an object could not be read because this user has no permission to read it."""
+    return isinstance(error, StorageError) and error.cause.errno in _REFUSED
 
 
 def _batches(entries: list[PackEntry]) -> Iterator[list[PackEntry]]:

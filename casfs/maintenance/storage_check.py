@@ -15,7 +15,7 @@ from casfs.crypto.trust_root import TrustRoot
 from casfs.errors import IntegrityError, NotFoundError, StorageError
 from casfs.format.key_derivation import SECRET_BYTES
 from casfs.format.pack import HEADER, SESSION_HEADER
-from casfs.maintenance.scrub import Finding
+from casfs.maintenance.scrub import Finding, is_refused
 from casfs.monitor import Monitor
 from casfs.storage.base import Storage
 
@@ -38,6 +38,7 @@ class StorageCheck:
     objects: int = 0
     read_bytes: int = 0
     damage: list[Finding] = field(default_factory=list)
+    unreadable: list[Finding] = field(default_factory=list)
 
 
 def check_storage(storage: Storage, trust: TrustRoot, monitor: Monitor) -> StorageCheck:
@@ -56,6 +57,9 @@ def check_storage(storage: Storage, trust: TrustRoot, monitor: Monitor) -> Stora
         except NotFoundError:
             continue  # removed by a concurrent prune
         except StorageError as error:
+            if is_refused(error):
+                result.unreadable.append(Finding(FOLDERS[name.partition("/")[0]], str(error)))
+                continue
             problem = str(error)
         result.objects += 1
         result.read_bytes += size

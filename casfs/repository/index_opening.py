@@ -44,8 +44,11 @@ def open_index_readonly(
     path = place.index_dir(config)
     try:
         if takes_notes:
+            # Only the repository's own index is changed before a pack is removed. A user's index may be
+            # behind a prune of another host, so a pack that it alone names is not missing.
+            is_own = isinstance(place, RemotePlace) or not path.is_relative_to(place.root)
             return open_index(
-                place, config, path, storage, codec, keep_missing=True, ciphers=ciphers
+                place, config, path, storage, codec, keep_missing=not is_own, ciphers=ciphers
             )
         if not fingerprint.is_intact(path, in_use=_is_in_use(place.locks_dir(config))):
             raise IndexUnusableError(f"the index {path} is damaged")

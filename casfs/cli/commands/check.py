@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.app import EXIT_DAMAGED
+from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
 from casfs.cli.output import Output, json_path, warn_of_unproven
 from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.progress import CommandMonitor
@@ -89,6 +89,7 @@ def check(
     ):
         result = Checker(repository, monitor).check(choice)
     _print_result(output, result.damage)
+    _print_result(output, result.unreadable, "unreadable")
     output.line(
         f"checked {result.snapshots} snapshots, {result.trees} trees, {result.files} files, "
         f"{result.packs} packs"
@@ -105,10 +106,12 @@ def check(
     warn_of_unproven(output, result.unproven)
     found = len(result.damage)
     output.line(f"{found} problems were found" if found else "no damage was found")
+    _print_unreadable(output, result.unreadable)
     output.emit(
         "summary",
-        ok=not result.damage,
+        ok=not result.damage and not result.unreadable,
         damage=found,
+        unreadable=len(result.unreadable),
         snapshots=result.snapshots,
         unproven=[snapshot_id.hex() for snapshot_id in result.unproven],
         trees=result.trees,
@@ -120,14 +123,30 @@ def check(
         blobs_read=result.blobs_read,
         read_bytes=result.read_bytes,
     )
-    return EXIT_DAMAGED if result.damage else 0
+    return _exit_code(result.damage, result.unreadable)
 
 
-def _print_result(output: Output, found: list[Finding]) -> None:
+def _print_unreadable(output: Output, unreadable: list[Finding]) -> None:
+    if unreadable:
+        count = len(unreadable)
+        objects = "1 object" if count == 1 else f"{count} objects"
+        output.warn(
+            f"{objects} could not be checked: this user has no permission to read; "
+            "run casfs check as the owner of the repository"
+        )
+
+
+def _exit_code(damage: list[Finding], unreadable: list[Finding]) -> int:
+    if damage:
+        return EXIT_DAMAGED
+    return EXIT_FAILED if unreadable else 0
+
+
+def _print_result(output: Output, found: list[Finding], kind: str = "damage") -> None:
     for damage in found:
         output.line(_format_finding(damage))
         output.emit(
-            "damage",
+            kind,
             what=damage.what,
             message=damage.message,
             pack=damage.pack.hex() if damage.pack is not None else None,
@@ -150,17 +169,20 @@ def _check_storage(settings: Settings) -> int:
         result = check_storage(storage, trust, monitor)
     storage.close()
     _print_result(output, result.damage)
+    _print_result(output, result.unreadable, "unreadable")
     found = len(result.damage)
     output.line(f"read {result.objects} objects, {format_size(result.read_bytes)}")
     output.line(f"{found} problems were found" if found else "no damage was found")
+    _print_unreadable(output, result.unreadable)
     output.emit(
         "summary",
-        ok=not result.damage,
+        ok=not result.damage and not result.unreadable,
         damage=found,
+        unreadable=len(result.unreadable),
         objects=result.objects,
         read_bytes=result.read_bytes,
     )
-    return EXIT_DAMAGED if result.damage else 0
+    return _exit_code(result.damage, result.unreadable)
 
 
 def _format_finding(damage: Finding) -> str:
