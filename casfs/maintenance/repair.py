@@ -41,12 +41,12 @@ from casfs.format.tree import (
 from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import Monitor, Problem, ProblemKind
-from casfs.paths import join
 from casfs.repository.index_opening import replace_with_empty
 from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import HOLE, ContentWriter
 from casfs.trees.file_content import FileContent, Ranges
+from casfs.trees.rewrite import rewrite_tree
 from casfs.trees.writer import TreeWriter
 
 DAMAGED_FOLDER = "damaged"
@@ -262,24 +262,19 @@ class SnapshotRepairer:
 
     def _rewrite(self, writer: BlobWriter, root: Node) -> Node:
         """Return the root of the remaining tree; read only directories with losses below them."""
-        stack = [_Frame(root, b"", self._entries(root, b""), self._tree_writer(writer))]
-        while True:
-            frame = stack[-1]
-            for node in frame.nodes:
-                path = join(frame.path, node.name)
-                if node.tree is not None and node.tree.digest in self._checker.damaged_trees:
-                    tree = self._tree_writer(writer)
-                    stack.append(_Frame(node, path, self._entries(node, path), tree))
-                    break
-                remaining = self._remaining_entry(writer, path, node)
-                if remaining is not None:
-                    frame.tree.add(remaining)
-            else:
-                stack.pop()
-                done = replace(frame.node, tree=frame.tree.finish())
-                if not stack:
-                    return done
-                stack[-1].tree.add(done)
+        damaged = self._checker.damaged_trees
+
+        def change(node: Node, path: bytes) -> Node | None:
+            return node if node.tree is not None else self._remaining_entry(writer, path, node)
+
+        return rewrite_tree(
+            root,
+            b"",
+            entries=self._entries,
+            new_tree=lambda _: self._tree_writer(writer),
+            change=change,
+            known=lambda tree: None if tree.digest in damaged else tree,
+        )
 
     def _tree_writer(self, writer: BlobWriter) -> TreeWriter:
         seed = self._repository.tree_seed
@@ -386,16 +381,6 @@ class SnapshotRepairer:
     def _report_dropped(self, path: bytes, message: str) -> None:
         self._current.dropped += 1
         self._monitor.problem(Problem(ProblemKind.DAMAGED, path, message))
-
-
-@dataclass(slots=True)
-class _Frame:
-    """A directory that is being rewritten."""
-
-    node: Node
-    path: bytes
-    nodes: Iterator[Node]
-    tree: TreeWriter
 
 
 def _merge(ranges: Ranges) -> Ranges:
