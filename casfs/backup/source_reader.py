@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -24,6 +25,7 @@ from casfs.digest import EMPTY_DIGEST, Digest, update_zeros
 from casfs.format.chunker import Chunker
 from casfs.format.codec import BlobKind
 from casfs.trees.content import EXTENT, HOLE, ContentWriter, Put
+from casfs.trees.file_content import Part
 
 _READ_BYTES = 1 << 20
 
@@ -140,6 +142,17 @@ class SourceReader:
     def read_stream(self, fd: int) -> ReadResult:
         """Read a pipe until its end."""
         return self._read_chunks(lambda buffer: os.readv(fd, [buffer]), None)
+
+    def read_parts(self, parts: Iterator[Part], size: int) -> ReadResult:
+        """Read the verified parts of a stored file of `size` bytes; holes stay holes."""
+        content = ContentWriter(self._put, self._digest)
+        with closing(_WholeDigest()) as whole:
+            for is_hole, run in groupby(parts, key=lambda part: part.data is None):
+                if is_hole:
+                    _add_hole(content, whole, sum(part.length for part in run))
+                else:
+                    self._store_chunks(_part_reader(run), size, whole, content)
+            return _finish(content, whole, size)
 
     def store_pending(self, reading: ReadResult) -> None:
         """Store the pending blob of an accepted attempt, if it has one."""
@@ -285,6 +298,24 @@ def _add_hole(content: ContentWriter, whole: _WholeDigest, length: int) -> None:
     if length > 0:
         content.add(length, HOLE)
         whole.add_zeros(length)
+
+
+def _part_reader(parts: Iterator[Part]) -> Callable[[memoryview], int]:
+    left = memoryview(b"")
+
+    def read_into(buffer: memoryview) -> int:
+        nonlocal left
+        if not left:
+            part = next(parts, None)
+            if part is None or part.data is None:
+                return 0
+            left = memoryview(part.data)
+        count = min(len(left), len(buffer))
+        buffer[:count] = left[:count]
+        left = left[count:]
+        return count
+
+    return read_into
 
 
 def _range_reader(fd: int, begin: int, end: int) -> Callable[[memoryview], int]:

@@ -182,7 +182,7 @@ class Pruner:
 
     def _make_plan(self, usage: dict[int, PackUsage]) -> PrunePlan:
         unneeded = unneeded_packs(self._records, usage)
-        repacked = packs_to_repack(self._records, usage, self._options.unused_share)
+        repacked = packs_to_repack(self._records, usage, self._options)
         in_flight = self._written_since(unneeded | repacked)
         self._in_flight = in_flight
         going = in_flight.keys()

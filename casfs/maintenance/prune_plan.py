@@ -34,12 +34,14 @@ class PruneOptions:
     """Options of a prune.
 
     Packs with more than `unused_share` (0 to 1) of unneeded bytes are repacked. `margin_s` is the time
-    that packs under notice stay for active readers.
+    that packs under notice stay for active readers. With `repack_all` every pack is repacked, at the
+    compression level with which the repository is open.
     """
 
     unused_share: float = DEFAULT_UNUSED_SHARE
     margin_s: float = DEFAULT_MARGIN_S
     dry_run: bool = False
+    repack_all: bool = False
 
 
 @dataclass(slots=True)
@@ -97,7 +99,7 @@ def unneeded_packs(
 
 
 def packs_to_repack(
-    packs: Mapping[int, PackRecord], usage: Mapping[int, PackUsage], unused_share: float
+    packs: Mapping[int, PackRecord], usage: Mapping[int, PackUsage], options: PruneOptions
 ) -> frozenset[int]:
     """Return the packs to repack: damaged ones, those with much unneeded data, many small ones."""
     chosen, small = set(), set()
@@ -108,7 +110,8 @@ def packs_to_repack(
         if record is None or pack_usage.has_damaged:
             continue
         unused_bytes = record.pack_bytes - pack_usage.needed_bytes - _directory_bytes(record)
-        if record.is_damaged or unused_bytes > unused_share * record.pack_bytes:
+        most_bytes = options.unused_share * record.pack_bytes
+        if options.repack_all or record.is_damaged or unused_bytes > most_bytes:
             chosen.add(ordinal)
         elif record.pack_bytes < _SMALL_PACK_BYTES and record.blobs < PACK_BLOBS // 2:
             small.add(ordinal)

@@ -49,16 +49,22 @@ def prune(settings: Settings, max_unused_share: float, margin_s: int, dry_run: b
     run_prune(settings, PruneOptions(max_unused_share, margin_s, dry_run))
 
 
-def run_prune(settings: Settings, options: PruneOptions) -> None:
-    """Prune a repository and print the result."""
+def run_prune(settings: Settings, options: PruneOptions, level: int | None = None) -> None:
+    """Prune a repository and print the result; `level` is zstd's for what is stored again."""
     from casfs.maintenance.prune import Pruner
-    from casfs.repository.opening import OpenOptions, open_for_maintenance
+    from casfs.repository.opening import DEFAULT_LEVEL, OpenOptions, open_for_maintenance
 
     root, output = settings.repository(), settings.output()
     monitor = CommandMonitor(output, "prune")
     with (
         open_for_maintenance(
-            root, "prune", OpenOptions(unlock=settings.unlock, sync=settings.sync)
+            root,
+            "prune" if level is None else "recompress",
+            OpenOptions(
+                unlock=settings.unlock,
+                sync=settings.sync,
+                level=DEFAULT_LEVEL if level is None else level,
+            ),
         ) as repository,
         monitor,
     ):

@@ -1,0 +1,81 @@
+"""The command rewrite: publish snapshots again without some paths."""
+
+from __future__ import annotations
+
+import click
+
+from casfs.cli.output import json_path
+from casfs.cli.param_types import PATTERN
+from casfs.cli.progress import CommandMonitor
+from casfs.cli.settings import Settings, common_options, latest_options
+from casfs.digest import short_id
+from casfs.display import escape_path
+from casfs.errors import NotFoundError, UsageError
+from casfs.patterns import Pattern
+
+
+@click.command()
+@click.argument("snaps", nargs=-1, required=True, metavar="SNAP...")
+@click.option(
+    "--exclude",
+    "excludes",
+    type=PATTERN,
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave out entries that match (gitignore syntax, from the snapshot's root); repeatable.",
+)
+@click.option("--dry-run", "-n", is_flag=True, help="List what would be left out; change nothing.")
+@latest_options
+@common_options
+@click.pass_obj
+def rewrite(
+    settings: Settings, snaps: tuple[str, ...], excludes: tuple[Pattern, ...], dry_run: bool
+) -> None:
+    """Rewrite snapshots without the paths that match --exclude.
+
+    A rewritten snapshot has a new id and replaces the old one. `casfs prune` then frees the data that no
+    snapshot needs. SNAP is an id, the beginning of an id, `latest`, or `all`.
+    """
+    from casfs.maintenance.rewrite import rewrite_snapshot
+    from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
+    from casfs.repository.place import local_root
+
+    if not excludes:
+        raise UsageError("name what to leave out: --exclude PATTERN")
+    output = settings.output()
+    monitor = CommandMonitor(output, "rewrite")
+    place = settings.repository()
+    local_root(place, "rewrite")
+    options = OpenOptions(unlock=settings.unlock, sync=settings.sync)
+    opened = (
+        open_for_reading(place, options)
+        if dry_run
+        else open_for_maintenance(place, "rewrite", options)
+    )
+    matched = False
+    with opened as repository, monitor:
+        store = repository.snapshots
+        if "all" in snaps:
+            chosen = list(store.iterate())
+        else:
+            chosen = [store.resolve(snap, settings.latest_of()) for snap in snaps]
+        for snapshot_id, snapshot in dict(chosen).items():
+            found = rewrite_snapshot(repository, snapshot_id, snapshot, excludes, monitor, dry_run)
+            matched = matched or bool(found.removed)
+            for path in found.removed:
+                output.line(
+                    f"{short_id(snapshot_id)}: {'would leave' if dry_run else 'left'} out {escape_path(path)}"
+                )
+            if found.new_id is not None:
+                output.line(f"snapshot {short_id(snapshot_id)} is now {short_id(found.new_id)}")
+            elif not found.removed:
+                output.line(f"snapshot {short_id(snapshot_id)} has nothing that matches")
+            output.emit(
+                "rewritten",
+                id=found.new_id.hex() if found.new_id is not None else None,
+                replaces=snapshot_id.hex(),
+                removed=[json_path(path) for path in found.removed],
+                dry_run=dry_run,
+            )
+    if not matched:
+        raise NotFoundError("nothing in these snapshots matches --exclude; nothing was changed")
