@@ -80,6 +80,9 @@ def _numbers(step: StepOutcome) -> list[str]:
     if step.step is StepName.CHECK and step.number("damage") is not None:
         read = step.number("read_bytes") or 0
         return [f"{step.number('damage')} problems", f"{format_size(read)} read"]
+    copied = step.number("copied")
+    if step.step is StepName.MIRROR and copied is not None:
+        return [f"{copied} objects, {format_size(step.number('copied_bytes') or 0)} copied"]
     return []
 
 

@@ -143,6 +143,36 @@ def test_a_failing_before_hook_stops_the_run_and_still_notifies(night: Night) ->
     assert len(night.casfs.json("snapshots").of_type("snapshot")) == 1
 
 
+def test_a_mirror_holds_what_the_night_published(night: Night, tmp_path: Path) -> None:
+    copy = tmp_path / "usb" / "casfs"
+    second = f'[repositories.usb]\nurl = "{copy}"'
+    night.configure('mirror-to = ["usb"]', repository=second)
+    result = night.run()
+    assert night.steps(result)["mirror"] == "0"
+    (mirror,) = [line for line in result.of_type("step") if line["step"] == "mirror"]
+    assert (mirror["target"], mirror["result"]["damage"]) == ("usb", 0)
+    by_name = ("--config", night.config, "-r", "usb")
+    (snapshot,) = night.casfs.json("snapshots", *by_name).of_type("snapshot")
+    assert snapshot["id"] == result.one("run")["snapshot"]
+    night.casfs.run("check", "--read-data", *by_name)
+
+
+def test_a_mirror_that_cannot_be_written_fails_the_run_and_no_other_step(
+    night: Night, tmp_path: Path
+) -> None:
+    (tmp_path / "usb").touch()
+    second = f'[repositories.usb]\nurl = "{tmp_path}/usb"'
+    night.configure('mirror-to = ["usb"]', repository=second)
+    result = night.run(expect=1)
+    assert night.steps(result) == {
+        **dict.fromkeys(["backup", "forget", "prune", "check"], "0"),
+        "mirror": "1",
+    }
+    assert "mirror to usb: failed" in (night.folder / "mail").read_text()
+    assert night.pings.paths[-1] == "/uuid/fail"
+    assert len(night.casfs.json("snapshots").of_type("snapshot")) == 1
+
+
 @pytest.mark.usefixtures("superuser")
 def test_a_full_disk_fails_the_backup_while_prune_and_check_go_on(
     night: Night, tmp_path: Path

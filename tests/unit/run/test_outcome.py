@@ -103,9 +103,16 @@ def test_numbers_of_each_step_are_in_the_text() -> None:
             StepOutcome(step=StepName.FORGET, exit=0, result={"forgotten": 2, "kept": 7}),
             StepOutcome(step=StepName.PRUNE, exit=0, result={"freed_bytes": 3 * 1024 * 1024}),
             StepOutcome(step=StepName.CHECK, exit=0, result={"damage": 0, "read_bytes": 1024}),
+            StepOutcome(
+                step=StepName.MIRROR,
+                target="usb",
+                exit=0,
+                result={"copied": 3, "copied_bytes": 2048},
+            ),
         )
     )
     assert "forget: done in 0.0 s; 2 snapshots forgotten, 7 kept" in text
     assert "prune: done in 0.0 s; 3.0 MiB freed" in text
     assert "check: done in 0.0 s; 0 problems; 1.0 KiB read" in text
+    assert "mirror to usb: done in 0.0 s; 3 objects, 2.0 KiB copied" in text
     assert "succeeded (exit 0)" in text
