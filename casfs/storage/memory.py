@@ -1,4 +1,4 @@
-"""A storage in this process's memory, for tests of the layers above."""
+"""A storage in this process's memory: for fetched copies of key objects, and for tests of other layers."""
 
 from __future__ import annotations
 
