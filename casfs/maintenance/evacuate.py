@@ -1,7 +1,7 @@
 """Evacuate needed blobs: rewrite a blob whose indexed copy is damaged from an intact duplicate.
 
-Two concurrent backups may store a blob twice. The index names one copy; if that copy is damaged, prune
-would take the pack with the only intact copy for unneeded.
+Two concurrent backups may store a blob twice, and the index names one of the copies. If that copy is damaged,
+the pack with the only intact copy looks unneeded to prune.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ log = logging.getLogger(__name__)
 
 
 class Evacuator:
-    """Copy blobs of a repository that is open for writing; `used` are the blobs worth copying."""
+    """Rewrite damaged blobs of a repository that is open for writing; `used` are the needed blobs."""
 
     def __init__(self, repository: Repository, used: UsedBlobs) -> None:
         self._repository = repository
         self._store = repository.store
         self._used = used
 
-    def copy_needed_blobs(self, records: Mapping[int, PackRecord], ordinals: Set[int]) -> set[int]:
-        """Rewrite needed blobs whose indexed copy is damaged and that the packs to remove hold.
+    def save_last_copies(self, records: Mapping[int, PackRecord], ordinals: Set[int]) -> set[int]:
+        """Rewrite needed blobs whose last intact copy is in a pack to remove; return the packs to keep.
 
         `ordinals` are the packs to remove, `records` the packs that existed before this prune wrote any;
-        packs written since are not read again. Returns the packs that must stay: they cannot be read, and
-        they may hold the last copy of a needed blob.
+        packs written since are not read again. A pack is kept if it cannot be read and may hold the last
+        copy of a needed blob.
         """
         damaged = {}
         unreadable = set()
@@ -64,7 +64,7 @@ class Evacuator:
                 except BlobError:
                     damaged[entry.digest] = location
         if damaged:
-            self.copy_damaged(damaged)
+            self.rewrite_damaged(damaged)
         return unreadable if unreadable and self._is_any_needed_blob_lost() else set()
 
     def _is_any_needed_blob_lost(self) -> bool:
@@ -78,7 +78,7 @@ class Evacuator:
                     return True
         return False
 
-    def copy_damaged(self, damaged: Mapping[Digest, Location]) -> bool:
+    def rewrite_damaged(self, damaged: Mapping[Digest, Location]) -> bool:
         """Rewrite damaged blobs from intact duplicates; return whether any blob was rewritten.
 
         The duplicate may be in a pack that no snapshot needs.

@@ -160,7 +160,7 @@ class Pruner:
 
     def execute(self, plan: PrunePlan) -> PruneResult:
         """Mark for removal, repack and remove what a plan of this instance says."""
-        if self._damaged and self._evacuator.copy_damaged(self._damaged):
+        if self._damaged and self._evacuator.rewrite_damaged(self._damaged):
             plan = self._make_plan(self._pack_usage())
         # Removal before repacking: removal needs no free space, and the disk may be full.
         waiting = self._remove_unneeded(set(plan.unneeded))
@@ -191,7 +191,7 @@ class Pruner:
     def _remove_unneeded(self, unneeded: set[int]) -> set[int]:
         """Mark packs for removal and remove those that no process uses; return the others."""
         self._mark_for_removal(unneeded)
-        kept = self._evacuator.copy_needed_blobs(self._records, unneeded)
+        kept = self._evacuator.save_last_copies(self._records, unneeded)
         return unneeded - self._remove(self._recheck(unneeded) - kept)
 
     def _repack_and_remove(self, repacked: set[int], waiting: set[int]) -> None:
@@ -205,7 +205,7 @@ class Pruner:
         except BaseException:
             self._unmark(waiting)
             raise
-        kept = self._evacuator.copy_needed_blobs(self._records, repacked | waiting)
+        kept = self._evacuator.save_last_copies(self._records, repacked | waiting)
         self._remove(self._recheck(repacked | waiting) - kept)
 
     def _unmark(self, waiting: set[int]) -> None:
