@@ -32,7 +32,7 @@ from casfs.index.schema import (
     Location,
     PackRecord,
     Tables,
-    is_trusted,
+    counts_as_stored,
 )
 
 INDEX_VERSION = b"1"
@@ -133,7 +133,7 @@ class Index:
             pending = self._tables.marked_for_removal(txn)
             if not pending:
                 return [(get(digest, db=blobs) or _ABSENT)[-2] == 0 for digest in batch]
-            return [is_trusted(get(digest, db=blobs), pending) for digest in batch]
+            return [counts_as_stored(get(digest, db=blobs), pending) for digest in batch]
 
         stored: list[bool] = []
         rest = iter(digests)

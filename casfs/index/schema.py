@@ -128,7 +128,7 @@ class Tables:
         marked: Set[int],
         bad: Set[bytes] = frozenset(),
     ) -> None:
-        """Record blobs as located in a pack, except those that have a trusted location elsewhere.
+        """Record blobs as located in a pack, except those that count as stored elsewhere.
 
         Blobs in `bad` are recorded as damaged in this pack.
         """
@@ -142,7 +142,7 @@ class Tables:
                 next_blob += 1
                 continue
             existing = txn.get(digest, db=blobs)
-            if not flags and not is_trusted(existing, marked):
+            if not flags and not counts_as_stored(existing, marked):
                 fields = LOCATION.unpack(existing or b"")
                 if fields[0] != ordinal:
                     location = pack_location(*place, fields[4], kind, codec, 0)
@@ -197,6 +197,6 @@ class Tables:
         txn.put(b"counters", COUNTERS.pack(next_pack, next_blob, losses), db=self.meta)
 
 
-def is_trusted(value: bytes | memoryview | None, marked: Set[int]) -> bool:
-    """Return whether a row of `blobs` shows an intact blob whose pack is not marked for removal."""
+def counts_as_stored(value: bytes | memoryview | None, marked: Set[int]) -> bool:
+    """Return whether a row of `blobs` is of an intact blob in a pack that is not marked for removal."""
     return value is not None and value[-2] == 0 and LOCATION.unpack(value)[0] not in marked
