@@ -91,10 +91,10 @@ class Repository:
 
     def _verified_packs(self) -> list[PackRecord]:
         """Return the packs whose directory and blobs were all verified."""
-        if self.store.coverage.is_empty():
+        if self.store.verified.is_empty():
             return []
         try:
-            found = self.store.coverage.complete_packs(self.store.index.packs())
+            found = self.store.verified.complete_packs(self.store.index.packs())
             for record in found:
                 self.store.read_directory(record.pack, record.pack_bytes)
         except CasfsError:

@@ -78,7 +78,7 @@ def _read_run(store: BlobStore, run: list[_Place], plains: dict[Digest, bytes]) 
         store.decode_many(pack, encoded, _THREADS), run, strict=True
     ):
         if plain is not None:
-            store.coverage.mark(at)
+            store.verified.mark(at)
             plains[digest] = plain
 
 

@@ -36,12 +36,12 @@ from casfs.format.pack import (
     parse_trailer,
     scan_records,
 )
-from casfs.index.bitmap import VerifiedPacks
 from casfs.index.index import Index
 from casfs.index.schema import IndexedPack, Location
 from casfs.storage.base import Storage
 from casfs.store.duplicates import Duplicates
 from casfs.store.pending_removal import packs_pending_removal
+from casfs.store.verified_packs import VerifiedPacks
 
 if TYPE_CHECKING:
     # An unencrypted repository does not need this import.
@@ -74,7 +74,7 @@ class BlobStore:
 
     `salvaged` holds the packs whose directory was damaged at the last update of the index, and `unreadable`
     the packs that could not be read then. `found_elsewhere` holds the blobs that were read from another copy
-    because the copy that the index names is damaged.
+    because the copy that the index names is damaged. `verified` records which blobs were read and verified.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class BlobStore:
         self.storage = storage
         self.codec = codec
         self._ciphers = ciphers
-        self.coverage = VerifiedPacks()
+        self.verified = VerifiedPacks()
         self.salvaged: set[PackId] = set()
         self.unreadable: set[PackId] = set()
         self.found_elsewhere: set[Digest] = set()
@@ -223,7 +223,7 @@ class BlobStore:
             raise BlobError(digest, error.reason, pack) from error
         except PackError as error:
             raise BlobError(digest, f"its pack is damaged: {error.reason}", pack) from error
-        self.coverage.mark(location)
+        self.verified.mark(location)
         return plain
 
     def read_nonblocking(self, digest: Digest, max_stored_bytes: int) -> bytes | None:
@@ -247,7 +247,7 @@ class BlobStore:
             )
         except CasfsError:
             return None
-        self.coverage.mark(location)
+        self.verified.mark(location)
         return plain
 
     def prefetch(self, digest: Digest) -> int:

@@ -385,7 +385,7 @@ def test_repair_reads_one_file_only_where_something_is_lost(repo: RepositoryFixt
         Checker(repository, RecordingMonitor()).check(PackSelection())
     with open_for_maintenance(repo.root, "repair", OpenOptions(sync=False)) as repository:
         SnapshotRepairer(repository, RecordingMonitor()).repair()
-        counts = repository.store.coverage
+        counts = repository.store.verified
         intact = repository.store.locate(digest_of(CHUNKS[1]))
         assert intact.ordinal not in counts._blobs
 
