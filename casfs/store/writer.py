@@ -1,6 +1,6 @@
 """Blob writer: a producer hands over blobs; background threads deduplicate, compress and pack them.
 
-Each writer runs four threads: one deduplicates and packs, two compress a batch each, and one finishes full
+Each writer runs four threads: one deduplicates and packs, two compress a batch each, and one commits full
 packs. Batches are packed in the order of `put`, whichever is compressed first. `_commit_pack` is the only
 place with the order of durable steps: pack data, the pack's name, the index. `finish()` returns only when
 everything that was put is durable and indexed. The next `put` or `finish` raises an error of any thread. The
@@ -148,12 +148,12 @@ class BlobWriter:
 
     def _run(self) -> None:
         with (
-            ThreadPoolExecutor(1, "casfs-sealer") as sealer,
+            ThreadPoolExecutor(1, "casfs-committer") as committer,
             ThreadPoolExecutor(
                 _COMPRESSING_THREADS, "casfs-compressor", initializer=_lower_priority
             ) as compressors,
         ):
-            packer = _Packer(self, sealer, compressors)
+            packer = _Packer(self, committer, compressors)
             try:
                 while (batch := self._next(packer)) is not None:
                     if self._error is None:
@@ -195,10 +195,10 @@ def _lower_priority() -> None:
 
 
 class _Packer:
-    """State of the packing thread: batches being compressed, the open pack, and the pack being finished."""
+    """State of the packing thread: batches being compressed, the open pack, and the pack being committed."""
 
     def __init__(
-        self, writer: BlobWriter, sealer: ThreadPoolExecutor, compressors: ThreadPoolExecutor
+        self, writer: BlobWriter, committer: ThreadPoolExecutor, compressors: ThreadPoolExecutor
     ) -> None:
         self._store = writer._store
         self._stats = writer.stats
@@ -209,9 +209,9 @@ class _Packer:
         self._compressors = compressors
         self._ahead: deque[tuple[Batch, Future[Payloads]]] = deque()
         self._ahead_digests: set[Digest] = set()
-        self._sealer = sealer
-        self._sealing: Future[None] | None = None
-        self._sealing_digests: set[Digest] = set()
+        self._committer = committer
+        self._committing: Future[None] | None = None
+        self._committing_digests: set[Digest] = set()
         self._open_digests: set[Digest] = set()
         self._pack: _OpenPack | None = None
 
@@ -257,8 +257,8 @@ class _Packer:
         while self._ahead:
             self.pack_oldest()
         self._finish_pack()
-        if self._sealing is not None:
-            self._sealing.result()
+        if self._committing is not None:
+            self._committing.result()
 
     def discard(self) -> None:
         """Drop the unpacked batches and the unfinished pack."""
@@ -280,7 +280,7 @@ class _Packer:
         return _OpenPack(self._store.storage.open_writer(self._in_memory), cipher)
 
     def _not_stored(self, batch: Batch) -> Batch:
-        unfinished = (self._ahead_digests, self._open_digests, self._sealing_digests)
+        unfinished = (self._ahead_digests, self._open_digests, self._committing_digests)
         seen: set[Digest] = set()
         candidates: Batch = []
         for blob in batch:
@@ -300,12 +300,12 @@ class _Packer:
             # Nothing is stored in a dry run, so only the kept digests identify duplicates.
             self._pack = None
             return
-        if self._sealing is not None:
-            self._sealing.result()
+        if self._committing is not None:
+            self._committing.result()
         self._pack, self._open_digests = None, set()
-        self._sealing_digests = digests
+        self._committing_digests = digests
         self._stats.packs += 1
-        self._sealing = self._sealer.submit(_commit_pack, self._store, pack)
+        self._committing = self._committer.submit(_commit_pack, self._store, pack)
 
 
 class _OpenPack:
