@@ -8,6 +8,7 @@ repository.
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 _NETWORK_TYPES = frozenset(
@@ -21,9 +22,33 @@ def index_dir(root: Path, repository_id: str, encrypted: bool = False) -> Path:
     if encrypted:
         return cached_index_dir(repository_id)
     kind = file_system_type(root)
-    if kind in _NETWORK_TYPES or kind.startswith("fuse"):
+    if kind in _NETWORK_TYPES or kind.startswith("fuse") or not _is_own(root):
         return cached_index_dir(repository_id)
     return root / "index"
+
+
+def is_trusted_folder(st: os.stat_result) -> bool:
+    """Return whether only this user and root can change what is in a folder.
+
+    A group of the owner's own (with the same number) counts as the owner, as for pam_umask.
+    """
+    writable = st.st_mode & stat.S_IWOTH or (
+        st.st_mode & stat.S_IWGRP and st.st_gid not in (0, st.st_uid)
+    )
+    return stat.S_ISDIR(st.st_mode) and st.st_uid in (os.geteuid(), 0) and not writable
+
+
+def _is_own(root: Path) -> bool:
+    """Return whether only this user and root can change what is in the folder of a repository and its index.
+
+    LMDB trusts its files, so nobody else may write them.
+    """
+    if not is_trusted_folder(os.stat(root)):
+        return False
+    try:
+        return is_trusted_folder(os.lstat(root / "index"))
+    except FileNotFoundError:
+        return True
 
 
 def cached_index_dir(repository_id: str) -> Path:

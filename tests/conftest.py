@@ -47,7 +47,13 @@ hypothesis.settings.load_profile(os.environ.get("CASFS_HYPOTHESIS", "ci"))
 
 def pytest_configure(config: pytest.Config) -> None:
     # A repository of the person who runs the tests is never the one that they work on.
-    for variable in ("REPOSITORY", "IDENTITY", "PASSPHRASE_FILE", "PASSPHRASE_COMMAND"):
+    for variable in (
+        "REPOSITORY",
+        "IDENTITY",
+        "PASSPHRASE_FILE",
+        "PASSPHRASE_COMMAND",
+        "ALLOW_FOREIGN",
+    ):
         os.environ.pop(f"CASFS_{variable}", None)
 
 

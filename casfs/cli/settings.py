@@ -417,6 +417,13 @@ def _run_passphrase_command(command: str) -> bytes:
     return done.stdout[:_MAX_PASSPHRASE_BYTES]
 
 
+def _allow_foreign(context: click.Context, option: click.Parameter, value: bool) -> None:
+    if value:
+        from casfs.storage.folder import allow_foreign_folders
+
+        allow_foreign_folders()
+
+
 def _set_repo(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
     if value is not None:
         ctx.ensure_object(Settings).repo = value
@@ -517,6 +524,14 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         is_eager=True,
         help="Refuse another repository than the one with this id, or whose file config has this BLAKE3 "
         "digest [default: $CASFS_EXPECT_REPOSITORY].",
+    )(command)
+    command = click.option(
+        "--allow-foreign-repository",
+        is_flag=True,
+        expose_value=False,
+        callback=_allow_foreign,
+        help="Use a repository folder that belongs to another user, who can then change what is read "
+        "[default: $CASFS_ALLOW_FOREIGN].",
     )(command)
     return click.option(
         "-r",

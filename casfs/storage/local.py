@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,7 +24,9 @@ from casfs.storage.base import (
     is_name,
 )
 from casfs.storage.buffered_writer import size_conflict
+from casfs.storage.folder import Folder
 
+_TEMPORARIES = "tmp"
 RESERVE_FILE = "reserve"
 RESERVE_BYTES = 1024 * 1024
 _LEAST_BYTES = 128 * 1024
@@ -35,12 +38,17 @@ def allocate_reserve(root: Path) -> None:
 
     A full disk stops the prune that would free space. `release_reserve` makes room for its first writes.
     """
-    path = root / RESERVE_FILE
     size = RESERVE_BYTES
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return
+    try:
+        fd = _open_reserve(folder)
+    except OSError:
+        return
+    finally:
+        os.close(folder)
     try:
         there = os.fstat(fd).st_size
         while size > there and size >= _LEAST_BYTES:
@@ -54,6 +62,20 @@ def allocate_reserve(root: Path) -> None:
         return
     finally:
         os.close(fd)
+
+
+def _open_reserve(folder: int) -> int:
+    """Open the reserve of this user, or create it; raise OSError where another entry has its name."""
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(RESERVE_FILE, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
+    except FileExistsError:
+        fd = os.open(RESERVE_FILE, flags, dir_fd=folder)
+    st = os.fstat(fd)
+    if stat.S_ISREG(st.st_mode) and st.st_nlink == 1 and st.st_size <= RESERVE_BYTES:
+        return fd
+    os.close(fd)
+    raise OSError(errno.EEXIST, "another file has the name of the reserve")
 
 
 def release_reserve(root: Path) -> None:
@@ -106,9 +128,8 @@ class LocalStorage:
         self._sync = sync
         self._on_step = on_step
         self._serial = itertools.count()
-        self._readers = _ReaderPool(_OPEN_FILES)
-        # Joining paths costs more than a small read from an open file.
-        self._prefix = str(root / "_")[:-1]
+        self._folder = Folder(root)
+        self._readers = _ReaderPool(_OPEN_FILES, self._folder.open_file)
 
     @property
     def url(self) -> str:
@@ -118,32 +139,31 @@ class LocalStorage:
     def list(self, prefix: str) -> Iterator[ListedObject]:
         """Yield every object below a prefix, sorted by name."""
         try:
-            # A folder sorts by its name with the `/` that follows it, so that objects come in order
-            # of their names.
-            entries = sorted(
-                os.scandir(self.root / prefix),
-                key=lambda entry: (
-                    f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
-                ),
-            )
+            with self._folder.opened(prefix) as fd:
+                # A folder sorts by its name with the `/` that follows it, so that objects come in order
+                # of their names.
+                entries = sorted(
+                    os.scandir(fd),
+                    key=lambda entry: (
+                        f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+                    ),
+                )
+                for entry in entries:
+                    name = f"{prefix}/{entry.name}"
+                    if not is_name(name):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        yield from self.list(name)
+                        continue
+                    try:
+                        found = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    yield ListedObject(name, found.st_size, found.st_mtime_ns)
         except FileNotFoundError:
             return
         except OSError as error:
             raise _storage_error("list", str(self.root / prefix), error) from error
-        for entry in entries:
-            name = f"{prefix}/{entry.name}"
-            if not is_name(name):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from self.list(name)
-            else:
-                try:
-                    found = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    raise _storage_error("list", str(self.root / name), error) from error
-                yield ListedObject(name, found.st_size, found.st_mtime_ns)
 
     def size(self, name: str) -> int:
         """Return an object's size in bytes."""
@@ -155,7 +175,7 @@ class LocalStorage:
 
     def _stat(self, name: str) -> os.stat_result:
         try:
-            return os.stat(self.root / name)
+            return self._folder.stat(name)
         except FileNotFoundError as error:
             raise NotFoundError(f"{name} is not in the repository") from error
         except OSError as error:
@@ -163,9 +183,8 @@ class LocalStorage:
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Return a range of an object's bytes."""
-        path = f"{self._prefix}{name}"
         try:
-            with self._readers.reader(path) as fd:
+            with self._readers.reader(name) as fd:
                 if size is None:
                     size = max(0, os.fstat(fd).st_size - offset)
                     if size > MAX_WHOLE_READ_BYTES:
@@ -180,11 +199,11 @@ class LocalStorage:
         except FileNotFoundError as error:
             raise NotFoundError(f"{name} is not in the repository") from error
         except OSError as error:
-            raise _storage_error("read", path, error) from error
+            raise _storage_error("read", str(self.root / name), error) from error
 
     def read_nonblocking(self, name: str, offset: int, size: int) -> bytes | None:
         """Return a range if its object is open and the kernel has the range cached, else None."""
-        file = self._readers.open_reader(f"{self._prefix}{name}")
+        file = self._readers.open_reader(name)
         if file is None:
             return None
         data = bytearray(size)
@@ -198,7 +217,7 @@ class LocalStorage:
     def prefetch(self, name: str, offset: int, size: int) -> None:
         """Ask the kernel to read a range in the background."""
         try:
-            with self._readers.reader(f"{self._prefix}{name}") as fd:
+            with self._readers.reader(name) as fd:
                 os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
         except OSError:
             return
@@ -223,64 +242,89 @@ class LocalStorage:
 
     def delete(self, name: str) -> None:
         """Remove an object and make its removal durable."""
-        path = self.root / name
-        self._readers.forget(str(path))
+        self._readers.forget(name)
+        above, _, last = name.rpartition("/")
         try:
             self._step("unlink", name)
-            os.unlink(path)
-            self._sync_folder(path.parent, name)
+            with self._folder.opened(above) as fd:
+                os.unlink(last, dir_fd=fd)
+                self._sync_folder(fd, name)
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _storage_error("delete", str(path), error) from error
+            raise _storage_error("delete", str(self.root / name), error) from error
 
     def open_writer(self, in_memory: bool) -> LocalWriter:
         """Begin an object; with `in_memory` the disk is not touched before the commit."""
         return LocalWriter(self, in_memory)
 
     def close(self) -> None:
-        """Close the packs that are kept open for reading."""
+        """Close the packs that are kept open for reading, and the folder."""
         self._readers.close()
+        self._folder.close()
 
-    def _temporary_path(self) -> Path:
-        return self.root / "tmp" / f"{self.writer}.{next(self._serial)}"
+    def _temporary_name(self) -> str:
+        return f"{self.writer}.{next(self._serial)}"
 
-    def _publish(self, fd: int, temporary: Path, name: str) -> None:
-        path = self.root / name
+    def _create_temporary(self, name: str) -> int:
+        """Create a file in `tmp` and return its descriptor."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with self._folder.opened(_TEMPORARIES) as fd:
+                return os.open(name, flags, 0o600, dir_fd=fd)
+        except FileNotFoundError:
+            # A copy of a repository may lack the empty folders.
+            self._folder.make(_TEMPORARIES)
+        with self._folder.opened(_TEMPORARIES) as fd:
+            return os.open(name, flags, 0o600, dir_fd=fd)
+
+    def _remove_temporary(self, name: str) -> None:
+        try:
+            with self._folder.opened(_TEMPORARIES) as fd:
+                os.unlink(name, dir_fd=fd)
+        except FileNotFoundError:
+            return
+
+    def _publish(self, fd: int, temporary: str, name: str) -> None:
         self._step("data", name)
         if self._sync:
             os.fsync(fd)
         self._step("rename", name)
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._sync_folder(path.parent.parent, name)
-        self._readers.forget(str(path))
-        os.rename(temporary, path)
-        self._sync_folder(path.parent, name)
+        try:
+            self._rename(temporary, name)
+        except FileNotFoundError:
+            for above in self._folder.make(name.rpartition("/")[0]):
+                with self._folder.opened(above) as folder:
+                    self._sync_folder(folder, name)
+            self._rename(temporary, name)
+
+    def _rename(self, temporary: str, name: str) -> None:
+        """Rename a temporary file to the name of an object, and sync its folder."""
+        above, _, last = name.rpartition("/")
+        with self._folder.opened(_TEMPORARIES) as source, self._folder.opened(above) as fd:
+            self._readers.forget(name)
+            os.rename(temporary, last, src_dir_fd=source, dst_dir_fd=fd)
+            self._sync_folder(fd, name)
 
     def _keep_existing(self, name: str, size: int) -> bool:
         """Return whether an object of this name and size exists; if so, make its name durable."""
-        path = self.root / name
         try:
-            found_bytes = os.stat(path).st_size
+            found_bytes = self._folder.stat(name).st_size
             if found_bytes == size and self._sync:
-                self._sync_folder(path.parent, name)
+                with self._folder.opened(name.rpartition("/")[0]) as fd:
+                    self._sync_folder(fd, name)
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise _storage_error("create", str(path), error) from error
+            raise _storage_error("create", str(self.root / name), error) from error
         if found_bytes != size:
             raise size_conflict(self.url, name, found_bytes, size)
         return True
 
-    def _sync_folder(self, folder: Path, name: str) -> None:
+    def _sync_folder(self, fd: int, name: str) -> None:
         self._step("folder", name)
         if self._sync:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            os.fsync(fd)
         self._step("done", name)
 
     def _step(self, what: str, name: str) -> None:
@@ -294,7 +338,7 @@ class LocalWriter:
     def __init__(self, storage: LocalStorage, in_memory: bool) -> None:
         self._storage = storage
         self._parts: list[bytes] | None = [] if in_memory else None
-        self._path: Path | None = None
+        self._temporary: str | None = None
         self._fd = -1
         self._begun = 0
         self._bytes = 0
@@ -326,13 +370,13 @@ class LocalWriter:
         for part in self._parts or ():
             self._write(part)
         self._parts = None
-        path = self._open()
+        temporary = self._open()
         try:
-            self._storage._publish(self._fd, path, name)
+            self._storage._publish(self._fd, temporary, name)
         except OSError as error:
             raise _storage_error("write", str(self._storage.root / name), error) from error
         os.close(self._fd)
-        self._fd, self._path = -1, None
+        self._fd, self._temporary = -1, None
 
     def discard(self) -> None:
         """Remove the bytes written so far; after `commit`, do nothing."""
@@ -340,35 +384,31 @@ class LocalWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-            self._path = None
+        if self._temporary is not None:
+            temporary, self._temporary = self._temporary, None
+            self._storage._remove_temporary(temporary)
 
-    def _open(self) -> Path:
-        if self._path is None:
-            path = self._storage._temporary_path()
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    def _open(self) -> str:
+        if self._temporary is None:
+            name = self._storage._temporary_name()
             try:
-                # A copy of a repository may lack the empty folders.
-                path.parent.mkdir(exist_ok=True, mode=0o700)
-                self._fd = os.open(path, flags, 0o600)
+                self._fd = self._storage._create_temporary(name)
             except OSError as error:
+                path = self._storage.root / _TEMPORARIES / name
                 raise _storage_error("create", str(path), error) from error
-            self._path = path
-        return self._path
+            self._temporary = name
+        return self._temporary
 
     def _write(self, data: Data) -> None:
-        path = self._open()
+        path = str(self._storage.root / _TEMPORARIES / self._open())
         view = memoryview(data)
         while view:
             try:
                 written = os.write(self._fd, view)
             except OSError as error:
-                raise _storage_error("write", str(path), error) from error
+                raise _storage_error("write", path, error) from error
             if written == 0:
-                raise _storage_error(
-                    "write", str(path), OSError(errno.EIO, "the kernel wrote no bytes")
-                )
+                raise _storage_error("write", path, OSError(errno.EIO, "the kernel wrote no bytes"))
             view = view[written:]
             self._bytes += written
 
@@ -381,45 +421,46 @@ def _storage_error(action: str, path: str, error: OSError) -> StorageError:
 class _ReaderPool:
     """Descriptors of recently read objects. A descriptor is closed only while no thread reads from it."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, open_file: Callable[[str], int]) -> None:
         self._limit = limit
+        self._open_file = open_file
         self._lock = threading.Lock()
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
 
-    def reader(self, path: str) -> _OpenFile:
+    def reader(self, name: str) -> _OpenFile:
         """Return an open file to use in a `with` block."""
         with self._lock:
-            file = self._files.get(path)
+            file = self._files.get(name)
             if file is not None:
-                self._files.move_to_end(path)
+                self._files.move_to_end(name)
                 file.users += 1
                 return file
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = self._open_file(name)
         with self._lock:
-            other = self._files.get(path)
+            other = self._files.get(name)
             if other is not None:
                 os.close(fd)
                 other.users += 1
                 return other
             file = _OpenFile(self._lock, fd)
-            self._files[path] = file
+            self._files[name] = file
             while len(self._files) > self._limit:
                 _, oldest = self._files.popitem(last=False)
                 oldest.retire()
         return file
 
-    def open_reader(self, path: str) -> _OpenFile | None:
+    def open_reader(self, name: str) -> _OpenFile | None:
         """Return a file to use in a `with` block if it is already open."""
         with self._lock:
-            file = self._files.get(path)
+            file = self._files.get(name)
             if file is not None:
                 file.users += 1
             return file
 
-    def forget(self, path: str) -> None:
+    def forget(self, name: str) -> None:
         """Close a file whose name is about to refer to another object."""
         with self._lock:
-            file = self._files.pop(path, None)
+            file = self._files.pop(name, None)
             if file is not None:
                 file.retire()
 

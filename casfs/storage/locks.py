@@ -7,11 +7,15 @@ may still need blobs that no snapshot refers to.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import secrets
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +23,12 @@ from types import TracebackType
 import msgspec
 
 from casfs.errors import LockedError, StorageError
+from casfs.storage.folder import open_regular
+
+_LOCK_NAME = re.compile(r"\.?[0-9a-f]{16}")
+_TEMPORARY_NAME = re.compile(r"(?:[0-9a-f]{16}|p[0-9]+)\.[0-9]+")
+_NOT_LOCKS = frozenset([errno.ENOENT, errno.ELOOP, errno.EINVAL])
+"""The errors of a name that vanished, and of one that is no regular file."""
 
 
 class LockMode(StrEnum):
@@ -62,7 +72,7 @@ class RepositoryLock:
     """A held lock. `name` is never reused; it is also part of the names of temporary files."""
 
     def __init__(self, folder: Path, name: str, fd: int, mode: LockMode) -> None:
-        self._path = folder / name
+        self._folder = folder
         self._fd = fd
         self.name = name
         self.mode = mode
@@ -84,7 +94,8 @@ class RepositoryLock:
         record = LockRecord(mode, verb, host, os.getpid(), int(time.time()))
         try:
             folder.mkdir(exist_ok=True)
-            lock = cls(folder, name, _create_held(folder, name, record), mode)
+            with _opened(folder) as folder_fd:
+                lock = cls(folder, name, _create_held(folder_fd, name, record), mode)
         except OSError as error:
             raise StorageError("write a lock in", str(folder), error) from error
         try:
@@ -105,9 +116,12 @@ class RepositoryLock:
     def release(self) -> None:
         """Release the lock. A second call does nothing."""
         if self._fd >= 0:
-            self._path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = -1
+            try:
+                with _opened(self._folder) as folder_fd:
+                    _unlink(folder_fd, self.name)
+            finally:
+                os.close(self._fd)
+                self._fd = -1
 
     def __enter__(self) -> RepositoryLock:
         return self
@@ -121,65 +135,98 @@ class RepositoryLock:
         self.release()
 
 
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """Yield a descriptor of a folder; raise OSError where its name refers to a symlink."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def list_and_reap_locks(folder: Path) -> dict[str, LockRecord]:
-    """Return the locks that living processes hold, and remove the files of the rest."""
+    """Return the locks that living processes hold, and remove the files of the rest.
+
+    Entries whose names are not those of locks are left alone.
+    """
     live: dict[str, LockRecord] = {}
-    for path in sorted(folder.iterdir()):
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another process may have removed the file, and its owner created it again.
-            if _is_same_file(path, fd):
-                path.unlink(missing_ok=True)
-        except BlockingIOError:
-            if not path.name.startswith("."):
-                live[path.name] = _read_record(fd)
-        finally:
-            os.close(fd)
+    with _opened(folder) as folder_fd:
+        for name in sorted(os.listdir(folder_fd)):
+            if _LOCK_NAME.fullmatch(name) is None:
+                continue
+            try:
+                fd = open_regular(name, folder_fd)
+            except OSError as error:
+                if error.errno in _NOT_LOCKS:
+                    continue
+                raise
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Another process may have removed the file, and its owner created it again.
+                if _is_same_file(folder_fd, name, fd):
+                    _unlink(folder_fd, name)
+            except BlockingIOError:
+                if not name.startswith("."):
+                    live[name] = _read_record(fd)
+            finally:
+                os.close(fd)
     return live
 
 
 def remove_stale_temporaries(root: Path) -> None:
-    """Delete temporary files whose writer is dead; `root` is the repository's folder."""
-    folder = root / "tmp"
-    names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
-    if not names:
+    """Delete temporary files whose writer is dead; `root` is the repository's folder.
+
+    Entries whose names are not those of temporary files are left alone.
+    """
+    try:
+        with _opened(root / "tmp") as folder_fd:
+            names = [name for name in os.listdir(folder_fd) if _TEMPORARY_NAME.fullmatch(name)]
+            if not names:
+                return
+            live = list_and_reap_locks(root / "locks")
+            for name in names:
+                if name.partition(".")[0] not in live:
+                    _unlink(folder_fd, name)
+    except FileNotFoundError:
         return
-    live = list_and_reap_locks(root / "locks")
-    for name in names:
-        if name.partition(".")[0] not in live:
-            (folder / name).unlink(missing_ok=True)
 
 
-def _create_held(folder: Path, name: str, record: LockRecord) -> int:
+def _unlink(folder_fd: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=folder_fd)
+    except (FileNotFoundError, IsADirectoryError):
+        return
+
+
+def _create_held(folder_fd: int, name: str, record: LockRecord) -> int:
     """Create a lock file that appears under its name only when it is locked and complete."""
-    unfinished = folder / f".{name}"
+    unfinished = f".{name}"
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
-        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(unfinished, flags, 0o600, dir_fd=folder_fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             os.pwrite(fd, msgspec.json.encode(record), 0)
-            if _is_same_file(unfinished, fd):
-                os.rename(unfinished, folder / name)
+            if _is_same_file(folder_fd, unfinished, fd):
+                os.rename(unfinished, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
                 return fd
         except FileNotFoundError:
             pass
         except BaseException:
             os.close(fd)
-            unfinished.unlink(missing_ok=True)
+            _unlink(folder_fd, unfinished)
             raise
         # Another process removed the unfinished file as stale; create it again.
         os.close(fd)
 
 
-def _is_same_file(path: Path, fd: int) -> bool:
+def _is_same_file(folder_fd: int, name: str, fd: int) -> bool:
     try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
+        named = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
     except FileNotFoundError:
         return False
+    return os.path.samestat(os.fstat(fd), named)
 
 
 def _read_record(fd: int) -> LockRecord:

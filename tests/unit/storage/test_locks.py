@@ -117,15 +117,17 @@ def test_a_lock_file_names_its_holder(folder: Path, held: list[RepositoryLock]) 
 
 def test_a_lock_file_without_a_holder_is_removed_whatever_it_contains(folder: Path) -> None:
     folder.mkdir()
-    (folder / "dead").write_text('{"mode":"exclusive","verb":"prune","host":"h","pid":1,"time":0}')
-    (folder / "junk").write_bytes(b"\xff\0")
+    (folder / "00000000000000de").write_text(
+        '{"mode":"exclusive","verb":"prune","host":"h","pid":1,"time":0}'
+    )
+    (folder / ".00000000000000ff").write_bytes(b"\xff\0")
     RepositoryLock.acquire(folder, "backup").release()
     assert os.listdir(folder) == []
 
 
 def test_a_held_lock_file_without_content_counts_as_exclusive(folder: Path) -> None:
     folder.mkdir()
-    with open(folder / "young", "wb") as file:
+    with open(folder / "0000000000000011", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(LockedError, match="another command"):
             RepositoryLock.acquire(folder, "backup")
@@ -210,15 +212,15 @@ def test_temporary_files_live_exactly_as_long_as_their_writer(
     own = f"{held[0].name}.7"
     (root / "tmp" / own).write_bytes(b"")
     (root / "tmp" / "0123456789abcdef.0").write_bytes(b"left by a crash")
-    (root / "tmp" / "junk").write_bytes(b"")
+    (root / "tmp" / "not ours").write_bytes(b"")
     with child(HOLDER, root, "shared") as process:
         name = read_line(process)
         remove_stale_temporaries(root)
-        assert set(os.listdir(root / "tmp")) == {own, f"{name}.0"}
+        assert set(os.listdir(root / "tmp")) == {own, f"{name}.0", "not ours"}
         process.kill()
         process.wait()
         remove_stale_temporaries(root)
-        assert os.listdir(root / "tmp") == [own]
+        assert set(os.listdir(root / "tmp")) == {own, "not ours"}
 
 
 def test_removing_stale_files_of_an_empty_folder_is_no_error(root: Path) -> None:
@@ -236,10 +238,11 @@ def test_a_folder_without_lock_support_is_a_storage_error(tmp_path: Path) -> Non
 def test_locks_that_cannot_be_read_are_a_storage_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path) -> Iterator[Path]:
+    def refuse(fd: int) -> list[str]:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(StorageError, match="read the locks"):
-        RepositoryLock.acquire(folder, "backup")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", refuse)
+        with pytest.raises(StorageError, match="read the locks"):
+            RepositoryLock.acquire(folder, "backup")
     assert os.listdir(folder) == []
