@@ -7,7 +7,8 @@ where a capture has a new result. Memory holds one directory of each level. One 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from casfs.backup.capture import Capturer
@@ -31,6 +32,7 @@ class _Frame:
     node: Node
     path: bytes
     fd: int
+    device: int
     nodes: Iterator[Node]
     tree: TreeWriter
     sources: dict[bytes, SourceNode] | None = None
@@ -40,12 +42,18 @@ class FinalRetry:
     """Capture the changed files of one walk again. Use each instance for one backup.
 
     The trees of the walk must be readable from `trees`. Files that are still in state `changed` are reported
-    to `monitor`.
+    to `monitor`. `devices` are those of the walk.
     """
 
     def __init__(
-        self, capturer: Capturer, trees: TreeReader, new_tree: NewTree, monitor: Monitor
+        self,
+        capturer: Capturer,
+        trees: TreeReader,
+        new_tree: NewTree,
+        monitor: Monitor,
+        devices: Mapping[bytes, int],
     ) -> None:
+        self._devices = devices
         self._capturer = capturer
         self._trees = trees
         self._new_tree = new_tree
@@ -54,8 +62,10 @@ class FinalRetry:
 
     def run(self, root: Node, source: SourceNode) -> Node:
         """Return the root with every new capture; `source` is the source tree of the walk."""
-        fd = _open_same(None, source.source, root.inode, follow=True) if source.is_source else -1
-        stack = [self._frame(root, b"", fd, source)]
+        fd, device = -1, self._devices.get(b"", -1)
+        if source.is_source:
+            fd = _open_same(None, source.source, root, device, follow=True)
+        stack = [self._frame(root, b"", fd, device, source)]
         try:
             while True:
                 frame = stack[-1]
@@ -73,13 +83,15 @@ class FinalRetry:
             for frame in stack:
                 _close(frame.fd)
 
-    def _frame(self, node: Node, path: bytes, fd: int, source: SourceNode | None) -> _Frame:
+    def _frame(
+        self, node: Node, path: bytes, fd: int, device: int, source: SourceNode | None
+    ) -> _Frame:
         assert node.tree is not None
         single = self._trees.unsplit_entries(node.tree)
         nodes = iter(single) if single is not None else self._trees.nodes(node.tree)
         tree = self._new_tree(node.tree, single)
         sources = source.children if source is not None and not source.is_source else None
-        return _Frame(node, path, fd, nodes, tree, sources)
+        return _Frame(node, path, fd, device, nodes, tree, sources)
 
     def _advance(self, frame: _Frame) -> _Frame | None:
         """Copy entries up to a directory to enter, and return its frame; None after the last entry."""
@@ -93,19 +105,20 @@ class FinalRetry:
         return None
 
     def _enter(self, frame: _Frame, path: bytes, node: Node) -> _Frame:
+        device = self._devices.get(path, frame.device)
         if frame.sources is None:
-            fd = _open_same(frame.fd, node.name, node.inode) if frame.fd >= 0 else -1
-            return self._frame(node, path, fd, None)
+            fd = _open_same(frame.fd, node.name, node, device) if frame.fd >= 0 else -1
+            return self._frame(node, path, fd, device, None)
         source = frame.sources.get(node.name)
         if source is None or not source.is_source:
-            return self._frame(node, path, -1, source)
-        above = _open_same(None, os.path.dirname(source.source) or b".", None, follow=True)
+            return self._frame(node, path, -1, device, source)
+        above = _open_above(source)
         try:
             entry = os.path.basename(source.source)
-            fd = _open_same(above, entry, node.inode) if above >= 0 else -1
+            fd = _open_same(above, entry, node, device) if above >= 0 else -1
         finally:
             _close(above)
-        return self._frame(node, path, fd, source)
+        return self._frame(node, path, fd, device, source)
 
     def _retry(self, frame: _Frame, path: bytes, node: Node) -> Node:
         """Return a new capture of a file, or the old node without one, and report its state."""
@@ -117,7 +130,7 @@ class FinalRetry:
         elif frame.sources is None:
             found = self._capture(frame.fd, node)
         elif (source := frame.sources.get(node.name)) is not None:
-            above = _open_same(None, os.path.dirname(source.source) or b".", None, follow=True)
+            above = _open_above(source)
             try:
                 found = self._capture(above, node)
             finally:
@@ -135,13 +148,29 @@ class FinalRetry:
         return self._capturer.capture_again(fd, node) if fd >= 0 else None
 
 
-def _open_same(dir_fd: int | None, name: bytes, inode: int | None, follow: bool = False) -> int:
-    """Open a directory that the walk visited; return -1 where it has vanished or been replaced."""
+def _open_above(source: SourceNode) -> int:
+    """Open the directory of a source; return -1 where it has vanished."""
+    try:
+        return open_directory(None, os.path.dirname(source.source) or b".", follow=True)
+    except OSError:
+        return -1
+
+
+def _open_same(
+    dir_fd: int | None, name: bytes, node: Node, device: int, follow: bool = False
+) -> int:
+    """Open a directory that the walk visited; return -1 where it has vanished, been replaced or changed.
+
+    A file is stored below the owner and the mode that the walk saw, so they must still be those of its
+    directory.
+    """
     try:
         fd = open_directory(dir_fd, name, follow)
     except OSError:
         return -1
-    if inode is not None and os.fstat(fd).st_ino != inode:
+    st = os.fstat(fd)
+    seen = (device, node.inode, node.uid, node.gid, node.mode)
+    if seen != (st.st_dev, st.st_ino, st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode)):
         os.close(fd)
         return -1
     return fd

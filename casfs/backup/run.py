@@ -306,6 +306,7 @@ class _Backup:
         self._monitor = monitor
         self._reflinker = Reflinker(options.freeze)
         self._budget = RetryBudget(options.patience_s)
+        self._devices: dict[bytes, int] = {}
         self._file_cache = _open_file_cache(repository, options)
 
     def read(self, parent: tuple[SnapshotId, Snapshot] | None) -> Node:
@@ -369,12 +370,17 @@ class _Backup:
             one_file_system=self._options.one_file_system,
             repository_stat=_repository_stat(self._repository.place),
             monitor=self._monitor,
+            devices=self._devices,
         )
         return walker.walk(sources, parent[1].root if parent is not None else None)
 
     def _retry_changed(self, writer: BlobWriter, sources: SourceNode, root: Node) -> Node:
         retry = FinalRetry(
-            self._capturer(writer), self._repository.trees, self._new_tree(writer), self._monitor
+            self._capturer(writer),
+            self._repository.trees,
+            self._new_tree(writer),
+            self._monitor,
+            self._devices,
         )
         return retry.run(root, sources)
 

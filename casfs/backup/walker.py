@@ -75,7 +75,8 @@ class Walker:
     """Walk sources into trees. Use each instance for one walk.
 
     `entries` builds and counts the nodes, `new_tree` begins the tree of a directory. The walk skips the
-    repository's own folder, `repository_stat`, unless that is None.
+    repository's own folder, `repository_stat`, unless that is None. Into `devices` go the paths of the
+    directories that are on another device than the directory above, and their devices.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class Walker:
         one_file_system: bool,
         repository_stat: os.stat_result | None,
         monitor: Monitor,
+        devices: dict[bytes, int],
     ) -> None:
         self._entries = entries
+        self._devices = devices
         self._trees = trees
         self._new_tree = new_tree
         self._exclusions = exclusions
@@ -104,8 +107,6 @@ class Walker:
 
     def walk(self, root: SourceNode, previous: Node | None) -> Node:
         """Return the root node of the new snapshot; `previous` is the root of the parent snapshot."""
-        st = os.stat(root.source)
-        node = self._entries.make_node(b"", b"", st, NodeType.DIRECTORY, root.source)
         tree = previous.tree if previous is not None else None
         for path in root.covered_sources():
             try:
@@ -114,11 +115,28 @@ class Walker:
                 self._count_missing([path], error)
         if root.is_source:
             fd = open_directory(None, root.source, follow=True)
-            frame = self._open_frame(node, b"", fd, st, tree, root)
+            try:
+                st = os.fstat(fd)
+                node = self._entries.make_node(b"", b"", st, NodeType.DIRECTORY, fd)
+                self._devices[b""] = st.st_dev
+                frame = self._open_frame(node, b"", fd, st, tree, root)
+            except BaseException:
+                os.close(fd)
+                raise
             self._report_marker(frame)
         else:
+            node = self._leading_node(b"", b"", None, root.source)
             frame = self._source_frame(node, b"", root, tree)
         return self._run(frame)
+
+    def _leading_node(self, name: bytes, path: bytes, above: int | None, entry: bytes) -> Node:
+        """Return the node of a directory that only leads to sources; raise OSError for another entry."""
+        fd = os.open(entry, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above)
+        try:
+            where = proc_fd_path(fd, b".")
+            return self._entries.make_node(name, path, os.fstat(fd), NodeType.DIRECTORY, where)
+        finally:
+            os.close(fd)
 
     def _run(self, root: _Frame) -> Node:
         stack = [root]
@@ -247,6 +265,18 @@ class Walker:
                 )
             if not foreign:
                 fd = open_directory(frame.fd, entry)
+                # Another process may have exchanged the name since its `lstat`: metadata and entries are
+                # those of the directory that was opened.
+                st = os.fstat(fd)
+                if self._is_repository(st):
+                    os.close(fd)
+                    self._monitor.problem(repository_excluded(path))
+                    return None
+                if st.st_dev != frame.device:
+                    self._devices[path] = st.st_dev
+                    if self._one_file_system and (source is None or not source.is_source):
+                        os.close(fd)
+                        fd = -1
             if previous is not None and is_unchanged(previous, st, NodeType.DIRECTORY):
                 node = previous
             else:
@@ -335,13 +365,14 @@ class Walker:
                 if self._is_repository(st):
                     self._monitor.problem(repository_excluded(path))
                     return None
+                self._devices[path] = st.st_dev
                 child = self._enter_directory(parent, name, path, st, previous, 1, source)
                 self._report_marker(child)
                 return child
             if kind != NodeType.DIRECTORY:
                 raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
             tree = previous.tree if previous is not None else None
-            node = self._entries.make_node(name, path, st, NodeType.DIRECTORY, source.source)
+            node = self._leading_node(name, path, above, entry)
             return self._source_frame(node, path, source, tree)
         except NotRegularError:
             if types_seen < _MAX_TYPE_CHANGES:

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from casfs.backup import final_retry, source_fs, walker
 from casfs.backup.capture import Capturer
 from casfs.backup.exclude import Exclusions
 from casfs.backup.reflink import Freeze
 from casfs.backup.run import BackupOptions, BackupResult, run_backup
+from casfs.backup.source_fs import make_node
+from casfs.backup.sources import SourceNode
 from casfs.errors import NotRegularError
 from casfs.format.tree import Node, NodeType
 from casfs.monitor import ProblemKind, RecordingMonitor
@@ -191,3 +194,66 @@ def test_a_marker_that_is_a_directory_is_emptied_where_an_earlier_snapshot_has_i
     again = Backup(repository, source)
     assert again.node("tree/.git/config") is not None
     assert again.node("tree/file") is not None
+
+
+@pytest.mark.parametrize("by", ["folder", "name"])
+def test_a_directory_exchanged_before_it_is_opened_has_the_metadata_of_its_entries(
+    repository: Repository, source: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    (source / "name").unlink()
+    (source / "name").mkdir(mode=0o755)
+    private = source.parent / "private"
+    private.mkdir(mode=0o700)
+    (private / "letter").write_bytes(b"a secret")
+
+    def exchange(dir_fd: int | None, name: bytes, follow: bool = False) -> int:
+        if os.path.basename(name) == b"name" and private.exists():
+            (source / "name").rename(source.parent / "taken")
+            private.rename(source / "name")
+        return source_fs.open_directory(dir_fd, name, follow)
+
+    monkeypatch.setattr(walker, "open_directory", exchange)
+    backup = Backup(
+        repository, source, paths=(bytes(source if by == "folder" else source / "name"),)
+    )
+    node = backup.node("name")
+    assert backup.node("name/letter") is not None
+    assert node is not None and node.mode == 0o700
+
+
+def test_a_root_exchanged_before_it_is_opened_has_the_metadata_of_its_entries(
+    repository: Repository, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.chmod(0o755)
+    private = source.parent / "private"
+    private.mkdir(mode=0o700)
+    (private / "letter").write_bytes(b"a secret")
+
+    def exchange(dir_fd: int | None, name: bytes, follow: bool = False) -> int:
+        if private.exists():
+            source.rename(source.parent / "taken")
+            private.rename(source)
+        return source_fs.open_directory(dir_fd, name, follow)
+
+    monkeypatch.setattr(walker, "open_directory", exchange)
+    monkeypatch.chdir(source.parent)
+    tree = SourceNode(bytes(source), is_source=True)
+    monkeypatch.setattr("casfs.backup.run.build_source_tree", lambda paths: tree)
+    result = run_backup(
+        repository, BackupOptions(paths=(bytes(source),), host="here"), RecordingMonitor()
+    )
+    assert result.snapshot.root.mode == 0o700
+
+
+def test_the_final_retry_reads_no_directory_that_only_has_the_same_inode_number(
+    tmp_path: Path,
+) -> None:
+    tmp_path.chmod(0o755)
+    st = tmp_path.stat()
+    node = make_node(b"d", st, NodeType.DIRECTORY, ())
+    fd = final_retry._open_same(None, bytes(tmp_path), node, st.st_dev)
+    assert fd >= 0
+    os.close(fd)
+    assert final_retry._open_same(None, bytes(tmp_path), node, st.st_dev + 1) == -1
+    tmp_path.chmod(0o700)
+    assert final_retry._open_same(None, bytes(tmp_path), node, st.st_dev) == -1
