@@ -73,7 +73,8 @@ class Capturer:
     """Capture the files of one backup. Used by one thread.
 
     `attempts` is the limit for one file, `budget` the time for all files together. `pause` sleeps for
-    the given seconds.
+    the given seconds. `abandoned_bytes` counts what was stored of attempts that no node refers to; chunks
+    that several attempts have in common count as often.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Capturer:
         self._budget = budget
         self._attempts = max(attempts, 1)
         self._pause = pause
+        self.abandoned_bytes = 0
 
     def capture(
         self, dir_fd: int, name: bytes, on_xattr_error: Callable[[OSError], None] = _ignore
@@ -127,7 +129,13 @@ class Capturer:
         finally:
             self._budget.spend(time.monotonic() - began)
         self._reader.store_pending(found.result)
+        self.abandoned_bytes += before.size
         return _with_earlier_reason(found.node, before)
+
+    def _abandon(self, attempt: _Attempt) -> None:
+        # What is pending was not stored.
+        if attempt.result.pending is None:
+            self.abandoned_bytes += attempt.result.size
 
     def capture_stream(self, name: bytes, fd: int, st: os.stat_result) -> Node:
         """Return the node of a file whose content is read from a pipe until its end."""
@@ -157,6 +165,7 @@ class Capturer:
                 took_s = time.monotonic() - began
                 self._budget.spend(wait_s + took_s)
             made += 1
+            self._abandon(best if found.node.state <= best.node.state else found)
             if found.node.state <= best.node.state:
                 node = _with_earlier_reason(found.node, best.node)
                 best = found._replace(node=node)

@@ -93,11 +93,16 @@ class BackupOptions:
 
 @dataclass(frozen=True, slots=True)
 class BackupResult:
-    """The published snapshot; `snapshot_id` is None for a dry run."""
+    """The published snapshot; `snapshot_id` is None for a dry run.
+
+    At most `abandoned_bytes` of what was newly stored belongs to attempts at files that changed, and to no
+    snapshot.
+    """
 
     snapshot_id: SnapshotId | None
     snapshot: Snapshot
     missing_sources: int
+    abandoned_bytes: int = 0
 
 
 def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor) -> BackupResult:
@@ -118,7 +123,9 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
         root = backup.read(parent)
     snapshot = _complete_snapshot(draft, root, parent, backup, began)
     snapshot_id = None if options.dry_run else repository.snapshots.publish(snapshot)
-    return BackupResult(snapshot_id, snapshot, backup.entries.stats.missing_sources)
+    return BackupResult(
+        snapshot_id, snapshot, backup.entries.stats.missing_sources, backup.abandoned_bytes
+    )
 
 
 def _draft_snapshot(options: BackupOptions) -> Snapshot:
@@ -300,6 +307,7 @@ class _Backup:
     ) -> None:
         self.entries: EntryBuilder
         self.stored = WriteStats()
+        self._capturers: list[Capturer] = []
         self._repository = repository
         self._options = options
         self._sources = sources
@@ -387,7 +395,15 @@ class _Backup:
     def _capturer(self, writer: BlobWriter) -> Capturer:
         digest = self._repository.codec.digest
         reader = SourceReader(self._repository.chunker(), writer.put, digest)
-        return Capturer(reader, self._reflinker, self._budget, self._options.attempts)
+        capturer = Capturer(reader, self._reflinker, self._budget, self._options.attempts)
+        self._capturers.append(capturer)
+        return capturer
+
+    @property
+    def abandoned_bytes(self) -> int:
+        """Return how much was stored, at most, of attempts that the snapshot does not use."""
+        abandoned_bytes = sum(capturer.abandoned_bytes for capturer in self._capturers)
+        return min(abandoned_bytes, self.stored.new_plain_bytes)
 
     def _new_tree(self, writer: BlobWriter, keep_trees: bool = True) -> NewTree:
         digest, seed = self._repository.codec.digest, self._repository.tree_seed

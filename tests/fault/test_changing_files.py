@@ -263,3 +263,22 @@ def test_the_matrix_reads_files_in_several_steps_and_cuts_the_large_ones(
         assert size > 8 * STEP
         assert scripted.served(scene / name).keys() == {(1, 1)}
         assert backup.file(scene / name).extra is None
+
+
+def test_what_abandoned_attempts_stored_is_reported(
+    backups: BackupFixture, scripted: ScriptedSource
+) -> None:
+    rewrite = {"opening": 0, "reading": 1, "where": "between", "change": "rewrite", "seed": "n"}
+    small, large = SIZES["one chunk"], SIZES["many chunks"]
+    files = {
+        "small": {"seed": "s", "size": small, "rules": [rewrite]},
+        "large": {"seed": "l", "size": large, "rules": [rewrite]},
+        "calm": {"seed": "c", "size": large},
+    }
+    folder = scripted.scene(files)
+    found = backups.back_up(folder)
+    stored_bytes = found.result.snapshot.stats.new_plain_bytes
+    assert stored_bytes > 5 * large
+    # The last attempt is kept. A file of one chunk is stored after its attempts, and after the last look.
+    assert found.result.abandoned_bytes == (LAST_LOOK - 1) * large + small
+    assert backups.back_up(folder / "calm").result.abandoned_bytes == 0

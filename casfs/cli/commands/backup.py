@@ -287,6 +287,11 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         output.line(f"{tree.flagged} changed while they were read and are flagged")
     if stats.silently_changed:
         output.line(f"{stats.silently_changed} changed although size, mtime and ctime did not")
+    if result.abandoned_bytes:
+        output.line(
+            f"up to {format_size(result.abandoned_bytes)} of what was stored belongs to earlier attempts "
+            "at files that changed; `casfs prune` frees it"
+        )
     if result.snapshot_id is not None:
         output.line(f"snapshot {short_id(result.snapshot_id)}")
     else:
@@ -311,6 +316,7 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         unreadable=stats.unreadable,
         vanished=stats.vanished,
         silently_changed=stats.silently_changed,
+        abandoned_bytes=result.abandoned_bytes,
         seconds=stats.seconds,
         dry_run=dry_run,
     )
