@@ -202,6 +202,8 @@ def _configure() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
 
 
 def _allow_open_files() -> None:
@@ -213,4 +215,7 @@ def _allow_open_files() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    from casfs.storage.interruption import INTERRUPTED
+
+    INTERRUPTED.set()
     raise KeyboardInterrupt

@@ -4,9 +4,10 @@ Objects are put as a whole, with `If-None-Match: *` where the server knows it, s
 its bytes. obstore's own retries are off: `retry.RetryingStorage` asks again, and finds out by the size of
 the object whether a creation happened whose answer was lost.
 
-Threads: obstore's synchronous calls release the GIL and may be made from any thread. In the main
-thread they are made in a helper thread instead, because a signal is only handled when the call
-returns. Nothing may be asked before a fork: the child would wait for threads that it does not have.
+Threads: obstore's synchronous calls release the GIL and may be made from any thread. They are made in
+helper threads, because nothing ends a call before its timeout, not even a signal in the main thread. A
+thread that waits for a helper stops waiting when the process is asked to end. Nothing may be asked before
+a fork: the child would wait for threads that it does not have.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, TypeVar
 
 import obstore
@@ -29,6 +30,7 @@ from casfs.storage.base import (
 )
 from casfs.storage.buffered_writer import BufferedWriter, size_conflict
 from casfs.storage.counting import RequestCounter, RequestKind
+from casfs.storage.interruption import INTERRUPTED, interrupted_error
 from casfs.storage.object_store_errors import (
     ERRORS,
     already_exists,
@@ -53,6 +55,7 @@ _RANGE_BYTES = 8 * 1024 * 1024
 _PARALLEL = 8
 
 _TIMEOUT_S = 60
+_LOOK_S = 0.5
 _LEAST_BYTES_PER_S = 64 * 1024
 """A timeout covers the body, so it grows with the body: by what a slow line takes."""
 
@@ -89,7 +92,8 @@ class ObjectStorage:
         self._counter = counter if counter is not None else RequestCounter()
         self._stores: dict[int, ObjectStore] = {}
         self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
+        self._calls: ThreadPoolExecutor | None = None
+        self._ranges: ThreadPoolExecutor | None = None
         self._knows_conditions = True
 
     def list(self, prefix: str) -> Iterator[ListedObject]:
@@ -148,7 +152,7 @@ class ObjectStorage:
         if offset + len(first) >= end:
             return first
         starts = range(offset + len(first), end, _RANGE_BYTES)
-        rest = self._threads().map(
+        rest = self._range_threads().map(
             lambda start: self._read_range(name, start, min(_RANGE_BYTES, end - start))[0], starts
         )
         return b"".join([first, *rest])
@@ -260,10 +264,11 @@ class ObjectStorage:
     def close(self) -> None:
         """Let go of the clients; a call that is under way ends by itself."""
         with self._lock:
-            pool, self._pool = self._pool, None
+            pools, self._calls, self._ranges = (self._calls, self._ranges), None, None
             self._stores.clear()
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in pools:
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _store(self, body_bytes: int) -> ObjectStore:
         """Return a client whose timeout is enough for a body of so many bytes."""
@@ -276,17 +281,25 @@ class ObjectStorage:
                 store = self._stores[timeout_s] = self._make_store(timeout_s)
             return store
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def _range_threads(self) -> ThreadPoolExecutor:
         with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(_PARALLEL, "casfs-object-store")
-            return self._pool
+            if self._ranges is None:
+                self._ranges = ThreadPoolExecutor(_PARALLEL, "casfs-object-ranges")
+            return self._ranges
+
+    def _call_threads(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._calls is None:
+                self._calls = ThreadPoolExecutor(2 * _PARALLEL, "casfs-object-store")
+            return self._calls
 
     def _run(self, action: str, name: str, call: Callable[[], T]) -> T:
+        future = self._call_threads().submit(call)
+        while not wait([future], _LOOK_S).done:
+            if INTERRUPTED.is_set():
+                raise interrupted_error(f"{self.url}/{name}")
         try:
-            if threading.current_thread() is threading.main_thread():
-                return self._threads().submit(call).result()
-            return call()
+            return future.result()
         except (_TakenError, _NoConditionsError):
             raise
         except ERRORS as error:

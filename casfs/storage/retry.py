@@ -17,12 +17,14 @@ from typing import TypeVar
 
 from casfs.errors import CasfsError, NotFoundError, StorageUnavailableError
 from casfs.storage.base import Data, ListedObject, ObjectWriter, Storage
+from casfs.storage.interruption import INTERRUPTED
 from casfs.storage.wrapper import StorageWrapper
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_LOOK_S = 0.5
 _REPORTED_AFTER_S = 5.0
 """A pause of at least this length is logged, so that the user sees why nothing happens."""
 
@@ -59,7 +61,7 @@ class Retrier:
         self._policy = policy
         self._clock = clock
         self._stopped = threading.Event()
-        self._sleep = sleep if sleep is not None else self._stopped.wait
+        self._sleep = sleep if sleep is not None else self._wait
         self._jitter = jitter
         self._has_answered = False
 
@@ -79,7 +81,7 @@ class Retrier:
                 if deadline is None:
                     deadline = now + self._patience_s()
                 left_s = deadline - now
-                if left_s <= 0 or self._stopped.is_set():
+                if left_s <= 0 or self._stopped.is_set() or INTERRUPTED.is_set():
                     raise
                 wait_s = min(pause_s * self._jitter(), left_s)
                 if wait_s >= _REPORTED_AFTER_S:
@@ -94,6 +96,13 @@ class Retrier:
             else:
                 self._has_answered = True
                 return result
+
+    def _wait(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while (left_s := deadline - time.monotonic()) > 0:
+            if self._stopped.wait(min(left_s, _LOOK_S)) or INTERRUPTED.is_set():
+                return True
+        return False
 
     def _patience_s(self) -> float:
         policy = self._policy

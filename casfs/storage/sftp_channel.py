@@ -25,6 +25,7 @@ from enum import IntEnum
 from casfs.display import single_line
 from casfs.errors import StorageDeniedError, StorageError, StorageUnavailableError
 from casfs.storage.base import Data
+from casfs.storage.interruption import INTERRUPTED, interrupted_error
 
 
 class Request(IntEnum):
@@ -347,7 +348,10 @@ class SftpChannel:
         ready = select.poll()
         ready.register(self._from_server, select.POLLIN)
         ready.register(self._wake_receiver, select.POLLIN)
-        while not any(fd == self._from_server for fd, _ in ready.poll()):
+        while not any(fd == self._from_server for fd, _ in ready.poll(1000 * _LOOK_S)):
+            if INTERRUPTED.is_set():
+                # Without the program, a thread that sends to it ends too.
+                self._finish(interrupted_error(self._place))
             if self._end is not None:
                 return b""
         return os.read(self._from_server, _PIPE_BYTES)

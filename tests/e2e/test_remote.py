@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,14 @@ from tests.support.cli import Casfs, program
 from tests.support.comparing import tree_differences
 from tests.support.mounts import mounted
 from tests.support.remote import RemoteCasfs, on_s3, over_ssh
-from tests.support.servers import S3Server, SshServer, seaweedfs, session_pids, sshd
+from tests.support.servers import (
+    S3Server,
+    SshServer,
+    seaweedfs,
+    session_pids,
+    sshd,
+    stalling_proxy,
+)
 
 MIB = 1 << 20
 
@@ -286,6 +294,35 @@ def test_wrong_keys_and_buckets_are_one_sentence(s3_server: S3Server, casfs: Cas
     missing = on_s3(s3_server, "no-such-bucket", "r", casfs.home).run("init", expect=1)
     assert "there is no such bucket" in missing.complaint
     assert len(result.complaints) == len(missing.complaints) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_backup_whose_server_has_gone_silent(
+    s3_server: S3Server, casfs: Casfs, source: Path, number: signal.Signals
+) -> None:
+    (source / "large").write_bytes(random.Random(1).randbytes(140 * MIB))
+    with stalling_proxy(s3_server.endpoint) as proxy:
+        server = replace(s3_server, endpoint=f"http://127.0.0.1:{proxy.port}")
+        remote = on_s3(server, "casfs", f"silent-{number}", casfs.home)
+        remote.run("init")
+        before = proxy.passed_bytes
+        process = subprocess.Popen(
+            [*program(), "backup", "."],
+            cwd=source,
+            env=remote.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        while proxy.passed_bytes < before + 10 * MIB:
+            assert process.poll() is None
+        proxy.stall.set()
+        process.send_signal(number)
+        _, complaints = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert complaints.decode().strip().endswith("the repository is as intact as before")
+        proxy.stall.clear()
+        remote.run("backup", ".", cwd=source)
+        remote.run("check", "--read-data")
 
 
 @pytest.mark.parametrize("name", ["user@host:path", "s3:bucket/path", "b2:bucket", "host:/srv"])
