@@ -133,8 +133,14 @@ class KeyOptions:
         for name in given.files:
             found.ages += read_identity_file(Path(name), ask_passphrase)
         if given.passphrase.is_given():
-            repository = bytes.fromhex(trust.config.id)
-            found.ages += unlock_by_passphrase(storage, repository, given.passphrase.read())
+            from casfs.crypto.key_manager import require_trusted_recipients
+
+            found.ages += unlock_by_passphrase(
+                storage,
+                bytes.fromhex(trust.config.id),
+                given.passphrase.read(),
+                require_trusted_recipients(storage, trust),
+            )
         return found
 
     def unlock(self, storage: Storage, trust: TrustRoot) -> Identities:
@@ -146,15 +152,22 @@ class KeyOptions:
             unlock_by_passphrase,
             wrapped_identities,
         )
+        from casfs.crypto.key_manager import require_trusted_recipients
 
         found = self.unlock_given(storage, trust)
         if not found:
             found = unlock_by_gpg(storage, trust.recipients(storage).recipients)
-        if not found and wrapped_identities(storage):
+        if found:
+            return found
+        recipients = trust.recipients(storage).recipients
+        if wrapped_identities(storage, recipients):
             repository = trust.config.id
+            recipients = require_trusted_recipients(storage, trust)
             passphrase = ask_passphrase(f"repository {repository[:12]}")
             if passphrase is not None:
-                found.ages = unlock_by_passphrase(storage, bytes.fromhex(repository), passphrase)
+                found.ages = unlock_by_passphrase(
+                    storage, bytes.fromhex(repository), passphrase, recipients
+                )
         return found
 
 

@@ -47,6 +47,14 @@ def identity_from_line(line: str) -> AgeIdentity:
         raise WrongKeyError("not an age identity") from error
 
 
+def public_half(line: str) -> str:
+    """Return the recipient of an `AGE-SECRET-KEY-1…` line; raise WrongKeyError."""
+    try:
+        return str(pyrage.x25519.Identity.from_str(line).to_public())
+    except pyrage.IdentityError as error:
+        raise WrongKeyError("not an age identity") from error
+
+
 def identities_of_file(data: bytes, name: str, ask: AskPassphrase) -> list[AgeIdentity]:
     """Return the identities in a file's bytes: age identities, encrypted or not, or a private SSH key.
 

@@ -18,6 +18,9 @@ from casfs.storage.base import Storage
 log = logging.getLogger(__name__)
 
 IDENTITIES = "identities"
+MAX_TRIES = 16
+"""The most identities that one passphrase is tried on: each costs some 0.1 s and 64 MiB."""
+
 _MAX_FILE_BYTES = 1 << 20
 
 
@@ -45,13 +48,16 @@ def read_identity_file(path: Path, ask: AskPassphrase) -> list[AgeIdentity]:
     return age.identities_of_file(data, str(path), ask)
 
 
-def unlock_by_passphrase(storage: Storage, repository: bytes, passphrase: str) -> list[AgeIdentity]:
-    """Return the repository's identities that a passphrase decrypts.
+def unlock_by_passphrase(
+    storage: Storage, repository: bytes, passphrase: str, recipients: Sequence[Recipient]
+) -> list[AgeIdentity]:
+    """Return the identities of the recipients that a passphrase decrypts.
 
-    Raise WrongKeyError if there are none.
+    Other files in the storage are not tried: each try would tell the storage something about the
+    passphrase. Raise WrongKeyError if there are none.
     """
     found = []
-    wrapped = wrapped_identities(storage)
+    wrapped = wrapped_identities(storage, recipients)
     for _, one in wrapped:
         try:
             line = unwrap_identity(one, passphrase, repository)
@@ -83,14 +89,30 @@ def unlock_by_gpg(storage: Storage, recipients: Sequence[Recipient]) -> Identiti
     return Identities(use_gpg=True)
 
 
-def wrapped_identities(storage: Storage) -> list[tuple[str, WrappedIdentity]]:
-    """Return the identities that are encrypted with a passphrase, with the names of their files."""
+def wrapped_identities(
+    storage: Storage, recipients: Sequence[Recipient]
+) -> list[tuple[str, WrappedIdentity]]:
+    """Return the identities of recipients that are encrypted with a passphrase, with their files' names.
+
+    Raise WrongKeyError where there are more than a reader tries.
+    """
+    listed = {one.value for one in recipients if one.kind == RecipientKind.PASSPHRASE}
     found = []
     for name, data in _files(storage, "json"):
         try:
-            found.append((name, parse_wrapped(data, name)))
+            wrapped = parse_wrapped(data, name)
         except SessionError as error:
             log.warning("%s", error)
+            continue
+        if wrapped.recipient in listed:
+            found.append((name, wrapped))
+        else:
+            log.warning("%s belongs to no recipient of the repository; it is not tried", name)
+    if len(found) > MAX_TRIES:
+        raise WrongKeyError(
+            f"the repository has {len(found)} identities with a passphrase, more than the {MAX_TRIES} that "
+            "are tried; give --identity FILE"
+        )
     return found
 
 
@@ -111,14 +133,16 @@ def add_gpg(storage: Storage, recipient: Recipient) -> Recipient:
     return Recipient(recipient.kind, recipient.value, public, recipient.key)
 
 
-def change_passphrase(storage: Storage, old: str, new: str, repository: bytes) -> int:
+def change_passphrase(
+    storage: Storage, old: str, new: str, repository: bytes, recipients: Sequence[Recipient]
+) -> int:
     """Encrypt the identities of the old passphrase with the new one; return their number.
 
     The new files are durable before the old ones are deleted. Raise WrongKeyError where the old passphrase
     decrypts none.
     """
     changed = 0
-    for name, one in wrapped_identities(storage):
+    for name, one in wrapped_identities(storage, recipients):
         try:
             secret = unwrap_identity(one, old, repository)
         except WrongKeyError:

@@ -223,6 +223,22 @@ def verify_trusted(root: Path | str, storage: Storage, trust: TrustRoot) -> Writ
     return state
 
 
+def require_trusted_recipients(storage: Storage, trust: TrustRoot) -> tuple[Recipient, ...]:
+    """Return the recipients whose identities a passphrase may be tried on.
+
+    Raise TrustError where this machine trusts another list.
+    """
+    recipients = trust.recipients(storage)
+    state = load_state(trust.config)
+    if state is not None and state.recipients != recipients.digest:
+        raise TrustError(
+            "the recipients of the repository differ from those that this machine trusts, so its passphrase "
+            "is tried on nothing. Compare them (`casfs key list`); if they are correct, run "
+            "`casfs key accept`, or give --identity FILE"
+        )
+    return recipients.recipients
+
+
 def rewrap_sessions(storage: Storage, trust: TrustRoot, identities: Identities) -> int:
     """Encrypt every session to the current recipients; return the number of sessions.
 

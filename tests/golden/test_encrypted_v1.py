@@ -50,7 +50,14 @@ def by_ssh(storage: Storage, trust: TrustRoot) -> Identities:
 
 def by_passphrase(storage: Storage, trust: TrustRoot) -> Identities:
     text = FROZEN.with_suffix(".passphrase").read_text().strip()
-    return Identities(unlock_by_passphrase(storage, bytes.fromhex(trust.config.id), text))
+    return Identities(
+        unlock_by_passphrase(
+            storage,
+            bytes.fromhex(trust.config.id),
+            text,
+            trust.recipients(storage).recipients,
+        )
+    )
 
 
 @pytest.mark.parametrize("unlock", [by_age, by_ssh, by_passphrase])

@@ -188,8 +188,15 @@ def test_a_wrapped_identity_keeps_its_golden_bytes(
     monkeypatch.setattr(os, "urandom", lambda size: bytes([next(numbers)]) * size)
     data = wrap_identity(SECRET, PUBLIC, "correct horse", REPOSITORY)
     assert (
-        digest_of(data).hex() == "4723dace25b4acabbc7202e8dc6fddef4481318078b21ba4d91ea178210dd113"
+        digest_of(data).hex() == "829ee52b2f8e7c2b3de3fee230a00a37da89864205fc82f4f357a5c82b3443b9"
     )
+    # Without the commitment they are the bytes that earlier versions wrote.
+    earlier = data[: data.index(b',"commitment"')] + b"}\n"
+    assert (
+        digest_of(earlier).hex()
+        == "4723dace25b4acabbc7202e8dc6fddef4481318078b21ba4d91ea178210dd113"
+    )
+    assert unwrap_identity(parse_wrapped(earlier, "it"), "correct horse", REPOSITORY) == SECRET
     wrapped = parse_wrapped(data, "it")
     assert (wrapped.iterations, wrapped.lanes, wrapped.memory_kib) == (3, 4, 65536)
     assert unwrap_identity(wrapped, "correct horse", REPOSITORY) == SECRET

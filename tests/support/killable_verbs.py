@@ -409,6 +409,7 @@ def small_packs() -> None:
 def cheap_passphrases() -> None:
     """Make this process wrap to passphrases with little work, which test passphrases do not need."""
     passphrase_module._MEMORY_KIB = 64
+    passphrase_module._LEAST_MEMORY_KIB = 64
     passphrase_module._ITERATIONS = 1
 
 

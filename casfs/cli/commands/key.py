@@ -174,6 +174,7 @@ def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
     """Change the passphrase; the old one opens only copies of the repository made before."""
     from casfs.cli.settings import ask_passphrase
     from casfs.crypto.identities import change_passphrase
+    from casfs.crypto.key_manager import require_trusted_recipients
 
     with _open_encrypted(settings):
         pass  # asks for nothing where there is no passphrase
@@ -185,7 +186,8 @@ def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
         )
     new = new_passphrase(PassphraseSource(file=new_passphrase_file), "--new-passphrase-file")
     with _open_for_maintenance(settings, "key passwd") as (_, storage, trust):
-        change_passphrase(storage, old, new, bytes.fromhex(trust.config.id))
+        recipients = require_trusted_recipients(storage, trust)
+        change_passphrase(storage, old, new, bytes.fromhex(trust.config.id), recipients)
     output = settings.output()
     output.line("the passphrase was changed")
     output.emit("passphrase", changed=True)

@@ -90,6 +90,7 @@ class LyingStorage(LocalStorage):
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little work for a passphrase."""
     monkeypatch.setattr(passphrase_module, "_MEMORY_KIB", 64)
+    monkeypatch.setattr(passphrase_module, "_LEAST_MEMORY_KIB", 64)
     monkeypatch.setattr(passphrase_module, "_ITERATIONS", 1)
 
 

@@ -12,8 +12,10 @@ import msgspec
 import pytest
 
 from casfs.crypto import age
+from casfs.crypto import identities as identities_module
 from casfs.crypto import passphrase as passphrase_module
 from casfs.crypto.identities import (
+    MAX_TRIES,
     Identities,
     add_passphrase,
     change_passphrase,
@@ -23,7 +25,12 @@ from casfs.crypto.identities import (
     wrapped_identities,
     write_identity,
 )
-from casfs.crypto.passphrase import parse_wrapped, unwrap_identity, wrap_identity
+from casfs.crypto.passphrase import (
+    WrappedIdentity,
+    parse_wrapped,
+    unwrap_identity,
+    wrap_identity,
+)
 from casfs.crypto.recipients import Recipient, RecipientKind
 from casfs.digest import digest_of
 from casfs.errors import KeyMissingError, SessionError, StorageError, WrongKeyError
@@ -54,6 +61,7 @@ def storage(tmp_path: Path) -> LocalStorage:
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little work for a passphrase; the golden vectors hold the real amount."""
     monkeypatch.setattr(passphrase_module, "_MEMORY_KIB", 64)
+    monkeypatch.setattr(passphrase_module, "_LEAST_MEMORY_KIB", 64)
     monkeypatch.setattr(passphrase_module, "_ITERATIONS", 1)
 
 
@@ -154,43 +162,43 @@ class TestRepositoryPassphrase:
         one = add_passphrase(storage, "secret", REPOSITORY)
         assert one.kind == RecipientKind.PASSPHRASE
         sealed = age.wrap(b"data", [one.public_key])
-        found = unlock_by_passphrase(storage, REPOSITORY, "secret")
+        found = unlock_by_passphrase(storage, REPOSITORY, "secret", [one])
         assert age.unwrap(sealed, found) == b"data"
 
     def test_a_wrong_passphrase_opens_nothing(self, storage: LocalStorage) -> None:
         with pytest.raises(WrongKeyError, match="has no passphrase; give --identity"):
-            unlock_by_passphrase(storage, REPOSITORY, "secret")
-        add_passphrase(storage, "secret", REPOSITORY)
+            unlock_by_passphrase(storage, REPOSITORY, "secret", [])
+        one = add_passphrase(storage, "secret", REPOSITORY)
         for wrong in ("Secret", "secret ", "", "\udcff"):
             with pytest.raises(WrongKeyError, match="the passphrase is"):
-                unlock_by_passphrase(storage, REPOSITORY, wrong)
+                unlock_by_passphrase(storage, REPOSITORY, wrong, [one])
 
     def test_a_passphrase_opens_only_the_repository_it_was_made_for(
         self, storage: LocalStorage
     ) -> None:
-        add_passphrase(storage, "secret", REPOSITORY)
+        one = add_passphrase(storage, "secret", REPOSITORY)
         with pytest.raises(WrongKeyError, match="the passphrase is wrong"):
-            unlock_by_passphrase(storage, bytes(32), "secret")
+            unlock_by_passphrase(storage, bytes(32), "secret", [one])
 
     def test_each_of_several_passphrases_opens_its_own_identity(
         self, storage: LocalStorage
     ) -> None:
         recipients = [add_passphrase(storage, text, REPOSITORY) for text in ("one", "two")]
         for text, one in zip(("one", "two"), recipients, strict=True):
-            (found,) = unlock_by_passphrase(storage, REPOSITORY, text)
+            (found,) = unlock_by_passphrase(storage, REPOSITORY, text, recipients)
             assert age.unwrap(age.wrap(b"x", [one.public_key]), [found]) == b"x"
 
     def test_a_changed_passphrase_replaces_the_old_one(self, storage: LocalStorage) -> None:
         one = add_passphrase(storage, "old", REPOSITORY)
-        add_passphrase(storage, "another", REPOSITORY)
+        both = [one, add_passphrase(storage, "another", REPOSITORY)]
         with pytest.raises(WrongKeyError, match="nothing was changed"):
-            change_passphrase(storage, "wrong", "new", REPOSITORY)
-        assert change_passphrase(storage, "old", "new", REPOSITORY) == 1
+            change_passphrase(storage, "wrong", "new", REPOSITORY, both)
+        assert change_passphrase(storage, "old", "new", REPOSITORY, both) == 1
         with pytest.raises(WrongKeyError):
-            unlock_by_passphrase(storage, REPOSITORY, "old")
+            unlock_by_passphrase(storage, REPOSITORY, "old", both)
         for text in ("new", "another"):
-            assert len(unlock_by_passphrase(storage, REPOSITORY, text)) == 1
-        assert one.value in {wrapped.recipient for _, wrapped in wrapped_identities(storage)}
+            assert len(unlock_by_passphrase(storage, REPOSITORY, text, both)) == 1
+        assert one.value in {wrapped.recipient for _, wrapped in wrapped_identities(storage, both)}
 
     def test_an_identity_is_wrapped_to_other_bytes_every_time(self) -> None:
         files = {wrap_identity(SECRET, PUBLIC, "secret", REPOSITORY) for _ in range(3)}
@@ -205,7 +213,50 @@ class TestRepositoryPassphrase:
             unwrap_identity(other, "secret", REPOSITORY)
 
 
+PASSPHRASE_RECIPIENT = Recipient(RecipientKind.PASSPHRASE, PUBLIC)
+
+
 class TestHostileIdentityFile:
+    def test_a_passphrase_is_tried_on_no_identity_outside_the_list_of_recipients(
+        self, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = add_passphrase(storage, "secret", REPOSITORY)
+        for _ in range(3):
+            add_passphrase(storage, "secret", REPOSITORY)
+        tried = []
+
+        def record(wrapped: WrappedIdentity, passphrase: str, repository: bytes) -> str:
+            tried.append(wrapped.recipient)
+            return unwrap_identity(wrapped, passphrase, repository)
+
+        monkeypatch.setattr(identities_module, "unwrap_identity", record)
+        assert len(unlock_by_passphrase(storage, REPOSITORY, "secret", [one])) == 1
+        assert tried == [one.value]
+        listed_otherwise = Recipient(RecipientKind.AGE, one.value)
+        with pytest.raises(WrongKeyError, match="has no passphrase"):
+            unlock_by_passphrase(storage, REPOSITORY, "secret", [listed_otherwise])
+
+    def test_a_passphrase_is_tried_on_few_identities_only(self, storage: LocalStorage) -> None:
+        for _ in range(MAX_TRIES + 1):
+            write_identity(storage, wrap_identity(SECRET, PUBLIC, "guess", REPOSITORY), "json")
+        with pytest.raises(WrongKeyError, match="more than the 16 that are tried"):
+            unlock_by_passphrase(storage, REPOSITORY, "secret", [PASSPHRASE_RECIPIENT])
+
+    def test_an_identity_with_another_public_half_than_the_recorded_one_does_not_open(self) -> None:
+        forged = parse_wrapped(wrap_identity(OTHER_SECRET, PUBLIC, "secret", REPOSITORY), "it")
+        with pytest.raises(WrongKeyError, match="the passphrase is wrong"):
+            unwrap_identity(forged, "secret", REPOSITORY)
+
+    def test_an_identity_commits_to_the_key_of_its_passphrase(self) -> None:
+        good = parse_wrapped(wrap_identity(SECRET, PUBLIC, "secret", REPOSITORY), "it")
+        assert len(good.commitment) == 32
+        assert unwrap_identity(good, "secret", REPOSITORY) == SECRET
+        other = msgspec.structs.replace(good, commitment=bytes(32))
+        with pytest.raises(WrongKeyError):
+            unwrap_identity(other, "secret", REPOSITORY)
+        earlier = msgspec.structs.replace(good, commitment=b"")
+        assert unwrap_identity(earlier, "secret", REPOSITORY) == SECRET
+
     GOOD = json.loads(wrap_identity(SECRET, PUBLIC, "secret", REPOSITORY))
 
     @pytest.mark.parametrize(
@@ -219,6 +270,8 @@ class TestHostileIdentityFile:
             {"lanes": 0},
             {"lanes": 1 << 24},
             {"memory_kib": 8},
+            {"memory_kib": 32},
+            {"wrapped": "A" * 176},
             {"memory_kib": 1 << 40},
             {"salt": "AAAA"},
             {"nonce": ""},
@@ -236,7 +289,7 @@ class TestHostileIdentityFile:
             parse_wrapped(data, "it")
         write_identity(storage, data, "json")
         with caplog.at_level(logging.WARNING):
-            assert wrapped_identities(storage) == []
+            assert wrapped_identities(storage, [PASSPHRASE_RECIPIENT]) == []
         assert digest_of(data).hex() in caplog.text
 
     @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"[" * 10_000, b"{}"])
@@ -255,11 +308,11 @@ class TestHostileIdentityFile:
     def test_a_wrapped_identity_with_a_digest_mismatch_is_skipped(
         self, storage: LocalStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        add_passphrase(storage, "secret", REPOSITORY)
+        one = add_passphrase(storage, "secret", REPOSITORY)
         (path,) = (tmp_path / "storage" / "identities").iterdir()
         path.write_bytes(path.read_bytes() + b" ")
         with pytest.raises(WrongKeyError, match="has no passphrase"):
-            unlock_by_passphrase(storage, REPOSITORY, "secret")
+            unlock_by_passphrase(storage, REPOSITORY, "secret", [one])
         assert "digest mismatch" in caplog.text
 
     def test_a_replaced_gpg_identity_opens_nothing(self, storage: LocalStorage) -> None:
