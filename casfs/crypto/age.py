@@ -13,7 +13,7 @@ import pyrage
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
-from casfs.errors import KeyMissingError, WrongKeyError
+from casfs.errors import KeyMissingError, SessionError, WrongKeyError
 
 AgeIdentity = NewType("AgeIdentity", object)
 """An identity in memory; it is never printed."""
@@ -21,8 +21,16 @@ AgeIdentity = NewType("AgeIdentity", object)
 AskPassphrase = Callable[[str], str | None]
 """Returns the passphrase for a named file, or None if no user can be asked."""
 
+MAX_RECIPIENTS = 100
+"""The most recipients of an age file: a reader spends some 30 ms on each."""
+
+_MAX_STANZAS = MAX_RECIPIENTS + 1
+"""age adds a stanza of random data to every file."""
+
+_MAX_HEADER_BYTES = 256 * 1024
 _SSH = re.compile(r"ssh-(ed25519|rsa) +\S+")
-_ENCRYPTED_FILE = (b"age-encryption.org/", b"-----BEGIN AGE ENCRYPTED FILE-----")
+_BINARY, _ARMOR = b"age-encryption.org/", b"-----BEGIN AGE ENCRYPTED FILE-----"
+_ENCRYPTED_FILE = (_BINARY, _ARMOR)
 
 
 def canonical_recipient(text: str) -> str:
@@ -83,12 +91,26 @@ def identities_of_file(data: bytes, name: str, ask: AskPassphrase) -> list[AgeId
 
 
 def wrap(data: bytes, recipients: Sequence[str]) -> bytes:
-    """Return an age file that each of the recipients can decrypt."""
+    """Return an age file that each of the recipients can decrypt; raise WrongKeyError for too many."""
+    if len(recipients) > MAX_RECIPIENTS:
+        raise WrongKeyError(
+            f"there are {len(recipients)} recipients; the limit is {MAX_RECIPIENTS}, since a reader tries "
+            "its identities on each"
+        )
     return cast(bytes, pyrage.encrypt(data, [_recipient(text) for text in recipients]))
 
 
 def unwrap(data: bytes, identities: Sequence[AgeIdentity]) -> bytes:
-    """Return the plaintext of an age file; raise KeyMissingError where no identity decrypts it."""
+    """Return the plaintext of an age file; raise KeyMissingError where no identity decrypts it.
+
+    Raise SessionError for a file that is encrypted to more recipients than casfs writes: each costs work.
+    """
+    if data.startswith(_ARMOR):
+        raise SessionError("an age file is armored, which casfs never writes")
+    header, end, _ = data[:_MAX_HEADER_BYTES].partition(b"\n---")
+    is_long = not end and len(data) > _MAX_HEADER_BYTES and data.startswith(_BINARY)
+    if is_long or header.count(b"\n-> ") > _MAX_STANZAS:
+        raise SessionError(f"an age file has more than {MAX_RECIPIENTS} recipients")
     try:
         return cast(bytes, pyrage.decrypt(data, list(identities)))
     except pyrage.DecryptError as error:

@@ -21,6 +21,11 @@ _FINGERPRINT = re.compile(r"^fpr:(?:[^:]*:){8}([0-9A-F]{40,64}):", re.MULTILINE)
 _KEY_ID = re.compile(r"(0x)?[0-9A-Fa-f]{8,64}|[^\s@]+@[^\s@]+")
 _LONGEST_S = 300
 
+MAX_PLAIN_BYTES = 8 * 1024 * 1024
+"""The most plaintext of a message: a session with all domains has 4 MiB."""
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+
 
 def looks_like_key(text: str) -> bool:
     """Return whether a text may identify a key: hexadecimal digits or an address."""
@@ -66,18 +71,25 @@ def wrap(data: bytes, keys: Sequence[bytes]) -> bytes:
 
 
 def unwrap(data: bytes) -> bytes:
-    """Return the plaintext of an OpenPGP message.
+    """Return the plaintext of an OpenPGP message, at most `MAX_PLAIN_BYTES`.
 
-    Raise KeyMissingError where the user's keys do not decrypt it.
-
-    The agent may ask the user for a passphrase.
+    Raise KeyMissingError where the user's keys do not decrypt it, or where it is not encrypted or too large:
+    a small hostile message may expand to gigabytes. The agent may ask the user for a passphrase.
     """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise KeyMissingError("the OpenPGP message is too large")
     environment = dict(os.environ)
     if sys.stdin is not None and sys.stdin.isatty():
         environment.setdefault("GPG_TTY", os.ttyname(sys.stdin.fileno()))
-    done = _run(["gpg", "--quiet", "--no-tty", "--decrypt"], data, environment)
+    command = ["gpg", "--quiet", "--no-tty", "--status-fd", "2"]
+    command += ["--max-output", str(MAX_PLAIN_BYTES), "--decrypt"]
+    done = _run(command, data, environment)
     if done.returncode:
         raise KeyMissingError(f"gpg cannot decrypt it: {_last_message(done)}")
+    if b"[GNUPG:] DECRYPTION_OKAY" not in done.stderr.splitlines():
+        raise KeyMissingError(
+            "gpg cannot decrypt it: the message is not encrypted and authenticated"
+        )
     return done.stdout
 
 
@@ -115,5 +127,6 @@ def _text(done: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def _last_message(done: subprocess.CompletedProcess[bytes]) -> str:
-    lines = done.stderr.decode("utf-8", "backslashreplace").strip().splitlines()
+    text = done.stderr.decode("utf-8", "backslashreplace").strip()
+    lines = [line for line in text.splitlines() if not line.startswith("[GNUPG:] ")]
     return lines[-1].removeprefix("gpg: ") if lines else f"exit code {done.returncode}"

@@ -76,7 +76,11 @@ class RecipientList:
 
     @classmethod
     def of(cls, recipients: Sequence[Recipient]) -> RecipientList:
-        """Return the list of the given recipients."""
+        """Return the list of the given recipients; raise WrongKeyError for more than age files may have."""
+        if len(recipients) > age.MAX_RECIPIENTS:
+            raise WrongKeyError(
+                f"there are {len(recipients)} recipients; the limit is {age.MAX_RECIPIENTS}"
+            )
         return cls(encode_recipients(recipients), tuple(recipients))
 
     @property

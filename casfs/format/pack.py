@@ -173,6 +173,10 @@ def parse_directory(
     return entries
 
 
+SCAN_FACTOR = 4
+"""Bounds the work of a scan; payloads of an honest pack, damaged or not, hardly overlap."""
+
+
 def parse_record_header(data: bytes, offset: int = 0) -> tuple[int, int, int, int] | None:
     """Return kind, codec, stored and plain bytes of a record header, or None if the header is not valid."""
     if len(data) - offset < BLOB_HEADER.size:
@@ -192,9 +196,11 @@ def scan_records(data: bytes | memoryview, offset: int) -> Iterator[tuple[int, i
     """Scan records without the directory: yield payload offset, kind, codec, stored and plain bytes.
 
     After a damaged record header the scan continues at the next record magic. So the caller must verify each
-    result by decoding it; therefore a record header contains no digest.
+    result by decoding it; therefore a record header contains no digest. Records of a hostile pack may
+    overlap: the scan ends when the payloads together exceed `SCAN_FACTOR` times the data.
     """
     raw = bytes(data)
+    left_bytes = SCAN_FACTOR * len(raw)
     while offset < len(raw):
         found = parse_record_header(raw, offset)
         if found is None:
@@ -208,6 +214,9 @@ def scan_records(data: bytes | memoryview, offset: int) -> Iterator[tuple[int, i
             offset = begin
             continue
         if begin + stored_bytes <= len(raw):
+            left_bytes -= stored_bytes
+            if left_bytes < 0:
+                return
             yield begin, kind, codec, stored_bytes, plain_bytes
             if parse_record_header(raw, begin + stored_bytes) is not None:
                 offset = begin + stored_bytes

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import pyrage
 import pytest
 
-from casfs.crypto import age
+from casfs.crypto import age, gpg
+from casfs.crypto.age import MAX_RECIPIENTS
 from casfs.crypto.identities import Identities
 from casfs.crypto.keyring import Keyring
 from casfs.crypto.recipients import RecipientList, write_recipients
@@ -23,7 +27,7 @@ from casfs.crypto.session_files import (
     write_session,
 )
 from casfs.digest import digest_of
-from casfs.errors import KeyMissingError, NotFoundError, SessionError
+from casfs.errors import KeyMissingError, NotFoundError, SessionError, WrongKeyError
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain, SessionId, WriteSession
 from casfs.storage.local import LocalStorage
@@ -193,6 +197,67 @@ class TestSessionFiles:
         put(storage, SESSION.id, age.wrap(b"{}", [PUBLIC]))
         found = read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
         assert found == SESSION
+
+
+class TestHostileSessionFile:
+    def test_a_session_file_with_many_recipients_is_refused_before_any_is_tried(
+        self, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        header = b"age-encryption.org/v1\n" + b"-> X25519 %s\n%s\n" % (b"A" * 43, b"B" * 43) * 1000
+        put(storage, SESSION.id, header + b"--- mac\n" + bytes(32))
+        put(storage, SESSION.id, header)
+        put(storage, SESSION.id, b"-----BEGIN AGE ENCRYPTED FILE-----\nAAAA\n")
+
+        def decrypt(data: bytes, identities: object) -> bytes:
+            raise AssertionError("the file was tried")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pyrage, "decrypt", decrypt)
+            with pytest.raises(SessionError, match=r"more than 100 recipients|is armored"):
+                read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
+        write_session(storage, SESSION, [RECIPIENT])
+        found = read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
+        assert found == SESSION
+
+    def test_a_session_is_not_written_for_more_recipients_than_a_reader_accepts(
+        self, storage: LocalStorage
+    ) -> None:
+        write_session(storage, SESSION, [RECIPIENT] * MAX_RECIPIENTS)
+        found = read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
+        assert found == SESSION
+        with pytest.raises(WrongKeyError, match="the limit is 100"):
+            write_session(storage, SESSION, [RECIPIENT] * (MAX_RECIPIENTS + 1))
+
+    def test_a_gpg_message_that_expands_beyond_the_limit_is_refused(self, gpg_home: Path) -> None:
+        sealed = gpg.wrap(bytes(gpg.MAX_PLAIN_BYTES * 4), [(gpg_home / "key").read_bytes()])
+        assert len(sealed) < gpg.MAX_PLAIN_BYTES // 16
+        with pytest.raises(KeyMissingError, match="gpg cannot decrypt it"):
+            gpg.unwrap(sealed)
+        sealed = gpg.wrap(b"small", [(gpg_home / "key").read_bytes()])
+        assert gpg.unwrap(sealed) == b"small"
+
+    def test_a_gpg_message_that_is_not_encrypted_is_refused(self, gpg_home: Path) -> None:
+        stored = subprocess.run(
+            ["gpg", "--quiet", "--batch", "--store"], input=b"x", capture_output=True, check=True
+        )
+        with pytest.raises(KeyMissingError, match="gpg cannot decrypt it"):
+            gpg.unwrap(stored.stdout)
+
+
+@pytest.fixture
+def gpg_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A GPG home with one key, which is also in the file `key`; its agent listens on a short path."""
+    with tempfile.TemporaryDirectory(prefix="ck") as folder:
+        monkeypatch.setenv("GNUPGHOME", folder)
+        quiet = ["gpg", "--quiet", "--batch", "--passphrase", ""]
+        make = ("--quick-gen-key", "Ann <ann@example.org>", "default", "default", "never")
+        subprocess.run([*quiet, *make], check=True, capture_output=True)
+        exported = subprocess.run([*quiet, "--export"], check=True, capture_output=True)
+        (Path(folder) / "key").write_bytes(exported.stdout)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["gpgconf", "--kill", "all"], check=False)
 
 
 class TestKeyring:

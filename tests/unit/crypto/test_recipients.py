@@ -174,6 +174,11 @@ class TestRecipientList:
         assert self.GPG.line == f"{GPG_FINGERPRINT} {OTHER_PUBLIC}"
         assert self.GPG.keys == {GPG_FINGERPRINT, OTHER_PUBLIC}
 
+    def test_a_recipient_list_has_no_more_recipients_than_a_reader_tries(self) -> None:
+        assert len(RecipientList.of([RECIPIENT] * 100).recipients) == 100
+        with pytest.raises(WrongKeyError, match="the limit is 100"):
+            RecipientList.of([RECIPIENT] * 101)
+
     def test_a_recipient_list_is_replaced_in_the_storage(self, tmp_path: Path) -> None:
         (tmp_path / "tmp").mkdir()
         storage = LocalStorage(tmp_path, writer="test", sync=False)

@@ -17,6 +17,7 @@ from casfs.format.pack import (
     MAX_PACK_BLOBS,
     MAX_STORED_BYTES,
     RECORD_MAGIC,
+    SCAN_FACTOR,
     TRAILER,
     PackEntry,
     encode_end,
@@ -219,3 +220,17 @@ def test_the_structs_have_the_sizes_of_the_format() -> None:
     assert directory[60:76] == struct.pack("<QII", 37 + 16, 44, 1)
     assert directory[76:108] == digest_of(directory[16:60])
     assert directory[108:] == bytes(8) + b"CASFSEND"
+
+
+def test_a_scan_of_overlapping_records_does_linear_work() -> None:
+    count = 4000
+    size = (count + 1) * BLOB_HEADER.size
+    # Each record claims everything behind it, and no record header follows its payload.
+    records = b"".join(
+        encode_record_header(BlobKind.DATA, 0, size - (number + 1) * BLOB_HEADER.size, 100)
+        for number in range(count)
+    )
+    data = records + bytes(BLOB_HEADER.size)
+    payloads = [stored for _, _, _, stored, _ in scan_records(data, 0)]
+    assert payloads
+    assert sum(payloads) <= SCAN_FACTOR * len(data)
