@@ -163,7 +163,9 @@ def _snapshots_of(repository: Repository) -> dict[object, SnapshotId]:
     """
     try:
         return {
-            _identity(found): snapshot_id for snapshot_id, found in repository.snapshots.iterate()
+            _identity(found): snapshot_id
+            for snapshot_id, found in repository.snapshots.iterate()
+            if repository.snapshots.is_from_trusted_writer(snapshot_id)
         }
     except KeyMissingError:
         log.warning(

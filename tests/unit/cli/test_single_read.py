@@ -56,6 +56,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "stats": (),
     "tag": ("latest", "--add", "more"),
     "mirror": ("{target}",),
+    "copy": ("latest", "--to", "{other}"),
+    "rewrite": ("latest", "--exclude", "/{source}/file"),
+    "recompress": ("--compression", "1"),
     "key list": (),
     "key add": ("--recipient", "{more}"),
     "key remove": ("{public}",),
@@ -74,12 +77,12 @@ MORE_PUBLIC = "age169cv388tenh49q7hfg5g8jqnrzpr8vftc3k6fzvg6u7hpycnedfsv6jn66"
 class LyingStorage(LocalStorage):
     """A storage whose second answer for what decides trust is the attacker's."""
 
-    reads: ClassVar[Counter[str]] = Counter()
+    reads: ClassVar[Counter[tuple[str, str]]] = Counter()
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         true = super().read(name, offset, size)
-        self.reads[name] += 1
-        if self.reads[name] < 2:
+        self.reads[self.url, name] += 1
+        if self.reads[self.url, name] < 2:
             return true
         if name == CONFIG_NAME:
             return encode_config(RepositoryConfig("f" * 64, "today"))
@@ -101,6 +104,7 @@ def words(tmp_path: Path, own_home: Path) -> dict[str, str]:
     (tmp_path / "source" / "file").write_bytes(b"content")
     (tmp_path / "target").mkdir()
     create_repository(tmp_path / "repository", [RECIPIENT], "old")
+    create_repository(tmp_path / "other")
     for name, text in (("old", "old"), ("new", "new"), ("identity", SECRET)):
         (tmp_path / name).write_text(text + "\n")
     found = {name: str(tmp_path / name) for name in os.listdir(tmp_path)}
@@ -134,9 +138,9 @@ def run(words: dict[str, str], command: str, *arguments: str) -> None:
     assert not result.return_value, result.output
 
 
-def lying(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def lying(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
     """Put the hostile storage in the place of every folder; return what is read of it."""
-    reads: Counter[str] = Counter()
+    reads: Counter[tuple[str, str]] = Counter()
     monkeypatch.setattr(LyingStorage, "reads", reads)
 
     def open_storage(
@@ -165,9 +169,11 @@ def test_each_command_reads_what_decides_trust_once_and_uses_what_it_verified(
     with monkeypatch.context() as patch:
         reads = lying(patch)
         run(words, command, *COMMANDS[command])
-    assert reads[CONFIG_NAME] == 1
-    assert reads[RECIPIENTS_NAME] <= 1
     storage = LocalStorage(root)
+    assert reads[storage.url, CONFIG_NAME] == 1
+    assert {
+        count for (_, name), count in reads.items() if name in (CONFIG_NAME, RECIPIENTS_NAME)
+    } == {1}
     state = load_state(config)
     assert state is not None and state.recipients == read_recipients(storage).digest
     attacker = Keyring(storage, config, identities(OTHER_SECRET))

@@ -18,7 +18,7 @@ from blake3 import blake3
 
 import casfs
 from casfs.backup import file_cache
-from casfs.crypto import passphrase, recipients, session_files, trust_state
+from casfs.crypto import age, gpg, passphrase, recipients, session_files, trust_state
 from casfs.digest import Digest, PackId
 from casfs.format import cipher, codec, config, key_derivation, pack, snapshot, tree
 from casfs.index import fingerprint, index, schema
@@ -212,6 +212,9 @@ def test_limits_are_those_of_the_code() -> None:
         "depth of directories": tree.MAX_DEPTH,
         "nodes in a snapshot": tree.MAX_COUNT,
         "largest uid and gid": tree._MAX_OWNER,
+        "recipients of an age file": age.MAX_RECIPIENTS,
+        "size of an OpenPGP message": gpg.MAX_MESSAGE_BYTES,
+        "plaintext of an OpenPGP message": gpg.MAX_PLAIN_BYTES,
     }
 
 
