@@ -29,8 +29,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 Data = bytes | bytearray | memoryview
 """Accepted by every write. A memoryview must be contiguous and of bytes."""
@@ -159,26 +158,6 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Release connections and descriptors. A second call does nothing."""
-
-
-class HeldLock(Protocol):
-    """A lock that this process holds. Use it in a `with` block or call `release`."""
-
-    @property
-    def name(self) -> str:
-        """The lock's name. Names are never reused."""
-
-    def release(self) -> None:
-        """Release the lock. A second call does nothing. Raise nothing."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

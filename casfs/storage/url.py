@@ -19,7 +19,6 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
@@ -276,10 +275,3 @@ def ssh_command(
     if location.user is not None:
         command += ["-l", location.user]
     return (*command, "-s", "--", location.host, "sftp")
-
-
-def local_path(location: Location) -> Path:
-    """Return the folder of a local place."""
-    if not location.is_local:
-        raise UsageError(f"{location} is not a folder of this machine")
-    return Path(location.path)
