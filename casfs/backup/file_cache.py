@@ -63,7 +63,7 @@ class FileCache:
         self._writer = ThreadPoolExecutor(1, "casfs-memory")
         self._writing: Future[None] | None = None
         self._is_empty = not self._env.read(lambda txn: txn.stat(db=self._files)["entries"])
-        self._trusts_all = not index.marked_for_removal()
+        self._trusts_all = not index.untrusted_packs()
         self._confirmed: dict[bytes, tuple[int, int]] = {}
 
     def get(self, path: bytes, st: os.stat_result) -> Node | None:

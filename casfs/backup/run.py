@@ -431,7 +431,7 @@ def _content_check(
     no pack is marked for removal.
     """
     index = repository.store.index
-    if parent is None or (index.is_complete(parent[0]) and not index.marked_for_removal()):
+    if parent is None or (index.is_complete(parent[0]) and not index.untrusted_packs()):
         return None
 
     def is_stored(node: Node) -> bool:

@@ -73,6 +73,7 @@ class Index:
             self._env.close()
             raise
         self._pack_ids: dict[int, PackId] = {}
+        self._distrusted: frozenset[int] = frozenset()
 
     @property
     def readonly(self) -> bool:
@@ -130,7 +131,7 @@ class Index:
         def ask(txn: Transaction, batch: list[Digest]) -> list[bool]:
             get = txn.get
             blobs = self._tables.blobs
-            pending = self._tables.marked_for_removal(txn)
+            pending = self._tables.marked_for_removal(txn) | self._distrusted
             if not pending:
                 return [(get(digest, db=blobs) or _ABSENT)[-2] == 0 for digest in batch]
             return [counts_as_stored(get(digest, db=blobs), pending) for digest in batch]
@@ -187,7 +188,8 @@ class Index:
         def begin(txn: Transaction) -> int | None:
             ordinal = self._tables.put_pack(txn, pack, pack_bytes, len(entries))
             if ordinal is not None:
-                self._tables.put_blobs(txn, ordinal, first, self._tables.marked_for_removal(txn))
+                untrusted = self._tables.marked_for_removal(txn) | self._distrusted
+                self._tables.put_blobs(txn, ordinal, first, untrusted)
                 if rest:
                     txn.put(_PARTIAL + pack, b"", db=self._tables.meta)
             return ordinal
@@ -214,7 +216,8 @@ class Index:
             # After a rebuild the index contains the whole pack.
             if txn.get(_PARTIAL + pack, db=self._tables.meta) is None:
                 return
-            self._tables.put_blobs(txn, ordinal, entries, self._tables.marked_for_removal(txn))
+            untrusted = self._tables.marked_for_removal(txn) | self._distrusted
+            self._tables.put_blobs(txn, ordinal, entries, untrusted)
             if is_last:
                 txn.delete(_PARTIAL + pack, db=self._tables.meta)
 
@@ -289,6 +292,17 @@ class Index:
             bad = {e.digest for e in entries if marks.get((e.digest, pack), is_damaged)}
             self._tables.put_blobs(txn, ordinal, sorted(entries), marked, bad)
         self._tables.mark_for_removal(txn, marked)
+
+    def distrust(self, ordinals: Set[int]) -> None:
+        """Let no blob in these packs count as stored, for this process only.
+
+        A new copy of such a blob then takes its location in the index.
+        """
+        self._distrusted = frozenset(ordinals)
+
+    def untrusted_packs(self) -> frozenset[int]:
+        """Return the ordinals of the packs whose blobs do not count as stored."""
+        return self.marked_for_removal() | self._distrusted
 
     def marked_for_removal(self) -> frozenset[int]:
         """Return the ordinals of the packs that are marked for removal.

@@ -8,6 +8,7 @@ A process opens a repository only once at a time.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage, allocate_reserve, release_reserve
 from casfs.storage.locks import LockMode, RepositoryLock, remove_stale_temporaries
 from casfs.storage.probe import probe_storage
+from casfs.store.blob_store import pack_name
 
 if TYPE_CHECKING:
     # An unencrypted repository does not need these imports.
@@ -261,6 +263,8 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
             options.sync,
             ciphers=make_ciphers(storage, keys),
         )
+        if isinstance(place, LocalPlace) and mode == LockMode.SHARED:
+            index.distrust(_unreadable_packs(place.root, index))
         return Repository(place, config, storage, index, options.level, lock, keys)
     except BaseException as error:
         storage.close()
@@ -269,6 +273,25 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
         if isinstance(error, OSError):
             raise StorageError("open", str(place), error) from error
         raise
+
+
+def _unreadable_packs(root: Path, index: Index) -> set[int]:
+    """Return the ordinals of packs that this user may not read.
+
+    A snapshot of this user must not refer to them: what is in them is stored again. They are those of another
+    user of the repository, such as root.
+    """
+    found = {
+        record.ordinal
+        for record in index.packs()
+        if not os.access(root / pack_name(record.pack), os.R_OK)
+    }
+    if found:
+        log.warning(
+            "this user has no permission to read %d packs of another user; what they hold is stored again",
+            len(found),
+        )
+    return found
 
 
 def _lock_host(config: RepositoryConfig) -> str | None:

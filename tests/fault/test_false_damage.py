@@ -79,3 +79,25 @@ def test_check_reports_what_this_user_may_not_read_and_calls_it_no_damage(
     summary = result.one("summary")
     assert (summary["ok"], summary["damage"], summary["unreadable"]) == (False, 0, len(found))
     assert casfs.json("check", *options).one("summary")["ok"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives up the right to read everything")
+def test_a_backup_refers_to_no_pack_that_its_user_may_not_read(tmp_path: Path) -> None:
+    home, source = tmp_path / "home", tmp_path / "source"
+    home.mkdir()
+    source.mkdir()
+    (source / "file").write_bytes(os.urandom(100_000))
+    casfs = Casfs(tmp_path / "repository", home).init()
+    casfs.backup(source)
+    (pack,) = (tmp_path / "repository").glob("packs/*/*")
+    os.chown(pack, 65534, 65534)
+    os.chmod(pack, 0o600)
+    mine = casfs.backup(source, prefix=WITHOUT_READING_EVERYTHING)
+    assert mine["new_plain_bytes"] > 100_000
+    target = tmp_path / "target"
+    casfs.run("restore", "latest", "--target", target, prefix=WITHOUT_READING_EVERYTHING)
+    restored = target / str(source).lstrip("/") / "file"
+    assert restored.read_bytes() == (source / "file").read_bytes()
+    again = casfs.backup(source, prefix=WITHOUT_READING_EVERYTHING)
+    assert again["new_plain_bytes"] < 100_000
+    assert casfs.json("check", "--read-data").one("summary")["ok"]
