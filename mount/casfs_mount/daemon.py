@@ -35,8 +35,8 @@ class _Report(msgspec.Struct, frozen=True):
     exit: int
 
 
-class Background:
-    """The child's side of the pipe; call `ready` or `failed` once."""
+class ReadinessPipe:
+    """The child's end of the pipe on which its parent waits; call `ready` or `failed` once."""
 
     def __init__(self, pipe: int, log_file: Path | None) -> None:
         self._pipe = pipe
@@ -64,7 +64,7 @@ class Background:
             os.close(pipe)
 
 
-def run_in_background(work: Callable[[Background], None], log_file: Path | None) -> None:
+def run_in_background(work: Callable[[ReadinessPipe], None], log_file: Path | None) -> None:
     """Run `work` in a child process and return when it calls `ready`.
 
     If `work` fails before that, raise a CasfsError with the same message and exit code in this process.
@@ -76,7 +76,7 @@ def run_in_background(work: Callable[[Background], None], log_file: Path | None)
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _run_child(work, Background(writing, log_file))
+        _run_child(work, ReadinessPipe(writing, log_file))
     os.close(writing)
     try:
         with os.fdopen(reading, "rb") as pipe:
@@ -139,23 +139,23 @@ def captured_stderr(said: list[str]) -> Iterator[None]:
         said.extend(line.strip() for line in text.splitlines() if line.strip())
 
 
-def _run_child(work: Callable[[Background], None], background: Background) -> NoReturn:
+def _run_child(work: Callable[[ReadinessPipe], None], pipe: ReadinessPipe) -> NoReturn:
     code = 1
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
-        work(background)
+        work(pipe)
         code = 0
     except CasfsError as error:
-        background.failed(str(error), error.exit_code)
+        pipe.failed(str(error), error.exit_code)
         code = error.exit_code
     except KeyboardInterrupt:
-        background.failed("interrupted", 130)
+        pipe.failed("interrupted", 130)
     except BaseException as error:
         log.exception("the mount's server ended: %r", error)
-        background.failed(f"the mount's server ended: {error!r}", 1)
+        pipe.failed(f"the mount's server ended: {error!r}", 1)
     finally:
         logging.shutdown()
         os._exit(code)

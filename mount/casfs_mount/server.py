@@ -31,7 +31,7 @@ from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
 from casfs_mount.background import BackgroundPool
 from casfs_mount.blob_reader import BlobReader
 from casfs_mount.chunk_cache import DEFAULT_CACHE_BYTES, ChunkCache
-from casfs_mount.daemon import Background, captured_stderr, run_in_background
+from casfs_mount.daemon import ReadinessPipe, captured_stderr, run_in_background
 from casfs_mount.event_loop_guard import EventLoopGuard
 from casfs_mount.handlers import DisplayOptions, FileSystem
 from casfs_mount.inodes import ROOT
@@ -90,9 +90,7 @@ def mount_in_background(request: MountRequest) -> Path:
     Raises CasfsError if that fails.
     """
     checked = _check(request)
-    run_in_background(
-        lambda background: _serve_in_background(checked, background), checked.log_file
-    )
+    run_in_background(lambda pipe: _serve_in_background(checked, pipe), checked.log_file)
     return checked.mountpoint
 
 
@@ -119,9 +117,9 @@ def _folder(place: Place) -> Path | None:
     return place.root if isinstance(place, LocalPlace) else None
 
 
-def _serve_in_background(request: MountRequest, background: Background) -> None:
+def _serve_in_background(request: MountRequest, pipe: ReadinessPipe) -> None:
     os.chdir("/")
-    _serve(request, background.ready)
+    _serve(request, pipe.ready)
 
 
 def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
