@@ -67,12 +67,12 @@ class DisplayOptions:
     kernel_cache: bool = True
 
 
-def guarded(
+def errors_as_errno(
     handler: Callable[Concatenate[FileSystem, int, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[FileSystem, int, P], Coroutine[Any, Any, T]]:
-    """Turn every exception of a handler into an errno; its first argument is an inode number."""
+    """Decorate a handler: raise each of its exceptions as an errno. Its first argument is an inode number."""
 
-    async def guard(self: FileSystem, number: int, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def translate(self: FileSystem, number: int, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await handler(self, number, *args, **kwargs)
         except pyfuse3.FUSEError:
@@ -80,8 +80,8 @@ def guarded(
         except Exception as error:
             raise pyfuse3.FUSEError(self.errno_of(number, error)) from None
 
-    functools.update_wrapper(guard, handler)
-    return guard
+    functools.update_wrapper(translate, handler)
+    return translate
 
 
 class FileSystem(pyfuse3.Operations):
@@ -104,7 +104,7 @@ class FileSystem(pyfuse3.Operations):
         self._lookup_limiter = trio.CapacityLimiter(_LOOKUP_THREADS)
         self._read_limiter = trio.CapacityLimiter(_READ_THREADS)
 
-    @guarded
+    @errors_as_errno
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -127,7 +127,7 @@ class FileSystem(pyfuse3.Operations):
         entry.entry_timeout = entry.attr_timeout = timeout
         return entry
 
-    @guarded
+    @errors_as_errno
     async def getattr(
         self, inode: int, ctx: pyfuse3.RequestContext | None
     ) -> pyfuse3.EntryAttributes:
@@ -144,7 +144,7 @@ class FileSystem(pyfuse3.Operations):
         )
         return entry
 
-    @guarded
+    @errors_as_errno
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         """Return the target of a symbolic link."""
         position = self._position_of(inode)
@@ -153,7 +153,7 @@ class FileSystem(pyfuse3.Operations):
         except WouldBlock:
             return (await self._in_thread(self._view.node, position)).content
 
-    @guarded
+    @errors_as_errno
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         """Return the directory's inode number as the handle, which needs no table of open directories."""
         return inode
@@ -161,7 +161,7 @@ class FileSystem(pyfuse3.Operations):
     async def releasedir(self, fh: int) -> None:
         """Do nothing: a directory handle owns no resource."""
 
-    @guarded
+    @errors_as_errno
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List the entries of a directory from a position on, as many as fit into the reply."""
         try:
@@ -173,7 +173,7 @@ class FileSystem(pyfuse3.Operations):
             gathered = await self._in_thread(self._gather, fh, start_id)
             self._reply_entries(fh, gathered, token)
 
-    @guarded
+    @errors_as_errno
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open a file for reading."""
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND):
@@ -229,7 +229,7 @@ class FileSystem(pyfuse3.Operations):
             if inode >= HARD_LINKS:
                 self._links.forget(inode, times)
 
-    @guarded
+    @errors_as_errno
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """Return an extended attribute of a file, or what casfs knows of it."""
         position = self._position_of(inode)
@@ -241,7 +241,7 @@ class FileSystem(pyfuse3.Operations):
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
         return value
 
-    @guarded
+    @errors_as_errno
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
         """List the file's own extended attributes; those of casfs stay hidden from `cp -a` and rsync."""
         position = self._position_of(inode)
