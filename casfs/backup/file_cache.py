@@ -46,7 +46,7 @@ _decoder = msgspec.msgpack.Decoder(Node)
 class FileCache:
     """The files cache for one backup.
 
-    `key` is the secret of the deduplication domain. `losses` is the loss epoch of the index, read before
+    `key` is the domain's `file_cache_key`. `losses` is the loss epoch of the index, read before
     this backup counted the first blob as stored.
     """
 
@@ -60,7 +60,7 @@ class FileCache:
         self._day = int(time.time()) // _DAY_S
         self._batch = secrets.token_bytes(8)
         self._pending: list[tuple[bytes, Node]] = []
-        self._writer = ThreadPoolExecutor(1, "casfs-memory")
+        self._writer = ThreadPoolExecutor(1, "casfs-file-cache")
         self._writing: Future[None] | None = None
         self._is_empty = not self._env.read(lambda txn: txn.stat(db=self._files)["entries"])
         self._trusts_all = not index.untrusted_packs()

@@ -419,7 +419,7 @@ def _open_file_cache(repository: Repository, options: BackupOptions) -> FileCach
         return None
     from casfs.backup.file_cache import FileCache
 
-    return FileCache(repository.store.index, domain.memory_key, repository.loss_epoch)
+    return FileCache(repository.store.index, domain.file_cache_key, repository.loss_epoch)
 
 
 def _content_check(

@@ -38,7 +38,7 @@ class KeyContext:
     DIGEST_KEY = "casfs 2026-11-23 digest key"
     CHUNKER_SEED = "casfs 2026-11-23 chunker seed"
     TREE_SEED = "casfs 2026-11-23 tree seed"
-    MEMORY_KEY = "casfs 2026-11-23 memory of files"
+    FILE_CACHE_KEY = "casfs 2026-11-23 memory of files"
 
 
 def derive(purpose: str, *parts: bytes, size: int = 32) -> bytes:
@@ -82,9 +82,9 @@ class DedupDomain:
         return int.from_bytes(derive(KeyContext.TREE_SEED, self.secret, size=4), "little")
 
     @property
-    def memory_key(self) -> bytes:
+    def file_cache_key(self) -> bytes:
         """The key of the files cache of a machine that cannot read the repository."""
-        return derive(KeyContext.MEMORY_KEY, self.secret)
+        return derive(KeyContext.FILE_CACHE_KEY, self.secret)
 
 
 @dataclass(frozen=True)

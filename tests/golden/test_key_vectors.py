@@ -58,8 +58,8 @@ KEYS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: DOMAIN.digest_key,
         "9fb6736823cfdfc08c84078272170ce4c8de02e9b04f14cda7f61a3f91881e47",
     ),
-    "memory key": (
-        lambda: DOMAIN.memory_key,
+    "file cache key": (
+        lambda: DOMAIN.file_cache_key,
         "fcf1840966679a17c78beda0c6cdcd768e93ff454875e2e7480bc2edad557603",
     ),
 }
@@ -224,8 +224,8 @@ def test_a_file_cache_record_keeps_its_golden_name_and_key(
     index = Index(tmp_path / "index")
     index.rebuild(tuple)
     try:
-        memory = FileCache(index, DOMAIN.memory_key, 0)
-        name, key = memory._derive(b"home/file", 7, 11, 13, 17)
+        cache = FileCache(index, DOMAIN.file_cache_key, 0)
+        name, key = cache._derive(b"home/file", 7, 11, 13, 17)
     finally:
         index.close()
     assert (name + key).hex() == (

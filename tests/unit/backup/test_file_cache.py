@@ -1,4 +1,4 @@
-"""The memory of files: what is recalled, what is not trusted, and what can be read in it by others."""
+"""The files cache: which entries it returns, which it does not trust, and what others can read in it."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def stat_of(node: Node, **changes: int) -> os.stat_result:
     return Result()  # type: ignore[return-value]
 
 
-def memory(index: Index, key: bytes = DOMAIN.memory_key) -> FileCache:
+def file_cache(index: Index, key: bytes = DOMAIN.file_cache_key) -> FileCache:
     return FileCache(index, key, index.loss_epoch())
 
 
 def remembered(index: Index, *nodes: Node, confirm: bool = True) -> None:
     """Do what a backup does that stored these files."""
-    found = memory(index)
+    found = file_cache(index)
     for one in nodes or (node(),):
         found.put(PATH, one)
     if confirm:
@@ -86,9 +86,9 @@ def put(index: Index, name: bytes, value: bytes) -> None:
 
 class TestFileCacheGet:
     def test_the_file_cache_returns_the_node_of_an_unchanged_file(self, index: Index) -> None:
-        assert memory(index).get(PATH, stat_of(node())) is None
+        assert file_cache(index).get(PATH, stat_of(node())) is None
         remembered(index)
-        assert memory(index).get(PATH, stat_of(node())) == node()
+        assert file_cache(index).get(PATH, stat_of(node())) == node()
 
     @pytest.mark.parametrize("what", ["inode", "size", "mtime_ns", "ctime_ns"])
     def test_the_file_cache_returns_nothing_for_a_changed_file(
@@ -96,7 +96,7 @@ class TestFileCacheGet:
     ) -> None:
         remembered(index)
         other = getattr(node(), what) + 1
-        assert memory(index).get(PATH, stat_of(node(), **{what: other})) is None
+        assert file_cache(index).get(PATH, stat_of(node(), **{what: other})) is None
 
     @pytest.mark.parametrize(
         "path", [b"home/me/another name", b"home/a very special name", PATH + b"/"]
@@ -105,11 +105,11 @@ class TestFileCacheGet:
         self, index: Index, path: bytes
     ) -> None:
         remembered(index)
-        assert memory(index).get(path, stat_of(node())) is None
+        assert file_cache(index).get(path, stat_of(node())) is None
 
     def test_the_file_cache_returns_nothing_with_another_key(self, index: Index) -> None:
         remembered(index)
-        assert memory(index, bytes(32)).get(PATH, stat_of(node())) is None
+        assert file_cache(index, bytes(32)).get(PATH, stat_of(node())) is None
 
     @pytest.mark.parametrize(
         "untrusted",
@@ -126,7 +126,7 @@ class TestFileCacheGet:
     ) -> None:
         remembered(index, untrusted)
         assert everything(index) == []
-        assert memory(index).get(PATH, stat_of(untrusted)) is None
+        assert file_cache(index).get(PATH, stat_of(untrusted)) is None
 
     def test_the_file_cache_returns_nothing_for_a_damaged_record(self, index: Index) -> None:
         remembered(index)
@@ -134,10 +134,10 @@ class TestFileCacheGet:
         for place in range(12, len(value)):
             changed = value[:place] + bytes([value[place] ^ 1]) + value[place + 1 :]
             put(index, name, changed)
-            assert memory(index).get(PATH, stat_of(node())) is None
+            assert file_cache(index).get(PATH, stat_of(node())) is None
         for size in (0, 5, 12, 24, len(value) - 1):
             put(index, name, value[:size])
-            assert memory(index).get(PATH, stat_of(node())) is None
+            assert file_cache(index).get(PATH, stat_of(node())) is None
 
 
 class TestFileCacheTrust:
@@ -145,21 +145,21 @@ class TestFileCacheTrust:
         self, index: Index
     ) -> None:
         remembered(index, confirm=False)
-        assert memory(index).get(PATH, stat_of(node())) == node()
+        assert file_cache(index).get(PATH, stat_of(node())) == node()
 
     def test_the_file_cache_distrusts_an_unfinished_backup_whose_blobs_are_not_in_the_index(
         self, index: Index
     ) -> None:
         lost = node(content=CONTENT + EXTENT.pack(10, keyed_digest(b"x", DOMAIN.digest_key)))
         remembered(index, lost, confirm=False)
-        assert memory(index).get(PATH, stat_of(lost)) is None
+        assert file_cache(index).get(PATH, stat_of(lost)) is None
 
     def test_the_file_cache_distrusts_a_file_with_a_damaged_blob(self, index: Index) -> None:
         remembered(index)
         location = index.lookup(CHUNKS[0])
         assert location is not None
         index.mark_blobs(location.pack, [CHUNKS[0]])
-        assert memory(index).get(PATH, stat_of(node())) is None
+        assert file_cache(index).get(PATH, stat_of(node())) is None
 
     def test_the_file_cache_distrusts_only_files_whose_pack_was_removed(self, index: Index) -> None:
         other = node(content=EXTENT.pack(10, CHUNKS[2]), inode=8)
@@ -167,8 +167,8 @@ class TestFileCacheTrust:
         location = index.lookup(CHUNKS[1])
         assert location is not None
         index.remove_packs({location.pack: index.pack_id(location.pack)})
-        assert memory(index).get(PATH, stat_of(node())) is None
-        assert memory(index).get(PATH, stat_of(other)) == other
+        assert file_cache(index).get(PATH, stat_of(node())) is None
+        assert file_cache(index).get(PATH, stat_of(other)) == other
 
     def test_the_file_cache_distrusts_a_file_whose_pack_is_marked_for_removal(
         self, index: Index
@@ -177,25 +177,25 @@ class TestFileCacheTrust:
         location = index.lookup(CHUNKS[1])
         assert location is not None
         index.mark_for_removal([location.pack])
-        assert memory(index).get(PATH, stat_of(node())) is None
+        assert file_cache(index).get(PATH, stat_of(node())) is None
 
     def test_the_file_cache_distrusts_content_lists_in_packs_after_any_loss(
         self, index: Index
     ) -> None:
         deep = node(levels=1)
         remembered(index, deep)
-        assert memory(index).get(PATH, stat_of(deep)) == deep
+        assert file_cache(index).get(PATH, stat_of(deep)) == deep
         location = index.lookup(CHUNKS[2])
         assert location is not None
         index.remove_packs({location.pack: index.pack_id(location.pack)})
-        assert memory(index).get(PATH, stat_of(deep)) is None
+        assert file_cache(index).get(PATH, stat_of(deep)) is None
 
     def test_the_file_cache_distrusts_content_lists_of_an_unfinished_backup(
         self, index: Index
     ) -> None:
         deep = node(levels=1)
         remembered(index, deep, confirm=False)
-        assert memory(index).get(PATH, stat_of(deep)) is None
+        assert file_cache(index).get(PATH, stat_of(deep)) is None
 
 
 class TestFileCacheAge:
@@ -217,17 +217,17 @@ class TestFileCacheAge:
     ) -> None:
         remembered(index)
         day[0] += 60
-        memory(index).commit()
+        file_cache(index).commit()
         assert len(everything(index)) == 1
         day[0] += 1
-        memory(index).commit()
+        file_cache(index).commit()
         assert everything(index) == []
 
     def test_the_file_cache_keeps_files_that_are_seen(self, index: Index, day: list[int]) -> None:
         remembered(index)
         for _ in range(20):
             day[0] += 8
-            again = memory(index)
+            again = file_cache(index)
             assert again.get(PATH, stat_of(node())) == node()
             again.commit()
         assert len(everything(index)) == 1
@@ -238,7 +238,7 @@ class TestFileCacheAge:
         remembered(index)
         before = everything(index)
         day[0] += 6
-        again = memory(index)
+        again = file_cache(index)
         assert again.get(PATH, stat_of(node())) == node()
         again.commit()
         assert everything(index) == before
@@ -253,9 +253,9 @@ class TestFileCacheAge:
         remembered(index, *(node(inode=n) for n in range(200, 240)))
         assert len(everything(index)) == 80
         day[0] += 30
-        memory(index).commit()
+        file_cache(index).commit()
         assert len(everything(index)) == 40
-        assert memory(index).get(PATH, stat_of(node(inode=239))) is not None
+        assert file_cache(index).get(PATH, stat_of(node(inode=239))) is not None
 
 
 def test_the_file_cache_shows_nothing_of_a_file_to_readers_of_the_index(
@@ -269,7 +269,7 @@ def test_the_file_cache_shows_nothing_of_a_file_to_readers_of_the_index(
         PATH,
         b"very special name",
         CONTENT,
-        DOMAIN.memory_key,
+        DOMAIN.file_cache_key,
         DOMAIN.secret,
         special.mtime_ns.to_bytes(8, "little"),
         special.mtime_ns.to_bytes(8, "big"),

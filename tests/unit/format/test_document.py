@@ -252,7 +252,7 @@ def test_derivation_table_lists_every_context_with_its_output_size() -> None:
         (context.PACK_KEY, session.pack_key(bytes(32))),
         (context.SNAPSHOT_KEY, session.snapshot_key(bytes(32))),
         (context.DIGEST_KEY, domain.digest_key),
-        (context.MEMORY_KEY, domain.memory_key),
+        (context.FILE_CACHE_KEY, domain.file_cache_key),
     ):
         assert len(value) == sizes[name], name
     assert domain.chunker_seed.bit_length() <= sizes[context.CHUNKER_SEED] * 8 - 1

@@ -51,7 +51,7 @@ def test_every_pack_and_every_snapshot_has_a_key_of_its_own() -> None:
 
 def test_a_domain_derives_a_different_secret_for_each_use() -> None:
     seeds = DOMAIN.chunker_seed.to_bytes(8, "little") + DOMAIN.tree_seed.to_bytes(4, "little")
-    found = [DOMAIN.secret, DOMAIN.digest_key, DOMAIN.memory_key, DOMAIN.id]
+    found = [DOMAIN.secret, DOMAIN.digest_key, DOMAIN.file_cache_key, DOMAIN.id]
     assert len({one[:4] for one in [*found, seeds[:4], seeds[8:]]}) == 6
 
 
