@@ -46,7 +46,7 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class AwsSettings:
-    """How a bucket is reached. `command` gives new credentials when those at hand have expired."""
+    """The settings to reach a bucket. `command` prints new credentials when the current ones have expired."""
 
     region: str
     endpoint: str | None
@@ -55,9 +55,9 @@ class AwsSettings:
 
 
 def aws_settings(options: StorageOptions, env: Mapping[str, str] | None = None) -> AwsSettings:
-    """Return what the configuration, the variables and the files say.
+    """Return the settings from the configuration, the variables and the files.
 
-    Raise StorageDeniedError where they say nothing usable; no file or command is asked that is not needed.
+    Raise StorageDeniedError if they contain no usable credentials. Runs no command.
     """
     env = env if env is not None else os.environ
     profile = _read_profile(options, env)

@@ -191,7 +191,7 @@ class ObjectStorage:
         return None
 
     def prefetch(self, name: str, offset: int, size: int) -> None:
-        """Do nothing: what is not read is not fetched."""
+        """Do nothing: this back end has no cache."""
 
     def write(self, name: str, data: Data) -> None:
         """Store an object, replacing one of the same name."""

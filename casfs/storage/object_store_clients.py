@@ -33,7 +33,7 @@ _NO_RETRIES: RetryConfig = {"max_retries": 0}
 
 
 def s3_clients(bucket: str, options: StorageOptions) -> Callable[[int], ObjectStore]:
-    """Return what makes clients of an S3 bucket; raise StorageDeniedError for want of credentials."""
+    """Return a factory of clients of an S3 bucket; raise StorageDeniedError if there are no credentials."""
     settings = aws_settings(options)
     config: S3Config = {
         "region": settings.region,
@@ -60,11 +60,11 @@ def s3_clients(bucket: str, options: StorageOptions) -> Callable[[int], ObjectSt
 
 
 def gcs_clients(bucket: str, options: StorageOptions) -> Callable[[int], ObjectStore]:
-    """Return what makes clients of a bucket of Google Cloud Storage, with its usual variables."""
+    """Return a factory of clients of a bucket of Google Cloud Storage, with its usual variables."""
 
     def make(timeout_s: int) -> ObjectStore:
         client = _client_options(timeout_s, options, options.endpoint)
-        return _made(
+        return _make_client(
             lambda: GCSStore(bucket, client_options=client, retry_config=_NO_RETRIES), "GCS"
         )
 
@@ -72,14 +72,14 @@ def gcs_clients(bucket: str, options: StorageOptions) -> Callable[[int], ObjectS
 
 
 def azure_clients(container: str, options: StorageOptions) -> Callable[[int], ObjectStore]:
-    """Return what makes clients of an Azure container, with the usual AZURE_STORAGE_… variables."""
+    """Return a factory of clients of an Azure container, with the usual AZURE_STORAGE_… variables."""
 
     def make(timeout_s: int) -> ObjectStore:
         client = _client_options(timeout_s, options, options.endpoint)
         config: AzureConfig = {}
         if options.endpoint is not None:
             config["endpoint"] = options.endpoint
-        return _made(
+        return _make_client(
             lambda: AzureStore(
                 container, client_options=client, retry_config=_NO_RETRIES, config=config
             ),
@@ -89,7 +89,7 @@ def azure_clients(container: str, options: StorageOptions) -> Callable[[int], Ob
     return make
 
 
-def _made(make: Callable[[], ObjectStore], what: str) -> ObjectStore:
+def _make_client(make: Callable[[], ObjectStore], what: str) -> ObjectStore:
     try:
         return make()
     except ERRORS as error:
@@ -114,7 +114,7 @@ def _client_options(timeout_s: int, options: StorageOptions, endpoint: str | Non
 
 
 def _virtual_endpoint(endpoint: str, bucket: str, options: StorageOptions) -> str:
-    """Return the endpoint as obstore wants it: with the bucket in the host's name where that is asked for."""
+    """Return the endpoint for obstore: with the bucket in the host name if the options say so."""
     endpoint = endpoint.rstrip("/")
     if not options.virtual_hosted:
         return endpoint
@@ -123,7 +123,7 @@ def _virtual_endpoint(endpoint: str, bucket: str, options: StorageOptions) -> st
 
 
 def _provider(settings: AwsSettings) -> S3CredentialProvider | None:
-    """Return what gives obstore credentials, so that it mixes none of the environment into them."""
+    """Return obstore's source of credentials, so that obstore reads none from the environment."""
     command, known = settings.command, settings.credentials
     if command is None and known is None:
         return None

@@ -1,7 +1,7 @@
-"""What an object storage answered, as one of casfs's errors and a sentence that says what to do.
+"""Translate the errors of `obstore` into errors of casfs, with a sentence that says what to do.
 
-`obstore` puts the status and the body of the answer into the text of its exceptions; its version is
-pinned, and tests against real servers hold the patterns below to it.
+`obstore` puts the status and the body of an answer into the text of its exceptions. Its version is pinned,
+and tests against real servers verify the patterns below.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from obstore import exceptions
 from casfs.errors import NotFoundError, StorageDeniedError, StorageError, StorageUnavailableError
 
 ERRORS = (exceptions.BaseError, OSError, ValueError, NotImplementedError)
-"""What a call of obstore raises. A missing object or bucket is FileNotFoundError."""
+"""The exceptions of obstore's calls. A missing object or bucket is FileNotFoundError."""
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(
@@ -70,7 +70,7 @@ _BUSY_CODES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What is known of an answer that was no success."""
+    """The parts of an error answer; each is None where the exception does not contain it."""
 
     status: int | None
     code: str | None
@@ -78,17 +78,17 @@ class Answer:
 
     @property
     def is_out_of_range(self) -> bool:
-        """Whether a range was asked for that begins behind the end of the object."""
+        """Whether the requested range begins after the end of the object."""
         return self.status == 416 or self.code == "InvalidRange"
 
     @property
     def is_not_implemented(self) -> bool:
-        """Whether the server does not know a feature: B2 answers so to conditional writes."""
+        """Whether the server lacks a feature: this is the answer of B2 to conditional writes."""
         return self.status == 501 or self.code == "NotImplemented"
 
 
 def parse_answer(error: BaseException) -> Answer:
-    """Return what the text of an exception says of the answer."""
+    """Parse the text of an exception into the parts of the answer."""
     text = str(error)
     status = _STATUS.search(text)
     code = _CODE.search(text)
@@ -106,7 +106,7 @@ def already_exists(error: BaseException) -> bool:
 
 
 def translate(error: BaseException, action: str, place: str, name: str) -> Exception:
-    """Return the error that casfs raises for what `obstore` raised at an action on an object."""
+    """Return the error of casfs for an exception that `obstore` raised during an action on an object."""
     answer = parse_answer(error)
     where = f"{place}/{name}" if name else place
     sentence = _SENTENCES.get(answer.code or "")

@@ -1,7 +1,7 @@
-"""What a place really does: asked once, when a repository is made there.
+"""Probe what a place supports: once, when a repository is created there.
 
-A place that returns other bytes than were stored, or that leaves objects out of listings, is refused. One
-that lets two creations of a name succeed, or does not delete, is worked around: nothing depends on either.
+casfs refuses a place that returns other bytes than were stored, or that leaves objects out of listings. It
+accepts a place where two creations of a name succeed or a deletion fails: correctness depends on neither.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MOST_CLOCK_OFFSET_S = 60
 
 
 class ProbeResult(msgspec.Struct, frozen=True):
-    """What was found out, to be recorded."""
+    """The results of a probe, recorded in the repository."""
 
     creates_exclusively: bool
     """A creation of a taken name changed nothing, nor did any of several at the same time."""
@@ -36,12 +36,12 @@ class ProbeResult(msgspec.Struct, frozen=True):
 
     @property
     def is_clock_off(self) -> bool:
-        """Whether this machine's clock is wrong by more than a minute, or the place's is."""
+        """Whether the clocks of this machine and of the place differ by more than a minute."""
         return abs(self.clock_offset_s) > _MOST_CLOCK_OFFSET_S
 
 
 def probe_storage(storage: Storage) -> ProbeResult:
-    """Find out what a place does, with a few small objects that are removed again.
+    """Probe a place with a few small objects, and remove them again.
 
     Raise StorageError where it does not keep or list what is stored, and what the storage raises.
     """

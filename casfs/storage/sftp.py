@@ -48,8 +48,8 @@ from casfs.storage.sftp_channel import (
 T = TypeVar("T")
 
 UPLOADS = "uploads"
-"""The folder of objects that have no name yet. What an upload that was cut off left there is removed by
-the next one that begins more than a day later."""
+"""The folder of objects that have no name yet. An upload that begins more than a day after an interrupted one
+removes its remains."""
 
 _STALE_NS = 24 * 3600 * 1_000_000_000
 _READ, _WRITE, _CREATE, _EXCLUSIVE = 0x01, 0x02, 0x08, 0x20
@@ -75,7 +75,7 @@ _STATVFS = "statvfs@openssh.com"
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """What the server says of a file; None is what it did not say."""
+    """The attributes of a file that the server sent; None for each that it left out."""
 
     size: int | None
     mode: int | None
@@ -185,7 +185,7 @@ class SftpStorage:
         return None
 
     def prefetch(self, name: str, offset: int, size: int) -> None:
-        """Do nothing: what is not read is not fetched."""
+        """Do nothing: this back end has no cache."""
 
     def write(self, name: str, data: Data) -> None:
         """Store an object, replacing one of the same name."""
@@ -331,7 +331,7 @@ class SftpStorage:
 
 
 class _Connection:
-    """What is done over one channel, in terms of paths on the server; raises StatusError."""
+    """Operations on paths of the server over one channel. Raises StatusError."""
 
     def __init__(self, channel: SftpChannel) -> None:
         self.channel = channel
@@ -383,7 +383,7 @@ class _Connection:
 
     @contextmanager
     def open_file(self, path: str) -> Iterator[bytes]:
-        """Give the handle of a file that is open for reading; it stays open for later reads."""
+        """Yield the handle of a file that is open for reading; the file stays open for later reads."""
         with self._lock:
             file = self._files.get(path)
             if file is not None:

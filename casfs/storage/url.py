@@ -3,12 +3,12 @@
 | name | place |
 |---|---|
 | a path, `file:///path` | a local or mounted folder |
-| `s3://bucket/prefix` | S3 and what speaks its protocol |
+| `s3://bucket/prefix` | S3, or a server with its protocol |
 | `gs://bucket/prefix`, `az://container/prefix` | Google Cloud Storage, Azure |
 | `sftp://user@host:port/path` | a machine that is reached by SSH; `/~/path` is below the home there |
 
 A name that other programs would take for a remote place is never a local folder: it is refused with the right
-form. A local path of such a shape is written with `./` before it. Nothing secret belongs into a name.
+form. A local path of such a shape is written with `./` before it. A name contains no secret.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ _ELSEWHERE = {
 
 
 def parse_location(name: str) -> Location:
-    """Return the place that a path or a URL names; raise UsageError, which says the right form."""
+    """Return the place that a path or a URL names; raise UsageError, whose message shows the right form."""
     if not name:
         raise UsageError("the name of a repository is empty")
     if "\0" in name:
@@ -209,9 +209,9 @@ def open_storage(
     counter: RequestCounter | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Storage:
-    """Return the storage of a remote place: retried, counted, limited. Nothing is asked of it yet.
+    """Return the storage of a remote place with retries, counts and rate limits, before its first request.
 
-    Raise StorageDeniedError for want of credentials. A local place is opened by `local.LocalStorage`.
+    Raise StorageDeniedError if there are no credentials. `local.LocalStorage` opens a local place.
     """
     env = env if env is not None else os.environ
     storage = _open_plain(location, options, counter, env)
@@ -235,7 +235,7 @@ def _open_plain(
         raise ValueError("a local place has a storage of its own")
     if location.scheme is Scheme.SFTP:
         return _open_sftp(location, options, counter, env)
-    # Only who uses an object storage pays for loading its library.
+    # The library of object storages takes long to load: import it only where it is used.
     from casfs.storage import object_store, object_store_clients
 
     make_clients = {
