@@ -1,4 +1,4 @@
-"""Profiles: what is backed up where, what is kept, what else is done, and who hears of it."""
+"""Profiles: sources and repository, retention rules, further steps, and notifications."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""One run of a profile: backup, forget, prune and check when due, mirror; and who hears of it."""
+"""One run of a profile: backup, forget, prune and check when due, mirror; then notifications."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which steps of a profile are due: a decision from the profile and the record, without any I/O.
+"""Decide which steps of a profile are due, from the profile and its record. Without I/O.
 
 A step is due again when its period has passed since it last succeeded; a step that failed is due at the
 next run. A period may be a tenth shorter than it says, because a timer fires at a random time within its
@@ -19,7 +19,7 @@ _TOLERANCE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
-    """A step of a profile; `waits_s` is how long it is until it is due, 0 where it is due now."""
+    """A step of a profile; it is due in `waits_s` seconds, or now if that is 0."""
 
     step: StepName
     target: str | None = None
@@ -32,7 +32,7 @@ class PlannedStep:
 
 
 def plan_steps(profile: Profile, state: ProfileState, now_s: float) -> list[PlannedStep]:
-    """Return the steps that a profile asks for, in their order, due or not."""
+    """Return the steps of a profile in their order, due or not."""
     steps = [PlannedStep(StepName.BACKUP)]
     if profile.keep is not None:
         steps.append(PlannedStep(StepName.FORGET))
@@ -50,7 +50,7 @@ def _periodic(
     if every is None or record is None or record.last_success_s is None or record.exit:
         return PlannedStep(step)
     if record.last_success_s > now_s:
-        # The clock was set back: what the record says of the future is no reason to wait for it.
+        # The clock was set back. A time in the future does not delay the step.
         return PlannedStep(step)
     return PlannedStep(
         step, None, max(0.0, record.last_success_s + every.seconds * _TOLERANCE - now_s)

@@ -1,8 +1,8 @@
 """Metrics of a profile in Prometheus's text format, for the textfile collector of node_exporter.
 
-The file is replaced as a whole. All that it says comes from the record of the profile, so a run that
-fails leaves the numbers of the last good backup and check where they were. Moments are given as Unix
-times: an age in a file would stand still while nothing runs.
+The file is replaced as a whole. All values come from the record of the profile, so after a run that fails the
+numbers are those of the last good backup and check. Times are Unix times, because an age in a file would not
+grow while nothing runs.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def profile_metrics(state: ProfileState) -> Iterator[Metric]:
 
 
 def metrics_text(state: ProfileState, repository: str) -> str:
-    """Return the file's content; a metric without any known value is left out."""
+    """Return the content of the file, without metrics that have no known value."""
     common: Labels = (("profile", state.profile), ("repository", repository))
     lines = []
     for metric in profile_metrics(state):
@@ -103,7 +103,7 @@ def metrics_text(state: ProfileState, repository: str) -> str:
 
 
 def write_metrics(path: Path, text: str) -> None:
-    """Replace the file at once, readable by every user; raises StorageError.
+    """Replace the file atomically, readable by every user; raises StorageError.
 
     The name of the unfinished file does not end in `.prom`, so no collector reads it.
     """

@@ -1,7 +1,7 @@
 """Notifications: HTTP pings at the start and the end of a run, and a command for a mail or a messenger.
 
-None of them changes the outcome of a run: each has a time after which it is given up, and what went
-wrong is logged without the URL's path, which is often all that protects it.
+None of them changes the outcome of a run. Each has a time limit, and a failure is logged without the path of
+the URL, which is often its only secret.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from casfs.run.outcome import Outcome
 log = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 10_000
-"""What healthchecks.io keeps of a body; the rest is cut off."""
+"""The most bytes of a body that healthchecks.io stores; the rest is not sent."""
 
 _COMMAND_TIMEOUT_S = 120.0
 _STDERR = 2
 
 
 class Ping(StrEnum):
-    """What a ping says, as the suffix of the URL's path."""
+    """The kind of a ping; the value is the suffix of the URL's path."""
 
     START = "/start"
     SUCCESS = ""
@@ -41,7 +41,7 @@ class Ping(StrEnum):
 
 
 class Pinger:
-    """Requests of one ping URL; `attempts` at most, each of `timeout_s`, all within `patience_s`."""
+    """Send pings to one URL: at most `attempts` requests of `timeout_s` each, all within `patience_s`."""
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class Pinger:
         self._pause = pause
 
     def hurried(self, patience_s: float) -> Pinger:
-        """Return what sends the same pings, trying once and for so long at most."""
+        """Return a sender of the same pings that makes one attempt, within `patience_s` seconds."""
         return Pinger(self._url, 1, min(patience_s, self._timeout_s), patience_s, self._pause)
 
     def send(self, ping: Ping, text: str) -> bool:
-        """Return whether the ping arrived; never raises for one that did not."""
+        """Send a ping and return whether it arrived. Raises nothing."""
         result: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         # A name server or a slow answer can take longer than any timeout of a socket.
         thread = threading.Thread(
@@ -78,7 +78,7 @@ class Pinger:
         return reason is None
 
     def _try(self, ping: Ping, text: str) -> str | None:
-        """Return None for a ping that arrived, else why the last attempt failed."""
+        """Send a ping; return None if it arrived, else the reason why the last attempt failed."""
         reason = "it was not tried"
         for attempt in range(self._attempts):
             if attempt:
@@ -114,7 +114,7 @@ def ping_url(url: str, ping: Ping) -> str:
 
 
 def is_wanted(notification: Notification, outcome: Outcome) -> bool:
-    """Return whether a run with this outcome is one that the command is for."""
+    """Return whether the command should run after this outcome."""
     if notification.on == "always":
         return True
     if notification.on == "failure":

@@ -1,4 +1,4 @@
-"""What became of a run: each step, each hook, one exit code and one summary.
+"""The outcome of a run: each step, each hook, one exit code and one summary.
 
 The summary is the same value everywhere: the JSON line of `casfs run --json`, standard input of hooks, the
 text of a notification, the body of a ping.
@@ -68,7 +68,7 @@ class StepOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
     `exit` is the exit code of its command, None where it did not run. `target` is the repository that a
     mirror writes to. `reason` says why it did not run, or what its command said when it failed.
-    `result` is the last JSON object that the command printed, `problems` the first few that it reported.
+    `result` is the last JSON object that the command printed, `problems` the first few problems.
     """
 
     step: StepName
@@ -84,11 +84,11 @@ class StepOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def title(self) -> str:
-        """Return the name of the step as people read it."""
+        """Return the name of the step for display."""
         return f"{self.step} to {self.target}" if self.target is not None else str(self.step)
 
     def number(self, field: str) -> int | None:
-        """Return a whole number that the command reported, None where it did not."""
+        """Return a whole number from the result, or None if it has none in this field."""
         value = self.result.get(field) if self.result is not None else None
         return value if type(value) is int else None
 
@@ -118,15 +118,15 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field
 
 
 def worst_exit(codes: Iterable[int]) -> int:
-    """Return the worst of some exit codes; one that no verb has counts as a failure."""
+    """Return the worst of some exit codes; an unknown code counts as a failure."""
     known = [code if code in _SEVERITY else EXIT_FAILED for code in codes]
     return max(known, key=_SEVERITY.index, default=EXIT_DONE)
 
 
 def outcome_of(code: int) -> Outcome:
-    """Return what an exit code means for those who are notified.
+    """Return the outcome that an exit code stands for.
 
-    Sources that could not be read are a failure: a disk that was not mounted looks like that.
+    Unreadable sources are a failure, because a disk that is not mounted looks like that.
     """
     if code == EXIT_DONE:
         return Outcome.SUCCESS

@@ -1,12 +1,11 @@
 """Processes of a run: the verbs that are its steps, and the commands of its hooks.
 
-Each step is a process of its own that runs the same verb as a person would, with `--json`. A step that
-crashes or is killed for its memory leaves the others and the notification alone; memory is given back
-between steps; an exit code and one JSON object are the whole interface.
+Each step is a process of its own that runs the same verb as a person would, with `--json`. If it crashes, or
+the kernel kills it for its memory, the other steps and the notification still run. Its memory is free before
+the next step. Its exit code and one JSON object are the whole interface.
 
-Each process leads its own process group: Ctrl-C in a terminal and SIGTERM reach the run alone, which
-passes them on once and waits until the process has ended. It is killed only when the run is interrupted
-a second time.
+Each process leads its own process group, so that Ctrl-C in a terminal and SIGTERM reach only the run. The run
+passes the first interruption on and waits until the process has ended. It kills the process at the second.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ _PROBLEM_TYPES = ("problem", "damage")
 
 @dataclass(slots=True)
 class VerbOutput:
-    """What a verb with `--json` has printed so far, in bounded memory.
+    """The output of a verb with `--json` so far, in bounded memory.
 
-    `result` is the last object that is neither a problem nor progress nor an error; `on_problem` is called
-    with every problem, `problems` holds only the first.
+    `result` is the last object that is neither a problem nor progress nor an error. `on_problem` receives
+    every problem, `problems` holds only the first.
     """
 
     on_problem: Callable[[JsonObject], None] | None = None
@@ -47,7 +46,7 @@ class VerbOutput:
     problem_count: int = 0
 
     def add_line(self, line: bytes) -> None:
-        """Take note of one line; one that is not a JSON object is ignored."""
+        """Record a line; ignore it if it is not a JSON object."""
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
@@ -69,7 +68,7 @@ class VerbOutput:
 
 @dataclass(frozen=True, slots=True)
 class VerbEnd:
-    """How a verb ended: its exit code, what it printed, and how long it took."""
+    """The end of a verb: its exit code, its output and its duration."""
 
     exit: int
     output: VerbOutput
@@ -79,9 +78,9 @@ class VerbEnd:
 
 
 class VerbRunner:
-    """Run verbs of casfs; `arguments` are what every one of them is given besides its own.
+    """Run verbs of casfs; `arguments` precede the own arguments of each verb.
 
-    `lock_fd` is kept open by each process, so that the lock of the profile lasts as long as one of them.
+    Each process keeps `lock_fd` open, so that the lock of the profile lasts as long as one of them runs.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class VerbRunner:
         lock_fd: int | None = None,
         program: Sequence[str] | None = None,
     ) -> None:
-        # Without -P Python would import casfs from the current folder, whoever wrote it there.
+        # Without -P, Python would import a casfs in the current folder, which another user may have written.
         self._program = program or (sys.executable, "-P", "-m", "casfs")
         self._arguments = arguments
         self._environment = environment
@@ -100,9 +99,9 @@ class VerbRunner:
     def run(
         self, verb: Sequence[str], on_problem: Callable[[JsonObject], None] | None = None
     ) -> VerbEnd:
-        """Run a verb to its end; what it says on stderr goes to the stderr of this process.
+        """Run a verb to its end; its stderr goes to the stderr of this process.
 
-        An interruption is not raised: it is passed on, and the returned value says so.
+        Does not raise KeyboardInterrupt: the process receives the interruption, and `was_interrupted` is set.
         """
         started_s, start = time.time(), time.monotonic()
         output = VerbOutput(on_problem)
@@ -135,7 +134,7 @@ class VerbRunner:
 def run_hook(name: str, command: str, text: bytes, environment: Mapping[str, str]) -> HookOutcome:
     """Run a hook in a shell with `text` on its standard input; raises KeyboardInterrupt.
 
-    What it prints goes to stderr, which keeps stdout for the results of the run.
+    Its output goes to stderr, because stdout is for the results of the run.
     """
     start = time.monotonic()
     # A file, because a hook that reads nothing would leave a pipe full and the run waiting.
@@ -159,10 +158,9 @@ def run_hook(name: str, command: str, text: bytes, environment: Mapping[str, str
 
 
 def _finish(process: subprocess.Popen[bytes], work: Callable[[], object]) -> bool:
-    """Do the work that ends with the process; return whether an interruption was passed on to it.
+    """Do the work that ends with the process; return whether the process received an interruption.
 
-    The work is taken up again after an interruption, for a process that can write nothing more to a full
-    pipe would never end.
+    The work continues after an interruption, because a process that waits for a full pipe never ends.
     """
     try:
         work()

@@ -1,12 +1,12 @@
 """One run of a profile: `run_profile` is the whole sequence.
 
-The steps are backup, forget, prune when due, check when due, mirror. A step that fails does not keep those
-from running that are of use all the same: a check, a prune that may free the space that the backup
-lacked, a mirror of earlier snapshots. Nothing is forgotten after a backup that failed or that could not
-read one of its sources, so that empty snapshots never replace good ones.
+The steps are backup, forget, prune when due, check when due, mirror. After a step that fails, the steps that
+are still useful run: a check, a prune that may free the space that the backup lacked, a mirror of earlier
+snapshots. `forget` does not run after a backup that failed or that could not read one of its sources, so
+that empty snapshots never replace good ones.
 
-Hooks run around the steps; one that fails makes the run fail, and `before` keeps the steps from running.
-Metrics, pings and the notify command come last and change nothing.
+Hooks run around the steps. A hook that fails makes the run fail; if `before` fails, no step runs. Metrics,
+pings and the notify command come last and do not change the outcome.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ _INTERRUPTED_PATIENCE_S = 5.0
 
 
 class RunMonitor(Protocol):
-    """Who is shown a run while it goes on."""
+    """A receiver of the progress of a run."""
 
     def step_begins(self, step: PlannedStep) -> None:
-        """Take note that a step begins."""
+        """Receive that a step begins."""
 
     def step_ends(self, outcome: StepOutcome) -> None:
-        """Take note of what became of a step, also of one that did not run."""
+        """Receive the outcome of a step, also of one that did not run."""
 
 
 class Verbs(Protocol):
-    """What runs the verbs of casfs."""
+    """A runner of casfs's verbs: `VerbRunner`, or a double of it in tests."""
 
     def run(
         self, verb: Sequence[str], on_problem: Callable[[JsonObject], None] | None = None
@@ -78,7 +78,7 @@ class Verbs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ProfileJob:
-    """A profile that is to be run, on this host.
+    """A profile to run on this host.
 
     `configuration` is the file that holds the profile; `environment` is that of the verbs and the hooks.
     """
@@ -90,23 +90,23 @@ class ProfileJob:
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def files(self) -> ProfileFiles:
-        """Return where this machine remembers the profile."""
+        """Return the files of the profile in the state folder."""
         return ProfileFiles(self.name, self.configuration)
 
     def verbs(self, lock_fd: int) -> Verbs:
-        """Return what runs verbs on the profile's repository."""
+        """Return a runner of verbs on the profile's repository."""
         own = {k: v for k, v in self.environment.items() if k != "CASFS_REPOSITORY"}
         return VerbRunner(["-r", self.profile.repository], own, lock_fd)
 
     def pinger(self) -> Pinger | None:
-        """Return what sends the profile's pings, None where it has none."""
+        """Return the sender of the profile's pings, or None if the profile has no ping URL."""
         return Pinger(self.profile.ping) if self.profile.ping is not None else None
 
 
 def run_profile(
     job: ProfileJob, monitor: RunMonitor, now_s: Callable[[], float] = time.time
 ) -> RunSummary:
-    """Run a profile and return what became of it; raises LockedError where it is running already."""
+    """Run a profile and return its summary; raises LockedError if it is running already."""
     with job.files().lock() as lock:
         run = _Run(job, monitor, job.verbs(lock.fd), now_s)
         unexpected: Exception | None = None
@@ -121,7 +121,7 @@ def run_profile(
         except KeyboardInterrupt:
             run.interrupt()
         except Exception as error:
-            # An error in casfs must not end a run without anyone hearing of it.
+            # After an error in casfs too, the record, the pings and the notification report the run.
             unexpected = error
             run.fail(f"the run ended with an error in casfs: {error}")
         if outcome_of(run.exit) is Outcome.FAILED:
@@ -135,7 +135,7 @@ def run_profile(
 
 
 class _Run:
-    """A run in progress: what was done so far, and what that means for the rest."""
+    """A run in progress: the outcomes so far, and the decisions that follow from them."""
 
     def __init__(
         self, job: ProfileJob, monitor: RunMonitor, verbs: Verbs, now_s: Callable[[], float]
@@ -171,7 +171,7 @@ class _Run:
         return worst_exit(codes)
 
     def summary(self) -> RunSummary:
-        """Return the run so far."""
+        """Return the summary of the run so far."""
         backup = self._step(StepName.BACKUP)
         snapshot = backup.result.get("id") if backup is not None and backup.result else None
         return RunSummary(
@@ -189,14 +189,14 @@ class _Run:
         )
 
     def announce_start(self) -> None:
-        """Remember that a run began, and send the ping that says so."""
+        """Record that a run began, and send the start ping."""
         self._save(msgspec.structs.replace(self._state, last_start_s=self._started_s))
         if self._pinger is not None:
-            # A monitor that cannot be reached must not keep the backup waiting.
+            # The backup must not wait long for a monitor that does not answer.
             self._pinger.hurried(_START_PATIENCE_S).send(Ping.START, "")
 
     def do_step(self, step: PlannedStep) -> None:
-        """Run a step, or note why it is not run."""
+        """Run a step, or record why it does not run."""
         reason = self._reason_to_skip(step)
         if reason is not None:
             outcome = StepOutcome(
@@ -233,7 +233,7 @@ class _Run:
         )
 
     def _note_lost_source(self, problem: JsonObject) -> None:
-        """Count a problem of a source as a whole, not of something inside it."""
+        """Count a problem of a whole source; ignore problems of entries inside a source."""
         sources = {source.path.strip("/") for source in self._profile.sources}
         kind, path = problem.get("kind"), problem.get("path")
         is_source = isinstance(path, str) and path.strip("/") in sources
@@ -261,7 +261,7 @@ class _Run:
         return next((step for step in self._steps if step.step is name), None)
 
     def call_hook(self, name: str) -> None:
-        """Run a hook, if the profile has it; the run fails where the hook does."""
+        """Run a hook, if the profile has it; if the hook fails, the run fails."""
         hooks = self._profile.hooks
         command = getattr(hooks, "finally_" if name == "finally" else name)
         if command is None:
@@ -283,17 +283,17 @@ class _Run:
             self._error = self._error or sentence
 
     def interrupt(self) -> None:
-        """Note that the run was interrupted: the steps that are left are not run."""
+        """Record that the run was interrupted; the remaining steps do not run."""
         self._was_interrupted = True
         self._error = self._error or "the run was interrupted"
 
     def fail(self, sentence: str) -> None:
-        """Note that the run failed outside of its steps and hooks."""
+        """Record that the run failed outside its steps and hooks."""
         self._has_failed = True
         self._error = self._error or sentence
 
     def _hook_environment(self, name: str, summary: RunSummary) -> dict[str, str]:
-        """Return the environment of a hook: `casfs` in it works on the profile's repository."""
+        """Return the environment of a hook, in which `casfs` uses the profile's repository."""
         failed = [step.title for step in summary.steps if step.exit]
         found = dict(self._job.environment) | {
             "CASFS_HOOK": name,
@@ -320,7 +320,7 @@ class _Run:
         return found
 
     def measure_repository(self) -> None:
-        """Ask what the repository holds, where metrics want it and some step could reach it."""
+        """Read the numbers of the repository for metrics, if some step could reach the repository."""
         reached = any(step.exit in _PUBLISHED for step in self._steps)
         if self._profile.metrics_file is None or self._was_interrupted or not reached:
             return
@@ -329,7 +329,7 @@ class _Run:
         self._measured = end.output.result if end.exit == 0 else None
 
     def write_record(self) -> None:
-        """Remember what came of the run, and write the metrics file from that."""
+        """Save the record of the run, and write the metrics file from it."""
         state = after_run(
             self._state, self.summary(), self._started_s, self._now_s(), self._measured
         )
@@ -342,12 +342,12 @@ class _Run:
                 log.warning("%s", error)
 
     def notify(self) -> None:
-        """Send the ping and run the command that say how the run ended."""
+        """Send the ping and run the command that report the outcome."""
         summary = self.summary()
         text = summary_text(summary)
         if self._pinger is not None:
             if self._was_interrupted:
-                # A machine that shuts down does not wait long.
+                # A machine that shuts down leaves little time.
                 self._pinger = self._pinger.hurried(_INTERRUPTED_PATIENCE_S)
             failed = summary.outcome is Outcome.FAILED
             self._pinger.send(Ping.FAILURE if failed else Ping.SUCCESS, text)

@@ -1,6 +1,6 @@
-"""What is remembered after a run: a new record from the one before and the summary, without any I/O.
+"""Compute the record after a run from the record before it and the summary. Without I/O.
 
-A number is replaced only by a step that has measured it again; what a failed step did not reach stays.
+Only a step that measured a number again replaces it; a failed step leaves the earlier numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def after_run(
     ended_s: float,
     measured: JsonObject | None,
 ) -> ProfileState:
-    """Return the record after a run; `measured` is what `casfs stats --storage` printed, if it was asked."""
+    """Return the record after a run; `measured` is the result of `casfs stats --storage`, if it ran."""
     succeeded = summary.outcome is not Outcome.FAILED
     ran = [step for step in summary.steps if step.status is StepStatus.RAN]
     backup = before.backup
@@ -72,7 +72,7 @@ def _step_record(before: ProfileState, step: StepOutcome) -> StepRecord:
 
 
 def _backup_numbers(step: StepOutcome) -> BackupNumbers | None:
-    """Return what a backup counted, None where it published nothing."""
+    """Return the numbers of a backup, or None if it published no snapshot."""
     snapshot = step.result.get("id") if step.result is not None else None
     if not isinstance(snapshot, str):
         return None

@@ -1,11 +1,11 @@
-"""What this machine remembers of each profile between runs, and the lock that lets one run at a time.
+"""The record that this machine keeps of each profile, and the lock that allows one run of it at a time.
 
-The record says when each step last succeeded, from which follows what is due, and it keeps the numbers of
-the last backup and check, so that metrics stay meaningful after a run that failed. It lies in the user's
-state folder; without it every step is due and nothing else is lost.
+The record contains when each step last succeeded, which decides what is due, and the numbers of the last
+backup and check, so that metrics stay meaningful after a run that failed. It is in the user's state
+folder. Without it every step is due, and nothing else is lost.
 
 The lock is `flock` on a file beside it. The processes of the steps inherit it: a run that is killed leaves
-its lock with the step that still works, and the kernel releases it when the last of them ends.
+its lock with the step that is still running, and the kernel releases it when the last of them ends.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BackupNumbers(msgspec.Struct, frozen=True, kw_only=True):
-    """What the last backup that published a snapshot counted."""
+    """The numbers of the last backup that published a snapshot."""
 
     time_s: float
     snapshot: str
@@ -50,10 +50,10 @@ class BackupNumbers(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RepositoryNumbers(msgspec.Struct, frozen=True, kw_only=True):
-    """What the repository held after the last run that could look.
+    """The numbers of the repository after the last run that could read them.
 
-    `oldest_verification_s` is when the pack that was verified longest ago was verified, or was written
-    where it never was; None without any pack.
+    `oldest_verification_s` is the earliest time at which a pack was last verified, or written if it was
+    never verified; None without packs.
     """
 
     time_s: float
@@ -64,7 +64,7 @@ class RepositoryNumbers(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProfileState(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that is remembered of a profile; `damage` is what the last check counted."""
+    """The record of a profile; `damage` is the number of findings of the last check."""
 
     profile: str
     last_start_s: float | None = None
@@ -91,7 +91,7 @@ class ProfileFiles:
         self._lock = self._folder / f"{profile}-{place}.lock"
 
     def load(self) -> ProfileState:
-        """Return what is remembered; nothing where there is no record, or a damaged one."""
+        """Return the record; an empty one if there is none or it is damaged."""
         try:
             with open(self._state, "rb") as file:
                 return msgspec.json.decode(file.read(_MAX_STATE_BYTES), type=ProfileState)
@@ -120,7 +120,7 @@ class ProfileFiles:
             raise StorageError("write the record of runs", str(self._state), error) from error
 
     def lock(self) -> ProfileLock:
-        """Take the lock of the profile; raises LockedError where a run holds it, and StorageError."""
+        """Acquire the lock of the profile; raises LockedError if a run holds it, and StorageError."""
         try:
             self._make_folder()
             fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -147,7 +147,7 @@ class ProfileFiles:
 
 
 class ProfileLock:
-    """A held lock; `fd` is passed on to the processes of the steps. Released at the end of `with`."""
+    """A held lock; the processes of the steps inherit `fd`. The end of the `with` block releases it."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd

@@ -1,7 +1,7 @@
-"""The arguments with which each step of a profile is run as a verb of the command line.
+"""The arguments of the verb that runs each step of a profile.
 
-Repositories are given by name: each process reads the configuration itself, so that no secret and nothing
-that leads to one is among the arguments, which every user of the machine can see.
+They name repositories as the configuration does, and each process reads the configuration itself. So the
+arguments, which every user of the machine can see, contain no secret and no path to one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from casfs.run.outcome import StepName
 
 
 def step_arguments(step: StepName, target: str | None, profile: Profile, host: str) -> list[str]:
-    """Return the verb of a step and its arguments, but for those that all steps have."""
+    """Return the verb of a step and its arguments, except those that all steps share."""
     if step is StepName.BACKUP:
         return _backup(profile, host)
     if step is StepName.FORGET and profile.keep is not None:
@@ -50,7 +50,7 @@ def _backup(profile: Profile, host: str) -> list[str]:
 
 
 def _forget(profile: Profile, keep: Keep, host: str) -> list[str]:
-    """Return what applies the rules to the snapshots of this host, these tags and these sources only."""
+    """Return arguments that apply the rules only to snapshots of this host, these tags and these sources."""
     found = ["forget", f"--host={host}"]
     if profile.tags:
         found.append("--tag=" + ",".join(tag.text for tag in profile.tags))
