@@ -1,3 +1,3 @@
-"""The configuration: repositories by name and profiles of what is backed up when, from TOML files."""
+"""The configuration: repositories and profiles by name, read from TOML files."""
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Configuration files: which are read, whether they can be trusted, and what is wrong on which line.
+"""Configuration files: find them, refuse those that other users can write, and read their tables.
 
-A file that is named (`--config`, else CASFS_CONFIG) is the whole configuration. Otherwise the user's own
-file and the machine's are read, where they exist; a repository or a profile of the user's file replaces
-the machine's of the same name as a whole, so that no table is a mixture of two files.
+A file that is named (`--config`, else CASFS_CONFIG) is the whole configuration. Otherwise casfs reads the
+user's own file and the machine's, where they exist. A repository or a profile in the user's file replaces the
+machine's of the same name as a whole, so that no table is a mixture of two files.
 
-The files name commands that casfs runs, so one that another user can write is refused.
+The files name commands that casfs runs, so casfs refuses a file that another user can write.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SECTIONS: dict[str, type[NamedRepository] | type[Profile]] = {
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """What all the files together say, every name resolved and every value checked."""
+    """The contents of all files together, with every name resolved and every value checked."""
 
     files: tuple[SourceFile, ...] = ()
     repositories: Mapping[str, NamedRepository] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def user_file() -> Path:
 
 
 def load_configuration(named: str | None = None) -> Configuration:
-    """Read the configuration: the file that is named, else CASFS_CONFIG, else the user's and the machine's.
+    """Read the configuration: the named file, else CASFS_CONFIG, else the user's and the machine's files.
 
     Raises ConfigError, NotFoundError for a named file that does not exist, and StorageError.
     """
@@ -127,7 +127,7 @@ def parse_file(
 
 
 def _require_repositories(configuration: Configuration) -> None:
-    """Raise ConfigError where a profile names a repository that no file has."""
+    """Raise ConfigError if a profile names a repository that is in no file."""
     for name, profile in configuration.profiles.items():
         named: list[tuple[KeyPath, str]] = [(("repository",), profile.repository)]
         named += [(("mirror-to", n), other) for n, other in enumerate(profile.mirror_to)]
@@ -146,9 +146,9 @@ def _require_repositories(configuration: Configuration) -> None:
 
 
 def _read(path: Path) -> str | None:
-    """Return the text of a file, None where there is none; refuse one that others can write."""
+    """Return the text of a file, or None if it does not exist; refuse one that other users can write."""
     try:
-        # Opening must not wait for the other end of a pipe that lies where the file should be.
+        # If the path is a FIFO, opening must not wait for its other end.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -1,7 +1,7 @@
 """Line numbers of the keys of a TOML document, which the standard library's parser does not keep.
 
 The scanner is given documents that `tomllib` has accepted, so it recognizes just enough of the grammar to
-find where keys begin; what a value means is the parser's business.
+find where keys begin. The parser interprets the values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _BASIC_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _LITERAL_STRING = re.compile(r"'[^']*'")
-# Up to two quotes may stand directly before the three that end a string of several lines.
+# Up to two quotes may directly precede the three that end a multi-line string.
 _LONG_BASIC_STRING = re.compile(r'"""(?:[^\\]|\\.)*?"""(?:"{0,2})', re.DOTALL)
 _LONG_LITERAL_STRING = re.compile(r"'''.*?'''(?:'{0,2})", re.DOTALL)
 _OTHER_VALUE = re.compile(r"[^,\]}#\n]+")
@@ -71,7 +71,7 @@ class _Scanner:
         return path
 
     def _resolve(self, keys: list[str], line: int) -> KeyPath:
-        """Return where the tables are that a header leads through: the last one of each array."""
+        """Return the path of the table that a header names, through the last table of each array."""
         path: KeyPath = ()
         for key in keys:
             path = (*path, key)

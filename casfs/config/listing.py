@@ -1,4 +1,4 @@
-"""What the configuration holds, value by value, and where each value comes from."""
+"""List the values of the configuration, each with the file and the line that it comes from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ConfigValue:
 
 
 def list_values(configuration: Configuration) -> Iterator[ConfigValue]:
-    """Yield every value of every repository and profile, with `keep.daily` for a key of a table in it."""
+    """Yield every value of every repository and profile; `keep.daily` is `daily` in the table `keep`."""
     tables: list[tuple[str, str, NamedRepository | Profile]] = []
     tables += [("repositories", name, table) for name, table in configuration.repositories.items()]
     tables += [("profiles", name, table) for name, table in configuration.profiles.items()]
@@ -49,7 +49,7 @@ def _values(table: msgspec.Struct, path: tuple[str, ...]) -> Iterator[tuple[tupl
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as the file says it; the path of a ping is left out, which works like a password."""
+    """Return a value as it is written in the file, but without the path of a ping URL, which is a secret."""
     if isinstance(value, PingUrl):
         return value.host
     if isinstance(value, ConfigText):

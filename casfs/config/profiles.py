@@ -22,7 +22,7 @@ NonEmpty = msgspec.Meta(min_length=1)
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
-    """A table whose keys are written with hyphens; a key that it does not have is refused."""
+    """A table whose keys are written with hyphens; an unknown key is refused."""
 
 
 class Keep(_Table, frozen=True, kw_only=True):
@@ -43,9 +43,9 @@ class Keep(_Table, frozen=True, kw_only=True):
 
 
 class CheckPlan(_Table, frozen=True, kw_only=True):
-    """`check`: how the repository is checked, and how often (`every`; at each run without it).
+    """`check`: how to check the repository, and how often (`every`; without it, at each run).
 
-    Data is read where `read_data`, `read_data_subset`, `older_than` or `max_duration` is given.
+    The check reads data if `read_data`, `read_data_subset`, `older_than` or `max_duration` is given.
     """
 
     every: Duration | None = None
@@ -56,7 +56,7 @@ class CheckPlan(_Table, frozen=True, kw_only=True):
 
 
 class Schedule(_Table, frozen=True, kw_only=True):
-    """`schedule`: when the profile runs by itself.
+    """`schedule`: when systemd or cron runs the profile.
 
     `calendar` is a systemd calendar expression. A run is delayed by a random time of at most
     `random_delay`, and put off while the machine runs on battery unless `on_battery`.
@@ -68,7 +68,7 @@ class Schedule(_Table, frozen=True, kw_only=True):
 
 
 class Hooks(_Table, frozen=True, kw_only=True):
-    """`hooks`: commands for the shell around a run."""
+    """`hooks`: shell commands around a run."""
 
     before: Command | None = None
     after: Command | None = None
@@ -77,7 +77,7 @@ class Hooks(_Table, frozen=True, kw_only=True):
 
 
 class Notification(_Table, frozen=True, kw_only=True):
-    """`notify`: a command for the shell that gets the summary on its standard input.
+    """`notify`: a shell command that gets the summary on its standard input.
 
     `on` says after which runs: those that failed; those that failed or published a snapshot with
     warnings (`problems`); or all.
@@ -88,7 +88,7 @@ class Notification(_Table, frozen=True, kw_only=True):
 
 
 class Profile(_Table, frozen=True, kw_only=True):
-    """A table `[profiles.NAME]`; keys that are missing mean the default of the option of `casfs backup`."""
+    """A table `[profiles.NAME]`; a missing key means the default of the same option of `casfs backup`."""
 
     repository: str
     sources: Annotated[tuple[AbsolutePath, ...], NonEmpty]
@@ -117,7 +117,7 @@ class Profile(_Table, frozen=True, kw_only=True):
     metrics_file: AbsolutePath | None = None
 
     def timetable(self) -> Schedule | None:
-        """Return the schedule with all its values, also where the file gives the calendar alone."""
+        """Return the schedule with all its values, also if the file gives only the calendar."""
         if isinstance(self.schedule, str):
             return Schedule(calendar=self.schedule)
         return self.schedule

@@ -1,6 +1,6 @@
-"""Repositories that the configuration names, and what opens them.
+"""Repositories of the configuration: their names, addresses and keys.
 
-No secret is in the configuration: it names the files that hold secrets and the commands that print them.
+The configuration contains no secret. It names the files that hold secrets and the commands that print them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class NamedRepository(
             raise ValueError("give passphrase-command or passphrase-file, not both")
 
     def storage_options(self) -> StorageOptions:
-        """Return how the place is reached, but for its URL."""
+        """Return the options to reach the place, apart from its URL."""
         command = self.credentials_command
         return StorageOptions(
             endpoint=self.endpoint,

@@ -1,6 +1,6 @@
-"""What is wrong with a configuration file: every error names the file, the line and the key.
+"""Validate the tables of a configuration file: every error names the file, the line and the key.
 
-msgspec compares a table with its type; its messages are put into words here.
+msgspec compares a table with its type. This module turns its messages into those of casfs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _T = TypeVar("_T", bound=msgspec.Struct)
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file that was read, and the lines on which its keys begin."""
+    """A configuration file, and the lines on which its keys begin."""
 
     path: Path
     lines: Mapping[KeyPath, int]
@@ -53,7 +53,7 @@ class SourceFile:
 
 
 def parse_toml(path: Path, text: str) -> tuple[dict[str, Any], SourceFile]:
-    """Return what a file says and the lines of its keys; raises ConfigError."""
+    """Parse a file; return its tables and the lines of its keys. Raises ConfigError."""
     try:
         document = tomllib.loads(text)
         return document, SourceFile(path, find_key_lines(text.replace("\r\n", "\n")))
@@ -79,7 +79,7 @@ def convert_table(file: SourceFile, place: KeyPath, table: dict[str, Any], kind:
 
 
 def _problem(file: SourceFile, path: KeyPath, problem: str, kind: type[_T]) -> ConfigError:
-    """Return the error for what msgspec says of the value at `path`."""
+    """Return the error for msgspec's message about the value at `path`."""
     if match := re.fullmatch(r"Object contains unknown field `(.*)`", problem, re.DOTALL):
         known = _keys_at(kind, path[2:])
         return file.error((*path, match[1]), unknown_key("key", match[1], known))
@@ -133,7 +133,7 @@ def _choices_at(kind: type[msgspec.Struct], path: KeyPath) -> list[str]:
 
 
 def unknown_key(what: str, name: str, known: list[str]) -> str:
-    """Return what to say of a key that does not exist, with the one that was probably meant."""
+    """Return the message about an unknown key, with the most similar known key."""
     close = difflib.get_close_matches(name, known, 1)
     if close:
         return f"unknown {what}; did you mean {close[0]}?"

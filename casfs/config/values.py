@@ -1,4 +1,4 @@
-"""Values of the configuration that are more than TOML's own types, checked when the file is read."""
+"""Types of values in the configuration beyond those of TOML, validated when the file is read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOML_TYPES = {bool: "true or false", int: "an integer", float: "a number", list
 
 
 class ConfigText:
-    """A string of the configuration that keeps a rule; `text` is what the file says."""
+    """A string with a syntax of its own; `text` is the string in the file."""
 
     __slots__ = ("text",)
 
@@ -91,7 +91,7 @@ class Command(ConfigText):
 
 
 class AbsolutePath(ConfigText):
-    """A path that does not depend on where casfs is started; a leading ~ is the user's home."""
+    """A path that does not depend on the current folder; a leading ~ is the user's home."""
 
     __slots__ = ("path",)
 
@@ -103,7 +103,7 @@ class AbsolutePath(ConfigText):
 
 
 class RepositoryUrl(ConfigText):
-    """Where a repository is: an absolute path or a URL without any secret.
+    """The address of a repository: an absolute path, or a URL without any secret.
 
     `url` is the same with the user's home in place of a leading ~.
     """
@@ -139,7 +139,7 @@ class PingUrl(ConfigText):
 
     @property
     def host(self) -> str:
-        """Return the URL without its path, which is often the only secret that protects it."""
+        """Return the URL without its path, which is often its only secret."""
         parts = urlsplit(self.text)
         return f"{parts.scheme}://{parts.netloc}/…"
 
@@ -154,7 +154,7 @@ class Tag(ConfigText):
 
 
 def convert_value(kind: type, value: Any) -> Any:
-    """Return a value of one of the classes above; the hook of msgspec. Raises ValueError."""
+    """Convert a value to one of the classes above, as msgspec's hook. Raises ValueError."""
     if not issubclass(kind, ConfigText):
         raise NotImplementedError(kind)
     if not isinstance(value, str):
@@ -176,7 +176,7 @@ def _refuse_secrets(text: str) -> None:
 
 
 def is_on_network(url: RepositoryUrl) -> bool:
-    """Return whether a repository is reached over a network, and not on this machine."""
+    """Return whether the address of a repository is on another machine."""
     scheme, separator, rest = url.url.partition("://")
     if not separator or scheme == "file":
         return False

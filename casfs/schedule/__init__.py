@@ -1,3 +1,3 @@
-"""Schedules: profiles that run by themselves, under systemd or cron."""
+"""Schedules: systemd or cron runs a profile at given times."""
 
 from __future__ import annotations

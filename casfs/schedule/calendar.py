@@ -1,6 +1,6 @@
 """The part of systemd's calendar expressions that cron can express, for machines without systemd.
 
-That are the words (`hourly`, `daily`, `weekly`, `monthly`, `quarterly`, `semiannually`, `yearly`) and
+These are the words (`hourly`, `daily`, `weekly`, `monthly`, `quarterly`, `semiannually`, `yearly`) and
 expressions of weekdays, one day of each month or year, and one time of the day: `Mon..Fri 02:30`,
 `Sat,Sun *-*-* 04:00:00`, `*-*-01 03:00`. Times are local.
 """
@@ -36,7 +36,7 @@ _MOST_DAYS = 366 * 8 + 1
 
 @dataclass(frozen=True, slots=True)
 class CalendarTime:
-    """Moments that repeat; None means every one. Weekdays are numbered from Monday as 0."""
+    """Recurring times; None means every value. Weekdays are numbered from 0 for Monday."""
 
     minute: int
     hour: int | None = None
@@ -45,7 +45,7 @@ class CalendarTime:
     weekdays: frozenset[int] | None = None
 
     def cron_fields(self) -> str:
-        """Return the first five fields of a line of a crontab."""
+        """Return the five time fields of a crontab line."""
         weekdays = None
         if self.weekdays is not None:
             weekdays = ",".join(str((n + 1) % 7) for n in sorted(self.weekdays))
@@ -54,7 +54,7 @@ class CalendarTime:
         return " ".join("*" if field is None else str(field) for field in fields)
 
     def last_before(self, moment: datetime) -> datetime | None:
-        """Return the latest of the times that is not after a moment of the local time."""
+        """Return the latest of the times at or before a local time."""
         for back in range(_MOST_DAYS):
             day = moment - timedelta(days=back)
             if self._is_on(day):
@@ -65,7 +65,7 @@ class CalendarTime:
         return None
 
     def first_after(self, moment: datetime) -> datetime | None:
-        """Return the earliest of the times that is after a moment of the local time."""
+        """Return the earliest of the times after a local time."""
         for forward in range(_MOST_DAYS):
             day = moment + timedelta(days=forward)
             if self._is_on(day):
@@ -84,7 +84,7 @@ class CalendarTime:
 
 
 def parse_calendar(text: str) -> CalendarTime:
-    """Return the times that an expression means; raises UsageError for one that cron cannot express."""
+    """Parse a calendar expression; raises UsageError if cron cannot express it."""
     words = " ".join(text.split())
     match = _EXPRESSION.fullmatch(_WORDS.get(words.lower(), words).lower())
     try:

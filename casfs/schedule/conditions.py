@@ -1,7 +1,6 @@
-"""Whether this machine can run a backup now: its power and its network, as the kernel shows them.
+"""Detect whether this machine has mains power and a network, from the kernel's files.
 
-A run that a timer starts is put off where it cannot: systemd's own conditions would skip it until the next
-time that the timer fires, and it would never be made up.
+A scheduled run without them is put off. systemd's own conditions would skip it until the timer fires again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _ANY_ADDRESS_6 = "0" * 32
 
 
 def is_on_battery(supplies: Path = _POWER_SUPPLIES) -> bool:
-    """Return whether the machine runs on battery; a machine without any is on mains.
+    """Return whether the machine runs on battery; without a battery it is on mains.
 
     The rule is that of systemd: a battery discharges, and no mains or USB supply is connected.
     """

@@ -1,8 +1,8 @@
 """Profiles in the crontab of the user, for machines without systemd.
 
-cron runs nothing later that it has missed, so each profile has two lines: one for its time, and one for
-each hour that runs it only if the last time was missed (`--if-missed`). The lines lie between two comments
-that name the profile; the rest of the crontab stays as it is.
+cron never makes up for a missed time, so each profile has two lines: one for its times, and one that runs
+every hour and starts the profile only if it missed its last time (`--if-missed`). The lines are between two
+comments that name the profile; the rest of the crontab stays as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HOURLY_MINUTE = 17
 
 
 def render_lines(command: ScheduledCommand, times: CalendarTime) -> str:
-    """Return the lines of a profile in a crontab."""
+    """Return the crontab lines of a profile."""
     words = " ".join(
         [
             *(
@@ -44,7 +44,7 @@ def render_lines(command: ScheduledCommand, times: CalendarTime) -> str:
 
 
 def with_lines(crontab: str, profile: str, lines: str) -> str:
-    """Return a crontab in which these are the lines of a profile; no lines remove it."""
+    """Return a crontab with the lines of a profile replaced; with no lines, the profile is removed."""
     begin, end = _marks(profile)
     kept: list[str] = []
     is_inside = False
@@ -63,7 +63,7 @@ def has_lines(crontab: str, profile: str) -> bool:
 
 
 def read_crontab() -> str:
-    """Return this user's crontab, empty where there is none; raises CasfsError."""
+    """Return this user's crontab, or "" if there is none; raises CasfsError."""
     done = _crontab(["-l"])
     if done.returncode and "no crontab" not in done.stderr.lower():
         raise CasfsError(f"crontab -l failed: {' '.join(done.stderr.split())}")

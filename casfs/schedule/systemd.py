@@ -1,4 +1,4 @@
-"""Units of profiles in systemd: written, enabled, removed and asked about through `systemctl`."""
+"""Install, remove and query the systemd units of profiles through `systemctl`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BOOTED = Path("/run/systemd/system")
 
 @dataclass(frozen=True, slots=True)
 class TimerStatus:
-    """What systemd knows of a profile's timer; times are None where there is none, or it is not known."""
+    """The status of a profile's timer in systemd; a time is None if there is none or it is unknown."""
 
     is_installed: bool
     is_active: bool
@@ -35,7 +35,7 @@ def is_running(booted: Path = _BOOTED) -> bool:
 
 
 def check_calendar(expression: str) -> None:
-    """Raise UsageError for what systemd does not take for a calendar expression."""
+    """Raise UsageError if systemd does not accept a calendar expression."""
     if "\n" in expression or not expression.strip():
         raise UsageError(f"the schedule {expression!r} is not one line")
     try:
@@ -56,14 +56,14 @@ def check_calendar(expression: str) -> None:
 
 
 class SystemdTimers:
-    """The timers of profiles in the system's manager, or in that of the user who asks."""
+    """The timers of profiles in the system's manager, or in this user's manager."""
 
     def __init__(self, system: bool, folder: Path | None = None) -> None:
         self._scope = ["--system"] if system else ["--user"]
         self._folder = folder or (SYSTEM_UNITS if system else _user_units())
 
     def paths(self, profile: str) -> tuple[Path, Path]:
-        """Return where the service and the timer of a profile are."""
+        """Return the paths of the service and the timer of a profile."""
         name = unit_name(profile)
         return self._folder / f"{name}.service", self._folder / f"{name}.timer"
 
@@ -74,11 +74,11 @@ class SystemdTimers:
         _write(timer, units.timer)
         self._control("daemon-reload")
         self._control("enable", "--now", timer.name)
-        # A timer that was active already goes by the new expression only when it is started again.
+        # An active timer uses the new expression only after a restart.
         self._control("restart", timer.name)
 
     def remove(self, profile: str) -> bool:
-        """Stop the timer and remove the units; return whether there were any. A run at work goes on."""
+        """Stop the timer and remove the units; return whether there were any. A running run continues."""
         paths = self.paths(profile)
         if not any(os.path.lexists(path) for path in paths):
             return False
@@ -92,7 +92,7 @@ class SystemdTimers:
         return True
 
     def status(self, profile: str) -> TimerStatus:
-        """Return what systemd knows of a profile's timer; raises CasfsError."""
+        """Return the status of a profile's timer; raises CasfsError."""
         service, timer = self.paths(profile)
         if not timer.exists():
             return TimerStatus(False, False, None, None, "")
@@ -129,7 +129,7 @@ def _run(command: Sequence[str]) -> str:
 
 
 def _moment(text: str) -> datetime | None:
-    """Return the moment that systemctl shows in UTC, as in `Sun 2026-11-29 00:00:00 UTC`."""
+    """Parse a time that systemctl prints in UTC, such as `Sun 2026-11-29 00:00:00 UTC`."""
     match = re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", text)
     if match is None or "UTC" not in text:
         return None

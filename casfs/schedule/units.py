@@ -1,10 +1,10 @@
 """systemd units of a profile, as text: a service that runs it once, and a timer.
 
-- `Persistent=true` makes up for a time at which the machine was off. A run that cannot be done now, on
-  battery, without network or beside another run, ends with EXIT_PUT_OFF, and systemd starts it again
-  after ten minutes; a condition of the unit would skip it until the timer fires again.
-- Only the run itself gets SIGTERM: it passes it on to the step at work, and still notifies.
-- Exit 4 (files that changed while they were read) is a success with warnings, and no failed unit.
+- `Persistent=true` makes up for a time at which the machine was off. A run on battery, without network or
+  beside another run ends with EXIT_PUT_OFF, and systemd starts it again after ten minutes. A condition of the
+  unit would skip it until the timer fires again.
+- Only the run itself gets SIGTERM. It passes the signal on to the running step, and still notifies.
+- Exit 4 (files that changed while they were read) is a success with warnings: the unit does not fail.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 EXIT_PUT_OFF = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
 
-# Every other way to end is final: systemd starts a unit again only after EXIT_PUT_OFF.
+# systemd starts a unit again only after EXIT_PUT_OFF.
 _FINAL = "1 2 3 5 6 126 127 130 141 203 SIGABRT SIGBUS SIGKILL SIGSEGV"
 
 _PLAIN_WORD = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
@@ -24,7 +24,7 @@ _PLAIN_WORD = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 
 @dataclass(frozen=True, slots=True)
 class ScheduledCommand:
-    """What is run and in what environment; `needs_network` orders a system unit after the network."""
+    """The command to run and its environment; `needs_network` orders a system unit after the network."""
 
     profile: str
     words: Sequence[str]
@@ -55,7 +55,7 @@ def render_units(
         "Documentation=man:casfs(1)",
     ]
     if system and command.needs_network:
-        # A user's manager knows no such target; there a run without network is put off.
+        # A user's manager has no such target; there a run without network is put off.
         lines += ["Wants=network-online.target", "After=network-online.target"]
     lines += ["", "[Service]", "Type=oneshot"]
     lines += [
@@ -90,7 +90,7 @@ def render_units(
 
 
 def _quote(word: str, in_command: bool) -> str:
-    """Return a word as systemd reads it back: specifiers, variables and quotes escaped."""
+    """Quote a word for a unit file: escape specifiers, variables and quotes."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     escaped = escaped.replace("\n", "\\n").replace("\t", "\\t")
     if in_command:
