@@ -53,7 +53,7 @@ def write_fingerprint(path: Path) -> None:
         log.info("the index in %s gets no fingerprint: %s", path, error)
 
 
-def mark_damaged(path: Path) -> None:
+def mark_index_damaged(path: Path) -> None:
     """Mark the index damaged; the next opener rebuilds it.
 
     A whole read of the index may not find the damage that was noticed. While a writer lives, the mark has no
@@ -65,7 +65,7 @@ def mark_damaged(path: Path) -> None:
         log.info("the index in %s cannot be marked damaged: %s", path, error)
 
 
-def clear(path: Path) -> None:
+def remove_fingerprint(path: Path) -> None:
     """Remove the fingerprint; the next opener first reads the whole index in a subprocess."""
     (path / FINGERPRINT_FILE).unlink(missing_ok=True)
 
@@ -107,8 +107,8 @@ def is_intact(path: Path, in_use: bool) -> bool:
     return False
 
 
-def discard(path: Path) -> None:
-    """Remove a damaged index, so that a new one can be created.
+def delete_index(path: Path) -> None:
+    """Delete a damaged index, so that a new one can be created.
 
     A process that has the old index open continues with the removed file.
     """
@@ -116,7 +116,7 @@ def discard(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
-def probe(path: Path) -> int:
+def read_whole_index(path: Path) -> int:
     """Read everything in an index and return its number of blobs; raise IndexUnusableError.
 
     A damaged index may crash the process, so run this only in a subprocess.
@@ -161,8 +161,8 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from casfs.index.fingerprint import probe
-probe(Path(sys.argv[2]))
+from casfs.index.fingerprint import read_whole_index
+read_whole_index(Path(sys.argv[2]))
 """
 
 

@@ -1,4 +1,4 @@
-"""Opening a repository's index: located, intact, and reconciled with the packs.
+"""Open the index of a repository: find it, verify that it is intact, and reconcile it with the packs.
 
 A damaged index costs only the time to rebuild it.
 """
@@ -96,7 +96,7 @@ def open_index(
         try:
             if not fingerprint.is_intact(path, in_use=not is_alone()):
                 log.warning("the index %s is damaged; rebuilding it from the packs", path)
-                fingerprint.discard(path)
+                fingerprint.delete_index(path)
         except OSError as error:
             raise IndexUnusableError(
                 f"cannot replace the damaged index {path}: {error.strerror}"
@@ -120,7 +120,7 @@ def replace_with_empty(store: BlobStore) -> None:
     """Replace an index that LMDB cannot change by an empty one; the caller must be its only user."""
     log.warning("the index %s is damaged; rebuilding it from the packs", store.index.path)
     store.index.close()
-    fingerprint.discard(store.index.path)
+    fingerprint.delete_index(store.index.path)
     store.use_index(Index(store.index.path))
 
 
@@ -129,7 +129,7 @@ def close_index(index: Index) -> None:
     changed, damaged = index.changed, index.environment.is_damaged and not index.readonly
     index.close()
     if damaged:
-        fingerprint.mark_damaged(index.path)
+        fingerprint.mark_index_damaged(index.path)
     elif changed:
         fingerprint.write_fingerprint(index.path)
 

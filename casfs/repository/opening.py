@@ -22,7 +22,7 @@ from casfs.crypto.trust_root import TrustRoot
 from casfs.crypto.trust_state import pin
 from casfs.errors import ExistsError, NotFoundError, StorageError
 from casfs.format.config import CONFIG_NAME, RepositoryConfig, encode_config, new_config
-from casfs.index.fingerprint import clear
+from casfs.index.fingerprint import remove_fingerprint
 from casfs.index.index import Index
 from casfs.repository.index_opening import close_index, open_index, open_index_readonly
 from casfs.repository.place import LocalPlace, Place, RemotePlace, as_place, local_root, read_config
@@ -251,7 +251,7 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
         )
         path = place.index_dir(config)
         if mode == LockMode.EXCLUSIVE:
-            clear(path)
+            remove_fingerprint(path)
         index = open_index(
             place,
             config,
