@@ -1,8 +1,8 @@
-"""What opens an encrypted repository, fetched by a process of its own.
+"""Fetch the objects that unlock an encrypted remote repository, in a child process.
 
-A process that has asked a remote place once must not fork: the libraries below have threads that a child
-does not have. A mount goes to the background by a fork, and asks for a passphrase before it. So another
-process reads the few small objects that unlocking needs, and this one uses the copies.
+A process that has used a remote storage must not fork: its libraries have threads that a child lacks. A
+background mount forks, but asks for a passphrase before that. So a child process reads the few small objects
+that unlocking needs, and this process uses the copies.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Fetched(msgspec.Struct):
 def fetch_key_objects(place: RemotePlace) -> MemoryStorage:
     """Return a storage that holds the configuration, the recipients and the wrapped identities.
 
-    Raises CasfsError with the sentence of what went wrong; an object that is missing is left out.
+    Raises CasfsError with the message of the child's error. A missing object is left out.
     """
     reading, writing = os.pipe()
     child = os.fork()

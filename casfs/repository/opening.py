@@ -46,7 +46,7 @@ DEFAULT_LEVEL = 3
 
 _FOLDERS = ("packs", "snapshots", "condemned", "locks", "tmp")
 PROBED_NAME = "probed.json"
-"""What a remote place was found to do when the repository was made there."""
+"""The object with the result of the probe of a remote place."""
 
 _README = (
     "This folder is a casfs repository: backups of files, kept as digest-named packs.\n"

@@ -1,7 +1,7 @@
-"""Where a repository is: a folder of this machine, or a place elsewhere; all that is above knows only this.
+"""The place of a repository: a folder of this machine, or a remote place. The layers above use only `Place`.
 
-What this machine keeps beside a remote repository is in the user's cache folder: the index, and the locks
-that keep two processes of this machine from changing the index at the same time.
+This machine keeps the index of a remote repository in the user's cache folder, with locks that prevent two
+processes of this machine from changing the index at the same time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from casfs.user_dirs import cached_index_dir, index_dir
 
 @dataclass(slots=True)
 class ReadOnce:
-    """The configuration of a repository, once this process has read it."""
+    """A cache of the configuration of a repository: a process reads it only once."""
 
     _found: TrustRoot | None = None
 
@@ -59,7 +59,7 @@ class LocalPlace:
     """A folder that this machine can open; `root` is absolute.
 
     `expected`, if given, is the id of the repository there or the digest of its configuration, as `b3sum
-    config` prints it. `once` keeps the configuration that was read: all of a process uses one place.
+    config` prints it. `once` caches the configuration for the whole process, which uses one place.
     """
 
     root: Path
@@ -94,7 +94,7 @@ class LocalPlace:
 
 @dataclass(frozen=True, slots=True)
 class RemotePlace:
-    """A place that is reached over a network. `counter` counts what is asked of it."""
+    """A place that is reached over a network. `counter` counts the requests to it."""
 
     location: Location
     options: StorageOptions = field(default_factory=StorageOptions)
@@ -108,7 +108,7 @@ class RemotePlace:
     def open_storage(
         self, sync: bool = True, on_step: Callable[[str], None] | None = None
     ) -> Storage:
-        """Return the storage, of which nothing is asked yet; the server decides what is synced."""
+        """Return the storage, before its first request; the server decides what is synced."""
         return open_storage(self.location, self.options, self.counter)
 
     def trust_root(self, storage: Storage) -> TrustRoot:
@@ -116,7 +116,7 @@ class RemotePlace:
         return self.once.read(storage, str(self), self.expected)
 
     def index_dir(self, config: RepositoryConfig) -> Path:
-        """Return the folder of the index in the user's cache; its parent is made."""
+        """Return the folder of the index in the user's cache, and create its parent."""
         try:
             return cached_index_dir(config.id)
         except OSError as error:
@@ -141,12 +141,12 @@ def local_root(place: Place, command: str) -> Path:
 
 
 def as_place(place: Path | Place) -> Place:
-    """Return the place that a path means; a place is returned as it is."""
+    """Convert a path to a local place; return a place unchanged."""
     return LocalPlace(place.absolute()) if isinstance(place, Path) else place
 
 
 def place_of(location: Location, options: StorageOptions, expected: str | None = None) -> Place:
-    """Return the place that a name means, and where the repository `expected` must be."""
+    """Return the place at a location, which must hold the repository `expected` if given."""
     if location.is_local:
         return LocalPlace(Path(location.path).absolute(), expected)
     return RemotePlace(location, options, expected=expected)

@@ -1,9 +1,9 @@
-"""A mark that a repository is written to over a network, where no lock of a folder is seen.
+"""The mark of a repository to which hosts write over a network, where prune cannot see their locks.
 
-The pruning of a local repository knows by locks who is writing. A host that writes over a network holds no
-such lock, so it leaves a mark, and prune refuses a repository that has one. A writer makes the mark
-before it reads which packs are marked for removal; a prune looks for the mark after it has marked packs
-and before it removes any: so one of the two sees the other.
+A prune of a local repository finds running writers by their locks. A host that writes over a network holds no
+such lock, so it leaves a mark, and prune refuses a marked repository. A writer leaves the mark before it
+reads which packs are marked for removal. A prune looks for the mark after it has marked packs and before it
+removes any. So one of the two sees the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TEXT = (
 
 
 def mark_remote_writers(storage: Storage) -> None:
-    """Leave the mark in a repository, durably, unless it is there; raise StorageError."""
+    """Write the mark durably, unless the repository has it; raise StorageError."""
     try:
         if storage.size(MARK) > 0:
             return
@@ -30,7 +30,7 @@ def mark_remote_writers(storage: Storage) -> None:
 
 
 def require_no_remote_writers(storage: Storage, command: str) -> None:
-    """Raise RefusedError for a repository that is, or may be, written to over a network."""
+    """Raise RefusedError if hosts write, or may write, to the repository over a network."""
     if storage.capabilities.holds_locks:
         try:
             storage.size(MARK)

@@ -20,7 +20,7 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class FileIdentity(NamedTuple):
-    """What tells a restored file from every other one, also from one that gets its inode after it."""
+    """The identity of a restored file, which differs from that of a later file with the same inode number."""
 
     device: int
     inode: int

@@ -299,7 +299,7 @@ def unlink_quietly(fd: int, name: bytes) -> None:
 
 
 def temporary_name() -> bytes:
-    """Return a name that is unique in the target, and says which process gave it."""
+    """Return a name that is unique in the target and identifies this process."""
     return b"%s%s-%x" % (TEMPORARY_PREFIX, _process_token(), next(_serial))
 
 
@@ -315,7 +315,7 @@ def _process_token() -> bytes:
 
 @functools.cache
 def _system_token() -> bytes:
-    """Return what tells this running system, and its namespace of processes, from all others."""
+    """Return a token of this boot of the system and of its namespace of processes."""
     parts = [_read_or_empty(name) for name in (b"/proc/sys/kernel/random/boot_id",)]
     try:
         parts.append(os.readlink(b"/proc/self/ns/pid"))
@@ -333,17 +333,16 @@ def _read_or_empty(name: bytes) -> bytes:
 
 
 def _start_time(pid: int) -> int | None:
-    """Return when a process of this system started, in ticks since the boot; None without the process."""
+    """Return when a process of this system started, in ticks since the boot; None if it does not exist."""
     fields = _read_or_empty(b"/proc/%d/stat" % pid).rpartition(b")")[2].split()
     return int(fields[19]) if len(fields) > 19 else None
 
 
 def remove_abandoned(fd: int) -> None:
-    """Remove what restores that were killed left in a directory; ignore errors.
+    """Remove the temporary files of killed restores from a directory; ignore errors.
 
-    Files of a process of this system are removed when it has ended. Those of another system, which may
-    write to the same storage or may be this one before its last boot, are removed a day after their last
-    change.
+    Files of a process of this system are removed after it has ended. Another system may write to the same
+    storage, or may be this system before its last boot: its files are removed a day after their last change.
     """
     with os.scandir(fd) as entries:
         for entry in entries:
@@ -368,7 +367,7 @@ def _remove_abandoned_directory(fd: int, name: bytes) -> None:
 
 
 def is_temporary(name: bytes) -> bool:
-    """Return whether a name is one that `temporary_name` gives."""
+    """Return whether `temporary_name` could have returned a name."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
@@ -405,9 +404,9 @@ def open_parent(fd: int, path: bytes) -> tuple[int, bytes]:
 
 
 def merges_names(fd: int, known: dict[int, bool]) -> bool:
-    """Return whether a directory takes names that differ in case or normalization for one name.
+    """Return whether a directory treats names that differ in case or normalization as one name.
 
-    `known` remembers the answer of each device between the calls of one restore.
+    `known` caches the answer for each device during one restore.
     """
     if _has_casefold_flag(fd):
         return True
@@ -444,10 +443,10 @@ def _probe_merging(fd: int) -> bool:
 
 
 def fold_name(name: bytes) -> str:
-    """Return a text that is the same for all names that some file system may take for one name.
+    """Return a key that is equal for all names that some file system may treat as one name.
 
-    Case, normalization, and dots and spaces at the end are left out. The names of one text may well be
-    different ones for a particular file system.
+    The key ignores case, normalization, and dots and spaces at the end. A particular file system may still
+    distinguish names with equal keys.
     """
     text = unicodedata.normalize("NFD", name.decode("utf-8", "surrogateescape"))
     return unicodedata.normalize("NFD", text.casefold()).rstrip(" .")
@@ -471,7 +470,7 @@ def make_special(fd: int, name: bytes, node: Node) -> None:
 
 
 def require_same(fd: int, st: os.stat_result) -> None:
-    """Raise OSError where an open entry is not the one that `st` describes, or has got another name."""
+    """Raise OSError if an open entry is not the one that `st` describes, or has another number of links."""
     now = os.fstat(fd)
     if not os.path.samestat(now, st) or now.st_nlink != st.st_nlink:
         raise _replaced()
