@@ -531,8 +531,11 @@ class TestWriteOnlyHost:
             theirs.casfs.run("ls", "latest", expect=1, prefix=as_nobody)
             owners = {path.stat().st_uid for path in (mine.repository / "packs").rglob("*")}
             assert owners == {NOBODY}
+            # The repository is that user's now, so root is asked whether to trust it.
+            key = ("--identity", keys.age)
+            mine.refuses("ls", "latest", *key, mentions=["--allow-foreign-repository"])
             stored = Stored(mine, source)
-            stored.restores(folder / "target", "--identity", keys.age)
+            stored.restores(folder / "target", "--allow-foreign-repository", *key)
         finally:
             shutil.rmtree(folder)
 
