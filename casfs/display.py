@@ -1,4 +1,4 @@
-"""Format values for display: file names of any bytes on one line, and sizes with units."""
+"""Format values for display: file names of any bytes on one line, sizes with units, counts with nouns."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ def format_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} {_UNITS[-1]}"
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun, as in "1 file" and "2 files"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {plural if plural is not None else noun + 's'}"
+
+
+def were(number: int) -> str:
+    """Return the verb for a number of things: "was" or "were"."""
+    return "was" if number == 1 else "were"
 
 
 def _escape_character(character: str) -> str:

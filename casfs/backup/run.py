@@ -32,6 +32,7 @@ from casfs.backup.source_fs import make_node
 from casfs.backup.source_reader import SourceReader
 from casfs.backup.sources import SourceNode, build_source_tree
 from casfs.backup.stability import DEFAULT_PATIENCE_S, RetryBudget
+from casfs.backup.stream import open_stream
 from casfs.backup.walker import NewTree, Walker
 from casfs.digest import SnapshotId
 from casfs.display import escape_path
@@ -89,6 +90,7 @@ class BackupOptions:
     dry_run: bool = False
     spool_in_memory: bool = False
     stdin_name: bytes | None = None
+    stdin_command: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,7 +371,8 @@ class _Backup:
             file_cache=self._file_cache,
         )
         if self._options.stdin_name is not None:
-            return _read_stdin(capturer, self.entries, new_tree, self._options.stdin_name)
+            with open_stream(self._options.stdin_command) as fd:
+                return _read_stream(capturer, self.entries, new_tree, self._options.stdin_name, fd)
         walker = Walker(
             entries=self.entries,
             trees=self._repository.trees,
@@ -443,11 +446,13 @@ def _content_check(
     return is_stored
 
 
-def _read_stdin(capturer: Capturer, entries: EntryBuilder, new_tree: NewTree, name: bytes) -> Node:
-    """Return the root of a snapshot whose only file is read from standard input."""
-    st = os.fstat(0)
+def _read_stream(
+    capturer: Capturer, entries: EntryBuilder, new_tree: NewTree, name: bytes, fd: int
+) -> Node:
+    """Return the root of a snapshot whose only file is read from a stream."""
+    st = os.fstat(fd)
     now_ns = time.time_ns()
-    node = replace(capturer.capture_stream(name, 0, st), mtime_ns=now_ns, ctime_ns=now_ns, inode=0)
+    node = replace(capturer.capture_stream(name, fd, st), mtime_ns=now_ns, ctime_ns=now_ns, inode=0)
     entries.count(node)
     tree = new_tree(None, None)
     tree.add(node)

@@ -19,6 +19,7 @@ import click
 from casfs import __version__
 from casfs.cli.output import Output
 from casfs.cli.settings import Settings, common_options
+from casfs.cli.verbs import SuggestingGroup
 from casfs.display import escape_path, single_line
 from casfs.errors import CasfsError
 
@@ -46,9 +47,11 @@ VERBS = {
     "rewrite": "casfs.cli.commands.rewrite:rewrite",
     "recompress": "casfs.cli.commands.recompress:recompress",
     "mirror": "casfs.cli.commands.mirror:mirror",
+    "locks": "casfs.cli.commands.locks:locks",
     "stats": "casfs.cli.commands.stats:stats",
     "tag": "casfs.cli.commands.tag:tag",
     "key": "casfs.cli.commands.key:key",
+    "help": "casfs.cli.commands.help:show_help",
     "version": "casfs.cli.commands.version:version",
     "completion": "casfs.cli.commands.completion:completion",
 }
@@ -61,10 +64,11 @@ EXIT_DAMAGED = 5
 EXIT_INTERRUPTED = 130
 
 
+_COMPLETION_VARIABLE = "_CASFS_COMPLETE"
 _OPEN_FILES = 16_384
 
 
-class _Verbs(click.Group):
+class _Verbs(SuggestingGroup):
     """A group that imports the module of a command on first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -106,6 +110,10 @@ def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code; only a bug leaves a traceback."""
     _open_standard_streams()
     _configure()
+    if _COMPLETION_VARIABLE in os.environ:
+        from casfs.cli.shell_completion import register_shells
+
+        register_shells()
     as_json = "--json" in arguments
     try:
         settings = Settings()
@@ -119,7 +127,7 @@ def run(arguments: list[str]) -> int:
         print(error.format_message(), file=sys.stderr)
         return EXIT_USAGE
     except click.UsageError as error:
-        hint = f" (casfs {error.ctx.info_name} --help)" if error.ctx and error.ctx.parent else ""
+        hint = f" ({error.ctx.command_path} --help)" if error.ctx and error.ctx.parent else ""
         return _fail(as_json, error.format_message().rstrip(".") + hint, EXIT_USAGE)
     except click.ClickException as error:
         return _fail(as_json, error.format_message(), error.exit_code)

@@ -10,7 +10,7 @@ import os
 import stat
 
 from casfs.cli.output import JsonValue, format_time, json_path
-from casfs.display import escape_path
+from casfs.display import escape_path, format_size
 from casfs.format.node_types import NODE_TYPES
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import (
@@ -28,6 +28,7 @@ _STATES = {
     CaptureState.CHANGED: "changed",
 }
 _MAX_OWNER_WIDTH = 16
+_HUMAN_SIZE_WIDTH = len("1023.9 MiB")
 
 
 class NodeLines:
@@ -35,14 +36,16 @@ class NodeLines:
 
     The size of a directory is that of all files below it. A column marks the files that another process
     wrote to during the capture: `changed` or `appended`.
+    With `human_sizes` sizes have units.
     """
 
-    def __init__(self, snapshot: Snapshot, top: Node) -> None:
+    def __init__(self, snapshot: Snapshot, top: Node, human_sizes: bool = False) -> None:
+        self._format_size = format_size if human_sizes else str
         self._users = {number: _format_text(name) for number, name in snapshot.users}
         self._groups = {number: _format_text(name) for number, name in snapshot.groups}
         self._user_width = _width(self._users)
         self._group_width = _width(self._groups)
-        self._size_width = len(str(total_bytes(top)))
+        self._size_width = _HUMAN_SIZE_WIDTH if human_sizes else len(str(total_bytes(top)))
 
     def line(self, name: bytes, node: Node) -> str:
         """Return the line of an entry with this name or path."""
@@ -54,9 +57,18 @@ class NodeLines:
         return (
             f"{stat.filemode(NODE_TYPES[NodeType(node.kind)].mode_bits | node.mode)} "
             f"{user:<{self._user_width}} {group:<{self._group_width}} "
-            f"{_size(node):>{self._size_width}} {format_time(node.mtime_ns)} "
+            f"{self._size(node):>{self._size_width}} {format_time(node.mtime_ns)} "
             f"{format_state(node):<8} {shown_name}"
         )
+
+    def _size(self, node: Node) -> str:
+        if node.kind in (NodeType.CHARACTER_DEVICE, NodeType.BLOCK_DEVICE):
+            rdev = node.extra.rdev if node.extra is not None else 0
+            try:
+                return f"{os.major(rdev)}, {os.minor(rdev)}"
+            except (OverflowError, ValueError):
+                return str(rdev)
+        return self._format_size(total_bytes(node))
 
 
 def format_state(node: Node) -> str:
@@ -145,13 +157,3 @@ def _format_text(text: str) -> str:
 
 def _width(names: dict[int, str]) -> int:
     return min(max((len(name) for name in names.values()), default=4), _MAX_OWNER_WIDTH)
-
-
-def _size(node: Node) -> str:
-    if node.kind in (NodeType.CHARACTER_DEVICE, NodeType.BLOCK_DEVICE):
-        rdev = node.extra.rdev if node.extra is not None else 0
-        try:
-            return f"{os.major(rdev)}, {os.minor(rdev)}"
-        except (OverflowError, ValueError):
-            return str(rdev)
-    return str(total_bytes(node))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import sys
 from collections.abc import Container, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
+from casfs.cli.table import table_lines
 from casfs.digest import SnapshotId, short_id
 from casfs.display import single_line
 
@@ -33,17 +35,19 @@ class Output:
             print(json.dumps({"type": kind, **fields}))
 
     def table(
-        self, heads: tuple[str, ...], numbers: Container[str], rows: Iterable[tuple[str, ...]]
+        self,
+        heads: tuple[str, ...],
+        numbers: Container[str],
+        rows: Iterable[tuple[str, ...]],
+        texts: Container[str] = (),
     ) -> None:
-        """Print a table as text; columns whose heads are in `numbers` are aligned to the right."""
-        lines = [heads, *rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-        for line in lines:
-            cells = [
-                f"{cell:>{width}}" if head in numbers else f"{cell:<{width}}"
-                for head, cell, width in zip(heads, line, widths, strict=True)
-            ]
-            self.line("  ".join(cells).rstrip())
+        """Print a table as text; columns whose heads are in `numbers` are aligned to the right.
+
+        On a terminal that is too narrow, the cells of columns whose heads are in `texts` are wrapped.
+        """
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        for line in table_lines(heads, numbers, rows, texts, width):
+            self.line(line)
 
     def warn(self, message: str) -> None:
         """Print a message about a problem to standard error, on one line."""

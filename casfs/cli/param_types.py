@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from datetime import datetime
+from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from casfs.errors import UsageError
 from casfs.patterns import InvalidPatternError, Pattern, parse_pattern
 
 if TYPE_CHECKING:
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _OWNER = re.compile(r"(\d{1,10}):(\d{1,10})")
+_MAX_SECONDS = 9_200_000_000
+"""Before and after 1970: a snapshot's time is a signed number of nanoseconds in 64 bits."""
+
 _MAX_OWNER = 0xFFFFFFFE
 """The number above it, -1 as 32 bits, means "leave the owner as it is" to chown(2)."""
 
@@ -184,8 +190,46 @@ def _option_name(param: click.Parameter | None) -> str:
     return param.opts[0] if param is not None else "the value"
 
 
+def parse_time(text: str, option: str) -> int:
+    """Return a time in nanoseconds since 1970, with exactly the digits that the user gave.
+
+    Raises UsageError for a text that is neither ISO 8601 nor @SECONDS.
+    """
+    try:
+        if text.startswith("@"):
+            seconds = Decimal(text[1:])
+        else:
+            moment = datetime.fromisoformat(text)
+            seconds = Decimal(int(moment.replace(microsecond=0).timestamp()))
+            seconds += Decimal(moment.microsecond).scaleb(-6)
+        if not -_MAX_SECONDS < seconds < _MAX_SECONDS:
+            raise UsageError(f"{option} {text!r} is not between the years 1678 and 2261")
+    except (ValueError, ArithmeticError) as error:
+        raise UsageError(f"{option} {text!r} is neither ISO 8601 nor @SECONDS") from error
+    return int(seconds.scaleb(9))
+
+
+class SizeRangeType(click.ParamType[tuple[int, int | None]]):
+    """Sizes: `+10M` is larger than that, `-10M` smaller, `10M` exactly that."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int | None]:
+        """Return the smallest and the largest number of bytes; None without an upper limit."""
+        if isinstance(value, tuple):
+            return value
+        text = str(value)
+        size = SIZE.convert(text.lstrip("+-") if text[:1] in "+-" else text, param, ctx)
+        if text.startswith("+"):
+            return size + 1, None
+        return (0, size - 1) if text.startswith("-") else (size, size)
+
+
 SIZE = SizeType()
 RATE = RateType()
+SIZE_RANGE = SizeRangeType()
 PATTERN = PatternType()
 TAGS = TagsType()
 COUNT = CountType()

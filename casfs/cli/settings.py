@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,19 +21,24 @@ import click
 
 from casfs.cli.output import Output, path_argument
 from casfs.cli.param_types import RATE, TAGS
-from casfs.errors import CasfsError, StorageError, UsageError
+from casfs.errors import CasfsError, StorageError, UsageError, WrongKeyError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from casfs.config.file import Configuration
     from casfs.config.repositories import NamedRepository
+    from casfs.crypto.age import AgeIdentity
     from casfs.crypto.identities import Identities
     from casfs.crypto.opening import Unlock
+    from casfs.crypto.recipients import Recipient
     from casfs.crypto.trust_root import TrustRoot
     from casfs.repository.place import Place
     from casfs.repository.snapshot_filter import SnapshotFilter
     from casfs.storage.base import Storage, StorageOptions
 
 _MAX_PASSPHRASE_BYTES = 64 * 1024
+_PASSPHRASE_ATTEMPTS = 3
 
 
 @dataclass(slots=True)
@@ -149,7 +154,6 @@ class KeyOptions:
         """
         from casfs.crypto.identities import (
             unlock_by_gpg,
-            unlock_by_passphrase,
             wrapped_identities,
         )
         from casfs.crypto.key_manager import require_trusted_recipients
@@ -159,16 +163,34 @@ class KeyOptions:
             found = unlock_by_gpg(storage, trust.recipients(storage).recipients)
         if found:
             return found
-        recipients = trust.recipients(storage).recipients
-        if wrapped_identities(storage, recipients):
-            repository = trust.config.id
+        if wrapped_identities(storage, trust.recipients(storage).recipients):
             recipients = require_trusted_recipients(storage, trust)
-            passphrase = ask_passphrase(f"repository {repository[:12]}")
-            if passphrase is not None:
-                found.ages = unlock_by_passphrase(
-                    storage, bytes.fromhex(repository), passphrase, recipients
-                )
+            found.ages = _ask_until_right(storage, trust.config.id, recipients)
         return found
+
+
+def _ask_until_right(
+    storage: Storage, repository: str, recipients: Sequence[Recipient]
+) -> list[AgeIdentity]:
+    """Return the identities that a passphrase typed at the terminal decrypts; none without a terminal.
+
+    Raises WrongKeyError after the last of several wrong passphrases.
+    """
+    from casfs.crypto.identities import unlock_by_passphrase
+
+    for attempts_left in reversed(range(_PASSPHRASE_ATTEMPTS)):
+        passphrase = ask_passphrase(f"repository {repository[:12]}")
+        if passphrase is None:
+            return []
+        try:
+            return unlock_by_passphrase(
+                storage, bytes.fromhex(repository), passphrase, recipients
+            )
+        except WrongKeyError:
+            if not attempts_left:
+                raise
+            print("casfs: the passphrase is wrong; try again", file=sys.stderr)
+    raise AssertionError("unreachable")
 
 
 def unlock_repository(place: Place, unlock: Unlock) -> Identities | None:
@@ -471,9 +493,45 @@ def complete_profiles(ctx: click.Context, _: click.Parameter, incomplete: str) -
     return sorted(name for name in names if name.startswith(incomplete))
 
 
-def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of verbs that work with the configuration and open no repository themselves."""
-    command = click.option(
+def complete_snapshots(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """Return the snapshots, or the paths inside `SNAP:`, that begin like this."""
+    from casfs.cli.shell_completion import snapshot_candidates
+
+    return snapshot_candidates(ctx, parameter, incomplete)
+
+
+def complete_tags(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """Return the tags that snapshots have and that begin like this."""
+    from casfs.cli.shell_completion import tag_candidates
+
+    return tag_candidates(ctx, parameter, incomplete)
+
+
+def complete_hosts(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """Return the hosts that snapshots have and that begin like this."""
+    from casfs.cli.shell_completion import host_candidates
+
+    return host_candidates(ctx, parameter, incomplete)
+
+
+def complete_folders(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """Make the shell complete the names of folders."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="dir")]
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option that every verb has."""
+    return click.option(
         "--json",
         is_flag=True,
         expose_value=False,
@@ -481,6 +539,11 @@ def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
         is_eager=True,
         help="Print one JSON object per line.",
     )(command)
+
+
+def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of verbs that work with the configuration and open no repository themselves."""
+    command = output_options(command)
     return click.option(
         "--config",
         metavar="FILE",
@@ -498,10 +561,31 @@ def _set_filter(ctx: click.Context, parameter: click.Parameter, value: Any) -> N
 
 def latest_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that narrow `latest` to a command that takes a SNAP."""
-    for name, variable, metavar, help_text, value_type in (
-        ("--path", "paths", "PATH", "Take latest from snapshots with this path; repeatable.", None),
-        ("--tag", "tags", "TAG[,TAG...]", "Take latest from snapshots with all these tags.", TAGS),
-        ("--host", "hosts", "NAME", "Take latest from snapshots of this host; repeatable.", None),
+    for name, variable, metavar, help_text, value_type, complete in (
+        (
+            "--path",
+            "paths",
+            "PATH",
+            "Take latest from snapshots with this path; repeatable.",
+            None,
+            None,
+        ),
+        (
+            "--tag",
+            "tags",
+            "TAG[,TAG...]",
+            "Take latest from snapshots with all these tags.",
+            TAGS,
+            complete_tags,
+        ),
+        (
+            "--host",
+            "hosts",
+            "NAME",
+            "Take latest from snapshots of this host; repeatable.",
+            None,
+            complete_hosts,
+        ),
     ):
         command = click.option(
             name,
@@ -511,14 +595,14 @@ def latest_options(command: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             expose_value=False,
             callback=_set_filter,
+            shell_complete=complete,
             help=help_text,
         )(command)
     return command
 
 
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that every verb on a repository has; their values are in the context's Settings."""
-    command = key_options(command)
+def repository_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of verbs that work on a repository and need no key."""
     command = click.option(
         "--no-sync",
         is_flag=True,
@@ -553,5 +637,11 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         expose_value=False,
         callback=_set_repo,
         is_eager=True,
-        help="The repository: a path, or a name from the configuration [default: $CASFS_REPOSITORY].",
+        help="The repository: a path, a URL, or a name from the configuration "
+        "[default: $CASFS_REPOSITORY].",
     )(command)
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of verbs that read a repository; their values are in the context's Settings."""
+    return repository_options(key_options(command))

@@ -96,8 +96,8 @@ class KeyManager:
             domain = DedupDomain.new(keyring.repository)
             log.warning(
                 "this machine has not written to this repository before and was given no identity: its "
-                "backups deduplicate with nothing in it and are reported as unproven; see the README, "
-                '"Encryption"'
+                "backups deduplicate with nothing in it and are reported as unproven; to change that, run "
+                "`casfs key accept --identity FILE` once on this machine"
             )
         if state is None or state.domain != domain.secret.hex():
             state = WriterState(config.id, domain.secret.hex(), recipients.digest)

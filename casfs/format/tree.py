@@ -48,7 +48,7 @@ _FILE, _DIRECTORY, _SYMLINK = map(int, (NodeType.FILE, NodeType.DIRECTORY, NodeT
 
 
 class CaptureState(IntEnum):
-    """How a regular file was captured (see the README, "A file that changes")."""
+    """How a regular file was captured (see docs/design.md, "How a file was captured")."""
 
     STABLE = 0
     APPENDED = 1

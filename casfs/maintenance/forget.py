@@ -15,7 +15,7 @@ from casfs.errors import IntegrityError, NotFoundError, RefusedError
 from casfs.format.snapshot import Snapshot
 from casfs.maintenance.retention import KeepDecision, Policy, apply_policy
 from casfs.repository.repository import Repository
-from casfs.repository.snapshot_filter import SnapshotFilter
+from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,10 @@ def plan_policy(
 
 
 def select_by_name(
-    repository: Repository, names: Sequence[str], allow_all: bool
+    repository: Repository,
+    names: Sequence[str],
+    allow_all: bool,
+    latest_of: SnapshotFilter = ALL_SNAPSHOTS,
 ) -> list[Candidate]:
     """Return the snapshots that `names` select by `latest`, id or prefix, each once.
 
@@ -138,7 +141,7 @@ def select_by_name(
     found: dict[SnapshotId, Candidate] = {}
     for name in names:
         if name == "latest":
-            snapshot_id, _ = repository.snapshots.resolve(name)
+            snapshot_id, _ = repository.snapshots.resolve(name, latest_of)
         else:
             snapshot_id = repository.snapshots.resolve_id(name)
         try:

@@ -31,13 +31,21 @@ class Query:
     """The conditions of a search; a condition that is None or False matches every entry.
 
     `pattern` is a shell glob for the name, or for the whole path in the snapshot if it contains a `/`.
-    Its `*` matches slashes too; a leading slash is ignored.
+    Its `*` matches slashes too; a leading slash is ignored. A limit of the size selects regular files only.
+    `newer_than_ns` compares the time of modification, in nanoseconds since 1970.
     """
 
     pattern: str | None = None
     ignore_case: bool = False
     kinds: frozenset[NodeType] | None = None
     only_flagged: bool = False
+    min_bytes: int = 0
+    max_bytes: int | None = None
+    newer_than_ns: int | None = None
+
+    def has_conditions(self) -> bool:
+        """Return whether any condition is set, so that not every entry matches."""
+        return self != Query(ignore_case=self.ignore_case)
 
 
 class Finder:
@@ -113,7 +121,19 @@ class Finder:
             return False
         if query.kinds is not None and node.kind not in query.kinds:
             return False
+        if query.newer_than_ns is not None and node.mtime_ns <= query.newer_than_ns:
+            return False
+        if not self._has_size(node):
+            return False
         if self._match is None:
             return True
         text = join(above, node.name) if self._by_path else node.name
         return self._match(text.decode("utf-8", "surrogateescape")) is not None
+
+    def _has_size(self, node: Node) -> bool:
+        minimum, maximum = self._query.min_bytes, self._query.max_bytes
+        if not minimum and maximum is None:
+            return True
+        if node.kind != NodeType.FILE:
+            return False
+        return minimum <= node.size and (maximum is None or node.size <= maximum)

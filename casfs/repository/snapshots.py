@@ -7,6 +7,7 @@ the old snapshot is deleted. A crash between the two steps leaves both, and only
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from casfs.crypto.key_manager import KeyManager
 
 log = logging.getLogger(__name__)
+
+_SHORT_ID = re.compile("[0-9a-f]{4,64}")
 
 
 class SnapshotStore:
@@ -218,7 +221,7 @@ class SnapshotStore:
             everything = list(self.iterate())
             if not everything:
                 raise NotFoundError(
-                    "the repository has no snapshots yet; run `casfs backup` to create one"
+                    "the repository has no snapshots; run `casfs backup` to create one"
                 )
             matching = [item for item in everything if wanted.accepts(item[1])]
             if not matching:
@@ -245,7 +248,7 @@ class SnapshotStore:
             raise AmbiguousIdError(prefix, [match.hex() for match in matches])
         if not matches:
             raise NotFoundError(
-                f"no snapshot has the id {prefix!r}; `casfs snapshots` lists the ids"
+                f"no snapshot has the id {prefix!r}; {_spelling_hint(prefix)}`casfs snapshots` lists the ids"
             )
         return matches[0]
 
@@ -272,3 +275,13 @@ class SnapshotStore:
             return snapshot_id, snapshot
         new_id = self.replace(snapshot_id, snapshot, tags=tags)
         return new_id, msgspec.structs.replace(snapshot, tags=tags, replaces=snapshot_id)
+
+
+def _spelling_hint(name: str) -> str:
+    """Return a hint for a path that was given in place of SNAP:PATH, or "" for anything else."""
+    first, slash, rest = name.partition("/")
+    if not slash:
+        return ""
+    if first == "latest" or _SHORT_ID.fullmatch(first.lower()):
+        return f"did you mean {first}:/{rest}? "
+    return f"did you mean latest:/{name.lstrip('/')}? "

@@ -227,8 +227,8 @@ class TarWriter:
         info.type = kind
         info.mode = node.mode
         records: dict[bytes, bytes] = {}
-        info.name = _text(records, b"path", name, tarfile.LENGTH_NAME)
-        info.linkname = _text(records, b"linkpath", target, tarfile.LENGTH_LINK)
+        info.name, long_name = _name(records, b"path", name, b"L")
+        info.linkname, long_link = _name(records, b"linkpath", target, b"K")
         user, group = self._users.get(node.uid, ""), self._groups.get(node.gid, "")
         info.uname = _text(records, b"uname", user.encode("utf-8", "surrogateescape"), 31)
         info.gname = _text(records, b"gname", group.encode("utf-8", "surrogateescape"), 31)
@@ -251,17 +251,40 @@ class TarWriter:
                 records[b"SCHILY.xattr." + keyword] = value
                 if attribute in _ACL_KEYWORDS and (text := _acl_text(value)):
                     records[_ACL_KEYWORDS[attribute]] = text
-        return _extended_header(records) + info.tobuf(tarfile.USTAR_FORMAT)
+        header = info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
+        return long_name + long_link + _extended_header(records) + header
 
 
 def _text(records: dict[bytes, bytes], keyword: bytes, value: bytes, limit: int) -> str:
     """Return the text for the plain header, and add a record where that cannot represent the value."""
     if value.isascii() and len(value) <= limit:
         return value.decode("ascii")
-    records[keyword] = value
     if not _is_utf8(value):
-        records[b"hdrcharset"] = b"BINARY"
+        return value[:limit].decode("utf-8", "surrogateescape")
+    records[keyword] = value
     return value[:limit].decode("ascii", "replace").replace("\ufffd", "?")
+
+
+def _name(
+    records: dict[bytes, bytes], keyword: bytes, value: bytes, kind: bytes
+) -> tuple[str, bytes]:
+    """Return a name for the plain header, and the blocks of GNU's long name where it needs them.
+
+    The text of an extended header is UTF-8, and GNU tar warns of the record that permits other bytes. The
+    plain header and GNU's long names (kind `L`, for links `K`) hold any bytes.
+    """
+    if _is_utf8(value) or len(value) <= tarfile.LENGTH_NAME:
+        return _text(records, keyword, value, tarfile.LENGTH_NAME), b""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type = kind
+    info.size = len(value) + 1
+    blocks = (
+        info.tobuf(tarfile.GNU_FORMAT)
+        + value
+        + b"\0"
+        + bytes(-(len(value) + 1) % tarfile.BLOCKSIZE)
+    )
+    return value[: tarfile.LENGTH_NAME].decode("ascii", "replace").replace("\ufffd", "?"), blocks
 
 
 def _number(records: dict[bytes, bytes], keyword: bytes, value: int, limit: int) -> int:
@@ -308,9 +331,7 @@ def _device(node: Node) -> tuple[int, int] | None:
 def _extended_header(records: dict[bytes, bytes]) -> bytes:
     if not records:
         return b""
-    # The character set applies to the names after it, so it comes first.
-    ordered = sorted(records.items(), key=lambda record: record[0] != b"hdrcharset")
-    data = b"".join(_record(keyword, value) for keyword, value in ordered)
+    data = b"".join(_record(keyword, value) for keyword, value in records.items())
     return _extended_block(len(data)) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from casfs.display import format_size, single_line
+from casfs.display import counted, format_size, single_line
 from casfs.run.outcome import Outcome, RunSummary, StepName, StepOutcome, StepStatus
 
 _TITLES = {
@@ -66,23 +66,26 @@ def _numbers(step: StepOutcome) -> list[str]:
     size, files = step.number("bytes"), step.number("files")
     if step.step is StepName.BACKUP and size is not None and files is not None:
         texts = [
-            f"{files} files, {format_size(size)}, {format_size(step.number('new_bytes') or 0)} added"
+            f"{counted(files, 'file')}, {format_size(size)}, "
+            f"{format_size(step.number('new_bytes') or 0)} added"
         ]
         for field, what in (("unreadable", "unreadable"), ("flagged", "changed")):
             if step.number(field):
                 texts.append(f"{step.number(field)} {what}")
         return texts
     if step.step is StepName.FORGET and step.number("forgotten") is not None:
-        return [f"{step.number('forgotten')} snapshots forgotten, {step.number('kept')} kept"]
+        forgotten = counted(step.number("forgotten") or 0, "snapshot")
+        return [f"{forgotten} forgotten, {step.number('kept')} kept"]
     freed = step.number("freed_bytes")
     if step.step is StepName.PRUNE and freed is not None:
         return [f"{format_size(freed)} freed"]
     if step.step is StepName.CHECK and step.number("damage") is not None:
         read = step.number("read_bytes") or 0
-        return [f"{step.number('damage')} problems", f"{format_size(read)} read"]
+        return [counted(step.number("damage") or 0, "problem"), f"{format_size(read)} read"]
     copied = step.number("copied")
     if step.step is StepName.MIRROR and copied is not None:
-        return [f"{copied} objects, {format_size(step.number('copied_bytes') or 0)} copied"]
+        size = format_size(step.number("copied_bytes") or 0)
+        return [f"{counted(copied, 'object')}, {size} copied"]
     return []
 
 

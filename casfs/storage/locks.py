@@ -150,6 +150,15 @@ def list_and_reap_locks(folder: Path) -> dict[str, LockRecord]:
 
     Entries whose names are not those of locks are left alone.
     """
+    return _live_locks(folder, reap=True)
+
+
+def list_locks(folder: Path) -> dict[str, LockRecord]:
+    """Return the locks that living processes hold, and change nothing."""
+    return _live_locks(folder, reap=False)
+
+
+def _live_locks(folder: Path, reap: bool) -> dict[str, LockRecord]:
     live: dict[str, LockRecord] = {}
     with _opened(folder) as folder_fd:
         for name in sorted(os.listdir(folder_fd)):
@@ -164,7 +173,7 @@ def list_and_reap_locks(folder: Path) -> dict[str, LockRecord]:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Another process may have removed the file, and its owner created it again.
-                if _is_same_file(folder_fd, name, fd):
+                if reap and _is_same_file(folder_fd, name, fd):
                     _unlink(folder_fd, name)
             except BlockingIOError:
                 if not name.startswith("."):

@@ -673,9 +673,9 @@ class TestPassphraseChanges:
         at_a_terminal(casfs, "init", "--passphrase", answers=[PASSPHRASE, PASSPHRASE])
         stored = Stored(casfs, source)
         stored.back_up()
-        at_a_terminal(casfs, "ls", "latest", answers=["wrong"], expect=1)
+        at_a_terminal(casfs, "ls", "latest", answers=["wrong"] * 3, expect=1)
         at_a_terminal(casfs, "key", "passwd", answers=[PASSPHRASE, "new one", "new one"])
-        at_a_terminal(casfs, "ls", "latest", answers=[PASSPHRASE], expect=1)
+        at_a_terminal(casfs, "ls", "latest", answers=[PASSPHRASE] * 3, expect=1)
         (tmp_path / "new").write_text("new one")
         stored.restores(tmp_path / "target", "--passphrase-file", tmp_path / "new")
 

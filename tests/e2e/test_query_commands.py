@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.cli import Casfs, program
+from tests.support.cli import Casfs, finish, interrupt, program
 
 MIB = 1 << 20
 
@@ -303,6 +303,74 @@ class TestTag:
         tagged = repository.json("tag", "latest", "--add", "x").one("snapshot")["id"]
         again = repository.backup(source)
         assert again["parent"] == tagged
+
+
+class TestFindConditions:
+    def test_find_selects_by_size(self, repository: Casfs, source: Path) -> None:
+        repository.backup(source)
+
+        def found(*arguments: str) -> set[str]:
+            lines = repository.json("find", *arguments).of_type("match")
+            return {line["path"].rpartition("/")[2] for line in lines}
+
+        assert found("--size", "+1M") == set()
+        assert found("--size", "1M") == {"photo.raw"}
+        assert found("--size", "+8K") == {"photo.raw", "report.txt"}
+        assert found("--size", "-11") == {"readme.txt", "to-anna.txt"}
+        assert found("--size", "-11", "*.txt", "--type", "d") == set()
+        repository.refuses("find", "--size", "much", expect=2)
+
+    def test_find_selects_by_time(self, repository: Casfs, source: Path) -> None:
+        os.utime(source / "readme.txt", (2_000_000_000, 2_000_000_000))
+        repository.backup(source)
+        later = repository.json("find", "--newer", "@1999999999").of_type("match")
+        assert [line["path"].rpartition("/")[2] for line in later] == ["readme.txt"]
+        assert repository.json("find", "--newer", "@2000000000").objects == []
+        repository.refuses("find", "--newer", "yesterday", expect=2, mentions=["--newer"])
+
+    def test_find_prints_a_long_listing(self, repository: Casfs, source: Path) -> None:
+        identity = repository.backup(source)["id"]
+        line = repository.run("find", "-l", "report.txt").text.rstrip("\n")
+        assert line.startswith("-rw") and " 9000 " in line
+        assert line.endswith(f"{identity[:12]}:{str(source).lstrip('/')}/documents/report.txt")
+
+    def test_find_without_a_condition_is_refused(self, repository: Casfs) -> None:
+        repository.refuses("find", expect=2)
+        repository.refuses("find", "-i", expect=2)
+
+
+def test_ls_prints_sizes_with_units(repository: Casfs, source: Path) -> None:
+    repository.backup(source)
+    where = f"latest:{source}/documents/report.txt"
+    assert " 9000 " in repository.run("ls", where).text
+    assert " 8.8 KiB " in repository.run("ls", "-h", where).text
+
+
+class TestLocks:
+    def test_locks_lists_who_uses_the_repository_and_since_when(
+        self, repository: Casfs, source: Path
+    ) -> None:
+        assert repository.json("locks").objects == []
+        process = repository.start("backup", "--stdin-from-command", "--", "sh", "-c", "sleep 1000")
+        try:
+            while not (found := repository.json("locks").of_type("lock")):
+                assert process.poll() is None
+            assert [(one["activity"], one["command"]) for one in found] == [("writes", "backup")]
+            assert found[0]["pid"] == process.pid and found[0]["host"]
+            shown = repository.run("locks").text
+            assert "backup" in shown and str(process.pid) in shown
+        finally:
+            interrupt(process)
+            finish(process)
+        assert "no command" in repository.run("locks").text
+
+    def test_locks_changes_nothing(self, repository: Casfs) -> None:
+        assert repository.repository is not None
+        stale = repository.repository / "locks" / "0123456789abcdef"
+        stale.parent.mkdir(exist_ok=True)
+        stale.write_text("{}")
+        assert repository.json("locks").objects == []
+        assert stale.exists()
 
 
 class TestWithoutRepository:

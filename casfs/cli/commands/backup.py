@@ -7,8 +7,6 @@ import select
 import socket
 import sys
 from collections.abc import Callable
-from datetime import datetime
-from decimal import Decimal
 from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +15,17 @@ import click
 
 from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, stdout_failed
 from casfs.cli.output import iso_time, json_path
-from casfs.cli.param_types import PATTERN, SIZE, TAGS
+from casfs.cli.param_types import PATTERN, SIZE, TAGS, parse_time
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, upload_limit_option
+from casfs.cli.settings import (
+    Settings,
+    common_options,
+    complete_snapshots,
+    complete_tags,
+    upload_limit_option,
+)
 from casfs.digest import short_id
-from casfs.display import format_size
+from casfs.display import counted, format_size
 from casfs.errors import NotFoundError, TrustError, UsageError
 from casfs.paths import normalize_source_path
 from casfs.patterns import Pattern, read_patterns
@@ -39,9 +43,6 @@ _MAX_LIST_BYTES = 64 * 1024 * 1024
 
 _PIECE_BYTES = 64 * 1024
 
-_MAX_SECONDS = 9_200_000_000
-"""Before and after 1970: a snapshot's time is a signed number of nanoseconds in 64 bits."""
-
 
 @click.command()
 @click.argument("paths", nargs=-1, metavar="PATH...")
@@ -49,6 +50,7 @@ _MAX_SECONDS = 9_200_000_000
     "--tag",
     "tags",
     type=TAGS,
+    shell_complete=complete_tags,
     multiple=True,
     metavar="TAG[,TAG...]",
     help="Give the snapshot tags.",
@@ -90,11 +92,19 @@ _MAX_SECONDS = 9_200_000_000
 @click.option("-0", "--null", "nul", is_flag=True, help="The paths in --files-from end with NUL.")
 @click.option("--stdin", is_flag=True, help="Back up standard input as one file.")
 @click.option(
+    "--stdin-from-command",
+    is_flag=True,
+    help="Run the arguments as a command and back up its output; fail if the command fails.",
+)
+@click.option(
     "--stdin-name", metavar="NAME", help="The name of that file in the snapshot [default: stdin]."
 )
 @click.option("--dry-run", "-n", is_flag=True, help="Do everything except write.")
 @click.option(
-    "--parent", metavar="SNAP", help="Compare with this snapshot to find unchanged files."
+    "--parent",
+    metavar="SNAP",
+    shell_complete=complete_snapshots,
+    help="Compare with this snapshot to find unchanged files.",
 )
 @click.option("--no-parent", is_flag=True, help="Read every file.")
 @click.option(
@@ -165,6 +175,7 @@ def backup(
     files_from: tuple[str, ...],
     nul: bool,
     stdin: bool,
+    stdin_from_command: bool,
     stdin_name: str | None,
     dry_run: bool,
     parent: str | None,
@@ -191,7 +202,13 @@ def backup(
     from casfs.backup.run import BackupOptions, run_backup
     from casfs.repository.opening import OpenOptions, open_for_writing
 
-    sources = [os.fsencode(path) for path in paths]
+    if stdin_from_command:
+        if stdin or files_from:
+            raise UsageError("--stdin-from-command excludes --stdin and --files-from")
+        if not paths:
+            raise UsageError("--stdin-from-command needs a command, as in -- pg_dump mydb")
+    command = paths if stdin_from_command else ()
+    sources = [] if stdin_from_command else [os.fsencode(path) for path in paths]
     if sys.stdin is None and (stdin or "-" in files_from):
         raise UsageError("standard input is closed; open it or give paths")
     for name in files_from:
@@ -200,9 +217,10 @@ def backup(
         raise UsageError("--stdin and paths exclude each other; give one of them")
     if nul and not files_from:
         raise UsageError("-0 needs --files-from")
-    if stdin_name is not None and not stdin:
-        raise UsageError("--stdin-name needs --stdin")
-    if not (sources or stdin):
+    is_stream = stdin or stdin_from_command
+    if stdin_name is not None and not is_stream:
+        raise UsageError("--stdin-name needs --stdin or --stdin-from-command")
+    if not (sources or is_stream):
         raise UsageError("give at least one path to back up")
     if any(not source for source in sources):
         raise UsageError("an empty path cannot be backed up")
@@ -217,7 +235,7 @@ def backup(
         paths=tuple(sources),
         host=host if host is not None else socket.gethostname(),
         tags=tuple(sorted(frozenset[str]().union(*tags))),
-        time_ns=_parse_time(when) if when is not None else None,
+        time_ns=parse_time(when, "--time") if when is not None else None,
         exclusions=Exclusions(
             tuple(patterns),
             exclude_caches,
@@ -233,7 +251,8 @@ def backup(
         reread=reread,
         dry_run=dry_run,
         spool_in_memory=spool == "memory",
-        stdin_name=_stdin_name(stdin_name) if stdin else None,
+        stdin_name=_stdin_name(stdin_name) if is_stream else None,
+        stdin_command=command,
     )
     monitor = CommandMonitor(settings.output(), "backup", _source_names(sources))
     root = settings.repository()
@@ -275,18 +294,23 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
     assert tree is not None
     output = settings.output()
     output.line(
-        f"{stats.files} files in {stats.directories} directories, {format_size(tree.total_bytes)}; "
+        f"{counted(stats.files, 'file')} in {counted(stats.directories, 'directory', 'directories')}, "
+        f"{format_size(tree.total_bytes)}; "
         f"{stats.unchanged} unchanged; {format_size(stats.new_stored_bytes)} "
         f"{'would be ' if dry_run else ''}newly stored in {stats.seconds:.1f} s"
     )
     if stats.vanished:
-        output.line(f"{stats.vanished} vanished before or while they were read")
+        output.line(
+            f"{counted(stats.vanished, 'entry', 'entries')} vanished before or during the read"
+        )
     if stats.unreadable:
-        output.line(f"{stats.unreadable} could not be read")
+        output.line(f"{counted(stats.unreadable, 'entry', 'entries')} could not be read")
     if tree.flagged:
-        output.line(f"{tree.flagged} changed while they were read and are flagged")
+        output.line(f"{counted(tree.flagged, 'file')} changed during the read; flagged as changed")
     if stats.silently_changed:
-        output.line(f"{stats.silently_changed} changed although size, mtime and ctime did not")
+        output.line(
+            f"{counted(stats.silently_changed, 'file')} changed although size, mtime and ctime did not"
+        )
     if result.abandoned_bytes:
         output.line(
             f"up to {format_size(result.abandoned_bytes)} of what was stored belongs to earlier attempts "
@@ -403,19 +427,3 @@ def _stdin_name(name: str | None) -> bytes:
     if b"/" in encoded or encoded in (b"", b".", b"..") or len(encoded) > 255:
         raise UsageError(f"--stdin-name must be a plain file name, not {name!r}")
     return encoded
-
-
-def _parse_time(text: str) -> int:
-    """Return a time in nanoseconds since 1970, with exactly the digits that the user gave."""
-    try:
-        if text.startswith("@"):
-            seconds = Decimal(text[1:])
-        else:
-            moment = datetime.fromisoformat(text)
-            seconds = Decimal(int(moment.replace(microsecond=0).timestamp()))
-            seconds += Decimal(moment.microsecond).scaleb(-6)
-        if not -_MAX_SECONDS < seconds < _MAX_SECONDS:
-            raise UsageError(f"--time {text!r} is not between the years 1678 and 2261")
-    except (ValueError, ArithmeticError) as error:
-        raise UsageError(f"--time {text!r} is neither ISO 8601 nor @SECONDS") from error
-    return int(seconds.scaleb(9))

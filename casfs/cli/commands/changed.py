@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.output import path_argument
-from casfs.cli.settings import Settings, common_options, latest_options
+from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
 from casfs.digest import short_id
 from casfs.display import escape_path
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("snap", metavar="SNAP[:PATH]")
+@click.argument("snap", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
 @latest_options
 @common_options
 @click.pass_obj

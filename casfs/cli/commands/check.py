@@ -12,7 +12,7 @@ from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
 from casfs.digest import short_id
-from casfs.display import escape_path, format_size
+from casfs.display import counted, escape_path, format_size, were
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     "older_than_s",
     type=DURATION,
     metavar="DURATION",
-    help="Read only packs whose last verification is older, as in 30d.",
+    help="Read the packs whose last verification is older, as in 30d.",
 )
 @click.option(
     "--max-duration",
     "max_duration_s",
     type=DURATION,
     metavar="DURATION",
-    help="Start no further pack after this time, as in 10m; the longest unverified packs come first.",
+    help="Read packs until this time has passed, as in 10m; the longest unverified packs come first.",
 )
 @click.option(
     "--storage",
@@ -74,10 +74,8 @@ def check(
     if subset == 0:
         raise UsageError("--read-data-subset 0% reads nothing; give more than 0%")
     choice = None
-    if read_data or subset is not None:
+    if read_data or (subset, older_than_s, max_duration_s) != (None, None, None):
         choice = PackSelection(subset if subset is not None else 1.0, older_than_s, max_duration_s)
-    elif older_than_s is not None or max_duration_s is not None:
-        raise UsageError("--older-than and --max-duration need --read-data")
     output = settings.output()
     monitor = CommandMonitor(output, "check")
     root = settings.repository()
@@ -91,21 +89,28 @@ def check(
     _print_result(output, result.damage)
     _print_result(output, result.unreadable, "unreadable")
     output.line(
-        f"checked {result.snapshots} snapshots, {result.trees} trees, {result.files} files, "
-        f"{result.packs} packs"
+        f"checked {counted(result.snapshots, 'snapshot')}, {counted(result.trees, 'tree')}, "
+        f"{counted(result.files, 'file')}, {counted(result.packs, 'pack')}"
     )
     if result.packs_read:
         output.line(
-            f"read {result.packs_read} packs with {result.blobs_read} blobs, "
+            f"read {counted(result.packs_read, 'pack')} with {counted(result.blobs_read, 'blob')}, "
             f"{format_size(result.read_bytes)}"
         )
     if result.packs_left:
-        output.line(f"{result.packs_left} packs are left for the next check")
+        output.line(f"not read: {counted(result.packs_left, 'pack')}, left for the next check")
     if result.flagged:
-        output.line(f"{result.flagged} files are flagged: they changed while they were captured")
+        output.line(
+            f"{counted(result.flagged, 'flagged file')}: changed during the capture; "
+            "`casfs changed SNAP` lists them"
+        )
     warn_of_unproven(output, result.unproven)
+    if choice is None and result.packs:
+        output.line(
+            "not read: the data in the packs; `casfs check --read-data` reads and verifies it"
+        )
     found = len(result.damage)
-    output.line(f"{found} problems were found" if found else "no damage was found")
+    _print_conclusion(output, result.damage)
     _print_unreadable(output, result.unreadable)
     output.emit(
         "summary",
@@ -157,6 +162,18 @@ def _print_result(output: Output, found: list[Finding], kind: str = "damage") ->
         )
 
 
+def _print_conclusion(output: Output, found: list[Finding]) -> None:
+    """Print how much damage was found, and what to do about it."""
+    if not found:
+        output.line("no damage was found")
+        return
+    output.line(f"{counted(len(found), 'problem')} {were(len(found))} found")
+    output.line(
+        "next: run `casfs backup` of the same sources again, which stores lost data that still exists; "
+        "then `casfs repair index` and `casfs repair snapshots --dry-run`"
+    )
+
+
 def _check_storage(settings: Settings) -> int:
     from casfs.maintenance.storage_check import check_storage
 
@@ -171,8 +188,11 @@ def _check_storage(settings: Settings) -> int:
     _print_result(output, result.damage)
     _print_result(output, result.unreadable, "unreadable")
     found = len(result.damage)
-    output.line(f"read {result.objects} objects, {format_size(result.read_bytes)}")
-    output.line(f"{found} problems were found" if found else "no damage was found")
+    output.line(
+        f"read {counted(result.objects, 'object')}, {format_size(result.read_bytes)}; not checked: "
+        "whether snapshots miss data, which `casfs check` does"
+    )
+    _print_conclusion(output, result.damage)
     _print_unreadable(output, result.unreadable)
     output.emit(
         "summary",
@@ -192,7 +212,7 @@ def _format_finding(damage: Finding) -> str:
     if damage.snapshot is not None:
         parts.append(f"in snapshot {short_id(damage.snapshot)}")
     if damage.blob is not None:
-        parts.append(f"blob {short_id(damage.blob)}")
+        parts.append(f"{'' if damage.what == 'blob' else 'blob '}{short_id(damage.blob)}")
     if damage.pack is not None:
         parts.append(f"{'' if damage.what == 'pack' else 'pack '}{damage.pack.hex()}")
     return f"{' '.join(parts)}: {damage.message}"

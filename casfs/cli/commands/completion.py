@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import click
 
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, output_options
 
 
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-@common_options
+@output_options
 @click.pass_obj
 def completion(settings: Settings, shell: str) -> None:
-    """Print the completion script of a shell; the README says where to put it."""
-    from click.shell_completion import get_completion_class
+    """Print the completion script of a shell.
 
-    from casfs.cli.app import casfs
+    It completes commands, options, snapshots, tags, hosts, paths inside SNAP:, and file names.
 
-    found = get_completion_class(shell)
-    assert found is not None
-    # click's own entry point runs bash to learn its version; the template of the class needs no process.
-    script = found(casfs, {}, "casfs", "_CASFS_COMPLETE")
-    text = script.source_template % script.source_vars()
+    \b
+    bash: casfs completion bash > ~/.local/share/bash-completion/completions/casfs
+    zsh:  casfs completion zsh > ~/.zfunc/_casfs    (with ~/.zfunc in fpath)
+    fish: casfs completion fish > ~/.config/fish/completions/casfs.fish
+    """
+    from casfs.cli.shell_completion import completion_script
+
+    text = completion_script(shell)
     output = settings.output()
-    output.line(text)
+    output.line(text.rstrip("\n"))
     output.emit("completion", shell=shell, script=text)

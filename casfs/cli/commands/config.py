@@ -8,10 +8,11 @@ from itertools import groupby
 import click
 
 from casfs.cli.settings import Settings, configuration_options
+from casfs.cli.verbs import SuggestingGroup
 from casfs.errors import NotFoundError
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 @configuration_options
 def config() -> None:
     """Show the configuration: repositories by name, and profiles for `casfs run`."""

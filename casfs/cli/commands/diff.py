@@ -10,7 +10,7 @@ import click
 from casfs.cli.app import EXIT_DAMAGED
 from casfs.cli.output import Output, json_path
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, latest_options
+from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
 from casfs.display import escape_path, format_size
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class _Summary:
 
 
 @click.command()
-@click.argument("before", metavar="SNAP[:PATH]")
-@click.argument("after", metavar="SNAP[:PATH]")
+@click.argument("before", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
+@click.argument("after", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
 @latest_options
 @common_options
 @click.pass_obj

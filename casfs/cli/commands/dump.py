@@ -10,7 +10,7 @@ import click
 
 from casfs.cli.output import json_path
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, latest_options
+from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
 from casfs.display import escape_path
 from casfs.errors import CasfsError, UsageError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("snap", metavar="SNAP:PATH")
+@click.argument("snap", metavar="SNAP:PATH", shell_complete=complete_snapshots)
 @click.option("--output", "-o", "target", metavar="FILE", help="Write to FILE instead of stdout.")
 @latest_options
 @common_options

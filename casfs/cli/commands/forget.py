@@ -15,9 +15,15 @@ from casfs.cli.output import (
     warn_of_unproven,
 )
 from casfs.cli.param_types import COUNT, SPAN, TAGS
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import (
+    Settings,
+    common_options,
+    complete_hosts,
+    complete_snapshots,
+    complete_tags,
+)
 from casfs.digest import short_id
-from casfs.display import escape_path
+from casfs.display import counted, escape_path
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("snaps", nargs=-1, metavar="[SNAP]...")
+@click.argument("snaps", nargs=-1, metavar="[SNAP]...", shell_complete=complete_snapshots)
 @click.option("--keep-last", "-l", type=COUNT, default=0, help="Keep the newest N snapshots.")
 @click.option(
     "--keep-hourly", "-H", type=COUNT, default=0, help="Keep the newest of each of N hours."
@@ -53,6 +59,7 @@ if TYPE_CHECKING:
     "--keep-tag",
     "keep_tags",
     type=TAGS,
+    shell_complete=complete_tags,
     multiple=True,
     metavar="TAG[,TAG...]",
     help="Keep all that have all of these tags; repeatable.",
@@ -61,6 +68,7 @@ if TYPE_CHECKING:
     "--host",
     "hosts",
     multiple=True,
+    shell_complete=complete_hosts,
     metavar="NAME",
     help="Consider only snapshots of this host; repeatable.",
 )
@@ -68,6 +76,7 @@ if TYPE_CHECKING:
     "--tag",
     "tags",
     type=TAGS,
+    shell_complete=complete_tags,
     multiple=True,
     metavar="TAG[,TAG...]",
     help="Consider only snapshots with all of these tags; repeatable.",
@@ -152,7 +161,7 @@ def forget(
         if then_prune and not dry_run:
             require_no_remote_writers(repository.store.storage, "forget --prune")
         if snaps:
-            forgotten = select_by_name(repository, snaps, allow_all)
+            forgotten = select_by_name(repository, snaps, allow_all, choice)
             kept = len(
                 {i for i, _ in repository.snapshots.iterate()} - {c.snapshot_id for c in forgotten}
             )
@@ -171,11 +180,12 @@ def forget(
         if not dry_run:
             forget(repository, forgotten)
     would = "would be " if dry_run else ""
-    output.line(f"{len(forgotten)} snapshots {would}forgotten, {kept} {would}kept")
+    output.line(f"{counted(len(forgotten), 'snapshot')} {would}forgotten, {kept} {would}kept")
     if unproven:
         warn_of_unproven(output, [candidate.snapshot_id for candidate in unproven])
         output.line(
-            f"{len(unproven)} unproven snapshots count in no rule and stay; name one to forget it"
+            f"{counted(len(unproven), 'unproven snapshot')} left: no rule counts them; "
+            "name one to forget it"
         )
     output.emit(
         "summary", forgotten=len(forgotten), kept=kept, unproven=len(unproven), dry_run=dry_run
@@ -191,9 +201,9 @@ def forget(
 def _check_options(snaps: tuple[str, ...], policy: Policy, chosen: bool) -> None:
     if snaps and not policy.is_empty():
         raise UsageError("name snapshots or give rules (--keep-…), not both")
-    if snaps and chosen:
+    if snaps and chosen and "latest" not in snaps:
         raise UsageError(
-            "--host, --tag and --path apply to rules; leave them out to name snapshots"
+            "--host, --tag and --path apply to rules and to `latest`; leave them out to name snapshots"
         )
     if not snaps and policy.is_empty():
         raise UsageError(

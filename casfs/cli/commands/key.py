@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from casfs.cli.settings import PassphraseSource, Settings, common_options, new_passphrase
+from casfs.cli.settings import (
+    PassphraseSource,
+    Settings,
+    common_options,
+    new_passphrase,
+    repository_options,
+)
+from casfs.cli.verbs import SuggestingGroup
+from casfs.display import counted
 from casfs.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -64,14 +72,14 @@ def recipients_in(file: Path) -> list[Recipient]:
     return parse_recipients_file(data, str(file))
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 @common_options
 def key() -> None:
     """List and change the recipients, which can decrypt the repository."""
 
 
 @key.command("list")
-@common_options
+@repository_options
 @click.pass_obj
 def list_keys(settings: Settings) -> None:
     """List the recipients: the owner of one of these keys can decrypt the repository."""
@@ -86,24 +94,27 @@ def list_keys(settings: Settings) -> None:
 
 
 @key.command()
+@click.argument("values", nargs=-1, metavar="[RECIPIENT]...")
 @recipient_options
 @common_options
 @click.pass_obj
 def add(
     settings: Settings,
+    values: tuple[str, ...],
     recipients: tuple[str, ...],
     recipients_files: tuple[Path, ...],
     passphrase: bool,
 ) -> None:
     """Add recipients, which can decrypt all later backups.
 
-    Run `casfs key rewrap` to let them decrypt the existing backups too.
+    A RECIPIENT is an age public key, an SSH public key or a GPG key id. Run `casfs key rewrap` to let them
+    decrypt the existing backups too.
     """
     from casfs.crypto.identities import add_passphrase
     from casfs.crypto.key_manager import change_recipients, verify_trusted, with_gpg_identities
     from casfs.crypto.recipients import merged
 
-    new = named_recipients(recipients, recipients_files)
+    new = named_recipients((*values, *recipients), recipients_files)
     if not (new or passphrase):
         raise UsageError("name a recipient to add, or give --passphrase")
     text = None
@@ -124,11 +135,12 @@ def add(
 
 @key.command()
 @click.argument("values", nargs=-1, required=True, metavar="RECIPIENT...")
-@common_options
+@repository_options
 @click.pass_obj
 def remove(settings: Settings, values: tuple[str, ...]) -> None:
     """Remove recipients, by the value that `casfs key list` shows or the beginning of that value.
 
+    The word passphrase names the only passphrase.
     They cannot decrypt later backups. They can still decrypt the existing ones until `casfs key rewrap`,
     and after it with copies of the old key files.
     """
@@ -138,15 +150,29 @@ def remove(settings: Settings, values: tuple[str, ...]) -> None:
     with _open_for_maintenance(settings, "key remove") as (root, storage, trust):
         now = trust.recipients(storage).recipients
         for value in values:
-            matches = [recipient for recipient in now if recipient.value.startswith(value)]
-            if len(matches) != 1:
-                raise UsageError(
-                    f"{len(matches)} recipients begin with {value!r}; nothing was changed"
-                )
-            removed += matches
+            removed.append(_named_recipient(now, value))
         left = [recipient for recipient in now if recipient not in removed]
         change_recipients(root, storage, trust, left)
     _print_recipients(settings, "removed", removed)
+
+
+def _named_recipient(recipients: Sequence[Recipient], text: str) -> Recipient:
+    """Return the recipient that a kind or the beginning of a value names; raise UsageError."""
+    matches = [
+        recipient
+        for recipient in recipients
+        if recipient.value.startswith(text) or (text == "passphrase" == str(recipient.kind))
+    ]
+    if not matches:
+        raise UsageError(
+            f"no recipient begins with {text!r}; `casfs key list` lists them; nothing was changed"
+        )
+    if len(matches) > 1:
+        raise UsageError(
+            f"{text!r} names {len(matches)} recipients; give more of the value that `casfs key list` shows; "
+            "nothing was changed"
+        )
+    return matches[0]
 
 
 @key.command()
@@ -160,7 +186,7 @@ def rewrap(settings: Settings) -> None:
         verify_trusted(root, storage, trust)
         count = rewrap_sessions(storage, trust, settings.unlock(storage, trust))
     output = settings.output()
-    output.line(f"rewrapped the keys of {count} sessions")
+    output.line(f"rewrapped the keys of {counted(count, 'session')}")
     output.emit("rewrapped", sessions=count)
 
 

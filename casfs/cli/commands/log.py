@@ -8,7 +8,7 @@ import click
 
 from casfs.cli.app import EXIT_DAMAGED
 from casfs.cli.output import Output, format_time, iso_time, warn_of_unproven
-from casfs.cli.settings import Settings, common_options, latest_options
+from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
 from casfs.digest import short_id
 from casfs.display import escape_path, format_size
 from casfs.errors import IntegrityError, NotFoundError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("snap", metavar="SNAP:PATH")
+@click.argument("snap", metavar="SNAP:PATH", shell_complete=complete_snapshots)
 @click.option(
     "--all-hosts", is_flag=True, help="Search the snapshots of all hosts, not only SNAP's."
 )
@@ -58,7 +58,9 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
         warn_of_unproven(output, repository.snapshots.unproven_of(found_ids))
         versions = path_history(repository.trees, found, path, report_damage)
     if not versions and not damaged:
-        raise NotFoundError(f"none of the {len(found)} snapshots has {escape_path(path) or '/'}")
+        raise NotFoundError(
+            f"no snapshot has {escape_path(path) or '/'}; {len(found)} were searched"
+        )
     if output.as_json:
         for version in versions:
             _emit(output, path, version)

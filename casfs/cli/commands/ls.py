@@ -8,7 +8,7 @@ import click
 
 from casfs.cli.app import EXIT_DAMAGED
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, latest_options
+from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
 
 if TYPE_CHECKING:
     from casfs.digest import SnapshotId
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     Found = tuple[SnapshotId, Snapshot]
 
 
-@click.command()
-@click.argument("snap", metavar="SNAP[:PATH]")
+@click.command(context_settings={"help_option_names": ["--help"]})
+@click.argument("snap", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
 @click.option("--recursive", "-R", is_flag=True, help="List everything below PATH.")
+@click.option("--human-readable", "-h", "human", is_flag=True, help="Print sizes with units.")
 @latest_options
 @common_options
 @click.pass_obj
-def ls(settings: Settings, snap: str, recursive: bool) -> int:
+def ls(settings: Settings, snap: str, recursive: bool, human: bool) -> int:
     """List everything in a snapshot, or the entries of its directory PATH (`:/` is the root).
 
     A directory's size is that of all files below it. A mark shows files that were written to during the
@@ -38,7 +39,7 @@ def ls(settings: Settings, snap: str, recursive: bool) -> int:
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         _, snapshot, path, node = repository.snapshots.resolve_path(snap, settings.latest_of())
         fields = NodeFields(snapshot).fields
-        line = NodeLines(snapshot, node).line
+        line = NodeLines(snapshot, node, human).line
         whole = recursive or ":" not in snap
         if whole or node.tree is None:
             entries = Finder(repository.trees, Query(), monitor).find(node, path)

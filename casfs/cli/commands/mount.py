@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,13 +10,26 @@ from types import ModuleType
 import click
 
 from casfs.cli.param_types import OWNER, SIZE
-from casfs.cli.settings import Settings, common_options, latest_options, unlock_repository
+from casfs.cli.settings import (
+    Settings,
+    common_options,
+    complete_snapshots,
+    latest_options,
+    output_options,
+    unlock_repository,
+)
 from casfs.display import escape_path
 from casfs.errors import CasfsError
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="[SNAP[:PATH]] MOUNTPOINT")
+@click.argument(
+    "names",
+    nargs=-1,
+    required=True,
+    metavar="[SNAP[:PATH]] MOUNTPOINT",
+    shell_complete=complete_snapshots,
+)
 @click.option(
     "--foreground", "-f", is_flag=True, help="Stay in the foreground until it is unmounted."
 )
@@ -89,15 +103,34 @@ def mount(
         output.emit("mounted", mountpoint=str(mountpoint))
         sys.stdout.flush()
 
+    _warn_of_hidden_entries(settings, Path(names[-1]))
     if foreground:
         serving.mount_here(request, report)
     else:
         report(serving.mount_in_background(request))
 
 
+def _warn_of_hidden_entries(settings: Settings, mountpoint: Path) -> None:
+    """Warn where a mount will hide the entries of a folder; look into no mount, which may hang."""
+    from casfs_mount.mountpoint import mounted_at, real_path
+
+    if mounted_at(real_path(mountpoint)) is not None:
+        return
+    try:
+        with os.scandir(mountpoint) as entries:
+            is_empty = next(entries, None) is None
+    except OSError:
+        return  # the mount itself reports it
+    if not is_empty:
+        settings.output().warn(
+            f"{escape_path(bytes(mountpoint))} is not empty; the mount hides its entries until "
+            "`casfs umount`"
+        )
+
+
 @click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path))
-@common_options
+@output_options
 @click.pass_obj
 def umount(settings: Settings, mountpoint: Path) -> None:
     """Unmount."""

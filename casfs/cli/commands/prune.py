@@ -10,7 +10,7 @@ from casfs.cli.output import Output
 from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
-from casfs.display import format_size
+from casfs.display import counted, format_size
 
 if TYPE_CHECKING:
     from casfs.maintenance.prune import PruneResult
@@ -76,9 +76,11 @@ def run_prune(settings: Settings, options: PruneOptions, level: int | None = Non
 
 def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
     would = "would be " if dry_run else ""
+    need = "needs" if result.snapshots == 1 else "need"
     output.line(
-        f"{result.snapshots} snapshots need {result.needed_blobs} of "
-        f"{result.needed_blobs + result.unneeded_blobs} blobs in {result.packs} packs"
+        f"{counted(result.snapshots, 'snapshot')} {need} {result.needed_blobs} of "
+        f"{counted(result.needed_blobs + result.unneeded_blobs, 'blob')} in "
+        f"{counted(result.packs, 'pack')}"
     )
     if result.unproven:
         output.line(
@@ -87,17 +89,18 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
         )
     if result.repacked_packs:
         output.line(
-            f"{result.repacked_packs} packs ({format_size(result.repacked_bytes)}) "
-            f"{would or 'were '}repacked into {format_size(result.new_bytes)}"
+            f"{counted(result.repacked_packs, 'pack')} ({format_size(result.repacked_bytes)}) "
+            f"{would}repacked into {format_size(result.new_bytes)}"
         )
     output.line(
-        f"{result.removed_packs} packs {would or 'were '}removed; "
-        f"{format_size(result.freed_bytes)} {would or 'were '}freed"
+        f"{counted(result.removed_packs, 'pack')} {would}removed; "
+        f"{format_size(result.freed_bytes)} {would}freed"
     )
     if result.waiting_packs:
         output.line(
-            f"{result.waiting_packs} packs ({format_size(result.waiting_bytes)}) wait for "
-            f"{len(result.waited_for)} other processes; the next prune removes them"
+            f"{counted(result.waiting_packs, 'pack')} ({format_size(result.waiting_bytes)}) not yet "
+            f"removed because of {counted(len(result.waited_for), 'other process', 'other processes')}; "
+            "the next prune removes what is left"
         )
     output.emit(
         "prune",

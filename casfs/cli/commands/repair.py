@@ -6,10 +6,12 @@ import click
 
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
+from casfs.cli.verbs import SuggestingGroup
 from casfs.digest import short_id
+from casfs.display import counted
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 @common_options
 def repair() -> None:
     """Rebuild the index, or drop lost data from snapshots."""
@@ -44,7 +46,10 @@ def index(settings: Settings) -> None:
         output.line(f"pack {pack.hex()}: its directory is damaged; its intact blobs were found")
     for pack in result.unreadable:
         output.line(f"pack {pack.hex()}: it cannot be read; run this again when it can")
-    output.line(f"the index was built from {result.packs} packs and has {result.blobs} blobs")
+    output.line(
+        f"the index was built from {counted(result.packs, 'pack')} and has "
+        f"{counted(result.blobs, 'blob')}"
+    )
     output.emit(
         "index",
         packs=result.packs,
@@ -99,8 +104,9 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
                 else "replaced"
             )
             output.line(
-                f"snapshot {short_id(snapshot.snapshot_id)} {would}{by}: {snapshot.holed} files flagged, "
-                f"{snapshot.dropped} losses dropped"
+                f"snapshot {short_id(snapshot.snapshot_id)} {would}{by}: "
+                f"{counted(snapshot.holed, 'file')} flagged, "
+                f"{counted(snapshot.dropped, 'loss', 'losses')} dropped"
             )
         output.emit(
             "snapshot",
@@ -118,6 +124,6 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
         )
         output.emit("unproven", id=snapshot_id.hex())
     output.line(
-        f"{result.intact} snapshots are intact, {len(result.repaired)} {would or 'were '}repaired"
+        f"{counted(result.intact, 'intact snapshot')}, {len(result.repaired)} {would}repaired"
     )
-    output.emit("summary", sound=result.intact, repaired=len(result.repaired), dry_run=dry_run)
+    output.emit("summary", intact=result.intact, repaired=len(result.repaired), dry_run=dry_run)

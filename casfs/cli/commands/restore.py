@@ -13,9 +13,16 @@ from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
 from casfs.cli.output import json_path
 from casfs.cli.param_types import PATTERN
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, download_limit_option, latest_options
+from casfs.cli.settings import (
+    Settings,
+    common_options,
+    complete_folders,
+    complete_snapshots,
+    download_limit_option,
+    latest_options,
+)
 from casfs.digest import short_id
-from casfs.display import escape_path, format_size
+from casfs.display import counted, escape_path, format_size
 from casfs.errors import RefusedError, UsageError
 from casfs.patterns import Pattern
 
@@ -24,11 +31,12 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("snap", metavar="SNAP[:PATH]")
+@click.argument("snap", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
 @click.option(
     "--target",
     "-t",
     required=True,
+    shell_complete=complete_folders,
     metavar="DIR",
     help="Restore into this folder; it is created if missing.",
 )
@@ -102,6 +110,8 @@ def restore(
         output.line(f"{'would delete' if dry_run else 'deleted'} {escape_path(path)}")
         output.emit("deleted", **json_path(path), dry_run=dry_run)
 
+    if os.path.exists(target) and not os.path.isdir(target):
+        raise RefusedError(f"--target {target} is not a folder; name a folder")
     _refuse_repository(settings.repository(), Path(target), delete)
     with open_for_reading(
         settings.repository(), OpenOptions(unlock=settings.unlock), reader="restore"
@@ -120,25 +130,22 @@ def restore(
             result = restorer.restore(path, node, os.fsencode(target), with_root)
     would = "would be " if dry_run else ""
     output.line(
-        f"{would}restored from {short_id(snapshot_id)}: {result.files} files, "
-        f"{result.directories} directories, {result.others} others, "
+        f"{would}restored from {short_id(snapshot_id)}: {counted(result.files, 'file')}, "
+        f"{counted(result.directories, 'directory', 'directories')}, "
+        f"{counted(result.others, 'other')}, "
         f"{format_size(result.restored_bytes)}"
     )
+    left = "would be left" if dry_run else "left"
     for count, what in (
-        (
-            result.skipped,
-            "exist and would be left as they are"
-            if dry_run
-            else "existed and were left as they are",
-        ),
-        (result.deleted, f"{would or 'were '}deleted"),
-        (result.verified, "were read back and verified"),
-        (result.flagged, "had changed while they were captured"),
-        (result.damaged, "are damaged"),
-        (result.failed, "could not be restored"),
+        (result.skipped, f"{left} as it was" if result.skipped == 1 else f"{left} as they were"),
+        (result.deleted, f"{would}deleted"),
+        (result.verified, "read back and verified"),
+        (result.flagged, "captured while changing"),
+        (result.damaged, "damaged"),
+        (result.failed, "not restored"),
     ):
         if count:
-            output.line(f"{count} {what}")
+            output.line(f"{counted(count, 'entry', 'entries')} {what}")
     output.emit(
         "summary",
         snapshot=snapshot_id.hex(),

@@ -15,6 +15,7 @@ import click
 from casfs.cli.commands.run import job_of
 from casfs.cli.output import format_time, iso_time
 from casfs.cli.settings import Settings, complete_profiles, configuration_options
+from casfs.cli.verbs import SuggestingGroup
 from casfs.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _LINGERING = Path("/var/lib/systemd/linger")
 _XDG = ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 @configuration_options
 def schedule() -> None:
     """Run profiles by themselves: `schedule` in a profile says when."""

@@ -16,7 +16,7 @@ from casfs.cli.output import (
     warn_of_unproven,
 )
 from casfs.cli.param_types import TAGS
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, complete_hosts, complete_tags
 from casfs.digest import short_id
 from casfs.display import escape_path, format_size
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     "--host",
     "hosts",
     multiple=True,
+    shell_complete=complete_hosts,
     metavar="NAME",
     help="Only snapshots of this host; repeatable.",
 )
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     "--tag",
     "tags",
     type=TAGS,
+    shell_complete=complete_tags,
     multiple=True,
     metavar="TAG[,TAG...]",
     help="Only snapshots with all of these tags; repeatable.",
@@ -95,7 +97,7 @@ def snapshots(
     elif everything:
         output.warn(f"no snapshot matches; the repository has {len(everything)}")
     else:
-        output.warn("the repository has no snapshots yet; casfs backup creates one")
+        output.warn("the repository has no snapshots; casfs backup creates one")
 
 
 def _list_envelopes(output: Output, repository: Repository) -> None:
@@ -184,9 +186,12 @@ _HEADS = ("id", "time", "host", "paths", "tags", "files", "size", "flagged")
 _NUMBERS = ("files", "size", "flagged")
 
 
+_TEXTS = ("host", "paths", "tags")
+
+
 def _print_table(output: Output, found: list[Found]) -> None:
     rows = [row for snapshot_id, snapshot in found for row in _rows(snapshot_id, snapshot)]
-    output.table(_HEADS, _NUMBERS, rows)
+    output.table(_HEADS, _NUMBERS, rows, _TEXTS)
 
 
 def _rows(snapshot_id: SnapshotId, snapshot: Snapshot) -> list[tuple[str, ...]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from casfs.cli.output import format_time, iso_time
-from casfs.cli.settings import Settings, common_options, latest_options
+from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
 from casfs.display import format_size
 from casfs.errors import UsageError
 
 
 @click.command()
-@click.argument("snap", metavar="[SNAP[:PATH]]", required=False)
+@click.argument("snap", metavar="[SNAP[:PATH]]", required=False, shell_complete=complete_snapshots)
 @click.option(
     "--storage",
     "storage_only",

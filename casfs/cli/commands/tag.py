@@ -8,16 +8,29 @@ import click
 
 from casfs.cli.output import iso_time
 from casfs.cli.param_types import TAGS
-from casfs.cli.settings import Settings, common_options, latest_options
+from casfs.cli.settings import (
+    Settings,
+    common_options,
+    complete_snapshots,
+    complete_tags,
+    latest_options,
+)
 from casfs.digest import short_id
 from casfs.display import escape_path
 from casfs.errors import UsageError
 
 
 @click.command()
-@click.argument("snap", metavar="SNAP")
+@click.argument("snap", metavar="SNAP", shell_complete=complete_snapshots)
 @click.option("--add", "added", type=TAGS, multiple=True, metavar="TAG[,TAG...]", help="Add tags.")
-@click.option("--remove", "removed", multiple=True, metavar="TAG[,TAG...]", help="Remove tags.")
+@click.option(
+    "--remove",
+    "removed",
+    multiple=True,
+    shell_complete=complete_tags,
+    metavar="TAG[,TAG...]",
+    help="Remove tags.",
+)
 @click.option(
     "--set",
     "replaced",

@@ -7,11 +7,11 @@ import platform
 import click
 
 from casfs import __version__
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, output_options
 
 
 @click.command()
-@common_options
+@output_options
 @click.pass_obj
 def version(settings: Settings) -> None:
     """Print the versions of casfs, the repository format and Python."""

@@ -74,7 +74,7 @@ class TestSnapshotsCommand:
     ) -> None:
         result = run(repo, "snapshots")
         assert result.stdout == ""
-        assert "no snapshots yet" in result.stderr
+        assert "has no snapshots" in result.stderr
         machine = run(repo, "snapshots", "--json")
         assert (machine.stdout, machine.stderr) == ("", "")
 

@@ -60,6 +60,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "rewrite": ("latest", "--exclude", "/{source}/file"),
     "recompress": ("--compression", "1"),
     "key list": (),
+    "locks": (),
     "key add": ("--recipient", "{more}"),
     "key remove": ("{public}",),
     "key rewrap": (),
@@ -68,7 +69,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 """Every command that opens a repository, with its arguments."""
 
-OPENS_NOTHING = {"init", "umount", "run", "config", "schedule", "version", "completion"}
+NEEDS_NO_KEY = {"key list", "key remove", "locks"}
+
+OPENS_NOTHING = {"init", "umount", "run", "config", "schedule", "help", "version", "completion"}
 """Commands that create a repository, start other processes, or work without one."""
 
 MORE_PUBLIC = "age169cv388tenh49q7hfg5g8jqnrzpr8vftc3k6fzvg6u7hpycnedfsv6jn66"
@@ -118,7 +121,8 @@ def words(tmp_path: Path, own_home: Path) -> dict[str, str]:
 
 def run(words: dict[str, str], command: str, *arguments: str) -> None:
     """Run a command in this process; it succeeds."""
-    keys = [] if command.startswith("key passwd") else ["--identity", words["identity"]]
+    is_without = command.startswith("key passwd") or command in NEEDS_NO_KEY
+    keys = [] if is_without else ["--identity", words["identity"]]
     values = [argument.format(**words) for argument in arguments]
     result = CliRunner().invoke(
         casfs,
