@@ -1,0 +1,141 @@
+"""One run of every command with --json, on repositories that make each print all that it can."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.support.cli import Casfs, finish, interrupt
+from tests.support.encryption import OTHER_PUBLIC, PUBLIC
+
+Line = dict[str, Any]
+
+
+def lines_of_every_verb(casfs: Casfs, folder: Path) -> Iterator[tuple[str, Line]]:
+    """Yield each JSON line that the commands print, with the command that printed it.
+
+    `casfs` has no repository yet; `folder` is empty.
+    """
+
+    def run(verb: str, *arguments: str | Path, expect: int = 0, on: Casfs = casfs) -> list[Line]:
+        result = on.run(*verb.split(), "--json", *arguments, expect=expect, cwd=folder)
+        found.extend((verb, line) for line in result.objects)
+        return result.objects
+
+    found: list[tuple[str, Line]] = []
+    source = _write_source(folder)
+    run("init")
+    run("backup", "source")
+    first = _only_snapshot(run("snapshots"))
+    os.utime(source / "letter", (1, 1))
+    (source / "grown").write_bytes(os.urandom(300_000))
+    (source / "odd").rmdir()
+    (source / b"caf\xe9".decode("utf-8", "surrogateescape")).touch()
+    run("backup", "source", "missing", "--tag", "a,b", expect=3)
+    run("backup", "--dry-run", "source")
+    for verb, arguments in (
+        ("snapshots", ()),
+        ("ls", ("latest",)),
+        ("find", ("*",)),
+        ("diff", (first, "latest")),
+        ("log", ("latest:source/letter",)),
+        ("log", ("latest:source",)),
+        ("changed", ("latest",)),
+        ("dump", ("latest:source/letter", "--output", "dumped")),
+        ("stats", ()),
+        ("stats", ("latest",)),
+        ("stats", ("--storage",)),
+        ("tag", ("latest", "--add", "c")),
+        ("locks", ()),
+        ("repair index", ()),
+        ("repair snapshots", ("--dry-run",)),
+        ("version", ()),
+        ("help", ("ls",)),
+        ("completion", ("bash",)),
+        ("mirror", ("mirrored",)),
+    ):
+        run(verb, *arguments)
+    run("restore", "latest", "--target", "target")
+    (folder / "target" / "source" / "new").touch()
+    run(
+        "restore",
+        "latest",
+        "--target",
+        "target",
+        "--delete",
+        "--include",
+        "source",
+        "--include",
+        "zz",
+    )
+    _mount(run, folder)
+    process = casfs.start("backup", "--stdin-from-command", "--", "sleep", "1000")
+    try:
+        while not run("locks"):
+            assert process.poll() is None
+    finally:
+        interrupt(process)
+        finish(process)
+    run("forget", "--keep-last", "1", "--prune")
+    run("forget", "latest", "--dry-run", "--unsafe-allow-remove-all")
+    run("prune", "--dry-run")
+    run("check", "--read-data")
+    run("check", "--storage")
+    run("ls", "nonsense", expect=1)
+    _damage(casfs)
+    run("check", "--read-data", expect=5)
+    run("check", "--storage", expect=5)
+    run("repair snapshots", "--read-data")
+    encrypted = casfs.at(folder / "encrypted")
+    passphrase, other = folder / "passphrase", folder / "other"
+    passphrase.write_text("one\n")
+    other.write_text("two\n")
+    key = ("--passphrase-file", passphrase)
+    run("init", "--recipient", PUBLIC, *key, on=encrypted)
+    run("key list", on=encrypted)
+    run("key add", OTHER_PUBLIC, *key, on=encrypted)
+    run("key remove", OTHER_PUBLIC, on=encrypted)
+    run("backup", "source", on=encrypted)
+    run("snapshots", on=encrypted)
+    run("key rewrap", *key, on=encrypted)
+    run("key accept", *key, on=encrypted)
+    run("key passwd", *key, "--new-passphrase-file", other, on=encrypted)
+    yield from found
+
+
+def _write_source(folder: Path) -> Path:
+    source = folder / "source"
+    source.mkdir()
+    (source / "letter").write_text("Dear Anna")
+    (source / "odd").mkdir()
+    (source / "link").symlink_to("letter")
+    os.setxattr(source / "letter", "user.note", b"1")
+    os.mkfifo(source / "pipe")
+    return source
+
+
+def _only_snapshot(lines: list[Line]) -> str:
+    assert len(lines) == 1
+    return str(lines[0]["id"])
+
+
+def _mount(run: Any, folder: Path) -> None:
+    mountpoint = folder / "mountpoint"
+    mountpoint.mkdir()
+    run("mount", "latest", mountpoint)
+    with contextlib.ExitStack() as stack:
+        stack.callback(run, "umount", mountpoint)
+
+
+def _damage(casfs: Casfs) -> None:
+    """Change a byte of the largest pack, in the data of a file."""
+    assert casfs.repository is not None
+    packs = [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
+    pack = max(packs, key=lambda path: path.stat().st_size)
+    data = bytearray(pack.read_bytes())
+    data[len(data) // 3] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(data)
