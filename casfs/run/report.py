@@ -84,8 +84,8 @@ def _numbers(step: StepOutcome) -> list[str]:
         return [counted(step.number("damage") or 0, "problem"), f"{format_size(read)} read"]
     copied = step.number("copied")
     if step.step is StepName.MIRROR and copied is not None:
-        size = format_size(step.number("copied_bytes") or 0)
-        return [f"{counted(copied, 'object')}, {size} copied"]
+        copied_size = format_size(step.number("copied_bytes") or 0)
+        return [f"{counted(copied, 'object')}, {copied_size} copied"]
     return []
 
 
