@@ -17,6 +17,7 @@ from types import FrameType
 import click
 
 from casfs import __version__
+from casfs.cli.examples import add_examples
 from casfs.cli.output import Output
 from casfs.cli.settings import Settings, common_options
 from casfs.cli.verbs import SuggestingGroup
@@ -80,6 +81,7 @@ class _Verbs(SuggestingGroup):
             return None
         module, _, name = target.partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
+        add_examples(command, cmd_name)
         return command
 
 
