@@ -60,7 +60,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "recompress": ("casfs recompress --compression 12",),
     "mirror": ("casfs mirror /mnt/disk/casfs", "casfs -r nas mirror cloud --delete"),
     "locks": ("casfs locks",),
-    "stats": ("casfs stats", "casfs stats latest:/home", "casfs stats --storage"),
+    "stats": (
+        "casfs stats",
+        "casfs stats latest:/home",
+        "casfs stats --storage",
+        "casfs -r cloud stats --requests",
+    ),
     "tag": ("casfs tag latest --add keep", "casfs tag 3f2a --remove test,daily"),
     "key list": ("casfs key list",),
     "key add": ("casfs key add 'ssh-ed25519 AAAA... anna@desk'", "casfs key add --passphrase"),

@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from casfs.cli.table import table_lines
+from casfs.cli.table import NO_TEXTS, table_lines
 from casfs.digest import SnapshotId, short_id
 from casfs.display import single_line
 
@@ -39,11 +39,12 @@ class Output:
         heads: tuple[str, ...],
         numbers: Container[str],
         rows: Iterable[tuple[str, ...]],
-        texts: Container[str] = (),
+        texts: Mapping[str, int] = NO_TEXTS,
     ) -> None:
         """Print a table as text; columns whose heads are in `numbers` are aligned to the right.
 
-        On a terminal that is too narrow, the cells of columns whose heads are in `texts` are wrapped.
+        On a terminal that is too narrow, the columns of `texts` are wrapped, each to its number
+        of characters at least.
         """
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         for line in table_lines(heads, numbers, rows, texts, width):

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
+from types import MappingProxyType
 
 _GAP = "  "
-_MIN_TEXT_CHARACTERS = 6
+NO_TEXTS: Mapping[str, int] = MappingProxyType({})
 
 
 def table_lines(
     heads: tuple[str, ...],
     numbers: Container[str],
     rows: Iterable[tuple[str, ...]],
-    texts: Container[str] = (),
+    texts: Mapping[str, int] = NO_TEXTS,
     max_characters: int | None = None,
 ) -> Iterator[str]:
     """Yield the lines of a table; columns whose heads are in `numbers` are aligned to the right.
 
     `max_characters` is the width of the terminal, None for no limit. A table that is too wide loses its empty
-    columns; then its widest columns of `texts` become narrower. Other columns keep their width, so a table of
-    many columns may stay too wide.
+    columns; then its widest columns of `texts` become narrower, each to its number of characters at least.
+    Other columns keep their width, so a table of many columns may stay too wide.
     """
     lines = [heads, *rows]
     widths = _widths(lines)
@@ -28,7 +29,7 @@ def table_lines(
         filled = [column for column in range(len(heads)) if any(line[column] for line in lines[1:])]
         lines = [tuple(line[column] for column in filled) for line in lines]
         widths = _widths(lines)
-        _narrow(widths, [head in texts for head in lines[0]], max_characters)
+        _narrow(widths, [texts.get(head) for head in lines[0]], max_characters)
     for line in lines:
         wrapped = [_wrap(cell, width) for cell, width in zip(line, widths, strict=True)]
         for cells in zip_longest(*wrapped, fillvalue=""):
@@ -47,14 +48,17 @@ def _line_characters(widths: Sequence[int]) -> int:
     return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
-def _narrow(widths: list[int], are_texts: Sequence[bool], max_characters: int) -> None:
+def _narrow(widths: list[int], least: Sequence[int | None], max_characters: int) -> None:
     """Shorten the widest columns of text, one character at a time, until a line fits."""
-    texts = [column for column, is_text in enumerate(are_texts) if is_text]
     for _ in range(_line_characters(widths) - max_characters):
-        widest = max(texts, key=lambda column: widths[column], default=None)
-        if widest is None or widths[widest] <= _MIN_TEXT_CHARACTERS:
+        wider = [
+            column
+            for column, width in enumerate(least)
+            if width is not None and widths[column] > width
+        ]
+        if not wider:
             return
-        widths[widest] -= 1
+        widths[max(wider, key=lambda column: widths[column])] -= 1
 
 
 def _wrap(cell: str, width: int) -> list[str]:

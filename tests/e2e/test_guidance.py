@@ -165,6 +165,15 @@ def test_a_table_fits_the_terminal(repository: Casfs, tmp_path: Path, columns: i
     assert len(piped.splitlines()) == 2 and str(deep) in piped
 
 
+def test_the_table_of_versions_fits_80_columns(repository: Casfs, source: Path) -> None:
+    repository.backup(source)
+    (source / "readme.txt").write_bytes(b"more to read\n")
+    repository.backup(source)
+    printed = run_on_terminal(repository, 80, "log", f"latest:{source}/readme.txt")
+    assert max(map(len, printed.splitlines())) <= 80
+    assert printed.splitlines()[0].split()[:4] == ["snapshot", "first", "last", "count"]
+
+
 def run_on_terminal(casfs: Casfs, columns: int, *arguments: str) -> str:
     """Return what a command prints on a terminal of so many columns."""
     terminal, command_side = pty.openpty()

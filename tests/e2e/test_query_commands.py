@@ -266,6 +266,9 @@ class TestStats:
         assert any(full[name] > empty.get(name, 0) for name in numbers)
         assert repository.run("stats").text.strip()
 
+    def test_stats_of_requests_are_refused_for_a_local_repository(self, repository: Casfs) -> None:
+        repository.refuses("stats", "--requests", expect=2, mentions=["local"])
+
     def test_stats_of_a_snapshot_report_its_size(self, repository: Casfs, source: Path) -> None:
         identity = repository.backup(source)["id"]
         reported = repository.json("stats", "latest").one("stats")

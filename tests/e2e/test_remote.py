@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -95,6 +96,8 @@ class TestRemoteRepository:
         assert counted["list"]["requests"] >= 1
         assert counted["read"]["received_bytes"] > 0
         assert "create" not in counted
+        shown = remote.run("stats", "--requests").text
+        assert re.search(r"^read +[1-9]\d* +0 B +\d", shown, re.MULTILINE), shown
         assert len(remote.run("snapshots", "--json").of_type("snapshot")) == 3
         other.run("restore", "latest", "--target", tmp_path / "back")
         assert tree_differences(source, tmp_path / "back") == []

@@ -51,7 +51,7 @@ def locks(settings: Settings) -> None:
         )
     if rows:
         output.table(
-            ("activity", "command", "host", "process", "since"), ("process",), rows, ("host",)
+            ("activity", "command", "host", "process", "since"), ("process",), rows, {"host": 6}
         )
     else:
         output.line("no command uses the repository")

@@ -31,7 +31,8 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
 
     A file has the same version in two snapshots if its content and the state of its capture are equal; a
     directory, if everything below it is equal, times and owners included. The column `snapshot` is the
-    first snapshot with that version; other commands accept it as SNAP.
+    first snapshot with that version, which other commands accept as SNAP; `count` is the number of snapshots
+    with it.
     """
     from casfs.paths import parse_snapshot_path
     from casfs.query.history import path_history
@@ -65,7 +66,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
         for version in versions:
             _emit(output, path, version)
     else:
-        output.table(_HEADS, _NUMBERS, map(_row, versions))
+        output.table(_HEADS, _NUMBERS, map(_row, versions), _TEXTS)
     return EXIT_DAMAGED if damaged else 0
 
 
@@ -88,8 +89,9 @@ def _emit(output: Output, path: bytes, version: Version) -> None:
     )
 
 
-_HEADS = ("snapshot", "first", "last", "snapshots", "size", "modified", "digest", "captured")
-_NUMBERS = ("snapshots", "size")
+_HEADS = ("snapshot", "first", "last", "count", "size", "modified", "digest", "captured")
+_NUMBERS = ("count", "size")
+_TEXTS = {"first": 10, "last": 10, "modified": 10}
 
 
 def _row(version: Version) -> tuple[str, ...]:

@@ -186,7 +186,7 @@ _HEADS = ("id", "time", "host", "paths", "tags", "files", "size", "flagged")
 _NUMBERS = ("files", "size", "flagged")
 
 
-_TEXTS = ("host", "paths", "tags")
+_TEXTS = {"host": 6, "paths": 6, "tags": 6}
 
 
 def _print_table(output: Output, found: list[Found]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from casfs.cli.output import format_time, iso_time
+from casfs.cli.output import Output, format_time, iso_time
 from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
 from casfs.display import format_size
 from casfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from casfs.storage.counting import RequestCounter
 
 
 @click.command()
@@ -18,11 +23,39 @@ from casfs.errors import UsageError
     is_flag=True,
     help="Only the packs, and when they were last verified; needs no key.",
 )
+@click.option(
+    "--requests",
+    is_flag=True,
+    help="Print how many requests this command made to a remote repository too.",
+)
 @latest_options
 @common_options
 @click.pass_obj
-def stats(settings: Settings, snap: str | None, storage_only: bool) -> None:
-    """Print the sizes of the repository, or of a snapshot or a part of it."""
+def stats(settings: Settings, snap: str | None, storage_only: bool, requests: bool) -> None:
+    """Print the sizes of the repository, or of a snapshot or a part of it.
+
+    With --json every command on a remote repository prints its requests.
+    """
+    from casfs.repository.place import RemotePlace
+
+    place = settings.repository()
+    if requests and not isinstance(place, RemotePlace):
+        raise UsageError(f"--requests is for a remote repository; {place} is a local folder")
+    _print_sizes(settings, snap, storage_only)
+    if requests and isinstance(place, RemotePlace):
+        _print_requests(settings.output(), place.counter)
+
+
+def _print_requests(output: Output, counter: RequestCounter) -> None:
+    rows = []
+    for kind, found in sorted(counter.totals().items()):
+        sizes = format_size(found.sent_bytes), format_size(found.received_bytes)
+        rows.append((str(kind), str(found.requests), *sizes))
+    heads = ("request", "number", "sent", "received")
+    output.table(heads, heads[1:], rows)
+
+
+def _print_sizes(settings: Settings, snap: str | None, storage_only: bool) -> None:
     from casfs.query.stats import repository_stats, snapshot_stats
     from casfs.repository.opening import OpenOptions, open_for_reading
 
