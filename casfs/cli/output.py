@@ -13,7 +13,7 @@ from typing import Any
 
 from casfs.cli.table import NO_TEXTS, table_lines
 from casfs.digest import SnapshotId, short_id
-from casfs.display import single_line
+from casfs.display import counted, single_line
 
 JsonValue = Any
 
@@ -66,7 +66,7 @@ def warn_of_unproven(output: Output, snapshot_ids: Sequence[SnapshotId]) -> None
             f"{short_id(snapshot_id)} is unproven: the owner of the storage may have made it"
         )
     if len(snapshot_ids) > _MOST_UNPROVEN:
-        output.warn(f"{len(snapshot_ids) - _MOST_UNPROVEN} more snapshots are unproven")
+        output.warn(f"{counted(len(snapshot_ids) - _MOST_UNPROVEN, 'more unproven snapshot')}")
 
 
 def json_path(path: bytes, field: str = "path") -> dict[str, str]:

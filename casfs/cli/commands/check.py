@@ -134,7 +134,7 @@ def check(
 def _print_unreadable(output: Output, unreadable: list[Finding]) -> None:
     if unreadable:
         count = len(unreadable)
-        objects = "1 object" if count == 1 else f"{count} objects"
+        objects = counted(count, "object")
         output.warn(
             f"{objects} could not be checked: this user has no permission to read; "
             "run casfs check as the owner of the repository"

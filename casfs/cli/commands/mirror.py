@@ -11,7 +11,7 @@ from casfs.cli.app import EXIT_DAMAGED
 from casfs.cli.param_types import DURATION
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings, common_options
-from casfs.display import format_size
+from casfs.display import counted, format_size
 from casfs.errors import RefusedError, StorageError
 
 if TYPE_CHECKING:
@@ -75,10 +75,11 @@ def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) ->
         output.warn(f"{finding.message}; it is not copied")
         output.emit("damage", what=finding.what, message=finding.message)
     output.line(
-        f"{result.copied} objects copied, {format_size(result.copied_bytes)}; {result.present} were there"
+        f"{counted(result.copied, 'object')} copied, {format_size(result.copied_bytes)}; "
+        f"already there: {result.present}"
     )
     if delete:
-        output.line(f"{result.deleted} deleted, {result.pending} wait for the margin")
+        output.line(f"deleted: {result.deleted}; waiting for the margin: {result.pending}")
     output.emit(
         "mirror",
         copied=result.copied,
