@@ -183,9 +183,7 @@ def _ask_until_right(
         if passphrase is None:
             return []
         try:
-            return unlock_by_passphrase(
-                storage, bytes.fromhex(repository), passphrase, recipients
-            )
+            return unlock_by_passphrase(storage, bytes.fromhex(repository), passphrase, recipients)
         except WrongKeyError:
             if not attempts_left:
                 raise
