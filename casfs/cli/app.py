@@ -209,6 +209,7 @@ def _configure() -> None:
     for name in ("casfs", "casfs_mount"):
         logging.getLogger(name).addHandler(handler)
     _allow_open_files()
+    _forbid_core_dumps()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _interrupt)
@@ -222,6 +223,12 @@ def _allow_open_files() -> None:
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _forbid_core_dumps() -> None:
+    """Write no core dump: it would contain keys and passphrases."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -50,7 +50,7 @@ class Prefetcher:
         self._batch = _Batch()
         self._batches: queue.Queue[_Batch] = queue.Queue(_MAX_QUEUED)
         self._stopped = False
-        scanner = _TreeScanner(repository, path, root)
+        scanner = _TreeScanner(repository, path, root, lambda: self._stopped)
         self._thread = threading.Thread(
             target=self._run, args=(scanner,), name="casfs-prefetch", daemon=True
         )
@@ -103,9 +103,12 @@ class Prefetcher:
 class _TreeScanner:
     """Walk a tree, read its blobs, and make batches of them."""
 
-    def __init__(self, repository: Repository, path: bytes, root: Node) -> None:
+    def __init__(
+        self, repository: Repository, path: bytes, root: Node, is_stopped: Callable[[], bool]
+    ) -> None:
         self._repository = repository
         self._store = repository.store
+        self._is_stopped = is_stopped
         self._path = path
         self._trees = TreeReader(self._read_tree)
         self._entries: Iterator[tuple[bytes, Node]] = (
@@ -118,7 +121,8 @@ class _TreeScanner:
     def batches(self) -> Iterator[_Batch]:
         """Yield batches of blobs, up to the first tree that cannot be read."""
         here = self._path
-        while True:
+        # A hostile tree may have more directories than anybody can wait for, and no file to put into a batch.
+        while not self._is_stopped():
             try:
                 path, node = next(self._entries, (None, None))
             except CasfsError:

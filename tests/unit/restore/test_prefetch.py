@@ -10,17 +10,19 @@ import pytest
 
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
-from casfs.format.tree import Node, NodeType
+from casfs.format.tree import Node, NodeType, TreeRef
 from casfs.repository.repository import Repository
 from casfs.restore import prefetch as prefetch_module
 from casfs.restore.prefetch import Prefetcher
 from casfs.store.blob_store import BlobStore
 from casfs.trees.content import ContentReader
 from casfs.trees.reader import TreeReader
-from tests.support.builders import RepositoryFixture
+from casfs.trees.writer import TreeWriter
+from tests.support.builders import RepositoryFixture, entry
 from tests.support.stores import flip, noise
 
 FILES = 40
+HUNG_S = 60
 
 
 @pytest.fixture
@@ -169,3 +171,29 @@ def test_the_prefetcher_can_be_closed_at_any_moment_and_leaves_no_thread(
                 ahead.path = path
                 ahead.read(digest_of(noise("file 0", 2000)))
     assert threading.active_count() == before
+
+
+def test_a_prefetch_of_more_directories_than_anybody_can_read_is_closed_at_once(
+    tmp_path: Path,
+) -> None:
+    repo = RepositoryFixture(tmp_path)
+    with repo.writing() as repository:
+        writer = repository.writer()
+
+        def tree_of(*nodes: Node) -> TreeRef:
+            tree = TreeWriter(writer.put, repository.codec.digest, repository.tree_seed)
+            for node in nodes:
+                tree.add(node)
+            return tree.finish()
+
+        ref = tree_of()
+        for _ in range(40):
+            ref = tree_of(*(entry(name, NodeType.DIRECTORY, tree=ref) for name in (b"a", b"b")))
+        writer.finish()
+    with repo.reading() as repository:
+        root = entry(b"", NodeType.DIRECTORY, tree=ref)
+        prefetcher = Prefetcher(repository, b"", root)
+        closing = threading.Thread(target=prefetcher.close, daemon=True)
+        closing.start()
+        closing.join(HUNG_S)
+        assert not closing.is_alive()
