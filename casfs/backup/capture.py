@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from casfs.backup.allowance import Allowances
 from casfs.backup.reflink import Reflinker
 from casfs.backup.source_fs import Xattrs, clamp_time_ns, make_extra, open_file, read_xattrs
 from casfs.backup.source_reader import ReadResult, SourceReader, verify_read
@@ -72,9 +73,9 @@ def _ignore(_: OSError) -> None:
 class Capturer:
     """Capture the files of one backup. Used by one thread.
 
-    `attempts` is the limit for one file, `budget` the time for all files together. `pause` sleeps for
-    the given seconds. `abandoned_bytes` counts what was stored of attempts that no node refers to; chunks
-    that several attempts have in common count as often.
+    `attempts` is the limit for one file, `budget` the time for all files together, `allowances` what the
+    files of each owner may cost. `pause` sleeps for the given seconds. `abandoned_bytes` counts what was
+    stored of attempts that no node refers to; chunks that several attempts have in common count as often.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class Capturer:
         budget: RetryBudget,
         attempts: int = DEFAULT_ATTEMPTS,
         pause: Callable[[float], None] = time.sleep,
+        allowances: Allowances | None = None,
     ) -> None:
+        self._allowances = allowances or Allowances()
         self._reader = reader
         self._reflinker = reflinker
         self._budget = budget
@@ -176,7 +179,7 @@ class Capturer:
     def _attempt(self, dir_fd: int, name: bytes, attempt: int) -> _Attempt:
         """Open and read a file once: from a clone where that is due, else directly."""
         try:
-            fd = open_file(dir_fd, name)
+            fd = open_file(dir_fd, name, self._allowances.may_wait)
         except OSError as error:
             if error.errno in _NOT_REGULAR_ERRNOS:
                 raise NotRegularError(name) from error
@@ -282,7 +285,7 @@ class Capturer:
         replaced = reason == ChangeReason.REPLACED
         observed = None
         try:
-            reread = verify_read(fd, reading.size)
+            reread = verify_read(fd, reading.size, self._allowances.take_hole)
         except OSError:
             state, reason = CaptureState.CHANGED, ChangeReason.READ_ERROR
         else:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from msgspec import UNSET, UnsetType
 
 from casfs import __version__
+from casfs.backup.allowance import DEFAULT_MAX_HOLE_BYTES, Allowances
 from casfs.backup.capture import DEFAULT_ATTEMPTS, Capturer
 from casfs.backup.entry_builder import EntryBuilder
 from casfs.backup.exclude import Exclusions
@@ -72,7 +73,8 @@ class BackupOptions:
 
     `time_ns` None is the current time; `parent` None is the newest snapshot of the same host and paths.
     `patience_s` limits the pauses and further attempts at changing files in the whole backup; with a single
-    attempt or no patience, the final retry is skipped too.
+    attempt or no patience, the final retry is skipped too. `max_hole_bytes` limits the holes that are read of
+    the files of each user, except root and the user of the process.
     """
 
     paths: tuple[bytes, ...]
@@ -85,6 +87,7 @@ class BackupOptions:
     use_parent: bool = True
     attempts: int = DEFAULT_ATTEMPTS
     patience_s: float = DEFAULT_PATIENCE_S
+    max_hole_bytes: int = DEFAULT_MAX_HOLE_BYTES
     freeze: Freeze = Freeze.AUTO
     reread: bool = False
     dry_run: bool = False
@@ -316,6 +319,7 @@ class _Backup:
         self._monitor = monitor
         self._reflinker = Reflinker(options.freeze)
         self._budget = RetryBudget(options.patience_s)
+        self._allowances = Allowances(options.max_hole_bytes)
         self._devices: dict[bytes, int] = {}
         self._file_cache = _open_file_cache(repository, options)
 
@@ -397,8 +401,16 @@ class _Backup:
 
     def _capturer(self, writer: BlobWriter) -> Capturer:
         digest = self._repository.codec.digest
-        reader = SourceReader(self._repository.chunker(), writer.put, digest)
-        capturer = Capturer(reader, self._reflinker, self._budget, self._options.attempts)
+        reader = SourceReader(
+            self._repository.chunker(), writer.put, digest, self._allowances.take_hole
+        )
+        capturer = Capturer(
+            reader,
+            self._reflinker,
+            self._budget,
+            self._options.attempts,
+            allowances=self._allowances,
+        )
         self._capturers.append(capturer)
         return capturer
 

@@ -12,6 +12,7 @@ import operator
 import os
 import stat
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from casfs.format.node_types import TYPES_BY_MODE_BITS
@@ -43,18 +44,28 @@ def node_type(st: os.stat_result) -> NodeType | None:
     return TYPES_BY_MODE_BITS.get(st.st_mode & _TYPE_BITS)
 
 
-def open_file(dir_fd: int, name: bytes) -> int:
+MayWait = Callable[[int, float], bool]
+"""Whether to wait some seconds for a lease on a file of a user, given by number."""
+
+
+def _always(_uid: int, _seconds: float) -> bool:
+    """Return that waiting is allowed."""
+    return True
+
+
+def open_file(dir_fd: int, name: bytes, may_wait: MayWait = _always) -> int:
     """Open an entry for reading, without following a symlink, blocking on a FIFO or changing the atime.
 
-    Waits up to five seconds for another process to release a lease on the file. Raises OSError.
+    Waits up to five seconds for another process to release a lease on the file, while `may_wait` allows it.
+    Raises OSError.
     """
     try:
         return os.open(name, _FILE_FLAGS | _noatime, dir_fd=dir_fd)
     except (PermissionError, BlockingIOError):
-        return _open_with_retries(dir_fd, name)
+        return _open_with_retries(dir_fd, name, may_wait)
 
 
-def _open_with_retries(dir_fd: int, name: bytes) -> int:
+def _open_with_retries(dir_fd: int, name: bytes, may_wait: MayWait) -> int:
     pause_s = _FIRST_LEASE_PAUSE_S
     while True:
         try:
@@ -67,6 +78,9 @@ def _open_with_retries(dir_fd: int, name: bytes) -> int:
             # Another process holds a lease, as Samba does for its clients. The failed open made the
             # kernel ask that process to release it.
             if pause_s > _LAST_LEASE_PAUSE_S:
+                raise
+            owner = os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_uid
+            if not may_wait(owner, pause_s):
                 raise
             time.sleep(pause_s)
             pause_s *= 2

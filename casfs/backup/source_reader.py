@@ -43,14 +43,26 @@ class VerifyResult:
     size: int
 
 
-def verify_read(fd: int, captured_bytes: int) -> VerifyResult:
+TakeHole = Callable[[int, int], None]
+"""Count a hole of some bytes in a file of a user, given by number; raises OSError to refuse it."""
+
+
+def _allow(_uid: int, _length: int) -> None:
+    """Allow every hole."""
+
+
+def verify_read(fd: int, captured_bytes: int, take_hole: TakeHole = _allow) -> VerifyResult:
     """Read an open file again for its digests, up to its current size (the witness read).
 
-    `captured_bytes` is the number of bytes that the capture read.
+    `captured_bytes` is the number of bytes that the capture read. Raises OSError, also for a hole that
+    `take_hole` refuses.
     """
-    end = os.fstat(fd).st_size
+    st = os.fstat(fd)
+    end = st.st_size
     hasher = _VerifyingHash(captured_bytes)
     for begin, data_end in data_ranges(fd, end):
+        if begin > hasher.done:
+            take_hole(st.st_uid, begin - hasher.done)
         hasher.skip(begin)
         while hasher.done < data_end:
             stop = hasher.next_stop(data_end)
@@ -58,7 +70,10 @@ def verify_read(fd: int, captured_bytes: int) -> VerifyResult:
             if not data:
                 return hasher.result()
             hasher.update(data)
-    hasher.skip(min(end, os.fstat(fd).st_size))
+    end = min(end, os.fstat(fd).st_size)
+    if end > hasher.done:
+        take_hole(st.st_uid, end - hasher.done)
+    hasher.skip(end)
     return hasher.result()
 
 
@@ -102,6 +117,7 @@ _LARGE_BYTES = 8 * 1024 * 1024
 """The digest of a larger file is computed on a second thread."""
 
 _WAITING_CHUNKS = 2
+_ZEROS_STEP_BYTES = 256 << 20
 
 
 class ReadResult(NamedTuple):
@@ -120,9 +136,19 @@ class ReadResult(NamedTuple):
 
 
 class SourceReader:
-    """Read the files of one backup. `put` stores a blob, `digest` computes its digest. One thread."""
+    """Read the files of one backup. One thread.
 
-    def __init__(self, chunker: Chunker, put: Put, digest: Callable[[bytes], Digest]) -> None:
+    `put` stores a blob, `digest` computes its digest, `take_hole` may refuse a hole.
+    """
+
+    def __init__(
+        self,
+        chunker: Chunker,
+        put: Put,
+        digest: Callable[[bytes], Digest],
+        take_hole: TakeHole = _allow,
+    ) -> None:
+        self._take_hole = take_hole
         self._chunker = chunker
         self._put = put
         self._digest = digest
@@ -134,7 +160,7 @@ class SourceReader:
         """Read a regular file up to the size in `st`, or up to its end if that comes first."""
         size = st.st_size
         if st.st_blocks * 512 < size:
-            return self._read_sparse(fd, size)
+            return self._read_sparse(fd, size, st.st_uid)
         if size <= self._small_bytes:
             return self._read_small(fd, size)
         return self._read_chunks(_range_reader(fd, 0, size), size)
@@ -183,21 +209,26 @@ class SourceReader:
             size = self._store_chunks(read_into, most_bytes, whole, content)
             return _finish(content, whole, size)
 
-    def _read_sparse(self, fd: int, size: int) -> ReadResult:
+    def _read_sparse(self, fd: int, size: int, uid: int) -> ReadResult:
         content = ContentWriter(self._put, self._digest)
         done = 0
         with closing(_WholeDigest()) as whole:
             for begin, end in data_ranges(fd, size):
-                _add_hole(content, whole, begin - done)
+                self._add_hole(content, whole, begin - done, uid)
                 read_into = _range_reader(fd, begin, end)
                 done = begin + self._store_chunks(read_into, end - begin, whole, content)
                 if done < end:
                     return _finish(content, whole, done)
             end = min(size, os.fstat(fd).st_size)
             if end > done:
-                _add_hole(content, whole, end - done)
+                self._add_hole(content, whole, end - done, uid)
                 done = end
             return _finish(content, whole, done)
+
+    def _add_hole(self, content: ContentWriter, whole: _WholeDigest, length: int, uid: int) -> None:
+        if length > 0:
+            self._take_hole(uid, length)
+        _add_hole(content, whole, length)
 
     def _store_chunks(
         self,
@@ -237,7 +268,11 @@ class _WholeDigest:
 
     def add_zeros(self, length: int) -> None:
         """Append `length` zeros."""
-        self._do(partial(update_zeros, self._hasher, length))
+        while length > 0:
+            # In steps: an interrupt waits for the end of one.
+            step = min(length, _ZEROS_STEP_BYTES)
+            self._do(partial(update_zeros, self._hasher, step))
+            length -= step
 
     def digest(self) -> Digest:
         """Return the digest of all appended bytes."""
@@ -248,7 +283,7 @@ class _WholeDigest:
     def close(self) -> None:
         """End the second thread."""
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
 
     def _do(self, step: Callable[[], object]) -> None:
         if self._pool is None:

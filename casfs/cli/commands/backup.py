@@ -124,6 +124,16 @@ _PIECE_BYTES = 64 * 1024
     help="Limit the total time for pauses and repeated captures of files that change.",
 )
 @click.option(
+    "--max-holes",
+    "max_hole_bytes",
+    type=SIZE,
+    default="4T",
+    show_default=True,
+    metavar="SIZE",
+    help="Limit the holes in the sparse files of each user, except root and yourself; files beyond the "
+    "limit are left out.",
+)
+@click.option(
     "--freeze",
     type=click.Choice(["auto", "never", "require"]),
     default="auto",
@@ -182,6 +192,7 @@ def backup(
     no_parent: bool,
     attempts: int,
     patience_s: float,
+    max_hole_bytes: int,
     freeze: str,
     reread: bool,
     compression: int,
@@ -247,6 +258,7 @@ def backup(
         use_parent=not no_parent,
         attempts=attempts,
         patience_s=patience_s,
+        max_hole_bytes=max_hole_bytes,
         freeze=Freeze(freeze),
         reread=reread,
         dry_run=dry_run,
