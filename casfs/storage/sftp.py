@@ -8,6 +8,7 @@ connection that ended is made again by the next call; `retry.RetryingStorage` ma
 from __future__ import annotations
 
 import errno
+import logging
 import secrets
 import stat
 import struct
@@ -47,9 +48,12 @@ from casfs.storage.sftp_channel import (
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 UPLOADS = "uploads"
-"""The folder of objects that have no name yet. An upload that begins more than a day after an interrupted one
-removes its remains."""
+"""The folder of objects that have no name yet.
+
+The first upload of a process removes the remains of uploads that were interrupted more than a day before."""
 
 _STALE_NS = 24 * 3600 * 1_000_000_000
 _READ, _WRITE, _CREATE, _EXCLUSIVE = 0x01, 0x02, 0x08, 0x20
@@ -115,6 +119,7 @@ class SftpStorage:
         self._lock = threading.Lock()
         self._connection: _Connection | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self._is_tidy = False
 
     def list(self, prefix: str) -> Iterator[ListedObject]:
         """Yield every object below a prefix, sorted by name; several folders are read at a time."""
@@ -195,6 +200,7 @@ class SftpStorage:
             connection.replace(upload, path)
 
         self._asked("write", name, lambda: self._upload(name, data, rename))
+        self._tidy_once(name)
 
     def create(self, name: str, data: Data) -> None:
         """Store an object unless there is one of the same name."""
@@ -214,6 +220,7 @@ class SftpStorage:
                     raise size_conflict(self.url, name, found_bytes, len(data)) from None
 
         self._asked("create", name, lambda: self._upload(name, data, link))
+        self._tidy_once(name)
 
     def _upload(
         self, name: str, data: Data, give_name: Callable[[_Connection, str, str], None]
@@ -269,13 +276,25 @@ class SftpStorage:
         """Begin an object, which is sent when it is committed."""
         return BufferedWriter(self.create, in_memory)
 
-    def remove_stale_uploads(self) -> None:
-        """Remove what uploads left behind that were cut off more than a day ago; raise StorageError."""
-        entries = self._asked("list", UPLOADS, lambda: self._read_folder(UPLOADS))
-        newest_s = max((found.mtime_s or 0 for _, found in entries), default=0)
-        for name, found in entries:
-            if (newest_s - (found.mtime_s or 0)) * 1_000_000_000 > _STALE_NS:
+    def remove_stale_uploads(self, now_ns: int) -> None:
+        """Remove the remains of uploads that were interrupted more than a day before `now_ns`.
+
+        `now_ns` is a time of the server's clock, in nanoseconds since 1970. Raise StorageError.
+        """
+        for name, found in self._asked("list", UPLOADS, lambda: self._read_folder(UPLOADS)):
+            if now_ns - (found.mtime_s or 0) * 1_000_000_000 > _STALE_NS:
                 self.delete(f"{UPLOADS}/{name}")
+
+    def _tidy_once(self, written: str) -> None:
+        """After the first upload, whose time is that of the server's clock, remove stale uploads."""
+        with self._lock:
+            if self._is_tidy:
+                return
+            self._is_tidy = True
+        try:
+            self.remove_stale_uploads(self.mtime_ns(written))
+        except (StorageError, StorageUnavailableError, NotFoundError) as error:
+            log.info("%s; stale uploads stay", error)
 
     def close(self) -> None:
         """End the connection; the next call makes another one."""

@@ -97,6 +97,9 @@ def test_requests_and_bytes_are_counted(tmp_path: Path) -> None:
     assert counter.totals() == {
         RequestKind.CREATE: RequestTotals(1, sent_bytes=1000),
         RequestKind.READ: RequestTotals(1, received_bytes=300),
+        # The first upload of a process looks for the remains of interrupted ones.
+        RequestKind.STAT: RequestTotals(1),
+        RequestKind.LIST: RequestTotals(1),
     }
     storage.close()
 
@@ -283,14 +286,30 @@ def test_a_server_that_goes_silent_is_left(tmp_path: Path) -> None:
 def test_uploads_that_were_cut_off_are_removed_after_a_day(
     piped: SftpStorage, tmp_path: Path
 ) -> None:
-    piped.create("config", b"1")
+    (tmp_path / UPLOADS).mkdir()
     old, new = tmp_path / UPLOADS / "0123", tmp_path / UPLOADS / "4567"
     old.write_bytes(b"x")
     new.write_bytes(b"x")
     os.utime(old, (1, 1))
-    piped.remove_stale_uploads()
+    piped.create("config", b"1")
     assert not old.exists()
     assert new.exists()
+    # Later uploads of the same process ask no more.
+    old.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    piped.create("other", b"2")
+    assert old.exists()
+
+
+def test_a_server_that_refuses_to_remove_stale_uploads_still_takes_new_objects(
+    piped: SftpStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(now_ns: int) -> None:
+        raise StorageError("delete", "uploads/0123", OSError("denied"))
+
+    monkeypatch.setattr(piped, "remove_stale_uploads", refuse)
+    piped.create("config", b"1")
+    assert piped.read("config") == b"1"
 
 
 def test_a_missing_repository_is_not_found(piped: SftpStorage, tmp_path: Path) -> None:
