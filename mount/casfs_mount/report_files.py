@@ -1,12 +1,14 @@
 """`.casfs`: a folder at the root of a snapshot, reachable but not listed, with files about the snapshot.
 
 `changed`, `damage`, `manifest.b3` and `snapshot.json` are generated while a program reads them and cost
-nothing before. If a reader seeks backwards, the file is generated again from its beginning.
+nothing before. They name files in directories that not every user may enter, so only the owner of the mount
+can read them. If a reader seeks backwards, the file is generated again from its beginning.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -43,6 +45,7 @@ class ReportFiles:
         guard: EventLoopGuard,
         unproven: bool = False,
     ) -> None:
+        self._owner = os.getuid(), os.getgid()
         self._unproven = unproven
         self._snapshot_id = snapshot_id
         self._snapshot = snapshot
@@ -62,9 +65,9 @@ class ReportFiles:
         return Node(
             name=name,
             kind=NodeType.DIRECTORY if directory else NodeType.FILE,
-            mode=0o555 if directory else 0o444,
-            uid=self._root.uid,
-            gid=self._root.gid,
+            mode=0o500 if directory else 0o400,
+            uid=self._owner[0],
+            gid=self._owner[1],
             mtime_ns=self._snapshot.time_ns,
             ctime_ns=self._snapshot.time_ns,
             inode=0,

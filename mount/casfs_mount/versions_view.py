@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from casfs.digest import SnapshotId, short_id
 from casfs.errors import IntegrityError
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Node
+from casfs.format.tree import Node, replace
 from casfs.query.history import PathLookup, Version, path_history
 from casfs.trees.reader import TreeReader
 from casfs_mount.event_loop_guard import EventLoopGuard
@@ -91,13 +91,20 @@ class VersionsView:
 
     def root(self) -> tuple[int, Node]:
         """Return the number and the node of `versions/` itself."""
-        return VERSIONS, self._directory(b"versions")
+        return VERSIONS, self._top()
+
+    def _top(self) -> Node:
+        """Return the node of `versions/`, which only the owner of the mount can enter.
+
+        What is below it does not have the modes of the directories in the snapshots.
+        """
+        return replace(self._directory(b"versions"), mode=0o500)
 
     def node(self, number: int) -> Node:
         """Return the node with a number; raise StaleError and WouldBlock."""
         path, name = self._target_of(number)
         if name is None:
-            return self._directory(path[-1] if path else b"versions")
+            return self._directory(path[-1]) if path else self._top()
         by_name = self._folder(path).by_name
         found = by_name.get(name)
         if found is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -146,3 +147,10 @@ def test_a_damaged_snapshot_is_logged_and_versions_of_the_others_are_shown(
     assert list(catalogue.listed(b"versions", b"d", b"f")) == [FIRST]
     assert list(catalogue.listed(b"versions", b"d")) == [FIRST]
     assert caplog.text.count("digest mismatch") == 1
+
+
+def test_only_the_owner_of_the_mount_can_enter_versions(repo: RepositoryFixture) -> None:
+    """Below it are names of directories that another user of the mount may not enter."""
+    catalogue = RepositoryViewFixture(repo)
+    node = catalogue.view.node(catalogue.find(b"versions"))
+    assert (node.mode, node.uid) == (0o500, os.getuid())

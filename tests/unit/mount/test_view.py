@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -411,3 +412,15 @@ def test_a_view_of_a_directory_has_that_as_its_root(repo: RepositoryFixture) -> 
         found = view.lookup(folder[0], b"changed")
         assert found is not None
         assert b"".join(view.open(found[0]).read(0, 100)) == b"deep/changed\\nhere\n"
+
+
+def test_only_the_owner_of_the_mount_can_read_what_names_all_files(repo: RepositoryFixture) -> None:
+    """The reports name files in directories that another user of the mount may not enter."""
+    mounted = MountedView(repo, {b"private": {b"diary": b"x"}})
+    for path, mode in (
+        (b".casfs", 0o500),
+        (b".casfs/manifest.b3", 0o400),
+        (b".casfs/changed", 0o400),
+    ):
+        node = mounted.view.node(mounted.find(path))
+        assert (node.mode, node.uid, node.gid) == (mode, os.getuid(), os.getgid())
