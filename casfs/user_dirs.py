@@ -11,6 +11,8 @@ import os
 import stat
 from pathlib import Path
 
+from casfs.errors import RefusedError
+
 _NETWORK_TYPES = frozenset(
     ["nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "afs", "lustre", "beegfs"]
 )
@@ -52,9 +54,20 @@ def _is_own(root: Path) -> bool:
 
 
 def cached_index_dir(repository_id: str) -> Path:
-    """Return the folder of this user's own index of a repository, and create its parent."""
-    parent = user_folder("XDG_CACHE_HOME", ".cache") / repository_id[:32]
-    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Return the folder of this user's own index of a repository, and create its parent.
+
+    Raise RefusedError where another user can change what is in it.
+    """
+    cache = user_folder("XDG_CACHE_HOME", ".cache")
+    parent = cache / repository_id[:32]
+    cache.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for folder in (cache, parent):
+        folder.mkdir(exist_ok=True, mode=0o700)
+        if not is_trusted_folder(os.stat(folder)):
+            raise RefusedError(
+                f"another user can change the cache folder {folder}; make it yours with mode 0700, or set "
+                "XDG_CACHE_HOME to a folder of your own"
+            )
     return parent / "index"
 
 

@@ -107,6 +107,8 @@ def log_to(log_file: Path | None) -> None:
         path = log_file if log_file is not None else state_folder(make=False) / "mount.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # It names files that not every user may know.
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
             handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise CasfsError(f"cannot write the log {path}: {error.strerror}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -165,6 +166,15 @@ def test_the_log_is_a_file_of_state_where_the_system_has_none(
     logging.getLogger("casfs_mount.anything").warning("a name \udcff that is not text")
     text = (tmp_path / "state" / "casfs" / "mount.log").read_text()
     assert "WARNING a name \\udcff that is not text" in text
+
+
+def test_a_log_file_is_readable_by_its_owner_only(tmp_path: Path, loggers_kept: None) -> None:
+    before = os.umask(0)
+    try:
+        log_to(tmp_path / "mount.log")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "mount.log").stat().st_mode) == 0o600
 
 
 def test_a_log_file_that_was_asked_for_has_to_be_writable(

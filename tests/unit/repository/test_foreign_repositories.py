@@ -15,7 +15,7 @@ from casfs.repository.opening import OpenOptions, open_for_reading, open_for_wri
 from casfs.storage.folder import ALLOW_FOREIGN_VARIABLE, Folder
 from casfs.storage.local import RESERVE_FILE, LocalStorage, allocate_reserve
 from casfs.storage.locks import list_and_reap_locks, remove_stale_temporaries
-from casfs.user_dirs import index_dir
+from casfs.user_dirs import cached_index_dir, index_dir
 from tests.support.builders import RepositoryFixture
 from tests.support.other_user import OTHER_USER, needs_root
 
@@ -205,6 +205,20 @@ class TestOwners:
         monkeypatch.setenv(ALLOW_FOREIGN_VARIABLE, "1")
         write(trap.root)
         assert trap.is_harmless()
+
+
+def test_a_cache_folder_that_others_can_write_is_refused(own_home: Path) -> None:
+    before = os.umask(0)
+    try:
+        parent = cached_index_dir("id").parent
+    finally:
+        os.umask(before)
+    for folder in (parent, parent.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        folder.chmod(0o777)
+        with pytest.raises(RefusedError, match="XDG_CACHE_HOME"):
+            cached_index_dir("id")
+        folder.chmod(0o700)
 
 
 def test_folders_that_a_repository_creates_are_not_writable_by_all(tmp_path: Path) -> None:
