@@ -339,7 +339,13 @@ class TestScrub:
 
     @pytest.mark.parametrize(
         "arguments",
-        [("--older-than", "30d"), ("--read-data", "--older-than", "x"), ("--max-duration", "5m")],
+        [
+            ("--older-than", "x"),
+            ("--read-data", "--older-than", "x"),
+            ("--max-duration", "-5m"),
+            ("--read-data-subset", "0%"),
+            ("--storage", "--older-than", "30d"),
+        ],
     )
     def test_scrub_refuses_meaningless_options(
         self, repository: Casfs, arguments: tuple[str, ...]

@@ -343,7 +343,7 @@ class TestSnapshotList:
         assert "2 snapshots (ab0000000000, ab1111111111)" in str(caught.value)
 
     def test_an_empty_repository_has_no_latest_snapshot(self, repo: RepositoryFixture) -> None:
-        with repo.reading() as repository, pytest.raises(NotFoundError, match="no snapshots yet"):
+        with repo.reading() as repository, pytest.raises(NotFoundError, match="has no snapshots"):
             repository.snapshots.resolve("latest")
 
     def test_a_deleted_snapshot_cannot_be_loaded(
