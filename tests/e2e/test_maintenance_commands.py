@@ -132,6 +132,17 @@ class TestForget:
         daily.run("forget", *before, "--unsafe-allow-remove-all")
         assert ids(daily) == []
 
+    def test_forget_takes_the_latest_snapshot_of_a_host(
+        self, repository: Casfs, source: Path
+    ) -> None:
+        first = repository.backup(source, "--host", "here")["id"]
+        second = repository.backup(source, "--host", "there")["id"]
+        repository.run("forget", "latest", "--host", "here")
+        assert [one["id"] for one in repository.json("snapshots").objects] == [second] != [first]
+        repository.refuses(
+            "forget", "latest", "--host", "nowhere", mentions=["no snapshot matches"]
+        )
+
     @pytest.mark.parametrize(
         "arguments",
         [
@@ -143,7 +154,7 @@ class TestForget:
             ("--keep-within", "5"),
             ("--keep-last", "1", "--group-by", "colour"),
             ("latest", "--keep-last", "1"),
-            ("latest", "--host", "here"),
+            ("0123abcd", "--host", "here"),
         ],
     )
     def test_forget_refuses_meaningless_options(
