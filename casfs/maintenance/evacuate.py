@@ -13,19 +13,19 @@ from casfs.digest import Digest, short_id
 from casfs.errors import BlobError, CasfsError, NotFoundError
 from casfs.format.codec import BlobKind
 from casfs.index.schema import Location, PackRecord
+from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.repository import Repository
-from casfs.repository.used_blobs import UsedBlobs
 
 log = logging.getLogger(__name__)
 
 
 class Evacuator:
-    """Rewrite damaged blobs of a repository that is open for writing; `used` are the needed blobs."""
+    """Rewrite damaged blobs of a repository open for writing; snapshots need the blobs in `needed`."""
 
-    def __init__(self, repository: Repository, used: UsedBlobs) -> None:
+    def __init__(self, repository: Repository, needed: NeededBlobs) -> None:
         self._repository = repository
         self._store = repository.store
-        self._used = used
+        self._needed = needed
 
     def save_last_copies(self, records: Mapping[int, PackRecord], ordinals: Set[int]) -> set[int]:
         """Rewrite needed blobs whose last intact copy is in a pack to remove; return the packs to keep.
@@ -56,7 +56,7 @@ class Evacuator:
                     location is None
                     or location.pack == ordinal
                     or location.pack not in records
-                    or location.ordinal not in self._used.blobs
+                    or location.ordinal not in self._needed.blobs
                 ):
                     continue
                 try:
@@ -70,7 +70,7 @@ class Evacuator:
     def _is_any_needed_blob_lost(self) -> bool:
         """Return whether a needed blob has no readable copy. Reads every needed blob."""
         for digest, location in self._store.index.blobs():
-            if location.ordinal in self._used.blobs:
+            if location.ordinal in self._needed.blobs:
                 try:
                     self._store.read(digest)
                 except CasfsError as error:

@@ -41,9 +41,9 @@ from casfs.maintenance.prune_plan import (
     unneeded_packs,
 )
 from casfs.monitor import Monitor
+from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.remote_writers import require_no_remote_writers
 from casfs.repository.repository import Repository
-from casfs.repository.used_blobs import UsedBlobs
 from casfs.storage.locks import LockMode, LockRecord
 from casfs.store.blob_store import pack_name
 from casfs.store.pending_removal import (
@@ -129,8 +129,8 @@ class Pruner:
         self._index = repository.store.index
         self._options = options
         self._monitor = monitor
-        self._used = UsedBlobs(repository)
-        self._evacuator = Evacuator(repository, self._used)
+        self._needed = NeededBlobs(repository)
+        self._evacuator = Evacuator(repository, self._needed)
         self._marked: set[SnapshotId] = set()
         self._locks: dict[str, LockRecord] = {}
         self._records: dict[int, PackRecord] = {}
@@ -224,11 +224,11 @@ class Pruner:
         while new := set(self._repository.snapshots.ids()) - self._marked:
             for snapshot_id in sorted(new):
                 try:
-                    self._used.add(self._repository.snapshots.load(snapshot_id).root)
+                    self._needed.add(self._repository.snapshots.load(snapshot_id).root)
                 except NotFoundError:
                     continue
                 except IntegrityError as error:
-                    raise UsedBlobsUnknownError(snapshot_id, error) from error
+                    raise NeededBlobsUnknownError(snapshot_id, error) from error
                 finally:
                     self._marked.add(snapshot_id)
                 self.result.snapshots += 1
@@ -245,17 +245,17 @@ class Pruner:
         elsewhere = self._repository.store.found_elsewhere
         for digest, location in self._index.blobs():
             total += 1
-            if location.ordinal in self._used.blobs:
+            if location.ordinal in self._needed.blobs:
                 if location.is_damaged or digest in elsewhere:
                     self._damaged[digest] = location
                 needed += 1
                 pack_usage = usage.setdefault(location.pack, PackUsage())
                 pack_usage.needed_bytes += location.stored_bytes + BLOB_HEADER.size
                 pack_usage.has_damaged |= location.is_damaged
-        if needed < self._used.count:
+        if needed < self._needed.count:
             self._require_same_index()
             raise IndexUnusableError(
-                f"the index lists only {needed} of the {self._used.count} needed blobs that it listed "
+                f"the index lists only {needed} of the {self._needed.count} needed blobs that it listed "
                 "before; no further pack was removed; run `casfs repair index`"
             )
         self.result.needed_blobs = needed
@@ -330,7 +330,7 @@ class Pruner:
                     if (
                         location is None
                         or location.pack != ordinal
-                        or location.ordinal not in self._used.blobs
+                        or location.ordinal not in self._needed.blobs
                     ):
                         continue
                     try:
@@ -443,7 +443,7 @@ class _IndexReplacedError(IndexUnusableError):
         return "the index was rebuilt while this prune ran; run `casfs prune` again for the rest"
 
 
-class UsedBlobsUnknownError(IntegrityError):
+class NeededBlobsUnknownError(IntegrityError):
     """A tree or content list of a snapshot cannot be read, so the needed blobs are unknown."""
 
     def __init__(self, snapshot_id: SnapshotId, cause: IntegrityError) -> None:

@@ -1,7 +1,7 @@
 """The plan of a prune: which packs go and which are repacked. Values and decisions, no input or output.
 
 `casfs prune --dry-run` prints a plan, and `casfs.maintenance.prune` executes one. A pack is needed when a
-blob in it is reachable from a snapshot (`casfs.repository.used_blobs`).
+snapshot needs a blob in it (`casfs.repository.needed_blobs`).
 """
 
 from __future__ import annotations

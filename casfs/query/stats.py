@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from casfs.digest import SnapshotId
 from casfs.errors import NotFoundError
 from casfs.format.tree import Node, NodeType, subtree_count
+from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.repository import Repository
 from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
-from casfs.repository.used_blobs import UsedBlobs
 from casfs.store.blob_store import pack_name
 from casfs.trees.reader import flagged_below
 
@@ -112,20 +112,20 @@ def snapshot_stats(
     where a tree of any snapshot is damaged.
     """
     snapshot_id, _, _, node = repository.snapshots.resolve_path(spec, latest_of)
-    others = UsedBlobs(repository)
+    others = NeededBlobs(repository)
     for other_id, other in repository.snapshots.iterate():
         if other_id != snapshot_id:
             others.add(other.root)
-    used = UsedBlobs(repository, others.blobs)
-    used.add(node)
+    needed = NeededBlobs(repository, others.blobs)
+    needed.add(node)
     return SnapshotContentStats(
         snapshot_id=snapshot_id,
         entries=subtree_count(node) - (node.tree is not None),
         total_bytes=_file_bytes(node),
         flagged=flagged_below(node),
-        blobs=used.count,
-        stored_bytes=used.stored_bytes,
-        unique_stored_bytes=used.stored_bytes - used.other_stored_bytes,
+        blobs=needed.count,
+        stored_bytes=needed.stored_bytes,
+        unique_stored_bytes=needed.stored_bytes - needed.other_stored_bytes,
     )
 
 

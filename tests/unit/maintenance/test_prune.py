@@ -19,7 +19,7 @@ from casfs.index.index import Index
 from casfs.index.schema import Location
 from casfs.maintenance import prune_plan
 from casfs.maintenance.check import Checker
-from casfs.maintenance.prune import Pruner, PruneResult, UsedBlobsUnknownError
+from casfs.maintenance.prune import NeededBlobsUnknownError, Pruner, PruneResult
 from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
@@ -261,7 +261,7 @@ class TestPruneRefusal:
                 if noise("f", 50 * KIB) in path.read_bytes():
                     path.unlink()
         packs = pack_paths(repo.root)
-        with pytest.raises(UsedBlobsUnknownError, match="nothing was removed") as raised:
+        with pytest.raises(NeededBlobsUnknownError, match="nothing was removed") as raised:
             prune(repo)
         assert raised.value.exit_code == IntegrityError.exit_code == 5
         assert pack_paths(repo.root) == packs

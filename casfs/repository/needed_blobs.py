@@ -15,7 +15,7 @@ from casfs.trees.content import HOLE, parse_records
 from casfs.trees.walk import Children, Page, walk_pages
 
 
-class UsedBlobs:
+class NeededBlobs:
     """The blobs that the added trees need.
 
     Blobs in `without` are counted separately. Trees that were opened are tracked separately from counted
