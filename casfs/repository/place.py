@@ -21,7 +21,7 @@ from casfs.user_dirs import cached_index_dir, index_dir
 
 
 @dataclass(slots=True)
-class ReadOnce:
+class ConfigCache:
     """A cache of the configuration of a repository: a process reads it only once."""
 
     _found: TrustRoot | None = None
@@ -59,12 +59,12 @@ class LocalPlace:
     """A folder that this machine can open; `root` is absolute.
 
     `expected`, if given, is the id of the repository there or the digest of its configuration, as `b3sum
-    config` prints it. `once` caches the configuration for the whole process, which uses one place.
+    config` prints it. `config_cache` keeps the configuration for the whole process, which uses one place.
     """
 
     root: Path
     expected: str | None = None
-    once: ReadOnce = field(default_factory=ReadOnce, compare=False, repr=False)
+    config_cache: ConfigCache = field(default_factory=ConfigCache, compare=False, repr=False)
 
     def __str__(self) -> str:
         return str(self.root)
@@ -81,7 +81,7 @@ class LocalPlace:
         Raises NotFoundError, FormatError, IntegrityError, StorageError, and TrustError for another repository
         than the expected one.
         """
-        return self.once.read(storage, str(self), self.expected)
+        return self.config_cache.read(storage, str(self), self.expected)
 
     def index_dir(self, config: RepositoryConfig) -> Path:
         """Return the folder of the index."""
@@ -100,7 +100,7 @@ class RemotePlace:
     options: StorageOptions = field(default_factory=StorageOptions)
     counter: RequestCounter = field(default_factory=RequestCounter, compare=False)
     expected: str | None = None
-    once: ReadOnce = field(default_factory=ReadOnce, compare=False, repr=False)
+    config_cache: ConfigCache = field(default_factory=ConfigCache, compare=False, repr=False)
 
     def __str__(self) -> str:
         return str(self.location)
@@ -113,7 +113,7 @@ class RemotePlace:
 
     def trust_root(self, storage: Storage) -> TrustRoot:
         """Return the configuration as `LocalPlace.trust_root` does."""
-        return self.once.read(storage, str(self), self.expected)
+        return self.config_cache.read(storage, str(self), self.expected)
 
     def index_dir(self, config: RepositoryConfig) -> Path:
         """Return the folder of the index in the user's cache, and create its parent."""
