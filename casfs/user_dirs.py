@@ -43,7 +43,7 @@ def is_trusted_folder(st: os.stat_result) -> bool:
 def _is_own(root: Path) -> bool:
     """Return whether only this user and root can change what is in the folder of a repository and its index.
 
-    LMDB trusts its files, so nobody else may write them.
+    LMDB trusts its files, so no other user may write them.
     """
     if not is_trusted_folder(os.stat(root)):
         return False

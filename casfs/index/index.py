@@ -390,7 +390,7 @@ class Index:
     def mark_complete(self, snapshot: bytes, losses: int) -> None:
         """Record that the index contained every blob of a snapshot at the loss count `losses`.
 
-        The caller reads `loss_epoch` before it first takes a blob for stored, so that a loss by another
+        The caller reads `loss_epoch` before it first counts a blob as stored, so that a loss by another
         process between the two calls is noticed.
         """
 

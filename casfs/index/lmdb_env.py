@@ -81,7 +81,7 @@ class LmdbEnv:
         self._env.close()
 
     def verify_pages(self) -> None:
-        """Let LMDB visit every used page and the list of free pages.
+        """Read every used page and the list of free pages through LMDB.
 
         Raise IndexDamagedError where they are inconsistent. Other damage may crash the process.
         """

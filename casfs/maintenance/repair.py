@@ -1,7 +1,7 @@
 """Repair snapshots by dropping lost data, and rebuild the index from the packs alone.
 
 A file that lost chunks keeps the others. The lost ranges become holes, and the file gets the state
-`changed` with the reason `damaged`, so that no command takes it for intact; its `observed` digest is the
+`changed` with the reason `damaged`, so that no command treats it as intact; its `observed` digest is the
 digest that it had. Files without any remaining data, and entries whose directory cannot be read, are
 dropped. A snapshot is never rewritten: a new snapshot replaces it. The repair learns from the index which
 blobs are lost, so run `casfs check --read-data` first. A backup that reads the lost data again restores

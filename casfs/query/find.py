@@ -94,7 +94,7 @@ class Finder:
         return self._trees.children(page.ref)
 
     def _leave(self, page: Page) -> None:
-        """Remember a page without a match; a match marks the pages above it."""
+        """Record a page without a match; a match marks the pages above it."""
         if not page.is_marked:
             self._remember(self._key(page))
         elif page.above is not None:

@@ -1,4 +1,4 @@
-"""Give entries of a target their metadata and their links where no other user can exchange their names.
+"""Set metadata and create links of target entries where no other user can exchange their names.
 
 Another user may own a directory of the target, and can then replace a new entry between two system calls. So
 an entry that is reached by its name is created in a directory that only this user can change, and its

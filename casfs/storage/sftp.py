@@ -514,7 +514,7 @@ class _Connection:
             closing.result(Reply.STATUS)
 
     def link(self, upload: str, path: str) -> None:
-        """Give an uploaded file its name, unless it is taken: then the status is FAILURE."""
+        """Link an uploaded file to its name; if the name is taken, raise StatusError with FAILURE."""
         if HARDLINK in self.channel.extensions:
             try:
                 self.channel.extended(HARDLINK, pack_string(upload), pack_string(path)).result(
@@ -530,7 +530,7 @@ class _Connection:
         )
 
     def replace(self, upload: str, path: str) -> None:
-        """Give an uploaded file its name, whatever has it now."""
+        """Rename an uploaded file to its name, and replace a file that has the name."""
         self._forget(path)
         if POSIX_RENAME in self.channel.extensions:
             self.channel.extended(POSIX_RENAME, pack_string(upload), pack_string(path)).result(

@@ -320,7 +320,7 @@ class SftpChannel:
                     if views:
                         views[0] = views[0][sent:]
         except BrokenPipeError:
-            return  # the reading thread finds out why, and tells all who wait
+            return  # the reading thread finds the reason, and reports it to every waiting call
         except BaseException:
             # Half a request is on its way: nothing after it would be understood.
             self._finish(
