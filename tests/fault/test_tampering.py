@@ -295,7 +295,7 @@ class TestForgery:
         lure = hostile.folder / "lure"
         lure.mkdir()
         (lure / "payroll").write_bytes(b"what the attacker wants to be restored")
-        printed = hostile.run("backup", "--no-sync", lure, "--time", "2030-01-01", home="attacker")
+        printed = hostile.run("backup", "--no-sync", lure, home="attacker")
         assert printed.exit == 0
         (forged,) = set(os.listdir(hostile.root / "snapshots")) - set(hostile.published)
         listed = hostile.run("snapshots", *hostile.identity(), home="fresh")
