@@ -191,7 +191,7 @@ def _find_parent(
         named = repository.snapshots.resolve(options.parent)
         repository.snapshots.require_proven(named[0], "this parent")
         return named
-    if repository.is_locked:
+    if repository.lacks_identity:
         return None
     paths = _kept_paths(options)
     directory = _recorded_directory(options)
@@ -430,7 +430,7 @@ class _Backup:
 def _open_file_cache(repository: Repository, options: BackupOptions) -> FileCache | None:
     """Return the files cache of a write-only host, which replaces the parent; None on other hosts."""
     domain = repository.key_manager.domain if repository.key_manager is not None else None
-    if domain is None or not repository.is_locked or not options.use_parent:
+    if domain is None or not repository.lacks_identity or not options.use_parent:
         return None
     from casfs.backup.file_cache import FileCache
 

@@ -209,7 +209,7 @@ def _snapshots(repository: Repository, incomplete: str) -> Iterator[CompletionIt
     if "latest".startswith(incomplete):
         yield CompletionItem("latest", help="the newest snapshot")
     ids = repository.snapshots.ids()
-    if repository.is_locked or len(ids) > _MAX_DESCRIBED:
+    if repository.lacks_identity or len(ids) > _MAX_DESCRIBED:
         described: list[tuple[str, str]] = [(short_id(one), "") for one in ids]
     else:
         described = [
@@ -229,7 +229,7 @@ def _description(snapshot: Snapshot) -> str:
 
 def _paths_inside(repository: Repository, name: str, text: str) -> Iterator[CompletionItem[str]]:
     """Yield the entries of a directory of a snapshot; names that a line cannot show are left out."""
-    if repository.is_locked:
+    if repository.lacks_identity:
         return
     above, slash, beginning = text.rpartition("/")
     _, _, _, node = repository.snapshots.resolve_path(f"{name}:{above or '/'}")
@@ -249,7 +249,7 @@ def _paths_inside(repository: Repository, name: str, text: str) -> Iterator[Comp
 
 def _tags(repository: Repository, incomplete: str) -> Iterator[CompletionItem[str]]:
     before, comma, beginning = incomplete.rpartition(",")
-    if repository.is_locked:
+    if repository.lacks_identity:
         return
     tags = {tag for _, snapshot in repository.snapshots.iterate() for tag in snapshot.tags}
     for tag in sorted(tags):
@@ -258,7 +258,7 @@ def _tags(repository: Repository, incomplete: str) -> Iterator[CompletionItem[st
 
 
 def _hosts(repository: Repository, incomplete: str) -> Iterator[CompletionItem[str]]:
-    if repository.is_locked:
+    if repository.lacks_identity:
         return
     for host in sorted({snapshot.host for _, snapshot in repository.snapshots.iterate()}):
         if host.startswith(incomplete) and host.isprintable():

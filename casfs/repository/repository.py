@@ -124,7 +124,7 @@ class Repository:
         self.close()
 
     @property
-    def is_locked(self) -> bool:
+    def lacks_identity(self) -> bool:
         """Whether the repository is encrypted and no identity was given."""
         return self.key_manager is not None and not self.key_manager.can_read
 

@@ -361,7 +361,7 @@ class BlobStore:
                 "%d packs that the index names are missing; their blobs no longer count as stored",
                 len(missing),
             )
-        if missing and not keep_missing and any(self._is_locked(pack) for pack in stored):
+        if missing and not keep_missing and any(self._lacks_keys(pack) for pack in stored):
             # A rebuild would lose the entries of packs for which this machine lacks the keys.
             ordinals = {one.ordinal: one.pack for one in self.index.packs() if one.pack in missing}
             self.index.remove_packs(ordinals, lost=True)
@@ -400,7 +400,7 @@ class BlobStore:
 
         self.index.add_found_packs(packs, ask)
 
-    def _is_locked(self, pack: PackId) -> bool:
+    def _lacks_keys(self, pack: PackId) -> bool:
         """Return whether a pack is encrypted with keys that are not available."""
         try:
             if self._ciphers is not None:

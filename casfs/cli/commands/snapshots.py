@@ -82,7 +82,7 @@ def snapshots(
     with open_for_reading(
         root, OpenOptions(unlock=settings.unlock, allow_locked=True)
     ) as repository:
-        if repository.is_locked and choice.is_empty() and not latest:
+        if repository.lacks_identity and choice.is_empty() and not latest:
             _list_envelopes(output, repository)
             return
         everything = list(repository.snapshots.iterate())
