@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,19 @@ class TestDumpAsTar:
         found = members(stream)
         assert set(found) == {name, name + b"/again" + name[:200], name + b"/link"}
         assert os.fsencode(found[name + b"/link"].linkname) == name * 2
+
+    @pytest.mark.parametrize("name", [b"caf\xe9", b"\xff" * 100, b"\xe9" * 101, b"\xe9" * 255])
+    def test_gnu_tar_lists_names_that_are_not_utf_8_without_a_warning(
+        self, repo: RepositoryFixture, name: bytes
+    ) -> None:
+        link = entry(b"", NodeType.SYMLINK, content=name)
+        stream, _, _ = tar_of(repo, {name: {b"f": file(b"")}, b"link": link})
+        listing = [b"tar", b"--list", b"--quoting-style=literal", b"--show-transformed-names"]
+        done = subprocess.run(listing, input=stream, capture_output=True, check=True)
+        assert done.stderr == b""
+        names = sorted([name + b"/", name + b"/f", b"link"])
+        assert sorted(done.stdout.splitlines()) == names
+        assert members(stream)[b"link"].linkname.encode("utf-8", "surrogateescape") == name
 
     def test_tar_writes_no_needless_pax_header(self, repo: RepositoryFixture) -> None:
         stream, _, _ = tar_of(repo, {b"f": file(b"", mtime_ns=10**18)})
