@@ -182,7 +182,7 @@ def _repository(ctx: click.Context) -> Iterator[Repository | None]:
     if not isinstance(place, LocalPlace):
         yield None
         return
-    with open_for_reading(place, OpenOptions(allow_locked=True)) as repository:
+    with open_for_reading(place, OpenOptions(allow_no_identity=True)) as repository:
         yield repository
 
 

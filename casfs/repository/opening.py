@@ -59,13 +59,13 @@ class OpenOptions:
     """Options for all ways of opening a repository.
 
     `unlock` returns the identities that decrypt an encrypted repository. Without any identity, opening fails
-    unless `allow_locked` is set: a write-only host can back up, and any user can list the snapshots. `level`
-    is the zstd level for new data. `sync=False` is for tests of everything but durability. `on_step` is
-    called with the name of every durable step before and after it.
+    unless `allow_no_identity` is set: a write-only host can back up, and any user can list the snapshots.
+    `level` is the zstd level for new data. `sync=False` is for tests of everything but durability. `on_step`
+    is called with the name of every durable step before and after it.
     """
 
     unlock: Unlock | None = None
-    allow_locked: bool = False
+    allow_no_identity: bool = False
     level: int = DEFAULT_LEVEL
     sync: bool = True
     on_step: Callable[[str], None] | None = None
@@ -187,7 +187,7 @@ def open_for_reading(
         trust = place.trust_root(storage)
         config = trust.config
         keys = open_key_manager(
-            str(place), storage, trust, options.unlock, None, options.allow_locked
+            str(place), storage, trust, options.unlock, None, options.allow_no_identity
         )
         if reader is not None:
             lock = _reader_lock(place, reader, config)
@@ -247,7 +247,7 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
         else:
             mark_remote_writers(storage)
         keys = open_key_manager(
-            str(place), storage, trust, options.unlock, mode, options.allow_locked
+            str(place), storage, trust, options.unlock, mode, options.allow_no_identity
         )
         path = place.index_dir(config)
         if mode == LockMode.EXCLUSIVE:

@@ -106,7 +106,7 @@ def test_the_frozen_encrypted_repository_shows_nothing_without_a_key(frozen: Pat
     with pytest.raises(KeyMissingError, match="check --storage"):
         open_for_reading(frozen)
     with (
-        open_for_reading(frozen, OpenOptions(allow_locked=True)) as repository,
+        open_for_reading(frozen, OpenOptions(allow_no_identity=True)) as repository,
         pytest.raises(KeyMissingError),
     ):
         list(repository.snapshots.iterate())

@@ -97,7 +97,7 @@ class EncryptedRepositoryFixture:
         self.config = create_repository(self.root, recipients or (RECIPIENT,))
 
     def writing(self, verb: str = "test") -> Repository:
-        return open_for_writing(self.root, verb, OpenOptions(allow_locked=True, sync=False))
+        return open_for_writing(self.root, verb, OpenOptions(allow_no_identity=True, sync=False))
 
     def reading(self) -> Repository:
         return open_for_reading(self.root, OpenOptions(unlock=unlock))

@@ -216,7 +216,7 @@ def act_at_home(
     def unlock(storage: Storage, trust: TrustRoot) -> Identities:
         return Identities([age.identity_from_line(secret)] if secret is not None else [])
 
-    _fix_options(unlock=unlock, allow_locked=secret is None)
+    _fix_options(unlock=unlock, allow_no_identity=secret is None)
     return ACTS[does](root, step, **arguments)
 
 

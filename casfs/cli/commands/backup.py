@@ -276,7 +276,9 @@ def backup(
         open_for_writing(
             root,
             "backup",
-            OpenOptions(unlock=unlock, allow_locked=True, level=compression, sync=settings.sync),
+            OpenOptions(
+                unlock=unlock, allow_no_identity=True, level=compression, sync=settings.sync
+            ),
         ) as repository,
         monitor,
     ):

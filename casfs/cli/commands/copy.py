@@ -63,7 +63,7 @@ def copy(settings: Settings, snaps: tuple[str, ...], destination: str, level: in
             target,
             "copy",
             OpenOptions(
-                unlock=keys.unlock_given, allow_locked=True, level=level, sync=settings.sync
+                unlock=keys.unlock_given, allow_no_identity=True, level=level, sync=settings.sync
             ),
         ) as writing,
         monitor,

@@ -80,7 +80,7 @@ def snapshots(
     output = settings.output()
     root = settings.repository()
     with open_for_reading(
-        root, OpenOptions(unlock=settings.unlock, allow_locked=True)
+        root, OpenOptions(unlock=settings.unlock, allow_no_identity=True)
     ) as repository:
         if repository.lacks_identity and choice.is_empty() and not latest:
             _list_envelopes(output, repository)

@@ -111,7 +111,7 @@ def _print_packs(settings: Settings) -> None:
 
     with open_for_reading(
         settings.repository(),
-        OpenOptions(unlock=settings.keys.unlock_given, allow_locked=True),
+        OpenOptions(unlock=settings.keys.unlock_given, allow_no_identity=True),
     ) as repository:
         seen = pack_stats(repository)
     oldest_ns = seen.oldest_verification_ns
