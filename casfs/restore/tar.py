@@ -1,10 +1,10 @@
 """Stream verified data: the content of a file, or a directory as a tar.
 
-The tar has the POSIX pax format: values that a plain header cannot represent, such as nanoseconds, long or
-undecodable names, large numbers and xattrs, are in an extended header before it. This module builds the
-records as bytes, because names and xattrs need not be text. Memory is bounded: one chunk of a file, and a
-limited number of hard links. The stream ends at the first damage, because a reader would take the rest for
-intact.
+The tar has the POSIX pax format: values that a plain header cannot represent, such as nanoseconds, long
+names, large numbers and xattrs, are in an extended header before it. Long names that are not UTF-8 are in
+GNU's long-name entries instead. This module builds the records as bytes, because xattrs need not be text.
+Memory is bounded: one chunk of a file, and a limited number of hard links. The stream ends at the first
+damage, because a reader would take the rest for intact.
 """
 
 from __future__ import annotations
