@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
 
 
 def main() -> None:
     """Run the command and exit with its code."""
+    from casfs.cli import standard_streams
     from casfs.cli.app import run
     from casfs.storage.interruption import INTERRUPTED
 
+    standard_streams.install()
     code = run(sys.argv[1:])
     if INTERRUPTED.is_set():
         # The interpreter would wait for threads whose calls to a server nothing can end.
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

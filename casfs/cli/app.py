@@ -10,19 +10,21 @@ import importlib
 import logging
 import os
 import resource
-import signal
 import sys
-from types import FrameType
 
 import click
 
-from casfs import __version__
+from casfs import __version__, interruption
+from casfs.cli import standard_streams
 from casfs.cli.examples import add_examples
 from casfs.cli.output import Output
 from casfs.cli.settings import Settings, common_options
+from casfs.cli.standard_streams import OutputError
+from casfs.cli.usage_messages import usage_message
 from casfs.cli.verbs import SuggestingGroup
 from casfs.display import escape_path, single_line
 from casfs.errors import CasfsError
+from casfs.storage.interruption import INTERRUPTED
 
 VERBS = {
     "init": "casfs.cli.commands.init:init",
@@ -62,8 +64,27 @@ EXIT_USAGE = 2
 EXIT_UNREADABLE = 3
 EXIT_CHANGED = 4
 EXIT_DAMAGED = 5
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = interruption.EXIT_INTERRUPTED
+EXIT_NO_READER = 141
 
+
+PRINTING_VERBS = frozenset(
+    [
+        "snapshots",
+        "ls",
+        "find",
+        "changed",
+        "diff",
+        "log",
+        "dump",
+        "config",
+        "stats",
+        "version",
+        "completion",
+        "help",
+    ]
+)
+"""Verbs that only print. They end when their output cannot be written; all others finish their work first."""
 
 _COMPLETION_VARIABLE = "_CASFS_COMPLETE"
 _OPEN_FILES = 16_384
@@ -83,6 +104,15 @@ class _Verbs(SuggestingGroup):
         command: click.Command = getattr(importlib.import_module(module), name)
         add_examples(command, cmd_name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        ctx.ensure_object(Settings).verb = name
+        if name not in PRINTING_VERBS:
+            standard_streams.keep_working()
+        return name, command, rest
 
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -110,19 +140,30 @@ def casfs() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code; only a bug leaves a traceback."""
-    _open_standard_streams()
-    _configure()
-    if _COMPLETION_VARIABLE in os.environ:
-        from casfs.cli.shell_completion import register_shells
-
-        register_shells()
     as_json = "--json" in arguments
     try:
-        settings = Settings()
-        code = casfs.main(args=arguments, prog_name="casfs", standalone_mode=False, obj=settings)
+        interruption.begin()
+        code = _run(arguments, as_json)
+        interruption.end(code)
+        return code
+    except (KeyboardInterrupt, click.Abort):
+        interruption.end(EXIT_INTERRUPTED)
+        return _fail(as_json, interruption.MESSAGE, EXIT_INTERRUPTED)
+
+
+def _run(arguments: list[str], as_json: bool) -> int:
+    settings = Settings()
+    try:
+        _configure()
+        code = _invoke(arguments, settings)
         settings.report_requests()
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        error = standard_streams.write_error()
+        if error is None:
+            return code
+        failed = _output_failed(as_json, error)
+        return code or (0 if settings.verb in _keeps_code(error) else failed)
+    except OutputError as error:
+        return _output_failed(as_json, error.cause)
     except CasfsError as error:
         return _fail(as_json, str(error), error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -130,17 +171,29 @@ def run(arguments: list[str]) -> int:
         return EXIT_USAGE
     except click.UsageError as error:
         hint = f" ({error.ctx.command_path} --help)" if error.ctx and error.ctx.parent else ""
-        return _fail(as_json, error.format_message().rstrip(".") + hint, EXIT_USAGE)
+        return _fail(as_json, usage_message(error) + hint, EXIT_USAGE)
     except click.ClickException as error:
         return _fail(as_json, error.format_message(), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail(
-            as_json, "interrupted; the repository is as intact as before", EXIT_INTERRUPTED
-        )
-    except BrokenPipeError as error:
-        return stdout_failed(error, EXIT_FAILED)
     except OSError as error:
         return _fail(as_json, _os_error_message(error), EXIT_FAILED)
+
+
+def _invoke(arguments: list[str], settings: Settings) -> int:
+    """Run the command and return its exit code.
+
+    `click.Group.main` would take any EPIPE for the end of the reader, and an interrupted prompt for its own.
+    """
+    if _COMPLETION_VARIABLE in os.environ:
+        from casfs.cli.shell_completion import register_shells
+
+        register_shells()
+        casfs.main(args=arguments, prog_name="casfs", complete_var=_COMPLETION_VARIABLE)
+    try:
+        with casfs.make_context("casfs", list(arguments), obj=settings) as context:
+            code = casfs.invoke(context)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    return code if isinstance(code, int) else 0
 
 
 def _os_error_message(error: OSError) -> str:
@@ -152,26 +205,28 @@ def _os_error_message(error: OSError) -> str:
     return f"{name}: {message}" if name is not None else message
 
 
-def stdout_failed(error: OSError, code: int) -> int:
-    """Send further output to the null device and return the exit code `code`.
+def _output_failed(as_json: bool, error: OSError) -> int:
+    """Return the exit code for output that could not be written; report any error but a closed pipe."""
+    if isinstance(error, BrokenPipeError):
+        return EXIT_NO_READER
+    Output(as_json).warn(f"the result cannot be printed: {_os_error_message(error)}")
+    return EXIT_FAILED
 
-    Call it when a write to standard output fails. A closed pipe is no error: its reader has exited. Any
-    other error is printed to standard error.
+
+def _keeps_code(error: OSError) -> tuple[str, ...]:
+    """Return the verbs whose exit code 0 is kept where their output cannot be written.
+
+    The exit code of a run is that of its steps. Exit code 1 would mean that a backup published nothing.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if not isinstance(error, BrokenPipeError):
-        Output(as_json=False).warn(f"the result cannot be printed: {_os_error_message(error)}")
-    return code
+    return ("run",) if isinstance(error, BrokenPipeError) else ("run", "backup")
 
 
 def _fail(as_json: bool, message: str, code: int) -> int:
+    standard_streams.keep_working()
     output = Output(as_json)
     output.warn(message)
-    try:
-        output.emit("error", message=message, exit=code)
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    output.emit("error", message=message, exit=code)
+    sys.stdout.flush()
     return code
 
 
@@ -182,39 +237,14 @@ class _SingleLineFormatter(logging.Formatter):
         return single_line(super().formatMessage(record))
 
 
-def _open_standard_streams() -> None:
-    """Open the null device for each of stdin, stdout and stderr that the parent process closed.
-
-    Otherwise a file of the repository would get that descriptor number: a read of stdin would read it,
-    and any message would be written into it.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            # open(2) returns the lowest free number, which is this one.
-            fd = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
-            os.set_inheritable(fd, True)
-        if number and getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "w", closefd=False))
-
-
 def _configure() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(_SingleLineFormatter("casfs: %(message)s"))
     for name in ("casfs", "casfs_mount"):
         logging.getLogger(name).addHandler(handler)
     _allow_open_files()
     _forbid_core_dumps()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, _interrupt)
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    interruption.on_signal(INTERRUPTED.set)
 
 
 def _allow_open_files() -> None:
@@ -229,10 +259,3 @@ def _forbid_core_dumps() -> None:
     """Write no core dump: it would contain keys and passphrases."""
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    from casfs.storage.interruption import INTERRUPTED
-
-    INTERRUPTED.set()
-    raise KeyboardInterrupt

@@ -260,6 +260,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
     tags: tuple[frozenset[str], ...] = ()
     paths: tuple[str, ...] = ()
+    verb: str | None = None
     keys: KeyOptions = field(default_factory=KeyOptions)
     expected: str | None = None
     upload_bytes_per_s: int | None = None

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
+from casfs import interruption
 from casfs.run.outcome import EXIT_FAILED, EXIT_INTERRUPTED, HookOutcome, JsonObject
 
 _MAX_PROBLEMS = 20
@@ -166,7 +167,8 @@ def _finish(process: subprocess.Popen[bytes], work: Callable[[], object]) -> boo
         work()
         process.wait()
         return False
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        interruption.acknowledge(error)
         _signal_group(process, signal.SIGTERM)
     except BaseException:
         _signal_group(process, signal.SIGKILL)
@@ -174,7 +176,8 @@ def _finish(process: subprocess.Popen[bytes], work: Callable[[], object]) -> boo
     try:
         work()
         process.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        interruption.acknowledge(error)
         _signal_group(process, signal.SIGKILL)
         process.wait()
     return True

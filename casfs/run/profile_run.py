@@ -23,6 +23,7 @@ from typing import Protocol
 
 import msgspec
 
+from casfs import interruption
 from casfs.config.profiles import Profile
 from casfs.errors import CasfsError
 from casfs.run.due import PlannedStep, plan_steps
@@ -118,7 +119,8 @@ def run_profile(
             run.measure_repository()
             if outcome_of(run.exit) is not Outcome.FAILED:
                 run.call_hook("after")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            interruption.acknowledge(error)
             run.interrupt()
         except Exception as error:
             # After an error in casfs too, the record, the pings and the notification report the run.
@@ -270,7 +272,8 @@ class _Run:
         text = json.dumps(msgspec.to_builtins(summary)).encode() + b"\n"
         try:
             outcome = run_hook(name, command.text, text, self._hook_environment(name, summary))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            interruption.acknowledge(error)
             self.interrupt()
             return
         except OSError as error:

@@ -112,7 +112,7 @@ def test_a_closed_stdout_causes_no_traceback(repository: Casfs, source: Path) ->
     process.stdout.close()
     complaint = process.stderr.read()
     process.stderr.close()
-    process.wait(60)
+    assert process.wait(60) == 141
     assert complaint == b""
 
 

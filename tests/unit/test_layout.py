@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "casfs.digest",
         "casfs.display",
         "casfs.errors",
+        "casfs.interruption",
         "casfs.monitor",
         "casfs.paths",
         "casfs.patterns",

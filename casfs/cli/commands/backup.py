@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE, stdout_failed
+from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE
 from casfs.cli.output import iso_time, json_path
 from casfs.cli.param_types import PATTERN, SIZE, TAGS, parse_time
 from casfs.cli.progress import CommandMonitor
@@ -283,14 +283,8 @@ def backup(
         monitor,
     ):
         result = run_backup(repository, options, monitor)
-    code = exit_code(result, changed_ok)
-    try:
-        _report(settings, result, dry_run)
-        sys.stdout.flush()
-    except OSError as error:
-        # The snapshot is published even if the result cannot be printed; the exit code says so.
-        return stdout_failed(error, code)
-    return code
+    _report(settings, result, dry_run)
+    return exit_code(result, changed_ok)
 
 
 def exit_code(result: BackupResult, changed_ok: bool) -> int:

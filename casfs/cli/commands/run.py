@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from casfs.cli.app import stdout_failed
 from casfs.cli.settings import Settings, complete_profiles, configuration_options
 from casfs.errors import CasfsError, LockedError, UsageError
 
@@ -128,12 +127,9 @@ class _RunPrinter:
         self._print(headline(summary), fields.pop("type"), fields)
 
     def _print(self, line: str, kind: str, fields: dict[str, Any]) -> None:
-        try:
-            self._output.line(line)
-            self._output.emit(kind, **fields)
-            sys.stdout.flush()
-        except OSError as error:
-            stdout_failed(error, 0)
+        self._output.line(line)
+        self._output.emit(kind, **fields)
+        sys.stdout.flush()
 
 
 def _json(value: Any) -> dict[str, Any]:
