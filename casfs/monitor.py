@@ -5,6 +5,7 @@ The library never prints. A command passes a `Monitor` that draws on the termina
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -37,18 +38,81 @@ class Problem:
     details: dict[str, str | int | None] = field(default_factory=dict)
 
 
+class EntryChange(StrEnum):
+    """What a command does with a file: how a backup found it beside the parent snapshot, or a restore."""
+
+    NEW = "new"
+    MODIFIED = "modified"
+    RESTORE = "restore"
+
+
+class Unit(StrEnum):
+    """What `Progress.items` counts."""
+
+    FILES = "files"
+    ENTRIES = "entries"
+    SNAPSHOTS = "snapshots"
+    PACKS = "packs"
+    OBJECTS = "objects"
+
+
 @dataclass(slots=True)
 class Progress:
-    """Progress counters of a command. One thread writes them, any thread may read them.
+    """Progress counters of a command, which moves through stages. Sizes are in bytes.
 
-    `files` counts entries of all kinds where `total_entries` is known. Sizes are in bytes.
+    `done_bytes` are those of finished entries, `file_bytes` those of the current file so far, and
+    `again_bytes` those of the current file that were read a second time. A total is None where it is
+    unknown, and `is_estimate` is set where it comes from the previous snapshot. One thread writes the
+    counters, except through `add_bytes`; any thread may read them.
     """
 
-    files: int = 0
+    stage: str = ""
+    unit: Unit = Unit.FILES
+    items: int = 0
     done_bytes: int = 0
-    total_entries: int | None = None
+    file_bytes: int = 0
+    again_bytes: int = 0
+    total_items: int | None = None
     total_bytes: int | None = None
+    is_estimate: bool = False
     path: bytes = b""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(
+        self,
+        stage: str,
+        unit: Unit,
+        *,
+        total_items: int | None = None,
+        total_bytes: int | None = None,
+        is_estimate: bool = False,
+    ) -> None:
+        """Begin a stage: all counters begin at zero."""
+        self.stage, self.unit, self.path = stage, unit, b""
+        self.items = self.done_bytes = self.file_bytes = self.again_bytes = 0
+        self.total_items, self.total_bytes, self.is_estimate = total_items, total_bytes, is_estimate
+
+    def begin_file(self) -> None:
+        """Begin a file, or begin it again."""
+        self.file_bytes = self.again_bytes = 0
+
+    def finish_file(self, size: int) -> None:
+        """Count a file of this size as finished."""
+        self.done_bytes += size
+        self.file_bytes = self.again_bytes = 0
+
+    def read_bytes(self, count: int) -> None:
+        """Count bytes of the current file."""
+        self.file_bytes += count
+
+    def read_bytes_again(self, count: int) -> None:
+        """Count bytes of the current file that are read a second time."""
+        self.again_bytes += count
+
+    def add_bytes(self, count: int) -> None:
+        """Add to `done_bytes`, from any thread."""
+        with self._lock:
+            self.done_bytes += count
 
 
 class Monitor(Protocol):
@@ -58,6 +122,9 @@ class Monitor(Protocol):
 
     def problem(self, problem: Problem) -> None:
         """Receive a problem. Called on the thread of the command."""
+
+    def entry(self, path: bytes, change: EntryChange) -> None:
+        """Receive a file that was read or written. Called on the thread of the command."""
 
 
 class RecordingMonitor:
@@ -70,3 +137,6 @@ class RecordingMonitor:
     def problem(self, problem: Problem) -> None:
         """Append the problem to the list."""
         self.problems.append(problem)
+
+    def entry(self, path: bytes, change: EntryChange) -> None:
+        """Ignore the file: the snapshot holds it."""

@@ -66,8 +66,12 @@ class _Attempt(NamedTuple):
     xattr_error: OSError | None = None
 
 
-def _ignore(_: OSError) -> None:
-    """Do nothing about an error."""
+def _ignore(_: object) -> None:
+    """Do nothing about an error or the progress."""
+
+
+def _do_nothing() -> None:
+    """Do nothing before an attempt."""
 
 
 class Capturer:
@@ -76,6 +80,7 @@ class Capturer:
     `attempts` is the limit for one file, `budget` the time for all files together, `allowances` what the
     files of each owner may cost. `pause` sleeps for the given seconds. `abandoned_bytes` counts what was
     stored of attempts that no node refers to; chunks that several attempts have in common count as often.
+    `on_attempt` is called before each attempt, `on_reread` with the bytes of each read of a witness read.
     """
 
     def __init__(
@@ -86,7 +91,11 @@ class Capturer:
         attempts: int = DEFAULT_ATTEMPTS,
         pause: Callable[[float], None] = time.sleep,
         allowances: Allowances | None = None,
+        on_attempt: Callable[[], None] = _do_nothing,
+        on_reread: Callable[[int], None] = _ignore,
     ) -> None:
+        self._on_attempt = on_attempt
+        self._on_reread = on_reread
         self._allowances = allowances or Allowances()
         self._reader = reader
         self._reflinker = reflinker
@@ -178,6 +187,7 @@ class Capturer:
 
     def _attempt(self, dir_fd: int, name: bytes, attempt: int) -> _Attempt:
         """Open and read a file once: from a clone where that is due, else directly."""
+        self._on_attempt()
         try:
             fd = open_file(dir_fd, name, self._allowances.may_wait)
         except OSError as error:
@@ -285,7 +295,7 @@ class Capturer:
         replaced = reason == ChangeReason.REPLACED
         observed = None
         try:
-            reread = verify_read(fd, reading.size, self._allowances.take_hole)
+            reread = verify_read(fd, reading.size, self._allowances.take_hole, self._on_reread)
         except OSError:
             state, reason = CaptureState.CHANGED, ChangeReason.READ_ERROR
         else:

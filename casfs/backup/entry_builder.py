@@ -25,7 +25,7 @@ from casfs.format.tree import (
     check_entry,
     replace,
 )
-from casfs.monitor import Monitor
+from casfs.monitor import EntryChange, Monitor
 from casfs.problems import backup_failed, silent_change, unread_xattrs, unstable_capture
 
 if TYPE_CHECKING:
@@ -40,9 +40,11 @@ _FILE, _DIRECTORY = NodeType.FILE, NodeType.DIRECTORY
 
 @dataclass(slots=True)
 class WalkStats:
-    """Counts of the entries of one walk."""
+    """Counts of the entries of one walk; `files` are `new`, `modified` or `unchanged`."""
 
     files: int = 0
+    new: int = 0
+    modified: int = 0
     directories: int = 0
     others: int = 0
     unchanged: int = 0
@@ -133,6 +135,8 @@ class EntryBuilder:
             return None
         if self._reread and previous is not None and kind is _FILE:
             self._compare(path, previous, node, st)
+        elif kind is _FILE:
+            self._count_difference(path, previous)
         self.count(node)
         return node
 
@@ -162,8 +166,8 @@ class EntryBuilder:
         if node.kind == _FILE:
             progress = self._progress
             self.stats.files += 1
-            progress.files += 1
-            progress.done_bytes += node.size
+            progress.items += 1
+            progress.finish_file(node.size)
         elif node.kind == _DIRECTORY:
             self.stats.directories += 1
         else:
@@ -175,6 +179,15 @@ class EntryBuilder:
         """Count an entry that is equal to the entry in the parent snapshot."""
         self.stats.unchanged += node.kind == _FILE
         self.count(node)
+
+    def _count_difference(self, path: bytes, previous: Node | None) -> None:
+        """Count and report a file that the parent snapshot lacks, or has with other metadata."""
+        if previous is None or previous.kind != _FILE:
+            self.stats.new += 1
+            self._monitor.entry(path, EntryChange.NEW)
+        else:
+            self.stats.modified += 1
+            self._monitor.entry(path, EntryChange.MODIFIED)
 
     def report_failure(self, path: bytes, error: OSError | TreeError) -> None:
         """Count and report an entry that is missing from the snapshot or incomplete."""
@@ -216,10 +229,12 @@ class EntryBuilder:
         if not (
             is_unchanged(previous, st, NodeType.FILE) and is_unchanged(node, st, NodeType.FILE)
         ):
+            self._count_difference(path, previous)
             return
         if captured_digest(previous) == captured_digest(node):
             self.stats.unchanged += 1
             return
+        self._count_difference(path, previous)
         self.stats.silently_changed += 1
         self._monitor.problem(silent_change(path, previous, node))
 

@@ -40,7 +40,7 @@ from casfs.display import escape_path
 from casfs.errors import IntegrityError, NotFoundError, RefusedError
 from casfs.format.snapshot import Snapshot, SnapshotStats, require_encodable
 from casfs.format.tree import Node, NodeType, replace
-from casfs.monitor import Monitor
+from casfs.monitor import Monitor, Unit
 from casfs.paths import normalize_source_path
 from casfs.problems import sources_left_out
 from casfs.repository.place import LocalPlace, Place, RemotePlace
@@ -102,12 +102,15 @@ class BackupResult:
 
     At most `abandoned_bytes` of what was newly stored belongs to attempts at files that changed, and to no
     snapshot.
+    `new` files are not in the parent snapshot, `modified` files are there with other metadata.
     """
 
     snapshot_id: SnapshotId | None
     snapshot: Snapshot
     missing_sources: int
     abandoned_bytes: int = 0
+    new: int = 0
+    modified: int = 0
 
 
 def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor) -> BackupResult:
@@ -124,12 +127,19 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
     # Refuse a snapshot that could not be published before anything is stored.
     require_encodable(draft, _ROOM_BYTES)
     parent = _find_parent(repository, options)
+    _begin_progress(monitor, parent)
     with closing(_Backup(repository, options, sources, monitor)) as backup:
         root = backup.read(parent)
     snapshot = _complete_snapshot(draft, root, parent, backup, began)
     snapshot_id = None if options.dry_run else repository.snapshots.publish(snapshot)
+    stats = backup.entries.stats
     return BackupResult(
-        snapshot_id, snapshot, backup.entries.stats.missing_sources, backup.abandoned_bytes
+        snapshot_id,
+        snapshot,
+        stats.missing_sources,
+        backup.abandoned_bytes,
+        stats.new,
+        stats.modified,
     )
 
 
@@ -205,6 +215,21 @@ def _find_parent(
         and repository.snapshots.is_from_trusted_writer(snapshot_id)
     ]
     return latest_of(found, time.time_ns()) if found else None
+
+
+def _begin_progress(monitor: Monitor, parent: tuple[SnapshotId, Snapshot] | None) -> None:
+    """Begin to count files and bytes; those of the parent snapshot are the estimated totals."""
+    tree = parent[1].root.tree if parent is not None else None
+    if parent is None or tree is None:
+        monitor.progress.begin("", Unit.FILES)
+        return
+    monitor.progress.begin(
+        "",
+        Unit.FILES,
+        total_items=parent[1].stats.files,
+        total_bytes=tree.total_bytes,
+        is_estimate=True,
+    )
 
 
 def _included_sources(options: BackupOptions, monitor: Monitor) -> tuple[bytes, ...]:
@@ -332,6 +357,7 @@ class _Backup:
         root = self._write(lambda writer: self._walk(writer, sources, parent, not retries))
         if retries and root.tree is not None and root.tree.flagged:
             self._budget.release_reserve()
+            self._monitor.progress.begin("reading changed files again", Unit.FILES)
             root = self._write(lambda writer: self._retry_changed(writer, sources, root))
         return root
 
@@ -345,6 +371,7 @@ class _Backup:
         writer = self._repository.writer(self._options.dry_run, self._options.spool_in_memory)
         try:
             root = read(writer)
+            self._monitor.progress.stage = "storing the last packs"
             stored = writer.finish()
             if self._file_cache is not None and not self._options.dry_run:
                 self._file_cache.commit()
@@ -401,8 +428,13 @@ class _Backup:
 
     def _capturer(self, writer: BlobWriter) -> Capturer:
         digest = self._repository.codec.digest
+        progress = self._monitor.progress
         reader = SourceReader(
-            self._repository.chunker(), writer.put, digest, self._allowances.take_hole
+            self._repository.chunker(),
+            writer.put,
+            digest,
+            self._allowances.take_hole,
+            progress.read_bytes,
         )
         capturer = Capturer(
             reader,
@@ -410,6 +442,8 @@ class _Backup:
             self._budget,
             self._options.attempts,
             allowances=self._allowances,
+            on_attempt=progress.begin_file,
+            on_reread=progress.read_bytes_again,
         )
         self._capturers.append(capturer)
         return capturer

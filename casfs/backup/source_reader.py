@@ -30,6 +30,10 @@ from casfs.trees.file_content import Part
 _READ_BYTES = 1 << 20
 
 
+def _ignore(_: int) -> None:
+    """Do nothing about the progress."""
+
+
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
     """The result of the witness read.
@@ -51,11 +55,16 @@ def _allow(_uid: int, _length: int) -> None:
     """Allow every hole."""
 
 
-def verify_read(fd: int, captured_bytes: int, take_hole: TakeHole = _allow) -> VerifyResult:
+def verify_read(
+    fd: int,
+    captured_bytes: int,
+    take_hole: TakeHole = _allow,
+    on_bytes: Callable[[int], None] = _ignore,
+) -> VerifyResult:
     """Read an open file again for its digests, up to its current size (the witness read).
 
     `captured_bytes` is the number of bytes that the capture read. Raises OSError, also for a hole that
-    `take_hole` refuses.
+    `take_hole` refuses. `on_bytes` is called with the number of bytes of each read.
     """
     st = os.fstat(fd)
     end = st.st_size
@@ -70,6 +79,7 @@ def verify_read(fd: int, captured_bytes: int, take_hole: TakeHole = _allow) -> V
             if not data:
                 return hasher.result()
             hasher.update(data)
+            on_bytes(len(data))
     end = min(end, os.fstat(fd).st_size)
     if end > hasher.done:
         take_hole(st.st_uid, end - hasher.done)
@@ -138,7 +148,8 @@ class ReadResult(NamedTuple):
 class SourceReader:
     """Read the files of one backup. One thread.
 
-    `put` stores a blob, `digest` computes its digest, `take_hole` may refuse a hole.
+    `put` stores a blob, `digest` computes its digest, `take_hole` may refuse a hole. `on_bytes` is called
+    with the size of each chunk of a file larger than one chunk.
     """
 
     def __init__(
@@ -147,7 +158,9 @@ class SourceReader:
         put: Put,
         digest: Callable[[bytes], Digest],
         take_hole: TakeHole = _allow,
+        on_bytes: Callable[[int], None] = _ignore,
     ) -> None:
+        self._on_bytes = on_bytes
         self._take_hole = take_hole
         self._chunker = chunker
         self._put = put
@@ -243,6 +256,7 @@ class SourceReader:
             digest = self._digest(chunk)
             self._put(BlobKind.DATA, digest, chunk)
             content.add(len(chunk), digest)
+            self._on_bytes(len(chunk))
             size += len(chunk)
         return size
 

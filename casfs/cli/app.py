@@ -11,13 +11,14 @@ import logging
 import os
 import resource
 import sys
+from typing import TextIO
 
 import click
 
 from casfs import __version__, interruption
 from casfs.cli import standard_streams
 from casfs.cli.examples import add_examples
-from casfs.cli.output import Output
+from casfs.cli.output import Output, terminal_line
 from casfs.cli.settings import Settings, common_options
 from casfs.cli.standard_streams import OutputError
 from casfs.cli.usage_messages import usage_message
@@ -230,6 +231,15 @@ def _fail(as_json: bool, message: str, code: int) -> int:
     return code
 
 
+class _LogHandler(logging.StreamHandler[TextIO]):
+    """A handler that clears the line of progress before a record."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with terminal_line.lock:
+            terminal_line.clear()
+            super().emit(record)
+
+
 class _SingleLineFormatter(logging.Formatter):
     """A formatter that keeps each record on one line, so that a file name cannot forge a record."""
 
@@ -238,7 +248,7 @@ class _SingleLineFormatter(logging.Formatter):
 
 
 def _configure() -> None:
-    handler = logging.StreamHandler()
+    handler = _LogHandler()
     handler.setFormatter(_SingleLineFormatter("casfs: %(message)s"))
     for name in ("casfs", "casfs_mount"):
         logging.getLogger(name).addHandler(handler)

@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TextIO
 
 from casfs.cli.table import NO_TEXTS, table_lines
 from casfs.digest import SnapshotId, short_id
@@ -18,21 +19,61 @@ from casfs.display import counted, single_line
 JsonValue = Any
 
 
-class Output:
-    """Standard output of one command, as text or as one JSON object per line."""
+class TerminalLine:
+    """The line of a terminal that shows progress. Other output clears it first. Thread-safe.
 
-    def __init__(self, as_json: bool) -> None:
+    `lock` is held while the line or other output is written.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._shown_cells = 0
+
+    def show(self, text: str, cells: int) -> None:
+        """Write the line over the previous one; `cells` is its width on the terminal."""
+        with self.lock:
+            padding = " " * (self._shown_cells - cells)
+            sys.stderr.write(f"\r{text}{padding}")
+            sys.stderr.flush()
+            self._shown_cells = cells
+
+    def clear(self) -> None:
+        """Clear the line, if one is shown."""
+        with self.lock:
+            if self._shown_cells:
+                sys.stderr.write(f"\r{' ' * self._shown_cells}\r")
+                sys.stderr.flush()
+                self._shown_cells = 0
+
+
+terminal_line = TerminalLine()
+"""The terminal has one line of progress, and all output of the process clears it."""
+
+
+class Output:
+    """Standard output of one command, as text or as one JSON object per line. Thread-safe.
+
+    With `quiet` no summary is printed.
+    """
+
+    def __init__(self, as_json: bool, quiet: bool = False) -> None:
         self.as_json = as_json
+        self._quiet = quiet
 
     def line(self, text: str) -> None:
         """Print a line of text; print nothing with --json."""
         if not self.as_json:
-            print(text)
+            _print(text, sys.stdout)
+
+    def summary(self, text: str) -> None:
+        """Print a line about what was done; print nothing with --json or --quiet."""
+        if not self._quiet:
+            self.line(text)
 
     def emit(self, kind: str, /, **fields: JsonValue) -> None:
         """Print a JSON object of this type; print nothing without --json."""
         if self.as_json:
-            print(json.dumps({"type": kind, **fields}))
+            _print(json.dumps({"type": kind, **fields}), sys.stdout)
 
     def table(
         self,
@@ -53,7 +94,14 @@ class Output:
     def warn(self, message: str) -> None:
         """Print a message about a problem to standard error, on one line."""
         sys.stdout.flush()
-        print(f"casfs: {single_line(message)}", file=sys.stderr)
+        _print(f"casfs: {single_line(message)}", sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Print a line as a whole, also beside other threads."""
+    with terminal_line.lock:
+        terminal_line.clear()
+        stream.write(f"{text}\n")
 
 
 _MOST_UNPROVEN = 20

@@ -26,6 +26,7 @@ from casfs.errors import CasfsError, StorageError, UsageError, WrongKeyError
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from casfs.cli.progress import CommandMonitor
     from casfs.config.file import Configuration
     from casfs.config.repositories import NamedRepository
     from casfs.crypto.age import AgeIdentity
@@ -261,6 +262,9 @@ class Settings:
     tags: tuple[frozenset[str], ...] = ()
     paths: tuple[str, ...] = ()
     verb: str | None = None
+    progress: str = "auto"
+    verbose: bool = False
+    quiet: bool = False
     keys: KeyOptions = field(default_factory=KeyOptions)
     expected: str | None = None
     upload_bytes_per_s: int | None = None
@@ -370,7 +374,21 @@ class Settings:
 
     def output(self) -> Output:
         """Return the writer of the command's results."""
-        return Output(self.as_json)
+        return Output(self.as_json, self.quiet)
+
+    def monitor(
+        self, verb: str, source_path: Callable[[bytes], bytes] | None = None
+    ) -> CommandMonitor:
+        """Return the monitor of a command that works for a while; raise UsageError."""
+        from casfs.cli.progress import CommandMonitor, ProgressMode, Verbosity
+
+        if self.verbose and self.quiet:
+            raise UsageError("--verbose and --quiet exclude each other; give one of them")
+        mode = ProgressMode(self.progress)
+        if mode == ProgressMode.JSON and not self.as_json:
+            raise UsageError("--progress json needs --json")
+        verbosity = Verbosity(mode, self.verbose, self.quiet)
+        return CommandMonitor(self.output(), verb, source_path, verbosity)
 
 
 def _set_upload_limit(ctx: click.Context, _: click.Parameter, value: int | None) -> None:
@@ -481,6 +499,52 @@ def _set_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 def _set_no_sync(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         ctx.ensure_object(Settings).sync = False
+
+
+def _set_progress(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.ensure_object(Settings).progress = value
+
+
+def _set_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Settings).verbose = True
+
+
+def _set_quiet(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Settings).quiet = True
+
+
+def progress_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of verbs that work for a while: `Settings.monitor` uses their values."""
+    command = click.option(
+        "--progress",
+        type=click.Choice(["auto", "never", "json"]),
+        expose_value=False,
+        callback=_set_progress,
+        is_eager=True,
+        help="Show progress on a terminal, never, or as JSON lines once a second (with --json)"
+        " [default: auto].",
+    )(command)
+    command = click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_quiet,
+        is_eager=True,
+        help="Print problems and errors only: no progress, no summary.",
+    )(command)
+    return click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_verbose,
+        is_eager=True,
+        help="Print more about what is done: each file that is backed up or restored.",
+    )(command)
 
 
 def complete_profiles(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:

@@ -26,7 +26,7 @@ from casfs.format.tree import (
 from casfs.index.bitmap import Bitmap
 from casfs.index.schema import Location
 from casfs.maintenance.scrub import Finding, PackSelection, Scrubber, ScrubResult, is_refused
-from casfs.monitor import Monitor
+from casfs.monitor import Monitor, Unit
 from casfs.paths import join
 from casfs.repository.repository import Repository
 from casfs.trees.content import EXTENT, Extent
@@ -89,6 +89,7 @@ class Checker:
             ]
 
     def _walk_snapshots(self) -> None:
+        self._monitor.progress.begin("checking files", Unit.FILES)
         for snapshot_id in self._repository.snapshots.ids():
             self.result.snapshots += 1
             try:
@@ -170,7 +171,8 @@ class Checker:
 
     def _check_file(self, snapshot_id: SnapshotId, path: bytes, node: Node) -> bool:
         self.result.files += 1
-        self._monitor.progress.files += 1
+        self._monitor.progress.items += 1
+        self._monitor.progress.path = path
         lost: list[tuple[int, int]] = []
         blob: Digest | None = None
         done = 0

@@ -87,13 +87,18 @@ class SnapshotCopier:
 
     def _copy_root(self, writer: BlobWriter, root: Node, new: list[tuple[bytes, TreeRef]]) -> Node:
         destination = self._destination
-        reader = SourceReader(destination.chunker(), writer.put, destination.codec.digest)
+        reader = SourceReader(
+            destination.chunker(),
+            writer.put,
+            destination.codec.digest,
+            on_bytes=self._monitor.progress.read_bytes,
+        )
         if root.tree is None:
             return self._copy_file(reader, root, root.name)
 
         def change(node: Node, path: bytes) -> Node:
             self._monitor.progress.path = path
-            self._monitor.progress.files += 1
+            self._monitor.progress.items += 1
             return self._copy_file(reader, node, path) if node.kind == NodeType.FILE else node
 
         return rewrite_tree(
@@ -122,7 +127,7 @@ class SnapshotCopier:
             reader.store_pending(stored)
             known = _stored(stored)
             self._files.put(key, known)
-            self._monitor.progress.done_bytes += node.size
+            self._monitor.progress.finish_file(node.size)
         records, levels, captured = known
         return replace(node, content=records, levels=levels, captured=captured)
 

@@ -154,7 +154,7 @@ class Mirror:
         threads = max(1, min(_THREADS, self._parallel_requests()))
         with ThreadPoolExecutor(threads, "casfs-mirror") as pool:
             for item, outcome in zip(wanted, pool.map(self._copy, wanted), strict=True):
-                self._monitor.progress.files += 1
+                self._monitor.progress.items += 1
                 if outcome == "copied":
                     self.result.copied += 1
                     self.result.copied_bytes += item.size

@@ -40,7 +40,7 @@ from casfs.maintenance.prune_plan import (
     packs_to_repack,
     unneeded_packs,
 )
-from casfs.monitor import Monitor
+from casfs.monitor import Monitor, Unit
 from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.remote_writers import require_no_remote_writers
 from casfs.repository.repository import Repository
@@ -112,8 +112,13 @@ class PruneResult:
 
     @property
     def freed_bytes(self) -> int:
-        """Return the bytes by which the repository shrinks."""
-        return self.removed_bytes - self.new_bytes
+        """Return the bytes by which the repository shrinks, 0 where it does not."""
+        return max(self.removed_bytes - self.new_bytes, 0)
+
+    @property
+    def grown_bytes(self) -> int:
+        """Return the bytes by which the repository grows until the waiting packs are removed."""
+        return max(self.new_bytes - self.removed_bytes, 0)
 
 
 class Pruner:
@@ -155,6 +160,7 @@ class Pruner:
         # Read before anything is marked by ordinal: a rebuilt index shows by different ordinals.
         self._records = {record.ordinal: record for record in self._index.packs()}
         self.result.packs = len(self._records)
+        self._monitor.progress.begin("finding needed data", Unit.ENTRIES)
         self._mark()
         return self._make_plan(self._pack_usage())
 
@@ -224,7 +230,9 @@ class Pruner:
         while new := set(self._repository.snapshots.ids()) - self._marked:
             for snapshot_id in sorted(new):
                 try:
-                    self._needed.add(self._repository.snapshots.load(snapshot_id).root)
+                    self._needed.add(
+                        self._repository.snapshots.load(snapshot_id).root, self._count_entry
+                    )
                 except NotFoundError:
                     continue
                 except IntegrityError as error:
@@ -234,7 +242,11 @@ class Pruner:
                 self.result.snapshots += 1
                 if not self._repository.snapshots.is_from_trusted_writer(snapshot_id):
                     self.result.unproven += 1
-                self._monitor.progress.files += 1
+
+    def _count_entry(self, folder: bytes) -> None:
+        progress = self._monitor.progress
+        progress.items += 1
+        progress.path = folder
 
     def _pack_usage(self) -> dict[int, PackUsage]:
         """Return the usage of each pack with needed blobs, by ordinal."""
@@ -319,7 +331,13 @@ class Pruner:
     def _repack(self, chosen: set[int]) -> None:
         """Copy the needed blobs of packs into new packs."""
         store = self._repository.store
-        self._monitor.progress.total_bytes = sum(self._records[n].pack_bytes for n in chosen)
+        progress = self._monitor.progress
+        progress.begin(
+            "repacking",
+            Unit.PACKS,
+            total_items=len(chosen),
+            total_bytes=sum(self._records[n].pack_bytes for n in chosen),
+        )
         writer = self._repository.writer()
         try:
             for ordinal in sorted(chosen):
@@ -341,9 +359,11 @@ class Pruner:
                         self._index.mark_blobs(ordinal, [entry.digest])
                         continue
                     writer.put(BlobKind(location.kind), entry.digest, plain)
+                    progress.read_bytes(entry.stored_bytes)
                 self.result.repacked_packs += 1
                 self.result.repacked_bytes += record.pack_bytes
-                self._monitor.progress.done_bytes += record.pack_bytes
+                progress.items += 1
+                progress.finish_file(record.pack_bytes)
             stats = writer.finish()
         finally:
             writer.close()
@@ -429,9 +449,12 @@ class Pruner:
                 raise _IndexReplacedError
 
     def _unlink(self, ordinals: set[int]) -> None:
+        progress = self._monitor.progress
+        progress.begin("removing packs", Unit.PACKS, total_items=len(ordinals))
         for ordinal in sorted(ordinals):
             record = self._records[ordinal]
             self._storage.delete(pack_name(record.pack))
+            progress.items += 1
             self.result.removed_packs += 1
             self.result.removed_bytes += record.pack_bytes
 

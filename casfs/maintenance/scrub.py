@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -29,7 +29,7 @@ from casfs.errors import (
 from casfs.format.codec import Encoded
 from casfs.format.pack import TRAILER, PackEntry
 from casfs.index.schema import Location, PackRecord
-from casfs.monitor import Monitor
+from casfs.monitor import Monitor, Unit
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
 
@@ -101,6 +101,8 @@ class _Read:
     entries: list[PackEntry]
     damage: list[Finding]
     is_intact: bool
+    counted_bytes: int = 0
+    """The bytes that the progress has counted."""
 
 
 class Scrubber:
@@ -133,8 +135,11 @@ class Scrubber:
         self.result.packs = len(stored)
         indexed = 0
         is_intact = not found_before
+        progress = self._monitor.progress
+        progress.begin("comparing packs with the index", Unit.PACKS, total_items=len(stored))
         with ThreadPoolExecutor(_THREADS, "casfs-check") as pool:
             for pack, entries, damage in self._directories(pool, sorted(stored.items())):
+                progress.items += 1
                 is_intact &= not damage
                 self.result.damage += damage
                 if damage:
@@ -265,7 +270,12 @@ class Scrubber:
         self, pool: ThreadPoolExecutor, stored: dict[PackId, int], choice: PackSelection
     ) -> None:
         wanted = self._select_packs(stored, choice)
-        self._monitor.progress.total_bytes = sum(stored[pack] for pack in wanted)
+        self._monitor.progress.begin(
+            "reading packs",
+            Unit.PACKS,
+            total_items=len(wanted),
+            total_bytes=sum(stored[pack] for pack in wanted),
+        )
         began = time.monotonic()
         rest = iter(wanted)
         running: list[tuple[PackId, Future[_Read]]] = []
@@ -310,7 +320,8 @@ class Scrubber:
         self.result.packs_read += 1
         self.result.read_bytes += pack_bytes
         self.result.blobs_read += len(entries)
-        self._monitor.progress.done_bytes += pack_bytes
+        self._monitor.progress.items += 1
+        self._monitor.progress.add_bytes(pack_bytes - read.counted_bytes)
         if ordinal is None:
             return
         damaged = {finding.blob for finding in damage if finding.blob is not None}
@@ -383,7 +394,7 @@ class Scrubber:
             return _Read(entries, [], False)
         damage: list[Finding] = []
         whole = blake3()
-        reader = _PackReader(self._repository, pack, whole)
+        reader = _PackReader(self._repository, pack, whole, self._monitor.progress.add_bytes)
         try:
             for batch in _batches(sorted(entries, key=lambda entry: entry.offset)):
                 payloads = [reader.read(entry.offset, entry.stored_bytes) for entry in batch]
@@ -391,10 +402,10 @@ class Scrubber:
             reader.read(pack_bytes - TRAILER.size, TRAILER.size)
         except CasfsError as error:
             damage = [Finding("pack", _reason(error), pack), *self._read_one_by_one(pack, entries)]
-            return _Read(entries, damage, False)
+            return _Read(entries, damage, False, reader.done_bytes)
         if whole.digest() != pack:
             damage.append(Finding("pack", "digest mismatch", pack))
-        return _Read(entries, damage, not (damage or reported))
+        return _Read(entries, damage, not (damage or reported), reader.done_bytes)
 
     def _verify(
         self, pack: PackId, entries: list[PackEntry], payloads: list[bytes]
@@ -443,9 +454,20 @@ def _batches(entries: list[PackEntry]) -> Iterator[list[PackEntry]]:
 
 
 class _PackReader:
-    """Read a pack from start to end in windows, and hash every byte on the way."""
+    """Read a pack from start to end in windows, and hash every byte on the way.
 
-    def __init__(self, repository: Repository, pack: PackId, whole: blake3) -> None:
+    `on_bytes` is called with the size of each window; `done_bytes` is their sum.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        pack: PackId,
+        whole: blake3,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        self.done_bytes = 0
+        self._on_bytes = on_bytes
         self._storage = repository.store.storage
         self._name = pack_name(pack)
         self._pack = pack
@@ -465,6 +487,8 @@ class _PackReader:
             if not more:
                 raise PackError(self._pack, "it ends before its last blob")
             self._whole.update(more)
+            self.done_bytes += len(more)
+            self._on_bytes(len(more))
             self._data = keep + more
             self._begin = end - len(keep)
         start = offset - self._begin

@@ -16,7 +16,7 @@ from casfs.errors import IntegrityError, NotFoundError, StorageError
 from casfs.format.key_derivation import SECRET_BYTES
 from casfs.format.pack import HEADER, SESSION_HEADER
 from casfs.maintenance.scrub import Finding, is_refused
-from casfs.monitor import Monitor
+from casfs.monitor import Monitor, Unit
 from casfs.storage.base import Storage
 
 FOLDERS = {
@@ -46,7 +46,12 @@ def check_storage(storage: Storage, trust: TrustRoot, monitor: Monitor) -> Stora
     config = trust.config
     result = StorageCheck()
     names = [item for folder in FOLDERS for item in storage.list(folder)]
-    monitor.progress.total_bytes = sum(size for _, size, _ in names)
+    monitor.progress.begin(
+        "reading objects",
+        Unit.OBJECTS,
+        total_items=len(names),
+        total_bytes=sum(size for _, size, _ in names),
+    )
     sessions = {name.split("/")[1] for name, _, _ in names if name.startswith("sessions/")}
     needed: dict[str, str] = {}
     for name, size, _ in names:
@@ -62,6 +67,7 @@ def check_storage(storage: Storage, trust: TrustRoot, monitor: Monitor) -> Stora
                 continue
             problem = str(error)
         result.objects += 1
+        monitor.progress.items += 1
         result.read_bytes += size
         folder = name.partition("/")[0]
         if problem is not None:

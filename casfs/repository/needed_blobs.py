@@ -6,6 +6,8 @@ whatever the number of snapshots. One thread only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from casfs.digest import Digest
 from casfs.format.pack import BLOB_HEADER
 from casfs.format.tree import Node, NodeType
@@ -33,8 +35,11 @@ class NeededBlobs:
         self._without = without
         self._opened = Bitmap()
 
-    def add(self, root: Node) -> None:
-        """Count the blobs that a node needs; raise BlobError and TreeError where a tree is damaged."""
+    def add(self, root: Node, on_entry: Callable[[bytes], None] | None = None) -> None:
+        """Count the blobs that a node needs; raise BlobError and TreeError where a tree is damaged.
+
+        `on_entry` is called with the path of each visited entry's directory.
+        """
         if root.tree is None:
             self._add_content(root)
             return
@@ -44,7 +49,9 @@ class NeededBlobs:
                 return None
             return self._trees.children(page.ref)
 
-        for _, node in walk_pages(b"", root.tree, read):
+        for page, node in walk_pages(b"", root.tree, read):
+            if on_entry is not None:
+                on_entry(page.path)
             if node.tree is None:
                 self._add_content(node)
 

@@ -19,7 +19,7 @@ from casfs.digest import Digest
 from casfs.display import escape_path
 from casfs.errors import CasfsError, IntegrityError
 from casfs.format.tree import CaptureState, HardLinkKey, Node, NodeType, hard_link_key
-from casfs.monitor import Monitor, Problem, ProblemKind
+from casfs.monitor import EntryChange, Monitor, Problem, ProblemKind
 from casfs.paths import join
 from casfs.patterns import Pattern
 from casfs.problems import changed_file, damaged_entry, restore_failed
@@ -134,7 +134,7 @@ class Restorer:
             dry_run=options.dry_run,
         )
         self._pool: OrderedPool[_Job, EntryResult] = OrderedPool(
-            self._write, self._on_result, limits=limits
+            self._write, self._on_pooled_result, limits=limits
         )
         self._links: dict[HardLinkKey, tuple[bytes, FileIdentity]] = {}
         self._zeroed: dict[HardLinkKey, list[tuple[int, int]]] = {}
@@ -490,7 +490,8 @@ class Restorer:
             blob = self._single_chunk(node)
             self._pool.work((frame.fd, path, node, blob), len(blob or b""))
         else:
-            result = self._writer.write(frame.fd, path, node, self._read)
+            result = self._writer.write(frame.fd, path, node, self._read_counted)
+            self._finish_file(node)
             self._pool.call_after(partial(self._on_result, result))
 
     def _single_chunk(self, node: Node) -> bytes | None:
@@ -517,7 +518,8 @@ class Restorer:
         self._pool.drain()
         known = self._links.get(key)
         link_target = LinkTarget(self._root_fd, *known) if known is not None else None
-        result = self._writer.write(frame.fd, path, node, self._read, link_target)
+        result = self._writer.write(frame.fd, path, node, self._read_counted, link_target)
+        self._finish_file(node)
         is_new = result.written and not result.linked and not self._options.dry_run
         if result.identity is not None and (is_new or result.unchanged):
             self._links[key] = path[self._prefix_bytes :], result.identity
@@ -525,6 +527,21 @@ class Restorer:
             result.lost = self._zeroed.get(key, [])
         elif result.lost:
             self._zeroed[key] = result.lost
+        self._on_result(result)
+
+    def _read_counted(self, digest: Digest) -> bytes:
+        """Read a chunk of a file that this thread writes."""
+        plain = self._read(digest)
+        self._monitor.progress.read_bytes(len(plain))
+        return plain
+
+    def _finish_file(self, node: Node) -> None:
+        if node.kind == NodeType.FILE:
+            self._monitor.progress.finish_file(node.size)
+
+    def _on_pooled_result(self, result: EntryResult) -> None:
+        if result.node.kind == NodeType.FILE:
+            self._monitor.progress.add_bytes(result.node.size)
         self._on_result(result)
 
     def _on_result(self, result: EntryResult) -> None:
@@ -546,6 +563,7 @@ class Restorer:
             self._count_deleted(path, True)
         if result.written:
             self._count(node)
+            self._monitor.entry(path, EntryChange.RESTORE)
         if result.is_verified is not None:
             if result.is_verified or self._options.salvage:
                 self.result.verified += 1
@@ -569,13 +587,12 @@ class Restorer:
         if node.kind == NodeType.FILE:
             self.result.files += 1
             self.result.restored_bytes += node.size
-            self._monitor.progress.done_bytes += node.size
         else:
             self.result.others += 1
 
     def _progress(self, path: bytes) -> None:
         self._monitor.progress.path = path
-        self._monitor.progress.files += 1
+        self._monitor.progress.items += 1
 
     def _damaged(
         self,

@@ -154,7 +154,7 @@ class TarWriter:
     def _add(self, name: bytes, path: bytes, node: Node) -> None:
         progress = self._monitor.progress
         progress.path = path
-        progress.files += 1
+        progress.items += 1
         if node.kind == NodeType.SOCKET:
             self._skip(path, "a tar cannot contain a socket; it is left out")
             return
@@ -181,7 +181,8 @@ class TarWriter:
         if node.kind == NodeType.FILE:
             for data in file_bytes(self._repository, node, path):
                 self._put(data)
-                progress.done_bytes += len(data)
+                progress.read_bytes(len(data))
+            progress.finish_file(node.size)
             self._put(bytes(-node.size % tarfile.BLOCKSIZE))
             self.stats.content_bytes += node.size
         self._remember(name, node)

@@ -16,12 +16,12 @@ import click
 from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE
 from casfs.cli.output import iso_time, json_path
 from casfs.cli.param_types import PATTERN, SIZE, TAGS, parse_time
-from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import (
     Settings,
     common_options,
     complete_snapshots,
     complete_tags,
+    progress_options,
     upload_limit_option,
 )
 from casfs.digest import short_id
@@ -168,6 +168,7 @@ _PIECE_BYTES = 64 * 1024
     help="Refuse unless the repository is encrypted to exactly these recipients.",
 )
 @upload_limit_option
+@progress_options
 @common_options
 @click.pass_obj
 def backup(
@@ -266,7 +267,7 @@ def backup(
         stdin_name=_stdin_name(stdin_name) if is_stream else None,
         stdin_command=command,
     )
-    monitor = CommandMonitor(settings.output(), "backup", _source_names(sources))
+    monitor = settings.monitor("backup", _source_names(sources))
     root = settings.repository()
     unlock: Unlock = settings.keys.unlock_given
     recipients_file = recipients_file or settings.recipients_file()
@@ -301,33 +302,38 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
     tree = snapshot.root.tree
     assert tree is not None
     output = settings.output()
-    output.line(
-        f"{counted(stats.files, 'file')} in {counted(stats.directories, 'directory', 'directories')}, "
-        f"{format_size(tree.total_bytes)}; "
-        f"{stats.unchanged} unchanged; {format_size(stats.new_stored_bytes)} "
-        f"{'would be ' if dry_run else ''}newly stored in {stats.seconds:.1f} s"
+    output.summary(
+        f"{counted(stats.files, 'file')} ({result.new} new, {result.modified} modified, "
+        f"{stats.unchanged} unchanged) in "
+        f"{counted(stats.directories, 'directory', 'directories')}, {format_size(tree.total_bytes)}"
+    )
+    output.summary(
+        f"{format_size(stats.new_stored_bytes)} {'would be ' if dry_run else ''}added in "
+        f"{stats.seconds:.1f} s"
     )
     if stats.vanished:
-        output.line(
+        output.summary(
             f"{counted(stats.vanished, 'entry', 'entries')} vanished before or during the read"
         )
     if stats.unreadable:
-        output.line(f"{counted(stats.unreadable, 'entry', 'entries')} could not be read")
+        output.summary(f"{counted(stats.unreadable, 'entry', 'entries')} could not be read")
     if tree.flagged:
-        output.line(f"{counted(tree.flagged, 'file')} changed during the read; flagged as changed")
+        output.summary(
+            f"{counted(tree.flagged, 'file')} changed during the read; flagged as changed"
+        )
     if stats.silently_changed:
-        output.line(
+        output.summary(
             f"{counted(stats.silently_changed, 'file')} changed although size, mtime and ctime did not"
         )
     if result.abandoned_bytes:
-        output.line(
+        output.summary(
             f"up to {format_size(result.abandoned_bytes)} of what was stored belongs to earlier attempts "
             "at files that changed; `casfs prune` frees it"
         )
     if result.snapshot_id is not None:
-        output.line(f"snapshot {short_id(result.snapshot_id)}")
+        output.summary(f"snapshot {short_id(result.snapshot_id)}")
     else:
-        output.line("nothing was stored: this was a dry run")
+        output.summary("nothing was stored: this was a dry run")
     output.emit(
         "snapshot",
         id=result.snapshot_id.hex() if result.snapshot_id is not None else None,
@@ -343,6 +349,8 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         new_bytes=stats.new_stored_bytes,
         new_plain_bytes=stats.new_plain_bytes,
         new_blobs=stats.new_blobs,
+        new=result.new,
+        modified=result.modified,
         unchanged=stats.unchanged,
         flagged=tree.flagged,
         unreadable=stats.unreadable,

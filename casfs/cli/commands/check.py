@@ -9,8 +9,7 @@ import click
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
 from casfs.cli.output import Output, json_path, warn_of_unproven
 from casfs.cli.param_types import DURATION, PERCENT
-from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings, common_options, progress_options
 from casfs.digest import short_id
 from casfs.display import counted, escape_path, format_size, were
 from casfs.errors import UsageError
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Recompute the digest of every stored object; needs no key and no index.",
 )
+@progress_options
 @common_options
 @click.pass_obj
 def check(
@@ -77,7 +77,7 @@ def check(
     if read_data or (subset, older_than_s, max_duration_s) != (None, None, None):
         choice = PackSelection(subset if subset is not None else 1.0, older_than_s, max_duration_s)
     output = settings.output()
-    monitor = CommandMonitor(output, "check")
+    monitor = settings.monitor("check")
     root = settings.repository()
     with (
         open_for_reading(
@@ -88,19 +88,19 @@ def check(
         result = Checker(repository, monitor).check(choice)
     _print_result(output, result.damage)
     _print_result(output, result.unreadable, "unreadable")
-    output.line(
+    output.summary(
         f"checked {counted(result.snapshots, 'snapshot')}, {counted(result.trees, 'tree')}, "
         f"{counted(result.files, 'file')}, {counted(result.packs, 'pack')}"
     )
     if result.packs_read:
-        output.line(
+        output.summary(
             f"read {counted(result.packs_read, 'pack')} with {counted(result.blobs_read, 'blob')}, "
             f"{format_size(result.read_bytes)}"
         )
     if result.packs_left:
-        output.line(f"not read: {counted(result.packs_left, 'pack')}, left for the next check")
+        output.summary(f"not read: {counted(result.packs_left, 'pack')}, left for the next check")
     if result.flagged:
-        output.line(
+        output.summary(
             f"{counted(result.flagged, 'flagged file')}: changed during the capture; "
             "`casfs changed SNAP` lists them"
         )
@@ -181,14 +181,14 @@ def _check_storage(settings: Settings) -> int:
     storage = place.open_storage()
     trust = place.trust_root(storage)
     output = settings.output()
-    monitor = CommandMonitor(output, "check")
+    monitor = settings.monitor("check")
     with monitor:
         result = check_storage(storage, trust, monitor)
     storage.close()
     _print_result(output, result.damage)
     _print_result(output, result.unreadable, "unreadable")
     found = len(result.damage)
-    output.line(
+    output.summary(
         f"read {counted(result.objects, 'object')}, {format_size(result.read_bytes)}; not checked: "
         "whether snapshots miss data, which `casfs check` does"
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, latest_options
+from casfs.cli.settings import Settings, common_options, latest_options, progress_options
 from casfs.digest import short_id
 from casfs.display import format_size
 from casfs.errors import IntegrityError, UsageError
@@ -31,6 +30,7 @@ from casfs.errors import IntegrityError, UsageError
     help="The zstd compression level in the other repository.",
 )
 @latest_options
+@progress_options
 @common_options
 @click.pass_obj
 def copy(settings: Settings, snaps: tuple[str, ...], destination: str, level: int) -> int:
@@ -55,7 +55,7 @@ def copy(settings: Settings, snaps: tuple[str, ...], destination: str, level: in
     if address.named is not None:
         keys.use_named(address.named)
     output = settings.output()
-    monitor = CommandMonitor(output, "copy")
+    monitor = settings.monitor("copy")
     damaged = 0
     with (
         open_for_reading(source, OpenOptions(unlock=settings.unlock), reader="copy") as reading,
@@ -84,10 +84,12 @@ def copy(settings: Settings, snaps: tuple[str, ...], destination: str, level: in
                 output.emit("damage", snapshot=snapshot_id.hex(), message=str(error))
                 continue
             if found.was_there:
-                output.line(f"snapshot {label} was there: {short_id(found.new_id)}")
+                output.summary(f"snapshot {label} was there: {short_id(found.new_id)}")
             else:
                 stored = format_size(found.stored_bytes)
-                output.line(f"snapshot {label} copied: {short_id(found.new_id)}, {stored} stored")
+                output.summary(
+                    f"snapshot {label} copied: {short_id(found.new_id)}, {stored} stored"
+                )
             output.emit(
                 "copied",
                 id=found.new_id.hex(),

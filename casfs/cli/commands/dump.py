@@ -10,7 +10,13 @@ import click
 
 from casfs.cli.output import json_path
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
+from casfs.cli.settings import (
+    Settings,
+    common_options,
+    complete_snapshots,
+    latest_options,
+    progress_options,
+)
 from casfs.display import escape_path
 from casfs.errors import CasfsError, UsageError
 
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 @click.argument("snap", metavar="SNAP:PATH", shell_complete=complete_snapshots)
 @click.option("--output", "-o", "target", metavar="FILE", help="Write to FILE instead of stdout.")
 @latest_options
+@progress_options
 @common_options
 @click.pass_obj
 def dump(settings: Settings, snap: str, target: str | None) -> None:
@@ -33,10 +40,11 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
     """
     from casfs.format.node_types import NODE_TYPES
     from casfs.format.tree import NodeType
+    from casfs.monitor import Unit
     from casfs.repository.opening import OpenOptions, open_for_reading
 
     output = settings.output()
-    monitor = CommandMonitor(output, "dump")
+    monitor = settings.monitor("dump")
     with (
         open_for_reading(
             settings.repository(), OpenOptions(unlock=settings.unlock), reader="dump"
@@ -55,7 +63,13 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
         file = _open(target, node, output.as_json, stack)
         if target is not None:
             stack.enter_context(monitor)
-            monitor.progress.total_entries = node.tree.nodes if node.tree is not None else 1
+            tree = node.tree
+            monitor.progress.begin(
+                "",
+                Unit.ENTRIES,
+                total_items=tree.nodes if tree is not None else 1,
+                total_bytes=tree.total_bytes if tree is not None else node.size,
+            )
         if node.tree is None:
             stats = _dump_file(repository, node, path, file, monitor)
         else:
@@ -109,6 +123,7 @@ def _dump_file(
     monitor.progress.path = path
     for data in file_bytes(repository, node, path):
         file.write(data)
-        monitor.progress.done_bytes += len(data)
-    monitor.progress.files = 1
+        monitor.progress.read_bytes(len(data))
+    monitor.progress.finish_file(node.size)
+    monitor.progress.items = 1
     return stats

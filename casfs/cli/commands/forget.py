@@ -21,6 +21,7 @@ from casfs.cli.settings import (
     complete_hosts,
     complete_snapshots,
     complete_tags,
+    progress_options,
 )
 from casfs.digest import short_id
 from casfs.display import counted, escape_path
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Allow the removal of the last snapshot.",
 )
+@progress_options
 @common_options
 @click.pass_obj
 def forget(
@@ -180,7 +182,7 @@ def forget(
         if not dry_run:
             forget(repository, forgotten)
     would = "would be " if dry_run else ""
-    output.line(f"{counted(len(forgotten), 'snapshot')} {would}forgotten, {kept} {would}kept")
+    output.summary(f"{counted(len(forgotten), 'snapshot')} {would}forgotten, {kept} {would}kept")
     if unproven:
         warn_of_unproven(output, [candidate.snapshot_id for candidate in unproven])
         output.line(

@@ -9,8 +9,11 @@ import click
 
 from casfs.cli.app import EXIT_DAMAGED
 from casfs.cli.param_types import DURATION
-from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import (
+    Settings,
+    common_options,
+    progress_options,
+)
 from casfs.display import counted, format_size
 from casfs.errors import RefusedError, StorageError
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="With --delete: how long DEST keeps what the repository no longer has.",
 )
+@progress_options
 @common_options
 @click.pass_obj
 def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) -> int:
@@ -52,7 +56,7 @@ def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) ->
     address = settings.resolve(destination)
     target = place_of(parse_location(address.url), address.storage_options())
     output = settings.output()
-    monitor = CommandMonitor(output, "mirror")
+    monitor = settings.monitor("mirror")
     with ExitStack() as stack:
         reading = source.open_storage()
         stack.callback(reading.close)
@@ -74,12 +78,12 @@ def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) ->
     for finding in result.damage:
         output.warn(f"{finding.message}; it is not copied")
         output.emit("damage", what=finding.what, message=finding.message)
-    output.line(
+    output.summary(
         f"{counted(result.copied, 'object')} copied, {format_size(result.copied_bytes)}; "
         f"already there: {result.present}"
     )
     if delete:
-        output.line(f"deleted: {result.deleted}; waiting for the margin: {result.pending}")
+        output.summary(f"deleted: {result.deleted}; waiting for the margin: {result.pending}")
     output.emit(
         "mirror",
         copied=result.copied,

@@ -8,8 +8,11 @@ import click
 
 from casfs.cli.output import Output
 from casfs.cli.param_types import DURATION, PERCENT
-from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import (
+    Settings,
+    common_options,
+    progress_options,
+)
 from casfs.display import counted, format_size
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     help="Keep data this long for mounts and restores that run now.",
 )
 @click.option("--dry-run", "-n", is_flag=True, help="Print what would be freed; free nothing.")
+@progress_options
 @common_options
 @click.pass_obj
 def prune(settings: Settings, max_unused_share: float, margin_s: int, dry_run: bool) -> None:
@@ -55,7 +59,7 @@ def run_prune(settings: Settings, options: PruneOptions, level: int | None = Non
     from casfs.repository.opening import DEFAULT_LEVEL, OpenOptions, open_for_maintenance
 
     root, output = settings.repository(), settings.output()
-    monitor = CommandMonitor(output, "prune")
+    monitor = settings.monitor("prune")
     with (
         open_for_maintenance(
             root,
@@ -77,7 +81,7 @@ def run_prune(settings: Settings, options: PruneOptions, level: int | None = Non
 def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
     would = "would be " if dry_run else ""
     need = "needs" if result.snapshots == 1 else "need"
-    output.line(
+    output.summary(
         f"{counted(result.snapshots, 'snapshot')} {need} {result.needed_blobs} of "
         f"{counted(result.needed_blobs + result.unneeded_blobs, 'blob')} in "
         f"{counted(result.packs, 'pack')}"
@@ -88,16 +92,21 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
             "removes them by their ids"
         )
     if result.repacked_packs:
-        output.line(
+        output.summary(
             f"{counted(result.repacked_packs, 'pack')} ({format_size(result.repacked_bytes)}) "
             f"{would}repacked into {format_size(result.new_bytes)}"
         )
-    output.line(
+    output.summary(
         f"{counted(result.removed_packs, 'pack')} {would}removed; "
         f"{format_size(result.freed_bytes)} {would}freed"
     )
+    if result.grown_bytes:
+        output.summary(
+            f"the repository {'would grow' if dry_run else 'grew'} by {format_size(result.grown_bytes)}, "
+            "until the packs that were repacked are removed"
+        )
     if result.waiting_packs:
-        output.line(
+        output.summary(
             f"{counted(result.waiting_packs, 'pack')} ({format_size(result.waiting_bytes)}) not yet "
             f"removed because of {counted(len(result.waited_for), 'other process', 'other processes')}; "
             "the next prune removes what is left"
@@ -116,6 +125,7 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
         removed_packs=result.removed_packs,
         removed_bytes=result.removed_bytes,
         freed_bytes=result.freed_bytes,
+        grown_bytes=result.grown_bytes,
         waiting_packs=result.waiting_packs,
         waiting_bytes=result.waiting_bytes,
     )

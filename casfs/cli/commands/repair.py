@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import click
 
-from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import (
+    Settings,
+    common_options,
+    progress_options,
+)
 from casfs.cli.verbs import SuggestingGroup
 from casfs.digest import short_id
 from casfs.display import counted
 
 
 @click.group(cls=SuggestingGroup)
+@progress_options
 @common_options
 def repair() -> None:
     """Rebuild the index, or drop lost data from snapshots."""
 
 
 @repair.command()
+@progress_options
 @common_options
 @click.pass_obj
 def index(settings: Settings) -> None:
@@ -30,7 +35,7 @@ def index(settings: Settings) -> None:
     from casfs.storage.locks import LockMode
 
     output = settings.output()
-    monitor = CommandMonitor(output, "repair index")
+    monitor = settings.monitor("repair index")
     root = settings.repository()
     with (
         open_for_maintenance(
@@ -46,7 +51,7 @@ def index(settings: Settings) -> None:
         output.line(f"pack {pack.hex()}: its directory is damaged; its intact blobs were found")
     for pack in result.unreadable:
         output.line(f"pack {pack.hex()}: it cannot be read; run this again when it can")
-    output.line(
+    output.summary(
         f"the index was built from {counted(result.packs, 'pack')} and has "
         f"{counted(result.blobs, 'blob')}"
     )
@@ -62,6 +67,7 @@ def index(settings: Settings) -> None:
 @repair.command()
 @click.option("--read-data", is_flag=True, help="Read every pack first, to find all lost data.")
 @click.option("--dry-run", "-n", is_flag=True, help="Print what would be dropped; change nothing.")
+@progress_options
 @common_options
 @click.pass_obj
 def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
@@ -75,7 +81,7 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     from casfs.repository.opening import OpenOptions, open_for_maintenance
 
     output = settings.output()
-    monitor = CommandMonitor(output, "repair snapshots")
+    monitor = settings.monitor("repair snapshots")
     root = settings.repository()
     with (
         open_for_maintenance(
@@ -123,7 +129,7 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
             "`casfs forget` removes it by its id"
         )
         output.emit("unproven", id=snapshot_id.hex())
-    output.line(
+    output.summary(
         f"{counted(result.intact, 'intact snapshot')}, {len(result.repaired)} {would}repaired"
     )
     output.emit("summary", intact=result.intact, repaired=len(result.repaired), dry_run=dry_run)

@@ -12,7 +12,6 @@ import click
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
 from casfs.cli.output import json_path
 from casfs.cli.param_types import PATTERN
-from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import (
     Settings,
     common_options,
@@ -20,6 +19,7 @@ from casfs.cli.settings import (
     complete_snapshots,
     download_limit_option,
     latest_options,
+    progress_options,
 )
 from casfs.digest import short_id
 from casfs.display import counted, escape_path, format_size
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", "-n", is_flag=True, help="Print what would be done; read no file.")
 @latest_options
 @download_limit_option
+@progress_options
 @common_options
 @click.pass_obj
 def restore(
@@ -89,6 +90,7 @@ def restore(
 
     The entries of a directory go directly into the folder. Exit code 5 means that data was damaged.
     """
+    from casfs.monitor import Unit
     from casfs.repository.opening import OpenOptions, open_for_reading
     from casfs.restore.entry_writer import Overwrite
     from casfs.restore.restorer import RestoreOptions, Restorer
@@ -121,15 +123,21 @@ def restore(
         )
         # The root has metadata of its own only if `.` or `/` was the source.
         with_root = bool(path) or snapshot.paths in ((b".",), (b"/",))
-        monitor = CommandMonitor(output, "restore")
-        if node.tree is not None:
-            monitor.progress.total_entries = node.tree.nodes
+        monitor = settings.monitor("restore")
+        if not (includes or excludes):
+            tree = node.tree
+            monitor.progress.begin(
+                "",
+                Unit.ENTRIES,
+                total_items=tree.nodes if tree is not None else 1,
+                total_bytes=tree.total_bytes if tree is not None else node.size,
+            )
         with monitor:
             options = replace(options, sources=snapshot.paths)
             restorer = Restorer(repository, options, monitor, on_deleted=report_deleted)
             result = restorer.restore(path, node, os.fsencode(target), with_root)
     would = "would be " if dry_run else ""
-    output.line(
+    output.summary(
         f"{would}restored from {short_id(snapshot_id)}: {counted(result.files, 'file')}, "
         f"{counted(result.directories, 'directory', 'directories')}, "
         f"{counted(result.others, 'other')}, "
@@ -145,7 +153,7 @@ def restore(
         (result.failed, "not restored"),
     ):
         if count:
-            output.line(f"{counted(count, 'entry', 'entries')} {what}")
+            output.summary(f"{counted(count, 'entry', 'entries')} {what}")
     output.emit(
         "summary",
         snapshot=snapshot_id.hex(),

@@ -6,8 +6,7 @@ import click
 
 from casfs.cli.output import json_path
 from casfs.cli.param_types import PATTERN
-from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, latest_options
+from casfs.cli.settings import Settings, common_options, latest_options, progress_options
 from casfs.digest import short_id
 from casfs.display import escape_path
 from casfs.errors import NotFoundError, UsageError
@@ -26,6 +25,7 @@ from casfs.patterns import Pattern
 )
 @click.option("--dry-run", "-n", is_flag=True, help="List what would be left out; change nothing.")
 @latest_options
+@progress_options
 @common_options
 @click.pass_obj
 def rewrite(
@@ -43,7 +43,7 @@ def rewrite(
     if not excludes:
         raise UsageError("name what to leave out: --exclude PATTERN")
     output = settings.output()
-    monitor = CommandMonitor(output, "rewrite")
+    monitor = settings.monitor("rewrite")
     place = settings.repository()
     local_root(place, "rewrite")
     options = OpenOptions(unlock=settings.unlock, sync=settings.sync)
@@ -63,13 +63,13 @@ def rewrite(
             found = rewrite_snapshot(repository, snapshot_id, snapshot, excludes, monitor, dry_run)
             matched = matched or bool(found.removed)
             for path in found.removed:
-                output.line(
+                output.summary(
                     f"{short_id(snapshot_id)}: {'would leave' if dry_run else 'left'} out {escape_path(path)}"
                 )
             if found.new_id is not None:
-                output.line(f"snapshot {short_id(snapshot_id)} is now {short_id(found.new_id)}")
+                output.summary(f"snapshot {short_id(snapshot_id)} is now {short_id(found.new_id)}")
             elif not found.removed:
-                output.line(f"snapshot {short_id(snapshot_id)} has nothing that matches")
+                output.summary(f"snapshot {short_id(snapshot_id)} has nothing that matches")
             output.emit(
                 "rewritten",
                 id=found.new_id.hex() if found.new_id is not None else None,

@@ -154,7 +154,7 @@ class TestRestoredContent:
             restorer = Restorer(repository, RestoreOptions(), monitor)
             restorer.restore(b"", snapshot.root, os.fsencode(case.target), False)
         assert snapshot.root.tree is not None
-        assert monitor.progress.files == snapshot.root.tree.nodes == 5
+        assert monitor.progress.items == snapshot.root.tree.nodes == 5
 
     def test_restore_writes_a_single_file_under_its_name(self, case: RestoreCase) -> None:
         case.publish(TREE)
