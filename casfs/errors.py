@@ -105,6 +105,18 @@ class StorageError(CasfsError):
         return f"cannot {self.action} {self.path}: {self.cause.strerror or self.cause}"
 
 
+class NotPublishedError(StorageError):
+    """The storage failed during a backup to `place`, before its snapshot was published."""
+
+    def __init__(self, place: str, error: StorageError) -> None:
+        super().__init__(error.action, error.path, error.cause)
+        self.args = (place, error)
+        self.place = place
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; nothing was published in the repository {self.place}"
+
+
 class StorageDeniedError(StorageError):
     """The storage denies access: wrong credentials, missing permission, or an unexpected host key.
 

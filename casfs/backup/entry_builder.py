@@ -136,7 +136,7 @@ class EntryBuilder:
         if self._reread and previous is not None and kind is _FILE:
             self._compare(path, previous, node, st)
         elif kind is _FILE:
-            self._count_difference(path, previous)
+            self.count_difference(path, previous)
         self.count(node)
         return node
 
@@ -180,7 +180,7 @@ class EntryBuilder:
         self.stats.unchanged += node.kind == _FILE
         self.count(node)
 
-    def _count_difference(self, path: bytes, previous: Node | None) -> None:
+    def count_difference(self, path: bytes, previous: Node | None) -> None:
         """Count and report a file that the parent snapshot lacks, or has with other metadata."""
         if previous is None or previous.kind != _FILE:
             self.stats.new += 1
@@ -229,12 +229,12 @@ class EntryBuilder:
         if not (
             is_unchanged(previous, st, NodeType.FILE) and is_unchanged(node, st, NodeType.FILE)
         ):
-            self._count_difference(path, previous)
+            self.count_difference(path, previous)
             return
         if captured_digest(previous) == captured_digest(node):
             self.stats.unchanged += 1
             return
-        self._count_difference(path, previous)
+        self.count_difference(path, previous)
         self.stats.silently_changed += 1
         self._monitor.problem(silent_change(path, previous, node))
 

@@ -37,7 +37,13 @@ from casfs.backup.stream import open_stream
 from casfs.backup.walker import NewTree, Walker
 from casfs.digest import SnapshotId
 from casfs.display import escape_path
-from casfs.errors import IntegrityError, NotFoundError, RefusedError
+from casfs.errors import (
+    IntegrityError,
+    NotFoundError,
+    NotPublishedError,
+    RefusedError,
+    StorageError,
+)
 from casfs.format.snapshot import Snapshot, SnapshotStats, require_encodable
 from casfs.format.tree import Node, NodeType, replace
 from casfs.monitor import Monitor, Unit
@@ -128,8 +134,11 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
     require_encodable(draft, _ROOM_BYTES)
     parent = _find_parent(repository, options)
     _begin_progress(monitor, parent)
-    with closing(_Backup(repository, options, sources, monitor)) as backup:
-        root = backup.read(parent)
+    try:
+        with closing(_Backup(repository, options, sources, monitor)) as backup:
+            root = backup.read(parent)
+    except StorageError as error:
+        raise NotPublishedError(str(repository.place), error) from error
     snapshot = _complete_snapshot(draft, root, parent, backup, began)
     snapshot_id = None if options.dry_run else repository.snapshots.publish(snapshot)
     stats = backup.entries.stats
@@ -499,6 +508,7 @@ def _read_stream(
     st = os.fstat(fd)
     now_ns = time.time_ns()
     node = replace(capturer.capture_stream(name, fd, st), mtime_ns=now_ns, ctime_ns=now_ns, inode=0)
+    entries.count_difference(name, None)
     entries.count(node)
     tree = new_tree(None, None)
     tree.add(node)

@@ -8,6 +8,7 @@ restore reads them itself and gets the error at the right entry.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from casfs.repository.repository import Repository
 from casfs.store.batch_read import read_batch
 from casfs.trees.content import EXTENT, HOLE, check_chunk_length
 from casfs.trees.reader import TreeReader
+
+log = logging.getLogger(__name__)
 
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 256
@@ -95,6 +98,9 @@ class Prefetcher:
                 if self._stopped:
                     return
                 self._batches.put(batch)
+        except Exception as error:
+            # The restore reads the rest itself, and gets the error at the right entry.
+            log.debug("nothing more is prefetched: %s", error)
         finally:
             if not self._stopped:
                 self._batches.put(_Batch(None))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import stat
 import threading
@@ -15,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from casfs.errors import NotFoundError, StorageDeniedError, StorageError
+from casfs.errors import CasfsError, NotFoundError, StorageDeniedError, StorageError
 from casfs.storage.base import (
     MAX_WHOLE_READ_BYTES,
     Capabilities,
@@ -25,6 +26,8 @@ from casfs.storage.base import (
 )
 from casfs.storage.buffered_writer import size_conflict
 from casfs.storage.folder import Folder
+
+log = logging.getLogger(__name__)
 
 _TEMPORARIES = "tmp"
 RESERVE_FILE = "reserve"
@@ -381,12 +384,19 @@ class LocalWriter:
     def discard(self) -> None:
         """Remove the bytes written so far; after `commit`, do nothing."""
         self._parts = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        if self._temporary is not None:
-            temporary, self._temporary = self._temporary, None
-            self._storage._remove_temporary(temporary)
+        fd, temporary = self._fd, self._temporary
+        self._fd, self._temporary = -1, None
+        try:
+            if fd >= 0:
+                os.close(fd)
+        except OSError as error:
+            log.debug("a temporary file cannot be closed: %s", error)
+        try:
+            if temporary is not None:
+                self._storage._remove_temporary(temporary)
+        except (OSError, CasfsError) as error:
+            # The next process that opens the repository for writing removes it.
+            log.debug("a temporary file stays: %s", error)
 
     def _open(self) -> str:
         if self._temporary is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import secrets
@@ -22,13 +23,15 @@ from types import TracebackType
 
 import msgspec
 
-from casfs.errors import LockedError, StorageError
+from casfs.errors import CasfsError, LockedError, StorageError
 from casfs.storage.folder import open_regular
 
 _LOCK_NAME = re.compile(r"\.?[0-9a-f]{16}")
 _TEMPORARY_NAME = re.compile(r"(?:[0-9a-f]{16}|p[0-9]+)\.[0-9]+")
 _NOT_LOCKS = frozenset([errno.ENOENT, errno.ELOOP, errno.EINVAL])
 """The errors of a name that vanished, and of one that is no regular file."""
+
+log = logging.getLogger(__name__)
 
 
 class LockMode(StrEnum):
@@ -114,14 +117,20 @@ class RepositoryLock:
         return lock
 
     def release(self) -> None:
-        """Release the lock. A second call does nothing."""
-        if self._fd >= 0:
-            try:
-                with _opened(self._folder) as folder_fd:
-                    _unlink(folder_fd, self.name)
-            finally:
-                os.close(self._fd)
-                self._fd = -1
+        """Release the lock; raise nothing. A second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        try:
+            with _opened(self._folder) as folder_fd:
+                _unlink(folder_fd, self.name)
+        except (OSError, CasfsError) as error:
+            # The lock is released with its descriptor; the next process that lists the locks removes it.
+            log.debug("the file of a lock stays: %s", error)
+        try:
+            os.close(fd)
+        except OSError as error:
+            log.debug("the file of a lock cannot be closed: %s", error)
 
     def __enter__(self) -> RepositoryLock:
         return self

@@ -9,6 +9,7 @@ queues between the threads hold few batches, so memory is bounded.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -39,6 +40,8 @@ from casfs.store.blob_store import BlobStore, pack_name
 if TYPE_CHECKING:
     from casfs.format.cipher import PackCipher
     from casfs.format.key_derivation import WriteSession
+
+log = logging.getLogger(__name__)
 
 PACK_BYTES = 64 * 1024 * 1024
 """A pack is finished at this size: large enough for few files and syncs, small enough to move."""
@@ -166,7 +169,10 @@ class BlobWriter:
             except BaseException as error:  # handed to the producer
                 self._error = error
             finally:
-                packer.discard()
+                try:
+                    packer.discard()
+                except Exception as error:  # no thread prints a traceback
+                    log.debug("an unfinished pack cannot be discarded: %s", error)
 
     def _next(self, packer: _Packer) -> Batch | None:
         """Return the next batch; while none is queued, pack the batches that are compressed."""
