@@ -269,7 +269,7 @@ def test_what_only_the_mount_needs_is_imported_only_there(
     assert importers and all(is_below(name, "casfs_mount") for name in importers), importers
 
 
-@pytest.mark.parametrize("library", ["click", "rich"])
+@pytest.mark.parametrize("library", ["click"])
 def test_what_only_the_command_line_needs_is_imported_only_there(
     library: str, imports: list[Import]
 ) -> None:
