@@ -104,7 +104,7 @@ def test_progress_moves_inside_a_large_file_and_uses_the_width_of_the_terminal(
         out = process.stdout.read()
         process.stdout.close()
         assert process.wait(60) == 0
-        assert b"1 files (1 new, 0 modified, 0 unchanged)" in out
+        assert b"1 file (1 new, 0 modified, 0 unchanged)" in out
     assert max(map(len, screen.lines())) < columns
     # The line is cleared at the end.
     assert re.search(rb"\r +\r$", bytes(screen.screen))

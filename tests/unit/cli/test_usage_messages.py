@@ -22,7 +22,7 @@ def message_of(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("bakcup",), "there is no command bakcup"),
+        (("bakcup",), "there is no command bakcup; did you mean backup?"),
         (("ls", "latest", "--nope"), "there is no option --nope"),
         (("backup", "--attempts", "0", "."), "--attempts: 0 is not between 1 and 100"),
         (("backup", "--attempts", "few", "."), "--attempts: few is not a whole number"),
