@@ -106,7 +106,7 @@ def check(
         )
     warn_of_unproven(output, result.unproven)
     if choice is None and result.packs:
-        output.line(
+        output.summary(
             "not read: the data in the packs; `casfs check --read-data` reads and verifies it"
         )
     found = len(result.damage)
@@ -165,7 +165,7 @@ def _print_result(output: Output, found: list[Finding], kind: str = "damage") ->
 def _print_conclusion(output: Output, found: list[Finding]) -> None:
     """Print how much damage was found, and what to do about it."""
     if not found:
-        output.line("no damage was found")
+        output.summary("no damage was found")
         return
     output.line(f"{counted(len(found), 'problem')} {were(len(found))} found")
     output.line(
