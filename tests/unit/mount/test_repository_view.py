@@ -286,12 +286,26 @@ def test_a_repository_that_went_away_is_an_error_and_not_an_empty_list(
     publish(repo, 0)
     mounted = RepositoryViewFixture(repo)
     mounted.listed(b"snapshots")
-    repo.root.rename(repo.root.with_name("elsewhere"))
+    aside = repo.root.with_name("aside")
+    aside.mkdir()
+    for name in ("snapshots", "config"):
+        (repo.root / name).rename(aside / name)
     mounted.now += 2 * FRESH_S
     with pytest.raises(CasfsError):
         mounted.listed(b"snapshots")
-    repo.root.with_name("elsewhere").rename(repo.root)
+    for name in ("snapshots", "config"):
+        (aside / name).rename(repo.root / name)
     assert len(mounted.listed(b"snapshots")) == 2
+
+
+def test_a_repository_that_is_renamed_stays_readable(repo: RepositoryFixture) -> None:
+    publish(repo, 0)
+    mounted = RepositoryViewFixture(repo)
+    before = mounted.listed(b"snapshots")
+    repo.root.rename(repo.root.with_name("elsewhere"))
+    mounted.now += 2 * FRESH_S
+    assert mounted.listed(b"snapshots") == before
+    repo.root.with_name("elsewhere").rename(repo.root)
 
 
 def test_the_event_loop_thread_never_reads_the_list_of_snapshots(repo: RepositoryFixture) -> None:
