@@ -132,4 +132,4 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     output.summary(
         f"{counted(result.intact, 'intact snapshot')}, {len(result.repaired)} {would}repaired"
     )
-    output.emit("summary", intact=result.intact, repaired=len(result.repaired), dry_run=dry_run)
+    output.emit("summary", sound=result.intact, repaired=len(result.repaired), dry_run=dry_run)
