@@ -224,7 +224,7 @@ def test_a_target_that_is_a_file_is_named_as_it_was_typed(repository: Casfs, sou
     repository.backup(source)
     target = source / "readme.txt"
     reported = repository.refuses("restore", "latest", "--target", target)
-    assert reported == f"casfs: {target}: Not a directory"
+    assert reported == f"casfs: --target {target} is not a folder; name a folder"
 
 
 def test_a_closed_stdin_is_not_asked_for_a_passphrase(casfs: Casfs, tmp_path: Path) -> None:
