@@ -39,6 +39,11 @@ def allow_foreign_folders() -> None:
     os.environ[ALLOW_FOREIGN_VARIABLE] = "1"
 
 
+_GONE = frozenset(
+    [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN]
+)
+
+
 def open_regular(name: str, dir_fd: int) -> int:
     """Open a file for reading; raise OSError for a symlink and everything else that is no regular file."""
     try:
@@ -143,10 +148,28 @@ class Folder:
             if above:
                 fd = self._descend(root, above)
             yield fd, last
+        except OSError as error:
+            self.reopen_after(error)
+            raise
         finally:
             if fd != root:
                 os.close(fd)
             self._leave()
+
+    def reopen_after(self, error: OSError) -> None:
+        """Let the next use open the folder by its path again, where an error shows that this one is gone.
+
+        A network or a disk that went away and came back has another folder at the same path.
+        """
+        with self._lock:
+            if self._fd < 0:
+                return
+            is_gone = error.errno in _GONE
+            if error.errno == errno.ENOENT:
+                is_gone = os.fstat(self._fd).st_nlink == 0
+            if is_gone:
+                self._is_closing = True
+                self._close_unused()
 
     def _descend(self, fd: int, name: str) -> int:
         """Return a descriptor, for lookups, of the folder `name` below `fd`; the caller closes it."""

@@ -202,6 +202,8 @@ class LocalStorage:
         except FileNotFoundError as error:
             raise NotFoundError(f"{name} is not in the repository") from error
         except OSError as error:
+            self._readers.forget(name)
+            self._folder.reopen_after(error)
             raise _storage_error("read", str(self.root / name), error) from error
 
     def read_nonblocking(self, name: str, offset: int, size: int) -> bytes | None:

@@ -422,12 +422,16 @@ class TestDamageInMount:
     ) -> None:
         assert repository.repository is not None
         with mounted(repository, "--log-file", tmp_path / "log", at=tmp_path / "mount") as mount:
-            repository.repository.rename(tmp_path / "elsewhere")
+            aside = tmp_path / "aside"
+            aside.mkdir()
+            for name in ("snapshots", "config"):
+                (repository.repository / name).rename(aside / name)
             try:
                 wait_until(lambda: not lists(mount / "snapshots"), "the loss is noticed")
                 assert is_mounted(mount)
             finally:
-                (tmp_path / "elsewhere").rename(repository.repository)
+                for name in ("snapshots", "config"):
+                    (aside / name).rename(repository.repository / name)
             wait_until(lambda: lists(mount / "snapshots"), "it is back")
             assert (mount / "snapshots/latest/tree/small").read_bytes() == b"unharmed"
 

@@ -336,3 +336,39 @@ class TestObjectReaders:
         storage.prefetch("packs/a", 0, 10)
         storage.prefetch("packs/none", 0, 10)
         assert storage.read("packs/a") == b"0123456789"
+
+
+def test_a_folder_that_was_deleted_and_restored_is_opened_again(
+    root: Path, storage: LocalStorage, tmp_path: Path
+) -> None:
+    storage.create("packs/ab", b"content")
+    copy = root.with_name("copy")
+    shutil.copytree(root, copy)
+    assert storage.size("packs/ab") == 7
+    shutil.rmtree(root)
+    with pytest.raises(NotFoundError):
+        storage.size("packs/ab")
+    copy.rename(root)
+    assert storage.size("packs/ab") == 7
+    assert [name for name, _, _ in storage.list("packs")] == ["packs/ab"]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN, errno.EIO])
+def test_a_folder_whose_file_system_went_away_and_came_back_is_opened_again(
+    root: Path, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    storage.create("packs/ab", b"content")
+    root.rename(root.with_name("gone"))
+    assert storage.size("packs/ab") == 7  # by its descriptor
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("casfs.storage.folder.os.stat", fail)
+        with pytest.raises(StorageError):
+            storage.size("packs/ab")
+    with pytest.raises(NotFoundError):
+        storage.size("packs/ab")
+    root.with_name("gone").rename(root)
+    assert storage.size("packs/ab") == 7
