@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 DEFAULT_LEVEL = 3
 """zstd's default: about 250 MB/s a core, with a ratio close to that of higher levels on real trees."""
 
-_FOLDERS = ("packs", "snapshots", "condemned", "locks", "tmp")
+FOLDERS = ("packs", "snapshots", "condemned", "locks", "tmp")
 PROBED_NAME = "probed.json"
 """The object with the result of the probe of a remote place."""
 
@@ -97,7 +97,7 @@ def _create_local(
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         if any(root.iterdir()):
             raise ExistsError(f"{root} is not empty; give a new or empty folder")
-        for folder in _FOLDERS:
+        for folder in FOLDERS:
             (root / folder).mkdir(mode=0o700)
         (root / "README").write_text(_README)
     except (NotADirectoryError, FileExistsError) as error:

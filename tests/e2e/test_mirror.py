@@ -43,6 +43,23 @@ def test_a_mirror_to_a_file_is_refused(repository: Casfs, tmp_path: Path) -> Non
     assert (tmp_path / "file").read_bytes() == b"x"
 
 
+def test_a_mirror_into_a_folder_of_other_files_is_refused(
+    repository: Casfs, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
+    repository.refuses("mirror", tmp_path / "photos", mentions=["photos", "not empty"])
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+def test_a_mirror_continues_in_a_folder_that_has_locks_and_no_configuration(
+    repository: Casfs, tmp_path: Path
+) -> None:
+    (tmp_path / "copy" / "locks").mkdir(parents=True)
+    repository.run("mirror", tmp_path / "copy")
+    Casfs(tmp_path / "copy", repository.home).run("check")
+
+
 def test_a_mirror_with_a_damaged_pack_exits_5_and_names_it(
     repository: Casfs, tmp_path: Path
 ) -> None:

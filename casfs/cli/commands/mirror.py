@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -97,7 +98,12 @@ def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) ->
 
 
 def _make_folder(source: Place, target: LocalPlace) -> None:
-    """Make the destination's folder; raise RefusedError or StorageError where that cannot be."""
+    """Make the destination's folder; raise RefusedError or StorageError where that cannot be.
+
+    A folder with other contents and no repository is refused, as `init` refuses it.
+    """
+    from casfs.format.config import CONFIG_NAME
+    from casfs.repository.opening import FOLDERS
     from casfs.repository.place import LocalPlace
 
     if isinstance(source, LocalPlace):
@@ -106,7 +112,13 @@ def _make_folder(source: Place, target: LocalPlace) -> None:
             raise RefusedError(f"{there} and the repository in {here} overlap; name another place")
     try:
         target.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        names = set(os.listdir(target.root))
     except FileExistsError:
         raise RefusedError(f"{target.root} is not a folder; name a folder or a URL") from None
     except OSError as error:
         raise StorageError("make the folder", str(target.root), error) from error
+    # A mirror that was interrupted before it copied the configuration left folders of a repository at most.
+    if CONFIG_NAME not in names and not names.issubset(FOLDERS):
+        raise RefusedError(
+            f"{target.root} is not empty and has no repository; name a new or empty folder"
+        )
