@@ -154,6 +154,9 @@ def _read(path: Path) -> str | None:
         return None
     except OSError as error:
         raise StorageError("read the configuration file", str(path), error) from error
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConfigError(str(path), None, "", "is a folder; name a file")
     with os.fdopen(fd, "rb") as file:
         try:
             _require_trusted(path, os.fstat(fd))

@@ -327,3 +327,9 @@ class TestLookup:
         assert set(load_configuration(str(named)).profiles) == {"home"}
         with pytest.raises(NotFoundError, match=r"missing\.toml does not exist"):
             load_configuration()
+
+
+def test_a_folder_in_place_of_a_configuration_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder") as raised:
+        load_configuration(str(tmp_path))
+    assert str(raised.value).startswith(str(tmp_path))
