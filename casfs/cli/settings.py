@@ -292,7 +292,10 @@ class Settings:
     def repository_address(self) -> RepositoryAddress:
         """Return the place of the repository, and use its keys from now on; raise UsageError."""
         if self._address is None:
-            name = self.repo or os.environ.get("CASFS_REPOSITORY")
+            name = self.repo if self.repo is not None else os.environ.get("CASFS_REPOSITORY")
+            if self.repo == "":
+                # A script whose variable is unset must not reach the repository of the environment.
+                raise UsageError("--repo is empty: name a repository")
             if not name:
                 raise UsageError(
                     "no repository was named: give --repo PATH or set CASFS_REPOSITORY"

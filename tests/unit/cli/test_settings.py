@@ -150,6 +150,14 @@ def test_no_repository_is_a_usage_error(config: str, monkeypatch: pytest.MonkeyP
         settings(config).repository()
 
 
+def test_an_empty_repo_option_does_not_fall_back_to_the_environment(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CASFS_REPOSITORY", "/srv/casfs")
+    with pytest.raises(UsageError, match="--repo is empty"):
+        settings(config, "").repository()
+
+
 def named(**keys: AbsolutePath | Command) -> NamedRepository:
     return NamedRepository(url=RepositoryUrl("/srv/casfs"), **keys)  # type: ignore[arg-type]
 
