@@ -82,7 +82,7 @@ class PatternType(click.ParamType[Pattern]):
 
 
 class TagsType(click.ParamType[frozenset[str]]):
-    """Tags, separated by commas; an empty tag is refused.
+    """Tags, separated by commas; a tag that is empty or only spaces is refused.
 
     Every option that takes tags splits them in this way, so that no snapshot gets a tag that cannot be
     searched for.
@@ -97,7 +97,7 @@ class TagsType(click.ParamType[frozenset[str]]):
         if isinstance(value, frozenset):
             return value
         tags = frozenset(str(value).split(","))
-        if "" in tags:
+        if not all(tag.strip() for tag in tags):
             self.fail(f"{value!r} contains an empty tag; separate tags by one comma", param, ctx)
         return tags
 

@@ -221,10 +221,10 @@ def _describe_users(real: Path) -> str:
 
 
 def _users_of(real: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the visible processes that have their working folder or an open file in a mount."""
+    """Yield the visible processes but this one that have their working folder or an open file in a mount."""
     inside = bytes(real) + b"/"
     for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
             continue
         try:
             links = [

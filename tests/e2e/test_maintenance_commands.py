@@ -111,6 +111,12 @@ class TestForget:
         assert ids(daily) == [before[1], before[2], before[4]]
         daily.refuses("forget", before[0], mentions=["no snapshot has the id"])
 
+    def test_a_snapshot_whose_tags_stay_equal_is_reported_as_unchanged(self, daily: Casfs) -> None:
+        before = ids(daily)
+        printed = daily.run("tag", before[0], "--remove", "nosuch").text
+        assert printed.startswith(f"snapshot {before[0][:12]} is unchanged")
+        assert ids(daily) == before
+
     def test_forget_keeps_tagged_snapshots_and_touches_only_chosen_ones(
         self, daily: Casfs, source: Path
     ) -> None:

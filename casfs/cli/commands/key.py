@@ -130,6 +130,9 @@ def add(
             storage, [recipient for recipient in new if recipient.value not in known]
         )
         change_recipients(root, storage, trust, merged(now, added))
+    if not added:
+        settings.output().line("nothing was added: these are recipients already")
+        return
     _print_recipients(settings, "added", added)
 
 

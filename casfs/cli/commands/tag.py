@@ -68,7 +68,10 @@ def tag(
         new_id, new = repository.snapshots.retag(old_id, old, tuple(sorted(tags)))
     output = settings.output()
     shown_tags = ", ".join(escape_path(os.fsencode(tag)) for tag in new.tags) or "none"
-    output.line(f"snapshot {short_id(old_id)} is now {short_id(new_id)}, tags: {shown_tags}")
+    if new_id == old_id:
+        output.line(f"snapshot {short_id(old_id)} is unchanged, tags: {shown_tags}")
+    else:
+        output.line(f"snapshot {short_id(old_id)} is now {short_id(new_id)}, tags: {shown_tags}")
     output.emit(
         "snapshot",
         id=new_id.hex(),

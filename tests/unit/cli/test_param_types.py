@@ -43,6 +43,8 @@ def test_a_value_is_parsed_once_and_kept_when_it_is_converted_again(
         (TAGS, "a,"),
         (TAGS, ",a"),
         (TAGS, "a,,b"),
+        (TAGS, " "),
+        (TAGS, "a, ,b"),
         (COUNT, "-2"),
         (COUNT, "²"),
         (PERCENT, "half"),
