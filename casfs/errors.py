@@ -53,6 +53,10 @@ class NotFoundError(CasfsError):
     """A named repository, snapshot, path or mountpoint does not exist."""
 
 
+class NoHomeError(CasfsError):
+    """This user has no home folder, and no variable names a folder instead."""
+
+
 class AmbiguousIdError(CasfsError):
     """A prefix matches several snapshots."""
 

@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-from casfs.errors import RefusedError
+from casfs.errors import NoHomeError, RefusedError
 
 _NETWORK_TYPES = frozenset(
     ["nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "afs", "lustre", "beegfs"]
@@ -72,9 +72,20 @@ def cached_index_dir(repository_id: str) -> Path:
 
 
 def user_folder(variable: str, usual: str) -> Path:
-    """Return the user's casfs folder: below the folder in an XDG variable, or below `~/usual`."""
-    base = os.environ.get(variable) or os.path.join(os.path.expanduser("~"), usual)
-    return Path(base) / "casfs"
+    """Return the user's casfs folder: below the folder in an XDG variable, or below `~/usual`.
+
+    A relative path in the variable is ignored, as the XDG Base Directory Specification says. Raise
+    NoHomeError for a user without a home folder.
+    """
+    base = os.environ.get(variable, "")
+    if os.path.isabs(base):
+        return Path(base) / "casfs"
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):
+        raise NoHomeError(
+            f"this user has no home folder for the files of casfs; set HOME or {variable} to a folder"
+        )
+    return Path(home, usual) / "casfs"
 
 
 def file_system_type(path: Path) -> str:

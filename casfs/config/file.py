@@ -20,7 +20,7 @@ from casfs.config.profiles import Profile
 from casfs.config.repositories import NamedRepository
 from casfs.config.validation import SourceFile, convert_table, parse_toml, unknown_key
 from casfs.config.values import NAME
-from casfs.errors import ConfigError, NotFoundError, StorageError
+from casfs.errors import ConfigError, NoHomeError, NotFoundError, StorageError
 from casfs.user_dirs import user_folder
 
 SYSTEM_FILE = Path("/etc/casfs/config.toml")
@@ -74,6 +74,14 @@ def user_file() -> Path:
     return user_folder("XDG_CONFIG_HOME", ".config") / "config.toml"
 
 
+def _usual_files() -> list[Path]:
+    """Return the files that are read without a name, the later ones first in force."""
+    try:
+        return [SYSTEM_FILE, user_file()]
+    except NoHomeError:
+        return [SYSTEM_FILE]
+
+
 def load_configuration(named: str | None = None) -> Configuration:
     """Read the configuration: the named file, else CASFS_CONFIG, else the user's and the machine's files.
 
@@ -83,7 +91,7 @@ def load_configuration(named: str | None = None) -> Configuration:
     found: dict[tuple[str, str], NamedRepository | Profile] = {}
     origins: dict[tuple[str, str], SourceFile] = {}
     files = []
-    for path in [Path(named).absolute()] if named is not None else [SYSTEM_FILE, user_file()]:
+    for path in [Path(named).absolute()] if named is not None else _usual_files():
         text = _read(path)
         if text is None:
             if named is not None:

@@ -17,7 +17,7 @@ import msgspec
 
 from casfs.crypto.trust_root import TrustRoot
 from casfs.digest import digest_of
-from casfs.errors import StorageError, TrustError
+from casfs.errors import NoHomeError, StorageError, TrustError
 from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import SECRET_BYTES, DedupDomain
 from casfs.user_dirs import user_folder
@@ -93,15 +93,20 @@ def pin(root: Path | str, trust: TrustRoot) -> None:
     """
     config = trust.config
     names = _location_names(root)
-    if config.encryption is None and not any(
-        os.path.exists(_pin_path(name, make=False)) for name in names
-    ):
+    if config.encryption is None and not _has_pin(names):
         return
     domain = config.encryption.domain if config.encryption is not None else ""
     shown = os.fsencode(root).decode("utf-8", "backslashreplace")
     record = msgspec.json.encode(_Pin(shown, config.id, domain, trust.config_digest))
     for name in names:
         _write(_pin_path(name), record)
+
+
+def _has_pin(names: list[str]) -> bool:
+    try:
+        return any(os.path.exists(_pin_path(name, make=False)) for name in names)
+    except NoHomeError:
+        return False
 
 
 def verify_pin(root: Path | str, trust: TrustRoot) -> None:
@@ -111,7 +116,11 @@ def verify_pin(root: Path | str, trust: TrustRoot) -> None:
     spelling nor a symbolic link to another folder counts as a first use.
     """
     for name in _location_names(root):
-        _verify_pin(root, _pin_path(name, make=False), trust)
+        try:
+            path = _pin_path(name, make=False)
+        except NoHomeError:
+            return  # nothing can have been recorded
+        _verify_pin(root, path, trust)
 
 
 def _verify_pin(root: Path | str, path: Path, trust: TrustRoot) -> None:

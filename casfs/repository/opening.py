@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,15 +94,40 @@ def _create_local(
 ) -> RepositoryConfig:
     if (root / CONFIG_NAME).exists():
         raise _exists(LocalPlace(root))
+    is_new = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         if any(root.iterdir()):
             raise ExistsError(f"{root} is not empty; give a new or empty folder")
-        for folder in FOLDERS:
-            (root / folder).mkdir(mode=0o700)
-        (root / "README").write_text(_README)
+        # Of two that create a repository here, one makes this folder, and only that one goes on.
+        (root / FOLDERS[0]).mkdir(mode=0o700)
     except (NotADirectoryError, FileExistsError) as error:
         raise ExistsError(f"{root} is not a folder; give a new or empty folder") from error
+    except OSError as error:
+        raise StorageError("make a repository in", str(root), error) from error
+    try:
+        return _fill_local(root, recipients, passphrase)
+    except BaseException:
+        # The folder was empty and is this process's own, so the next init finds it as this one did.
+        for name in os.listdir(root):
+            path = root / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if is_new:
+            root.rmdir()
+        raise
+
+
+def _fill_local(
+    root: Path, recipients: Sequence[Recipient], passphrase: str | None
+) -> RepositoryConfig:
+    """Create a repository in an empty folder; its configuration, which makes it one, is written last."""
+    try:
+        for folder in FOLDERS[1:]:
+            (root / folder).mkdir(mode=0o700)
+        (root / "README").write_text(_README)
     except OSError as error:
         raise StorageError("make a repository in", str(root), error) from error
     config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

@@ -70,6 +70,7 @@ def run_in_background(work: Callable[[ReadinessPipe], None], log_file: Path | No
     If `work` fails before that, raise a CasfsError with the same message and exit code in this process.
     The child process exits when `work` returns; it never returns from this function.
     """
+    check_log(log_file)
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe()
@@ -98,29 +99,51 @@ def run_in_background(work: Callable[[ReadinessPipe], None], log_file: Path | No
 def log_to(log_file: Path | None) -> None:
     """Send the log of casfs and its mount to a file, else to syslog, else to a file in the state folder.
 
-    Raises CasfsError if the file cannot be written.
+    Where there is neither syslog nor a state folder, nothing is logged. Raises CasfsError if `log_file`
+    cannot be written.
     """
-    if log_file is None and Path(_SYSLOG).exists():
-        handler: logging.Handler = logging.handlers.SysLogHandler(_SYSLOG)
-        handler.setFormatter(logging.Formatter(f"casfs[{os.getpid()}]: %(levelname)s %(message)s"))
-    else:
-        path = log_file if log_file is not None else state_folder(make=False) / "mount.log"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # It names files that not every user may know.
-            os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise CasfsError(f"cannot write the log {path}: {error.strerror}") from error
-        handler.setFormatter(
-            logging.Formatter("%(asctime)s casfs[%(process)d] %(levelname)s %(message)s")
-        )
+    handler = _file_handler(log_file) if log_file is not None else _usual_handler()
     for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
     # A failed write to the log must not print to a terminal that is closed.
     logging.raiseExceptions = False
+
+
+def check_log(log_file: Path | None) -> None:
+    """Raise CasfsError if the file that a user named for the log cannot be written."""
+    if log_file is not None:
+        _file_handler(log_file).close()
+
+
+def _usual_handler() -> logging.Handler:
+    if Path(_SYSLOG).exists():
+        with contextlib.suppress(OSError):
+            handler = logging.handlers.SysLogHandler(_SYSLOG)
+            text = f"casfs[{os.getpid()}]: %(levelname)s %(message)s"
+            handler.setFormatter(logging.Formatter(text))
+            return handler
+    try:
+        return _file_handler(state_folder(make=False) / "mount.log")
+    except CasfsError:
+        return logging.NullHandler()  # a mount does not need a log
+
+
+def _file_handler(path: Path) -> logging.Handler:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # It names files that not every user may know.
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise CasfsError(
+            f"cannot write the log {path}: {error.strerror}; name another file with --log-file"
+        ) from error
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s casfs[%(process)d] %(levelname)s %(message)s")
+    )
+    return handler
 
 
 @contextlib.contextmanager

@@ -194,3 +194,24 @@ def test_standard_error_of_libraries_is_captured(
     os.write(2, b"afterwards\n")
     assert printed == ["fuse: something", "is wrong \\xff"]
     assert capfd.readouterr().err == "afterwards\n"
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_the_process_forks(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+
+    def work(pipe: object) -> None:
+        raise AssertionError("the mount began")
+
+    with pytest.raises(CasfsError, match="--log-file"):
+        daemon.run_in_background(work, tmp_path / "file" / "log")
+
+
+def test_without_syslog_and_state_folder_nothing_is_logged_and_nothing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loggers_kept: None
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(daemon, "_SYSLOG", str(tmp_path / "no-such-socket"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    log_to(None)
+    logging.getLogger("casfs_mount.anything").warning("lost")
+    assert os.listdir(tmp_path) == ["file"]
