@@ -108,6 +108,8 @@ def _create_local(
     try:
         return _fill_local(root, recipients, passphrase)
     except BaseException:
+        if (root / CONFIG_NAME).exists():
+            raise
         # The folder was empty and is this process's own, so the next init finds it as this one did.
         for name in os.listdir(root):
             path = root / name
@@ -138,8 +140,10 @@ def _fill_local(
     index.rebuild(tuple)
     close_index(index)
     allocate_reserve(root)
-    storage.write(CONFIG_NAME, encode_config(config))
-    pin(root, TrustRoot(encode_config(config), str(root)))
+    data = encode_config(config)
+    pin(root, TrustRoot(data, str(root)))
+    # From now on it is a repository, and others may use it.
+    storage.write(CONFIG_NAME, data)
     return config
 
 

@@ -499,3 +499,23 @@ def test_a_copied_configuration_names_the_same_repository(repo: RepositoryFixtur
     (repo.root / "config").write_bytes(encode_config(config))
     with repo.reading() as repository:
         assert repository.config.id == config.id
+
+
+def test_an_init_that_fails_beside_another_leaves_that_one_alone(tmp_path: Path) -> None:
+    """Both find the folder empty; the one that comes later to make the first folder removes nothing."""
+    root = tmp_path / "repository"
+    root.mkdir()
+    real = Path.iterdir
+
+    def first_the_other(path: Path) -> Iterator[Path]:
+        found = list(real(path))
+        if path == root and not found:
+            (root / "packs").mkdir()
+            (root / "config").write_bytes(b"of the other")
+        return iter(found)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", first_the_other)
+        with pytest.raises(ExistsError):
+            create_repository(root)
+    assert sorted(os.listdir(root)) == ["config", "packs"]
