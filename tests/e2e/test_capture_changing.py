@@ -70,7 +70,7 @@ def test_a_backup_prints_which_file_changed_why_and_how_many(
     (sentence,) = [line for line in result.complaints if "restless" in line]
     assert "changed while it was read" in sentence
     assert "rewritten" in sentence
-    assert "1 changed while they were read" in result.text
+    assert "1 file changed during" in result.text
 
 
 def test_changed_ok_accepts_only_changed_files(repository: Casfs, scripted: ScriptedSource) -> None:

@@ -97,4 +97,4 @@ def test_a_reread_prints_silent_changes_and_changed_ok_accepts_them(
     result = repository.run("backup", "--reread", "--changed-ok", disk.folder)
     (sentence,) = result.complaints
     assert "sentence" in sentence and "size, mtime and ctime" in sentence
-    assert "1 changed although" in result.text
+    assert "1 file changed although" in result.text

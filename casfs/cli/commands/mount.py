@@ -97,35 +97,36 @@ def mount(
         identities=unlock_repository(place, settings.unlock),
     )
 
+    hides_entries = _has_entries(Path(names[-1]))
+
     def report(mountpoint: Path) -> None:
         output = settings.output()
+        if hides_entries:
+            output.warn(
+                f"{escape_path(bytes(mountpoint))} is not empty; the mount hides its entries until "
+                "`casfs umount`"
+            )
         output.line(f"mounted on {escape_path(bytes(mountpoint))}")
         output.emit("mounted", mountpoint=str(mountpoint))
         sys.stdout.flush()
 
-    _warn_of_hidden_entries(settings, Path(names[-1]))
     if foreground:
         serving.mount_here(request, report)
     else:
         report(serving.mount_in_background(request))
 
 
-def _warn_of_hidden_entries(settings: Settings, mountpoint: Path) -> None:
-    """Warn where a mount will hide the entries of a folder; look into no mount, which may hang."""
+def _has_entries(mountpoint: Path) -> bool:
+    """Return whether a mount will hide entries of a folder; look into no mount, which may hang."""
     from casfs_mount.mountpoint import mounted_at, real_path
 
     if mounted_at(real_path(mountpoint)) is not None:
-        return
+        return False
     try:
         with os.scandir(mountpoint) as entries:
-            is_empty = next(entries, None) is None
+            return next(entries, None) is not None
     except OSError:
-        return  # the mount itself reports it
-    if not is_empty:
-        settings.output().warn(
-            f"{escape_path(bytes(mountpoint))} is not empty; the mount hides its entries until "
-            "`casfs umount`"
-        )
+        return False  # the mount itself reports it
 
 
 @click.command()
