@@ -131,6 +131,15 @@ def json_path(path: bytes, field: str = "path") -> dict[str, str]:
     return fields
 
 
+def json_paths(paths: Sequence[bytes], field: str = "paths") -> dict[str, list[str]]:
+    """Return the JSON fields that hold several paths without loss, as `json_path` does for one."""
+    each = [json_path(path) for path in paths]
+    fields = {field: [one["path"] for one in each]}
+    if any("path_b64" in one for one in each):
+        fields[f"{field}_b64"] = [base64.b64encode(path).decode("ascii") for path in paths]
+    return fields
+
+
 def format_time(time_ns: int) -> str:
     """Return a time for text output: local time, to the second."""
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,3 +140,19 @@ def test_the_comparison_notices_each_kind_of_difference() -> None:
     assert differences(good | {"format": "1"}, version)
     assert differences({"type": "version", "casfs": "1", "format": 1}, version)
     assert "mode" in lines["ls", "node"].types and "mode" in entry.types
+
+
+def test_json_gives_names_that_are_not_utf8_in_base64_too(
+    repository: Casfs, tmp_path: Path
+) -> None:
+    source = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(source)
+    with open(source + b"/file", "wb") as file:
+        file.write(b"content")
+    found = repository.json("backup", source).one("snapshot")
+    assert [base64.b64decode(path) for path in found["paths_b64"]] == [source]
+    (listed,) = repository.json("snapshots").objects
+    assert [base64.b64decode(path) for path in listed["paths_b64"]] == [source]
+    target = os.fsencode(tmp_path) + b"/aim\xe9"
+    restored = repository.json("restore", "latest", "--target", target).one("summary")
+    assert base64.b64decode(restored["target_b64"]) == target

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE
-from casfs.cli.output import iso_time, json_path
+from casfs.cli.output import iso_time, json_paths
 from casfs.cli.param_types import PATTERN, SIZE, TAGS, parse_time
 from casfs.cli.settings import (
     Settings,
@@ -339,7 +339,7 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         id=result.snapshot_id.hex() if result.snapshot_id is not None else None,
         time=iso_time(snapshot.time_ns),
         host=snapshot.host,
-        paths=[json_path(path)["path"] for path in snapshot.paths],
+        **json_paths(snapshot.paths),
         tags=list(snapshot.tags),
         parent=snapshot.parent.hex() if snapshot.parent is not None else None,
         files=stats.files,

@@ -10,7 +10,7 @@ from casfs.cli.output import (
     Output,
     format_time,
     iso_time,
-    json_path,
+    json_paths,
     path_argument,
     warn_of_unproven,
 )
@@ -250,9 +250,7 @@ def _print_result(
         id=candidate.snapshot_id.hex(),
         time=iso_time(candidate.time_ns) if snapshot is not None else None,
         host=snapshot.host if snapshot is not None else None,
-        paths=[json_path(path)["path"] for path in snapshot.paths]
-        if snapshot is not None
-        else None,
+        **(json_paths(snapshot.paths) if snapshot is not None else {"paths": None}),
         tags=list(candidate.tags),
         keep=bool(reasons),
         reasons=list(reasons),

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import click
 
+from casfs.cli.output import json_path
 from casfs.cli.param_types import OWNER, SIZE
 from casfs.cli.settings import (
     Settings,
@@ -107,7 +108,7 @@ def mount(
                 "`casfs umount`"
             )
         output.line(f"mounted on {escape_path(bytes(mountpoint))}")
-        output.emit("mounted", mountpoint=str(mountpoint))
+        output.emit("mounted", **json_path(bytes(mountpoint), "mountpoint"))
         sys.stdout.flush()
 
     if foreground:
@@ -140,7 +141,7 @@ def umount(settings: Settings, mountpoint: Path) -> None:
     real = unmount(mountpoint)
     output = settings.output()
     output.line(f"unmounted {escape_path(bytes(real))}")
-    output.emit("unmounted", mountpoint=str(real))
+    output.emit("unmounted", **json_path(bytes(real), "mountpoint"))
 
 
 def server() -> ModuleType:

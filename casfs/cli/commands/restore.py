@@ -157,7 +157,7 @@ def restore(
     output.emit(
         "summary",
         snapshot=snapshot_id.hex(),
-        target=target,
+        **json_path(os.fsencode(target), "target"),
         files=result.files,
         dirs=result.directories,
         others=result.others,

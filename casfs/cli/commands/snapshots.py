@@ -12,6 +12,7 @@ from casfs.cli.output import (
     format_time,
     iso_time,
     json_path,
+    json_paths,
     path_argument,
     warn_of_unproven,
 )
@@ -162,7 +163,7 @@ def _emit_snapshot(
         time=iso_time(snapshot.time_ns),
         host=snapshot.host,
         user=snapshot.user,
-        paths=[json_path(path)["path"] for path in snapshot.paths],
+        **json_paths(snapshot.paths),
         directory=json_path(snapshot.directory)["path"]
         if isinstance(snapshot.directory, bytes)
         else None,
