@@ -143,7 +143,7 @@ def test_a_number_stands_with_the_noun_that_fits_it(repository: Casfs, tmp_path:
     folder.mkdir()
     (folder / "file").write_text("one")
     told = repository.run("backup", folder.name, cwd=tmp_path).text
-    assert "1 file in 1 directory," in told
+    assert "1 file (1 new, 0 modified, 0 unchanged) in 1 directory," in told
     told = repository.run("restore", "latest", "--target", tmp_path / "target").text
     assert "1 file, 1 directory, 0 others" in told
     assert "checked 1 snapshot," in repository.run("check").text
