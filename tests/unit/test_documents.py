@@ -52,11 +52,13 @@ def commands_in(text: str) -> list[list[str]]:
 def unknown_parts(words: list[str]) -> list[str]:
     """Return the commands and options among the words that casfs does not have."""
     group: click.Command = command_line
-    unknown = []
+    unknown: list[str] = []
     taken = False
     for word in words:
         if taken:
             taken = False
+        elif word == "--":
+            return unknown  # what follows are arguments, such as another program's command
         elif word.startswith("-"):
             options = {
                 name: option
