@@ -30,14 +30,15 @@ _MAX_PROBLEMS = 20
 _MAX_LINE_BYTES = 1024 * 1024
 _STDERR = 2
 _PROBLEM_TYPES = ("problem", "damage")
+_ACCOMPANYING_TYPES = frozenset(["progress", "entry", "requests"])
 
 
 @dataclass(slots=True)
 class VerbOutput:
     """The output of a verb with `--json` so far, in bounded memory.
 
-    `result` is the last object that is neither a problem nor progress nor an error. `on_problem` receives
-    every problem, `problems` holds only the first.
+    `result` is the last object that is no problem, no error, and not of a type that only accompanies the
+    work. `on_problem` receives every problem, `problems` holds only the first.
     """
 
     on_problem: Callable[[JsonObject], None] | None = None
@@ -63,7 +64,7 @@ class VerbOutput:
                 self.problems = (*self.problems, value)
         elif kind == "error":
             self.error = str(value.get("message"))
-        elif kind != "progress":
+        elif kind not in _ACCOMPANYING_TYPES:
             self.result = value
 
 

@@ -40,7 +40,7 @@ def test_a_verb_is_given_the_common_arguments_and_json() -> None:
 def test_the_last_object_is_the_result_and_problems_are_counted() -> None:
     lines: list[JsonObject] = [{"type": "problem", "path": f"/{n}"} for n in range(25)]
     lines += [{"type": "snapshot", "id": "first"}, {"type": "damage", "path": "/d"}]
-    lines += [{"type": "snapshot", "id": "last"}, {"type": "progress"}]
+    lines += [{"type": "snapshot", "id": "last"}, {"type": "progress"}, {"type": "requests"}]
     seen: list[JsonObject] = []
     text = "\n".join(map(json.dumps, lines)) + "\nnot JSON\n[1]\n"
     end = runner(f"print({text!r})").run(["backup"], seen.append)
