@@ -145,12 +145,13 @@ class LocalStorage:
             with self._folder.opened(prefix) as fd:
                 # A folder sorts by its name with the `/` that follows it, so that objects come in order
                 # of their names.
-                entries = sorted(
-                    os.scandir(fd),
-                    key=lambda entry: (
-                        f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
-                    ),
-                )
+                with os.scandir(fd) as found_entries:
+                    entries = sorted(
+                        found_entries,
+                        key=lambda entry: (
+                            f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+                        ),
+                    )
                 for entry in entries:
                     name = f"{prefix}/{entry.name}"
                     if not is_name(name):
