@@ -334,7 +334,7 @@ class FailingCall:
         setattr(os, self._call, self)
 
     def __call__(self, first: Any, *rest: Any, **more: Any) -> Any:
-        if self._is_inside(first):
+        if self._is_inside(first, more.get("dir_fd", more.get("src_dir_fd"))):
             with self._lock:
                 left, self._left = self._left, self._left - 1
             if left == 0:
@@ -342,12 +342,15 @@ class FailingCall:
                 raise OSError(self._code, os.strerror(self._code))
         return self._real(first, *rest, **more)
 
-    def _is_inside(self, place: Any) -> bool:
-        if isinstance(place, int):
-            try:
+    def _is_inside(self, place: Any, folder: int | None) -> bool:
+        try:
+            if isinstance(place, int):
                 place = os.readlink(f"/proc/self/fd/{place}")
-            except OSError:
-                return False
+            elif folder is not None:
+                above = os.fsencode(os.readlink(f"/proc/self/fd/{folder}"))
+                place = os.path.join(above, os.fsencode(place))
+        except OSError:
+            return False
         return os.fsencode(place).startswith(self._folder + b"/")
 
 
