@@ -412,14 +412,16 @@ class BlobStore:
         return False
 
     def has_pack(self, pack: PackId) -> bool:
-        """Return whether a pack is in the storage now.
+        """Return whether a pack is in the storage now, as far as that can be known.
 
-        Another writer may have published it since the listing.
+        Another writer may have published it since the listing. One that cannot be looked at is not missing.
         """
         try:
             return self.storage.size(pack_name(pack)) >= 0
         except NotFoundError:
             return False
+        except StorageError:
+            return True
 
     def rebuild(self) -> None:
         """Rebuild the index from the packs alone.
