@@ -128,6 +128,13 @@ class KeyManager:
                 self._session = self.keyring.begin(domains)
             return self._session
 
+    def unproven_session(self) -> WriteSession:
+        """Return a new durable session of a domain that is not the repository's own.
+
+        What is published in it is unproven, like what a write-only host publishes. Nothing else is stored in it.
+        """
+        return self.keyring.begin([DedupDomain.new(self.keyring.repository)])
+
     def record_published(self, snapshot_id: SnapshotId, time_ns: int) -> None:
         """Record the last snapshot that this machine published."""
         if self._state is not None:

@@ -127,13 +127,11 @@ class SnapshotRepair:
 class RepairResult:
     """The result of a repair of the snapshots; `intact` counts the snapshots without damage.
 
-    `unproven` are damaged and stay as they are: a replacement would be proven, and their content is not.
     `returned` are intact snapshots that had the name of another snapshot and got their own name back;
     they are checked like all others.
     """
 
     intact: int = 0
-    unproven: list[SnapshotId] = field(default_factory=list)
     returned: list[SnapshotId] = field(default_factory=list)
     repaired: list[SnapshotRepair] = field(default_factory=list)
 
@@ -224,9 +222,6 @@ class SnapshotRepairer:
         except IntegrityError as error:
             self._drop_snapshot(snapshot_id, str(error))
         else:
-            if not self._repository.snapshots.is_from_trusted_writer(snapshot_id):
-                self.result.unproven.append(snapshot_id)
-                return
             self._replace_snapshot(snapshot_id, snapshot)
         self.result.repaired.append(self._current)
 
@@ -240,8 +235,8 @@ class SnapshotRepairer:
         if root.tree is not None and root.tree.nodes == 0 and self._current.dropped:
             self._drop_snapshot(snapshot_id, "none of its data is left")
         elif not self._dry_run:
-            self._current.new_id = self._repository.snapshots.replace(
-                snapshot_id, snapshot, root=root
+            self._current.new_id = self._repository.snapshots.replace_root(
+                snapshot_id, snapshot, root
             )
 
     def _drop_snapshot(self, snapshot_id: SnapshotId, reason: str) -> None:

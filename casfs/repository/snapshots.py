@@ -71,12 +71,17 @@ class SnapshotStore:
         self._loss_epoch = loss_epoch
         self._proven: dict[SnapshotId, bool] = {}
 
-    def publish(self, snapshot: Snapshot, complete: bool = True) -> SnapshotId:
+    def publish(
+        self, snapshot: Snapshot, complete: bool = True, *, is_proven: bool = True
+    ) -> SnapshotId:
         """Store a snapshot, as the last step of a backup.
 
-        `complete` means that all its blobs are durable and in the index.
+        `complete` means that all its blobs are durable and in the index. Without `is_proven` it is published
+        as unproven, whoever this writer is.
         """
-        session = self._keys.session() if self._keys is not None else None
+        session = None
+        if self._keys is not None:
+            session = self._keys.session() if is_proven else self._keys.unproven_session()
         snapshot_id, data = encode_snapshot(snapshot, self._codec, session)
         if complete:
             self._index.mark_complete(snapshot_id, self._loss_epoch)
@@ -114,6 +119,19 @@ class SnapshotStore:
             # A crash may have left the snapshot that this one replaced; without this one it would be listed
             # again.
             self.delete(SnapshotId(snapshot.replaces))
+        self.delete(snapshot_id)
+        return new_id
+
+    def replace_root(self, snapshot_id: SnapshotId, snapshot: Snapshot, root: Node) -> SnapshotId:
+        """Publish a repaired snapshot with another root, then delete the damaged one.
+
+        An unproven snapshot stays unproven, and so cannot name the one that it replaces: a crash between the
+        two steps leaves both, and both are listed.
+        """
+        if self.is_from_trusted_writer(snapshot_id):
+            return self.replace(snapshot_id, snapshot, root=root)
+        changed = msgspec.structs.replace(snapshot, root=root, replaces=None)
+        new_id = self.publish(changed, complete=False, is_proven=False)
         self.delete(snapshot_id)
         return new_id
 

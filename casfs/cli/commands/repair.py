@@ -123,12 +123,6 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
             message=snapshot.message or None,
             dry_run=dry_run,
         )
-    for snapshot_id in result.unproven:
-        output.line(
-            f"snapshot {short_id(snapshot_id)} is damaged and unproven, and was left as it is; "
-            "`casfs forget` removes it by its id"
-        )
-        output.emit("unproven", id=snapshot_id.hex())
     output.summary(
         f"{counted(result.intact, 'intact snapshot')}, {len(result.repaired)} {would}repaired"
     )

@@ -16,13 +16,17 @@ from casfs.cli.settings import Settings
 from casfs.digest import SnapshotId
 from casfs.errors import RefusedError
 from casfs.maintenance.forget import Grouping, forget, plan_policy, select_by_name
+from casfs.maintenance.prune import Pruner
+from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.repair import SnapshotRepairer
 from casfs.maintenance.retention import Policy
+from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_writing
 from casfs.repository.snapshot_filter import ALL_SNAPSHOTS
 from tests.support.encryption import SECRET, EncryptedRepositoryFixture, unlock
 from tests.support.observation import look_through_the_mount
+from tests.support.stores import flip, noise
 
 DAY_NS = 86_400 * 10**9
 START_NS = 1_700_000_000 * 10**9
@@ -145,11 +149,27 @@ def test_a_repair_does_not_make_a_damaged_unproven_snapshot_proven(attacked: Att
     options = OpenOptions(unlock=unlock, sync=False)
     with open_for_maintenance(attacked.root, "repair", options) as repository:
         result = SnapshotRepairer(repository, RecordingMonitor()).repair()
-        assert (result.unproven, result.repaired) == ([forged], [])
-        assert set(repository.snapshots.ids()) == {forged, attacked.honest.snapshot_id}
-    assert (
-        f"{forged.hex()[:12]} is damaged and unproven" in attacked.run("repair", "snapshots").output
-    )
+        assert [found.snapshot_id for found in result.repaired] == [forged]
+        assert set(repository.snapshots.ids()) == {attacked.honest.snapshot_id}
+
+
+def test_a_repaired_unproven_snapshot_stays_unproven(attacked: Attacked) -> None:
+    packs = set((attacked.root / "packs").rglob("*"))
+    (attacked.source / "file").write_bytes(noise("forged", 50_000))
+    (attacked.source / "other").write_bytes(b"what is left")
+    forged = attacked.forge(START_NS + DAY_NS)
+    (pack,) = [path for path in set((attacked.root / "packs").rglob("*")) - packs if path.is_file()]
+    flip(pack, 10_000)  # in the data of the large file
+    options = OpenOptions(unlock=unlock, sync=False)
+    with open_for_maintenance(attacked.root, "repair", options) as repository:
+        repairer = SnapshotRepairer(repository, RecordingMonitor())
+        (repaired,) = repairer.repair(PackSelection()).repaired
+        assert repaired.snapshot_id == forged
+    with open_for_maintenance(attacked.root, "prune", options) as repository:
+        assert forged not in repository.snapshots.ids()
+        assert repaired.new_id is not None
+        assert not repository.snapshots.is_from_trusted_writer(repaired.new_id)
+        Pruner(repository, PruneOptions(), RecordingMonitor()).prune()
 
 
 @pytest.mark.parametrize(
