@@ -131,7 +131,7 @@ class KeyManager:
     def unproven_session(self) -> WriteSession:
         """Return a new durable session of a domain that is not the repository's own.
 
-        What is published in it is unproven, like what a write-only host publishes. Nothing else is stored in it.
+        What is published in it is unproven, like what a write-only host publishes. No blob is stored in it.
         """
         return self.keyring.begin([DedupDomain.new(self.keyring.repository)])
 

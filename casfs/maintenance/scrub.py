@@ -26,8 +26,8 @@ from casfs.errors import (
     PackError,
     StorageError,
 )
-from casfs.format.codec import Encoded
-from casfs.format.pack import TRAILER, PackEntry
+from casfs.format.codec import ENCRYPTED, Encoded
+from casfs.format.pack import BLOB_HEADER, ENCRYPTED_KIND, TRAILER, PackEntry, parse_record_header
 from casfs.index.schema import Location, PackRecord
 from casfs.monitor import Monitor, Unit
 from casfs.repository.repository import Repository
@@ -397,7 +397,14 @@ class Scrubber:
         reader = _PackReader(self._repository, pack, whole, self._monitor.progress.add_bytes)
         try:
             for batch in _batches(sorted(entries, key=lambda entry: entry.offset)):
-                payloads = [reader.read(entry.offset, entry.stored_bytes) for entry in batch]
+                payloads = []
+                for entry in batch:
+                    begin = max(entry.offset - BLOB_HEADER.size, 0)
+                    record = reader.read(begin, entry.offset - begin + entry.stored_bytes)
+                    payloads.append(record[entry.offset - begin :])
+                    if not _has_header(record, entry):
+                        message = f"the header of its record at byte {begin} is damaged"
+                        damage.append(Finding("pack", message, pack))
                 damage += self._verify(pack, batch, payloads)
             reader.read(pack_bytes - TRAILER.size, TRAILER.size)
         except CasfsError as error:
@@ -432,6 +439,15 @@ class Scrubber:
                 yield Finding("blob", error.reason, pack, entry.digest)
             except CasfsError as error:
                 yield Finding("blob", str(error), pack, entry.digest)
+
+
+def _has_header(record: bytes, entry: PackEntry) -> bool:
+    """Return whether a record begins with the header that its directory entry stands for."""
+    expected = (entry.kind, entry.codec, entry.stored_bytes, entry.plain_bytes)
+    if entry.codec & ENCRYPTED:
+        # The rest is encrypted with the payload.
+        expected = (ENCRYPTED_KIND, ENCRYPTED, entry.stored_bytes, 0)
+    return parse_record_header(record) == expected
 
 
 def is_refused(error: CasfsError) -> bool:
