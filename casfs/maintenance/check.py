@@ -1,8 +1,9 @@
 """Check every snapshot, tree, content list and index entry and, on request, every stored byte.
 
 Problems are collected and never raised. Lost data is reported as paths and byte ranges of snapshots.
-A tree that several snapshots share is walked once, and again only where something below it is damaged,
-so that the result names the losses of every snapshot. One thread walks; the scrub has threads of its own.
+A tree that several snapshots share is walked once, and again only where something below it is damaged or
+cannot be read, so that the result names the losses of every snapshot. One thread walks; the scrub has
+threads of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from casfs.digest import Digest, SnapshotId
+from casfs.digest import Digest, PackId, SnapshotId
 from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
 from casfs.format.tree import (
     MAX_FILE_BYTES,
@@ -55,6 +56,7 @@ class Checker:
     def __init__(self, repository: Repository, monitor: Monitor) -> None:
         self.result = CheckResult()
         self.damaged_trees: set[bytes] = set()
+        self._unreadable_trees: set[bytes] = set()
         self._repository = repository
         self._store = repository.store
         self._monitor = monitor
@@ -112,7 +114,6 @@ class Checker:
             if getattr(error, "pack", None) in self.result.unreadable_packs:
                 self._report_unreadable(snapshot_id, page, error)
                 return
-            self.damaged_trees.add(page.ref.digest)
             self._mark_above(page)
             message = f"the directory cannot be read: {error}"
             pack = getattr(error, "pack", None)
@@ -122,12 +123,11 @@ class Checker:
         for page, node in walk_pages(b"", root.tree, self._read_page, on_error=damaged):
             if node.kind != NodeType.FILE:
                 continue
-            path = join(page.path, node.name)
-            if not self._check_file(snapshot_id, path, node):
-                self._mark_above(page)
+            self._check_file(snapshot_id, page, node)
 
     def _report_unreadable(self, snapshot_id: SnapshotId, page: Page, error: CasfsError) -> None:
         """Record a directory that this user may not read; what is below it is not checked."""
+        self._mark_unreadable_above(page)
         message = f"the directory was not checked: {error}"
         pack, digest = getattr(error, "pack", None), Digest(page.ref.digest)
         finding = Finding("tree", message, pack, digest, snapshot_id, page.path)
@@ -135,9 +135,13 @@ class Checker:
 
     def _read_page(self, page: Page) -> Children | None:
         """Return what a page holds, or None for one that was visited before."""
-        if page.ref.digest in self.damaged_trees:
+        is_damaged = page.ref.digest in self.damaged_trees
+        is_unreadable = page.ref.digest in self._unreadable_trees
+        if is_damaged:
             self._mark_above(page)
-        elif self._was_visited(page.ref):
+        if is_unreadable:
+            self._mark_unreadable_above(page)
+        if not is_damaged and not is_unreadable and self._was_visited(page.ref):
             return None
         digest = Digest(page.ref.digest)
         if digest in self.result.damaged:
@@ -165,36 +169,62 @@ class Checker:
         for above in page.with_ancestors():
             self.damaged_trees.add(above.ref.digest)
 
+    def _mark_unreadable_above(self, page: Page) -> None:
+        """Mark a page and those above it: a part of them was not checked.
+
+        They are not marked as damaged, because a repair drops what it cannot read of a damaged directory.
+        """
+        for above in page.with_ancestors():
+            self._unreadable_trees.add(above.ref.digest)
+
     def _was_visited(self, ref: TreeRef) -> bool:
         location = self._store.index.lookup(Digest(ref.digest))
         return location is not None and not self._visited.add(location.ordinal)
 
-    def _check_file(self, snapshot_id: SnapshotId, path: bytes, node: Node) -> bool:
+    def _check_file(self, snapshot_id: SnapshotId, page: Page, node: Node) -> None:
+        """Check a file of a page, and mark the page where the file is damaged or was not checked."""
+        path = join(page.path, node.name)
         self.result.files += 1
         self._monitor.progress.items += 1
         self._monitor.progress.path = path
         lost: list[tuple[int, int]] = []
         blob: Digest | None = None
+        unreadable: list[tuple[int, int]] = []
+        refused: tuple[Digest, PackId] | None = None
         done = 0
         try:
             _check_capture(node)
             if self._is_intact_single_chunk(node):
-                return True
+                return
             for extent in self._repository.content(node).extents(lost_lists=True):
                 done = extent.begin + extent.length
-                if not self.is_intact(extent):
+                pack = self._unreadable_pack(extent.digest)
+                if extent.digest is not None and pack is not None:
+                    unreadable.append((extent.begin, done))
+                    refused = refused or (extent.digest, pack)
+                elif not self.is_intact(extent):
                     lost.append((extent.begin, done))
                     blob = blob or extent.digest
             if done != node.size:
                 raise TreeError(f"the content list covers {done} bytes, captured were {node.size}")
         except IntegrityError as error:
             self._report(Finding("file", str(error), snapshot=snapshot_id, path=path))
-            return False
+            self._mark_above(page)
+            return
         if lost:
-            ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)
-            message = f"bytes {ranges} of {node.size} are lost"
+            message = f"bytes {_listed(lost)} of {node.size} are lost"
             self._report(Finding("file", message, None, blob, snapshot_id, path, tuple(lost)))
-        return not lost
+            self._mark_above(page)
+        if refused is not None:
+            message = (
+                f"bytes {_listed(unreadable)} of {node.size} were not checked: "
+                "this user has no permission to read their pack"
+            )
+            digest, pack = refused
+            self.result.unreadable.append(
+                Finding("file", message, pack, digest, snapshot_id, path, tuple(unreadable))
+            )
+            self._mark_unreadable_above(page)
 
     def _is_intact_single_chunk(self, node: Node) -> bool:
         """Return whether a file is a single intact chunk whose location is cached."""
@@ -207,18 +237,19 @@ class Checker:
             location is not None
             and location.plain_bytes == length == node.size
             and digest not in self.result.damaged
+            and self._unreadable_pack(digest) is None
         )
 
     def is_intact(self, extent: Extent) -> bool:
-        """Return whether a chunk is stored and was not found damaged.
+        """Return whether a chunk is stored and was not found damaged; one that may not be read is no loss.
 
         Raises TreeError where the index and the content list disagree about its length.
         """
         if extent.digest is None:
             return True
+        if self._unreadable_pack(extent.digest) is not None:
+            return True
         location = self._store.index.lookup(extent.digest)
-        if location is not None and self._is_unreadable(location):
-            return True  # its pack is reported
         if extent.lost or extent.digest in self.result.damaged:
             return False
         if location is None:
@@ -229,10 +260,15 @@ class Checker:
             )
         return True
 
-    def _is_unreadable(self, location: Location) -> bool:
-        if not self.result.unreadable_packs:
-            return False
-        return self._store.index.pack_id(location.pack) in self.result.unreadable_packs
+    def _unreadable_pack(self, digest: Digest | None) -> PackId | None:
+        """Return the pack of a blob where this user has no permission to read that pack."""
+        if digest is None or not self.result.unreadable_packs:
+            return None
+        location = self._store.index.lookup(digest)
+        if location is None:
+            return None
+        pack = self._store.index.pack_id(location.pack)
+        return pack if pack in self.result.unreadable_packs else None
 
     def _is_in_unindexed_pack(self, digest: Digest) -> bool:
         """Return whether a pack holds a needed blob that the index lacks, and report the index."""
@@ -242,6 +278,10 @@ class Checker:
             message = "a stored blob is missing from it; run `casfs repair index`"
             self._report(Finding("index", message, pack, digest))
         return pack is not None
+
+
+def _listed(ranges: list[tuple[int, int]]) -> str:
+    return ", ".join(f"{begin}-{end}" for begin, end in ranges)
 
 
 def _is_one_chunk(node: Node) -> bool:

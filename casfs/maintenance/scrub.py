@@ -79,7 +79,8 @@ class ScrubResult:
 
     `packs_left` were selected, but the time ran out. `damaged` are the blobs without an intact copy, each
     with the pack that should hold it. `unknown` are blobs that packs hold and the index lacks. `unreadable`
-    are packs, and directories in them, that this user has no permission to read: they were not checked.
+    are packs that this user has no permission to read, and the directories and files with data in them: they
+    were not checked.
     """
 
     packs: int = 0

@@ -218,6 +218,9 @@ def _check_names_it(cell: Cell, lost: dict[str, set[str]]) -> None:
     scene = cell.damaged()
     outcome = cell.act(scene, "check")
     found = outcome.done()
+    # What this user may not read is no proof of damage; everything else is.
+    kind = "unreadable" if cell.what == CLOSED else "damage"
+    assert {one["kind"] for one in found} <= {kind}, found
     if cell.what == REMOVED:
         # The index was rebuilt without the pack, so its name is forgotten; its blobs are not.
         assert bool(found) == any(lost.values())
@@ -315,8 +318,13 @@ def _prune_makes_it_no_worse(
 
 def _repair_snapshots_drops_no_more(cell: Cell, readable: set[tuple[str, str]]) -> None:
     scene = cell.damaged()
+    kept = _kept_files(scene.root)
     outcome = cell.act(scene, "repair_snapshots")
-    if cell.what == CLOSED and outcome.error is not None:
+    if cell.what == CLOSED:
+        # What this user may not read is not lost: another user can read it.
+        assert _kept_files(scene.root) == kept
+        assert outcome.error is not None or outcome.done() == []
+        assert right(cell.look(scene), cell.intact.published) == readable
         return
     reported = outcome.done()
     new_ids = {one["new_id"]: one["id"] for one in reported if one["new_id"] is not None}

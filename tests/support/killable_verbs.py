@@ -173,13 +173,15 @@ def act_check(
         result = Checker(repository, RecordingMonitor()).check(choice)
     return [
         {
-            "what": damage.what,
-            "message": damage.message,
-            "pack": damage.pack.hex() if damage.pack is not None else None,
-            "snapshot": damage.snapshot.hex() if damage.snapshot is not None else None,
-            "path": os.fsdecode(damage.path) if damage.path is not None else None,
+            "kind": kind,
+            "what": finding.what,
+            "message": finding.message,
+            "pack": finding.pack.hex() if finding.pack is not None else None,
+            "snapshot": finding.snapshot.hex() if finding.snapshot is not None else None,
+            "path": os.fsdecode(finding.path) if finding.path is not None else None,
         }
-        for damage in result.damage
+        for kind, findings in (("damage", result.damage), ("unreadable", result.unreadable))
+        for finding in findings
     ]
 
 

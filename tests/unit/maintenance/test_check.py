@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from casfs.digest import Digest, SnapshotId, digest_of
+from casfs.errors import StorageError
 from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry
 from casfs.format.tree import (
@@ -25,13 +27,24 @@ from casfs.format.tree import (
 from casfs.index.schema import IndexedPack
 from casfs.maintenance import scrub as scrub_module
 from casfs.maintenance.check import Checker, CheckResult
+from casfs.maintenance.repair import SnapshotRepairer
 from casfs.maintenance.scrub import Finding, PackSelection
 from casfs.monitor import RecordingMonitor
+from casfs.repository.opening import open_for_maintenance
 from casfs.repository.repository import Repository
+from casfs.storage.local import LocalStorage
 from casfs.store.blob_store import BlobStore
 from casfs.trees import walk
 from casfs.trees.content import EXTENT, HOLE, ContentWriter
-from tests.support.builders import Plan, RepositoryFixture, entry, file, flagged, reference
+from tests.support.builders import (
+    Plan,
+    RepositoryFixture,
+    TreeFixture,
+    entry,
+    file,
+    flagged,
+    reference,
+)
 from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
 
 CHUNKS = [noise(f"chunk {number}", 3000) for number in range(4)]
@@ -246,6 +259,82 @@ class TestDamagedPack:
         repo.publish({b"f": b"1"})
         pack = add_pack(repo.root, noise("junk", 500))
         assert {found.pack for found in check(repo).damage} == {pack}
+
+
+def fail_reads_of(monkeypatch: pytest.MonkeyPatch, pack: Path, code: int) -> None:
+    read = LocalStorage.read
+
+    def fail(self: LocalStorage, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        if name.endswith(pack.name):
+            raise StorageError("read", name, OSError(code, os.strerror(code)))
+        return read(self, name, offset, size)
+
+    monkeypatch.setattr(LocalStorage, "read", fail)
+
+
+@pytest.mark.parametrize("read_data", [False, True])
+@pytest.mark.parametrize(
+    "code", [errno.EACCES, errno.EPERM, errno.EIO], ids=["eacces", "eperm", "eio"]
+)
+class TestPackThatCannotBeRead:
+    """A disk that fails is damage; a pack that this user has no permission to read is none."""
+
+    def test_check_names_every_file_with_data_in_it_in_every_snapshot(
+        self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch, code: int, read_data: bool
+    ) -> None:
+        store(repo, CHUNKS[:1])
+        store(repo, CHUNKS[1:2])
+        both, other = of_chunks(*CHUNKS[:2]), of_chunks(CHUNKS[0])
+        plan = {b"d": {b"both": both, b"one": of_chunks(CHUNKS[1]), b"other": other}}
+        ids = [repo.publish(plan, host=host)[0] for host in ("here", "there")]
+        pack = pack_with(repo, CHUNKS[1])
+        fail_reads_of(monkeypatch, pack, code)
+        result = check(repo, read_data)
+        found, none = result.unreadable, result.damage
+        if code == errno.EIO:
+            found, none = none, found
+        assert none == []
+        assert {one.pack for one in found if one.what == "pack"} == {bytes.fromhex(pack.name)}
+        files = {(one.snapshot, one.path): one.ranges for one in found if one.what == "file"}
+        ranges = {b"d/both": ((3000, 6000),), b"d/one": ((0, 3000),)}
+        assert files == {(name, path): ranges[path] for name in ids for path in ranges}
+
+    def test_check_names_the_directory_in_every_snapshot_and_a_repair_of_another_loss_keeps_it(
+        self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch, code: int, read_data: bool
+    ) -> None:
+        store(repo, CHUNKS[:1])
+        trees = TreeFixture()
+        tree = trees.build({b"f": b""})
+        assert tree.tree is not None
+        digest = Digest(tree.tree.digest)
+        store(repo, [trees.blobs[digest]], BlobKind.TREE)
+        (pack,) = set(pack_paths(repo.root)) - {pack_with(repo, CHUNKS[0])}
+        lost = of_chunks(CHUNKS[3])
+        first, _ = repo.publish({b"d": {b"f": b""}, b"lost": lost, b"kept": of_chunks(CHUNKS[0])})
+        second, _ = repo.publish({b"above": {b"d": {b"f": b""}}})
+        third, _ = repo.publish({b"above": {b"d": {b"f": b""}}})
+        with monkeypatch.context() as patch:
+            fail_reads_of(patch, pack, code)
+            result = check(repo, read_data)
+            is_damage = code == errno.EIO
+            found = result.damage if is_damage else result.unreadable
+            assert {(one.snapshot, one.path) for one in found if one.what == "tree"} == {
+                (first, b"d"),
+                (second, b"above/d"),
+                (third, b"above/d"),
+            }
+            assert bool(result.unreadable) != is_damage
+            assert {one.path for one in result.damage if one.what == "file"} == {b"lost"}
+            if is_damage:
+                return
+            with open_for_maintenance(repo.root, "repair snapshots") as repository:
+                monitor = RecordingMonitor()
+                repaired = SnapshotRepairer(repository, monitor).repair(
+                    PackSelection() if read_data else None
+                )
+            assert [one.snapshot_id for one in repaired.repaired] == [first]
+            assert [problem.path for problem in monitor.problems] == [b"lost"]
+        assert check(repo, read_data=True).damage == []
 
 
 class TestWrongIndex:
