@@ -67,16 +67,19 @@ def _explained(error: OSError) -> OSError:
 class Folder:
     """A folder and the folders below it, for one storage. Thread-safe."""
 
+    # Of the class: `__del__` also runs where a signal has ended `__init__` before its first line.
+    _fd = -1
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = -1
         self._users = 0
         self._is_closing = False
         self._lock = threading.Lock()
         self._allows_foreign = allows_foreign_folders()
 
     def __del__(self) -> None:
-        self.close()
+        # Without the lock, which may not be there yet: nothing else uses the folder any more.
+        self._close_fd()
 
     def close(self) -> None:
         """Close the folder, at the end of its current uses; the next use opens it again."""
@@ -85,9 +88,14 @@ class Folder:
             self._close_unused()
 
     def _close_unused(self) -> None:
-        if self._is_closing and self._users == 0 and self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._is_closing and self._users == 0:
+            self._close_fd()
+
+    def _close_fd(self) -> None:
+        if self._fd >= 0:
+            # Forgotten first: a signal in between must not close the same number twice.
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
     def _enter(self) -> int:
         """Return the folder's descriptor, which stays open until `_leave`."""

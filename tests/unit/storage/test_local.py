@@ -10,6 +10,7 @@ import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -372,3 +373,18 @@ def test_a_folder_whose_file_system_went_away_and_came_back_is_opened_again(
         storage.size("packs/ab")
     root.with_name("gone").rename(root)
     assert storage.size("packs/ab") == 7
+
+
+def test_a_signal_while_a_folder_is_being_made_leaves_no_second_error(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    dropped: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", dropped.append)
+    monkeypatch.setattr("casfs.storage.folder.threading", SimpleNamespace(Lock=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        LocalStorage(root)
+    gc.collect()
+    assert dropped == []
