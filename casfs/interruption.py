@@ -4,7 +4,8 @@ Until `begin` and after `end`, a signal ends the process at once: no work is in 
 end of its own. In between, it raises `Interruption` on the main thread, and the blocks that the exception
 leaves release their locks and temporary files. Code written in C may drop an exception that a signal
 handler raised; an `Interruption` that is dropped is therefore raised again, unless `acknowledge` was
-called with it. A second signal while the first still unwinds the stack ends the process at once, but not
+called with it. Once the interpreter removes its handlers, a signal is ignored: the process is about to
+exit with its code. A second signal while the first still unwinds the stack ends the process at once, but not
 within `GRACE_S`: a terminal and a parent process often both send one.
 
 This module imports little, because it is loaded before everything else. Main thread only.
@@ -12,6 +13,7 @@ This module imports little, because it is loaded before everything else. Main th
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -70,6 +72,8 @@ def install() -> None:
             signal.signal(number, _handle)
     signal.signal(signal.SIGALRM, _handle)
     sys.unraisablehook = _report_unraisable
+    # Registered before all other functions, and so called after them.
+    atexit.register(_ignore)
 
 
 def on_signal(action: Callable[[], None]) -> None:
@@ -117,6 +121,12 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise error
     finally:
         del error  # this frame is in the traceback: a reference would keep the exception alive
+
+
+def _ignore() -> None:
+    """Ignore the signals: the interpreter would restore the default actions, which kill the process."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _print_interrupted() -> None:

@@ -104,6 +104,18 @@ os.kill(os.getpid(), signal.SIGINT)
 wait()
 """
 
+EXITING = """
+import builtins
+
+class AtExit:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+        kill(pid, number)
+
+builtins.at_exit = AtExit()  # the last module whose names Python removes
+interruption.end(0)
+sys.exit(3)
+"""
+
 SENTENCE = "casfs: interrupted; the repository is as intact as before\n"
 
 
@@ -117,6 +129,7 @@ SENTENCE = "casfs: interrupted; the repository is as intact as before\n"
         pytest.param(IMPATIENT, 130, "", SENTENCE, id="again while the stack unwinds"),
         pytest.param(BEFORE, 130, "", SENTENCE, id="before the work"),
         pytest.param(AFTER, 3, "", "", id="after the work"),
+        pytest.param(EXITING, 3, "", "", id="while Python exits"),
     ],
 )
 def test_a_signal_is_handled_once_and_never_lost(
