@@ -337,11 +337,12 @@ class Scrubber:
             # Where two packs hold a blob, readers use only the copy that the index names.
             if location is not None and location.pack == ordinal:
                 self.result.damaged[digest] = pack
-        intact = [
+        # A directory, salvaged or foreign, may name a blob twice.
+        intact = {
             entry.digest
             for entry in entries
             if entry.digest in self.result.damaged and entry.digest not in damaged
-        ]
+        }
         for digest in intact:
             del self.result.damaged[digest]
         if (damaged or intact) and not self._store.index.readonly:

@@ -377,3 +377,20 @@ class TestDuplicates:
         flip(repo.root / pack_name(pack), -1)
         with repo.reading() as repository:
             assert repository.store.read(digest_of(CHUNKS[0])) == CHUNKS[0]
+
+
+def test_check_clears_the_damage_mark_of_a_blob_that_a_pack_holds_twice(
+    repo: RepositoryFixture,
+) -> None:
+    digest = digest_of(CHUNKS[0])
+    data, _ = make_pack([CHUNKS[0], CHUNKS[0]])
+    add_pack(repo.root, data)
+    with repo.writing() as repository:
+        index = repository.store.index
+        index.mark_blobs(repository.store.locate(digest).pack, [digest])
+        assert index.are_stored([digest]) == [False]
+    with open_for_reading(repo.root, may_write_index=True) as repository:
+        result = Checker(repository, RecordingMonitor()).check(PackSelection())
+        assert result.damaged == {}
+        assert {one.what for one in result.damage} <= {"index"}, "its second place is another"
+        assert repository.store.index.are_stored([digest]) == [True]
