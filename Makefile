@@ -101,8 +101,8 @@ $(DOCS_STAMP): $(STAMP) requirements-docs.txt
 
 .PHONY: docs
 docs: $(DOCS_STAMP) ## the documentation site and the man pages in build/docs; warnings are errors
-	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs/html
-	$(BIN)/python -m sphinx -q -W --keep-going -b man docs build/docs/man
+	$(BIN)/python -m sphinx -q -W --keep-going -E -b html docs build/docs/html
+	$(BIN)/python -m sphinx -q -W --keep-going -E -b man docs build/docs/man
 	@echo 'build/docs/html/index.html is ready'
 
 .PHONY: dist

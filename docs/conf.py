@@ -55,8 +55,15 @@ def _point_to_the_site(_: object, __: str, content: list[str]) -> None:
         content[0] = content[0].replace(f"]({target}", f"]({page}")
 
 
+def _escape_stars(_: object, __: object, lines: list[str]) -> None:
+    """Keep the stars of patterns in help texts from beginning an emphasis."""
+    lines[:] = [line.replace("*", r"\*") for line in lines]
+
+
 def setup(app: Sphinx) -> None:
-    """Connect the link rewriting; Sphinx calls this."""
+    """Connect the rewriting of links and of help texts; Sphinx calls this."""
+    for part in ("description", "options", "epilog"):
+        app.connect(f"sphinx-click-process-{part}", _escape_stars)
     app.connect("source-read", _point_to_the_site)
     app.connect(
         "include-read", lambda app, path, name, content: _point_to_the_site(app, name, content)
