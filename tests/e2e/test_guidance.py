@@ -148,7 +148,10 @@ def test_a_number_stands_with_the_noun_that_fits_it(repository: Casfs, tmp_path:
     assert "1 file, 1 directory, 0 others" in told
     assert "checked 1 snapshot," in repository.run("check").text
     (folder / "second").write_text("two")
-    assert "2 files in 1 directory," in repository.run("backup", folder.name, cwd=tmp_path).text
+    assert (
+        "2 files (1 new, 0 modified, 1 unchanged) in 1 directory,"
+        in repository.run("backup", folder.name, cwd=tmp_path).text
+    )
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120])
