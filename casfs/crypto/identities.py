@@ -53,7 +53,7 @@ def unlock_by_passphrase(
 ) -> list[AgeIdentity]:
     """Return the identities of the recipients that a passphrase decrypts.
 
-    Other files in the storage are not tried: each try would tell the storage something about the
+    Other files in the storage are not tried: each try would reveal to the storage something about the
     passphrase. Raise WrongKeyError if there are none.
     """
     found = []

@@ -77,7 +77,7 @@ class SnapshotStore:
         """Store a snapshot, as the last step of a backup.
 
         `complete` means that all its blobs are durable and in the index. Without `is_proven` it is published
-        as unproven, whoever this writer is.
+        as unproven, even by a trusted writer.
         """
         session = None
         if self._keys is not None:

@@ -75,7 +75,7 @@ def test_a_repository_is_created_once(place: RemotePlace) -> None:
         create_repository(place)
 
 
-def test_of_two_hosts_that_create_a_repository_one_is_told_of_the_other(
+def test_one_of_two_hosts_that_create_a_repository_at_once_is_refused(
     place: RemotePlace, memory: RecordingStorage
 ) -> None:
     def create_another(call: Call) -> None:
