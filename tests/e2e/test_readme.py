@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -24,7 +25,7 @@ mount -t tmpfs tmpfs "$world"
 mkdir "$world"/{upper,work,root}
 mount -t overlay overlay -o "lowerdir=/,upperdir=$world/upper,workdir=$world/work" "$world/root"
 for folder in dev proc; do mount --rbind "/$folder" "$world/root/$folder"; done
-for folder in home tmp etc; do
+for folder in home etc; do
     mount -t tmpfs tmpfs "$world/root/$folder"
 done
 mkdir -p "$world/root/home/a/letters" "$world/root/home/b" "$world/root/backup"
@@ -34,6 +35,13 @@ echo 'chapter one' > "$world/root/home/a/thesis"
 echo 'scratch' > "$world/root/home/b/x.tmp"
 echo '/dev/sda1 / ext4 defaults 0 1' > "$world/root/etc/fstab"
 cp /etc/passwd /etc/group "$world/root/etc/"
+# The command and its interpreter may lie on another file system than the root, or below /home.
+for path in "${@:3}"; do
+    if ! [[ -e $world/root$path ]]; then
+        mkdir -p "$world/root$path"
+        mount --rbind "$path" "$world/root$path"
+    fi
+done
 exec chroot "$world/root" env -i HOME=/root TMPDIR=/tmp PATH="$2:/usr/sbin:/usr/bin:/sbin:/bin" bash -s
 """
 
@@ -51,8 +59,9 @@ def run_in_a_world(script: str, folder: Path) -> subprocess.CompletedProcess[str
     world = folder / "world"
     world.mkdir()
     bin_folder = Path(program()[0]).parent
+    needed = [str(PROJECT), sys.prefix, sys.base_prefix]
     return subprocess.run(
-        ["unshare", "--mount", "bash", "-c", WORLD, "world", str(world), str(bin_folder)],
+        ["unshare", "--mount", "bash", "-c", WORLD, "world", str(world), str(bin_folder), *needed],
         input=script,
         capture_output=True,
         text=True,
