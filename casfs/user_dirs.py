@@ -74,18 +74,26 @@ def cached_index_dir(repository_id: str) -> Path:
 def user_folder(variable: str, usual: str) -> Path:
     """Return the user's casfs folder: below the folder in an XDG variable, or below `~/usual`.
 
+    Raise NoHomeError for a user without a home folder.
+    """
+    return base_folder(variable, usual) / "casfs"
+
+
+def base_folder(variable: str, usual: str) -> Path:
+    """Return the folder in an XDG variable, or `~/usual`.
+
     A relative path in the variable is ignored, as the XDG Base Directory Specification says. Raise
     NoHomeError for a user without a home folder.
     """
     base = os.environ.get(variable, "")
     if os.path.isabs(base):
-        return Path(base) / "casfs"
+        return Path(base)
     home = os.path.expanduser("~")
     if not os.path.isabs(home):
         raise NoHomeError(
             f"this user has no home folder for the files of casfs; set HOME or {variable} to a folder"
         )
-    return Path(home, usual) / "casfs"
+    return Path(home, usual)
 
 
 def file_system_type(path: Path) -> str:

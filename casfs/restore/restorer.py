@@ -289,7 +289,7 @@ class Restorer:
         if {first, name} <= {os.fsencode(text) for text in os.listdir(frame.fd)}:
             return False
         message = (
-            f"the target does not tell its name from {escape_path(first)}, which was restored; "
+            f"the target does not distinguish its name from {escape_path(first)}, which was restored; "
             "restore it to another folder"
         )
         self._fail(path, OSError(errno.EEXIST, message))

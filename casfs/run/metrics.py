@@ -7,14 +7,12 @@ grow while nothing runs.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from casfs.errors import StorageError
 from casfs.run.state import ProfileState
+from casfs.text_file import replace_text_file
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -107,18 +105,7 @@ def write_metrics(path: Path, text: str) -> None:
 
     The name of the unfinished file does not end in `.prom`, so no collector reads it.
     """
-    try:
-        fd, unfinished = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-        try:
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
-                file.write(text)
-                os.fchmod(fd, 0o644)
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
-    except OSError as error:
-        raise StorageError("write the metrics file", str(path), error) from error
+    replace_text_file(path, text, "write the metrics file")
 
 
 def _one(name: str, help_text: str, value: float | None) -> Metric:

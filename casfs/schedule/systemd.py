@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,6 +12,8 @@ from pathlib import Path
 
 from casfs.errors import CasfsError, StorageError, UsageError
 from casfs.schedule.units import Units, unit_name
+from casfs.text_file import replace_text_file
+from casfs.user_dirs import base_folder
 
 SYSTEM_UNITS = Path("/etc/systemd/system")
 _BOOTED = Path("/run/systemd/system")
@@ -137,21 +138,12 @@ def _moment(text: str) -> datetime | None:
 
 
 def _user_units() -> Path:
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return Path(base) / "systemd" / "user"
+    return base_folder("XDG_CONFIG_HOME", ".config") / "systemd" / "user"
 
 
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, unfinished = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-        try:
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
-                file.write(text)
-                os.fchmod(fd, 0o644)
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
     except OSError as error:
         raise StorageError("write the unit", str(path), error) from error
+    replace_text_file(path, text, "write the unit")

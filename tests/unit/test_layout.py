@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "casfs.monitor",
         "casfs.paths",
         "casfs.patterns",
+        "casfs.text_file",
         "casfs.user_dirs",
     ),
     ("casfs.storage",),
