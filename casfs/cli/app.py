@@ -18,11 +18,12 @@ import click
 from casfs import __version__, interruption
 from casfs.cli import standard_streams
 from casfs.cli.examples import add_examples
+from casfs.cli.options import common_options
 from casfs.cli.output import Output, terminal_line
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.settings import Settings
 from casfs.cli.standard_streams import OutputError
 from casfs.cli.usage_messages import usage_message
-from casfs.cli.verbs import SuggestingGroup
+from casfs.cli.verbs import MAX_HELP_CHARACTERS, SuggestingGroup
 from casfs.display import escape_path, single_line
 from casfs.errors import CasfsError
 from casfs.storage.interruption import INTERRUPTED
@@ -116,7 +117,7 @@ class _Verbs(SuggestingGroup):
         return name, command, rest
 
 
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": MAX_HELP_CHARACTERS}
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:

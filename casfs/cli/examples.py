@@ -73,7 +73,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "key rewrap": ("casfs key rewrap --identity ~/.ssh/id_ed25519",),
     "key passwd": ("casfs key passwd",),
     "key accept": ("casfs key accept --identity /root/casfs.age",),
-    "help": ("casfs help backup", "casfs help key add"),
+    "help": ("casfs help backup", "casfs help key add", "casfs help options"),
     "version": ("casfs version",),
     "completion": ("casfs completion bash > ~/.local/share/bash-completion/completions/casfs",),
 }

@@ -17,8 +17,8 @@ from pathlib import Path
 import click
 
 from casfs.cli.commands.mount import server
+from casfs.cli.key_options import KeyOptions, unlock_repository
 from casfs.cli.param_types import OWNER, SIZE
-from casfs.cli.settings import KeyOptions, unlock_repository
 from casfs.display import single_line
 from casfs.errors import CasfsError, UsageError
 

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE
-from casfs.cli.output import iso_time, json_paths
-from casfs.cli.param_types import PATTERN, SIZE, TAGS, parse_time
-from casfs.cli.settings import (
-    Settings,
+from casfs.cli.options import (
     common_options,
     complete_snapshots,
     complete_tags,
     progress_options,
     upload_limit_option,
 )
+from casfs.cli.output import iso_time, json_paths
+from casfs.cli.param_types import PATTERN, SIZE, TAGS, parse_time
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import counted, format_size
 from casfs.errors import NotFoundError, TrustError, UsageError
@@ -44,7 +45,7 @@ _MAX_LIST_BYTES = 64 * 1024 * 1024
 _PIECE_BYTES = 64 * 1024
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("paths", nargs=-1, metavar="PATH...")
 @click.option(
     "--tag",

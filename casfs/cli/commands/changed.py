@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
 from casfs.cli.output import path_argument
-from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import escape_path
 
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
     Found = tuple[SnapshotId, Snapshot]
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("snap", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
-@latest_options
+@snapshot_filter_options
 @common_options
 @click.pass_obj
 def changed(settings: Settings, snap: str) -> None:
@@ -38,7 +40,7 @@ def changed(settings: Settings, snap: str) -> None:
     count = 0
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(
-            snap, settings.latest_of()
+            snap, settings.snapshot_filter()
         )
         fields = NodeFields(snapshot).fields
         for below, file in flagged_files(repository.trees, node, path):

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
+from casfs.cli.options import common_options, progress_options
 from casfs.cli.output import Output, json_path, warn_of_unproven
 from casfs.cli.param_types import DURATION, PERCENT
-from casfs.cli.settings import Settings, common_options, progress_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import counted, escape_path, format_size, were
 from casfs.errors import UsageError
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from casfs.maintenance.scrub import Finding
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.option("--read-data", is_flag=True, help="Read every pack and recompute every digest.")
 @click.option(
     "--read-data-subset",
@@ -58,7 +60,9 @@ def check(
     max_duration_s: int | None,
     storage_only: bool,
 ) -> int:
-    """Check every snapshot, tree and index entry; exit with 5 if something is damaged.
+    """Check every snapshot, tree and index entry, or all data.
+
+    The exit code is 5 if something is damaged.
 
     casfs records when it verified each pack, also if the check is interrupted: with --older-than the next
     check continues from there.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import click
 
-from casfs.cli.settings import Settings, output_options
+from casfs.cli.options import output_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @output_options
 @click.pass_obj

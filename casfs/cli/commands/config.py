@@ -7,7 +7,8 @@ from itertools import groupby
 
 import click
 
-from casfs.cli.settings import Settings, configuration_options
+from casfs.cli.options import configuration_options
+from casfs.cli.settings import Settings
 from casfs.cli.verbs import SuggestingGroup
 from casfs.errors import NotFoundError
 
@@ -15,7 +16,7 @@ from casfs.errors import NotFoundError
 @click.group(cls=SuggestingGroup)
 @configuration_options
 def config() -> None:
-    """Show the configuration: repositories by name, and profiles for `casfs run`."""
+    """Show the configuration: named repositories and profiles."""
 
 
 @config.command()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.settings import Settings, common_options, latest_options, progress_options
+from casfs.cli.options import common_options, progress_options, snapshot_filter_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import format_size
 from casfs.errors import IntegrityError, UsageError
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("snaps", nargs=-1, required=True, metavar="SNAP...")
 @click.option(
     "--to",
@@ -29,18 +31,18 @@ from casfs.errors import IntegrityError, UsageError
     metavar="LEVEL",
     help="The zstd compression level in the other repository.",
 )
-@latest_options
+@snapshot_filter_options
 @progress_options
 @common_options
 @click.pass_obj
 def copy(settings: Settings, snaps: tuple[str, ...], destination: str, level: int) -> int:
-    """Copy snapshots into another repository, which has its own keys and chunks.
+    """Copy snapshots into another repository with its own keys.
 
     SNAP is an id, the beginning of an id, `latest`, or `all`. A snapshot that the other repository already
     has is skipped. A copy has the time, host, paths and tags of its original. A configured repository is
     opened with its own keys; without any, casfs writes to an encrypted one as a write-only host does.
     """
-    from casfs.cli.settings import KeyOptions
+    from casfs.cli.key_options import KeyOptions
     from casfs.maintenance.copy import SnapshotCopier
     from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
     from casfs.repository.place import place_of
@@ -72,7 +74,7 @@ def copy(settings: Settings, snaps: tuple[str, ...], destination: str, level: in
         if "all" in snaps:
             chosen = list(store.iterate())
         else:
-            chosen = [store.resolve(snap, settings.latest_of()) for snap in snaps]
+            chosen = [store.resolve(snap, settings.snapshot_filter()) for snap in snaps]
         copier = SnapshotCopier(reading, writing, monitor)
         for snapshot_id, snapshot in dict(chosen).items():
             label = short_id(snapshot_id)

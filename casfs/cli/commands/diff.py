@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
+from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
 from casfs.cli.output import Output, json_path
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.display import escape_path, format_size
 
 if TYPE_CHECKING:
@@ -32,14 +34,14 @@ class _Summary:
     flagged: int = 0
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("before", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
 @click.argument("after", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
-@latest_options
+@snapshot_filter_options
 @common_options
 @click.pass_obj
 def diff(settings: Settings, before: str, after: str) -> int:
-    """Print what changed from one snapshot, or part of a snapshot, to another.
+    """Print what changed from one snapshot, or part, to another.
 
     The marks: + added, - removed, M content changed, U metadata changed, T type changed. Paths are
     relative to the two sides of the comparison; `.` is the compared entry itself. Inode numbers and ctimes
@@ -53,7 +55,7 @@ def diff(settings: Settings, before: str, after: str) -> int:
     monitor = CommandMonitor(output, "diff")
     summary = _Summary()
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
-        latest_of = settings.latest_of()
+        latest_of = settings.snapshot_filter()
         old_id, old, old_path, old_node = repository.snapshots.resolve_path(before, latest_of)
         new_id, new, new_path, new_node = repository.snapshots.resolve_path(after, latest_of)
         ancestors = ancestor_dirs(old.paths, old_path) | ancestor_dirs(new.paths, new_path)

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from casfs.cli.output import json_path
-from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import (
-    Settings,
+from casfs.cli.options import (
     common_options,
     complete_snapshots,
-    latest_options,
     progress_options,
+    snapshot_filter_options,
 )
+from casfs.cli.output import json_path
+from casfs.cli.progress import CommandMonitor
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.display import escape_path
 from casfs.errors import CasfsError, UsageError
 
@@ -26,15 +27,17 @@ if TYPE_CHECKING:
     from casfs.restore.tar import TarStats
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("snap", metavar="SNAP:PATH", shell_complete=complete_snapshots)
 @click.option("--output", "-o", "target", metavar="FILE", help="Write to FILE instead of stdout.")
-@latest_options
+@snapshot_filter_options
 @progress_options
 @common_options
 @click.pass_obj
 def dump(settings: Settings, snap: str, target: str | None) -> None:
-    """Write the content of a file, or a directory as a tar stream, to stdout or to FILE.
+    """Write a file, or a directory as a tar stream, to stdout.
+
+    With --output to a file.
 
     Every byte is verified before it is written. The output stops at the first damage (exit code 5).
     """
@@ -52,7 +55,7 @@ def dump(settings: Settings, snap: str, target: str | None) -> None:
         ExitStack() as stack,
     ):
         snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(
-            snap, settings.latest_of()
+            snap, settings.snapshot_filter()
         )
         kind = NodeType(node.kind)
         if kind not in (NodeType.FILE, NodeType.DIRECTORY):

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
+from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
 from casfs.cli.output import Output, path_argument, warn_of_unproven
 from casfs.cli.param_types import SIZE_RANGE, parse_time
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import escape_path
 from casfs.errors import UsageError
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     Found = tuple[SnapshotId, Snapshot]
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("pattern", required=False)
 @click.option(
     "--snapshot",
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
 )
 @click.option("--ignore-case", "-i", is_flag=True, help="Ignore the case of letters.")
 @click.option("--long", "-l", "is_long", is_flag=True, help="Print mode, owner, size and time too.")
-@latest_options
+@snapshot_filter_options
 @common_options
 @click.pass_obj
 def find(
@@ -94,7 +96,7 @@ def find(
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         finder = Finder(repository.trees, query, monitor)
         for snapshot_id, snapshot, top, root in _searched(
-            output, repository, snaps, settings.latest_of()
+            output, repository, snaps, settings.snapshot_filter()
         ):
             fields = NodeFields(snapshot).fields
             unproven = not repository.snapshots.is_from_trusted_writer(snapshot_id)

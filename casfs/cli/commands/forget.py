@@ -6,23 +6,23 @@ from typing import TYPE_CHECKING
 
 import click
 
+from casfs.cli.options import (
+    common_options,
+    complete_snapshots,
+    complete_tags,
+    progress_options,
+    snapshot_filter_options,
+)
 from casfs.cli.output import (
     Output,
     format_time,
     iso_time,
     json_paths,
-    path_argument,
     warn_of_unproven,
 )
 from casfs.cli.param_types import COUNT, SPAN, TAGS
-from casfs.cli.settings import (
-    Settings,
-    common_options,
-    complete_hosts,
-    complete_snapshots,
-    complete_tags,
-    progress_options,
-)
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import counted, escape_path
 from casfs.errors import UsageError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from casfs.maintenance.retention import CalendarSpan, Policy
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("snaps", nargs=-1, metavar="[SNAP]...", shell_complete=complete_snapshots)
 @click.option("--keep-last", "-l", type=COUNT, default=0, help="Keep the newest N snapshots.")
 @click.option(
@@ -65,26 +65,7 @@ if TYPE_CHECKING:
     metavar="TAG[,TAG...]",
     help="Keep all that have all of these tags; repeatable.",
 )
-@click.option(
-    "--host",
-    "hosts",
-    multiple=True,
-    shell_complete=complete_hosts,
-    metavar="NAME",
-    help="Consider only snapshots of this host; repeatable.",
-)
-@click.option(
-    "--tag",
-    "tags",
-    type=TAGS,
-    shell_complete=complete_tags,
-    multiple=True,
-    metavar="TAG[,TAG...]",
-    help="Consider only snapshots with all of these tags; repeatable.",
-)
-@click.option(
-    "--path", "paths", multiple=True, metavar="PATH", help="Consider only snapshots with this path."
-)
+@snapshot_filter_options
 @click.option(
     "--group-by",
     default="host,paths",
@@ -116,15 +97,12 @@ def forget(
     keep_yearly: int,
     keep_within: CalendarSpan | None,
     keep_tags: tuple[frozenset[str], ...],
-    hosts: tuple[str, ...],
-    tags: tuple[frozenset[str], ...],
-    paths: tuple[str, ...],
     group_by: str,
     dry_run: bool,
     then_prune: bool,
     allow_all: bool,
 ) -> None:
-    """Remove the named snapshots, or those that no --keep rule keeps.
+    """Remove snapshots by name, or those that no rule keeps.
 
     The rules apply to each group (one host and its paths) separately. `casfs prune` frees the space.
     """
@@ -134,7 +112,6 @@ def forget(
     from casfs.maintenance.retention import Policy
     from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
     from casfs.repository.remote_writers import require_no_remote_writers
-    from casfs.repository.snapshot_filter import SnapshotFilter
     from casfs.storage.locks import LockMode
 
     policy = Policy(
@@ -147,7 +124,7 @@ def forget(
         within=keep_within,
         tags=keep_tags,
     )
-    choice = SnapshotFilter(hosts, tags, tuple(path_argument(path) for path in paths))
+    choice = settings.snapshot_filter()
     _check_options(snaps, policy, not choice.is_empty())
     grouping = _grouping(group_by)
     root, output = settings.repository(), settings.output()

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import click
 
-from casfs.cli.settings import Settings, output_options
-from casfs.cli.verbs import unknown_command
+from casfs.cli.options import output_options, shared_options_help
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb, unknown_command
 
 
-@click.command("help")
+@click.command("help", cls=Verb)
 @click.argument("words", nargs=-1, metavar="[COMMAND [SUBCOMMAND]]")
 @output_options
 @click.pass_context
 def show_help(ctx: click.Context, words: tuple[str, ...]) -> None:
-    """Print the help of casfs, or of a command, as --help does."""
+    """Print the help of casfs, of a command, or of the common options.
+
+    `casfs help options` describes the options that most commands have.
+    """
+    output = ctx.ensure_object(Settings).output()
+    if words == ("options",):
+        text = shared_options_help()
+        output.line(text)
+        output.emit("help", command="casfs help options", text=text)
+        return
     found = ctx.parent
     assert found is not None
     for position, word in enumerate(words):
@@ -25,7 +35,6 @@ def show_help(ctx: click.Context, words: tuple[str, ...]) -> None:
             message = unknown_command(list(words[position:]), group.list_commands(found))
             raise click.UsageError(message, ctx)
         found = click.Context(command, parent=found, info_name=word)
-    output = ctx.ensure_object(Settings).output()
     text = found.get_help()
     output.line(text)
     output.emit("help", command=found.command_path, text=text)

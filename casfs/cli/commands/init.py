@@ -8,12 +8,15 @@ from pathlib import Path
 import click
 
 from casfs.cli.commands.key import named_recipients, recipient_options
-from casfs.cli.settings import Settings, common_options, new_passphrase
+from casfs.cli.key_options import new_passphrase
+from casfs.cli.options import common_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.display import escape_path
 from casfs.errors import UsageError
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("path", required=False)
 @recipient_options
 @common_options

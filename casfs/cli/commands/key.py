@@ -9,13 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from casfs.cli.settings import (
-    PassphraseSource,
-    Settings,
-    common_options,
-    new_passphrase,
-    repository_options,
-)
+from casfs.cli.key_options import PassphraseSource, new_passphrase
+from casfs.cli.options import common_options, repository_options
+from casfs.cli.settings import Settings
 from casfs.cli.verbs import SuggestingGroup
 from casfs.display import counted
 from casfs.errors import StorageError, UsageError
@@ -75,14 +71,14 @@ def recipients_in(file: Path) -> list[Recipient]:
 @click.group(cls=SuggestingGroup)
 @common_options
 def key() -> None:
-    """List and change the recipients, which can decrypt the repository."""
+    """List and change the recipients, who can decrypt backups."""
 
 
 @key.command("list")
 @repository_options
 @click.pass_obj
 def list_keys(settings: Settings) -> None:
-    """List the recipients: the owner of one of these keys can decrypt the repository."""
+    """List the recipients, whose keys decrypt the repository."""
     with _open_encrypted(settings) as (storage, trust):
         recipients = trust.recipients(storage).recipients
     output = settings.output()
@@ -141,7 +137,9 @@ def add(
 @repository_options
 @click.pass_obj
 def remove(settings: Settings, values: tuple[str, ...]) -> None:
-    """Remove recipients, by the value that `casfs key list` shows or the beginning of that value.
+    """Remove recipients.
+
+    Each is named by the value that `casfs key list` shows, or the beginning of that value.
 
     The word passphrase names the only passphrase.
     They cannot decrypt later backups. They can still decrypt the existing ones until `casfs key rewrap`,
@@ -182,7 +180,7 @@ def _named_recipient(recipients: Sequence[Recipient], text: str) -> Recipient:
 @common_options
 @click.pass_obj
 def rewrap(settings: Settings) -> None:
-    """Encrypt the existing session keys to the current recipients, and only to them."""
+    """Encrypt existing session keys to the current recipients."""
     from casfs.crypto.key_manager import rewrap_sessions, verify_trusted
 
     with _open_for_maintenance(settings, "key rewrap") as (root, storage, trust):
@@ -200,8 +198,10 @@ def rewrap(settings: Settings) -> None:
 @common_options
 @click.pass_obj
 def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
-    """Change the passphrase; the old one opens only copies of the repository made before."""
-    from casfs.cli.settings import ask_passphrase
+    """Change the passphrase.
+
+    The old one opens only copies of the repository made before."""
+    from casfs.cli.key_options import ask_passphrase
     from casfs.crypto.identities import change_passphrase
     from casfs.crypto.key_manager import require_trusted_recipients
 
@@ -226,7 +226,7 @@ def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
 @common_options
 @click.pass_obj
 def accept(settings: Settings) -> None:
-    """Trust the current repository and its current recipients on this machine.
+    """Trust the repository and its recipients on this machine.
 
     With an identity, this machine also uses the repository's secret for its backups, so that it
     deduplicates with all other machines.

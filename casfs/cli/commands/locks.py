@@ -6,16 +6,18 @@ import os
 
 import click
 
+from casfs.cli.options import repository_options
 from casfs.cli.output import format_time, iso_time
-from casfs.cli.settings import Settings, repository_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.display import escape_path
 
 
-@click.command()
+@click.command(cls=Verb)
 @repository_options
 @click.pass_obj
 def locks(settings: Settings) -> None:
-    """List who uses the repository: command, host, process, and since when.
+    """List the commands that use the repository, and their hosts.
 
     Several commands may read and write at the same time. One command at a time maintains the repository
     (prune, repair snapshots), beside those. `repair index` is exclusive: it runs beside readers only. The

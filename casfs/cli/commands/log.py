@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
+from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
 from casfs.cli.output import Output, format_time, iso_time, warn_of_unproven
-from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import escape_path, format_size
 from casfs.errors import IntegrityError, NotFoundError
@@ -18,16 +20,18 @@ if TYPE_CHECKING:
     from casfs.query.history import Version
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("snap", metavar="SNAP:PATH", shell_complete=complete_snapshots)
 @click.option(
     "--all-hosts", is_flag=True, help="Search the snapshots of all hosts, not only SNAP's."
 )
-@latest_options
+@snapshot_filter_options
 @common_options
 @click.pass_obj
 def log(settings: Settings, snap: str, all_hosts: bool) -> int:
-    """List the versions of a file or directory in all snapshots of SNAP's host, the newest last.
+    """List the versions of a path in the snapshots of a host.
+
+    The host is that of SNAP; the newest version is the last.
 
     A file has the same version in two snapshots if its content and the state of its capture are equal; a
     directory, if everything below it is equal, times and owners included. The column `snapshot` is the
@@ -49,7 +53,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
         output.warn(f"snapshot {short_id(snapshot_id)} cannot be searched: {error}")
 
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
-        _, named = repository.snapshots.resolve(name, settings.latest_of())
+        _, named = repository.snapshots.resolve(name, settings.snapshot_filter())
         found = [
             (snapshot_id, snapshot)
             for snapshot_id, snapshot in repository.snapshots.iterate()

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
+from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
 from casfs.cli.progress import CommandMonitor
-from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 
 if TYPE_CHECKING:
     from casfs.digest import SnapshotId
@@ -17,15 +19,17 @@ if TYPE_CHECKING:
     Found = tuple[SnapshotId, Snapshot]
 
 
-@click.command(context_settings={"help_option_names": ["--help"]})
+@click.command(cls=Verb, context_settings={"help_option_names": ["--help"]})
 @click.argument("snap", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
 @click.option("--recursive", "-R", is_flag=True, help="List everything below PATH.")
 @click.option("--human-readable", "-h", "human", is_flag=True, help="Print sizes with units.")
-@latest_options
+@snapshot_filter_options
 @common_options
 @click.pass_obj
 def ls(settings: Settings, snap: str, recursive: bool, human: bool) -> int:
-    """List everything in a snapshot, or the entries of its directory PATH (`:/` is the root).
+    """List the entries of a snapshot, or of a directory in it.
+
+    SNAP lists everything, SNAP:PATH only the entries of that directory (`:/` is the root).
 
     A directory's size is that of all files below it. A mark shows files that were written to during the
     capture: `changed` (old and new data may be mixed) or `appended` (the beginning was captured).
@@ -37,7 +41,9 @@ def ls(settings: Settings, snap: str, recursive: bool, human: bool) -> int:
     output = settings.output()
     monitor = CommandMonitor(output, "ls")
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
-        _, snapshot, path, node = repository.snapshots.resolve_path(snap, settings.latest_of())
+        _, snapshot, path, node = repository.snapshots.resolve_path(
+            snap, settings.snapshot_filter()
+        )
         fields = NodeFields(snapshot).fields
         line = NodeLines(snapshot, node, human).line
         whole = recursive or ":" not in snap

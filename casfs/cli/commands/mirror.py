@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
+from casfs.cli.options import common_options, progress_options
 from casfs.cli.param_types import DURATION
-from casfs.cli.settings import (
-    Settings,
-    common_options,
-    progress_options,
-)
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.display import counted, format_size
 from casfs.errors import RefusedError, StorageError
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from casfs.repository.place import LocalPlace, Place
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("destination", metavar="DEST")
 @click.option(
     "--delete",
@@ -42,7 +40,9 @@ if TYPE_CHECKING:
 @common_options
 @click.pass_obj
 def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) -> int:
-    """Copy the repository to another place, a path, a URL or a name from the configuration.
+    """Copy the repository as it is to another place.
+
+    The place is a path, a URL or a name from the configuration.
 
     No key is needed. Run it again to continue, or to copy what is new. Every object is verified on its way;
     a damaged object is reported and not copied. DEST is a repository like any other: restore from it with

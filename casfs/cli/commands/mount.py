@@ -9,21 +9,22 @@ from types import ModuleType
 
 import click
 
-from casfs.cli.output import json_path
-from casfs.cli.param_types import OWNER, SIZE
-from casfs.cli.settings import (
-    Settings,
+from casfs.cli.key_options import unlock_repository
+from casfs.cli.options import (
     common_options,
     complete_snapshots,
-    latest_options,
     output_options,
-    unlock_repository,
+    snapshot_filter_options,
 )
+from casfs.cli.output import json_path
+from casfs.cli.param_types import OWNER, SIZE
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.display import escape_path
 from casfs.errors import CasfsError
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument(
     "names",
     nargs=-1,
@@ -60,7 +61,7 @@ from casfs.errors import CasfsError
     metavar="FILE",
     help="Write the log of a background mount here [default: syslog].",
 )
-@latest_options
+@snapshot_filter_options
 @common_options
 @click.pass_obj
 def mount(
@@ -74,13 +75,13 @@ def mount(
     no_kernel_cache: bool,
     log_file: Path | None,
 ) -> None:
-    """Mount a snapshot, or without SNAP all snapshots, as a file system.
+    """Mount a snapshot, or all snapshots, as a file system.
 
     The command returns when the mount is usable. The mount stays until `casfs umount`.
     """
     if len(names) > 2:
         raise click.UsageError("give at most one snapshot and one mountpoint")
-    if len(names) == 1 and not settings.latest_of().is_empty():
+    if len(names) == 1 and not settings.snapshot_filter().is_empty():
         raise click.UsageError("--host, --tag and --path narrow latest; name it as the snapshot")
     serving = server()
     place = settings.repository()
@@ -88,7 +89,7 @@ def mount(
         repository=place,
         mountpoint=Path(names[-1]),
         snapshot=names[0] if len(names) == 2 else None,
-        latest_of=settings.latest_of(),
+        latest_of=settings.snapshot_filter(),
         allow_other=allow_other,
         owner=owner,
         cache_bytes=cache_size,
@@ -130,7 +131,7 @@ def _has_entries(mountpoint: Path) -> bool:
         return False  # the mount itself reports it
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @output_options
 @click.pass_obj

@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from casfs.cli.options import common_options, progress_options
 from casfs.cli.output import Output
 from casfs.cli.param_types import DURATION, PERCENT
-from casfs.cli.settings import (
-    Settings,
-    common_options,
-    progress_options,
-)
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.display import counted, format_size
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from casfs.maintenance.prune_plan import PruneOptions
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.option(
     "--max-unused",
     "max_unused_share",
@@ -44,7 +42,9 @@ if TYPE_CHECKING:
 @common_options
 @click.pass_obj
 def prune(settings: Settings, max_unused_share: float, margin_s: int, dry_run: bool) -> None:
-    """Remove data that no snapshot needs; safe while backups and mounts run.
+    """Remove data that no snapshot needs.
+
+    It is safe while backups and mounts run.
 
     Data that a running backup may rely on is left for the next prune.
     """

@@ -5,10 +5,12 @@ from __future__ import annotations
 import click
 
 from casfs.cli.commands.prune import run_prune
-from casfs.cli.settings import Settings, common_options
+from casfs.cli.options import common_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.option(
     "--compression",
     "level",
@@ -21,7 +23,7 @@ from casfs.cli.settings import Settings, common_options
 @common_options
 @click.pass_obj
 def recompress(settings: Settings, level: int, dry_run: bool) -> None:
-    """Store the needed data of all packs again at another compression level, and free the rest.
+    """Store all needed data again at another compression level.
 
     Safe while backups and mounts run. Every blob is verified before it is stored again. It needs free space
     for the new packs until the old ones are removed.

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import click
 
-from casfs.cli.settings import (
-    Settings,
-    common_options,
-    progress_options,
-)
+from casfs.cli.options import common_options, progress_options
+from casfs.cli.settings import Settings
 from casfs.cli.verbs import SuggestingGroup
 from casfs.digest import short_id
 from casfs.display import counted

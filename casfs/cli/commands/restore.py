@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
-from casfs.cli.output import json_path
-from casfs.cli.param_types import PATTERN
-from casfs.cli.settings import (
-    Settings,
+from casfs.cli.options import (
     common_options,
     complete_folders,
     complete_snapshots,
     download_limit_option,
-    latest_options,
     progress_options,
+    snapshot_filter_options,
 )
+from casfs.cli.output import json_path
+from casfs.cli.param_types import PATTERN
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import counted, escape_path, format_size
 from casfs.errors import RefusedError, UsageError
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from casfs.repository.place import Place
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("snap", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
 @click.option(
     "--target",
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
 )
 @click.option("--salvage", is_flag=True, help="Write damaged files too, with zeros for lost data.")
 @click.option("--dry-run", "-n", is_flag=True, help="Print what would be done; read no file.")
-@latest_options
+@snapshot_filter_options
 @download_limit_option
 @progress_options
 @common_options
@@ -86,7 +87,7 @@ def restore(
     salvage: bool,
     dry_run: bool,
 ) -> int:
-    """Write a snapshot, or everything below a path of it, into a folder.
+    """Write a snapshot, or a part of it, into a folder.
 
     The entries of a directory go directly into the folder. Exit code 5 means that data was damaged.
     """
@@ -119,7 +120,7 @@ def restore(
         settings.repository(), OpenOptions(unlock=settings.unlock), reader="restore"
     ) as repository:
         snapshot_id, snapshot, path, node = repository.snapshots.resolve_path(
-            snap, settings.latest_of()
+            snap, settings.snapshot_filter()
         )
         # The root has metadata of its own only if `.` or `/` was the source.
         with_root = bool(path) or snapshot.paths in ((b".",), (b"/",))

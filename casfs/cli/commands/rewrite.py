@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import click
 
+from casfs.cli.options import common_options, progress_options, snapshot_filter_options
 from casfs.cli.output import json_path
 from casfs.cli.param_types import PATTERN
-from casfs.cli.settings import Settings, common_options, latest_options, progress_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import escape_path
 from casfs.errors import NotFoundError, UsageError
 from casfs.patterns import Pattern
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("snaps", nargs=-1, required=True, metavar="SNAP...")
 @click.option(
     "--exclude",
@@ -24,7 +26,7 @@ from casfs.patterns import Pattern
     help="Leave out entries that match (gitignore syntax, from the snapshot's root); repeatable.",
 )
 @click.option("--dry-run", "-n", is_flag=True, help="List what would be left out; change nothing.")
-@latest_options
+@snapshot_filter_options
 @progress_options
 @common_options
 @click.pass_obj
@@ -58,7 +60,7 @@ def rewrite(
         if "all" in snaps:
             chosen = list(store.iterate())
         else:
-            chosen = [store.resolve(snap, settings.latest_of()) for snap in snaps]
+            chosen = [store.resolve(snap, settings.snapshot_filter()) for snap in snaps]
         for snapshot_id, snapshot in dict(chosen).items():
             found = rewrite_snapshot(repository, snapshot_id, snapshot, excludes, monitor, dry_run)
             matched = matched or bool(found.removed)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from casfs.cli.settings import Settings, complete_profiles, configuration_options
+from casfs.cli.options import complete_profiles, configuration_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.errors import CasfsError, LockedError, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from casfs.run.profile_run import ProfileJob
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("profile", metavar="PROFILE", shell_complete=complete_profiles)
 @click.option("--dry-run", "-n", is_flag=True, help="List the steps that are due; run nothing.")
 @click.option(
@@ -40,7 +42,9 @@ if TYPE_CHECKING:
 @configuration_options
 @click.pass_obj
 def run(settings: Settings, profile: str, dry_run: bool, scheduled: bool, if_missed: bool) -> int:
-    """Run a profile: backup, forget, prune when due, check when due, mirror.
+    """Run a profile: backup, forget, prune, check and mirror.
+
+    Prune and check run when they are due.
 
     Hooks, pings, the notify command and the metrics file are those of the profile. The exit code is the
     worst of the steps; 6 where the profile is running already.

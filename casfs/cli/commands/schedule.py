@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from casfs.cli.commands.run import job_of
+from casfs.cli.options import complete_profiles, configuration_options
 from casfs.cli.output import format_time, iso_time
-from casfs.cli.settings import Settings, complete_profiles, configuration_options
+from casfs.cli.settings import Settings
 from casfs.cli.verbs import SuggestingGroup
 from casfs.errors import NotFoundError, UsageError
 
@@ -33,7 +34,7 @@ _XDG = ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
 @click.group(cls=SuggestingGroup)
 @configuration_options
 def schedule() -> None:
-    """Run profiles by themselves: `schedule` in a profile says when."""
+    """Run profiles at the times that their `schedule` names."""
 
 
 def _scope_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,7 +66,7 @@ def install(
     system: bool | None,
     scheduler: str | None,
 ) -> None:
-    """Install and start the schedule of a profile, in place of an earlier one.
+    """Install and start the schedule of a profile.
 
     A time at which the machine was off, on battery, or without network is made up for. A run is never
     started beside another one of the same profile.
@@ -91,7 +92,9 @@ def install(
 @configuration_options
 @click.pass_obj
 def remove(settings: Settings, profile: str, system: bool | None, scheduler: str | None) -> None:
-    """Stop and remove the schedule of a profile; a run that goes on now is not stopped."""
+    """Stop and remove the schedule of a profile.
+
+    A run that goes on now is not stopped."""
     from casfs.schedule.cron import has_lines, read_crontab, with_lines, write_crontab
     from casfs.schedule.systemd import SystemdTimers
 
@@ -118,7 +121,7 @@ def remove(settings: Settings, profile: str, system: bool | None, scheduler: str
 def status(
     settings: Settings, profile: str | None, system: bool | None, scheduler: str | None
 ) -> None:
-    """Show the last and the next run of a profile, or of all that have a schedule."""
+    """Show the last and the next run of each scheduled profile."""
     configuration = settings.configuration()
     names = [profile] if profile is not None else []
     if profile is None:

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from casfs.cli.options import common_options, snapshot_filter_options
 from casfs.cli.output import (
     Output,
     format_time,
     iso_time,
     json_path,
     json_paths,
-    path_argument,
     warn_of_unproven,
 )
-from casfs.cli.param_types import TAGS
-from casfs.cli.settings import Settings, common_options, complete_hosts, complete_tags
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import escape_path, format_size
 
@@ -29,44 +29,18 @@ if TYPE_CHECKING:
     Found = tuple[SnapshotId, Snapshot]
 
 
-@click.command()
-@click.option(
-    "--host",
-    "hosts",
-    multiple=True,
-    shell_complete=complete_hosts,
-    metavar="NAME",
-    help="Only snapshots of this host; repeatable.",
-)
-@click.option(
-    "--tag",
-    "tags",
-    type=TAGS,
-    shell_complete=complete_tags,
-    multiple=True,
-    metavar="TAG[,TAG...]",
-    help="Only snapshots with all of these tags; repeatable.",
-)
-@click.option(
-    "--path",
-    "paths",
-    multiple=True,
-    metavar="PATH",
-    help="Only snapshots with this path; repeatable.",
-)
+@click.command(cls=Verb)
 @click.option(
     "--latest",
     type=click.IntRange(1),
     metavar="N",
     help="Only the newest N of each group of equal host and paths.",
 )
+@snapshot_filter_options
 @common_options
 @click.pass_obj
 def snapshots(
     settings: Settings,
-    hosts: tuple[str, ...],
-    tags: tuple[frozenset[str], ...],
-    paths: tuple[str, ...],
     latest: int | None,
 ) -> None:
     """List snapshots, the newest last.
@@ -75,9 +49,8 @@ def snapshots(
     repository without a key, only times and sizes are listed.
     """
     from casfs.repository.opening import OpenOptions, open_for_reading
-    from casfs.repository.snapshot_filter import SnapshotFilter
 
-    choice = SnapshotFilter(hosts, tags, tuple(path_argument(path) for path in paths))
+    choice = settings.snapshot_filter()
     output = settings.output()
     root = settings.repository()
     with open_for_reading(

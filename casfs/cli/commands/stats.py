@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
 from casfs.cli.output import Output, format_time, iso_time
-from casfs.cli.settings import Settings, common_options, complete_snapshots, latest_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.display import format_size
 from casfs.errors import UsageError
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from casfs.storage.counting import RequestCounter
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("snap", metavar="[SNAP[:PATH]]", required=False, shell_complete=complete_snapshots)
 @click.option(
     "--storage",
@@ -28,11 +30,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Print how many requests this command made to a remote repository too.",
 )
-@latest_options
+@snapshot_filter_options
 @common_options
 @click.pass_obj
 def stats(settings: Settings, snap: str | None, storage_only: bool, requests: bool) -> None:
-    """Print the sizes of the repository, or of a snapshot or a part of it.
+    """Print the sizes of the repository or of a snapshot.
 
     With --json every command on a remote repository prints its requests.
     """
@@ -67,7 +69,7 @@ def _print_sizes(settings: Settings, snap: str | None, storage_only: bool) -> No
     output = settings.output()
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         if snap is not None:
-            seen = snapshot_stats(repository, snap, settings.latest_of())
+            seen = snapshot_stats(repository, snap, settings.snapshot_filter())
             output.line(f"entries:    {seen.entries}")
             output.line(f"size:       {format_size(seen.total_bytes)}")
             output.line(f"flagged:    {seen.flagged}")

@@ -6,21 +6,22 @@ import os
 
 import click
 
-from casfs.cli.output import iso_time
-from casfs.cli.param_types import TAGS
-from casfs.cli.settings import (
-    Settings,
+from casfs.cli.options import (
     common_options,
     complete_snapshots,
     complete_tags,
-    latest_options,
+    snapshot_filter_options,
 )
+from casfs.cli.output import iso_time
+from casfs.cli.param_types import TAGS
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import escape_path
 from casfs.errors import UsageError
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("snap", metavar="SNAP", shell_complete=complete_snapshots)
 @click.option("--add", "added", type=TAGS, multiple=True, metavar="TAG[,TAG...]", help="Add tags.")
 @click.option(
@@ -39,7 +40,7 @@ from casfs.errors import UsageError
     metavar="TAG[,TAG...]",
     help="Replace all tags by these.",
 )
-@latest_options
+@snapshot_filter_options
 @common_options
 @click.pass_obj
 def tag(
@@ -49,7 +50,7 @@ def tag(
     removed: tuple[str, ...],
     replaced: tuple[frozenset[str], ...],
 ) -> None:
-    """Change the tags of a snapshot; it gets a new id, its content stays the same."""
+    """Change the tags of a snapshot, which gets a new id."""
     from casfs.repository.opening import OpenOptions, open_for_writing
 
     if not (added or removed or replaced):
@@ -62,7 +63,7 @@ def tag(
     with open_for_writing(
         settings.repository(), "tag", OpenOptions(unlock=settings.unlock, sync=settings.sync)
     ) as repository:
-        old_id, old = repository.snapshots.resolve(snap, settings.latest_of())
+        old_id, old = repository.snapshots.resolve(snap, settings.snapshot_filter())
         repository.snapshots.require_proven(old_id, "a change of its tags")
         tags = wanted if replaced else set(old.tags) - unwanted | wanted
         new_id, new = repository.snapshots.retag(old_id, old, tuple(sorted(tags)))

@@ -7,14 +7,16 @@ import platform
 import click
 
 from casfs import __version__
-from casfs.cli.settings import Settings, output_options
+from casfs.cli.options import output_options
+from casfs.cli.settings import Settings
+from casfs.cli.verbs import Verb
 
 
-@click.command()
+@click.command(cls=Verb)
 @output_options
 @click.pass_obj
 def version(settings: Settings) -> None:
-    """Print the versions of casfs, the repository format and Python."""
+    """Print the versions of casfs, its format and Python."""
     from casfs.format.config import FORMAT_VERSION
 
     output = settings.output()

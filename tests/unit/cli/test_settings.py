@@ -10,8 +10,9 @@ import pytest
 
 from casfs.cli import app
 from casfs.cli.commands.run import job_of
+from casfs.cli.key_options import KeyOptions, PassphraseSource
 from casfs.cli.param_types import RATE
-from casfs.cli.settings import KeyOptions, PassphraseSource, Settings
+from casfs.cli.settings import Settings
 from casfs.config.repositories import NamedRepository
 from casfs.config.values import AbsolutePath, Command, RepositoryUrl
 from casfs.errors import ConfigError, UsageError
