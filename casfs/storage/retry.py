@@ -150,8 +150,20 @@ class RetryingStorage(StorageWrapper):
         self._retrier.run(lambda: self.inner.write(name, data))
 
     def create(self, name: str, data: Data) -> None:
-        """Store an object unless the name exists."""
-        self._retrier.run(lambda: self.inner.create(name, data))
+        """Store an object unless the name exists; an earlier attempt may have taken effect."""
+        self._retrier.run(
+            lambda: self.inner.create(name, data),
+            lambda: self._unless_there(name, len(data), lambda: self.inner.create(name, data)),
+        )
+
+    def _unless_there(self, name: str, size: int, send: Callable[[], None]) -> None:
+        """Send an object unless the name has it; asking costs less than a body that is refused."""
+        try:
+            if self.inner.size(name) == size:
+                return
+        except NotFoundError:
+            pass
+        send()
 
     def delete(self, name: str) -> None:
         """Remove an object."""
@@ -183,16 +195,11 @@ class _RetryingWriter:
     def commit(self, name: str) -> None:
         """Make the bytes durable under a name."""
         self._storage._retrier.run(
-            lambda: self._inner.commit(name), lambda: self._commit_unless_there(name)
+            lambda: self._inner.commit(name),
+            lambda: self._storage._unless_there(
+                name, self._bytes, lambda: self._inner.commit(name)
+            ),
         )
-
-    def _commit_unless_there(self, name: str) -> None:
-        try:
-            if self._storage.inner.size(name) == self._bytes:
-                return
-        except NotFoundError:
-            pass
-        self._inner.commit(name)
 
     def discard(self) -> None:
         """Drop the appended bytes."""

@@ -1,10 +1,11 @@
 """Blob writer: a producer hands over blobs; background threads deduplicate, compress and pack them.
 
-Each writer runs four threads: one deduplicates and packs, two compress a batch each, and one commits full
-packs. Batches are packed in the order of `put`, whichever is compressed first. `_commit_pack` is the only
-place with the order of durable steps: pack data, the pack's name, the index. `finish()` returns only when
-everything that was put is durable and indexed. The next `put` or `finish` raises an error of any thread. The
-queues between the threads hold few batches, so memory is bounded.
+Each writer runs a thread that deduplicates and packs, two that compress a batch each, and one that commits
+full packs; several commit at the same time where packs travel a distance. Batches are packed in the order of
+`put`, whichever is compressed first. `_commit_pack` is the only place with the order of durable steps: pack
+data, the pack's name, the index. `finish()` returns only when everything that was put is durable and indexed.
+The next `put` or `finish` raises an error of any thread. The queues between the threads hold few batches, and
+few packs are committed at a time, so memory is bounded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -63,6 +64,11 @@ _LESS_URGENT = 5
 """Niceness of the compression threads, so that the threads that feed them get a core first."""
 
 _BUFFER_BYTES = 1024 * 1024
+
+_MAX_UPLOADS = 4
+_MAX_UPLOAD_BYTES = 2 * PACK_BYTES
+"""Limits of the packs that are on their way at the same time. While the answer for one pack travels, the line
+carries the next; a third full pack would add to the memory and not to the speed."""
 
 Batch = list[tuple[BlobKind, Digest, bytes]]
 Payloads = list[tuple[Codec, bytes]]
@@ -151,7 +157,7 @@ class BlobWriter:
 
     def _run(self) -> None:
         with (
-            ThreadPoolExecutor(1, "casfs-committer") as committer,
+            ThreadPoolExecutor(_MAX_UPLOADS, "casfs-committer") as committer,
             ThreadPoolExecutor(
                 _COMPRESSING_THREADS, "casfs-compressor", initializer=_lower_priority
             ) as compressors,
@@ -201,7 +207,7 @@ def _lower_priority() -> None:
 
 
 class _Packer:
-    """State of the packing thread: batches being compressed, the open pack, and the pack being committed."""
+    """State of the packing thread: batches being compressed, the open pack, and the packs being committed."""
 
     def __init__(
         self, writer: BlobWriter, committer: ThreadPoolExecutor, compressors: ThreadPoolExecutor
@@ -216,8 +222,9 @@ class _Packer:
         self._ahead: deque[tuple[Batch, Future[Payloads]]] = deque()
         self._ahead_digests: set[Digest] = set()
         self._committer = committer
-        self._committing: Future[None] | None = None
-        self._committing_digests: set[Digest] = set()
+        is_far = self._store.storage.capabilities.parallel_requests > 1
+        self._max_commits = _MAX_UPLOADS if is_far else 1
+        self._commits: dict[Future[None], _OpenPack] = {}
         self._open_digests: set[Digest] = set()
         self._pack: _OpenPack | None = None
 
@@ -263,8 +270,7 @@ class _Packer:
         while self._ahead:
             self.pack_oldest()
         self._finish_pack()
-        if self._committing is not None:
-            self._committing.result()
+        self._wait_for_commits(0, 0)
 
     def discard(self) -> None:
         """Drop the unpacked batches and the unfinished pack."""
@@ -286,7 +292,8 @@ class _Packer:
         return _OpenPack(self._store.storage.open_writer(self._in_memory), cipher)
 
     def _not_stored(self, batch: Batch) -> Batch:
-        unfinished = (self._ahead_digests, self._open_digests, self._committing_digests)
+        unfinished = [self._ahead_digests, self._open_digests]
+        unfinished += [pack.digests for pack in self._commits.values()]
         seen: set[Digest] = set()
         candidates: Batch = []
         for blob in batch:
@@ -299,19 +306,32 @@ class _Packer:
         return [blob for blob, is_known in zip(candidates, known, strict=True) if not is_known]
 
     def _finish_pack(self) -> None:
-        pack, digests = self._pack, self._open_digests
+        pack = self._pack
         if pack is None:
             return
         if self._dry_run:
             # Nothing is stored in a dry run, so only the kept digests identify duplicates.
             self._pack = None
             return
-        if self._committing is not None:
-            self._committing.result()
-        self._pack, self._open_digests = None, set()
-        self._committing_digests = digests
+        self._wait_for_commits(self._max_commits - 1, _MAX_UPLOAD_BYTES - pack.bytes)
+        self._pack = None
+        pack.digests, self._open_digests = self._open_digests, set()
         self._stats.packs += 1
-        self._committing = self._committer.submit(_commit_pack, self._store, pack)
+        self._commits[self._committer.submit(_commit_pack, self._store, pack)] = pack
+
+    def _wait_for_commits(self, max_packs: int, max_bytes: int) -> None:
+        """Wait until at most so many packs, with at most so many bytes, are being committed.
+
+        Raise the error of a commit that failed.
+        """
+        while self._commits:
+            for commit in [one for one in self._commits if one.done()]:
+                del self._commits[commit]
+                commit.result()
+            on_their_way = sum(pack.bytes for pack in self._commits.values())
+            if len(self._commits) <= max_packs and on_their_way <= max_bytes:
+                return
+            wait(self._commits, return_when=FIRST_COMPLETED)
 
 
 class _OpenPack:
@@ -320,6 +340,7 @@ class _OpenPack:
     def __init__(self, spool: ObjectWriter | None, cipher: PackCipher | None) -> None:
         self.spool = spool
         self.entries: list[PackEntry] = []
+        self.digests: set[Digest] = set()
         self.bytes = 0
         self.hasher = blake3()
         self._cipher = cipher

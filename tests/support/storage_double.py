@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from casfs.errors import StorageUnavailableError
-from casfs.storage.base import Data, ListedObject, ObjectWriter, Storage
+from casfs.storage.base import Capabilities, Data, ListedObject, ObjectWriter, Storage
 from casfs.storage.wrapper import StorageWrapper
 
 T = TypeVar("T")
@@ -45,6 +45,8 @@ class Script:
 
     failures: list[Failure] = field(default_factory=list)
     round_trip_s: float = 0.0
+    parallel_requests: int | None = None
+    """The number of concurrent requests that the storage states, where it is not that of the inner one."""
     before: Callable[[Call], None] | None = None
     """Called in the calling thread before a call acts: a test that waits here holds the call back, so
     that others overtake it."""
@@ -58,6 +60,13 @@ class RecordingStorage(StorageWrapper):
         self.script = script if script is not None else Script()
         self.calls: list[Call] = []
         self._lock = threading.Lock()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the inner storage supports, with the number of requests of the script."""
+        requests = self.script.parallel_requests
+        found = self.inner.capabilities
+        return found if requests is None else replace(found, parallel_requests=requests)
 
     def methods(self) -> list[str]:
         """Return the methods that were called, in order."""
