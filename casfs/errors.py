@@ -189,6 +189,18 @@ class PackError(IntegrityError):
         return f"pack {short_id(self.pack)}: {self.reason}"
 
 
+class DeltaError(IntegrityError):
+    """An index delta cannot be parsed, or does not match its name. It is derived data."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
 class SessionError(IntegrityError):
     """The wrapped keys of a session are missing, damaged, or do not match the digest in their name.
 

@@ -104,6 +104,19 @@ def decrypt_snapshot(session: WriteSession, salt: bytes, stored: bytes, header: 
         raise BlobError(b"", "decryption failed: its bytes were changed") from error
 
 
+def encrypt_delta(session: WriteSession, salt: bytes, plain: bytes, header: bytes) -> bytes:
+    """Return an index delta's encrypted body; `header`, all bytes before it, is authenticated with it."""
+    return AESGCM(session.delta_key(salt)).encrypt(_nonce(0), plain, header)
+
+
+def decrypt_delta(session: WriteSession, salt: bytes, stored: bytes, header: bytes) -> bytes:
+    """Return an index delta's decrypted body; raise BlobError."""
+    try:
+        return AESGCM(session.delta_key(salt)).decrypt(_nonce(0), stored, header)
+    except (InvalidTag, ValueError) as error:
+        raise BlobError(b"", "decryption failed: its bytes were changed") from error
+
+
 def _nonce(offset: int) -> bytes:
     return offset.to_bytes(12, "little")
 

@@ -35,6 +35,7 @@ class KeyContext:
     DOMAIN_ID = "casfs 2026-11-23 domain id"
     PACK_KEY = "casfs 2026-11-23 pack key"
     SNAPSHOT_KEY = "casfs 2026-11-23 snapshot key"
+    DELTA_KEY = "casfs 2026-11-23 delta key"
     DIGEST_KEY = "casfs 2026-11-23 digest key"
     CHUNKER_SEED = "casfs 2026-11-23 chunker seed"
     TREE_SEED = "casfs 2026-11-23 tree seed"
@@ -119,6 +120,10 @@ class WriteSession:
     def snapshot_key(self, salt: bytes) -> bytes:
         """Return the key of the snapshot with this salt."""
         return derive(KeyContext.SNAPSHOT_KEY, self.secret, salt)
+
+    def delta_key(self, salt: bytes) -> bytes:
+        """Return the key of the index delta with this salt."""
+        return derive(KeyContext.DELTA_KEY, self.secret, salt)
 
     def domain_of(self, digest: bytes, plain: bytes) -> int:
         """Return the index of the domain that keys a blob's digest; 0 if no domain matches."""

@@ -20,9 +20,10 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from casfs.backup.file_cache import FileCache
 from casfs.crypto.passphrase import parse_wrapped, unwrap_identity, wrap_identity
 from casfs.crypto.session_files import decode_session, encode_session
-from casfs.digest import PackId, digest_of, keyed_digest
+from casfs.digest import Digest, PackId, digest_of, keyed_digest
 from casfs.format.cipher import PackCipher
 from casfs.format.codec import BlobCodec, BlobKind, Codec
+from casfs.format.delta import DeltaBuilder, DeltaName, DeltaPack
 from casfs.format.key_derivation import DedupDomain, KeyContext, WriteSession, derive
 from casfs.format.pack import PackEntry, encode_end, encode_record_header, encode_session_header
 from casfs.format.snapshot import Snapshot, decode_snapshot, encode_snapshot
@@ -53,6 +54,10 @@ KEYS: dict[str, tuple[Callable[[], bytes], str]] = {
     "snapshot key": (
         lambda: SESSION.snapshot_key(SALT),
         "9699d76591485e097bf191e3d0b3c4ec49b22e2f0905730bee1e7f78ef7661f0",
+    ),
+    "delta key": (
+        lambda: SESSION.delta_key(SALT),
+        "2cd4c6dbdb7d55009b270f3adda8f4d4951ee2bd9ff0a28c61c76192aca6442b",
     ),
     "digest key": (
         lambda: DOMAIN.digest_key,
@@ -99,8 +104,8 @@ def test_key_derivation_reproduces_the_published_blake3_vectors() -> None:
 
 def test_no_two_purposes_share_a_key() -> None:
     contexts = [value for name, value in vars(KeyContext).items() if name.isupper()]
-    assert len(contexts) == len(set(contexts)) == 8
-    assert len({derive(context, SESSION.secret) for context in contexts}) == 8
+    assert len(contexts) == len(set(contexts)) == 9
+    assert len({derive(context, SESSION.secret) for context in contexts}) == 9
 
 
 def test_a_keyed_digest_keeps_its_golden_value() -> None:
@@ -179,6 +184,37 @@ def test_an_encrypted_snapshot_keeps_its_golden_bytes(monkeypatch: pytest.Monkey
     inner = AESGCM(key).decrypt(bytes(12), data[104:], data[:104])
     assert inner[:8] == bytes(4) + (len(inner) - 8).to_bytes(4, "little")
     assert msgspec.msgpack.decode(inner[8:])["host"] == "host"
+
+
+def test_an_index_delta_keeps_its_golden_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = DeltaBuilder()
+    blobs = [bytes([n]) * 32 for n in (1, 2)]
+    entries = [
+        PackEntry(Digest(blobs[0]), 32, 100, 200, BlobKind.DATA, 1),
+        PackEntry(Digest(blobs[1]), 148, 10, 20, BlobKind.TREE, 0),
+    ]
+    builder.add(DeltaPack(PackId(bytes([3]) * 32), 600, True, entries))
+    builder.removed.append(PackId(bytes([4]) * 32))
+    builder.replaced.append(DeltaName(5, bytes([5]) * 32))
+    builder.is_complete = True
+    name, data = builder.encode(0x18F123456789)
+    assert str(name) == f"deltas/18f123456789-{digest_of(data).hex()}"
+    # By hand, with the document's tables.
+    body = bytes.fromhex("01000000 01000000 01000000 01000000 02000000 00000000")
+    body += (5).to_bytes(8, "little") + bytes([5]) * 32 + bytes([4]) * 32
+    body += bytes([3]) * 32 + bytes.fromhex("5802000000000000 02000000 20000000 02000000 00000000")
+    body += blobs[0] + bytes.fromhex("64000000 c8000000 01 01 0000")
+    body += blobs[1] + bytes.fromhex("0a000000 14000000 02 00 0000")
+    time = (0x18F123456789).to_bytes(8, "little")
+    assert data == b"CASFSDLT" + bytes.fromhex("0100 1800 00000000") + time + body
+    assert name.digest == digest_of(data)
+    monkeypatch.setattr(os, "urandom", lambda size: SALT[:size])
+    name, data = builder.encode(0x18F123456789, SESSION)
+    assert data[:24] == b"CASFSDLT" + bytes.fromhex("0100 5800 00000000") + time
+    assert data[24:88] == SESSION.id + SALT
+    key = blake3(SESSION.secret + SALT, derive_key_context="casfs 2026-11-23 delta key").digest()
+    assert AESGCM(key).decrypt(bytes(12), data[88:], data[:88]) == body
+    assert name.digest.hex() == "c80534a33fc39724e318511b1d8ce2a56941bbd4e1a279273a8804d2894f4eb2"
 
 
 def test_a_wrapped_identity_keeps_its_golden_bytes(

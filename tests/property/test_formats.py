@@ -16,13 +16,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
-from casfs.errors import CasfsError, IntegrityError, PackError, TreeError, UsageError
+from casfs.errors import (
+    CasfsError,
+    DeltaError,
+    IntegrityError,
+    PackError,
+    TreeError,
+    UsageError,
+)
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobCodec, BlobKind
 from casfs.format.config import RepositoryConfig, decode_config, encode_config
+from casfs.format.delta import DeltaBuilder, DeltaName, DeltaPack, decode_delta
 from casfs.format.pack import BLOB_HEADER as PACK_RECORD
 from casfs.format.pack import (
     ENTRY,
     HEADER,
+    MAX_PACK_BLOBS,
     RECORD_MAGIC,
     TRAILER,
     PackEntry,
@@ -63,6 +72,7 @@ from casfs.trees.content import (
 )
 from casfs.trees.reader import TreeReader
 from casfs.trees.writer import TreeSplit, TreeWriter
+from tests.support.encryption import SESSION, OneSession
 from tests.support.stores import MemoryBlobs, make_pack
 
 CODEC = BlobCodec(3)
@@ -302,6 +312,22 @@ class TestPackRoundTrip:
             PACK, data[offset : offset + size], digest, offset - PACK_RECORD.size
         )
 
+    @given(st.lists(st.tuples(PLAINS, st.booleans()), max_size=4), st.booleans())
+    def test_any_delta_is_read_as_it_was_written(
+        self, contents: list[tuple[list[bytes], bool]], is_encrypted: bool
+    ) -> None:
+        builder = DeltaBuilder()
+        packs: dict[PackId, DeltaPack] = {}
+        for plains, is_metadata in contents:
+            data, entries = make_pack(plains)
+            pack = DeltaPack(PackId(digest_of(data)), len(data), is_metadata, entries)
+            if pack.pack not in packs:
+                packs[pack.pack] = pack
+                builder.add(pack)
+        name, data = builder.encode(1, SESSION if is_encrypted else None)
+        delta = decode_delta(name, data, OneSession() if is_encrypted else None)
+        assert list(delta.packs()) == list(packs.values())
+
     @given(PLAINS)
     def test_any_pack_is_read_as_it_was_written(self, plains: list[bytes]) -> None:
         data, entries = make_pack(plains)
@@ -431,6 +457,16 @@ def use_pack(data: bytes) -> None:
         refuse_or(partial(CODEC.digest_payload, codec, payload, plain), IntegrityError)
 
 
+def use_delta(data: bytes) -> None:
+    name = DeltaName(7, digest_of(data))
+    found = refuse_or(lambda: list(decode_delta(name, data).packs()), DeltaError)
+    for pack in found if isinstance(found, list) else ():
+        assert len(pack.entries) <= MAX_PACK_BLOBS
+        for entry in pack.entries:
+            assert HEADER.size < entry.offset <= pack.pack_bytes - entry.stored_bytes
+            assert entry.plain_bytes <= MAX_PLAIN_BYTES and entry.kind in set(BlobKind)
+
+
 def use_snapshot(data: bytes) -> None:
     name = SnapshotId(digest_of(data))
     snapshot = refuse_or(lambda: decode_snapshot(name, data, CODEC), TreeError)
@@ -475,6 +511,16 @@ def fitted_pack(data: bytes, directory: bytes) -> bytes:
     return data + head + directory + trailer
 
 
+def real_delta() -> bytes:
+    builder = DeltaBuilder()
+    for label in (b"one", b"two"):
+        data, entries = make_pack([label, label * 5])
+        builder.add(DeltaPack(PackId(digest_of(data)), len(data), False, entries))
+    builder.removed.append(PACK)
+    builder.replaced.append(DeltaName(5, bytes(32)))
+    return builder.encode(7)[1]
+
+
 REAL_NODES = [
     Node(b"dir", 2, 0o755, 0, 0, 1, 2, 3, 4, tree=TreeRef(b"\x04" * 32, 5, 300, 1)),
     Node(
@@ -504,6 +550,7 @@ REAL_SNAPSHOT = Snapshot(
 )
 REAL_CONFIG = RepositoryConfig(id="ab" * 32, created="now")
 REAL_PACK, REAL_ENTRIES = make_pack([b"first", b"second" * 9, b""])
+REAL_DELTA = real_delta()
 REAL_FRAME = CODEC.encode_many([b"words and words and words " * 20])[0][1]
 
 
@@ -516,6 +563,7 @@ class TestRandomBytes:
         use_piece(data)
         use_pack(data)
         use_snapshot(data)
+        use_delta(data)
         use_config(data)
         use_payload(data)
         use_content(data, 3)
@@ -536,6 +584,8 @@ class TestRandomBytes:
         use_config(fitted_config(data))
         use_config(b"casfs repository, format 1\n" + data)
         use_payload(REAL_FRAME[:6] + data)
+        for kept in (24, 48, 88, 176):
+            use_delta(REAL_DELTA[:kept] + data)
 
 
 class TestChangedBytes:
@@ -548,6 +598,7 @@ class TestChangedBytes:
         use_payload(data.draw(changed(REAL_FRAME)))
         _, snapshot = encode_snapshot(REAL_SNAPSHOT, CODEC)
         use_snapshot(data.draw(changed(snapshot)))
+        use_delta(data.draw(changed(REAL_DELTA)))
         use_config(data.draw(changed(encode_config(REAL_CONFIG))))
 
     @CHEAP
@@ -604,6 +655,8 @@ def test_every_parser_accepts_a_valid_example() -> None:
     assert TestPackRoundTrip.parse(REAL_PACK) == REAL_ENTRIES
     name, data = encode_snapshot(REAL_SNAPSHOT, CODEC)
     assert decode_snapshot(name, data, CODEC) == REAL_SNAPSHOT
+    delta = decode_delta(DeltaName(7, digest_of(REAL_DELTA)), REAL_DELTA)
+    assert [len(pack.entries) for pack in delta.packs()] == [2, 2]
     assert decode_config(fitted_config(msgspec.json.encode(REAL_CONFIG)), "") == REAL_CONFIG
     with pytest.raises(IntegrityError):
         decode_piece(REAL_LEAF + b"\0")

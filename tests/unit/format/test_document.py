@@ -20,7 +20,7 @@ import casfs
 from casfs.backup import file_cache
 from casfs.crypto import age, gpg, passphrase, recipients, session_files, trust_state
 from casfs.digest import Digest, PackId
-from casfs.format import cipher, codec, config, key_derivation, pack, snapshot, tree
+from casfs.format import cipher, codec, config, delta, key_derivation, pack, snapshot, tree
 from casfs.index import fingerprint, index, schema
 from casfs.index.lmdb_env import Transaction
 from casfs.maintenance import prune_plan
@@ -108,6 +108,11 @@ def number(text: str) -> float:
         ("Encrypted snapshot", snapshot._ENVELOPE, 0),
         ("Encrypted snapshot, inner header", snapshot._INNER, 0),
         ("Encrypted payload", cipher._INNER, 0),
+        ("Delta header", delta._HEADER, 0),
+        ("Delta header, encrypted part", delta._SESSION, delta._HEADER.size),
+        ("Delta body", delta._BODY, 0),
+        ("Replaced delta", delta._REPLACED, 0),
+        ("Pack record of a delta", delta._PACK, 0),
         ("Database `blobs`", schema.LOCATION, 0),
         ("Database `packs`", schema.PACK, 0),
         ("Files cache", file_cache._STAT, 0),
@@ -131,6 +136,10 @@ def test_magic_numbers_and_versions_are_those_of_the_code() -> None:
     assert list(map(int, lengths)) == [pack.HEADER.size, pack.SESSION_HEADER]
     assert cells("Record header")[0] == f"magic {pack.RECORD_MAGIC.decode()}"
     assert cells("Trailer")[56] == f"magic {pack.TRAILER_MAGIC.decode()}"
+    assert cells("Delta header")[0] == f"magic {delta.MAGIC.decode()}"
+    assert cells("Delta header")[8] == f"version, {delta.VERSION}"
+    lengths = re.findall(r"\d+", cells("Delta header")[10])
+    assert list(map(int, lengths)) == [delta._HEADER.size, delta.SESSION_HEADER]
     assert cells("Snapshot header")[0] == f"magic {snapshot.MAGIC.decode()}"
     assert cells("Snapshot header")[8] == f"version, {snapshot.SNAPSHOT_VERSION}"
     assert {row[0]: row[1] for row in rows("Database `meta`")}["version"] == (
@@ -207,6 +216,7 @@ def test_limits_are_those_of_the_code() -> None:
         "payload of a blob": pack.MAX_STORED_BYTES,
         "blobs in a pack": pack.MAX_PACK_BLOBS,
         "size of a pack": pack.MAX_PACK_BYTES,
+        "size of an index delta": delta.MAX_DELTA_BYTES,
         "bytes in a name": tree.MAX_NAME_BYTES,
         "levels of lists, and of tree pieces": tree.MAX_PIECE_LEVELS,
         "depth of directories": tree.MAX_DEPTH,
@@ -251,6 +261,7 @@ def test_derivation_table_lists_every_context_with_its_output_size() -> None:
         (context.SESSION_ID, session.id),
         (context.PACK_KEY, session.pack_key(bytes(32))),
         (context.SNAPSHOT_KEY, session.snapshot_key(bytes(32))),
+        (context.DELTA_KEY, session.delta_key(bytes(32))),
         (context.DIGEST_KEY, domain.digest_key),
         (context.FILE_CACHE_KEY, domain.file_cache_key),
     ):
