@@ -52,6 +52,7 @@ VERBS = {
     "rewrite": "casfs.cli.commands.rewrite:rewrite",
     "recompress": "casfs.cli.commands.recompress:recompress",
     "mirror": "casfs.cli.commands.mirror:mirror",
+    "upgrade": "casfs.cli.commands.upgrade:upgrade",
     "locks": "casfs.cli.commands.locks:locks",
     "stats": "casfs.cli.commands.stats:stats",
     "tag": "casfs.cli.commands.tag:tag",

@@ -59,6 +59,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "rewrite": ("casfs rewrite all --exclude '/home/*/.cache/' -n",),
     "recompress": ("casfs recompress --compression 12",),
     "mirror": ("casfs mirror /mnt/disk/casfs", "casfs -r nas mirror cloud --delete"),
+    "upgrade": ("casfs upgrade",),
     "locks": ("casfs locks",),
     "stats": (
         "casfs stats",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from casfs.digest import digest_of
 from casfs.errors import IntegrityError
-from casfs.format.config import RepositoryConfig, decode_config
+from casfs.format.config import OLDEST_FORMAT, RepositoryConfig, decode_config, with_format
 from casfs.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -22,13 +22,18 @@ if TYPE_CHECKING:
 
 
 class TrustRoot:
-    """The configuration and, once it is read, the list of recipients of one repository."""
+    """The configuration and, once it is read, the list of recipients of one repository.
+
+    `config_digest` is the digest of the configuration as encoded in the oldest format, so an upgrade keeps
+    it. `file_digest` is that of the file as it is.
+    """
 
     def __init__(self, data: bytes, place: str) -> None:
         """Verify the bytes of the configuration; raise as `decode_config`, whose errors name `place`."""
         self.data = data
         self.config: RepositoryConfig = decode_config(data, place)
-        self.config_digest = digest_of(data).hex()
+        self.config_digest = digest_of(with_format(data, OLDEST_FORMAT)).hex()
+        self.file_digest = digest_of(data).hex()
         self._recipients: RecipientList | IntegrityError | None = None
 
     def recipients(self, storage: Storage) -> RecipientList:

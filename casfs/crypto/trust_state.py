@@ -18,7 +18,7 @@ import msgspec
 from casfs.crypto.trust_root import TrustRoot
 from casfs.digest import digest_of
 from casfs.errors import NoHomeError, StorageError, TrustError
-from casfs.format.config import RepositoryConfig
+from casfs.format.config import OLDEST_FORMAT, RepositoryConfig
 from casfs.format.key_derivation import SECRET_BYTES, DedupDomain
 from casfs.user_dirs import user_folder
 
@@ -42,7 +42,8 @@ class _Pin(msgspec.Struct, frozen=True):
     repository: str
     domain: str
     config: str = ""
-    """The digest of the configuration; empty in a pin of an earlier version."""
+    """`TrustRoot.config_digest`; empty in a pin of an earlier version."""
+    format: int = OLDEST_FORMAT
 
 
 def state_folder(make: bool = True) -> Path:
@@ -89,7 +90,7 @@ def save_state(state: WriterState) -> None:
 def pin(root: Path | str, trust: TrustRoot) -> None:
     """Record which repository is at a location, if it or the recorded one is encrypted.
 
-    The record names the configuration by the digest of its bytes. Raise StorageError.
+    The record names the configuration by a digest that an upgrade keeps, and the format. Raise StorageError.
     """
     config = trust.config
     names = _location_names(root)
@@ -97,7 +98,7 @@ def pin(root: Path | str, trust: TrustRoot) -> None:
         return
     domain = config.encryption.domain if config.encryption is not None else ""
     shown = os.fsencode(root).decode("utf-8", "backslashreplace")
-    record = msgspec.json.encode(_Pin(shown, config.id, domain, trust.config_digest))
+    record = msgspec.json.encode(_Pin(shown, config.id, domain, trust.config_digest, config.format))
     for name in names:
         _write(_pin_path(name), record)
 
@@ -145,6 +146,12 @@ def _verify_pin(root: Path | str, path: Path, trust: TrustRoot) -> None:
             f"the configuration of the repository in {root} was changed since this machine last used it, "
             "although casfs never changes it. Compare it with a copy; if it is correct, run "
             "`casfs key accept`"
+        )
+    if place.format > config.format:
+        raise TrustError(
+            f"the repository in {root} had format {place.format} when this machine last used it, and has "
+            f"format {config.format} now: an older copy of its file `config` may have been put back. If that "
+            "is intended, run `casfs key accept`"
         )
 
 

@@ -1,7 +1,7 @@
-"""The repository's configuration: a small text file that is written once (FORMAT.md, "Configuration").
+"""The repository's configuration: a small text file (FORMAT.md, "Configuration").
 
 The first line contains the format version, so that every version of casfs can name it. The last line is the
-BLAKE3 of all bytes before it.
+BLAKE3 of all bytes before it. It is written once, and once more by an upgrade, which changes the two lines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import msgspec
 from casfs.digest import digest_of
 from casfs.errors import FormatError, IntegrityError, NotFoundError
 
-FORMAT_VERSION = 1
+OLDEST_FORMAT = 1
+NEWEST_FORMAT = 2
+"""The repository formats that this version reads and writes."""
+
+DEFAULT_FORMAT = 1
+"""The format of new repositories."""
+
 CONFIG_NAME = "config"
 MAX_CONFIG_BYTES = 1 << 20
 CIPHER = "aes-256-gcm"
@@ -50,7 +56,8 @@ class RepositoryConfig(msgspec.Struct, frozen=True):
     """The settings fixed when the repository was created.
 
     `tree_seed` seeds the split points of large directories. In an encrypted repository that seed and the
-    chunker's seed are secret, and both fields are 0.
+    chunker's seed are secret, and both fields are 0. `format` is the number in the first line and no field of
+    the JSON object.
     """
 
     id: str
@@ -58,17 +65,39 @@ class RepositoryConfig(msgspec.Struct, frozen=True):
     chunker: ChunkerConfig = ChunkerConfig()
     tree_seed: int = 0
     encryption: EncryptionConfig | None = None
+    format: int = OLDEST_FORMAT
+
+    @property
+    def separates_metadata(self) -> bool:
+        """Whether a writer stores trees and content lists in packs of their own."""
+        return self.format >= 2
 
 
-def new_config(created: str) -> RepositoryConfig:
+def new_config(created: str, format_: int = DEFAULT_FORMAT) -> RepositoryConfig:
     """Return the configuration of a new repository with a random id."""
-    return RepositoryConfig(id=secrets.token_hex(32), created=created)
+    return RepositoryConfig(id=secrets.token_hex(32), created=created, format=format_)
 
 
 def encode_config(config: RepositoryConfig) -> bytes:
     """Return the bytes of the configuration file."""
-    body = msgspec.json.format(msgspec.json.encode(config), indent=2)
-    text = b"casfs repository, format %d\n%s\n" % (FORMAT_VERSION, body)
+    fields = msgspec.structs.asdict(config)
+    del fields["format"]
+    body = msgspec.json.format(msgspec.json.encode(fields), indent=2)
+    return _framed(config.format, body + b"\n")
+
+
+def with_format(data: bytes, format_: int) -> bytes:
+    """Return the bytes of an intact configuration file with another format number.
+
+    Only the first line and the digest in the last line differ.
+    """
+    first, last = _FIRST_LINE.match(data), _LAST_LINE.search(data)
+    assert first is not None and last is not None
+    return _framed(format_, data[first.end() : last.start()])
+
+
+def _framed(format_: int, body: bytes) -> bytes:
+    text = b"casfs repository, format %d\n%s" % (format_, body)
     return text + b"blake3 %s\n" % digest_of(text).hex().encode()
 
 
@@ -84,10 +113,10 @@ def decode_config(data: bytes, place: str) -> RepositoryConfig:
             f"{place} is not a casfs repository, or the first line of its file `config` is damaged"
         )
     version = int(first.group(1))
-    if version != FORMAT_VERSION:
+    if not OLDEST_FORMAT <= version <= NEWEST_FORMAT:
         raise FormatError(
-            f"{place} has repository format {version}; this casfs reads format {FORMAT_VERSION}: "
-            "use a newer casfs"
+            f"{place} has repository format {version}; this casfs reads formats {OLDEST_FORMAT} to "
+            f"{NEWEST_FORMAT}: use a newer casfs"
         )
     last = _LAST_LINE.search(data)
     if last is None or digest_of(data[: last.start()]).hex().encode() != last.group(1):
@@ -110,7 +139,7 @@ def decode_config(data: bytes, place: str) -> RepositoryConfig:
         raise FormatError(
             f"{place} uses a chunker that this casfs does not support; use a newer casfs"
         )
-    return config
+    return msgspec.structs.replace(config, format=version)
 
 
 def _is_supported(encryption: EncryptionConfig) -> bool:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 from blake3 import blake3
+from msgspec.structs import replace
 
 from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.errors import IntegrityError, NotFoundError, RefusedError
@@ -93,7 +94,7 @@ class Mirror:
         return self.result
 
     def _copy_config(self) -> None:
-        """Copy the configuration, or verify that both are of the same repository."""
+        """Copy the configuration, or verify that both are of the same repository; follow an upgrade."""
         data = self._config
         if data is None:
             data = self._source.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES)
@@ -108,11 +109,14 @@ class Mirror:
             self._destination.create(CONFIG_NAME, data)
             return
         other = decode_config(there, self._destination.url)
-        if other != config:
+        if replace(other, format=config.format) != config:
             raise RefusedError(
                 f"{self._destination.url} holds repository {other.id[:12]}, and {self._source.url} is "
                 f"{config.id[:12]}; name another destination"
             )
+        if other.format < config.format:
+            # The source was upgraded. Before any object that only the new format has.
+            self._destination.write(CONFIG_NAME, data)
 
     def _copy_objects(self) -> set[str]:
         """Copy keys, packs and snapshots; return the names that the source has."""

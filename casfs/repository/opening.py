@@ -22,7 +22,13 @@ from casfs.crypto.opening import create_encryption, make_ciphers, make_codec, op
 from casfs.crypto.trust_root import TrustRoot
 from casfs.crypto.trust_state import pin
 from casfs.errors import ExistsError, NotFoundError, StorageError
-from casfs.format.config import CONFIG_NAME, RepositoryConfig, encode_config, new_config
+from casfs.format.config import (
+    CONFIG_NAME,
+    DEFAULT_FORMAT,
+    RepositoryConfig,
+    encode_config,
+    new_config,
+)
 from casfs.index.fingerprint import remove_fingerprint
 from casfs.index.index import Index
 from casfs.repository.index_opening import close_index, open_index, open_index_readonly
@@ -76,21 +82,25 @@ _DEFAULTS = OpenOptions()
 
 
 def create_repository(
-    place: Path | Place, recipients: Sequence[Recipient] = (), passphrase: str | None = None
+    place: Path | Place,
+    recipients: Sequence[Recipient] = (),
+    passphrase: str | None = None,
+    format_: int = DEFAULT_FORMAT,
 ) -> RepositoryConfig:
     """Create a repository in an empty or new place and return its configuration.
 
-    With recipients or a passphrase it is encrypted. Raise ExistsError where the place is not empty,
-    StorageError where a write fails.
+    With recipients or a passphrase it is encrypted. `format_` is the repository format. Raise ExistsError
+    where the place is not empty, StorageError where a write fails.
     """
     place = as_place(place)
+    config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), format_)
     if isinstance(place, RemotePlace):
-        return _create_remote(place, recipients, passphrase)
-    return _create_local(place.root, recipients, passphrase)
+        return _create_remote(place, config, recipients, passphrase)
+    return _create_local(place.root, config, recipients, passphrase)
 
 
 def _create_local(
-    root: Path, recipients: Sequence[Recipient], passphrase: str | None
+    root: Path, config: RepositoryConfig, recipients: Sequence[Recipient], passphrase: str | None
 ) -> RepositoryConfig:
     if (root / CONFIG_NAME).exists():
         raise _exists(LocalPlace(root))
@@ -106,7 +116,7 @@ def _create_local(
     except OSError as error:
         raise StorageError("make a repository in", str(root), error) from error
     try:
-        return _fill_local(root, recipients, passphrase)
+        return _fill_local(root, config, recipients, passphrase)
     except BaseException:
         if (root / CONFIG_NAME).exists():
             raise
@@ -123,7 +133,7 @@ def _create_local(
 
 
 def _fill_local(
-    root: Path, recipients: Sequence[Recipient], passphrase: str | None
+    root: Path, config: RepositoryConfig, recipients: Sequence[Recipient], passphrase: str | None
 ) -> RepositoryConfig:
     """Create a repository in an empty folder; its configuration, which makes it one, is written last."""
     try:
@@ -132,7 +142,6 @@ def _fill_local(
         (root / "README").write_text(_README)
     except OSError as error:
         raise StorageError("make a repository in", str(root), error) from error
-    config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     storage = LocalStorage(root)
     if recipients or passphrase is not None:
         config = create_encryption(storage, config, recipients, passphrase)
@@ -148,7 +157,10 @@ def _fill_local(
 
 
 def _create_remote(
-    place: RemotePlace, recipients: Sequence[Recipient], passphrase: str | None
+    place: RemotePlace,
+    config: RepositoryConfig,
+    recipients: Sequence[Recipient],
+    passphrase: str | None,
 ) -> RepositoryConfig:
     storage = place.open_storage()
     try:
@@ -163,7 +175,6 @@ def _create_remote(
         storage.create(PROBED_NAME, msgspec.json.encode(probed) + b"\n")
         storage.create("README", _README.encode())
         mark_remote_writers(storage)
-        config = new_config(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         if recipients or passphrase is not None:
             config = create_encryption(storage, config, recipients, passphrase)
         data = encode_config(config)

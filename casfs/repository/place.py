@@ -30,10 +30,11 @@ class ConfigCache:
         """Return the configuration; only the first successful call reads it."""
         if self._found is None:
             found = TrustRoot(_read_config_bytes(storage, place), place)
-            if expected is not None and expected not in (found.config.id, found.config_digest):
+            accepted = (found.config.id, found.config_digest, found.file_digest)
+            if expected is not None and expected not in accepted:
                 raise TrustError(
                     f"the repository in {place} is {found.config.id[:12]}, not the expected "
-                    f"{expected[:12]}; the digest of its configuration is {found.config_digest}"
+                    f"{expected[:12]}; the digest of its configuration is {found.file_digest}"
                 )
             self._found = found
         return self._found
@@ -59,7 +60,8 @@ class LocalPlace:
     """A folder that this machine can open; `root` is absolute.
 
     `expected`, if given, is the id of the repository there or the digest of its configuration, as `b3sum
-    config` prints it. `config_cache` keeps the configuration for the whole process, which uses one place.
+    config` prints it, now or before an upgrade. `config_cache` keeps the configuration for the whole process,
+    which uses one place.
     """
 
     root: Path

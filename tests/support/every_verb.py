@@ -49,6 +49,7 @@ def lines_of_every_verb(casfs: Casfs, folder: Path) -> Iterator[tuple[str, Line]
         ("stats", ("latest",)),
         ("stats", ("--storage",)),
         ("tag", ("latest", "--add", "c")),
+        ("upgrade", ()),
         ("locks", ()),
         ("repair index", ()),
         ("repair snapshots", ("--dry-run",)),

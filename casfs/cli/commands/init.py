@@ -34,7 +34,6 @@ def init(
     write access to the folder; reading needs an identity or the passphrase. Encryption cannot be turned
     on or off later. Recipients can be changed (casfs key).
     """
-    from casfs.format.config import FORMAT_VERSION
     from casfs.repository.opening import create_repository
 
     if path is not None and settings.repo is not None and path != settings.repo:
@@ -72,6 +71,6 @@ def init(
         "repository",
         id=config.id,
         path=name,
-        format=FORMAT_VERSION,
+        format=config.format,
         encrypted=config.encryption is not None,
     )

@@ -17,9 +17,9 @@ from casfs.cli.verbs import Verb
 @click.pass_obj
 def version(settings: Settings) -> None:
     """Print the versions of casfs, its format and Python."""
-    from casfs.format.config import FORMAT_VERSION
+    from casfs.format.config import NEWEST_FORMAT
 
     output = settings.output()
     python = platform.python_version()
-    output.line(f"casfs {__version__} (repository format {FORMAT_VERSION}, Python {python})")
-    output.emit("version", casfs=__version__, format=FORMAT_VERSION, python=python)
+    output.line(f"casfs {__version__} (repository format {NEWEST_FORMAT}, Python {python})")
+    output.emit("version", casfs=__version__, format=NEWEST_FORMAT, python=python)

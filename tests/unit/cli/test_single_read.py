@@ -60,6 +60,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "rewrite": ("latest", "--exclude", "/{source}/file"),
     "recompress": ("--compression", "1"),
     "key list": (),
+    "upgrade": (),
     "locks": (),
     "key add": ("--recipient", "{more}"),
     "key remove": ("{public}",),
@@ -69,7 +70,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 """Every command that opens a repository, with its arguments."""
 
-NEEDS_NO_KEY = {"key list", "key remove", "locks"}
+NEEDS_NO_KEY = {"key list", "key remove", "locks", "upgrade"}
 
 OPENS_NOTHING = {"init", "umount", "run", "config", "schedule", "help", "version", "completion"}
 """Commands that create a repository, start other processes, or work without one."""

@@ -70,7 +70,7 @@ def test_every_repository_has_an_id_of_its_own() -> None:
     assert re.fullmatch("[0-9a-f]{64}", first.id)
 
 
-@pytest.mark.parametrize("version", [0, 2, 17, 999_999_999])
+@pytest.mark.parametrize("version", [0, 3, 17, 999_999_999])
 def test_another_format_is_named_whatever_follows_the_first_line(version: int) -> None:
     data = b"casfs repository, format %d\n\0what nobody knows yet" % version
     with pytest.raises(FormatError, match=f"here has repository format {version}") as caught:

@@ -162,8 +162,11 @@ def test_code_tables_list_the_members_of_the_code() -> None:
 
 
 def test_field_tables_list_the_fields_of_the_code_in_order() -> None:
+    # The first line has the format, which is no field of the JSON object.
+    assert config.RepositoryConfig.__struct_fields__[-1] == "format"
+    settings = list(config.RepositoryConfig.__struct_fields__[:-1])
+    assert [row[0] for row in rows("Configuration")] == settings
     for title, record in (
-        ("Configuration", config.RepositoryConfig),
         ("Chunker fields", config.ChunkerConfig),
         ("Encryption fields", config.EncryptionConfig),
         ("Statistics", snapshot.SnapshotStats),

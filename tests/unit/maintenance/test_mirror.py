@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from casfs.errors import IntegrityError, NotFoundError, RefusedError, StorageError
+from casfs.format.config import NEWEST_FORMAT, OLDEST_FORMAT, with_format
 from casfs.maintenance.check import Checker
 from casfs.maintenance.mirror import MISSING_NAME, Mirror, MirrorResult
 from casfs.maintenance.prune import Pruner
@@ -252,3 +253,24 @@ def test_packs_that_a_prune_stored_meanwhile_are_copied(repo: RepositoryFixture)
     copy = MemoryStorage()
     assert mirror(source, copy).damage == []
     assert f"packs/{name[:2]}/{name}" in names(copy)
+
+
+def test_mirror_follows_an_upgrade_of_the_source(repo: RepositoryFixture) -> None:
+    copy = MemoryStorage()
+    config = repo.root / "config"
+    config.write_bytes(with_format(config.read_bytes(), OLDEST_FORMAT))
+    mirror(repo.root, copy)
+    assert copy.read("config") == config.read_bytes()
+    config.write_bytes(with_format(config.read_bytes(), NEWEST_FORMAT))
+    mirror(repo.root, copy)
+    assert copy.read("config") == config.read_bytes()
+
+
+def test_mirror_keeps_the_newer_format_of_a_destination(repo: RepositoryFixture) -> None:
+    copy = MemoryStorage()
+    config = repo.root / "config"
+    newer = with_format(config.read_bytes(), NEWEST_FORMAT)
+    copy.write("config", newer)
+    config.write_bytes(with_format(newer, OLDEST_FORMAT))
+    mirror(repo.root, copy)
+    assert copy.read("config") == newer
