@@ -31,13 +31,14 @@ from casfs.format.config import (
 )
 from casfs.index.fingerprint import remove_fingerprint
 from casfs.index.index import Index
+from casfs.repository.activity import Activity, begin_reading, begin_writing
 from casfs.repository.index_opening import close_index, open_index, open_index_readonly
 from casfs.repository.place import LocalPlace, Place, RemotePlace, as_place, local_root, read_config
 from casfs.repository.remote_writers import mark_remote_writers
 from casfs.repository.repository import Repository
 from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage, allocate_reserve, release_reserve
-from casfs.storage.locks import LockMode, RepositoryLock, remove_stale_temporaries
+from casfs.storage.locks import LockMode, remove_stale_temporaries
 from casfs.storage.probe import probe_storage
 from casfs.store.blob_store import pack_name
 
@@ -223,24 +224,23 @@ def open_for_reading(
     """
     place = as_place(place)
     storage = place.open_storage()
-    lock: RepositoryLock | None = None
+    activity: Activity | None = None
     try:
         trust = place.trust_root(storage)
         config = trust.config
         keys = open_key_manager(
             str(place), storage, trust, options.unlock, None, options.allow_no_identity
         )
-        if reader is not None:
-            lock = _reader_lock(place, reader, config)
+        activity = begin_reading(place, storage, config, reader)
         ciphers = make_ciphers(storage, keys)
         codec = make_codec(options.level, keys)
         index = open_index_readonly(place, config, storage, codec, may_write_index, ciphers)
     except BaseException:
+        if activity is not None:
+            activity.end()
         storage.close()
-        if lock is not None:
-            lock.release()
         raise
-    return Repository(place, config, storage, index, options.level, lock, keys)
+    return Repository(place, config, storage, index, options.level, activity, keys)
 
 
 def open_for_writing(
@@ -277,16 +277,16 @@ def open_for_maintenance(
 
 def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOptions) -> Repository:
     storage = place.open_storage(options.sync, options.on_step)
-    lock: RepositoryLock | None = None
+    activity: Activity | None = None
     try:
         trust = place.trust_root(storage)
         config = trust.config
-        lock = RepositoryLock.acquire(place.locks_dir(config), command, mode, _lock_host(config))
+        activity = begin_writing(place, storage, config, command, mode)
+        lock = activity.lock
+        assert lock is not None
         if isinstance(place, LocalPlace) and isinstance(storage, LocalStorage):
             remove_stale_temporaries(place.root)
             storage.writer = lock.name
-        else:
-            mark_remote_writers(storage)
         keys = open_key_manager(
             str(place), storage, trust, options.unlock, mode, options.allow_no_identity
         )
@@ -306,11 +306,11 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
         )
         if isinstance(place, LocalPlace) and mode == LockMode.SHARED:
             index.distrust(_unreadable_packs(place.root, index))
-        return Repository(place, config, storage, index, options.level, lock, keys)
+        return Repository(place, config, storage, index, options.level, activity, keys)
     except BaseException as error:
+        if activity is not None:
+            activity.end()
         storage.close()
-        if lock is not None:
-            lock.release()
         if isinstance(error, OSError):
             raise StorageError("open", str(place), error) from error
         raise
@@ -333,16 +333,3 @@ def _unreadable_packs(root: Path, index: Index) -> set[int]:
             len(found),
         )
     return found
-
-
-def _lock_host(config: RepositoryConfig) -> str | None:
-    """Return the host name for a lock; in an encrypted repository a placeholder that reveals nothing."""
-    return None if config.encryption is None else "a machine"
-
-
-def _reader_lock(place: Place, reader: str, config: RepositoryConfig) -> RepositoryLock | None:
-    try:
-        locks = place.locks_dir(config)
-        return RepositoryLock.acquire(locks, reader, LockMode.READER, _lock_host(config))
-    except StorageError:
-        return None  # a read-only medium, or a user who may only read

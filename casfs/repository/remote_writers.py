@@ -29,13 +29,21 @@ def mark_remote_writers(storage: Storage) -> None:
     storage.create(MARK, _TEXT)
 
 
+def is_shared(storage: Storage) -> bool:
+    """Return whether hosts write, or may write, to the repository over a network; raise StorageError."""
+    if not storage.capabilities.holds_locks:
+        return True
+    try:
+        storage.size(MARK)
+    except NotFoundError:
+        return False
+    return True
+
+
 def require_no_remote_writers(storage: Storage, command: str) -> None:
     """Raise RefusedError if hosts write, or may write, to the repository over a network."""
-    if storage.capabilities.holds_locks:
-        try:
-            storage.size(MARK)
-        except NotFoundError:
-            return
+    if not is_shared(storage):
+        return
     raise RefusedError(
         f"{command} is refused: {storage.url} is written to over a network, and this version of casfs cannot "
         "yet remove data safely beside such backups; nothing was changed"

@@ -24,17 +24,14 @@ from casfs.format.config import (
 from casfs.format.tree import Node
 from casfs.index.index import Index
 from casfs.index.schema import PackRecord
+from casfs.repository.activity import Activity
 from casfs.repository.index_opening import close_index
 from casfs.repository.place import LocalPlace, Place
 from casfs.repository.snapshots import SnapshotStore
 from casfs.storage.base import Storage
+from casfs.storage.clock import StorageClock
 from casfs.storage.local import allocate_reserve
-from casfs.storage.locks import (
-    LockMode,
-    LockRecord,
-    RepositoryLock,
-    list_and_reap_locks,
-)
+from casfs.storage.locks import LockRecord, list_and_reap_locks
 from casfs.store.blob_store import BlobStore
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import ContentReader
@@ -61,7 +58,7 @@ class Repository:
         storage: Storage,
         index: Index,
         level: int,
-        lock: RepositoryLock | None,
+        activity: Activity,
         key_manager: KeyManager | None = None,
     ) -> None:
         self.place = place
@@ -70,9 +67,8 @@ class Repository:
         self.codec = make_codec(level, key_manager)
         self.store = BlobStore(storage, index, self.codec, make_ciphers(storage, key_manager))
         self.trees = TreeReader(self.store.read)
-        self._lock = lock
-        is_writer = lock is not None and lock.mode != LockMode.READER
-        self.loss_epoch = index.loss_epoch() if is_writer else 0
+        self._activity = activity
+        self.loss_epoch = index.loss_epoch() if activity.is_writer else 0
         self.snapshots = SnapshotStore(
             storage, self.codec, index, self.trees, key_manager, self.loss_epoch
         )
@@ -83,11 +79,11 @@ class Repository:
         verified = self._verified_packs()
         close_index(self.store.index)
         self._record_verified(verified)
+        is_writer = self._activity.is_writer
+        self._activity.end()
         storage.close()
-        if self._lock is not None:
-            self._lock.release()
-            if self._lock.mode != LockMode.READER and isinstance(self.place, LocalPlace):
-                allocate_reserve(self.place.root)
+        if is_writer and isinstance(self.place, LocalPlace):
+            allocate_reserve(self.place.root)
 
     def _verified_packs(self) -> list[PackRecord]:
         """Return the packs whose directory and blobs were all verified."""
@@ -124,6 +120,11 @@ class Repository:
         self.close()
 
     @property
+    def clock(self) -> StorageClock:
+        """The clock of the storage."""
+        return self._activity.clock
+
+    @property
     def lacks_identity(self) -> bool:
         """Whether the repository is encrypted and no identity was given."""
         return self.key_manager is not None and not self.key_manager.can_read
@@ -157,7 +158,7 @@ class Repository:
 
     def other_locks(self) -> dict[str, LockRecord]:
         """Return the locks that other living processes hold, by name."""
-        own = self._lock.name if self._lock is not None else None
+        own = self._activity.lock.name if self._activity.lock is not None else None
         locks_dir = self.place.locks_dir(self.config)
         try:
             live = list_and_reap_locks(locks_dir)

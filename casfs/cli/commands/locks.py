@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +13,9 @@ from casfs.cli.output import format_time, iso_time
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
 from casfs.display import escape_path
+
+if TYPE_CHECKING:
+    from casfs.repository.presence import PresentProcess
 
 
 @click.command(cls=Verb)
@@ -22,9 +27,11 @@ def locks(settings: Settings) -> None:
     Several commands may read and write at the same time. One command at a time maintains the repository
     (prune, repair snapshots), beside those. `repair index` is exclusive: it runs beside readers only. The
     system ends a lock with its process.
+
+    Hosts that use the repository over a network hold no locks. They leave objects that are listed here and
+    block no command. Such an object is stale if its process was not seen for half an hour.
     """
-    from casfs.repository.place import local_root, read_config
-    from casfs.storage.locks import LockMode, list_locks
+    from casfs.storage.locks import LockMode
 
     activities = {
         LockMode.READER: "reads",
@@ -32,17 +39,18 @@ def locks(settings: Settings) -> None:
         LockMode.MAINTENANCE: "maintains",
         LockMode.EXCLUSIVE: "exclusive",
     }
-    place = settings.repository()
-    root = local_root(place, "locks")
-    read_config(place)
-    folder = root / "locks"
-    found = list_locks(folder) if folder.is_dir() else {}
     output = settings.output()
+    now_ns = time.time_ns()
     rows = []
-    for _, lock in sorted(found.items(), key=lambda item: item[1].since_ns):
+    for process, is_remote in sorted(
+        _processes(settings), key=lambda found: found[0].record.since_ns
+    ):
+        lock = process.record
         activity = activities[lock.mode]
         verb, host = (escape_path(os.fsencode(text)) for text in (lock.verb, lock.host))
-        rows.append((activity, verb, host, str(lock.pid), format_time(lock.since_ns)))
+        is_stale = is_remote and process.is_stale(now_ns)
+        seen = f"stale, last {format_time(process.seen_ns)}" if is_stale else "now"
+        rows.append((activity, verb, host, str(lock.pid), format_time(lock.since_ns), seen))
         output.emit(
             "lock",
             activity=activity,
@@ -50,10 +58,36 @@ def locks(settings: Settings) -> None:
             host=lock.host,
             pid=lock.pid,
             since=iso_time(lock.since_ns),
+            seen=iso_time(process.seen_ns) if is_remote else None,
+            stale=is_stale,
         )
     if rows:
-        output.table(
-            ("activity", "command", "host", "process", "since"), ("process",), rows, {"host": 6}
-        )
+        columns = ("activity", "command", "host", "process", "since", "seen")
+        output.table(columns, ("process",), rows, {"host": 6})
     else:
         output.line("no command uses the repository")
+
+
+def _processes(settings: Settings) -> list[tuple[PresentProcess, bool]]:
+    """Return the processes that hold locks (False) and those with presence objects (True)."""
+    from casfs.repository.place import LocalPlace
+    from casfs.repository.presence import PresentProcess, present_processes
+    from casfs.repository.remote_writers import is_shared
+    from casfs.storage.locks import list_locks
+
+    place = settings.repository()
+    storage = place.open_storage()
+    found: list[tuple[PresentProcess, bool]] = []
+    try:
+        place.trust_root(storage)
+        if is_shared(storage):
+            found += [(process, True) for process in present_processes(storage).values()]
+    finally:
+        storage.close()
+    # A process of this machine may have both.
+    shown = {(process.record.host, process.record.pid) for process, _ in found}
+    if isinstance(place, LocalPlace) and (place.root / "locks").is_dir():
+        for lock in list_locks(place.root / "locks").values():
+            if (lock.host, lock.pid) not in shown:
+                found.append((PresentProcess(lock, lock.since_ns), False))
+    return found

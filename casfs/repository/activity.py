@@ -1,0 +1,86 @@
+"""What shows other processes that this one uses a repository: its lock and its presence object.
+
+A lock is seen by the processes that open the repository's folder. A presence object is seen by all hosts; it
+is written where hosts use the repository over a network.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from casfs.errors import StorageError
+from casfs.format.config import RepositoryConfig
+from casfs.repository.place import Place, RemotePlace
+from casfs.repository.presence import Presence
+from casfs.repository.remote_writers import is_shared, mark_remote_writers
+from casfs.storage.base import Storage
+from casfs.storage.clock import StorageClock
+from casfs.storage.locks import LockMode, RepositoryLock
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Activity:
+    """The lock, the presence object and the storage's clock of one process; `end` it."""
+
+    clock: StorageClock
+    lock: RepositoryLock | None = None
+    presence: Presence | None = None
+
+    def end(self) -> None:
+        """Delete the presence object, then release the lock; raise nothing. The storage is still open."""
+        presence, self.presence = self.presence, None
+        if presence is not None:
+            presence.end()
+        if self.lock is not None:
+            self.lock.release()
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether the process may change the repository."""
+        return self.lock is not None and self.lock.mode != LockMode.READER
+
+
+def begin_writing(
+    place: Place, storage: Storage, config: RepositoryConfig, command: str, mode: LockMode
+) -> Activity:
+    """Take a lock and show the presence of a writer; raise LockedError and StorageError."""
+    host = _shown_host(config)
+    activity = Activity(StorageClock(storage))
+    activity.lock = RepositoryLock.acquire(place.locks_dir(config), command, mode, host)
+    try:
+        if isinstance(place, RemotePlace):
+            mark_remote_writers(storage)
+        if is_shared(storage):
+            activity.presence = Presence(storage, activity.clock, mode, command, host)
+            activity.presence.begin()
+    except BaseException:
+        activity.end()
+        raise
+    return activity
+
+
+def begin_reading(
+    place: Place, storage: Storage, config: RepositoryConfig, command: str | None
+) -> Activity:
+    """Show the presence of a reader as far as that is possible; a `command` of None is not shown."""
+    activity = Activity(StorageClock(storage))
+    if command is None:
+        return activity
+    host = _shown_host(config)
+    try:
+        locks = place.locks_dir(config)
+        activity.lock = RepositoryLock.acquire(locks, command, LockMode.READER, host)
+        if is_shared(storage):
+            activity.presence = Presence(storage, activity.clock, LockMode.READER, command, host)
+            activity.presence.begin(in_background=True)
+    except StorageError as error:
+        log.debug("a read-only medium, or a user who may only read: %s", error)
+    return activity
+
+
+def _shown_host(config: RepositoryConfig) -> str | None:
+    """Return the host name to show; in an encrypted repository a placeholder that reveals nothing."""
+    return None if config.encryption is None else "a machine"
