@@ -31,6 +31,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from casfs.storage.bucket import Bucket
+
 Data = bytes | bytearray | memoryview
 """Accepted by every write. A memoryview must be contiguous and of bytes."""
 
@@ -113,6 +115,10 @@ class Storage(Protocol):
     @property
     def capabilities(self) -> Capabilities:
         """What this back end supports."""
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """The versions and locks of the objects; None where the place keeps none that casfs can use."""
 
     def list(self, prefix: str) -> Iterator[ListedObject]:
         """Yield every object below a prefix (`packs`: all names that begin with `packs/`).

@@ -20,6 +20,7 @@ class RequestKind(StrEnum):
     CREATE = "create"
     OVERWRITE = "overwrite"
     DELETE = "delete"
+    LOCK = "lock"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 
 from casfs.storage.base import Data, ObjectWriter, Storage
-from casfs.storage.wrapper import StorageWrapper
+from casfs.storage.bucket import Bucket
+from casfs.storage.wrapper import BucketWrapper, StorageWrapper
 
 _BURST_S = 1.0
 """Unused capacity of this many seconds may be used later."""
@@ -57,6 +58,14 @@ class LimitedStorage(StorageWrapper):
         self._upload = upload
         self._download = download
 
+    @property
+    def bucket(self) -> Bucket | None:
+        """The versions and locks of the inner storage; reads of versions keep to the limit."""
+        bucket = self.inner.bucket
+        if bucket is None or self._download is None:
+            return bucket
+        return _LimitedBucket(bucket, self._download)
+
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Return a range of an object's bytes, after a sleep of as long as they take at the limit."""
         data = self.inner.read(name, offset, size)
@@ -81,6 +90,20 @@ class LimitedStorage(StorageWrapper):
     def _take_upload(self, size: int) -> None:
         if self._upload is not None:
             self._upload.take(size)
+
+
+class _LimitedBucket(BucketWrapper):
+    """A bucket whose reads of versions keep to a rate limit."""
+
+    def __init__(self, inner: Bucket, download: RateLimit) -> None:
+        super().__init__(inner)
+        self._download = download
+
+    def read_version(self, name: str, version: str, offset: int, size: int) -> bytes:
+        """Return a range of a version, after a sleep of as long as it takes at the limit."""
+        data = self.inner.read_version(name, version, offset, size)
+        self._download.take(len(data))
+        return data
 
 
 class _LimitedWriter:

@@ -139,6 +139,10 @@ class LocalStorage:
         """The folder's path."""
         return str(self.root)
 
+    @property
+    def bucket(self) -> None:
+        """A folder keeps no versions."""
+
     def list(self, prefix: str) -> Iterator[ListedObject]:
         """Yield every object below a prefix, sorted by name."""
         try:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from casfs.errors import NotFoundError
 from casfs.storage.base import Capabilities, Data, ListedObject
+from casfs.storage.bucket import Bucket
 from casfs.storage.buffered_writer import BufferedWriter, size_conflict
 
 
@@ -31,6 +32,11 @@ class MemoryStorage:
         self._now_ns = now_ns
         self._lock = threading.Lock()
         self._objects: dict[str, tuple[bytes, int]] = {}
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """Nothing: old versions are not kept."""
+        return None
 
     def list(self, prefix: str) -> Iterator[ListedObject]:
         """Yield every object below a prefix, from a copy of the current list, sorted by name."""

@@ -28,6 +28,7 @@ from casfs.storage.base import (
     ListedObject,
     is_name,
 )
+from casfs.storage.bucket import Bucket
 from casfs.storage.buffered_writer import BufferedWriter, size_conflict
 from casfs.storage.counting import RequestCounter, RequestKind
 from casfs.storage.interruption import INTERRUPTED, interrupted_error
@@ -64,7 +65,7 @@ class ObjectStorage:
     """Objects of one bucket below one prefix.
 
     `make_store(timeout_s)` returns a client of the bucket whose requests may take so long; clients are made
-    when they are first needed and kept.
+    when they are first needed and kept. `bucket` gives the versions and locks of the objects.
     """
 
     capabilities = Capabilities(
@@ -85,8 +86,10 @@ class ObjectStorage:
         prefix: str,
         make_store: Callable[[int], ObjectStore],
         counter: RequestCounter | None = None,
+        bucket: Bucket | None = None,
     ) -> None:
         self.url = url
+        self.bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._make_store = make_store
         self._counter = counter if counter is not None else RequestCounter()
@@ -266,6 +269,8 @@ class ObjectStorage:
         with self._lock:
             pools, self._calls, self._ranges = (self._calls, self._ranges), None, None
             self._stores.clear()
+        if self.bucket is not None:
+            self.bucket.close()
         for pool in pools:
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)

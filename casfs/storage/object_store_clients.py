@@ -44,6 +44,9 @@ def s3_clients(bucket: str, options: StorageOptions) -> Callable[[int], ObjectSt
     }
     if settings.endpoint is not None:
         config["endpoint"] = _virtual_endpoint(settings.endpoint, bucket, options)
+    else:
+        # AWS takes no object without a checksum into a bucket that locks every new object.
+        config["checksum_algorithm"] = "sha256"
     provider = _provider(settings)
 
     def make(timeout_s: int) -> ObjectStore:

@@ -100,6 +100,34 @@ def parse_answer(error: BaseException) -> Answer:
     )
 
 
+def parse_body(status: int, body: bytes) -> Answer:
+    """Parse the body of an answer that did not come through `obstore`."""
+    text = body.decode("utf-8", "replace")
+    code = _CODE.search(text)
+    message = _MESSAGE.search(text)
+    return Answer(
+        status,
+        next((group for group in code.groups() if group), None) if code else None,
+        message[1] if message else None,
+    )
+
+
+def error_of_answer(answer: Answer, action: str, where: str) -> Exception:
+    """Return the error of casfs for a refusal that did not come through `obstore`."""
+    sentence = _SENTENCES.get(answer.code or "")
+    if sentence is None and answer.status in (301, 307):
+        sentence = _REGION
+    if sentence is not None:
+        return StorageDeniedError(action, where, OSError(errno.EACCES, sentence))
+    if answer.status == 404:
+        return NotFoundError(f"{where} does not exist")
+    if answer.code in _BUSY_CODES or answer.status in _BUSY_STATUSES:
+        return StorageUnavailableError(action, where, OSError(errno.EAGAIN, _status_text(answer)))
+    if answer.status in (401, 403):
+        return StorageDeniedError(action, where, OSError(errno.EACCES, _denied(action, answer)))
+    return StorageError(action, where, OSError(errno.EIO, _status_text(answer)))
+
+
 def already_exists(error: BaseException) -> bool:
     """Return whether a creation failed because the name is taken."""
     return isinstance(error, exceptions.AlreadyExistsError | exceptions.PreconditionError)

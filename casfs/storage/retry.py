@@ -17,8 +17,9 @@ from typing import TypeVar
 
 from casfs.errors import CasfsError, NotFoundError, StorageUnavailableError
 from casfs.storage.base import Data, ListedObject, ObjectWriter, Storage
+from casfs.storage.bucket import Bucket, BucketSettings, ObjectVersion
 from casfs.storage.interruption import INTERRUPTED
-from casfs.storage.wrapper import StorageWrapper
+from casfs.storage.wrapper import BucketWrapper, StorageWrapper
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,12 @@ class RetryingStorage(StorageWrapper):
         super().__init__(inner)
         self._retrier = retrier
 
+    @property
+    def bucket(self) -> Bucket | None:
+        """The versions and locks of the inner storage, with the same retries."""
+        bucket = self.inner.bucket
+        return RetryingBucket(bucket, self._retrier) if bucket is not None else None
+
     def list(self, prefix: str) -> Iterator[ListedObject]:
         """Yield every object below a prefix; after an error the listing resumes after the last name."""
         last = ""
@@ -177,6 +184,52 @@ class RetryingStorage(StorageWrapper):
         """End every pause and close the inner storage."""
         self._retrier.stop()
         self.inner.close()
+
+
+class RetryingBucket(BucketWrapper):
+    """A bucket that repeats a call when the server does not answer."""
+
+    def __init__(self, inner: Bucket, retrier: Retrier) -> None:
+        super().__init__(inner)
+        self._retrier = retrier
+
+    def settings(self) -> BucketSettings:
+        """Return what the bucket is set to do."""
+        return self._retrier.run(self.inner.settings)
+
+    def locked_until_s(self, name: str) -> int | None:
+        """Return the end of the lock of an object."""
+        return self._retrier.run(lambda: self.inner.locked_until_s(name))
+
+    def lock(self, name: str, until_s: int) -> None:
+        """Lock an object at least until a time; to lock it twice is harmless."""
+        self._retrier.run(lambda: self.inner.lock(name, until_s))
+
+    def versions(self, prefix: str) -> Iterator[ObjectVersion]:
+        """Yield every version; after an error the listing resumes after the last version."""
+        last: ObjectVersion | None = None
+        found = self.inner.versions(prefix)
+
+        def reopen() -> ObjectVersion | None:
+            nonlocal found
+            found = self.inner.versions(prefix)
+            for version in found:
+                if last is None or version.name > last.name:
+                    return version
+                if version.name == last.name and version.version == last.version:
+                    break
+            return next(found, None)
+
+        while True:
+            version = self._retrier.run(lambda: next(found, None), reopen)
+            if version is None:
+                return
+            last = version
+            yield version
+
+    def read_version(self, name: str, version: str, offset: int, size: int) -> bytes:
+        """Return a range of a version."""
+        return self._retrier.run(lambda: self.inner.read_version(name, version, offset, size))
 
 
 class _RetryingWriter:

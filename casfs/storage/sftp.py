@@ -121,6 +121,10 @@ class SftpStorage:
         self._pool: ThreadPoolExecutor | None = None
         self._is_tidy = False
 
+    @property
+    def bucket(self) -> None:
+        """A folder keeps no versions."""
+
     def list(self, prefix: str) -> Iterator[ListedObject]:
         """Yield every object below a prefix, sorted by name; several folders are read at a time."""
         entries = self._asked("list", prefix, lambda: self._read_folder(prefix))

@@ -243,8 +243,19 @@ def _open_plain(
         Scheme.GCS: object_store_clients.gcs_clients,
         Scheme.AZURE: object_store_clients.azure_clients,
     }[location.scheme]
+    bucket = None
+    if location.scheme is Scheme.S3:
+        from casfs.storage.s3_bucket import S3Bucket
+        from casfs.storage.s3_connection import S3Connection
+
+        bucket = S3Bucket(
+            str(location),
+            location.path,
+            lambda: S3Connection(location.bucket, options),
+            counter if counter is not None else RequestCounter(),
+        )
     return object_store.ObjectStorage(
-        str(location), location.path, make_clients(location.bucket, options), counter
+        str(location), location.path, make_clients(location.bucket, options), counter, bucket
     )
 
 

@@ -1,10 +1,11 @@
-"""A storage that passes every call to an inner storage; subclasses override what they change."""
+"""A storage, and a bucket, that pass every call to an inner one; subclasses override what they change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from casfs.storage.base import Capabilities, Data, ListedObject, ObjectWriter, Storage
+from casfs.storage.bucket import Bucket, BucketSettings, ObjectVersion
 
 
 class StorageWrapper:
@@ -22,6 +23,11 @@ class StorageWrapper:
     def capabilities(self) -> Capabilities:
         """What the inner storage supports."""
         return self.inner.capabilities
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """The versions and locks of the inner storage."""
+        return self.inner.bucket
 
     def list(self, prefix: str) -> Iterator[ListedObject]:
         """Yield every object below a prefix."""
@@ -65,4 +71,35 @@ class StorageWrapper:
 
     def close(self) -> None:
         """Close the inner storage."""
+        self.inner.close()
+
+
+class BucketWrapper:
+    """A bucket around another, `inner`."""
+
+    def __init__(self, inner: Bucket) -> None:
+        self.inner = inner
+
+    def settings(self) -> BucketSettings:
+        """Return what the bucket is set to do."""
+        return self.inner.settings()
+
+    def locked_until_s(self, name: str) -> int | None:
+        """Return the end of the lock of an object."""
+        return self.inner.locked_until_s(name)
+
+    def lock(self, name: str, until_s: int) -> None:
+        """Lock an object at least until a time."""
+        self.inner.lock(name, until_s)
+
+    def versions(self, prefix: str) -> Iterator[ObjectVersion]:
+        """Yield every version of an object and of those below it."""
+        return self.inner.versions(prefix)
+
+    def read_version(self, name: str, version: str, offset: int, size: int) -> bytes:
+        """Return a range of a version."""
+        return self.inner.read_version(name, version, offset, size)
+
+    def close(self) -> None:
+        """Close the inner bucket."""
         self.inner.close()

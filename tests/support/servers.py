@@ -21,8 +21,9 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -76,20 +77,52 @@ class S3Server:
         """Create a bucket."""
         assert self.request("PUT", bucket) == 200
 
+    def make_locking_bucket(self, bucket: str) -> None:
+        """Create a bucket that keeps versions and can lock them."""
+        header = {"x-amz-bucket-object-lock-enabled": "true"}
+        assert _signed(self, "PUT", f"/{bucket}", headers=header) == 200
+
+    def set_default_lock(self, bucket: str, days: int) -> None:
+        """Let a bucket lock every new object for some days."""
+        body = (
+            '<ObjectLockConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+            "<ObjectLockEnabled>Enabled</ObjectLockEnabled><Rule><DefaultRetention>"
+            f"<Mode>COMPLIANCE</Mode><Days>{days}</Days>"
+            "</DefaultRetention></Rule></ObjectLockConfiguration>"
+        )
+        assert _signed(self, "PUT", f"/{bucket}", "object-lock=", body.encode()) == 200
+
+    def delete_version(self, bucket: str, key: str, version: str) -> int:
+        """Delete a version of an object with the keys that may do everything, and return the status."""
+        return _signed(self, "DELETE", f"/{bucket}/{key}", f"versionId={version}")
+
     def put_policy(self, bucket: str, policy: bytes) -> None:
         """Give a bucket a policy, with a signature of its own: `obstore` signs no subresources."""
-        assert _signed_put(self, f"/{bucket}", "policy=", policy) in (200, 204)
+        assert _signed(self, "PUT", f"/{bucket}", "policy=", policy) in (200, 204)
 
 
-def _signed_put(server: S3Server, path: str, query: str, body: bytes) -> int:
+def _signed(
+    server: S3Server,
+    method: str,
+    path: str,
+    query: str = "",
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+) -> int:
     """Make a request with AWS's signature version 4 and return its status."""
     host = server.endpoint.removeprefix("http://")
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     digest = hashlib.sha256(body).hexdigest()
-    headers = {"host": host, "x-amz-content-sha256": digest, "x-amz-date": now}
+    headers = {
+        "host": host,
+        "x-amz-content-sha256": digest,
+        "x-amz-date": now,
+        **(headers or {}),
+    }
+    headers = dict(sorted(headers.items()))
     names = ";".join(headers)
     lines = "".join(f"{name}:{value}\n" for name, value in headers.items())
-    canonical = f"PUT\n{path}\n{query}\n{lines}\n{names}\n{digest}"
+    canonical = f"{method}\n{path}\n{query}\n{lines}\n{names}\n{digest}"
     scope = f"{now[:8]}/us-east-1/s3/aws4_request"
     to_sign = f"AWS4-HMAC-SHA256\n{now}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
     key = f"AWS4{server.secret_access_key}".encode()
@@ -102,13 +135,17 @@ def _signed_put(server: S3Server, path: str, query: str, body: bytes) -> int:
     )
     request = urllib.request.Request(
         f"{server.endpoint}{path}?{query}",
-        method="PUT",
+        method=method,
         data=body,
         headers=headers | {"Authorization": authorization},
     )
-    with urllib.request.urlopen(request) as answer:
-        status: int = answer.status
-        return status
+    try:
+        with urllib.request.urlopen(request) as answer:
+            status: int = answer.status
+            return status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
 
 
 def free_ports(count: int, below: int = 55_000) -> list[int]:

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from casfs.errors import StorageUnavailableError
 from casfs.storage.base import Capabilities, Data, ListedObject, ObjectWriter, Storage
-from casfs.storage.wrapper import StorageWrapper
+from casfs.storage.bucket import Bucket, BucketSettings, ObjectVersion
+from casfs.storage.wrapper import BucketWrapper, StorageWrapper
 
 T = TypeVar("T")
 
@@ -72,6 +73,12 @@ class RecordingStorage(StorageWrapper):
         """Return the methods that were called, in order."""
         with self._lock:
             return [call.method for call in self.calls]
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """The versions and locks of the inner storage, recorded too."""
+        bucket = self.inner.bucket
+        return _RecordingBucket(self, bucket) if bucket is not None else None
 
     def _do(self, call: Call, action: Callable[[], T]) -> T:
         with self._lock:
@@ -142,3 +149,36 @@ class _RecordingWriter:
 
     def discard(self) -> None:
         self._inner.discard()
+
+
+class _RecordingBucket(BucketWrapper):
+    """The bucket of a recording storage: its calls are recorded and fail with those of the storage."""
+
+    def __init__(self, storage: RecordingStorage, inner: Bucket) -> None:
+        super().__init__(inner)
+        self._storage = storage
+
+    def settings(self) -> BucketSettings:
+        return self._storage._do(Call("settings", ""), self.inner.settings)
+
+    def locked_until_s(self, name: str) -> int | None:
+        return self._storage._do(
+            Call("locked_until_s", name), lambda: self.inner.locked_until_s(name)
+        )
+
+    def lock(self, name: str, until_s: int) -> None:
+        self._storage._do(Call("lock", name), lambda: self.inner.lock(name, until_s))
+
+    def versions(self, prefix: str) -> Iterator[ObjectVersion]:
+        found = self._storage._do(Call("versions", prefix), lambda: self.inner.versions(prefix))
+        for version in found:
+            yield self._storage._do(
+                Call("version entry", version.name),
+                lambda version=version: version,  # type: ignore[misc]
+            )
+
+    def read_version(self, name: str, version: str, offset: int, size: int) -> bytes:
+        return self._storage._do(
+            Call("read_version", name, size),
+            lambda: self.inner.read_version(name, version, offset, size),
+        )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from obstore.store import S3Store
 
 from casfs.errors import (
     CasfsError,
@@ -24,6 +23,7 @@ from casfs.storage.base import StorageOptions
 from casfs.storage.counting import RequestCounter, RequestKind, RequestTotals
 from casfs.storage.object_store import ObjectStorage
 from casfs.storage.object_store_clients import s3_clients
+from tests.support.scripted_s3 import Answers, scripted_server
 from tests.support.servers import S3Server
 
 from .contract import StorageContract
@@ -183,58 +183,15 @@ class TestWhatGoesWrong:
         storage.close()
 
 
-class Answers:
-    """A server that gives the answers that a test puts into `queue`, and records the requests."""
-
-    def __init__(self) -> None:
-        self.queue: list[tuple[int, dict[str, str], bytes]] = []
-        self.requests: list[tuple[str, str, dict[str, str]]] = []
-
-
 @contextmanager
 def scripted() -> Iterator[tuple[Answers, ObjectStorage]]:
-    answers = Answers()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            answers.requests.append((self.command, self.path, dict(self.headers)))
-            status, headers, body = answers.queue.pop(0)
-            if status == 0:
-                self.close_connection = True
-                return
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(body))} | headers).items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-            if "Content-Length" in headers:
-                self.close_connection = True
-
-        do_GET = do_PUT = do_HEAD = do_DELETE = _answer
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    options = StorageOptions(
-        endpoint=f"http://127.0.0.1:{server.server_port}",
-        access_key_id="a",
-        secret_access_key="b",
-    )
-    storage = s3(options, "bucket", "p")
-    try:
-        yield answers, storage
-    finally:
-        storage.close()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with scripted_server() as (answers, endpoint):
+        options = StorageOptions(endpoint=endpoint, access_key_id="a", secret_access_key="b")
+        storage = s3(options, "bucket", "p")
+        try:
+            yield answers, storage
+        finally:
+            storage.close()
 
 
 def xml(code: str) -> bytes:
@@ -357,3 +314,14 @@ def test_hostile_names_in_a_listing_are_left_out() -> None:
         except StorageError:
             return  # obstore itself refuses such a listing
         assert listed == ["packs/a", "packs/c"]
+
+
+def test_objects_go_to_aws_with_the_checksum_that_a_locking_bucket_wants() -> None:
+    def config_of(endpoint: str | None) -> object:
+        options = StorageOptions(endpoint=endpoint, access_key_id="a", secret_access_key="b")
+        store = s3_clients("bucket", options)(60)
+        assert isinstance(store, S3Store)
+        return store.config.get("checksum_algorithm")
+
+    assert config_of(None) == "sha256"
+    assert config_of("https://s3.example.org") is None
