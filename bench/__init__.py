@@ -2,8 +2,8 @@
 
 Data flows one way: ``corpus`` makes trees of files, ``peers`` defines how each program is called,
 ``schedule`` runs them in turns through ``trial`` and ``measure``, ``records`` keeps every single
-measurement, ``aims`` judges them, ``report`` and ``chart`` show them. Nothing here imports casfs:
-it is called as a user calls it, like every other program.
+measurement, ``aims`` judges them, ``report`` and ``chart`` show them. casfs is measured as a user calls
+it, like every other program; only the trivial file system of ``probes`` borrows its event library.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from bench.aims import CASFS
-from bench.peers.limits import FUSE
+from bench.peers.memory_tree import LOOPS
 from bench.records import Run
 from bench.works import LABELS, Work
 
@@ -45,7 +45,7 @@ def ratio_groups(run: Run) -> tuple[Group, ...]:
             bars = []
             for program in run.programs:
                 other = run.wall(facts.name, work, program.name)
-                if other is not None and program.name not in (CASFS, FUSE):
+                if other is not None and program.name not in (CASFS, *LOOPS):
                     bars.append(Bar(program.name, own.median / other.median))
             if bars:
                 title = f"{facts.name}: {LABELS[work].replace('`', '')}"

@@ -24,6 +24,12 @@ def describe_machine(scratch: Path) -> MachineFacts:
     )
 
 
+def available_bytes() -> int:
+    """Return the memory that the kernel can give to programs without swapping."""
+    text = _first_value("/proc/meminfo", "MemAvailable") or "0"
+    return int(text.split()[0]) * 1024
+
+
 def file_system_of(folder: Path) -> str:
     """Return the type of the file system that holds a folder, such as `ext4`."""
     device = os.stat(folder).st_dev

@@ -239,6 +239,17 @@ def server_pids(mountpoint: Path) -> tuple[int, ...]:
     return tuple(found)
 
 
+def with_server(client: Usage, before: ServerUsage, after: ServerUsage) -> Usage:
+    """Return the cost of a reader together with that of the mount's server meanwhile."""
+    served_s = after.cpu_s - before.cpu_s
+    return Usage(
+        wall_s=client.wall_s,
+        cpu_s=client.cpu_s + served_s,
+        peak_bytes=after.peak_bytes,
+        foreign_cpu_s=max(0.0, client.foreign_cpu_s - served_s),
+    )
+
+
 def server_usage(pids: tuple[int, ...]) -> ServerUsage:
     """Return the cost of the server processes; those that have ended count nothing."""
     cpu_s = 0.0

@@ -16,11 +16,24 @@ from bench.stage import WORK_TIMEOUT_S, Stage, TrialError
 from bench.works import Work
 
 STARTUPS = 7
+READERS = 4
 RANDOM_READS = 500
 RANDOM_READS_QUICK = 50
 # Found nowhere, so that every byte of every file is looked at.
 GREP_PATTERN = "no-file-holds-" + "these-words"
 PROBES = Path(__file__).parent / "probes"
+
+
+def prepare_reading(work: Work, stage: Stage, target: Path) -> None:
+    """Make what a work needs beside the corpus: for `git status`, a repository outside of it."""
+    if work is Work.GIT_STATUS:
+        git = str(target / "git")
+        quickly = ("-c", "core.compression=0", "-c", "core.fsync=none", "-c", "gc.auto=0")
+        for arguments in (
+            ("git", "init", "--quiet", "--bare", git),
+            ("git", *quickly, *_git_folders(git, stage.source), "add", "--all"),
+        ):
+            run(Command(arguments), stage.log, WORK_TIMEOUT_S)
 
 
 def do_reading(work: Work, stage: Stage, folder: Path, target: Path, repetition: int) -> Usage:
@@ -40,6 +53,18 @@ def do_reading(work: Work, stage: Stage, folder: Path, target: Path, repetition:
             {"LC_ALL": "C"},
             good_exits=frozenset({1}),
         )
+    elif work is Work.DISK_USAGE:
+        command = Command(("du", "-s", str(folder)))
+    elif work in (Work.CAT, Work.READERS):
+        readers = READERS if work is Work.READERS else 1
+        pipeline = 'find "$0" -type f -print0 | xargs -0 -n 64 -P "$1" cat > /dev/null'
+        command = Command(("sh", "-c", pipeline, str(folder), str(readers)))
+    elif work is Work.RSYNC:
+        command = Command(("rsync", "-a", str(folder), str(target)))
+    elif work is Work.GIT_STATUS:
+        # Inode numbers differ from those that git knows, so it reads every file.
+        folders = _git_folders(str(target / "git"), folder)
+        command = Command(("git", *folders, "status", "--porcelain"))
     elif work is Work.RANDOM:
         count = RANDOM_READS_QUICK if stage.quick else RANDOM_READS
         probe = str(PROBES / "random_reads.py")
@@ -49,6 +74,10 @@ def do_reading(work: Work, stage: Stage, folder: Path, target: Path, repetition:
     else:
         command = Command(("dd", f"if={single}", "of=/dev/null", "bs=1M"))
     return run(command, stage.log, WORK_TIMEOUT_S)
+
+
+def _git_folders(git: str, tree: Path) -> tuple[str, str]:
+    return f"--git-dir={git}", f"--work-tree={tree}"
 
 
 def measure_startup(command: Command, log: Path) -> Usage:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from bench.measure import Command, CommandError, run
 from bench.peers import borg, casfs, encrypted, restic
-from bench.peers.limits import FUSE, LIMIT, missing_tools
+from bench.peers.limits import LIMIT, missing_tools
+from bench.peers.memory_tree import LABELS, LOOPS
 from bench.records import Missing, ProgramFacts
 from bench.trial import BackupProgram
 
@@ -69,7 +70,7 @@ class _Builder:
 
     def limits(self) -> None:
         self.facts.append(ProgramFacts(LIMIT, "the machine", ""))
-        self.facts.append(ProgramFacts(FUSE, "trivial FUSE", ""))
+        self.facts += [ProgramFacts(name, LABELS[name], "") for name in LOOPS]
         self.missing += [Missing(tool, "it is not installed") for tool in missing_tools()]
 
     def _version(self, name: str, path: str, argument: str) -> str | None:
@@ -87,7 +88,7 @@ class _Builder:
         return first_line
 
 
-PROGRAMS = ("casfs", "casfs-encrypted", "borg", "borg-zstd", "restic", LIMIT, FUSE)
+PROGRAMS = ("casfs", "casfs-encrypted", "borg", "borg-zstd", "restic", LIMIT, *LOOPS)
 
 
 def call_roll(peers: Path, wanted: Collection[str]) -> Roster:

@@ -17,7 +17,8 @@ from bench import PROJECT
 from bench.caches import KernelCache
 from bench.corpus import DAYS, Corpus, Scale, survey, touch
 from bench.measure import Command, CommandError, await_calm
-from bench.peers.limits import LIMIT, LimitTrial, TrivialFuseTrial, startup_command
+from bench.peers.limits import LIMIT, LimitTrial, startup_command
+from bench.peers.memory_tree import LOOPS, MemoryTreeTrial
 from bench.reading import measure_startup
 from bench.records import CorpusFacts, Failure, Sample
 from bench.scratch import Scratch
@@ -124,17 +125,19 @@ class Schedule:
     def _measure(self, corpus: Corpus, works: list[Work]) -> None:
         file_bytes, files = corpus.estimate(self._plan.scale)
         # The corpus; of every program its repository, what it restored and what was copied out.
-        copies = 4 + 3 * len(self._programs)
-        room = (copies * file_bytes, copies * files)
+        times = 4 + 3 * len(self._programs)
+        room = (times * file_bytes, times * files)
         self._scratch.need(*room, f"The corpus `{corpus.name}`")
         _say(f"making the corpus {corpus.name}")
         source = self._scratch.make("corpora", corpus.name)
         description = corpus.build(source, self._plan.scale)
         facts = survey(corpus.name, description, source)
         self._recorder.corpus(facts)
-        stage = Stage(corpus, facts, source, self._scratch, self._cache, self._plan.quick)
+        copies = self._scratch.memory_folder(facts.file_bytes)
+        stage = Stage(corpus, facts, source, self._scratch, self._cache, self._plan.quick, copies)
         trials: list[Trial] = [BackupTrial(program, stage) for program in self._programs]
-        tools: tuple[Trial, ...] = (LimitTrial(stage), TrivialFuseTrial(stage))
+        tools: list[Trial] = [LimitTrial(stage)]
+        tools += [MemoryTreeTrial(name, stage) for name in LOOPS]
         trials += [tool for tool in tools if tool.name in self._plan.tools]
         for repetition in range(1, self._plan.repeat + 1):
             # As late as possible: a removal slows down the next program that creates files.

@@ -17,11 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from bench.machine import available_bytes, file_system_of
 from bench.measure import server_pids
 
 UNMOUNT_PATIENCE_S = 20.0
 POLL_S = 0.01
 MARGIN_BYTES = 1 << 30
+MEMORY_ROOT = Path("/dev/shm")
 
 
 class ScratchError(Exception):
@@ -38,6 +40,7 @@ class Scratch:
             root.mkdir(parents=True, exist_ok=True)
             self.root = root.resolve()
             self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.root))
+            self._memory: Path | None = None
         except OSError as error:
             raise ScratchError(f"The scratch folder {root} cannot be used: {error}.") from error
 
@@ -57,6 +60,8 @@ class Scratch:
             signal.signal(number, signal.SIG_IGN)
         try:
             self.remove(self.folder)
+            if self._memory is not None:
+                self.remove(self._memory)
         finally:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
@@ -66,6 +71,19 @@ class Scratch:
         path = self.folder.joinpath(*names)
         path.mkdir(parents=True)
         return path
+
+    def memory_folder(self, file_bytes: int) -> Path | None:
+        """Return a folder of this run in a tmpfs with room for so many bytes, None if there is none."""
+        if not MEMORY_ROOT.is_dir() or file_system_of(MEMORY_ROOT) != "tmpfs":
+            return None
+        stats = os.statvfs(MEMORY_ROOT)
+        # The pages of a tmpfs and the kernel's cache of what is read share the memory.
+        free_bytes = min(stats.f_bavail * stats.f_frsize, available_bytes()) // 2
+        if free_bytes < file_bytes + MARGIN_BYTES:
+            return None
+        if self._memory is None:
+            self._memory = Path(tempfile.mkdtemp(prefix="casfs-bench-", dir=MEMORY_ROOT))
+        return self._memory
 
     def remove(self, folder: Path) -> None:
         """Unmount all mounts below `folder` and remove it; do nothing if it does not exist.

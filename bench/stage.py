@@ -10,7 +10,7 @@ from bench.corpus import Corpus, survey
 from bench.measure import Usage
 from bench.records import CorpusFacts, Sample
 from bench.scratch import Scratch
-from bench.works import Work
+from bench.works import COPIES, Work
 
 WORK_TIMEOUT_S = 3600.0
 
@@ -29,6 +29,27 @@ class Stage:
     scratch: Scratch
     cache: KernelCache
     quick: bool
+    copies: Path | None = None
+    """A folder in memory for what is copied out of a mount; None if there is none with enough room."""
+
+    def make_target(self, work: Work) -> Path:
+        """Create the folder for the output of a work.
+
+        Copies out of a mount go to memory if possible, because the time to create files on a disk
+        depends on what was removed there before.
+        """
+        if work in COPIES and self.copies is not None:
+            target = self.copies / "target"
+            target.mkdir()
+            return target
+        return self.scratch.make("target")
+
+    def discard_target(self, target: Path) -> None:
+        """Remove what `make_target` returned, at once or later."""
+        if target.parent == self.copies:
+            self.scratch.remove(target)
+        else:
+            self.scratch.discard(target)
 
     @property
     def log(self) -> Path:

@@ -19,17 +19,17 @@ from bench.measure import (
     Child,
     Command,
     CommandError,
-    ServerUsage,
     Usage,
     run,
     server_pids,
     server_usage,
+    with_server,
 )
-from bench.reading import do_reading
+from bench.reading import do_reading, prepare_reading
 from bench.records import Sample
 from bench.scratch import await_end, mounts_below, unmount
 from bench.stage import WORK_TIMEOUT_S, Stage, TrialError, compare, sample_of
-from bench.works import MOUNTED, Work
+from bench.works import COPIES, MOUNTED, Work
 
 MOUNT_TIMEOUT_S = 600.0
 POLL_S = 0.005
@@ -159,7 +159,7 @@ class BackupTrial:
         return usage
 
     def _restore(self) -> Usage:
-        with self._target() as target:
+        with self._target(Work.RESTORE) as target:
             self._stage.cache.warm(self._home)
             label = f"backup-{self._backups}"
             usage = self._run(self._program.restore(self._home, label, target))
@@ -173,15 +173,15 @@ class BackupTrial:
             reads = [Work.READ, Work.READ_AGAIN] if work is Work.READ else [work]
             samples = []
             for each in reads:
-                if each is not Work.READ_AGAIN:
-                    self._stage.cache.drop()
-                before = server_usage(mounted.pids)
-                with self._target() as target:
+                with self._target(each) as target:
+                    prepare_reading(each, self._stage, target)
+                    if each is not Work.READ_AGAIN:
+                        self._stage.cache.drop()
+                    before = server_usage(mounted.pids)
                     client = do_reading(each, self._stage, mounted.corpus, target, repetition)
-                    after = server_usage(mounted.pids)
-                    if each is Work.COPY:
+                    usage = with_server(client, before, server_usage(mounted.pids))
+                    if each in COPIES:
                         compare(self._stage.facts, target / mounted.corpus.name)
-                usage = _with_server(client, before, after)
                 samples.append(self._sample(each, repetition, usage))
             return samples
 
@@ -235,12 +235,12 @@ class BackupTrial:
         await_end(mountpoint, pids)
 
     @contextmanager
-    def _target(self) -> Iterator[Path]:
-        target = self._stage.scratch.make("target")
+    def _target(self, work: Work) -> Iterator[Path]:
+        target = self._stage.make_target(work)
         try:
             yield target
         finally:
-            self._stage.scratch.discard(target)
+            self._stage.discard_target(target)
 
     def _stored_bytes(self) -> int:
         return corpora.stored_bytes(self._home / "repository")
@@ -250,16 +250,6 @@ class BackupTrial:
 
     def _sample(self, work: Work, repetition: int, usage: Usage) -> Sample:
         return sample_of(self._stage, work, self.name, repetition, usage)
-
-
-def _with_server(client: Usage, before: ServerUsage, after: ServerUsage) -> Usage:
-    served_s = after.cpu_s - before.cpu_s
-    return Usage(
-        wall_s=client.wall_s,
-        cpu_s=client.cpu_s + served_s,
-        peak_bytes=after.peak_bytes,
-        foreign_cpu_s=max(0.0, client.foreign_cpu_s - served_s),
-    )
 
 
 def _below(root: Path, absolute: Path) -> Path:

@@ -24,6 +24,11 @@ class Work(StrEnum):
     FIND = "find"
     COPY = "copy-out"
     GREP = "grep"
+    DISK_USAGE = "du"
+    CAT = "cat"
+    READERS = "readers"
+    RSYNC = "rsync"
+    GIT_STATUS = "git-status"
     READ = "read"
     READ_AGAIN = "read-again"
     RANDOM = "random-read"
@@ -42,14 +47,29 @@ LABELS = {
     Work.FIND: "`find` on a fresh mount (cold)",
     Work.COPY: "`cp -a` out of a fresh mount (cold)",
     Work.GREP: "`grep -r` in a fresh mount (cold)",
+    Work.DISK_USAGE: "`du` on a fresh mount (cold)",
+    Work.CAT: "`cat` of every file in a fresh mount (cold)",
+    Work.READERS: "the same `cat` by four readers at once (cold)",
+    Work.RSYNC: "`rsync -a` out of a fresh mount (cold)",
+    Work.GIT_STATUS: "`git status` in a fresh mount (cold)",
     Work.READ: "`dd` through a fresh mount (cold)",
     Work.READ_AGAIN: "the same `dd` again",
     Work.RANDOM: "random reads of 4 KiB in a fresh mount (cold)",
 }
 
-MOUNTED = frozenset(
-    {Work.MOUNT, Work.FIND, Work.COPY, Work.GREP, Work.READ, Work.READ_AGAIN, Work.RANDOM}
+TREE_READINGS = (
+    Work.FIND,
+    Work.COPY,
+    Work.GREP,
+    Work.DISK_USAGE,
+    Work.CAT,
+    Work.READERS,
+    Work.RSYNC,
+    Work.GIT_STATUS,
 )
+FILE_READINGS = (Work.READ, Work.READ_AGAIN, Work.RANDOM)
+MOUNTED = frozenset({Work.MOUNT, *TREE_READINGS, *FILE_READINGS})
+COPIES = frozenset({Work.COPY, Work.RSYNC})
 BACKUPS = frozenset({Work.FIRST, Work.UNCHANGED, Work.REREAD, Work.CHANGED, Work.DAILY})
 
 
@@ -60,22 +80,5 @@ def works_on(corpus: Corpus) -> tuple[Work, ...]:
     if corpus.name == "daily":
         return (Work.FIRST, Work.UNCHANGED, Work.DAILY, Work.CHECK)
     if corpus.single is not None:
-        return (
-            Work.FIRST,
-            Work.REREAD,
-            Work.RESTORE,
-            Work.CHECK,
-            Work.READ,
-            Work.READ_AGAIN,
-            Work.RANDOM,
-        )
-    return (
-        Work.FIRST,
-        Work.UNCHANGED,
-        Work.RESTORE,
-        Work.CHECK,
-        Work.MOUNT,
-        Work.FIND,
-        Work.COPY,
-        Work.GREP,
-    )
+        return (Work.FIRST, Work.REREAD, Work.RESTORE, Work.CHECK, *FILE_READINGS)
+    return (Work.FIRST, Work.UNCHANGED, Work.RESTORE, Work.CHECK, Work.MOUNT, *TREE_READINGS)

@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from bench.corpus import Corpus
-from bench.measure import Child, Command, CommandError, Usage, run
-from bench.reading import PROBES, do_reading
+from bench.measure import Command, run
+from bench.reading import PROBES, do_reading, prepare_reading
 from bench.records import Sample
-from bench.scratch import mounts_below, unmount
 from bench.stage import WORK_TIMEOUT_S, Stage, TrialError, compare, sample_of
-from bench.works import Work
+from bench.works import COPIES, FILE_READINGS, TREE_READINGS, Work
 
 LIMIT = "limit"
-FUSE = "trivial-fuse"
-MOUNT_PATIENCE_S = 60.0
 TREE_LIMITS = {
     Work.FIRST: "tar | zstd -3 -T0",
     Work.UNCHANGED: "find -printf",
@@ -29,6 +24,11 @@ TREE_LIMITS = {
     Work.FIND: "find in the source",
     Work.COPY: "cp -a of the source",
     Work.GREP: "grep -r in the source",
+    Work.DISK_USAGE: "du of the source",
+    Work.CAT: "cat of the source",
+    Work.READERS: "cat of the source, four at once",
+    Work.RSYNC: "rsync -a of the source",
+    Work.GIT_STATUS: "git status in the source",
 }
 FILE_LIMITS = {
     Work.FIRST: "zstd -3 -T2",
@@ -56,7 +56,7 @@ def startup_command() -> Command:
 
 def missing_tools() -> tuple[str, ...]:
     """Return the tools that this machine does not have."""
-    wanted = ("tar", "zstd", "find", "cp", "grep", "dd")
+    wanted = ("tar", "zstd", "find", "cp", "grep", "dd", "du", "xargs", "rsync", "git")
     return tuple(tool for tool in wanted if shutil.which(tool) is None)
 
 
@@ -75,12 +75,16 @@ class LimitTrial:
     def perform(self, work: Work, repetition: int) -> list[Sample]:
         """Do a work once."""
         stage = self._stage
-        target = stage.scratch.make("limit")
+        reading = work in TREE_READINGS or work in FILE_READINGS
+        target = stage.make_target(work)
         samples = []
         try:
-            if work in (Work.FIND, Work.COPY, Work.GREP, Work.READ, Work.RANDOM):
+            if reading:
+                prepare_reading(work, stage, target)
                 stage.cache.drop()
                 usage = do_reading(work, stage, stage.source, target, repetition)
+                if work in COPIES:
+                    compare(stage.facts, target / stage.source.name)
             else:
                 stage.cache.warm(stage.source)
                 command = _warm_command(work, stage.corpus, stage.source, target)
@@ -93,59 +97,11 @@ class LimitTrial:
                 again = do_reading(Work.READ_AGAIN, stage, stage.source, target, repetition)
                 samples.append(sample_of(stage, Work.READ_AGAIN, self.name, repetition, again))
         finally:
-            stage.scratch.discard(target)
+            stage.discard_target(target)
         return samples
 
     def clear(self) -> None:
         """Do nothing: the tools keep no repository."""
-
-
-class TrivialFuseTrial:
-    """A read of a file of the same size through a trivial file system."""
-
-    name = FUSE
-
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-
-    def does(self, work: Work) -> bool:
-        """Return whether the work is a sequential read."""
-        return work is Work.READ
-
-    def perform(self, work: Work, repetition: int) -> list[Sample]:
-        """Read twice."""
-        stage = self._stage
-        samples = []
-        with self._mounted() as file:
-            stage.cache.drop()
-            for each in (Work.READ, Work.READ_AGAIN):
-                command = Command(("dd", f"if={file}", "of=/dev/null", "bs=1M"))
-                usage: Usage = run(command, stage.log, WORK_TIMEOUT_S)
-                samples.append(sample_of(stage, each, self.name, repetition, usage))
-        return samples
-
-    def clear(self) -> None:
-        """Do nothing: the tools keep no repository."""
-
-    @contextmanager
-    def _mounted(self) -> Iterator[Path]:
-        stage = self._stage
-        mountpoint = stage.scratch.make("mount-trivial")
-        size = str(stage.work_bytes)
-        probe = str(PROBES / "trivial_fuse.py")
-        command = Command((sys.executable, probe, str(mountpoint), size))
-        file = mountpoint / "zeros"
-        try:
-            with Child(command, stage.scratch.folder / "server.log") as child:
-                while mountpoint not in mounts_below(mountpoint):
-                    if not child.running():
-                        raise CommandError(command, "ended before it mounted", child.tail())
-                look = Command(("stat", str(file)))
-                run(look, stage.log, MOUNT_PATIENCE_S)
-                yield file
-                unmount(mountpoint)
-        finally:
-            stage.scratch.remove(mountpoint)
 
 
 def _warm_command(work: Work, corpus: Corpus, source: Path, target: Path) -> Command:

@@ -32,6 +32,7 @@ from casfs_mount.background import BackgroundPool
 from casfs_mount.blob_reader import BlobReader
 from casfs_mount.chunk_cache import DEFAULT_CACHE_BYTES, ChunkCache
 from casfs_mount.daemon import ReadinessPipe, captured_stderr, run_in_background
+from casfs_mount.event_library import fast_event_library
 from casfs_mount.event_loop_guard import EventLoopGuard
 from casfs_mount.handlers import DisplayOptions, FileSystem
 from casfs_mount.inodes import ROOT
@@ -149,7 +150,8 @@ def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
         try:
             _mount(operations, request)
             try:
-                trio.run(_run, request.mountpoint, guard, on_ready)
+                with fast_event_library(operations.is_idle):
+                    trio.run(_run, request.mountpoint, guard, on_ready)
             finally:
                 # Unmounts, unless the user already did.
                 pyfuse3.close()

@@ -1,0 +1,161 @@
+"""The event library of pyfuse3: trio, with a cheaper lock and a cheaper wait for the next request.
+
+pyfuse3 takes its event library from its module attribute `trio`, so that its own asyncio support can replace
+it. Between two requests pyfuse3 acquires a lock and waits until the FUSE descriptor is readable. In trio each
+of the two is a checkpoint: a trip through the scheduler, with two calls of epoll_ctl and epoll_wait.
+For requests that are answered from memory, these trips cost more than the answers. So here:
+
+- The lock suspends only a task that finds it held.
+- `wait_readable` first polls the descriptor on the spot, which blocks the event-loop thread for at most
+  `POLL_MS`. Only if no request arrives does it wait in trio, so an idle mount sleeps there without a timeout.
+
+What keeps other tasks, signals, timers and cancellation alive:
+
+- After `MAX_TURNS` requests in a row, or `MAX_TURNS_S` seconds, the wait goes through trio, which runs every
+  task that is ready, delivers cancellation, and calls signal handlers.
+- While a worker thread is busy for a request, no wait is on the spot: its result must not wait for a poll.
+- What the poll reports besides readable (an unmounted or invalid descriptor) and its errors take the same
+  path as in trio.
+
+Used only by the event-loop thread.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Protocol
+
+import pyfuse3
+import trio
+
+POLL_MS = 2
+"""The longest wait on the spot. Programs that walk a mount send the next request much sooner."""
+
+MAX_TURNS = 256
+MAX_TURNS_S = 0.02
+"""How many requests, and for how long, may follow each other without a trip through trio."""
+
+_ATTRIBUTE = "trio"
+_READABLE = select.POLLIN | select.POLLERR | select.POLLHUP
+
+
+class Poll(Protocol):
+    """The calls of `select.poll` objects that are used here."""
+
+    def register(self, fd: int, eventmask: int, /) -> None:
+        """Add a descriptor."""
+
+    def poll(self, timeout: float | None, /) -> list[tuple[int, int]]:
+        """Return descriptors with their events; wait at most `timeout` milliseconds."""
+
+
+class RequestLock:
+    """A lock of tasks that costs no checkpoint while it is free.
+
+    It does not go to the task that waits longest: the task that releases it may acquire it again at once, and
+    the waiting task looks again when trio runs it next. So one task answers request after request, and
+    another takes over when that task waits for a worker thread.
+    """
+
+    def __init__(self) -> None:
+        self._held = False
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    async def __aenter__(self) -> None:
+        while self._held:
+            await self._waiting.park()
+        self._held = True
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._held = False
+        if self._waiting:
+            self._waiting.unpark()
+
+
+class RequestWait:
+    """The waits for one FUSE descriptor; `is_idle` returns whether no worker thread is busy."""
+
+    def __init__(
+        self,
+        is_idle: Callable[[], bool],
+        *,
+        make_poll: Callable[[], Poll] = select.poll,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._is_idle = is_idle
+        self._make_poll = make_poll
+        self._clock = clock
+        self._polls: dict[int, Poll] = {}
+        self._turns = 0
+        self._until = 0.0
+
+    async def wait_readable(self, fd: int) -> None:
+        """Return when a descriptor is readable, or has an error or a hang-up.
+
+        Raises trio.ClosedResourceError after `trio.lowlevel.notify_closing`, and the errors of trio's wait.
+        """
+        if self._turns and self._is_idle() and self._clock() < self._until:
+            self._turns -= 1
+            if self._is_readable(fd):
+                return
+        await trio.lowlevel.wait_readable(fd)
+        self._turns = MAX_TURNS
+        self._until = self._clock() + MAX_TURNS_S
+
+    def _is_readable(self, fd: int) -> bool:
+        poll = self._polls.get(fd)
+        if poll is None:
+            poll = self._polls[fd] = self._make_poll()
+            poll.register(fd, select.POLLIN)
+        try:
+            found = poll.poll(POLL_MS)
+        except OSError:
+            return False  # trio's wait reports what is wrong with the descriptor
+        return bool(found) and bool(found[0][1] & _READABLE)
+
+
+class _LowLevel:
+    """`trio.lowlevel` with another `wait_readable`."""
+
+    def __init__(self, wait: RequestWait) -> None:
+        self.wait_readable = wait.wait_readable
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(trio.lowlevel, name)
+
+
+class EventLibrary:
+    """`trio` as pyfuse3 uses it, with another `Lock` and another `lowlevel.wait_readable`."""
+
+    Lock = RequestLock
+
+    def __init__(self, wait: RequestWait) -> None:
+        self.lowlevel = _LowLevel(wait)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(trio, name)
+
+
+@contextmanager
+def fast_event_library(is_idle: Callable[[], bool]) -> Iterator[bool]:
+    """Let pyfuse3 use an `EventLibrary` while the context lasts; yield whether it does.
+
+    A pyfuse3 that keeps trio elsewhere stays with plain trio, which is slower.
+    """
+    if getattr(pyfuse3, _ATTRIBUTE, None) is not trio:
+        yield False
+        return
+    setattr(pyfuse3, _ATTRIBUTE, EventLibrary(RequestWait(is_idle)))
+    try:
+        yield True
+    finally:
+        setattr(pyfuse3, _ATTRIBUTE, trio)
