@@ -50,8 +50,8 @@ class WalkStats:
     unchanged: int = 0
     unreadable: int = 0
     vanished: int = 0
-    missing_sources: int = 0
     silently_changed: int = 0
+    missing_sources: list[bytes] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ import os
 import pwd
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -77,10 +77,11 @@ _ROOM_BYTES = 2 * MAX_OWNER_NAMES_BYTES + 1024 * 1024
 class BackupOptions:
     """The sources and options of a backup.
 
-    `time_ns` None is the current time; `parent` None is the newest snapshot of the same host and paths.
-    `patience_s` limits the pauses and further attempts at changing files in the whole backup; with a single
-    attempt or no patience, the final retry is skipped too. `max_hole_bytes` limits the holes that are read of
-    the files of each user, except root and the user of the process.
+    `time_ns` None is the current time; `parent` None is the newest snapshot of the same host and paths,
+    with or without the paths that are missing now. `patience_s` limits the pauses and further attempts at
+    changing files in the whole backup; with a single attempt or no patience, the final retry is skipped
+    too. `max_hole_bytes` limits the holes that are read of the files of each user, except root and the
+    user of the process.
     """
 
     paths: tuple[bytes, ...]
@@ -145,7 +146,7 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
     return BackupResult(
         snapshot_id,
         snapshot,
-        stats.missing_sources,
+        len(stats.missing_sources),
         backup.abandoned_bytes,
         stats.new,
         stats.modified,
@@ -178,6 +179,7 @@ def _complete_snapshot(
     return replace(
         draft,
         root=root,
+        paths=_without(draft.paths, stats.missing_sources),
         users=_owner_names(entries.uids, lambda number: pwd.getpwuid(number).pw_name),
         groups=_owner_names(entries.gids, lambda number: grp.getgrgid(number).gr_name),
         parent=parent[0] if parent is not None else None,
@@ -213,13 +215,14 @@ def _find_parent(
     if repository.lacks_identity:
         return None
     paths = _kept_paths(options)
+    missing = [path for path in options.paths if _lstat_error(path) is not None]
     directory = _recorded_directory(options)
     # A forged snapshot could name the attacker's data as the unchanged content of a file.
     found = [
         (snapshot_id, snapshot)
         for snapshot_id, snapshot in repository.snapshots.iterate()
         if snapshot.host == options.host
-        and snapshot.paths == paths
+        and snapshot.paths in (paths, _without(paths, missing))
         and snapshot.directory in (directory, UNSET)
         and repository.snapshots.is_from_trusted_writer(snapshot_id)
     ]
@@ -313,6 +316,12 @@ def _kept_paths(options: BackupOptions) -> tuple[bytes, ...]:
     if options.stdin_name is not None:
         return (options.stdin_name,)
     return tuple(sorted({normalize_source_path(path) for path in options.paths}))
+
+
+def _without(paths: tuple[bytes, ...], missing: Iterable[bytes]) -> tuple[bytes, ...]:
+    """Return the paths of a snapshot without the sources that it does not hold."""
+    lost = {normalize_source_path(path) for path in missing}
+    return tuple(path for path in paths if path not in lost)
 
 
 def _recorded_directory(options: BackupOptions) -> bytes | UnsetType:

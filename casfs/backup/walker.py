@@ -407,7 +407,7 @@ class Walker:
     def _count_missing(self, sources: Iterable[bytes], error: OSError) -> None:
         stats = self._entries.stats
         for problem in missing_sources(sources, error):
-            stats.missing_sources += 1
+            stats.missing_sources.append(problem.path)
             stats.unreadable += 1
             self._monitor.problem(problem)
 

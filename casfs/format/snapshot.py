@@ -58,9 +58,10 @@ class SnapshotStats(msgspec.Struct, frozen=True):
 class Snapshot(msgspec.Struct, frozen=True):
     """A published snapshot.
 
-    `time_ns` is nanoseconds since 1970. `paths` are the requested sources, as bytes. `users` and `groups` are
-    the owners' names at the time of the backup, sorted by number. `directory` is the absolute directory that
-    relative paths refer to; snapshots without any, and older ones, do not have it.
+    `time_ns` is nanoseconds since 1970. `paths` are the sources that it holds, as bytes. `users` and
+    `groups` are the owners' names at the time of the backup, sorted by number. `directory` is the
+    absolute directory that relative paths refer to; snapshots without any, and older ones, do not have
+    it.
     """
 
     root: Node

@@ -218,7 +218,9 @@ class _Run:
         self._monitor.step_ends(outcome)
 
     def _run_verb(self, step: PlannedStep) -> StepOutcome:
-        arguments = step_arguments(step.step, step.target, self._profile, self._job.host)
+        arguments = step_arguments(
+            step.step, step.target, self._job.name, self._profile, self._job.host
+        )
         on_problem = self._note_lost_source if step.step is StepName.BACKUP else None
         end = self._verbs.run(arguments, on_problem)
         self._was_interrupted |= end.was_interrupted

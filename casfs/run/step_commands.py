@@ -10,12 +10,14 @@ from casfs.config.profiles import CheckPlan, Keep, Profile
 from casfs.run.outcome import StepName
 
 
-def step_arguments(step: StepName, target: str | None, profile: Profile, host: str) -> list[str]:
+def step_arguments(
+    step: StepName, target: str | None, name: str, profile: Profile, host: str
+) -> list[str]:
     """Return the verb of a step and its arguments, except those that all steps share."""
     if step is StepName.BACKUP:
-        return _backup(profile, host)
+        return _backup(name, profile, host)
     if step is StepName.FORGET and profile.keep is not None:
-        return _forget(profile, profile.keep, host)
+        return _forget(name, profile.keep, host)
     if step is StepName.CHECK and profile.check is not None:
         return _check(profile.check)
     if step is StepName.MIRROR and target is not None:
@@ -23,8 +25,13 @@ def step_arguments(step: StepName, target: str | None, profile: Profile, host: s
     return [str(step)]
 
 
-def _backup(profile: Profile, host: str) -> list[str]:
-    found = ["backup", f"--host={host}"]
+def profile_tag(name: str) -> str:
+    """Return the tag that marks the snapshots of a profile."""
+    return f"profile:{name}"
+
+
+def _backup(name: str, profile: Profile, host: str) -> list[str]:
+    found = ["backup", f"--host={host}", f"--tag={profile_tag(name)}"]
     found += [f"--tag={tag.text}" for tag in profile.tags]
     found += [f"--exclude={pattern}" for pattern in profile.exclude]
     found += [f"--exclude-file={file.path}" for file in profile.exclude_file]
@@ -49,12 +56,13 @@ def _backup(profile: Profile, host: str) -> list[str]:
     return [*found, "--", *(source.path for source in profile.sources)]
 
 
-def _forget(profile: Profile, keep: Keep, host: str) -> list[str]:
-    """Return arguments that apply the rules only to snapshots of this host, these tags and these sources."""
-    found = ["forget", f"--host={host}"]
-    if profile.tags:
-        found.append("--tag=" + ",".join(tag.text for tag in profile.tags))
-    found += [f"--path={source.path}" for source in profile.sources]
+def _forget(name: str, keep: Keep, host: str) -> list[str]:
+    """Return arguments that apply the rules only to snapshots that this profile made on this host.
+
+    `forget` looks at each set of paths separately. So a snapshot without a source that was missing, or from
+    a profile of the same name in another user's configuration, never takes the place of a whole one.
+    """
+    found = ["forget", f"--host={host}", f"--tag={profile_tag(name)}", "--group-by=host,paths"]
     for period in ("last", "hourly", "daily", "weekly", "monthly", "yearly"):
         count = getattr(keep, period)
         if count is not None:

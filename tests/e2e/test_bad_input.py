@@ -143,6 +143,24 @@ class TestInvalidSource:
         assert str(tmp_path / "nowhere") in result.complaint
         published = repository.json("snapshots").one("snapshot")
         assert published["files"] == 4
+        assert published["paths"] == [str(source)]
+
+    def test_a_source_that_was_missing_once_costs_no_reading_of_the_others(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "file").write_text("content")
+        moved = tmp_path / "moved"
+        whole = repository.json("backup", source, other).one("snapshot")
+        other.rename(moved)
+        for _ in range(2):
+            partial = repository.json("backup", source, other, expect=3).one("snapshot")
+            assert (partial["unchanged"], partial["paths"]) == (4, [str(source)])
+        moved.rename(other)
+        again = repository.json("backup", source, other).one("snapshot")
+        assert (again["parent"], again["unchanged"]) == (whole["id"], 5)
+        assert again["paths"] == whole["paths"] == sorted([str(source), str(other)])
 
     def test_an_unreadable_file_in_a_source_exits_with_3(
         self, repository: Casfs, source: Path, tmp_path: Path

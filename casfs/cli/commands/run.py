@@ -148,7 +148,7 @@ def _print_plan(output: Output, job: ProfileJob) -> None:
     from casfs.run.step_commands import step_arguments
 
     for step in plan_steps(job.profile, job.files().load(), time.time()):
-        arguments = step_arguments(step.step, step.target, job.profile, job.host)
+        arguments = step_arguments(step.step, step.target, job.name, job.profile, job.host)
         command = shlex.join(["casfs", "-r", job.profile.repository, *arguments])
         due = "due" if not step.waits_s else f"due in {step.waits_s / 3600:.1f} h"
         output.line(f"{step.key}: {due}: {command}")

@@ -45,20 +45,25 @@ EVERYTHING = Profile(
 )
 
 
-def understood(arguments: list[str]) -> dict[str, object]:
-    """Return the parameters that click parses from the arguments of a command."""
+def parse(arguments: list[str]) -> click.Context:
+    """Return the context of a command that click has parsed the arguments of."""
     verb = casfs.get_command(click.Context(casfs), arguments[0])
     assert verb is not None
-    return verb.make_context(arguments[0], arguments[1:], obj=Settings()).params
+    return verb.make_context(arguments[0], arguments[1:], obj=Settings())
+
+
+def understood(arguments: list[str]) -> dict[str, object]:
+    """Return the parameters that click parses from the arguments of a command."""
+    return parse(arguments).params
 
 
 def test_a_small_profile_backs_up_its_sources_alone() -> None:
-    arguments = step_arguments(StepName.BACKUP, None, SMALL, "vm")
-    assert arguments == ["backup", "--host=vm", "--", "/home"]
+    arguments = step_arguments(StepName.BACKUP, None, "home", SMALL, "vm")
+    assert arguments == ["backup", "--host=vm", "--tag=profile:home", "--", "/home"]
 
 
 def test_backup_understands_every_key_of_a_profile() -> None:
-    arguments = step_arguments(StepName.BACKUP, None, EVERYTHING, "vm")
+    arguments = step_arguments(StepName.BACKUP, None, "home", EVERYTHING, "vm")
     found = understood(arguments)
     assert found["paths"] == ("/home", "/-odd")
     patterns = found["excludes"]
@@ -66,7 +71,7 @@ def test_backup_understands_every_key_of_a_profile() -> None:
     assert [str(path) for path in found["exclude_files"]] == ["/etc/excludes"]  # type: ignore[attr-defined]
     assert found["exclude_if_present"] == (".nobackup",)
     assert found["exclude_larger_than"] == 2 * 1024**3
-    assert found["tags"] == ({"home"}, {"daily"})
+    assert found["tags"] == ({"profile:home"}, {"home"}, {"daily"})
     assert (found["host"], found["attempts"], found["patience_s"]) == ("vm", 5, 120)
     assert (found["freeze"], found["compression"]) == ("never", -3)
     for flag in ("exclude_caches", "one_file_system", "reread", "changed_ok"):
@@ -74,14 +79,14 @@ def test_backup_understands_every_key_of_a_profile() -> None:
 
 
 def test_forget_is_limited_to_the_snapshots_of_the_profile() -> None:
-    found = understood(step_arguments(StepName.FORGET, None, EVERYTHING, "vm"))
-    assert found["hosts"] == ("vm",)
-    assert found["tags"] == ({"home", "daily"},)
-    assert found["paths"] == ("/home", "/-odd")
+    context = parse(step_arguments(StepName.FORGET, None, "home", EVERYTHING, "vm"))
+    found, settings = context.params, context.obj
+    assert (settings.hosts, settings.tags) == (("vm",), ({"profile:home"},))
+    assert (settings.paths, found["group_by"]) == ((), "host,paths")
     counts = [found[f"keep_{name}"] for name in ("last", "hourly", "daily", "weekly", "monthly")]
     assert counts == [1, 2, 3, 4, 5]
     assert (found["keep_yearly"], found["keep_tags"]) == (-1, ({"keep"},))
-    assert found["keep_within"].text == "1y6m"  # type: ignore[attr-defined]
+    assert found["keep_within"].text == "1y6m"
 
 
 @pytest.mark.parametrize(
@@ -100,11 +105,11 @@ def test_a_check_reads_data_where_the_profile_says_which(
     plan: CheckPlan, expected: list[str]
 ) -> None:
     profile = msgspec.structs.replace(SMALL, check=plan)
-    arguments = step_arguments(StepName.CHECK, None, profile, "vm")
+    arguments = step_arguments(StepName.CHECK, None, "home", profile, "vm")
     assert arguments == ["check", *expected]
     understood(arguments)
 
 
 def test_prune_and_mirror_are_given_what_they_need() -> None:
-    assert step_arguments(StepName.PRUNE, None, SMALL, "vm") == ["prune"]
-    assert step_arguments(StepName.MIRROR, "cloud", EVERYTHING, "vm") == ["mirror", "cloud"]
+    assert step_arguments(StepName.PRUNE, None, "home", SMALL, "vm") == ["prune"]
+    assert step_arguments(StepName.MIRROR, "cloud", "home", EVERYTHING, "vm") == ["mirror", "cloud"]
