@@ -1,34 +1,55 @@
 """The index file's fingerprint: detects foreign or torn changes before LMDB opens the file.
 
 LMDB trusts its file: a damaged page, or a page missing from a truncated file, crashes the process with a
-signal that cannot be caught. So a writer that closes a changed index stores a fingerprint beside it: size,
-mtime and, up to a size limit, the digest of the file. If the fingerprint does not match (a writer was killed,
-or another program changed the file), a subprocess first reads the whole index.
+signal that cannot be caught, and a page that an attacker prepared may do more. So a writer that closes a
+changed index stores a fingerprint beside it: size, mtime and, up to a size limit, the digest of the file,
+with a message authentication code under a secret of the user. If the user's fingerprint does not match the
+file (a writer was killed, or another program changed the file), a subprocess first reads the whole index. An
+index without a fingerprint of this user is not opened at all: it is rebuilt.
 """
 
 from __future__ import annotations
 
+import enum
+import hmac
 import logging
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
 
 from blake3 import blake3
 
-from casfs.errors import IndexUnusableError
+from casfs.errors import IndexUnusableError, NoHomeError
 from casfs.index.index import DATA_FILE, LOCK_FILE, Index
+from casfs.user_dirs import user_folder
 
 log = logging.getLogger(__name__)
 
 FINGERPRINT_FILE = "seal"
 _HASHED_BYTES = 64 * 1024 * 1024
-"""Larger files are identified by size and mtime only, because hashing them would slow every command."""
+"""Larger files are identified by inode and ctime, because hashing them would slow every command."""
 
 _MAX_FINGERPRINT_BYTES = 4096
 _PROBE_S = 600
-_FORM = "casfs index seal 1: {size} {mtime_ns} {digest}\n"
-_DAMAGED_MARK = b"casfs index seal 1: damaged\n"
+_FORM = "casfs index seal 2: {size} {mtime_ns} {digest}"
+_DAMAGED_MARK = b"casfs index seal 2: damaged\n"
+
+SECRET_FILE = "index-secret"
+_SECRET_BYTES = 32
+
+
+class IndexState(enum.Enum):
+    """What the fingerprint says of an index file."""
+
+    INTACT = enum.auto()
+    """LMDB can open it; also said of a folder without an index."""
+
+    DAMAGED = enum.auto()
+
+    FOREIGN = enum.auto()
+    """This user did not write it, or its fingerprint is lost."""
 
 
 def write_fingerprint(path: Path) -> None:
@@ -37,19 +58,21 @@ def write_fingerprint(path: Path) -> None:
     Log a failure; raise nothing.
     """
     data, fingerprint = path / DATA_FILE, path / FINGERPRINT_FILE
-    temporary = path / f"{FINGERPRINT_FILE}.{os.getpid()}"
+    temporary = path / f"{FINGERPRINT_FILE}.{secrets.token_hex(8)}"
     try:
+        key = _user_secret()
         before = os.stat(data)
-        digest = _digest(data, before.st_size)
+        digest = _digest(data, before)
         if _state(before) != _state(os.stat(data)):
             fingerprint.unlink(missing_ok=True)
             return
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        size, mtime_ns = _state(before)
+        line = _FORM.format(size=size, mtime_ns=mtime_ns, digest=digest)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:
-            size, mtime_ns = _state(before)
-            file.write(_FORM.format(size=size, mtime_ns=mtime_ns, digest=digest).encode())
+            file.write(f"{line} {_code(key, line)}\n".encode())
         os.rename(temporary, fingerprint)
-    except OSError as error:
+    except (OSError, NoHomeError) as error:
         log.info("the index in %s gets no fingerprint: %s", path, error)
 
 
@@ -70,8 +93,8 @@ def remove_fingerprint(path: Path) -> None:
     (path / FINGERPRINT_FILE).unlink(missing_ok=True)
 
 
-def is_intact(path: Path, in_use: bool) -> bool:
-    """Return whether LMDB can safely open the index in a folder; True if the folder has no index.
+def assess(path: Path, in_use: bool) -> IndexState:
+    """Return whether LMDB can safely open the index in a folder.
 
     `in_use` means that a writer lives: then the file may differ from its fingerprint but must not be shorter.
     """
@@ -79,32 +102,35 @@ def is_intact(path: Path, in_use: bool) -> bool:
     try:
         st = os.stat(data)
     except OSError:
-        return True
+        return IndexState.INTACT
     if _is_marked_damaged(path):
-        return in_use
-    recorded = _read_fingerprint(path)
-    if recorded is not None:
-        size, mtime_ns, digest = recorded
-        if st.st_size < size:
-            return False
-        if (size, mtime_ns) == _state(st):
-            try:
-                # If another process changes the file meanwhile, size or mtime shows it and the probe decides.
-                found = _digest(data, size) if digest != "-" else digest
-            except OSError:
-                return False
-            if found == digest or _state(os.stat(data)) == (size, mtime_ns):
-                return found == digest
-        elif in_use:
-            return True
-    elif st.st_size == 0:
-        return False
+        return IndexState.INTACT if in_use else IndexState.DAMAGED
+    try:
+        recorded = _read_fingerprint(path, _user_secret())
+    except (OSError, NoHomeError) as error:
+        log.info("no fingerprint can be verified: %s", error)
+        return _probed(path)
+    if recorded is None:
+        if st.st_size == 0:
+            return IndexState.DAMAGED
+        # A writer that lives may not have written the first fingerprint yet.
+        return IndexState.INTACT if in_use else IndexState.FOREIGN
+    size, mtime_ns, digest = recorded
+    if st.st_size < size:
+        return IndexState.DAMAGED
+    if (size, mtime_ns) == _state(st):
+        try:
+            # If another process changes the file meanwhile, size or mtime shows it and the probe decides.
+            found = _digest(data, st)
+        except OSError:
+            return IndexState.DAMAGED
+        if found == digest:
+            return IndexState.INTACT
+        if _is_content_digest(digest) and _state(os.stat(data)) == (size, mtime_ns):
+            return IndexState.DAMAGED
     elif in_use:
-        return True
-    if _survives_a_probe(path):
-        write_fingerprint(path)
-        return True
-    return False
+        return IndexState.INTACT
+    return _probed(path)
 
 
 def delete_index(path: Path) -> None:
@@ -138,8 +164,15 @@ def read_whole_index(path: Path) -> int:
     return count
 
 
+def _probed(path: Path) -> IndexState:
+    """Read the whole index in a subprocess, where a crash does no harm; write a fingerprint if that works."""
+    if not _survives_a_probe(path):
+        return IndexState.DAMAGED
+    write_fingerprint(path)
+    return IndexState.INTACT
+
+
 def _survives_a_probe(path: Path) -> bool:
-    """Return whether a subprocess can read the whole index; a crash there does no harm here."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-P", "-c", _PROBE, str(root), str(path)]
     try:
@@ -166,18 +199,55 @@ read_whole_index(Path(sys.argv[2]))
 """
 
 
+def _user_secret() -> bytes:
+    """Return the secret under which this user's fingerprints are authenticated; the first call creates it.
+
+    Raise OSError, and NoHomeError for a user without a home folder.
+    """
+    path = user_folder("XDG_STATE_HOME", ".local/state") / SECRET_FILE
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = path.with_name(f".{SECRET_FILE}.{secrets.token_hex(8)}")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(secrets.token_bytes(_SECRET_BYTES))
+                file.flush()
+                os.fsync(fd)
+            # Of two processes that create it at once, both use the one that was linked first.
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink(missing_ok=True)
+    with open(path, "rb") as file:
+        secret = file.read(_SECRET_BYTES + 1)
+    if len(secret) != _SECRET_BYTES:
+        raise OSError(f"{path} does not have {_SECRET_BYTES} bytes; remove it")
+    return secret
+
+
+def _code(key: bytes, line: str) -> str:
+    return blake3(line.encode(), key=key).hexdigest()
+
+
 def _state(st: os.stat_result) -> tuple[int, int]:
     return st.st_size, st.st_mtime_ns
 
 
-def _digest(path: Path, size: int) -> str:
-    if size > _HASHED_BYTES:
-        return "-"
+def _digest(path: Path, st: os.stat_result) -> str:
+    """Return the digest of a file's content, or for a large file its inode and ctime."""
+    if st.st_size > _HASHED_BYTES:
+        return f"{st.st_ino}-{st.st_ctime_ns}"
     hasher = blake3()
     with open(path, "rb", buffering=0) as file:
         while data := file.read(1 << 20):
             hasher.update(data)
     return hasher.hexdigest()
+
+
+def _is_content_digest(digest: str) -> bool:
+    return "-" not in digest
 
 
 def _is_marked_damaged(path: Path) -> bool:
@@ -188,11 +258,15 @@ def _is_marked_damaged(path: Path) -> bool:
         return False
 
 
-def _read_fingerprint(path: Path) -> tuple[int, int, str] | None:
+def _read_fingerprint(path: Path, key: bytes) -> tuple[int, int, str] | None:
+    """Return size, mtime and digest of the fingerprint, None unless this user wrote it."""
     try:
         with open(path / FINGERPRINT_FILE, "rb") as file:
-            text = file.read(_MAX_FINGERPRINT_BYTES).decode()
-        size, mtime_ns, digest = text.removeprefix(_FORM.partition("{")[0]).split()
+            text = file.read(_MAX_FINGERPRINT_BYTES).decode("ascii")
+        line, _, code = text.removesuffix("\n").rpartition(" ")
+        if not hmac.compare_digest(code, _code(key, line)):
+            return None
+        size, mtime_ns, digest = line.removeprefix(_FORM.partition("{")[0]).split()
         return int(size), int(mtime_ns), digest
     except (OSError, ValueError):
         return None

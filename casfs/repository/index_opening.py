@@ -14,6 +14,7 @@ from casfs.errors import IndexDamagedError, IndexUnusableError, StorageError
 from casfs.format.codec import BlobCodec
 from casfs.format.config import RepositoryConfig
 from casfs.index import fingerprint
+from casfs.index.fingerprint import IndexState
 from casfs.index.index import Index
 from casfs.repository.place import Place, RemotePlace
 from casfs.storage.base import Storage
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from casfs.store.cipher import PackCiphers
 
 log = logging.getLogger(__name__)
+
+_WHY_REBUILT = {
+    IndexState.DAMAGED: "the index %s is damaged; rebuilding it from the packs",
+    IndexState.FOREIGN: (
+        "the index %s was not written by this user on this machine; rebuilding it from the packs"
+    ),
+}
 
 
 def open_index_readonly(
@@ -50,7 +58,8 @@ def open_index_readonly(
             return open_index(
                 place, config, path, storage, codec, keep_missing=not is_own, ciphers=ciphers
             )
-        if not fingerprint.is_intact(path, in_use=_is_in_use(place.locks_dir(config))):
+        in_use = _is_in_use(place.locks_dir(config))
+        if fingerprint.assess(path, in_use) != IndexState.INTACT:
             raise IndexUnusableError(f"the index {path} is damaged")
         index = Index(path, readonly=True)
     except IndexUnusableError:
@@ -94,8 +103,9 @@ def open_index(
 
     for is_last in (False, True):
         try:
-            if not fingerprint.is_intact(path, in_use=not is_alone()):
-                log.warning("the index %s is damaged; rebuilding it from the packs", path)
+            state = fingerprint.assess(path, in_use=not is_alone())
+            if state != IndexState.INTACT:
+                log.warning(_WHY_REBUILT[state], path)
                 fingerprint.delete_index(path)
         except OSError as error:
             raise IndexUnusableError(

@@ -280,7 +280,7 @@ def test_forms_of_small_files_are_those_of_the_code() -> None:
     assert f"`{fingerprint._DAMAGED_MARK.decode().rstrip()}`" in DOCUMENT
     size, mtime, digest = "SIZE", "MTIME_NS", "DIGEST"
     line = fingerprint._FORM.format(size=size, mtime_ns=mtime, digest=digest).rstrip()
-    assert f"`{line}`" in DOCUMENT
+    assert f"`{line} CODE`" in DOCUMENT
     assert trust_state.WriterState.__struct_fields__[:4] == (
         "repository",
         "domain",

@@ -13,6 +13,7 @@ from casfs.digest import PackId, digest_of
 from casfs.errors import IndexDamagedError
 from casfs.format.pack import PackEntry
 from casfs.index import fingerprint
+from casfs.index.fingerprint import IndexState
 from casfs.index.index import Index
 from casfs.maintenance.repair import repair_index
 from casfs.repository.opening import open_for_maintenance, open_for_reading, open_for_writing
@@ -76,12 +77,12 @@ def _lose_free_pages(path: Path) -> None:
 
 
 def test_an_index_with_a_matching_fingerprint_is_intact(path: Path) -> None:
-    assert fingerprint.is_intact(path, in_use=False)
-    assert fingerprint.is_intact(path, in_use=True)
+    assert fingerprint.assess(path, in_use=False) == IndexState.INTACT
+    assert fingerprint.assess(path, in_use=True) == IndexState.INTACT
 
 
 def test_a_missing_index_is_intact(tmp_path: Path) -> None:
-    assert fingerprint.is_intact(tmp_path, in_use=False)
+    assert fingerprint.assess(tmp_path, in_use=False) == IndexState.INTACT
 
 
 @pytest.mark.parametrize("keep_time", [True, False])
@@ -90,47 +91,104 @@ def test_damage_of_the_index_is_found_whatever_the_time_of_its_file(
     path: Path, change: str, keep_time: bool
 ) -> None:
     _change(path, change, keep_time)
-    assert not fingerprint.is_intact(path, in_use=False)
+    assert fingerprint.assess(path, in_use=False) == IndexState.DAMAGED
 
 
 def test_a_flipped_bit_that_left_the_time_unchanged_is_found(path: Path) -> None:
     _change(path, "flip", keep_time=True)
-    assert not fingerprint.is_intact(path, in_use=False)
-    assert not fingerprint.is_intact(path, in_use=True)
+    for in_use in (False, True):
+        assert fingerprint.assess(path, in_use) == IndexState.DAMAGED
 
 
-@pytest.mark.parametrize("reported", [b"", b"casfs index seal 1: x y z", b"\xff" * 5000])
-def test_an_index_without_a_readable_fingerprint_is_probed_and_gets_one(
-    path: Path, reported: bytes
+@pytest.mark.parametrize(
+    "recorded", [b"", b"casfs index seal 2: x y z", b"\xff" * 5000, b"casfs index seal 1: 1 2 -\n"]
+)
+def test_an_index_without_a_readable_fingerprint_is_foreign(path: Path, recorded: bytes) -> None:
+    (path / fingerprint.FINGERPRINT_FILE).write_bytes(recorded)
+    assert fingerprint.assess(path, in_use=False) == IndexState.FOREIGN
+
+
+def test_an_index_whose_fingerprint_another_user_wrote_is_never_opened(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (path / fingerprint.FINGERPRINT_FILE).write_bytes(reported)
-    assert fingerprint.is_intact(path, in_use=False)
-    assert (path / fingerprint.FINGERPRINT_FILE).read_bytes().startswith(b"casfs index seal 1: ")
+    """The file fits its fingerprint, which an attacker can compute but not authenticate."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state of the attacker"))
+    fingerprint.write_fingerprint(path)
+    assert fingerprint.assess(path, in_use=False) == IndexState.INTACT
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state of the victim"))
+    monkeypatch.setattr(fingerprint, "_survives_a_probe", _never)
+    assert fingerprint.assess(path, in_use=False) == IndexState.FOREIGN
+
+
+@pytest.mark.parametrize("field", [0, 1, 2, 3])
+def test_a_fingerprint_with_one_changed_field_is_foreign(path: Path, field: int) -> None:
+    file = path / fingerprint.FINGERPRINT_FILE
+    fields = file.read_text().split()
+    place = len(fields) - 4 + field
+    fields[place] = fields[place][:-1] + ("0" if fields[place][-1] != "0" else "1")
+    file.write_text(" ".join(fields) + "\n")
+    assert fingerprint.assess(path, in_use=False) == IndexState.FOREIGN
+
+
+def test_a_repository_with_a_foreign_index_is_opened_with_a_rebuilt_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    repo = RepositoryFixture(tmp_path)
+    repo.publish({b"f": b"1"})
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another state"))
+    with open_for_reading(repo.root) as repository:
+        assert all(repository.store.read(digest) for digest, _ in repository.store.index.blobs())
+    assert "was not written by this user on this machine; rebuilding it" in caplog.text
+
+
+def test_a_user_without_a_home_opens_an_index_after_a_probe(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", "no absolute path")
+    assert fingerprint.assess(path, in_use=False) == IndexState.INTACT
+    _change(path, "junk", keep_time=False)
+    assert fingerprint.assess(path, in_use=False) == IndexState.DAMAGED
+
+
+def test_the_secret_is_private_and_stays(path: Path) -> None:
+    file = Path(os.environ["XDG_STATE_HOME"], "casfs", fingerprint.SECRET_FILE)
+    before = file.read_bytes()
+    assert file.stat().st_mode & 0o777 == 0o600
+    fingerprint.write_fingerprint(path)
+    assert file.read_bytes() == before
 
 
 def test_an_index_that_a_killed_writer_left_is_intact(path: Path) -> None:
     index = Index(path)
     index.mark_complete(b"s" * 32, 1)
     index.close()
-    assert fingerprint.is_intact(path, in_use=False)
+    assert fingerprint.assess(path, in_use=False) == IndexState.INTACT
 
 
 def test_an_index_that_a_living_writer_is_changing_is_checked_by_length_only(path: Path) -> None:
-    (path / fingerprint.FINGERPRINT_FILE).write_text("casfs index seal 1: 4096 17 -\n")
-    assert fingerprint.is_intact(path, in_use=True)
+    _change(path, "flip", keep_time=False)
+    assert fingerprint.assess(path, in_use=True) == IndexState.INTACT
     os.truncate(path / "data.mdb", 100)
-    assert not fingerprint.is_intact(path, in_use=True)
+    assert fingerprint.assess(path, in_use=True) == IndexState.DAMAGED
 
 
-def test_a_large_index_is_known_by_size_and_time(
+def test_a_large_index_is_known_by_its_inode_and_change_time(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprint, "_HASHED_BYTES", PAGE)
     fingerprint.write_fingerprint(path)
-    assert (path / fingerprint.FINGERPRINT_FILE).read_text().endswith(" -\n")
-    assert fingerprint.is_intact(path, in_use=False)
-    _change(path, "cut", keep_time=True)
-    assert not fingerprint.is_intact(path, in_use=False)
+    st = (path / "data.mdb").stat()
+    assert f" {st.st_ino}-{st.st_ctime_ns} " in (path / fingerprint.FINGERPRINT_FILE).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint, "_survives_a_probe", _never)
+        assert fingerprint.assess(path, in_use=False) == IndexState.INTACT
+    _change(path, "zeros", keep_time=True)
+    assert fingerprint.assess(path, in_use=False) == IndexState.DAMAGED
+
+
+def _never(path: Path) -> bool:
+    raise AssertionError(f"{path} was opened")
 
 
 def opened(root: Path, verb: str | None) -> Repository:
@@ -157,7 +215,7 @@ def test_a_repository_with_a_damaged_index_is_opened_with_a_new_one(
 
 def test_damage_that_no_entry_shows_is_found(path: Path) -> None:
     _lose_free_pages(path)
-    assert not fingerprint.is_intact(path, in_use=False)
+    assert fingerprint.assess(path, in_use=False) == IndexState.DAMAGED
 
 
 def _grown(tmp_path: Path) -> RepositoryFixture:
