@@ -36,6 +36,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "casfs restore latest:/home/anna --target /tmp/anna",
         "casfs restore latest --target / --include /etc/fstab",
         "casfs restore latest:/srv --target /srv --delete -n",
+        "casfs restore latest --target /tmp/all --as-of 2026-11-20T12:00:00Z",
     ),
     "check": (
         "casfs check",

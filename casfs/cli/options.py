@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from casfs.cli.param_types import RATE, TAGS
+from casfs.cli.param_types import RATE, TAGS, parse_time
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import MAX_HELP_CHARACTERS, SharedOption, Verb, describe_options
 from casfs.errors import CasfsError
@@ -275,6 +275,21 @@ def snapshot_filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
         shell_complete=complete_hosts,
         help="Consider only snapshots of this host; repeatable.",
     )(command)
+
+
+def _set_as_of(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.ensure_object(Settings).as_of_ns = parse_time(value, "--as-of")
+
+
+as_of_option = click.option(
+    "--as-of",
+    metavar="TIME",
+    expose_value=False,
+    callback=_set_as_of,
+    help="Read a repository in a bucket with versions as it was at this time, before objects were deleted or "
+    "overwritten; ISO 8601 or @SECONDS.",
+)
 
 
 def repository_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -57,6 +57,7 @@ class Settings:
     expected: str | None = None
     upload_bytes_per_s: int | None = None
     download_bytes_per_s: int | None = None
+    as_of_ns: int | None = None
     _address: RepositoryAddress | None = None
     _place: Place | None = None
     _unlocked: Identities | None = None
@@ -112,6 +113,12 @@ class Settings:
                 raise UsageError(
                     f"a rate limit holds for a repository on another machine, and {place} is a folder"
                 )
+            if self.as_of_ns is not None:
+                if isinstance(place, LocalPlace):
+                    raise UsageError(
+                        f"--as-of reads the versions of objects in an S3 bucket, and {place} is a folder"
+                    )
+                place = replace(place, as_of_ns=self.as_of_ns)
             self._place = place
         return self._place
 

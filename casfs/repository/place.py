@@ -13,6 +13,7 @@ from pathlib import Path
 from casfs.crypto.trust_root import TrustRoot
 from casfs.errors import NotFoundError, RefusedError, StorageError, TrustError
 from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, RepositoryConfig
+from casfs.storage.as_of import AsOfStorage
 from casfs.storage.base import Storage, StorageOptions
 from casfs.storage.counting import RequestCounter
 from casfs.storage.local import LocalStorage
@@ -96,13 +97,17 @@ class LocalPlace:
 
 @dataclass(frozen=True, slots=True)
 class RemotePlace:
-    """A place that is reached over a network. `counter` counts the requests to it."""
+    """A place that is reached over a network. `counter` counts the requests to it.
+
+    With `as_of_ns`, a time by the place's clock, it is read as it was then, and has an index of its own.
+    """
 
     location: Location
     options: StorageOptions = field(default_factory=StorageOptions)
     counter: RequestCounter = field(default_factory=RequestCounter, compare=False)
     expected: str | None = None
     config_cache: ConfigCache = field(default_factory=ConfigCache, compare=False, repr=False)
+    as_of_ns: int | None = None
 
     def __str__(self) -> str:
         return str(self.location)
@@ -110,8 +115,18 @@ class RemotePlace:
     def open_storage(
         self, sync: bool = True, on_step: Callable[[str], None] | None = None
     ) -> Storage:
-        """Return the storage, before its first request; the server decides what is synced."""
-        return open_storage(self.location, self.options, self.counter)
+        """Return the storage, before its first request; the server decides what is synced.
+
+        Raise RefusedError where the place keeps no versions that `as_of_ns` could select from.
+        """
+        storage = open_storage(self.location, self.options, self.counter)
+        if self.as_of_ns is None:
+            return storage
+        if storage.bucket is None:
+            raise RefusedError(
+                f"--as-of reads the versions of objects in an S3 bucket, and {self} keeps none for casfs"
+            )
+        return AsOfStorage(storage, storage.bucket, self.as_of_ns)
 
     def trust_root(self, storage: Storage) -> TrustRoot:
         """Return the configuration as `LocalPlace.trust_root` does."""
@@ -120,13 +135,15 @@ class RemotePlace:
     def index_dir(self, config: RepositoryConfig) -> Path:
         """Return the folder of the index in the user's cache, and create its parent."""
         try:
-            return cached_index_dir(config.id)
+            path = cached_index_dir(config.id)
+            return path if self.as_of_ns is None else path.with_name("as-of-index")
         except OSError as error:
             raise StorageError("make an index in the folder", str(error.filename), error) from error
 
     def locks_dir(self, config: RepositoryConfig) -> Path:
         """Return the folder of the locks that this machine's processes hold."""
-        return self.index_dir(config).with_name("locks")
+        name = "locks" if self.as_of_ns is None else "as-of-locks"
+        return self.index_dir(config).with_name(name)
 
 
 Place = LocalPlace | RemotePlace

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NoReturn
 
-from casfs.errors import NotFoundError, StorageDeniedError, StorageError
+from casfs.errors import NotFoundError, RefusedError, StorageDeniedError, StorageError
 from casfs.storage.base import MAX_WHOLE_READ_BYTES, Data, ListedObject, ObjectWriter, Storage
 from casfs.storage.bucket import Bucket, ObjectVersion
 from casfs.storage.wrapper import StorageWrapper
@@ -22,7 +22,10 @@ _KEPT_VERSIONS = 50_000
 
 
 class AsOfStorage(StorageWrapper):
-    """The objects of `inner`, which has a bucket, as they were at `time_ns`."""
+    """The objects of `inner`, which has a bucket, as they were at `time_ns`.
+
+    The first read raises RefusedError for a bucket that keeps no versions.
+    """
 
     def __init__(self, inner: Storage, bucket: Bucket, time_ns: int) -> None:
         super().__init__(inner)
@@ -30,6 +33,7 @@ class AsOfStorage(StorageWrapper):
         self._time_ns = time_ns
         self._known: OrderedDict[str, ObjectVersion] = OrderedDict()
         self._lock = threading.Lock()
+        self._is_checked = False
 
     @property
     def bucket(self) -> None:
@@ -44,6 +48,7 @@ class AsOfStorage(StorageWrapper):
 
     def _current(self, prefix: str) -> Iterator[ObjectVersion]:
         """Yield the version of each object that was its newest, unless the object was deleted."""
+        self._require_versions()
         decided = ""
         for version in self._versions.versions(prefix):
             if version.name == decided or version.mtime_ns > self._time_ns:
@@ -51,6 +56,20 @@ class AsOfStorage(StorageWrapper):
             decided = version.name
             if not version.is_deletion:
                 yield version
+
+    def _require_versions(self) -> None:
+        """Raise RefusedError for a bucket that keeps no versions; what was there earlier is lost."""
+        if self._is_checked:
+            return
+        try:
+            keeps = self._versions.settings().keeps_versions
+        except StorageDeniedError:
+            keeps = True  # the credentials may read versions without being allowed to ask for the setting
+        if not keeps:
+            raise RefusedError(
+                f"the bucket of {self.url} keeps no versions, so what was there at an earlier time is lost"
+            )
+        self._is_checked = True
 
     def _keep(self, version: ObjectVersion) -> None:
         with self._lock:

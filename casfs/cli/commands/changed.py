@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
+from casfs.cli.options import (
+    as_of_option,
+    common_options,
+    complete_snapshots,
+    snapshot_filter_options,
+)
 from casfs.cli.output import path_argument
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Verb)
 @click.argument("snap", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
+@as_of_option
 @snapshot_filter_options
 @common_options
 @click.pass_obj

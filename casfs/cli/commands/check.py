@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
-from casfs.cli.options import common_options, progress_options
+from casfs.cli.options import as_of_option, common_options, progress_options
 from casfs.cli.output import Output, json_path, warn_of_unproven
 from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.settings import Settings
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Recompute the digest of every stored object; needs no key and no index.",
 )
+@as_of_option
 @progress_options
 @common_options
 @click.pass_obj

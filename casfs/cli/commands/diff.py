@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
+from casfs.cli.options import (
+    as_of_option,
+    common_options,
+    complete_snapshots,
+    snapshot_filter_options,
+)
 from casfs.cli.output import Output, json_path
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings
@@ -37,6 +42,7 @@ class _Summary:
 @click.command(cls=Verb)
 @click.argument("before", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
 @click.argument("after", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
+@as_of_option
 @snapshot_filter_options
 @common_options
 @click.pass_obj

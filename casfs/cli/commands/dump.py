@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import click
 
 from casfs.cli.options import (
+    as_of_option,
     common_options,
     complete_snapshots,
     progress_options,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @click.command(cls=Verb)
 @click.argument("snap", metavar="SNAP:PATH", shell_complete=complete_snapshots)
 @click.option("--output", "-o", "target", metavar="FILE", help="Write to FILE instead of stdout.")
+@as_of_option
 @snapshot_filter_options
 @progress_options
 @common_options

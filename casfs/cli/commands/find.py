@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
+from casfs.cli.options import (
+    as_of_option,
+    common_options,
+    complete_snapshots,
+    snapshot_filter_options,
+)
 from casfs.cli.output import Output, path_argument, warn_of_unproven
 from casfs.cli.param_types import SIZE_RANGE, parse_time
 from casfs.cli.progress import CommandMonitor
@@ -56,6 +61,7 @@ if TYPE_CHECKING:
 )
 @click.option("--ignore-case", "-i", is_flag=True, help="Ignore the case of letters.")
 @click.option("--long", "-l", "is_long", is_flag=True, help="Print mode, owner, size and time too.")
+@as_of_option
 @snapshot_filter_options
 @common_options
 @click.pass_obj

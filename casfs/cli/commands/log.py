@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
+from casfs.cli.options import (
+    as_of_option,
+    common_options,
+    complete_snapshots,
+    snapshot_filter_options,
+)
 from casfs.cli.output import Output, format_time, iso_time, warn_of_unproven
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--all-hosts", is_flag=True, help="Search the snapshots of all hosts, not only SNAP's."
 )
+@as_of_option
 @snapshot_filter_options
 @common_options
 @click.pass_obj

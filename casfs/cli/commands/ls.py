@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
+from casfs.cli.options import (
+    as_of_option,
+    common_options,
+    complete_snapshots,
+    snapshot_filter_options,
+)
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 @click.argument("snap", metavar="SNAP[:PATH]", shell_complete=complete_snapshots)
 @click.option("--recursive", "-R", is_flag=True, help="List everything below PATH.")
 @click.option("--human-readable", "-h", "human", is_flag=True, help="Print sizes with units.")
+@as_of_option
 @snapshot_filter_options
 @common_options
 @click.pass_obj

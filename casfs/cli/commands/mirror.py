@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.app import EXIT_DAMAGED
-from casfs.cli.options import common_options, progress_options
+from casfs.cli.options import as_of_option, common_options, progress_options
 from casfs.cli.param_types import DURATION
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="With --delete: how long DEST keeps what the repository no longer has.",
 )
+@as_of_option
 @progress_options
 @common_options
 @click.pass_obj

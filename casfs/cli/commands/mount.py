@@ -11,6 +11,7 @@ import click
 
 from casfs.cli.key_options import unlock_repository
 from casfs.cli.options import (
+    as_of_option,
     common_options,
     complete_snapshots,
     output_options,
@@ -61,6 +62,7 @@ from casfs.errors import CasfsError
     metavar="FILE",
     help="Write the log of a background mount here [default: syslog].",
 )
+@as_of_option
 @snapshot_filter_options
 @common_options
 @click.pass_obj

@@ -11,6 +11,7 @@ import click
 
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
 from casfs.cli.options import (
+    as_of_option,
     common_options,
     complete_folders,
     complete_snapshots,
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
 )
 @click.option("--salvage", is_flag=True, help="Write damaged files too, with zeros for lost data.")
 @click.option("--dry-run", "-n", is_flag=True, help="Print what would be done; read no file.")
+@as_of_option
 @snapshot_filter_options
 @download_limit_option
 @progress_options

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casfs.cli.options import common_options, snapshot_filter_options
+from casfs.cli.options import as_of_option, common_options, snapshot_filter_options
 from casfs.cli.output import (
     Output,
     format_time,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="Only the newest N of each group of equal host and paths.",
 )
+@as_of_option
 @snapshot_filter_options
 @common_options
 @click.pass_obj
