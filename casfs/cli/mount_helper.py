@@ -157,10 +157,10 @@ def run(arguments: Sequence[str]) -> None:
     wanted = parse_options(invocation.options)
     from casfs.repository.place import place_of
     from casfs.storage.base import StorageOptions
-    from casfs.storage.url import parse_location
+    from casfs.storage.url import parse_address
 
     serving = server()
-    place = place_of(parse_location(invocation.repository), StorageOptions())
+    place = place_of(parse_address(invocation.repository), StorageOptions())
     identities = None
     if not invocation.fake:
         identities = unlock_repository(place, wanted.keys.unlock)

@@ -97,7 +97,7 @@ class Settings:
     def repository(self) -> Place:
         """Return the place of the repository, always the same one; raise UsageError if none is named."""
         from casfs.repository.place import LocalPlace, place_of
-        from casfs.storage.url import parse_location
+        from casfs.storage.url import parse_address
 
         if self._place is None:
             address = self.repository_address()
@@ -106,7 +106,7 @@ class Settings:
                 upload_bytes_per_s=self.upload_bytes_per_s,
                 download_bytes_per_s=self.download_bytes_per_s,
             )
-            place = place_of(parse_location(address.url), options, self._expected_repository())
+            place = place_of(parse_address(address.url), options, self._expected_repository())
             if isinstance(place, LocalPlace) and (
                 self.upload_bytes_per_s or self.download_bytes_per_s
             ):

@@ -8,12 +8,12 @@ import msgspec
 
 from casfs.config.values import (
     AbsolutePath,
-    CalendarSpan,
     Command,
     Duration,
     PingUrl,
     Share,
     Size,
+    SpanText,
     Tag,
 )
 
@@ -34,7 +34,7 @@ class Keep(_Table, frozen=True, kw_only=True):
     weekly: SnapshotCount | None = None
     monthly: SnapshotCount | None = None
     yearly: SnapshotCount | None = None
-    within: CalendarSpan | None = None
+    within: SpanText | None = None
     tags: tuple[Tag, ...] = ()
 
     def __post_init__(self) -> None:

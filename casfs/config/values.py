@@ -8,8 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from casfs.errors import UsageError
-from casfs.maintenance.retention import CalendarSpan as RetentionSpan
-from casfs.maintenance.retention import parse_duration
+from casfs.maintenance.retention import CalendarSpan, parse_duration
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 """Names of repositories and profiles: they become names of files, of units and of labels."""
@@ -53,13 +52,13 @@ class Duration(ConfigText):
             raise ValueError(f"{text!r} is not a length of time such as 30d, 12h or 10m") from None
 
 
-class CalendarSpan(ConfigText):
+class SpanText(ConfigText):
     """A length of time by the calendar such as 1y6m or 30d, where m are months."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         try:
-            RetentionSpan(text, "")
+            CalendarSpan(text, "")
         except UsageError:
             raise ValueError(f"{text!r} is not a length of time such as 1y6m or 30d") from None
 

@@ -17,7 +17,7 @@ from casfs.storage.as_of import AsOfStorage
 from casfs.storage.base import Storage, StorageOptions
 from casfs.storage.counting import RequestCounter
 from casfs.storage.local import LocalStorage
-from casfs.storage.url import Location, open_storage
+from casfs.storage.url import StorageAddress, open_storage
 from casfs.user_dirs import cached_index_dir, index_dir
 
 
@@ -102,7 +102,7 @@ class RemotePlace:
     With `as_of_ns`, a time by the place's clock, it is read as it was then, and has an index of its own.
     """
 
-    location: Location
+    address: StorageAddress
     options: StorageOptions = field(default_factory=StorageOptions)
     counter: RequestCounter = field(default_factory=RequestCounter, compare=False)
     expected: str | None = None
@@ -110,7 +110,7 @@ class RemotePlace:
     as_of_ns: int | None = None
 
     def __str__(self) -> str:
-        return str(self.location)
+        return str(self.address)
 
     def open_storage(
         self, sync: bool = True, on_step: Callable[[str], None] | None = None
@@ -119,7 +119,7 @@ class RemotePlace:
 
         Raise RefusedError where the place keeps no versions that `as_of_ns` could select from.
         """
-        storage = open_storage(self.location, self.options, self.counter)
+        storage = open_storage(self.address, self.options, self.counter)
         if self.as_of_ns is None:
             return storage
         if storage.bucket is None:
@@ -164,11 +164,13 @@ def as_place(place: Path | Place) -> Place:
     return LocalPlace(place.absolute()) if isinstance(place, Path) else place
 
 
-def place_of(location: Location, options: StorageOptions, expected: str | None = None) -> Place:
-    """Return the place at a location, which must hold the repository `expected` if given."""
-    if location.is_local:
-        return LocalPlace(Path(location.path).absolute(), expected)
-    return RemotePlace(location, options, expected=expected)
+def place_of(
+    address: StorageAddress, options: StorageOptions, expected: str | None = None
+) -> Place:
+    """Return the place at an address, which must hold the repository `expected` if given."""
+    if address.is_local:
+        return LocalPlace(Path(address.path).absolute(), expected)
+    return RemotePlace(address, options, expected=expected)
 
 
 def read_config(place: Path | Place) -> RepositoryConfig:

@@ -43,7 +43,7 @@ class Scheme(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Location:
+class StorageAddress:
     """A place as it was named. `path` is a local path, a prefix in a bucket, or a path on a host."""
 
     scheme: Scheme
@@ -99,7 +99,7 @@ _ELSEWHERE = {
 }
 
 
-def parse_location(name: str) -> Location:
+def parse_address(name: str) -> StorageAddress:
     """Return the place that a path or a URL names; raise UsageError, whose message shows the right form."""
     if not name:
         raise UsageError("the name of a repository is empty")
@@ -110,7 +110,7 @@ def parse_location(name: str) -> Location:
         return _parse_path(name, scheme[1].lower() if scheme else None)
     if scheme is None or scheme.end() != name.index("://") + 1:
         if "/" in name.partition("://")[0]:
-            return Location(Scheme.FILE, name)  # such as ./s3://x
+            return StorageAddress(Scheme.FILE, name)  # such as ./s3://x
         hint = _ELSEWHERE.get(scheme[1].lower() if scheme is not None else "", _FORMS)
         raise UsageError(f"{_shown(name)} names no place that casfs knows; {hint}")
     kind = scheme[1].lower()
@@ -123,10 +123,10 @@ def parse_location(name: str) -> Location:
 _FORMS = "write a path, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or sftp://USER@HOST/PATH"
 
 
-def _parse_path(name: str, scheme: str | None) -> Location:
+def _parse_path(name: str, scheme: str | None) -> StorageAddress:
     first = name.partition("/")[0]
     if ":" not in first:
-        return Location(Scheme.FILE, name)
+        return StorageAddress(Scheme.FILE, name)
     local = f"a local folder of this name is written ./{_shown(name)}"
     if scheme in _ELSEWHERE:
         raise UsageError(
@@ -142,7 +142,7 @@ def _parse_path(name: str, scheme: str | None) -> Location:
     )
 
 
-def _parse_url(scheme: Scheme, name: str) -> Location:
+def _parse_url(scheme: Scheme, name: str) -> StorageAddress:
     try:
         parts = urlsplit(name)
         port, host = parts.port, parts.hostname
@@ -165,7 +165,7 @@ def _parse_url(scheme: Scheme, name: str) -> Location:
             raise UsageError(
                 "a file:// URL has three slashes before an absolute path: file:///PATH"
             )
-        return Location(scheme, path)
+        return StorageAddress(scheme, path)
     if scheme is Scheme.SFTP:
         return _parse_sftp(parts, host, port, path)
     if parts.username is not None:
@@ -179,10 +179,12 @@ def _parse_url(scheme: Scheme, name: str) -> Location:
     prefix = path.removeprefix("/").rstrip("/")
     if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
         raise UsageError("the prefix in a bucket has no empty part, no . and no ..")
-    return Location(scheme, prefix, bucket=bucket)
+    return StorageAddress(scheme, prefix, bucket=bucket)
 
 
-def _parse_sftp(parts: SplitResult, host: str | None, port: int | None, path: str) -> Location:
+def _parse_sftp(
+    parts: SplitResult, host: str | None, port: int | None, path: str
+) -> StorageAddress:
     user = unquote(parts.username) if parts.username is not None else None
     # A host or a user that begins with a dash would be an option of ssh.
     if (
@@ -196,7 +198,7 @@ def _parse_sftp(parts: SplitResult, host: str | None, port: int | None, path: st
         path = path[3:]
     if not path or path == "/~":
         raise UsageError("an sftp:// URL ends with the path of a folder: sftp://USER@HOST/PATH")
-    return Location(Scheme.SFTP, path, host=host, user=user, port=port)
+    return StorageAddress(Scheme.SFTP, path, host=host, user=user, port=port)
 
 
 def _shown(name: str) -> str:
@@ -204,7 +206,7 @@ def _shown(name: str) -> str:
 
 
 def open_storage(
-    location: Location,
+    address: StorageAddress,
     options: StorageOptions,
     counter: RequestCounter | None = None,
     env: Mapping[str, str] | None = None,
@@ -214,7 +216,7 @@ def open_storage(
     Raise StorageDeniedError if there are no credentials. `local.LocalStorage` opens a local place.
     """
     env = env if env is not None else os.environ
-    storage = _open_plain(location, options, counter, env)
+    storage = _open_plain(address, options, counter, env)
     if options.upload_bytes_per_s or options.download_bytes_per_s:
         storage = LimitedStorage(
             storage,
@@ -226,15 +228,15 @@ def open_storage(
 
 
 def _open_plain(
-    location: Location,
+    address: StorageAddress,
     options: StorageOptions,
     counter: RequestCounter | None,
     env: Mapping[str, str],
 ) -> Storage:
-    if location.scheme is Scheme.FILE:
+    if address.scheme is Scheme.FILE:
         raise ValueError("a local place has a storage of its own")
-    if location.scheme is Scheme.SFTP:
-        return _open_sftp(location, options, counter, env)
+    if address.scheme is Scheme.SFTP:
+        return _open_sftp(address, options, counter, env)
     # The library of object storages takes long to load: import it only where it is used.
     from casfs.storage import object_store, object_store_clients
 
@@ -242,36 +244,36 @@ def _open_plain(
         Scheme.S3: object_store_clients.s3_clients,
         Scheme.GCS: object_store_clients.gcs_clients,
         Scheme.AZURE: object_store_clients.azure_clients,
-    }[location.scheme]
+    }[address.scheme]
     bucket = None
-    if location.scheme is Scheme.S3:
+    if address.scheme is Scheme.S3:
         from casfs.storage.s3_bucket import S3Bucket
         from casfs.storage.s3_connection import S3Connection
 
         bucket = S3Bucket(
-            str(location),
-            location.path,
-            lambda: S3Connection(location.bucket, options),
+            str(address),
+            address.path,
+            lambda: S3Connection(address.bucket, options),
             counter if counter is not None else RequestCounter(),
         )
     return object_store.ObjectStorage(
-        str(location), location.path, make_clients(location.bucket, options), counter, bucket
+        str(address), address.path, make_clients(address.bucket, options), counter, bucket
     )
 
 
 def _open_sftp(
-    location: Location,
+    address: StorageAddress,
     options: StorageOptions,
     counter: RequestCounter | None,
     env: Mapping[str, str],
 ) -> SftpStorage:
     from casfs.storage.sftp import SftpStorage
 
-    return SftpStorage(str(location), location.path, ssh_command(location, options, env), counter)
+    return SftpStorage(str(address), address.path, ssh_command(address, options, env), counter)
 
 
 def ssh_command(
-    location: Location, options: StorageOptions, env: Mapping[str, str]
+    address: StorageAddress, options: StorageOptions, env: Mapping[str, str]
 ) -> tuple[str, ...]:
     """Return the command that connects to the SFTP server of a host.
 
@@ -281,8 +283,8 @@ def ssh_command(
     if env.get("CASFS_SSH_COMMAND"):
         program = tuple(shlex.split(env["CASFS_SSH_COMMAND"]))
     command = [*program, "-x", "-a", "-oServerAliveInterval=15", "-oServerAliveCountMax=4"]
-    if location.port is not None:
-        command += ["-p", str(location.port)]
-    if location.user is not None:
-        command += ["-l", location.user]
-    return (*command, "-s", "--", location.host, "sftp")
+    if address.port is not None:
+        command += ["-p", str(address.port)]
+    if address.user is not None:
+        command += ["-l", address.user]
+    return (*command, "-s", "--", address.host, "sftp")

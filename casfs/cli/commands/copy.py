@@ -46,11 +46,11 @@ def copy(settings: Settings, snaps: tuple[str, ...], destination: str, level: in
     from casfs.maintenance.copy import SnapshotCopier
     from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
     from casfs.repository.place import place_of
-    from casfs.storage.url import parse_location
+    from casfs.storage.url import parse_address
 
     source = settings.repository()
     address = settings.resolve(destination)
-    target = place_of(parse_location(address.url), address.storage_options())
+    target = place_of(parse_address(address.url), address.storage_options())
     if str(source) == str(target):
         raise UsageError("--to names the repository itself; name another one")
     keys = KeyOptions()

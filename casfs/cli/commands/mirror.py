@@ -52,11 +52,11 @@ def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) ->
     from casfs.maintenance.mirror import Mirror
     from casfs.repository.place import LocalPlace, place_of
     from casfs.storage.locks import LockMode, RepositoryLock
-    from casfs.storage.url import parse_location
+    from casfs.storage.url import parse_address
 
     source = settings.repository()
     address = settings.resolve(destination)
-    target = place_of(parse_location(address.url), address.storage_options())
+    target = place_of(parse_address(address.url), address.storage_options())
     output = settings.output()
     monitor = settings.monitor("mirror")
     with ExitStack() as stack:

@@ -19,7 +19,7 @@ from casfs.storage.clock import StorageClock
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode
 from casfs.storage.memory import MemoryStorage
-from casfs.storage.url import parse_location
+from casfs.storage.url import parse_address
 from tests.support.storage_double import Call, Failure, RecordingStorage
 from tests.support.waiting import wait_until
 
@@ -120,7 +120,7 @@ class TestOpening:
     @pytest.fixture
     def place(self, storage: RecordingStorage, monkeypatch: pytest.MonkeyPatch) -> RemotePlace:
         monkeypatch.setattr("casfs.repository.place.open_storage", lambda *_: storage)
-        return RemotePlace(parse_location("s3://bucket/r"))
+        return RemotePlace(parse_address("s3://bucket/r"))
 
     def test_a_writer_of_a_remote_place_is_shown_while_it_is_open(
         self, place: RemotePlace, storage: RecordingStorage, own_home: Path

@@ -29,7 +29,7 @@ from casfs.storage.base import Storage, StorageOptions
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode, list_and_reap_locks
 from casfs.storage.memory import MemoryStorage
-from casfs.storage.url import Location, Scheme, parse_location
+from casfs.storage.url import Scheme, StorageAddress, parse_address
 from casfs.store.blob_store import pack_name
 from tests.support.storage_double import Call, Failure, RecordingStorage
 from tests.support.stores import store_blobs
@@ -49,15 +49,15 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> RecordingStorage:
 
 @pytest.fixture
 def place(memory: RecordingStorage, own_home: Path) -> RemotePlace:
-    return RemotePlace(parse_location("s3://bucket/r"))
+    return RemotePlace(parse_address("s3://bucket/r"))
 
 
 def test_a_path_is_a_local_place_and_a_url_a_remote_one(tmp_path: Path) -> None:
     assert as_place(tmp_path) == LocalPlace(tmp_path)
-    assert place_of(Location(Scheme.FILE, "x"), StorageOptions()) == LocalPlace(
+    assert place_of(StorageAddress(Scheme.FILE, "x"), StorageOptions()) == LocalPlace(
         Path("x").absolute()
     )
-    assert isinstance(place_of(parse_location("s3://bucket/r"), StorageOptions()), RemotePlace)
+    assert isinstance(place_of(parse_address("s3://bucket/r"), StorageOptions()), RemotePlace)
 
 
 def test_a_new_repository_records_what_its_place_does(

@@ -9,7 +9,7 @@ import pytest
 from casfs.cli.app import casfs
 from casfs.cli.settings import Settings
 from casfs.config.profiles import CheckPlan, Keep, Profile
-from casfs.config.values import AbsolutePath, CalendarSpan, Duration, Share, Size, Tag
+from casfs.config.values import AbsolutePath, Duration, Share, Size, SpanText, Tag
 from casfs.run.outcome import StepName
 from casfs.run.step_commands import step_arguments
 
@@ -37,7 +37,7 @@ EVERYTHING = Profile(
         weekly=4,
         monthly=5,
         yearly="unlimited",
-        within=CalendarSpan("1y6m"),
+        within=SpanText("1y6m"),
         tags=(Tag("keep"),),
     ),
     check=CheckPlan(older_than=Duration("30d"), max_duration=Duration("20m")),

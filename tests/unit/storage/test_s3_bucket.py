@@ -23,7 +23,7 @@ from casfs.storage.bucket import BucketSettings
 from casfs.storage.counting import RequestCounter, RequestKind, RequestTotals
 from casfs.storage.s3_bucket import S3Bucket
 from casfs.storage.s3_connection import S3Connection
-from casfs.storage.url import open_storage, parse_location
+from casfs.storage.url import open_storage, parse_address
 from tests.support.scripted_s3 import Answers, scripted_server
 from tests.support.servers import S3Server
 
@@ -49,7 +49,7 @@ def locking_server(s3_server: S3Server) -> S3Server:
 
 @pytest.fixture
 def versioned(locking_server: S3Server) -> Iterator[Storage]:
-    location = parse_location(f"s3://locked/test-{next(_serials)}")
+    location = parse_address(f"s3://locked/test-{next(_serials)}")
     storage = open_storage(location, options_of(locking_server), env={})
     yield storage
     storage.close()
@@ -90,7 +90,7 @@ class TestS3Bucket(BucketContract):
         locking_server.set_default_lock("default-lock", 2)
         found = []
         for name in ("unversioned", "default-lock"):
-            storage = open_storage(parse_location(f"s3://{name}/r"), options_of(locking_server))
+            storage = open_storage(parse_address(f"s3://{name}/r"), options_of(locking_server))
             found.append(bucket_of(storage).settings())
             storage.close()
         assert found == [
@@ -100,7 +100,7 @@ class TestS3Bucket(BucketContract):
 
     def test_requests_are_counted(self, locking_server: S3Server) -> None:
         counter = RequestCounter()
-        location = parse_location(f"s3://locked/test-{next(_serials)}")
+        location = parse_address(f"s3://locked/test-{next(_serials)}")
         storage = open_storage(location, options_of(locking_server), counter, env={})
         storage.create("packs/a", b"1")
         bucket = bucket_of(storage)
@@ -119,7 +119,7 @@ class TestS3Bucket(BucketContract):
 
     def test_a_key_that_may_only_read_cannot_lock(self, versioned: Storage) -> None:
         versioned.create("packs/a", b"1")
-        location = parse_location(versioned.url)
+        location = parse_address(versioned.url)
         server = versioned.inner.bucket._connect()._settings.endpoint  # type: ignore[attr-defined]
         options = StorageOptions(
             endpoint=server,

@@ -6,32 +6,35 @@ import pytest
 
 from casfs.errors import UsageError
 from casfs.storage.base import StorageOptions
-from casfs.storage.url import Location, Scheme, parse_location, ssh_command
+from casfs.storage.url import Scheme, StorageAddress, parse_address, ssh_command
 
 
 @pytest.mark.parametrize(
-    ("name", "location"),
+    ("name", "address"),
     [
-        ("/srv/repository", Location(Scheme.FILE, "/srv/repository")),
-        ("relative/a:b", Location(Scheme.FILE, "relative/a:b")),
-        ("./user@host:path", Location(Scheme.FILE, "./user@host:path")),
-        ("./s3:x", Location(Scheme.FILE, "./s3:x")),
-        ("./s3://x", Location(Scheme.FILE, "./s3://x")),
-        ("name", Location(Scheme.FILE, "name")),
-        ("file:///srv/my%20files", Location(Scheme.FILE, "/srv/my files")),
-        ("s3://bucket", Location(Scheme.S3, "", bucket="bucket")),
-        ("s3://bucket/a/b/", Location(Scheme.S3, "a/b", bucket="bucket")),
-        ("S3://my.bucket-1/x", Location(Scheme.S3, "x", bucket="my.bucket-1")),
-        ("gs://bucket/x", Location(Scheme.GCS, "x", bucket="bucket")),
-        ("az://container/x", Location(Scheme.AZURE, "x", bucket="container")),
-        ("sftp://host/srv/r", Location(Scheme.SFTP, "/srv/r", host="host")),
-        ("sftp://me@host:2222/srv/r/", Location(Scheme.SFTP, "/srv/r", "", "host", "me", 2222)),
-        ("sftp://me@[::1]:22/r", Location(Scheme.SFTP, "/r", "", "::1", "me", 22)),
-        ("sftp://nas/~/casfs", Location(Scheme.SFTP, "casfs", host="nas")),
+        ("/srv/repository", StorageAddress(Scheme.FILE, "/srv/repository")),
+        ("relative/a:b", StorageAddress(Scheme.FILE, "relative/a:b")),
+        ("./user@host:path", StorageAddress(Scheme.FILE, "./user@host:path")),
+        ("./s3:x", StorageAddress(Scheme.FILE, "./s3:x")),
+        ("./s3://x", StorageAddress(Scheme.FILE, "./s3://x")),
+        ("name", StorageAddress(Scheme.FILE, "name")),
+        ("file:///srv/my%20files", StorageAddress(Scheme.FILE, "/srv/my files")),
+        ("s3://bucket", StorageAddress(Scheme.S3, "", bucket="bucket")),
+        ("s3://bucket/a/b/", StorageAddress(Scheme.S3, "a/b", bucket="bucket")),
+        ("S3://my.bucket-1/x", StorageAddress(Scheme.S3, "x", bucket="my.bucket-1")),
+        ("gs://bucket/x", StorageAddress(Scheme.GCS, "x", bucket="bucket")),
+        ("az://container/x", StorageAddress(Scheme.AZURE, "x", bucket="container")),
+        ("sftp://host/srv/r", StorageAddress(Scheme.SFTP, "/srv/r", host="host")),
+        (
+            "sftp://me@host:2222/srv/r/",
+            StorageAddress(Scheme.SFTP, "/srv/r", "", "host", "me", 2222),
+        ),
+        ("sftp://me@[::1]:22/r", StorageAddress(Scheme.SFTP, "/r", "", "::1", "me", 22)),
+        ("sftp://nas/~/casfs", StorageAddress(Scheme.SFTP, "casfs", host="nas")),
     ],
 )
-def test_a_name_means_its_place(name: str, location: Location) -> None:
-    assert parse_location(name) == location
+def test_a_name_means_its_place(name: str, address: StorageAddress) -> None:
+    assert parse_address(name) == address
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def test_a_name_means_its_place(name: str, location: Location) -> None:
     ],
 )
 def test_a_location_is_written_as_it_is_read(name: str) -> None:
-    assert str(parse_location(name)) == name
+    assert str(parse_address(name)) == name
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_a_location_is_written_as_it_is_read(name: str) -> None:
 )
 def test_names_of_other_programs_get_the_right_form(name: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
-        parse_location(name)
+        parse_address(name)
     assert hint in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -93,7 +96,7 @@ def test_names_of_other_programs_get_the_right_form(name: str, hint: str) -> Non
 )
 def test_a_secret_in_a_name_is_refused_and_not_repeated(name: str) -> None:
     with pytest.raises(UsageError) as caught:
-        parse_location(name)
+        parse_address(name)
     assert "hunter2" not in str(caught.value)
 
 
@@ -119,13 +122,13 @@ def test_a_secret_in_a_name_is_refused_and_not_repeated(name: str) -> None:
 )
 def test_addresses_that_could_mean_something_else_are_refused(name: str) -> None:
     with pytest.raises(UsageError):
-        parse_location(name)
+        parse_address(name)
 
 
 def test_ssh_is_asked_for_its_sftp_server_and_nothing_more() -> None:
-    location = parse_location("sftp://me@host:2222/r")
-    command = ssh_command(location, StorageOptions(), {})
+    address = parse_address("sftp://me@host:2222/r")
+    command = ssh_command(address, StorageOptions(), {})
     assert command[0] == "ssh"
     assert command[-8:] == ("-p", "2222", "-l", "me", "-s", "--", "host", "sftp")
-    other = ssh_command(location, StorageOptions(), {"CASFS_SSH_COMMAND": "ssh -F 'my config'"})
+    other = ssh_command(address, StorageOptions(), {"CASFS_SSH_COMMAND": "ssh -F 'my config'"})
     assert other[:3] == ("ssh", "-F", "my config")
