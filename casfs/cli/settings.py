@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from casfs.cli.key_options import KeyOptions
 from casfs.cli.output import Output, path_argument
-from casfs.errors import UsageError
+from casfs.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from casfs.cli.progress import CommandMonitor
@@ -69,13 +70,18 @@ class Settings:
         return load_configuration(self.config)
 
     def resolve(self, name: str) -> RepositoryAddress:
-        """Return the place for a path, a URL or a name from the configuration."""
+        """Return the place for a path, a URL or a name from the configuration.
+
+        Raises NotFoundError for the name of no folder that is nearly a name from the configuration.
+        """
         from casfs.config.values import NAME
 
         if NAME.fullmatch(name):
-            named = self.configuration().repositories.get(name)
-            if named is not None:
-                return RepositoryAddress(named.url.url, named)
+            repositories = self.configuration().repositories
+            if name in repositories:
+                return RepositoryAddress(repositories[name].url.url, repositories[name])
+            if not os.path.lexists(name):
+                _refuse_mistyped(name, list(repositories))
         return RepositoryAddress(name)
 
     def repository_address(self) -> RepositoryAddress:
@@ -187,3 +193,13 @@ class Settings:
             raise UsageError("--progress json needs --json")
         verbosity = Verbosity(mode, self.verbose, self.quiet)
         return CommandMonitor(self.output(), verb, source_path, verbosity)
+
+
+def _refuse_mistyped(name: str, known: list[str]) -> None:
+    """Raise NotFoundError where a name is nearly one of the known names."""
+    close = difflib.get_close_matches(name, known, n=2)
+    if close:
+        raise NotFoundError(
+            f"the configuration has no repository {name}; did you mean {' or '.join(close)}? "
+            f"(write ./{name} for a new folder)"
+        )
