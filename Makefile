@@ -116,7 +116,7 @@ deb: $(DOCS_STAMP) ## a Debian package for this distribution in dist/
 	@tools/build-deb
 
 .PHONY: test-deb
-test-deb: deb ## install the package in a new Debian (debootstrap, as root) and try it there
+test-deb: deb ## try the package in a new Debian, of this suite and of the newest (debootstrap, root)
 	@tools/test-deb
 
 .PHONY: clean

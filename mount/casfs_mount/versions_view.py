@@ -2,8 +2,9 @@
 
 Every path of any snapshot is a directory here. It lists the versions of the file or directory at that
 path; the paths below it are reachable but not listed. The name of a version is the time of the first
-snapshot that has it; the link leads into that snapshot. Trees are compared by digest, and only the trees
-on the path are read.
+snapshot that has it; the link leads into that snapshot. The link `latest` leads to the version in the latest
+snapshot that has the path, unless a snapshot has an entry `latest` there. Trees are compared by digest, and
+only the trees on the path are read.
 
 Inode numbers are assigned in the order of lookups. A bounded number of them is kept; a request with an
 older number fails with ESTALE, and the kernel then looks the name up again.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from casfs.errors import IntegrityError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node, replace
 from casfs.query.history import PathLookup, Version, path_history
+from casfs.repository.snapshot_filter import latest_of
 from casfs.trees.reader import TreeReader
 from casfs_mount.event_loop_guard import EventLoopGuard
 from casfs_mount.inodes import LISTINGS_END, VERSIONS, StaleError
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 _MAX_NUMBERS = 200_000
 _MAX_LISTINGS = 64
 """Listings that are cached until the list of snapshots changes."""
+
+_LATEST = b"latest"
 
 PathParts = tuple[bytes, ...]
 
@@ -205,8 +210,9 @@ class VersionsView:
         snapshots = [(one.snapshot_id, one.snapshot) for one in named]
         found = path_history(self._trees, snapshots, b"/".join(path), self._warn)
         names = {one.snapshot_id: one.name for one in named}
+        latest = None if self._exists((*path, _LATEST), named) else _latest_version(found)
         with self._lock:
-            folder = self._build_folder(path, found, names)
+            folder = self._build_folder(path, found, names, latest)
             if named is self._snapshots:
                 self._folders[path] = folder
                 if len(self._folders) > _MAX_LISTINGS:
@@ -214,7 +220,11 @@ class VersionsView:
         return folder
 
     def _build_folder(
-        self, path: PathParts, versions: list[Version], names: dict[SnapshotId, bytes]
+        self,
+        path: PathParts,
+        versions: list[Version],
+        names: dict[SnapshotId, bytes],
+        latest: Version | None,
     ) -> _Folder:
         by_name: dict[bytes, tuple[int, Node]] = {}
         for version in versions:
@@ -223,6 +233,10 @@ class VersionsView:
             target = b"../" * (len(path) + 1) + b"/".join((b"snapshots", name, *path))
             node = self._link(name, target, snapshot.time_ns)
             by_name[name] = self._number(path, name), node
+        if latest is not None:
+            first_id, first = latest.snapshots[0]
+            link = self._link(_LATEST, names[first_id], first.time_ns)
+            by_name[_LATEST] = self._number(path, _LATEST), link
         links = sorted(by_name.values(), key=lambda link: link[0])
         return _Folder([number for number, _ in links], links, by_name)
 
@@ -232,3 +246,10 @@ class VersionsView:
                 return
             self._warned.add(snapshot_id)
         log.error("snapshot %s: %s", short_id(snapshot_id), error)
+
+
+def _latest_version(versions: list[Version]) -> Version | None:
+    """Return the version in the latest snapshot that has the path, or None without versions."""
+    holders = [(version, snapshot) for version in versions for _, snapshot in version.snapshots]
+    holders.sort(key=lambda holder: holder[1].time_ns)
+    return latest_of(holders, time.time_ns())[0] if holders else None

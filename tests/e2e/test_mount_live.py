@@ -494,12 +494,13 @@ class TestChangingRepositoryMount:
         with mounted(repository, at=tmp_path / "mount") as mount:
             folder = mount / "versions/source/readme.txt"
             contents = [(folder / name).read_bytes() for name in sorted(os.listdir(folder))]
-            assert contents == [b"one\n", b"two\n"]
-            assert len(os.listdir(mount / "versions/source/documents")) == 1
+            assert contents == [b"one\n", b"two\n", b"two\n"]
+            assert len(os.listdir(mount / "versions/source/documents")) == 1 + 1
             assert not (mount / "versions/source/nothing").exists()
             (source / "readme.txt").write_bytes(b"three\n")
             repository.backup("source", cwd=tmp_path)
-            wait_until(lambda: len(os.listdir(folder)) == 3, "the new version")
+            wait_until(lambda: len(os.listdir(folder)) == 3 + 1, "the new version")
+            assert (folder / "latest").read_bytes() == b"three\n"
 
     def test_no_two_files_of_a_repository_mount_share_an_inode_number(
         self, repository: Casfs, source: Path, tmp_path: Path

@@ -27,6 +27,7 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RepositoryFixture:
 
 
 FIRST, THIRD = b"2023-11-14T22-13-20", b"2023-11-14T22-13-22"
+NINTH = b"2023-11-14T22-13-29"
 
 
 def test_a_path_lists_a_link_for_each_version(repo: RepositoryFixture) -> None:
@@ -35,10 +36,12 @@ def test_a_path_lists_a_link_for_each_version(repo: RepositoryFixture) -> None:
     assert {name: node.content for name, (_, node) in found.items()} == {
         FIRST: b"../../../snapshots/" + FIRST + b"/d/f",
         THIRD: b"../../../snapshots/" + THIRD + b"/d/f",
+        b"latest": FIRST,
     }
     assert all(node.kind == NodeType.SYMLINK for _, node in found.values())
-    assert list(catalogue.listed(b"versions", b"other")) == [FIRST]
-    assert list(catalogue.listed(b"versions")) == [FIRST, THIRD], "of the whole snapshot"
+    assert list(catalogue.listed(b"versions", b"other")) == [FIRST, b"latest"]
+    whole = list(catalogue.listed(b"versions"))
+    assert whole == [FIRST, THIRD, b"latest"], "of the whole snapshot"
 
 
 def test_paths_below_versions_are_reachable_but_not_listed(repo: RepositoryFixture) -> None:
@@ -71,9 +74,10 @@ def test_inode_numbers_of_versions_are_stable_and_lead_back(repo: RepositoryFixt
 def test_a_listing_of_versions_continues_from_any_position(repo: RepositoryFixture) -> None:
     catalogue = RepositoryViewFixture(repo)
     folder = catalogue.find(b"versions", b"d")
-    (_, _, after), second = catalogue.view.entries(folder, 0)
-    assert [entry[1].name for entry in catalogue.view.entries(folder, after)] == [THIRD]
-    assert list(catalogue.view.entries(folder, second[2])) == []
+    (_, _, after), (_, _, second), last = catalogue.view.entries(folder, 0)
+    assert [entry[1].name for entry in catalogue.view.entries(folder, after)] == [THIRD, b"latest"]
+    assert [entry[1].name for entry in catalogue.view.entries(folder, second)] == [b"latest"]
+    assert list(catalogue.view.entries(folder, last[2])) == []
 
 
 def test_new_snapshots_add_versions_and_forgotten_ones_remove_them(repo: RepositoryFixture) -> None:
@@ -88,10 +92,28 @@ def test_new_snapshots_add_versions_and_forgotten_ones_remove_them(repo: Reposit
         repo.publish({b"new": b"n", b"d": {b"f": b"3"}}, time_ns=NOON_NS + 9 * SECOND_NS)
 
     catalogue.change(change)
-    assert list(catalogue.listed(b"versions", b"d", b"f")) == [FIRST, b"2023-11-14T22-13-29"]
-    assert list(catalogue.listed(b"versions", b"new")) == [b"2023-11-14T22-13-29"]
+    found = catalogue.listed(b"versions", b"d", b"f")
+    assert set(found) == {FIRST, NINTH, b"latest"}
+    assert found[b"latest"][1].content == NINTH
+    assert set(catalogue.listed(b"versions", b"new")) == {NINTH, b"latest"}
     with pytest.raises(StaleError):
         catalogue.view.node(link)
+
+
+def test_the_latest_version_of_a_path_is_never_one_from_the_future(repo: RepositoryFixture) -> None:
+    repo.publish({b"d": {b"f": b"future"}}, time_ns=time.time_ns() + 3600 * SECOND_NS)
+    repo.publish({b"only": b"future"}, time_ns=time.time_ns() + 7200 * SECOND_NS)
+    catalogue = RepositoryViewFixture(repo)
+    assert catalogue.listed(b"versions", b"d", b"f")[b"latest"][1].content == FIRST
+    only = catalogue.listed(b"versions", b"only")
+    assert only.keys() - {b"latest"} == {only[b"latest"][1].content}
+
+
+def test_an_entry_of_the_name_latest_is_reachable_below_versions(repo: RepositoryFixture) -> None:
+    repo.publish({b"d": {b"latest": b"a file"}}, time_ns=NOON_NS + 9 * SECOND_NS)
+    catalogue = RepositoryViewFixture(repo)
+    assert b"latest" not in catalogue.listed(b"versions", b"d")
+    assert set(catalogue.listed(b"versions", b"d", b"latest")) == {NINTH, b"latest"}
 
 
 def test_a_path_of_a_forgotten_snapshot_is_no_longer_found(repo: RepositoryFixture) -> None:
@@ -114,9 +136,9 @@ def test_the_event_loop_thread_does_not_search_for_versions(repo: RepositoryFixt
     catalogue = RepositoryViewFixture(repo)
     number = catalogue.find(b"versions")
     found = catalogue.find(b"versions", b"d")
-    assert len(list(catalogue.view.entries(found, 0))) == 2
+    assert len(list(catalogue.view.entries(found, 0))) == 3
     catalogue.context.guard.bind()
-    assert len(list(catalogue.view.entries(found, 0))) == 2
+    assert len(list(catalogue.view.entries(found, 0))) == 3
     assert catalogue.view.lookup(number, b"d") is not None
     with pytest.raises(WouldBlock):
         catalogue.view.lookup(number, b"other")
@@ -144,7 +166,7 @@ def test_a_damaged_snapshot_is_logged_and_versions_of_the_others_are_shown(
         roots = [snapshot.root for _, snapshot in repository.snapshots.iterate()]
     repo.damage(reference(roots[2]))
     catalogue = RepositoryViewFixture(repo)
-    assert list(catalogue.listed(b"versions", b"d", b"f")) == [FIRST]
+    assert list(catalogue.listed(b"versions", b"d", b"f")) == [FIRST, b"latest"]
     assert list(catalogue.listed(b"versions", b"d")) == [FIRST]
     assert caplog.text.count("digest mismatch") == 1
 
