@@ -13,7 +13,7 @@ import pytest
 
 from casfs.storage.base import Storage, StorageOptions
 from casfs.storage.bucket import Bucket
-from casfs.storage.url import open_storage, parse_location
+from casfs.storage.url import open_storage, parse_address
 from tests.support.cli import Casfs
 from tests.support.comparing import tree_differences
 from tests.support.mounts import mounted
@@ -70,7 +70,7 @@ def vault(s3_server: S3Server, casfs: Casfs) -> Iterator[Vault]:
         access_key_id=s3_server.access_key_id,
         secret_access_key=s3_server.secret_access_key,
     )
-    storage = open_storage(parse_location(host.url), options, env={})
+    storage = open_storage(parse_address(host.url), options, env={})
     yield Vault(host, s3_server, prefix, storage)
     storage.close()
 
