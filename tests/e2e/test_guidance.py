@@ -36,7 +36,7 @@ class TestUnknownCommand:
     def test_an_unknown_command_without_a_likeness_gets_no_suggestion(self, casfs: Casfs) -> None:
         assert "did you mean" not in casfs.refuses("qqqqqq", expect=2)
 
-    @pytest.mark.parametrize("line", ["-r dsk snapshots", "-r dsk init", "-r disk mirror dsk"])
+    @pytest.mark.parametrize("line", ["snapshots -r dsk", "init -r dsk", "mirror -r disk dsk"])
     def test_a_mistyped_repository_is_answered_with_the_one_of_the_configuration(
         self, casfs: Casfs, tmp_path: Path, line: str
     ) -> None:
@@ -44,7 +44,7 @@ class TestUnknownCommand:
         config = tmp_path / "config.toml"
         config.write_text(f'[repositories.disk]\nurl = "{casfs.repository}"\n')
         config.chmod(0o600)
-        sentence = casfs.at(None).refuses("--config", config, *line.split(), cwd=tmp_path)
+        sentence = casfs.at(None).refuses(*line.split(), "--config", config, cwd=tmp_path)
         assert "did you mean disk?" in sentence and "./dsk" in sentence
         assert not (tmp_path / "dsk").exists()
 
