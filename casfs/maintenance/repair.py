@@ -150,14 +150,14 @@ class IndexRepair:
     unreadable: list[PackId]
 
 
-def repair_index(repository: Repository) -> IndexRepair:
+def repair_index(repository: Repository, monitor: Monitor) -> IndexRepair:
     """Rebuild the index from the packs alone; the caller holds the exclusive lock."""
     store = repository.store
     try:
-        store.rebuild()
+        store.rebuild(monitor.progress)
     except IndexDamagedError:
         replace_with_empty(store)
-        store.rebuild()
+        store.rebuild(monitor.progress)
     return IndexRepair(
         packs=len(store.index.packs()),
         blobs=store.index.blob_count(),

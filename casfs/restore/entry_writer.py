@@ -47,11 +47,19 @@ def write_content(
     return content.lost
 
 
-def verify_content(fd: int, node: Node) -> bool:
-    """Return whether an open file, read from its position, has the captured digest of a node."""
+def _ignore(_: int) -> None:
+    """Do nothing with a number of bytes."""
+
+
+def verify_content(fd: int, node: Node, on_bytes: Callable[[int], None] = _ignore) -> bool:
+    """Return whether an open file, read from its position, has the captured digest of a node.
+
+    `on_bytes` is called with the number of bytes of each piece that was read.
+    """
     whole = blake3()
     while data := os.read(fd, _READ_BYTES):
         whole.update(data)
+        on_bytes(len(data))
     return whole.digest() == captured_digest(node)
 
 
@@ -135,11 +143,13 @@ class EntryWriter:
         node: Node,
         read: Callable[[Digest], bytes],
         link_target: LinkTarget | None = None,
+        on_reread: Callable[[int], None] = _ignore,
     ) -> EntryResult:
         """Write the entry at `path` of a snapshot into the open directory `fd`.
 
         `read` returns the verified plaintext of a chunk; `link_target` is a restored name of the same file.
-        In a dry run, `fd` is -1 for a directory that does not exist. Errors are in the result.
+        `on_reread` is called with the number of bytes of each piece that a verification reads back. In a dry
+        run, `fd` is -1 for a directory that does not exist. Errors are in the result.
         """
         result = EntryResult(path, node)
         try:
@@ -151,7 +161,7 @@ class EntryWriter:
                 return result
             if link_target is None or not self._link(fd, result, st, link_target):
                 if node.kind == NodeType.FILE:
-                    self._write_file(fd, result, st, read)
+                    self._write_file(fd, result, st, read, on_reread)
                 else:
                     self._write_special(fd, result, st)
             result.written = True
@@ -230,6 +240,7 @@ class EntryWriter:
         result: EntryResult,
         st: os.stat_result | None,
         read: Callable[[Digest], bytes],
+        on_reread: Callable[[int], None],
     ) -> None:
         # The name is known before the file exists: an interrupt at any moment can remove the file.
         name = target_fs.temporary_name()
@@ -246,7 +257,7 @@ class EntryWriter:
                 if self._verify:
                     # By its descriptor: the mode may not permit the owner to open the file.
                     os.lseek(opened, 0, os.SEEK_SET)
-                    result.is_verified = verify_content(opened, result.node)
+                    result.is_verified = verify_content(opened, result.node, on_reread)
             finally:
                 os.close(opened)
         except BaseException:

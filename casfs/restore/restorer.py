@@ -490,7 +490,13 @@ class Restorer:
             blob = self._single_chunk(node)
             self._pool.work((frame.fd, path, node, blob), len(blob or b""))
         else:
-            result = self._writer.write(frame.fd, path, node, self._read_counted)
+            result = self._writer.write(
+                frame.fd,
+                path,
+                node,
+                self._read_counted,
+                on_reread=self._monitor.progress.read_bytes_again,
+            )
             self._finish_file(node)
             self._pool.call_after(partial(self._on_result, result))
 
@@ -518,7 +524,14 @@ class Restorer:
         self._pool.drain()
         known = self._links.get(key)
         link_target = LinkTarget(self._root_fd, *known) if known is not None else None
-        result = self._writer.write(frame.fd, path, node, self._read_counted, link_target)
+        result = self._writer.write(
+            frame.fd,
+            path,
+            node,
+            self._read_counted,
+            link_target,
+            self._monitor.progress.read_bytes_again,
+        )
         self._finish_file(node)
         is_new = result.written and not result.linked and not self._options.dry_run
         if result.identity is not None and (is_new or result.unchanged):

@@ -38,6 +38,7 @@ from casfs.format.pack import (
 )
 from casfs.index.index import Index
 from casfs.index.schema import IndexedPack, Location
+from casfs.monitor import Progress, Unit
 from casfs.storage.base import Storage
 from casfs.store.duplicates import Duplicates
 from casfs.store.pending_removal import packs_pending_removal
@@ -423,24 +424,34 @@ class BlobStore:
         except StorageError:
             return True
 
-    def rebuild(self) -> None:
+    def rebuild(self, progress: Progress | None = None) -> None:
         """Rebuild the index from the packs alone.
 
         For a pack with a damaged directory, the old index may know more blobs than a scan finds: its entries
         are kept where the blobs verify.
         """
-        self._old_entries = self._entries_of_damaged()
+        progress = progress if progress is not None else Progress()
+        progress.begin("looking for damaged packs", Unit.PACKS)
+        self._old_entries = self._entries_of_damaged(progress)
+        progress.begin("reading packs", Unit.PACKS, total_items=progress.items or None)
         self.index.rebuild(
-            lambda: self._indexed(self.stored_packs()), lambda: packs_pending_removal(self.storage)
+            lambda: self._indexed(self._counted_packs(progress)),
+            lambda: packs_pending_removal(self.storage),
         )
         self._old_entries = {}
 
-    def _entries_of_damaged(self) -> dict[PackId, list[PackEntry]]:
+    def _counted_packs(self, progress: Progress) -> Iterator[tuple[PackId, int]]:
+        """Yield what `stored_packs` does, and count each pack when the next one is asked for."""
+        for pack, pack_bytes in self.stored_packs():
+            yield pack, pack_bytes
+            progress.items += 1
+
+    def _entries_of_damaged(self, progress: Progress) -> dict[PackId, list[PackEntry]]:
         """Return the index entries of packs whose directories are damaged."""
         if not self.index.is_current():
             return {}
         damaged = set()
-        for pack, pack_bytes in self.stored_packs():
+        for pack, pack_bytes in self._counted_packs(progress):
             try:
                 self.read_directory(pack, pack_bytes)
             except CasfsError:

@@ -123,7 +123,7 @@ def act_repair_index(root: Path, step: Step, sync: bool = True) -> dict[str, int
         root, "repair index", OpenOptions(sync=sync, on_step=step), mode=LockMode.EXCLUSIVE
     )
     with opened as repository:
-        repaired = repair_index(repository)
+        repaired = repair_index(repository, RecordingMonitor())
         return {"packs": repaired.packs, "blobs": repaired.blobs}
 
 

@@ -43,7 +43,7 @@ def index(settings: Settings) -> None:
         ) as repository,
         monitor,
     ):
-        result = repair_index(repository)
+        result = repair_index(repository, monitor)
     for pack in result.salvaged:
         output.line(f"pack {pack.hex()}: its directory is damaged; its intact blobs were found")
     for pack in result.unreadable:

@@ -16,6 +16,7 @@ from casfs.index import fingerprint
 from casfs.index.fingerprint import IndexState
 from casfs.index.index import Index
 from casfs.maintenance.repair import repair_index
+from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import open_for_maintenance, open_for_reading, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
@@ -228,7 +229,7 @@ def _grown(tmp_path: Path) -> RepositoryFixture:
 
 def _repair(repo: RepositoryFixture) -> int:
     with open_for_maintenance(repo.root, "repair index", mode=LockMode.EXCLUSIVE) as repository:
-        return repair_index(repository).blobs
+        return repair_index(repository, RecordingMonitor()).blobs
 
 
 @pytest.mark.parametrize("is_read", [True, False], ids=["read", "not-read"])

@@ -23,7 +23,7 @@ from casfs.maintenance.repair import (
     repair_index,
 )
 from casfs.maintenance.scrub import Finding, PackSelection
-from casfs.monitor import RecordingMonitor
+from casfs.monitor import RecordingMonitor, Unit
 from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
 from casfs.storage.locks import LockMode
 from casfs.trees.content import EXTENT, HOLE
@@ -288,12 +288,24 @@ def test_a_repaired_repository_can_be_pruned(repo: RepositoryFixture) -> None:
 
 
 class TestRepairIndex:
+    monitor = RecordingMonitor()
+
     def rebuilt(self, repo: RepositoryFixture) -> IndexRepair:
+        self.monitor = RecordingMonitor()
         mode = LockMode.EXCLUSIVE
         with open_for_maintenance(
             repo.root, "repair index", OpenOptions(sync=False), mode=mode
         ) as repository:
-            return repair_index(repository)
+            return repair_index(repository, self.monitor)
+
+    def test_the_progress_counts_the_packs_of_how_many(self, repo: RepositoryFixture) -> None:
+        for chunk in CHUNKS:
+            repo.store(chunk)
+        packs = self.rebuilt(repo).packs
+        progress = self.monitor.progress
+        assert packs == len(CHUNKS)
+        assert (progress.stage, progress.unit) == ("reading packs", Unit.PACKS)
+        assert (progress.items, progress.total_items) == (packs, packs)
 
     def entries(self, repo: RepositoryFixture) -> dict[bytes, tuple[bytes, int, int]]:
         with repo.reading() as repository:

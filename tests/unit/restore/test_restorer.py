@@ -20,7 +20,7 @@ from casfs.digest import Digest, digest_of
 from casfs.errors import NotFoundError
 from casfs.format.codec import BlobKind
 from casfs.format.tree import Node, NodeExtra, NodeType, TreeRef
-from casfs.monitor import Problem, ProblemKind, RecordingMonitor
+from casfs.monitor import Problem, ProblemKind, Progress, RecordingMonitor
 from casfs.patterns import parse_pattern
 from casfs.restore import restorer as restorer_module
 from casfs.restore import target_fs as target_fs_module
@@ -61,6 +61,7 @@ class RestoreCase:
     def __init__(self, folder: Path) -> None:
         self.repo = RepositoryFixture(folder)
         self.limits = DEFAULT_LIMITS
+        self.progress = Progress()
         self.target = folder / "target"
         self.outside = folder / "outside"
         self.outside.mkdir()
@@ -78,6 +79,7 @@ class RestoreCase:
 
     def restore(self, spec: str = "latest", with_root: bool = False, **options: Any) -> Restored:
         monitor = RecordingMonitor()
+        monitor.progress = self.progress
         for name in {"include", "exclude"} & set(options):
             options[name] = tuple(parse_pattern(text.encode()) for text in options[name])
         with self.repo.reading() as repository:
@@ -828,6 +830,21 @@ class TestRestoreOfDamage:
         done = case.restore(verify=True)
         assert (done.result.damaged, done.result.verified) == (1, 0)
         assert "digest mismatch when the restored file was read back" in done.problems[0].message
+
+    def test_verify_counts_the_bytes_that_it_reads_back(self, case: RestoreCase) -> None:
+        counts: list[int] = []
+
+        class CountingProgress(Progress):
+            def read_bytes_again(self, count: int) -> None:
+                counts.append(count)
+
+        case.progress = CountingProgress()
+        chunks = [bytes([n]) * 700_000 for n in range(5)]
+        case.store(*chunks)
+        case.publish({b"large": of_chunks(*chunks)})
+        assert case.restore(verify=True).result.verified == 1
+        assert sum(counts) == 3_500_000
+        assert max(counts) <= 1 << 20
 
 
 class TestRestoreOfChangedFiles:
