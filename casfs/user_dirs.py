@@ -59,16 +59,46 @@ def cached_index_dir(repository_id: str) -> Path:
     Raise RefusedError where another user can change what is in it.
     """
     cache = user_folder("XDG_CACHE_HOME", ".cache")
-    parent = cache / repository_id[:32]
-    cache.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for folder in (cache, parent):
-        folder.mkdir(exist_ok=True, mode=0o700)
-        if not is_trusted_folder(os.stat(folder)):
-            raise RefusedError(
-                f"another user can change the cache folder {folder}; make it yours with mode 0700, or set "
-                "XDG_CACHE_HOME to a folder of your own"
-            )
+    for folder in (cache, parent := cache / repository_id[:32]):
+        make_private_folder(folder, "XDG_CACHE_HOME")
     return parent / "index"
+
+
+def make_private_folder(folder: Path, variable: str) -> None:
+    """Create a folder of this user and those above it that are missing, with mode 0700 whatever the umask.
+
+    Raise as `require_private_folder` does.
+    """
+    for missing in reversed((folder, *folder.parents)):
+        try:
+            missing.mkdir(mode=0o700)
+        except OSError:
+            # It exists, perhaps on a read-only file system or below a folder that this user may not write.
+            if not missing.is_dir():
+                raise
+    require_private_folder(folder, variable)
+
+
+def require_private_folder(folder: Path, variable: str) -> None:
+    """Raise RefusedError where another user can change what is in this user's folder, or replace it.
+
+    A folder that does not exist is not refused. `variable` is the environment variable of the base folder.
+    """
+    try:
+        st, above = os.stat(folder), os.stat(folder.parent)
+    except OSError:
+        return
+    is_replaceable = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
+    for changeable, refused in (
+        (folder, not is_trusted_folder(st)),
+        (folder.parent, is_replaceable),
+    ):
+        if refused:
+            raise RefusedError(
+                f"another user can change the folder {changeable}, in which casfs keeps what this machine "
+                f"knows of repositories; make it yours with mode 0700, or set {variable} to a folder of your "
+                "own (after `sudo -E` it belongs to the user who ran sudo: use `sudo -H`)"
+            )
 
 
 def user_folder(variable: str, usual: str) -> Path:

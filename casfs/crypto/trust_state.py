@@ -20,7 +20,7 @@ from casfs.digest import digest_of
 from casfs.errors import NoHomeError, StorageError, TrustError
 from casfs.format.config import OLDEST_FORMAT, RepositoryConfig
 from casfs.format.key_derivation import SECRET_BYTES, DedupDomain
-from casfs.user_dirs import user_folder
+from casfs.user_dirs import make_private_folder, require_private_folder, user_folder
 
 
 class WriterState(msgspec.Struct, frozen=True):
@@ -47,12 +47,16 @@ class _Pin(msgspec.Struct, frozen=True):
 
 
 def state_folder(make: bool = True) -> Path:
-    """Return the folder of the user's state, created if missing; raise StorageError."""
+    """Return the folder of the user's state, created if missing.
+
+    Raise StorageError, and RefusedError where another user can change what is in it.
+    """
     folder = user_folder("XDG_STATE_HOME", ".local/state")
-    if not make:
-        return folder
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if make:
+            make_private_folder(folder, "XDG_STATE_HOME")
+        else:
+            require_private_folder(folder, "XDG_STATE_HOME")
     except OSError as error:
         raise StorageError("make the folder", str(folder), error) from error
     return folder

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from casfs.errors import IndexUnusableError, NoHomeError
+from casfs.errors import CasfsError, IndexUnusableError, NoHomeError
 from casfs.index.index import DATA_FILE, LOCK_FILE, Index
-from casfs.user_dirs import user_folder
+from casfs.user_dirs import make_private_folder, user_folder
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,6 @@ def write_fingerprint(path: Path) -> None:
     Log a failure; raise nothing.
     """
     data, fingerprint = path / DATA_FILE, path / FINGERPRINT_FILE
-    temporary = path / f"{FINGERPRINT_FILE}.{secrets.token_hex(8)}"
     try:
         key = _user_secret()
         before = os.stat(data)
@@ -68,11 +67,8 @@ def write_fingerprint(path: Path) -> None:
             return
         size, mtime_ns = _state(before)
         line = _FORM.format(size=size, mtime_ns=mtime_ns, digest=digest)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(f"{line} {_code(key, line)}\n".encode())
-        os.rename(temporary, fingerprint)
-    except (OSError, NoHomeError) as error:
+        _replace(path, f"{line} {_code(key, line)}\n".encode())
+    except (OSError, CasfsError) as error:
         log.info("the index in %s gets no fingerprint: %s", path, error)
 
 
@@ -83,9 +79,22 @@ def mark_index_damaged(path: Path) -> None:
     effect. Log a failure; raise nothing.
     """
     try:
-        (path / FINGERPRINT_FILE).write_bytes(_DAMAGED_MARK)
+        _replace(path, _DAMAGED_MARK)
     except OSError as error:
         log.info("the index in %s cannot be marked damaged: %s", path, error)
+
+
+def _replace(path: Path, text: bytes) -> None:
+    """Replace the fingerprint; a link in the place of the old one, or of the new file, is not followed."""
+    temporary = path / f"{FINGERPRINT_FILE}.{secrets.token_hex(8)}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(text)
+        os.rename(temporary, path / FINGERPRINT_FILE)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def remove_fingerprint(path: Path) -> None:
@@ -202,11 +211,12 @@ read_whole_index(Path(sys.argv[2]))
 def _user_secret() -> bytes:
     """Return the secret under which this user's fingerprints are authenticated; the first call creates it.
 
-    Raise OSError, and NoHomeError for a user without a home folder.
+    Raise OSError, NoHomeError for a user without a home folder, and RefusedError where another user can
+    change the user's state folder.
     """
     path = user_folder("XDG_STATE_HOME", ".local/state") / SECRET_FILE
+    make_private_folder(path.parent, "XDG_STATE_HOME")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = path.with_name(f".{SECRET_FILE}.{secrets.token_hex(8)}")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

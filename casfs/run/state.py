@@ -14,13 +14,14 @@ import fcntl
 import hashlib
 import logging
 import os
+import secrets
 import time
 from pathlib import Path
 
 import msgspec
 
 from casfs.errors import LockedError, StorageError
-from casfs.user_dirs import user_folder
+from casfs.user_dirs import make_private_folder, require_private_folder, user_folder
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,11 @@ class ProfileFiles:
         self._lock = self._folder / f"{profile}-{place}.lock"
 
     def load(self) -> ProfileState:
-        """Return the record; an empty one if there is none or it is damaged."""
+        """Return the record; an empty one if there is none or it is damaged.
+
+        Raise RefusedError where another user can change the folder.
+        """
+        require_private_folder(self._folder, "XDG_STATE_HOME")
         try:
             with open(self._state, "rb") as file:
                 return msgspec.json.decode(file.read(_MAX_STATE_BYTES), type=ProfileState)
@@ -103,19 +108,19 @@ class ProfileFiles:
 
     def save(self, state: ProfileState) -> None:
         """Replace the record durably; raises StorageError."""
-        unfinished = self._state.with_suffix(".tmp")
+        unfinished = self._state.with_suffix(f".{secrets.token_hex(8)}.tmp")
         try:
             self._make_folder()
-            fd = os.open(
-                unfinished,
-                os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW,
-                0o600,
-            )
-            with os.fdopen(fd, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(state)) + b"\n")
-                file.flush()
-                os.fsync(fd)
-            os.replace(unfinished, self._state)
+            fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    file.write(msgspec.json.format(msgspec.json.encode(state)) + b"\n")
+                    file.flush()
+                    os.fsync(fd)
+                os.replace(unfinished, self._state)
+            except BaseException:
+                unfinished.unlink(missing_ok=True)
+                raise
         except OSError as error:
             raise StorageError("write the record of runs", str(self._state), error) from error
 
@@ -143,7 +148,7 @@ class ProfileFiles:
         return ProfileLock(fd)
 
     def _make_folder(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(self._folder, "XDG_STATE_HOME")
 
 
 class ProfileLock:

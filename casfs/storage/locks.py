@@ -15,8 +15,6 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +22,7 @@ from types import TracebackType
 import msgspec
 
 from casfs.errors import CasfsError, LockedError, StorageError
-from casfs.storage.folder import open_regular
+from casfs.storage.folder import Folder, open_regular
 
 _LOCK_NAME = re.compile(r"\.?[0-9a-f]{16}")
 _TEMPORARY_NAME = re.compile(r"(?:[0-9a-f]{16}|p[0-9]+)\.[0-9]+")
@@ -74,7 +72,8 @@ class LockRecord(msgspec.Struct, frozen=True):
 class RepositoryLock:
     """A held lock. `name` is never reused; it is also part of the names of temporary files."""
 
-    def __init__(self, folder: Path, name: str, fd: int, mode: LockMode) -> None:
+    def __init__(self, above: Folder, folder: str, name: str, fd: int, mode: LockMode) -> None:
+        self._above = above
         self._folder = folder
         self._fd = fd
         self.name = name
@@ -88,21 +87,28 @@ class RepositoryLock:
         mode: LockMode = LockMode.SHARED,
         host: str | None = None,
     ) -> RepositoryLock:
-        """Acquire a lock in `folder`; raise LockedError naming the holder of a conflicting lock.
+        """Acquire a lock in `folder`, which is created if missing.
 
-        `host` is the host name recorded in the lock, by default this machine's.
+        `host` is the host name recorded in the lock, by default this machine's. Raise LockedError naming the
+        holder of a conflicting lock, and RefusedError for a folder of another user.
         """
         name = secrets.token_hex(8)
         host = host if host is not None else socket.gethostname()
         record = LockRecord(mode, verb, host, os.getpid(), int(time.time()))
+        above = Folder(folder.parent)
         try:
-            folder.mkdir(exist_ok=True)
-            with _opened(folder) as folder_fd:
-                lock = cls(folder, name, _create_held(folder_fd, name, record), mode)
+            above.make(folder.name)
+            with above.opened(folder.name) as folder_fd:
+                held_fd = _create_held(folder_fd, name, record)
         except OSError as error:
+            above.close()
             raise StorageError("write a lock in", str(folder), error) from error
+        except BaseException:
+            above.close()
+            raise
+        lock = cls(above, folder.name, name, held_fd, mode)
         try:
-            for other_name, other in list_and_reap_locks(folder).items():
+            for other_name, other in _live_locks(above, folder.name, reap=True).items():
                 if other_name != name and other.mode in _CONFLICTS[mode]:
                     raise LockedError(
                         f"the repository is in use: {other.verb} on {other.host}, process {other.pid}; "
@@ -122,11 +128,13 @@ class RepositoryLock:
         if fd < 0:
             return
         try:
-            with _opened(self._folder) as folder_fd:
+            # In the folder in which the lock was acquired, whatever its path refers to now.
+            with self._above.opened(self._folder) as folder_fd:
                 _unlink(folder_fd, self.name)
         except (OSError, CasfsError) as error:
             # The lock is released with its descriptor; the next process that lists the locks removes it.
             log.debug("the file of a lock stays: %s", error)
+        self._above.close()
         try:
             os.close(fd)
         except OSError as error:
@@ -144,32 +152,30 @@ class RepositoryLock:
         self.release()
 
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    """Yield a descriptor of a folder; raise OSError where its name refers to a symlink."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def list_and_reap_locks(folder: Path) -> dict[str, LockRecord]:
     """Return the locks that living processes hold, and remove the files of the rest.
 
     Entries whose names are not those of locks are left alone.
     """
-    return _live_locks(folder, reap=True)
+    return _list_locks(folder, reap=True)
 
 
 def list_locks(folder: Path) -> dict[str, LockRecord]:
     """Return the locks that living processes hold, and change nothing."""
-    return _live_locks(folder, reap=False)
+    return _list_locks(folder, reap=False)
 
 
-def _live_locks(folder: Path, reap: bool) -> dict[str, LockRecord]:
+def _list_locks(folder: Path, reap: bool) -> dict[str, LockRecord]:
+    above = Folder(folder.parent)
+    try:
+        return _live_locks(above, folder.name, reap)
+    finally:
+        above.close()
+
+
+def _live_locks(above: Folder, folder: str, reap: bool) -> dict[str, LockRecord]:
     live: dict[str, LockRecord] = {}
-    with _opened(folder) as folder_fd:
+    with above.opened(folder) as folder_fd:
         for name in sorted(os.listdir(folder_fd)):
             if _LOCK_NAME.fullmatch(name) is None:
                 continue
@@ -197,17 +203,20 @@ def remove_stale_temporaries(root: Path) -> None:
 
     Entries whose names are not those of temporary files are left alone.
     """
+    folder = Folder(root)
     try:
-        with _opened(root / "tmp") as folder_fd:
+        with folder.opened("tmp") as folder_fd:
             names = [name for name in os.listdir(folder_fd) if _TEMPORARY_NAME.fullmatch(name)]
             if not names:
                 return
-            live = list_and_reap_locks(root / "locks")
+            live = _live_locks(folder, "locks", reap=True)
             for name in names:
                 if name.partition(".")[0] not in live:
                     _unlink(folder_fd, name)
     except FileNotFoundError:
         return
+    finally:
+        folder.close()
 
 
 def _unlink(folder_fd: int, name: str) -> None:

@@ -6,13 +6,19 @@ import logging
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from casfs.crypto.identities import Identities
-from casfs.crypto.key_manager import KeyManager, require_recipients, trust_current_recipients
+from casfs.crypto.key_manager import (
+    KeyManager,
+    require_recipients,
+    require_trusted_recipients,
+    trust_current_recipients,
+)
 from casfs.crypto.recipients import Recipient, RecipientKind, RecipientList, write_recipients
 from casfs.crypto.trust_state import (
     WriterState,
@@ -22,7 +28,7 @@ from casfs.crypto.trust_state import (
     state_folder,
     verify_pin,
 )
-from casfs.errors import StorageError, TrustError
+from casfs.errors import RefusedError, StorageError, TrustError
 from casfs.format.config import CIPHER, ChunkerConfig, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain
 from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
@@ -40,6 +46,7 @@ from tests.support.encryption import (
     trust_of,
     unlock,
 )
+from tests.support.other_user import OTHER_USER, needs_root
 
 PLAIN = RepositoryConfig("a" * 64, "today")
 CONFIG = RepositoryConfig(
@@ -98,6 +105,41 @@ class TestStateFile:
         files = list(state.iterdir())
         assert len(files) == 2
         assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+    def test_a_state_folder_is_private_with_those_above_it_whatever_the_umask(
+        self, own_home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_STATE_HOME", str(own_home / "a" / "b"))
+        before = os.umask(0)
+        try:
+            save_state(STATE)
+        finally:
+            os.umask(before)
+        for folder in (own_home / "a", own_home / "a" / "b", own_home / "a" / "b" / "casfs"):
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+    @pytest.mark.parametrize("whose", ["the folder", "the folder above it"])
+    def test_a_state_folder_that_others_can_write_is_refused(self, state: Path, whose: str) -> None:
+        save_state(STATE)
+        changeable = state if whose == "the folder" else state.parent
+        changeable.chmod(0o777)
+        uses: list[Callable[[], object]] = [
+            lambda: save_state(STATE),
+            lambda: load_state(CONFIG),
+            lambda: verify_pin("/repository", trust_of(CONFIG)),
+            lambda: pin("/repository", trust_of(CONFIG)),
+        ]
+        for use in uses:
+            with pytest.raises(RefusedError, match=f"change the folder {changeable},"):
+                use()
+
+    @needs_root
+    def test_a_state_folder_of_another_user_is_refused(self, state: Path) -> None:
+        """As root gets one of `sudo -E`, which keeps the user's HOME."""
+        save_state(STATE)
+        os.chown(state, OTHER_USER, OTHER_USER)
+        with pytest.raises(RefusedError, match="sudo -H"):
+            load_state(CONFIG)
 
     @pytest.mark.parametrize(
         "data",
@@ -258,6 +300,20 @@ class TestTrustOfWriter:
         accepted = trust_current_recipients(repo.root, storage, trust_of(repo.config))
         assert accepted == (RECIPIENT, OTHER)
         repo.back_up(source)
+
+    def test_a_passphrase_is_not_tried_after_the_storage_changed_the_recipients(
+        self, repo: EncryptedRepositoryFixture, source: Path
+    ) -> None:
+        repo.back_up(source)
+        storage = LocalStorage(repo.root)
+        assert require_trusted_recipients(storage, trust_of(repo.config)) == (RECIPIENT,)
+        mallory = Recipient(RecipientKind.PASSPHRASE, OTHER_PUBLIC)
+        write_recipients(storage, RecipientList.of([RECIPIENT, mallory]))
+        with pytest.raises(TrustError, match="tried on nothing"):
+            require_trusted_recipients(storage, trust_of(repo.config))
+        trust_current_recipients(repo.root, storage, trust_of(repo.config))
+        assert mallory in require_trusted_recipients(storage, trust_of(repo.config))
+        storage.close()
 
     def test_a_writer_without_its_state_begins_a_domain_and_warns(
         self,

@@ -77,6 +77,33 @@ def _lose_free_pages(path: Path) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.parametrize("what", ["the fingerprint", "the damage mark"])
+def test_writing_beside_an_index_follows_no_link_that_another_process_planted(
+    path: Path, what: str
+) -> None:
+    victim = path.parent / "victim"
+    victim.write_bytes(b"precious")
+    for name in (f"seal.{os.getpid()}", "seal"):
+        (path / name).unlink(missing_ok=True)
+        (path / name).symlink_to(victim)
+    if what == "the fingerprint":
+        fingerprint.write_fingerprint(path)
+    else:
+        fingerprint.mark_index_damaged(path)
+    assert victim.read_bytes() == b"precious"
+    assert not (path / "seal").is_symlink()
+    is_intact = fingerprint.assess(path, in_use=False) == IndexState.INTACT
+    assert is_intact == (what == "the fingerprint")
+
+
+def test_a_fingerprint_that_cannot_be_renamed_leaves_no_file(path: Path) -> None:
+    (path / "seal").unlink()
+    (path / "seal").mkdir()
+    before = set(os.listdir(path))
+    fingerprint.mark_index_damaged(path)
+    assert set(os.listdir(path)) == before
+
+
 def test_an_index_with_a_matching_fingerprint_is_intact(path: Path) -> None:
     assert fingerprint.assess(path, in_use=False) == IndexState.INTACT
     assert fingerprint.assess(path, in_use=True) == IndexState.INTACT

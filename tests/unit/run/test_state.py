@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from casfs.errors import LockedError, StorageError
+from casfs.errors import LockedError, RefusedError, StorageError
 from casfs.run.state import BackupNumbers, ProfileFiles, ProfileState, StepRecord
 
 STATE = ProfileState(
@@ -60,6 +60,28 @@ def test_a_damaged_record_counts_as_none(
     path.write_bytes(content)
     assert files.load() == ProfileState(profile="home")
     assert "is ignored" in caplog.text
+
+
+def test_a_record_is_not_written_through_a_file_that_another_process_planted(
+    files: ProfileFiles, folder: Path
+) -> None:
+    files.save(STATE)
+    (path,) = folder.glob("home-*.json")
+    victim = folder / "victim"
+    victim.write_bytes(b"precious")
+    os.link(victim, path.with_suffix(".tmp"))
+    files.save(STATE)
+    assert victim.read_bytes() == b"precious"
+
+
+def test_records_in_a_folder_that_others_can_write_are_refused(
+    files: ProfileFiles, folder: Path
+) -> None:
+    files.save(STATE)
+    folder.chmod(0o777)
+    for use in (files.load, lambda: files.save(STATE), files.lock):
+        with pytest.raises(RefusedError, match="XDG_STATE_HOME"):
+            use()
 
 
 def test_profiles_of_one_name_in_two_files_are_remembered_apart(files: ProfileFiles) -> None:

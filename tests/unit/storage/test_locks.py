@@ -5,18 +5,19 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from casfs.errors import LockedError, StorageError
+from casfs.errors import LockedError, RefusedError, StorageError
 from casfs.storage.locks import (
     LockMode,
     RepositoryLock,
     list_and_reap_locks,
     remove_stale_temporaries,
 )
+from tests.support.other_user import OTHER_USER, needs_root
 from tests.support.stores import child, read_line
 
 SHARED, TENDING, EXCLUSIVE = LockMode.SHARED, LockMode.MAINTENANCE, LockMode.EXCLUSIVE
@@ -36,8 +37,8 @@ sys.stdin.readline()
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    (tmp_path / "tmp").mkdir()
-    return tmp_path
+    (tmp_path / "root" / "tmp").mkdir(parents=True)
+    return tmp_path / "root"
 
 
 @pytest.fixture
@@ -246,3 +247,39 @@ def test_locks_that_cannot_be_read_are_a_storage_error(
         with pytest.raises(StorageError, match="read the locks"):
             RepositoryLock.acquire(folder, "backup")
     assert os.listdir(folder) == []
+
+
+def test_a_lock_is_released_in_the_folder_in_which_it_was_acquired(
+    tmp_path: Path, root: Path, folder: Path
+) -> None:
+    lock = RepositoryLock.acquire(folder, "backup")
+    moved, victim = tmp_path / "moved", tmp_path / "victim"
+    (victim / "locks").mkdir(parents=True)
+    (victim / "locks" / lock.name).write_bytes(b"precious")
+    root.rename(moved)
+    root.symlink_to(victim)
+    lock.release()
+    assert (victim / "locks" / lock.name).read_bytes() == b"precious"
+    assert os.listdir(moved / "locks") == []
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["", "locks", "tmp"])
+def test_locks_and_temporaries_in_folders_of_another_user_are_refused(
+    root: Path, folder: Path, name: str
+) -> None:
+    RepositoryLock.acquire(folder, "backup").release()
+    left = [folder / "00000000000000ff", root / "tmp" / "00000000000000ff.0"]
+    for path in left:
+        path.touch()
+    os.chown(root / name, OTHER_USER, OTHER_USER)
+    uses: list[Callable[[], object]] = [lambda: remove_stale_temporaries(root)]
+    if name != "tmp":
+        uses += [
+            lambda: RepositoryLock.acquire(folder, "backup"),
+            lambda: list_and_reap_locks(folder),
+        ]
+    for use in uses:
+        with pytest.raises(RefusedError, match="--allow-foreign-repository"):
+            use()
+    assert all(path.exists() for path in left)
