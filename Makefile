@@ -36,7 +36,7 @@ $(STAMP): requirements.txt requirements-dev.txt setup.cfg pyproject.toml
 	@tools/system-packages --python '$(PYTHON)' build
 	@echo 'Filling $(VENV) with the pinned dependencies and casfs (only when these change)'
 	@$(VENV_LIVES) || '$(PYTHON)' -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --no-deps --editable .
 	@$(BIN)/python -m pip check
@@ -96,7 +96,7 @@ bench: $(STAMP) ## time and memory on a real tree, beside borg and restic
 # What builds the documentation, the Debian package, and checks the distributions.
 DOCS_STAMP := $(VENV)/.docs-made
 $(DOCS_STAMP): $(STAMP) requirements-docs.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-docs.txt
 	@touch $@
 
 .PHONY: docs
