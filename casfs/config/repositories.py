@@ -9,8 +9,8 @@ from typing import Annotated
 
 import msgspec
 
-from casfs.config.values import AbsolutePath, Command, RepositoryUrl
-from casfs.storage.base import StorageOptions
+from casfs.config.values import AbsolutePath, Command, RepositoryUrl, Size
+from casfs.storage.base import DEFAULT_CACHE_BYTES, StorageOptions
 
 
 class NamedRepository(
@@ -18,8 +18,8 @@ class NamedRepository(
 ):
     """A table `[repositories.NAME]`.
 
-    The keys from `endpoint` to `ca_file` reach object storage, `ssh_command` reaches a machine, and the
-    others open an encrypted repository.
+    The keys from `endpoint` to `ca_file` reach object storage, `ssh_command` reaches a machine, `cache_size`
+    limits what is kept of either, and the others open an encrypted repository.
     """
 
     url: RepositoryUrl
@@ -29,6 +29,7 @@ class NamedRepository(
     aws_profile: str | None = None
     virtual_hosted: bool = False
     ca_file: AbsolutePath | None = None
+    cache_size: Size | None = None
     ssh_command: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = ("ssh",)
     identity_file: AbsolutePath | None = None
     passphrase_command: Command | None = None
@@ -50,4 +51,7 @@ class NamedRepository(
             virtual_hosted=self.virtual_hosted,
             ca_file=self.ca_file.path if self.ca_file is not None else None,
             ssh_command=self.ssh_command,
+            cache_bytes=self.cache_size.bytes
+            if self.cache_size is not None
+            else DEFAULT_CACHE_BYTES,
         )

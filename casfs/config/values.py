@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from fractions import Fraction
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +16,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 URL_SCHEMES = ("file", "s3", "gs", "az", "sftp")
 
-_SIZE = re.compile(r"\d+(?:\.\d+)?\s*[kmgtp]?(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)
 _TOML_TYPES = {bool: "true or false", int: "an integer", float: "a number", list: "an array"}
 
 
@@ -66,10 +67,15 @@ class SpanText(ConfigText):
 class Size(ConfigText):
     """A number of bytes with an optional binary unit, such as 500K or 2G."""
 
+    __slots__ = ("bytes",)
+
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        if not _SIZE.fullmatch(text):
+        match = _SIZE.fullmatch(text)
+        if match is None:
             raise ValueError(f"{text!r} is not a size such as 500K, 10M or 2G")
+        power = " kmgtp".index(match[2].lower()) if match[2] else 0
+        self.bytes = int(Fraction(match[1]) * 1024**power)
 
 
 class Share(ConfigText):

@@ -486,7 +486,7 @@ class _PackReader:
     ) -> None:
         self.done_bytes = 0
         self._on_bytes = on_bytes
-        self._storage = repository.store.storage
+        self._storage = repository.store.bulk_storage
         self._name = pack_name(pack)
         self._pack = pack
         self._whole = whole

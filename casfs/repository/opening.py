@@ -69,7 +69,8 @@ class OpenOptions:
     `unlock` returns the identities that decrypt an encrypted repository. Without any identity, opening fails
     unless `allow_no_identity` is set: a write-only host can back up, and any user can list the snapshots.
     `level` is the zstd level for new data. `sync=False` is for tests of everything but durability. `on_step`
-    is called with the name of every durable step before and after it.
+    is called with the name of every durable step before and after it. Without `use_cache` everything is read
+    from the place itself, as a check must, and nothing is kept beyond the end of the process.
     """
 
     unlock: Unlock | None = None
@@ -77,6 +78,7 @@ class OpenOptions:
     level: int = DEFAULT_LEVEL
     sync: bool = True
     on_step: Callable[[str], None] | None = None
+    use_cache: bool = True
 
 
 _DEFAULTS = OpenOptions()
@@ -228,6 +230,7 @@ def open_for_reading(
     try:
         trust = place.trust_root(storage)
         config = trust.config
+        storage = place.cached_storage(storage, config, options.use_cache)
         keys = open_key_manager(
             str(place), storage, trust, options.unlock, None, options.allow_no_identity
         )
@@ -281,6 +284,7 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
     try:
         trust = place.trust_root(storage)
         config = trust.config
+        storage = place.cached_storage(storage, config, options.use_cache)
         activity = begin_writing(place, storage, config, command, mode)
         lock = activity.lock
         assert lock is not None

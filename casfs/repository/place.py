@@ -15,6 +15,8 @@ from casfs.errors import NotFoundError, RefusedError, StorageError, TrustError
 from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, RepositoryConfig
 from casfs.storage.as_of import AsOfStorage
 from casfs.storage.base import Storage, StorageOptions
+from casfs.storage.caching import CachingStorage
+from casfs.storage.cell_folder import CellFolder
 from casfs.storage.counting import RequestCounter
 from casfs.storage.local import LocalStorage
 from casfs.storage.url import StorageAddress, open_storage
@@ -90,6 +92,10 @@ class LocalPlace:
         """Return the folder of the index."""
         return index_dir(self.root, config.id, encrypted=config.encryption is not None)
 
+    def cached_storage(self, storage: Storage, config: RepositoryConfig, on_disk: bool) -> Storage:
+        """Return the storage itself: the kernel caches a folder."""
+        return storage
+
     def locks_dir(self, config: RepositoryConfig) -> Path:
         """Return the folder of the locks."""
         return self.root / "locks"
@@ -139,6 +145,14 @@ class RemotePlace:
             return path if self.as_of_ns is None else path.with_name("as-of-index")
         except OSError as error:
             raise StorageError("make an index in the folder", str(error.filename), error) from error
+
+    def cached_storage(self, storage: Storage, config: RepositoryConfig, on_disk: bool) -> Storage:
+        """Return the storage behind a cache: on the disk of this machine, or only in memory."""
+        limit_bytes = self.options.cache_bytes
+        if not on_disk or not limit_bytes:
+            return CachingStorage(storage, None)
+        folder = self.index_dir(config).with_name("objects")
+        return CachingStorage(storage, CellFolder(folder, limit_bytes))
 
     def locks_dir(self, config: RepositoryConfig) -> Path:
         """Return the folder of the locks that this machine's processes hold."""

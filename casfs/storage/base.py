@@ -166,6 +166,10 @@ class Storage(Protocol):
         """Release connections and descriptors. A second call does nothing."""
 
 
+DEFAULT_CACHE_BYTES = 2 * 1024 * 1024 * 1024
+"""Room for the trees of some ten million files."""
+
+
 @dataclass(frozen=True, slots=True)
 class StorageOptions:
     """How to reach a back end: the settings that a configuration may give beside the URL.
@@ -209,3 +213,6 @@ class StorageOptions:
 
     first_patience_s: float = 20.0
     """How long to retry a storage that has not answered yet, so that a wrong host name fails soon."""
+
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    """The limit of what this machine keeps of the objects of a repository; 0 keeps nothing on the disk."""

@@ -40,6 +40,7 @@ from casfs.index.index import Index
 from casfs.index.schema import IndexedPack, Location
 from casfs.monitor import Progress, Unit
 from casfs.storage.base import Storage
+from casfs.storage.caching import CachingStorage
 from casfs.store.duplicates import Duplicates
 from casfs.store.pending_removal import packs_pending_removal
 from casfs.store.verified_packs import VerifiedPacks
@@ -57,6 +58,10 @@ _DIRECTORIES_AHEAD = 8
 
 _TAIL_BYTES = 64 * 1024
 """What is read of the end of a remote pack at once: the trailer, and the directory of most packs."""
+
+_PREFETCH_BYTES = 4 * 1024 * 1024
+_PREFETCH_GAP_BYTES = 64 * 1024
+"""The largest range of a pack that is requested ahead at once, and the largest gap between blobs in it."""
 
 _OWN_LIMITS = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 """Read errors that come from this process's limits, not from the disk."""
@@ -76,6 +81,7 @@ class BlobStore:
     `salvaged` holds the packs whose directory was damaged at the last update of the index, and `unreadable`
     the packs that could not be read then. `found_elsewhere` holds the blobs that were read from another copy
     because the copy that the index names is damaged. `verified` records which blobs were read and verified.
+    `bulk_storage` is for reads that no cache should keep: long ones, and those that examine the storage.
     """
 
     def __init__(
@@ -86,6 +92,8 @@ class BlobStore:
         ciphers: PackCiphers | None = None,
     ) -> None:
         self.storage = storage
+        self._cache = storage if isinstance(storage, CachingStorage) else None
+        self.bulk_storage = self._cache.inner if self._cache is not None else storage
         self.codec = codec
         self._ciphers = ciphers
         self.verified = VerifiedPacks()
@@ -201,6 +209,20 @@ class BlobStore:
         failed.
         """
         try:
+            return self._read_at(digest, location)
+        except BlobError as error:
+            # The storage may have given wrong bytes once, and the cache kept them.
+            pack = error.pack
+            if (
+                self._cache is None
+                or pack is None
+                or not self._cache.forget(pack_name(PackId(pack)))
+            ):
+                raise
+            return self._read_at(digest, location)
+
+    def _read_at(self, digest: Digest, location: Location) -> bytes:
+        try:
             pack = self.index.pack_id(location.pack)
         except IndexUnusableError as error:
             raise BlobError(digest, "the index refers to an unknown pack") from error
@@ -260,6 +282,22 @@ class BlobStore:
         self.storage.prefetch(name, location.offset, location.stored_bytes)
         return location.stored_bytes
 
+    def prefetch_many(self, digests: Sequence[Digest]) -> None:
+        """Start to load the stored bytes of blobs into memory; those that lie together with one request."""
+        found = [at for at in self.index.lookup_many(list(digests)) if at is not None]
+        found.sort(key=lambda at: (at.pack, at.offset))
+        runs: list[tuple[int, int, int]] = []
+        for at in found:
+            end = at.offset + at.stored_bytes
+            pack, begin, before = runs[-1] if runs else (-1, 0, 0)
+            is_near = at.offset - before <= _PREFETCH_GAP_BYTES and end - begin <= _PREFETCH_BYTES
+            if pack == at.pack and is_near:
+                runs[-1] = (pack, begin, max(end, before))
+            else:
+                runs.append((at.pack, at.offset, end))
+        for pack, begin, end in runs:
+            self.storage.prefetch(pack_name(self.index.pack_id(pack)), begin, end - begin)
+
     def stored_packs(self) -> Iterator[tuple[PackId, int]]:
         """Yield the name and size in bytes of every pack in the storage."""
         for name, size, _ in self.storage.list("packs"):
@@ -280,12 +318,12 @@ class BlobStore:
             raise PackError(pack, "too short for a pack")
         if pack_bytes > MAX_PACK_BYTES:
             raise PackError(pack, "too long for a pack")
-        parse_header(pack, self.storage.read(name, 0, HEADER.size))
+        parse_header(pack, self.bulk_storage.read(name, 0, HEADER.size))
         # Over a distance one request for both costs less than two. On a disk the bytes before the directory
         # are left alone, since they may be unreadable where the directory is not.
         guess_bytes = _TAIL_BYTES if self.storage.capabilities.parallel_requests > 1 else 0
         tail_offset = max(0, pack_bytes - max(guess_bytes, TRAILER.size))
-        tail = self.storage.read(name, tail_offset, pack_bytes - tail_offset)
+        tail = self.bulk_storage.read(name, tail_offset, pack_bytes - tail_offset)
         cipher = self._ciphers.for_pack(pack, name) if self._ciphers is not None else None
         overhead = TAG_BYTES if cipher is not None else 0
         trailer = tail[-TRAILER.size :]
@@ -293,7 +331,7 @@ class BlobStore:
         if offset >= tail_offset and len(tail) == pack_bytes - tail_offset:
             directory = tail[offset - tail_offset : offset - tail_offset + directory_bytes]
         else:
-            directory = self.storage.read(name, offset, directory_bytes)
+            directory = self.bulk_storage.read(name, offset, directory_bytes)
         decrypt = cipher.decrypt_directory if cipher is not None else None
         return parse_directory(pack, directory, digest, offset - BLOB_HEADER.size, decrypt)
 
@@ -304,7 +342,7 @@ class BlobStore:
         the index records: another pack may have replaced it.
         """
         if pack_bytes is None:
-            pack_bytes = self.storage.size(pack_name(pack))
+            pack_bytes = self.bulk_storage.size(pack_name(pack))
         try:
             return self.read_directory(pack, pack_bytes)
         except PackError:
@@ -316,7 +354,7 @@ class BlobStore:
         The scan ends at MAX_PACK_BYTES.
         """
         name = pack_name(pack)
-        data = self.storage.read(name, 0, min(pack_bytes, MAX_PACK_BYTES))
+        data = self.bulk_storage.read(name, 0, min(pack_bytes, MAX_PACK_BYTES))
         entries: list[PackEntry] = []
         try:
             cipher = self._ciphers.for_pack(pack, name) if self._ciphers is not None else None

@@ -86,7 +86,10 @@ def check(
     root = settings.repository()
     with (
         open_for_reading(
-            root, OpenOptions(unlock=settings.unlock), reader="check", may_write_index=True
+            root,
+            OpenOptions(unlock=settings.unlock, use_cache=False),
+            reader="check",
+            may_write_index=True,
         ) as repository,
         monitor,
     ):

@@ -38,7 +38,7 @@ def index(settings: Settings) -> None:
         open_for_maintenance(
             root,
             "repair index",
-            OpenOptions(unlock=settings.unlock, sync=settings.sync),
+            OpenOptions(unlock=settings.unlock, sync=settings.sync, use_cache=False),
             mode=LockMode.EXCLUSIVE,
         ) as repository,
         monitor,
@@ -82,7 +82,9 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     root = settings.repository()
     with (
         open_for_maintenance(
-            root, "repair snapshots", OpenOptions(unlock=settings.unlock, sync=settings.sync)
+            root,
+            "repair snapshots",
+            OpenOptions(unlock=settings.unlock, sync=settings.sync, use_cache=False),
         ) as repository,
         monitor,
     ):
