@@ -38,6 +38,9 @@ _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 512
 _LOOKUP_BATCH = 4096
 _THREADS = 2
+_MOST_THREADS = 8
+"""Packs that are read at the same time: of a local repository, and of one at a distance."""
+
 _REFUSED = frozenset([errno.EACCES, errno.EPERM])
 _MAX_UNKNOWN = 100_000
 _SAVE_INTERVAL_S = 5.0
@@ -118,6 +121,8 @@ class Scrubber:
         self._store = repository.store
         self._report = result.damage.append
         self._monitor = monitor
+        requests = self._store.storage.capabilities.parallel_requests
+        self._threads = _THREADS if requests == 1 else min(requests, _MOST_THREADS)
         self._ordinals: dict[int, PackId] = {}
         self._by_name: dict[PackId, int] = {}
         self._verified: list[int] = []
@@ -138,7 +143,7 @@ class Scrubber:
         is_intact = not found_before
         progress = self._monitor.progress
         progress.begin("comparing packs with the index", Unit.PACKS, total_items=len(stored))
-        with ThreadPoolExecutor(_THREADS, "casfs-check") as pool:
+        with ThreadPoolExecutor(self._threads, "casfs-check") as pool:
             for pack, entries, damage in self._directories(pool, sorted(stored.items())):
                 progress.items += 1
                 is_intact &= not damage
@@ -201,12 +206,12 @@ class Scrubber:
     ) -> Iterator[tuple[PackId, list[PackEntry], list[Finding]]]:
         """Yield the results of `_check_directory` in order.
 
-        At most two directories are in memory: the entries of many would fill it.
+        At most as many directories as threads are in memory: the entries of many would fill it.
         """
         running: deque[Future[tuple[PackId, list[PackEntry], list[Finding]]]] = deque()
         for job in jobs:
             running.append(pool.submit(self._check_directory, job))
-            if len(running) > 1:
+            if len(running) >= self._threads:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
@@ -287,7 +292,7 @@ class Scrubber:
                     and time.monotonic() - began >= choice.max_duration_s
                 )
                 # One pack more than there are threads, so that no thread waits.
-                while not late and len(running) <= _THREADS:
+                while not late and len(running) <= self._threads:
                     pack = next(rest, None)
                     if pack is None:
                         break

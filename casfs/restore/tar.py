@@ -3,7 +3,7 @@
 The tar has the POSIX pax format: values that a plain header cannot represent, such as nanoseconds, long
 names, large numbers and xattrs, are in an extended header before it. Long names that are not UTF-8 are in
 GNU's long-name entries instead. This module builds the records as bytes, because xattrs need not be text.
-Memory is bounded: one chunk of a file, and a limited number of hard links. The stream ends at the first
+Memory is bounded: the prefetched blobs, and a limited number of hard links. The stream ends at the first
 damage, because a reader would take the rest for intact.
 """
 
@@ -16,14 +16,17 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from casfs.digest import Digest
 from casfs.display import escape_path
 from casfs.errors import IntegrityError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import HardLinkKey, Node, NodeType, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository.repository import Repository
+from casfs.restore.prefetch import Prefetcher
+from casfs.trees.content import ContentReader
 from casfs.trees.file_content import FileContent
-from casfs.trees.reader import is_flagged
+from casfs.trees.reader import TreeReader, is_flagged
 
 _ZEROS = bytes(1 << 20)
 MAX_LINKS = 100_000
@@ -69,13 +72,17 @@ class DamagedContentError(IntegrityError):
         return f"{escape_path(self.path)} is damaged from byte {self.offset} on: {self.cause}"
 
 
-def file_bytes(repository: Repository, node: Node, path: bytes) -> Iterator[bytes]:
+Read = Callable[[Digest], bytes]
+"""Returns the verified plaintext of a blob."""
+
+
+def file_bytes(node: Node, path: bytes, read: Read) -> Iterator[bytes]:
     """Yield the content of a regular file in verified chunks, and holes as zeros.
 
     Raises DamagedContentError at a damaged chunk, and at the end where the digest of the whole file
     differs from the captured one.
     """
-    content = FileContent(node, repository.content(node), repository.store.read)
+    content = FileContent(node, ContentReader(node.content, node.levels, read), read)
     done = 0
     try:
         for part in content.parts():
@@ -142,8 +149,10 @@ class TarWriter:
         The directory's own metadata are not in the tar, so that extracting it does not change the folder
         it is extracted into. Raises DamagedContentError, BlobError and TreeError.
         """
-        for name, node in self._repository.trees.walk(root):
-            self._add(name, path + b"/" + name if path else name, node)
+        with Prefetcher(self._repository, path, root) as ahead:
+            for name, node in TreeReader(ahead.read).walk(root):
+                ahead.path = path + b"/" + name if path else name
+                self._add(name, ahead.path, node, ahead.read)
 
     def finish(self) -> TarStats:
         """Write the end of the tar."""
@@ -151,7 +160,7 @@ class TarWriter:
         self._put(bytes(-self._written_bytes % tarfile.RECORDSIZE))
         return self.stats
 
-    def _add(self, name: bytes, path: bytes, node: Node) -> None:
+    def _add(self, name: bytes, path: bytes, node: Node, read: Read) -> None:
         progress = self._monitor.progress
         progress.path = path
         progress.items += 1
@@ -179,7 +188,7 @@ class TarWriter:
         target = node.content if node.kind == NodeType.SYMLINK else b""
         self._put(self._header(name, node, _TYPES[NodeType(node.kind)], target))
         if node.kind == NodeType.FILE:
-            for data in file_bytes(self._repository, node, path):
+            for data in file_bytes(node, path, read):
                 self._put(data)
                 progress.read_bytes(len(data))
             progress.finish_file(node.size)

@@ -1,102 +1,113 @@
 """Batch reads of blobs: sorted by pack and offset, adjacent blobs in one read, decoded together.
 
-For a single blob the interpreter's overhead exceeds the cost of the read and of the decompression; a batch
-pays that overhead once.
+For a single blob the interpreter's overhead exceeds the cost of the read and of the decompression, and over a
+distance the round trip exceeds both; a batch pays them once. The reads of a batch may run in parallel.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError
 from casfs.format.codec import Encoded
 from casfs.index.schema import Location
+from casfs.storage.base import Storage
 from casfs.store.blob_store import BlobStore, pack_name
 
 log = logging.getLogger(__name__)
 
-_GAP_BYTES = 64 * 1024
-"""Largest gap between two blobs that one read covers; beyond it a second read costs less."""
-
 _THREADS = 2
 
-_READ_BYTES = 4 * 1024 * 1024
-
-_Place = tuple[int, int, Digest, Location]
-"""Pack ordinal, offset, digest and location."""
-
-_by_place = operator.itemgetter(0, 1)
+_MIB = 1024 * 1024
 
 
-def read_batch(store: BlobStore, wanted: Mapping[Digest, int]) -> dict[Digest, bytes]:
-    """Return the verified plaintexts of the wanted blobs that are intact where the index locates them.
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """How blobs are gathered into reads.
 
-    `wanted` maps each digest to its plaintext size in bytes; a blob of another size is omitted. All returned
-    plaintexts are in memory at once. For an omitted blob, `BlobStore.read` finds another copy or raises the
-    reason.
+    `gap_bytes` is the largest gap between two blobs that one read covers; beyond it a second read costs less.
+    `read_bytes` is the largest read, `parallel_reads` the number of reads at the same time.
+    """
+
+    gap_bytes: int
+    read_bytes: int
+    parallel_reads: int
+
+    @staticmethod
+    def of(storage: Storage) -> ReadPlan:
+        """Return the plan for a storage: over a distance fewer, larger, and parallel reads."""
+        requests = storage.capabilities.parallel_requests
+        if requests == 1:
+            return ReadPlan(64 * 1024, 4 * _MIB, 1)
+        return ReadPlan(512 * 1024, 8 * _MIB, min(requests, 8))
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRun:
+    """Blobs of one pack, by offset, that one read covers: `size` bytes from `begin` on."""
+
+    pack: int
+    begin: int
+    size: int
+    blobs: list[tuple[Digest, Location]]
+
+
+def plan_reads(store: BlobStore, wanted: Mapping[Digest, int], plan: ReadPlan) -> Iterator[BlobRun]:
+    """Yield the reads that return the wanted blobs.
+
+    `wanted` maps each digest to its plaintext size in bytes; a blob of another size is omitted.
     """
     digests = list(wanted)
-    places: list[_Place] = [
-        (at.pack, at.offset, digest, at)
+    found = [
+        (digest, at)
         for digest, at in zip(digests, store.index.lookup_many(digests), strict=True)
         if at is not None and at.plain_bytes == wanted[digest]
     ]
-    places.sort(key=_by_place)
+    found.sort(key=lambda blob: (blob[1].pack, blob[1].offset))
+    blobs: list[tuple[Digest, Location]] = []
+    pack = begin = end = -1
+    for digest, at in found:
+        last = at.offset + at.stored_bytes
+        is_near = at.offset <= end + plan.gap_bytes and last <= begin + plan.read_bytes
+        if blobs and not (at.pack == pack and is_near):
+            yield BlobRun(pack, begin, end - begin, blobs)
+            blobs = []
+        if not blobs:
+            pack, begin = at.pack, at.offset
+        blobs.append((digest, at))
+        end = last
+    if blobs:
+        yield BlobRun(pack, begin, end - begin, blobs)
+
+
+def read_run(store: BlobStore, run: BlobRun) -> dict[Digest, bytes]:
+    """Return the verified plaintexts of the blobs of a run that are intact; nothing if the read fails.
+
+    For an omitted blob, `BlobStore.read` finds another copy or raises the reason.
+    """
     plains: dict[Digest, bytes] = {}
-    begin = 0
-    while begin < len(places):
-        run = list(itertools.takewhile(_IsAdjacent(), itertools.islice(places, begin, None)))
-        begin += len(run)
-        try:
-            _read_run(store, run, plains)
-        except CasfsError as error:
-            log.debug("%d blobs cannot be read at once: %s", len(run), error)
-    return plains
-
-
-def _read_run(store: BlobStore, run: list[_Place], plains: dict[Digest, bytes]) -> None:
-    ordinal, begin, _, _ = run[0]
-    last = run[-1][3]
-    pack = store.index.pack_id(ordinal)
-    size = last.offset + last.stored_bytes - begin
-    data = store.storage.read(pack_name(pack), begin, size)
-    encoded = [
-        Encoded(
-            digest,
-            offset,
-            at.codec,
-            data[offset - begin : offset - begin + at.stored_bytes],
-            at.plain_bytes,
-        )
-        for _, offset, digest, at in run
-    ]
-    for plain, (_, _, digest, at) in zip(
-        store.decode_many(pack, encoded, _THREADS), run, strict=True
-    ):
+    try:
+        pack = store.index.pack_id(run.pack)
+        data = memoryview(store.bulk_storage.read(pack_name(pack), run.begin, run.size))
+        encoded = [
+            Encoded(
+                digest,
+                at.offset,
+                at.codec,
+                bytes(data[at.offset - run.begin : at.offset - run.begin + at.stored_bytes]),
+                at.plain_bytes,
+            )
+            for digest, at in run.blobs
+        ]
+        decoded = store.decode_many(pack, encoded, _THREADS)
+    except CasfsError as error:
+        log.debug("%d blobs cannot be read at once: %s", len(run.blobs), error)
+        return plains
+    for plain, (digest, at) in zip(decoded, run.blobs, strict=True):
         if plain is not None:
             store.verified.mark(at)
             plains[digest] = plain
-
-
-class _IsAdjacent:
-    """A predicate on sorted places: whether the next is close enough for a read shared with the previous."""
-
-    def __init__(self) -> None:
-        self._pack = -1
-        self._begin = self._end = 0
-
-    def __call__(self, place: _Place) -> bool:
-        pack, offset, _, at = place
-        end = offset + at.stored_bytes
-        if self._pack < 0:
-            self._pack, self._begin = pack, offset
-        elif (
-            pack != self._pack or offset > self._end + _GAP_BYTES or end > self._begin + _READ_BYTES
-        ):
-            return False
-        self._end = end
-        return True
+    return plains

@@ -117,6 +117,7 @@ def _dump_file(
     repository: Repository, node: Node, path: bytes, file: BinaryIO, monitor: CommandMonitor
 ) -> TarStats:
     from casfs.monitor import Problem, ProblemKind
+    from casfs.restore.prefetch import Prefetcher
     from casfs.restore.tar import TarStats, file_bytes
     from casfs.trees.reader import is_flagged
 
@@ -126,9 +127,10 @@ def _dump_file(
         message = "it changed while it was captured; it is written as it was captured"
         monitor.problem(Problem(ProblemKind.CHANGED, path, message))
     monitor.progress.path = path
-    for data in file_bytes(repository, node, path):
-        file.write(data)
-        monitor.progress.read_bytes(len(data))
+    with Prefetcher(repository, path, node) as ahead:
+        for data in file_bytes(node, path, ahead.read):
+            file.write(data)
+            monitor.progress.read_bytes(len(data))
     monitor.progress.finish_file(node.size)
     monitor.progress.items = 1
     return stats

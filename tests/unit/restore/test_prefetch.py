@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,14 @@ from casfs.format.tree import Node, NodeType, TreeRef
 from casfs.repository.repository import Repository
 from casfs.restore import prefetch as prefetch_module
 from casfs.restore.prefetch import Prefetcher
-from casfs.store.blob_store import BlobStore
+from casfs.store.batch_read import ReadPlan
+from casfs.store.blob_store import BlobStore, pack_name
 from casfs.trees.content import ContentReader
 from casfs.trees.reader import TreeReader
 from casfs.trees.writer import TreeWriter
 from tests.support.builders import RepositoryFixture, entry
+from tests.support.far import FarRepository
+from tests.support.storage_double import Call
 from tests.support.stores import flip, noise
 
 FILES = 40
@@ -28,7 +33,8 @@ HUNG_S = 60
 @pytest.fixture
 def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RepositoryFixture:
     """A repository of files in some folders, and batches of a few blobs."""
-    monkeypatch.setattr(prefetch_module, "_BATCH_BLOBS", 4)
+    few = replace(prefetch_module._NEAR, batch_blobs=4)
+    monkeypatch.setattr(prefetch_module, "_NEAR", few)
     source = tmp_path / "source"
     for number in range(FILES):
         path = source / f"{number % 5}" / f"{number}"
@@ -197,3 +203,79 @@ def test_a_prefetch_of_more_directories_than_anybody_can_read_is_closed_at_once(
         closing.start()
         closing.join(HUNG_S)
         assert not closing.is_alive()
+
+
+class TestDistance:
+    @pytest.fixture
+    def far(
+        self, repo: RepositoryFixture, own_home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> FarRepository:
+        """A repository at a distance with the same files."""
+        far = FarRepository.create(monkeypatch)
+        far.back_up(repo.root.parent / "source")
+        return far
+
+    def test_a_walk_reads_few_ranges_and_every_blob_ahead(
+        self, far: FarRepository, own_reads: list[Digest]
+    ) -> None:
+        with far.reading() as repository:
+            root = root_of(repository)
+            expected = wanted(repository)
+            far.requests()
+            own_reads.clear()
+            with Prefetcher(repository, b"", root) as ahead:
+                found = go(ahead, root)
+            assert own_reads == []
+            assert found == expected
+            assert len(found) == FILES + 2
+            # 9 MB of one file and 60 KB of small ones, in reads of 8 MiB.
+            assert far.requests().count("read packs") <= 3
+
+    def test_several_ranges_are_read_at_the_same_time(
+        self, far: FarRepository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        small = replace(ReadPlan.of(far.storage), read_bytes=1 << 20)
+        monkeypatch.setattr(ReadPlan, "of", lambda storage: small)
+        together = threading.Barrier(4, timeout=HUNG_S)
+        with far.reading() as repository:
+            root = root_of(repository)
+            expected = wanted(repository)
+
+            def meet(call: Call) -> None:
+                if call.size > 500_000:
+                    with suppress(threading.BrokenBarrierError):
+                        together.wait()
+                    if not together.broken:
+                        far.storage.script.before = None
+
+            far.storage.script.before = meet
+            with Prefetcher(repository, b"", root) as ahead:
+                assert go(ahead, root) == expected
+            assert not together.broken
+
+    def test_damage_is_read_again_by_the_walk_alone(
+        self, far: FarRepository, own_reads: list[Digest]
+    ) -> None:
+        bad = digest_of(noise("file 7", 2000))
+        with far.reading() as repository:
+            at = repository.store.locate(bad)
+            name = pack_name(repository.store.index.pack_id(at.pack))
+            data = bytearray(far.storage.inner.read(name))
+            data[at.offset + 100] ^= 1
+            far.storage.inner.write(name, bytes(data))
+            root = root_of(repository)
+            with Prefetcher(repository, b"", root) as ahead:
+                found = go(ahead, root)
+            damaged = [path for path, data in found.items() if isinstance(data, BlobError)]
+            assert [path.split(b"/")[-1] for path in damaged] == [b"37", b"7"]
+            assert set(own_reads) == {bad}
+
+    def test_a_far_prefetch_can_be_closed_at_any_moment(self, far: FarRepository) -> None:
+        with far.reading() as repository:
+            root = root_of(repository)
+            repository.store.read(digest_of(noise("file 0", 2000)))
+            before = threading.active_count()
+            for _ in range(4):
+                with Prefetcher(repository, b"", root):
+                    pass
+            assert threading.active_count() == before

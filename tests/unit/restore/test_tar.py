@@ -54,13 +54,13 @@ class TestDumpOfFile:
         repo.store(b"begin", b"end")
         node = of_chunks(7, b"begin", 3 << 20, b"end", 1)
         with repo.reading() as repository:
-            data = b"".join(file_bytes(repository, node, b"f"))
+            data = b"".join(file_bytes(node, b"f", repository.store.read))
         assert data == bytes(7) + b"begin" + bytes(3 << 20) + b"end" + bytes(1)
 
     def test_dump_holds_at_most_a_chunk_of_a_long_hole(self, repo: RepositoryFixture) -> None:
         node = of_chunks(20 << 20)
         with repo.reading() as repository:
-            parts = [len(part) for part in file_bytes(repository, node, b"f")]
+            parts = [len(part) for part in file_bytes(node, b"f", repository.store.read)]
         assert sum(parts) == 20 << 20
         assert max(parts) <= 1 << 20
 
@@ -71,7 +71,7 @@ class TestDumpOfFile:
         repo.damage(digest_of(chunks[bad]))
         got = b""
         with repo.reading() as repository, pytest.raises(DamagedContentError) as caught:
-            for part in file_bytes(repository, of_chunks(*chunks), b"dir/f\n"):
+            for part in file_bytes(of_chunks(*chunks), b"dir/f\n", repository.store.read):
                 got += part
         assert got == b"".join(chunks[:bad])
         assert (caught.value.path, caught.value.offset) == (b"dir/f\n", len(got))
@@ -80,7 +80,7 @@ class TestDumpOfFile:
 
     def test_dump_of_a_missing_chunk_reports_damage(self, repo: RepositoryFixture) -> None:
         with repo.reading() as repository, pytest.raises(DamagedContentError, match="missing"):
-            list(file_bytes(repository, of_chunks(b"never stored"), b"f"))
+            list(file_bytes(of_chunks(b"never stored"), b"f", repository.store.read))
 
     @pytest.mark.parametrize(
         "wrong",
@@ -102,9 +102,9 @@ class TestDumpOfFile:
         node = of_chunks(b"chunk")
         got = 0
         with repo.reading() as repository:
-            assert b"".join(file_bytes(repository, node, b"f")) == b"chunk"
+            assert b"".join(file_bytes(node, b"f", repository.store.read)) == b"chunk"
             with pytest.raises(DamagedContentError):
-                for part in file_bytes(repository, replace(node, **wrong), b"f"):
+                for part in file_bytes(replace(node, **wrong), b"f", repository.store.read):
                     got += len(part)
         assert got <= wrong.get("size", 5)
 
