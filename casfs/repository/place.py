@@ -149,7 +149,8 @@ class RemotePlace:
     def cached_storage(self, storage: Storage, config: RepositoryConfig, on_disk: bool) -> Storage:
         """Return the storage behind a cache: on the disk of this machine, or only in memory."""
         limit_bytes = self.options.cache_bytes
-        if not on_disk or not limit_bytes:
+        # What an attacker wrote over a pack may be in the cache, and is not what there was before.
+        if not on_disk or not limit_bytes or self.as_of_ns is not None:
             return CachingStorage(storage, None)
         folder = self.index_dir(config).with_name("objects")
         return CachingStorage(storage, CellFolder(folder, limit_bytes))
