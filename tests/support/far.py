@@ -14,7 +14,7 @@ from casfs.repository.place import RemotePlace
 from casfs.repository.repository import Repository
 from casfs.storage.base import Storage
 from casfs.storage.memory import MemoryStorage
-from casfs.storage.url import parse_location
+from casfs.storage.url import parse_address
 from tests.support.storage_double import RecordingStorage, Script
 
 
@@ -38,8 +38,8 @@ class FarRepository:
             return storage
 
         monkeypatch.setattr("casfs.repository.place.open_storage", open_it)
-        create_repository(RemotePlace(parse_location("s3://bucket/r")))
-        return FarRepository(storage, RemotePlace(parse_location("s3://bucket/r")))
+        create_repository(RemotePlace(parse_address("s3://bucket/r")))
+        return FarRepository(storage, RemotePlace(parse_address("s3://bucket/r")))
 
     def reading(self) -> Repository:
         return open_for_reading(self.place)
