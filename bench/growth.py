@@ -24,7 +24,7 @@ from bench.peers.casfs import Casfs, find_program
 from bench.scratch import Scratch
 from bench.stage import WORK_TIMEOUT_S
 from casfs.digest import Digest, PackId
-from casfs.format.pack import PackEntry
+from casfs.format.pack import PackEntry, PackRef
 from casfs.index.index import Index
 from casfs.store.writer import PACK_BLOBS
 
@@ -150,8 +150,8 @@ def _grow(index: Index, round_number: int, count: int) -> None:
             PackEntry(made_digest(round_number, number, count), 16, 100, 300, 1, 1)
             for number in numbers
         ]
-        pack = PackId(blake3(b"%d %d" % (round_number, begin)).digest())
-        index.add_packs([(pack, 1 << 26, entries)])
+        name = PackId(blake3(b"%d %d" % (round_number, begin)).digest())
+        index.add_packs([(PackRef(name, False), 1 << 26, entries)])
 
 
 def made_digest(round_number: int, number: int, count: int) -> Digest:

@@ -43,9 +43,24 @@ assert TRAILER.size == 64
 MAX_STORED_BYTES = MAX_PLAIN_BYTES + 1024
 """The largest payload: a plaintext that does not shrink is stored raw; the rest is room for encryption."""
 
+DATA_PREFIX = "packs"
+META_PREFIX = "meta"
+PACK_PREFIXES = (DATA_PREFIX, META_PREFIX)
+"""Below these prefixes are the packs; metadata packs, which format 2 has, are below the second."""
+
+METADATA_KINDS = frozenset([BlobKind.TREE, BlobKind.CONTENT])
+"""The kinds of blobs that a writer of format 2 stores in metadata packs."""
+
 MAX_PACK_BLOBS = 1 << 16
 MAX_PACK_BYTES = 1 << 31
 """Limits that a reader enforces; a writer stays far below the size."""
+
+
+class PackRef(NamedTuple):
+    """A pack in the storage: its name, and whether it is a metadata pack, which decides its prefix."""
+
+    id: PackId
+    is_meta: bool
 
 
 class PackEntry(NamedTuple):

@@ -21,11 +21,12 @@ from types import MappingProxyType
 
 from casfs.digest import Digest, PackId
 from casfs.errors import IndexUnusableError
-from casfs.format.pack import PackEntry
+from casfs.format.pack import PackEntry, PackRef
 from casfs.index.lmdb_env import LmdbEnv, Transaction
 from casfs.index.schema import (
     DAMAGED,
     LOCATION,
+    METADATA,
     ORDINAL,
     PACK,
     IndexedPack,
@@ -33,6 +34,7 @@ from casfs.index.schema import (
     PackRecord,
     Tables,
     counts_as_stored,
+    pack_ref,
 )
 
 INDEX_VERSION = b"1"
@@ -72,7 +74,7 @@ class Index:
         except BaseException:
             self._env.close()
             raise
-        self._pack_ids: dict[int, PackId] = {}
+        self._pack_refs: dict[int, PackRef] = {}
         self._distrusted: frozenset[int] = frozenset()
 
     @property
@@ -142,17 +144,22 @@ class Index:
             stored += self._env.read(functools.partial(ask, batch=batch))
         return stored
 
-    def pack_id(self, ordinal: int) -> PackId:
-        """Return a pack's name by its ordinal; raise IndexUnusableError for an unknown ordinal."""
-        pack = self._pack_ids.get(ordinal)
+    def pack_ref(self, ordinal: int) -> PackRef:
+        """Return a pack by its ordinal; raise IndexUnusableError for an unknown ordinal."""
+        pack = self._pack_refs.get(ordinal)
         if pack is None:
             value = self._env.read(
                 lambda txn: txn.get(ORDINAL.pack(ordinal), db=self._tables.packs)
             )
             if value is None:
                 raise IndexUnusableError(f"the index refers to an unknown pack {ordinal}")
-            pack = self._pack_ids[ordinal] = PackId(PACK.unpack(value)[0])
+            name, _, _, flags, _ = PACK.unpack(value)
+            pack = self._pack_refs[ordinal] = pack_ref(name, flags)
         return pack
+
+    def has_pack(self, pack: PackId) -> bool:
+        """Return whether a pack of this name is in the index, whatever its prefix."""
+        return self._env.read(lambda txn: txn.get(b"pack" + pack, db=self._tables.meta)) is not None
 
     def packs(self) -> list[PackRecord]:
         """Return every pack in the order of the ordinals."""
@@ -174,15 +181,36 @@ class Index:
             after = rows[-1][0]
 
     def add_packs(self, packs: Iterable[IndexedPack]) -> None:
-        """Record packs durably; a pack with many blobs takes several transactions.
+        """Record packs durably; small ones share a transaction, and one with many blobs takes several.
 
         A blob that another pack holds keeps its location if it counts as stored there. A pack that is already
         recorded stays unchanged. After an interruption `partial_packs` returns the pack that is incomplete.
         """
-        for pack, pack_bytes, entries in packs:
-            self._add_pack(pack, pack_bytes, entries)
+        small: list[IndexedPack] = []
+        for indexed in packs:
+            if sum(len(entries) for _, _, entries in (*small, indexed)) > _ADDED_AT_ONCE:
+                self._add_small_packs(small)
+                small = []
+            if len(indexed[2]) > _ADDED_AT_ONCE:
+                self._add_pack(*indexed)
+            else:
+                small.append(indexed)
+        self._add_small_packs(small)
 
-    def _add_pack(self, pack: PackId, pack_bytes: int, entries: list[PackEntry]) -> None:
+    def _add_small_packs(self, packs: list[IndexedPack]) -> None:
+        """Record packs in one transaction."""
+
+        def change(txn: Transaction) -> None:
+            untrusted = self._tables.marked_for_removal(txn) | self._distrusted
+            for pack, pack_bytes, entries in packs:
+                ordinal = self._tables.put_pack(txn, pack, pack_bytes, len(entries))
+                if ordinal is not None:
+                    self._tables.put_blobs(txn, ordinal, sorted(entries), untrusted)
+
+        if packs:
+            self._env.write(change)
+
+    def _add_pack(self, pack: PackRef, pack_bytes: int, entries: list[PackEntry]) -> None:
         first, *rest = _parts(entries)
 
         def begin(txn: Transaction) -> int | None:
@@ -191,12 +219,12 @@ class Index:
                 untrusted = self._tables.marked_for_removal(txn) | self._distrusted
                 self._tables.put_blobs(txn, ordinal, first, untrusted)
                 if rest:
-                    txn.put(_PARTIAL + pack, b"", db=self._tables.meta)
+                    txn.put(_PARTIAL + pack.id, b"", db=self._tables.meta)
             return ordinal
 
         ordinal = self._env.write(begin)
         if ordinal is not None:
-            self._continue_pack(pack, ordinal, rest)
+            self._continue_pack(pack.id, ordinal, rest)
 
     def partial_packs(self) -> list[PackId]:
         """Return the packs whose blobs are not all added yet, by a running process or by one that died."""
@@ -205,7 +233,7 @@ class Index:
 
     def finish_partial_pack(self, pack: PackId, entries: list[PackEntry]) -> None:
         """Add the missing blobs of a pack whose writer died before it had added them all."""
-        ordinals = [record.ordinal for record in self.packs() if record.pack == pack]
+        ordinals = [record.ordinal for record in self.packs() if record.pack.id == pack]
         for ordinal in ordinals:
             self._continue_pack(pack, ordinal, _parts(entries))
 
@@ -226,7 +254,7 @@ class Index:
             self._env.write(functools.partial(change, entries=part, is_last=is_last))
 
     def add_found_packs(
-        self, packs: Callable[[], Iterable[IndexedPack]], pending: Callable[[], Set[PackId]]
+        self, packs: Callable[[], Iterable[IndexedPack]], pending: Callable[[], Set[PackRef]]
     ) -> None:
         """Record packs that were found in the storage; mark those that are pending removal in the same step.
 
@@ -242,7 +270,7 @@ class Index:
     def rebuild(
         self,
         packs: Callable[[], Iterable[IndexedPack]],
-        pending: Callable[[], Set[PackId]] = frozenset,
+        pending: Callable[[], Set[PackRef]] = frozenset,
     ) -> None:
         """Replace the whole index by the packs that `packs` yields, in one transaction; counts as a loss.
 
@@ -276,10 +304,10 @@ class Index:
         self,
         txn: Transaction,
         marked: set[int],
-        pending: Set[PackId],
+        pending: Set[PackRef],
         packs: Iterable[IndexedPack],
-        marks: Mapping[tuple[bytes, PackId], bool] = MappingProxyType({}),
-        known: Mapping[PackId, PackRecord] = MappingProxyType({}),
+        marks: Mapping[tuple[bytes, PackRef], bool] = MappingProxyType({}),
+        known: Mapping[PackRef, PackRecord] = MappingProxyType({}),
     ) -> None:
         for pack, pack_bytes, entries in packs:
             before = known.get(pack)
@@ -329,7 +357,7 @@ class Index:
                 )
             )
 
-    def remove_packs(self, packs: Mapping[int, PackId], lost: bool = False) -> bool:
+    def remove_packs(self, packs: Mapping[int, PackRef], lost: bool = False) -> bool:
         """Remove packs that no snapshot needs, or that are `lost`, and the blobs located in them.
 
         If one of the packs no longer has its ordinal, change nothing and return False.
@@ -339,7 +367,7 @@ class Index:
         def change(txn: Transaction) -> bool:
             for ordinal, pack in packs.items():
                 record = txn.get(ORDINAL.pack(ordinal), db=self._tables.packs)
-                if record is None or PACK.unpack(record)[0] != pack:
+                if record is None or PACK.unpack(record)[0] != pack.id:
                     return False
             after: bytes | None = None
             while rows := self._tables.rows(txn, after, _ASKED_AT_ONCE):
@@ -349,7 +377,7 @@ class Index:
                         txn.delete(key, db=self._tables.blobs)
             for ordinal, pack in packs.items():
                 txn.delete(ORDINAL.pack(ordinal), db=self._tables.packs)
-                for key in (b"pack" + pack, _PARTIAL + pack):
+                for key in (b"pack" + pack.id, _PARTIAL + pack.id):
                     txn.delete(key, db=self._tables.meta)
             self._tables.mark_for_removal(txn, self._tables.marked_for_removal(txn) - ordinals)
             self._tables.count_removal(txn)
@@ -436,10 +464,11 @@ class Index:
                 key = ORDINAL.pack(ordinal)
                 value = txn.get(key, db=self._tables.packs)
                 if value is not None:
-                    pack, pack_bytes, blobs, _, _ = PACK.unpack(value)
+                    pack, pack_bytes, blobs, old_flags, _ = PACK.unpack(value)
+                    new_flags = old_flags & METADATA | flags
                     txn.put(
                         key,
-                        PACK.pack(pack, pack_bytes, blobs, flags, when_s),
+                        PACK.pack(pack, pack_bytes, blobs, new_flags, when_s),
                         db=self._tables.packs,
                     )
 

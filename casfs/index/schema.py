@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from casfs.digest import PackId
-from casfs.format.pack import PackEntry
+from casfs.format.pack import PackEntry, PackRef
 from casfs.index.lmdb_env import LmdbEnv, Transaction
 
 LOCATION = struct.Struct("<IIIIIBBH")
@@ -19,8 +19,11 @@ assert PACK.size == 56
 DAMAGED = 1
 """The flag of a blob or a pack whose stored data are damaged."""
 
-IndexedPack = tuple[PackId, int, list[PackEntry]]
-"""A pack's name, its size in bytes, and its entries."""
+METADATA = 2
+"""The flag of a metadata pack."""
+
+IndexedPack = tuple[PackRef, int, list[PackEntry]]
+"""A pack, its size in bytes, and its entries."""
 
 
 class Location(NamedTuple):
@@ -55,7 +58,7 @@ class PackRecord:
     """
 
     ordinal: int
-    pack: PackId
+    pack: PackRef
     pack_bytes: int
     blobs: int
     verified_s: int
@@ -85,7 +88,8 @@ class Tables:
             pack, pack_bytes, blobs, flags, verified_s = PACK.unpack(value)
             ordinal = ORDINAL.unpack(key)[0]
             is_damaged = bool(flags & DAMAGED)
-            record = PackRecord(ordinal, PackId(pack), pack_bytes, blobs, verified_s, is_damaged)
+            ref = pack_ref(pack, flags)
+            record = PackRecord(ordinal, ref, pack_bytes, blobs, verified_s, is_damaged)
             records.append(record)
         return records
 
@@ -104,18 +108,19 @@ class Tables:
     def put_pack(
         self,
         txn: Transaction,
-        pack: PackId,
+        pack: PackRef,
         pack_bytes: int,
         blobs: int,
         known: PackRecord | None = None,
     ) -> int | None:
         """Record a pack without its blobs; return its ordinal, or None if the pack is already recorded."""
-        if not txn.put(b"pack" + pack, b"", overwrite=False, db=self.meta):
+        if not txn.put(b"pack" + pack.id, b"", overwrite=False, db=self.meta):
             return None
         ordinal, next_blob, losses = self.counters(txn)
         is_damaged = known is not None and known.is_damaged
         verified_s = known.verified_s if known is not None else 0
-        value = PACK.pack(pack, pack_bytes, blobs, DAMAGED * is_damaged, verified_s)
+        flags = DAMAGED * is_damaged | METADATA * pack.is_meta
+        value = PACK.pack(pack.id, pack_bytes, blobs, flags, verified_s)
         txn.put(ORDINAL.pack(ordinal), value, db=self.packs)
         self.set_counters(txn, ordinal + 1, next_blob, losses)
         return ordinal
@@ -195,6 +200,11 @@ class Tables:
     def set_counters(self, txn: Transaction, next_pack: int, next_blob: int, losses: int) -> None:
         """Store the values that `counters` returns."""
         txn.put(b"counters", COUNTERS.pack(next_pack, next_blob, losses), db=self.meta)
+
+
+def pack_ref(name: bytes, flags: int) -> PackRef:
+    """Return the pack of a record in `packs`, from its name and its flags."""
+    return PackRef(PackId(name), bool(flags & METADATA))
 
 
 def counts_as_stored(value: bytes | memoryview | None, marked: Set[int]) -> bool:

@@ -267,7 +267,7 @@ class Checker:
         location = self._store.index.lookup(digest)
         if location is None:
             return None
-        pack = self._store.index.pack_id(location.pack)
+        pack = self._store.index.pack_ref(location.pack).id
         return pack if pack in self.result.unreadable_packs else None
 
     def _is_in_unindexed_pack(self, digest: Digest) -> bool:

@@ -45,7 +45,7 @@ class Evacuator:
             except CasfsError as error:
                 log.warning(
                     "pack %s, which seems unneeded, cannot be read: %s",
-                    short_id(record.pack),
+                    short_id(record.pack.id),
                     error,
                 )
                 unreadable.add(ordinal)

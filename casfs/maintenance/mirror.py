@@ -24,6 +24,7 @@ from msgspec.structs import replace
 from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.errors import IntegrityError, NotFoundError, RefusedError
 from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, decode_config
+from casfs.format.pack import PACK_PREFIXES
 from casfs.maintenance.scrub import Finding
 from casfs.maintenance.storage_check import FOLDERS
 from casfs.monitor import Monitor
@@ -102,7 +103,7 @@ class Mirror:
         try:
             there = self._destination.read(CONFIG_NAME, 0, MAX_CONFIG_BYTES)
         except NotFoundError:
-            if next(iter(self._destination.list("packs")), None) is not None:
+            if any(True for prefix in PACK_PREFIXES for _ in self._destination.list(prefix)):
                 raise RefusedError(
                     f"{self._destination.url} has packs and no configuration; name an empty destination"
                 ) from None
@@ -124,7 +125,7 @@ class Mirror:
         while True:
             snapshots = list(self._source.list("snapshots"))
             others = [item for folder in KEY_FOLDERS for item in self._source.list(folder)]
-            packs = list(self._source.list("packs"))
+            packs = [item for prefix in PACK_PREFIXES for item in self._source.list(prefix)]
             self._copy_all(item for item in others if item.name not in copied)
             self._copy_recipients()
             vanished = self._copy_all(item for item in packs if item.name not in copied)
@@ -217,7 +218,7 @@ class Mirror:
         now = int(self._now_s())
         before = self._read_missing()
         missing: dict[str, int] = {}
-        for folder in ("snapshots", "packs", *KEY_FOLDERS):
+        for folder in ("snapshots", *PACK_PREFIXES, *KEY_FOLDERS):
             for item in list(self._destination.list(folder)):
                 if item.name in listed:
                     continue

@@ -75,7 +75,7 @@ def remove_unneeded_sessions(repository: Repository) -> int:
     try:
         for pack, _ in repository.store.stored_packs():
             head = storage.read(pack_name(pack), 0, SESSION_HEADER)
-            needed.add(parse_session(pack, head)[0])
+            needed.add(parse_session(pack.id, head)[0])
         for snapshot_id in repository.snapshots.ids():
             envelope = repository.snapshots.envelope(snapshot_id)
             if envelope is not None:
@@ -280,7 +280,7 @@ class Pruner:
         return {
             by_name[pack]: notice
             for notice in read_notices(self._storage).values()
-            for pack in notice.pack_ids()
+            for pack in notice.pack_refs()
             if pack in by_name
         }
 
@@ -313,11 +313,10 @@ class Pruner:
         packs = {self._records[ordinal].pack for ordinal in ordinals}
         fresh = set(packs)
         for name, notice in read_notices(self._storage).items():
-            fresh -= notice.pack_ids()
+            fresh -= notice.pack_refs()
             replace_notice(self._storage, name, notice.only(packs))
         if fresh:
-            names = tuple(sorted(pack.hex() for pack in fresh))
-            publish_notice(self._storage, RemovalNotice(int(time.time()), names))
+            publish_notice(self._storage, RemovalNotice.of(int(time.time()), fresh))
         self._index.mark_for_removal(ordinals)
         # Read after publishing: a process that locks later sees the notice.
         locks = self._repository.other_locks()
@@ -433,7 +432,7 @@ class Pruner:
             self._unlink(ordinals)
         removed = set(packs.values())
         for name, notice in read_notices(self._storage).items():
-            pending = notice.pack_ids()
+            pending = notice.pack_refs()
             if not pending.isdisjoint(removed):
                 replace_notice(self._storage, name, notice.only(pending - removed))
         return ordinals

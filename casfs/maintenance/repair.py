@@ -161,8 +161,8 @@ def repair_index(repository: Repository, monitor: Monitor) -> IndexRepair:
     return IndexRepair(
         packs=len(store.index.packs()),
         blobs=store.index.blob_count(),
-        salvaged=sorted(store.salvaged),
-        unreadable=sorted(store.unreadable),
+        salvaged=sorted(pack.id for pack in store.salvaged),
+        unreadable=sorted(pack.id for pack in store.unreadable),
     )
 
 

@@ -27,7 +27,14 @@ from casfs.errors import (
     StorageError,
 )
 from casfs.format.codec import ENCRYPTED, Encoded
-from casfs.format.pack import BLOB_HEADER, ENCRYPTED_KIND, TRAILER, PackEntry, parse_record_header
+from casfs.format.pack import (
+    BLOB_HEADER,
+    ENCRYPTED_KIND,
+    TRAILER,
+    PackEntry,
+    PackRef,
+    parse_record_header,
+)
 from casfs.index.schema import Location, PackRecord
 from casfs.monitor import Monitor, Unit
 from casfs.repository.repository import Repository
@@ -123,8 +130,8 @@ class Scrubber:
         self._monitor = monitor
         requests = self._store.storage.capabilities.parallel_requests
         self._threads = _THREADS if requests == 1 else min(requests, _MOST_THREADS)
-        self._ordinals: dict[int, PackId] = {}
-        self._by_name: dict[PackId, int] = {}
+        self._ordinals: dict[int, PackRef] = {}
+        self._by_name: dict[PackRef, int] = {}
         self._verified: list[int] = []
         # Damaged packs, by ordinal, with the blobs that were found in them all the same.
         self._damaged: dict[int, set[Digest]] = {}
@@ -169,7 +176,7 @@ class Scrubber:
             message = "it has entries that no pack holds; run `casfs repair index`"
             self._report(Finding("index", message))
 
-    def _damage_of_records(self, records: list[PackRecord], stored: dict[PackId, int]) -> bool:
+    def _damage_of_records(self, records: list[PackRecord], stored: dict[PackRef, int]) -> bool:
         """Compare the index's list of packs with the storage; return whether any pack differs."""
         any_damage = False
         for record in records:
@@ -187,14 +194,14 @@ class Scrubber:
                 continue
             any_damage = True
             self._damaged[record.ordinal] = set()
-            self._report(Finding("pack", message, pack=record.pack))
+            self._report(Finding("pack", message, pack=record.pack.id))
         return any_damage
 
     def _is_gone(self, ordinal: int) -> bool:
         """Return whether a prune has removed a pack from the index since this check began."""
         return all(record.ordinal != ordinal for record in self._store.index.packs())
 
-    def _is_removed(self, pack: PackId) -> bool:
+    def _is_removed(self, pack: PackRef) -> bool:
         """Return whether a prune has removed a pack from the storage since this check began."""
         ordinal = self._by_name.get(pack)
         if ordinal is not None:
@@ -202,13 +209,13 @@ class Scrubber:
         return all(name != pack for name, _ in self._store.stored_packs())
 
     def _directories(
-        self, pool: ThreadPoolExecutor, jobs: list[tuple[PackId, int]]
-    ) -> Iterator[tuple[PackId, list[PackEntry], list[Finding]]]:
+        self, pool: ThreadPoolExecutor, jobs: list[tuple[PackRef, int]]
+    ) -> Iterator[tuple[PackRef, list[PackEntry], list[Finding]]]:
         """Yield the results of `_check_directory` in order.
 
         At most as many directories as threads are in memory: the entries of many would fill it.
         """
-        running: deque[Future[tuple[PackId, list[PackEntry], list[Finding]]]] = deque()
+        running: deque[Future[tuple[PackRef, list[PackEntry], list[Finding]]]] = deque()
         for job in jobs:
             running.append(pool.submit(self._check_directory, job))
             if len(running) >= self._threads:
@@ -217,30 +224,30 @@ class Scrubber:
             yield running.popleft().result()
 
     def _check_directory(
-        self, job: tuple[PackId, int]
-    ) -> tuple[PackId, list[PackEntry], list[Finding]]:
+        self, job: tuple[PackRef, int]
+    ) -> tuple[PackRef, list[PackEntry], list[Finding]]:
         pack, pack_bytes = job
         try:
             return pack, self._store.read_directory(pack, pack_bytes), []
         except NotFoundError as error:
             if self._is_removed(pack):
                 return pack, [], []
-            return pack, [], [Finding("pack", _reason(error), pack)]
+            return pack, [], [Finding("pack", _reason(error), pack.id)]
         except KeyMissingError:
             raise
         except CasfsError as error:
-            damage = [Finding("pack", _reason(error), pack)]
+            damage = [Finding("pack", _reason(error), pack.id)]
             if is_refused(error):
-                if pack not in self.result.unreadable_packs:
-                    self.result.unreadable_packs.add(pack)
+                if pack.id not in self.result.unreadable_packs:
+                    self.result.unreadable_packs.add(pack.id)
                     self.result.unreadable += damage
                 return pack, [], []
         try:
             return pack, self._store.salvage_directory(pack, pack_bytes), damage
         except CasfsError as unreadable:
-            return pack, [], [*damage, Finding("pack", _reason(unreadable), pack)]
+            return pack, [], [*damage, Finding("pack", _reason(unreadable), pack.id)]
 
-    def _compare_index(self, pack: PackId, entries: list[PackEntry]) -> int:
+    def _compare_index(self, pack: PackRef, entries: list[PackEntry]) -> int:
         """Compare a pack's directory with the index; return the number of index entries into it."""
         count = 0
         for entry, location in self._located(entries):
@@ -250,9 +257,9 @@ class Scrubber:
                 count += 1
                 if not location.matches(entry):
                     message = "its location of the blob differs from the pack's directory"
-                    self._report(Finding("index", message, pack, entry.digest))
+                    self._report(Finding("index", message, pack.id, entry.digest))
                 if location.is_damaged:
-                    self.result.damaged[entry.digest] = pack
+                    self.result.damaged[entry.digest] = pack.id
         return count
 
     def _located(self, entries: list[PackEntry]) -> Iterator[tuple[PackEntry, Location | None]]:
@@ -263,17 +270,17 @@ class Scrubber:
                 batch, self._store.index.lookup_many([entry.digest for entry in batch]), strict=True
             )
 
-    def _record_unknown(self, pack: PackId, digest: Digest) -> None:
+    def _record_unknown(self, pack: PackRef, digest: Digest) -> None:
         """Record a stored blob that the index lacks.
 
         This is no damage by itself. Where two concurrent backups stored a blob twice, the index names one
         of the two packs; a prune that removes that pack as unneeded may leave the other.
         """
         if len(self.result.unknown) < _MAX_UNKNOWN:
-            self.result.unknown[digest] = pack
+            self.result.unknown[digest] = pack.id
 
     def _read_selected(
-        self, pool: ThreadPoolExecutor, stored: dict[PackId, int], choice: PackSelection
+        self, pool: ThreadPoolExecutor, stored: dict[PackRef, int], choice: PackSelection
     ) -> None:
         wanted = self._select_packs(stored, choice)
         self._monitor.progress.begin(
@@ -284,7 +291,7 @@ class Scrubber:
         )
         began = time.monotonic()
         rest = iter(wanted)
-        running: list[tuple[PackId, Future[_Read]]] = []
+        running: list[tuple[PackRef, Future[_Read]]] = []
         try:
             while True:
                 late = (
@@ -307,16 +314,16 @@ class Scrubber:
             self._save_verified()
         self.result.packs_left = sum(1 for _ in rest)
 
-    def _select_packs(self, stored: dict[PackId, int], choice: PackSelection) -> list[PackId]:
+    def _select_packs(self, stored: dict[PackRef, int], choice: PackSelection) -> list[PackRef]:
         """Return the packs to read; those verified longest ago come first."""
         verified = {record.pack: record.verified_s for record in self._store.index.packs()}
         packs = sorted(_share_of(stored, choice.share), key=lambda pack: verified.get(pack, 0))
         if choice.older_than_s is not None:
             limit = time.time() - choice.older_than_s
             packs = [pack for pack in packs if verified.get(pack, 0) <= limit]
-        return [pack for pack in packs if pack not in self.result.unreadable_packs]
+        return [pack for pack in packs if pack.id not in self.result.unreadable_packs]
 
-    def _merge(self, pack: PackId, pack_bytes: int, read: _Read) -> None:
+    def _merge(self, pack: PackRef, pack_bytes: int, read: _Read) -> None:
         """Add what was read of a pack to the result and to the index."""
         entries, damage = read.entries, read.damage
         ordinal = self._by_name.get(pack)
@@ -341,7 +348,7 @@ class Scrubber:
             location = self._store.index.lookup(digest)
             # Where two packs hold a blob, readers use only the copy that the index names.
             if location is not None and location.pack == ordinal:
-                self.result.damaged[digest] = pack
+                self.result.damaged[digest] = pack.id
         # A directory, salvaged or foreign, may name a blob twice.
         intact = {
             entry.digest
@@ -355,7 +362,7 @@ class Scrubber:
         if time.monotonic() - self._saved_at > _SAVE_INTERVAL_S:
             self._save_verified()
 
-    def _mark_damaged(self, pack: PackId) -> None:
+    def _mark_damaged(self, pack: PackRef) -> None:
         """Mark a pack damaged in the index; the next prune repacks its needed blobs."""
         ordinal = self._by_name.get(pack)
         if ordinal is not None and not self._store.index.readonly:
@@ -374,7 +381,7 @@ class Scrubber:
             if self._is_gone(ordinal):
                 continue
             pack = self._ordinals[ordinal]
-            self.result.damaged.update(dict.fromkeys(digests, pack))
+            self.result.damaged.update(dict.fromkeys(digests, pack.id))
             if not self._store.index.readonly:
                 self._store.index.mark_blobs(ordinal, digests)
 
@@ -393,7 +400,7 @@ class Scrubber:
         self._verified = []
         self._saved_at = time.monotonic()
 
-    def _read_pack(self, pack: PackId, pack_bytes: int) -> _Read:
+    def _read_pack(self, pack: PackRef, pack_bytes: int) -> _Read:
         """Recompute the digest of a pack and of every blob in it, in one pass."""
         # Damage of the directory was reported when the directories were checked.
         _, entries, reported = self._check_directory((pack, pack_bytes))
@@ -411,18 +418,21 @@ class Scrubber:
                     payloads.append(record[entry.offset - begin :])
                     if not _has_header(record, entry):
                         message = f"the header of its record at byte {begin} is damaged"
-                        damage.append(Finding("pack", message, pack))
+                        damage.append(Finding("pack", message, pack.id))
                 damage += self._verify(pack, batch, payloads)
             reader.read(pack_bytes - TRAILER.size, TRAILER.size)
         except CasfsError as error:
-            damage = [Finding("pack", _reason(error), pack), *self._read_one_by_one(pack, entries)]
+            damage = [
+                Finding("pack", _reason(error), pack.id),
+                *self._read_one_by_one(pack, entries),
+            ]
             return _Read(entries, damage, False, reader.done_bytes)
-        if whole.digest() != pack:
-            damage.append(Finding("pack", "digest mismatch", pack))
+        if whole.digest() != pack.id:
+            damage.append(Finding("pack", "digest mismatch", pack.id))
         return _Read(entries, damage, not (damage or reported), reader.done_bytes)
 
     def _verify(
-        self, pack: PackId, entries: list[PackEntry], payloads: list[bytes]
+        self, pack: PackRef, entries: list[PackEntry], payloads: list[bytes]
     ) -> Iterator[Finding]:
         """Yield a finding for each damaged blob among `entries`, whose payloads were read."""
         encoded = [
@@ -435,17 +445,17 @@ class Scrubber:
                 try:
                     self._store.decode(pack, entry, payload)
                 except BlobError as error:
-                    yield Finding("blob", error.reason, pack, entry.digest)
+                    yield Finding("blob", error.reason, pack.id, entry.digest)
 
-    def _read_one_by_one(self, pack: PackId, entries: list[PackEntry]) -> Iterator[Finding]:
+    def _read_one_by_one(self, pack: PackRef, entries: list[PackEntry]) -> Iterator[Finding]:
         """Yield a finding for each damaged blob of a pack that cannot be read from start to end."""
         for entry in entries:
             try:
                 self._store.read_entry(pack, entry)
             except BlobError as error:
-                yield Finding("blob", error.reason, pack, entry.digest)
+                yield Finding("blob", error.reason, pack.id, entry.digest)
             except CasfsError as error:
-                yield Finding("blob", str(error), pack, entry.digest)
+                yield Finding("blob", str(error), pack.id, entry.digest)
 
 
 def _has_header(record: bytes, entry: PackEntry) -> bool:
@@ -485,7 +495,7 @@ class _PackReader:
     def __init__(
         self,
         repository: Repository,
-        pack: PackId,
+        pack: PackRef,
         whole: blake3,
         on_bytes: Callable[[int], None],
     ) -> None:
@@ -508,7 +518,7 @@ class _PackReader:
             end = self._begin + len(self._data)
             more = self._storage.read(self._name, end, max(_WINDOW_BYTES, size))
             if not more:
-                raise PackError(self._pack, "it ends before its last blob")
+                raise PackError(self._pack.id, "it ends before its last blob")
             self._whole.update(more)
             self.done_bytes += len(more)
             self._on_bytes(len(more))
@@ -518,10 +528,10 @@ class _PackReader:
         return self._data[start : start + size]
 
 
-def _share_of(packs: Iterable[PackId], share: float) -> Iterator[PackId]:
+def _share_of(packs: Iterable[PackRef], share: float) -> Iterator[PackRef]:
     """Yield the packs of a share: the same packs for the same share, evenly spread."""
     limit = int(share * 2**64)
-    return (pack for pack in packs if int.from_bytes(pack[:8], "big") < limit)
+    return (pack for pack in packs if int.from_bytes(pack.id[:8], "big") < limit)
 
 
 def _reason(error: CasfsError) -> str:

@@ -14,13 +14,14 @@ from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.crypto.trust_root import TrustRoot
 from casfs.errors import IntegrityError, NotFoundError, StorageError
 from casfs.format.key_derivation import SECRET_BYTES
-from casfs.format.pack import HEADER, SESSION_HEADER
+from casfs.format.pack import HEADER, PACK_PREFIXES, SESSION_HEADER
 from casfs.maintenance.scrub import Finding, is_refused
 from casfs.monitor import Monitor, Unit
 from casfs.storage.base import Storage
 
 FOLDERS = {
     "packs": "pack",
+    "meta": "pack",
     "snapshots": "snapshot",
     "sessions": "session",
     "identities": "identity",
@@ -72,7 +73,7 @@ def check_storage(storage: Storage, trust: TrustRoot, monitor: Monitor) -> Stora
         folder = name.partition("/")[0]
         if problem is not None:
             result.damage.append(Finding(FOLDERS[folder], f"{name}: {problem}"))
-        elif folder in ("packs", "snapshots"):
+        elif folder in (*PACK_PREFIXES, "snapshots"):
             # In both formats the session id follows a header of the same size.
             needed.setdefault(head[HEADER.size : HEADER.size + SECRET_BYTES].hex(), name)
     if config.encryption is not None:

@@ -156,5 +156,5 @@ def _is_in_use(locks_dir: Path, own_lock: str | None = None) -> bool:
 def _has_all_packs(index: Index, storage: Storage, codec: BlobCodec) -> bool:
     if not index.is_current() or index.partial_packs():
         return False
-    indexed = {record.pack for record in index.packs()}
-    return all(pack in indexed for pack, _ in BlobStore(storage, index, codec).stored_packs())
+    indexed = {record.pack.id for record in index.packs()}
+    return all(pack.id in indexed for pack, _ in BlobStore(storage, index, codec).stored_packs())

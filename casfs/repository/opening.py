@@ -29,6 +29,7 @@ from casfs.format.config import (
     encode_config,
     new_config,
 )
+from casfs.format.pack import META_PREFIX, PACK_PREFIXES
 from casfs.index.fingerprint import remove_fingerprint
 from casfs.index.index import Index
 from casfs.repository.activity import Activity, begin_reading, begin_writing
@@ -52,7 +53,7 @@ log = logging.getLogger(__name__)
 DEFAULT_LEVEL = 3
 """zstd's default: about 250 MB/s a core, with a ratio close to that of higher levels on real trees."""
 
-FOLDERS = ("packs", "snapshots", "condemned", "locks", "tmp")
+FOLDERS = (*PACK_PREFIXES, "snapshots", "condemned", "locks", "tmp")
 PROBED_NAME = "probed.json"
 """The object with the result of the probe of a remote place."""
 
@@ -141,7 +142,8 @@ def _fill_local(
     """Create a repository in an empty folder; its configuration, which makes it one, is written last."""
     try:
         for folder in FOLDERS[1:]:
-            (root / folder).mkdir(mode=0o700)
+            if folder != META_PREFIX or config.separates_metadata:
+                (root / folder).mkdir(mode=0o700)
         (root / "README").write_text(_README)
     except OSError as error:
         raise StorageError("make a repository in", str(root), error) from error
@@ -199,7 +201,7 @@ def _require_empty(storage: Storage, place: RemotePlace) -> None:
         pass
     else:
         raise _exists(place)
-    for prefix in ("packs", "snapshots"):
+    for prefix in (*PACK_PREFIXES, "snapshots"):
         if next(iter(storage.list(prefix)), None) is not None:
             raise ExistsError(
                 f"{place} has objects of a repository without its configuration; name an empty place"

@@ -150,6 +150,7 @@ class Repository:
             dry_run=dry_run,
             spool_in_memory=spool_in_memory,
             session=self.key_manager.session if self.key_manager is not None else None,
+            separate_metadata=self.config.separates_metadata,
         )
 
     def content(self, node: Node) -> ContentReader:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import secrets
 import stat
 import struct
@@ -68,6 +69,9 @@ _WINDOW = 64
 """Requests of one transfer on their way: with the largest chunks 16 MiB, enough for 1 Gbit/s at 130 ms."""
 
 _FOLDERS_AT_ONCE = 16
+_PACK_PATH = re.compile(r"/(?:packs|meta)/[0-9a-f]{2}/[0-9a-f]+$")
+"""The path of a pack, which is write-once."""
+
 _OPEN_FILES = 16
 
 HARDLINK = "hardlink@openssh.com"
@@ -423,7 +427,7 @@ class _Connection:
         unused: list[_OpenFile] = []
         with self._lock:
             # Only what is immutable is kept: the configuration may be replaced behind a handle.
-            if "/packs/" in path and path not in self._files:
+            if _PACK_PATH.search(path) and path not in self._files:
                 self._files[path] = file
                 while len(self._files) > _OPEN_FILES:
                     _, oldest = self._files.popitem(last=False)

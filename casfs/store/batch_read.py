@@ -90,7 +90,7 @@ def read_run(store: BlobStore, run: BlobRun) -> dict[Digest, bytes]:
     """
     plains: dict[Digest, bytes] = {}
     try:
-        pack = store.index.pack_id(run.pack)
+        pack = store.index.pack_ref(run.pack)
         data = memoryview(store.bulk_storage.read(pack_name(pack), run.begin, run.size))
         encoded = [
             Encoded(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from casfs.digest import Digest, PackId
+from casfs.digest import DIGEST_BYTES, Digest, PackId
 from casfs.errors import (
     BlobError,
     CasfsError,
@@ -27,10 +27,14 @@ from casfs.errors import (
 from casfs.format.codec import ENCRYPTED, TAG_BYTES, BlobCodec, Encoded
 from casfs.format.pack import (
     BLOB_HEADER,
+    DATA_PREFIX,
     HEADER,
     MAX_PACK_BYTES,
+    META_PREFIX,
+    PACK_PREFIXES,
     TRAILER,
     PackEntry,
+    PackRef,
     parse_directory,
     parse_header,
     parse_trailer,
@@ -67,10 +71,20 @@ _OWN_LIMITS = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 """Read errors that come from this process's limits, not from the disk."""
 
 
-def pack_name(pack: PackId) -> str:
-    """Return the storage name of a pack."""
-    text = pack.hex()
-    return f"packs/{text[:2]}/{text}"
+def pack_name(pack: PackRef) -> str:
+    """Return the storage name of a pack. No other function builds one."""
+    text = pack.id.hex()
+    return f"{META_PREFIX if pack.is_meta else DATA_PREFIX}/{text[:2]}/{text}"
+
+
+def parse_pack_name(name: str) -> PackRef | None:
+    """Return the pack that a storage name stands for, or None where it is not that of a pack."""
+    prefix, _, rest = name.partition("/")
+    try:
+        pack = PackRef(PackId(bytes.fromhex(rest.rpartition("/")[2])), prefix == META_PREFIX)
+    except ValueError:
+        return None
+    return pack if len(pack.id) == DIGEST_BYTES and pack_name(pack) == name else None
 
 
 class BlobStore:
@@ -97,11 +111,11 @@ class BlobStore:
         self.codec = codec
         self._ciphers = ciphers
         self.verified = VerifiedPacks()
-        self.salvaged: set[PackId] = set()
-        self.unreadable: set[PackId] = set()
+        self.salvaged: set[PackRef] = set()
+        self.unreadable: set[PackRef] = set()
         self.found_elsewhere: set[Digest] = set()
         self.use_index(index)
-        self._old_entries: dict[PackId, list[PackEntry]] = {}
+        self._old_entries: dict[PackRef, list[PackEntry]] = {}
 
     def use_index(self, index: Index) -> None:
         """Look up blobs in this index from now on."""
@@ -146,7 +160,7 @@ class BlobStore:
             return plain
         raise error
 
-    def read_entry(self, pack: PackId, entry: PackEntry) -> bytes:
+    def read_entry(self, pack: PackRef, entry: PackEntry) -> bytes:
         """Return the verified plaintext of one copy of a blob, whether or not the index names that copy.
 
         Raise BlobError, NotFoundError and StorageError.
@@ -154,7 +168,7 @@ class BlobStore:
         payload = self.storage.read(pack_name(pack), entry.offset, entry.stored_bytes)
         return self.decode(pack, entry, payload)
 
-    def decode(self, pack: PackId, entry: PackEntry, payload: bytes) -> bytes:
+    def decode(self, pack: PackRef, entry: PackEntry, payload: bytes) -> bytes:
         """Return the verified plaintext of a payload that was read from its place in a pack.
 
         Raise BlobError; in an encrypted repository also the errors of `PackCiphers.for_pack`.
@@ -164,7 +178,7 @@ class BlobStore:
 
     def _decode(
         self,
-        pack: PackId,
+        pack: PackRef,
         digest: Digest,
         offset: int,
         codec: int,
@@ -173,7 +187,7 @@ class BlobStore:
     ) -> bytes:
         if self._ciphers is None:
             return self.codec.decode(digest, codec, payload, plain_bytes)
-        cipher = self._ciphers.for_pack(pack, pack_name(pack))
+        cipher = self._ciphers.for_pack(pack.id, pack_name(pack))
         inner = cipher.decrypt(digest, offset, payload)
         if (inner.codec | ENCRYPTED, inner.plain_bytes) != (codec, plain_bytes):
             raise BlobError(digest, "its encrypted codec and size do not match the recorded ones")
@@ -182,7 +196,7 @@ class BlobStore:
         )
 
     def decode_many(
-        self, pack: PackId, wanted: Sequence[Encoded], threads: int = 1
+        self, pack: PackRef, wanted: Sequence[Encoded], threads: int = 1
     ) -> list[bytes | None]:
         """Return the verified plaintexts of payloads of one pack, None for each damaged payload.
 
@@ -216,36 +230,36 @@ class BlobStore:
             if (
                 self._cache is None
                 or pack is None
-                or not self._cache.forget(pack_name(PackId(pack)))
+                or not self._cache.forget(pack_name(self.index.pack_ref(location.pack)))
             ):
                 raise
             return self._read_at(digest, location)
 
     def _read_at(self, digest: Digest, location: Location) -> bytes:
         try:
-            pack = self.index.pack_id(location.pack)
+            pack = self.index.pack_ref(location.pack)
         except IndexUnusableError as error:
             raise BlobError(digest, "the index refers to an unknown pack") from error
         try:
             payload = self.storage.read(pack_name(pack), location.offset, location.stored_bytes)
         except NotFoundError as error:
-            raise BlobError(digest, "its pack is missing", pack) from error
+            raise BlobError(digest, "its pack is missing", pack.id) from error
         except StorageError as error:
             if error.cause.errno in _OWN_LIMITS:
                 raise
             raise BlobError(
-                digest, f"its pack cannot be read: {error.cause.strerror}", pack
+                digest, f"its pack cannot be read: {error.cause.strerror}", pack.id
             ) from error
         if len(payload) != location.stored_bytes:
-            raise BlobError(digest, "its pack is too short to hold it", pack)
+            raise BlobError(digest, "its pack is too short to hold it", pack.id)
         try:
             plain = self._decode(
                 pack, digest, location.offset, location.codec, payload, location.plain_bytes
             )
         except BlobError as error:
-            raise BlobError(digest, error.reason, pack) from error
+            raise BlobError(digest, error.reason, pack.id) from error
         except PackError as error:
-            raise BlobError(digest, f"its pack is damaged: {error.reason}", pack) from error
+            raise BlobError(digest, f"its pack is damaged: {error.reason}", pack.id) from error
         self.verified.mark(location)
         return plain
 
@@ -257,7 +271,7 @@ class BlobStore:
         location = self.index.lookup(digest)
         if location is None or location.stored_bytes > max_stored_bytes:
             return None
-        pack = self.index.pack_id(location.pack)
+        pack = self.index.pack_ref(location.pack)
         name = pack_name(pack)
         if self._ciphers is not None and not self._ciphers.is_cached(name):
             return None  # decrypting its session would block
@@ -278,7 +292,7 @@ class BlobStore:
         location = self.index.lookup(digest)
         if location is None:
             return 0
-        name = pack_name(self.index.pack_id(location.pack))
+        name = pack_name(self.index.pack_ref(location.pack))
         self.storage.prefetch(name, location.offset, location.stored_bytes)
         return location.stored_bytes
 
@@ -296,46 +310,43 @@ class BlobStore:
             else:
                 runs.append((at.pack, at.offset, end))
         for pack, begin, end in runs:
-            self.storage.prefetch(pack_name(self.index.pack_id(pack)), begin, end - begin)
+            self.storage.prefetch(pack_name(self.index.pack_ref(pack)), begin, end - begin)
 
-    def stored_packs(self) -> Iterator[tuple[PackId, int]]:
-        """Yield the name and size in bytes of every pack in the storage."""
-        for name, size, _ in self.storage.list("packs"):
-            text = name.rpartition("/")[2]
-            try:
-                pack = PackId(bytes.fromhex(text))
-            except ValueError:
-                pack = PackId(b"")
-            if len(pack) != 32 or pack_name(pack) != name:
-                log.warning("%s is not a casfs pack; ignored", name)
-                continue
-            yield pack, size
+    def stored_packs(self) -> Iterator[tuple[PackRef, int]]:
+        """Yield every pack in the storage, of both kinds, with its size in bytes."""
+        for prefix in PACK_PREFIXES:
+            for name, size, _ in self.storage.list(prefix):
+                pack = parse_pack_name(name)
+                if pack is None:
+                    log.warning("%s is not a casfs pack; ignored", name)
+                    continue
+                yield pack, size
 
-    def read_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
+    def read_directory(self, pack: PackRef, pack_bytes: int) -> list[PackEntry]:
         """Return a pack's entries from its directory; raise PackError when the directory is damaged."""
         name = pack_name(pack)
         if pack_bytes < HEADER.size + BLOB_HEADER.size + TRAILER.size:
-            raise PackError(pack, "too short for a pack")
+            raise PackError(pack.id, "too short for a pack")
         if pack_bytes > MAX_PACK_BYTES:
-            raise PackError(pack, "too long for a pack")
-        parse_header(pack, self.bulk_storage.read(name, 0, HEADER.size))
+            raise PackError(pack.id, "too long for a pack")
+        parse_header(pack.id, self.bulk_storage.read(name, 0, HEADER.size))
         # Over a distance one request for both costs less than two. On a disk the bytes before the directory
         # are left alone, since they may be unreadable where the directory is not.
         guess_bytes = _TAIL_BYTES if self.storage.capabilities.parallel_requests > 1 else 0
         tail_offset = max(0, pack_bytes - max(guess_bytes, TRAILER.size))
         tail = self.bulk_storage.read(name, tail_offset, pack_bytes - tail_offset)
-        cipher = self._ciphers.for_pack(pack, name) if self._ciphers is not None else None
+        cipher = self._ciphers.for_pack(pack.id, name) if self._ciphers is not None else None
         overhead = TAG_BYTES if cipher is not None else 0
         trailer = tail[-TRAILER.size :]
-        offset, directory_bytes, _, digest = parse_trailer(pack, trailer, pack_bytes, overhead)
+        offset, directory_bytes, _, digest = parse_trailer(pack.id, trailer, pack_bytes, overhead)
         if offset >= tail_offset and len(tail) == pack_bytes - tail_offset:
             directory = tail[offset - tail_offset : offset - tail_offset + directory_bytes]
         else:
             directory = self.bulk_storage.read(name, offset, directory_bytes)
         decrypt = cipher.decrypt_directory if cipher is not None else None
-        return parse_directory(pack, directory, digest, offset - BLOB_HEADER.size, decrypt)
+        return parse_directory(pack.id, directory, digest, offset - BLOB_HEADER.size, decrypt)
 
-    def entries(self, pack: PackId, pack_bytes: int | None = None) -> list[PackEntry]:
+    def entries(self, pack: PackRef, pack_bytes: int | None = None) -> list[PackEntry]:
         """Return a pack's entries from its directory, or by a scan where the directory is damaged.
 
         `pack_bytes` is the pack's size in the storage, looked up where it is None. Do not pass the size that
@@ -348,7 +359,7 @@ class BlobStore:
         except PackError:
             return self.salvage_directory(pack, pack_bytes)
 
-    def salvage_directory(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
+    def salvage_directory(self, pack: PackRef, pack_bytes: int) -> list[PackEntry]:
         """Return entries for all blobs of a pack that decode, found by a scan of its records.
 
         The scan ends at MAX_PACK_BYTES.
@@ -357,7 +368,7 @@ class BlobStore:
         data = self.bulk_storage.read(name, 0, min(pack_bytes, MAX_PACK_BYTES))
         entries: list[PackEntry] = []
         try:
-            cipher = self._ciphers.for_pack(pack, name) if self._ciphers is not None else None
+            cipher = self._ciphers.for_pack(pack.id, name) if self._ciphers is not None else None
         except PackError:
             return entries  # without the pack's header no blob can be decrypted
         for offset, kind, codec, stored_bytes, plain_bytes in scan_records(data, HEADER.size):
@@ -394,6 +405,7 @@ class BlobStore:
         """
         stored = dict(self.stored_packs())
         indexed = {record.pack for record in self.index.packs()}
+        names = {pack.id for pack in indexed}
         missing = {pack for pack in indexed - stored.keys() if not self.has_pack(pack)}
         if missing and not keep_missing:
             log.warning(
@@ -407,7 +419,7 @@ class BlobStore:
             missing = set()
         if (missing and not keep_missing) or not self.index.is_current():
             self.rebuild()
-        elif new := sorted(stored.keys() - indexed):
+        elif new := sorted(pack for pack in stored if pack.id not in names):
             self._add_found_packs([(pack, stored[pack]) for pack in new], is_alone)
         self._finish_partial_packs(stored, is_alone)
         before = self.index.marked_for_removal()
@@ -417,18 +429,23 @@ class BlobStore:
             self.index.change_marked(found - before, before - found if is_alone() else set())
 
     def _finish_partial_packs(
-        self, stored: Mapping[PackId, int], is_alone: Callable[[], bool]
+        self, stored: Mapping[PackRef, int], is_alone: Callable[[], bool]
     ) -> None:
         """Index the rest of each pack that a process left partly indexed when it died."""
-        partial = [pack for pack in self.index.partial_packs() if pack in stored]
-        if partial and is_alone():
-            for pack, _, entries in self._indexed([(pack, stored[pack]) for pack in partial]):
-                self.index.finish_partial_pack(pack, entries)
+        names = set(self.index.partial_packs())
+        if not names or not is_alone():
+            return
+        indexed = [record.pack for record in self.index.packs()]
+        partial = [(pack, stored[pack]) for pack in indexed if pack.id in names and pack in stored]
+        for pack, _, entries in self._indexed(partial):
+            self.index.finish_partial_pack(pack.id, entries)
 
-    def _add_found_packs(self, new: list[tuple[PackId, int]], is_alone: Callable[[], bool]) -> None:
-        pending: set[PackId] = set()
+    def _add_found_packs(
+        self, new: list[tuple[PackRef, int]], is_alone: Callable[[], bool]
+    ) -> None:
+        pending: set[PackRef] = set()
 
-        def ask() -> set[PackId]:
+        def ask() -> set[PackRef]:
             pending.clear()
             pending.update(packs_pending_removal(self.storage))
             return pending
@@ -439,18 +456,18 @@ class BlobStore:
 
         self.index.add_found_packs(packs, ask)
 
-    def _lacks_keys(self, pack: PackId) -> bool:
+    def _lacks_keys(self, pack: PackRef) -> bool:
         """Return whether a pack is encrypted with keys that are not available."""
         try:
             if self._ciphers is not None:
-                self._ciphers.for_pack(pack, pack_name(pack))
+                self._ciphers.for_pack(pack.id, pack_name(pack))
         except KeyMissingError:
             return True
         except CasfsError:
             return False
         return False
 
-    def has_pack(self, pack: PackId) -> bool:
+    def has_pack(self, pack: PackRef) -> bool:
         """Return whether a pack is in the storage now, as far as that can be known.
 
         Another writer may have published it since the listing. One that cannot be looked at is not missing.
@@ -478,13 +495,13 @@ class BlobStore:
         )
         self._old_entries = {}
 
-    def _counted_packs(self, progress: Progress) -> Iterator[tuple[PackId, int]]:
+    def _counted_packs(self, progress: Progress) -> Iterator[tuple[PackRef, int]]:
         """Yield what `stored_packs` does, and count each pack when the next one is asked for."""
         for pack, pack_bytes in self.stored_packs():
             yield pack, pack_bytes
             progress.items += 1
 
-    def _entries_of_damaged(self, progress: Progress) -> dict[PackId, list[PackEntry]]:
+    def _entries_of_damaged(self, progress: Progress) -> dict[PackRef, list[PackEntry]]:
         """Return the index entries of packs whose directories are damaged."""
         if not self.index.is_current():
             return {}
@@ -495,7 +512,7 @@ class BlobStore:
             except CasfsError:
                 damaged.add(pack)
         names = {one.ordinal: one.pack for one in self.index.packs() if one.pack in damaged}
-        entries_by_pack: dict[PackId, list[PackEntry]] = {}
+        entries_by_pack: dict[PackRef, list[PackEntry]] = {}
         for digest, at in self.index.blobs() if names else ():
             if at.pack in names:
                 entry = PackEntry(
@@ -504,7 +521,7 @@ class BlobStore:
                 entries_by_pack.setdefault(names[at.pack], []).append(entry)
         return entries_by_pack
 
-    def _indexed(self, packs: Iterable[tuple[PackId, int]]) -> Iterator[IndexedPack]:
+    def _indexed(self, packs: Iterable[tuple[PackRef, int]]) -> Iterator[IndexedPack]:
         for pack, pack_bytes, found in self._directories(packs):
             try:
                 entries = self._entries(pack, pack_bytes, found)
@@ -519,8 +536,8 @@ class BlobStore:
             yield pack, pack_bytes, entries
 
     def _directories(
-        self, packs: Iterable[tuple[PackId, int]]
-    ) -> Iterator[tuple[PackId, int, list[PackEntry] | CasfsError]]:
+        self, packs: Iterable[tuple[PackRef, int]]
+    ) -> Iterator[tuple[PackRef, int, list[PackEntry] | CasfsError]]:
         """Yield the entries of each pack, or the error of reading them, in the order of the packs.
 
         Where requests travel a distance several directories are read at a time.
@@ -530,7 +547,7 @@ class BlobStore:
             for pack, pack_bytes in packs:
                 yield pack, pack_bytes, self._read_directory_or_error(pack, pack_bytes)
             return
-        ahead: deque[tuple[PackId, int, Future[list[PackEntry] | CasfsError]]] = deque()
+        ahead: deque[tuple[PackRef, int, Future[list[PackEntry] | CasfsError]]] = deque()
         with ThreadPoolExecutor(requests, "casfs-directories") as pool:
             try:
                 for pack, pack_bytes in packs:
@@ -547,7 +564,7 @@ class BlobStore:
                     future.cancel()
 
     def _read_directory_or_error(
-        self, pack: PackId, pack_bytes: int
+        self, pack: PackRef, pack_bytes: int
     ) -> list[PackEntry] | CasfsError:
         try:
             return self.read_directory(pack, pack_bytes)
@@ -555,7 +572,7 @@ class BlobStore:
             return error
 
     def _entries(
-        self, pack: PackId, pack_bytes: int, found: list[PackEntry] | CasfsError
+        self, pack: PackRef, pack_bytes: int, found: list[PackEntry] | CasfsError
     ) -> list[PackEntry]:
         if isinstance(found, PackError):
             log.warning("%s; scanning it for intact blobs", found)
@@ -565,7 +582,7 @@ class BlobStore:
             raise found
         return found
 
-    def _salvaged_entries(self, pack: PackId, pack_bytes: int) -> list[PackEntry]:
+    def _salvaged_entries(self, pack: PackRef, pack_bytes: int) -> list[PackEntry]:
         found = self.salvage_directory(pack, pack_bytes)
         digests = {entry.digest for entry in found}
         for entry in self._old_entries.get(pack, ()):

@@ -11,16 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from casfs.digest import Digest, PackId
+from casfs.digest import Digest
 from casfs.errors import CasfsError
-from casfs.format.pack import PackEntry
+from casfs.format.pack import PackEntry, PackRef
 from casfs.index.index import Index
 
 _MOST_COPIES = 1_000_000
 _FRESH_S = 60.0
 """How long a scan that found no further copy of a blob remains valid."""
 
-Copy = tuple[PackId, PackEntry]
+Copy = tuple[PackRef, PackEntry]
 
 
 class Duplicates:
@@ -32,8 +32,8 @@ class Duplicates:
     def __init__(
         self,
         index: Index,
-        stored: Callable[[], Iterable[tuple[PackId, int]]],
-        read: Callable[[PackId, int], list[PackEntry]],
+        stored: Callable[[], Iterable[tuple[PackRef, int]]],
+        read: Callable[[PackRef, int], list[PackEntry]],
     ) -> None:
         self._index = index
         self._stored = stored

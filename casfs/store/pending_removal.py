@@ -14,6 +14,7 @@ import msgspec
 
 from casfs.digest import PackId, digest_of
 from casfs.errors import NotFoundError
+from casfs.format.pack import PackRef
 from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,9 @@ MAX_NOTICE_BYTES = 64 * 1024 * 1024
 
 
 class RemovalNotice(msgspec.Struct, frozen=True):
-    """Packs (names in hexadecimal) that no snapshot needed at `time_s`, in seconds since 1970.
+    """Packs that no snapshot needed at `time_s`, in seconds since 1970.
+
+    `packs` are the names of data packs in hexadecimal, `meta` those of metadata packs.
 
     `writers` and `readers` are the names of the locks that were held once the notice was readable by every
     process. None means that no prune has listed the locks yet.
@@ -33,16 +36,32 @@ class RemovalNotice(msgspec.Struct, frozen=True):
     packs: tuple[str, ...]
     writers: tuple[str, ...] | None = None
     readers: tuple[str, ...] = ()
+    meta: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
 
-    def pack_ids(self) -> set[PackId]:
-        """Return the names of the packs."""
-        return {PackId(bytes.fromhex(pack)) for pack in self.packs}
+    @classmethod
+    def of(cls, time_s: int, packs: Iterable[PackRef]) -> RemovalNotice:
+        """Return a notice of these packs, before any prune has listed the locks."""
+        return cls(time_s, ()).naming(packs)
 
-    def only(self, packs: Iterable[PackId]) -> RemovalNotice:
+    def naming(self, packs: Iterable[PackRef]) -> RemovalNotice:
+        """Return a notice with the same times and holders that names these packs instead."""
+        found = sorted(packs)
+        data = tuple(pack.id.hex() for pack in found if not pack.is_meta)
+        meta = tuple(pack.id.hex() for pack in found if pack.is_meta)
+        return msgspec.structs.replace(self, packs=data, meta=meta or msgspec.UNSET)
+
+    def pack_refs(self) -> set[PackRef]:
+        """Return the packs; raise ValueError for a name that is not hexadecimal."""
+        meta = self.meta or ()
+        return {
+            PackRef(PackId(bytes.fromhex(name)), is_meta)
+            for names, is_meta in ((self.packs, False), (meta, True))
+            for name in names
+        }
+
+    def only(self, packs: Iterable[PackRef]) -> RemovalNotice:
         """Return a notice of only those of its packs that are in `packs`."""
-        wanted = {pack.hex() for pack in packs}
-        kept = tuple(pack for pack in self.packs if pack in wanted)
-        return msgspec.structs.replace(self, packs=kept)
+        return self.naming(self.pack_refs().intersection(packs))
 
 
 _decoder = msgspec.json.Decoder(RemovalNotice)
@@ -58,7 +77,7 @@ def publish_notice(storage: Storage, notice: RemovalNotice) -> str:
 
 def replace_notice(storage: Storage, name: str, notice: RemovalNotice) -> None:
     """Replace a stored notice; a new notice without packs only deletes the old one."""
-    if notice.packs and publish_notice(storage, notice) == name:
+    if (notice.packs or notice.meta) and publish_notice(storage, notice) == name:
         return
     storage.delete(name)
 
@@ -76,7 +95,7 @@ def read_notices(storage: Storage) -> dict[str, RemovalNotice]:
             if digest_of(data).hex() != name.rpartition("/")[2]:
                 raise msgspec.ValidationError("digest mismatch")
             notice = _decoder.decode(data)
-            notice.pack_ids()
+            notice.pack_refs()
         except NotFoundError:
             continue
         except (msgspec.DecodeError, ValueError) as error:
@@ -86,9 +105,9 @@ def read_notices(storage: Storage) -> dict[str, RemovalNotice]:
     return found
 
 
-def packs_pending_removal(storage: Storage) -> set[PackId]:
-    """Return the names of all packs that are marked for removal."""
-    found: set[PackId] = set()
+def packs_pending_removal(storage: Storage) -> set[PackRef]:
+    """Return all packs that are marked for removal."""
+    found: set[PackRef] = set()
     for notice in read_notices(storage).values():
-        found |= notice.pack_ids()
+        found |= notice.pack_refs()
     return found

@@ -2,10 +2,11 @@
 
 Each writer runs a thread that deduplicates and packs, two that compress a batch each, and one that commits
 full packs; several commit at the same time where packs travel a distance. Batches are packed in the order of
-`put`, whichever is compressed first. `_commit_pack` is the only place with the order of durable steps: pack
-data, the pack's name, the index. `finish()` returns only when everything that was put is durable and indexed.
-The next `put` or `finish` raises an error of any thread. The queues between the threads hold few batches, and
-few packs are committed at a time, so memory is bounded.
+`put`, whichever is compressed first. Data go into one open pack, and trees and content lists into another
+where the repository separates metadata. `_commit_packs` is the only place with the order of durable steps:
+pack data, the pack's name, the index. `finish()` returns only when everything that was put is durable and
+indexed. The next `put` or `finish` raises an error of any thread. The queues between the threads hold few
+batches, and few packs are committed at a time, so memory is bounded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec
 from casfs.format.pack import (
     BLOB_HEADER,
     ENCRYPTED_KIND,
+    METADATA_KINDS,
     PackEntry,
+    PackRef,
     encode_end,
     encode_header,
     encode_record_header,
@@ -46,6 +49,9 @@ log = logging.getLogger(__name__)
 
 PACK_BYTES = 64 * 1024 * 1024
 """A pack is finished at this size: large enough for few files and syncs, small enough to move."""
+
+META_PACK_BYTES = 16 * 1024 * 1024
+"""A metadata pack is finished at this size: a reader's cache keeps it whole, and two packs may be open."""
 
 PACK_BLOBS = 32_768
 """A pack is also finished at this many blobs, as a check holds several directories in memory."""
@@ -87,9 +93,10 @@ class WriteStats:
 class BlobWriter:
     """Stores blobs. One thread uses it and closes it in a `finally` block.
 
-    With `dry_run` it does everything except write. `spool_in_memory` keeps an unfinished pack in memory
-    instead of in a temporary file. In an encrypted repository it calls `session` when it begins the first
-    pack; the returned session is durable.
+    With `dry_run` it does everything except write. `spool_in_memory` keeps unfinished packs in memory instead
+    of in temporary files. In an encrypted repository it calls `session` when it begins the first pack; the
+    returned session is durable. With `separate_metadata`, as in format 2, trees and content lists go into
+    metadata packs.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class BlobWriter:
         spool_in_memory: bool = False,
         pack_bytes: int = PACK_BYTES,
         session: Callable[[], WriteSession] | None = None,
+        separate_metadata: bool = False,
     ) -> None:
         self.stats = WriteStats()
         self._session = session
@@ -106,6 +114,7 @@ class BlobWriter:
         self._dry_run = dry_run
         self._in_memory = spool_in_memory
         self._pack_bytes = pack_bytes
+        self._separate_metadata = separate_metadata
         self._batch: Batch = []
         self._batch_bytes = 0
         self._queue: queue.Queue[Batch | None] = queue.Queue(_QUEUED_BATCHES)
@@ -207,7 +216,7 @@ def _lower_priority() -> None:
 
 
 class _Packer:
-    """State of the packing thread: batches being compressed, the open pack, and the packs being committed."""
+    """State of the packing thread: batches being compressed, the open packs, and those being committed."""
 
     def __init__(
         self, writer: BlobWriter, committer: ThreadPoolExecutor, compressors: ThreadPoolExecutor
@@ -217,16 +226,18 @@ class _Packer:
         self._dry_run = writer._dry_run
         self._in_memory = writer._in_memory
         self._session = writer._session
-        self._pack_bytes = writer._pack_bytes
+        self._separate_metadata = writer._separate_metadata
+        meta_bytes = min(writer._pack_bytes, META_PACK_BYTES)
+        self._pack_bytes = {False: writer._pack_bytes, True: meta_bytes}
         self._compressors = compressors
         self._ahead: deque[tuple[Batch, Future[Payloads]]] = deque()
         self._ahead_digests: set[Digest] = set()
         self._committer = committer
         is_far = self._store.storage.capabilities.parallel_requests > 1
         self._max_commits = _MAX_UPLOADS if is_far else 1
-        self._commits: dict[Future[None], _OpenPack] = {}
-        self._open_digests: set[Digest] = set()
-        self._pack: _OpenPack | None = None
+        self._commits: dict[Future[None], list[_OpenPack]] = {}
+        self._open: dict[bool, _OpenPack] = {}
+        self._dry_run_digests: set[Digest] = set()
 
     def store(self, batch: Batch) -> None:
         """Start to compress a batch's blobs that are not stored yet; pack an earlier batch if enough wait."""
@@ -254,46 +265,53 @@ class _Packer:
         batch, encoding = self._ahead.popleft()
         payloads = encoding.result()
         for (kind, digest, plain), (codec, payload) in zip(batch, payloads, strict=True):
-            if self._pack is None:
-                self._pack = self._new_pack()
-            stored_bytes = self._pack.add(kind, codec, digest, plain, payload)
-            self._open_digests.add(digest)
+            is_meta = self._separate_metadata and kind in METADATA_KINDS
+            pack = self._open.get(is_meta)
+            if pack is None:
+                pack = self._open[is_meta] = self._new_pack(is_meta)
+            stored_bytes = pack.add(kind, codec, digest, plain, payload)
             self._stats.new_blobs += 1
             self._stats.new_plain_bytes += len(plain)
             self._stats.new_stored_bytes += stored_bytes + BLOB_HEADER.size
-            if self._pack.bytes >= self._pack_bytes or len(self._pack.entries) >= PACK_BLOBS:
-                self._finish_pack()
+            if pack.bytes >= self._pack_bytes[is_meta] or len(pack.entries) >= PACK_BLOBS:
+                self._finish_packs([pack])
         self._ahead_digests.difference_update([digest for _, digest, _ in batch])
 
     def finish(self) -> None:
-        """Pack the remaining batches, finish the open pack and wait until it is durable."""
+        """Pack the remaining batches, finish the open packs and wait until all packs are durable."""
         while self._ahead:
             self.pack_oldest()
-        self._finish_pack()
+        # Data first: where an interruption leaves one pack, its blobs need no other.
+        last = [self._open[is_meta] for is_meta in sorted(self._open)]
+        # Over a distance they travel at the same time; on a disk they share the commit of the index.
+        for packs in [[pack] for pack in last] if self._max_commits > 1 else [last]:
+            self._finish_packs(packs)
         self._wait_for_commits(0, 0)
 
     def discard(self) -> None:
-        """Drop the unpacked batches and the unfinished pack."""
+        """Drop the unpacked batches and the unfinished packs."""
         for _, encoding in self._ahead:
             encoding.cancel()
         self._ahead.clear()
-        if self._pack is not None and self._pack.spool is not None:
-            self._pack.spool.discard()
-        self._pack = None
+        for pack in self._open.values():
+            if pack.spool is not None:
+                pack.spool.discard()
+        self._open.clear()
 
-    def _new_pack(self) -> _OpenPack:
+    def _new_pack(self, is_meta: bool) -> _OpenPack:
         if self._dry_run:
-            return _OpenPack(None, None)
+            return _OpenPack(None, None, is_meta)
         cipher = None
         if self._session is not None:
             from casfs.format.cipher import PackCipher
 
             cipher = PackCipher.new(self._session())
-        return _OpenPack(self._store.storage.open_writer(self._in_memory), cipher)
+        return _OpenPack(self._store.storage.open_writer(self._in_memory), cipher, is_meta)
 
     def _not_stored(self, batch: Batch) -> Batch:
-        unfinished = [self._ahead_digests, self._open_digests]
-        unfinished += [pack.digests for pack in self._commits.values()]
+        unfinished = [self._ahead_digests, self._dry_run_digests]
+        unfinished += [pack.digests for pack in self._open.values()]
+        unfinished += [pack.digests for packs in self._commits.values() for pack in packs]
         seen: set[Digest] = set()
         candidates: Batch = []
         for blob in batch:
@@ -305,19 +323,18 @@ class _Packer:
         known = self._store.index.are_stored([digest for _, digest, _ in candidates])
         return [blob for blob, is_known in zip(candidates, known, strict=True) if not is_known]
 
-    def _finish_pack(self) -> None:
-        pack = self._pack
-        if pack is None:
-            return
-        if self._dry_run:
-            # Nothing is stored in a dry run, so only the kept digests identify duplicates.
-            self._pack = None
-            return
-        self._wait_for_commits(self._max_commits - 1, _MAX_UPLOAD_BYTES - pack.bytes)
-        self._pack = None
-        pack.digests, self._open_digests = self._open_digests, set()
-        self._stats.packs += 1
-        self._commits[self._committer.submit(_commit_pack, self._store, pack)] = pack
+    def _finish_packs(self, packs: list[_OpenPack]) -> None:
+        if not self._dry_run and packs:
+            size = sum(pack.bytes for pack in packs)
+            self._wait_for_commits(self._max_commits - 1, _MAX_UPLOAD_BYTES - size)
+        for pack in packs:
+            del self._open[pack.is_meta]
+            if self._dry_run:
+                # Nothing is stored in a dry run, so only the kept digests identify duplicates.
+                self._dry_run_digests |= pack.digests
+        if not self._dry_run and packs:
+            self._stats.packs += len(packs)
+            self._commits[self._committer.submit(_commit_packs, self._store, packs)] = packs
 
     def _wait_for_commits(self, max_packs: int, max_bytes: int) -> None:
         """Wait until at most so many packs, with at most so many bytes, are being committed.
@@ -328,7 +345,7 @@ class _Packer:
             for commit in [one for one in self._commits if one.done()]:
                 del self._commits[commit]
                 commit.result()
-            on_their_way = sum(pack.bytes for pack in self._commits.values())
+            on_their_way = sum(pack.bytes for packs in self._commits.values() for pack in packs)
             if len(self._commits) <= max_packs and on_their_way <= max_bytes:
                 return
             wait(self._commits, return_when=FIRST_COMPLETED)
@@ -337,8 +354,11 @@ class _Packer:
 class _OpenPack:
     """A pack that is being filled."""
 
-    def __init__(self, spool: ObjectWriter | None, cipher: PackCipher | None) -> None:
+    def __init__(
+        self, spool: ObjectWriter | None, cipher: PackCipher | None, is_meta: bool
+    ) -> None:
         self.spool = spool
+        self.is_meta = is_meta
         self.entries: list[PackEntry] = []
         self.digests: set[Digest] = set()
         self.bytes = 0
@@ -361,13 +381,14 @@ class _OpenPack:
             buffer += encode_record_header(ENCRYPTED_KIND, ENCRYPTED, len(payload), 0)
             codec |= ENCRYPTED
         buffer += payload
+        self.digests.add(digest)
         self.entries.append(PackEntry(digest, offset, len(payload), len(plain), kind, codec))
         if len(buffer) >= _BUFFER_BYTES:
             self.flush()
         return len(payload)
 
-    def end(self, is_taken: Callable[[PackId], bool]) -> PackId:
-        """Append directory and trailer and return the pack's name, which no stored pack has.
+    def end(self, is_taken: Callable[[PackRef], bool]) -> PackRef:
+        """Append directory and trailer and return the pack, whose name no stored pack has.
 
         A pack with the same blobs may exist and be pending removal. The distinct name protects this pack from
         the prune that removes the other.
@@ -377,7 +398,7 @@ class _OpenPack:
         variant = 0
         while True:
             end = encode_end(self.entries, self.bytes, encrypt, variant)
-            pack = PackId(self.hasher.copy().update(end).digest())
+            pack = PackRef(PackId(self.hasher.copy().update(end).digest()), self.is_meta)
             if not is_taken(pack):
                 break
             variant += 1
@@ -394,12 +415,25 @@ class _OpenPack:
         self._buffer = bytearray()
 
 
-def _commit_pack(store: BlobStore, pack: _OpenPack) -> None:
-    """Make a pack durable, then its name, then its index entries. Crash recovery depends on this order."""
-    assert pack.spool is not None
+def _commit_packs(store: BlobStore, packs: list[_OpenPack]) -> None:
+    """Make packs durable, then their names, then their index entries; crash recovery needs this order.
+
+    Where one of the packs fails, the next command that opens the repository adds the others to the index.
+    """
+
+    def is_taken(pack: PackRef) -> bool:
+        # The index has a name once, so the packs below both prefixes must not share one.
+        return store.index.has_pack(pack.id) or store.has_pack(pack)
+
+    stored = []
     try:
-        pack_id = pack.end(store.has_pack)
-        pack.spool.commit(pack_name(pack_id))
+        for pack in packs:
+            assert pack.spool is not None
+            ref = pack.end(is_taken)
+            pack.spool.commit(pack_name(ref))
+            stored.append((ref, pack.bytes, pack.entries))
     finally:
-        pack.spool.discard()
-    store.index.add_packs([(pack_id, pack.bytes, pack.entries)])
+        for pack in packs:
+            assert pack.spool is not None
+            pack.spool.discard()
+    store.index.add_packs(stored)

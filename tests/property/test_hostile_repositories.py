@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import CasfsError
 from casfs.format.codec import BlobKind
-from casfs.format.pack import TRAILER, parse_trailer
+from casfs.format.pack import PACK_PREFIXES, TRAILER, PackRef, parse_trailer
 from casfs.format.snapshot import HEADER, decode_snapshot
 from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.repository.repository import Repository
@@ -166,7 +166,7 @@ def _make_it_fit(path: Path, kind: str) -> None:
     if kind == "config":
         body = data.rpartition(b"blake3 ")[0]
         path.write_bytes(body + b"blake3 " + blake3(body).hexdigest().encode() + b"\n")
-    elif kind == "packs":
+    elif kind in PACK_PREFIXES:
         name = PackId(digest_of(data))
         try:
             offset, size, count, _ = parse_trailer(name, data[-TRAILER.size :], len(data))
@@ -177,7 +177,9 @@ def _make_it_fit(path: Path, kind: str) -> None:
             reported = TRAILER.unpack(data[-TRAILER.size :])
             assert reported[2] == count
             data = data[: -TRAILER.size] + TRAILER.pack(*reported[:3], directory, *reported[4:])
-        new = path.parents[2] / pack_name(PackId(digest_of(data)))
+        new = path.parents[2] / pack_name(
+            PackRef(PackId(digest_of(data)), path.parts[-3] == "meta")
+        )
         new.parent.mkdir(exist_ok=True)
         path.unlink()
         new.write_bytes(data)

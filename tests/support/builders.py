@@ -157,7 +157,7 @@ class RepositoryFixture:
         """Flip a bit of a blob where it is stored."""
         with self.reading() as repository:
             place = repository.store.locate(digest)
-            path = self.root / pack_name(repository.store.index.pack_id(place.pack))
+            path = self.root / pack_name(repository.store.index.pack_ref(place.pack))
         with open(path, "r+b") as pack:
             pack.seek(place.offset + place.stored_bytes // 2)
             byte = pack.read(1)

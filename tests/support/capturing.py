@@ -137,7 +137,7 @@ class BackupFixture:
         store = self.repository.store
         found = 0
         for digest, place in store.index.blobs():
-            name = pack_name(store.index.pack_id(place.pack))
+            name = pack_name(store.index.pack_ref(place.pack))
             payload = bytes(store.storage.read(name, place.offset, place.stored_bytes))
             assert len(payload) == place.stored_bytes
             codec, whole = place.codec, blake3()

@@ -153,7 +153,7 @@ class IntactRepository:
 
 def _place(repository: Repository, root: Path, digest: Digest) -> tuple[Path, int, int]:
     location = repository.store.locate(digest)
-    path = root / pack_name(repository.store.index.pack_id(location.pack))
+    path = root / pack_name(repository.store.index.pack_ref(location.pack))
     return path, location.offset, location.offset + location.stored_bytes
 
 

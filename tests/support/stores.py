@@ -16,10 +16,17 @@ import casfs
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import BlobError
 from casfs.format.codec import BlobCodec, BlobKind
-from casfs.format.pack import PackEntry, encode_end, encode_header, encode_record_header
+from casfs.format.pack import (
+    PACK_PREFIXES,
+    PackEntry,
+    PackRef,
+    encode_end,
+    encode_header,
+    encode_record_header,
+)
 from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
-from casfs.store.blob_store import BlobStore, pack_name
+from casfs.store.blob_store import BlobStore, pack_name, parse_pack_name
 from casfs.store.writer import PACK_BYTES, BlobWriter, WriteStats
 
 PROJECT = Path(casfs.__file__).parent.parent
@@ -91,8 +98,19 @@ def store_blobs(
 
 
 def pack_paths(root: Path) -> list[Path]:
-    """Return the paths of all packs of a store or repository, sorted."""
-    return sorted(path for path in (root / "packs").rglob("*") if path.is_file())
+    """Return the paths of all packs of a store or repository, sorted by their names."""
+    folders = (root / prefix for prefix in PACK_PREFIXES)
+    return sorted(
+        (path for folder in folders for path in folder.rglob("*") if path.is_file()),
+        key=lambda path: path.name,
+    )
+
+
+def pack_ref(path: Path) -> PackRef:
+    """Return the pack that a file in a store's folder holds."""
+    pack = parse_pack_name("/".join(path.parts[-3:]))
+    assert pack is not None
+    return pack
 
 
 def make_pack(plains: Iterable[bytes]) -> tuple[bytes, list[PackEntry]]:
@@ -107,9 +125,9 @@ def make_pack(plains: Iterable[bytes]) -> tuple[bytes, list[PackEntry]]:
     return bytes(data) + encode_end(entries, len(data)), entries
 
 
-def add_pack(root: Path, data: bytes) -> PackId:
-    """Put the bytes of a pack into a store's folder behind its back; return the pack's name."""
-    pack = PackId(digest_of(data))
+def add_pack(root: Path, data: bytes, is_meta: bool = False) -> PackRef:
+    """Put the bytes of a pack into a store's folder behind its back; return the pack."""
+    pack = PackRef(PackId(digest_of(data)), is_meta)
     path = root / pack_name(pack)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)

@@ -13,9 +13,10 @@ from casfs.backup import file_cache as file_cache_module
 from casfs.backup.file_cache import FileCache
 from casfs.digest import Digest, PackId, keyed_digest
 from casfs.format.codec import BlobKind
-from casfs.format.pack import PackEntry
+from casfs.format.pack import PackEntry, PackRef
 from casfs.format.tree import CaptureState, Node, NodeType
 from casfs.index.index import Index
+from casfs.index.schema import IndexedPack
 from casfs.trees.content import EXTENT, HOLE
 from tests.support.builders import entry
 from tests.support.encryption import DOMAIN
@@ -36,8 +37,12 @@ def index(tmp_path: Path) -> Iterator[Index]:
     index.close()
 
 
-def pack(digest: Digest) -> tuple[PackId, int, list[PackEntry]]:
-    return PackId(digest[::-1]), 1000, [PackEntry(digest, 96, 34, 10, BlobKind.DATA, 16)]
+def pack(digest: Digest) -> IndexedPack:
+    return (
+        PackRef(PackId(digest[::-1]), False),
+        1000,
+        [PackEntry(digest, 96, 34, 10, BlobKind.DATA, 16)],
+    )
 
 
 def node(**fields: Any) -> Node:
@@ -166,7 +171,7 @@ class TestFileCacheTrust:
         remembered(index, node(), other)
         location = index.lookup(CHUNKS[1])
         assert location is not None
-        index.remove_packs({location.pack: index.pack_id(location.pack)})
+        index.remove_packs({location.pack: index.pack_ref(location.pack)})
         assert file_cache(index).get(PATH, stat_of(node())) is None
         assert file_cache(index).get(PATH, stat_of(other)) == other
 
@@ -187,7 +192,7 @@ class TestFileCacheTrust:
         assert file_cache(index).get(PATH, stat_of(deep)) == deep
         location = index.lookup(CHUNKS[2])
         assert location is not None
-        index.remove_packs({location.pack: index.pack_id(location.pack)})
+        index.remove_packs({location.pack: index.pack_ref(location.pack)})
         assert file_cache(index).get(PATH, stat_of(deep)) is None
 
     def test_the_file_cache_distrusts_content_lists_of_an_unfinished_backup(

@@ -295,13 +295,13 @@ def test_meta_table_lists_every_key_that_an_index_writes(tmp_path: Path) -> None
         known.rebuild(tuple)
         name = PackId(bytes(range(32)))
         entries = [pack.PackEntry(Digest(bytes(32)), 32, 8, 8, 1, 0)]
-        known.add_packs([(name, 100, entries)])
+        known.add_packs([(pack.PackRef(name, False), 100, entries)])
         known.mark_complete(bytes(32), known.loss_epoch())
         known.mark_for_removal([0])
         cache = file_cache.FileCache(known, bytes(32), known.loss_epoch())
         cache.commit()
         cache.close()
-        known.remove_packs({0: name})
+        known.remove_packs({0: pack.PackRef(name, False)})
         meta = known.environment.database(b"meta")
 
         def keys(txn: Transaction) -> list[bytes]:

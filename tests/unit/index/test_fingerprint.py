@@ -11,7 +11,7 @@ import pytest
 
 from casfs.digest import PackId, digest_of
 from casfs.errors import IndexDamagedError
-from casfs.format.pack import PackEntry
+from casfs.format.pack import PackEntry, PackRef
 from casfs.index import fingerprint
 from casfs.index.fingerprint import IndexState
 from casfs.index.index import Index
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
     entries = [
         PackEntry(digest_of(b"%d" % number), 32 + number, 1, 1, 1, 0) for number in range(3000)
     ]
-    index.rebuild(lambda: [(PackId(digest_of(b"pack")), 4000, entries)])
+    index.rebuild(lambda: [(PackRef(PackId(digest_of(b"pack")), False), 4000, entries)])
     index.close()
     fingerprint.write_fingerprint(folder)
     return folder

@@ -11,7 +11,7 @@ import pytest
 
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import IndexUnusableError
-from casfs.format.pack import PackEntry
+from casfs.format.pack import PackEntry, PackRef
 from casfs.index import index as index_module
 from casfs.index import lmdb_env
 from casfs.index.index import Index
@@ -28,7 +28,7 @@ def blob(number: int) -> Digest:
 def pack(number: int, *blobs: int) -> IndexedPack:
     """Return a pack that holds the blobs of these numbers."""
     entries = [PackEntry(blob(n), 32 + 16 * i, 10 + n % 7, 20, 1, 0) for i, n in enumerate(blobs)]
-    return PackId(digest_of(b"pack %d" % number)), 1000 + number, entries
+    return PackRef(PackId(digest_of(b"pack %d" % number)), False), 1000 + number, entries
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ class TestIndexedBlobs:
         place = located(index, 2)
         assert (place.offset, place.stored_bytes, place.plain_bytes) == (48, 12, 20)
         assert (place.kind, place.codec) == (1, 0)
-        assert index.pack_id(place.pack) == pack(0)[0]
-        assert index.pack_id(located(index, 3).pack) == pack(1)[0]
+        assert index.pack_ref(place.pack) == pack(0)[0]
+        assert index.pack_ref(located(index, 3).pack) == pack(1)[0]
         assert index.lookup(blob(4)) is None
         assert index.blob_count() == 3
 
@@ -115,7 +115,7 @@ class TestIndexedPacks:
 
     def test_an_unknown_pack_ordinal_is_an_error(self, index: Index) -> None:
         with pytest.raises(IndexUnusableError, match="pack 7"):
-            index.pack_id(7)
+            index.pack_ref(7)
 
 
 class TestIndexRebuild:
@@ -268,8 +268,8 @@ class TestLargePacks:
         index = Index(tmp_path / "index")
         before = dict(index.blobs())
         assert len(before) == min(100, 8 * commits)
-        assert index.partial_packs() == ([added[0]] if 0 < commits < 13 else [])
-        assert all(index.pack_id(place.pack) == added[0] for place in before.values())
+        assert index.partial_packs() == ([added[0].id] if 0 < commits < 13 else [])
+        assert all(index.pack_ref(place.pack) == added[0] for place in before.values())
         for partial in index.partial_packs():
             index.finish_partial_pack(partial, added[2])
             assert index.partial_packs() == []
@@ -316,7 +316,7 @@ from pathlib import Path
 from casfs.digest import PackId, digest_of
 from casfs.index import lmdb_env
 from casfs.index.index import Index
-from casfs.format.pack import PackEntry
+from casfs.format.pack import PackEntry, PackRef
 
 lmdb_env._MAP_BYTES = int(sys.argv[2])
 first, packs = int(sys.argv[3]), int(sys.argv[4])
@@ -326,7 +326,7 @@ sys.stdin.readline()
 for number in range(first, first + packs):
     blobs = range(number * 100, number * 100 + 100)
     entries = [PackEntry(digest_of(b"blob %d" % n), 32, 10, 20, 1, 0) for n in blobs]
-    index.add_packs([(PackId(digest_of(b"pack %d" % number)), 1000, entries)])
+    index.add_packs([(PackRef(PackId(digest_of(b"pack %d" % number)), False), 1000, entries)])
 print("done", flush=True)
 """
 

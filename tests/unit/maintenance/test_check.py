@@ -186,11 +186,11 @@ class TestDamagedBlob:
         store(repo, CHUNKS)
         second = add_pack(repo.root, make_pack(reversed(CHUNKS))[0])
         repo.publish({b"f": of_chunks(*CHUNKS)})
-        path = next(p for p in pack_paths(repo.root) if p.name == second.hex())
+        path = next(p for p in pack_paths(repo.root) if p.name == second.id.hex())
         flip(path, path.read_bytes().index(CHUNKS[1]))
         found = check(repo, read_data=True).damage
         assert {d.what for d in found} == {"blob", "pack"}
-        assert {d.pack for d in found} == {second}
+        assert {d.pack for d in found} == {second.id}
 
     @pytest.mark.parametrize("window", [64, 1000, 1 << 23])
     def test_check_finds_a_damaged_blob_wherever_its_pack_is_read_in_windows(
@@ -258,7 +258,7 @@ class TestDamagedPack:
     def test_a_file_that_is_no_pack_is_named(self, repo: RepositoryFixture) -> None:
         repo.publish({b"f": b"1"})
         pack = add_pack(repo.root, noise("junk", 500))
-        assert {found.pack for found in check(repo).damage} == {pack}
+        assert {found.pack for found in check(repo).damage} == {pack.id}
 
 
 def fail_reads_of(monkeypatch: pytest.MonkeyPatch, pack: Path, code: int) -> None:

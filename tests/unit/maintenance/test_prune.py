@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from casfs.backup.run import BackupOptions, run_backup
-from casfs.digest import Digest, PackId, SnapshotId, digest_of
+from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.errors import IndexUnusableError, IntegrityError, LockedError, StorageError
 from casfs.format.pack import TRAILER
 from casfs.index.index import Index
@@ -35,6 +35,7 @@ from tests.support.stores import (
     make_pack,
     noise,
     pack_paths,
+    pack_ref,
     read_line,
     write_line,
 )
@@ -80,9 +81,9 @@ def pending(repo: RepositoryFixture) -> int:
     """Return how many packs are pending removal, in the storage and in the index alike."""
     with repo.reading() as repository:
         reported = read_notices(repository.store.storage).values()
-        names = {pack for condemnation in reported for pack in condemnation.pack_ids()}
+        names = {pack for condemnation in reported for pack in condemnation.pack_refs()}
         ordinals = repository.store.index.marked_for_removal()
-        assert {repository.store.index.pack_id(ordinal) for ordinal in ordinals} == names
+        assert {repository.store.index.pack_ref(ordinal) for ordinal in ordinals} == names
         return len(names)
 
 
@@ -565,9 +566,7 @@ def test_prune_loses_nothing_needed_where_another_process_rebuilds_the_index(
             for path in wanted
             if any(
                 digest_of(noise("unneeded", 5000)) == entry.digest
-                for entry in repository.store.read_directory(
-                    PackId(bytes.fromhex(path.name)), path.stat().st_size
-                )
+                for entry in repository.store.read_directory(pack_ref(path), path.stat().st_size)
             )
         )
     done: list[str] = []
@@ -645,7 +644,7 @@ def test_prune_keeps_an_unreadable_pack_only_while_it_may_hold_a_needed_blob(
     before = contents(repo)
     with repo.reading() as repository:
         place = repository.store.locate(digest_of(noise("nobody's", 50 * KIB)))
-        name = pack_name(repository.store.index.pack_id(place.pack))
+        name = pack_name(repository.store.index.pack_ref(place.pack))
     unneeded = repo.root / name
     if is_lost:
         data = needed.read_bytes()

@@ -311,7 +311,7 @@ class TestRepairIndex:
         with repo.reading() as repository:
             index = repository.store.index
             return {
-                digest: (index.pack_id(place.pack), place.offset, place.stored_bytes)
+                digest: (index.pack_ref(place.pack).id, place.offset, place.stored_bytes)
                 for digest, place in index.blobs()
             }
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from casfs.digest import PackId, digest_of
+from casfs.digest import digest_of
 from casfs.errors import BlobError
 from casfs.format.codec import BlobKind
-from casfs.format.pack import PackEntry
+from casfs.format.pack import PackEntry, PackRef
 from casfs.format.snapshot import Snapshot
 from casfs.maintenance import scrub as scrub_module
 from casfs.maintenance.check import Checker, CheckResult
@@ -38,7 +38,7 @@ def check(repo: RepositoryFixture, **choice: Any) -> CheckResult:
 
 def verified(repo: RepositoryFixture) -> dict[str, int]:
     with repo.reading() as repository:
-        return {r.pack.hex(): r.verified_s for r in repository.store.index.packs()}
+        return {r.pack.id.hex(): r.verified_s for r in repository.store.index.packs()}
 
 
 def set_verified(repo: RepositoryFixture, *ages_s: float) -> list[str]:
@@ -48,7 +48,7 @@ def set_verified(repo: RepositoryFixture, *ages_s: float) -> list[str]:
         records = sorted(index.packs(), key=lambda record: record.pack)
         for record, age_s in zip(records, ages_s, strict=True):
             index.mark_verified([record.ordinal], int(time.time() - age_s))
-        return [record.pack.hex() for record in records]
+        return [record.pack.id.hex() for record in records]
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ class TestPackSelection:
         read_pack = scrub_module.Scrubber._read_pack
 
         def watched(self: scrub_module.Scrubber, pack: Any, pack_bytes: int) -> Any:
-            read.append(pack.hex())
+            read.append(pack.id.hex())
             return read_pack(self, pack, pack_bytes)
 
         monkeypatch.setattr(scrub_module, "_THREADS", 1)
@@ -338,10 +338,10 @@ class TestDuplicates:
         self, repo: RepositoryFixture, packs: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with repo.reading() as repository:
-            searched: list[PackId] = []
+            searched: list[PackRef] = []
             store = repository.store
 
-            def read(pack: PackId, size: int) -> list[PackEntry]:
+            def read(pack: PackRef, size: int) -> list[PackEntry]:
                 searched.append(pack)
                 return store.read_directory(pack, size)
 

@@ -52,7 +52,7 @@ class TestBlobReader:
             blobs = BlobReader(repository.store, guard)
             assert blobs.read(digest_of(b"small")) == b"small"
             place = repository.store.locate(digest_of(b"small"))
-            path = repo.root / pack_name(repository.store.index.pack_id(place.pack))
+            path = repo.root / pack_name(repository.store.index.pack_ref(place.pack))
             drop_from_memory(path)
             guard.bind()
             with pytest.raises(WouldBlock):
@@ -273,7 +273,7 @@ def test_a_reader_of_the_repository_returns_only_cached_blobs_without_waiting(
     with open_for_reading(repo.root) as repository:
         store = repository.store
         place = store.locate(digest_of(b"one"))
-        name = pack_name(store.index.pack_id(place.pack))
+        name = pack_name(store.index.pack_ref(place.pack))
         assert store.read_nonblocking(digest_of(b"one"), 1 << 20) is None, "the pack is not open"
         assert store.read(digest_of(b"two")) == b"two"
         assert store.read_nonblocking(digest_of(b"one"), 1 << 20) == b"one"

@@ -134,8 +134,8 @@ def test_damage_reaches_the_reader_of_the_damaged_blob_only(
     bad = noise("file 7", 2000)
     with repo.reading() as repository:
         location = repository.store.locate(digest_of(bad))
-        pack = repository.store.index.pack_id(location.pack).hex()
-        flip(repo.root / "packs" / pack[:2] / pack, location.offset + 100)
+        pack = repository.store.index.pack_ref(location.pack)
+        flip(repo.root / pack_name(pack), location.offset + 100)
     with repo.reading() as repository:
         root = root_of(repository)
         with Prefetcher(repository, b"", root) as ahead:
@@ -155,8 +155,8 @@ def test_an_unreadable_tree_ends_prefetching_and_the_rest_is_read_directly(
         )
         assert folder.tree is not None
         location = repository.store.locate(Digest(folder.tree.digest))
-        pack = repository.store.index.pack_id(location.pack).hex()
-        flip(repo.root / "packs" / pack[:2] / pack, location.offset + 5)
+        pack = repository.store.index.pack_ref(location.pack)
+        flip(repo.root / pack_name(pack), location.offset + 5)
         own_reads.clear()
         with Prefetcher(repository, b"", root) as ahead, pytest.raises(BlobError):
             go(ahead, root)
@@ -259,7 +259,7 @@ class TestDistance:
         bad = digest_of(noise("file 7", 2000))
         with far.reading() as repository:
             at = repository.store.locate(bad)
-            name = pack_name(repository.store.index.pack_id(at.pack))
+            name = pack_name(repository.store.index.pack_ref(at.pack))
             data = bytearray(far.storage.inner.read(name))
             data[at.offset + 100] ^= 1
             far.storage.inner.write(name, bytes(data))

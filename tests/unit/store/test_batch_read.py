@@ -74,7 +74,7 @@ def test_a_damaged_blob_is_left_out_and_a_pack_that_was_cut_off_leaves_out_all(
     store: BlobStore, tmp_path: Path
 ) -> None:
     at = store.locate(digest_of(noise("a 3", BLOB_BYTES)))
-    path = tmp_path / pack_name(store.index.pack_id(at.pack))
+    path = tmp_path / pack_name(store.index.pack_ref(at.pack))
     flip(path, at.offset + 100)
     (run,) = planned(store, ReadPlan(KIB, 1 << 20, 1), "a 2", "a 3", "a 4")
     assert list(read_run(store, run)) == list(wanted("a 2", "a 4"))

@@ -12,10 +12,10 @@ import pytest
 
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import BlobError, PackError
-from casfs.format.pack import BLOB_HEADER, ENTRY, HEADER, TRAILER, PackEntry
+from casfs.format.pack import BLOB_HEADER, ENTRY, HEADER, TRAILER, PackEntry, PackRef
 from casfs.index.schema import Location
 from casfs.store import blob_store as blob_store_module
-from casfs.store.blob_store import BlobStore, pack_name
+from casfs.store.blob_store import BlobStore, pack_name, parse_pack_name
 from tests.support.stores import (
     add_pack,
     child,
@@ -24,6 +24,7 @@ from tests.support.stores import (
     noise,
     open_store,
     pack_paths,
+    pack_ref,
     read_line,
     store_blobs,
     write_line,
@@ -210,7 +211,7 @@ class TestIndexReconciliation:
         with open_store(root) as store:
             assert store.index.blob_count() == len(PLAINS)
         for path in pack_paths(root):
-            if path.name != second.hex():
+            if path.name != second.id.hex():
                 path.unlink()
         with open_store(root) as store:
             assert readable(store, PLAINS) == PLAINS
@@ -282,7 +283,7 @@ class TestDamagedDirectory:
         with open_store(root) as store:
             assert readable(store, PLAINS) == PLAINS
             with pytest.raises(PackError):
-                store.read_directory(PackId(bytes.fromhex(path.name)), path.stat().st_size)
+                store.read_directory(pack_ref(path), path.stat().st_size)
         assert path.name[:12] in caplog.text
         assert "scanning it for intact blobs" in caplog.text
 
@@ -357,7 +358,11 @@ class TestDamagedDirectory:
 
 
 def test_a_pack_is_in_the_folder_of_its_first_byte() -> None:
-    assert pack_name(PackId(bytes(range(0xA0, 0xC0)))).startswith("packs/a0/a0a1a2")
+    name = PackId(bytes(range(0xA0, 0xC0)))
+    for is_meta, begin in ((False, "packs/a0/a0a1a2"), (True, "meta/a0/a0a1a2")):
+        pack = PackRef(name, is_meta)
+        assert pack_name(pack).startswith(begin)
+        assert parse_pack_name(pack_name(pack)) == pack
 
 
 WRITER = """

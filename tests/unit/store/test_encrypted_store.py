@@ -249,7 +249,7 @@ def test_a_write_only_host_keeps_its_other_entries_where_a_pack_is_lost(
     put(store, SESSION, (keyed(PLAINS[0]), PLAINS[0]))
     put(store, SESSION, (keyed(PLAINS[1]), PLAINS[1]))
     location = store.locate(keyed(PLAINS[0]))
-    (tmp_path / pack_name(store.index.pack_id(location.pack))).unlink()
+    (tmp_path / pack_name(store.index.pack_ref(location.pack))).unlink()
     closed = again(store, Keys())
     closed.reconcile()
     assert closed.index.are_stored([keyed(PLAINS[0]), keyed(PLAINS[1])]) == [False, True]

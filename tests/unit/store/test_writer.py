@@ -12,13 +12,13 @@ import pytest
 from casfs.digest import PackId, digest_of
 from casfs.errors import BlobError, StorageError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind, Codec
-from casfs.format.pack import BLOB_HEADER
+from casfs.format.pack import BLOB_HEADER, PackRef
 from casfs.index import index as index_module
 from casfs.index.index import Index
 from casfs.index.lmdb_env import LmdbEnv, Transaction
 from casfs.index.schema import IndexedPack
 from casfs.store import writer as writer_module
-from casfs.store.blob_store import BlobStore
+from casfs.store.blob_store import BlobStore, pack_name
 from casfs.store.writer import BlobWriter, WriteStats
 from tests.support.stores import noise, open_store, pack_paths, store_blobs
 from tests.support.waiting import wait_until
@@ -208,14 +208,14 @@ class TestDurabilityOrder:
         self, tmp_path: Path, small_packs: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         add_packs = Index.add_packs
-        seen: list[PackId] = []
+        seen: list[PackRef] = []
 
         def watched(self: Index, packs: Iterable[IndexedPack]) -> None:
             added = list(packs)
             for pack, pack_bytes, _ in added:
-                path = tmp_path / "packs" / pack.hex()[:2] / pack.hex()
+                path = tmp_path / pack_name(pack)
                 assert path.stat().st_size == pack_bytes
-                assert PackId(digest_of(path.read_bytes())) == pack
+                assert PackId(digest_of(path.read_bytes())) == pack.id
                 seen.append(pack)
             add_packs(self, added)
 
