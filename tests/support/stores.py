@@ -86,9 +86,10 @@ def store_blobs(
     plains: Iterable[bytes],
     kind: BlobKind = BlobKind.DATA,
     pack_bytes: int = PACK_BYTES,
+    separate_metadata: bool = False,
 ) -> WriteStats:
     """Store blobs to the end, durably and in the index."""
-    writer = BlobWriter(store, pack_bytes=pack_bytes)
+    writer = BlobWriter(store, pack_bytes=pack_bytes, separate_metadata=separate_metadata)
     try:
         for plain in plains:
             writer.put(kind, digest_of(plain), plain)
