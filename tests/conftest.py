@@ -57,10 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(f"CASFS_{variable}", None)
 
 
-@pytest.fixture(autouse=True)
-def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what a machine remembers of repositories out of the home of who runs the tests."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
+        yield
 
 
 def fuse_problem(device: str = "/dev/fuse", program: str = "fusermount3") -> str | None:

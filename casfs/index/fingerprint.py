@@ -5,7 +5,8 @@ signal that cannot be caught, and a page that an attacker prepared may do more. 
 changed index stores a fingerprint beside it: size, mtime and, up to a size limit, the digest of the file,
 with a message authentication code under a secret of the user. If the user's fingerprint does not match the
 file (a writer was killed, or another program changed the file), a subprocess first reads the whole index. An
-index without a fingerprint of this user is not opened at all: it is rebuilt.
+index without a fingerprint of this user is not opened at all: it is rebuilt. The exception is root's index,
+which another user reads: root is trusted, and its secret is unknown.
 """
 
 from __future__ import annotations
@@ -114,14 +115,17 @@ def assess(path: Path, in_use: bool) -> IndexState:
         return IndexState.INTACT
     if _is_marked_damaged(path):
         return IndexState.INTACT if in_use else IndexState.DAMAGED
+    is_of_root = st.st_uid == 0 and os.geteuid() != 0
     try:
-        recorded = _read_fingerprint(path, _user_secret())
+        recorded = _read_fingerprint(path, None if is_of_root else _user_secret())
     except (OSError, NoHomeError) as error:
         log.info("no fingerprint can be verified: %s", error)
         return _probed(path)
     if recorded is None:
         if st.st_size == 0:
             return IndexState.DAMAGED
+        if is_of_root and not in_use:
+            return _probed(path)
         # A writer that lives may not have written the first fingerprint yet.
         return IndexState.INTACT if in_use else IndexState.FOREIGN
     size, mtime_ns, digest = recorded
@@ -193,7 +197,7 @@ def _survives_a_probe(path: Path) -> bool:
             timeout=_PROBE_S,
             check=False,
         )
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, OSError):
         return False
     return done.returncode == 0
 
@@ -268,13 +272,13 @@ def _is_marked_damaged(path: Path) -> bool:
         return False
 
 
-def _read_fingerprint(path: Path, key: bytes) -> tuple[int, int, str] | None:
-    """Return size, mtime and digest of the fingerprint, None unless this user wrote it."""
+def _read_fingerprint(path: Path, key: bytes | None) -> tuple[int, int, str] | None:
+    """Return size, mtime and digest of the fingerprint; with `key`, None unless its owner wrote it."""
     try:
         with open(path / FINGERPRINT_FILE, "rb") as file:
             text = file.read(_MAX_FINGERPRINT_BYTES).decode("ascii")
         line, _, code = text.removesuffix("\n").rpartition(" ")
-        if not hmac.compare_digest(code, _code(key, line)):
+        if key is not None and not hmac.compare_digest(code, _code(key, line)):
             return None
         size, mtime_ns, digest = line.removeprefix(_FORM.partition("{")[0]).split()
         return int(size), int(mtime_ns), digest

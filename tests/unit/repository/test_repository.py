@@ -419,7 +419,7 @@ from casfs.errors import CasfsError
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import open_for_reading
 
-os.environ["XDG_CACHE_HOME"] = sys.argv[2]
+os.environ["XDG_CACHE_HOME"] = os.environ["XDG_STATE_HOME"] = sys.argv[2]
 # By now all is imported: the interpreter may lie where another user cannot go.
 os.setgroups([])
 os.setgid(65534)
@@ -460,7 +460,7 @@ class TestReadOnlyUser:
         os.chown(cache, 65534, 65534)
         return cache
 
-    def test_a_read_only_user_reads_with_the_existing_index(
+    def test_a_read_only_user_reads_with_the_existing_index_of_root(
         self, shared: RepositoryFixture
     ) -> None:
         self.open_to_all(shared)
@@ -469,7 +469,7 @@ class TestReadOnlyUser:
         assert sorted(os.listdir(shared.root / "index")) == before
 
     @pytest.mark.parametrize("index", ["deleted", "behind", "hidden"])
-    def test_a_read_only_user_builds_an_index_where_none_can_be_used(
+    def test_a_read_only_user_builds_an_index_where_none_of_its_own_exists(
         self, shared: RepositoryFixture, index: str
     ) -> None:
         if index == "deleted":
