@@ -287,17 +287,11 @@ class BlobStore:
         self.verified.mark(location)
         return plain
 
-    def prefetch(self, digest: Digest) -> int:
-        """Start to load a blob's stored bytes into memory; return their number."""
-        location = self.index.lookup(digest)
-        if location is None:
-            return 0
-        name = pack_name(self.index.pack_ref(location.pack))
-        self.storage.prefetch(name, location.offset, location.stored_bytes)
-        return location.stored_bytes
+    def prefetch(self, digests: Sequence[Digest]) -> int:
+        """Start to load the stored bytes of blobs into memory, and return their number.
 
-    def prefetch_many(self, digests: Sequence[Digest]) -> None:
-        """Start to load the stored bytes of blobs into memory; those that lie together with one request."""
+        The bytes of blobs that lie together are loaded with one request.
+        """
         found = [at for at in self.index.lookup_many(list(digests)) if at is not None]
         found.sort(key=lambda at: (at.pack, at.offset))
         runs: list[tuple[int, int, int]] = []
@@ -311,6 +305,7 @@ class BlobStore:
                 runs.append((at.pack, at.offset, end))
         for pack, begin, end in runs:
             self.storage.prefetch(pack_name(self.index.pack_ref(pack)), begin, end - begin)
+        return sum(at.stored_bytes for at in found)
 
     def stored_packs(self) -> Iterator[tuple[PackRef, int]]:
         """Yield every pack in the storage, of both kinds, with its size in bytes."""

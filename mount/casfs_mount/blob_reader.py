@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError
@@ -18,6 +18,10 @@ from casfs_mount.event_loop_guard import EventLoopGuard, WouldBlock
 
 _NONBLOCKING_BYTES = 64 * 1024
 """Blobs of up to this many stored bytes are decoded on the event-loop thread, in about 0.5 ms."""
+
+_NEAR_FILES = 64
+_FAR_FILES = 1024
+"""Where a request takes a round trip, a directory of small files is requested as a whole."""
 
 _SLOW_S = 0.004
 _PAUSE_FACTOR = 8
@@ -29,7 +33,10 @@ def _major_faults() -> int:
 
 
 class BlobReader:
-    """The blobs of one repository; safe to share between threads."""
+    """The blobs of one repository; safe to share between threads.
+
+    `files_ahead` is the number of small files whose bytes are worth requesting ahead at a time.
+    """
 
     def __init__(
         self,
@@ -42,6 +49,8 @@ class BlobReader:
         self._clock = clock
         self._major_faults = major_faults
         self._store = store
+        is_far = store.storage.capabilities.parallel_requests > 1
+        self.files_ahead = _FAR_FILES if is_far else _NEAR_FILES
         self._guard = guard
         self._paused_until = 0.0
         self._faults = 0
@@ -77,9 +86,9 @@ class BlobReader:
             self._paused_until = now + _PAUSE_FACTOR * waited
         self._faults = faults
 
-    def prefetch(self, digest: Digest) -> int:
-        """Ask the kernel to read a blob's stored bytes ahead; return their number, 0 if it is unknown."""
+    def prefetch(self, digests: Sequence[Digest]) -> int:
+        """Request the stored bytes of blobs ahead; return their number, 0 where the index is unusable."""
         try:
-            return self._store.prefetch(digest)
+            return self._store.prefetch(digests)
         except CasfsError:
             return 0

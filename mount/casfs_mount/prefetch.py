@@ -2,8 +2,9 @@
 
 Programs such as find and grep walk directories in the order of their entries, which is the order of the
 inode numbers. When a request of such a walk had to wait, background tasks read ahead of the walk: trees
-are decoded into the tree cache, a bounded number ahead; for files, the kernel is asked to read the stored
-bytes of the next ones. While no request waits, nothing is prefetched. A wrong guess costs a few reads.
+are decoded into the tree cache, a bounded number ahead; for files, the stored bytes of the next ones are
+requested: from the kernel, or from a remote place, where those that lie together come with one request. While
+no request waits, nothing is prefetched. A wrong guess costs a few reads.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from casfs_mount.tree_cache import TreeCache
 _DIRECTORIES = 64
 """Directories read at a time; the next batch starts when the walk reaches the middle of this one."""
 
-_FILES = 64
 _FILE_BYTES = 8 * 1024 * 1024
-"""The files, and the stored bytes of files, requested at a time."""
+"""The bytes of files requested at a time; `BlobReader.files_ahead` limits the number of the files."""
 
 _NEVER = 1 << 63
 
@@ -106,13 +106,17 @@ class Prefetcher:
             else:
                 start = number
             fetched = [number]
+            chunks: list[Digest] = []
             size = 0
+            most_files = self._blobs.files_ahead
             for beside, node, _ in self._numbering.entries(above, directory, start - above):
                 if node.kind == NodeType.FILE and node.content:
                     fetched.append(beside)
-                    size += self._blobs.prefetch(Digest(node.content[8:40]))
-                if size >= _FILE_BYTES or len(fetched) > _FILES:
+                    chunks.append(Digest(node.content[8:40]))
+                    size += int.from_bytes(node.content[:8], "little")
+                if size >= _FILE_BYTES or len(fetched) > most_files:
                     break
+            self._blobs.prefetch(chunks)
             self._fetched = above, range(number, fetched[-1] + 1)
             self._next_file = fetched[len(fetched) // 2] if len(fetched) > 1 else -1
         finally:
@@ -153,8 +157,7 @@ def _entries_after(
 def _prefetch_directories(
     numbering: Numbering, number: int, directory: Node, tree_cache: TreeCache, blobs: BlobReader
 ) -> None:
-    """Ask the kernel to read the trees of a directory's first subdirectories, all at once."""
+    """Request the trees of a directory's first subdirectories, all at once."""
     below = (node.tree for _, node, _ in numbering.entries(number, directory) if node.tree)
-    for tree in islice(below, _DIRECTORIES):
-        if not tree_cache.holds(tree):
-            blobs.prefetch(Digest(tree.digest))
+    missing = [tree for tree in islice(below, _DIRECTORIES) if not tree_cache.holds(tree)]
+    blobs.prefetch([Digest(tree.digest) for tree in missing])

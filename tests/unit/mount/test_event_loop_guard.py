@@ -7,7 +7,7 @@ import gc
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -81,7 +81,7 @@ class TestBlobReader:
             for digest in (digest_of(b"damaged"), digest_of(b"missing")):
                 with pytest.raises(WouldBlock):
                     blobs.read(digest)
-                assert blobs.prefetch(digest) == (0 if digest == digest_of(b"missing") else 7)
+                assert blobs.prefetch([digest]) == (0 if digest == digest_of(b"missing") else 7)
 
     def test_the_event_loop_avoids_a_slow_index_for_a_while(
         self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
@@ -118,11 +118,11 @@ class TestBlobReader:
     ) -> None:
         with repo.reading() as repository:
 
-            def fail(digest: Digest) -> int:
+            def fail(digests: Sequence[Digest]) -> int:
                 raise IndexUnusableError("gone")
 
             monkeypatch.setattr(repository.store, "prefetch", fail)
-            assert BlobReader(repository.store, EventLoopGuard()).prefetch(digest_of(b"")) == 0
+            assert BlobReader(repository.store, EventLoopGuard()).prefetch([digest_of(b"")]) == 0
 
 
 def drop_from_memory(path: Path) -> None:
@@ -158,13 +158,15 @@ class Prompt(BackgroundPool):
 class Asked(BlobReader):
     """Blobs in memory; remembers what was asked for ahead."""
 
+    files_ahead = 64
+
     def __init__(self, trees: TreeFixture) -> None:
         self.asked: list[bytes] = []
         self.trees = trees
 
-    def prefetch(self, digest: Digest) -> int:
-        self.asked.append(digest)
-        return len(self.trees.blobs[digest])
+    def prefetch(self, digests: Sequence[Digest]) -> int:
+        self.asked += digests
+        return sum(len(self.trees.blobs[digest]) for digest in digests)
 
 
 DEEP: Plan = {

@@ -153,8 +153,8 @@ class TestBlobReads:
             assert store.read_nonblocking(digest_of(TEXT), 1 << 20) in (TEXT, None)
             assert store.read_nonblocking(digest_of(TEXT), 1) is None
             assert store.read_nonblocking(digest_of(b"never stored"), 1 << 20) is None
-            assert store.prefetch(digest_of(b"one")) == 3
-            assert store.prefetch(digest_of(b"never stored")) == 0
+            assert store.prefetch([digest_of(b"one")]) == 3
+            assert store.prefetch([digest_of(b"never stored"), digest_of(b"one")]) == 3
             flip(path, store.locate(digest_of(TEXT)).offset + 20)
             assert store.read_nonblocking(digest_of(TEXT), 1 << 20) is None
 
