@@ -93,6 +93,11 @@ bench: $(STAMP) ## time and memory on a real tree, beside borg and restic
 	$(BIN)/python -m bench setup
 	$(BIN)/python -m bench $(ARGS)
 
+.PHONY: bench-remote
+bench-remote: $(STAMP) ## the same over a distance, beside restic: SeaweedFS behind lines of 0 to 100 ms
+	$(BIN)/python -m bench setup
+	$(BIN)/python -m bench.remote $(ARGS)
+
 # What builds the documentation, the Debian package, and checks the distributions.
 DOCS_STAMP := $(VENV)/.docs-made
 $(DOCS_STAMP): $(STAMP) requirements-docs.txt
