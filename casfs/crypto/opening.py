@@ -93,7 +93,7 @@ def make_ciphers(storage: Storage, keys: KeyManager | None) -> PackCiphers | Non
         return None
     from casfs.store.cipher import PackCiphers
 
-    return PackCiphers(storage, keys.keyring)
+    return PackCiphers(storage, keys.keyring, keys.can_read)
 
 
 def make_codec(level: int, keys: KeyManager | None) -> BlobCodec:

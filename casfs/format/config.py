@@ -72,6 +72,11 @@ class RepositoryConfig(msgspec.Struct, frozen=True):
         """Whether a writer stores trees and content lists in packs of their own."""
         return self.format >= 2
 
+    @property
+    def has_deltas(self) -> bool:
+        """Whether a writer publishes index deltas."""
+        return self.format >= 2
+
 
 def new_config(created: str, format_: int = DEFAULT_FORMAT) -> RepositoryConfig:
     """Return the configuration of a new repository with a random id."""

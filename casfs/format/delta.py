@@ -26,6 +26,7 @@ from casfs.format.pack import (
     MAX_PACK_BYTES,
     MAX_STORED_BYTES,
     PackEntry,
+    PackRef,
 )
 
 FOLDER = "deltas"
@@ -49,6 +50,10 @@ _COMPLETE = 1
 _METADATA = 2
 """The flag of a metadata pack, as in the index."""
 
+REPLACED_BYTES = _REPLACED.size
+MAX_REPLACED = 100_000
+"""The most deltas that a writer lets one delta replace."""
+
 MAX_DELTA_BYTES = 32 * 1024 * 1024
 """A reader refuses a larger delta; a writer begins another before this size."""
 
@@ -70,22 +75,24 @@ class DeltaName(NamedTuple):
         return f"{self.time_ms:012x}-{self.digest.hex()}"
 
 
+def parse_key(key: str) -> DeltaName | None:
+    """Return the parts of the last part of a name, or None where it is no delta's."""
+    found = _NAME.fullmatch(key)
+    return DeltaName(int(found.group(1), 16), bytes.fromhex(found.group(2))) if found else None
+
+
 def parse_name(name: str) -> DeltaName | None:
     """Return the parts of an object's name, or None for an object that is no delta."""
     folder, _, key = name.partition("/")
-    found = _NAME.fullmatch(key)
-    if folder != FOLDER or found is None:
-        return None
-    return DeltaName(int(found.group(1), 16), bytes.fromhex(found.group(2)))
+    return parse_key(key) if folder == FOLDER else None
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaPack:
-    """A stored pack: its name, its size in bytes, whether it holds metadata, and its directory's entries."""
+    """A stored pack, its size in bytes, and its directory's entries."""
 
-    pack: PackId
+    pack: PackRef
     pack_bytes: int
-    is_metadata: bool
     entries: Sequence[PackEntry]
 
 
@@ -127,17 +134,18 @@ class Delta:
         """Yield the stored packs, one in memory at a time; raise DeltaError where one is invalid."""
         records = memoryview(self._body)[self._records_at : self._entries_at]
         at = self._entries_at
-        current: tuple[PackId, int, bool] | None = None
+        current: tuple[PackRef, int] | None = None
         entries: list[PackEntry] = []
         for pack, pack_bytes, count, first, flags, _ in _PACK.iter_unpack(records):
             end = at + count * ENTRY.size
             if end > len(self._body):
                 raise DeltaError(str(self.name), "its counts contradict each other")
             # A pack whose directory was damaged has a record for each run of entries without a gap.
-            if current is None or current[0] != pack:
+            if current is None or current[0].id != pack:
                 if current is not None:
                     yield DeltaPack(*current, entries)
-                current, entries = (PackId(pack), pack_bytes, bool(flags & _METADATA)), []
+                ref = PackRef(PackId(pack), bool(flags & _METADATA))
+                current, entries = (ref, pack_bytes), []
             if pack_bytes > MAX_PACK_BYTES or len(entries) + count > MAX_PACK_BLOBS:
                 raise DeltaError(str(self.name), "it names a pack that is too large")
             entries += self._parse_entries(self._body[at:end], first, pack_bytes)
@@ -187,12 +195,12 @@ class DeltaBuilder:
 
     def add(self, pack: DeltaPack) -> None:
         """Add a stored pack; the caller has asked `has_room`."""
-        self.packs.append(pack.pack)
+        self.packs.append(pack.pack.id)
         runs = list(_runs(pack.entries)) or [pack.entries]
         for run in runs:
             first = run[0].offset if run else 0
-            flags = _METADATA * pack.is_metadata
-            self._records += _PACK.pack(pack.pack, pack.pack_bytes, len(run), first, flags, 0)
+            flags = _METADATA * pack.pack.is_meta
+            self._records += _PACK.pack(pack.pack.id, pack.pack_bytes, len(run), first, flags, 0)
             for e in run:
                 self._entries += ENTRY.pack(
                     e.digest, e.stored_bytes, e.plain_bytes, e.kind, e.codec, 0

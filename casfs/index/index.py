@@ -26,9 +26,14 @@ from casfs.index.lmdb_env import LmdbEnv, Transaction
 from casfs.index.schema import (
     DAMAGED,
     LOCATION,
+    MARKED,
     METADATA,
     ORDINAL,
     PACK,
+    PARTIAL,
+    REMOVED,
+    UNPUBLISHED,
+    UNVERIFIED,
     IndexedPack,
     Location,
     PackRecord,
@@ -42,7 +47,7 @@ INDEX_VERSION = b"1"
 DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
 
-_PARTIAL = b"partial"
+_HAS_COPIES = b"copies"
 
 _ABSENT = b"\1\0"
 """The last two bytes of the row of an absent blob: any nonzero flags."""
@@ -58,7 +63,11 @@ are added in the order of their digests, so that each page is still written only
 
 
 class Index:
-    """An open index. Threads may share it; it must not cross a fork."""
+    """An open index. Threads may share it; it must not cross a fork.
+
+    With `tracks_deltas` it notes which packs were added and removed and are in no index delta yet.
+    `has_all_packs` means that this process has compared it with a listing, which named no other pack.
+    """
 
     def __init__(
         self,
@@ -76,6 +85,18 @@ class Index:
             raise
         self._pack_refs: dict[int, PackRef] = {}
         self._distrusted: frozenset[int] = frozenset()
+        self.tracks_deltas = False
+        self.has_all_packs = False
+
+    @property
+    def tables(self) -> Tables:
+        """The databases, for `DeltaNotes`."""
+        return self._tables
+
+    @property
+    def tracks_copies(self) -> bool:
+        """Whether `copies` has every known location of a blob beyond the first."""
+        return self._env.read(lambda txn: txn.get(_HAS_COPIES, db=self._tables.meta)) is not None
 
     @property
     def readonly(self) -> bool:
@@ -133,7 +154,7 @@ class Index:
         def ask(txn: Transaction, batch: list[Digest]) -> list[bool]:
             get = txn.get
             blobs = self._tables.blobs
-            pending = self._tables.marked_for_removal(txn) | self._distrusted
+            pending = self._tables.untrusted(txn) | self._distrusted
             if not pending:
                 return [(get(digest, db=blobs) or _ABSENT)[-2] == 0 for digest in batch]
             return [counts_as_stored(get(digest, db=blobs), pending) for digest in batch]
@@ -201,9 +222,9 @@ class Index:
         """Record packs in one transaction."""
 
         def change(txn: Transaction) -> None:
-            untrusted = self._tables.marked_for_removal(txn) | self._distrusted
+            untrusted = self._tables.untrusted(txn) | self._distrusted
             for pack, pack_bytes, entries in packs:
-                ordinal = self._tables.put_pack(txn, pack, pack_bytes, len(entries))
+                ordinal = self._put_pack(txn, pack, pack_bytes, len(entries))
                 if ordinal is not None:
                     self._tables.put_blobs(txn, ordinal, sorted(entries), untrusted)
 
@@ -214,21 +235,35 @@ class Index:
         first, *rest = _parts(entries)
 
         def begin(txn: Transaction) -> int | None:
-            ordinal = self._tables.put_pack(txn, pack, pack_bytes, len(entries))
+            ordinal = self._put_pack(txn, pack, pack_bytes, len(entries))
             if ordinal is not None:
-                untrusted = self._tables.marked_for_removal(txn) | self._distrusted
+                untrusted = self._tables.untrusted(txn) | self._distrusted
                 self._tables.put_blobs(txn, ordinal, first, untrusted)
                 if rest:
-                    txn.put(_PARTIAL + pack.id, b"", db=self._tables.meta)
+                    txn.put(PARTIAL + pack.id, b"", db=self._tables.meta)
             return ordinal
 
         ordinal = self._env.write(begin)
         if ordinal is not None:
             self._continue_pack(pack.id, ordinal, rest)
 
+    def _put_pack(
+        self,
+        txn: Transaction,
+        pack: PackRef,
+        pack_bytes: int,
+        blobs: int,
+        known: PackRecord | None = None,
+    ) -> int | None:
+        """Record a pack as `Tables.put_pack` does, and note that no delta names it yet."""
+        ordinal = self._tables.put_pack(txn, pack, pack_bytes, blobs, known)
+        if ordinal is not None and self.tracks_deltas:
+            self._tables.note_unpublished(txn, ordinal, pack.id)
+        return ordinal
+
     def partial_packs(self) -> list[PackId]:
         """Return the packs whose blobs are not all added yet, by a running process or by one that died."""
-        found = self._env.read(lambda txn: self._tables.meta_suffixes(txn, _PARTIAL))
+        found = self._env.read(lambda txn: self._tables.meta_suffixes(txn, PARTIAL))
         return [PackId(name) for name in found]
 
     def finish_partial_pack(self, pack: PackId, entries: list[PackEntry]) -> None:
@@ -242,12 +277,12 @@ class Index:
 
         def change(txn: Transaction, entries: list[PackEntry], is_last: bool) -> None:
             # After a rebuild the index contains the whole pack.
-            if txn.get(_PARTIAL + pack, db=self._tables.meta) is None:
+            if txn.get(PARTIAL + pack, db=self._tables.meta) is None:
                 return
-            untrusted = self._tables.marked_for_removal(txn) | self._distrusted
+            untrusted = self._tables.untrusted(txn) | self._distrusted
             self._tables.put_blobs(txn, ordinal, entries, untrusted)
             if is_last:
-                txn.delete(_PARTIAL + pack, db=self._tables.meta)
+                txn.delete(PARTIAL + pack, db=self._tables.meta)
 
         for number, part in enumerate(parts, 1):
             is_last = number == len(parts)
@@ -292,10 +327,16 @@ class Index:
                 and (at := Location(*LOCATION.unpack(value))).pack in before
             }
             known = {record.pack: record for record in before.values()}
+            removed = self._tables.meta_suffixes(txn, REMOVED)
             for db in (self._tables.blobs, self._tables.packs, self._tables.meta):
                 txn.drop(db, delete=False)
+            if self._tables.copies is not None:
+                txn.drop(self._tables.copies, delete=False)
             self._tables.set_counters(txn, next_pack, next_blob, losses + 1)
             txn.put(b"version", INDEX_VERSION, db=self._tables.meta)
+            txn.put(_HAS_COPIES, b"", db=self._tables.meta)
+            for name in removed:
+                txn.put(REMOVED + name, b"", db=self._tables.meta)
             self._add_found_pack(txn, set(), still | pending(), packs(), marks, known)
 
         self._env.write(change)
@@ -311,7 +352,7 @@ class Index:
     ) -> None:
         for pack, pack_bytes, entries in packs:
             before = known.get(pack)
-            ordinal = self._tables.put_pack(txn, pack, pack_bytes, len(entries), before)
+            ordinal = self._put_pack(txn, pack, pack_bytes, len(entries), before)
             if ordinal is None:
                 continue
             if pack in pending:
@@ -330,7 +371,7 @@ class Index:
 
     def untrusted_packs(self) -> frozenset[int]:
         """Return the ordinals of the packs whose blobs do not count as stored."""
-        return self.marked_for_removal() | self._distrusted
+        return self._env.read(self._tables.untrusted) | self._distrusted
 
     def marked_for_removal(self) -> frozenset[int]:
         """Return the ordinals of the packs that are marked for removal.
@@ -357,10 +398,14 @@ class Index:
                 )
             )
 
-    def remove_packs(self, packs: Mapping[int, PackRef], lost: bool = False) -> bool:
+    def remove_packs(
+        self, packs: Mapping[int, PackRef], lost: bool = False, is_published: bool = False
+    ) -> bool:
         """Remove packs that no snapshot needs, or that are `lost`, and the blobs located in them.
 
-        If one of the packs no longer has its ordinal, change nothing and return False.
+        A blob of which another copy is known stays, located there. The next index delta names the packs as
+        removed, unless a delta did so (`is_published`). If one of the packs no longer has its ordinal, change
+        nothing and return False.
         """
         ordinals = packs.keys()
 
@@ -369,17 +414,16 @@ class Index:
                 record = txn.get(ORDINAL.pack(ordinal), db=self._tables.packs)
                 if record is None or PACK.unpack(record)[0] != pack.id:
                     return False
-            after: bytes | None = None
-            while rows := self._tables.rows(txn, after, _ASKED_AT_ONCE):
-                after = rows[-1][0]
-                for key, value in rows:
-                    if LOCATION.unpack(value)[0] in ordinals:
-                        txn.delete(key, db=self._tables.blobs)
+            self._tables.remove_locations(txn, ordinals)
             for ordinal, pack in packs.items():
-                txn.delete(ORDINAL.pack(ordinal), db=self._tables.packs)
-                for key in (b"pack" + pack.id, _PARTIAL + pack.id):
+                number = ORDINAL.pack(ordinal)
+                txn.delete(number, db=self._tables.packs)
+                for key in (b"pack" + pack.id, PARTIAL + pack.id, UNPUBLISHED + number):
                     txn.delete(key, db=self._tables.meta)
-            self._tables.mark_for_removal(txn, self._tables.marked_for_removal(txn) - ordinals)
+                if self.tracks_deltas and not is_published:
+                    txn.put(REMOVED + pack.id, b"", db=self._tables.meta)
+            for name in (MARKED, UNVERIFIED):
+                self._tables.put_set(txn, name, self._tables.get_set(txn, name) - ordinals)
             self._tables.count_removal(txn)
             if lost:
                 self._tables.count_loss(txn)

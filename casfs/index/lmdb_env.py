@@ -33,6 +33,7 @@ _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, struc
 T = TypeVar("T")
 
 Transaction = lmdb.Transaction
+Database = lmdb._Database
 
 
 class LmdbEnv:
@@ -73,6 +74,15 @@ class LmdbEnv:
         """Return a named database; create it unless the environment is read-only."""
         try:
             return self._env.open_db(name, create=not self.readonly)
+        except lmdb.Error as error:
+            raise self._unusable(error) from error
+
+    def database_if_any(self, name: bytes) -> lmdb._Database | None:
+        """Return a named database as `database` does; None where a read-only environment lacks it."""
+        try:
+            return self._env.open_db(name, create=not self.readonly)
+        except lmdb.NotFoundError:
+            return None
         except lmdb.Error as error:
             raise self._unusable(error) from error
 
@@ -125,7 +135,7 @@ class LmdbEnv:
                 env = lmdb.open(
                     os.fsencode(self.path),
                     map_size=map_bytes,
-                    max_dbs=4,
+                    max_dbs=5,
                     max_readers=512,
                     readonly=readonly,
                     lock=lock,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from casfs.digest import PackId
 from casfs.format.pack import PackEntry, PackRef
-from casfs.index.lmdb_env import LmdbEnv, Transaction
+from casfs.index.lmdb_env import Database, LmdbEnv, Transaction
 
 LOCATION = struct.Struct("<IIIIIBBH")
 assert LOCATION.size == 24
@@ -69,33 +69,56 @@ ORDINAL = struct.Struct(">I")
 _REMOVALS = struct.Struct("<Q")
 COUNTERS = struct.Struct("<QQQ")
 _MARKED_ITEM = struct.Struct("<I")
+_LOCATION_PACK = struct.Struct("<I")
+MARKED = b"condemned"
+"""The key of the packs that are marked for removal."""
+
+UNVERIFIED = b"unverified"
+"""The key of the packs that a delta named and that this host has not seen in the storage."""
+
+PARTIAL = b"partial"
+UNPUBLISHED = b"unpublished"
+REMOVED = b"removed"
+"""Prefixes of keys: of a partly indexed pack, and of packs whose addition or removal is in no delta yet."""
+
+_REMOVED_AT_ONCE = 10_000
+
+
+Row = tuple[bytes, int, int, int, int, int, int, int]
+"""A digest; the ordinal of its pack, offset, stored bytes, plain bytes, kind, codec and flags."""
 
 
 class Tables:
-    """The databases `blobs`, `packs` and `meta` of an environment."""
+    """The databases `blobs`, `copies`, `packs` and `meta` of an environment."""
 
     def __init__(self, env: LmdbEnv) -> None:
         self.blobs = env.database(b"blobs")
         self.packs = env.database(b"packs")
         self.meta = env.database(b"meta")
-        self._marked_value = b""
-        self._marked: frozenset[int] = frozenset()
+        self.copies = env.database_if_any(b"copies")
+        self._sets: dict[bytes, tuple[bytes, frozenset[int]]] = {}
 
     def all_packs(self, txn: Transaction) -> list[PackRecord]:
         """Return every pack in the order of the ordinals."""
         records = []
         for key, value in txn.cursor(db=self.packs):
-            pack, pack_bytes, blobs, flags, verified_s = PACK.unpack(value)
-            ordinal = ORDINAL.unpack(key)[0]
-            is_damaged = bool(flags & DAMAGED)
-            ref = pack_ref(pack, flags)
-            record = PackRecord(ordinal, ref, pack_bytes, blobs, verified_s, is_damaged)
-            records.append(record)
+            records.append(_record(ORDINAL.unpack(key)[0], value))
         return records
 
-    def rows(self, txn: Transaction, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
-        """Return up to `limit` rows of `blobs` that follow a digest, as stored."""
-        cursor = txn.cursor(db=self.blobs)
+    def has_ordinal(self, txn: Transaction, ordinal: int) -> bool:
+        """Return whether a pack has this ordinal."""
+        return txn.get(ORDINAL.pack(ordinal), db=self.packs) is not None
+
+    def pack_of(self, txn: Transaction, ordinal: int) -> PackRecord | None:
+        """Return the record of a pack, None where there is none."""
+        value = txn.get(ORDINAL.pack(ordinal), db=self.packs)
+        return None if value is None else _record(ordinal, value)
+
+    def rows(
+        self, txn: Transaction, after: bytes | None, limit: int, db: Database | None = None
+    ) -> list[tuple[bytes, bytes]]:
+        """Return up to `limit` rows of `blobs`, or of `db`, that follow a key, as stored."""
+        cursor = txn.cursor(db=self.blobs if db is None else db)
         found = cursor.first() if after is None else cursor.set_range(after)
         if found and after is not None and cursor.key() == after:
             found = cursor.next()
@@ -114,9 +137,9 @@ class Tables:
         known: PackRecord | None = None,
     ) -> int | None:
         """Record a pack without its blobs; return its ordinal, or None if the pack is already recorded."""
-        if not txn.put(b"pack" + pack.id, b"", overwrite=False, db=self.meta):
-            return None
         ordinal, next_blob, losses = self.counters(txn)
+        if not txn.put(b"pack" + pack.id, ORDINAL.pack(ordinal), overwrite=False, db=self.meta):
+            return None
         is_damaged = known is not None and known.is_damaged
         verified_s = known.verified_s if known is not None else 0
         flags = DAMAGED * is_damaged | METADATA * pack.is_meta
@@ -124,6 +147,11 @@ class Tables:
         txn.put(ORDINAL.pack(ordinal), value, db=self.packs)
         self.set_counters(txn, ordinal + 1, next_blob, losses)
         return ordinal
+
+    def note_unpublished(self, txn: Transaction, ordinal: int, pack: bytes) -> None:
+        """Note that a pack, which was added, is in no index delta yet."""
+        txn.put(UNPUBLISHED + ORDINAL.pack(ordinal), b"", db=self.meta)
+        txn.delete(REMOVED + pack, db=self.meta)
 
     def put_blobs(
         self,
@@ -137,36 +165,131 @@ class Tables:
 
         Blobs in `bad` are recorded as damaged in this pack.
         """
+        rows = (
+            (e.digest, ordinal, *e[1:], DAMAGED if bad and e.digest in bad else 0) for e in entries
+        )
+        self.put_rows(txn, rows, marked)
+
+    def put_rows(self, txn: Transaction, rows: Iterable[Row], untrusted: Set[int]) -> None:
+        """Record blobs at their locations; the location of a blob that counts as stored elsewhere stays.
+
+        The locations that the rows of `blobs` do not name are recorded in `copies`.
+        """
         next_pack, next_blob, losses = self.counters(txn)
         blobs, pack_location = self.blobs, LOCATION.pack
-        for digest, offset, stored_bytes, plain_bytes, kind, codec in entries:
-            flags = DAMAGED if digest in bad else 0
+        for digest, ordinal, offset, stored_bytes, plain_bytes, kind, codec, flags in rows:
             place = (ordinal, offset, stored_bytes, plain_bytes)
             location = pack_location(*place, next_blob, kind, codec, flags)
             if txn.put(digest, location, overwrite=False, db=blobs):
                 next_blob += 1
                 continue
-            existing = txn.get(digest, db=blobs)
-            if not flags and not counts_as_stored(existing, marked):
-                fields = LOCATION.unpack(existing or b"")
-                if fields[0] != ordinal:
-                    location = pack_location(*place, fields[4], kind, codec, 0)
-                    txn.put(digest, location, db=blobs)
+            existing = bytes(txn.get(digest, db=blobs) or b"")
+            fields = LOCATION.unpack(existing)
+            if fields[0] == ordinal:
+                continue
+            if not flags and not counts_as_stored(existing, untrusted):
+                location = pack_location(*place, fields[4], kind, codec, 0)
+                txn.put(digest, location, db=blobs)
+                self._put_copy(txn, digest, fields[0], existing)
+            else:
+                self._put_copy(txn, digest, ordinal, location)
         self.set_counters(txn, next_pack, next_blob, losses)
+
+    def _put_copy(self, txn: Transaction, digest: bytes, ordinal: int, location: bytes) -> None:
+        if self.copies is not None:
+            txn.put(digest + ORDINAL.pack(ordinal), location, db=self.copies)
+
+    def remove_locations(self, txn: Transaction, ordinals: Set[int]) -> None:
+        """Remove every location in some packs; another known copy of a blob takes its place."""
+        gone = {_LOCATION_PACK.pack(ordinal) for ordinal in ordinals}
+        marked = self.untrusted(txn)
+        for db in (self.copies, self.blobs):
+            after: bytes | None = None
+            while db is not None and (rows := self.rows(txn, after, _REMOVED_AT_ONCE, db)):
+                after = rows[-1][0]
+                for key, value in rows:
+                    if value[:4] not in gone:
+                        continue
+                    copy = self._take_copy(txn, key, marked) if db is self.blobs else None
+                    if copy is None:
+                        txn.delete(key, db=db)
+                    else:
+                        fields, ordinal = LOCATION.unpack(copy), LOCATION.unpack(value)[4]
+                        location = LOCATION.pack(*fields[:4], ordinal, *fields[5:])
+                        txn.put(key, location, db=db)
+
+    def _take_copy(self, txn: Transaction, digest: bytes, marked: Set[int]) -> bytes | None:
+        """Remove and return the best copy of a blob: one that counts as stored, if there is any."""
+        if self.copies is None:
+            return None
+        cursor = txn.cursor(db=self.copies)
+        found: tuple[bytes, bytes] | None = None
+        more = cursor.set_range(digest)
+        while more and (key := bytes(cursor.key())).startswith(digest):
+            value = bytes(cursor.value())
+            if found is None or counts_as_stored(value, marked):
+                found = key, value
+                if counts_as_stored(value, marked):
+                    break
+            more = cursor.next()
+        if found is None:
+            return None
+        txn.delete(found[0], db=self.copies)
+        fields = LOCATION.unpack(found[1])
+        record = self.pack_of(txn, fields[0])
+        # A check marks only the locations that `blobs` names, so a copy in a damaged pack is suspect.
+        flags = DAMAGED if record is None or record.is_damaged else fields[7]
+        return LOCATION.pack(*fields[:7], flags)
+
+    def copies_of(self, txn: Transaction, digest: bytes) -> list[bytes]:
+        """Return the further locations of a blob."""
+        found: list[bytes] = []
+        if self.copies is not None:
+            cursor = txn.cursor(db=self.copies)
+            more = cursor.set_range(digest)
+            while more and bytes(cursor.key()).startswith(digest):
+                found.append(bytes(cursor.value()))
+                more = cursor.next()
+        return found
+
+    def ordinal_of(self, txn: Transaction, pack: bytes) -> int | None:
+        """Return the ordinal of a pack by its name."""
+        value = txn.get(b"pack" + pack, db=self.meta)
+        if value is None:
+            return None
+        if len(value) == ORDINAL.size:
+            return int(ORDINAL.unpack(value)[0])
+        for key, record in txn.cursor(db=self.packs):  # recorded by an older version
+            if bytes(record[:32]) == pack:
+                return int(ORDINAL.unpack(key)[0])
+        return None
 
     def mark_for_removal(self, txn: Transaction, ordinals: Iterable[int]) -> None:
         """Replace the set of packs that are marked for removal."""
-        value = b"".join(map(_MARKED_ITEM.pack, sorted(ordinals)))
-        txn.put(b"condemned", value, db=self.meta)
+        self.put_set(txn, MARKED, ordinals)
 
     def marked_for_removal(self, txn: Transaction) -> frozenset[int]:
         """Return the ordinals of the packs that are marked for removal."""
-        value = bytes(txn.get(b"condemned", db=self.meta) or b"")
-        if value != self._marked_value:
-            found = frozenset(number for (number,) in _MARKED_ITEM.iter_unpack(value))
-            self._marked, self._marked_value = found, value
-            return found
-        return self._marked
+        return self.get_set(txn, MARKED)
+
+    def untrusted(self, txn: Transaction) -> frozenset[int]:
+        """Return the ordinals of the packs whose blobs do not count as stored."""
+        return self.get_set(txn, MARKED) | self.get_set(txn, UNVERIFIED)
+
+    def put_set(self, txn: Transaction, key: bytes, ordinals: Iterable[int]) -> None:
+        """Replace a set of ordinals that is kept under a key of `meta`."""
+        value = b"".join(map(_MARKED_ITEM.pack, sorted(ordinals)))
+        txn.put(key, value, db=self.meta)
+
+    def get_set(self, txn: Transaction, key: bytes) -> frozenset[int]:
+        """Return a set of ordinals that is kept under a key of `meta`."""
+        value = bytes(txn.get(key, db=self.meta) or b"")
+        before = self._sets.get(key)
+        if before is not None and before[0] == value:
+            return before[1]
+        found = frozenset(number for (number,) in _MARKED_ITEM.iter_unpack(value))
+        self._sets[key] = value, found
+        return found
 
     def meta_suffixes(self, txn: Transaction, prefix: bytes) -> list[bytes]:
         """Return the remainders of the keys of `meta` that begin with a prefix."""
@@ -200,6 +323,12 @@ class Tables:
     def set_counters(self, txn: Transaction, next_pack: int, next_blob: int, losses: int) -> None:
         """Store the values that `counters` returns."""
         txn.put(b"counters", COUNTERS.pack(next_pack, next_blob, losses), db=self.meta)
+
+
+def _record(ordinal: int, value: bytes | memoryview) -> PackRecord:
+    pack, pack_bytes, blobs, flags, verified_s = PACK.unpack(value)
+    ref = pack_ref(pack, flags)
+    return PackRecord(ordinal, ref, pack_bytes, blobs, verified_s, bool(flags & DAMAGED))
 
 
 def pack_ref(name: bytes, flags: int) -> PackRef:

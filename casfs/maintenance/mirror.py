@@ -1,9 +1,9 @@
 """Mirror: copy every object of a repository to another storage, without any key.
 
-The order is that of a backup: keys, then packs, then snapshots. The snapshots are listed before the packs, so
-every snapshot that is copied finds its packs at the destination, and a mirror that is interrupted anywhere
-leaves a repository with fewer snapshots. Running it again continues: objects are write-once and named by the
-digest of their bytes, so one of the same name and size is there already.
+The order is that of a backup: keys, packs, index deltas, snapshots. The snapshots are listed before the
+packs, so every snapshot that is copied finds its packs at the destination, and a mirror that is interrupted
+anywhere leaves a repository with fewer snapshots. Running it again continues: objects are write-once and
+named by the digest of their bytes, so one of the same name and size is there already.
 
 Every object is digested on its way. One that is not what its name says is not copied and is reported; an
 intact copy at the destination stays. Memory is bounded by a window of an object for each thread.
@@ -24,9 +24,10 @@ from msgspec.structs import replace
 from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.errors import IntegrityError, NotFoundError, RefusedError
 from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, decode_config
+from casfs.format.delta import FOLDER as DELTAS
 from casfs.format.pack import PACK_PREFIXES
 from casfs.maintenance.scrub import Finding
-from casfs.maintenance.storage_check import FOLDERS
+from casfs.maintenance.storage_check import FOLDERS, digest_in_name
 from casfs.monitor import Monitor
 from casfs.storage.base import ListedObject, Storage
 
@@ -120,20 +121,23 @@ class Mirror:
             self._destination.write(CONFIG_NAME, data)
 
     def _copy_objects(self) -> set[str]:
-        """Copy keys, packs and snapshots; return the names that the source has."""
+        """Copy keys, packs, deltas and snapshots; return the names that the source has."""
         copied: set[str] = set()
         while True:
+            # Listed in this order, every delta finds its packs and its session at the destination.
             snapshots = list(self._source.list("snapshots"))
+            deltas = list(self._source.list(DELTAS))
             others = [item for folder in KEY_FOLDERS for item in self._source.list(folder)]
             packs = [item for prefix in PACK_PREFIXES for item in self._source.list(prefix)]
             self._copy_all(item for item in others if item.name not in copied)
             self._copy_recipients()
             vanished = self._copy_all(item for item in packs if item.name not in copied)
-            copied.update(item.name for item in (*others, *packs))
+            vanished += self._copy_all(item for item in deltas if item.name not in copied)
+            copied.update(item.name for item in (*others, *packs, *deltas))
             if not vanished:
                 break
-            # A prune of the source removed packs. It stored what snapshots need of them in new packs.
-            log.info("%d packs vanished from %s; listing it again", vanished, self._source.url)
+            # A prune of the source removed them. It stored what snapshots need of the packs in new packs.
+            log.info("%d objects vanished from %s; listing it again", vanished, self._source.url)
         self._copy_all(snapshots)
         return copied | {item.name for item in snapshots}
 
@@ -188,7 +192,6 @@ class Mirror:
         if self._is_there(item):
             self._monitor.progress.done_bytes += item.size
             return "present"
-        stem = item.name.rpartition("/")[2].partition(".")[0]
         whole = blake3()
         done = 0
         writer = self._destination.open_writer(item.size <= _IN_MEMORY_BYTES)
@@ -206,7 +209,7 @@ class Mirror:
                 self._monitor.progress.done_bytes += len(data)
             if done != item.size:
                 return f"size mismatch: read {done} bytes, listed {item.size}"
-            if whole.hexdigest() != stem:
+            if whole.hexdigest() != digest_in_name(item.name):
                 return "digest mismatch"
             writer.commit(item.name)
             return "copied"
@@ -214,11 +217,11 @@ class Mirror:
             writer.discard()
 
     def _delete_missing(self, listed: set[str], margin_s: float) -> None:
-        """Delete what the source has lacked for the margin, snapshots first, then packs, then keys."""
+        """Delete what the source has lacked for the margin, snapshots first, then deltas, packs and keys."""
         now = int(self._now_s())
         before = self._read_missing()
         missing: dict[str, int] = {}
-        for folder in ("snapshots", *PACK_PREFIXES, *KEY_FOLDERS):
+        for folder in ("snapshots", DELTAS, *PACK_PREFIXES, *KEY_FOLDERS):
             for item in list(self._destination.list(folder)):
                 if item.name in listed:
                     continue

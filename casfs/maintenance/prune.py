@@ -28,8 +28,13 @@ from casfs.errors import (
     IndexUnusableError,
     IntegrityError,
     NotFoundError,
+    StorageError,
 )
 from casfs.format.codec import BlobKind
+from casfs.format.delta import FOLDER as DELTAS
+from casfs.format.delta import SESSION_HEADER as DELTA_HEADER
+from casfs.format.delta import session_of
+from casfs.format.key_derivation import SessionId
 from casfs.format.pack import BLOB_HEADER, SESSION_HEADER, parse_session
 from casfs.index.schema import Location, PackRecord
 from casfs.maintenance.evacuate import Evacuator
@@ -41,8 +46,9 @@ from casfs.maintenance.prune_plan import (
     unneeded_packs,
 )
 from casfs.monitor import Monitor, Unit
+from casfs.repository.deltas import REPLACED_MARGIN_MS
 from casfs.repository.needed_blobs import NeededBlobs
-from casfs.repository.remote_writers import require_no_remote_writers
+from casfs.repository.remote_writers import is_shared, require_no_remote_writers
 from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode, LockRecord
 from casfs.store.blob_store import pack_name
@@ -57,7 +63,7 @@ log = logging.getLogger(__name__)
 
 
 def remove_unneeded_sessions(repository: Repository) -> int:
-    """Remove the sessions that no pack and no snapshot names; return the number removed.
+    """Remove the sessions that no pack, delta and snapshot names; return the number removed.
 
     Nothing is removed where a pack or snapshot cannot be read, or while another process writes.
     """
@@ -80,6 +86,10 @@ def remove_unneeded_sessions(repository: Repository) -> int:
             envelope = repository.snapshots.envelope(snapshot_id)
             if envelope is not None:
                 needed.add(envelope.session)
+        for item in storage.list(DELTAS):
+            session_id = session_of(storage.read(item.name, 0, DELTA_HEADER))
+            if session_id is not None:
+                needed.add(SessionId(session_id))
     except CasfsError as error:
         log.info("no session is removed: %s", error)
         return 0
@@ -173,6 +183,7 @@ class Pruner:
         if plan.repacked:
             self._repack_and_remove(set(plan.repacked), waiting)
         self._index.keep_complete(set(self._repository.snapshots.ids()))
+        self._merge_deltas()
         remove_unneeded_sessions(self._repository)
         return self.result
 
@@ -429,6 +440,7 @@ class Pruner:
             if not same:
                 raise _IndexReplacedError
             self._removed |= ordinals
+            self._publish_removals()
             self._unlink(ordinals)
         removed = set(packs.values())
         for name, notice in read_notices(self._storage).items():
@@ -436,6 +448,30 @@ class Pruner:
             if not pending.isdisjoint(removed):
                 replace_notice(self._storage, name, notice.only(pending - removed))
         return ordinals
+
+    def _publish_removals(self) -> None:
+        """Publish a delta before packs are deleted, so that a host that relies on them learns of it.
+
+        Only hosts that write over a network rely on deltas. Elsewhere a disk that is too full for the delta
+        must not keep packs from being deleted; a later delta names them.
+        """
+        if self._repository.deltas is None:
+            return
+        try:
+            self._repository.deltas.publish()
+        except StorageError as error:
+            if is_shared(self._storage):
+                raise
+            log.warning("%s; the packs are removed all the same", error)
+
+    def _merge_deltas(self) -> None:
+        if self._repository.deltas is None:
+            return
+        margin_ms = REPLACED_MARGIN_MS if is_shared(self._storage) else 0
+        try:
+            self._repository.deltas.merge(margin_ms)
+        except StorageError as error:
+            log.warning("%s; the next prune merges the index deltas", error)
 
     def _require_same_index(self) -> None:
         """Raise where another process has rebuilt the index, which makes all ordinals meaningless.

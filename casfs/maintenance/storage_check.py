@@ -13,8 +13,9 @@ from blake3 import blake3
 from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.crypto.trust_root import TrustRoot
 from casfs.errors import IntegrityError, NotFoundError, StorageError
+from casfs.format import delta
 from casfs.format.key_derivation import SECRET_BYTES
-from casfs.format.pack import HEADER, PACK_PREFIXES, SESSION_HEADER
+from casfs.format.pack import HEADER, PACK_PREFIXES
 from casfs.maintenance.scrub import Finding, is_refused
 from casfs.monitor import Monitor, Unit
 from casfs.storage.base import Storage
@@ -22,12 +23,20 @@ from casfs.storage.base import Storage
 FOLDERS = {
     "packs": "pack",
     "meta": "pack",
+    "deltas": "delta",
     "snapshots": "snapshot",
     "sessions": "session",
     "identities": "identity",
     "condemned": "condemned",
 }
 """The folders whose objects are named by their digest, with the kind of object in each."""
+
+
+def digest_in_name(name: str) -> str:
+    """Return the hexadecimal digest in the name of an object in one of the folders."""
+    stem = name.rpartition("/")[2].partition(".")[0]
+    return stem.rpartition("-")[2] if name.startswith(f"{delta.FOLDER}/") else stem
+
 
 _WINDOW_BYTES = 8 * 1024 * 1024
 
@@ -58,7 +67,7 @@ def check_storage(storage: Storage, trust: TrustRoot, monitor: Monitor) -> Stora
     for name, size, _ in names:
         head = b""
         try:
-            head = storage.read(name, 0, SESSION_HEADER)
+            head = storage.read(name, 0, delta.SESSION_HEADER)
             problem = _find_problem(storage, name, size, monitor)
         except NotFoundError:
             continue  # removed by a concurrent prune
@@ -76,6 +85,8 @@ def check_storage(storage: Storage, trust: TrustRoot, monitor: Monitor) -> Stora
         elif folder in (*PACK_PREFIXES, "snapshots"):
             # In both formats the session id follows a header of the same size.
             needed.setdefault(head[HEADER.size : HEADER.size + SECRET_BYTES].hex(), name)
+        elif folder == delta.FOLDER and (session_id := delta.session_of(head)) is not None:
+            needed.setdefault(session_id.hex(), name)
     if config.encryption is not None:
         needed[config.encryption.session] = "the configuration"
         for session, name in needed.items():
@@ -94,14 +105,13 @@ def _record_failure(result: StorageCheck, read: Callable[[], object]) -> None:
 
 
 def _find_problem(storage: Storage, name: str, size: int, monitor: Monitor) -> str | None:
-    stem = name.rpartition("/")[2].partition(".")[0]
     whole = blake3()
     done = 0
     while data := storage.read(name, done, _WINDOW_BYTES):
         whole.update(data)
         done += len(data)
         monitor.progress.done_bytes += len(data)
-    if whole.hexdigest() != stem:
+    if whole.hexdigest() != digest_in_name(name):
         return "digest mismatch"
     if done != size:
         return f"size mismatch: read {done} bytes, listed {size}"

@@ -20,12 +20,16 @@ from casfs.repository.place import Place, RemotePlace
 from casfs.storage.base import Storage
 from casfs.storage.locks import LockMode, list_and_reap_locks
 from casfs.store.blob_store import BlobStore
+from casfs.store.delta_sync import DeltaSync
+from casfs.store.index_update import UpdateOptions, update_index
 from casfs.user_dirs import cached_index_dir
 
 if TYPE_CHECKING:
     from casfs.store.cipher import PackCiphers
 
 log = logging.getLogger(__name__)
+
+_READ = UpdateOptions()
 
 _WHY_REBUILT = {
     IndexState.DAMAGED: "the index %s is damaged; rebuilding it from the packs",
@@ -55,9 +59,10 @@ def open_index_readonly(
             # Only the repository's own index is changed before a pack is removed. A user's index may be
             # behind a prune of another host, so a pack that it alone names is not missing.
             is_own = isinstance(place, RemotePlace) or not path.is_relative_to(place.root)
-            return open_index(
-                place, config, path, storage, codec, keep_missing=not is_own, ciphers=ciphers
-            )
+            update = UpdateOptions(lists_packs=True, keep_missing=not is_own)
+            return open_index(place, config, path, storage, codec, update, ciphers=ciphers)
+        if has_deltas(place, config):
+            return _open_synced(place, config, path, storage, codec, ciphers)
         in_use = _is_in_use(place.locks_dir(config))
         if fingerprint.assess(path, in_use) != IndexState.INTACT:
             raise IndexUnusableError(f"the index {path} is damaged")
@@ -80,22 +85,58 @@ def open_index_readonly(
     return open_index(place, config, own, storage, codec, ciphers=ciphers)
 
 
+def has_deltas(place: Place, config: RepositoryConfig) -> bool:
+    """Return whether the index of a place is synced by index deltas; else by a listing of the packs."""
+    return isinstance(place, RemotePlace) and config.has_deltas
+
+
+def make_delta_sync(store: BlobStore, ciphers: PackCiphers | None) -> DeltaSync:
+    """Return what applies index deltas to a store with the keys of this process."""
+    if ciphers is None:
+        return DeltaSync(store)
+    return DeltaSync(store, ciphers.sessions, ciphers.can_read)
+
+
+def _open_synced(
+    place: Place,
+    config: RepositoryConfig,
+    path: Path,
+    storage: Storage,
+    codec: BlobCodec,
+    ciphers: PackCiphers | None,
+) -> Index:
+    """Return the index, brought up to date by deltas; as it is where it cannot be written."""
+    try:
+        return open_index(place, config, path, storage, codec, ciphers=ciphers)
+    except IndexUnusableError as error:
+        if fingerprint.assess(path, in_use=True) != IndexState.INTACT:
+            raise
+        try:
+            index = Index(path, readonly=True)
+        except IndexUnusableError:
+            raise error from None
+        if not index.is_current():
+            close_index(index)
+            raise
+        log.warning("%s; it is used as it is, so what other hosts stored is found slowly", error)
+        return index
+
+
 def open_index(
     place: Place,
     config: RepositoryConfig,
     path: Path,
     storage: Storage,
     codec: BlobCodec,
+    update: UpdateOptions = _READ,
     own_lock: str | None = None,
     on_step: Callable[[str], None] | None = None,
     sync: bool = True,
-    keep_missing: bool = False,
     ciphers: PackCiphers | None = None,
 ) -> Index:
     """Return the index in the folder `path`, repaired if needed; `own_lock` is the caller's lock.
 
-    For `keep_missing` see `BlobStore.reconcile`. Raise IndexUnusableError, also where the folder cannot be
-    written.
+    Raise IndexUnusableError, also where the folder cannot be written.
     """
 
     def is_alone() -> bool:
@@ -112,8 +153,11 @@ def open_index(
                 f"cannot replace the damaged index {path}: {error.strerror}"
             ) from error
         index = Index(path, on_step=on_step, sync=sync)
+        index.tracks_deltas = config.has_deltas
         try:
-            BlobStore(storage, index, codec, ciphers).reconcile(is_alone, keep_missing)
+            store = BlobStore(storage, index, codec, ciphers)
+            deltas = make_delta_sync(store, ciphers) if has_deltas(place, config) else None
+            update_index(store, deltas, update, is_alone)
         except IndexDamagedError:
             close_index(index)
             if is_last or not is_alone():
@@ -131,7 +175,9 @@ def replace_with_empty(store: BlobStore) -> None:
     log.warning("the index %s is damaged; rebuilding it from the packs", store.index.path)
     store.index.close()
     fingerprint.delete_index(store.index.path)
-    store.use_index(Index(store.index.path))
+    index = Index(store.index.path)
+    index.tracks_deltas = store.index.tracks_deltas
+    store.use_index(index)
 
 
 def close_index(index: Index) -> None:

@@ -29,6 +29,7 @@ from casfs.format.config import (
     encode_config,
     new_config,
 )
+from casfs.format.delta import FOLDER as DELTAS
 from casfs.format.pack import META_PREFIX, PACK_PREFIXES
 from casfs.index.fingerprint import remove_fingerprint
 from casfs.index.index import Index
@@ -42,6 +43,7 @@ from casfs.storage.local import LocalStorage, allocate_reserve, release_reserve
 from casfs.storage.locks import LockMode, remove_stale_temporaries
 from casfs.storage.probe import probe_storage
 from casfs.store.blob_store import pack_name
+from casfs.store.index_update import UpdateOptions
 
 if TYPE_CHECKING:
     # An unencrypted repository does not need these imports.
@@ -53,7 +55,8 @@ log = logging.getLogger(__name__)
 DEFAULT_LEVEL = 3
 """zstd's default: about 250 MB/s a core, with a ratio close to that of higher levels on real trees."""
 
-FOLDERS = (*PACK_PREFIXES, "snapshots", "condemned", "locks", "tmp")
+FOLDERS = (*PACK_PREFIXES, DELTAS, "snapshots", "condemned", "locks", "tmp")
+_FOLDERS_OF_FORMAT_2 = (META_PREFIX, DELTAS)
 PROBED_NAME = "probed.json"
 """The object with the result of the probe of a remote place."""
 
@@ -142,7 +145,7 @@ def _fill_local(
     """Create a repository in an empty folder; its configuration, which makes it one, is written last."""
     try:
         for folder in FOLDERS[1:]:
-            if folder != META_PREFIX or config.separates_metadata:
+            if folder not in _FOLDERS_OF_FORMAT_2 or config.format >= 2:
                 (root / folder).mkdir(mode=0o700)
         (root / "README").write_text(_README)
     except OSError as error:
@@ -305,6 +308,7 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
             path,
             storage,
             make_codec(options.level, keys),
+            UpdateOptions(is_writer=True, lists_packs=mode != LockMode.SHARED),
             lock.name,
             options.on_step,
             options.sync,

@@ -25,14 +25,16 @@ from casfs.format.tree import Node
 from casfs.index.index import Index
 from casfs.index.schema import PackRecord
 from casfs.repository.activity import Activity
-from casfs.repository.index_opening import close_index
+from casfs.repository.deltas import Deltas
+from casfs.repository.index_opening import close_index, has_deltas, make_delta_sync
 from casfs.repository.place import LocalPlace, Place
 from casfs.repository.snapshots import SnapshotStore
 from casfs.storage.base import Storage
 from casfs.storage.clock import StorageClock
 from casfs.storage.local import allocate_reserve
-from casfs.storage.locks import LockRecord, list_and_reap_locks
+from casfs.storage.locks import LockMode, LockRecord, list_and_reap_locks
 from casfs.store.blob_store import BlobStore
+from casfs.store.delta_publisher import DeltaPublisher
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import ContentReader
 from casfs.trees.reader import TreeReader
@@ -48,7 +50,7 @@ class Repository:
     """An open repository. `close` it, or use it in a `with` block.
 
     `loss_epoch` is the index's count of losses of entries when the repository was opened for writing, 0 for a
-    reader.
+    reader. `deltas` is None for a reader, and where the repository has no index deltas.
     """
 
     def __init__(
@@ -72,6 +74,21 @@ class Repository:
         self.snapshots = SnapshotStore(
             storage, self.codec, index, self.trees, key_manager, self.loss_epoch
         )
+        self.deltas = self._make_deltas() if config.has_deltas and activity.is_writer else None
+        if self.deltas is not None:
+            self.store.deltas = self.deltas.publisher
+            self.snapshots.before_publish = self.deltas.publish
+
+    def _make_deltas(self) -> Deltas:
+        keys = self.key_manager
+        sync = make_delta_sync(self.store, make_ciphers(self.store.storage, keys))
+        publisher = DeltaPublisher(
+            self.store,
+            keys.session if keys is not None else None,
+            lambda: self.clock.now_ns() // 1_000_000,
+            lambda: all(lock.mode == LockMode.READER for lock in self.other_locks().values()),
+        )
+        return Deltas(self.store, sync, publisher, learns=has_deltas(self.place, self.config))
 
     def close(self) -> None:
         """Close the index, record which packs were read completely, and release the lock."""

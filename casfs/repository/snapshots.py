@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -51,7 +51,8 @@ _SHORT_ID = re.compile("[0-9a-f]{4,64}")
 class SnapshotStore:
     """The snapshots in one storage; `keys` is None if the repository is not encrypted. Used by one thread.
 
-    `loss_epoch` is the index's when the repository was opened for writing, 0 for a reader.
+    `loss_epoch` is the index's when the repository was opened for writing, 0 for a reader. `before_publish`
+    is called before a snapshot is stored.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class SnapshotStore:
         self._keys = keys
         self._loss_epoch = loss_epoch
         self._proven: dict[SnapshotId, bool] = {}
+        self.before_publish: Callable[[], None] = lambda: None
 
     def publish(
         self, snapshot: Snapshot, complete: bool = True, *, is_proven: bool = True
@@ -85,6 +87,7 @@ class SnapshotStore:
         snapshot_id, data = encode_snapshot(snapshot, self._codec, session)
         if complete:
             self._index.mark_complete(snapshot_id, self._loss_epoch)
+        self.before_publish()
         self._storage.create(f"snapshots/{snapshot_id.hex()}", data)
         if self._keys is not None:
             self._keys.record_published(snapshot_id, snapshot.time_ns)

@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from casfs.digest import DIGEST_BYTES, Digest, PackId
 from casfs.errors import (
@@ -40,6 +40,7 @@ from casfs.format.pack import (
     parse_trailer,
     scan_records,
 )
+from casfs.index.delta_notes import DeltaNotes
 from casfs.index.index import Index
 from casfs.index.schema import IndexedPack, Location
 from casfs.monitor import Progress, Unit
@@ -87,6 +88,13 @@ def parse_pack_name(name: str) -> PackRef | None:
     return pack if len(pack.id) == DIGEST_BYTES and pack_name(pack) == name else None
 
 
+class PackLog(Protocol):
+    """Takes note of packs that this process has stored; see `DeltaPublisher`."""
+
+    def add(self, packs: Iterable[IndexedPack]) -> None:
+        """Take packs that are durable and indexed."""
+
+
 class BlobStore:
     """The blobs of one repository, found through its index.
 
@@ -96,6 +104,7 @@ class BlobStore:
     the packs that could not be read then. `found_elsewhere` holds the blobs that were read from another copy
     because the copy that the index names is damaged. `verified` records which blobs were read and verified.
     `bulk_storage` is for reads that no cache should keep: long ones, and those that examine the storage.
+    `deltas` is given every pack that this process stores.
     """
 
     def __init__(
@@ -114,6 +123,8 @@ class BlobStore:
         self.salvaged: set[PackRef] = set()
         self.unreadable: set[PackRef] = set()
         self.found_elsewhere: set[Digest] = set()
+        self.deltas: PackLog | None = None
+        self._left_out = False
         self.use_index(index)
         self._old_entries: dict[PackRef, list[PackEntry]] = {}
 
@@ -407,21 +418,58 @@ class BlobStore:
                 "%d packs that the index names are missing; their blobs no longer count as stored",
                 len(missing),
             )
-        if missing and not keep_missing and any(self._lacks_keys(pack) for pack in stored):
-            # A rebuild would lose the entries of packs for which this machine lacks the keys.
+        if (
+            missing
+            and not keep_missing
+            and (self.index.tracks_copies or any(self._lacks_keys(pack) for pack in stored))
+        ):
+            # Without its knowledge of copies, the index is rebuilt, to find them. A rebuild would lose the
+            # entries of packs for which this machine lacks the keys.
             ordinals = {one.ordinal: one.pack for one in self.index.packs() if one.pack in missing}
             self.index.remove_packs(ordinals, lost=True)
+            names -= {pack.id for pack in missing}
             missing = set()
         if (missing and not keep_missing) or not self.index.is_current():
             self.rebuild()
         elif new := sorted(pack for pack in stored if pack.id not in names):
             self._add_found_packs([(pack, stored[pack]) for pack in new], is_alone)
         self._finish_partial_packs(stored, is_alone)
+        self._settle_unverified(stored)
+        names = {record.pack.id for record in self.index.packs()}
+        self.index.has_all_packs = all(pack.id in names for pack in stored)
+        self.apply_notices(is_alone)
+
+    def apply_notices(self, is_alone: Callable[[], bool] = lambda: True) -> None:
+        """Mark the packs that removal notices name, and no others if no other process writes."""
         before = self.index.marked_for_removal()
         pending = packs_pending_removal(self.storage)
         if pending or before:
             found = {record.ordinal for record in self.index.packs() if record.pack in pending}
             self.index.change_marked(found - before, before - found if is_alone() else set())
+
+    def add_packs(self, packs: list[tuple[PackRef, int]]) -> None:
+        """Add packs of the storage to the index from their directories; each comes with its size in bytes."""
+        self._add_found_packs(packs, lambda: True)
+
+    def record_packs(self, packs: list[IndexedPack]) -> None:
+        """Add packs that this process has stored durably to the index, and note them for the next delta."""
+        self.index.add_packs(packs)
+        if self.deltas is not None:
+            self.deltas.add(packs)
+
+    def _settle_unverified(self, stored: Mapping[PackRef, int]) -> None:
+        """Compare the packs that only index deltas name with a listing.
+
+        The size that a delta gives may be wrong; then the pack's directory is read.
+        """
+        notes = DeltaNotes(self.index)
+        found = {one.ordinal: one for one in notes.unverified() if one.pack in stored}
+        good = {n for n, one in found.items() if stored[one.pack] == one.pack_bytes}
+        notes.mark_verified(good)
+        wrong = {n: one.pack for n, one in found.items() if n not in good}
+        if wrong:
+            self.index.remove_packs(wrong, lost=True)
+            self.add_packs([(pack, stored[pack]) for pack in sorted(wrong.values())])
 
     def _finish_partial_packs(
         self, stored: Mapping[PackRef, int], is_alone: Callable[[], bool]
@@ -483,12 +531,14 @@ class BlobStore:
         progress = progress if progress is not None else Progress()
         progress.begin("looking for damaged packs", Unit.PACKS)
         self._old_entries = self._entries_of_damaged(progress)
+        self._left_out = False
         progress.begin("reading packs", Unit.PACKS, total_items=progress.items or None)
         self.index.rebuild(
             lambda: self._indexed(self._counted_packs(progress)),
             lambda: packs_pending_removal(self.storage),
         )
         self._old_entries = {}
+        self.index.has_all_packs = not self._left_out
 
     def _counted_packs(self, progress: Progress) -> Iterator[tuple[PackRef, int]]:
         """Yield what `stored_packs` does, and count each pack when the next one is asked for."""
@@ -517,20 +567,22 @@ class BlobStore:
         return entries_by_pack
 
     def _indexed(self, packs: Iterable[tuple[PackRef, int]]) -> Iterator[IndexedPack]:
-        for pack, pack_bytes, found in self._directories(packs):
+        for pack, pack_bytes, found in self.directories(packs):
             try:
                 entries = self._entries(pack, pack_bytes, found)
             except NotFoundError:
                 continue  # a prune removed it after the listing
             except KeyMissingError:
+                self._left_out = True
                 continue  # only a process with its keys can use its blobs
             except (SessionError, StorageError) as error:
                 log.warning("%s; its blobs are not indexed until it can be read", error)
                 self.unreadable.add(pack)
+                self._left_out = True
                 continue
             yield pack, pack_bytes, entries
 
-    def _directories(
+    def directories(
         self, packs: Iterable[tuple[PackRef, int]]
     ) -> Iterator[tuple[PackRef, int, list[PackEntry] | CasfsError]]:
         """Yield the entries of each pack, or the error of reading them, in the order of the packs.

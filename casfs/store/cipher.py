@@ -12,11 +12,15 @@ _MOST_CIPHERS = 4096
 
 
 class PackCiphers:
-    """The ciphers of the packs of an encrypted repository, derived on first use."""
+    """The ciphers of the packs of an encrypted repository, derived on first use.
 
-    def __init__(self, storage: Storage, sessions: Sessions) -> None:
+    Without `can_read` this process has no identity, so `sessions` decrypts none but its own session.
+    """
+
+    def __init__(self, storage: Storage, sessions: Sessions, can_read: bool = True) -> None:
+        self.sessions = sessions
+        self.can_read = can_read
         self._storage = storage
-        self._sessions = sessions
         self._known: dict[str, PackCipher] = {}
 
     def is_cached(self, name: str) -> bool:
@@ -32,7 +36,7 @@ class PackCiphers:
         cipher = self._known.get(name)
         if cipher is None:
             session_id, salt = parse_session(pack, self._storage.read(name, 0, SESSION_HEADER))
-            cipher = PackCipher(self._sessions.session(SessionId(session_id)), salt)
+            cipher = PackCipher(self.sessions.session(SessionId(session_id)), salt)
             if len(self._known) >= _MOST_CIPHERS:
                 self._known.clear()
             self._known[name] = cipher

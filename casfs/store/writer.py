@@ -436,4 +436,4 @@ def _commit_packs(store: BlobStore, packs: list[_OpenPack]) -> None:
         for pack in packs:
             assert pack.spool is not None
             pack.spool.discard()
-    store.index.add_packs(stored)
+    store.record_packs(stored)

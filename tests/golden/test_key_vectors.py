@@ -25,7 +25,13 @@ from casfs.format.cipher import PackCipher
 from casfs.format.codec import BlobCodec, BlobKind, Codec
 from casfs.format.delta import DeltaBuilder, DeltaName, DeltaPack
 from casfs.format.key_derivation import DedupDomain, KeyContext, WriteSession, derive
-from casfs.format.pack import PackEntry, encode_end, encode_record_header, encode_session_header
+from casfs.format.pack import (
+    PackEntry,
+    PackRef,
+    encode_end,
+    encode_record_header,
+    encode_session_header,
+)
 from casfs.format.snapshot import Snapshot, decode_snapshot, encode_snapshot
 from casfs.format.tree import Node, NodeType, TreeRef
 from casfs.index.index import Index
@@ -193,7 +199,7 @@ def test_an_index_delta_keeps_its_golden_bytes(monkeypatch: pytest.MonkeyPatch) 
         PackEntry(Digest(blobs[0]), 32, 100, 200, BlobKind.DATA, 1),
         PackEntry(Digest(blobs[1]), 148, 10, 20, BlobKind.TREE, 0),
     ]
-    builder.add(DeltaPack(PackId(bytes([3]) * 32), 600, True, entries))
+    builder.add(DeltaPack(PackRef(PackId(bytes([3]) * 32), True), 600, entries))
     builder.removed.append(PackId(bytes([4]) * 32))
     builder.replaced.append(DeltaName(5, bytes([5]) * 32))
     builder.is_complete = True

@@ -35,6 +35,7 @@ from casfs.format.pack import (
     RECORD_MAGIC,
     TRAILER,
     PackEntry,
+    PackRef,
     encode_record_header,
     parse_directory,
     parse_header,
@@ -317,10 +318,10 @@ class TestPackRoundTrip:
         self, contents: list[tuple[list[bytes], bool]], is_encrypted: bool
     ) -> None:
         builder = DeltaBuilder()
-        packs: dict[PackId, DeltaPack] = {}
+        packs: dict[PackRef, DeltaPack] = {}
         for plains, is_metadata in contents:
             data, entries = make_pack(plains)
-            pack = DeltaPack(PackId(digest_of(data)), len(data), is_metadata, entries)
+            pack = DeltaPack(PackRef(PackId(digest_of(data)), is_metadata), len(data), entries)
             if pack.pack not in packs:
                 packs[pack.pack] = pack
                 builder.add(pack)
@@ -515,7 +516,7 @@ def real_delta() -> bytes:
     builder = DeltaBuilder()
     for label in (b"one", b"two"):
         data, entries = make_pack([label, label * 5])
-        builder.add(DeltaPack(PackId(digest_of(data)), len(data), False, entries))
+        builder.add(DeltaPack(PackRef(PackId(digest_of(data)), False), len(data), entries))
     builder.removed.append(PACK)
     builder.replaced.append(DeltaName(5, bytes(32)))
     return builder.encode(7)[1]

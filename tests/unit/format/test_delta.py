@@ -22,7 +22,7 @@ from casfs.format.delta import (
     session_of,
 )
 from casfs.format.key_derivation import SessionId, WriteSession
-from casfs.format.pack import ENTRY, MAX_PACK_BLOBS, PackEntry
+from casfs.format.pack import ENTRY, MAX_PACK_BLOBS, PackEntry, PackRef
 from tests.support.encryption import DOMAIN, SESSION, OneSession
 
 TIME_MS = 0x18F_1234_5678
@@ -40,7 +40,7 @@ def entries(label: str, count: int, first: int = 32) -> list[PackEntry]:
 
 def pack(label: str, count: int = 3, is_metadata: bool = False) -> DeltaPack:
     pack_id = PackId(digest_of(label.encode()))
-    return DeltaPack(pack_id, 1_000_000, is_metadata, entries(label, count))
+    return DeltaPack(PackRef(pack_id, is_metadata), 1_000_000, entries(label, count))
 
 
 def encoded(*packs: DeltaPack, session: WriteSession | None = None) -> tuple[DeltaName, bytes]:
@@ -80,7 +80,7 @@ def test_packs_removals_and_replaced_deltas_come_back() -> None:
 
 def test_entries_with_gaps_keep_their_offsets() -> None:
     gappy = [*entries("a", 2), *entries("b", 1, first=5000), *entries("c", 3, first=9000)]
-    damaged = DeltaPack(PackId(digest_of(b"p")), 20_000, False, gappy)
+    damaged = DeltaPack(PackRef(PackId(digest_of(b"p")), False), 20_000, gappy)
     name, data = encoded(pack("before"), damaged, pack("after"))
     assert list(decode_delta(name, data).packs()) == [pack("before"), damaged, pack("after")]
 
@@ -88,7 +88,7 @@ def test_entries_with_gaps_keep_their_offsets() -> None:
 def test_room_for_a_pack_counts_the_worst_gaps() -> None:
     builder = DeltaBuilder()
     scattered = [entries(str(n), 1, first=1000 * n + 32)[0] for n in range(50)]
-    worst = DeltaPack(PackId(digest_of(b"p")), 1_000_000, False, scattered)
+    worst = DeltaPack(PackRef(PackId(digest_of(b"p")), False), 1_000_000, scattered)
     while builder.has_room(50, 40_000):
         builder.add(worst)
     _, data = builder.encode(TIME_MS, SESSION)
@@ -105,7 +105,7 @@ def test_names_sort_by_time_and_foreign_names_are_no_deltas() -> None:
 def test_an_encrypted_delta_shows_no_digest_and_comes_back() -> None:
     secret = pack("secret", 4)
     name, data = encoded(secret, session=SESSION)
-    assert bytes(secret.pack) not in data
+    assert bytes(secret.pack.id) not in data
     assert all(bytes(entry.digest) not in data for entry in secret.entries)
     assert session_of(data) == SESSION.id
     assert list(decode_delta(name, data, OneSession()).packs()) == [secret]
@@ -215,7 +215,7 @@ def test_a_pack_with_too_many_entries_is_refused() -> None:
     run = entries("x", 1)
     scattered = [run[0]._replace(offset=32 + 1000 * (n % 7)) for n in range(MAX_PACK_BLOBS + 1)]
     builder = DeltaBuilder()
-    builder.add(DeltaPack(PackId(bytes(32)), 1_000_000, False, scattered))
+    builder.add(DeltaPack(PackRef(PackId(bytes(32)), False), 1_000_000, scattered))
     name, data = builder.encode(TIME_MS)
     with pytest.raises(DeltaError, match="too large"):
         list(decode_delta(name, data).packs())
@@ -228,7 +228,7 @@ def test_a_large_delta_is_parsed_a_pack_at_a_time() -> None:
         number += 1
         digest = Digest(number.to_bytes(32, "big"))
         run = [PackEntry(digest, 32 + n * 116, 100, 100, BlobKind.DATA, 1) for n in range(2_000)]
-        builder.add(DeltaPack(PackId(digest), 1_000_000, False, run))
+        builder.add(DeltaPack(PackRef(PackId(digest), False), 1_000_000, run))
     name, data = builder.encode(TIME_MS)
     del builder
     assert len(data) > MAX_DELTA_BYTES // 3

@@ -21,7 +21,7 @@ from casfs.backup import file_cache
 from casfs.crypto import age, gpg, passphrase, recipients, session_files, trust_state
 from casfs.digest import Digest, PackId
 from casfs.format import cipher, codec, config, delta, key_derivation, pack, snapshot, tree
-from casfs.index import fingerprint, index, schema
+from casfs.index import delta_notes, fingerprint, index, schema
 from casfs.index.lmdb_env import Transaction
 from casfs.maintenance import prune_plan
 from casfs.repository.opening import create_repository
@@ -113,6 +113,7 @@ def number(text: str) -> float:
         ("Delta body", delta._BODY, 0),
         ("Replaced delta", delta._REPLACED, 0),
         ("Pack record of a delta", delta._PACK, 0),
+        ("Note of a delta", delta_notes._NOTE, 0),
         ("Database `blobs`", schema.LOCATION, 0),
         ("Database `packs`", schema.PACK, 0),
         ("Files cache", file_cache._STAT, 0),
@@ -292,8 +293,9 @@ def test_forms_of_small_files_are_those_of_the_code() -> None:
 def test_meta_table_lists_every_key_that_an_index_writes(tmp_path: Path) -> None:
     known = index.Index(tmp_path / "index")
     try:
+        known.tracks_deltas = True
         known.rebuild(tuple)
-        name = PackId(bytes(range(32)))
+        name, other = PackId(bytes(range(32))), PackId(bytes(32))
         entries = [pack.PackEntry(Digest(bytes(32)), 32, 8, 8, 1, 0)]
         known.add_packs([(pack.PackRef(name, False), 100, entries)])
         known.mark_complete(bytes(32), known.loss_epoch())
@@ -301,7 +303,12 @@ def test_meta_table_lists_every_key_that_an_index_writes(tmp_path: Path) -> None
         cache = file_cache.FileCache(known, bytes(32), known.loss_epoch())
         cache.commit()
         cache.close()
+        notes = delta_notes.DeltaNotes(known)
+        notes.register([delta.DeltaPack(pack.PackRef(other, True), 100, entries)])
+        notes.finish({delta.DeltaName(1, bytes(32)): (delta_notes.DeltaNote(1), [1])})
         known.remove_packs({0: pack.PackRef(name, False)})
+        known.add_packs([(pack.PackRef(name, False), 100, entries)])
+        known.remove_packs({1: pack.PackRef(other, True)})
         meta = known.environment.database(b"meta")
 
         def keys(txn: Transaction) -> list[bytes]:
@@ -311,7 +318,7 @@ def test_meta_table_lists_every_key_that_an_index_writes(tmp_path: Path) -> None
     finally:
         known.close()
     listed = {row[0].partition(" + ")[0].encode() for row in rows("Database `meta`")}
-    assert index._PARTIAL in listed
+    assert schema.PARTIAL in listed
     for key in found:
         assert any(key == one or (key.startswith(one) and len(key) > len(one)) for one in listed), (
             key

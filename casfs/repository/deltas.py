@@ -1,0 +1,78 @@
+"""The index deltas of an open repository: publish what this session did, learn what others did, and merge.
+
+The order of a session is: packs durable and indexed, delta published, snapshot published. The order of a
+removal is: packs removed from the index, delta published, packs deleted. So a host that relies on a pack
+learns of its removal before the pack is gone.
+"""
+
+from __future__ import annotations
+
+from casfs.digest import PackId
+from casfs.format.pack import PackRef
+from casfs.index.delta_notes import DeltaNotes
+from casfs.store.blob_store import BlobStore
+from casfs.store.delta_merge import DeltaMerger, MergeResult
+from casfs.store.delta_publisher import DeltaPublisher
+from casfs.store.delta_sync import DeltaSync
+
+REPLACED_MARGIN_MS = 3_600_000
+"""How long a delta stays after a merge has replaced it, for hosts that have listed it and not read it yet."""
+
+
+class Deltas:
+    """The deltas of a repository that is open for writing.
+
+    With `learns` the index is synced by deltas; otherwise by the packs, and deltas only show what others have
+    published.
+    """
+
+    def __init__(
+        self, store: BlobStore, sync: DeltaSync, publisher: DeltaPublisher, learns: bool
+    ) -> None:
+        self.publisher = publisher
+        self._store = store
+        self._sync = sync
+        self._learns = learns
+
+    @property
+    def _notes(self) -> DeltaNotes:
+        return DeltaNotes(self._store.index)
+
+    def publish(self) -> None:
+        """Publish what this session stored and removed, as the last step before its effect is visible.
+
+        The first delta of a repository also names the packs of earlier sessions. Raise StorageError.
+        """
+        if not self.publisher.has_news():
+            return
+        if not self._learns:
+            self._sync.sync(learn=False)
+        is_complete = any(note.is_complete for note in self._notes.all().values())
+        self.publisher.publish(everything=not is_complete and self._store.index.has_all_packs)
+
+    def learn(self) -> frozenset[PackRef]:
+        """Apply what other hosts published meanwhile; return the packs that no longer exist.
+
+        They are removed from the index. Every pack that the index has afterwards was seen in the storage, and
+        its removal was not published before this call. Raise StorageError.
+        """
+        removed = self._sync.sync().removed
+        return removed | self._sync.verify_packs()
+
+    def merge(
+        self, margin_ms: int = REPLACED_MARGIN_MS, *, from_packs: bool = False
+    ) -> MergeResult:
+        """Merge small deltas, publish packs that none names, and delete those replaced `margin_ms` ago.
+
+        The caller has compared the index with the packs. With `from_packs` all deltas are replaced by what
+        the packs say. Raise StorageError.
+        """
+        self.publish()
+        merger = DeltaMerger(self._store, self._sync, self.publisher, self.publisher.now_ms)
+        return merger.merge(
+            margin_ms, is_everything=self._store.index.has_all_packs, from_packs=from_packs
+        )
+
+    def removed(self) -> list[PackId]:
+        """Return the packs that were removed from the index and that no delta names as removed yet."""
+        return self._notes.removed()

@@ -1,0 +1,56 @@
+"""Bring the index into agreement with the storage when a repository is opened: by deltas, or by the packs.
+
+A local place is compared with its packs. A remote place is opened by deltas alone once they name every pack;
+otherwise its packs are listed, and the directories of those that the index lacks are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from casfs.store.blob_store import BlobStore
+from casfs.store.delta_sync import DeltaSync
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOptions:
+    """How an opener wants its index.
+
+    A writer (`is_writer`) counts blobs as stored, so it looks at every pack that only deltas name.
+    `lists_packs` compares the index with a listing of the packs in any case. For `keep_missing` see
+    `BlobStore.reconcile`.
+    """
+
+    is_writer: bool = False
+    lists_packs: bool = False
+    keep_missing: bool = False
+
+
+def update_index(
+    store: BlobStore,
+    deltas: DeltaSync | None,
+    options: UpdateOptions,
+    is_alone: Callable[[], bool] = lambda: True,
+) -> None:
+    """Bring the index of a store up to date.
+
+    `deltas` is None where the index is compared with the packs only. `is_alone` returns whether no other
+    process of this machine writes.
+    """
+    if deltas is not None:
+        if not store.index.is_current():
+            store.index.rebuild(tuple)
+        result = deltas.sync()
+        lists_packs = (
+            options.lists_packs
+            or not result.is_complete
+            or bool(result.unusable)
+            or (bool(store.index.partial_packs()) and is_alone())
+        )
+        if not lists_packs:
+            if options.is_writer:
+                deltas.verify_packs()
+                store.apply_notices(is_alone)
+            return
+    store.reconcile(is_alone, options.keep_missing)
