@@ -125,7 +125,7 @@ class NodeFields:
             fields["state"] = _STATES[CaptureState(node.state)]
             fields["captured"] = captured.hex() if captured is not None else None
         elif node.kind == NodeType.SYMLINK:
-            fields |= json_path(node.content, "target")
+            fields |= json_path(node.content, "link_target")
         elif node.tree is not None:
             fields["entries"] = subtree_count(node) - 1
             fields["total_bytes"] = node.tree.total_bytes

@@ -288,7 +288,7 @@ class CommandMonitor:
                 unit=state.unit,
                 items=state.items,
                 total_items=state.total_items,
-                bytes=state.done_bytes,
+                done_bytes=state.done_bytes,
                 total_bytes=state.total_bytes,
                 is_estimate=state.is_estimate,
                 bytes_per_second=round(state.rate) if state.rate is not None else None,

@@ -72,7 +72,7 @@ class StepOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     step: StepName
-    target: str | None = None
+    target: str | None = msgspec.field(default=None, name="mirror_to")
     status: StepStatus = StepStatus.RAN
     exit: int | None = None
     started_s: float | None = None

@@ -587,7 +587,7 @@ class TestTwoHosts:
 
 class TestRecipientChanges:
     def key_list(self, casfs: Casfs) -> list[str]:
-        return [one["value"] for one in casfs.json("key", "list").of_type("recipient")]
+        return [one["recipient"] for one in casfs.json("key", "list").of_type("recipient")]
 
     def test_an_added_key_opens_new_snapshots_and_all_after_a_rewrap(
         self, stored: Stored, keys: Keys, tmp_path: Path

@@ -10,7 +10,9 @@ from tests.support.key_tools import at_a_terminal
 
 
 def recipients_of(casfs: Casfs) -> list[tuple[str, str]]:
-    return [(one["kind"], one["value"]) for one in casfs.json("key", "list").of_type("recipient")]
+    return [
+        (one["kind"], one["recipient"]) for one in casfs.json("key", "list").of_type("recipient")
+    ]
 
 
 def test_key_add_takes_recipients_as_arguments_and_as_options(casfs: Casfs) -> None:

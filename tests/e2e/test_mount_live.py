@@ -490,7 +490,7 @@ class TestChangingRepositoryMount:
             (source / "readme.txt").write_bytes(content)
             repository.backup("source", cwd=tmp_path)
         reported = repository.json("log", "latest:source/readme.txt").of_type("version")
-        assert [len(version["snapshots"]) for version in reported] == [2, 1]
+        assert [len(version["snapshot_ids"]) for version in reported] == [2, 1]
         with mounted(repository, at=tmp_path / "mount") as mount:
             folder = mount / "versions/source/readme.txt"
             contents = [(folder / name).read_bytes() for name in sorted(os.listdir(folder))]

@@ -82,4 +82,4 @@ def test_all_snapshots_and_versions_of_a_path_are_shown_at_once(
         assert len(os.listdir(mount / "snapshots" / "latest" / "home")) == 200
         assert peak_bytes(mount) < 150_000_000
     reported = casfs.json("log", "latest:home", "--all-hosts").of_type("version")
-    assert [len(version["snapshots"]) for version in reported] == [SHAPE.snapshots]
+    assert [len(version["snapshot_ids"]) for version in reported] == [SHAPE.snapshots]

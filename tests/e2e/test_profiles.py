@@ -152,7 +152,7 @@ def test_a_mirror_holds_what_the_night_published(night: Night, tmp_path: Path) -
     result = night.run()
     assert night.steps(result)["mirror"] == "0"
     (mirror,) = [line for line in result.of_type("step") if line["step"] == "mirror"]
-    assert (mirror["target"], mirror["result"]["damage"]) == ("usb", 0)
+    assert (mirror["mirror_to"], mirror["result"]["damage"]) == ("usb", 0)
     by_name = ("--config", night.config, "-r", "usb")
     (snapshot,) = night.casfs.json("snapshots", *by_name).of_type("snapshot")
     assert snapshot["id"] == result.one("run")["snapshot"]
@@ -315,7 +315,7 @@ def test_an_encrypted_repository_is_opened_by_what_the_configuration_names(
     night.configure(repository=f'passphrase-command = "cat {passphrase}"')
     by_name = ("--config", night.config, "-r", "nas")
     made = night.casfs.at(None).json("init", *by_name).one("repository")
-    assert (made["path"], made["encrypted"]) == (str(encrypted), True)
+    assert (made["address"], made["encrypted"]) == (str(encrypted), True)
     # What the environment names is for another repository.
     night.run(env={"CASFS_PASSPHRASE_FILE": "/nowhere"})
     (snapshot,) = night.casfs.at(None).json("snapshots", *by_name).of_type("snapshot")

@@ -160,7 +160,7 @@ def test_progress_is_printed_as_json_lines_on_request(repository: Casfs) -> None
     process.stdin.write(os.urandom(12 * MIB))
     process.stdin.flush()
     line = json.loads(process.stdout.readline())
-    while not line["bytes"]:
+    while not line["done_bytes"]:
         assert line["type"] == "progress"
         line = json.loads(process.stdout.readline())
     assert line["verb"] == "backup"

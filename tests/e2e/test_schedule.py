@@ -57,7 +57,7 @@ class TestSystemd:
         installed = run("install")
         assert installed["scheduler"] == "systemd"
         units = casfs.home / ".config" / "systemd" / "user"
-        assert installed["files"] == [
+        assert installed["unit_files"] == [
             str(units / "casfs-home.service"),
             str(units / "casfs-home.timer"),
         ]
@@ -193,7 +193,7 @@ class TestPrint:
         assert f"run --scheduled --config {config} home" in text
         assert not folder.exists()
         units = casfs.run(*words, "--json").of_type("unit")
-        assert [unit["path"].rpartition(".")[2] for unit in units] == ["service", "timer"]
+        assert [unit["unit_file"].rpartition(".")[2] for unit in units] == ["service", "timer"]
 
     def test_a_profile_without_a_schedule_is_refused(self, casfs: Casfs, config: Path) -> None:
         text = config.read_text()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,21 @@ def lines_of_every_verb(casfs: Casfs, folder: Path) -> Iterator[tuple[str, Line]
     `casfs` has no repository yet; `folder` is empty.
     """
 
-    def run(verb: str, *arguments: str | Path, expect: int = 0, on: Casfs = casfs) -> list[Line]:
-        result = on.run(*verb.split(), "--json", *arguments, expect=expect, cwd=folder)
+    def run(
+        verb: str,
+        *arguments: str | Path,
+        expect: int = 0,
+        on: Casfs = casfs,
+        env: Mapping[str, str] | None = None,
+    ) -> list[Line]:
+        result = on.run(*verb.split(), "--json", *arguments, expect=expect, cwd=folder, env=env)
         found.extend((verb, line) for line in result.objects)
         return result.objects
 
     found: list[tuple[str, Line]] = []
     source = _write_source(folder)
     run("init")
-    run("backup", "source")
+    run("backup", "-v", "source")
     first = _only_snapshot(run("snapshots"))
     os.utime(source / "letter", (1, 1))
     (source / "grown").write_bytes(os.urandom(300_000))
@@ -36,6 +43,8 @@ def lines_of_every_verb(casfs: Casfs, folder: Path) -> Iterator[tuple[str, Line]
     (source / b"caf\xe9".decode("utf-8", "surrogateescape")).touch()
     run("backup", "source", "missing", "--tag", "a,b", expect=3)
     run("backup", "--dry-run", "source")
+    run("backup", "--progress", "json", "--stdin-from-command", "--", "sleep", "2")
+    run("backup", "source", "--tag", "a,b")
     for verb, arguments in (
         ("snapshots", ()),
         ("ls", ("latest",)),
@@ -59,7 +68,7 @@ def lines_of_every_verb(casfs: Casfs, folder: Path) -> Iterator[tuple[str, Line]
         ("mirror", ("mirrored",)),
     ):
         run(verb, *arguments)
-    run("restore", "latest", "--target", "target")
+    run("restore", "latest", "-v", "--target", "target")
     (folder / "target" / "source" / "new").touch()
     run(
         "restore",
@@ -73,6 +82,11 @@ def lines_of_every_verb(casfs: Casfs, folder: Path) -> Iterator[tuple[str, Line]
         "zz",
     )
     _mount(run, folder)
+    run("init", on=casfs.at(folder / "copied"))
+    run("copy", "latest", "--to", folder / "copied")
+    run("rewrite", "latest", "--exclude", "link")
+    run("recompress", "--compression", "9", on=casfs.at(folder / "copied"))
+    _run_a_profile(run, casfs, folder)
     process = casfs.start("backup", "--stdin-from-command", "--", "sleep", "1000")
     try:
         while not run("locks"):
@@ -105,6 +119,37 @@ def lines_of_every_verb(casfs: Casfs, folder: Path) -> Iterator[tuple[str, Line]
     run("key accept", *key, on=encrypted)
     run("key passwd", *key, "--new-passphrase-file", other, on=encrypted)
     yield from found
+
+
+def _run_a_profile(run: Any, casfs: Casfs, folder: Path) -> None:
+    """Run a profile, and schedule it in a crontab that a program of the test keeps."""
+    config = casfs.home / ".config" / "casfs" / "config.toml"
+    config.parent.mkdir(parents=True)
+    run("init", on=casfs.at(folder / "nas"))
+    config.write_text(
+        f'[repositories.nas]\nurl = "{folder}/nas"\n[repositories.usb]\nurl = "{folder}/usb"\n'
+        f'[profiles.home]\nrepository = "nas"\nsources = ["{folder}/source", "/no/source"]\n'
+        'schedule = "daily"\nmirror-to = ["usb"]\nkeep = { last = 1 }\nhooks = { before = "true" }\n'
+    )
+    config.chmod(0o600)
+    run("config show")
+    run("run", "--dry-run", "home", on=casfs.at(None))
+    run("run", "home", on=casfs.at(None), expect=3)
+    (lock,) = (casfs.home / ".local" / "state" / "casfs" / "profiles").glob("*.lock")
+    with open(lock, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        run("run", "--scheduled", "home", on=casfs.at(None), expect=75)
+    crontab = folder / "bin" / "crontab"
+    crontab.parent.mkdir()
+    crontab.write_text(
+        f'#!/bin/sh\nif [ "$1" = -l ]; then cat {folder}/table; else cat > {folder}/table; fi\n'
+    )
+    crontab.chmod(0o755)
+    (folder / "table").touch()
+    env = {"PATH": f"{crontab.parent}:{os.environ['PATH']}"}
+    run("schedule install", "home", "--scheduler", "cron", "--print", env=env)
+    for verb in ("install", "status", "remove"):
+        run(f"schedule {verb}", "home", "--scheduler", "cron", env=env)
 
 
 def _write_source(folder: Path) -> Path:

@@ -126,7 +126,7 @@ def check(
         damage=found,
         unreadable=len(result.unreadable),
         snapshots=result.snapshots,
-        unproven=[snapshot_id.hex() for snapshot_id in result.unproven],
+        unproven_ids=[snapshot_id.hex() for snapshot_id in result.unproven],
         trees=result.trees,
         files=result.files,
         flagged=result.flagged,

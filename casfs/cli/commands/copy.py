@@ -97,6 +97,6 @@ def copy(settings: Settings, snaps: tuple[str, ...], destination: str, level: in
                 id=found.new_id.hex(),
                 original=snapshot_id.hex(),
                 was_there=found.was_there,
-                stored_bytes=found.stored_bytes,
+                new_bytes=found.stored_bytes,
             )
     return EXIT_DAMAGED if damaged else 0

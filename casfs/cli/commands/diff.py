@@ -81,8 +81,8 @@ def diff(settings: Settings, before: str, after: str) -> int:
         output.line(f"{summary.flagged} of them were captured while they changed")
     output.emit(
         "summary",
-        before=old_id.hex(),
-        after=new_id.hex(),
+        before_snapshot=old_id.hex(),
+        after_snapshot=new_id.hex(),
         added=counts["added"],
         removed=counts["removed"],
         modified=counts["modified"],
@@ -139,7 +139,7 @@ def _emit(output: Output, change: Change, before: NodeFields, after: NodeFields)
         **json_path(change.path),
         change=change.kind.value,
         fields=list(change.fields),
-        flagged=_flagged_sides(change),
+        flagged_sides=_flagged_sides(change),
         before=before.attributes(change.before) if change.before is not None else None,
         after=after.attributes(change.after) if change.after is not None else None,
     )

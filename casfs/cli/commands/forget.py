@@ -167,7 +167,11 @@ def forget(
             "name one to forget it"
         )
     output.emit(
-        "summary", forgotten=len(forgotten), kept=kept, unproven=len(unproven), dry_run=dry_run
+        "summary",
+        forgotten=len(forgotten),
+        kept=kept,
+        unproven_snapshots=len(unproven),
+        dry_run=dry_run,
     )
     if not then_prune:
         return

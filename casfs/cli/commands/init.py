@@ -70,7 +70,7 @@ def init(
     output.emit(
         "repository",
         id=config.id,
-        path=name,
+        address=name,
         format=config.format,
         encrypted=config.encryption is not None,
     )

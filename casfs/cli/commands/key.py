@@ -295,7 +295,7 @@ def _fields(recipient: Recipient) -> dict[str, str | None]:
     """Return a recipient as JSON fields; `age` is the key of a GPG key in age's form."""
     return {
         "kind": str(recipient.kind),
-        "value": recipient.value,
+        "recipient": recipient.value,
         "age": recipient.age or None,
     }
 
@@ -304,6 +304,6 @@ def _print_recipients(settings: Settings, what: str, recipients: Sequence[Recipi
     output = settings.output()
     for recipient in recipients:
         output.line(f"{what} {recipient.kind} {recipient.line}")
-        output.emit("recipient", what=what, **_fields(recipient))
+        output.emit("recipient", change=what, **_fields(recipient))
     if not recipients:
         output.line("nothing to do")

@@ -94,7 +94,7 @@ def _emit(output: Output, path: bytes, version: Version) -> None:
         first_time=iso_time(first.time_ns),
         last=last_id.hex(),
         last_time=iso_time(last.time_ns),
-        snapshots=[snapshot_id.hex() for snapshot_id, _ in version.snapshots],
+        snapshot_ids=[snapshot_id.hex() for snapshot_id, _ in version.snapshots],
         hosts=sorted({snapshot.host for _, snapshot in version.snapshots}),
     )
 

@@ -79,7 +79,7 @@ def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) ->
         result = Mirror(reading, writing, monitor, config=trust.data).run(delete, margin_s)
     for finding in result.damage:
         output.warn(f"{finding.message}; it is not copied")
-        output.emit("damage", what=finding.what, message=finding.message)
+        output.emit("damage", object=finding.what, message=finding.message)
     output.summary(
         f"{counted(result.copied, 'object')} copied, {format_size(result.copied_bytes)}; "
         f"already there: {result.present}"

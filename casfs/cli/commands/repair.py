@@ -56,8 +56,8 @@ def index(settings: Settings) -> None:
         "index",
         packs=result.packs,
         blobs=result.blobs,
-        salvaged=[pack.hex() for pack in result.salvaged],
-        unreadable=[pack.hex() for pack in result.unreadable],
+        salvaged_packs=[pack.hex() for pack in result.salvaged],
+        unreadable_packs=[pack.hex() for pack in result.unreadable],
     )
 
 
@@ -125,4 +125,4 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     output.summary(
         f"{counted(result.intact, 'intact snapshot')}, {len(result.repaired)} {would}repaired"
     )
-    output.emit("summary", sound=result.intact, repaired=len(result.repaired), dry_run=dry_run)
+    output.emit("summary", intact=result.intact, repaired=len(result.repaired), dry_run=dry_run)

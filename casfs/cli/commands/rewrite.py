@@ -76,7 +76,7 @@ def rewrite(
                 "rewritten",
                 id=found.new_id.hex() if found.new_id is not None else None,
                 replaces=snapshot_id.hex(),
-                removed=[json_path(path) for path in found.removed],
+                removed_entries=[json_path(path) for path in found.removed],
                 dry_run=dry_run,
             )
     if not matched:

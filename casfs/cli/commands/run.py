@@ -155,10 +155,10 @@ def _print_plan(output: Output, job: ProfileJob) -> None:
         output.emit(
             "step",
             step=str(step.step),
-            target=step.target,
+            mirror_to=step.target,
             due=not step.waits_s,
             waits_seconds=round(step.waits_s),
-            command=["casfs", "-r", job.profile.repository, *arguments],
+            arguments=["casfs", "-r", job.profile.repository, *arguments],
             dry_run=True,
         )
 

@@ -152,7 +152,7 @@ def _install_units(
     if only_print:
         for path, text in ((service, units.service), (timer, units.timer)):
             output.line(f"# {path}\n{text}")
-            output.emit("unit", path=str(path), text=text)
+            output.emit("unit", unit_file=str(path), text=text)
         return
     timers.install(command.profile, units)
     output.line(f"profile {command.profile} runs {timetable.calendar}, by {timer}")
@@ -162,7 +162,7 @@ def _install_units(
         installed=True,
         scheduler="systemd",
         calendar=timetable.calendar,
-        files=[str(service), str(timer)],
+        unit_files=[str(service), str(timer)],
     )
     if not system and not (_LINGERING / pwd.getpwuid(os.getuid()).pw_name).exists():
         output.warn(
@@ -179,7 +179,7 @@ def _install_lines(
     lines = render_lines(command, parse_calendar(timetable.calendar))
     if only_print:
         output.line(f"# crontab\n{lines}")
-        output.emit("unit", path="crontab", text=lines)
+        output.emit("unit", unit_file="crontab", text=lines)
         return
     write_crontab(with_lines(read_crontab(), command.profile, lines))
     output.line(f"profile {command.profile} runs {timetable.calendar}, by your crontab")
@@ -189,7 +189,7 @@ def _install_lines(
         installed=True,
         scheduler="cron",
         calendar=timetable.calendar,
-        files=[],
+        unit_files=[],
     )
 
 

@@ -102,7 +102,7 @@ def _list_envelopes(output: Output, repository: Repository) -> None:
             closed=True,
         )
     if rows and not output.as_json:
-        output.table(("id", "time", "size", "stored"), ("size", "stored"), rows)
+        output.table(("id", "time", "size", "added"), ("size", "added"), rows)
         output.warn(
             "the repository is encrypted; give --identity or a passphrase to see hosts and paths"
         )
@@ -136,7 +136,7 @@ def _emit_snapshot(
         id=snapshot_id.hex(),
         time=iso_time(snapshot.time_ns),
         host=snapshot.host,
-        user=snapshot.user,
+        username=snapshot.user,
         **json_paths(snapshot.paths),
         directory=json_path(snapshot.directory)["path"]
         if isinstance(snapshot.directory, bytes)
@@ -148,6 +148,7 @@ def _emit_snapshot(
         dirs=snapshot.stats.directories,
         others=snapshot.stats.others,
         bytes=tree.total_bytes,
+        new_bytes=snapshot.stats.new_stored_bytes,
         flagged=tree.flagged,
         unreadable=snapshot.stats.unreadable,
         vanished=snapshot.stats.vanished,
@@ -155,10 +156,10 @@ def _emit_snapshot(
     )
 
 
-_HEADS = ("id", "time", "host", "paths", "tags", "files", "size", "flagged")
+_HEADS = ("id", "time", "host", "paths", "tags", "files", "size", "added", "flagged")
 
 
-_NUMBERS = ("files", "size", "flagged")
+_NUMBERS = ("files", "size", "added", "flagged")
 
 
 _TEXTS = {"host": 6, "paths": 6, "tags": 6}
@@ -182,6 +183,7 @@ def _rows(snapshot_id: SnapshotId, snapshot: Snapshot) -> list[tuple[str, ...]]:
         ",".join(escape_path(tag.encode()) for tag in snapshot.tags),
         str(snapshot.stats.files),
         format_size(tree.total_bytes),
+        format_size(snapshot.stats.new_stored_bytes),
         str(tree.flagged) if tree.flagged else "",
     )
-    return [row, *(("", "", "", other, "", "", "", "") for other in others)]
+    return [row, *(("", "", "", other, "", "", "", "", "") for other in others)]

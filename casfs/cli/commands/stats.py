@@ -98,7 +98,7 @@ def _print_sizes(settings: Settings, snap: str | None, storage_only: bool) -> No
     output.emit(
         "stats",
         snapshots=whole.snapshots,
-        unproven=whole.unproven,
+        unproven_snapshots=whole.unproven,
         packs=whole.packs,
         pack_bytes=whole.pack_bytes,
         blobs=whole.blobs,

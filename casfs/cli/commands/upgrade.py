@@ -30,7 +30,7 @@ def upgrade(settings: Settings) -> None:
         output.line(f"the repository has format {result.new_format} already; nothing was changed")
     output.emit(
         "upgrade",
-        repository=result.repository,
+        id=result.repository,
         old_format=result.old_format,
         new_format=result.new_format,
     )

@@ -216,7 +216,7 @@ class TestLsCommand:
         assert log["observed"] == digest_of(b"seen when read again").hex()
         assert reported["docs/grown"]["state"] == "appended"
         assert reported["docs/deep/file"]["state"] == "stable"
-        assert reported["link"]["target"] == "to\nthere"
+        assert reported["link"]["link_target"] == "to\nthere"
         assert (reported["dev"]["kind"], reported["dev"]["rdev"]) == ("blockdev", os.makedev(8, 1))
         docs = reported["docs"]
         assert (docs["kind"], docs["entries"]) == ("dir", 4)

@@ -345,7 +345,10 @@ class TestDiffCommand:
         assert (x["before"]["size"], x["after"]) == (0, None)
         assert summary["type"] == "summary"
         assert (summary["removed"], summary["modified"], summary["flagged"]) == (1, 1, 2)
-        assert (summary["before"], summary["after"]) == (second.hex(), third.hex())
+        assert (summary["before_snapshot"], summary["after_snapshot"]) == (
+            second.hex(),
+            third.hex(),
+        )
 
     def test_diff_of_subtrees_prints_relative_paths(self, repo: RepositoryFixture) -> None:
         first, _ = repo.publish({b"a": {b"x": b"1"}, b"other": b"1"})

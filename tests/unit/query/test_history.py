@@ -149,7 +149,7 @@ class TestLogCommand:
         first, second = (json.loads(line) for line in lines)
         assert first["type"] == second["type"] == "version"
         assert (first["first"], first["last"]) == (ids[0], ids[1])
-        assert first["snapshots"] == ids[:2]
+        assert first["snapshot_ids"] == ids[:2]
         assert (second["snapshots"], second["size"], second["path"]) == ([ids[2]], 2, "d/f")
         assert second["hosts"] == ["a"]
 
