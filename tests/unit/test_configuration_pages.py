@@ -23,6 +23,7 @@ from casfs.run.state import ProfileState
 DOCS = Path(casfs.__file__).parent.parent / "docs"
 CONFIGURATION = (DOCS / "configuration.md").read_text("utf-8")
 SCHEDULES = (DOCS / "schedules.md").read_text("utf-8")
+JSON = (DOCS / "json.md").read_text("utf-8")
 DASHBOARD = (DOCS / "grafana-dashboard.json").read_text("utf-8")
 METRICS = {metric.name for metric in profile_metrics(ProfileState(profile="home"))}
 
@@ -59,7 +60,7 @@ def test_every_key_is_on_the_pages(key: str) -> None:
 
 @pytest.mark.parametrize("kind", [RunSummary, StepOutcome, HookOutcome])
 def test_every_field_of_the_summary_is_on_the_page(kind: type[msgspec.Struct]) -> None:
-    assert {field.encode_name for field in msgspec.structs.fields(kind)} <= words(CONFIGURATION)
+    assert {field.encode_name for field in msgspec.structs.fields(kind)} <= words(JSON)
 
 
 def test_the_page_names_the_variables_of_hooks_and_no_others() -> None:

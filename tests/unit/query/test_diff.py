@@ -338,8 +338,8 @@ class TestDiffCommand:
         assert lines[-1].startswith("1 of them")
         reported = self.run(repo, second.hex(), third.hex(), "--json").stdout.splitlines()
         log, x, summary = map(json.loads, reported)
-        assert (log["path"], log["change"], log["flagged"]) == ("log", "modified", ["before"])
-        assert (x["path"], x["change"], x["flagged"]) == ("x", "removed", ["before"])
+        assert (log["path"], log["change"], log["flagged_sides"]) == ("log", "modified", ["before"])
+        assert (x["path"], x["change"], x["flagged_sides"]) == ("x", "removed", ["before"])
         assert log["before"]["state"] == "changed" and log["after"]["state"] == "stable"
         assert log["before"]["captured"] != log["after"]["captured"]
         assert (x["before"]["size"], x["after"]) == (0, None)

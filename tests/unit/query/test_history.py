@@ -150,7 +150,7 @@ class TestLogCommand:
         assert first["type"] == second["type"] == "version"
         assert (first["first"], first["last"]) == (ids[0], ids[1])
         assert first["snapshot_ids"] == ids[:2]
-        assert (second["snapshots"], second["size"], second["path"]) == ([ids[2]], 2, "d/f")
+        assert (second["snapshot_ids"], second["size"], second["path"]) == ([ids[2]], 2, "d/f")
         assert second["hosts"] == ["a"]
 
     def test_log_searches_only_snapshots_of_the_same_host(self, repo: RepositoryFixture) -> None:
