@@ -81,14 +81,15 @@ class Output:
         numbers: Container[str],
         rows: Iterable[tuple[str, ...]],
         texts: Mapping[str, int] = NO_TEXTS,
+        spare: Sequence[str] = (),
     ) -> None:
         """Print a table as text; columns whose heads are in `numbers` are aligned to the right.
 
-        On a terminal that is too narrow, the columns of `texts` are wrapped, each to its number
-        of characters at least.
+        On a terminal that is too narrow, the `spare` columns are left out, and the columns of `texts` are
+        wrapped, each to its number of characters at least.
         """
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        for line in table_lines(heads, numbers, rows, texts, width):
+        for line in table_lines(heads, numbers, rows, texts, width, spare):
             self.line(line)
 
     def warn(self, message: str) -> None:

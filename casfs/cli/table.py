@@ -16,18 +16,24 @@ def table_lines(
     rows: Iterable[tuple[str, ...]],
     texts: Mapping[str, int] = NO_TEXTS,
     max_characters: int | None = None,
+    spare: Sequence[str] = (),
 ) -> Iterator[str]:
     """Yield the lines of a table; columns whose heads are in `numbers` are aligned to the right.
 
-    `max_characters` is the width of the terminal, None for no limit. A table that is too wide loses its empty
-    columns; then its widest columns of `texts` become narrower, each to its number of characters at least.
-    Other columns keep their width, so a table of many columns may stay too wide.
+    `max_characters` is the width of the terminal, None for no limit. A table that is too wide loses its
+    empty columns, then as many of the `spare` ones, in their order, as is needed. Then its widest columns
+    of `texts` become narrower, each to its number of characters at least. Other columns keep their width,
+    so a table of many columns may stay too wide.
     """
     lines = [heads, *rows]
     widths = _widths(lines)
     if max_characters is not None and _line_characters(widths) > max_characters:
-        filled = [column for column in range(len(heads)) if any(line[column] for line in lines[1:])]
-        lines = [tuple(line[column] for column in filled) for line in lines]
+        kept = [column for column in range(len(heads)) if any(line[column] for line in lines[1:])]
+        for head in spare:
+            least = [min(widths[n], texts.get(heads[n], widths[n])) for n in kept]
+            if _line_characters(least) > max_characters:
+                kept = [column for column in kept if heads[column] != head]
+        lines = [tuple(line[column] for column in kept) for line in lines]
         widths = _widths(lines)
         _narrow(widths, [texts.get(head) for head in lines[0]], max_characters)
     for line in lines:

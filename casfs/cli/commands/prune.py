@@ -96,10 +96,13 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
             f"{counted(result.repacked_packs, 'pack')} ({format_size(result.repacked_bytes)}) "
             f"{would}repacked into {format_size(result.new_bytes)}"
         )
-    output.summary(
-        f"{counted(result.removed_packs, 'pack')} {would}removed; "
-        f"{format_size(result.freed_bytes)} {would}freed"
-    )
+    if result.removed_packs:
+        output.summary(
+            f"{counted(result.removed_packs, 'pack')} {would}removed; "
+            f"{format_size(result.freed_bytes)} {would}freed"
+        )
+    else:
+        output.summary(f"nothing {would}freed{_why_nothing(result)}")
     if result.grown_bytes:
         output.summary(
             f"the repository {'would grow' if dry_run else 'grew'} by {format_size(result.grown_bytes)}, "
@@ -129,3 +132,12 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
         waiting_packs=result.waiting_packs,
         waiting_bytes=result.waiting_bytes,
     )
+
+
+def _why_nothing(result: PruneResult) -> str:
+    """Return a clause that says why a prune removed no pack."""
+    if result.waiting_packs:
+        return " yet"
+    if result.unneeded_blobs:
+        return ": the unneeded blobs are in packs with enough needed data (--max-unused)"
+    return ": snapshots need everything"

@@ -162,12 +162,15 @@ _HEADS = ("id", "time", "host", "paths", "tags", "files", "size", "added", "flag
 _NUMBERS = ("files", "size", "added", "flagged")
 
 
-_TEXTS = {"host": 6, "paths": 6, "tags": 6}
+_TEXTS = {"host": 6, "paths": 12, "tags": 6}
+
+
+_SPARE = ("files", "added")
 
 
 def _print_table(output: Output, found: list[Found]) -> None:
     rows = [row for snapshot_id, snapshot in found for row in _rows(snapshot_id, snapshot)]
-    output.table(_HEADS, _NUMBERS, rows, _TEXTS)
+    output.table(_HEADS, _NUMBERS, rows, _TEXTS, _SPARE)
 
 
 def _rows(snapshot_id: SnapshotId, snapshot: Snapshot) -> list[tuple[str, ...]]:

@@ -88,9 +88,10 @@ class TestSnapshotsCommand:
             tags=("t1", "t2"),
         )
         head, one, two, more = lines(repo, "snapshots")
-        heads = ["id", "time", "host", "paths", "tags", "files", "size", "flagged"]
+        heads = ["id", "time", "host", "paths", "tags", "files", "size", "added", "flagged"]
         assert head.split() == heads
-        assert one.split() == [first.hex()[:12], *SHOWN_TIME.split(), "here", "f", "0", "5", "B"]
+        sizes = ["0", "5", "B", "0", "B"]
+        assert one.split() == [first.hex()[:12], *SHOWN_TIME.split(), "here", "f", *sizes]
         assert two.startswith(second.hex()[:12])
         assert two[head.index("host") :].startswith("far away  /a")
         assert two[head.index("tags") :].startswith("t1,t2")
