@@ -110,6 +110,10 @@ docs: $(DOCS_STAMP) ## the documentation site and the man pages in build/docs; w
 	$(BIN)/python -m sphinx -q -W --keep-going -E -b man docs build/docs/man
 	@echo 'build/docs/html/index.html is ready'
 
+.PHONY: linkcheck
+linkcheck: $(DOCS_STAMP) ## follow the external links of the documentation (needs the network; no part of CI)
+	$(BIN)/python -m sphinx -q -E -b linkcheck docs build/docs/links
+
 .PHONY: dist
 dist: $(DOCS_STAMP) ## an sdist and a wheel in dist/, checked
 	rm -rf build dist

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.cli import Casfs, finish
 from tests.support.mounts import small_disk
@@ -18,6 +20,7 @@ from tests.support.ping_server import serving_pings
 from tests.support.scripted_source import ScriptedSource, scripted_source
 from tests.support.waiting import wait_until
 
+DASHBOARD = Path(__file__).parent.parent.parent / "docs" / "grafana-dashboard.json"
 MIB = 1024 * 1024
 SIZE = 100_000
 ALWAYS_REWRITTEN = {"opening": 0, "reading": 1, "where": "between", "change": "rewrite"}
@@ -159,6 +162,28 @@ def test_a_mirror_holds_what_the_night_published(night: Night, tmp_path: Path) -
     night.casfs.run("check", "--read-data", *by_name)
 
 
+def test_the_dashboard_asks_for_metrics_and_labels_that_a_night_writes(
+    night: Night, tmp_path: Path
+) -> None:
+    night.configure('mirror-to = ["usb"]', repository=f'[repositories.usb]\nurl = "{tmp_path}/usb"')
+    night.run()
+    families = text_string_to_metric_families((tmp_path / "casfs.prom").read_text())
+    labels: dict[str, set[str]] = {}
+    for family in families:
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    dashboard = json.loads(DASHBOARD.read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(expressions) > 15
+    for expression in expressions:
+        for name, selectors in re.findall(r"(casfs_\w+)(?:\{([^}]*)\})?", expression):
+            assert name in labels, expression
+            assert set(re.findall(r"(\w+)\s*[=!]~?\"", selectors)) <= labels[name], expression
+    variables = [one["definition"] for one in dashboard["templating"]["list"][1:]]
+    for metric, label in re.findall(r"label_values\((\w+), (\w+)\)", " ".join(variables)):
+        assert label in labels[metric]
+
+
 def test_a_mirror_that_cannot_be_written_fails_the_run_and_no_other_step(
     night: Night, tmp_path: Path
 ) -> None:
@@ -260,6 +285,7 @@ def test_a_terminated_run_ends_its_hook_and_notifies(night: Night) -> None:
     run.send_signal(signal.SIGTERM)
     result = finish(run)
     assert result.exit == 130
+    night.require_reports(result)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     assert night.calls == ["before", "failure", "finally"]

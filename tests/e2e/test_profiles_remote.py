@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.cli import Casfs
+from tests.support.cli import Casfs, finish
 from tests.support.night import Night
 from tests.support.ping_server import serving_pings
-from tests.support.servers import SshServer, seaweedfs, sshd
+from tests.support.servers import SshServer, seaweedfs, session_pids, sshd
+
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -47,6 +53,35 @@ def test_an_object_storage_is_reached_with_what_a_command_prints(night: Night) -
         assert metrics["repository_packs"] >= 1
         assert metrics["repository_bytes"] > 0
         assert metrics["repository_oldest_verification_timestamp_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_connections_that_are_cut_while_a_night_uploads_do_not_fail_it(night: Night) -> None:
+    for number in range(3):
+        large = night.sources[0] / f"large{number}"
+        large.write_bytes(random.Random(number).randbytes(66 * MIB))
+    with sshd() as server:
+        night.configure(
+            url=server.url(server.folder / "repository"),
+            prunes=False,
+            repository=f"ssh-command = {json.dumps(server.ssh_command)}",
+        )
+        night.casfs.run("init", *by_name(night))
+        run = night.casfs.start("run", "--config", night.config, "--json", "home")
+        uploads = server.folder / "repository" / "uploads"
+        cuts = 0
+        while run.poll() is None:
+            pids = session_pids(server)
+            if cuts < 2 and pids and uploads.is_dir() and os.listdir(uploads):
+                cuts += 1
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+        result = finish(run)
+        assert cuts == 2
+        assert (result.exit, night.steps(result)["backup"]) == (0, "0")
+        night.require_reports(result)
+        night.casfs.run("check", "--read-data", *by_name(night))
 
 
 @pytest.mark.slow

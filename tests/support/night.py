@@ -83,9 +83,32 @@ class Night:
         self.config.chmod(0o600)
 
     def run(self, *options: str, expect: int = 0, **how: Any) -> Result:
-        return self.casfs.json(
+        """Run the profile, and require that all who hear of the run hear the same."""
+        result = self.casfs.json(
             "run", "--config", self.config, *options, "home", expect=expect, **how
         )
+        if result.of_type("run"):
+            self.require_reports(result)
+        return result
+
+    def require_reports(self, result: Result) -> None:
+        """Require that hooks, ping, mail and metrics report the exit code of the last run."""
+        run = result.one("run")
+        outcome = {0: "success", 4: "warning"}.get(result.exit, "failed")
+        assert (run["exit"], run["outcome"]) == (result.exit, outcome)
+        after = "failure" if outcome == "failed" else "after"
+        assert self.calls[-3:] == ["before", after, "finally"]
+        for hook in (after, "finally"):
+            summary = json.loads((self.folder / f"{hook}.json").read_text())
+            assert (summary["exit"], summary["outcome"]) == (result.exit, outcome)
+        _, path, body = self.pings.requests[-1]
+        assert path == ("/uuid/fail" if outcome == "failed" else "/uuid")
+        assert f"(exit {result.exit})" in body.splitlines()[0]
+        if outcome != "success":
+            assert (self.folder / "mail").read_text() == body
+        metrics = self.metrics
+        assert metrics["run_exit_code"] == result.exit
+        assert (metrics["run_consecutive_failures"] == 0) == (outcome != "failed")
 
     def steps(self, result: Result) -> dict[str, str]:
         """Return the exit code of every step that ran, and why each of the others did not."""

@@ -80,7 +80,9 @@ def unknown_parts(words: list[str]) -> list[str]:
 
 
 def test_every_command_and_option_in_the_documents_exists() -> None:
-    commands = [(page.name, words) for page in PAGES for words in commands_in(page.read_text())]
+    # Another test types the commands of the terminal's page, with mistakes among them.
+    pages = [page for page in PAGES if page.name != "terminal.md"]
+    commands = [(page.name, words) for page in pages for words in commands_in(page.read_text())]
     assert len(commands) > 30
     wrong = [
         (page, words, unknown) for page, words in commands if (unknown := unknown_parts(words))
