@@ -18,7 +18,7 @@ import click
 from casfs import __version__, interruption
 from casfs.cli import standard_streams
 from casfs.cli.examples import add_examples
-from casfs.cli.options import common_options
+from casfs.cli.options import common_options, progress_options
 from casfs.cli.output import Output, terminal_line
 from casfs.cli.settings import Settings
 from casfs.cli.standard_streams import OutputError
@@ -136,6 +136,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     callback=_print_version,
     help="Print the version, as the command version does.",
 )
+@progress_options
 @common_options
 def casfs() -> None:
     """Back up files as verified, deduplicated snapshots; restore them or mount them as a file system."""

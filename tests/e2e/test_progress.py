@@ -214,3 +214,14 @@ def test_quiet_prints_problems_and_damage_only(repository: Casfs, source: Path) 
     pack.chmod(0o600)
     pack.write_bytes(data)
     assert repository.run("check", "-q", "--read-data", expect=5).out
+
+
+def test_quiet_may_come_before_the_command_and_hides_what_forget_removed(
+    repository: Casfs, source: Path
+) -> None:
+    for _ in range(2):
+        assert repository.run("--quiet", "backup", source).out == b""
+    rules = ("forget", "--keep-last", "1")
+    assert len(repository.run(*rules, "--quiet", "--dry-run").text.splitlines()) == 3
+    assert repository.run(*rules, "--quiet").out == b""
+    assert len(repository.json("snapshots").objects) == 1

@@ -39,9 +39,8 @@ if TYPE_CHECKING:
 def dump(settings: Settings, snap: str, target: str | None) -> None:
     """Write a file, or a directory as a tar stream, to stdout.
 
-    With --output to a file.
-
-    Every byte is verified before it is written. The output stops at the first damage (exit code 5).
+    With --output it goes to a file. Every byte is verified before it is written. The output stops at the
+    first damage (exit code 5).
     """
     from casfs.format.node_types import NODE_TYPES
     from casfs.format.tree import NodeType

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -209,7 +210,7 @@ def _grouping(text: str) -> Grouping:
 
 def _print_plan(output: Output, plan: ForgetPlan, dry_run: bool) -> None:
     for key, decisions in plan.groups.items():
-        output.line(_title(key))
+        _decision_line(output, dry_run)(_title(key))
         for decision in decisions:
             _print_result(output, decision.snapshot, decision.reasons, dry_run)
 
@@ -225,7 +226,8 @@ def _print_result(
     snapshot = candidate.snapshot
     time = format_time(candidate.time_ns) if snapshot is not None else "(its file is damaged)"
     decision = f"keep    {', '.join(reasons)}" if reasons else "forget"
-    output.line(f"  {short_id(candidate.snapshot_id)}  {time}  {escape_path(decision.encode())}")
+    line = f"  {short_id(candidate.snapshot_id)}  {time}  {escape_path(decision.encode())}"
+    _decision_line(output, dry_run)(line)
     output.emit(
         "snapshot",
         id=candidate.snapshot_id.hex(),
@@ -237,6 +239,11 @@ def _print_result(
         reasons=list(reasons),
         dry_run=dry_run,
     )
+
+
+def _decision_line(output: Output, dry_run: bool) -> Callable[[str], None]:
+    """Return the function that prints a decision: --quiet hides those that are carried out."""
+    return output.line if dry_run else output.summary
 
 
 def _title(key: GroupKey) -> str:
