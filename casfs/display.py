@@ -32,6 +32,14 @@ def format_size(size: float) -> str:
     return f"{size:.1f} {_UNITS[-1]}"
 
 
+def format_duration(seconds: int) -> str:
+    """Return a duration in the largest unit that divides it: `30 d`, `36 h`, `90 min` or `45 s`."""
+    for unit_s, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds and seconds % unit_s == 0:
+            return f"{seconds // unit_s} {unit}"
+    return f"{seconds} s"
+
+
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun, as in "1 file" and "2 files"."""
     if number == 1:

@@ -28,6 +28,7 @@ from casfs.backup.capture import DEFAULT_ATTEMPTS, Capturer
 from casfs.backup.entry_builder import EntryBuilder
 from casfs.backup.exclude import Exclusions
 from casfs.backup.final_retry import FinalRetry
+from casfs.backup.protection import Protection, ProtectionResult
 from casfs.backup.reflink import Freeze, Reflinker
 from casfs.backup.source_fs import make_node
 from casfs.backup.source_reader import SourceReader
@@ -109,7 +110,8 @@ class BackupResult:
 
     At most `abandoned_bytes` of what was newly stored belongs to attempts at files that changed, and to no
     snapshot.
-    `new` files are not in the parent snapshot, `modified` files are there with other metadata.
+    `new` files are not in the parent snapshot, `modified` files are there with other metadata. `protection`
+    is None where the repository has no lock policy.
     """
 
     snapshot_id: SnapshotId | None
@@ -118,6 +120,7 @@ class BackupResult:
     abandoned_bytes: int = 0
     new: int = 0
     modified: int = 0
+    protection: ProtectionResult | None = None
 
 
 def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor) -> BackupResult:
@@ -134,14 +137,21 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
     # Refuse a snapshot that could not be published before anything is stored.
     require_encodable(draft, _ROOM_BYTES)
     parent = _find_parent(repository, options)
+    protection = None if options.dry_run else Protection.begin(repository)
     _begin_progress(monitor, parent)
     try:
         with closing(_Backup(repository, options, sources, monitor)) as backup:
             root = backup.read(parent)
+        if protection is not None:
+            monitor.progress.stage = "locking objects"
+            protection.protect_needed(root, parent)
     except StorageError as error:
         raise NotPublishedError(str(repository.place), error) from error
     snapshot = _complete_snapshot(draft, root, parent, backup, began)
     snapshot_id = None if options.dry_run else repository.snapshots.publish(snapshot)
+    protected = None
+    if protection is not None and snapshot_id is not None:
+        protected = protection.protect_snapshot(snapshot_id)
     stats = backup.entries.stats
     return BackupResult(
         snapshot_id,
@@ -150,6 +160,7 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
         backup.abandoned_bytes,
         stats.new,
         stats.modified,
+        protected,
     )
 
 

@@ -53,6 +53,7 @@ VERBS = {
     "recompress": "casfs.cli.commands.recompress:recompress",
     "mirror": "casfs.cli.commands.mirror:mirror",
     "upgrade": "casfs.cli.commands.upgrade:upgrade",
+    "lock-policy": "casfs.cli.commands.lock_policy:lock_policy",
     "locks": "casfs.cli.commands.locks:locks",
     "stats": "casfs.cli.commands.stats:stats",
     "tag": "casfs.cli.commands.tag:tag",

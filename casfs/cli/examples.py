@@ -9,6 +9,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "casfs init /srv/backup",
         "casfs init sftp://host/srv/backup --recipient age1...",
         "casfs -r nas init --passphrase",
+        "casfs init s3://bucket/backups --lock-for 30d",
     ),
     "backup": (
         "casfs backup /home /etc --tag daily --exclude '*.tmp' --exclude-caches",
@@ -60,6 +61,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "rewrite": ("casfs rewrite all --exclude '/home/*/.cache/' -n",),
     "recompress": ("casfs recompress --compression 12",),
     "mirror": ("casfs mirror /mnt/disk/casfs", "casfs -r nas mirror cloud --delete"),
+    "lock-policy": ("casfs lock-policy", "casfs lock-policy --lock-for 30d"),
     "upgrade": ("casfs upgrade",),
     "locks": ("casfs locks",),
     "stats": (

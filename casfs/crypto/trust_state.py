@@ -20,6 +20,7 @@ from casfs.digest import digest_of
 from casfs.errors import NoHomeError, StorageError, TrustError
 from casfs.format.config import OLDEST_FORMAT, RepositoryConfig
 from casfs.format.key_derivation import SECRET_BYTES, DedupDomain
+from casfs.format.lock_policy import LockPolicy
 from casfs.user_dirs import make_private_folder, require_private_folder, user_folder
 
 
@@ -89,6 +90,31 @@ def load_state(config: RepositoryConfig) -> WriterState | None:
 def save_state(state: WriterState) -> None:
     """Store the state durably; raise StorageError."""
     _write(_state_path(state.repository), msgspec.json.encode(state))
+
+
+def pin_lock_policy(policy: LockPolicy) -> None:
+    """Record the lock policy that this machine follows in a repository; raise StorageError."""
+    _write(_lock_policy_path(policy.repository), msgspec.json.encode(policy))
+
+
+def pinned_lock_policy(repository: str) -> LockPolicy | None:
+    """Return the lock policy that this machine follows in a repository, None before its first use.
+
+    Raise StorageError, and TrustError for a damaged file.
+    """
+    try:
+        path = _lock_policy_path(repository, make=False)
+    except NoHomeError:
+        return None
+    try:
+        policy = msgspec.json.decode(path.read_bytes(), type=LockPolicy)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StorageError("read", str(path), error) from error
+    except msgspec.DecodeError as error:
+        raise _damaged(path) from error
+    return policy
 
 
 def pin(root: Path | str, trust: TrustRoot) -> None:
@@ -169,6 +195,10 @@ def _location_names(root: Path | str) -> list[str]:
 
 def _state_path(repository: str) -> Path:
     return state_folder() / f"{repository[:32]}.json"
+
+
+def _lock_policy_path(repository: str, make: bool = True) -> Path:
+    return state_folder(make) / f"locks-{repository[:32]}.json"
 
 
 def _pin_path(name: str, make: bool = True) -> Path:

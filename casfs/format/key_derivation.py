@@ -39,6 +39,7 @@ class KeyContext:
     DIGEST_KEY = "casfs 2026-11-23 digest key"
     CHUNKER_SEED = "casfs 2026-11-23 chunker seed"
     TREE_SEED = "casfs 2026-11-23 tree seed"
+    LOCK_POLICY_KEY = "casfs 2026-11-23 lock policy key"
     FILE_CACHE_KEY = "casfs 2026-11-23 memory of files"
 
 
@@ -81,6 +82,11 @@ class DedupDomain:
     def tree_seed(self) -> int:
         """The seed of the split points of large directories, 32 bits."""
         return int.from_bytes(derive(KeyContext.TREE_SEED, self.secret, size=4), "little")
+
+    @property
+    def lock_policy_key(self) -> bytes:
+        """The key of the codes of lock policies."""
+        return derive(KeyContext.LOCK_POLICY_KEY, self.secret)
 
     @property
     def file_cache_key(self) -> bytes:

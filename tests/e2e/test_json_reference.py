@@ -19,6 +19,7 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "json.md"
 NOT_PROVOKED = {
     ("check", "unreadable"),
     ("changed", "changed"),
+    ("lock-policy", "lock_policy"),
     ("copy", "damage"),
     ("mirror", "damage"),
     ("repair snapshots", "returned"),
@@ -51,7 +52,7 @@ def read_page() -> tuple[dict[tuple[str, str], Documented], Documented]:
         if line == "## An entry":
             current = [entry]
         elif found := re.fullmatch(r"### (.*): `(\w+)`", line):
-            commands = re.findall(r"`([a-z ]+)`", found[1]) or [""]
+            commands = re.findall(r"`([a-z -]+)`", found[1]) or [""]
             current = [lines.setdefault((command, found[2]), Documented()) for command in commands]
         elif line.endswith("Also the fields of an [entry](#an-entry)."):
             with_entry += current

@@ -69,6 +69,10 @@ KEYS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: DOMAIN.digest_key,
         "9fb6736823cfdfc08c84078272170ce4c8de02e9b04f14cda7f61a3f91881e47",
     ),
+    "lock policy key": (
+        lambda: DOMAIN.lock_policy_key,
+        "c4febb9f04274c76ac9ee2b2c779f68b3bd0e8d6cc26ea47f50e3a694d638431",
+    ),
     "file cache key": (
         lambda: DOMAIN.file_cache_key,
         "fcf1840966679a17c78beda0c6cdcd768e93ff454875e2e7480bc2edad557603",
@@ -110,8 +114,8 @@ def test_key_derivation_reproduces_the_published_blake3_vectors() -> None:
 
 def test_no_two_purposes_share_a_key() -> None:
     contexts = [value for name, value in vars(KeyContext).items() if name.isupper()]
-    assert len(contexts) == len(set(contexts)) == 9
-    assert len({derive(context, SESSION.secret) for context in contexts}) == 9
+    assert len(contexts) == len(set(contexts)) == 10
+    assert len({derive(context, SESSION.secret) for context in contexts}) == 10
 
 
 def test_a_keyed_digest_keeps_its_golden_value() -> None:

@@ -21,13 +21,13 @@ from casfs.cli.options import (
     progress_options,
     upload_limit_option,
 )
-from casfs.cli.output import iso_time, json_paths
+from casfs.cli.output import Output, format_time, iso_time, json_paths
 from casfs.cli.param_types import PATTERN, SIZE, TAGS, parse_time
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
 from casfs.digest import short_id
 from casfs.display import counted, format_size
-from casfs.errors import NotFoundError, TrustError, UsageError
+from casfs.errors import CasfsError, NotFoundError, TrustError, UsageError
 from casfs.paths import normalize_source_path
 from casfs.patterns import Pattern, read_patterns
 
@@ -207,7 +207,8 @@ def backup(
     A backup to an encrypted repository needs no identity. With an identity, casfs compares the files with
     the previous snapshot.
 
-    Exit code 3: the snapshot is published, but some sources could not be read. Exit code 4: some files
+    Exit code 3: the snapshot is published, but some sources could not be read, or it
+    could not be locked. Exit code 4: some files
     changed while they were read, or --reread found silent changes.
     """
     from casfs.backup.exclude import Exclusions
@@ -292,7 +293,7 @@ def backup(
 def exit_code(result: BackupResult, changed_ok: bool) -> int:
     """Return the exit code of a published backup; unreadable sources outrank changed files."""
     stats, tree = result.snapshot.stats, result.snapshot.root.tree
-    if stats.unreadable:
+    if stats.unreadable or _protection_error(result) is not None:
         return EXIT_UNREADABLE
     changed = stats.silently_changed or (tree is not None and tree.flagged)
     return EXIT_CHANGED if changed and not changed_ok else 0
@@ -333,6 +334,7 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         )
     if result.snapshot_id is not None:
         output.summary(f"snapshot {short_id(result.snapshot_id)}")
+        _report_protection(output, result)
     else:
         output.summary("nothing was stored: this was a dry run")
     output.emit(
@@ -360,6 +362,33 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         abandoned_bytes=result.abandoned_bytes,
         seconds=stats.seconds,
         dry_run=dry_run,
+        locked_until=_locked_until(result),
+        not_locked=result.protection.not_locked if result.protection is not None else 0,
+    )
+
+
+def _protection_error(result: BackupResult) -> CasfsError | None:
+    return result.protection.error if result.protection is not None else None
+
+
+def _locked_until(result: BackupResult) -> str | None:
+    """Return until when the snapshot and all that it needs are locked, None where something is not."""
+    if result.protection is None or result.protection.error is not None:
+        return None
+    return iso_time(result.protection.until_s * 1_000_000_000)
+
+
+def _report_protection(output: Output, result: BackupResult) -> None:
+    protection = result.protection
+    if protection is None:
+        return
+    if protection.error is None:
+        until = format_time(protection.until_s * 1_000_000_000)
+        output.summary(f"locked until {until}: no credential can remove it before")
+        return
+    output.warn(
+        f"the snapshot is not protected: {counted(protection.not_locked, 'object')} that it needs could not "
+        f"be locked: {protection.error}"
     )
 
 

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from casfs.cli.commands.key import named_recipients, recipient_options
+from casfs.cli.commands.lock_policy import require_lock_duration
 from casfs.cli.key_options import new_passphrase
 from casfs.cli.options import common_options
+from casfs.cli.param_types import DURATION
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
 from casfs.display import escape_path
 from casfs.errors import UsageError
 
+if TYPE_CHECKING:
+    from casfs.format.config import RepositoryConfig
+    from casfs.repository.place import Place
+
 
 @click.command(cls=Verb)
 @click.argument("path", required=False)
 @recipient_options
+@click.option(
+    "--lock-for",
+    "lock_for_s",
+    type=DURATION,
+    metavar="DURATION",
+    help="In a bucket with object lock: lock what a new snapshot needs for this long, as in 30d.",
+)
 @common_options
 @click.pass_obj
 def init(
@@ -27,6 +41,7 @@ def init(
     recipients: tuple[str, ...],
     recipients_files: tuple[Path, ...],
     passphrase: bool,
+    lock_for_s: int | None,
 ) -> None:
     """Create a repository; refuse if one exists.
 
@@ -55,7 +70,12 @@ def init(
             "the configuration names an identity-file for this repository, but no recipient: give "
             "--recipient, --passphrase, or recipients-file in the configuration"
         )
+    if lock_for_s is not None:
+        require_lock_duration(lock_for_s)
+        _require_locking_bucket(place)
     config = create_repository(place, wanted, new)
+    if lock_for_s is not None:
+        _set_lock_policy(place, config, lock_for_s)
     output = settings.output()
     output.line(f"created repository {config.id[:12]} in {escape_path(os.fsencode(name))}")
     if config.encryption is None:
@@ -74,3 +94,24 @@ def init(
         format=config.format,
         encrypted=config.encryption is not None,
     )
+
+
+def _require_locking_bucket(place: Place) -> None:
+    """Raise UsageError or RefusedError where objects cannot be locked, before anything is created."""
+    from casfs.repository.lock_policy import require_locking_bucket
+
+    storage = place.open_storage()
+    try:
+        require_locking_bucket(storage)
+    finally:
+        storage.close()
+
+
+def _set_lock_policy(place: Place, config: RepositoryConfig, lock_for_s: int) -> None:
+    from casfs.repository.lock_policy import own_domain, set_policy
+
+    storage = place.open_storage()
+    try:
+        set_policy(storage, config, lock_for_s, own_domain(config))
+    finally:
+        storage.close()

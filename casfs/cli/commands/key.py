@@ -228,11 +228,14 @@ def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
 def accept(settings: Settings) -> None:
     """Trust the repository and its recipients on this machine.
 
+    This includes the lock policy of a repository in a bucket.
+
     With an identity, this machine also uses the repository's secret for its backups, so that it
     deduplicates with all other machines.
     """
     from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.key_manager import trust_current_recipients as accept_keys
+    from casfs.repository.lock_policy import accept_policy
 
     place = settings.repository()
     storage = place.open_storage()
@@ -242,6 +245,7 @@ def accept(settings: Settings) -> None:
         identities = settings.keys.unlock_given(storage, trust)
         if identities:
             KeyManager.for_writing(str(place), storage, trust, identities)
+    accept_policy(storage, trust.config)
     storage.close()
     _print_recipients(settings, "accepted", recipients)
 

@@ -20,16 +20,28 @@ import casfs
 from casfs.backup import file_cache
 from casfs.crypto import age, gpg, passphrase, recipients, session_files, trust_state
 from casfs.digest import Digest, PackId
-from casfs.format import cipher, codec, config, delta, key_derivation, pack, snapshot, tree
+from casfs.format import (
+    cipher,
+    codec,
+    config,
+    delta,
+    key_derivation,
+    lock_policy,
+    pack,
+    snapshot,
+    tree,
+)
 from casfs.index import delta_notes, fingerprint, index, schema
 from casfs.index.lmdb_env import Transaction
 from casfs.maintenance import prune_plan
+from casfs.repository import object_locks
 from casfs.repository.opening import create_repository
 from casfs.storage import local, locks
 from casfs.store import pending_removal, writer
 from casfs.trees import content
 from casfs.trees import writer as tree_writer
 from tests.support.builders import RepositoryFixture
+from tests.support.versioned_memory import MemoryBucket
 
 PROJECT = Path(casfs.__file__).parent.parent
 DOCUMENT = (PROJECT / "casfs" / "FORMAT.md").read_text(encoding="utf-8")
@@ -274,6 +286,13 @@ def test_derivation_table_lists_every_context_with_its_output_size() -> None:
     assert domain.tree_seed.bit_length() <= sizes[context.TREE_SEED] * 8
 
 
+def test_fields_of_a_lock_policy_are_those_of_the_code() -> None:
+    documented = {row[0]: row[1] for row in rows("Lock policy")}
+    assert tuple(documented) == lock_policy.LockPolicy.__struct_fields__
+    assert documented["casfs"] == lock_policy._FORM
+    assert lock_policy.MAX_POLICY_BYTES == 4 * KIB
+
+
 def test_forms_of_small_files_are_those_of_the_code() -> None:
     documents = {row[0]: row[1] for row in rows("Session files")}
     assert documents["casfs"] == session_files._FORM
@@ -300,6 +319,7 @@ def test_meta_table_lists_every_key_that_an_index_writes(tmp_path: Path) -> None
         known.add_packs([(pack.PackRef(name, False), 100, entries)])
         known.mark_complete(bytes(32), known.loss_epoch())
         known.mark_for_removal([0])
+        object_locks.ObjectLocks(MemoryBucket(lambda: 0, True), known, 1)._remember(["config"])
         cache = file_cache.FileCache(known, bytes(32), known.loss_epoch())
         cache.commit()
         cache.close()

@@ -1,0 +1,341 @@
+"""Locks of a new snapshot and of what it needs: which objects, until when, and what happens on failure."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from casfs.backup.run import BackupOptions, BackupResult, run_backup
+from casfs.digest import SnapshotId
+from casfs.errors import (
+    CasfsError,
+    NotFoundError,
+    StorageDeniedError,
+    StorageError,
+    StorageUnavailableError,
+)
+from casfs.monitor import RecordingMonitor
+from casfs.repository.lock_policy import set_policy
+from casfs.repository.object_locks import lock_end_s
+from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from casfs.repository.place import RemotePlace, read_config
+from casfs.repository.repository import Repository
+from casfs.storage.base import Storage
+from casfs.storage.url import parse_address
+from tests.support.storage_double import Call, Failure, RecordingStorage, unavailable
+from tests.support.versioned_memory import VersionedMemoryStorage
+
+DAY_S = 86_400
+LOCK_S = 40 * DAY_S
+PERIOD_S = 10 * DAY_S
+START_S = 2_000_000_000
+
+
+@dataclass
+class Bench:
+    """A host, a repository in a bucket that locks, and the clock of the storage."""
+
+    source: Path
+    now_s: int = START_S
+    memory: VersionedMemoryStorage = field(init=False)
+    storage: RecordingStorage = field(init=False)
+    place: RemotePlace = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.memory = VersionedMemoryStorage(
+            "s3://bucket/r", now_ns=lambda: self.now_s * 1_000_000_000
+        )
+        self.storage = RecordingStorage(self.memory)
+        self.place = RemotePlace(parse_address("s3://bucket/r"))
+
+    def back_up(self, *names: str, **options: object) -> BackupResult:
+        paths = tuple(bytes(self.source / name) for name in names) or (bytes(self.source),)
+        with open_for_writing(self.place, "backup", OpenOptions(sync=False)) as repository:
+            return run_backup(repository, BackupOptions(paths, **options), RecordingMonitor())  # type: ignore[arg-type]
+
+    def locked(self) -> list[str]:
+        """Return the objects for which a lock was asked since the last call."""
+        names = [call.name for call in self.storage.calls if call.method == "lock"]
+        self.storage.calls.clear()
+        return names
+
+    def until_s(self, name: str) -> int:
+        return self.memory.bucket.locked_until_s(name) or 0
+
+    def packs(self) -> set[str]:
+        return {entry.name for folder in ("packs", "meta") for entry in self.memory.list(folder)}
+
+    def fail(self, error: Callable[[Call], BaseException], prefix: str, times: int = 1) -> None:
+        self.storage.script.failures.append(
+            Failure(
+                lambda call: call.method == "lock" and call.name.startswith(prefix), error, times
+            )
+        )
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, own_home: Path, tmp_path: Path) -> Bench:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_bytes(random.Random(1).randbytes(1000))
+    found = Bench(source)
+
+    def open_it(*arguments: object) -> Storage:
+        return found.storage
+
+    monkeypatch.setattr("casfs.repository.place.open_storage", open_it)
+    create_repository(found.place)
+    set_policy(found.storage, read_config(found.place), LOCK_S, None)
+    found.storage.calls.clear()
+    return found
+
+
+def snapshot_name(result: BackupResult) -> str:
+    assert result.snapshot_id is not None
+    return f"snapshots/{result.snapshot_id.hex()}"
+
+
+def test_dates_are_rounded_up_to_the_end_of_a_period() -> None:
+    for now_s in (START_S, START_S + 1, START_S + PERIOD_S - 1, START_S + PERIOD_S):
+        end_s = lock_end_s(now_s, LOCK_S)
+        assert LOCK_S < end_s - now_s <= LOCK_S + PERIOD_S
+        assert end_s % PERIOD_S == 0
+    assert lock_end_s(0, 3660 * DAY_S) <= (3660 + 30) * DAY_S
+    assert 1 < lock_end_s(0, 1) <= 2
+
+
+def test_a_snapshot_and_what_it_needs_are_locked_until_the_same_date(bench: Bench) -> None:
+    result = bench.back_up()
+    assert result.protection is not None and result.protection.error is None
+    until_s = result.protection.until_s
+    assert until_s == lock_end_s(START_S, LOCK_S)
+    needed = {*bench.packs(), "config", snapshot_name(result)}
+    needed |= {entry.name for entry in bench.memory.list("lock-policies")}
+    needed |= {entry.name for entry in bench.memory.list("deltas")}
+    assert {name: bench.until_s(name) for name in needed} == dict.fromkeys(needed, until_s)
+    assert bench.locked()[-1] == snapshot_name(result)
+
+
+def test_the_snapshot_is_published_after_what_it_needs_is_locked(bench: Bench) -> None:
+    bench.back_up()
+    order = [
+        call.method
+        for call in bench.storage.calls
+        if call.method == "lock" or call.name.startswith("snapshots/")
+    ]
+    published = order.index("create")
+    assert order[published:] == ["create", "lock"]
+    assert order[:published].count("lock") >= 3
+
+
+def test_within_a_period_only_what_is_new_is_locked(bench: Bench) -> None:
+    bench.back_up()
+    bench.locked()
+    before = bench.packs()
+    bench.now_s += 3600
+    again = bench.back_up()
+    assert [n for n in bench.locked() if not n.startswith("deltas/")] == [snapshot_name(again)]
+    (bench.source / "new").write_bytes(random.Random(2).randbytes(1000))
+    third = bench.back_up()
+    locked = [name for name in bench.locked() if not name.startswith("deltas/")]
+    assert set(locked) == {*(bench.packs() - before), snapshot_name(third)}
+
+
+def test_a_new_period_extends_the_packs_that_the_snapshot_relies_on_and_no_others(
+    bench: Bench,
+) -> None:
+    (bench.source / "other").write_bytes(random.Random(3).randbytes(1000))
+    bench.back_up("other")
+    unneeded = bench.packs()
+    bench.back_up("file")
+    first = lock_end_s(START_S, LOCK_S)
+    bench.now_s += PERIOD_S
+    bench.locked()
+    result = bench.back_up("file")
+    assert result.protection is not None
+    assert result.protection.until_s == first + PERIOD_S
+    packs = {name: bench.until_s(name) for name in bench.packs()}
+    assert {packs[name] for name in unneeded} == {first}
+    assert {packs[name] for name in packs.keys() - unneeded} == {first + PERIOD_S}
+    assert len(bench.locked()) == len(set(packs) - unneeded) + len(key_objects(bench)) + 1
+
+
+def key_objects(bench: Bench) -> set[str]:
+    names = {"config"}
+    for folder in ("lock-policies", "deltas"):
+        names |= {entry.name for entry in bench.memory.list(folder)}
+    return names
+
+
+def test_a_pack_that_no_snapshot_needed_for_long_is_locked_again_when_one_relies_on_it(
+    bench: Bench,
+) -> None:
+    (bench.source / "other").write_bytes(random.Random(3).randbytes(1000))
+    bench.back_up("other")
+    old = bench.packs()
+    bench.now_s += 2 * PERIOD_S
+    bench.back_up("file")
+    until_s = {bench.until_s(name) for name in old}
+    result = bench.back_up("other", "file")
+    assert result.protection is not None
+    assert until_s == {lock_end_s(START_S, LOCK_S)}
+    # The content of `other` is in an old pack; that of its old directory is not needed.
+    assert result.protection.until_s in {bench.until_s(name) for name in old}
+
+
+def test_a_host_that_lost_its_cache_locks_everything_that_it_needs_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench.back_up()
+    bench.locked()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new cache"))
+    bench.back_up()
+    assert bench.packs() <= set(bench.locked())
+
+
+def test_a_dry_run_locks_nothing(bench: Bench) -> None:
+    result = bench.back_up(dry_run=True)
+    assert result.protection is None
+    assert bench.locked() == []
+
+
+def test_a_repository_without_a_policy_locks_nothing(bench: Bench) -> None:
+    set_policy(bench.storage, read_config(bench.place), 0, None)
+    bench.locked()
+    assert bench.back_up().protection is None
+    assert bench.locked() == []
+
+
+@pytest.mark.parametrize("offset_s", [-400 * DAY_S, 400 * DAY_S])
+def test_dates_follow_the_clock_of_the_storage_and_not_that_of_the_machine(
+    bench: Bench, offset_s: int
+) -> None:
+    bench.now_s += offset_s
+    result = bench.back_up()
+    assert result.protection is not None
+    assert result.protection.until_s == lock_end_s(bench.now_s, LOCK_S)
+
+
+def denied(call: Call) -> CasfsError:
+    return StorageDeniedError("lock", call.name, PermissionError(13, "not allowed"))
+
+
+def broken(call: Call) -> CasfsError:
+    return StorageError("lock", call.name, OSError(5, "the server answered 400"))
+
+
+def missing(call: Call) -> CasfsError:
+    return NotFoundError(f"{call.name} does not exist")
+
+
+@pytest.mark.parametrize("error", [denied, broken, missing])
+@pytest.mark.parametrize("prefix", ["packs/", "config", "snapshots/"])
+def test_what_cannot_be_locked_is_reported_and_the_snapshot_is_published(
+    bench: Bench, error: Callable[[Call], CasfsError], prefix: str
+) -> None:
+    bench.fail(error, prefix)
+    result = bench.back_up()
+    assert result.snapshot_id is not None
+    with opened(bench) as repository:
+        assert repository.snapshots.ids() == [result.snapshot_id]
+    assert result.protection is not None
+    if error is missing and prefix == "config":
+        assert result.protection.error is None  # it was there when the backup began
+        return
+    assert type(result.protection.error) is type(error(Call("lock", "")))
+    assert result.protection.not_locked >= 1
+    if prefix != "snapshots/":
+        # A lock of the snapshot would promise what is not so.
+        assert bench.until_s(snapshot_name(result)) == 0
+    # The next backup locks what this one could not.
+    healed = bench.back_up()
+    assert healed.protection is not None and healed.protection.error is None
+    assert {bench.until_s(name) for name in bench.packs()} == {healed.protection.until_s}
+
+
+def opened(bench: Bench) -> Repository:
+    return open_for_writing(bench.place, "test", OpenOptions(sync=False))
+
+
+def test_the_first_refusal_of_the_credentials_ends_the_requests(bench: Bench) -> None:
+    bench.memory.bucket.may_lock = False
+    result = bench.back_up()
+    assert result.protection is not None
+    assert isinstance(result.protection.error, StorageDeniedError)
+    assert result.protection.not_locked == len(bench.packs()) + len(key_objects(bench)) + 1
+
+
+def test_a_server_that_does_not_answer_before_the_snapshot_publishes_nothing(bench: Bench) -> None:
+    bench.fail(unavailable, "packs/")
+    with pytest.raises(StorageUnavailableError):
+        bench.back_up()
+    assert list(bench.memory.list("snapshots")) == []
+    assert bench.back_up().snapshot_id is not None
+
+
+def test_a_server_that_falls_silent_after_the_snapshot_is_reported(bench: Bench) -> None:
+    bench.fail(unavailable, "snapshots/")
+    result = bench.back_up()
+    assert result.protection is not None
+    assert isinstance(result.protection.error, StorageUnavailableError)
+    assert result.protection.not_locked == 1
+    assert bench.until_s(snapshot_name(result)) == 0
+
+
+def test_an_answer_that_is_lost_does_no_harm(bench: Bench) -> None:
+    bench.storage.script.failures.append(
+        Failure(lambda call: call.method == "lock", unavailable, after=True)
+    )
+    with pytest.raises(StorageUnavailableError):
+        bench.back_up()
+    result = bench.back_up()
+    assert result.protection is not None and result.protection.error is None
+    assert {bench.until_s(name) for name in bench.packs()} == {result.protection.until_s}
+
+
+def test_a_lock_that_lasts_longer_stays(bench: Bench) -> None:
+    bench.back_up()
+    later_s = START_S + 1000 * DAY_S
+    for name in bench.packs():
+        bench.memory.bucket.lock(name, later_s)
+    bench.now_s += PERIOD_S
+    bench.back_up()
+    assert {bench.until_s(name) for name in bench.packs()} == {later_s}
+
+
+def test_records_of_ended_locks_are_dropped(bench: Bench) -> None:
+    bench.back_up()
+    bench.now_s += 60 * DAY_S
+    bench.back_up()
+    bench.now_s += 60 * DAY_S
+    with opened(bench) as repository:
+        from casfs.backup.protection import Protection
+
+        Protection.begin(repository)
+        environment = repository.store.index.environment
+        meta = environment.database(b"meta")
+        keys = environment.read(lambda txn: [bytes(key) for key, _ in txn.cursor(db=meta)])
+    assert [key for key in keys if key.startswith(b"locked")] == []
+
+
+def test_a_snapshot_is_known_to_be_covered_only_if_all_was_locked(bench: Bench) -> None:
+    bench.fail(broken, "packs/")
+    first = bench.back_up()
+    assert first.snapshot_id is not None
+    assert not covers(bench, first.snapshot_id)
+    second = bench.back_up()
+    assert second.snapshot_id is not None
+    assert covers(bench, second.snapshot_id)
+
+
+def covers(bench: Bench, snapshot_id: SnapshotId) -> bool:
+    from casfs.backup.protection import Protection
+
+    with opened(bench) as repository:
+        protection = Protection.begin(repository)
+        assert protection is not None
+        return protection._covers(snapshot_id)
