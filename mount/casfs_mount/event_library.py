@@ -14,6 +14,8 @@ What keeps other tasks, signals, timers and cancellation alive:
 - After `MAX_TURNS` requests in a row, or `MAX_TURNS_S` seconds, the wait goes through trio, which runs every
   task that is ready, delivers cancellation, and calls signal handlers.
 - While a worker thread is busy for a request, no wait is on the spot: its result must not wait for a poll.
+- Nor while no other task waits for the lock. pyfuse3 has then started one, which has to run first: otherwise
+  it would start another one for each request.
 - What the poll reports besides readable (an unmounted or invalid descriptor) and its errors take the same
   path as in trio.
 
@@ -63,11 +65,21 @@ class RequestLock:
 
     def __init__(self) -> None:
         self._held = False
-        self._waiting = trio.lowlevel.ParkingLot()
+        self._parked = trio.lowlevel.ParkingLot()
+        self._waiting = 0
+
+    def is_awaited(self) -> bool:
+        """Return whether a task waits for the lock, or was woken and has not run yet."""
+        return self._waiting > 0
 
     async def __aenter__(self) -> None:
-        while self._held:
-            await self._waiting.park()
+        if self._held:
+            self._waiting += 1
+            try:
+                while self._held:
+                    await self._parked.park()
+            finally:
+                self._waiting -= 1
         self._held = True
 
     async def __aexit__(
@@ -77,21 +89,27 @@ class RequestLock:
         traceback: TracebackType | None,
     ) -> None:
         self._held = False
-        if self._waiting:
-            self._waiting.unpark()
+        if self._parked:
+            self._parked.unpark()
 
 
 class RequestWait:
-    """The waits for one FUSE descriptor; `is_idle` returns whether no worker thread is busy."""
+    """The waits for one FUSE descriptor.
+
+    `is_idle` returns whether no worker thread is busy, `has_successor` whether another task is ready to wait
+    next.
+    """
 
     def __init__(
         self,
         is_idle: Callable[[], bool],
+        has_successor: Callable[[], bool],
         *,
         make_poll: Callable[[], Poll] = select.poll,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._is_idle = is_idle
+        self._has_successor = has_successor
         self._make_poll = make_poll
         self._clock = clock
         self._polls: dict[int, Poll] = {}
@@ -103,7 +121,12 @@ class RequestWait:
 
         Raises trio.ClosedResourceError after `trio.lowlevel.notify_closing`, and the errors of trio's wait.
         """
-        if self._turns and self._is_idle() and self._clock() < self._until:
+        if (
+            self._turns
+            and self._has_successor()
+            and self._is_idle()
+            and self._clock() < self._until
+        ):
             self._turns -= 1
             if self._is_readable(fd):
                 return
@@ -134,12 +157,15 @@ class _LowLevel:
 
 
 class EventLibrary:
-    """`trio` as pyfuse3 uses it, with another `Lock` and another `lowlevel.wait_readable`."""
+    """`trio` as one session of pyfuse3 uses it: with one lock, and another `lowlevel.wait_readable`."""
 
-    Lock = RequestLock
+    def __init__(self, is_idle: Callable[[], bool]) -> None:
+        self._lock = RequestLock()
+        self.lowlevel = _LowLevel(RequestWait(is_idle, self._lock.is_awaited))
 
-    def __init__(self, wait: RequestWait) -> None:
-        self.lowlevel = _LowLevel(wait)
+    def Lock(self) -> RequestLock:
+        """Return the lock of the session; pyfuse3 makes only one."""
+        return self._lock
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio, name)
@@ -154,7 +180,7 @@ def fast_event_library(is_idle: Callable[[], bool]) -> Iterator[bool]:
     if getattr(pyfuse3, _ATTRIBUTE, None) is not trio:
         yield False
         return
-    setattr(pyfuse3, _ATTRIBUTE, EventLibrary(RequestWait(is_idle)))
+    setattr(pyfuse3, _ATTRIBUTE, EventLibrary(is_idle))
     try:
         yield True
     finally:

@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.conftest import forget
 from tests.support.cli import Casfs
 from tests.support.comparing import rsync_differences, tree_differences
-from tests.support.mounts import is_mounted, mounted, unmount_by_force
+from tests.support.mounts import is_mounted, mounted, processes_naming, unmount_by_force
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -360,20 +360,6 @@ class TestMountCommand:
         finally:
             unmount_by_force(at)
             forget(folder)
-
-
-def processes_naming(mountpoint: Path) -> list[int]:
-    """Return the casfs processes that serve a mountpoint, by their command line."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if os.fsencode(mountpoint) in words and b"mount" in words:
-                found.append(int(folder.name))
-    return found
 
 
 class TestMountOfDamage:

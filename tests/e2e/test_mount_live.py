@@ -22,11 +22,17 @@ import pytest
 from blake3 import blake3
 
 from tests.e2e.conftest import forget
-from tests.e2e.test_mount import processes_naming
 from tests.support.builders import Plan, RepositoryFixture, file, flagged
 from tests.support.cli import Casfs, finish, interrupt
 from tests.support.comparing import rsync_differences
-from tests.support.mounts import is_mounted, mount_namespace, mounted, tmpfs, unmount_by_force
+from tests.support.mounts import (
+    is_mounted,
+    mount_namespace,
+    mounted,
+    processes_naming,
+    tmpfs,
+    unmount_by_force,
+)
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_mount import processes_naming
 from tests.support.cli import Casfs
-from tests.support.mounts import mounted
+from tests.support.mounts import mounted, processes_naming
 from tests.support.synthetic_repository import Shape, build
 
 pytestmark = [pytest.mark.fuse, pytest.mark.slow]

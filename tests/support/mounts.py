@@ -28,6 +28,20 @@ def is_mounted(where: Path) -> bool:
     return os.fsencode(where.parent.resolve() / where.name) in mount_points()
 
 
+def processes_naming(mountpoint: Path) -> list[int]:
+    """Return the casfs processes that serve a mountpoint, by their command line."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if os.fsencode(mountpoint) in words and b"mount" in words:
+                found.append(int(folder.name))
+    return found
+
+
 def unmount_by_force(where: Path) -> None:
     """Detach a mount whatever its state is; nothing happens where nothing is mounted."""
     for command in (["fusermount3", "-uz"], ["umount", "-l"]):

@@ -52,9 +52,13 @@ class Scene:
         self.reading, self.writing = os.pipe()
         self.poll = CountingPoll()
         self.idle = True
+        self.successor = True
         self.now = 0.0
         self.wait = RequestWait(
-            lambda: self.idle, make_poll=lambda: self.poll, clock=lambda: self.now
+            lambda: self.idle,
+            lambda: self.successor,
+            make_poll=lambda: self.poll,
+            clock=lambda: self.now,
         )
 
     async def wait_readable(self) -> None:
@@ -173,6 +177,23 @@ class TestRequestLock:
             with trio.fail_after(30):
                 await done.wait()
 
+    async def test_a_woken_task_counts_as_waiting_until_it_has_the_lock(self) -> None:
+        lock = RequestLock()
+        assert not lock.is_awaited()
+
+        async def other() -> None:
+            async with lock:
+                assert not lock.is_awaited()
+
+        async with trio.open_nursery() as nursery:
+            async with lock:
+                nursery.start_soon(other)
+                assert not lock.is_awaited()
+                await trio.testing.wait_all_tasks_blocked()
+                assert lock.is_awaited()
+            assert lock.is_awaited()
+        assert not lock.is_awaited()
+
     async def test_an_error_inside_releases_the_lock(self) -> None:
         lock = RequestLock()
         with pytest.raises(ZeroDivisionError):
@@ -232,6 +253,15 @@ class TestRequestWait:
         scene.idle = True
         assert not await scene.goes_through_trio()
 
+    async def test_no_wait_is_on_the_spot_while_no_other_task_is_ready_to_wait(
+        self, scene: Scene
+    ) -> None:
+        await scene.begin()
+        scene.successor = False
+        assert await scene.goes_through_trio()
+        scene.successor = True
+        assert not await scene.goes_through_trio()
+
     async def test_an_idle_mount_polls_once_and_then_sleeps_in_trio(self, scene: Scene) -> None:
         await scene.begin()
         os.read(scene.reading, 1)
@@ -280,7 +310,7 @@ class TestRequestWait:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait)
             await trio.testing.wait_all_tasks_blocked()
-            library: Any = EventLibrary(scene.wait)
+            library: Any = EventLibrary(lambda: True)
             library.lowlevel.notify_closing(scene.reading)
         assert closed
 
@@ -310,7 +340,7 @@ class TestFastEventLibrary:
             assert not hasattr(pyfuse3, "trio")
 
     def test_everything_that_the_source_of_pyfuse3_takes_from_trio_is_there(self) -> None:
-        library = EventLibrary(RequestWait(lambda: True))
+        library = EventLibrary(lambda: True)
         names = set()
         folder = Path(pyfuse3.__file__).parent
         for path in [*folder.glob("*.pyx"), *folder.glob("*.pxi")]:
