@@ -26,6 +26,7 @@ from casfs.format.tree import (
 )
 from casfs.index.bitmap import Bitmap
 from casfs.index.schema import Location
+from casfs.maintenance.delta_check import check_deltas
 from casfs.maintenance.scrub import Finding, PackSelection, Scrubber, ScrubResult, is_refused
 from casfs.monitor import Monitor, Unit
 from casfs.paths import join
@@ -66,7 +67,9 @@ class Checker:
 
     def check(self, read: PackSelection | None = None) -> CheckResult:
         """Check the structure, and read the packs that `read` selects (None: no pack)."""
-        Scrubber(self._repository, self.result, self._monitor).scrub(read)
+        scrubber = Scrubber(self._repository, self.result, self._monitor)
+        scrubber.scrub(read)
+        self.result.damage += check_deltas(self._repository, scrubber.directories)
         self._check_sessions()
         self._check_snapshots()
         return self.result

@@ -30,6 +30,7 @@ from casfs.format.codec import ENCRYPTED, Encoded
 from casfs.format.pack import (
     BLOB_HEADER,
     ENCRYPTED_KIND,
+    ENTRY,
     TRAILER,
     PackEntry,
     PackRef,
@@ -58,8 +59,8 @@ _SAVE_INTERVAL_S = 5.0
 class Finding:
     """A damaged, missing or inconsistent object.
 
-    `what` is the kind of object: "pack", "blob", "index", "session", "snapshot", "tree" or "file". Fields
-    that do not apply are None. `ranges` are the lost ranges of a file: begin and end in bytes.
+    `what` is the kind of object: "pack", "blob", "index", "delta", "session", "snapshot", "tree" or "file".
+    Fields that do not apply are None. `ranges` are the lost ranges of a file: begin and end in bytes.
     """
 
     what: str
@@ -69,6 +70,15 @@ class Finding:
     snapshot: SnapshotId | None = None
     path: bytes | None = None
     ranges: tuple[tuple[int, int], ...] = ()
+
+
+def directory_digest(entries: Iterable[PackEntry]) -> bytes:
+    """Return 16 bytes that identify the entries of a pack, in any order."""
+    hasher = blake3()
+    for e in sorted(entries, key=lambda entry: entry.offset):
+        hasher.update(ENTRY.pack(e.digest, e.stored_bytes, e.plain_bytes, e.kind, e.codec, 0))
+        hasher.update(e.offset.to_bytes(8, "little"))
+    return hasher.digest(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +129,8 @@ class _Read:
 class Scrubber:
     """Check the packs of one repository, and add the findings to `result`.
 
-    Use each instance for one scrub.
+    Use each instance for one scrub. `directories` gets the size and the `directory_digest` of each pack with
+    an intact directory, where the repository has index deltas.
     """
 
     def __init__(self, repository: Repository, result: ScrubResult, monitor: Monitor) -> None:
@@ -136,6 +147,7 @@ class Scrubber:
         # Damaged packs, by ordinal, with the blobs that were found in them all the same.
         self._damaged: dict[int, set[Digest]] = {}
         self._saved_at = time.monotonic()
+        self.directories: dict[PackRef, tuple[int, bytes]] = {}
 
     def scrub(self, choice: PackSelection | None) -> None:
         """Compare every pack with the index, and read the packs of `choice` (None: no pack)."""
@@ -157,6 +169,8 @@ class Scrubber:
                 self.result.damage += damage
                 if damage:
                     self._mark_damaged(pack)
+                elif self._repository.config.has_deltas:
+                    self.directories[pack] = stored[pack], directory_digest(entries)
                 ordinal = self._by_name.get(pack)
                 if ordinal is not None:
                     indexed += self._compare_index(pack, entries)

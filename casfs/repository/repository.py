@@ -35,6 +35,7 @@ from casfs.storage.local import allocate_reserve
 from casfs.storage.locks import LockMode, LockRecord, list_and_reap_locks
 from casfs.store.blob_store import BlobStore
 from casfs.store.delta_publisher import DeltaPublisher
+from casfs.store.delta_sync import DeltaSync
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import ContentReader
 from casfs.trees.reader import TreeReader
@@ -80,15 +81,19 @@ class Repository:
             self.snapshots.before_publish = self.deltas.publish
 
     def _make_deltas(self) -> Deltas:
-        keys = self.key_manager
-        sync = make_delta_sync(self.store, make_ciphers(self.store.storage, keys))
         publisher = DeltaPublisher(
             self.store,
-            keys.session if keys is not None else None,
+            self.key_manager.session if self.key_manager is not None else None,
             lambda: self.clock.now_ns() // 1_000_000,
             lambda: all(lock.mode == LockMode.READER for lock in self.other_locks().values()),
         )
-        return Deltas(self.store, sync, publisher, learns=has_deltas(self.place, self.config))
+        learns = has_deltas(self.place, self.config)
+        return Deltas(self.store, self.delta_sync, publisher, learns)
+
+    @property
+    def delta_sync(self) -> DeltaSync:
+        """What reads index deltas with the keys of this process."""
+        return make_delta_sync(self.store, make_ciphers(self.store.storage, self.key_manager))
 
     def close(self) -> None:
         """Close the index, record which packs were read completely, and release the lock."""

@@ -168,3 +168,42 @@ def locations(index: Index) -> dict[Digest, tuple[PackRef, int, int, int, int, i
         digest: (packs[at.pack], at.offset, at.stored_bytes, at.plain_bytes, at.kind, at.codec)
         for digest, at in index.blobs()
     }
+
+
+Place_ = tuple[PackRef, int, int, int, int, int]
+
+
+def directories(place: Place, folder: Path) -> dict[Digest, set[Place_]]:
+    """Return every blob of the storage with all its places, as the directories of the packs say."""
+    index = Index(folder, sync=False)
+    try:
+        store = BlobStore(place.storage, index, BlobCodec(3))
+        found: dict[Digest, set[Place_]] = {}
+        for pack, size in store.stored_packs():
+            for entry in store.read_directory(pack, size):
+                found.setdefault(entry.digest, set()).add((pack, *entry[1:]))
+        return found
+    finally:
+        index.close()
+        shutil.rmtree(folder)
+
+
+def require_as_rebuilt(host: OpenHost, expected: dict[Digest, set[Place_]]) -> None:
+    """Require that an index is what a rebuild from the packs would give, but for which copy it names."""
+    found = locations(host.index)
+    assert found.keys() == expected.keys()
+    assert all(place in expected[digest] for digest, place in found.items())
+    packs = {place[0] for places in expected.values() for place in places}
+    assert host.packs() == packs
+    assert host.index.partial_packs() == []
+    assert host.notes.unverified() == []
+
+
+def require_truthful(host: OpenHost) -> None:
+    """Require that every blob that counts as stored is intact where the index says, without any search."""
+    digests = [digest for digest, _ in host.index.blobs()]
+    for digest, is_stored in zip(digests, host.index.are_stored(digests), strict=True):
+        location = host.index.lookup(digest)
+        assert location is not None
+        if is_stored:
+            host.store.read_at(digest, location)
