@@ -7,6 +7,7 @@ sessions that its identities decrypt. A backup needs no identity: it can write w
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from casfs.crypto.trust_state import (
     save_state,
     verify_pin,
 )
+from casfs.crypto.writers import TrustedWriters
 from casfs.digest import SnapshotId, short_id
 from casfs.errors import (
     KeyMissingError,
@@ -42,6 +44,7 @@ from casfs.errors import (
 )
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain, WriteSession
+from casfs.format.signature import SEED_BYTES, SigningKey
 from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -56,8 +59,10 @@ class KeyManager:
         domain: DedupDomain | None = None,
         state: WriterState | None = None,
         all_domains: bool = False,
+        writers: TrustedWriters | None = None,
     ) -> None:
         self.keyring = keyring
+        self.writers = writers
         self.domain = domain
         self._state = state
         self._all_domains = all_domains
@@ -69,7 +74,8 @@ class KeyManager:
         cls, storage: Storage, config: RepositoryConfig, identities: Identities
     ) -> KeyManager:
         """Return a key manager that decrypts with the given identities."""
-        return cls(Keyring(storage, config, identities))
+        writers = TrustedWriters(config) if config.signs_snapshots else None
+        return cls(Keyring(storage, config, identities), writers=writers)
 
     @classmethod
     def for_writing(
@@ -100,11 +106,26 @@ class KeyManager:
                 "`casfs key accept --identity FILE` once on this machine"
             )
         if state is None or state.domain != domain.secret.hex():
-            state = WriterState(config.id, domain.secret.hex(), recipients.digest)
+            seed = state.signing_seed if state is not None else ""
+            state = WriterState(
+                config.id, domain.secret.hex(), recipients.digest, signing_seed=seed
+            )
+            save_state(state)
+        if not state.signing_seed:
+            seed = secrets.token_bytes(SEED_BYTES).hex()
+            state = msgspec.structs.replace(state, signing_seed=seed)
             save_state(state)
         pin(root, trust)
         _check_last_snapshot(storage, state)
-        return cls(keyring, domain, state, all_domains)
+        writers = TrustedWriters(config) if config.signs_snapshots else None
+        return cls(keyring, domain, state, all_domains, writers)
+
+    @property
+    def signing_key(self) -> SigningKey | None:
+        """The key with which this writer signs its snapshots, None in a repository of format 1."""
+        if self.writers is None or self._state is None:
+            return None
+        return self._state.signing_key()
 
     @property
     def can_read(self) -> bool:
@@ -165,7 +186,7 @@ def _repository_domain(keyring: Keyring) -> DedupDomain | None:
 
 def create_keys(
     storage: Storage,
-    repository_id: str,
+    config: RepositoryConfig,
     recipients: Sequence[Recipient],
     passphrase: str | None = None,
 ) -> EncryptionConfig:
@@ -173,15 +194,16 @@ def create_keys(
 
     Recipients, a domain, and a session that contains it.
     """
+    repository = bytes.fromhex(config.id)
     all_recipients = with_gpg_identities(storage, merged([], recipients))
     if passphrase is not None:
-        all_recipients.append(add_passphrase(storage, passphrase, bytes.fromhex(repository_id)))
-    domain = DedupDomain.new(bytes.fromhex(repository_id))
-    session = WriteSession.new([domain])
+        all_recipients.append(add_passphrase(storage, passphrase, repository))
+    domain = DedupDomain.new(repository)
+    session = WriteSession.new([domain], config.chunker if config.format >= 2 else None)
     listed = RecipientList.of(all_recipients)
     write_recipients(storage, listed)
     write_session(storage, session, listed.recipients)
-    save_state(WriterState(repository_id, domain.secret.hex(), listed.digest))
+    save_state(WriterState(config.id, domain.secret.hex(), listed.digest))
     return EncryptionConfig(CIPHER, session.id.hex(), domain.id.hex())
 
 

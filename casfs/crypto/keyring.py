@@ -10,7 +10,7 @@ import logging
 from casfs.crypto.identities import Identities
 from casfs.crypto.recipients import RecipientList
 from casfs.crypto.session_files import read_session, session_ids, write_session
-from casfs.errors import CasfsError, KeyMissingError, SessionError
+from casfs.errors import CasfsError, KeyMissingError, SessionError, TrustError
 from casfs.format.config import RepositoryConfig
 from casfs.format.key_derivation import DedupDomain, DomainId, SessionId, WriteSession
 from casfs.storage.base import Storage
@@ -39,6 +39,8 @@ class Keyring:
         self._storage = storage
         self._identities = identities
         self._recipients = recipients
+        self._configured_chunker = config.chunker
+        self._session_chunker = config.chunker if config.format >= 2 else None
         self._open: dict[SessionId, WriteSession] = {}
         self._failed: dict[SessionId, CasfsError] = {}
 
@@ -48,7 +50,11 @@ class Keyring:
         return bool(self._identities)
 
     def session(self, session_id: SessionId) -> WriteSession:
-        """Return a session's secrets; raise KeyMissingError and SessionError."""
+        """Return a session's secrets.
+
+        Raise KeyMissingError and SessionError, and TrustError where its writer cut files with other
+        parameters than those of the configuration, which is not encrypted and may have been changed.
+        """
         found = self._open.get(session_id)
         if found is not None:
             return found
@@ -66,6 +72,11 @@ class Keyring:
         except (KeyMissingError, SessionError) as error:
             self._failed[session_id] = error
             raise
+        if session.chunker not in (None, self._configured_chunker):
+            raise TrustError(
+                "the chunker's parameters in the repository's configuration are not those with which its "
+                "writers cut files: the file `config` was changed; restore it from a copy"
+            )
         self._open[session_id] = session
         return session
 
@@ -73,7 +84,7 @@ class Keyring:
         """Return a new session whose secrets are stored durably, encrypted to the recipients."""
         if self._recipients is None:
             raise ValueError("the repository is open for reading")
-        session = WriteSession.new(domains)
+        session = WriteSession.new(domains, self._session_chunker)
         write_session(self._storage, session, self._recipients.recipients)
         self._open[session.id] = session
         return session

@@ -40,7 +40,7 @@ def create_encryption(
     """Create the keys of a new repository and return its configuration with their ids."""
     from casfs.crypto.key_manager import create_keys
 
-    encryption = create_keys(storage, config.id, recipients, passphrase)
+    encryption = create_keys(storage, config, recipients, passphrase)
     return msgspec.structs.replace(config, encryption=encryption)
 
 

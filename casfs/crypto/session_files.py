@@ -17,6 +17,7 @@ from casfs.crypto.age import AgeIdentity
 from casfs.crypto.recipients import Recipient, wrap
 from casfs.digest import digest_of, short_id
 from casfs.errors import KeyMissingError, NotFoundError, SessionError
+from casfs.format.config import ChunkerConfig
 from casfs.format.key_derivation import (
     MAX_DOMAINS,
     SECRET_BYTES,
@@ -43,6 +44,7 @@ class _Document(msgspec.Struct, frozen=True):
     id: str
     secret: str
     domains: list[str]
+    chunker: ChunkerConfig | msgspec.UnsetType = msgspec.UNSET
 
 
 class WrappedFile(NamedTuple):
@@ -60,6 +62,7 @@ def encode_session(session: WriteSession) -> bytes:
         session.id.hex(),
         session.secret.hex(),
         [domain.secret.hex() for domain in session.domains],
+        session.chunker if session.chunker is not None else msgspec.UNSET,
     )
     return msgspec.json.encode(document) + b"\n"
 
@@ -81,7 +84,8 @@ def decode_session(data: bytes, session_id: bytes, repository: bytes) -> WriteSe
     if not is_valid or any(len(one) != SECRET_BYTES for one in secrets):
         raise SessionError(f"{label} has secrets of an invalid number or size")
     domains = tuple(DedupDomain(repository, secret) for secret in secrets[1:])
-    session = WriteSession(repository, secrets[0], domains)
+    chunker = None if document.chunker is msgspec.UNSET else document.chunker
+    session = WriteSession(repository, secrets[0], domains, chunker)
     if session.id != session_id:
         raise SessionError(f"{label} contains the secrets of another session")
     return session

@@ -1,10 +1,10 @@
 """This machine's state of the encrypted repositories that it uses: trust on first use.
 
 One file for each repository contains the secret of the domain in which this machine writes, the digest of the
-list of recipients that it trusts, and the last snapshot that it published. One file for each location, the
-pin, names the repository there and the digest of its configuration. The files are in the user's state
-directory, readable only by this user. Their contents decrypt nothing: they only reveal whether a known
-content is stored.
+list of recipients that it trusts, the last snapshot that it published, and the key that signs its snapshots.
+One file for each location, the pin, names the repository there and the digest of its configuration. The files
+are in the user's state directory, readable only by this user. Their contents decrypt nothing: they reveal
+whether a known content is stored, and allow publishing in the name of this machine.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -23,6 +24,9 @@ from casfs.format.key_derivation import SECRET_BYTES, DedupDomain
 from casfs.format.lock_policy import LockPolicy
 from casfs.user_dirs import make_private_folder, require_private_folder, user_folder
 
+if TYPE_CHECKING:
+    from casfs.format.signature import SigningKey
+
 
 class WriterState(msgspec.Struct, frozen=True):
     """The state of one repository; `domain` and `recipients` are hexadecimal."""
@@ -32,10 +36,18 @@ class WriterState(msgspec.Struct, frozen=True):
     recipients: str
     last_snapshot: str = ""
     last_time_ns: int = 0
+    signing_seed: str = ""
+    """The seed of this machine's signing key, hexadecimal; empty in a state of an earlier version."""
 
     def own_domain(self) -> DedupDomain:
         """Return the domain in which this machine writes."""
         return DedupDomain(bytes.fromhex(self.repository), bytes.fromhex(self.domain))
+
+    def signing_key(self) -> SigningKey:
+        """Return the key with which this machine signs its snapshots."""
+        from casfs.format.signature import SigningKey
+
+        return SigningKey(bytes.fromhex(self.signing_seed))
 
 
 class _Pin(msgspec.Struct, frozen=True):
@@ -78,7 +90,9 @@ def load_state(config: RepositoryConfig) -> WriterState | None:
     try:
         state = msgspec.json.decode(data, type=WriterState)
         is_valid = (
-            state.repository == config.id and len(bytes.fromhex(state.domain)) == SECRET_BYTES
+            state.repository == config.id
+            and len(bytes.fromhex(state.domain)) == SECRET_BYTES
+            and len(bytes.fromhex(state.signing_seed)) in (0, SECRET_BYTES)
         )
     except (msgspec.DecodeError, ValueError) as error:
         raise _damaged(path) from error
@@ -89,7 +103,7 @@ def load_state(config: RepositoryConfig) -> WriterState | None:
 
 def save_state(state: WriterState) -> None:
     """Store the state durably; raise StorageError."""
-    _write(_state_path(state.repository), msgspec.json.encode(state))
+    write_state_file(_state_path(state.repository), msgspec.json.encode(state))
 
 
 def pin_lock_policy(policy: LockPolicy) -> None:
@@ -130,7 +144,7 @@ def pin(root: Path | str, trust: TrustRoot) -> None:
     shown = os.fsencode(root).decode("utf-8", "backslashreplace")
     record = msgspec.json.encode(_Pin(shown, config.id, domain, trust.config_digest, config.format))
     for name in names:
-        _write(_pin_path(name), record)
+        write_state_file(_pin_path(name), record)
 
 
 def _has_pin(names: list[str]) -> bool:
@@ -205,7 +219,8 @@ def _pin_path(name: str, make: bool = True) -> Path:
     return state_folder(make) / f"place-{digest_of(os.fsencode(name)).hex()[:32]}.json"
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_state_file(path: Path, data: bytes) -> None:
+    """Replace a file of the state atomically and durably, with mode 0600; raise StorageError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -77,6 +77,11 @@ class RepositoryConfig(msgspec.Struct, frozen=True):
         """Whether a writer publishes index deltas."""
         return self.format >= 2
 
+    @property
+    def signs_snapshots(self) -> bool:
+        """Whether machines sign their snapshots: in an encrypted repository of format 2."""
+        return self.encryption is not None and self.format >= 2
+
 
 def new_config(created: str, format_: int = DEFAULT_FORMAT) -> RepositoryConfig:
     """Return the configuration of a new repository with a random id."""

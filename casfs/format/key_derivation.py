@@ -19,6 +19,7 @@ from typing import NewType, Protocol
 from blake3 import blake3
 
 from casfs.digest import short_id
+from casfs.format.config import ChunkerConfig
 
 SessionId = NewType("SessionId", bytes)
 DomainId = NewType("DomainId", bytes)
@@ -99,16 +100,21 @@ class WriteSession:
     """A session's secrets; the first of the `domains` is its writer's own.
 
     The id commits to the repository and to every secret, so that no other session can have the same id.
+    `chunker` are the parameters with which its writer cuts files; sessions of format 1 do not have them.
     """
 
     repository: bytes
     secret: bytes
     domains: tuple[DedupDomain, ...]
+    chunker: ChunkerConfig | None = None
 
     @classmethod
-    def new(cls, domains: Sequence[DedupDomain]) -> WriteSession:
+    def new(
+        cls, domains: Sequence[DedupDomain], chunker: ChunkerConfig | None = None
+    ) -> WriteSession:
         """Return a session with a new random secret."""
-        return cls(domains[0].repository, secrets.token_bytes(SECRET_BYTES), tuple(domains))
+        secret = secrets.token_bytes(SECRET_BYTES)
+        return cls(domains[0].repository, secret, tuple(domains), chunker)
 
     def __repr__(self) -> str:
         return f"Session({short_id(self.id)})"

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -28,7 +28,7 @@ from casfs.format.snapshot import (
     MAX_SNAPSHOT_BYTES,
     Envelope,
     Snapshot,
-    decode_snapshot,
+    decode_signed_snapshot,
     encode_snapshot,
     read_envelope,
 )
@@ -40,12 +40,22 @@ from casfs.storage.base import Storage
 from casfs.trees.reader import TreeReader
 
 if TYPE_CHECKING:
-    # An unencrypted repository does not need this import.
+    # An unencrypted repository does not need these imports.
     from casfs.crypto.key_manager import KeyManager
+    from casfs.crypto.writers import HostKey, SignedSnapshot, TrustedWriters
+    from casfs.format.signature import Author, Signers
 
 log = logging.getLogger(__name__)
 
 _SHORT_ID = re.compile("[0-9a-f]{4,64}")
+
+
+class _Origin(NamedTuple):
+    """Where a snapshot comes from; `knew_secret` says that its writer knew the repository's own secret."""
+
+    knew_secret: bool
+    host: str
+    signers: Signers | None
 
 
 class SnapshotStore:
@@ -70,27 +80,37 @@ class SnapshotStore:
         self._trees = trees
         self._keys = keys
         self._loss_epoch = loss_epoch
-        self._proven: dict[SnapshotId, bool] = {}
+        self._origins: dict[SnapshotId, _Origin] = {}
         self.before_publish: Callable[[], None] = lambda: None
 
     def publish(
-        self, snapshot: Snapshot, complete: bool = True, *, is_proven: bool = True
+        self,
+        snapshot: Snapshot,
+        complete: bool = True,
+        *,
+        is_proven: bool = True,
+        author: Author | None = None,
     ) -> SnapshotId:
         """Store a snapshot, as the last step of a backup.
 
         `complete` means that all its blobs are durable and in the index. Without `is_proven` it is published
-        as unproven, even by a trusted writer.
+        as unproven, even by a trusted writer. `author` is the machine that made it, by default this one.
         """
-        session = None
+        session, key = None, None
         if self._keys is not None:
             session = self._keys.session() if is_proven else self._keys.unproven_session()
-        snapshot_id, data = encode_snapshot(snapshot, self._codec, session)
+            key = self._keys.signing_key
+        snapshot_id, data = encode_snapshot(snapshot, self._codec, session, key, author)
         if complete:
             self._index.mark_complete(snapshot_id, self._loss_epoch)
         self.before_publish()
         self._storage.create(f"snapshots/{snapshot_id.hex()}", data)
         if self._keys is not None:
             self._keys.record_published(snapshot_id, snapshot.time_ns)
+            if is_proven and author is None and self._keys.can_read:
+                writers = self._trusted_writers()
+                if writers is not None:
+                    writers.learn_own(snapshot.host)
         return snapshot_id
 
     def replace(
@@ -117,7 +137,9 @@ class SnapshotStore:
             replaces=snapshot_id,
         )
         complete = root is None and self._index.is_complete(snapshot_id)
-        new_id = self.publish(changed, complete)
+        signers = self._origins[snapshot_id].signers if root is None else None
+        author = signers.author if signers is not None else None
+        new_id = self.publish(changed, complete, author=author)
         if snapshot.replaces is not None:
             # A crash may have left the snapshot that this one replaced; without this one it would be listed
             # again.
@@ -160,12 +182,13 @@ class SnapshotStore:
         """
         data = self._storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
         keyring = self._keys.keyring if self._keys is not None else None
-        snapshot = decode_snapshot(snapshot_id, data, self._codec, keyring)
+        snapshot, signers = decode_signed_snapshot(snapshot_id, data, self._codec, keyring)
+        knew_secret = True
         if keyring is not None:
             envelope = read_envelope(snapshot_id, data)
             assert envelope is not None
-            session = keyring.session(envelope.session)
-            self._proven[snapshot_id] = keyring.is_from_trusted_writer(session)
+            knew_secret = keyring.is_from_trusted_writer(keyring.session(envelope.session))
+        self._origins[snapshot_id] = _Origin(knew_secret, snapshot.host, signers)
         return snapshot
 
     def envelope(self, snapshot_id: SnapshotId) -> Envelope | None:
@@ -174,16 +197,64 @@ class SnapshotStore:
         return read_envelope(snapshot_id, data)
 
     def is_from_trusted_writer(self, snapshot_id: SnapshotId) -> bool:
-        """Return whether a snapshot is proven: its writer knew the repository's own secret, if it has one.
+        """Return whether a snapshot is proven.
 
-        An unproven snapshot is no parent, counts in no retention rule and replaces no other. Raises as `load`
-        does.
+        In an encrypted repository its writer must have known the repository's own secret, and in format 2 a
+        machine that this one trusts for its host must have signed it. An unproven snapshot is no parent,
+        counts in no retention rule and replaces no other. Raises as `load` does.
         """
         if self._keys is None:
             return True
-        if snapshot_id not in self._proven:
+        signed = self._signed(snapshot_id)
+        if signed is None:
+            return False
+        writers = self._trusted_writers()
+        return writers is None or writers.trusts(signed)
+
+    def _may_replace(self, snapshot_id: SnapshotId) -> bool:
+        """Return whether a snapshot is proven and a trusted machine published it."""
+        if self._keys is None:
+            return True
+        signed, writers = self._signed(snapshot_id), self._trusted_writers()
+        if signed is None or not self.is_from_trusted_writer(snapshot_id):
+            return False
+        return writers is None or writers.trusts_publisher(signed)
+
+    def learn_writers(self) -> list[HostKey]:
+        """Trust the machines that signed the snapshots which are there now; return the keys that are new.
+
+        Raise the errors of `load` only where no snapshot at all can be read.
+        """
+        if self._keys is None or self._keys.writers is None:
+            return []
+        found = []
+        for snapshot_id in self.ids():
+            try:
+                signed = self._signed(snapshot_id)
+            except (NotFoundError, KeyMissingError, IntegrityError, StorageError) as error:
+                log.info("who wrote snapshot %s is unknown: %s", short_id(snapshot_id), error)
+                continue
+            if signed is not None:
+                found.append(signed)
+        return self._keys.writers.learn(found)
+
+    def _signed(self, snapshot_id: SnapshotId) -> SignedSnapshot | None:
+        """Return who signed a snapshot, None if its writer did not know the repository's own secret."""
+        from casfs.crypto.writers import SignedSnapshot
+
+        if snapshot_id not in self._origins:
             self.load(snapshot_id)
-        return self._proven[snapshot_id]
+        origin = self._origins[snapshot_id]
+        if not origin.knew_secret:
+            return None
+        return SignedSnapshot(snapshot_id, origin.host, origin.signers)
+
+    def _trusted_writers(self) -> TrustedWriters | None:
+        """Return the machines that this one trusts, None in format 1; the first call learns them."""
+        writers = self._keys.writers if self._keys is not None else None
+        if writers is not None and writers.is_first_use:
+            self.learn_writers()
+        return writers
 
     def unproven_of(self, snapshot_ids: Iterable[SnapshotId]) -> list[SnapshotId]:
         """Return the unproven ones of some snapshots, in their order; raises as `load` does."""
@@ -223,7 +294,7 @@ class SnapshotStore:
         replaced = {
             snapshot.replaces
             for snapshot_id, snapshot in found
-            if self.is_from_trusted_writer(snapshot_id)
+            if snapshot.replaces is not None and self._may_replace(snapshot_id)
         }
         found.sort(key=lambda item: (item[1].time_ns, item[0]))
         for snapshot_id, snapshot in found:
@@ -255,8 +326,8 @@ class SnapshotStore:
             found = snapshot_id, self.load(snapshot_id)
         if not self.is_from_trusted_writer(found[0]):
             log.warning(
-                "snapshot %s is unproven: its writer did not have this repository's own secret, so it may "
-                "have been forged by the storage's operator",
+                "snapshot %s is unproven: no machine that this one trusts is known to have written it, so it "
+                "may have been forged by the storage's operator",
                 short_id(found[0]),
             )
         return found

@@ -13,12 +13,13 @@ from casfs.cli.key_options import PassphraseSource, new_passphrase
 from casfs.cli.options import common_options, repository_options
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import SuggestingGroup
-from casfs.display import counted
+from casfs.display import counted, escape_path
 from casfs.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from casfs.crypto.recipients import Recipient
     from casfs.crypto.trust_root import TrustRoot
+    from casfs.crypto.writers import HostKey
     from casfs.repository.place import Place
     from casfs.storage.base import Storage
 
@@ -78,15 +79,28 @@ def key() -> None:
 @repository_options
 @click.pass_obj
 def list_keys(settings: Settings) -> None:
-    """List the recipients, whose keys decrypt the repository."""
+    """List the recipients, whose keys decrypt the repository, and the keys that sign snapshots.
+
+    A machine trusts the first signing key that it sees for a host name. Compare the listed keys with those
+    that the hosts list as their own.
+    """
+    from casfs.crypto.writers import TrustedWriters
+
     with _open_encrypted(settings) as (storage, trust):
         recipients = trust.recipients(storage).recipients
+        writers = TrustedWriters(trust.config).listed() if trust.config.signs_snapshots else []
     output = settings.output()
     rows = []
     for recipient in recipients:
         rows.append((str(recipient.kind), recipient.line))
         output.emit("recipient", **_fields(recipient))
     output.table(("kind", "recipient"), (), rows)
+    if writers:
+        output.line("")
+        shown = [(_host_of(one), one.key) for one in writers]
+        output.table(("signing host", "key"), (), shown)
+    for writer in writers:
+        output.emit("writer", **writer._asdict())
 
 
 @key.command()
@@ -231,23 +245,32 @@ def accept(settings: Settings) -> None:
     This includes the lock policy of a repository in a bucket.
 
     With an identity, this machine also uses the repository's secret for its backups, so that it
-    deduplicates with all other machines.
+    deduplicates with all other machines, and trusts the keys that signed the snapshots which are there now.
     """
     from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.key_manager import trust_current_recipients as accept_keys
     from casfs.repository.lock_policy import accept_policy
+    from casfs.repository.opening import OpenOptions, open_for_reading
 
     place = settings.repository()
     storage = place.open_storage()
     trust = place.trust_root(storage)
     recipients = accept_keys(str(place), storage, trust)
+    writers: list[HostKey] = []
     if trust.config.encryption is not None:
         identities = settings.keys.unlock_given(storage, trust)
         if identities:
             KeyManager.for_writing(str(place), storage, trust, identities)
+            options = OpenOptions(unlock=lambda *_: identities)
+            with open_for_reading(place, options) as repository:
+                writers = repository.snapshots.learn_writers()
     accept_policy(storage, trust.config)
     storage.close()
     _print_recipients(settings, "accepted", recipients)
+    output = settings.output()
+    for writer in writers:
+        output.line(f"accepted the signing key {writer.key} of {_host_of(writer)}")
+        output.emit("writer", what="accepted", **writer._asdict())
 
 
 @contextmanager
@@ -302,6 +325,10 @@ def _fields(recipient: Recipient) -> dict[str, str | None]:
         "recipient": recipient.value,
         "age": recipient.age or None,
     }
+
+
+def _host_of(writer: HostKey) -> str:
+    return escape_path(writer.host.encode()) + (" (this machine)" if writer.is_own else "")
 
 
 def _print_recipients(settings: Settings, what: str, recipients: Sequence[Recipient]) -> None:

@@ -1,0 +1,255 @@
+"""A machine signs what it publishes: a former recipient publishes in the name of no known host."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from casfs.backup.run import BackupOptions, BackupResult, run_backup
+from casfs.cli.app import casfs
+from casfs.cli.settings import Settings
+from casfs.crypto.trust_state import load_state
+from casfs.crypto.writers import TrustedWriters
+from casfs.digest import SnapshotId
+from casfs.errors import RefusedError, TrustError
+from casfs.format.config import decode_config, encode_config
+from casfs.monitor import RecordingMonitor
+from casfs.repository.opening import (
+    OpenOptions,
+    create_repository,
+    open_for_maintenance,
+    open_for_reading,
+    open_for_writing,
+)
+from casfs.repository.repository import Repository
+from casfs.storage.locks import LockMode
+from tests.support.encryption import RECIPIENT, SECRET, unlock
+
+OPTIONS = OpenOptions(unlock=unlock, sync=False)
+
+
+class Fleet:
+    """Machines with an identity of the same repository, each with its own state and cache."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, format_: int = 2) -> None:
+        self.folder = folder
+        self.root = folder / "repository"
+        self.source = folder / "source"
+        self.source.mkdir()
+        (self.source / "file").write_bytes(b"content")
+        (folder / "identity").write_text(SECRET + "\n")
+        self._monkeypatch = monkeypatch
+        with self.on("admin"):
+            create_repository(self.root, (RECIPIENT,), format_=format_)
+
+    @contextmanager
+    def on(self, machine: str) -> Iterator[None]:
+        """Be a machine."""
+        with self._monkeypatch.context() as patch:
+            patch.setenv("XDG_STATE_HOME", str(self.folder / machine / "state"))
+            patch.setenv("XDG_CACHE_HOME", str(self.folder / machine / "cache"))
+            (self.folder / machine).mkdir(mode=0o700, exist_ok=True)
+            yield
+
+    def back_up(self, machine: str, host: str | None = None) -> BackupResult:
+        """Publish a snapshot of a machine in the name of a host, by default its own."""
+        options = BackupOptions(paths=(os.fsencode(self.source),), host=host or machine)
+        with self.on(machine), open_for_writing(self.root, "backup", OPTIONS) as repository:
+            return run_backup(repository, options, RecordingMonitor())
+
+    def proven(self, machine: str) -> dict[SnapshotId, bool]:
+        """Return what a machine thinks of each snapshot."""
+        with self.on(machine), open_for_reading(self.root, OPTIONS) as repository:
+            store = repository.snapshots
+            return {one: store.is_from_trusted_writer(one) for one in store.ids()}
+
+    def run(self, machine: str, *arguments: str) -> Result:
+        """Run a command on a machine with the identity."""
+        self._monkeypatch.setenv("CASFS_IDENTITY", str(self.folder / "identity"))
+        with self.on(machine):
+            result = CliRunner().invoke(
+                casfs,
+                [*arguments, "--repo", str(self.root)],
+                obj=Settings(),
+                standalone_mode=False,
+            )
+        if result.exception is not None:
+            raise result.exception
+        return result
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fleet:
+    return Fleet(tmp_path, monkeypatch)
+
+
+def id_of(result: BackupResult) -> SnapshotId:
+    assert result.snapshot_id is not None
+    return result.snapshot_id
+
+
+def test_machines_trust_the_first_key_of_each_host(fleet: Fleet) -> None:
+    made = {id_of(fleet.back_up(machine)) for machine in ("admin", "web", "mail")}
+    for machine in ("admin", "web", "mail", "a new one"):
+        assert fleet.proven(machine) == dict.fromkeys(made, True)
+
+
+def test_a_former_recipient_publishes_in_the_name_of_no_known_host(fleet: Fleet) -> None:
+    honest = id_of(fleet.back_up("web"))
+    assert fleet.proven("admin") == {honest: True}
+    forged = id_of(fleet.back_up("thief", host="web"))
+    assert fleet.proven("admin") == {honest: True, forged: False}
+    assert fleet.proven("web") == {honest: True, forged: False}
+    assert fleet.back_up("web").snapshot.parent == honest
+
+
+def test_a_forged_snapshot_hides_no_honest_one(fleet: Fleet) -> None:
+    honest = id_of(fleet.back_up("web"))
+    assert fleet.proven("admin") == {honest: True}
+    with fleet.on("thief"), open_for_writing(fleet.root, "tag", OPTIONS) as repository:
+        forged = _replacement_with_the_authors_signature(repository, honest)
+    with fleet.on("admin"), open_for_reading(fleet.root, OPTIONS) as repository:
+        assert {one for one, _ in repository.snapshots.iterate()} == {honest, forged}
+
+
+def _replacement_with_the_authors_signature(
+    repository: Repository, snapshot_id: SnapshotId
+) -> SnapshotId:
+    """Publish a snapshot that replaces another, as `tag` does, and leave the other there."""
+    store = repository.snapshots
+    snapshot = store.load(snapshot_id)
+    signers = store._origins[snapshot_id].signers
+    assert signers is not None
+    changed = msgspec.structs.replace(snapshot, tags=("evil",), replaces=snapshot_id)
+    return store.publish(changed, author=signers.author)
+
+
+def test_a_tag_that_another_machine_changes_leaves_the_snapshot_proven(fleet: Fleet) -> None:
+    made = id_of(fleet.back_up("web"))
+    assert fleet.proven("web") == {made: True}
+    fleet.run("admin", "tag", made.hex()[:12], "--add", "kept")
+    (after,) = fleet.proven("web").items()
+    assert after[1] is True
+    assert after[0] != made
+    assert fleet.back_up("web").snapshot.parent == after[0]
+
+
+def test_a_host_that_was_set_up_again_is_accepted_by_a_command(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = id_of(fleet.back_up("web"))
+    assert fleet.proven("admin") == {before: True}
+    after = id_of(fleet.back_up("the new web", host="web"))
+    assert fleet.proven("admin") == {before: True, after: False}
+    assert "run `casfs key accept` with an identity" in caplog.text
+    printed = [json.loads(line) for line in _lines(fleet.run("admin", "key", "accept", "--json"))]
+    (accepted,) = [one for one in printed if one["type"] == "writer"]
+    assert (accepted["what"], accepted["host"], accepted["is_own"]) == ("accepted", "web", False)
+    assert fleet.proven("admin") == {before: True, after: True}
+
+
+def test_key_list_shows_the_keys_that_sign(fleet: Fleet) -> None:
+    fleet.back_up("web")
+    fleet.back_up("admin")
+    fleet.proven("admin")
+    printed = [json.loads(line) for line in _lines(fleet.run("admin", "key", "list", "--json"))]
+    listed = {one["host"]: one for one in printed if one["type"] == "writer"}
+    assert {host: one["is_own"] for host, one in listed.items()} == {"web": False, "admin": True}
+    assert listed["web"]["key"] == _own_key(fleet, "web")
+    text = fleet.run("admin", "key", "list").stdout
+    assert f"admin (this machine)  {_own_key(fleet, 'admin')}" in text
+
+
+def _lines(result: Result) -> list[str]:
+    return result.stdout.splitlines()
+
+
+def _own_key(fleet: Fleet, machine: str) -> str:
+    config = decode_config((fleet.root / "config").read_bytes(), "the test")
+    with fleet.on(machine):
+        state = load_state(config)
+    assert state is not None
+    return state.signing_key().public.hex()
+
+
+def test_snapshots_of_format_1_stay_proven_after_an_upgrade(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Fleet(tmp_path, monkeypatch, format_=1)
+    unsigned = id_of(fleet.back_up("web"))
+    fleet.run("web", "upgrade")
+    assert fleet.proven("web") == {unsigned: True}
+    signed = id_of(fleet.back_up("web"))
+    assert fleet.proven("web") == {unsigned: True, signed: True}
+
+
+def test_an_unsigned_snapshot_in_a_repository_of_format_2_is_unproven(fleet: Fleet) -> None:
+    """A former recipient leaves the signature out, as an earlier version of casfs did."""
+    signed = id_of(fleet.back_up("web"))
+    assert fleet.proven("admin") == {signed: True}
+    with fleet.on("thief"), open_for_writing(fleet.root, "backup", OPTIONS) as repository:
+        snapshot = repository.snapshots.load(signed)
+        assert repository.snapshots._keys is not None
+        repository.snapshots._keys.writers = None
+        unsigned = repository.snapshots.publish(msgspec.structs.replace(snapshot, tags=("x",)))
+    assert fleet.proven("admin") == {signed: True, unsigned: False}
+
+
+def test_a_repaired_snapshot_is_signed_by_the_machine_that_repaired_it(fleet: Fleet) -> None:
+    made = id_of(fleet.back_up("web"))
+    with (
+        fleet.on("admin"),
+        open_for_maintenance(fleet.root, "repair", OPTIONS, LockMode.MAINTENANCE) as repository,
+    ):
+        snapshot = repository.snapshots.load(made)
+        root = msgspec.structs.replace(snapshot.root, mode=0o700)
+        repaired = repository.snapshots.replace_root(made, snapshot, root)
+        assert repository.snapshots.is_from_trusted_writer(repaired)
+    assert fleet.proven("admin") == {repaired: True}
+    assert fleet.proven("web") == {repaired: False}
+
+
+def test_a_replacement_of_an_unproven_snapshot_is_refused(fleet: Fleet) -> None:
+    honest = id_of(fleet.back_up("web"))
+    assert fleet.proven("admin") == {honest: True}
+    forged = id_of(fleet.back_up("thief", host="web"))
+    with pytest.raises(RefusedError, match="unproven"):
+        fleet.run("admin", "tag", forged.hex()[:12], "--add", "kept")
+
+
+def test_a_damaged_file_of_keys_is_named(fleet: Fleet) -> None:
+    fleet.back_up("web")
+    fleet.proven("web")
+    (file,) = (fleet.folder / "web" / "state" / "casfs").glob("writers-*.json")
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.write_bytes(b"{")
+    with pytest.raises(TrustError, match="is damaged; restore it, or remove it and run"):
+        fleet.proven("web")
+
+
+def test_the_keys_of_a_new_machine_stay_the_same(fleet: Fleet) -> None:
+    fleet.back_up("web")
+    before = _own_key(fleet, "web")
+    fleet.back_up("web")
+    assert _own_key(fleet, "web") == before
+    config = decode_config((fleet.root / "config").read_bytes(), "the test")
+    with fleet.on("web"):
+        assert [one.key for one in TrustedWriters(config).listed()] == [before]
+
+
+def test_changed_parameters_of_the_chunker_are_refused_on_a_new_machine(fleet: Fleet) -> None:
+    """The configuration is not encrypted; a session says with which parameters its writer cut."""
+    fleet.back_up("web")
+    file = fleet.root / "config"
+    config = decode_config(file.read_bytes(), "the test")
+    chunker = msgspec.structs.replace(config.chunker, avg_bytes=2 * config.chunker.avg_bytes)
+    file.write_bytes(encode_config(msgspec.structs.replace(config, chunker=chunker)))
+    with pytest.raises(TrustError, match="the file `config` was changed"):
+        fleet.back_up("a new one")
