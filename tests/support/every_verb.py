@@ -117,6 +117,7 @@ def lines_of_every_verb(casfs: Casfs, folder: Path) -> Iterator[tuple[str, Line]
     run("snapshots", on=encrypted)
     run("key rewrap", *key, on=encrypted)
     run("key accept", *key, on=encrypted)
+    run("key list", on=encrypted)
     run("key passwd", *key, "--new-passphrase-file", other, on=encrypted)
     yield from found
 
