@@ -108,7 +108,7 @@ def save_state(state: WriterState) -> None:
 
 def pin_lock_policy(policy: LockPolicy) -> None:
     """Record the lock policy that this machine follows in a repository; raise StorageError."""
-    _write(_lock_policy_path(policy.repository), msgspec.json.encode(policy))
+    write_state_file(_lock_policy_path(policy.repository), msgspec.json.encode(policy))
 
 
 def pinned_lock_policy(repository: str) -> LockPolicy | None:
