@@ -78,7 +78,9 @@ def _numbers(step: StepOutcome) -> list[str]:
         return [f"{forgotten} forgotten, {step.number('kept')} kept"]
     freed = step.number("freed_bytes")
     if step.step is StepName.PRUNE and freed is not None:
-        return [f"{format_size(freed)} freed"]
+        waiting = step.number("waiting_bytes")
+        later = f", {format_size(waiting)} by a later prune" if waiting else ""
+        return [f"{format_size(freed)} freed{later}" if freed or later else "nothing to free"]
     if step.step is StepName.CHECK and step.number("damage") is not None:
         read = step.number("read_bytes") or 0
         return [counted(step.number("damage") or 0, "problem"), f"{format_size(read)} read"]

@@ -97,6 +97,22 @@ def test_the_text_has_a_line_for_each_step_and_its_problems() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("freed_bytes", "waiting_bytes", "text"),
+    [
+        (2048, 0, "2.0 KiB freed"),
+        (0, 3072, "0 B freed, 3.0 KiB by a later prune"),
+        (0, 0, "nothing to free"),
+    ],
+)
+def test_a_prune_says_what_it_freed_and_what_waits(
+    freed_bytes: int, waiting_bytes: int, text: str
+) -> None:
+    result = {"freed_bytes": freed_bytes, "waiting_bytes": waiting_bytes}
+    found = summary_text(summary(StepOutcome(step=StepName.PRUNE, exit=0, result=result)))
+    assert f"prune: done in 0.0 s; {text}\n" in found
+
+
 def test_numbers_of_each_step_are_in_the_text() -> None:
     text = summary_text(
         summary(
