@@ -103,7 +103,7 @@ class ReportFiles:
             "time": _iso_time(snapshot.time_ns),
             "time_ns": snapshot.time_ns,
             "host": snapshot.host,
-            "user": snapshot.user,
+            "username": snapshot.user,
             "paths": [path.decode("utf-8", "surrogateescape") for path in snapshot.paths],
             "tags": list(snapshot.tags),
             "parent": snapshot.parent.hex() if snapshot.parent is not None else None,
