@@ -290,6 +290,7 @@ class CommandMonitor:
                 total_items=state.total_items,
                 done_bytes=state.done_bytes,
                 total_bytes=state.total_bytes,
+                reread_bytes=state.again_bytes,
                 is_estimate=state.is_estimate,
                 bytes_per_second=round(state.rate) if state.rate is not None else None,
                 elapsed_seconds=round(state.elapsed_s, 3),
