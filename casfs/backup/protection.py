@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 from casfs.backup.relied_packs import ReliedPacks
 from casfs.digest import SnapshotId
-from casfs.errors import CasfsError, IntegrityError, StorageUnavailableError
+from casfs.errors import CasfsError, IntegrityError, StorageError, StorageUnavailableError
 from casfs.format.config import CONFIG_NAME
+from casfs.format.delta import FOLDER as DELTAS
 from casfs.format.lock_policy import FOLDER as POLICIES
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node
 from casfs.repository.lock_policy import lock_duration_s
-from casfs.repository.object_locks import NotLocked, ObjectLocks, lock_end_s
+from casfs.repository.object_locks import ObjectLocks, lock_end_s
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
 
@@ -48,8 +49,8 @@ class Protection:
         self._storage = repository.store.storage
         self._locks = locks
         self._packs_before = {record.pack for record in self._index.packs()}
-        self._failures: list[NotLocked] = []
-        self._not_tried = 0
+        self._not_locked: set[str] = set()
+        self._error: CasfsError | None = None
 
     @classmethod
     def begin(cls, repository: Repository) -> Protection | None:
@@ -72,28 +73,39 @@ class Protection:
         self._lock(self._packs_to_lock(root, parent))
         self._lock(self._locks.not_locked(self._key_objects()), may_be_missing=True)
 
+    def _lock_what_was_published(self) -> None:
+        """Lock the index deltas, and the packs that the publication itself stored."""
+        new = [
+            pack_name(record.pack)
+            for record in self._index.packs()
+            if record.pack not in self._packs_before
+        ]
+        deltas = [entry.name for entry in self._storage.list(DELTAS)]
+        self._lock(self._locks.not_locked(new))
+        self._lock(self._locks.not_locked(deltas), may_be_missing=True)
+
     def protect_snapshot(self, snapshot_id: SnapshotId) -> ProtectionResult:
         """Lock a published snapshot and return whether it and all that it needs are protected."""
         name = f"snapshots/{snapshot_id.hex()}"
         # The lock of a snapshot shows that what it needs is locked as long, so it is the last one.
         try:
+            self._lock_what_was_published()
             self._lock([name])
-        except StorageUnavailableError as error:
-            self._failures.append(NotLocked(1, error))
-        if not self._failures:
-            return ProtectionResult(self._locks.until_s)
-        count = self._not_tried + sum(failure.count for failure in self._failures)
-        return ProtectionResult(self._locks.until_s, count, self._failures[0].error)
+        except (StorageError, StorageUnavailableError) as error:
+            self._error = error
+            self._not_locked.add(name)
+        return ProtectionResult(self._locks.until_s, len(self._not_locked), self._error)
 
     def _lock(self, names: list[str], may_be_missing: bool = False) -> None:
         if not names:
             return
-        if self._failures:
-            self._not_tried += len(names)
+        if self._error is not None:
+            self._not_locked.update(names)
             return
         failure = self._locks.lock(names, may_be_missing)
         if failure is not None:
-            self._failures.append(failure)
+            self._error = failure.error
+            self._not_locked |= failure.names
 
     def _packs_to_lock(self, root: Node, parent: tuple[SnapshotId, Snapshot] | None) -> list[str]:
         new, doubtful = [], {}
@@ -124,7 +136,7 @@ class Protection:
 
     def _key_objects(self) -> list[str]:
         """Return the names of the objects without which the packs cannot be used."""
-        folders = [POLICIES, "deltas"]
+        folders = [POLICIES]
         names = [CONFIG_NAME]
         if self._repository.config.encryption is not None:
             from casfs.crypto.recipients import RECIPIENTS_NAME

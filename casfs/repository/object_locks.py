@@ -39,9 +39,9 @@ def lock_end_s(now_s: int, lock_for_s: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class NotLocked:
-    """Objects that could not be locked: their number, and why the first of them could not."""
+    """Objects that could not be locked, and why the first of them could not."""
 
-    count: int
+    names: frozenset[str]
     error: CasfsError
 
 
@@ -74,20 +74,23 @@ class ObjectLocks:
         `may_be_missing` an object that is gone is no failure. Raise StorageUnavailableError.
         """
         locked: list[str] = []
-        failed: list[CasfsError] = []
-        done = 0
+        gone: list[str] = []
+        first: CasfsError | None = None
         try:
             for name, error in self._lock_each(names):
-                done += 1
                 if error is None:
                     locked.append(name)
-                elif not (may_be_missing and isinstance(error, NotFoundError)):
-                    failed.append(error)
+                elif may_be_missing and isinstance(error, NotFoundError):
+                    gone.append(name)
+                else:
+                    first = first or error
                     if isinstance(error, StorageDeniedError):
                         break
         finally:
             self._remember(locked)
-        return NotLocked(len(failed) + len(names) - done, failed[0]) if failed else None
+        if first is None:
+            return None
+        return NotLocked(frozenset(names).difference(locked, gone), first)
 
     def _lock_each(self, names: Sequence[str]) -> Iterator[tuple[str, CasfsError | None]]:
         """Yield each name once its request was answered, with the error of the answer."""

@@ -178,8 +178,15 @@ def test_all_that_a_snapshot_needs_is_locked_and_the_server_refuses_to_remove_it
         for version in vault.bucket.versions(name):
             status = vault.server.delete_version(BUCKET, f"{vault.prefix}/{name}", version.version)
             assert status == 403, name
+    checked = vault.casfs.run("check", *key, "--json")
+    assert [one["snapshot"] for one in checked.of_type("lock")] == [done.one("snapshot")["id"]]
+    assert checked.one("lock")["locked_until"] == done.one("snapshot")["locked_until"]
+    assert differences(checked.one("lock"), read_page()[0]["check", "lock"]) == []
+    assert checked.of_type("short_lock") == []
     text = vault.casfs.run("backup", *key, ".", cwd=source).text
     assert re.search(r"^locked until \d{4}-.*: no credential can remove it before$", text, re.M)
+    text = vault.casfs.run("check", *key).text
+    assert len(re.findall(r"^snapshot [0-9a-f]+ is locked until \d{4}-", text, re.M)) == 2
 
 
 def test_a_backup_of_a_later_period_extends_what_it_relies_on_and_nothing_else(
@@ -241,11 +248,13 @@ def test_a_credential_that_may_not_lock_backs_up_and_says_that_nothing_is_protec
     remote = on_s3(s3_server, "no-retention", "r", casfs.home)
     remote.run("init", "--lock-for", "1h")
     s3_server.put_policy("no-retention", _deny("no-retention", "s3:PutObjectRetention"))
+    assert "not locked" not in remote.run("check").text
     result = remote.run("backup", "--json", ".", cwd=source, expect=3)
     assert result.one("snapshot")["locked_until"] is None
     assert result.one("snapshot")["not_locked"] > 1
     assert "the snapshot is not protected" in result.complaint
     assert "the credentials do not allow it" in result.complaint
+    assert "1 snapshot is not locked" in remote.run("check").text
     remote.run("restore", "latest", "--target", tmp_path / "back")
     assert tree_differences(source, tmp_path / "back") == []
 

@@ -8,7 +8,7 @@ import click
 
 from casfs.cli.app import EXIT_DAMAGED, EXIT_FAILED
 from casfs.cli.options import as_of_option, common_options, progress_options
-from casfs.cli.output import Output, json_path, warn_of_unproven
+from casfs.cli.output import Output, format_time, iso_time, json_path, warn_of_unproven
 from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
@@ -17,6 +17,7 @@ from casfs.display import counted, escape_path, format_size, were
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
+    from casfs.maintenance.lock_check import LockReport
     from casfs.maintenance.scrub import Finding
 
 
@@ -69,6 +70,7 @@ def check(
     check continues from there.
     """
     from casfs.maintenance.check import Checker
+    from casfs.maintenance.lock_check import check_locks
     from casfs.maintenance.scrub import PackSelection
     from casfs.repository.opening import OpenOptions, open_for_reading
 
@@ -94,6 +96,7 @@ def check(
         monitor,
     ):
         result = Checker(repository, monitor).check(choice)
+        locks = check_locks(repository, monitor, repository.clock.now_ns() // 1_000_000_000)
     _print_result(output, result.damage)
     _print_result(output, result.unreadable, "unreadable")
     output.summary(
@@ -113,6 +116,8 @@ def check(
             "`casfs changed SNAP` lists them"
         )
     warn_of_unproven(output, result.unproven)
+    if locks is not None:
+        _print_locks(output, locks)
     if choice is None and result.packs:
         output.summary(
             "not read: the data in the packs; `casfs check --read-data` reads and verifies it"
@@ -137,6 +142,42 @@ def check(
         read_bytes=result.read_bytes,
     )
     return _exit_code(result.damage, result.unreadable)
+
+
+def _print_locks(output: Output, report: LockReport) -> None:
+    """Print until when each snapshot is protected, and warn of packs that are locked for less long."""
+    for snapshot_id, until_s in report.snapshots.items():
+        if until_s is not None:
+            output.summary(f"snapshot {short_id(snapshot_id)} is locked until {_date(until_s)}")
+        output.emit("lock", snapshot=snapshot_id.hex(), locked_until=_iso_date(until_s))
+    unlocked = list(report.snapshots.values()).count(None)
+    if unlocked:
+        output.summary(
+            f"{counted(unlocked, 'snapshot')} {'is' if unlocked == 1 else 'are'} not locked"
+        )
+    for short in report.short:
+        until = "is not locked"
+        if short.until_s is not None:
+            until = f"is locked only until {_date(short.until_s)}"
+        output.warn(
+            f"{short.pack}, which snapshot {short_id(short.snapshot)} needs, {until}; "
+            "the next backup that relies on it locks it again"
+        )
+        output.emit(
+            "short_lock",
+            snapshot=short.snapshot.hex(),
+            snapshot_locked_until=_iso_date(short.snapshot_until_s),
+            pack=short.pack.rpartition("/")[2],
+            locked_until=_iso_date(short.until_s),
+        )
+
+
+def _date(time_s: int) -> str:
+    return format_time(time_s * 1_000_000_000)
+
+
+def _iso_date(time_s: int | None) -> str | None:
+    return iso_time(time_s * 1_000_000_000) if time_s is not None else None
 
 
 def _print_unreadable(output: Output, unreadable: list[Finding]) -> None:

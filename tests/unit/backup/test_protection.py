@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from casfs.backup.run import BackupOptions, BackupResult, run_backup
+from casfs.backup.run import BackupResult
 from casfs.digest import SnapshotId
 from casfs.errors import (
     CasfsError,
@@ -18,80 +17,23 @@ from casfs.errors import (
     StorageError,
     StorageUnavailableError,
 )
-from casfs.monitor import RecordingMonitor
 from casfs.repository.lock_policy import set_policy
 from casfs.repository.object_locks import lock_end_s
-from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
-from casfs.repository.place import RemotePlace, read_config
-from casfs.repository.repository import Repository
-from casfs.storage.base import Storage
-from casfs.storage.url import parse_address
-from tests.support.storage_double import Call, Failure, RecordingStorage, unavailable
-from tests.support.versioned_memory import VersionedMemoryStorage
-
-DAY_S = 86_400
-LOCK_S = 40 * DAY_S
-PERIOD_S = 10 * DAY_S
-START_S = 2_000_000_000
-
-
-@dataclass
-class Bench:
-    """A host, a repository in a bucket that locks, and the clock of the storage."""
-
-    source: Path
-    now_s: int = START_S
-    memory: VersionedMemoryStorage = field(init=False)
-    storage: RecordingStorage = field(init=False)
-    place: RemotePlace = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.memory = VersionedMemoryStorage(
-            "s3://bucket/r", now_ns=lambda: self.now_s * 1_000_000_000
-        )
-        self.storage = RecordingStorage(self.memory)
-        self.place = RemotePlace(parse_address("s3://bucket/r"))
-
-    def back_up(self, *names: str, **options: object) -> BackupResult:
-        paths = tuple(bytes(self.source / name) for name in names) or (bytes(self.source),)
-        with open_for_writing(self.place, "backup", OpenOptions(sync=False)) as repository:
-            return run_backup(repository, BackupOptions(paths, **options), RecordingMonitor())  # type: ignore[arg-type]
-
-    def locked(self) -> list[str]:
-        """Return the objects for which a lock was asked since the last call."""
-        names = [call.name for call in self.storage.calls if call.method == "lock"]
-        self.storage.calls.clear()
-        return names
-
-    def until_s(self, name: str) -> int:
-        return self.memory.bucket.locked_until_s(name) or 0
-
-    def packs(self) -> set[str]:
-        return {entry.name for folder in ("packs", "meta") for entry in self.memory.list(folder)}
-
-    def fail(self, error: Callable[[Call], BaseException], prefix: str, times: int = 1) -> None:
-        self.storage.script.failures.append(
-            Failure(
-                lambda call: call.method == "lock" and call.name.startswith(prefix), error, times
-            )
-        )
+from casfs.repository.place import read_config
+from tests.support.locked_repository import (
+    DAY_S,
+    LOCK_S,
+    PERIOD_S,
+    START_S,
+    LockedRepository,
+    locked_repository,
+)
+from tests.support.storage_double import Call, Failure, unavailable
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, own_home: Path, tmp_path: Path) -> Bench:
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "file").write_bytes(random.Random(1).randbytes(1000))
-    found = Bench(source)
-
-    def open_it(*arguments: object) -> Storage:
-        return found.storage
-
-    monkeypatch.setattr("casfs.repository.place.open_storage", open_it)
-    create_repository(found.place)
-    set_policy(found.storage, read_config(found.place), LOCK_S, None)
-    found.storage.calls.clear()
-    return found
+def bench(monkeypatch: pytest.MonkeyPatch, own_home: Path, tmp_path: Path) -> LockedRepository:
+    return locked_repository(monkeypatch, tmp_path / "source")
 
 
 def snapshot_name(result: BackupResult) -> str:
@@ -108,7 +50,9 @@ def test_dates_are_rounded_up_to_the_end_of_a_period() -> None:
     assert 1 < lock_end_s(0, 1) <= 2
 
 
-def test_a_snapshot_and_what_it_needs_are_locked_until_the_same_date(bench: Bench) -> None:
+def test_a_snapshot_and_what_it_needs_are_locked_until_the_same_date(
+    bench: LockedRepository,
+) -> None:
     result = bench.back_up()
     assert result.protection is not None and result.protection.error is None
     until_s = result.protection.until_s
@@ -120,7 +64,7 @@ def test_a_snapshot_and_what_it_needs_are_locked_until_the_same_date(bench: Benc
     assert bench.locked()[-1] == snapshot_name(result)
 
 
-def test_the_snapshot_is_published_after_what_it_needs_is_locked(bench: Bench) -> None:
+def test_the_snapshot_is_published_after_what_it_needs_is_locked(bench: LockedRepository) -> None:
     bench.back_up()
     order = [
         call.method
@@ -128,11 +72,12 @@ def test_the_snapshot_is_published_after_what_it_needs_is_locked(bench: Bench) -
         if call.method == "lock" or call.name.startswith("snapshots/")
     ]
     published = order.index("create")
-    assert order[published:] == ["create", "lock"]
+    assert order[published] == "create"
+    assert order[-1] == "lock"
     assert order[:published].count("lock") >= 3
 
 
-def test_within_a_period_only_what_is_new_is_locked(bench: Bench) -> None:
+def test_within_a_period_only_what_is_new_is_locked(bench: LockedRepository) -> None:
     bench.back_up()
     bench.locked()
     before = bench.packs()
@@ -146,7 +91,7 @@ def test_within_a_period_only_what_is_new_is_locked(bench: Bench) -> None:
 
 
 def test_a_new_period_extends_the_packs_that_the_snapshot_relies_on_and_no_others(
-    bench: Bench,
+    bench: LockedRepository,
 ) -> None:
     (bench.source / "other").write_bytes(random.Random(3).randbytes(1000))
     bench.back_up("other")
@@ -164,7 +109,7 @@ def test_a_new_period_extends_the_packs_that_the_snapshot_relies_on_and_no_other
     assert len(bench.locked()) == len(set(packs) - unneeded) + len(key_objects(bench)) + 1
 
 
-def key_objects(bench: Bench) -> set[str]:
+def key_objects(bench: LockedRepository) -> set[str]:
     names = {"config"}
     for folder in ("lock-policies", "deltas"):
         names |= {entry.name for entry in bench.memory.list(folder)}
@@ -172,7 +117,7 @@ def key_objects(bench: Bench) -> set[str]:
 
 
 def test_a_pack_that_no_snapshot_needed_for_long_is_locked_again_when_one_relies_on_it(
-    bench: Bench,
+    bench: LockedRepository,
 ) -> None:
     (bench.source / "other").write_bytes(random.Random(3).randbytes(1000))
     bench.back_up("other")
@@ -188,7 +133,7 @@ def test_a_pack_that_no_snapshot_needed_for_long_is_locked_again_when_one_relies
 
 
 def test_a_host_that_lost_its_cache_locks_everything_that_it_needs_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bench: LockedRepository, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bench.back_up()
     bench.locked()
@@ -197,13 +142,13 @@ def test_a_host_that_lost_its_cache_locks_everything_that_it_needs_again(
     assert bench.packs() <= set(bench.locked())
 
 
-def test_a_dry_run_locks_nothing(bench: Bench) -> None:
+def test_a_dry_run_locks_nothing(bench: LockedRepository) -> None:
     result = bench.back_up(dry_run=True)
     assert result.protection is None
     assert bench.locked() == []
 
 
-def test_a_repository_without_a_policy_locks_nothing(bench: Bench) -> None:
+def test_a_repository_without_a_policy_locks_nothing(bench: LockedRepository) -> None:
     set_policy(bench.storage, read_config(bench.place), 0, None)
     bench.locked()
     assert bench.back_up().protection is None
@@ -212,7 +157,7 @@ def test_a_repository_without_a_policy_locks_nothing(bench: Bench) -> None:
 
 @pytest.mark.parametrize("offset_s", [-400 * DAY_S, 400 * DAY_S])
 def test_dates_follow_the_clock_of_the_storage_and_not_that_of_the_machine(
-    bench: Bench, offset_s: int
+    bench: LockedRepository, offset_s: int
 ) -> None:
     bench.now_s += offset_s
     result = bench.back_up()
@@ -235,12 +180,12 @@ def missing(call: Call) -> CasfsError:
 @pytest.mark.parametrize("error", [denied, broken, missing])
 @pytest.mark.parametrize("prefix", ["packs/", "config", "snapshots/"])
 def test_what_cannot_be_locked_is_reported_and_the_snapshot_is_published(
-    bench: Bench, error: Callable[[Call], CasfsError], prefix: str
+    bench: LockedRepository, error: Callable[[Call], CasfsError], prefix: str
 ) -> None:
     bench.fail(error, prefix)
     result = bench.back_up()
     assert result.snapshot_id is not None
-    with opened(bench) as repository:
+    with bench.open() as repository:
         assert repository.snapshots.ids() == [result.snapshot_id]
     assert result.protection is not None
     if error is missing and prefix == "config":
@@ -257,11 +202,7 @@ def test_what_cannot_be_locked_is_reported_and_the_snapshot_is_published(
     assert {bench.until_s(name) for name in bench.packs()} == {healed.protection.until_s}
 
 
-def opened(bench: Bench) -> Repository:
-    return open_for_writing(bench.place, "test", OpenOptions(sync=False))
-
-
-def test_the_first_refusal_of_the_credentials_ends_the_requests(bench: Bench) -> None:
+def test_the_first_refusal_of_the_credentials_ends_the_requests(bench: LockedRepository) -> None:
     bench.memory.bucket.may_lock = False
     result = bench.back_up()
     assert result.protection is not None
@@ -269,7 +210,9 @@ def test_the_first_refusal_of_the_credentials_ends_the_requests(bench: Bench) ->
     assert result.protection.not_locked == len(bench.packs()) + len(key_objects(bench)) + 1
 
 
-def test_a_server_that_does_not_answer_before_the_snapshot_publishes_nothing(bench: Bench) -> None:
+def test_a_server_that_does_not_answer_before_the_snapshot_publishes_nothing(
+    bench: LockedRepository,
+) -> None:
     bench.fail(unavailable, "packs/")
     with pytest.raises(StorageUnavailableError):
         bench.back_up()
@@ -277,7 +220,7 @@ def test_a_server_that_does_not_answer_before_the_snapshot_publishes_nothing(ben
     assert bench.back_up().snapshot_id is not None
 
 
-def test_a_server_that_falls_silent_after_the_snapshot_is_reported(bench: Bench) -> None:
+def test_a_server_that_falls_silent_after_the_snapshot_is_reported(bench: LockedRepository) -> None:
     bench.fail(unavailable, "snapshots/")
     result = bench.back_up()
     assert result.protection is not None
@@ -286,7 +229,7 @@ def test_a_server_that_falls_silent_after_the_snapshot_is_reported(bench: Bench)
     assert bench.until_s(snapshot_name(result)) == 0
 
 
-def test_an_answer_that_is_lost_does_no_harm(bench: Bench) -> None:
+def test_an_answer_that_is_lost_does_no_harm(bench: LockedRepository) -> None:
     bench.storage.script.failures.append(
         Failure(lambda call: call.method == "lock", unavailable, after=True)
     )
@@ -297,7 +240,7 @@ def test_an_answer_that_is_lost_does_no_harm(bench: Bench) -> None:
     assert {bench.until_s(name) for name in bench.packs()} == {result.protection.until_s}
 
 
-def test_a_lock_that_lasts_longer_stays(bench: Bench) -> None:
+def test_a_lock_that_lasts_longer_stays(bench: LockedRepository) -> None:
     bench.back_up()
     later_s = START_S + 1000 * DAY_S
     for name in bench.packs():
@@ -307,12 +250,12 @@ def test_a_lock_that_lasts_longer_stays(bench: Bench) -> None:
     assert {bench.until_s(name) for name in bench.packs()} == {later_s}
 
 
-def test_records_of_ended_locks_are_dropped(bench: Bench) -> None:
+def test_records_of_ended_locks_are_dropped(bench: LockedRepository) -> None:
     bench.back_up()
     bench.now_s += 60 * DAY_S
     bench.back_up()
     bench.now_s += 60 * DAY_S
-    with opened(bench) as repository:
+    with bench.open() as repository:
         from casfs.backup.protection import Protection
 
         Protection.begin(repository)
@@ -322,7 +265,7 @@ def test_records_of_ended_locks_are_dropped(bench: Bench) -> None:
     assert [key for key in keys if key.startswith(b"locked")] == []
 
 
-def test_a_snapshot_is_known_to_be_covered_only_if_all_was_locked(bench: Bench) -> None:
+def test_a_snapshot_is_known_to_be_covered_only_if_all_was_locked(bench: LockedRepository) -> None:
     bench.fail(broken, "packs/")
     first = bench.back_up()
     assert first.snapshot_id is not None
@@ -332,10 +275,10 @@ def test_a_snapshot_is_known_to_be_covered_only_if_all_was_locked(bench: Bench) 
     assert covers(bench, second.snapshot_id)
 
 
-def covers(bench: Bench, snapshot_id: SnapshotId) -> bool:
+def covers(bench: LockedRepository, snapshot_id: SnapshotId) -> bool:
     from casfs.backup.protection import Protection
 
-    with opened(bench) as repository:
+    with bench.open() as repository:
         protection = Protection.begin(repository)
         assert protection is not None
         return protection._covers(snapshot_id)
