@@ -27,7 +27,7 @@ from casfs.index.schema import PackRecord
 from casfs.repository.activity import Activity
 from casfs.repository.deltas import Deltas
 from casfs.repository.index_opening import close_index, has_deltas, make_delta_sync
-from casfs.repository.place import LocalPlace, Place
+from casfs.repository.place import LocalPlace, Place, RemotePlace
 from casfs.repository.snapshots import SnapshotStore
 from casfs.storage.base import Storage
 from casfs.storage.clock import StorageClock
@@ -108,8 +108,12 @@ class Repository:
             allocate_reserve(self.place.root)
 
     def _verified_packs(self) -> list[PackRecord]:
-        """Return the packs whose directory and blobs were all verified."""
-        if self.store.verified.is_empty():
+        """Return the packs whose directory and blobs were all verified where they are stored.
+
+        What is read of a remote place may come from a cache, and a directory costs requests: only a check
+        verifies packs there.
+        """
+        if self.store.verified.is_empty() or isinstance(self.place, RemotePlace):
             return []
         try:
             found = self.store.verified.complete_packs(self.store.index.packs())

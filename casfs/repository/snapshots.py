@@ -9,7 +9,10 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -180,7 +183,12 @@ class SnapshotStore:
 
         In an encrypted repository also KeyMissingError and SessionError.
         """
-        data = self._storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
+        return self._decode(snapshot_id, self._read(snapshot_id))
+
+    def _read(self, snapshot_id: SnapshotId) -> bytes:
+        return self._storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
+
+    def _decode(self, snapshot_id: SnapshotId, data: bytes) -> Snapshot:
         keyring = self._keys.keyring if self._keys is not None else None
         snapshot, signers = decode_signed_snapshot(snapshot_id, data, self._codec, keyring)
         knew_secret = True
@@ -277,9 +285,9 @@ class SnapshotStore:
         """
         found: list[tuple[SnapshotId, Snapshot]] = []
         closed: dict[SnapshotId, KeyMissingError] = {}
-        for snapshot_id in self.ids():
+        for snapshot_id, read in self._read_all(self.ids()):
             try:
-                found.append((snapshot_id, self.load(snapshot_id)))
+                found.append((snapshot_id, self._decode(snapshot_id, read())))
             except NotFoundError:
                 continue
             except KeyMissingError as error:
@@ -300,6 +308,30 @@ class SnapshotStore:
         for snapshot_id, snapshot in found:
             if snapshot_id not in replaced:
                 yield snapshot_id, snapshot
+
+    def _read_all(self, ids: list[SnapshotId]) -> Iterator[tuple[SnapshotId, Callable[[], bytes]]]:
+        """Yield a function for each snapshot that returns its bytes or raises the error of reading them.
+
+        Where requests travel a distance, several snapshots are read at the same time.
+        """
+        requests = min(self._storage.capabilities.parallel_requests, len(ids))
+        if requests <= 1:
+            for snapshot_id in ids:
+                yield snapshot_id, partial(self._read, snapshot_id)
+            return
+        with ThreadPoolExecutor(requests, "casfs-snapshots") as pool:
+            ahead: deque[tuple[SnapshotId, Future[bytes]]] = deque()
+            try:
+                for snapshot_id in ids:
+                    ahead.append((snapshot_id, pool.submit(self._read, snapshot_id)))
+                    if len(ahead) > 2 * requests:
+                        first, future = ahead.popleft()
+                        yield first, future.result
+                for first, future in ahead:
+                    yield first, future.result
+            finally:
+                for _, future in ahead:
+                    future.cancel()
 
     def resolve(
         self, name: str, wanted: SnapshotFilter = ALL_SNAPSHOTS

@@ -29,7 +29,9 @@ class FarRepository:
     place: RemotePlace
 
     @staticmethod
-    def create(monkeypatch: pytest.MonkeyPatch, parallel_requests: int = 8) -> FarRepository:
+    def create(
+        monkeypatch: pytest.MonkeyPatch, parallel_requests: int = 8, format_: int = 2
+    ) -> FarRepository:
         """Create a repository in what every remote place of the test opens from now on."""
         inner = MemoryStorage("s3://bucket/r")
         storage = RecordingStorage(inner, Script(parallel_requests=parallel_requests))
@@ -38,7 +40,7 @@ class FarRepository:
             return storage
 
         monkeypatch.setattr("casfs.repository.place.open_storage", open_it)
-        create_repository(RemotePlace(parse_address("s3://bucket/r")))
+        create_repository(RemotePlace(parse_address("s3://bucket/r")), format_=format_)
         return FarRepository(storage, RemotePlace(parse_address("s3://bucket/r")))
 
     def reading(self) -> Repository:

@@ -1,0 +1,149 @@
+"""How many requests the everyday commands make to a remote repository: people pay for them, and wait."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from casfs.repository.repository import Repository
+from tests.support.far import FarRepository
+from tests.support.storage_double import Call
+from tests.support.stores import noise
+
+DIRECTORIES = 17
+HUNG_S = 60
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A tree of 17 directories with a few files each."""
+    root = tmp_path / "source"
+    for directory in range(DIRECTORIES):
+        (root / f"{directory}").mkdir(parents=True)
+        for number in range(5):
+            (root / f"{directory}" / f"{number}").write_bytes(noise(f"{directory} {number}", 3000))
+    return root
+
+
+@pytest.fixture
+def far(own_home: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> FarRepository:
+    """A repository with a snapshot of the source, in which this host made the backup."""
+    far = FarRepository.create(monkeypatch)
+    far.back_up(source)
+    far.requests()
+    return far
+
+
+def beside_listing(requests: list[str]) -> list[str]:
+    return [one for one in requests if not one.startswith("list ")]
+
+
+def walk(far: FarRepository) -> int:
+    """Read the whole tree of the latest snapshot, as `find` does; return the number of entries."""
+    with far.reading() as repository:
+        root = repository.snapshots.resolve("latest")[1].root
+        return sum(1 for _ in repository.trees.walk(root))
+
+
+def test_an_unchanged_backup_makes_few_requests_and_reads_no_pack(
+    far: FarRepository, source: Path
+) -> None:
+    far.back_up(source)
+    requests = far.requests()
+    # The process of a command reads `config` too, which this one has read already.
+    assert len(beside_listing(requests)) + 1 <= 7
+    assert len(requests) + 1 <= 10
+    assert not any(one.startswith(("read packs", "read meta")) for one in requests)
+    assert requests.count("create snapshots") == 1
+
+
+def test_a_backup_of_a_change_reads_no_pack(far: FarRepository, source: Path) -> None:
+    (source / "3" / "new").write_bytes(noise("new", 3000))
+    far.back_up(source)
+    requests = far.requests()
+    assert not any(one.startswith("read ") for one in requests)
+    assert len(requests) + 1 <= 15
+
+
+def test_a_walk_through_a_tree_that_this_host_stored_reads_nothing(far: FarRepository) -> None:
+    assert walk(far) > 6 * DIRECTORIES
+    assert far.requests() == ["list deltas", "list snapshots"]
+
+
+def test_a_new_host_walks_a_tree_with_few_requests_and_then_with_none(
+    far: FarRepository, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "another cache"))
+    walk(far)
+    cold = far.requests()
+    assert cold.count("read meta") <= 2
+    assert len(cold) <= 6
+    walk(far)
+    assert far.requests() == ["list deltas", "list snapshots"]
+
+
+def test_a_restore_verifies_no_pack_on_its_way(far: FarRepository) -> None:
+    with far.reading() as repository:
+        root = repository.snapshots.resolve("latest")[1].root
+        for _, node in repository.trees.walk(root):
+            for digest in repository.content(node).blobs() if node.content else ():
+                repository.store.read(digest)
+        far.requests()
+    assert far.requests() == []
+
+
+def test_snapshots_are_read_at_the_same_time(
+    far: FarRepository, source: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(7):
+        far.back_up(source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "another cache"))
+    far.requests()
+    together = threading.Barrier(8, timeout=HUNG_S)
+
+    def meet(call: Call) -> None:
+        if call.method == "read" and call.name.startswith("snapshots/"):
+            with suppress(threading.BrokenBarrierError):
+                together.wait()
+
+    far.storage.script.before = meet
+    with far.reading() as repository:
+        assert len(list(repository.snapshots.iterate())) == 8
+    assert not together.broken
+    assert far.requests().count("read snapshots") == 8
+
+
+@pytest.mark.parametrize("change", [lambda data: b"", lambda data: data[:-1] + b"?"])
+def test_damaged_and_missing_snapshots_are_left_out_where_several_are_read_at_once(
+    far: FarRepository,
+    source: Path,
+    own_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[bytes], bytes],
+) -> None:
+    for _ in range(3):
+        far.back_up(source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "another cache"))
+    first, second, *_ = [name for name, _, _ in far.storage.inner.list("snapshots")]
+    far.storage.inner.write(first, change(far.storage.inner.read(first)))
+
+    def remove(call: Call) -> None:
+        if call.method == "read" and call.name == second:
+            far.storage.inner.delete(second)
+
+    far.storage.script.before = remove
+    with far.reading() as repository:
+        assert len(list(repository.snapshots.iterate())) == 2
+    assert "run `casfs check`" in caplog.text
+
+
+def test_an_open_repository_is_closed_without_a_request(far: FarRepository) -> None:
+    repository: Repository = far.reading()
+    far.requests()
+    repository.close()
+    assert far.requests() == []
