@@ -27,6 +27,7 @@ class NamedRepository(
     region: str | None = None
     credentials_command: Command | None = None
     aws_profile: str | None = None
+    account: str | None = None
     virtual_hosted: bool = False
     ca_file: AbsolutePath | None = None
     cache_size: Size | None = None
@@ -47,6 +48,7 @@ class NamedRepository(
             endpoint=self.endpoint,
             region=self.region,
             profile=self.aws_profile,
+            account=self.account,
             credentials_command=command.text if command is not None else None,
             virtual_hosted=self.virtual_hosted,
             ca_file=self.ca_file.path if self.ca_file is not None else None,

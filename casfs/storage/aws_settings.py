@@ -9,21 +9,18 @@ nothing else gives credentials.
 from __future__ import annotations
 
 import configparser
-import errno
 import json
 import os
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from casfs.errors import StorageDeniedError
 from casfs.storage.base import StorageOptions
+from casfs.storage.cloud_credentials import denied, parse_variables, run_command
 
 DEFAULT_REGION = "us-east-1"
 
-_COMMAND_TIMEOUT_S = 120
 _COMMAND_VALID_FOR = timedelta(minutes=15)
 _MAX_FILE_BYTES = 4 * 1024 * 1024
 
@@ -100,15 +97,17 @@ def aws_settings(options: StorageOptions, env: Mapping[str, str] | None = None) 
         return replace(settings, command=profile["credential_process"])
     for key in ("role_arn", "sso_session", "sso_start_url"):
         if key in profile:
-            raise _denied(
+            raise denied(
+                "S3",
                 f"the AWS profile uses {key}, which casfs cannot resolve by itself; use "
-                "`aws configure export-credentials --format process` as credentials-command"
+                "`aws configure export-credentials --format process` as credentials-command",
             )
     if any(env.get(name) for name in _TASK_ROLE_VARIABLES) or _is_on_ec2():
         return settings
-    raise _denied(
+    raise denied(
+        "S3",
         "there are no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
-        "or credentials-command in casfs's configuration"
+        "or credentials-command in casfs's configuration",
     )
 
 
@@ -118,23 +117,12 @@ def run_credentials_command(command: str) -> Credentials:
     It prints the JSON of AWS's credential_process, or lines NAME=VALUE with the names of the variables.
     """
     try:
-        done = subprocess.run(
-            command,
-            shell=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            timeout=_COMMAND_TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise _denied(f"the credentials-command did not end in {_COMMAND_TIMEOUT_S} s") from error
-    if done.returncode != 0:
-        raise _denied(f"the credentials-command failed with exit code {done.returncode}")
-    try:
-        return _parse_credentials(done.stdout.decode())
+        return _parse_credentials(run_command(command, "S3"))
     except (ValueError, KeyError, TypeError) as error:
-        raise _denied(
+        raise denied(
+            "S3",
             "the credentials-command printed no credentials; it has to print AWS_ACCESS_KEY_ID=… and "
-            "AWS_SECRET_ACCESS_KEY=… as lines, or the JSON of a credential_process"
+            "AWS_SECRET_ACCESS_KEY=… as lines, or the JSON of a credential_process",
         ) from error
 
 
@@ -148,10 +136,7 @@ def _parse_credentials(text: str) -> Credentials:
             found.get("SessionToken"),
             datetime.fromisoformat(expires) if expires else _soon(),
         )
-    lines = [line.removeprefix("export ").strip() for line in text.splitlines()]
-    values = {
-        name: value.strip("\"'") for name, _, value in (line.partition("=") for line in lines)
-    }
+    values = parse_variables(text)
     return Credentials(
         values["AWS_ACCESS_KEY_ID"],
         values["AWS_SECRET_ACCESS_KEY"],
@@ -174,8 +159,9 @@ def _read_profile(options: StorageOptions, env: Mapping[str, str]) -> dict[str, 
     config_section = name if name == "default" else f"profile {name}"
     found = _section(config_file, config_section) | _section(credentials_file, name)
     if named and not found:
-        raise _denied(
-            f"there is no AWS profile {name!r} in {credentials_file} or {config_file}; correct the name"
+        raise denied(
+            "S3",
+            f"there is no AWS profile {name!r} in {credentials_file} or {config_file}; correct the name",
         )
     return found
 
@@ -188,7 +174,9 @@ def _section(path: Path, section: str) -> dict[str, str]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        raise _denied(f"the file {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise denied(
+            "S3", f"the file {path} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
     return dict(parser[section]) if parser.has_section(section) else {}
 
 
@@ -198,7 +186,3 @@ def _is_on_ec2() -> bool:
     except OSError:
         return False
     return vendor.strip() == "Amazon EC2"
-
-
-def _denied(sentence: str) -> StorageDeniedError:
-    return StorageDeniedError("use", "S3", OSError(errno.EACCES, sentence))

@@ -193,8 +193,12 @@ class StorageOptions:
     credentials_command: str | None = None
     """A shell command that prints credentials.
 
-    NAME=VALUE lines of the usual variables, or the JSON of AWS's credential_process.
+    NAME=VALUE lines of the usual variables, the JSON of AWS's credential_process, or the JSON of a service
+    account's key of Google.
     """
+
+    account: str | None = None
+    """The name of a storage account of Azure."""
 
     virtual_hosted: bool = False
     """Put the bucket into the host name. AWS always does; most other servers do not need it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,11 @@ from casfs import __version__
 from casfs.errors import StorageDeniedError
 from casfs.storage.aws_settings import AwsSettings, aws_settings, run_credentials_command
 from casfs.storage.base import StorageOptions
+from casfs.storage.cloud_credentials import azure_config, gcs_config
 from casfs.storage.object_store_errors import ERRORS
 
 if TYPE_CHECKING:
     from obstore.store import (
-        AzureConfig,
         ClientConfig,
         ObjectStore,
         RetryConfig,
@@ -63,28 +64,30 @@ def s3_clients(bucket: str, options: StorageOptions) -> Callable[[int], ObjectSt
 
 
 def gcs_clients(bucket: str, options: StorageOptions) -> Callable[[int], ObjectStore]:
-    """Return a factory of clients of a bucket of Google Cloud Storage, with its usual variables."""
+    """Return a factory of clients of a bucket of Google Cloud Storage."""
+    config = cache(lambda: gcs_config(options))
 
     def make(timeout_s: int) -> ObjectStore:
         client = _client_options(timeout_s, options, options.endpoint)
         return _make_client(
-            lambda: GCSStore(bucket, client_options=client, retry_config=_NO_RETRIES), "GCS"
+            lambda: GCSStore(
+                bucket, client_options=client, retry_config=_NO_RETRIES, config=config()
+            ),
+            "GCS",
         )
 
     return make
 
 
 def azure_clients(container: str, options: StorageOptions) -> Callable[[int], ObjectStore]:
-    """Return a factory of clients of an Azure container, with the usual AZURE_STORAGE_… variables."""
+    """Return a factory of clients of an Azure container."""
+    config = cache(lambda: azure_config(options))
 
     def make(timeout_s: int) -> ObjectStore:
         client = _client_options(timeout_s, options, options.endpoint)
-        config: AzureConfig = {}
-        if options.endpoint is not None:
-            config["endpoint"] = options.endpoint
         return _make_client(
             lambda: AzureStore(
-                container, client_options=client, retry_config=_NO_RETRIES, config=config
+                container, client_options=client, retry_config=_NO_RETRIES, config=config()
             ),
             "Azure",
         )

@@ -21,6 +21,9 @@ _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(
     r"<Code>(\w{1,64})</Code>|\(code: (\w{1,64})\)|x-ms-error-code[\"': ]+(\w{1,64})"
 )
+_BEYOND_THE_END = re.compile(r"Wanted range starting at \d+, but object was only \d+ bytes long")
+"""What obstore itself says where a server, such as Azure's, answers a range beyond the end as a whole."""
+
 _MESSAGE = re.compile(r"<Message>([^<]{1,300})</Message>")
 _MESSAGE_OF_CAUSE = re.compile(r'(?:error|message): "([^"]{1,200})"')
 
@@ -75,11 +78,12 @@ class Answer:
     status: int | None
     code: str | None
     message: str | None
+    is_beyond_the_end: bool = False
 
     @property
     def is_out_of_range(self) -> bool:
         """Whether the requested range begins after the end of the object."""
-        return self.status == 416 or self.code == "InvalidRange"
+        return self.is_beyond_the_end or self.status == 416 or self.code == "InvalidRange"
 
     @property
     def is_not_implemented(self) -> bool:
@@ -97,6 +101,7 @@ def parse_answer(error: BaseException) -> Answer:
         int(status[1]) if status else None,
         next((group for group in code.groups() if group), None) if code else None,
         message[1] if message else None,
+        _BEYOND_THE_END.search(text) is not None,
     )
 
 

@@ -6,6 +6,7 @@ it, too, when the process that started it dies.
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import hashlib
 import hmac
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from email.utils import formatdate
 from pathlib import Path
 
 from obstore import sign
@@ -248,6 +250,52 @@ def seaweedfs() -> Iterator[S3Server]:
         ]
         with running(command, folder, _answers_http(s3, "/healthz"), TMPDIR=str(folder)):
             yield server
+
+
+AZURITE = "azurite-blob"
+"""Microsoft's own emulator of Azure's blob storage, from npm."""
+
+
+@dataclass(frozen=True, slots=True)
+class AzureServer:
+    """A server of Azure's protocol, with the account that the emulator always has."""
+
+    port: int
+    account: str = "devstoreaccount1"
+    key: str = (
+        "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    )
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}/{self.account}"
+
+    def make_container(self, container: str) -> None:
+        """Create a container, with a signature of its own: `obstore` signs no such request."""
+        headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2023-11-03"}
+        lines = "".join(f"{name}:{value}\n" for name, value in headers.items())
+        path = f"/{self.account}/{self.account}/{container}\nrestype:container"
+        to_sign = "PUT" + 12 * "\n" + lines + path
+        digest = hmac.digest(base64.b64decode(self.key), to_sign.encode(), "sha256")
+        signature = base64.b64encode(digest).decode()
+        headers |= {"Authorization": f"SharedKey {self.account}:{signature}", "Content-Type": ""}
+        url = f"{self.endpoint}/{container}?restype=container"
+        request = urllib.request.Request(url, method="PUT", data=b"", headers=headers)
+        with urllib.request.urlopen(request) as answer:
+            assert answer.status == 201
+
+
+@contextmanager
+def azurite() -> Iterator[AzureServer]:
+    """Run Azurite, which has to be installed."""
+    with temporary_folder("casfs-azurite-") as folder:
+        (port,) = free_ports(1)
+        command = [
+            *(AZURITE, "--silent", "--disableTelemetry", "--inMemoryPersistence"),
+            *("--blobHost", "127.0.0.1", "--blobPort", str(port), "--skipApiVersionCheck"),
+        ]
+        with running(command, folder, _answers_http(port)):
+            yield AzureServer(port)
 
 
 @contextmanager
