@@ -64,7 +64,7 @@ def test_a_wrong_key_of_azure_is_one_sentence(server: AzureServer) -> None:
     wrong = server.key.replace("E", "F")
     storage = open_storage(parse_address("az://casfs/r"), options(server, wrong))
     with pytest.raises(
-        StorageDeniedError, match="the credentials (are not accepted|do not allow it)"
+        StorageDeniedError, match=r"the credentials (are not accepted|do not allow it)"
     ):
         storage.create("config", b"x")
     storage.close()
