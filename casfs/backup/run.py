@@ -54,7 +54,6 @@ from casfs.repository.place import LocalPlace, Place, RemotePlace
 from casfs.repository.repository import Repository
 from casfs.repository.snapshot_filter import latest_of
 from casfs.store.writer import BlobWriter, WriteStats
-from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
     from casfs.backup.file_cache import FileCache
@@ -484,10 +483,10 @@ class _Backup:
         return min(abandoned_bytes, self.stored.new_plain_bytes)
 
     def _new_tree(self, writer: BlobWriter, keep_trees: bool = True) -> NewTree:
-        digest, seed = self._repository.codec.digest, self._repository.tree_seed
+        tree_writer = self._repository.tree_writer
         if not keep_trees:
-            return lambda previous, nodes: TreeWriter(writer.put, digest, seed)
-        return lambda previous, nodes: TreeWriter(writer.put, digest, seed, previous, nodes)
+            return lambda previous, nodes: tree_writer(writer.put)
+        return lambda previous, nodes: tree_writer(writer.put, previous, nodes)
 
 
 def _open_file_cache(repository: Repository, options: BackupOptions) -> FileCache | None:

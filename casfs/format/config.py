@@ -18,7 +18,7 @@ OLDEST_FORMAT = 1
 NEWEST_FORMAT = 2
 """The repository formats that this version reads and writes."""
 
-DEFAULT_FORMAT = 1
+DEFAULT_FORMAT = 2
 """The format of new repositories."""
 
 CONFIG_NAME = "config"
@@ -81,6 +81,11 @@ class RepositoryConfig(msgspec.Struct, frozen=True):
     def signs_snapshots(self) -> bool:
         """Whether machines sign their snapshots: in an encrypted repository of format 2."""
         return self.encryption is not None and self.format >= 2
+
+    @property
+    def counts_xattrs(self) -> bool:
+        """Whether a writer counts the entries with extended attributes in the references to trees."""
+        return self.format >= 2
 
 
 def new_config(created: str, format_: int = DEFAULT_FORMAT) -> RepositoryConfig:

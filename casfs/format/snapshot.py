@@ -16,7 +16,7 @@ from casfs.digest import SnapshotId, digest_of, short_id
 from casfs.errors import BlobError, TreeError, UsageError
 from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobCodec
 from casfs.format.key_derivation import SALT_BYTES, SessionId, Sessions, WriteSession
-from casfs.format.tree import Node, NodeType, check_node
+from casfs.format.tree import Node, NodeType, check_node, storable_node
 
 if TYPE_CHECKING:
     # An unencrypted repository does not need this import.
@@ -155,7 +155,8 @@ def require_encodable(snapshot: Snapshot, room_bytes: int) -> None:
 
 def _encode(snapshot: Snapshot, max_bytes: int) -> bytes:
     try:
-        plain = _encoder.encode(snapshot)
+        root = storable_node(snapshot.root)
+        plain = _encoder.encode(msgspec.structs.replace(snapshot, root=root))
     except UnicodeEncodeError as error:
         raise UsageError(f"the host, user or tag {error.object!r} is not UTF-8") from error
     if len(plain) > max_bytes:

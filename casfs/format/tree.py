@@ -8,6 +8,7 @@ is checked: names, their order, sizes and summaries.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -79,7 +80,19 @@ class TreeRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     `nodes` counts the entries below at any depth, `flagged` the `changed` files. `total_bytes` is
     the sum of the regular files' sizes, at most `MAX_FILE_BYTES`: a few sparse files may add up to more.
+    `xattrs` counts the entries below that have extended attributes, ACLs included. It is None where it is
+    unknown, as in trees of format 1, which lack the field.
     """
+
+    digest: bytes
+    nodes: int
+    total_bytes: int
+    flagged: int
+    xattrs: int | None = None
+
+
+class _UncountedTreeRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The stored form of a tree reference without a count of xattrs."""
 
     digest: bytes
     nodes: int
@@ -164,12 +177,31 @@ _names = operator.attrgetter("name")
 
 def encode_node(node: Node) -> bytes:
     """Return an entry's bytes as stored in a leaf."""
-    return _encoder.encode(node)
+    return _encoder.encode(storable_node(node))
 
 
 def encode_piece(piece: Leaf | Branch) -> bytes:
     """Return the bytes of a tree blob."""
-    return _encoder.encode(piece)
+    if isinstance(piece, Leaf):
+        return _encoder.encode(Leaf([storable_node(node) for node in piece.nodes]))
+    return _encoder.encode(Branch([_storable(part) for part in piece.pieces]))
+
+
+def storable_node(node: Node) -> Node:
+    """Return an entry that is encoded as its stored form; nothing else may be done with it.
+
+    A tree reference without a count of xattrs has a field less, as in format 1.
+    """
+    return node if node.tree is None or node.tree.xattrs is not None else _storable(node)
+
+
+def _storable(record: R) -> R:
+    """Return a node or piece reference whose tree reference is encoded without an unknown count."""
+    tree: TreeRef = record.tree  # type: ignore[attr-defined]
+    if tree.xattrs is not None:
+        return record
+    stored = _UncountedTreeRef(tree.digest, tree.nodes, tree.total_bytes, tree.flagged)
+    return msgspec.structs.replace(record, tree=stored)
 
 
 def encode_leaf(encoded_nodes: list[bytes]) -> bytes:
@@ -289,6 +321,7 @@ def _is_valid(ref: TreeRef) -> bool:
         len(ref.digest) == DIGEST_BYTES
         and 0 <= ref.flagged <= ref.nodes < MAX_COUNT
         and 0 <= ref.total_bytes <= MAX_FILE_BYTES
+        and (ref.xattrs is None or 0 <= ref.xattrs <= ref.nodes)
     )
 
 
@@ -312,6 +345,29 @@ def subtree_summary(nodes: list[Node]) -> tuple[int, int, int]:
             if node.state == _CHANGED:
                 flagged += 1
     return count, min(size, MAX_FILE_BYTES), flagged
+
+
+def xattr_count(nodes: list[Node]) -> int | None:
+    """Return the number of nodes with extended attributes among and below entries; None if unknown."""
+    count = 0
+    for node in nodes:
+        if node.extra is not None and node.extra.xattrs:
+            count += 1
+        if node.tree is not None:
+            if node.tree.xattrs is None:
+                return None
+            count += node.tree.xattrs
+    return count
+
+
+def sum_of_counts(counts: Iterable[int | None]) -> int | None:
+    """Return the sum of counts, None where one of them is unknown."""
+    total = 0
+    for count in counts:
+        if count is None:
+            return None
+        total += count
+    return total
 
 
 def captured_digest(node: Node) -> Digest | None:

@@ -23,6 +23,8 @@ from casfs.format.tree import (
     captured_digest,
     decode_piece,
     subtree_summary,
+    sum_of_counts,
+    xattr_count,
 )
 from casfs.index.bitmap import Bitmap
 from casfs.index.schema import Location
@@ -294,6 +296,7 @@ def _is_one_chunk(node: Node) -> bool:
 def _check_summary(ref: TreeRef, piece: object) -> None:
     if isinstance(piece, Leaf):
         recomputed = subtree_summary(piece.nodes)
+        xattrs = xattr_count(piece.nodes)
     else:
         parts = [part.tree for part in piece.pieces]  # type: ignore[attr-defined]
         recomputed = (
@@ -301,7 +304,11 @@ def _check_summary(ref: TreeRef, piece: object) -> None:
             min(sum(part.total_bytes for part in parts), MAX_FILE_BYTES),
             sum(part.flagged for part in parts),
         )
-    if recomputed != (ref.nodes, ref.total_bytes, ref.flagged):
+        xattrs = sum_of_counts(part.xattrs for part in parts)
+    is_counted = ref.xattrs is not None
+    if recomputed != (ref.nodes, ref.total_bytes, ref.flagged) or (
+        is_counted and ref.xattrs != xattrs
+    ):
         raise TreeError("the summary differs from the entries")
 
 

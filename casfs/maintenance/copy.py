@@ -26,7 +26,6 @@ from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter
 from casfs.trees.file_content import FileContent
 from casfs.trees.rewrite import rewrite_tree
-from casfs.trees.writer import TreeWriter
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +104,7 @@ class SnapshotCopier:
             root,
             b"",
             entries=self._entries,
-            new_tree=lambda _: TreeWriter(
-                writer.put, destination.codec.digest, destination.tree_seed
-            ),
+            new_tree=lambda _: destination.tree_writer(writer.put),
             change=change,
             known=lambda tree: self._trees.get(tree.digest),
             on_tree=lambda old, tree: new.append((old.digest, tree)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from casfs.format.pack import BLOB_HEADER, ENTRY, HEADER, TRAILER
 from casfs.index.schema import PackRecord
-from casfs.store.writer import PACK_BLOBS
+from casfs.store.writer import META_PACK_BYTES, PACK_BLOBS, PACK_BYTES
 
 DEFAULT_UNUSED_SHARE = 0.25
 """Packs with a larger share of unneeded bytes are repacked.
@@ -22,9 +22,11 @@ With 1/4, the unneeded bytes that stay are at most a third of the needed ones.
 DEFAULT_MARGIN_S = 86_400
 """How long packs stay for readers that were active when the packs were marked for removal."""
 
-_SMALL_PACK_BYTES = 8 * 1024 * 1024
+_SMALL_SHARE = 1 / 8
+"""A pack with less than this share of the target size of its kind is small."""
+
 _MANY_SMALL_PACKS = 16
-"""At least this many small packs, as small backups leave them, are merged into larger packs.
+"""At least this many small packs of a kind, as small backups leave them, are merged into larger packs.
 
 A pack that is full of tiny blobs is not counted: repacking would not make it larger."""
 
@@ -101,8 +103,9 @@ def unneeded_packs(
 def packs_to_repack(
     packs: Mapping[int, PackRecord], usage: Mapping[int, PackUsage], options: PruneOptions
 ) -> frozenset[int]:
-    """Return the packs to repack: damaged ones, those with much unneeded data, many small ones."""
-    chosen, small = set(), set()
+    """Return the packs to repack: damaged ones, those with much unneeded data, many small ones of a kind."""
+    chosen = set()
+    small: dict[bool, set[int]] = {False: set(), True: set()}
     for ordinal, pack_usage in usage.items():
         record = packs.get(ordinal)
         # A damaged blob may be the last trace of its data: the pack stays as it is. Once the needed
@@ -113,9 +116,17 @@ def packs_to_repack(
         most_bytes = options.unused_share * record.pack_bytes
         if options.repack_all or record.is_damaged or unused_bytes > most_bytes:
             chosen.add(ordinal)
-        elif record.pack_bytes < _SMALL_PACK_BYTES and record.blobs < PACK_BLOBS // 2:
-            small.add(ordinal)
-    return frozenset(chosen | small if len(small) >= _MANY_SMALL_PACKS else chosen)
+        elif _is_small(record) and record.blobs < PACK_BLOBS // 2:
+            small[record.pack.is_meta].add(ordinal)
+    for packs_of_kind in small.values():
+        if len(packs_of_kind) >= _MANY_SMALL_PACKS:
+            chosen |= packs_of_kind
+    return frozenset(chosen)
+
+
+def _is_small(record: PackRecord) -> bool:
+    target_bytes = META_PACK_BYTES if record.pack.is_meta else PACK_BYTES
+    return record.pack_bytes < _SMALL_SHARE * target_bytes
 
 
 def _directory_bytes(record: PackRecord) -> int:

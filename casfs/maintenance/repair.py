@@ -47,7 +47,6 @@ from casfs.store.writer import BlobWriter
 from casfs.trees.content import HOLE, ContentWriter
 from casfs.trees.file_content import FileContent, Ranges
 from casfs.trees.rewrite import rewrite_tree
-from casfs.trees.writer import TreeWriter
 
 DAMAGED_FOLDER = "damaged"
 """The folder for snapshot files that do not match their names."""
@@ -269,14 +268,10 @@ class SnapshotRepairer:
             root,
             b"",
             entries=self._entries,
-            new_tree=lambda _: self._tree_writer(writer),
+            new_tree=lambda _: self._repository.tree_writer(writer.put),
             change=change,
             known=lambda tree: None if tree.digest in damaged else tree,
         )
-
-    def _tree_writer(self, writer: BlobWriter) -> TreeWriter:
-        seed = self._repository.tree_seed
-        return TreeWriter(writer.put, self._repository.codec.digest, seed)
 
     def _entries(self, directory: Node, path: bytes) -> Iterator[Node]:
         """Yield the readable entries of a directory, and report the others as dropped."""

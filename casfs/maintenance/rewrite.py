@@ -62,8 +62,7 @@ def rewrite_snapshot(
 
     def new_tree(previous: TreeRef) -> TreeWriter:
         single = repository.trees.unsplit_entries(previous)
-        digest = repository.codec.digest
-        return TreeWriter(writer.put, digest, repository.tree_seed, previous, single)
+        return repository.tree_writer(writer.put, previous, single)
 
     try:
         root = snapshot.root

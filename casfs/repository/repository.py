@@ -21,7 +21,7 @@ from casfs.format.chunker import Chunker
 from casfs.format.config import (
     RepositoryConfig,
 )
-from casfs.format.tree import Node
+from casfs.format.tree import Node, TreeRef
 from casfs.index.index import Index
 from casfs.index.schema import PackRecord
 from casfs.repository.activity import Activity
@@ -37,8 +37,9 @@ from casfs.store.blob_store import BlobStore
 from casfs.store.delta_publisher import DeltaPublisher
 from casfs.store.delta_sync import DeltaSync
 from casfs.store.writer import BlobWriter
-from casfs.trees.content import ContentReader
+from casfs.trees.content import ContentReader, Put
 from casfs.trees.reader import TreeReader
+from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
     # An unencrypted repository does not need this import.
@@ -177,6 +178,22 @@ class Repository:
             spool_in_memory=spool_in_memory,
             session=self.key_manager.session if self.key_manager is not None else None,
             separate_metadata=self.config.separates_metadata,
+        )
+
+    def tree_writer(
+        self,
+        put: Put,
+        previous: TreeRef | None = None,
+        previous_single: list[Node] | None = None,
+    ) -> TreeWriter:
+        """Return a writer of one directory's tree in the repository's format; see `TreeWriter`."""
+        return TreeWriter(
+            put,
+            self.codec.digest,
+            self.tree_seed,
+            previous,
+            previous_single,
+            counts_xattrs=self.config.counts_xattrs,
         )
 
     def content(self, node: Node) -> ContentReader:

@@ -25,6 +25,8 @@ from casfs.format.tree import (
     encode_node,
     encode_piece,
     subtree_summary,
+    sum_of_counts,
+    xattr_count,
 )
 from casfs.trees.content import Put
 
@@ -55,7 +57,9 @@ class TreeWriter:
     """Builds the tree of one directory; used by one thread.
 
     `previous` is the tree of the same directory in the parent snapshot and `previous_single` its entries if
-    it is not split. If the entries equal these, `finish` returns `previous` and encodes nothing.
+    it is not split. If the entries equal these, `finish` returns `previous` and encodes nothing. With
+    `counts_xattrs`, as in format 2, the references count the entries with extended attributes; the tree of a
+    `previous` that does not is stored again, which stores what it refers to with a count.
     """
 
     def __init__(
@@ -66,8 +70,10 @@ class TreeWriter:
         previous: TreeRef | None = None,
         previous_single: list[Node] | None = None,
         *,
+        counts_xattrs: bool = False,
         split: TreeSplit = FORMAT_SPLIT,
     ) -> None:
+        self._counts_xattrs = counts_xattrs
         self._split = split
         self._min_entries = split.min_entries
         self._put = put
@@ -112,6 +118,8 @@ class TreeWriter:
         return self._levels[level][0].tree
 
     def _is_previous(self) -> bool:
+        if self._counts_xattrs and self._previous is not None and self._previous.xattrs is None:
+            return False
         # Unchanged entries are identical objects, so the comparison rarely reads their fields.
         return self._previous_nodes == self._nodes
 
@@ -140,7 +148,8 @@ class TreeWriter:
         else:
             data = encode_piece(Leaf(nodes))
         self._nodes, self._encoded, self._encoded_bytes = [], None, 0
-        return self._store(data, *subtree_summary(nodes))
+        xattrs = xattr_count(nodes) if self._counts_xattrs else None
+        return self._store(data, *subtree_summary(nodes), xattrs)
 
     def _append(self, level: int, piece: PieceRef) -> None:
         if level == len(self._levels):
@@ -167,10 +176,13 @@ class TreeWriter:
             sum(tree.nodes for tree in trees),
             min(sum(tree.total_bytes for tree in trees), MAX_FILE_BYTES),
             sum(tree.flagged for tree in trees),
+            sum_of_counts(tree.xattrs for tree in trees),
         )
         self._append(level + 1, PieceRef(pieces[0].first, ref))
 
-    def _store(self, data: bytes, nodes: int, size: int, flagged: int) -> TreeRef:
+    def _store(
+        self, data: bytes, nodes: int, size: int, flagged: int, xattrs: int | None
+    ) -> TreeRef:
         digest = self._digest(data)
         self._put(BlobKind.TREE, digest, data)
-        return TreeRef(digest, nodes, size, flagged)
+        return TreeRef(digest, nodes, size, flagged, xattrs)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from casfs.format.pack import PACK_PREFIXES
 from tests.support.cli import Casfs, finish, program
 from tests.support.comparing import tree_differences
 from tests.support.full_tree import HOSTILE_NAMES
 from tests.support.mounts import tmpfs
+from tests.support.stores import pack_paths
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -623,7 +625,7 @@ class TestSourcesFromStreams:
         self, repository: Casfs, garden: Path
     ) -> None:
         assert repository.repository is not None
-        before = sorted((repository.repository / "packs").rglob("*"))
+        before = pack_paths(repository.repository)
         paths = b"".join(b"docs/%08d" % n + b"x" * 200 + b"\n" for n in range(60_000))
         repository.refuses(
             *("backup", "--files-from", "-"),
@@ -632,7 +634,7 @@ class TestSourcesFromStreams:
             expect=2,
             mentions=["name fewer paths"],
         )
-        assert sorted((repository.repository / "packs").rglob("*")) == before
+        assert pack_paths(repository.repository) == before
 
     def test_an_empty_files_from_list_publishes_nothing(
         self, repository: Casfs, garden: Path
@@ -688,7 +690,7 @@ def tree_of(repository: Path) -> set[str]:
     """Return the stored files without the locks and the index's bookkeeping."""
     return {
         str(path.relative_to(repository))
-        for place in ("packs", "snapshots", "tmp")
+        for place in (*PACK_PREFIXES, "snapshots", "tmp")
         for path in (repository / place).rglob("*")
     }
 

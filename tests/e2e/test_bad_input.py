@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.cli import WITHOUT_READING_EVERYTHING, Casfs
 from tests.support.mounts import is_mounted, mounted, tmpfs
+from tests.support.stores import pack_paths
 
 MIB = 1 << 20
 
@@ -218,7 +219,7 @@ class TestInvalidSource:
         (source / "big").write_bytes(random.Random(3).randbytes(24 * MIB))
         broken.backup(source)
         assert broken.repository is not None
-        pack = max((broken.repository / "packs").rglob("*"), key=lambda path: path.stat().st_size)
+        pack = max(pack_paths(broken.repository), key=lambda path: path.stat().st_size)
         os.chmod(pack, 0o600)
         with pack.open("r+b") as file:
             file.seek(20 * MIB)

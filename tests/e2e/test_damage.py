@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.cli import Casfs
 from tests.support.comparing import tree_differences
+from tests.support.stores import pack_paths
 
 MIB = 1 << 20
 
@@ -35,7 +36,7 @@ def flip(path: Path, offset: int) -> None:
 
 def packs(casfs: Casfs) -> list[Path]:
     assert casfs.repository is not None
-    return [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
+    return pack_paths(casfs.repository)
 
 
 @pytest.fixture

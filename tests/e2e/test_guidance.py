@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli import Casfs, program
+from tests.support.stores import pack_paths
 
 
 class TestUnknownCommand:
@@ -138,7 +139,7 @@ class TestCheck:
         repository.backup(source)
         assert repository.repository is not None
         pack = max(
-            (path for path in (repository.repository / "packs").rglob("*") if path.is_file()),
+            pack_paths(repository.repository),
             key=lambda path: path.stat().st_size,
         )
         pack.chmod(0o600)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from casfs.format.pack import PACK_PREFIXES
 from tests.e2e.conftest import forget
 from tests.support.cli import Casfs, finish, interrupt
 from tests.support.comparing import tree_differences
 from tests.support.mounts import is_mounted, unmount_by_force
+from tests.support.stores import pack_paths
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -53,7 +55,7 @@ def roomy(repository: Casfs) -> Iterator[Casfs]:
 
 def finished_packs(casfs: Casfs) -> list[Path]:
     assert casfs.repository is not None
-    return [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
+    return pack_paths(casfs.repository)
 
 
 def wait_while_running(
@@ -119,7 +121,7 @@ def test_ctrl_c_at_the_very_beginning_of_a_backup_leaves_an_intact_repository(
 ) -> None:
     """As soon as anything of the backup can be seen in the repository."""
     assert roomy.repository is not None
-    places = [roomy.repository / name for name in ("locks", "tmp", "packs")]
+    places = [roomy.repository / name for name in ("locks", "tmp", *PACK_PREFIXES)]
 
     def seen() -> set[Path]:
         return {path for place in places for path in place.rglob("*")}

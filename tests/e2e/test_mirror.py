@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.support.cli import Casfs
+from tests.support.stores import data_pack_paths
 
 
 def test_a_mirror_restores_and_checks_like_the_repository(
@@ -66,7 +67,7 @@ def test_a_mirror_with_a_damaged_pack_exits_5_and_names_it(
     (tmp_path / "file").write_bytes(b"content" * 1000)
     repository.run("backup", tmp_path / "file")
     assert repository.repository is not None
-    (pack,) = [path for path in (repository.repository / "packs").rglob("*") if path.is_file()]
+    (pack,) = data_pack_paths(repository.repository)
     data = bytearray(pack.read_bytes())
     data[50] ^= 1
     pack.write_bytes(data)

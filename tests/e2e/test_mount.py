@@ -15,6 +15,7 @@ from tests.e2e.conftest import forget
 from tests.support.cli import Casfs
 from tests.support.comparing import rsync_differences, tree_differences
 from tests.support.mounts import is_mounted, mounted, processes_naming, unmount_by_force
+from tests.support.stores import pack_paths
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -373,7 +374,7 @@ class TestMountOfDamage:
         (source / "small").write_bytes(b"unharmed")
         repository.backup("source", cwd=tmp_path)
         assert repository.repository is not None
-        packs = [path for path in (repository.repository / "packs").rglob("*") if path.is_file()]
+        packs = pack_paths(repository.repository)
         pack = max(packs, key=lambda path: path.stat().st_size)
         os.chmod(pack, 0o600)
         with pack.open("r+b") as file:

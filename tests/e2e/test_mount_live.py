@@ -33,6 +33,7 @@ from tests.support.mounts import (
     tmpfs,
     unmount_by_force,
 )
+from tests.support.stores import pack_paths
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -51,7 +52,7 @@ def output(*command: str | Path, cwd: Path | None = None, expect: int = 0) -> st
 
 def largest_pack(casfs: Casfs) -> Path:
     assert casfs.repository is not None
-    packs = [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
+    packs = pack_paths(casfs.repository)
     pack = max(packs, key=lambda path: path.stat().st_size)
     pack.chmod(0o600)
     return pack

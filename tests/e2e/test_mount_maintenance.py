@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.cli import Casfs
 from tests.support.mounts import is_mounted, mounted
+from tests.support.stores import pack_paths
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -39,7 +40,7 @@ def contents(repository: Casfs, tmp_path: Path) -> dict[str, bytes]:
 
 def packs(casfs: Casfs) -> set[str]:
     assert casfs.repository is not None
-    return {path.name for path in (casfs.repository / "packs").rglob("*") if path.is_file()}
+    return {path.name for path in pack_paths(casfs.repository)}
 
 
 def drop(path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import IO
 import pytest
 
 from tests.support.cli import Casfs, program
+from tests.support.stores import data_pack_paths
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -208,7 +209,7 @@ def test_quiet_prints_problems_and_damage_only(repository: Casfs, source: Path) 
     assert repository.run("check", "-q", "--read-data").out == b""
     assert repository.run("prune", "-q").out == b""
     assert repository.repository is not None
-    (pack,) = [path for path in (repository.repository / "packs").rglob("*") if path.is_file()]
+    (pack,) = data_pack_paths(repository.repository)
     data = bytearray(pack.read_bytes())
     data[len(data) // 2] ^= 1
     pack.chmod(0o600)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from casfs.format.pack import PACK_PREFIXES
 from tests.support.cli import Casfs, program
 
 
@@ -135,7 +136,7 @@ def test_a_repository_copied_without_its_empty_folders_works(
     repository: Casfs, source: Path, tmp_path: Path
 ) -> None:
     assert repository.repository is not None
-    for name in ("tmp", "locks", "condemned", "snapshots", "packs"):
+    for name in ("tmp", "locks", "condemned", "snapshots", *PACK_PREFIXES):
         (repository.repository / name).rmdir()
     repository.backup(source)
     (source / "more").write_bytes(b"more")

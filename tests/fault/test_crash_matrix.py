@@ -6,13 +6,21 @@ before each step and after the last, so these kills happen between any two steps
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
+from casfs.format.config import NEWEST_FORMAT, OLDEST_FORMAT
+from casfs.repository.opening import (
+    OpenOptions,
+    create_repository,
+    open_for_reading,
+    open_for_writing,
+)
+from casfs.repository.place import read_config
 from casfs.restore.target_fs import TEMPORARY_PREFIX
 from casfs.storage.locks import RepositoryLock
 from tests.support.observation import FLAGGED, LOST, Files, look_at_source
@@ -20,8 +28,9 @@ from tests.support.process_runner import KIB, Outcome, Scene, come_back, kept_as
 from tests.support.stores import flip, pack_paths
 
 NO_SYNC: dict[str, Any] = {"sync": False}
+UPGRADED = ("folder config", "done config")
 LAST = ("folder snapshots", "done snapshots")
-NEW_FOLDER = ("folder packs", "done packs")
+NEW_FOLDER = ("folder packs", "done packs", "folder meta", "done meta")
 
 
 def killed_everywhere(scene: Scene, verb: str, **arguments: Any) -> Iterator[tuple[int, Outcome]]:
@@ -97,6 +106,28 @@ class TestBackup:
             scene.must_be_intact(shows)
             goes_on(scene, shows)
             scene.published = {}
+
+
+class TestUpgrade:
+    def test_an_upgrade_killed_at_any_step_leaves_the_old_or_the_new_format(
+        self, scene: Scene
+    ) -> None:
+        shutil.rmtree(scene.root)
+        create_repository(scene.root, format_=OLDEST_FORMAT)
+        scene.write("file", "file")
+        scene.back_up()
+        known = dict(scene.published)
+        formats = []
+        for _, outcome in killed_everywhere(scene, "upgrade"):
+            formats.append(read_config(scene.root).format)
+            assert (formats[-1] == NEWEST_FORMAT) == (outcome.steps[-1] in UPGRADED)
+            scene.must_be_intact()
+            assert scene.act("upgrade").done()["new"] == NEWEST_FORMAT
+            scene.write("file", "changed")
+            goes_on(scene)
+            scene.write("file", "file")
+            scene.published = dict(known)
+        assert set(formats) == {OLDEST_FORMAT, NEWEST_FORMAT}
 
 
 class TestPrune:

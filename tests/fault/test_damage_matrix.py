@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from casfs.format.pack import PACK_PREFIXES
 from casfs.storage.locks import LockMode, RepositoryLock
 from tests.support.cli import WITHOUT_READING_EVERYTHING, Casfs
 from tests.support.damage import (
@@ -33,6 +34,7 @@ from tests.support.damage import (
 )
 from tests.support.observation import FLAGGED, LOST, Files, look_at_source
 from tests.support.process_runner import Outcome, Scene, Stage
+from tests.support.stores import pack_paths
 
 pytestmark = pytest.mark.slow
 
@@ -206,7 +208,7 @@ def _must_be_refused(cell: Cell, *verbs: str) -> None:
 
 
 def _kept_files(root: Path) -> dict[Path, bytes]:
-    folders = ("packs", "snapshots", "condemned")
+    folders = (*PACK_PREFIXES, "snapshots", "condemned")
     return {
         path: path.read_bytes()
         for path in (root / "config", *(p for name in folders for p in (root / name).rglob("*")))
@@ -343,7 +345,7 @@ def _repair_snapshots_drops_no_more(cell: Cell, readable: set[tuple[str, str]]) 
 def test_a_prune_loses_nothing_whichever_packs_were_swapped(
     intact: IntactRepository, stage: Stage
 ) -> None:
-    packs = sorted(path for path in (intact.scene.root / "packs").rglob("*") if path.is_file())
+    packs = pack_paths(intact.scene.root)
     sizes = {path.stat().st_size for path in packs}
     assert len(sizes) >= 3, "packs take the places of shorter ones"
     for path, other in combinations(packs, 2):

@@ -17,6 +17,7 @@ from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for
 from tests.support.capturing import open_backup_fixture
 from tests.support.cli import WITHOUT_READING_EVERYTHING, Casfs
 from tests.support.encryption import unlock
+from tests.support.stores import pack_paths
 
 
 def check(root: Path) -> CheckResult:
@@ -42,11 +43,11 @@ def test_check_finds_no_damage_after_another_host_has_pruned(
     assert check(root).damage == []
     monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "another host"))
     options = OpenOptions(unlock=unlock, sync=False)
-    packs = set(root.glob("packs/*/*"))
+    packs = set(pack_paths(root))
     with open_for_maintenance(root, "prune", options) as repository:
         forget(repository, select_by_name(repository, [first.hex()], False))
         Pruner(repository, PruneOptions(), RecordingMonitor()).prune()
-    assert packs - set(root.glob("packs/*/*")), "the prune removed no pack"
+    assert packs - set(pack_paths(root)), "the prune removed no pack"
     assert check(root).damage == []
     monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "one host"))
     result = check(root)
@@ -58,9 +59,10 @@ def test_check_finds_no_damage_after_another_host_has_pruned(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives up the right to read everything")
+@pytest.mark.parametrize(("prefix", "what"), [("packs", "file"), ("meta", "tree")])
 @pytest.mark.parametrize("options", [(), ("--read-data",), ("--storage",)])
 def test_check_reports_what_this_user_may_not_read_and_calls_it_no_damage(
-    tmp_path: Path, options: tuple[str, ...]
+    tmp_path: Path, options: tuple[str, ...], prefix: str, what: str
 ) -> None:
     home, source = tmp_path / "home", tmp_path / "source"
     home.mkdir()
@@ -68,13 +70,14 @@ def test_check_reports_what_this_user_may_not_read_and_calls_it_no_damage(
     (source / "file").write_bytes(os.urandom(100_000))
     casfs = Casfs(tmp_path / "repository", home).init()
     casfs.backup(source)
-    (pack,) = (tmp_path / "repository").glob("packs/*/*")
+    (pack,) = (tmp_path / "repository").glob(f"{prefix}/*/*")
     os.chown(pack, 65534, 65534)
     os.chmod(pack, 0o600)
     result = casfs.json("check", *options, expect=1, prefix=WITHOUT_READING_EVERYTHING)
     assert result.of_type("damage") == []
     found = result.of_type("unreadable")
-    assert found and all(one["what"] in ("pack", "tree") for one in found)
+    is_keyless = options == ("--storage",)
+    assert {one["what"] for one in found} == ({"pack"} if is_keyless else {"pack", what})
     assert "Permission denied" in found[0]["message"]
     summary = result.one("summary")
     assert (summary["ok"], summary["damage"], summary["unreadable"]) == (False, 0, len(found))

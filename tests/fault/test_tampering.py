@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import msgspec
 import pytest
 from blake3 import blake3
+from msgspec.structs import replace
 
 from casfs.crypto.recipients import (
     Recipient,
@@ -25,12 +26,14 @@ from casfs.crypto.recipients import (
     write_recipients,
 )
 from casfs.format.config import encode_config
+from casfs.format.pack import PACK_PREFIXES
 from casfs.repository.place import read_config
 from casfs.storage.local import LocalStorage
 from casfs.store.pending_removal import RemovalNotice, publish_notice
 from tests.support.encryption import OTHER, OTHER_PUBLIC
 from tests.support.observation import LOST, Files
 from tests.support.process_runner import Stage, come_back, kept_as_it_is
+from tests.support.stores import pack_ref
 from tests.support.tampering import (
     CHANGES,
     PASSPHRASE,
@@ -315,7 +318,7 @@ class TestForgery:
     def test_a_replayed_repository_shows_nothing_of_the_other_one(
         self, hostile: Hostile, intact: tuple[Hostile, Hostile]
     ) -> None:
-        for folder in ("packs", "snapshots", "sessions"):
+        for folder in (*PACK_PREFIXES, "snapshots", "sessions"):
             shutil.copytree(intact[1].root / folder, hostile.root / folder, dirs_exist_ok=True)
         for seen in (hostile.look("fresh") or {}).values():
             must_show_nothing_wrong(hostile, seen)
@@ -333,7 +336,7 @@ class TestForgery:
             (hostile.folder / "lure" / "file").write_bytes(b"for the stranger")
             attacker = ("backup", "--no-sync", hostile.folder / "lure", "--repo", theirs)
             assert hostile.run(*attacker, home="attacker").exit == 0
-            for folder in ("packs", "snapshots", "sessions"):
+            for folder in (*PACK_PREFIXES, "snapshots", "sessions"):
                 shutil.copytree(theirs / folder, hostile.root / folder, dirs_exist_ok=True)
         assert len(hostile.objects("snapshots")) == 3
         listed = hostile.run("snapshots", *hostile.identity(), home="fresh")
@@ -354,9 +357,9 @@ class TestForgery:
     def test_a_forged_removal_notice_for_every_pack_removes_nothing_needed(
         self, hostile: Hostile
     ) -> None:
-        packs = tuple(path.name for path in hostile.objects("packs"))
+        packs = map(pack_ref, hostile.objects("packs"))
         storage = LocalStorage(hostile.root, writer="attacker")
-        publish_notice(storage, RemovalNotice(0, packs, writers=()))
+        publish_notice(storage, replace(RemovalNotice.of(0, packs), writers=()))
         assert must_restore_nothing_wrong(hostile).exit == 0
         printed = hostile.run("prune", *hostile.identity(), home="fresh")
         assert printed.exit == 0

@@ -13,6 +13,7 @@ from typing import Any
 from casfs.backup.run import BackupOptions, run_backup
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.format.codec import BlobKind
+from casfs.format.config import DEFAULT_FORMAT
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import (
     Capture,
@@ -109,10 +110,10 @@ def reference(node: Node) -> Digest:
 class RepositoryFixture:
     """A repository of its own, and backups of folders into it; `split` is for trees of a plan."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, format_: int = DEFAULT_FORMAT) -> None:
         self.root = folder / "repository"
         self.split = FORMAT_SPLIT
-        create_repository(self.root)
+        create_repository(self.root, format_=format_)
 
     def back_up(self, *sources: Path, **options: Any) -> tuple[SnapshotId, Snapshot]:
         """Publish a snapshot of the sources and return it."""

@@ -22,6 +22,7 @@ from casfs.storage.locks import RepositoryLock
 from casfs.store.blob_store import pack_name
 from tests.support.observation import Files
 from tests.support.process_runner import KIB, Scene, Stage, make_scene
+from tests.support.stores import pack_paths
 
 SWAPPED = "swapped with another"
 APPENDED = "with bytes appended"
@@ -120,7 +121,7 @@ class IntactRepository:
         tree = _place(repository, root, Digest(folder.tree.digest))
         # By age: the order of names is another one each time.
         packs = sorted(
-            (path for path in (root / "packs").rglob("*") if path.is_file()),
+            pack_paths(root),
             key=lambda path: path.stat().st_mtime_ns,
         )
         other = next(path for path in packs if path not in (data[0], tree[0]))

@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.support.cli import Casfs, finish, interrupt
 from tests.support.encryption import OTHER_PUBLIC, PUBLIC
+from tests.support.stores import pack_paths
 
 Line = dict[str, Any]
 
@@ -180,7 +181,7 @@ def _mount(run: Any, folder: Path) -> None:
 def _damage(casfs: Casfs) -> None:
     """Change a byte of the largest pack, in the data of a file."""
     assert casfs.repository is not None
-    packs = [path for path in (casfs.repository / "packs").rglob("*") if path.is_file()]
+    packs = pack_paths(casfs.repository)
     pack = max(packs, key=lambda path: path.stat().st_size)
     data = bytearray(pack.read_bytes())
     data[len(data) // 3] ^= 1

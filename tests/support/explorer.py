@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from casfs.digest import digest_of
+from casfs.format.pack import PACK_PREFIXES
 from casfs.repository.place import read_config
 from casfs.storage.locks import LockMode, RepositoryLock
 from tests.support.encryption import PUBLIC, SECRET
@@ -223,8 +224,8 @@ class Explorer:
         second = look_at_source(self.scene.source)
         with self._other_homes(theirs):
             self.truth[self._back_up(twin, which + 1)["id"]] = second
-        for folder in ("sessions", "packs", "snapshots"):
-            gone = self.past.gone(folder)
+        for folder in ("sessions", *PACK_PREFIXES, "snapshots"):
+            gone = self.past.gone("packs" if folder in PACK_PREFIXES else folder)
             for path in sorted((twin / folder).rglob("*"), key=lambda p: p.stat().st_mtime_ns):
                 there = self.scene.root / path.relative_to(twin)
                 if path.is_file() and not there.exists() and there not in gone:

@@ -50,6 +50,7 @@ from casfs.repository.opening import (
     open_for_writing,
 )
 from casfs.repository.repository import Repository
+from casfs.repository.upgrade import upgrade_repository
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage
@@ -116,6 +117,12 @@ def act_tag(root: Path, step: Step, id: str, tags: list[str], sync: bool = True)
     with open_for_writing(root, "tag", OpenOptions(sync=sync, on_step=step)) as repository:
         snapshot_id, snapshot = repository.snapshots.resolve(id)
         return repository.snapshots.retag(snapshot_id, snapshot, tuple(tags))[0].hex()
+
+
+def act_upgrade(root: Path, step: Step, sync: bool = True) -> dict[str, int]:
+    storage = LocalStorage(root, sync=sync, on_step=step)
+    result = upgrade_repository(root, storage)
+    return {"old": result.old_format, "new": result.new_format}
 
 
 def act_repair_index(root: Path, step: Step, sync: bool = True) -> dict[str, int]:

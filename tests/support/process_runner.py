@@ -20,7 +20,7 @@ from typing import Any
 import casfs
 from casfs.repository.opening import create_repository
 from tests.support.observation import Files, look_at_source
-from tests.support.stores import noise
+from tests.support.stores import noise, pack_paths
 
 PROJECT = Path(casfs.__file__).parent.parent
 KIB = 1 << 10
@@ -130,7 +130,7 @@ class Scene:
         path.write_bytes(noise(label, size))
 
     def packs(self) -> set[str]:
-        return {path.name for path in (self.root / "packs").rglob("*") if path.is_file()}
+        return {path.name for path in pack_paths(self.root)}
 
     def names(self, folder: str) -> list[str]:
         return os.listdir(self.root / folder)

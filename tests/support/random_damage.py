@@ -12,13 +12,20 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from casfs.format.pack import HEADER, TRAILER
+from casfs.format.pack import HEADER, PACK_PREFIXES, TRAILER
 from casfs.index.fingerprint import FINGERPRINT_FILE
 
 MOST = 1 << 16
 """What a choice is below."""
 
-FOLDERS = ("sessions", "packs", "snapshots", "condemned")
+FOLDERS = {
+    "sessions": ("sessions",),
+    "packs": PACK_PREFIXES,
+    "snapshots": ("snapshots",),
+    "condemned": ("condemned",),
+}
+"""The kinds of objects, with the folders in which they lie."""
+
 DATA = "data.mdb"
 
 
@@ -33,8 +40,13 @@ class Past:
 
     def remember(self) -> None:
         """Keep what is new; an object is remembered as it was when it was seen first."""
-        for folder, known in self._objects.items():
-            paths = [path for path in (self.root / folder).rglob("*") if path.is_file()]
+        for kind, known in self._objects.items():
+            paths = [
+                path
+                for folder in FOLDERS[kind]
+                for path in (self.root / folder).rglob("*")
+                if path.is_file()
+            ]
             for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name)):
                 if path not in known:
                     known[path] = path.read_bytes()
@@ -69,7 +81,7 @@ class Past:
         """
         for one in (path, *self.gone("sessions")):
             one.parent.mkdir(exist_ok=True)
-            one.write_bytes(self._objects[one.relative_to(self.root).parts[0]][one])
+            one.write_bytes(next(known[one] for known in self._objects.values() if one in known))
 
     def an_index(self, where: int) -> Path:
         """Return where one of the indexes lies."""

@@ -107,6 +107,11 @@ def pack_paths(root: Path) -> list[Path]:
     )
 
 
+def data_pack_paths(root: Path) -> list[Path]:
+    """Return the paths of the data packs of a store or repository, sorted by their names."""
+    return [path for path in pack_paths(root) if not pack_ref(path).is_meta]
+
+
 def pack_ref(path: Path) -> PackRef:
     """Return the pack that a file in a store's folder holds."""
     pack = parse_pack_name("/".join(path.parts[-3:]))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from casfs.digest import digest_of
-from casfs.format.pack import BLOB_HEADER, SESSION_HEADER, TRAILER
+from casfs.format.pack import BLOB_HEADER, PACK_PREFIXES, SESSION_HEADER, TRAILER
 from casfs.repository.place import read_config
 from tests.support.encryption import PUBLIC, SECRET
 from tests.support.observation import Files, look_at_source
@@ -88,7 +88,10 @@ class Hostile:
 
     def objects(self, folder: str) -> list[Path]:
         """Return the files of a kind, the newest last."""
-        found = [path for path in (self.root / folder).rglob("*") if path.is_file()]
+        folders = PACK_PREFIXES if folder == "packs" else (folder,)
+        found = [
+            path for name in folders for path in (self.root / name).rglob("*") if path.is_file()
+        ]
         return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
@@ -189,7 +192,7 @@ def tamper(part: Part, what: str, other: bytes) -> Path:
     _, dot, suffix = part.path.name.partition(".")
     new = digest_of(data).hex()
     folder = part.path.parent
-    if folder.parent.name == "packs":
+    if folder.parent.name in PACK_PREFIXES:
         folder = folder.parent / new[:2]
         folder.mkdir(exist_ok=True)
     return part.path.rename(folder / (new + dot + suffix))

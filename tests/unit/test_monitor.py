@@ -138,7 +138,7 @@ def test_a_check_that_reads_data_counts_bytes_inside_a_pack_and_reaches_its_tota
         Checker(repository, monitor).check(PackSelection())
     progress = recorded(monitor)
     unit, packs, total_bytes, is_estimate = progress.expected["reading packs"]
-    assert (unit, packs, is_estimate) == (Unit.PACKS, 1, False)
+    assert (unit, packs, is_estimate) == (Unit.PACKS, 2, False)
     assert total_bytes is not None and total_bytes > LARGE_BYTES
     # A check reads windows of 8 MiB.
     assert_moves_inside_a_large_object(progress.steps["reading packs"], total_bytes, at_least=1)

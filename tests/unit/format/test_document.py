@@ -41,6 +41,7 @@ from casfs.store import pending_removal, writer
 from casfs.trees import content
 from casfs.trees import writer as tree_writer
 from tests.support.builders import RepositoryFixture
+from tests.support.stores import pack_paths
 from tests.support.versioned_memory import MemoryBucket
 
 PROJECT = Path(casfs.__file__).parent.parent
@@ -209,6 +210,7 @@ def test_chunker_fields_have_the_defaults_of_the_code() -> None:
 def test_parameters_are_those_of_the_code() -> None:
     assert {row[0]: number(row[1]) for row in rows("Parameters")} == {
         "target size of a pack": writer.PACK_BYTES,
+        "target size of a metadata pack": writer.META_PACK_BYTES,
         "target number of blobs in a pack": writer.PACK_BLOBS,
         "most extents in a node": content.MAX_INLINE_RECORDS,
         "fewest extents in a list piece": content._PIECE_MIN_RECORDS,
@@ -391,9 +393,7 @@ class Reader:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.blobs = {
-            digest: data
-            for path in sorted(root.glob("packs/*/*"))
-            for digest, data in self.pack(path)
+            digest: data for path in sorted(pack_paths(root)) for digest, data in self.pack(path)
         }
 
     @staticmethod

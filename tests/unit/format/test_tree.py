@@ -135,7 +135,7 @@ class TestTreeCompatibility:
         piece = decode_piece(as_builtins([[*whole, extra, "later", 7]]))
         assert isinstance(piece, Leaf)
         assert piece.nodes[0].extra == NodeExtra((), 0, 0, Capture(1, 2))
-        branch = msgspec.msgpack.encode([1, [[b"a", [b"\x07" * 32, 5, 100, 1, "later"], 9]]])
+        branch = msgspec.msgpack.encode([1, [[b"a", [b"\x07" * 32, 5, 100, 1, None, "later"], 9]]])
         assert decode_piece(branch) == Branch([PieceRef(b"a", REF)])
 
     def test_a_tree_piece_of_an_unknown_form_is_refused(self) -> None:

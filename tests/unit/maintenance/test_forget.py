@@ -19,6 +19,7 @@ from casfs.maintenance.retention import Policy
 from casfs.repository.snapshot_filter import SnapshotFilter
 from casfs.repository.snapshots import SnapshotStore
 from tests.support.builders import RepositoryFixture
+from tests.support.stores import pack_paths
 
 LAST = Policy(last=1)
 
@@ -100,13 +101,13 @@ def test_snapshots_are_named_by_prefix_and_once(repo: RepositoryFixture) -> None
 def test_forget_removes_snapshots_and_no_pack(repo: RepositoryFixture) -> None:
     made(repo, 1)
     kept = made(repo, 2)
-    packs = sorted(repo.root.glob("packs/*/*"))
+    packs = pack_paths(repo.root)
     with repo.writing() as repository:
         plan = plan_policy(repository, LAST, Grouping(), SnapshotFilter(), False)
         assert forget(repository, plan.forgotten()) == 1
         assert forget(repository, plan.forgotten()) == 1  # to be gone already is no error
         assert repository.snapshots.ids() == [kept]
-    assert sorted(repo.root.glob("packs/*/*")) == packs
+    assert pack_paths(repo.root) == packs
 
 
 def test_a_damaged_snapshot_can_be_forgotten_by_name(repo: RepositoryFixture) -> None:

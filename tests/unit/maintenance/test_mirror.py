@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from casfs.errors import IntegrityError, NotFoundError, RefusedError, StorageError
 from casfs.format.config import NEWEST_FORMAT, OLDEST_FORMAT, with_format
+from casfs.format.pack import PACK_PREFIXES
 from casfs.maintenance.check import Checker
 from casfs.maintenance.mirror import MISSING_NAME, Mirror, MirrorResult
 from casfs.maintenance.prune import Pruner
@@ -47,7 +49,7 @@ def mirror(
 
 
 def names(storage: MemoryStorage) -> list[str]:
-    return [name for folder in ("packs", "snapshots") for name, _, _ in storage.list(folder)]
+    return [name for folder in (*PACK_PREFIXES, "snapshots") for name, _, _ in storage.list(folder)]
 
 
 def forget_first(repo: RepositoryFixture) -> None:
@@ -64,7 +66,8 @@ def test_mirror_makes_a_repository_with_everything(repo: RepositoryFixture, tmp_
     copy.mkdir()
     result = mirror(repo.root, copy)
     assert result.damage == []
-    assert result.copied == len(pack_paths(repo.root)) + 2
+    deltas = os.listdir(repo.root / "deltas")
+    assert result.copied == len(pack_paths(repo.root)) + len(deltas) + 2
     with open_for_reading(copy) as repository:
         assert len(repository.snapshots.ids()) == 2
         monitor = RecordingMonitor()
@@ -150,7 +153,9 @@ class TestDelete:
         late = mirror(repo.root, copy, delete=True, margin_s=7 * DAY_S, now_s=1e9 + 7 * DAY_S)
         assert (late.deleted, late.pending) == (first.pending, 0)
         source = LocalStorage(repo.root)
-        there = [name for folder in ("packs", "snapshots") for name, _, _ in source.list(folder)]
+        there = [
+            name for folder in (*PACK_PREFIXES, "snapshots") for name, _, _ in source.list(folder)
+        ]
         assert sorted(names(copy)) == sorted(there)
 
     def test_what_comes_back_at_the_source_is_kept(self, repo: RepositoryFixture) -> None:
@@ -210,7 +215,7 @@ def test_a_mirror_that_ends_anywhere_leaves_only_snapshots_with_their_packs(
     repo: RepositoryFixture,
 ) -> None:
     source = LocalStorage(repo.root)
-    packs = {name for name, _, _ in source.list("packs")}
+    packs = {name for prefix in PACK_PREFIXES for name, _, _ in source.list(prefix)}
     failed = 0
     for changes in range(len(packs) + 4):
         copy = _Failing(changes)
@@ -234,7 +239,7 @@ class _Pruned(MemoryStorage):
 
     def list(self, prefix: str) -> Iterator[ListedObject]:
         found = list(super().list(prefix))
-        if prefix == "packs" and self._replacement is not None:
+        if found and prefix in PACK_PREFIXES and self._replacement is not None:
             name, data = self._replacement
             self._replacement = None
             self.create(name, data)

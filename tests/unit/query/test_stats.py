@@ -45,7 +45,7 @@ def test_the_first_snapshot_needs_all_that_was_stored(
         whole = repository_stats(repository)
         seen = snapshot_stats(repository, "latest")
     assert snapshot.root.tree is not None
-    assert (whole.snapshots, whole.packs) == (1, 1)
+    assert (whole.snapshots, whole.packs) == (1, 2)
     assert whole.blobs == seen.blobs == snapshot.stats.new_blobs
     assert whole.plain_bytes == snapshot.stats.new_plain_bytes
     assert whole.total_bytes == seen.total_bytes == (3 << 20) + 2 * 5000

@@ -26,7 +26,7 @@ from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for
 from casfs.repository.snapshot_filter import ALL_SNAPSHOTS
 from tests.support.encryption import SECRET, EncryptedRepositoryFixture, unlock
 from tests.support.observation import look_through_the_mount
-from tests.support.stores import flip, noise
+from tests.support.stores import flip, noise, pack_paths, pack_ref
 
 DAY_NS = 86_400 * 10**9
 START_NS = 1_700_000_000 * 10**9
@@ -140,12 +140,11 @@ def test_a_change_of_tags_does_not_make_an_unproven_snapshot_proven(attacked: At
 
 
 def test_a_repair_does_not_make_a_damaged_unproven_snapshot_proven(attacked: Attacked) -> None:
-    packs = set((attacked.root / "packs").rglob("*"))
+    packs = set(pack_paths(attacked.root))
     (attacked.source / "file").write_bytes(b"forged")
     forged = attacked.forge(START_NS + DAY_NS)
-    for pack in set((attacked.root / "packs").rglob("*")) - packs:
-        if pack.is_file():
-            pack.unlink()
+    for pack in set(pack_paths(attacked.root)) - packs:
+        pack.unlink()
     options = OpenOptions(unlock=unlock, sync=False)
     with open_for_maintenance(attacked.root, "repair", options) as repository:
         result = SnapshotRepairer(repository, RecordingMonitor()).repair()
@@ -154,11 +153,12 @@ def test_a_repair_does_not_make_a_damaged_unproven_snapshot_proven(attacked: Att
 
 
 def test_a_repaired_unproven_snapshot_stays_unproven(attacked: Attacked) -> None:
-    packs = set((attacked.root / "packs").rglob("*"))
+    packs = set(pack_paths(attacked.root))
     (attacked.source / "file").write_bytes(noise("forged", 50_000))
     (attacked.source / "other").write_bytes(b"what is left")
     forged = attacked.forge(START_NS + DAY_NS)
-    (pack,) = [path for path in set((attacked.root / "packs").rglob("*")) - packs if path.is_file()]
+    new = set(pack_paths(attacked.root)) - packs
+    (pack,) = [path for path in new if not pack_ref(path).is_meta]
     flip(pack, 10_000)  # in the data of the large file
     options = OpenOptions(unlock=unlock, sync=False)
     with open_for_maintenance(attacked.root, "repair", options) as repository:

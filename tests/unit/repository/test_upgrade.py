@@ -7,18 +7,25 @@ from pathlib import Path
 
 import pytest
 
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.digest import digest_of
 from casfs.errors import LockedError, NotFoundError, RefusedError, StorageDeniedError, TrustError
 from casfs.format.config import NEWEST_FORMAT, OLDEST_FORMAT, decode_config, with_format
+from casfs.maintenance.check import Checker
+from casfs.maintenance.scrub import PackSelection
+from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import (
     OpenOptions,
     create_repository,
     open_for_reading,
     open_for_writing,
 )
-from casfs.repository.place import LocalPlace, read_config
+from casfs.repository.place import LocalPlace, RemotePlace, read_config
+from casfs.repository.repository import Repository
 from casfs.repository.upgrade import upgrade_repository
 from casfs.storage.local import LocalStorage
+from casfs.storage.memory import MemoryStorage
+from casfs.storage.url import parse_address
 from tests.support.encryption import RECIPIENT, unlock
 
 
@@ -59,7 +66,8 @@ def test_a_second_upgrade_changes_nothing(root: Path) -> None:
     upgrade_repository(root)
     before = (root / "config").stat()
     assert not upgrade_repository(root).is_changed
-    assert (root / "config").stat() == before
+    after = (root / "config").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_an_upgrade_waits_for_no_writer_and_is_refused_beside_one(root: Path) -> None:
@@ -99,6 +107,42 @@ def test_an_upgrade_with_credentials_that_may_only_create_changes_nothing(root: 
         "changed: run `casfs upgrade` with credentials that may overwrite objects"
     )
     assert config_of(root) == before
+
+
+def test_a_writer_of_another_machine_that_began_before_an_upgrade_ends_in_the_old_format(
+    tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = MemoryStorage("s3://bucket/r")
+    monkeypatch.setattr("casfs.repository.place.open_storage", lambda *arguments: memory)
+
+    def place() -> RemotePlace:
+        return RemotePlace(parse_address("s3://bucket/r"))
+
+    source = tmp_path / "source"
+    source.mkdir()
+    create_repository(place(), format_=OLDEST_FORMAT)
+
+    def back_up(repository: Repository, name: str) -> None:
+        (source / name).write_bytes(name.encode() * 1000)
+        run_backup(repository, BackupOptions((bytes(source),)), RecordingMonitor())
+
+    with open_for_writing(place(), "backup") as old:
+        back_up(old, "before")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache of another machine"))
+        assert upgrade_repository(place()).is_changed
+        back_up(old, "beside")
+        assert list(memory.list("meta")) == []
+    with open_for_writing(place(), "backup") as new:
+        back_up(new, "after")
+        assert any(memory.list("meta"))
+    with open_for_reading(place()) as repository:
+        assert Checker(repository, RecordingMonitor()).check(PackSelection()).damage == []
+        found = [
+            {path.rpartition(b"/")[2] for path, node in repository.trees.walk(snapshot.root)}
+            for _, snapshot in repository.snapshots.iterate()
+        ]
+    assert [b"beside" in names for names in found] == [False, True, True]
+    assert [b"after" in names for names in found] == [False, False, True]
 
 
 class TestTrust:
