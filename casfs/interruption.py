@@ -8,6 +8,10 @@ called with it. Once the interpreter removes its handlers, a signal is ignored: 
 exit with its code. A second signal while the first still unwinds the stack ends the process at once, but not
 within `GRACE_S`: a terminal and a parent process often both send one.
 
+A call into the kernel may never return, such as one that waits for a disk or a server that does not answer;
+the main thread then handles no signal. `end_stuck_process` starts a thread that ends the process where a
+signal stays pending.
+
 This module imports little, because it is loaded before everything else. Main thread only.
 """
 
@@ -17,6 +21,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -28,6 +33,10 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 GRACE_S = 1.0
+STUCK_S = 5.0
+"""How long a signal may stay pending before the main thread counts as stuck in the kernel."""
+
+_LOOK_S = 0.5
 _RAISED_AGAIN_S = 0.001
 """The time after which a dropped interruption is raised again, by a signal that also ends a blocking call."""
 
@@ -79,6 +88,30 @@ def install() -> None:
 def on_signal(action: Callable[[], None]) -> None:
     """Call `action` before an Interruption is raised; it ends the waits of other threads."""
     _state.on_signal = action
+
+
+def end_stuck_process(stuck_s: float = STUCK_S) -> None:
+    """Start a thread that ends the process where the main thread does not handle a signal in time.
+
+    A signal is pending as long as the main thread is in the kernel and does not return from there.
+    """
+    threading.Thread(target=_watch, args=(stuck_s,), name="casfs-signals", daemon=True).start()
+
+
+def _watch(stuck_s: float) -> None:
+    # `sigpending` returns only signals that the calling thread blocks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    pending_since: float | None = None
+    while True:
+        time.sleep(min(_LOOK_S, stuck_s))
+        now = time.monotonic()
+        if not signal.sigpending() & set(_SIGNALS):
+            pending_since = None
+        elif pending_since is None:
+            pending_since = now
+        elif now - pending_since >= stuck_s:
+            _print_interrupted()
+            os._exit(EXIT_INTERRUPTED)
 
 
 def begin() -> None:

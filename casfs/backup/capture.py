@@ -13,16 +13,16 @@ no tree refers to; prune removes them.
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import stat
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from casfs.backup import source_fs
 from casfs.backup.allowance import Allowances
 from casfs.backup.reflink import Reflinker
-from casfs.backup.source_fs import Xattrs, clamp_time_ns, make_extra, open_file, read_xattrs
+from casfs.backup.source_fs import Handle, Xattrs, clamp_time_ns, make_extra, open_file, xattrs_of
 from casfs.backup.source_reader import ReadResult, SourceReader, verify_read
 from casfs.backup.stability import (
     RetryBudget,
@@ -53,8 +53,6 @@ _DIRTY_NS = 600_000_000_000
 _REFLINK_TRIES = 3
 _NOT_REGULAR_ERRNOS = frozenset([errno.ELOOP, errno.ENXIO])
 """The errors of opening a symlink with O_NOFOLLOW, and of opening a socket."""
-
-_SYNC_FILE_RANGE_WRITE = 1 | 2  # SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE
 
 
 class _Attempt(NamedTuple):
@@ -105,7 +103,7 @@ class Capturer:
         self.abandoned_bytes = 0
 
     def capture(
-        self, dir_fd: int, name: bytes, on_xattr_error: Callable[[OSError], None] = _ignore
+        self, above: Handle, name: bytes, on_xattr_error: Callable[[OSError], None] = _ignore
     ) -> Node:
         """Return the node of a regular file, after its content went to the `put` of the reader.
 
@@ -116,15 +114,15 @@ class Capturer:
         file has vanished or cannot be read.
         """
         began = time.monotonic()
-        found = self._attempt(dir_fd, name, 1)
+        found = self._attempt(above, name, 1)
         if found.replaced or found.node.state == CaptureState.CHANGED:
-            found = self._capture_further(dir_fd, name, found, time.monotonic() - began)
+            found = self._capture_further(above, name, found, time.monotonic() - began)
         self._reader.store_pending(found.result)
         if found.xattr_error is not None:
             on_xattr_error(found.xattr_error)
         return found.node
 
-    def capture_again(self, dir_fd: int, before: Node) -> Node | None:
+    def capture_again(self, above: Handle, before: Node) -> Node | None:
         """Capture a file in state `changed` again, at the end of a backup.
 
         Returns None where the budget is spent, or the file has vanished or cannot be read.
@@ -135,7 +133,7 @@ class Capturer:
             return None
         began = time.monotonic()
         try:
-            found = self._attempt(dir_fd, before.name, attempts + 1)
+            found = self._attempt(above, before.name, attempts + 1)
         except (OSError, NotRegularError):
             return None
         finally:
@@ -156,7 +154,9 @@ class Capturer:
         node = _make_node(name, st, (), reading, CaptureState.STABLE, racy=True)
         return replace(node, mode=0o600, kind=NodeType.FILE, nlink=1, extra=None)
 
-    def _capture_further(self, dir_fd: int, name: bytes, best: _Attempt, took_s: float) -> _Attempt:
+    def _capture_further(
+        self, above: Handle, name: bytes, best: _Attempt, took_s: float
+    ) -> _Attempt:
         """Make the remaining attempts; return the best result, and of equal results the newest."""
         pause_s = FIRST_PAUSE_S
         made = 1
@@ -170,7 +170,7 @@ class Capturer:
                 pause_s *= 2
             began = time.monotonic()
             try:
-                found = self._attempt(dir_fd, name, made + 1)
+                found = self._attempt(above, name, made + 1)
             except OSError:
                 break
             finally:
@@ -185,31 +185,31 @@ class Capturer:
                 return best
         return best._replace(node=_with_attempts(best.node, made), replaced=False)
 
-    def _attempt(self, dir_fd: int, name: bytes, attempt: int) -> _Attempt:
+    def _attempt(self, above: Handle, name: bytes, attempt: int) -> _Attempt:
         """Open and read a file once: from a clone where that is due, else directly."""
         self._on_attempt()
         try:
-            fd = open_file(dir_fd, name, self._allowances.may_wait)
+            fd = open_file(above, name, self._allowances.may_wait)
         except OSError as error:
             if error.errno in _NOT_REGULAR_ERRNOS:
                 raise NotRegularError(name) from error
             raise
         try:
             began_ns = time.time_ns()
-            before = os.fstat(fd)
+            before = source_fs.stat_open(fd)
             if not stat.S_ISREG(before.st_mode):
                 raise NotRegularError(name)
             if self._reflinker.should_clone(before, began_ns):
-                found = self._attempt_reflinked(dir_fd, fd, name, attempt)
+                found = self._attempt_reflinked(above, fd, name, attempt)
                 if found is not None:
                     return found
             dirty_since_ns = began_ns - _DIRTY_NS
             if before.st_ctime_ns > dirty_since_ns or before.st_mtime_ns > dirty_since_ns:
-                _start_writeback(fd)
-                before = os.fstat(fd)
-            xattrs, xattr_error = read_xattrs(fd)
+                source_fs.start_writeback(fd)
+                before = source_fs.stat_open(fd)
+            xattrs, xattr_error = xattrs_of(fd)
             reading = self._reader.read(fd, before)
-            after = os.fstat(fd)
+            after = source_fs.stat_open(fd)
             if reading.size == before.st_size and is_same(before, after):
                 if not is_racy(before, began_ns):
                     racy = xattr_error is not None
@@ -220,14 +220,14 @@ class Capturer:
                 return self._verify_by_reread(
                     fd, name, before, after, reading, attempt, ChangeReason.NONE
                 )
-            return self._on_unstable(dir_fd, fd, name, before, after, reading, attempt)
+            return self._on_unstable(above, fd, name, before, after, reading, attempt)
         finally:
-            os.close(fd)
+            source_fs.close(fd)
 
     def _attempt_reflinked(
         self,
-        dir_fd: int,
-        fd: int,
+        above: Handle,
+        fd: Handle,
         name: bytes,
         attempt: int,
         reason: ChangeReason = ChangeReason.NONE,
@@ -239,13 +239,13 @@ class Capturer:
         """
         for tries in range(_REFLINK_TRIES):
             began_ns = time.time_ns()
-            before = os.fstat(fd)
-            xattrs, xattr_error = read_xattrs(fd)
-            clone = self._reflinker.clone(dir_fd, fd, before)
+            before = source_fs.stat_open(fd)
+            xattrs, xattr_error = xattrs_of(fd)
+            clone = self._reflinker.clone(above, fd, before)
             if clone is None:
                 return None
             try:
-                is_unmodified = is_same(before, os.fstat(fd))
+                is_unmodified = is_same(before, source_fs.stat_open(fd))
                 if is_unmodified or tries == _REFLINK_TRIES - 1:
                     reading = self._reader.read(clone, os.fstat(clone))
                     racy = not is_unmodified or is_racy(before, began_ns) or xattr_error is not None
@@ -258,8 +258,8 @@ class Capturer:
 
     def _on_unstable(
         self,
-        dir_fd: int,
-        fd: int,
+        above: Handle,
+        fd: Handle,
         name: bytes,
         before: os.stat_result,
         after: os.stat_result,
@@ -267,10 +267,10 @@ class Capturer:
         attempt: int,
     ) -> _Attempt:
         """Return the result of a read during which the metadata changed: from a clone, or by rereading."""
-        reason = _check_name(dir_fd, name, after)
+        reason = _check_name(above, name, after)
         if reason == ChangeReason.NONE:
             found = self._attempt_reflinked(
-                dir_fd, fd, name, attempt + 1, classify_by_metadata(before, after, reading.size)
+                above, fd, name, attempt + 1, classify_by_metadata(before, after, reading.size)
             )
             if found is not None:
                 return found
@@ -278,7 +278,7 @@ class Capturer:
 
     def _verify_by_reread(
         self,
-        fd: int,
+        fd: Handle,
         name: bytes,
         before: os.stat_result,
         after: os.stat_result,
@@ -291,7 +291,7 @@ class Capturer:
         The node gets the metadata from between the two reads and is racy: a store to a mapped page that is
         already dirty updates no timestamp, so the next backup must not trust them.
         """
-        xattrs, xattr_error = read_xattrs(fd)
+        xattrs, xattr_error = xattrs_of(fd)
         replaced = reason == ChangeReason.REPLACED
         observed = None
         try:
@@ -312,13 +312,13 @@ class Capturer:
         return _Attempt(_with(node, reason, attempt, observed), reading, replaced, xattr_error)
 
 
-def _check_name(dir_fd: int, name: bytes, after: os.stat_result) -> ChangeReason:
+def _check_name(above: Handle, name: bytes, after: os.stat_result) -> ChangeReason:
     """Return NONE where the name still refers to the file that was read, else REPLACED or VANISHED.
 
     Raises NotRegularError where it refers to an entry that is no regular file.
     """
     try:
-        now = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        now = source_fs.stat_entry(above, name)
     except FileNotFoundError:
         return ChangeReason.VANISHED
     except OSError:
@@ -326,30 +326,6 @@ def _check_name(dir_fd: int, name: bytes, after: os.stat_result) -> ChangeReason
     if not stat.S_ISREG(now.st_mode):
         raise NotRegularError(name)
     return ChangeReason.NONE if os.path.samestat(now, after) else ChangeReason.REPLACED
-
-
-def _start_writeback(fd: int) -> None:
-    """Start to write a file's dirty pages, so that the next store to any of them updates the timestamps.
-
-    A store through a mapping updates them only when it makes a clean page dirty; a store to a dirty page
-    during the read would go unnoticed. Waits only for writes that are already in progress.
-    """
-    sync_file_range = _sync_file_range()
-    if sync_file_range is not None:
-        sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
-
-
-@functools.cache
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    import ctypes  # slow to load, and many backups read no file that changed so recently
-
-    try:
-        function = ctypes.CDLL(None).sync_file_range
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    function.restype = ctypes.c_int
-    return function
 
 
 def _make_node(

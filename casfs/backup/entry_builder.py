@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from casfs.backup.capture import Capturer
 from casfs.backup.parent import is_unchanged
-from casfs.backup.source_fs import make_node, proc_fd_path, read_xattrs
+from casfs.backup.source_fs import EntryName, Handle, make_node, read_link, xattrs_of
 from casfs.errors import TreeError
 from casfs.format.tree import (
     CaptureState,
@@ -99,7 +99,7 @@ class EntryBuilder:
 
     def build(
         self,
-        dir_fd: int,
+        above: Handle,
         name: bytes,
         path: bytes,
         st: os.stat_result,
@@ -125,10 +125,10 @@ class EntryBuilder:
             return previous
         try:
             if kind is _FILE:
-                node = self._read_file(dir_fd, name, path, st)
+                node = self._read_file(above, name, path, st)
             else:
-                target = os.readlink(name, dir_fd=dir_fd) if kind == NodeType.SYMLINK else b""
-                node = self.make_node(name, path, st, kind, proc_fd_path(dir_fd, name), target)
+                target = read_link(above, name) if kind == NodeType.SYMLINK else b""
+                node = self.make_node(name, path, st, kind, EntryName(above, name), target)
             check_entry(node)
         except (OSError, TreeError) as error:
             self.report_failure(path, error)
@@ -146,15 +146,15 @@ class EntryBuilder:
         path: bytes,
         st: os.stat_result,
         kind: NodeType,
-        where: int | bytes,
+        where: Handle | EntryName,
         content: bytes = b"",
     ) -> Node:
         """Return the node of an entry that is not a regular file, with the xattrs that can be read.
 
-        `where` is the entry's path or descriptor. Xattrs that cannot be read are reported, and the next
-        backup does not trust the entry as unchanged, so that it reports them too.
+        `where` is the open entry, or its name in an open directory. Xattrs that cannot be read are reported,
+        and the next backup does not trust the entry as unchanged, so that it reports them too.
         """
-        xattrs, error = read_xattrs(where)
+        xattrs, error = xattrs_of(where)
         node = make_node(name, st, kind, xattrs, content)
         if error is None:
             return node
@@ -201,7 +201,7 @@ class EntryBuilder:
         self.stats.unreadable += 1
         self._monitor.problem(unread_xattrs(path, error))
 
-    def _read_file(self, dir_fd: int, name: bytes, path: bytes, st: os.stat_result) -> Node:
+    def _read_file(self, above: Handle, name: bytes, path: bytes, st: os.stat_result) -> Node:
         if st.st_nlink > 1:
             key = (st.st_dev, st.st_ino)
             link = self._links.get(key)
@@ -212,7 +212,7 @@ class EntryBuilder:
                 return replace(link.node, name=name)
         self._progress.path = path
         node = self._capturer.capture(
-            dir_fd, name, on_xattr_error=lambda error: self._report_xattrs(path, error)
+            above, name, on_xattr_error=lambda error: self._report_xattrs(path, error)
         )
         if node.extra is not None:
             self._report_capture(path, node)

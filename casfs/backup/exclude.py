@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from casfs.backup.source_fs import Handle, close, open_once, read_next
 from casfs.display import escape_path
 from casfs.paths import normalize_source_path, split
 from casfs.patterns import Pattern, PatternMatcher, show_pattern
@@ -36,13 +38,18 @@ class Exclusions:
         """Return a matcher of the patterns, or None without patterns."""
         return PatternMatcher(self.patterns) if self.patterns else None
 
-    def reason_against(self, source: bytes, matcher: PatternMatcher | None) -> str | None:
+    def reason_against(
+        self,
+        source: bytes,
+        matcher: PatternMatcher | None,
+        lstat: Callable[[bytes], os.stat_result] = os.lstat,
+    ) -> str | None:
         """Return why the options exclude a named source, as a clause of a message.
 
         Returns None where the source is not excluded or does not exist.
         """
         try:
-            st = os.lstat(source)
+            st = lstat(source)
         except OSError:
             return None
         if matcher is not None:
@@ -60,7 +67,7 @@ class Exclusions:
         limit = self.larger_than
         return limit is not None and st.st_size > limit and stat.S_ISREG(st.st_mode)
 
-    def marker_of(self, names: list[bytes], fd: int) -> bytes | None:
+    def marker_of(self, names: list[bytes], fd: Handle) -> bytes | None:
         """Return the name of the marker that excludes all other entries of a directory, or None."""
         if self.caches and CACHEDIR_TAG in names and _has_signature(fd):
             return CACHEDIR_TAG
@@ -70,14 +77,14 @@ class Exclusions:
         return None
 
 
-def _has_signature(fd: int) -> bool:
+def _has_signature(above: Handle) -> bool:
     try:
-        tag = os.open(CACHEDIR_TAG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=fd)
+        tag = open_once(above, CACHEDIR_TAG, False)
     except OSError:
         return False
     try:
-        return os.read(tag, len(CACHEDIR_SIGNATURE)) == CACHEDIR_SIGNATURE
+        return read_next(tag, len(CACHEDIR_SIGNATURE)) == CACHEDIR_SIGNATURE
     except OSError:
         return False
     finally:
-        os.close(tag)
+        close(tag)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from casfs.backup.capture import Capturer
-from casfs.backup.source_fs import open_directory
+from casfs.backup.source_fs import Handle, close, open_directory, stat_open
+from casfs.backup.source_process import ServedMounts
 from casfs.backup.sources import SourceNode
 from casfs.backup.walker import NewTree
 from casfs.format.tree import Node, replace, source_inode
@@ -27,11 +29,11 @@ _MAX_LINKS = 100_000
 
 @dataclass(slots=True)
 class _Frame:
-    """A directory with changed files below it; `fd` is -1 where it has vanished or only leads to sources."""
+    """A directory with changed files below it; `fd` is None if it vanished or only leads to sources."""
 
     node: Node
     path: bytes
-    fd: int
+    fd: Handle | None
     device: int
     nodes: Iterator[Node]
     tree: TreeWriter
@@ -43,6 +45,7 @@ class FinalRetry:
 
     The trees of the walk must be readable from `trees`. Files that are still in state `changed` are reported
     to `monitor`. `devices` are those of the walk.
+    What is in `mounts` is read by other processes.
     """
 
     def __init__(
@@ -52,7 +55,9 @@ class FinalRetry:
         new_tree: NewTree,
         monitor: Monitor,
         devices: Mapping[bytes, int],
+        mounts: ServedMounts,
     ) -> None:
+        self._mounts = mounts
         self._devices = devices
         self._capturer = capturer
         self._trees = trees
@@ -62,9 +67,10 @@ class FinalRetry:
 
     def run(self, root: Node, source: SourceNode) -> Node:
         """Return the root with every new capture; `source` is the source tree of the walk."""
-        fd, device = -1, self._devices.get(b"", -1)
+        fd, device = None, self._devices.get(b"", -1)
         if source.is_source:
-            fd = _open_same(None, source.source, root, device, follow=True)
+            above = self._mounts.above(source.source)
+            fd = _open_same(above, source.source, root, device, follow=True)
         stack = [self._frame(root, b"", fd, device, source)]
         try:
             while True:
@@ -84,7 +90,7 @@ class FinalRetry:
                 _close(frame.fd)
 
     def _frame(
-        self, node: Node, path: bytes, fd: int, device: int, source: SourceNode | None
+        self, node: Node, path: bytes, fd: Handle | None, device: int, source: SourceNode | None
     ) -> _Frame:
         assert node.tree is not None
         single = self._trees.unsplit_entries(node.tree)
@@ -107,15 +113,16 @@ class FinalRetry:
     def _enter(self, frame: _Frame, path: bytes, node: Node) -> _Frame:
         device = self._devices.get(path, frame.device)
         if frame.sources is None:
-            fd = _open_same(frame.fd, node.name, node, device) if frame.fd >= 0 else -1
+            with self._above(frame.fd, node.name) as above:
+                fd = _open_same(above, node.name, node, device)
             return self._frame(node, path, fd, device, None)
         source = frame.sources.get(node.name)
         if source is None or not source.is_source:
-            return self._frame(node, path, -1, device, source)
-        above = _open_above(source)
+            return self._frame(node, path, None, device, source)
+        above = self._open_above(source)
         try:
             entry = os.path.basename(source.source)
-            fd = _open_same(above, entry, node, device) if above >= 0 else -1
+            fd = _open_same(above, entry, node, device)
         finally:
             _close(above)
         return self._frame(node, path, fd, device, source)
@@ -130,7 +137,7 @@ class FinalRetry:
         elif frame.sources is None:
             found = self._capture(frame.fd, node)
         elif (source := frame.sources.get(node.name)) is not None:
-            above = _open_above(source)
+            above = self._open_above(source)
             try:
                 found = self._capture(above, node)
             finally:
@@ -144,38 +151,58 @@ class FinalRetry:
             self._monitor.problem(problem)
         return found
 
-    def _capture(self, fd: int, node: Node) -> Node | None:
-        return self._capturer.capture_again(fd, node) if fd >= 0 else None
+    def _capture(self, fd: Handle | None, node: Node) -> Node | None:
+        with self._above(fd, node.name) as above:
+            return self._capturer.capture_again(above, node) if above is not None else None
 
+    @contextmanager
+    def _above(self, fd: Handle | None, name: bytes) -> Iterator[Handle | None]:
+        """Yield the handle of a directory for the use of an entry, on which a served mount may be."""
+        self._mounts.refresh()
+        if not isinstance(fd, int) or not self._mounts.is_mountpoint(fd, name):
+            yield fd
+            return
+        above: Handle | None = None
+        try:
+            above = self._mounts.directory(fd, name)
+        except OSError:
+            pass  # it was given up during the walk, which reported that
+        try:
+            yield above
+        finally:
+            _close(above)
 
-def _open_above(source: SourceNode) -> int:
-    """Open the directory of a source; return -1 where it has vanished."""
-    try:
-        return open_directory(None, os.path.dirname(source.source) or b".", follow=True)
-    except OSError:
-        return -1
+    def _open_above(self, source: SourceNode) -> Handle | None:
+        """Open the directory of a source; return None where it has vanished."""
+        try:
+            above = self._mounts.above(source.source)
+            return open_directory(above, os.path.dirname(source.source) or b".", True)
+        except OSError:
+            return None
 
 
 def _open_same(
-    dir_fd: int | None, name: bytes, node: Node, device: int, follow: bool = False
-) -> int:
-    """Open a directory that the walk visited; return -1 where it has vanished, been replaced or changed.
+    above: Handle | None, name: bytes, node: Node, device: int, follow: bool = False
+) -> Handle | None:
+    """Open a directory that the walk visited; return None where it vanished, was replaced or changed.
 
     A file is stored below the owner and the mode that the walk saw, so they must still be those of its
     directory.
     """
+    if above is None:
+        return None
     try:
-        fd = open_directory(dir_fd, name, follow)
+        fd = open_directory(above, name, follow)
+        st = stat_open(fd)
     except OSError:
-        return -1
-    st = os.fstat(fd)
+        return None
     seen = (device, node.inode, node.uid, node.gid, node.mode)
     if seen != (st.st_dev, st.st_ino, st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode)):
-        os.close(fd)
-        return -1
+        close(fd)
+        return None
     return fd
 
 
-def _close(fd: int) -> None:
-    if fd >= 0:
-        os.close(fd)
+def _close(fd: Handle | None) -> None:
+    if fd is not None:
+        close(fd)

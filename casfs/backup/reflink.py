@@ -20,6 +20,7 @@ import os
 import struct
 from enum import StrEnum
 
+from casfs.backup.source_fs import Handle
 from casfs.errors import ReflinkError
 
 log = logging.getLogger(__name__)
@@ -65,18 +66,23 @@ class Reflinker:
         # An empty file has no data to read, and its size was taken at one instant.
         return self._mode == Freeze.REQUIRE and st.st_size > 0
 
-    def clone(self, dir_fd: int, fd: int, st: os.stat_result) -> int | None:
+    def clone(self, above: Handle, fd: Handle, st: os.stat_result) -> int | None:
         """Return a descriptor of a clone, which the caller closes, or None where cloning is not possible.
 
-        `dir_fd` is the directory of the file, `st` the file's metadata. Raises ReflinkError instead of
+        `above` is the directory of the file, `st` the file's metadata. Raises ReflinkError instead of
         returning None where clones are required.
         """
         if self._mode == Freeze.NEVER:
             return None
+        if not (isinstance(above, int) and isinstance(fd, int)):
+            # Another process reads the mount: no file system of those types clones files.
+            if self._mode == Freeze.REQUIRE:
+                raise ReflinkError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            return None
         if self._mode == Freeze.AUTO and not self._may_try(fd, st):
             return None
         try:
-            return _clone(dir_fd, fd)
+            return _clone(above, fd)
         except OSError as error:
             if self._mode == Freeze.REQUIRE:
                 raise ReflinkError(error.errno, error.strerror) from error

@@ -31,6 +31,7 @@ from casfs.backup.final_retry import FinalRetry
 from casfs.backup.protection import Protection, ProtectionResult
 from casfs.backup.reflink import Freeze, Reflinker
 from casfs.backup.source_fs import make_node
+from casfs.backup.source_process import DEFAULT_MOUNT_TIMEOUT_S, ServedMounts
 from casfs.backup.source_reader import SourceReader
 from casfs.backup.sources import SourceNode, build_source_tree
 from casfs.backup.stability import DEFAULT_PATIENCE_S, RetryBudget
@@ -95,6 +96,7 @@ class BackupOptions:
     attempts: int = DEFAULT_ATTEMPTS
     patience_s: float = DEFAULT_PATIENCE_S
     max_hole_bytes: int = DEFAULT_MAX_HOLE_BYTES
+    mount_timeout_s: float = DEFAULT_MOUNT_TIMEOUT_S
     freeze: Freeze = Freeze.AUTO
     reread: bool = False
     dry_run: bool = False
@@ -130,22 +132,23 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
     errors of the repository; nothing is published then.
     """
     began = time.monotonic()
-    sources = _included_sources(options, monitor)
-    _require_a_source(sources, repository.place)
-    draft = _draft_snapshot(options)
-    # Refuse a snapshot that could not be published before anything is stored.
-    require_encodable(draft, _ROOM_BYTES)
-    parent = _find_parent(repository, options)
-    protection = None if options.dry_run else Protection.begin(repository)
-    _begin_progress(monitor, parent)
-    try:
-        with closing(_Backup(repository, options, sources, monitor)) as backup:
-            root = backup.read(parent)
-        if protection is not None:
-            monitor.progress.stage = "locking objects"
-            protection.protect_needed(root, parent)
-    except StorageError as error:
-        raise NotPublishedError(str(repository.place), error) from error
+    with closing(ServedMounts(options.mount_timeout_s)) as mounts:
+        sources = _included_sources(options, mounts, monitor)
+        _require_a_source(sources, mounts, repository.place)
+        draft = _draft_snapshot(options)
+        # Refuse a snapshot that could not be published before anything is stored.
+        require_encodable(draft, _ROOM_BYTES)
+        parent = _find_parent(repository, options, mounts)
+        protection = None if options.dry_run else Protection.begin(repository)
+        _begin_progress(monitor, parent)
+        try:
+            with closing(_Backup(repository, options, sources, mounts, monitor)) as backup:
+                root = backup.read(parent)
+            if protection is not None:
+                monitor.progress.stage = "locking objects"
+                protection.protect_needed(root, parent)
+        except StorageError as error:
+            raise NotPublishedError(str(repository.place), error) from error
     snapshot = _complete_snapshot(draft, root, parent, backup, began)
     snapshot_id = None if options.dry_run else repository.snapshots.publish(snapshot)
     protected = None
@@ -210,7 +213,7 @@ def _complete_snapshot(
 
 
 def _find_parent(
-    repository: Repository, options: BackupOptions
+    repository: Repository, options: BackupOptions, mounts: ServedMounts
 ) -> tuple[SnapshotId, Snapshot] | None:
     """Return the parent that the options name, or the newest proven snapshot of the same host and paths.
 
@@ -225,7 +228,7 @@ def _find_parent(
     if repository.lacks_identity:
         return None
     paths = _kept_paths(options)
-    missing = [path for path in options.paths if _lstat_error(path) is not None]
+    missing = [path for path in options.paths if _lstat_error(path, mounts) is not None]
     directory = _recorded_directory(options)
     # A forged snapshot could name the attacker's data as the unchanged content of a file.
     found = [
@@ -254,7 +257,9 @@ def _begin_progress(monitor: Monitor, parent: tuple[SnapshotId, Snapshot] | None
     )
 
 
-def _included_sources(options: BackupOptions, monitor: Monitor) -> tuple[bytes, ...]:
+def _included_sources(
+    options: BackupOptions, mounts: ServedMounts, monitor: Monitor
+) -> tuple[bytes, ...]:
     """Return the named sources that the options do not exclude, and report the others.
 
     Raises NotFoundError where all sources are excluded.
@@ -263,7 +268,7 @@ def _included_sources(options: BackupOptions, monitor: Monitor) -> tuple[bytes, 
     reasons = {
         source: reason
         for source in options.paths
-        if (reason := options.exclusions.reason_against(source, matcher)) is not None
+        if (reason := options.exclusions.reason_against(source, matcher, mounts.stat)) is not None
     }
     included = tuple(source for source in options.paths if source not in reasons)
     if reasons and not included:
@@ -282,23 +287,26 @@ def _repository_stat(place: Place) -> os.stat_result | None:
     return os.stat(place.root) if isinstance(place, LocalPlace) else None
 
 
-def _is_repository(path: bytes, place: Place) -> bool:
+def _is_repository(path: bytes, mounts: ServedMounts, place: Place) -> bool:
     """Return whether a path is the folder of the repository."""
     if isinstance(place, RemotePlace):
         return False
-    return os.path.exists(path) and os.path.samefile(path, place.root)
+    try:
+        return os.path.samestat(mounts.stat(path, follow=True), os.stat(place.root))
+    except OSError:
+        return False
 
 
-def _require_a_source(sources: tuple[bytes, ...], place: Place) -> None:
+def _require_a_source(sources: tuple[bytes, ...], mounts: ServedMounts, place: Place) -> None:
     """Raise NotFoundError where no source exists, RefusedError where only the repository itself does.
 
     The walk reports single missing sources as problems.
     """
     if not sources:
         return
-    errors = {path: error for path in sources if (error := _lstat_error(path)) is not None}
+    errors = {path: error for path in sources if (error := _lstat_error(path, mounts)) is not None}
     found = [path for path in sources if path not in errors]
-    if any(not _is_repository(path, place) for path in found):
+    if any(not _is_repository(path, mounts, place) for path in found):
         return
     if found:
         raise RefusedError(f"{place} is the repository itself; nothing was published")
@@ -313,10 +321,10 @@ def _require_a_source(sources: tuple[bytes, ...], place: Place) -> None:
     raise NotFoundError(f"{names}{more} {verb}; nothing was published")
 
 
-def _lstat_error(path: bytes) -> OSError | None:
+def _lstat_error(path: bytes, mounts: ServedMounts) -> OSError | None:
     """Return the error of `lstat` on a path, or None."""
     try:
-        os.lstat(path)
+        mounts.stat(path)
     except OSError as error:
         return error
     return None
@@ -361,6 +369,7 @@ class _Backup:
         repository: Repository,
         options: BackupOptions,
         sources: tuple[bytes, ...],
+        mounts: ServedMounts,
         monitor: Monitor,
     ) -> None:
         self.entries: EntryBuilder
@@ -369,6 +378,7 @@ class _Backup:
         self._repository = repository
         self._options = options
         self._sources = sources
+        self._mounts = mounts
         self._monitor = monitor
         self._reflinker = Reflinker(options.freeze)
         self._budget = RetryBudget(options.patience_s)
@@ -381,7 +391,7 @@ class _Backup:
         options = self._options
         # A dry run stores no trees, so the retry could not read them.
         retries = options.attempts > 1 and options.patience_s > 0 and not options.dry_run
-        sources = build_source_tree(list(self._sources))
+        sources = build_source_tree(list(self._sources), self._mounts.is_directory_link)
         root = self._write(lambda writer: self._walk(writer, sources, parent, not retries))
         if retries and root.tree is not None and root.tree.flagged:
             self._budget.release_reserve()
@@ -441,6 +451,7 @@ class _Backup:
             repository_stat=_repository_stat(self._repository.place),
             monitor=self._monitor,
             devices=self._devices,
+            mounts=self._mounts,
         )
         return walker.walk(sources, parent[1].root if parent is not None else None)
 
@@ -451,6 +462,7 @@ class _Backup:
             self._new_tree(writer),
             self._monitor,
             self._devices,
+            self._mounts,
         )
         return retry.run(root, sources)
 

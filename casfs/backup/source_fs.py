@@ -2,18 +2,22 @@
 
 Below a source, no function looks up a path of several components or follows a symlink. A directory that is
 renamed or replaced during the walk therefore cannot lead the walk out of the source.
+
+A `Handle` is a descriptor of this process, or one of a process that reads a mount which may never answer
+(`source_process`). The functions of `ACTIONS` are carried out where the descriptor is.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import operator
 import os
 import stat
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from casfs.format.node_types import TYPES_BY_MODE_BITS
 from casfs.format.tree import Node, NodeExtra, NodeType
@@ -39,6 +43,52 @@ _LAST_LEASE_PAUSE_S = 3.0
 """Pauses double from the first to the last: about five seconds in total."""
 
 
+_SYNC_FILE_RANGE_WRITE = 1 | 2  # SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE
+
+AT_FDCWD = -100
+"""The working directory, in the place of a directory's descriptor (fcntl.h)."""
+
+
+class RemoteHandle(Protocol):
+    """A descriptor of another process, which carries out the functions of `ACTIONS` on it."""
+
+    def call(self, action: str, *arguments: object) -> Any:
+        """Return the result; a new descriptor is a RemoteHandle too. Raise OSError."""
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the process was given up: every further call fails."""
+
+
+Handle = int | RemoteHandle
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+ACTIONS: dict[str, Callable[..., Any]] = {}
+"""By name, the functions that another process carries out on its descriptors."""
+
+OPENING = frozenset(["open_once", "open_directory", "open_path"])
+"""Those that return a new descriptor."""
+
+
+def _action(
+    function: Callable[Concatenate[int, _Arguments], _Result],
+) -> Callable[Concatenate[Handle, _Arguments], _Result]:
+    """Let a function on a descriptor also take the handle of another process."""
+    name = function.__name__
+    ACTIONS[name] = function
+
+    @functools.wraps(function)
+    def act(handle: Handle, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if isinstance(handle, int):
+            return function(handle, *args, **kwargs)
+        found: _Result = handle.call(name, *args)
+        return found
+
+    return act
+
+
 def node_type(st: os.stat_result) -> NodeType | None:
     """Return the type of an entry, or None for a type that casfs cannot store."""
     return TYPES_BY_MODE_BITS.get(st.st_mode & _TYPE_BITS)
@@ -53,45 +103,147 @@ def _always(_uid: int, _seconds: float) -> bool:
     return True
 
 
-def open_file(dir_fd: int, name: bytes, may_wait: MayWait = _always) -> int:
+def open_file(above: Handle, name: bytes, may_wait: MayWait = _always) -> Handle:
     """Open an entry for reading, without following a symlink, blocking on a FIFO or changing the atime.
 
     Waits up to five seconds for another process to release a lease on the file, while `may_wait` allows it.
     Raises OSError.
     """
     try:
-        return os.open(name, _FILE_FLAGS | _noatime, dir_fd=dir_fd)
+        return open_once(above, name, True)
     except (PermissionError, BlockingIOError):
-        return _open_with_retries(dir_fd, name, may_wait)
+        return _open_with_retries(above, name, may_wait)
 
 
-def _open_with_retries(dir_fd: int, name: bytes, may_wait: MayWait) -> int:
+def _open_with_retries(above: Handle, name: bytes, may_wait: MayWait) -> Handle:
     pause_s = _FIRST_LEASE_PAUSE_S
     while True:
         try:
             try:
-                return os.open(name, _FILE_FLAGS | _noatime, dir_fd=dir_fd)
+                return open_once(above, name, True)
             except PermissionError:
                 # O_NOATIME is reserved to the file's owner; without it the open may be permitted.
-                return os.open(name, _FILE_FLAGS, dir_fd=dir_fd)
+                return open_once(above, name, False)
         except BlockingIOError:
             # Another process holds a lease, as Samba does for its clients. The failed open made the
             # kernel ask that process to release it.
             if pause_s > _LAST_LEASE_PAUSE_S:
                 raise
-            owner = os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_uid
-            if not may_wait(owner, pause_s):
+            if not may_wait(stat_entry(above, name).st_uid, pause_s):
                 raise
             time.sleep(pause_s)
             pause_s *= 2
 
 
-def open_directory(dir_fd: int | None, name: bytes, follow: bool = False) -> int:
-    """Open a directory and return its descriptor, which the caller closes; raise OSError."""
+@_action
+def open_once(above: int, name: bytes, without_atime: bool) -> Handle:
+    """Open an entry as `open_file` does, but wait for no lease."""
+    return os.open(name, _FILE_FLAGS | (_noatime if without_atime else 0), dir_fd=above)
+
+
+@_action
+def open_directory(above: int, name: bytes, follow: bool = False) -> Handle:
+    """Open a directory and return its handle, which the caller closes; raise OSError."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
-    return os.open(name, flags, dir_fd=dir_fd)
+    return os.open(name, flags, dir_fd=above)
 
 
+@_action
+def open_path(above: int, name: bytes, follow: bool = False) -> Handle:
+    """Open a directory for its metadata only, which needs no permission to read it; raise OSError."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    return os.open(name, flags, dir_fd=above)
+
+
+@_action
+def close(fd: int) -> None:
+    """Close a descriptor."""
+    os.close(fd)
+
+
+@_action
+def stat_open(fd: int) -> os.stat_result:
+    """Return the metadata of an open entry."""
+    return os.fstat(fd)
+
+
+@_action
+def stat_entry(above: int, name: bytes, follow: bool = False) -> os.stat_result:
+    """Return the metadata of an entry, of a symlink itself unless `follow`; raise OSError."""
+    return os.stat(name, dir_fd=above, follow_symlinks=follow)
+
+
+@_action
+def stat_entries(above: int, names: list[bytes]) -> list[os.stat_result | OSError]:
+    """Return the metadata of several entries, or the error of each."""
+    found: list[os.stat_result | OSError] = []
+    for name in names:
+        try:
+            found.append(os.stat(name, dir_fd=above, follow_symlinks=False))
+        except OSError as error:
+            found.append(error)
+    return found
+
+
+@_action
+def read_link(above: int, name: bytes) -> bytes:
+    """Return the target of a symlink; raise OSError."""
+    return os.readlink(name, dir_fd=above)
+
+
+@_action
+def read_next(fd: int, size: int) -> bytes:
+    """Return up to `size` bytes from the position of a file."""
+    return os.read(fd, size)
+
+
+@_action
+def read_at(fd: int, size: int, offset: int) -> bytes:
+    """Return up to `size` bytes at an offset."""
+    return os.pread(fd, size, offset)
+
+
+def read_into(fd: Handle, buffer: memoryview, offset: int) -> int:
+    """Read into a buffer at an offset; return the number of bytes."""
+    if isinstance(fd, int):
+        return os.preadv(fd, [buffer], offset)
+    data = read_at(fd, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)
+
+
+@_action
+def seek(fd: int, offset: int, whence: int) -> int:
+    """Seek as `os.lseek` does."""
+    return os.lseek(fd, offset, whence)
+
+
+@_action
+def start_writeback(fd: int) -> None:
+    """Start to write a file's dirty pages, so that the next store to any of them updates the timestamps.
+
+    A store through a mapping updates them only when it makes a clean page dirty; a store to a dirty page
+    during the read would go unnoticed. Waits only for writes that are already in progress.
+    """
+    sync_file_range = _sync_file_range()
+    if sync_file_range is not None:
+        sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    import ctypes  # slow to load, and many backups read no file that changed so recently
+
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    function.restype = ctypes.c_int
+    return function
+
+
+@_action
 def list_names(fd: int) -> list[bytes]:
     """Return the names in an open directory, each once, sorted as bytes.
 
@@ -115,6 +267,32 @@ class ReadXattrs(NamedTuple):
 
 
 _WITHOUT_XATTRS = ReadXattrs(())
+
+
+class EntryName(NamedTuple):
+    """An entry that is not open: its name in an open directory."""
+
+    above: Handle
+    name: bytes
+
+
+def xattrs_of(where: Handle | EntryName) -> ReadXattrs:
+    """Return the readable xattrs of an open entry, or of an entry by its name, as `read_xattrs` does."""
+    if isinstance(where, EntryName):
+        return read_entry_xattrs(where.above, where.name)
+    return read_open_xattrs(where)
+
+
+@_action
+def read_open_xattrs(fd: int) -> ReadXattrs:
+    """Return the readable xattrs of an open entry."""
+    return read_xattrs(fd)
+
+
+@_action
+def read_entry_xattrs(above: int, name: bytes) -> ReadXattrs:
+    """Return the readable xattrs of an entry; `.` is the directory itself, which may be open by O_PATH."""
+    return read_xattrs(proc_fd_path(above, name))
 
 
 def read_xattrs(where: int | bytes) -> ReadXattrs:

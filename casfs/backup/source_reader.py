@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
+from casfs.backup import source_fs
+from casfs.backup.source_fs import Handle
 from casfs.digest import EMPTY_DIGEST, Digest, update_zeros
 from casfs.format.chunker import Chunker
 from casfs.format.codec import BlobKind
@@ -56,7 +58,7 @@ def _allow(_uid: int, _length: int) -> None:
 
 
 def verify_read(
-    fd: int,
+    fd: Handle,
     captured_bytes: int,
     take_hole: TakeHole = _allow,
     on_bytes: Callable[[int], None] = _ignore,
@@ -66,7 +68,7 @@ def verify_read(
     `captured_bytes` is the number of bytes that the capture read. Raises OSError, also for a hole that
     `take_hole` refuses. `on_bytes` is called with the number of bytes of each read.
     """
-    st = os.fstat(fd)
+    st = source_fs.stat_open(fd)
     end = st.st_size
     hasher = _VerifyingHash(captured_bytes)
     for begin, data_end in data_ranges(fd, end):
@@ -75,12 +77,12 @@ def verify_read(
         hasher.skip(begin)
         while hasher.done < data_end:
             stop = hasher.next_stop(data_end)
-            data = os.pread(fd, min(stop - hasher.done, _READ_BYTES), hasher.done)
+            data = source_fs.read_at(fd, min(stop - hasher.done, _READ_BYTES), hasher.done)
             if not data:
                 return hasher.result()
             hasher.update(data)
             on_bytes(len(data))
-    end = min(end, os.fstat(fd).st_size)
+    end = min(end, source_fs.stat_open(fd).st_size)
     if end > hasher.done:
         take_hole(st.st_uid, end - hasher.done)
     hasher.skip(end)
@@ -169,7 +171,7 @@ class SourceReader:
         # Without encryption both digests of a small file are equal: hash it once.
         self._digest_is_plain = digest(b"casfs") == blake3(b"casfs").digest()
 
-    def read(self, fd: int, st: os.stat_result) -> ReadResult:
+    def read(self, fd: Handle, st: os.stat_result) -> ReadResult:
         """Read a regular file up to the size in `st`, or up to its end if that comes first."""
         size = st.st_size
         if st.st_blocks * 512 < size:
@@ -198,10 +200,10 @@ class SourceReader:
         if reading.pending is not None:
             self._put(BlobKind.DATA, *reading.pending)
 
-    def _read_small(self, fd: int, size: int) -> ReadResult:
-        data = os.read(fd, size) if size else b""
+    def _read_small(self, fd: Handle, size: int) -> ReadResult:
+        data = source_fs.read_next(fd, size) if size else b""
         while len(data) < size:
-            more = os.read(fd, size - len(data))
+            more = source_fs.read_next(fd, size - len(data))
             if not more:
                 break
             data += more
@@ -222,7 +224,7 @@ class SourceReader:
             size = self._store_chunks(read_into, most_bytes, whole, content)
             return _finish(content, whole, size)
 
-    def _read_sparse(self, fd: int, size: int, uid: int) -> ReadResult:
+    def _read_sparse(self, fd: Handle, size: int, uid: int) -> ReadResult:
         content = ContentWriter(self._put, self._digest)
         done = 0
         with closing(_WholeDigest()) as whole:
@@ -232,7 +234,7 @@ class SourceReader:
                 done = begin + self._store_chunks(read_into, end - begin, whole, content)
                 if done < end:
                     return _finish(content, whole, done)
-            end = min(size, os.fstat(fd).st_size)
+            end = min(size, source_fs.stat_open(fd).st_size)
             if end > done:
                 self._add_hole(content, whole, end - done, uid)
                 done = end
@@ -308,7 +310,7 @@ class _WholeDigest:
         self._waiting.append(self._pool.submit(step))
 
 
-def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+def data_ranges(fd: Handle, size: int) -> Iterator[tuple[int, int]]:
     """Yield begin and end, in bytes, of the data ranges below `size`; changes the position of `fd`.
 
     On a file system without holes this is a single range.
@@ -316,7 +318,7 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
     end = 0
     while end < size:
         try:
-            begin = os.lseek(fd, end, os.SEEK_DATA)
+            begin = source_fs.seek(fd, end, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:
                 return
@@ -327,7 +329,7 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
         if begin >= size:
             return
         try:
-            end = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
+            end = min(source_fs.seek(fd, begin, os.SEEK_HOLE), size)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
@@ -367,7 +369,7 @@ def _part_reader(parts: Iterator[Part]) -> Callable[[memoryview], int]:
     return read_into
 
 
-def _range_reader(fd: int, begin: int, end: int) -> Callable[[memoryview], int]:
+def _range_reader(fd: Handle, begin: int, end: int) -> Callable[[memoryview], int]:
     offset = begin
 
     def read_into(buffer: memoryview) -> int:
@@ -375,7 +377,7 @@ def _range_reader(fd: int, begin: int, end: int) -> Callable[[memoryview], int]:
         wanted = min(len(buffer), end - offset)
         if wanted <= 0:
             return 0
-        count = os.preadv(fd, [buffer[:wanted]], offset)
+        count = source_fs.read_into(fd, buffer[:wanted], offset)
         offset += count
         return count
 

@@ -7,7 +7,7 @@ relative path that leads out of the current directory becomes absolute.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from casfs.display import escape_path
@@ -51,7 +51,13 @@ class SourceNode:
         return [self.children[name] for name in sorted(self.children, reverse=True)]
 
 
-def build_source_tree(paths: list[bytes]) -> SourceNode:
+def _is_directory_link(path: bytes) -> bool:
+    return os.path.islink(path) and os.path.isdir(path)
+
+
+def build_source_tree(
+    paths: list[bytes], is_directory_link: Callable[[bytes], bool] = _is_directory_link
+) -> SourceNode:
     """Return the root of the tree of sources for the paths that a user named.
 
     Raises UsageError where two different sources would get the same path in the snapshot, such as `/etc/x`
@@ -69,7 +75,7 @@ def build_source_tree(paths: list[bytes]) -> SourceNode:
         if not node.is_source:
             node.source = source or b"."
             node.is_source = True
-        if named.endswith((b"/", b"/.")) and os.path.islink(path) and os.path.isdir(path):
+        if named.endswith((b"/", b"/.")) and is_directory_link(path):
             # As for rsync and tar: a slash at the end means the directory that a link leads to.
             node.source = os.path.join(path, b".")
     for path in kept:

@@ -6,7 +6,9 @@ tree; a directory whose nodes are all kept keeps its tree. One thread; no recurs
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,12 +17,20 @@ from casfs.backup.entry_builder import EntryBuilder
 from casfs.backup.exclude import Exclusions
 from casfs.backup.parent import ParentCursor, is_unchanged
 from casfs.backup.source_fs import (
+    EntryName,
+    Handle,
+    RemoteHandle,
+    close,
     list_names,
     make_node,
     node_type,
     open_directory,
-    proc_fd_path,
+    open_path,
+    stat_entries,
+    stat_entry,
+    stat_open,
 )
+from casfs.backup.source_process import ServedMounts
 from casfs.backup.sources import SourceNode
 from casfs.errors import NotRegularError, TreeError
 from casfs.format.tree import (
@@ -45,6 +55,12 @@ from casfs.trees.writer import TreeWriter
 _DIRECTORY = NodeType.DIRECTORY
 """A module constant: an attribute lookup in an Enum takes longer than the comparison with its result."""
 
+_REFRESH_ENTRIES = 16
+"""After how many unchanged entries the table of mounts is looked at: within less than 0.1 ms."""
+
+_STATS_AT_ONCE = 64
+"""Entries of a mount in another process whose metadata are asked for in one request."""
+
 _MAX_TYPE_CHANGES = 3
 """How often the type of an entry may change between `lstat` and open before the entry is skipped."""
 
@@ -53,15 +69,16 @@ NewTree = Callable[[TreeRef | None, list[Node] | None], TreeWriter]
 
 @dataclass(slots=True)
 class _Frame:
-    """A directory that is being walked: its descriptor (-1 without one) and its remaining names.
+    """A directory that is being walked: its handle (None without one) and its remaining names.
 
     `sources` are the names to visit in a directory that only leads to sources; `covered` are names in a
-    source that were named themselves, or lead to such.
+    source that were named themselves, or lead to such. `served` are the names on which mounts are that may
+    never answer, as of `mounts_seen`. `ahead` are the next entries of such a mount, the last one first.
     """
 
     node: Node
     path: bytes
-    fd: int
+    fd: Handle | None
     device: int
     names: Iterator[bytes]
     parent: ParentCursor
@@ -69,6 +86,10 @@ class _Frame:
     sources: dict[bytes, SourceNode] | None = None
     covered: dict[bytes, SourceNode] = field(default_factory=dict)
     marker: bytes | None = None
+    inode: int = 0
+    served: frozenset[bytes] = frozenset()
+    mounts_seen: int = -1
+    ahead: list[tuple[bytes, os.stat_result | OSError]] = field(default_factory=list)
 
 
 class Walker:
@@ -76,7 +97,8 @@ class Walker:
 
     `entries` builds and counts the nodes, `new_tree` begins the tree of a directory. The walk skips the
     repository's own folder, `repository_stat`, unless that is None. Into `devices` go the paths of the
-    directories that are on another device than the directory above, and their devices.
+    directories that are on another device than the directory above, and their devices. What is in `mounts`
+    is read by other processes.
     """
 
     def __init__(
@@ -89,7 +111,10 @@ class Walker:
         repository_stat: os.stat_result | None,
         monitor: Monitor,
         devices: dict[bytes, int],
+        mounts: ServedMounts,
     ) -> None:
+        self._mounts = mounts
+        self._mounts_seen = 0
         self._entries = entries
         self._devices = devices
         self._trees = trees
@@ -110,33 +135,33 @@ class Walker:
         tree = previous.tree if previous is not None else None
         for path in root.covered_sources():
             try:
-                os.lstat(path)
+                stat_entry(self._mounts.above(path), path)
             except OSError as error:
                 self._count_missing([path], error)
         if root.is_source:
-            fd = open_directory(None, root.source, follow=True)
+            fd = open_directory(self._mounts.above(root.source), root.source, True)
             try:
-                st = os.fstat(fd)
+                st = stat_open(fd)
                 node = self._entries.make_node(b"", b"", st, NodeType.DIRECTORY, fd)
                 self._devices[b""] = st.st_dev
                 frame = self._open_frame(node, b"", fd, st, tree, root)
             except BaseException:
-                os.close(fd)
+                close(fd)
                 raise
             self._report_marker(frame)
         else:
-            node = self._leading_node(b"", b"", None, root.source)
+            node = self._leading_node(b"", b"", self._mounts.above(root.source), root.source)
             frame = self._source_frame(node, b"", root, tree)
         return self._run(frame)
 
-    def _leading_node(self, name: bytes, path: bytes, above: int | None, entry: bytes) -> Node:
+    def _leading_node(self, name: bytes, path: bytes, above: Handle, entry: bytes) -> Node:
         """Return the node of a directory that only leads to sources; raise OSError for another entry."""
-        fd = os.open(entry, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above)
+        fd = open_path(above, entry, True)
         try:
-            where = proc_fd_path(fd, b".")
-            return self._entries.make_node(name, path, os.fstat(fd), NodeType.DIRECTORY, where)
+            where = EntryName(fd, b".")
+            return self._entries.make_node(name, path, stat_open(fd), NodeType.DIRECTORY, where)
         finally:
-            os.close(fd)
+            close(fd)
 
     def _run(self, root: _Frame) -> Node:
         stack = [root]
@@ -148,8 +173,7 @@ class Walker:
                     stack.append(child)
                     continue
                 stack.pop()
-                if frame.fd >= 0:
-                    os.close(frame.fd)
+                _close(frame.fd)
                 node = replace(frame.node, tree=frame.tree.finish())
                 if not stack:
                     return node
@@ -162,8 +186,7 @@ class Walker:
                 stack[-1].tree.add(node)
         finally:
             for frame in stack:
-                if frame.fd >= 0:
-                    os.close(frame.fd)
+                _close(frame.fd)
 
     def _advance(self, frame: _Frame, depth: int) -> _Frame | None:
         """Add entries up to a directory to enter, and return its frame; None after the last entry."""
@@ -174,10 +197,22 @@ class Walker:
                 if child is not None:
                     return child
             return None
+        if not isinstance(frame.fd, int):
+            return self._advance_remotely(frame, frame.fd, depth) if frame.fd is not None else None
         entries = self._entries
         is_plain = entries.trusts_metadata and not self._has_excludes and frame.marker is None
+        countdown = 0
         for name in frame.names:
             previous = match(name)
+            if countdown == 0:
+                self._look_for_mounts(frame)
+                countdown = _REFRESH_ENTRIES
+            countdown -= 1
+            if name in frame.served:
+                child = self._enter_mount(frame, frame.fd, name, previous, depth)
+                if child is not None:
+                    return child
+                continue
             try:
                 st = os.stat(name, dir_fd=frame.fd, follow_symlinks=False)
             except OSError as error:
@@ -196,6 +231,56 @@ class Walker:
             child = self._enter(frame, name, join(frame.path, name), st, kind, previous, depth)
             if child is not None:
                 return child
+            # Reading took time, in which a user may have mounted something.
+            countdown = 0
+        return None
+
+    def _look_for_mounts(self, frame: _Frame) -> None:
+        """Find the served mounts in a directory again, if mounts have come or gone."""
+        if self._mounts.refresh():
+            self._mounts_seen += 1
+        if frame.mounts_seen != self._mounts_seen:
+            frame.mounts_seen = self._mounts_seen
+            frame.served = self._mounts.names_in(frame.device, frame.inode)
+
+    def _enter_mount(
+        self, frame: _Frame, fd: int, name: bytes, previous: Node | None, depth: int
+    ) -> _Frame | None:
+        """Add the root of a mount that may never answer, or return its frame, as `_enter` does."""
+        path = join(frame.path, name)
+        above: RemoteHandle | None = None
+        try:
+            above = self._mounts.directory(fd, name)
+            st = stat_entry(above, name)
+            remote = dataclasses.replace(frame, fd=above)
+            return self._enter(remote, name, path, st, node_type(st), previous, depth)
+        except OSError as error:
+            self._entries.report_failure(path, error)
+            return None
+        finally:
+            if above is not None:
+                close(above)
+
+    def _advance_remotely(self, frame: _Frame, fd: RemoteHandle, depth: int) -> _Frame | None:
+        """Do what `_advance` does in a mount that another process reads, until it is given up."""
+        while not fd.is_dead:
+            if not frame.ahead:
+                names = list(itertools.islice(frame.names, _STATS_AT_ONCE))
+                if not names:
+                    return None
+                try:
+                    frame.ahead = list(zip(names, stat_entries(fd, names), strict=True))[::-1]
+                except OSError as error:
+                    self._entries.report_failure(join(frame.path, names[0]), error)
+                    return None
+            name, st = frame.ahead.pop()
+            path, previous = join(frame.path, name), frame.parent.match(name)
+            if isinstance(st, OSError):
+                self._entries.report_failure(path, st)
+                continue
+            child = self._enter(frame, name, path, st, node_type(st), previous, depth)
+            if child is not None:
+                return child
         return None
 
     def _enter(
@@ -209,6 +294,7 @@ class Walker:
         depth: int,
     ) -> _Frame | None:
         """Add an entry, or return the frame of a directory to enter."""
+        assert frame.fd is not None
         for _ in range(_MAX_TYPE_CHANGES):
             is_directory = kind is _DIRECTORY
             if self._is_excluded(frame, name, path, st, is_directory):
@@ -226,7 +312,7 @@ class Walker:
             except NotRegularError:
                 pass
             try:
-                st = os.stat(name, dir_fd=frame.fd, follow_symlinks=False)
+                st = stat_entry(frame.fd, name)
             except OSError as error:
                 self._entries.report_failure(path, error)
                 return None
@@ -250,38 +336,39 @@ class Walker:
         """
         if previous is not None and previous.tree is None:
             previous = None
+        assert frame.fd is not None
         tree = previous.tree if previous is not None else None
         entry = name if source is None else os.path.basename(source.source)
         source = source if source is not None else frame.covered.get(name)
         foreign = self._one_file_system and st.st_dev != frame.device
         if foreign and source is not None and source.is_source:
             foreign = False
-        fd = -1
+        fd: Handle | None = None
         try:
             check_name(name)
             if depth >= MAX_DEPTH:
                 raise OSError(
                     errno.ENAMETOOLONG, f"it is nested more than {MAX_DEPTH} directories deep"
                 )
-            if not foreign:
-                fd = open_directory(frame.fd, entry)
-                # Another process may have exchanged the name since its `lstat`: metadata and entries are
-                # those of the directory that was opened.
-                st = os.fstat(fd)
-                if self._is_repository(st):
-                    os.close(fd)
-                    self._monitor.problem(repository_excluded(path))
-                    return None
-                if st.st_dev != frame.device:
-                    self._devices[path] = st.st_dev
-                    if self._one_file_system and (source is None or not source.is_source):
-                        os.close(fd)
-                        fd = -1
+            # Another process may have exchanged the name since its `lstat`: metadata and entries are
+            # those of the directory that was opened.
+            fd = open_path(frame.fd, entry) if foreign else open_directory(frame.fd, entry)
+            st = stat_open(fd)
+            if self._is_repository(st):
+                close(fd)
+                self._monitor.problem(repository_excluded(path))
+                return None
+            if st.st_dev != frame.device and not foreign:
+                self._devices[path] = st.st_dev
+                foreign = self._one_file_system and (source is None or not source.is_source)
             if previous is not None and is_unchanged(previous, st, NodeType.DIRECTORY):
                 node = previous
             else:
-                where = fd if fd >= 0 else proc_fd_path(frame.fd, name)
+                where = EntryName(fd, b".") if foreign else fd
                 node = self._entries.make_node(name, path, st, NodeType.DIRECTORY, where)
+            if foreign:
+                close(fd)
+                fd = None
             if foreign and source is not None:
                 return self._source_frame(node, path, source, tree)
             child = self._open_frame(node, path, fd, st, tree, source)
@@ -290,8 +377,7 @@ class Walker:
                 child.names = iter(())
             return child
         except (OSError, TreeError) as error:
-            if fd >= 0:
-                os.close(fd)
+            _close(fd)
             self._entries.report_failure(path, error)
             if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
                 return None
@@ -299,7 +385,7 @@ class Walker:
             return _Frame(
                 node,
                 path,
-                -1,
+                None,
                 st.st_dev,
                 iter(()),
                 ParentCursor(self._trees, None),
@@ -310,16 +396,17 @@ class Walker:
         self,
         node: Node,
         path: bytes,
-        fd: int,
+        fd: Handle | None,
         st: os.stat_result,
         tree: TreeRef | None,
         source: SourceNode | None = None,
     ) -> _Frame:
-        names = list_names(fd) if fd >= 0 else []
-        marker = self._exclusions.marker_of(names, fd) if names else None
+        names = list_names(fd) if fd is not None else []
+        marker = self._exclusions.marker_of(names, fd) if names and fd is not None else None
         previous = ParentCursor(self._trees, tree)
         writer = self._new_tree(previous.ref, previous.single)
         frame = _Frame(node, path, fd, st.st_dev, iter(names), previous, writer, marker=marker)
+        frame.inode = st.st_ino
         if source is not None:
             frame.covered = source.children
         self._progress.path = path
@@ -331,7 +418,7 @@ class Walker:
         previous = ParentCursor(self._trees, tree)
         names = iter(sorted(source.children))
         writer = self._new_tree(previous.ref, previous.single)
-        return _Frame(node, path, -1, -1, names, previous, writer, source.children)
+        return _Frame(node, path, None, -1, names, previous, writer, source.children)
 
     def _enter_source(
         self,
@@ -344,14 +431,15 @@ class Walker:
         """Add a named source, or return the frame of a directory: a source or one that leads to some."""
         assert frame.sources is not None
         source = frame.sources[name]
+        folder = os.path.dirname(source.source) or b"."
         try:
-            above = open_directory(None, os.path.dirname(source.source) or b".", follow=True)
+            above = open_directory(self._mounts.above(source.source), folder, True)
         except OSError as error:
             self._report_missing(source, error)
             return None
         try:
             entry = os.path.basename(source.source)
-            st = os.stat(entry, dir_fd=above, follow_symlinks=not source.is_source)
+            st = stat_entry(above, entry, not source.is_source)
             kind = node_type(st)
             parent = _Frame(
                 frame.node, frame.path, above, st.st_dev, iter(()), frame.parent, frame.tree
@@ -383,7 +471,7 @@ class Walker:
             self._report_missing(source, error)
             return None
         finally:
-            os.close(above)
+            close(above)
 
     def _report_marker(self, frame: _Frame | None) -> None:
         """Report a named directory whose marker excludes all its other entries."""
@@ -410,6 +498,11 @@ class Walker:
             stats.missing_sources.append(problem.path)
             stats.unreadable += 1
             self._monitor.problem(problem)
+
+
+def _close(fd: Handle | None) -> None:
+    if fd is not None:
+        close(fd)
 
 
 def _unstable_name_error() -> OSError:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from casfs.backup import capture
+from casfs.backup import source_fs
 from casfs.format.tree import CaptureState, ChangeReason, Node, capture_of, captured_digest
 from tests.support.capturing import BackupFixture, PublishedBackup
 from tests.support.read_hooks import Reads
@@ -223,7 +223,7 @@ class TestMappedFile:
         self, reads: Reads, backups: BackupFixture, mapped: Mapped, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Shows that the test above tests what it says, on this kernel and file system."""
-        monkeypatch.setattr(capture, "_start_writeback", lambda fd: None)
+        monkeypatch.setattr(source_fs, "start_writeback", lambda fd: None)
         mapped.store(b"dirty")
         settle(mapped.file)
         reads.before(mapped.file, 5, lambda: mapped.store(b"changed"))

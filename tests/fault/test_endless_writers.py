@@ -9,7 +9,7 @@ import pytest
 
 from casfs.backup.capture import Capturer
 from casfs.backup.reflink import Freeze, Reflinker
-from casfs.backup.source_fs import open_directory
+from casfs.backup.source_fs import AT_FDCWD, open_directory
 from casfs.backup.source_reader import SourceReader
 from casfs.backup.stability import RetryBudget
 from casfs.digest import Digest, digest_of
@@ -47,7 +47,7 @@ def test_a_mixture_of_two_generations_is_never_called_stable(
     folder = tmp_path / "source"
     folder.mkdir()
     with endless_writer(folder / "file", size, pause_s):
-        fd = open_directory(None, bytes(folder))
+        fd = open_directory(AT_FDCWD, bytes(folder))
         Reads(monkeypatch, STEP).watch(folder / "file", lambda _: None)
         for _ in range(CAPTURES):
             reader = SourceReader(backups.repository.chunker(), put, digest_of)

@@ -116,6 +116,26 @@ interruption.end(0)
 sys.exit(3)
 """
 
+STUCK = """
+interruption.end_stuck_process(0.2)
+# As while the kernel does not return: the signal stays pending.
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+os.kill(os.getpid(), signal.SIGTERM)
+wait()
+print("not ended")
+"""
+
+NOT_STUCK = """
+interruption.end_stuck_process(0.2)
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait()
+except KeyboardInterrupt:
+    time.sleep(1)
+    interruption.end(130)
+    print("raised")
+"""
+
 SENTENCE = "casfs: interrupted; the repository is as intact as before\n"
 
 
@@ -130,6 +150,8 @@ SENTENCE = "casfs: interrupted; the repository is as intact as before\n"
         pytest.param(BEFORE, 130, "", SENTENCE, id="before the work"),
         pytest.param(AFTER, 3, "", "", id="after the work"),
         pytest.param(EXITING, 3, "", "", id="while Python exits"),
+        pytest.param(STUCK, 130, "", SENTENCE, id="while the kernel does not return"),
+        pytest.param(NOT_STUCK, 0, "raised\n", "", id="handled in time"),
     ],
 )
 def test_a_signal_is_handled_once_and_never_lost(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from casfs import interruption
 from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE
 from casfs.cli.options import (
     common_options,
@@ -135,6 +136,16 @@ _PIECE_BYTES = 64 * 1024
     "limit are left out.",
 )
 @click.option(
+    "--mount-timeout",
+    "mount_timeout_s",
+    type=click.FloatRange(0, 86_400, min_open=True),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up a FUSE or network mount in a source that answers nothing for so long; the rest of it is "
+    "left out.",
+)
+@click.option(
     "--freeze",
     type=click.Choice(["auto", "never", "require"]),
     default="auto",
@@ -195,6 +206,7 @@ def backup(
     attempts: int,
     patience_s: float,
     max_hole_bytes: int,
+    mount_timeout_s: float,
     freeze: str,
     reread: bool,
     compression: int,
@@ -262,6 +274,7 @@ def backup(
         attempts=attempts,
         patience_s=patience_s,
         max_hole_bytes=max_hole_bytes,
+        mount_timeout_s=mount_timeout_s,
         freeze=Freeze(freeze),
         reread=reread,
         dry_run=dry_run,
@@ -269,6 +282,7 @@ def backup(
         stdin_name=_stdin_name(stdin_name) if is_stream else None,
         stdin_command=command,
     )
+    interruption.end_stuck_process()
     monitor = settings.monitor("backup", _source_names(sources))
     root = settings.repository()
     unlock: Unlock = settings.keys.unlock_given

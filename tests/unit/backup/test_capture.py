@@ -17,7 +17,7 @@ from casfs.backup import source_reader as source_reader_module
 from casfs.backup import stability
 from casfs.backup.capture import Capturer
 from casfs.backup.reflink import Freeze, Reflinker
-from casfs.backup.source_fs import open_directory
+from casfs.backup.source_fs import Handle
 from casfs.backup.source_reader import ReadResult, SourceReader
 from casfs.backup.stability import RetryBudget
 from casfs.digest import Digest, digest_of
@@ -38,7 +38,7 @@ class Scene:
         self.folder = folder
         self.blobs: dict[bytes, bytes] = {}
         self.pauses: list[float] = []
-        self.fd = open_directory(None, bytes(folder))
+        self.fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
     def capturer(
         self,
@@ -218,7 +218,7 @@ class Restless(SourceReader):
 
     file: Path
 
-    def read(self, fd: int, st: os.stat_result) -> ReadResult:
+    def read(self, fd: Handle, st: os.stat_result) -> ReadResult:
         found = super().read(fd, st)
         with self.file.open("r+b") as opened:
             opened.write(os.urandom(8))

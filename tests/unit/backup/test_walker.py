@@ -15,7 +15,7 @@ from casfs.backup.capture import Capturer
 from casfs.backup.exclude import Exclusions
 from casfs.backup.reflink import Freeze
 from casfs.backup.run import BackupOptions, BackupResult, run_backup
-from casfs.backup.source_fs import make_node
+from casfs.backup.source_fs import Handle, make_node
 from casfs.backup.sources import SourceNode
 from casfs.errors import NotRegularError
 from casfs.format.tree import Node, NodeType
@@ -206,7 +206,7 @@ def test_a_directory_exchanged_before_it_is_opened_has_the_metadata_of_its_entri
     private.mkdir(mode=0o700)
     (private / "letter").write_bytes(b"a secret")
 
-    def exchange(dir_fd: int | None, name: bytes, follow: bool = False) -> int:
+    def exchange(dir_fd: Handle, name: bytes, follow: bool = False) -> Handle:
         if os.path.basename(name) == b"name" and private.exists():
             (source / "name").rename(source.parent / "taken")
             private.rename(source / "name")
@@ -229,7 +229,7 @@ def test_a_root_exchanged_before_it_is_opened_has_the_metadata_of_its_entries(
     private.mkdir(mode=0o700)
     (private / "letter").write_bytes(b"a secret")
 
-    def exchange(dir_fd: int | None, name: bytes, follow: bool = False) -> int:
+    def exchange(dir_fd: Handle, name: bytes, follow: bool = False) -> Handle:
         if private.exists():
             source.rename(source.parent / "taken")
             private.rename(source)
@@ -238,7 +238,7 @@ def test_a_root_exchanged_before_it_is_opened_has_the_metadata_of_its_entries(
     monkeypatch.setattr(walker, "open_directory", exchange)
     monkeypatch.chdir(source.parent)
     tree = SourceNode(bytes(source), is_source=True)
-    monkeypatch.setattr("casfs.backup.run.build_source_tree", lambda paths: tree)
+    monkeypatch.setattr("casfs.backup.run.build_source_tree", lambda *_: tree)
     result = run_backup(
         repository, BackupOptions(paths=(bytes(source),), host="here"), RecordingMonitor()
     )
@@ -251,9 +251,9 @@ def test_the_final_retry_reads_no_directory_that_only_has_the_same_inode_number(
     tmp_path.chmod(0o755)
     st = tmp_path.stat()
     node = make_node(b"d", st, NodeType.DIRECTORY, ())
-    fd = final_retry._open_same(None, bytes(tmp_path), node, st.st_dev)
-    assert fd >= 0
+    fd = final_retry._open_same(source_fs.AT_FDCWD, bytes(tmp_path), node, st.st_dev)
+    assert isinstance(fd, int)
     os.close(fd)
-    assert final_retry._open_same(None, bytes(tmp_path), node, st.st_dev + 1) == -1
+    assert final_retry._open_same(source_fs.AT_FDCWD, bytes(tmp_path), node, st.st_dev + 1) is None
     tmp_path.chmod(0o700)
-    assert final_retry._open_same(None, bytes(tmp_path), node, st.st_dev) == -1
+    assert final_retry._open_same(source_fs.AT_FDCWD, bytes(tmp_path), node, st.st_dev) is None
