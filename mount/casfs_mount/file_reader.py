@@ -114,6 +114,9 @@ class Readable(Protocol):
     def read(self, offset: int, size: int) -> list[memoryview]:
         """Return `size` bytes from `offset` in parts, fewer only at the end of the file."""
 
+    def whole(self, max_bytes: int) -> bytes | None:
+        """Return the content of a small file if it is at hand as a whole, else None; never raise."""
+
 
 class FileReader:
     """An open regular file of a snapshot.
@@ -153,6 +156,16 @@ class FileReader:
         if parts:
             self._prefetch(offset, end)
         return parts
+
+    def whole(self, max_bytes: int) -> bytes | None:
+        """Return the file's bytes if they are one chunk of at most `max_bytes` that is at hand, else None."""
+        if self._single is None or self._size > max_bytes:
+            return None
+        try:
+            data = self._chunks.get(self._single, keep=False)
+        except (WouldBlock, CasfsError):
+            return None  # a read waits for it, or reports the damage
+        return data if len(data) == self._size else None
 
     def _part(self, offset: int, end: int) -> memoryview:
         """Return the bytes of a range up to the end of the extent at `offset`: one byte at least."""

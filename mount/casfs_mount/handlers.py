@@ -27,6 +27,7 @@ from casfs_mount.damage_log import UnreadableError
 from casfs_mount.event_loop_guard import WouldBlock
 from casfs_mount.file_reader import Readable
 from casfs_mount.inodes import HARD_LINKS, HardLinks, StaleError, hard_link_number
+from casfs_mount.page_cache import PageCache, StorePages
 from casfs_mount.view import RefusedError, View, allocated_bytes
 
 log = logging.getLogger(__name__)
@@ -90,10 +91,13 @@ class FileSystem(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_acl = True
 
-    def __init__(self, view: View, display: DisplayOptions) -> None:
+    def __init__(
+        self, view: View, display: DisplayOptions, store_pages: StorePages | None = None
+    ) -> None:
         super().__init__()
         self._view = view
         self._display = display
+        self._pages = PageCache(store_pages if display.kernel_cache else None)
         self._links = HardLinks()
         self._handles = itertools.count(1)
         self._open: dict[int, tuple[Readable, int]] = {}
@@ -186,12 +190,16 @@ class FileSystem(pyfuse3.Operations):
         handle = next(self._handles)
         self._open[handle] = reader, inode
         kept = self._display.kernel_cache and not reader.streamed
+        if self._pages.on_open(position, inode, reader):
+            self._view.on_open(position, False)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), direct_io=not kept, keep_cache=kept)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Return verified bytes; if any part of the range is damaged, fail with EIO."""
         reader, inode = self._open[fh]
         try:
+            if off == 0:
+                self._pages.on_read(self._position_of(inode))
             try:
                 parts = reader.read(off, size)
                 if off == 0:
@@ -221,7 +229,8 @@ class FileSystem(pyfuse3.Operations):
 
     async def release(self, fh: int) -> None:
         """Close a file."""
-        self._open.pop(fh, None)
+        _, inode = self._open.pop(fh, (None, 0))
+        self._pages.on_release(inode)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Remove hard links that the kernel forgot from their table; there is no other table."""

@@ -131,6 +131,9 @@ class ReportReader:
         self._begin = 0
         self._error: CasfsError | None = None
 
+    def whole(self, max_bytes: int) -> None:
+        """Return None: a report is generated while it is read."""
+
     def read(self, offset: int, size: int) -> list[memoryview]:
         """Return `size` bytes from `offset` in one part, fewer only at the end or before an error.
 

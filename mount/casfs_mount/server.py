@@ -144,7 +144,9 @@ def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
     _prepare_process()
     try:
         view = open_view(context, request.snapshot, request.latest_of)
-        operations = FileSystem(view, DisplayOptions(request.owner, request.kernel_cache))
+        operations = FileSystem(
+            view, DisplayOptions(request.owner, request.kernel_cache), pyfuse3.notify_store
+        )
         # A signal between mounting and serving would leave a mount without a server.
         kept = signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
         try:

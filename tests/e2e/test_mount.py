@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import threading
@@ -361,6 +362,41 @@ class TestMountCommand:
         finally:
             unmount_by_force(at)
             forget(folder)
+
+
+class TestPageCache:
+    def test_a_small_file_that_is_open_can_be_read_while_the_server_is_stopped(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            # Then the pack is open, so that the next file is at hand.
+            assert (mount / "source/readme.txt").read_bytes() == b"read me\n"
+            (server,) = processes_naming(mount)
+            found: list[bytes] = []
+            with (mount / "source/documents/report.txt").open("rb", buffering=0) as file:
+                os.kill(server, signal.SIGSTOP)
+                try:
+                    reader = threading.Thread(
+                        target=lambda: found.append(file.read(1 << 20) or b"")
+                    )
+                    reader.start()
+                    reader.join(60)
+                    assert found == [b"a report\n" * 1000]
+                finally:
+                    os.kill(server, signal.SIGCONT)
+                    reader.join(60)
+
+    def test_a_file_whose_pages_the_kernel_dropped_is_read_again(
+        self, repository: Casfs, source: Path, tmp_path: Path
+    ) -> None:
+        repository.backup("source", cwd=tmp_path)
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            for _ in range(4):
+                for name in ("readme.txt", "documents/report.txt", "documents/letters/to-anna.txt"):
+                    with (mount / "source" / name).open("rb") as file:
+                        assert file.read() == (source / name).read_bytes()
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class TestMountOfDamage:

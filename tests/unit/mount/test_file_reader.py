@@ -164,8 +164,41 @@ class TestFileReader:
         assert b"".join(case.reader(node, cache).read(0, 3)) == b"sma"
         assert cache.cached_bytes > 0
 
+    def test_a_small_file_of_one_chunk_is_at_hand_as_a_whole(self) -> None:
+        case = ReadCase()
+        node, whole = case.file(b"small")
+        cache = case.cache()
+        assert case.reader(node, cache).whole(5) == whole
+        assert cache.cached_bytes == 0
+        assert case.reader(node, cache).whole(4) is None, "it is larger than asked for"
+
+    def test_a_file_of_several_chunks_or_with_a_hole_is_not_at_hand_as_a_whole(self) -> None:
+        case = ReadCase()
+        for parts in ((b"two", b"chunks"), (b"hole", 4096), (4096,)):
+            node, _ = case.file(*parts)
+            assert case.reader(node).whole(1 << 20) is None
+        assert case.reads.total() == 0
+
 
 class TestDamagedFile:
+    def test_a_damaged_file_is_not_at_hand_and_the_read_reports_the_damage(self) -> None:
+        case = ReadCase()
+        node, _ = case.file(b"content")
+        bad = digest_of(b"content")
+        case.failing[bad] = BlobError(bad, "digest mismatch", b"p" * 32)
+        reader = case.reader(node)
+        assert reader.whole(1 << 20) is None
+        assert case.damage == []
+        with pytest.raises(UnreadableError):
+            reader.read(0, 7)
+        assert len(case.damage) == 1
+
+    def test_a_file_with_another_length_than_recorded_is_not_at_hand(self) -> None:
+        case = ReadCase()
+        node, _ = case.file(b"content")
+        case.blobs[digest_of(b"content")] = b"other length"
+        assert case.reader(node).whole(1 << 20) is None
+
     def test_a_damaged_chunk_fails_its_own_range_only(self) -> None:
         case = ReadCase()
         data = chunks(3, 1000)
@@ -250,6 +283,8 @@ class TestEventLoopThread:
         with pytest.raises(WouldBlock):
             reader.read(0, 10)
         assert case.damage == []
+        small, _ = case.file(b"small")
+        assert case.reader(small, cache).whole(1 << 20) is None
         other = threading.Thread(target=lambda: reader.read(0, len(whole)))
         other.start()
         other.join()

@@ -239,6 +239,40 @@ class TestRead:
         await system.release(opened.fh)
         assert system._open == {}
 
+    async def test_open_stores_a_small_file_in_the_kernels_page_cache_once(
+        self, mounted: MountedView
+    ) -> None:
+        stored: list[tuple[int, int, bytes]] = []
+        system = FileSystem(mounted.view, DisplayOptions(), lambda *parts: stored.append(parts))
+        number = await number_of(system, "file")
+        for _ in range(2):
+            opened = await system.open(number, os.O_RDONLY, CTX)
+            await system.release(opened.fh)
+        assert stored == [(number, 0, b"twelve bytes")]
+
+    async def test_open_stores_a_hard_link_under_the_number_that_its_names_share(
+        self, mounted: MountedView
+    ) -> None:
+        stored: list[tuple[int, int, bytes]] = []
+        system = FileSystem(mounted.view, DisplayOptions(), lambda *parts: stored.append(parts))
+        number = await number_of(system, "folder/twin")
+        opened = await system.open(number, os.O_RDONLY, CTX)
+        assert number >= HARD_LINKS
+        assert stored == [(number, 0, b"same")]
+        await system.release(opened.fh)
+
+    async def test_open_stores_no_report_and_nothing_without_the_kernel_cache(
+        self, mounted: MountedView
+    ) -> None:
+        stored: list[tuple[int, int, bytes]] = []
+        for display, path in (
+            (DisplayOptions(), ".casfs/changed"),
+            (DisplayOptions(kernel_cache=False), "file"),
+        ):
+            system = FileSystem(mounted.view, display, lambda *parts: stored.append(parts))
+            await system.open(await number_of(system, path), os.O_RDONLY, CTX)
+        assert stored == []
+
     async def test_open_without_the_kernel_cache_is_direct(self, mounted: MountedView) -> None:
         system = FileSystem(mounted.view, DisplayOptions(kernel_cache=False))
         opened = await system.open(await number_of(system, "file"), os.O_RDONLY, CTX)
