@@ -59,7 +59,8 @@ class LockedRepository:
             ),
             "files older than a tick of the clock",
         )
-        paths = tuple(bytes(self.source / name) for name in names) or (bytes(self.source),)
+        # Relative paths: the folders above the source belong to the whole machine and change at any time.
+        paths = tuple(name.encode() for name in names) or (b".",)
         with open_for_writing(self.place, "backup", OpenOptions(sync=False)) as repository:
             return run_backup(repository, BackupOptions(paths, **options), RecordingMonitor())  # type: ignore[arg-type]
 
@@ -101,6 +102,7 @@ def locked_repository(monkeypatch: pytest.MonkeyPatch, source: Path) -> LockedRe
         return found.storage
 
     monkeypatch.setattr("casfs.repository.place.open_storage", open_it)
+    monkeypatch.chdir(source)
     create_repository(found.place)
     set_policy(found.storage, read_config(found.place), LOCK_S, None)
     found.storage.calls.clear()
