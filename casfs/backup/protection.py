@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 
 from casfs.backup.relied_packs import ReliedPacks
-from casfs.digest import SnapshotId
+from casfs.digest import SnapshotId, short_id
 from casfs.errors import CasfsError, IntegrityError, StorageError, StorageUnavailableError
 from casfs.format.config import CONFIG_NAME
 from casfs.format.delta import FOLDER as DELTAS
@@ -95,6 +95,20 @@ class Protection:
             self._error = error
             self._not_locked.add(name)
         return ProtectionResult(self._locks.until_s, len(self._not_locked), self._error)
+
+    @classmethod
+    def protect_published(cls, repository: Repository, snapshot_id: SnapshotId, root: Node) -> None:
+        """Protect a snapshot that another command than `backup` published; warn where that fails."""
+        try:
+            protection = cls.begin(repository)
+            if protection is None:
+                return
+            protection.protect_needed(root, None)
+            error = protection.protect_snapshot(snapshot_id).error
+        except (StorageError, StorageUnavailableError) as failure:
+            error = failure
+        if error is not None:
+            log.warning("snapshot %s is not protected: %s", short_id(snapshot_id), error)
 
     def _lock(self, names: list[str], may_be_missing: bool = False) -> None:
         if not names:

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from casfs.backup.protection import Protection
 from casfs.backup.source_reader import ReadResult, SourceReader
 from casfs.digest import Digest, SnapshotId, short_id
 from casfs.errors import KeyMissingError, RefusedError
@@ -81,6 +82,7 @@ class SnapshotCopier:
             self._trees.put(digest, tree)
         copied = msgspec.structs.replace(snapshot, root=root, parent=None, replaces=None)
         new_id = self._destination.snapshots.publish(copied)
+        Protection.protect_published(self._destination, new_id, root)
         self._there[_identity(snapshot)] = new_id
         return CopiedSnapshot(snapshot_id, new_id, False, stats.new_stored_bytes)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from casfs.backup.protection import Protection
 from casfs.digest import SnapshotId, short_id
 from casfs.errors import RefusedError
 from casfs.format.snapshot import Snapshot
@@ -83,4 +84,5 @@ def rewrite_snapshot(
     if dry_run or not removed:
         return RewrittenSnapshot(snapshot_id, None, removed)
     new_id = repository.snapshots.replace(snapshot_id, snapshot, root=root)
+    Protection.protect_published(repository, new_id, root)
     return RewrittenSnapshot(snapshot_id, new_id, removed)

@@ -143,12 +143,28 @@ class SnapshotStore:
         signers = self._origins[snapshot_id].signers if root is None else None
         author = signers.author if signers is not None else None
         new_id = self.publish(changed, complete, author=author)
+        if root is None:
+            self._carry_lock(snapshot_id, new_id)
         if snapshot.replaces is not None:
             # A crash may have left the snapshot that this one replaced; without this one it would be listed
             # again.
             self.delete(SnapshotId(snapshot.replaces))
         self.delete(snapshot_id)
         return new_id
+
+    def _carry_lock(self, old: SnapshotId, new: SnapshotId) -> None:
+        """Lock a snapshot as long as the one with the same root that it replaces."""
+        bucket = self._storage.bucket
+        if bucket is None:
+            return
+        try:
+            until_s = bucket.locked_until_s(f"snapshots/{old.hex()}")
+            if until_s is not None:
+                bucket.lock(f"snapshots/{new.hex()}", until_s)
+        except (StorageError, NotFoundError) as error:
+            log.warning(
+                "snapshot %s is not locked like the one that it replaces: %s", short_id(new), error
+            )
 
     def replace_root(self, snapshot_id: SnapshotId, snapshot: Snapshot, root: Node) -> SnapshotId:
         """Publish a repaired snapshot with another root, then delete the damaged one.

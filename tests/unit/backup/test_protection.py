@@ -17,6 +17,10 @@ from casfs.errors import (
     StorageError,
     StorageUnavailableError,
 )
+from casfs.maintenance.lock_check import check_locks
+from casfs.maintenance.rewrite import rewrite_snapshot
+from casfs.monitor import RecordingMonitor
+from casfs.patterns import parse_pattern
 from casfs.repository.lock_policy import set_policy
 from casfs.repository.object_locks import lock_end_s
 from casfs.repository.place import read_config
@@ -282,3 +286,66 @@ def covers(bench: LockedRepository, snapshot_id: SnapshotId) -> bool:
         protection = Protection.begin(repository)
         assert protection is not None
         return protection._covers(snapshot_id)
+
+
+def test_a_retagged_snapshot_is_locked_as_long_as_before(bench: LockedRepository) -> None:
+    done = bench.back_up()
+    assert done.snapshot_id is not None and done.protection is not None
+    bench.now_s += PERIOD_S
+    with bench.open() as repository:
+        new_id, _ = repository.snapshots.retag(
+            done.snapshot_id, repository.snapshots.load(done.snapshot_id), ("kept",)
+        )
+    assert bench.until_s(f"snapshots/{new_id.hex()}") == done.protection.until_s
+
+
+def test_a_tag_that_cannot_be_locked_is_reported(
+    bench: LockedRepository, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = bench.back_up()
+    assert done.snapshot_id is not None
+    bench.fail(denied, "snapshots/")
+    with bench.open() as repository:
+        repository.snapshots.retag(
+            done.snapshot_id, repository.snapshots.load(done.snapshot_id), ("kept",)
+        )
+    assert "is not locked like the one that it replaces" in caplog.text
+
+
+def test_a_rewritten_snapshot_and_its_packs_are_locked(bench: LockedRepository) -> None:
+    (bench.source / "secret").write_bytes(b"secret")
+    done = bench.back_up()
+    assert done.snapshot_id is not None
+    bench.now_s += PERIOD_S
+    with bench.open() as repository:
+        rewritten = rewrite_snapshot(
+            repository,
+            done.snapshot_id,
+            done.snapshot,
+            [parse_pattern(b"secret")],
+            RecordingMonitor(),
+        )
+    assert rewritten.new_id is not None
+    until_s = lock_end_s(bench.now_s, LOCK_S)
+    assert bench.until_s(f"snapshots/{rewritten.new_id.hex()}") == until_s
+    with bench.read() as repository:
+        report = check_locks(repository, RecordingMonitor(), bench.now_s)
+    assert report is not None and report.short == []
+
+
+def test_a_rewritten_snapshot_that_cannot_be_locked_is_reported(
+    bench: LockedRepository, caplog: pytest.LogCaptureFixture
+) -> None:
+    (bench.source / "secret").write_bytes(b"secret")
+    done = bench.back_up()
+    assert done.snapshot_id is not None
+    bench.memory.bucket.may_lock = False
+    with bench.open() as repository:
+        rewrite_snapshot(
+            repository,
+            done.snapshot_id,
+            done.snapshot,
+            [parse_pattern(b"secret")],
+            RecordingMonitor(),
+        )
+    assert "is not protected" in caplog.text
