@@ -16,7 +16,7 @@ from casfs.crypto.trust_root import TrustRoot
 from casfs.crypto.trust_state import pin, verify_pin
 from casfs.errors import KeyMissingError, StorageError
 from casfs.format.codec import BlobCodec
-from casfs.format.config import RepositoryConfig
+from casfs.format.config import KEYED_CHUNKER, RepositoryConfig
 from casfs.storage.base import Storage
 from casfs.storage.locks import LockMode
 
@@ -40,6 +40,9 @@ def create_encryption(
     """Create the keys of a new repository and return its configuration with their ids."""
     from casfs.crypto.key_manager import create_keys
 
+    if config.format >= 2:
+        chunker = msgspec.structs.replace(config.chunker, algorithm=KEYED_CHUNKER)
+        config = msgspec.structs.replace(config, chunker=chunker)
     encryption = create_keys(storage, config, recipients, passphrase)
     return msgspec.structs.replace(config, encryption=encryption)
 

@@ -26,6 +26,10 @@ MAX_CONFIG_BYTES = 1 << 20
 CIPHER = "aes-256-gcm"
 """The only cipher for packs and snapshots."""
 
+PLAIN_CHUNKER = "fastcdc-2020"
+KEYED_CHUNKER = "fastcdc-2020-keyed"
+"""The chunkers; the keyed one is that of encrypted repositories that were created with format 2."""
+
 _MAX_CHUNK_BYTES = 16 * 1024 * 1024
 
 _FIRST_LINE = re.compile(rb"casfs repository, format (\d{1,9})\n")
@@ -36,7 +40,7 @@ _LAST_LINE = re.compile(rb"blake3 ([0-9a-f]{64})\n\Z")
 class ChunkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of FastCDC 2020, sizes in bytes; they never change during a repository's life."""
 
-    algorithm: str = "fastcdc-2020"
+    algorithm: str = PLAIN_CHUNKER
     min_bytes: int = 256 * 1024
     avg_bytes: int = 1024 * 1024
     max_bytes: int = 4 * 1024 * 1024
@@ -150,7 +154,8 @@ def decode_config(data: bytes, place: str) -> RepositoryConfig:
         raise IntegrityError(
             f"the configuration {place} is damaged: its id is not 64 hexadecimal digits"
         )
-    if not _is_usable(config.chunker):
+    is_keyed = config.chunker.algorithm == KEYED_CHUNKER
+    if not _is_usable(config.chunker) or (is_keyed and config.encryption is None):
         raise FormatError(
             f"{place} uses a chunker that this casfs does not support; use a newer casfs"
         )
@@ -164,7 +169,7 @@ def _is_supported(encryption: EncryptionConfig) -> bool:
 
 def _is_usable(chunker: ChunkerConfig) -> bool:
     return (
-        chunker.algorithm == "fastcdc-2020"
+        chunker.algorithm in (PLAIN_CHUNKER, KEYED_CHUNKER)
         and 64 <= chunker.min_bytes <= chunker.avg_bytes <= chunker.max_bytes <= _MAX_CHUNK_BYTES
         and 0 <= chunker.normalization <= 3
         and 0 <= chunker.seed < 1 << 63

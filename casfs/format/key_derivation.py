@@ -39,6 +39,7 @@ class KeyContext:
     DELTA_KEY = "casfs 2026-11-23 delta key"
     DIGEST_KEY = "casfs 2026-11-23 digest key"
     CHUNKER_SEED = "casfs 2026-11-23 chunker seed"
+    CHUNKER_KEY = "casfs 2026-11-23 chunker key"
     TREE_SEED = "casfs 2026-11-23 tree seed"
     LOCK_POLICY_KEY = "casfs 2026-11-23 lock policy key"
     FILE_CACHE_KEY = "casfs 2026-11-23 memory of files"
@@ -78,6 +79,11 @@ class DedupDomain:
     def chunker_seed(self) -> int:
         """The chunker's seed: 63 bits, the most that pyfastcdc accepts."""
         return int.from_bytes(derive(KeyContext.CHUNKER_SEED, self.secret, size=8), "little") >> 1
+
+    @functools.cached_property
+    def chunker_key(self) -> bytes:
+        """The key of the keyed chunker."""
+        return derive(KeyContext.CHUNKER_KEY, self.secret)
 
     @property
     def tree_seed(self) -> int:

@@ -17,7 +17,7 @@ from casfs.errors import (
     IndexUnusableError,
     StorageError,
 )
-from casfs.format.chunker import Chunker
+from casfs.format.chunker import Chunker, make_chunker
 from casfs.format.config import (
     RepositoryConfig,
 )
@@ -159,9 +159,11 @@ class Repository:
     def chunker(self) -> Chunker:
         """Return a chunker with the repository's parameters, for use by one thread."""
         config = self.config.chunker
-        if self.key_manager is not None and self.key_manager.domain is not None:
-            config = msgspec.structs.replace(config, seed=self.key_manager.domain.chunker_seed)
-        return Chunker(config)
+        domain = self.key_manager.domain if self.key_manager is not None else None
+        if domain is None:
+            return make_chunker(config)
+        seeded = msgspec.structs.replace(config, seed=domain.chunker_seed)
+        return make_chunker(seeded, domain.chunker_key)
 
     @property
     def tree_seed(self) -> int:

@@ -25,8 +25,6 @@ NOT_PROVOKED = {
     ("copy", "damage"),
     ("mirror", "damage"),
     ("repair snapshots", "returned"),
-    ("key accept", "writer"),
-    ("key list", "writer"),
 }
 """What a healthy machine and one repository do not print; the tests of these commands provoke it."""
 

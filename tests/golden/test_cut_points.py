@@ -6,8 +6,8 @@ import hashlib
 
 import pytest
 
-from casfs.format.chunker import Chunker
-from casfs.format.config import ChunkerConfig
+from casfs.format.chunker import make_chunker
+from casfs.format.config import KEYED_CHUNKER, ChunkerConfig
 
 
 def noise(label: bytes, size: int) -> bytes:
@@ -26,7 +26,7 @@ def cut(data: bytes, config: ChunkerConfig, step: int, most_bytes: int | None) -
         offset += len(part)
         return len(part)
 
-    chunks = list(Chunker(config).cut(read_into, most_bytes))
+    chunks = list(make_chunker(config, KEY).cut(read_into, most_bytes))
     assert b"".join(chunks) == data
     return [len(chunk) for chunk in chunks]
 
@@ -34,6 +34,8 @@ def cut(data: bytes, config: ChunkerConfig, step: int, most_bytes: int | None) -
 DEFAULT = ChunkerConfig()
 SMALL = ChunkerConfig(min_bytes=2048, avg_bytes=8192, max_bytes=32768)
 SEEDED = ChunkerConfig(min_bytes=2048, avg_bytes=8192, max_bytes=32768, seed=0x1234_5678_9ABC_DEF0)
+KEYED = ChunkerConfig(KEYED_CHUNKER, 2048, 8192, 32768)
+KEY = bytes(range(32))
 
 GOLDEN: dict[str, tuple[ChunkerConfig, bytes, list[int]]] = {
     "default": (
@@ -50,6 +52,16 @@ GOLDEN: dict[str, tuple[ChunkerConfig, bytes, list[int]]] = {
         SEEDED,
         noise(b"casfs small", 100_000),
         [11034, 8542, 11546, 7646, 8728, 11647, 10764, 9970, 4193, 8855, 7075],
+    ),
+    "keyed": (
+        KEYED,
+        noise(b"casfs small", 100_000),
+        [3923, 2048, 8268, 9524, 8682, 8966, 9429, 9523, 13829, 9504, 8383, 7921],
+    ),
+    "keyed default": (
+        ChunkerConfig(KEYED_CHUNKER),
+        noise(b"casfs default", 7_000_000),
+        [1173612, 792994, 1345691, 724262, 955451, 1329948, 394912, 283130],
     ),
     "zeros": (DEFAULT, bytes(9_000_000), [4194304, 4194304, 611392]),
     "short": (DEFAULT, noise(b"casfs short", 262_144), [262_144]),

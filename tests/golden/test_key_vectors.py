@@ -69,6 +69,10 @@ KEYS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: DOMAIN.digest_key,
         "9fb6736823cfdfc08c84078272170ce4c8de02e9b04f14cda7f61a3f91881e47",
     ),
+    "chunker key": (
+        lambda: DOMAIN.chunker_key,
+        "23dcf54569dae64e90c25f279e2fa39e5bd995d870969e4eaa8d801aa1fce791",
+    ),
     "lock policy key": (
         lambda: DOMAIN.lock_policy_key,
         "c4febb9f04274c76ac9ee2b2c779f68b3bd0e8d6cc26ea47f50e3a694d638431",
@@ -114,8 +118,8 @@ def test_key_derivation_reproduces_the_published_blake3_vectors() -> None:
 
 def test_no_two_purposes_share_a_key() -> None:
     contexts = [value for name, value in vars(KeyContext).items() if name.isupper()]
-    assert len(contexts) == len(set(contexts)) == 10
-    assert len({derive(context, SESSION.secret) for context in contexts}) == 10
+    assert len(contexts) == len(set(contexts)) == 11
+    assert len({derive(context, SESSION.secret) for context in contexts}) == 11
 
 
 def test_a_keyed_digest_keeps_its_golden_value() -> None:
