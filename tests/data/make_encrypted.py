@@ -1,6 +1,6 @@
-"""Make the frozen encrypted repository of format 1 and its manifest; run once, kept to show how.
+"""Make a frozen encrypted repository and its manifest; run once for each format, kept to show how.
 
-    python -m tests.data.make_encrypted_v1 tests/data/encrypted-v1
+    python -m tests.data.make_encrypted tests/data/encrypted-v2 2
 
 What it made is committed and never made again: it is what a version of that day wrote. Beside it lie the
 identities that open it, which protect nothing else: an age identity, an SSH key, and a passphrase.
@@ -8,7 +8,6 @@ identities that open it, which protect nothing else: an age identity, an SSH key
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -21,14 +20,15 @@ from casfs.backup.run import BackupOptions, run_backup
 from casfs.crypto import age
 from casfs.crypto.recipients import parse_recipient
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import create_repository, open_for_writing
-from tests.data.make_repository_v1 import describe, fill
+from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from tests.data.make_repository import describe, fill, shortened
 from tests.support.encryption import identities
 
+WITHOUT_IDENTITY = OpenOptions(allow_no_identity=True)
 PASSPHRASE = "wie man in den Wald ruft"
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, format_: int) -> None:
     """Write the repository and, beside it, the manifest and what opens it."""
     shutil.rmtree(folder, ignore_errors=True)
     secret, public = age.new_identity()
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"] = f"{name}/own"
         recipients = [parse_recipient(public), parse_recipient(ssh_public.read_text())]
-        create_repository(folder, recipients, PASSPHRASE)
+        create_repository(folder, recipients, PASSPHRASE, format_)
         ssh_public.unlink()
         source = Path(name) / "source"
         source.mkdir()
@@ -55,13 +55,12 @@ def main(folder: Path) -> None:
                 options = BackupOptions(
                     (b".",), host="frozen", tags=("one",), time_ns=number * 10**18
                 )
-                with open_for_writing(folder, "backup") as repository:
+                with open_for_writing(folder, "backup", WITHOUT_IDENTITY) as repository:
                     run_backup(repository, options, RecordingMonitor())
                 (source / "later").write_bytes(b"in the second session\n" * 50)
         finally:
             os.chdir(here)
         manifest = shortened(describe(folder, lambda storage, config: identities(secret)))
-    (folder / "condemned").rmdir()
     for empty in ("locks", "tmp"):
         (folder / empty / ".keep").touch()
     (folder / "reserve").unlink(missing_ok=True)
@@ -69,20 +68,5 @@ def main(folder: Path) -> None:
     folder.with_suffix(".json").write_text(text + "\n", encoding="ascii")
 
 
-def shortened(
-    manifest: dict[str, dict[str, dict[str, object]]],
-) -> dict[str, dict[str, dict[str, object]]]:
-    """Return a manifest that has one in a hundred of the files in `many`."""
-    return {
-        name: {
-            path: entry
-            for path, entry in entries.items()
-            if not base64.b64decode(path).startswith(b"many/")
-            or base64.b64decode(path).endswith(b"00")
-        }
-        for name, entries in manifest.items()
-    }
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]))

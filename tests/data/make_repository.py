@@ -1,6 +1,6 @@
-"""Make the frozen repository of format 1 and its manifest; run once, kept to show how it was made.
+"""Make a frozen repository and its manifest; run once for each format, kept to show how they were made.
 
-    python -m tests.data.make_repository_v1 tests/data/repository-v1
+    python -m tests.data.make_repository tests/data/repository-v2 2
 
 What it made is committed and never made again: it is what a version of that day wrote.
 """
@@ -39,18 +39,19 @@ from casfs.repository.opening import (
 )
 from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, ContentWriter
-from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
     from casfs.crypto.opening import Unlock
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, format_: int) -> None:
     """Write the repository and, beside it, the manifest."""
     shutil.rmtree(folder, ignore_errors=True)
-    create_repository(folder)
     with tempfile.TemporaryDirectory() as name:
-        source = Path(name)
+        os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"] = f"{name}/own"
+        create_repository(folder, format_=format_)
+        source = Path(name) / "source"
+        source.mkdir()
         fill(source)
         with open_for_writing(folder, "backup") as repository:
             here = os.getcwd()
@@ -63,8 +64,9 @@ def main(folder: Path) -> None:
             finally:
                 os.chdir(here)
             publish_by_hand(repository)
-    manifest = describe(folder)
+        manifest = shortened(describe(folder))
     shutil.rmtree(folder / "index")
+    (folder / "reserve").unlink()
     for empty in ("locks", "tmp"):
         (folder / empty / ".keep").touch()
     text = json.dumps(manifest, indent=0, separators=(",", ":"))
@@ -114,7 +116,7 @@ def publish_by_hand(repository: Repository) -> None:
     torn = b"half of one, half of another"
     writer.put(BlobKind.DATA, digest_of(torn), torn)
     times = (1_600_000_000_000_000_000, 1_600_000_000_000_000_001)
-    tree = TreeWriter(writer.put, digest_of, repository.config.tree_seed)
+    tree = repository.tree_writer(writer.put)
     tree.add(
         Node(
             *(
@@ -194,5 +196,20 @@ def describe(folder: Path, unlock: Unlock | None = None) -> dict[str, dict[str, 
     return found
 
 
+def shortened(
+    manifest: dict[str, dict[str, dict[str, object]]],
+) -> dict[str, dict[str, dict[str, object]]]:
+    """Return a manifest that has one in a hundred of the files in `many`."""
+    return {
+        name: {
+            path: entry
+            for path, entry in entries.items()
+            if not base64.b64decode(path).startswith(b"many/")
+            or base64.b64decode(path).endswith(b"00")
+        }
+        for name, entries in manifest.items()
+    }
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]))
