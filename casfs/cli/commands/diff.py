@@ -71,12 +71,7 @@ def diff(settings: Settings, before: str, after: str) -> int:
             _add(summary, change)
             _print(output, change) if not output.as_json else _emit(output, change, *sides)
     counts = summary.counts
-    output.line(
-        f"{counts['added']} added ({format_size(summary.added_bytes)}), "
-        f"{counts['removed']} removed ({format_size(summary.removed_bytes)}), "
-        f"{counts['modified']} modified ({format_size(summary.modified_bytes)}), "
-        f"{counts['metadata']} with changed metadata, {counts['type']} with a changed type"
-    )
+    output.line(_totals(summary))
     if summary.flagged:
         output.line(f"{summary.flagged} of them were captured while they changed")
     output.emit(
@@ -95,6 +90,20 @@ def diff(settings: Settings, before: str, after: str) -> int:
         damaged=monitor.problems,
     )
     return EXIT_DAMAGED if monitor.problems else 0
+
+
+def _totals(summary: _Summary) -> str:
+    """Return the numbers of the differences, without those that are zero."""
+    counts = summary.counts
+    texts = (
+        ("added", f"added ({format_size(summary.added_bytes)})"),
+        ("removed", f"removed ({format_size(summary.removed_bytes)})"),
+        ("modified", f"modified ({format_size(summary.modified_bytes)})"),
+        ("metadata", "with changed metadata"),
+        ("type", "with a changed type"),
+    )
+    found = [f"{counts[kind]} {text}" for kind, text in texts if counts[kind]]
+    return ", ".join(found) or "no differences found"
 
 
 def _add(summary: _Summary, change: Change) -> None:

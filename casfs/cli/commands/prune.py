@@ -139,5 +139,5 @@ def _why_nothing(result: PruneResult) -> str:
     if result.waiting_packs:
         return " yet"
     if result.unneeded_blobs:
-        return ": the unneeded blobs are in packs with enough needed data (--max-unused)"
+        return ": what is unneeded shares packs with needed data (--max-unused)"
     return ": snapshots need everything"

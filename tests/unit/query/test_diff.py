@@ -327,6 +327,10 @@ class TestDiffCommand:
             "2 added (14 B), 2 removed (1 B), 1 modified (3 B), 1 with changed metadata, "
             "1 with a changed type",
         ]
+        *_, last = self.run(repo, first.hex(), first.hex()).stdout.splitlines()
+        assert last == "no differences found"
+        *_, last = self.run(repo, f"{first.hex()}:b", f"{second.hex()}:new\n").stdout.splitlines()
+        assert last == "1 added (4 B), 1 removed (0 B)"
 
     def test_diff_prints_which_sides_changed_during_capture(self, repo: RepositoryFixture) -> None:
         first, _ = repo.publish({b"log": flagged(file(b"", b"1")), b"x": b""})
