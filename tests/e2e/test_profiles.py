@@ -406,9 +406,9 @@ class TestConfiguration:
         assert "exclude-caches = false # default" in lines
         assert "uuid" not in result.text
         values = night.casfs.json("config", "show", "--config", night.config).of_type("value")
-        (keep,) = [value for value in values if value["key"] == "keep.last"]
+        (keep,) = [value for value in values if value["setting"] == "keep.last"]
         assert (keep["value"], keep["line"], keep["file"]) == (2, 9, str(night.config))
-        (host,) = [value for value in values if value["key"] == "host"]
+        (host,) = [value for value in values if value["setting"] == "host"]
         assert (host["value"], host["line"], host["file"]) == (None, None, None)
 
     def test_no_configuration_and_no_profile_are_said_plainly(self, night: Night) -> None:

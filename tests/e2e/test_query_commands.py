@@ -454,7 +454,7 @@ class TestInit:
     def test_init_creates_the_repository_that_it_reports(self, casfs: Casfs) -> None:
         made = casfs.json("init").one("repository")
         assert casfs.repository is not None
-        assert (made["path"], made["format"]) == (str(casfs.repository), 1)
+        assert (made["address"], made["format"]) == (str(casfs.repository), 1)
         assert int(made["id"], 16)
         config = (casfs.repository / "config").read_bytes()
         assert config.startswith(b"casfs repository, format 1\n")

@@ -50,7 +50,7 @@ def show(settings: Settings) -> None:
                 "value",
                 section=value.section,
                 name=value.name,
-                key=value.key,
+                setting=value.key,
                 value=value.value,
                 file=value.file if value.line is not None else None,
                 line=value.line,

@@ -79,10 +79,10 @@ def key() -> None:
 @repository_options
 @click.pass_obj
 def list_keys(settings: Settings) -> None:
-    """List the recipients, whose keys decrypt the repository, and the keys that sign snapshots.
+    """List the recipients and the keys that sign snapshots.
 
-    A machine trusts the first signing key that it sees for a host name. Compare the listed keys with those
-    that the hosts list as their own.
+    The keys of the recipients decrypt the repository. A machine trusts the first signing key that it sees for
+    a host name. Compare the listed keys with those that the hosts list as their own.
     """
     from casfs.crypto.writers import TrustedWriters
 
@@ -270,7 +270,7 @@ def accept(settings: Settings) -> None:
     output = settings.output()
     for writer in writers:
         output.line(f"accepted the signing key {writer.key} of {_host_of(writer)}")
-        output.emit("writer", what="accepted", **writer._asdict())
+        output.emit("writer", change="accepted", **writer._asdict())
 
 
 @contextmanager
