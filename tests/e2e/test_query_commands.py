@@ -454,10 +454,10 @@ class TestInit:
     def test_init_creates_the_repository_that_it_reports(self, casfs: Casfs) -> None:
         made = casfs.json("init").one("repository")
         assert casfs.repository is not None
-        assert (made["address"], made["format"]) == (str(casfs.repository), 1)
+        assert (made["address"], made["format"]) == (str(casfs.repository), 2)
         assert int(made["id"], 16)
         config = (casfs.repository / "config").read_bytes()
-        assert config.startswith(b"casfs repository, format 1\n")
+        assert config.startswith(b"casfs repository, format 2\n")
         assert made["id"].encode() in config
 
     def test_init_accepts_an_existing_empty_directory(self, casfs: Casfs) -> None:

@@ -62,7 +62,7 @@ class Picture:
 def _masked(line: str) -> str:
     line = _ID.sub(lambda found: "0" * len(found[0]), line)
     line = re.sub(r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\b", "0000-00-00 00:00:00", line)
-    line = re.sub(r"\b\d+\.\d [KM]iB", lambda size: re.sub(r"\d", "0", size[0]), line)
+    line = re.sub(r"\b\d+(?:\.\d [KM]i| )B\b", lambda size: re.sub(r"\d", "0", size[0]), line)
     line = re.sub(r"\b\d+\.\d s\b", "0.0 s", line)
     return re.sub(r"casfs \d+\.\d+\.\d+", "casfs 0.0.0", line)
 
