@@ -76,6 +76,7 @@ class Mirror:
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self.result = MirrorResult()
+        self._present: dict[str, int] = {}
         self._source = source
         self._destination = destination
         self._monitor = monitor
@@ -161,6 +162,11 @@ class Mirror:
         progress.total_bytes = (progress.total_bytes or 0) + sum(item.size for item in wanted)
         vanished = 0
         threads = max(1, min(_THREADS, self._parallel_requests()))
+        # A page of a listing costs as much as a question for the size of one object.
+        folders = sorted({item.name.partition("/")[0] for item in wanted})
+        self._present = {
+            found.name: found.size for folder in folders for found in self._destination.list(folder)
+        }
         with ThreadPoolExecutor(threads, "casfs-mirror") as pool:
             for item, outcome in zip(wanted, pool.map(self._copy, wanted), strict=True):
                 self._monitor.progress.items += 1
@@ -181,15 +187,9 @@ class Mirror:
             storage.capabilities.parallel_requests for storage in (self._source, self._destination)
         )
 
-    def _is_there(self, item: ListedObject) -> bool:
-        try:
-            return self._destination.size(item.name) == item.size
-        except NotFoundError:
-            return False
-
     def _copy(self, item: ListedObject) -> str:
         """Copy one object; return `copied`, `present`, `vanished`, or why it is not copied."""
-        if self._is_there(item):
+        if self._present.get(item.name) == item.size:
             self._monitor.progress.done_bytes += item.size
             return "present"
         whole = blake3()

@@ -46,7 +46,7 @@ _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 512
 _LOOKUP_BATCH = 4096
 _THREADS = 2
-_MOST_THREADS = 8
+_MOST_THREADS = 4
 """Packs that are read at the same time: of a local repository, and of one at a distance."""
 
 _REFUSED = frozenset([errno.EACCES, errno.EPERM])

@@ -44,8 +44,8 @@ class _Limits:
 
 
 _NEAR = _Limits(2 * 1024 * 1024, 256, 2)
-_FAR = _Limits(16 * 1024 * 1024, 4096, 3)
-"""Up to five batches are being read, queued or used: 80 MiB, enough for 1 Gbit/s at 300 ms."""
+_FAR = _Limits(8 * 1024 * 1024, 4096, 3)
+"""Up to five batches are being read, queued or used: 40 MiB, enough for 1 Gbit/s at 300 ms."""
 
 
 @dataclass(slots=True)

@@ -42,7 +42,7 @@ class ReadPlan:
         requests = storage.capabilities.parallel_requests
         if requests == 1:
             return ReadPlan(64 * 1024, 4 * _MIB, 1)
-        return ReadPlan(512 * 1024, 8 * _MIB, min(requests, 8))
+        return ReadPlan(512 * 1024, 8 * _MIB, min(requests, 4))
 
 
 @dataclass(frozen=True, slots=True)

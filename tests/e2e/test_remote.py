@@ -205,6 +205,27 @@ class TestRemoteRepository:
         remote.run("check", "--read-data")
 
 
+def test_memory_stays_below_300_mb_with_packs_on_their_way(
+    s3_server: S3Server, casfs: Casfs, source: Path, tmp_path: Path
+) -> None:
+    for number in range(4):
+        (source / f"large {number}").write_bytes(os.urandom(70 * MIB))
+    remote = on_s3(s3_server, "casfs", f"memory-{next(_serials)}", casfs.home)
+    remote.run("init")
+    restore = ("restore", "latest", "--target", str(tmp_path / "back"))
+    for arguments in (("backup", "."), restore, ("check", "--read-data")):
+        process = subprocess.Popen(
+            [*program(), *arguments],
+            cwd=source,
+            env=remote.environment(),
+            stdout=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        assert usage.ru_maxrss * 1024 < 300_000_000, arguments
+
+
 @over_sftp
 def test_a_local_prune_is_refused_where_hosts_write_over_sftp(
     remote: RemoteCasfs, source: Path, tmp_path: Path

@@ -21,6 +21,7 @@ from casfs.storage.base import Data, ListedObject
 from casfs.storage.local import LocalStorage
 from casfs.storage.memory import MemoryStorage
 from tests.support.builders import RepositoryFixture
+from tests.support.storage_double import RecordingStorage
 from tests.support.stores import flip, noise, pack_paths
 
 DAY_S = 86_400
@@ -36,7 +37,7 @@ def repo(tmp_path: Path) -> RepositoryFixture:
 
 def mirror(
     source: Path | MemoryStorage,
-    destination: Path | MemoryStorage,
+    destination: Path | MemoryStorage | RecordingStorage,
     delete: bool = False,
     margin_s: float = 0,
     now_s: float = 1e9,
@@ -279,3 +280,15 @@ def test_mirror_keeps_the_newer_format_of_a_destination(repo: RepositoryFixture)
     config.write_bytes(with_format(newer, OLDEST_FORMAT))
     mirror(repo.root, copy)
     assert copy.read("config") == newer
+
+
+def test_a_second_mirror_asks_for_pages_of_names_and_not_for_each_object(
+    repo: RepositoryFixture,
+) -> None:
+    copy = RecordingStorage(MemoryStorage())
+    mirror(repo.root, copy)
+    copy.calls.clear()
+    result = mirror(repo.root, copy)
+    assert result.present > 2
+    assert copy.methods().count("size") == 0
+    assert copy.methods().count("list") <= 6
