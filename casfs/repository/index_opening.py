@@ -70,7 +70,12 @@ def open_index_readonly(
     except IndexUnusableError:
         pass
     else:
-        if _has_all_packs(index, storage, codec):
+        try:
+            has_all = _has_all_packs(index, storage, codec)
+        except BaseException:
+            close_index(index)
+            raise
+        if has_all:
             return index
         close_index(index)
     try:

@@ -35,9 +35,13 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def far(own_home: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> FarRepository:
-    """A repository with a snapshot of the source, in which this host made the backup."""
+    """A repository with snapshots of the source that this host made.
+
+    The files were too new for the first backup to trust that they are unchanged.
+    """
     far = FarRepository.create(monkeypatch)
-    far.back_up(source)
+    for _ in range(2):
+        far.back_up(source)
     far.requests()
     return far
 
@@ -85,7 +89,7 @@ def test_a_new_host_walks_a_tree_with_few_requests_and_then_with_none(
     walk(far)
     cold = far.requests()
     assert cold.count("read meta") <= 2
-    assert len(cold) <= 6
+    assert len(cold) <= 8
     walk(far)
     assert far.requests() == ["list deltas", "list snapshots"]
 
@@ -103,7 +107,7 @@ def test_a_restore_verifies_no_pack_on_its_way(far: FarRepository) -> None:
 def test_snapshots_are_read_at_the_same_time(
     far: FarRepository, source: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for _ in range(7):
+    for _ in range(6):
         far.back_up(source)
     monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "another cache"))
     far.requests()
@@ -130,7 +134,7 @@ def test_damaged_and_missing_snapshots_are_left_out_where_several_are_read_at_on
     caplog: pytest.LogCaptureFixture,
     change: Callable[[bytes], bytes],
 ) -> None:
-    for _ in range(3):
+    for _ in range(2):
         far.back_up(source)
     monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "another cache"))
     first, second, *_ = [name for name, _, _ in far.storage.inner.list("snapshots")]

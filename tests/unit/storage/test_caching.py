@@ -209,7 +209,20 @@ class TestSnapshots:
         name = f"snapshots/{digest_of(data).hex()}"
         far.inner.write(name, b"wrong")
         assert far.cache().read(name, 0, 16 * MIB) == b"wrong"
+        assert far.reads == 2
         far.inner.write(name, data)
+        assert far.cache().read(name, 0, 16 * MIB) == data
+
+    def test_a_single_wrong_answer_does_no_harm(self, far: Far) -> None:
+        data = noise("snapshot", 100)
+        name = f"snapshots/{digest_of(data).hex()}"
+        far.inner.write(name, b"wrong")
+
+        def heal(call: Call) -> None:
+            if far.reads == 2:
+                far.inner.write(name, data)
+
+        far.recorded.script.before = heal
         assert far.cache().read(name, 0, 16 * MIB) == data
 
     def test_a_created_snapshot_needs_no_request_and_a_deleted_one_is_gone(self, far: Far) -> None:
