@@ -1,13 +1,14 @@
 """Protect a new snapshot by object lock, where the repository has a lock policy.
 
-Before the snapshot is published, the packs that it needs and the objects that open the repository are locked
-until the date of the snapshot's own lock; the snapshot is locked once it is there. What cannot be locked does
-not keep the backup from being published: the result says so.
+Before the snapshot is published, the packs that it needs are locked until the date of the snapshot's own
+lock. Once it is there, the objects that open the repository are locked, and the snapshot itself. What cannot
+be locked does not keep the backup from being published: the result says so.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from casfs.backup.relied_packs import ReliedPacks
@@ -66,34 +67,48 @@ class Protection:
         return cls(repository, locks)
 
     def protect_needed(self, root: Node, parent: tuple[SnapshotId, Snapshot] | None) -> None:
-        """Lock the packs that a new snapshot needs, and what opens the repository.
+        """Lock the packs that a new snapshot needs.
 
         Raise StorageUnavailableError; nothing was published then.
         """
         self._lock(self._packs_to_lock(root, parent))
-        self._lock(self._locks.not_locked(self._key_objects()), may_be_missing=True)
 
-    def _lock_what_was_published(self) -> None:
-        """Lock the index deltas, and the packs that the publication itself stored."""
+    def _lock_rest(self) -> None:
+        """Lock what opens the repository, and the packs that the publication of a snapshot stored.
+
+        The publication may also store a session and index deltas.
+        """
         new = [
             pack_name(record.pack)
             for record in self._index.packs()
             if record.pack not in self._packs_before
         ]
-        deltas = [entry.name for entry in self._storage.list(DELTAS)]
         self._lock(self._locks.not_locked(new))
-        self._lock(self._locks.not_locked(deltas), may_be_missing=True)
+        self._lock(self._locks.not_locked(self._key_objects()), may_be_missing=True)
 
     def protect_snapshot(self, snapshot_id: SnapshotId) -> ProtectionResult:
         """Lock a published snapshot and return whether it and all that it needs are protected."""
         name = f"snapshots/{snapshot_id.hex()}"
         # The lock of a snapshot shows that what it needs is locked as long, so it is the last one.
         try:
-            self._lock_what_was_published()
+            self._lock_rest()
             self._lock([name])
         except (StorageError, StorageUnavailableError) as error:
             self._error = error
             self._not_locked.add(name)
+        return ProtectionResult(self._locks.until_s, len(self._not_locked), self._error)
+
+    def protect_kept(
+        self, packs: Iterable[str], snapshots: Iterable[SnapshotId]
+    ) -> ProtectionResult:
+        """Extend the locks of snapshots that stay and of the packs (names) that they need.
+
+        Raise StorageError and StorageUnavailableError.
+        """
+        self._lock(self._locks.not_locked(packs))
+        self._lock_rest()
+        names = [f"snapshots/{one.hex()}" for one in snapshots]
+        self._lock(self._locks.not_locked(names), may_be_missing=True)
         return ProtectionResult(self._locks.until_s, len(self._not_locked), self._error)
 
     @classmethod
@@ -150,7 +165,7 @@ class Protection:
 
     def _key_objects(self) -> list[str]:
         """Return the names of the objects without which the packs cannot be used."""
-        folders = [POLICIES]
+        folders = [POLICIES, DELTAS]
         names = [CONFIG_NAME]
         if self._repository.config.encryption is not None:
             from casfs.crypto.recipients import RECIPIENTS_NAME

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import pytest
 
 from casfs.backup.run import BackupOptions, BackupResult, run_backup
 from casfs.backup.stability import is_racy
+from casfs.crypto.recipients import Recipient
 from casfs.monitor import RecordingMonitor
-from casfs.repository.lock_policy import set_policy
+from casfs.repository.lock_policy import own_domain, set_policy
 from casfs.repository.opening import (
     OpenOptions,
     create_repository,
@@ -61,7 +62,8 @@ class LockedRepository:
         )
         # Relative paths: the folders above the source belong to the whole machine and change at any time.
         paths = tuple(name.encode() for name in names) or (b".",)
-        with open_for_writing(self.place, "backup", OpenOptions(sync=False)) as repository:
+        open_options = OpenOptions(sync=False, allow_no_identity=True)
+        with open_for_writing(self.place, "backup", open_options) as repository:
             return run_backup(repository, BackupOptions(paths, **options), RecordingMonitor())  # type: ignore[arg-type]
 
     def locked(self) -> list[str]:
@@ -92,7 +94,9 @@ class LockedRepository:
         )
 
 
-def locked_repository(monkeypatch: pytest.MonkeyPatch, source: Path) -> LockedRepository:
+def locked_repository(
+    monkeypatch: pytest.MonkeyPatch, source: Path, recipients: Sequence[Recipient] = ()
+) -> LockedRepository:
     """Create a repository with a lock policy; every remote place of the test is the same storage."""
     source.mkdir()
     (source / "file").write_bytes(random.Random(1).randbytes(1000))
@@ -103,7 +107,8 @@ def locked_repository(monkeypatch: pytest.MonkeyPatch, source: Path) -> LockedRe
 
     monkeypatch.setattr("casfs.repository.place.open_storage", open_it)
     monkeypatch.chdir(source)
-    create_repository(found.place)
-    set_policy(found.storage, read_config(found.place), LOCK_S, None)
+    create_repository(found.place, recipients)
+    config = read_config(found.place)
+    set_policy(found.storage, config, LOCK_S, own_domain(config))
     found.storage.calls.clear()
     return found

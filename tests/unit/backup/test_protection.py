@@ -23,7 +23,8 @@ from casfs.monitor import RecordingMonitor
 from casfs.patterns import parse_pattern
 from casfs.repository.lock_policy import set_policy
 from casfs.repository.object_locks import lock_end_s
-from casfs.repository.place import read_config
+from casfs.repository.place import RemotePlace, read_config
+from tests.support.encryption import RECIPIENT
 from tests.support.locked_repository import (
     DAY_S,
     LOCK_S,
@@ -69,16 +70,16 @@ def test_a_snapshot_and_what_it_needs_are_locked_until_the_same_date(
 
 
 def test_the_snapshot_is_published_after_what_it_needs_is_locked(bench: LockedRepository) -> None:
-    bench.back_up()
+    result = bench.back_up()
     order = [
-        call.method
+        (call.method, call.name)
         for call in bench.storage.calls
         if call.method == "lock" or call.name.startswith("snapshots/")
     ]
-    published = order.index("create")
-    assert order[published] == "create"
-    assert order[-1] == "lock"
-    assert order[:published].count("lock") >= 3
+    published = order.index(("create", snapshot_name(result)))
+    assert {name for _, name in order[:published]} == bench.packs()
+    assert {name for _, name in order[published + 1 : -1]} == key_objects(bench)
+    assert order[-1] == ("lock", snapshot_name(result))
 
 
 def test_within_a_period_only_what_is_new_is_locked(bench: LockedRepository) -> None:
@@ -349,3 +350,22 @@ def test_a_rewritten_snapshot_that_cannot_be_locked_is_reported(
             RecordingMonitor(),
         )
     assert "is not protected" in caplog.text
+
+
+def test_a_write_only_host_locks_what_it_stored_and_the_keys(
+    monkeypatch: pytest.MonkeyPatch, own_home: Path, tmp_path: Path
+) -> None:
+    bench = locked_repository(monkeypatch, tmp_path / "source", [RECIPIENT])
+    for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / "another machine"))
+    bench.place = RemotePlace(bench.place.address)
+    bench.back_up()
+    bench.now_s += PERIOD_S
+    bench.locked()
+    result = bench.back_up()
+    assert result.protection is not None and result.protection.error is None
+    until_s = lock_end_s(bench.now_s, LOCK_S)
+    sessions = {entry.name for entry in bench.memory.list("sessions")}
+    assert sessions
+    needed = bench.packs() | sessions | {"config", "recipients", snapshot_name(result)}
+    assert {bench.until_s(name) for name in needed} == {until_s}
