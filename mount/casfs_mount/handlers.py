@@ -28,7 +28,7 @@ from casfs_mount.event_loop_guard import WouldBlock
 from casfs_mount.file_reader import Readable
 from casfs_mount.inodes import HARD_LINKS, HardLinks, StaleError, hard_link_number
 from casfs_mount.page_cache import PageCache, StorePages
-from casfs_mount.view import RefusedError, View, allocated_bytes
+from casfs_mount.view import VIRTUAL_XATTRS, RefusedError, View, allocated_bytes
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,6 @@ class FileSystem(pyfuse3.Operations):
     """The request handlers of one mount."""
 
     supports_dot_lookup = True
-    enable_acl = True
 
     def __init__(
         self, view: View, display: DisplayOptions, store_pages: StorePages | None = None
@@ -97,6 +96,8 @@ class FileSystem(pyfuse3.Operations):
         super().__init__()
         self._view = view
         self._display = display
+        # Without ACLs the kernel need not ask for them before it permits an access.
+        self.enable_acl = self._has_xattrs = view.may_have_xattrs()
         self._pages = PageCache(store_pages if display.kernel_cache else None)
         self._links = HardLinks()
         self._handles = itertools.count(1)
@@ -241,6 +242,8 @@ class FileSystem(pyfuse3.Operations):
     @errors_as_errno
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """Return an extended attribute of a file, or what casfs knows of it."""
+        if not (self._has_xattrs or name.startswith(VIRTUAL_XATTRS)):
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
         position = self._position_of(inode)
         try:
             value = self._view.xattr(position, name)
@@ -252,7 +255,12 @@ class FileSystem(pyfuse3.Operations):
 
     @errors_as_errno
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        """List the file's own extended attributes; those of casfs stay hidden from `cp -a` and rsync."""
+        """List the file's own extended attributes; those of casfs stay hidden from `cp -a` and rsync.
+
+        Where no file has any, ENOSYS lets the kernel answer all further requests itself, with EOPNOTSUPP.
+        """
+        if not self._has_xattrs:
+            raise pyfuse3.FUSEError(errno.ENOSYS)
         position = self._position_of(inode)
         try:
             return self._view.xattr_names(position)

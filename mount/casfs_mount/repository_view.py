@@ -227,6 +227,10 @@ class RepositoryView:
         """Return the names of a node's own extended attributes."""
         return self._view(number).xattr_names(number) if number >= LISTINGS_END else []
 
+    def may_have_xattrs(self) -> bool:
+        """Return True: snapshots appear while the mount lives."""
+        return True
+
     def open(self, number: int) -> Readable:
         """Return a reader of a regular file, which only snapshots have; raise StaleError."""
         if number < LISTINGS_END:

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 REPORT_NUMBERS = 8
 """Inode numbers reserved for the `.casfs` folder, after those of the snapshot's nodes."""
 
-_VIRTUAL_XATTRS = b"user.casfs."
+VIRTUAL_XATTRS = b"user.casfs."
 _REMEMBERED_WARNINGS = 10_000
 
 
@@ -71,6 +71,9 @@ class View(Protocol):
 
     def xattr_names(self, number: int) -> list[bytes]:
         """Return the names of a node's own extended attributes."""
+
+    def may_have_xattrs(self) -> bool:
+        """Return whether any node may have extended attributes of its own while the mount lives."""
 
     def open(self, number: int) -> Readable:
         """Return a reader of a regular file; raise RefusedError."""
@@ -183,14 +186,21 @@ class SnapshotView:
             for own, value in node.extra.xattrs:
                 if own == name:
                     return value
-        if name.startswith(_VIRTUAL_XATTRS):
-            return self._known_facts(node, name[len(_VIRTUAL_XATTRS) :])
+        if name.startswith(VIRTUAL_XATTRS):
+            return self._known_facts(node, name[len(VIRTUAL_XATTRS) :])
         return None
 
     def xattr_names(self, number: int) -> list[bytes]:
         """Return the names of a node's own attributes; the virtual ones are not listed."""
         node = self.node(number)
         return [] if node.extra is None else [name for name, _ in node.extra.xattrs]
+
+    def may_have_xattrs(self) -> bool:
+        """Return whether a node may have extended attributes: unless the root's summary counts none."""
+        root = self._root
+        if root.extra is not None and root.extra.xattrs:
+            return True
+        return root.tree is not None and root.tree.xattrs != 0
 
     def open(self, number: int) -> Readable:
         """Return a reader of a regular file; a changed one is logged once, and refused on request."""

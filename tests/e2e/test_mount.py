@@ -364,6 +364,38 @@ class TestMountCommand:
             forget(folder)
 
 
+class TestAttributes:
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ("cp", "-a", "--", "{mount}/source", "{target}"),
+            ("rsync", "-aAX", "{mount}/source", "{target}"),
+            ("tar", "-cf", "{target}/tar", "-C", "{mount}", "source"),
+        ],
+        ids=["cp", "rsync", "tar"],
+    )
+    def test_a_snapshot_without_attributes_is_copied_without_a_complaint(
+        self, repository: Casfs, source: Path, tmp_path: Path, command: tuple[str, ...]
+    ) -> None:
+        assert not any(os.listxattr(path) for path in (source, source / "readme.txt"))
+        repository.backup("source", cwd=tmp_path)
+        target = tmp_path / "target"
+        target.mkdir()
+        with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+            done = subprocess.run(
+                [part.format(mount=mount, target=target) for part in command],
+                capture_output=True,
+                check=False,
+            )
+            assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+            with pytest.raises(OSError, match="not supported"):
+                os.listxattr(mount / "source/readme.txt")
+            facts = os.getxattr(mount / "source/readme.txt", "user.casfs.capture")
+            assert facts == b"stable"
+        if command[0] != "tar":
+            assert tree_differences(source, target / "source") == []
+
+
 class TestPageCache:
     def test_a_small_file_that_is_open_can_be_read_while_the_server_is_stopped(
         self, repository: Casfs, source: Path, tmp_path: Path

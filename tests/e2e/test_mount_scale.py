@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import subprocess
 from pathlib import Path
@@ -14,6 +15,9 @@ from tests.support.mounts import mounted, processes_naming
 from tests.support.synthetic_repository import Shape, build
 
 pytestmark = [pytest.mark.fuse, pytest.mark.slow]
+
+MAX_BYTES = 100_000_000
+"""The memory of a mount, whatever is read through it."""
 
 SHAPE = Shape(snapshots=400, crowd=60_000, folders=1500, files=60)
 
@@ -43,8 +47,25 @@ def test_a_walk_through_many_files_takes_bounded_memory(
         command = ["find", str(mount), "-printf", "%i\n"]
         found = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.split()
         assert len(found) == len(set(found)) == entries + 1
-        assert peak_bytes(mount) < 150_000_000
+        assert peak_bytes(mount) < MAX_BYTES
         assert peak_bytes(mount) - before < 300 * entries, "it keeps little of what it showed"
+
+
+def test_several_readers_of_large_files_take_bounded_memory(
+    repository: Casfs, tmp_path: Path
+) -> None:
+    names = [f"large-{number}" for number in range(4)]
+    (tmp_path / "source").mkdir()
+    for name in names:
+        (tmp_path / "source" / name).write_bytes(random.Random(name).randbytes(32 << 20))
+    repository.backup("source", cwd=tmp_path)
+    with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+        readers = [
+            subprocess.Popen(["cmp", str(tmp_path / "source" / name), str(mount / "source" / name)])
+            for name in names
+        ]
+        assert [reader.wait() for reader in readers] == [0] * len(readers)
+        assert peak_bytes(mount) < MAX_BYTES
 
 
 def test_a_crowded_directory_is_listed_in_pieces(

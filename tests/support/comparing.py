@@ -76,11 +76,21 @@ def _look(path: bytes, state: os.stat_result, groups: dict[tuple[int, int], list
         links=0 if directory else state.st_nlink,
         target=os.readlink(path) if stat.S_ISLNK(state.st_mode) else b"",
         digest=_digest(path) if regular else b"",
-        attributes=tuple(
-            (os.fsencode(name), os.getxattr(path, name, follow_symlinks=False))
-            for name in sorted(os.listxattr(path, follow_symlinks=False))
-        ),
+        attributes=_attributes(path),
         twins=tuple(groups.get((state.st_dev, state.st_ino), ())),
+    )
+
+
+def _attributes(path: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    try:
+        names = os.listxattr(path, follow_symlinks=False)
+    except OSError as error:
+        # A mount of a snapshot without any attribute supports none.
+        assert error.errno == errno.ENOTSUP, error
+        names = []
+    return tuple(
+        (os.fsencode(name), os.getxattr(path, name, follow_symlinks=False))
+        for name in sorted(names)
     )
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pyfuse3
 import pytest
 import trio
@@ -398,6 +399,44 @@ class TestExtendedAttributes:
             assert await system.getxattr(number, b"user.casfs.capture", CTX) == b"stable"
             with refused(errno.ENODATA):
                 await system.getxattr(number, b"system.posix_acl_access", CTX)
+
+    @pytest.mark.parametrize(("counted", "is_asked"), [(None, True), (1, True), (0, False)])
+    async def test_the_kernel_is_asked_to_list_attributes_no_more_where_the_summary_counts_none(
+        self, mounted: MountedView, counted: int | None, is_asked: bool
+    ) -> None:
+        system = FileSystem(counting_view(mounted, counted), DisplayOptions())
+        number = await number_of(system, "file")
+        assert system.enable_acl is is_asked
+        if is_asked:
+            assert await system.listxattr(number, CTX) == []
+        else:
+            with refused(errno.ENOSYS):
+                await system.listxattr(number, CTX)
+        assert await system.getxattr(number, b"user.casfs.capture", CTX) == b"stable"
+        for name in (b"system.posix_acl_access", b"security.capability", b"user.casfs.unknown"):
+            with refused(errno.ENODATA):
+                await system.getxattr(number, name, CTX)
+
+    async def test_attributes_of_the_root_itself_are_listed(self, mounted: MountedView) -> None:
+        extra = NodeExtra(xattrs=((b"user.a", b"1"),))
+        system = FileSystem(counting_view(mounted, 0, extra=extra), DisplayOptions())
+        assert await system.listxattr(1, CTX) == [b"user.a"]
+
+    async def test_a_mount_of_all_snapshots_lists_attributes_since_snapshots_appear(
+        self, mounted: MountedView
+    ) -> None:
+        system = FileSystem(RepositoryView(mounted.context), DisplayOptions())
+        assert system.enable_acl
+        assert await system.listxattr(1, CTX) == []
+
+
+def counting_view(mounted: MountedView, xattrs: int | None, **fields: Any) -> SnapshotView:
+    """Return the view of the snapshot as if the summary of its root counted attributes like this."""
+    root = mounted.snapshot.root
+    assert root.tree is not None
+    tree = msgspec.structs.replace(root.tree, xattrs=xattrs)
+    counted = replace(root, tree=tree, **fields)
+    return SnapshotView(mounted.context, mounted.snapshot_id, mounted.snapshot, counted, 1)
 
 
 class TestErrors:
