@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -23,9 +23,12 @@ from casfs.errors import KeyMissingError, RefusedError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node, NodeType, TreeRef, replace
 from casfs.monitor import Monitor
+from casfs.repository.prefetch import Prefetcher
 from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter
+from casfs.trees.content import ContentReader
 from casfs.trees.file_content import FileContent
+from casfs.trees.reader import TreeReader
 from casfs.trees.rewrite import rewrite_tree
 
 log = logging.getLogger(__name__)
@@ -95,33 +98,38 @@ class SnapshotCopier:
             on_bytes=self._monitor.progress.read_bytes,
         )
         if root.tree is None:
-            return self._copy_file(reader, root, root.name)
+            return self._copy_file(reader, root, self._source.store.read)
+        with Prefetcher(
+            self._source, b"", root, skips=lambda ref: ref.digest in self._trees
+        ) as ahead:
+            trees = TreeReader(ahead.read)
 
-        def change(node: Node, path: bytes) -> Node:
-            self._monitor.progress.path = path
-            self._monitor.progress.items += 1
-            return self._copy_file(reader, node, path) if node.kind == NodeType.FILE else node
+            def entries(node: Node, path: bytes) -> Iterator[Node]:
+                assert node.tree is not None
+                return trees.nodes(node.tree)
 
-        return rewrite_tree(
-            root,
-            b"",
-            entries=self._entries,
-            new_tree=lambda _: destination.tree_writer(writer.put),
-            change=change,
-            known=lambda tree: self._trees.get(tree.digest),
-            on_tree=lambda old, tree: new.append((old.digest, tree)),
-        )
+            def change(node: Node, path: bytes) -> Node:
+                ahead.path = self._monitor.progress.path = path
+                self._monitor.progress.items += 1
+                is_file = node.kind == NodeType.FILE
+                return self._copy_file(reader, node, ahead.read) if is_file else node
 
-    def _entries(self, node: Node, path: bytes) -> Iterator[Node]:
-        assert node.tree is not None
-        return self._source.trees.nodes(node.tree)
+            return rewrite_tree(
+                root,
+                b"",
+                entries=entries,
+                new_tree=lambda _: destination.tree_writer(writer.put),
+                change=change,
+                known=lambda tree: self._trees.get(tree.digest),
+                on_tree=lambda old, tree: new.append((old.digest, tree)),
+            )
 
-    def _copy_file(self, reader: SourceReader, node: Node, path: bytes) -> Node:
+    def _copy_file(self, reader: SourceReader, node: Node, read: Callable[[Digest], bytes]) -> Node:
         """Store the content of a regular file and return its node; raise BlobError and TreeError."""
         key = b"%d:%d:" % (node.levels, node.size) + node.content
         known = self._files.get(key)
         if known is None:
-            content = FileContent(node, self._source.content(node), self._source.store.read)
+            content = FileContent(node, ContentReader(node.content, node.levels, read), read)
             stored = reader.read_parts(content.parts(), node.size)
             reader.store_pending(stored)
             known = _stored(stored)
@@ -142,6 +150,9 @@ class _Remembered(Generic[V]):
         if value is not None:
             self._values.move_to_end(key)
         return value
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._values
 
     def put(self, key: bytes, value: V) -> None:
         self._values[key] = value

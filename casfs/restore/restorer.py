@@ -23,11 +23,11 @@ from casfs.monitor import EntryChange, Monitor, Problem, ProblemKind
 from casfs.paths import join
 from casfs.patterns import Pattern
 from casfs.problems import changed_file, damaged_entry, restore_failed
+from casfs.repository.prefetch import Prefetcher
 from casfs.repository.repository import Repository
 from casfs.restore import target_fs
 from casfs.restore.entry_writer import EntryResult, EntryWriter, LinkTarget, Overwrite
 from casfs.restore.ordered_pool import DEFAULT_LIMITS, OrderedPool, PoolLimits
-from casfs.restore.prefetch import Prefetcher
 from casfs.restore.selection import Selection
 from casfs.restore.staging import FileIdentity
 from casfs.trees.content import EXTENT, HOLE

@@ -22,8 +22,8 @@ from casfs.errors import IntegrityError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import HardLinkKey, Node, NodeType, hard_link_key
 from casfs.monitor import Monitor, Problem, ProblemKind
+from casfs.repository.prefetch import Prefetcher
 from casfs.repository.repository import Repository
-from casfs.restore.prefetch import Prefetcher
 from casfs.trees.content import ContentReader
 from casfs.trees.file_content import FileContent
 from casfs.trees.reader import TreeReader, is_flagged

@@ -116,7 +116,7 @@ def _dump_file(
     repository: Repository, node: Node, path: bytes, file: BinaryIO, monitor: CommandMonitor
 ) -> TarStats:
     from casfs.monitor import Problem, ProblemKind
-    from casfs.restore.prefetch import Prefetcher
+    from casfs.repository.prefetch import Prefetcher
     from casfs.restore.tar import TarStats, file_bytes
     from casfs.trees.reader import is_flagged
 

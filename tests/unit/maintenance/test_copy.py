@@ -25,6 +25,7 @@ from casfs.repository.opening import (
 )
 from casfs.repository.repository import Repository
 from tests.support.builders import RepositoryFixture
+from tests.support.far import FarRepository
 from tests.support.stores import flip, noise, pack_paths
 
 UNSYNCED = OpenOptions(sync=False)
@@ -206,3 +207,27 @@ def test_packs_are_stored_again_at_another_level_and_hold_the_same(repo: Reposit
     with open_for_reading(repo.root) as repository:
         assert contents(repository) == before
     assert_intact(repo)
+
+
+def test_a_copy_from_a_remote_place_gathers_its_reads_and_reads_nothing_twice(
+    other: RepositoryFixture, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    (source / "old").mkdir(parents=True)
+    for number in range(200):
+        (source / "old" / f"{number:03}").write_bytes(noise(f"{number}", 5000))
+    far = FarRepository.create(monkeypatch)
+    far.back_up(source)
+    (source / "new").write_bytes(noise("new", 5000))
+    far.back_up(source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "another cache"))
+    with far.reading() as reading, open_for_writing(other.root, "copy", UNSYNCED) as writing:
+        copier = SnapshotCopier(reading, writing, RecordingMonitor())
+        asked = []
+        for found in reading.snapshots.iterate():
+            far.requests()
+            copier.copy(*found)
+            asked.append(far.requests().count("read packs"))
+        # One range for all files of the first snapshot, one for the new file of the second.
+        assert asked == [1, 1]
+        assert contents(writing) == contents(reading)

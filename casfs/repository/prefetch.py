@@ -1,11 +1,11 @@
-"""Prefetch the blobs of a tree: other threads read and verify them just before the restore needs them.
+"""Prefetch the blobs of a tree: other threads read and verify them just before a walk needs them.
 
-A restore walks a tree in the order of the backup, which is the order of the blobs in the packs. A second
-thread walks the tree first and queues batches of blobs, each with the path that it had reached. It reads the
-blobs of a local repository itself. Where requests travel a distance, the batches are larger and a pool of
-threads reads them, each range of a pack with one request, several at the same time. The number of queued
-batches is limited, so memory is bounded. Blobs that cannot be read are missing from the batches: the restore
-reads them itself and gets the error at the right entry.
+A restore or a copy walks a tree in the order of the backup, which is the order of the blobs in the packs. A
+second thread walks the tree first and queues batches of blobs, each with the path that it had reached. It
+reads the blobs of a local repository itself. Where requests travel a distance, the batches are larger and a
+pool of threads reads them, each range of a pack with one request, several at the same time. The number of
+queued batches is limited, so memory is bounded. Blobs that cannot be read are missing from the batches: the
+walk reads them itself and gets the error at the right entry.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from types import TracebackType
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError
-from casfs.format.tree import Node, NodeType
-from casfs.paths import split
+from casfs.format.tree import Node, NodeType, TreeRef
+from casfs.paths import join, split
 from casfs.repository.repository import Repository
 from casfs.store.batch_read import ReadPlan, plan_reads, read_run
 from casfs.store.blob_store import BlobStore
 from casfs.trees.content import EXTENT, HOLE, check_chunk_length
 from casfs.trees.reader import TreeReader
+from casfs.trees.walk import Children, Page, walk_pages
 
 log = logging.getLogger(__name__)
 
@@ -69,17 +70,24 @@ class _Batch:
 class Prefetcher:
     """Prefetch the blobs of the tree at `path`, for one thread that walks it in order.
 
+    The walk does not enter the directories whose trees `skips` accepts.
     The walking thread sets `path` to its current entry. Close the prefetcher, or use it in a `with` block.
     """
 
-    def __init__(self, repository: Repository, path: bytes, root: Node) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        path: bytes,
+        root: Node,
+        skips: Callable[[TreeRef], bool] = lambda _: False,
+    ) -> None:
         self.path = path
         self._store = repository.store
         self._batch = _Batch()
         self._reads = _Reads(repository.store)
         self._batches: queue.Queue[_Batch] = queue.Queue(self._reads.limits.queued_batches)
         self._stopped = False
-        scanner = _TreeScanner(repository, path, root, lambda: self._stopped, self._reads)
+        scanner = _TreeScanner(repository, (path, root), skips, lambda: self._stopped, self._reads)
         self._thread = threading.Thread(
             target=self._run, args=(scanner,), name="casfs-prefetch", daemon=True
         )
@@ -126,7 +134,7 @@ class Prefetcher:
                     return
                 self._batches.put(batch)
         except Exception as error:
-            # The restore reads the rest itself, and gets the error at the right entry.
+            # The walk reads the rest itself, and gets the error at the right entry.
             log.debug("nothing more is prefetched: %s", error)
         finally:
             if not self._stopped:
@@ -165,8 +173,8 @@ class _TreeScanner:
     def __init__(
         self,
         repository: Repository,
-        path: bytes,
-        root: Node,
+        start: tuple[bytes, Node],
+        skips: Callable[[TreeRef], bool],
         is_stopped: Callable[[], bool],
         reads: _Reads,
     ) -> None:
@@ -174,14 +182,25 @@ class _TreeScanner:
         self._repository = repository
         self._store = repository.store
         self._is_stopped = is_stopped
-        self._path = path
+        self._path, root = start
         self._trees = TreeReader(self._read_tree)
         self._entries: Iterator[tuple[bytes, Node]] = (
-            self._trees.walk(root, path) if root.tree is not None else iter([(path, root)])
+            self._walk(self._path, root.tree, skips)
+            if root.tree is not None
+            else iter([(self._path, root)])
         )
         self._read: dict[Digest, bytes] = {}
         self._wanted: dict[Digest, int] = {}
         self._bytes = 0
+
+    def _walk(
+        self, path: bytes, ref: TreeRef, skips: Callable[[TreeRef], bool]
+    ) -> Iterator[tuple[bytes, Node]]:
+        def read(page: Page) -> Children | None:
+            return None if skips(page.ref) else self._trees.children(page.ref)
+
+        for page, node in walk_pages(path, ref, read):
+            yield join(page.path, node.name), node
 
     def batches(self) -> Iterator[_Batch]:
         """Yield batches of blobs, up to the first tree that cannot be read."""
@@ -191,7 +210,7 @@ class _TreeScanner:
             try:
                 path, node = next(self._entries, (None, None))
             except CasfsError:
-                break  # the restore reports it when it reaches the entry
+                break  # the walk reports it when it reaches the entry
             if path is None or node is None:
                 break
             if self._is_full():

@@ -13,9 +13,9 @@ import pytest
 from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
 from casfs.format.tree import Node, NodeType, TreeRef
+from casfs.repository import prefetch as prefetch_module
+from casfs.repository.prefetch import Prefetcher
 from casfs.repository.repository import Repository
-from casfs.restore import prefetch as prefetch_module
-from casfs.restore.prefetch import Prefetcher
 from casfs.store.batch_read import ReadPlan
 from casfs.store.blob_store import BlobStore, pack_name
 from casfs.trees.content import ContentReader
