@@ -10,8 +10,9 @@ A pack that only a delta names is *unverified*: none of its blobs counts as stor
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from enum import Enum
 from typing import NamedTuple
 
 from casfs.digest import PackId
@@ -57,6 +58,17 @@ class DeltaNote(NamedTuple):
     replaced_ms: int = 0
 
 
+class Doubt(Enum):
+    """Which packs become unverified when deltas are noted."""
+
+    NONE = 0
+    UNCOVERED = 1
+    """Those that no delta names any more, as a merge may have dropped their removal."""
+
+    ALL = 2
+    """All, as a delta that cannot be read may have removed any."""
+
+
 class Registered(NamedTuple):
     """A pack's ordinal, whether its blobs are to be added, and whether the index had it before."""
 
@@ -78,16 +90,15 @@ class DeltaNotes:
 
     def covered(self, names: AbstractSet[DeltaName] | None = None) -> Bitmap:
         """Return the ordinals of the packs that some deltas name, or all deltas that none replaces."""
+        return self._env.read(lambda txn: self._covered(txn, names))
 
-        def ask(txn: Transaction) -> Bitmap:
-            found = Bitmap()
-            for name, note, ordinals in self._notes(txn):
-                if name in names if names is not None else not note.replaced_ms:
-                    for (ordinal,) in _ITEM.iter_unpack(ordinals):
-                        found.add(ordinal)
-            return found
-
-        return self._env.read(ask)
+    def _covered(self, txn: Transaction, names: AbstractSet[DeltaName] | None) -> Bitmap:
+        found = Bitmap()
+        for name, note, ordinals in self._notes(txn):
+            if name in names if names is not None else not note.replaced_ms:
+                for (ordinal,) in _ITEM.iter_unpack(ordinals):
+                    found.add(ordinal)
+        return found
 
     def register(
         self, packs: Sequence[DeltaPack], skip: AbstractSet[PackId] = frozenset()
@@ -141,15 +152,16 @@ class DeltaNotes:
 
     def finish(
         self,
-        notes: dict[DeltaName, tuple[DeltaNote, Sequence[int]]],
+        notes: Mapping[DeltaName, tuple[DeltaNote, Sequence[int]]],
         complete: Iterable[PackId] = (),
         removed: Iterable[PackId] = (),
         gone: Iterable[DeltaName] = (),
+        doubt: Doubt = Doubt.NONE,
     ) -> None:
         """Note deltas with the ordinals of their packs, and complete the packs that `register` recorded.
 
         The packs, and the `removed` ones, are published from now on. The notes of deltas that are `gone` are
-        dropped.
+        dropped. What `doubt` says is marked as unverified in the same transaction.
         """
 
         def change(txn: Transaction) -> None:
@@ -160,18 +172,36 @@ class DeltaNotes:
             for name in gone:
                 txn.delete(_key(name), db=self._tables.meta)
             for name, (note, ordinals) in notes.items():
-                before = txn.get(_key(name), db=self._tables.meta)
-                if before is not None and note.replaced_ms and not ordinals:
-                    # Only the replacement is news.
-                    flags, packs, _ = _NOTE.unpack_from(before)
-                    value = _NOTE.pack(flags, packs, note.replaced_ms) + before[_NOTE.size :]
-                else:
-                    value = _encode(note, ordinals)
-                txn.put(_key(name), value, db=self._tables.meta)
-                for ordinal in ordinals:
-                    txn.delete(UNPUBLISHED + ORDINAL.pack(ordinal), db=self._tables.meta)
+                self._put_note(txn, name, note, ordinals)
+            if doubt != Doubt.NONE:
+                before = self._tables.get_set(txn, UNVERIFIED)
+                doubted = self._doubted(txn, doubt == Doubt.ALL)
+                self._tables.put_set(txn, UNVERIFIED, before | doubted)
 
         self._env.write(change)
+
+    def _put_note(
+        self, txn: Transaction, name: DeltaName, note: DeltaNote, ordinals: Sequence[int]
+    ) -> None:
+        before = txn.get(_key(name), db=self._tables.meta)
+        if before is not None and note.replaced_ms and not ordinals:
+            # Only the replacement is news.
+            flags, packs, _ = _NOTE.unpack_from(before)
+            value = _NOTE.pack(flags, packs, note.replaced_ms) + bytes(before[_NOTE.size :])
+        else:
+            value = _encode(note, ordinals)
+        txn.put(_key(name), value, db=self._tables.meta)
+        for ordinal in ordinals:
+            txn.delete(UNPUBLISHED + ORDINAL.pack(ordinal), db=self._tables.meta)
+
+    def _doubted(self, txn: Transaction, is_all: bool) -> set[int]:
+        """Return all packs, or those that no delta names and that this host has not stored itself."""
+        ordinals = {record.ordinal for record in self._tables.all_packs(txn)}
+        if is_all:
+            return ordinals
+        covered = self._covered(txn, None)
+        own = {ORDINAL.unpack(key)[0] for key in self._tables.meta_suffixes(txn, UNPUBLISHED)}
+        return {ordinal for ordinal in ordinals - own if ordinal not in covered}
 
     def unpublished(self) -> list[PackRecord]:
         """Return the packs that no delta names yet, as far as this host's index has noted."""
@@ -201,21 +231,14 @@ class DeltaNotes:
 
         return self._env.read(ask)
 
-    def mark_unverified(self, ordinals: AbstractSet[int]) -> None:
-        """Let no blob of these packs count as stored before the packs are seen in the storage."""
-        self._change_unverified(ordinals, frozenset())
-
     def mark_verified(self, ordinals: AbstractSet[int]) -> None:
         """Record that packs were seen in the storage with the size that the index has."""
-        self._change_unverified(frozenset(), ordinals)
 
-    def _change_unverified(self, more: AbstractSet[int], less: AbstractSet[int]) -> None:
         def change(txn: Transaction) -> None:
             before = self._tables.get_set(txn, UNVERIFIED)
-            known = {n for n in more if self._tables.pack_of(txn, n) is not None}
-            self._tables.put_set(txn, UNVERIFIED, (before | known) - less)
+            self._tables.put_set(txn, UNVERIFIED, before - ordinals)
 
-        if more or less:
+        if ordinals:
             self._env.write(change)
 
     def find(self, packs: Iterable[PackId]) -> dict[int, PackRef]:

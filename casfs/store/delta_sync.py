@@ -36,7 +36,7 @@ from casfs.format.delta import (
 )
 from casfs.format.key_derivation import Sessions
 from casfs.format.pack import PackRef
-from casfs.index.delta_notes import DeltaNote, DeltaNotes
+from casfs.index.delta_notes import DeltaNote, DeltaNotes, Doubt
 from casfs.index.index import Index
 from casfs.index.schema import PackRecord, Row
 from casfs.storage.base import Storage
@@ -244,6 +244,7 @@ class _Run:
         self._noted = self._notes.all()
         self._replaced: dict[DeltaName, int] = {}
         self._pending = _Pending()
+        self._late_notes: dict[DeltaName, tuple[DeltaNote, Sequence[int]]] = {}
         # A pack that a newer delta removed is skipped. One that a newer delta names may be stored again.
         self._gone: set[PackId] = set()
         self._named_again: set[PackId] = set()
@@ -279,12 +280,17 @@ class _Run:
                     except DeltaError as error:
                         self._note_unusable(name, error)
         for name, time_ms in self._replaced.items():
-            self._pending.notes.setdefault(name, (DeltaNote(replaced_ms=time_ms), []))
-        self._flush(dropped)
+            self._late_notes[name] = DeltaNote(replaced_ms=time_ms), []
+        self._flush()
         if self._learn:
             self._remove_packs()
-            self._doubt_uncovered()
+        self._notes.finish(self._late_notes, gone=dropped, doubt=self._doubt())
         return vanished
+
+    def _doubt(self) -> Doubt:
+        if not self._learn:
+            return Doubt.NONE
+        return Doubt.ALL if self._hides_removals else Doubt.UNCOVERED
 
     def _apply_one(self, delta: Delta) -> None:
         ordinals: list[int] = []
@@ -298,7 +304,10 @@ class _Run:
         for name in delta.replaced:
             if name in self._listed and name < delta.name:
                 self._replaced[name] = delta.name.time_ms
-        self._pending.notes[delta.name] = DeltaNote(count, delta.is_complete), ordinals
+        # What a removal or a replacement entails comes before the note: the delta is not read again.
+        is_plain = not (delta.removed or delta.replaced)
+        notes = self._pending.notes if is_plain else self._late_notes
+        notes[delta.name] = DeltaNote(count, delta.is_complete), ordinals
         self.applied += 1
 
     def _known(self, batch: list[DeltaPack]) -> list[int]:
@@ -336,7 +345,7 @@ class _Run:
 
     def _note_closed(self, names: list[DeltaName]) -> None:
         for name in names:
-            self._pending.notes[name] = DeltaNote(is_closed=True), []
+            self._late_notes[name] = DeltaNote(is_closed=True), []
         self._hides_removals = self._hides_removals or bool(names)
 
     def _note_unusable(self, name: DeltaName, error: CasfsError) -> None:
@@ -345,15 +354,15 @@ class _Run:
         )
         self.unusable += 1
         self._hides_removals = True
-        self._pending.notes[name] = DeltaNote(is_unusable=True), []
+        self._late_notes[name] = DeltaNote(is_unusable=True), []
 
-    def _flush(self, dropped: list[DeltaName] | None = None) -> None:
+    def _flush(self) -> None:
         """Add the rows in memory to the index, then note what they complete."""
         pending, self._pending = self._pending, _Pending()
         pending.rows.sort()
         self._notes.put_rows(pending.rows, pending.packs)
-        if pending.packs or pending.notes or dropped:
-            self._notes.finish(pending.notes, pending.packs.values(), gone=dropped or ())
+        if pending.packs or pending.notes:
+            self._notes.finish(pending.notes, pending.packs.values())
 
     def _remove_packs(self) -> None:
         """Remove the packs that deltas name as removed, unless they were stored again afterwards."""
@@ -386,21 +395,6 @@ class _Run:
             return storage.mtime_ns(pack_name(pack)) > storage.mtime_ns(str(name))
         except NotFoundError:
             return False
-
-    def _doubt_uncovered(self) -> None:
-        """Mark as unverified the packs that no delta names any more, as a merge may hide a removal."""
-        records = self._index.packs()
-        if self._hides_removals:
-            self._notes.mark_unverified({record.ordinal for record in records})
-            return
-        covered = self._notes.covered()
-        own = {record.ordinal for record in self._notes.unpublished()}
-        uncovered = {
-            record.ordinal
-            for record in records
-            if record.ordinal not in covered and record.ordinal not in own
-        }
-        self._notes.mark_unverified(uncovered)
 
 
 def _take(packs: Iterator[DeltaPack]) -> list[DeltaPack]:
