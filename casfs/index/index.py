@@ -144,6 +144,11 @@ class Index:
 
         return self._env.read(ask)
 
+    def copies(self, digest: Digest) -> list[Location]:
+        """Return the known locations of a blob beyond that of `lookup`."""
+        found = self._env.read(lambda txn: self._tables.copies_of(txn, digest))
+        return [Location(*LOCATION.unpack(value)) for value in found]
+
     def are_stored(self, digests: Iterable[Digest]) -> list[bool]:
         """Return for each digest whether the blob counts as stored.
 

@@ -1,4 +1,4 @@
-"""The index deltas of an open repository: publish what this session did, learn what others did, and merge.
+"""The index deltas of an open repository: publish what this session did, and merge those of all sessions.
 
 The order of a session is: packs durable and indexed, delta published, snapshot published. The order of a
 removal is: packs removed from the index, delta published, packs deleted. So a host that relies on a pack
@@ -7,8 +7,6 @@ learns of its removal before the pack is gone.
 
 from __future__ import annotations
 
-from casfs.digest import PackId
-from casfs.format.pack import PackRef
 from casfs.index.delta_notes import DeltaNotes
 from casfs.store.blob_store import BlobStore
 from casfs.store.delta_merge import DeltaMerger, MergeResult
@@ -50,15 +48,6 @@ class Deltas:
         is_complete = any(note.is_complete for note in self._notes.all().values())
         self.publisher.publish(everything=not is_complete and self._store.index.has_all_packs)
 
-    def learn(self) -> frozenset[PackRef]:
-        """Apply what other hosts published meanwhile; return the packs that no longer exist.
-
-        They are removed from the index. Every pack that the index has afterwards was seen in the storage, and
-        its removal was not published before this call. Raise StorageError.
-        """
-        removed = self._sync.sync().removed
-        return removed | self._sync.verify_packs()
-
     def merge(
         self, margin_ms: int = REPLACED_MARGIN_MS, *, from_packs: bool = False
     ) -> MergeResult:
@@ -72,7 +61,3 @@ class Deltas:
         return merger.merge(
             margin_ms, is_everything=self._store.index.has_all_packs, from_packs=from_packs
         )
-
-    def removed(self) -> list[PackId]:
-        """Return the packs that were removed from the index and that no delta names as removed yet."""
-        return self._notes.removed()

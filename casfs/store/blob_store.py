@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,6 +59,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_FOUND_ELSEWHERE = 100_000
+
+_SEARCH_INTERVAL_S = 60.0
+"""How long a search for packs that the index lacks remains valid."""
 
 _DIRECTORIES_AHEAD = 8
 """How many directories of remote packs are in memory at a time, each of a few MiB at most."""
@@ -125,6 +130,8 @@ class BlobStore:
         self.found_elsewhere: set[Digest] = set()
         self.deltas: PackLog | None = None
         self._left_out = False
+        self._search_lock = threading.Lock()
+        self._searched_s: float | None = None
         self.use_index(index)
         self._old_entries: dict[PackRef, list[PackEntry]] = {}
 
@@ -156,20 +163,51 @@ class BlobStore:
     def _read_elsewhere(self, digest: Digest, location: Location | None, error: BlobError) -> bytes:
         # A prune may have moved the blob between the two steps; then the index has the new location.
         moved = self.index.lookup(digest)
+        if moved in (None, location) and (location is None or _is_pack_missing(error)):
+            self._find_new_packs()
+            moved = self.index.lookup(digest)
         if moved is not None and moved != location:
             try:
                 return self.read_at(digest, moved)
             except BlobError as also:
                 error = also
+        for copy in self.index.copies(digest):
+            try:
+                plain = self.read_at(digest, copy)
+            except (BlobError, StorageError):
+                continue
+            self._note_elsewhere(digest)
+            return plain
         for pack, entry in self._duplicates.find(digest):
             try:
                 plain = self.read_entry(pack, entry)
             except (BlobError, NotFoundError, StorageError):
                 continue
-            if len(self.found_elsewhere) < _MAX_FOUND_ELSEWHERE:
-                self.found_elsewhere.add(digest)
+            self._note_elsewhere(digest)
             return plain
         raise error
+
+    def _note_elsewhere(self, digest: Digest) -> None:
+        if len(self.found_elsewhere) < _MAX_FOUND_ELSEWHERE:
+            self.found_elsewhere.add(digest)
+
+    def _find_new_packs(self) -> None:
+        """Add packs to the index that it lacks, at most once a minute.
+
+        Where the index is synced by deltas, one may be lost, or a prune may have moved blobs since.
+        """
+        if self.index.readonly or not self.index.tracks_deltas:
+            return
+        with self._search_lock:
+            now = time.monotonic()
+            if self._searched_s is not None and now - self._searched_s < _SEARCH_INTERVAL_S:
+                return
+            self._searched_s = now
+            known = {record.pack.id for record in self.index.packs()}
+            new = [found for found in self.stored_packs() if found[0].id not in known]
+            if new:
+                log.info("%d packs are in the storage and not in the index; adding them", len(new))
+                self.add_packs(new)
 
     def read_entry(self, pack: PackRef, entry: PackEntry) -> bytes:
         """Return the verified plaintext of one copy of a blob, whether or not the index names that copy.
@@ -640,6 +678,10 @@ class BlobStore:
                     continue
                 found.append(entry)
         return found
+
+
+def _is_pack_missing(error: BlobError) -> bool:
+    return isinstance(error.__cause__, NotFoundError)
 
 
 def _missing(digest: Digest) -> BlobError:

@@ -228,12 +228,45 @@ class TestLostAndForgedDeltas:
             (name,) = host.publish()
         place.storage.delete(str(name))
         with Host(place, tmp_path / "two").open() as host:
-            assert host.read(blobs("b")[0]) == blobs("b")[0]
             assert host.put(blobs("b")) == 3
+            assert host.read(blobs("b")[0]) == blobs("b")[0]
         with Host(place, tmp_path / "three").open(MAINTENANCE) as host:
             host.merge()
         with Host(place, tmp_path / "four").open() as host:
             assert host.has(blobs("b")[0])
+
+    def test_a_reader_finds_packs_of_a_deleted_delta_by_one_listing(
+        self, place: Place, tmp_path: Path
+    ) -> None:
+        with Host(place, tmp_path / "one").open() as host:
+            host.put(blobs("a"))
+            host.publish()
+            put_packs(host, "b", 3)
+            (name,) = host.publish()
+        place.storage.delete(str(name))
+        recording = RecordingStorage(place.storage)
+        with Host(place, tmp_path / "two", storage=recording).open(READER) as host:
+            recording.calls.clear()
+            for number in range(3):
+                for plain in blobs(f"b{number} "):
+                    assert host.read(plain) == plain
+            assert [call.name for call in recording.calls].count("packs") == 1
+            assert len(host.packs()) == 4
+
+    def test_a_reader_follows_blobs_that_a_prune_moved_while_it_is_open(
+        self, place: Place, tmp_path: Path
+    ) -> None:
+        one = Host(place, tmp_path / "one")
+        with one.open() as host:
+            host.put(blobs("a"))
+            host.publish()
+        with Host(place, tmp_path / "two").open(READER) as reader:
+            with one.open(MAINTENANCE) as host:
+                old = host.packs()
+                host.index.mark_for_removal([record.ordinal for record in host.index.packs()])
+                host.put(blobs("a"))
+                host.remove(old)
+            assert all(reader.read(plain) == plain for plain in blobs("a"))
 
     def test_a_forged_delta_lets_no_blob_count_as_stored_whose_pack_does_not_exist(
         self, place: Place, tmp_path: Path
