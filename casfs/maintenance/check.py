@@ -71,7 +71,9 @@ class Checker:
         """Check the structure, and read the packs that `read` selects (None: no pack)."""
         scrubber = Scrubber(self._repository, self.result, self._monitor)
         scrubber.scrub(read)
-        self.result.damage += check_deltas(self._repository, scrubber.directories)
+        damaged = {finding.pack for finding in self.result.damage}
+        intact = {pack: one for pack, one in scrubber.directories.items() if pack.id not in damaged}
+        self.result.damage += check_deltas(self._repository, intact)
         self._check_sessions()
         self._check_snapshots()
         return self.result

@@ -40,7 +40,7 @@ from casfs.format.tree import (
 )
 from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import PackSelection
-from casfs.monitor import Monitor, Problem, ProblemKind, Unit
+from casfs.monitor import Monitor, Problem, ProblemKind
 from casfs.repository.index_opening import replace_with_empty
 from casfs.repository.repository import Repository
 from casfs.store.writer import BlobWriter
@@ -158,7 +158,6 @@ def repair_index(repository: Repository, monitor: Monitor) -> IndexRepair:
         replace_with_empty(store)
         store.rebuild(monitor.progress)
     if repository.deltas is not None:
-        monitor.progress.begin("writing index deltas", Unit.PACKS)
         repository.deltas.merge(from_packs=True)
     return IndexRepair(
         packs=len(store.index.packs()),

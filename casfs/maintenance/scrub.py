@@ -169,7 +169,7 @@ class Scrubber:
                 self.result.damage += damage
                 if damage:
                     self._mark_damaged(pack)
-                elif self._repository.config.has_deltas:
+                elif entries and self._repository.config.has_deltas:
                     self.directories[pack] = stored[pack], directory_digest(entries)
                 ordinal = self._by_name.get(pack)
                 if ordinal is not None:
