@@ -121,6 +121,21 @@ class NotPublishedError(StorageError):
         return f"{super().__str__()}; nothing was published in the repository {self.place}"
 
 
+class PacksRemovedError(CasfsError):
+    """Another host removed packs that a new snapshot needs, and their data cannot be read elsewhere."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(place, reason)
+        self.place = place
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"data that the new snapshot needs was removed from {self.place} meanwhile ({self.reason}); "
+            "nothing was published. Run the command again: what it stored is used"
+        )
+
+
 class StorageDeniedError(StorageError):
     """The storage denies access: wrong credentials, missing permission, or an unexpected host key.
 

@@ -43,6 +43,7 @@ from casfs.errors import (
     IntegrityError,
     NotFoundError,
     NotPublishedError,
+    PacksRemovedError,
     RefusedError,
     StorageError,
 )
@@ -69,6 +70,9 @@ MAX_OWNER_NAMES_BYTES = 2 * 1024 * 1024
 
 _OWNER_BYTES = 16
 """Upper bound of the encoded size of an owner without the name."""
+
+_MOST_READINGS = 3
+"""How often the sources are read before a backup fails, where other hosts remove packs that it needs."""
 
 _ROOM_BYTES = 2 * MAX_OWNER_NAMES_BYTES + 1024 * 1024
 """Upper bound of the encoded size of the fields that are known only after the walk."""
@@ -132,26 +136,40 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
     errors of the repository; nothing is published then.
     """
     began = time.monotonic()
+    # A stream cannot be read twice.
+    readings_left = _MOST_READINGS if options.stdin_name is None else 1
+    snapshot_id: SnapshotId | None = None
+    protected = None
     with closing(ServedMounts(options.mount_timeout_s)) as mounts:
         sources = _included_sources(options, mounts, monitor)
         _require_a_source(sources, mounts, repository.place)
         draft = _draft_snapshot(options)
         # Refuse a snapshot that could not be published before anything is stored.
         require_encodable(draft, _ROOM_BYTES)
-        parent = _find_parent(repository, options, mounts)
         protection = None if options.dry_run else Protection.begin(repository)
-        _begin_progress(monitor, parent)
-        try:
-            with closing(_Backup(repository, options, sources, mounts, monitor)) as backup:
-                root = backup.read(parent)
-            if protection is not None:
-                monitor.progress.stage = "locking objects"
-                protection.protect_needed(root, parent)
-        except StorageError as error:
-            raise NotPublishedError(str(repository.place), error) from error
-    snapshot = _complete_snapshot(draft, root, parent, backup, began)
-    snapshot_id = None if options.dry_run else repository.snapshots.publish(snapshot)
-    protected = None
+        while True:
+            readings_left -= 1
+            parent = _find_parent(repository, options, mounts)
+            _begin_progress(monitor, parent)
+            try:
+                with closing(_Backup(repository, options, sources, mounts, monitor)) as backup:
+                    root = backup.read(parent)
+                if protection is not None:
+                    monitor.progress.stage = "locking objects"
+                    protection.protect_needed(root, parent)
+            except StorageError as error:
+                raise NotPublishedError(str(repository.place), error) from error
+            snapshot = _complete_snapshot(draft, root, parent, backup, began)
+            if options.dry_run:
+                break
+            try:
+                snapshot_id = repository.snapshots.publish(snapshot)
+                break
+            except PacksRemovedError as error:
+                if not readings_left:
+                    raise
+                log.warning("%s; reading the sources again", error.reason)
+                repository.snapshots.begin_again()
     if protection is not None and snapshot_id is not None:
         protected = protection.protect_snapshot(snapshot_id)
     stats = backup.entries.stats

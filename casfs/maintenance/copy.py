@@ -19,7 +19,7 @@ import msgspec
 from casfs.backup.protection import Protection
 from casfs.backup.source_reader import ReadResult, SourceReader
 from casfs.digest import Digest, SnapshotId, short_id
-from casfs.errors import KeyMissingError, RefusedError
+from casfs.errors import KeyMissingError, PacksRemovedError, RefusedError
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node, NodeType, TreeRef, replace
 from casfs.monitor import Monitor
@@ -73,6 +73,18 @@ class SnapshotCopier:
         there = self._there.get(_identity(snapshot))
         if there is not None:
             return CopiedSnapshot(snapshot_id, there, was_there=True)
+        try:
+            new_id, stored_bytes = self._copy_and_publish(snapshot)
+        except PacksRemovedError as error:
+            log.warning("%s; copying the snapshot again", error.reason)
+            self._trees, self._files = _Remembered(), _Remembered()
+            self._destination.snapshots.begin_again()
+            new_id, stored_bytes = self._copy_and_publish(snapshot)
+        self._there[_identity(snapshot)] = new_id
+        return CopiedSnapshot(snapshot_id, new_id, False, stored_bytes)
+
+    def _copy_and_publish(self, snapshot: Snapshot) -> tuple[SnapshotId, int]:
+        """Store a snapshot's data and publish the copy; return its id and the bytes stored."""
         writer = self._destination.writer()
         new: list[tuple[bytes, TreeRef]] = []
         try:
@@ -86,8 +98,7 @@ class SnapshotCopier:
         copied = msgspec.structs.replace(snapshot, root=root, parent=None, replaces=None)
         new_id = self._destination.snapshots.publish(copied)
         Protection.protect_published(self._destination, new_id, root)
-        self._there[_identity(snapshot)] = new_id
-        return CopiedSnapshot(snapshot_id, new_id, False, stats.new_stored_bytes)
+        return new_id, stats.new_stored_bytes
 
     def _copy_root(self, writer: BlobWriter, root: Node, new: list[tuple[bytes, TreeRef]]) -> Node:
         destination = self._destination

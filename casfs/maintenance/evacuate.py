@@ -1,4 +1,4 @@
-"""Evacuate needed blobs: rewrite a blob whose indexed copy is damaged from an intact duplicate.
+"""Evacuate needed blobs: copy them out of packs that go, and rewrite damaged ones from intact duplicates.
 
 Two concurrent backups may store a blob twice, and the index names one of the copies. If that copy is damaged,
 the pack with the only intact copy looks unneeded to prune.
@@ -7,12 +7,14 @@ the pack with the only intact copy looks unneeded to prune.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 
 from casfs.digest import Digest, short_id
 from casfs.errors import BlobError, CasfsError, NotFoundError
 from casfs.format.codec import BlobKind
 from casfs.index.schema import Location, PackRecord
+from casfs.monitor import Monitor, Unit
 from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.repository import Repository
 
@@ -100,3 +102,58 @@ class Evacuator:
             writer.close()
         self._store.found_elsewhere.clear()
         return found
+
+
+@dataclass(slots=True)
+class CopiedBlobs:
+    """Counts of packs whose needed blobs were copied, and the bytes of the new copies."""
+
+    packs: int = 0
+    pack_bytes: int = 0
+    new_bytes: int = 0
+
+
+def copy_needed_blobs(
+    repository: Repository,
+    needed: NeededBlobs,
+    records: Sequence[PackRecord],
+    monitor: Monitor,
+    stage: str = "repacking",
+) -> CopiedBlobs:
+    """Copy the needed blobs of packs, which are marked for removal in the index, into new packs.
+
+    A damaged blob is marked as such and not copied, so its pack stays needed.
+    """
+    store = repository.store
+    progress = monitor.progress
+    total_bytes = sum(record.pack_bytes for record in records)
+    progress.begin(stage, Unit.PACKS, total_items=len(records), total_bytes=total_bytes)
+    copied = CopiedBlobs()
+    writer = repository.writer()
+    try:
+        for record in records:
+            entries = store.entries(record.pack)
+            for entry in sorted(entries, key=lambda entry: entry.offset):
+                location = store.index.lookup(entry.digest)
+                if (
+                    location is None
+                    or location.pack != record.ordinal
+                    or location.ordinal not in needed.blobs
+                ):
+                    continue
+                try:
+                    plain = store.read(entry.digest)
+                except BlobError as error:
+                    log.warning("%s; the pack is kept", error)
+                    store.index.mark_blobs(record.ordinal, [entry.digest])
+                    continue
+                writer.put(BlobKind(location.kind), entry.digest, plain)
+                progress.read_bytes(entry.stored_bytes)
+            copied.packs += 1
+            copied.pack_bytes += record.pack_bytes
+            progress.items += 1
+            progress.finish_file(record.pack_bytes)
+        copied.new_bytes = writer.finish().new_stored_bytes
+    finally:
+        writer.close()
+    return copied

@@ -22,7 +22,6 @@ from msgspec.structs import replace
 
 from casfs.digest import Digest, SnapshotId, short_id
 from casfs.errors import (
-    BlobError,
     CasfsError,
     IndexDamagedError,
     IndexUnusableError,
@@ -30,15 +29,15 @@ from casfs.errors import (
     NotFoundError,
     StorageError,
 )
-from casfs.format.codec import BlobKind
 from casfs.format.delta import FOLDER as DELTAS
 from casfs.format.delta import SESSION_HEADER as DELTA_HEADER
 from casfs.format.delta import session_of
 from casfs.format.key_derivation import SessionId
 from casfs.format.pack import BLOB_HEADER, SESSION_HEADER, parse_session
 from casfs.index.schema import Location, PackRecord
-from casfs.maintenance.evacuate import Evacuator
+from casfs.maintenance.evacuate import Evacuator, copy_needed_blobs
 from casfs.maintenance.prune_plan import (
+    DEFAULT_MARGIN_S,
     PackUsage,
     PruneOptions,
     PrunePlan,
@@ -65,7 +64,8 @@ log = logging.getLogger(__name__)
 def remove_unneeded_sessions(repository: Repository) -> int:
     """Remove the sessions that no pack, delta and snapshot names; return the number removed.
 
-    Nothing is removed where a pack or snapshot cannot be read, or while another process writes.
+    Nothing is removed where a pack or snapshot cannot be read, while another process writes, or where hosts
+    write over a network.
     """
     encryption = repository.config.encryption
     if encryption is None:
@@ -76,7 +76,8 @@ def remove_unneeded_sessions(repository: Repository) -> int:
     listed = session_ids(storage)
     if any(lock.mode != LockMode.READER for lock in repository.other_locks().values()):
         return 0
-    require_no_remote_writers(storage, "prune")
+    if is_shared(storage):
+        return 0
     needed = {bytes.fromhex(encryption.session)}
     try:
         for pack, _ in repository.store.stored_packs():
@@ -103,7 +104,10 @@ def remove_unneeded_sessions(repository: Repository) -> int:
 class PruneResult:
     """Counts of what a prune found and did; sizes are bytes of packs.
 
-    `waiting_packs` are unneeded and stay until the processes in `waited_for` (names of locks) end.
+    `waiting_packs` are unneeded and stay until the processes in `waited_for` (names of locks) end or, where
+    hosts write over a network, until `removable_ns` (0: there are none), by the storage's clock.
+    `marked_packs` are those among them that this prune marked for removal. `drafts` are snapshots that were
+    never published and whose data is kept.
     """
 
     snapshots: int = 0
@@ -119,6 +123,10 @@ class PruneResult:
     waiting_packs: int = 0
     waiting_bytes: int = 0
     waited_for: list[str] = field(default_factory=list)
+    marked_packs: int = 0
+    marked_bytes: int = 0
+    removable_ns: int = 0
+    drafts: int = 0
 
     @property
     def freed_bytes(self) -> int:
@@ -165,7 +173,6 @@ class Pruner:
 
         Raises IntegrityError where a tree or content list of a snapshot is damaged.
         """
-        require_no_remote_writers(self._storage, "prune")
         self._locks = self._repository.other_locks()
         # Read before anything is marked by ordinal: a rebuilt index shows by different ordinals.
         self._records = {record.ordinal: record for record in self._index.packs()}
@@ -340,44 +347,11 @@ class Pruner:
 
     def _repack(self, chosen: set[int]) -> None:
         """Copy the needed blobs of packs into new packs."""
-        store = self._repository.store
-        progress = self._monitor.progress
-        progress.begin(
-            "repacking",
-            Unit.PACKS,
-            total_items=len(chosen),
-            total_bytes=sum(self._records[n].pack_bytes for n in chosen),
-        )
-        writer = self._repository.writer()
-        try:
-            for ordinal in sorted(chosen):
-                record = self._records[ordinal]
-                entries = store.entries(record.pack)
-                for entry in sorted(entries, key=lambda entry: entry.offset):
-                    location = self._index.lookup(entry.digest)
-                    if (
-                        location is None
-                        or location.pack != ordinal
-                        or location.ordinal not in self._needed.blobs
-                    ):
-                        continue
-                    try:
-                        plain = store.read(entry.digest)
-                    except BlobError as error:
-                        # The damaged blob, and with it the pack, stays.
-                        log.warning("%s; the pack is kept", error)
-                        self._index.mark_blobs(ordinal, [entry.digest])
-                        continue
-                    writer.put(BlobKind(location.kind), entry.digest, plain)
-                    progress.read_bytes(entry.stored_bytes)
-                self.result.repacked_packs += 1
-                self.result.repacked_bytes += record.pack_bytes
-                progress.items += 1
-                progress.finish_file(record.pack_bytes)
-            stats = writer.finish()
-        finally:
-            writer.close()
-        self.result.new_bytes = stats.new_stored_bytes
+        records = [self._records[ordinal] for ordinal in sorted(chosen)]
+        copied = copy_needed_blobs(self._repository, self._needed, records, self._monitor)
+        self.result.repacked_packs += copied.packs
+        self.result.repacked_bytes += copied.pack_bytes
+        self.result.new_bytes = copied.new_bytes
 
     def _recheck(self, candidates: set[int]) -> set[int]:
         """Return the packs among `candidates` that can be removed now; unmark those needed again.
@@ -413,7 +387,8 @@ class Pruner:
         if notice.writers is None:
             return set(locks)
         holders = locks.keys() & set(notice.writers)
-        if time.time() - notice.time_s < self._options.margin_s:
+        margin_s = self._options.margin_s
+        if time.time() - notice.time_s < (DEFAULT_MARGIN_S if margin_s is None else margin_s):
             holders |= locks.keys() & set(notice.readers)
         return holders
 
@@ -421,8 +396,8 @@ class Pruner:
         """Remove packs from the index, then from the storage, then from the notices; return them."""
         if not ordinals:
             return ordinals
-        # Asked after the packs were marked: who writes over a network from now on sees the marks.
-        require_no_remote_writers(self._storage, "prune")
+        # Asked after the packs were marked: a host that writes over a network from now on sees the marks.
+        require_no_remote_writers(self._storage)
         packs = {ordinal: self._records[ordinal].pack for ordinal in sorted(ordinals)}
         try:
             same = self._index.remove_packs(packs)
@@ -438,7 +413,7 @@ class Pruner:
             self._index.remove_packs(packs)
         else:
             if not same:
-                raise _IndexReplacedError
+                raise IndexReplacedError
             self._removed |= ordinals
             self._publish_removals()
             self._unlink(ordinals)
@@ -481,7 +456,7 @@ class Pruner:
         current = {record.ordinal: record.pack for record in self._index.packs()}
         for ordinal, record in self._records.items():
             if ordinal not in self._removed and current.get(ordinal) != record.pack:
-                raise _IndexReplacedError
+                raise IndexReplacedError
 
     def _unlink(self, ordinals: set[int]) -> None:
         progress = self._monitor.progress
@@ -494,7 +469,7 @@ class Pruner:
             self.result.removed_bytes += record.pack_bytes
 
 
-class _IndexReplacedError(IndexUnusableError):
+class IndexReplacedError(IndexUnusableError):
     """The index is not the index with which this prune began."""
 
     def __str__(self) -> str:

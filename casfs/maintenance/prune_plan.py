@@ -22,6 +22,9 @@ With 1/4, the unneeded bytes that stay are at most a third of the needed ones.
 DEFAULT_MARGIN_S = 86_400
 """How long packs stay for readers that were active when the packs were marked for removal."""
 
+SHARED_MARGIN_S = 3_600
+"""How long packs stay after they were marked for removal, where hosts write over a network."""
+
 _SMALL_SHARE = 1 / 8
 """A pack with less than this share of the target size of its kind is small."""
 
@@ -36,12 +39,13 @@ class PruneOptions:
     """Options of a prune.
 
     Packs with more than `unused_share` (0 to 1) of unneeded bytes are repacked. `margin_s` is the time
-    that packs under notice stay for active readers. With `repack_all` every pack is repacked, at the
+    that packs under notice stay for active readers and, where hosts write over a network, for all processes;
+    None is the default of the place. With `repack_all` every pack is repacked, at the
     compression level with which the repository is open.
     """
 
     unused_share: float = DEFAULT_UNUSED_SHARE
-    margin_s: float = DEFAULT_MARGIN_S
+    margin_s: float | None = None
     dry_run: bool = False
     repack_all: bool = False
 

@@ -12,6 +12,7 @@ from casfs.digest import Digest
 from casfs.format.pack import BLOB_HEADER
 from casfs.format.tree import Node, NodeType
 from casfs.index.bitmap import Bitmap
+from casfs.index.schema import Location
 from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, parse_records
 from casfs.trees.walk import Children, Page, walk_pages
@@ -22,10 +23,15 @@ class NeededBlobs:
 
     Blobs in `without` are counted separately. Trees that were opened are tracked separately from counted
     blobs: a file's data may equal a tree's bytes, and counting that data blob does not cover the tree's
-    entries.
+    entries. `on_blob` is called once for each counted blob.
     """
 
-    def __init__(self, repository: Repository, without: Bitmap | None = None) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        without: Bitmap | None = None,
+        on_blob: Callable[[Digest, Location], None] | None = None,
+    ) -> None:
         self.blobs = Bitmap()
         self.count = 0
         self.stored_bytes = 0
@@ -33,6 +39,7 @@ class NeededBlobs:
         self._store = repository.store
         self._trees = repository.trees
         self._without = without
+        self._on_blob = on_blob
         self._opened = Bitmap()
 
     def add(self, root: Node, on_entry: Callable[[bytes], None] | None = None) -> None:
@@ -80,6 +87,8 @@ class NeededBlobs:
             self.count += 1
             stored_bytes = location.stored_bytes + BLOB_HEADER.size
             self.stored_bytes += stored_bytes
+            if self._on_blob is not None:
+                self._on_blob(digest, location)
             if self._without is not None and location.ordinal in self._without:
                 self.other_stored_bytes += stored_bytes
         return opened is not None and opened.add(location.ordinal)

@@ -35,8 +35,9 @@ from casfs.index.fingerprint import remove_fingerprint
 from casfs.index.index import Index
 from casfs.repository.activity import Activity, begin_reading, begin_writing
 from casfs.repository.index_opening import close_index, open_index, open_index_readonly
-from casfs.repository.place import LocalPlace, Place, RemotePlace, as_place, local_root, read_config
-from casfs.repository.remote_writers import mark_remote_writers
+from casfs.repository.place import LocalPlace, Place, RemotePlace, as_place, read_config
+from casfs.repository.publication import SnapshotPublisher
+from casfs.repository.remote_writers import is_shared, mark_remote_writers
 from casfs.repository.repository import Repository
 from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage, allocate_reserve, release_reserve
@@ -86,6 +87,9 @@ class OpenOptions:
 
 
 _DEFAULTS = OpenOptions()
+
+_CHECKS_MARKS = frozenset(["backup", "copy"])
+"""The commands that store again what was in packs that were marked for removal when they began."""
 
 
 def create_repository(
@@ -271,12 +275,10 @@ def open_for_maintenance(
 
     `mode` decides which commands may run concurrently: with `MAINTENANCE` backups and readers, with
     `EXCLUSIVE` only readers, with `SHARED` all commands except exclusive maintenance. Except for an EXCLUSIVE
-    rebuild the reserved disk space is released, so that the command works on a full disk. Raise the errors of
-    `open_for_reading`, LockedError, and RefusedError for a command that is not safe in a remote place.
+    rebuild the reserved disk space is released, so that the command works on a full disk. In a remote place
+    these are the commands of this machine. Raise the errors of `open_for_reading`, and LockedError.
     """
     place = as_place(place)
-    if mode != LockMode.SHARED:
-        local_root(place, command)
     if isinstance(place, LocalPlace) and mode != LockMode.EXCLUSIVE:
         read_config(place)
         release_reserve(place.root)
@@ -316,7 +318,10 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
         )
         if isinstance(place, LocalPlace) and mode == LockMode.SHARED:
             index.distrust(_unreadable_packs(place.root, index))
-        return Repository(place, config, storage, index, options.level, activity, keys)
+        repository = Repository(place, config, storage, index, options.level, activity, keys)
+        repository.store.is_shared = is_shared(storage)
+        repository.snapshots.publisher = SnapshotPublisher(repository, command in _CHECKS_MARKS)
+        return repository
     except BaseException as error:
         if activity is not None:
             activity.end()

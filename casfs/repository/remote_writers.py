@@ -1,9 +1,10 @@
 """The mark of a repository to which hosts write over a network, where prune cannot see their locks.
 
 A prune of a local repository finds running writers by their locks. A host that writes over a network holds no
-such lock, so it leaves a mark, and prune refuses a marked repository. A writer leaves the mark before it
-reads which packs are marked for removal. A prune looks for the mark after it has marked packs and before it
-removes any. So one of the two sees the other.
+such lock, so it leaves a mark. A marked repository is pruned by the rules for places without locks
+(`casfs.maintenance.shared_prune`). A writer leaves the mark before it reads which packs are marked for
+removal. A prune by locks looks for the mark after it has marked packs and before it removes any. So one of
+the two sees the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ MARK = "remote-writers"
 
 _TEXT = (
     b"Hosts write to this repository over a network, where they hold no locks.\n"
-    b"While this file is here, casfs does not prune the repository.\n"
+    b"While this file is here, casfs removes data only a margin after it was found unneeded.\n"
 )
 
 
@@ -40,11 +41,10 @@ def is_shared(storage: Storage) -> bool:
     return True
 
 
-def require_no_remote_writers(storage: Storage, command: str) -> None:
-    """Raise RefusedError if hosts write, or may write, to the repository over a network."""
-    if not is_shared(storage):
-        return
-    raise RefusedError(
-        f"{command} is refused: {storage.url} is written to over a network, and this version of casfs cannot "
-        "yet remove data safely beside such backups; nothing was changed"
-    )
+def require_no_remote_writers(storage: Storage) -> None:
+    """Raise RefusedError if a host writes over a network to a repository that is pruned by its locks."""
+    if is_shared(storage):
+        raise RefusedError(
+            f"a host has begun to write to {storage.url} over a network; nothing more was removed; run "
+            "`casfs prune` again"
+        )

@@ -152,6 +152,12 @@ class Repository:
         return self._activity.clock
 
     @property
+    def presence_name(self) -> str | None:
+        """The name of this process's presence object, None where it has none."""
+        presence = self._activity.presence
+        return presence.name if presence is not None else None
+
+    @property
     def lacks_identity(self) -> bool:
         """Whether the repository is encrypted and no identity was given."""
         return self.key_manager is not None and not self.key_manager.can_read
@@ -211,3 +217,7 @@ class Repository:
         except OSError as error:
             raise StorageError("read the locks in", str(locks_dir), error) from error
         return {name: record for name, record in live.items() if name != own}
+
+    def is_alone(self) -> bool:
+        """Return whether no other process with a lock writes."""
+        return all(lock.mode == LockMode.READER for lock in self.other_locks().values())

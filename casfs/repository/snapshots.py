@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
@@ -61,11 +61,34 @@ class _Origin(NamedTuple):
     signers: Signers | None
 
 
+SNAPSHOTS = "snapshots"
+DRAFTS = "drafts"
+"""The folder of snapshots that are about to be published (FORMAT.md, "Many hosts")."""
+
+
+class Publisher(Protocol):
+    """Stores snapshots where other hosts may remove packs at any time."""
+
+    def publish(
+        self, snapshot_id: SnapshotId, data: bytes, root: Node, copy_of: SnapshotId | None
+    ) -> None:
+        """Store a snapshot all of whose blobs stay; `copy_of` is an existing snapshot with the same root.
+
+        Raise StorageError, and PacksRemovedError where blobs are lost; nothing is published then.
+        """
+
+    def begin_again(self) -> None:
+        """Take the present state of the index as known, before the caller stores everything again."""
+
+    def before_deletion(self, snapshot_id: SnapshotId) -> None:
+        """Delete what a deletion of this snapshot would leave; raise StorageError."""
+
+
 class SnapshotStore:
     """The snapshots in one storage; `keys` is None if the repository is not encrypted. Used by one thread.
 
     `loss_epoch` is the index's when the repository was opened for writing, 0 for a reader. `before_publish`
-    is called before a snapshot is stored.
+    is called before a snapshot is stored. `publisher` is set for a writer.
     """
 
     def __init__(
@@ -85,6 +108,7 @@ class SnapshotStore:
         self._loss_epoch = loss_epoch
         self._origins: dict[SnapshotId, _Origin] = {}
         self.before_publish: Callable[[], None] = lambda: None
+        self.publisher: Publisher | None = None
 
     def publish(
         self,
@@ -93,11 +117,14 @@ class SnapshotStore:
         *,
         is_proven: bool = True,
         author: Author | None = None,
+        copy_of: SnapshotId | None = None,
     ) -> SnapshotId:
         """Store a snapshot, as the last step of a backup.
 
         `complete` means that all its blobs are durable and in the index. Without `is_proven` it is published
         as unproven, even by a trusted writer. `author` is the machine that made it, by default this one.
+        `copy_of` is an existing snapshot with the same root. Raise PacksRemovedError, and publish nothing,
+        where other hosts removed packs that it needs.
         """
         session, key = None, None
         if self._keys is not None:
@@ -106,8 +133,11 @@ class SnapshotStore:
         snapshot_id, data = encode_snapshot(snapshot, self._codec, session, key, author)
         if complete:
             self._index.mark_complete(snapshot_id, self._loss_epoch)
-        self.before_publish()
-        self._storage.create(f"snapshots/{snapshot_id.hex()}", data)
+        if self.publisher is not None:
+            self.publisher.publish(snapshot_id, data, snapshot.root, copy_of)
+        else:
+            self.before_publish()
+            self._storage.create(f"{SNAPSHOTS}/{snapshot_id.hex()}", data)
         if self._keys is not None:
             self._keys.record_published(snapshot_id, snapshot.time_ns)
             if is_proven and author is None and self._keys.can_read:
@@ -115,6 +145,14 @@ class SnapshotStore:
                 if writers is not None:
                     writers.learn_own(snapshot.host)
         return snapshot_id
+
+    def begin_again(self) -> None:
+        """Prepare for `publish` after PacksRemovedError, before everything is stored again.
+
+        What is in packs that other hosts remove no longer counts as stored.
+        """
+        if self.publisher is not None:
+            self.publisher.begin_again()
 
     def replace(
         self,
@@ -142,7 +180,9 @@ class SnapshotStore:
         complete = root is None and self._index.is_complete(snapshot_id)
         signers = self._origins[snapshot_id].signers if root is None else None
         author = signers.author if signers is not None else None
-        new_id = self.publish(changed, complete, author=author)
+        new_id = self.publish(
+            changed, complete, author=author, copy_of=snapshot_id if root is None else None
+        )
         if root is None:
             self._carry_lock(snapshot_id, new_id)
         if snapshot.replaces is not None:
@@ -183,26 +223,28 @@ class SnapshotStore:
         """Delete a snapshot; its blobs stay until a prune."""
         if self._keys is not None:
             self._keys.record_deleted(snapshot_id)
-        self._storage.delete(f"snapshots/{snapshot_id.hex()}")
+        if self.publisher is not None:
+            self.publisher.before_deletion(snapshot_id)
+        self._storage.delete(f"{SNAPSHOTS}/{snapshot_id.hex()}")
 
-    def ids(self) -> list[SnapshotId]:
-        """Return the ids of all snapshot files, sorted."""
+    def ids(self, folder: str = SNAPSHOTS) -> list[SnapshotId]:
+        """Return the ids of all snapshot files, or of all drafts, sorted."""
         ids = []
-        for name, _, _ in self._storage.list("snapshots"):
+        for name, _, _ in self._storage.list(folder):
             text = name.rpartition("/")[2]
             if len(text) == 64 and all(c in "0123456789abcdef" for c in text):
                 ids.append(SnapshotId(bytes.fromhex(text)))
         return ids
 
-    def load(self, snapshot_id: SnapshotId) -> Snapshot:
-        """Return a verified snapshot; raises NotFoundError or TreeError.
+    def load(self, snapshot_id: SnapshotId, folder: str = SNAPSHOTS) -> Snapshot:
+        """Return a verified snapshot or draft; raises NotFoundError or TreeError.
 
         In an encrypted repository also KeyMissingError and SessionError.
         """
-        return self._decode(snapshot_id, self._read(snapshot_id))
+        return self._decode(snapshot_id, self._read(snapshot_id, folder))
 
-    def _read(self, snapshot_id: SnapshotId) -> bytes:
-        return self._storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
+    def _read(self, snapshot_id: SnapshotId, folder: str = SNAPSHOTS) -> bytes:
+        return self._storage.read(f"{folder}/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
 
     def _decode(self, snapshot_id: SnapshotId, data: bytes) -> Snapshot:
         keyring = self._keys.keyring if self._keys is not None else None

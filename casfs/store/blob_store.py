@@ -110,6 +110,7 @@ class BlobStore:
     because the copy that the index names is damaged. `verified` records which blobs were read and verified.
     `bulk_storage` is for reads that no cache should keep: long ones, and those that examine the storage.
     `deltas` is given every pack that this process stores.
+    `is_shared` is set where hosts write over a network, so that locks do not show who writes or prunes.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class BlobStore:
         self.bulk_storage = self._cache.inner if self._cache is not None else storage
         self.codec = codec
         self._ciphers = ciphers
+        self.is_shared = not storage.capabilities.holds_locks
         self.verified = VerifiedPacks()
         self.salvaged: set[PackRef] = set()
         self.unreadable: set[PackRef] = set()
@@ -452,7 +454,9 @@ class BlobStore:
         names = {pack.id for pack in indexed}
         missing = {pack for pack in indexed - stored.keys() if not self.has_pack(pack)}
         if missing and not keep_missing:
-            log.warning(
+            # Other hosts remove packs as a matter of course.
+            log.log(
+                logging.INFO if self.is_shared else logging.WARNING,
                 "%d packs that the index names are missing; their blobs no longer count as stored",
                 len(missing),
             )
@@ -532,7 +536,8 @@ class BlobStore:
             return pending
 
         def packs() -> Iterator[IndexedPack]:
-            alone = is_alone()
+            # Where no lock shows a prune that runs, a pack under notice may stay for long.
+            alone = self.is_shared or is_alone()
             return self._indexed(one for one in new if alone or one[0] not in pending)
 
         self.index.add_found_packs(packs, ask)

@@ -8,12 +8,14 @@ remove the packs once all earlier writers have ended and no snapshot needs the p
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import msgspec
 
 from casfs.digest import PackId, digest_of
-from casfs.errors import NotFoundError
+from casfs.errors import IntegrityError, NotFoundError
 from casfs.format.pack import PackRef
 from casfs.storage.base import Storage
 
@@ -67,10 +69,15 @@ class RemovalNotice(msgspec.Struct, frozen=True):
 _decoder = msgspec.json.Decoder(RemovalNotice)
 
 
+def encode_notice(notice: RemovalNotice) -> tuple[str, bytes]:
+    """Return the name and the bytes of a notice's object."""
+    data = msgspec.json.encode(notice) + b"\n"
+    return f"{FOLDER}/{digest_of(data).hex()}", data
+
+
 def publish_notice(storage: Storage, notice: RemovalNotice) -> str:
     """Store a notice durably and return its object's name."""
-    data = msgspec.json.encode(notice) + b"\n"
-    name = f"{FOLDER}/{digest_of(data).hex()}"
+    name, data = encode_notice(notice)
     storage.write(name, data)
     return name
 
@@ -82,14 +89,43 @@ def replace_notice(storage: Storage, name: str, notice: RemovalNotice) -> None:
     storage.delete(name)
 
 
-def read_notices(storage: Storage) -> dict[str, RemovalNotice]:
-    """Return every intact notice by its object's name.
+class ListedNotice(NamedTuple):
+    """A stored notice and the time at which it was stored: nanoseconds by the storage's clock."""
 
-    A damaged notice is logged and ignored: its packs count as ordinary packs, and the next prune marks those
-    that are not needed again.
+    mtime_ns: int
+    notice: RemovalNotice
+
+
+class DamagedNoticeError(IntegrityError):
+    """An object in the place of a notice is not what its name says."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} is damaged ({self.reason}), so which packs another prune removes is unknown; "
+            "nothing was removed. Delete this object, and run `casfs prune` again after an hour"
+        )
+
+
+def list_notices(
+    storage: Storage,
+    known: Mapping[str, ListedNotice] = MappingProxyType({}),
+    *,
+    refuse_damaged: bool = False,
+) -> dict[str, ListedNotice]:
+    """Return every intact notice by its object's name; those in `known` are not read again.
+
+    A damaged notice is logged and ignored, or raises DamagedNoticeError.
     """
     found = {}
-    for name, _, _ in storage.list(FOLDER):
+    for name, _, mtime_ns in storage.list(FOLDER):
+        if name in known:
+            found[name] = ListedNotice(mtime_ns, known[name].notice)
+            continue
         try:
             data = storage.read(name, 0, MAX_NOTICE_BYTES)
             if digest_of(data).hex() != name.rpartition("/")[2]:
@@ -99,10 +135,21 @@ def read_notices(storage: Storage) -> dict[str, RemovalNotice]:
         except NotFoundError:
             continue
         except (msgspec.DecodeError, ValueError) as error:
+            if refuse_damaged:
+                raise DamagedNoticeError(name, str(error)) from error
             log.warning("%s is damaged (%s); ignored", name, error)
             continue
-        found[name] = notice
+        found[name] = ListedNotice(mtime_ns, notice)
     return found
+
+
+def read_notices(storage: Storage) -> dict[str, RemovalNotice]:
+    """Return every intact notice by its object's name.
+
+    A damaged notice is logged and ignored: its packs count as ordinary packs, and the next prune marks those
+    that are not needed again.
+    """
+    return {name: listed.notice for name, listed in list_notices(storage).items()}
 
 
 def packs_pending_removal(storage: Storage) -> set[PackRef]:

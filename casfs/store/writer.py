@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -387,15 +388,14 @@ class _OpenPack:
             self.flush()
         return len(payload)
 
-    def end(self, is_taken: Callable[[PackRef], bool]) -> PackRef:
+    def end(self, is_taken: Callable[[PackRef], bool], variant: int = 0) -> PackRef:
         """Append directory and trailer and return the pack, whose name no stored pack has.
 
         A pack with the same blobs may exist and be pending removal. The distinct name protects this pack from
-        the prune that removes the other.
+        the prune that removes the other. `variant` is the first number that is tried.
         """
         self.flush()
         encrypt = self._cipher.encrypt_directory if self._cipher is not None else None
-        variant = 0
         while True:
             end = encode_end(self.entries, self.bytes, encrypt, variant)
             pack = PackRef(PackId(self.hasher.copy().update(end).digest()), self.is_meta)
@@ -429,7 +429,10 @@ def _commit_packs(store: BlobStore, packs: list[_OpenPack]) -> None:
     try:
         for pack in packs:
             assert pack.spool is not None
-            ref = pack.end(is_taken)
+            # A random name, where other hosts write: no pack ever has the name of one that was removed, so
+            # a deletion that takes effect late deletes no later pack.
+            variant = secrets.randbits(63) if store.is_shared else 0
+            ref = pack.end(is_taken, variant)
             pack.spool.commit(pack_name(ref))
             stored.append((ref, pack.bytes, pack.entries))
     finally:

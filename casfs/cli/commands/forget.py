@@ -112,7 +112,6 @@ def forget(
     from casfs.maintenance.prune_plan import PruneOptions
     from casfs.maintenance.retention import Policy
     from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
-    from casfs.repository.remote_writers import require_no_remote_writers
     from casfs.storage.locks import LockMode
 
     policy = Policy(
@@ -138,8 +137,6 @@ def forget(
     )
     unproven: list[Candidate] = []
     with opened as repository:
-        if then_prune and not dry_run:
-            require_no_remote_writers(repository.store.storage, "forget --prune")
         if snaps:
             forgotten = select_by_name(repository, snaps, allow_all, choice)
             kept = len(

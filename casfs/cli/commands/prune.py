@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.options import common_options, progress_options
-from casfs.cli.output import Output
+from casfs.cli.output import Output, format_time, iso_time
 from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
@@ -33,20 +33,22 @@ if TYPE_CHECKING:
     "margin_s",
     type=DURATION,
     metavar="DURATION",
-    default="1d",
-    show_default=True,
-    help="Keep data this long for mounts and restores that run now.",
+    help="Keep data this long for mounts and restores that run now (default: a day). Where hosts write "
+    "over a network, data stays at least this long after it was found unneeded (default: an hour).",
 )
 @click.option("--dry-run", "-n", is_flag=True, help="Print what would be freed; free nothing.")
 @progress_options
 @common_options
 @click.pass_obj
-def prune(settings: Settings, max_unused_share: float, margin_s: int, dry_run: bool) -> None:
+def prune(settings: Settings, max_unused_share: float, margin_s: int | None, dry_run: bool) -> None:
     """Remove data that no snapshot needs.
 
     It is safe while backups and mounts run.
 
     Data that a running backup may rely on is left for the next prune.
+
+    Where hosts write over a network, a prune marks the data and does not wait. The first prune that runs an
+    hour later or more removes it.
     """
     from casfs.maintenance.prune_plan import PruneOptions
 
@@ -55,7 +57,7 @@ def prune(settings: Settings, max_unused_share: float, margin_s: int, dry_run: b
 
 def run_prune(settings: Settings, options: PruneOptions, level: int | None = None) -> None:
     """Prune a repository and print the result; `level` is zstd's for what is stored again."""
-    from casfs.maintenance.prune import Pruner
+    from casfs.maintenance.shared_prune import new_pruner
     from casfs.repository.opening import DEFAULT_LEVEL, OpenOptions, open_for_maintenance
 
     root, output = settings.repository(), settings.output()
@@ -72,7 +74,7 @@ def run_prune(settings: Settings, options: PruneOptions, level: int | None = Non
         ) as repository,
         monitor,
     ):
-        pruner = Pruner(repository, options, monitor)
+        pruner = new_pruner(repository, options, monitor)
         plan = pruner.plan()
         result = pruner.estimate(plan) if options.dry_run else pruner.execute(plan)
     _print_result(output, result, options.dry_run)
@@ -108,11 +110,25 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
             f"the repository {'would grow' if dry_run else 'grew'} by {format_size(result.grown_bytes)}, "
             "until the packs that were repacked are removed"
         )
-    if result.waiting_packs:
+    if result.marked_packs:
+        output.summary(
+            f"{counted(result.marked_packs, 'pack')} ({format_size(result.marked_bytes)}) {would}marked for "
+            "removal"
+        )
+    if result.removable_ns:
+        output.summary(
+            f"{counted(result.waiting_packs, 'pack')} ({format_size(result.waiting_bytes)}) {would}removed "
+            f"by the first prune after {format_time(result.removable_ns)}"
+        )
+    elif result.waiting_packs:
         output.summary(
             f"{counted(result.waiting_packs, 'pack')} ({format_size(result.waiting_bytes)}) not yet "
             f"removed because of {counted(len(result.waited_for), 'other process', 'other processes')}; "
             "the next prune removes what is left"
+        )
+    if result.drafts:
+        output.line(
+            f"{counted(result.drafts, 'snapshot')} about to be published, or left unfinished: its data stays"
         )
     output.emit(
         "prune",
@@ -131,6 +147,10 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
         grown_bytes=result.grown_bytes,
         waiting_packs=result.waiting_packs,
         waiting_bytes=result.waiting_bytes,
+        marked_packs=result.marked_packs,
+        marked_bytes=result.marked_bytes,
+        removable_from=iso_time(result.removable_ns) if result.removable_ns else None,
+        drafts=result.drafts,
     )
 
 

@@ -40,14 +40,12 @@ def rewrite(
     """
     from casfs.maintenance.rewrite import rewrite_snapshot
     from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
-    from casfs.repository.place import local_root
 
     if not excludes:
         raise UsageError("name what to leave out: --exclude PATTERN")
     output = settings.output()
     monitor = settings.monitor("rewrite")
     place = settings.repository()
-    local_root(place, "rewrite")
     options = OpenOptions(unlock=settings.unlock, sync=settings.sync)
     opened = (
         open_for_reading(place, options)

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from casfs.digest import digest_of
-from casfs.errors import ExistsError, NotFoundError, RefusedError, StorageUnavailableError
+from casfs.errors import (
+    ExistsError,
+    LockedError,
+    NotFoundError,
+    RefusedError,
+    StorageUnavailableError,
+)
 from casfs.repository import opening
 from casfs.repository.opening import (
     PROBED_NAME,
@@ -19,9 +25,10 @@ from casfs.repository.opening import (
     open_for_reading,
     open_for_writing,
 )
-from casfs.repository.place import LocalPlace, RemotePlace, as_place, local_root, place_of
+from casfs.repository.place import LocalPlace, RemotePlace, as_place, place_of
 from casfs.repository.remote_writers import (
     MARK,
+    is_shared,
     mark_remote_writers,
     require_no_remote_writers,
 )
@@ -118,17 +125,10 @@ def test_opening_for_writing_leaves_the_mark_before_it_reads_what_is_to_be_remov
     assert steps.index(("create", MARK)) < steps.index(("list", "condemned"))
 
 
-@pytest.mark.parametrize("mode", [LockMode.MAINTENANCE, LockMode.EXCLUSIVE])
-def test_maintenance_is_refused_before_anything_is_asked(
-    place: RemotePlace, memory: RecordingStorage, mode: LockMode
-) -> None:
+def test_two_maintenance_commands_of_a_machine_exclude_each_other(place: RemotePlace) -> None:
     create_repository(place)
-    memory.calls.clear()
-    with pytest.raises(RefusedError, match="prune is refused"):
-        open_for_maintenance(place, "prune", mode=mode)
-    assert memory.calls == []
-    with pytest.raises(RefusedError):
-        local_root(place, "key add")
+    with open_for_maintenance(place, "prune"), pytest.raises(LockedError, match="prune on"):
+        open_for_maintenance(place, "repair snapshots")
 
 
 def test_a_place_without_a_repository_is_not_found(place: RemotePlace) -> None:
@@ -180,20 +180,21 @@ def test_a_lost_index_costs_two_reads_for_each_pack_over_a_distance(
 
 
 class TestRemoteWriters:
-    def test_a_folder_without_the_mark_may_be_pruned(self, tmp_path: Path) -> None:
-        require_no_remote_writers(LocalStorage(tmp_path), "prune")
+    def test_a_folder_without_the_mark_is_pruned_by_its_locks(self, tmp_path: Path) -> None:
+        assert not is_shared(LocalStorage(tmp_path))
+        require_no_remote_writers(LocalStorage(tmp_path))
 
-    def test_a_folder_with_the_mark_may_not(self, tmp_path: Path) -> None:
+    def test_a_folder_with_the_mark_is_not(self, tmp_path: Path) -> None:
         storage = LocalStorage(tmp_path, sync=False)
         (tmp_path / "tmp").mkdir()
         mark_remote_writers(storage)
         mark_remote_writers(storage)
-        with pytest.raises(RefusedError, match="written to over a network"):
-            require_no_remote_writers(storage, "prune")
+        assert is_shared(storage)
+        with pytest.raises(RefusedError, match="has begun to write to"):
+            require_no_remote_writers(storage)
 
-    def test_a_place_without_locks_may_never(self) -> None:
-        with pytest.raises(RefusedError):
-            require_no_remote_writers(MemoryStorage(), "prune")
+    def test_a_place_without_locks_never_is(self) -> None:
+        assert is_shared(MemoryStorage())
 
 
 def test_the_module_that_opens_needs_no_object_storage_for_a_folder() -> None:

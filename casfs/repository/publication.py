@@ -1,0 +1,225 @@
+"""Publish a snapshot where other hosts may remove packs at any time (FORMAT.md).
+
+1. Store the snapshot as a **draft**. From now on no prune removes a blob that the snapshot needs, unless its
+   removal notice is older than the draft.
+2. The **last look**: list the removal notices and the packs. Store again every blob whose pack is marked for
+   removal or gone, and look again, until a look finds nothing.
+3. Store the snapshot under its name, and look once more.
+4. Delete the draft where that is allowed. A prune deletes it otherwise.
+
+A prune first publishes its notice and then, before it deletes a pack, lists the drafts and the snapshots. So
+the writer sees the notice or the prune sees the draft, however long either of them takes and however late a
+request takes effect. One thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from casfs.digest import Digest, SnapshotId, short_id
+from casfs.errors import (
+    BlobError,
+    CasfsError,
+    IntegrityError,
+    KeyMissingError,
+    NotFoundError,
+    PacksRemovedError,
+    StorageError,
+    StorageUnavailableError,
+)
+from casfs.format.codec import BlobKind
+from casfs.format.tree import Node
+from casfs.index.schema import Location
+from casfs.repository.needed_blobs import NeededBlobs
+from casfs.repository.remote_writers import is_shared
+from casfs.repository.repository import Repository
+from casfs.repository.snapshots import DRAFTS, SNAPSHOTS
+from casfs.storage.clock import elapsed_ns
+from casfs.store.pending_removal import ListedNotice, list_notices
+
+log = logging.getLogger(__name__)
+
+MARGIN_NS = 3_600_000_000_000
+"""How long a pack stays at least after a prune has marked it for removal, where prunes see no locks."""
+
+_MOST_LOOKS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The state of the index in which the blobs that a snapshot needs are known to be stored.
+
+    `marked` are the packs (ordinals) that the snapshot does not rely on, because they were marked for removal
+    already. `counters` change when entries are lost or packs removed.
+    """
+
+    marked: frozenset[int]
+    counters: tuple[int, int]
+
+
+class SnapshotPublisher:
+    """Publish snapshots of a repository that is open for writing.
+
+    `has_checked_marks` says that a writer stores again what was in packs that were marked for removal when
+    the repository was opened, so that its snapshots do not rely on them.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        has_checked_marks: bool,
+        elapsed_ns: Callable[[], int] = elapsed_ns,
+    ) -> None:
+        self._repository = repository
+        self._store = repository.store
+        self._storage = repository.store.storage
+        self._elapsed_ns = elapsed_ns
+        self._notices: dict[str, ListedNotice] = {}
+        known = self._state()
+        self._known = known if has_checked_marks else _Known(frozenset(), known.counters)
+
+    def publish(
+        self, snapshot_id: SnapshotId, data: bytes, root: Node, copy_of: SnapshotId | None
+    ) -> None:
+        """Store a snapshot all of whose blobs stay; `copy_of` is an existing snapshot with the same root.
+
+        Raise StorageError, and PacksRemovedError where blobs are lost; nothing is published then.
+        """
+        name, draft = f"{SNAPSHOTS}/{snapshot_id.hex()}", f"{DRAFTS}/{snapshot_id.hex()}"
+        self._repository.snapshots.before_publish()
+        if not is_shared(self._storage):
+            self._storage.create(name, data)
+            if is_shared(self._storage):
+                self._look_once_more(snapshot_id, root, self._known)
+            return
+        self._storage.create(draft, data)
+        try:
+            known = self._known
+            while True:
+                began_ns = self._elapsed_ns()
+                # The blobs of an existing snapshot stay as long as it exists: its root needs no look.
+                if copy_of is None:
+                    known = self._look(root, known)
+                if self._elapsed_ns() - began_ns <= MARGIN_NS // 2:
+                    break
+            self._repository.snapshots.before_publish()
+        except BaseException:
+            self._try_delete(draft)
+            raise
+        # From here on a failure leaves the draft, because the snapshot may yet appear.
+        self._storage.create(name, data)
+        if copy_of is None or not self._exists(copy_of):
+            self._look_once_more(snapshot_id, root, known)
+        self._try_delete(draft)
+
+    def before_deletion(self, snapshot_id: SnapshotId) -> None:
+        """Delete the draft of a snapshot that is going to be deleted: alone it would keep the data."""
+        if is_shared(self._storage):
+            self._storage.delete(f"{DRAFTS}/{snapshot_id.hex()}")
+
+    def begin_again(self) -> None:
+        """Take the present state of the index as known, before the caller stores everything again."""
+        self._known = self._state()
+
+    def _state(self) -> _Known:
+        index = self._store.index
+        return _Known(index.marked_for_removal(), (index.loss_epoch(), index.removals()))
+
+    def _look_once_more(self, snapshot_id: SnapshotId, root: Node, known: _Known) -> None:
+        """Look again after publication; withdraw a snapshot whose blobs are lost."""
+        try:
+            self._look(root, known)
+            self._repository.snapshots.before_publish()
+        except PacksRemovedError:
+            self._storage.delete(f"{SNAPSHOTS}/{snapshot_id.hex()}")
+            self._try_delete(f"{DRAFTS}/{snapshot_id.hex()}")
+            raise
+        except (StorageError, StorageUnavailableError) as error:
+            log.warning(
+                "snapshot %s is published; what it needs could not be looked at once more: %s",
+                short_id(snapshot_id),
+                error,
+            )
+
+    def _look(self, root: Node, known: _Known) -> _Known:
+        """Store again what the root needs and other hosts remove, until a look finds nothing new.
+
+        Return the state of the index in which nothing that the root needs is removed.
+        """
+        for _ in range(_MOST_LOOKS):
+            if self._is_unchanged(known):
+                return known
+            known = self._state()
+            self._restore(root, known.marked)
+        raise PacksRemovedError(self._storage.url, "packs are removed again and again")
+
+    def _is_unchanged(self, known: _Known) -> bool:
+        """Return whether no pack was marked for removal or removed since `known`; update the index."""
+        index = self._store.index
+        # The notices before the packs: a notice is deleted after its packs.
+        self._notices = list_notices(self._storage, self._notices)
+        pending = {pack for listed in self._notices.values() for pack in listed.notice.pack_refs()}
+        stored = {pack for pack, _ in self._store.stored_packs()}
+        records = index.packs()
+        gone = {
+            one.ordinal: one.pack
+            for one in records
+            if one.pack not in stored and not self._store.has_pack(one.pack)
+        }
+        if gone:
+            index.remove_packs(gone, lost=True)
+        marked = {one.ordinal for one in records if one.pack in pending} - gone.keys()
+        index.change_marked(marked - index.marked_for_removal(), frozenset())
+        state = self._state()
+        return not gone and state.marked <= known.marked and state.counters == known.counters
+
+    def _restore(self, root: Node, marked: frozenset[int]) -> None:
+        """Store again the blobs that the root needs and that are in marked packs.
+
+        Raise PacksRemovedError where a blob cannot be found or read.
+        """
+        writer = self._repository.writer()
+        restored = 0
+
+        def restore(digest: Digest, location: Location) -> None:
+            nonlocal restored
+            if location.pack in marked:
+                plain = self._store.read(digest)
+                self._require_own_domain(digest, plain)
+                writer.put(BlobKind(location.kind), digest, plain)
+                restored += 1
+
+        try:
+            NeededBlobs(self._repository, on_blob=restore).add(root)
+            writer.finish()
+        except (IntegrityError, KeyMissingError, NotFoundError) as error:
+            raise PacksRemovedError(self._storage.url, str(error)) from error
+        finally:
+            writer.close()
+        if restored:
+            log.info("%d blobs were stored again, since a prune removes their packs", restored)
+
+    def _require_own_domain(self, digest: Digest, plain: bytes) -> None:
+        """Raise BlobError for a blob whose digest this writer's session cannot verify."""
+        keys = self._repository.key_manager
+        if keys is not None:
+            session = keys.session()
+            domain = session.domains[session.domain_of(digest, plain)]
+            if blake3(plain, key=domain.digest_key).digest() != digest:
+                raise BlobError(digest, "it belongs to the dedup domain of another writer")
+
+    def _exists(self, snapshot_id: SnapshotId) -> bool:
+        try:
+            return self._storage.size(f"{SNAPSHOTS}/{snapshot_id.hex()}") >= 0
+        except NotFoundError:
+            return False
+
+    def _try_delete(self, name: str) -> None:
+        try:
+            self._storage.delete(name)
+        except CasfsError as error:
+            log.debug("%s stays until a prune: %s", name, error)
