@@ -159,19 +159,56 @@ class TestRemoteRepository:
         assert "passphrase" in wrong.complaint
         empty.run("check", "--storage")
 
-    def test_what_could_remove_data_is_refused(self, remote: RemoteCasfs, source: Path) -> None:
+    def test_unneeded_data_is_marked_by_one_prune_and_removed_by_the_first_after_the_margin(
+        self, remote: RemoteCasfs, source: Path, tmp_path: Path
+    ) -> None:
+        (source / "large").write_bytes(random.Random(1).randbytes(5 * MIB))
         remote.run("backup", ".", cwd=source)
-        for command in (
-            ("prune",),
-            ("forget", "--keep-last", "1", "--prune"),
-            ("repair", "snapshots"),
-            ("repair", "index"),
-        ):
-            result = remote.run(*command, expect=1)
-            assert "is refused" in result.complaint
-            assert len(result.complaints) == 1
-        assert len(remote.run("snapshots", "--json").of_type("snapshot")) == 1
+        (source / "large").write_bytes(random.Random(2).randbytes(5 * MIB))
+        remote.run("backup", ".", cwd=source)
+        marked = remote.run("forget", "--keep-last", "1", "--prune", "--json").one("prune")
+        assert (marked["removed_packs"], marked["freed_bytes"]) == (0, 0)
+        assert marked["marked_packs"] >= 1 and marked["waiting_packs"] == marked["marked_packs"]
+        assert marked["marked_bytes"] > 5 * MIB and marked["removable_from"] is not None
+        other = remote.host(tmp_path / "other home")
+        assert "removed by the first prune after" in other.run("prune").text
+        would = other.run("prune", "--margin", "0s", "--dry-run", "--json").one("prune")
+        assert would["removed_packs"] == marked["marked_packs"]
+        done = other.run("prune", "--margin", "0s", "--json").one("prune")
+        assert done["removed_packs"] == marked["marked_packs"]
+        assert done["removed_bytes"] > 5 * MIB and done["waiting_packs"] == 0
         remote.run("check", "--read-data")
+        remote.run("restore", "latest", "--target", tmp_path / "back")
+        assert tree_differences(source, tmp_path / "back") == []
+
+    def test_what_is_not_safe_beside_other_hosts_is_refused(
+        self, remote: RemoteCasfs, source: Path
+    ) -> None:
+        remote.run("backup", ".", cwd=source)
+        result = remote.run("repair", "snapshots", expect=1)
+        assert "is refused" in result.complaint
+        assert len(result.complaints) == 1
+        remote.run("repair", "index")
+        remote.run("check", "--read-data")
+
+    def test_the_processes_of_all_hosts_are_listed(
+        self, remote: RemoteCasfs, source: Path, tmp_path: Path
+    ) -> None:
+        assert remote.run("locks", "--json").of_type("lock") == []
+        running = ("backup", "--stdin-from-command", "--", "sh", "-c", "sleep 1000")
+        process = subprocess.Popen(
+            [*program(), *running], env=remote.environment(), stderr=subprocess.PIPE
+        )
+        try:
+            other = remote.host(tmp_path / "other home")
+            while not (found := other.run("locks", "--json").of_type("lock")):
+                assert process.poll() is None
+            assert [(one["command"], one["pid"]) for one in found] == [("backup", process.pid)]
+            assert found[0]["seen"] is not None and not found[0]["stale"]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate()
+        assert remote.run("locks", "--json").of_type("lock") == []
 
     def test_a_repository_is_not_made_twice(self, remote: RemoteCasfs) -> None:
         result = remote.run("init", expect=1)
@@ -227,15 +264,18 @@ def test_memory_stays_below_300_mb_with_packs_on_their_way(
 
 
 @over_sftp
-def test_a_local_prune_is_refused_where_hosts_write_over_sftp(
+def test_a_local_prune_waits_for_the_margin_where_hosts_write_over_sftp(
     remote: RemoteCasfs, source: Path, tmp_path: Path
 ) -> None:
     remote.run("backup", ".", cwd=source)
+    (source / "new").write_bytes(b"new")
+    remote.run("backup", ".", cwd=source)
     local = Casfs(tmp_path / "far", remote.home)
-    result = local.run("prune", expect=1)
-    assert "written to over a network" in result.complaint
-    assert local.run("forget", "--keep-last", "1", "--prune", expect=1).complaint
+    marked = local.run("forget", "--keep-last", "1", "--prune", "--json").one("prune")
+    assert marked["removed_packs"] == 0 and marked["removable_from"] is not None
+    local.run("prune", "--margin", "0s")
     local.run("check", "--read-data")
+    remote.run("check", "--read-data")
 
 
 def test_a_local_repository_can_be_used_over_sftp_from_then_on(
@@ -250,7 +290,8 @@ def test_a_local_repository_can_be_used_over_sftp_from_then_on(
     assert tree_differences(source, tmp_path / "back") == []
     repository.run("prune")  # reading leaves no mark
     far.run("backup", "--host", "far", ".", cwd=source)
-    assert "written to over a network" in repository.run("prune", expect=1).complaint
+    repository.run("forget", "--host", "far", "--keep-last", "1")
+    assert repository.run("prune", "--json").one("prune")["removed_packs"] == 0
     assert len(repository.run("snapshots", "--json").of_type("snapshot")) == 2
 
 
