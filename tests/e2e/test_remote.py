@@ -195,9 +195,9 @@ class TestRemoteRepository:
         self, remote: RemoteCasfs, source: Path, tmp_path: Path
     ) -> None:
         assert remote.run("locks", "--json").of_type("lock") == []
-        running = ("backup", "--stdin-from-command", "--", "sh", "-c", "sleep 1000")
+        running = ("backup", "--stdin-from-command", "--", "sleep", "1000")
         process = subprocess.Popen(
-            [*program(), *running], env=remote.environment(), stderr=subprocess.PIPE
+            [*program(), *running], env=remote.environment(), stderr=subprocess.DEVNULL
         )
         try:
             other = remote.host(tmp_path / "other home")
@@ -207,7 +207,7 @@ class TestRemoteRepository:
             assert found[0]["seen"] is not None and not found[0]["stale"]
         finally:
             process.send_signal(signal.SIGTERM)
-            process.communicate()
+            process.wait()
         assert remote.run("locks", "--json").of_type("lock") == []
 
     def test_a_repository_is_not_made_twice(self, remote: RemoteCasfs) -> None:
@@ -267,8 +267,9 @@ def test_memory_stays_below_300_mb_with_packs_on_their_way(
 def test_a_local_prune_waits_for_the_margin_where_hosts_write_over_sftp(
     remote: RemoteCasfs, source: Path, tmp_path: Path
 ) -> None:
+    (source / "large").write_bytes(random.Random(1).randbytes(5 * MIB))
     remote.run("backup", ".", cwd=source)
-    (source / "new").write_bytes(b"new")
+    (source / "large").write_bytes(random.Random(2).randbytes(5 * MIB))
     remote.run("backup", ".", cwd=source)
     local = Casfs(tmp_path / "far", remote.home)
     marked = local.run("forget", "--keep-last", "1", "--prune", "--json").one("prune")
