@@ -1,0 +1,299 @@
+"""The publication of a snapshot where other hosts may remove packs: draft, last look, and healing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from casfs.backup.run import BackupOptions, run_backup
+from casfs.digest import SnapshotId
+from casfs.errors import (
+    PacksRemovedError,
+    StorageDeniedError,
+    StorageUnavailableError,
+)
+from casfs.monitor import RecordingMonitor
+from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from casfs.repository.place import LocalPlace
+from casfs.repository.publication import SnapshotPublisher
+from casfs.repository.remote_writers import mark_remote_writers
+from casfs.repository.repository import Repository
+from casfs.repository.snapshots import DRAFTS, SNAPSHOTS
+from casfs.storage.local import LocalStorage
+from casfs.store.pending_removal import RemovalNotice, publish_notice
+from tests.support.far_repository import FarRepository
+from tests.support.storage_double import Call, Failure
+from tests.support.stores import noise
+
+
+@pytest.fixture
+def far(tmp_path: Path, own_home: Path) -> FarRepository:
+    return FarRepository(tmp_path)
+
+
+def back_up(repository: Repository, source: Path) -> SnapshotId:
+    options = BackupOptions((bytes(source),), host="a", patience_s=0.0)
+    found = run_backup(repository, options, RecordingMonitor()).snapshot_id
+    assert found is not None
+    return found
+
+
+def at_call(far: FarRepository, method: str, prefix: str, action: Callable[[], None]) -> None:
+    """Do something just before the next call of this kind."""
+
+    def before(call: Call) -> None:
+        if call.method == method and call.name.startswith(prefix):
+            far.storage.script.before = None
+            action()
+
+    far.storage.script.before = before
+
+
+def mark_all(far: FarRepository) -> None:
+    """Publish a notice of all packs, as a prune that knows none of the snapshots would."""
+    publish_notice(far.memory, RemovalNotice.of(1, far.pack_refs()))
+
+
+def remove_all(far: FarRepository) -> None:
+    for name in far.packs():
+        far.memory.delete(name)
+
+
+def steps_of(far: FarRepository) -> list[tuple[str, str]]:
+    steps = [(call.method, call.name.partition("/")[0]) for call in far.storage.calls]
+    return [step for step in steps if step[0] != "list entry"]
+
+
+def test_a_draft_comes_before_the_last_look_and_goes_after_the_snapshot_appears(
+    far: FarRepository,
+) -> None:
+    far.storage.calls.clear()
+    far.back_up("a", a=b"a")
+    steps = steps_of(far)
+    draft, snapshot = steps.index(("create", DRAFTS)), steps.index(("create", SNAPSHOTS))
+    looks = [n for n, step in enumerate(steps) if step == ("list", "condemned")]
+    assert any(draft < look < snapshot for look in looks)
+    assert any(look > snapshot for look in looks)
+    assert steps.index(("delete", DRAFTS)) > max(looks)
+    assert far.names(DRAFTS) == []
+
+
+def test_the_notices_are_listed_before_the_packs(far: FarRepository) -> None:
+    far.storage.calls.clear()
+    far.back_up("a", a=b"a")
+    steps = steps_of(far)
+    steps = steps[steps.index(("create", DRAFTS)) : steps.index(("create", SNAPSHOTS))]
+    assert steps.index(("list", "condemned")) < steps.index(("list", "packs"))
+
+
+def test_nothing_is_read_for_a_look_that_finds_nothing(far: FarRepository) -> None:
+    far.back_up("a", a=noise("a", 100_000))
+    far.storage.calls.clear()
+    far.back_up("a")
+    steps = steps_of(far)
+    after = steps[steps.index(("create", DRAFTS)) :]
+    assert [step for step in after if step[0] == "read"] == []
+
+
+def test_what_was_marked_during_a_backup_is_stored_again_before_it_is_published(
+    far: FarRepository,
+) -> None:
+    far.back_up("a", a=noise("a", 100_000))
+    before = far.packs()
+    at_call(far, "create", DRAFTS, lambda: mark_all(far))
+    snapshot_id = far.back_up("a")
+    for name in before:
+        far.memory.delete(name)
+    far.require_whole(snapshot_id)
+
+
+def test_the_packs_that_the_backup_itself_stored_are_looked_at_too(far: FarRepository) -> None:
+    at_call(far, "create", DRAFTS, lambda: mark_all(far))
+    far.back_up("a", a=noise("a", 100_000))
+    for pack in far.pack_refs_under_notice():
+        far.memory.delete(far.name_of(pack))
+    far.require_whole()
+
+
+def test_what_was_removed_during_a_backup_is_read_from_the_source_again(
+    far: FarRepository, caplog: pytest.LogCaptureFixture
+) -> None:
+    far.back_up("a", a=noise("a", 100_000))
+    at_call(far, "create", DRAFTS, lambda: remove_all(far))
+    snapshot_id = far.back_up("a")
+    assert "reading the sources again" in caplog.text
+    far.require_whole(snapshot_id)
+
+
+def test_a_stream_whose_data_was_removed_is_not_published(far: FarRepository) -> None:
+    with far.writing() as repository:
+        at_call(far, "create", DRAFTS, lambda: remove_all(far))
+        options = BackupOptions((), stdin_name=b"in", stdin_command=("echo", "x"))
+        with pytest.raises(
+            PacksRemovedError, match=r"nothing was published\. Run the command again"
+        ):
+            run_backup(repository, options, RecordingMonitor())
+    assert far.names(SNAPSHOTS) == far.names(DRAFTS) == []
+
+
+def test_packs_that_are_removed_again_and_again_end_a_backup(far: FarRepository) -> None:
+    far.back_up("a", a=noise("a", 100_000))
+    before = far.names(SNAPSHOTS)
+
+    def remove(call: Call) -> None:
+        if call == Call("list", "condemned"):
+            remove_all(far)
+
+    with far.writing() as repository:
+        far.storage.script.before = remove
+        with pytest.raises(PacksRemovedError):
+            back_up(repository, far.folder / "sources" / "a")
+        far.storage.script.before = None
+    assert far.names(SNAPSHOTS) == before and far.names(DRAFTS) == []
+
+
+def test_a_snapshot_whose_packs_vanish_while_it_appears_is_withdrawn_and_made_again(
+    far: FarRepository,
+) -> None:
+    at_call(far, "create", SNAPSHOTS, lambda: remove_all(far))
+    snapshot_id = far.back_up("a", a=noise("a", 100_000))
+    assert far.names(SNAPSHOTS) == [f"{SNAPSHOTS}/{snapshot_id.hex()}"]
+    far.require_whole(snapshot_id)
+
+
+def test_packs_marked_while_a_snapshot_appears_are_stored_again(far: FarRepository) -> None:
+    at_call(far, "create", SNAPSHOTS, lambda: mark_all(far))
+    snapshot_id = far.back_up("a", a=noise("a", 100_000))
+    for pack in far.pack_refs_under_notice():
+        far.memory.delete(far.name_of(pack))
+    far.require_whole(snapshot_id)
+
+
+def test_a_snapshot_that_may_yet_appear_keeps_its_draft(far: FarRepository) -> None:
+    far.storage.script.failures.append(
+        Failure(lambda call: call.method == "create" and call.name.startswith(SNAPSHOTS))
+    )
+    with pytest.raises(StorageUnavailableError):
+        far.back_up("a", a=b"a")
+    assert len(far.names(DRAFTS)) == 1
+
+
+def test_a_look_that_fails_leaves_neither_draft_nor_snapshot(far: FarRepository) -> None:
+    def fail() -> None:
+        far.storage.script.failures.append(Failure(lambda call: call.name == "condemned"))
+
+    at_call(far, "create", DRAFTS, fail)
+    with pytest.raises(StorageUnavailableError):
+        far.back_up("a", a=b"a")
+    assert far.names(DRAFTS) == far.names(SNAPSHOTS) == []
+
+
+def test_a_published_snapshot_counts_where_the_second_look_fails(
+    far: FarRepository, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        far.storage.script.failures.append(Failure(lambda call: call.name == "condemned"))
+
+    at_call(far, "create", SNAPSHOTS, fail)
+    far.back_up("a", a=b"a")
+    assert "is published; what it needs could not be looked at once more" in caplog.text
+
+
+def test_a_credential_that_cannot_delete_is_enough_for_a_backup(
+    far: FarRepository, caplog: pytest.LogCaptureFixture
+) -> None:
+    def denied(call: Call) -> StorageDeniedError:
+        return StorageDeniedError("delete", call.name, PermissionError(13, "denied"))
+
+    far.storage.script.failures.append(
+        Failure(lambda call: call.method == "delete", denied, times=1000)
+    )
+    caplog.clear()
+    far.back_up("a", a=b"a")
+    assert caplog.records == []
+    assert len(far.names(DRAFTS)) == 1
+
+
+def test_a_slow_look_is_repeated(far: FarRepository) -> None:
+    times = iter([0, 10**13, 10**13, 10**13])
+    with far.writing() as repository:
+        repository.snapshots.publisher = SnapshotPublisher(repository, True, lambda: next(times))
+        far.storage.calls.clear()
+        back_up(repository, far.source("a", a=b"a"))
+    steps = steps_of(far)
+    between = steps[steps.index(("create", DRAFTS)) : steps.index(("create", SNAPSHOTS))]
+    assert between.count(("list", "condemned")) == 2
+
+
+class TestTag:
+    def test_a_tag_needs_no_look_while_the_old_snapshot_is_there(self, far: FarRepository) -> None:
+        snapshot_id = far.back_up("a", a=b"a")
+        with far.writing(command="tag") as repository:
+            snapshot = repository.snapshots.load(snapshot_id)
+            far.storage.calls.clear()
+            repository.snapshots.retag(snapshot_id, snapshot, ("kept",))
+        assert ("list", "condemned") not in steps_of(far)
+        far.require_whole()
+
+    def test_a_tag_of_a_snapshot_that_was_forgotten_meanwhile_looks_and_heals(
+        self, far: FarRepository
+    ) -> None:
+        snapshot_id = far.back_up("a", a=noise("a", 100_000))
+
+        def forget() -> None:
+            far.memory.delete(f"{SNAPSHOTS}/{snapshot_id.hex()}")
+            mark_all(far)
+
+        with far.writing(command="tag") as repository:
+            snapshot = repository.snapshots.load(snapshot_id)
+            at_call(far, "create", SNAPSHOTS, forget)
+            new_id, _ = repository.snapshots.retag(snapshot_id, snapshot, ("kept",))
+        for pack in far.pack_refs_under_notice():
+            far.memory.delete(far.name_of(pack))
+        far.require_whole(new_id)
+
+    def test_a_tag_of_a_snapshot_whose_data_is_gone_publishes_nothing(
+        self, far: FarRepository
+    ) -> None:
+        snapshot_id = far.back_up("a", a=noise("a", 100_000))
+
+        def forget() -> None:
+            far.memory.delete(f"{SNAPSHOTS}/{snapshot_id.hex()}")
+            remove_all(far)
+
+        with far.writing(command="tag") as repository:
+            snapshot = repository.snapshots.load(snapshot_id)
+            at_call(far, "create", SNAPSHOTS, forget)
+            with pytest.raises(PacksRemovedError):
+                repository.snapshots.retag(snapshot_id, snapshot, ("kept",))
+        assert far.names(SNAPSHOTS) == far.names(DRAFTS) == []
+
+
+class TestFolder:
+    def test_a_folder_that_only_its_own_machine_uses_has_no_drafts(
+        self, tmp_path: Path, own_home: Path
+    ) -> None:
+        steps: list[str] = []
+        place = LocalPlace(tmp_path / "r")
+        create_repository(place)
+        (tmp_path / "source").mkdir()
+        options = OpenOptions(sync=False, on_step=steps.append)
+        with open_for_writing(place, "backup", options) as repository:
+            back_up(repository, tmp_path / "source")
+        assert not (place.root / DRAFTS).exists()
+
+    def test_a_folder_that_a_host_begins_to_use_during_a_backup_is_looked_at(
+        self, tmp_path: Path, own_home: Path
+    ) -> None:
+        place = LocalPlace(tmp_path / "r")
+        create_repository(place)
+        (tmp_path / "source").mkdir()
+        storage = LocalStorage(place.root, sync=False)
+        with open_for_writing(place, "backup", OpenOptions(sync=False)) as repository:
+            mark_remote_writers(storage)
+            snapshot_id = back_up(repository, tmp_path / "source")
+        assert (place.root / DRAFTS).is_dir() and list((place.root / DRAFTS).iterdir()) == []
+        assert (place.root / SNAPSHOTS / snapshot_id.hex()).exists()
+        storage.close()
