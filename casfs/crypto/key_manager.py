@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,8 +47,12 @@ from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain, WriteSession
 from casfs.format.signature import SEED_BYTES, SigningKey
 from casfs.storage.base import Storage
+from casfs.storage.clock import StorageClock
 
 log = logging.getLogger(__name__)
+
+_CLOCK_STEP_NS = 2_000_000_000
+"""Times of a storage that differ by more are different, however coarse they are."""
 
 
 class KeyManager:
@@ -268,21 +273,37 @@ def require_trusted_recipients(storage: Storage, trust: TrustRoot) -> tuple[Reci
     return recipients.recipients
 
 
-def rewrap_sessions(storage: Storage, trust: TrustRoot, identities: Identities) -> int:
+def rewrap_sessions(
+    storage: Storage, trust: TrustRoot, identities: Identities, clock: StorageClock | None = None
+) -> int:
     """Encrypt every session to the current recipients; return the number of sessions.
 
     The new files are durable before the old ones are deleted. Files that another process writes meanwhile
-    stay. Raise KeyMissingError, and change nothing, where the identities do not decrypt one of the sessions.
+    stay. `clock` is the storage's where other hosts may do the same: then only files that are older than the
+    new ones are deleted, so that the newest files of a session always stay. Raise KeyMissingError, and change
+    nothing, where the identities do not decrypt one of the sessions.
     """
     recipients = trust.recipients(storage).recipients
     sessions = Keyring(storage, trust.config, identities).sessions()
     for session in sessions:
-        before = [file.name for file in list_session_files(storage, session.id)]
+        before = {
+            file.name: storage.mtime_ns(file.name) if clock is not None else 0
+            for file in list_session_files(storage, session.id)
+        }
+        if clock is not None:
+            _wait_until_later(clock, max(before.values(), default=0))
         written = write_session(storage, session, recipients)
-        for name in before:
-            if name not in written:
+        first_ns = min(map(storage.mtime_ns, written)) if clock is not None else 1
+        for name, mtime_ns in before.items():
+            if name not in written and mtime_ns < first_ns:
                 storage.delete(name)
     return len(sessions)
+
+
+def _wait_until_later(clock: StorageClock, time_ns: int) -> None:
+    """Wait until a file that is written gets a later time than `time_ns`; the times may be in seconds."""
+    while 0 <= clock.now_ns() - time_ns < _CLOCK_STEP_NS:
+        time.sleep(0.1)
 
 
 def require_recipients(current: RecipientList, expected: Sequence[Recipient]) -> None:

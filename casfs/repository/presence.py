@@ -20,7 +20,7 @@ import msgspec
 
 from casfs.errors import CasfsError, NotFoundError, StorageDeniedError
 from casfs.storage.base import Storage
-from casfs.storage.clock import StorageClock
+from casfs.storage.clock import StorageClock, elapsed_ns
 from casfs.storage.locks import LockMode, LockRecord
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class Presence:
         self._record = LockRecord(mode, verb, host, os.getpid(), int(time.time()))
         self._refresh_s = refresh_s
         self._names: list[str] = []
+        self._written_ns = 0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -88,6 +89,10 @@ class Presence:
             target=self._run, args=(in_background,), name="casfs-presence", daemon=True
         )
         self._thread.start()
+
+    def is_fresh(self) -> bool:
+        """Return whether no other process can take this one for stale for some time."""
+        return bool(self._names) and elapsed_ns() - self._written_ns < STALE_NS // 2
 
     def end(self) -> None:
         """Stop refreshing and delete the object where that is allowed; raise nothing."""
@@ -116,6 +121,7 @@ class Presence:
                 # A credential may be allowed to create and not to overwrite.
                 self.name = f"{FOLDER}/{secrets.token_hex(16)}"
                 mtime_ns = self._clock.create(self.name, data)
+            self._written_ns = elapsed_ns()
             if self.name not in self._names:
                 self._names.append(self.name)
             if not self._record.since_ns:

@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.cli import Casfs, program
 from tests.support.comparing import tree_differences
+from tests.support.encryption import OTHER_PUBLIC, PUBLIC
 from tests.support.mounts import mounted
 from tests.support.remote import RemoteCasfs, on_s3, over_ssh
 from tests.support.servers import (
@@ -190,6 +191,26 @@ class TestRemoteRepository:
         assert len(result.complaints) == 1
         remote.run("repair", "index")
         remote.run("check", "--read-data")
+
+    def test_the_keys_of_a_remote_repository_are_changed(
+        self, empty: RemoteCasfs, source: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "one").write_text("one\n")
+        (tmp_path / "two").write_text("two\n")
+        one, two = (("--passphrase-file", str(tmp_path / name)) for name in ("one", "two"))
+        empty.run("init", "--recipient", PUBLIC, "--passphrase", *one)
+        empty.run("backup", *one, ".", cwd=source)
+        empty.run("key", "passwd", *one, "--new-passphrase-file", tmp_path / "two")
+        assert "passphrase" in empty.run("ls", "latest", *one, expect=1).complaint
+        empty.run("key", "add", OTHER_PUBLIC)
+        empty.run("key", "remove", PUBLIC)
+        empty.run("key", "rewrap", *two)
+        kinds = [one["kind"] for one in empty.run("key", "list", "--json").of_type("recipient")]
+        assert sorted(kinds) == ["age", "passphrase"]
+        empty.run("restore", *two, "latest", "--target", tmp_path / "back")
+        assert tree_differences(source, tmp_path / "back") == []
+        empty.run("check", *two, "--read-data")
+        assert empty.run("locks", "--json").of_type("lock") == []
 
     def test_the_processes_of_all_hosts_are_listed(
         self, remote: RemoteCasfs, source: Path, tmp_path: Path

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from casfs.backup.run import BackupOptions, run_backup
+from casfs.crypto.recipients import Recipient
 from casfs.digest import SnapshotId
 from casfs.format.config import RepositoryConfig
 from casfs.format.pack import PackRef
@@ -60,12 +61,12 @@ class FarRepository:
     All hosts share `storage`, which records their calls; `memory` is behind it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, recipients: Sequence[Recipient] = ()) -> None:
         self.folder = folder
         self.now_ns = time.time_ns()
         self.memory = MemoryStorage("s3://bucket/r", self._tick)
         self.storage = RecordingStorage(self.memory)
-        create_repository(self.host("first"))
+        create_repository(self.host("first"), recipients)
 
     def _tick(self) -> int:
         self.now_ns += 1

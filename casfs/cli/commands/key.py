@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from casfs.crypto.recipients import Recipient
     from casfs.crypto.trust_root import TrustRoot
     from casfs.crypto.writers import HostKey
+    from casfs.repository.key_change import KeyChange
     from casfs.repository.place import Place
     from casfs.storage.base import Storage
 
@@ -130,7 +131,8 @@ def add(
     text = None
     if passphrase:
         text = new_passphrase(settings.keys.with_environment().passphrase, "--passphrase-file")
-    with _open_for_maintenance(settings, "key add") as (root, storage, trust):
+    with _open_for_change(settings, "key add") as (root, change):
+        storage, trust = change.storage, change.trust
         verify_trusted(root, storage, trust)
         if text is not None:
             new.append(add_passphrase(storage, text, bytes.fromhex(trust.config.id)))
@@ -162,7 +164,8 @@ def remove(settings: Settings, values: tuple[str, ...]) -> None:
     from casfs.crypto.key_manager import change_recipients
 
     removed = []
-    with _open_for_maintenance(settings, "key remove") as (root, storage, trust):
+    with _open_for_change(settings, "key remove") as (root, change):
+        storage, trust = change.storage, change.trust
         now = trust.recipients(storage).recipients
         for value in values:
             removed.append(_named_recipient(now, value))
@@ -197,9 +200,10 @@ def rewrap(settings: Settings) -> None:
     """Encrypt existing session keys to the current recipients."""
     from casfs.crypto.key_manager import rewrap_sessions, verify_trusted
 
-    with _open_for_maintenance(settings, "key rewrap") as (root, storage, trust):
+    with _open_for_change(settings, "key rewrap") as (root, change):
+        storage, trust = change.storage, change.trust
         verify_trusted(root, storage, trust)
-        count = rewrap_sessions(storage, trust, settings.unlock(storage, trust))
+        count = rewrap_sessions(storage, trust, settings.unlock(storage, trust), change.clock)
     output = settings.output()
     output.line(f"rewrapped the keys of {counted(count, 'session')}")
     output.emit("rewrapped", sessions=count)
@@ -228,7 +232,8 @@ def passwd(settings: Settings, new_passphrase_file: str | None) -> None:
             "there is no terminal to ask for the old passphrase: give --passphrase-file"
         )
     new = new_passphrase(PassphraseSource(file=new_passphrase_file), "--new-passphrase-file")
-    with _open_for_maintenance(settings, "key passwd") as (_, storage, trust):
+    with _open_for_change(settings, "key passwd") as (_, change):
+        storage, trust = change.storage, change.trust
         recipients = require_trusted_recipients(storage, trust)
         change_passphrase(storage, old, new, bytes.fromhex(trust.config.id), recipients)
     output = settings.output()
@@ -294,28 +299,18 @@ def _require_encryption(place: Place, trust: TrustRoot) -> None:
 
 
 @contextmanager
-def _open_for_maintenance(
-    settings: Settings, verb: str
-) -> Iterator[tuple[Path, Storage, TrustRoot]]:
-    """Lock the repository against other changes of its keys and yield it; raise LockedError."""
-    from casfs.repository.place import local_root
-    from casfs.storage.local import LocalStorage
-    from casfs.storage.locks import LockMode, RepositoryLock
+def _open_for_change(settings: Settings, verb: str) -> Iterator[tuple[str, KeyChange]]:
+    """Yield the name of the repository, and the repository for a change of its keys; raise LockedError."""
+    from casfs.repository.key_change import open_for_key_change
 
     place = settings.repository()
-    root = local_root(place, verb)
-    storage = place.open_storage(settings.sync)
+    storage = place.open_storage()
     try:
-        trust = place.trust_root(storage)
-        _require_encryption(place, trust)
-        with RepositoryLock.acquire(
-            root / "locks", verb, LockMode.MAINTENANCE, "a machine"
-        ) as lock:
-            if isinstance(storage, LocalStorage):
-                storage.writer = lock.name
-            yield root, storage, trust
+        _require_encryption(place, place.trust_root(storage))
     finally:
         storage.close()
+    with open_for_key_change(place, verb, settings.sync) as change:
+        yield str(place), change
 
 
 def _fields(recipient: Recipient) -> dict[str, str | None]:
