@@ -190,6 +190,11 @@ class SnapshotRepairer:
         """
         swapped = self._rename_swapped()
         damaged = self._find_damaged(read, swapped)
+        if damaged and self._repository.store.is_shared:
+            # A snapshot that another host published meanwhile has packs that the index did not know.
+            self._repository.store.reconcile(self._repository.is_alone)
+            self._checker = Checker(self._repository, self._monitor)
+            damaged &= self._find_damaged(read, swapped)
         for snapshot_id in self._repository.snapshots.ids():
             if snapshot_id in damaged:
                 self._repair_one(snapshot_id)

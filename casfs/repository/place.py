@@ -164,16 +164,6 @@ class RemotePlace:
 Place = LocalPlace | RemotePlace
 
 
-def local_root(place: Place, command: str) -> Path:
-    """Return the folder of a local place; raise RefusedError for a remote one, naming the command."""
-    if isinstance(place, RemotePlace):
-        raise RefusedError(
-            f"{command} is refused: this version of casfs cannot yet change {place} safely beside the "
-            "backups of other hosts; nothing was changed"
-        )
-    return place.root
-
-
 def as_place(place: Path | Place) -> Place:
     """Convert a path to a local place; return a place unchanged."""
     return LocalPlace(place.absolute()) if isinstance(place, Path) else place

@@ -76,12 +76,10 @@ def snapshots(settings: Settings, read_data: bool, dry_run: bool) -> None:
     from casfs.maintenance.repair import SnapshotRepairer
     from casfs.maintenance.scrub import PackSelection
     from casfs.repository.opening import OpenOptions, open_for_maintenance
-    from casfs.repository.place import local_root
 
     output = settings.output()
     monitor = settings.monitor("repair snapshots")
     root = settings.repository()
-    local_root(root, "repair snapshots")
     with (
         open_for_maintenance(
             root,

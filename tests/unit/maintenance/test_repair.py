@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -26,9 +27,11 @@ from casfs.maintenance.scrub import Finding, PackSelection
 from casfs.monitor import RecordingMonitor, Unit
 from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
 from casfs.storage.locks import LockMode
+from casfs.store.blob_store import pack_name
 from casfs.trees.content import EXTENT, HOLE
 from casfs.trees.writer import TreeSplit
 from tests.support.builders import RepositoryFixture, entry, reference
+from tests.support.far_repository import FarRepository
 from tests.support.stores import flip, noise, pack_paths
 
 CHUNKS = [noise(f"chunk {number}", 3000) for number in range(4)]
@@ -422,3 +425,40 @@ def test_a_rebuilt_index_keeps_what_it_knew_and_is_correct(
         assert repository.store.index.are_stored([digest_of(chunk) for chunk in chunks]) == [
             *(True, False, True),
         ]
+
+
+class TestOtherHosts:
+    """Repair beside hosts that publish snapshots over a network."""
+
+    def test_a_snapshot_that_another_host_publishes_meanwhile_is_not_taken_for_damaged(
+        self, tmp_path: Path, own_home: Path
+    ) -> None:
+        far = FarRepository(tmp_path)
+        first = far.back_up("first", a=noise("a", 50_000))
+        with open_for_maintenance(
+            far.host("repairer"), "repair snapshots", OpenOptions(sync=False)
+        ) as repository:
+            other = far.back_up("other", host="other", b=noise("b", 50_000))
+            result = SnapshotRepairer(repository, RecordingMonitor()).repair()
+        assert result.repaired == []
+        with far.writing() as repository:
+            assert set(repository.snapshots.ids()) == {first, other}
+        far.require_whole()
+
+    def test_a_snapshot_that_lost_data_is_replaced(self, tmp_path: Path, own_home: Path) -> None:
+        far = FarRepository(tmp_path)
+        lost = far.back_up("lost", a=noise("a", 50_000), b=noise("b", 50_000))
+        kept = far.back_up("kept", host="other", c=noise("c", 50_000))
+        with far.writing() as repository:
+            at = repository.store.locate(digest_of(noise("a", 50_000)))
+            name = pack_name(repository.store.index.pack_ref(at.pack))
+        far.memory.delete(name)
+        with open_for_maintenance(
+            far.host("repairer"), "repair snapshots", OpenOptions(sync=False)
+        ) as repository:
+            (repaired,) = SnapshotRepairer(repository, RecordingMonitor()).repair().repaired
+        assert repaired.snapshot_id == lost
+        with far.writing() as repository:
+            assert kept in repository.snapshots.ids()
+            assert lost not in repository.snapshots.ids()
+        far.require_whole()

@@ -13,6 +13,7 @@ from casfs.crypto.recipients import parse_recipient
 from casfs.errors import LockedError, RefusedError, StorageDeniedError
 from casfs.repository import presence as presence_module
 from casfs.repository.key_change import open_for_key_change
+from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.repository.presence import FOLDER, present_processes
 from casfs.storage.base import Storage
 from casfs.storage.clock import elapsed_ns
@@ -53,7 +54,11 @@ def test_a_host_that_died_while_it_changed_keys_excludes_others_for_half_an_hour
 
 
 def test_backups_of_other_hosts_go_on_while_keys_are_changed(far: FarRepository) -> None:
-    with far.writing("b"), open_for_key_change(far.host("a"), "key add"):
+    options = OpenOptions(sync=False, allow_no_identity=True)
+    with (
+        open_for_writing(far.host("b"), "backup", options),
+        open_for_key_change(far.host("a"), "key add"),
+    ):
         pass
 
 
