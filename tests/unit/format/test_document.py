@@ -34,7 +34,7 @@ from casfs.format import (
 from casfs.index import delta_notes, fingerprint, index, schema
 from casfs.index.lmdb_env import Transaction
 from casfs.maintenance import prune_plan
-from casfs.repository import object_locks
+from casfs.repository import object_locks, presence
 from casfs.repository.opening import create_repository
 from casfs.storage import local, locks
 from casfs.store import pending_removal, writer
@@ -50,7 +50,7 @@ FROZEN = [PROJECT / "tests" / "data" / f"repository-v{number}" for number in (1,
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 CODES = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "i64": "q"}
-UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "day": 86_400}
+UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "day": 86_400, "hour": 3600, "minutes": 60}
 
 
 def rows(title: str) -> list[list[str]]:
@@ -224,6 +224,9 @@ def test_parameters_are_those_of_the_code() -> None:
         "largest index file with a digest in its fingerprint": fingerprint._HASHED_BYTES,
         "unneeded share that repacks a pack": prune_plan.DEFAULT_UNUSED_SHARE,
         "margin for readers": prune_plan.DEFAULT_MARGIN_S,
+        "margin of a notice where hosts write over a network": prune_plan.SHARED_MARGIN_S,
+        "refresh of a presence object": presence.REFRESH_S,
+        "age at which a presence object is stale": presence.STALE_NS / 1e9,
         "reserve": local.RESERVE_BYTES,
     }
 
