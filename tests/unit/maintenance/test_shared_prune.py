@@ -212,8 +212,9 @@ class TestDrafts:
 
 class TestPresence:
     def show(self, far: FarRepository, mode: LockMode) -> Presence:
+        """Write the presence object of another process, without a thread that refreshes it."""
         presence = Presence(far.storage, StorageClock(far.storage), mode, "other", "other")
-        presence.begin()
+        presence._write()
         return presence
 
     def test_packs_that_a_running_writer_may_have_stored_are_not_marked(
