@@ -170,6 +170,7 @@ class Scrubber:
                 if damage:
                     self._mark_damaged(pack)
                 elif entries and self._repository.config.has_deltas:
+                    # Without entries it was removed meanwhile, or this user may not read it.
                     self.directories[pack] = stored[pack], directory_digest(entries)
                 ordinal = self._by_name.get(pack)
                 if ordinal is not None:

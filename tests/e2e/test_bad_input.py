@@ -72,11 +72,11 @@ class TestInvalidRepository:
         assert repository.repository is not None
         config = repository.repository / "config"
         first, _, rest = config.read_bytes().partition(b"\n")
-        assert first == b"casfs repository, format 1"
+        assert first == b"casfs repository, format 2"
         os.chmod(config, 0o600)
-        newer = b"casfs repository, format 2\n" + rest
+        newer = b"casfs repository, format 3\n" + rest
         config.write_bytes(newer)
-        repository.refuses(*verb, mentions=["format", "2", "newer"])
+        repository.refuses(*verb, mentions=["format", "3", "newer"])
         assert config.read_bytes() == newer
 
     @pytest.mark.parametrize("damage", ["empty", "garbage", "cut short"])
