@@ -151,7 +151,7 @@ def test_a_host_that_was_set_up_again_is_accepted_by_a_command(
     assert "run `casfs key accept` with an identity" in caplog.text
     printed = [json.loads(line) for line in _lines(fleet.run("admin", "key", "accept", "--json"))]
     (accepted,) = [one for one in printed if one["type"] == "writer"]
-    assert (accepted["what"], accepted["host"], accepted["is_own"]) == ("accepted", "web", False)
+    assert (accepted["change"], accepted["host"], accepted["is_own"]) == ("accepted", "web", False)
     assert fleet.proven("admin") == {before: True, after: True}
 
 
