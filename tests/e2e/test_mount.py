@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import tempfile
@@ -429,6 +430,34 @@ class TestPageCache:
                     with (mount / "source" / name).open("rb") as file:
                         assert file.read() == (source / name).read_bytes()
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def test_many_readers_of_the_same_small_files_whose_pages_are_dropped_all_get_their_bytes(
+        self, repository: Casfs, tmp_path: Path
+    ) -> None:
+        contents = {f"{n:02}": random.Random(n).randbytes(1 + 3000 * n) for n in range(40)}
+        (tmp_path / "source").mkdir()
+        for name, content in contents.items():
+            (tmp_path / "source" / name).write_bytes(content)
+        repository.backup("source", cwd=tmp_path)
+        wrong: list[str] = []
+
+        def read(mount: Path, seed: int) -> None:
+            dice = random.Random(seed)
+            for _ in range(400):
+                name = dice.choice(list(contents))
+                with (mount / "source" / name).open("rb", buffering=0) as file:
+                    if dice.randrange(3) == 0:
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    if file.read() != contents[name]:
+                        wrong.append(name)
+
+        with mounted(repository, "--cache-size", "1M", "latest", at=tmp_path / "mount") as mount:
+            readers = [threading.Thread(target=read, args=(mount, seed)) for seed in range(6)]
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
+        assert wrong == []
 
 
 class TestMountOfDamage:
