@@ -75,7 +75,8 @@ soak: packages-test $(STAMP) ## kills, power cuts, crowds, models, mounts and ho
 	CASFS_EFFORT='$(EFFORT)' CASFS_HYPOTHESIS=long $(PYTEST) tests/property tests/fault/test_random_kills.py \
 		tests/fault/test_many_processes.py tests/fault/test_power_loss.py tests/fault/test_io_errors.py \
 		tests/fault/test_explorer.py tests/fault/test_race_matrix.py tests/fault/test_many_hosts.py \
-		tests/fault/test_mount_loop.py $(ARGS)
+		tests/fault/test_mount_loop.py tests/fault/test_network.py $(ARGS)
+	CASFS_EFFORT='$(EFFORT)' $(PYTEST) tests/e2e -k 's3 or sftp' $(ARGS)
 
 .PHONY: coverage
 coverage: packages-test $(STAMP) ## all tests, and which lines they reach (htmlcov/index.html)

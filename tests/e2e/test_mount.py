@@ -275,6 +275,7 @@ class TestMountCommand:
             with mounted(repository, "latest", at=tmp_path / name) as mount:
                 assert (mount / "source/readme.txt").read_bytes() == b"read me\n"
 
+    @pytest.mark.local_repository
     def test_mount_accepts_a_relative_repository(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
@@ -461,6 +462,7 @@ class TestPageCache:
 
 
 class TestMountOfDamage:
+    @pytest.mark.local_repository
     def test_a_damaged_chunk_is_a_read_error_for_its_range_only(
         self, repository: Casfs, tmp_path: Path
     ) -> None:

@@ -384,6 +384,7 @@ class TestDamageInMount:
         repository.backup("tree", cwd=tmp_path)
         return data
 
+    @pytest.mark.local_repository
     def test_damage_is_listed_with_file_range_blob_and_pack(
         self, repository: Casfs, big: bytes, tmp_path: Path
     ) -> None:
@@ -411,6 +412,7 @@ class TestDamageInMount:
             assert line in log.read_text()
             assert log.read_text().count("tree/big") == 1
 
+    @pytest.mark.local_repository
     def test_a_missing_pack_is_a_read_error_until_it_returns(
         self, repository: Casfs, big: bytes, tmp_path: Path
     ) -> None:
@@ -424,6 +426,7 @@ class TestDamageInMount:
             (tmp_path / "kept").rename(pack)
             wait_until(lambda: reads(mount / "tree/big") == big, "the failure is forgotten")
 
+    @pytest.mark.local_repository
     def test_a_missing_repository_is_an_error_and_does_not_end_the_mount(
         self, repository: Casfs, big: bytes, tmp_path: Path
     ) -> None:
@@ -460,6 +463,7 @@ def lists(folder: Path) -> bool:
 
 
 class TestChangingRepositoryMount:
+    @pytest.mark.local_repository
     def test_a_forgotten_snapshot_leaves_a_running_mount(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:

@@ -367,6 +367,7 @@ class TestLocks:
             finish(process)
         assert "no command" in repository.run("locks").text
 
+    @pytest.mark.local_repository
     def test_locks_changes_nothing(self, repository: Casfs) -> None:
         assert repository.repository is not None
         stale = repository.repository / "locks" / "0123456789abcdef"
@@ -414,6 +415,7 @@ class TestWithoutRepository:
 
 
 class TestRepositoryOption:
+    @pytest.mark.local_repository
     def test_the_repository_is_named_before_or_after_the_command_or_in_the_environment(
         self, repository: Casfs, source: Path
     ) -> None:
@@ -432,6 +434,7 @@ class TestRepositoryOption:
         assert none.run("ls", "latest", "-r", where).out
         assert none.run("-r", "repository", "ls", "latest", cwd=source.parent).out
 
+    @pytest.mark.local_repository
     def test_the_repository_option_overrides_the_environment(
         self, repository: Casfs, source: Path
     ) -> None:
@@ -441,6 +444,7 @@ class TestRepositoryOption:
         assert elsewhere.json("snapshots", "-r", where).one("snapshot")["id"] == identity
         assert elsewhere.run("-r", where, "snapshots", "--json").objects
 
+    @pytest.mark.local_repository
     def test_a_repository_option_after_the_command_overrides_one_before_it(
         self, repository: Casfs, source: Path
     ) -> None:
@@ -451,6 +455,7 @@ class TestRepositoryOption:
 
 
 class TestInit:
+    @pytest.mark.local_repository
     def test_init_creates_the_repository_that_it_reports(self, casfs: Casfs) -> None:
         made = casfs.json("init").one("repository")
         assert casfs.repository is not None
@@ -460,6 +465,7 @@ class TestInit:
         assert config.startswith(b"casfs repository, format 2\n")
         assert made["id"].encode() in config
 
+    @pytest.mark.local_repository
     def test_init_accepts_an_existing_empty_directory(self, casfs: Casfs) -> None:
         assert casfs.repository is not None
         casfs.repository.mkdir()
@@ -472,6 +478,7 @@ class TestInit:
         }
         assert len(ids) == 2
 
+    @pytest.mark.local_repository
     def test_init_keeps_stored_data_private_to_its_owner(
         self, repository: Casfs, source: Path
     ) -> None:

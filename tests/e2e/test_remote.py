@@ -9,7 +9,6 @@ import random
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +22,7 @@ from tests.support.remote import RemoteCasfs, on_s3, over_ssh
 from tests.support.servers import (
     S3Server,
     SshServer,
-    seaweedfs,
     session_pids,
-    sshd,
     stalling_proxy,
 )
 
@@ -34,19 +31,6 @@ MIB = 1 << 20
 _serials = itertools.count()
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
-    with seaweedfs() as server:
-        server.make_bucket("casfs")
-        yield server
-
-
-@pytest.fixture(scope="session")
-def ssh_server() -> Iterator[SshServer]:
-    with sshd() as server:
-        yield server
 
 
 @pytest.fixture

@@ -1,0 +1,164 @@
+"""Commands are killed at each of their durable steps on a real object storage.
+
+A proxy in front of SeaweedFS kills the process with SIGKILL when one of its requests that change something
+arrives: before the server gets the request, or after it has acted and before the process can know. An
+undisturbed run counts the steps, so a new step is covered without a change here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from casfs.repository.opening import open_for_reading
+from tests.support.faulty_proxy import Fault, FaultyProxy, ProxiedRequest, faulty_proxy
+from tests.support.network_scene import NetworkScene
+from tests.support.remote import on_s3
+from tests.support.servers import S3Server, seaweedfs
+from tests.support.stores import PROJECT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+BUCKET = "casfs-kills"
+HUNG_S = 120
+_serials = itertools.count()
+
+_COMMAND = """
+import functools, sys
+from casfs.cli.app import run
+from casfs.repository import repository
+repository.BlobWriter = functools.partial(repository.BlobWriter, pack_bytes=1 << 18)
+sys.exit(run(sys.argv[1:]))
+"""
+"""The command with small packs, so that a small source fills several."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with seaweedfs() as running:
+        running.make_bucket(BUCKET)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def proxy(server: S3Server) -> Iterator[FaultyProxy]:
+    with faulty_proxy(server.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def scene(server: S3Server, proxy: FaultyProxy, tmp_path: Path, own_home: Path) -> NetworkScene:
+    """A repository with two snapshots."""
+    return NetworkScene.create(server, proxy, tmp_path, f"s3://{BUCKET}/r{next(_serials)}")
+
+
+def start(scene: NetworkScene, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start the command, which reaches the server through the proxy."""
+    host = on_s3(scene.server, BUCKET, "", Path(os.environ["HOME"]))
+    places = {
+        "CASFS_REPOSITORY": scene.url,
+        "AWS_ENDPOINT_URL": scene.proxy.endpoint,
+        "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"],
+        "XDG_STATE_HOME": os.environ["XDG_STATE_HOME"],
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", _COMMAND, *arguments],
+        cwd=PROJECT,
+        env=host.environment(places),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def steps_of(scene: NetworkScene, *arguments: str) -> int:
+    """Return how many requests of a command change something."""
+    scene.proxy.begin()
+    process = start(scene, *arguments)
+    _, complaints = process.communicate(timeout=HUNG_S)
+    assert process.returncode == 0, complaints
+    steps = sum(request.changes for request in scene.proxy.requests)
+    assert steps > 0, "the command has no steps: then nothing is shown here"
+    return steps
+
+
+def kill(scene: NetworkScene, step: int, acted: bool, *arguments: str) -> ProxiedRequest:
+    """Run a command, kill it at one of its steps, and return that request."""
+    steps = itertools.count()
+    running: list[subprocess.Popen[bytes]] = []
+    victims: list[ProxiedRequest] = []
+
+    def at_step(request: ProxiedRequest) -> Fault | None:
+        if not request.changes or next(steps) != step:
+            return None
+        victims.append(request)
+        if acted:
+            return Fault.CLOSED_DONE
+        running[0].kill()
+        return Fault.CLOSED
+
+    def after(request: ProxiedRequest) -> None:
+        if request in victims:
+            running[0].kill()
+
+    scene.proxy.begin(at_step)
+    scene.proxy.after = after
+    try:
+        running.append(start(scene, *arguments))
+        running[0].communicate(timeout=HUNG_S)
+    finally:
+        scene.proxy.after = lambda request: None
+        scene.proxy.begin()
+    assert running[0].returncode == -signal.SIGKILL
+    return victims[0]
+
+
+def packs_of(scene: NetworkScene) -> set[str]:
+    with open_for_reading(scene.direct) as repository:
+        storage = repository.store.storage
+        return {name for prefix in ("packs", "meta") for name, _, _ in storage.list(prefix)}
+
+
+def test_a_backup_killed_at_any_step_loses_nothing_and_its_packs_are_reused(
+    scene: NetworkScene,
+) -> None:
+    command = ("backup", "--host", "here", str(scene.source))
+    scene.change()
+    steps = steps_of(scene, *command)
+    scene.published = dict.fromkeys(scene.ids(scene.direct), scene.source)
+    for step, acted in itertools.product(range(steps), (False, True)):
+        scene.change()
+        victim = kill(scene, step, acted, *command)
+        listed = scene.ids(scene.direct)
+        assert set(scene.published) <= listed
+        # Only a process that was killed when its packs had been stored leaves a snapshot.
+        is_pack = "/packs/" in victim.path or "/meta/" in victim.path
+        assert len(listed - set(scene.published)) <= (0 if is_pack else 1)
+        scene.published |= dict.fromkeys(listed, scene.source)
+        finished = packs_of(scene)
+        published = scene.back_up()
+        assert finished <= packs_of(scene)
+        scene.published[published] = scene.source
+        scene.must_list()
+    scene.must_be_intact()
+
+
+@pytest.mark.parametrize("command", [("tag", "--add", "kept"), ("forget",)])
+def test_a_tag_or_a_forget_killed_at_any_step_loses_no_other_snapshot(
+    scene: NetworkScene, command: tuple[str, ...]
+) -> None:
+    scene.published[scene.back_up()] = scene.source
+    steps = steps_of(scene, *command, "latest")
+    for step, acted in itertools.product(range(steps), (False, True)):
+        scene.change()
+        scene.published = dict.fromkeys(scene.ids(scene.direct), scene.source)
+        last = scene.back_up()
+        kill(scene, step, acted, *command, last.hex())
+        assert set(scene.published) <= scene.ids(scene.direct)
+    scene.must_be_intact()
