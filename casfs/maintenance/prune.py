@@ -107,7 +107,8 @@ class PruneResult:
     `waiting_packs` are unneeded and stay until the processes in `waited_for` (names of locks) end or, where
     hosts write over a network, until `removable_ns` (0: there are none), by the storage's clock.
     `marked_packs` are those among them that this prune marked for removal. `drafts` are snapshots that were
-    never published and whose data is kept.
+    never published and whose data is kept. `locked_packs` could go, and are locked until `locked_until_s` at
+    the latest.
     """
 
     snapshots: int = 0
@@ -127,6 +128,9 @@ class PruneResult:
     marked_bytes: int = 0
     removable_ns: int = 0
     drafts: int = 0
+    locked_packs: int = 0
+    locked_bytes: int = 0
+    locked_until_s: int = 0
 
     @property
     def freed_bytes(self) -> int:

@@ -7,7 +7,7 @@ locked again, so that a snapshot that the retention rules keep for years is prot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 
 from casfs.backup.protection import Protection, ProtectionResult
 from casfs.digest import SnapshotId
@@ -33,13 +33,16 @@ def held_packs(
 
 
 def extend_locks(
-    repository: Repository, packs: Iterable[PackRecord], snapshots: Iterable[SnapshotId]
+    repository: Repository,
+    needed: Callable[[], Iterable[PackRecord]],
+    snapshots: Iterable[SnapshotId],
 ) -> ProtectionResult | None:
     """Lock kept snapshots and the packs that they need as the lock policy says; None without a policy.
 
-    Raise StorageError and StorageUnavailableError.
+    `needed` returns these packs; it is called only where there is a policy. Raise StorageError and
+    StorageUnavailableError.
     """
     protection = Protection.begin(repository)
     if protection is None:
         return None
-    return protection.protect_kept([pack_name(record.pack) for record in packs], snapshots)
+    return protection.protect_kept([pack_name(record.pack) for record in needed()], snapshots)

@@ -17,6 +17,7 @@ One thread only.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from casfs.digest import Digest, SnapshotId, short_id
@@ -37,6 +38,7 @@ from casfs.maintenance.prune import (
     Pruner,
     PruneResult,
 )
+from casfs.maintenance.prune_locks import extend_locks, held_packs
 from casfs.maintenance.prune_plan import (
     DEFAULT_MARGIN_S,
     SHARED_MARGIN_S,
@@ -112,6 +114,7 @@ class SharedPruner:
         self._repacked: set[int] = set()
         self._damaged: dict[Digest, Location] = {}
         self._waiting = _Waiting(frozenset(), {})
+        self._held: dict[int, int] = {}
         self._now_ns = 0
 
     def prune(self) -> PruneResult:
@@ -153,8 +156,24 @@ class SharedPruner:
         self._remove_old_objects()
         self._index.keep_complete(set(self._published))
         self._merge_deltas()
+        self._extend_locks()
         self._count_waiting()
         return self.result
+
+    def _extend_locks(self) -> None:
+        """Lock what the snapshots need for as long as the lock policy says."""
+
+        def needed() -> list[PackRecord]:
+            usage = self._pack_usage()
+            return [record for record in self._index.packs() if record.ordinal in usage]
+
+        kept = extend_locks(self._repository, needed, self._published)
+        if kept is not None and kept.error is not None:
+            log.warning(
+                "%d objects that snapshots need could not be locked: %s",
+                kept.not_locked,
+                kept.error,
+            )
 
     def estimate(self, plan: PrunePlan) -> PruneResult:
         """Return the result that a plan would have, as far as it is known before."""
@@ -307,8 +326,17 @@ class SharedPruner:
         unneeded = unneeded_packs(packs, usage)
         repacked = packs_to_repack(packs, usage, self._options)
         in_flight = self._written_since(unneeded | repacked)
-        going = in_flight.keys()
-        return PrunePlan(packs, usage, unneeded - going, repacked - going, in_flight)
+        self._hold(packs, (unneeded | repacked) - in_flight.keys())
+        staying = in_flight.keys() | self._held.keys()
+        return PrunePlan(packs, usage, unneeded - staying, repacked - staying, in_flight)
+
+    def _hold(self, packs: Mapping[int, PackRecord], ordinals: frozenset[int]) -> None:
+        """Keep the packs whose locks have not ended, and count them."""
+        self._held |= held_packs(self._repository, packs, ordinals)
+        held = self._held.keys() & self._records.keys()
+        self.result.locked_packs = len(held)
+        self.result.locked_bytes = self._pack_bytes(held)
+        self.result.locked_until_s = max(self._held.values(), default=0)
 
     def _pack_usage(self) -> dict[int, PackUsage]:
         """Return the usage of each pack with needed blobs, by ordinal, packs under notice included."""
@@ -375,7 +403,9 @@ class SharedPruner:
         # What was published since the last list, and what could not be copied, keeps its pack.
         self._mark()
         self._require_same_index()
-        if ordinals := self._removable() - kept - self._pack_usage().keys():
+        ordinals = self._removable() - kept - self._pack_usage().keys()
+        self._hold(self._records, ordinals)
+        if ordinals := ordinals - self._held.keys():
             self._remove(ordinals)
 
     def _removable(self) -> frozenset[int]:

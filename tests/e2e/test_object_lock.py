@@ -350,3 +350,40 @@ def test_places_that_cannot_lock_refuse_a_policy_before_anything_is_created(
         assert "objects are locked in an S3 bucket" in result.complaint
     assert "at most 3660 d" in plain.run("init", "--lock-for", "9999d", expect=2).complaint
     assert "locks nothing" in plain.run("init", "--lock-for", "0s", expect=2).complaint
+
+
+def test_a_prune_says_until_when_locked_packs_stay(vault: Vault, source: Path) -> None:
+    vault.casfs.run("init", "--lock-for", "1h")
+    (source / "forgotten").write_bytes(random.Random(2).randbytes(1 * MIB))
+    first = vault.casfs.run("backup", "--json", "forgotten", cwd=source).one("snapshot")
+    (source / "forgotten").unlink()
+    vault.casfs.run("backup", ".", cwd=source)
+    vault.casfs.run("forget", first["id"])
+    before = in_repository(vault)
+    pruned = vault.casfs.run("prune", "--margin", "0s", "--json").one("prune")
+    assert pruned["locked_packs"] > 0
+    assert pruned["locked_until"] == first["locked_until"]
+    assert pruned["removed_packs"] == pruned["marked_packs"] == 0
+    text = vault.casfs.run("prune", "--margin", "0s").text
+    assert re.search(r"packs? \(.*\) stays? until \d{4}-.* at the latest, because of locks", text)
+    assert before.keys() <= in_repository(vault).keys()
+
+
+def test_a_thief_without_the_right_to_delete_is_refused_by_a_sentence(
+    s3_server: S3Server, casfs: Casfs, source: Path
+) -> None:
+    s3_server.make_bucket("no-delete")
+    remote = on_s3(s3_server, "no-delete", "r", casfs.home)
+    remote.run("init")
+    (source / "forgotten").write_bytes(random.Random(2).randbytes(1 * MIB))
+    first = remote.run("backup", "--json", "forgotten", cwd=source).one("snapshot")
+    (source / "forgotten").unlink()
+    remote.run("backup", ".", cwd=source)
+    remote.run("forget", first["id"])
+    s3_server.put_policy("no-delete", _deny("no-delete", "s3:DeleteObject"))
+    assert remote.run("forget", "latest", "--unsafe-allow-remove-all", expect=1).complaints
+    remote.run("prune", "--margin", "0s")  # it only marks
+    result = remote.run("prune", "--margin", "0s", expect=1)
+    assert "the credentials do not allow it" in result.complaint
+    assert len(result.complaints) == 1
+    remote.run("check", "--read-data")

@@ -126,6 +126,13 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
             f"removed because of {counted(len(result.waited_for), 'other process', 'other processes')}; "
             "the next prune removes what is left"
         )
+    if result.locked_packs:
+        until = format_time(result.locked_until_s * 1_000_000_000)
+        output.summary(
+            f"{counted(result.locked_packs, 'pack')} ({format_size(result.locked_bytes)}) "
+            f"{'stays' if result.locked_packs == 1 else 'stay'} until {until} at the latest, because of "
+            "locks; a later prune removes what snapshots do not need then"
+        )
     if result.drafts:
         output.line(
             f"{counted(result.drafts, 'snapshot')} about to be published, or left unfinished: its data stays"
@@ -151,12 +158,17 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
         marked_bytes=result.marked_bytes,
         removable_from=iso_time(result.removable_ns) if result.removable_ns else None,
         drafts=result.drafts,
+        locked_packs=result.locked_packs,
+        locked_bytes=result.locked_bytes,
+        locked_until=iso_time(result.locked_until_s * 1_000_000_000)
+        if result.locked_until_s
+        else None,
     )
 
 
 def _why_nothing(result: PruneResult) -> str:
     """Return a clause that says why a prune removed no pack."""
-    if result.waiting_packs:
+    if result.waiting_packs or result.locked_packs:
         return " yet"
     if result.unneeded_blobs:
         return ": what is unneeded shares packs with needed data (--max-unused)"
