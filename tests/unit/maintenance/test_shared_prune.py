@@ -14,7 +14,12 @@ from casfs.repository.presence import Presence
 from casfs.repository.snapshots import DRAFTS, SNAPSHOTS
 from casfs.storage.clock import StorageClock
 from casfs.storage.locks import LockMode
-from casfs.store.pending_removal import DamagedNoticeError, packs_pending_removal
+from casfs.store.pending_removal import (
+    DamagedNoticeError,
+    RemovalNotice,
+    packs_pending_removal,
+    publish_notice,
+)
 from tests.support.far_repository import HOUR_NS, FarRepository
 from tests.support.storage_double import Call, Failure
 from tests.support.stores import noise
@@ -105,6 +110,17 @@ def test_data_that_is_needed_again_is_copied_out_of_a_pack_before_its_removal(
     assert unneeded.isdisjoint(far.packs())
     assert result.removed_packs == len(unneeded) and result.new_bytes >= 100_000
     far.require_whole()
+
+
+def test_a_forged_notice_of_needed_packs_costs_work_and_no_data(far: FarRepository) -> None:
+    """A credential that can create objects is enough to publish a notice of everything."""
+    first = far.back_up("a", a=noise("a", 100_000))
+    publish_notice(far.memory, RemovalNotice.of(1, far.pack_refs()))
+    second = far.back_up("b", host="other", b=noise("b", 100_000))
+    far.now_ns += HOUR_NS
+    far.prune()
+    far.require_whole(first, second)
+    assert far.names("condemned") == []
 
 
 def test_repacking_stores_the_copies_before_the_old_pack_is_marked(far: FarRepository) -> None:
