@@ -14,9 +14,9 @@ from casfs.format.config import RepositoryConfig
 from casfs.repository.place import Place, RemotePlace
 from casfs.repository.presence import Presence
 from casfs.repository.remote_writers import is_shared, mark_remote_writers
-from casfs.storage.base import Storage
+from casfs.storage.base import HeldLock, Storage
 from casfs.storage.clock import StorageClock
-from casfs.storage.locks import LockMode, RepositoryLock
+from casfs.storage.locks import LockMode
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Activity:
     """The lock, the presence object and the storage's clock of one process; `end` it."""
 
     clock: StorageClock
-    lock: RepositoryLock | None = None
+    lock: HeldLock | None = None
     presence: Presence | None = None
 
     def end(self) -> None:
@@ -49,7 +49,7 @@ def begin_writing(
     """Take a lock and show the presence of a writer; raise LockedError and StorageError."""
     host = _shown_host(config)
     activity = Activity(StorageClock(storage))
-    activity.lock = RepositoryLock.acquire(place.locks_dir(config), command, mode, host)
+    activity.lock = place.locks(config).acquire(command, mode, host)
     try:
         if isinstance(place, RemotePlace):
             mark_remote_writers(storage)
@@ -71,8 +71,7 @@ def begin_reading(
         return activity
     host = _shown_host(config)
     try:
-        locks = place.locks_dir(config)
-        activity.lock = RepositoryLock.acquire(locks, command, LockMode.READER, host)
+        activity.lock = place.locks(config).acquire(command, LockMode.READER, host)
         if is_shared(storage):
             activity.presence = Presence(storage, activity.clock, LockMode.READER, command, host)
             activity.presence.begin(in_background=True)

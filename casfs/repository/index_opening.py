@@ -17,8 +17,8 @@ from casfs.index import fingerprint
 from casfs.index.fingerprint import IndexState
 from casfs.index.index import Index
 from casfs.repository.place import Place, RemotePlace
-from casfs.storage.base import Storage
-from casfs.storage.locks import LockMode, list_and_reap_locks
+from casfs.storage.base import Locks, Storage
+from casfs.storage.locks import LockMode
 from casfs.store.blob_store import BlobStore
 from casfs.store.delta_sync import DeltaSync
 from casfs.store.index_update import UpdateOptions, update_index
@@ -63,7 +63,7 @@ def open_index_readonly(
             return open_index(place, config, path, storage, codec, update, ciphers=ciphers)
         if has_deltas(place, config):
             return _open_synced(place, config, path, storage, codec, ciphers)
-        in_use = _is_in_use(place.locks_dir(config))
+        in_use = _is_in_use(place.locks(config))
         if fingerprint.assess(path, in_use) != IndexState.INTACT:
             raise IndexUnusableError(f"the index {path} is damaged")
         index = Index(path, readonly=True)
@@ -145,7 +145,7 @@ def open_index(
     """
 
     def is_alone() -> bool:
-        return not _is_in_use(place.locks_dir(config), own_lock)
+        return not _is_in_use(place.locks(config), own_lock)
 
     for is_last in (False, True):
         try:
@@ -195,11 +195,11 @@ def close_index(index: Index) -> None:
         fingerprint.write_fingerprint(index.path)
 
 
-def _is_in_use(locks_dir: Path, own_lock: str | None = None) -> bool:
+def _is_in_use(locks: Locks, own_lock: str | None = None) -> bool:
     """Return whether another process may be changing the index now."""
     try:
-        live = list_and_reap_locks(locks_dir)
-    except OSError:
+        live = locks.reap()
+    except StorageError:
         return False
     return any(name != own_lock and record.mode != LockMode.READER for name, record in live.items())
 

@@ -14,11 +14,12 @@ from casfs.crypto.trust_root import TrustRoot
 from casfs.errors import NotFoundError, RefusedError, StorageError, TrustError
 from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, RepositoryConfig
 from casfs.storage.as_of import AsOfStorage
-from casfs.storage.base import Storage, StorageOptions
+from casfs.storage.base import Locks, Storage, StorageOptions
 from casfs.storage.caching import CachingStorage
 from casfs.storage.cell_folder import CellFolder
 from casfs.storage.counting import RequestCounter
 from casfs.storage.local import LocalStorage
+from casfs.storage.locks import FolderLocks
 from casfs.storage.url import StorageAddress, open_storage
 from casfs.user_dirs import cached_index_dir, index_dir
 
@@ -96,9 +97,9 @@ class LocalPlace:
         """Return the storage itself: the kernel caches a folder."""
         return storage
 
-    def locks_dir(self, config: RepositoryConfig) -> Path:
-        """Return the folder of the locks."""
-        return self.root / "locks"
+    def locks(self, config: RepositoryConfig) -> Locks:
+        """Return the locks of the processes that open the folder."""
+        return FolderLocks(self.root / "locks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +156,10 @@ class RemotePlace:
         folder = self.index_dir(config).with_name("objects")
         return CachingStorage(storage, CellFolder(folder, limit_bytes))
 
-    def locks_dir(self, config: RepositoryConfig) -> Path:
-        """Return the folder of the locks that this machine's processes hold."""
+    def locks(self, config: RepositoryConfig) -> Locks:
+        """Return the locks that this machine's processes hold."""
         name = "locks" if self.as_of_ns is None else "as-of-locks"
-        return self.index_dir(config).with_name(name)
+        return FolderLocks(self.index_dir(config).with_name(name))
 
 
 Place = LocalPlace | RemotePlace

@@ -15,7 +15,6 @@ from casfs.crypto.opening import make_ciphers, make_codec
 from casfs.errors import (
     CasfsError,
     IndexUnusableError,
-    StorageError,
 )
 from casfs.format.chunker import Chunker, make_chunker
 from casfs.format.config import (
@@ -32,7 +31,7 @@ from casfs.repository.snapshots import SnapshotStore
 from casfs.storage.base import Storage
 from casfs.storage.clock import StorageClock
 from casfs.storage.local import allocate_reserve
-from casfs.storage.locks import LockMode, LockRecord, list_and_reap_locks
+from casfs.storage.locks import LockMode, LockRecord
 from casfs.store.blob_store import BlobStore
 from casfs.store.delta_publisher import DeltaPublisher
 from casfs.store.delta_sync import DeltaSync
@@ -211,11 +210,7 @@ class Repository:
     def other_locks(self) -> dict[str, LockRecord]:
         """Return the locks that other living processes hold, by name."""
         own = self._activity.lock.name if self._activity.lock is not None else None
-        locks_dir = self.place.locks_dir(self.config)
-        try:
-            live = list_and_reap_locks(locks_dir)
-        except OSError as error:
-            raise StorageError("read the locks in", str(locks_dir), error) from error
+        live = self.place.locks(self.config).reap()
         return {name: record for name, record in live.items() if name != own}
 
     def is_alone(self) -> bool:

@@ -17,7 +17,7 @@ from casfs.format.config import CONFIG_NAME, NEWEST_FORMAT, with_format
 from casfs.repository.place import LocalPlace, Place, as_place
 from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage
-from casfs.storage.locks import LockMode, RepositoryLock, remove_stale_temporaries
+from casfs.storage.locks import LockMode, remove_stale_temporaries
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ def upgrade_repository(place: Path | Place, storage: Storage | None = None) -> U
         if config.format == NEWEST_FORMAT:
             return UpgradeResult(config.id, config.format, config.format)
         host = None if config.encryption is None else "a machine"
-        locks = place.locks_dir(config)
-        with RepositoryLock.acquire(locks, "upgrade", LockMode.EXCLUSIVE, host) as lock:
+        with place.locks(config).acquire("upgrade", LockMode.EXCLUSIVE, host) as lock:
             if isinstance(place, LocalPlace) and isinstance(storage, LocalStorage):
                 remove_stale_temporaries(place.root)
                 storage.writer = lock.name

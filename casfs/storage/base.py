@@ -29,9 +29,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from casfs.storage.bucket import Bucket
+
+if TYPE_CHECKING:
+    from casfs.storage.locks import LockMode, LockRecord
 
 Data = bytes | bytearray | memoryview
 """Accepted by every write. A memoryview must be contiguous and of bytes."""
@@ -168,6 +172,51 @@ class Storage(Protocol):
 
 DEFAULT_CACHE_BYTES = 2 * 1024 * 1024 * 1024
 """Room for the trees of some ten million files."""
+
+
+class HeldLock(Protocol):
+    """A lock that this process holds until it releases it or dies; use it in a `with` block."""
+
+    @property
+    def name(self) -> str:
+        """The name of the lock, which is never used again."""
+
+    @property
+    def mode(self) -> LockMode:
+        """The purpose of the lock, which decides the conflicts."""
+
+    def release(self) -> None:
+        """Release the lock; raise nothing. A second call does nothing."""
+
+    def __enter__(self) -> HeldLock: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class Locks(Protocol):
+    """The locks of the processes that share a repository, or of those of one machine that share its cache.
+
+    A lock is held as long as its process lives, and no longer. Of two processes that acquire conflicting
+    locks at once, at least one fails. Every method raises StorageError where the locks cannot be read or
+    written, and RefusedError where another user could change them.
+    """
+
+    def acquire(self, verb: str, mode: LockMode, host: str | None = None) -> HeldLock:
+        """Acquire a lock; raise LockedError, which names the holder, where a conflicting one is held.
+
+        `verb` is the command, and `host` the host name that others see, by default this machine's.
+        """
+
+    def held(self) -> dict[str, LockRecord]:
+        """Return the locks that living processes hold, by name, and change nothing."""
+
+    def reap(self) -> dict[str, LockRecord]:
+        """Return the locks that living processes hold, by name, and remove what dead ones left."""
 
 
 @dataclass(frozen=True, slots=True)

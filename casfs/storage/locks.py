@@ -152,6 +152,36 @@ class RepositoryLock:
         self.release()
 
 
+class FolderLocks:
+    """The locks in a folder, which the first lock creates; see `casfs.storage.base.Locks`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def acquire(self, verb: str, mode: LockMode, host: str | None = None) -> RepositoryLock:
+        """Acquire a lock; raise LockedError where a conflicting one is held."""
+        return RepositoryLock.acquire(self._folder, verb, mode, host)
+
+    def held(self) -> dict[str, LockRecord]:
+        """Return the locks that living processes hold, by name; none where the folder does not exist."""
+        try:
+            return list_locks(self._folder)
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def reap(self) -> dict[str, LockRecord]:
+        """Return the locks that living processes hold, by name, and remove what dead ones left."""
+        try:
+            return list_and_reap_locks(self._folder)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> StorageError:
+        return StorageError("read the locks in", str(self._folder), error)
+
+
 def list_and_reap_locks(folder: Path) -> dict[str, LockRecord]:
     """Return the locks that living processes hold, and remove the files of the rest.
 

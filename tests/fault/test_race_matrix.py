@@ -67,9 +67,6 @@ class HostPlace(RemotePlace):
         self.cache.mkdir(exist_ok=True, parents=True)
         return self.cache / "index"
 
-    def locks_dir(self, config: RepositoryConfig) -> Path:
-        return self.index_dir(config).with_name("locks")
-
 
 def place_of(storage: Storage, cache: Path) -> HostPlace:
     return HostPlace(

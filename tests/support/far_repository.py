@@ -51,9 +51,6 @@ class HostPlace(RemotePlace):
         self.cache.mkdir(exist_ok=True, parents=True)
         return self.cache / "index"
 
-    def locks_dir(self, config: RepositoryConfig) -> Path:
-        return self.index_dir(config).with_name("locks")
-
 
 class FarRepository:
     """A repository in a place whose clock (`now_ns`) the test moves, and the hosts that use it.

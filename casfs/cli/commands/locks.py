@@ -73,21 +73,20 @@ def _processes(settings: Settings) -> list[tuple[PresentProcess, bool]]:
     from casfs.repository.place import LocalPlace
     from casfs.repository.presence import PresentProcess, present_processes
     from casfs.repository.remote_writers import is_shared
-    from casfs.storage.locks import list_locks
 
     place = settings.repository()
     storage = place.open_storage()
     found: list[tuple[PresentProcess, bool]] = []
     try:
-        place.trust_root(storage)
+        config = place.trust_root(storage).config
         if is_shared(storage):
             found += [(process, True) for process in present_processes(storage).values()]
     finally:
         storage.close()
     # A process of this machine may have both.
     shown = {(process.record.host, process.record.pid) for process, _ in found}
-    if isinstance(place, LocalPlace) and (place.root / "locks").is_dir():
-        for lock in list_locks(place.root / "locks").values():
+    if isinstance(place, LocalPlace):
+        for lock in place.locks(config).held().values():
             if (lock.host, lock.pid) not in shown:
                 found.append((PresentProcess(lock, lock.since_ns), False))
     return found

@@ -51,7 +51,7 @@ def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) ->
     """
     from casfs.maintenance.mirror import Mirror
     from casfs.repository.place import LocalPlace, place_of
-    from casfs.storage.locks import LockMode, RepositoryLock
+    from casfs.storage.locks import LockMode
     from casfs.storage.url import parse_address
 
     source = settings.repository()
@@ -69,12 +69,10 @@ def mirror(settings: Settings, destination: str, delete: bool, margin_s: int) ->
         host = None if config.encryption is None else "a machine"
         if isinstance(source, LocalPlace):
             # A prune of the source keeps for this lock what the mirror may still read.
-            locks = source.locks_dir(config)
-            stack.enter_context(RepositoryLock.acquire(locks, "mirror", LockMode.READER, host))
+            stack.enter_context(source.locks(config).acquire("mirror", LockMode.READER, host))
         if isinstance(target, LocalPlace):
             _make_folder(source, target)
-            locks = target.locks_dir(config)
-            stack.enter_context(RepositoryLock.acquire(locks, "mirror", LockMode.MAINTENANCE, host))
+            stack.enter_context(target.locks(config).acquire("mirror", LockMode.MAINTENANCE, host))
         stack.enter_context(monitor)
         result = Mirror(reading, writing, monitor, config=trust.data).run(delete, margin_s)
     for finding in result.damage:

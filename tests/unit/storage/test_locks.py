@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from casfs.errors import LockedError, RefusedError, StorageError
+from casfs.storage.base import Locks
 from casfs.storage.locks import (
+    FolderLocks,
     LockMode,
     RepositoryLock,
     list_and_reap_locks,
@@ -283,3 +285,36 @@ def test_locks_and_temporaries_in_folders_of_another_user_are_refused(
         with pytest.raises(RefusedError, match="--allow-foreign-repository"):
             use()
     assert all(path.exists() for path in left)
+
+
+class TestFolderLocks:
+    """The contract that the layers above use, `casfs.storage.base.Locks`."""
+
+    def test_a_lock_is_listed_until_it_is_released(self, tmp_path: Path) -> None:
+        locks: Locks = FolderLocks(tmp_path / "locks")
+        assert locks.held() == {}
+        with locks.acquire("backup", LockMode.SHARED, "here") as lock:
+            (record,) = locks.held().values()
+            assert (record.verb, record.host, lock.mode) == ("backup", "here", LockMode.SHARED)
+            assert locks.reap().keys() == {lock.name}
+            with pytest.raises(LockedError, match="backup on here"):
+                locks.acquire("repair index", LockMode.EXCLUSIVE)
+        assert locks.held() == {}
+
+    def test_a_list_changes_nothing_and_a_reaped_one_removes_what_the_dead_left(
+        self, tmp_path: Path
+    ) -> None:
+        stale = tmp_path / "locks" / "0123456789abcdef"
+        stale.parent.mkdir()
+        stale.write_text("{}")
+        locks = FolderLocks(stale.parent)
+        assert locks.held() == {} and stale.exists()
+        assert locks.reap() == {} and not stale.exists()
+
+    def test_locks_that_cannot_be_read_are_an_error_of_the_storage(self, tmp_path: Path) -> None:
+        (tmp_path / "locks").write_text("no folder")
+        locks = FolderLocks(tmp_path / "locks")
+        with pytest.raises(StorageError):
+            locks.held()
+        with pytest.raises(StorageError):
+            locks.reap()
