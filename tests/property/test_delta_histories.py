@@ -13,7 +13,12 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from casfs.digest import PackId, digest_of
 from casfs.format.delta import DeltaBuilder, DeltaPack
@@ -177,5 +182,7 @@ class Histories(RuleBasedStateMachine):
         assert len(listed) == len(self.place.deltas())
 
 
-Histories.TestCase.settings = settings(max_examples=25, stateful_step_count=14, deadline=None)
-TestHistories = Histories.TestCase
+def test_any_history_of_several_hosts_keeps_to_the_packs() -> None:
+    run_state_machine_as_test(
+        Histories, settings=settings(max_examples=25, stateful_step_count=14, deadline=None)
+    )
