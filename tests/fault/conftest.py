@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from casfs.backup import capture
+from casfs.format.config import DEFAULT_FORMAT
 from tests.support.capturing import BackupFixture, open_backup_fixture
 from tests.support.process_runner import Scene, Stage, make_scene
 from tests.support.scripted_source import ScriptedSource, scripted_source
@@ -58,8 +59,11 @@ def stage() -> Iterator[Stage]:
 
 
 @pytest.fixture
-def scene(stage: Stage) -> Iterator[Scene]:
-    """A repository in memory where there is room for that: a killed process needs no syncs."""
+def scene(stage: Stage, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """A repository in memory where there is room for that: a killed process needs no syncs.
+
+    A parameter of the fixture is its format.
+    """
     memory = Path("/dev/shm")
     with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        yield make_scene(stage, Path(folder))
+        yield make_scene(stage, Path(folder), getattr(request, "param", DEFAULT_FORMAT))

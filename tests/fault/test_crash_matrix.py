@@ -96,6 +96,7 @@ class TestBackup:
         assert stored_again[0] == 12
         assert stored_again[-1] == 0
 
+    @pytest.mark.parametrize("scene", [OLDEST_FORMAT, NEWEST_FORMAT], indirect=True)
     def test_a_first_backup_killed_at_any_step_leaves_a_valid_empty_repository(
         self, scene: Scene
     ) -> None:

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from casfs.format.config import NEWEST_FORMAT, OLDEST_FORMAT
 from tests.support.effort import EFFORT, dice
 from tests.support.explorer import Explorer, Kind
 from tests.support.process_runner import Stage
@@ -59,14 +60,21 @@ def test_random_damage_between_random_commands_loses_no_more_and_can_be_repaired
     throw = dice()
     for number in range(WAYS[kind]):
         seed = throw.getrandbits(32)
+        # A third of the ways of plain repositories are in the old format.
+        format_ = OLDEST_FORMAT if number % 3 == 0 else NEWEST_FORMAT
         here = folder / str(number)
         here.mkdir()
         try:
-            Explorer(stage, here, kind).go(make_way(seed))
+            Explorer(stage, here, kind, format_).go(make_way(seed))
         except AssertionError as error:
-            raise AssertionError(f"the way of seed {seed} fails: {error}") from error
+            raise AssertionError(
+                f"the way of seed {seed}, format {format_}, fails: {error}"
+            ) from error
 
 
+@pytest.mark.parametrize("format_", [OLDEST_FORMAT, NEWEST_FORMAT])
 @pytest.mark.parametrize("name", FOUND)
-def test_repaired_bugs_of_the_explorer_stay_repaired(stage: Stage, folder: Path, name: str) -> None:
-    Explorer(stage, folder).go(FOUND[name])
+def test_repaired_bugs_of_the_explorer_stay_repaired(
+    stage: Stage, folder: Path, name: str, format_: int
+) -> None:
+    Explorer(stage, folder, format_=format_).go(FOUND[name])

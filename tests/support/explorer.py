@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from casfs.digest import digest_of
+from casfs.format.config import DEFAULT_FORMAT
 from casfs.format.pack import PACK_PREFIXES
 from casfs.repository.place import read_config
 from casfs.storage.locks import LockMode, RepositoryLock
@@ -52,15 +53,21 @@ class Kind(Enum):
 
 
 class Explorer:
-    """One repository that goes a way."""
+    """One repository that goes a way; `format_` is that of a plain one."""
 
-    def __init__(self, stage: Stage, folder: Path, kind: Kind = Kind.PLAIN) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        folder: Path,
+        kind: Kind = Kind.PLAIN,
+        format_: int = DEFAULT_FORMAT,
+    ) -> None:
         self.kind = kind
         self._stage = stage
         self._folder = folder
         self._homes = folder / "homes"
         if kind == Kind.PLAIN:
-            self.scene: Scene = make_scene(stage, folder)
+            self.scene: Scene = make_scene(stage, folder, format_)
             self.past = Past(self.scene.root, self.scene.root / "index")
         else:
             self._homes.mkdir()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import casfs
+from casfs.format.config import DEFAULT_FORMAT
 from casfs.repository.opening import create_repository
 from tests.support.observation import Files, look_at_source
 from tests.support.stores import noise, pack_paths
@@ -158,10 +159,10 @@ class Scene:
         assert self.names("condemned") == []
 
 
-def make_scene(stage: Stage, folder: Path) -> Scene:
+def make_scene(stage: Stage, folder: Path, format_: int = DEFAULT_FORMAT) -> Scene:
     """Make an empty repository in a folder, and a source outside the disk of the repository."""
     scene = Scene(stage, folder / "repository", folder / "source")
-    create_repository(scene.root)
+    create_repository(scene.root, format_=format_)
     scene.source.mkdir()
     return scene
 
