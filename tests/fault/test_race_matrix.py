@@ -288,7 +288,10 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path, own_home: Path) -> Sta
 
 CAST = [two_writers_and_two_prunes, a_tag_a_forget_and_a_prune, prunes_that_repack]
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.timeout(300 * EFFORT),
+]
 
 
 @pytest.mark.parametrize("cast", CAST)
