@@ -26,7 +26,7 @@ from casfs.backup.source_fs import Handle
 from casfs.digest import EMPTY_DIGEST, Digest, update_zeros
 from casfs.format.chunker import Chunker
 from casfs.format.codec import BlobKind
-from casfs.trees.content import EXTENT, HOLE, ContentWriter, Put
+from casfs.trees.content import EXTENT, HOLE, MAX_HOLE_BYTES, ContentWriter, Put
 from casfs.trees.file_content import Part
 
 _READ_BYTES = 1 << 20
@@ -226,16 +226,19 @@ class SourceReader:
 
     def _read_sparse(self, fd: Handle, size: int, uid: int) -> ReadResult:
         content = ContentWriter(self._put, self._digest)
-        done = 0
+        done = data_bytes = 0
         with closing(_WholeDigest()) as whole:
             for begin, end in data_ranges(fd, size):
+                _require_readable_holes(begin - data_bytes)
                 self._add_hole(content, whole, begin - done, uid)
                 read_into = _range_reader(fd, begin, end)
                 done = begin + self._store_chunks(read_into, end - begin, whole, content)
                 if done < end:
                     return _finish(content, whole, done)
+                data_bytes += end - begin
             end = min(size, source_fs.stat_open(fd).st_size)
             if end > done:
+                _require_readable_holes(end - data_bytes)
                 self._add_hole(content, whole, end - done, uid)
                 done = end
             return _finish(content, whole, done)
@@ -335,6 +338,15 @@ def data_ranges(fd: Handle, size: int) -> Iterator[tuple[int, int]]:
                 raise
             return  # truncated between the two calls
         yield begin, end
+
+
+def _require_readable_holes(hole_bytes: int) -> None:
+    """Raise OSError for holes that no reader would accept."""
+    if hole_bytes > MAX_HOLE_BYTES:
+        raise OSError(
+            errno.EFBIG,
+            f"it has holes of more than {MAX_HOLE_BYTES >> 40} TiB, which a snapshot cannot hold",
+        )
 
 
 def _finish(content: ContentWriter, whole: _WholeDigest, size: int) -> ReadResult:

@@ -35,6 +35,9 @@ NOTHING_GIVEN = (
 )
 
 _MAX_FILE_BYTES = 16 << 20
+MAX_READ_FILES = 1000
+MAX_READ_BYTES = 64 << 20
+"""Limits of the files that are read of one session: a writer can add files that do not decrypt."""
 _FORM = "session 1"
 
 
@@ -166,7 +169,24 @@ def read_session(
 def _intact_files(
     storage: Storage, session_id: SessionId
 ) -> Iterator[tuple[bytes | SessionError, str]]:
-    for name, suffix in list_session_files(storage, session_id):
+    """Yield the content of each file of a session, or the error that it is damaged; the smallest first.
+
+    Raise SessionError where the limits leave some unread.
+    """
+    files = []
+    for name, size, _ in storage.list(f"{SESSIONS}/{session_id.hex()}"):
+        suffix = name.rpartition(".")[2]
+        if suffix in ("age", "gpg"):
+            files.append((suffix, size, name))
+    read_bytes = 0
+    # The age files first: GPG may ask the user.
+    for number, (suffix, size, name) in enumerate(sorted(files)):
+        read_bytes += min(size, _MAX_FILE_BYTES)
+        if number >= MAX_READ_FILES or read_bytes > MAX_READ_BYTES:
+            raise SessionError(
+                f"session {short_id(session_id)} has {len(files)} files, more than are read; remove those "
+                f"of {SESSIONS}/{session_id.hex()} that no machine of yours has written"
+            )
         try:
             data = storage.read(name, 0, _MAX_FILE_BYTES)
         except NotFoundError:

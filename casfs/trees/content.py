@@ -29,6 +29,9 @@ _PIECE_MAX_RECORDS = 8192
 _PIECE_MASK = 0x3FF
 """A record whose digest ends in ten zero bits ends a piece: on average 1,280 records, or 1.5 GB of a file."""
 
+MAX_HOLE_BYTES = 64 << 40
+"""Limit of the holes of one file, whose zeros a reader digests: 3.6 hours at 5 GiB/s."""
+
 Put = Callable[[BlobKind, Digest, bytes], None]
 
 

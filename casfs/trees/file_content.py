@@ -14,7 +14,7 @@ from blake3 import blake3
 from casfs.digest import Digest, update_zeros
 from casfs.errors import IntegrityError, TreeError
 from casfs.format.tree import Node, captured_digest
-from casfs.trees.content import ContentReader, Extent, check_chunk_length
+from casfs.trees.content import MAX_HOLE_BYTES, ContentReader, Extent, check_chunk_length
 
 Ranges = list[tuple[int, int]]
 """Begin and end, in bytes, of parts of a file."""
@@ -64,10 +64,11 @@ class FileContent:
         """Yield the parts of the file in order, each chunk after it has been verified.
 
         Raise IntegrityError for a damaged chunk, unless it is salvaged. Raise TreeError where the list does
-        not cover the file, or where all chunks verify but the digest of the whole file does not match.
+        not cover the file or has holes beyond MAX_HOLE_BYTES, or where all chunks verify but the digest of
+        the whole file does not match.
         """
         size = self._node.size
-        done = 0
+        done = hole_bytes = 0
         for extent in self._extents.extents(lost_lists=self._salvage):
             done = extent.begin + extent.length
             if done > size:
@@ -76,6 +77,11 @@ class FileContent:
             if part.data is not None:
                 self._whole.update(part.data)
             else:
+                hole_bytes += extent.length
+                if hole_bytes > MAX_HOLE_BYTES:
+                    raise TreeError(
+                        f"it has holes of more than {MAX_HOLE_BYTES >> 40} TiB, whose zeros no reader digests"
+                    )
                 update_zeros(self._whole, extent.length)
             yield part
         if done < size:

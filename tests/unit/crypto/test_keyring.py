@@ -12,7 +12,7 @@ import msgspec
 import pyrage
 import pytest
 
-from casfs.crypto import age, gpg
+from casfs.crypto import age, gpg, session_files
 from casfs.crypto.age import MAX_RECIPIENTS
 from casfs.crypto.identities import Identities
 from casfs.crypto.keyring import Keyring
@@ -218,6 +218,30 @@ class TestHostileSessionFile:
         write_session(storage, SESSION, [RECIPIENT])
         found = read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
         assert found == SESSION
+
+    @pytest.mark.parametrize("limit", ["MAX_READ_FILES", "MAX_READ_BYTES"])
+    def test_junk_beside_the_files_of_a_session_costs_bounded_reads(
+        self, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, limit: str
+    ) -> None:
+        write_session(storage, SESSION, [RECIPIENT])
+        junk = b"age-encryption.org/v1\n" + bytes(2000)
+        for number in range(20):
+            put(storage, SESSION.id, junk + bytes([number]))
+        monkeypatch.setattr(session_files, limit, 5 if limit == "MAX_READ_FILES" else 11_000)
+        reads: list[str] = []
+        read = LocalStorage.read
+
+        def counted(self: LocalStorage, name: str, *more: int) -> bytes:
+            reads.append(name)
+            return read(self, name, *more)
+
+        monkeypatch.setattr(LocalStorage, "read", counted)
+        found = read_session(storage, SESSION.id, REPOSITORY, identities().ages, False)
+        assert found == SESSION, "the smallest file is read first"
+        reads.clear()
+        with pytest.raises(SessionError, match="has 21 files, more than are read; remove those"):
+            read_session(storage, SESSION.id, REPOSITORY, identities(OTHER_SECRET).ages, False)
+        assert 4 <= len(reads) <= 6
 
     def test_a_session_is_not_written_for_more_recipients_than_a_reader_accepts(
         self, storage: LocalStorage

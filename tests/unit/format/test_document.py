@@ -18,7 +18,7 @@ from blake3 import blake3
 
 import casfs
 from casfs.backup import file_cache
-from casfs.crypto import age, gpg, passphrase, recipients, session_files, trust_state
+from casfs.crypto import age, gpg, passphrase, session_files, recipients, session_files, trust_state
 from casfs.digest import Digest, PackId
 from casfs.format import (
     cipher,
@@ -50,7 +50,15 @@ FROZEN = [PROJECT / "tests" / "data" / f"repository-v{number}" for number in (1,
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 CODES = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "i64": "q"}
-UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "day": 86_400, "hour": 3600, "minutes": 60}
+UNITS = {
+    "KiB": KIB,
+    "MiB": MIB,
+    "GiB": GIB,
+    "TiB": GIB << 10,
+    "day": 86_400,
+    "hour": 3600,
+    "minutes": 60,
+}
 
 
 def rows(title: str) -> list[list[str]]:
@@ -241,6 +249,9 @@ def test_limits_are_those_of_the_code() -> None:
         "bytes in a name": tree.MAX_NAME_BYTES,
         "levels of lists, and of tree pieces": tree.MAX_PIECE_LEVELS,
         "depth of directories": tree.MAX_DEPTH,
+        "holes of one file": content.MAX_HOLE_BYTES,
+        "files of one session that are read": session_files.MAX_READ_FILES,
+        "size of these files together": session_files.MAX_READ_BYTES,
         "nodes in a snapshot": tree.MAX_COUNT,
         "largest uid and gid": tree._MAX_OWNER,
         "recipients of an age file": age.MAX_RECIPIENTS,
