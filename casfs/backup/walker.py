@@ -55,6 +55,12 @@ from casfs.trees.writer import TreeWriter
 _DIRECTORY = NodeType.DIRECTORY
 """A module constant: an attribute lookup in an Enum takes longer than the comparison with its result."""
 
+_OPEN_LEVELS = 128
+"""How many of the innermost directories stay open: an ordinary user can make thousands of levels."""
+
+_KEPT_LEVELS = 64
+"""How many of the outermost ones do, so that a directory moved far below them costs nothing above it."""
+
 _REFRESH_ENTRIES = 16
 """After how many unchanged entries the table of mounts is looked at: within less than 0.1 ms."""
 
@@ -89,6 +95,7 @@ class _Frame:
     inode: int = 0
     served: frozenset[bytes] = frozenset()
     mounts_seen: int = -1
+    is_parked: bool = False
     ahead: list[tuple[bytes, os.stat_result | OSError]] = field(default_factory=list)
 
 
@@ -171,8 +178,10 @@ class Walker:
                 child = self._advance(frame, len(stack))
                 if child is not None:
                     stack.append(child)
+                    self._park(stack)
                     continue
                 stack.pop()
+                self._unpark(stack, frame)
                 _close(frame.fd)
                 node = replace(frame.node, tree=frame.tree.finish())
                 if not stack:
@@ -187,6 +196,33 @@ class Walker:
         finally:
             for frame in stack:
                 _close(frame.fd)
+
+    def _park(self, stack: list[_Frame]) -> None:
+        """Close a directory that has too many open ones below it; the way back leads through `..`."""
+        if len(stack) <= _KEPT_LEVELS + _OPEN_LEVELS:
+            return
+        frame, below = stack[-_OPEN_LEVELS - 1], stack[-_OPEN_LEVELS]
+        if isinstance(frame.fd, int) and isinstance(below.fd, int):
+            close(frame.fd)
+            frame.fd, frame.is_parked = None, True
+
+    def _unpark(self, stack: list[_Frame], below: _Frame) -> None:
+        """Open the directory above again, before the one below it is closed; report one that was moved."""
+        if not stack or not stack[-1].is_parked:
+            return
+        frame = stack[-1]
+        frame.is_parked = False
+        try:
+            if below.fd is None:
+                raise _moved_error()
+            fd = open_directory(below.fd, b"..")
+            st = stat_open(fd)
+            if (st.st_dev, st.st_ino) != (frame.device, frame.inode):
+                close(fd)
+                raise _moved_error()
+            frame.fd = fd
+        except OSError as error:
+            self._entries.report_failure(frame.path, error)
 
     def _advance(self, frame: _Frame, depth: int) -> _Frame | None:
         """Add entries up to a directory to enter, and return its frame; None after the last entry."""
@@ -347,9 +383,8 @@ class Walker:
         try:
             check_name(name)
             if depth >= MAX_DEPTH:
-                raise OSError(
-                    errno.ENAMETOOLONG, f"it is nested more than {MAX_DEPTH} directories deep"
-                )
+                # Readers refuse even an empty directory there.
+                raise TreeError(f"it is nested more than {MAX_DEPTH} directories deep")
             # Another process may have exchanged the name since its `lstat`: metadata and entries are
             # those of the directory that was opened.
             fd = open_path(frame.fd, entry) if foreign else open_directory(frame.fd, entry)
@@ -503,6 +538,12 @@ class Walker:
 def _close(fd: Handle | None) -> None:
     if fd is not None:
         close(fd)
+
+
+def _moved_error() -> OSError:
+    return OSError(
+        errno.ESTALE, "a directory in it was moved during the backup; the rest of it is missing"
+    )
 
 
 def _unstable_name_error() -> OSError:

@@ -262,11 +262,18 @@ def _configure() -> None:
 
 
 def _allow_open_files() -> None:
-    """Raise the limit of open files: a walk and a restore keep one directory of each level open."""
+    """Raise the limit of open files: a restore keeps one directory of each level open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft == resource.RLIM_INFINITY or soft >= _OPEN_FILES:
+        return
+    if hard == resource.RLIM_INFINITY or hard >= _OPEN_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, hard))
+        return
+    try:
+        # Root may raise the hard limit too, except in some containers.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
+    except (OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _forbid_core_dumps() -> None:

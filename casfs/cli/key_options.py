@@ -187,6 +187,7 @@ def unlock_repository(place: Place, unlock: Unlock) -> Identities | None:
 
     This process may fork afterwards: what is needed of a remote place is read in another process.
     """
+    from casfs.crypto.process_protection import forbid_inspection
     from casfs.repository.key_objects import fetch_key_objects
     from casfs.repository.place import LocalPlace
 
@@ -197,7 +198,10 @@ def unlock_repository(place: Place, unlock: Unlock) -> Identities | None:
         storage = fetch_key_objects(place)
     try:
         trust = place.trust_root(storage)
-        return unlock(storage, trust) if trust.config.encryption is not None else None
+        if trust.config.encryption is None:
+            return None
+        forbid_inspection()
+        return unlock(storage, trust)
     finally:
         storage.close()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from casfs.crypto.age import AgeIdentity, AskPassphrase
 from casfs.crypto.passphrase import WrappedIdentity, parse_wrapped, unwrap_identity, wrap_identity
 from casfs.crypto.recipients import Recipient, RecipientKind
 from casfs.digest import digest_of
+from casfs.display import escape_path
 from casfs.errors import KeyMissingError, NotFoundError, SessionError, StorageError, WrongKeyError
 from casfs.storage.base import Storage
 
@@ -39,12 +42,21 @@ class Identities:
 
 
 def read_identity_file(path: Path, ask: AskPassphrase) -> list[AgeIdentity]:
-    """Return the identities in a file; raise WrongKeyError, KeyMissingError and StorageError."""
+    """Return the identities in a file; raise WrongKeyError, KeyMissingError and StorageError.
+
+    Warn where other users can read it, but use it: not every file system has modes that can be changed.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(_MAX_FILE_BYTES)
+            st = os.fstat(file.fileno())
     except OSError as error:
         raise StorageError("read the identity file", str(path), error) from error
+    if stat.S_ISREG(st.st_mode) and st.st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        log.warning(
+            "other users can read the identity file %s, and with it the repository: chmod 600 it",
+            escape_path(os.fsencode(path)),
+        )
     return age.identities_of_file(data, str(path), ask)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from casfs.crypto.process_protection import forbid_inspection
 from casfs.crypto.trust_root import TrustRoot
 from casfs.crypto.trust_state import pin, verify_pin
 from casfs.errors import KeyMissingError, StorageError
@@ -40,6 +41,7 @@ def create_encryption(
     """Create the keys of a new repository and return its configuration with their ids."""
     from casfs.crypto.key_manager import create_keys
 
+    forbid_inspection()
     if config.format >= 2:
         chunker = msgspec.structs.replace(config.chunker, algorithm=KEYED_CHUNKER)
         config = msgspec.structs.replace(config, chunker=chunker)
@@ -65,6 +67,7 @@ def open_key_manager(
     config = trust.config
     if config.encryption is None:
         return None
+    forbid_inspection()
     from casfs.crypto.identities import Identities
     from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.session_files import NOTHING_GIVEN

@@ -20,6 +20,7 @@ import msgspec
 
 from casfs.crypto.trust_state import state_folder
 from casfs.errors import CasfsError, IntegrityError, LockedError, UsageError
+from casfs_mount.logged_name import NamelessFormatter
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def _usual_handler() -> logging.Handler:
         with contextlib.suppress(OSError):
             handler = logging.handlers.SysLogHandler(_SYSLOG)
             text = f"casfs[{os.getpid()}]: %(levelname)s %(message)s"
-            handler.setFormatter(logging.Formatter(text))
+            handler.setFormatter(NamelessFormatter(text))
             return handler
     try:
         return _file_handler(state_folder(make=False) / "mount.log")

@@ -10,6 +10,7 @@ import threading
 
 from casfs.display import escape_path
 from casfs.errors import BlobError, CasfsError
+from casfs_mount.logged_name import LoggedName
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +47,9 @@ class DamageLog:
         with self._lock:
             if key in self._lines or len(self._lines) >= _MAX_LINES:
                 return
-            line = f"{escape_path(path) or '/'}: {what}"
-            self._lines[key] = line
-        log.error("%s", line)
+            name = escape_path(path) or "/"
+            self._lines[key] = f"{name}: {what}"
+        log.error("%s: %s", LoggedName(name), what)
 
 
 def describe(error: CasfsError) -> str:

@@ -27,6 +27,7 @@ from casfs_mount.damage_log import UnreadableError
 from casfs_mount.event_loop_guard import WouldBlock
 from casfs_mount.file_reader import Readable
 from casfs_mount.inodes import HARD_LINKS, HardLinks, StaleError, hard_link_number
+from casfs_mount.logged_name import LoggedName
 from casfs_mount.page_cache import PageCache, StorePages
 from casfs_mount.view import VIRTUAL_XATTRS, RefusedError, View, allocated_bytes
 
@@ -308,7 +309,8 @@ class FileSystem(pyfuse3.Operations):
             if isinstance(error, CasfsError):
                 self._view.damage(position, error)
             else:
-                log.error("%s: %s", self._view.describe(position), error, exc_info=error)
+                name = LoggedName(self._view.describe(position))
+                log.error("%s: %s", name, LoggedName(error), exc_info=error)
         except Exception:
             log.exception("an error could not be recorded: %r", error)
         return errno.EIO
@@ -361,7 +363,7 @@ class FileSystem(pyfuse3.Operations):
                     log.warning(
                         "%s holds a name of %d bytes, which the kernel cannot list; restore it with "
                         "casfs restore, or read it with casfs dump",
-                        self._view.describe(directory),
+                        LoggedName(self._view.describe(directory)),
                         len(name),
                     )
                     continue

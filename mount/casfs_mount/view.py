@@ -30,6 +30,7 @@ from casfs_mount.damage_log import DamageLog
 from casfs_mount.event_loop_guard import EventLoopGuard
 from casfs_mount.file_reader import FileReader, Readable
 from casfs_mount.inodes import Numbering
+from casfs_mount.logged_name import LoggedName
 from casfs_mount.prefetch import Prefetcher
 from casfs_mount.report_files import FILES, FOLDER, ReportFiles
 from casfs_mount.tree_cache import TreeCache
@@ -299,7 +300,7 @@ class SnapshotView:
         if first_time:
             log.warning(
                 "%s changed while it was backed up (snapshot %s)%s",
-                escape_path(path),
+                LoggedName(escape_path(path)),
                 short_id(self._snapshot_id),
                 ": opening it is denied" if denied else "; the mount shows the captured data",
             )

@@ -18,7 +18,7 @@ from blake3 import blake3
 
 import casfs
 from casfs.backup import file_cache
-from casfs.crypto import age, gpg, passphrase, session_files, recipients, session_files, trust_state
+from casfs.crypto import age, gpg, passphrase, recipients, session_files, trust_state
 from casfs.digest import Digest, PackId
 from casfs.format import (
     cipher,

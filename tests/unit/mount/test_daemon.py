@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from casfs_mount import daemon
 from casfs_mount.daemon import LOGGERS, captured_stderr, log_to
+from casfs_mount.damage_log import DamageLog
+from casfs_mount.logged_name import NamelessFormatter
 
-from casfs.errors import CasfsError
+from casfs.errors import CasfsError, IntegrityError
 
 SCRIPT = """
 import os, sys, time, logging
@@ -215,3 +217,15 @@ def test_without_syslog_and_state_folder_nothing_is_logged_and_nothing_fails(
     log_to(None)
     logging.getLogger("casfs_mount.anything").warning("lost")
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.expect_errors("casfs_mount.damage_log")
+def test_the_system_log_gets_no_names_of_files(caplog: pytest.LogCaptureFixture) -> None:
+    damage = DamageLog()
+    with caplog.at_level(logging.ERROR):
+        damage.add_range(b"home/letter to anna", 0, 4096, IntegrityError("digest mismatch"))
+    (record,) = caplog.records
+    assert record.getMessage() == "home/letter to anna: bytes 0 to 4095: digest mismatch"
+    shown = NamelessFormatter("%(levelname)s %(message)s").format(record)
+    assert shown == "ERROR a file: bytes 0 to 4095: digest mismatch"
+    assert b"letter" in damage.text()
