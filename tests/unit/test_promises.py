@@ -59,6 +59,21 @@ def test_every_attack_in_the_threat_model_names_a_test_or_says_why_there_is_none
     assert len(unproven) <= 1
 
 
+def test_every_attacker_has_a_row_whose_cannot_names_a_test() -> None:
+    head = "| Attacker | Has | Can | Cannot | Test |\n|---|---|---|---|---|\n"
+    rows = [
+        row.strip("|").split(" | ")
+        for table in THREAT_MODEL.split(head)[1:]
+        for row in table.partition("\n\n")[0].splitlines()
+    ]
+    assert THREAT_MODEL.count("| Attacker |") == 2 and len(rows) >= 20
+    assert [row[0] for row in rows if len(row) != 5 or not all(cell.strip() for cell in row)] == []
+    assert [row[0] for row in rows if not TEST_NAME.match(row[4].strip())] == []
+    actors = " ".join(row[0] for row in rows)
+    for actor in ("differently the second time", "create-only", "Former recipient", "Other user"):
+        assert actor in actors
+
+
 def test_every_fault_test_that_kills_or_damages_is_on_the_page() -> None:
     """Require a promise for every file of fault tests, so that a reader finds them from this page."""
     files = {name.partition("::")[0] for name in NAMED}
