@@ -15,7 +15,8 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +132,44 @@ def check_mountpoint(path: Path, repository: Path | None) -> Path:
             "and would be hidden"
         )
     return real
+
+
+@contextmanager
+def held_mountpoint(real: Path) -> Iterator[Callable[[], None]]:
+    """Hold the directory at a real path while it is mounted on; yield a check to call after mounting.
+
+    Another user who owns a directory above it could exchange it for a symlink, and have another one covered.
+    Both raise CasfsError where the directory is no longer at its path, the check also where the path is no
+    mount of casfs.
+    """
+    name = escape_path(bytes(real))
+    try:
+        fd = os.open(real, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise CasfsError(f"cannot mount on {name}: {error.strerror}") from error
+
+    def require_same() -> None:
+        if os.readlink(b"/proc/self/fd/%d" % fd) != bytes(real):
+            raise _exchanged_error(name)
+
+    def require_mounted() -> None:
+        require_same()
+        record = mounted_at(real)
+        if record is None or record.kind != FILE_SYSTEM_TYPE:
+            raise _exchanged_error(name)
+
+    try:
+        require_same()
+        yield require_mounted
+    finally:
+        os.close(fd)
+
+
+def _exchanged_error(name: str) -> CasfsError:
+    return CasfsError(
+        f"{name} was exchanged for another directory while it was mounted; nothing is mounted. Choose a "
+        "mountpoint in a folder that no other user can change"
+    )
 
 
 def _check_server(real: Path) -> None:

@@ -36,7 +36,7 @@ from casfs_mount.event_library import fast_event_library
 from casfs_mount.event_loop_guard import EventLoopGuard
 from casfs_mount.handlers import DisplayOptions, FileSystem
 from casfs_mount.inodes import ROOT
-from casfs_mount.mountpoint import check_fuse, check_mountpoint
+from casfs_mount.mountpoint import check_fuse, check_mountpoint, held_mountpoint
 from casfs_mount.repository_view import RepositoryView
 from casfs_mount.tree_cache import TreeCache
 from casfs_mount.view import MountContext, SnapshotView, View
@@ -168,13 +168,21 @@ def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
 
 def _mount(operations: FileSystem, request: MountRequest) -> None:
     said: list[str] = []
-    try:
-        with captured_stderr(said):
-            pyfuse3.init(operations, os.fspath(request.mountpoint), _options(request))
-    except RuntimeError as error:
-        why = "; ".join(said) or str(error)
-        name = escape_path(bytes(request.mountpoint))
-        raise CasfsError(f"FUSE cannot mount on {name}: {escape_path(os.fsencode(why))}") from error
+    with held_mountpoint(request.mountpoint) as require_same:
+        try:
+            with captured_stderr(said):
+                pyfuse3.init(operations, os.fspath(request.mountpoint), _options(request))
+        except RuntimeError as error:
+            why = "; ".join(said) or str(error)
+            name = escape_path(bytes(request.mountpoint))
+            raise CasfsError(
+                f"FUSE cannot mount on {name}: {escape_path(os.fsencode(why))}"
+            ) from error
+        try:
+            require_same()
+        except CasfsError:
+            pyfuse3.close()
+            raise
 
 
 def open_view(

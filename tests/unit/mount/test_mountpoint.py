@@ -9,9 +9,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
+import pyfuse3
 import pytest
-from casfs_mount import mountpoint
+from casfs_mount import mountpoint, server
+from casfs_mount.handlers import FileSystem
 from casfs_mount.mountpoint import (
     MountRecord,
     check_fuse,
@@ -22,6 +25,7 @@ from casfs_mount.mountpoint import (
 )
 
 from casfs.errors import CasfsError, NotFoundError
+from casfs.repository.place import LocalPlace
 
 
 @pytest.fixture
@@ -216,3 +220,39 @@ class TestUnprivilegedUser:
                 check_fuse(True)
         (tmp_path / "fuse.conf").write_text("mount_max = 5\n  user_allow_other\n")
         check_fuse(True)
+
+
+class TestExchangedMountpoint:
+    @pytest.fixture
+    def closed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Mounting exchanges the mountpoint for a symlink, as the owner of the folder above can."""
+        (tmp_path / "at").mkdir()
+        (tmp_path / "victim").mkdir()
+        closed: list[str] = []
+
+        def exchange(*_: object) -> None:
+            (tmp_path / "at").rename(tmp_path / "taken")
+            (tmp_path / "at").symlink_to(tmp_path / "victim")
+
+        monkeypatch.setattr(pyfuse3, "init", exchange)
+        monkeypatch.setattr(pyfuse3, "close", lambda: closed.append("closed"))
+        return closed
+
+    def test_a_mountpoint_that_is_exchanged_while_it_is_mounted_is_refused(
+        self, tmp_path: Path, closed: list[str]
+    ) -> None:
+        request = server.MountRequest(LocalPlace(tmp_path / "repository"), tmp_path / "at")
+        operations = cast(FileSystem, None)
+        with pytest.raises(CasfsError, match="was exchanged for another directory"):
+            server._mount(operations, request)
+        assert closed == ["closed"]
+
+    def test_a_mountpoint_that_is_a_symlink_by_now_is_not_mounted_on(
+        self, tmp_path: Path, closed: list[str]
+    ) -> None:
+        (tmp_path / "at").rmdir()
+        (tmp_path / "at").symlink_to(tmp_path / "victim")
+        request = server.MountRequest(LocalPlace(tmp_path / "repository"), tmp_path / "at")
+        with pytest.raises(CasfsError, match="cannot mount on"):
+            server._mount(cast(FileSystem, None), request)
+        assert closed == [] and not (tmp_path / "taken").exists()
