@@ -52,12 +52,13 @@ def read_identity_file(path: Path, ask: AskPassphrase) -> list[AgeIdentity]:
             st = os.fstat(file.fileno())
     except OSError as error:
         raise StorageError("read the identity file", str(path), error) from error
+    found = age.identities_of_file(data, str(path), ask)
     if stat.S_ISREG(st.st_mode) and st.st_mode & (stat.S_IRGRP | stat.S_IROTH):
         log.warning(
             "other users can read the identity file %s, and with it the repository: chmod 600 it",
             escape_path(os.fsencode(path)),
         )
-    return age.identities_of_file(data, str(path), ask)
+    return found
 
 
 def unlock_by_passphrase(
