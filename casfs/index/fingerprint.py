@@ -58,13 +58,13 @@ def write_fingerprint(path: Path) -> None:
 
     Log a failure; raise nothing.
     """
-    data, fingerprint = path / DATA_FILE, path / FINGERPRINT_FILE
+    data = path / DATA_FILE
     try:
         key = _user_secret()
         before = os.stat(data)
         digest = _digest(data, before)
         if _state(before) != _state(os.stat(data)):
-            fingerprint.unlink(missing_ok=True)
+            _replace(path, _stale_line(key))
             return
         size, mtime_ns = _state(before)
         line = _FORM.format(size=size, mtime_ns=mtime_ns, digest=digest)
@@ -98,9 +98,23 @@ def _replace(path: Path, text: bytes) -> None:
         raise
 
 
-def remove_fingerprint(path: Path) -> None:
-    """Remove the fingerprint; the next opener first reads the whole index in a subprocess."""
-    (path / FINGERPRINT_FILE).unlink(missing_ok=True)
+def require_probe(path: Path) -> None:
+    """Let the next opener read the whole index in a subprocess first, if this user wrote it.
+
+    Raise OSError.
+    """
+    try:
+        key = _user_secret()
+    except (OSError, CasfsError):
+        return  # without a secret every opener does
+    if (path / DATA_FILE).exists() and _read_fingerprint(path, key) is not None:
+        _replace(path, _stale_line(key))
+
+
+def _stale_line(key: bytes) -> bytes:
+    """Return a fingerprint of this user that fits no file."""
+    line = _FORM.format(size=0, mtime_ns=0, digest="-")
+    return f"{line} {_code(key, line)}\n".encode()
 
 
 def assess(path: Path, in_use: bool) -> IndexState:

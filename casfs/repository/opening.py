@@ -31,7 +31,7 @@ from casfs.format.config import (
 )
 from casfs.format.delta import FOLDER as DELTAS
 from casfs.format.pack import META_PREFIX, PACK_PREFIXES
-from casfs.index.fingerprint import remove_fingerprint
+from casfs.index.fingerprint import require_probe
 from casfs.index.index import Index
 from casfs.repository.activity import Activity, begin_reading, begin_writing
 from casfs.repository.index_opening import close_index, open_index, open_index_readonly
@@ -303,7 +303,7 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
         )
         path = place.index_dir(config)
         if mode == LockMode.EXCLUSIVE:
-            remove_fingerprint(path)
+            require_probe(path)
         index = open_index(
             place,
             config,

@@ -179,6 +179,29 @@ def test_a_user_without_a_home_opens_an_index_after_a_probe(
     assert fingerprint.assess(path, in_use=False) == IndexState.DAMAGED
 
 
+def test_a_required_probe_reads_the_index_and_keeps_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fingerprint.require_probe(path)
+    probed = []
+
+    def probe(folder: Path) -> bool:
+        probed.append(folder)
+        return True
+
+    monkeypatch.setattr(fingerprint, "_survives_a_probe", probe)
+    assert fingerprint.assess(path, in_use=False) == IndexState.INTACT
+    assert probed == [path]
+    assert fingerprint.assess(path, in_use=False) == IndexState.INTACT
+    assert probed == [path]
+
+
+def test_a_required_probe_makes_no_foreign_index_the_users_own(path: Path) -> None:
+    (path / fingerprint.FINGERPRINT_FILE).unlink()
+    fingerprint.require_probe(path)
+    assert fingerprint.assess(path, in_use=False) == IndexState.FOREIGN
+
+
 def test_the_secret_is_private_and_stays(path: Path) -> None:
     file = Path(os.environ["XDG_STATE_HOME"], "casfs", fingerprint.SECRET_FILE)
     before = file.read_bytes()
