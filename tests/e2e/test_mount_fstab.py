@@ -25,19 +25,22 @@ Inside = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def inside(tmp_path: Path, superuser: None) -> Iterator[Inside]:
+def inside(tmp_path: Path, superuser: None, repository: Casfs) -> Iterator[Inside]:
     """Run commands where mount(8) finds the helper; what they mounted goes with the namespace."""
     helper = Path(program()[0]).with_name("mount.fuse.casfs")
     assert helper.exists()
     layers = tmp_path / "layers"
     layers.mkdir()
     sbin = Path("/sbin").resolve()
+    # mount(8) passes no HOME on to its helper.
+    state = {"XDG_STATE_HOME": str(repository.home / ".local" / "state")}
     options = f"lowerdir={sbin},upperdir={layers}/upper,workdir={layers}/work"
-    with mount_namespace() as repo:
+    with mount_namespace() as holder:
 
         def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
-                ["nsenter", f"--mount=/proc/{repo}/ns/mnt", "--", *map(str, command)],
+                ["nsenter", f"--mount=/proc/{holder}/ns/mnt", "--", *map(str, command)],
+                env=repository.environment(state),
                 capture_output=True,
                 text=True,
                 check=False,
