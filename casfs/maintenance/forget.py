@@ -71,7 +71,8 @@ class GroupKey:
 class ForgetPlan:
     """The decisions on the snapshots of each group, newest first.
 
-    The `unproven` ones count in no rule and stay: their writer could otherwise displace proven snapshots.
+    The `unproven` ones count in no rule and stay: their writer could otherwise displace proven snapshots. So
+    do copies of a proven snapshot that a machine published that is not trusted for its host.
     """
 
     unproven: list[Candidate] = field(default_factory=list)
@@ -106,11 +107,14 @@ def plan_policy(
     now_ns = time.time_ns() if now_ns is None else now_ns
     groups: dict[GroupKey, list[Candidate]] = {}
     unproven: list[Candidate] = []
-    for snapshot_id, snapshot in repository.snapshots.iterate():
+    everything = list(repository.snapshots.iterate())
+    uncounted = repository.snapshots.uncounted_copies(snapshot_id for snapshot_id, _ in everything)
+    for snapshot_id, snapshot in everything:
         if not choice.accepts(snapshot):
             continue
         candidate = Candidate(snapshot_id, snapshot)
-        if repository.snapshots.is_from_trusted_writer(snapshot_id):
+        is_proven = repository.snapshots.is_from_trusted_writer(snapshot_id)
+        if is_proven and snapshot_id not in uncounted:
             groups.setdefault(grouping.key(snapshot), []).append(candidate)
         else:
             unproven.append(candidate)
@@ -165,13 +169,10 @@ def forget(repository: Repository, candidates: Iterable[Candidate]) -> int:
     """
     count = 0
     for candidate in candidates:
-        snapshot = candidate.snapshot
-        if (
-            snapshot is not None
-            and snapshot.replaces is not None
-            and repository.snapshots.is_from_trusted_writer(candidate.snapshot_id)
-        ):
-            repository.snapshots.delete(SnapshotId(snapshot.replaces))
+        if candidate.snapshot is not None:
+            replaced = repository.snapshots.replaced_by(candidate.snapshot_id, candidate.snapshot)
+            if replaced is not None:
+                repository.snapshots.delete(replaced)
         try:
             repository.snapshots.delete(candidate.snapshot_id)
         except NotFoundError:

@@ -171,6 +171,7 @@ class SnapshotStore:
                 "a replacement is refused: this machine does not have the repository's own secret, so the "
                 "new snapshot would be unproven; run `casfs key accept` with an identity"
             )
+        left_by_crash = self.replaced_by(snapshot_id, snapshot)
         changed = msgspec.structs.replace(
             snapshot,
             root=root if root is not None else snapshot.root,
@@ -178,17 +179,17 @@ class SnapshotStore:
             replaces=snapshot_id,
         )
         complete = root is None and self._index.is_complete(snapshot_id)
-        signers = self._origins[snapshot_id].signers if root is None else None
+        signed = self._signed(snapshot_id) if root is None else None
+        signers = signed.signers if signed is not None else None
         author = signers.author if signers is not None else None
         new_id = self.publish(
             changed, complete, author=author, copy_of=snapshot_id if root is None else None
         )
         if root is None:
             self._carry_lock(snapshot_id, new_id)
-        if snapshot.replaces is not None:
-            # A crash may have left the snapshot that this one replaced; without this one it would be listed
-            # again.
-            self.delete(SnapshotId(snapshot.replaces))
+        if left_by_crash is not None:
+            # Without the snapshot that replaced it, it would be listed again.
+            self.delete(left_by_crash)
         self.delete(snapshot_id)
         return new_id
 
@@ -277,10 +278,52 @@ class SnapshotStore:
         writers = self._trusted_writers()
         return writers is None or writers.trusts(signed)
 
+    def replaced_by(self, snapshot_id: SnapshotId, snapshot: Snapshot) -> SnapshotId | None:
+        """Return the snapshot that another one hides, and that is deleted with it; None if there is none.
+
+        The author does not sign `replaces`. So in an encrypted repository a snapshot replaces another only if
+        it is proven, a machine that is trusted for its host published it, and the other one is of the same
+        host and can be read. Raises as `load` does for the first of the two.
+        """
+        if snapshot.replaces is None:
+            return None
+        replaced = SnapshotId(snapshot.replaces)
+        if self._keys is None:
+            return replaced
+        if not self._may_replace(snapshot_id):
+            return None
+        if replaced not in self._origins:
+            try:
+                self.load(replaced)
+            except (NotFoundError, KeyMissingError, IntegrityError):
+                return None
+        return replaced if self._origins[replaced].host == snapshot.host else None
+
+    def uncounted_copies(self, snapshot_ids: Iterable[SnapshotId]) -> set[SnapshotId]:
+        """Return which snapshots must count in no retention rule, since each only repeats another one.
+
+        The author does not sign the tags. So anybody who can read a proven snapshot and write to the storage
+        can publish it any number of times, with other tags. Of those with the same author's signature, the
+        ones count that a trusted machine published, or one if there are none. Raises as `load` does.
+        """
+        writers = self._trusted_writers()
+        if writers is None:
+            return set()
+        copies: dict[Author, list[tuple[bool, SnapshotId]]] = {}
+        for snapshot_id in snapshot_ids:
+            signed = self._signed(snapshot_id)
+            if signed is None or signed.signers is None or not writers.trusts(signed):
+                continue
+            trusted = writers.trusts_publisher(signed)
+            copies.setdefault(signed.signers.author, []).append((trusted, snapshot_id))
+        uncounted = set[SnapshotId]()
+        for same in copies.values():
+            counted = {one for trusted, one in same if trusted} or {same[0][1]}
+            uncounted.update(one for _, one in same if one not in counted)
+        return uncounted
+
     def _may_replace(self, snapshot_id: SnapshotId) -> bool:
         """Return whether a snapshot is proven and a trusted machine published it."""
-        if self._keys is None:
-            return True
         signed, writers = self._signed(snapshot_id), self._trusted_writers()
         if signed is None or not self.is_from_trusted_writer(snapshot_id):
             return False
@@ -356,11 +399,12 @@ class SnapshotStore:
             if not found:
                 raise missing  # there are snapshots, but none for these identities
             log.warning("snapshot %s is omitted: %s", short_id(snapshot_id), missing)
-        # An unproven snapshot must not hide another one.
+        # A forged snapshot must not hide another one.
+        there = {snapshot_id for snapshot_id, _ in found}
         replaced = {
-            snapshot.replaces
+            self.replaced_by(snapshot_id, snapshot)
             for snapshot_id, snapshot in found
-            if snapshot.replaces is not None and self._may_replace(snapshot_id)
+            if snapshot.replaces in there
         }
         found.sort(key=lambda item: (item[1].time_ns, item[0]))
         for snapshot_id, snapshot in found:

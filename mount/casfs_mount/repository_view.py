@@ -330,8 +330,12 @@ class RepositoryView:
                     "snapshot %s is unproven: the owner of the storage may have made it",
                     short_id(snapshot_id),
                 )
-        proven = self._context.repository.snapshots.is_from_trusted_writer
-        replaced = {s.snapshot.replaces for i, s in self._shown.items() if i in found and proven(i)}
+        replaced_by = self._context.repository.snapshots.replaced_by
+        replaced = {
+            replaced_by(snapshot_id, shown.snapshot)
+            for snapshot_id, shown in self._shown.items()
+            if snapshot_id in found and shown.snapshot.replaces in self._shown
+        }
         for shown in list(self._shown.values()):
             gone = shown.snapshot_id not in found or shown.snapshot_id in replaced
             if gone != (shown.gone_s is not None):

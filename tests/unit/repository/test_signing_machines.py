@@ -28,9 +28,9 @@ from casfs.repository.opening import (
     open_for_reading,
     open_for_writing,
 )
-from casfs.repository.repository import Repository
 from casfs.storage.locks import LockMode
 from tests.support.encryption import RECIPIENT, SECRET, unlock
+from tests.support.observation import look_through_the_mount
 
 OPTIONS = OpenOptions(unlock=unlock, sync=False)
 
@@ -113,22 +113,93 @@ def test_a_former_recipient_publishes_in_the_name_of_no_known_host(fleet: Fleet)
 def test_a_forged_snapshot_hides_no_honest_one(fleet: Fleet) -> None:
     honest = id_of(fleet.back_up("web"))
     assert fleet.proven("admin") == {honest: True}
-    with fleet.on("thief"), open_for_writing(fleet.root, "tag", OPTIONS) as repository:
-        forged = _replacement_with_the_authors_signature(repository, honest)
-    with fleet.on("admin"), open_for_reading(fleet.root, OPTIONS) as repository:
-        assert {one for one, _ in repository.snapshots.iterate()} == {honest, forged}
+    forged = _copy(fleet, "thief", honest, tags=("evil",), replaces=honest)
+    assert _listed(fleet, "admin") == {honest, forged}
 
 
-def _replacement_with_the_authors_signature(
-    repository: Repository, snapshot_id: SnapshotId
+def _copy(
+    fleet: Fleet,
+    machine: str,
+    copied: SnapshotId,
+    tags: tuple[str, ...] = (),
+    replaces: SnapshotId | None = None,
+    host: str | None = None,
 ) -> SnapshotId:
-    """Publish a snapshot that replaces another, as `tag` does, and leave the other there."""
-    store = repository.snapshots
-    snapshot = store.load(snapshot_id)
-    signers = store._origins[snapshot_id].signers
-    assert signers is not None
-    changed = msgspec.structs.replace(snapshot, tags=("evil",), replaces=snapshot_id)
-    return store.publish(changed, author=signers.author)
+    """Publish a snapshot again on another machine and leave the first one there.
+
+    It keeps its author's signature unless it gets another host.
+    """
+    with fleet.on(machine), open_for_writing(fleet.root, "tag", OPTIONS) as repository:
+        store = repository.snapshots
+        snapshot = store.load(copied)
+        signers = store._origins[copied].signers
+        assert signers is not None
+        changed = msgspec.structs.replace(
+            snapshot, tags=tags, replaces=replaces, host=host or snapshot.host
+        )
+        return store.publish(changed, author=signers.author if host is None else None)
+
+
+def _back_up_changed(fleet: Fleet, machine: str, content: bytes) -> SnapshotId:
+    (fleet.source / "file").write_bytes(content)
+    return id_of(fleet.back_up(machine))
+
+
+def _listed(fleet: Fleet, machine: str) -> set[SnapshotId]:
+    with fleet.on(machine), open_for_reading(fleet.root, OPTIONS) as repository:
+        return {one for one, _ in repository.snapshots.iterate()}
+
+
+@pytest.mark.parametrize("host", ["a new one", "mail"])
+def test_a_machine_replaces_no_snapshot_of_another_host(fleet: Fleet, host: str) -> None:
+    """A host that was taken over, or a new one, signs what claims to replace the snapshot of another."""
+    honest = id_of(fleet.back_up("web"))
+    fleet.back_up("mail")
+    assert all(fleet.proven("admin").values())
+    forged = _copy(fleet, host, honest, replaces=honest, host=host)
+    assert fleet.proven("admin")[forged]
+    assert {honest, forged} <= _listed(fleet, "admin")
+    fleet.run("admin", "forget", forged.hex())
+    assert honest in fleet.proven("admin")
+
+
+@pytest.mark.parametrize("command", [("forget",), ("tag", "--add", "kept")])
+def test_a_copy_that_claims_to_replace_another_snapshot_does_not_remove_it(
+    fleet: Fleet, command: tuple[str, ...]
+) -> None:
+    """The author's signature of an older snapshot does not cover what the copy claims to replace."""
+    older, newer = (_back_up_changed(fleet, "web", content) for content in (b"older", b"newer"))
+    assert fleet.proven("admin") == {older: True, newer: True}
+    copy = _copy(fleet, "thief", older, tags=("x",), replaces=newer)
+    fleet.run("admin", *command, copy.hex())
+    left = fleet.proven("admin")
+    assert {older, newer} <= left.keys()
+    assert copy not in left
+
+
+def test_a_copy_hides_no_snapshot_in_a_mount_of_everything(fleet: Fleet) -> None:
+    older, newer = (_back_up_changed(fleet, "web", content) for content in (b"older", b"newer"))
+    assert fleet.proven("admin") == {older: True, newer: True}
+    copy = _copy(fleet, "thief", older, tags=("x",), replaces=newer)
+    with fleet.on("admin"), open_for_reading(fleet.root, OPTIONS) as repository:
+        seen = look_through_the_mount(repository)
+    assert set(seen) == {one.hex() for one in (older, newer, copy)}
+
+
+def test_copies_of_a_snapshot_displace_no_other_by_any_retention_rule(fleet: Fleet) -> None:
+    made = {_back_up_changed(fleet, "web", content) for content in (b"1", b"2", b"3")}
+    assert fleet.proven("admin") == dict.fromkeys(made, True)
+    copies = {_copy(fleet, "thief", one, tags=(tag,)) for one in made for tag in ("a", "b", "c")}
+    fleet.run("admin", "forget", "--keep-last", "3")
+    assert fleet.proven("admin").keys() == made | copies
+
+
+def test_a_snapshot_that_another_machine_tagged_counts_once(fleet: Fleet) -> None:
+    made = [_back_up_changed(fleet, "web", content) for content in (b"1", b"2")]
+    assert fleet.proven("web") == dict.fromkeys(made, True)
+    fleet.run("admin", "tag", made[0].hex(), "--add", "kept")
+    fleet.run("web", "forget", "--keep-last", "1")
+    assert fleet.proven("web") == {made[1]: True}
 
 
 def test_a_tag_that_another_machine_changes_leaves_the_snapshot_proven(fleet: Fleet) -> None:
