@@ -18,6 +18,9 @@ _NETWORK_TYPES = frozenset(
 )
 """Linux file system types on which another machine may change a file while it is mapped."""
 
+_ALL_USERS = (1 << 32) - 1
+"""How many user numbers the initial user namespace has."""
+
 
 def index_dir(root: Path, repository_id: str, encrypted: bool = False) -> Path:
     """Return the folder of the index of the repository at `root`."""
@@ -85,20 +88,44 @@ def require_private_folder(folder: Path, variable: str) -> None:
     A folder that does not exist is not refused. `variable` is the environment variable of the base folder.
     """
     try:
-        st, above = os.stat(folder), os.stat(folder.parent)
+        st = os.stat(folder)
+        changeable = _changeable_above(folder) if is_trusted_folder(st) else folder
     except OSError:
         return
-    is_replaceable = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
-    for changeable, refused in (
-        (folder, not is_trusted_folder(st)),
-        (folder.parent, is_replaceable),
-    ):
-        if refused:
-            raise RefusedError(
-                f"another user can change the folder {changeable}, in which casfs keeps what this machine "
-                f"knows of repositories; make it yours with mode 0700, or set {variable} to a folder of your "
-                "own (after `sudo -E` it belongs to the user who ran sudo: use `sudo -H`)"
-            )
+    if changeable is not None:
+        raise RefusedError(
+            f"another user can change the folder {changeable}, in which casfs keeps what this machine "
+            f"knows of repositories; make it yours with mode 0700, or set {variable} to a folder of your "
+            "own (after `sudo -E` it belongs to the user who ran sudo: use `sudo -H`)"
+        )
+
+
+def _changeable_above(folder: Path) -> Path | None:
+    """Return a folder above another one, or a symlink to it, that lets another user exchange it, or None.
+
+    Such a user can take away what this user recorded, or lead this user to another folder.
+    """
+    trusted = (os.geteuid(), 0, *_unmapped_users())
+    if os.lstat(folder).st_uid not in trusted:
+        return folder
+    for above in dict.fromkeys((*folder.parents, *Path(os.path.realpath(folder)).parents)):
+        st = os.lstat(above)
+        is_writable = stat.S_ISDIR(st.st_mode) and st.st_mode & stat.S_IWOTH
+        if st.st_uid not in trusted or (is_writable and not st.st_mode & stat.S_ISVTX):
+            return above
+    return None
+
+
+def _unmapped_users() -> tuple[int, ...]:
+    """Return the number that stands for all users of the system that a user namespace does not have."""
+    try:
+        mapped = sum(
+            int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines()
+        )
+        number = int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError, IndexError):
+        return ()
+    return (number,) if mapped < _ALL_USERS else ()
 
 
 def user_folder(variable: str, usual: str) -> Path:

@@ -141,6 +141,36 @@ class TestStateFile:
         with pytest.raises(RefusedError, match="sudo -H"):
             load_state(CONFIG)
 
+    @needs_root
+    @pytest.mark.parametrize("levels", [0, 1], ids=["the folder above", "two levels above"])
+    def test_a_state_folder_below_a_folder_of_another_user_is_refused(
+        self, state: Path, levels: int
+    ) -> None:
+        """Its owner could take the records away, so that a replaced repository were a first use."""
+        save_state(STATE)
+        above = state.parents[levels]
+        st = above.stat()
+        os.chown(above, OTHER_USER, OTHER_USER)
+        try:
+            with pytest.raises(RefusedError, match=f"change the folder {above},"):
+                verify_pin("/repository", trust_of(CONFIG))
+        finally:
+            os.chown(above, st.st_uid, st.st_gid)
+
+    @needs_root
+    def test_a_state_folder_that_is_a_symlink_of_another_user_is_refused(
+        self, state: Path, tmp_path: Path
+    ) -> None:
+        save_state(STATE)
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        state.rename(tmp_path / "taken")
+        state.symlink_to(elsewhere)
+        os.chown(state, OTHER_USER, OTHER_USER, follow_symlinks=False)
+        with pytest.raises(RefusedError, match=f"change the folder {state},"):
+            save_state(STATE)
+        assert os.listdir(elsewhere) == []
+
     @pytest.mark.parametrize(
         "data",
         [
