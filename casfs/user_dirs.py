@@ -105,7 +105,7 @@ def _changeable_above(folder: Path) -> Path | None:
 
     Such a user can take away what this user recorded, or lead this user to another folder.
     """
-    trusted = (os.geteuid(), 0, *_unmapped_users())
+    trusted = (os.geteuid(), 0, *unmapped_users())
     if os.lstat(folder).st_uid not in trusted:
         return folder
     for above in dict.fromkeys((*folder.parents, *Path(os.path.realpath(folder)).parents)):
@@ -116,7 +116,7 @@ def _changeable_above(folder: Path) -> Path | None:
     return None
 
 
-def _unmapped_users() -> tuple[int, ...]:
+def unmapped_users() -> tuple[int, ...]:
     """Return the number that stands for all users of the system that a user namespace does not have."""
     try:
         mapped = sum(

@@ -14,7 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from casfs.restore.target_fs import open_parent, open_subdir, temporary_name
+from casfs.restore.target_fs import (
+    create_file,
+    open_parent,
+    open_subdir,
+    temporary_name,
+    unlink_quietly,
+)
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -45,7 +51,7 @@ def private_directory(fd: int) -> Iterator[int]:
 
     It is `fd` itself where that is private, else a new directory in it of mode 0700, which is removed at the
     end. On a file system that does not record this user as the owner of what it creates (SSHFS, CIFS), it is
-    `fd`. Raises OSError.
+    `fd`. Raises OSError, also where another user exchanged the new one.
     """
     if is_private(fd):
         yield fd
@@ -55,7 +61,10 @@ def private_directory(fd: int) -> Iterator[int]:
     try:
         opened = open_subdir(fd, name)
         try:
-            yield opened if is_private(opened) else fd
+            is_usable = is_private(opened)
+            if not is_usable and _records_owners(fd):
+                raise OSError(errno.ESTALE, "another user exchanged the folder for a new entry")
+            yield opened if is_usable else fd
         finally:
             os.close(opened)
     finally:
@@ -63,6 +72,17 @@ def private_directory(fd: int) -> Iterator[int]:
             os.rmdir(name, dir_fd=fd)
         except OSError:
             pass  # another user has moved it
+
+
+def _records_owners(fd: int) -> bool:
+    """Return whether a new file in a directory belongs to this user, as the new file's descriptor shows."""
+    name = temporary_name()
+    opened = create_file(fd, name)
+    try:
+        return is_private(opened)
+    finally:
+        os.close(opened)
+        unlink_quietly(fd, name)
 
 
 def link_inode(fd: int, path: bytes, identity: FileIdentity, new_fd: int, new_name: bytes) -> None:

@@ -24,12 +24,17 @@ from casfs.digest import digest_of
 from casfs.format.node_types import NODE_TYPES
 from casfs.format.tree import Node, NodeType
 from casfs.paths import join
+from casfs.user_dirs import unmapped_users
 
 TEMPORARY_PREFIX = b".casfs-restore-"
 
 _serial = itertools.count()
 
 _ABANDONED_S = 86_400
+
+_ENTER = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_MAX_LINKS = 40
+"""As in Linux."""
 
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_CASEFOLD_FL = 0x40000000
@@ -39,25 +44,76 @@ _NOT_PERMITTED_ERRNOS = frozenset([errno.EPERM, errno.EACCES, errno.ENOTSUP])
 
 
 def open_root(target: bytes) -> tuple[int, int | None, bool]:
-    """Open the target folder as `open_writable` does, and return whether it was created."""
-    created = _make_directories(target)
-    return *_open_writable(None, target, os.stat(target), follow=True), created
+    """Open the target folder as `open_writable` does, and return whether it was created.
 
-
-def _make_directories(path: bytes) -> bool:
-    """Create a directory and those above it, however deep; return whether it did not exist."""
+    Raise OSError where a symlink of another user leads to a folder that is not that user's.
+    """
     missing: list[bytes] = []
-    above = path
+    above = target
     while above and not os.path.lexists(above):
-        missing.append(above)
+        missing.append(os.path.basename(above.rstrip(b"/")))
         above = os.path.dirname(above.rstrip(b"/"))
-    for folder in reversed(missing):
-        try:
-            os.mkdir(folder)
-        except FileExistsError:
-            if not os.path.isdir(folder):
-                raise
-    return bool(missing)
+    opened = _follow(above)
+    try:
+        for name in reversed(missing):
+            try:
+                os.mkdir(name, dir_fd=opened)
+            except FileExistsError:
+                pass  # another process created it, or it is `..`
+            below = os.open(name, _ENTER | os.O_DIRECTORY, dir_fd=opened)
+            os.close(opened)
+            opened = below
+        return *_open_writable(opened, b".", os.fstat(opened)), bool(missing)
+    finally:
+        os.close(opened)
+
+
+def _follow(path: bytes) -> int:
+    """Open a directory by a path with symlinks, for `dir_fd`; raise OSError as `open_root` does.
+
+    The kernel follows such a link only in sticky folders that everybody can write: it compares the owners in
+    the same way.
+    """
+    trusted = (os.geteuid(), 0, *unmapped_users())
+    foreign: set[int] = set()
+    names = path.split(b"/")[::-1]
+    opened = os.open(b"/" if path.startswith(b"/") else b".", os.O_PATH | os.O_CLOEXEC)
+    links = 0
+    try:
+        while names:
+            name = names.pop()
+            if not name:
+                continue
+            below = os.open(name, _ENTER, dir_fd=opened)
+            st = os.fstat(below)
+            if not stat.S_ISLNK(st.st_mode):
+                os.close(opened)
+                opened = below
+                continue
+            try:
+                leads_to = os.readlink(b"", dir_fd=below)
+            finally:
+                os.close(below)
+            links += 1
+            if links > _MAX_LINKS:
+                raise OSError(errno.ELOOP, "too many symbolic links", path)
+            if st.st_uid not in trusted:
+                foreign.add(st.st_uid)
+            if leads_to.startswith(b"/"):
+                os.close(opened)
+                opened = os.open(b"/", os.O_PATH | os.O_CLOEXEC)
+            names += leads_to.split(b"/")[::-1]
+        if foreign - {os.fstat(opened).st_uid}:
+            raise OSError(
+                errno.EPERM,
+                "a symbolic link of another user leads to a folder that is not that user's; name the folder "
+                "itself if it is meant",
+                path,
+            )
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
 
 
 def open_writable(fd: int, name: bytes, st: os.stat_result) -> tuple[int, int | None]:
@@ -66,7 +122,7 @@ def open_writable(fd: int, name: bytes, st: os.stat_result) -> tuple[int, int | 
     Where the owner has no write permission, as after an earlier restore, the function grants it and returns
     the original mode with the descriptor, for `close_restoring_mode`; else it returns None for the mode.
     """
-    return _open_writable(fd, name, st, follow=False)
+    return _open_writable(fd, name, st)
 
 
 def close_restoring_mode(fd: int, mode: int | None) -> None:
@@ -78,10 +134,8 @@ def close_restoring_mode(fd: int, mode: int | None) -> None:
         os.close(fd)
 
 
-def _open_writable(
-    dir_fd: int | None, name: bytes, st: os.stat_result, follow: bool
-) -> tuple[int, int | None]:
-    flags = os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+def _open_writable(dir_fd: int, name: bytes, st: os.stat_result) -> tuple[int, int | None]:
+    flags = os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
     mode = stat.S_IMODE(st.st_mode)
     rights = os.R_OK | os.W_OK | os.X_OK
     if mode & stat.S_IRWXU == stat.S_IRWXU or os.access(name, rights, dir_fd=dir_fd):

@@ -222,3 +222,42 @@ def test_a_private_directory_of_a_restore_that_was_killed_is_removed(
     os.mkfifo(left / ".casfs-restore-inside")
     scene.restore()
     assert os.listdir(scene.target) == ["f"]
+
+
+def test_an_exchanged_folder_for_new_entries_is_not_replaced_by_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target itself serves only where no file system records owners."""
+    scene = ForeignTarget(tmp_path, {b"p": special(NodeType.FIFO)})
+
+    def exchange() -> None:
+        for name in os.listdir(scene.target_fd):
+            os.rename(name, "taken", src_dir_fd=scene.target_fd, dst_dir_fd=scene.target_fd)
+            os.mkdir(name, dir_fd=scene.target_fd)
+
+    monkeypatch.setattr(os, "mkdir", after(os.mkdir, exchange))
+    assert scene.restore().failed == 1
+    assert not (scene.target / "p").exists()
+
+
+@pytest.mark.parametrize("below", ["", "new/folder"])
+def test_a_symlink_of_another_user_above_the_target_leads_to_no_folder_of_root(
+    tmp_path: Path, below: str
+) -> None:
+    scene = ForeignTarget(tmp_path, {b"p": special(NodeType.FIFO)})
+    assert as_other_user(lambda: os.symlink(scene.vault, "link", dir_fd=scene.target_fd))
+    scene.target = scene.target / "link" / below
+    with pytest.raises(OSError, match="a symbolic link of another user leads to a folder"):
+        scene.restore(delete=True)
+    assert scene.is_secret_untouched()
+
+
+def test_a_symlink_of_another_user_leads_to_that_users_folder(tmp_path: Path) -> None:
+    scene = ForeignTarget(tmp_path, {b"p": special(NodeType.FIFO)})
+    own = scene.target / "own"
+    own.mkdir()
+    os.chown(own, OTHER_USER, OTHER_USER)
+    assert as_other_user(lambda: os.symlink("own", "link", dir_fd=scene.target_fd))
+    scene.target = scene.target / "link"
+    assert scene.restore().failed == 0
+    assert os.listdir(own) == ["p"]
