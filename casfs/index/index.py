@@ -368,11 +368,12 @@ class Index:
         self._tables.mark_for_removal(txn, marked)
 
     def distrust(self, ordinals: Set[int]) -> None:
-        """Let no blob in these packs count as stored, for this process only.
+        """Let no blob in these packs, too, count as stored from now on, for this process only.
 
-        A new copy of such a blob then takes its location in the index.
+        A new copy of such a blob then takes its location in the index. Ordinals are never used again, so
+        this holds until the index is closed, whatever marks other processes remove.
         """
-        self._distrusted = frozenset(ordinals)
+        self._distrusted |= ordinals
 
     def untrusted_packs(self) -> frozenset[int]:
         """Return the ordinals of the packs whose blobs do not count as stored."""

@@ -258,7 +258,9 @@ class SharedPruner:
         self._records = {record.ordinal: record for record in self._index.packs()}
         pending = {pack for listed in self._notices.values() for pack in listed.notice.pack_refs()}
         self._under_notice = {n for n, record in self._records.items() if record.pack in pending}
-        self._index.mark_for_removal(self._under_notice | self._repacked)
+        # Marks are only added: a writer of this machine may have seen a notice that this prune has not.
+        marks = self._under_notice | self._repacked
+        self._index.change_marked(marks - self._index.marked_for_removal(), frozenset())
 
     def _has_lost_entries(self) -> bool:
         """Return whether blobs may have other ordinals than when the marking began."""

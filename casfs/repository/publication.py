@@ -79,8 +79,11 @@ class SnapshotPublisher:
         self._storage = repository.store.storage
         self._elapsed_ns = elapsed_ns
         self._notices: dict[str, ListedNotice] = {}
-        known = self._state()
-        self._known = known if has_checked_marks else _Known(frozenset(), known.counters)
+        self._known = (
+            self._distrust_marked()
+            if has_checked_marks
+            else _Known(frozenset(), self._state().counters)
+        )
 
     def publish(
         self, snapshot_id: SnapshotId, data: bytes, root: Node, copy_of: SnapshotId | None
@@ -123,7 +126,16 @@ class SnapshotPublisher:
 
     def begin_again(self) -> None:
         """Take the present state of the index as known, before the caller stores everything again."""
-        self._known = self._state()
+        self._known = self._distrust_marked()
+
+    def _distrust_marked(self) -> _Known:
+        """Return the state of the index; the packs marked in it count as marked in this process to its end.
+
+        Other processes of this machine share the index, and may remove a mark whose notice is still there.
+        """
+        known = self._state()
+        self._store.index.distrust(known.marked)
+        return known
 
     def _state(self) -> _Known:
         index = self._store.index
@@ -153,7 +165,7 @@ class SnapshotPublisher:
         for _ in range(_MOST_LOOKS):
             if self._is_unchanged(known):
                 return known
-            known = self._state()
+            known = self._distrust_marked()
             self._restore(root, known.marked)
         raise PacksRemovedError(self._storage.url, "packs are removed again and again")
 

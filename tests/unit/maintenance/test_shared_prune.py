@@ -151,6 +151,20 @@ def test_a_pack_under_notice_is_never_taken_out_of_the_notice(
     assert set(notices) <= set(far.names("condemned"))
 
 
+def test_a_prune_keeps_the_marks_of_notices_that_were_published_after_its_list(
+    far: FarRepository, unneeded: set[str]
+) -> None:
+    far.prune()
+    far.now_ns += HOUR_NS
+    with far.pruning() as pruner:
+        plan = pruner.plan()
+        kept = [pack for pack in far.pack_refs() if far.name_of(pack) not in unneeded]
+        publish_notice(far.memory, RemovalNotice.of(1, kept))
+        pruner.execute(plan)
+        marked = pruner._index.marked_for_removal()
+        assert {one.pack for one in pruner._index.packs() if one.ordinal in marked} == set(kept)
+
+
 @pytest.mark.parametrize("prefix", ["condemned", DRAFTS, SNAPSHOTS, "packs", "meta"])
 def test_an_error_of_any_listing_ends_a_prune_before_it_removes(
     far: FarRepository, unneeded: set[str], prefix: str

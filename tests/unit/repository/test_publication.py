@@ -297,3 +297,37 @@ class TestFolder:
         assert (place.root / DRAFTS).is_dir() and list((place.root / DRAFTS).iterdir()) == []
         assert (place.root / SNAPSHOTS / snapshot_id.hex()).exists()
         storage.close()
+
+
+def test_a_mark_that_another_process_removes_from_the_index_stays_a_mark_for_the_writer(
+    far: FarRepository,
+) -> None:
+    far.forget(far.back_up("a", a=noise("a", 100_000)))
+    far.prune("other")
+    under_notice = far.pack_refs_under_notice()
+    with far.writing() as repository:
+        # A prune of this machine that listed the notices earlier shares the index.
+        repository.store.index.mark_for_removal(())
+        snapshot_id = back_up(repository, far.source("a"))
+    for pack in under_notice:
+        far.memory.delete(far.name_of(pack))
+    far.require_whole(snapshot_id)
+
+
+def test_a_mark_that_vanishes_from_the_index_during_the_look_stays_a_mark(
+    far: FarRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far.back_up("a", a=noise("a", 100_000))
+    at_call(far, "create", DRAFTS, lambda: mark_all(far))
+    before = far.packs()
+    restore = SnapshotPublisher._restore
+
+    def unmark_first(self: SnapshotPublisher, *arguments: object) -> None:
+        self._repository.store.index.mark_for_removal(())
+        restore(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SnapshotPublisher, "_restore", unmark_first)
+    snapshot_id = far.back_up("a")
+    for name in before:
+        far.memory.delete(name)
+    far.require_whole(snapshot_id)
