@@ -377,12 +377,15 @@ class _Run:
                 going.pop(ordinal, None)
             else:
                 going[ordinal] = pack
-        if going and not self._index.remove_packs(going, is_published=True):
+        # What no notice named before was not pruned but lost, or this host has not seen the notice: whether
+        # its parent snapshots need the pack is unknown.
+        is_lost = not going.keys() <= self._index.marked_for_removal()
+        if going and not self._index.remove_packs(going, lost=is_lost, is_published=True):
             # Another process of this machine has applied the same delta.
             again = self._notes.find(pack.id for pack in going.values())
             going = {n: pack for n, pack in again.items() if n in going}
             if going:
-                self._index.remove_packs(going, is_published=True)
+                self._index.remove_packs(going, lost=is_lost, is_published=True)
         self.removed = frozenset(going.values())
 
     def _is_stored_after(self, pack: PackRef, name: DeltaName) -> bool:

@@ -331,3 +331,16 @@ def test_a_mark_that_vanishes_from_the_index_during_the_look_stays_a_mark(
     for name in before:
         far.memory.delete(name)
     far.require_whole(snapshot_id)
+
+
+def test_a_pack_that_another_host_found_lost_is_stored_again_by_the_next_backup(
+    far: FarRepository,
+) -> None:
+    far.back_up("b", host="second", b=noise("b", 100_000))
+    lost = {name for name in far.packs() if name.startswith("packs/")}
+    far.back_up("a", a=noise("a", 100_000))
+    for name in lost:
+        far.memory.delete(name)
+    # Its last look finds that the pack is gone, and its delta tells the others.
+    far.back_up("a", more=b"more")
+    far.require_whole(far.back_up("b", host="second"))
