@@ -2,8 +2,10 @@
 
 The order is that of a backup: keys, packs, index deltas, snapshots. The snapshots are listed before the
 packs, so every snapshot that is copied finds its packs at the destination, and a mirror that is interrupted
-anywhere leaves a repository with fewer snapshots. Running it again continues: objects are write-once and
-named by the digest of their bytes, so one of the same name and size is there already.
+anywhere leaves a repository with fewer snapshots. A prune of the destination may remove packs before their
+snapshots are there, so the packs are looked at once more after the snapshots. Running it again continues:
+objects are write-once and named by the digest of their bytes, so one of the same name and size is there
+already.
 
 Every object is digested on its way. One that is not what its name says is not copied and is reported; an
 intact copy at the destination stays. Memory is bounded by a window of an object for each thread.
@@ -29,6 +31,7 @@ from casfs.format.pack import PACK_PREFIXES
 from casfs.maintenance.scrub import Finding
 from casfs.maintenance.storage_check import FOLDERS, digest_in_name
 from casfs.monitor import Monitor
+from casfs.repository.remote_writers import mark_remote_writers
 from casfs.storage.base import ListedObject, Storage
 
 log = logging.getLogger(__name__)
@@ -91,6 +94,9 @@ class Mirror:
         configuration, and StorageError.
         """
         self._copy_config()
+        if not self._destination.capabilities.holds_locks:
+            # A prune there by the locks of its machine would remove what no snapshot needs yet.
+            mark_remote_writers(self._destination)
         listed = self._copy_objects()
         if delete and not self.result.damage:
             self._delete_missing(listed, margin_s)
@@ -140,7 +146,21 @@ class Mirror:
             # A prune of the source removed them. It stored what snapshots need of the packs in new packs.
             log.info("%d objects vanished from %s; listing it again", vanished, self._source.url)
         self._copy_all(snapshots)
+        self._copy_removed(packs)
         return copied | {item.name for item in snapshots}
+
+    def _copy_removed(self, packs: list[ListedObject]) -> None:
+        """Copy packs again that a prune of the destination removed before their snapshots were there."""
+        there = {item.name for prefix in PACK_PREFIXES for item in self._destination.list(prefix)}
+        damaged = {finding.message.partition(":")[0] for finding in self.result.damage}
+        removed = [item for item in packs if item.name not in there | damaged]
+        if removed:
+            log.warning(
+                "%d packs were removed from %s meanwhile; copying them again",
+                len(removed),
+                self._destination.url,
+            )
+            self._copy_all(removed)
 
     def _copy_recipients(self) -> None:
         """Replace the list of recipients at the destination where it differs."""

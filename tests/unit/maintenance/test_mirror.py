@@ -17,6 +17,7 @@ from casfs.maintenance.prune import Pruner
 from casfs.maintenance.prune_plan import PruneOptions
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
+from casfs.repository.remote_writers import MARK
 from casfs.storage.base import Data, ListedObject
 from casfs.storage.local import LocalStorage
 from casfs.storage.memory import MemoryStorage
@@ -290,5 +291,41 @@ def test_a_second_mirror_asks_for_pages_of_names_and_not_for_each_object(
     copy.calls.clear()
     result = mirror(repo.root, copy)
     assert result.present > 2
-    assert copy.methods().count("size") == 0
+    assert copy.methods().count("size") == 1  # the mark of remote writers
     assert copy.methods().count("list") <= 6
+
+
+class _PrunedDestination(MemoryStorage):
+    """A destination of which a prune removes the packs just before the first snapshot arrives."""
+
+    removed: tuple[str, ...] = ()
+
+    def create(self, name: str, data: Data) -> None:
+        if name.startswith("snapshots/") and not self.removed:
+            self.removed = tuple(names(self))
+            for pack in self.removed:
+                self.delete(pack)
+        super().create(name, data)
+
+
+def test_packs_that_a_prune_of_the_destination_removes_before_their_snapshots_are_copied_again(
+    repo: RepositoryFixture,
+) -> None:
+    copy = _PrunedDestination()
+    mirror(repo.root, copy)
+    assert copy.removed
+    assert set(names(copy)) == {
+        found.name
+        for folder in (*PACK_PREFIXES, "snapshots")
+        for found in LocalStorage(repo.root).list(folder)
+    }
+
+
+def test_a_destination_without_locks_is_marked_before_its_first_pack(
+    repo: RepositoryFixture,
+) -> None:
+    copy = RecordingStorage(MemoryStorage())
+    mirror(repo.root, copy)
+    stored = [call.name for call in copy.calls if call.method in ("create", "commit")]
+    packs = [n for n, name in enumerate(stored) if name.startswith(PACK_PREFIXES)]
+    assert stored.index(MARK) < min(packs)
