@@ -32,6 +32,7 @@ from casfs.errors import (
     StorageUnavailableError,
 )
 from casfs.format.codec import BlobKind
+from casfs.format.pack import PackRef
 from casfs.format.tree import Node
 from casfs.index.schema import Location
 from casfs.repository.needed_blobs import NeededBlobs
@@ -39,6 +40,7 @@ from casfs.repository.remote_writers import is_shared
 from casfs.repository.repository import Repository
 from casfs.repository.snapshots import DRAFTS, SNAPSHOTS
 from casfs.storage.clock import elapsed_ns
+from casfs.store.blob_store import pack_name
 from casfs.store.pending_removal import ListedNotice, list_notices
 
 log = logging.getLogger(__name__)
@@ -175,12 +177,13 @@ class SnapshotPublisher:
         # The notices before the packs: a notice is deleted after its packs.
         self._notices = list_notices(self._storage, self._notices)
         pending = {pack for listed in self._notices.values() for pack in listed.notice.pack_refs()}
-        stored = {pack for pack, _ in self._store.stored_packs()}
+        # The records before the listing: what is in the index then is in the storage, so it is listed.
         records = index.packs()
+        stored = {pack for pack, _ in self._store.stored_packs()}
         gone = {
             one.ordinal: one.pack
             for one in records
-            if one.pack not in stored and not self._store.has_pack(one.pack)
+            if one.pack not in stored and self._is_gone(one.pack)
         }
         if gone:
             index.remove_packs(gone, lost=True)
@@ -188,6 +191,14 @@ class SnapshotPublisher:
         index.change_marked(marked - index.marked_for_removal(), frozenset())
         state = self._state()
         return not gone and state.marked <= known.marked and state.counters == known.counters
+
+    def _is_gone(self, pack: PackRef) -> bool:
+        """Return whether the storage lacks a pack that was not listed; raise StorageError."""
+        try:
+            self._storage.size(pack_name(pack))
+        except NotFoundError:
+            return True
+        return False
 
     def _restore(self, root: Node, marked: frozenset[int]) -> None:
         """Store again the blobs that the root needs and that are in marked packs.

@@ -12,6 +12,7 @@ from casfs.digest import SnapshotId
 from casfs.errors import (
     PacksRemovedError,
     StorageDeniedError,
+    StorageError,
     StorageUnavailableError,
 )
 from casfs.monitor import RecordingMonitor
@@ -199,6 +200,28 @@ def test_a_published_snapshot_counts_where_the_second_look_fails(
     at_call(far, "create", SNAPSHOTS, fail)
     far.back_up("a", a=b"a")
     assert "is published; what it needs could not be looked at once more" in caplog.text
+
+
+def test_a_pack_that_is_not_listed_and_cannot_be_looked_at_keeps_a_snapshot_from_being_published(
+    far: FarRepository,
+) -> None:
+    far.back_up("a", a=noise("a", 100_000))
+    packs = far.packs()
+
+    def broken(call: Call) -> StorageError:
+        return StorageError("read", call.name, OSError(5, "Input/output error"))
+
+    def remove() -> None:
+        remove_all(far)
+        far.storage.script.failures.append(
+            Failure(lambda call: call.method == "size" and call.name in packs, broken, times=1000)
+        )
+
+    before = far.names(SNAPSHOTS)
+    at_call(far, "create", DRAFTS, remove)
+    with pytest.raises(StorageError, match="Input/output error"):
+        far.back_up("a")
+    assert (far.names(SNAPSHOTS), far.names(DRAFTS)) == (before, [])
 
 
 def test_a_credential_that_cannot_delete_is_enough_for_a_backup(
