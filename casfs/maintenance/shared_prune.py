@@ -69,6 +69,9 @@ _NS = 1_000_000_000
 _OLD_PRESENCE_NS = 86_400 * _NS
 """A presence object that was not refreshed for this long is deleted."""
 
+_LONGEST_WRITER_NS = 7 * 86_400 * _NS
+"""Packs that are older are marked for removal, whatever presence objects say of who may have stored them."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
@@ -379,13 +382,15 @@ class SharedPruner:
         if not writers:
             return {}
         oldest = min(writers, key=lambda name: writers[name])
+        # The time is what the object says: a forged one must not keep everything for good.
+        since_ns = max(writers[oldest], self._now_ns - _LONGEST_WRITER_NS)
         in_flight = {}
         for ordinal in ordinals:
             try:
                 written_ns = self._storage.mtime_ns(pack_name(self._records[ordinal].pack))
             except NotFoundError:
                 continue
-            if written_ns >= writers[oldest]:
+            if written_ns >= since_ns:
                 in_flight[ordinal] = oldest
         return in_flight
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from casfs.backup.run import BackupOptions, run_backup
@@ -13,7 +14,7 @@ from casfs.monitor import RecordingMonitor
 from casfs.repository.presence import Presence
 from casfs.repository.snapshots import DRAFTS, SNAPSHOTS
 from casfs.storage.clock import StorageClock
-from casfs.storage.locks import LockMode
+from casfs.storage.locks import LockMode, LockRecord
 from casfs.store.pending_removal import (
     DamagedNoticeError,
     RemovalNotice,
@@ -261,6 +262,17 @@ class TestPresence:
         far.forget(far.back_up("a", a=noise("a", 100_000)))
         far.now_ns += HOUR_NS
         assert far.prune().marked_packs > 0
+
+    def test_a_forged_writer_from_long_ago_holds_packs_for_a_week_at_most(
+        self, far: FarRepository, unneeded: set[str]
+    ) -> None:
+        forged = LockRecord(LockMode.SHARED, "backup", "evil", 1, 1, since_ns=1)
+        name = f"presence/{'0' * 32}"
+        far.memory.write(name, msgspec.json.encode(forged))
+        assert far.prune().marked_packs == 0
+        far.now_ns += 8 * 24 * HOUR_NS
+        far.memory.write(name, msgspec.json.encode(forged))
+        assert far.prune().marked_packs == len(unneeded)
 
     def test_packs_stay_longer_for_a_reader_that_is_at_work(
         self, far: FarRepository, unneeded: set[str]
