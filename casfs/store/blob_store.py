@@ -143,8 +143,14 @@ class BlobStore:
         self._duplicates = Duplicates(index, self.stored_packs, self.entries)
 
     def locate(self, digest: Digest) -> Location:
-        """Return the location of a blob; raise BlobError when the index does not contain it."""
+        """Return the location of a blob; raise BlobError when no pack of the storage holds it.
+
+        Where the index is synced by deltas, packs that none names are looked for, as `read` does.
+        """
         location = self.index.lookup(digest)
+        if location is None:
+            self._find_new_packs()
+            location = self.index.lookup(digest)
         if location is None:
             raise _missing(digest)
         return location

@@ -367,3 +367,15 @@ def test_a_pack_that_another_host_found_lost_is_stored_again_by_the_next_backup(
     # Its last look finds that the pack is gone, and its delta tells the others.
     far.back_up("a", more=b"more")
     far.require_whole(far.back_up("b", host="second"))
+
+
+def test_a_snapshot_whose_delta_is_missing_is_found_whole_by_another_host(
+    far: FarRepository,
+) -> None:
+    far.back_up("a", a=noise("a", 100_000))
+    before = set(far.names("deltas"))
+    snapshot_id = far.back_up("b", b=noise("b", 100_000))
+    # As a writer leaves it that opened the repository before its upgrade to format 2.
+    for name in set(far.names("deltas")) - before:
+        far.memory.delete(name)
+    far.require_whole(snapshot_id)
