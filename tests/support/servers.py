@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
@@ -36,6 +37,11 @@ from obstore.store import S3Store
 
 _READY_S = 60
 _PR_SET_PDEATHSIG = 1
+_GRPC_DISTANCE = 10_000
+"""SeaweedFS also listens on ports that are so far above the given ones."""
+
+_STARTS = 3
+_RANDOM = random.SystemRandom()
 _LIBC = ctypes.CDLL(None)
 
 SSHD = "/usr/sbin/sshd"
@@ -150,22 +156,23 @@ def _signed(
             return error.code
 
 
-def free_ports(count: int, below: int = 55_000) -> list[int]:
-    """Return ports of 127.0.0.1 that were free just now."""
-    sockets: list[socket.socket] = []
-    ports: list[int] = []
-    try:
-        while len(ports) < count:
-            one = socket.socket()
-            sockets.append(one)
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            if port < below:
-                ports.append(port)
-    finally:
-        for one in sockets:
-            one.close()
-    return ports
+def free_ports(count: int) -> list[int]:
+    """Return ports of 127.0.0.1 that were free just now, with those that are _GRPC_DISTANCE above them.
+
+    All are below those that Linux gives to outgoing connections, so that none of these takes one meanwhile.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = _RANDOM.randrange(10_000, 32_000 - _GRPC_DISTANCE)
+        with socket.socket() as one, socket.socket() as above:
+            try:
+                one.bind(("127.0.0.1", port))
+                above.bind(("127.0.0.1", port + _GRPC_DISTANCE))
+            except OSError:
+                continue
+        if port not in found:
+            found.append(port)
+    return found
 
 
 def _die_with_parent() -> None:
@@ -229,6 +236,22 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 @contextmanager
 def seaweedfs() -> Iterator[S3Server]:
     """Run SeaweedFS with its S3 gateway."""
+    with ExitStack() as stack:
+        yield _started(stack, _STARTS)
+
+
+def _started(stack: ExitStack, starts: int) -> S3Server:
+    """Start a server; begin again where another process took one of its eight ports meanwhile."""
+    try:
+        return stack.enter_context(_seaweedfs_once())
+    except AssertionError:
+        if starts == 1:
+            raise
+        return _started(stack, starts - 1)
+
+
+@contextmanager
+def _seaweedfs_once() -> Iterator[S3Server]:
     with temporary_folder("casfs-weed-") as folder:
         master, volume, filer, s3 = free_ports(4)
         server = S3Server(f"http://127.0.0.1:{s3}", "casfs-test", "casfs-test-secret")
