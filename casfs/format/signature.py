@@ -76,10 +76,8 @@ def verify_block(block: bytes, repository: bytes, signed: bytes, plain: bytes) -
     message = _publisher_message(repository, author, publisher, signed)
     try:
         Ed25519PublicKey.from_public_bytes(publisher).verify(signature, message)
-        if author_key != publisher:
-            # An author who publishes has signed its own signature with everything else.
-            message = _author_message(repository, plain)
-            Ed25519PublicKey.from_public_bytes(author_key).verify(author_signature, message)
+        message = _author_message(repository, plain)
+        Ed25519PublicKey.from_public_bytes(author_key).verify(author_signature, message)
     except (InvalidSignature, ValueError) as error:
         raise BlobError(b"", "its signature does not match") from error
     return Signers(author, publisher)

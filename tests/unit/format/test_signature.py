@@ -99,6 +99,14 @@ def _opened(data: bytes) -> bytes:
     return decrypt_snapshot(SESSION, envelope.salt, data[HEADER_BYTES:], data[:HEADER_BYTES])
 
 
+def test_an_author_who_publishes_signs_as_the_author_too(codec: BlobCodec) -> None:
+    """Junk there would pass for a signature until another machine carries it on with other tags."""
+    junk = Author(HOST.public, bytes(64))
+    with pytest.raises(TreeError, match="its signature does not match"):
+        made = encode_snapshot(FULL, codec, SESSION, HOST, junk)
+        decode_signed_snapshot(*made, codec, OneSession())
+
+
 def test_every_byte_under_the_publishers_signature_counts(codec: BlobCodec) -> None:
     """A recipient can decrypt and encrypt the file again, but not sign it."""
     _, data = encode_snapshot(FULL, codec, SESSION, HOST)
