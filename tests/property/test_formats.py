@@ -318,12 +318,12 @@ class TestPackRoundTrip:
         self, contents: list[tuple[list[bytes], bool]], is_encrypted: bool
     ) -> None:
         builder = DeltaBuilder()
-        packs: dict[PackRef, DeltaPack] = {}
+        packs: dict[PackId, DeltaPack] = {}
         for plains, is_metadata in contents:
             data, entries = make_pack(plains)
             pack = DeltaPack(PackRef(PackId(digest_of(data)), is_metadata), len(data), entries)
-            if pack.pack not in packs:
-                packs[pack.pack] = pack
+            if pack.pack.id not in packs:
+                packs[pack.pack.id] = pack
                 builder.add(pack)
         name, data = builder.encode(1, SESSION if is_encrypted else None)
         delta = decode_delta(name, data, OneSession() if is_encrypted else None)

@@ -21,7 +21,7 @@ from casfs.crypto.recipients import RECIPIENTS_NAME, RecipientList, read_recipie
 from casfs.crypto.session_files import session_ids
 from casfs.crypto.trust_state import load_state
 from casfs.errors import KeyMissingError, TrustError, UsageError
-from casfs.format.config import CONFIG_NAME, RepositoryConfig, encode_config
+from casfs.format.config import CONFIG_NAME, ChunkerConfig, RepositoryConfig, encode_config
 from casfs.repository.opening import OpenOptions, create_repository, open_for_reading
 from casfs.repository.place import LocalPlace, read_config
 from casfs.storage.local import LocalStorage
@@ -233,7 +233,7 @@ class TestExpectedRepository:
     ) -> None:
         root = Path(words["repository"])
         trust = LocalPlace(root).trust_root(LocalStorage(root))
-        forged = msgspec.structs.replace(trust.config, encryption=None)
+        forged = msgspec.structs.replace(trust.config, encryption=None, chunker=ChunkerConfig())
         (root / "config").write_bytes(encode_config(forged))
         with pytest.raises(TrustError, match="not the expected"):
             run(words, "check --storage", "--expect-repository", trust.config_digest)
