@@ -414,7 +414,9 @@ READER = """
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
+import lmdb
 from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import PackSelection
 from casfs.errors import CasfsError
@@ -422,7 +424,10 @@ from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import open_for_reading
 
 os.environ["XDG_CACHE_HOME"] = os.environ["XDG_STATE_HOME"] = sys.argv[2]
-# By now all is imported: the interpreter may lie where another user cannot go.
+# From now on all is imported, since the interpreter may lie where another user cannot go. lmdb imports a
+# part of itself when it opens an environment.
+with tempfile.TemporaryDirectory() as folder:
+    lmdb.open(folder).close()
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
