@@ -51,6 +51,7 @@ def few_open_files() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("levels", "problems"), [(1000, 0), (5000, 1)])
+@pytest.mark.slow
 def test_a_backup_of_directories_thousands_of_levels_deep_exhausts_no_descriptors(
     tmp_path: Path, deep: Path, few_open_files: None, levels: int, problems: int
 ) -> None:

@@ -55,6 +55,7 @@ def test_names_of_owners_never_make_a_snapshot_too_large(
     ],
     ids=["host", "tag", "paths"],
 )
+@pytest.mark.slow
 def test_a_snapshot_that_could_not_be_published_is_refused_before_anything_is_read(
     repository: Repository,
     tmp_path: Path,

@@ -221,6 +221,7 @@ def test_a_pack_with_too_many_entries_is_refused() -> None:
         list(decode_delta(name, data).packs())
 
 
+@pytest.mark.slow
 def test_a_large_delta_is_parsed_a_pack_at_a_time() -> None:
     builder = DeltaBuilder()
     number = 0

@@ -452,6 +452,7 @@ class TestPruneInterruption:
     class Crash(BaseException):
         """What stops a process at once."""
 
+    @pytest.mark.slow
     def test_a_prune_interrupted_at_any_step_is_finished_by_the_next_prune(
         self, repo: RepositoryFixture, tmp_path: Path
     ) -> None:

@@ -160,6 +160,7 @@ def test_a_snapshot_is_published_last_and_every_pack_before_its_index_entries(sc
         ]
 
 
+@pytest.mark.slow
 def test_a_backup_that_is_stopped_at_any_step_leaves_nothing_to_repair(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
