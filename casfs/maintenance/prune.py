@@ -33,9 +33,10 @@ from casfs.format.delta import FOLDER as DELTAS
 from casfs.format.delta import SESSION_HEADER as DELTA_HEADER
 from casfs.format.delta import session_of
 from casfs.format.key_derivation import SessionId
-from casfs.format.pack import BLOB_HEADER, SESSION_HEADER, parse_session
+from casfs.format.pack import SESSION_HEADER, parse_session
 from casfs.index.schema import Location, PackRecord
 from casfs.maintenance.evacuate import Evacuator, copy_needed_blobs
+from casfs.maintenance.pack_usage import measure_usage
 from casfs.maintenance.prune_plan import (
     DEFAULT_MARGIN_S,
     PackUsage,
@@ -272,29 +273,11 @@ class Pruner:
 
     def _pack_usage(self) -> dict[int, PackUsage]:
         """Return the usage of each pack with needed blobs, by ordinal."""
-        usage: dict[int, PackUsage] = {}
-        needed = 0
-        total = 0
-        self._damaged = {}
-        elsewhere = self._repository.store.found_elsewhere
-        for digest, location in self._index.blobs():
-            total += 1
-            if location.ordinal in self._needed.blobs:
-                if location.is_damaged or digest in elsewhere:
-                    self._damaged[digest] = location
-                needed += 1
-                pack_usage = usage.setdefault(location.pack, PackUsage())
-                pack_usage.needed_bytes += location.stored_bytes + BLOB_HEADER.size
-                pack_usage.has_damaged |= location.is_damaged
-        if needed < self._needed.count:
-            self._require_same_index()
-            raise IndexUnusableError(
-                f"the index lists only {needed} of the {self._needed.count} needed blobs that it listed "
-                "before; no further pack was removed; run `casfs repair index`"
-            )
-        self.result.needed_blobs = needed
-        self.result.unneeded_blobs = total - needed
-        return usage
+        found = measure_usage(self._repository, self._needed, self._require_same_index)
+        self._damaged = found.damaged
+        self.result.needed_blobs = found.needed_blobs
+        self.result.unneeded_blobs = found.unneeded_blobs
+        return found.usage
 
     def _pending(self) -> dict[int, RemovalNotice]:
         """Return the packs that are marked for removal, with the notice of each."""

@@ -24,14 +24,13 @@ from casfs.digest import Digest, SnapshotId, short_id
 from casfs.errors import (
     BlobError,
     CasfsError,
-    IndexUnusableError,
     IntegrityError,
     NotFoundError,
     StorageError,
 )
-from casfs.format.pack import BLOB_HEADER
 from casfs.index.schema import Location, PackRecord
 from casfs.maintenance.evacuate import Evacuator, copy_needed_blobs
+from casfs.maintenance.pack_usage import measure_usage
 from casfs.maintenance.prune import (
     IndexReplacedError,
     NeededBlobsUnknownError,
@@ -345,29 +344,11 @@ class SharedPruner:
 
     def _pack_usage(self) -> dict[int, PackUsage]:
         """Return the usage of each pack with needed blobs, by ordinal, packs under notice included."""
-        usage: dict[int, PackUsage] = {}
-        needed = total = 0
-        self._damaged = {}
-        elsewhere = self._store.found_elsewhere
-        for digest, location in self._index.blobs():
-            total += 1
-            if location.ordinal not in self._needed.blobs:
-                continue
-            if location.is_damaged or digest in elsewhere:
-                self._damaged[digest] = location
-            needed += 1
-            pack_usage = usage.setdefault(location.pack, PackUsage())
-            pack_usage.needed_bytes += location.stored_bytes + BLOB_HEADER.size
-            pack_usage.has_damaged |= location.is_damaged
-        if needed < self._needed.count:
-            self._require_same_index()
-            raise IndexUnusableError(
-                f"the index lists only {needed} of the {self._needed.count} needed blobs that it listed "
-                "before; no further pack was removed; run `casfs repair index`"
-            )
-        self.result.needed_blobs = needed
-        self.result.unneeded_blobs = total - needed
-        return usage
+        found = measure_usage(self._repository, self._needed, self._require_same_index)
+        self._damaged = found.damaged
+        self.result.needed_blobs = found.needed_blobs
+        self.result.unneeded_blobs = found.unneeded_blobs
+        return found.usage
 
     def _written_since(self, ordinals: frozenset[int]) -> dict[int, str]:
         """Return the packs that a writer seen lately may have written, each with the name of its object.
