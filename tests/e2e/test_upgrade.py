@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -14,17 +13,10 @@ from casfs.repository.opening import create_repository
 from tests.support.cli import Casfs, finish, interrupt
 from tests.support.comparing import tree_differences
 from tests.support.remote import RemoteCasfs, on_s3, over_ssh
-from tests.support.servers import S3Server, seaweedfs, sshd
+from tests.support.servers import S3Server, sshd
 from tests.support.stores import pack_paths, pack_ref
 
 _serials = count()
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[S3Server]:
-    with seaweedfs() as server:
-        server.make_bucket("casfs")
-        yield server
 
 
 @pytest.fixture

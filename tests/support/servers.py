@@ -35,6 +35,8 @@ from pathlib import Path
 from obstore import sign
 from obstore.store import S3Store
 
+from casfs.storage.base import StorageOptions
+
 _READY_S = 60
 _PR_SET_PDEATHSIG = 1
 _GRPC_DISTANCE = 10_000
@@ -55,6 +57,16 @@ class S3Server:
     endpoint: str
     access_key_id: str
     secret_access_key: str
+
+    @property
+    def options(self) -> StorageOptions:
+        """How casfs reaches the server."""
+        return StorageOptions(
+            endpoint=self.endpoint,
+            region="us-east-1",
+            access_key_id=self.access_key_id,
+            secret_access_key=self.secret_access_key,
+        )
 
     def variables(self) -> dict[str, str]:
         """Return the environment in which a program finds the server."""

@@ -32,23 +32,10 @@ from casfs.repository.upgrade import upgrade_repository
 from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode
-from casfs.storage.memory import MemoryStorage
 from casfs.storage.url import parse_address
 from tests.support.encryption import OTHER, RECIPIENT, unlock, unlock_other
 from tests.support.storage_double import Call, Failure, RecordingStorage
 from tests.support.stores import noise
-
-
-@pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> RecordingStorage:
-    """What every remote place of the test opens."""
-    storage = RecordingStorage(MemoryStorage("s3://bucket/r"))
-
-    def open_it(*arguments: object) -> Storage:
-        return storage
-
-    monkeypatch.setattr("casfs.repository.place.open_storage", open_it)
-    return storage
 
 
 class Hosts:

@@ -32,7 +32,7 @@ from casfs.repository.remote_writers import (
     mark_remote_writers,
     require_no_remote_writers,
 )
-from casfs.storage.base import Storage, StorageOptions
+from casfs.storage.base import StorageOptions
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode, list_and_reap_locks
 from casfs.storage.memory import MemoryStorage
@@ -40,18 +40,6 @@ from casfs.storage.url import Scheme, StorageAddress, parse_address
 from casfs.store.blob_store import pack_name
 from tests.support.storage_double import Call, Failure, RecordingStorage
 from tests.support.stores import store_blobs
-
-
-@pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> RecordingStorage:
-    """What every remote place of the test opens."""
-    storage = RecordingStorage(MemoryStorage("s3://bucket/r"))
-
-    def open_it(*arguments: object) -> Storage:
-        return storage
-
-    monkeypatch.setattr("casfs.repository.place.open_storage", open_it)
-    return storage
 
 
 @pytest.fixture

@@ -31,15 +31,6 @@ from .contract import StorageContract
 _serials = itertools.count()
 
 
-def options_of(server: S3Server) -> StorageOptions:
-    return StorageOptions(
-        endpoint=server.endpoint,
-        region="us-east-1",
-        access_key_id=server.access_key_id,
-        secret_access_key=server.secret_access_key,
-    )
-
-
 def s3(
     options: StorageOptions,
     bucket: str = "casfs",
@@ -52,7 +43,7 @@ def s3(
 
 @pytest.fixture
 def storage(s3_server: S3Server) -> Iterator[ObjectStorage]:
-    storage = s3(options_of(s3_server))
+    storage = s3(s3_server.options)
     yield storage
     storage.close()
 
@@ -68,7 +59,7 @@ class TestObjectStorage(StorageContract):
     def test_a_prefix_of_the_bucket_keeps_repositories_apart(
         self, storage: ObjectStorage, s3_server: S3Server
     ) -> None:
-        other = s3(options_of(s3_server))
+        other = s3(s3_server.options)
         storage.create("config", b"one")
         with pytest.raises(NotFoundError):
             other.read("config")
@@ -76,7 +67,7 @@ class TestObjectStorage(StorageContract):
 
     def test_the_root_of_a_bucket_can_hold_a_repository(self, s3_server: S3Server) -> None:
         s3_server.make_bucket("whole")
-        storage = s3(options_of(s3_server), "whole", "")
+        storage = s3(s3_server.options, "whole", "")
         storage.create("packs/ab/cd", b"1")
         assert [entry.name for entry in storage.list("packs")] == ["packs/ab/cd"]
         assert storage.read("packs/ab/cd") == b"1"
@@ -84,7 +75,7 @@ class TestObjectStorage(StorageContract):
 
     def test_requests_and_bytes_are_counted(self, s3_server: S3Server) -> None:
         counter = RequestCounter()
-        storage = s3(options_of(s3_server), counter=counter)
+        storage = s3(s3_server.options, counter=counter)
         storage.create("packs/a", bytes(1000))
         storage.write("config", bytes(10))
         storage.read("packs/a", 100, 300)
@@ -119,7 +110,7 @@ def failure(action: Callable[[], object]) -> CasfsError:
 @pytest.mark.slow
 class TestWhatGoesWrong:
     def test_wrong_keys_are_named(self, s3_server: S3Server) -> None:
-        good = options_of(s3_server)
+        good = s3_server.options
         for bad in (replace(good, secret_access_key="x"), replace(good, access_key_id="x")):
             storage = s3(bad)
             for action in (
@@ -133,7 +124,7 @@ class TestWhatGoesWrong:
             storage.close()
 
     def test_a_missing_bucket_is_not_a_missing_object(self, s3_server: S3Server) -> None:
-        storage = s3(options_of(s3_server), "no-such-bucket")
+        storage = s3(s3_server.options, "no-such-bucket")
         for action in (
             lambda: storage.read("config"),
             lambda: storage.create("config", b"1"),
@@ -145,11 +136,11 @@ class TestWhatGoesWrong:
         storage.close()
 
     def test_a_key_that_may_only_read_is_denied_the_rest(self, s3_server: S3Server) -> None:
-        writer = s3(options_of(s3_server), prefix="read-only")
+        writer = s3(s3_server.options, prefix="read-only")
         writer.create("packs/a", b"1")
         writer.close()
         options = replace(
-            options_of(s3_server),
+            s3_server.options,
             access_key_id="casfs-reader",
             secret_access_key="casfs-reader-secret",
         )
@@ -177,7 +168,7 @@ class TestWhatGoesWrong:
 
     def test_tls_spoken_to_a_server_without_it_is_explained(self, s3_server: S3Server) -> None:
         endpoint = s3_server.endpoint.replace("http://", "https://")
-        storage = s3(replace(options_of(s3_server), endpoint=endpoint))
+        storage = s3(replace(s3_server.options, endpoint=endpoint))
         error = failure(lambda: storage.read("config"))
         assert "http://" in str(error) and "TLS" in str(error)
         storage.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from casfs.errors import StorageDeniedError, StorageError
-from casfs.storage.base import Data, StorageOptions
+from casfs.storage.base import Data
 from casfs.storage.memory import MemoryStorage
 from casfs.storage.object_store import ObjectStorage
 from casfs.storage.object_store_clients import s3_clients
@@ -17,13 +17,7 @@ from tests.support.servers import SFTP_SERVER, S3Server, rclone_s3
 
 
 def s3(server: S3Server, bucket: str) -> ObjectStorage:
-    options = StorageOptions(
-        endpoint=server.endpoint,
-        region="us-east-1",
-        access_key_id=server.access_key_id,
-        secret_access_key=server.secret_access_key,
-    )
-    return ObjectStorage(f"s3://{bucket}/probed", "probed", s3_clients(bucket, options))
+    return ObjectStorage(f"s3://{bucket}/probed", "probed", s3_clients(bucket, server.options))
 
 
 def test_a_good_storage_passes_and_nothing_is_left_in_it() -> None:

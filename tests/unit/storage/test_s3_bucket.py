@@ -32,15 +32,6 @@ from .bucket_contract import BucketContract, bucket_of
 _serials = itertools.count()
 
 
-def options_of(server: S3Server) -> StorageOptions:
-    return StorageOptions(
-        endpoint=server.endpoint,
-        region="us-east-1",
-        access_key_id=server.access_key_id,
-        secret_access_key=server.secret_access_key,
-    )
-
-
 @pytest.fixture(scope="module")
 def locking_server(s3_server: S3Server) -> S3Server:
     s3_server.make_locking_bucket("locked")
@@ -50,7 +41,7 @@ def locking_server(s3_server: S3Server) -> S3Server:
 @pytest.fixture
 def versioned(locking_server: S3Server) -> Iterator[Storage]:
     location = parse_address(f"s3://locked/test-{next(_serials)}")
-    storage = open_storage(location, options_of(locking_server), env={})
+    storage = open_storage(location, locking_server.options, env={})
     yield storage
     storage.close()
 
@@ -90,7 +81,7 @@ class TestS3Bucket(BucketContract):
         locking_server.set_default_lock("default-lock", 2)
         found = []
         for name in ("unversioned", "default-lock"):
-            storage = open_storage(parse_address(f"s3://{name}/r"), options_of(locking_server))
+            storage = open_storage(parse_address(f"s3://{name}/r"), locking_server.options)
             found.append(bucket_of(storage).settings())
             storage.close()
         assert found == [
@@ -101,7 +92,7 @@ class TestS3Bucket(BucketContract):
     def test_requests_are_counted(self, locking_server: S3Server) -> None:
         counter = RequestCounter()
         location = parse_address(f"s3://locked/test-{next(_serials)}")
-        storage = open_storage(location, options_of(locking_server), counter, env={})
+        storage = open_storage(location, locking_server.options, counter, env={})
         storage.create("packs/a", b"1")
         bucket = bucket_of(storage)
         bucket.lock("packs/a", 2_000_000_000)
