@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import pytest
 
 from tests.support.cli import Casfs
 from tests.support.every_verb import Line, lines_of_every_verb
+from tests.support.mounts import mounted
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "json.md"
 
@@ -53,7 +55,7 @@ def read_page() -> tuple[dict[tuple[str, str], Documented], Documented]:
     for line in PAGE.read_text("utf-8").splitlines():
         if line == "## An entry":
             current = [entry]
-        elif found := re.fullmatch(r"### (.*): `(\w+)`", line):
+        elif found := re.fullmatch(r"### (.*): `([\w./]+)`", line):
             commands = re.findall(r"`([a-z -]+)`", found[1]) or [""]
             current = [lines.setdefault((command, found[2]), Documented()) for command in commands]
         elif line.endswith("Also the fields of an [entry](#an-entry)."):
@@ -152,6 +154,19 @@ def test_the_comparison_notices_each_kind_of_difference() -> None:
     assert differences(good | {"format": "1"}, version)
     assert differences({"type": "version", "casfs": "1", "format": 1}, version)
     assert "mode" in lines["ls", "node"].types and "mode" in entry.types
+
+
+@pytest.mark.fuse
+def test_the_report_of_a_mounted_snapshot_has_the_documented_fields(
+    repository: Casfs, source: Path, tmp_path: Path
+) -> None:
+    repository.backup("source", "--tag", "weekly", cwd=source.parent)
+    documented = read_page()[0]["", ".casfs/snapshot.json"]
+    with mounted(repository, "latest", at=tmp_path / "mount") as mount:
+        report = json.loads((mount / ".casfs/snapshot.json").read_bytes())
+    assert differences(report, documented) == []
+    (totals,) = re.findall(r"\| `stats` \| .*", PAGE.read_text("utf-8"))
+    assert set(report["stats"]) == set(re.findall(r"`(\w+)`", totals)) - {"stats"}
 
 
 def test_json_gives_names_that_are_not_utf8_in_base64_too(
