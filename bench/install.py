@@ -1,4 +1,7 @@
-"""Install the peers: restic from the distribution, borg into its own environment.
+"""Install the peers: restic of Debian unstable, borg in its own environment.
+
+The restic of a stable distribution is years old; the newest one that Debian has is a program in one
+file, which runs here as well. Where it cannot be had, the distribution's is used.
 
 Borg is compiled on this machine from its package's source, so that its extension modules are
 built as the distribution's compiler builds them; that needs a few development packages. As root
@@ -11,9 +14,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from bench.peers import borg
+from bench.peers import borg, restic
+from bench.peers.restic import NAME
 
 PACKAGES = (
     "restic",
@@ -47,9 +52,68 @@ def install_peers(peers: Path) -> int:
             if subprocess.run(command, check=False).returncode != 0:
                 print(f"`{' '.join(command)}` failed; borg stays missing.", file=sys.stderr)
                 return 1
-    for command in ([str(program), "--version"], ["restic", "version"]):
+    newest = restic.newest_program(peers)
+    if not newest.is_file() and not _unpack_newest_restic(newest):
+        print("The newest restic could not be fetched; the distribution's is used.")
+    for command in ([str(program), "--version"], [restic.find_program(peers) or NAME, "version"]):
         subprocess.run(command, check=False)
     return 0
+
+
+def _unpack_newest_restic(program: Path) -> bool:
+    """Unpack restic from Debian unstable as `program` if it runs on this machine.
+
+    The lists and the package stay apart from the machine's own, so that nothing else is upgraded.
+    """
+    keyring, sites = Path("/usr/share/keyrings/debian-archive-keyring.gpg"), _archive_sites()
+    if not (keyring.is_file() and sites and shutil.which("dpkg-deb")):
+        return False
+    print("Fetching the newest restic from Debian unstable")
+    with tempfile.TemporaryDirectory(prefix="casfs-bench-apt-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for part in ("state/lists/partial", "cache/archives/partial"):
+            (folder / part).mkdir(parents=True)
+        source = folder / "unstable.list"
+        source.write_text(f"deb [signed-by={keyring}] {sites[0]} unstable main\n")
+        places = {
+            "Dir::Etc::SourceList": source,
+            "Dir::Etc::SourceParts": "/dev/null",
+            "Dir::State": folder / "state",
+            "Dir::Cache": folder / "cache",
+            "APT::Sandbox::User": "root",
+        }
+        apt = ["apt-get", "--quiet", *(f"--option={key}={value}" for key, value in places.items())]
+        for command in ([*apt, "update"], [*apt, "download", NAME]):
+            if subprocess.run(command, cwd=folder, check=False).returncode != 0:
+                return False
+        (package,) = folder.glob(f"{NAME}_*.deb")
+        unpack = ["dpkg-deb", "--extract", str(package), str(folder / "root")]
+        unpacked = folder / "root/usr/bin" / NAME
+        for command in (unpack, [str(unpacked), "version"]):
+            if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0:
+                return False
+        program.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(unpacked, program)
+    return True
+
+
+def _archive_sites() -> list[str]:
+    """Return the addresses of the distribution's archive, where this is Debian."""
+    done = subprocess.run(
+        [
+            "apt-get",
+            "indextargets",
+            "--format",
+            "$(SITE)",
+            "Created-By: Packages",
+            "Origin: Debian",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return [site for site in done.stdout.split() if "security" not in site]
 
 
 def _missing_packages() -> tuple[str, ...]:

@@ -61,7 +61,7 @@ class _Builder:
             self.add(borg.Borg(path, "borg-zstd", "zstd,3", True), version)
 
     def restic(self) -> None:
-        path = restic.find_program()
+        path = restic.find_program(self._peers)
         version = path and self._version("restic", path, "version")
         if path is None:
             self.missing.append(Missing("restic", f"it is not installed; {SETUP_HINT}"))

@@ -13,7 +13,7 @@ FIRST_WITHOUT_PASSWORD = (0, 17)
 
 
 class Restic:
-    """Restic as the distribution has it."""
+    """Restic of either place that `bench setup` knows."""
 
     name = NAME
     label = "restic"
@@ -72,6 +72,12 @@ def _version_numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, found.groups())) if found else ()
 
 
-def find_program() -> str | None:
-    """Return the restic on the PATH."""
-    return shutil.which(NAME)
+def newest_program(peers: Path) -> Path:
+    """Return where `bench setup` puts the newest restic; `peers` is its environment."""
+    return peers / "restic" / NAME
+
+
+def find_program(peers: Path) -> str | None:
+    """Return the newest restic, or the one on the PATH."""
+    newest = newest_program(peers)
+    return str(newest) if newest.is_file() else shutil.which(NAME)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench import PROJECT
 from bench.machine import describe_machine
 from bench.peers import casfs as casfs_command
 from bench.peers import restic as restic_command
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace, scratch: Scratch, output: Path) -> bool:
     """Do all works over all lines; return whether any failed."""
-    programs = find_programs(options.program)
+    programs = find_programs(options.program, options.peers)
     source = make_source(scratch.make("source"), options.size * _MIB)
     machine = describe_machine(scratch.folder)
     with object_server(scratch.make("server")) as server:
@@ -80,7 +81,7 @@ def lines(round_trips_ms: Sequence[int], megabits: Sequence[int]) -> list[LineSe
     ]
 
 
-def find_programs(wanted: Sequence[str]) -> list[tuple[RemoteProgram, str]]:
+def find_programs(wanted: Sequence[str], peers: Path) -> list[tuple[RemoteProgram, str]]:
     """Return the programs that are there, with their versions; raise OSError without casfs."""
     found: list[tuple[RemoteProgram, str]] = []
     casfs = casfs_command.find_program()
@@ -88,7 +89,7 @@ def find_programs(wanted: Sequence[str]) -> list[tuple[RemoteProgram, str]]:
         raise OSError("casfs is not installed; `make dev` installs it")
     if not wanted or "casfs" in wanted:
         found.append((RemoteCasfs(casfs, _BUCKET), _version(casfs)))
-    restic = restic_command.find_program()
+    restic = restic_command.find_program(peers)
     if restic is None:
         print("restic is missing; `python -m bench setup` installs it", file=sys.stderr)
     elif not wanted or "restic" in wanted:
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--program", action="append", default=[], choices=("casfs", "restic"))
     parser.add_argument("--output", type=Path, default=Path("bench-results/remote"))
     parser.add_argument("--scratch", type=Path, default=Path("/var/tmp/casfs-bench"))
+    parser.add_argument("--peers", type=Path, default=PROJECT / ".venv-bench", metavar="DIR")
     parser.add_argument("--report", action="store_true", help="print the last results again")
     return parser
 
