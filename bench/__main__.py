@@ -26,7 +26,16 @@ from bench.works import Work
 
 DEFAULT_CORPORA = ("real", "big")
 DEFAULT_WORKS = frozenset(
-    {Work.STARTUP, Work.FIRST, Work.UNCHANGED, Work.MOUNT, Work.FIND, Work.READ, Work.READ_AGAIN}
+    {
+        Work.STARTUP,
+        Work.FIRST,
+        Work.LIST,
+        Work.UNCHANGED,
+        Work.MOUNT,
+        Work.FIND,
+        Work.READ,
+        Work.READ_AGAIN,
+    }
 )
 ACTIONS = ("run", "scale", "growth", "setup", "report")
 INTERRUPTED = 130

@@ -25,7 +25,7 @@ from bench.measure import (
     server_usage,
     with_server,
 )
-from bench.reading import do_reading, prepare_reading
+from bench.reading import do_reading, measure_startup, prepare_reading
 from bench.records import Sample
 from bench.scratch import await_end, mounts_below, unmount
 from bench.stage import WORK_TIMEOUT_S, Stage, TrialError, compare, sample_of
@@ -51,6 +51,7 @@ class BackupProgram(Protocol):
     def backup(self, home: Path, source: Path, label: str) -> Command: ...
     def restore(self, home: Path, label: str, target: Path) -> Command: ...
     def check(self, home: Path) -> Command: ...
+    def list_snapshots(self, home: Path) -> Command: ...
     def mount(self, home: Path, label: str, mountpoint: Path) -> Command: ...
     def mounted_root(self, mountpoint: Path) -> Path: ...
     def unmount(self, mountpoint: Path) -> Command: ...
@@ -92,6 +93,8 @@ class BackupTrial:
             usage = self._first_backup()
         elif work is Work.RESTORE:
             usage = self._restore()
+        elif work is Work.LIST:
+            usage = measure_startup(self._program.list_snapshots(self._home), self._stage.log)
         elif work is Work.CHECK:
             self._stage.cache.warm(self._home)
             usage = self._run(self._program.check(self._home))

@@ -14,6 +14,7 @@ class Work(StrEnum):
 
     STARTUP = "start-up"
     FIRST = "first-backup"
+    LIST = "list"
     UNCHANGED = "unchanged-backup"
     REREAD = "touched-backup"
     CHANGED = "changed-backup"
@@ -37,6 +38,7 @@ class Work(StrEnum):
 LABELS = {
     Work.STARTUP: "start-up, saying the version",
     Work.FIRST: "first backup",
+    Work.LIST: "the list of snapshots printed",
     Work.UNCHANGED: "backup with nothing changed",
     Work.REREAD: "backup after `touch`: all read, nothing new",
     Work.CHANGED: "backup after the blocks changed",
@@ -81,4 +83,12 @@ def works_on(corpus: Corpus) -> tuple[Work, ...]:
         return (Work.FIRST, Work.UNCHANGED, Work.DAILY, Work.CHECK)
     if corpus.single is not None:
         return (Work.FIRST, Work.REREAD, Work.RESTORE, Work.CHECK, *FILE_READINGS)
-    return (Work.FIRST, Work.UNCHANGED, Work.RESTORE, Work.CHECK, Work.MOUNT, *TREE_READINGS)
+    return (
+        Work.FIRST,
+        Work.LIST,
+        Work.UNCHANGED,
+        Work.RESTORE,
+        Work.CHECK,
+        Work.MOUNT,
+        *TREE_READINGS,
+    )

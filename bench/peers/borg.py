@@ -40,6 +40,10 @@ class Borg:
         """Verify the repository, the archives and every stored byte."""
         return self._command(home, "check", "--verify-data", str(home / "repository"))
 
+    def list_snapshots(self, home: Path) -> Command:
+        """Print the list of archives."""
+        return self._command(home, "list", str(home / "repository"))
+
     def mount(self, home: Path, label: str, mountpoint: Path) -> Command:
         """Mount an archive and serve it until it is unmounted."""
         return self._command(home, "mount", "--foreground", _archive(home, label), str(mountpoint))

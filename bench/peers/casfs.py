@@ -38,6 +38,10 @@ class Casfs:
         """Verify the structure and every stored byte."""
         return self._command(home, "check", "--read-data")
 
+    def list_snapshots(self, home: Path) -> Command:
+        """Print the list of snapshots."""
+        return self._command(home, "snapshots")
+
     def mount(self, home: Path, label: str, mountpoint: Path) -> Command:
         """Mount the latest snapshot; the command returns when the mount is usable."""
         return self._command(home, "mount", "latest", str(mountpoint))

@@ -31,6 +31,10 @@ class EncryptedCasfs(Casfs):
         """Verify the structure and every stored byte."""
         return self._opened(home, super().check(home))
 
+    def list_snapshots(self, home: Path) -> Command:
+        """Print the list of snapshots."""
+        return self._opened(home, super().list_snapshots(home))
+
     def mount(self, home: Path, label: str, mountpoint: Path) -> Command:
         """Mount the latest snapshot; the command returns when the mount is usable."""
         return self._opened(home, super().mount(home, label, mountpoint))

@@ -44,6 +44,10 @@ class Restic:
         """Verify the structure and every stored byte."""
         return self._command(home, "check", "--read-data")
 
+    def list_snapshots(self, home: Path) -> Command:
+        """Print the list of snapshots."""
+        return self._command(home, "snapshots")
+
     def mount(self, home: Path, label: str, mountpoint: Path) -> Command:
         """Mount the repository and serve it until it is unmounted."""
         return self._command(home, "mount", str(mountpoint))
