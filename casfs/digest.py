@@ -6,6 +6,7 @@ The digest of a blob is keyed in an encrypted repository. The digest of a whole 
 
 from __future__ import annotations
 
+import os
 from typing import NewType
 
 from blake3 import blake3
@@ -30,6 +31,17 @@ def digest_of(data: bytes | bytearray | memoryview) -> Digest:
 def keyed_digest(data: bytes | bytearray | memoryview, key: bytes | None) -> Digest:
     """Return the BLAKE3-256 of `data`, keyed with a key of 32 bytes, or plain without a key."""
     return Digest(blake3(data).digest() if key is None else blake3(data, key=key).digest())
+
+
+def codes_equal(code: str, expected: str) -> bool:
+    """Return whether two authentication codes are equal; the time that it takes reveals nothing of them.
+
+    Their digests under a random key are compared. `hmac.compare_digest` would load OpenSSL, which most
+    commands do not need.
+    """
+    key = os.urandom(DIGEST_BYTES)
+    first, second = (keyed_digest(text.encode(), key) for text in (code, expected))
+    return first == second
 
 
 def short_id(digest: bytes) -> str:

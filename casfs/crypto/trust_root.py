@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from casfs.digest import digest_of
 from casfs.errors import IntegrityError
-from casfs.format.config import OLDEST_FORMAT, RepositoryConfig, decode_config, with_format
+from casfs.format.config import RepositoryConfig, decode_config, with_format
+from casfs.format.versions import OLDEST_FORMAT
 from casfs.storage.base import Storage
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ whether a known content is stored, and allow publishing in the name of this mach
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +18,14 @@ import msgspec
 from casfs.crypto.trust_root import TrustRoot
 from casfs.digest import digest_of
 from casfs.errors import NoHomeError, StorageError, TrustError
-from casfs.format.config import OLDEST_FORMAT, RepositoryConfig
-from casfs.format.key_derivation import SECRET_BYTES, DedupDomain
+from casfs.format.config import RepositoryConfig
 from casfs.format.lock_policy import LockPolicy
+from casfs.format.versions import OLDEST_FORMAT
 from casfs.user_dirs import make_private_folder, require_private_folder, user_folder
 
 if TYPE_CHECKING:
+    # An unencrypted repository does not need these imports.
+    from casfs.format.key_derivation import DedupDomain
     from casfs.format.signature import SigningKey
 
 
@@ -41,6 +42,8 @@ class WriterState(msgspec.Struct, frozen=True):
 
     def own_domain(self) -> DedupDomain:
         """Return the domain in which this machine writes."""
+        from casfs.format.key_derivation import DedupDomain
+
         return DedupDomain(bytes.fromhex(self.repository), bytes.fromhex(self.domain))
 
     def signing_key(self) -> SigningKey:
@@ -87,6 +90,8 @@ def load_state(config: RepositoryConfig) -> WriterState | None:
         return None
     except OSError as error:
         raise StorageError("read", str(path), error) from error
+    from casfs.format.key_derivation import SECRET_BYTES
+
     try:
         state = msgspec.json.decode(data, type=WriterState)
         is_valid = (
@@ -221,7 +226,7 @@ def _pin_path(name: str, make: bool = True) -> Path:
 
 def write_state_file(path: Path, data: bytes) -> None:
     """Replace a file of the state atomically and durably, with mode 0600; raise StorageError."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:

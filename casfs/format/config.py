@@ -6,20 +6,14 @@ BLAKE3 of all bytes before it. It is written once, and once more by an upgrade, 
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 
 import msgspec
 
 from casfs.digest import digest_of
 from casfs.errors import FormatError, IntegrityError, NotFoundError
-
-OLDEST_FORMAT = 1
-NEWEST_FORMAT = 2
-"""The repository formats that this version reads and writes."""
-
-DEFAULT_FORMAT = 2
-"""The format of new repositories."""
+from casfs.format.versions import DEFAULT_FORMAT, NEWEST_FORMAT, OLDEST_FORMAT
 
 CONFIG_NAME = "config"
 MAX_CONFIG_BYTES = 1 << 20
@@ -94,7 +88,7 @@ class RepositoryConfig(msgspec.Struct, frozen=True):
 
 def new_config(created: str, format_: int = DEFAULT_FORMAT) -> RepositoryConfig:
     """Return the configuration of a new repository with a random id."""
-    return RepositoryConfig(id=secrets.token_hex(32), created=created, format=format_)
+    return RepositoryConfig(id=os.urandom(32).hex(), created=created, format=format_)
 
 
 def encode_config(config: RepositoryConfig) -> bytes:

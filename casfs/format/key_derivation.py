@@ -11,7 +11,7 @@ Values are immutable; threads may share them.
 from __future__ import annotations
 
 import functools
-import secrets
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
@@ -60,7 +60,7 @@ class DedupDomain:
     @classmethod
     def new(cls, repository: bytes) -> DedupDomain:
         """Return a domain with a new random secret."""
-        return cls(repository, secrets.token_bytes(SECRET_BYTES))
+        return cls(repository, os.urandom(SECRET_BYTES))
 
     def __repr__(self) -> str:
         return f"Domain({short_id(self.id)})"
@@ -119,7 +119,7 @@ class WriteSession:
         cls, domains: Sequence[DedupDomain], chunker: ChunkerConfig | None = None
     ) -> WriteSession:
         """Return a session with a new random secret."""
-        secret = secrets.token_bytes(SECRET_BYTES)
+        secret = os.urandom(SECRET_BYTES)
         return cls(domains[0].repository, secret, tuple(domains), chunker)
 
     def __repr__(self) -> str:

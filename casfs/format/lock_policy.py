@@ -6,12 +6,10 @@ that only a machine with the repository's own domain can compute.
 
 from __future__ import annotations
 
-import hmac
-
 import msgspec
 from blake3 import blake3
 
-from casfs.digest import digest_of
+from casfs.digest import codes_equal, digest_of
 from casfs.errors import IntegrityError
 
 FOLDER = "lock-policies"
@@ -36,7 +34,7 @@ class LockPolicy(msgspec.Struct, frozen=True):
 
     def is_authentic(self, key: bytes) -> bool:
         """Return whether the code was computed with the key of the repository's own domain."""
-        return hmac.compare_digest(self.code.encode(), _code(self, key).encode())
+        return codes_equal(self.code, _code(self, key))
 
 
 def new_policy(repository: str, lock_for_s: int, set_ns: int, key: bytes | None) -> LockPolicy:

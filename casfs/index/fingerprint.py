@@ -12,16 +12,14 @@ which another user reads: root is trusted, and its secret is unknown.
 from __future__ import annotations
 
 import enum
-import hmac
 import logging
 import os
-import secrets
-import subprocess
 import sys
 from pathlib import Path
 
 from blake3 import blake3
 
+from casfs.digest import codes_equal
 from casfs.errors import CasfsError, IndexUnusableError, NoHomeError
 from casfs.index.index import DATA_FILE, LOCK_FILE, Index
 from casfs.user_dirs import make_private_folder, user_folder
@@ -87,7 +85,7 @@ def mark_index_damaged(path: Path) -> None:
 
 def _replace(path: Path, text: bytes) -> None:
     """Replace the fingerprint; a link in the place of the old one, or of the new file, is not followed."""
-    temporary = path / f"{FINGERPRINT_FILE}.{secrets.token_hex(8)}"
+    temporary = path / f"{FINGERPRINT_FILE}.{os.urandom(8).hex()}"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with open(fd, "wb") as file:
@@ -200,6 +198,8 @@ def _probed(path: Path) -> IndexState:
 
 
 def _survives_a_probe(path: Path) -> bool:
+    import subprocess
+
     root = Path(__file__).parents[2]
     command = [sys.executable, "-P", "-c", _PROBE, str(root), str(path)]
     try:
@@ -235,11 +235,11 @@ def _user_secret() -> bytes:
     path = user_folder("XDG_STATE_HOME", ".local/state") / SECRET_FILE
     make_private_folder(path.parent, "XDG_STATE_HOME")
     if not path.exists():
-        temporary = path.with_name(f".{SECRET_FILE}.{secrets.token_hex(8)}")
+        temporary = path.with_name(f".{SECRET_FILE}.{os.urandom(8).hex()}")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "wb") as file:
-                file.write(secrets.token_bytes(_SECRET_BYTES))
+                file.write(os.urandom(_SECRET_BYTES))
                 file.flush()
                 os.fsync(fd)
             # Of two processes that create it at once, both use the one that was linked first.
@@ -292,7 +292,7 @@ def _read_fingerprint(path: Path, key: bytes | None) -> tuple[int, int, str] | N
         with open(path / FINGERPRINT_FILE, "rb") as file:
             text = file.read(_MAX_FINGERPRINT_BYTES).decode("ascii")
         line, _, code = text.removesuffix("\n").rpartition(" ")
-        if key is not None and not hmac.compare_digest(code, _code(key, line)):
+        if key is not None and not codes_equal(code, _code(key, line)):
             return None
         size, mtime_ns, digest = line.removeprefix(_FORM.partition("{")[0]).split()
         return int(size), int(mtime_ns), digest

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from casfs.errors import StorageError
 from casfs.format.config import RepositoryConfig
 from casfs.repository.place import Place, RemotePlace
-from casfs.repository.presence import Presence
 from casfs.repository.remote_writers import is_shared, mark_remote_writers
 from casfs.storage.base import HeldLock, Storage
 from casfs.storage.clock import StorageClock
 from casfs.storage.locks import LockMode
+
+if TYPE_CHECKING:
+    from casfs.repository.presence import Presence
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ def begin_writing(
         if isinstance(place, RemotePlace):
             mark_remote_writers(storage)
         if is_shared(storage):
-            activity.presence = Presence(storage, activity.clock, mode, command, host)
+            activity.presence = _presence(storage, activity.clock, mode, command, host)
             activity.presence.begin()
     except BaseException:
         activity.end()
@@ -73,11 +76,20 @@ def begin_reading(
     try:
         activity.lock = place.locks(config).acquire(command, LockMode.READER, host)
         if is_shared(storage):
-            activity.presence = Presence(storage, activity.clock, LockMode.READER, command, host)
+            activity.presence = _presence(storage, activity.clock, LockMode.READER, command, host)
             activity.presence.begin(in_background=True)
     except StorageError as error:
         log.debug("a read-only medium, or a user who may only read: %s", error)
     return activity
+
+
+def _presence(
+    storage: Storage, clock: StorageClock, mode: LockMode, command: str, host: str | None
+) -> Presence:
+    # Most repositories are not shared over a network, and do not need this import.
+    from casfs.repository.presence import Presence
+
+    return Presence(storage, clock, mode, command, host)
 
 
 def _shown_host(config: RepositoryConfig) -> str | None:

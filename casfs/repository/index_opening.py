@@ -20,12 +20,12 @@ from casfs.repository.place import Place, RemotePlace
 from casfs.storage.base import Locks, Storage
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import BlobStore
-from casfs.store.delta_sync import DeltaSync
 from casfs.store.index_update import UpdateOptions, update_index
 from casfs.user_dirs import cached_index_dir
 
 if TYPE_CHECKING:
     from casfs.store.cipher import PackCiphers
+    from casfs.store.delta_sync import DeltaSync
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ def has_deltas(place: Place, config: RepositoryConfig) -> bool:
 
 def make_delta_sync(store: BlobStore, ciphers: PackCiphers | None) -> DeltaSync:
     """Return what applies index deltas to a store with the keys of this process."""
+    from casfs.store.delta_sync import DeltaSync
+
     if ciphers is None:
         return DeltaSync(store)
     return DeltaSync(store, ciphers.sessions, ciphers.can_read)

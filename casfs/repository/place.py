@@ -13,14 +13,11 @@ from pathlib import Path
 from casfs.crypto.trust_root import TrustRoot
 from casfs.errors import NotFoundError, RefusedError, StorageError, TrustError
 from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, RepositoryConfig
-from casfs.storage.as_of import AsOfStorage
 from casfs.storage.base import Locks, Storage, StorageOptions
-from casfs.storage.caching import CachingStorage
-from casfs.storage.cell_folder import CellFolder
 from casfs.storage.counting import RequestCounter
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import FolderLocks
-from casfs.storage.url import StorageAddress, open_storage
+from casfs.storage.url import StorageAddress
 from casfs.user_dirs import cached_index_dir, index_dir
 
 
@@ -126,9 +123,13 @@ class RemotePlace:
 
         Raise RefusedError where the place keeps no versions that `as_of_ns` could select from.
         """
+        from casfs.storage.remote import open_storage
+
         storage = open_storage(self.address, self.options, self.counter)
         if self.as_of_ns is None:
             return storage
+        from casfs.storage.as_of import AsOfStorage
+
         if storage.bucket is None:
             raise RefusedError(
                 f"--as-of reads the versions of objects in an S3 bucket, and {self} keeps none for casfs"
@@ -149,6 +150,9 @@ class RemotePlace:
 
     def cached_storage(self, storage: Storage, config: RepositoryConfig, on_disk: bool) -> Storage:
         """Return the storage behind a cache: on the disk of this machine, or only in memory."""
+        from casfs.storage.caching import CachingStorage
+        from casfs.storage.cell_folder import CellFolder
+
         limit_bytes = self.options.cache_bytes
         # What an attacker wrote over a pack may be in the cache, and is not what there was before.
         if not on_disk or not limit_bytes or self.as_of_ns is not None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import secrets
-import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -66,8 +64,8 @@ class Presence:
         host: str | None = None,
         refresh_s: float = REFRESH_S,
     ) -> None:
-        host = host if host is not None else socket.gethostname()
-        self.name = f"{FOLDER}/{secrets.token_hex(16)}"
+        host = host if host is not None else os.uname().nodename
+        self.name = f"{FOLDER}/{os.urandom(16).hex()}"
         self._storage = storage
         self._clock = clock
         self._record = LockRecord(mode, verb, host, os.getpid(), int(time.time()))
@@ -119,7 +117,7 @@ class Presence:
                 mtime_ns = self._clock.write(self.name, data)
             except StorageDeniedError:
                 # A credential may be allowed to create and not to overwrite.
-                self.name = f"{FOLDER}/{secrets.token_hex(16)}"
+                self.name = f"{FOLDER}/{os.urandom(16).hex()}"
                 mtime_ns = self._clock.create(self.name, data)
             self._written_ns = elapsed_ns()
             if self.name not in self._names:

@@ -1,4 +1,4 @@
-"""An open repository, as passed to every command. `casfs.repository.opening` creates it.
+"""An open repository, as passed to every command. `casfs.repository.opening` opens it.
 
 A repository belongs to the process that opened it. Threads may read blobs concurrently (`BlobStore`).
 """
@@ -16,7 +16,6 @@ from casfs.errors import (
     CasfsError,
     IndexUnusableError,
 )
-from casfs.format.chunker import Chunker, make_chunker
 from casfs.format.config import (
     RepositoryConfig,
 )
@@ -24,7 +23,6 @@ from casfs.format.tree import Node, TreeRef
 from casfs.index.index import Index
 from casfs.index.schema import PackRecord
 from casfs.repository.activity import Activity
-from casfs.repository.deltas import Deltas
 from casfs.repository.index_opening import close_index, has_deltas, make_delta_sync
 from casfs.repository.place import LocalPlace, Place, RemotePlace
 from casfs.repository.snapshots import SnapshotStore
@@ -33,16 +31,17 @@ from casfs.storage.clock import StorageClock
 from casfs.storage.local import allocate_reserve
 from casfs.storage.locks import LockMode, LockRecord
 from casfs.store.blob_store import BlobStore
-from casfs.store.delta_publisher import DeltaPublisher
-from casfs.store.delta_sync import DeltaSync
-from casfs.store.writer import BlobWriter
-from casfs.trees.content import ContentReader, Put
 from casfs.trees.reader import TreeReader
-from casfs.trees.writer import TreeWriter
 
 if TYPE_CHECKING:
-    # An unencrypted repository does not need this import.
+    # Each is imported by the method that needs it: a list of snapshots needs none of them.
     from casfs.crypto.key_manager import KeyManager
+    from casfs.format.chunker import Chunker
+    from casfs.repository.deltas import Deltas
+    from casfs.store.delta_sync import DeltaSync
+    from casfs.store.writer import BlobWriter
+    from casfs.trees.content import ContentReader, Put
+    from casfs.trees.writer import TreeWriter
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +80,9 @@ class Repository:
             self.snapshots.before_publish = self.deltas.publish
 
     def _make_deltas(self) -> Deltas:
+        from casfs.repository.deltas import Deltas
+        from casfs.store.delta_publisher import DeltaPublisher
+
         publisher = DeltaPublisher(
             self.store,
             self.key_manager.session if self.key_manager is not None else None,
@@ -163,6 +165,8 @@ class Repository:
 
     def chunker(self) -> Chunker:
         """Return a chunker with the repository's parameters, for use by one thread."""
+        from casfs.format.chunker import make_chunker
+
         config = self.config.chunker
         domain = self.key_manager.domain if self.key_manager is not None else None
         if domain is None:
@@ -179,6 +183,8 @@ class Repository:
 
     def writer(self, dry_run: bool = False, spool_in_memory: bool = False) -> BlobWriter:
         """Return a writer of blobs; the repository must be open for writing."""
+        from casfs.store.writer import BlobWriter
+
         return BlobWriter(
             self.store,
             dry_run=dry_run,
@@ -194,6 +200,8 @@ class Repository:
         previous_single: list[Node] | None = None,
     ) -> TreeWriter:
         """Return a writer of one directory's tree in the repository's format; see `TreeWriter`."""
+        from casfs.trees.writer import TreeWriter
+
         return TreeWriter(
             put,
             self.codec.digest,
@@ -203,13 +211,10 @@ class Repository:
             counts_xattrs=self.config.counts_xattrs,
         )
 
-    @property
-    def has_keyed_digests(self) -> bool:
-        """Whether the digests of blobs are keyed, so that none is that of a file."""
-        return self.key_manager is not None
-
     def content(self, node: Node) -> ContentReader:
         """Return the reader of a regular file's content list."""
+        from casfs.trees.content import ContentReader
+
         return ContentReader(node.content, node.levels, self.store.read)
 
     def other_locks(self) -> dict[str, LockRecord]:

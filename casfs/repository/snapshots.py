@@ -11,7 +11,6 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -43,7 +42,9 @@ from casfs.storage.base import Storage
 from casfs.trees.reader import TreeReader
 
 if TYPE_CHECKING:
-    # An unencrypted repository does not need these imports.
+    # An unencrypted local repository does not need these imports.
+    from concurrent.futures import Future
+
     from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.writers import HostKey, SignedSnapshot, TrustedWriters
     from casfs.format.signature import Author, Signers
@@ -421,6 +422,8 @@ class SnapshotStore:
             for snapshot_id in ids:
                 yield snapshot_id, partial(self._read, snapshot_id)
             return
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(requests, "casfs-snapshots") as pool:
             ahead: deque[tuple[SnapshotId, Future[bytes]]] = deque()
             try:

@@ -13,7 +13,8 @@ from pathlib import Path
 from casfs.crypto.trust_root import TrustRoot
 from casfs.crypto.trust_state import pin, verify_pin
 from casfs.errors import RefusedError, StorageDeniedError, StorageError
-from casfs.format.config import CONFIG_NAME, NEWEST_FORMAT, with_format
+from casfs.format.config import CONFIG_NAME, with_format
+from casfs.format.versions import NEWEST_FORMAT
 from casfs.repository.place import LocalPlace, Place, as_place
 from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage

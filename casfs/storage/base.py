@@ -26,12 +26,14 @@ Every back end guarantees:
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from casfs.errors import StorageError
 from casfs.storage.bucket import Bucket
 
 if TYPE_CHECKING:
@@ -168,6 +170,19 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Release connections and descriptors. A second call does nothing."""
+
+
+def size_conflict(url: str, name: str, found_bytes: int, wanted_bytes: int) -> StorageError:
+    """Return the error for a name whose existing object has another size than the new one."""
+    return StorageError(
+        "create",
+        f"{url}/{name}",
+        OSError(
+            errno.EEXIST,
+            f"an object of this name has {found_bytes} bytes instead of {wanted_bytes}, so it is damaged "
+            "or was not written by casfs; remove it and try again",
+        ),
+    )
 
 
 DEFAULT_CACHE_BYTES = 2 * 1024 * 1024 * 1024

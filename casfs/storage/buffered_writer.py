@@ -6,7 +6,6 @@ process, and no other user can open it.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import tempfile
 from collections.abc import Callable
@@ -67,16 +66,3 @@ class BufferedWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def size_conflict(url: str, name: str, found_bytes: int, wanted_bytes: int) -> StorageError:
-    """Return the error for a name whose existing object has another size than the new one."""
-    return StorageError(
-        "create",
-        f"{url}/{name}",
-        OSError(
-            errno.EEXIST,
-            f"an object of this name has {found_bytes} bytes instead of {wanted_bytes}, so it is damaged "
-            "or was not written by casfs; remove it and try again",
-        ),
-    )

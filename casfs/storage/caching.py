@@ -20,15 +20,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from casfs.errors import CasfsError
 from casfs.storage.base import Data, Storage
-from casfs.storage.buffered_writer import BufferedWriter
 from casfs.storage.cell_folder import CELL_BYTES, CellFolder
 from casfs.storage.interruption import interrupted_error
 from casfs.storage.wrapper import StorageWrapper
+
+if TYPE_CHECKING:
+    from casfs.storage.buffered_writer import BufferedWriter
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +135,8 @@ class CachingStorage(StorageWrapper):
 
     def open_writer(self, in_memory: bool) -> BufferedWriter:
         """Begin an object, which is sent when it is committed."""
+        from casfs.storage.buffered_writer import BufferedWriter
+
         return BufferedWriter(self.create, in_memory)
 
     def forget(self, name: str) -> bool:

@@ -16,7 +16,6 @@ import fcntl
 import logging
 import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -94,7 +93,7 @@ class CellFolder:
         if not self._is_usable:
             return
         path = self._path(name, number)
-        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        unfinished = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
         try:
             self._make_folder(path.parent)
             fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

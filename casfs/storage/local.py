@@ -23,8 +23,8 @@ from casfs.storage.base import (
     Data,
     ListedObject,
     is_name,
+    size_conflict,
 )
-from casfs.storage.buffered_writer import size_conflict
 from casfs.storage.folder import Folder
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,6 @@ import fcntl
 import logging
 import os
 import re
-import secrets
-import socket
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -92,8 +90,8 @@ class RepositoryLock:
         `host` is the host name recorded in the lock, by default this machine's. Raise LockedError naming the
         holder of a conflicting lock, and RefusedError for a folder of another user.
         """
-        name = secrets.token_hex(8)
-        host = host if host is not None else socket.gethostname()
+        name = os.urandom(8).hex()
+        host = host if host is not None else os.uname().nodename
         record = LockRecord(mode, verb, host, os.getpid(), int(time.time()))
         above = Folder(folder.parent)
         try:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from casfs.errors import NotFoundError
-from casfs.storage.base import Capabilities, Data, ListedObject
+from casfs.storage.base import Capabilities, Data, ListedObject, size_conflict
 from casfs.storage.bucket import Bucket
-from casfs.storage.buffered_writer import BufferedWriter, size_conflict
+from casfs.storage.buffered_writer import BufferedWriter
 
 
 class MemoryStorage:

@@ -27,9 +27,10 @@ from casfs.storage.base import (
     Data,
     ListedObject,
     is_name,
+    size_conflict,
 )
 from casfs.storage.bucket import Bucket
-from casfs.storage.buffered_writer import BufferedWriter, size_conflict
+from casfs.storage.buffered_writer import BufferedWriter
 from casfs.storage.counting import RequestCounter, RequestKind
 from casfs.storage.interruption import INTERRUPTED, interrupted_error
 from casfs.storage.object_store_errors import (

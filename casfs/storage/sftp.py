@@ -33,8 +33,9 @@ from casfs.storage.base import (
     Data,
     ListedObject,
     is_name,
+    size_conflict,
 )
-from casfs.storage.buffered_writer import BufferedWriter, size_conflict
+from casfs.storage.buffered_writer import BufferedWriter
 from casfs.storage.counting import RequestCounter, RequestKind
 from casfs.storage.sftp_channel import (
     Pending,

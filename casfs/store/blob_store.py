@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 from casfs.digest import DIGEST_BYTES, Digest, PackId
@@ -42,10 +41,8 @@ from casfs.format.pack import (
     parse_trailer,
     scan_records,
 )
-from casfs.index.delta_notes import DeltaNotes
 from casfs.index.index import Index
 from casfs.index.schema import IndexedPack, Location
-from casfs.monitor import Progress, Unit
 from casfs.storage.base import Storage
 from casfs.storage.caching import CachingStorage
 from casfs.store.duplicates import Duplicates
@@ -53,7 +50,10 @@ from casfs.store.pending_removal import packs_pending_removal
 from casfs.store.verified_packs import VerifiedPacks
 
 if TYPE_CHECKING:
-    # An unencrypted repository does not need this import.
+    # Each is imported by the function that needs it: reading from an intact local repository needs none.
+    from concurrent.futures import Future
+
+    from casfs.monitor import Progress
     from casfs.store.cipher import PackCiphers
 
 log = logging.getLogger(__name__)
@@ -510,6 +510,8 @@ class BlobStore:
 
         The size that a delta gives may be wrong; then the pack's directory is read.
         """
+        from casfs.index.delta_notes import DeltaNotes
+
         notes = DeltaNotes(self.index)
         found = {one.ordinal: one for one in notes.unverified() if one.pack in stored}
         good = {n for n, one in found.items() if stored[one.pack] == one.pack_bytes}
@@ -577,6 +579,8 @@ class BlobStore:
         For a pack with a damaged directory, the old index may know more blobs than a scan finds: its entries
         are kept where the blobs verify.
         """
+        from casfs.monitor import Progress, Unit
+
         progress = progress if progress is not None else Progress()
         progress.begin("looking for damaged packs", Unit.PACKS)
         self._old_entries = self._entries_of_damaged(progress)
@@ -643,6 +647,8 @@ class BlobStore:
             for pack, pack_bytes in packs:
                 yield pack, pack_bytes, self._read_directory_or_error(pack, pack_bytes)
             return
+        from concurrent.futures import ThreadPoolExecutor
+
         ahead: deque[tuple[PackRef, int, Future[list[PackEntry] | CasfsError]]] = deque()
         with ThreadPoolExecutor(requests, "casfs-directories") as pool:
             try:

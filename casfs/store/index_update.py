@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from casfs.store.blob_store import BlobStore
-from casfs.store.delta_sync import DeltaSync
+
+if TYPE_CHECKING:
+    from casfs.store.delta_sync import DeltaSync
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from casfs.backup.run import BackupOptions, run_backup
 from casfs.crypto import age
 from casfs.crypto.recipients import parse_recipient
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_writing
 from tests.data.make_repository import describe, fill, shortened
 from tests.support.encryption import identities
 

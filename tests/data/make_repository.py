@@ -31,12 +31,8 @@ from casfs.format.tree import (
     captured_digest,
 )
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import (
-    OpenOptions,
-    create_repository,
-    open_for_reading,
-    open_for_writing,
-)
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, ContentWriter
 

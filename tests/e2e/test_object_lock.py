@@ -20,7 +20,8 @@ from casfs.repository.opening import open_for_reading
 from casfs.repository.place import RemotePlace
 from casfs.storage.base import Storage, StorageOptions
 from casfs.storage.bucket import Bucket
-from casfs.storage.url import open_storage, parse_address
+from casfs.storage.remote import open_storage
+from casfs.storage.url import parse_address
 from casfs.store.blob_store import pack_name
 from tests.e2e.test_json_reference import differences, read_page
 from tests.support.cli import Casfs

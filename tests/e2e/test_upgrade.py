@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from casfs.format.config import OLDEST_FORMAT
-from casfs.repository.opening import create_repository
+from casfs.format.versions import OLDEST_FORMAT
+from casfs.repository.creation import create_repository
 from tests.support.cli import Casfs, finish, interrupt
 from tests.support.comparing import tree_differences
 from tests.support.remote import RemoteCasfs, on_s3, over_ssh

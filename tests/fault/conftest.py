@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from casfs.backup import capture
-from casfs.format.config import DEFAULT_FORMAT
+from casfs.format.versions import DEFAULT_FORMAT
 from tests.support.capturing import BackupFixture, open_backup_fixture
 from tests.support.process_runner import Scene, Stage, make_scene
 from tests.support.scripted_source import ScriptedSource, scripted_source

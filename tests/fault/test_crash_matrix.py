@@ -13,13 +13,9 @@ from typing import Any
 
 import pytest
 
-from casfs.format.config import NEWEST_FORMAT, OLDEST_FORMAT
-from casfs.repository.opening import (
-    OpenOptions,
-    create_repository,
-    open_for_reading,
-    open_for_writing,
-)
+from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.repository.place import read_config
 from casfs.restore.target_fs import TEMPORARY_PREFIX
 from casfs.storage.locks import RepositoryLock

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from casfs.format.config import NEWEST_FORMAT, OLDEST_FORMAT
+from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
 from tests.support.effort import EFFORT, dice
 from tests.support.explorer import Explorer, Kind
 from tests.support.process_runner import Stage

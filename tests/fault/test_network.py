@@ -79,7 +79,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_TIMEOUT_S", 1)
     policy = retry.RetryPolicy
     monkeypatch.setattr(
-        "casfs.storage.url.RetryPolicy",
+        "casfs.storage.remote.RetryPolicy",
         lambda patience_s, first_patience_s: policy(
             patience_s, first_patience_s, first_pause_s=0.01
         ),

@@ -23,9 +23,9 @@ from casfs.format.tree import NodeType
 from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.shared_prune import OtherPruneError, SharedPruner
 from casfs.monitor import RecordingMonitor
+from casfs.repository.creation import create_repository
 from casfs.repository.opening import (
     OpenOptions,
-    create_repository,
     open_for_maintenance,
     open_for_reading,
     open_for_writing,

@@ -15,9 +15,9 @@ import zstandard
 
 from casfs.digest import SnapshotId, digest_of
 from casfs.format.codec import BlobKind
-from casfs.format.config import NEWEST_FORMAT, OLDEST_FORMAT
 from casfs.format.snapshot import HEADER, Snapshot
 from casfs.format.tree import Node, NodeExtra, NodeType, replace
+from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
 from casfs.repository.repository import Repository
 from casfs.trees.content import Put
 from tests.support.builders import Plan, RepositoryFixture, entry, file

@@ -25,7 +25,8 @@ from casfs.errors import NotFoundError
 from casfs.format.tree import Node
 from casfs.monitor import RecordingMonitor
 from casfs.patterns import InvalidPatternError, Pattern, PatternMatcher, parse_patterns
-from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
 from tests.support.effort import EFFORT

@@ -25,7 +25,8 @@ from casfs.cli.app import casfs
 from casfs.cli.settings import Settings
 from casfs.digest import SnapshotId
 from casfs.errors import CasfsError, NotFoundError
-from casfs.repository.opening import OpenOptions, create_repository, open_for_reading
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_reading
 from casfs.repository.place import LocalPlace
 from casfs.storage.base import ListedObject
 from casfs.storage.local import LocalStorage

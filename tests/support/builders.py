@@ -13,7 +13,6 @@ from typing import Any
 from casfs.backup.run import BackupOptions, run_backup
 from casfs.digest import Digest, SnapshotId, digest_of
 from casfs.format.codec import BlobKind
-from casfs.format.config import DEFAULT_FORMAT
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import (
     Capture,
@@ -25,13 +24,10 @@ from casfs.format.tree import (
     captured_digest,
     replace,
 )
+from casfs.format.versions import DEFAULT_FORMAT
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import (
-    OpenOptions,
-    create_repository,
-    open_for_reading,
-    open_for_writing,
-)
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.store.blob_store import pack_name
 from casfs.trees.content import EXTENT

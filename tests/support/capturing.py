@@ -28,7 +28,8 @@ from casfs.index.schema import Location
 from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import Problem, RecordingMonitor
-from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.store.blob_store import pack_name

@@ -16,7 +16,8 @@ from casfs.digest import Digest
 from casfs.format.pack import BLOB_HEADER, TRAILER
 from casfs.format.tree import Node, NodeType
 from casfs.paths import join
-from casfs.repository.opening import create_repository, open_for_reading
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import open_for_reading
 from casfs.repository.repository import Repository
 from casfs.storage.locks import RepositoryLock
 from casfs.store.blob_store import pack_name

@@ -15,12 +15,8 @@ from casfs.digest import SnapshotId
 from casfs.format.config import RepositoryConfig, encode_config
 from casfs.format.key_derivation import DedupDomain, WriteSession
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import (
-    OpenOptions,
-    create_repository,
-    open_for_reading,
-    open_for_writing,
-)
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.storage.base import Storage
 

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from casfs.digest import digest_of
-from casfs.format.config import DEFAULT_FORMAT
 from casfs.format.pack import PACK_PREFIXES
+from casfs.format.versions import DEFAULT_FORMAT
 from casfs.repository.place import read_config
 from casfs.storage.locks import LockMode, RepositoryLock
 from tests.support.encryption import PUBLIC, SECRET

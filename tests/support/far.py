@@ -9,7 +9,8 @@ import pytest
 
 from casfs.backup.run import BackupOptions, BackupResult, run_backup
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import create_repository, open_for_reading, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import open_for_reading, open_for_writing
 from casfs.repository.place import RemotePlace
 from casfs.repository.repository import Repository
 from casfs.storage.base import Storage
@@ -39,7 +40,7 @@ class FarRepository:
         def open_it(*arguments: object) -> Storage:
             return storage
 
-        monkeypatch.setattr("casfs.repository.place.open_storage", open_it)
+        monkeypatch.setattr("casfs.storage.remote.open_storage", open_it)
         create_repository(RemotePlace(parse_address("s3://bucket/r")), format_=format_)
         return FarRepository(storage, RemotePlace(parse_address("s3://bucket/r")))
 

@@ -17,10 +17,10 @@ from casfs.maintenance.prune import PruneResult
 from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.shared_prune import SharedPruner, new_pruner
 from casfs.monitor import RecordingMonitor
+from casfs.repository.creation import create_repository
 from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.opening import (
     OpenOptions,
-    create_repository,
     open_for_maintenance,
     open_for_reading,
     open_for_writing,

@@ -14,13 +14,9 @@ from casfs.backup.run import BackupOptions, BackupResult, run_backup
 from casfs.backup.stability import is_racy
 from casfs.crypto.recipients import Recipient
 from casfs.monitor import RecordingMonitor
+from casfs.repository.creation import create_repository
 from casfs.repository.lock_policy import own_domain, set_policy
-from casfs.repository.opening import (
-    OpenOptions,
-    create_repository,
-    open_for_reading,
-    open_for_writing,
-)
+from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.repository.place import RemotePlace, read_config
 from casfs.repository.repository import Repository
 from casfs.storage.base import Storage
@@ -105,7 +101,7 @@ def locked_repository(
     def open_it(*arguments: object) -> Storage:
         return found.storage
 
-    monkeypatch.setattr("casfs.repository.place.open_storage", open_it)
+    monkeypatch.setattr("casfs.storage.remote.open_storage", open_it)
     monkeypatch.chdir(source)
     create_repository(found.place, recipients)
     config = read_config(found.place)

@@ -11,7 +11,8 @@ from casfs.digest import SnapshotId
 from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import create_repository, open_for_reading, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import open_for_reading, open_for_writing
 from casfs.repository.place import RemotePlace
 from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.base import StorageOptions

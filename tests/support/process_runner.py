@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import casfs
-from casfs.format.config import DEFAULT_FORMAT
-from casfs.repository.opening import create_repository
+from casfs.format.versions import DEFAULT_FORMAT
+from casfs.repository.creation import create_repository
 from tests.support.observation import Files, look_at_source
 from tests.support.stores import noise, pack_paths
 

@@ -18,7 +18,8 @@ from casfs.digest import digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node, NodeType
-from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.store.writer import BlobWriter
 from casfs.trees.content import EXTENT
 from casfs.trees.writer import TreeWriter

@@ -15,12 +15,8 @@ from casfs.maintenance.prune import Pruner
 from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import Progress, RecordingMonitor, Unit
-from casfs.repository.opening import (
-    OpenOptions,
-    create_repository,
-    open_for_maintenance,
-    open_for_writing,
-)
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_writing
 from casfs.restore.restorer import RestoreOptions, Restorer
 
 MIB = 1 << 20

@@ -49,7 +49,7 @@ def init(
     write access to the folder; reading needs an identity or the passphrase. Encryption cannot be turned
     on or off later. Recipients can be changed (casfs key).
     """
-    from casfs.repository.opening import create_repository
+    from casfs.repository.creation import create_repository
 
     if path is not None and settings.repo is not None and path != settings.repo:
         raise UsageError("the argument and --repo name different repositories; give one of them")

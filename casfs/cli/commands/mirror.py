@@ -102,7 +102,7 @@ def _make_folder(source: Place, target: LocalPlace) -> None:
     A folder with other contents and no repository is refused, as `init` refuses it.
     """
     from casfs.format.config import CONFIG_NAME
-    from casfs.repository.opening import FOLDERS
+    from casfs.repository.creation import FOLDERS
     from casfs.repository.place import LocalPlace
 
     if isinstance(source, LocalPlace):

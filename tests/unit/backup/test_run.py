@@ -13,7 +13,8 @@ from casfs.backup.run import MAX_OWNER_NAMES_BYTES, BackupOptions, run_backup
 from casfs.errors import UsageError
 from casfs.format.snapshot import encode_snapshot
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.repository.repository import Repository
 
 

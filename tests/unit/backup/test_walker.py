@@ -20,7 +20,8 @@ from casfs.backup.sources import SourceNode
 from casfs.errors import NotRegularError
 from casfs.format.tree import Node, NodeType
 from casfs.monitor import ProblemKind, RecordingMonitor
-from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.repository.repository import Repository
 
 

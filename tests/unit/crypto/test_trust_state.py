@@ -31,7 +31,8 @@ from casfs.crypto.trust_state import (
 from casfs.errors import RefusedError, StorageError, TrustError
 from casfs.format.config import CIPHER, ChunkerConfig, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain
-from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.repository.place import read_config
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import (

@@ -35,7 +35,7 @@ from casfs.index import delta_notes, fingerprint, index, schema
 from casfs.index.lmdb_env import Transaction
 from casfs.maintenance import prune_plan
 from casfs.repository import object_locks, presence
-from casfs.repository.opening import create_repository
+from casfs.repository.creation import create_repository
 from casfs.storage import local, locks
 from casfs.store import pending_removal, writer
 from casfs.trees import content

@@ -11,8 +11,8 @@ import pytest
 
 from casfs.digest import Digest, SnapshotId
 from casfs.format.codec import BlobKind
-from casfs.format.config import NEWEST_FORMAT, OLDEST_FORMAT
 from casfs.format.tree import NodeType
+from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
 from casfs.maintenance import prune_plan
 from casfs.maintenance.check import Checker
 from casfs.maintenance.prune import Pruner, PruneResult

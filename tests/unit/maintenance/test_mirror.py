@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from casfs.errors import IntegrityError, NotFoundError, RefusedError, StorageError
-from casfs.format.config import NEWEST_FORMAT, OLDEST_FORMAT, with_format
+from casfs.format.config import with_format
 from casfs.format.pack import PACK_PREFIXES
+from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
 from casfs.maintenance.check import Checker
 from casfs.maintenance.mirror import MISSING_NAME, Mirror, MirrorResult
 from casfs.maintenance.prune import Pruner

@@ -9,7 +9,7 @@ import pytest
 from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.maintenance.storage_check import FOLDERS, StorageCheck, check_storage
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import create_repository
+from casfs.repository.creation import create_repository
 from casfs.repository.place import LocalPlace, read_config
 from casfs.storage.local import LocalStorage
 from tests.support.builders import RepositoryFixture

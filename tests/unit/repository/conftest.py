@@ -17,5 +17,5 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> RecordingStorage:
     def open_it(*arguments: object) -> Storage:
         return storage
 
-    monkeypatch.setattr("casfs.repository.place.open_storage", open_it)
+    monkeypatch.setattr("casfs.storage.remote.open_storage", open_it)
     return storage

@@ -19,9 +19,9 @@ from casfs.maintenance.prune import Pruner
 from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.repair import repair_index
 from casfs.monitor import RecordingMonitor
+from casfs.repository.creation import create_repository
 from casfs.repository.opening import (
     OpenOptions,
-    create_repository,
     open_for_maintenance,
     open_for_reading,
     open_for_writing,

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from casfs.errors import StorageDeniedError
-from casfs.repository.opening import create_repository, open_for_reading, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import open_for_reading, open_for_writing
 from casfs.repository.place import LocalPlace, RemotePlace
 from casfs.repository.presence import FOLDER, STALE_NS, Presence, present_processes
 from casfs.repository.remote_writers import MARK, mark_remote_writers
@@ -120,7 +121,7 @@ def test_no_thread_is_left_of_a_process_that_ended(storage: RecordingStorage) ->
 class TestOpening:
     @pytest.fixture
     def place(self, storage: RecordingStorage, monkeypatch: pytest.MonkeyPatch) -> RemotePlace:
-        monkeypatch.setattr("casfs.repository.place.open_storage", lambda *_: storage)
+        monkeypatch.setattr("casfs.storage.remote.open_storage", lambda *_: storage)
         return RemotePlace(parse_address("s3://bucket/r"))
 
     def test_a_writer_of_a_remote_place_is_shown_while_it_is_open(

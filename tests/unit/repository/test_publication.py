@@ -16,7 +16,8 @@ from casfs.errors import (
     StorageUnavailableError,
 )
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import OpenOptions, create_repository, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.repository.place import LocalPlace
 from casfs.repository.publication import SnapshotPublisher
 from casfs.repository.remote_writers import mark_remote_writers

@@ -18,13 +18,8 @@ from casfs.errors import (
     StorageUnavailableError,
 )
 from casfs.repository import opening
-from casfs.repository.opening import (
-    PROBED_NAME,
-    create_repository,
-    open_for_maintenance,
-    open_for_reading,
-    open_for_writing,
-)
+from casfs.repository.creation import PROBED_NAME, create_repository
+from casfs.repository.opening import open_for_maintenance, open_for_reading, open_for_writing
 from casfs.repository.place import LocalPlace, RemotePlace, as_place, place_of
 from casfs.repository.remote_writers import (
     MARK,
@@ -139,7 +134,7 @@ def test_a_wrong_clock_is_reported(
     place: RemotePlace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage = MemoryStorage("s3://bucket/r", now_ns=lambda: 1_000_000_000)
-    monkeypatch.setattr("casfs.repository.place.open_storage", lambda *arguments: storage)
+    monkeypatch.setattr("casfs.storage.remote.open_storage", lambda *arguments: storage)
     create_repository(place)
     assert "set it right" in caplog.text
 

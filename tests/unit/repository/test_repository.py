@@ -29,7 +29,8 @@ from casfs.format.codec import BlobKind
 from casfs.format.config import decode_config, encode_config, new_config
 from casfs.format.snapshot import Snapshot
 from casfs.paths import parse_snapshot_path
-from casfs.repository.opening import create_repository, open_for_reading, open_for_writing
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import open_for_reading, open_for_writing
 from casfs.user_dirs import cached_index_dir, file_system_type, index_dir
 from tests.support.builders import RepositoryFixture, file
 from tests.support.stores import add_pack, child, flip, make_pack, pack_paths, read_line

@@ -21,9 +21,9 @@ from casfs.digest import SnapshotId
 from casfs.errors import RefusedError, TrustError
 from casfs.format.config import decode_config, encode_config
 from casfs.monitor import RecordingMonitor
+from casfs.repository.creation import create_repository
 from casfs.repository.opening import (
     OpenOptions,
-    create_repository,
     open_for_maintenance,
     open_for_reading,
     open_for_writing,

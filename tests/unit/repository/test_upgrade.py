@@ -10,16 +10,13 @@ import pytest
 from casfs.backup.run import BackupOptions, run_backup
 from casfs.digest import digest_of
 from casfs.errors import LockedError, NotFoundError, RefusedError, StorageDeniedError, TrustError
-from casfs.format.config import NEWEST_FORMAT, OLDEST_FORMAT, decode_config, with_format
+from casfs.format.config import decode_config, with_format
+from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
 from casfs.maintenance.check import Checker
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import (
-    OpenOptions,
-    create_repository,
-    open_for_reading,
-    open_for_writing,
-)
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.repository.place import LocalPlace, RemotePlace, read_config
 from casfs.repository.repository import Repository
 from casfs.repository.upgrade import upgrade_repository
@@ -113,7 +110,7 @@ def test_a_writer_of_another_machine_that_began_before_an_upgrade_ends_in_the_ol
     tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = MemoryStorage("s3://bucket/r")
-    monkeypatch.setattr("casfs.repository.place.open_storage", lambda *arguments: memory)
+    monkeypatch.setattr("casfs.storage.remote.open_storage", lambda *arguments: memory)
 
     def place() -> RemotePlace:
         return RemotePlace(parse_address("s3://bucket/r"))

@@ -12,7 +12,8 @@ import pytest
 from casfs.errors import StorageDeniedError
 from casfs.storage.base import Storage, StorageOptions
 from casfs.storage.probe import probe_storage
-from casfs.storage.url import open_storage, parse_address
+from casfs.storage.remote import open_storage
+from casfs.storage.url import parse_address
 from tests.support.servers import AZURITE, AzureServer, azurite
 
 from .contract import StorageContract

@@ -12,17 +12,13 @@ from pathlib import Path
 import pytest
 
 from casfs.backup.run import BackupOptions, run_backup
-from casfs.format.config import OLDEST_FORMAT
 from casfs.format.snapshot import SnapshotStats
+from casfs.format.versions import OLDEST_FORMAT
 from casfs.maintenance.check import Checker, CheckResult
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
-from casfs.repository.opening import (
-    OpenOptions,
-    create_repository,
-    open_for_reading,
-    open_for_writing,
-)
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.repository.repository import Repository
 from casfs.storage.local import LocalWriter
 from casfs.storage.locks import RepositoryLock

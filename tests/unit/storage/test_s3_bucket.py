@@ -21,9 +21,10 @@ from casfs.errors import (
 from casfs.storage.base import Storage, StorageOptions
 from casfs.storage.bucket import BucketSettings
 from casfs.storage.counting import RequestCounter, RequestKind, RequestTotals
+from casfs.storage.remote import open_storage
 from casfs.storage.s3_bucket import S3Bucket
 from casfs.storage.s3_connection import S3Connection
-from casfs.storage.url import open_storage, parse_address
+from casfs.storage.url import parse_address
 from tests.support.scripted_s3 import Answers, scripted_server
 from tests.support.servers import S3Server
 

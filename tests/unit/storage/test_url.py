@@ -6,7 +6,8 @@ import pytest
 
 from casfs.errors import UsageError
 from casfs.storage.base import StorageOptions
-from casfs.storage.url import Scheme, StorageAddress, parse_address, ssh_command
+from casfs.storage.remote import ssh_command
+from casfs.storage.url import Scheme, StorageAddress, parse_address
 
 
 @pytest.mark.parametrize(
