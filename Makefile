@@ -92,6 +92,8 @@ demo: packages-demo $(STAMP) ## back up, change, back up, mount, copy out and co
 
 .PHONY: bench
 bench: $(STAMP) ## time and memory on a real tree, beside borg and restic
+	# As an installation does: otherwise each start compiles what git has changed.
+	$(BIN)/python -m compileall -q casfs mount/casfs_mount
 	$(BIN)/python -m bench setup
 	$(BIN)/python -m bench $(ARGS)
 

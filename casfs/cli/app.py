@@ -17,12 +17,10 @@ import click
 
 from casfs import __version__, interruption
 from casfs.cli import standard_streams
-from casfs.cli.examples import add_examples
 from casfs.cli.options import common_options, progress_options
 from casfs.cli.output import Output, terminal_line
 from casfs.cli.settings import Settings
 from casfs.cli.standard_streams import OutputError
-from casfs.cli.usage_messages import usage_message
 from casfs.cli.verbs import MAX_HELP_CHARACTERS, SuggestingGroup
 from casfs.display import escape_path, single_line
 from casfs.errors import CasfsError
@@ -106,7 +104,6 @@ class _Verbs(SuggestingGroup):
             return None
         module, _, name = target.partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
-        add_examples(command, cmd_name)
         return command
 
     def resolve_command(
@@ -175,6 +172,8 @@ def _run(arguments: list[str], as_json: bool) -> int:
         print(error.format_message(), file=sys.stderr)
         return EXIT_USAGE
     except click.UsageError as error:
+        from casfs.cli.usage_messages import usage_message
+
         hint = f" ({error.ctx.command_path} --help)" if error.ctx and error.ctx.parent else ""
         return _fail(as_json, usage_message(error) + hint, EXIT_USAGE)
     except click.ClickException as error:

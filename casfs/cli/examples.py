@@ -83,10 +83,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 }
 
 
-def add_examples(command: click.Command, name: str) -> None:
-    """Let the help of a command, and of the commands in a group, end with their examples."""
-    if isinstance(command, click.Group):
-        for inner_name, inner in command.commands.items():
-            add_examples(inner, f"{name} {inner_name}")
-    elif name in EXAMPLES:
-        command.epilog = "\n".join(("\b", "Examples:", *(f"  {line}" for line in EXAMPLES[name])))
+def write_examples(name: str, formatter: click.HelpFormatter) -> None:
+    """Write the examples of a command, if it has some; `name` is that of a subcommand with its group's."""
+    if name in EXAMPLES:
+        formatter.write_paragraph()
+        with formatter.indentation():
+            lines = ("\b", "Examples:", *(f"  {line}" for line in EXAMPLES[name]))
+            formatter.write_text("\n".join(lines))

@@ -6,10 +6,7 @@ that a secret is read from.
 
 from __future__ import annotations
 
-import getpass
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -208,6 +205,8 @@ def unlock_repository(place: Place, unlock: Unlock) -> Identities | None:
 
 def ask_passphrase(what: str) -> str | None:
     """Ask for a passphrase at the terminal; return None if standard input is no terminal."""
+    import getpass
+
     if sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
     return getpass.getpass(f"passphrase of {what}: ", stream=sys.stderr)
@@ -231,6 +230,9 @@ def new_passphrase(source: PassphraseSource, option: str) -> str:
 
 
 def _run_passphrase_command(command: str) -> bytes:
+    import shlex
+    import subprocess
+
     try:
         words = shlex.split(command)
         done = subprocess.run(words, stdout=subprocess.PIPE, check=False)

@@ -340,22 +340,22 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return repository_options(key_options(command))
 
 
-@click.command("options", cls=Verb)
-@progress_options
-@common_options
-def _every_shared_option() -> None:
-    """Hold the options that the help of a command only names."""
-
-
 def shared_options_help() -> str:
     """Return the text of `casfs help options`."""
+
+    @click.command("options", cls=Verb)
+    @progress_options
+    @common_options
+    def every_shared_option() -> None:
+        pass
+
     formatter = click.Context(
-        _every_shared_option, max_content_width=MAX_HELP_CHARACTERS
+        every_shared_option, max_content_width=MAX_HELP_CHARACTERS
     ).make_formatter()
     formatter.write_text(
         "Most commands take these options; the help of a command names those that it takes. "
         "The repository and the keys may be given before the command too."
     )
     with formatter.section("Common options"):
-        formatter.write_dl(describe_options(_every_shared_option))
+        formatter.write_dl(describe_options(every_shared_option))
     return formatter.getvalue().rstrip("\n")

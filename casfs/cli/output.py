@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
-import shutil
 import sys
 import threading
+from binascii import b2a_base64
 from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TextIO
 
-from casfs.cli.table import NO_TEXTS, table_lines
 from casfs.digest import SnapshotId, short_id
 from casfs.display import counted, single_line
 
@@ -73,6 +70,8 @@ class Output:
     def emit(self, kind: str, /, **fields: JsonValue) -> None:
         """Print a JSON object of this type; print nothing without --json."""
         if self.as_json:
+            import json
+
             _print(json.dumps({"type": kind, **fields}), sys.stdout)
 
     def table(
@@ -80,7 +79,7 @@ class Output:
         heads: tuple[str, ...],
         numbers: Container[str],
         rows: Iterable[tuple[str, ...]],
-        texts: Mapping[str, int] = NO_TEXTS,
+        texts: Mapping[str, int] | None = None,
         spare: Sequence[str] = (),
     ) -> None:
         """Print a table as text; columns whose heads are in `numbers` are aligned to the right.
@@ -88,14 +87,24 @@ class Output:
         On a terminal that is too narrow, the `spare` columns are left out, and the columns of `texts` are
         wrapped, each to its number of characters at least.
         """
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        for line in table_lines(heads, numbers, rows, texts, width, spare):
+        from casfs.cli.table import table_lines
+
+        for line in table_lines(heads, numbers, rows, texts or {}, _terminal_columns(), spare):
             self.line(line)
 
     def warn(self, message: str) -> None:
         """Print a message about a problem to standard error, on one line."""
         sys.stdout.flush()
         _print(f"casfs: {single_line(message)}", sys.stderr)
+
+
+def _terminal_columns() -> int | None:
+    """Return the width of the terminal, None where standard output is none."""
+    if not sys.stdout.isatty():
+        return None
+    import shutil
+
+    return shutil.get_terminal_size().columns
 
 
 def _print(text: str, stream: TextIO) -> None:
@@ -128,7 +137,7 @@ def json_path(path: bytes, field: str = "path") -> dict[str, str]:
     try:
         path.decode("utf-8")
     except UnicodeDecodeError:
-        fields[f"{field}_b64"] = base64.b64encode(path).decode("ascii")
+        fields[f"{field}_b64"] = _base64(path)
     return fields
 
 
@@ -137,8 +146,12 @@ def json_paths(paths: Sequence[bytes], field: str = "paths") -> dict[str, list[s
     each = [json_path(path) for path in paths]
     fields = {field: [one["path"] for one in each]}
     if any("path_b64" in one for one in each):
-        fields[f"{field}_b64"] = [base64.b64encode(path).decode("ascii") for path in paths]
+        fields[f"{field}_b64"] = [_base64(path) for path in paths]
     return fields
+
+
+def _base64(path: bytes) -> str:
+    return b2a_base64(path, newline=False).decode("ascii")
 
 
 def format_time(time_ns: int) -> str:

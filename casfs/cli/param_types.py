@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import re
 from datetime import datetime
-from decimal import Decimal
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from casfs.errors import UsageError
-from casfs.patterns import InvalidPatternError, Pattern, parse_pattern
 
 if TYPE_CHECKING:
     from casfs.maintenance.retention import CalendarSpan
+    from casfs.patterns import Pattern
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
@@ -25,6 +23,13 @@ _MAX_SECONDS = 9_200_000_000
 
 _MAX_OWNER = 0xFFFFFFFE
 """The number above it, -1 as 32 bits, means "leave the owner as it is" to chown(2)."""
+
+
+def _bytes_of(size: re.Match[str]) -> int:
+    """Return the bytes of a match of `_SIZE`, rounded down."""
+    from fractions import Fraction
+
+    return int(Fraction(size.group(1)) * 1024 ** _POWERS[size.group(2).lower()])
 
 
 class SizeType(click.ParamType[int]):
@@ -39,7 +44,7 @@ class SizeType(click.ParamType[int]):
         match = _SIZE.fullmatch(str(value).strip())
         if match is None:
             self.fail(f"{value!r} is not a size such as 500K, 10M or 2G", param, ctx)
-        return int(Fraction(match.group(1)) * 1024 ** _POWERS[match.group(2).lower()])
+        return _bytes_of(match)
 
 
 class RateType(click.ParamType[int]):
@@ -52,11 +57,7 @@ class RateType(click.ParamType[int]):
         if isinstance(value, int):
             return value
         match = _SIZE.fullmatch(str(value).strip().removesuffix("/s"))
-        rate = (
-            int(Fraction(match.group(1)) * 1024 ** _POWERS[match.group(2).lower()])
-            if match is not None
-            else 0
-        )
+        rate = _bytes_of(match) if match is not None else 0
         if rate < 1:
             self.fail(
                 f"{value!r} is not a rate such as 500K or 10M, in bytes per second", param, ctx
@@ -64,7 +65,7 @@ class RateType(click.ParamType[int]):
         return rate
 
 
-class PatternType(click.ParamType[Pattern]):
+class PatternType(click.ParamType["Pattern"]):
     """A pattern in gitignore syntax, parsed from the bytes that the user typed."""
 
     name = "pattern"
@@ -73,6 +74,8 @@ class PatternType(click.ParamType[Pattern]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Pattern:
         """Return the pattern."""
+        from casfs.patterns import InvalidPatternError, Pattern, parse_pattern
+
         if isinstance(value, Pattern):
             return value
         try:
@@ -195,6 +198,8 @@ def parse_time(text: str, option: str) -> int:
 
     Raises UsageError for a text that is neither ISO 8601 nor @SECONDS.
     """
+    from decimal import Decimal
+
     try:
         if text.startswith("@"):
             seconds = Decimal(text[1:])

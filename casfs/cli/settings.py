@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable
@@ -74,7 +73,7 @@ class Settings:
 
         Raises NotFoundError for the name of no folder that is nearly a name from the configuration.
         """
-        from casfs.config.values import NAME
+        from casfs.config.names import NAME
 
         if NAME.fullmatch(name):
             repositories = self.configuration().repositories
@@ -142,9 +141,11 @@ class Settings:
 
     def report_requests(self) -> None:
         """Print as JSON how many requests the command made to a remote repository, by kind."""
+        if self._place is None or not self.as_json:
+            return
         from casfs.repository.place import RemotePlace
 
-        if not (self.as_json and isinstance(self._place, RemotePlace)):
+        if not isinstance(self._place, RemotePlace):
             return
         totals = self._place.counter.totals()
         if totals:
@@ -197,6 +198,8 @@ class Settings:
 
 def _refuse_mistyped(name: str, known: list[str]) -> None:
     """Raise NotFoundError where a name is nearly one of the known names."""
+    import difflib
+
     close = difflib.get_close_matches(name, known, n=2)
     if close:
         raise NotFoundError(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from types import MappingProxyType
 
 _GAP = "  "
-NO_TEXTS: Mapping[str, int] = MappingProxyType({})
 
 
 def table_lines(
     heads: tuple[str, ...],
     numbers: Container[str],
     rows: Iterable[tuple[str, ...]],
-    texts: Mapping[str, int] = NO_TEXTS,
+    texts: Mapping[str, int],
     max_characters: int | None = None,
     spare: Sequence[str] = (),
 ) -> Iterator[str]:

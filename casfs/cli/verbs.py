@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import textwrap
 from collections.abc import Iterable
 
@@ -44,12 +43,18 @@ class SharedOption(click.Option):
 
 
 class Verb(click.Command):
-    """A command whose help ends with the names of the shared options that it takes."""
+    """A command whose help ends with the names of the shared options that it takes, and with examples."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options; of the shared ones only the names."""
         super().format_options(ctx, formatter)
         _write_shared_options(self, formatter)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        from casfs.cli.examples import write_examples
+
+        write_examples(ctx.command_path.partition(" ")[2], formatter)
 
     def get_short_help_str(self, limit: int = 45) -> str:
         """Return the first sentence of the help, whatever the limit."""
@@ -129,5 +134,7 @@ def unknown_command(args: list[str], commands: Iterable[str]) -> str:
 
 def suggested_commands(name: str, commands: list[str]) -> list[str]:
     """Return the commands that a mistyped or foreign name may mean, the most likely first."""
+    import difflib
+
     foreign = [word for word in _WORDS_OF_OTHERS.get(name, ()) if word in commands]
     return foreign or difflib.get_close_matches(name.lower(), commands, n=2)

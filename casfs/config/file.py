@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from casfs.config.lines import KeyPath
+from casfs.config.names import NAME
 from casfs.config.profiles import Profile
 from casfs.config.repositories import NamedRepository
 from casfs.config.validation import SourceFile, convert_table, parse_toml, unknown_key
-from casfs.config.values import NAME
 from casfs.errors import ConfigError, NoHomeError, NotFoundError, StorageError
 from casfs.user_dirs import user_folder
 

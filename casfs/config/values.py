@@ -11,9 +11,6 @@ from urllib.parse import urlsplit
 from casfs.errors import UsageError
 from casfs.maintenance.retention import CalendarSpan, parse_duration
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-"""Names of repositories and profiles: they become names of files, of units and of labels."""
-
 URL_SCHEMES = ("file", "s3", "gs", "az", "sftp")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)

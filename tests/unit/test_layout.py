@@ -315,16 +315,6 @@ def test_all_of_casfs_can_be_imported_where_there_is_no_fuse(
     assert "No module named 'trio'" in blocked.stderr
 
 
-def test_the_version_is_printed_without_loading_what_draws_or_mounts() -> None:
-    done = run_python("-X", "importtime", "-m", "casfs", "version")
-    assert done.returncode == 0, done.stderr
-    assert casfs.__version__ in done.stdout
-    lines = done.stderr.splitlines()
-    loaded = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
-    assert "casfs.cli" in loaded
-    assert not loaded & {"rich", "pyfuse3", "trio", "casfs_mount", "cryptography", "pyrage"}
-
-
 def test_encryption_is_not_loaded_for_an_unencrypted_repository(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom casfs.cli.app import run\n"

@@ -239,7 +239,7 @@ def _uses_systemd(scheduler: str | None) -> bool:
 
 def _require_name(profile: str) -> None:
     """Raise UsageError for what no profile can be called: it becomes part of a path."""
-    from casfs.config.values import NAME
+    from casfs.config.names import NAME
 
     if not NAME.fullmatch(profile):
         raise UsageError(f"{profile!r} is not the name of a profile")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import sys
 
 import click
 
@@ -10,6 +10,7 @@ from casfs import __version__
 from casfs.cli.options import output_options
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
+from casfs.format.versions import NEWEST_FORMAT
 
 
 @click.command(cls=Verb)
@@ -17,9 +18,7 @@ from casfs.cli.verbs import Verb
 @click.pass_obj
 def version(settings: Settings) -> None:
     """Print the versions of casfs, its format and Python."""
-    from casfs.format.config import NEWEST_FORMAT
-
     output = settings.output()
-    python = platform.python_version()
+    python = sys.version.split(maxsplit=1)[0]
     output.line(f"casfs {__version__} (repository format {NEWEST_FORMAT}, Python {python})")
     output.emit("version", casfs=__version__, format=NEWEST_FORMAT, python=python)

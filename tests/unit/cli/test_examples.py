@@ -48,7 +48,8 @@ def test_an_example_is_a_line_that_the_command_accepts(name: str, example: str) 
 
 
 def test_the_help_of_a_command_ends_with_its_examples() -> None:
-    command = casfs.get_command(click.Context(casfs), "restore")
+    context = click.Context(casfs, info_name="casfs")
+    command = casfs.get_command(context, "restore")
     assert command is not None
-    text = command.get_help(click.Context(command, info_name="restore"))
+    text = command.get_help(click.Context(command, context, info_name="restore"))
     assert text.rstrip().splitlines()[-1].strip() == EXAMPLES["restore"][-1]

@@ -22,7 +22,8 @@ from casfs.crypto.session_files import session_ids
 from casfs.crypto.trust_state import load_state
 from casfs.errors import KeyMissingError, TrustError, UsageError
 from casfs.format.config import CONFIG_NAME, ChunkerConfig, RepositoryConfig, encode_config
-from casfs.repository.opening import OpenOptions, create_repository, open_for_reading
+from casfs.repository.creation import create_repository
+from casfs.repository.opening import OpenOptions, open_for_reading
 from casfs.repository.place import LocalPlace, read_config
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import (
