@@ -67,16 +67,30 @@ test: packages-test lint typecheck ## everything, with real mounts: what CI runs
 test-e2e: packages-test $(STAMP) ## only the tests of the installed command, of mounts and of damage
 	$(PYTEST) tests/e2e tests/fault $(ARGS)
 
+# Atheris has wheels for x86-64 only, and no other target needs it.
+FUZZ_STAMP := $(VENV)/.fuzz-made
+$(FUZZ_STAMP): $(STAMP) requirements-fuzz.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-fuzz.txt
+	@touch $@
+
 # How much longer than in `make test` the tests go on that could go on forever.
 EFFORT ?= 20
 
+# How many inputs the parsers get in `make soak`, all together; a run that was stopped goes on where it was.
+FUZZ_INPUTS ?= 10000000
+
+.PHONY: fuzz
+fuzz: $(FUZZ_STAMP) ## FUZZ_INPUTS hostile inputs for the parsers, by coverage; ARGS names some of them
+	$(BIN)/python -m tests.fuzz --inputs '$(FUZZ_INPUTS)' $(ARGS)
+
 .PHONY: soak
-soak: packages-test $(STAMP) ## kills, power cuts, crowds, models, mounts and hostile input, EFFORT times as long
+soak: packages-test $(STAMP) $(FUZZ_STAMP) ## kills, power cuts, crowds, models, mounts and hostile input, EFFORT times as long
 	CASFS_EFFORT='$(EFFORT)' CASFS_HYPOTHESIS=long $(PYTEST) tests/property tests/fault/test_random_kills.py \
 		tests/fault/test_many_processes.py tests/fault/test_power_loss.py tests/fault/test_io_errors.py \
 		tests/fault/test_explorer.py tests/fault/test_race_matrix.py tests/fault/test_many_hosts.py \
 		tests/fault/test_mount_loop.py tests/fault/test_network.py $(ARGS)
 	CASFS_EFFORT='$(EFFORT)' $(PYTEST) tests/e2e -k 's3 or sftp' $(ARGS)
+	$(BIN)/python -m tests.fuzz --inputs '$(FUZZ_INPUTS)'
 
 .PHONY: coverage
 coverage: packages-test $(STAMP) ## all tests, and which lines they reach (htmlcov/index.html)

@@ -29,10 +29,13 @@ def normalize_source_path(path: bytes) -> bytes:
     """Return a source path as a snapshot records it: without `..`, double slashes and trailing slashes.
 
     `..` is resolved in the file system. A relative path that leads out of the current directory becomes
-    absolute. Raises UsageError for an empty path, which otherwise would name the current directory.
+    absolute. Raises UsageError for an empty path, which otherwise would name the current directory, and for
+    one with a NUL byte, which no path has.
     """
     if not path:
         raise UsageError("a source path is empty")
+    if b"\0" in path:
+        raise UsageError(f"the source path {path!r} has a NUL byte")
     parts = path.split(b"/")
     if b".." in parts:
         last = len(parts) - parts[::-1].index(b"..")

@@ -150,7 +150,7 @@ def parse_pattern(text: bytes) -> Pattern:
 def parse_patterns(data: bytes, name: str) -> list[Pattern]:
     """Return the patterns of a file in the syntax of .gitignore; `name` is the file's, for messages.
 
-    Raises InvalidPatternError, with the line's number.
+    Raises InvalidPatternError, with the line's number, and UsageError for bytes that are no text.
     """
     if b"\0" in data:
         raise UsageError(

@@ -58,7 +58,7 @@ def parse_table(table: bytes) -> list[_Mount]:
         fields = before.split(b" ")
         if len(fields) < 5 or not after:
             continue
-        path = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), fields[4])
+        path = re.sub(rb"\\([0-3][0-7]{2})", lambda match: bytes([int(match[1], 8)]), fields[4])
         found[path] = _Mount(path, after.split(b" ")[0].decode("ascii", "replace"))
     return list(found.values())
 

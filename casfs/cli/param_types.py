@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from casfs.maintenance.retention import CalendarSpan
     from casfs.patterns import Pattern
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_COUNT = re.compile("[0-9]{1,18}")
 _OWNER = re.compile(r"(\d{1,10}):(\d{1,10})")
 _MAX_SECONDS = 9_200_000_000
 """Before and after 1970: a snapshot's time is a signed number of nanoseconds in 64 bits."""
@@ -117,7 +118,7 @@ class CountType(click.ParamType[int]):
         text = str(value)
         if text in ("unlimited", str(UNLIMITED)):
             return UNLIMITED
-        if not (text.isascii() and text.isdigit()):
+        if not _COUNT.fullmatch(text):
             self.fail(f"{text!r} is neither a number of snapshots nor unlimited", param, ctx)
         return int(text)
 

@@ -65,6 +65,8 @@ def parse_toml(path: Path, text: str) -> tuple[dict[str, Any], SourceFile]:
         raise ConfigError(str(path), line, "", f"not valid TOML: {reason}") from error
     except RecursionError as error:
         raise ConfigError(str(path), None, "", "is nested too deeply") from error
+    except ValueError as error:  # Python refuses to convert more than 4300 digits
+        raise ConfigError(str(path), None, "", "has a number that is too long") from error
 
 
 def convert_table(file: SourceFile, place: KeyPath, table: dict[str, Any], kind: type[_T]) -> _T:

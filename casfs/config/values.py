@@ -13,7 +13,7 @@ from casfs.maintenance.retention import CalendarSpan, parse_duration
 
 URL_SCHEMES = ("file", "s3", "gs", "az", "sftp")
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([kmgtp]?)(?:i?b)?", re.IGNORECASE)
 _TOML_TYPES = {bool: "true or false", int: "an integer", float: "a number", list: "an array"}
 
 

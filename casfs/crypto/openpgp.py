@@ -38,13 +38,15 @@ def fingerprint(key: bytes) -> str:
     if not found:
         raise WrongKeyError("the OpenPGP data contains no public key")
     version = found[0]
-    if version == 4:
+    if version == 4 and len(found) < 1 << 16:
         body = b"\x99" + len(found).to_bytes(2, "big") + found
         return hashlib.sha1(body, usedforsecurity=False).hexdigest().upper()
     if version in (5, 6):
         start = b"\x9a" if version == 5 else b"\x9b"
         body = start + len(found).to_bytes(4, "big") + found
         return hashlib.sha256(body).hexdigest().upper()
+    if version == 4:
+        raise WrongKeyError("the OpenPGP key is too large")
     raise WrongKeyError(f"the OpenPGP key has version {version}, which casfs does not support")
 
 

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from casfs.crypto import age
 from casfs.errors import SessionError, WrongKeyError
+from casfs.json_document import InvalidJsonError, parse_json
 
 _ITERATIONS = 3
 _LANES = 4
@@ -77,8 +78,8 @@ def wrap_identity(identity: str, recipient: str, passphrase: str, repository: by
 def parse_wrapped(data: bytes, name: str) -> WrappedIdentity:
     """Parse a file of `wrap_identity`; raise SessionError for an invalid file."""
     try:
-        wrapped = msgspec.json.decode(data, type=WrappedIdentity)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        wrapped = parse_json(data, WrappedIdentity)
+    except InvalidJsonError as error:
         raise SessionError(f"{name} cannot be parsed: {error}") from error
     if wrapped.casfs != _FORM or wrapped.kdf != "argon2id":
         raise SessionError(f"{name} has an unsupported format; use a newer casfs")

@@ -16,6 +16,7 @@ import msgspec
 from casfs.crypto import age, gpg, openpgp
 from casfs.digest import digest_of
 from casfs.errors import IntegrityError, NotFoundError, WrongKeyError
+from casfs.json_document import InvalidJsonError, parse_json
 from casfs.storage.base import Storage
 
 RECIPIENTS_NAME = "recipients"
@@ -147,8 +148,8 @@ def decode_recipients(data: bytes) -> list[Recipient]:
     ):
         raise IntegrityError("the repository's list of recipients is damaged")
     try:
-        found = msgspec.json.decode(data[len(_FIRST_LINE) : last.start()], type=list[Recipient])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        found = parse_json(data[len(_FIRST_LINE) : last.start()], list[Recipient])
+    except InvalidJsonError as error:
         raise IntegrityError(f"the repository's list of recipients is damaged: {error}") from error
     try:
         for one in found:

@@ -25,6 +25,7 @@ from casfs.format.key_derivation import (
     SessionId,
     WriteSession,
 )
+from casfs.json_document import parse_json
 from casfs.storage.base import Storage
 
 SESSIONS = "sessions"
@@ -74,10 +75,10 @@ def decode_session(data: bytes, session_id: bytes, repository: bytes) -> WriteSe
     """Parse a document; raise SessionError unless it belongs to this session of this repository."""
     label = f"session {short_id(session_id)}"
     try:
-        document = msgspec.json.decode(data, type=_Document)
+        document = parse_json(data, _Document)
         secrets = [bytes.fromhex(text) for text in (document.secret, *document.domains)]
         made_for = bytes.fromhex(document.repository)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise SessionError(f"{label} has an invalid document") from error
     if document.casfs != _FORM:
         raise SessionError(f"{label} has an unsupported format; use a newer casfs")

@@ -21,6 +21,7 @@ from casfs.errors import NoHomeError, StorageError, TrustError
 from casfs.format.config import RepositoryConfig
 from casfs.format.lock_policy import LockPolicy
 from casfs.format.versions import OLDEST_FORMAT
+from casfs.json_document import InvalidJsonError, parse_json
 from casfs.user_dirs import make_private_folder, require_private_folder, user_folder
 
 if TYPE_CHECKING:
@@ -93,13 +94,13 @@ def load_state(config: RepositoryConfig) -> WriterState | None:
     from casfs.format.key_derivation import SECRET_BYTES
 
     try:
-        state = msgspec.json.decode(data, type=WriterState)
+        state = parse_json(data, WriterState)
         is_valid = (
             state.repository == config.id
             and len(bytes.fromhex(state.domain)) == SECRET_BYTES
             and len(bytes.fromhex(state.signing_seed)) in (0, SECRET_BYTES)
         )
-    except (msgspec.DecodeError, ValueError) as error:
+    except ValueError as error:
         raise _damaged(path) from error
     if not is_valid:
         raise _damaged(path)
@@ -126,12 +127,12 @@ def pinned_lock_policy(repository: str) -> LockPolicy | None:
     except NoHomeError:
         return None
     try:
-        policy = msgspec.json.decode(path.read_bytes(), type=LockPolicy)
+        policy = parse_json(path.read_bytes(), LockPolicy)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise StorageError("read", str(path), error) from error
-    except msgspec.DecodeError as error:
+    except InvalidJsonError as error:
         raise _damaged(path) from error
     return policy
 
@@ -175,12 +176,12 @@ def verify_pin(root: Path | str, trust: TrustRoot) -> None:
 
 def _verify_pin(root: Path | str, path: Path, trust: TrustRoot) -> None:
     try:
-        place = msgspec.json.decode(path.read_bytes(), type=_Pin)
+        place = parse_json(path.read_bytes(), _Pin)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return  # no pin exists, or this user has no state folder
     except OSError as error:
         raise StorageError("read", str(path), error) from error
-    except msgspec.DecodeError as error:
+    except InvalidJsonError as error:
         raise _damaged(path) from error
     config = trust.config
     domain = config.encryption.domain if config.encryption is not None else ""

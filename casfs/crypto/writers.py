@@ -20,6 +20,7 @@ import msgspec
 from casfs.crypto.trust_state import load_state, state_folder, write_state_file
 from casfs.digest import SnapshotId, short_id
 from casfs.errors import NoHomeError, RefusedError, StorageError, TrustError
+from casfs.json_document import InvalidJsonError, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -162,12 +163,12 @@ def _path(repository: str, make: bool = True) -> Path:
 def _read(repository: str) -> _Known | None:
     path = _path(repository, make=False)
     try:
-        known = msgspec.json.decode(path.read_bytes(), type=_Known)
+        known = parse_json(path.read_bytes(), _Known)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise StorageError("read", str(path), error) from error
-    except msgspec.DecodeError as error:
+    except InvalidJsonError as error:
         raise TrustError(
             f"{path} is damaged; restore it, or remove it and run `casfs key accept`"
         ) from error

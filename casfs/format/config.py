@@ -14,6 +14,7 @@ import msgspec
 from casfs.digest import digest_of
 from casfs.errors import FormatError, IntegrityError, NotFoundError
 from casfs.format.versions import DEFAULT_FORMAT, NEWEST_FORMAT, OLDEST_FORMAT
+from casfs.json_document import InvalidJsonError, parse_json
 
 CONFIG_NAME = "config"
 MAX_CONFIG_BYTES = 1 << 20
@@ -137,8 +138,8 @@ def decode_config(data: bytes, place: str) -> RepositoryConfig:
             f"the configuration {place} is damaged: digest mismatch; restore it from a copy"
         )
     try:
-        config = msgspec.json.decode(data[first.end() : last.start()], type=RepositoryConfig)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        config = parse_json(data[first.end() : last.start()], RepositoryConfig)
+    except InvalidJsonError as error:
         raise IntegrityError(f"the configuration {place} is damaged: {error}") from error
     if config.encryption is not None and not _is_supported(config.encryption):
         raise FormatError(

@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from casfs.digest import codes_equal, digest_of
 from casfs.errors import IntegrityError
+from casfs.json_document import InvalidJsonError, parse_json
 
 FOLDER = "lock-policies"
 MAX_POLICY_BYTES = 4096
@@ -54,8 +55,8 @@ def decode_policy(name: str, data: bytes, repository: str) -> LockPolicy:
     if name != f"{FOLDER}/{digest_of(data).hex()}":
         raise IntegrityError(f"{name}: digest mismatch")
     try:
-        policy = msgspec.json.decode(data, type=LockPolicy)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        policy = parse_json(data, LockPolicy)
+    except InvalidJsonError as error:
         raise IntegrityError(f"{name} cannot be parsed: {error}") from error
     if policy.casfs != _FORM or policy.repository != repository:
         raise IntegrityError(f"{name} is no lock policy of this repository")

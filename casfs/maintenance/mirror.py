@@ -28,6 +28,7 @@ from casfs.errors import IntegrityError, NotFoundError, RefusedError
 from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, decode_config
 from casfs.format.delta import FOLDER as DELTAS
 from casfs.format.pack import PACK_PREFIXES
+from casfs.json_document import InvalidJsonError, parse_json
 from casfs.maintenance.scrub import Finding
 from casfs.maintenance.storage_check import FOLDERS, digest_in_name
 from casfs.monitor import Monitor
@@ -263,8 +264,8 @@ class Mirror:
         except NotFoundError:
             return {}
         try:
-            return msgspec.json.decode(data, type=dict[str, int])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            return parse_json(data, dict[str, int])
+        except InvalidJsonError as error:
             raise IntegrityError(
                 f"{MISSING_NAME} in {self._destination.url} is damaged ({error}); delete it, and the margin "
                 "begins again"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from casfs.errors import CasfsError, NotFoundError, StorageDeniedError
+from casfs.json_document import InvalidJsonError, parse_json
 from casfs.storage.base import Storage
 from casfs.storage.clock import StorageClock, elapsed_ns
 from casfs.storage.locks import LockMode, LockRecord
@@ -141,8 +142,8 @@ def present_processes(storage: Storage) -> dict[str, PresentProcess]:
             log.warning("%s has more than %d presence objects", storage.url, _MOST_OBJECTS)
             break
         try:
-            record = msgspec.json.decode(storage.read(entry.name, 0, _MAX_BYTES), type=LockRecord)
-        except (NotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+            record = parse_json(storage.read(entry.name, 0, _MAX_BYTES), LockRecord)
+        except (NotFoundError, InvalidJsonError):
             continue
         # A process cannot have begun after it was last seen.
         since_ns = min(record.since_ns or entry.mtime_ns, entry.mtime_ns)

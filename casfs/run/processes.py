@@ -10,7 +10,6 @@ passes the first interruption on and waits until the process has ended. It kills
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,9 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 from casfs import interruption
+from casfs.json_document import InvalidJsonError, parse_json
 from casfs.run.outcome import EXIT_FAILED, EXIT_INTERRUPTED, HookOutcome, JsonObject
 
 _MAX_PROBLEMS = 20
@@ -50,10 +50,8 @@ class VerbOutput:
     def add_line(self, line: bytes) -> None:
         """Record a line; ignore it if it is not a JSON object."""
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            return
-        if not isinstance(value, dict):
+            value = parse_json(line, dict[str, Any])
+        except InvalidJsonError:
             return
         kind = value.get("type")
         if kind in _PROBLEM_TYPES:

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from casfs.errors import LockedError, StorageError
+from casfs.json_document import InvalidJsonError, parse_json
 from casfs.user_dirs import make_private_folder, require_private_folder, user_folder
 
 log = logging.getLogger(__name__)
@@ -99,10 +100,10 @@ class ProfileFiles:
         require_private_folder(self._folder, "XDG_STATE_HOME")
         try:
             with open(self._state, "rb") as file:
-                return msgspec.json.decode(file.read(_MAX_STATE_BYTES), type=ProfileState)
+                return parse_json(file.read(_MAX_STATE_BYTES), ProfileState)
         except FileNotFoundError:
             pass
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (OSError, InvalidJsonError) as error:
             log.warning("the record of earlier runs in %s is ignored: %s", self._state, error)
         return ProfileState(profile=self._profile)
 

@@ -9,13 +9,14 @@ nothing else gives credentials.
 from __future__ import annotations
 
 import configparser
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+from casfs.json_document import parse_json
 from casfs.storage.base import StorageOptions
 from casfs.storage.cloud_credentials import denied, parse_variables, run_command
 
@@ -128,7 +129,7 @@ def run_credentials_command(command: str) -> Credentials:
 
 def _parse_credentials(text: str) -> Credentials:
     if text.lstrip().startswith("{"):
-        found = json.loads(text)
+        found = parse_json(text.encode(), dict[str, Any])
         expires = found.get("Expiration")
         return Credentials(
             str(found["AccessKeyId"]),

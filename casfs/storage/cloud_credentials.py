@@ -8,11 +8,11 @@ this process by `obstore`. The command runs once for each process.
 from __future__ import annotations
 
 import errno
-import json
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from casfs.errors import StorageDeniedError
+from casfs.json_document import InvalidJsonError, parse_json
 from casfs.storage.base import StorageOptions
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def gcs_config(options: StorageOptions) -> GCSConfig:
         return config
     text = run_command(options.credentials_command, "GCS")
     try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or "private_key" not in found:
+        found = parse_json(text.encode(), dict[str, Any])
+    except InvalidJsonError:
+        found = {}
+    if "private_key" not in found:
         raise denied(
             "GCS", "the credentials-command did not print the JSON of a service account's key"
         )

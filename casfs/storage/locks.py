@@ -20,6 +20,7 @@ from types import TracebackType
 import msgspec
 
 from casfs.errors import CasfsError, LockedError, StorageError
+from casfs.json_document import InvalidJsonError, parse_json
 from casfs.storage.folder import Folder, open_regular
 
 _LOCK_NAME = re.compile(r"\.?[0-9a-f]{16}")
@@ -286,9 +287,9 @@ def _is_same_file(folder_fd: int, name: str, fd: int) -> bool:
 
 def _read_record(fd: int) -> LockRecord:
     try:
-        record = msgspec.json.decode(os.pread(fd, 4096, 0), type=LockRecord)
+        record = parse_json(os.pread(fd, 4096, 0), LockRecord)
         return msgspec.structs.replace(record, since_ns=os.fstat(fd).st_mtime_ns)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except InvalidJsonError:
         # The lock is held, but its record is damaged or of another version: assume the strictest
         # mode.
         return LockRecord(LockMode.EXCLUSIVE, "another command", "an unknown host", 0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import calendar
 import hashlib
+import re
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ _MAX_PAGE_BYTES = 8 * 1024 * 1024
 _DAY_S = 86_400
 _YEAR_S = 365 * _DAY_S
 _MAX_TEXT = 1024
+_NUMBER = re.compile("[0-9]{1,18}")
 
 _NOT_SET_UP = frozenset(["ObjectLockConfigurationNotFoundError", "NoSuchObjectLockConfiguration"])
 _UNKNOWN = frozenset(["NotImplemented", "MethodNotAllowed", "InvalidRequest"])
@@ -61,8 +63,8 @@ class S3Bucket:
             return BucketSettings(keeps_versions=True, can_lock=False)
         days, years = _text(locking, "Days"), _text(locking, "Years")
         default_lock_s = None
-        if (days or years).isdigit():
-            default_lock_s = int(days) * _DAY_S if days else int(years) * _YEAR_S
+        if days or years:
+            default_lock_s = _number(days) * _DAY_S if days else _number(years) * _YEAR_S
         return BucketSettings(keeps_versions=True, can_lock=True, default_lock_s=default_lock_s)
 
     def _ask_bucket(self, setting: str) -> ElementTree.Element | None:
@@ -181,7 +183,8 @@ class S3Bucket:
 def _parse(body: bytes, url: str) -> ElementTree.Element:
     try:
         return ElementTree.fromstring(body)
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        # The last two are those of an encoding that Python does not know, or that expat cannot use.
         raise _nonsense(url) from error
 
 
@@ -194,15 +197,18 @@ def _text(element: ElementTree.Element, tag: str) -> str:
 
 
 def _number(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() else 0
+    """Return a number of at most 18 digits, 0 for any other text."""
+    return int(text) if _NUMBER.fullmatch(text) else 0
 
 
 def _time(text: str, url: str) -> datetime:
     try:
         found = datetime.fromisoformat(text)
-    except ValueError as error:
+        if found.tzinfo is None:
+            return found.replace(tzinfo=UTC)
+        return found.astimezone(UTC)
+    except (ValueError, OverflowError) as error:  # the year 1 in another time zone
         raise _nonsense(url) from error
-    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 def _nonsense(url: str) -> StorageError:

@@ -17,6 +17,7 @@ import msgspec
 from casfs.digest import PackId, digest_of
 from casfs.errors import IntegrityError, NotFoundError
 from casfs.format.pack import PackRef
+from casfs.json_document import parse_json
 from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -64,9 +65,6 @@ class RemovalNotice(msgspec.Struct, frozen=True):
     def only(self, packs: Iterable[PackRef]) -> RemovalNotice:
         """Return a notice of only those of its packs that are in `packs`."""
         return self.naming(self.pack_refs().intersection(packs))
-
-
-_decoder = msgspec.json.Decoder(RemovalNotice)
 
 
 def encode_notice(notice: RemovalNotice) -> tuple[str, bytes]:
@@ -129,12 +127,12 @@ def list_notices(
         try:
             data = storage.read(name, 0, MAX_NOTICE_BYTES)
             if digest_of(data).hex() != name.rpartition("/")[2]:
-                raise msgspec.ValidationError("digest mismatch")
-            notice = _decoder.decode(data)
+                raise ValueError("digest mismatch")
+            notice = parse_json(data, RemovalNotice)
             notice.pack_refs()
         except NotFoundError:
             continue
-        except (msgspec.DecodeError, ValueError) as error:
+        except ValueError as error:
             if refuse_damaged:
                 raise DamagedNoticeError(name, str(error)) from error
             log.warning("%s is damaged (%s); ignored", name, error)

@@ -47,7 +47,7 @@ def mounts() -> list[MountRecord]:
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         before, _, after = line.partition(b" - ")
         path = re.sub(
-            rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), before.split(b" ")[4]
+            rb"\\([0-3][0-7]{2})", lambda match: bytes([int(match[1], 8)]), before.split(b" ")[4]
         )
         records.append(MountRecord(path, after.split(b" ")[0].decode("utf-8", "replace")))
     return records

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "casfs.display",
         "casfs.errors",
         "casfs.interruption",
+        "casfs.json_document",
         "casfs.monitor",
         "casfs.paths",
         "casfs.patterns",

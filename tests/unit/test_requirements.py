@@ -12,7 +12,12 @@ from packaging.requirements import Requirement
 import casfs
 
 PROJECT = Path(casfs.__file__).parent.parent
-FILES = ("requirements.txt", "requirements-dev.txt", "requirements-docs.txt")
+FILES = (
+    "requirements.txt",
+    "requirements-dev.txt",
+    "requirements-docs.txt",
+    "requirements-fuzz.txt",
+)
 PIN = re.compile(r"([A-Za-z0-9._-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)")
 
 
@@ -70,5 +75,5 @@ def test_make_installs_nothing_from_the_index_without_its_hash() -> None:
         for line in (PROJECT / file).read_text().replace("\\\n", "").splitlines()
         if re.search(r"-r requirements\S*", line) and not line.startswith("#")
     ]
-    assert len(commands) == 3
+    assert len(commands) == 4
     assert [line for line in commands if "--require-hashes" not in line] == []
