@@ -13,9 +13,9 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -42,6 +42,10 @@ IMMUTABLE_TIMEOUT_S = 10_000_000.0
 CHANGING_TIMEOUT_S = 1.0
 """How long the kernel may cache what changes when snapshots appear or disappear."""
 
+_FILE = int(NodeType.FILE)
+_TYPE_BITS = [MODE_BITS.get(kind, 0) for kind in range(max(NodeType) + 1)]
+"""A plain integer and a list, for the attributes of every entry."""
+
 _BLOCK_BYTES = 4096
 _PREFERRED_BYTES = 128 * 1024
 """st_blksize, the size of programs' reads; a larger one costs them memory for every small file."""
@@ -57,8 +61,12 @@ _BATCH_ENTRIES = 256
 _LOOKUP_THREADS = 4
 _READ_THREADS = 8
 
-Entry = tuple[bytes, int, Node, int]
-"""The name, the inode number, the node, and the position after the entry."""
+
+class _Listing(NamedTuple):
+    """A directory from a position on: `.` and `..` with their names, then the entries that the view gives."""
+
+    dots: tuple[tuple[bytes, int, Node, int], ...]
+    entries: Iterable[tuple[int, Node, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,7 @@ class FileSystem(pyfuse3.Operations):
         super().__init__()
         self._view = view
         self._display = display
+        self._owner = display.owner
         # Without ACLs the kernel need not ask for them before it permits an access.
         self.enable_acl = self._has_xattrs = view.may_have_xattrs()
         self._pages = PageCache(store_pages if display.kernel_cache else None)
@@ -171,7 +180,7 @@ class FileSystem(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List the entries of a directory from a position on, as many as fit into the reply."""
         try:
-            self._reply_entries(fh, self._entries(fh, start_id), token)
+            self._reply_entries(fh, self._list(fh, start_id), token)
             if start_id == 0:
                 self._view.on_readdir(fh, False)
         except WouldBlock:
@@ -329,36 +338,39 @@ class FileSystem(pyfuse3.Operations):
             return number, self._view.node(number)
         return self._view.lookup(parent, name)
 
-    def _gather(self, directory: int, start: int) -> list[Entry]:
-        return list(itertools.islice(self._entries(directory, start), _BATCH_ENTRIES))
+    def _gather(self, directory: int, start: int) -> _Listing:
+        listing = self._list(directory, start)
+        entries = list(itertools.islice(listing.entries, _BATCH_ENTRIES))
+        return listing._replace(entries=entries)
 
-    def _entries(self, directory: int, start: int) -> Iterator[Entry]:
-        """Yield entries from a position on: 0 is `.`, 1 is `..`, the entries follow at position + 2."""
+    def _list(self, directory: int, start: int) -> _Listing:
+        """Return the entries from a position on: 0 is `.`, 1 is `..`, the others follow at position + 2."""
         view = self._view
         entries = view.entries(directory, max(start - 2, 0))
+        if start > 1:
+            return _Listing((), entries)
         # The first entry raises WouldBlock, if anything does, before a reply is filled.
-        first = next(entries, None)
-        if start == 0:
-            yield b".", directory, view.node(directory), 1
-        if start <= 1:
-            above = view.parent(directory)
-            yield b"..", above, view.node(above), 2
-        if first is not None:
-            number, node, after = first
-            yield node.name, number, node, after + 2
-        for number, node, after in entries:
-            yield node.name, number, node, after + 2
+        first = list(itertools.islice(entries, 1))
+        # Of both the kernel uses only the number and the type.
+        node = view.node(directory)
+        dots = (b".", directory, node, 1), (b"..", view.parent(directory), node, 2)
+        return _Listing(dots[start:], itertools.chain(first, entries))
 
     def _reply_entries(
-        self, directory: int, entries: Iterator[Entry] | list[Entry], token: pyfuse3.ReaddirToken
+        self, directory: int, listing: _Listing, token: pyfuse3.ReaddirToken
     ) -> None:
         entry = self._entry
         timeout = IMMUTABLE_TIMEOUT_S if self._view.is_immutable(directory) else CHANGING_TIMEOUT_S
         entry.entry_timeout = entry.attr_timeout = timeout
         fill, reply = self._fill_attributes, pyfuse3.readdir_reply
-        replied = False
+        for name, number, node, after in listing.dots:
+            fill(number, node)
+            if not reply(token, name, entry, after):
+                return
+        replied = bool(listing.dots)
         try:
-            for name, position, node, after in entries:
+            for position, node, after in listing.entries:
+                name = node.name
                 if len(name) > _LISTED_NAME_BYTES:
                     log.warning(
                         "%s holds a name of %d bytes, which the kernel cannot list; restore it with "
@@ -368,7 +380,7 @@ class FileSystem(pyfuse3.Operations):
                     )
                     continue
                 number = fill(position, node)
-                if not reply(token, name, entry, after):
+                if not reply(token, name, entry, after + 2):
                     return
                 replied = True
                 if number >= HARD_LINKS:
@@ -393,17 +405,19 @@ class FileSystem(pyfuse3.Operations):
             key = hard_link_key(node) if node.nlink > 1 else None
             if key is not None:
                 number = hard_link_number(self._view.range_start(position), key)
-        entry.st_ino = pyfuse3.InodeT(number)
-        entry.st_mode = pyfuse3.ModeT(MODE_BITS[kind] | node.mode)
+        # The types of pyfuse3 are for checkers only, and calling them costs as much as setting the field.
+        entry.st_ino = number
+        entry.st_mode = _TYPE_BITS[kind] | node.mode
         entry.st_nlink = node.nlink
-        if self._display.owner is None:
+        owner = self._owner
+        if owner is None:
             entry.st_uid = node.uid
             entry.st_gid = node.gid
         else:
-            entry.st_uid, entry.st_gid = self._display.owner
+            entry.st_uid, entry.st_gid = owner
         entry.st_rdev = rdev
         entry.st_size = node.size
-        entry.st_blocks = (allocated_bytes(node) + 511) >> 9 if kind == NodeType.FILE else 0
+        entry.st_blocks = (allocated_bytes(node) + 511) >> 9 if kind == _FILE else 0
         mtime_ns = node.mtime_ns
         entry.st_mtime_ns = mtime_ns
         entry.st_atime_ns = mtime_ns

@@ -20,6 +20,8 @@ from __future__ import annotations
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
 
 from casfs.digest import digest_of
 from casfs.errors import CasfsError, TreeError
@@ -42,6 +44,10 @@ HARD_LINKS = 1 << 62
 
 _LINK = struct.Struct("<QQQQQ")
 
+_MAX_TRAIL = 16
+_TRAIL_PAGE_BYTES = 128 * 1024
+"""The pages that a trail holds beside the tree cache: up to 2 MiB."""
+
 
 class StaleError(CasfsError):
     """An inode number belongs to no node of this mount, or to none any more."""
@@ -52,6 +58,15 @@ class StaleError(CasfsError):
 
     def __str__(self) -> str:
         return f"inode {self.number} is not in this mount"
+
+
+class _Step(NamedTuple):
+    """A leaf on the way to a node, with its first number, the first after it, and its directory's number."""
+
+    begin: int
+    end: int
+    page: TreePage
+    directory: int
 
 
 class Numbering:
@@ -67,45 +82,54 @@ class Numbering:
         self._tree_cache = tree_cache
         # The kernel sends several requests for the same node in a row.
         self._recent: tuple[int, Node] = first, root
-        # The leaf that was searched last: its first number, the first number after it, the page, and
-        # the number of its directory.
-        self._last: tuple[int, int, TreePage, int] | None = None
+        # The leaves on the way to the node that was searched last. A walk goes on near it, so that the next
+        # search can begin at the deepest of them that contains its number.
+        self._trail: tuple[_Step, ...] = ()
 
     def node(self, number: int) -> Node:
         """Return the node with a number; raise StaleError, WouldBlock and the errors of the read."""
         known, node = self._recent
         if known == number:
             return node
-        last = self._last
-        if last is not None and last[0] <= number < last[1]:
-            page = last[2]
-            position = number - last[0]
-            i = page.index_of_position(position)
-            node = page.nodes[i]  # type: ignore[index]
-            if page.starts[i] != position:
-                node = self._descend(node, last[0] + page.starts[i], number, None)
-        elif self.first <= number < self.end:
-            node = self._descend(self.root, self.first, number, None)
-        else:
+        if not self.first <= number < self.end:
             raise StaleError(number)
+        trail = self._trail_to(number)
+        if trail:
+            begin, _, page, _ = trail[-1]
+            i = page.index_of_position(number - begin)
+            node = page.nodes[i]  # type: ignore[index]
+            if page.starts[i] != number - begin:
+                node = self._descend(node, begin + page.starts[i], number, trail, None)
+        else:
+            node = self._descend(self.root, self.first, number, trail, None)
         self._recent = number, node
         return node
+
+    def _trail_to(self, number: int) -> tuple[_Step, ...]:
+        """Return the part of the trail that leads to a number."""
+        trail = self._trail
+        for count in range(len(trail), 0, -1):
+            step = trail[count - 1]
+            if step.begin <= number < step.end:
+                return trail[:count]
+        return ()
 
     def path_to(self, number: int) -> list[tuple[int, Node]]:
         """Return the numbers and nodes on the path from the root to a number, both included."""
         if not self.first <= number < self.end:
             raise StaleError(number)
         steps = [(self.first, self.root)]
-        self._descend(self.root, self.first, number, steps)
+        self._descend(self.root, self.first, number, (), steps)
         return steps
 
     def parent(self, number: int) -> int:
         """Return the number of a node's directory; for the root, its own number."""
-        last = self._last
-        if last is not None and last[0] <= number < last[1]:
-            position = number - last[0]
-            if last[2].starts[last[2].index_of_position(position)] == position:
-                return last[3]
+        trail = self._trail_to(number)
+        if trail:
+            step = trail[-1]
+            position = number - step.begin
+            if step.page.starts[step.page.index_of_position(position)] == position:
+                return step.directory
         return self.path_to(number)[-2:][0][0]
 
     def path(self, number: int) -> bytes:
@@ -139,8 +163,9 @@ class Numbering:
 
         A position is 0 or one that was yielded; any other is rounded up to the next entry.
         """
-        if directory.tree is not None:
-            yield from self._entries(directory.tree, number + 1, position, number + 1, 0)
+        if directory.tree is None:
+            return iter(())
+        return self._entries(directory.tree, number + 1, position, number + 1, 0)
 
     def _entries(
         self, ref: TreeRef, base: int, position: int, origin: int, level: int
@@ -150,26 +175,40 @@ class Numbering:
         page = self._tree_cache.get(ref)
         starts = page.starts
         if position >= starts[-1]:
-            return
+            return iter(())
         i = page.index_of_position(position) if position > 0 else 0
         shift = base - origin
         if page.nodes is not None:
             if starts[i] < position:
                 i += 1
-            for k in range(i, len(page.nodes)):
-                yield base + starts[k], page.nodes[k], shift + starts[k + 1]
-            return
-        for k in range(i, len(starts) - 1):
-            part = page.parts[k]  # type: ignore[index]
-            yield from self._entries(
-                part, base + starts[k], position - starts[k], origin, level + 1
+            ends = starts[i + 1 :]
+            return zip(
+                map(base.__add__, starts[i:-1]),
+                page.nodes[i:],
+                map(shift.__add__, ends) if shift else ends,
+                strict=True,
             )
+        parts: list[TreeRef] = page.parts  # type: ignore[assignment]
+        return chain.from_iterable(
+            self._entries(parts[k], base + starts[k], position - starts[k], origin, level + 1)
+            for k in range(i, len(parts))
+        )
 
     def _descend(
-        self, node: Node, base: int, number: int, steps: list[tuple[int, Node]] | None
+        self,
+        node: Node,
+        base: int,
+        number: int,
+        trail: tuple[_Step, ...],
+        steps: list[tuple[int, Node]] | None,
     ) -> Node:
+        """Return the node with a number at or below `node`, whose number is `base`.
+
+        `trail` leads to `node`; `steps` receives what comes after it on the way.
+        """
         for _ in range(MAX_DEPTH):
             if base == number:
+                self._trail = trail
                 return node
             ref = node.tree
             directory = base
@@ -180,7 +219,9 @@ class Numbering:
                 page = self._tree_cache.get(ref)
                 i = page.index_of_position(number - base)
                 if page.nodes is not None:
-                    self._last = base, base + page.starts[-1], page, directory
+                    if page.weight <= _TRAIL_PAGE_BYTES:
+                        step = _Step(base, base + page.starts[-1], page, directory)
+                        trail = (*trail[-_MAX_TRAIL + 1 :], step)
                     base += page.starts[i]
                     node = page.nodes[i]
                     break

@@ -207,17 +207,15 @@ class RepositoryView:
     def entries(self, number: int, position: int) -> Iterator[tuple[int, Node, int]]:
         """Yield the entries of a directory from a position on: number, node and position after it."""
         if number >= LISTINGS_END:
-            yield from self._view(number).entries(number, position)
-            return
+            return self._view(number).entries(number, position)
         self._refresh()
         if number >= VERSIONS:
-            yield from self._versions.entries(number, position)
-            return
+            return self._versions.entries(number, position)
         listing = self._listings.get(number)
         if listing is None:
             raise StaleError(number)
-        for i in range(bisect_right(listing.serials, position), len(listing.serials)):
-            yield *listing.entries[i], listing.serials[i]
+        following = range(bisect_right(listing.serials, position), len(listing.serials))
+        return ((*listing.entries[i], listing.serials[i]) for i in following)
 
     def xattr(self, number: int, name: bytes) -> bytes | None:
         """Return an extended attribute, or None."""

@@ -42,6 +42,7 @@ REPORT_NUMBERS = 8
 
 VIRTUAL_XATTRS = b"user.casfs."
 _REMEMBERED_WARNINGS = 10_000
+_EXTENT_BYTES = EXTENT.size
 
 
 class RefusedError(CasfsError):
@@ -65,7 +66,10 @@ class View(Protocol):
         """Return a directory's entry, or None."""
 
     def entries(self, number: int, position: int) -> Iterator[tuple[int, Node, int]]:
-        """Yield the entries of a directory from a position on: number, node and position after it."""
+        """Yield the entries of a directory from a position on: number, node and position after it.
+
+        Raise StaleError; WouldBlock and the errors of reads also from the iterator.
+        """
 
     def xattr(self, number: int, name: bytes) -> bytes | None:
         """Return an extended attribute, or None."""
@@ -174,11 +178,14 @@ class SnapshotView:
 
     def entries(self, number: int, position: int) -> Iterator[tuple[int, Node, int]]:
         """Yield the entries of a directory from a position on: number, node and position after it."""
-        if number == self._folder:
-            for i in range(position, len(FILES)):
-                yield self._folder + 1 + i, self._reports.node(FILES[i]), i + 1
-        elif number < self._folder:
-            yield from self._numbering.entries(number, self._numbering.node(number), position)
+        if number < self._folder:
+            return self._numbering.entries(number, self._numbering.node(number), position)
+        if number > self._folder:
+            return iter(())
+        first = self._folder + 1
+        return (
+            (first + i, self._reports.node(FILES[i]), i + 1) for i in range(position, len(FILES))
+        )
 
     def xattr(self, number: int, name: bytes) -> bytes | None:
         """Return a node's own extended attribute, or the virtual one of casfs with that name."""
@@ -314,6 +321,8 @@ def allocated_bytes(node: Node) -> int:
     Holes that are recorded in deeper extent lists count as data.
     """
     content = node.content
-    if node.levels or (len(content) == EXTENT.size and content[8:] != HOLE):
+    if len(content) == _EXTENT_BYTES and (content[8] or content[8:] != HOLE):
+        return node.size
+    if node.levels:
         return node.size
     return sum(length for length, digest in EXTENT.iter_unpack(content) if digest != HOLE)

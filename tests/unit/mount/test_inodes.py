@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from typing import cast
 
 import pytest
 from casfs_mount.inodes import (
@@ -15,7 +16,7 @@ from casfs_mount.inodes import (
     StaleError,
     hard_link_number,
 )
-from casfs_mount.tree_cache import TreeCache
+from casfs_mount.tree_cache import TreeCache, TreePage
 
 from casfs.digest import Digest, digest_of
 from casfs.errors import TreeError
@@ -41,6 +42,18 @@ def walked(numbers: Numbering) -> dict[int, bytes]:
             if node.tree is not None:
                 stack.append((below, node, found[below]))
     return found
+
+
+class Counted:
+    """A tree cache that notes what is asked for."""
+
+    def __init__(self, cache: TreeCache, gets: list[TreeRef]) -> None:
+        self._cache = cache
+        self._gets = gets
+
+    def get(self, ref: TreeRef) -> TreePage:
+        self._gets.append(ref)
+        return self._cache.get(ref)
 
 
 SMALL: Plan = {
@@ -99,6 +112,33 @@ def test_inode_numbers_of_a_split_directory_are_found_in_few_reads() -> None:
     for number, path in random.Random(2).sample(sorted(paths.items()), 500):
         assert numbers.node(number).name == path.rpartition(b"/")[2]
         assert numbers.path(number) == path
+
+
+def test_a_walk_reads_only_one_tree_for_each_directory() -> None:
+    trees = TreeFixture()
+    plan: Plan = {
+        b"%d" % a: {b"%d" % b: {b"in": {b"file": b""}} for b in range(5)} for a in range(5)
+    }
+    numbers = numbering(trees, trees.build(plan), cache_bytes=1 << 26)
+    paths = walked(numbers)
+    gets: list[TreeRef] = []
+    cache = numbers._tree_cache
+    numbers._tree_cache = cast(TreeCache, Counted(cache, gets))
+    for number in sorted(paths):
+        assert numbers.node(number).name == paths[number].rpartition(b"/")[2]
+        numbers.parent(number)
+    assert len(gets) <= 1 + 5 + 25 + 25
+
+
+def test_a_deep_path_with_large_directories_is_remembered_in_bounded_memory() -> None:
+    trees = TreeFixture()
+    plan: Plan = {b"leaf": b""}
+    for _ in range(40):
+        plan = {**{b"%0250d" % n: b"" for n in range(700)}, b"z": plan}
+    numbers = numbering(trees, trees.build(plan), cache_bytes=1)
+    for number in range(numbers.end - 1, 0, -997):
+        numbers.node(number)
+        assert sum(step.page.weight for step in numbers._trail) <= 2 << 20
 
 
 def test_lookup_and_listing_give_the_same_inode_number() -> None:
