@@ -1,10 +1,14 @@
 """Prefetch for directory walks and for reads of many files, so that programs seldom wait for a disk.
 
 Programs such as find and grep walk directories in the order of their entries, which is the order of the
-inode numbers. When a request of such a walk had to wait, background tasks read ahead of the walk: trees
-are decoded into the tree cache, a bounded number ahead; for files, the stored bytes of the next ones are
-requested: from the kernel, or from a remote place, where those that lie together come with one request. While
-no request waits, nothing is prefetched. A wrong guess costs a few reads.
+inode numbers. When a request of such a walk had to wait, background tasks read ahead of the walk, a bounded
+number of bytes. While no request waits, nothing is prefetched. A wrong guess costs a few reads.
+
+- Trees from a remote place are decoded into the tree cache in the order of the walk. From a disk, the kernel
+  is asked for the part of the pack where the waited tree lies, most of which the walk will need. To decode
+  these trees ahead as well gains nothing: that thread and the event loop share one interpreter.
+- For files, the stored bytes of the next ones are requested: from the kernel, or from a remote place, where
+  those that lie together come with one request.
 """
 
 from __future__ import annotations
@@ -56,7 +60,10 @@ class Prefetcher:
 
     def on_readdir(self, number: int, waited: bool) -> None:
         """Note that a directory is listed; `waited`: the request has to wait for a disk."""
-        if self._begin <= number <= self._end:
+        if not self._blobs.is_far:
+            if waited:
+                self._background.submit(lambda: self._request_trees(number))
+        elif self._begin <= number <= self._end:
             if number >= self._middle:
                 middle, self._middle = self._middle, _NEVER
                 if not self._background.submit(lambda: self._read_directories(None)):
@@ -68,6 +75,12 @@ class Prefetcher:
         """Note that a file is read from its beginning; `waited`: the request has to wait for a disk."""
         if waited or number == self._next_file:
             self._background.submit(lambda: self._fetch_files(number))
+
+    def _request_trees(self, number: int) -> None:
+        """Request the tree of a directory and what lies around it."""
+        tree = self._numbering.node(number).tree
+        if tree is not None:
+            self._blobs.prefetch_around(Digest(tree.digest))
 
     def _read_directories(self, start: int | None) -> None:
         """Read the next batch of directories; with `start`, begin a new walk after that number."""

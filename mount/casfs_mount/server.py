@@ -29,7 +29,7 @@ from casfs.repository.place import LocalPlace, Place
 from casfs.repository.repository import Repository
 from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
 from casfs_mount.background import BackgroundPool
-from casfs_mount.blob_reader import BlobReader
+from casfs_mount.blob_reader import INDEX_PREFETCH_BYTES, BlobReader
 from casfs_mount.chunk_cache import DEFAULT_CACHE_BYTES, ChunkCache
 from casfs_mount.daemon import ReadinessPipe, captured_stderr, run_in_background
 from casfs_mount.event_library import fast_event_library
@@ -48,9 +48,6 @@ log = logging.getLogger(__name__)
 
 READ_AHEAD_KIB = 1024
 """The kernel's read-ahead, and so the size of its requests; without root it stays at 128 KiB."""
-
-INDEX_PREFETCH_BYTES = 64 * 1024 * 1024
-"""An index up to this size is read ahead as a whole, because requests need its pages in random order."""
 
 _SWITCH_S = 0.001
 """How long a worker thread may hold the interpreter's lock while the event-loop thread wants it."""

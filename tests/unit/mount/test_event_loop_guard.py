@@ -160,13 +160,18 @@ class Asked(BlobReader):
 
     files_ahead = 64
 
-    def __init__(self, trees: TreeFixture) -> None:
+    def __init__(self, trees: TreeFixture, is_far: bool) -> None:
         self.asked: list[bytes] = []
+        self.around: list[bytes] = []
         self.trees = trees
+        self.is_far = is_far
 
     def prefetch(self, digests: Sequence[Digest]) -> int:
         self.asked += digests
         return sum(len(self.trees.blobs[digest]) for digest in digests)
+
+    def prefetch_around(self, digest: Digest) -> None:
+        self.around.append(digest)
 
 
 DEEP: Plan = {
@@ -180,12 +185,12 @@ DEEP: Plan = {
 class Walk:
     """A tree, a client that walks it, and a prefetcher that sees the client."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, is_far: bool = True) -> None:
         self.trees = TreeFixture()
         self.root = self.trees.build(plan)
         self.pieces = TreeCache(self.trees.read)
         self.numbers = Numbering(self.root, 1, self.pieces)
-        self.blobs = Asked(self.trees)
+        self.blobs = Asked(self.trees, is_far)
         self.background = Prompt()
         self.prefetcher = Prefetcher(self.numbers, self.pieces, self.blobs, self.background)
         self.waits = 0
@@ -201,6 +206,29 @@ class Walk:
             if node.tree is not None:
                 found += self.list(below, node)
         return found
+
+
+def test_a_tree_is_requested_with_what_lies_around_it_in_its_pack(
+    repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.store(b"one", b"two")
+    with open_for_reading(repo.root) as repository:
+        store = repository.store
+        location = store.locate(digest_of(b"two"))
+        asked: list[tuple[str, int, int]] = []
+        monkeypatch.setattr(store.storage, "prefetch", lambda *what: asked.append(what))
+        now = 100.0
+        blobs = BlobReader(store, EventLoopGuard(), clock=lambda: now)
+        assert not blobs.is_far
+        blobs.prefetch_around(digest_of(b"missing"))
+        blobs.prefetch_around(digest_of(b"two"))
+        blobs.prefetch_around(digest_of(b"one"))
+        ((name, begin, size),) = asked
+        assert name == pack_name(store.index.pack_ref(location.pack))
+        assert begin <= location.offset < begin + size - location.stored_bytes
+        now += 60
+        blobs.prefetch_around(digest_of(b"one"))
+        assert len(asked) == 2, "its pages may have been dropped since"
 
 
 class TestPrefetcher:
@@ -221,6 +249,17 @@ class TestPrefetcher:
             walk.prefetcher.on_readdir(number, False)
             walk.prefetcher.on_open(number, False)
         assert walk.background.count == 0
+
+    def test_the_prefetcher_requests_trees_from_a_disk_and_decodes_none(self) -> None:
+        walk = Walk(DEEP, is_far=False)
+        walk.prefetcher.on_readdir(1, True)
+        assert walk.blobs.around == [reference(walk.root)]
+        assert walk.trees.reads == []
+        (number,) = [n for n, node, _ in walk.numbers.entries(1, walk.root) if node.name == b"15"]
+        walk.prefetcher.on_readdir(number, False)
+        assert len(walk.blobs.around) == 1
+        walk.prefetcher.on_readdir(number, True)
+        assert walk.blobs.around[1:] == [reference(walk.numbers.node(number))]
 
     def test_the_prefetcher_restarts_where_a_reader_waits_far_away(self) -> None:
         walk = Walk(DEEP)
