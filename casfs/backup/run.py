@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
@@ -68,6 +69,9 @@ MAX_OWNER_NAMES = 65_536
 MAX_OWNER_NAMES_BYTES = 2 * 1024 * 1024
 """Limits of the names of users, and of groups, in one snapshot; further owners keep only their number."""
 
+_VERIFIED_AT_ONCE = 1000
+"""Blobs of a file whose places are verified together."""
+
 _OWNER_BYTES = 16
 """Upper bound of the encoded size of an owner without the name."""
 
@@ -116,7 +120,8 @@ class BackupResult:
     At most `abandoned_bytes` of what was newly stored belongs to attempts at files that changed, and to no
     snapshot.
     `new` files are not in the parent snapshot, `modified` files are there with other metadata. `protection`
-    is None where the repository has no lock policy.
+    is None where the repository has no lock policy. `false_packs` is the number of packs without blobs that
+    another machine said they hold; this backup stored them again.
     """
 
     snapshot_id: SnapshotId | None
@@ -126,6 +131,7 @@ class BackupResult:
     new: int = 0
     modified: int = 0
     protection: ProtectionResult | None = None
+    false_packs: int = 0
 
 
 def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor) -> BackupResult:
@@ -181,6 +187,7 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
         stats.new,
         stats.modified,
         protected,
+        len(repository.claims.false_packs),
     )
 
 
@@ -541,11 +548,21 @@ def _content_check(
     if parent is None or (index.is_complete(parent[0]) and not index.untrusted_packs()):
         return None
 
+    # A new index has only claims of what the parent needs. This machine verified or stored it at the time of
+    # the parent; only after a loss may the index have another claim in its place.
+    verifies = index.was_complete(parent[0])
+
     def is_stored(node: Node) -> bool:
+        blobs = repository.content(node).blobs()
         try:
-            return all(index.are_stored(repository.content(node).blobs()))
+            if not verifies:
+                return all(index.are_stored(blobs))
+            while batch := list(islice(blobs, _VERIFIED_AT_ONCE)):
+                if not all(repository.claims.are_stored(batch)):
+                    return False
         except IntegrityError:
             return False
+        return True
 
     return is_stored
 

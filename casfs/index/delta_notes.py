@@ -103,7 +103,7 @@ class DeltaNotes:
     def register(
         self, packs: Sequence[DeltaPack], skip: AbstractSet[PackId] = frozenset()
     ) -> list[Registered | None]:
-        """Record packs without their blobs, as unverified and partial; None for each one in `skip`."""
+        """Record packs without their blobs, as unverified, claimed and partial; None for one in `skip`."""
 
         def change(txn: Transaction) -> list[Registered | None]:
             found: list[Registered | None] = []
@@ -116,11 +116,15 @@ class DeltaNotes:
                 known = self._tables.ordinal_of(txn, pack.pack.id)
                 if known is not None:
                     needs_rows = txn.get(key, db=self._tables.meta) is not None
+                    if needs_rows:
+                        # Even if this machine stored it, the rest of its entries come from the delta.
+                        self._tables.set_claimed(txn, known, True)
                     found.append(Registered(known, needs_rows, True))
                     continue
                 ordinal = self._tables.put_pack(txn, pack.pack, pack.pack_bytes, len(pack.entries))
                 assert ordinal is not None
                 txn.put(key, b"", db=self._tables.meta)
+                self._tables.set_claimed(txn, ordinal, True)
                 fresh.add(ordinal)
                 found.append(Registered(ordinal, True, False))
             if fresh:

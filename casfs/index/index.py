@@ -8,6 +8,8 @@ them is a bitmap (FORMAT.md, "Index").
 
 A blob counts as stored (`are_stored`) unless it was found damaged or its pack is marked for removal. `lookup`
 returns its location in any case. A new copy replaces a location that does not count as stored.
+
+A location is a claim unless this machine stored the pack or found the blob there (`casfs.store.claims`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from casfs.format.pack import PackEntry, PackRef
 from casfs.index.lmdb_env import LmdbEnv, Transaction
 from casfs.index.schema import (
     DAMAGED,
+    FALSE_CLAIM,
     LOCATION,
     MARKED,
     METADATA,
@@ -34,6 +37,7 @@ from casfs.index.schema import (
     REMOVED,
     UNPUBLISHED,
     UNVERIFIED,
+    VERIFIED,
     IndexedPack,
     Location,
     PackRecord,
@@ -170,6 +174,52 @@ class Index:
             stored += self._env.read(functools.partial(ask, batch=batch))
         return stored
 
+    def claims(self, digests: list[Digest]) -> dict[Digest, Location]:
+        """Return those blobs whose location is a claim that this machine has not verified.
+
+        For a few thousand at a time.
+        """
+
+        def ask(txn: Transaction) -> dict[Digest, Location]:
+            if not self._tables.has_claims(txn):
+                return {}
+            values = {digest: txn.get(digest, db=self._tables.blobs) for digest in digests}
+            return {
+                digest: Location(*LOCATION.unpack(value))
+                for digest, value in values.items()
+                if value is not None and self._tables.is_claim(txn, value)
+            }
+
+        return self._env.read(ask)
+
+    def is_claimed(self, ordinal: int) -> bool:
+        """Return whether the entries of a pack are claims of another machine."""
+        return self._env.read(lambda txn: self._tables.is_claimed(txn, ordinal))
+
+    def settle_claims(
+        self, pack: int, found: Mapping[Digest, int], absent: Iterable[Digest] = ()
+    ) -> None:
+        """Record the blobs that a pack (its ordinal) holds, with their offsets, and those that it lacks.
+
+        What is `absent` no longer counts as stored, and counts as a loss.
+        """
+
+        def change(txn: Transaction, blobs: list[tuple[Digest, int]]) -> None:
+            for digest, offset in blobs:
+                value = txn.get(digest, db=self._tables.blobs)
+                fields = LOCATION.unpack(value) if value is not None else None
+                if fields is not None and fields[:2] == (pack, offset):
+                    row = LOCATION.pack(*fields[:7], fields[7] | VERIFIED)
+                    txn.put(digest, row, db=self._tables.blobs)
+
+        rest = iter(sorted(found.items()))
+        while part := list(itertools.islice(rest, _ADDED_AT_ONCE)):
+            self._env.write(functools.partial(change, blobs=part))
+        lacking = list(absent)
+        if lacking:
+            self.mark_blobs(pack, lacking)
+            self._mark_packs([pack], 0, DAMAGED | FALSE_CLAIM)
+
     def pack_ref(self, ordinal: int) -> PackRef:
         """Return a pack by its ordinal; raise IndexUnusableError for an unknown ordinal."""
         pack = self._pack_refs.get(ordinal)
@@ -207,10 +257,11 @@ class Index:
             after = rows[-1][0]
 
     def add_packs(self, packs: Iterable[IndexedPack]) -> None:
-        """Record packs durably; small ones share a transaction, and one with many blobs takes several.
+        """Record packs that this machine stored durably.
 
-        A blob that another pack holds keeps its location if it counts as stored there. A pack that is already
-        recorded stays unchanged. After an interruption `partial_packs` returns the pack that is incomplete.
+        Small packs share a transaction, and one with many blobs takes several. A blob that another pack holds
+        keeps its location if it counts as stored there, and is no unverified claim. A pack that is already
+        recorded keeps its entries. After an interruption `partial_packs` returns the pack that is incomplete.
         """
         small: list[IndexedPack] = []
         for indexed in packs:
@@ -229,7 +280,7 @@ class Index:
         def change(txn: Transaction) -> None:
             untrusted = self._tables.untrusted(txn) | self._distrusted
             for pack, pack_bytes, entries in packs:
-                ordinal = self._put_pack(txn, pack, pack_bytes, len(entries))
+                ordinal = self._put_own_pack(txn, pack, pack_bytes, len(entries))
                 if ordinal is not None:
                     self._tables.put_blobs(txn, ordinal, sorted(entries), untrusted)
 
@@ -240,7 +291,7 @@ class Index:
         first, *rest = _parts(entries)
 
         def begin(txn: Transaction) -> int | None:
-            ordinal = self._put_pack(txn, pack, pack_bytes, len(entries))
+            ordinal = self._put_own_pack(txn, pack, pack_bytes, len(entries))
             if ordinal is not None:
                 untrusted = self._tables.untrusted(txn) | self._distrusted
                 self._tables.put_blobs(txn, ordinal, first, untrusted)
@@ -251,6 +302,18 @@ class Index:
         ordinal = self._env.write(begin)
         if ordinal is not None:
             self._continue_pack(pack.id, ordinal, rest)
+
+    def _put_own_pack(
+        self, txn: Transaction, pack: PackRef, pack_bytes: int, blobs: int
+    ) -> int | None:
+        """Record a pack that this machine stored, as `_put_pack` does."""
+        ordinal = self._put_pack(txn, pack, pack_bytes, blobs)
+        if ordinal is None:
+            # Another process of this machine found it in the storage first.
+            known = self._tables.ordinal_of(txn, pack.id)
+            if known is not None:
+                self._tables.set_claimed(txn, known, False)
+        return ordinal
 
     def _put_pack(
         self,
@@ -275,6 +338,7 @@ class Index:
         """Add the missing blobs of a pack whose writer died before it had added them all."""
         ordinals = [record.ordinal for record in self.packs() if record.pack.id == pack]
         for ordinal in ordinals:
+            self._env.write(lambda txn, n=ordinal: self._tables.set_claimed(txn, n, True))  # type: ignore[misc]
             self._continue_pack(pack, ordinal, _parts(entries))
 
     def _continue_pack(self, pack: PackId, ordinal: int, parts: list[list[PackEntry]]) -> None:
@@ -332,6 +396,8 @@ class Index:
                 and (at := Location(*LOCATION.unpack(value))).pack in before
             }
             known = {record.pack: record for record in before.values()}
+            claimed = self._tables.claimed(txn)
+            own = {record.pack for ordinal, record in before.items() if ordinal not in claimed}
             removed = self._tables.meta_suffixes(txn, REMOVED)
             for db in (self._tables.blobs, self._tables.packs, self._tables.meta):
                 txn.drop(db, delete=False)
@@ -342,7 +408,7 @@ class Index:
             txn.put(_HAS_COPIES, b"", db=self._tables.meta)
             for name in removed:
                 txn.put(REMOVED + name, b"", db=self._tables.meta)
-            self._add_found_pack(txn, set(), still | pending(), packs(), marks, known)
+            self._add_found_pack(txn, set(), still | pending(), packs(), marks, known, own)
 
         self._env.write(change)
 
@@ -354,6 +420,7 @@ class Index:
         packs: Iterable[IndexedPack],
         marks: Mapping[tuple[bytes, PackRef], bool] = MappingProxyType({}),
         known: Mapping[PackRef, PackRecord] = MappingProxyType({}),
+        own: Set[PackRef] = frozenset(),
     ) -> None:
         for pack, pack_bytes, entries in packs:
             before = known.get(pack)
@@ -362,6 +429,7 @@ class Index:
                 continue
             if pack in pending:
                 marked.add(ordinal)
+            self._tables.set_claimed(txn, ordinal, pack not in own)
             is_damaged = before is not None and before.is_damaged
             bad = {e.digest for e in entries if marks.get((e.digest, pack), is_damaged)}
             self._tables.put_blobs(txn, ordinal, sorted(entries), marked, bad)
@@ -426,6 +494,7 @@ class Index:
                 txn.delete(number, db=self._tables.packs)
                 for key in (b"pack" + pack.id, PARTIAL + pack.id, UNPUBLISHED + number):
                     txn.delete(key, db=self._tables.meta)
+                self._tables.set_claimed(txn, ordinal, False)
                 if self.tracks_deltas and not is_published:
                     txn.put(REMOVED + pack.id, b"", db=self._tables.meta)
             for name in (MARKED, UNVERIFIED):
@@ -449,9 +518,11 @@ class Index:
                 for digest in digests:
                     value = txn.get(digest, db=self._tables.blobs)
                     fields = LOCATION.unpack(value) if value is not None else None
-                    if fields is not None and fields[0] == pack and fields[7] != flags:
-                        txn.put(digest, LOCATION.pack(*fields[:7], flags), db=self._tables.blobs)
-                        lost |= bool(flags)
+                    if fields is None or fields[0] != pack or fields[7] & DAMAGED == flags:
+                        continue
+                    row = LOCATION.pack(*fields[:7], fields[7] & ~DAMAGED | flags)
+                    txn.put(digest, row, db=self._tables.blobs)
+                    lost |= bool(flags)
             if lost:
                 self._tables.count_loss(txn)
 
@@ -486,6 +557,11 @@ class Index:
 
         return self._env.read(ask)
 
+    def was_complete(self, snapshot: bytes) -> bool:
+        """Return whether `mark_complete` was called for a snapshot, whatever was lost since."""
+        key = b"complete" + snapshot
+        return self._env.read(lambda txn: txn.get(key, db=self._tables.meta)) is not None
+
     def keep_complete(self, snapshots: Set[bytes]) -> None:
         """Drop the `mark_complete` records of all other snapshots; dropping too many is harmless."""
         known = self._env.read(lambda txn: self._tables.meta_suffixes(txn, b"complete"))
@@ -515,7 +591,8 @@ class Index:
                 value = txn.get(key, db=self._tables.packs)
                 if value is not None:
                     pack, pack_bytes, blobs, old_flags, _ = PACK.unpack(value)
-                    new_flags = old_flags & METADATA | flags
+                    kept = METADATA | FALSE_CLAIM if flags else METADATA
+                    new_flags = old_flags & kept | flags
                     txn.put(
                         key,
                         PACK.pack(pack, pack_bytes, blobs, new_flags, when_s),

@@ -22,6 +22,14 @@ DAMAGED = 1
 METADATA = 2
 """The flag of a metadata pack."""
 
+FALSE_CLAIM = 4
+"""The flag of a pack that lacked a blob which another machine said it holds."""
+
+VERIFIED = 0x100
+"""The flag of a blob that this machine found where another machine said it is.
+
+It lies in the second byte of the flags; only the first says whether the blob counts as stored."""
+
 IndexedPack = tuple[PackRef, int, list[PackEntry]]
 """A pack, its size in bytes, and its entries."""
 
@@ -54,7 +62,8 @@ class PackRecord:
     """The index's record of a pack.
 
     `verified_s` is the time at which all its bytes were last verified (seconds since 1970, 0: never).
-    `is_damaged` means that its bytes did not match its name.
+    `is_damaged` means that its bytes did not match its name, `has_false_claim` that it lacked a blob which
+    another machine said it holds.
     """
 
     ordinal: int
@@ -63,6 +72,7 @@ class PackRecord:
     blobs: int
     verified_s: int
     is_damaged: bool = False
+    has_false_claim: bool = False
 
 
 ORDINAL = struct.Struct(">I")
@@ -80,6 +90,9 @@ PARTIAL = b"partial"
 UNPUBLISHED = b"unpublished"
 REMOVED = b"removed"
 """Prefixes of keys: of a partly indexed pack, and of packs whose addition or removal is in no delta yet."""
+
+CLAIMED = b"claimed"
+"""The prefix of the keys of packs whose entries come from a delta or from the pack's directory."""
 
 _REMOVED_AT_ONCE = 10_000
 
@@ -140,9 +153,10 @@ class Tables:
         ordinal, next_blob, losses = self.counters(txn)
         if not txn.put(b"pack" + pack.id, ORDINAL.pack(ordinal), overwrite=False, db=self.meta):
             return None
-        is_damaged = known is not None and known.is_damaged
+        flags = METADATA * pack.is_meta
+        if known is not None:
+            flags |= DAMAGED * known.is_damaged | FALSE_CLAIM * known.has_false_claim
         verified_s = known.verified_s if known is not None else 0
-        flags = DAMAGED * is_damaged | METADATA * pack.is_meta
         value = PACK.pack(pack.id, pack_bytes, blobs, flags, verified_s)
         txn.put(ORDINAL.pack(ordinal), value, db=self.packs)
         self.set_counters(txn, ordinal + 1, next_blob, losses)
@@ -173,10 +187,12 @@ class Tables:
     def put_rows(self, txn: Transaction, rows: Iterable[Row], untrusted: Set[int]) -> None:
         """Record blobs at their locations; the location of a blob that counts as stored elsewhere stays.
 
-        The locations that the rows of `blobs` do not name are recorded in `copies`.
+        What this machine stored takes the place of a claim that was not verified. The locations that the rows
+        of `blobs` do not name are recorded in `copies`.
         """
         next_pack, next_blob, losses = self.counters(txn)
         blobs, pack_location = self.blobs, LOCATION.pack
+        own: dict[int, bool] = {}
         for digest, ordinal, offset, stored_bytes, plain_bytes, kind, codec, flags in rows:
             place = (ordinal, offset, stored_bytes, plain_bytes)
             location = pack_location(*place, next_blob, kind, codec, flags)
@@ -187,7 +203,12 @@ class Tables:
             fields = LOCATION.unpack(existing)
             if fields[0] == ordinal:
                 continue
-            if not flags and not counts_as_stored(existing, untrusted):
+            if ordinal not in own:
+                own[ordinal] = not self.is_claimed(txn, ordinal)
+            is_stored = counts_as_stored(existing, untrusted) and not (
+                own[ordinal] and self.is_claim(txn, existing)
+            )
+            if not flags and not is_stored:
                 location = pack_location(*place, fields[4], kind, codec, 0)
                 txn.put(digest, location, db=blobs)
                 self._put_copy(txn, digest, fields[0], existing)
@@ -251,6 +272,32 @@ class Tables:
                 found.append(bytes(cursor.value()))
                 more = cursor.next()
         return found
+
+    def has_claims(self, txn: Transaction) -> bool:
+        """Return whether the entries of any pack are claims of other machines."""
+        cursor = txn.cursor(db=self.meta)
+        return bool(cursor.set_range(CLAIMED)) and bytes(cursor.key()).startswith(CLAIMED)
+
+    def is_claimed(self, txn: Transaction, ordinal: int) -> bool:
+        """Return whether the entries of a pack are claims of another machine."""
+        return txn.get(CLAIMED + ORDINAL.pack(ordinal), db=self.meta) is not None
+
+    def is_claim(self, txn: Transaction, value: bytes | memoryview) -> bool:
+        """Return whether a row of `blobs` is a claim that this machine has not verified."""
+        fields = LOCATION.unpack(value)
+        return not fields[7] & VERIFIED and self.is_claimed(txn, fields[0])
+
+    def claimed(self, txn: Transaction) -> set[int]:
+        """Return the packs whose entries are claims of other machines."""
+        return {ORDINAL.unpack(key)[0] for key in self.meta_suffixes(txn, CLAIMED)}
+
+    def set_claimed(self, txn: Transaction, ordinal: int, is_claimed: bool) -> None:
+        """Record whether the entries of a pack are claims of another machine."""
+        key = CLAIMED + ORDINAL.pack(ordinal)
+        if is_claimed:
+            txn.put(key, b"", db=self.meta)
+        else:
+            txn.delete(key, db=self.meta)
 
     def ordinal_of(self, txn: Transaction, pack: bytes) -> int | None:
         """Return the ordinal of a pack by its name."""
@@ -328,7 +375,8 @@ class Tables:
 def _record(ordinal: int, value: bytes | memoryview) -> PackRecord:
     pack, pack_bytes, blobs, flags, verified_s = PACK.unpack(value)
     ref = pack_ref(pack, flags)
-    return PackRecord(ordinal, ref, pack_bytes, blobs, verified_s, bool(flags & DAMAGED))
+    marks = bool(flags & DAMAGED), bool(flags & FALSE_CLAIM)
+    return PackRecord(ordinal, ref, pack_bytes, blobs, verified_s, *marks)
 
 
 def pack_ref(name: bytes, flags: int) -> PackRef:

@@ -74,12 +74,26 @@ class Checker:
         damaged = {finding.pack for finding in self.result.damage}
         intact = {pack: one for pack, one in scrubber.directories.items() if pack.id not in damaged}
         self.result.damage += check_deltas(self._repository, intact)
+        self._report_false_claims()
         self._check_sessions()
         self._check_snapshots()
         return self.result
 
     def _report(self, damage: Finding) -> None:
         self.result.damage.append(damage)
+
+    def _report_false_claims(self) -> None:
+        """Report the packs that lacked a blob when a backup of this machine wanted to rely on it.
+
+        What the backup needed was stored again.
+        """
+        for record in self._store.index.packs():
+            if record.has_false_claim:
+                message = (
+                    "it lacks blobs that the machine that stored it, or an index delta, says it holds; find "
+                    "out which machine that is, and run `casfs check --read-data`"
+                )
+                self._report(Finding("pack", message, pack=record.pack.id))
 
     def _check_sessions(self) -> None:
         if self._repository.key_manager is not None:

@@ -355,6 +355,8 @@ class Scrubber:
         damaged = {finding.blob for finding in damage if finding.blob is not None}
         if read.is_intact:
             self._verified.append(ordinal)
+            if not self._store.index.readonly and self._store.index.is_claimed(ordinal):
+                self._store.index.settle_claims(ordinal, {e.digest: e.offset for e in entries})
         else:
             self._damaged.setdefault(ordinal, {entry.digest for entry in entries})
             if damage:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from casfs.crypto.key_manager import KeyManager
     from casfs.format.chunker import Chunker
     from casfs.repository.deltas import Deltas
+    from casfs.store.claims import ClaimVerifier
     from casfs.store.delta_sync import DeltaSync
     from casfs.store.writer import BlobWriter
     from casfs.trees.content import ContentReader, Put
@@ -96,6 +98,13 @@ class Repository:
     def delta_sync(self) -> DeltaSync:
         """What reads index deltas with the keys of this process."""
         return make_delta_sync(self.store, make_ciphers(self.store.storage, self.key_manager))
+
+    @cached_property
+    def claims(self) -> ClaimVerifier:
+        """What verifies what other machines stored, before a writer relies on it."""
+        from casfs.store.claims import ClaimVerifier
+
+        return ClaimVerifier(self.store)
 
     def close(self) -> None:
         """Close the index, record which packs were read completely, and release the lock."""
@@ -191,6 +200,7 @@ class Repository:
             spool_in_memory=spool_in_memory,
             session=self.key_manager.session if self.key_manager is not None else None,
             separate_metadata=self.config.separates_metadata,
+            claims=self.claims,
         )
 
     def tree_writer(

@@ -7,7 +7,7 @@ distance the round trip exceeds both; a batch pays them once. The reads of a bat
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from casfs.digest import Digest
@@ -54,6 +54,12 @@ class BlobRun:
     size: int
     blobs: list[tuple[Digest, Location]]
 
+    def encoded(self, digest: Digest, at: Location, data: memoryview) -> Encoded:
+        """Return one of the blobs as stored, from the bytes that were read."""
+        begin = at.offset - self.begin
+        payload = bytes(data[begin : begin + at.stored_bytes])
+        return Encoded(digest, at.offset, at.codec, payload, at.plain_bytes)
+
 
 def plan_reads(store: BlobStore, wanted: Mapping[Digest, int], plan: ReadPlan) -> Iterator[BlobRun]:
     """Yield the reads that return the wanted blobs.
@@ -66,10 +72,14 @@ def plan_reads(store: BlobStore, wanted: Mapping[Digest, int], plan: ReadPlan) -
         for digest, at in zip(digests, store.index.lookup_many(digests), strict=True)
         if at is not None and at.plain_bytes == wanted[digest]
     ]
-    found.sort(key=lambda blob: (blob[1].pack, blob[1].offset))
+    return gather_reads(found, plan)
+
+
+def gather_reads(found: Iterable[tuple[Digest, Location]], plan: ReadPlan) -> Iterator[BlobRun]:
+    """Yield the reads that return the blobs at some locations."""
     blobs: list[tuple[Digest, Location]] = []
     pack = begin = end = -1
-    for digest, at in found:
+    for digest, at in sorted(found, key=lambda blob: (blob[1].pack, blob[1].offset)):
         last = at.offset + at.stored_bytes
         is_near = at.offset <= end + plan.gap_bytes and last <= begin + plan.read_bytes
         if blobs and not (at.pack == pack and is_near):
@@ -92,17 +102,9 @@ def read_run(store: BlobStore, run: BlobRun) -> dict[Digest, bytes]:
     try:
         pack = store.index.pack_ref(run.pack)
         data = memoryview(store.bulk_storage.read(pack_name(pack), run.begin, run.size))
-        encoded = [
-            Encoded(
-                digest,
-                at.offset,
-                at.codec,
-                bytes(data[at.offset - run.begin : at.offset - run.begin + at.stored_bytes]),
-                at.plain_bytes,
-            )
-            for digest, at in run.blobs
-        ]
-        decoded = store.decode_many(pack, encoded, _THREADS)
+        decoded = store.decode_many(
+            pack, [run.encoded(*blob, data) for blob in run.blobs], _THREADS
+        )
     except CasfsError as error:
         log.debug("%d blobs cannot be read at once: %s", len(run.blobs), error)
         return plains

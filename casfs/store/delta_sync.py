@@ -2,9 +2,9 @@
 
 A host reads the deltas that its index has not seen, several at a time, from the newest to the oldest: the
 newest delta that names a pack decides whether the pack exists, and where two disagree, the storage does. The
-memory is bounded by the largest delta and the number of requests. No delta is believed for more than the
-directory of a pack: readers recompute every digest, and `verify_packs` looks at the packs in the storage
-before a writer counts a blob in them as stored.
+memory is bounded by the largest delta and the number of requests. No delta is believed: readers recompute
+every digest, `verify_packs` looks at the packs in the storage before a writer counts a blob in them as
+stored, and `casfs.store.claims` reads a blob before a writer relies on it.
 """
 
 from __future__ import annotations

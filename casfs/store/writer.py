@@ -41,6 +41,7 @@ from casfs.format.pack import (
 )
 from casfs.storage.base import ObjectWriter
 from casfs.store.blob_store import BlobStore, pack_name
+from casfs.store.claims import ClaimVerifier
 
 if TYPE_CHECKING:
     from casfs.format.cipher import PackCipher
@@ -97,7 +98,7 @@ class BlobWriter:
     With `dry_run` it does everything except write. `spool_in_memory` keeps unfinished packs in memory instead
     of in temporary files. In an encrypted repository it calls `session` when it begins the first pack; the
     returned session is durable. With `separate_metadata`, as in format 2, trees and content lists go into
-    metadata packs.
+    metadata packs. `claims` verifies what other machines stored.
     """
 
     def __init__(
@@ -108,8 +109,10 @@ class BlobWriter:
         pack_bytes: int = PACK_BYTES,
         session: Callable[[], WriteSession] | None = None,
         separate_metadata: bool = False,
+        claims: ClaimVerifier | None = None,
     ) -> None:
         self.stats = WriteStats()
+        self._claims = claims if claims is not None else ClaimVerifier(store)
         self._session = session
         self._store = store
         self._dry_run = dry_run
@@ -223,6 +226,7 @@ class _Packer:
         self, writer: BlobWriter, committer: ThreadPoolExecutor, compressors: ThreadPoolExecutor
     ) -> None:
         self._store = writer._store
+        self._claims = writer._claims
         self._stats = writer.stats
         self._dry_run = writer._dry_run
         self._in_memory = writer._in_memory
@@ -321,7 +325,11 @@ class _Packer:
                 continue
             seen.add(digest)
             candidates.append(blob)
-        known = self._store.index.are_stored([digest for _, digest, _ in candidates])
+        digests = [digest for _, digest, _ in candidates]
+        if self._dry_run:
+            known = self._store.index.are_stored(digests)
+        else:
+            known = self._claims.are_stored(digests, [len(plain) for _, _, plain in candidates])
         return [blob for blob, is_known in zip(candidates, known, strict=True) if not is_known]
 
     def _finish_packs(self, packs: list[_OpenPack]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs import interruption
-from casfs.cli.app import EXIT_CHANGED, EXIT_UNREADABLE
+from casfs.cli.app import EXIT_CHANGED, EXIT_DAMAGED, EXIT_UNREADABLE
 from casfs.cli.options import (
     common_options,
     complete_snapshots,
@@ -221,7 +221,9 @@ def backup(
 
     Exit code 3: the snapshot is published, but some sources could not be read, or it
     could not be locked. Exit code 4: some files
-    changed while they were read, or --reread found silent changes.
+    changed while they were read, or --reread found silent changes. Exit code 5: the
+    snapshot is published, but a pack of another machine lacked data, which are stored
+    again.
     """
     from casfs.backup.exclude import Exclusions
     from casfs.backup.reflink import Freeze
@@ -305,7 +307,9 @@ def backup(
 
 
 def exit_code(result: BackupResult, changed_ok: bool) -> int:
-    """Return the exit code of a published backup; unreadable sources outrank changed files."""
+    """Return the exit code of a published backup; damage outranks unreadable sources, these changed files."""
+    if result.false_packs:
+        return EXIT_DAMAGED
     stats, tree = result.snapshot.stats, result.snapshot.root.tree
     if stats.unreadable or _protection_error(result) is not None:
         return EXIT_UNREADABLE
@@ -341,6 +345,11 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         output.summary(
             f"{counted(stats.silently_changed, 'file')} changed although size, mtime and ctime did not"
         )
+    if result.false_packs:
+        output.summary(
+            f"{counted(result.false_packs, 'pack')} of other machines lacked data that this backup needs; it "
+            "is stored again; run `casfs check --read-data`"
+        )
     if result.abandoned_bytes:
         output.summary(
             f"up to {format_size(result.abandoned_bytes)} of what was stored belongs to earlier attempts "
@@ -374,6 +383,7 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         vanished=stats.vanished,
         silently_changed=stats.silently_changed,
         abandoned_bytes=result.abandoned_bytes,
+        false_packs=result.false_packs,
         seconds=stats.seconds,
         dry_run=dry_run,
         locked_until=_locked_until(result),
