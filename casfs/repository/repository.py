@@ -221,6 +221,11 @@ class Repository:
             counts_xattrs=self.config.counts_xattrs,
         )
 
+    @property
+    def has_keyed_digests(self) -> bool:
+        """Whether the digests of blobs are keyed, so that none is that of a file."""
+        return self.key_manager is not None
+
     def content(self, node: Node) -> ContentReader:
         """Return the reader of a regular file's content list."""
         from casfs.trees.content import ContentReader

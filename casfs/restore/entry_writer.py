@@ -19,31 +19,28 @@ from casfs.digest import Digest
 from casfs.errors import IntegrityError
 from casfs.format.node_types import TYPES_BY_MODE_BITS
 from casfs.format.tree import Node, NodeType, captured_digest, hard_link_key
-from casfs.repository.repository import Repository
 from casfs.restore import target_fs
+from casfs.restore.metadata import require_same, set_entry_metadata, set_metadata
 from casfs.restore.staging import FileIdentity, identify, link_inode, private_directory
-from casfs.trees.file_content import FileContent, Ranges
+from casfs.trees.content import ContentReader
+from casfs.trees.file_content import FileContent, Ranges, read_only_chunk
 
 _READ_BYTES = 1 << 20
+_FILE = int(NodeType.FILE)
 
 
-def write_content(
-    fd: int, repository: Repository, node: Node, read: Callable[[Digest], bytes], salvage: bool
-) -> Ranges:
-    """Write the content of a file to an empty open file, and return the lost ranges.
+def _write_content(fd: int, content: FileContent, size: int) -> Ranges:
+    """Write the content of a file of `size` bytes to an empty open file, and return the lost ranges.
 
-    `read` returns the verified plaintext of a chunk or raises BlobError. Raises BlobError or TreeError where
-    a chunk or the whole file does not verify. With `salvage`, lost ranges become zeros and are returned, and
-    only a content list that contradicts the node raises. Thread-safe.
+    Raises what `FileContent.parts` raises. Thread-safe.
     """
-    content = FileContent(node, repository.content(node), read, salvage)
     written = 0
     for part in content.parts():
         if part.data is not None:
             _write_at(fd, part.data, part.begin)
             written = part.begin + part.length
-    if written < node.size:
-        os.ftruncate(fd, node.size)
+    if written < size:
+        os.ftruncate(fd, size)
     return content.lost
 
 
@@ -64,11 +61,9 @@ def verify_content(fd: int, node: Node, on_bytes: Callable[[int], None] = _ignor
 
 
 def _write_at(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        offset += written
-        view = view[written:]
+    written = os.pwrite(fd, data, offset)
+    while written < len(data):
+        written += os.pwrite(fd, memoryview(data)[written:], offset + written)
 
 
 log = logging.getLogger(__name__)
@@ -117,24 +112,31 @@ class EntryResult:
     replaced_folder: bool = False
 
 
-class EntryWriter:
-    """Write entries of the snapshots of one repository. Thread-safe."""
+@dataclass(frozen=True, slots=True)
+class WritingOptions:
+    """How entries are written.
 
-    def __init__(
-        self,
-        repository: Repository,
-        overwrite: Overwrite,
-        salvage: bool = False,
-        verify: bool = False,
-        replace_folders: bool = False,
-        dry_run: bool = False,
-    ) -> None:
-        self._repository = repository
-        self._salvage = salvage
-        self._dry_run = dry_run
-        self._overwrite = overwrite
-        self._verify = verify
-        self._replace_folders = replace_folders
+    With `salvage`, lost ranges of a file become zeros. `verify` reads written files back. `replace_folders`
+    permits an entry to replace a directory that is not empty. `has_keyed_digests` is set where the digests of
+    chunks are keyed, so that none is that of a whole file.
+    """
+
+    overwrite: Overwrite = Overwrite.ALWAYS
+    salvage: bool = False
+    verify: bool = False
+    replace_folders: bool = False
+    dry_run: bool = False
+    has_keyed_digests: bool = True
+
+
+class EntryWriter:
+    """Write entries of snapshots. `extents` returns the reader of a file's content list. Thread-safe."""
+
+    def __init__(self, options: WritingOptions, extents: Callable[[Node], ContentReader]) -> None:
+        self._options = options
+        self._extents = extents
+        self._recomputes_whole = options.salvage or options.has_keyed_digests
+        self._replaces_all = options.overwrite == Overwrite.ALWAYS and not options.dry_run
 
     def write(
         self,
@@ -144,26 +146,33 @@ class EntryWriter:
         read: Callable[[Digest], bytes],
         link_target: LinkTarget | None = None,
         on_reread: Callable[[int], None] = _ignore,
+        is_fresh: bool = False,
     ) -> EntryResult:
         """Write the entry at `path` of a snapshot into the open directory `fd`.
 
         `read` returns the verified plaintext of a chunk; `link_target` is a restored name of the same file.
         `on_reread` is called with the number of bytes of each piece that a verification reads back. In a dry
-        run, `fd` is -1 for a directory that does not exist. Errors are in the result.
+        run, `fd` is -1 for a directory that does not exist. `is_fresh` is the result of `target_fs.is_fresh`
+        for the directory. Errors are in the result.
         """
         result = EntryResult(path, node)
         try:
-            st = target_fs.entry_stat(fd, node.name) if fd >= 0 else None
-            if st is not None and not self._may_replace(fd, result, st, link_target):
-                return result
-            if self._dry_run:
+            # A file that replaces whatever has its name need not look at it: rename() refuses a directory.
+            if not (self._replaces_all and node.kind == _FILE and node.nlink <= 1):
+                st = target_fs.entry_stat(fd, node.name) if fd >= 0 else None
+                if st is not None and not self._may_replace(fd, result, st, link_target):
+                    return result
+            if self._options.dry_run:
                 result.written = True
                 return result
-            if link_target is None or not self._link(fd, result, st, link_target):
-                if node.kind == NodeType.FILE:
-                    self._write_file(fd, result, st, read, on_reread)
+            if link_target is None or not self._link(fd, result, link_target):
+                if node.kind == _FILE:
+                    self._write_file(fd, result, read, on_reread, is_fresh)
+                elif is_fresh:
+                    self._write_special(fd, result, fd)
                 else:
-                    self._write_special(fd, result, st)
+                    with private_directory(fd) as staging:
+                        self._write_special(fd, result, staging)
             result.written = True
         except (IntegrityError, OSError) as error:
             result.error = error
@@ -173,22 +182,26 @@ class EntryWriter:
         self, fd: int, result: EntryResult, st: os.stat_result, link_target: LinkTarget | None
     ) -> bool:
         node = result.node
-        if self._overwrite == Overwrite.NEVER:
+        if self._options.overwrite == Overwrite.NEVER:
             result.skipped = True
             return False
         same = (
-            self._overwrite == Overwrite.IF_CHANGED
+            self._options.overwrite == Overwrite.IF_CHANGED
             and _is_equal(fd, node, st)
             and _is_linked_alike(node, st, link_target)
         )
         if same and self._keep_existing(fd, result, st):
             return False
         if stat.S_ISDIR(st.st_mode):
-            if self._replace_folders:
-                result.replaced_folder = True
-            else:
-                target_fs.require_empty(fd, node.name)
+            self._require_replaceable(fd, result)
         return True
+
+    def _require_replaceable(self, fd: int, result: EntryResult) -> None:
+        """Raise OSError where the directory in the place of an entry is to be kept."""
+        if self._options.replace_folders:
+            result.replaced_folder = True
+        else:
+            target_fs.require_empty(fd, result.node.name)
 
     def _keep_existing(self, fd: int, result: EntryResult, st: os.stat_result) -> bool:
         """Set the metadata of an equal existing entry; return False where this user cannot open it.
@@ -196,26 +209,24 @@ class EntryWriter:
         Raise OSError where the name does not refer to the file of `st` any more.
         """
         node = result.node
-        if not self._dry_run and node.kind != NodeType.FILE:
-            result.metadata_errors += target_fs.set_metadata(fd, node.name, node, None, st)
-        elif not self._dry_run:
+        if not self._options.dry_run and node.kind != _FILE:
+            result.metadata_errors += set_entry_metadata(fd, node.name, node, st)
+        elif not self._options.dry_run:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             try:
                 opened = os.open(node.name, flags, dir_fd=fd)
             except PermissionError:
                 return False
             try:
-                target_fs.require_same(opened, st)
-                result.metadata_errors += target_fs.set_metadata(fd, node.name, node, opened)
+                require_same(opened, st)
+                result.metadata_errors += set_metadata(opened, node)
             finally:
                 os.close(opened)
         result.skipped = result.unchanged = True
         result.identity = identify(st)
         return True
 
-    def _link(
-        self, fd: int, result: EntryResult, st: os.stat_result | None, link_target: LinkTarget
-    ) -> bool:
+    def _link(self, fd: int, result: EntryResult, link_target: LinkTarget) -> bool:
         """Write the entry as a hard link to a restored name; return False where linking fails."""
         with private_directory(fd) as staging:
             name = target_fs.temporary_name()
@@ -227,7 +238,7 @@ class EntryWriter:
                 except OSError as error:
                     result.link_error = error
                     return False
-                _rename_into_place(staging, name, fd, result.node, st)
+                self._rename_into_place(staging, name, fd, result)
             except BaseException:
                 target_fs.unlink_quietly(staging, name)
                 raise
@@ -238,44 +249,65 @@ class EntryWriter:
         self,
         fd: int,
         result: EntryResult,
-        st: os.stat_result | None,
         read: Callable[[Digest], bytes],
         on_reread: Callable[[int], None],
+        is_fresh: bool,
     ) -> None:
+        node = result.node
         # The name is known before the file exists: an interrupt at any moment can remove the file.
         name = target_fs.temporary_name()
         try:
-            opened = target_fs.create_file(fd, name)
+            # Only this user can look into a fresh directory, so the file may have its mode from the start.
+            opened = target_fs.create_file(fd, name, node.mode & 0o777 if is_fresh else 0o600)
             try:
-                result.lost = write_content(
-                    opened, self._repository, result.node, read, self._salvage
-                )
-                result.metadata_errors += target_fs.set_metadata(fd, name, result.node, opened)
-                _rename_into_place(fd, name, fd, result.node, st)
-                if result.node.nlink > 1:
+                data = None if self._recomputes_whole else read_only_chunk(node, read)
+                if data is not None:
+                    _write_at(opened, data, 0)
+                else:
+                    content = FileContent(
+                        node, self._extents(node), read, salvage=self._options.salvage
+                    )
+                    result.lost = _write_content(opened, content, node.size)
+                errors = set_metadata(opened, node, inherits=not is_fresh)
+                if errors:
+                    result.metadata_errors += errors
+                self._rename_into_place(fd, name, fd, result)
+                if node.nlink > 1:
                     result.identity = identify(os.fstat(opened))
-                if self._verify:
+                if self._options.verify:
                     # By its descriptor: the mode may not permit the owner to open the file.
                     os.lseek(opened, 0, os.SEEK_SET)
-                    result.is_verified = verify_content(opened, result.node, on_reread)
+                    result.is_verified = verify_content(opened, node, on_reread)
             finally:
                 os.close(opened)
         except BaseException:
             target_fs.unlink_quietly(fd, name)
             raise
 
-    def _write_special(self, fd: int, result: EntryResult, st: os.stat_result | None) -> None:
-        with private_directory(fd) as staging:
-            name = target_fs.temporary_name()
-            try:
-                target_fs.make_special(staging, name, result.node)
-                result.metadata_errors += target_fs.set_metadata(staging, name, result.node, None)
-                made = os.stat(name, dir_fd=staging, follow_symlinks=False)
-                _rename_into_place(staging, name, fd, result.node, st)
-                result.identity = identify(made)
-            except BaseException:
-                target_fs.unlink_quietly(staging, name)
-                raise
+    def _write_special(self, fd: int, result: EntryResult, staging: int) -> None:
+        name = target_fs.temporary_name()
+        try:
+            target_fs.make_special(staging, name, result.node)
+            result.metadata_errors += set_entry_metadata(staging, name, result.node)
+            made = os.stat(name, dir_fd=staging, follow_symlinks=False)
+            self._rename_into_place(staging, name, fd, result)
+            result.identity = identify(made)
+        except BaseException:
+            target_fs.unlink_quietly(staging, name)
+            raise
+
+    def _rename_into_place(self, staging: int, name: bytes, fd: int, result: EntryResult) -> None:
+        node = result.node
+        try:
+            os.rename(name, node.name, src_dir_fd=staging, dst_dir_fd=fd)
+        except IsADirectoryError:
+            st = os.stat(node.name, dir_fd=fd, follow_symlinks=False)
+            self._require_replaceable(fd, result)
+            target_fs.remove(fd, node.name, st)
+            os.rename(name, node.name, src_dir_fd=staging, dst_dir_fd=fd)
+        # rename() does nothing where both names refer to one inode: the temporary name must be removed.
+        if node.nlink > 1:
+            target_fs.unlink_quietly(staging, name)
 
 
 def _is_equal(fd: int, node: Node, st: os.stat_result) -> bool:
@@ -285,7 +317,7 @@ def _is_equal(fd: int, node: Node, st: os.stat_result) -> bool:
         or st.st_mtime_ns != node.mtime_ns
     ):
         return False
-    if node.kind == NodeType.FILE:
+    if node.kind == _FILE:
         return st.st_size == node.size
     if node.kind == NodeType.SYMLINK:
         return os.readlink(node.name, dir_fd=fd) == node.content
@@ -297,14 +329,3 @@ def _is_linked_alike(node: Node, st: os.stat_result, link_target: LinkTarget | N
     if hard_link_key(node) is None:
         return st.st_nlink == 1
     return link_target is None or identify(st) == link_target.identity
-
-
-def _rename_into_place(
-    staging: int, name: bytes, fd: int, node: Node, st: os.stat_result | None
-) -> None:
-    if st is not None and stat.S_ISDIR(st.st_mode):
-        target_fs.remove(fd, node.name, st)
-    os.rename(name, node.name, src_dir_fd=staging, dst_dir_fd=fd)
-    # rename() does nothing where both names refer to one inode: the temporary name must be removed.
-    if st is not None and node.nlink > 1:
-        target_fs.unlink_quietly(staging, name)

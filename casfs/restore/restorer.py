@@ -26,7 +26,14 @@ from casfs.problems import changed_file, damaged_entry, restore_failed
 from casfs.repository.prefetch import Prefetcher
 from casfs.repository.repository import Repository
 from casfs.restore import target_fs
-from casfs.restore.entry_writer import EntryResult, EntryWriter, LinkTarget, Overwrite
+from casfs.restore.entry_writer import (
+    EntryResult,
+    EntryWriter,
+    LinkTarget,
+    Overwrite,
+    WritingOptions,
+)
+from casfs.restore.metadata import set_metadata
 from casfs.restore.ordered_pool import DEFAULT_LIMITS, OrderedPool, PoolLimits
 from casfs.restore.selection import Selection
 from casfs.restore.staging import FileIdentity
@@ -38,10 +45,14 @@ log = logging.getLogger(__name__)
 _MAX_POOLED_BYTES = 1 << 20
 """The pool writes files of a single chunk up to this size. The walking thread writes larger files."""
 
+_FILE, _CHANGED = int(NodeType.FILE), int(CaptureState.CHANGED)
+"""Plain integers, for a look at every node."""
+
 _DISK_FULL_ERRNOS = frozenset([errno.ENOSPC, errno.EDQUOT])
 
-_Job = tuple[int, bytes, Node, bytes | None]
-"""The directory's descriptor, the path in the snapshot, the node, and its only chunk if already read."""
+_Job = tuple[int, bool, bytes, Node, bytes | None]
+"""The directory's descriptor and whether it is fresh, the path in the snapshot, the node, and its only chunk
+if already read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,7 @@ class _Frame:
 
     `fd` is -1 until an entry in it is included. `mode` is the original mode of an existing directory that
     was made writable. `complete` is false where its tree is damaged. `names` are its entries in the snapshot.
+    `is_fresh` is the result of `target_fs.is_fresh` for a directory that was created.
     """
 
     node: Node
@@ -92,6 +104,7 @@ class _Frame:
     included: bool
     nodes: Iterator[Node] = field(default_factory=lambda: iter(()))
     created: bool = False
+    is_fresh: bool = False
     mode: int | None = None
     complete: bool = True
     names: set[bytes] = field(default_factory=set)
@@ -126,13 +139,18 @@ class Restorer:
         self._prefetcher: Prefetcher | None = None
         self._trees = TreeReader(self._read)
         self._writer = EntryWriter(
-            repository,
-            options.overwrite,
-            salvage=options.salvage,
-            verify=options.verify,
-            replace_folders=options.delete,
-            dry_run=options.dry_run,
+            WritingOptions(
+                options.overwrite,
+                salvage=options.salvage,
+                verify=options.verify,
+                replace_folders=options.delete,
+                dry_run=options.dry_run,
+                has_keyed_digests=repository.has_keyed_digests,
+            ),
+            repository.content,
         )
+        self._selects = bool(options.include or options.exclude)
+        self._keeps_excluded = bool(options.delete and options.exclude)
         self._pool: OrderedPool[_Job, EntryResult] = OrderedPool(
             self._write, self._on_pooled_result, limits=limits
         )
@@ -261,14 +279,19 @@ class Restorer:
             for source in self._sources
         )
 
-    def _prepare(self, frame: _Frame) -> None:
-        """Clear and examine an open directory before anything is written to it."""
+    def _prepare(self, frame: _Frame, above: _Frame | None = None) -> None:
+        """Clear and examine an open directory, which is in `above`, before anything is written to it."""
         if self._options.dry_run:
             return
         if not frame.created:
             target_fs.remove_abandoned(frame.fd)
-        if target_fs.merges_names(frame.fd, self._merging_devices):
-            frame.folded = {}
+        if frame.created and above is not None:
+            # A new directory treats names as the one that it is in.
+            merges_names = above.folded is not None
+        else:
+            merges_names = target_fs.merges_names(frame.fd, self._merging_devices)
+        frame.folded = {} if merges_names else None
+        frame.is_fresh = frame.created and target_fs.is_fresh(frame.fd)
 
     def _is_merged(self, frame: _Frame, path: bytes, name: bytes) -> bool:
         """Report an entry for whose name the target finds another entry that was restored before."""
@@ -297,6 +320,7 @@ class Restorer:
 
     def _advance(self, frame: _Frame) -> _Frame | None:
         """Restore entries up to a directory to enter, and return its frame; None after the last entry."""
+        dry_run = self._options.dry_run
         for node in frame.nodes:
             path = join(frame.path, node.name)
             if self._prefetcher is not None:
@@ -304,16 +328,20 @@ class Restorer:
             if self._options.delete:
                 frame.names.add(node.name)
             is_directory = node.tree is not None
-            if self._selection.excludes_node(path, is_directory):
-                continue
-            included = self._selection.includes(path, is_directory, frame.included)
-            if included and not self._options.dry_run and self._is_merged(frame, path, node.name):
+            included = True
+            if self._selects:
+                if self._selection.excludes_node(path, is_directory):
+                    continue
+                included = self._selection.includes(path, is_directory, frame.included)
+            # A directory without a descriptor has not been asked whether it merges names.
+            may_merge = frame.folded is not None or frame.fd < 0
+            if may_merge and included and not dry_run and self._is_merged(frame, path, node.name):
                 continue
             if is_directory:
                 child = self._frame(path, node, -1, included)
                 if included and not self._enter(child):
                     continue
-                if not included and self._options.dry_run and frame.fd >= 0:
+                if not included and dry_run and frame.fd >= 0:
                     self._set_open(child, target_fs.open_if_exists(frame.fd, node.name))
                 return child
             if included:
@@ -384,7 +412,7 @@ class Restorer:
             child.created = True
         else:
             self._set_open(child, *target_fs.open_writable(above.fd, name, st))
-        self._prepare(child)
+        self._prepare(child, above)
         return True
 
     def _set_open(self, frame: _Frame, fd: int, mode: int | None = None) -> None:
@@ -400,7 +428,7 @@ class Restorer:
             self._delete_others(frame)
         if with_metadata and not self._options.dry_run:
             self._report_metadata_errors(
-                frame.path, target_fs.set_metadata(frame.fd, b".", frame.node, frame.fd)
+                frame.path, set_metadata(frame.fd, frame.node, inherits=not frame.is_fresh)
             )
             frame.mode = None
         if self._open_frames.pop(frame.fd, None) is not None:
@@ -456,7 +484,7 @@ class Restorer:
 
     def _holds_excluded(self, frame: _Frame, name: bytes) -> bool:
         """Return whether replacing an entry of the target would delete entries that patterns exclude."""
-        if not (self._options.delete and self._options.exclude) or frame.fd < 0:
+        if frame.fd < 0:
             return False
         st = target_fs.entry_stat(frame.fd, name)
         if st is None or not stat.S_ISDIR(st.st_mode):
@@ -478,17 +506,18 @@ class Restorer:
                 and not self._open_with_parents(len(self._stack) - 1, frame)
             ):
                 return
-            if self._holds_excluded(frame, node.name):
+            if self._keeps_excluded and self._holds_excluded(frame, node.name):
                 raise OSError(errno.ENOTEMPTY, "a directory with excluded entries is in its place")
         except OSError as error:
             self._pool.call_after(partial(self._on_result, EntryResult(path, node, error=error)))
             return
-        key = hard_link_key(node)
+        key = hard_link_key(node) if node.nlink > 1 else None
         if key is not None:
             self._restore_name(frame, path, node, key)
         elif _is_small(node) and not dry_run:
             blob = self._single_chunk(node)
-            self._pool.work((frame.fd, path, node, blob), len(blob or b""))
+            size = len(blob) if blob is not None else 0
+            self._pool.work((frame.fd, frame.is_fresh, path, node, blob), size)
         else:
             result = self._writer.write(
                 frame.fd,
@@ -505,8 +534,10 @@ class Restorer:
 
         A damaged chunk is None too: the pool reads it again and reports the error.
         """
-        digest = node.content[EXTENT.size - len(HOLE) :]
-        if self._prefetcher is None or node.kind != NodeType.FILE or not digest or digest == HOLE:
+        if self._prefetcher is None or node.kind != _FILE:
+            return None
+        digest = node.content[8:]
+        if not digest or digest == HOLE:
             return None
         try:
             return self._prefetcher.read(Digest(digest))
@@ -515,9 +546,9 @@ class Restorer:
 
     def _write(self, job: _Job) -> EntryResult:
         """Write an entry. Thread-safe."""
-        fd, path, node, blob = job
+        fd, is_fresh, path, node, blob = job
         read = self._repository.store.read if blob is None else lambda _: blob
-        return self._writer.write(fd, path, node, read)
+        return self._writer.write(fd, path, node, read, is_fresh=is_fresh)
 
     def _restore_name(self, frame: _Frame, path: bytes, node: Node, key: HardLinkKey) -> None:
         """Restore a file with several names: as a hard link where another of its names was restored."""
@@ -549,25 +580,26 @@ class Restorer:
         return plain
 
     def _finish_file(self, node: Node) -> None:
-        if node.kind == NodeType.FILE:
+        if node.kind == _FILE:
             self._monitor.progress.finish_file(node.size)
 
     def _on_pooled_result(self, result: EntryResult) -> None:
-        if result.node.kind == NodeType.FILE:
+        if result.node.kind == _FILE:
             self._monitor.progress.add_bytes(result.node.size)
         self._on_result(result)
 
     def _on_result(self, result: EntryResult) -> None:
         """Count and report the result of one entry."""
         path, node, error = result.path, result.node, result.error
-        if node.state == CaptureState.CHANGED:
+        if node.state == _CHANGED:
             self.result.flagged += 1
             self._monitor.problem(changed_file(path, node))
         if result.lost:
             ranges = ", ".join(f"{begin}-{end}" for begin, end in result.lost)
             message = f"it is damaged; bytes {ranges} were restored as zeros"
             self._damaged(path, message, None, result.lost)
-        self._report_metadata_errors(path, result.metadata_errors)
+        if result.metadata_errors:
+            self._report_metadata_errors(path, result.metadata_errors)
         self.result.skipped += result.skipped
         if result.link_error is not None:
             message = f"it is a copy: the hard link to its other name failed: {result.link_error.strerror}"
@@ -597,7 +629,7 @@ class Restorer:
             )
 
     def _count(self, node: Node) -> None:
-        if node.kind == NodeType.FILE:
+        if node.kind == _FILE:
             self.result.files += 1
             self.result.restored_bytes += node.size
         else:
@@ -624,7 +656,7 @@ class Restorer:
 
 def _is_small(node: Node) -> bool:
     """Return whether an entry needs at most one chunk, which is small."""
-    if node.kind != NodeType.FILE:
+    if node.kind != _FILE:
         return True
     is_single_chunk = not node.levels and len(node.content) <= EXTENT.size
     return is_single_chunk and node.size <= _MAX_POOLED_BYTES

@@ -39,8 +39,7 @@ _MAX_LINKS = 40
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_CASEFOLD_FL = 0x40000000
 
-_NOT_PERMITTED_ERRNOS = frozenset([errno.EPERM, errno.EACCES, errno.ENOTSUP])
-"""Metadata that an ordinary user has no permission to set are skipped, as `cp -a` does."""
+NOT_PERMITTED_ERRNOS = frozenset([errno.EPERM, errno.EACCES, errno.ENOTSUP])
 
 
 def open_root(target: bytes) -> tuple[int, int | None, bool]:
@@ -147,7 +146,7 @@ def _open_writable(dir_fd: int, name: bytes, st: os.stat_result) -> tuple[int, i
             mode = stat.S_IMODE(os.fstat(path_fd).st_mode)
             os.chmod(b"/proc/self/fd/%d" % path_fd, mode | stat.S_IRWXU)
         except OSError as error:
-            if error.errno not in _NOT_PERMITTED_ERRNOS:
+            if error.errno not in NOT_PERMITTED_ERRNOS:
                 raise
             return os.open(name, os.O_RDONLY | flags, dir_fd=dir_fd), None
         return os.open(b"/proc/self/fd/%d" % path_fd, os.O_RDONLY | os.O_CLOEXEC), mode
@@ -193,6 +192,20 @@ def make_directory(fd: int, name: bytes) -> int:
     """Create and open a directory that only its owner can enter until its metadata are set."""
     os.mkdir(name, 0o700, dir_fd=fd)
     return open_subdir(fd, name)
+
+
+def is_fresh(fd: int) -> bool:
+    """Return whether only this user can reach what is created in a new directory, and it inherits nothing.
+
+    A default ACL, or another rule of the directory, would give its new files xattrs.
+    """
+    st = os.fstat(fd)
+    if st.st_uid != os.geteuid() or st.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return False
+    try:
+        return not any(text.startswith("system.") for text in os.listxattr(fd))
+    except OSError:
+        return False
 
 
 def remove(fd: int, name: bytes, st: os.stat_result) -> None:
@@ -506,10 +519,12 @@ def fold_name(name: bytes) -> str:
     return unicodedata.normalize("NFD", text.casefold()).rstrip(" .")
 
 
-def create_file(fd: int, name: bytes) -> int:
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def create_file(fd: int, name: bytes, mode: int = 0o600) -> int:
     """Create a file in a directory and return its descriptor."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.open(name, flags, 0o600, dir_fd=fd)
+    return os.open(name, _CREATE, mode, dir_fd=fd)
 
 
 def make_special(fd: int, name: bytes, node: Node) -> None:
@@ -521,111 +536,3 @@ def make_special(fd: int, name: bytes, node: Node) -> None:
     else:
         device = node.extra.rdev if node.extra is not None else 0
         os.mknod(name, NODE_TYPES[NodeType(node.kind)].mode_bits | 0o600, device, dir_fd=fd)
-
-
-def require_same(fd: int, st: os.stat_result) -> None:
-    """Raise OSError if an open entry is not the one that `st` describes, or has another number of links."""
-    now = os.fstat(fd)
-    if not os.path.samestat(now, st) or now.st_nlink != st.st_nlink:
-        raise _replaced()
-
-
-def open_entry(fd: int, name: bytes, node: Node) -> int:
-    """Return an O_PATH descriptor of an entry that has the type of `node`; raise OSError for another type."""
-    opened = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-    wanted = NODE_TYPES[NodeType(node.kind)].mode_bits
-    if stat.S_IFMT(os.fstat(opened).st_mode) != wanted:
-        os.close(opened)
-        raise _replaced()
-    return opened
-
-
-def _replaced() -> OSError:
-    return OSError(errno.ESTALE, "another process replaced it while it was restored")
-
-
-def set_metadata(
-    fd: int, name: bytes, node: Node, open_fd: int | None, known: os.stat_result | None = None
-) -> list[str]:
-    """Set owner, xattrs, mode and times of an entry; return a message for each failure.
-
-    What is already as it should be is left alone, so that an unchanged entry keeps its ctime.
-    `open_fd` is the entry's own descriptor (files and directories), or None. Then the entry is opened by its
-    name, and OSError raised where it does not have the type of the node, or is not the one of `known`. Every
-    change goes to the descriptor: another process may exchange the name at any moment. The order matters:
-    chown clears setuid bits and file capabilities, the owner cannot set xattrs of a write-protected file, and
-    every change updates the times.
-    """
-    if open_fd is not None:
-        return _set_metadata(open_fd, node)
-    opened = open_entry(fd, name, node)
-    try:
-        if known is not None:
-            require_same(opened, known)
-        # The link in /proc leads to the entry itself, also where that is a symlink.
-        return _set_metadata(b"/proc/self/fd/%d" % opened, node)
-    finally:
-        os.close(opened)
-
-
-def _set_metadata(where: int | bytes, node: Node) -> list[str]:
-    failed: list[str] = []
-    mode = node.mode
-    root = os.geteuid() == 0
-    st = os.stat(where)
-    try:
-        if (st.st_uid, st.st_gid) != (node.uid, node.gid):
-            os.chown(where, node.uid, node.gid)
-    except OSError as error:
-        if root or error.errno not in _NOT_PERMITTED_ERRNOS:
-            failed.append(f"owner: {error.strerror}")
-        # A setuid program must not run as a user other than the one who made it setuid.
-        mode &= ~stat.S_ISUID
-        try:
-            os.chown(where, -1, node.gid)
-        except OSError:
-            mode &= ~stat.S_ISGID
-    _set_xattrs(where, node, root, failed)
-    st = os.stat(where)  # the owner and an ACL may have changed the mode
-    try:
-        if node.kind != NodeType.SYMLINK and stat.S_IMODE(st.st_mode) != mode:
-            os.chmod(where, mode)
-    except OSError as error:
-        failed.append(f"mode: {error.strerror}")
-    if st.st_mtime_ns == node.mtime_ns:
-        return failed
-    try:
-        os.utime(where, ns=(node.mtime_ns, node.mtime_ns))
-    except OSError as error:
-        failed.append(f"time: {error.strerror}")
-    except OverflowError as error:
-        failed.append(f"time: {error}")
-    return failed
-
-
-def _set_xattrs(where: int | bytes, node: Node, root: bool, failed: list[str]) -> None:
-    wanted = dict(node.extra.xattrs) if node.extra is not None else {}
-    try:
-        present = os.listxattr(where)
-    except OSError:
-        present = []
-    for text in present:
-        # A new directory may inherit a default ACL; an existing entry may have other xattrs.
-        if os.fsencode(text) not in wanted and not text.startswith("security.selinux"):
-            try:
-                os.removexattr(where, text)
-            except OSError as error:
-                if root or error.errno not in _NOT_PERMITTED_ERRNOS:
-                    failed.append(f"xattr {text}: {error.strerror}")
-    held = {os.fsencode(text) for text in present}
-    for name, value in wanted.items():
-        try:
-            if name in held and os.getxattr(where, name) == value:
-                continue
-        except OSError:
-            pass  # it may be written by those who may not read it
-        try:
-            os.setxattr(where, name, value)
-        except OSError as error:
-            if root or error.errno not in _NOT_PERMITTED_ERRNOS:
-                failed.append(f"xattr {name.decode(errors='replace')}: {error.strerror}")

@@ -13,8 +13,16 @@ from blake3 import blake3
 
 from casfs.digest import Digest, update_zeros
 from casfs.errors import IntegrityError, TreeError
+from casfs.format.codec import MAX_PLAIN_BYTES
 from casfs.format.tree import Node, captured_digest
-from casfs.trees.content import MAX_HOLE_BYTES, ContentReader, Extent, check_chunk_length
+from casfs.trees.content import (
+    EXTENT,
+    HOLE,
+    MAX_HOLE_BYTES,
+    ContentReader,
+    Extent,
+    check_chunk_length,
+)
 
 Ranges = list[tuple[int, int]]
 """Begin and end, in bytes, of parts of a file."""
@@ -101,6 +109,23 @@ class FileContent:
                 raise
         self.lost.append((extent.begin, extent.begin + extent.length))
         return Part(extent.begin, extent.length, extent.digest, None, is_lost=True)
+
+
+def read_only_chunk(node: Node, read: Callable[[Digest], bytes]) -> bytes | None:
+    """Return the content of a file that is one chunk with an unkeyed digest, which is that of the file too.
+
+    `read` returns the verified plaintext of a chunk, so that nothing is left to verify; its errors are passed
+    on. Return None for other files, and where the chunk has another length than recorded: `FileContent` reads
+    the former, and raises what is wrong with the latter.
+    """
+    content = node.content
+    if node.captured is not None or node.levels or len(content) != EXTENT.size:
+        return None
+    size, digest = EXTENT.unpack(content)
+    if size != node.size or size > MAX_PLAIN_BYTES or digest == HOLE:
+        return None
+    data = read(Digest(digest))
+    return data if len(data) == size else None
 
 
 def read_chunk(extent: Extent, digest: Digest, read: Callable[[Digest], bytes]) -> bytes:

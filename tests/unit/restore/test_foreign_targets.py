@@ -14,7 +14,7 @@ from casfs.digest import digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.tree import Node, NodeExtra, NodeType
 from casfs.monitor import RecordingMonitor
-from casfs.restore import entry_writer, staging, target_fs
+from casfs.restore import entry_writer, metadata, staging, target_fs
 from casfs.restore.entry_writer import Overwrite
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
 from tests.support.builders import MTIME_NS, Plan, RepositoryFixture, entry, file
@@ -126,7 +126,7 @@ def test_metadata_of_an_entry_that_became_another_type_are_not_set(tmp_path: Pat
     scene = ForeignTarget(tmp_path, {b"f": b""})
     (scene.target / "p").symlink_to(scene.secret)
     with pytest.raises(OSError, match="another process replaced it"):
-        target_fs.set_metadata(scene.target_fd, b"p", special(NodeType.FIFO), None)
+        metadata.set_entry_metadata(scene.target_fd, b"p", special(NodeType.FIFO))
     assert scene.is_secret_untouched()
 
 
