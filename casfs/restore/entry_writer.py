@@ -111,6 +111,20 @@ class EntryResult:
     link_error: OSError | None = None
     replaced_folder: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the entry was written and nothing else is to be said about it."""
+        return self.written and not (
+            self.metadata_errors
+            or self.lost
+            or self.replaced_folder
+            or self.is_verified is not None
+            or self.unchanged
+            or self.skipped
+            or self.linked
+            or self.error is not None
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class WritingOptions:

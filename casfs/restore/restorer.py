@@ -37,6 +37,7 @@ from casfs.restore.metadata import set_metadata
 from casfs.restore.ordered_pool import DEFAULT_LIMITS, OrderedPool, PoolLimits
 from casfs.restore.selection import Selection
 from casfs.restore.staging import FileIdentity
+from casfs.restore.writer_process import EntryJob, WriterProcesses, process_count
 from casfs.trees.content import EXTENT, HOLE
 from casfs.trees.reader import TreeReader
 
@@ -49,10 +50,6 @@ _FILE, _CHANGED = int(NodeType.FILE), int(CaptureState.CHANGED)
 """Plain integers, for a look at every node."""
 
 _DISK_FULL_ERRNOS = frozenset([errno.ENOSPC, errno.EDQUOT])
-
-_Job = tuple[int, bool, bytes, Node, bytes | None]
-"""The directory's descriptor and whether it is fresh, the path in the snapshot, the node, and its only chunk
-if already read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,20 +135,19 @@ class Restorer:
         self._selection = Selection(options.include, options.exclude)
         self._prefetcher: Prefetcher | None = None
         self._trees = TreeReader(self._read)
-        self._writer = EntryWriter(
-            WritingOptions(
-                options.overwrite,
-                salvage=options.salvage,
-                verify=options.verify,
-                replace_folders=options.delete,
-                dry_run=options.dry_run,
-                has_keyed_digests=repository.has_keyed_digests,
-            ),
-            repository.content,
+        self._writing = WritingOptions(
+            options.overwrite,
+            salvage=options.salvage,
+            verify=options.verify,
+            replace_folders=options.delete,
+            dry_run=options.dry_run,
+            has_keyed_digests=repository.has_keyed_digests,
         )
+        self._writer = EntryWriter(self._writing, repository.content)
         self._selects = bool(options.include or options.exclude)
         self._keeps_excluded = bool(options.delete and options.exclude)
-        self._pool: OrderedPool[_Job, EntryResult] = OrderedPool(
+        self._limits = limits
+        self._pool: OrderedPool[EntryJob, EntryResult] = OrderedPool(
             self._write, self._on_pooled_result, limits=limits
         )
         self._links: dict[HardLinkKey, tuple[bytes, FileIdentity]] = {}
@@ -176,12 +172,22 @@ class Restorer:
         try:
             if self._reads_everything():
                 self._prefetcher = Prefetcher(self._repository, path, node)
+                self._start_processes(node)
             self._walk(root, with_root and node.tree is not None)
             self._pool.drain()
         finally:
             self._close(root)
         self._report_unmatched_patterns(path)
         return self.result
+
+    def _start_processes(self, node: Node) -> None:
+        """Let processes write the small entries of a large tree; they get the chunks that were prefetched."""
+        count = process_count()
+        if count and node.tree is not None and node.tree.nodes >= self._limits.process_entries:
+            workers = WriterProcesses(self._writing, self._write, count)
+            self._pool = OrderedPool(
+                self._write, self._on_pooled_result, limits=self._limits, workers=workers
+            )
 
     def _open_target(self, path: bytes, node: Node, included: bool) -> _Frame:
         """Open the target folder, and return its frame.
@@ -514,40 +520,36 @@ class Restorer:
         key = hard_link_key(node) if node.nlink > 1 else None
         if key is not None:
             self._restore_name(frame, path, node, key)
-        elif _is_small(node) and not dry_run:
-            blob = self._single_chunk(node)
-            size = len(blob) if blob is not None else 0
-            self._pool.work((frame.fd, frame.is_fresh, path, node, blob), size)
-        else:
-            result = self._writer.write(
-                frame.fd,
-                path,
-                node,
-                self._read_counted,
-                on_reread=self._monitor.progress.read_bytes_again,
-            )
-            self._finish_file(node)
-            self._pool.call_after(partial(self._on_result, result))
+            return
+        if _is_small(node) and not dry_run:
+            chunk = self._prefetched_chunk(node)
+            if chunk is not None or self._prefetcher is None or not _has_chunk(node):
+                size = len(chunk) if chunk is not None else 0
+                self._pool.work(EntryJob(frame.fd, frame.is_fresh, path, node, chunk), size)
+                return
+        result = self._writer.write(
+            frame.fd,
+            path,
+            node,
+            self._read_counted,
+            on_reread=self._monitor.progress.read_bytes_again,
+        )
+        self._finish_file(node)
+        self._pool.call_after(partial(self._on_result, result))
 
-    def _single_chunk(self, node: Node) -> bytes | None:
-        """Return the only chunk of a small file if prefetching is on, or None.
-
-        A damaged chunk is None too: the pool reads it again and reports the error.
-        """
-        if self._prefetcher is None or node.kind != _FILE:
-            return None
-        digest = node.content[8:]
-        if not digest or digest == HOLE:
+    def _prefetched_chunk(self, node: Node) -> bytes | None:
+        """Return the only chunk of a small file if prefetching is on and the chunk is intact, or None."""
+        if self._prefetcher is None or not _has_chunk(node):
             return None
         try:
-            return self._prefetcher.read(Digest(digest))
+            return self._prefetcher.read(Digest(node.content[8:]))
         except CasfsError:
-            return None
+            return None  # writing the file reads it again, and gets the error
 
-    def _write(self, job: _Job) -> EntryResult:
+    def _write(self, job: EntryJob) -> EntryResult:
         """Write an entry. Thread-safe."""
-        fd, is_fresh, path, node, blob = job
-        read = self._repository.store.read if blob is None else lambda _: blob
+        fd, is_fresh, path, node, chunk = job
+        read = self._repository.store.read if chunk is None else lambda _: chunk
         return self._writer.write(fd, path, node, read, is_fresh=is_fresh)
 
     def _restore_name(self, frame: _Frame, path: bytes, node: Node, key: HardLinkKey) -> None:
@@ -660,3 +662,9 @@ def _is_small(node: Node) -> bool:
         return True
     is_single_chunk = not node.levels and len(node.content) <= EXTENT.size
     return is_single_chunk and node.size <= _MAX_POOLED_BYTES
+
+
+def _has_chunk(node: Node) -> bool:
+    """Return whether a small entry has a chunk to read."""
+    content = node.content
+    return node.kind == _FILE and len(content) == EXTENT.size and content[8:] != HOLE

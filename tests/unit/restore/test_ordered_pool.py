@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from casfs.restore.ordered_pool import OrderedPool, PoolLimits
+from casfs.restore.ordered_pool import OrderedPool, PoolLimits, WorkerThread
 
 ONE_AT_A_TIME = PoolLimits(batch_jobs=1)
 
@@ -21,7 +21,10 @@ class HeldPool:
         self.reported: list[object] = []
         self.begun: set[int] = set()
         self.gates = {number: threading.Event() for number in held}
-        self.pool: OrderedPool[int, int] = OrderedPool(self.do, self.reported.append, limits=limits)
+        self.thread = WorkerThread(self.do)
+        self.pool: OrderedPool[int, int] = OrderedPool(
+            self.do, self.reported.append, limits=limits, workers=self.thread
+        )
 
     def do(self, number: int) -> int:
         self.begun.add(number)
@@ -103,7 +106,7 @@ def test_a_closed_pool_starts_no_more_work() -> None:
         reported.pool.work(number, 1)
     closer = threading.Thread(target=reported.pool.close)
     closer.start()
-    while not reported.pool._stopped:
+    while not reported.thread.is_stopped:
         closer.join(0.001)
     reported.gates[0].set()
     reported.gates[1].set()

@@ -861,11 +861,12 @@ class TestRestoreOfChangedFiles:
 
 
 class TestRestoreThreads:
-    """Other threads write small entries; the result does not show which."""
+    """Another thread or process writes small entries; the result does not show which."""
 
-    @pytest.fixture(autouse=True)
-    def _small_batches(self, case: RestoreCase) -> None:
-        case.limits = PoolLimits(batch_jobs=3)
+    @pytest.fixture(autouse=True, params=["thread", "process"])
+    def _small_batches(self, case: RestoreCase, request: pytest.FixtureRequest) -> None:
+        entries = 1 if request.param == "process" else 1_000_000
+        case.limits = PoolLimits(batch_jobs=3, process_entries=entries)
 
     def test_restore_reports_results_in_the_order_of_the_tree(
         self, case: RestoreCase, monkeypatch: pytest.MonkeyPatch
