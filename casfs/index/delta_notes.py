@@ -35,6 +35,8 @@ _DELTA = b"delta"
 _NOTE = struct.Struct("<B3xIQ")
 assert _NOTE.size == 16
 _ITEM = struct.Struct("<I")
+_HIDDEN = b"hidden"
+_COUNT = struct.Struct("<Q")
 
 _COMPLETE = 1
 _UNUSABLE = 2
@@ -63,9 +65,12 @@ class Doubt(Enum):
 
     NONE = 0
     UNCOVERED = 1
-    """Those that no delta names any more, as a merge may have dropped their removal."""
+    """Those of other hosts that no delta names any more, as a merge may have dropped their removal."""
 
-    ALL = 2
+    UNCOVERED_OR_OWN = 2
+    """Also those of this host that no delta names yet, as a merge has dropped removals."""
+
+    ALL = 3
     """All, as a delta that cannot be read may have removed any."""
 
 
@@ -161,11 +166,13 @@ class DeltaNotes:
         removed: Iterable[PackId] = (),
         gone: Iterable[DeltaName] = (),
         doubt: Doubt = Doubt.NONE,
+        hides_removals: bool = False,
     ) -> None:
         """Note deltas with the ordinals of their packs, and complete the packs that `register` recorded.
 
         The packs, and the `removed` ones, are published from now on. The notes of deltas that are `gone` are
-        dropped. What `doubt` says is marked as unverified in the same transaction.
+        dropped. What `doubt` says is marked as unverified in the same transaction. `hides_removals` counts
+        for `hidden_removals`.
         """
 
         def change(txn: Transaction) -> None:
@@ -177,9 +184,12 @@ class DeltaNotes:
                 txn.delete(_key(name), db=self._tables.meta)
             for name, (note, ordinals) in notes.items():
                 self._put_note(txn, name, note, ordinals)
+            if hides_removals:
+                count = self._hidden(txn) + 1
+                txn.put(_HIDDEN, _COUNT.pack(count), db=self._tables.meta)
             if doubt != Doubt.NONE:
                 before = self._tables.get_set(txn, UNVERIFIED)
-                doubted = self._doubted(txn, doubt == Doubt.ALL)
+                doubted = self._doubted(txn, doubt)
                 self._tables.put_set(txn, UNVERIFIED, before | doubted)
 
         self._env.write(change)
@@ -198,14 +208,31 @@ class DeltaNotes:
         for ordinal in ordinals:
             txn.delete(UNPUBLISHED + ORDINAL.pack(ordinal), db=self._tables.meta)
 
-    def _doubted(self, txn: Transaction, is_all: bool) -> set[int]:
-        """Return all packs, or those that no delta names and that this host has not stored itself."""
+    def _doubted(self, txn: Transaction, doubt: Doubt) -> set[int]:
         ordinals = {record.ordinal for record in self._tables.all_packs(txn)}
-        if is_all:
+        if doubt == Doubt.ALL:
             return ordinals
+        if doubt == Doubt.UNCOVERED:
+            own = self._tables.meta_suffixes(txn, UNPUBLISHED)
+            ordinals -= {ORDINAL.unpack(key)[0] for key in own}
         covered = self._covered(txn, None)
-        own = {ORDINAL.unpack(key)[0] for key in self._tables.meta_suffixes(txn, UNPUBLISHED)}
-        return {ordinal for ordinal in ordinals - own if ordinal not in covered}
+        return {ordinal for ordinal in ordinals if ordinal not in covered}
+
+    def hidden_removals(self) -> int:
+        """Return how often a process of this machine saw that a merge may have dropped a removal."""
+        return self._env.read(self._hidden)
+
+    def _hidden(self, txn: Transaction) -> int:
+        value = txn.get(_HIDDEN, db=self._tables.meta)
+        return int(_COUNT.unpack(value)[0]) if value is not None else 0
+
+    def doubt_all(self) -> None:
+        """Mark every pack as unverified."""
+
+        def change(txn: Transaction) -> None:
+            self._tables.put_set(txn, UNVERIFIED, self._doubted(txn, Doubt.ALL))
+
+        self._env.write(change)
 
     def unpublished(self) -> list[PackRecord]:
         """Return the packs that no delta names yet, as far as this host's index has noted."""

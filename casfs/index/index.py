@@ -241,6 +241,10 @@ class Index:
         """Return every pack in the order of the ordinals."""
         return self._env.read(self._tables.all_packs)
 
+    def next_pack(self) -> int:
+        """Return the ordinal that the next new pack gets; every pack of the index has a smaller one."""
+        return self._env.read(lambda txn: self._tables.counters(txn)[0])
+
     def blob_count(self) -> int:
         """Return the number of blobs in the index."""
         return self._env.read(lambda txn: int(txn.stat(db=self._tables.blobs)["entries"]))

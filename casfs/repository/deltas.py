@@ -28,13 +28,33 @@ class Deltas:
         self, store: BlobStore, sync: DeltaSync, publisher: DeltaPublisher, learns: bool
     ) -> None:
         self.publisher = publisher
+        self.learns = learns
         self._store = store
         self._sync = sync
-        self._learns = learns
+        self._ignored: set[int] = set()
+        self._hidden = self._notes.hidden_removals()
 
     @property
     def _notes(self) -> DeltaNotes:
         return DeltaNotes(self._store.index)
+
+    def learn_removals(self) -> None:
+        """Remove from the index the packs that other hosts removed since it was synced; raise StorageError.
+
+        A merge may have dropped the removal of any pack, also of one that this process published after it.
+        Then the packs are looked at, or listed if there are many. Packs that are new to the index are not:
+        this process does not rely on them until it ends.
+        """
+        first_new = self._store.index.next_pack()
+        self._sync.sync()
+        new = {one.ordinal for one in self._notes.unverified() if one.ordinal >= first_new}
+        self._store.index.distrust(new)
+        self._ignored |= new
+        hidden = self._notes.hidden_removals()
+        if hidden != self._hidden:
+            self._notes.doubt_all()
+        self._sync.verify_packs(self._ignored)
+        self._hidden = hidden
 
     def publish(self) -> None:
         """Publish what this session stored and removed, as the last step before its effect is visible.
@@ -43,7 +63,7 @@ class Deltas:
         """
         if not self.publisher.has_news():
             return
-        if not self._learns:
+        if not self.learns:
             self._sync.sync(learn=False)
         is_complete = any(note.is_complete for note in self._notes.all().values())
         self.publisher.publish(everything=not is_complete and self._store.index.has_all_packs)

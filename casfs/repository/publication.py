@@ -2,8 +2,9 @@
 
 1. Store the snapshot as a **draft**. From now on no prune removes a blob that the snapshot needs, unless its
    removal notice is older than the draft.
-2. The **last look**: list the removal notices and the packs. Store again every blob whose pack is marked for
-   removal or gone, and look again, until a look finds nothing.
+2. The **last look**: list the removal notices, then learn what was removed: by the index deltas, or by a
+   listing of the packs where there are none. Store again every blob whose pack is marked for removal or gone,
+   and look again, until a look finds nothing.
 3. Store the snapshot under its name, and look once more.
 4. Delete the draft where that is allowed. A prune deletes it otherwise.
 
@@ -174,11 +175,25 @@ class SnapshotPublisher:
     def _is_unchanged(self, known: _Known) -> bool:
         """Return whether no pack was marked for removal or removed since `known`; update the index."""
         index = self._store.index
-        # The notices before the packs: a notice is deleted after its packs.
+        # The notices first: the delta that names a pack as removed comes before the pack's deletion, and the
+        # deletion of the notice comes last.
         self._notices = list_notices(self._storage, self._notices)
+        deltas = self._repository.deltas
+        if deltas is not None and deltas.learns:
+            deltas.learn_removals()
+        else:
+            self._remove_missing()
         pending = {pack for listed in self._notices.values() for pack in listed.notice.pack_refs()}
+        if pending:
+            marked = {one.ordinal for one in index.packs() if one.pack in pending}
+            index.change_marked(marked - index.marked_for_removal(), frozenset())
+        state = self._state()
+        return state.marked <= known.marked and state.counters == known.counters
+
+    def _remove_missing(self) -> None:
+        """Remove from the index the packs that the storage lacks; raise StorageError."""
         # The records before the listing: what is in the index then is in the storage, so it is listed.
-        records = index.packs()
+        records = self._store.index.packs()
         stored = {pack for pack, _ in self._store.stored_packs()}
         gone = {
             one.ordinal: one.pack
@@ -186,11 +201,7 @@ class SnapshotPublisher:
             if one.pack not in stored and self._is_gone(one.pack)
         }
         if gone:
-            index.remove_packs(gone, lost=True)
-        marked = {one.ordinal for one in records if one.pack in pending} - gone.keys()
-        index.change_marked(marked - index.marked_for_removal(), frozenset())
-        state = self._state()
-        return not gone and state.marked <= known.marked and state.counters == known.counters
+            self._store.index.remove_packs(gone, lost=True)
 
     def _is_gone(self, pack: PackRef) -> bool:
         """Return whether the storage lacks a pack that was not listed; raise StorageError."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -38,7 +38,7 @@ from casfs.format.key_derivation import Sessions
 from casfs.format.pack import PackRef
 from casfs.index.delta_notes import DeltaNote, DeltaNotes, Doubt
 from casfs.index.index import Index
-from casfs.index.schema import PackRecord, Row
+from casfs.index.schema import Row
 from casfs.storage.base import Storage
 from casfs.store.blob_store import BlobStore, pack_name
 
@@ -54,6 +54,7 @@ _ENTRIES_AT_ONCE = 16_384
 _MOST_LOOKS = 100
 """Up to so many packs are looked at one by one; for more, a listing of all packs takes fewer requests."""
 
+_MOST_LISTINGS = 2
 _MOST_TRIES = 3
 
 
@@ -124,15 +125,16 @@ class DeltaSync:
             # A merge replaced it; the delta that the merge wrote is in the next listing.
         return result
 
-    def verify_packs(self) -> frozenset[PackRef]:
-        """Look at the packs that only deltas name, and return those that the storage lacks.
+    def verify_packs(self, ignored: Set[int] = frozenset()) -> frozenset[PackRef]:
+        """Look at the packs that only deltas name, except `ignored` ones (ordinals).
 
-        They, and those of another size, are removed from the index. Raise StorageError.
+        Return those that the storage lacks. They, and those of another size, are removed from the index.
+        Raise StorageError.
         """
-        records = self._notes.unverified()
+        records = [one for one in self._notes.unverified() if one.ordinal not in ignored]
         if not records:
             return frozenset()
-        sizes = self._sizes(records)
+        sizes = self._sizes({record.pack for record in records})
         good = {one.ordinal for one in records if sizes.get(one.pack) == one.pack_bytes}
         bad = {one.ordinal: one.pack for one in records if one.ordinal not in good}
         self._notes.mark_verified(good)
@@ -146,21 +148,22 @@ class DeltaSync:
             self._store.add_packs([(pack, sizes[pack]) for pack in bad.values() if pack in sizes])
         return frozenset(pack for pack in bad.values() if pack not in sizes)
 
-    def _sizes(self, records: list[PackRecord]) -> dict[PackRef, int]:
-        """Return the size in the storage of each of the packs that exist."""
-        wanted = {record.pack for record in records}
+    def _sizes(self, wanted: set[PackRef]) -> dict[PackRef, int]:
+        """Return the size in the storage of each of the packs that exist.
+
+        Many packs are listed. One that a first listing lacks may have been stored after its place in it, so
+        it is looked at, or many are listed again: a forged delta that names many packs costs no request each.
+        """
         found: dict[PackRef, int] = {}
-        if len(records) > _MOST_LOOKS:
-            for pack, size in self._store.stored_packs():
-                if pack in wanted:
-                    found[pack] = size
+        for _ in range(_MOST_LISTINGS):
             if len(wanted) - len(found) > _MOST_LOOKS:
-                return found
-            # A pack may have been stored after its part of the listing.
-            wanted -= found.keys()
+                found |= {pack: size for pack, size in self._store.stored_packs() if pack in wanted}
+        unlisted = wanted - found.keys()
+        if len(unlisted) > _MOST_LOOKS:
+            return found
         requests = max(1, min(self._storage.capabilities.parallel_requests, _MOST_REQUESTS))
         with ThreadPoolExecutor(requests, "casfs-packs") as pool:
-            for pack, looked in zip(wanted, pool.map(self._size, wanted), strict=True):
+            for pack, looked in zip(unlisted, pool.map(self._size, unlisted), strict=True):
                 if looked is not None:
                     found[pack] = looked
         return found
@@ -252,6 +255,7 @@ class _Run:
         self._to_remove: dict[int, tuple[PackRef, DeltaName]] = {}
         self._disputed: dict[int, tuple[PackRef, DeltaName]] = {}
         self._hides_removals = False
+        self._merge_hides_removals = False
 
     def apply(self) -> bool:
         """Apply the new deltas; return whether one of them vanished meanwhile."""
@@ -284,13 +288,20 @@ class _Run:
         self._flush()
         if self._learn:
             self._remove_packs()
-        self._notes.finish(self._late_notes, gone=dropped, doubt=self._doubt())
+        self._notes.finish(
+            self._late_notes,
+            gone=dropped,
+            doubt=self._doubt(),
+            hides_removals=self._merge_hides_removals,
+        )
         return vanished
 
     def _doubt(self) -> Doubt:
         if not self._learn:
             return Doubt.NONE
-        return Doubt.ALL if self._hides_removals else Doubt.UNCOVERED
+        if self._hides_removals:
+            return Doubt.ALL
+        return Doubt.UNCOVERED_OR_OWN if self._merge_hides_removals else Doubt.UNCOVERED
 
     def _apply_one(self, delta: Delta) -> None:
         ordinals: list[int] = []
@@ -301,6 +312,8 @@ class _Run:
             ordinals += self._register(batch) if self._learn else self._known(batch)
         if self._learn:
             self._note_removed(delta)
+        # What this host has not seen may have removed packs, and may be gone.
+        self._merge_hides_removals |= any(name not in self._noted for name in delta.replaced)
         for name in delta.replaced:
             if name in self._listed and name < delta.name:
                 self._replaced[name] = delta.name.time_ms

@@ -430,8 +430,9 @@ def _commit_packs(store: BlobStore, packs: list[_OpenPack]) -> None:
     """
 
     def is_taken(pack: PackRef) -> bool:
-        # The index has a name once, so the packs below both prefixes must not share one.
-        return store.index.has_pack(pack.id) or store.has_pack(pack)
+        # The index has a name once, so the packs below both prefixes must not share one. A random name is
+        # that of no stored pack.
+        return store.index.has_pack(pack.id) or (not store.is_shared and store.has_pack(pack))
 
     stored = []
     try:

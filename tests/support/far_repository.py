@@ -11,7 +11,7 @@ from pathlib import Path
 from casfs.backup.run import BackupOptions, run_backup
 from casfs.crypto.recipients import Recipient
 from casfs.digest import SnapshotId
-from casfs.format.config import RepositoryConfig
+from casfs.format.config import DEFAULT_FORMAT, RepositoryConfig
 from casfs.format.pack import PackRef
 from casfs.maintenance.prune import PruneResult
 from casfs.maintenance.prune_plan import PruneOptions
@@ -58,12 +58,17 @@ class FarRepository:
     All hosts share `storage`, which records their calls; `memory` is behind it.
     """
 
-    def __init__(self, folder: Path, recipients: Sequence[Recipient] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        recipients: Sequence[Recipient] = (),
+        format_: int = DEFAULT_FORMAT,
+    ) -> None:
         self.folder = folder
         self.now_ns = time.time_ns()
         self.memory = MemoryStorage("s3://bucket/r", self._tick)
         self.storage = RecordingStorage(self.memory)
-        create_repository(self.host("first"), recipients)
+        create_repository(self.host("first"), recipients, format_=format_)
 
     def _tick(self) -> int:
         self.now_ns += 1
@@ -110,6 +115,24 @@ class FarRepository:
     def prune(self, host: str = "first", **options: float | bool) -> PruneResult:
         with self.pruning(host, **options) as pruner:
             return pruner.prune()
+
+    def remove_packs(self, host: str = "pruner", merges: bool = False) -> None:
+        """Remove all packs as the prune of a host does: from its index, by a delta, then from the storage.
+
+        With `merges` it then replaces all deltas by one, which no longer names them, and deletes the others.
+        """
+        with open_for_maintenance(self.host(host), "prune", OpenOptions(sync=False)) as repository:
+            index = repository.store.index
+            going = {record.ordinal: record.pack for record in index.packs()}
+            assert index.remove_packs(going)
+            if repository.deltas is not None:
+                repository.deltas.publish()
+            for pack in going.values():
+                self.memory.delete(pack_name(pack))
+            if merges:
+                assert repository.deltas is not None
+                repository.deltas.merge(0)
+                repository.deltas.merge(0)
 
     def packs(self) -> set[str]:
         return {one.name for prefix in ("packs", "meta") for one in self.memory.list(prefix)}

@@ -148,7 +148,8 @@ class TestRemote:
         before = deltas_in(memory.inner)
         memory.calls.clear()
         back_up(hosts.place, source)
-        assert calls(memory, "list").count("deltas") == 1
+        # The opening, and the looks before and after the snapshot appears.
+        assert calls(memory, "list").count("deltas") == 3
         assert deltas_in(memory.inner) == before
 
     def test_the_first_delta_names_the_packs_of_a_repository_of_format_1(

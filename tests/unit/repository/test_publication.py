@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from casfs.backup.run import BackupOptions, run_backup
+from casfs.backup.stability import is_racy
 from casfs.digest import SnapshotId
 from casfs.errors import (
     PacksRemovedError,
@@ -15,9 +17,11 @@ from casfs.errors import (
     StorageError,
     StorageUnavailableError,
 )
+from casfs.format.config import DEFAULT_FORMAT
+from casfs.maintenance.check import Checker
 from casfs.monitor import RecordingMonitor
 from casfs.repository.creation import create_repository
-from casfs.repository.opening import OpenOptions, open_for_writing
+from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.repository.place import LocalPlace
 from casfs.repository.publication import SnapshotPublisher
 from casfs.repository.remote_writers import mark_remote_writers
@@ -28,11 +32,16 @@ from casfs.store.pending_removal import RemovalNotice, publish_notice
 from tests.support.far_repository import FarRepository
 from tests.support.storage_double import Call, Failure
 from tests.support.stores import noise
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
-def far(tmp_path: Path, own_home: Path) -> FarRepository:
-    return FarRepository(tmp_path)
+def far(tmp_path: Path, own_home: Path, request: pytest.FixtureRequest) -> FarRepository:
+    return FarRepository(tmp_path, format_=getattr(request, "param", DEFAULT_FORMAT))
+
+
+both_formats = pytest.mark.parametrize("far", [1, 2], indirect=True)
+"""A writer learns of removals by a listing of the packs in format 1, by index deltas in format 2."""
 
 
 def back_up(repository: Repository, source: Path) -> SnapshotId:
@@ -58,11 +67,6 @@ def mark_all(far: FarRepository) -> None:
     publish_notice(far.memory, RemovalNotice.of(1, far.pack_refs()))
 
 
-def remove_all(far: FarRepository) -> None:
-    for name in far.packs():
-        far.memory.delete(name)
-
-
 def steps_of(far: FarRepository) -> list[tuple[str, str]]:
     steps = [(call.method, call.name.partition("/")[0]) for call in far.storage.calls]
     return [step for step in steps if step[0] != "list entry"]
@@ -82,12 +86,15 @@ def test_a_draft_comes_before_the_last_look_and_goes_after_the_snapshot_appears(
     assert far.names(DRAFTS) == []
 
 
-def test_the_notices_are_listed_before_the_packs(far: FarRepository) -> None:
+@pytest.mark.parametrize(("far", "removals"), [(1, "packs"), (2, "deltas")], indirect=["far"])
+def test_the_notices_are_listed_before_what_says_which_packs_are_gone(
+    far: FarRepository, removals: str
+) -> None:
     far.storage.calls.clear()
     far.back_up("a", a=b"a")
     steps = steps_of(far)
     steps = steps[steps.index(("create", DRAFTS)) : steps.index(("create", SNAPSHOTS))]
-    assert steps.index(("list", "condemned")) < steps.index(("list", "packs"))
+    assert steps.index(("list", "condemned")) < steps.index(("list", removals))
 
 
 def test_nothing_is_read_for_a_look_that_finds_nothing(far: FarRepository) -> None:
@@ -119,19 +126,85 @@ def test_the_packs_that_the_backup_itself_stored_are_looked_at_too(far: FarRepos
     far.require_whole()
 
 
+@both_formats
 def test_what_was_removed_during_a_backup_is_read_from_the_source_again(
     far: FarRepository, caplog: pytest.LogCaptureFixture
 ) -> None:
     far.back_up("a", a=noise("a", 100_000))
-    at_call(far, "create", DRAFTS, lambda: remove_all(far))
+    at_call(far, "create", DRAFTS, lambda: far.remove_packs())
     snapshot_id = far.back_up("a")
     assert "reading the sources again" in caplog.text
     far.require_whole(snapshot_id)
 
 
+def test_a_removal_that_a_merge_hides_is_noticed_by_a_look_at_the_packs(
+    far: FarRepository, caplog: pytest.LogCaptureFixture
+) -> None:
+    far.back_up("a", a=noise("a", 100_000))
+    at_call(far, "create", DRAFTS, lambda: far.remove_packs(merges=True))
+    far.storage.calls.clear()
+    snapshot_id = far.back_up("a")
+    assert "reading the sources again" in caplog.text
+    far.require_whole(snapshot_id)
+
+
+def test_a_removal_of_the_backups_own_packs_that_a_merge_hides_is_noticed(
+    far: FarRepository, caplog: pytest.LogCaptureFixture
+) -> None:
+    far.back_up("b", b=b"b")
+    stored: list[Call] = []
+
+    def remove(call: Call) -> None:
+        # The backup has stored its packs, and no delta names them yet.
+        if call.method == "create" and call.name.startswith("deltas/"):
+            far.storage.script.before = None
+            far.remove_packs(merges=True)
+            stored.append(call)
+
+    far.storage.script.before = remove
+    snapshot_id = far.back_up("a", a=noise("a", 100_000))
+    assert stored and "reading the sources again" in caplog.text
+    far.require_whole(snapshot_id)
+
+
+def test_a_look_costs_as_many_requests_however_many_packs_there_are(far: FarRepository) -> None:
+    path = far.source("a", a=b"a") / "a"
+    wait_until(lambda: not is_racy(path.lstat(), time.time_ns()), "a file that a backup trusts")
+
+    def steps_of_an_unchanged_backup() -> list[tuple[str, str]]:
+        far.back_up("a")
+        far.storage.calls.clear()
+        far.back_up("a")
+        return steps_of(far)
+
+    few = steps_of_an_unchanged_backup()
+    for number in range(20):
+        far.back_up("b", b=noise(f"{number}", 1000))
+    assert len(far.packs()) >= 40
+    assert steps_of_an_unchanged_backup() == few
+    assert not [step for step in few if step[1] in ("packs", "meta")]
+
+
+def test_new_packs_of_other_hosts_are_not_looked_at_before_the_snapshot_appears(
+    far: FarRepository,
+) -> None:
+    far.back_up("a", a=b"a")
+
+    def another_host() -> None:
+        far.back_up("b", "second", b=noise("b", 1000))
+        far.storage.calls.clear()
+
+    at_call(far, "create", DRAFTS, another_host)
+    far.back_up("a")
+    steps = steps_of(far)
+    assert ("read", "deltas") in steps
+    assert not [step for step in steps if step[1] in ("packs", "meta")]
+
+
+@both_formats
 def test_a_stream_whose_data_was_removed_is_not_published(far: FarRepository) -> None:
     with far.writing() as repository:
-        at_call(far, "create", DRAFTS, lambda: remove_all(far))
+        at_call(far, "create", DRAFTS, lambda: far.remove_packs())
         options = BackupOptions((), stdin_name=b"in", stdin_command=("echo", "x"))
         with pytest.raises(
             PacksRemovedError, match=r"nothing was published\. Run the command again"
@@ -140,13 +213,16 @@ def test_a_stream_whose_data_was_removed_is_not_published(far: FarRepository) ->
     assert far.names(SNAPSHOTS) == far.names(DRAFTS) == []
 
 
+@both_formats
 def test_packs_that_are_removed_again_and_again_end_a_backup(far: FarRepository) -> None:
     far.back_up("a", a=noise("a", 100_000))
     before = far.names(SNAPSHOTS)
 
     def remove(call: Call) -> None:
         if call == Call("list", "condemned"):
-            remove_all(far)
+            far.storage.script.before = None
+            far.remove_packs()
+            far.storage.script.before = remove
 
     with far.writing() as repository:
         far.storage.script.before = remove
@@ -156,10 +232,11 @@ def test_packs_that_are_removed_again_and_again_end_a_backup(far: FarRepository)
     assert far.names(SNAPSHOTS) == before and far.names(DRAFTS) == []
 
 
+@both_formats
 def test_a_snapshot_whose_packs_vanish_while_it_appears_is_withdrawn_and_made_again(
     far: FarRepository,
 ) -> None:
-    at_call(far, "create", SNAPSHOTS, lambda: remove_all(far))
+    at_call(far, "create", SNAPSHOTS, lambda: far.remove_packs())
     snapshot_id = far.back_up("a", a=noise("a", 100_000))
     assert far.names(SNAPSHOTS) == [f"{SNAPSHOTS}/{snapshot_id.hex()}"]
     far.require_whole(snapshot_id)
@@ -203,7 +280,8 @@ def test_a_published_snapshot_counts_where_the_second_look_fails(
     assert "is published; what it needs could not be looked at once more" in caplog.text
 
 
-def test_a_pack_that_is_not_listed_and_cannot_be_looked_at_keeps_a_snapshot_from_being_published(
+@both_formats
+def test_a_pack_that_may_be_gone_and_cannot_be_looked_at_keeps_a_snapshot_from_being_published(
     far: FarRepository,
 ) -> None:
     far.back_up("a", a=noise("a", 100_000))
@@ -213,7 +291,8 @@ def test_a_pack_that_is_not_listed_and_cannot_be_looked_at_keeps_a_snapshot_from
         return StorageError("read", call.name, OSError(5, "Input/output error"))
 
     def remove() -> None:
-        remove_all(far)
+        is_merged = far.names("deltas") != []
+        far.remove_packs(merges=is_merged)
         far.storage.script.failures.append(
             Failure(lambda call: call.method == "size" and call.name in packs, broken, times=1000)
         )
@@ -285,7 +364,7 @@ class TestTag:
 
         def forget() -> None:
             far.memory.delete(f"{SNAPSHOTS}/{snapshot_id.hex()}")
-            remove_all(far)
+            far.remove_packs()
 
         with far.writing(command="tag") as repository:
             snapshot = repository.snapshots.load(snapshot_id)
@@ -365,7 +444,9 @@ def test_a_pack_that_another_host_found_lost_is_stored_again_by_the_next_backup(
     far.back_up("a", a=noise("a", 100_000))
     for name in lost:
         far.memory.delete(name)
-    # Its last look finds that the pack is gone, and its delta tells the others.
+    with open_for_reading(far.host("first"), may_write_index=True) as repository:
+        assert Checker(repository, RecordingMonitor()).check(None).damage
+    # The check found that the pack is gone, and the next delta of its host says so.
     far.back_up("a", more=b"more")
     far.require_whole(far.back_up("b", host="second"))
 

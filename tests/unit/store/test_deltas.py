@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from casfs.digest import PackId
+from casfs.digest import PackId, digest_of
 from casfs.errors import BlobError
 from casfs.format.delta import DeltaBuilder, DeltaPack
 from casfs.format.pack import PackEntry, PackRef
 from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage
 from casfs.storage.memory import MemoryStorage
+from casfs.store import delta_sync
 from casfs.store.blob_store import pack_name
 from tests.support.hosts import MAINTENANCE, READER, WRITER, Host, OpenHost, Place, locations
-from tests.support.storage_double import RecordingStorage
+from tests.support.storage_double import Call, RecordingStorage, Script
 from tests.support.stores import child, noise
 
 
@@ -335,6 +336,53 @@ class TestLostAndForgedDeltas:
         with Host(place, tmp_path / "two").open() as host:
             assert not host.has(blobs("a")[0])
             assert host.put(blobs("a")) == 3
+
+    def test_many_packs_that_one_listing_lacks_count_as_missing_only_after_another(
+        self, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(delta_sync, "_MOST_LOOKS", 3)
+        with Host(place, tmp_path / "one").open() as host:
+            put_packs(host, "a", 8)
+            host.publish()
+            gone = sorted(host.packs())[0]
+        late: list[tuple[str, bytes]] = []
+        for name in [item.name for item in place.storage.list("packs")]:
+            late.append((name, place.storage.read(name)))
+            place.storage.delete(name)
+
+        def store(call: Call) -> None:
+            # What a first listing has passed already is there for the next one.
+            if call == Call("list", "packs"):
+                looks.append(call)
+                if len(looks) == 2:
+                    for name, data in late:
+                        if name != pack_name(gone):
+                            place.storage.create(name, data)
+
+        looks: list[Call] = []
+        recording = RecordingStorage(place.storage, Script(before=store))
+        with Host(place, tmp_path / "two", storage=recording).open() as host:
+            assert len(looks) == 2
+            assert len(host.packs()) == 7 and gone not in host.packs()
+            assert [call.method for call in recording.calls].count("size") == 1
+
+    def test_a_forged_delta_of_many_packs_costs_listings_and_no_request_for_each(
+        self, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(delta_sync, "_MOST_LOOKS", 3)
+        with Host(place, tmp_path / "one").open() as host:
+            host.put(blobs("a"))
+            host.publish()
+            builder = DeltaBuilder()
+            for number in range(10):
+                entry = PackEntry(digest_of(b"blob %d" % number), 32, 10, 10, 1, 0)
+                invented = PackRef(PackId(digest_of(b"pack %d" % number)), is_meta=False)
+                builder.add(DeltaPack(invented, 1000, [entry]))
+            host.publisher.write(builder)
+        recording = RecordingStorage(place.storage)
+        with Host(place, tmp_path / "two", storage=recording).open() as host:
+            assert len(host.packs()) == 1
+            assert [call.method for call in recording.calls].count("size") <= 1
 
     def test_a_removal_that_a_merge_hides_is_noticed_by_a_writer(
         self, place: Place, tmp_path: Path
