@@ -11,8 +11,9 @@ from pathlib import Path
 from casfs.backup.run import BackupOptions, run_backup
 from casfs.crypto.recipients import Recipient
 from casfs.digest import SnapshotId
-from casfs.format.config import DEFAULT_FORMAT, RepositoryConfig
+from casfs.format.config import RepositoryConfig
 from casfs.format.pack import PackRef
+from casfs.format.versions import DEFAULT_FORMAT
 from casfs.maintenance.prune import PruneResult
 from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.shared_prune import SharedPruner, new_pruner

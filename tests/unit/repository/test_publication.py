@@ -17,7 +17,7 @@ from casfs.errors import (
     StorageError,
     StorageUnavailableError,
 )
-from casfs.format.config import DEFAULT_FORMAT
+from casfs.format.versions import DEFAULT_FORMAT
 from casfs.maintenance.check import Checker
 from casfs.monitor import RecordingMonitor
 from casfs.repository.creation import create_repository
