@@ -261,7 +261,7 @@ def _configure() -> None:
 
 
 def _allow_open_files() -> None:
-    """Raise the limit of open files: a restore keeps one directory of each level open."""
+    """Raise the limit of open files: a mount keeps packs open, and a restore directories."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= _OPEN_FILES:
         return

@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from casfs.digest import Digest
@@ -34,6 +34,7 @@ from casfs.restore.entry_writer import (
     WritingOptions,
 )
 from casfs.restore.metadata import set_metadata
+from casfs.restore.open_directories import Directory, OpenDirectories
 from casfs.restore.ordered_pool import DEFAULT_LIMITS, OrderedPool, PoolLimits
 from casfs.restore.selection import Selection
 from casfs.restore.staging import FileIdentity
@@ -86,28 +87,6 @@ class RestoreResult:
     verified: int = 0
 
 
-@dataclass(slots=True)
-class _Frame:
-    """A directory that is being restored.
-
-    `fd` is -1 until an entry in it is included. `mode` is the original mode of an existing directory that
-    was made writable. `complete` is false where its tree is damaged. `names` are its entries in the snapshot.
-    `is_fresh` is the result of `target_fs.is_fresh` for a directory that was created.
-    """
-
-    node: Node
-    path: bytes
-    fd: int
-    included: bool
-    nodes: Iterator[Node] = field(default_factory=lambda: iter(()))
-    created: bool = False
-    is_fresh: bool = False
-    mode: int | None = None
-    complete: bool = True
-    names: set[bytes] = field(default_factory=set)
-    folded: dict[str, bytes] | None = None
-
-
 def _ignore(_: bytes) -> None:
     """Do nothing with a path."""
 
@@ -153,8 +132,10 @@ class Restorer:
         self._links: dict[HardLinkKey, tuple[bytes, FileIdentity]] = {}
         self._zeroed: dict[HardLinkKey, list[tuple[int, int]]] = {}
         self._root_fd, self._folder = -1, b""
-        self._open_frames: dict[int, _Frame] = {}
-        self._stack: list[_Frame] = []
+        # Not the bound method: another pool may take the place of this one.
+        self._directories = OpenDirectories(
+            lambda step: self._pool.call_after(step), self._on_lost_directory
+        )
         self._prefix_bytes = 0
         self._on_deleted = on_deleted
         self._sources = [source.strip(b"/") for source in options.sources]
@@ -189,7 +170,7 @@ class Restorer:
                 self._write, self._on_pooled_result, limits=self._limits, workers=workers
             )
 
-    def _open_target(self, path: bytes, node: Node, included: bool) -> _Frame:
+    def _open_target(self, path: bytes, node: Node, included: bool) -> Directory:
         """Open the target folder, and return its frame.
 
         A single entry is restored as the only entry of a directory without metadata of its own.
@@ -204,7 +185,7 @@ class Restorer:
             root = self._frame(path, node, self._root_fd, included)
         else:
             above = Node(b"", NodeType.DIRECTORY, 0o700, 0, 0, 0, 0, 0, 1)
-            root = _Frame(above, path.rpartition(b"/")[0], self._root_fd, included)
+            root = Directory(above, path.rpartition(b"/")[0], self._root_fd, included)
             root.nodes = iter([node])
             root.complete = False
         root.mode, root.created = mode, created
@@ -222,13 +203,12 @@ class Restorer:
                 owner,
             )
 
-    def _close(self, root: _Frame) -> None:
+    def _close(self, root: Directory) -> None:
         """End all threads, then close all descriptors: no thread may write to a closed one."""
         self._pool.close()
         if self._prefetcher is not None:
             self._prefetcher.close()
-        for frame in reversed(self._open_frames.values()):
-            target_fs.close_restoring_mode(frame.fd, frame.mode)
+        self._directories.close()
         if self._root_fd >= 0:
             target_fs.close_restoring_mode(self._root_fd, root.mode)
 
@@ -254,23 +234,24 @@ class Restorer:
             return self._prefetcher.read(digest)
         return self._repository.store.read(digest)
 
-    def _walk(self, root: _Frame, with_root: bool) -> None:
-        self._stack = [root]
-        while self._stack:
-            frame = self._stack[-1]
+    def _walk(self, root: Directory, with_root: bool) -> None:
+        stack = self._directories.stack
+        self._directories.push(root)
+        while stack:
+            frame = stack[-1]
             child = self._advance(frame)
             if child is not None:
-                self._stack.append(child)
+                self._directories.push(child)
                 continue
-            is_root = len(self._stack) == 1
+            is_root = len(stack) == 1
             # A directory that only leads to what was asked for keeps the metadata that it has.
             with_metadata = frame.created or self._may_change(frame)
             if is_root:
                 with_metadata = with_metadata and with_root and frame.included
-            self._stack.pop()
+            self._directories.pop()
             self._pool.call_after(partial(self._leave, frame, with_metadata))
 
-    def _may_change(self, frame: _Frame) -> bool:
+    def _may_change(self, frame: Directory) -> bool:
         """Return whether an existing directory was itself backed up, and was asked for."""
         return (
             frame.included
@@ -285,7 +266,7 @@ class Restorer:
             for source in self._sources
         )
 
-    def _prepare(self, frame: _Frame, above: _Frame | None = None) -> None:
+    def _prepare(self, frame: Directory, above: Directory | None = None) -> None:
         """Clear and examine an open directory, which is in `above`, before anything is written to it."""
         if self._options.dry_run:
             return
@@ -299,11 +280,11 @@ class Restorer:
         frame.folded = {} if merges_names else None
         frame.is_fresh = frame.created and target_fs.is_fresh(frame.fd)
 
-    def _is_merged(self, frame: _Frame, path: bytes, name: bytes) -> bool:
+    def _is_merged(self, frame: Directory, path: bytes, name: bytes) -> bool:
         """Report an entry for whose name the target finds another entry that was restored before."""
         if frame.fd < 0:
             try:
-                self._open_with_parents(len(self._stack) - 1, frame)
+                self._open_with_parents(len(self._directories.stack) - 1, frame)
             except OSError:
                 return False  # restoring the entry fails in the same way, and reports it
         if frame.folded is None:
@@ -324,7 +305,7 @@ class Restorer:
         self._fail(path, OSError(errno.EEXIST, message))
         return True
 
-    def _advance(self, frame: _Frame) -> _Frame | None:
+    def _advance(self, frame: Directory) -> Directory | None:
         """Restore entries up to a directory to enter, and return its frame; None after the last entry."""
         dry_run = self._options.dry_run
         for node in frame.nodes:
@@ -348,18 +329,18 @@ class Restorer:
                 if included and not self._enter(child):
                     continue
                 if not included and dry_run and frame.fd >= 0:
-                    self._set_open(child, target_fs.open_if_exists(frame.fd, node.name))
+                    self._directories.set_open(child, target_fs.open_if_exists(frame.fd, node.name))
                 return child
             if included:
                 self._restore_entry(frame, path, node)
         return None
 
-    def _frame(self, path: bytes, node: Node, fd: int, included: bool) -> _Frame:
-        frame = _Frame(node, path, fd, included)
+    def _frame(self, path: bytes, node: Node, fd: int, included: bool) -> Directory:
+        frame = Directory(node, path, fd, included)
         frame.nodes = self._nodes(frame)
         return frame
 
-    def _nodes(self, frame: _Frame) -> Iterator[Node]:
+    def _nodes(self, frame: Directory) -> Iterator[Node]:
         """Yield the entries of a directory up to the first damaged tree, which is reported."""
         assert frame.node.tree is not None
         try:
@@ -369,42 +350,46 @@ class Restorer:
             message = f"the directory cannot be read completely: {error}"
             self._pool.call_after(partial(self._damaged, frame.path, message))
 
-    def _enter(self, child: _Frame) -> bool:
+    def _enter(self, child: Directory) -> bool:
         """Create a directory and the missing ones above it; return False where an entry is in its way."""
         self.result.directories += 1
         self._progress(child.path)
         try:
             if self._options.dry_run:
                 return self._open_existing(child)
-            return self._open_with_parents(len(self._stack), child)
+            return self._open_with_parents(len(self._directories.stack), child)
         except OSError as error:
             self._pool.call_after(partial(self._fail, child.path, error))
             return False
 
-    def _open_existing(self, child: _Frame) -> bool:
+    def _open_existing(self, child: Directory) -> bool:
         """Open a directory if it exists; return False where an entry in its way would be kept."""
-        above = self._stack[-1]
+        above = self._directories.stack[-1]
         name = child.node.name
         st = target_fs.entry_stat(above.fd, name) if above.fd >= 0 else None
         if st is not None and stat.S_ISDIR(st.st_mode):
-            self._set_open(child, target_fs.open_if_exists(above.fd, name))
+            self._directories.set_open(child, target_fs.open_if_exists(above.fd, name))
         elif st is not None and self._options.overwrite == Overwrite.NEVER:
             self.result.skipped += 1
             return False
         return True
 
-    def _open_with_parents(self, depth: int, child: _Frame) -> bool:
-        opened = depth - 1
-        while self._stack[opened].fd < 0:
-            opened -= 1
-        above = self._stack[opened]
-        for frame in (*self._stack[opened + 1 : depth], child):
+    def _open_with_parents(self, depth: int, child: Directory) -> bool:
+        stack = self._directories.stack
+        level = depth - 1
+        while stack[level].fd < 0:
+            level -= 1
+        above = stack[level]
+        for frame in (*stack[level + 1 : depth], child):
             if not self._open_in(above, frame):
                 return False
             above = frame
+            level += 1
+            if level < len(stack):
+                self._directories.limit_open(level)
         return True
 
-    def _open_in(self, above: _Frame, child: _Frame) -> bool:
+    def _open_in(self, above: Directory, child: Directory) -> bool:
         name = child.node.name
         st = target_fs.entry_stat(above.fd, name)
         if st is not None and not stat.S_ISDIR(st.st_mode):
@@ -414,19 +399,14 @@ class Restorer:
             target_fs.remove(above.fd, name, st)
             st = None
         if st is None:
-            self._set_open(child, target_fs.make_directory(above.fd, name))
+            self._directories.set_open(child, target_fs.make_directory(above.fd, name))
             child.created = True
         else:
-            self._set_open(child, *target_fs.open_writable(above.fd, name, st))
+            self._directories.set_open(child, *target_fs.open_writable(above.fd, name, st))
         self._prepare(child, above)
         return True
 
-    def _set_open(self, frame: _Frame, fd: int, mode: int | None = None) -> None:
-        frame.fd, frame.mode = fd, mode
-        if fd >= 0:
-            self._open_frames[fd] = frame
-
-    def _leave(self, frame: _Frame, with_metadata: bool) -> None:
+    def _leave(self, frame: Directory, with_metadata: bool) -> None:
         """Finish a directory after all its entries: delete others, set its metadata, close it."""
         if frame.fd < 0:
             return
@@ -437,16 +417,18 @@ class Restorer:
                 frame.path, set_metadata(frame.fd, frame.node, inherits=not frame.is_fresh)
             )
             frame.mode = None
-        if self._open_frames.pop(frame.fd, None) is not None:
-            target_fs.close_restoring_mode(frame.fd, frame.mode)
+        self._directories.finish(frame)
 
-    def _may_delete_in(self, frame: _Frame) -> bool:
+    def _on_lost_directory(self, directory: Directory, error: OSError) -> None:
+        self._pool.call_after(partial(self._fail, directory.path, error))
+
+    def _may_delete_in(self, frame: Directory) -> bool:
         """Return whether a directory was backed up itself, and is on the file system of the target."""
         if not frame.included or not self._is_source(frame.path):
             return False
         return os.fstat(frame.fd).st_dev == os.fstat(self._root_fd).st_dev
 
-    def _delete_others(self, frame: _Frame) -> None:
+    def _delete_others(self, frame: Directory) -> None:
         names: set[bytes] | set[str] = frame.names
         if frame.folded is not None:
             names = {target_fs.fold_name(name) for name in frame.names}
@@ -474,7 +456,7 @@ class Restorer:
             except OSError as error:
                 self._fail(path, error)
 
-    def _delete_directory(self, frame: _Frame, name: bytes) -> None:
+    def _delete_directory(self, frame: Directory, name: bytes) -> None:
         """Delete a directory that the snapshot lacks, except what the patterns exclude in it."""
 
         def count(path: bytes) -> None:
@@ -484,11 +466,11 @@ class Restorer:
             frame.fd, name, partial(self._keeps, frame), count, self._options.dry_run
         )
 
-    def _keeps(self, frame: _Frame, path: bytes, is_directory: bool) -> bool:
+    def _keeps(self, frame: Directory, path: bytes, is_directory: bool) -> bool:
         """Return whether a pattern excludes an entry of the target, at a path below a directory."""
         return self._selection.excludes(join(frame.path, path), is_directory)
 
-    def _holds_excluded(self, frame: _Frame, name: bytes) -> bool:
+    def _holds_excluded(self, frame: Directory, name: bytes) -> bool:
         """Return whether replacing an entry of the target would delete entries that patterns exclude."""
         if frame.fd < 0:
             return False
@@ -502,14 +484,14 @@ class Restorer:
         self.result.deleted += 1
         self._on_deleted(path + b"/" if is_directory else path)
 
-    def _restore_entry(self, frame: _Frame, path: bytes, node: Node) -> None:
+    def _restore_entry(self, frame: Directory, path: bytes, node: Node) -> None:
         self._progress(path)
         dry_run = self._options.dry_run
         try:
             if (
                 frame.fd < 0
                 and not dry_run
-                and not self._open_with_parents(len(self._stack) - 1, frame)
+                and not self._open_with_parents(len(self._directories.stack) - 1, frame)
             ):
                 return
             if self._keeps_excluded and self._holds_excluded(frame, node.name):
@@ -552,7 +534,7 @@ class Restorer:
         read = self._repository.store.read if chunk is None else lambda _: chunk
         return self._writer.write(fd, path, node, read, is_fresh=is_fresh)
 
-    def _restore_name(self, frame: _Frame, path: bytes, node: Node, key: HardLinkKey) -> None:
+    def _restore_name(self, frame: Directory, path: bytes, node: Node, key: HardLinkKey) -> None:
         """Restore a file with several names: as a hard link where another of its names was restored."""
         self._pool.drain()
         known = self._links.get(key)
