@@ -38,6 +38,9 @@ from casfs.trees.walk import Children, Page, walk_pages
 
 log = logging.getLogger(__name__)
 
+_FILE, _STABLE = int(NodeType.FILE), int(CaptureState.STABLE)
+"""Plain integers, for a look at every node."""
+
 _MAX_LOCATIONS = 20_000
 """Limit of the cached chunk locations, looked up once per tree for the files in it."""
 
@@ -141,10 +144,15 @@ class Checker:
             digest = Digest(page.ref.digest)
             self._report(Finding("tree", message, pack, digest, snapshot_id, page.path))
 
+        progress = self._monitor.progress
         for page, node in walk_pages(b"", root.tree, self._read_page, on_error=damaged):
-            if node.kind != NodeType.FILE:
+            if node.kind != _FILE:
                 continue
-            self._check_file(snapshot_id, page, node)
+            self.result.files += 1
+            progress.items += 1
+            path = progress.path = join(page.path, node.name)
+            if not self._is_stable_intact_chunk(node):
+                self._check_file(snapshot_id, page, node, path)
 
     def _report_unreadable(self, snapshot_id: SnapshotId, page: Page, error: CasfsError) -> None:
         """Record a directory that this user may not read; what is below it is not checked."""
@@ -162,12 +170,13 @@ class Checker:
             self._mark_above(page)
         if is_unreadable:
             self._mark_unreadable_above(page)
-        if not is_damaged and not is_unreadable and self._was_visited(page.ref):
-            return None
         digest = Digest(page.ref.digest)
+        location = self._store.index.lookup(digest)
+        if not is_damaged and not is_unreadable and self._was_visited(location):
+            return None
         if digest in self.result.damaged:
             raise BlobError(digest, "digest mismatch", self.result.damaged[digest])
-        if self._store.index.lookup(digest) is None:
+        if location is None:
             self._is_in_unindexed_pack(digest)
         piece = decode_piece(self._store.read(digest))
         _check_summary(page.ref, piece)
@@ -198,16 +207,20 @@ class Checker:
         for above in page.with_ancestors():
             self._unreadable_trees.add(above.ref.digest)
 
-    def _was_visited(self, ref: TreeRef) -> bool:
-        location = self._store.index.lookup(Digest(ref.digest))
+    def _was_visited(self, location: Location | None) -> bool:
         return location is not None and not self._visited.add(location.ordinal)
 
-    def _check_file(self, snapshot_id: SnapshotId, page: Page, node: Node) -> None:
+    def _is_stable_intact_chunk(self, node: Node) -> bool:
+        """Return whether a file is what most files are: a stable capture in one chunk that is intact."""
+        return (
+            node.state == _STABLE
+            and node.extra is None
+            and not self.result.unreadable_packs
+            and self._is_intact_single_chunk(node)
+        )
+
+    def _check_file(self, snapshot_id: SnapshotId, page: Page, node: Node, path: bytes) -> None:
         """Check a file of a page, and mark the page where the file is damaged or was not checked."""
-        path = join(page.path, node.name)
-        self.result.files += 1
-        self._monitor.progress.items += 1
-        self._monitor.progress.path = path
         lost: list[tuple[int, int]] = []
         blob: Digest | None = None
         unreadable: list[tuple[int, int]] = []
@@ -251,9 +264,8 @@ class Checker:
         """Return whether a file is a single intact chunk whose location is cached."""
         if not _is_one_chunk(node):
             return False
-        digest = Digest(node.content[8:])
+        length, digest = EXTENT.unpack(node.content)
         location = self._locations.get(digest)
-        length = int.from_bytes(node.content[:8], "little")
         return (
             location is not None
             and location.plain_bytes == length == node.size
@@ -306,7 +318,7 @@ def _listed(ranges: list[tuple[int, int]]) -> str:
 
 
 def _is_one_chunk(node: Node) -> bool:
-    return len(node.content) == EXTENT.size and not node.levels and node.kind == NodeType.FILE
+    return len(node.content) == EXTENT.size and not node.levels and node.kind == _FILE
 
 
 def _check_summary(ref: TreeRef, piece: object) -> None:
