@@ -87,7 +87,8 @@ fuzz: $(FUZZ_STAMP) ## FUZZ_INPUTS hostile inputs for the parsers, by coverage; 
 soak: packages-test $(STAMP) $(FUZZ_STAMP) ## kills, power cuts, crowds, models, mounts and hostile input, EFFORT times as long
 	CASFS_EFFORT='$(EFFORT)' CASFS_HYPOTHESIS=long $(PYTEST) tests/property tests/fault/test_random_kills.py \
 		tests/fault/test_many_processes.py tests/fault/test_power_loss.py tests/fault/test_io_errors.py \
-		tests/fault/test_explorer.py tests/fault/test_race_matrix.py tests/fault/test_many_hosts.py \
+		tests/fault/test_explorer.py tests/fault/test_race_matrix.py tests/fault/test_race_mutants.py \
+		tests/fault/test_many_hosts.py \
 		tests/fault/test_mount_loop.py tests/fault/test_network.py $(ARGS)
 	CASFS_EFFORT='$(EFFORT)' $(PYTEST) tests/e2e -k 's3 or sftp' $(ARGS)
 	$(BIN)/python -m tests.fuzz --inputs '$(FUZZ_INPUTS)'
@@ -115,6 +116,10 @@ bench: $(STAMP) ## time and memory on a real tree, beside borg and restic
 bench-remote: $(STAMP) ## the same over a distance, beside restic: SeaweedFS behind lines of 0 to 100 ms
 	$(BIN)/python -m bench setup
 	$(BIN)/python -m bench.remote $(ARGS)
+
+.PHONY: bench-scale
+bench-scale: $(STAMP) ## how costs grow from one to ten million blobs in an object storage (SeaweedFS); an hour
+	$(BIN)/python -m bench.remote.scale $(ARGS)
 
 # What builds the documentation, the Debian package, and checks the distributions.
 DOCS_STAMP := $(VENV)/.docs-made

@@ -6,7 +6,7 @@ whatever the number of snapshots. One thread only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from casfs.digest import Digest
 from casfs.format.pack import BLOB_HEADER
@@ -16,6 +16,9 @@ from casfs.index.schema import Location
 from casfs.repository.repository import Repository
 from casfs.trees.content import HOLE, parse_records
 from casfs.trees.walk import Children, Page, walk_pages
+
+_ASKED_AT_ONCE = 4096
+"""The most blobs that are looked up in one transaction."""
 
 
 class NeededBlobs:
@@ -48,23 +51,43 @@ class NeededBlobs:
         `on_entry` is called with the path of each visited entry's directory.
         """
         if root.tree is None:
-            self._add_content(root)
+            self._add_files([root])
             return
 
         def read(page: Page) -> Children | None:
-            if not self._count(Digest(page.ref.digest), self._opened):
+            digest = Digest(page.ref.digest)
+            location = self._store.locate(digest)
+            self._count(digest, location)
+            if not self._opened.add(location.ordinal):
                 return None
-            return self._trees.children(page.ref)
+            children = self._trees.children(page.ref)
+            self._add_files(children)
+            return children
 
-        for page, node in walk_pages(b"", root.tree, read):
+        for page, _ in walk_pages(b"", root.tree, read):
             if on_entry is not None:
                 on_entry(page.path)
-            if node.tree is None:
-                self._add_content(node)
 
-    def _add_content(self, node: Node) -> None:
-        if node.kind != NodeType.FILE:
-            return
+    def _add_files(self, entries: Children) -> None:
+        """Count the blobs of the files among some entries of a directory."""
+        asked: list[Digest] = []
+        for node in entries:
+            if not isinstance(node, Node) or node.kind != NodeType.FILE:
+                continue
+            for digest in self._chunks(node):
+                asked.append(digest)
+                if len(asked) == _ASKED_AT_ONCE:
+                    self._count_all(asked)
+                    asked = []
+        self._count_all(asked)
+
+    def _chunks(self, node: Node) -> Iterable[Digest]:
+        """Return the digests of a file's chunks; of content lists that are new, count these first."""
+        if node.levels:
+            return self._listed_chunks(node)
+        return [Digest(digest) for _, digest in parse_records(node.content) if digest != HOLE]
+
+    def _listed_chunks(self, node: Node) -> Iterator[Digest]:
         stack = [(iter(parse_records(node.content)), node.levels)]
         while stack:
             records, levels = stack[-1]
@@ -72,17 +95,25 @@ class NeededBlobs:
                 if digest == HOLE:
                     continue
                 if levels == 0:
-                    self._count(Digest(digest))
-                elif self._count(Digest(digest), self._opened):
+                    yield Digest(digest)
+                    continue
+                location = self._store.locate(Digest(digest))
+                self._count(Digest(digest), location)
+                if self._opened.add(location.ordinal):
                     below = parse_records(self._store.read(Digest(digest)))
                     stack.append((iter(below), levels - 1))
                     break
             else:
                 stack.pop()
 
-    def _count(self, digest: Digest, opened: Bitmap | None = None) -> bool:
-        """Count a blob once; return whether it is new in `opened`."""
-        location = self._store.locate(digest)
+    def _count_all(self, digests: list[Digest]) -> None:
+        """Count blobs, looked up in one transaction."""
+        if digests:
+            for digest, found in zip(digests, self._store.index.lookup_many(digests), strict=True):
+                self._count(digest, found if found is not None else self._store.locate(digest))
+
+    def _count(self, digest: Digest, location: Location) -> None:
+        """Count a blob once."""
         if self.blobs.add(location.ordinal):
             self.count += 1
             stored_bytes = location.stored_bytes + BLOB_HEADER.size
@@ -91,4 +122,3 @@ class NeededBlobs:
                 self._on_blob(digest, location)
             if self._without is not None and location.ordinal in self._without:
                 self.other_stored_bytes += stored_bytes
-        return opened is not None and opened.add(location.ordinal)

@@ -179,7 +179,7 @@ class Interleaving:
 
 
 class _SteppedStorage(StorageWrapper):
-    """A host's storage: it stops before writes and listings. Presence objects are refused."""
+    """A host's storage: it stops before writes and each page of a listing. Presence objects are refused."""
 
     def __init__(self, inner: Storage, run: Interleaving, host: Host) -> None:
         super().__init__(inner)
@@ -192,10 +192,22 @@ class _SteppedStorage(StorageWrapper):
     def list(self, prefix: str) -> Iterator[ListedObject]:
         if prefix == "presence":
             return iter(())
-        listed = self._step("list", prefix, lambda: list(self.inner.list(prefix)))
+        first = self._step("list", prefix, lambda: self._page(prefix))
+        if not first:
+            return iter(())
         if self._run.fails_listing(self._host):
-            return _failing(listed, prefix)
-        return iter(listed)
+            return _failing(first[:1], prefix)
+        after = first[-1].name
+        second = self._step("list", prefix, lambda: self._page(prefix, after))
+        return iter([*first, *second])
+
+    def _page(self, prefix: str, after: str = "") -> Sequence[ListedObject]:
+        """Return the first half of a listing, or what now follows a name.
+
+        So objects that appear between the two pages are listed or not, as in a long listing.
+        """
+        found = [one for one in self.inner.list(prefix) if one.name > after]
+        return found if after else found[: (len(found) + 1) // 2]
 
     def size(self, name: str) -> int:
         self._require_life()
@@ -232,7 +244,7 @@ class _SteppedStorage(StorageWrapper):
 
 
 def _failing(listed: Sequence[ListedObject], prefix: str) -> Iterator[ListedObject]:
-    yield from listed[:1]
+    yield from listed
     raise StorageUnavailableError("list", prefix, TimeoutError(110, "no second page"))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from bench.remote.http_counter import HttpCounter
+from bench.remote.large_repository import Shape, write_repository
 from bench.remote.line import Line, LineSettings, line_to
 from bench.remote.results import (
     RemoteRun,
@@ -25,6 +26,11 @@ from bench.remote.results import (
     save_run,
 )
 from bench.remote.source import SMALL_FILES, make_source
+from casfs.maintenance.check import Checker
+from casfs.maintenance.scrub import PackSelection
+from casfs.monitor import RecordingMonitor
+from casfs.repository.opening import open_for_reading
+from casfs.repository.place import LocalPlace
 
 FAST = LineSettings(0.0, 10_000_000_000)
 
@@ -156,3 +162,14 @@ def test_a_report_has_a_row_for_each_work_and_names_what_failed(tmp_path: Path) 
     assert "| first backup | 2.50 s | 20 | 25.0 MB | 0.0 MB | 0 MB | – |" in text
     assert "| 2.0 s |" in text
     assert "- restic, prune of half, 50 ms, 100 Mbit/s: it broke" in text
+
+
+def test_a_large_repository_has_the_blobs_that_were_asked_for_and_is_intact(tmp_path: Path) -> None:
+    place = LocalPlace(tmp_path / "repository")
+    shape = Shape(files=2000, changed=40, hosts=2, days=3)
+    blobs = write_repository(place, shape)
+    # Files, folders, groups and roots of the first day; then what a change of 40 files in 4 folders stores.
+    assert blobs == 2 * ((2000 + 100 + 1 + 1) + 2 * (40 + 4 + 1 + 1))
+    with open_for_reading(place) as repository:
+        result = Checker(repository, RecordingMonitor()).check(PackSelection())
+    assert (result.snapshots, result.files, result.damage) == (6, 2 * (2000 + 2 * 4 * 20), [])
