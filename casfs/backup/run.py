@@ -56,6 +56,7 @@ from casfs.problems import sources_left_out
 from casfs.repository.place import LocalPlace, Place, RemotePlace
 from casfs.repository.repository import Repository
 from casfs.repository.snapshot_filter import latest_of
+from casfs.storage.concurrency import begin
 from casfs.store.writer import BlobWriter, WriteStats
 
 if TYPE_CHECKING:
@@ -152,10 +153,14 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
         draft = _draft_snapshot(options)
         # Refuse a snapshot that could not be published before anything is stored.
         require_encodable(draft, _ROOM_BYTES)
-        protection = None if options.dry_run else Protection.begin(repository)
+        begin_protection = begin(
+            repository.store.storage,
+            lambda: None if options.dry_run else Protection.begin(repository),
+        )
         while True:
             readings_left -= 1
             parent = _find_parent(repository, options, mounts)
+            protection = begin_protection()
             _begin_progress(monitor, parent)
             try:
                 with closing(_Backup(repository, options, sources, mounts, monitor)) as backup:

@@ -7,6 +7,7 @@ is written where hosts use the repository over a network.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,11 @@ class Activity:
         if self.lock is not None:
             self.lock.release()
 
+    def wait_until_shown(self) -> None:
+        """Wait until the presence of this process is shown, if it can be, and the clock is set."""
+        if self.presence is not None:
+            self.presence.wait_until_shown()
+
     @property
     def is_writer(self) -> bool:
         """Whether the process may change the repository."""
@@ -47,18 +53,28 @@ class Activity:
 
 
 def begin_writing(
-    place: Place, storage: Storage, config: RepositoryConfig, command: str, mode: LockMode
+    place: Place,
+    storage: Storage,
+    config: RepositoryConfig,
+    command: str,
+    mode: LockMode,
+    has_mark: Callable[[], bool],
 ) -> Activity:
-    """Take a lock and show the presence of a writer; raise LockedError and StorageError."""
+    """Take a lock and begin to show the presence of a writer; raise LockedError and StorageError.
+
+    `has_mark` returns whether a remote place has the mark of remote writers. The caller waits until the
+    presence is shown (`wait_until_shown`) before it stores anything.
+    """
     host = _shown_host(config)
     activity = Activity(StorageClock(storage))
     activity.lock = place.locks(config).acquire(command, mode, host)
     try:
-        if isinstance(place, RemotePlace):
+        if isinstance(place, RemotePlace) and not has_mark():
             mark_remote_writers(storage)
         if is_shared(storage):
             activity.presence = _presence(storage, activity.clock, mode, command, host)
-            activity.presence.begin()
+            is_far = storage.capabilities.parallel_requests > 1
+            activity.presence.begin(in_background=is_far)
     except BaseException:
         activity.end()
         raise

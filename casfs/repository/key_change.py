@@ -17,7 +17,7 @@ from casfs.errors import LockedError, RefusedError
 from casfs.repository.activity import Activity, begin_writing
 from casfs.repository.place import Place
 from casfs.repository.presence import Presence, present_processes
-from casfs.repository.remote_writers import is_shared
+from casfs.repository.remote_writers import is_marked, is_shared
 from casfs.storage.base import Data, Storage
 from casfs.storage.clock import StorageClock
 from casfs.storage.local import LocalStorage
@@ -45,7 +45,10 @@ def open_for_key_change(place: Place, verb: str, sync: bool = True) -> Iterator[
     activity: Activity | None = None
     try:
         trust = place.trust_root(storage)
-        activity = begin_writing(place, storage, trust.config, verb, LockMode.MAINTENANCE)
+        activity = begin_writing(
+            place, storage, trust.config, verb, LockMode.MAINTENANCE, lambda: is_marked(storage)
+        )
+        activity.wait_until_shown()
         if isinstance(storage, LocalStorage) and activity.lock is not None:
             storage.writer = activity.lock.name
         if is_shared(storage):

@@ -20,9 +20,11 @@ from casfs.index.fingerprint import require_probe
 from casfs.index.index import Index
 from casfs.repository.activity import Activity, begin_reading, begin_writing
 from casfs.repository.index_opening import open_index, open_index_readonly
-from casfs.repository.place import LocalPlace, Place, as_place, read_config
-from casfs.repository.remote_writers import is_shared
+from casfs.repository.place import LocalPlace, Place, RemotePlace, as_place, read_config
+from casfs.repository.remote_writers import is_marked, is_shared
 from casfs.repository.repository import Repository
+from casfs.repository.snapshots import list_ahead
+from casfs.storage.concurrency import begin
 from casfs.storage.local import LocalStorage, release_reserve
 from casfs.storage.locks import LockMode, remove_stale_temporaries
 from casfs.store.blob_store import pack_name
@@ -59,6 +61,9 @@ class OpenOptions:
 
 _DEFAULTS = OpenOptions()
 
+_LISTS_SNAPSHOTS = frozenset(["backup"])
+"""The writing commands that list the snapshots first, and for which a listing may be some seconds old."""
+
 _CHECKS_MARKS = frozenset(["backup", "copy"])
 """The commands that store again what was in packs that were marked for removal when they began."""
 
@@ -81,6 +86,7 @@ def open_for_reading(
     storage = place.open_storage()
     activity: Activity | None = None
     try:
+        listing = list_ahead(storage)
         trust = place.trust_root(storage)
         config = trust.config
         storage = place.cached_storage(storage, config, options.use_cache)
@@ -96,7 +102,9 @@ def open_for_reading(
             activity.end()
         storage.close()
         raise
-    return Repository(place, config, storage, index, options.level, activity, keys)
+    repository = Repository(place, config, storage, index, options.level, activity, keys)
+    repository.snapshots.listing = listing
+    return repository
 
 
 def open_for_writing(
@@ -136,10 +144,13 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
     storage = place.open_storage(options.sync, options.on_step)
     activity: Activity | None = None
     try:
+        is_remote = isinstance(place, RemotePlace)
+        has_mark = begin(storage, lambda: not is_remote or is_marked(storage))
+        listing = list_ahead(storage) if command in _LISTS_SNAPSHOTS else None
         trust = place.trust_root(storage)
         config = trust.config
         storage = place.cached_storage(storage, config, options.use_cache)
-        activity = begin_writing(place, storage, config, command, mode)
+        activity = begin_writing(place, storage, config, command, mode, has_mark)
         lock = activity.lock
         assert lock is not None
         if isinstance(place, LocalPlace) and isinstance(storage, LocalStorage):
@@ -165,7 +176,9 @@ def _open_locked(place: Place, command: str, mode: LockMode, options: OpenOption
         )
         if isinstance(place, LocalPlace) and mode == LockMode.SHARED:
             index.distrust(_unreadable_packs(place.root, index))
+        activity.wait_until_shown()
         repository = Repository(place, config, storage, index, options.level, activity, keys)
+        repository.snapshots.listing = listing
         repository.store.is_shared = is_shared(storage)
         repository.snapshots.publisher = SnapshotPublisher(repository, command in _CHECKS_MARKS)
         return repository

@@ -73,6 +73,7 @@ class Presence:
         self._refresh_s = refresh_s
         self._names: list[str] = []
         self._written_ns = 0
+        self._shown = threading.Event()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -88,6 +89,10 @@ class Presence:
             target=self._run, args=(in_background,), name="casfs-presence", daemon=True
         )
         self._thread.start()
+
+    def wait_until_shown(self) -> None:
+        """Wait for the end of the first write, successful or not; then the clock is set if it can be."""
+        self._shown.wait()
 
     def is_fresh(self) -> bool:
         """Return whether no other process can take this one for stale for some time."""
@@ -127,6 +132,8 @@ class Presence:
                 self._record = msgspec.structs.replace(self._record, since_ns=mtime_ns)
         except CasfsError as error:
             log.debug("the presence of this process is not shown: %s", error)
+        finally:
+            self._shown.set()
 
 
 def present_processes(storage: Storage) -> dict[str, PresentProcess]:

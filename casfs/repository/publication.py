@@ -1,7 +1,8 @@
 """Publish a snapshot where other hosts may remove packs at any time (FORMAT.md).
 
-1. Store the snapshot as a **draft**. From now on no prune removes a blob that the snapshot needs, unless its
-   removal notice is older than the draft.
+1. Store the snapshot as a **draft**; over a distance the index delta of this process is published meanwhile.
+   From now on no prune removes a blob that the snapshot needs, unless its removal notice is older than the
+   draft.
 2. The **last look**: list the removal notices, then learn what was removed: by the index deltas, or by a
    listing of the packs where there are none. Store again every blob whose pack is marked for removal or gone,
    and look again, until a look finds nothing.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -41,6 +43,7 @@ from casfs.repository.remote_writers import is_shared
 from casfs.repository.repository import Repository
 from casfs.repository.snapshots import DRAFTS, SNAPSHOTS
 from casfs.storage.clock import elapsed_ns
+from casfs.storage.concurrency import begin
 from casfs.store.blob_store import pack_name
 from casfs.store.pending_removal import ListedNotice, list_notices
 
@@ -96,13 +99,13 @@ class SnapshotPublisher:
         Raise StorageError, and PacksRemovedError where blobs are lost; nothing is published then.
         """
         name, draft = f"{SNAPSHOTS}/{snapshot_id.hex()}", f"{DRAFTS}/{snapshot_id.hex()}"
-        self._repository.snapshots.before_publish()
         if not is_shared(self._storage):
+            self._repository.snapshots.before_publish()
             self._storage.create(name, data)
             if is_shared(self._storage):
                 self._look_once_more(snapshot_id, root, self._known)
             return
-        self._storage.create(draft, data)
+        self._store_draft(draft, data)
         try:
             known = self._known
             while True:
@@ -120,7 +123,20 @@ class SnapshotPublisher:
         self._storage.create(name, data)
         if copy_of is None or not self._exists(copy_of):
             self._look_once_more(snapshot_id, root, known)
-        self._try_delete(draft)
+        self._repository.finish_in_background(lambda: self._try_delete(draft))
+
+    def _store_draft(self, draft: str, data: bytes) -> None:
+        """Store a draft and publish what this process stored; neither needs the other."""
+        store_draft = begin(self._storage, lambda: self._storage.create(draft, data))
+        try:
+            self._repository.snapshots.before_publish()
+        except BaseException:
+            if self._storage.capabilities.parallel_requests > 1:
+                with suppress(CasfsError):
+                    store_draft()
+                    self._try_delete(draft)
+            raise
+        store_draft()
 
     def before_deletion(self, snapshot_id: SnapshotId) -> None:
         """Delete the draft of a snapshot that is going to be deleted: alone it would keep the data."""

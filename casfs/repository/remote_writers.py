@@ -22,12 +22,16 @@ _TEXT = (
 
 def mark_remote_writers(storage: Storage) -> None:
     """Write the mark durably, unless the repository has it; raise StorageError."""
+    if not is_marked(storage):
+        storage.create(MARK, _TEXT)
+
+
+def is_marked(storage: Storage) -> bool:
+    """Return whether the repository has the mark; raise StorageError."""
     try:
-        if storage.size(MARK) > 0:
-            return
+        return storage.size(MARK) > 0
     except NotFoundError:
-        pass
-    storage.create(MARK, _TEXT)
+        return False
 
 
 def is_shared(storage: Storage) -> bool:

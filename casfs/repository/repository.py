@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from casfs.repository.place import LocalPlace, Place, RemotePlace
 from casfs.repository.snapshots import SnapshotStore
 from casfs.storage.base import Storage
 from casfs.storage.clock import StorageClock
+from casfs.storage.concurrency import begin
 from casfs.storage.local import allocate_reserve
 from casfs.storage.locks import LockMode, LockRecord
 from casfs.store.blob_store import BlobStore
@@ -72,6 +74,7 @@ class Repository:
         self.store = BlobStore(storage, index, self.codec, make_ciphers(storage, key_manager))
         self.trees = TreeReader(self.store.read)
         self._activity = activity
+        self._endings: list[Callable[[], None]] = []
         self.loss_epoch = index.loss_epoch() if activity.is_writer else 0
         self.snapshots = SnapshotStore(
             storage, self.codec, index, self.trees, key_manager, self.loss_epoch
@@ -114,9 +117,21 @@ class Repository:
         self._record_verified(verified)
         is_writer = self._activity.is_writer
         self._activity.end()
+        for wait in self._endings:
+            wait()
         storage.close()
         if is_writer and isinstance(self.place, LocalPlace):
             allocate_reserve(self.place.root)
+
+    def finish_in_background(self, call: Callable[[], None]) -> None:
+        """Begin a call that raises nothing and that nothing waits for before `close`.
+
+        Where requests do not travel a distance, it is made at once.
+        """
+        if self.store.storage.capabilities.parallel_requests <= 1:
+            call()
+            return
+        self._endings.append(begin(self.store.storage, call))
 
     def _verified_packs(self) -> list[PackRecord]:
         """Return the packs whose directory and blobs were all verified where they are stored.

@@ -39,6 +39,7 @@ from casfs.index.index import Index
 from casfs.paths import parse_snapshot_path
 from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter, latest_of
 from casfs.storage.base import Storage
+from casfs.storage.concurrency import begin
 from casfs.trees.reader import TreeReader
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ SNAPSHOTS = "snapshots"
 DRAFTS = "drafts"
 """The folder of snapshots that are about to be published (FORMAT.md, "Many hosts")."""
 
+_FRESH_S = 10.0
+"""How old a listing may be that was begun when the repository was opened."""
+
 
 class Publisher(Protocol):
     """Stores snapshots where other hosts may remove packs at any time."""
@@ -85,11 +89,42 @@ class Publisher(Protocol):
         """Delete what a deletion of this snapshot would leave; raise StorageError."""
 
 
+class SnapshotListing:
+    """A listing of the snapshots that is under way while a repository is opened."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._began_s = time.monotonic()
+        self._wait = begin(storage, lambda: _list_ids(storage, SNAPSHOTS))
+
+    def is_fresh(self) -> bool:
+        """Return whether it began a short time ago."""
+        return time.monotonic() - self._began_s < _FRESH_S
+
+    def ids(self) -> list[SnapshotId]:
+        """Wait for the listing and return its ids; raise its error."""
+        return self._wait()
+
+
+def list_ahead(storage: Storage) -> SnapshotListing | None:
+    """Begin a listing of the snapshots where it would cost a round trip later, else return None."""
+    return SnapshotListing(storage) if storage.capabilities.parallel_requests > 1 else None
+
+
+def _list_ids(storage: Storage, folder: str) -> list[SnapshotId]:
+    ids = []
+    for name, _, _ in storage.list(folder):
+        text = name.rpartition("/")[2]
+        if len(text) == 64 and all(c in "0123456789abcdef" for c in text):
+            ids.append(SnapshotId(bytes.fromhex(text)))
+    return ids
+
+
 class SnapshotStore:
     """The snapshots in one storage; `keys` is None if the repository is not encrypted. Used by one thread.
 
     `loss_epoch` is the index's when the repository was opened for writing, 0 for a reader. `before_publish`
-    is called before a snapshot is stored. `publisher` is set for a writer.
+    is called before a snapshot is stored. `publisher` is set for a writer. `listing` is for the first call of
+    `ids`, if it comes soon.
     """
 
     def __init__(
@@ -108,6 +143,7 @@ class SnapshotStore:
         self._keys = keys
         self._loss_epoch = loss_epoch
         self._origins: dict[SnapshotId, _Origin] = {}
+        self.listing: SnapshotListing | None = None
         self.before_publish: Callable[[], None] = lambda: None
         self.publisher: Publisher | None = None
 
@@ -231,12 +267,11 @@ class SnapshotStore:
 
     def ids(self, folder: str = SNAPSHOTS) -> list[SnapshotId]:
         """Return the ids of all snapshot files, or of all drafts, sorted."""
-        ids = []
-        for name, _, _ in self._storage.list(folder):
-            text = name.rpartition("/")[2]
-            if len(text) == 64 and all(c in "0123456789abcdef" for c in text):
-                ids.append(SnapshotId(bytes.fromhex(text)))
-        return ids
+        if folder == SNAPSHOTS:
+            listing, self.listing = self.listing, None
+            if listing is not None and listing.is_fresh():
+                return listing.ids()
+        return _list_ids(self._storage, folder)
 
     def load(self, snapshot_id: SnapshotId, folder: str = SNAPSHOTS) -> Snapshot:
         """Return a verified snapshot or draft; raises NotFoundError or TreeError.

@@ -487,10 +487,19 @@ class BlobStore:
         self.index.has_all_packs = all(pack.id in names for pack in stored)
         self.apply_notices(is_alone)
 
-    def apply_notices(self, is_alone: Callable[[], bool] = lambda: True) -> None:
-        """Mark the packs that removal notices name, and no others if no other process writes."""
+    def apply_notices(
+        self,
+        is_alone: Callable[[], bool] = lambda: True,
+        list_pending: Callable[[], set[PackRef]] | None = None,
+    ) -> None:
+        """Mark the packs that removal notices name, and no others if no other process writes.
+
+        `list_pending` returns these packs where the caller lists them.
+        """
         before = self.index.marked_for_removal()
-        pending = packs_pending_removal(self.storage)
+        pending = (
+            list_pending() if list_pending is not None else packs_pending_removal(self.storage)
+        )
         if pending or before:
             found = {record.ordinal for record in self.index.packs() if record.pack in pending}
             self.index.change_marked(found - before, before - found if is_alone() else set())

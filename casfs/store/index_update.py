@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from casfs.storage.concurrency import begin
 from casfs.store.blob_store import BlobStore
+from casfs.store.pending_removal import packs_pending_removal
 
 if TYPE_CHECKING:
     from casfs.store.delta_sync import DeltaSync
@@ -44,6 +46,10 @@ def update_index(
     if deltas is not None:
         if not store.index.is_current():
             store.index.rebuild(tuple)
+        # Whichever is listed first: what this misses is found by the last look before a snapshot appears.
+        pending = None
+        if options.is_writer and not options.lists_packs:
+            pending = begin(store.storage, lambda: packs_pending_removal(store.storage))
         result = deltas.sync()
         lists_packs = (
             options.lists_packs
@@ -52,8 +58,8 @@ def update_index(
             or (bool(store.index.partial_packs()) and is_alone())
         )
         if not lists_packs:
-            if options.is_writer:
+            if pending is not None:
                 deltas.verify_packs()
-                store.apply_notices(is_alone)
+                store.apply_notices(is_alone, pending)
             return
     store.reconcile(is_alone, options.keep_missing)

@@ -52,6 +52,10 @@ log = logging.getLogger(__name__)
 PACK_BYTES = 64 * 1024 * 1024
 """A pack is finished at this size: large enough for few files and syncs, small enough to move."""
 
+FIRST_PACK_BYTES = 8 * 1024 * 1024
+"""The size of the first data pack over a distance; each further one is twice as large, up to PACK_BYTES. So
+the line is used soon, and a pack is full before the one before it has been sent."""
+
 META_PACK_BYTES = 16 * 1024 * 1024
 """A metadata pack is finished at this size: a reader's cache keeps it whole, and two packs may be open."""
 
@@ -240,6 +244,7 @@ class _Packer:
         self._committer = committer
         is_far = self._store.storage.capabilities.parallel_requests > 1
         self._max_commits = _MAX_UPLOADS if is_far else 1
+        self._next_bytes = FIRST_PACK_BYTES if is_far else writer._pack_bytes
         self._commits: dict[Future[None], list[_OpenPack]] = {}
         self._open: dict[bool, _OpenPack] = {}
         self._dry_run_digests: set[Digest] = set()
@@ -278,9 +283,16 @@ class _Packer:
             self._stats.new_blobs += 1
             self._stats.new_plain_bytes += len(plain)
             self._stats.new_stored_bytes += stored_bytes + BLOB_HEADER.size
-            if pack.bytes >= self._pack_bytes[is_meta] or len(pack.entries) >= PACK_BLOBS:
+            if pack.bytes >= self._full_bytes(is_meta) or len(pack.entries) >= PACK_BLOBS:
                 self._finish_packs([pack])
+                if not is_meta:
+                    self._next_bytes *= 2
         self._ahead_digests.difference_update([digest for _, digest, _ in batch])
+
+    def _full_bytes(self, is_meta: bool) -> int:
+        """Return the size at which the open pack is full."""
+        most = self._pack_bytes[is_meta]
+        return most if is_meta else min(most, self._next_bytes)
 
     def finish(self) -> None:
         """Pack the remaining batches, finish the open packs and wait until all packs are durable."""

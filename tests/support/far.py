@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,20 @@ class FarRepository:
     def back_up(self, *sources: Path) -> BackupResult:
         """Publish a snapshot of the sources."""
         options = BackupOptions(paths=tuple(bytes(source) for source in sources), host="here")
-        with self.writing() as repository:
+        with open_for_writing(self.place, "backup") as repository:
             return run_backup(repository, options, RecordingMonitor())
+
+    def round_trips(self, act: Callable[[], object], round_trip_s: float = 0.1) -> int:
+        """Return how many requests a new process waits for one after the other; without connecting."""
+        self.storage.round_trips()
+        self.storage.script.round_trip_s = round_trip_s
+        # As a process does that has read no configuration yet.
+        self.place.config_cache._found = None
+        try:
+            act()
+        finally:
+            self.storage.script.round_trip_s = 0.0
+        return self.storage.round_trips()
 
     def requests(self) -> list[str]:
         """Return the methods and the first parts of the names of the requests since the last call.

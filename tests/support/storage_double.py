@@ -60,6 +60,7 @@ class RecordingStorage(StorageWrapper):
         super().__init__(inner)
         self.script = script if script is not None else Script()
         self.calls: list[Call] = []
+        self.spans: list[tuple[float, float]] = []
         self._lock = threading.Lock()
 
     @property
@@ -68,6 +69,18 @@ class RecordingStorage(StorageWrapper):
         requests = self.script.parallel_requests
         found = self.inner.capabilities
         return found if requests is None else replace(found, parallel_requests=requests)
+
+    def round_trips(self) -> int:
+        """Return the largest number of requests since the last call that were made one after the other.
+
+        It is what a command waits for over a distance. The script has to give a round trip.
+        """
+        spans, self.spans = self.spans, []
+        found, free_s = 0, 0.0
+        for begin_s, end_s in sorted(spans, key=lambda span: span[1]):
+            if begin_s >= free_s:
+                found, free_s = found + 1, end_s
+        return found
 
     def methods(self) -> list[str]:
         """Return the methods that were called, in order."""
@@ -90,8 +103,10 @@ class RecordingStorage(StorageWrapper):
                 failure.times -= 1
         if self.script.before is not None:
             self.script.before(call)
-        if self.script.round_trip_s:
+        if self.script.round_trip_s and call.method not in ("list entry", "version entry"):
+            begin_s = time.monotonic()
             time.sleep(self.script.round_trip_s)
+            self.spans.append((begin_s, time.monotonic()))
         if failure is not None and not failure.after:
             raise failure.error(call)
         result = action()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from casfs.repository import snapshots
 from casfs.repository.repository import Repository
 from tests.support.far import FarRepository
 from tests.support.storage_double import Call
@@ -79,7 +80,7 @@ def test_a_backup_of_a_change_reads_no_pack(far: FarRepository, source: Path) ->
 
 def test_a_walk_through_a_tree_that_this_host_stored_reads_nothing(far: FarRepository) -> None:
     assert walk(far) == 6 * DIRECTORIES
-    assert far.requests() == ["list deltas", "list snapshots"]
+    assert sorted(far.requests()) == ["list deltas", "list snapshots"]
 
 
 def test_a_new_host_walks_a_tree_with_few_requests_and_then_with_none(
@@ -91,7 +92,40 @@ def test_a_new_host_walks_a_tree_with_few_requests_and_then_with_none(
     assert cold.count("read meta") <= 2
     assert len(cold) <= 8
     walk(far)
-    assert far.requests() == ["list deltas", "list snapshots"]
+    assert sorted(far.requests()) == ["list deltas", "list snapshots"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_few_requests_of_each_verb_are_made_one_after_the_other(
+    far: FarRepository, source: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests at the same time cost one round trip, and round trips are what a distance costs.
+
+    A busy machine starts threads late, so each limit is 2 above what a quiet one needs.
+    """
+    assert far.round_trips(lambda: far.back_up(source)) <= 13
+    (source / "3" / "new").write_bytes(noise("new", 3000))
+    assert far.round_trips(lambda: far.back_up(source)) <= 14
+    assert far.round_trips(lambda: walk(far)) <= 4
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "another cache"))
+    assert far.round_trips(lambda: walk(far)) <= 9
+
+
+def test_a_listing_of_the_snapshots_that_was_made_at_the_opening_is_used_once_and_soon(
+    far: FarRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with far.reading() as repository:
+        ids = repository.snapshots.ids()
+        assert far.requests().count("list snapshots") == 1
+        far.storage.delete(f"snapshots/{ids[0].hex()}")
+        assert repository.snapshots.ids() == ids[1:]
+        assert far.requests().count("list snapshots") == 1
+    monkeypatch.setattr(snapshots, "_FRESH_S", 0.0)
+    with far.reading() as repository:
+        far.requests()
+        repository.snapshots.ids()
+        assert far.requests().count("list snapshots") == 1
 
 
 def test_a_restore_verifies_no_pack_on_its_way(far: FarRepository) -> None:
