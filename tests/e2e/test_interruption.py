@@ -15,6 +15,7 @@ from tests.e2e.conftest import forget
 from tests.support.cli import Casfs, finish, interrupt
 from tests.support.comparing import tree_differences
 from tests.support.mounts import is_mounted, unmount_by_force
+from tests.support.processes import children_of, has_ended
 from tests.support.stores import pack_paths
 from tests.support.waiting import wait_until
 
@@ -163,6 +164,33 @@ def test_an_interrupted_restore_leaves_whole_files_only_and_can_be_finished(
         assert file.read_bytes() == (heavy / file.name).read_bytes(), file.name
     roomy.run("restore", "latest", "--target", target)
     assert tree_differences(heavy, place) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
+def test_a_restore_of_many_files_ends_with_its_processes_and_leaves_whole_files_only(
+    repository: Casfs, tmp_path: Path, target: Path, how: signal.Signals
+) -> None:
+    source = tmp_path / "many"
+    for number in range(6000):
+        folder = source / f"{number // 500:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:04d}").write_bytes(b"%d " % number * 300)
+    repository.backup(source)
+    place = target / str(source).lstrip("/")
+    process = repository.start("restore", "latest", "--target", target)
+    wait_while_running(process, (place / "04").is_dir, "four restored folders")
+    children = children_of(process.pid)
+    process.send_signal(how)
+    assert finish(process).exit == (130 if how == signal.SIGINT else -how)
+    wait_until(lambda: all(map(has_ended, children)), "the end of the restore's processes")
+    files = [path for path in place.rglob("*") if path.is_file()]
+    named = [path for path in files if not path.name.startswith(".casfs-restore-")]
+    assert how == signal.SIGKILL or named == files
+    assert 0 < len(named) < 6000
+    for path in named:
+        assert path.read_bytes() == (source / path.relative_to(place)).read_bytes(), path
+    repository.run("restore", "latest", "--target", target, "--delete")
+    assert tree_differences(source, place) == []
 
 
 def test_an_interrupted_check_exits_with_130(roomy: Casfs, heavy: Path) -> None:

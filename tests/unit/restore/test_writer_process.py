@@ -20,6 +20,7 @@ from casfs.restore.ordered_pool import PoolLimits
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
 from casfs.restore.writer_process import EntryJob, WriterProcesses
 from tests.support.builders import MTIME_NS, Plan, RepositoryFixture, entry, file
+from tests.support.processes import has_ended
 from tests.support.stores import noise
 from tests.support.waiting import wait_until
 
@@ -228,7 +229,7 @@ def test_a_process_ends_when_the_restore_has_died() -> None:
         [sys.executable, "-c", DYING_PARENT], capture_output=True, text=True, check=True
     )
     pid = int(run.stdout)
-    wait_until(lambda: target_fs._start_time(pid) is None, "the process ended")
+    wait_until(lambda: has_ended(pid), "the process ended")
 
 
 def test_problems_come_in_the_order_of_the_tree(
