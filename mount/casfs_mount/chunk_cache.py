@@ -18,7 +18,7 @@ from casfs_mount.background import BackgroundPool
 from casfs_mount.clock_cache import ClockCache
 from casfs_mount.event_loop_guard import EventLoopGuard, WouldBlock
 
-DEFAULT_CACHE_BYTES = 32 * 1024 * 1024
+DEFAULT_CACHE_BYTES = 24 * 1024 * 1024
 
 _CHUNK_OVERHEAD_BYTES = 256
 _FAILURE_S = 2.0

@@ -16,7 +16,7 @@ from casfs.format.tree import Leaf, Node, TreeRef, decode_piece, subtree_count
 from casfs.trees.reader import Read
 from casfs_mount.clock_cache import ClockCache
 
-DEFAULT_CACHE_BYTES = 16 * 1024 * 1024
+DEFAULT_CACHE_BYTES = 8 * 1024 * 1024
 
 _ENTRY_BYTES = 420
 """Memory of a decoded entry, beside the bytes that it was decoded from; an estimate."""

@@ -43,7 +43,7 @@ from casfs.errors import CasfsError
 @click.option(
     "--cache-size",
     type=SIZE,
-    default="32M",
+    default="24M",
     show_default=True,
     metavar="BYTES",
     help="Memory for verified data.",
