@@ -8,6 +8,11 @@ For requests that are answered from memory, these trips cost more than the answe
 - The lock suspends only a task that finds it held.
 - `wait_readable` first polls the descriptor on the spot, which blocks the event-loop thread for at most
   `POLL_MS`. Only if no request arrives does it wait in trio, so an idle mount sleeps there without a timeout.
+- Before it blocks, small pieces of work are done that requests will need soon (`WorkAhead`); after each the
+  descriptor is polled again.
+
+- While no request is there, small pieces of work are done that will be needed soon (`WorkAhead`); the
+  descriptor is looked at again after each.
 
 What keeps other tasks, signals, timers and cancellation alive:
 
@@ -53,6 +58,19 @@ class Poll(Protocol):
 
     def poll(self, timeout: float | None, /) -> list[tuple[int, int]]:
         """Return descriptors with their events; wait at most `timeout` milliseconds."""
+
+
+class WorkAhead(Protocol):
+    """Work that may be done while no request is there."""
+
+    def is_due(self) -> bool:
+        """Return whether there may be work; at no cost."""
+
+    def work(self) -> bool:
+        """Do a piece that takes no longer than answering a request; return whether there may be more.
+
+        Never wait, and raise nothing.
+        """
 
 
 class RequestLock:
@@ -104,12 +122,14 @@ class RequestWait:
         self,
         is_idle: Callable[[], bool],
         has_successor: Callable[[], bool],
+        ahead: WorkAhead | None = None,
         *,
         make_poll: Callable[[], Poll] = select.poll,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._is_idle = is_idle
         self._has_successor = has_successor
+        self._ahead = ahead
         self._make_poll = make_poll
         self._clock = clock
         self._polls: dict[int, Poll] = {}
@@ -128,19 +148,29 @@ class RequestWait:
             and self._clock() < self._until
         ):
             self._turns -= 1
-            if self._is_readable(fd):
+            if self._work_until_readable(fd) or self._is_readable(fd, POLL_MS):
                 return
         await trio.lowlevel.wait_readable(fd)
         self._turns = MAX_TURNS
         self._until = self._clock() + MAX_TURNS_S
 
-    def _is_readable(self, fd: int) -> bool:
+    def _work_until_readable(self, fd: int) -> bool:
+        """Work ahead while there is something to do and no request; return whether there is a request."""
+        ahead = self._ahead
+        if ahead is None or not ahead.is_due():
+            return False
+        while not self._is_readable(fd, 0):
+            if not ahead.work() or self._clock() >= self._until:
+                return False
+        return True
+
+    def _is_readable(self, fd: int, timeout_ms: int) -> bool:
         poll = self._polls.get(fd)
         if poll is None:
             poll = self._polls[fd] = self._make_poll()
             poll.register(fd, select.POLLIN)
         try:
-            found = poll.poll(POLL_MS)
+            found = poll.poll(timeout_ms)
         except OSError:
             return False  # trio's wait reports what is wrong with the descriptor
         return bool(found) and bool(found[0][1] & _READABLE)
@@ -159,9 +189,9 @@ class _LowLevel:
 class EventLibrary:
     """`trio` as one session of pyfuse3 uses it: with one lock, and another `lowlevel.wait_readable`."""
 
-    def __init__(self, is_idle: Callable[[], bool]) -> None:
+    def __init__(self, is_idle: Callable[[], bool], ahead: WorkAhead | None = None) -> None:
         self._lock = RequestLock()
-        self.lowlevel = _LowLevel(RequestWait(is_idle, self._lock.is_awaited))
+        self.lowlevel = _LowLevel(RequestWait(is_idle, self._lock.is_awaited, ahead))
 
     def Lock(self) -> RequestLock:
         """Return the lock of the session; pyfuse3 makes only one."""
@@ -172,7 +202,9 @@ class EventLibrary:
 
 
 @contextmanager
-def fast_event_library(is_idle: Callable[[], bool]) -> Iterator[bool]:
+def fast_event_library(
+    is_idle: Callable[[], bool], ahead: WorkAhead | None = None
+) -> Iterator[bool]:
     """Let pyfuse3 use an `EventLibrary` while the context lasts; yield whether it does.
 
     A pyfuse3 that keeps trio elsewhere stays with plain trio, which is slower.
@@ -180,7 +212,7 @@ def fast_event_library(is_idle: Callable[[], bool]) -> Iterator[bool]:
     if getattr(pyfuse3, _ATTRIBUTE, None) is not trio:
         yield False
         return
-    setattr(pyfuse3, _ATTRIBUTE, EventLibrary(is_idle))
+    setattr(pyfuse3, _ATTRIBUTE, EventLibrary(is_idle, ahead))
     try:
         yield True
     finally:

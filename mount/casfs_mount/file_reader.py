@@ -21,6 +21,10 @@ from casfs_mount.chunk_cache import ChunkCache
 from casfs_mount.damage_log import UnreadableError
 from casfs_mount.event_loop_guard import WouldBlock
 
+MAX_SMALL_BYTES = 128 * 1024
+"""The largest file that is decoded as a whole when it is opened; the kernel requests a larger one in several
+parts anyway."""
+
 _LISTS = 8
 """Parsed extent lists that are kept for one open file; the biggest takes about 1 MB."""
 

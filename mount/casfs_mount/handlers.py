@@ -26,6 +26,7 @@ from casfs.format.tree import Node, NodeType, hard_link_key
 from casfs_mount.damage_log import UnreadableError
 from casfs_mount.event_loop_guard import WouldBlock
 from casfs_mount.file_reader import Readable
+from casfs_mount.idle_reader import IdleReader
 from casfs_mount.inodes import HARD_LINKS, HardLinks, StaleError, hard_link_number
 from casfs_mount.logged_name import LoggedName
 from casfs_mount.page_cache import PageCache, StorePages
@@ -109,6 +110,7 @@ class FileSystem(pyfuse3.Operations):
         # Without ACLs the kernel need not ask for them before it permits an access.
         self.enable_acl = self._has_xattrs = view.may_have_xattrs()
         self._pages = PageCache(store_pages if display.kernel_cache else None)
+        self.idle_reader = IdleReader(view.decode_after)
         self._links = HardLinks()
         self._handles = itertools.count(1)
         self._open: dict[int, tuple[Readable, int]] = {}
@@ -203,6 +205,7 @@ class FileSystem(pyfuse3.Operations):
         kept = self._display.kernel_cache and not reader.streamed
         if self._pages.on_open(position, inode, reader):
             self._view.on_open(position, False)
+            self.idle_reader.on_open(position)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), direct_io=not kept, keep_cache=kept)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:

@@ -19,15 +19,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 
-from casfs_mount.file_reader import Readable
+from casfs_mount.file_reader import MAX_SMALL_BYTES, Readable
 
 log = logging.getLogger(__name__)
 
 StorePages = Callable[[int, int, bytes], None]
 """Store data in the page cache: inode number, offset, bytes; raises OSError."""
-
-MAX_FILE_BYTES = 128 * 1024
-"""The largest file that is stored; the kernel requests a larger one in several parts anyway."""
 
 _BLOCK_BITS = 13
 _MAX_BLOCKS = 512
@@ -82,7 +79,7 @@ class PageCache:
         self._open[inode] = count + 1
         if self._store is None or count or position in self._held:
             return False
-        data = reader.whole(MAX_FILE_BYTES)
+        data = reader.whole(MAX_SMALL_BYTES)
         if data is None:
             return False
         try:

@@ -149,7 +149,7 @@ def _serve(request: MountRequest, on_ready: Callable[[], None]) -> None:
         try:
             _mount(operations, request)
             try:
-                with fast_event_library(operations.is_idle):
+                with fast_event_library(operations.is_idle, operations.idle_reader):
                     trio.run(_run, request.mountpoint, guard, on_ready)
             finally:
                 # Unmounts, unless the user already did.

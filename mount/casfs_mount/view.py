@@ -28,7 +28,7 @@ from casfs_mount.blob_reader import BlobReader
 from casfs_mount.chunk_cache import ChunkCache
 from casfs_mount.damage_log import DamageLog
 from casfs_mount.event_loop_guard import EventLoopGuard
-from casfs_mount.file_reader import FileReader, Readable
+from casfs_mount.file_reader import MAX_SMALL_BYTES, FileReader, Readable, single_chunk
 from casfs_mount.inodes import Numbering
 from casfs_mount.logged_name import LoggedName
 from casfs_mount.prefetch import Prefetcher
@@ -97,6 +97,12 @@ class View(Protocol):
 
     def on_open(self, number: int, waited: bool) -> None:
         """Note that a file is read from its beginning; `waited`: the request has to wait."""
+
+    def decode_after(self, number: int) -> Iterator[int]:
+        """Decode the small files after a file in its directory into the cache, one for each step.
+
+        Yield the file's number, or 0 for an entry that is none. Raise WouldBlock and the errors of reads.
+        """
 
     def describe(self, number: int) -> str:
         """Return a description of a number for the log; never fail and never wait."""
@@ -252,6 +258,24 @@ class SnapshotView:
         """Note that a file is read from its beginning; `waited`: the request has to wait."""
         if number < self._folder:
             self._prefetcher.on_open(number, waited)
+
+    def decode_after(self, number: int) -> Iterator[int]:
+        """Decode the small files after a file in its directory into the cache, one for each step.
+
+        Yield the file's number, or 0 for an entry that is none. Raise WouldBlock and the errors of reads.
+        """
+        numbering, chunks = self._numbering, self._context.chunk_cache
+        if number >= self._folder:
+            return
+        directory = numbering.parent(number)
+        position = number - directory
+        for beside, node, _ in numbering.entries(directory, numbering.node(directory), position):
+            digest = single_chunk(node) if node.size <= MAX_SMALL_BYTES else None
+            if digest is None or node.kind != NodeType.FILE:
+                yield 0
+            else:
+                chunks.get(digest)
+                yield beside
 
     def describe(self, number: int) -> str:
         """Return the path of a node for the log, or its number if the path cannot be found at once."""

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,39 @@ class CountingPoll:
         return self._poll.poll(timeout)
 
 
+class Ahead:
+    """Work of so many pieces; `on_piece` is called after each with the number of those done."""
+
+    def __init__(self) -> None:
+        self.pieces = 0
+        self.done = 0
+        self.on_piece: Callable[[int], object] = lambda done: None
+
+    def is_due(self) -> bool:
+        return self.pieces > 0
+
+    def work(self) -> bool:
+        assert self.pieces > 0
+        self.pieces -= 1
+        self.done += 1
+        self.on_piece(self.done)
+        return self.pieces > 0
+
+
 class Scene:
     """A pipe, a wait for its reading end, and what the wait depends on."""
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe()
         self.poll = CountingPoll()
+        self.ahead = Ahead()
         self.idle = True
         self.successor = True
         self.now = 0.0
         self.wait = RequestWait(
             lambda: self.idle,
             lambda: self.successor,
+            self.ahead,
             make_poll=lambda: self.poll,
             clock=lambda: self.now,
         )
@@ -274,6 +295,38 @@ class TestRequestWait:
             assert scene.poll.calls == 1
             os.write(scene.writing, b"!")
         assert scene.poll.calls == 1
+
+    async def test_work_is_done_ahead_only_while_no_request_is_there(self, scene: Scene) -> None:
+        await scene.begin()
+        scene.ahead.pieces = 3
+        assert not await scene.goes_through_trio()
+        assert scene.ahead.done == 0, "a request was there"
+        os.read(scene.reading, 1)
+        scene.ahead.on_piece = lambda done: done == 2 and os.write(scene.writing, b"!")
+        assert not await scene.goes_through_trio()
+        assert (scene.ahead.done, scene.ahead.pieces) == (2, 1)
+
+    async def test_work_ahead_ends_with_the_time_of_a_turn(self, scene: Scene) -> None:
+        await scene.begin()
+        os.read(scene.reading, 1)
+        scene.ahead.pieces = 1 << 30
+
+        def pass_time(done: int) -> None:
+            scene.now += MAX_TURNS_S / 10
+
+        scene.ahead.on_piece = pass_time
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scene.wait_readable)
+            await trio.testing.wait_all_tasks_blocked()
+            assert 9 <= scene.ahead.done <= 11
+            os.write(scene.writing, b"!")
+
+    async def test_no_work_is_done_ahead_while_a_worker_thread_is_busy(self, scene: Scene) -> None:
+        await scene.begin()
+        scene.ahead.pieces = 3
+        scene.idle = False
+        assert await scene.goes_through_trio()
+        assert scene.ahead.done == 0
 
     async def test_a_failed_poll_leaves_the_wait_to_trio(self, scene: Scene) -> None:
         await scene.begin()

@@ -6,7 +6,8 @@ import errno
 import os
 
 import pytest
-from casfs_mount.page_cache import MAX_FILE_BYTES, NumberSet, PageCache
+from casfs_mount.file_reader import MAX_SMALL_BYTES
+from casfs_mount.page_cache import NumberSet, PageCache
 
 
 class File:
@@ -55,7 +56,7 @@ def test_a_file_is_stored_while_it_is_opened_for_the_first_time(
     file = File(b"content")
     assert pages.on_open(7, 7, file)
     assert kernel.stored == [(7, 0, b"content")]
-    assert file.asked == [MAX_FILE_BYTES]
+    assert file.asked == [MAX_SMALL_BYTES]
     pages.on_release(7)
     assert not pages.on_open(7, 7, file)
     assert len(kernel.stored) == 1

@@ -1,0 +1,139 @@
+"""Files decoded between two requests: those that a walk opens next, a few ahead, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from casfs_mount.event_loop_guard import WouldBlock
+from casfs_mount.file_reader import MAX_SMALL_BYTES
+from casfs_mount.idle_reader import MAX_AHEAD, NEVER, IdleReader
+
+from casfs.digest import digest_of
+from casfs.errors import TreeError
+from casfs.format.tree import NodeType
+from tests.support.builders import RepositoryFixture, entry
+from tests.unit.mount.test_view import MountedView
+
+
+class Files:
+    """The files with the numbers below `end`; notes what is decoded, and fails at one number."""
+
+    def __init__(self, end: int = 1000, fails_at: int = -1, error: Exception | None = None) -> None:
+        self.decoded: list[int] = []
+        self.begun: list[int] = []
+        self.end = end
+        self.fails_at = fails_at
+        self.error = error
+
+    def after(self, number: int) -> Iterator[int]:
+        self.begun.append(number)
+        for beside in range(number + 1, self.end):
+            if beside == self.fails_at and self.error is not None:
+                raise self.error
+            self.decoded.append(beside)
+            yield beside
+
+
+def work_off(reader: IdleReader) -> None:
+    while reader.work():
+        pass
+
+
+def test_a_walk_finds_each_file_decoded_and_few_are_decoded_ahead() -> None:
+    files = Files()
+    reader = IdleReader(files.after)
+    for number in range(10, 100):
+        if number > 11:
+            assert number in files.decoded
+        reader.on_open(number)
+        work_off(reader)
+        assert max(files.decoded, default=0) <= number + MAX_AHEAD
+    assert files.begun == [11]
+    assert files.decoded == list(range(12, 99 + MAX_AHEAD + 1))
+
+
+def test_a_file_that_a_walk_passes_over_does_not_stop_it() -> None:
+    files = Files()
+    reader = IdleReader(files.after)
+    for number in range(10, 60, 3):
+        reader.on_open(number)
+        work_off(reader)
+    assert files.begun == [13]
+
+
+@pytest.mark.parametrize("opened", [[5], [5, 500_000, 7], [9, 8, 7, 6], [5, 5, 5]])
+def test_opens_that_are_no_walk_decode_nothing(opened: list[int]) -> None:
+    files = Files()
+    reader = IdleReader(files.after)
+    for number in opened:
+        reader.on_open(number)
+        assert not reader.is_due() and not reader.work()
+    assert files.begun == []
+
+
+@pytest.mark.parametrize("error", [WouldBlock(), TreeError("a tree is damaged")])
+def test_work_ends_where_a_file_would_wait_or_is_damaged_and_begins_again_behind_it(
+    error: Exception,
+) -> None:
+    files = Files(fails_at=13, error=error)
+    reader = IdleReader(files.after)
+    reader.on_open(10)
+    reader.on_open(11)
+    work_off(reader)
+    assert files.decoded == [12] and not reader.is_due()
+    reader.on_open(12)
+    assert not reader.is_due()
+    reader.on_open(13)
+    work_off(reader)
+    assert files.decoded[-1] == 13 + MAX_AHEAD
+
+
+@pytest.mark.expect_errors("casfs_mount.idle_reader")
+def test_an_unexpected_error_is_logged_and_ends_the_work(caplog: pytest.LogCaptureFixture) -> None:
+    reader = IdleReader(Files(fails_at=12, error=ZeroDivisionError()).after)
+    reader.on_open(10)
+    reader.on_open(11)
+    assert not reader.work() and not reader.is_due()
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+def test_entries_without_small_files_count_as_steps_and_not_as_files() -> None:
+    reader = IdleReader(lambda number: iter([NEVER] * 50))
+    reader.on_open(1)
+    reader.on_open(2)
+    assert sum(1 for _ in iter(reader.work, False)) == 50
+    assert not reader.is_due()
+
+
+def test_a_view_decodes_the_small_files_of_one_directory_in_order(tmp_path: Path) -> None:
+    repo = RepositoryFixture(tmp_path)
+    big = bytes(range(256)) * (MAX_SMALL_BYTES // 256) + b"!"
+    mounted = MountedView(
+        repo,
+        {
+            b"folder": {
+                b"a": b"first",
+                b"b": b"second",
+                b"c": big,
+                b"d": entry(b"", NodeType.SYMLINK, content=b"a", size=1),
+                b"e": {b"below": b"of another folder"},
+                b"f": b"third",
+            },
+            b"next": b"outside",
+        },
+    )
+    with mounted.repository:
+        found = mounted.view.lookup(1, b"folder")
+        assert found is not None
+        numbers = {node.name: below for below, node, _ in mounted.view.entries(found[0], 0)}
+        chunks = mounted.context.chunk_cache
+        steps = mounted.view.decode_after(numbers[b"a"])
+        assert next(steps) == numbers[b"b"]
+        assert chunks.holds(digest_of(b"second")) and not chunks.holds(digest_of(b"third"))
+        assert list(steps) == [NEVER, NEVER, NEVER, numbers[b"f"]]
+        assert chunks.holds(digest_of(b"third"))
+        for content in (big, b"of another folder", b"outside"):
+            assert not chunks.holds(digest_of(content))
