@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import zstandard
 
 from casfs.digest import Digest, keyed_digest
 from casfs.errors import BlobError
+from casfs.format.group import MAX_GROUP_BYTES, Group
 
 MAX_PLAIN_BYTES = 16 * 1024 * 1024
 """The largest blob. A larger recorded size is refused before anything is allocated."""
@@ -24,6 +26,14 @@ MAX_PLAIN_BYTES = 16 * 1024 * 1024
 _SMALLEST_COMPRESSIBLE = 64
 """Shorter plaintexts stay raw, because the zstd frame and block headers outweigh the savings."""
 
+
+_SAMPLED_BYTES = 128 * 1024
+_SAMPLES = 16
+_SAMPLE_BYTES = 1024
+_SAMPLE_LEVEL = 1
+_INCOMPRESSIBLE_SHARE = 0.98
+"""Of a plaintext of at least so many bytes, samples of so many bytes are compressed at this level. If more
+than this share of them is left, the plaintext is stored raw."""
 
 _PARALLEL_BYTES = 1024 * 1024
 """For less plaintext a second thread costs more than it saves."""
@@ -42,9 +52,11 @@ class Codec(IntEnum):
 
     RAW = 0
     ZSTD = 1
+    GROUP = 2
+    """A zstd frame of several blobs (`casfs.format.group`)."""
 
 
-_RAW, _ZSTD = int(Codec.RAW), int(Codec.ZSTD)
+_RAW, _ZSTD, _GROUP = int(Codec.RAW), int(Codec.ZSTD), int(Codec.GROUP)
 
 ENCRYPTED = 16
 """Added to the codec of an encrypted payload.
@@ -64,6 +76,7 @@ class Encoded(NamedTuple):
     codec: int
     payload: bytes
     plain_bytes: int
+    position: int = 0
 
 
 class BlobCodec:
@@ -97,6 +110,37 @@ class BlobCodec:
                 payloads[i] = (Codec.ZSTD, segment.tobytes())
         return payloads
 
+    def looks_incompressible(self, plain: bytes) -> bool:
+        """Return whether samples of a plaintext do not compress; False for a short one."""
+        if len(plain) < _SAMPLED_BYTES:
+            return False
+        step = len(plain) // _SAMPLES
+        begins = range(0, step * _SAMPLES, step)
+        sample = b"".join([plain[begin : begin + _SAMPLE_BYTES] for begin in begins])
+        return len(self._sampler().compress(sample)) > _INCOMPRESSIBLE_SHARE * len(sample)
+
+    def open_group(
+        self,
+        digest: Digest,
+        payload: bytes,
+        plain_bytes: int | None = None,
+        key: bytes | None = None,
+    ) -> Group:
+        """Return the group in a payload, whose plaintext has `plain_bytes` bytes if that is recorded.
+
+        `key` is that of the digests of its blobs. Raise BlobError for `digest`.
+        """
+        try:
+            size: int = zstandard.get_frame_parameters(payload).content_size
+        except zstandard.ZstdError as error:
+            raise BlobError(digest, f"decompression failed ({error})") from error
+        if size > MAX_GROUP_BYTES or plain_bytes not in (None, size):
+            raise BlobError(digest, "its group has another size than recorded, or is too large")
+        try:
+            return Group(self._decompress(digest, payload, size), key)
+        except BlobError as error:
+            raise BlobError(digest, error.reason) from error
+
     def decode(
         self,
         digest: Digest,
@@ -120,45 +164,54 @@ class BlobCodec:
         The interpreter lock is released once for the batch instead of once for each blob. `threads` is the
         number of threads that may decompress a large batch.
         """
-        plains = self._plain_many(wanted, threads)
-        return [
-            plain if plain is not None and keyed_digest(plain, None) == one.digest else None
-            for plain, one in zip(plains, wanted, strict=True)
-        ]
+        plains: list[bytes | None] = []
+        for part in _parts(wanted):
+            decoded = self._decompress_many(part.frames, threads)
+            groups: dict[int, Group] = {}
+            for one, number in part.blobs:
+                plain = one.payload if one.codec == _RAW else decoded.get(number)
+                if one.codec == _GROUP:
+                    plains.append(_grouped_blob(one, number, plain, groups))
+                elif plain is None or len(plain) != one.plain_bytes:
+                    plains.append(None)
+                else:
+                    plains.append(plain if keyed_digest(plain, None) == one.digest else None)
+        return plains
 
-    def _plain_many(self, wanted: Sequence[Encoded], threads: int) -> list[bytes | None]:
-        plains: list[bytes | None] = [None] * len(wanted)
-        frames: list[int] = []
-        for i, one in enumerate(wanted):
-            if one.codec == _ZSTD and _is_single_frame(one.payload, one.plain_bytes):
-                frames.append(i)
-            elif one.codec == _RAW and len(one.payload) == one.plain_bytes:
-                plains[i] = one.payload
+    def _decompress_many(self, frames: list[tuple[bytes, int]], threads: int) -> dict[int, bytes]:
+        """Return what frames decode to, by their position; a frame that does not decode is left out.
+
+        `frames` are the payloads and the sizes of their plaintexts in bytes.
+        """
         if not frames:
-            return plains
-        plain_bytes = [wanted[i].plain_bytes for i in frames]
-        sizes = struct.pack(f"={len(frames)}Q", *plain_bytes)
+            return {}
+        plain_bytes = [size for _, size in frames]
         if sum(plain_bytes) < _PARALLEL_BYTES:
             threads = 1
         try:
             found = self._decompressor().multi_decompress_to_buffer(
-                [wanted[i].payload for i in frames], decompressed_sizes=sizes, threads=threads
+                [payload for payload, _ in frames],
+                decompressed_sizes=struct.pack(f"={len(frames)}Q", *plain_bytes),
+                threads=threads,
             )
         except zstandard.ZstdError:  # the error does not identify the damaged frame
-            for i in frames:
+            plains = {}
+            for number, (payload, size) in enumerate(frames):
                 with suppress(BlobError):
-                    one = wanted[i]
-                    plains[i] = self._plain(one.digest, one.codec, one.payload, one.plain_bytes)
+                    plains[number] = self._decompress(Digest(b""), payload, size)
             return plains
-        for position, i in enumerate(frames):
-            plains[i] = found[position].tobytes()
-        return plains
+        return {number: found[number].tobytes() for number in range(len(frames))}
 
     def digest_payload(
         self, codec: int, payload: bytes, plain_bytes: int, key: bytes | None = None
-    ) -> Digest:
-        """Return the digest of a payload's plaintext; raise BlobError when the payload does not decode."""
-        return keyed_digest(self.decompress(codec, payload, plain_bytes), key)
+    ) -> list[tuple[Digest, int]]:
+        """Return the digest and the size in bytes of each blob in a payload.
+
+        `plain_bytes` is the size of its plaintext. Raise BlobError when the payload does not decode.
+        """
+        if codec == Codec.GROUP:
+            return self.open_group(Digest(b""), payload, plain_bytes, key).digests()
+        return [(keyed_digest(self.decompress(codec, payload, plain_bytes), key), plain_bytes)]
 
     def decompress(self, codec: int, payload: bytes, plain_bytes: int) -> bytes:
         """Return the plaintext of a payload that the caller verifies in another way; raise BlobError."""
@@ -201,6 +254,12 @@ class BlobCodec:
             self._local.compressor = compressor
         return compressor
 
+    def _sampler(self) -> zstandard.ZstdCompressor:
+        sampler: zstandard.ZstdCompressor | None = getattr(self._local, "sampler", None)
+        if sampler is None:
+            sampler = self._local.sampler = zstandard.ZstdCompressor(level=_SAMPLE_LEVEL)
+        return sampler
+
     def _decompressor(self) -> zstandard.ZstdDecompressor:
         decompressor: zstandard.ZstdDecompressor | None = getattr(self._local, "decompressor", None)
         if decompressor is None:
@@ -209,23 +268,73 @@ class BlobCodec:
         return decompressor
 
 
-def _is_single_frame(payload: bytes, plain_bytes: int) -> bool:
-    """Return whether a payload is exactly one frame with the recorded size, which is within the limit."""
+@dataclass(slots=True)
+class _Part:
+    """Payloads that are decoded together.
+
+    `frames` are the distinct frames, each with the size of its plaintext in bytes, and `blobs` the payloads,
+    each with the number of its frame, -1 if it has none. The blobs of a group have one frame.
+    """
+
+    frames: list[tuple[bytes, int]] = field(default_factory=list)
+    blobs: list[tuple[Encoded, int]] = field(default_factory=list)
+
+
+def _parts(wanted: Sequence[Encoded]) -> Iterator[_Part]:
+    """Yield payloads in parts whose decoded frames have a bounded size.
+
+    A group may be much larger than the blobs that are wanted of it. A payload that is not one frame of the
+    recorded size has no frame.
+    """
+    part, plain_bytes = _Part(), 0
+    groups: dict[int, int] = {}
+    for one in wanted:
+        number = groups.get(one.offset, -1) if one.codec == _GROUP else -1
+        if number < 0 and one.codec in (_ZSTD, _GROUP):
+            size = _single_frame_bytes(one.payload)
+            is_right = size <= MAX_GROUP_BYTES if one.codec == _GROUP else size == one.plain_bytes
+            if is_right and 0 < size <= MAX_PLAIN_BYTES:
+                if plain_bytes + size > MAX_PLAIN_BYTES:
+                    yield part
+                    part, plain_bytes, groups = _Part(), 0, {}
+                number = len(part.frames)
+                part.frames.append((one.payload, size))
+                plain_bytes += size
+                if one.codec == _GROUP:
+                    groups[one.offset] = number
+        part.blobs.append((one, number))
+    yield part
+
+
+def _grouped_blob(
+    one: Encoded, number: int, plain: bytes | None, groups: dict[int, Group]
+) -> bytes | None:
+    """Return the verified plaintext of a blob in the group with a plaintext, None if either is damaged."""
+    if plain is None:
+        return None
+    try:
+        if number not in groups:
+            groups[number] = Group(plain)
+        return groups[number].blob(one.digest, one.position, one.plain_bytes)
+    except BlobError:
+        return None
+
+
+def _single_frame_bytes(payload: bytes) -> int:
+    """Return the plaintext size that a payload of exactly one frame records; -1 for any other payload."""
     try:
         frame_bytes: int = zstandard.frame_content_size(payload)
         end = zstandard.frame_header_size(payload)
     except zstandard.ZstdError:
-        return False
-    if frame_bytes != plain_bytes or not 0 < plain_bytes <= MAX_PLAIN_BYTES:
-        return False
+        return -1
     # The batch decompressor would ignore trailing bytes; RFC 8878, 3.1.1.2 defines where blocks end.
     is_last = False
     while not is_last:
         header = int.from_bytes(payload[end : end + 3], "little")
         if end + 3 > len(payload):
-            return False
+            return -1
         is_last = bool(header & 1)
         is_repeated_byte = header & 6 == 2
         end += 3 + (1 if is_repeated_byte else header >> 3)
     has_checksum = payload[4] & 4
-    return end + (4 if has_checksum else 0) == len(payload)
+    return frame_bytes if end + (4 if has_checksum else 0) == len(payload) else -1

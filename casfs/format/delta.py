@@ -17,6 +17,7 @@ from typing import NamedTuple
 from casfs.digest import PackId, digest_of
 from casfs.errors import BlobError, DeltaError
 from casfs.format.codec import MAX_PLAIN_BYTES, TAG_BYTES, BlobKind
+from casfs.format.group import MAX_GROUP_BLOBS
 from casfs.format.key_derivation import SALT_BYTES, SessionId, Sessions, WriteSession
 from casfs.format.pack import (
     BLOB_HEADER,
@@ -156,18 +157,23 @@ class Delta:
             yield DeltaPack(*current, entries)
 
     def _parse_entries(self, data: bytes, offset: int, pack_bytes: int) -> list[PackEntry]:
-        entries = []
-        for digest, stored_bytes, plain_bytes, kind, codec, _ in ENTRY.iter_unpack(data):
+        entries: list[PackEntry] = []
+        for digest, stored_bytes, plain_bytes, kind, codec, position in ENTRY.iter_unpack(data):
+            if entries and not position:
+                offset += entries[-1].stored_bytes + BLOB_HEADER.size
+            entry = PackEntry(digest, offset, stored_bytes, plain_bytes, kind, codec, position)
             if (
                 stored_bytes > MAX_STORED_BYTES
                 or plain_bytes > MAX_PLAIN_BYTES
                 or offset + stored_bytes > pack_bytes
                 or offset < HEADER.size + BLOB_HEADER.size
                 or not BlobKind.DATA <= kind <= BlobKind.CONTENT
+                or position >= MAX_GROUP_BLOBS
+                or (position and not entry.is_grouped)
+                or (position and entries and not entry.shares_group(entries[-1]))
             ):
                 raise DeltaError(str(self.name), "it has an invalid entry")
-            entries.append(PackEntry(digest, offset, stored_bytes, plain_bytes, kind, codec))
-            offset += stored_bytes + BLOB_HEADER.size
+            entries.append(entry)
         return entries
 
 
@@ -202,9 +208,7 @@ class DeltaBuilder:
             flags = _METADATA * pack.pack.is_meta
             self._records += _PACK.pack(pack.pack.id, pack.pack_bytes, len(run), first, flags, 0)
             for e in run:
-                self._entries += ENTRY.pack(
-                    e.digest, e.stored_bytes, e.plain_bytes, e.kind, e.codec, 0
-                )
+                self._entries += e.pack()
 
     def encode(self, time_ms: int, session: WriteSession | None = None) -> tuple[DeltaName, bytes]:
         """Return the name and the bytes of the delta, encrypted in `session` if given."""
@@ -237,11 +241,15 @@ class DeltaBuilder:
 
 
 def _runs(entries: Sequence[PackEntry]) -> Iterator[Sequence[PackEntry]]:
-    """Yield parts of entries without a gap between two payloads but for the record header."""
+    """Yield parts of entries without a gap between two payloads but for the record header.
+
+    A run may lack blobs of a group; it begins every payload after its first with the blob at position 0.
+    """
     begin = 0
     for at in range(1, len(entries)):
-        before = entries[at - 1]
-        if entries[at].offset != before.offset + before.stored_bytes + BLOB_HEADER.size:
+        before, entry = entries[at - 1], entries[at]
+        is_next = entry.offset == before.offset + before.stored_bytes + BLOB_HEADER.size
+        if not (entry.shares_group(before) or (is_next and not entry.position)):
             yield entries[begin:at]
             begin = at
     if entries:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from casfs.digest import Digest, PackId, digest_of
 from casfs.errors import PackError
-from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec
+from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec, Encoded
+from casfs.format.group import MAX_GROUP_BLOBS
 
 PACK_MAGIC = b"CASFSPAK"
 PACK_VERSION = 1
@@ -63,8 +64,16 @@ class PackRef(NamedTuple):
     is_meta: bool
 
 
+def is_group(codec: int) -> bool:
+    """Return whether a payload with this codec, encrypted or not, is a group of blobs."""
+    return codec in (Codec.GROUP, Codec.GROUP | ENCRYPTED)
+
+
 class PackEntry(NamedTuple):
-    """A blob's directory entry; `offset` is the start of its payload, in bytes from the pack's start."""
+    """A blob's directory entry; `offset` is the start of its payload, in bytes from the pack's start.
+
+    The blobs of a group have its payload in common, each at a `position` in it.
+    """
 
     digest: Digest
     offset: int
@@ -72,6 +81,36 @@ class PackEntry(NamedTuple):
     plain_bytes: int
     kind: int
     codec: int
+    position: int = 0
+
+    def place(self) -> tuple[int, int]:
+        """Return the key that sorts entries as they are in the pack."""
+        return self.offset, self.position
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether the payload is a group of blobs."""
+        return is_group(self.codec)
+
+    def shares_group(self, before: PackEntry) -> bool:
+        """Return whether this is a blob of the group that `before` is in, which it follows."""
+        return (
+            self.is_grouped
+            and before.position < self.position < MAX_GROUP_BLOBS
+            and (self.offset, self.stored_bytes, self.kind, self.codec)
+            == (before.offset, before.stored_bytes, before.kind, before.codec)
+        )
+
+    def encoded(self, payload: bytes) -> Encoded:
+        """Return the payload with the fields that are needed to decode it."""
+        return Encoded(
+            self.digest, self.offset, self.codec, payload, self.plain_bytes, self.position
+        )
+
+    def pack(self) -> bytes:
+        """Return the bytes of the entry in a directory or in an index delta."""
+        sizes = self.stored_bytes, self.plain_bytes
+        return ENTRY.pack(self.digest, *sizes, self.kind, self.codec, self.position)
 
 
 def encode_header() -> bytes:
@@ -108,9 +147,7 @@ def encode_end(
     `encrypt` returns the stored directory, given its offset and its bytes. `variant` has no meaning except
     that another value gives the pack another name.
     """
-    directory = b"".join(
-        ENTRY.pack(e.digest, e.stored_bytes, e.plain_bytes, e.kind, e.codec, 0) for e in entries
-    )
+    directory = b"".join(entry.pack() for entry in entries)
     offset = directory_offset + BLOB_HEADER.size
     if encrypt is None:
         header = encode_record_header(DIRECTORY_KIND, Codec.RAW, len(directory), len(directory))
@@ -175,16 +212,23 @@ def parse_directory(
     if len(data) % ENTRY.size:
         raise PackError(pack, "its directory has an invalid size")
     fields = list(ENTRY.iter_unpack(data))
-    offset = end - sum(BLOB_HEADER.size + stored_bytes for _, stored_bytes, *_ in fields)
+    records = (field[1] for field in fields if not field[5])
+    offset = end - sum(BLOB_HEADER.size + stored_bytes for stored_bytes in records)
     if offset < HEADER.size:
         raise PackError(pack, "its directory contradicts its length")
     entries: list[PackEntry] = []
-    for blob, stored_bytes, plain_bytes, kind, codec, _ in fields:
+    begin = offset
+    for blob, stored_bytes, plain_bytes, kind, codec, position in fields:
         if stored_bytes > MAX_STORED_BYTES or plain_bytes > MAX_PLAIN_BYTES:
             raise PackError(pack, "its directory has an invalid blob size")
-        offset += BLOB_HEADER.size
-        entries.append(PackEntry(Digest(blob), offset, stored_bytes, plain_bytes, kind, codec))
-        offset += stored_bytes
+        if not position:
+            begin = offset + BLOB_HEADER.size
+            offset = begin + stored_bytes
+        entry = PackEntry(Digest(blob), begin, stored_bytes, plain_bytes, kind, codec, position)
+        is_next = entries and position == entries[-1].position + 1
+        if position and not (is_next and entry.shares_group(entries[-1])):
+            raise PackError(pack, "its directory has an invalid group")
+        entries.append(entry)
     return entries
 
 

@@ -54,7 +54,7 @@ LOCK_FILE = "lock.mdb"
 _HAS_COPIES = b"copies"
 
 _ABSENT = b"\1\0"
-"""The last two bytes of the row of an absent blob: any nonzero flags."""
+"""The last two bytes of the row of an absent blob, which counts as little as a damaged one."""
 
 _ASKED_AT_ONCE = 10_000
 
@@ -165,7 +165,7 @@ class Index:
             blobs = self._tables.blobs
             pending = self._tables.untrusted(txn) | self._distrusted
             if not pending:
-                return [(get(digest, db=blobs) or _ABSENT)[-2] == 0 for digest in batch]
+                return [not (get(digest, db=blobs) or _ABSENT)[-2] & DAMAGED for digest in batch]
             return [counts_as_stored(get(digest, db=blobs), pending) for digest in batch]
 
         stored: list[bool] = []
@@ -197,19 +197,21 @@ class Index:
         return self._env.read(lambda txn: self._tables.is_claimed(txn, ordinal))
 
     def settle_claims(
-        self, pack: int, found: Mapping[Digest, int], absent: Iterable[Digest] = ()
+        self, pack: int, found: Mapping[Digest, tuple[int, int]], absent: Iterable[Digest] = ()
     ) -> None:
-        """Record the blobs that a pack (its ordinal) holds, with their offsets, and those that it lacks.
+        """Record the blobs that a pack (its ordinal) holds, with their places, and those that it lacks.
+
+        A place is the offset of the payload and the position in it.
 
         What is `absent` no longer counts as stored, and counts as a loss.
         """
 
-        def change(txn: Transaction, blobs: list[tuple[Digest, int]]) -> None:
-            for digest, offset in blobs:
+        def change(txn: Transaction, blobs: list[tuple[Digest, tuple[int, int]]]) -> None:
+            for digest, place in blobs:
                 value = txn.get(digest, db=self._tables.blobs)
                 fields = LOCATION.unpack(value) if value is not None else None
-                if fields is not None and fields[:2] == (pack, offset):
-                    row = LOCATION.pack(*fields[:7], fields[7] | VERIFIED)
+                if fields is not None and (fields[0], fields[1], fields[8]) == (pack, *place):
+                    row = LOCATION.pack(*fields[:7], fields[7] | VERIFIED, fields[8])
                     txn.put(digest, row, db=self._tables.blobs)
 
         rest = iter(sorted(found.items()))
@@ -396,7 +398,7 @@ class Index:
             marks = {
                 (bytes(key), before[at.pack].pack): at.is_damaged
                 for key, value in txn.cursor(db=self._tables.blobs)
-                if (value[-2] or (broken and LOCATION.unpack(value)[0] in broken))
+                if (value[-2] & DAMAGED or (broken and LOCATION.unpack(value)[0] in broken))
                 and (at := Location(*LOCATION.unpack(value))).pack in before
             }
             known = {record.pack: record for record in before.values()}
@@ -524,7 +526,7 @@ class Index:
                     fields = LOCATION.unpack(value) if value is not None else None
                     if fields is None or fields[0] != pack or fields[7] & DAMAGED == flags:
                         continue
-                    row = LOCATION.pack(*fields[:7], fields[7] & ~DAMAGED | flags)
+                    row = LOCATION.pack(*fields[:7], fields[7] & ~DAMAGED | flags, fields[8])
                     txn.put(digest, row, db=self._tables.blobs)
                     lost |= bool(flags)
             if lost:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from casfs.digest import PackId
-from casfs.format.pack import PackEntry, PackRef
+from casfs.digest import Digest, PackId
+from casfs.format.pack import PackEntry, PackRef, is_group
 from casfs.index.lmdb_env import Database, LmdbEnv, Transaction
 
-LOCATION = struct.Struct("<IIIIIBBH")
+LOCATION = struct.Struct("<IIIIIBBBB")
 assert LOCATION.size == 24
 PACK = struct.Struct("<32sQIIQ")
 assert PACK.size == 56
@@ -25,17 +25,18 @@ METADATA = 2
 FALSE_CLAIM = 4
 """The flag of a pack that lacked a blob which another machine said it holds."""
 
-VERIFIED = 0x100
-"""The flag of a blob that this machine found where another machine said it is.
-
-It lies in the second byte of the flags; only the first says whether the blob counts as stored."""
+VERIFIED = 2
+"""The flag of a blob that this machine found where another machine said it is."""
 
 IndexedPack = tuple[PackRef, int, list[PackEntry]]
 """A pack, its size in bytes, and its entries."""
 
 
 class Location(NamedTuple):
-    """Location of a blob's payload: `pack` is the pack's ordinal, `offset` counts bytes from its start."""
+    """Location of a blob's payload: `pack` is the pack's ordinal, `offset` counts bytes from its start.
+
+    A blob in a group has the offset and the stored bytes of the group, and `position` in it.
+    """
 
     pack: int
     offset: int
@@ -45,6 +46,7 @@ class Location(NamedTuple):
     kind: int
     codec: int
     flags: int = 0
+    position: int = 0
 
     @property
     def is_damaged(self) -> bool:
@@ -53,8 +55,25 @@ class Location(NamedTuple):
 
     def matches(self, entry: PackEntry) -> bool:
         """Return whether this location agrees with an entry of the pack's directory."""
-        recorded = (entry.offset, entry.stored_bytes, entry.plain_bytes)
-        return (self.offset, self.stored_bytes, self.plain_bytes) == recorded
+        recorded = (entry.offset, entry.stored_bytes, entry.plain_bytes, entry.position)
+        return (self.offset, self.stored_bytes, self.plain_bytes, self.position) == recorded
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether the payload is a group of blobs."""
+        return is_group(self.codec)
+
+    def in_pack(self, digest: Digest) -> PackEntry:
+        """Return the entry of the pack's directory that this location agrees with."""
+        return PackEntry(
+            digest,
+            self.offset,
+            self.stored_bytes,
+            self.plain_bytes,
+            self.kind,
+            self.codec,
+            self.position,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +116,8 @@ CLAIMED = b"claimed"
 _REMOVED_AT_ONCE = 10_000
 
 
-Row = tuple[bytes, int, int, int, int, int, int, int]
-"""A digest; the ordinal of its pack, offset, stored bytes, plain bytes, kind, codec and flags."""
+Row = tuple[bytes, int, int, int, int, int, int, int, int]
+"""A digest; the ordinal of its pack, offset, stored bytes, plain bytes, kind, codec, position and flags."""
 
 
 class Tables:
@@ -193,9 +212,19 @@ class Tables:
         next_pack, next_blob, losses = self.counters(txn)
         blobs, pack_location = self.blobs, LOCATION.pack
         own: dict[int, bool] = {}
-        for digest, ordinal, offset, stored_bytes, plain_bytes, kind, codec, flags in rows:
+        for (
+            digest,
+            ordinal,
+            offset,
+            stored_bytes,
+            plain_bytes,
+            kind,
+            codec,
+            position,
+            flags,
+        ) in rows:
             place = (ordinal, offset, stored_bytes, plain_bytes)
-            location = pack_location(*place, next_blob, kind, codec, flags)
+            location = pack_location(*place, next_blob, kind, codec, flags, position)
             if txn.put(digest, location, overwrite=False, db=blobs):
                 next_blob += 1
                 continue
@@ -209,7 +238,7 @@ class Tables:
                 own[ordinal] and self.is_claim(txn, existing)
             )
             if not flags and not is_stored:
-                location = pack_location(*place, fields[4], kind, codec, 0)
+                location = pack_location(*place, fields[4], kind, codec, 0, position)
                 txn.put(digest, location, db=blobs)
                 self._put_copy(txn, digest, fields[0], existing)
             else:
@@ -260,7 +289,7 @@ class Tables:
         record = self.pack_of(txn, fields[0])
         # A check marks only the locations that `blobs` names, so a copy in a damaged pack is suspect.
         flags = DAMAGED if record is None or record.is_damaged else fields[7]
-        return LOCATION.pack(*fields[:7], flags)
+        return LOCATION.pack(*fields[:7], flags, fields[8])
 
     def copies_of(self, txn: Transaction, digest: bytes) -> list[bytes]:
         """Return the further locations of a blob."""
@@ -386,4 +415,4 @@ def pack_ref(name: bytes, flags: int) -> PackRef:
 
 def counts_as_stored(value: bytes | memoryview | None, marked: Set[int]) -> bool:
     """Return whether a row of `blobs` is of an intact blob in a pack that is not marked for removal."""
-    return value is not None and value[-2] == 0 and LOCATION.unpack(value)[0] not in marked
+    return value is not None and not value[-2] & DAMAGED and LOCATION.unpack(value)[0] not in marked

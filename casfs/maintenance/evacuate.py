@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from casfs.digest import Digest, short_id
 from casfs.errors import BlobError, CasfsError, NotFoundError
 from casfs.format.codec import BlobKind
+from casfs.format.pack import PackEntry
 from casfs.index.schema import Location, PackRecord
 from casfs.monitor import Monitor, Unit
 from casfs.repository.needed_blobs import NeededBlobs
@@ -133,7 +134,8 @@ def copy_needed_blobs(
     try:
         for record in records:
             entries = store.entries(record.pack)
-            for entry in sorted(entries, key=lambda entry: entry.offset):
+            counted = -1
+            for entry in sorted(entries, key=PackEntry.place):
                 location = store.index.lookup(entry.digest)
                 if (
                     location is None
@@ -148,7 +150,9 @@ def copy_needed_blobs(
                     store.index.mark_blobs(record.ordinal, [entry.digest])
                     continue
                 writer.put(BlobKind(location.kind), entry.digest, plain)
-                progress.read_bytes(entry.stored_bytes)
+                if entry.offset != counted:  # the blobs of a group are read at once
+                    progress.read_bytes(entry.stored_bytes)
+                    counted = entry.offset
             copied.packs += 1
             copied.pack_bytes += record.pack_bytes
             progress.items += 1

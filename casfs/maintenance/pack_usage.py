@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from casfs.digest import Digest
 from casfs.errors import IndexUnusableError
-from casfs.format.pack import BLOB_HEADER
 from casfs.index.schema import Location
 from casfs.maintenance.prune_plan import PackUsage
 from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.repository import Repository
+from casfs.store.pack_shares import PackShare
 
 
 @dataclass(slots=True)
@@ -33,8 +33,11 @@ def measure_usage(
     raises first because another index has replaced it.
     """
     found = NeededPacks()
+    indexed: dict[int, PackShare] = {}
+    shares: dict[int, PackShare] = {}
     elsewhere = repository.store.found_elsewhere
     for digest, location in repository.store.index.blobs():
+        indexed.setdefault(location.pack, PackShare()).add(location)
         if location.ordinal not in needed.blobs:
             found.unneeded_blobs += 1
             continue
@@ -42,7 +45,7 @@ def measure_usage(
         if location.is_damaged or digest in elsewhere:
             found.damaged[digest] = location
         usage = found.usage.setdefault(location.pack, PackUsage())
-        usage.needed_bytes += location.stored_bytes + BLOB_HEADER.size
+        shares.setdefault(location.pack, PackShare()).add(location)
         usage.has_damaged |= location.is_damaged
     if found.needed_blobs < needed.count:
         require_same_index()
@@ -50,4 +53,9 @@ def measure_usage(
             f"the index lists only {found.needed_blobs} of the {needed.count} needed blobs that it listed "
             "before; no further pack was removed; run `casfs repair index`"
         )
+    for record in repository.store.index.packs():
+        if record.ordinal in shares:
+            needed_share = shares[record.ordinal]
+            used = found.usage[record.ordinal]
+            used.needed_bytes = needed_share.stored_bytes(indexed[record.ordinal], record)
     return found

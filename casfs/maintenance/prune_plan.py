@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from casfs.format.pack import BLOB_HEADER, ENTRY, HEADER, TRAILER
 from casfs.index.schema import PackRecord
+from casfs.store.pack_shares import directory_bytes
 from casfs.store.writer import META_PACK_BYTES, PACK_BLOBS, PACK_BYTES
 
 DEFAULT_UNUSED_SHARE = 0.25
@@ -52,7 +52,10 @@ class PruneOptions:
 
 @dataclass(slots=True)
 class PackUsage:
-    """The needed blobs of a pack; `needed_bytes` counts payloads with their record headers."""
+    """The needed blobs of a pack; `needed_bytes` counts payloads with their record headers.
+
+    Of a group it counts the share of the needed blobs (`PackShare`).
+    """
 
     needed_bytes: int = 0
     has_damaged: bool = False
@@ -116,7 +119,7 @@ def packs_to_repack(
         # blobs of the pack are rewritten elsewhere, the pack is unneeded and not in `usage`.
         if record is None or pack_usage.has_damaged:
             continue
-        unused_bytes = record.pack_bytes - pack_usage.needed_bytes - _directory_bytes(record)
+        unused_bytes = record.pack_bytes - pack_usage.needed_bytes - directory_bytes(record)
         most_bytes = options.unused_share * record.pack_bytes
         if options.repack_all or record.is_damaged or unused_bytes > most_bytes:
             chosen.add(ordinal)
@@ -131,8 +134,3 @@ def packs_to_repack(
 def _is_small(record: PackRecord) -> bool:
     target_bytes = META_PACK_BYTES if record.pack.is_meta else PACK_BYTES
     return record.pack_bytes < _SMALL_SHARE * target_bytes
-
-
-def _directory_bytes(record: PackRecord) -> int:
-    """Return the bytes of a pack that are no blob records: header, directory and trailer."""
-    return HEADER.size + BLOB_HEADER.size + record.blobs * ENTRY.size + TRAILER.size

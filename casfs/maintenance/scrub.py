@@ -26,11 +26,11 @@ from casfs.errors import (
     PackError,
     StorageError,
 )
-from casfs.format.codec import ENCRYPTED, Encoded
+from casfs.format.codec import ENCRYPTED
+from casfs.format.group import group_bytes
 from casfs.format.pack import (
     BLOB_HEADER,
     ENCRYPTED_KIND,
-    ENTRY,
     TRAILER,
     PackEntry,
     PackRef,
@@ -75,8 +75,8 @@ class Finding:
 def directory_digest(entries: Iterable[PackEntry]) -> bytes:
     """Return 16 bytes that identify the entries of a pack, in any order."""
     hasher = blake3()
-    for e in sorted(entries, key=lambda entry: entry.offset):
-        hasher.update(ENTRY.pack(e.digest, e.stored_bytes, e.plain_bytes, e.kind, e.codec, 0))
+    for e in sorted(entries, key=PackEntry.place):
+        hasher.update(e.pack())
         hasher.update(e.offset.to_bytes(8, "little"))
     return hasher.digest(16)
 
@@ -356,7 +356,7 @@ class Scrubber:
         if read.is_intact:
             self._verified.append(ordinal)
             if not self._store.index.readonly and self._store.index.is_claimed(ordinal):
-                self._store.index.settle_claims(ordinal, {e.digest: e.offset for e in entries})
+                self._store.index.settle_claims(ordinal, {e.digest: e.place() for e in entries})
         else:
             self._damaged.setdefault(ordinal, {entry.digest for entry in entries})
             if damage:
@@ -427,16 +427,18 @@ class Scrubber:
         whole = blake3()
         reader = _PackReader(self._repository, pack, whole, self._monitor.progress.add_bytes)
         try:
-            for batch in _batches(sorted(entries, key=lambda entry: entry.offset)):
-                payloads = []
-                for entry in batch:
+            for batch in _batches(sorted(entries, key=PackEntry.place)):
+                wanted: list[tuple[PackEntry, bytes]] = []
+                for blobs in batch:
+                    entry = blobs[0]
                     begin = max(entry.offset - BLOB_HEADER.size, 0)
                     record = reader.read(begin, entry.offset - begin + entry.stored_bytes)
-                    payloads.append(record[entry.offset - begin :])
-                    if not _has_header(record, entry):
+                    payload = record[entry.offset - begin :]
+                    wanted += [(blob, payload) for blob in blobs]
+                    if not _has_header(record, blobs):
                         message = f"the header of its record at byte {begin} is damaged"
                         damage.append(Finding("pack", message, pack.id))
-                damage += self._verify(pack, batch, payloads)
+                damage += self._verify(pack, wanted)
             reader.read(pack_bytes - TRAILER.size, TRAILER.size)
         except CasfsError as error:
             damage = [
@@ -448,16 +450,10 @@ class Scrubber:
             damage.append(Finding("pack", "digest mismatch", pack.id))
         return _Read(entries, damage, not (damage or reported), reader.done_bytes)
 
-    def _verify(
-        self, pack: PackRef, entries: list[PackEntry], payloads: list[bytes]
-    ) -> Iterator[Finding]:
-        """Yield a finding for each damaged blob among `entries`, whose payloads were read."""
-        encoded = [
-            Encoded(entry.digest, entry.offset, entry.codec, payload, entry.plain_bytes)
-            for entry, payload in zip(entries, payloads, strict=True)
-        ]
-        plains = self._store.decode_many(pack, encoded)
-        for entry, payload, plain in zip(entries, payloads, plains, strict=True):
+    def _verify(self, pack: PackRef, wanted: list[tuple[PackEntry, bytes]]) -> Iterator[Finding]:
+        """Yield a finding for each damaged blob among entries whose payloads were read."""
+        plains = self._store.decode_many(pack, wanted)
+        for (entry, payload), plain in zip(wanted, plains, strict=True):
             if plain is None:
                 try:
                     self._store.decode(pack, entry, payload)
@@ -475,9 +471,13 @@ class Scrubber:
                 yield Finding("blob", str(error), pack.id, entry.digest)
 
 
-def _has_header(record: bytes, entry: PackEntry) -> bool:
-    """Return whether a record begins with the header that its directory entry stands for."""
-    expected = (entry.kind, entry.codec, entry.stored_bytes, entry.plain_bytes)
+def _has_header(record: bytes, blobs: list[PackEntry]) -> bool:
+    """Return whether a record begins with the header that the directory entries of its blobs stand for."""
+    entry = blobs[0]
+    plain_bytes = entry.plain_bytes
+    if entry.is_grouped:
+        plain_bytes = group_bytes([blob.plain_bytes for blob in blobs])
+    expected = (entry.kind, entry.codec, entry.stored_bytes, plain_bytes)
     if entry.codec & ENCRYPTED:
         # The rest is encrypted with the payload.
         expected = (ENCRYPTED_KIND, ENCRYPTED, entry.stored_bytes, 0)
@@ -489,15 +489,22 @@ def is_refused(error: CasfsError) -> bool:
     return isinstance(error, StorageError) and error.cause.errno in _REFUSED
 
 
-def _batches(entries: list[PackEntry]) -> Iterator[list[PackEntry]]:
-    """Yield runs of entries, bounded in number and bytes, that are in memory at the same time."""
-    batch: list[PackEntry] = []
+def _batches(entries: list[PackEntry]) -> Iterator[list[list[PackEntry]]]:
+    """Yield runs of records, bounded in number and bytes, that are in memory at the same time.
+
+    A record is the list of the entries of its blobs.
+    """
+    batch: list[list[PackEntry]] = []
     batch_bytes = 0
     for entry in entries:
-        if batch and (batch_bytes + entry.plain_bytes > _BATCH_BYTES or len(batch) >= _BATCH_BLOBS):
-            yield batch
-            batch, batch_bytes = [], 0
-        batch.append(entry)
+        if batch and entry.shares_group(batch[-1][-1]):
+            batch[-1].append(entry)
+        else:
+            if batch_bytes + entry.plain_bytes > _BATCH_BYTES or len(batch) >= _BATCH_BLOBS:
+                if batch:
+                    yield batch
+                batch, batch_bytes = [], 0
+            batch.append([entry])
         batch_bytes += entry.plain_bytes
     if batch:
         yield batch

@@ -15,6 +15,7 @@ from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.repository import Repository
 from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
 from casfs.store.blob_store import pack_name
+from casfs.store.pack_shares import stored_bytes
 from casfs.trees.reader import flagged_below
 
 _MAX_TIME_REQUESTS = 100
@@ -118,14 +119,16 @@ def snapshot_stats(
             others.add(other.root)
     needed = NeededBlobs(repository, others.blobs)
     needed.add(node)
+    index = repository.store.index
+    needed_bytes = stored_bytes(index, needed.shares)
     return SnapshotContentStats(
         snapshot_id=snapshot_id,
         entries=subtree_count(node) - (node.tree is not None),
         total_bytes=_file_bytes(node),
         flagged=flagged_below(node),
         blobs=needed.count,
-        stored_bytes=needed.stored_bytes,
-        unique_stored_bytes=needed.stored_bytes - needed.other_stored_bytes,
+        stored_bytes=needed_bytes,
+        unique_stored_bytes=needed_bytes - stored_bytes(index, needed.other_shares),
     )
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from casfs.digest import Digest
-from casfs.format.pack import BLOB_HEADER
 from casfs.format.tree import Node, NodeType
 from casfs.index.bitmap import Bitmap
 from casfs.index.schema import Location
 from casfs.repository.repository import Repository
+from casfs.store.pack_shares import PackShare
 from casfs.trees.content import HOLE, parse_records
 from casfs.trees.walk import Children, Page, walk_pages
 
@@ -37,8 +37,8 @@ class NeededBlobs:
     ) -> None:
         self.blobs = Bitmap()
         self.count = 0
-        self.stored_bytes = 0
-        self.other_stored_bytes = 0
+        self.shares: dict[int, PackShare] = {}
+        self.other_shares: dict[int, PackShare] = {}
         self._store = repository.store
         self._trees = repository.trees
         self._without = without
@@ -116,9 +116,8 @@ class NeededBlobs:
         """Count a blob once."""
         if self.blobs.add(location.ordinal):
             self.count += 1
-            stored_bytes = location.stored_bytes + BLOB_HEADER.size
-            self.stored_bytes += stored_bytes
+            self.shares.setdefault(location.pack, PackShare()).add(location)
             if self._on_blob is not None:
                 self._on_blob(digest, location)
             if self._without is not None and location.ordinal in self._without:
-                self.other_stored_bytes += stored_bytes
+                self.other_shares.setdefault(location.pack, PackShare()).add(location)

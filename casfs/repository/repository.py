@@ -207,6 +207,7 @@ class Repository:
 
     def writer(self, dry_run: bool = False, spool_in_memory: bool = False) -> BlobWriter:
         """Return a writer of blobs; the repository must be open for writing."""
+        from casfs.store.layout import FORMAT_1, FORMAT_2
         from casfs.store.writer import BlobWriter
 
         return BlobWriter(
@@ -214,7 +215,7 @@ class Repository:
             dry_run=dry_run,
             spool_in_memory=spool_in_memory,
             session=self.key_manager.session if self.key_manager is not None else None,
-            separate_metadata=self.config.separates_metadata,
+            layout=FORMAT_2 if self.config.separates_metadata else FORMAT_1,
             claims=self.claims,
         )
 

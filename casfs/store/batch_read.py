@@ -7,12 +7,12 @@ distance the round trip exceeds both; a batch pays them once. The reads of a bat
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from casfs.digest import Digest
 from casfs.errors import CasfsError
-from casfs.format.codec import Encoded
+from casfs.format.pack import PackEntry
 from casfs.index.schema import Location
 from casfs.storage.base import Storage
 from casfs.store.blob_store import BlobStore, pack_name
@@ -54,11 +54,20 @@ class BlobRun:
     size: int
     blobs: list[tuple[Digest, Location]]
 
-    def encoded(self, digest: Digest, at: Location, data: memoryview) -> Encoded:
-        """Return one of the blobs as stored, from the bytes that were read."""
-        begin = at.offset - self.begin
-        payload = bytes(data[begin : begin + at.stored_bytes])
-        return Encoded(digest, at.offset, at.codec, payload, at.plain_bytes)
+    def payloads(
+        self, blobs: Sequence[tuple[Digest, Location]], data: memoryview
+    ) -> list[tuple[PackEntry, bytes]]:
+        """Return some of the blobs as stored, from the bytes that were read."""
+        found: list[tuple[PackEntry, bytes]] = []
+        for digest, at in blobs:
+            entry = at.in_pack(digest)
+            if found and entry.shares_group(found[-1][0]):
+                payload = found[-1][1]
+            else:
+                begin = at.offset - self.begin
+                payload = bytes(data[begin : begin + at.stored_bytes])
+            found.append((entry, payload))
+        return found
 
 
 def plan_reads(store: BlobStore, wanted: Mapping[Digest, int], plan: ReadPlan) -> Iterator[BlobRun]:
@@ -79,7 +88,7 @@ def gather_reads(found: Iterable[tuple[Digest, Location]], plan: ReadPlan) -> It
     """Yield the reads that return the blobs at some locations."""
     blobs: list[tuple[Digest, Location]] = []
     pack = begin = end = -1
-    for digest, at in sorted(found, key=lambda blob: (blob[1].pack, blob[1].offset)):
+    for digest, at in sorted(found, key=_place):
         last = at.offset + at.stored_bytes
         is_near = at.offset <= end + plan.gap_bytes and last <= begin + plan.read_bytes
         if blobs and not (at.pack == pack and is_near):
@@ -88,9 +97,14 @@ def gather_reads(found: Iterable[tuple[Digest, Location]], plan: ReadPlan) -> It
         if not blobs:
             pack, begin = at.pack, at.offset
         blobs.append((digest, at))
-        end = last
+        end = max(end, last)
     if blobs:
         yield BlobRun(pack, begin, end - begin, blobs)
+
+
+def _place(blob: tuple[Digest, Location]) -> tuple[int, int, int]:
+    at = blob[1]
+    return at.pack, at.offset, at.position
 
 
 def read_run(store: BlobStore, run: BlobRun) -> dict[Digest, bytes]:
@@ -102,9 +116,7 @@ def read_run(store: BlobStore, run: BlobRun) -> dict[Digest, bytes]:
     try:
         pack = store.index.pack_ref(run.pack)
         data = memoryview(store.bulk_storage.read(pack_name(pack), run.begin, run.size))
-        decoded = store.decode_many(
-            pack, [run.encoded(*blob, data) for blob in run.blobs], _THREADS
-        )
+        decoded = store.decode_many(pack, run.payloads(run.blobs, data), _THREADS)
     except CasfsError as error:
         log.debug("%d blobs cannot be read at once: %s", len(run.blobs), error)
         return plains

@@ -25,7 +25,8 @@ from casfs.errors import (
     SessionError,
     StorageError,
 )
-from casfs.format.codec import ENCRYPTED, TAG_BYTES, BlobCodec, Encoded
+from casfs.format.codec import ENCRYPTED, TAG_BYTES, BlobCodec
+from casfs.format.group import Group
 from casfs.format.pack import (
     BLOB_HEADER,
     DATA_PREFIX,
@@ -46,6 +47,7 @@ from casfs.index.schema import IndexedPack, Location
 from casfs.storage.base import Storage
 from casfs.storage.caching import CachingStorage
 from casfs.store.duplicates import Duplicates
+from casfs.store.groups import GroupCache
 from casfs.store.pending_removal import packs_pending_removal
 from casfs.store.verified_packs import VerifiedPacks
 
@@ -134,6 +136,7 @@ class BlobStore:
         self._left_out = False
         self._search_lock = threading.Lock()
         self._searched_s: float | None = None
+        self._groups = GroupCache()
         self.use_index(index)
         self._old_entries: dict[PackRef, list[PackEntry]] = {}
 
@@ -230,44 +233,55 @@ class BlobStore:
 
         Raise BlobError; in an encrypted repository also the errors of `PackCiphers.for_pack`.
         """
-        digest, offset, _, plain_bytes, _, codec = entry
-        return self._decode(pack, digest, offset, codec, payload, plain_bytes)
-
-    def _decode(
-        self,
-        pack: PackRef,
-        digest: Digest,
-        offset: int,
-        codec: int,
-        payload: bytes,
-        plain_bytes: int,
-    ) -> bytes:
+        if entry.is_grouped:
+            group = self._open_group(pack, entry, payload)
+            return group.blob(entry.digest, entry.position, entry.plain_bytes)
+        digest, plain_bytes = entry.digest, entry.plain_bytes
         if self._ciphers is None:
-            return self.codec.decode(digest, codec, payload, plain_bytes)
+            return self.codec.decode(digest, entry.codec, payload, plain_bytes)
         cipher = self._ciphers.for_pack(pack.id, pack_name(pack))
-        inner = cipher.decrypt(digest, offset, payload)
-        if (inner.codec | ENCRYPTED, inner.plain_bytes) != (codec, plain_bytes):
+        inner = cipher.decrypt(digest, entry.offset, payload)
+        if (inner.codec | ENCRYPTED, inner.plain_bytes) != (entry.codec, plain_bytes):
             raise BlobError(digest, "its encrypted codec and size do not match the recorded ones")
         return self.codec.decode(
             digest, inner.codec, inner.payload, plain_bytes, cipher.digest_key(inner)
         )
 
-    def decode_many(
-        self, pack: PackRef, wanted: Sequence[Encoded], threads: int = 1
-    ) -> list[bytes | None]:
-        """Return the verified plaintexts of payloads of one pack, None for each damaged payload.
+    def _open_group(self, pack: PackRef, entry: PackEntry, payload: bytes) -> Group:
+        """Return the group that a payload holds; `entry` is of one of its blobs."""
+        digest = entry.digest
+        if self._ciphers is None:
+            return self.codec.open_group(digest, payload)
+        cipher = self._ciphers.for_pack(pack.id, pack_name(pack))
+        inner = cipher.decrypt(digest, entry.offset, payload)
+        if inner.codec | ENCRYPTED != entry.codec:
+            raise BlobError(digest, "its encrypted codec does not match the recorded one")
+        key = cipher.digest_key(inner)
+        return self.codec.open_group(digest, inner.payload, inner.plain_bytes, key)
 
-        Raise PackError where nothing of the pack can be decrypted.
+    def decode_many(
+        self, pack: PackRef, wanted: Sequence[tuple[PackEntry, bytes]], threads: int = 1
+    ) -> list[bytes | None]:
+        """Return the verified plaintexts of blobs of one pack with their payloads, None for each damaged one.
+
+        A group is decoded once for blobs that follow one another. Raise PackError where nothing of the pack
+        can be decrypted.
         """
         if self._ciphers is None:
-            return self.codec.decode_many(wanted, threads)
+            encoded = [entry.encoded(payload) for entry, payload in wanted]
+            return self.codec.decode_many(encoded, threads)
         plains: list[bytes | None] = []
-        for one in wanted:
+        at, group = -1, None
+        for entry, payload in wanted:
             try:
+                if not entry.is_grouped:
+                    plains.append(self.decode(pack, entry, payload))
+                    continue
+                if entry.offset != at:
+                    at, group = entry.offset, None
+                    group = self._open_group(pack, entry, payload)
                 plains.append(
-                    self._decode(
-                        pack, one.digest, one.offset, one.codec, one.payload, one.plain_bytes
-                    )
+                    group.blob(entry.digest, entry.position, entry.plain_bytes) if group else None
                 )
             except BlobError:
                 plains.append(None)
@@ -297,6 +311,9 @@ class BlobStore:
             pack = self.index.pack_ref(location.pack)
         except IndexUnusableError as error:
             raise BlobError(digest, "the index refers to an unknown pack") from error
+        plain = self._from_cache(digest, location, pack)
+        if plain is not None:
+            return plain
         try:
             payload = self.storage.read(pack_name(pack), location.offset, location.stored_bytes)
         except NotFoundError as error:
@@ -310,13 +327,38 @@ class BlobStore:
         if len(payload) != location.stored_bytes:
             raise BlobError(digest, "its pack is too short to hold it", pack.id)
         try:
-            plain = self._decode(
-                pack, digest, location.offset, location.codec, payload, location.plain_bytes
-            )
+            return self._decode_and_cache(digest, location, pack, payload)
         except BlobError as error:
             raise BlobError(digest, error.reason, pack.id) from error
         except PackError as error:
             raise BlobError(digest, f"its pack is damaged: {error.reason}", pack.id) from error
+
+    def _from_cache(self, digest: Digest, location: Location, pack: PackRef) -> bytes | None:
+        """Return the verified plaintext of a blob whose group is cached, else None."""
+        if not location.is_grouped:
+            return None
+        group = self._groups.get(pack.id, location.offset)
+        if group is None:
+            return None
+        try:
+            plain = group.blob(digest, location.position, location.plain_bytes)
+        except BlobError:
+            # The storage may have given wrong bytes once.
+            self._groups.drop(pack.id, location.offset)
+            return None
+        self.verified.mark(location)
+        return plain
+
+    def _decode_and_cache(
+        self, digest: Digest, location: Location, pack: PackRef, payload: bytes
+    ) -> bytes:
+        entry = location.in_pack(digest)
+        if location.is_grouped:
+            group = self._open_group(pack, entry, payload)
+            plain = group.blob(digest, location.position, location.plain_bytes)
+            self._groups.put(pack.id, location.offset, group)
+        else:
+            plain = self.decode(pack, entry, payload)
         self.verified.mark(location)
         return plain
 
@@ -326,9 +368,12 @@ class BlobStore:
         None also means missing or damaged; `read` raises the reason.
         """
         location = self.index.lookup(digest)
-        if location is None or location.stored_bytes > max_stored_bytes:
+        if location is None:
             return None
         pack = self.index.pack_ref(location.pack)
+        plain = self._from_cache(digest, location, pack)
+        if plain is not None or location.stored_bytes > max_stored_bytes:
+            return plain
         name = pack_name(pack)
         if self._ciphers is not None and not self._ciphers.is_cached(name):
             return None  # decrypting its session would block
@@ -336,13 +381,9 @@ class BlobStore:
         if payload is None:
             return None
         try:
-            plain = self._decode(
-                pack, digest, location.offset, location.codec, payload, location.plain_bytes
-            )
+            return self._decode_and_cache(digest, location, pack, payload)
         except CasfsError:
             return None
-        self.verified.mark(location)
-        return plain
 
     def prefetch(self, digests: Sequence[Digest]) -> int:
         """Start to load the stored bytes of blobs into memory, and return their number.
@@ -362,7 +403,7 @@ class BlobStore:
                 runs.append((at.pack, at.offset, end))
         for pack, begin, end in runs:
             self.storage.prefetch(pack_name(self.index.pack_ref(pack)), begin, end - begin)
-        return sum(at.stored_bytes for at in found)
+        return sum(end - begin for _, begin, end in runs)
 
     def stored_packs(self) -> Iterator[tuple[PackRef, int]]:
         """Yield every pack in the storage, of both kinds, with its size in bytes."""
@@ -431,12 +472,13 @@ class BlobStore:
                     inner = cipher.decrypt(b"", offset, payload)
                     kind, codec, plain_bytes = inner.kind, inner.codec, inner.plain_bytes
                     payload, key = inner.payload, cipher.digest_key(inner)
-                digest = self.codec.digest_payload(codec, payload, plain_bytes, key)
+                found = list(self.codec.digest_payload(codec, payload, plain_bytes, key))
             except IntegrityError:
                 continue
             if cipher is not None:
                 codec |= ENCRYPTED
-            entries.append(PackEntry(digest, offset, stored_bytes, plain_bytes, kind, codec))
+            for position, (digest, size) in enumerate(found):
+                entries.append(PackEntry(digest, offset, stored_bytes, size, kind, codec, position))
         return entries
 
     def reconcile(
@@ -622,10 +664,7 @@ class BlobStore:
         entries_by_pack: dict[PackRef, list[PackEntry]] = {}
         for digest, at in self.index.blobs() if names else ():
             if at.pack in names:
-                entry = PackEntry(
-                    digest, at.offset, at.stored_bytes, at.plain_bytes, at.kind, at.codec
-                )
-                entries_by_pack.setdefault(names[at.pack], []).append(entry)
+                entries_by_pack.setdefault(names[at.pack], []).append(at.in_pack(digest))
         return entries_by_pack
 
     def _indexed(self, packs: Iterable[tuple[PackRef, int]]) -> Iterator[IndexedPack]:

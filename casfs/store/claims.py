@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from casfs.digest import Digest, PackId, short_id
 from casfs.errors import CasfsError, PackError
 from casfs.format.codec import MAX_PLAIN_BYTES
+from casfs.format.group import MAX_GROUP_BYTES
 from casfs.format.pack import MAX_STORED_BYTES, PackRef
 from casfs.index.delta_notes import DeltaNotes
 from casfs.index.schema import Location
@@ -85,17 +86,19 @@ class ClaimVerifier:
         for ordinal, wanted in by_pack.items():
             possible = {digest: at for digest, at in wanted.items() if digest not in wrong}
             try:
-                offsets = self._read(ordinal, possible) if possible else {}
+                places = self._read(ordinal, possible) if possible else {}
             except CasfsError as error:
                 # Without the keys, or where the pack is gone or cannot be read, the blobs are stored again.
                 log.info("%d blobs that others stored cannot be verified: %s", len(wanted), error)
                 continue
-            self._settle(ordinal, offsets, wanted.keys() - offsets.keys())
-            found |= wanted.keys() & offsets.keys()
+            self._settle(ordinal, places, wanted.keys() - places.keys())
+            found |= wanted.keys() & places.keys()
         return found
 
-    def _read(self, ordinal: int, wanted: Mapping[Digest, Location]) -> dict[Digest, int]:
-        """Return the offsets of the wanted blobs that a pack holds, and of those read with them."""
+    def _read(
+        self, ordinal: int, wanted: Mapping[Digest, Location]
+    ) -> dict[Digest, tuple[int, int]]:
+        """Return the places of the wanted blobs that a pack holds, and of those read with them."""
         pack = self._store.index.pack_ref(ordinal)
         blobs = dict(wanted)
         if self._is_whole_due(ordinal, pack, wanted.values()):
@@ -103,7 +106,7 @@ class ClaimVerifier:
                 blobs.setdefault(digest, at)
         # What was read of metadata is in the cache; data would displace more useful data there.
         storage = self._store.storage if pack.is_meta else self._store.bulk_storage
-        found: dict[Digest, int] = {}
+        found: dict[Digest, tuple[int, int]] = {}
         with ThreadPoolExecutor(self._plan.parallel_reads, "casfs-claims") as pool:
             read = functools.partial(self._read_run, pack, storage)
             for part in pool.map(read, gather_reads(blobs.items(), self._plan)):
@@ -114,7 +117,7 @@ class ClaimVerifier:
         """Return whether all of a pack is to be verified now, beside the wanted blobs."""
         if ordinal in self._whole:
             return False
-        relied_bytes = self._relied_bytes.get(ordinal, 0) + sum(at.stored_bytes for at in wanted)
+        relied_bytes = self._relied_bytes.get(ordinal, 0) + sum(map(_own_bytes, wanted))
         self._relied_bytes[ordinal] = relied_bytes
         # A writer has compared the size in the index with the storage.
         pack_bytes = sum(one.pack_bytes for one in DeltaNotes(self._store.index).records([pack.id]))
@@ -134,30 +137,36 @@ class ClaimVerifier:
             return
         for e in entries:
             place = (ordinal, e.offset, e.stored_bytes, e.plain_bytes)
-            yield e.digest, Location(*place, 0, e.kind, e.codec)
+            yield e.digest, Location(*place, 0, e.kind, e.codec, 0, e.position)
 
-    def _read_run(self, pack: PackRef, storage: Storage, run: BlobRun) -> dict[Digest, int]:
-        """Return the offsets of those blobs of a run that are intact."""
+    def _read_run(
+        self, pack: PackRef, storage: Storage, run: BlobRun
+    ) -> dict[Digest, tuple[int, int]]:
+        """Return the places of those blobs of a run that are intact."""
         found = self._decode_run(pack, storage, run)
         if len(found) < len(run.blobs) and storage is not self._store.bulk_storage:
             # The cache may have kept wrong bytes that the storage gave once.
             found = self._decode_run(pack, self._store.bulk_storage, run)
         return found
 
-    def _decode_run(self, pack: PackRef, storage: Storage, run: BlobRun) -> dict[Digest, int]:
+    def _decode_run(
+        self, pack: PackRef, storage: Storage, run: BlobRun
+    ) -> dict[Digest, tuple[int, int]]:
         data = memoryview(storage.read(pack_name(pack), run.begin, run.size))
-        found: dict[Digest, int] = {}
+        found: dict[Digest, tuple[int, int]] = {}
         for blobs in _batches(run.blobs):
             try:
-                plains = self._store.decode_many(pack, [run.encoded(*one, data) for one in blobs])
+                plains = self._store.decode_many(pack, run.payloads(blobs, data))
             except PackError:
                 return {}  # nothing of it can be decrypted
             for (digest, at), plain in zip(blobs, plains, strict=True):
                 if plain is not None:
-                    found[digest] = at.offset
+                    found[digest] = at.offset, at.position
         return found
 
-    def _settle(self, ordinal: int, found: Mapping[Digest, int], absent: set[Digest]) -> None:
+    def _settle(
+        self, ordinal: int, found: Mapping[Digest, tuple[int, int]], absent: set[Digest]
+    ) -> None:
         """Record in the index what a pack holds; report a pack that lacks blobs."""
         self._store.index.settle_claims(ordinal, found, absent)
         if not absent:
@@ -172,13 +181,24 @@ class ClaimVerifier:
         self.false_packs[pack] = self.false_packs.get(pack, 0) + len(absent)
 
 
+def _own_bytes(at: Location) -> int:
+    """Return the stored bytes of a blob, at most its plaintext where it shares them with a group."""
+    return min(at.stored_bytes, at.plain_bytes) if at.is_grouped else at.stored_bytes
+
+
+def _most_stored_bytes(at: Location) -> int:
+    """Return the most bytes that an honest payload with a blob has."""
+    plain_bytes = MAX_GROUP_BYTES if at.is_grouped else at.plain_bytes
+    return plain_bytes + MAX_STORED_BYTES - MAX_PLAIN_BYTES
+
+
 def _of_wrong_size(claims: Mapping[Digest, Location], sizes: Mapping[Digest, int]) -> set[Digest]:
     """Return the claims that cannot be true, and that could cost more to read than the blob has bytes."""
     return {
         digest
         for digest, at in claims.items()
         if at.plain_bytes != sizes.get(digest, at.plain_bytes)
-        or at.stored_bytes > at.plain_bytes + MAX_STORED_BYTES - MAX_PLAIN_BYTES
+        or at.stored_bytes > _most_stored_bytes(at)
     }
 
 

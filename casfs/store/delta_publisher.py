@@ -138,12 +138,9 @@ class DeltaPublisher:
         found: dict[int, list[PackEntry]] = {ordinal: [] for ordinal in by_ordinal}
         for digest, at in self._store.index.blobs():
             if at.pack in found and not at.is_damaged:
-                entry = PackEntry(
-                    digest, at.offset, at.stored_bytes, at.plain_bytes, at.kind, at.codec
-                )
-                found[at.pack].append(entry)
+                found[at.pack].append(at.in_pack(digest))
         for ordinal, entries in found.items():
             record = by_ordinal[ordinal]
-            entries.sort(key=lambda entry: entry.offset)
+            entries.sort(key=PackEntry.place)
             if entries:
                 yield DeltaPack(record.pack, record.pack_bytes, entries)

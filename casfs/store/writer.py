@@ -2,11 +2,12 @@
 
 Each writer runs a thread that deduplicates and packs, two that compress a batch each, and one that commits
 full packs; several commit at the same time where packs travel a distance. Batches are packed in the order of
-`put`, whichever is compressed first. Data go into one open pack, and trees and content lists into another
-where the repository separates metadata. `_commit_packs` is the only place with the order of durable steps:
-pack data, the pack's name, the index. `finish()` returns only when everything that was put is durable and
-indexed. The next `put` or `finish` raises an error of any thread. The queues between the threads hold few
-batches, and few packs are committed at a time, so memory is bounded.
+`put`, whichever is compressed first. The layout decides which blobs share a payload or a pack: data go into
+one open pack, and trees and content lists into another where the repository separates metadata.
+`_commit_packs` is the only place with the order of durable steps: pack data, the pack's name, the index.
+`finish()` returns only when everything that was put is durable and indexed. The next `put` or `finish` raises
+an error of any thread. The queues between the threads hold few batches, and few packs are committed at a
+time, so memory is bounded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from blake3 import blake3
 
 from casfs.digest import Digest, PackId
 from casfs.errors import BlobError
-from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind, Codec
+from casfs.format.codec import ENCRYPTED, MAX_PLAIN_BYTES, BlobKind
 from casfs.format.pack import (
     BLOB_HEADER,
     ENCRYPTED_KIND,
@@ -42,6 +43,7 @@ from casfs.format.pack import (
 from casfs.storage.base import ObjectWriter
 from casfs.store.blob_store import BlobStore, pack_name
 from casfs.store.claims import ClaimVerifier
+from casfs.store.layout import FORMAT_1, NewBlob, NewRecord, PackLayout, encode_records
 
 if TYPE_CHECKING:
     from casfs.format.cipher import PackCipher
@@ -83,7 +85,6 @@ _MAX_UPLOAD_BYTES = 2 * PACK_BYTES
 carries the next; a third full pack would add to the memory and not to the speed."""
 
 Batch = list[tuple[BlobKind, Digest, bytes]]
-Payloads = list[tuple[Codec, bytes]]
 
 
 @dataclass(slots=True)
@@ -101,8 +102,8 @@ class BlobWriter:
 
     With `dry_run` it does everything except write. `spool_in_memory` keeps unfinished packs in memory instead
     of in temporary files. In an encrypted repository it calls `session` when it begins the first pack; the
-    returned session is durable. With `separate_metadata`, as in format 2, trees and content lists go into
-    metadata packs. `claims` verifies what other machines stored.
+    returned session is durable. `layout` is that of the repository's format. `claims` verifies what other
+    machines stored.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class BlobWriter:
         spool_in_memory: bool = False,
         pack_bytes: int = PACK_BYTES,
         session: Callable[[], WriteSession] | None = None,
-        separate_metadata: bool = False,
+        layout: PackLayout = FORMAT_1,
         claims: ClaimVerifier | None = None,
     ) -> None:
         self.stats = WriteStats()
@@ -122,7 +123,7 @@ class BlobWriter:
         self._dry_run = dry_run
         self._in_memory = spool_in_memory
         self._pack_bytes = pack_bytes
-        self._separate_metadata = separate_metadata
+        self._layout = layout
         self._batch: Batch = []
         self._batch_bytes = 0
         self._queue: queue.Queue[Batch | None] = queue.Queue(_QUEUED_BATCHES)
@@ -235,11 +236,11 @@ class _Packer:
         self._dry_run = writer._dry_run
         self._in_memory = writer._in_memory
         self._session = writer._session
-        self._separate_metadata = writer._separate_metadata
+        self._layout = writer._layout
         meta_bytes = min(writer._pack_bytes, META_PACK_BYTES)
         self._pack_bytes = {False: writer._pack_bytes, True: meta_bytes}
         self._compressors = compressors
-        self._ahead: deque[tuple[Batch, Future[Payloads]]] = deque()
+        self._ahead: deque[tuple[list[NewBlob], Future[list[NewRecord]]]] = deque()
         self._ahead_digests: set[Digest] = set()
         self._committer = committer
         is_far = self._store.storage.capabilities.parallel_requests > 1
@@ -251,11 +252,15 @@ class _Packer:
 
     def store(self, batch: Batch) -> None:
         """Start to compress a batch's blobs that are not stored yet; pack an earlier batch if enough wait."""
-        fresh = self._not_stored(batch)
+        fresh = [
+            NewBlob(kind, digest, plain, self._domain_of(digest, plain))
+            for kind, digest, plain in self._not_stored(batch)
+        ]
         if fresh:
-            self._ahead_digests.update([digest for _, digest, _ in fresh])
-            plains = [plain for _, _, plain in fresh]
-            encoding = self._compressors.submit(self._store.codec.encode_many, plains)
+            self._ahead_digests.update([blob.digest for blob in fresh])
+            encoding = self._compressors.submit(
+                encode_records, self._store.codec, fresh, self._layout
+            )
             self._ahead.append((fresh, encoding))
         if len(self._ahead) >= _COMPRESSED_AHEAD:
             self.pack_oldest()
@@ -273,21 +278,20 @@ class _Packer:
     def pack_oldest(self) -> None:
         """Wait until the oldest batch is compressed, then pack it."""
         batch, encoding = self._ahead.popleft()
-        payloads = encoding.result()
-        for (kind, digest, plain), (codec, payload) in zip(batch, payloads, strict=True):
-            is_meta = self._separate_metadata and kind in METADATA_KINDS
+        for record in encoding.result():
+            is_meta = self._layout.separates_metadata and record.blobs[0].kind in METADATA_KINDS
             pack = self._open.get(is_meta)
             if pack is None:
                 pack = self._open[is_meta] = self._new_pack(is_meta)
-            stored_bytes = pack.add(kind, codec, digest, plain, payload)
-            self._stats.new_blobs += 1
-            self._stats.new_plain_bytes += len(plain)
+            stored_bytes = pack.add(record)
+            self._stats.new_blobs += len(record.blobs)
+            self._stats.new_plain_bytes += sum(len(blob.plain) for blob in record.blobs)
             self._stats.new_stored_bytes += stored_bytes + BLOB_HEADER.size
             if pack.bytes >= self._full_bytes(is_meta) or len(pack.entries) >= PACK_BLOBS:
                 self._finish_packs([pack])
                 if not is_meta:
                     self._next_bytes *= 2
-        self._ahead_digests.difference_update([digest for _, digest, _ in batch])
+        self._ahead_digests.difference_update([blob.digest for blob in batch])
 
     def _full_bytes(self, is_meta: bool) -> int:
         """Return the size at which the open pack is full."""
@@ -314,6 +318,12 @@ class _Packer:
             if pack.spool is not None:
                 pack.spool.discard()
         self._open.clear()
+
+    def _domain_of(self, digest: Digest, plain: bytes) -> int:
+        """Return the index of the domain that keys a blob's digest, 0 in an unencrypted repository."""
+        if self._session is None or self._dry_run:
+            return 0
+        return self._session().domain_of(digest, plain)
 
     def _new_pack(self, is_meta: bool) -> _OpenPack:
         if self._dry_run:
@@ -390,20 +400,24 @@ class _OpenPack:
             header = encode_session_header(cipher.session.id, cipher.salt)
         self._buffer = bytearray(header)
 
-    def add(self, kind: BlobKind, codec: int, digest: Digest, plain: bytes, payload: bytes) -> int:
+    def add(self, record: NewRecord) -> int:
         """Append one record and return its payload's stored size in bytes."""
         buffer = self._buffer
         offset = self.bytes + len(buffer) + BLOB_HEADER.size
+        blobs, used, payload, plain_bytes = record
+        codec, kind, domain = int(used), blobs[0].kind, blobs[0].domain
         if self._cipher is None:
-            buffer += encode_record_header(kind, codec, len(payload), len(plain))
+            buffer += encode_record_header(kind, codec, len(payload), plain_bytes)
         else:
-            domain = self._cipher.session.domain_of(digest, plain)
-            payload = self._cipher.encrypt(offset, kind, codec, domain, len(plain), payload)
+            payload = self._cipher.encrypt(offset, kind, codec, domain, plain_bytes, payload)
             buffer += encode_record_header(ENCRYPTED_KIND, ENCRYPTED, len(payload), 0)
             codec |= ENCRYPTED
         buffer += payload
-        self.digests.add(digest)
-        self.entries.append(PackEntry(digest, offset, len(payload), len(plain), kind, codec))
+        for position, blob in enumerate(blobs):
+            self.digests.add(blob.digest)
+            self.entries.append(
+                PackEntry(blob.digest, offset, len(payload), len(blob.plain), kind, codec, position)
+            )
         if len(buffer) >= _BUFFER_BYTES:
             self.flush()
         return len(payload)

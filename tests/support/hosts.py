@@ -24,6 +24,7 @@ from casfs.store.delta_merge import DeltaMerger, MergeResult
 from casfs.store.delta_publisher import DeltaPublisher
 from casfs.store.delta_sync import DeltaSync, list_deltas
 from casfs.store.index_update import UpdateOptions, update_index
+from casfs.store.layout import FORMAT_2
 from casfs.store.writer import BlobWriter
 
 WRITER = UpdateOptions(is_writer=True)
@@ -122,6 +123,7 @@ class OpenHost:
             self.store,
             pack_bytes=pack_bytes,
             session=None if session is None else (lambda: session),
+            layout=FORMAT_2,
         )
         try:
             for plain in plains:
@@ -161,16 +163,13 @@ class OpenHost:
         return self.store.read(self.store.codec.digest(plain))
 
 
-def locations(index: Index) -> dict[Digest, tuple[PackRef, int, int, int, int, int]]:
-    """Return every blob of an index with its pack, offset, sizes, kind and codec."""
+def locations(index: Index) -> dict[Digest, tuple[PackRef, int, int, int, int, int, int]]:
+    """Return every blob of an index with its pack, offset, sizes, kind, codec and position in a group."""
     packs = {record.ordinal: record.pack for record in index.packs()}
-    return {
-        digest: (packs[at.pack], at.offset, at.stored_bytes, at.plain_bytes, at.kind, at.codec)
-        for digest, at in index.blobs()
-    }
+    return {digest: (packs[at.pack], *at.in_pack(digest)[1:]) for digest, at in index.blobs()}
 
 
-Place_ = tuple[PackRef, int, int, int, int, int]
+Place_ = tuple[PackRef, int, int, int, int, int, int]
 
 
 def directories(place: Place, folder: Path) -> dict[Digest, set[Place_]]:

@@ -27,6 +27,7 @@ from casfs.format.pack import (
 from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
 from casfs.store.blob_store import BlobStore, pack_name, parse_pack_name
+from casfs.store.layout import FORMAT_1, PackLayout
 from casfs.store.writer import PACK_BYTES, BlobWriter, WriteStats
 
 PROJECT = Path(casfs.__file__).parent.parent
@@ -86,10 +87,10 @@ def store_blobs(
     plains: Iterable[bytes],
     kind: BlobKind = BlobKind.DATA,
     pack_bytes: int = PACK_BYTES,
-    separate_metadata: bool = False,
+    layout: PackLayout = FORMAT_1,
 ) -> WriteStats:
     """Store blobs to the end, durably and in the index."""
-    writer = BlobWriter(store, pack_bytes=pack_bytes, separate_metadata=separate_metadata)
+    writer = BlobWriter(store, pack_bytes=pack_bytes, layout=layout)
     try:
         for plain in plains:
             writer.put(kind, digest_of(plain), plain)

@@ -25,6 +25,7 @@ from casfs.format import (
     codec,
     config,
     delta,
+    group,
     key_derivation,
     lock_policy,
     pack,
@@ -37,7 +38,7 @@ from casfs.maintenance import prune_plan
 from casfs.repository import object_locks, presence
 from casfs.repository.creation import create_repository
 from casfs.storage import local, locks
-from casfs.store import pending_removal, writer
+from casfs.store import layout, pending_removal, writer
 from casfs.trees import content
 from casfs.trees import writer as tree_writer
 from tests.support.builders import RepositoryFixture
@@ -220,6 +221,8 @@ def test_parameters_are_those_of_the_code() -> None:
         "target size of a pack": writer.PACK_BYTES,
         "target size of a metadata pack": writer.META_PACK_BYTES,
         "target number of blobs in a pack": writer.PACK_BLOBS,
+        "most bytes of blobs in a group": layout.GROUP_BYTES,
+        "size from which samples are compressed first": codec._SAMPLED_BYTES,
         "most extents in a node": content.MAX_INLINE_RECORDS,
         "fewest extents in a list piece": content._PIECE_MIN_RECORDS,
         "most extents in a list piece": content._PIECE_MAX_RECORDS,
@@ -243,6 +246,8 @@ def test_limits_are_those_of_the_code() -> None:
     assert {row[0]: number(row[1]) for row in rows("Hostile input")} == {
         "plaintext of a blob": codec.MAX_PLAIN_BYTES,
         "payload of a blob": pack.MAX_STORED_BYTES,
+        "plaintext of a group": group.MAX_GROUP_BYTES,
+        "blobs in a group": group.MAX_GROUP_BLOBS,
         "blobs in a pack": pack.MAX_PACK_BLOBS,
         "size of a pack": pack.MAX_PACK_BYTES,
         "size of an index delta": delta.MAX_DELTA_BYTES,
@@ -412,8 +417,8 @@ class Reader:
 
     @staticmethod
     def plain(codec: int, payload: bytes, size: int) -> bytes:
-        data = zstandard.ZstdDecompressor().decompress(payload) if codec == 1 else payload
-        assert codec in (0, 1) and len(data) == size
+        data = zstandard.ZstdDecompressor().decompress(payload) if codec else payload
+        assert codec in (0, 1, 2) and len(data) == size
         return data
 
     def pack(self, path: Path) -> Iterator[tuple[bytes, bytes]]:
@@ -426,15 +431,34 @@ class Reader:
         assert blake3(directory).digest() == digest
         entries = list(struct.iter_unpack("<32sIIBBH", directory))
         assert len(entries) == count
-        offset = at - 16 - sum(16 + stored for _, stored, *_ in entries)
-        for digest, stored, plain_bytes, kind, encoding, _ in entries:
-            head = struct.unpack("<4sBBHII", data[offset : offset + 16])
-            assert head == (b"cBLB", kind, encoding, 0, stored, plain_bytes)
-            payload = data[offset + 16 : offset + 16 + stored]
-            found = self.plain(encoding, payload, plain_bytes)
+        offset = at - 16 - sum(16 + entry[1] for entry in entries if not entry[5])
+        blobs: list[bytes] = []
+        for digest, stored, plain_bytes, kind, encoding, position in entries:
+            if not position:
+                assert not blobs
+                head = struct.unpack("<4sBBHII", data[offset : offset + 16])
+                assert head[:5] == (b"cBLB", kind, encoding, 0, stored)
+                payload = data[offset + 16 : offset + 16 + stored]
+                blobs = self.separate(self.plain(encoding, payload, head[5]), encoding)
+                offset += 16 + stored
+            found = blobs.pop(0)
+            assert len(found) == plain_bytes
             assert blake3(found).digest() == digest
             yield digest, found
-            offset += 16 + stored
+        assert offset == at - 16 and not blobs
+
+    @staticmethod
+    def separate(plain: bytes, codec: int) -> list[bytes]:
+        """Return the blobs in the plaintext of a record."""
+        if codec != 2:
+            return [plain]
+        (count,) = struct.unpack("<I", plain[:4])
+        rest, blobs = plain[4 + 4 * count :], []
+        for size in struct.unpack(f"<{count}I", plain[4 : 4 + 4 * count]):
+            blobs.append(rest[:size])
+            rest = rest[size:]
+        assert not rest
+        return blobs
 
     def snapshots(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for path in self.root.glob("snapshots/*"):

@@ -15,6 +15,7 @@ from casfs.index.index import Index
 from casfs.storage.memory import MemoryStorage
 from casfs.store import writer as writer_module
 from casfs.store.blob_store import BlobStore, pack_name, parse_pack_name
+from casfs.store.layout import FORMAT_1, FORMAT_2, PackLayout
 from casfs.store.pending_removal import (
     RemovalNotice,
     packs_pending_removal,
@@ -46,8 +47,10 @@ MIXED: list[tuple[BlobKind, bytes]] = [
 ]
 
 
-def write(store: BlobStore, blobs: Blobs, separate: bool = True, **options: int) -> WriteStats:
-    writer = BlobWriter(store, separate_metadata=separate, **options)  # type: ignore[arg-type]
+def write(
+    store: BlobStore, blobs: Blobs, layout: PackLayout = FORMAT_2, **options: int
+) -> WriteStats:
+    writer = BlobWriter(store, layout=layout, **options)  # type: ignore[arg-type]
     try:
         for kind, plain in blobs:
             writer.put(kind, digest_of(plain), plain)
@@ -81,7 +84,7 @@ class TestWriter:
     def test_a_writer_of_format_1_mixes_the_kinds_and_has_no_metadata_packs(
         self, store: BlobStore, tmp_path: Path
     ) -> None:
-        write(store, MIXED, separate=False)
+        write(store, MIXED, layout=FORMAT_1)
         ((pack, found),) = kinds_of(store).items()
         assert not pack.is_meta
         assert found == set(BlobKind)
@@ -130,7 +133,7 @@ class TestWriter:
             assert write(store, MIXED).new_blobs == len(MIXED) - len(data)
 
     def test_a_dry_run_of_both_kinds_counts_like_a_real_run(self, store: BlobStore) -> None:
-        writer = BlobWriter(store, dry_run=True, pack_bytes=20 * KIB, separate_metadata=True)
+        writer = BlobWriter(store, dry_run=True, pack_bytes=20 * KIB, layout=FORMAT_2)
         for kind, plain in [*MIXED, *MIXED]:
             writer.put(kind, digest_of(plain), plain)
         dry = writer.finish()
@@ -141,7 +144,7 @@ class TestWriter:
     def test_the_same_blobs_below_the_other_prefix_get_another_name(self, store: BlobStore) -> None:
         """As where a prune repacks a pack of format 1 that has only metadata."""
         trees = [(kind, plain) for kind, plain in MIXED if kind == BlobKind.TREE]
-        write(store, trees, separate=False)
+        write(store, trees, layout=FORMAT_1)
         (old,) = store.index.packs()
         store.index.mark_for_removal([old.ordinal])
         write(store, trees)
