@@ -1,8 +1,9 @@
 """Which blobs share a pack and a payload: the records of a batch, planned before they are compressed.
 
-Small blobs of one kind that were put one after another go into a group: they have much in common, and a frame
-for each would cost time and space. A larger blob has a payload of its own. Content that does not compress is
-stored raw: a group would only make it slower to read.
+Small data blobs that were put one after another go into a group: they have much in common, and a frame for
+each would cost space. A larger blob has a payload of its own. So has a tree or a content list: a damaged byte
+must not cost more than one directory, and groups of trees would hardly save anything. Large content that does
+not compress is stored raw.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from casfs.digest import Digest
 from casfs.format.codec import BlobCodec, BlobKind, Codec
 from casfs.format.group import MAX_GROUP_BLOBS, join_group
+from casfs.format.pack import METADATA_KINDS
 
 GROUP_BYTES = 256 * 1024
 """The target size of a group's blobs; docs/benchmark-notes.md has the measurements."""
@@ -24,7 +26,7 @@ GROUP_BYTES = 256 * 1024
 class PackLayout:
     """How a repository's format packs blobs.
 
-    With `separates_metadata` trees and content lists go into metadata packs. Blobs of at most half of
+    With `separates_metadata` trees and content lists go into metadata packs. Data blobs of at most half of
     `group_bytes` are grouped; with 0 each blob has a payload of its own.
     """
 
@@ -72,7 +74,7 @@ def encode_records(
     ):
         if len(group) == 1:
             records.append(NewRecord(group, used, payload, len(plain)))
-        elif used == Codec.ZSTD:
+        elif len(payload) < sum(len(blob.plain) for blob in group):
             records.append(NewRecord(group, Codec.GROUP, payload, len(plain)))
         else:
             raw += group
@@ -86,14 +88,14 @@ def _plan(
     """Return the blobs to store as they are, and those of each compressed record."""
     raw: list[NewBlob] = []
     planned: list[list[NewBlob]] = []
-    small: dict[tuple[BlobKind, int], list[NewBlob]] = {}
+    small: dict[int, list[NewBlob]] = {}
     for blob in blobs:
         if codec.looks_incompressible(blob.plain):
             raw.append(blob)
-        elif len(blob.plain) > group_bytes // 2:
+        elif blob.kind in METADATA_KINDS or len(blob.plain) > group_bytes // 2:
             planned.append([blob])
         else:
-            small.setdefault((blob.kind, blob.domain), []).append(blob)
+            small.setdefault(blob.domain, []).append(blob)
     for alike in small.values():
         planned += _groups(alike, group_bytes)
     return raw, planned

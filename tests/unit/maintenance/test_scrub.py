@@ -355,7 +355,7 @@ class TestDuplicates:
     def test_a_copy_is_found_however_many_other_blobs_are_lost(
         self, repo: RepositoryFixture
     ) -> None:
-        lost = [b"lost %d" % number for number in range(200)]
+        lost = [noise(f"lost {number}", 20) for number in range(200)]
         repo.store(*lost, CHUNKS[0])
         for chunk in (*lost, CHUNKS[0]):
             repo.damage(digest_of(chunk))

@@ -18,6 +18,7 @@ from casfs.query.stats import pack_stats, repository_stats, snapshot_stats
 from casfs.store.blob_store import pack_name
 from casfs.trees.content import ContentWriter
 from tests.support.builders import RepositoryFixture, entry, file, flagged, reference
+from tests.support.stores import noise
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def big_file(repo: RepositoryFixture, chunks: list[bytes]) -> Node:
 
 
 def test_every_chunk_of_a_file_with_lists_of_lists_is_counted_once(repo: RepositoryFixture) -> None:
-    chunks = [b"chunk %d" % number for number in range(20_000)]
+    chunks = [noise(f"chunk {number}", 12) for number in range(20_000)]
     node = big_file(repo, chunks * 2)
     assert node.levels > 0
     other = big_file(repo, [*chunks, b"one more"])
