@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 from casfs.digest import Digest, keyed_digest
 from casfs.errors import BlobError
 
-MAX_GROUP_BYTES = 1024 * 1024
+MAX_GROUP_BYTES = 512 * 1024
 """The largest plaintext of a group, with its table, that a reader accepts; a writer stays below it."""
 
 MAX_GROUP_BLOBS = 256

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from casfs.digest import PackId
 from casfs.format.group import MAX_GROUP_BYTES, Group
 
-_CACHED_BYTES = 4 * MAX_GROUP_BYTES
+_CACHED_BYTES = 8 * MAX_GROUP_BYTES
 
 
 class GroupCache:

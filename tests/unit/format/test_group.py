@@ -133,12 +133,12 @@ class TestPayload:
                 digest_of(blob),
                 1000 * number,
                 Codec.GROUP,
-                compressed(join_group([blob, bytes(900_000 + number)])),
+                compressed(join_group([blob, bytes(450_000 + number)])),
                 len(blob),
             )
-            for number in range(40)
+            for number in range(80)
         ]
-        assert codec.decode_many(wanted) == [blob] * 40
+        assert codec.decode_many(wanted) == [blob] * 80
         assert len(decoded) == 3 and max(decoded) <= 16 * 1024 * 1024
 
 
