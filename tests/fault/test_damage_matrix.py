@@ -38,7 +38,13 @@ from tests.support.stores import pack_paths
 
 pytestmark = pytest.mark.slow
 
-PACK_PLACES = ("data of a pack", "the directory of a pack", "the trailer of a pack", "a tree")
+PACK_PLACES = (
+    "data of a pack",
+    "the directory of a pack",
+    "the trailer of a pack",
+    "a group of a pack",
+    "a tree",
+)
 DERIVED = ("the index", "the seal of the index", "what is condemned", "a lock that was left")
 PLACES = (*PACK_PLACES, "a snapshot", "the configuration", *DERIVED)
 
@@ -47,7 +53,7 @@ CELLS = [
     (place, what)
     for place in PLACES
     for what in WHATS
-    if what in (*INSIDE, APPENDED) or place not in PACK_PLACES[1:3]
+    if what in (*INSIDE, APPENDED) or place not in PACK_PLACES[1:4]
 ]
 
 

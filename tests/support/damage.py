@@ -74,6 +74,7 @@ class IntactRepository:
         self.scene = scene = make_scene(stage, folder)
         for number in range(6):
             scene.write(f"a/{number}", f"a {number}", 20 * KIB)
+            (scene.source / "a" / f"text {number}").write_bytes(b"text %d " % number * 2 * KIB)
         scene.write("a/big", "big", 3000 * KIB)
         scene.write("b/c/deep", "deep", 30 * KIB)
         self.first = scene.back_up()["id"]
@@ -116,8 +117,11 @@ class IntactRepository:
         _, snapshot = repository.snapshots.resolve(self.first)
         inside = os.fsencode(self.scene.source).lstrip(b"/")
         file = repository.trees.resolve(snapshot.root, inside + b"/a/3")
+        text = repository.trees.resolve(snapshot.root, inside + b"/a/text 3")
         folder = repository.trees.resolve(snapshot.root, inside + b"/a")
         assert file is not None and folder is not None and folder.tree is not None
+        assert text is not None
+        assert repository.store.locate(Digest(text.content[8:])).is_grouped
         data = _place(repository, root, Digest(file.content[8:]))
         tree = _place(repository, root, Digest(folder.tree.digest))
         # By age: the order of names is another one each time.
@@ -141,6 +145,7 @@ class IntactRepository:
                 data[0], size - TRAILER.size - BLOB_HEADER.size - 60, size - TRAILER.size, other
             ),
             "the trailer of a pack": Target(data[0], size - TRAILER.size + 8, size, other),
+            "a group of a pack": Target(*_place(repository, root, Digest(text.content[8:])), other),
             "a tree": Target(*tree, other),
             "a snapshot": whole(snapshots / self.first, snapshots / self.second),
             "the configuration": whole(root / "config", self.foreign / "config"),
