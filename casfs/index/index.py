@@ -58,7 +58,7 @@ _ABSENT = b"\1\0"
 
 _ASKED_AT_ONCE = 10_000
 
-_ADDED_AT_ONCE = 8192
+_ADDED_AT_ONCE = 2048
 """The most blobs that one transaction adds to existing ones.
 
 Each blob may touch its own page of 4 KiB, which stays in memory until the commit. The blobs of a larger pack
