@@ -56,12 +56,14 @@ from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode
 from casfs.store import writer as writer_module
+from casfs.store.layout import PackLayout
 from casfs.store.writer import BlobWriter
 from tests.support.loop_devices import SHUTDOWN
 from tests.support.observation import look_at_snapshots, look_through_the_mount
 
 KIB = 1 << 10
 PACK_BYTES = 64 * KIB
+GROUP_BYTES = 48 * KIB
 HUNG_S = 120
 Step = Callable[[str], None]
 
@@ -410,7 +412,9 @@ def small_packs() -> None:
         self: Repository, dry_run: bool = False, spool_in_memory: bool = False
     ) -> BlobWriter:
         session = self.key_manager.session if self.key_manager is not None else None
-        return BlobWriter(self.store, dry_run, spool_in_memory, PACK_BYTES, session)
+        is_new = self.config.separates_metadata
+        layout = PackLayout(is_new, GROUP_BYTES if is_new else 0)
+        return BlobWriter(self.store, dry_run, spool_in_memory, PACK_BYTES, session, layout)
 
     setattr(Repository, "writer", writer)  # noqa: B010 - mypy refuses to assign to a method
     writer_module._BUFFER_BYTES = 4 * KIB
