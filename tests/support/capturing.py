@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.backup.run import BackupOptions, BackupResult, run_backup
 from casfs.cli.commands.backup import exit_code
+from casfs.format.codec import Codec
 from casfs.format.key_derivation import SessionId
 from casfs.format.tree import Node, NodeType
 from casfs.index.schema import Location
@@ -146,6 +147,11 @@ class BackupFixture:
                 codec, payload, key = self._decrypted(name, place, payload)
                 whole = blake3(key=key)
             plain = zstandard.decompress(payload) if codec else payload
+            if codec == Codec.GROUP:
+                (count,) = struct.unpack_from("<I", plain)
+                sizes = struct.unpack_from(f"<{count}I", plain, 4)
+                begin = 4 + 4 * count + sum(sizes[: place.position])
+                plain = plain[begin : begin + sizes[place.position]]
             assert len(plain) == place.plain_bytes
             assert whole.update(plain).digest() == digest, f"poisoned: {digest.hex()}"
             found += 1
