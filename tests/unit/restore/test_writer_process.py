@@ -10,12 +10,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from casfs.digest import digest_of
 from casfs.format.tree import Node, NodeExtra, NodeType
 from casfs.monitor import EntryChange, Problem, ProblemKind, RecordingMonitor
 from casfs.restore import restorer, target_fs, writer_process
+from casfs.restore.entry_writer import WritingOptions
 from casfs.restore.ordered_pool import PoolLimits
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
 from casfs.restore.writer_process import EntryJob, WriterProcesses
@@ -209,6 +211,33 @@ def test_an_interrupted_restore_ends_its_processes_and_leaves_no_temporary_file(
         scene.restore(many_files(300))
     assert scene.left_over() == []
     assert 50 < len(scene.files()) < 300
+
+
+SERVING = """
+import ctypes, os, socket, sys, threading
+from casfs.restore import writer_server
+own, other = socket.socketpair()
+memory = os.memfd_create("memory")
+os.ftruncate(memory, writer_server.MEMORY_BYTES)
+socket.send_fds(own, [sys.argv[1].encode()], [memory])
+thread = threading.Thread(target=writer_server.serve, args=(other,))
+thread.start()
+own.recv(len(writer_server.STARTED))
+print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))
+own.close()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize(("has_keyed_digests", "dumpable"), [(False, "1"), (True, "0")])
+def test_a_process_that_writes_decrypted_data_cannot_be_inspected(
+    has_keyed_digests: bool, dumpable: str
+) -> None:
+    options = msgspec.json.encode(WritingOptions(has_keyed_digests=has_keyed_digests)).decode()
+    done = subprocess.run(
+        [sys.executable, "-c", SERVING, options], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [dumpable]
 
 
 DYING_PARENT = """
