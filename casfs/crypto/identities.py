@@ -25,6 +25,9 @@ MAX_TRIES = 16
 """The most identities that one passphrase is tried on: each costs some 0.1 s and 64 MiB."""
 
 _MAX_FILE_BYTES = 1 << 20
+MAX_FILES = 1000
+MAX_FILES_BYTES = 16 << 20
+"""Limits of the identities in the storage: whoever may create objects could add any number."""
 
 
 @dataclass(slots=True)
@@ -174,7 +177,16 @@ def write_identity(storage: Storage, data: bytes, suffix: str) -> None:
 
 
 def _files(storage: Storage, suffix: str) -> Iterator[tuple[str, bytes]]:
-    for name, _, _ in list(storage.list(IDENTITIES)):
+    """Yield the intact files with a suffix; raise WrongKeyError where there are more than are read."""
+    total_bytes = 0
+    for number, (name, size, _) in enumerate(storage.list(IDENTITIES)):
+        total_bytes += min(size, _MAX_FILE_BYTES)
+        if number >= MAX_FILES or total_bytes > MAX_FILES_BYTES:
+            raise WrongKeyError(
+                f"the repository has more than {MAX_FILES} identities, or more than {MAX_FILES_BYTES >> 20} "
+                f"MiB of them; remove those below {IDENTITIES}/ that no machine of yours has written, or "
+                "give --identity FILE"
+            )
         if not name.endswith(f".{suffix}"):
             continue
         try:

@@ -54,6 +54,7 @@ from casfs.storage.locks import LockMode, LockRecord
 from casfs.store.blob_store import pack_name
 from casfs.store.pending_removal import (
     RemovalNotice,
+    notices_of,
     publish_notice,
     read_notices,
     replace_notice,
@@ -108,8 +109,10 @@ class PruneResult:
     `waiting_packs` are unneeded and stay until the processes in `waited_for` (names of locks) end or, where
     hosts write over a network, until `removable_ns` (0: there are none), by the storage's clock.
     `marked_packs` are those among them that this prune marked for removal. `drafts` are snapshots that were
-    never published and whose data is kept. `locked_packs` could go, and are locked until `locked_until_s` at
-    the latest.
+    never published and whose data is kept, `dropped_drafts` those among them that are abandoned, and whose
+    data the next prune finds unneeded. Where hosts write over a network, `in_flight_packs` are unneeded and
+    left alone, since a process that is seen may have stored them. `locked_packs` could go, and are locked
+    until `locked_until_s` at the latest.
     """
 
     snapshots: int = 0
@@ -129,6 +132,9 @@ class PruneResult:
     marked_bytes: int = 0
     removable_ns: int = 0
     drafts: int = 0
+    dropped_drafts: int = 0
+    in_flight_packs: int = 0
+    in_flight_bytes: int = 0
     locked_packs: int = 0
     locked_bytes: int = 0
     locked_until_s: int = 0
@@ -320,8 +326,8 @@ class Pruner:
         for name, notice in read_notices(self._storage).items():
             fresh -= notice.pack_refs()
             replace_notice(self._storage, name, notice.only(packs))
-        if fresh:
-            publish_notice(self._storage, RemovalNotice.of(int(time.time()), fresh))
+        for notice in notices_of(int(time.time()), fresh):
+            publish_notice(self._storage, notice)
         self._index.mark_for_removal(ordinals)
         # Read after publishing: a process that locks later sees the notice.
         locks = self._repository.other_locks()

@@ -11,7 +11,8 @@
 
 A prune first publishes its notice and then, before it deletes a pack, lists the drafts and the snapshots. So
 the writer sees the notice or the prune sees the draft, however long either of them takes and however late a
-request takes effect. One thread only.
+request takes effect. A draft is gone only where a prune took its writer for dead, long after the margin: so a
+writer that slept during the look stores the draft again and looks again. One thread only.
 """
 
 from __future__ import annotations
@@ -105,16 +106,19 @@ class SnapshotPublisher:
             if is_shared(self._storage):
                 self._look_once_more(snapshot_id, root, self._known)
             return
+        began_ns = self._elapsed_ns()
         self._store_draft(draft, data)
         try:
             known = self._known
             while True:
-                began_ns = self._elapsed_ns()
                 # The blobs of an existing snapshot stay as long as it exists: its root needs no look.
                 if copy_of is None:
                     known = self._look(root, known)
                 if self._elapsed_ns() - began_ns <= MARGIN_NS // 2:
                     break
+                began_ns = self._elapsed_ns()
+                # A prune drops the draft of a writer that it takes for dead.
+                self._storage.create(draft, data)
             self._repository.snapshots.before_publish()
         except BaseException:
             self._try_delete(draft)

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SHORT_ID = re.compile("[0-9a-f]{4,64}")
+_ID = re.compile("[0-9a-f]{64}")
 
 
 class _Origin(NamedTuple):
@@ -111,12 +112,8 @@ def list_ahead(storage: Storage) -> SnapshotListing | None:
 
 
 def _list_ids(storage: Storage, folder: str) -> list[SnapshotId]:
-    ids = []
-    for name, _, _ in storage.list(folder):
-        text = name.rpartition("/")[2]
-        if len(text) == 64 and all(c in "0123456789abcdef" for c in text):
-            ids.append(SnapshotId(bytes.fromhex(text)))
-    return ids
+    ids = (id_in_name(name) for name, _, _ in storage.list(folder))
+    return [one for one in ids if one is not None]
 
 
 class SnapshotStore:
@@ -539,6 +536,12 @@ class SnapshotStore:
             return snapshot_id, snapshot
         new_id = self.replace(snapshot_id, snapshot, tags=tags)
         return new_id, msgspec.structs.replace(snapshot, tags=tags, replaces=snapshot_id)
+
+
+def id_in_name(name: str) -> SnapshotId | None:
+    """Return the id in the name of a snapshot's or draft's object, None where there is none."""
+    text = name.rpartition("/")[2]
+    return SnapshotId(bytes.fromhex(text)) if _ID.fullmatch(text) else None
 
 
 def _spelling_hint(name: str) -> str:

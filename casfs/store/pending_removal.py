@@ -8,7 +8,8 @@ remove the packs once all earlier writers have ended and no snapshot needs the p
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -24,6 +25,12 @@ log = logging.getLogger(__name__)
 
 FOLDER = "condemned"
 MAX_NOTICE_BYTES = 64 * 1024 * 1024
+MAX_NOTICE_PACKS = 200_000
+"""The most packs that a prune names in one notice, in some 13 MiB; a reader takes what fits in the bytes."""
+
+MAX_NOTICES = 10_000
+MAX_NOTICES_BYTES = 128 * 1024 * 1024
+"""Limits of all notices together: whoever may create objects could add any number, and each takes memory."""
 
 
 class RemovalNotice(msgspec.Struct, frozen=True):
@@ -67,6 +74,13 @@ class RemovalNotice(msgspec.Struct, frozen=True):
         return self.naming(self.pack_refs().intersection(packs))
 
 
+def notices_of(time_s: int, packs: Iterable[PackRef]) -> Iterator[RemovalNotice]:
+    """Yield notices that together name these packs, each small enough for every reader."""
+    rest = iter(sorted(packs))
+    while part := list(islice(rest, MAX_NOTICE_PACKS)):
+        yield RemovalNotice.of(time_s, part)
+
+
 def encode_notice(notice: RemovalNotice) -> tuple[str, bytes]:
     """Return the name and the bytes of a notice's object."""
     data = msgspec.json.encode(notice) + b"\n"
@@ -94,6 +108,21 @@ class ListedNotice(NamedTuple):
     notice: RemovalNotice
 
 
+class TooManyNoticesError(IntegrityError):
+    """The storage has more notices than casfs reads."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.place = place
+
+    def __str__(self) -> str:
+        return (
+            f"{self.place} has more removal notices than casfs reads, {MAX_NOTICES} of together "
+            f"{MAX_NOTICES_BYTES >> 20} MiB, so which packs a prune removes is unknown; nothing was removed "
+            f"or published. Delete the objects below {FOLDER}/ that no prune of yours has written"
+        )
+
+
 class DamagedNoticeError(IntegrityError):
     """An object in the place of a notice is not what its name says."""
 
@@ -117,10 +146,15 @@ def list_notices(
 ) -> dict[str, ListedNotice]:
     """Return every intact notice by its object's name; those in `known` are not read again.
 
-    A damaged notice is logged and ignored, or raises DamagedNoticeError.
+    A damaged notice is logged and ignored, or raises DamagedNoticeError. Raise TooManyNoticesError where the
+    limits leave some unread.
     """
     found = {}
-    for name, _, mtime_ns in storage.list(FOLDER):
+    total_bytes = 0
+    for number, (name, size, mtime_ns) in enumerate(storage.list(FOLDER)):
+        total_bytes += min(size, MAX_NOTICE_BYTES)
+        if number >= MAX_NOTICES or total_bytes > MAX_NOTICES_BYTES:
+            raise TooManyNoticesError(storage.url)
         if name in known:
             found[name] = ListedNotice(mtime_ns, known[name].notice)
             continue

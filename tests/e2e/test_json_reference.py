@@ -26,6 +26,7 @@ NOT_PROVOKED = {
     ("lock-policy", "lock_policy"),
     ("copy", "damage"),
     ("mirror", "damage"),
+    ("prune", "draft"),
     ("repair snapshots", "returned"),
 }
 """What a healthy machine and one repository do not print; the tests of these commands provoke it."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.test_json_reference import differences, read_page
 from tests.support.cli import Casfs, Result
 from tests.support.comparing import tree_differences
 from tests.support.mounts import mounted
@@ -245,6 +246,24 @@ class TestPrune:
             assert reported["repacked_packs"] == 2
             assert reported["freed_bytes"] >= 8 * MIB
             assert (mount / str(source).lstrip("/") / "kept").read_bytes() == kept
+
+    def test_prune_drops_a_draft_that_is_named_and_old_enough(self, bulky: Casfs) -> None:
+        assert bulky.repository is not None
+        draft = bulky.repository / "drafts" / ("ab" * 32)
+        draft.parent.mkdir()
+        draft.write_bytes(b"damaged")
+        refused = bulky.run("prune", "--drop-draft", "abab", expect=1)
+        assert "draft abababababab is not dropped: it is younger than 1 h" in refused.complaint
+        hours_ago = draft.stat().st_mtime - 7200
+        os.utime(draft, (hours_ago, hours_ago))
+        dry = bulky.run("prune", "--dry-run", "--drop-draft", "abab").text
+        assert "draft abababababab would be dropped" in dry and draft.exists()
+        line = bulky.json("prune", "--drop-draft", "abab").one("draft")
+        assert differences(line, read_page()[0]["prune", "draft"]) == []
+        assert line["id"] == "ab" * 32 and not draft.exists()
+        assert (bulky.repository / "damaged" / ("ab" * 32)).read_bytes() == b"damaged"
+        missing = bulky.run("prune", "--drop-draft", "abab", expect=1)
+        assert "no draft has the id 'abab'" in missing.complaint
 
     @pytest.mark.parametrize(
         "arguments", [("--max-unused", "x"), ("--max-unused", "120%"), ("--margin", "soon")]

@@ -14,10 +14,11 @@ import pytest
 
 from casfs.errors import CasfsError
 from casfs.format.tree import Node
+from casfs.maintenance import shared_marking
 from casfs.maintenance.shared_prune import SharedPruner
 from casfs.repository import publication
 from casfs.repository.publication import SnapshotPublisher
-from casfs.repository.snapshots import DRAFTS, SNAPSHOTS, SnapshotStore
+from casfs.repository.snapshots import DRAFTS
 from tests.support.effort import EFFORT, dice
 from tests.support.race_scenarios import (
     Scenario,
@@ -60,19 +61,14 @@ def a_new_pack_may_have_the_name_of_a_removed_one(patch: pytest.MonkeyPatch) -> 
 
 
 def the_prune_ignores_drafts(patch: pytest.MonkeyPatch) -> None:
-    ids = SnapshotStore.ids
-    patch.setattr(
-        SnapshotStore,
-        "ids",
-        lambda self, folder=SNAPSHOTS: [] if folder == DRAFTS else ids(self, folder),
-    )
+    patch.setattr(shared_marking, "list_drafts", lambda storage: {})
 
 
 def the_prune_deletes_every_draft(patch: pytest.MonkeyPatch) -> None:
     remove = SharedPruner._remove_old_objects
 
     def broken(self: SharedPruner) -> None:
-        for snapshot_id in self._drafts:
+        for snapshot_id in self._marking.drafts:
             self._storage.delete(f"{DRAFTS}/{snapshot_id.hex()}")
         remove(self)
 
@@ -84,7 +80,7 @@ def the_prune_deletes_what_it_has_just_marked(patch: pytest.MonkeyPatch) -> None
 
     def broken(self: SharedPruner, ordinals: set[int]) -> None:
         publish(self, ordinals)
-        self._remove(frozenset(ordinals & self._records.keys()))
+        self._remove(frozenset(ordinals & self._marking.records.keys()))
 
     patch.setattr(SharedPruner, "_publish_notice", broken)
 

@@ -21,6 +21,7 @@ from casfs.errors import CasfsError, PacksRemovedError
 from casfs.format.config import RepositoryConfig
 from casfs.format.tree import NodeType
 from casfs.maintenance.copy import SnapshotCopier
+from casfs.maintenance.drafts import ABANDONED_NS
 from casfs.maintenance.prune import NeededBlobsUnknownError
 from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.repair import SnapshotRepairer, repair_index
@@ -104,10 +105,22 @@ def prune(times: int = 1, unused_share: float = 0.25) -> Work:
     return work
 
 
-def _prune(storage: Storage, cache: Path, unused_share: float) -> None:
+def _prune(
+    storage: Storage, cache: Path, unused_share: float, abandoned_ns: int = ABANDONED_NS
+) -> None:
     with open_for_maintenance(place_of(storage, cache), "prune", OPTIONS) as repository:
         options = PruneOptions(unused_share, margin_s=0)
-        SharedPruner(repository, options, RecordingMonitor()).prune()
+        SharedPruner(repository, options, RecordingMonitor(), abandoned_ns).prune()
+
+
+def prune_and_drop_drafts(times: int) -> Work:
+    """Return prunes that take the writer of every draft for dead."""
+
+    def work(storage: Storage, cache: Path) -> None:
+        for _ in range(times):
+            _prune(storage, cache, 0.25, abandoned_ns=0)
+
+    return work
 
 
 def tag(host: str) -> Work:
@@ -412,6 +425,21 @@ def a_repair_a_backup_and_a_prune(stage: Stage) -> dict[str, Work]:
 def a_new_index_a_backup_and_a_prune(stage: Stage) -> dict[str, Work]:
     a, _ = _sources(stage)
     return {"I": rebuild_index(), "A": backup(a, "A"), "P": prune(2)}
+
+
+def writers_and_prunes_that_drop_drafts(stage: Stage) -> dict[str, Work]:
+    a, _ = _sources(stage)
+    return {
+        "A": backup(a, "A"),
+        "T": tag("kept"),
+        "P": prune_and_drop_drafts(3),
+        "Q": prune_and_drop_drafts(2),
+    }
+
+
+def a_sleeper_and_prunes_that_drop_drafts(stage: Stage) -> dict[str, Work]:
+    a, _ = _sources(stage)
+    return {"A": backup(a, "A"), "P": prune_and_drop_drafts(3)}
 
 
 CASTS: list[Cast] = [

@@ -11,11 +11,13 @@ from casfs.cli.output import Output, format_time, iso_time
 from casfs.cli.param_types import DURATION, PERCENT
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
+from casfs.digest import short_id
 from casfs.display import counted, format_size
 
 if TYPE_CHECKING:
     from casfs.maintenance.prune import PruneResult
     from casfs.maintenance.prune_plan import PruneOptions
+    from casfs.repository.repository import Repository
 
 
 @click.command(cls=Verb)
@@ -36,11 +38,25 @@ if TYPE_CHECKING:
     help="Keep data this long for mounts and restores that run now (default: a day). Where hosts write "
     "over a network, data stays at least this long after it was found unneeded (default: an hour).",
 )
+@click.option(
+    "--drop-draft",
+    "dropped",
+    metavar="ID",
+    multiple=True,
+    help="Drop this draft first, a snapshot that was never published and that is damaged or of no use "
+    "(repeatable).",
+)
 @click.option("--dry-run", "-n", is_flag=True, help="Print what would be freed; free nothing.")
 @progress_options
 @common_options
 @click.pass_obj
-def prune(settings: Settings, max_unused_share: float, margin_s: int | None, dry_run: bool) -> None:
+def prune(
+    settings: Settings,
+    max_unused_share: float,
+    margin_s: int | None,
+    dropped: tuple[str, ...],
+    dry_run: bool,
+) -> None:
     """Remove data that no snapshot needs.
 
     It is safe while backups and mounts run.
@@ -52,11 +68,19 @@ def prune(settings: Settings, max_unused_share: float, margin_s: int | None, dry
     """
     from casfs.maintenance.prune_plan import PruneOptions
 
-    run_prune(settings, PruneOptions(max_unused_share, margin_s, dry_run))
+    run_prune(settings, PruneOptions(max_unused_share, margin_s, dry_run), dropped=dropped)
 
 
-def run_prune(settings: Settings, options: PruneOptions, level: int | None = None) -> None:
-    """Prune a repository and print the result; `level` is zstd's for what is stored again."""
+def run_prune(
+    settings: Settings,
+    options: PruneOptions,
+    level: int | None = None,
+    dropped: tuple[str, ...] = (),
+) -> None:
+    """Prune a repository and print the result; `level` is zstd's for what is stored again.
+
+    `dropped` are the ids of drafts that are deleted first.
+    """
     from casfs.maintenance.shared_prune import new_pruner
     from casfs.repository.opening import DEFAULT_LEVEL, OpenOptions, open_for_maintenance
 
@@ -74,10 +98,23 @@ def run_prune(settings: Settings, options: PruneOptions, level: int | None = Non
         ) as repository,
         monitor,
     ):
+        for name in dropped:
+            _drop_draft(output, repository, name, options)
         pruner = new_pruner(repository, options, monitor)
         plan = pruner.plan()
         result = pruner.estimate(plan) if options.dry_run else pruner.execute(plan)
     _print_result(output, result, options.dry_run)
+
+
+def _drop_draft(output: Output, repository: Repository, name: str, options: PruneOptions) -> None:
+    from casfs.maintenance.drafts import drop_draft
+
+    draft = drop_draft(repository, name, options.margin_s, options.dry_run)
+    if options.dry_run:
+        output.line(f"draft {short_id(draft)} would be dropped")
+    else:
+        output.line(f"draft {short_id(draft)} was dropped; a copy is in damaged/{draft.hex()}")
+    output.emit("draft", id=draft.hex(), dry_run=options.dry_run)
 
 
 def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
@@ -126,6 +163,11 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
             f"removed because of {counted(len(result.waited_for), 'other process', 'other processes')}; "
             "the next prune removes what is left"
         )
+    if result.in_flight_packs:
+        output.summary(
+            f"{counted(result.in_flight_packs, 'pack')} ({format_size(result.in_flight_bytes)}) left alone: "
+            "a process that `casfs locks` lists may have stored this; a later prune looks again"
+        )
     if result.locked_packs:
         until = format_time(result.locked_until_s * 1_000_000_000)
         output.summary(
@@ -135,7 +177,12 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
         )
     if result.drafts:
         output.line(
-            f"{counted(result.drafts, 'snapshot')} about to be published, or left unfinished: its data stays"
+            f"{counted(result.drafts, 'draft')} of snapshots that were never published; their data stays"
+        )
+    if result.dropped_drafts:
+        output.line(
+            f"{counted(result.dropped_drafts, 'draft')} of these {would}dropped as abandoned; the next prune "
+            "finds the data unneeded"
         )
     output.emit(
         "prune",
@@ -157,7 +204,10 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
         marked_packs=result.marked_packs,
         marked_bytes=result.marked_bytes,
         removable_from=iso_time(result.removable_ns) if result.removable_ns else None,
+        in_flight_packs=result.in_flight_packs,
+        in_flight_bytes=result.in_flight_bytes,
         drafts=result.drafts,
+        dropped_drafts=result.dropped_drafts,
         locked_packs=result.locked_packs,
         locked_bytes=result.locked_bytes,
         locked_until=iso_time(result.locked_until_s * 1_000_000_000)
@@ -168,7 +218,7 @@ def _print_result(output: Output, result: PruneResult, dry_run: bool) -> None:
 
 def _why_nothing(result: PruneResult) -> str:
     """Return a clause that says why a prune removed no pack."""
-    if result.waiting_packs or result.locked_packs:
+    if result.waiting_packs or result.locked_packs or result.in_flight_packs:
         return " yet"
     if result.unneeded_blobs:
         return ": what is unneeded shares packs with needed data (--max-unused)"

@@ -15,6 +15,9 @@ from casfs.crypto import age
 from casfs.crypto import identities as identities_module
 from casfs.crypto import passphrase as passphrase_module
 from casfs.crypto.identities import (
+    IDENTITIES,
+    MAX_FILES,
+    MAX_FILES_BYTES,
     MAX_TRIES,
     Identities,
     add_passphrase,
@@ -241,6 +244,34 @@ class TestHostileIdentityFile:
             write_identity(storage, wrap_identity(SECRET, PUBLIC, "guess", REPOSITORY), "json")
         with pytest.raises(WrongKeyError, match="more than the 16 that are tried"):
             unlock_by_passphrase(storage, REPOSITORY, "secret", [PASSPHRASE_RECIPIENT])
+
+    def test_more_identities_than_are_read_are_refused_by_a_sentence(
+        self, storage: LocalStorage
+    ) -> None:
+        recipient = add_passphrase(storage, "right", REPOSITORY)
+        for number in range(MAX_FILES):
+            storage.write(f"{IDENTITIES}/{number:064x}.junk", b"")
+        wanted = (
+            "more than 1000 identities.*remove those below identities/ that no machine of yours"
+        )
+        with pytest.raises(WrongKeyError, match=wanted):
+            unlock_by_passphrase(storage, REPOSITORY, "right", [recipient])
+
+    def test_identities_that_are_large_together_are_not_read(
+        self, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number in range(MAX_FILES_BYTES // (1 << 20) + 1):
+            storage.write(f"{IDENTITIES}/{number:064x}.json", bytes(1 << 20))
+        read: list[str] = []
+
+        def read_one(name: str, *_: int) -> bytes:
+            read.append(name)
+            return b""
+
+        monkeypatch.setattr(storage, "read", read_one)
+        with pytest.raises(WrongKeyError, match=r"more than .* 16 MiB of them"):
+            wrapped_identities(storage, [])
+        assert len(read) == 16
 
     def test_an_identity_with_another_public_half_than_the_recorded_one_does_not_open(self) -> None:
         forged = parse_wrapped(wrap_identity(OTHER_SECRET, PUBLIC, "secret", REPOSITORY), "it")

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from casfs.backup.run import BackupOptions, run_backup
-from casfs.errors import StorageDeniedError, StorageUnavailableError
-from casfs.maintenance.prune import NeededBlobsUnknownError, PruneResult
+from casfs.digest import PackId
+from casfs.errors import (
+    NotFoundError,
+    RefusedError,
+    StorageDeniedError,
+    StorageUnavailableError,
+)
+from casfs.format.pack import PackRef
+from casfs.maintenance.drafts import DraftUnreadableError, drop_draft
+from casfs.maintenance.prune import PruneResult
 from casfs.monitor import RecordingMonitor
 from casfs.repository.presence import Presence
 from casfs.repository.snapshots import DRAFTS, SNAPSHOTS
+from casfs.storage.base import ListedObject
 from casfs.storage.clock import StorageClock
 from casfs.storage.locks import LockMode, LockRecord
+from casfs.storage.memory import MemoryStorage
 from casfs.store.pending_removal import (
+    MAX_NOTICE_BYTES,
+    MAX_NOTICES,
     DamagedNoticeError,
     RemovalNotice,
+    TooManyNoticesError,
+    encode_notice,
+    list_notices,
+    notices_of,
     packs_pending_removal,
     publish_notice,
 )
@@ -228,10 +245,73 @@ class TestDrafts:
                 far.memory.delete(pack)
         assert far.prune(margin_s=0).drafts == 1
 
-    def test_a_damaged_draft_ends_a_prune(self, far: FarRepository, unneeded: set[str]) -> None:
+    def test_a_damaged_draft_ends_a_prune_and_the_message_says_how_to_drop_it(
+        self, far: FarRepository, unneeded: set[str]
+    ) -> None:
         far.memory.create(f"{DRAFTS}/{'0' * 64}", b"no snapshot")
-        with pytest.raises(NeededBlobsUnknownError):
+        wanted = (
+            "draft 000000000000, .* nothing was removed.*`casfs prune --drop-draft 000000000000`"
+        )
+        with pytest.raises(DraftUnreadableError, match=wanted):
             far.prune()
+
+    def test_a_damaged_draft_is_dropped_by_name_once_it_is_older_than_the_margin(
+        self, far: FarRepository, unneeded: set[str]
+    ) -> None:
+        name = f"{DRAFTS}/{'0' * 64}"
+        far.memory.create(name, b"no snapshot")
+        far.memory.create(f"{DRAFTS}/{'01' * 32}", b"no snapshot")
+        self.drop(far, "01")
+        with pytest.raises(NotFoundError, match="no draft has the id '02'"):
+            self.drop(far, "02")
+        far.now_ns += HOUR_NS // 2
+        with pytest.raises(RefusedError, match="is younger than 1 h"):
+            self.drop(far, "000", margin_s=None)
+        far.now_ns += HOUR_NS // 2
+        self.drop(far, "000", margin_s=None)
+        assert far.names(DRAFTS) == []
+        assert far.memory.read(f"damaged/{'0' * 64}") == b"no snapshot"
+        assert far.prune().marked_packs == len(unneeded)
+
+    def drop(self, far: FarRepository, prefix: str, margin_s: float | None = 0) -> None:
+        with far.pruning() as pruner:
+            drop_draft(pruner._repository, prefix, margin_s)
+
+    def leave_draft(self, far: FarRepository, name: str = "a") -> None:
+        """Leave the draft of a writer that died before it published."""
+        far.source(name, a=noise(name, 100_000))
+        snapshot_id = far.back_up(name)
+        snapshot = f"{SNAPSHOTS}/{snapshot_id.hex()}"
+        far.memory.create(f"{DRAFTS}/{snapshot_id.hex()}", far.memory.read(snapshot))
+        far.memory.delete(snapshot)
+
+    def test_an_abandoned_draft_is_dropped_and_its_data_by_later_prunes(
+        self, far: FarRepository
+    ) -> None:
+        far.back_up("kept", kept=b"kept")
+        kept = far.packs()
+        self.leave_draft(far)
+        far.now_ns += 7 * 24 * HOUR_NS - HOUR_NS
+        assert far.prune().dropped_drafts == 0
+        far.now_ns += 2 * HOUR_NS
+        with far.pruning(dry_run=True) as pruner:
+            assert pruner.estimate(pruner.plan()).dropped_drafts == 1
+        result = far.prune()
+        assert (result.drafts, result.dropped_drafts, result.marked_packs) == (1, 1, 0)
+        assert far.names(DRAFTS) == [] and far.packs() > kept
+        assert far.prune().marked_packs > 0
+        far.now_ns += HOUR_NS
+        far.prune()
+        assert far.packs() == kept
+
+    def test_the_draft_of_a_writer_that_is_seen_is_not_abandoned(self, far: FarRepository) -> None:
+        presence = TestPresence().show(far, LockMode.SHARED)
+        self.leave_draft(far)
+        far.now_ns += 8 * 24 * HOUR_NS
+        presence._write()
+        assert far.prune().dropped_drafts == 0
+        presence.end()
+        assert far.prune().dropped_drafts == 1
 
     def test_a_forgotten_snapshot_takes_its_draft_with_it(self, far: FarRepository) -> None:
         snapshot_id = far.back_up("a", a=b"a")
@@ -253,9 +333,12 @@ class TestPresence:
     ) -> None:
         presence = self.show(far, LockMode.SHARED)
         far.forget(far.back_up("a", a=noise("a", 100_000)))
-        assert far.prune().marked_packs == 0
+        result = far.prune()
+        assert result.marked_packs == 0
+        assert result.in_flight_packs > 0 and result.in_flight_bytes > 100_000
         presence.end()
-        assert far.prune().marked_packs > 0
+        result = far.prune()
+        assert result.marked_packs > 0 and result.in_flight_packs == 0
 
     def test_a_stale_writer_delays_nothing(self, far: FarRepository) -> None:
         self.show(far, LockMode.SHARED)
@@ -325,3 +408,44 @@ def test_a_pack_that_is_stored_again_has_another_name(far: FarRepository) -> Non
     far.back_up("a")
     again = {name for name in far.packs() if name.startswith("packs/")}
     assert len(first) == len(again) == 1 and first.isdisjoint(again)
+
+
+def test_more_packs_than_fit_into_a_notice_are_named_in_several() -> None:
+    packs = {PackRef(PackId(n.to_bytes(32, "big")), n % 7 == 0) for n in range(450_000)}
+    notices = list(notices_of(5, packs))
+    assert len(notices) == 3 and {notice.time_s for notice in notices} == {5}
+    assert set().union(*(notice.pack_refs() for notice in notices)) == packs
+    assert all(len(encode_notice(notice)[1]) < MAX_NOTICE_BYTES // 4 for notice in notices)
+
+
+def test_too_many_notices_end_a_prune_and_a_backup_before_they_change_anything(
+    far: FarRepository, unneeded: set[str]
+) -> None:
+    for number in range(MAX_NOTICES + 1):
+        far.memory.write(f"condemned/{number:064x}", b"junk")
+    before = far.packs()
+    with pytest.raises(TooManyNoticesError, match="below condemned/ that no prune of yours"):
+        far.prune()
+    with pytest.raises(TooManyNoticesError):
+        far.back_up("kept")
+    assert far.packs() == before
+
+
+def test_notices_that_take_too_much_memory_together_are_not_read() -> None:
+    class Large(MemoryStorage):
+        """A storage whose objects are large, as its listing says."""
+
+        def list(self, prefix: str) -> Iterator[ListedObject]:
+            return (one._replace(size=MAX_NOTICE_BYTES) for one in super().list(prefix))
+
+        def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+            read.append(name)
+            return super().read(name, offset, size)
+
+    read: list[str] = []
+    storage = Large()
+    for number in range(4):
+        publish_notice(storage, RemovalNotice.of(number, []))
+    with pytest.raises(TooManyNoticesError):
+        list_notices(storage)
+    assert len(read) == 2

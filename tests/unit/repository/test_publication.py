@@ -330,6 +330,43 @@ def test_a_slow_look_is_repeated(far: FarRepository) -> None:
     assert between.count(("list", "condemned")) == 2
 
 
+def test_a_writer_that_slept_stores_its_dropped_draft_again_and_looks_again(
+    far: FarRepository,
+) -> None:
+    """A prune drops the draft of a writer that it takes for dead; the next one does not see the writer."""
+    far.back_up("a", a=noise("a", 100_000))
+    before = far.packs()
+
+    def prunes() -> None:
+        for name in far.names(DRAFTS):
+            far.memory.delete(name)
+        mark_all(far)
+
+    seen: list[str] = []
+
+    def before_call(call: Call) -> None:
+        step = call.method, call.name.partition("/")[0]
+        if step == ("create", DRAFTS):
+            seen.append("draft")
+        elif step == ("list", "deltas") and seen == ["draft"]:
+            # The writer sleeps in its first look, after it has listed the notices.
+            seen.append("dropped")
+            prunes()
+        elif step == ("create", SNAPSHOTS):
+            seen.append(f"snapshot beside {len(far.names(DRAFTS))} draft")
+
+    times = iter([0, 10**15, 10**15, 10**15])
+    with far.writing() as repository:
+        repository.snapshots.publisher = SnapshotPublisher(repository, True, lambda: next(times))
+        far.storage.script.before = before_call
+        snapshot_id = back_up(repository, far.source("a"))
+        far.storage.script.before = None
+    assert seen == ["draft", "dropped", "draft", "snapshot beside 1 draft"]
+    for name in before:
+        far.memory.delete(name)
+    far.require_whole(snapshot_id)
+
+
 class TestTag:
     def test_a_tag_needs_no_look_while_the_old_snapshot_is_there(self, far: FarRepository) -> None:
         snapshot_id = far.back_up("a", a=b"a")
