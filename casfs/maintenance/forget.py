@@ -170,9 +170,8 @@ def forget(repository: Repository, candidates: Iterable[Candidate]) -> int:
     count = 0
     for candidate in candidates:
         if candidate.snapshot is not None:
-            replaced = repository.snapshots.replaced_by(candidate.snapshot_id, candidate.snapshot)
-            if replaced is not None:
-                repository.snapshots.delete(replaced)
+            for hidden in repository.snapshots.hidden_by(candidate.snapshot_id, candidate.snapshot):
+                repository.snapshots.delete(hidden)
         try:
             repository.snapshots.delete(candidate.snapshot_id)
         except NotFoundError:

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from casfs.backup.protection import Protection
 from casfs.digest import Digest, PackId, SnapshotId, digest_of
 from casfs.errors import (
     BlobError,
@@ -241,9 +242,9 @@ class SnapshotRepairer:
         if root.tree is not None and root.tree.nodes == 0 and self._current.dropped:
             self._drop_snapshot(snapshot_id, "none of its data is left")
         elif not self._dry_run:
-            self._current.new_id = self._repository.snapshots.replace_root(
-                snapshot_id, snapshot, root
-            )
+            new_id = self._repository.snapshots.replace_root(snapshot_id, snapshot, root)
+            self._current.new_id = new_id
+            Protection.protect_published(self._repository, new_id, root)
 
     def _drop_snapshot(self, snapshot_id: SnapshotId, reason: str) -> None:
         """Delete a snapshot, after a copy of its file went to the folder of damaged files."""

@@ -205,7 +205,7 @@ class SnapshotStore:
                 "a replacement is refused: this machine does not have the repository's own secret, so the "
                 "new snapshot would be unproven; run `casfs key accept` with an identity"
             )
-        left_by_crash = self.replaced_by(snapshot_id, snapshot)
+        left_by_crashes = self.hidden_by(snapshot_id, snapshot)
         changed = msgspec.structs.replace(
             snapshot,
             root=root if root is not None else snapshot.root,
@@ -221,9 +221,9 @@ class SnapshotStore:
         )
         if root is None:
             self._carry_lock(snapshot_id, new_id)
-        if left_by_crash is not None:
+        for hidden in left_by_crashes:
             # Without the snapshot that replaced it, it would be listed again.
-            self.delete(left_by_crash)
+            self.delete(hidden)
         self.delete(snapshot_id)
         return new_id
 
@@ -331,6 +331,24 @@ class SnapshotStore:
             except (NotFoundError, KeyMissingError, IntegrityError):
                 return None
         return replaced if self._origins[replaced].host == snapshot.host else None
+
+    def hidden_by(self, snapshot_id: SnapshotId, snapshot: Snapshot) -> list[SnapshotId]:
+        """Return the snapshots that one hides, and those that they hide, the oldest first.
+
+        They are deleted in this order before the one that hides them. Raises as `replaced_by`.
+        """
+        found: list[SnapshotId] = []
+        while (replaced := self.replaced_by(snapshot_id, snapshot)) is not None:
+            try:
+                snapshot = self.load(replaced)
+            except NotFoundError:
+                break
+            except (KeyMissingError, IntegrityError):
+                found.append(replaced)
+                break
+            found.append(replaced)
+            snapshot_id = replaced
+        return found[::-1]
 
     def uncounted_copies(self, snapshot_ids: Iterable[SnapshotId]) -> set[SnapshotId]:
         """Return which snapshots must count in no retention rule, since each only repeats another one.

@@ -18,11 +18,13 @@ from casfs.errors import (
     StorageUnavailableError,
 )
 from casfs.maintenance.lock_check import check_locks
+from casfs.maintenance.repair import SnapshotRepairer
 from casfs.maintenance.rewrite import rewrite_snapshot
 from casfs.monitor import RecordingMonitor
 from casfs.patterns import parse_pattern
 from casfs.repository.lock_policy import set_policy
 from casfs.repository.object_locks import lock_end_s
+from casfs.repository.opening import open_for_maintenance
 from casfs.repository.place import RemotePlace, read_config
 from tests.support.encryption import RECIPIENT
 from tests.support.locked_repository import (
@@ -329,6 +331,24 @@ def test_a_rewritten_snapshot_and_its_packs_are_locked(bench: LockedRepository) 
     assert rewritten.new_id is not None
     until_s = lock_end_s(bench.now_s, LOCK_S)
     assert bench.until_s(f"snapshots/{rewritten.new_id.hex()}") == until_s
+    with bench.read() as repository:
+        report = check_locks(repository, RecordingMonitor(), bench.now_s)
+    assert report is not None and report.short == []
+
+
+def test_a_repaired_snapshot_and_its_packs_are_locked(bench: LockedRepository) -> None:
+    bench.back_up()
+    lost = {name for name in bench.packs() if name.startswith("packs/")}
+    (bench.source / "kept").write_bytes(random.Random(3).randbytes(1000))
+    done = bench.back_up()
+    for name in lost:
+        bench.memory._objects.pop(name)
+    bench.now_s += PERIOD_S
+    with open_for_maintenance(bench.place, "repair snapshots") as repository:
+        repaired = SnapshotRepairer(repository, RecordingMonitor()).repair().repaired
+    (new_id,) = [one.new_id for one in repaired if one.snapshot_id == done.snapshot_id]
+    assert new_id is not None
+    assert bench.until_s(f"snapshots/{new_id.hex()}") == lock_end_s(bench.now_s, LOCK_S)
     with bench.read() as repository:
         report = check_locks(repository, RecordingMonitor(), bench.now_s)
     assert report is not None and report.short == []

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from casfs.digest import SnapshotId
+from casfs.maintenance.forget import Candidate, forget
 from casfs.repository.opening import OpenOptions, open_for_writing
 from tests.support.builders import RepositoryFixture
 
@@ -107,6 +108,23 @@ class TestRetagCrash:
         assert listed(repo) == [("newer",)]
         with repo.reading() as repository:
             assert repository.snapshots.ids() == [third]
+
+    @pytest.mark.parametrize("is_forgotten", [True, False])
+    def test_after_two_crashes_no_earlier_version_returns(
+        self, repo: RepositoryFixture, is_forgotten: bool
+    ) -> None:
+        newest, _ = repo.publish({b"f": b"1"}, tags=("0",))
+        for number in range(1, 3):
+            tag_and_crash(repo, newest, f"{number}")
+            with repo.reading() as repository:
+                ((newest, snapshot),) = repository.snapshots.iterate()
+        if is_forgotten:
+            with repo.writing() as repository:
+                assert forget(repository, [Candidate(newest, snapshot)]) == 1
+        else:
+            tag(repo, newest, "last")
+        with repo.reading() as repository:
+            assert len(repository.snapshots.ids()) == (0 if is_forgotten else 1)
 
     def test_repeated_crashes_still_list_one_snapshot(self, repo: RepositoryFixture) -> None:
         first, _ = repo.publish({b"f": b"1"}, tags=("0",))
