@@ -113,7 +113,7 @@ class TestRetagCrash:
     def test_after_two_crashes_no_earlier_version_returns(
         self, repo: RepositoryFixture, is_forgotten: bool
     ) -> None:
-        newest, _ = repo.publish({b"f": b"1"}, tags=("0",))
+        newest, snapshot = repo.publish({b"f": b"1"}, tags=("0",))
         for number in range(1, 3):
             tag_and_crash(repo, newest, f"{number}")
             with repo.reading() as repository:
