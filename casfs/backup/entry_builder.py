@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _MAX_LINKS = 100_000
 """Hard-linked files remembered at a time. A file beyond the limit is read again and stores no data."""
 
-_FILE, _DIRECTORY = NodeType.FILE, NodeType.DIRECTORY
+_FILE, _DIRECTORY, _NEW = NodeType.FILE, NodeType.DIRECTORY, EntryChange.NEW
 """Module constants: an attribute lookup in an Enum takes longer than the comparison with its result."""
 
 
@@ -184,7 +184,7 @@ class EntryBuilder:
         """Count and report a file that the parent snapshot lacks, or has with other metadata."""
         if previous is None or previous.kind != _FILE:
             self.stats.new += 1
-            self._monitor.entry(path, EntryChange.NEW)
+            self._monitor.entry(path, _NEW)
         else:
             self.stats.modified += 1
             self._monitor.entry(path, EntryChange.MODIFIED)

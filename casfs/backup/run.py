@@ -29,14 +29,12 @@ from casfs.backup.capture import DEFAULT_ATTEMPTS, Capturer
 from casfs.backup.entry_builder import EntryBuilder
 from casfs.backup.exclude import Exclusions
 from casfs.backup.final_retry import FinalRetry
-from casfs.backup.protection import Protection, ProtectionResult
 from casfs.backup.reflink import Freeze, Reflinker
 from casfs.backup.source_fs import make_node
 from casfs.backup.source_process import DEFAULT_MOUNT_TIMEOUT_S, ServedMounts
 from casfs.backup.source_reader import SourceReader
 from casfs.backup.sources import SourceNode, build_source_tree
 from casfs.backup.stability import DEFAULT_PATIENCE_S, RetryBudget
-from casfs.backup.stream import open_stream
 from casfs.backup.walker import NewTree, Walker
 from casfs.digest import SnapshotId
 from casfs.display import escape_path
@@ -60,7 +58,9 @@ from casfs.storage.concurrency import begin
 from casfs.store.writer import BlobWriter, WriteStats
 
 if TYPE_CHECKING:
+    # Each is imported by the function that needs it: most backups need none of them.
     from casfs.backup.file_cache import FileCache
+    from casfs.backup.protection import Protection, ProtectionResult
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
         require_encodable(draft, _ROOM_BYTES)
         begin_protection = begin(
             repository.store.storage,
-            lambda: None if options.dry_run else Protection.begin(repository),
+            lambda: None if options.dry_run else _begin_protection(repository),
         )
         while True:
             readings_left -= 1
@@ -194,6 +194,15 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
         protected,
         len(repository.claims.false_packs),
     )
+
+
+def _begin_protection(repository: Repository) -> Protection | None:
+    """Return the protection that the lock policy asks for, None where nothing can be locked."""
+    if repository.store.storage.bucket is None:
+        return None
+    from casfs.backup.protection import Protection
+
+    return Protection.begin(repository)
 
 
 def _draft_snapshot(options: BackupOptions) -> Snapshot:
@@ -470,6 +479,8 @@ class _Backup:
             file_cache=self._file_cache,
         )
         if self._options.stdin_name is not None:
+            from casfs.backup.stream import open_stream
+
             with open_stream(self._options.stdin_command) as fd:
                 return _read_stream(capturer, self.entries, new_tree, self._options.stdin_name, fd)
         walker = Walker(

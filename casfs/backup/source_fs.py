@@ -4,7 +4,8 @@ Below a source, no function looks up a path of several components or follows a s
 renamed or replaced during the walk therefore cannot lead the walk out of the source.
 
 A `Handle` is a descriptor of this process, or one of a process that reads a mount which may never answer
-(`source_process`). The functions of `ACTIONS` are carried out where the descriptor is.
+(`source_process`). The functions of `ACTIONS` are carried out where the descriptor is. Those that every file
+needs are written out: the wrapper of the others takes as long as the system call.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _NO_XATTRS = frozenset([errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES,
 """Errors that count as "no xattrs"; every other error is reported."""
 
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-_noatime = os.O_NOATIME
+_FILE_FLAGS_WITHOUT_ATIME = _FILE_FLAGS | os.O_NOATIME
 
 _MAX_XATTRS_BYTES = 4 * 1024 * 1024
 """Limit of one entry's xattrs, names and values together: a node must fit into a tree blob."""
@@ -135,10 +136,13 @@ def _open_with_retries(above: Handle, name: bytes, may_wait: MayWait) -> Handle:
             pause_s *= 2
 
 
-@_action
-def open_once(above: int, name: bytes, without_atime: bool) -> Handle:
+def open_once(above: Handle, name: bytes, without_atime: bool) -> Handle:
     """Open an entry as `open_file` does, but wait for no lease."""
-    return os.open(name, _FILE_FLAGS | (_noatime if without_atime else 0), dir_fd=above)
+    if not isinstance(above, int):
+        opened: RemoteHandle = above.call("open_once", name, without_atime)
+        return opened
+    flags = _FILE_FLAGS_WITHOUT_ATIME if without_atime else _FILE_FLAGS
+    return os.open(name, flags, dir_fd=above)
 
 
 @_action
@@ -155,16 +159,20 @@ def open_path(above: int, name: bytes, follow: bool = False) -> Handle:
     return os.open(name, flags, dir_fd=above)
 
 
-@_action
-def close(fd: int) -> None:
+def close(fd: Handle) -> None:
     """Close a descriptor."""
-    os.close(fd)
+    if isinstance(fd, int):
+        os.close(fd)
+    else:
+        fd.call("close")
 
 
-@_action
-def stat_open(fd: int) -> os.stat_result:
+def stat_open(fd: Handle) -> os.stat_result:
     """Return the metadata of an open entry."""
-    return os.fstat(fd)
+    if isinstance(fd, int):
+        return os.fstat(fd)
+    found: os.stat_result = fd.call("stat_open")
+    return found
 
 
 @_action
@@ -191,10 +199,12 @@ def read_link(above: int, name: bytes) -> bytes:
     return os.readlink(name, dir_fd=above)
 
 
-@_action
-def read_next(fd: int, size: int) -> bytes:
+def read_next(fd: Handle, size: int) -> bytes:
     """Return up to `size` bytes from the position of a file."""
-    return os.read(fd, size)
+    if isinstance(fd, int):
+        return os.read(fd, size)
+    data: bytes = fd.call("read_next", size)
+    return data
 
 
 @_action
@@ -278,15 +288,12 @@ class EntryName(NamedTuple):
 
 def xattrs_of(where: Handle | EntryName) -> ReadXattrs:
     """Return the readable xattrs of an open entry, or of an entry by its name, as `read_xattrs` does."""
+    if isinstance(where, int):
+        return read_xattrs(where)
     if isinstance(where, EntryName):
         return read_entry_xattrs(where.above, where.name)
-    return read_open_xattrs(where)
-
-
-@_action
-def read_open_xattrs(fd: int) -> ReadXattrs:
-    """Return the readable xattrs of an open entry."""
-    return read_xattrs(fd)
+    found: ReadXattrs = where.call("read_xattrs")
+    return found
 
 
 @_action
@@ -327,6 +334,10 @@ def read_xattrs(where: int | bytes) -> ReadXattrs:
             break
         found[os.fsencode(name)] = value
     return ReadXattrs(tuple(sorted(found.items())), problem)
+
+
+for _function in (open_once, close, stat_open, read_next, read_xattrs):
+    ACTIONS[_function.__name__] = _function
 
 
 def proc_fd_path(dir_fd: int, name: bytes) -> bytes:

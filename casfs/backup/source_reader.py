@@ -30,6 +30,7 @@ from casfs.trees.content import EXTENT, HOLE, MAX_HOLE_BYTES, ContentWriter, Put
 from casfs.trees.file_content import Part
 
 _READ_BYTES = 1 << 20
+_DATA = BlobKind.DATA
 
 
 def _ignore(_: int) -> None:
@@ -198,7 +199,7 @@ class SourceReader:
     def store_pending(self, reading: ReadResult) -> None:
         """Store the pending blob of an accepted attempt, if it has one."""
         if reading.pending is not None:
-            self._put(BlobKind.DATA, *reading.pending)
+            self._put(_DATA, *reading.pending)
 
     def _read_small(self, fd: Handle, size: int) -> ReadResult:
         data = source_fs.read_next(fd, size) if size else b""

@@ -71,6 +71,8 @@ def is_racy(st: os.stat_result, began_ns: int) -> bool:
     index.
     """
     ctime_ns, mtime_ns = st.st_ctime_ns, st.st_mtime_ns
+    if ctime_ns <= began_ns - _COARSE_NS and mtime_ns <= began_ns - _COARSE_NS:
+        return False
     whole_seconds = mtime_ns % 1_000_000_000 == 0 and ctime_ns % 1_000_000_000 == 0
     grain_ns = _COARSE_NS if whole_seconds else _TICK_NS
     return ctime_ns > began_ns - grain_ns or abs(mtime_ns - began_ns) < grain_ns

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import secrets
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -466,7 +465,7 @@ def _commit_packs(store: BlobStore, packs: list[_OpenPack]) -> None:
             assert pack.spool is not None
             # A random name, where other hosts write: no pack ever has the name of one that was removed, so
             # a deletion that takes effect late deletes no later pack.
-            variant = secrets.randbits(63) if store.is_shared else 0
+            variant = int.from_bytes(os.urandom(8), "big") >> 1 if store.is_shared else 0
             ref = pack.end(is_taken, variant)
             pack.spool.commit(pack_name(ref))
             stored.append((ref, pack.bytes, pack.entries))

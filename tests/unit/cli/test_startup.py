@@ -39,7 +39,7 @@ LIBRARIES = {
     "tomllib",
     "trio",
 }
-"""What neither `casfs version` nor `casfs snapshots` of an unencrypted local repository needs."""
+"""What `casfs version` does not need, nor a command that uses an unencrypted local repository."""
 
 OTHER_COMMANDS = {
     "casfs.backup",
@@ -66,9 +66,23 @@ FORBIDDEN = {
     | OTHER_COMMANDS
     | {"casfs.repository", "casfs.storage.base", "json", "lmdb", "msgspec", "shutil", "zstandard"},
     "snapshots": LIBRARIES | OTHER_COMMANDS,
+    "backup": LIBRARIES - {"pyfastcdc"}
+    | {
+        "casfs.backup.file_cache",
+        "casfs.backup.protection",
+        "casfs.backup.stream",
+        "casfs.crypto.key_manager",
+        "casfs.maintenance",
+        "casfs.restore",
+        "casfs.storage.remote",
+    },
 }
 
-NEEDED = {"version": "casfs.cli.commands.version", "snapshots": "casfs.repository.opening"}
+NEEDED = {
+    "version": "casfs.cli.commands.version",
+    "snapshots": "casfs.repository.opening",
+    "backup": "casfs.backup.run",
+}
 
 
 def loaded_by(*arguments: str) -> set[str]:
@@ -82,7 +96,9 @@ def loaded_by(*arguments: str) -> set[str]:
 def test_a_command_loads_no_module_that_only_others_need(command: str, tmp_path: Path) -> None:
     repository = str(tmp_path / "repository")
     loaded_by("-r", repository, "init")
-    loaded = loaded_by("-r", repository, command)
+    (tmp_path / "file").write_text("content")
+    arguments = [str(tmp_path / "file")] if command == "backup" else []
+    loaded = loaded_by("-r", repository, command, *arguments)
     assert NEEDED[command] in loaded
     assert not loaded & FORBIDDEN[command]
 
