@@ -53,7 +53,7 @@ def test_a_closed_stdin_cannot_be_backed_up(repository: Casfs, option: str) -> N
     done = run_closed(repository, "<&-", "backup", option)
     assert done.returncode == 2, done
     assert b"standard input is closed" in done.stderr
-    assert repository.json("snapshots").objects == []
+    assert repository.json("snapshots").of_type("snapshot") == []
 
 
 BUFFERING = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
@@ -95,7 +95,7 @@ def test_the_exit_code_of_a_backup_on_a_full_disk_says_what_was_published(
         done = run_into(repository, full, unbuffered, "backup", *sources)
     assert done.returncode == (3 if missing else 0), done
     assert b"cannot be printed: No space left" in done.stderr
-    assert len(repository.json("snapshots").objects) == 1
+    assert len(repository.json("snapshots").of_type("snapshot")) == 1
 
 
 @BUFFERING
@@ -104,10 +104,10 @@ def test_a_backup_without_a_reader_publishes_its_snapshot_and_exits_with_141(
 ) -> None:
     done = run_into(repository, deserted_pipe, unbuffered, "backup", str(source))
     assert (done.returncode, done.stderr) == (141, b"")
-    assert len(repository.json("snapshots").objects) == 1
+    assert len(repository.json("snapshots").of_type("snapshot")) == 1
     done = run_into(repository, deserted_pipe, unbuffered, "backup", str(source), "no-such-source")
     assert done.returncode == 3, done
-    assert len(repository.json("snapshots").objects) == 2
+    assert len(repository.json("snapshots").of_type("snapshot")) == 2
 
 
 @BUFFERING
@@ -117,12 +117,12 @@ def test_forget_and_prune_without_a_reader_finish_what_they_began(
     for number in range(4):
         (source / "new").write_bytes(os.urandom(300_000))
         repository.backup(source, "--time", f"@{number}")
-    stored = repository.json("stats").objects
+    stored = repository.json("stats").of_type("stats")
     arguments = ("forget", "--keep-last", "1", "--prune")
     done = run_into(repository, deserted_pipe, unbuffered, *arguments)
     assert (done.returncode, done.stderr) == (141, b"")
-    assert len(repository.json("snapshots").objects) == 1
-    assert repository.json("stats").objects != stored
+    assert len(repository.json("snapshots").of_type("snapshot")) == 1
+    assert repository.json("stats").of_type("stats") != stored
     assert repository.json("prune", "--dry-run").one("prune")["removed_packs"] == 0
 
 
