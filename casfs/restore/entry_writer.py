@@ -271,8 +271,10 @@ class EntryWriter:
         # The name is known before the file exists: an interrupt at any moment can remove the file.
         name = target_fs.temporary_name()
         try:
-            # Only this user can look into a fresh directory, so the file may have its mode from the start.
-            opened = target_fs.create_file(fd, name, node.mode & 0o777 if is_fresh else 0o600)
+            # Only this user can look into a fresh directory, so the file may have its mode from the start,
+            # unless it gets xattrs: its owner cannot set those of a write-protected file.
+            has_mode = is_fresh and node.extra is None
+            opened = target_fs.create_file(fd, name, node.mode & 0o777 if has_mode else 0o600)
             try:
                 data = None if self._recomputes_whole else read_only_chunk(node, read)
                 if data is not None:

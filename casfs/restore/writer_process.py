@@ -226,7 +226,7 @@ class _WriterProcess:
 
     def _give_up(self, error: Exception) -> None:
         self.is_dead = True
-        os.kill(self._pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._reap()
         log.warning(
             "a process that writes restored files ended (%s); the restore goes on without it", error
@@ -236,12 +236,20 @@ class _WriterProcess:
         """Let the process end before its next entry."""
         self._memory[0] = 1
         self._connection.close()
+        if not self.is_dead:
+            self._signal(signal.SIGCONT)  # one that was stopped would never end
 
     def close(self) -> None:
         """Wait for the end of the process, after `stop`."""
         if not self.is_dead:
             self._reap()
         self._memory.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ChildProcessError, ProcessLookupError):
+            # Where SIGCHLD is ignored, another process may have its id once it has ended.
+            os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            os.kill(self._pid, number)
 
     def _reap(self) -> None:
         with suppress(ChildProcessError):  # where SIGCHLD is ignored there is nothing to wait for
@@ -260,6 +268,6 @@ def _spawn(connection: int) -> int:
             (os.POSIX_SPAWN_DUP2, connection, _CONNECTION_FD),
             *((os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)),
         ],
-        # These signals are for the restore, which stops the process.
-        setsigmask=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+        # A terminal sends these to both: the restore ends the process, and waits for it after a pause.
+        setsigmask=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP],
     )

@@ -418,6 +418,19 @@ class TestWithoutPrivileges:
         kept.run("restore", "latest", "--target", target)
         assert stat.S_IMODE((target / "source/both").stat().st_mode) == 0o6755
 
+    def test_restore_sets_the_attributes_of_files_that_their_owner_may_not_write(
+        self, kept: Casfs, source: Path, target: Path, superuser: None
+    ) -> None:
+        """Their owner cannot set any once the mode is set."""
+        for name, mode in (("report.txt", 0o444), ("closed.txt", 0)):
+            path = source / "documents" / name
+            path.touch()
+            os.setxattr(path, "user.open", b"1")
+            path.chmod(mode)
+        kept.backup(".", cwd=source)
+        kept.run("restore", "latest", "--target", target, prefix=WITHOUT_CAPABILITIES)
+        assert tree_differences(source, target) == []
+
     def test_an_unprivileged_user_restores_everything_but_owners_and_trusted_attributes(
         self, kept: Casfs, source: Path, target: Path, superuser: None
     ) -> None:

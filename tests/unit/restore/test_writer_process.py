@@ -186,6 +186,37 @@ def test_a_restore_goes_on_without_a_process_that_was_killed(
     caplog.clear()
 
 
+@pytest.fixture
+def ignored_children() -> Iterator[None]:
+    """As a parent may have left it: the kernel removes a process that ended, and its id is free again."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_restore_goes_on_without_a_killed_process_where_child_signals_are_ignored(
+    scene: Scene,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ignored_children: None,
+) -> None:
+    paths = written_by_processes(monkeypatch)
+    submit = WriterProcesses.submit
+
+    def killing(self: WriterProcesses, jobs: list[EntryJob]) -> object:
+        if len(paths) >= 16 and Path(f"/proc/{scene.pids[0]}").exists():
+            os.kill(scene.pids[0], signal.SIGKILL)
+            wait_until(lambda: has_ended(scene.pids[0]), "the process ended")
+        return submit(self, jobs)
+
+    monkeypatch.setattr(WriterProcesses, "submit", killing)
+    plan = many_files(200)
+    assert scene.restore({b"d": plan}).files == 200
+    assert scene.files() == {"d/" + name.decode(): plan[name] for name in plan}
+    assert "the restore goes on without it" in caplog.text
+    caplog.clear()
+
+
 def test_a_restore_writes_all_by_itself_where_no_process_can_be_started(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +227,7 @@ def test_a_restore_writes_all_by_itself_where_no_process_can_be_started(
     assert scene.restore({b"d": many_files(40)}).files == 40
 
 
-def test_an_interrupted_restore_ends_its_processes_and_leaves_no_temporary_file(
+def test_an_interrupted_restore_ends_a_stopped_process_and_leaves_no_temporary_file(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written_by_processes(monkeypatch)
@@ -204,6 +235,7 @@ def test_an_interrupted_restore_ends_its_processes_and_leaves_no_temporary_file(
     class Interrupting(RecordingMonitor):
         def entry(self, path: bytes, change: EntryChange) -> None:
             if path == b"f050":
+                os.kill(scene.pids[0], signal.SIGSTOP)
                 raise KeyboardInterrupt
 
     scene.monitor = Interrupting()
