@@ -174,7 +174,7 @@ class ClaimVerifier:
         pack = self._store.index.pack_ref(ordinal).id
         if pack not in self.false_packs:
             log.warning(
-                "pack %s, which another machine stored, lacks blobs that it was said to hold, or they are "
+                "pack %s lacks blobs that another machine or its directory says it holds, or they are "
                 "damaged; they are stored again; run `casfs check --read-data`",
                 short_id(pack),
             )

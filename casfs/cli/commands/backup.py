@@ -222,8 +222,8 @@ def backup(
     Exit code 3: the snapshot is published, but some sources could not be read, or it
     could not be locked. Exit code 4: some files
     changed while they were read, or --reread found silent changes. Exit code 5: the
-    snapshot is published, but a pack of another machine lacked data, which are stored
-    again.
+    snapshot is published, but a pack of another machine, or of a lost index, lacked
+    data, which are stored again.
     """
     from casfs.backup.exclude import Exclusions
     from casfs.backup.reflink import Freeze
@@ -347,8 +347,8 @@ def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
         )
     if result.false_packs:
         output.summary(
-            f"{counted(result.false_packs, 'pack')} of other machines lacked data that this backup needs; it "
-            "is stored again; run `casfs check --read-data`"
+            f"{counted(result.false_packs, 'pack')} that this machine had not verified lacked data which the "
+            "backup needs; it is stored again; run `casfs check --read-data`"
         )
     if result.abandoned_bytes:
         output.summary(

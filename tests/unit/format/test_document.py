@@ -350,6 +350,9 @@ def test_meta_table_lists_every_key_that_an_index_writes(tmp_path: Path) -> None
         known.remove_packs({0: pack.PackRef(name, False)})
         known.add_packs([(pack.PackRef(name, False), 100, entries)])
         known.remove_packs({1: pack.PackRef(other, True)})
+        claimed = delta.DeltaPack(pack.PackRef(PackId(bytes([1] * 32)), False), 100, entries)
+        notes.register([claimed])
+        notes.finish({}, hides_removals=True)
         meta = known.environment.database(b"meta")
 
         def keys(txn: Transaction) -> list[bytes]:

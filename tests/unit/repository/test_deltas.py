@@ -63,8 +63,10 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: RecordingStor
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a relative path: of an absolute one, the folders above change while other tests run."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("source")
     folder.mkdir()
     for number in range(5):
         (folder / f"file{number}").write_bytes(noise(f"file {number}", 5000))
@@ -136,7 +138,7 @@ class TestRemote:
             assert not [name for name in calls(memory, "list") if name in ("packs", "meta")]
             assert not [name for name in calls(memory, "read") if name.startswith("packs")]
             for snapshot_id, snapshot in repository.snapshots.iterate():
-                assert repository.trees.resolve(snapshot.root, os.fsencode(source)[1:])
+                assert repository.trees.resolve(snapshot.root, os.fsencode(source))
                 assert snapshot_id
 
     def test_an_unchanged_backup_lists_the_deltas_and_stores_none(
