@@ -52,9 +52,14 @@ class Group:
         if self._bounds[-1] != len(plain):
             raise BlobError(b"", "the sizes of the blobs in its group contradict the group's size")
 
+    @property
+    def blob_count(self) -> int:
+        """The number of its blobs."""
+        return len(self._bounds) - 1
+
     def blob(self, digest: Digest, position: int, plain_bytes: int) -> bytes:
         """Return the verified plaintext of the blob at a position; raise BlobError."""
-        if position >= len(self._bounds) - 1:
+        if position >= self.blob_count:
             raise BlobError(digest, "its group has too few blobs")
         begin, end = self._bounds[position], self._bounds[position + 1]
         if end - begin != plain_bytes:

@@ -49,6 +49,8 @@ META_PREFIX = "meta"
 PACK_PREFIXES = (DATA_PREFIX, META_PREFIX)
 """Below these prefixes are the packs; metadata packs, which format 2 has, are below the second."""
 
+BLOB_KINDS = frozenset(BlobKind)
+
 METADATA_KINDS = frozenset([BlobKind.TREE, BlobKind.CONTENT])
 """The kinds of blobs that a writer of format 2 stores in metadata packs."""
 
@@ -221,6 +223,8 @@ def parse_directory(
     for blob, stored_bytes, plain_bytes, kind, codec, position in fields:
         if stored_bytes > MAX_STORED_BYTES or plain_bytes > MAX_PLAIN_BYTES:
             raise PackError(pack, "its directory has an invalid blob size")
+        if kind not in BLOB_KINDS:
+            raise PackError(pack, "its directory has an invalid kind of blob")
         if not position:
             begin = offset + BLOB_HEADER.size
             offset = begin + stored_bytes
@@ -241,7 +245,7 @@ def parse_record_header(data: bytes, offset: int = 0) -> tuple[int, int, int, in
     if len(data) - offset < BLOB_HEADER.size:
         return None
     magic, kind, codec, reserved, stored_bytes, plain_bytes = BLOB_HEADER.unpack_from(data, offset)
-    known = kind in BlobKind.__members__.values() or kind in (DIRECTORY_KIND, ENCRYPTED_KIND)
+    known = kind in BLOB_KINDS or kind in (DIRECTORY_KIND, ENCRYPTED_KIND)
     if magic != RECORD_MAGIC or reserved or not known:
         return None
     if kind != DIRECTORY_KIND and (

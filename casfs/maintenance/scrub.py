@@ -495,17 +495,20 @@ def _batches(entries: list[PackEntry]) -> Iterator[list[list[PackEntry]]]:
     A record is the list of the entries of its blobs.
     """
     batch: list[list[PackEntry]] = []
-    batch_bytes = 0
+    plain_bytes = stored_bytes = 0
     for entry in entries:
         if batch and entry.shares_group(batch[-1][-1]):
             batch[-1].append(entry)
         else:
-            if batch_bytes + entry.plain_bytes > _BATCH_BYTES or len(batch) >= _BATCH_BLOBS:
+            # A payload that is much larger than its blob is damaged, and takes memory all the same.
+            most_bytes = max(plain_bytes + entry.plain_bytes, stored_bytes + entry.stored_bytes)
+            if most_bytes > _BATCH_BYTES or len(batch) >= _BATCH_BLOBS:
                 if batch:
                     yield batch
-                batch, batch_bytes = [], 0
+                batch, plain_bytes, stored_bytes = [], 0, 0
             batch.append([entry])
-        batch_bytes += entry.plain_bytes
+            stored_bytes += entry.stored_bytes
+        plain_bytes += entry.plain_bytes
     if batch:
         yield batch
 

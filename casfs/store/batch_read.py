@@ -61,7 +61,7 @@ class BlobRun:
         found: list[tuple[PackEntry, bytes]] = []
         for digest, at in blobs:
             entry = at.in_pack(digest)
-            if found and entry.shares_group(found[-1][0]):
+            if found and _is_same_payload(entry, found[-1][0]):
                 payload = found[-1][1]
             else:
                 begin = at.offset - self.begin
@@ -85,21 +85,35 @@ def plan_reads(store: BlobStore, wanted: Mapping[Digest, int], plan: ReadPlan) -
 
 
 def gather_reads(found: Iterable[tuple[Digest, Location]], plan: ReadPlan) -> Iterator[BlobRun]:
-    """Yield the reads that return the blobs at some locations."""
+    """Yield the reads that return the blobs at some locations.
+
+    The payloads of a read take no more memory than the read, although locations that others wrote may
+    overlap.
+    """
     blobs: list[tuple[Digest, Location]] = []
     pack = begin = end = -1
+    payloads_bytes = 0
     for digest, at in sorted(found, key=_place):
         last = at.offset + at.stored_bytes
+        is_shared = bool(blobs) and at.pack == pack and _is_same_payload(at, blobs[-1][1])
+        more_bytes = 0 if is_shared else at.stored_bytes
         is_near = at.offset <= end + plan.gap_bytes and last <= begin + plan.read_bytes
-        if blobs and not (at.pack == pack and is_near):
+        has_room = payloads_bytes + more_bytes <= plan.read_bytes
+        if blobs and not is_shared and not (at.pack == pack and is_near and has_room):
             yield BlobRun(pack, begin, end - begin, blobs)
             blobs = []
         if not blobs:
-            pack, begin = at.pack, at.offset
+            pack, begin, payloads_bytes = at.pack, at.offset, 0
         blobs.append((digest, at))
+        payloads_bytes += more_bytes
         end = max(end, last)
     if blobs:
         yield BlobRun(pack, begin, end - begin, blobs)
+
+
+def _is_same_payload(one: PackEntry | Location, before: PackEntry | Location) -> bool:
+    """Return whether two blobs of a pack have their stored bytes in common."""
+    return (one.offset, one.stored_bytes) == (before.offset, before.stored_bytes)
 
 
 def _place(blob: tuple[Digest, Location]) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from casfs.digest import DIGEST_BYTES, Digest, PackId
+from casfs.digest import DIGEST_BYTES, Digest, PackId, short_id
 from casfs.errors import (
     BlobError,
     CasfsError,
@@ -29,8 +29,10 @@ from casfs.format.codec import ENCRYPTED, TAG_BYTES, BlobCodec
 from casfs.format.group import Group
 from casfs.format.pack import (
     BLOB_HEADER,
+    BLOB_KINDS,
     DATA_PREFIX,
     HEADER,
+    MAX_PACK_BLOBS,
     MAX_PACK_BYTES,
     META_PREFIX,
     PACK_PREFIXES,
@@ -455,7 +457,7 @@ class BlobStore:
     def salvage_directory(self, pack: PackRef, pack_bytes: int) -> list[PackEntry]:
         """Return entries for all blobs of a pack that decode, found by a scan of its records.
 
-        The scan ends at MAX_PACK_BYTES.
+        The scan ends at MAX_PACK_BYTES, and before there are more than MAX_PACK_BLOBS.
         """
         name = pack_name(pack)
         data = self.bulk_storage.read(name, 0, min(pack_bytes, MAX_PACK_BYTES))
@@ -472,9 +474,17 @@ class BlobStore:
                     inner = cipher.decrypt(b"", offset, payload)
                     kind, codec, plain_bytes = inner.kind, inner.codec, inner.plain_bytes
                     payload, key = inner.payload, cipher.digest_key(inner)
-                found = list(self.codec.digest_payload(codec, payload, plain_bytes, key))
+                found = self.codec.digest_payload(codec, payload, plain_bytes, key)
             except IntegrityError:
                 continue
+            if kind not in BLOB_KINDS:
+                continue
+            if len(entries) + len(found) > MAX_PACK_BLOBS:
+                log.warning(
+                    "pack %s has more blobs than a pack may have; the rest is ignored",
+                    short_id(pack.id),
+                )
+                break
             if cipher is not None:
                 codec |= ENCRYPTED
             for position, (digest, size) in enumerate(found):

@@ -15,6 +15,11 @@ from casfs.format.group import MAX_GROUP_BYTES, Group
 
 _CACHED_BYTES = 8 * MAX_GROUP_BYTES
 
+_OVERHEAD_BYTES = 1024
+_BOUND_BYTES = 40
+"""What a cached group takes beside its plaintext, and for each of its blobs. Many small groups, which no
+writer stores, would take much more memory than their plaintexts."""
+
 
 class GroupCache:
     """Groups by pack and offset, the least recently used ones dropped first."""
@@ -38,10 +43,10 @@ class GroupCache:
         with self._lock:
             self._remove(pack, offset)
             self._groups[pack, offset] = group
-            self._bytes += len(group.plain)
+            self._bytes += _size_bytes(group)
             while self._bytes > self._max_bytes:
                 _, oldest = self._groups.popitem(last=False)
-                self._bytes -= len(oldest.plain)
+                self._bytes -= _size_bytes(oldest)
 
     def drop(self, pack: PackId, offset: int) -> None:
         """Forget a group."""
@@ -51,4 +56,8 @@ class GroupCache:
     def _remove(self, pack: PackId, offset: int) -> None:
         group = self._groups.pop((pack, offset), None)
         if group is not None:
-            self._bytes -= len(group.plain)
+            self._bytes -= _size_bytes(group)
+
+
+def _size_bytes(group: Group) -> int:
+    return len(group.plain) + _OVERHEAD_BYTES + group.blob_count * _BOUND_BYTES

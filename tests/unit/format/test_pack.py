@@ -143,6 +143,11 @@ class TestPackDirectory:
         with pytest.raises(PackError, match="invalid blob size"):
             parse_directory(PACK, directory, digest_of(directory), 1 << 30)
 
+    def test_a_pack_directory_with_an_unknown_kind_of_blob_is_refused(self) -> None:
+        directory = ENTRY.pack(bytes(32), 5, 5, 77, 0, 0)
+        with pytest.raises(PackError, match="invalid kind"):
+            parse_directory(PACK, directory, digest_of(directory), 100)
+
 
 class TestRecordHeader:
     def test_a_record_header_is_parsed_as_it_was_encoded(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from casfs.digest import digest_of
 from casfs.errors import BlobError
 from casfs.format.codec import BlobKind
-from casfs.format.pack import PackEntry, PackRef
+from casfs.format.pack import PackEntry, PackRef, encode_end
 from casfs.format.snapshot import Snapshot
 from casfs.maintenance import scrub as scrub_module
 from casfs.maintenance.check import Checker, CheckResult
@@ -112,6 +113,26 @@ class TestVerificationMarks:
                 check(repo)
         assert sum(mark > 0 for mark in verified(repo).values()) == 2
         assert check(repo, older_than_s=DAY_S).packs_read == 2
+
+
+class TestHostilePacks:
+    def test_payloads_much_larger_than_their_blobs_take_bounded_memory(
+        self, repo: RepositoryFixture
+    ) -> None:
+        """Whoever can create objects can add such a pack."""
+        size = 1 << 20
+        data, entries = make_pack(noise(f"{number}", size) for number in range(64))
+        end = len(data) - len(encode_end(entries, 0))
+        lies = [entry._replace(plain_bytes=1) for entry in entries]
+        add_pack(repo.root, data[:end] + encode_end(lies, end))
+        tracemalloc.start()
+        try:
+            result = check(repo)
+            _, most_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert len([finding for finding in result.damage if finding.blob is not None]) == 64
+        assert most_bytes < 40 * size
 
 
 class TestPackSelection:

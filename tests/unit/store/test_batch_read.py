@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from casfs.digest import Digest, digest_of
-from casfs.store.batch_read import BlobRun, ReadPlan, plan_reads, read_run
+from casfs.format.codec import Codec
+from casfs.index.schema import Location
+from casfs.store.batch_read import BlobRun, ReadPlan, gather_reads, plan_reads, read_run
 from casfs.store.blob_store import BlobStore, pack_name
 from tests.support.stores import flip, noise, open_store, store_blobs
 
@@ -51,6 +53,29 @@ def test_a_gap_is_read_with_the_rest_where_it_is_small(store: BlobStore) -> None
     (run,) = planned(store, ReadPlan(100 * KIB, 1 << 20, 1), *labels)
     assert run.size >= 9 * BLOB_BYTES
     assert list(read_run(store, run)) == list(wanted(*labels))
+
+
+def test_overlapping_locations_take_no_more_memory_than_a_read() -> None:
+    """Each machine that writes can publish a delta with such locations."""
+    plan = ReadPlan(KIB, 64 * KIB, 1)
+    found = [
+        (digest_of(b"%d" % number), Location(0, 80, 60 * KIB + number, 1, number, 1, 0))
+        for number in range(50)
+    ]
+    for run in gather_reads(found, plan):
+        taken = run.payloads(run.blobs, memoryview(bytes(run.size)))
+        assert sum(len(payload) for _, payload in taken) <= plan.read_bytes
+
+
+def test_blobs_at_one_place_of_a_group_share_its_payload() -> None:
+    group = int(Codec.GROUP)
+    found = [
+        (digest_of(b"%d" % number), Location(0, 80, 60 * KIB, 1, number, 1, group))
+        for number in range(50)
+    ]
+    (run,) = gather_reads(found, ReadPlan(KIB, 64 * KIB, 1))
+    taken = run.payloads(run.blobs, memoryview(bytes(run.size)))
+    assert len(taken) == 50 and len({id(payload) for _, payload in taken}) == 1
 
 
 def test_no_read_is_larger_than_the_plan_allows(store: BlobStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,27 @@ from casfs.digest import Digest, digest_of
 from casfs.errors import BlobError
 from casfs.format.codec import BlobCodec, BlobKind, Codec
 from casfs.format.group import Group, join_group
-from casfs.format.pack import TRAILER, PackEntry
+from casfs.format.pack import (
+    MAX_PACK_BLOBS,
+    TRAILER,
+    PackEntry,
+    encode_header,
+    encode_record_header,
+)
 from casfs.store.batch_read import ReadPlan, plan_reads, read_run
 from casfs.store.blob_store import BlobStore, pack_name
 from casfs.store.groups import GroupCache
 from casfs.store.layout import FORMAT_1, FORMAT_2, NewBlob, PackLayout, encode_records
 from casfs.store.pack_shares import PackShare, stored_bytes
-from tests.support.stores import flip, noise, open_store, pack_paths, pack_ref, store_blobs
+from tests.support.stores import (
+    add_pack,
+    flip,
+    noise,
+    open_store,
+    pack_paths,
+    pack_ref,
+    store_blobs,
+)
 
 KIB = 1 << 10
 TEXTS = [f"text number {number} ".encode() * 20 for number in range(100)]
@@ -146,6 +161,18 @@ class TestReading:
         cache.put(pack, 3, groups[0])
         assert cache.get(pack, 2) is groups[2] and cache.get(pack, 3) is groups[0]
 
+    def test_many_tiny_groups_do_not_take_more_memory_than_the_cache_may(self) -> None:
+        cache = GroupCache(max_bytes=1 << 20)
+        pack = pack_ref(Path("packs/00") / bytes(32).hex()).id
+        tracemalloc.start()
+        try:
+            for number in range(20_000):
+                cache.put(pack, number, Group(join_group([b"%06d" % number])))
+            taken_bytes, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert taken_bytes < 2 << 20
+
     def test_wrong_bytes_that_a_storage_gave_once_are_not_kept(
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -194,6 +221,18 @@ class TestDamage:
         assert store.salvage_directory(pack, pack_bytes) == found
         store.rebuild()
         assert [store.read(digest_of(text)) for text in TEXTS] == TEXTS
+
+    def test_a_scan_ends_where_a_hostile_pack_has_more_blobs_than_a_pack_may_have(
+        self, store: BlobStore, tmp_path: Path
+    ) -> None:
+        data = bytearray(encode_header())
+        for number in range(300):
+            plain = join_group([b"%03d %03d" % (number, blob) for blob in range(256)])
+            ((_, payload),) = store.codec.encode_many([plain])
+            data += encode_record_header(BlobKind.DATA, Codec.GROUP, len(payload), len(plain))
+            data += payload
+        pack = add_pack(tmp_path, bytes(data))
+        assert len(store.salvage_directory(pack, len(data))) == MAX_PACK_BLOBS
 
 
 class TestShares:
