@@ -104,6 +104,7 @@ def open_for_reading(
         raise
     repository = Repository(place, config, storage, index, options.level, activity, keys)
     repository.snapshots.listing = listing
+    repository.store.needs_notices = False
     return repository
 
 

@@ -50,7 +50,7 @@ from casfs.storage.base import Storage
 from casfs.storage.caching import CachingStorage
 from casfs.store.duplicates import Duplicates
 from casfs.store.groups import GroupCache
-from casfs.store.pending_removal import packs_pending_removal
+from casfs.store.pending_removal import TooManyNoticesError, packs_pending_removal
 from casfs.store.verified_packs import VerifiedPacks
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class BlobStore:
     `bulk_storage` is for reads that no cache should keep: long ones, and those that examine the storage.
     `deltas` is given every pack that this process stores.
     `is_shared` is set where hosts write over a network, so that locks do not show who writes or prunes.
+    `needs_notices` is unset for a reader, which too many removal notices must not stop.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class BlobStore:
         self.codec = codec
         self._ciphers = ciphers
         self.is_shared = not storage.capabilities.holds_locks
+        self.needs_notices = True
         self.verified = VerifiedPacks()
         self.salvaged: set[PackRef] = set()
         self.unreadable: set[PackRef] = set()
@@ -549,12 +551,23 @@ class BlobStore:
         `list_pending` returns these packs where the caller lists them.
         """
         before = self.index.marked_for_removal()
-        pending = (
-            list_pending() if list_pending is not None else packs_pending_removal(self.storage)
-        )
+        pending = list_pending() if list_pending is not None else self._packs_pending_removal()
         if pending or before:
             found = {record.ordinal for record in self.index.packs() if record.pack in pending}
             self.index.change_marked(found - before, before - found if is_alone() else set())
+
+    def _packs_pending_removal(self) -> set[PackRef]:
+        """Return the packs that removal notices name; for a reader all packs, if there are too many notices.
+
+        Then no writer of this machine that uses the same index counts a blob as stored.
+        """
+        try:
+            return packs_pending_removal(self.storage)
+        except TooManyNoticesError as error:
+            if self.needs_notices:
+                raise
+            log.warning("%s", error)
+            return {pack for pack, _ in self.stored_packs()}
 
     def add_packs(self, packs: list[tuple[PackRef, int]]) -> None:
         """Add packs of the storage to the index from their directories; each comes with its size in bytes."""
@@ -601,7 +614,7 @@ class BlobStore:
 
         def ask() -> set[PackRef]:
             pending.clear()
-            pending.update(packs_pending_removal(self.storage))
+            pending.update(self._packs_pending_removal())
             return pending
 
         def packs() -> Iterator[IndexedPack]:
@@ -649,7 +662,7 @@ class BlobStore:
         progress.begin("reading packs", Unit.PACKS, total_items=progress.items or None)
         self.index.rebuild(
             lambda: self._indexed(self._counted_packs(progress)),
-            lambda: packs_pending_removal(self.storage),
+            self._packs_pending_removal,
         )
         self._old_entries = {}
         self.index.has_all_packs = not self._left_out

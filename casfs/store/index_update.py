@@ -43,6 +43,7 @@ def update_index(
     `deltas` is None where the index is compared with the packs only. `is_alone` returns whether no other
     process of this machine writes.
     """
+    store.needs_notices = options.is_writer
     if deltas is not None:
         if not store.index.is_current():
             store.index.rebuild(tuple)

@@ -150,11 +150,11 @@ def list_notices(
     limits leave some unread.
     """
     found = {}
-    total_bytes = 0
-    for number, (name, size, mtime_ns) in enumerate(storage.list(FOLDER)):
-        total_bytes += min(size, MAX_NOTICE_BYTES)
-        if number >= MAX_NOTICES or total_bytes > MAX_NOTICES_BYTES:
-            raise TooManyNoticesError(storage.url)
+    listed = list(islice(storage.list(FOLDER), MAX_NOTICES + 1))
+    total_bytes = sum(min(one.size, MAX_NOTICE_BYTES) for one in listed)
+    if len(listed) > MAX_NOTICES or total_bytes > MAX_NOTICES_BYTES:
+        raise TooManyNoticesError(storage.url)
+    for name, _, mtime_ns in listed:
         if name in known:
             found[name] = ListedNotice(mtime_ns, known[name].notice)
             continue
