@@ -73,13 +73,9 @@ class SnapshotCopier:
         there = self._there.get(_identity(snapshot))
         if there is not None:
             return CopiedSnapshot(snapshot_id, there, was_there=True)
-        try:
-            new_id, stored_bytes = self._copy_and_publish(snapshot)
-        except PacksRemovedError as error:
-            log.warning("%s; copying the snapshot again", error.reason)
-            self._trees, self._files = _Remembered(), _Remembered()
-            self._destination.snapshots.begin_again()
-            new_id, stored_bytes = self._copy_and_publish(snapshot)
+        new_id, stored_bytes = self._destination.snapshots.repeat_until_published(
+            lambda: self._copy_and_publish(snapshot), "copying the snapshot"
+        )
         self._there[_identity(snapshot)] = new_id
         return CopiedSnapshot(snapshot_id, new_id, False, stored_bytes)
 
@@ -96,7 +92,11 @@ class SnapshotCopier:
         for digest, tree in new:
             self._trees.put(digest, tree)
         copied = msgspec.structs.replace(snapshot, root=root, parent=None, replaces=None)
-        new_id = self._destination.snapshots.publish(copied)
+        try:
+            new_id = self._destination.snapshots.publish(copied)
+        except PacksRemovedError:
+            self._trees, self._files = _Remembered(), _Remembered()
+            raise
         Protection.protect_published(self._destination, new_id, root)
         return new_id, stats.new_stored_bytes
 

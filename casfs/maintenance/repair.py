@@ -22,6 +22,7 @@ from casfs.errors import (
     IndexDamagedError,
     IntegrityError,
     NotFoundError,
+    PacksRemovedError,
     TreeError,
 )
 from casfs.format.snapshot import MAX_SNAPSHOT_BYTES, Snapshot, decode_snapshot
@@ -183,6 +184,7 @@ class SnapshotRepairer:
         self._dry_run = dry_run
         self._checker = Checker(repository, monitor)
         self._current = SnapshotRepair(SnapshotId(b""))
+        self._is_reported = False
 
     def repair(self, read: PackSelection | None = None) -> RepairResult:
         """Check the repository, and replace every snapshot that lost data by one without it.
@@ -222,6 +224,7 @@ class SnapshotRepairer:
 
     def _repair_one(self, snapshot_id: SnapshotId) -> None:
         self._current = SnapshotRepair(snapshot_id)
+        self._is_reported = False
         try:
             snapshot = self._repository.snapshots.load(snapshot_id)
         except NotFoundError:
@@ -229,10 +232,13 @@ class SnapshotRepairer:
         except IntegrityError as error:
             self._drop_snapshot(snapshot_id, str(error))
         else:
-            self._replace_snapshot(snapshot_id, snapshot)
+            self._repository.snapshots.repeat_until_published(
+                lambda: self._replace_snapshot(snapshot_id, snapshot), "repairing the snapshot"
+            )
         self.result.repaired.append(self._current)
 
     def _replace_snapshot(self, snapshot_id: SnapshotId, snapshot: Snapshot) -> None:
+        self._current = SnapshotRepair(snapshot_id)
         writer = self._repository.writer(self._dry_run)
         try:
             root = self._rewrite(writer, snapshot.root)
@@ -242,7 +248,11 @@ class SnapshotRepairer:
         if root.tree is not None and root.tree.nodes == 0 and self._current.dropped:
             self._drop_snapshot(snapshot_id, "none of its data is left")
         elif not self._dry_run:
-            new_id = self._repository.snapshots.replace_root(snapshot_id, snapshot, root)
+            try:
+                new_id = self._repository.snapshots.replace_root(snapshot_id, snapshot, root)
+            except PacksRemovedError:
+                self._is_reported = True
+                raise
             self._current.new_id = new_id
             Protection.protect_published(self._repository, new_id, root)
 
@@ -319,7 +329,7 @@ class SnapshotRepairer:
         ranges = ", ".join(f"{begin}-{end}" for begin, end in lost)
         self._current.holed += 1
         message = f"bytes {ranges} of {node.size} are lost and read as zeros; the file is marked `changed`"
-        self._monitor.problem(Problem(ProblemKind.DAMAGED, path, message))
+        self._report(path, message)
         return new
 
     def _is_complete(self, node: Node) -> bool:
@@ -378,7 +388,12 @@ class SnapshotRepairer:
 
     def _report_dropped(self, path: bytes, message: str) -> None:
         self._current.dropped += 1
-        self._monitor.problem(Problem(ProblemKind.DAMAGED, path, message))
+        self._report(path, message)
+
+    def _report(self, path: bytes, message: str) -> None:
+        """Report a loss, unless an earlier attempt at this snapshot has reported its losses."""
+        if not self._is_reported:
+            self._monitor.problem(Problem(ProblemKind.DAMAGED, path, message))
 
 
 def _merge(ranges: Ranges) -> Ranges:

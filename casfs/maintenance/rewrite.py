@@ -49,7 +49,23 @@ def rewrite_snapshot(
             f"snapshot {short_id(snapshot_id)} is unproven: no writer that this repository trusts published "
             "it; it is not rewritten"
         )
-    matcher = PatternMatcher(exclude)
+    return repository.snapshots.repeat_until_published(
+        lambda: _rewrite_and_publish(
+            repository, snapshot_id, snapshot, PatternMatcher(exclude), monitor, dry_run
+        ),
+        "rewriting the snapshot",
+    )
+
+
+def _rewrite_and_publish(
+    repository: Repository,
+    snapshot_id: SnapshotId,
+    snapshot: Snapshot,
+    matcher: PatternMatcher,
+    monitor: Monitor,
+    dry_run: bool,
+) -> RewrittenSnapshot:
+    """Store the new directories and publish the new snapshot."""
     removed: list[bytes] = []
 
     def change(node: Node, path: bytes) -> Node | None:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -22,6 +22,7 @@ from casfs.errors import (
     IntegrityError,
     KeyMissingError,
     NotFoundError,
+    PacksRemovedError,
     RefusedError,
     StorageError,
 )
@@ -54,6 +55,11 @@ log = logging.getLogger(__name__)
 
 _SHORT_ID = re.compile("[0-9a-f]{4,64}")
 _ID = re.compile("[0-9a-f]{64}")
+
+_MOST_ATTEMPTS = 3
+"""How often a snapshot is stored before its publication fails, where other hosts remove what it needs."""
+
+T = TypeVar("T")
 
 
 class _Origin(NamedTuple):
@@ -187,6 +193,19 @@ class SnapshotStore:
         """
         if self.publisher is not None:
             self.publisher.begin_again()
+
+    def repeat_until_published(self, attempt: Callable[[], T], doing: str) -> T:
+        """Return what an attempt to store and publish returns; repeat it while other hosts remove its packs.
+
+        `doing` names the attempt in a warning. Raise PacksRemovedError after the last attempt.
+        """
+        for _ in range(_MOST_ATTEMPTS - 1):
+            try:
+                return attempt()
+            except PacksRemovedError as error:
+                log.warning("%s; %s again", error.reason, doing)
+                self.begin_again()
+        return attempt()
 
     def replace(
         self,

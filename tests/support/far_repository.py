@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,14 +117,21 @@ class FarRepository:
         with self.pruning(host, **options) as pruner:
             return pruner.prune()
 
-    def remove_packs(self, host: str = "pruner", merges: bool = False) -> None:
+    def remove_packs(
+        self, host: str = "pruner", merges: bool = False, keeps: Collection[str] = ()
+    ) -> None:
         """Remove all packs as the prune of a host does: from its index, by a delta, then from the storage.
 
-        With `merges` it then replaces all deltas by one, which no longer names them, and deletes the others.
+        Those of the names in `keeps` stay. With `merges` it then replaces all deltas by one, which no longer
+        names them, and deletes the others.
         """
         with open_for_maintenance(self.host(host), "prune", OpenOptions(sync=False)) as repository:
             index = repository.store.index
-            going = {record.ordinal: record.pack for record in index.packs()}
+            going = {
+                record.ordinal: record.pack
+                for record in index.packs()
+                if pack_name(record.pack) not in keeps
+            }
             assert index.remove_packs(going)
             if repository.deltas is not None:
                 repository.deltas.publish()

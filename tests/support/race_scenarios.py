@@ -17,7 +17,7 @@ from pathlib import Path
 
 from casfs.backup.run import BackupOptions, run_backup
 from casfs.digest import SnapshotId
-from casfs.errors import CasfsError, PacksRemovedError
+from casfs.errors import CasfsError
 from casfs.format.config import RepositoryConfig
 from casfs.format.tree import NodeType
 from casfs.maintenance.copy import SnapshotCopier
@@ -56,9 +56,6 @@ from tests.support.interleaving import (
 )
 
 OPTIONS = OpenOptions(sync=False)
-
-REWRITER = "R"
-"""The name of a host that rewrites snapshots."""
 
 
 @dataclass(frozen=True)
@@ -322,9 +319,6 @@ class Scenario:
             return True
         if self.stage.lost and isinstance(error, NeededBlobsUnknownError):
             return True
-        # A rewrite whose new directories a prune removed leaves the old snapshot. It does not try again.
-        if host.name == REWRITER and isinstance(error, PacksRemovedError):
-            return True
         return has_faults and isinstance(error, HostDied | CasfsError)
 
     def _host(self, name: str, folder: Path, fault: tuple[int, Fault] | None) -> Host:
@@ -421,7 +415,7 @@ def a_rewrite_a_backup_and_a_prune(stage: Stage) -> dict[str, Work]:
     """A snapshot loses a file, and another host backs up the same file again."""
     a, _ = _sources(stage)
     stage.act("setup", backup(stage.source("c", common=b"common" * 50, c=b"c" * 50), "C"))
-    return {REWRITER: rewrite("C", b"common"), "A": backup(a, "A"), "P": prune(2, 0.0)}
+    return {"R": rewrite("C", b"common"), "A": backup(a, "A"), "P": prune(2, 0.0)}
 
 
 def a_repair_a_backup_and_a_prune(stage: Stage) -> dict[str, Work]:

@@ -19,9 +19,17 @@ from casfs.errors import (
 )
 from casfs.format.versions import DEFAULT_FORMAT
 from casfs.maintenance.check import Checker
+from casfs.maintenance.repair import SnapshotRepairer
+from casfs.maintenance.rewrite import rewrite_snapshot
 from casfs.monitor import RecordingMonitor
+from casfs.patterns import parse_pattern
 from casfs.repository.creation import create_repository
-from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
+from casfs.repository.opening import (
+    OpenOptions,
+    open_for_maintenance,
+    open_for_reading,
+    open_for_writing,
+)
 from casfs.repository.place import LocalPlace
 from casfs.repository.publication import SnapshotPublisher
 from casfs.repository.remote_writers import mark_remote_writers
@@ -33,6 +41,8 @@ from tests.support.far_repository import FarRepository
 from tests.support.storage_double import Call, Failure
 from tests.support.stores import noise
 from tests.support.waiting import wait_until
+
+UNSYNCED = OpenOptions(sync=False)
 
 
 @pytest.fixture
@@ -409,6 +419,73 @@ class TestTag:
             with pytest.raises(PacksRemovedError):
                 repository.snapshots.retag(snapshot_id, snapshot, ("kept",))
         assert far.names(SNAPSHOTS) == far.names(DRAFTS) == []
+
+
+class TestRepetition:
+    """Commands that store what a snapshot needs, and store it again where a prune removed it meanwhile."""
+
+    @both_formats
+    def test_a_rewrite_whose_new_directories_are_removed_stores_them_again(
+        self, far: FarRepository, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        old = far.back_up("a", a=noise("a", 50_000), b=noise("b", 50_000))
+        kept = far.packs()
+        with open_for_maintenance(far.host("first"), "rewrite", UNSYNCED) as repository:
+            at_call(far, "create", DRAFTS, lambda: far.remove_packs(keeps=kept))
+            snapshot = repository.snapshots.load(old)
+            exclude = [parse_pattern(b"b")]
+            found = rewrite_snapshot(repository, old, snapshot, exclude, RecordingMonitor())
+        assert found.new_id is not None
+        assert far.names(SNAPSHOTS) == [f"{SNAPSHOTS}/{found.new_id.hex()}"]
+        assert far.names(DRAFTS) == [] and len(found.removed) == 1
+        assert caplog.text.count("rewriting the snapshot again") == 1
+        far.require_whole(found.new_id)
+
+    @both_formats
+    def test_a_rewrite_whose_new_directories_are_removed_again_and_again_changes_nothing(
+        self, far: FarRepository
+    ) -> None:
+        old = far.back_up("a", a=noise("a", 50_000), b=noise("b", 50_000))
+        kept = far.packs()
+
+        def remove(call: Call) -> None:
+            if call == Call("list", "condemned"):
+                far.storage.script.before = None
+                far.remove_packs(keeps=kept)
+                far.storage.script.before = remove
+
+        with open_for_maintenance(far.host("first"), "rewrite", UNSYNCED) as repository:
+            snapshot = repository.snapshots.load(old)
+            far.storage.script.before = remove
+            with pytest.raises(PacksRemovedError):
+                rewrite_snapshot(
+                    repository, old, snapshot, [parse_pattern(b"b")], RecordingMonitor()
+                )
+            far.storage.script.before = None
+        assert far.names(SNAPSHOTS) == [f"{SNAPSHOTS}/{old.hex()}"] and far.names(DRAFTS) == []
+        far.require_whole(old)
+
+    @both_formats
+    def test_a_repair_whose_new_directories_are_removed_stores_them_again_and_reports_once(
+        self, far: FarRepository, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        lost = far.back_up("a", a=noise("a", 50_000))
+        before = far.packs()
+        far.back_up("a", b=noise("b", 50_000))
+        far.forget(lost)
+        for pack in before:
+            if pack.startswith("packs/"):
+                far.memory.delete(pack)
+        kept = far.packs()
+        monitor = RecordingMonitor()
+        with open_for_maintenance(far.host("repairer"), "repair", UNSYNCED) as repository:
+            at_call(far, "create", DRAFTS, lambda: far.remove_packs(keeps=kept))
+            (found,) = SnapshotRepairer(repository, monitor).repair().repaired
+        assert found.new_id is not None and found.dropped == 1
+        assert far.names(SNAPSHOTS) == [f"{SNAPSHOTS}/{found.new_id.hex()}"]
+        assert caplog.text.count("repairing the snapshot again") == 1
+        assert len([one for one in monitor.problems if "is dropped" in one.message]) == 1
+        far.require_whole(found.new_id)
 
 
 class TestFolder:
