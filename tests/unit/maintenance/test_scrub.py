@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 import tracemalloc
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from casfs.digest import digest_of
-from casfs.errors import BlobError
+from casfs.errors import BlobError, StorageError
 from casfs.format.codec import BlobKind
 from casfs.format.pack import PackEntry, PackRef, encode_end
 from casfs.format.snapshot import Snapshot
@@ -25,10 +26,12 @@ from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name
 from casfs.store.duplicates import Duplicates
+from casfs.store.layout import PackLayout
 from tests.support.builders import RepositoryFixture
-from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths
+from tests.support.stores import add_pack, flip, make_pack, noise, pack_paths, store_blobs
 
 DAY_S = 86_400
+KIB = 1 << 10
 CHUNKS = [noise(f"chunk {number}", 3000) for number in range(5)]
 
 
@@ -113,6 +116,34 @@ class TestVerificationMarks:
                 check(repo)
         assert sum(mark > 0 for mark in verified(repo).values()) == 2
         assert check(repo, older_than_s=DAY_S).packs_read == 2
+
+
+class TestFailingDisk:
+    def test_a_group_on_a_bad_sector_is_verified_with_one_read_for_all_its_blobs(
+        self, repo: RepositoryFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        texts = [b"text number %d " % number * 20 for number in range(100)]
+        with repo.writing() as repository:
+            store_blobs(repository.store, texts, layout=PackLayout(group_bytes=4 * KIB))
+        failed: list[int] = []
+        with open_for_reading(repo.root, may_write_index=True) as repository:
+            store = repository.store
+            bad = max(at.offset for _, at in store.index.blobs()) + 10
+            lost = [digest for digest, at in store.index.blobs() if at.offset == bad - 10]
+            real = store.storage.read
+
+            def read(name: str, offset: int, size: int) -> bytes:
+                if offset <= bad < offset + size:
+                    failed.append(offset)
+                    raise StorageError("read", name, OSError(errno.EIO, "Input/output error"))
+                return real(name, offset, size)
+
+            monkeypatch.setattr(store.storage, "read", read)
+            result = Checker(repository, RecordingMonitor()).check(PackSelection())
+        found = {finding.blob for finding in result.damage if finding.blob is not None}
+        assert found == set(lost) and len(lost) > 5
+        # The search for another copy of each blob reads the known one again.
+        assert failed.count(bad - 10) == 1 + len(lost)
 
 
 class TestHostilePacks:
