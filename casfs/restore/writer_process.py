@@ -93,7 +93,7 @@ class WriterProcesses:
         return process.send(jobs, self._run)
 
     def close(self) -> None:
-        """Wait for the processes to finish their current entries, and end them."""
+        """End the processes; wait for those with a batch to finish their current entries."""
         for process in self._processes:
             process.stop()
         for process in self._processes:
@@ -233,11 +233,12 @@ class _WriterProcess:
         )
 
     def stop(self) -> None:
-        """Let the process end before its next entry."""
+        """Let the process end before its next entry; kill one without a batch, which may not even start."""
         self._memory[0] = 1
         self._connection.close()
         if not self.is_dead:
-            self._signal(signal.SIGCONT)  # one that was stopped would never end
+            # One that was stopped would never end.
+            self._signal(signal.SIGCONT if self._batches else signal.SIGKILL)
 
     def close(self) -> None:
         """Wait for the end of the process, after `stop`."""

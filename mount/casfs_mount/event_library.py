@@ -11,9 +11,6 @@ For requests that are answered from memory, these trips cost more than the answe
 - Before it blocks, small pieces of work are done that requests will need soon (`WorkAhead`); after each the
   descriptor is polled again.
 
-- While no request is there, small pieces of work are done that will be needed soon (`WorkAhead`); the
-  descriptor is looked at again after each.
-
 What keeps other tasks, signals, timers and cancellation alive:
 
 - After `MAX_TURNS` requests in a row, or `MAX_TURNS_S` seconds, the wait goes through trio, which runs every

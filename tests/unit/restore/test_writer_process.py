@@ -227,6 +227,15 @@ def test_a_restore_writes_all_by_itself_where_no_process_can_be_started(
     assert scene.restore({b"d": many_files(40)}).files == 40
 
 
+def test_a_restore_does_not_wait_for_a_process_that_does_not_start(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one whose modules lie on a server that does not answer."""
+    monkeypatch.setattr(writer_process, "_SERVER", "import time; time.sleep(1000)")
+    assert scene.restore({b"d": many_files(40)}).files == 40
+    assert len(scene.pids) == 1
+
+
 def test_an_interrupted_restore_ends_a_stopped_process_and_leaves_no_temporary_file(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
