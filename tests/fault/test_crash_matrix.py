@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from casfs.digest import digest_of
 from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
 from casfs.repository.creation import create_repository
 from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
@@ -71,6 +72,9 @@ class TestBackup:
         scene.back_up()
         for number in range(12):
             scene.write(f"{number:02}", f"new {number}")
+        texts = [b"the text of file %d\n" % number * 50 for number in range(5)]
+        for number, text in enumerate(texts):
+            (scene.source / f"text {number}").write_bytes(text)
         new = look_at_source(scene.source)
         known = dict(scene.published)
         stored_again: list[int] = []
@@ -89,6 +93,8 @@ class TestBackup:
             goes_on(scene, new)
             scene.published = dict(known)
         assert stored_again == sorted(stored_again, reverse=True)
+        with open_for_reading(scene.root) as repository:
+            assert repository.store.locate(digest_of(texts[0])).is_grouped
         assert stored_again[0] == 12
         assert stored_again[-1] == 0
 

@@ -1,20 +1,14 @@
-"""The format document: the figures in its tables are those of the code, and it suffices to write a reader."""
+"""The format document: the figures in its tables are those of the code."""
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
-import zstandard
-from blake3 import blake3
 
 import casfs
 from casfs.backup import file_cache
@@ -42,12 +36,10 @@ from casfs.store import layout, pending_removal, writer
 from casfs.trees import content
 from casfs.trees import writer as tree_writer
 from tests.support.builders import RepositoryFixture
-from tests.support.stores import pack_paths
 from tests.support.versioned_memory import MemoryBucket
 
 PROJECT = Path(casfs.__file__).parent.parent
 DOCUMENT = (PROJECT / "casfs" / "FORMAT.md").read_text(encoding="utf-8")
-FROZEN = [PROJECT / "tests" / "data" / f"repository-v{number}" for number in (1, 2)]
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 CODES = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "i64": "q"}
@@ -407,125 +399,3 @@ def test_the_glossary_defines_each_term_once() -> None:
         "dedup-domain fingerprint-of-the-index"
     )
     assert {name.replace("-", " ") for name in ours.split()} <= set(terms)
-
-
-class Reader:
-    """A reader that was written with the document and without the code."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.blobs = {
-            digest: data for path in sorted(pack_paths(root)) for digest, data in self.pack(path)
-        }
-
-    @staticmethod
-    def plain(codec: int, payload: bytes, size: int) -> bytes:
-        data = zstandard.ZstdDecompressor().decompress(payload) if codec else payload
-        assert codec in (0, 1, 2) and len(data) == size
-        return data
-
-    def pack(self, path: Path) -> Iterator[tuple[bytes, bytes]]:
-        data = path.read_bytes()
-        assert blake3(data).hexdigest() == path.name
-        assert struct.unpack("<8sHHI", data[:16]) == (b"CASFSPAK", 1, 16, 0)
-        at, size, count, digest = struct.unpack("<QII32s", data[-64:-16])
-        assert data[-16:] == bytes(8) + b"CASFSEND"
-        directory = data[at : at + size]
-        assert blake3(directory).digest() == digest
-        entries = list(struct.iter_unpack("<32sIIBBH", directory))
-        assert len(entries) == count
-        offset = at - 16 - sum(16 + entry[1] for entry in entries if not entry[5])
-        blobs: list[bytes] = []
-        for digest, stored, plain_bytes, kind, encoding, position in entries:
-            if not position:
-                assert not blobs
-                head = struct.unpack("<4sBBHII", data[offset : offset + 16])
-                assert head[:5] == (b"cBLB", kind, encoding, 0, stored)
-                payload = data[offset + 16 : offset + 16 + stored]
-                blobs = self.separate(self.plain(encoding, payload, head[5]), encoding)
-                offset += 16 + stored
-            found = blobs.pop(0)
-            assert len(found) == plain_bytes
-            assert blake3(found).digest() == digest
-            yield digest, found
-        assert offset == at - 16 and not blobs
-
-    @staticmethod
-    def separate(plain: bytes, codec: int) -> list[bytes]:
-        """Return the blobs in the plaintext of a record."""
-        if codec != 2:
-            return [plain]
-        (count,) = struct.unpack("<I", plain[:4])
-        rest, blobs = plain[4 + 4 * count :], []
-        for size in struct.unpack(f"<{count}I", plain[4 : 4 + 4 * count]):
-            blobs.append(rest[:size])
-            rest = rest[size:]
-        assert not rest
-        return blobs
-
-    def snapshots(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for path in self.root.glob("snapshots/*"):
-            data = path.read_bytes()
-            assert blake3(data).hexdigest() == path.name
-            magic, version, codec, _, size = struct.unpack("<8sHBBI", data[:16])
-            assert (magic, version) == (b"CASFSNAP", 1)
-            yield path.name, msgspec.msgpack.decode(self.plain(codec, data[16:], size))
-
-    def entries(self, reference: list[Any]) -> Iterator[list[Any]]:
-        form, parts = msgspec.msgpack.decode(self.blobs[reference[0]])
-        for part in parts:
-            if form == 0:
-                yield part
-            else:
-                yield from self.entries(part[1])
-
-    def walk(self, node: list[Any], path: bytes = b"") -> Iterator[tuple[bytes, list[Any]]]:
-        for entry in self.entries(node[15]):
-            below = path + b"/" + entry[0] if path else entry[0]
-            yield below, entry
-            if entry[1] == 2:
-                yield from self.walk(entry, below)
-
-    def content(self, records: bytes, levels: int) -> bytes:
-        found = b""
-        for length, digest in struct.iter_unpack("<Q32s", records):
-            if levels:
-                part = self.content(self.blobs[digest], levels - 1)
-            else:
-                part = bytes(length) if digest == bytes(32) else self.blobs[digest]
-            assert len(part) == length
-            found += part
-        return found
-
-
-@pytest.mark.parametrize("frozen", FROZEN, ids=lambda path: path.name)
-@pytest.mark.parametrize("part", ["names", "contents"])
-def test_a_reader_written_from_the_document_reads_the_frozen_repository(
-    part: str, frozen: Path
-) -> None:
-    manifest = json.loads(frozen.with_suffix(".json").read_text())
-    reader = Reader(frozen)
-    seen = set()
-    for name, found in reader.snapshots():
-        entries = dict(reader.walk(found["root"]))
-        seen.add(name)
-        reported = {base64.b64decode(path): what for path, what in manifest[name].items()}
-        assert entries.keys() >= reported.keys()
-        if part == "names":
-            summary = found["root"][15]
-            assert summary[1] == len(entries)
-            if frozen.name == "repository-v2":
-                noted = [entry for entry in entries.values() if entry[16] and entry[16][0]]
-                assert summary[4] == len(noted)
-            else:
-                assert entries.keys() == reported.keys()
-                assert len(summary) == 4
-            continue
-        for path, entry in entries.items():
-            if entry[1] == 1:
-                data = reader.content(entry[12], entry[13])
-                assert len(data) == entry[9]
-                if path in reported:
-                    assert blake3(data).hexdigest() == reported[path]["blake3"]
-                assert entry[14] in (None, blake3(data).digest())
-    assert seen == set(manifest)
