@@ -53,8 +53,10 @@ def repository(tmp_path: Path) -> Iterator[Repository]:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a relative path: of an absolute one, the folders above change while other tests run."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("source")
     folder.mkdir()
     for name in ("a", "name", "z"):
         (folder / name).write_bytes(name.encode())

@@ -245,9 +245,11 @@ def settled(repo: RepositoryFixture, source: Path) -> Snapshot:
 
 class TestHealing:
     def test_a_backup_that_sees_a_damaged_chunk_stores_it_again(
-        self, repo: RepositoryFixture, tmp_path: Path
+        self, repo: RepositoryFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        source = tmp_path / "source"
+        # A relative path: of an absolute one, the folders above change while other tests run.
+        monkeypatch.chdir(tmp_path)
+        source = Path("source")
         source.mkdir()
         content = noise("content", 100_000)
         (source / "file").write_bytes(content)
