@@ -33,8 +33,8 @@ _serials = itertools.count()
 _COMMAND = """
 import functools, sys
 from casfs.cli.app import run
-from casfs.repository import repository
-repository.BlobWriter = functools.partial(repository.BlobWriter, pack_bytes=1 << 18)
+from casfs.store import writer
+writer.BlobWriter = functools.partial(writer.BlobWriter, pack_bytes=1 << 18)
 sys.exit(run(sys.argv[1:]))
 """
 """The command with small packs, so that a small source fills several."""
