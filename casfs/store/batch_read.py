@@ -103,7 +103,7 @@ def gather_reads(found: Iterable[tuple[Digest, Location]], plan: ReadPlan) -> It
             yield BlobRun(pack, begin, end - begin, blobs)
             blobs = []
         if not blobs:
-            pack, begin, payloads_bytes = at.pack, at.offset, 0
+            pack, begin, end, payloads_bytes = at.pack, at.offset, last, 0
         blobs.append((digest, at))
         payloads_bytes += more_bytes
         end = max(end, last)

@@ -105,3 +105,14 @@ def test_a_damaged_blob_is_left_out_and_a_pack_that_was_cut_off_leaves_out_all(
     assert list(read_run(store, run)) == list(wanted("a 2", "a 4"))
     os.truncate(path, 100)
     assert read_run(store, run) == {}
+
+
+def test_a_read_of_the_next_pack_covers_only_the_blobs_that_are_wanted_of_it() -> None:
+    plan = ReadPlan(KIB, 64 * KIB, 1)
+    places = [(0, 900 * KIB), (1, 80), (1, 40 * KIB), (1, 200 * KIB), (2, 100 * KIB)]
+    found = [
+        (digest_of(b"%d" % number), Location(pack, offset, BLOB_BYTES, 1, 0, 1, 0))
+        for number, (pack, offset) in enumerate(places)
+    ]
+    runs = [(run.pack, run.begin, run.size) for run in gather_reads(found, plan)]
+    assert runs == [(pack, offset, BLOB_BYTES) for pack, offset in places]
