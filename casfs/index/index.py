@@ -24,7 +24,7 @@ from types import MappingProxyType
 from casfs.digest import Digest, PackId
 from casfs.errors import IndexUnusableError
 from casfs.format.pack import PackEntry, PackRef
-from casfs.index.lmdb_env import LmdbEnv, Transaction
+from casfs.index.lmdb_env import Database, LmdbEnv, Transaction
 from casfs.index.schema import (
     DAMAGED,
     FALSE_CLAIM,
@@ -253,11 +253,22 @@ class Index:
 
     def blobs(self, batch: int = 10_000) -> Iterator[tuple[Digest, Location]]:
         """Yield every blob in the order of the digests; one batch at a time is in memory."""
+        return self._locations(self._tables.blobs, batch)
+
+    def further_locations(self, batch: int = 10_000) -> Iterator[tuple[Digest, Location]]:
+        """Yield the locations of blobs beyond the first, as `blobs` does."""
+        if self._tables.copies is None:
+            return iter(())
+        return self._locations(self._tables.copies, batch)
+
+    def _locations(self, db: Database, batch: int) -> Iterator[tuple[Digest, Location]]:
         after: bytes | None = None
         while True:
-            rows = self._env.read(functools.partial(self._tables.rows, after=after, limit=batch))
+            rows = self._env.read(
+                functools.partial(self._tables.rows, after=after, limit=batch, db=db)
+            )
             for key, value in rows:
-                yield Digest(key), Location(*LOCATION.unpack(value))
+                yield Digest(key[:32]), Location(*LOCATION.unpack(value))
             if len(rows) < batch:
                 return
             after = rows[-1][0]

@@ -598,13 +598,26 @@ class BlobStore:
     def _finish_partial_packs(
         self, stored: Mapping[PackRef, int], is_alone: Callable[[], bool]
     ) -> None:
-        """Index the rest of each pack that a process left partly indexed when it died."""
+        """Index the rest of each pack that a process left partly indexed when it died.
+
+        The index drops a pack for which this process lacks the keys: what the process that died did not
+        index of it can never be read here, and a delta would name a part of the pack as the whole.
+        """
         names = set(self.index.partial_packs())
         if not names or not is_alone():
             return
-        indexed = [record.pack for record in self.index.packs()]
-        partial = [(pack, stored[pack]) for pack in indexed if pack.id in names and pack in stored]
-        for pack, _, entries in self._indexed(partial):
+        partial = [
+            record
+            for record in self.index.packs()
+            if record.pack.id in names and record.pack in stored
+        ]
+        closed = {one.ordinal: one.pack for one in partial if self._lacks_keys(one.pack)}
+        if closed:
+            log.info("%d packs were indexed in part; their blobs are stored again", len(closed))
+            # The packs stay in the storage, so no delta may name them as removed.
+            self.index.remove_packs(closed, lost=True, is_published=True)
+        rest = [(one.pack, stored[one.pack]) for one in partial if one.ordinal not in closed]
+        for pack, _, entries in self._indexed(rest):
             self.index.finish_partial_pack(pack.id, entries)
 
     def _add_found_packs(

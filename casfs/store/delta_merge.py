@@ -100,7 +100,7 @@ class DeltaMerger:
             for pack in self._publisher.read_packs(rest):
                 self._add(pack)
             self._builder.replaced += replaced
-            self._builder.is_complete = is_everything
+            self._builder.is_complete = is_everything and not self._publisher.has_left_out
             self._write()
             self._result.replaced = len(going)
         self._delete_replaced(margin_ms)

@@ -7,6 +7,7 @@ several deltas. Threads may share the publisher.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,7 @@ class DeltaPublisher:
 
     `now_ms` is the storage's clock in milliseconds since 1970. `is_alone` returns whether no other process of
     this machine writes: the packs that only the index knows then belong to a process that died.
+    `has_left_out` is set once `read_packs` left out a pack of which the index does not have every entry.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class DeltaPublisher:
         self._lock = threading.Lock()
         self._builder = DeltaBuilder()
         self._last_ms = 0
+        self.has_left_out = False
 
     def add(self, packs: Iterable[IndexedPack]) -> None:
         """Take packs that are durable and indexed; publish a delta when many entries wait."""
@@ -89,7 +92,7 @@ class DeltaPublisher:
                 if not self._builder.has_room(len(pack.entries), TARGET_DELTA_BYTES):
                     written.append(self._write_own())
                 self._builder.add(pack)
-            self._builder.is_complete = everything
+            self._builder.is_complete = everything and not self.has_left_out
             if self._builder.packs or self._builder.removed or everything:
                 written.append(self._write_own())
             return written
@@ -133,14 +136,20 @@ class DeltaPublisher:
             yield from self._from_index(closed, records)
 
     def _from_index(self, packs: list[PackRef], records: list[PackRecord]) -> Iterator[DeltaPack]:
-        """Yield packs whose directories cannot be read, with the entries that the index has."""
+        """Yield packs whose directories cannot be read, with the entries that the index has.
+
+        A pack of which the index lacks entries, or has damaged ones, is left out: a delta names whole packs.
+        """
         by_ordinal = {record.ordinal: record for record in records if record.pack in set(packs)}
         found: dict[int, list[PackEntry]] = {ordinal: [] for ordinal in by_ordinal}
-        for digest, at in self._store.index.blobs():
+        index = self._store.index
+        for digest, at in itertools.chain(index.blobs(), index.further_locations()):
             if at.pack in found and not at.is_damaged:
                 found[at.pack].append(at.in_pack(digest))
         for ordinal, entries in found.items():
             record = by_ordinal[ordinal]
             entries.sort(key=PackEntry.place)
-            if entries:
+            if len(entries) == record.blobs:
                 yield DeltaPack(record.pack, record.pack_bytes, entries)
+            else:
+                self.has_left_out = True

@@ -77,6 +77,8 @@ def test_a_backup_killed_at_any_step_loses_nothing_and_the_next_one_completes_it
     scene: Hostile,
 ) -> None:
     (scene.source / "new").write_bytes(b"new" * 1000)
+    for number in range(4):
+        (scene.source / f"text {number}").write_bytes(b"in a group: %d\n" % number * 50)
     known = dict(scene.published)
     kills = 0
     for _ in killed_everywhere(scene, "backup", "--no-sync", scene.source, home="writer"):

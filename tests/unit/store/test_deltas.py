@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 
 from casfs.digest import PackId, digest_of
-from casfs.errors import BlobError
-from casfs.format.delta import DeltaBuilder, DeltaPack
+from casfs.errors import BlobError, KeyMissingError
+from casfs.format.delta import Delta, DeltaBuilder, DeltaPack
+from casfs.format.key_derivation import SessionId, WriteSession
 from casfs.format.pack import PackEntry, PackRef
+from casfs.index import index as index_module
+from casfs.index.index import Index
 from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage
 from casfs.storage.memory import MemoryStorage
 from casfs.store import delta_sync
 from casfs.store.blob_store import pack_name
+from tests.support.encryption import SESSION, OneSession
 from tests.support.hosts import MAINTENANCE, READER, WRITER, Host, OpenHost, Place, locations
 from tests.support.storage_double import Call, RecordingStorage, Script
 from tests.support.stores import child, noise
@@ -560,3 +564,92 @@ def test_a_blob_that_no_pack_holds_is_missing(tmp_path: Path) -> None:
         host.publish()
         with pytest.raises(BlobError, match="missing"):
             host.read(b"nothing")
+
+
+class NoKeys:
+    """Sessions of a write-only host, which cannot open what it stored itself."""
+
+    def session(self, session_id: SessionId) -> WriteSession:
+        raise KeyMissingError("no identity is given")
+
+
+class TestWriteOnlyHost:
+    """A host that can read no directory publishes from its index what a process that died stored."""
+
+    @staticmethod
+    def host(place: Place, folder: Path) -> Host:
+        return Host(place, folder, sessions=NoKeys(), session=SESSION, can_read=False)
+
+    @staticmethod
+    def require_deltas_as_directories(place: Place, folder: Path) -> dict[PackRef, int]:
+        """Require that the deltas say of each pack what its directory says; return the packs' blobs."""
+        named = {}
+        with Host(place, folder, sessions=OneSession(), session=SESSION).open(READER) as host:
+            for name in place.deltas():
+                delta = host.sync.read(name, place.storage.size(str(name)))
+                assert isinstance(delta, Delta)
+                for pack in delta.packs():
+                    directory = host.store.read_directory(pack.pack, pack.pack_bytes)
+                    assert pack.entries == sorted(directory, key=PackEntry.place)
+                    named[pack.pack] = len(pack.entries)
+        return named
+
+    def test_a_pack_that_was_indexed_in_part_is_stored_again_and_no_delta_names_a_part_of_it(
+        self, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(index_module, "_ADDED_AT_ONCE", 4)
+        writer = self.host(place, tmp_path / "writer")
+
+        def killed(*_: object) -> None:
+            raise InterruptedError("killed")
+
+        with writer.open() as host, monkeypatch.context() as patch:
+            patch.setattr(Index, "_continue_pack", killed)
+            with pytest.raises(InterruptedError):
+                host.put(blobs("a", 5))
+            (partial,) = host.packs()
+            assert host.index.blob_count() == 4
+        with writer.open(MAINTENANCE) as host:
+            assert not host.packs() and not host.index.has_all_packs
+            assert host.put(blobs("a", 5)) == 5
+            host.publish()
+            (whole,) = host.packs()
+            assert host.index.partial_packs() == [] and not host.notes.removed()
+        assert self.require_deltas_as_directories(place, tmp_path / "reader") == {whole: 5}
+        assert place.storage.size(pack_name(partial)) > 0
+
+    def test_a_pack_that_shares_blobs_with_another_is_published_whole(
+        self, place: Place, tmp_path: Path
+    ) -> None:
+        writer = self.host(place, tmp_path / "writer")
+        with writer.open() as host:
+            host.put(blobs("a", 3))
+            (first,) = host.packs()
+            host.index.distrust({record.ordinal for record in host.index.packs()})
+            host.put(blobs("a", 5))
+            (second,) = host.packs() - {first}
+        with writer.open() as host:
+            host.publish()
+        found = self.require_deltas_as_directories(place, tmp_path / "reader")
+        assert found == {first: 3, second: 5}
+
+    def test_a_pack_with_a_damaged_blob_is_left_out_and_the_delta_is_not_complete(
+        self, place: Place, tmp_path: Path
+    ) -> None:
+        writer = self.host(place, tmp_path / "writer")
+        with writer.open() as host:
+            host.put(blobs("a", 3))
+            (record,) = host.index.packs()
+            digest, _ = next(host.index.blobs())
+        with writer.open() as host:
+            host.index.mark_blobs(record.ordinal, [digest])
+            host.publisher.publish(everything=True)
+            (note,) = host.notes.all().values()
+            assert (note.packs, note.is_complete) == (0, False)
+            assert [one.pack for one in host.notes.unpublished()] == [record.pack]
+        with Host(place, tmp_path / "reader", sessions=OneSession(), session=SESSION).open(
+            MAINTENANCE
+        ) as host:
+            host.publish()
+        found = self.require_deltas_as_directories(place, tmp_path / "other")
+        assert found == {record.pack: 3}
