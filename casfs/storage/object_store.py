@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, TypeVar
 
 import obstore
@@ -301,11 +301,15 @@ class ObjectStorage:
 
     def _run(self, action: str, name: str, call: Callable[[], T]) -> T:
         future = self._call_threads().submit(call)
-        while not wait([future], _LOOK_S).done:
-            if INTERRUPTED.is_set():
+        # `close` may cancel the call, and `wait` does not count that as done.
+        while not future.done():
+            if not wait([future], _LOOK_S).done and INTERRUPTED.is_set():
                 raise interrupted_error(f"{self.url}/{name}")
         try:
             return future.result()
+        except CancelledError as error:
+            closed = OSError(errno.ECANCELED, "the repository was closed meanwhile")
+            raise StorageError(action, f"{self.url}/{name}", closed) from error
         except (_TakenError, _NoConditionsError):
             raise
         except ERRORS as error:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
+import obstore
 import pytest
 from obstore.store import S3Store
 
@@ -25,6 +27,7 @@ from casfs.storage.object_store import ObjectStorage
 from casfs.storage.object_store_clients import s3_clients
 from tests.support.scripted_s3 import Answers, scripted_server
 from tests.support.servers import S3Server
+from tests.support.waiting import wait_until
 
 from .contract import StorageContract
 
@@ -288,6 +291,36 @@ def test_a_connection_that_is_dropped_is_unavailable() -> None:
         for action in (lambda: storage.read("config"), lambda: storage.create("config", b"1")):
             answers.queue = [(0, {}, b""), (0, {}, b"")]
             assert isinstance(failure(action), StorageUnavailableError)
+
+
+def test_a_call_that_waits_for_its_turn_ends_when_the_storage_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A command that fails closes the repository while its other requests are still being made."""
+    gate = threading.Event()
+    begun = itertools.count(1)
+    running: list[int] = []
+
+    def answer_late(*_: object) -> dict[str, int]:
+        running.append(next(begun))
+        assert gate.wait(60)
+        return {"size": 1}
+
+    monkeypatch.setattr(obstore, "head", answer_late)
+    with scripted() as (_, storage), ThreadPoolExecutor(32) as threads:
+        calls = [threads.submit(storage.size, f"packs/{number}") for number in range(32)]
+        pool = storage._call_threads()
+        try:
+            waiting = len(calls) - pool._max_workers
+            wait_until(lambda: len(running) == pool._max_workers, "the calls have begun")
+            wait_until(lambda: pool._work_queue.qsize() == waiting, "the others wait")
+            storage.close()
+            wait_until(lambda: sum(call.done() for call in calls) == waiting, "the others end")
+        finally:
+            gate.set()
+        ended = [call.exception() for call in calls]
+    assert sum(error is None for error in ended) == len(running)
+    assert all("closed meanwhile" in str(error) for error in ended if error is not None)
 
 
 def test_hostile_names_in_a_listing_are_left_out() -> None:
