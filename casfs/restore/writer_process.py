@@ -147,7 +147,7 @@ class _WriterProcess:
                 self._connection = on_error.enter_context(own)
                 with other:
                     self._pid = _spawn(other.fileno())
-                socket.send_fds(self._connection, [msgspec.json.encode(options)], [memory_fd])
+                socket.send_fds(self._connection, [_encoder.encode(options)], [memory_fd])
             finally:
                 os.close(memory_fd)
             on_error.pop_all()

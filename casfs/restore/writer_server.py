@@ -113,7 +113,7 @@ _encoder = msgspec.msgpack.Encoder()
 def serve(connection: socket.socket) -> None:
     """Take the options and the memory, then write the batches that arrive, until the connection ends."""
     data, (memory_fd,), _, _ = socket.recv_fds(connection, MAX_OPTIONS_BYTES, 1)
-    options = msgspec.json.decode(data, type=WritingOptions)
+    options = msgspec.msgpack.decode(data, type=WritingOptions)
     if options.has_keyed_digests:
         # What is encrypted in the repository passes through this process.
         from casfs.crypto.process_protection import forbid_inspection

@@ -6,19 +6,15 @@ matrix runs schedules and faults by chance until one of them loses data.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from casfs.errors import CasfsError
-from casfs.format.tree import Node
 from casfs.maintenance import shared_marking
 from casfs.maintenance.shared_prune import SharedPruner
-from casfs.repository import publication
 from casfs.repository.publication import SnapshotPublisher
 from casfs.repository.snapshots import DRAFTS
 from tests.support.effort import EFFORT, dice
@@ -42,24 +38,6 @@ Break = Callable[[pytest.MonkeyPatch], None]
 
 def the_writer_does_not_look(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SnapshotPublisher, "_look", lambda self, root, known: known)
-
-
-def the_writer_publishes_what_it_could_not_look_at(patch: pytest.MonkeyPatch) -> None:
-    look = SnapshotPublisher._look
-
-    def broken(
-        self: SnapshotPublisher, root: Node, known: publication._Known
-    ) -> publication._Known:
-        try:
-            return look(self, root, known)
-        except CasfsError:
-            return known
-
-    patch.setattr(SnapshotPublisher, "_look", broken)
-
-
-def a_new_pack_may_have_the_name_of_a_removed_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("casfs.store.writer.os", SimpleNamespace(**(vars(os) | {"urandom": bytes})))
 
 
 def the_prune_ignores_drafts(patch: pytest.MonkeyPatch) -> None:
@@ -89,8 +67,6 @@ def the_prune_deletes_what_it_has_just_marked(patch: pytest.MonkeyPatch) -> None
 
 VARIANTS: dict[Break, int] = {
     the_writer_does_not_look: 5,
-    the_writer_publishes_what_it_could_not_look_at: 9,
-    a_new_pack_may_have_the_name_of_a_removed_one: 21,
     the_prune_ignores_drafts: 11,
     the_prune_deletes_every_draft: 4,
     the_prune_deletes_what_it_has_just_marked: 1,

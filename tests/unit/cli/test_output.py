@@ -170,14 +170,16 @@ class TestParameterTypes:
             ("2t", 2 << 40),
             (" 10B ", 10),
             ("9007199254740993", 9_007_199_254_740_993),
-            ("9" * 400, int("9" * 400)),
+            ("9" * 20, int("9" * 20)),
         ],
     )
     def test_a_size_argument_is_exact(self, text: str, size: int) -> None:
         assert SIZE.convert(text, None, None) == size
         assert SIZE.convert(size, None, None) == size
 
-    @pytest.mark.parametrize("text", ["", "M", "-1", "1X", "1,5M", "0x10", "1e6", "1 M M", "inf"])
+    @pytest.mark.parametrize(
+        "text", ["", "M", "-1", "1X", "1,5M", "0x10", "1e6", "1 M M", "inf", "9" * 21, "9" * 5000]
+    )
     def test_an_invalid_size_is_refused_with_an_example(self, text: str) -> None:
         with pytest.raises(click.BadParameter, match="such as 500K, 10M or 2G"):
             SIZE.convert(text, None, None)

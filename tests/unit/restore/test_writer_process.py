@@ -260,7 +260,7 @@ from casfs.restore import writer_server
 own, other = socket.socketpair()
 memory = os.memfd_create("memory")
 os.ftruncate(memory, writer_server.MEMORY_BYTES)
-socket.send_fds(own, [sys.argv[1].encode()], [memory])
+socket.send_fds(own, [bytes.fromhex(sys.argv[1])], [memory])
 thread = threading.Thread(target=writer_server.serve, args=(other,))
 thread.start()
 own.recv(len(writer_server.STARTED))
@@ -274,7 +274,7 @@ thread.join()
 def test_a_process_that_writes_decrypted_data_cannot_be_inspected(
     has_keyed_digests: bool, dumpable: str
 ) -> None:
-    options = msgspec.json.encode(WritingOptions(has_keyed_digests=has_keyed_digests)).decode()
+    options = msgspec.msgpack.encode(WritingOptions(has_keyed_digests=has_keyed_digests)).hex()
     done = subprocess.run(
         [sys.executable, "-c", SERVING, options], capture_output=True, text=True, check=True
     )
