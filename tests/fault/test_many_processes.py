@@ -74,7 +74,10 @@ class Crowd:
                 share = throw.choice([0.0, 0.1, 0.25])
                 margin_s = throw.choice([0.0, 60.0])
                 outcome = scene.act("prune", self.fate(), share=share, margin_s=margin_s)
-                assert outcome.was_killed or outcome.done()
+                # A process that was killed may leave an index that the next one builds again, which
+                # ends a prune that runs meanwhile.
+                is_outrun = self._kills and "the index was rebuilt while" in str(outcome.error)
+                assert outcome.was_killed or is_outrun or outcome.done()
 
     def check(self) -> None:
         with Stage() as stage:
