@@ -163,7 +163,7 @@ class TestLargeFile:
         node = scene.capture("file")
         assert node.size == size
         assert captured_digest(node) == blake3(file.read_bytes()).digest()
-        assert threading.active_count() == before, "no thread outlives the capture"
+        assert threading.active_count() <= before, "no thread outlives the capture"
 
     def test_a_large_file_that_fails_to_read_leaves_no_thread(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch
@@ -181,7 +181,7 @@ class TestLargeFile:
         monkeypatch.setattr(os, "preadv", failing)
         with pytest.raises(OSError, match="Input/output error"):
             scene.capture("file")
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
 
 
 class TestOtherFileTypes:

@@ -356,4 +356,4 @@ class TestWriterClose:
             if finish:
                 writer.finish()
             writer.close()
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
