@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from stat import S_ISDIR, S_ISLNK
 from typing import Any, NoReturn
@@ -138,10 +139,13 @@ class SourceProcess:
             return
         pid, self._pid = self._pid, -1
         self._connection.close()
-        os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + _REAP_S
-        while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        # Where SIGCHLD is ignored there is nothing to wait for once the process has ended.
+        with suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                os.kill(pid, signal.SIGKILL)
+            while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
+                time.sleep(0.005)
 
 
 def _spawn(connection: int) -> int:

@@ -27,7 +27,7 @@ MAX_TRIES = 16
 _MAX_FILE_BYTES = 1 << 20
 MAX_FILES = 1000
 MAX_FILES_BYTES = 16 << 20
-"""Limits of the identities in the storage: whoever may create objects could add any number."""
+"""Limits of the identities in the storage: a writer with create-only credentials could add any number."""
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from casfs.backup.source_process import MountTimeoutError, ServedMounts, SourceP
 from casfs.monitor import RecordingMonitor
 from casfs.repository.repository import Repository
 from tests.support.builders import RepositoryFixture
+from tests.support.waiting import wait_until
 
 LINE = b"36 35 98:0 / %s rw,noatime shared:1 - %s source rw\n"
 
@@ -95,6 +96,21 @@ class TestProcess:
             with pytest.raises(MountTimeoutError, match="mounted on /mnt ended"):
                 source_fs.stat_entry(process.working_directory, b"/")
         assert process.working_directory.is_dead
+
+    @pytest.mark.parametrize("is_alive", [True, False])
+    def test_a_process_is_ended_where_signals_of_children_are_ignored(self, is_alive: bool) -> None:
+        """As after `trap '' CHLD`: the kernel reaps a child, and its id may be another's."""
+        before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        try:
+            process = SourceProcess(b"/mnt", 60)
+            pid = process._pid
+            if not is_alive:
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "the process has ended")
+            process.close()
+            wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "the process has ended")
+        finally:
+            signal.signal(signal.SIGCHLD, before)
 
     def test_a_process_that_does_not_answer_is_given_up(self, tmp_path: Path) -> None:
         process = SourceProcess(b"/mnt", 0.05)
