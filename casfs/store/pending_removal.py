@@ -30,7 +30,8 @@ MAX_NOTICE_PACKS = 200_000
 
 MAX_NOTICES = 10_000
 MAX_NOTICES_BYTES = 128 * 1024 * 1024
-"""Limits of all notices together: a writer with create-only credentials could add any number, and each takes memory."""
+"""Limits of all notices together: a writer with create-only credentials could add any number, and each
+takes memory."""
 
 
 class RemovalNotice(msgspec.Struct, frozen=True):
