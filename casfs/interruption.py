@@ -158,7 +158,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _ignore() -> None:
     """Ignore the signals: the interpreter would restore the default actions, which kill the process."""
-    for number in _SIGNALS:
+    for number in (*_SIGNALS, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -128,6 +128,8 @@ def test_a_signal_ends_a_process_that_is_in_the_kernel(tmp_path: Path) -> None:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == b"begins\n"
+            state = Path(f"/proc/{process.pid}/stat")
+            wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] in "SD", "it waits")
             process.send_signal(signal.SIGTERM)
             _, message = process.communicate(timeout=60)
         finally:
