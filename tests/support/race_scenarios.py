@@ -11,14 +11,12 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from casfs.backup.run import BackupOptions, run_backup
 from casfs.digest import SnapshotId
 from casfs.errors import CasfsError
-from casfs.format.config import RepositoryConfig
 from casfs.format.tree import NodeType
 from casfs.maintenance.copy import SnapshotCopier
 from casfs.maintenance.drafts import ABANDONED_NS
@@ -36,7 +34,6 @@ from casfs.repository.opening import (
     open_for_reading,
     open_for_writing,
 )
-from casfs.repository.place import RemotePlace
 from casfs.repository.repository import Repository
 from casfs.storage.base import Storage
 from casfs.storage.locks import LockMode
@@ -44,6 +41,7 @@ from casfs.storage.memory import MemoryStorage
 from casfs.storage.url import Scheme, StorageAddress
 from casfs.trees.file_content import FileContent
 from casfs.trees.walk import walk_pages
+from tests.support.far_repository import HostPlace
 from tests.support.interleaving import (
     Chooser,
     Fault,
@@ -56,21 +54,6 @@ from tests.support.interleaving import (
 )
 
 OPTIONS = OpenOptions(sync=False)
-
-
-@dataclass(frozen=True)
-class HostPlace(RemotePlace):
-    """The repository as one host sees it: with a storage and a cache folder of its own."""
-
-    storage: Storage = field(default_factory=MemoryStorage)
-    cache: Path = Path()
-
-    def open_storage(self, *arguments: object, **options: object) -> Storage:
-        return self.storage
-
-    def index_dir(self, config: RepositoryConfig) -> Path:
-        self.cache.mkdir(exist_ok=True, parents=True)
-        return self.cache / "index"
 
 
 def place_of(storage: Storage, cache: Path) -> HostPlace:
