@@ -3,7 +3,7 @@
 The cache lies beside the index. It maps each file to its node; the name and the encryption key of an entry
 are derived from the path and the metadata of the file. Finding and decrypting an entry takes the secret of
 the deduplication domain and the unchanged file; about deleted or changed files the cache reveals only that
-they existed (FORMAT.md, "Encryption").
+they existed, and of large ones the size class: what is encrypted is padded (FORMAT.md, "Encryption").
 
 The entries of a backup are trusted only after all data of that backup was durable and indexed. One thread
 uses the cache, a second one encrypts and writes. Without the cache, a backup reads every file again.
@@ -23,6 +23,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.digest import Digest
+from casfs.format.snapshot import padded_size
 from casfs.format.tree import Node, NodeType
 from casfs.index.index import Index
 from casfs.index.lmdb_env import Transaction
@@ -31,6 +32,13 @@ from casfs.trees.content import EXTENT, HOLE
 _STAT = struct.Struct("<QQqqQ")
 _HEAD = struct.Struct("<8sI")
 _CONFIRMED = struct.Struct("<QQ")
+_PADDED = b"\xc1"
+"""The first byte of a padded node; no msgpack value begins with it. An older version did not pad."""
+
+_LENGTH = struct.Struct("<I")
+_LEAST_BYTES = 256
+"""A node of a small file takes less as a rule, so all of these have the same size."""
+
 _NONCE_BYTES = 12
 _DAY_S = 86_400
 _KEPT_DAYS = 60
@@ -78,7 +86,7 @@ class FileCache:
         nonce = value[_HEAD.size : _HEAD.size + _NONCE_BYTES]
         try:
             plain = AESGCM(key).decrypt(nonce, value[_HEAD.size + _NONCE_BYTES :], None)
-            node = _decoder.decode(plain)
+            node = _decoder.decode(_without_padding(plain))
         except (InvalidTag, msgspec.DecodeError, ValueError):
             return None
         if node.name != path.rpartition(b"/")[2] or not self._is_stored(batch, node):
@@ -158,7 +166,7 @@ class FileCache:
         for path, node in files:
             name, key = self._derive(path, node.inode, node.size, node.mtime_ns, node.ctime_ns)
             nonce = os.urandom(_NONCE_BYTES)
-            stored = AESGCM(key).encrypt(nonce, _encoder.encode(node), None)
+            stored = AESGCM(key).encrypt(nonce, _padded(_encoder.encode(node)), None)
             rows.append((name, head + nonce + stored))
         rows.sort()
 
@@ -203,3 +211,20 @@ class FileCache:
         if old:
             self._env.write(change)
         return last
+
+
+def _padded(node: bytes) -> bytes:
+    """Return an encoded node, padded so that its size shows little of its name and its content."""
+    data = _PADDED + _LENGTH.pack(len(node)) + node
+    return data.ljust(padded_size(max(len(data), _LEAST_BYTES)), b"\0")
+
+
+def _without_padding(plain: bytes) -> bytes:
+    """Return the encoded node; raise ValueError."""
+    if not plain.startswith(_PADDED):
+        return plain
+    begin = len(_PADDED) + _LENGTH.size
+    if len(plain) < begin:
+        raise ValueError("a padded node is too short")
+    (size,) = _LENGTH.unpack_from(plain, len(_PADDED))
+    return plain[begin : begin + size]

@@ -10,6 +10,9 @@ A blob counts as stored (`are_stored`) unless it was found damaged or its pack i
 returns its location in any case. A new copy replaces a location that does not count as stored.
 
 A location is a claim unless this machine stored the pack or found the blob there (`casfs.store.claims`).
+
+A machine that cannot read what it stores (`omits_places`) records only in which pack a blob is: the rest of a
+location would show a thief of the machine how large deleted files were. `place_blobs` adds it later.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from casfs.index.schema import (
     PACK,
     PARTIAL,
     REMOVED,
+    UNPLACED,
     UNPUBLISHED,
     UNVERIFIED,
     VERIFIED,
@@ -52,6 +56,8 @@ DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
 
 _HAS_COPIES = b"copies"
+
+_OMITS_PLACES = b"omits places"
 
 _ABSENT = b"\1\0"
 """The last two bytes of the row of an absent blob, which counts as little as a damaged one."""
@@ -96,6 +102,57 @@ class Index:
     def tables(self) -> Tables:
         """The databases, for `DeltaNotes`."""
         return self._tables
+
+    @property
+    def omits_places(self) -> bool:
+        """Whether what this process adds gets no places."""
+        return self._tables.omits_places
+
+    def omit_places(self) -> None:
+        """Add blobs without their places from now on, for the whole process."""
+        self._tables.omits_places = True
+
+    def unplaced_packs(self) -> list[PackRecord]:
+        """Return the packs of whose blobs no places are recorded."""
+
+        def ask(txn: Transaction) -> list[PackRecord]:
+            found = (self._tables.pack_of(txn, n) for n in sorted(self._tables.unplaced(txn)))
+            return [record for record in found if record is not None]
+
+        return self._env.read(ask)
+
+    def place_blobs(self, ordinal: int, entries: list[PackEntry]) -> None:
+        """Record the places of the blobs of a pack, from its directory."""
+        for part in _parts(entries):
+            self._env.write(lambda txn, part=part: self._tables.place_blobs(txn, ordinal, part))  # type: ignore[misc]
+        key = UNPLACED + ORDINAL.pack(ordinal)
+        self._env.write(lambda txn: txn.delete(key, db=self._tables.meta))
+
+    def drop_old_places(self) -> None:
+        """Drop the places that an older version recorded of what this machine stored; does so once.
+
+        Those of packs of other machines stay: they show that a process with an identity used this index.
+        """
+
+        def note_packs(txn: Transaction) -> None:
+            claimed = self._tables.claimed(txn)
+            for record in self._tables.all_packs(txn):
+                if record.ordinal not in claimed:
+                    txn.put(UNPLACED + ORDINAL.pack(record.ordinal), b"", db=self._tables.meta)
+
+        if self._env.read(lambda txn: txn.get(_OMITS_PLACES, db=self._tables.meta)) is not None:
+            return
+        self._env.write(note_packs)
+        for db in (self._tables.blobs, self._tables.copies):
+            after: bytes | None = None
+            while db is not None:
+                drop = functools.partial(
+                    self._tables.drop_places, db=db, after=after, limit=_ASKED_AT_ONCE
+                )
+                after = self._env.write(drop)
+                if after is None:
+                    break
+        self._env.write(lambda txn: txn.put(_OMITS_PLACES, b"", db=self._tables.meta))
 
     @property
     def tracks_copies(self) -> bool:
@@ -509,7 +566,8 @@ class Index:
             for ordinal, pack in packs.items():
                 number = ORDINAL.pack(ordinal)
                 txn.delete(number, db=self._tables.packs)
-                for key in (b"pack" + pack.id, PARTIAL + pack.id, UNPUBLISHED + number):
+                keys = (b"pack" + pack.id, PARTIAL + pack.id, UNPUBLISHED + number)
+                for key in (*keys, UNPLACED + number):
                     txn.delete(key, db=self._tables.meta)
                 self._tables.set_claimed(txn, ordinal, False)
                 if self.tracks_deltas and not is_published:

@@ -35,7 +35,8 @@ IndexedPack = tuple[PackRef, int, list[PackEntry]]
 class Location(NamedTuple):
     """Location of a blob's payload: `pack` is the pack's ordinal, `offset` counts bytes from its start.
 
-    A blob in a group has the offset and the stored bytes of the group, and `position` in it.
+    A blob in a group has the offset and the stored bytes of the group, and `position` in it. A machine that
+    cannot read what it stores records no place: neither offset, sizes nor position.
     """
 
     pack: int
@@ -52,6 +53,17 @@ class Location(NamedTuple):
     def is_damaged(self) -> bool:
         """Whether the data were found damaged."""
         return bool(self.flags & DAMAGED)
+
+    @property
+    def has_place(self) -> bool:
+        """Whether the place in the pack is recorded; if not, only the pack's directory has it."""
+        return self.offset != 0
+
+    def at_place(self, entry: PackEntry) -> Location:
+        """Return this location with the place that an entry of the pack's directory gives."""
+        place = (entry.offset, entry.stored_bytes, entry.plain_bytes)
+        kinds = (entry.kind, entry.codec, self.flags, entry.position)
+        return Location(self.pack, *place, self.ordinal, *kinds)
 
     def matches(self, entry: PackEntry) -> bool:
         """Return whether this location agrees with an entry of the pack's directory."""
@@ -113,6 +125,12 @@ REMOVED = b"removed"
 CLAIMED = b"claimed"
 """The prefix of the keys of packs whose entries come from a delta or from the pack's directory."""
 
+UNPLACED = b"unplaced"
+"""The prefix of the keys of packs of whose blobs no places are recorded."""
+
+_NO_CODEC = 0
+"""In place of the codec of a blob without a place."""
+
 _REMOVED_AT_ONCE = 10_000
 
 
@@ -121,9 +139,13 @@ Row = tuple[bytes, int, int, int, int, int, int, int, int]
 
 
 class Tables:
-    """The databases `blobs`, `copies`, `packs` and `meta` of an environment."""
+    """The databases `blobs`, `copies`, `packs` and `meta` of an environment.
+
+    With `omits_places` new rows get no places. They would give away the exact sizes of files.
+    """
 
     def __init__(self, env: LmdbEnv) -> None:
+        self.omits_places = False
         self.blobs = env.database(b"blobs")
         self.packs = env.database(b"packs")
         self.meta = env.database(b"meta")
@@ -178,6 +200,8 @@ class Tables:
         verified_s = known.verified_s if known is not None else 0
         value = PACK.pack(pack.id, pack_bytes, blobs, flags, verified_s)
         txn.put(ORDINAL.pack(ordinal), value, db=self.packs)
+        if self.omits_places:
+            txn.put(UNPLACED + ORDINAL.pack(ordinal), b"", db=self.meta)
         self.set_counters(txn, ordinal + 1, next_blob, losses)
         return ordinal
 
@@ -223,6 +247,9 @@ class Tables:
             position,
             flags,
         ) in rows:
+            if self.omits_places:
+                offset = stored_bytes = plain_bytes = position = 0
+                codec = _NO_CODEC
             place = (ordinal, offset, stored_bytes, plain_bytes)
             location = pack_location(*place, next_blob, kind, codec, flags, position)
             if txn.put(digest, location, overwrite=False, db=blobs):
@@ -327,6 +354,37 @@ class Tables:
             txn.put(key, b"", db=self.meta)
         else:
             txn.delete(key, db=self.meta)
+
+    def unplaced(self, txn: Transaction) -> set[int]:
+        """Return the packs of whose blobs no places are recorded."""
+        return {ORDINAL.unpack(key)[0] for key in self.meta_suffixes(txn, UNPLACED)}
+
+    def place_blobs(self, txn: Transaction, ordinal: int, entries: Iterable[PackEntry]) -> None:
+        """Record the places of the blobs that a pack holds and that have none."""
+        number = ORDINAL.pack(ordinal)
+        for entry in entries:
+            for db, key in ((self.blobs, entry.digest), (self.copies, entry.digest + number)):
+                value = txn.get(key, db=db) if db is not None else None
+                location = Location(*LOCATION.unpack(value)) if value is not None else None
+                if location is not None and location.pack == ordinal and not location.has_place:
+                    txn.put(key, LOCATION.pack(*location.at_place(entry)), db=db)
+
+    def drop_places(
+        self, txn: Transaction, db: Database, after: bytes | None, limit: int
+    ) -> bytes | None:
+        """Drop the places in up to `limit` rows of `blobs` or `copies` that follow a key.
+
+        Return the last key, None at the end. Only those of packs that are noted as without places are
+        dropped.
+        """
+        rows = self.rows(txn, after, limit, db)
+        unplaced = self.unplaced(txn)
+        for key, value in rows:
+            at = Location(*LOCATION.unpack(value))
+            if at.pack in unplaced and at.has_place:
+                row = (at.pack, 0, 0, 0, at.ordinal, at.kind, _NO_CODEC, at.flags, 0)
+                txn.put(key, LOCATION.pack(*row), db=db)
+        return rows[-1][0] if len(rows) == limit else None
 
     def ordinal_of(self, txn: Transaction, pack: bytes) -> int | None:
         """Return the ordinal of a pack by its name."""

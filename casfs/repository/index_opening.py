@@ -71,7 +71,7 @@ def open_index_readonly(
         pass
     else:
         try:
-            has_all = _has_all_packs(index, storage, codec)
+            has_all = _has_all_packs(index, storage, codec) and _has_places(index, ciphers)
         except BaseException:
             close_index(index)
             raise
@@ -122,7 +122,7 @@ def _open_synced(
             index = Index(path, readonly=True)
         except IndexUnusableError:
             raise error from None
-        if not index.is_current():
+        if not index.is_current() or not _has_places(index, ciphers):
             close_index(index)
             raise
         log.warning("%s; it is used as it is, so what other hosts stored is found slowly", error)
@@ -161,10 +161,16 @@ def open_index(
             ) from error
         index = Index(path, on_step=on_step, sync=sync)
         index.tracks_deltas = config.has_deltas
+        if not _can_read(ciphers):
+            index.omit_places()
         try:
             store = BlobStore(storage, index, codec, ciphers)
             deltas = make_delta_sync(store, ciphers) if has_deltas(place, config) else None
             update_index(store, deltas, update, is_alone)
+            if _can_read(ciphers):
+                store.place_blobs()
+            elif update.is_writer:
+                index.drop_old_places()
         except IndexDamagedError:
             close_index(index)
             if is_last or not is_alone():
@@ -184,6 +190,8 @@ def replace_with_empty(store: BlobStore) -> None:
     fingerprint.delete_index(store.index.path)
     index = Index(store.index.path)
     index.tracks_deltas = store.index.tracks_deltas
+    if store.index.omits_places:
+        index.omit_places()
     store.use_index(index)
 
 
@@ -204,6 +212,16 @@ def _is_in_use(locks: Locks, own_lock: str | None = None) -> bool:
     except StorageError:
         return False
     return any(name != own_lock and record.mode != LockMode.READER for name, record in live.items())
+
+
+def _can_read(ciphers: PackCiphers | None) -> bool:
+    """Return whether this process can read what the repository stores."""
+    return ciphers is None or ciphers.can_read
+
+
+def _has_places(index: Index, ciphers: PackCiphers | None) -> bool:
+    """Return whether the index has the places of all blobs that this process can read."""
+    return not _can_read(ciphers) or not index.unplaced_packs()
 
 
 def _has_all_packs(index: Index, storage: Storage, codec: BlobCodec) -> bool:

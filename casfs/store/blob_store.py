@@ -77,6 +77,9 @@ _PREFETCH_BYTES = 4 * 1024 * 1024
 _PREFETCH_GAP_BYTES = 64 * 1024
 """The largest range of a pack that is requested ahead at once, and the largest gap between blobs in it."""
 
+_MOST_DIRECTORIES = 4
+"""How many directories are in memory of packs of whose blobs the index has no places; some MiB each."""
+
 _OWN_LIMITS = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 """Read errors that come from this process's limits, not from the disk."""
 
@@ -141,6 +144,8 @@ class BlobStore:
         self._search_lock = threading.Lock()
         self._searched_s: float | None = None
         self._groups = GroupCache()
+        self._places_lock = threading.Lock()
+        self._places: dict[PackRef, dict[Digest, PackEntry]] = {}
         self.use_index(index)
         self._old_entries: dict[PackRef, list[PackEntry]] = {}
 
@@ -315,6 +320,8 @@ class BlobStore:
             pack = self.index.pack_ref(location.pack)
         except IndexUnusableError as error:
             raise BlobError(digest, "the index refers to an unknown pack") from error
+        if not location.has_place:
+            location = self._place(digest, location, pack)
         plain = self._from_cache(digest, location, pack)
         if plain is not None:
             return plain
@@ -336,6 +343,35 @@ class BlobStore:
             raise BlobError(digest, error.reason, pack.id) from error
         except PackError as error:
             raise BlobError(digest, f"its pack is damaged: {error.reason}", pack.id) from error
+
+    def _place(self, digest: Digest, location: Location, pack: PackRef) -> Location:
+        """Return a location with the place that the pack's directory gives, as the index has none.
+
+        Raise BlobError.
+        """
+        with self._places_lock:
+            places = self._places.get(pack)
+            if places is None:
+                try:
+                    places = {entry.digest: entry for entry in self.entries(pack)}
+                except NotFoundError as error:
+                    raise BlobError(digest, "its pack is missing", pack.id) from error
+                except IntegrityError as error:
+                    raise BlobError(digest, f"its pack is damaged: {error}", pack.id) from error
+                if len(self._places) >= _MOST_DIRECTORIES:
+                    del self._places[next(iter(self._places))]
+                self._places[pack] = places
+        entry = places.get(digest)
+        if entry is None:
+            raise BlobError(digest, "the directory of its pack does not name it", pack.id)
+        return location.at_place(entry)
+
+    def place_blobs(self) -> None:
+        """Record in the index the places that a process without an identity left out, where keys allow it."""
+        records = {record.pack: record for record in self.index.unplaced_packs()}
+        found = self._indexed((pack, record.pack_bytes) for pack, record in records.items())
+        for pack, _, entries in found:
+            self.index.place_blobs(records[pack].ordinal, entries)
 
     def _from_cache(self, digest: Digest, location: Location, pack: PackRef) -> bytes | None:
         """Return the verified plaintext of a blob whose group is cached, else None."""
@@ -372,7 +408,7 @@ class BlobStore:
         None also means missing or damaged; `read` raises the reason.
         """
         location = self.index.lookup(digest)
-        if location is None:
+        if location is None or not location.has_place:
             return None
         pack = self.index.pack_ref(location.pack)
         plain = self._from_cache(digest, location, pack)
@@ -394,7 +430,9 @@ class BlobStore:
 
         The bytes of blobs that lie together are loaded with one request.
         """
-        found = [at for at in self.index.lookup_many(list(digests)) if at is not None]
+        found = [
+            at for at in self.index.lookup_many(list(digests)) if at is not None and at.has_place
+        ]
         found.sort(key=lambda at: (at.pack, at.offset))
         runs: list[tuple[int, int, int]] = []
         for at in found:

@@ -87,7 +87,7 @@ class DeltaPublisher:
                 records = [r for r in self._store.index.packs() if r.ordinal not in covered]
             else:
                 records = notes.unpublished() if self._is_alone() else []
-            rest = [record for record in records if record.pack.id not in own]
+            rest = self._with_known_entries(one for one in records if one.pack.id not in own)
             for pack in self.read_packs(rest):
                 if not self._builder.has_room(len(pack.entries), TARGET_DELTA_BYTES):
                     written.append(self._write_own())
@@ -96,6 +96,20 @@ class DeltaPublisher:
             if self._builder.packs or self._builder.removed or everything:
                 written.append(self._write_own())
             return written
+
+    def _with_known_entries(self, records: Iterable[PackRecord]) -> list[PackRecord]:
+        """Return the packs whose entries can be read, here or in the index; the others are left out.
+
+        A process without an identity cannot read what an earlier process stored, and the index has no places.
+        A process with an identity publishes them later.
+        """
+        found = list(records)
+        if not self._store.index.omits_places or not found:
+            return found
+        unplaced = {record.ordinal for record in self._store.index.unplaced_packs()}
+        known = [record for record in found if record.ordinal not in unplaced]
+        self.has_left_out |= len(known) < len(found)
+        return known
 
     def write(self, builder: DeltaBuilder) -> DeltaName:
         """Store a delta durably and note it; its name is later than that of every delta in the index."""
@@ -144,7 +158,7 @@ class DeltaPublisher:
         found: dict[int, list[PackEntry]] = {ordinal: [] for ordinal in by_ordinal}
         index = self._store.index
         for digest, at in itertools.chain(index.blobs(), index.further_locations()):
-            if at.pack in found and not at.is_damaged:
+            if at.pack in found and at.has_place and not at.is_damaged:
                 found[at.pack].append(at.in_pack(digest))
         for ordinal, entries in found.items():
             record = by_ordinal[ordinal]

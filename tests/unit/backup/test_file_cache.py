@@ -133,6 +133,31 @@ class TestFileCacheGet:
         assert everything(index) == []
         assert file_cache(index).get(PATH, stat_of(untrusted)) is None
 
+    def test_entries_of_small_files_have_one_size(self, index: Index) -> None:
+        other = node(content=EXTENT.pack(7, CHUNKS[0]), size=7, inode=8, mtime_ns=1)
+        remembered(index, node())
+        remembered(index, other)
+        first, second = everything(index)
+        assert len(first[1]) == len(second[1])
+        assert file_cache(index).get(PATH, stat_of(other)) == other
+
+    def test_entries_of_large_files_show_only_a_size_class(self, index: Index) -> None:
+        sizes = set()
+        for count in range(100, 110):
+            large = node(content=CONTENT * count, size=30 * count, inode=count)
+            remembered(index, large)
+            assert file_cache(index).get(PATH, stat_of(large)) == large
+            sizes = {len(value) for _, value in everything(index)}
+        assert len(sizes) < 6
+
+    def test_an_entry_that_an_earlier_version_did_not_pad_is_read(
+        self, index: Index, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(file_cache_module, "_padded", lambda encoded: encoded)
+            remembered(index)
+        assert file_cache(index).get(PATH, stat_of(node())) == node()
+
     def test_the_file_cache_returns_nothing_for_a_damaged_record(self, index: Index) -> None:
         remembered(index)
         ((name, value),) = everything(index)
