@@ -10,10 +10,8 @@ import errno
 import os
 import signal
 import socket
-import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from stat import S_ISDIR, S_ISLNK
 from typing import Any, NoReturn
 
@@ -21,19 +19,14 @@ from casfs.backup.mount_table import MountTable
 from casfs.backup.source_fs import AT_FDCWD, OPENING, Handle, stat_entry
 from casfs.backup.source_server import ADOPT, receive, send
 from casfs.display import escape_path
+from casfs.server_process import start_server_process
 
 DEFAULT_MOUNT_TIMEOUT_S = 60.0
 
 _START_S = 60.0
 _REAP_S = 0.2
-_CONNECTION_FD = 3
 
-_SERVER = """
-import socket, sys
-sys.path.insert(0, sys.argv[1])
-from casfs.backup.source_server import serve
-serve(socket.socket(fileno=int(sys.argv[2])))
-"""
+_SERVER = "casfs.backup.source_server"
 
 
 class MountTimeoutError(OSError):
@@ -71,7 +64,13 @@ class SourceProcess:
         self._timeout_s = timeout_s
         self._connection, other = socket.socketpair()
         with other:
-            self._pid = _spawn(other.fileno())
+            # A signal of the terminal is for the backup alone; the process ends with its connection.
+            self._pid = start_server_process(
+                _SERVER,
+                other.fileno(),
+                default=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+                own_group=True,
+            )
         self._connection.settimeout(_START_S)
         try:
             receive(self._connection)
@@ -146,25 +145,6 @@ class SourceProcess:
                 os.kill(pid, signal.SIGKILL)
             while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
                 time.sleep(0.005)
-
-
-def _spawn(connection: int) -> int:
-    """Start the process and return its id."""
-    root = str(Path(__file__).parents[2])
-    arguments = [sys.executable, "-P", "-c", _SERVER, root, str(_CONNECTION_FD)]
-    return os.posix_spawn(
-        sys.executable,
-        arguments,
-        os.environ,
-        file_actions=[
-            (os.POSIX_SPAWN_DUP2, connection, _CONNECTION_FD),
-            *((os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)),
-        ],
-        # A signal of the terminal is for the backup alone; the process ends with its connection.
-        setpgroup=0,
-        setsigmask=[],
-        setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
-    )
 
 
 class ServedMounts:

@@ -13,10 +13,8 @@ import mmap
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -36,20 +34,17 @@ from casfs.restore.writer_server import (
     BatchEntry,
     EntryOutcome,
 )
+from casfs.server_process import start_server_process
 
 log = logging.getLogger(__name__)
 
 _MOST_PROCESSES = 3
 """The restore's own process, which walks and decompresses, has no work for more."""
 
-_CONNECTION_FD = 3
+_SERVER = "casfs.restore.writer_server"
 
-_SERVER = """
-import socket, sys
-sys.path.insert(0, sys.argv[1])
-from casfs.restore.writer_server import serve
-serve(socket.socket(fileno=int(sys.argv[2])))
-"""
+_BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP)
+"""A terminal sends these to both: the restore ends the process, and waits for it after a pause."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[EntryOutcome])
@@ -146,7 +141,7 @@ class _WriterProcess:
                 own, other = socket.socketpair()
                 self._connection = on_error.enter_context(own)
                 with other:
-                    self._pid = _spawn(other.fileno())
+                    self._pid = start_server_process(_SERVER, other.fileno(), blocked=_BLOCKED)
                 socket.send_fds(self._connection, [_encoder.encode(options)], [memory_fd])
             finally:
                 os.close(memory_fd)
@@ -255,20 +250,3 @@ class _WriterProcess:
     def _reap(self) -> None:
         with suppress(ChildProcessError):  # where SIGCHLD is ignored there is nothing to wait for
             os.waitpid(self._pid, 0)
-
-
-def _spawn(connection: int) -> int:
-    """Start a process and return its id."""
-    root = str(Path(__file__).parents[2])
-    arguments = [sys.executable, "-P", "-c", _SERVER, root, str(_CONNECTION_FD)]
-    return os.posix_spawn(
-        sys.executable,
-        arguments,
-        os.environ,
-        file_actions=[
-            (os.POSIX_SPAWN_DUP2, connection, _CONNECTION_FD),
-            *((os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)),
-        ],
-        # A terminal sends these to both: the restore ends the process, and waits for it after a pause.
-        setsigmask=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP],
-    )

@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "casfs.monitor",
         "casfs.paths",
         "casfs.patterns",
+        "casfs.server_process",
         "casfs.text_file",
         "casfs.user_dirs",
     ),

@@ -7,12 +7,13 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from casfs import server_process
 from casfs.digest import digest_of
 from casfs.format.tree import Node, NodeExtra, NodeType
 from casfs.monitor import EntryChange, Problem, ProblemKind, RecordingMonitor
@@ -21,6 +22,7 @@ from casfs.restore.entry_writer import WritingOptions
 from casfs.restore.ordered_pool import PoolLimits
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
 from casfs.restore.writer_process import EntryJob, WriterProcesses
+from casfs.server_process import start_server_process
 from tests.support.builders import MTIME_NS, Plan, RepositoryFixture, entry, file
 from tests.support.processes import has_ended
 from tests.support.stores import noise
@@ -66,13 +68,12 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     """A scene on a machine with two cores; every process that was started has ended after the test."""
     scene = Scene(tmp_path)
     monkeypatch.setattr(restorer, "process_count", lambda: 1)
-    spawn = writer_process._spawn
 
-    def noting(connection: int) -> int:
-        scene.pids.append(spawn(connection))
+    def noting(module: str, connection: int, blocked: Collection[signal.Signals]) -> int:
+        scene.pids.append(start_server_process(module, connection, blocked=blocked))
         return scene.pids[-1]
 
-    monkeypatch.setattr(writer_process, "_spawn", noting)
+    monkeypatch.setattr(writer_process, "start_server_process", noting)
     yield scene
     assert [pid for pid in scene.pids if Path(f"/proc/{pid}").exists()] == []
 
@@ -220,10 +221,10 @@ def test_a_restore_goes_on_without_a_killed_process_where_child_signals_are_igno
 def test_a_restore_writes_all_by_itself_where_no_process_can_be_started(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(connection: int) -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(writer_process, "_spawn", refuse)
+    monkeypatch.setattr(writer_process, "start_server_process", refuse)
     assert scene.restore({b"d": many_files(40)}).files == 40
 
 
@@ -231,7 +232,7 @@ def test_a_restore_does_not_wait_for_a_process_that_does_not_start(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as one whose modules lie on a server that does not answer."""
-    monkeypatch.setattr(writer_process, "_SERVER", "import time; time.sleep(1000)")
+    monkeypatch.setattr(server_process, "_PROGRAM", "import time; time.sleep(1000)")
     assert scene.restore({b"d": many_files(40)}).files == 40
     assert len(scene.pids) == 1
 
