@@ -28,7 +28,8 @@ from casfs.repository.index_opening import close_index
 from casfs.repository.place import LocalPlace, Place, RemotePlace, as_place
 from casfs.repository.remote_writers import mark_remote_writers
 from casfs.storage.base import Storage
-from casfs.storage.local import LocalStorage, allocate_reserve
+from casfs.storage.local import LocalStorage
+from casfs.storage.reserve import allocate_reserve
 from casfs.storage.probe import probe_storage
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from casfs.repository.remote_writers import is_marked, is_shared
 from casfs.repository.repository import Repository
 from casfs.repository.snapshots import list_ahead
 from casfs.storage.concurrency import begin
-from casfs.storage.local import LocalStorage, release_reserve
+from casfs.storage.local import LocalStorage
+from casfs.storage.reserve import release_reserve
 from casfs.storage.locks import LockMode, remove_stale_temporaries
 from casfs.store.blob_store import pack_name
 from casfs.store.index_update import UpdateOptions

@@ -10,9 +10,6 @@ import errno
 import itertools
 import logging
 import os
-import stat
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,76 +22,12 @@ from casfs.storage.base import (
     is_name,
     size_conflict,
 )
+from casfs.storage.descriptor_pool import DescriptorPool
 from casfs.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 
 _TEMPORARIES = "tmp"
-RESERVE_FILE = "reserve"
-RESERVE_BYTES = 1024 * 1024
-_LEAST_BYTES = 128 * 1024
-_SCARCE = 4
-
-
-def allocate_reserve(root: Path) -> None:
-    """Allocate reserve space in a repository's folder, as much as fits; raise nothing.
-
-    A full disk stops the prune that would free space. `release_reserve` makes room for its first writes.
-    """
-    size = RESERVE_BYTES
-    try:
-        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        fd = _open_reserve(folder)
-    except OSError:
-        return
-    finally:
-        os.close(folder)
-    try:
-        there = os.fstat(fd).st_size
-        while size > there and size >= _LEAST_BYTES:
-            try:
-                os.posix_fallocate(fd, 0, size)
-                return
-            except OSError:
-                os.ftruncate(fd, there)
-                size //= 2
-    except OSError:
-        return
-    finally:
-        os.close(fd)
-
-
-def _open_reserve(folder: int) -> int:
-    """Open the reserve of this user, or create it; raise OSError where another entry has its name."""
-    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        return os.open(RESERVE_FILE, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
-    except FileExistsError:
-        fd = os.open(RESERVE_FILE, flags, dir_fd=folder)
-    st = os.fstat(fd)
-    if stat.S_ISREG(st.st_mode) and st.st_nlink == 1 and st.st_size <= RESERVE_BYTES:
-        return fd
-    os.close(fd)
-    raise OSError(errno.EEXIST, "another file has the name of the reserve")
-
-
-def release_reserve(root: Path) -> None:
-    """Free the reserve if the file system is almost full; raise nothing."""
-    try:
-        if _free_bytes(root) < _SCARCE * RESERVE_BYTES:
-            (root / RESERVE_FILE).unlink(missing_ok=True)
-    except OSError:
-        return
-
-
-def _free_bytes(root: Path) -> int:
-    found = os.statvfs(root)
-    return found.f_bavail * found.f_frsize
-
-
 _OPEN_FILES = 64
 """How many packs stay open for reading; each uses one descriptor."""
 
@@ -132,7 +65,7 @@ class LocalStorage:
         self._on_step = on_step
         self._serial = itertools.count()
         self._folder = Folder(root)
-        self._readers = _ReaderPool(_OPEN_FILES, self._folder.open_file)
+        self._files = DescriptorPool(_OPEN_FILES, self._folder.open_file)
 
     @property
     def url(self) -> str:
@@ -192,7 +125,7 @@ class LocalStorage:
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Return a range of an object's bytes."""
         try:
-            with self._readers.reader(name) as fd:
+            with self._files.open(name) as fd:
                 if size is None:
                     size = max(0, os.fstat(fd).st_size - offset)
                     if size > MAX_WHOLE_READ_BYTES:
@@ -207,13 +140,13 @@ class LocalStorage:
         except FileNotFoundError as error:
             raise NotFoundError(f"{name} is not in the repository") from error
         except OSError as error:
-            self._readers.forget(name)
+            self._files.forget(name)
             self._folder.reopen_after(error)
             raise _storage_error("read", str(self.root / name), error) from error
 
     def read_nonblocking(self, name: str, offset: int, size: int) -> bytes | None:
         """Return a range if its object is open and the kernel has the range cached, else None."""
-        file = self._readers.open_reader(name)
+        file = self._files.if_open(name)
         if file is None:
             return None
         data = bytearray(size)
@@ -227,7 +160,7 @@ class LocalStorage:
     def prefetch(self, name: str, offset: int, size: int) -> None:
         """Ask the kernel to read a range in the background."""
         try:
-            with self._readers.reader(name) as fd:
+            with self._files.open(name) as fd:
                 os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
         except OSError:
             return
@@ -252,7 +185,7 @@ class LocalStorage:
 
     def delete(self, name: str) -> None:
         """Remove an object and make its removal durable."""
-        self._readers.forget(name)
+        self._files.forget(name)
         above, _, last = name.rpartition("/")
         try:
             self._step("unlink", name)
@@ -270,7 +203,7 @@ class LocalStorage:
 
     def close(self) -> None:
         """Close the packs that are kept open for reading, and the folder."""
-        self._readers.close()
+        self._files.close()
         self._folder.close()
 
     def _temporary_name(self) -> str:
@@ -312,7 +245,7 @@ class LocalStorage:
         """Rename a temporary file to the name of an object, and sync its folder."""
         above, _, last = name.rpartition("/")
         with self._folder.opened(_TEMPORARIES) as source, self._folder.opened(above) as fd:
-            self._readers.forget(name)
+            self._files.forget(name)
             os.rename(temporary, last, src_dir_fd=source, dst_dir_fd=fd)
             self._sync_folder(fd, name)
 
@@ -433,84 +366,3 @@ class LocalWriter:
 def _storage_error(action: str, path: str, error: OSError) -> StorageError:
     kind = StorageDeniedError if error.errno in (errno.EACCES, errno.EPERM) else StorageError
     return kind(action, path, error)
-
-
-class _ReaderPool:
-    """Descriptors of recently read objects. A descriptor is closed only while no thread reads from it."""
-
-    def __init__(self, limit: int, open_file: Callable[[str], int]) -> None:
-        self._limit = limit
-        self._open_file = open_file
-        self._lock = threading.Lock()
-        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
-
-    def reader(self, name: str) -> _OpenFile:
-        """Return an open file to use in a `with` block."""
-        with self._lock:
-            file = self._files.get(name)
-            if file is not None:
-                self._files.move_to_end(name)
-                file.users += 1
-                return file
-        fd = self._open_file(name)
-        with self._lock:
-            other = self._files.get(name)
-            if other is not None:
-                os.close(fd)
-                other.users += 1
-                return other
-            file = _OpenFile(self._lock, fd)
-            self._files[name] = file
-            while len(self._files) > self._limit:
-                _, oldest = self._files.popitem(last=False)
-                oldest.retire()
-        return file
-
-    def open_reader(self, name: str) -> _OpenFile | None:
-        """Return a file to use in a `with` block if it is already open."""
-        with self._lock:
-            file = self._files.get(name)
-            if file is not None:
-                file.users += 1
-            return file
-
-    def forget(self, name: str) -> None:
-        """Close a file whose name is about to refer to another object."""
-        with self._lock:
-            file = self._files.pop(name, None)
-            if file is not None:
-                file.retire()
-
-    def close(self) -> None:
-        """Close every file; a file that a thread reads from is closed when that read ends."""
-        with self._lock:
-            for file in self._files.values():
-                file.retire()
-            self._files.clear()
-
-
-class _OpenFile:
-    """A descriptor with a count of its users; `with` returns the descriptor."""
-
-    __slots__ = ("_fd", "_lock", "_retired", "users")
-
-    def __init__(self, lock: threading.Lock, fd: int) -> None:
-        self._lock = lock
-        self._fd = fd
-        self._retired = False
-        self.users = 1
-
-    def __enter__(self) -> int:
-        return self._fd
-
-    def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            self.users -= 1
-            if self._retired and self.users == 0:
-                os.close(self._fd)
-
-    def retire(self) -> None:
-        """Close the descriptor now, or when its last user leaves. The caller holds the pool's lock."""
-        self._retired = True
-        if self.users == 0:
-            os.close(self._fd)

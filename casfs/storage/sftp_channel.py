@@ -1,4 +1,4 @@
-"""The SFTP protocol, version 3, on the pipes of a program: many requests at a time over one connection.
+"""A connection to an SFTP server through the pipes of a program: many requests at a time.
 
 The program is the user's own `ssh`, so that its configuration, agent, jump hosts and hardware keys all count.
 Any thread may send a request and wait for its answer while others do the same; one thread of the
@@ -20,56 +20,22 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from enum import IntEnum
 
 from casfs.display import single_line
 from casfs.errors import StorageDeniedError, StorageError, StorageUnavailableError
 from casfs.storage.base import Data
 from casfs.storage.interruption import INTERRUPTED, interrupted_error
+from casfs.storage.sftp_protocol import (
+    PROTOCOL_VERSION,
+    Reader,
+    Reply,
+    Request,
+    Status,
+    StatusError,
+    pack_string,
+)
 
 
-class Request(IntEnum):
-    """The requests that are used here."""
-
-    INIT = 1
-    OPEN = 3
-    CLOSE = 4
-    READ = 5
-    WRITE = 6
-    FSTAT = 8
-    OPENDIR = 11
-    READDIR = 12
-    REMOVE = 13
-    MKDIR = 14
-    STAT = 17
-    RENAME = 18
-    EXTENDED = 200
-
-
-class Reply(IntEnum):
-    """The kinds of answers."""
-
-    VERSION = 2
-    STATUS = 101
-    HANDLE = 102
-    DATA = 103
-    NAME = 104
-    ATTRS = 105
-    EXTENDED_REPLY = 201
-
-
-class Status(IntEnum):
-    """The codes of a STATUS answer that mean something here."""
-
-    OK = 0
-    EOF = 1
-    NO_SUCH_FILE = 2
-    PERMISSION_DENIED = 3
-    FAILURE = 4
-    OP_UNSUPPORTED = 8
-
-
-_PROTOCOL_VERSION = 3
 _MAX_PACKET_BYTES = 1024 * 1024
 _PIPE_BYTES = 1024 * 1024
 _SILENCE_S = 120.0
@@ -83,53 +49,6 @@ _U32 = struct.Struct(">I")
 
 Ending = StorageError | StorageUnavailableError
 """Why a connection ended."""
-
-
-class StatusError(Exception):
-    """The server answered a request with a status other than OK."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(status, message)
-        self.status = status
-        self.message = message
-
-
-def pack_string(data: Data | str) -> bytes:
-    """Return a string of the protocol: its length, then its bytes."""
-    raw = data.encode() if isinstance(data, str) else bytes(data)
-    return _U32.pack(len(raw)) + raw
-
-
-class Reader:
-    """Takes the fields of an answer one after another; raises ValueError where it is too short."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    def u32(self) -> int:
-        """Return the next number of 32 bits."""
-        return int.from_bytes(self._take(4))
-
-    def u64(self) -> int:
-        """Return the next number of 64 bits."""
-        return int.from_bytes(self._take(8))
-
-    def string(self) -> bytes:
-        """Return the next string."""
-        return self._take(self.u32())
-
-    @property
-    def is_at_end(self) -> bool:
-        """Whether nothing is left."""
-        return self._at >= len(self._data)
-
-    def _take(self, size: int) -> bytes:
-        data = self._data[self._at : self._at + size]
-        if len(data) != size:
-            raise ValueError("the answer is too short")
-        self._at += size
-        return data
 
 
 class Pending:
@@ -226,7 +145,7 @@ class SftpChannel:
         self._reader = threading.Thread(target=self._read_answers, name="casfs-sftp", daemon=True)
         self._reader.start()
         try:
-            self._send(struct.pack(">IBI", 5, Request.INIT, _PROTOCOL_VERSION))
+            self._send(struct.pack(">IBI", 5, Request.INIT, PROTOCOL_VERSION))
             self.extensions = self._parse_version(self._version.result(Reply.VERSION))
         except BaseException:
             self.close()
@@ -393,7 +312,7 @@ class SftpChannel:
         fields = Reader(payload)
         extensions = {}
         try:
-            if fields.u32() < _PROTOCOL_VERSION:
+            if fields.u32() < PROTOCOL_VERSION:
                 raise ValueError("the server is too old")
             while not fields.is_at_end:
                 name = fields.string().decode(errors="replace")

@@ -27,8 +27,8 @@ from casfs.storage.object_store_errors import (
 )
 from casfs.storage.s3_bucket import S3Bucket
 from casfs.storage.s3_connection import Response
-from casfs.storage.sftp import _attributes, _names
-from casfs.storage.sftp_channel import Pending, Reader, Reply, SftpChannel, StatusError
+from casfs.storage.sftp_channel import Pending, SftpChannel
+from casfs.storage.sftp_protocol import Reader, Reply, StatusError, parse_attributes, parse_names
 from casfs.store.blob_store import pack_name, parse_pack_name
 from casfs.store.pending_removal import encode_notice, list_notices
 from tests.fuzz.target import Target, text_of
@@ -184,9 +184,9 @@ def _sftp(data: bytes) -> None:
         try:
             reply = channel.waiting[number].result(wanted)
             if wanted == Reply.NAME:
-                assert len(_names(reply)) <= len(reply)
+                assert len(parse_names(reply)) <= len(reply)
             elif wanted == Reply.ATTRS:
-                _attributes(Reader(reply))
+                parse_attributes(Reader(reply))
             else:
                 Reader(reply).string()
         except (StorageError, StorageUnavailableError, StatusError, ValueError):
@@ -195,7 +195,7 @@ def _sftp(data: bytes) -> None:
 
 def _sftp_parts(data: bytes) -> None:
     """Parse the input as the payload of each kind of answer."""
-    for parse in (_names, lambda reply: _attributes(Reader(reply)), _Channel()._parse_version):
+    for parse in (parse_names, lambda reply: parse_attributes(Reader(reply)), _Channel()._parse_version):
         try:
             parse(data)
         except (ValueError, StorageError):

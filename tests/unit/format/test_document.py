@@ -31,7 +31,7 @@ from casfs.index.lmdb_env import Transaction
 from casfs.maintenance import prune_plan
 from casfs.repository import object_locks, presence
 from casfs.repository.creation import create_repository
-from casfs.storage import local, locks
+from casfs.storage import locks, reserve
 from casfs.store import layout, pending_removal, writer
 from casfs.trees import content
 from casfs.trees import writer as tree_writer
@@ -230,7 +230,7 @@ def test_parameters_are_those_of_the_code() -> None:
         "margin of a notice where hosts write over a network": prune_plan.SHARED_MARGIN_S,
         "refresh of a presence object": presence.REFRESH_S,
         "age at which a presence object is stale": presence.STALE_NS / 1e9,
-        "reserve": local.RESERVE_BYTES,
+        "reserve": reserve.RESERVE_BYTES,
     }
 
 
