@@ -19,7 +19,7 @@ from casfs.digest import Digest
 from casfs.errors import IntegrityError
 from casfs.format.node_types import TYPES_BY_MODE_BITS
 from casfs.format.tree import Node, NodeType, captured_digest, hard_link_key
-from casfs.restore import target_fs
+from casfs.restore import removal, target_fs, temporary_entries
 from casfs.restore.metadata import require_same, set_entry_metadata, set_metadata
 from casfs.restore.staging import FileIdentity, identify, link_inode, private_directory
 from casfs.trees.content import ContentReader
@@ -243,7 +243,7 @@ class EntryWriter:
     def _link(self, fd: int, result: EntryResult, link_target: LinkTarget) -> bool:
         """Write the entry as a hard link to a restored name; return False where linking fails."""
         with private_directory(fd) as staging:
-            name = target_fs.temporary_name()
+            name = temporary_entries.temporary_name()
             try:
                 try:
                     link_inode(
@@ -269,7 +269,7 @@ class EntryWriter:
     ) -> None:
         node = result.node
         # The name is known before the file exists: an interrupt at any moment can remove the file.
-        name = target_fs.temporary_name()
+        name = temporary_entries.temporary_name()
         try:
             # Only this user can look into a fresh directory, so the file may have its mode from the start,
             # unless it gets xattrs: its owner cannot set those of a write-protected file.
@@ -301,7 +301,7 @@ class EntryWriter:
             raise
 
     def _write_special(self, fd: int, result: EntryResult, staging: int) -> None:
-        name = target_fs.temporary_name()
+        name = temporary_entries.temporary_name()
         try:
             target_fs.make_special(staging, name, result.node)
             result.metadata_errors += set_entry_metadata(staging, name, result.node)
@@ -319,7 +319,7 @@ class EntryWriter:
         except IsADirectoryError:
             st = os.stat(node.name, dir_fd=fd, follow_symlinks=False)
             self._require_replaceable(fd, result)
-            target_fs.remove(fd, node.name, st)
+            removal.remove(fd, node.name, st)
             os.rename(name, node.name, src_dir_fd=staging, dst_dir_fd=fd)
         # rename() does nothing where both names refer to one inode: the temporary name must be removed.
         if node.nlink > 1:

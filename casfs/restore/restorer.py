@@ -25,7 +25,7 @@ from casfs.patterns import Pattern
 from casfs.problems import changed_file, damaged_entry, restore_failed
 from casfs.repository.prefetch import Prefetcher
 from casfs.repository.repository import Repository
-from casfs.restore import target_fs
+from casfs.restore import name_merging, removal, target_fs, temporary_entries
 from casfs.restore.entry_writer import (
     EntryResult,
     EntryWriter,
@@ -271,12 +271,12 @@ class Restorer:
         if self._options.dry_run:
             return
         if not frame.created:
-            target_fs.remove_abandoned(frame.fd)
+            temporary_entries.remove_abandoned(frame.fd)
         if frame.created and above is not None:
             # A new directory treats names as the one that it is in.
             merges_names = above.folded is not None
         else:
-            merges_names = target_fs.merges_names(frame.fd, self._merging_devices)
+            merges_names = name_merging.merges_names(frame.fd, self._merging_devices)
         frame.folded = {} if merges_names else None
         frame.is_fresh = frame.created and target_fs.is_fresh(frame.fd)
 
@@ -289,7 +289,7 @@ class Restorer:
                 return False  # restoring the entry fails in the same way, and reports it
         if frame.folded is None:
             return False
-        first = frame.folded.setdefault(target_fs.fold_name(name), name)
+        first = frame.folded.setdefault(name_merging.fold_name(name), name)
         if first == name:
             return False
         self._pool.drain()
@@ -396,7 +396,7 @@ class Restorer:
             if self._options.overwrite == Overwrite.NEVER:
                 self.result.skipped += 1
                 return False
-            target_fs.remove(above.fd, name, st)
+            removal.remove(above.fd, name, st)
             st = None
         if st is None:
             self._directories.set_open(child, target_fs.make_directory(above.fd, name))
@@ -431,12 +431,12 @@ class Restorer:
     def _delete_others(self, frame: Directory) -> None:
         names: set[bytes] | set[str] = frame.names
         if frame.folded is not None:
-            names = {target_fs.fold_name(name) for name in frame.names}
+            names = {name_merging.fold_name(name) for name in frame.names}
         for text in os.listdir(frame.fd):
             name = os.fsencode(text)
             path = join(frame.path, name)
-            known = name if frame.folded is None else target_fs.fold_name(name)
-            if known in names or target_fs.is_temporary(name):
+            known = name if frame.folded is None else name_merging.fold_name(name)
+            if known in names or temporary_entries.is_temporary(name):
                 continue
             try:
                 st = target_fs.entry_stat(frame.fd, name)
@@ -449,7 +449,7 @@ class Restorer:
                     self._delete_directory(frame, name)
                     continue
                 if not self._options.dry_run:
-                    target_fs.remove(frame.fd, name, st)
+                    removal.remove(frame.fd, name, st)
                 elif is_directory and st.st_dev != os.fstat(frame.fd).st_dev:
                     continue
                 self._count_deleted(path, is_directory)
@@ -462,7 +462,7 @@ class Restorer:
         def count(path: bytes) -> None:
             self._count_deleted(join(frame.path, path.rstrip(b"/")), path.endswith(b"/"))
 
-        target_fs.remove_except(
+        removal.remove_except(
             frame.fd, name, partial(self._keeps, frame), count, self._options.dry_run
         )
 
@@ -478,7 +478,7 @@ class Restorer:
         if st is None or not stat.S_ISDIR(st.st_mode):
             return False
         keeps = partial(self._keeps, frame)
-        return not target_fs.remove_except(frame.fd, name, keeps, _ignore, dry_run=True)
+        return not removal.remove_except(frame.fd, name, keeps, _ignore, dry_run=True)
 
     def _count_deleted(self, path: bytes, is_directory: bool) -> None:
         self.result.deleted += 1

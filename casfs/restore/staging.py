@@ -14,13 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from casfs.restore.target_fs import (
-    create_file,
-    open_parent,
-    open_subdir,
-    temporary_name,
-    unlink_quietly,
-)
+from casfs.restore.target_fs import create_file, open_parent, open_subdir, unlink_quietly
+from casfs.restore.temporary_entries import temporary_name
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 

@@ -21,7 +21,7 @@ import msgspec
 
 from casfs.format.tree import Node
 from casfs.restore.entry_writer import EntryResult, WritingOptions
-from casfs.restore.target_fs import remove_abandoned
+from casfs.restore.temporary_entries import remove_abandoned
 from casfs.restore.writer_server import (
     MAX_DIRECTORIES,
     MEMORY_BYTES,

@@ -18,7 +18,7 @@ from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
 from casfs.repository.creation import create_repository
 from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.repository.place import read_config
-from casfs.restore.target_fs import TEMPORARY_PREFIX
+from casfs.restore.temporary_entries import TEMPORARY_PREFIX
 from casfs.storage.locks import RepositoryLock
 from tests.support.observation import FLAGGED, LOST, Files, look_at_source
 from tests.support.process_runner import KIB, Outcome, Scene, come_back, kept_as_it_is

@@ -13,7 +13,7 @@ import pytest
 
 from casfs.monitor import Problem, ProblemKind, RecordingMonitor
 from casfs.patterns import parse_pattern
-from casfs.restore import target_fs
+from casfs.restore import temporary_entries
 from casfs.restore.entry_writer import Overwrite
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
 from tests.support.capturing import BackupFixture, PublishedBackup
@@ -328,7 +328,8 @@ class TestAbandonedFiles:
     def _temporary(self) -> bytes:
         """Return a temporary name of a process that has ended."""
         program = (
-            "from casfs.restore.target_fs import temporary_name; print(temporary_name().decode())"
+            "from casfs.restore.temporary_entries import temporary_name; "
+            "print(temporary_name().decode())"
         )
         done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
         return done.stdout.strip()
@@ -355,7 +356,7 @@ class TestAbandonedFiles:
         found = backups.back_up(Path("documents"))
         target = tmp_path / "target"
         restore(found, target)
-        kept = [target_fs.temporary_name(), target_fs.TEMPORARY_PREFIX + b"1" * 16 + b"-1-1-1"]
+        kept = [temporary_entries.temporary_name(), temporary_entries.TEMPORARY_PREFIX + b"1" * 16 + b"-1-1-1"]
         for name in kept:
             (target / "documents" / os.fsdecode(name)).write_text("being written")
         assert restore(found, target, delete=True).deleted == []

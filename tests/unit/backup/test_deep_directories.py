@@ -14,7 +14,7 @@ from casfs.backup.run import BackupOptions, run_backup
 from casfs.backup.source_fs import Handle
 from casfs.maintenance.check import Checker
 from casfs.monitor import RecordingMonitor
-from casfs.restore import target_fs
+from casfs.restore import removal
 from tests.support.builders import RepositoryFixture
 
 
@@ -38,7 +38,7 @@ def deep(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "deep"
     yield folder
     above = os.open(tmp_path, os.O_RDONLY)
-    target_fs.remove(above, b"deep", os.lstat(folder))
+    removal.remove(above, b"deep", os.lstat(folder))
     os.close(above)
 
 

@@ -14,7 +14,7 @@ from casfs.digest import digest_of
 from casfs.format.codec import BlobKind
 from casfs.format.tree import Node, NodeExtra, NodeType
 from casfs.monitor import RecordingMonitor
-from casfs.restore import entry_writer, metadata, staging, target_fs
+from casfs.restore import entry_writer, metadata, staging, temporary_entries
 from casfs.restore.entry_writer import Overwrite
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
 from tests.support.builders import MTIME_NS, Plan, RepositoryFixture, entry, file
@@ -216,7 +216,7 @@ def test_a_private_directory_of_a_restore_that_was_killed_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene = ForeignTarget(tmp_path, {b"f": b""})
-    monkeypatch.setattr(target_fs, "_is_abandoned", lambda fd, name: True)
+    monkeypatch.setattr(temporary_entries, "_is_abandoned", lambda fd, name: True)
     left = scene.target / ".casfs-restore-left"
     left.mkdir()
     os.mkfifo(left / ".casfs-restore-inside")

@@ -17,7 +17,7 @@ from casfs import server_process
 from casfs.digest import digest_of
 from casfs.format.tree import Node, NodeExtra, NodeType
 from casfs.monitor import EntryChange, Problem, ProblemKind, RecordingMonitor
-from casfs.restore import restorer, target_fs, writer_process
+from casfs.restore import restorer, target_fs, temporary_entries, writer_process
 from casfs.restore.entry_writer import WritingOptions
 from casfs.restore.ordered_pool import PoolLimits
 from casfs.restore.restorer import RestoreOptions, Restorer, RestoreResult
@@ -169,10 +169,10 @@ def test_a_restore_goes_on_without_a_process_that_was_killed(
         (pid,) = scene.pids
         if len(paths) >= 16 and not killed:
             killed.append(pid)
-            started = target_fs._start_time(pid)
+            started = temporary_entries._start_time(pid)
             assert started is not None
-            token = b"%s-%x-%x" % (target_fs._system_token(), pid, started)
-            name = target_fs.TEMPORARY_PREFIX + token + b"-ffff"
+            token = b"%s-%x-%x" % (temporary_entries._system_token(), pid, started)
+            name = temporary_entries.TEMPORARY_PREFIX + token + b"-ffff"
             os.close(target_fs.create_file(jobs[0].fd, name))
             os.kill(pid, signal.SIGKILL)
         return batch
