@@ -29,7 +29,8 @@ from casfs.format.tree import (
 from casfs.index.bitmap import Bitmap
 from casfs.index.schema import Location
 from casfs.maintenance.delta_check import check_deltas
-from casfs.maintenance.scrub import Finding, PackSelection, Scrubber, ScrubResult, is_refused
+from casfs.maintenance.findings import Finding, is_refused
+from casfs.maintenance.scrub import PackSelection, Scrubber, ScrubResult
 from casfs.monitor import Monitor, Unit
 from casfs.paths import join
 from casfs.repository.repository import Repository

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from blake3 import blake3
+
 from casfs.digest import short_id
 from casfs.errors import CasfsError, DeltaError, KeyMissingError, NotFoundError
 from casfs.format.delta import Delta, DeltaName
-from casfs.format.pack import PackRef
-from casfs.maintenance.scrub import Finding, directory_digest
+from casfs.format.pack import PackEntry, PackRef
+from casfs.maintenance.findings import Finding
 from casfs.repository.repository import Repository
 from casfs.store.delta_sync import list_deltas
 
 _ADVICE = "run `casfs repair index`"
+
+
+def directory_digest(entries: Iterable[PackEntry]) -> bytes:
+    """Return 16 bytes that identify the entries of a pack, in any order."""
+    hasher = blake3()
+    for e in sorted(entries, key=PackEntry.place):
+        hasher.update(e.pack())
+        hasher.update(e.offset.to_bytes(8, "little"))
+    return hasher.digest(16)
 
 
 def check_deltas(

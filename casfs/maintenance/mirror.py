@@ -29,7 +29,7 @@ from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, decode_config
 from casfs.format.delta import FOLDER as DELTAS
 from casfs.format.pack import PACK_PREFIXES
 from casfs.json_document import InvalidJsonError, parse_json
-from casfs.maintenance.scrub import Finding
+from casfs.maintenance.findings import Finding
 from casfs.maintenance.storage_check import FOLDERS, digest_in_name
 from casfs.monitor import Monitor
 from casfs.repository.remote_writers import mark_remote_writers

@@ -8,78 +8,30 @@ older snapshots too.
 
 from __future__ import annotations
 
-import errno
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
 
-from blake3 import blake3
-
-from casfs.digest import Digest, PackId, SnapshotId
-from casfs.errors import (
-    BlobError,
-    CasfsError,
-    KeyMissingError,
-    NotFoundError,
-    PackError,
-    StorageError,
-)
-from casfs.format.codec import ENCRYPTED
-from casfs.format.group import group_bytes
-from casfs.format.pack import (
-    BLOB_HEADER,
-    ENCRYPTED_KIND,
-    TRAILER,
-    PackEntry,
-    PackRef,
-    parse_record_header,
-)
+from casfs.digest import Digest, PackId
+from casfs.errors import CasfsError, KeyMissingError, NotFoundError
+from casfs.format.pack import PackEntry, PackRef
 from casfs.index.schema import Location, PackRecord
+from casfs.maintenance.delta_check import directory_digest
+from casfs.maintenance.findings import Finding, is_refused, reason_of
+from casfs.maintenance.pack_verification import PackVerification
 from casfs.monitor import Monitor, Unit
 from casfs.repository.repository import Repository
-from casfs.store.blob_store import pack_name
 
-_WINDOW_BYTES = 8 * 1024 * 1024
-_BATCH_BYTES = 2 * 1024 * 1024
-_BATCH_BLOBS = 512
 _LOOKUP_BATCH = 4096
 _THREADS = 2
 _MOST_THREADS = 4
 """Packs that are read at the same time: of a local repository, and of one at a distance."""
 
-_REFUSED = frozenset([errno.EACCES, errno.EPERM])
 _MAX_UNKNOWN = 100_000
 _SAVE_INTERVAL_S = 5.0
 """How often the verified packs are recorded durably; an interruption loses at most this much work."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A damaged, missing or inconsistent object.
-
-    `what` is the kind of object: "pack", "blob", "index", "delta", "session", "snapshot", "tree" or "file".
-    Fields that do not apply are None. `ranges` are the lost ranges of a file: begin and end in bytes.
-    """
-
-    what: str
-    message: str
-    pack: PackId | None = None
-    blob: Digest | None = None
-    snapshot: SnapshotId | None = None
-    path: bytes | None = None
-    ranges: tuple[tuple[int, int], ...] = ()
-
-
-def directory_digest(entries: Iterable[PackEntry]) -> bytes:
-    """Return 16 bytes that identify the entries of a pack, in any order."""
-    hasher = blake3()
-    for e in sorted(entries, key=PackEntry.place):
-        hasher.update(e.pack())
-        hasher.update(e.offset.to_bytes(8, "little"))
-    return hasher.digest(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,11 +200,11 @@ class Scrubber:
         except NotFoundError as error:
             if self._is_removed(pack):
                 return pack, [], []
-            return pack, [], [Finding("pack", _reason(error), pack.id)]
+            return pack, [], [Finding("pack", reason_of(error), pack.id)]
         except KeyMissingError:
             raise
         except CasfsError as error:
-            damage = [Finding("pack", _reason(error), pack.id)]
+            damage = [Finding("pack", reason_of(error), pack.id)]
             if is_refused(error):
                 if pack.id not in self.result.unreadable_packs:
                     self.result.unreadable_packs.add(pack.id)
@@ -261,7 +213,7 @@ class Scrubber:
         try:
             return pack, self._store.salvage_directory(pack, pack_bytes), damage
         except CasfsError as unreadable:
-            return pack, [], [*damage, Finding("pack", _reason(unreadable), pack.id)]
+            return pack, [], [*damage, Finding("pack", reason_of(unreadable), pack.id)]
 
     def _compare_index(self, pack: PackRef, entries: list[PackEntry]) -> int:
         """Compare a pack's directory with the index; return the number of index entries into it."""
@@ -424,149 +376,13 @@ class Scrubber:
         _, entries, reported = self._check_directory((pack, pack_bytes))
         if reported and not entries:
             return _Read(entries, [], False)
-        damage: list[Finding] = []
-        whole = blake3()
-        reader = _PackReader(self._repository, pack, whole, self._monitor.progress.add_bytes)
-        try:
-            for batch in _batches(sorted(entries, key=PackEntry.place)):
-                wanted: list[tuple[PackEntry, bytes]] = []
-                for blobs in batch:
-                    entry = blobs[0]
-                    begin = max(entry.offset - BLOB_HEADER.size, 0)
-                    record = reader.read(begin, entry.offset - begin + entry.stored_bytes)
-                    payload = record[entry.offset - begin :]
-                    wanted += [(blob, payload) for blob in blobs]
-                    if not _has_header(record, blobs):
-                        message = f"the header of its record at byte {begin} is damaged"
-                        damage.append(Finding("pack", message, pack.id))
-                damage += self._verify(pack, wanted)
-            reader.read(pack_bytes - TRAILER.size, TRAILER.size)
-        except CasfsError as error:
-            damage = [
-                Finding("pack", _reason(error), pack.id),
-                *self._read_one_by_one(pack, entries),
-            ]
-            return _Read(entries, damage, False, reader.done_bytes)
-        if whole.digest() != pack.id:
-            damage.append(Finding("pack", "digest mismatch", pack.id))
-        return _Read(entries, damage, not (damage or reported), reader.done_bytes)
-
-    def _verify(self, pack: PackRef, wanted: list[tuple[PackEntry, bytes]]) -> Iterator[Finding]:
-        """Yield a finding for each damaged blob among entries whose payloads were read."""
-        plains = self._store.decode_many(pack, wanted)
-        for (entry, payload), plain in zip(wanted, plains, strict=True):
-            if plain is None:
-                try:
-                    self._store.decode(pack, entry, payload)
-                except BlobError as error:
-                    yield Finding("blob", error.reason, pack.id, entry.digest)
-
-    def _read_one_by_one(self, pack: PackRef, entries: list[PackEntry]) -> Iterator[Finding]:
-        """Yield a finding for each damaged blob of a pack that cannot be read from start to end.
-
-        A group is read once for all its blobs: a bad sector may take a disk many seconds.
-        """
-        for (offset, stored_bytes), found in groupby(
-            sorted(entries, key=PackEntry.place), lambda entry: (entry.offset, entry.stored_bytes)
-        ):
-            blobs = list(found)
-            try:
-                payload = self._store.bulk_storage.read(pack_name(pack), offset, stored_bytes)
-                yield from list(self._verify(pack, [(entry, payload) for entry in blobs]))
-            except CasfsError as error:
-                for entry in blobs:
-                    yield Finding("blob", str(error), pack.id, entry.digest)
-
-
-def _has_header(record: bytes, blobs: list[PackEntry]) -> bool:
-    """Return whether a record begins with the header that the directory entries of its blobs stand for."""
-    entry = blobs[0]
-    plain_bytes = entry.plain_bytes
-    if entry.is_grouped:
-        plain_bytes = group_bytes([blob.plain_bytes for blob in blobs])
-    expected = (entry.kind, entry.codec, entry.stored_bytes, plain_bytes)
-    if entry.codec & ENCRYPTED:
-        # The rest is encrypted with the payload.
-        expected = (ENCRYPTED_KIND, ENCRYPTED, entry.stored_bytes, 0)
-    return parse_record_header(record) == expected
-
-
-def is_refused(error: CasfsError) -> bool:
-    """Return whether an object could not be read because this user has no permission to read it."""
-    return isinstance(error, StorageError) and error.cause.errno in _REFUSED
-
-
-def _batches(entries: list[PackEntry]) -> Iterator[list[list[PackEntry]]]:
-    """Yield runs of records, bounded in number and bytes, that are in memory at the same time.
-
-    A record is the list of the entries of its blobs.
-    """
-    batch: list[list[PackEntry]] = []
-    plain_bytes = stored_bytes = 0
-    for entry in entries:
-        if batch and entry.shares_group(batch[-1][-1]):
-            batch[-1].append(entry)
-        else:
-            # A payload that is much larger than its blob is damaged, and takes memory all the same.
-            most_bytes = max(plain_bytes + entry.plain_bytes, stored_bytes + entry.stored_bytes)
-            if most_bytes > _BATCH_BYTES or len(batch) >= _BATCH_BLOBS:
-                if batch:
-                    yield batch
-                batch, plain_bytes, stored_bytes = [], 0, 0
-            batch.append([entry])
-            stored_bytes += entry.stored_bytes
-        plain_bytes += entry.plain_bytes
-    if batch:
-        yield batch
-
-
-class _PackReader:
-    """Read a pack from start to end in windows, and hash every byte on the way.
-
-    `on_bytes` is called with the size of each window; `done_bytes` is their sum.
-    """
-
-    def __init__(
-        self,
-        repository: Repository,
-        pack: PackRef,
-        whole: blake3,
-        on_bytes: Callable[[int], None],
-    ) -> None:
-        self.done_bytes = 0
-        self._on_bytes = on_bytes
-        self._storage = repository.store.bulk_storage
-        self._name = pack_name(pack)
-        self._pack = pack
-        self._whole = whole
-        self._begin = 0
-        self._data = b""
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Return a range that begins at or after the end of the previous one; hash the gap too.
-
-        Raises PackError where the pack ends before the range does.
-        """
-        while offset + size > self._begin + len(self._data):
-            keep = self._data[max(offset - self._begin, 0) :]
-            end = self._begin + len(self._data)
-            more = self._storage.read(self._name, end, max(_WINDOW_BYTES, size))
-            if not more:
-                raise PackError(self._pack.id, "it ends before its last blob")
-            self._whole.update(more)
-            self.done_bytes += len(more)
-            self._on_bytes(len(more))
-            self._data = keep + more
-            self._begin = end - len(keep)
-        start = offset - self._begin
-        return self._data[start : start + size]
+        damage, read_bytes = PackVerification(
+            self._store, pack, self._monitor.progress.add_bytes
+        ).verify(pack_bytes, entries)
+        return _Read(entries, damage, not (damage or reported), read_bytes)
 
 
 def _share_of(packs: Iterable[PackRef], share: float) -> Iterator[PackRef]:
     """Yield the packs of a share: the same packs for the same share, evenly spread."""
     limit = int(share * 2**64)
     return (pack for pack in packs if int.from_bytes(pack.id[:8], "big") < limit)
-
-
-def _reason(error: CasfsError) -> str:
-    return error.reason if isinstance(error, PackError) else str(error)

@@ -16,7 +16,7 @@ from casfs.errors import IntegrityError, NotFoundError, StorageError
 from casfs.format import delta
 from casfs.format.key_derivation import SECRET_BYTES
 from casfs.format.pack import HEADER, PACK_PREFIXES
-from casfs.maintenance.scrub import Finding, is_refused
+from casfs.maintenance.findings import Finding, is_refused
 from casfs.monitor import Monitor, Unit
 from casfs.storage.base import Storage
 

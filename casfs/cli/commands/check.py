@@ -18,7 +18,7 @@ from casfs.errors import UsageError
 
 if TYPE_CHECKING:
     from casfs.maintenance.lock_check import LockReport
-    from casfs.maintenance.scrub import Finding
+    from casfs.maintenance.findings import Finding
 
 
 @click.command(cls=Verb)

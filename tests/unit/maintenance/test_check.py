@@ -25,10 +25,11 @@ from casfs.format.tree import (
     replace,
 )
 from casfs.index.schema import IndexedPack
-from casfs.maintenance import scrub as scrub_module
+from casfs.maintenance import pack_verification
 from casfs.maintenance.check import Checker, CheckResult
 from casfs.maintenance.repair import SnapshotRepairer
-from casfs.maintenance.scrub import Finding, PackSelection
+from casfs.maintenance.findings import Finding
+from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import open_for_maintenance
 from casfs.repository.repository import Repository
@@ -196,7 +197,7 @@ class TestDamagedBlob:
     def test_check_finds_a_damaged_blob_wherever_its_pack_is_read_in_windows(
         self, repo: RepositoryFixture, window: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(scrub_module, "_WINDOW_BYTES", window)
+        monkeypatch.setattr(pack_verification, "_WINDOW_BYTES", window)
         chunks = [noise(f"{size}", size) for size in (0, 1, 100, 5000, 64, 20_000)]
         store(repo, chunks)
         assert check(repo, read_data=True).damage == []

@@ -23,7 +23,8 @@ from casfs.maintenance.repair import (
     SwappedSnapshots,
     repair_index,
 )
-from casfs.maintenance.scrub import Finding, PackSelection
+from casfs.maintenance.findings import Finding
+from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor, Unit
 from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading
 from casfs.storage.locks import LockMode
