@@ -15,8 +15,8 @@ from casfs.digest import SnapshotId, short_id
 from casfs.display import format_duration
 from casfs.errors import AmbiguousIdError, IntegrityError, NotFoundError, RefusedError
 from casfs.format.snapshot import MAX_SNAPSHOT_BYTES
-from casfs.maintenance.prune import NeededBlobsUnknownError
 from casfs.maintenance.prune_plan import SHARED_MARGIN_S
+from casfs.maintenance.prune_result import NeededBlobsUnknownError
 from casfs.maintenance.repair import DAMAGED_FOLDER
 from casfs.repository.presence import PresentProcess
 from casfs.repository.repository import Repository

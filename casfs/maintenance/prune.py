@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from casfs.digest import Digest, SnapshotId, short_id
+from casfs.digest import Digest, SnapshotId
 from casfs.errors import (
     CasfsError,
     IndexDamagedError,
@@ -29,11 +28,6 @@ from casfs.errors import (
     NotFoundError,
     StorageError,
 )
-from casfs.format.delta import FOLDER as DELTAS
-from casfs.format.delta import SESSION_HEADER as DELTA_HEADER
-from casfs.format.delta import session_of
-from casfs.format.key_derivation import SessionId
-from casfs.format.pack import SESSION_HEADER, parse_session
 from casfs.index.schema import Location, PackRecord
 from casfs.maintenance.evacuate import Evacuator, copy_needed_blobs
 from casfs.maintenance.pack_usage import measure_usage
@@ -45,6 +39,8 @@ from casfs.maintenance.prune_plan import (
     packs_to_repack,
     unneeded_packs,
 )
+from casfs.maintenance.prune_result import IndexReplacedError, NeededBlobsUnknownError, PruneResult
+from casfs.maintenance.unneeded_sessions import remove_unneeded_sessions
 from casfs.monitor import Monitor, Unit
 from casfs.repository.deltas import REPLACED_MARGIN_MS
 from casfs.repository.needed_blobs import NeededBlobs
@@ -61,93 +57,6 @@ from casfs.store.pending_removal import (
 )
 
 log = logging.getLogger(__name__)
-
-
-def remove_unneeded_sessions(repository: Repository) -> int:
-    """Remove the sessions that no pack, delta and snapshot names; return the number removed.
-
-    Nothing is removed where a pack or snapshot cannot be read, while another process writes, or where hosts
-    write over a network.
-    """
-    encryption = repository.config.encryption
-    if encryption is None:
-        return 0
-    from casfs.crypto.session_files import remove_session, session_ids
-
-    storage = repository.store.storage
-    listed = session_ids(storage)
-    if any(lock.mode != LockMode.READER for lock in repository.other_locks().values()):
-        return 0
-    if is_shared(storage):
-        return 0
-    needed = {bytes.fromhex(encryption.session)}
-    try:
-        for pack, _ in repository.store.stored_packs():
-            head = storage.read(pack_name(pack), 0, SESSION_HEADER)
-            needed.add(parse_session(pack.id, head)[0])
-        for snapshot_id in repository.snapshots.ids():
-            envelope = repository.snapshots.envelope(snapshot_id)
-            if envelope is not None:
-                needed.add(envelope.session)
-        for item in storage.list(DELTAS):
-            session_id = session_of(storage.read(item.name, 0, DELTA_HEADER))
-            if session_id is not None:
-                needed.add(SessionId(session_id))
-    except CasfsError as error:
-        log.info("no session is removed: %s", error)
-        return 0
-    unneeded = [session_id for session_id in listed if session_id not in needed]
-    for session_id in unneeded:
-        remove_session(storage, session_id)
-    return len(unneeded)
-
-
-@dataclass(slots=True)
-class PruneResult:
-    """Counts of what a prune found and did; sizes are bytes of packs.
-
-    `waiting_packs` are unneeded and stay until the processes in `waited_for` (names of locks) end or, where
-    hosts write over a network, until `removable_ns` (0: there are none), by the storage's clock.
-    `marked_packs` are those among them that this prune marked for removal. `drafts` are snapshots that were
-    never published and whose data is kept, `dropped_drafts` those among them that are abandoned, and whose
-    data the next prune finds unneeded. Where hosts write over a network, `in_flight_packs` are unneeded and
-    left alone, since a process that is seen may have stored them. `locked_packs` could go, and are locked
-    until `locked_until_s` at the latest.
-    """
-
-    snapshots: int = 0
-    unproven: int = 0
-    packs: int = 0
-    needed_blobs: int = 0
-    unneeded_blobs: int = 0
-    removed_packs: int = 0
-    removed_bytes: int = 0
-    repacked_packs: int = 0
-    repacked_bytes: int = 0
-    new_bytes: int = 0
-    waiting_packs: int = 0
-    waiting_bytes: int = 0
-    waited_for: list[str] = field(default_factory=list)
-    marked_packs: int = 0
-    marked_bytes: int = 0
-    removable_ns: int = 0
-    drafts: int = 0
-    dropped_drafts: int = 0
-    in_flight_packs: int = 0
-    in_flight_bytes: int = 0
-    locked_packs: int = 0
-    locked_bytes: int = 0
-    locked_until_s: int = 0
-
-    @property
-    def freed_bytes(self) -> int:
-        """Return the bytes by which the repository shrinks, 0 where it does not."""
-        return max(self.removed_bytes - self.new_bytes, 0)
-
-    @property
-    def grown_bytes(self) -> int:
-        """Return the bytes by which the repository grows until the waiting packs are removed."""
-        return max(self.new_bytes - self.removed_bytes, 0)
 
 
 class Pruner:
@@ -460,27 +369,3 @@ class Pruner:
             progress.items += 1
             self.result.removed_packs += 1
             self.result.removed_bytes += record.pack_bytes
-
-
-class IndexReplacedError(IndexUnusableError):
-    """The index is not the index with which this prune began."""
-
-    def __str__(self) -> str:
-        return "the index was rebuilt while this prune ran; run `casfs prune` again for the rest"
-
-
-class NeededBlobsUnknownError(IntegrityError):
-    """A tree or content list of a snapshot cannot be read, so the needed blobs are unknown."""
-
-    def __init__(self, snapshot_id: SnapshotId, cause: IntegrityError) -> None:
-        super().__init__(snapshot_id, cause)
-        self.snapshot_id = snapshot_id
-        self.cause = cause
-
-    def __str__(self) -> str:
-        return (
-            f"the blobs that snapshot {short_id(self.snapshot_id)} needs are unknown: {self.cause}; "
-            "nothing was removed. Run `casfs check` to list the damage, and `casfs repair index` where only "
-            "the index lost entries; a new backup may restore the rest, or drop the lost data with "
-            "`casfs repair snapshots`"
-        )

@@ -13,7 +13,7 @@ from casfs.errors import BlobError, IntegrityError, KeyMissingError, NotFoundErr
 from casfs.index.schema import PackRecord
 from casfs.maintenance.drafts import DraftUnreadableError, list_drafts
 from casfs.maintenance.evacuate import Evacuator
-from casfs.maintenance.prune import NeededBlobsUnknownError
+from casfs.maintenance.prune_result import NeededBlobsUnknownError
 from casfs.monitor import Monitor
 from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.repository import Repository

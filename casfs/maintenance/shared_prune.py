@@ -26,7 +26,7 @@ from casfs.index.schema import Location, PackRecord
 from casfs.maintenance.drafts import ABANDONED_NS, abandoned_drafts, list_drafts
 from casfs.maintenance.evacuate import copy_needed_blobs
 from casfs.maintenance.pack_usage import measure_usage
-from casfs.maintenance.prune import IndexReplacedError, Pruner, PruneResult
+from casfs.maintenance.prune import Pruner
 from casfs.maintenance.prune_locks import extend_locks, held_packs
 from casfs.maintenance.prune_plan import (
     PackUsage,
@@ -35,6 +35,7 @@ from casfs.maintenance.prune_plan import (
     packs_to_repack,
     unneeded_packs,
 )
+from casfs.maintenance.prune_result import IndexReplacedError, PruneResult
 from casfs.maintenance.prune_waits import Margin, WaitingPacks, packs_in_flight, waiting_packs
 from casfs.maintenance.shared_marking import SharedMarking
 from casfs.monitor import Monitor, Unit

@@ -15,8 +15,8 @@ from casfs.digest import short_id
 from casfs.display import counted, format_size
 
 if TYPE_CHECKING:
-    from casfs.maintenance.prune import PruneResult
     from casfs.maintenance.prune_plan import PruneOptions
+    from casfs.maintenance.prune_result import PruneResult
     from casfs.repository.repository import Repository
 
 

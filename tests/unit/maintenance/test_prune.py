@@ -19,7 +19,8 @@ from casfs.index.index import Index
 from casfs.index.schema import Location
 from casfs.maintenance import prune_plan
 from casfs.maintenance.check import Checker
-from casfs.maintenance.prune import NeededBlobsUnknownError, Pruner, PruneResult
+from casfs.maintenance.prune import Pruner
+from casfs.maintenance.prune_result import NeededBlobsUnknownError, PruneResult
 from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor

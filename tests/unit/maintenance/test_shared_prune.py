@@ -18,7 +18,7 @@ from casfs.errors import (
 )
 from casfs.format.pack import PackRef
 from casfs.maintenance.drafts import DraftUnreadableError, drop_draft
-from casfs.maintenance.prune import PruneResult
+from casfs.maintenance.prune_result import PruneResult
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import open_for_reading
 from casfs.repository.presence import Presence
