@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from casfs.backup.source_fs import Handle, close, open_once, read_next
 from casfs.display import escape_path
 from casfs.paths import normalize_source_path, split
-from casfs.patterns import Pattern, PatternMatcher, show_pattern
+from casfs.patterns import Pattern, PatternMatcher
+from casfs.wildmatch import show_pattern
 
 CACHEDIR_TAG = b"CACHEDIR.TAG"
 CACHEDIR_SIGNATURE = b"Signature: 8a477f597d28d172789f06886806bc55"

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from casfs.errors import NotFoundError
 from casfs.monitor import Problem, ProblemKind
-from casfs.patterns import Pattern, PatternMatcher, levels, show_pattern
+from casfs.patterns import Pattern, PatternMatcher, levels
+from casfs.wildmatch import show_pattern
 
 
 class Selection:

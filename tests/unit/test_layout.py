@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "casfs.server_process",
         "casfs.text_file",
         "casfs.user_dirs",
+        "casfs.wildmatch",
     ),
     ("casfs.storage",),
     ("casfs.format",),
