@@ -16,7 +16,7 @@ from casfs.format.delta import Delta, DeltaName
 from casfs.format.pack import PackEntry, PackRef
 from casfs.maintenance.findings import Finding
 from casfs.repository.repository import Repository
-from casfs.store.delta_sync import list_deltas
+from casfs.store.delta_reader import list_deltas
 
 _ADVICE = "run `casfs repair index`"
 
@@ -44,7 +44,7 @@ def check_deltas(
     listed = list_deltas(repository.store.storage)
     replaced: set[DeltaName] = set()
     names = (name for name in sorted(listed, reverse=True) if name not in replaced)
-    for name, delta in repository.delta_sync.read_all(names, listed):
+    for name, delta in repository.delta_sync.reader.read_all(names, listed):
         if name in replaced or isinstance(delta, KeyMissingError | NotFoundError):
             continue
         if isinstance(delta, CasfsError):

@@ -26,7 +26,8 @@ from casfs.index.bitmap import Bitmap
 from casfs.index.delta_notes import DeltaNote, DeltaNotes
 from casfs.store.blob_store import BlobStore
 from casfs.store.delta_publisher import FUTURE_MS, DeltaPublisher
-from casfs.store.delta_sync import DeltaSync, list_deltas
+from casfs.store.delta_reader import list_deltas
+from casfs.store.delta_sync import DeltaSync
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class DeltaMerger:
         keeps_removed: bool,
     ) -> None:
         """Write the packs that some deltas name, and that still exist, into new ones, the newest first."""
-        for _, delta in self._sync.read_all(iter(names), sizes):
+        for _, delta in self._sync.reader.read_all(iter(names), sizes):
             if isinstance(delta, CasfsError):
                 continue
             try:

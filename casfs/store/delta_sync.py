@@ -1,18 +1,16 @@
 """Bring the index up to date with the index deltas in the storage.
 
-A host reads the deltas that its index has not seen, several at a time, from the newest to the oldest: the
-newest delta that names a pack decides whether the pack exists, and where two disagree, the storage does. The
-memory is bounded by the largest delta and the number of requests. No delta is believed: readers recompute
-every digest, `verify_packs` looks at the packs in the storage before a writer counts a blob in them as
-stored, and `casfs.store.claims` reads a blob before a writer relies on it.
+A host reads the deltas that its index has not seen, from the newest to the oldest: the newest delta that
+names a pack decides whether the pack exists, and where two disagree, the storage does. No delta is believed:
+readers recompute every digest, `verify_packs` looks at the packs in the storage before a writer counts a blob
+in them as stored, and `casfs.store.claims` reads a blob before a writer relies on it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterator, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -20,19 +18,13 @@ from casfs.digest import PackId
 from casfs.errors import (
     CasfsError,
     DeltaError,
-    IntegrityError,
     KeyMissingError,
     NotFoundError,
-    StorageError,
 )
 from casfs.format.delta import (
-    FOLDER,
-    MAX_DELTA_BYTES,
     Delta,
     DeltaName,
     DeltaPack,
-    decode_delta,
-    parse_name,
 )
 from casfs.format.key_derivation import Sessions
 from casfs.format.pack import PackRef
@@ -41,11 +33,9 @@ from casfs.index.index import Index
 from casfs.index.schema import Row
 from casfs.storage.base import Storage
 from casfs.store.blob_store import BlobStore, pack_name
+from casfs.store.delta_reader import DeltaReader, list_deltas
 
 log = logging.getLogger(__name__)
-
-_AHEAD_BYTES = 2 * MAX_DELTA_BYTES
-"""The most bytes of deltas that are read ahead of the one that is applied."""
 
 _MOST_REQUESTS = 16
 _ROWS_IN_MEMORY = 100_000
@@ -85,8 +75,8 @@ class DeltaSync:
     ) -> None:
         self._store = store
         self._storage: Storage = store.storage
-        self._sessions = sessions
         self._can_read = can_read
+        self.reader = DeltaReader(store.storage, sessions)
 
     @property
     def _index(self) -> Index:
@@ -101,7 +91,7 @@ class DeltaSync:
         if not self._index.is_current():
             return False
         listed, notes = list_deltas(self._storage), self._notes.all()
-        return self._is_complete(listed, notes) and not self._unseen(listed, notes)
+        return self._is_complete(listed, notes) and not _unseen(listed, notes, self._can_read)
 
     def sync(self, learn: bool = True) -> SyncResult:
         """Apply the deltas that the index has not seen; the index can be written.
@@ -112,7 +102,7 @@ class DeltaSync:
         result = SyncResult()
         for _ in range(_MOST_TRIES):
             listed = list_deltas(self._storage)
-            run = _Run(self, listed, learn)
+            run = _Run(self._store, self.reader, listed, learn=learn, can_read=self._can_read)
             vanished = run.apply()
             result = SyncResult(
                 self._is_complete(listed, self._notes.all()),
@@ -174,54 +164,11 @@ class DeltaSync:
         except NotFoundError:
             return None
 
-    def _unseen(
-        self, listed: dict[DeltaName, int], notes: dict[DeltaName, DeltaNote]
-    ) -> list[DeltaName]:
-        """Return the deltas to apply, the newest first."""
-        return [
-            name
-            for name in sorted(listed, reverse=True)
-            if (note := notes.get(name)) is None or (note.is_closed and self._can_read)
-        ]
-
     def _is_complete(self, listed: dict[DeltaName, int], notes: dict[DeltaName, DeltaNote]) -> bool:
         if not self._can_read and listed:
             # What other hosts stored is of no use to a host that cannot read it.
             return True
         return any(note.is_complete for name, note in notes.items() if name in listed)
-
-    def read(self, name: DeltaName, size: int) -> Delta | CasfsError:
-        """Return a delta, or the error of reading it; a storage that does not answer raises."""
-        try:
-            if size > MAX_DELTA_BYTES:
-                raise DeltaError(str(name), "it is too large")
-            return decode_delta(name, self._storage.read(str(name), 0, size), self._sessions)
-        except (IntegrityError, KeyMissingError, NotFoundError, StorageError) as error:
-            return error
-
-    def read_all(
-        self, names: Iterator[DeltaName], sizes: dict[DeltaName, int]
-    ) -> Iterator[tuple[DeltaName, Delta | CasfsError]]:
-        """Yield deltas in order, reading ahead where the storage takes several requests at a time."""
-        requests = max(1, min(self._storage.capabilities.parallel_requests, _MOST_REQUESTS))
-        ahead: deque[tuple[DeltaName, Future[Delta | CasfsError]]] = deque()
-        ahead_bytes = 0
-        with ThreadPoolExecutor(requests, "casfs-deltas") as pool:
-            try:
-                for name in names:
-                    ahead.append((name, pool.submit(self.read, name, sizes[name])))
-                    ahead_bytes += sizes[name]
-                    while len(ahead) >= requests or (ahead_bytes > _AHEAD_BYTES and len(ahead) > 1):
-                        done, future = ahead.popleft()
-                        ahead_bytes -= sizes[done]
-                        yield done, future.result()
-                while ahead:
-                    done, future = ahead.popleft()
-                    yield done, future.result()
-            finally:
-                for _, future in ahead:
-                    future.cancel()
-
 
 @dataclass(slots=True)
 class _Pending:
@@ -235,15 +182,25 @@ class _Pending:
 class _Run:
     """One pass over the deltas of one listing."""
 
-    def __init__(self, sync: DeltaSync, listed: dict[DeltaName, int], learn: bool) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        reader: DeltaReader,
+        listed: dict[DeltaName, int],
+        *,
+        learn: bool,
+        can_read: bool,
+    ) -> None:
         self.applied = 0
         self.unusable = 0
         self.removed: frozenset[PackRef] = frozenset()
-        self._sync = sync
-        self._index = sync._index
-        self._notes = sync._notes
+        self._storage = store.storage
+        self._index = store.index
+        self._notes = DeltaNotes(store.index)
+        self._reader = reader
         self._listed = listed
         self._learn = learn
+        self._can_read = can_read
         self._noted = self._notes.all()
         self._replaced: dict[DeltaName, int] = {}
         self._pending = _Pending()
@@ -260,15 +217,15 @@ class _Run:
     def apply(self) -> bool:
         """Apply the new deltas; return whether one of them vanished meanwhile."""
         vanished = False
-        unseen = self._sync._unseen(self._listed, self._noted)
+        unseen = _unseen(self._listed, self._noted, self._can_read)
         dropped = [name for name in self._noted if name not in self._listed]
         if not unseen and not dropped:
             return False
-        if not self._sync._can_read:
+        if not self._can_read:
             self._note_closed(unseen)
         else:
             wanted = (name for name in unseen if name not in self._replaced)
-            for name, found in self._sync.read_all(wanted, self._listed):
+            for name, found in self._reader.read_all(wanted, self._listed):
                 if name in self._replaced:
                     continue  # it was read ahead
                 if isinstance(found, NotFoundError):
@@ -406,9 +363,8 @@ class _Run:
 
         A removal is published before the pack is deleted, so a pack that still exists is no proof.
         """
-        storage = self._sync._storage
         try:
-            return storage.mtime_ns(pack_name(pack)) > storage.mtime_ns(str(name))
+            return self._storage.mtime_ns(pack_name(pack)) > self._storage.mtime_ns(str(name))
         except NotFoundError:
             return False
 
@@ -425,11 +381,12 @@ def _take(packs: Iterator[DeltaPack]) -> list[DeltaPack]:
     return batch
 
 
-def list_deltas(storage: Storage) -> dict[DeltaName, int]:
-    """Return the names of all deltas with their sizes; objects with other names are ignored."""
-    found = {}
-    for item in storage.list(FOLDER):
-        name = parse_name(item.name)
-        if name is not None:
-            found[name] = item.size
-    return found
+def _unseen(
+    listed: dict[DeltaName, int], notes: dict[DeltaName, DeltaNote], can_read: bool
+) -> list[DeltaName]:
+    """Return the deltas to apply, the newest first."""
+    return [
+        name
+        for name in sorted(listed, reverse=True)
+        if (note := notes.get(name)) is None or (note.is_closed and can_read)
+    ]

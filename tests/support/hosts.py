@@ -22,7 +22,8 @@ from casfs.store.blob_store import BlobStore, pack_name
 from casfs.store.cipher import PackCiphers
 from casfs.store.delta_merge import DeltaMerger, MergeResult
 from casfs.store.delta_publisher import DeltaPublisher
-from casfs.store.delta_sync import DeltaSync, list_deltas
+from casfs.store.delta_reader import list_deltas
+from casfs.store.delta_sync import DeltaSync
 from casfs.store.index_update import UpdateOptions, update_index
 from casfs.store.layout import FORMAT_2
 from casfs.store.writer import BlobWriter

@@ -301,7 +301,7 @@ class TestLocal:
         assert len(deltas_in(storage)) == 1
         with open_for_maintenance(root, "repair", mode=LockMode.EXCLUSIVE) as repository:
             (delta,) = deltas_in(storage)
-            parsed = repository.delta_sync.read(delta, storage.size(str(delta)))
+            parsed = repository.delta_sync.reader.read(delta, storage.size(str(delta)))
             assert {pack.pack.id for pack in parsed.packs()} == expected  # type: ignore[union-attr]
 
     def test_repair_index_writes_the_deltas_again(self, root: Path, source: Path) -> None:
@@ -321,7 +321,7 @@ class TestLocal:
         with open_for_reading(root, may_write_index=True) as repository:
             assert Checker(repository, RecordingMonitor()).check().damage == []
             newest = deltas_in(storage)[-1]
-            parsed = repository.delta_sync.read(newest, storage.size(str(newest)))
+            parsed = repository.delta_sync.reader.read(newest, storage.size(str(newest)))
             assert {pack.pack.id for pack in parsed.packs()} == expected  # type: ignore[union-attr]
 
     def test_check_reports_a_delta_that_contradicts_a_pack(self, root: Path, source: Path) -> None:
@@ -415,5 +415,5 @@ class TestEncrypted:
         with open_for_reading(root, OpenOptions(unlock=unlock_other)) as repository:
             storage = repository.store.storage
             for name in deltas_in(storage):
-                found = repository.delta_sync.read(name, storage.size(str(name)))
+                found = repository.delta_sync.reader.read(name, storage.size(str(name)))
                 assert not isinstance(found, Exception)

@@ -586,7 +586,7 @@ class TestWriteOnlyHost:
         named = {}
         with Host(place, folder, sessions=OneSession(), session=SESSION).open(READER) as host:
             for name in place.deltas():
-                delta = host.sync.read(name, place.storage.size(str(name)))
+                delta = host.sync.reader.read(name, place.storage.size(str(name)))
                 assert isinstance(delta, Delta)
                 for pack in delta.packs():
                     directory = host.store.read_directory(pack.pack, pack.pack_bytes)
