@@ -262,7 +262,7 @@ def _find_parent(
         return None
     if options.parent is not None:
         named = repository.snapshots.resolve(options.parent)
-        repository.snapshots.require_proven(named[0], "this parent")
+        repository.snapshots.provenance.require_proven(named[0], "this parent")
         return named
     if repository.lacks_identity:
         return None
@@ -276,7 +276,7 @@ def _find_parent(
         if snapshot.host == options.host
         and snapshot.paths in (paths, _without(paths, missing))
         and snapshot.directory in (directory, UNSET)
-        and repository.snapshots.is_from_trusted_writer(snapshot_id)
+        and repository.snapshots.provenance.is_from_trusted_writer(snapshot_id)
     ]
     return latest_of(found, time.time_ns()) if found else None
 

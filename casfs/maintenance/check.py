@@ -125,7 +125,7 @@ class Checker:
                 found = self.result.unreadable if is_refused(error) else self.result.damage
                 found.append(Finding("snapshot", str(error), snapshot=snapshot_id))
                 continue
-            if not self._repository.snapshots.is_from_trusted_writer(snapshot_id):
+            if not self._repository.snapshots.provenance.is_from_trusted_writer(snapshot_id):
                 self.result.unproven.append(snapshot_id)
             self._walk(snapshot_id, snapshot.root)
             if snapshot.root.tree is not None:

@@ -65,7 +65,7 @@ class SnapshotCopier:
         Raises RefusedError for a snapshot that no trusted writer published, since its copy would look as if
         one had; BlobError and TreeError where it is damaged, and then publishes nothing.
         """
-        if not self._source.snapshots.is_from_trusted_writer(snapshot_id):
+        if not self._source.snapshots.provenance.is_from_trusted_writer(snapshot_id):
             raise RefusedError(
                 f"snapshot {short_id(snapshot_id)} is unproven: no writer that its repository trusts "
                 "published it; it is not copied"
@@ -191,7 +191,7 @@ def _snapshots_of(repository: Repository) -> dict[object, SnapshotId]:
         return {
             _identity(found): snapshot_id
             for snapshot_id, found in repository.snapshots.iterate()
-            if repository.snapshots.is_from_trusted_writer(snapshot_id)
+            if repository.snapshots.provenance.is_from_trusted_writer(snapshot_id)
         }
     except KeyMissingError:
         log.warning(

@@ -20,7 +20,7 @@ from casfs.maintenance.prune_result import NeededBlobsUnknownError
 from casfs.maintenance.repair import DAMAGED_FOLDER
 from casfs.repository.presence import PresentProcess
 from casfs.repository.repository import Repository
-from casfs.repository.snapshots import DRAFTS, id_in_name
+from casfs.repository.snapshot_listing import DRAFTS, id_in_name
 from casfs.storage.base import Storage
 from casfs.storage.locks import LockMode
 

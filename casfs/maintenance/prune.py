@@ -178,7 +178,7 @@ class Pruner:
                 finally:
                     self._marked.add(snapshot_id)
                 self.result.snapshots += 1
-                if not self._repository.snapshots.is_from_trusted_writer(snapshot_id):
+                if not self._repository.snapshots.provenance.is_from_trusted_writer(snapshot_id):
                     self.result.unproven += 1
 
     def _count_entry(self, folder: bytes) -> None:

@@ -44,7 +44,7 @@ def rewrite_snapshot(
     Raises RefusedError for a snapshot that no trusted writer published, since the new one would look as if
     one had; BlobError and TreeError for a damaged tree, and then publishes nothing.
     """
-    if not repository.snapshots.is_from_trusted_writer(snapshot_id):
+    if not repository.snapshots.provenance.is_from_trusted_writer(snapshot_id):
         raise RefusedError(
             f"snapshot {short_id(snapshot_id)} is unproven: no writer that this repository trusts published "
             "it; it is not rewritten"

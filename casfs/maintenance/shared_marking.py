@@ -17,7 +17,7 @@ from casfs.maintenance.prune_result import NeededBlobsUnknownError
 from casfs.monitor import Monitor
 from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.repository import Repository
-from casfs.repository.snapshots import DRAFTS, SNAPSHOTS
+from casfs.repository.snapshot_listing import DRAFTS, SNAPSHOTS
 from casfs.store.pending_removal import ListedNotice
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class SharedMarking:
                 return  # forgotten, and another prune removed what it needed
             raise NeededBlobsUnknownError(snapshot_id, error) from error
         self.snapshots += 1
-        if not self._snapshots.is_from_trusted_writer(snapshot_id):
+        if not self._snapshots.provenance.is_from_trusted_writer(snapshot_id):
             self.unproven += 1
 
     def _mark_draft(self, snapshot_id: SnapshotId) -> None:

@@ -42,7 +42,7 @@ from casfs.monitor import Monitor, Unit
 from casfs.repository.presence import PresentProcess, present_processes
 from casfs.repository.remote_writers import is_shared
 from casfs.repository.repository import Repository
-from casfs.repository.snapshots import DRAFTS
+from casfs.repository.snapshot_listing import DRAFTS
 from casfs.store.blob_store import pack_name
 from casfs.store.pending_removal import encode_notice, list_notices, notices_of
 

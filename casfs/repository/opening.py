@@ -23,7 +23,7 @@ from casfs.repository.index_opening import open_index, open_index_readonly
 from casfs.repository.place import LocalPlace, Place, RemotePlace, as_place, read_config
 from casfs.repository.remote_writers import is_marked, is_shared
 from casfs.repository.repository import Repository
-from casfs.repository.snapshots import list_ahead
+from casfs.repository.snapshot_listing import list_ahead
 from casfs.storage.concurrency import begin
 from casfs.storage.local import LocalStorage
 from casfs.storage.reserve import release_reserve

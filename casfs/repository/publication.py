@@ -42,7 +42,7 @@ from casfs.index.schema import Location
 from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.remote_writers import is_shared
 from casfs.repository.repository import Repository
-from casfs.repository.snapshots import DRAFTS, SNAPSHOTS
+from casfs.repository.snapshot_listing import DRAFTS, SNAPSHOTS
 from casfs.storage.clock import elapsed_ns
 from casfs.storage.concurrency import begin
 from casfs.store.blob_store import pack_name

@@ -10,9 +10,9 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 
@@ -38,9 +38,10 @@ from casfs.format.snapshot import (
 from casfs.format.tree import Node
 from casfs.index.index import Index
 from casfs.paths import parse_snapshot_path
+from casfs.repository.provenance import Provenance
 from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter, latest_of
+from casfs.repository.snapshot_listing import SNAPSHOTS, SnapshotListing, list_ids
 from casfs.storage.base import Storage
-from casfs.storage.concurrency import begin
 from casfs.trees.reader import TreeReader
 
 if TYPE_CHECKING:
@@ -48,34 +49,16 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from casfs.crypto.key_manager import KeyManager
-    from casfs.crypto.writers import HostKey, SignedSnapshot, TrustedWriters
-    from casfs.format.signature import Author, Signers
+    from casfs.format.signature import Author
 
 log = logging.getLogger(__name__)
 
 _SHORT_ID = re.compile("[0-9a-f]{4,64}")
-_ID = re.compile("[0-9a-f]{64}")
 
 _MOST_ATTEMPTS = 3
 """How often a snapshot is stored before its publication fails, where other hosts remove what it needs."""
 
 T = TypeVar("T")
-
-
-class _Origin(NamedTuple):
-    """Where a snapshot comes from; `knew_secret` says that its writer knew the repository's own secret."""
-
-    knew_secret: bool
-    host: str
-    signers: Signers | None
-
-
-SNAPSHOTS = "snapshots"
-DRAFTS = "drafts"
-"""The folder of snapshots that are about to be published (FORMAT.md, "Many hosts")."""
-
-_FRESH_S = 10.0
-"""How old a listing may be that was begun when the repository was opened."""
 
 
 class Publisher(Protocol):
@@ -96,36 +79,10 @@ class Publisher(Protocol):
         """Delete what a deletion of this snapshot would leave; raise StorageError."""
 
 
-class SnapshotListing:
-    """A listing of the snapshots that is under way while a repository is opened."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._began_s = time.monotonic()
-        self._wait = begin(storage, lambda: _list_ids(storage, SNAPSHOTS))
-
-    def is_fresh(self) -> bool:
-        """Return whether it began a short time ago."""
-        return time.monotonic() - self._began_s < _FRESH_S
-
-    def ids(self) -> list[SnapshotId]:
-        """Wait for the listing and return its ids; raise its error."""
-        return self._wait()
-
-
-def list_ahead(storage: Storage) -> SnapshotListing | None:
-    """Begin a listing of the snapshots where it would cost a round trip later, else return None."""
-    return SnapshotListing(storage) if storage.capabilities.parallel_requests > 1 else None
-
-
-def _list_ids(storage: Storage, folder: str) -> list[SnapshotId]:
-    ids = (id_in_name(name) for name, _, _ in storage.list(folder))
-    return [one for one in ids if one is not None]
-
-
 class SnapshotStore:
     """The snapshots in one storage; `keys` is None if the repository is not encrypted. Used by one thread.
 
-    `loss_epoch` is the index's when the repository was opened for writing, 0 for a reader. `before_publish`
+    `provenance` says who wrote each of them. `loss_epoch` is the index's when the repository was opened for writing, 0 for a reader. `before_publish`
     is called before a snapshot is stored. `publisher` is set for a writer. `listing` is for the first call of
     `ids`, if it comes soon.
     """
@@ -145,7 +102,7 @@ class SnapshotStore:
         self._trees = trees
         self._keys = keys
         self._loss_epoch = loss_epoch
-        self._origins: dict[SnapshotId, _Origin] = {}
+        self.provenance = Provenance(keys, self.load, self.ids)
         self.listing: SnapshotListing | None = None
         self.before_publish: Callable[[], None] = lambda: None
         self.publisher: Publisher | None = None
@@ -181,7 +138,7 @@ class SnapshotStore:
         if self._keys is not None:
             self._keys.record_published(snapshot_id, snapshot.time_ns)
             if is_proven and author is None and self._keys.can_read:
-                writers = self._trusted_writers()
+                writers = self.provenance.trusted_writers()
                 if writers is not None:
                     writers.learn_own(snapshot.host)
         return snapshot_id
@@ -218,13 +175,13 @@ class SnapshotStore:
 
         A crash between the two steps leaves both, and only the new one is listed.
         """
-        self.require_proven(snapshot_id, "a replacement")
+        self.provenance.require_proven(snapshot_id, "a replacement")
         if self._keys is not None and not self._keys.is_trusted_writer:
             raise RefusedError(
                 "a replacement is refused: this machine does not have the repository's own secret, so the "
                 "new snapshot would be unproven; run `casfs key accept` with an identity"
             )
-        left_by_crashes = self.hidden_by(snapshot_id, snapshot)
+        left_by_crashes = self.provenance.hidden_by(snapshot_id, snapshot)
         changed = msgspec.structs.replace(
             snapshot,
             root=root if root is not None else snapshot.root,
@@ -232,7 +189,7 @@ class SnapshotStore:
             replaces=snapshot_id,
         )
         complete = root is None and self._index.is_complete(snapshot_id)
-        signed = self._signed(snapshot_id) if root is None else None
+        signed = self.provenance.signed(snapshot_id) if root is None else None
         signers = signed.signers if signed is not None else None
         author = signers.author if signers is not None else None
         new_id = self.publish(
@@ -266,7 +223,7 @@ class SnapshotStore:
         An unproven snapshot stays unproven, and so cannot name the one that it replaces: a crash between the
         two steps leaves both, and both are listed.
         """
-        if self.is_from_trusted_writer(snapshot_id):
+        if self.provenance.is_from_trusted_writer(snapshot_id):
             return self.replace(snapshot_id, snapshot, root=root)
         changed = msgspec.structs.replace(snapshot, root=root, replaces=None)
         new_id = self.publish(changed, complete=False, is_proven=False)
@@ -287,7 +244,7 @@ class SnapshotStore:
             listing, self.listing = self.listing, None
             if listing is not None and listing.is_fresh():
                 return listing.ids()
-        return _list_ids(self._storage, folder)
+        return list_ids(self._storage, folder)
 
     def load(self, snapshot_id: SnapshotId, folder: str = SNAPSHOTS) -> Snapshot:
         """Return a verified snapshot or draft; raises NotFoundError or TreeError.
@@ -307,145 +264,13 @@ class SnapshotStore:
             envelope = read_envelope(snapshot_id, data)
             assert envelope is not None
             knew_secret = keyring.is_from_trusted_writer(keyring.session(envelope.session))
-        self._origins[snapshot_id] = _Origin(knew_secret, snapshot.host, signers)
+        self.provenance.record(snapshot_id, knew_secret, snapshot.host, signers)
         return snapshot
 
     def envelope(self, snapshot_id: SnapshotId) -> Envelope | None:
         """Return an encrypted snapshot's unencrypted header, or None; raise NotFoundError or TreeError."""
         data = self._storage.read(f"snapshots/{snapshot_id.hex()}", 0, MAX_SNAPSHOT_BYTES)
         return read_envelope(snapshot_id, data)
-
-    def is_from_trusted_writer(self, snapshot_id: SnapshotId) -> bool:
-        """Return whether a snapshot is proven.
-
-        In an encrypted repository its writer must have known the repository's own secret, and in format 2 a
-        machine that this one trusts for its host must have signed it. An unproven snapshot is no parent,
-        counts in no retention rule and replaces no other. Raises as `load` does.
-        """
-        if self._keys is None:
-            return True
-        signed = self._signed(snapshot_id)
-        if signed is None:
-            return False
-        writers = self._trusted_writers()
-        return writers is None or writers.trusts(signed)
-
-    def replaced_by(self, snapshot_id: SnapshotId, snapshot: Snapshot) -> SnapshotId | None:
-        """Return the snapshot that another one hides, and that is deleted with it; None if there is none.
-
-        The author does not sign `replaces`. So in an encrypted repository a snapshot replaces another only if
-        it is proven, a machine that is trusted for its host published it, and the other one is of the same
-        host and can be read. Raises as `load` does for the first of the two.
-        """
-        if snapshot.replaces is None:
-            return None
-        replaced = SnapshotId(snapshot.replaces)
-        if self._keys is None:
-            return replaced
-        if not self._may_replace(snapshot_id):
-            return None
-        if replaced not in self._origins:
-            try:
-                self.load(replaced)
-            except (NotFoundError, KeyMissingError, IntegrityError):
-                return None
-        return replaced if self._origins[replaced].host == snapshot.host else None
-
-    def hidden_by(self, snapshot_id: SnapshotId, snapshot: Snapshot) -> list[SnapshotId]:
-        """Return the snapshots that one hides, and those that they hide, the oldest first.
-
-        They are deleted in this order before the one that hides them. Raises as `replaced_by`.
-        """
-        found: list[SnapshotId] = []
-        while (replaced := self.replaced_by(snapshot_id, snapshot)) is not None:
-            try:
-                snapshot = self.load(replaced)
-            except NotFoundError:
-                break
-            except (KeyMissingError, IntegrityError):
-                found.append(replaced)
-                break
-            found.append(replaced)
-            snapshot_id = replaced
-        return found[::-1]
-
-    def uncounted_copies(self, snapshot_ids: Iterable[SnapshotId]) -> set[SnapshotId]:
-        """Return which snapshots must count in no retention rule, since each only repeats another one.
-
-        The author does not sign the tags. So anybody who can read a proven snapshot and write to the storage
-        can publish it any number of times, with other tags. Of those with the same author's signature, the
-        ones count that a trusted machine published, or one if there are none. Raises as `load` does.
-        """
-        writers = self._trusted_writers()
-        if writers is None:
-            return set()
-        copies: dict[Author, list[tuple[bool, SnapshotId]]] = {}
-        for snapshot_id in snapshot_ids:
-            signed = self._signed(snapshot_id)
-            if signed is None or signed.signers is None or not writers.trusts(signed):
-                continue
-            trusted = writers.trusts_publisher(signed)
-            copies.setdefault(signed.signers.author, []).append((trusted, snapshot_id))
-        uncounted = set[SnapshotId]()
-        for same in copies.values():
-            counted = {one for trusted, one in same if trusted} or {same[0][1]}
-            uncounted.update(one for _, one in same if one not in counted)
-        return uncounted
-
-    def _may_replace(self, snapshot_id: SnapshotId) -> bool:
-        """Return whether a snapshot is proven and a trusted machine published it."""
-        signed, writers = self._signed(snapshot_id), self._trusted_writers()
-        if signed is None or not self.is_from_trusted_writer(snapshot_id):
-            return False
-        return writers is None or writers.trusts_publisher(signed)
-
-    def learn_writers(self) -> list[HostKey]:
-        """Trust the machines that signed the snapshots which are there now; return the keys that are new.
-
-        Raise the errors of `load` only where no snapshot at all can be read.
-        """
-        if self._keys is None or self._keys.writers is None:
-            return []
-        found = []
-        for snapshot_id in self.ids():
-            try:
-                signed = self._signed(snapshot_id)
-            except (NotFoundError, KeyMissingError, IntegrityError, StorageError) as error:
-                log.info("who wrote snapshot %s is unknown: %s", short_id(snapshot_id), error)
-                continue
-            if signed is not None:
-                found.append(signed)
-        return self._keys.writers.learn(found)
-
-    def _signed(self, snapshot_id: SnapshotId) -> SignedSnapshot | None:
-        """Return who signed a snapshot, None if its writer did not know the repository's own secret."""
-        from casfs.crypto.writers import SignedSnapshot
-
-        if snapshot_id not in self._origins:
-            self.load(snapshot_id)
-        origin = self._origins[snapshot_id]
-        if not origin.knew_secret:
-            return None
-        return SignedSnapshot(snapshot_id, origin.host, origin.signers)
-
-    def _trusted_writers(self) -> TrustedWriters | None:
-        """Return the machines that this one trusts, None in format 1; the first call learns them."""
-        writers = self._keys.writers if self._keys is not None else None
-        if writers is not None and writers.is_first_use:
-            self.learn_writers()
-        return writers
-
-    def unproven_of(self, snapshot_ids: Iterable[SnapshotId]) -> list[SnapshotId]:
-        """Return the unproven ones of some snapshots, in their order; raises as `load` does."""
-        return [one for one in snapshot_ids if not self.is_from_trusted_writer(one)]
-
-    def require_proven(self, snapshot_id: SnapshotId, refused: str) -> None:
-        """Raise RefusedError for an unproven snapshot; `refused` names what is refused."""
-        if not self.is_from_trusted_writer(snapshot_id):
-            raise RefusedError(
-                f"{refused} is refused: snapshot {short_id(snapshot_id)} is unproven, so the owner of the "
-                "storage may have made it; nothing was changed"
-            )
 
     def iterate(self) -> Iterator[tuple[SnapshotId, Snapshot]]:
         """Yield every snapshot from the oldest to the newest.
@@ -472,7 +297,7 @@ class SnapshotStore:
         # A forged snapshot must not hide another one.
         there = {snapshot_id for snapshot_id, _ in found}
         replaced = {
-            self.replaced_by(snapshot_id, snapshot)
+            self.provenance.replaced_by(snapshot_id, snapshot)
             for snapshot_id, snapshot in found
             if snapshot.replaces in there
         }
@@ -530,7 +355,7 @@ class SnapshotStore:
         else:
             snapshot_id = self.resolve_id(name)
             found = snapshot_id, self.load(snapshot_id)
-        if not self.is_from_trusted_writer(found[0]):
+        if not self.provenance.is_from_trusted_writer(found[0]):
             log.warning(
                 "snapshot %s is unproven: no machine that this one trusts is known to have written it, so it "
                 "may have been forged by the storage's operator",
@@ -573,12 +398,6 @@ class SnapshotStore:
             return snapshot_id, snapshot
         new_id = self.replace(snapshot_id, snapshot, tags=tags)
         return new_id, msgspec.structs.replace(snapshot, tags=tags, replaces=snapshot_id)
-
-
-def id_in_name(name: str) -> SnapshotId | None:
-    """Return the id in the name of a snapshot's or draft's object, None where there is none."""
-    text = name.rpartition("/")[2]
-    return SnapshotId(bytes.fromhex(text)) if _ID.fullmatch(text) else None
 
 
 def _spelling_hint(name: str) -> str:

@@ -327,12 +327,12 @@ class RepositoryView:
             self._index_new_packs(snapshot)
             self._add(snapshot_id, snapshot)
             changed = True
-            if not self._context.repository.snapshots.is_from_trusted_writer(snapshot_id):
+            if not self._context.repository.snapshots.provenance.is_from_trusted_writer(snapshot_id):
                 log.warning(
                     "snapshot %s is unproven: the owner of the storage may have made it",
                     short_id(snapshot_id),
                 )
-        replaced_by = self._context.repository.snapshots.replaced_by
+        replaced_by = self._context.repository.snapshots.provenance.replaced_by
         replaced = {
             replaced_by(snapshot_id, shown.snapshot)
             for snapshot_id, shown in self._shown.items()

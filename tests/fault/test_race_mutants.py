@@ -16,7 +16,7 @@ from casfs.errors import CasfsError
 from casfs.maintenance import shared_marking
 from casfs.maintenance.shared_prune import SharedPruner
 from casfs.repository.publication import SnapshotPublisher
-from casfs.repository.snapshots import DRAFTS
+from casfs.repository.snapshot_listing import DRAFTS
 from tests.support.effort import EFFORT, dice
 from tests.support.race_scenarios import (
     Scenario,

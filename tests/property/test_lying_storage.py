@@ -260,7 +260,7 @@ def _proven(owner: Owner) -> set[SnapshotId]:
         with open_for_reading(owner.root, OpenOptions(unlock=unlock)) as repository:
             for snapshot_id in repository.snapshots.ids():
                 try:
-                    if repository.snapshots.is_from_trusted_writer(snapshot_id):
+                    if repository.snapshots.provenance.is_from_trusted_writer(snapshot_id):
                         found.add(snapshot_id)
                 except CasfsError:
                     continue

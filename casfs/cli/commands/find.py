@@ -105,7 +105,7 @@ def find(
             output, repository, snaps, settings.snapshot_filter()
         ):
             fields = NodeFields(snapshot).fields
-            unproven = not repository.snapshots.is_from_trusted_writer(snapshot_id)
+            unproven = not repository.snapshots.provenance.is_from_trusted_writer(snapshot_id)
             long_line = NodeLines(snapshot, root).line
             for path, node in finder.find(root, top):
                 if output.as_json:
@@ -141,5 +141,5 @@ def _searched(
             if latest_of.accepts(snapshot)
         ]
         found_ids = [item[0] for item in roots]
-        warn_of_unproven(output, repository.snapshots.unproven_of(found_ids))
+        warn_of_unproven(output, repository.snapshots.provenance.unproven_of(found_ids))
     return roots[::-1]

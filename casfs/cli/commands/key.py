@@ -268,7 +268,7 @@ def accept(settings: Settings) -> None:
             KeyManager.for_writing(str(place), storage, trust, identities)
             options = OpenOptions(unlock=lambda *_: identities)
             with open_for_reading(place, options) as repository:
-                writers = repository.snapshots.learn_writers()
+                writers = repository.snapshots.provenance.learn_writers()
     accept_policy(storage, trust.config)
     storage.close()
     _print_recipients(settings, "accepted", recipients)

@@ -66,7 +66,7 @@ def log(settings: Settings, snap: str, all_hosts: bool) -> int:
             if all_hosts or snapshot.host == named.host
         ]
         found_ids = [snapshot_id for snapshot_id, _ in found]
-        warn_of_unproven(output, repository.snapshots.unproven_of(found_ids))
+        warn_of_unproven(output, repository.snapshots.provenance.unproven_of(found_ids))
         versions = path_history(repository.trees, found, path, report_damage)
     if not versions and not damaged:
         raise NotFoundError(

@@ -61,7 +61,7 @@ def snapshots(
             _list_envelopes(output, repository)
             return
         everything = list(repository.snapshots.iterate())
-        unproven = set(repository.snapshots.unproven_of(one for one, _ in everything))
+        unproven = set(repository.snapshots.provenance.unproven_of(one for one, _ in everything))
     found = _last_of_each([item for item in everything if choice.accepts(item[1])], latest)
     if output.as_json:
         for snapshot_id, snapshot in found:

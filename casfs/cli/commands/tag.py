@@ -64,7 +64,7 @@ def tag(
         settings.repository(), "tag", OpenOptions(unlock=settings.unlock, sync=settings.sync)
     ) as repository:
         old_id, old = repository.snapshots.resolve(snap, settings.snapshot_filter())
-        repository.snapshots.require_proven(old_id, "a change of its tags")
+        repository.snapshots.provenance.require_proven(old_id, "a change of its tags")
         tags = wanted if replaced else set(old.tags) - unwanted | wanted
         new_id, new = repository.snapshots.retag(old_id, old, tuple(sorted(tags)))
     output = settings.output()

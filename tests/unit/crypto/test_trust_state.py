@@ -361,8 +361,8 @@ class TestTrustOfWriter:
         assert "has not written to this repository before" in caplog.text
         assert second.snapshot.stats.new_blobs == first.snapshot.stats.new_blobs
         with repo.reading() as repository:
-            assert repository.snapshots.is_from_trusted_writer(repo.id_of(first))
-            assert not repository.snapshots.is_from_trusted_writer(repo.id_of(second))
+            assert repository.snapshots.provenance.is_from_trusted_writer(repo.id_of(first))
+            assert not repository.snapshots.provenance.is_from_trusted_writer(repo.id_of(second))
 
     def test_a_writer_without_its_state_but_with_an_identity_keeps_the_domain_of_the_repository(
         self, repo: EncryptedRepositoryFixture, source: Path, state: Path

@@ -22,7 +22,7 @@ from casfs.maintenance.prune_result import PruneResult
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import open_for_reading
 from casfs.repository.presence import Presence
-from casfs.repository.snapshots import DRAFTS, SNAPSHOTS
+from casfs.repository.snapshot_listing import DRAFTS, SNAPSHOTS
 from casfs.storage.base import ListedObject
 from casfs.storage.clock import StorageClock
 from casfs.storage.locks import LockMode, LockRecord

@@ -34,7 +34,7 @@ from casfs.repository.place import LocalPlace
 from casfs.repository.publication import SnapshotPublisher
 from casfs.repository.remote_writers import mark_remote_writers
 from casfs.repository.repository import Repository
-from casfs.repository.snapshots import DRAFTS, SNAPSHOTS
+from casfs.repository.snapshot_listing import DRAFTS, SNAPSHOTS
 from casfs.storage.local import LocalStorage
 from casfs.store.pending_removal import RemovalNotice, publish_notice
 from tests.support.far_repository import FarRepository

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from casfs.repository import snapshots
+from casfs.repository import snapshot_listing
 from casfs.repository.repository import Repository
 from tests.support.far import FarRepository
 from tests.support.storage_double import Call
@@ -121,7 +121,7 @@ def test_a_listing_of_the_snapshots_that_was_made_at_the_opening_is_used_once_an
         far.storage.delete(f"snapshots/{ids[0].hex()}")
         assert repository.snapshots.ids() == ids[1:]
         assert far.requests().count("list snapshots") == 1
-    monkeypatch.setattr(snapshots, "_FRESH_S", 0.0)
+    monkeypatch.setattr(snapshot_listing, "_FRESH_S", 0.0)
     with far.reading() as repository:
         far.requests()
         repository.snapshots.ids()

@@ -68,7 +68,7 @@ class Fleet:
         """Return what a machine thinks of each snapshot."""
         with self.on(machine), open_for_reading(self.root, OPTIONS) as repository:
             store = repository.snapshots
-            return {one: store.is_from_trusted_writer(one) for one in store.ids()}
+            return {one: store.provenance.is_from_trusted_writer(one) for one in store.ids()}
 
     def run(self, machine: str, *arguments: str) -> Result:
         """Run a command on a machine with the identity."""
@@ -132,12 +132,12 @@ def _copy(
     with fleet.on(machine), open_for_writing(fleet.root, "tag", OPTIONS) as repository:
         store = repository.snapshots
         snapshot = store.load(copied)
-        signers = store._origins[copied].signers
-        assert signers is not None
+        signed = store.provenance.signed(copied)
+        assert signed is not None and signed.signers is not None
         changed = msgspec.structs.replace(
             snapshot, tags=tags, replaces=replaces, host=host or snapshot.host
         )
-        return store.publish(changed, author=signers.author if host is None else None)
+        return store.publish(changed, author=signed.signers.author if host is None else None)
 
 
 def _back_up_changed(fleet: Fleet, machine: str, content: bytes) -> SnapshotId:
@@ -282,7 +282,7 @@ def test_a_repaired_snapshot_is_signed_by_the_machine_that_repaired_it(fleet: Fl
         snapshot = repository.snapshots.load(made)
         root = msgspec.structs.replace(snapshot.root, mode=0o700)
         repaired = repository.snapshots.replace_root(made, snapshot, root)
-        assert repository.snapshots.is_from_trusted_writer(repaired)
+        assert repository.snapshots.provenance.is_from_trusted_writer(repaired)
     assert fleet.proven("admin") == {repaired: True}
     assert fleet.proven("web") == {repaired: False}
 

@@ -168,7 +168,7 @@ def test_a_repaired_unproven_snapshot_stays_unproven(attacked: Attacked) -> None
     with open_for_maintenance(attacked.root, "prune", options) as repository:
         assert forged not in repository.snapshots.ids()
         assert repaired.new_id is not None
-        assert not repository.snapshots.is_from_trusted_writer(repaired.new_id)
+        assert not repository.snapshots.provenance.is_from_trusted_writer(repaired.new_id)
         Pruner(repository, PruneOptions(), RecordingMonitor()).prune()
 
 
