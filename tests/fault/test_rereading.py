@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from casfs.cli.commands.backup import exit_code
+from casfs.cli.backup_report import exit_code
 from casfs.format.tree import CaptureState, captured_digest
 from casfs.monitor import ProblemKind
 from tests.support.capturing import BackupFixture, PublishedBackup

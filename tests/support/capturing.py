@@ -21,7 +21,7 @@ from casfs_mount.view import MountContext, SnapshotView
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from casfs.backup.run import BackupOptions, BackupResult, run_backup
-from casfs.cli.commands.backup import exit_code
+from casfs.cli.backup_report import exit_code
 from casfs.format.codec import Codec
 from casfs.format.key_derivation import SessionId
 from casfs.format.tree import Node, NodeType

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 import sys
 from collections.abc import Callable
-from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from casfs import interruption
-from casfs.cli.app import EXIT_CHANGED, EXIT_DAMAGED, EXIT_UNREADABLE
+from casfs.cli.backup_report import exit_code, report_backup
 from casfs.cli.options import (
     common_options,
     complete_snapshots,
@@ -22,29 +20,20 @@ from casfs.cli.options import (
     progress_options,
     upload_limit_option,
 )
-from casfs.cli.output import Output, format_time, iso_time, json_paths
 from casfs.cli.param_types import PATTERN, SIZE, TAGS, parse_time
+from casfs.cli.path_list import read_path_list
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
-from casfs.digest import short_id
-from casfs.display import counted, format_size
-from casfs.errors import CasfsError, NotFoundError, TrustError, UsageError
+from casfs.errors import TrustError, UsageError
 from casfs.paths import normalize_source_path
 from casfs.patterns import Pattern, read_patterns
 
 if TYPE_CHECKING:
-    from casfs.backup.run import BackupResult
     from casfs.crypto.identities import Identities
     from casfs.crypto.opening import Unlock
     from casfs.crypto.trust_root import TrustRoot
     from casfs.repository.place import Place
     from casfs.storage.base import Storage
-
-_MAX_LIST_BYTES = 64 * 1024 * 1024
-"""Of a list of paths; a snapshot's file could not hold that many."""
-
-_PIECE_BYTES = 64 * 1024
-
 
 @click.command(cls=Verb)
 @click.argument("paths", nargs=-1, metavar="PATH...")
@@ -240,7 +229,7 @@ def backup(
     if sys.stdin is None and (stdin or "-" in files_from):
         raise UsageError("standard input is closed; open it or give paths")
     for name in files_from:
-        sources += _read_paths(name, nul)
+        sources += read_path_list(name, nul)
     if stdin and (sources or "-" in files_from):
         raise UsageError("--stdin and paths exclude each other; give one of them")
     if nul and not files_from:
@@ -302,118 +291,8 @@ def backup(
         monitor,
     ):
         result = run_backup(repository, options, monitor)
-    _report(settings, result, dry_run)
+    report_backup(settings.output(), result, dry_run)
     return exit_code(result, changed_ok)
-
-
-def exit_code(result: BackupResult, changed_ok: bool) -> int:
-    """Return the exit code of a published backup; damage outranks unreadable sources, these changed files."""
-    if result.false_packs:
-        return EXIT_DAMAGED
-    stats, tree = result.snapshot.stats, result.snapshot.root.tree
-    if stats.unreadable or _protection_error(result) is not None:
-        return EXIT_UNREADABLE
-    changed = stats.silently_changed or (tree is not None and tree.flagged)
-    return EXIT_CHANGED if changed and not changed_ok else 0
-
-
-def _report(settings: Settings, result: BackupResult, dry_run: bool) -> None:
-    snapshot, stats = result.snapshot, result.snapshot.stats
-    tree = snapshot.root.tree
-    assert tree is not None
-    output = settings.output()
-    output.summary(
-        f"{counted(stats.files, 'file')} ({result.new} new, {result.modified} modified, "
-        f"{stats.unchanged} unchanged) in "
-        f"{counted(stats.directories, 'directory', 'directories')}, {format_size(tree.total_bytes)}"
-    )
-    output.summary(
-        f"{format_size(stats.new_stored_bytes)} {'would be ' if dry_run else ''}added in "
-        f"{stats.seconds:.1f} s"
-    )
-    if stats.vanished:
-        output.summary(
-            f"{counted(stats.vanished, 'entry', 'entries')} vanished before or during the read"
-        )
-    if stats.unreadable:
-        output.summary(f"{counted(stats.unreadable, 'entry', 'entries')} could not be read")
-    if tree.flagged:
-        output.summary(
-            f"{counted(tree.flagged, 'file')} changed during the read; flagged as changed"
-        )
-    if stats.silently_changed:
-        output.summary(
-            f"{counted(stats.silently_changed, 'file')} changed although size, mtime and ctime did not"
-        )
-    if result.false_packs:
-        output.summary(
-            f"{counted(result.false_packs, 'pack')} that this machine had not verified lacked data which the "
-            "backup needs; it is stored again; run `casfs check --read-data`"
-        )
-    if result.abandoned_bytes:
-        output.summary(
-            f"up to {format_size(result.abandoned_bytes)} of what was stored belongs to earlier attempts "
-            "at files that changed; `casfs prune` frees it"
-        )
-    if result.snapshot_id is not None:
-        output.summary(f"snapshot {short_id(result.snapshot_id)}")
-        _report_protection(output, result)
-    else:
-        output.summary("nothing was stored: this was a dry run")
-    output.emit(
-        "snapshot",
-        id=result.snapshot_id.hex() if result.snapshot_id is not None else None,
-        time=iso_time(snapshot.time_ns),
-        host=snapshot.host,
-        **json_paths(snapshot.paths),
-        tags=list(snapshot.tags),
-        parent=snapshot.parent.hex() if snapshot.parent is not None else None,
-        files=stats.files,
-        dirs=stats.directories,
-        others=stats.others,
-        bytes=tree.total_bytes,
-        new_bytes=stats.new_stored_bytes,
-        new_plain_bytes=stats.new_plain_bytes,
-        new_blobs=stats.new_blobs,
-        new=result.new,
-        modified=result.modified,
-        unchanged=stats.unchanged,
-        flagged=tree.flagged,
-        unreadable=stats.unreadable,
-        vanished=stats.vanished,
-        silently_changed=stats.silently_changed,
-        abandoned_bytes=result.abandoned_bytes,
-        false_packs=result.false_packs,
-        seconds=stats.seconds,
-        dry_run=dry_run,
-        locked_until=_locked_until(result),
-        not_locked=result.protection.not_locked if result.protection is not None else 0,
-    )
-
-
-def _protection_error(result: BackupResult) -> CasfsError | None:
-    return result.protection.error if result.protection is not None else None
-
-
-def _locked_until(result: BackupResult) -> str | None:
-    """Return until when the snapshot and all that it needs are locked, None where something is not."""
-    if result.protection is None or result.protection.error is not None:
-        return None
-    return iso_time(result.protection.until_s * 1_000_000_000)
-
-
-def _report_protection(output: Output, result: BackupResult) -> None:
-    protection = result.protection
-    if protection is None:
-        return
-    if protection.error is None:
-        until = format_time(protection.until_s * 1_000_000_000)
-        output.summary(f"locked until {until}: no credential can remove it before")
-        return
-    output.warn(
-        f"the snapshot is not protected: {counted(protection.not_locked, 'object')} that it needs could not "
-        f"be locked: {protection.error}"
-    )
 
 
 def _require_recipients(place: Place, file: Path, unlock: Unlock) -> Unlock:
@@ -444,45 +323,6 @@ def _source_names(sources: list[bytes]) -> Callable[[bytes], bytes]:
         return b"/" + path
 
     return source_name
-
-
-def _read_paths(name: str, nul: bool) -> list[bytes]:
-    """Return the paths in a file, one per line; if every line ends with a carriage return, drop it."""
-    where = "on standard input" if name == "-" else f"in {name}"
-    try:
-        with open(0 if name == "-" else name, "rb", 0, closefd=name != "-") as file:
-            data = _read_all(file, _MAX_LIST_BYTES)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"the file {name} of --files-from does not exist") from error
-    if len(data) > _MAX_LIST_BYTES:
-        raise UsageError(
-            f"the paths {where} take more than {_MAX_LIST_BYTES} bytes; split the list"
-        )
-    if nul:
-        return [path for path in data.split(b"\0") if path]
-    if b"\0" in data:
-        raise UsageError(f"the paths {where} hold NUL; add -0 where each path ends with it")
-    lines = [line for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line]
-    if all(line.endswith(b"\r") for line in lines):
-        lines = [path for line in lines if (path := line.removesuffix(b"\r"))]
-    return lines
-
-
-def _read_all(file: RawIOBase, max_bytes: int) -> bytes:
-    """Return the content of a file, but at most `max_bytes` and one byte.
-
-    Wait for data where another process made the pipe non-blocking.
-    """
-    data = bytearray()
-    while len(data) <= max_bytes:
-        piece = file.read(min(_PIECE_BYTES, max_bytes + 1 - len(data)))
-        if piece is None:
-            select.select([file], [], [])
-        elif not piece:
-            break
-        else:
-            data += piece
-    return bytes(data)
 
 
 def _marker_name(name: str) -> bytes:
