@@ -15,33 +15,94 @@ from casfs.errors import CasfsError
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-
-def _set_upload_limit(ctx: click.Context, _: click.Parameter, value: int | None) -> None:
-    ctx.ensure_object(Settings).upload_bytes_per_s = value
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _set_download_limit(ctx: click.Context, _: click.Parameter, value: int | None) -> None:
-    ctx.ensure_object(Settings).download_bytes_per_s = value
+def _setting(
+    *names: str,
+    field: str,
+    value: Any = None,
+    is_shared: bool = True,
+    is_eager: bool = True,
+    **attributes: Any,
+) -> Decorator:
+    """Return an option that sets a field of the Settings, as a flag to `value`.
+
+    An option that is not given changes nothing: it may have been given before the command.
+    """
+    is_flag = value is not None
+
+    def store(ctx: click.Context, _: click.Parameter, given: Any) -> None:
+        is_given = bool(given) if is_flag else given is not None and given != ()
+        if is_given:
+            setattr(ctx.ensure_object(Settings), field, value if is_flag else given)
+
+    return click.option(
+        *names,
+        cls=SharedOption if is_shared else click.Option,
+        is_flag=is_flag,
+        is_eager=is_eager,
+        expose_value=False,
+        callback=store,
+        **attributes,
+    )
 
 
-upload_limit_option = click.option(
+def _all_of(*options: Decorator) -> Decorator:
+    """Return a decorator that adds several options, which the help lists in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+upload_limit_option = _setting(
     "--limit-upload",
+    field="upload_bytes_per_s",
+    is_shared=False,
+    is_eager=False,
     type=RATE,
     metavar="RATE",
-    expose_value=False,
-    callback=_set_upload_limit,
     help="Send at most this many bytes per second to a remote repository, such as 500K.",
 )
 
-
-download_limit_option = click.option(
+download_limit_option = _setting(
     "--limit-download",
+    field="download_bytes_per_s",
+    is_shared=False,
+    is_eager=False,
     type=RATE,
     metavar="RATE",
-    expose_value=False,
-    callback=_set_download_limit,
     help="Fetch at most this many bytes per second from a remote repository.",
 )
+
+progress_options = _all_of(
+    _setting(
+        "-v",
+        "--verbose",
+        field="verbose",
+        value=True,
+        help="Print more about what is done: each file that is backed up or restored.",
+    ),
+    _setting(
+        "-q",
+        "--quiet",
+        field="quiet",
+        value=True,
+        help="Print problems and errors only: no progress, no summary.",
+    ),
+    _setting(
+        "--progress",
+        field="progress",
+        type=click.Choice(["auto", "never", "json"]),
+        help="Show progress on a terminal, never, or as JSON lines once a second (with --json)"
+        " [default: auto].",
+    ),
+)
+"""The options of verbs that work for a while: `Settings.monitor` uses their values."""
 
 
 def key_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,80 +154,6 @@ def _allow_foreign(context: click.Context, option: click.Parameter, value: bool)
         allow_foreign_folders()
 
 
-def _set_repo(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        ctx.ensure_object(Settings).repo = value
-
-
-def _set_expected(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        ctx.ensure_object(Settings).expected = value
-
-
-def _set_config(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        ctx.ensure_object(Settings).config = value
-
-
-def _set_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.ensure_object(Settings).as_json = True
-
-
-def _set_no_sync(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.ensure_object(Settings).sync = False
-
-
-def _set_progress(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        ctx.ensure_object(Settings).progress = value
-
-
-def _set_verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.ensure_object(Settings).verbose = True
-
-
-def _set_quiet(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.ensure_object(Settings).quiet = True
-
-
-def progress_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of verbs that work for a while: `Settings.monitor` uses their values."""
-    command = click.option(
-        "--progress",
-        cls=SharedOption,
-        type=click.Choice(["auto", "never", "json"]),
-        expose_value=False,
-        callback=_set_progress,
-        is_eager=True,
-        help="Show progress on a terminal, never, or as JSON lines once a second (with --json)"
-        " [default: auto].",
-    )(command)
-    command = click.option(
-        "-q",
-        "--quiet",
-        cls=SharedOption,
-        is_flag=True,
-        expose_value=False,
-        callback=_set_quiet,
-        is_eager=True,
-        help="Print problems and errors only: no progress, no summary.",
-    )(command)
-    return click.option(
-        "-v",
-        "--verbose",
-        cls=SharedOption,
-        is_flag=True,
-        expose_value=False,
-        callback=_set_verbose,
-        is_eager=True,
-        help="Print more about what is done: each file that is backed up or restored.",
-    )(command)
-
-
 def complete_profiles(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     """Return the profiles whose names begin like this; none where the configuration cannot be read."""
     try:
@@ -212,69 +199,60 @@ def complete_folders(
     return [CompletionItem(incomplete, type="dir")]
 
 
-def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the option that every verb has."""
-    return click.option(
-        "--json",
-        is_flag=True,
-        expose_value=False,
-        callback=_set_json,
-        is_eager=True,
-        help="Print one JSON object per line.",
-    )(command)
+output_options = _setting(
+    "--json",
+    field="as_json",
+    value=True,
+    is_shared=False,
+    help="Print one JSON object per line.",
+)
+"""The option that every verb has."""
 
-
-def configuration_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of verbs that work with the configuration and open no repository themselves."""
-    command = output_options(command)
-    return click.option(
+configuration_options = _all_of(
+    _setting(
         "--config",
-        cls=SharedOption,
+        field="config",
         metavar="FILE",
-        expose_value=False,
-        callback=_set_config,
-        is_eager=True,
         help="The configuration [default: $CASFS_CONFIG, else ~/.config/casfs/config.toml and "
         "/etc/casfs/config.toml].",
-    )(command)
+    ),
+    output_options,
+)
+"""The options of verbs that work with the configuration and open no repository themselves."""
 
-
-def _set_filter(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
-    setattr(ctx.ensure_object(Settings), str(parameter.name), value)
-
-
-def snapshot_filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --host, --tag and --path, which select snapshots and narrow `latest`."""
-    command = click.option(
-        "--path",
-        "paths",
-        metavar="PATH",
+snapshot_filter_options = _all_of(
+    _setting(
+        "--host",
+        field="hosts",
+        is_shared=False,
+        is_eager=False,
+        metavar="NAME",
         multiple=True,
-        expose_value=False,
-        callback=_set_filter,
-        help="Consider only snapshots with this path; repeatable.",
-    )(command)
-    command = click.option(
+        shell_complete=complete_hosts,
+        help="Consider only snapshots of this host; repeatable.",
+    ),
+    _setting(
         "--tag",
-        "tags",
+        field="tags",
+        is_shared=False,
+        is_eager=False,
         metavar="TAG[,TAG...]",
         type=TAGS,
         multiple=True,
-        expose_value=False,
-        callback=_set_filter,
         shell_complete=complete_tags,
         help="Consider only snapshots with all of these tags; repeatable.",
-    )(command)
-    return click.option(
-        "--host",
-        "hosts",
-        metavar="NAME",
+    ),
+    _setting(
+        "--path",
+        field="paths",
+        is_shared=False,
+        is_eager=False,
+        metavar="PATH",
         multiple=True,
-        expose_value=False,
-        callback=_set_filter,
-        shell_complete=complete_hosts,
-        help="Consider only snapshots of this host; repeatable.",
-    )(command)
+        help="Consider only snapshots with this path; repeatable.",
+    ),
+)
+"""--host, --tag and --path, which select snapshots and narrow `latest`."""
 
 
 def _set_as_of(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -292,29 +270,17 @@ as_of_option = click.option(
 )
 
 
-def repository_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of verbs that work on a repository and need no key."""
-    command = click.option(
-        "--no-sync",
-        is_flag=True,
-        hidden=True,
-        expose_value=False,
-        callback=_set_no_sync,
-        is_eager=True,
-        help="For tests only: do not sync to disk. A crash may lose published snapshots.",
-    )(command)
-    command = configuration_options(command)
-    command = click.option(
-        "--expect-repository",
-        cls=SharedOption,
-        metavar="DIGEST",
-        expose_value=False,
-        callback=_set_expected,
-        is_eager=True,
-        help="Refuse another repository than the one with this id, or whose file config has this BLAKE3 "
-        "digest [default: $CASFS_EXPECT_REPOSITORY].",
-    )(command)
-    command = click.option(
+repository_options = _all_of(
+    _setting(
+        "-r",
+        "--repo",
+        field="repo",
+        is_shared=False,
+        metavar="REPOSITORY",
+        help="The repository: a path, a URL, or a name from the configuration "
+        "[default: $CASFS_REPOSITORY].",
+    ),
+    click.option(
         "--allow-foreign-repository",
         cls=SharedOption,
         is_flag=True,
@@ -322,22 +288,29 @@ def repository_options(command: Callable[..., Any]) -> Callable[..., Any]:
         callback=_allow_foreign,
         help="Use a repository folder that belongs to another user, who can then change what is read "
         "[default: $CASFS_ALLOW_FOREIGN].",
-    )(command)
-    return click.option(
-        "-r",
-        "--repo",
-        metavar="REPOSITORY",
-        expose_value=False,
-        callback=_set_repo,
-        is_eager=True,
-        help="The repository: a path, a URL, or a name from the configuration "
-        "[default: $CASFS_REPOSITORY].",
-    )(command)
+    ),
+    _setting(
+        "--expect-repository",
+        field="expected",
+        metavar="DIGEST",
+        help="Refuse another repository than the one with this id, or whose file config has this BLAKE3 "
+        "digest [default: $CASFS_EXPECT_REPOSITORY].",
+    ),
+    configuration_options,
+    _setting(
+        "--no-sync",
+        field="sync",
+        value=False,
+        is_shared=False,
+        hidden=True,
+        help="For tests only: do not sync to disk. A crash may lose published snapshots.",
+    ),
+)
+"""The options of verbs that work on a repository and need no key."""
 
 
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of verbs that read a repository; their values are in the context's Settings."""
-    return repository_options(key_options(command))
+common_options = _all_of(repository_options, key_options)
+"""The options of verbs that read a repository; their values are in the context's Settings."""
 
 
 def shared_options_help() -> str:
