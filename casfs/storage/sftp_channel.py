@@ -51,7 +51,7 @@ Ending = StorageError | StorageUnavailableError
 """Why a connection ended."""
 
 
-class Pending:
+class PendingReply:
     """An answer that is awaited."""
 
     __slots__ = ("_channel", "_error", "_kind", "_payload", "_ready", "_sent_at")
@@ -115,7 +115,7 @@ class SftpChannel:
         self._clock = clock
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
-        self._pending: dict[int, Pending] = {}
+        self._pending: dict[int, PendingReply] = {}
         self._next_id = 0
         self._end: Ending | None = None
         self._is_closed = False
@@ -141,7 +141,7 @@ class SftpChannel:
             except OSError:
                 pass  # an ordinary user's pipes may all be as large as the system allows
         self._wake_receiver, self._wake = os.pipe()
-        self._version = Pending(self)
+        self._version = PendingReply(self)
         self._reader = threading.Thread(target=self._read_answers, name="casfs-sftp", daemon=True)
         self._reader.start()
         try:
@@ -156,10 +156,10 @@ class SftpChannel:
         """Whether requests may be sent."""
         return self._end is None
 
-    def request(self, kind: Request, *fields: bytes, data: Data = b"") -> Pending:
+    def request(self, kind: Request, *fields: bytes, data: Data = b"") -> PendingReply:
         """Send a request whose last field is `data`; return what will have the answer."""
         body = b"".join(fields)
-        pending = Pending(self)
+        pending = PendingReply(self)
         with self._lock:
             if self._end is not None:
                 raise self._end.with_traceback(None)
@@ -170,7 +170,7 @@ class SftpChannel:
         self._send(header + body, data)
         return pending
 
-    def extended(self, name: str, *fields: bytes) -> Pending:
+    def extended(self, name: str, *fields: bytes) -> PendingReply:
         """Send a request of an extension."""
         return self.request(Request.EXTENDED, pack_string(name), *fields)
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from casfs.errors import StorageError, StorageUnavailableError
 from casfs.storage.base import Data
-from casfs.storage.sftp_channel import Pending, SftpChannel
+from casfs.storage.sftp_channel import PendingReply, SftpChannel
 from casfs.storage.sftp_protocol import (
     CREATE,
     EXCLUSIVE,
@@ -99,11 +99,11 @@ class SftpConnection:
         )
         return self._handle(pending)
 
-    def _handle(self, pending: Pending) -> bytes:
+    def _handle(self, pending: PendingReply) -> bytes:
         reply = pending.result(Reply.HANDLE)
         return self._parsed(lambda: Reader(reply).string())
 
-    def close_handle(self, handle: bytes) -> Pending:
+    def close_handle(self, handle: bytes) -> PendingReply:
         """Close a handle; the answer may be awaited."""
         return self.channel.request(Request.CLOSE, pack_string(handle))
 
@@ -161,7 +161,7 @@ class SftpConnection:
         name = pack_string(handle)
         end = offset + size
         data = bytearray()
-        waiting: deque[tuple[int, Pending]] = deque()
+        waiting: deque[tuple[int, PendingReply]] = deque()
         at = offset
         while at < end or waiting:
             while at < end and len(waiting) < _WINDOW:
@@ -189,7 +189,7 @@ class SftpConnection:
                 data += piece
         return bytes(data)
 
-    def _data(self, pending: Pending, wanted: int) -> bytes:
+    def _data(self, pending: PendingReply, wanted: int) -> bytes:
         reply = pending.result(Reply.DATA)
         piece = self._parsed(lambda: Reader(reply).string())
         if not 0 < len(piece) <= wanted:
@@ -200,7 +200,7 @@ class SftpConnection:
         """Write a new file and make its bytes durable."""
         handle = self.open(path, WRITE | CREATE | EXCLUSIVE, FILE_MODE)
         name = pack_string(handle)
-        waiting: deque[Pending] = deque()
+        waiting: deque[PendingReply] = deque()
         try:
             with memoryview(data) as view:
                 for at in range(0, len(view), self._write_bytes):

@@ -27,7 +27,7 @@ from casfs.storage.object_store_errors import (
 )
 from casfs.storage.s3_bucket import S3Bucket
 from casfs.storage.s3_connection import Response
-from casfs.storage.sftp_channel import Pending, SftpChannel
+from casfs.storage.sftp_channel import PendingReply, SftpChannel
 from casfs.storage.sftp_protocol import Reader, Reply, StatusError, parse_attributes, parse_names
 from casfs.store.blob_store import pack_name, parse_pack_name
 from casfs.store.pending_removal import encode_notice, list_notices
@@ -155,8 +155,8 @@ class _Channel(SftpChannel):
         self._clock = lambda: 0.0
         self._lock = threading.Lock()
         self._end = None
-        self._version = Pending(self)
-        self._pending = {number: Pending(self) for number in (1, 2, 3)}
+        self._version = PendingReply(self)
+        self._pending = {number: PendingReply(self) for number in (1, 2, 3)}
         self.waiting = dict(self._pending)
 
     def _finish(self, error: StorageError | StorageUnavailableError) -> None:
