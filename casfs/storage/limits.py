@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from casfs.storage.base import Data, ObjectWriter, Storage
 from casfs.storage.bucket import Bucket
-from casfs.storage.wrapper import BucketWrapper, StorageWrapper
+from casfs.storage.wrapper import BucketWrapper, StorageWrapper, WriterWrapper
 
 _BURST_S = 1.0
 """Unused capacity of this many seconds may be used later."""
@@ -106,24 +106,14 @@ class _LimitedBucket(BucketWrapper):
         return data
 
 
-class _LimitedWriter:
+class _LimitedWriter(WriterWrapper):
     """A writer that waits for its bytes' share of the limit before it sends them."""
 
     def __init__(self, storage: LimitedStorage, inner: ObjectWriter) -> None:
+        super().__init__(inner)
         self._storage = storage
-        self._inner = inner
-        self._bytes = 0
-
-    def append(self, data: Data) -> None:
-        """Append bytes."""
-        self._inner.append(data)
-        self._bytes += len(data)
 
     def commit(self, name: str) -> None:
         """Make the bytes durable under a name."""
-        self._storage._take_upload(self._bytes)
-        self._inner.commit(name)
-
-    def discard(self) -> None:
-        """Drop the appended bytes."""
-        self._inner.discard()
+        self._storage._take_upload(self.written_bytes)
+        self.inner.commit(name)

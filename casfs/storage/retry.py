@@ -19,7 +19,7 @@ from casfs.errors import CasfsError, NotFoundError, StorageUnavailableError
 from casfs.storage.base import Data, ListedObject, ObjectWriter, Storage
 from casfs.storage.bucket import Bucket, BucketSettings, ObjectVersion
 from casfs.storage.interruption import INTERRUPTED
-from casfs.storage.wrapper import BucketWrapper, StorageWrapper
+from casfs.storage.wrapper import BucketWrapper, StorageWrapper, WriterWrapper
 
 log = logging.getLogger(__name__)
 
@@ -232,28 +232,18 @@ class RetryingBucket(BucketWrapper):
         return self._retrier.run(lambda: self.inner.read_version(name, version, offset, size))
 
 
-class _RetryingWriter:
+class _RetryingWriter(WriterWrapper):
     """A writer that repeats `commit`; an earlier attempt may have taken effect."""
 
     def __init__(self, storage: RetryingStorage, inner: ObjectWriter) -> None:
+        super().__init__(inner)
         self._storage = storage
-        self._inner = inner
-        self._bytes = 0
-
-    def append(self, data: Data) -> None:
-        """Append bytes."""
-        self._inner.append(data)
-        self._bytes += len(data)
 
     def commit(self, name: str) -> None:
         """Make the bytes durable under a name."""
         self._storage._retrier.run(
-            lambda: self._inner.commit(name),
+            lambda: self.inner.commit(name),
             lambda: self._storage._unless_there(
-                name, self._bytes, lambda: self._inner.commit(name)
+                name, self.written_bytes, lambda: self.inner.commit(name)
             ),
         )
-
-    def discard(self) -> None:
-        """Drop the appended bytes."""
-        self._inner.discard()

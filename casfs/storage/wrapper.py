@@ -1,4 +1,7 @@
-"""A storage, and a bucket, that pass every call to an inner one; subclasses override what they change."""
+"""A storage, its writer and its bucket that pass every call to an inner one.
+
+Subclasses override what they change.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +75,27 @@ class StorageWrapper:
     def close(self) -> None:
         """Close the inner storage."""
         self.inner.close()
+
+
+class WriterWrapper:
+    """A writer around another, `inner`; `written_bytes` counts what was appended."""
+
+    def __init__(self, inner: ObjectWriter) -> None:
+        self.inner = inner
+        self.written_bytes = 0
+
+    def append(self, data: Data) -> None:
+        """Append bytes."""
+        self.inner.append(data)
+        self.written_bytes += len(data)
+
+    def commit(self, name: str) -> None:
+        """Make the bytes durable under a name."""
+        self.inner.commit(name)
+
+    def discard(self) -> None:
+        """Drop the appended bytes."""
+        self.inner.discard()
 
 
 class BucketWrapper:

@@ -95,6 +95,13 @@ class Host:
         finally:
             index.close()
 
+    def back_up(self, *packs: Iterable[bytes]) -> None:
+        """Store each group of blobs in a pack of its own, and publish a delta."""
+        with self.open() as host:
+            for plains in packs:
+                host.put(plains)
+            host.publish()
+
     def lose_index(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 

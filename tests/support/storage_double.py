@@ -11,7 +11,7 @@ from typing import TypeVar
 from casfs.errors import StorageUnavailableError
 from casfs.storage.base import Capabilities, Data, ListedObject, ObjectWriter, Storage
 from casfs.storage.bucket import Bucket, BucketSettings, ObjectVersion
-from casfs.storage.wrapper import BucketWrapper, StorageWrapper
+from casfs.storage.wrapper import BucketWrapper, StorageWrapper, WriterWrapper
 
 T = TypeVar("T")
 
@@ -149,21 +149,13 @@ class RecordingStorage(StorageWrapper):
         return _RecordingWriter(self, self.inner.open_writer(in_memory))
 
 
-class _RecordingWriter:
+class _RecordingWriter(WriterWrapper):
     def __init__(self, storage: RecordingStorage, inner: ObjectWriter) -> None:
+        super().__init__(inner)
         self._storage = storage
-        self._inner = inner
-        self._bytes = 0
-
-    def append(self, data: Data) -> None:
-        self._inner.append(data)
-        self._bytes += len(data)
 
     def commit(self, name: str) -> None:
-        self._storage._do(Call("commit", name, self._bytes), lambda: self._inner.commit(name))
-
-    def discard(self) -> None:
-        self._inner.discard()
+        self._storage._do(Call("commit", name, self.written_bytes), lambda: self.inner.commit(name))
 
 
 class _RecordingBucket(BucketWrapper):

@@ -9,7 +9,7 @@ import pytest
 
 from casfs.digest import Digest
 from casfs.format.pack import TRAILER
-from casfs.storage.memory import MemoryStorage
+from casfs.index.schema import PackRecord
 from casfs.store.blob_store import pack_name
 from casfs.store.claims import ClaimVerifier
 from tests.support.hosts import Host, OpenHost, Place
@@ -27,9 +27,7 @@ def place() -> Place:
 @pytest.fixture
 def storage(place: Place, tmp_path: Path) -> RecordingStorage:
     """What the second host sees of a place in which the first one has stored the blobs in one pack."""
-    with Host(place, tmp_path / "one").open() as host:
-        host.put(BLOBS)
-        host.publish()
+    Host(place, tmp_path / "one").back_up(BLOBS)
     return RecordingStorage(place.storage)
 
 
@@ -44,6 +42,14 @@ def digests(host: OpenHost, plains: list[bytes] = BLOBS) -> list[Digest]:
 
 def reads(storage: RecordingStorage) -> list[Call]:
     return [call for call in storage.calls if call.method == "read" and "packs/" in call.name]
+
+
+def damage(place: Place, record: PackRecord, offset: int) -> None:
+    """Change a byte of a pack in the storage; a negative offset counts from its end."""
+    name = pack_name(record.pack)
+    data = bytearray(place.storage.read(name, 0, record.pack_bytes))
+    data[offset] ^= 1
+    place.storage.write(name, bytes(data))
 
 
 @pytest.mark.parametrize("requests", [1, 8])
@@ -92,11 +98,7 @@ def test_intact_blobs_of_a_pack_with_a_damaged_directory_are_relied_on(
 ) -> None:
     with second.open() as host:
         (record,) = host.index.packs()
-        name = pack_name(record.pack)
-        data = bytearray(place.storage.read(name, 0, record.pack_bytes))
-        data[-TRAILER.size - 10] ^= 1
-        assert isinstance(place.storage, MemoryStorage)
-        place.storage.write(name, bytes(data))
+        damage(place, record, -TRAILER.size - 10)
         assert host.put(BLOBS) == 0
 
 
@@ -105,12 +107,9 @@ def test_damaged_blobs_of_another_machine_are_stored_again_and_found_in_the_new_
 ) -> None:
     with second.open() as host:
         (record,) = host.index.packs()
-        name = pack_name(record.pack)
-        data = bytearray(place.storage.read(name, 0, record.pack_bytes))
         location = host.index.lookup(digests(host)[5])
         assert location is not None
-        data[location.offset + 7] ^= 1
-        place.storage.write(name, bytes(data))
+        damage(place, record, location.offset + 7)
         assert host.put(BLOBS) == 1
         assert host.read(BLOBS[5]) == BLOBS[5]
         moved = host.index.lookup(digests(host)[5])

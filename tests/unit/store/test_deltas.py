@@ -34,9 +34,13 @@ def blobs(label: str, count: int = 3) -> list[bytes]:
     return [noise(f"{label}{n}", 300 + n) for n in range(count)]
 
 
+def many_packs(label: str, packs: int) -> list[list[bytes]]:
+    return [blobs(f"{label}{number} ") for number in range(packs)]
+
+
 def put_packs(host: OpenHost, label: str, packs: int) -> None:
-    for number in range(packs):
-        host.put(blobs(f"{label}{number} "))
+    for plains in many_packs(label, packs):
+        host.put(plains)
 
 
 class TestTwoHosts:
@@ -58,9 +62,7 @@ class TestTwoHosts:
     def test_an_unchanged_repository_is_opened_by_one_listing(
         self, place: Place, tmp_path: Path
     ) -> None:
-        with Host(place, tmp_path / "one").open() as host:
-            host.put(blobs("a"))
-            host.publish()
+        Host(place, tmp_path / "one").back_up(blobs("a"))
         recording = RecordingStorage(place.storage)
         with Host(place, tmp_path / "one", storage=recording).open(READER):
             assert (recording.calls[0].method, recording.calls[0].name) == ("list", "deltas")
@@ -69,9 +71,7 @@ class TestTwoHosts:
     def test_a_writer_looks_at_each_new_pack_once_and_then_stores_nothing_twice(
         self, place: Place, tmp_path: Path
     ) -> None:
-        with Host(place, tmp_path / "one").open() as host:
-            host.put(blobs("a"))
-            host.publish()
+        Host(place, tmp_path / "one").back_up(blobs("a"))
         recording = RecordingStorage(place.storage)
         two = Host(place, tmp_path / "two", storage=recording)
         for expected in (1, 0):
@@ -85,9 +85,7 @@ class TestTwoHosts:
     def test_a_reader_does_not_count_a_pack_as_stored_that_it_has_not_seen(
         self, place: Place, tmp_path: Path
     ) -> None:
-        with Host(place, tmp_path / "one").open() as host:
-            host.put(blobs("a"))
-            host.publish()
+        Host(place, tmp_path / "one").back_up(blobs("a"))
         two = Host(place, tmp_path / "two")
         with two.open(READER) as host:
             assert not host.has(blobs("a")[0])
@@ -138,9 +136,7 @@ class TestTwoHosts:
     ) -> None:
         one = Host(place, tmp_path / "one")
         for label in "abcd":
-            with one.open() as host:
-                put_packs(host, label, 5)
-                host.publish()
+            one.back_up(*many_packs(label, 5))
         with one.open(READER) as host:
             expected = locations(host.index)
         export(place.storage, tmp_path / "repository")
@@ -186,9 +182,7 @@ class TestLostAndForgedDeltas:
     ) -> None:
         one = Host(place, tmp_path / "one")
         for label in "abc":
-            with one.open() as host:
-                host.put(blobs(label))
-                host.publish()
+            one.back_up(blobs(label))
         with one.open() as host:
             expected = locations(host.index)
         one.lose_index()
@@ -262,9 +256,7 @@ class TestLostAndForgedDeltas:
         self, place: Place, tmp_path: Path
     ) -> None:
         one = Host(place, tmp_path / "one")
-        with one.open() as host:
-            host.put(blobs("a"))
-            host.publish()
+        one.back_up(blobs("a"))
         with Host(place, tmp_path / "two").open(READER) as reader:
             with one.open(MAINTENANCE) as host:
                 old = host.packs()
@@ -392,9 +384,7 @@ class TestLostAndForgedDeltas:
         self, place: Place, tmp_path: Path
     ) -> None:
         one, two = (Host(place, tmp_path / name) for name in ("one", "two"))
-        with one.open() as host:
-            host.put(blobs("a"))
-            host.publish()
+        one.back_up(blobs("a"))
         with two.open() as host:
             assert host.has(blobs("a")[0])
             (pack,) = host.packs()
@@ -420,9 +410,7 @@ class TestMerge:
     ) -> None:
         one = Host(place, tmp_path / "one")
         for label in "abcde":
-            with one.open() as host:
-                host.put(blobs(label))
-                host.publish()
+            one.back_up(blobs(label))
         with one.open(MAINTENANCE) as host:
             result = host.merge(margin_ms=10_000_000)
             assert (result.written, result.replaced, result.deleted) == (1, 5, 0)
@@ -440,9 +428,7 @@ class TestMerge:
     ) -> None:
         one = Host(place, tmp_path / "one")
         for label in "abcde":
-            with one.open() as host:
-                host.put(blobs(label))
-                host.publish()
+            one.back_up(blobs(label))
         with one.open(MAINTENANCE) as host:
             host.merge(margin_ms=10_000_000)
         recording = RecordingStorage(place.storage)
@@ -455,9 +441,7 @@ class TestMerge:
     ) -> None:
         one = Host(place, tmp_path / "one")
         for label in "abcdefgh":
-            with one.open() as host:
-                put_packs(host, label, 6)
-                host.publish()
+            one.back_up(*many_packs(label, 6))
         with one.open(MAINTENANCE) as host:
             host.remove(sorted(host.packs())[::2])
             result = host.merge(margin_ms=0, most_bytes=4000)
@@ -472,12 +456,8 @@ class TestMerge:
         self, place: Place, tmp_path: Path
     ) -> None:
         one = Host(place, tmp_path / "one")
-        with one.open() as host:
-            put_packs(host, "a", 14)
-            host.publish()
-        with one.open() as host:
-            host.put(blobs("b"))
-            host.publish()
+        one.back_up(*many_packs("a", 14))
+        one.back_up(blobs("b"))
         with one.open(MAINTENANCE) as host:
             host.remove(sorted(host.packs())[:1])
             # The large one stays, the two small ones are merged.
@@ -488,9 +468,7 @@ class TestMerge:
             assert host.packs() == expected
 
     def test_a_pack_in_no_delta_is_published_by_a_merge(self, place: Place, tmp_path: Path) -> None:
-        with Host(place, tmp_path / "one").open() as host:
-            host.put(blobs("a"))
-            host.publish()
+        Host(place, tmp_path / "one").back_up(blobs("a"))
         with Host(place, tmp_path / "dead").open() as host:
             host.put(blobs("b"))  # its process dies here
         with Host(place, tmp_path / "two").open() as host:
@@ -503,9 +481,7 @@ class TestMerge:
     def test_deltas_are_rebuilt_from_the_packs(self, place: Place, tmp_path: Path) -> None:
         one = Host(place, tmp_path / "one")
         for label in "abc":
-            with one.open() as host:
-                host.put(blobs(label))
-                host.publish()
+            one.back_up(blobs(label))
         with one.open() as host:
             expected = locations(host.index)
         builder = DeltaBuilder()
@@ -526,9 +502,7 @@ class TestSessions:
         self, place: Place, tmp_path: Path
     ) -> None:
         one = Host(place, tmp_path / "one")
-        with one.open() as host:
-            host.put(blobs("a"))
-            host.publish()
+        one.back_up(blobs("a"))
         with one.open() as host:
             host.put(blobs("b"))  # its process dies here
         with one.open() as host:
@@ -552,9 +526,7 @@ class TestSessions:
         self, place: Place, tmp_path: Path
     ) -> None:
         one = Host(place, tmp_path / "one")
-        with one.open() as host:
-            host.put(blobs("a"))
-            host.publish()
+        one.back_up(blobs("a"))
         with one.open() as host:
             assert host.publish() == []
 
