@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from casfs.atomic_file import replace_file
 from casfs.crypto.trust_root import TrustRoot
 from casfs.digest import digest_of
 from casfs.errors import NoHomeError, StorageError, TrustError
@@ -227,16 +228,9 @@ def _pin_path(name: str, make: bool = True) -> Path:
 
 def write_state_file(path: Path, data: bytes) -> None:
     """Replace a file of the state atomically and durably, with mode 0600; raise StorageError."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        os.replace(temporary, path)
+        replace_file(path, data, durable=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError("write", str(path), error) from error
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from casfs.atomic_file import replace_file
 from casfs.digest import codes_equal
 from casfs.errors import CasfsError, IndexUnusableError, NoHomeError
 from casfs.index.index import DATA_FILE, LOCK_FILE, Index
@@ -62,11 +63,11 @@ def write_fingerprint(path: Path) -> None:
         before = os.stat(data)
         digest = _digest(data, before)
         if _state(before) != _state(os.stat(data)):
-            _replace(path, _stale_line(key))
+            replace_file(path / FINGERPRINT_FILE, _stale_line(key))
             return
         size, mtime_ns = _state(before)
         line = _FORM.format(size=size, mtime_ns=mtime_ns, digest=digest)
-        _replace(path, f"{line} {_code(key, line)}\n".encode())
+        replace_file(path / FINGERPRINT_FILE, f"{line} {_code(key, line)}\n".encode())
     except (OSError, CasfsError) as error:
         log.info("the index in %s gets no fingerprint: %s", path, error)
 
@@ -78,22 +79,9 @@ def mark_index_damaged(path: Path) -> None:
     effect. Log a failure; raise nothing.
     """
     try:
-        _replace(path, _DAMAGED_MARK)
+        replace_file(path / FINGERPRINT_FILE, _DAMAGED_MARK)
     except OSError as error:
         log.info("the index in %s cannot be marked damaged: %s", path, error)
-
-
-def _replace(path: Path, text: bytes) -> None:
-    """Replace the fingerprint; a link in the place of the old one, or of the new file, is not followed."""
-    temporary = path / f"{FINGERPRINT_FILE}.{os.urandom(8).hex()}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "wb") as file:
-            file.write(text)
-        os.rename(temporary, path / FINGERPRINT_FILE)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def require_probe(path: Path) -> None:
@@ -106,7 +94,7 @@ def require_probe(path: Path) -> None:
     except (OSError, CasfsError):
         return  # without a secret every opener does
     if (path / DATA_FILE).exists() and _read_fingerprint(path, key) is not None:
-        _replace(path, _stale_line(key))
+        replace_file(path / FINGERPRINT_FILE, _stale_line(key))
 
 
 def _stale_line(key: bytes) -> bytes:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from casfs.atomic_file import replace_file
+from casfs.errors import StorageError
 from casfs.run.state import ProfileState
-from casfs.text_file import replace_text_file
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -105,7 +106,10 @@ def write_metrics(path: Path, text: str) -> None:
 
     The name of the unfinished file does not end in `.prom`, so no collector reads it.
     """
-    replace_text_file(path, text, "write the metrics file")
+    try:
+        replace_file(path, text.encode(), mode=0o644)
+    except OSError as error:
+        raise StorageError("write the metrics file", str(path), error) from error
 
 
 def _one(name: str, help_text: str, value: float | None) -> Metric:

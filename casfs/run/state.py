@@ -14,12 +14,12 @@ import fcntl
 import hashlib
 import logging
 import os
-import secrets
 import time
 from pathlib import Path
 
 import msgspec
 
+from casfs.atomic_file import replace_file
 from casfs.errors import LockedError, StorageError
 from casfs.json_document import InvalidJsonError, parse_json
 from casfs.user_dirs import make_private_folder, require_private_folder, user_folder
@@ -109,19 +109,10 @@ class ProfileFiles:
 
     def save(self, state: ProfileState) -> None:
         """Replace the record durably; raises StorageError."""
-        unfinished = self._state.with_suffix(f".{secrets.token_hex(8)}.tmp")
         try:
             self._make_folder()
-            fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                with os.fdopen(fd, "wb") as file:
-                    file.write(msgspec.json.format(msgspec.json.encode(state)) + b"\n")
-                    file.flush()
-                    os.fsync(fd)
-                os.replace(unfinished, self._state)
-            except BaseException:
-                unfinished.unlink(missing_ok=True)
-                raise
+            text = msgspec.json.format(msgspec.json.encode(state)) + b"\n"
+            replace_file(self._state, text, durable=True)
         except OSError as error:
             raise StorageError("write the record of runs", str(self._state), error) from error
 

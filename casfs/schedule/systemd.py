@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from casfs.atomic_file import replace_file
 from casfs.errors import CasfsError, StorageError, UsageError
 from casfs.schedule.units import Units, unit_name
-from casfs.text_file import replace_text_file
 from casfs.user_dirs import base_folder
 
 SYSTEM_UNITS = Path("/etc/systemd/system")
@@ -144,6 +144,6 @@ def _user_units() -> Path:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text.encode(), mode=0o644)
     except OSError as error:
         raise StorageError("write the unit", str(path), error) from error
-    replace_text_file(path, text, "write the unit")

@@ -24,6 +24,7 @@ PROJECT = Path(casfs.__file__).parent.parent
 # not know each other. `docs/architecture.md` explains the layers.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
+        "casfs.atomic_file",
         "casfs.digest",
         "casfs.display",
         "casfs.errors",
@@ -33,7 +34,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "casfs.paths",
         "casfs.patterns",
         "casfs.server_process",
-        "casfs.text_file",
         "casfs.user_dirs",
         "casfs.wildmatch",
     ),
