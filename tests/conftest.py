@@ -21,9 +21,13 @@ import subprocess
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from tests.support.servers import S3Server, SshServer
 
 LOGGERS = ("casfs", "casfs_mount")
 
@@ -63,6 +67,25 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """SeaweedFS with a bucket `casfs`; one for the process that runs the tests."""
+    from tests.support.servers import seaweedfs
+
+    with seaweedfs() as server:
+        server.make_bucket("casfs")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ssh_server() -> Iterator[SshServer]:
+    """An SSH server of this user; one for the process that runs the tests."""
+    from tests.support.servers import sshd
+
+    with sshd() as server:
+        yield server
 
 
 def fuse_problem(device: str = "/dev/fuse", program: str = "fusermount3") -> str | None:

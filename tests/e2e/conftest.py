@@ -22,7 +22,7 @@ from tests.support import full_tree as everything
 from tests.support.cli import Casfs, program
 from tests.support.effort import EFFORT
 from tests.support.remote import on_s3, over_ssh
-from tests.support.servers import S3Server, SshServer, seaweedfs, sshd
+from tests.support.servers import S3Server, SshServer
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +97,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def place(request: pytest.FixtureRequest) -> str:
     """Where the repository is: LOCAL, S3 or SFTP."""
     return str(getattr(request, "param", LOCAL))
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
-    """SeaweedFS with a bucket `casfs`."""
-    with seaweedfs() as server:
-        server.make_bucket("casfs")
-        yield server
-
-
-@pytest.fixture(scope="session")
-def ssh_server() -> Iterator[SshServer]:
-    with sshd() as server:
-        yield server
 
 
 _serials = itertools.count()

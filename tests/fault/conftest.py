@@ -12,8 +12,17 @@ import pytest
 from casfs.backup import capture
 from casfs.format.versions import DEFAULT_FORMAT
 from tests.support.capturing import BackupFixture, open_backup_fixture
+from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.support.process_runner import Scene, Stage, make_scene
 from tests.support.scripted_source import ScriptedSource, scripted_source
+from tests.support.servers import S3Server
+
+
+@pytest.fixture(scope="module")
+def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
+    """A proxy before the server, whose requests fail as a test says."""
+    with faulty_proxy(s3_server.endpoint) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

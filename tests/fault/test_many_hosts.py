@@ -14,18 +14,11 @@ import pytest
 from tests.support.cli import program
 from tests.support.effort import EFFORT, dice
 from tests.support.remote import RemoteCasfs, on_s3
-from tests.support.servers import S3Server, seaweedfs
+from tests.support.servers import S3Server
 
 HOSTS = 4
 ROUNDS = 5 * EFFORT
 _MOST_LIFE_S = 4.0
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with seaweedfs() as started:
-        started.make_bucket("hosts")
-        yield started
 
 
 class Host:
@@ -78,10 +71,10 @@ class Host:
 @pytest.mark.slow
 @pytest.mark.timeout(300 + 120 * EFFORT)
 def test_hosts_that_back_up_prune_and_die_at_random_lose_nothing_published(
-    server: S3Server, tmp_path: Path
+    s3_server: S3Server, tmp_path: Path
 ) -> None:
     chance = dice()
-    first = on_s3(server, "hosts", f"r{chance.randrange(10**9)}", tmp_path / "home")
+    first = on_s3(s3_server, "casfs", f"hosts-{chance.randrange(10**9)}", tmp_path / "home")
     first.home.mkdir()
     first.run("init")
     hosts = [

@@ -27,13 +27,12 @@ from casfs.storage import object_store, retry
 from casfs.storage.url import parse_address
 from tests.support.comparing import tree_differences
 from tests.support.effort import EFFORT
-from tests.support.faulty_proxy import Fault, FaultyProxy, ProxiedRequest, faulty_proxy
+from tests.support.faulty_proxy import Fault, FaultyProxy, ProxiedRequest
 from tests.support.network_scene import NetworkScene
-from tests.support.servers import S3Server, seaweedfs
+from tests.support.servers import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 * EFFORT)]
 
-BUCKET = "casfs-faults"
 _serials = itertools.count()
 
 REPEATED = frozenset(
@@ -60,19 +59,6 @@ ALIKE = (
 )
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with seaweedfs() as running:
-        running.make_bucket(BUCKET)
-        yield running
-
-
-@pytest.fixture(scope="module")
-def proxy(server: S3Server) -> Iterator[FaultyProxy]:
-    with faulty_proxy(server.endpoint) as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time out and try again soon: what a request meets does not depend on how long it waits."""
@@ -87,9 +73,9 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def scene(server: S3Server, proxy: FaultyProxy, tmp_path: Path, own_home: Path) -> NetworkScene:
+def scene(s3_server: S3Server, proxy: FaultyProxy, tmp_path: Path, own_home: Path) -> NetworkScene:
     """A repository with two snapshots."""
-    return NetworkScene.create(server, proxy, tmp_path, f"s3://{BUCKET}/r{next(_serials)}")
+    return NetworkScene.create(s3_server, proxy, tmp_path, f"s3://casfs/faults-{next(_serials)}")
 
 
 def message_of(error: CasfsError) -> str:

@@ -12,21 +12,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from casfs.repository.opening import open_for_reading
-from tests.support.faulty_proxy import Fault, FaultyProxy, ProxiedRequest, faulty_proxy
+from tests.support.faulty_proxy import Fault, FaultyProxy, ProxiedRequest
 from tests.support.network_scene import NetworkScene
 from tests.support.remote import on_s3
-from tests.support.servers import S3Server, seaweedfs
+from tests.support.servers import S3Server
 from tests.support.stores import PROJECT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-BUCKET = "casfs-kills"
 HUNG_S = 120
 _serials = itertools.count()
 
@@ -40,28 +38,15 @@ sys.exit(run(sys.argv[1:]))
 """The command with small packs, so that a small source fills several."""
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with seaweedfs() as running:
-        running.make_bucket(BUCKET)
-        yield running
-
-
-@pytest.fixture(scope="module")
-def proxy(server: S3Server) -> Iterator[FaultyProxy]:
-    with faulty_proxy(server.endpoint) as running:
-        yield running
-
-
 @pytest.fixture
-def scene(server: S3Server, proxy: FaultyProxy, tmp_path: Path, own_home: Path) -> NetworkScene:
+def scene(s3_server: S3Server, proxy: FaultyProxy, tmp_path: Path, own_home: Path) -> NetworkScene:
     """A repository with two snapshots."""
-    return NetworkScene.create(server, proxy, tmp_path, f"s3://{BUCKET}/r{next(_serials)}")
+    return NetworkScene.create(s3_server, proxy, tmp_path, f"s3://casfs/kills-{next(_serials)}")
 
 
 def start(scene: NetworkScene, *arguments: str) -> subprocess.Popen[bytes]:
     """Start the command, which reaches the server through the proxy."""
-    host = on_s3(scene.server, BUCKET, "", Path(os.environ["HOME"]))
+    host = on_s3(scene.server, "casfs", "", Path(os.environ["HOME"]))
     places = {
         "CASFS_REPOSITORY": scene.url,
         "AWS_ENDPOINT_URL": scene.proxy.endpoint,
