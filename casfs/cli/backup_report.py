@@ -1,4 +1,4 @@
-"""What a backup reports at its end: its summary, its JSON line and its exit code."""
+"""The report of a backup: its summary, its JSON line and its exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user chose for all commands: the repository, the output format, the keys, and the snapshots."""
+"""The choices of the user for all commands: repository, output format, keys and snapshots."""
 
 from __future__ import annotations
 

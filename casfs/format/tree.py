@@ -395,7 +395,7 @@ HardLinkKey = tuple[int, int, int, int, bytes]
 
 
 def hard_link_key(node: Node) -> HardLinkKey | None:
-    """Return what the names of one stored file have in common, or None for an entry with one name.
+    """Return a key that all names of one stored file share, or None for an entry with one name.
 
     Besides device and inode these are the type, the device number and the content: a file that changed
     between the visits of two of its names is two files in the snapshot, and an inode may have served two

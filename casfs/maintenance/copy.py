@@ -176,7 +176,7 @@ def _stored(result: ReadResult) -> tuple[bytes, int, Digest | None]:
 
 
 def _identity(snapshot: Snapshot) -> object:
-    """Return what a snapshot and its copies share and other snapshots do not."""
+    """Return a key that is equal for a snapshot and its copies, and for no other snapshot."""
     tree = snapshot.root.tree
     sizes = (tree.nodes, tree.total_bytes, tree.flagged) if tree is not None else None
     return snapshot.time_ns, snapshot.host, snapshot.paths, snapshot.tags, sizes, snapshot.stats

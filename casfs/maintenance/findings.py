@@ -1,4 +1,4 @@
-"""What a check reports about an object that is damaged, missing or inconsistent."""
+"""The findings of a check: objects that are damaged, missing or inconsistent."""
 
 from __future__ import annotations
 

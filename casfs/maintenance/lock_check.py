@@ -43,7 +43,7 @@ class LockReport:
 
 
 def check_locks(repository: Repository, monitor: Monitor, now_s: int) -> LockReport | None:
-    """Return what is locked until when, None where the place locks nothing; raise StorageError.
+    """Return the ends of the locks, or None where the place locks nothing; raise StorageError.
 
     A lock that ended before `now_s` counts as none.
     """

@@ -1,4 +1,4 @@
-"""What the needed blobs take of each pack: the basis of the decisions of both kinds of prune."""
+"""The usage of each pack by needed blobs, from which both kinds of prune decide."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NeededPacks:
 def measure_usage(
     repository: Repository, needed: NeededBlobs, require_same_index: Callable[[], None]
 ) -> NeededPacks:
-    """Return what the needed blobs take of each pack.
+    """Return the usage of each pack by needed blobs.
 
     Raise IndexUnusableError where the index lists fewer of them than before, unless `require_same_index`
     raises first because another index has replaced it.

@@ -1,4 +1,4 @@
-"""What object lock means for a prune: packs that stay until their locks end, and locks that are extended.
+"""Object lock in a prune: locked packs stay until their locks end, and needed locks are extended.
 
 A pack whose lock has not ended is neither marked for removal nor repacked: the server would keep it, and
 writers would store its blobs again. That is no error: a later prune removes it. What kept snapshots need is

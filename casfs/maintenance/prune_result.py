@@ -1,4 +1,4 @@
-"""What a prune reports: its counts, and why it removed nothing or stopped."""
+"""The result of a prune: its counts, or the reason why it removed nothing or stopped."""
 
 from __future__ import annotations
 

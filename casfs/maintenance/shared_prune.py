@@ -375,6 +375,6 @@ class SharedPruner:
 def new_pruner(
     repository: Repository, options: PruneOptions, monitor: Monitor
 ) -> Pruner | SharedPruner:
-    """Return what prunes a repository: by its locks, or by the rules for places without locks."""
+    """Return the pruner of a repository: by its locks, or by the rules for places without locks."""
     kind = SharedPruner if is_shared(repository.store.storage) else Pruner
     return kind(repository, options, monitor)

@@ -1,4 +1,4 @@
-"""What shows other processes that this one uses a repository: its lock and its presence object.
+"""The marks that show other processes that this one uses a repository: a lock and a presence object.
 
 A lock is seen by the processes that open the repository's folder. A presence object is seen by all hosts; it
 is written where hosts use the repository over a network.

@@ -96,7 +96,7 @@ def has_deltas(place: Place, config: RepositoryConfig) -> bool:
 
 
 def make_delta_sync(store: BlobStore, ciphers: PackCiphers | None) -> DeltaSync:
-    """Return what applies index deltas to a store with the keys of this process."""
+    """Return a sync that applies index deltas to a store with the keys of this process."""
     from casfs.store.delta_sync import DeltaSync
 
     if ciphers is None:

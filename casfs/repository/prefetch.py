@@ -205,7 +205,7 @@ class _TreeScanner:
     def batches(self) -> Iterator[_Batch]:
         """Yield batches of blobs, up to the first tree that cannot be read."""
         here = self._path
-        # A hostile tree may have more directories than anybody can wait for, and no file to put into a batch.
+        # A hostile tree may have more directories than a command can read, and no file to put into a batch.
         while not self._is_stopped():
             try:
                 path, node = next(self._entries, (None, None))

@@ -1,6 +1,6 @@
-"""Who wrote each snapshot: which are proven, and which replace others.
+"""The writers of snapshots: which snapshots are proven, and which replace others.
 
-Anybody who can write to the storage can add snapshots. In an encrypted repository the writer of a proven
+Every writer to the storage can add snapshots. In an encrypted repository the writer of a proven
 snapshot knew the repository's own secret, and in format 2 a machine that this one trusts for the host signed
 it. Used by one thread.
 """
@@ -119,8 +119,8 @@ class Provenance:
     def uncounted_copies(self, snapshot_ids: Iterable[SnapshotId]) -> set[SnapshotId]:
         """Return which snapshots must count in no retention rule, since each only repeats another one.
 
-        The author does not sign the tags. So anybody who can read a proven snapshot and write to the storage
-        can publish it any number of times, with other tags. Of those with the same author's signature, the
+        The author does not sign the tags. So a reader of a proven snapshot who can write to the storage can
+        publish it any number of times, with other tags. Of those with the same author's signature, the
         ones count that a trusted machine published, or one if there are none. Raises as `load` does.
         """
         writers = self.trusted_writers()
@@ -147,7 +147,7 @@ class Provenance:
         return writers is None or writers.trusts_publisher(signed)
 
     def learn_writers(self) -> list[HostKey]:
-        """Trust the machines that signed the snapshots which are there now; return the keys that are new.
+        """Trust the machines that signed the snapshots that exist now; return the keys that are new.
 
         Raise the errors of `load` only where no snapshot at all can be read.
         """

@@ -99,12 +99,12 @@ class Repository:
 
     @property
     def delta_sync(self) -> DeltaSync:
-        """What reads index deltas with the keys of this process."""
+        """The sync of index deltas, with the keys of this process."""
         return make_delta_sync(self.store, make_ciphers(self.store.storage, self.key_manager))
 
     @cached_property
     def claims(self) -> ClaimVerifier:
-        """What verifies what other machines stored, before a writer relies on it."""
+        """The verifier of data that other machines stored, before a writer relies on it."""
         from casfs.store.claims import ClaimVerifier
 
         return ClaimVerifier(self.store)

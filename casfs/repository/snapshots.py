@@ -152,7 +152,7 @@ class SnapshotStore:
             self.publisher.begin_again()
 
     def repeat_until_published(self, attempt: Callable[[], T], doing: str) -> T:
-        """Return what an attempt to store and publish returns; repeat it while other hosts remove its packs.
+        """Return the result of an attempt to store and publish; repeat it while other hosts remove its packs.
 
         `doing` names the attempt in a warning. Raise PacksRemovedError after the last attempt.
         """

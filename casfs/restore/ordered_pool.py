@@ -28,7 +28,7 @@ class Pending(Protocol[R]):
 
 
 class Workers(Protocol[J, R]):
-    """What runs batches beside the caller."""
+    """Workers that run batches beside the caller."""
 
     def submit(self, jobs: list[J]) -> Pending[R] | None:
         """Give a batch to a worker; return None where the caller runs it itself."""

@@ -45,7 +45,7 @@ def open_root(target: bytes) -> tuple[int, int | None, bool]:
 def _follow(path: bytes) -> int:
     """Open a directory by a path with symlinks, for `dir_fd`; raise OSError as `open_root` does.
 
-    The kernel follows such a link only in sticky folders that everybody can write: it compares the owners in
+    The kernel follows such a link only in sticky folders that every user can write: it compares the owners in
     the same way.
     """
     trusted = (os.geteuid(), 0, *unmapped_users())

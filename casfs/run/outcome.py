@@ -124,7 +124,7 @@ def worst_exit(codes: Iterable[int]) -> int:
 
 
 def outcome_of(code: int) -> Outcome:
-    """Return the outcome that an exit code stands for.
+    """Return the outcome that an exit code means.
 
     Unreadable sources are a failure, because a disk that is not mounted looks like that.
     """

@@ -62,7 +62,7 @@ def _verdict(step: StepOutcome) -> str:
 
 
 def _numbers(step: StepOutcome) -> list[str]:
-    """Return what the command of a step counted, as far as it matters to people."""
+    """Return the numbers of a step that the summary for people has."""
     size, files = step.number("bytes"), step.number("files")
     if step.step is StepName.BACKUP and size is not None and files is not None:
         texts = [

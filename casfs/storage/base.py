@@ -64,7 +64,7 @@ class ListedObject(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a kind of back end supports. `probe.py` tests a particular back end."""
+    """The features of a kind of back end. `probe.py` tests a particular back end."""
 
     creates_exclusively: bool
     """Of two concurrent creations of the same name, only one succeeds. Correctness never depends on it."""
@@ -120,7 +120,7 @@ class Storage(Protocol):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this back end supports."""
+        """The features of this back end."""
 
     @property
     def bucket(self) -> Bucket | None:

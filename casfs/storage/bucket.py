@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 @dataclass(frozen=True, slots=True)
 class BucketSettings:
-    """What a bucket is set to do; `default_lock_s` is for how long it locks every new object, or None."""
+    """The settings of a bucket; `default_lock_s` is for how long it locks every new object, or None."""
 
     keeps_versions: bool
     can_lock: bool
@@ -40,7 +40,7 @@ class Bucket(Protocol):
     """The versions and the locks of the objects of a repository. The module docstring states what holds."""
 
     def settings(self) -> BucketSettings:
-        """Return what the bucket is set to do; raise StorageError."""
+        """Return the settings of the bucket; raise StorageError."""
 
     def locked_until_s(self, name: str) -> int | None:
         """Return the end of the lock of an object's newest version, None without a lock.

@@ -22,7 +22,7 @@ _COMMAND_TIMEOUT_S = 120
 
 
 def run_command(command: str, place: str) -> str:
-    """Return what a credentials-command prints; raise StorageDeniedError where it fails."""
+    """Return the output of a credentials-command; raise StorageDeniedError where it fails."""
     try:
         done = subprocess.run(
             command,

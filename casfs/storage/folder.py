@@ -26,7 +26,7 @@ _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | o
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 _NEW_FOLDER_MODE = 0o775
-"""Before the umask: a folder that anybody can write lets anybody replace what is in it."""
+"""Before the umask: a folder that every user can write lets every user replace what is in it."""
 
 
 def allows_foreign_folders() -> bool:

@@ -1,4 +1,4 @@
-"""Whether this process has been asked to end: what waits for a network looks here.
+"""The request to end this process, at which every wait for a network looks.
 
 A call of a library that waits for a server cannot be ended from outside, and a thread that waits for it would
 keep the process alive until the timeout. So every wait for a remote storage ends within a second once

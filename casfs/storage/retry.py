@@ -194,7 +194,7 @@ class RetryingBucket(BucketWrapper):
         self._retrier = retrier
 
     def settings(self) -> BucketSettings:
-        """Return what the bucket is set to do."""
+        """Return the settings of the bucket."""
         return self._retrier.run(self.inner.settings)
 
     def locked_until_s(self, name: str) -> int | None:

@@ -204,7 +204,7 @@ class S3Connection:
         return urlsplit(name if "://" in name else f"http://{name}")
 
     def _proxied_prefix(self) -> str:
-        """Return what comes before the path in the request of a proxy that is no tunnel."""
+        """Return the prefix of the path in a request to a proxy that is no tunnel, else ""."""
         is_plain = self._tls is None and self._proxy() is not None
         return f"http://{self._url.netloc}" if is_plain else ""
 

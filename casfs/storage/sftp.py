@@ -1,8 +1,8 @@
 """A storage on a machine that is reached by SSH: SFTP through the user's own `ssh`.
 
 An object is uploaded below `uploads/`, synced, and linked to its name: OpenSSH's `hardlink@openssh.com` fails
-where the name exists. Then its folder is synced, by opening it as a file: SFTP has no other way. A
-connection that ended is made again by the next call; `retry.RetryingStorage` makes that call.
+where the name exists. Then its folder is synced, by opening it as a file: SFTP has no other way. The
+next call after the end of a connection makes another one; `retry.RetryingStorage` makes that call.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class StorageWrapper:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the inner storage supports."""
+        """The features of the inner storage."""
         return self.inner.capabilities
 
     @property
@@ -105,7 +105,7 @@ class BucketWrapper:
         self.inner = inner
 
     def settings(self) -> BucketSettings:
-        """Return what the bucket is set to do."""
+        """Return the settings of the inner bucket."""
         return self.inner.settings()
 
     def locked_until_s(self, name: str) -> int | None:

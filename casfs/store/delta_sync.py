@@ -50,7 +50,7 @@ _MOST_TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class SyncResult:
-    """What a sync did.
+    """The result of a sync.
 
     `is_complete` means that the deltas name every pack, but for those of sessions that are running or were
     interrupted. `removed` are the packs that it removed from the index. `unusable` deltas are damaged; their
@@ -172,7 +172,7 @@ class DeltaSync:
 
 @dataclass(slots=True)
 class _Pending:
-    """What is in memory and not in the index yet: rows, and the notes of the deltas that they complete."""
+    """Rows that are in memory and not in the index yet, and the notes of the deltas that they complete."""
 
     rows: list[Row] = field(default_factory=list)
     packs: dict[int, PackId] = field(default_factory=dict)

@@ -208,11 +208,10 @@ def backup(
     A backup to an encrypted repository needs no identity. With an identity, casfs compares the files with
     the previous snapshot.
 
-    Exit code 3: the snapshot is published, but some sources could not be read, or it
-    could not be locked. Exit code 4: some files
-    changed while they were read, or --reread found silent changes. Exit code 5: the
-    snapshot is published, but a pack of another machine, or of a lost index, lacked
-    data, which are stored again.
+    Exit code 3: the snapshot is published, but some sources could not be read, or it could not be locked.
+    Exit code 4: some files changed while they were read, or --reread found silent changes. Exit code 5: the
+    snapshot is published, but a pack of another machine, or of a lost index, lacked data, which are stored
+    again.
     """
     from casfs.backup.exclude import Exclusions
     from casfs.backup.reflink import Freeze
