@@ -108,7 +108,9 @@ def plan_policy(
     groups: dict[GroupKey, list[Candidate]] = {}
     unproven: list[Candidate] = []
     everything = list(repository.snapshots.iterate())
-    uncounted = repository.snapshots.provenance.uncounted_copies(snapshot_id for snapshot_id, _ in everything)
+    uncounted = repository.snapshots.provenance.uncounted_copies(
+        snapshot_id for snapshot_id, _ in everything
+    )
     for snapshot_id, snapshot in everything:
         if not choice.accepts(snapshot):
             continue
@@ -153,7 +155,9 @@ def select_by_name(
         except IntegrityError:
             found[snapshot_id] = Candidate(snapshot_id, None)
     everything = [snapshot_id for snapshot_id, _ in repository.snapshots.iterate()]
-    proven = [one for one in everything if repository.snapshots.provenance.is_from_trusted_writer(one)]
+    proven = [
+        one for one in everything if repository.snapshots.provenance.is_from_trusted_writer(one)
+    ]
     left = set(proven or everything) - found.keys()
     if not left and not allow_all:
         raise RefusedError(
@@ -170,7 +174,9 @@ def forget(repository: Repository, candidates: Iterable[Candidate]) -> int:
     count = 0
     for candidate in candidates:
         if candidate.snapshot is not None:
-            for hidden in repository.snapshots.provenance.hidden_by(candidate.snapshot_id, candidate.snapshot):
+            for hidden in repository.snapshots.provenance.hidden_by(
+                candidate.snapshot_id, candidate.snapshot
+            ):
                 repository.snapshots.delete(hidden)
         try:
             repository.snapshots.delete(candidate.snapshot_id)

@@ -95,7 +95,9 @@ def repository_stats(repository: Repository) -> RepositoryStats:
     totals = [snapshot.root.tree for _, snapshot in snapshots]
     return RepositoryStats(
         snapshots=len(snapshots),
-        unproven=sum(not repository.snapshots.provenance.is_from_trusted_writer(one) for one, _ in snapshots),
+        unproven=sum(
+            not repository.snapshots.provenance.is_from_trusted_writer(one) for one, _ in snapshots
+        ),
         packs=len(packs),
         pack_bytes=sum(pack.pack_bytes for pack in packs),
         blobs=repository.store.index.blob_count(),

@@ -29,8 +29,8 @@ from casfs.repository.place import LocalPlace, Place, RemotePlace, as_place
 from casfs.repository.remote_writers import mark_remote_writers
 from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage
-from casfs.storage.reserve import allocate_reserve
 from casfs.storage.probe import probe_storage
+from casfs.storage.reserve import allocate_reserve
 
 if TYPE_CHECKING:
     # An unencrypted repository does not need this import.

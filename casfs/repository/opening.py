@@ -26,8 +26,8 @@ from casfs.repository.repository import Repository
 from casfs.repository.snapshot_listing import list_ahead
 from casfs.storage.concurrency import begin
 from casfs.storage.local import LocalStorage
-from casfs.storage.reserve import release_reserve
 from casfs.storage.locks import LockMode, remove_stale_temporaries
+from casfs.storage.reserve import release_reserve
 from casfs.store.blob_store import pack_name
 from casfs.store.index_update import UpdateOptions
 

@@ -31,8 +31,8 @@ from casfs.repository.snapshots import SnapshotStore
 from casfs.storage.base import Storage
 from casfs.storage.clock import StorageClock
 from casfs.storage.concurrency import begin
-from casfs.storage.reserve import allocate_reserve
 from casfs.storage.locks import LockMode, LockRecord
+from casfs.storage.reserve import allocate_reserve
 from casfs.store.blob_store import BlobStore
 from casfs.trees.reader import TreeReader
 

@@ -35,7 +35,6 @@ from casfs.storage.sftp_protocol import (
     pack_string,
 )
 
-
 _MAX_PACKET_BYTES = 1024 * 1024
 _PIPE_BYTES = 1024 * 1024
 _SILENCE_S = 120.0

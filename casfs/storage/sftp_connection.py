@@ -298,9 +298,7 @@ class SftpConnection:
 
     def _make_folder(self, path: str) -> None:
         try:
-            self.channel.request(Request.MKDIR, pack_string(path), FOLDER_MODE).result(
-                Reply.STATUS
-            )
+            self.channel.request(Request.MKDIR, pack_string(path), FOLDER_MODE).result(Reply.STATUS)
         except StatusError as error:
             if error.status != Status.FAILURE:
                 raise

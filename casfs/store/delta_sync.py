@@ -170,6 +170,7 @@ class DeltaSync:
             return True
         return any(note.is_complete for name, note in notes.items() if name in listed)
 
+
 @dataclass(slots=True)
 class _Pending:
     """Rows that are in memory and not in the index yet, and the notes of the deltas that they complete."""

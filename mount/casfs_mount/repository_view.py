@@ -327,7 +327,9 @@ class RepositoryView:
             self._index_new_packs(snapshot)
             self._add(snapshot_id, snapshot)
             changed = True
-            if not self._context.repository.snapshots.provenance.is_from_trusted_writer(snapshot_id):
+            if not self._context.repository.snapshots.provenance.is_from_trusted_writer(
+                snapshot_id
+            ):
                 log.warning(
                     "snapshot %s is unproven: the owner of the storage may have made it",
                     short_id(snapshot_id),

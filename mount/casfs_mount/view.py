@@ -151,7 +151,9 @@ class SnapshotView:
             context.repository.trees,
             self._damage,
             context.guard,
-            unproven=not context.repository.snapshots.provenance.is_from_trusted_writer(snapshot_id),
+            unproven=not context.repository.snapshots.provenance.is_from_trusted_writer(
+                snapshot_id
+            ),
         )
         self._root = root
         self._lock = threading.Lock()

@@ -356,7 +356,10 @@ class TestAbandonedFiles:
         found = backups.back_up(Path("documents"))
         target = tmp_path / "target"
         restore(found, target)
-        kept = [temporary_entries.temporary_name(), temporary_entries.TEMPORARY_PREFIX + b"1" * 16 + b"-1-1-1"]
+        kept = [
+            temporary_entries.temporary_name(),
+            temporary_entries.TEMPORARY_PREFIX + b"1" * 16 + b"-1-1-1",
+        ]
         for name in kept:
             (target / "documents" / os.fsdecode(name)).write_text("being written")
         assert restore(found, target, delete=True).deleted == []

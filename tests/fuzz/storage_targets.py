@@ -195,7 +195,11 @@ def _sftp(data: bytes) -> None:
 
 def _sftp_parts(data: bytes) -> None:
     """Parse the input as the payload of each kind of answer."""
-    for parse in (parse_names, lambda reply: parse_attributes(Reader(reply)), _Channel()._parse_version):
+    for parse in (
+        parse_names,
+        lambda reply: parse_attributes(Reader(reply)),
+        _Channel()._parse_version,
+    ):
         try:
             parse(data)
         except (ValueError, StorageError):

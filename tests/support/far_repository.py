@@ -14,8 +14,8 @@ from casfs.digest import SnapshotId
 from casfs.format.config import RepositoryConfig
 from casfs.format.pack import PackRef
 from casfs.format.versions import DEFAULT_FORMAT
-from casfs.maintenance.prune_result import PruneResult
 from casfs.maintenance.prune_plan import PruneOptions
+from casfs.maintenance.prune_result import PruneResult
 from casfs.maintenance.shared_prune import SharedPruner, new_pruner
 from casfs.monitor import RecordingMonitor
 from casfs.repository.creation import create_repository

@@ -20,8 +20,8 @@ from casfs.errors import CasfsError
 from casfs.format.tree import NodeType
 from casfs.maintenance.copy import SnapshotCopier
 from casfs.maintenance.drafts import ABANDONED_NS
-from casfs.maintenance.prune_result import NeededBlobsUnknownError
 from casfs.maintenance.prune_plan import PruneOptions
+from casfs.maintenance.prune_result import NeededBlobsUnknownError
 from casfs.maintenance.repair import SnapshotRepairer, repair_index
 from casfs.maintenance.rewrite import rewrite_snapshot
 from casfs.maintenance.shared_prune import OtherPruneError, SharedPruner

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from casfs.repository.place import Place
     from casfs.storage.base import Storage
 
+
 @click.command(cls=Verb)
 @click.argument("paths", nargs=-1, metavar="PATH...")
 @click.option(

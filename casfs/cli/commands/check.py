@@ -17,8 +17,8 @@ from casfs.display import counted, escape_path, format_size, were
 from casfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from casfs.maintenance.lock_check import LockReport
     from casfs.maintenance.findings import Finding
+    from casfs.maintenance.lock_check import LockReport
 
 
 @click.command(cls=Verb)

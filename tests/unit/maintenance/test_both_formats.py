@@ -16,8 +16,8 @@ from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
 from casfs.maintenance import prune_plan
 from casfs.maintenance.check import Checker
 from casfs.maintenance.prune import Pruner
-from casfs.maintenance.prune_result import PruneResult
 from casfs.maintenance.prune_plan import PruneOptions
+from casfs.maintenance.prune_result import PruneResult
 from casfs.maintenance.repair import SnapshotRepairer, repair_index
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor

@@ -27,8 +27,8 @@ from casfs.format.tree import (
 from casfs.index.schema import IndexedPack
 from casfs.maintenance import pack_verification
 from casfs.maintenance.check import Checker, CheckResult
-from casfs.maintenance.repair import SnapshotRepairer
 from casfs.maintenance.findings import Finding
+from casfs.maintenance.repair import SnapshotRepairer
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import open_for_maintenance

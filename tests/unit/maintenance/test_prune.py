@@ -20,8 +20,8 @@ from casfs.index.schema import Location
 from casfs.maintenance import prune_plan
 from casfs.maintenance.check import Checker
 from casfs.maintenance.prune import Pruner
-from casfs.maintenance.prune_result import NeededBlobsUnknownError, PruneResult
 from casfs.maintenance.prune_plan import PruneOptions
+from casfs.maintenance.prune_result import NeededBlobsUnknownError, PruneResult
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading

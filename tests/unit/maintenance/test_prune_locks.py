@@ -9,8 +9,8 @@ import pytest
 
 from casfs.errors import StorageDeniedError
 from casfs.maintenance.lock_check import check_locks
-from casfs.maintenance.prune_result import PruneResult
 from casfs.maintenance.prune_plan import PruneOptions
+from casfs.maintenance.prune_result import PruneResult
 from casfs.maintenance.shared_prune import SharedPruner
 from casfs.monitor import RecordingMonitor
 from casfs.repository.lock_policy import set_policy

@@ -14,6 +14,7 @@ from casfs.format.pack import BLOB_HEADER as RECORD_HEADER
 from casfs.format.snapshot import Snapshot, decode_snapshot
 from casfs.format.tree import CaptureState, ChangeReason, Node, capture_of, captured_digest
 from casfs.maintenance.check import Checker
+from casfs.maintenance.findings import Finding
 from casfs.maintenance.prune import Pruner
 from casfs.maintenance.prune_plan import PruneOptions
 from casfs.maintenance.repair import (
@@ -23,7 +24,6 @@ from casfs.maintenance.repair import (
     SwappedSnapshots,
     repair_index,
 )
-from casfs.maintenance.findings import Finding
 from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor, Unit
 from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_reading

@@ -266,7 +266,9 @@ class TestReportFolder:
     ) -> None:
         assert json.loads(mounted.text(b".casfs/snapshot.json"))["unproven"] is False
         monkeypatch.setattr(
-            mounted.repository.snapshots.provenance, "is_from_trusted_writer", lambda snapshot_id: False
+            mounted.repository.snapshots.provenance,
+            "is_from_trusted_writer",
+            lambda snapshot_id: False,
         )
         root = mounted.snapshot.root
         mounted.view = SnapshotView(mounted.context, mounted.snapshot_id, mounted.snapshot, root, 1)

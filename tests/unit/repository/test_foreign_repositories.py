@@ -14,8 +14,8 @@ from casfs.errors import CasfsError, RefusedError
 from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
 from casfs.storage.folder import ALLOW_FOREIGN_VARIABLE, Folder
 from casfs.storage.local import LocalStorage
-from casfs.storage.reserve import RESERVE_FILE, allocate_reserve
 from casfs.storage.locks import list_and_reap_locks, remove_stale_temporaries
+from casfs.storage.reserve import RESERVE_FILE, allocate_reserve
 from casfs.user_dirs import cached_index_dir, index_dir
 from tests.support.builders import RepositoryFixture
 from tests.support.other_user import OTHER_USER, needs_root
