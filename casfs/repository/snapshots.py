@@ -82,9 +82,9 @@ class Publisher(Protocol):
 class SnapshotStore:
     """The snapshots in one storage; `keys` is None if the repository is not encrypted. Used by one thread.
 
-    `provenance` says who wrote each of them. `loss_epoch` is the index's when the repository was opened for writing, 0 for a reader. `before_publish`
-    is called before a snapshot is stored. `publisher` is set for a writer. `listing` is for the first call of
-    `ids`, if it comes soon.
+    `provenance` says who wrote each of them. `loss_epoch` is the index's when the repository was opened for
+    writing, 0 for a reader. `before_publish` is called before a snapshot is stored. `publisher` is set for a
+    writer. `listing` is for the first call of `ids`, if it comes soon.
     """
 
     def __init__(
