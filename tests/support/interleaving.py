@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -103,6 +104,21 @@ def by_chance(dice: random.Random, share: float) -> Chooser:
         if running in enabled and dice.random() >= share:
             return running
         return dice.choice(enabled)
+
+    return choose
+
+
+def by_turns(turns: Sequence[tuple[int, int | None]]) -> Chooser:
+    """Let hosts go on in turn, each until it is about to make the call of a number, None: until it ends."""
+    gone: Counter[int] = Counter()
+
+    def choose(number: int, enabled: tuple[int, ...], running: int | None) -> int:
+        for host, stop in turns:
+            # The first time, a host goes on to its call 0.
+            if host in enabled and (stop is None or gone[host] <= stop):
+                gone[host] += 1
+                return host
+        return enabled[0]
 
     return choose
 

@@ -50,8 +50,10 @@ from tests.support.interleaving import (
     Interleaving,
     by_chance,
     by_list,
+    by_turns,
     faults_of,
 )
+from tests.support.storage_double import Call
 
 OPTIONS = OpenOptions(sync=False)
 
@@ -285,6 +287,11 @@ class Scenario:
         for name, number, fault in faults_of({host.name: host.calls for host in quiet.hosts}):
             found[name].setdefault(fault, []).append(number)
         return found
+
+    def calls_of(self, name: str) -> list[Call]:
+        """Return the calls of a host that goes on to its end before any other one begins."""
+        number = list(self.hosts).index(name)
+        return self.run(by_turns([(number, None)])).hosts[number].calls
 
     def by_chance(self, chance: random.Random) -> tuple[Chooser, dict[str, tuple[int, Fault]]]:
         """Return a schedule, and faults of some hosts, all by chance."""

@@ -29,6 +29,7 @@ from casfs.storage.locks import LockMode, LockRecord
 from casfs.storage.memory import MemoryStorage
 from casfs.store.pending_removal import (
     MAX_NOTICE_BYTES,
+    MAX_NOTICE_PACKS,
     MAX_NOTICES,
     DamagedNoticeError,
     RemovalNotice,
@@ -412,9 +413,10 @@ def test_a_pack_that_is_stored_again_has_another_name(far: FarRepository) -> Non
 
 
 def test_more_packs_than_fit_into_a_notice_are_named_in_several() -> None:
-    packs = {PackRef(PackId(n.to_bytes(32, "big")), n % 7 == 0) for n in range(450_000)}
+    numbers = range(MAX_NOTICE_PACKS + 1)
+    packs = {PackRef(PackId(n.to_bytes(32, "big")), n % 7 == 0) for n in numbers}
     notices = list(notices_of(5, packs))
-    assert len(notices) == 3 and {notice.time_s for notice in notices} == {5}
+    assert len(notices) == 2 and {notice.time_s for notice in notices} == {5}
     assert set().union(*(notice.pack_refs() for notice in notices)) == packs
     assert all(len(encode_notice(notice)[1]) < MAX_NOTICE_BYTES // 4 for notice in notices)
 
