@@ -13,61 +13,36 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 
 from casfs.errors import CasfsError
-from casfs.format.node_types import MODE_BITS
-from casfs.format.tree import Node, NodeType, hard_link_key
+from casfs.format.tree import Node
+from casfs_mount.attributes import Attributes
 from casfs_mount.damage_log import UnreadableError
+from casfs_mount.directory_listing import DirectoryLister
 from casfs_mount.event_loop_guard import WouldBlock
 from casfs_mount.file_reader import Readable
 from casfs_mount.idle_reader import IdleReader
-from casfs_mount.inodes import HARD_LINKS, HardLinks, StaleError, hard_link_number
+from casfs_mount.inodes import HARD_LINKS, HardLinks, StaleError
 from casfs_mount.logged_name import LoggedName
 from casfs_mount.page_cache import PageCache, StorePages
-from casfs_mount.view import VIRTUAL_XATTRS, RefusedError, View, allocated_bytes
+from casfs_mount.view import VIRTUAL_XATTRS, RefusedError, View
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-IMMUTABLE_TIMEOUT_S = 10_000_000.0
-"""Snapshots never change, so the kernel may cache their entries and attributes without limit."""
-
-CHANGING_TIMEOUT_S = 1.0
-"""How long the kernel may cache what changes when snapshots appear or disappear."""
-
-_FILE = int(NodeType.FILE)
-_TYPE_BITS = [MODE_BITS.get(kind, 0) for kind in range(max(NodeType) + 1)]
-"""A plain integer and a list, for the attributes of every entry."""
-
 _BLOCK_BYTES = 4096
-_PREFERRED_BYTES = 128 * 1024
-"""st_blksize, the size of programs' reads; a larger one costs them memory for every small file."""
-
 _READ_BUFFER_BYTES = 1024 * 1024
-
-_LISTED_NAME_BYTES = 1024
-"""FUSE_NAME_MAX of most kernels, which refuse the whole listing if one name is longer."""
-
-_BATCH_ENTRIES = 256
-"""Entries that a worker thread collects from an uncached directory for one reply."""
 
 _LOOKUP_THREADS = 4
 _READ_THREADS = 8
-
-
-class _Listing(NamedTuple):
-    """A directory from a position on: `.` and `..` with their names, then the entries that the view gives."""
-
-    dots: tuple[tuple[bytes, int, Node, int], ...]
-    entries: Iterable[tuple[int, Node, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +81,6 @@ class FileSystem(pyfuse3.Operations):
         super().__init__()
         self._view = view
         self._display = display
-        self._owner = display.owner
         # Without ACLs the kernel need not ask for them before it permits an access.
         self.enable_acl = self._has_xattrs = view.may_have_xattrs()
         self._pages = PageCache(store_pages if display.kernel_cache else None)
@@ -114,9 +88,8 @@ class FileSystem(pyfuse3.Operations):
         self._links = HardLinks()
         self._handles = itertools.count(1)
         self._open: dict[int, tuple[Readable, int]] = {}
-        # pyfuse3 copies the attributes into the reply at once, so one object serves all requests.
-        self._entry = pyfuse3.EntryAttributes()
-        self._entry.st_blksize = _PREFERRED_BYTES
+        self._attributes = Attributes(display.owner, view.range_start)
+        self._lister = DirectoryLister(view, self._attributes, self._links)
         self._buffer = memoryview(bytearray(_READ_BUFFER_BYTES))
         self._lookup_limiter = trio.CapacityLimiter(_LOOKUP_THREADS)
         self._read_limiter = trio.CapacityLimiter(_READ_THREADS)
@@ -131,18 +104,18 @@ class FileSystem(pyfuse3.Operations):
             found = self._find(parent, name)
         except WouldBlock:
             found = await self._in_thread(self._find, parent, name)
-        timeout = IMMUTABLE_TIMEOUT_S if self._view.is_immutable(parent) else CHANGING_TIMEOUT_S
-        entry = self._entry
+        is_immutable = self._view.is_immutable(parent)
+        attributes = self._attributes
         if found is None:
-            if timeout < IMMUTABLE_TIMEOUT_S:
+            if not is_immutable:
                 raise pyfuse3.FUSEError(errno.ENOENT)
-            entry.st_ino = 0
+            attributes.entry.st_ino = 0
         else:
-            number = self._fill_attributes(*found)
+            number = attributes.fill(*found)
             if number >= HARD_LINKS:
                 self._links.remember(number, found[0])
-        entry.entry_timeout = entry.attr_timeout = timeout
-        return entry
+        attributes.set_timeout(is_immutable)
+        return attributes.entry
 
     @errors_as_errno
     async def getattr(
@@ -154,12 +127,9 @@ class FileSystem(pyfuse3.Operations):
             node = self._view.node(position)
         except WouldBlock:
             node = await self._in_thread(self._view.node, position)
-        self._fill_attributes(position, node)
-        entry = self._entry
-        entry.attr_timeout = (
-            IMMUTABLE_TIMEOUT_S if self._view.is_immutable(position) else CHANGING_TIMEOUT_S
-        )
-        return entry
+        self._attributes.fill(position, node)
+        self._attributes.set_timeout(self._view.is_immutable(position))
+        return self._attributes.entry
 
     @errors_as_errno
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
@@ -182,13 +152,13 @@ class FileSystem(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List the entries of a directory from a position on, as many as fit into the reply."""
         try:
-            self._reply_entries(fh, self._list(fh, start_id), token)
+            self._lister.reply(fh, self._lister.list(fh, start_id), token)
             if start_id == 0:
                 self._view.on_readdir(fh, False)
         except WouldBlock:
             self._view.on_readdir(fh, True)
-            gathered = await self._in_thread(self._gather, fh, start_id)
-            self._reply_entries(fh, gathered, token)
+            gathered = await self._in_thread(self._lister.gather, fh, start_id)
+            self._lister.reply(fh, gathered, token)
 
     @errors_as_errno
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -340,89 +310,3 @@ class FileSystem(pyfuse3.Operations):
             number = parent if name == b"." else self._view.parent(parent)
             return number, self._view.node(number)
         return self._view.lookup(parent, name)
-
-    def _gather(self, directory: int, start: int) -> _Listing:
-        listing = self._list(directory, start)
-        entries = list(itertools.islice(listing.entries, _BATCH_ENTRIES))
-        return listing._replace(entries=entries)
-
-    def _list(self, directory: int, start: int) -> _Listing:
-        """Return the entries from a position on: 0 is `.`, 1 is `..`, the others follow at position + 2."""
-        view = self._view
-        entries = view.entries(directory, max(start - 2, 0))
-        if start > 1:
-            return _Listing((), entries)
-        # The first entry raises WouldBlock, if anything does, before a reply is filled.
-        first = list(itertools.islice(entries, 1))
-        # Of both the kernel uses only the number and the type.
-        node = view.node(directory)
-        dots = (b".", directory, node, 1), (b"..", view.parent(directory), node, 2)
-        return _Listing(dots[start:], itertools.chain(first, entries))
-
-    def _reply_entries(
-        self, directory: int, listing: _Listing, token: pyfuse3.ReaddirToken
-    ) -> None:
-        entry = self._entry
-        timeout = IMMUTABLE_TIMEOUT_S if self._view.is_immutable(directory) else CHANGING_TIMEOUT_S
-        entry.entry_timeout = entry.attr_timeout = timeout
-        fill, reply = self._fill_attributes, pyfuse3.readdir_reply
-        for name, number, node, after in listing.dots:
-            fill(number, node)
-            if not reply(token, name, entry, after):
-                return
-        replied = bool(listing.dots)
-        try:
-            for position, node, after in listing.entries:
-                name = node.name
-                if len(name) > _LISTED_NAME_BYTES:
-                    log.warning(
-                        "%s holds a name of %d bytes, which the kernel cannot list; restore it with "
-                        "casfs restore, or read it with casfs dump",
-                        LoggedName(self._view.describe(directory)),
-                        len(name),
-                    )
-                    continue
-                number = fill(position, node)
-                if not reply(token, name, entry, after + 2):
-                    return
-                replied = True
-                if number >= HARD_LINKS:
-                    self._links.remember(number, position)
-        except (WouldBlock, CasfsError):
-            # Return the entries so far; the next request begins at the one that failed.
-            if not replied:
-                raise
-
-    def _fill_attributes(self, position: int, node: Node) -> int:
-        """Write a node's attributes into the shared object and return its inode number.
-
-        The number is the position, except for hard links, whose names share a number.
-        """
-        entry = self._entry
-        kind = node.kind
-        number = position
-        rdev = 0
-        extra = node.extra
-        if extra is not None:
-            rdev = extra.rdev
-            key = hard_link_key(node) if node.nlink > 1 else None
-            if key is not None:
-                number = hard_link_number(self._view.range_start(position), key)
-        # The types of pyfuse3 are for checkers only, and calling them costs as much as setting the field.
-        entry.st_ino = number
-        entry.st_mode = _TYPE_BITS[kind] | node.mode
-        entry.st_nlink = node.nlink
-        owner = self._owner
-        if owner is None:
-            entry.st_uid = node.uid
-            entry.st_gid = node.gid
-        else:
-            entry.st_uid, entry.st_gid = owner
-        entry.st_rdev = rdev
-        entry.st_size = node.size
-        entry.st_blocks = (allocated_bytes(node) + 511) >> 9 if kind == _FILE else 0
-        mtime_ns = node.mtime_ns
-        entry.st_mtime_ns = mtime_ns
-        entry.st_atime_ns = mtime_ns
-        entry.st_ctime_ns = node.ctime_ns
-        return number

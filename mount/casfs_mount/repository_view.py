@@ -11,16 +11,12 @@ not change while it exists.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
-from itertools import pairwise
 
-from casfs.digest import SHOWN_HEX_DIGITS, Digest, SnapshotId, digest_of, short_id
+from casfs.digest import Digest, SnapshotId, short_id
 from casfs.errors import (
     CasfsError,
     IntegrityError,
@@ -30,54 +26,13 @@ from casfs.errors import (
 )
 from casfs.format.config import CONFIG_NAME
 from casfs.format.snapshot import Snapshot
-from casfs.format.tree import Node, NodeType, replace, subtree_count
-from casfs.repository.snapshot_filter import FUTURE_TOLERANCE_NS, is_from_future
+from casfs.format.tree import Node, subtree_count
 from casfs_mount.file_reader import Readable
 from casfs_mount.inodes import LISTINGS_END, ROOT, VERSIONS, InodeRanges, StaleError
+from casfs_mount.link_folders import LinkFolders
+from casfs_mount.snapshot_names import time_name
 from casfs_mount.versions_view import NamedSnapshot, VersionsView
 from casfs_mount.view import REPORT_NUMBERS, MountContext, SnapshotView
-
-_MAX_NAME_BYTES = 255
-
-
-def time_name(time_ns: int) -> bytes:
-    """Return the name of a snapshot's folder: its local time, to the second.
-
-    It has no colon: rsync and scp take what is before one for a host, and Windows has no such names.
-    """
-    try:
-        moment = datetime.fromtimestamp(time_ns // 1_000_000_000)
-    except (OverflowError, ValueError, OSError):
-        return b"@%d" % (time_ns // 1_000_000_000)
-    return moment.strftime("%Y-%m-%dT%H-%M-%S").encode("ascii")
-
-
-def safe_name(text: str) -> bytes:
-    """Return a unique file name for a host or a tag, with special characters as %XX.
-
-    A name that would be too long is cut, and a digest is appended to keep it unique.
-    """
-    raw = text.encode("utf-8", "surrogateescape")
-    name = b"".join(
-        b"%%%02X" % byte if byte < 0x20 or byte in b"/:%\x7f" else bytes([byte]) for byte in raw
-    )
-    if name in (b"", b".", b".."):
-        name = name.replace(b".", b"%2E") or b"%"
-    if len(name) > _MAX_NAME_BYTES:
-        mark = b"%" + digest_of(raw).hex()[:16].encode("ascii")
-        name = name[: _MAX_NAME_BYTES - len(mark)] + mark
-    return name
-
-
-def digits_that_differ(ids: list[str]) -> int:
-    """Return how many digits make all ids distinct, twelve at least."""
-    ordered = sorted(ids)
-    digits = SHOWN_HEX_DIGITS
-    for one, other in pairwise(ordered):
-        while one[:digits] == other[:digits] and digits < 64:
-            digits += 1
-    return digits
-
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +41,6 @@ FRESH_S = 1.0
 
 _KEEP_GONE_S = 24 * 3600.0
 """How long a forgotten snapshot still serves programs that have it open."""
-
-_LATEST = b"latest"
-
-PathParts = tuple[bytes, ...]
 
 
 @dataclass(slots=True)
@@ -104,24 +55,12 @@ class _ShownSnapshot:
     gone_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Listing:
-    """A directory of this view: the serial numbers of its entries, ascending, and the entries."""
-
-    node: Node
-    serials: list[int]
-    entries: list[tuple[int, Node]]
-    by_name: dict[bytes, tuple[int, Node]]
-
-
 class RepositoryView:
     """All snapshots of a repository; safe to share between threads."""
 
     def __init__(self, context: MountContext, clock: Callable[[], float] = time.monotonic) -> None:
         self._context = context
         self._clock = clock
-        self._owner = os.getuid(), os.getgid()
-        self._born_ns = time.time_ns()
         self._lock = threading.Lock()
         self._checked_s = -FRESH_S
         self._ranges = InodeRanges()
@@ -129,19 +68,12 @@ class RepositoryView:
         self._unreadable: set[SnapshotId] = set()
         self._unavailable: set[SnapshotId] = set()
         self._by_first: dict[int, _ShownSnapshot] = {}
-        # A serial number for every path that this view ever had. It is the inode number of a link or
-        # directory of this view and its position in listings, so both stay valid when the list changes.
-        self._serials: dict[PathParts, int] = {(): ROOT}
-        self._paths: dict[int, PathParts] = {ROOT: ()}
-        self._listings: dict[int, _Listing] = {}
-        # When the next snapshot from the future is one of the past, and may be the latest.
-        self._next_arrival_ns = 0
-        self._full_ids: dict[bytes, tuple[int, Node]] = {}
+        self._folders = LinkFolders()
         self._versions = VersionsView(
             context.repository.trees,
             context.guard,
-            lambda name: self._directory(name, self._born_ns),
-            self._link,
+            self._folders.directory,
+            self._folders.link,
         )
 
     def node(self, number: int) -> Node:
@@ -151,27 +83,19 @@ class RepositoryView:
         self._refresh()
         if number >= VERSIONS:
             return self._versions.node(number)
-        listing = self._listings.get(number)
-        if listing is not None:
-            return listing.node
-        path = self._paths.get(number)
-        if path:
-            found = self._entry(self._serials[path[:-1]], path[-1])
-            if found is not None:
-                return found[1]
-        raise StaleError(number)
+        return self._folders.node(number)
 
     def parent(self, number: int) -> int:
         """Return the number of a node's directory; for the root, its own number."""
         if number >= LISTINGS_END:
             shown = self._shown_at(number)
             if number == shown.first:
-                return self._serials[(b"snapshots",)]
+                return self._folders.snapshots
             return shown.view.parent(number)
         if number >= VERSIONS:
             above = self._versions.parent(number)
             return ROOT if above is None else above
-        return self._serials[self._paths.get(number, ())[:-1]]
+        return self._folders.parent(number)
 
     def lookup(self, number: int, name: bytes) -> tuple[int, Node] | None:
         """Return a directory's entry, or None.
@@ -183,26 +107,7 @@ class RepositoryView:
         self._refresh()
         if number >= VERSIONS:
             return self._versions.lookup(number, name)
-        if number not in self._listings:
-            raise StaleError(number)
-        return self._entry(number, name)
-
-    def _entry(self, directory: int, name: bytes) -> tuple[int, Node] | None:
-        listing = self._listings.get(directory)
-        if listing is None:
-            return None
-        found = listing.by_name.get(name)
-        if found is not None:
-            return found
-        path = self._paths[directory]
-        if path == (b"ids",):
-            return self._full_ids.get(name)
-        plain = name.replace(b":", b"%3A" if path in ((b"hosts",), (b"tags",)) else b"-")
-        if plain == name or path == () or plain not in listing.by_name:
-            return None
-        with self._lock:
-            serial = self._serial((*path, name))
-        return serial, self._link(name, plain, listing.by_name[plain][1].mtime_ns)
+        return self._folders.lookup(number, name)
 
     def entries(self, number: int, position: int) -> Iterator[tuple[int, Node, int]]:
         """Yield the entries of a directory from a position on: number, node and position after it."""
@@ -211,11 +116,7 @@ class RepositoryView:
         self._refresh()
         if number >= VERSIONS:
             return self._versions.entries(number, position)
-        listing = self._listings.get(number)
-        if listing is None:
-            raise StaleError(number)
-        following = range(bisect_right(listing.serials, position), len(listing.serials))
-        return ((*listing.entries[i], listing.serials[i]) for i in following)
+        return self._folders.entries(number, position)
 
     def xattr(self, number: int, name: bytes) -> bytes | None:
         """Return an extended attribute, or None."""
@@ -292,9 +193,9 @@ class RepositoryView:
         with self._lock:
             if self._clock() - self._checked_s < FRESH_S:
                 return
-            is_due = time.time_ns() >= self._next_arrival_ns
-            if self._update_snapshots() or not self._listings or is_due:
-                self._build_listings()
+            is_due = time.time_ns() >= self._folders.valid_until_ns
+            if self._update_snapshots() or self._folders.is_empty() or is_due:
+                self._rebuild_folders()
             self._checked_s = self._clock()
 
     def _update_snapshots(self) -> bool:
@@ -379,88 +280,12 @@ class RepositoryView:
         except CasfsError as error:
             log.warning("the index cannot be updated: %s", error)
 
-    def _build_listings(self) -> None:
-        """Build all directories of this view again and replace the old ones."""
+    def _rebuild_folders(self) -> None:
         present = sorted(
             (shown for shown in self._shown.values() if shown.gone_s is None),
             key=lambda shown: (shown.snapshot.time_ns, shown.snapshot_id),
         )
-        digits = digits_that_differ([shown.snapshot_id.hex() for shown in present])
-        folders: dict[PathParts, dict[bytes, tuple[int, Node]]] = {(): {}}
-        folders |= {(name,): {} for name in (b"hosts", b"ids", b"snapshots", b"tags")}
-        times: dict[PathParts, int] = dict.fromkeys(folders, self._born_ns)
-        full_ids: dict[bytes, tuple[int, Node]] = {}
-        now_ns = time.time_ns()
-        future_ns = [
-            shown.snapshot.time_ns
-            for shown in present
-            if is_from_future(shown.snapshot.time_ns, now_ns)
-        ]
-        self._next_arrival_ns = min(future_ns, default=1 << 63) - FUTURE_TOLERANCE_NS
-        for shown in present:
-            time_ns = shown.snapshot.time_ns
-            identity = shown.snapshot_id.hex().encode("ascii")
-            target = b"../snapshots/" + shown.name
-            links: list[tuple[PathParts, bytes, bytes]] = [
-                ((b"snapshots",), _LATEST, shown.name),
-                ((b"ids",), identity[:digits], target),
-                ((b"ids",), _LATEST, target),
-            ]
-            groups = [(b"hosts", shown.snapshot.host)]
-            groups += [(b"tags", tag) for tag in shown.snapshot.tags]
-            for kind, text in groups:
-                folder = (kind, safe_name(text))
-                links += [(folder, shown.name, b"../" + target), (folder, _LATEST, shown.name)]
-            folders[(b"snapshots",)][shown.name] = (
-                shown.first,
-                replace(shown.snapshot.root, name=shown.name),
-            )
-            self._serial((b"snapshots", shown.name))
-            for path, name, to in links:
-                entries = folders.setdefault(path, {})
-                if name == _LATEST in entries and is_from_future(time_ns, now_ns):
-                    continue
-                entries[name] = self._serial((*path, name)), self._link(name, to, time_ns)
-                times[path] = time_ns
-            whole = self._serial((b"ids", identity))
-            full_ids[identity] = whole, self._link(identity, target, time_ns)
         self._versions.set_snapshots(
             tuple(NamedSnapshot(shown.snapshot_id, shown.snapshot, shown.name) for shown in present)
         )
-        folders[()][b"versions"] = self._versions.root()
-        listings: dict[int, _Listing] = {}
-        nodes: dict[PathParts, Node] = {}
-        for path in folders:
-            name = path[-1] if path else b""
-            node = self._directory(name, times[path])
-            if path:
-                folders[path[:-1]][name] = self._serial(path), node
-            nodes[path] = node
-        for path, entries in folders.items():
-            listings[self._serial(path)] = self._listing(path, nodes[path], entries)
-        self._listings, self._full_ids = listings, full_ids
-
-    def _listing(
-        self, path: PathParts, node: Node, entries: dict[bytes, tuple[int, Node]]
-    ) -> _Listing:
-        order = sorted((self._serial((*path, name)), entry) for name, entry in entries.items())
-        serials = [serial for serial, _ in order]
-        return _Listing(node, serials, [entry for _, entry in order], entries)
-
-    def _serial(self, path: PathParts) -> int:
-        serial = self._serials.get(path)
-        if serial is None:
-            serial = self._serials[path] = len(self._serials) + ROOT
-            self._paths[serial] = path
-        return serial
-
-    def _directory(self, name: bytes, time_ns: int) -> Node:
-        uid, gid = self._owner
-        return Node(name, NodeType.DIRECTORY, 0o555, uid, gid, time_ns, time_ns, 0, 2)
-
-    def _link(self, name: bytes, target: bytes, time_ns: int) -> Node:
-        uid, gid = self._owner
-        size = len(target)
-        return Node(
-            name, NodeType.SYMLINK, 0o777, uid, gid, time_ns, time_ns, 0, 1, size, content=target
-        )
+        self._folders.rebuild(present, self._versions.root())

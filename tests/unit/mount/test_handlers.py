@@ -15,8 +15,9 @@ import msgspec
 import pyfuse3
 import pytest
 import trio
+from casfs_mount.attributes import CHANGING_TIMEOUT_S, IMMUTABLE_TIMEOUT_S
 from casfs_mount.file_reader import FileReader
-from casfs_mount.handlers import CHANGING_TIMEOUT_S, IMMUTABLE_TIMEOUT_S, DisplayOptions, FileSystem
+from casfs_mount.handlers import DisplayOptions, FileSystem
 from casfs_mount.inodes import HARD_LINKS
 from casfs_mount.repository_view import RepositoryView
 from casfs_mount.view import SnapshotView

@@ -9,13 +9,8 @@ from pathlib import Path
 import pytest
 from casfs_mount.event_loop_guard import WouldBlock
 from casfs_mount.inodes import LISTINGS_END, ROOT, StaleError
-from casfs_mount.repository_view import (
-    FRESH_S,
-    RepositoryView,
-    digits_that_differ,
-    safe_name,
-    time_name,
-)
+from casfs_mount.repository_view import FRESH_S, RepositoryView
+from casfs_mount.snapshot_names import digits_that_differ, safe_name, time_name
 
 from casfs.digest import SnapshotId, digest_of
 from casfs.errors import CasfsError
