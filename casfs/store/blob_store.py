@@ -26,7 +26,7 @@ from casfs.errors import (
     StorageError,
 )
 from casfs.format.codec import ENCRYPTED, TAG_BYTES, BlobCodec
-from casfs.format.group import Group
+from casfs.format.group import MAX_GROUP_BYTES, Group
 from casfs.format.pack import (
     BLOB_HEADER,
     BLOB_KINDS,
@@ -405,14 +405,16 @@ class BlobStore:
     def read_nonblocking(self, digest: Digest, max_stored_bytes: int) -> bytes | None:
         """Return a small blob's verified plaintext if no step would block, else None.
 
-        None also means missing or damaged; `read` raises the reason.
+        A group, whose size the format bounds, may be larger: its other blobs come with it. None also means
+        missing or damaged; `read` raises the reason.
         """
         location = self.index.lookup(digest)
         if location is None or not location.has_place:
             return None
         pack = self.index.pack_ref(location.pack)
         plain = self._from_cache(digest, location, pack)
-        if plain is not None or location.stored_bytes > max_stored_bytes:
+        max_bytes = MAX_GROUP_BYTES if location.is_grouped else max_stored_bytes
+        if plain is not None or location.stored_bytes > max_bytes:
             return plain
         name = pack_name(pack)
         if self._ciphers is not None and not self._ciphers.is_cached(name):

@@ -17,9 +17,9 @@ from casfs.store.blob_store import BlobStore, pack_name
 from casfs_mount.event_loop_guard import EventLoopGuard, WouldBlock
 
 _NONBLOCKING_BYTES = 64 * 1024
-"""Blobs of up to this many stored bytes are decoded on the event-loop thread, in about 0.5 ms."""
+"""Blobs of up to this many stored bytes, and groups, are decoded on the event loop, in about 0.5 ms."""
 
-_NEAR_FILES = 64
+_NEAR_FILES = 512
 _FAR_FILES = 1024
 """Where a request takes a round trip, a directory of small files is requested as a whole."""
 

@@ -150,6 +150,16 @@ class TestReading:
         store.read(digest_of(TEXTS[6]))
         assert store.read_nonblocking(digest_of(TEXTS[5]), 1) == TEXTS[5]
 
+    def test_a_nonblocking_read_decodes_a_group_that_is_larger_than_a_blob_may_be(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        single = noise("single", 300 * KIB)
+        store_blobs(store, [*TEXTS, single], layout=FORMAT_2)
+        monkeypatch.setattr(store.storage, "read_nonblocking", store.storage.read)
+        assert store.locate(digest_of(TEXTS[0])).stored_bytes > 100
+        assert store.read_nonblocking(digest_of(TEXTS[0]), 100) == TEXTS[0]
+        assert store.read_nonblocking(digest_of(single), 100) is None
+
     def test_the_cache_of_groups_is_bounded_in_bytes(self) -> None:
         cache = GroupCache(max_bytes=25 * KIB)
         groups = [Group(join_group([bytes(10 * KIB)])) for _ in range(3)]
