@@ -84,7 +84,7 @@ class FileSystem(pyfuse3.Operations):
         # Without ACLs the kernel need not ask for them before it permits an access.
         self.enable_acl = self._has_xattrs = view.may_have_xattrs()
         self._pages = PageCache(store_pages if display.kernel_cache else None)
-        self.idle_reader = IdleReader(view.decode_after)
+        self.idle_reader = IdleReader(view.decode_files_after, view.decode_directories_after)
         self._links = HardLinks()
         self._handles = itertools.count(1)
         self._open: dict[int, tuple[Readable, int]] = {}
@@ -159,6 +159,8 @@ class FileSystem(pyfuse3.Operations):
             self._view.on_readdir(fh, True)
             gathered = await self._in_thread(self._lister.gather, fh, start_id)
             self._lister.reply(fh, gathered, token)
+        if start_id == 0:
+            self.idle_reader.on_readdir(fh)
 
     @errors_as_errno
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import islice
 
 from casfs.digest import Digest
 from casfs.format.tree import Node, NodeType
@@ -23,6 +23,7 @@ from casfs_mount.background import BackgroundPool
 from casfs_mount.blob_reader import BlobReader
 from casfs_mount.inodes import Numbering
 from casfs_mount.tree_cache import TreeCache
+from casfs_mount.tree_walk import directories_after
 
 _DIRECTORIES = 64
 """Directories read at a time; the next batch starts when the walk reaches the middle of this one."""
@@ -88,9 +89,7 @@ class Prefetcher:
             return
         try:
             if start is not None:
-                self._walk = _directories_after(
-                    self._numbering, self._tree_cache, self._blobs, start
-                )
+                self._walk = self._directories_after(start)
                 self._begin = self._end = start
             if self._walk is None:
                 return
@@ -103,6 +102,12 @@ class Prefetcher:
             self._end = max([self._end, *read])
         finally:
             self._walk_lock.release()
+
+    def _directories_after(self, start: int) -> Iterator[int]:
+        """Yield the numbers of the directories of a walk; request the trees in each before going on."""
+        for number, node in directories_after(self._numbering, self._tree_cache, start):
+            yield number
+            _prefetch_directories(self._numbering, number, node, self._tree_cache, self._blobs)
 
     def _fetch_files(self, number: int) -> None:
         """Prefetch the files that follow the file `number` in its directory."""
@@ -134,37 +139,6 @@ class Prefetcher:
             self._next_file = fetched[len(fetched) // 2] if len(fetched) > 1 else -1
         finally:
             self._fetch_lock.release()
-
-
-def _directories_after(
-    numbering: Numbering, tree_cache: TreeCache, blobs: BlobReader, start: int
-) -> Iterator[int]:
-    """Yield the numbers of the directories after `start` in the order of a walk, each after reading it.
-
-    The directories in `start` come first, then those after it in its parent, then those after its parent.
-    """
-    way = numbering.path_to(start)
-    stack = [_entries_after(numbering, *way[-1], 0)]
-    for (above, parent), (below, _) in pairwise(way):
-        stack.insert(-1, _entries_after(numbering, above, parent, below - above))
-    while stack:
-        for number, node in stack[-1]:
-            if node.tree is None:
-                continue
-            if not tree_cache.holds(node.tree):
-                tree_cache.get(node.tree)
-            yield number
-            _prefetch_directories(numbering, number, node, tree_cache, blobs)
-            stack.append(_entries_after(numbering, number, node, 0))
-            break
-        else:
-            stack.pop()
-
-
-def _entries_after(
-    numbering: Numbering, number: int, directory: Node, position: int
-) -> Iterator[tuple[int, Node]]:
-    return ((number, node) for number, node, _ in numbering.entries(number, directory, position))
 
 
 def _prefetch_directories(

@@ -160,9 +160,15 @@ class RepositoryView:
         """Note that a file is read from its beginning; `waited`: the request has to wait."""
         self._view(number).on_open(number, waited)
 
-    def decode_after(self, number: int) -> Iterator[int]:
+    def decode_files_after(self, number: int) -> Iterator[int]:
         """Decode the small files after a file in its directory into the cache, one for each step."""
-        return self._view(number).decode_after(number)
+        return self._view(number).decode_files_after(number)
+
+    def decode_directories_after(self, number: int) -> Iterator[int]:
+        """Decode the trees that a walk lists after a directory of a snapshot, one for each step."""
+        if number < LISTINGS_END:
+            return iter(())
+        return self._view(number).decode_directories_after(number)
 
     def describe(self, number: int) -> str:
         """Return a description of a number for the log."""

@@ -34,6 +34,7 @@ from casfs_mount.logged_name import LoggedName
 from casfs_mount.prefetch import Prefetcher
 from casfs_mount.report_files import FILES, FOLDER, ReportFiles
 from casfs_mount.tree_cache import TreeCache
+from casfs_mount.tree_walk import directories_after
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +99,16 @@ class View(Protocol):
     def on_open(self, number: int, waited: bool) -> None:
         """Note that a file is read from its beginning; `waited`: the request has to wait."""
 
-    def decode_after(self, number: int) -> Iterator[int]:
+    def decode_files_after(self, number: int) -> Iterator[int]:
         """Decode the small files after a file in its directory into the cache, one for each step.
 
         Yield the file's number, or 0 for an entry that is none. Raise WouldBlock and the errors of reads.
+        """
+
+    def decode_directories_after(self, number: int) -> Iterator[int]:
+        """Decode the trees that a walk lists after a directory into the cache; yield the number of each.
+
+        Raise WouldBlock and the errors of reads.
         """
 
     def describe(self, number: int) -> str:
@@ -261,7 +268,7 @@ class SnapshotView:
         if number < self._folder:
             self._prefetcher.on_open(number, waited)
 
-    def decode_after(self, number: int) -> Iterator[int]:
+    def decode_files_after(self, number: int) -> Iterator[int]:
         """Decode the small files after a file in its directory into the cache, one for each step.
 
         Yield the file's number, or 0 for an entry that is none. Raise WouldBlock and the errors of reads.
@@ -278,6 +285,16 @@ class SnapshotView:
             else:
                 chunks.get(digest)
                 yield beside
+
+    def decode_directories_after(self, number: int) -> Iterator[int]:
+        """Decode the trees that a walk lists after a directory into the cache; yield the number of each.
+
+        Raise WouldBlock and the errors of reads.
+        """
+        if number >= self._folder:
+            return iter(())
+        walk = directories_after(self._numbering, self._context.tree_cache, number)
+        return (directory for directory, _ in walk)
 
     def describe(self, number: int) -> str:
         """Return the path of a node for the log, or its number if the path cannot be found at once."""
