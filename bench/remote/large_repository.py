@@ -8,9 +8,13 @@ the files are small, so that ten million blobs take 3 GB. The storage's keys are
 from __future__ import annotations
 
 import argparse
+import gc
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 from casfs.digest import digest_of
 from casfs.format.codec import BlobKind
@@ -18,10 +22,10 @@ from casfs.format.snapshot import Snapshot, SnapshotStats
 from casfs.format.tree import Node, NodeType
 from casfs.repository.creation import create_repository
 from casfs.repository.opening import OpenOptions, open_for_writing
-from casfs.repository.place import Place, place_of
+from casfs.repository.place import place_of
 from casfs.repository.repository import Repository
 from casfs.storage.base import StorageOptions
-from casfs.storage.url import parse_address
+from casfs.storage.url import StorageAddress, parse_address
 from casfs.store.writer import PACK_BLOBS, BlobWriter
 from casfs.trees.content import EXTENT
 
@@ -64,7 +68,8 @@ class HostTree:
         self._shape = shape
         self._repository = repository
         self._folders = shape.files // _FOLDER_FILES
-        self._versions = [[0] * _FOLDER_FILES for _ in range(self._folders)]
+        self._versions = [bytearray(_FOLDER_FILES) for _ in range(self._folders)]
+        self._is_new = [bytearray(b"\1" * _FOLDER_FILES) for _ in range(self._folders)]
         self._folder_nodes: list[Node | None] = [None] * self._folders
         self._group_nodes: list[Node | None] = [None] * (self._folders // _GROUP_FOLDERS)
         self._next = 0
@@ -76,6 +81,7 @@ class HostTree:
             self._next = (folder + 1) % self._folders
             for file in range(_CHANGED_OF_FOLDER):
                 self._versions[folder][file * 2] += 1
+                self._is_new[folder][file * 2] = 1
             self._folder_nodes[folder] = None
             self._group_nodes[folder // _GROUP_FOLDERS] = None
 
@@ -104,7 +110,9 @@ class HostTree:
         inode = folder * _FOLDER_FILES + number
         data = b"%s %d %d" % (self.name.encode(), inode, version)
         digest = digest_of(data)
-        writer.put(BlobKind.DATA, digest, data)
+        if self._is_new[folder][number]:
+            writer.put(BlobKind.DATA, digest, data)
+            self._is_new[folder][number] = 0
         time_ns = _BEGIN_NS + version * _DAY_NS + inode * 1_000_003
         return Node(
             *(b"file-%02d.data" % number, NodeType.FILE, 0o644, 1000, 1000, time_ns, time_ns),
@@ -124,16 +132,31 @@ class HostTree:
         )
 
 
-def write_repository(place: Place, shape: Shape) -> int:
-    """Make a repository of a shape; return the number of its blobs."""
-    create_repository(place)
+def write_repository(address: StorageAddress, shape: Shape) -> int:
+    """Make a repository of a shape; return the number of its blobs.
+
+    As many processes as there are cores write the trees of the hosts, each with a cache of its own.
+    """
+    create_repository(place_of(address, StorageOptions()))
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, get_context("spawn"), max_tasks_per_child=1) as pool:
+        tasks = [pool.submit(_write_host, address, host, shape) for host in range(shape.hosts)]
+        return sum(task.result() for task in tasks)
+
+
+def _write_host(address: StorageAddress, host: int, shape: Shape) -> int:
+    """Write the tree of a host, in a process of its own; return the number of its blobs."""
+    for variable in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        if variable in os.environ:
+            os.environ[variable] += f"/host-{host}"
+    gc.disable()  # hardly anything of the tree is garbage
+    place = place_of(address, StorageOptions())
     with open_for_writing(place, "backup", OpenOptions(sync=False)) as repository:
-        for host in range(shape.hosts):
-            _write_host(repository, HostTree(host, shape, repository), shape)
-        return repository.store.index.blob_count()
+        return _write_days(repository, HostTree(host, shape, repository), shape)
 
 
-def _write_host(repository: Repository, tree: HostTree, shape: Shape) -> None:
+def _write_days(repository: Repository, tree: HostTree, shape: Shape) -> int:
+    blobs = 0
     for begin in range(0, shape.days, shape.days_per_session):
         writer = repository.writer()
         roots = []
@@ -142,12 +165,13 @@ def _write_host(repository: Repository, tree: HostTree, shape: Shape) -> None:
                 if day:
                     tree.change()
                 roots.append((day, tree.store(writer)))
-            writer.finish()
+            blobs += writer.finish().new_blobs
         finally:
             writer.close()
         for day, root in roots:
             repository.snapshots.publish(_snapshot(tree.name, day, root, shape))
         print(f"{tree.name}, day {roots[-1][0]}", file=sys.stderr, flush=True)
+    return blobs
 
 
 def _snapshot(host: str, day: int, root: Node, shape: Shape) -> Snapshot:
@@ -169,8 +193,7 @@ def main() -> int:
     parser.add_argument("url")
     parser.add_argument("blobs", type=int)
     options = parser.parse_args()
-    place = place_of(parse_address(options.url), StorageOptions())
-    print(write_repository(place, Shape.of_blobs(options.blobs)))
+    print(write_repository(parse_address(options.url), Shape.of_blobs(options.blobs)))
     return 0
 
 

@@ -120,10 +120,13 @@ def _children(pid: int) -> list[int]:
 class ScaleTrial:
     """The works on one repository, in their order."""
 
-    def __init__(self, blobs: int, name: str, line: Line, scratch: Scratch, casfs: str) -> None:
+    def __init__(
+        self, blobs: int, name: str, line: Line, scratch: Scratch, casfs: str, is_warm: bool
+    ) -> None:
         self._blobs = blobs
         self._name = name
         self._line = line
+        self._is_warm = is_warm
         self._scratch = scratch
         self._casfs = casfs
         self._home = scratch.make(f"home-{name}")
@@ -167,12 +170,16 @@ class ScaleTrial:
             },
         )
 
+    def _begin_cold(self) -> None:
+        if not self._is_warm:
+            drop_kernel_cache()
+
     def _run(self, *arguments: str) -> None:
         with Child(self._command(*arguments), self._log) as child:
             child.wait(_TIMEOUT_S)
 
     def _measure(self, work: str, *arguments: str) -> ScaleSample:
-        drop_kernel_cache()
+        self._begin_cold()
         before, began = self._line.totals(), time.perf_counter()
         with Child(self._command(*arguments), self._log) as child, PeakMemory(child.pid) as memory:
             usage = child.wait(_TIMEOUT_S)
@@ -181,7 +188,7 @@ class ScaleTrial:
     def _mount(self, work: str, *arguments: str) -> ScaleSample:
         """Measure until a listing of the mountpoint is there; the processor time is not known."""
         mountpoint = self._scratch.make("mount")
-        drop_kernel_cache()
+        self._begin_cold()
         before, began = self._line.totals(), time.perf_counter()
         try:
             self._run("mount", *arguments, str(mountpoint))
@@ -233,7 +240,7 @@ def make_repository(name: str, blobs: int, port: int, scratch: Scratch) -> int:
     return int(done.stdout)
 
 
-def measure(counts: tuple[int, ...], scratch: Scratch, output: Path) -> None:
+def measure(counts: tuple[int, ...], scratch: Scratch, output: Path, is_warm: bool = False) -> None:
     """Measure for each number of blobs, and print and save every sample at once."""
     casfs = find_program()
     if casfs is None:
@@ -246,25 +253,34 @@ def measure(counts: tuple[int, ...], scratch: Scratch, output: Path) -> None:
         for number, count in enumerate(counts):
             blobs = make_repository(str(number), count, server.port, scratch)
             with line_to(server.port, _LINE) as line:
-                for sample in ScaleTrial(blobs, str(number), line, scratch, casfs).samples():
+                trial = ScaleTrial(blobs, str(number), line, scratch, casfs, is_warm)
+                for sample in trial.samples():
                     samples.append(sample)
                     print(sample.line(), flush=True)
                     found = json.dumps([asdict(one) for one in samples], indent=1)
                     (output / "scale.json").write_text(found + "\n", encoding="utf-8")
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.remote.scale", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small repositories, to try it")
+    parser.add_argument("--blobs", type=_counts, metavar="N,…", help="other numbers of blobs")
+    parser.add_argument(
+        "--warm", action="store_true", help="keep the kernel's cache, on a machine that others use"
+    )
     parser.add_argument("--output", type=Path, default=Path("bench-results/remote"), metavar="DIR")
     parser.add_argument("--scratch", type=Path, default=Path("/var/tmp/casfs-bench"), metavar="DIR")
     options = parser.parse_args()
-    counts = QUICK_BLOBS if options.quick else BLOBS
+    counts = options.blobs or (QUICK_BLOBS if options.quick else BLOBS)
     try:
         with Scratch(options.scratch) as scratch:
             scratch.need(sum(counts) * _BYTES_PER_BLOB, 100_000, "The largest repository")
-            measure(counts, scratch, options.output)
+            measure(counts, scratch, options.output, options.warm)
     except (ScratchError, OSError, CommandError, subprocess.CalledProcessError) as error:
         print(f"The benchmark stopped: {error}", file=sys.stderr)
         return 1

@@ -109,7 +109,9 @@ def encrypt_delta(session: WriteSession, salt: bytes, plain: bytes, header: byte
     return AESGCM(session.delta_key(salt)).encrypt(_nonce(0), plain, header)
 
 
-def decrypt_delta(session: WriteSession, salt: bytes, stored: bytes, header: bytes) -> bytes:
+def decrypt_delta(
+    session: WriteSession, salt: bytes, stored: bytes | memoryview, header: bytes
+) -> bytes:
     """Return an index delta's decrypted body; raise BlobError."""
     try:
         return AESGCM(session.delta_key(salt)).decrypt(_nonce(0), stored, header)

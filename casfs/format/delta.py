@@ -104,7 +104,7 @@ class Delta:
     listed the packs.
     """
 
-    def __init__(self, name: DeltaName, body: bytes) -> None:
+    def __init__(self, name: DeltaName, body: bytes | memoryview) -> None:
         self.name = name
         if len(body) < _BODY.size:
             raise DeltaError(str(name), "too short")
@@ -126,7 +126,7 @@ class Delta:
             if time_ms < 1 << 48
         )
         begin, end = end, end + sizes[1]
-        self.removed = tuple(PackId(body[at : at + 32]) for at in range(begin, end, 32))
+        self.removed = tuple(PackId(bytes(body[at : at + 32])) for at in range(begin, end, 32))
         self._records_at = end
         self._entries_at = end + sizes[2]
         self._body = body
@@ -156,7 +156,9 @@ class Delta:
         if current is not None:
             yield DeltaPack(*current, entries)
 
-    def _parse_entries(self, data: bytes, offset: int, pack_bytes: int) -> list[PackEntry]:
+    def _parse_entries(
+        self, data: bytes | memoryview, offset: int, pack_bytes: int
+    ) -> list[PackEntry]:
         entries: list[PackEntry] = []
         for digest, stored_bytes, plain_bytes, kind, codec, position in ENTRY.iter_unpack(data):
             if entries and not position:
@@ -211,7 +213,10 @@ class DeltaBuilder:
                 self._entries += e.pack()
 
     def encode(self, time_ms: int, session: WriteSession | None = None) -> tuple[DeltaName, bytes]:
-        """Return the name and the bytes of the delta, encrypted in `session` if given."""
+        """Return the name and the bytes of the delta, encrypted in `session` if given.
+
+        The packs leave the builder, since they can be as large as the delta.
+        """
         body = _BODY.pack(
             _COMPLETE * self.is_complete,
             len(self.replaced),
@@ -227,12 +232,15 @@ class DeltaBuilder:
             self._records,
             self._entries,
         ]
-        plain = b"".join(parts)
+        self._records, self._entries = bytearray(), bytearray()
         if session is None:
-            data = _HEADER.pack(MAGIC, VERSION, _HEADER.size, 0, time_ms) + plain
+            header = _HEADER.pack(MAGIC, VERSION, _HEADER.size, 0, time_ms)
+            data = b"".join([header, *parts])
         else:
             from casfs.format.cipher import encrypt_delta
 
+            plain = b"".join(parts)
+            parts.clear()
             salt = os.urandom(SALT_BYTES)
             header = _HEADER.pack(MAGIC, VERSION, SESSION_HEADER, 0, time_ms)
             header += _SESSION.pack(session.id, salt)
@@ -274,7 +282,7 @@ def decode_delta(name: DeltaName, data: bytes, sessions: Sessions | None = None)
     if header_bytes != expected_bytes or len(data) < header_bytes:
         is_not = "" if sessions is None else " not"
         raise DeltaError(str(name), f"it is{is_not} encrypted, unlike its repository")
-    body = data[header_bytes:]
+    body: bytes | memoryview = memoryview(data)[header_bytes:]
     if sessions is not None:
         from casfs.format.cipher import decrypt_delta
 

@@ -28,19 +28,18 @@ from casfs.digest import Digest, PackId
 from casfs.errors import IndexUnusableError
 from casfs.format.pack import PackEntry, PackRef
 from casfs.index.lmdb_env import Database, LmdbEnv, Transaction
+from casfs.index.removal import PackRemoval
 from casfs.index.schema import (
     DAMAGED,
     FALSE_CLAIM,
+    LEAVING,
     LOCATION,
-    MARKED,
     METADATA,
     ORDINAL,
     PACK,
     PARTIAL,
     REMOVED,
     UNPLACED,
-    UNPUBLISHED,
-    UNVERIFIED,
     VERIFIED,
     IndexedPack,
     Location,
@@ -552,34 +551,24 @@ class Index:
         """Remove packs that no snapshot needs, or that are `lost`, and the blobs located in them.
 
         A blob of which another copy is known stays, located there. The next index delta names the packs as
-        removed, unless a delta did so (`is_published`). If one of the packs no longer has its ordinal, change
-        nothing and return False.
+        removed, unless a delta did so (`is_published`). Return whether all packs still had their ordinals, as
+        `PackRemoval.run` does.
         """
-        ordinals = packs.keys()
+        needs_delta = self.tracks_deltas and not is_published
+        return PackRemoval(self._env, self._tables, packs, lost, needs_delta).run()
 
-        def change(txn: Transaction) -> bool:
-            for ordinal, pack in packs.items():
-                record = txn.get(ORDINAL.pack(ordinal), db=self._tables.packs)
-                if record is None or PACK.unpack(record)[0] != pack.id:
-                    return False
-            self._tables.remove_locations(txn, ordinals)
-            for ordinal, pack in packs.items():
-                number = ORDINAL.pack(ordinal)
-                txn.delete(number, db=self._tables.packs)
-                keys = (b"pack" + pack.id, PARTIAL + pack.id, UNPUBLISHED + number)
-                for key in (*keys, UNPLACED + number):
-                    txn.delete(key, db=self._tables.meta)
-                self._tables.set_claimed(txn, ordinal, False)
-                if self.tracks_deltas and not is_published:
-                    txn.put(REMOVED + pack.id, b"", db=self._tables.meta)
-            for name in (MARKED, UNVERIFIED):
-                self._tables.put_set(txn, name, self._tables.get_set(txn, name) - ordinals)
-            self._tables.count_removal(txn)
-            if lost:
-                self._tables.count_loss(txn)
-            return True
+    def has_leaving_packs(self) -> bool:
+        """Return whether a process is removing packs, or died while it did."""
+        return bool(self._env.read(lambda txn: self._tables.get_set(txn, LEAVING)))
 
-        return self._env.write(change)
+    def finish_removals(self) -> None:
+        """Remove the rest of the packs that a process which died was removing; counts as a loss.
+
+        Those that are still in the storage are in no delta as removed, and can be added again.
+        """
+        leaving = self._env.read(lambda txn: self._tables.get_set(txn, LEAVING))
+        packs = {one.ordinal: one.pack for one in self.packs() if one.ordinal in leaving}
+        PackRemoval(self._env, self._tables, packs, is_lost=True, needs_delta=False).run()
 
     def mark_blobs(self, pack: int, bad: Iterable[Digest], intact: Iterable[Digest] = ()) -> None:
         """Set which blobs of a pack (its ordinal) are damaged or intact.

@@ -110,12 +110,15 @@ ORDINAL = struct.Struct(">I")
 _REMOVALS = struct.Struct("<Q")
 COUNTERS = struct.Struct("<QQQ")
 _MARKED_ITEM = struct.Struct("<I")
-_LOCATION_PACK = struct.Struct("<I")
+LOCATION_PACK = struct.Struct("<I")
 MARKED = b"condemned"
 """The key of the packs that are marked for removal."""
 
 UNVERIFIED = b"unverified"
 """The key of the packs that a delta named and that this host has not seen in the storage."""
+
+LEAVING = b"leaving"
+"""The key of the packs that a process is removing from the index (`casfs.index.removal`)."""
 
 PARTIAL = b"partial"
 UNPUBLISHED = b"unpublished"
@@ -130,8 +133,6 @@ UNPLACED = b"unplaced"
 
 _NO_CODEC = 0
 """In place of the codec of a blob without a place."""
-
-_REMOVED_AT_ONCE = 10_000
 
 
 Row = tuple[bytes, int, int, int, int, int, int, int, int]
@@ -273,40 +274,35 @@ class Tables:
         self.set_counters(txn, next_pack, next_blob, losses)
 
     def _put_copy(self, txn: Transaction, digest: bytes, ordinal: int, location: bytes) -> None:
-        if self.copies is not None:
+        if self.copies is not None and ordinal not in self.get_set(txn, LEAVING):
             txn.put(digest + ORDINAL.pack(ordinal), location, db=self.copies)
 
-    def remove_locations(self, txn: Transaction, ordinals: Set[int]) -> None:
-        """Remove every location in some packs; another known copy of a blob takes its place."""
-        gone = {_LOCATION_PACK.pack(ordinal) for ordinal in ordinals}
-        marked = self.untrusted(txn)
-        for db in (self.copies, self.blobs):
-            after: bytes | None = None
-            while db is not None and (rows := self.rows(txn, after, _REMOVED_AT_ONCE, db)):
-                after = rows[-1][0]
-                for key, value in rows:
-                    if value[:4] not in gone:
-                        continue
-                    copy = self._take_copy(txn, key, marked) if db is self.blobs else None
-                    if copy is None:
-                        txn.delete(key, db=db)
-                    else:
-                        fields, ordinal = LOCATION.unpack(copy), LOCATION.unpack(value)[4]
-                        location = LOCATION.pack(*fields[:4], ordinal, *fields[5:])
-                        txn.put(key, location, db=db)
+    def replace_by_copy(
+        self, txn: Transaction, digest: bytes, value: bytes, untrusted: Set[int]
+    ) -> None:
+        """Remove a blob's location, `value`; another known copy of the blob takes its place."""
+        copy = self._take_copy(txn, digest, untrusted)
+        if copy is None:
+            txn.delete(digest, db=self.blobs)
+        else:
+            fields, ordinal = LOCATION.unpack(copy), LOCATION.unpack(value)[4]
+            location = LOCATION.pack(*fields[:4], ordinal, *fields[5:])
+            txn.put(digest, location, db=self.blobs)
 
     def _take_copy(self, txn: Transaction, digest: bytes, marked: Set[int]) -> bytes | None:
         """Remove and return the best copy of a blob: one that counts as stored, if there is any."""
         if self.copies is None:
             return None
+        leaving = self.get_set(txn, LEAVING)
         cursor = txn.cursor(db=self.copies)
         found: tuple[bytes, bytes] | None = None
         more = cursor.set_range(digest)
         while more and (key := bytes(cursor.key())).startswith(digest):
             value = bytes(cursor.value())
-            if found is None or counts_as_stored(value, marked):
+            is_stored = counts_as_stored(value, marked)
+            if is_stored or (found is None and LOCATION.unpack(value)[0] not in leaving):
                 found = key, value
-                if counts_as_stored(value, marked):
+                if is_stored:
                     break
             more = cursor.next()
         if found is None:
@@ -403,12 +399,12 @@ class Tables:
         self.put_set(txn, MARKED, ordinals)
 
     def marked_for_removal(self, txn: Transaction) -> frozenset[int]:
-        """Return the ordinals of the packs that are marked for removal."""
-        return self.get_set(txn, MARKED)
+        """Return the ordinals of the packs that are marked for removal, or are being removed."""
+        return self.get_set(txn, MARKED) | self.get_set(txn, LEAVING)
 
     def untrusted(self, txn: Transaction) -> frozenset[int]:
         """Return the ordinals of the packs whose blobs do not count as stored."""
-        return self.get_set(txn, MARKED) | self.get_set(txn, UNVERIFIED)
+        return self.marked_for_removal(txn) | self.get_set(txn, UNVERIFIED)
 
     def put_set(self, txn: Transaction, key: bytes, ordinals: Iterable[int]) -> None:
         """Replace a set of ordinals that is kept under a key of `meta`."""

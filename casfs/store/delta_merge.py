@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from casfs.digest import PackId
 from casfs.errors import CasfsError, DeltaError, StorageError
 from casfs.format.delta import (
-    MAX_DELTA_BYTES,
     MAX_REPLACED,
     REPLACED_BYTES,
     DeltaBuilder,
@@ -25,7 +24,7 @@ from casfs.format.delta import (
 from casfs.index.bitmap import Bitmap
 from casfs.index.delta_notes import DeltaNote, DeltaNotes
 from casfs.store.blob_store import BlobStore
-from casfs.store.delta_publisher import FUTURE_MS, DeltaPublisher
+from casfs.store.delta_publisher import FUTURE_MS, TARGET_DELTA_BYTES, DeltaPublisher
 from casfs.store.delta_reader import list_deltas
 from casfs.store.delta_sync import DeltaSync
 
@@ -57,7 +56,7 @@ class DeltaMerger:
         publisher: DeltaPublisher,
         now_ms: Callable[[], int],
         small_bytes: int = SMALL_DELTA_BYTES,
-        most_bytes: int = MAX_DELTA_BYTES,
+        most_bytes: int = TARGET_DELTA_BYTES,
     ) -> None:
         self._store = store
         self._sync = sync

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from casfs.errors import CasfsError, NotFoundError
-from casfs.format.delta import MAX_DELTA_BYTES, DeltaBuilder, DeltaName, DeltaPack
+from casfs.format.delta import DeltaBuilder, DeltaName, DeltaPack
 from casfs.format.key_derivation import WriteSession
 from casfs.format.pack import PackEntry, PackRef
 from casfs.index.delta_notes import DeltaNote, DeltaNotes
@@ -28,8 +28,11 @@ FUTURE_MS = 86_400_000
 SESSION_DELTA_BYTES = 8 * 1024 * 1024
 """A session publishes a delta when its entries reach this size, so that they take little memory."""
 
-TARGET_DELTA_BYTES = MAX_DELTA_BYTES
-"""The size up to which deltas of packs that are read again are filled."""
+TARGET_DELTA_BYTES = 16 * 1024 * 1024
+"""The size up to which deltas are filled that a merge writes, or that name packs which are read again.
+
+A process has a few of them in memory.
+"""
 
 
 class DeltaPublisher:

@@ -44,6 +44,9 @@ def update_index(
     process of this machine writes.
     """
     store.needs_notices = options.is_writer
+    has_finished = store.index.has_leaving_packs() and is_alone()
+    if has_finished:
+        store.index.finish_removals()
     if deltas is not None:
         if not store.index.is_current():
             store.index.rebuild(tuple)
@@ -56,6 +59,7 @@ def update_index(
             options.lists_packs
             or not result.is_complete
             or bool(result.unusable)
+            or has_finished
             or (bool(store.index.partial_packs()) and is_alone())
         )
         if not lists_packs:

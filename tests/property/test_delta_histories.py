@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,6 +26,8 @@ from hypothesis.stateful import (
 from casfs.digest import PackId, digest_of
 from casfs.format.delta import DeltaBuilder, DeltaPack
 from casfs.format.pack import PackEntry, PackRef
+from casfs.index import removal
+from casfs.index.index import Index
 from casfs.store.blob_store import pack_name
 from tests.support.hosts import (
     MAINTENANCE,
@@ -43,6 +48,22 @@ BLOBS = st.lists(st.integers(0, 15), min_size=1, max_size=4)
 
 def content(number: int) -> bytes:
     return noise(f"blob {number}", 60 + number)
+
+
+@contextmanager
+def stopped_after(index: Index, commits: int) -> Iterator[None]:
+    """Let every commit after so many fail, as those of a process that died."""
+    left = iter(range(commits))
+
+    def stop(step: str) -> None:
+        if step == "commit index" and next(left, None) is None:
+            raise InterruptedError("killed")
+
+    index.environment._on_step = stop
+    try:
+        yield
+    finally:
+        index.environment._on_step = None
 
 
 class Histories(RuleBasedStateMachine):
@@ -96,15 +117,24 @@ class Histories(RuleBasedStateMachine):
             second.publish()
             first.publish()
 
-    @rule(number=HOSTS, chosen=st.integers(0, 1000), dies=st.sampled_from(["", "early", "late"]))
-    def removal(self, number: int, chosen: int, dies: str) -> None:
-        """A prune removes a pack; it may die before its delta, or before it deletes the pack."""
+    @rule(
+        number=HOSTS,
+        chosen=st.integers(0, 1000),
+        dies=st.sampled_from(["", "within", "early", "late"]),
+        commits=st.integers(0, 5),
+    )
+    def removal(self, number: int, chosen: int, dies: str, commits: int) -> None:
+        """A prune removes a pack; it may die within that, before its delta, or before the deletion."""
         with self.hosts[number].open(MAINTENANCE) as host:
             packs = sorted(host.packs())
             if not packs:
                 return
             pack = packs[chosen % len(packs)]
             (ordinal,) = (one.ordinal for one in host.index.packs() if one.pack == pack)
+            if dies == "within":
+                with suppress(InterruptedError), stopped_after(host.index, commits):
+                    host.index.remove_packs({ordinal: pack})
+                return
             assert host.index.remove_packs({ordinal: pack})
             if dies == "early":
                 return
@@ -182,7 +212,8 @@ class Histories(RuleBasedStateMachine):
         assert len(listed) == len(self.place.deltas())
 
 
-def test_any_history_of_several_hosts_keeps_to_the_packs() -> None:
+def test_any_history_of_several_hosts_keeps_to_the_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(removal, "_ROWS_AT_ONCE", 10)
     run_state_machine_as_test(
         Histories, settings=settings(max_examples=25, stateful_step_count=14, deadline=None)
     )

@@ -31,6 +31,7 @@ from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import open_for_reading
 from casfs.repository.place import LocalPlace
+from casfs.storage.url import parse_address
 
 FAST = LineSettings(0.0, 10_000_000_000)
 
@@ -167,7 +168,7 @@ def test_a_report_has_a_row_for_each_work_and_names_what_failed(tmp_path: Path) 
 def test_a_large_repository_has_the_blobs_that_were_asked_for_and_is_intact(tmp_path: Path) -> None:
     place = LocalPlace(tmp_path / "repository")
     shape = Shape(files=2000, changed=40, hosts=2, days=3)
-    blobs = write_repository(place, shape)
+    blobs = write_repository(parse_address(str(place.root)), shape)
     # Files, folders, groups and roots of the first day; then what a change of 40 files in 4 folders stores.
     assert blobs == 2 * ((2000 + 100 + 1 + 1) + 2 * (40 + 4 + 1 + 1))
     with open_for_reading(place) as repository:

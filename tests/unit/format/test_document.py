@@ -345,6 +345,9 @@ def test_meta_table_lists_every_key_that_an_index_writes(tmp_path: Path) -> None
         claimed = delta.DeltaPack(pack.PackRef(PackId(bytes([1] * 32)), False), 100, entries)
         notes.register([claimed])
         notes.finish({}, hides_removals=True)
+        known.omit_places()
+        known.drop_old_places()
+        known.add_packs([(pack.PackRef(PackId(bytes([2] * 32)), False), 100, entries)])
         meta = known.environment.database(b"meta")
 
         def keys(txn: Transaction) -> list[bytes]:
