@@ -6,6 +6,7 @@ quickly and only `casfs mount` needs FUSE.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -87,6 +88,14 @@ PRINTING_VERBS = frozenset(
     ]
 )
 """Verbs that only print. They end when their output cannot be written; all others finish their work first."""
+
+_NO_THREAD = "can't start new thread"
+"""Python's message for a thread that the system refuses to start."""
+
+_PROCESS_LIMIT = (
+    "this user runs as many processes and threads as are allowed (ulimit -u, or the limits of a container or "
+    "a service); raise the limit or end others, and run the command again"
+)
 
 _COMPLETION_VARIABLE = "_CASFS_COMPLETE"
 _OPEN_FILES = 16_384
@@ -180,6 +189,10 @@ def _run(arguments: list[str], as_json: bool) -> int:
         return _fail(as_json, error.format_message(), error.exit_code)
     except OSError as error:
         return _fail(as_json, _os_error_message(error), EXIT_FAILED)
+    except RuntimeError as error:
+        if str(error) != _NO_THREAD:
+            raise
+        return _fail(as_json, f"cannot start a thread: {_PROCESS_LIMIT}", EXIT_FAILED)
 
 
 def _invoke(arguments: list[str], settings: Settings) -> int:
@@ -203,6 +216,10 @@ def _invoke(arguments: list[str], settings: Settings) -> int:
 def _os_error_message(error: OSError) -> str:
     """Return the system's message with the file name, which may be bytes, escaped for display."""
     message = error.strerror or str(error)
+    if (
+        error.errno == errno.EAGAIN
+    ):  # of a fork; no descriptor of casfs is non-blocking where it waits
+        message = f"{message}: {_PROCESS_LIMIT}"
     name = error.filename
     if isinstance(name, bytes):
         return f"{escape_path(name)}: {message}"

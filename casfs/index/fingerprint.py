@@ -199,8 +199,14 @@ def _survives_a_probe(path: Path) -> bool:
             timeout=_PROBE_S,
             check=False,
         )
-    except (subprocess.TimeoutExpired, OSError):
+    except subprocess.TimeoutExpired:
         return False
+    except OSError as error:
+        # This says nothing about the index, and what a rebuild cannot read would be lost.
+        raise IndexUnusableError(
+            f"cannot start a process that verifies the index {path}: {error.strerror}; if this user runs as "
+            "many processes as are allowed (ulimit -u), end others or raise the limit"
+        ) from error
     return done.returncode == 0
 
 

@@ -34,6 +34,8 @@ class BackgroundPool:
             return False
         if not self._threads:
             self._start()
+        if not self._threads:
+            return False
         self._queue.put(task)
         return True
 
@@ -50,12 +52,17 @@ class BackgroundPool:
         with self._lock:
             if self._threads:
                 return
-            self._threads = [
-                threading.Thread(target=self._run, name=f"casfs-background-{n}", daemon=True)
-                for n in range(_THREADS)
-            ]
-            for thread in self._threads:
-                thread.start()
+            started = []
+            for number in range(_THREADS):
+                name = f"casfs-background-{number}"
+                thread = threading.Thread(target=self._run, name=name, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the system starts no more threads
+                    log.debug("%s is not started: %s", name, error)
+                    break
+                started.append(thread)
+            self._threads = started
 
     def _run(self) -> None:
         while (task := self._queue.get()) is not None and not self._closed:
