@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from casfs.digest import SnapshotId, short_id
 from casfs.display import counted, single_line
+from casfs.errors import CasfsError
 
 JsonValue = Any
 
@@ -125,6 +126,19 @@ def warn_of_unproven(output: Output, snapshot_ids: Sequence[SnapshotId]) -> None
         )
     if len(snapshot_ids) > _MOST_UNPROVEN:
         output.warn(f"{counted(len(snapshot_ids) - _MOST_UNPROVEN, 'more unproven snapshot')}")
+
+
+def report_omitted(output: Output, omitted: Mapping[SnapshotId, CasfsError]) -> int:
+    """Report the snapshots that could not be read, and return the exit code of an incomplete result."""
+    code = 0
+    for snapshot_id, error in omitted.items():
+        output.emit("omitted", snapshot=snapshot_id.hex(), message=str(error))
+        code = max(code, error.exit_code)
+    if omitted:
+        output.warn(
+            f"{counted(len(omitted), 'snapshot')} could not be read (see above): the result is incomplete"
+        )
+    return code
 
 
 def json_path(path: bytes, field: str = "path") -> dict[str, str]:

@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass, field
 
 from casfs.digest import Digest, PackId, SnapshotId
-from casfs.errors import BlobError, CasfsError, IntegrityError, TreeError
+from casfs.errors import BlobError, CasfsError, IntegrityError, KeyMissingError, TreeError
 from casfs.format.tree import (
     MAX_FILE_BYTES,
     CaptureState,
@@ -122,7 +122,8 @@ class Checker:
             try:
                 snapshot = self._repository.snapshots.load(snapshot_id)
             except CasfsError as error:
-                found = self.result.unreadable if is_refused(error) else self.result.damage
+                is_closed = is_refused(error) or isinstance(error, KeyMissingError)
+                found = self.result.unreadable if is_closed else self.result.damage
                 found.append(Finding("snapshot", str(error), snapshot=snapshot_id))
                 continue
             if not self._repository.snapshots.provenance.is_from_trusted_writer(snapshot_id):

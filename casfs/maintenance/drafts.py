@@ -16,7 +16,7 @@ from casfs.display import format_duration
 from casfs.errors import AmbiguousIdError, IntegrityError, NotFoundError, RefusedError
 from casfs.format.snapshot import MAX_SNAPSHOT_BYTES
 from casfs.maintenance.prune_plan import SHARED_MARGIN_S
-from casfs.maintenance.prune_result import NeededBlobsUnknownError
+from casfs.maintenance.prune_result import NeededBlobsUnknownError, SnapshotClosedError
 from casfs.maintenance.repair import DAMAGED_FOLDER
 from casfs.repository.presence import PresentProcess
 from casfs.repository.repository import Repository
@@ -41,6 +41,19 @@ class DraftUnreadableError(NeededBlobsUnknownError):
             f"the blobs that draft {name}, a snapshot that was never published, needs are unknown: "
             f"{self.cause}; nothing was removed. If no backup is about to publish it, drop it with "
             f"`casfs prune --drop-draft {name}` once it is {format_duration(SHARED_MARGIN_S)} old"
+        )
+
+
+class DraftClosedError(SnapshotClosedError):
+    """The identities do not decrypt a draft, so the needed blobs are unknown."""
+
+    def __str__(self) -> str:
+        name = short_id(self.snapshot_id)
+        return (
+            f"the blobs that draft {name}, a snapshot that was never published, needs are unknown: "
+            f"{self.cause}; nothing was removed. Give an identity or a passphrase for which it was stored, "
+            f"or drop it with `casfs prune --drop-draft {name}` once it is "
+            f"{format_duration(SHARED_MARGIN_S)} old"
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from casfs.digest import SnapshotId
-from casfs.errors import IntegrityError, NotFoundError, RefusedError
+from casfs.errors import IntegrityError, KeyMissingError, NotFoundError, RefusedError
 from casfs.format.snapshot import Snapshot
 from casfs.maintenance.retention import KeepDecision, Policy, apply_policy
 from casfs.repository.repository import Repository
@@ -20,7 +20,9 @@ from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A snapshot with its id; `snapshot` is None where its file is damaged and only the id is known."""
+    """A snapshot with its id; `snapshot` is None where only the id is known: its file is damaged, or no
+    identity decrypts it.
+    """
 
     snapshot_id: SnapshotId
     snapshot: Snapshot | None
@@ -152,7 +154,7 @@ def select_by_name(
             snapshot_id = repository.snapshots.resolve_id(name)
         try:
             found[snapshot_id] = Candidate(snapshot_id, repository.snapshots.load(snapshot_id))
-        except IntegrityError:
+        except (IntegrityError, KeyMissingError):
             found[snapshot_id] = Candidate(snapshot_id, None)
     everything = [snapshot_id for snapshot_id, _ in repository.snapshots.iterate()]
     proven = [

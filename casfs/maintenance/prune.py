@@ -25,6 +25,7 @@ from casfs.errors import (
     IndexDamagedError,
     IndexUnusableError,
     IntegrityError,
+    KeyMissingError,
     NotFoundError,
     StorageError,
 )
@@ -39,7 +40,12 @@ from casfs.maintenance.prune_plan import (
     packs_to_repack,
     unneeded_packs,
 )
-from casfs.maintenance.prune_result import IndexReplacedError, NeededBlobsUnknownError, PruneResult
+from casfs.maintenance.prune_result import (
+    IndexReplacedError,
+    NeededBlobsUnknownError,
+    PruneResult,
+    SnapshotClosedError,
+)
 from casfs.maintenance.unneeded_sessions import remove_unneeded_sessions
 from casfs.monitor import Monitor, Unit
 from casfs.repository.deltas import REPLACED_MARGIN_MS
@@ -173,6 +179,8 @@ class Pruner:
                     )
                 except NotFoundError:
                     continue
+                except KeyMissingError as error:
+                    raise SnapshotClosedError(snapshot_id, error) from error
                 except IntegrityError as error:
                     raise NeededBlobsUnknownError(snapshot_id, error) from error
                 finally:

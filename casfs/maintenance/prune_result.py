@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from casfs.digest import SnapshotId, short_id
-from casfs.errors import IndexUnusableError, IntegrityError
+from casfs.errors import IndexUnusableError, IntegrityError, KeyMissingError
 
 
 @dataclass(slots=True)
@@ -77,4 +77,21 @@ class NeededBlobsUnknownError(IntegrityError):
             "nothing was removed. Run `casfs check` to list the damage, and `casfs repair index` where only "
             "the index lost entries; a new backup may restore the rest, or drop the lost data with "
             "`casfs repair snapshots`"
+        )
+
+
+class SnapshotClosedError(KeyMissingError):
+    """The identities do not decrypt a snapshot, so the needed blobs are unknown."""
+
+    def __init__(self, snapshot_id: SnapshotId, cause: KeyMissingError) -> None:
+        super().__init__(snapshot_id, cause)
+        self.snapshot_id = snapshot_id
+        self.cause = cause
+
+    def __str__(self) -> str:
+        name = short_id(self.snapshot_id)
+        return (
+            f"the blobs that snapshot {name} needs are unknown: {self.cause}; nothing was removed. Give an "
+            "identity or a passphrase for which it was stored, or let someone who has one run `casfs key "
+            f"rewrap`. If no host of yours made it, remove it: `casfs forget {name}`"
         )

@@ -201,11 +201,9 @@ class Scrubber:
             if self._is_removed(pack):
                 return pack, [], []
             return pack, [], [Finding("pack", reason_of(error), pack.id)]
-        except KeyMissingError:
-            raise
         except CasfsError as error:
             damage = [Finding("pack", reason_of(error), pack.id)]
-            if is_refused(error):
+            if is_refused(error) or isinstance(error, KeyMissingError):
                 if pack.id not in self.result.unreadable_packs:
                     self.result.unreadable_packs.add(pack.id)
                     self.result.unreadable += damage

@@ -11,9 +11,9 @@ import logging
 from casfs.digest import Digest, SnapshotId, short_id
 from casfs.errors import BlobError, IntegrityError, KeyMissingError, NotFoundError
 from casfs.index.schema import PackRecord
-from casfs.maintenance.drafts import DraftUnreadableError, list_drafts
+from casfs.maintenance.drafts import DraftClosedError, DraftUnreadableError, list_drafts
 from casfs.maintenance.evacuate import Evacuator
-from casfs.maintenance.prune_result import NeededBlobsUnknownError
+from casfs.maintenance.prune_result import NeededBlobsUnknownError, SnapshotClosedError
 from casfs.monitor import Monitor
 from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.repository import Repository
@@ -105,7 +105,7 @@ class SharedMarking:
         except NotFoundError:
             return
         except KeyMissingError as error:
-            raise KeyMissingError(f"snapshot {short_id(snapshot_id)}: {error}") from error
+            raise SnapshotClosedError(snapshot_id, error) from error
         except IntegrityError as error:
             if not self._exists(snapshot_id):
                 return  # forgotten, and another prune removed what it needed
@@ -129,7 +129,7 @@ class SharedMarking:
                 raise DraftUnreadableError(snapshot_id, error) from error
             log.info("draft %s is not complete: %s", short_id(snapshot_id), error)
         except KeyMissingError as error:
-            raise KeyMissingError(f"draft {short_id(snapshot_id)}: {error}") from error
+            raise DraftClosedError(snapshot_id, error) from error
         except IntegrityError as error:
             raise DraftUnreadableError(snapshot_id, error) from error
 

@@ -19,6 +19,7 @@ import msgspec
 from casfs.digest import SnapshotId, short_id
 from casfs.errors import (
     AmbiguousIdError,
+    CasfsError,
     IntegrityError,
     KeyMissingError,
     NotFoundError,
@@ -84,7 +85,8 @@ class SnapshotStore:
 
     `provenance` says who wrote each of them. `loss_epoch` is the index's when the repository was opened for
     writing, 0 for a reader. `before_publish` is called before a snapshot is stored. `publisher` is set for a
-    writer. `listing` is for the first call of `ids`, if it comes soon.
+    writer. `listing` is for the first call of `ids`, if it comes soon. `omitted` has the snapshots that
+    the last `iterate` could not read.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class SnapshotStore:
         self._loss_epoch = loss_epoch
         self.provenance = Provenance(keys, self.load, self.ids)
         self.listing: SnapshotListing | None = None
+        self.omitted: dict[SnapshotId, CasfsError] = {}
         self.before_publish: Callable[[], None] = lambda: None
         self.publisher: Publisher | None = None
 
@@ -275,12 +278,13 @@ class SnapshotStore:
     def iterate(self) -> Iterator[tuple[SnapshotId, Snapshot]]:
         """Yield every snapshot from the oldest to the newest.
 
-        Damaged and unreadable snapshots are logged and omitted. A replaced snapshot is omitted, too: a crash
-        while tags were changed leaves both. Raise KeyMissingError where the identities decrypt no snapshot at
-        all.
+        Damaged and unreadable snapshots are logged, omitted, and kept in `omitted`. A replaced snapshot is
+        left out, too: a crash while tags were changed leaves both. Raise KeyMissingError where the identities
+        decrypt no snapshot at all.
         """
         found: list[tuple[SnapshotId, Snapshot]] = []
         closed: dict[SnapshotId, KeyMissingError] = {}
+        self.omitted = {}
         for snapshot_id, read in self._read_all(self.ids()):
             try:
                 found.append((snapshot_id, self._decode(snapshot_id, read())))
@@ -290,10 +294,12 @@ class SnapshotStore:
                 closed[snapshot_id] = error
             except (IntegrityError, StorageError) as error:
                 log.warning("%s; run `casfs check`", error)
+                self.omitted[snapshot_id] = error
         for snapshot_id, missing in closed.items():
             if not found:
                 raise missing  # there are snapshots, but none for these identities
             log.warning("snapshot %s is omitted: %s", short_id(snapshot_id), missing)
+            self.omitted[snapshot_id] = missing
         # A forged snapshot must not hide another one.
         there = {snapshot_id for snapshot_id, _ in found}
         replaced = {

@@ -183,10 +183,9 @@ def _iso_date(time_s: int | None) -> str | None:
 def _print_unreadable(output: Output, unreadable: list[Finding]) -> None:
     if unreadable:
         count = len(unreadable)
-        objects = counted(count, "object")
         output.warn(
-            f"{objects} could not be checked: this user has no permission to read; "
-            "run casfs check as the owner of the repository"
+            f"{counted(count, 'object')} could not be checked ({unreadable[0].message}); run casfs check as "
+            "the owner of the repository, with an identity for everything that it holds"
         )
 
 

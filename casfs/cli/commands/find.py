@@ -13,7 +13,7 @@ from casfs.cli.options import (
     complete_snapshots,
     snapshot_filter_options,
 )
-from casfs.cli.output import Output, path_argument, warn_of_unproven
+from casfs.cli.output import Output, path_argument, report_omitted, warn_of_unproven
 from casfs.cli.param_types import SIZE_RANGE, parse_time
 from casfs.cli.progress import CommandMonitor
 from casfs.cli.settings import Settings
@@ -123,7 +123,8 @@ def find(
                 state = format_state(node)
                 if state:
                     output.line(f"    {state} while it was captured")
-    return EXIT_DAMAGED if monitor.problems else 0
+        code = report_omitted(output, repository.snapshots.omitted)
+    return EXIT_DAMAGED if monitor.problems else code
 
 
 def _searched(

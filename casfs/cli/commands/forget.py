@@ -19,6 +19,7 @@ from casfs.cli.output import (
     format_time,
     iso_time,
     json_paths,
+    report_omitted,
     warn_of_unproven,
 )
 from casfs.cli.param_types import COUNT, SPAN, TAGS
@@ -102,7 +103,7 @@ def forget(
     dry_run: bool,
     then_prune: bool,
     allow_all: bool,
-) -> None:
+) -> int:
     """Remove snapshots by name, or those that no rule keeps.
 
     The rules apply to each group (one host and its paths) separately. `casfs prune` frees the space.
@@ -156,6 +157,8 @@ def forget(
                 )
         if not dry_run:
             forget(repository, forgotten)
+        gone = {candidate.snapshot_id for candidate in forgotten}
+        omitted = {n: e for n, e in repository.snapshots.omitted.items() if n not in gone}
     would = "would be " if dry_run else ""
     output.summary(f"{counted(len(forgotten), 'snapshot')} {would}forgotten, {kept} {would}kept")
     if unproven:
@@ -171,12 +174,12 @@ def forget(
         unproven_snapshots=len(unproven),
         dry_run=dry_run,
     )
-    if not then_prune:
-        return
-    if dry_run:
+    code = report_omitted(output, omitted)
+    if then_prune and dry_run:
         output.warn("the space that prune would free is unknown until the snapshots are removed")
-    else:
+    elif then_prune:
         run_prune(settings, PruneOptions())
+    return code
 
 
 def _check_options(snaps: tuple[str, ...], policy: Policy, chosen: bool) -> None:
@@ -221,7 +224,7 @@ def _print_result(
     output: Output, candidate: Candidate, reasons: tuple[str, ...], dry_run: bool
 ) -> None:
     snapshot = candidate.snapshot
-    time = format_time(candidate.time_ns) if snapshot is not None else "(its file is damaged)"
+    time = format_time(candidate.time_ns) if snapshot is not None else "(it cannot be read)"
     decision = f"keep    {', '.join(reasons)}" if reasons else "forget"
     line = f"  {short_id(candidate.snapshot_id)}  {time}  {escape_path(decision.encode())}"
     _decision_line(output, dry_run)(line)

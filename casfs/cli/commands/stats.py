@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casfs.cli.options import common_options, complete_snapshots, snapshot_filter_options
-from casfs.cli.output import Output, format_time, iso_time
+from casfs.cli.output import Output, format_time, iso_time, report_omitted
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
 from casfs.display import format_size
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @snapshot_filter_options
 @common_options
 @click.pass_obj
-def stats(settings: Settings, snap: str | None, storage_only: bool, requests: bool) -> None:
+def stats(settings: Settings, snap: str | None, storage_only: bool, requests: bool) -> int:
     """Print the sizes of the repository or of a snapshot.
 
     With --json every command on a remote repository prints its requests.
@@ -43,9 +43,10 @@ def stats(settings: Settings, snap: str | None, storage_only: bool, requests: bo
     place = settings.repository()
     if requests and not isinstance(place, RemotePlace):
         raise UsageError(f"--requests is for a remote repository; {place} is a local folder")
-    _print_sizes(settings, snap, storage_only)
+    code = _print_sizes(settings, snap, storage_only)
     if requests and isinstance(place, RemotePlace):
         _print_requests(settings.output(), place.counter)
+    return code
 
 
 def _print_requests(output: Output, counter: RequestCounter) -> None:
@@ -57,7 +58,8 @@ def _print_requests(output: Output, counter: RequestCounter) -> None:
     output.table(heads, heads[1:], rows)
 
 
-def _print_sizes(settings: Settings, snap: str | None, storage_only: bool) -> None:
+def _print_sizes(settings: Settings, snap: str | None, storage_only: bool) -> int:
+    """Print sizes, and return the exit code: not 0 where snapshots could not be read."""
     from casfs.query.stats import repository_stats, snapshot_stats
     from casfs.repository.opening import OpenOptions, open_for_reading
 
@@ -65,7 +67,7 @@ def _print_sizes(settings: Settings, snap: str | None, storage_only: bool) -> No
         if snap is not None:
             raise UsageError("--storage counts all packs; give no snapshot")
         _print_packs(settings)
-        return
+        return 0
     output = settings.output()
     with open_for_reading(settings.repository(), OpenOptions(unlock=settings.unlock)) as repository:
         if snap is not None:
@@ -88,7 +90,7 @@ def _print_sizes(settings: Settings, snap: str | None, storage_only: bool) -> No
                 stored_bytes=seen.stored_bytes,
                 unique_stored_bytes=seen.unique_stored_bytes,
             )
-            return
+            return report_omitted(output, repository.snapshots.omitted)
         whole = repository_stats(repository)
     unproven = f" ({whole.unproven} unproven)" if whole.unproven else ""
     output.line(f"snapshots:  {whole.snapshots}{unproven}")
@@ -105,6 +107,7 @@ def _print_sizes(settings: Settings, snap: str | None, storage_only: bool) -> No
         plain_bytes=whole.plain_bytes,
         bytes=whole.total_bytes,
     )
+    return report_omitted(output, repository.snapshots.omitted)
 
 
 def _print_packs(settings: Settings) -> None:
