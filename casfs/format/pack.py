@@ -239,6 +239,15 @@ def parse_directory(
 SCAN_FACTOR = 4
 """Bounds the work of a scan; payloads of an honest pack, damaged or not, hardly overlap."""
 
+_MOST_SCANNED_PLAIN_BYTES = 64 * 1024**3
+_ZSTD_FACTOR = 32_768
+"""The plaintext of a zstd frame has at most so many times its size: a block of 4 bytes stands for 128 KiB."""
+
+
+def most_scanned_plain_bytes(pack_bytes: int) -> int:
+    """Return how much plaintext the payloads that a scan decodes may have; a writer puts less into a pack."""
+    return min(_MOST_SCANNED_PLAIN_BYTES, _ZSTD_FACTOR * pack_bytes)
+
 
 def parse_record_header(data: bytes, offset: int = 0) -> tuple[int, int, int, int] | None:
     """Return kind, codec, stored and plain bytes of a record header, or None if the header is not valid."""

@@ -38,6 +38,7 @@ from casfs.maintenance.prune_plan import (
     PruneOptions,
     PrunePlan,
     packs_to_repack,
+    packs_with_room,
     unneeded_packs,
 )
 from casfs.maintenance.prune_result import (
@@ -136,7 +137,10 @@ class Pruner:
         in_flight = self._written_since(unneeded | repacked)
         self._in_flight = in_flight
         going = in_flight.keys()
-        return PrunePlan(self._records, usage, unneeded - going, repacked - going, in_flight)
+        unneeded, repacked = packs_with_room(
+            unneeded - going, repacked - going, self._options.most_marked
+        )
+        return PrunePlan(self._records, usage, unneeded, repacked, in_flight)
 
     def _remove_unneeded(self, unneeded: set[int]) -> set[int]:
         """Mark packs for removal and remove those that no process uses; return the others."""

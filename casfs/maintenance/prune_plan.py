@@ -6,12 +6,15 @@ snapshot needs a blob in it (`casfs.repository.needed_blobs`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from casfs.index.schema import PackRecord
 from casfs.store.pack_shares import directory_bytes
 from casfs.store.writer import META_PACK_BYTES, PACK_BLOBS, PACK_BYTES
+
+log = logging.getLogger(__name__)
 
 DEFAULT_UNUSED_SHARE = 0.25
 """Packs with a larger share of unneeded bytes are repacked.
@@ -24,6 +27,9 @@ DEFAULT_MARGIN_S = 86_400
 
 SHARED_MARGIN_S = 3_600
 """How long packs stay after they were marked for removal, where hosts write over a network."""
+
+MAX_MARKED_PACKS = 1_500_000
+"""The most packs that all removal notices name, in some 96 MiB: a reader refuses more than 128 MiB."""
 
 _SMALL_SHARE = 1 / 8
 """A pack with less than this share of the target size of its kind is small."""
@@ -41,13 +47,15 @@ class PruneOptions:
     Packs with more than `unused_share` (0 to 1) of unneeded bytes are repacked. `margin_s` is the time
     that packs under notice stay for active readers and, where hosts write over a network, for all processes;
     None is the default of the place. With `repack_all` every pack is repacked, at the
-    compression level with which the repository is open.
+    compression level with which the repository is open. All removal notices together name at most
+    `most_marked` packs.
     """
 
     unused_share: float = DEFAULT_UNUSED_SHARE
     margin_s: float | None = None
     dry_run: bool = False
     repack_all: bool = False
+    most_marked: int = MAX_MARKED_PACKS
 
 
 @dataclass(slots=True)
@@ -129,6 +137,24 @@ def packs_to_repack(
         if len(packs_of_kind) >= _MANY_SMALL_PACKS:
             chosen |= packs_of_kind
     return frozenset(chosen)
+
+
+def packs_with_room(
+    unneeded: frozenset[int], repacked: frozenset[int], room: int
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Return those of the unneeded packs, and then of the packs to repack, for which notices have room.
+
+    The next prune finds the rest.
+    """
+    named = sorted(unneeded)[: max(room, 0)]
+    also = sorted(repacked)[: max(room - len(named), 0)]
+    left = len(unneeded) + len(repacked) - len(named) - len(also)
+    if left:
+        log.warning(
+            "%d packs stay until the next prune: removal notices that name more packs would not be read",
+            left,
+        )
+    return frozenset(named), frozenset(also)
 
 
 def _is_small(record: PackRecord) -> bool:

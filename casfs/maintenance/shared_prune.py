@@ -33,6 +33,7 @@ from casfs.maintenance.prune_plan import (
     PruneOptions,
     PrunePlan,
     packs_to_repack,
+    packs_with_room,
     unneeded_packs,
 )
 from casfs.maintenance.prune_result import IndexReplacedError, PruneResult
@@ -209,7 +210,9 @@ class SharedPruner:
         self.result.in_flight_bytes = self._pack_bytes(in_flight.keys())
         self._hold(packs, (unneeded | repacked) - in_flight.keys())
         staying = in_flight.keys() | self._held.keys()
-        return PrunePlan(packs, usage, unneeded - staying, repacked - staying, in_flight)
+        room = self._options.most_marked - len(self._marking.under_notice)
+        unneeded, repacked = packs_with_room(unneeded - staying, repacked - staying, room)
+        return PrunePlan(packs, usage, unneeded, repacked, in_flight)
 
     def _hold(self, packs: Mapping[int, PackRecord], ordinals: frozenset[int]) -> None:
         """Keep the packs whose locks have not ended, and count them."""

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from casfs.digest import DIGEST_BYTES, Digest, PackId, short_id
+from casfs.digest import DIGEST_BYTES, Digest, PackId
 from casfs.errors import (
     BlobError,
     CasfsError,
@@ -29,10 +29,8 @@ from casfs.format.codec import ENCRYPTED, TAG_BYTES, BlobCodec
 from casfs.format.group import MAX_GROUP_BYTES, Group
 from casfs.format.pack import (
     BLOB_HEADER,
-    BLOB_KINDS,
     DATA_PREFIX,
     HEADER,
-    MAX_PACK_BLOBS,
     MAX_PACK_BYTES,
     META_PREFIX,
     PACK_PREFIXES,
@@ -42,7 +40,6 @@ from casfs.format.pack import (
     parse_directory,
     parse_header,
     parse_trailer,
-    scan_records,
 )
 from casfs.index.index import Index
 from casfs.index.schema import IndexedPack, Location
@@ -497,41 +494,19 @@ class BlobStore:
             return self.salvage_directory(pack, pack_bytes)
 
     def salvage_directory(self, pack: PackRef, pack_bytes: int) -> list[PackEntry]:
-        """Return entries for all blobs of a pack that decode, found by a scan of its records.
+        """Return entries for the blobs of a pack that a scan of its records finds, within limits."""
+        from casfs.store.salvage import salvage_entries
 
-        The scan ends at MAX_PACK_BYTES, and before there are more than MAX_PACK_BLOBS.
-        """
         name = pack_name(pack)
-        data = self.bulk_storage.read(name, 0, min(pack_bytes, MAX_PACK_BYTES))
-        entries: list[PackEntry] = []
         try:
             cipher = self._ciphers.for_pack(pack.id, name) if self._ciphers is not None else None
         except PackError:
-            return entries  # without the pack's header no blob can be decrypted
-        for offset, kind, codec, stored_bytes, plain_bytes in scan_records(data, HEADER.size):
-            payload = data[offset : offset + stored_bytes]
-            key = None
-            try:
-                if cipher is not None:
-                    inner = cipher.decrypt(b"", offset, payload)
-                    kind, codec, plain_bytes = inner.kind, inner.codec, inner.plain_bytes
-                    payload, key = inner.payload, cipher.digest_key(inner)
-                found = self.codec.digest_payload(codec, payload, plain_bytes, key)
-            except IntegrityError:
-                continue
-            if kind not in BLOB_KINDS:
-                continue
-            if len(entries) + len(found) > MAX_PACK_BLOBS:
-                log.warning(
-                    "pack %s has more blobs than a pack may have; the rest is ignored",
-                    short_id(pack.id),
-                )
-                break
-            if cipher is not None:
-                codec |= ENCRYPTED
-            for position, (digest, size) in enumerate(found):
-                entries.append(PackEntry(digest, offset, stored_bytes, size, kind, codec, position))
-        return entries
+            return []  # without the pack's header no blob can be decrypted
+
+        def read(offset: int, size: int) -> bytes:
+            return self.bulk_storage.read(name, offset, size)
+
+        return salvage_entries(pack.id, pack_bytes, read, self.codec, cipher)
 
     def reconcile(
         self, is_alone: Callable[[], bool] = lambda: True, keep_missing: bool = False

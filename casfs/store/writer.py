@@ -63,6 +63,9 @@ META_PACK_BYTES = 16 * 1024 * 1024
 PACK_BLOBS = 32_768
 """A pack is also finished at this many blobs, as a check holds several directories in memory."""
 
+_PACK_PLAIN_BYTES = 32 * 1024**3
+"""A pack is finished at this size of its plaintext, too: a scan of a damaged pack decodes only so much."""
+
 _BATCH_BYTES = 2 * 1024 * 1024
 _BATCH_BLOBS = 512
 _QUEUED_BATCHES = 2
@@ -286,7 +289,7 @@ class _Packer:
             self._stats.new_blobs += len(record.blobs)
             self._stats.new_plain_bytes += sum(len(blob.plain) for blob in record.blobs)
             self._stats.new_stored_bytes += stored_bytes + BLOB_HEADER.size
-            if pack.bytes >= self._full_bytes(is_meta) or len(pack.entries) >= PACK_BLOBS:
+            if pack.bytes >= self._full_bytes(is_meta) or pack.has_enough:
                 self._finish_packs([pack])
                 if not is_meta:
                     self._next_bytes *= 2
@@ -392,12 +395,18 @@ class _OpenPack:
         self.entries: list[PackEntry] = []
         self.digests: set[Digest] = set()
         self.bytes = 0
+        self._plain_bytes = 0
         self.hasher = blake3()
         self._cipher = cipher
         header = encode_header()
         if cipher is not None:
             header = encode_session_header(cipher.session.id, cipher.salt)
         self._buffer = bytearray(header)
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether it has as many blobs, or as much plaintext, as a pack is given."""
+        return len(self.entries) >= PACK_BLOBS or self._plain_bytes >= _PACK_PLAIN_BYTES
 
     def add(self, record: NewRecord) -> int:
         """Append one record and return its payload's stored size in bytes."""
@@ -412,6 +421,7 @@ class _OpenPack:
             buffer += encode_record_header(ENCRYPTED_KIND, ENCRYPTED, len(payload), 0)
             codec |= ENCRYPTED
         buffer += payload
+        self._plain_bytes += plain_bytes
         for position, blob in enumerate(blobs):
             self.digests.add(blob.digest)
             self.entries.append(

@@ -114,6 +114,18 @@ class TestPruneUnneeded:
             assert len(repository.store.index.packs()) == 1
             assert repository.store.index.blob_count() == 2
 
+    def test_prune_marks_no_more_packs_than_notices_may_name(
+        self, repo: RepositoryFixture, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        gone = [publish(repo, time_ns, f"file {time_ns}") for time_ns in range(1, 6)]
+        publish(repo, 9, "kept")
+        forget(repo, *gone)
+        assert prune(repo, most_marked=2).removed_packs == 2
+        assert "3 packs stay until the next prune" in caplog.text
+        assert_intact(repo)
+        assert prune(repo, most_marked=2).removed_packs == 2
+        assert prune(repo).removed_packs == 1
+
     def test_prune_removes_nothing_where_everything_is_needed(
         self, repo: RepositoryFixture
     ) -> None:

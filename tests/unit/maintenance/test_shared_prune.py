@@ -421,6 +421,18 @@ def test_more_packs_than_fit_into_a_notice_are_named_in_several() -> None:
     assert all(len(encode_notice(notice)[1]) < MAX_NOTICE_BYTES // 4 for notice in notices)
 
 
+def test_prunes_together_mark_no_more_packs_than_notices_may_name(
+    far: FarRepository, unneeded: set[str]
+) -> None:
+    assert len(unneeded) == 2
+    assert far.prune(most_marked=1).marked_packs == 1
+    assert far.prune(most_marked=1).marked_packs == 0
+    far.now_ns += HOUR_NS
+    assert far.prune(most_marked=1).removed_packs == 1
+    assert far.prune(most_marked=1).marked_packs == 1
+    far.require_whole()
+
+
 def test_too_many_notices_end_a_prune_and_a_backup_before_they_change_anything(
     far: FarRepository, unneeded: set[str]
 ) -> None:

@@ -15,6 +15,7 @@ from casfs.errors import BlobError, PackError
 from casfs.format.pack import BLOB_HEADER, ENTRY, HEADER, TRAILER, PackEntry, PackRef
 from casfs.index.schema import Location
 from casfs.store import blob_store as blob_store_module
+from casfs.store import salvage
 from casfs.store.blob_store import BlobStore, pack_name, parse_pack_name
 from tests.support.stores import (
     add_pack,
@@ -350,7 +351,8 @@ class TestDamagedDirectory:
         data, _ = make_pack([b"within", noise("filling", 3000), b"beyond"])
         add_pack(root, data)
         # The store's own pack has some 5,600 bytes; this bound lies before both directories.
-        monkeypatch.setattr(blob_store_module, "MAX_PACK_BYTES", 1000)
+        for module in (blob_store_module, salvage):
+            monkeypatch.setattr(module, "MAX_PACK_BYTES", 1000)
         drop_index(root)
         with open_store(root) as store:
             assert store.read(digest_of(b"within")) == b"within"
