@@ -203,6 +203,7 @@ class EntryWriter:
             self._options.overwrite == Overwrite.IF_CHANGED
             and _is_equal(fd, node, st)
             and _is_linked_alike(node, st, link_target)
+            and _has_trusted_owner(node, st)
         )
         if same and self._keep_existing(fd, result, st):
             return False
@@ -345,3 +346,16 @@ def _is_linked_alike(node: Node, st: os.stat_result, link_target: LinkTarget | N
     if hard_link_key(node) is None:
         return st.st_nlink == 1
     return link_target is None or identify(st) == link_target.identity
+
+
+def _has_trusted_owner(node: Node, st: os.stat_result) -> bool:
+    """Return whether no user can have forged an entry that has the size and the time of a node.
+
+    The owner of a file can set its times at will. So the file of another user must not get the owner, the
+    set-group-id bit or the capabilities of the node: a program of one user would have the rights of another.
+    """
+    if st.st_uid not in (0, os.geteuid(), node.uid):
+        return False
+    names = [name for name, _ in node.extra.xattrs] if node.extra is not None else []
+    has_rights = node.mode & stat.S_ISGID or b"security.capability" in names
+    return st.st_uid in (0, os.geteuid()) or not has_rights

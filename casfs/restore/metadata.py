@@ -11,6 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
+from functools import partial
 
 from casfs.format.node_types import NODE_TYPES
 from casfs.format.tree import Node, NodeType
@@ -20,9 +22,12 @@ _SYMLINK = int(NodeType.SYMLINK)
 
 
 def require_same(fd: int, st: os.stat_result) -> None:
-    """Raise OSError if an open entry is not the one that `st` describes, or has another number of links."""
+    """Raise OSError if an open entry is not the one that `st` describes, or was changed since.
+
+    The inode number alone does not show it: a new file may get that of a deleted one.
+    """
     now = os.fstat(fd)
-    if not os.path.samestat(now, st) or now.st_nlink != st.st_nlink:
+    if not os.path.samestat(now, st) or now.st_ctime_ns != st.st_ctime_ns:
         raise _replaced()
 
 
@@ -74,7 +79,7 @@ def _set_metadata(where: int | bytes, node: Node, inherits: bool) -> list[str]:
         is_changed = True
         mode = _set_owner(where, node, failed)
     if inherits or node.extra is not None:
-        is_changed = _set_xattrs(where, node, inherits, failed) or is_changed
+        is_changed = _set_xattrs(where, node, inherits, failed, st.st_mode) or is_changed
     if is_changed:
         st = os.stat(where)  # the owner and an ACL may have changed the mode
     try:
@@ -110,8 +115,13 @@ def _set_owner(where: int | bytes, node: Node, failed: list[str]) -> int:
     return mode
 
 
-def _set_xattrs(where: int | bytes, node: Node, inherits: bool, failed: list[str]) -> bool:
-    """Set the xattrs of an entry, remove others, and return whether that may have changed the entry."""
+def _set_xattrs(
+    where: int | bytes, node: Node, inherits: bool, failed: list[str], mode: int
+) -> bool:
+    """Set the xattrs of an entry, remove others, and return whether that may have changed the entry.
+
+    `mode` is the one that it has. A file that its owner may not write is writable meanwhile.
+    """
     wanted = dict(node.extra.xattrs) if node.extra is not None else {}
     present: list[str] = []
     if inherits:
@@ -125,7 +135,7 @@ def _set_xattrs(where: int | bytes, node: Node, inherits: bool, failed: list[str
         if os.fsencode(text) not in wanted and not text.startswith("security.selinux"):
             is_changed = True
             try:
-                os.removexattr(where, text)
+                _while_writable(where, mode, partial(os.removexattr, where, text))
             except OSError as error:
                 if _is_failure(error):
                     failed.append(f"xattr {text}: {error.strerror}")
@@ -138,11 +148,29 @@ def _set_xattrs(where: int | bytes, node: Node, inherits: bool, failed: list[str
             pass  # it may be written by those who may not read it
         is_changed = True
         try:
-            os.setxattr(where, name, value)
+            _while_writable(where, mode, partial(os.setxattr, where, name, value))
         except OSError as error:
             if _is_failure(error):
                 failed.append(f"xattr {name.decode(errors='replace')}: {error.strerror}")
     return is_changed
+
+
+def _while_writable(where: int | bytes, mode: int, change: Callable[[], None]) -> None:
+    """Make a change of an entry with this mode; raise its OSError.
+
+    The owner cannot change the xattrs of a write-protected file: it may write to it during the change.
+    """
+    try:
+        change()
+        return
+    except PermissionError:
+        if mode & stat.S_IWUSR or stat.S_ISLNK(mode):
+            raise
+    os.chmod(where, stat.S_IMODE(mode) & 0o777 | stat.S_IWUSR)
+    try:
+        change()
+    finally:
+        os.chmod(where, stat.S_IMODE(mode) & 0o777)
 
 
 def _is_failure(error: OSError) -> bool:

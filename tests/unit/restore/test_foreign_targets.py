@@ -189,6 +189,93 @@ def test_a_hard_link_in_the_place_of_an_unchanged_file_keeps_its_metadata(
     assert (now.st_mode, now.st_uid) == (scene.before.st_mode, scene.before.st_uid)
 
 
+RIGHTS = {
+    "root": {"mode": 0o644},
+    "setuid of root": {"mode": 0o4755},
+    "setgid": {"mode": 0o2755, "uid": OTHER_USER},
+    "capability": {
+        "mode": 0o755,
+        "uid": OTHER_USER,
+        "extra": NodeExtra(
+            xattrs=((b"security.capability", bytes.fromhex("01000002" + "00" * 16)),)
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("fields", RIGHTS.values(), ids=RIGHTS)
+def test_a_file_of_another_user_with_the_same_size_and_time_gets_no_rights(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    scene = ForeignTarget(tmp_path, {b"f": file(b"", b"shared", **fields)})
+    planted = scene.target / "f"
+
+    def plant() -> None:
+        fd = os.open("f", os.O_WRONLY | os.O_CREAT, 0o755, dir_fd=scene.target_fd)
+        os.write(fd, b"evil!!")
+        os.utime(fd, ns=(MTIME_NS, MTIME_NS))
+
+    assert as_other_user(plant)
+    assert planted.stat().st_mtime_ns == MTIME_NS
+    result = scene.restore(overwrite=Overwrite.IF_CHANGED)
+    assert planted.read_bytes() == b"shared"
+    assert (result.files, result.skipped) == (1, 0)
+    assert stat.S_IMODE(planted.stat().st_mode) == fields["mode"]
+    # What the restore itself wrote is unchanged for the next one, unless the other user may write to it.
+    again = scene.restore(overwrite=Overwrite.IF_CHANGED)
+    assert again.skipped == ("uid" not in fields)
+
+
+def test_a_file_of_its_owner_in_the_snapshot_is_taken_for_unchanged(tmp_path: Path) -> None:
+    node = file(b"", b"shared", uid=OTHER_USER, gid=OTHER_USER)
+    scene = ForeignTarget(tmp_path, {b"f": node})
+    scene.restore()
+    assert scene.restore(overwrite=Overwrite.IF_CHANGED).skipped == 1
+
+
+def test_a_new_file_with_the_inode_number_of_an_unchanged_one_gets_no_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = ForeignTarget(tmp_path, {b"f": file(b"", b"shared", mode=0o4755)})
+    scene.restore()
+    is_alike = entry_writer._is_linked_alike
+    planted = scene.target / "f"
+
+    def write_into_it(*arguments: Any) -> bool:
+        # As if the name led to a new file that has the number of the one before.
+        found = is_alike(*arguments)
+        planted.write_bytes(b"evil!!")
+        os.chown(planted, OTHER_USER, OTHER_USER)
+        return found
+
+    monkeypatch.setattr(entry_writer, "_is_linked_alike", write_into_it)
+    assert scene.restore(overwrite=Overwrite.IF_CHANGED).failed == 1
+    assert planted.stat().st_uid == OTHER_USER
+    assert not planted.stat().st_mode & stat.S_ISUID
+
+
+def test_an_ordinary_user_gets_the_xattrs_of_a_write_protected_file_that_exists(
+    tmp_path: Path,
+) -> None:
+    existing = tmp_path / "file"
+    existing.write_bytes(b"shared")
+    for name in ("user.old", "user.other"):
+        os.setxattr(existing, name, b"before")
+    existing.chmod(0o444)
+    os.chown(existing, OTHER_USER, OTHER_USER)
+    fd = os.open(existing, os.O_RDONLY)
+    extra = NodeExtra(xattrs=((b"user.new", b"1"), (b"user.other", b"after")))
+    node = file(b"file", b"shared", mode=0o444, uid=OTHER_USER, gid=OTHER_USER, extra=extra)
+    try:
+        assert as_other_user(lambda: metadata.set_metadata(fd, node))
+        found = {name: os.getxattr(fd, name) for name in os.listxattr(fd) if "user." in name}
+        assert found == {"user.new": b"1", "user.other": b"after"}
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o444
+        assert os.fstat(fd).st_mtime_ns == MTIME_NS
+    finally:
+        os.close(fd)
+
+
 def test_a_target_of_another_user_gets_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
