@@ -15,6 +15,7 @@ import os
 import secrets
 import struct
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -55,15 +56,19 @@ class FileCache:
     """The files cache for one backup.
 
     `key` is the domain's `file_cache_key`. `losses` is the loss epoch of the index, read before
-    this backup counted the first blob as stored.
+    this backup counted the first blob as stored. `earlier_keys` are those of the domains that this machine
+    used before, in which it looks up what it does not find.
     """
 
-    def __init__(self, index: Index, key: bytes, losses: int) -> None:
+    def __init__(
+        self, index: Index, key: bytes, losses: int, earlier_keys: Sequence[bytes] = ()
+    ) -> None:
         self._index = index
         self._env = index.environment
         self._files = self._env.database(b"files")
         self._meta = self._env.database(b"meta")
         self._key = key
+        self._earlier_keys = tuple(earlier_keys)
         self._state = losses, index.removals()
         self._day = int(time.time()) // _DAY_S
         self._batch = secrets.token_bytes(8)
@@ -78,7 +83,21 @@ class FileCache:
         """Return the node stored for a file with this path and this metadata, or None."""
         if self._is_empty:
             return None
-        name, key = self._derive(path, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+        found = self._find(self._key, path, st)
+        is_earlier = found is None
+        for key in self._earlier_keys if is_earlier else ():
+            found = found or self._find(key, path, st)
+        if found is None:
+            return None
+        node, day = found
+        if is_earlier or self._day - day >= _REFRESHED_DAYS:
+            self.put(path, node)
+        return node
+
+    def _find(self, domain_key: bytes, path: bytes, st: os.stat_result) -> tuple[Node, int] | None:
+        """Return the node of a file and the day of its entry, None without a trusted entry of a domain."""
+        metadata = (st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+        name, key = derive_entry(domain_key, path, *metadata)
         value = self._env.read(lambda txn: txn.get(name, db=self._files))
         if value is None or len(value) < _HEAD.size + _NONCE_BYTES:
             return None
@@ -91,9 +110,7 @@ class FileCache:
             return None
         if node.name != path.rpartition(b"/")[2] or not self._is_stored(batch, node):
             return None
-        if self._day - day >= _REFRESHED_DAYS:
-            self.put(path, node)
-        return node
+        return node, day
 
     def put(self, path: bytes, node: Node) -> None:
         """Add the node of a file, unless the next backup must not trust it as unchanged."""
@@ -116,13 +133,6 @@ class FileCache:
     def close(self) -> None:
         """Wait for pending writes; entries without a commit stay untrusted."""
         self._writer.shutdown()
-
-    def _derive(
-        self, path: bytes, inode: int, size: int, mtime_ns: int, ctime_ns: int
-    ) -> tuple[bytes, bytes]:
-        material = _STAT.pack(inode, size, mtime_ns, ctime_ns, len(path)) + path
-        derived = blake3(material, key=self._key).digest(length=64)
-        return derived[:32], derived[32:]
 
     def _is_stored(self, batch: bytes, node: Node) -> bool:
         if self._trusts_all and self._state_at(batch) == self._state:
@@ -164,7 +174,8 @@ class FileCache:
         head = _HEAD.pack(self._batch, self._day)
         rows = []
         for path, node in files:
-            name, key = self._derive(path, node.inode, node.size, node.mtime_ns, node.ctime_ns)
+            metadata = (node.inode, node.size, node.mtime_ns, node.ctime_ns)
+            name, key = derive_entry(self._key, path, *metadata)
             nonce = os.urandom(_NONCE_BYTES)
             stored = AESGCM(key).encrypt(nonce, _padded(_encoder.encode(node)), None)
             rows.append((name, head + nonce + stored))
@@ -228,3 +239,12 @@ def _without_padding(plain: bytes) -> bytes:
         raise ValueError("a padded node is too short")
     (size,) = _LENGTH.unpack_from(plain, len(_PADDED))
     return plain[begin : begin + size]
+
+
+def derive_entry(
+    domain_key: bytes, path: bytes, inode: int, size: int, mtime_ns: int, ctime_ns: int
+) -> tuple[bytes, bytes]:
+    """Return the name of a file's entry and the key of its value."""
+    material = _STAT.pack(inode, size, mtime_ns, ctime_ns, len(path)) + path
+    derived = blake3(material, key=domain_key).digest(length=64)
+    return derived[:32], derived[32:]

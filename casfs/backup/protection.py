@@ -16,6 +16,7 @@ from casfs.digest import SnapshotId, short_id
 from casfs.errors import CasfsError, IntegrityError, StorageError, StorageUnavailableError
 from casfs.format.config import CONFIG_NAME
 from casfs.format.delta import FOLDER as DELTAS
+from casfs.format.generation import FOLDER as DOMAINS
 from casfs.format.lock_policy import FOLDER as POLICIES
 from casfs.format.snapshot import Snapshot
 from casfs.format.tree import Node
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _NS = 1_000_000_000
 
-_KEY_FOLDERS = ("sessions", "identities")
+_KEY_FOLDERS = ("sessions", "identities", DOMAINS)
 """What decrypts the packs and the snapshots of an encrypted repository."""
 
 

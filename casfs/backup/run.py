@@ -544,12 +544,14 @@ class _Backup:
 
 def _open_file_cache(repository: Repository, options: BackupOptions) -> FileCache | None:
     """Return the files cache of a write-only host, which replaces the parent; None on other hosts."""
-    domain = repository.key_manager.domain if repository.key_manager is not None else None
-    if domain is None or not repository.lacks_identity or not options.use_parent:
+    keys = repository.key_manager
+    if keys is None or keys.domain is None or keys.can_read or not options.use_parent:
         return None
     from casfs.backup.file_cache import FileCache
 
-    return FileCache(repository.store.index, domain.file_cache_key, repository.loss_epoch)
+    earlier_keys = [domain.file_cache_key for domain in keys.earlier_domains]
+    key = keys.domain.file_cache_key
+    return FileCache(repository.store.index, key, repository.loss_epoch, earlier_keys)
 
 
 def _content_check(

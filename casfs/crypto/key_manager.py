@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from casfs.crypto.generations import Generations, require_authentic, require_no_rollback
 from casfs.crypto.identities import Identities, add_gpg, add_passphrase
 from casfs.crypto.keyring import Keyring
 from casfs.crypto.recipients import (
@@ -30,13 +31,15 @@ from casfs.crypto.trust_state import (
     WriterState,
     load_state,
     pin,
+    pin_generations,
+    pinned_generations,
     save_state,
     verify_pin,
 )
+from casfs.crypto.writer_domain import state_for_writing
 from casfs.crypto.writers import TrustedWriters
 from casfs.digest import SnapshotId, short_id
 from casfs.errors import (
-    KeyMissingError,
     NotFoundError,
     StorageError,
     TrustError,
@@ -76,11 +79,20 @@ class KeyManager:
 
     @classmethod
     def for_reading(
-        cls, storage: Storage, config: RepositoryConfig, identities: Identities
+        cls,
+        storage: Storage,
+        config: RepositoryConfig,
+        identities: Identities,
+        trust: TrustRoot | None = None,
     ) -> KeyManager:
-        """Return a key manager that decrypts with the given identities."""
+        """Return a key manager that decrypts with the given identities.
+
+        Without `trust` the list of recipients is not read: only the first domain is the repository's own.
+        """
         writers = TrustedWriters(config) if config.signs_snapshots else None
-        return cls(Keyring(storage, config, identities), writers=writers)
+        shown = (lambda: trust.recipients(storage)) if trust is not None else None
+        generations = Generations(storage, config, shown)
+        return cls(Keyring(storage, config, identities, None, generations), writers=writers)
 
     @classmethod
     def for_writing(
@@ -99,23 +111,9 @@ class KeyManager:
         config = trust.config
         state = verify_trusted(root, storage, trust)
         recipients = trust.recipients(storage)
-        keyring = Keyring(storage, config, identities, recipients)
-        domain = state.own_domain() if state is not None else None
-        if (domain is None or domain.id != keyring.domain_id) and keyring.can_read:
-            domain = _repository_domain(keyring) or domain
-        if domain is None:
-            domain = DedupDomain.new(keyring.repository)
-            log.warning(
-                "this machine has not written to this repository before and was given no identity: its "
-                "backups deduplicate with nothing in it and are reported as unproven; to change that, run "
-                "`casfs key accept --identity FILE` once on this machine"
-            )
-        if state is None or state.domain != domain.secret.hex():
-            seed = state.signing_seed if state is not None else ""
-            state = WriterState(
-                config.id, domain.secret.hex(), recipients.digest, signing_seed=seed
-            )
-            save_state(state)
+        generations = Generations(storage, config, lambda: recipients)
+        keyring = Keyring(storage, config, identities, recipients, generations)
+        state = state_for_writing(state, keyring, recipients.digest)
         if not state.signing_seed:
             seed = secrets.token_bytes(SEED_BYTES).hex()
             state = msgspec.structs.replace(state, signing_seed=seed)
@@ -123,7 +121,7 @@ class KeyManager:
         pin(root, trust)
         _check_last_snapshot(storage, state)
         writers = TrustedWriters(config) if config.signs_snapshots else None
-        return cls(keyring, domain, state, all_domains, writers)
+        return cls(keyring, state.own_domain(), state, all_domains, writers)
 
     @property
     def signing_key(self) -> SigningKey | None:
@@ -140,7 +138,12 @@ class KeyManager:
     @property
     def is_trusted_writer(self) -> bool:
         """Whether what this process publishes is proven: it writes in the repository's own domain."""
-        return self.domain is not None and self.domain.id == self.keyring.domain_id
+        return self.domain is not None and self.domain.id == self.keyring.generations.newest_id
+
+    @property
+    def earlier_domains(self) -> list[DedupDomain]:
+        """The domains in which this writer wrote before they were replaced, the newest first."""
+        return self._state.earlier_domains() if self._state is not None else []
 
     def session(self) -> WriteSession:
         """Return this writer's session, which is durable; the first call creates it."""
@@ -148,11 +151,26 @@ class KeyManager:
             raise ValueError("the repository is open for reading")
         with self._lock:
             if self._session is None:
-                domains = [self.domain]
+                # With the earlier ones it can store a blob again that it stored before a replacement.
+                domains = [self.domain, *self.earlier_domains]
                 if self._all_domains:
                     domains = self.keyring.domains(self.domain)
                 self._session = self.keyring.begin(domains)
             return self._session
+
+    def use_domain(self, domain: DedupDomain, recipients: RecipientList) -> None:
+        """Remember a new domain of the repository as this machine's own, and the list that has its record."""
+        assert self._state is not None
+        pin_generations(self._state.repository, recipients.generations)
+        self._state = msgspec.structs.replace(
+            self._state,
+            domain=domain.secret.hex(),
+            recipients=recipients.digest,
+            generation=len(recipients.generations),
+            earlier=(self._state.domain, *self._state.earlier),
+        )
+        save_state(self._state)
+        self.domain = domain
 
     def unproven_session(self) -> WriteSession:
         """Return a new durable session of a domain that is not the repository's own.
@@ -178,15 +196,6 @@ class KeyManager:
             save_state(self._state)
         except StorageError as error:
             log.warning("%s; a rollback of the storage would not be noticed", error)
-
-
-def _repository_domain(keyring: Keyring) -> DedupDomain | None:
-    """Return the repository's own domain, or None if no session with it can be decrypted."""
-    try:
-        return keyring.first_domain()
-    except KeyMissingError as error:
-        log.info("the repository's own domain is unknown: %s", error)
-        return None
 
 
 def create_keys(
@@ -234,11 +243,16 @@ def change_recipients(
     Raise TrustError where the current list is not the one that this machine trusts, and UsageError for an
     empty list.
     """
-    if not recipients:
-        raise UsageError("the last recipient cannot be removed: no key could read later backups")
+    require_any_recipient(recipients)
     verify_trusted(root, storage, trust)
     trust.replace_recipients(storage, recipients)
     trust_current_recipients(root, storage, trust)
+
+
+def require_any_recipient(recipients: Sequence[Recipient]) -> None:
+    """Raise UsageError for an empty list."""
+    if not recipients:
+        raise UsageError("the last recipient cannot be removed: no key could read later backups")
 
 
 def verify_trusted(root: Path | str, storage: Storage, trust: TrustRoot) -> WriterState | None:
@@ -254,6 +268,7 @@ def verify_trusted(root: Path | str, storage: Storage, trust: TrustRoot) -> Writ
             "others could read later backups. Compare them (`casfs key list`); if they are correct, "
             "run `casfs key accept`"
         )
+    require_no_rollback(trust.config, lambda: trust.recipients(storage), str(root))
     return state
 
 
@@ -329,12 +344,29 @@ def require_recipients(current: RecipientList, expected: Sequence[Recipient]) ->
 def trust_current_recipients(
     root: Path | str, storage: Storage, trust: TrustRoot
 ) -> tuple[Recipient, ...]:
-    """Trust the repository's current recipients on this machine; return them."""
-    pin(root, trust)
-    if trust.config.encryption is None:
+    """Trust the repository's current recipients on this machine; return them.
+
+    Raise TrustError, and remember nothing of the list, where it has a record of a replaced domain that is
+    forged, as far as this machine's own domain shows.
+    """
+    config = trust.config
+    if config.encryption is None:
+        pin(root, trust)
         return ()
     recipients = trust.recipients(storage)
-    state = load_state(trust.config)
+    state = load_state(config)
+    generations = Generations(storage, config, lambda: recipients, uses_pins=False)
+    if state is not None:
+        generations.learn([state.own_domain(), *state.earlier_domains()])
+    require_authentic(generations)
+    pin(root, trust)
+    if recipients.generations != (pinned := pinned_generations(config.id)):
+        if recipients.generations[: len(pinned)] != pinned:
+            log.warning(
+                "this list of recipients lacks a replacement of the repository's secret that this machine "
+                "has seen; what was published since then counts as unproven"
+            )
+        pin_generations(config.id, recipients.generations)
     if state is not None:
         save_state(msgspec.structs.replace(state, recipients=recipients.digest))
     return recipients.recipients

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 
+from casfs.crypto.generations import Generations
 from casfs.crypto.identities import Identities
 from casfs.crypto.recipients import RecipientList
 from casfs.crypto.session_files import read_session, session_ids, write_session
+from casfs.digest import SnapshotId
 from casfs.errors import CasfsError, KeyMissingError, SessionError, TrustError
 from casfs.format.config import RepositoryConfig
-from casfs.format.key_derivation import DedupDomain, DomainId, SessionId, WriteSession
+from casfs.format.key_derivation import DedupDomain, SessionId, WriteSession
 from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -21,7 +23,8 @@ log = logging.getLogger(__name__)
 class Keyring:
     """The keys of an encrypted repository that `identities` decrypt.
 
-    A writer gives the `recipients` to which its sessions are encrypted.
+    A writer gives the `recipients` to which its sessions are encrypted. Without `generations` the
+    repository's own domain is the one that the configuration names.
     """
 
     def __init__(
@@ -30,11 +33,12 @@ class Keyring:
         config: RepositoryConfig,
         identities: Identities,
         recipients: RecipientList | None = None,
+        generations: Generations | None = None,
     ) -> None:
         if config.encryption is None:
             raise ValueError("the repository is not encrypted")
         self.repository = bytes.fromhex(config.id)
-        self.domain_id = DomainId(bytes.fromhex(config.encryption.domain))
+        self.generations = generations or Generations(storage, config)
         self._first = SessionId(bytes.fromhex(config.encryption.session))
         self._storage = storage
         self._identities = identities
@@ -89,12 +93,12 @@ class Keyring:
         self._open[session.id] = session
         return session
 
-    def first_domain(self) -> DedupDomain:
-        """Return the repository's own domain.
+    def own_domain(self) -> DedupDomain:
+        """Return the repository's own domain, the newest generation.
 
-        Raise KeyMissingError where no decrypted session contains it.
+        Raise KeyMissingError where no decrypted session contains it, or where it cannot be verified.
         """
-        for session_id in [self._first, *session_ids(self._storage)]:
+        for session_id in [*self._key_sessions(), *session_ids(self._storage)]:
             try:
                 session = self.session(session_id)
             except (KeyMissingError, SessionError):
@@ -102,6 +106,10 @@ class Keyring:
             if self.is_from_trusted_writer(session):
                 return session.domains[0]
         raise KeyMissingError("no decrypted session contains the repository's own domain")
+
+    def _key_sessions(self) -> list[SessionId]:
+        """Return the sessions that contain the repository's own domains, the newest first."""
+        return [*(one.session_id for one in reversed(self.generations.records)), self._first]
 
     def domains(self, first: DedupDomain) -> list[DedupDomain]:
         """Return a domain, followed by all other domains of the repository's sessions.
@@ -125,25 +133,50 @@ class Keyring:
         return found
 
     def damaged(self) -> list[SessionError]:
-        """Return an error for each damaged session, including the configuration's session if it is missing.
+        """Return an error for each damaged session, including a missing one that the configuration names, or
+        the list of recipients.
 
         Sessions that the identities do not decrypt are not checked.
         """
         found = []
-        for session_id in sorted({self._first, *session_ids(self._storage)}):
+        named = {*self._key_sessions()}
+        for session_id in sorted({*named, *session_ids(self._storage)}):
             try:
                 self.session(session_id)
             except KeyMissingError:
                 continue
             except SessionError as error:
                 # A prune may have removed the session meanwhile.
-                if session_id == self._first or session_id in session_ids(self._storage):
+                if session_id in named or session_id in session_ids(self._storage):
                     found.append(error)
         return found
 
     def is_from_trusted_writer(self, session: WriteSession) -> bool:
-        """Return whether a session's writer had the repository's own domain.
+        """Return whether a session's writer had the repository's own domain, the newest generation.
 
         The storage never has this domain, so a session that the storage forged is not proven.
         """
-        return session.domains[0].id == self.domain_id
+        number = self._generation_of(session)
+        return number is not None and number == len(self.generations.records)
+
+    def proves(self, session: WriteSession, snapshot_id: SnapshotId) -> bool:
+        """Return whether the writer of a snapshot, in a session, had the repository's own domain then.
+
+        A former recipient has the domain of an earlier generation too: a snapshot in it is proven if it
+        existed before the domain was replaced.
+        """
+        number = self._generation_of(session)
+        if number is None or number == len(self.generations.records):
+            return number is not None
+        return self.generations.was_there(number, snapshot_id)
+
+    def _generation_of(self, session: WriteSession) -> int | None:
+        """Return the number of the generation in which a session's writer wrote, None if it is none."""
+        self.generations.learn(session.domains)
+        if not self.generations.is_verified:
+            for session_id in self._key_sessions():
+                try:
+                    self.generations.learn(self.session(session_id).domains)
+                except (KeyMissingError, SessionError):
+                    continue
+        return self.generations.number_of(session.domains[0])

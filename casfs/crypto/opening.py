@@ -81,7 +81,9 @@ def open_key_manager(
     if mode is None:
         if identities:
             _pin_for_reader(root, trust)
-        return KeyManager.for_reading(storage, config, identities)
+            if config.signs_snapshots:
+                trust.begin_recipients(storage)
+        return KeyManager.for_reading(storage, config, identities, trust)
     return KeyManager.for_writing(root, storage, trust, identities, mode != LockMode.SHARED)
 
 

@@ -1,5 +1,8 @@
 """Recipients: the public keys to which new sessions are encrypted; a public list in the repository.
 
+After a removal the list also has the records of the domains that replaced the first one
+(`casfs.format.generation`), so that one durable step removes a recipient and replaces the domain.
+
 The storage could add itself to that list. So a machine that writes remembers the list
 (`casfs.crypto.trust_state`) and refuses a changed list until the user accepts it.
 """
@@ -16,12 +19,15 @@ import msgspec
 from casfs.crypto import age, gpg, openpgp
 from casfs.digest import digest_of
 from casfs.errors import IntegrityError, NotFoundError, WrongKeyError
+from casfs.format.generation import Generation, require_valid
 from casfs.json_document import InvalidJsonError, parse_json
 from casfs.storage.base import Storage
 
 RECIPIENTS_NAME = "recipients"
 _MAX_BYTES = 4 << 20
 _FIRST_LINE = b"casfs recipients 1\n"
+_FIRST_LINE_WITH_GENERATIONS = b"casfs recipients 2\n"
+_FIRST_LINES = (_FIRST_LINE, _FIRST_LINE_WITH_GENERATIONS)
 _LAST_LINE = re.compile(rb"\nblake3 ([0-9a-f]{64})\n\Z")
 _VALUE = re.compile(r"[!-~]+( [!-~]+)?")
 
@@ -69,20 +75,24 @@ class RecipientList:
     """The repository's list as one read of it returned it: its bytes, verified, and what they mean.
 
     A process reads the list once and works with this value. `digest` is the hexadecimal BLAKE3 of the
-    bytes, by which a machine pins the list.
+    bytes, by which a machine pins the list. `generations` are the records of replaced domains, in order.
     """
 
     data: bytes
     recipients: tuple[Recipient, ...]
+    generations: tuple[Generation, ...] = ()
 
     @classmethod
-    def of(cls, recipients: Sequence[Recipient]) -> RecipientList:
+    def of(
+        cls, recipients: Sequence[Recipient], generations: Sequence[Generation] = ()
+    ) -> RecipientList:
         """Return the list of the given recipients; raise WrongKeyError for more than age files may have."""
         if len(recipients) > age.MAX_RECIPIENTS:
             raise WrongKeyError(
                 f"there are {len(recipients)} recipients; the limit is {age.MAX_RECIPIENTS}"
             )
-        return cls(encode_recipients(recipients), tuple(recipients))
+        data = encode_recipients(recipients, generations)
+        return cls(data, tuple(recipients), tuple(generations))
 
     @property
     def digest(self) -> str:
@@ -132,24 +142,43 @@ def parse_recipients_file(data: bytes, name: str) -> list[Recipient]:
     return found
 
 
-def encode_recipients(recipients: Sequence[Recipient]) -> bytes:
+class _WithGenerations(msgspec.Struct, frozen=True):
+    """The JSON of a list after the first domain was replaced."""
+
+    recipients: list[Recipient]
+    generations: list[Generation]
+
+
+def encode_recipients(
+    recipients: Sequence[Recipient], generations: Sequence[Generation] = ()
+) -> bytes:
     """Return the bytes of the file."""
-    text = _FIRST_LINE + msgspec.json.format(msgspec.json.encode(recipients), indent=1)
+    if generations:
+        document = _WithGenerations(list(recipients), list(generations))
+        first, encoded = _FIRST_LINE_WITH_GENERATIONS, msgspec.json.encode(document)
+    else:
+        first, encoded = _FIRST_LINE, msgspec.json.encode(recipients)
+    text = first + msgspec.json.format(encoded, indent=1)
     return text + b"\nblake3 %s\n" % digest_of(text).hex().encode()
 
 
-def decode_recipients(data: bytes) -> list[Recipient]:
+def decode_recipients(data: bytes) -> RecipientList:
     """Parse the bytes of the file; raise IntegrityError for a damaged file."""
     last = _LAST_LINE.search(data)
-    if (
-        not data.startswith(_FIRST_LINE)
-        or last is None
-        or digest_of(data[: last.start()]).hex().encode() != last[1]
-    ):
+    first = next((one for one in _FIRST_LINES if data.startswith(one)), None)
+    if first is None or last is None or digest_of(data[: last.start()]).hex().encode() != last[1]:
         raise IntegrityError("the repository's list of recipients is damaged")
+    found: list[Recipient]
+    generations: list[Generation] = []
+    encoded = data[len(first) : last.start()]
     try:
-        found = parse_json(data[len(_FIRST_LINE) : last.start()], list[Recipient])
-    except InvalidJsonError as error:
+        if first == _FIRST_LINE:
+            found = parse_json(encoded, list[Recipient])
+        else:
+            document = parse_json(encoded, _WithGenerations)
+            found, generations = document.recipients, document.generations
+        require_valid(generations)
+    except (InvalidJsonError, IntegrityError) as error:
         raise IntegrityError(f"the repository's list of recipients is damaged: {error}") from error
     try:
         for one in found:
@@ -159,7 +188,7 @@ def decode_recipients(data: bytes) -> list[Recipient]:
         raise IntegrityError(
             f"the repository's list of recipients is damaged: it has an invalid recipient: {error}"
         ) from error
-    return found
+    return RecipientList(data, tuple(found), tuple(generations))
 
 
 def _require_bound(recipient: Recipient) -> None:
@@ -187,7 +216,7 @@ def read_recipients(storage: Storage) -> RecipientList:
         data = storage.read(RECIPIENTS_NAME, 0, _MAX_BYTES)
     except NotFoundError as error:
         raise IntegrityError("the repository's list of recipients is missing") from error
-    return RecipientList(data, tuple(decode_recipients(data)))
+    return decode_recipients(data)
 
 
 def write_recipients(storage: Storage, recipients: RecipientList) -> None:

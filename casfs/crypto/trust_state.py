@@ -2,6 +2,7 @@
 
 One file for each repository contains the secret of the domain in which this machine writes, the digest of the
 list of recipients that it trusts, the last snapshot that it published, and the key that signs its snapshots.
+Another one has the records of the domains that replaced the first one, as far as this machine has seen them.
 One file for each location, the pin, names the repository there and the digest of its configuration. The files
 are in the user's state directory, readable only by this user. Their contents decrypt nothing: they reveal
 whether a known content is stored, and allow publishing in the name of this machine.
@@ -10,6 +11,7 @@ whether a known content is stored, and allow publishing in the name of this mach
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +20,9 @@ import msgspec
 from casfs.atomic_file import replace_file
 from casfs.crypto.trust_root import TrustRoot
 from casfs.digest import digest_of
-from casfs.errors import NoHomeError, StorageError, TrustError
+from casfs.errors import IntegrityError, NoHomeError, StorageError, TrustError
 from casfs.format.config import RepositoryConfig
+from casfs.format.generation import Generation, require_valid
 from casfs.format.lock_policy import LockPolicy
 from casfs.format.versions import OLDEST_FORMAT
 from casfs.json_document import InvalidJsonError, parse_json
@@ -41,6 +44,10 @@ class WriterState(msgspec.Struct, frozen=True):
     last_time_ns: int = 0
     signing_seed: str = ""
     """The seed of this machine's signing key, hexadecimal; empty in a state of an earlier version."""
+    generation: int = 0
+    """How often the repository's domain had been replaced when this machine began to use its own."""
+    earlier: tuple[str, ...] = ()
+    """The secrets of the domains in which it wrote before the replacements, the newest first."""
 
     def own_domain(self) -> DedupDomain:
         """Return the domain in which this machine writes."""
@@ -48,11 +55,23 @@ class WriterState(msgspec.Struct, frozen=True):
 
         return DedupDomain(bytes.fromhex(self.repository), bytes.fromhex(self.domain))
 
+    def earlier_domains(self) -> list[DedupDomain]:
+        """Return the domains in which this machine wrote before the replacements, the newest first."""
+        from casfs.format.key_derivation import DedupDomain
+
+        repository = bytes.fromhex(self.repository)
+        return [DedupDomain(repository, bytes.fromhex(secret)) for secret in self.earlier]
+
     def signing_key(self) -> SigningKey:
         """Return the key with which this machine signs its snapshots."""
         from casfs.format.signature import SigningKey
 
         return SigningKey(bytes.fromhex(self.signing_seed))
+
+
+class _Generations(msgspec.Struct, frozen=True):
+    repository: str
+    generations: tuple[Generation, ...]
 
 
 class _Pin(msgspec.Struct, frozen=True):
@@ -100,6 +119,7 @@ def load_state(config: RepositoryConfig) -> WriterState | None:
             state.repository == config.id
             and len(bytes.fromhex(state.domain)) == SECRET_BYTES
             and len(bytes.fromhex(state.signing_seed)) in (0, SECRET_BYTES)
+            and all(len(bytes.fromhex(secret)) == SECRET_BYTES for secret in state.earlier)
         )
     except ValueError as error:
         raise _damaged(path) from error
@@ -111,6 +131,35 @@ def load_state(config: RepositoryConfig) -> WriterState | None:
 def save_state(state: WriterState) -> None:
     """Store the state durably; raise StorageError."""
     write_state_file(_state_path(state.repository), msgspec.json.encode(state))
+
+
+def pin_generations(repository: str, generations: Sequence[Generation]) -> None:
+    """Record the replaced domains of a repository (its id); raise StorageError."""
+    record = _Generations(repository, tuple(generations))
+    write_state_file(_generations_path(repository), msgspec.json.encode(record))
+
+
+def pinned_generations(repository: str) -> tuple[Generation, ...]:
+    """Return the records of replaced domains that this machine has seen.
+
+    Raise StorageError, and TrustError for a damaged file.
+    """
+    try:
+        path = _generations_path(repository, make=False)
+    except NoHomeError:
+        return ()
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return ()
+    except OSError as error:
+        raise StorageError("read", str(path), error) from error
+    try:
+        found = parse_json(data, _Generations)
+        require_valid(list(found.generations))
+    except (InvalidJsonError, IntegrityError) as error:
+        raise _damaged(path) from error
+    return found.generations
 
 
 def pin_lock_policy(policy: LockPolicy) -> None:
@@ -216,6 +265,10 @@ def _location_names(root: Path | str) -> list[str]:
 
 def _state_path(repository: str) -> Path:
     return state_folder() / f"{repository[:32]}.json"
+
+
+def _generations_path(repository: str, make: bool = True) -> Path:
+    return state_folder(make) / f"domains-{repository[:32]}.json"
 
 
 def _lock_policy_path(repository: str, make: bool = True) -> Path:

@@ -86,6 +86,14 @@ class TrustedWriters:
         found = [HostKey(host, key, key == self._own) for host in hosts for key in hosts[host]]
         return sorted(found)
 
+    def is_own(self, key: str) -> bool:
+        """Return whether a public key is this machine's."""
+        return key == self._own
+
+    def hosts_of(self, key: str) -> list[str]:
+        """Return the hosts for which this machine trusts a public key, sorted."""
+        return sorted({one.host for one in self.listed() if one.key == key})
+
     def learn(self, snapshots: Iterable[SignedSnapshot]) -> list[HostKey]:
         """Trust the author of each snapshot, and each unsigned one; return the keys that are new."""
         known = self._known or _Known(self._repository)

@@ -42,6 +42,7 @@ class KeyContext:
     CHUNKER_KEY = "casfs 2026-11-23 chunker key"
     TREE_SEED = "casfs 2026-11-23 tree seed"
     LOCK_POLICY_KEY = "casfs 2026-11-23 lock policy key"
+    GENERATION_KEY = "casfs 2026-11-23 generation key"
     FILE_CACHE_KEY = "casfs 2026-11-23 memory of files"
 
 
@@ -94,6 +95,11 @@ class DedupDomain:
     def lock_policy_key(self) -> bytes:
         """The key of the codes of lock policies."""
         return derive(KeyContext.LOCK_POLICY_KEY, self.secret)
+
+    @property
+    def generation_key(self) -> bytes:
+        """The key of the code in the record of the domain that replaces this one."""
+        return derive(KeyContext.GENERATION_KEY, self.secret)
 
     @property
     def file_cache_key(self) -> bytes:

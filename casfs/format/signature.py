@@ -4,7 +4,7 @@ A recipient of an encrypted repository, also a former one, knows its secrets and
 the name of any machine. So each machine signs (FORMAT.md, "Signatures"). The *author* is the machine that
 made the backup. Its signature covers everything except the tags and the replaced snapshot, and stays valid
 when another machine changes the tags. The *publisher* is the machine that wrote the file; its signature
-covers everything.
+covers everything. A machine also signs that it replaced the repository's own domain (`format/generation.py`).
 
 Values are immutable; threads may share them.
 """
@@ -25,6 +25,7 @@ from casfs.errors import BlobError
 SEED_BYTES = 32
 AUTHOR_CONTEXT = b"casfs 2026-11-28 snapshot author\0"
 PUBLISHER_CONTEXT = b"casfs 2026-11-28 snapshot publisher\0"
+GENERATION_CONTEXT = b"casfs 2026-11-28 generation\0"
 
 _BLOCK = struct.Struct("<32s64s32s64s")
 BLOCK_BYTES = _BLOCK.size
@@ -65,6 +66,10 @@ class SigningKey:
         message = _publisher_message(repository, author, self.public, signed)
         return _BLOCK.pack(author.key, author.signature, self.public, self._key.sign(message))
 
+    def sign_generation(self, repository: bytes, record: bytes) -> bytes:
+        """Return this machine's signature of the record of a new dedup domain."""
+        return self._key.sign(_generation_message(repository, record))
+
 
 def verify_block(block: bytes, repository: bytes, signed: bytes, plain: bytes) -> Signers:
     """Return who signed a snapshot; raise BlobError where a signature does not match.
@@ -81,6 +86,20 @@ def verify_block(block: bytes, repository: bytes, signed: bytes, plain: bytes) -
     except (InvalidSignature, ValueError) as error:
         raise BlobError(b"", "its signature does not match") from error
     return Signers(author, publisher)
+
+
+def has_signed_generation(key: bytes, signature: bytes, repository: bytes, record: bytes) -> bool:
+    """Return whether the owner of a public key signed the record of a new dedup domain."""
+    try:
+        verifier = Ed25519PublicKey.from_public_bytes(key)
+        verifier.verify(signature, _generation_message(repository, record))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def _generation_message(repository: bytes, record: bytes) -> bytes:
+    return GENERATION_CONTEXT + repository + digest_of(record)
 
 
 def _publisher_message(repository: bytes, author: Author, publisher: bytes, signed: bytes) -> bytes:

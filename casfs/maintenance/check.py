@@ -101,8 +101,11 @@ class Checker:
 
     def _check_sessions(self) -> None:
         if self._repository.key_manager is not None:
-            for error in self._repository.key_manager.keyring.damaged():
+            keyring = self._repository.key_manager.keyring
+            for error in keyring.damaged():
                 self._report(Finding("session", str(error)))
+            for damaged in keyring.generations.damaged():
+                self._report(Finding("snapshot list", str(damaged)))
 
     def _check_snapshots(self) -> None:
         self._walk_snapshots()

@@ -15,7 +15,8 @@ _REFUSED = frozenset([errno.EACCES, errno.EPERM])
 class Finding:
     """A damaged, missing or inconsistent object.
 
-    `what` is the kind of object: "pack", "blob", "index", "delta", "session", "snapshot", "tree" or "file".
+    `what` is the kind of object: "pack", "blob", "index", "delta", "session", "snapshot list", "snapshot",
+    "tree" or "file".
     Fields that do not apply are None. `ranges` are the lost ranges of a file: begin and end in bytes.
     """
 

@@ -27,6 +27,7 @@ from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.errors import IntegrityError, NotFoundError, RefusedError
 from casfs.format.config import CONFIG_NAME, MAX_CONFIG_BYTES, decode_config
 from casfs.format.delta import FOLDER as DELTAS
+from casfs.format.generation import FOLDER as DOMAINS
 from casfs.format.pack import PACK_PREFIXES
 from casfs.json_document import InvalidJsonError, parse_json
 from casfs.maintenance.findings import Finding
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 DEFAULT_MARGIN_S = 7 * 86_400
 """How long the destination keeps what the source no longer has: time to notice an attack on the source."""
 
-KEY_FOLDERS = ("identities", "sessions")
+KEY_FOLDERS = ("identities", "sessions", DOMAINS)
 MISSING_NAME = "mirror/missing"
 """At the destination: since when the source lacks each object that the destination has."""
 

@@ -5,7 +5,6 @@ The check needs neither the index nor an identity, so the operator of the storag
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from blake3 import blake3
@@ -13,7 +12,7 @@ from blake3 import blake3
 from casfs.crypto.recipients import RECIPIENTS_NAME
 from casfs.crypto.trust_root import TrustRoot
 from casfs.errors import IntegrityError, NotFoundError, StorageError
-from casfs.format import delta
+from casfs.format import delta, generation
 from casfs.format.key_derivation import SECRET_BYTES
 from casfs.format.pack import HEADER, PACK_PREFIXES
 from casfs.maintenance.findings import Finding, is_refused
@@ -27,6 +26,7 @@ FOLDERS = {
     "snapshots": "snapshot",
     "sessions": "session",
     "identities": "identity",
+    generation.FOLDER: "snapshot list",
     "condemned": "condemned",
 }
 """The folders whose objects are named by their digest, with the kind of object in each."""
@@ -89,19 +89,29 @@ def check_storage(storage: Storage, trust: TrustRoot, monitor: Monitor) -> Stora
             needed.setdefault(session_id.hex(), name)
     if config.encryption is not None:
         needed[config.encryption.session] = "the configuration"
+        generations = _generations(result, storage, trust)
+        needed.update((one.session, RECIPIENTS_NAME) for one in generations)
         for session, name in needed.items():
             if session not in sessions:
                 message = f"session {session} is missing; {name} needs it"
                 result.damage.append(Finding("session", message))
-        _record_failure(result, lambda: trust.recipients(storage))
+        listed = {name for name, _, _ in names}
+        for one in generations:
+            if one.list_name not in listed:
+                message = f"{one.list_name} is missing; {RECIPIENTS_NAME} needs it"
+                result.damage.append(Finding("snapshot list", message))
     return result
 
 
-def _record_failure(result: StorageCheck, read: Callable[[], object]) -> None:
+def _generations(
+    result: StorageCheck, storage: Storage, trust: TrustRoot
+) -> tuple[generation.Generation, ...]:
+    """Return the records in the list of recipients; report a damaged list."""
     try:
-        read()
+        return trust.recipients(storage).generations
     except (IntegrityError, StorageError) as error:
         result.damage.append(Finding(RECIPIENTS_NAME, str(error)))
+        return ()
 
 
 def _find_problem(storage: Storage, name: str, size: int, monitor: Monitor) -> str | None:

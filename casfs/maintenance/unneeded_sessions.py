@@ -36,6 +36,9 @@ def remove_unneeded_sessions(repository: Repository) -> int:
     if is_shared(storage):
         return 0
     needed = {bytes.fromhex(encryption.session)}
+    if repository.key_manager is not None:
+        generations = repository.key_manager.keyring.generations
+        needed |= {bytes.fromhex(one.session) for one in generations.records}
     try:
         for pack, _ in repository.store.stored_packs():
             head = storage.read(pack_name(pack), 0, SESSION_HEADER)

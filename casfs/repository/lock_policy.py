@@ -53,12 +53,13 @@ def own_domain(config: RepositoryConfig) -> DedupDomain | None:
     """Return the repository's own domain if this machine knows it, None also without encryption."""
     if config.encryption is None:
         return None
-    from casfs.crypto.trust_state import load_state
+    from casfs.crypto.trust_state import load_state, pinned_generations
 
     state = load_state(config)
     domain = state.own_domain() if state is not None else None
-    is_own = domain is not None and domain.id.hex() == config.encryption.domain
-    return domain if is_own else None
+    generations = pinned_generations(config.id)
+    newest = generations[-1].domain if generations else config.encryption.domain
+    return domain if domain is not None and domain.id.hex() == newest else None
 
 
 def find_policy(storage: Storage, config: RepositoryConfig) -> FoundPolicy | None:
@@ -159,6 +160,18 @@ def set_policy(
     storage.create(*encode_policy(policy))
     pin_lock_policy(policy)
     return policy
+
+
+def renew_policy(storage: Storage, config: RepositoryConfig, domain: DedupDomain) -> None:
+    """Store the policy again with a code of `domain`, before it becomes the repository's own.
+
+    Until then machines ignore it. Nothing is stored where there is no policy.
+    """
+    found = find_policy(storage, config) if storage.bucket is not None else None
+    if found is not None:
+        set_ns = max(time.time_ns(), found.policy.set_ns + 1)
+        policy = new_policy(config.id, found.policy.lock_for_s, set_ns, domain.lock_policy_key)
+        storage.create(*encode_policy(policy))
 
 
 def require_locking_bucket(storage: Storage) -> Bucket:

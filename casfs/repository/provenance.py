@@ -65,7 +65,8 @@ class Provenance:
     def is_from_trusted_writer(self, snapshot_id: SnapshotId) -> bool:
         """Return whether a snapshot is proven.
 
-        In an encrypted repository its writer must have known the repository's own secret, and in format 2 a
+        In an encrypted repository its writer must have known the repository's own secret, and it must have
+        existed when that secret was replaced, if it was. In format 2 a
         machine that this one trusts for its host must have signed it. An unproven snapshot is no parent,
         counts in no retention rule and replaces no other. Raises as `load` does.
         """

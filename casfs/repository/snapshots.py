@@ -266,7 +266,7 @@ class SnapshotStore:
         if keyring is not None:
             envelope = read_envelope(snapshot_id, data)
             assert envelope is not None
-            knew_secret = keyring.is_from_trusted_writer(keyring.session(envelope.session))
+            knew_secret = keyring.proves(keyring.session(envelope.session), snapshot_id)
         self.provenance.record(snapshot_id, knew_secret, snapshot.host, signers)
         return snapshot
 

@@ -626,6 +626,28 @@ class TestRecipientChanges:
         Stored(her, stored.source).restores(tmp_path / "target", *theirs)
         assert casfs.json("check", "--storage").one("summary")["ok"]
 
+    def test_a_removal_replaces_the_secret_of_every_machine_that_stays(
+        self, stored: Stored, keys: Keys, tmp_path: Path
+    ) -> None:
+        casfs = stored.casfs
+        casfs.run("key", "add", "--recipient", keys.stranger_public)
+        her = reader(casfs, tmp_path)
+        mine = ("--identity", keys.age)
+        her.run("backup", stored.source, "--host", "hers", *mine)
+        printed = casfs.run("key", "remove", keys.stranger_public)
+        assert "replaced the repository's secret (number 1)" in printed.text
+        assert "this machine" in casfs.run("key", "list").text
+        (stored.source / "more").write_bytes(b"more")
+        stored.back_up()
+        refused = her.run("backup", stored.source, "--host", "hers", *mine, expect=1)
+        assert "run `casfs key accept`" in refused.complaint
+        assert "accepted secret 1" in her.run("key", "accept", *mine).text
+        her.run("backup", stored.source, "--host", "hers", *mine)
+        snapshots = her.json("snapshots", *mine).of_type("snapshot")
+        assert [one["unproven"] for one in snapshots] == [False] * 4
+        her.run("check", "--read-data", *mine)
+        Stored(her, stored.source).restores(tmp_path / "target", *mine)
+
     def test_the_last_recipient_cannot_be_removed(self, stored: Stored, keys: Keys) -> None:
         printed = stored.casfs.run("key", "remove", keys.age_public, expect=2)
         assert "the last recipient cannot be removed" in printed.complaint

@@ -134,6 +134,36 @@ def test_a_change_of_recipients_killed_at_any_step_leaves_a_list_that_the_host_a
         scene.published = dict(known)
 
 
+def test_a_removal_of_a_recipient_killed_at_any_step_leaves_everything_readable(
+    scene: Hostile,
+) -> None:
+    assert scene.run("key", "add", "--recipient", OTHER_PUBLIC, home="writer").exit == 0
+    words = ("key", "remove", OTHER_PUBLIC)
+    known = dict(scene.published)
+    removed = []
+    for _ in killed_everywhere(scene, *words, home="writer"):
+        must_be_intact(scene)
+        removed.append(OTHER_PUBLIC not in scene.run("key", "list", home="nobody").out)
+        if scene.back_up().exit:
+            # It was killed between the new list and the memory of it: this machine asks first.
+            assert removed[-1]
+            accepted = scene.run("key", "accept", *scene.identity(), home="writer")
+            assert accepted.exit == 0, accepted
+            assert scene.back_up().exit == 0
+        if not removed[-1]:
+            assert scene.run(*words, home="writer").exit == 0
+        assert OTHER_PUBLIC not in scene.run("key", "list", home="nobody").out
+        assert scene.back_up().exit == 0
+        listed = scene.run("snapshots", "--json", *scene.identity(), home="fresh")
+        assert '"unproven": false' in listed.out
+        assert '"unproven": true' not in listed.out
+        assert scene.run("prune", "--no-sync", *scene.identity(), home="fresh").exit == 0
+        must_be_intact(scene)
+        scene.published = dict(known)
+    # The removal is one step: before it the list is the old one, after it the new one.
+    assert removed == sorted(removed) and len(set(removed)) == 2
+
+
 def test_a_change_of_passphrase_killed_at_any_step_leaves_one_that_opens(scene: Hostile) -> None:
     (scene.folder / "new").write_text("the new one")
     new = ("--new-passphrase-file", scene.folder / "new")

@@ -30,6 +30,7 @@ from casfs.index import fingerprint
 from casfs.index.fingerprint import FINGERPRINT_FILE
 from tests.fuzz.target import Target, real_objects
 from tests.support.encryption import (
+    GENERATION,
     GPG_FINGERPRINT,
     GPG_KEY,
     OTHER_PUBLIC,
@@ -51,7 +52,8 @@ def _recipients(data: bytes) -> None:
             found = decode_recipients(file)
         except IntegrityError:
             continue
-        assert decode_recipients(encode_recipients(found)) == found
+        again = decode_recipients(encode_recipients(found.recipients, found.generations))
+        assert (again.recipients, again.generations) == (found.recipients, found.generations)
 
 
 def _recipient_lists() -> list[bytes]:
@@ -59,7 +61,8 @@ def _recipient_lists() -> list[bytes]:
         Recipient(RecipientKind.AGE, PUBLIC),
         Recipient(RecipientKind.GPG, GPG_FINGERPRINT, OTHER_PUBLIC, GPG_KEY),
     ]
-    lists = [encode_recipients(some), *real_objects("*/recipients")]
+    replaced = encode_recipients(some, [GENERATION])
+    lists = [encode_recipients(some), replaced, *real_objects("*/recipients")]
     return [one[: one.rindex(b"\nblake3 ")] for one in lists]
 
 

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -17,8 +16,9 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
-from casfs.backup.file_cache import FileCache
+from casfs.backup.file_cache import derive_entry
 from casfs.crypto.passphrase import parse_wrapped, unwrap_identity, wrap_identity
+from casfs.crypto.recipients import encode_recipients
 from casfs.crypto.session_files import decode_session, encode_session
 from casfs.digest import Digest, PackId, digest_of, keyed_digest
 from casfs.format.cipher import PackCipher
@@ -34,8 +34,16 @@ from casfs.format.pack import (
 )
 from casfs.format.snapshot import Snapshot, decode_snapshot, encode_snapshot
 from casfs.format.tree import Node, NodeType, TreeRef
-from casfs.index.index import Index
-from tests.support.encryption import DOMAIN, PUBLIC, REPOSITORY, SECRET, SESSION, OneSession
+from tests.support.encryption import (
+    DOMAIN,
+    GENERATION,
+    PUBLIC,
+    RECIPIENT,
+    REPOSITORY,
+    SECRET,
+    SESSION,
+    OneSession,
+)
 
 SALT = bytes(range(96, 128))
 SECOND = DedupDomain(REPOSITORY, bytes(range(128, 160)))
@@ -76,6 +84,10 @@ KEYS: dict[str, tuple[Callable[[], bytes], str]] = {
     "lock policy key": (
         lambda: DOMAIN.lock_policy_key,
         "c4febb9f04274c76ac9ee2b2c779f68b3bd0e8d6cc26ea47f50e3a694d638431",
+    ),
+    "generation key": (
+        lambda: DOMAIN.generation_key,
+        "504e721270c24a873e8536daad5f2ec2fce0e4a73c67694a0073cfc0254fc7f1",
     ),
     "file cache key": (
         lambda: DOMAIN.file_cache_key,
@@ -118,7 +130,7 @@ def test_key_derivation_reproduces_the_published_blake3_vectors() -> None:
 
 def test_no_two_purposes_share_a_key() -> None:
     contexts = [value for name, value in vars(KeyContext).items() if name.isupper()]
-    assert len(contexts) == len(set(contexts)) == 11
+    assert len(contexts) == len(set(contexts)) == 12
     assert len({derive(context, SESSION.secret) for context in contexts}) == 11
 
 
@@ -268,17 +280,26 @@ def test_the_key_of_a_passphrase_reproduces_the_published_vector() -> None:
     )
 
 
-def test_a_file_cache_record_keeps_its_golden_name_and_key(
-    tmp_path: Path,
-) -> None:
-    index = Index(tmp_path / "index")
-    index.rebuild(tuple)
-    try:
-        cache = FileCache(index, DOMAIN.file_cache_key, 0)
-        name, key = cache._derive(b"home/file", 7, 11, 13, 17)
-    finally:
-        index.close()
+def test_a_file_cache_record_keeps_its_golden_name_and_key() -> None:
+    name, key = derive_entry(DOMAIN.file_cache_key, b"home/file", 7, 11, 13, 17)
     assert (name + key).hex() == (
         "45680e09316eade02f1887edd5fa129ffd2cb37e207198820e147ecbc25d9482"
         "59ddb4f716ff865c663a4280e11358d56bdbff1e03c7abcb77b16dd05b7b5a3b"
     )
+
+
+def test_the_record_of_a_replaced_domain_keeps_its_golden_bytes() -> None:
+    assert msgspec.json.encode(GENERATION).decode() == (
+        '{"number":1,"domain":"4cfa645b84783f7a271b026af6589e99fcc073da88de9d0c6162599a4b68ee8c",'
+        '"session":"fe03ea45caa05ac11b4a94d10517651e318cefaf57150051bd4b40ba3d54caf9","snapshots"'
+        ':"000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f","key":"dde3bccec7f3a'
+        '66a1115f45d720f4dc135c3ae7c4e22dca38fdb1efd6a495ff8","code":"1737cb0eeba4e0e5f6019f18600'
+        'cc358c0d5751cf05d036a5e498c02bdc898f6","signature":"bab64a3e4829373b37a35cbd73763f59f0ab'
+        "975816a6a1378480730d2bce3a2cc8c8b9e61f0b466db82b3f2ee378125da7c5c0bfda1a39ee058732f4b294"
+        'dc0d"}'
+    )
+    assert encode_recipients([RECIPIENT], [GENERATION]).startswith(
+        b'casfs recipients 2\n{\n "recip'
+    )
+    digest = digest_of(encode_recipients([RECIPIENT], [GENERATION])).hex()
+    assert digest == "1c087d800972d8a8f1a0e55d57ebc80c987fc158959eaaec886fcbf7e2234915"

@@ -13,7 +13,9 @@ from casfs.crypto.recipients import Recipient, RecipientKind
 from casfs.crypto.trust_root import TrustRoot
 from casfs.digest import SnapshotId
 from casfs.format.config import RepositoryConfig, encode_config
+from casfs.format.generation import new_generation
 from casfs.format.key_derivation import DedupDomain, WriteSession
+from casfs.format.signature import SigningKey
 from casfs.monitor import RecordingMonitor
 from casfs.repository.creation import create_repository
 from casfs.repository.opening import OpenOptions, open_for_reading, open_for_writing
@@ -49,6 +51,12 @@ OTHER_GPG_KEY = base64.b64decode(
 )
 """Two exported OpenPGP keys; each has one subkey for encryption, which begins at `GPG_SUBKEY_OFFSET`."""
 GPG_SUBKEY_OFFSET = 222
+
+SECOND_DOMAIN = DedupDomain(REPOSITORY, bytes(range(128, 160)))
+SECOND_SESSION = WriteSession(REPOSITORY, bytes(range(160, 192)), (SECOND_DOMAIN, DOMAIN))
+SIGNING_KEY = SigningKey(bytes(range(192, 224)))
+GENERATION = new_generation(1, DOMAIN, SECOND_SESSION, bytes(range(32)).hex(), SIGNING_KEY)
+"""The record of a domain that replaced `DOMAIN`."""
 
 RECIPIENT = Recipient(RecipientKind.AGE, PUBLIC)
 OTHER = Recipient(RecipientKind.AGE, OTHER_PUBLIC)

@@ -114,6 +114,7 @@ def lines_of_every_verb(casfs: Casfs, folder: Path) -> Iterator[tuple[str, Line]
     run("key list", on=encrypted)
     run("key add", OTHER_PUBLIC, *key, on=encrypted)
     run("key remove", OTHER_PUBLIC, on=encrypted)
+    run("key list", on=encrypted)
     run("backup", "source", on=encrypted)
     run("snapshots", on=encrypted)
     run("key rewrap", *key, on=encrypted)

@@ -11,6 +11,7 @@ import click
 
 from casfs.cli.key_options import PassphraseSource, new_passphrase
 from casfs.cli.options import common_options, repository_options
+from casfs.cli.replaced_secrets import Replacement, machine_of, print_replacement, replacements
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import SuggestingGroup
 from casfs.display import counted, escape_path
@@ -80,16 +81,19 @@ def key() -> None:
 @repository_options
 @click.pass_obj
 def list_keys(settings: Settings) -> None:
-    """List the recipients and the keys that sign snapshots.
+    """List the recipients, the keys that sign snapshots, and the replacements of the repository's secret.
 
     The keys of the recipients decrypt the repository. A machine trusts the first signing key that it sees for
-    a host name. Compare the listed keys with those that the hosts list as their own.
+    a host name. Compare the listed keys with those that the hosts list as their own. Each removal of a
+    recipient replaces the repository's secret.
     """
     from casfs.crypto.writers import TrustedWriters
 
     with _open_encrypted(settings) as (storage, trust):
-        recipients = trust.recipients(storage).recipients
+        listed = trust.recipients(storage)
+        recipients = listed.recipients
         writers = TrustedWriters(trust.config).listed() if trust.config.signs_snapshots else []
+        replaced = replacements(trust, listed.generations)
     output = settings.output()
     rows = []
     for recipient in recipients:
@@ -102,6 +106,12 @@ def list_keys(settings: Settings) -> None:
         output.table(("signing host", "key"), (), shown)
     for writer in writers:
         output.emit("writer", **writer._asdict())
+    if replaced:
+        output.line("")
+        rows = [(str(one.generation), machine_of(one)) for one in replaced]
+        output.table(("secret", "replaced by"), (), rows)
+    for one in replaced:
+        output.emit("secret", **one._asdict())
 
 
 @key.command()
@@ -150,7 +160,7 @@ def add(
 
 @key.command()
 @click.argument("values", nargs=-1, required=True, metavar="RECIPIENT...")
-@repository_options
+@common_options
 @click.pass_obj
 def remove(settings: Settings, values: tuple[str, ...]) -> None:
     """Remove recipients.
@@ -160,18 +170,33 @@ def remove(settings: Settings, values: tuple[str, ...]) -> None:
     The word passphrase names the only passphrase.
     They cannot decrypt later backups. They can still decrypt the existing ones until `casfs key rewrap`,
     and after it with copies of the old key files.
+
+    The repository's secret is replaced, so that they recognize no later content and publish no snapshot that
+    counts as proven. This machine must know the secret, or be given an identity. Then compare the list and
+    run `casfs key accept` with an identity on every other machine that writes; changed files are stored once
+    without deduplication. In format 1 the secret stays.
     """
     from casfs.crypto.key_manager import change_recipients
+    from casfs.repository.recipient_removal import knows_own_domain, remove_recipients
 
     removed = []
+    replaced: list[Replacement] = []
     with _open_for_change(settings, "key remove") as (root, change):
         storage, trust = change.storage, change.trust
         now = trust.recipients(storage).recipients
         for value in values:
             removed.append(_named_recipient(now, value))
         left = [recipient for recipient in now if recipient not in removed]
-        change_recipients(root, storage, trust, left)
+        if trust.config.signs_snapshots:
+            identities = settings.keys.unlock_given(storage, trust)
+            if left and not (identities or knows_own_domain(root, storage, trust)):
+                identities = settings.unlock(storage, trust)
+            record = remove_recipients(root, storage, trust, left, identities)
+            replaced = replacements(trust, [record])
+        else:
+            change_recipients(root, storage, trust, left)
     _print_recipients(settings, "removed", removed)
+    print_replacement(settings.output(), replaced)
 
 
 def _named_recipient(recipients: Sequence[Recipient], text: str) -> Recipient:
@@ -251,6 +276,8 @@ def accept(settings: Settings) -> None:
 
     With an identity, this machine also uses the repository's secret for its backups, so that it
     deduplicates with all other machines, and trusts the keys that signed the snapshots which are there now.
+    After a removal of recipients on another machine, an identity is needed for that, and the machine that
+    replaced the secret is printed.
     """
     from casfs.crypto.key_manager import KeyManager
     from casfs.crypto.key_manager import trust_current_recipients as accept_keys
@@ -270,9 +297,15 @@ def accept(settings: Settings) -> None:
             with open_for_reading(place, options) as repository:
                 writers = repository.snapshots.provenance.learn_writers()
     accept_policy(storage, trust.config)
+    replaced = []
+    if trust.config.encryption is not None:
+        replaced = replacements(trust, trust.recipients(storage).generations)
     storage.close()
     _print_recipients(settings, "accepted", recipients)
     output = settings.output()
+    for one in replaced:
+        output.line(f"accepted secret {one.generation}, replaced by {machine_of(one)}")
+        output.emit("secret", change="accepted", **one._asdict())
     for writer in writers:
         output.line(f"accepted the signing key {writer.key} of {_host_of(writer)}")
         output.emit("writer", change="accepted", **writer._asdict())

@@ -328,11 +328,11 @@ class TestKeyring:
         write_session(storage, unproven, [RECIPIENT])
         proven = WriteSession.new([DOMAIN])
         with pytest.raises(KeyMissingError):
-            keyring(storage).first_domain()
+            keyring(storage).own_domain()
         write_session(storage, proven, [RECIPIENT])
-        assert keyring(storage).first_domain() == DOMAIN
+        assert keyring(storage).own_domain() == DOMAIN
         write_session(storage, SESSION, [RECIPIENT])
-        assert keyring(storage).first_domain() == DOMAIN
+        assert keyring(storage).own_domain() == DOMAIN
 
     def test_the_keyring_lists_every_domain_once_with_the_requested_one_first(
         self, storage: Counting

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from casfs.crypto import gpg, openpgp
@@ -21,8 +23,10 @@ from casfs.crypto.recipients import (
 )
 from casfs.digest import digest_of
 from casfs.errors import IntegrityError, WrongKeyError
+from casfs.format.generation import MAX_GENERATIONS
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import (
+    GENERATION,
     GPG_FINGERPRINT,
     GPG_KEY,
     GPG_SUBKEY_OFFSET,
@@ -103,12 +107,47 @@ class TestRecipientList:
 
     def test_a_recipient_list_is_decoded_as_it_was_encoded(self) -> None:
         everybody = [RECIPIENT, Recipient(RecipientKind.SSH, SSH), self.GPG]
-        assert decode_recipients(encode_recipients(everybody)) == everybody
+        assert decode_recipients(encode_recipients(everybody)) == RecipientList.of(everybody)
         assert encode_recipients(everybody) == encode_recipients(list(everybody))
         assert self.GPG.public_key == OTHER_PUBLIC
 
-    def test_a_recipient_list_with_any_changed_bit_is_damaged(self) -> None:
-        data = encode_recipients([RECIPIENT])
+    def test_a_list_with_a_replaced_domain_is_decoded_as_it_was_encoded(self) -> None:
+        listed = RecipientList.of([RECIPIENT], [GENERATION])
+        assert decode_recipients(listed.data) == listed
+        assert listed.data.startswith(b"casfs recipients 2\n")
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"number": 2},
+            {"domain": "x" * 64},
+            {"session": "00"},
+            {"snapshots": ""},
+            {"key": "F" * 64},
+            {"code": "0" * 63},
+            {"signature": "0" * 64},
+        ],
+    )
+    def test_a_list_with_an_invalid_record_of_a_domain_is_refused(
+        self, changes: dict[str, Any]
+    ) -> None:
+        forged = msgspec.structs.replace(GENERATION, **changes)
+        with pytest.raises(IntegrityError, match="the record of generation 1 is invalid"):
+            decode_recipients(encode_recipients([RECIPIENT], [forged]))
+
+    def test_a_list_with_too_many_replaced_domains_is_refused(self) -> None:
+        records = [
+            msgspec.structs.replace(GENERATION, number=number)
+            for number in range(1, MAX_GENERATIONS + 2)
+        ]
+        assert len(decode_recipients(encode_recipients([RECIPIENT], records[:-1])).generations)
+        with pytest.raises(IntegrityError, match="more than 1000 generations"):
+            decode_recipients(encode_recipients([RECIPIENT], records))
+
+    @pytest.mark.parametrize(
+        "data", [encode_recipients([RECIPIENT]), encode_recipients([RECIPIENT], [GENERATION])]
+    )
+    def test_a_recipient_list_with_any_changed_bit_is_damaged(self, data: bytes) -> None:
         for place in range(len(data)):
             changed = bytearray(data)
             changed[place] ^= 1

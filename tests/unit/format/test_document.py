@@ -19,10 +19,12 @@ from casfs.format import (
     codec,
     config,
     delta,
+    generation,
     group,
     key_derivation,
     lock_policy,
     pack,
+    signature,
     snapshot,
     tree,
 )
@@ -188,6 +190,7 @@ def test_field_tables_list_the_fields_of_the_code_in_order() -> None:
         ("Pending removal", pending_removal.RemovalNotice),
         ("Session files", session_files._Document),
         ("Recipients", recipients.Recipient),
+        ("Generations", generation.Generation),
     ):
         assert [row[0] for row in rows(title)] == list(record.__struct_fields__), title
     assert {row[0] for row in rows("Snapshot fields")} == set(snapshot.Snapshot.__struct_fields__)
@@ -252,6 +255,8 @@ def test_limits_are_those_of_the_code() -> None:
         "nodes in a snapshot": tree.MAX_COUNT,
         "largest uid and gid": tree._MAX_OWNER,
         "recipients of an age file": age.MAX_RECIPIENTS,
+        "generations in a list of recipients": generation.MAX_GENERATIONS,
+        "size of a list of snapshots": generation.MAX_LIST_BYTES,
         "size of an OpenPGP message": gpg.MAX_MESSAGE_BYTES,
         "plaintext of an OpenPGP message": gpg.MAX_PLAIN_BYTES,
     }
@@ -293,6 +298,7 @@ def test_derivation_table_lists_every_context_with_its_output_size() -> None:
         (context.DELTA_KEY, session.delta_key(bytes(32))),
         (context.DIGEST_KEY, domain.digest_key),
         (context.FILE_CACHE_KEY, domain.file_cache_key),
+        (context.GENERATION_KEY, domain.generation_key),
     ):
         assert len(value) == sizes[name], name
     assert domain.chunker_seed.bit_length() <= sizes[context.CHUNKER_SEED] * 8 - 1
@@ -309,7 +315,10 @@ def test_fields_of_a_lock_policy_are_those_of_the_code() -> None:
 def test_forms_of_small_files_are_those_of_the_code() -> None:
     documents = {row[0]: row[1] for row in rows("Session files")}
     assert documents["casfs"] == session_files._FORM
-    assert f"`{recipients._FIRST_LINE.decode().rstrip()}`" in DOCUMENT
+    for first_line in recipients._FIRST_LINES:
+        assert f"`{first_line.decode().rstrip()}`" in DOCUMENT
+    assert f"`{generation._LIST_MAGIC.decode().rstrip()}`" in DOCUMENT
+    assert f"`{signature.GENERATION_CONTEXT[:-1].decode()}`" in DOCUMENT
     assert f"`{fingerprint._DAMAGED_MARK.decode().rstrip()}`" in DOCUMENT
     size, mtime, digest = "SIZE", "MTIME_NS", "DIGEST"
     line = fingerprint._FORM.format(size=size, mtime_ns=mtime, digest=digest).rstrip()

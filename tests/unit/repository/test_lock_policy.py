@@ -5,17 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from casfs.crypto.trust_state import pinned_lock_policy, state_folder
+from casfs.crypto.trust_state import (
+    WriterState,
+    pin_generations,
+    pinned_lock_policy,
+    save_state,
+    state_folder,
+)
 from casfs.errors import RefusedError, TrustError, UsageError
 from casfs.format.config import EncryptionConfig, RepositoryConfig, new_config
-from casfs.format.key_derivation import DedupDomain
+from casfs.format.generation import new_generation
+from casfs.format.key_derivation import DedupDomain, WriteSession
 from casfs.format.lock_policy import FOLDER, encode_policy, new_policy
+from casfs.format.signature import SigningKey
 from casfs.repository.lock_policy import (
     accept_policy,
     find_policy,
     lock_duration_s,
     own_domain,
+    renew_policy,
     require_locking_bucket,
     set_policy,
 )
@@ -52,8 +62,6 @@ def config() -> RepositoryConfig:
 @pytest.fixture
 def encrypted(own_home: Path) -> tuple[RepositoryConfig, DedupDomain]:
     """An encrypted repository whose own domain this machine knows."""
-    from casfs.crypto.trust_state import WriterState, save_state
-
     config = new_config("2026-11-28T00:00:00Z")
     domain = DedupDomain.new(bytes.fromhex(config.id))
     save_state(WriterState(config.id, domain.secret.hex(), ""))
@@ -239,3 +247,61 @@ def test_a_place_that_cannot_lock_is_explained() -> None:
     with pytest.raises(RefusedError, match="does not lock objects"):
         require_locking_bucket(VersionedMemoryStorage(can_lock=False))
     require_locking_bucket(VersionedMemoryStorage())
+
+
+class TestReplacedDomain:
+    """A removal of recipients replaced the domain whose key makes policies authentic."""
+
+    @pytest.fixture
+    def replaced(
+        self, encrypted: tuple[RepositoryConfig, DedupDomain], storage: VersionedMemoryStorage
+    ) -> tuple[RepositoryConfig, DedupDomain]:
+        """This machine writes in the domain that replaced the one of the configuration."""
+        config, old = encrypted
+        config = replace(config, format=2)
+        set_policy(storage, config, 30 * DAY_S, old)
+        new = DedupDomain.new(old.repository)
+        renew_policy(storage, config, new)
+        session = WriteSession.new([new, old])
+        record = new_generation(1, old, session, "00" * 32, SigningKey(bytes(32)))
+        pin_generations(config.id, [record])
+        save_state(WriterState(config.id, new.secret.hex(), "", generation=1))
+        return config, old
+
+    def test_the_policy_stays_as_it_was(
+        self,
+        storage: VersionedMemoryStorage,
+        replaced: tuple[RepositoryConfig, DedupDomain],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        config, old = replaced
+        found = find_policy(storage, config)
+        assert found is not None and found.is_authentic
+        assert lock_duration_s(storage, config) == 30 * DAY_S
+        assert own_domain(config) != old
+        assert "run `casfs key accept`" not in caplog.text
+
+    def test_a_policy_of_a_former_recipient_is_ignored(
+        self,
+        storage: VersionedMemoryStorage,
+        replaced: tuple[RepositoryConfig, DedupDomain],
+        clock: Clock,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        config, old = replaced
+        assert lock_duration_s(storage, config) == 30 * DAY_S
+        clock.now_s += 60
+        forged = new_policy(config.id, 0, 1 << 62, old.lock_policy_key)
+        storage.create(*encode_policy(forged))
+        assert lock_duration_s(storage, config) == 30 * DAY_S
+        assert "is not authentic; it is ignored" in caplog.text
+
+    def test_nothing_is_stored_again_where_there_is_no_policy(
+        self,
+        storage: VersionedMemoryStorage,
+        encrypted: tuple[RepositoryConfig, DedupDomain],
+    ) -> None:
+        config, domain = encrypted
+        renew_policy(storage, config, domain)
+        renew_policy(MemoryStorage(), config, domain)
+        assert list(storage.list(FOLDER)) == []

@@ -3,96 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from casfs.backup.run import BackupOptions, BackupResult, run_backup
-from casfs.cli.app import casfs
-from casfs.cli.settings import Settings
 from casfs.crypto.trust_state import load_state
 from casfs.crypto.writers import TrustedWriters
 from casfs.digest import SnapshotId
 from casfs.errors import RefusedError, TrustError
 from casfs.format.config import decode_config, encode_config
-from casfs.monitor import RecordingMonitor
-from casfs.repository.creation import create_repository
-from casfs.repository.opening import (
-    OpenOptions,
-    open_for_maintenance,
-    open_for_reading,
-    open_for_writing,
-)
+from casfs.repository.opening import open_for_maintenance, open_for_reading, open_for_writing
 from casfs.storage.locks import LockMode
-from tests.support.encryption import RECIPIENT, SECRET, unlock
+from tests.support.fleet import OPTIONS, Fleet, id_of
 from tests.support.observation import look_through_the_mount
-
-OPTIONS = OpenOptions(unlock=unlock, sync=False)
-
-
-class Fleet:
-    """Machines with an identity of the same repository, each with its own state and cache."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, format_: int = 2) -> None:
-        self.folder = folder
-        self.root = folder / "repository"
-        self.source = folder / "source"
-        self.source.mkdir()
-        (self.source / "file").write_bytes(b"content")
-        (folder / "identity").write_text(SECRET + "\n")
-        self._monkeypatch = monkeypatch
-        with self.on("admin"):
-            create_repository(self.root, (RECIPIENT,), format_=format_)
-
-    @contextmanager
-    def on(self, machine: str) -> Iterator[None]:
-        """Be a machine."""
-        with self._monkeypatch.context() as patch:
-            patch.setenv("XDG_STATE_HOME", str(self.folder / machine / "state"))
-            patch.setenv("XDG_CACHE_HOME", str(self.folder / machine / "cache"))
-            (self.folder / machine).mkdir(mode=0o700, exist_ok=True)
-            yield
-
-    def back_up(self, machine: str, host: str | None = None) -> BackupResult:
-        """Publish a snapshot of a machine in the name of a host, by default its own."""
-        options = BackupOptions(paths=(os.fsencode(self.source),), host=host or machine)
-        with self.on(machine), open_for_writing(self.root, "backup", OPTIONS) as repository:
-            return run_backup(repository, options, RecordingMonitor())
-
-    def proven(self, machine: str) -> dict[SnapshotId, bool]:
-        """Return what a machine thinks of each snapshot."""
-        with self.on(machine), open_for_reading(self.root, OPTIONS) as repository:
-            store = repository.snapshots
-            return {one: store.provenance.is_from_trusted_writer(one) for one in store.ids()}
-
-    def run(self, machine: str, *arguments: str) -> Result:
-        """Run a command on a machine with the identity."""
-        self._monkeypatch.setenv("CASFS_IDENTITY", str(self.folder / "identity"))
-        with self.on(machine):
-            result = CliRunner().invoke(
-                casfs,
-                [*arguments, "--repo", str(self.root)],
-                obj=Settings(),
-                standalone_mode=False,
-            )
-        if result.exception is not None:
-            raise result.exception
-        return result
 
 
 @pytest.fixture
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fleet:
     return Fleet(tmp_path, monkeypatch)
-
-
-def id_of(result: BackupResult) -> SnapshotId:
-    assert result.snapshot_id is not None
-    return result.snapshot_id
 
 
 def test_machines_trust_the_first_key_of_each_host(fleet: Fleet) -> None:
