@@ -633,7 +633,8 @@ class TestRecipientChanges:
         casfs.run("key", "add", "--recipient", keys.stranger_public)
         her = reader(casfs, tmp_path)
         mine = ("--identity", keys.age)
-        her.run("backup", stored.source, "--host", "hers", *mine)
+        hers = Stored(her, stored.source)
+        hers.back_up("--host", "hers", *mine)
         printed = casfs.run("key", "remove", keys.stranger_public)
         assert "replaced the repository's secret (number 1)" in printed.text
         assert "this machine" in casfs.run("key", "list").text
@@ -642,11 +643,11 @@ class TestRecipientChanges:
         refused = her.run("backup", stored.source, "--host", "hers", *mine, expect=1)
         assert "run `casfs key accept`" in refused.complaint
         assert "accepted secret 1" in her.run("key", "accept", *mine).text
-        her.run("backup", stored.source, "--host", "hers", *mine)
+        hers.back_up("--host", "hers", *mine)
         snapshots = her.json("snapshots", *mine).of_type("snapshot")
         assert [one["unproven"] for one in snapshots] == [False] * 4
         her.run("check", "--read-data", *mine)
-        Stored(her, stored.source).restores(tmp_path / "target", *mine)
+        hers.restores(tmp_path / "target", *mine)
 
     def test_the_last_recipient_cannot_be_removed(self, stored: Stored, keys: Keys) -> None:
         printed = stored.casfs.run("key", "remove", keys.age_public, expect=2)
