@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from casfs.cli.param_types import RATE, TAGS, parse_time
+from casfs.cli.param_types import COUNT, PATTERN, RATE, TAGS, parse_time
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import MAX_HELP_CHARACTERS, SharedOption, Verb, describe_options
 from casfs.errors import CasfsError
@@ -57,6 +57,31 @@ def _all_of(*options: Decorator) -> Decorator:
         return command
 
     return add
+
+
+def pattern_option(name: str, parameter: str, help_text: str) -> Decorator:
+    """Return an option that takes patterns in gitignore syntax, as often as it is given."""
+    return click.option(
+        name, parameter, type=PATTERN, multiple=True, metavar="PATTERN", help=help_text
+    )
+
+
+def tags_option(name: str, parameter: str, help_text: str) -> Decorator:
+    """Return an option that takes sets of tags, as often as it is given, and completes known tags."""
+    return click.option(
+        name,
+        parameter,
+        type=TAGS,
+        multiple=True,
+        metavar="TAG[,TAG...]",
+        shell_complete=complete_tags,
+        help=help_text,
+    )
+
+
+def keep_option(rule: str, letter: str, help_text: str) -> Decorator:
+    """Return an option of a retention rule that keeps a number of snapshots."""
+    return click.option(f"--keep-{rule}", f"-{letter}", type=COUNT, default=0, help=help_text)
 
 
 upload_limit_option = _setting(

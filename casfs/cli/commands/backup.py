@@ -16,11 +16,12 @@ from casfs.cli.backup_report import exit_code, report_backup
 from casfs.cli.options import (
     common_options,
     complete_snapshots,
-    complete_tags,
+    pattern_option,
     progress_options,
+    tags_option,
     upload_limit_option,
 )
-from casfs.cli.param_types import PATTERN, SIZE, TAGS, parse_time
+from casfs.cli.param_types import SIZE, parse_time
 from casfs.cli.path_list import read_path_list
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
@@ -38,24 +39,13 @@ if TYPE_CHECKING:
 
 @click.command(cls=Verb)
 @click.argument("paths", nargs=-1, metavar="PATH...")
-@click.option(
-    "--tag",
-    "tags",
-    type=TAGS,
-    shell_complete=complete_tags,
-    multiple=True,
-    metavar="TAG[,TAG...]",
-    help="Give the snapshot tags.",
-)
+@tags_option("--tag", "tags", "Give the snapshot tags.")
 @click.option("--host", metavar="NAME", help="The host's name [default: the name of this host].")
 @click.option("--time", "when", metavar="TIME", help="The snapshot's time, ISO 8601 or @SECONDS.")
-@click.option(
+@pattern_option(
     "--exclude",
     "excludes",
-    multiple=True,
-    type=PATTERN,
-    metavar="PATTERN",
-    help="Leave out entries that match (gitignore syntax, from the snapshot's root).",
+    "Leave out entries that match (gitignore syntax, from the snapshot's root).",
 )
 @click.option(
     "--exclude-file",

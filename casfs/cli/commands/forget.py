@@ -10,9 +10,10 @@ import click
 from casfs.cli.options import (
     common_options,
     complete_snapshots,
-    complete_tags,
+    keep_option,
     progress_options,
     snapshot_filter_options,
+    tags_option,
 )
 from casfs.cli.output import (
     Output,
@@ -22,7 +23,7 @@ from casfs.cli.output import (
     report_omitted,
     warn_of_unproven,
 )
-from casfs.cli.param_types import COUNT, SPAN, TAGS
+from casfs.cli.param_types import SPAN
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
 from casfs.digest import short_id
@@ -36,37 +37,19 @@ if TYPE_CHECKING:
 
 @click.command(cls=Verb)
 @click.argument("snaps", nargs=-1, metavar="[SNAP]...", shell_complete=complete_snapshots)
-@click.option("--keep-last", "-l", type=COUNT, default=0, help="Keep the newest N snapshots.")
-@click.option(
-    "--keep-hourly", "-H", type=COUNT, default=0, help="Keep the newest of each of N hours."
-)
-@click.option(
-    "--keep-daily", "-d", type=COUNT, default=0, help="Keep the newest of each of N days."
-)
-@click.option(
-    "--keep-weekly", "-w", type=COUNT, default=0, help="Keep the newest of each of N weeks."
-)
-@click.option(
-    "--keep-monthly", "-m", type=COUNT, default=0, help="Keep the newest of each of N months."
-)
-@click.option(
-    "--keep-yearly", "-y", type=COUNT, default=0, help="Keep the newest of each of N years."
-)
+@keep_option("last", "l", "Keep the newest N snapshots.")
+@keep_option("hourly", "H", "Keep the newest of each of N hours.")
+@keep_option("daily", "d", "Keep the newest of each of N days.")
+@keep_option("weekly", "w", "Keep the newest of each of N weeks.")
+@keep_option("monthly", "m", "Keep the newest of each of N months.")
+@keep_option("yearly", "y", "Keep the newest of each of N years.")
 @click.option(
     "--keep-within",
     type=SPAN,
     metavar="SPAN",
     help="Keep all within this time before the newest, as in 1y6m or 30d.",
 )
-@click.option(
-    "--keep-tag",
-    "keep_tags",
-    type=TAGS,
-    shell_complete=complete_tags,
-    multiple=True,
-    metavar="TAG[,TAG...]",
-    help="Keep all that have all of these tags; repeatable.",
-)
+@tags_option("--keep-tag", "keep_tags", "Keep all that have all of these tags; repeatable.")
 @snapshot_filter_options
 @click.option(
     "--group-by",

@@ -16,11 +16,11 @@ from casfs.cli.options import (
     complete_folders,
     complete_snapshots,
     download_limit_option,
+    pattern_option,
     progress_options,
     snapshot_filter_options,
 )
 from casfs.cli.output import json_path
-from casfs.cli.param_types import PATTERN
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
 from casfs.digest import short_id
@@ -42,22 +42,12 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Restore into this folder; it is created if missing.",
 )
-@click.option(
+@pattern_option(
     "--include",
     "includes",
-    multiple=True,
-    type=PATTERN,
-    metavar="PATTERN",
-    help="Restore only what matches (gitignore syntax, from the snapshot's root).",
+    "Restore only what matches (gitignore syntax, from the snapshot's root).",
 )
-@click.option(
-    "--exclude",
-    "excludes",
-    multiple=True,
-    type=PATTERN,
-    metavar="PATTERN",
-    help="Leave out what matches; stronger than --include.",
-)
+@pattern_option("--exclude", "excludes", "Leave out what matches; stronger than --include.")
 @click.option(
     "--overwrite",
     type=click.Choice(["always", "if-changed", "never"]),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import click
 
-from casfs.cli.options import common_options, progress_options, snapshot_filter_options
+from casfs.cli.options import (
+    common_options,
+    pattern_option,
+    progress_options,
+    snapshot_filter_options,
+)
 from casfs.cli.output import json_path
-from casfs.cli.param_types import PATTERN
 from casfs.cli.settings import Settings
 from casfs.cli.verbs import Verb
 from casfs.digest import short_id
@@ -17,13 +21,10 @@ from casfs.patterns import Pattern
 
 @click.command(cls=Verb)
 @click.argument("snaps", nargs=-1, required=True, metavar="SNAP...")
-@click.option(
+@pattern_option(
     "--exclude",
     "excludes",
-    type=PATTERN,
-    multiple=True,
-    metavar="PATTERN",
-    help="Leave out entries that match (gitignore syntax, from the snapshot's root); repeatable.",
+    "Leave out entries that match (gitignore syntax, from the snapshot's root); repeatable.",
 )
 @click.option("--dry-run", "-n", is_flag=True, help="List what would be left out; change nothing.")
 @snapshot_filter_options
