@@ -56,14 +56,16 @@ def open_key_manager(
     unlock: Unlock | None,
     mode: LockMode | None = None,
     closed_ok: bool = False,
+    is_past: bool = False,
 ) -> KeyManager | None:
     """Return a repository's key manager, None if it is not encrypted; `mode` is a writer's lock mode.
 
+    With `is_past` the repository is read as it was at an earlier time, which this machine does not record.
     Raise KeyMissingError where no identity is given, unless `closed_ok`. Raise the errors of `unlock` and of
     `KeyManager.for_writing`. Raise TrustError where another repository, encrypted or not, has replaced an
     encrypted one that this user has written to or read from.
     """
-    verify_pin(root, trust)
+    verify_pin(root, trust, is_past)
     config = trust.config
     if config.encryption is None:
         return None
@@ -79,7 +81,7 @@ def open_key_manager(
             "check --storage are possible"
         )
     if mode is None:
-        if identities:
+        if identities and not is_past:
             _pin_for_reader(root, trust)
             if config.signs_snapshots:
                 trust.begin_recipients(storage)

@@ -210,9 +210,11 @@ def _has_pin(names: list[str]) -> bool:
         return False
 
 
-def verify_pin(root: Path | str, trust: TrustRoot) -> None:
+def verify_pin(root: Path | str, trust: TrustRoot, is_past: bool = False) -> None:
     """Raise TrustError unless the repository at a location is the encrypted one recorded there before.
 
+    With `is_past` it is the configuration of an earlier time, before an upgrade perhaps: the format may be
+    older than the recorded one.
     The location is known by the given path and by the path without symbolic links: neither another
     spelling nor a symbolic link to another folder counts as a first use.
     """
@@ -221,10 +223,10 @@ def verify_pin(root: Path | str, trust: TrustRoot) -> None:
             path = _pin_path(name, make=False)
         except NoHomeError:
             return  # nothing can have been recorded
-        _verify_pin(root, path, trust)
+        _verify_pin(root, path, trust, is_past)
 
 
-def _verify_pin(root: Path | str, path: Path, trust: TrustRoot) -> None:
+def _verify_pin(root: Path | str, path: Path, trust: TrustRoot, is_past: bool) -> None:
     try:
         place = parse_json(path.read_bytes(), _Pin)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -247,7 +249,7 @@ def _verify_pin(root: Path | str, path: Path, trust: TrustRoot) -> None:
             "although casfs never changes it. Compare it with a copy; if it is correct, run "
             "`casfs key accept`"
         )
-    if place.format > config.format:
+    if place.format > config.format and not is_past:
         raise TrustError(
             f"the repository in {root} had format {place.format} when this machine last used it, and has "
             f"format {config.format} now: an older copy of its file `config` may have been put back. If that "

@@ -91,8 +91,11 @@ def open_for_reading(
         trust = place.trust_root(storage)
         config = trust.config
         storage = place.cached_storage(storage, config, options.use_cache)
+        is_past = isinstance(place, RemotePlace) and place.as_of_ns is not None
         keys = open_key_manager(
-            str(place), storage, trust, options.unlock, None, options.allow_no_identity
+            *(str(place), storage, trust, options.unlock),
+            closed_ok=options.allow_no_identity,
+            is_past=is_past,
         )
         activity = begin_reading(place, storage, config, reader)
         ciphers = make_ciphers(storage, keys)

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import pytest
 
 from casfs.backup.relied_packs import ReliedPacks
 from casfs.errors import StorageDeniedError
+from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
+from casfs.repository.creation import create_repository
 from casfs.repository.object_locks import lock_end_s
 from casfs.repository.opening import open_for_reading
 from casfs.repository.place import RemotePlace
@@ -123,6 +126,43 @@ def test_what_a_thief_deleted_or_overwrote_is_restored_as_of_the_time_before(
         "restore", *key, "latest", "--target", tmp_path / "rescued tree"
     )
     assert tree_differences(source, tmp_path / "rescued tree") == []
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_repository_is_read_as_it_was_before_an_upgrade_and_as_it_is_after_it(
+    vault: Vault, source: Path, tmp_path: Path, encrypted: bool
+) -> None:
+    (tmp_path / "passphrase").write_text("right")
+    key = ("--passphrase-file", str(tmp_path / "passphrase")) if encrypted else ()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(vault.casfs.home / ".local" / "state"))
+        create_repository(
+            RemotePlace(parse_address(vault.casfs.url), _owner(vault.server)),
+            passphrase="right" if encrypted else None,
+            format_=OLDEST_FORMAT,
+        )
+    vault.casfs.run("backup", *key, ".", cwd=source)
+    shutil.copytree(source, tmp_path / "earlier", symlinks=True)
+    before = vault.now()
+    upgraded = vault.casfs.run("upgrade", "--json").one("upgrade")
+    assert (upgraded["old_format"], upgraded["new_format"]) == (OLDEST_FORMAT, NEWEST_FORMAT)
+    (source / "readme.txt").write_bytes(b"written after the upgrade\n")
+    vault.casfs.run("backup", *key, ".", cwd=source)
+    vault.casfs.run("forget", "--keep-last", "1", "--prune", *key)
+    # The index of earlier times is one, whatever their order and the format.
+    for number, (options, expected) in enumerate(
+        [
+            (("--as-of", before), tmp_path / "earlier"),
+            (("--as-of", vault.now()), source),
+            (("--as-of", before), tmp_path / "earlier"),
+            ((), source),
+        ]
+    ):
+        back = tmp_path / f"back {number}"
+        vault.casfs.run("restore", *options, *key, "latest", "--target", back)
+        assert tree_differences(expected, back) == []
+        vault.casfs.run("check", *options, *key, "--read-data")
+    vault.casfs.run("backup", *key, ".", cwd=source)
 
 
 def test_a_time_before_the_repository_was_made_shows_none(vault: Vault) -> None:

@@ -31,6 +31,7 @@ from casfs.crypto.trust_state import (
 from casfs.errors import RefusedError, StorageError, TrustError
 from casfs.format.config import CIPHER, ChunkerConfig, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain
+from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
 from casfs.repository.creation import create_repository
 from casfs.repository.opening import OpenOptions, open_for_writing
 from casfs.repository.place import read_config
@@ -283,6 +284,16 @@ class TestPin:
         with pytest.raises(TrustError, match="casfs key accept"):
             verify_pin(self.ROOT, trust_of(config))
         verify_pin(Path("/some/other"), trust_of(config))
+
+    def test_an_older_format_is_refused_unless_an_earlier_time_is_read(self) -> None:
+        newer = msgspec.structs.replace(CONFIG, format=NEWEST_FORMAT)
+        older = msgspec.structs.replace(CONFIG, format=OLDEST_FORMAT)
+        pin(self.ROOT, trust_of(newer))
+        with pytest.raises(TrustError, match="an older copy of its file `config`"):
+            verify_pin(self.ROOT, trust_of(older))
+        verify_pin(self.ROOT, trust_of(older), is_past=True)
+        with pytest.raises(TrustError):
+            verify_pin(self.ROOT, trust_of(PLAIN), is_past=True)
 
     def test_a_pinned_location_may_have_a_name_that_is_not_text(self, tmp_path: Path) -> None:
         root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n"))
