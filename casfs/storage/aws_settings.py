@@ -1,9 +1,9 @@
 """Where S3 credentials, region and endpoint come from: casfs's configuration, AWS's variables and files.
 
 In this order, each as a whole: what the configuration says; a command of the configuration; the AWS_…
-variables; the profile that is named, or `default`, in ~/.aws/credentials and ~/.aws/config. What only
-AWS's own machines have (roles of tasks, pods and instances) is left to `obstore`, which asks for it when
-nothing else gives credentials.
+variables; the profile that is named, or `default`, in ~/.aws/credentials and ~/.aws/config; the role of a
+container, a pod or an instance. `obstore` asks for a role by itself, and `aws_roles` does for the requests
+that casfs signs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ DEFAULT_REGION = "us-east-1"
 
 _COMMAND_VALID_FOR = timedelta(minutes=15)
 _MAX_FILE_BYTES = 4 * 1024 * 1024
+
+_RESOLVED_BY_AWS = ("role_arn", "sso_session", "sso_start_url", "login_session")
+"""Keys of a profile for which AWS's own program asks a server or reads a cache."""
 
 _TASK_ROLE_VARIABLES = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
@@ -87,6 +90,10 @@ def aws_settings(options: StorageOptions, env: Mapping[str, str] | None = None) 
             env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"], env.get("AWS_SESSION_TOKEN")
         )
         return replace(settings, credentials=credentials)
+    # Before the keys of the profile, as AWS's own programs do: with a role_arn they are another user's.
+    for key in _RESOLVED_BY_AWS:
+        if key in profile:
+            raise denied("S3", _advice(key, options.profile or env.get("AWS_PROFILE")))
     if profile.get("aws_access_key_id") and profile.get("aws_secret_access_key"):
         credentials = Credentials(
             profile["aws_access_key_id"],
@@ -96,19 +103,22 @@ def aws_settings(options: StorageOptions, env: Mapping[str, str] | None = None) 
         return replace(settings, credentials=credentials)
     if profile.get("credential_process"):
         return replace(settings, command=profile["credential_process"])
-    for key in ("role_arn", "sso_session", "sso_start_url"):
-        if key in profile:
-            raise denied(
-                "S3",
-                f"the AWS profile uses {key}, which casfs cannot resolve by itself; use "
-                "`aws configure export-credentials --format process` as credentials-command",
-            )
-    if any(env.get(name) for name in _TASK_ROLE_VARIABLES) or _is_on_ec2():
+    if any(env.get(name) for name in _TASK_ROLE_VARIABLES) or is_on_ec2():
         return settings
     raise denied(
         "S3",
         "there are no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
         "or credentials-command in casfs's configuration",
+    )
+
+
+def _advice(key: str, profile: str | None) -> str:
+    named = f" --profile {profile}" if profile else ""
+    login = f" (after `aws sso login{named}`)" if key.startswith("sso") else ""
+    command = f"aws configure export-credentials{named} --format process"
+    return (
+        f"the AWS profile {profile or 'default'} uses {key}, which casfs cannot resolve by itself; set "
+        f'credentials-command = "{command}"{login} in casfs\'s configuration'
     )
 
 
@@ -181,7 +191,8 @@ def _section(path: Path, section: str) -> dict[str, str]:
     return dict(parser[section]) if parser.has_section(section) else {}
 
 
-def _is_on_ec2() -> bool:
+def is_on_ec2() -> bool:
+    """Return whether this machine is an EC2 instance."""
     try:
         vendor = Path("/sys/class/dmi/id/sys_vendor").read_text()
     except OSError:

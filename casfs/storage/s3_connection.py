@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import errno
 import http.client
+import os
 import ssl
 import threading
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -28,6 +29,7 @@ from casfs.storage.aws_settings import (
     run_credentials_command,
 )
 from casfs.storage.base import StorageOptions
+from casfs.storage.cloud_credentials import denied
 from casfs.storage.object_store_errors import Answer, error_of_answer, parse_body
 from casfs.storage.s3_signature import encoded_path, encoded_query, signed_headers
 
@@ -45,23 +47,11 @@ class Response:
 
 
 class S3Connection:
-    """Sends requests to one bucket; raise StorageDeniedError where casfs itself has no credentials.
-
-    A role of a machine or a container gives them to obstore alone.
-    """
+    """Sends requests to one bucket; raise StorageDeniedError where there are no credentials."""
 
     def __init__(self, bucket: str, options: StorageOptions) -> None:
         self._settings = aws_settings(options)
-        if self._settings.credentials is None and self._settings.command is None:
-            raise StorageDeniedError(
-                "use",
-                f"s3://{bucket}",
-                OSError(
-                    errno.EACCES,
-                    "locks and versions of objects need credentials that casfs can read; use "
-                    "`aws configure export-credentials --format process` as credentials-command",
-                ),
-            )
+        self._renew = _renewal(self._settings)
         self._url, self._base_path = _address(bucket, options, self._settings)
         self._tls = _tls_context(options) if self._url.scheme == "https" else None
         self._lock = threading.Lock()
@@ -168,8 +158,7 @@ class S3Connection:
                 expires is None or datetime.now(UTC) < expires - _RENEWED_BEFORE
             ):
                 return known
-            assert self._settings.command is not None
-            self._credentials = run_credentials_command(self._settings.command)
+            self._credentials = self._renew()
             return self._credentials
 
     def _take(self) -> http.client.HTTPConnection:
@@ -211,6 +200,25 @@ class S3Connection:
     def _proxy_headers(self) -> dict[str, str]:
         proxy = self._proxy() if self._tls is None else None
         return _proxy_authorization(proxy) if proxy is not None else {}
+
+
+def _renewal(settings: AwsSettings) -> Callable[[], Credentials]:
+    """Return what gets credentials that are valid for some time, where they are not fixed."""
+    command, fixed = settings.command, settings.credentials
+    if fixed is not None:
+        return lambda: fixed
+    if command is not None:
+        return lambda: run_credentials_command(command)
+    from casfs.storage.aws_roles import role_credentials
+
+    asks = role_credentials(settings.region, os.environ)
+    if asks is None:
+        raise denied(
+            "S3",
+            "locks and versions of objects need credentials that casfs can read; set credentials-command = "
+            '"aws configure export-credentials --format process" in casfs\'s configuration',
+        )
+    return asks
 
 
 def _proxy_authorization(proxy: SplitResult) -> dict[str, str]:

@@ -18,6 +18,9 @@ aws_secret_access_key = default-secret
 aws_access_key_id = backup-id
 aws_secret_access_key = backup%secret
 aws_session_token = backup-token
+[role]
+aws_access_key_id = another-users-id
+aws_secret_access_key = another-users-secret
 """
 CONFIG = """
 [default]
@@ -29,6 +32,9 @@ endpoint_url = https://s3.example.org
 credential_process = /bin/process
 [profile sso]
 sso_start_url = https://example.org
+[profile role]
+role_arn = arn:aws:iam::1:role/backup
+source_profile = role
 """
 
 
@@ -95,7 +101,16 @@ def test_files_elsewhere_are_found_by_their_variables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "more", "sentence"),
     [
-        (StorageOptions(profile="sso"), {}, "aws configure export-credentials"),
+        (
+            StorageOptions(profile="sso"),
+            {},
+            "aws configure export-credentials --profile sso --format process.*`aws sso login",
+        ),
+        (
+            StorageOptions(),
+            {"AWS_PROFILE": "role"},
+            "role uses role_arn, .*aws configure export-credentials --profile role",
+        ),
         (StorageOptions(profile="missing"), {}, "there is no AWS profile 'missing'"),
         (
             StorageOptions(),
