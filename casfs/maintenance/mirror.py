@@ -33,8 +33,10 @@ from casfs.json_document import InvalidJsonError, parse_json
 from casfs.maintenance.findings import Finding
 from casfs.maintenance.storage_check import FOLDERS, digest_in_name
 from casfs.monitor import Monitor
+from casfs.repository.presence import present_processes
 from casfs.repository.remote_writers import mark_remote_writers
 from casfs.storage.base import ListedObject, Storage
+from casfs.storage.locks import LockMode
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +149,11 @@ class Mirror:
                 break
             # A prune of the source removed them. It stored what snapshots need of the packs in new packs.
             log.info("%d objects vanished from %s; listing it again", vanished, self._source.url)
+        before = self.result.copied
         self._copy_all(snapshots)
         self._copy_removed(packs)
+        if self.result.copied > before:
+            self._report_prune()
         return copied | {item.name for item in snapshots}
 
     def _copy_removed(self, packs: list[ListedObject]) -> None:
@@ -163,6 +168,24 @@ class Mirror:
                 self._destination.url,
             )
             self._copy_all(removed)
+
+    def _report_prune(self) -> None:
+        """Warn of a prune of the destination that may have listed the snapshots before new ones were there.
+
+        The lock of a local destination keeps others from pruning it.
+        """
+        if self._destination.capabilities.holds_locks:
+            return
+        now_ns = int(self._now_s() * 1_000_000_000)
+        if any(
+            process.record.mode is LockMode.MAINTENANCE and not process.is_stale(now_ns)
+            for process in present_processes(self._destination).values()
+        ):
+            log.warning(
+                "a prune is at work in %s; mirror again when it has ended: what it removes meanwhile is "
+                "copied then",
+                self._destination.url,
+            )
 
     def _copy_recipients(self) -> None:
         """Replace the list of recipients at the destination where it differs."""

@@ -56,7 +56,8 @@ class HostPlace(RemotePlace):
 class FarRepository:
     """A repository in a place whose clock (`now_ns`) the test moves, and the hosts that use it.
 
-    All hosts share `storage`, which records their calls; `memory` is behind it.
+    All hosts share `storage`, which records their calls; `memory` is behind it. Without `is_made` the place
+    is empty, for a mirror.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class FarRepository:
         folder: Path,
         recipients: Sequence[Recipient] = (),
         format_: int = DEFAULT_FORMAT,
+        is_made: bool = True,
     ) -> None:
         self.folder = folder
         self.now_ns = time.time_ns()
         self.memory = MemoryStorage("s3://bucket/r", self._tick)
         self.storage = RecordingStorage(self.memory)
-        create_repository(self.host("first"), recipients, format_=format_)
+        if is_made:
+            create_repository(self.host("first"), recipients, format_=format_)
 
     def _tick(self) -> int:
         self.now_ns += 1
