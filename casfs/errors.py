@@ -112,7 +112,7 @@ class StorageError(CasfsError):
 class NotPublishedError(StorageError):
     """The storage failed during a backup to `place`, before its snapshot was published."""
 
-    def __init__(self, place: str, error: StorageError) -> None:
+    def __init__(self, place: str, error: StorageError | StorageUnavailableError) -> None:
         super().__init__(error.action, error.path, error.cause)
         self.args = (place, error)
         self.place = place
@@ -158,6 +158,19 @@ class StorageUnavailableError(CasfsError):
 
     def __str__(self) -> str:
         return f"cannot {self.action} {self.path}: {self.cause.strerror or self.cause}"
+
+
+class PublicationUnknownError(StorageUnavailableError):
+    """The storage did not answer when a snapshot was stored, which may have taken effect."""
+
+    def __init__(self, error: StorageUnavailableError) -> None:
+        super().__init__(error.action, error.path, error.cause)
+
+    def __str__(self) -> str:
+        return (
+            f"{super().__str__()}; the snapshot may have been published all the same: `casfs snapshots` "
+            "shows it then"
+        )
 
 
 class IndexUnusableError(CasfsError):

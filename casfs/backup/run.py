@@ -45,6 +45,7 @@ from casfs.errors import (
     PacksRemovedError,
     RefusedError,
     StorageError,
+    StorageUnavailableError,
 )
 from casfs.format.snapshot import Snapshot, SnapshotStats, require_encodable
 from casfs.format.tree import Node, NodeType, replace
@@ -168,7 +169,7 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
                 if protection is not None:
                     monitor.progress.stage = "locking objects"
                     protection.protect_needed(root, parent)
-            except StorageError as error:
+            except (StorageError, StorageUnavailableError) as error:
                 raise NotPublishedError(str(repository.place), error) from error
             snapshot = _complete_snapshot(draft, root, parent, backup, began)
             if options.dry_run:

@@ -9,8 +9,13 @@ from typing import Annotated
 
 import msgspec
 
-from casfs.config.values import AbsolutePath, Command, RepositoryUrl, Size
-from casfs.storage.base import DEFAULT_CACHE_BYTES, StorageOptions
+from casfs.config.values import AbsolutePath, Command, Duration, RepositoryUrl, Size
+from casfs.storage.base import (
+    DEFAULT_CACHE_BYTES,
+    DEFAULT_PATIENCE_S,
+    FIRST_PATIENCE_S,
+    StorageOptions,
+)
 
 
 class NamedRepository(
@@ -18,8 +23,9 @@ class NamedRepository(
 ):
     """A table `[repositories.NAME]`.
 
-    The keys from `endpoint` to `ca_file` reach object storage, `ssh_command` reaches a machine, `cache_size`
-    limits what is kept of either, and the others open an encrypted repository.
+    The keys from `endpoint` to `ca_file` reach object storage, `ssh_command` reaches a machine, `retry_for`
+    and `cache_size` limit how long either is waited for and what is kept of it, and the others open an
+    encrypted repository.
     """
 
     url: RepositoryUrl
@@ -31,6 +37,7 @@ class NamedRepository(
     virtual_hosted: bool = False
     ca_file: AbsolutePath | None = None
     cache_size: Size | None = None
+    retry_for: Duration | None = None
     ssh_command: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] = ("ssh",)
     identity_file: AbsolutePath | None = None
     passphrase_command: Command | None = None
@@ -44,6 +51,7 @@ class NamedRepository(
     def storage_options(self) -> StorageOptions:
         """Return the options to reach the place, apart from its URL."""
         command = self.credentials_command
+        patience_s = DEFAULT_PATIENCE_S if self.retry_for is None else self.retry_for.seconds
         return StorageOptions(
             endpoint=self.endpoint,
             region=self.region,
@@ -53,6 +61,8 @@ class NamedRepository(
             virtual_hosted=self.virtual_hosted,
             ca_file=self.ca_file.path if self.ca_file is not None else None,
             ssh_command=self.ssh_command,
+            patience_s=patience_s,
+            first_patience_s=min(patience_s, FIRST_PATIENCE_S),
             cache_bytes=self.cache_size.bytes
             if self.cache_size is not None
             else DEFAULT_CACHE_BYTES,

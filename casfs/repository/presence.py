@@ -33,7 +33,7 @@ STALE_NS = 1_800_000_000_000
 """A process whose object is older has probably ended, or its machine is suspended."""
 
 _END_S = 5.0
-"""How long `end` waits for a refresh that is under way."""
+"""How long `end` waits for a refresh that is under way, and then for the deletion."""
 
 _NAME = re.compile(FOLDER + "/[0-9a-f]{32}")
 _MAX_BYTES = 4096
@@ -99,16 +99,26 @@ class Presence:
         return bool(self._names) and elapsed_ns() - self._written_ns < STALE_NS // 2
 
     def end(self) -> None:
-        """Stop refreshing and delete the object where that is allowed; raise nothing."""
+        """Stop refreshing and delete the object where that is allowed; raise nothing.
+
+        A storage that is away is not waited for: the object goes stale by itself. The caller closes the
+        storage, which ends the attempts.
+        """
         self._ended.set()
         if self._thread is not None:
             self._thread.join(_END_S)
-        for name in self._names:
+        if self._names:
+            deletion = threading.Thread(target=self._delete, name="casfs-presence-end", daemon=True)
+            deletion.start()
+            deletion.join(_END_S)
+
+    def _delete(self) -> None:
+        names, self._names = self._names, []
+        for name in names:
             try:
                 self._storage.delete(name)
             except CasfsError as error:
                 log.debug("a presence object stays: %s", error)
-        self._names = []
 
     def _run(self, write_first: bool) -> None:
         if write_first:

@@ -32,6 +32,7 @@ from casfs.errors import (
     KeyMissingError,
     NotFoundError,
     PacksRemovedError,
+    PublicationUnknownError,
     StorageError,
     StorageUnavailableError,
 )
@@ -124,7 +125,10 @@ class SnapshotPublisher:
             self._try_delete(draft)
             raise
         # From here on a failure leaves the draft, because the snapshot may yet appear.
-        self._storage.create(name, data)
+        try:
+            self._storage.create(name, data)
+        except StorageUnavailableError as error:
+            raise PublicationUnknownError(error) from error
         if copy_of is None or not self._exists(copy_of):
             self._look_once_more(snapshot_id, root, known)
         self._repository.finish_in_background(lambda: self._try_delete(draft))

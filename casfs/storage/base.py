@@ -189,6 +189,10 @@ DEFAULT_CACHE_BYTES = 2 * 1024 * 1024 * 1024
 """Room for the trees of some ten million files."""
 
 
+DEFAULT_PATIENCE_S = 900.0
+FIRST_PATIENCE_S = 20.0
+
+
 class HeldLock(Protocol):
     """A lock that this process holds until it releases it or dies; use it in a `with` block."""
 
@@ -276,10 +280,10 @@ class StorageOptions:
     upload_bytes_per_s: int | None = None
     download_bytes_per_s: int | None = None
 
-    patience_s: float = 900.0
+    patience_s: float = DEFAULT_PATIENCE_S
     """How long to retry a storage that has answered before."""
 
-    first_patience_s: float = 20.0
+    first_patience_s: float = FIRST_PATIENCE_S
     """How long to retry a storage that has not answered yet, so that a wrong host name fails soon."""
 
     cache_bytes: int = DEFAULT_CACHE_BYTES

@@ -1,5 +1,9 @@
 """Retries with growing pauses for a storage that does not answer.
 
+The patience is that of all calls together: it counts from the first attempt that failed since the storage
+last answered. After its end each call makes one attempt, so that a command with many calls ends soon, and a
+mount fails its reads soon and finds the storage again when it is back.
+
 Only `StorageUnavailableError` causes a retry. Every object is write-once or replaced as a whole, so a
 repeated request does no harm. Where the answer to a creation was lost, the size of the object shows whether
 the creation took effect.
@@ -26,6 +30,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LOOK_S = 0.5
+_FORGOTTEN_AFTER_S = 60.0
+"""A failure so long before the next attempt says nothing about how long the storage has been away."""
+
 _REPORTED_AFTER_S = 5.0
 """A pause of at least this length is logged, so that the user sees why nothing happens."""
 
@@ -65,6 +72,9 @@ class Retrier:
         self._sleep = sleep if sleep is not None else self._wait
         self._jitter = jitter
         self._has_answered = False
+        self._lock = threading.Lock()
+        self._away_since_s: float | None = None
+        self._last_failure_s = 0.0
 
     def stop(self) -> None:
         """End every pause; the calls that were waiting raise their last error."""
@@ -75,13 +85,14 @@ class Retrier:
         deadline: float | None = None
         pause_s = self._policy.first_pause_s
         while True:
+            began_s = self._clock()
             try:
                 result = action()
             except StorageUnavailableError as error:
-                now = self._clock()
+                now_s = self._clock()
                 if deadline is None:
-                    deadline = now + self._patience_s()
-                left_s = deadline - now
+                    deadline = now_s + self._patience_s()
+                left_s = min(deadline, self._note_failure(began_s, now_s)) - now_s
                 if left_s <= 0 or self._stopped.is_set() or INTERRUPTED.is_set():
                     raise
                 wait_s = min(pause_s * self._jitter(), left_s)
@@ -92,11 +103,27 @@ class Retrier:
                 pause_s = min(pause_s * self._policy.factor, self._policy.max_pause_s)
                 action = again if again is not None else action
             except CasfsError:
-                self._has_answered = True
+                self._note_answer()
                 raise
             else:
-                self._has_answered = True
+                self._note_answer()
                 return result
+
+    def _note_failure(self, began_s: float, now_s: float) -> float:
+        """Note an attempt that failed; return until when the storage is waited for."""
+        with self._lock:
+            if (
+                self._away_since_s is None
+                or began_s - self._last_failure_s > _FORGOTTEN_AFTER_S + self._policy.max_pause_s
+            ):
+                self._away_since_s = now_s
+            self._last_failure_s = max(self._last_failure_s, now_s)
+            return self._away_since_s + self._patience_s()
+
+    def _note_answer(self) -> None:
+        with self._lock:
+            self._has_answered = True
+            self._away_since_s = None
 
     def _wait(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

@@ -24,8 +24,8 @@ from tests.support.servers import (
     S3Server,
     SshServer,
     session_pids,
-    stalling_proxy,
 )
+from tests.support.tcp_proxy import tcp_proxy
 
 MIB = 1 << 20
 
@@ -380,8 +380,8 @@ def test_a_signal_ends_a_backup_whose_server_has_gone_silent(
     s3_server: S3Server, casfs: Casfs, source: Path, number: signal.Signals
 ) -> None:
     (source / "large").write_bytes(random.Random(1).randbytes(140 * MIB))
-    with stalling_proxy(s3_server.endpoint) as proxy:
-        server = replace(s3_server, endpoint=f"http://127.0.0.1:{proxy.port}")
+    with tcp_proxy(s3_server.port) as proxy:
+        server = replace(s3_server, endpoint=proxy.endpoint)
         remote = on_s3(server, "casfs", f"silent-{number}", casfs.home)
         remote.run("init")
         before = proxy.passed_bytes
@@ -394,12 +394,12 @@ def test_a_signal_ends_a_backup_whose_server_has_gone_silent(
         )
         while proxy.passed_bytes < before + 10 * MIB:
             assert process.poll() is None
-        proxy.stall.set()
+        proxy.is_silent.set()
         process.send_signal(number)
         _, complaints = process.communicate(timeout=60)
         assert process.returncode == 130
         assert complaints.decode().strip().endswith("the repository is as intact as before")
-        proxy.stall.clear()
+        proxy.is_silent.clear()
         remote.run("backup", ".", cwd=source)
         remote.run("check", "--read-data")
 

@@ -1,7 +1,8 @@
-"""What the tests of failures share: the scripted source, and a repository in this process."""
+"""What the tests of failures share: the scripted source, repositories in this process and at a server."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +14,10 @@ from casfs.backup import capture
 from casfs.format.versions import DEFAULT_FORMAT
 from tests.support.capturing import BackupFixture, open_backup_fixture
 from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.support.network_scene import NetworkScene
 from tests.support.process_runner import Scene, Stage, make_scene
 from tests.support.scripted_source import ScriptedSource, scripted_source
 from tests.support.servers import S3Server
-
-
-@pytest.fixture(scope="module")
-def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
-    """A proxy before the server, whose requests fail as a test says."""
-    with faulty_proxy(s3_server.endpoint) as running:
-        yield running
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +71,21 @@ def scene(stage: Stage, request: pytest.FixtureRequest) -> Iterator[Scene]:
     memory = Path("/dev/shm")
     with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield make_scene(stage, Path(folder), getattr(request, "param", DEFAULT_FORMAT))
+
+
+_serials = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def s3_proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
+    """A proxy before SeaweedFS, of one module."""
+    with faulty_proxy(s3_server.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def network(
+    s3_server: S3Server, s3_proxy: FaultyProxy, tmp_path: Path, own_home: Path
+) -> NetworkScene:
+    """A repository in SeaweedFS with two snapshots, which is reached through the proxy."""
+    return NetworkScene.create(s3_server, s3_proxy, tmp_path, f"s3://casfs/faults-{next(_serials)}")

@@ -10,7 +10,6 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -27,9 +26,8 @@ from casfs.storage import object_store, retry
 from casfs.storage.url import parse_address
 from tests.support.comparing import tree_differences
 from tests.support.effort import EFFORT
-from tests.support.faulty_proxy import Fault, FaultyProxy, ProxiedRequest
+from tests.support.faulty_proxy import Fault, ProxiedRequest
 from tests.support.network_scene import NetworkScene
-from tests.support.servers import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 * EFFORT)]
 
@@ -72,12 +70,6 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.fixture
-def scene(s3_server: S3Server, proxy: FaultyProxy, tmp_path: Path, own_home: Path) -> NetworkScene:
-    """A repository with two snapshots."""
-    return NetworkScene.create(s3_server, proxy, tmp_path, f"s3://casfs/faults-{next(_serials)}")
-
-
 def message_of(error: CasfsError) -> str:
     """Return a message, which is one line that says something."""
     message = str(error)
@@ -86,7 +78,7 @@ def message_of(error: CasfsError) -> str:
 
 
 def fail_everywhere(
-    scene: NetworkScene, fault: Fault, verb: Callable[[], None], requests: int
+    network: NetworkScene, fault: Fault, verb: Callable[[], None], requests: int
 ) -> Iterator[CasfsError | None]:
     """Do a verb once for each of its requests, which fails; yield the error that the verb raised.
 
@@ -95,7 +87,7 @@ def fail_everywhere(
     alike = next((group for group in ALIKE if fault in group), (fault,))
     step = len(alike) if EFFORT == 1 else 1
     for number in range(alike.index(fault) if step > 1 else 0, requests, step):
-        scene.proxy.fail_once(number, fault)
+        network.proxy.fail_once(number, fault)
         error = None
         try:
             verb()
@@ -103,90 +95,90 @@ def fail_everywhere(
             error = raised
             message_of(raised)
         if fault in REPEATED:
-            assert error is None, (number, scene.proxy.requests[number], error)
+            assert error is None, (number, network.proxy.requests[number], error)
         if fault is Fault.STATUS_403 and error is not None:
             assert isinstance(error, StorageDeniedError | CasfsError)
-        scene.proxy.begin()
+        network.proxy.begin()
         yield error
 
 
-def requests_of(scene: NetworkScene, verb: Callable[[], None]) -> int:
+def requests_of(network: NetworkScene, verb: Callable[[], None]) -> int:
     """Return how many requests a verb makes when none fails."""
-    scene.proxy.begin()
+    network.proxy.begin()
     verb()
-    assert scene.proxy.requests
-    return len(scene.proxy.requests)
+    assert network.proxy.requests
+    return len(network.proxy.requests)
 
 
 @pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name.lower())
 def test_a_backup_publishes_whole_or_not_at_all_whichever_request_fails(
-    scene: NetworkScene, fault: Fault
+    network: NetworkScene, fault: Fault
 ) -> None:
     published: list[SnapshotId] = []
 
     def back_up() -> None:
-        scene.change()
-        published.append(scene.back_up())
+        network.change()
+        published.append(network.back_up())
 
-    requests = requests_of(scene, back_up)
-    scene.published[published.pop()] = scene.source
-    for error in fail_everywhere(scene, fault, back_up, requests):
+    requests = requests_of(network, back_up)
+    network.published[published.pop()] = network.source
+    for error in fail_everywhere(network, fault, back_up, requests):
         if error is None:
-            scene.published[published.pop()] = scene.source
-            scene.must_list()
+            network.published[published.pop()] = network.source
+            network.must_list()
             continue
         # An answer that was falsified after the snapshot had been stored leaves the snapshot, whole.
-        (listed,) = [*(scene.ids(scene.direct) - set(scene.published)), None][:1]
+        (listed,) = [*(network.ids(network.direct) - set(network.published)), None][:1]
         if listed is not None:
             assert not isinstance(error, StorageDeniedError)
-            scene.published[listed] = scene.source
-        scene.must_list()
-    scene.must_be_intact()
+            network.published[listed] = network.source
+        network.must_list()
+    network.must_be_intact()
 
 
 @pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name.lower())
 @pytest.mark.parametrize("is_cold", [True, False], ids=["cold", "warm"])
 def test_a_restore_is_right_or_reports_an_error_whichever_request_fails(
-    scene: NetworkScene, fault: Fault, is_cold: bool, monkeypatch: pytest.MonkeyPatch
+    network: NetworkScene, fault: Fault, is_cold: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     homes = itertools.count()
-    newest = list(scene.published)[-1].hex()
+    newest = list(network.published)[-1].hex()
 
     def restore() -> None:
         number = next(homes)
         if is_cold:
-            monkeypatch.setenv("XDG_CACHE_HOME", str(scene.folder / f"cache {number}"))
-        target = scene.folder / f"target {number}"
+            monkeypatch.setenv("XDG_CACHE_HOME", str(network.folder / f"cache {number}"))
+        target = network.folder / f"target {number}"
         # Not `latest`: a snapshot that cannot be read is omitted with a warning.
-        with open_for_reading(scene.place()) as repository:
-            *_, node = repository.snapshots.resolve_path(f"{newest}:{scene.source}")
+        with open_for_reading(network.place()) as repository:
+            *_, node = repository.snapshots.resolve_path(f"{newest}:{network.source}")
             restorer = Restorer(repository, RestoreOptions(), RecordingMonitor())
             result = restorer.restore(b"", node, bytes(target), with_root=True)
             if result.damaged or result.failed:
                 raise IntegrityError("reported by the restore")
-        assert tree_differences(scene.source, target) == []
+        assert tree_differences(network.source, target) == []
 
-    requests = requests_of(scene, restore)
-    for _ in fail_everywhere(scene, fault, restore, requests):
+    requests = requests_of(network, restore)
+    for _ in fail_everywhere(network, fault, restore, requests):
         pass
-    scene.must_list()
+    network.must_list()
     restore()
 
 
 @pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name.lower())
 @pytest.mark.expect_errors
 def test_a_check_finds_damage_only_where_answers_are_false(
-    scene: NetworkScene, fault: Fault
+    network: NetworkScene, fault: Fault
 ) -> None:
     found: list[object] = []
 
     def check() -> None:
-        with open_for_reading(scene.place(), may_write_index=True) as repository:
+        with open_for_reading(network.place(), may_write_index=True) as repository:
             found[:] = Checker(repository, RecordingMonitor()).check(PackSelection()).damage
 
-    requests = requests_of(scene, check)
+    requests = requests_of(network, check)
     assert found == []
-    for error in fail_everywhere(scene, fault, check, requests):
+    for error in fail_everywhere(network, fault, check, requests):
         if fault in REPEATED and error is None:
             assert found == []
         # What a false answer made the check believe lasts no longer than the answer.
@@ -194,79 +186,81 @@ def test_a_check_finds_damage_only_where_answers_are_false(
             check()
             check()
             assert found == []
-    scene.must_be_intact()
+    network.must_be_intact()
 
 
 @pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name.lower())
-def test_a_forget_and_a_new_tag_lose_no_other_snapshot(scene: NetworkScene, fault: Fault) -> None:
+def test_a_forget_and_a_new_tag_lose_no_other_snapshot(network: NetworkScene, fault: Fault) -> None:
     def retag_and_forget() -> None:
-        with open_for_writing(scene.place(), "tag") as repository:
+        with open_for_writing(network.place(), "tag") as repository:
             snapshots = repository.snapshots
             extra, snapshot = next(iter(snapshots.iterate()))
             changed, _ = snapshots.retag(extra, snapshot, (f"tag {next(_serials)}",))
-            scene.published.pop(extra, None)
-            scene.published[changed] = scene.source
+            network.published.pop(extra, None)
+            network.published[changed] = network.source
 
-    requests = requests_of(scene, retag_and_forget)
-    for error in fail_everywhere(scene, fault, retag_and_forget, requests):
-        with open_for_reading(scene.direct) as repository:
+    requests = requests_of(network, retag_and_forget)
+    for error in fail_everywhere(network, fault, retag_and_forget, requests):
+        with open_for_reading(network.direct) as repository:
             listed = [snapshot_id for snapshot_id, _ in repository.snapshots.iterate()]
         assert len(listed) == 2
         if error is not None:
             # The next change of the tags removes what this one has left.
-            scene.published = dict.fromkeys(listed, scene.source)
+            network.published = dict.fromkeys(listed, network.source)
             retag_and_forget()
-    scene.must_be_intact()
+    network.must_be_intact()
 
 
 def test_a_network_that_goes_away_in_the_middle_of_a_backup_costs_time_only(
-    scene: NetworkScene, caplog: pytest.LogCaptureFixture
+    network: NetworkScene, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    scene.change()
-    scene.proxy.begin()
+    network.change()
+    network.proxy.begin()
     cuts: list[ProxiedRequest] = []
 
     def cut(request: ProxiedRequest) -> None:
         # The network goes away at each of the first uploads, until a pause between attempts is over.
         if request.changes and len(cuts) < 3:
-            scene.proxy.is_cut.set()
+            network.proxy.is_cut.set()
             cuts.append(request)
 
-    scene.proxy.before = cut
+    network.proxy.before = cut
     real = retry.Retrier._wait
 
     def come_back(self: retry.Retrier, seconds: float) -> bool:
         stopped = real(self, seconds)
-        if scene.proxy.is_cut.is_set() and seconds > 0.05:
-            scene.proxy.is_cut.clear()
+        if network.proxy.is_cut.is_set() and seconds > 0.05:
+            network.proxy.is_cut.clear()
         return stopped
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retry.Retrier, "_wait", come_back)
         try:
-            published = scene.back_up()
+            published = network.back_up()
         finally:
-            scene.proxy.before = lambda request: None
-            scene.proxy.is_cut.clear()
+            network.proxy.before = lambda request: None
+            network.proxy.is_cut.clear()
     assert len(cuts) == 3
-    scene.published[published] = scene.source
-    scene.must_list()
-    scene.must_be_intact()
+    network.published[published] = network.source
+    network.must_list()
+    network.must_be_intact()
 
 
-def test_a_server_that_is_gone_for_good_ends_a_backup_with_a_sentence(scene: NetworkScene) -> None:
-    scene.change()
-    scene.proxy.begin(
+def test_a_server_that_is_gone_for_good_ends_a_backup_with_a_sentence(
+    network: NetworkScene,
+) -> None:
+    network.change()
+    network.proxy.begin(
         lambda request: Fault.STATUS_503 if request.method in ("PUT", "POST") else None
     )
-    options = replace(scene.place().options, patience_s=0.5, first_patience_s=0.5)
-    place = RemotePlace(parse_address(scene.url), options)
+    options = replace(network.place().options, patience_s=0.5, first_patience_s=0.5)
+    place = RemotePlace(parse_address(network.url), options)
     with pytest.raises(CasfsError) as raised, open_for_writing(place, "backup") as repository:
         run_backup(
-            repository, BackupOptions(paths=(bytes(scene.source),), host="x"), RecordingMonitor()
+            repository, BackupOptions(paths=(bytes(network.source),), host="x"), RecordingMonitor()
         )
     assert "the server answered 503" in message_of(raised.value)
-    scene.proxy.begin()
-    scene.must_list()
-    scene.must_be_intact()
+    network.proxy.begin()
+    network.must_list()
+    network.must_be_intact()

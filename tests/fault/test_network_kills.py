@@ -17,16 +17,13 @@ from pathlib import Path
 import pytest
 
 from casfs.repository.opening import open_for_reading
-from tests.support.faulty_proxy import Fault, FaultyProxy, ProxiedRequest
+from tests.support.faulty_proxy import Fault, ProxiedRequest
 from tests.support.network_scene import NetworkScene
-from tests.support.remote import on_s3
-from tests.support.servers import S3Server
 from tests.support.stores import PROJECT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 HUNG_S = 120
-_serials = itertools.count()
 
 _COMMAND = """
 import functools, sys
@@ -38,18 +35,10 @@ sys.exit(run(sys.argv[1:]))
 """The command with small packs, so that a small source fills several."""
 
 
-@pytest.fixture
-def scene(s3_server: S3Server, proxy: FaultyProxy, tmp_path: Path, own_home: Path) -> NetworkScene:
-    """A repository with two snapshots."""
-    return NetworkScene.create(s3_server, proxy, tmp_path, f"s3://casfs/kills-{next(_serials)}")
-
-
-def start(scene: NetworkScene, *arguments: str) -> subprocess.Popen[bytes]:
+def start(network: NetworkScene, *arguments: str) -> subprocess.Popen[bytes]:
     """Start the command, which reaches the server through the proxy."""
-    host = on_s3(scene.server, "casfs", "", Path(os.environ["HOME"]))
+    host = network.host(Path(os.environ["HOME"]))
     places = {
-        "CASFS_REPOSITORY": scene.url,
-        "AWS_ENDPOINT_URL": scene.proxy.endpoint,
         "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"],
         "XDG_STATE_HOME": os.environ["XDG_STATE_HOME"],
     }
@@ -62,18 +51,18 @@ def start(scene: NetworkScene, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-def steps_of(scene: NetworkScene, *arguments: str) -> int:
+def steps_of(network: NetworkScene, *arguments: str) -> int:
     """Return how many requests of a command change something."""
-    scene.proxy.begin()
-    process = start(scene, *arguments)
+    network.proxy.begin()
+    process = start(network, *arguments)
     _, complaints = process.communicate(timeout=HUNG_S)
     assert process.returncode == 0, complaints
-    steps = sum(request.changes for request in scene.proxy.requests)
+    steps = sum(request.changes for request in network.proxy.requests)
     assert steps > 0, "the command has no steps: then nothing is shown here"
     return steps
 
 
-def kill(scene: NetworkScene, step: int, acted: bool, *arguments: str) -> ProxiedRequest:
+def kill(network: NetworkScene, step: int, acted: bool, *arguments: str) -> ProxiedRequest:
     """Run a command, kill it at one of its steps, and return that request."""
     steps = itertools.count()
     running: list[subprocess.Popen[bytes]] = []
@@ -92,58 +81,58 @@ def kill(scene: NetworkScene, step: int, acted: bool, *arguments: str) -> Proxie
         if request in victims:
             running[0].kill()
 
-    scene.proxy.begin(at_step)
-    scene.proxy.after = after
+    network.proxy.begin(at_step)
+    network.proxy.after = after
     try:
-        running.append(start(scene, *arguments))
+        running.append(start(network, *arguments))
         running[0].communicate(timeout=HUNG_S)
     finally:
-        scene.proxy.after = lambda request: None
-        scene.proxy.begin()
+        network.proxy.after = lambda request: None
+        network.proxy.begin()
     assert running[0].returncode == -signal.SIGKILL
     return victims[0]
 
 
-def packs_of(scene: NetworkScene) -> set[str]:
-    with open_for_reading(scene.direct) as repository:
+def packs_of(network: NetworkScene) -> set[str]:
+    with open_for_reading(network.direct) as repository:
         storage = repository.store.storage
         return {name for prefix in ("packs", "meta") for name, _, _ in storage.list(prefix)}
 
 
 def test_a_backup_killed_at_any_step_loses_nothing_and_its_packs_are_reused(
-    scene: NetworkScene,
+    network: NetworkScene,
 ) -> None:
-    command = ("backup", "--host", "here", str(scene.source))
-    scene.change()
-    steps = steps_of(scene, *command)
-    scene.published = dict.fromkeys(scene.ids(scene.direct), scene.source)
+    command = ("backup", "--host", "here", str(network.source))
+    network.change()
+    steps = steps_of(network, *command)
+    network.published = dict.fromkeys(network.ids(network.direct), network.source)
     for step, acted in itertools.product(range(steps), (False, True)):
-        scene.change()
-        victim = kill(scene, step, acted, *command)
-        listed = scene.ids(scene.direct)
-        assert set(scene.published) <= listed
+        network.change()
+        victim = kill(network, step, acted, *command)
+        listed = network.ids(network.direct)
+        assert set(network.published) <= listed
         # Only a process that was killed when its packs had been stored leaves a snapshot.
         is_pack = "/packs/" in victim.path or "/meta/" in victim.path
-        assert len(listed - set(scene.published)) <= (0 if is_pack else 1)
-        scene.published |= dict.fromkeys(listed, scene.source)
-        finished = packs_of(scene)
-        published = scene.back_up()
-        assert finished <= packs_of(scene)
-        scene.published[published] = scene.source
-        scene.must_list()
-    scene.must_be_intact()
+        assert len(listed - set(network.published)) <= (0 if is_pack else 1)
+        network.published |= dict.fromkeys(listed, network.source)
+        finished = packs_of(network)
+        published = network.back_up()
+        assert finished <= packs_of(network)
+        network.published[published] = network.source
+        network.must_list()
+    network.must_be_intact()
 
 
 @pytest.mark.parametrize("command", [("tag", "--add", "kept"), ("forget",)])
 def test_a_tag_or_a_forget_killed_at_any_step_loses_no_other_snapshot(
-    scene: NetworkScene, command: tuple[str, ...]
+    network: NetworkScene, command: tuple[str, ...]
 ) -> None:
-    scene.published[scene.back_up()] = scene.source
-    steps = steps_of(scene, *command, "latest")
+    network.published[network.back_up()] = network.source
+    steps = steps_of(network, *command, "latest")
     for step, acted in itertools.product(range(steps), (False, True)):
-        scene.change()
-        scene.published = dict.fromkeys(scene.ids(scene.direct), scene.source)
-        last = scene.back_up()
-        kill(scene, step, acted, *command, last.hex())
-        assert set(scene.published) <= scene.ids(scene.direct)
-    scene.must_be_intact()
+        network.change()
+        network.published = dict.fromkeys(network.ids(network.direct), network.source)
+        last = network.back_up()
+        kill(network, step, acted, *command, last.hex())
+        assert set(network.published) <= network.ids(network.direct)
+    network.must_be_intact()

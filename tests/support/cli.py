@@ -96,9 +96,23 @@ class Casfs:
     repository: Path | None
     home: Path
 
+    @property
+    def where(self) -> str:
+        """The name of the repository, as `-r` takes it and as messages show it."""
+        return str(self.repository)
+
     def at(self, repository: Path | None) -> Casfs:
         """Return the same command for another repository (None: for none at all)."""
         return replace(self, repository=repository)
+
+    def beside(self, name: str) -> Casfs:
+        """Return the same command for a repository that is not yet made, in a place of the same kind."""
+        assert self.repository is not None
+        return replace(self, repository=self.repository.with_name(name))
+
+    def with_home(self, home: Path) -> Casfs:
+        """Return the command of another host or another person with the same repository."""
+        return replace(self, home=home)
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         found = {

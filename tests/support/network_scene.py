@@ -18,6 +18,7 @@ from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.base import StorageOptions
 from casfs.storage.url import parse_address
 from tests.support.faulty_proxy import FaultyProxy
+from tests.support.remote import RemoteCasfs
 from tests.support.servers import S3Server
 from tests.support.stores import noise
 
@@ -62,6 +63,11 @@ class NetworkScene:
     def direct(self) -> RemotePlace:
         """The same place without the proxy."""
         return self.place(self.server.endpoint)
+
+    def host(self, home: Path) -> RemoteCasfs:
+        """Return the command of a host, which reaches the server through the proxy."""
+        variables = {**self.server.variables(), "AWS_ENDPOINT_URL": self.proxy.endpoint}
+        return RemoteCasfs(None, home, self.url, variables)
 
     @property
     def source(self) -> Path:

@@ -21,7 +21,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -57,6 +56,11 @@ class S3Server:
     endpoint: str
     access_key_id: str
     secret_access_key: str
+
+    @property
+    def port(self) -> int:
+        """The port of 127.0.0.1 at which it listens."""
+        return int(self.endpoint.rpartition(":")[2])
 
     @property
     def options(self) -> StorageOptions:
@@ -348,71 +352,6 @@ def rclone_s3(bucket: str) -> Iterator[S3Server]:
         ]
         with running(command, folder, _answers_http(port)):
             yield server
-
-
-class StallingProxy:
-    """A port that passes everything on to another one, until `stall` is set: then nothing moves."""
-
-    def __init__(self, target: int) -> None:
-        self.stall = threading.Event()
-        self.passed_bytes = 0
-        self._target = target
-        self._closed = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._listener.settimeout(0.1)
-        self.port: int = self._listener.getsockname()[1]
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        while not self._closed.is_set():
-            try:
-                client, _ = self._listener.accept()
-            except TimeoutError:
-                continue
-            server = socket.create_connection(("127.0.0.1", self._target))
-            for source, target in ((client, server), (server, client)):
-                thread = threading.Thread(target=self._pass_on, args=(source, target))
-                self._threads.append(thread)
-                thread.start()
-
-    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
-        source.settimeout(0.1)
-        try:
-            while not self._closed.is_set():
-                if self.stall.is_set():
-                    self._closed.wait(0.1)
-                    continue
-                try:
-                    data = source.recv(65536)
-                except TimeoutError:
-                    continue
-                if not data:
-                    break
-                target.sendall(data)
-                self.passed_bytes += len(data)
-        except OSError:
-            pass
-        finally:
-            source.close()
-            target.close()
-
-    def close(self) -> None:
-        """Close all connections and end the threads."""
-        self._closed.set()
-        for thread in self._threads:
-            thread.join()
-        self._listener.close()
-
-
-@contextmanager
-def stalling_proxy(endpoint: str) -> Iterator[StallingProxy]:
-    """Run a proxy in front of a server on 127.0.0.1."""
-    proxy = StallingProxy(int(endpoint.rpartition(":")[2]))
-    try:
-        yield proxy
-    finally:
-        proxy.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,30 @@ def test_a_place_that_refuses_presence_objects_is_used_all_the_same(
     presence.end()
 
 
+def test_the_end_of_a_process_does_not_wait_for_a_storage_that_is_away(
+    storage: RecordingStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_back = threading.Event()
+
+    def away(call: Call) -> StorageDeniedError:
+        is_back.wait(60)
+        return denied(call)
+
+    storage.script.failures.append(Failure(lambda call: call.method == "delete", away))
+    presence = begun(storage)
+    monkeypatch.setattr("casfs.repository.presence._END_S", 0.01)
+    presence.end()
+    presence.end()
+    assert storage.methods().count("delete") == 1
+    assert not is_back.is_set()
+    is_back.set()
+    wait_until(lambda: "casfs-presence-end" not in map(_name, threading.enumerate()), "its end")
+
+
+def _name(thread: threading.Thread) -> str:
+    return thread.name
+
+
 def test_a_credential_that_cannot_delete_leaves_an_object_and_no_error(
     storage: RecordingStorage,
 ) -> None:

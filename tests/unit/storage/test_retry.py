@@ -60,6 +60,57 @@ def test_a_storage_that_answered_before_is_waited_for() -> None:
     assert clock.now_s == pytest.approx(900)
 
 
+def test_the_patience_is_that_of_all_calls_together() -> None:
+    storage, double, clock = retrying(fails("size", 1000))
+    storage.create("packs/a", b"1")
+    for _ in range(3):
+        with pytest.raises(StorageUnavailableError):
+            storage.size("packs/a")
+    assert clock.now_s == pytest.approx(900)
+    assert double.methods()[-2:] == [
+        "size",
+        "size",
+    ]  # one attempt each after the end of the patience
+
+
+def test_an_answer_begins_the_patience_again() -> None:
+    storage, _, clock = retrying(fails("size", 1000))
+    for _ in range(2):
+        storage.create("packs/a", b"1")
+        with pytest.raises(StorageUnavailableError):
+            storage.size("packs/a")
+    assert clock.now_s == pytest.approx(1800)
+
+
+def test_a_failure_long_ago_does_not_shorten_the_patience() -> None:
+    storage, _, clock = retrying(fails("size", 1000))
+    storage.create("packs/a", b"1")
+    for _ in range(2):
+        with pytest.raises(StorageUnavailableError):
+            storage.size("packs/a")
+        clock.now_s += 3600
+    assert clock.now_s == pytest.approx(2 * (900 + 3600))
+
+
+def test_a_call_that_alone_fails_while_others_succeed_ends_after_the_patience() -> None:
+    script = fails("size", 1_000_000)
+    clock = Clock()
+    double = RecordingStorage(MemoryStorage(), script)
+    retrier: Retrier | None = None
+
+    def sleep(seconds: float) -> bool:
+        assert retrier is not None
+        retrier.run(lambda: None)
+        return clock.sleep(seconds)
+
+    retrier = Retrier(RetryPolicy(), lambda: clock.now_s, sleep, jitter=lambda: 1.0)
+    storage = RetryingStorage(double, retrier)
+    storage.create("packs/a", b"1")
+    with pytest.raises(StorageUnavailableError):
+        storage.size("packs/a")
+    assert clock.now_s == pytest.approx(900)
+
+
 def test_a_refused_request_is_not_retried() -> None:
     def denied(call: Call) -> BaseException:
         return StorageDeniedError("create", call.name, PermissionError(13, "no"))
