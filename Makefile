@@ -67,6 +67,10 @@ test: packages-test lint typecheck ## everything, with real mounts: what CI runs
 test-e2e: packages-test $(STAMP) ## only the tests of the installed command, of mounts and of damage
 	$(PYTEST) tests/e2e tests/fault $(ARGS)
 
+.PHONY: test-elsewhere
+test-elsewhere: packages-test $(STAMP) ## the end-to-end tests with the repository on SeaweedFS and behind sshd
+	CASFS_PLACES='s3 sftp' $(PYTEST) tests/e2e $(ARGS)
+
 # Atheris has wheels for x86-64 only, and no other target needs it.
 FUZZ_STAMP := $(VENV)/.fuzz-made
 $(FUZZ_STAMP): $(STAMP) requirements-fuzz.txt
@@ -90,7 +94,7 @@ soak: packages-test $(STAMP) $(FUZZ_STAMP) ## kills, power cuts, crowds, models,
 		tests/fault/test_explorer.py tests/fault/test_race_matrix.py tests/fault/test_race_mutants.py \
 		tests/fault/test_many_hosts.py \
 		tests/fault/test_mount_loop.py tests/fault/test_network.py $(ARGS)
-	CASFS_EFFORT='$(EFFORT)' $(PYTEST) tests/e2e -k 's3 or sftp' $(ARGS)
+	CASFS_PLACES='s3 sftp' $(PYTEST) tests/e2e $(ARGS)
 	$(BIN)/python -m tests.fuzz --inputs '$(FUZZ_INPUTS)'
 
 .PHONY: coverage

@@ -1,8 +1,6 @@
 """What every end-to-end test gets: a command with a home of its own, and trees to back up.
 
-The tests of `ELSEWHERE` run with the repository in object storage and over SSH, too: those of `CORE` always,
-the others where CASFS_EFFORT asks for more. A test that looks into the folder of its repository has the
-marker `local_repository`.
+`tests.e2e.places` decides where the repository is.
 """
 
 from __future__ import annotations
@@ -12,17 +10,29 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.places import (
+    LOCAL,
+    S3,
+    SFTP,
+    MakeCasfs,
+    chosen_places,
+    local_only_reason,
+    places_of,
+)
 from tests.support import full_tree as everything
 from tests.support.cli import Casfs, program
-from tests.support.effort import EFFORT
 from tests.support.remote import on_s3, over_ssh
 from tests.support.servers import S3Server, SshServer
+
+PLACE = "place of the repository"
+"""The property of a test's report that says where its repository was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,38 +69,67 @@ def installed_command() -> None:
     assert done.returncode == 0, f"{program()} does not run: {done.stderr.decode()}"
 
 
-LOCAL, S3, SFTP = "local", "s3", "sftp"
-
-ELSEWHERE = frozenset(
-    {
-        "test_capture_changing",
-        "test_capture_details",
-        "test_capture_reread",
-        "test_fidelity",
-        "test_hostile_names",
-        "test_incremental",
-        "test_mount",
-        "test_mount_live",
-        "test_query_commands",
-        "test_restore",
-        "test_restore_safety",
-        "test_stdin_from_command",
-        "test_streams",
-    }
-)
-"""The modules whose tests hold wherever the repository is."""
-
-CORE = frozenset({"test_fidelity", "test_incremental", "test_mount"})
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "place" not in metafunc.fixturenames:
         return
-    module = metafunc.module.__name__.rpartition(".")[2]
-    is_wanted = module in CORE or (module in ELSEWHERE and EFFORT > 1)
-    if is_wanted and not any(metafunc.definition.iter_markers("local_repository")):
-        slow = [pytest.param(place, marks=pytest.mark.slow) for place in (S3, SFTP)]
-        metafunc.parametrize("place", [LOCAL, *slow], indirect=True, scope="session")
+    places = places_of(_module_of(metafunc.module.__name__))
+    if places == (LOCAL,):
+        return
+    slow = [pytest.param(place, marks=pytest.mark.slow) for place in places if place != LOCAL]
+    params = [*([LOCAL] if LOCAL in places else []), *slow]
+    metafunc.parametrize("place", params, indirect=True, scope="session")
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = chosen_places()
+    left_out = []
+    for item in list(items):
+        if not isinstance(item, pytest.Function) or item.path.parent != Path(__file__).parent:
+            continue
+        place = item.callspec.params.get("place") if hasattr(item, "callspec") else None
+        if place is None:
+            if chosen is not None and LOCAL not in chosen:
+                left_out.append(item)
+                items.remove(item)
+            continue
+        module = _module_of(item.module.__name__)
+        item.user_properties.append((PLACE, place))
+        names = [node.name for node in item.listchain() if isinstance(node, pytest.Class)]
+        reason = local_only_reason(module, [*names, item.originalname])
+        if place != LOCAL and reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many tests of each module ran in which place, and why others did not."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    reasons: dict[tuple[str, str], dict[str, int]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            place = dict(report.user_properties).get(PLACE)
+            if place is None:
+                continue
+            row = report.nodeid.partition("::")[0].rpartition("/")[2], place
+            counts.setdefault(row, Counter())[outcome] += 1
+            if outcome == "skipped":
+                reason = report.longrepr[2].removeprefix("Skipped: ")
+                found = reasons.setdefault(row, {})
+                found[reason] = found.get(reason, 0) + 1
+    if not counts:
+        return
+    terminalreporter.section("end-to-end tests by place")
+    for row in sorted(counts):
+        (module, place), found = row, counts[row]
+        numbers = ", ".join(f"{found[outcome]} {outcome}" for outcome in found)
+        terminalreporter.line(f"{module:34} {place:6} {numbers}")
+        for reason, count in sorted(reasons.get(row, {}).items()):
+            terminalreporter.line(f"{'':41} {count} skipped: {reason}")
 
 
 @pytest.fixture(scope="session")
@@ -100,8 +139,6 @@ def place(request: pytest.FixtureRequest) -> str:
 
 
 _serials = itertools.count()
-
-MakeCasfs = Callable[[Path, Path], Casfs]
 
 
 @pytest.fixture(scope="session")

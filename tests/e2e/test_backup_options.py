@@ -17,7 +17,7 @@ from tests.support.cli import Casfs, finish, program
 from tests.support.comparing import tree_differences
 from tests.support.full_tree import HOSTILE_NAMES
 from tests.support.mounts import tmpfs
-from tests.support.stores import pack_paths
+from tests.support.stored_objects import StoredObject, StoredObjects
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -624,8 +624,7 @@ class TestSourcesFromStreams:
     def test_more_paths_than_a_snapshot_can_hold_are_refused_before_anything_is_stored(
         self, repository: Casfs, garden: Path
     ) -> None:
-        assert repository.repository is not None
-        before = pack_paths(repository.repository)
+        before = StoredObjects(repository).packs()
         paths = b"".join(b"docs/%08d" % n + b"x" * 200 + b"\n" for n in range(60_000))
         repository.refuses(
             *("backup", "--files-from", "-"),
@@ -634,7 +633,7 @@ class TestSourcesFromStreams:
             expect=2,
             mentions=["name fewer paths"],
         )
-        assert pack_paths(repository.repository) == before
+        assert StoredObjects(repository).packs() == before
 
     def test_an_empty_files_from_list_publishes_nothing(
         self, repository: Casfs, garden: Path
@@ -662,12 +661,11 @@ class TestBackupDryRun:
     def test_a_backup_dry_run_stores_nothing_and_reports_what_it_would(
         self, repository: Casfs, source: Path
     ) -> None:
-        assert repository.repository is not None
-        before = tree_of(repository.repository)
+        before = tree_of(repository)
         printed = repository.backup("--dry-run", source)
         assert printed["dry_run"] is True
         assert (printed["files"], printed["bytes"]) == (4, 8 + 9000 + 10 + MIB)
-        assert tree_of(repository.repository) == before
+        assert tree_of(repository) == before
         assert repository.json("snapshots").objects == []
         people = repository.run("backup", "--dry-run", source)
         assert "dry" in people.text.lower() or "would" in people.text.lower(), people
@@ -686,13 +684,9 @@ class TestBackupDryRun:
         assert len(repository.json("snapshots").objects) == 1
 
 
-def tree_of(repository: Path) -> set[str]:
-    """Return the stored files without the locks and the index's bookkeeping."""
-    return {
-        str(path.relative_to(repository))
-        for place in (*PACK_PREFIXES, "snapshots", "tmp")
-        for path in (repository / place).rglob("*")
-    }
+def tree_of(casfs: Casfs) -> list[StoredObject]:
+    """Return the stored objects without the locks and the index's bookkeeping."""
+    return StoredObjects(casfs).below(*PACK_PREFIXES, "deltas", "drafts", "snapshots", "tmp")
 
 
 class TestBackupStorage:
@@ -705,7 +699,7 @@ class TestBackupStorage:
         (tmp_path / "text").write_bytes(text)
         stored = {}
         for level in ("1", "19"):
-            other = repository.at(tmp_path / f"level-{level}").init()
+            other = repository.beside(f"level-{level}").init()
             snapshot = other.backup("--compression", level, "text", cwd=tmp_path)
             assert other.run("dump", "latest:text").out == text
             stored[level] = snapshot["new_bytes"]

@@ -24,10 +24,10 @@ def test_a_copy_in_an_encrypted_repository_restores_the_same(
     repository.run("backup", source)
     (tmp_path / "passphrase").write_bytes(b"secret")
     keys = ("--passphrase-file", tmp_path / "passphrase")
-    other = Casfs(tmp_path / "other", repository.home)
+    other = repository.beside("other")
     other.run("init", "--passphrase", *keys)
-    (copied,) = repository.run("copy", "all", "--to", tmp_path / "other", "--json").objects
-    assert (copied["type"], copied["was_there"]) == ("copied", False)
+    copied = repository.json("copy", "all", "--to", other.where).one("copied")
+    assert copied["was_there"] is False
     other.run("restore", "latest", "--target", tmp_path / "target", *keys)
     restored = tmp_path / "target" / str(source).lstrip("/")
     assert (restored / "file").read_bytes() == b"content" * 1000
@@ -36,10 +36,7 @@ def test_a_copy_in_an_encrypted_repository_restores_the_same(
 
 def test_a_copy_into_the_repository_itself_is_refused(repository: Casfs, source: Path) -> None:
     repository.run("backup", source)
-    assert repository.repository is not None
-    repository.refuses(
-        "copy", "latest", "--to", repository.repository, mentions=["itself"], expect=2
-    )
+    repository.refuses("copy", "latest", "--to", repository.where, mentions=["itself"], expect=2)
 
 
 def test_a_rewrite_leaves_the_path_out_and_keeps_the_rest(

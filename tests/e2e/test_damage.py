@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 
 from tests.support.cli import Casfs
 from tests.support.comparing import tree_differences
-from tests.support.stores import pack_paths
+from tests.support.stored_objects import StoredObject, StoredObjects
 
 MIB = 1 << 20
 
@@ -21,22 +20,8 @@ MIB = 1 << 20
 class Damaged:
     casfs: Casfs
     source: Path
-    pack: Path
+    pack: StoredObject
     big: bytes
-
-
-def flip(path: Path, offset: int) -> None:
-    os.chmod(path, 0o600)
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 0x01]))
-
-
-def packs(casfs: Casfs) -> list[Path]:
-    assert casfs.repository is not None
-    return pack_paths(casfs.repository)
 
 
 @pytest.fixture
@@ -45,8 +30,9 @@ def damaged(repository: Casfs, source: Path, tmp_path: Path) -> Damaged:
     big = os.urandom(24 * MIB)
     (source / "big").write_bytes(big)
     repository.backup("source", cwd=tmp_path)
-    pack = max(packs(repository), key=lambda path: path.stat().st_size)
-    flip(pack, 12 * MIB)
+    objects = StoredObjects(repository)
+    pack = objects.largest_pack()
+    objects.flip(pack.name, 12 * MIB)
     return Damaged(repository, source, pack, big)
 
 
@@ -71,13 +57,13 @@ class TestCheck:
         damage = result.of_type("damage")
         assert damage
         reported = str(damage)
-        assert damaged.pack.name in reported
+        assert damaged.pack.digest in reported
         assert "source/big" in reported
         assert "readme.txt" not in reported
         assert "photo.raw" not in reported
         people = damaged.casfs.run("check", "--read-data", expect=5)
         printed = people.text + people.complaint
-        assert damaged.pack.name[:12] in printed
+        assert damaged.pack.digest[:12] in printed
         assert "source/big" in printed
 
     def test_check_names_a_damaged_file_in_every_snapshot_that_has_it(
@@ -97,24 +83,20 @@ class TestCheck:
         self, damaged: Damaged, what: str
     ) -> None:
         if what == "a pack is gone":
-            damaged.pack.unlink()
+            StoredObjects(damaged.casfs).delete(damaged.pack.name)
         else:
-            os.truncate(damaged.pack, 5 * MIB)
+            StoredObjects(damaged.casfs).truncate(damaged.pack.name, 5 * MIB)
         result = damaged.casfs.json("check", expect=5)
-        assert damaged.pack.name in str(result.of_type("damage"))
+        assert damaged.pack.digest in str(result.of_type("damage"))
 
     def test_check_finds_a_snapshot_that_does_not_match_its_name(
         self, repository: Casfs, source: Path
     ) -> None:
         identity = repository.backup(source)["id"]
         repository.backup(source)
-        assert repository.repository is not None
-        (file,) = [
-            path
-            for path in (repository.repository / "snapshots").rglob("*")
-            if path.name in identity or identity.endswith(path.name)
-        ]
-        flip(file, file.stat().st_size // 2)
+        objects = StoredObjects(repository)
+        (damaged,) = [one for one in objects.below("snapshots") if one.digest == identity]
+        objects.flip(damaged.name, damaged.size // 2)
         result = repository.json("check", expect=5)
         assert identity in str(result.of_type("damage"))
 
@@ -123,11 +105,12 @@ class TestCheck:
         self, repository: Casfs, source: Path, where: float
     ) -> None:
         repository.backup(source)
-        for pack in packs(repository):
-            flip(pack, int(where * (pack.stat().st_size - 1)))
+        objects = StoredObjects(repository)
+        for pack in objects.packs():
+            objects.flip(pack.name, int(where * (pack.size - 1)))
             reported = str(repository.json("check", "--read-data", expect=5).of_type("damage"))
-            assert pack.name in reported
-            flip(pack, int(where * (pack.stat().st_size - 1)))
+            assert pack.digest in reported
+            objects.flip(pack.name, int(where * (pack.size - 1)))
             repository.run("check", "--read-data")
 
 
@@ -190,7 +173,7 @@ class TestRestoreOfDamage:
     ) -> None:
         (damaged.source / "later").write_bytes(b"in another pack")
         damaged.casfs.backup("source", cwd=tmp_path)
-        damaged.pack.unlink()
+        StoredObjects(damaged.casfs).delete(damaged.pack.name)
         result = damaged.casfs.json("restore", "latest", "--target", tmp_path / "target", expect=5)
         lost = {problem["path"].rpartition("source/")[2] for problem in result.of_type("problem")}
         assert "big" in lost
@@ -230,8 +213,7 @@ class TestOtherCommands:
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
         repository.backup("source", cwd=tmp_path)
-        assert repository.repository is not None
-        shutil.rmtree(repository.repository / "index")
+        StoredObjects(repository).delete_index()
         repository.run("restore", "latest", "--target", tmp_path / "target")
         assert tree_differences(source, tmp_path / "target/source") == []
         again = repository.backup("--no-parent", "source", cwd=tmp_path)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.places import MakeCasfs
 from tests.support.cli import Casfs, Result, program
 from tests.support.comparing import rsync_differences
 from tests.support.key_tools import (
@@ -25,7 +26,7 @@ from tests.support.key_tools import (
     made_keys,
 )
 from tests.support.mounts import mounted
-from tests.support.stores import data_pack_paths, pack_paths
+from tests.support.stored_objects import StoredObjects
 from tests.support.waiting import wait_until
 
 NOBODY = 65534
@@ -70,16 +71,16 @@ def reader(casfs: Casfs, folder: Path) -> Casfs:
     """Return the command for another person, who has a home of her own."""
     home = folder / "home of a reader"
     home.mkdir(exist_ok=True)
-    return Casfs(casfs.repository, home)
+    return casfs.with_home(home)
 
 
 @pytest.fixture(scope="module")
-def mixed(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Stored:
+def mixed(keys: Keys, tmp_path_factory: pytest.TempPathFactory, make_casfs: MakeCasfs) -> Stored:
     """A repository for all kinds of recipients at once, written by who has none of their keys."""
     folder = tmp_path_factory.mktemp("mixed")
     home = folder / "home"
     home.mkdir()
-    casfs = Casfs(folder / "repository", home)
+    casfs = make_casfs(folder, home)
     source = fill(folder / "source")
     (folder / "recipients").write_text(f"# ours\n{keys.ssh_public}{keys.locked_ssh_public}")
     casfs.run(
@@ -152,9 +153,8 @@ class TestEveryKeyType:
 class TestPlainTools:
     """What wrapped the keys of a session can unwrap them without casfs."""
 
-    def sessions(self, stored: Stored) -> list[Path]:
-        assert stored.casfs.repository is not None
-        found = sorted((stored.casfs.repository / "sessions").iterdir())
+    def sessions(self, stored: Stored, folder: Path) -> list[Path]:
+        found = sorted((StoredObjects(stored.casfs).files(folder) / "sessions").iterdir())
         assert len(found) == 3
         return found
 
@@ -166,9 +166,9 @@ class TestPlainTools:
         assert len(document["secret"]) == 64
 
     def test_age_opens_every_session_with_an_identity_and_with_an_ssh_key(
-        self, mixed: Stored, keys: Keys
+        self, mixed: Stored, keys: Keys, tmp_path: Path
     ) -> None:
-        for session in self.sessions(mixed):
+        for session in self.sessions(mixed, tmp_path):
             (file,) = session.glob("*.age")
             for identity in (keys.age, keys.ssh):
                 done = subprocess.run(
@@ -180,8 +180,8 @@ class TestPlainTools:
             )
             assert refused.returncode != 0 and refused.stdout == b""
 
-    def test_gpg_opens_every_session(self, mixed: Stored, keys: Keys) -> None:
-        for session in self.sessions(mixed):
+    def test_gpg_opens_every_session(self, mixed: Stored, keys: Keys, tmp_path: Path) -> None:
+        for session in self.sessions(mixed, tmp_path):
             (file,) = session.glob("*.gpg")
             done = subprocess.run(
                 ["gpg", "--quiet", "--batch", "--decrypt", file],
@@ -207,7 +207,6 @@ class TestWithoutKey:
     def test_check_of_the_storage_without_a_key_reads_every_object(self, mixed: Stored) -> None:
         reported = mixed.casfs.json("check", "--storage").one("summary")
         assert (reported["ok"], reported["damage"]) == (True, 0)
-        assert mixed.casfs.repository is not None
         # A pack of each kind and the delta that names them, snapshots, files of sessions, identities.
         assert reported["objects"] == 3 + 2 + 6 + 2
 
@@ -302,19 +301,12 @@ class TestWrongKey:
         assert "give --identity" in printed.complaint
         mixed.casfs.run("ls", "latest", "--identity", keys.age, env=env)
         # A backup wraps its session to every recipient, so it needs the tools of all of them.
-        copy = tmp_path / "repository"
-        assert mixed.casfs.repository is not None
-        shutil.copytree(mixed.casfs.repository, copy)
-        printed = mixed.casfs.at(copy).run("backup", mixed.source, env=env, expect=1)
+        objects = StoredObjects(mixed.casfs)
+        before = objects.below("snapshots")
+        assert len(before) == 2
+        printed = mixed.casfs.run("backup", mixed.source, env=env, expect=1)
         assert "gpg is not installed" in printed.complaint
-        assert (
-            list((copy / "snapshots").iterdir())
-            == [
-                copy / "snapshots" / path.name
-                for path in (mixed.casfs.repository / "snapshots").iterdir()
-            ]
-            or len(list((copy / "snapshots").iterdir())) == 2
-        )
+        assert objects.below("snapshots") == before
 
 
 @pytest.fixture
@@ -399,12 +391,9 @@ class TestCommandsWithKey:
         self, stored: Stored, keys: Keys, tmp_path: Path
     ) -> None:
         casfs, key = stored.casfs, ("--identity", keys.age)
-        assert casfs.repository is not None
-        (pack,) = data_pack_paths(casfs.repository)
-        pack.chmod(0o600)
-        with pack.open("r+b") as damaged:
-            damaged.seek(pack.stat().st_size // 2)
-            damaged.write(bytes(8))
+        objects = StoredObjects(casfs)
+        (pack,) = objects.data_packs()
+        objects.flip(pack.name, pack.size // 2)
         checked = casfs.json("check", "--read-data", *key, expect=5)
         (lost,) = checked.of_type("damage")[-1:]
         assert lost["path"] == f"{stored.source.name}/documents/noise"
@@ -433,11 +422,10 @@ class TestWriteOnlyHost:
     def test_a_write_only_host_reads_no_unchanged_file_and_stores_nothing(
         self, stored: Stored
     ) -> None:
-        assert stored.casfs.repository is not None
-        packs = pack_paths(stored.casfs.repository)
+        packs = StoredObjects(stored.casfs).packs()
         again = stored.back_up()
         assert (again["files"], again["unchanged"], again["new_blobs"]) == (3, 3, 0)
-        assert pack_paths(stored.casfs.repository) == packs
+        assert StoredObjects(stored.casfs).packs() == packs
 
     def test_a_write_only_host_stores_changed_and_copied_data_once(
         self, stored: Stored, keys: Keys, tmp_path: Path
@@ -693,7 +681,8 @@ class TestPassphraseChanges:
         self, casfs: Casfs, source: Path, tmp_path: Path
     ) -> None:
         at_a_terminal(casfs, "init", "--passphrase", answers=["one", "other"], expect=2)
-        assert casfs.repository is not None and not casfs.repository.exists()
+        assert casfs.repository is None or not casfs.repository.exists()
+        casfs.refuses("snapshots", mentions=["no repository"])
         at_a_terminal(casfs, "init", "--passphrase", answers=[PASSPHRASE, PASSPHRASE])
         stored = Stored(casfs, source)
         stored.back_up()
@@ -718,7 +707,8 @@ class TestPassphraseChanges:
     def test_a_passphrase_cannot_be_set_without_a_terminal_or_source(self, casfs: Casfs) -> None:
         printed = casfs.run("init", "--passphrase", expect=2)
         assert "no terminal" in printed.complaint
-        assert casfs.repository is not None and not casfs.repository.exists()
+        assert casfs.repository is None or not casfs.repository.exists()
+        casfs.refuses("snapshots", mentions=["no repository"])
 
 
 class TestSecrets:
@@ -744,10 +734,8 @@ class TestSecrets:
             printed.append(casfs.run(*arguments, env=env, prefix=prefix))
         executed = b"".join(path.read_bytes() for path in tmp_path.glob("trace.*"))
         assert b'"gpg"' in executed and b"--passphrase-file" in executed
-        assert casfs.repository is not None
-        session = b"".join(
-            path.read_bytes() for path in casfs.repository.rglob("*") if path.is_file()
-        )
+        stored = StoredObjects(casfs).files(tmp_path / "stored")
+        session = b"".join(path.read_bytes() for path in stored.rglob("*") if path.is_file())
         kept = b"".join(path.read_bytes() for path in casfs.home.rglob("*") if path.is_file())
         spoken = b"".join(one.out + one.err for one in printed)
         for secret in keys.secrets():
@@ -757,7 +745,6 @@ class TestSecrets:
         assert list((tmp_path / "tmp").iterdir()) == []
 
     def test_secrets_are_in_no_file_that_other_users_can_read(self, stored: Stored) -> None:
-        assert stored.casfs.repository is not None
         for folder in (
             stored.casfs.home / ".local" / "state" / "casfs",
             stored.casfs.home / ".cache" / "casfs",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli import Casfs, program
-from tests.support.stores import pack_paths
+from tests.support.stored_objects import StoredObjects
 
 
 class TestUnknownCommand:
@@ -43,7 +43,7 @@ class TestUnknownCommand:
     ) -> None:
         casfs.run("init")
         config = tmp_path / "config.toml"
-        config.write_text(f'[repositories.disk]\nurl = "{casfs.repository}"\n')
+        config.write_text(f'[repositories.disk]\nurl = "{casfs.where}"\n')
         config.chmod(0o600)
         sentence = casfs.at(None).refuses(*line.split(), "--config", config, cwd=tmp_path)
         assert "did you mean disk?" in sentence and "./dsk" in sentence
@@ -137,15 +137,9 @@ class TestCheck:
         self, repository: Casfs, source: Path
     ) -> None:
         repository.backup(source)
-        assert repository.repository is not None
-        pack = max(
-            pack_paths(repository.repository),
-            key=lambda path: path.stat().st_size,
-        )
-        pack.chmod(0o600)
-        data = bytearray(pack.read_bytes())
-        data[len(data) // 3] ^= 1
-        pack.write_bytes(data)
+        objects = StoredObjects(repository)
+        pack = objects.largest_pack()
+        objects.flip(pack.name, pack.size // 3)
         told = repository.run("check", "--read-data", expect=5).text
         assert "blob blob" not in told and "pack pack" not in told
         assert "casfs backup" in told and "casfs repair" in told

@@ -16,7 +16,7 @@ from tests.support.cli import Casfs, finish, interrupt
 from tests.support.comparing import tree_differences
 from tests.support.mounts import is_mounted, unmount_by_force
 from tests.support.processes import children_of, has_ended
-from tests.support.stores import pack_paths
+from tests.support.stored_objects import StoredObject, StoredObjects
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -50,13 +50,16 @@ def target(tmp_path: Path) -> Iterator[Path]:
 def roomy(repository: Casfs) -> Iterator[Casfs]:
     """A repository that grows big and does not stay after the test."""
     yield repository
-    assert repository.repository is not None
-    forget(repository.repository)
+    if repository.repository is not None:
+        forget(repository.repository)
+    else:
+        objects = StoredObjects(repository)
+        for pack in objects.packs():
+            objects.delete(pack.name)
 
 
-def finished_packs(casfs: Casfs) -> list[Path]:
-    assert casfs.repository is not None
-    return pack_paths(casfs.repository)
+def finished_packs(casfs: Casfs) -> list[StoredObject]:
+    return StoredObjects(casfs).packs()
 
 
 def wait_while_running(
@@ -96,15 +99,14 @@ def test_a_backup_stopped_in_the_middle_leaves_finished_packs_for_the_next(
         assert len(result.complaints) == 1, result
     else:
         assert result.exit != 0, result
-    kept = sum(pack.stat().st_size for pack in finished_packs(roomy))
+    kept = StoredObjects(roomy).stored_bytes()
     assert kept > 64 * MIB
     assert_intact(roomy, snapshots=1)
     again = roomy.backup(heavy)
     # Everything that had been finished is used again; the slack is trees and pack directories.
     assert again["new_bytes"] <= SIZE - kept + 4 * MIB
     assert_intact(roomy, snapshots=2)
-    assert roomy.repository is not None
-    assert list((roomy.repository / "tmp").iterdir()) == []
+    assert StoredObjects(roomy).below("tmp") == []
 
 
 def test_an_interrupted_backup_prints_a_json_error(roomy: Casfs, heavy: Path) -> None:
@@ -121,11 +123,10 @@ def test_ctrl_c_at_the_very_beginning_of_a_backup_leaves_an_intact_repository(
     roomy: Casfs, heavy: Path
 ) -> None:
     """As soon as anything of the backup can be seen in the repository."""
-    assert roomy.repository is not None
-    places = [roomy.repository / name for name in ("locks", "tmp", *PACK_PREFIXES)]
+    objects = StoredObjects(roomy)
 
-    def seen() -> set[Path]:
-        return {path for place in places for path in place.rglob("*")}
+    def seen() -> set[str]:
+        return {one.name for one in objects.below("locks", "presence", "tmp", *PACK_PREFIXES)}
 
     before = seen()
     process = roomy.start("backup", heavy)

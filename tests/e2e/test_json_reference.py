@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.places import MakeCasfs
 from tests.support.cli import Casfs
 from tests.support.every_verb import Line, lines_of_every_verb
 from tests.support.mounts import mounted
@@ -103,11 +104,13 @@ def differences(line: Line, documented: Documented) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Line]]:
+def printed(
+    tmp_path_factory: pytest.TempPathFactory, make_casfs: MakeCasfs
+) -> list[tuple[str, Line]]:
     folder = tmp_path_factory.mktemp("json")
     for name in ("home", "work"):
         (folder / name).mkdir()
-    casfs = Casfs(folder / "repository", folder / "home")
+    casfs = make_casfs(folder, folder / "home")
     return list(lines_of_every_verb(casfs, folder / "work"))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import forget
+from tests.e2e.places import MakeCasfs
 from tests.support.cli import Casfs
 from tests.support.comparing import rsync_differences
 from tests.support.mounts import mounted
@@ -28,10 +29,10 @@ class Real:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+def real(tmp_path_factory: pytest.TempPathFactory, make_casfs: MakeCasfs) -> Iterator[Real]:
     folder = tmp_path_factory.mktemp("real")
     (folder / "home").mkdir()
-    casfs = Casfs(folder / "repository", folder / "home").init()
+    casfs = make_casfs(folder, folder / "home").init()
     trees = tuple(Path(name) for name in CANDIDATES if os.path.isdir(name))
     assert trees, f"none of {CANDIDATES} is on this machine"
     snapshot = casfs.backup(*trees)

@@ -12,14 +12,13 @@ from tests.e2e.test_json_reference import differences, read_page
 from tests.support.cli import Casfs, Result
 from tests.support.comparing import tree_differences
 from tests.support.mounts import mounted
-from tests.support.stores import pack_paths
+from tests.support.stored_objects import StoredObjects
 
 MIB = 1 << 20
 
 
 def size_of(casfs: Casfs) -> int:
-    assert casfs.repository is not None
-    return sum(path.stat().st_size for path in pack_paths(casfs.repository))
+    return StoredObjects(casfs).stored_bytes()
 
 
 def ids(casfs: Casfs) -> list[str]:
@@ -274,34 +273,21 @@ class TestPrune:
         repository.refuses("prune", *arguments, expect=2)
 
     def test_prune_refuses_to_run_where_a_needed_pack_is_missing(self, bulky: Casfs) -> None:
-        assert bulky.repository is not None
-        packs = pack_paths(bulky.repository)
-        min(packs, key=lambda path: path.stat().st_size).unlink()
+        objects = StoredObjects(bulky)
+        objects.delete(min(objects.packs(), key=lambda pack: pack.size).name)
         before = size_of(bulky)
         result = bulky.run("prune", expect=5)
         assert "nothing was removed" in result.complaint
         assert size_of(bulky) == before
 
 
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 1]))
-
-
 class TestRepair:
-    def largest_pack(self, casfs: Casfs) -> Path:
-        assert casfs.repository is not None
-        packs = pack_paths(casfs.repository)
-        return max(packs, key=lambda path: path.stat().st_size)
-
     @pytest.fixture
     def damaged(self, repository: Casfs, source: Path) -> Casfs:
         (source / "bulk").write_bytes(os.urandom(8 * MIB))
         repository.backup(source)
-        flip(self.largest_pack(repository), 4 * MIB)
+        objects = StoredObjects(repository)
+        objects.flip(objects.largest_pack().name, 4 * MIB)
         return repository
 
     def test_a_new_backup_of_the_same_source_repairs_damage(
@@ -344,8 +330,7 @@ class TestRepair:
     def test_repair_index_builds_the_index_from_the_packs(
         self, damaged: Casfs, source: Path
     ) -> None:
-        assert damaged.repository is not None
-        (damaged.repository / "index" / "data.mdb").write_bytes(b"junk" * 5000)
+        StoredObjects(damaged).damage_index()
         result = damaged.json("repair", "index").one("index")
         assert (result["packs"] >= 1, result["blobs"] > 3) == (True, True)
         assert damaged.run("dump", f"latest:{source}/readme.txt").out == b"read me\n"

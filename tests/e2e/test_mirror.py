@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.support.cli import Casfs
-from tests.support.stores import data_pack_paths
+from tests.support.stored_objects import StoredObjects
 
 
 def test_a_mirror_restores_and_checks_like_the_repository(
@@ -16,9 +16,9 @@ def test_a_mirror_restores_and_checks_like_the_repository(
     (source / "file").write_bytes(b"content" * 1000)
     repository.run("backup", source)
     copy = tmp_path / "copy"
-    (printed,) = repository.run("mirror", copy, "--json").objects
-    assert (printed["type"], printed["copied"] > 0, printed["damage"]) == ("mirror", True, 0)
-    (again,) = repository.run("mirror", copy, "--json").objects
+    printed = repository.json("mirror", copy).one("mirror")
+    assert (printed["copied"] > 0, printed["damage"]) == (True, 0)
+    again = repository.json("mirror", copy).one("mirror")
     assert (again["copied"], again["present"]) == (0, printed["copied"])
     mirrored = Casfs(copy, repository.home)
     assert "no damage" in mirrored.run("check", "--read-data").text
@@ -66,10 +66,8 @@ def test_a_mirror_with_a_damaged_pack_exits_5_and_names_it(
 ) -> None:
     (tmp_path / "file").write_bytes(b"content" * 1000)
     repository.run("backup", tmp_path / "file")
-    assert repository.repository is not None
-    (pack,) = data_pack_paths(repository.repository)
-    data = bytearray(pack.read_bytes())
-    data[50] ^= 1
-    pack.write_bytes(data)
+    objects = StoredObjects(repository)
+    (pack,) = objects.data_packs()
+    objects.flip(pack.name, 50)
     printed = repository.run("mirror", tmp_path / "copy", expect=5)
-    assert pack.name in printed.complaint and "not copied" in printed.complaint
+    assert pack.digest in printed.complaint and "not copied" in printed.complaint

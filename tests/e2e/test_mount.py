@@ -17,7 +17,7 @@ from tests.e2e.conftest import forget
 from tests.support.cli import Casfs
 from tests.support.comparing import rsync_differences, tree_differences
 from tests.support.mounts import is_mounted, mounted, processes_naming, unmount_by_force
-from tests.support.stores import pack_paths
+from tests.support.stored_objects import StoredObjects
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -275,7 +275,6 @@ class TestMountCommand:
             with mounted(repository, "latest", at=tmp_path / name) as mount:
                 assert (mount / "source/readme.txt").read_bytes() == b"read me\n"
 
-    @pytest.mark.local_repository
     def test_mount_accepts_a_relative_repository(
         self, repository: Casfs, source: Path, tmp_path: Path
     ) -> None:
@@ -466,7 +465,6 @@ class TestPageCache:
 
 
 class TestMountOfDamage:
-    @pytest.mark.local_repository
     def test_a_damaged_chunk_is_a_read_error_for_its_range_only(
         self, repository: Casfs, tmp_path: Path
     ) -> None:
@@ -476,15 +474,8 @@ class TestMountOfDamage:
         (source / "big").write_bytes(data)
         (source / "small").write_bytes(b"unharmed")
         repository.backup("source", cwd=tmp_path)
-        assert repository.repository is not None
-        packs = pack_paths(repository.repository)
-        pack = max(packs, key=lambda path: path.stat().st_size)
-        os.chmod(pack, 0o600)
-        with pack.open("r+b") as file:
-            file.seek(12 * MIB)
-            byte = file.read(1)
-            file.seek(12 * MIB)
-            file.write(bytes([byte[0] ^ 0x80]))
+        objects = StoredObjects(repository)
+        objects.flip(objects.largest_pack().name, 12 * MIB)
         with mounted(repository, "latest", at=tmp_path / "mount") as mount:
             handle = os.open(mount / "source/big", os.O_RDONLY)
             good, bad = 0, []

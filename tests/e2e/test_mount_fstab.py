@@ -69,14 +69,13 @@ class TestMountByType:
     def test_mount_by_type_mounts_a_repository(
         self, repository: Casfs, inside: Inside, at: Path
     ) -> None:
-        assert repository.repository is not None
         options = "snapshot=latest:source,uid=1234,gid=5678,noexec,nofail,x-other=1"
-        done = inside("mount", "-t", "fuse.casfs", repository.repository, at, "-o", options)
+        done = inside("mount", "-t", "fuse.casfs", repository.where, at, "-o", options)
         assert (done.returncode, done.stderr) == (0, "")
         assert inside("cat", at / "readme.txt").stdout == "read me\n"
         assert inside("stat", "-c", "%u %g", at / "readme.txt").stdout == "1234 5678\n"
         shown = inside("findmnt", "-n", "-o", "SOURCE,FSTYPE,OPTIONS", at).stdout.split()
-        assert shown[:2] == [str(repository.repository), "fuse.casfs"]
+        assert shown[:2] == [repository.where, "fuse.casfs"]
         assert {"ro", "noexec", "nosuid", "nodev"} <= set(shown[2].split(","))
         assert not (at / "readme.txt").exists(), "it is mounted in that namespace only"
         assert inside("umount", at).returncode == 0
@@ -84,11 +83,10 @@ class TestMountByType:
     def test_mount_by_type_reports_errors_and_fails(
         self, repository: Casfs, inside: Inside, at: Path
     ) -> None:
-        assert repository.repository is not None
         for place, options, words in (
             (at.parent / "none", "ro", "no repository"),
-            (repository.repository, "snapshot=abcdef", "no snapshot"),
-            (repository.repository, "snapshoot=latest", "unknown option snapshoot"),
+            (repository.where, "snapshot=abcdef", "no snapshot"),
+            (repository.where, "snapshoot=latest", "unknown option snapshoot"),
         ):
             done = inside("mount", "-t", "fuse.casfs", place, at, "-o", options)
             assert done.returncode in (1, 32)
@@ -99,7 +97,7 @@ class TestMountByType:
         self, repository: Casfs, inside: Inside, at: Path, tmp_path: Path
     ) -> None:
         table = tmp_path / "fstab"
-        table.write_text(f"{repository.repository}  {at}  fuse.casfs  allow_other,nofail  0 0\n")
+        table.write_text(f"{repository.where}  {at}  fuse.casfs  allow_other,nofail  0 0\n")
         for _ in range(2):
             done = inside("mount", "--fstab", table, "-a")
             assert (done.returncode, done.stderr) == (0, "")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.cli import Casfs
 from tests.support.mounts import is_mounted, mounted
-from tests.support.stores import pack_paths
+from tests.support.stored_objects import StoredObjects
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -39,8 +39,7 @@ def contents(repository: Casfs, tmp_path: Path) -> dict[str, bytes]:
 
 
 def packs(casfs: Casfs) -> set[str]:
-    assert casfs.repository is not None
-    return {path.name for path in pack_paths(casfs.repository)}
+    return {pack.digest for pack in StoredObjects(casfs).packs()}
 
 
 def drop(path: Path) -> None:

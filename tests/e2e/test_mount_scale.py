@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.places import MakeCasfs
 from tests.support.cli import Casfs
 from tests.support.mounts import mounted, processes_naming
 from tests.support.synthetic_repository import Shape, build
@@ -23,11 +24,14 @@ SHAPE = Shape(snapshots=400, crowd=60_000, folders=1500, files=60)
 
 
 @pytest.fixture(scope="module")
-def fixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Casfs, int]:
+def fixture(tmp_path_factory: pytest.TempPathFactory, make_casfs: MakeCasfs) -> tuple[Casfs, int]:
     folder = tmp_path_factory.mktemp("large")
     (folder / "home").mkdir()
     entries = build(folder / "repository", SHAPE)
-    return Casfs(folder / "repository", folder / "home"), entries
+    casfs = make_casfs(folder, folder / "home")
+    if casfs.repository is None:
+        casfs.at(folder / "repository").run("mirror", casfs.where)
+    return casfs, entries
 
 
 def peak_bytes(mount: Path) -> int:

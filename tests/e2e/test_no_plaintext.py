@@ -19,6 +19,7 @@ from blake3 import blake3
 from casfs.digest import digest_of
 from tests.support.cli import Casfs, finish, program
 from tests.support.key_tools import made_keys
+from tests.support.stored_objects import StoredObjects
 from tests.support.waiting import wait_until
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -109,8 +110,8 @@ def test_no_source_text_is_found_in_the_repository_or_in_the_state_of_the_host(
         casfs.backup(source, *options)
         (source / "zephyrfolder" / "noise").write_bytes(os.urandom(2_000_000))
         casfs.backup(source, *options, "--tag", "secondtag-onyx")
-        assert casfs.repository is not None
-        found = found_in([casfs.repository, casfs.home], secrets)
+        stored = StoredObjects(casfs)
+        found = found_in([stored.files(tmp_path / "stored"), casfs.home], secrets)
         if not encrypted:
             # The search finds what there is: so it is shown that it can.
             reported = {what for _, what in found}
@@ -132,7 +133,7 @@ def test_no_source_text_is_found_in_the_repository_or_in_the_state_of_the_host(
             ("tag", "latest", "--set", "tag-quartz"),
         ):
             casfs.run(*verb, "--identity", keys.age)
-        assert found_in([casfs.repository], secrets) == []
+        assert found_in([stored.files(tmp_path / "stored again")], secrets) == []
 
 
 def test_no_source_text_is_found_during_a_backup_or_after_a_kill(

@@ -334,14 +334,14 @@ def test_a_profile_forgets_only_snapshots_of_its_own(night: Night) -> None:
 def test_an_encrypted_repository_is_opened_by_what_the_configuration_names(
     night: Night, tmp_path: Path
 ) -> None:
-    encrypted = tmp_path / "encrypted"
-    night.casfs = Casfs(encrypted, night.casfs.home)
+    night.casfs = night.casfs.beside("encrypted")
+    encrypted = night.casfs.where
     passphrase = tmp_path / "passphrase"
     passphrase.write_text("correct horse\n")
     night.configure(repository=f'passphrase-command = "cat {passphrase}"')
     by_name = ("--config", night.config, "-r", "nas")
     made = night.casfs.at(None).json("init", *by_name).one("repository")
-    assert (made["address"], made["encrypted"]) == (str(encrypted), True)
+    assert (made["address"], made["encrypted"]) == (encrypted, True)
     # What the environment names is for another repository.
     night.run(env={"CASFS_PASSPHRASE_FILE": "/nowhere"})
     (snapshot,) = night.casfs.at(None).json("snapshots", *by_name).of_type("snapshot")
@@ -361,7 +361,7 @@ def test_a_repository_whose_recipients_are_others_is_not_written_to(
         keys[name] = str(identity.to_public())
     recipients = tmp_path / "recipients"
     recipients.write_text(keys["ours"] + "\n")
-    night.casfs = Casfs(tmp_path / "encrypted", night.casfs.home)
+    night.casfs = night.casfs.beside("encrypted")
     by_name = ("--config", night.config, "-r", "nas")
     night.configure(repository=f'identity-file = "{tmp_path}/ours"')
     refused = night.casfs.run("init", *by_name, expect=2)

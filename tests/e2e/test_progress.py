@@ -19,7 +19,7 @@ from typing import IO
 import pytest
 
 from tests.support.cli import Casfs, program
-from tests.support.stores import data_pack_paths
+from tests.support.stored_objects import StoredObjects
 from tests.support.waiting import wait_until
 
 MIB = 1 << 20
@@ -208,12 +208,9 @@ def test_quiet_prints_problems_and_damage_only(repository: Casfs, source: Path) 
     assert repository.run("backup", "-q", source).out == b""
     assert repository.run("check", "-q", "--read-data").out == b""
     assert repository.run("prune", "-q").out == b""
-    assert repository.repository is not None
-    (pack,) = data_pack_paths(repository.repository)
-    data = bytearray(pack.read_bytes())
-    data[len(data) // 2] ^= 1
-    pack.chmod(0o600)
-    pack.write_bytes(data)
+    objects = StoredObjects(repository)
+    (pack,) = objects.data_packs()
+    objects.flip(pack.name, pack.size // 2)
     assert repository.run("check", "-q", "--read-data", expect=5).out
 
 

@@ -90,7 +90,6 @@ class TestSelection:
         kept.refuses("restore", "latest", "--target", target, mentions=[str(target)])
         assert target.read_bytes() == b"in the way"
 
-    @pytest.mark.local_repository
     def test_restore_refuses_the_repository_as_its_target(self, kept: Casfs) -> None:
         assert kept.repository is not None
         before = look_at(kept.repository / "packs")

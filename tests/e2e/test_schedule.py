@@ -19,7 +19,7 @@ def config(casfs: Casfs, source: Path) -> Path:
     path = casfs.home / ".config" / "casfs" / "config.toml"
     path.parent.mkdir(parents=True)
     path.write_text(
-        f'[repositories.nas]\nurl = "{casfs.repository}"\n'
+        f'[repositories.nas]\nurl = "{casfs.where}"\n'
         f'[profiles.home]\nrepository = "nas"\nsources = ["{source}"]\n'
         'schedule = { calendar = "daily", random-delay = "30m" }\n'
         "hooks = { }\n"

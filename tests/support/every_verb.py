@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.support.cli import Casfs, finish, interrupt
 from tests.support.encryption import OTHER_PUBLIC, PUBLIC
-from tests.support.stores import pack_paths
+from tests.support.stored_objects import StoredObjects
 
 Line = dict[str, Any]
 
@@ -181,10 +181,6 @@ def _mount(run: Any, folder: Path) -> None:
 
 def _damage(casfs: Casfs) -> None:
     """Change a byte of the largest pack, in the data of a file."""
-    assert casfs.repository is not None
-    packs = pack_paths(casfs.repository)
-    pack = max(packs, key=lambda path: path.stat().st_size)
-    data = bytearray(pack.read_bytes())
-    data[len(data) // 3] ^= 1
-    pack.chmod(0o600)
-    pack.write_bytes(data)
+    objects = StoredObjects(casfs)
+    pack = objects.largest_pack()
+    objects.flip(pack.name, pack.size // 3)

@@ -15,7 +15,7 @@ from tests.support.ping_server import PingServer
 
 @dataclass(slots=True)
 class Night:
-    """A profile `home` with two sources, a repository in a folder, and all who hear of its runs."""
+    """A profile `home` with two sources, a repository, and all who hear of its runs."""
 
     casfs: Casfs
     folder: Path
@@ -63,7 +63,7 @@ class Night:
         )
         lines = [
             "[repositories.nas]",
-            f'url = "{url or self.casfs.repository}"',
+            f'url = "{url or self.casfs.where}"',
             repository,
             "[profiles.home]",
             'repository = "nas"',
