@@ -63,12 +63,15 @@ _ABSENT = b"\1\0"
 
 _ASKED_AT_ONCE = 10_000
 
-_ADDED_AT_ONCE = 2048
-"""The most blobs that one transaction adds to existing ones.
+_CHANGED_AT_ONCE = 2048
+"""The most pages of blobs, of 4 KiB each, that one transaction changes: they stay in memory until the commit.
 
-Each blob may touch its own page of 4 KiB, which stays in memory until the commit. The blobs of a larger pack
-are added in the order of their digests, so that each page is still written only once or twice.
+In a large index each blob touches a page of its own. The blobs of a larger pack are added in the order of
+their digests, so that each page is still written only once or twice.
 """
+
+_BLOBS_PER_PAGE = 28
+"""The fewest blobs on a page that is half full, as new pages are."""
 
 
 class Index:
@@ -122,7 +125,7 @@ class Index:
 
     def place_blobs(self, ordinal: int, entries: list[PackEntry]) -> None:
         """Record the places of the blobs of a pack, from its directory."""
-        for part in _parts(entries):
+        for part in self._parts(entries):
             self._env.write(lambda txn, part=part: self._tables.place_blobs(txn, ordinal, part))  # type: ignore[misc]
         key = UNPLACED + ORDINAL.pack(ordinal)
         self._env.write(lambda txn: txn.delete(key, db=self._tables.meta))
@@ -271,7 +274,7 @@ class Index:
                     txn.put(digest, row, db=self._tables.blobs)
 
         rest = iter(sorted(found.items()))
-        while part := list(itertools.islice(rest, _ADDED_AT_ONCE)):
+        while part := list(itertools.islice(rest, _CHANGED_AT_ONCE)):
             self._env.write(functools.partial(change, blobs=part))
         lacking = list(absent)
         if lacking:
@@ -338,10 +341,10 @@ class Index:
         """
         small: list[IndexedPack] = []
         for indexed in packs:
-            if sum(len(entries) for _, _, entries in (*small, indexed)) > _ADDED_AT_ONCE:
+            if sum(len(entries) for _, _, entries in (*small, indexed)) > _CHANGED_AT_ONCE:
                 self._add_small_packs(small)
                 small = []
-            if len(indexed[2]) > _ADDED_AT_ONCE:
+            if len(indexed[2]) > _CHANGED_AT_ONCE:
                 self._add_pack(*indexed)
             else:
                 small.append(indexed)
@@ -361,7 +364,7 @@ class Index:
             self._env.write(change)
 
     def _add_pack(self, pack: PackRef, pack_bytes: int, entries: list[PackEntry]) -> None:
-        first, *rest = _parts(entries)
+        first, *rest = self._parts(entries)
 
         def begin(txn: Transaction) -> int | None:
             ordinal = self._put_own_pack(txn, pack, pack_bytes, len(entries))
@@ -375,6 +378,16 @@ class Index:
         ordinal = self._env.write(begin)
         if ordinal is not None:
             self._continue_pack(pack.id, ordinal, rest)
+
+    def _parts(self, entries: list[PackEntry]) -> list[list[PackEntry]]:
+        """Split entries, sorted by digest, into parts for one transaction each; at least one part."""
+        pages = self._env.read(lambda txn: int(txn.stat(db=self._tables.blobs)["leaf_pages"]))
+        # Digests are spread evenly over the pages.
+        pages_per_blob = pages / max(1, len(entries)) + 1 / _BLOBS_PER_PAGE
+        size = max(_CHANGED_AT_ONCE, int(_CHANGED_AT_ONCE / pages_per_blob))
+        ordered = sorted(entries)
+        ends = range(0, max(1, len(ordered)), size)
+        return [ordered[begin : begin + size] for begin in ends]
 
     def _put_own_pack(
         self, txn: Transaction, pack: PackRef, pack_bytes: int, blobs: int
@@ -412,7 +425,7 @@ class Index:
         ordinals = [record.ordinal for record in self.packs() if record.pack.id == pack]
         for ordinal in ordinals:
             self._env.write(lambda txn, n=ordinal: self._tables.set_claimed(txn, n, True))  # type: ignore[misc]
-            self._continue_pack(pack, ordinal, _parts(entries))
+            self._continue_pack(pack, ordinal, self._parts(entries))
 
     def _continue_pack(self, pack: PackId, ordinal: int, parts: list[list[PackEntry]]) -> None:
         """Add the rest of a pack's blobs, unless another process has done so meanwhile."""
@@ -670,10 +683,3 @@ class Index:
         return (
             self._env.read(lambda txn: txn.get(b"version", db=self._tables.meta)) == INDEX_VERSION
         )
-
-
-def _parts(entries: list[PackEntry]) -> list[list[PackEntry]]:
-    """Split entries, sorted by digest, into parts for one transaction each; at least one part."""
-    ordered = sorted(entries)
-    ends = range(0, max(1, len(ordered)), _ADDED_AT_ONCE)
-    return [ordered[begin : begin + _ADDED_AT_ONCE] for begin in ends]

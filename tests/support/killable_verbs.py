@@ -419,7 +419,8 @@ def small_packs() -> None:
     setattr(Repository, "writer", writer)  # noqa: B010 - mypy refuses to assign to a method
     writer_module._BUFFER_BYTES = 4 * KIB
     writer_module._BATCH_BYTES = 32 * KIB
-    index_module._ADDED_AT_ONCE = 4
+    index_module._CHANGED_AT_ONCE = 4
+    index_module._BLOBS_PER_PAGE = 1
 
 
 def cheap_passphrases() -> None:

@@ -226,7 +226,7 @@ def test_parameters_are_those_of_the_code() -> None:
         "most entries in a tree piece": tree_writer.PIECE_MAX_ENTRIES,
         "most bytes in a leaf, and of names in a branch": tree_writer.PIECE_MAX_BYTES,
         "zero bits that end a tree piece": (tree_writer._PIECE_MASK + 1).bit_length() - 1,
-        "most blobs in an index commit": index._ADDED_AT_ONCE,
+        "most pages that an index commit changes": index._CHANGED_AT_ONCE,
         "largest index file with a digest in its fingerprint": fingerprint._HASHED_BYTES,
         "unneeded share that repacks a pack": prune_plan.DEFAULT_UNUSED_SHARE,
         "margin for readers": prune_plan.DEFAULT_MARGIN_S,

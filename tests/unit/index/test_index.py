@@ -225,12 +225,36 @@ class TestIndexOpening:
         index.close()
 
 
+def commits_of(index: Index, steps: list[str], added: IndexedPack) -> int:
+    del steps[:]
+    index.add_packs([added])
+    assert index.partial_packs() == []
+    return steps.count("commit index")
+
+
+def test_a_pack_takes_as_few_commits_as_the_pages_that_it_changes_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    index = Index(tmp_path / "index", on_step=steps.append, sync=False)
+    index.rebuild(tuple)
+    assert commits_of(index, steps, pack(0, *range(8_000))) == 1
+    monkeypatch.setattr(index_module, "_CHANGED_AT_ONCE", 40)
+    # The index has more than 100 pages, so each of 100 blobs may lie on one of its own.
+    assert commits_of(index, steps, pack(1, *range(8_000, 8_100))) == 3
+    # The 4,000 blobs change every page once, and need some 140 new ones.
+    assert 5 <= commits_of(index, steps, pack(2, *range(10_000, 14_000))) <= 12
+    assert index.blob_count() == 12_100
+    index.close()
+
+
 class TestLargePacks:
     """What one transaction adds is bounded, and what is left half in the index costs nothing."""
 
     @pytest.fixture(autouse=True)
     def _few_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(index_module, "_ADDED_AT_ONCE", 8)
+        monkeypatch.setattr(index_module, "_CHANGED_AT_ONCE", 8)
+        monkeypatch.setattr(index_module, "_BLOBS_PER_PAGE", 1)
 
     def stopped_after(self, path: Path, commits: int, added: IndexedPack) -> None:
         left = iter(range(commits + 1))

@@ -569,7 +569,8 @@ class TestWriteOnlyHost:
     def test_a_pack_that_was_indexed_in_part_is_stored_again_and_no_delta_names_a_part_of_it(
         self, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(index_module, "_ADDED_AT_ONCE", 4)
+        monkeypatch.setattr(index_module, "_CHANGED_AT_ONCE", 4)
+        monkeypatch.setattr(index_module, "_BLOBS_PER_PAGE", 1)
         writer = self.host(place, tmp_path / "writer")
 
         def killed(*_: object) -> None:

@@ -228,7 +228,8 @@ class TestDurabilityOrder:
 def test_a_pack_that_a_crash_left_partly_indexed_is_completed_by_the_next_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "_ADDED_AT_ONCE", 7)
+    monkeypatch.setattr(index_module, "_CHANGED_AT_ONCE", 7)
+    monkeypatch.setattr(index_module, "_BLOBS_PER_PAGE", 1)
     plains = blobs("a", 60)
     write = LmdbEnv.write
     left = iter(range(4))
