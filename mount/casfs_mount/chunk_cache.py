@@ -26,6 +26,9 @@ _FAILURE_S = 2.0
 
 _MAX_FAILURES = 1024
 
+_SMALL_AHEAD = 16
+"""Small files that are decoded ahead of a walk and not cached: each is read once, or not at all."""
+
 
 class ChunkCache:
     """Verified plaintexts of blobs by digest."""
@@ -47,6 +50,7 @@ class ChunkCache:
         self._chunks: ClockCache[bytes] = ClockCache(limit_bytes)
         self._loading: dict[bytes, Future[bytes]] = {}
         self._failures: OrderedDict[bytes, tuple[CasfsError, float]] = OrderedDict()
+        self._small_ahead: OrderedDict[bytes, bytes] = OrderedDict()
 
     @property
     def limit_bytes(self) -> int:
@@ -64,6 +68,8 @@ class ChunkCache:
         With `keep=False` it is not cached: for a file read as a whole, which the kernel caches itself.
         """
         cached = self._chunks.get(digest)
+        if cached is None:
+            cached = self._small_ahead.get(digest)
         if cached is not None:
             return cached
         if self._failures:
@@ -79,7 +85,18 @@ class ChunkCache:
 
     def holds(self, digest: bytes) -> bool:
         """Return whether `get` would return data at once."""
-        return self._chunks.holds(digest)
+        return self._chunks.holds(digest) or digest in self._small_ahead
+
+    def decode_ahead(self, digest: bytes) -> None:
+        """Decode a small blob that will soon be read once; raise what `get` raises.
+
+        Used only by the event-loop thread.
+        """
+        if self.holds(digest):
+            return
+        self._small_ahead[digest] = self.get(digest, keep=False)
+        if len(self._small_ahead) > _SMALL_AHEAD:
+            self._small_ahead.popitem(last=False)
 
     def prefetch(self, digest: bytes) -> None:
         """Cache a blob in the background; return at once. If the queue is full, do nothing."""

@@ -283,7 +283,7 @@ class SnapshotView:
             if digest is None or node.kind != NodeType.FILE:
                 yield 0
             else:
-                chunks.get(digest)
+                chunks.decode_ahead(digest)
                 yield beside
 
     def decode_directories_after(self, number: int) -> Iterator[int]:

@@ -137,6 +137,17 @@ def test_a_view_decodes_the_small_files_of_one_directory_in_order(tmp_path: Path
         assert chunks.holds(digest_of(b"third"))
         for content in (big, b"of another folder", b"outside"):
             assert not chunks.holds(digest_of(content))
+        assert chunks.cached_bytes == 0, "what is read once takes no room in the cache"
+
+
+def test_few_files_that_are_decoded_ahead_and_not_read_stay_in_memory(tmp_path: Path) -> None:
+    contents = [b"file %d" % number for number in range(100)]
+    mounted = MountedView(RepositoryFixture(tmp_path), {content: content for content in contents})
+    with mounted.repository:
+        chunks = mounted.context.chunk_cache
+        assert len(list(mounted.view.decode_files_after(2))) == 99
+        held = [content for content in contents if chunks.holds(digest_of(content))]
+        assert 0 < len(held) < 20 and chunks.cached_bytes == 0
 
 
 def test_a_walk_through_directories_may_pass_over_any_number_of_entries() -> None:
