@@ -120,10 +120,11 @@ class Checker:
 
     def _walk_snapshots(self) -> None:
         self._monitor.progress.begin("checking files", Unit.FILES)
-        for snapshot_id in self._repository.snapshots.ids():
+        snapshots = self._repository.snapshots
+        for snapshot_id, load in snapshots.load_each(snapshots.ids()):
             self.result.snapshots += 1
             try:
-                snapshot = self._repository.snapshots.load(snapshot_id)
+                snapshot = load()
             except CasfsError as error:
                 is_closed = is_refused(error) or isinstance(error, KeyMissingError)
                 found = self.result.unreadable if is_closed else self.result.damage

@@ -13,6 +13,7 @@ from casfs.index.schema import PackRecord
 from casfs.maintenance.prune_plan import DEFAULT_MARGIN_S, SHARED_MARGIN_S
 from casfs.repository.presence import PresentProcess
 from casfs.storage.base import Storage
+from casfs.storage.concurrency import in_order
 from casfs.storage.locks import LockMode
 from casfs.store.blob_store import pack_name
 from casfs.store.pending_removal import ListedNotice
@@ -98,12 +99,13 @@ def packs_in_flight(
     oldest = min(writers, key=lambda name: writers[name])
     # The time is what the object says: a forged one must not keep everything for good.
     since_ns = max(writers[oldest], now_ns - _LONGEST_WRITER_NS)
-    in_flight = {}
-    for ordinal in ordinals:
+
+    def written_ns(ordinal: int) -> int | None:
         try:
-            written_ns = storage.mtime_ns(pack_name(records[ordinal].pack))
+            return storage.mtime_ns(pack_name(records[ordinal].pack))
         except NotFoundError:
-            continue
-        if written_ns >= since_ns:
-            in_flight[ordinal] = oldest
-    return in_flight
+            return None
+
+    asked = list(ordinals)
+    times_ns = zip(asked, in_order(storage, written_ns, asked), strict=True)
+    return {n: oldest for n, time_ns in times_ns if time_ns is not None and time_ns >= since_ns}

@@ -7,9 +7,12 @@ is taken away unless another prune removed packs, which begins the marking again
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from casfs.digest import Digest, SnapshotId, short_id
 from casfs.errors import BlobError, IntegrityError, KeyMissingError, NotFoundError
+from casfs.format.pack import PackRef
+from casfs.format.snapshot import Snapshot
 from casfs.index.schema import PackRecord
 from casfs.maintenance.drafts import DraftClosedError, DraftUnreadableError, list_drafts
 from casfs.maintenance.evacuate import Evacuator
@@ -18,7 +21,8 @@ from casfs.monitor import Monitor
 from casfs.repository.needed_blobs import NeededBlobs
 from casfs.repository.repository import Repository
 from casfs.repository.snapshot_listing import DRAFTS, SNAPSHOTS
-from casfs.store.pending_removal import ListedNotice
+from casfs.storage.concurrency import begin
+from casfs.store.pending_removal import ListedNotice, list_notices
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +57,17 @@ class SharedMarking:
     def mark(self) -> None:
         """Mark what the snapshots and drafts need that are not marked yet.
 
-        The index is synced after they were listed, so that it has their packs. The drafts are listed before
-        the snapshots, because a draft is deleted after its snapshot appears. The lists are read until they
-        have no new entry: a replaced snapshot may vanish while they are read. Raise NeededBlobsUnknownError.
+        The index is synced after they were listed, so that it has their packs. Both lists are read at least
+        twice, and until they have no new entry, because a replaced snapshot may vanish while they are read.
+        A draft is deleted after its snapshot appears. So one that existed before the first reading began is
+        in a list of drafts, or its snapshot is in the next list of snapshots, although over a distance both
+        lists are read at the same time. Raise NeededBlobsUnknownError.
         """
         is_first = True
         while True:
+            list_published = begin(self._store.storage, self._snapshots.ids)
             drafts = list_drafts(self._store.storage)
-            self.published = set(self._snapshots.ids())
+            self.published = set(list_published())
             self.drafts = {d: t for d, t in drafts.items() if d not in self.published}
             new = (self.drafts.keys() | self.published) - self._marked
             if not new and not is_first:
@@ -69,22 +76,27 @@ class SharedMarking:
             if self._has_lost_entries():
                 self._begin_again()
                 new = self.drafts.keys() | self.published
-            for snapshot_id in sorted(new & self.published):
-                self._mark_snapshot(snapshot_id)
-            for snapshot_id in sorted(new - self.published):
-                self._mark_draft(snapshot_id)
+            for found in self._snapshots.load_each(sorted(new & self.published)):
+                self._mark_snapshot(*found)
+            for found in self._snapshots.load_each(sorted(new - self.published), DRAFTS):
+                self._mark_draft(*found)
             self._marked |= new
             is_first = False
 
     def _sync_index(self) -> None:
         """Bring the index into agreement with the packs, and mark in it the packs under notice."""
-        self._store.reconcile(self._repository.is_alone)
+        self._store.reconcile(self._repository.is_alone, list_pending=self._packs_under_notice)
         self.records = {record.ordinal: record for record in self._index.packs()}
         pending = {pack for listed in self.notices.values() for pack in listed.notice.pack_refs()}
         self.under_notice = {n for n, record in self.records.items() if record.pack in pending}
         # Marks are only added: a writer of this machine may have seen a notice that this prune has not.
         marks = self.under_notice | self.repacked
         self._index.change_marked(marks - self._index.marked_for_removal(), frozenset())
+
+    def _packs_under_notice(self) -> set[PackRef]:
+        """Return the packs that notices name now, of which this prune need not have read all."""
+        found = list_notices(self._store.storage, self.notices)
+        return {pack for listed in found.values() for pack in listed.notice.pack_refs()}
 
     def _has_lost_entries(self) -> bool:
         """Return whether blobs may have other ordinals than when the marking began."""
@@ -99,9 +111,9 @@ class SharedMarking:
         self._marked = set()
         self.snapshots = self.unproven = 0
 
-    def _mark_snapshot(self, snapshot_id: SnapshotId) -> None:
+    def _mark_snapshot(self, snapshot_id: SnapshotId, load: Callable[[], Snapshot]) -> None:
         try:
-            self.needed.add(self._snapshots.load(snapshot_id).root, self._count_entry)
+            self.needed.add(load().root, self._count_entry)
         except NotFoundError:
             return
         except KeyMissingError as error:
@@ -114,14 +126,14 @@ class SharedMarking:
         if not self._snapshots.provenance.is_from_trusted_writer(snapshot_id):
             self.unproven += 1
 
-    def _mark_draft(self, snapshot_id: SnapshotId) -> None:
+    def _mark_draft(self, snapshot_id: SnapshotId, load: Callable[[], Snapshot]) -> None:
         """Mark what a draft needs.
 
         A draft with a missing blob protects nothing: its writer has not had a successful last look yet, and
         will see every notice that this prune sees.
         """
         try:
-            self.needed.add(self._snapshots.load(snapshot_id, DRAFTS).root, self._count_entry)
+            self.needed.add(load().root, self._count_entry)
         except NotFoundError:
             return
         except BlobError as error:

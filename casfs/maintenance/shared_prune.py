@@ -18,10 +18,11 @@ One thread only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 from casfs.digest import Digest, SnapshotId, short_id
 from casfs.errors import CasfsError, NotFoundError, StorageError
+from casfs.format.pack import PackRef
 from casfs.index.schema import Location, PackRecord
 from casfs.maintenance.drafts import ABANDONED_NS, abandoned_drafts, list_drafts
 from casfs.maintenance.evacuate import copy_needed_blobs
@@ -40,10 +41,15 @@ from casfs.maintenance.prune_result import IndexReplacedError, PruneResult
 from casfs.maintenance.prune_waits import Margin, WaitingPacks, packs_in_flight, waiting_packs
 from casfs.maintenance.shared_marking import SharedMarking
 from casfs.monitor import Monitor, Unit
-from casfs.repository.presence import PresentProcess, present_processes
+from casfs.repository.presence import (
+    PresentProcess,
+    old_presence_objects,
+    present_processes,
+)
 from casfs.repository.remote_writers import is_shared
 from casfs.repository.repository import Repository
 from casfs.repository.snapshot_listing import DRAFTS
+from casfs.storage.concurrency import begin, in_order
 from casfs.store.blob_store import pack_name
 from casfs.store.pending_removal import encode_notice, list_notices, notices_of
 
@@ -104,11 +110,12 @@ class SharedPruner:
         snapshot, a draft or a removal notice is damaged, and StorageError where a listing fails.
         """
         self._now_ns = self._repository.clock.now_ns()
-        self._processes = self._other_processes()
+        list_processes = begin(self._storage, self._other_processes)
         # A pack is removed only if the first listing has its notice. A needed blob is relied on only in a
         # pack without a notice in the second one.
         first = list_notices(self._storage, refuse_damaged=True)
         self._marking.notices = list_notices(self._storage, first, refuse_damaged=True)
+        self._processes = list_processes()
         self._monitor.progress.begin("finding needed data", Unit.ENTRIES)
         self._mark()
         self._waiting = waiting_packs(
@@ -266,13 +273,17 @@ class SharedPruner:
         self._publish_deltas()
         progress = self._monitor.progress
         progress.begin("removing packs", Unit.PACKS, total_items=len(ordinals))
-        for ordinal in sorted(ordinals):
-            record = self._marking.records.pop(ordinal)
-            self._marking.under_notice.discard(ordinal)
-            self._storage.delete(pack_name(record.pack))
+        records = [self._marking.records.pop(ordinal) for ordinal in sorted(ordinals)]
+        self._marking.under_notice -= ordinals
+        names = (pack_name(record.pack) for record in records)
+        for record, _ in zip(records, self._delete(names), strict=True):
             progress.items += 1
             self.result.removed_packs += 1
             self.result.removed_bytes += record.pack_bytes
+
+    def _delete(self, names: Iterable[str]) -> Iterator[None]:
+        """Delete objects in order, over a distance several at a time; yield once for each."""
+        return in_order(self._storage, self._storage.delete, names)
 
     def _publish_deltas(self) -> None:
         """Publish what this prune stored and removes, before other hosts see the effect."""
@@ -341,28 +352,29 @@ class SharedPruner:
         A pack that is gone never comes back, since names are never used again. What an abandoned draft needs
         was marked by this prune: the next one finds it unneeded, and removes it after a margin.
         """
-        stored = (
-            {pack for pack, _ in self._store.stored_packs()} if self._marking.notices else set()
-        )
-        old = [
+        before_ns = self._now_ns - _OLD_PRESENCE_NS
+        list_stored = begin(self._storage, self._stored_under_notice)
+        list_remaining = begin(self._storage, lambda: list_drafts(self._storage))
+        old = old_presence_objects(self._storage, before_ns)
+        stored = list_stored()
+        old += [
             name
             for name, listed in self._marking.notices.items()
             if stored.isdisjoint(listed.notice.pack_refs())
         ]
-        for draft, mtime_ns in list_drafts(self._storage).items():
+        for draft, mtime_ns in list_remaining().items():
             if draft in self._marking.published:
                 old.append(f"{DRAFTS}/{draft.hex()}")
             elif self._abandoned.get(draft) == mtime_ns:
                 log.info("draft %s is abandoned; it is dropped", short_id(draft))
                 old.append(f"{DRAFTS}/{draft.hex()}")
                 self.result.dropped_drafts += 1
-        old += [
-            name
-            for name, process in present_processes(self._storage).items()
-            if self._now_ns - process.seen_ns > _OLD_PRESENCE_NS
-        ]
-        for name in old:
-            self._storage.delete(name)
+        for _ in self._delete(old):
+            continue
+
+    def _stored_under_notice(self) -> set[PackRef]:
+        """Return the packs that exist, or none where there is no notice to compare them with."""
+        return {pack for pack, _ in self._store.stored_packs()} if self._marking.notices else set()
 
     def _pack_bytes(self, ordinals: Set[int]) -> int:
         return sum(self._marking.records[ordinal].pack_bytes for ordinal in ordinals)

@@ -13,13 +13,15 @@ import re
 import threading
 import time
 from dataclasses import dataclass
+from itertools import islice
 
 import msgspec
 
 from casfs.errors import CasfsError, NotFoundError, StorageDeniedError
 from casfs.json_document import InvalidJsonError, parse_json
-from casfs.storage.base import Storage
+from casfs.storage.base import ListedObject, Storage
 from casfs.storage.clock import StorageClock, elapsed_ns
+from casfs.storage.concurrency import in_order
 from casfs.storage.locks import LockMode, LockRecord
 
 log = logging.getLogger(__name__)
@@ -152,18 +154,34 @@ def present_processes(storage: Storage) -> dict[str, PresentProcess]:
     Objects that cannot be read are omitted. The caller decides by `is_stale` which have probably ended.
     """
     found: dict[str, PresentProcess] = {}
-    for entry in storage.list(FOLDER):
-        if _NAME.fullmatch(entry.name) is None:
-            continue
-        if len(found) == _MOST_OBJECTS:
-            log.warning("%s has more than %d presence objects", storage.url, _MOST_OBJECTS)
-            break
-        try:
-            record = parse_json(storage.read(entry.name, 0, _MAX_BYTES), LockRecord)
-        except (NotFoundError, InvalidJsonError):
+    entries = _listed(storage)
+    reads = in_order(storage, lambda entry: _read_record(storage, entry.name), entries)
+    for entry, record in zip(entries, reads, strict=True):
+        if record is None:
             continue
         # A process cannot have begun after it was last seen.
         since_ns = min(record.since_ns or entry.mtime_ns, entry.mtime_ns)
         record = msgspec.structs.replace(record, since_ns=since_ns)
         found[entry.name] = PresentProcess(record, entry.mtime_ns)
     return found
+
+
+def old_presence_objects(storage: Storage, before_ns: int) -> list[str]:
+    """Return the names of the objects that no process has refreshed since a time; one listing."""
+    return [entry.name for entry in _listed(storage) if entry.mtime_ns < before_ns]
+
+
+def _listed(storage: Storage) -> list[ListedObject]:
+    """Return the entries of presence objects, but not more than are read."""
+    named = (entry for entry in storage.list(FOLDER) if _NAME.fullmatch(entry.name))
+    found = list(islice(named, _MOST_OBJECTS + 1))
+    if len(found) > _MOST_OBJECTS:
+        log.warning("%s has more than %d presence objects", storage.url, _MOST_OBJECTS)
+    return found[:_MOST_OBJECTS]
+
+
+def _read_record(storage: Storage, name: str) -> LockRecord | None:
+    try:
+        return parse_json(storage.read(name, 0, _MAX_BYTES), LockRecord)
+    except (NotFoundError, InvalidJsonError):
+        return None

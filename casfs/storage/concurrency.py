@@ -6,13 +6,20 @@ test that steps through them, they are made one after the other, in the calling 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from functools import cache
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from casfs.storage.base import Storage
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+S = TypeVar("S")
 T = TypeVar("T")
+
+MOST_REQUESTS = 16
 
 
 def begin(storage: Storage, call: Callable[[], T]) -> Callable[[], T]:
@@ -29,3 +36,33 @@ def begin(storage: Storage, call: Callable[[], T]) -> Callable[[], T]:
     future = pool.submit(call)
     pool.shutdown(wait=False)
     return future.result
+
+
+def in_order(
+    storage: Storage, call: Callable[[S], T], items: Iterable[S], most: int = MOST_REQUESTS
+) -> Generator[T, None, None]:
+    """Yield the result of a call for each item, in their order; the first error ends the iteration.
+
+    Where requests travel a distance, as many calls as the storage takes requests, and at most `most`, run at
+    the same time, each in a thread of its own. So at most as many results are in memory, and after an error
+    calls for later items may have been made.
+    """
+    requests = min(storage.capabilities.parallel_requests, most)
+    if requests <= 1:
+        for item in items:
+            yield call(item)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    ahead: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(requests, "casfs-requests") as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(call, item))
+                if len(ahead) == requests:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

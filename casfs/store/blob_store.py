@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from casfs.digest import DIGEST_BYTES, Digest, PackId
@@ -43,8 +44,9 @@ from casfs.format.pack import (
 )
 from casfs.index.index import Index
 from casfs.index.schema import IndexedPack, Location
-from casfs.storage.base import Storage
+from casfs.storage.base import ListedObject, Storage
 from casfs.storage.caching import CachingStorage
+from casfs.storage.concurrency import begin, in_order
 from casfs.store.duplicates import Duplicates
 from casfs.store.groups import GroupCache
 from casfs.store.pending_removal import TooManyNoticesError, packs_pending_removal
@@ -52,8 +54,6 @@ from casfs.store.verified_packs import VerifiedPacks
 
 if TYPE_CHECKING:
     # Each is imported by the function that needs it: reading from an intact local repository needs none.
-    from concurrent.futures import Future
-
     from casfs.monitor import Progress
     from casfs.store.cipher import PackCiphers
 
@@ -66,6 +66,9 @@ _SEARCH_INTERVAL_S = 60.0
 
 _DIRECTORIES_AHEAD = 8
 """How many directories of remote packs are in memory at a time, each of a few MiB at most."""
+
+_LISTED_AHEAD = 1000
+"""How many entries of one listing are in memory while another one is read: a page."""
 
 _TAIL_BYTES = 64 * 1024
 """What is read of the end of a remote pack at once: the trailer, and the directory of most packs."""
@@ -448,13 +451,20 @@ class BlobStore:
 
     def stored_packs(self) -> Iterator[tuple[PackRef, int]]:
         """Yield every pack in the storage, of both kinds, with its size in bytes."""
-        for prefix in PACK_PREFIXES:
-            for name, size, _ in self.storage.list(prefix):
-                pack = parse_pack_name(name)
-                if pack is None:
-                    log.warning("%s is not a casfs pack; ignored", name)
-                    continue
-                yield pack, size
+        for name, size, _ in self._listed_packs():
+            pack = parse_pack_name(name)
+            if pack is None:
+                log.warning("%s is not a casfs pack; ignored", name)
+                continue
+            yield pack, size
+
+    def _listed_packs(self) -> Iterator[ListedObject]:
+        """Yield the objects in the folders of both kinds of packs; over a distance, list both at once."""
+        data, meta = (iter(self.storage.list(prefix)) for prefix in PACK_PREFIXES)
+        first_of_meta = begin(self.storage, lambda: list(islice(meta, _LISTED_AHEAD)))
+        yield from data
+        yield from first_of_meta()
+        yield from meta
 
     def read_directory(self, pack: PackRef, pack_bytes: int) -> list[PackEntry]:
         """Return a pack's entries from its directory; raise PackError when the directory is damaged."""
@@ -463,12 +473,16 @@ class BlobStore:
             raise PackError(pack.id, "too short for a pack")
         if pack_bytes > MAX_PACK_BYTES:
             raise PackError(pack.id, "too long for a pack")
-        parse_header(pack.id, self.bulk_storage.read(name, 0, HEADER.size))
         # Over a distance one request for both costs less than two. On a disk the bytes before the directory
         # are left alone, since they may be unreadable where the directory is not.
         guess_bytes = _TAIL_BYTES if self.storage.capabilities.parallel_requests > 1 else 0
         tail_offset = max(0, pack_bytes - max(guess_bytes, TRAILER.size))
-        tail = self.bulk_storage.read(name, tail_offset, pack_bytes - tail_offset)
+        read_tail = begin(
+            self.storage,
+            lambda: self.bulk_storage.read(name, tail_offset, pack_bytes - tail_offset),
+        )
+        parse_header(pack.id, self.bulk_storage.read(name, 0, HEADER.size))
+        tail = read_tail()
         cipher = self._ciphers.for_pack(pack.id, name) if self._ciphers is not None else None
         overhead = TAG_BYTES if cipher is not None else 0
         trailer = tail[-TRAILER.size :]
@@ -509,7 +523,10 @@ class BlobStore:
         return salvage_entries(pack.id, pack_bytes, read, self.codec, cipher)
 
     def reconcile(
-        self, is_alone: Callable[[], bool] = lambda: True, keep_missing: bool = False
+        self,
+        is_alone: Callable[[], bool] = lambda: True,
+        keep_missing: bool = False,
+        list_pending: Callable[[], set[PackRef]] | None = None,
     ) -> None:
         """Bring the index into agreement with the packs in the storage.
 
@@ -522,7 +539,7 @@ class BlobStore:
         the index, and deletes the pack's file before the notice. So the notices are read after what they are
         compared with, here and in `_add_found_packs`. Unless no other process writes (`is_alone`), a pack
         that has a notice and is not in the index is being removed, and a pack that the index marks for
-        removal keeps its mark.
+        removal keeps its mark. `list_pending` returns the packs under notice where the caller lists them.
         """
         stored = dict(self.stored_packs())
         indexed = {record.pack for record in self.index.packs()}
@@ -554,7 +571,7 @@ class BlobStore:
         self._settle_unverified(stored)
         names = {record.pack.id for record in self.index.packs()}
         self.index.has_all_packs = all(pack.id in names for pack in stored)
-        self.apply_notices(is_alone)
+        self.apply_notices(is_alone, list_pending)
 
     def apply_notices(
         self,
@@ -741,28 +758,18 @@ class BlobStore:
 
         Where requests travel a distance several directories are read at a time.
         """
-        requests = min(self.storage.capabilities.parallel_requests, _DIRECTORIES_AHEAD)
-        if requests == 1:
-            for pack, pack_bytes in packs:
-                yield pack, pack_bytes, self._read_directory_or_error(pack, pack_bytes)
-            return
-        from concurrent.futures import ThreadPoolExecutor
+        waiting: deque[tuple[PackRef, int]] = deque()
 
-        ahead: deque[tuple[PackRef, int, Future[list[PackEntry] | CasfsError]]] = deque()
-        with ThreadPoolExecutor(requests, "casfs-directories") as pool:
-            try:
-                for pack, pack_bytes in packs:
-                    future = pool.submit(self._read_directory_or_error, pack, pack_bytes)
-                    ahead.append((pack, pack_bytes, future))
-                    if len(ahead) == requests:
-                        pack, pack_bytes, future = ahead.popleft()
-                        yield pack, pack_bytes, future.result()
-                while ahead:
-                    pack, pack_bytes, future = ahead.popleft()
-                    yield pack, pack_bytes, future.result()
-            finally:
-                for _, _, future in ahead:
-                    future.cancel()
+        def asked() -> Iterator[tuple[PackRef, int]]:
+            for one in packs:
+                waiting.append(one)
+                yield one
+
+        def read(one: tuple[PackRef, int]) -> list[PackEntry] | CasfsError:
+            return self._read_directory_or_error(*one)
+
+        for entries in in_order(self.storage, read, asked(), _DIRECTORIES_AHEAD):
+            yield *waiting.popleft(), entries
 
     def _read_directory_or_error(
         self, pack: PackRef, pack_bytes: int

@@ -25,7 +25,6 @@ from casfs.index.bitmap import Bitmap
 from casfs.index.delta_notes import DeltaNote, DeltaNotes
 from casfs.store.blob_store import BlobStore
 from casfs.store.delta_publisher import FUTURE_MS, TARGET_DELTA_BYTES, DeltaPublisher
-from casfs.store.delta_reader import list_deltas
 from casfs.store.delta_sync import DeltaSync
 
 log = logging.getLogger(__name__)
@@ -78,8 +77,7 @@ class DeltaMerger:
         delta is replaced by the directories of the packs. Raise StorageError.
         """
         # A rebuild of the index has forgotten the deltas.
-        self._sync.sync(learn=False)
-        listed = list_deltas(self._store.storage)
+        listed = self._sync.sync(learn=False).listed
         notes = self._notes.all()
         live = {name for name in listed if name not in notes or not notes[name].replaced_ms}
         going = self._candidates({name: listed[name] for name in live}, notes, from_packs)

@@ -50,7 +50,7 @@ _MOST_TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class SyncResult:
-    """The result of a sync.
+    """The result of a sync; `listed` are the deltas of its listing, with their sizes.
 
     `is_complete` means that the deltas name every pack, but for those of sessions that are running or were
     interrupted. `removed` are the packs that it removed from the index. `unusable` deltas are damaged; their
@@ -61,6 +61,7 @@ class SyncResult:
     applied: int = 0
     removed: frozenset[PackRef] = frozenset()
     unusable: int = 0
+    listed: dict[DeltaName, int] = field(default_factory=dict)
 
 
 class DeltaSync:
@@ -109,6 +110,7 @@ class DeltaSync:
                 result.applied + run.applied,
                 result.removed | run.removed,
                 result.unusable + run.unusable,
+                listed,
             )
             if not vanished:
                 break

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from casfs.errors import IntegrityError, NotFoundError
 from casfs.format.pack import PackRef
 from casfs.json_document import parse_json
 from casfs.storage.base import Storage
+from casfs.storage.concurrency import in_order
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,9 @@ MAX_NOTICES = 10_000
 MAX_NOTICES_BYTES = 128 * 1024 * 1024
 """Limits of all notices together: a writer with create-only credentials could add any number, and each
 takes memory."""
+
+_READ_AHEAD = 4
+"""How many notices are read at the same time, of 13 MiB each at most in an honest repository."""
 
 
 class RemovalNotice(msgspec.Struct, frozen=True):
@@ -155,25 +160,32 @@ def list_notices(
     total_bytes = sum(min(one.size, MAX_NOTICE_BYTES) for one in listed)
     if len(listed) > MAX_NOTICES or total_bytes > MAX_NOTICES_BYTES:
         raise TooManyNoticesError(storage.url)
+    new = (one.name for one in listed if one.name not in known)
+    read = in_order(storage, partial(_read_notice, storage), new, _READ_AHEAD)
     for name, _, mtime_ns in listed:
-        if name in known:
-            found[name] = ListedNotice(mtime_ns, known[name].notice)
-            continue
-        try:
-            data = storage.read(name, 0, MAX_NOTICE_BYTES)
-            if digest_of(data).hex() != name.rpartition("/")[2]:
-                raise ValueError("digest mismatch")
-            notice = parse_json(data, RemovalNotice)
-            notice.pack_refs()
-        except NotFoundError:
-            continue
-        except ValueError as error:
+        notice = known[name].notice if name in known else next(read)
+        if isinstance(notice, ValueError):
             if refuse_damaged:
-                raise DamagedNoticeError(name, str(error)) from error
-            log.warning("%s is damaged (%s); ignored", name, error)
-            continue
-        found[name] = ListedNotice(mtime_ns, notice)
+                raise DamagedNoticeError(name, str(notice)) from notice
+            log.warning("%s is damaged (%s); ignored", name, notice)
+        elif notice is not None:
+            found[name] = ListedNotice(mtime_ns, notice)
     return found
+
+
+def _read_notice(storage: Storage, name: str) -> RemovalNotice | ValueError | None:
+    """Return a notice, the reason why it is damaged, or None where it is gone."""
+    try:
+        data = storage.read(name, 0, MAX_NOTICE_BYTES)
+        if digest_of(data).hex() != name.rpartition("/")[2]:
+            raise ValueError("digest mismatch")
+        notice = parse_json(data, RemovalNotice)
+        notice.pack_refs()
+    except NotFoundError:
+        return None
+    except ValueError as error:
+        return error
+    return notice
 
 
 def read_notices(storage: Storage) -> dict[str, RemovalNotice]:

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from casfs.maintenance.check import Checker
+from casfs.maintenance.prune_plan import PruneOptions
+from casfs.maintenance.prune_result import PruneResult
+from casfs.maintenance.shared_prune import SharedPruner
+from casfs.monitor import RecordingMonitor
 from casfs.repository import snapshot_listing
+from casfs.repository.opening import open_for_maintenance, open_for_reading
 from casfs.repository.repository import Repository
 from tests.support.far import FarRepository
 from tests.support.storage_double import Call
@@ -110,6 +116,41 @@ def test_few_requests_of_each_verb_are_made_one_after_the_other(
     assert far.round_trips(lambda: walk(far)) <= 4
     monkeypatch.setenv("XDG_CACHE_HOME", str(own_home / "another cache"))
     assert far.round_trips(lambda: walk(far)) <= 9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_few_requests_of_maintenance_are_made_one_after_the_other(
+    far: FarRepository, source: Path
+) -> None:
+    """The number of packs, blobs and snapshots does not count; the limits are as above."""
+    for number in range(24):
+        (source / "large").mkdir(exist_ok=True)
+        (source / "large" / f"{number}").write_bytes(noise(f"large {number}", 300_000))
+    far.back_up(source)
+    for number in range(0, 24, 2):
+        (source / "large" / f"{number}").unlink()
+    far.back_up(source)
+    assert far.round_trips(lambda: check(far)) <= 11
+    with far.writing() as repository:
+        for snapshot_id, _ in list(repository.snapshots.iterate())[:-1]:
+            repository.snapshots.delete(snapshot_id)
+    done: list[PruneResult] = []
+    assert far.round_trips(lambda: done.append(prune(far))) <= 26
+    assert done[-1].repacked_packs >= 1
+    assert far.round_trips(lambda: done.append(prune(far, margin_s=0))) <= 35
+    assert done[-1].removed_packs >= 2
+    check(far)
+
+
+def prune(far: FarRepository, margin_s: float | None = None) -> PruneResult:
+    with open_for_maintenance(far.place, "prune") as repository:
+        return SharedPruner(repository, PruneOptions(margin_s=margin_s), RecordingMonitor()).prune()
+
+
+def check(far: FarRepository) -> None:
+    with open_for_reading(far.place, reader="check", may_write_index=True) as repository:
+        assert not Checker(repository, RecordingMonitor()).check().damage
 
 
 def test_a_listing_of_the_snapshots_that_was_made_at_the_opening_is_used_once_and_soon(
