@@ -26,7 +26,7 @@ from bench.stage import WORK_TIMEOUT_S
 from casfs.digest import Digest, PackId
 from casfs.format.pack import PackEntry, PackRef
 from casfs.index.index import Index
-from casfs.store.writer import PACK_BLOBS
+from casfs.store.pack_builder import PACK_BLOBS
 
 FILES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 BLOBS = (100_000, 1_000_000, 5_000_000, 20_000_000)

@@ -26,7 +26,8 @@ from casfs.repository.place import place_of
 from casfs.repository.repository import Repository
 from casfs.storage.base import StorageOptions
 from casfs.storage.url import StorageAddress, parse_address
-from casfs.store.writer import PACK_BLOBS, BlobWriter
+from casfs.store.pack_builder import PACK_BLOBS
+from casfs.store.writer import BlobWriter
 from casfs.trees.content import EXTENT
 
 HOSTS = 5

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from casfs.index.schema import PackRecord
+from casfs.store.pack_builder import META_PACK_BYTES, PACK_BLOBS, PACK_BYTES
 from casfs.store.pack_shares import directory_bytes
-from casfs.store.writer import META_PACK_BYTES, PACK_BLOBS, PACK_BYTES
 
 log = logging.getLogger(__name__)
 

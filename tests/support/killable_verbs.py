@@ -55,6 +55,7 @@ from casfs.restore.restorer import RestoreOptions, Restorer
 from casfs.storage.base import Storage
 from casfs.storage.local import LocalStorage
 from casfs.storage.locks import LockMode
+from casfs.store import pack_builder
 from casfs.store import writer as writer_module
 from casfs.store.layout import PackLayout
 from casfs.store.writer import BlobWriter
@@ -417,7 +418,7 @@ def small_packs() -> None:
         return BlobWriter(self.store, dry_run, spool_in_memory, PACK_BYTES, session, layout)
 
     setattr(Repository, "writer", writer)  # noqa: B010 - mypy refuses to assign to a method
-    writer_module._BUFFER_BYTES = 4 * KIB
+    pack_builder._BUFFER_BYTES = 4 * KIB
     writer_module._BATCH_BYTES = 32 * KIB
     index_module._CHANGED_AT_ONCE = 4
     index_module._BLOBS_PER_PAGE = 1

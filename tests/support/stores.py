@@ -28,7 +28,8 @@ from casfs.index.index import Index
 from casfs.storage.local import LocalStorage
 from casfs.store.blob_store import BlobStore, pack_name, parse_pack_name
 from casfs.store.layout import FORMAT_1, PackLayout
-from casfs.store.writer import PACK_BYTES, BlobWriter, WriteStats
+from casfs.store.pack_builder import PACK_BYTES
+from casfs.store.writer import BlobWriter, WriteStats
 
 PROJECT = Path(casfs.__file__).parent.parent
 

@@ -34,7 +34,7 @@ from casfs.maintenance import prune_plan
 from casfs.repository import object_locks, presence
 from casfs.repository.creation import create_repository
 from casfs.storage import locks, reserve
-from casfs.store import layout, pending_removal, writer
+from casfs.store import layout, pack_builder, pending_removal
 from casfs.trees import content
 from casfs.trees import writer as tree_writer
 from tests.support.builders import RepositoryFixture
@@ -213,9 +213,10 @@ def test_chunker_fields_have_the_defaults_of_the_code() -> None:
 
 def test_parameters_are_those_of_the_code() -> None:
     assert {row[0]: number(row[1]) for row in rows("Parameters")} == {
-        "target size of a pack": writer.PACK_BYTES,
-        "target size of a metadata pack": writer.META_PACK_BYTES,
-        "target number of blobs in a pack": writer.PACK_BLOBS,
+        "target size of a pack": pack_builder.PACK_BYTES,
+        "target size of a metadata pack": pack_builder.META_PACK_BYTES,
+        "target number of blobs in a pack": pack_builder.PACK_BLOBS,
+        "largest plaintext of a pack": pack_builder._PACK_PLAIN_BYTES,
         "most bytes of blobs in a group": layout.GROUP_BYTES,
         "size from which samples are compressed first": codec._SAMPLED_BYTES,
         "most extents in a node": content.MAX_INLINE_RECORDS,

@@ -22,6 +22,7 @@ from casfs.repository.opening import OpenOptions, open_for_reading, open_for_wri
 from casfs.repository.repository import Repository
 from casfs.storage.local import LocalWriter
 from casfs.storage.locks import RepositoryLock
+from casfs.store import pack_builder
 from casfs.store import writer as writer_module
 from casfs.store.writer import BlobWriter
 from tests.support.stores import child, noise, pack_paths, read_line, write_line
@@ -68,7 +69,7 @@ def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
         return BlobWriter(self.store, dry_run, spool_in_memory, pack_bytes=64 * KIB)
 
     monkeypatch.setattr(Repository, "writer", writer)
-    monkeypatch.setattr(writer_module, "_BUFFER_BYTES", 4 * KIB)
+    monkeypatch.setattr(pack_builder, "_BUFFER_BYTES", 4 * KIB)
     monkeypatch.setattr(writer_module, "_BATCH_BYTES", 32 * KIB)
 
 

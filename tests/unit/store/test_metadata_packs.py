@@ -13,6 +13,7 @@ from casfs.format.codec import BlobKind
 from casfs.format.pack import PackRef
 from casfs.index.index import Index
 from casfs.storage.memory import MemoryStorage
+from casfs.store import pack_builder
 from casfs.store import writer as writer_module
 from casfs.store.blob_store import BlobStore, pack_name, parse_pack_name
 from casfs.store.layout import FORMAT_1, FORMAT_2, PackLayout
@@ -71,7 +72,7 @@ class TestWriter:
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(writer_module, "_BATCH_BLOBS", 4)
-        monkeypatch.setattr(writer_module, "_BUFFER_BYTES", KIB)
+        monkeypatch.setattr(pack_builder, "_BUFFER_BYTES", KIB)
         stats = write(store, MIXED, pack_bytes=20 * KIB)
         kinds = kinds_of(store)
         assert stats.packs == len(kinds) > 6
@@ -93,8 +94,8 @@ class TestWriter:
     def test_a_metadata_pack_is_finished_at_a_size_of_its_own(
         self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(writer_module, "_BUFFER_BYTES", KIB)
-        monkeypatch.setattr(writer_module, "META_PACK_BYTES", 20 * KIB)
+        monkeypatch.setattr(pack_builder, "_BUFFER_BYTES", KIB)
+        monkeypatch.setattr(pack_builder, "META_PACK_BYTES", 20 * KIB)
         write(store, MIXED)
         sizes = dict(store.stored_packs())
         assert [size > 40 * KIB for pack, size in sizes.items() if not pack.is_meta] == [True]

@@ -15,6 +15,7 @@ from casfs.errors import StorageUnavailableError
 from casfs.format.codec import BlobCodec, BlobKind
 from casfs.index.index import Index
 from casfs.storage.memory import MemoryStorage
+from casfs.store import pack_builder
 from casfs.store import writer as writer_module
 from casfs.store.blob_store import BlobStore
 from casfs.store.writer import BlobWriter
@@ -61,7 +62,7 @@ def far_store(tmp_path: Path, script: Script) -> Iterator[tuple[BlobStore, Recor
 @pytest.fixture
 def plains(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Blobs of ten packs."""
-    monkeypatch.setattr(writer_module, "_BUFFER_BYTES", 4 * KIB)
+    monkeypatch.setattr(pack_builder, "_BUFFER_BYTES", 4 * KIB)
     monkeypatch.setattr(writer_module, "_BATCH_BYTES", 32 * KIB)
     return [noise(f"blob {number}", 10 * KIB) for number in range(70)]
 
@@ -79,7 +80,7 @@ def test_the_bytes_on_their_way_are_bounded(
     tmp_path: Path, plains: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit_bytes = 2 * PACK_BYTES + 40 * KIB
-    monkeypatch.setattr(writer_module, "_MAX_UPLOAD_BYTES", limit_bytes)
+    monkeypatch.setattr(pack_builder, "_MAX_UPLOAD_BYTES", limit_bytes)
     line = Line(opens_at=2)
     with far_store(tmp_path, Script(parallel_requests=8, before=line.before)) as (store, _):
         store_blobs(store, plains, pack_bytes=PACK_BYTES)
