@@ -1,9 +1,9 @@
 """Run a backup: walk the sources once, merge with the parent snapshot, publish a snapshot.
 
-One thread walks, compares, reads and hashes; the threads of the writer compress, encrypt and store. Entries
-are visited in the order of their names, and a directory after its entries, so that every tree is written
-once and memory holds one directory of each level. After the walk, files in state `changed` are captured
-again.
+One thread walks, compares, reads, hashes and packs; the threads of the writer compress, write and commit.
+Entries are visited in the order of their names, and a directory after its entries, so that every tree is
+written once and memory holds one directory of each level. After the walk, files in state `changed` are
+captured again.
 """
 
 from __future__ import annotations
