@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
@@ -122,14 +122,9 @@ def check(
         output.summary(
             "not read: the data in the packs; `casfs check --read-data` reads and verifies it"
         )
-    found = len(result.damage)
-    _print_conclusion(output, result.damage)
-    _print_unreadable(output, result.unreadable)
-    output.emit(
-        "summary",
-        ok=not result.damage and not result.unreadable,
-        damage=found,
-        unreadable=len(result.unreadable),
+    return _conclude(
+        output,
+        result,
         snapshots=result.snapshots,
         unproven_ids=[snapshot_id.hex() for snapshot_id in result.unproven],
         trees=result.trees,
@@ -141,7 +136,6 @@ def check(
         blobs_read=result.blobs_read,
         read_bytes=result.read_bytes,
     )
-    return _exit_code(result.damage, result.unreadable)
 
 
 def _print_locks(output: Output, report: LockReport) -> None:
@@ -180,16 +174,29 @@ def _iso_date(time_s: int | None) -> str | None:
     return iso_time(time_s * 1_000_000_000) if time_s is not None else None
 
 
-def _print_unreadable(output: Output, unreadable: list[Finding]) -> None:
+class _Checked(Protocol):
+    """The result of a check, of the whole repository or of its stored objects."""
+
+    damage: list[Finding]
+    unreadable: list[Finding]
+
+
+def _conclude(output: Output, result: _Checked, **counts: object) -> int:
+    """Print how the check ended, and the summary with these counts as JSON; return the exit code."""
+    damage, unreadable = result.damage, result.unreadable
+    _print_conclusion(output, damage)
     if unreadable:
-        count = len(unreadable)
         output.warn(
-            f"{counted(count, 'object')} could not be checked ({unreadable[0].message}); run casfs check as "
-            "the owner of the repository, with an identity for everything that it holds"
+            f"{counted(len(unreadable), 'object')} could not be checked ({unreadable[0].message}); run casfs "
+            "check as the owner of the repository, with an identity for everything that it holds"
         )
-
-
-def _exit_code(damage: list[Finding], unreadable: list[Finding]) -> int:
+    output.emit(
+        "summary",
+        ok=not damage and not unreadable,
+        damage=len(damage),
+        unreadable=len(unreadable),
+        **counts,
+    )
     if damage:
         return EXIT_DAMAGED
     return EXIT_FAILED if unreadable else 0
@@ -235,22 +242,11 @@ def _check_storage(settings: Settings) -> int:
     storage.close()
     _print_result(output, result.damage)
     _print_result(output, result.unreadable, "unreadable")
-    found = len(result.damage)
     output.summary(
         f"read {counted(result.objects, 'object')}, {format_size(result.read_bytes)}; not checked: "
         "whether snapshots miss data, which `casfs check` does"
     )
-    _print_conclusion(output, result.damage)
-    _print_unreadable(output, result.unreadable)
-    output.emit(
-        "summary",
-        ok=not result.damage and not result.unreadable,
-        damage=found,
-        unreadable=len(result.unreadable),
-        objects=result.objects,
-        read_bytes=result.read_bytes,
-    )
-    return _exit_code(result.damage, result.unreadable)
+    return _conclude(output, result, objects=result.objects, read_bytes=result.read_bytes)
 
 
 def _format_finding(damage: Finding) -> str:
