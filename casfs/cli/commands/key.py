@@ -81,7 +81,7 @@ def key() -> None:
 @repository_options
 @click.pass_obj
 def list_keys(settings: Settings) -> None:
-    """List the recipients, the keys that sign snapshots, and the replacements of the repository's secret.
+    """List the recipients, the signing keys, and the replaced secrets.
 
     The keys of the recipients decrypt the repository. A machine trusts the first signing key that it sees for
     a host name. Compare the listed keys with those that the hosts list as their own. Each removal of a
