@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Iterator
 
 from casfs.digest import digest_of
 from casfs.restore.target_fs import entry_stat, open_subdir, unlink_quietly
@@ -68,21 +69,30 @@ def remove_abandoned(fd: int) -> None:
     Files of a process of this system are removed after it has ended. Another system may write to the same
     storage, or may be this system before its last boot: its files are removed a day after their last change.
     """
+    for name, is_directory in _abandoned(fd):
+        if is_directory:
+            _remove_abandoned_directory(fd, name)
+        else:
+            unlink_quietly(fd, name)
+
+
+def _abandoned(fd: int) -> Iterator[tuple[bytes, bool]]:
+    """Yield the abandoned temporary entries of a directory, and whether each is a directory."""
     with os.scandir(fd) as entries:
         for entry in entries:
             name = os.fsencode(entry.name)
             if name.startswith(TEMPORARY_PREFIX) and _is_abandoned(fd, name):
-                if entry.is_dir(follow_symlinks=False):
-                    _remove_abandoned_directory(fd, name)
-                else:
-                    unlink_quietly(fd, name)
+                yield name, entry.is_dir(follow_symlinks=False)
 
 
 def _remove_abandoned_directory(fd: int, name: bytes) -> None:
+    """Remove a private directory with its files; a restore makes no directory in it, but others may."""
     try:
         opened = open_subdir(fd, name)
         try:
-            remove_abandoned(opened)
+            for inside, is_directory in _abandoned(opened):
+                if not is_directory:
+                    unlink_quietly(opened, inside)
         finally:
             os.close(opened)
         os.rmdir(name, dir_fd=fd)

@@ -311,6 +311,27 @@ def test_a_private_directory_of_a_restore_that_was_killed_is_removed(
     assert os.listdir(scene.target) == ["f"]
 
 
+def test_nested_folders_with_the_names_of_temporaries_do_not_end_a_restore(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = ForeignTarget(tmp_path, {b"f": b""})
+    monkeypatch.setattr(temporary_entries, "_is_abandoned", lambda fd, name: True)
+
+    def nest() -> None:
+        fd = scene.target_fd
+        for _ in range(600):
+            os.mkdir(".casfs-restore-left", dir_fd=fd)
+            below = os.open(".casfs-restore-left", os.O_RDONLY, dir_fd=fd)
+            if fd != scene.target_fd:
+                os.close(fd)
+            fd = below
+
+    assert as_other_user(nest)
+    assert scene.restore().files == 1
+    # What a restore never leaves is not its to remove.
+    assert sorted(os.listdir(scene.target)) == [".casfs-restore-left", "f"]
+
+
 def test_an_exchanged_folder_for_new_entries_is_not_replaced_by_the_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
