@@ -353,7 +353,10 @@ def _has_trusted_owner(node: Node, st: os.stat_result) -> bool:
 
     The owner of a file can set its times at will. So the file of another user must not get the owner, the
     set-group-id bit or the capabilities of the node: a program of one user would have the rights of another.
+    A file with several names may be a file of root elsewhere, which must not get another owner.
     """
+    if st.st_nlink > 1 and os.geteuid() == 0 and (st.st_uid, st.st_gid) != (node.uid, node.gid):
+        return False
     if st.st_uid not in (0, os.geteuid(), node.uid):
         return False
     names = [name for name, _ in node.extra.xattrs] if node.extra is not None else []

@@ -226,6 +226,24 @@ def test_a_file_of_another_user_with_the_same_size_and_time_gets_no_rights(
     assert again.skipped == ("uid" not in fields)
 
 
+def test_a_hard_link_to_a_file_of_root_is_not_taken_for_an_unchanged_file_of_another_user(
+    tmp_path: Path,
+) -> None:
+    # Where fs.protected_hardlinks is off, any user can make it, and have a file like it backed up before.
+    owner = {"uid": OTHER_USER, "gid": OTHER_USER, "mode": 0o666}
+    node = file(b"", b"secret", inode=9, nlink=2, extra=NodeExtra(device=DEVICE), **owner)
+    scene = ForeignTarget(tmp_path, {b"a": node, b"b": node})
+    os.utime(scene.secret, ns=(MTIME_NS, MTIME_NS))
+    for name in ("a", "b"):
+        os.link(scene.secret, scene.target / name)
+    before = scene.secret.stat()
+    scene.restore(overwrite=Overwrite.IF_CHANGED)
+    now = scene.secret.stat()
+    assert (now.st_mode, now.st_uid, now.st_nlink) == (before.st_mode, before.st_uid, 1)
+    again = scene.restore(overwrite=Overwrite.IF_CHANGED)
+    assert again.skipped == 2
+
+
 def test_a_file_of_its_owner_in_the_snapshot_is_taken_for_unchanged(tmp_path: Path) -> None:
     node = file(b"", b"shared", uid=OTHER_USER, gid=OTHER_USER)
     scene = ForeignTarget(tmp_path, {b"f": node})
