@@ -89,7 +89,7 @@ def ssh_server() -> Iterator[SshServer]:
 
 
 def fuse_problem(device: str = "/dev/fuse", program: str = "fusermount3") -> str | None:
-    """Say why FUSE cannot work on this machine, or None where it can."""
+    """Return why FUSE cannot work on this machine, or None where it can."""
     if shutil.which(program) is None:
         return f"{program} is not installed"
     try:

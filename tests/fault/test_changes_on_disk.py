@@ -429,7 +429,7 @@ class TestRemovedNames:
             assert holder.stdout is not None
             assert holder.stdout.readline() == b"held\n"
             backup = backups.back_up(source)
-            assert holder.wait(60) == 0, "nobody asked for it back"
+            assert holder.wait(60) == 0, "no process asked for it back"
         assert backup.exit == 0
         assert backup.file(file).size == 6
 

@@ -88,7 +88,7 @@ class TestBackup:
             reported = scene.act("backup", source=source, **NO_SYNC).done()
             assert finished <= scene.packs()
             assert scene.must_be_intact(new) == listed | {reported["id"]}
-            # Trees do not count: those above the source change when anybody writes there.
+            # Trees do not count: those above the source change when another process writes there.
             stored_again.append(reported["new_bytes"] // (12 * KIB))
             goes_on(scene, new)
             scene.published = dict(known)

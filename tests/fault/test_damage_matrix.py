@@ -184,8 +184,8 @@ def test_any_damage_costs_only_what_it_hits_is_named_and_never_grows(
     readable = right(found, truth)
     lost = lost_of(found, truth)
     if cell.what == CLOSED and cell.place in ("what is condemned", "a lock that was left"):
-        # What cannot be read here may say that something is not to be relied on, or that somebody
-        # writes: so nobody does.
+        # The unreadable object may say that a pack must not be relied on, or that another process
+        # writes: so no command does.
         _must_be_refused(cell, "backup", "prune", "repair_index", "repair_snapshots")
         return
     assert right(cell.look(cell.damaged(), "look_through_the_mount"), truth) == readable

@@ -111,7 +111,7 @@ def must_show_nothing_wrong(hostile: Hostile, seen: dict[str, Files]) -> None:
     """Require that every visible entry was published, or is reported as lost."""
     for name, files in seen.items():
         true = hostile.published.get(name)
-        assert true is not None, "a snapshot is shown that nobody published"
+        assert true is not None, "a snapshot is shown that no host published"
         for path, digest in files.items():
             assert digest in (true.get(path), LOST), path
 

@@ -64,7 +64,7 @@ class History:
         self.former.append(before)
 
     def forge(self, host: str) -> None:
-        """Publish as everybody who was ever removed, with what each of them can decrypt."""
+        """Publish as each recipient that was ever removed, with the keys that it can decrypt."""
         path = self.fleet.root / "recipients"
         now = path.read_bytes()
         for number, before in enumerate(self.former):

@@ -100,7 +100,7 @@ def _digest(path: bytes) -> bytes:
 
 
 def differences(expected: dict[bytes, Look], found: dict[bytes, Look]) -> list[str]:
-    """Say how `found` differs, one line per entry; nothing when the trees are the same."""
+    """Return the differences of `found`, one line per entry; none when the trees are the same."""
     lines = [f"missing: {path!r}" for path in sorted(expected.keys() - found.keys())]
     lines += [f"unexpected: {path!r}" for path in sorted(found.keys() - expected.keys())]
     for path in sorted(expected.keys() & found.keys()):

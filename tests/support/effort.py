@@ -10,7 +10,7 @@ EFFORT = int(os.environ.get("CASFS_EFFORT", "1"))
 
 
 def dice() -> random.Random:
-    """Return what a test throws: the same every time in a short run, and another in every long one."""
+    """Return the dice of a test: the same in every short run, and others in every long one."""
     seed = int(os.environ.get("CASFS_SEED", "1" if EFFORT == 1 else random.getrandbits(32)))
     print(f"CASFS_SEED={seed}")
     return random.Random(seed)

@@ -466,7 +466,7 @@ class Explorer:
 
     def _verified(self, listed: dict[str, Files]) -> dict[str, Files]:
         for name, files in listed.items():
-            assert name in self.truth, f"{name} is listed, and nobody published it"
+            assert name in self.truth, f"{name} is listed, and no command published it"
             for path, found in files.items():
                 right = (LOST, self.truth[name].get(path))
                 assert found in right, f"{path} in {name} is given as {found}"

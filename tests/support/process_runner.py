@@ -147,7 +147,7 @@ class Scene:
             if name in listed or name not in gone:
                 assert listed.get(name) == shows, name
         for name in listed.keys() - self.published.keys():
-            assert listed[name] in maybe, "a snapshot is listed that nobody published"
+            assert listed[name] in maybe, "a snapshot is listed that no command published"
         damage = self.act("check").done()
         assert not damage, damage
         return set(listed)

@@ -358,7 +358,7 @@ def test_a_child_is_ended_when_its_context_is_left_by_an_error(tmp_path: Path) -
 
 
 def _lives(pid: int) -> bool:
-    """Say whether a process runs; one that only waits to be reaped does not."""
+    """Return whether a process runs; one that only waits to be reaped does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

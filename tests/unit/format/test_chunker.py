@@ -132,7 +132,7 @@ def test_the_secret_seed_has_no_effect_on_keyed_cuts() -> None:
     assert cut(make_chunker(seeded, KEY), data) == cut(make_chunker(KEYED, KEY), data)
 
 
-def test_every_keyed_cut_is_one_of_the_ends_that_anybody_can_compute() -> None:
+def test_every_keyed_cut_is_one_of_the_ends_that_can_be_computed_without_the_key() -> None:
     """So the cut points of a known file reveal only how the key chose among its ends."""
     data = noise("ends", 500_000)
     pieces = cut(make_chunker(ChunkerConfig(min_bytes=128, avg_bytes=512, max_bytes=1024)), data)

@@ -150,7 +150,7 @@ class TestHostilePacks:
     def test_payloads_much_larger_than_their_blobs_take_bounded_memory(
         self, repo: RepositoryFixture
     ) -> None:
-        """Whoever can create objects can add such a pack."""
+        """Every credential that can create objects can add such a pack."""
         size = 1 << 20
         data, entries = make_pack(noise(f"{number}", size) for number in range(64))
         end = len(data) - len(encode_end(entries, 0))

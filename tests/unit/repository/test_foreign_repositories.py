@@ -1,4 +1,4 @@
-"""A repository in a folder that another user can write: what that user puts there harms nobody else."""
+"""A repository in a folder that another user can write: what that user puts there harms no other user."""
 
 from __future__ import annotations
 

@@ -486,7 +486,7 @@ def _storage_damage(fleet: Fleet) -> list[str]:
 
 
 class TestRefusal:
-    def test_a_machine_without_the_secret_removes_nobody(self, fleet: Fleet) -> None:
+    def test_a_machine_without_the_secret_removes_no_recipient(self, fleet: Fleet) -> None:
         before = (fleet.root / "recipients").read_bytes()
         with pytest.raises(RefusedError, match="give --identity FILE or a passphrase"):
             fleet.run("a new one", "key", "remove", OTHER_PUBLIC, with_identity=False)
@@ -494,7 +494,7 @@ class TestRefusal:
         fleet.run("a new one", "key", "remove", OTHER_PUBLIC)
         assert [one.value for one in listed(fleet).recipients] == [PUBLIC]
 
-    def test_an_identity_that_does_not_decrypt_the_secret_removes_nobody(
+    def test_an_identity_that_does_not_decrypt_the_secret_removes_no_recipient(
         self, fleet: Fleet
     ) -> None:
         remove(fleet)
@@ -536,7 +536,7 @@ def _configured_domain(fleet: Fleet) -> str:
     return config.encryption.domain
 
 
-def test_a_list_from_which_nobody_was_removed_has_its_former_bytes(fleet: Fleet) -> None:
+def test_a_list_from_which_no_recipient_was_removed_has_its_former_bytes(fleet: Fleet) -> None:
     before = listed(fleet)
     fleet.run(
         "admin", "key", "add", "age169cv388tenh49q7hfg5g8jqnrzpr8vftc3k6fzvg6u7hpycnedfsv6jn66"

@@ -1,4 +1,4 @@
-"""A repository: made once, opened by anybody, and readable whatever became of its index."""
+"""A repository: created once, opened by every command, and readable whatever became of its index."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
 
 
 def written_by_processes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Have the process write each batch that fits into a slot; return the paths of those entries."""
+    """Make the process write each batch that fits into a slot; return the paths of those entries."""
     paths: list[bytes] = []
     submit = WriterProcesses.submit
 

@@ -166,7 +166,7 @@ def test_a_backup_that_is_stopped_at_any_step_leaves_nothing_to_repair(
     whole = scene.listed()
     go_back()
     # Counted with the old snapshot as parent, as it is for each of the others below. Trees do not
-    # count: those of the folders above the source change when anybody writes there.
+    # count: those of the folders above the source change when another process writes there.
     all_new = scene.back_up().new_plain_bytes // FILE_BYTES
     reused = []
     for stop in range(len(steps)):
