@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator
 
 from casfs.errors import IntegrityError
 from casfs.format.tree import Node, NodeType, TreeRef
-from casfs.trees.reader import TreeReader
+from casfs.trees.reader import StoredLeaf, TreeReader
 
 _FILE, _DIRECTORY = NodeType.FILE, NodeType.DIRECTORY
 
@@ -29,6 +30,8 @@ class ParentCursor:
         self.ref = ref
         self.single: list[Node] | None = None
         self._nodes: Iterator[Node] = iter(())
+        # The entry after the one that was matched may be in the next leaf already.
+        self._leaves: deque[StoredLeaf] = deque(maxlen=2)
         try:
             self.single = None if ref is None else trees.unsplit_entries(ref)
         except IntegrityError as error:
@@ -36,7 +39,7 @@ class ParentCursor:
         if self.single is not None:
             self._nodes = iter(self.single)
         elif self.ref is not None:
-            self._nodes = trees.nodes(self.ref)
+            self._nodes = self._split_entries(trees, self.ref)
         self._next = self._advance()
 
     def match(self, name: bytes) -> Node | None:
@@ -49,6 +52,18 @@ class ParentCursor:
             return node
         self._next = node
         return None
+
+    def leaf_from(self, first: bytes) -> StoredLeaf | None:
+        """Return the leaf of a split directory that begins with a name, if `match` has just read it."""
+        for leaf in self._leaves:
+            if leaf.nodes and leaf.nodes[0].name == first:
+                return leaf
+        return None
+
+    def _split_entries(self, trees: TreeReader, ref: TreeRef) -> Iterator[Node]:
+        for leaf in trees.stored_leaves(ref):
+            self._leaves.append(leaf)
+            yield from leaf.nodes
 
     def _advance(self) -> Node | None:
         try:

@@ -440,6 +440,7 @@ class Walker:
         marker = self._exclusions.marker_of(names, fd) if names and fd is not None else None
         previous = ParentCursor(self._trees, tree)
         writer = self._new_tree(previous.ref, previous.single)
+        writer.reuse_leaves(previous.leaf_from)
         frame = _Frame(node, path, fd, st.st_dev, iter(names), previous, writer, marker=marker)
         frame.inode = st.st_ino
         if source is not None:

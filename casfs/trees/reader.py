@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from casfs.digest import Digest
 from casfs.errors import TreeError
@@ -55,6 +56,14 @@ def flagged_below(node: Node) -> int:
     return int(is_flagged(node)) if ref is None else ref.flagged
 
 
+class StoredLeaf(NamedTuple):
+    """A leaf of a directory's tree; `is_last` is set where no leaf follows."""
+
+    ref: TreeRef
+    nodes: list[Node]
+    is_last: bool
+
+
 Read = Callable[[Digest], bytes]
 """Returns the verified bytes of a tree blob."""
 
@@ -86,24 +95,31 @@ class TreeReader:
 
     def leaves(self, ref: TreeRef, after: bytes = b"") -> Iterator[list[Node]]:
         """Yield the leaves that may contain names greater than `after`, in order."""
+        return (leaf.nodes for leaf in self.stored_leaves(ref, after))
+
+    def stored_leaves(self, ref: TreeRef, after: bytes = b"") -> Iterator[StoredLeaf]:
+        """Yield the leaves that may contain names greater than `after`, in order, with their references."""
         last = b""
-        for leaf in self._leaves(ref, after, MAX_PIECE_LEVELS):
-            if leaf:
-                if leaf[0].name <= last:
+        for leaf in self._leaves(ref, after, MAX_PIECE_LEVELS, True):
+            if leaf.nodes:
+                if leaf.nodes[0].name <= last:
                     raise TreeError("the pieces of a split directory are not in order")
-                last = leaf[-1].name
+                last = leaf.nodes[-1].name
             yield leaf
 
-    def _leaves(self, ref: TreeRef, after: bytes, levels: int) -> Iterator[list[Node]]:
+    def _leaves(
+        self, ref: TreeRef, after: bytes, levels: int, is_last: bool
+    ) -> Iterator[StoredLeaf]:
         piece = decode_piece(self._read(Digest(ref.digest)))
         if isinstance(piece, Leaf):
-            yield piece.nodes
+            yield StoredLeaf(ref, piece.nodes, is_last)
             return
         if levels == 0:
             raise TreeError("a directory is split more often than the format allows")
         firsts = [part.first for part in piece.pieces]
         for part in piece.pieces[max(bisect_right(firsts, after) - 1, 0) :]:
-            yield from self._leaves(part.tree, after, levels - 1)
+            ends = is_last and part is piece.pieces[-1]
+            yield from self._leaves(part.tree, after, levels - 1, ends)
 
     def unsplit_entries(self, ref: TreeRef) -> list[Node] | None:
         """Return the entries of a directory that is not split, None for a split one."""

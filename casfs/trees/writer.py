@@ -29,6 +29,7 @@ from casfs.format.tree import (
     xattr_count,
 )
 from casfs.trees.content import Put
+from casfs.trees.reader import StoredLeaf
 
 PIECE_MIN_ENTRIES = 1024
 PIECE_MAX_ENTRIES = 8192
@@ -85,9 +86,20 @@ class TreeWriter:
         self._encoded: list[bytes] | None = None
         self._encoded_bytes = 0
         self._last = b""
+        self._find_leaf: Callable[[bytes], StoredLeaf | None] | None = None
+        self._leaf: StoredLeaf | None = None
+        self._compared = 0
         self._levels: list[list[PieceRef]] = []
         self._name_bytes: list[int] = []
         self.entries = 0
+
+    def reuse_leaves(self, find_leaf: Callable[[bytes], StoredLeaf | None]) -> None:
+        """Keep the leaves of a split previous tree whose entries are added unchanged, and encode only others.
+
+        `find_leaf` returns the leaf that begins with a name, while its entries are being added.
+        """
+        if self._previous is not None:
+            self._find_leaf = find_leaf
 
     def add(self, node: Node) -> None:
         """Append an entry; raise TreeError unless its name is greater than that of the entry before."""
@@ -123,7 +135,34 @@ class TreeWriter:
         # Unchanged entries are identical objects, so the comparison rarely reads their fields.
         return self._previous_nodes == self._nodes
 
+    def _previous_leaf(self) -> StoredLeaf | None:
+        """Return the leaf of the previous tree that begins with the entries of this piece, or None.
+
+        Where a piece ends follows from its entries alone, so it does not end before that leaf does. Kept
+        entries are identical objects, so the comparison rarely reads their fields.
+        """
+        nodes, begin, end = self._nodes, self._compared, len(self._nodes)
+        if self._find_leaf is None or not nodes:
+            return None
+        if begin == 0:
+            self._leaf = self._find_leaf(nodes[0].name)
+        self._compared = end
+        leaf = self._leaf
+        if leaf is not None and (
+            end > len(leaf.nodes)
+            or (self._counts_xattrs and leaf.ref.xattrs is None)
+            or nodes[begin:] != leaf.nodes[begin:end]
+        ):
+            self._leaf = leaf = None
+        return leaf
+
     def _ends_piece(self, node: Node) -> bool:
+        leaf = self._previous_leaf()
+        if leaf is not None and len(self._nodes) < len(leaf.nodes):
+            return False
+        if leaf is not None and not leaf.is_last:
+            return True
+        # The end of the directory ended the last leaf, whether or not the piece ends there.
         # Large xattrs can fill a piece with few entries, so encoded sizes count from the first such entry.
         if self._encoded is None:
             self._encoded = []
@@ -142,6 +181,11 @@ class TreeWriter:
         self._append(0, PieceRef(first, self._store_leaf()))
 
     def _store_leaf(self) -> TreeRef:
+        leaf = self._previous_leaf()
+        self._leaf, self._compared = None, 0
+        if leaf is not None and len(leaf.nodes) == len(self._nodes):
+            self._nodes, self._encoded, self._encoded_bytes = [], None, 0
+            return leaf.ref
         nodes, encoded = self._nodes, self._encoded
         if encoded is not None and len(encoded) == len(nodes):
             data = encode_leaf(encoded)

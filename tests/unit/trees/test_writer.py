@@ -9,6 +9,7 @@ from itertools import islice
 
 import pytest
 
+from casfs.backup.parent import ParentCursor
 from casfs.digest import Digest, digest_of
 from casfs.errors import TreeError
 from casfs.format.codec import MAX_PLAIN_BYTES, BlobKind
@@ -293,3 +294,84 @@ class TestUnchangedDirectory:
         assert again.finish() == ref
         assert len(memory.blobs) == before
         assert set(memory.kinds) == {BlobKind.TREE}
+
+
+class TestKeptLeaves:
+    """Leaves of the previous tree whose entries are kept are neither encoded nor stored again."""
+
+    SPLIT = TreeSplit(min_entries=3, max_entries=12, mask=3)
+
+    def write_again(
+        self, memory: MemoryBlobs, previous: TreeRef, nodes: list[Node], split: TreeSplit
+    ) -> tuple[TreeRef, list[bytes]]:
+        """Return the new tree of a directory, and what was stored for it, as a backup writes it."""
+        cursor = ParentCursor(TreeReader(memory.read), previous)
+        stored: list[bytes] = []
+
+        def put(kind: BlobKind, digest: Digest, data: bytes) -> None:
+            stored.append(data)
+            memory.put(kind, digest, data)
+
+        writer = TreeWriter(put, digest_of, 0, previous, cursor.single, split=split)
+        writer.reuse_leaves(cursor.leaf_from)
+        for node in nodes:
+            before = cursor.match(node.name)
+            writer.add(before if before is not None and before == node else node)
+        return writer.finish(), stored
+
+    def edited(self, rng: random.Random, nodes: list[Node]) -> list[Node]:
+        """Return entries with some removed, changed, inserted and appended."""
+        found = [file(b"zz %d" % number) for number in range(rng.choice([0, 0, 1, 20]))]
+        for node in nodes:
+            roll = rng.random()
+            if roll > 0.03:
+                found.append(replace(node, mtime_ns=1) if roll < 0.06 else node)
+            if roll > 0.97:
+                found.append(file(node.name + b".new", inode=9))
+        return [node for _, node in sorted({node.name: node for node in found}.items())]
+
+    @pytest.mark.parametrize("seed", range(60))
+    def test_a_changed_split_directory_is_split_as_if_no_leaf_had_been_kept(
+        self, memory: MemoryBlobs, seed: int
+    ) -> None:
+        rng = random.Random(seed)
+        with_xattrs = NodeExtra(xattrs=((b"user.a", b"1"),))
+        nodes = [
+            replace(node, extra=with_xattrs) if rng.random() < 0.05 else node
+            for node in numbered(rng.randrange(1, 150))
+        ]
+        ref = write(memory, nodes, split=self.SPLIT)
+        for _ in range(5):
+            nodes = self.edited(rng, nodes)
+            ref, _ = self.write_again(memory, ref, nodes, self.SPLIT)
+            assert ref == write(MemoryBlobs(), nodes, split=self.SPLIT)
+
+    def test_an_unchanged_split_directory_stores_only_its_branches(
+        self, memory: MemoryBlobs
+    ) -> None:
+        nodes = numbered(1000)
+        previous = write(memory, nodes, split=self.SPLIT)
+        ref, stored = self.write_again(memory, previous, nodes, self.SPLIT)
+        assert ref == previous
+        assert stored and all(isinstance(decode_piece(data), Branch) for data in stored)
+
+    def test_one_changed_name_encodes_one_leaf_again(self, memory: MemoryBlobs) -> None:
+        nodes = numbered(1000)
+        previous = write(memory, nodes, split=self.SPLIT)
+        nodes[500] = replace(nodes[500], size=3)
+        _, stored = self.write_again(memory, previous, nodes, self.SPLIT)
+        assert sum(isinstance(decode_piece(data), Leaf) for data in stored) == 1
+
+    def test_leaves_without_a_count_of_xattrs_are_stored_again_with_one(
+        self, memory: MemoryBlobs
+    ) -> None:
+        nodes = numbered(100)
+        previous = write(memory, nodes, split=self.SPLIT)
+        cursor = ParentCursor(TreeReader(memory.read), previous)
+        writer = TreeWriter(
+            memory.put, digest_of, 0, previous, counts_xattrs=True, split=self.SPLIT
+        )
+        writer.reuse_leaves(cursor.leaf_from)
+        for node in nodes:
+            writer.add(cursor.match(node.name) or node)
+        assert writer.finish().xattrs == 0
