@@ -8,17 +8,13 @@ captured again.
 
 from __future__ import annotations
 
-import getpass
-import grp
 import logging
 import os
-import pwd
 import socket
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
@@ -29,21 +25,25 @@ from casfs.backup.capture import DEFAULT_ATTEMPTS, Capturer
 from casfs.backup.entry_builder import EntryBuilder
 from casfs.backup.exclude import Exclusions
 from casfs.backup.final_retry import FinalRetry
+from casfs.backup.named_sources import included_sources, lstat_error, require_a_source
+from casfs.backup.owner_names import (
+    MAX_OWNER_NAMES_BYTES,
+    group_names,
+    user_name,
+    user_names,
+)
 from casfs.backup.reflink import Freeze, Reflinker
 from casfs.backup.source_fs import make_node
 from casfs.backup.source_process import DEFAULT_MOUNT_TIMEOUT_S, ServedMounts
 from casfs.backup.source_reader import SourceReader
 from casfs.backup.sources import SourceNode, build_source_tree
 from casfs.backup.stability import DEFAULT_PATIENCE_S, RetryBudget
+from casfs.backup.stored_content import content_check
 from casfs.backup.walker import NewTree, Walker
 from casfs.digest import SnapshotId
-from casfs.display import escape_path
 from casfs.errors import (
-    IntegrityError,
-    NotFoundError,
     NotPublishedError,
     PacksRemovedError,
-    RefusedError,
     StorageError,
     StorageUnavailableError,
 )
@@ -51,8 +51,7 @@ from casfs.format.snapshot import Snapshot, SnapshotStats, require_encodable
 from casfs.format.tree import Node, NodeType, replace
 from casfs.monitor import Monitor, Unit
 from casfs.paths import normalize_source_path
-from casfs.problems import sources_left_out
-from casfs.repository.place import LocalPlace, Place, RemotePlace
+from casfs.repository.place import LocalPlace, Place
 from casfs.repository.repository import Repository
 from casfs.repository.snapshot_filter import latest_of
 from casfs.storage.concurrency import begin
@@ -66,16 +65,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_STDIN_NAME = b"stdin"
-
-MAX_OWNER_NAMES = 65_536
-MAX_OWNER_NAMES_BYTES = 2 * 1024 * 1024
-"""Limits of the names of users, and of groups, in one snapshot; further owners keep only their number."""
-
-_VERIFIED_AT_ONCE = 1000
-"""Blobs of a file whose places are verified together."""
-
-_OWNER_BYTES = 16
-"""Upper bound of the encoded size of an owner without the name."""
 
 _MOST_READINGS = 3
 """How often the sources are read before a backup fails, where other hosts remove packs that it needs."""
@@ -149,8 +138,8 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
     snapshot_id: SnapshotId | None = None
     protected = None
     with closing(ServedMounts(options.mount_timeout_s)) as mounts:
-        sources = _included_sources(options, mounts, monitor)
-        _require_a_source(sources, mounts, repository.place)
+        sources = included_sources(options.paths, options.exclusions, mounts, monitor)
+        require_a_source(sources, mounts, repository.place)
         draft = _draft_snapshot(options)
         # Refuse a snapshot that could not be published before anything is stored.
         require_encodable(draft, _ROOM_BYTES)
@@ -212,7 +201,7 @@ def _draft_snapshot(options: BackupOptions) -> Snapshot:
         root=Node(b"", NodeType.DIRECTORY, 0, 0, 0, 0, 0, 0, 1),
         time_ns=options.time_ns if options.time_ns is not None else time.time_ns(),
         host=options.host,
-        user=_user_name(),
+        user=user_name(),
         paths=_kept_paths(options),
         tags=options.tags,
         program=f"casfs {__version__}",
@@ -233,8 +222,8 @@ def _complete_snapshot(
         draft,
         root=root,
         paths=_without(draft.paths, stats.missing_sources),
-        users=_owner_names(entries.uids, lambda number: pwd.getpwuid(number).pw_name),
-        groups=_owner_names(entries.gids, lambda number: grp.getgrgid(number).gr_name),
+        users=user_names(entries.uids),
+        groups=group_names(entries.gids),
         parent=parent[0] if parent is not None else None,
         stats=SnapshotStats(
             files=stats.files,
@@ -268,7 +257,7 @@ def _find_parent(
     if repository.lacks_identity:
         return None
     paths = _kept_paths(options)
-    missing = [path for path in options.paths if _lstat_error(path, mounts) is not None]
+    missing = [path for path in options.paths if lstat_error(path, mounts) is not None]
     directory = _recorded_directory(options)
     # A forged snapshot could name the attacker's data as the unchanged content of a file.
     found = [
@@ -297,77 +286,9 @@ def _begin_progress(monitor: Monitor, parent: tuple[SnapshotId, Snapshot] | None
     )
 
 
-def _included_sources(
-    options: BackupOptions, mounts: ServedMounts, monitor: Monitor
-) -> tuple[bytes, ...]:
-    """Return the named sources that the options do not exclude, and report the others.
-
-    Raises NotFoundError where all sources are excluded.
-    """
-    matcher = options.exclusions.matcher()
-    reasons = {
-        source: reason
-        for source in options.paths
-        if (reason := options.exclusions.reason_against(source, matcher, mounts.stat)) is not None
-    }
-    included = tuple(source for source in options.paths if source not in reasons)
-    if reasons and not included:
-        source, reason = next(iter(reasons.items()))
-        what = f"{escape_path(source)} is left out"
-        if len(reasons) > 1:
-            what = f"all sources are left out, as {escape_path(source)}"
-        raise NotFoundError(f"{what}: {reason}; nothing was published")
-    for problem in sources_left_out(reasons):
-        monitor.problem(problem)
-    return included
-
-
 def _repository_stat(place: Place) -> os.stat_result | None:
     """Return the attributes of the repository's folder, None where it is on another machine."""
     return os.stat(place.root) if isinstance(place, LocalPlace) else None
-
-
-def _is_repository(path: bytes, mounts: ServedMounts, place: Place) -> bool:
-    """Return whether a path is the folder of the repository."""
-    if isinstance(place, RemotePlace):
-        return False
-    try:
-        return os.path.samestat(mounts.stat(path, follow=True), os.stat(place.root))
-    except OSError:
-        return False
-
-
-def _require_a_source(sources: tuple[bytes, ...], mounts: ServedMounts, place: Place) -> None:
-    """Raise NotFoundError where no source exists, RefusedError where only the repository itself does.
-
-    The walk reports single missing sources as problems.
-    """
-    if not sources:
-        return
-    errors = {path: error for path in sources if (error := _lstat_error(path, mounts)) is not None}
-    found = [path for path in sources if path not in errors]
-    if any(not _is_repository(path, mounts, place) for path in found):
-        return
-    if found:
-        raise RefusedError(f"{place} is the repository itself; nothing was published")
-    for path, error in errors.items():
-        if not isinstance(error, FileNotFoundError):
-            raise NotFoundError(
-                f"{escape_path(path)} cannot be read: {error.strerror}; nothing was published"
-            )
-    names = ", ".join(escape_path(path) for path in sources[:3])
-    more = ", …" if len(sources) > 3 else ""
-    verb = "do not exist" if len(sources) > 1 else "does not exist"
-    raise NotFoundError(f"{names}{more} {verb}; nothing was published")
-
-
-def _lstat_error(path: bytes, mounts: ServedMounts) -> OSError | None:
-    """Return the error of `lstat` on a path, or None."""
-    try:
-        mounts.stat(path)
-    except OSError as error:
-        return error
-    return None
 
 
 def _kept_paths(options: BackupOptions) -> tuple[bytes, ...]:
@@ -469,7 +390,7 @@ class _Backup:
         report_changed: bool,
     ) -> Node:
         capturer = self._capturer(writer)
-        is_stored = _content_check(self._repository, parent)
+        is_stored = content_check(self._repository, parent)
         new_tree = self._new_tree(writer, keep_trees=is_stored is None)
         self.entries = EntryBuilder(
             capturer=capturer,
@@ -555,37 +476,6 @@ def _open_file_cache(repository: Repository, options: BackupOptions) -> FileCach
     return FileCache(repository.store.index, key, repository.loss_epoch, earlier_keys)
 
 
-def _content_check(
-    repository: Repository, parent: tuple[SnapshotId, Snapshot] | None
-) -> Callable[[Node], bool] | None:
-    """Return a predicate whether the content of an unchanged file is still stored, or None.
-
-    None means that it is known to be stored: the index has lost nothing since the parent was published, and
-    no pack is marked for removal.
-    """
-    index = repository.store.index
-    if parent is None or (index.is_complete(parent[0]) and not index.untrusted_packs()):
-        return None
-
-    # A new index has only claims of what the parent needs. This machine verified or stored it at the time of
-    # the parent; only after a loss may the index have another claim in its place.
-    verifies = index.was_complete(parent[0])
-
-    def is_stored(node: Node) -> bool:
-        blobs = repository.content(node).blobs()
-        try:
-            if not verifies:
-                return all(index.are_stored(blobs))
-            while batch := list(islice(blobs, _VERIFIED_AT_ONCE)):
-                if not all(repository.claims.are_stored(batch)):
-                    return False
-        except IntegrityError:
-            return False
-        return True
-
-    return is_stored
-
-
 def _read_stream(
     capturer: Capturer, entries: EntryBuilder, new_tree: NewTree, name: bytes, fd: int
 ) -> Node:
@@ -599,30 +489,3 @@ def _read_stream(
     tree.add(node)
     root = make_node(b"", os.stat("."), NodeType.DIRECTORY, ())
     return replace(root, tree=tree.finish())
-
-
-def _owner_names(numbers: set[int], name_of: Callable[[int], str]) -> tuple[tuple[int, str], ...]:
-    found: list[tuple[int, str]] = []
-    room_bytes = MAX_OWNER_NAMES_BYTES
-    for number in sorted(numbers)[:MAX_OWNER_NAMES]:
-        try:
-            name = _unicode(name_of(number))
-        except (KeyError, OverflowError):
-            continue
-        room_bytes -= _OWNER_BYTES + len(name.encode())
-        if room_bytes < 0:
-            break
-        found.append((number, name))
-    return tuple(found)
-
-
-def _user_name() -> str:
-    try:
-        return _unicode(getpass.getuser())
-    except (KeyError, OSError):
-        return str(os.getuid())
-
-
-def _unicode(name: str) -> str:
-    """Return the name of an account with bytes that are not UTF-8 escaped; it is for display only."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

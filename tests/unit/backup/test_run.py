@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from casfs.backup.run import MAX_OWNER_NAMES_BYTES, BackupOptions, run_backup
+from casfs.backup.owner_names import MAX_OWNER_NAMES_BYTES
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.errors import UsageError
 from casfs.format.snapshot import encode_snapshot
 from casfs.monitor import RecordingMonitor
