@@ -6,6 +6,7 @@ A damaged index costs only the time to rebuild it.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +123,7 @@ def _open_synced(
             index = Index(path, readonly=True)
         except IndexUnusableError:
             raise error from None
-        if not index.is_current() or not _has_places(index, ciphers):
+        if not index.is_current():
             close_index(index)
             raise
         log.warning("%s; it is used as it is, so what other hosts stored is found slowly", error)
@@ -220,8 +221,13 @@ def _can_read(ciphers: PackCiphers | None) -> bool:
 
 
 def _has_places(index: Index, ciphers: PackCiphers | None) -> bool:
-    """Return whether the index has the places of all blobs that this process can read."""
-    return not _can_read(ciphers) or not index.unplaced_packs()
+    """Return whether the index has the places of all blobs that this process can read, or can get none.
+
+    Where it cannot be written, `BlobStore` looks the places up in the packs' directories, again and again.
+    """
+    return (
+        not _can_read(ciphers) or not os.access(index.path, os.W_OK) or not index.unplaced_packs()
+    )
 
 
 def _has_all_packs(index: Index, storage: Storage, codec: BlobCodec) -> bool:

@@ -132,3 +132,15 @@ def test_a_damaged_directory_costs_only_what_a_scan_does_not_find(
     for path in pack_paths(repo.root):
         flip(path, -100)
     assert content(repo, source, "large") == noise("large", LARGE_BYTES)
+
+
+def test_places_that_cannot_be_recorded_are_looked_up_for_each_read(
+    repo: EncryptedRepositoryFixture, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.back_up(source)
+    # As on a read-only disk, also for root.
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for path in source.iterdir():
+        assert content(repo, source, path.name) == path.read_bytes()
+    with closing(index_of(repo)) as index:
+        assert len(index.unplaced_packs()) == len(index.packs())
