@@ -86,8 +86,11 @@ class TestCheck:
             StoredObjects(damaged.casfs).delete(damaged.pack.name)
         else:
             StoredObjects(damaged.casfs).truncate(damaged.pack.name, 5 * MIB)
-        result = damaged.casfs.json("check", expect=5)
-        assert damaged.pack.digest in str(result.of_type("damage"))
+        reported = str(damaged.casfs.json("check", expect=5).of_type("damage"))
+        assert "source/big" in reported
+        # A host that has the index of a far repository for itself may be behind the prune of another one.
+        if damaged.casfs.repository is not None or what == "a pack is cut short":
+            assert damaged.pack.digest in reported
 
     def test_check_finds_a_snapshot_that_does_not_match_its_name(
         self, repository: Casfs, source: Path

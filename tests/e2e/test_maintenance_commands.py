@@ -198,6 +198,7 @@ class TestPrune:
             bulky.run("forget", "--keep-last", "1")
             assert size_of(bulky) == before
             result = bulky.json("prune").one("prune")
+        result = bulky.settled(result)
         assert size_of(bulky) < before - 8 * MIB
         assert result["freed_bytes"] >= 8 * MIB
         assert abs(before - size_of(bulky) - result["freed_bytes"]) < 10_000
@@ -227,7 +228,7 @@ class TestPrune:
             assert waiting["removed_packs"] == 0
             shown = mount / str(source).lstrip("/") / "bulk"
             assert len(shown.read_bytes()) == 8 * MIB
-        assert bulky.json("prune").one("prune")["freed_bytes"] >= 8 * MIB
+        assert bulky.settled(bulky.json("prune").one("prune"))["freed_bytes"] >= 8 * MIB
 
     @pytest.mark.fuse
     def test_prune_that_repacks_shown_data_does_not_disturb_a_mount(
@@ -243,8 +244,8 @@ class TestPrune:
             reported = repository.json("prune", "--margin", "0s").one("prune")
             # A data pack, and the metadata pack in which the parents of the source have changed.
             assert reported["repacked_packs"] == 2
-            assert reported["freed_bytes"] >= 8 * MIB
             assert (mount / str(source).lstrip("/") / "kept").read_bytes() == kept
+        assert repository.settled(reported)["freed_bytes"] >= 8 * MIB
 
     def test_prune_drops_a_draft_that_is_named_and_old_enough(self, bulky: Casfs) -> None:
         assert bulky.repository is not None

@@ -122,8 +122,12 @@ def test_forget_and_prune_without_a_reader_finish_what_they_began(
     done = run_into(repository, deserted_pipe, unbuffered, *arguments)
     assert (done.returncode, done.stderr) == (141, b"")
     assert len(repository.json("snapshots").of_type("snapshot")) == 1
-    assert repository.json("stats").of_type("stats") != stored
-    assert repository.json("prune", "--dry-run").one("prune")["removed_packs"] == 0
+    left = repository.json("prune", "--dry-run").one("prune")
+    assert left["removed_packs"] == left["marked_packs"] == 0
+    if repository.repository is not None:
+        assert repository.json("stats").of_type("stats") != stored
+    else:  # where hosts write over a network, a prune marks what a later one removes
+        assert left["waiting_packs"] > 0
 
 
 @BUFFERING

@@ -63,6 +63,11 @@ class Result:
 
     @property
     def objects(self) -> list[dict[str, Any]]:
+        """The JSON lines of stdout without the count of requests, which a repository elsewhere adds."""
+        return [value for value in self.lines if value["type"] != "requests"]
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
         """The JSON lines of stdout; each must be an object that says its type."""
         found = []
         for line in self.out.splitlines():
@@ -72,7 +77,7 @@ class Result:
         return found
 
     def of_type(self, kind: str) -> list[dict[str, Any]]:
-        return [value for value in self.objects if value["type"] == kind]
+        return [value for value in self.lines if value["type"] == kind]
 
     def one(self, kind: str) -> dict[str, Any]:
         """Return the only JSON line of this type."""
@@ -201,6 +206,10 @@ class Casfs:
     def backup(self, *arguments: Argument, expect: int = 0, **how: Any) -> dict[str, Any]:
         """Back up and return the `snapshot` line."""
         return self.json("backup", *arguments, expect=expect, **how).one("snapshot")
+
+    def settled(self, pruned: dict[str, Any]) -> dict[str, Any]:
+        """Return the result of a prune when what it found unneeded is removed: here that is at once."""
+        return pruned
 
     def refuses(
         self,

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from casfs.storage.base import Storage, StorageOptions
 from casfs.storage.remote import open_storage
@@ -33,6 +34,11 @@ class RemoteCasfs(Casfs):
     def beside(self, name: str) -> RemoteCasfs:
         """Return the same command for a repository that is not yet made, at the same server."""
         return replace(self, url=f"{self.url}-{name}")
+
+    def settled(self, pruned: dict[str, Any]) -> dict[str, Any]:
+        """Return the result of the prune that removes what an earlier one has marked for removal."""
+        assert pruned["removed_packs"] == 0
+        return self.json("prune", "--margin", "0s").one("prune")
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         named = {"CASFS_REPOSITORY": self.url} if self.url else {}
