@@ -138,8 +138,9 @@ class TreeWriter:
     def _previous_leaf(self) -> StoredLeaf | None:
         """Return the leaf of the previous tree that begins with the entries of this piece, or None.
 
-        Where a piece ends follows from its entries alone, so it does not end before that leaf does. Kept
-        entries are identical objects, so the comparison rarely reads their fields.
+        Where a piece ends follows from its entries and the seed, so it does not end before that leaf does.
+        The leaf of another seed, from before a removal of a recipient, is kept as it is. Kept entries are
+        identical objects, so the comparison rarely reads their fields.
         """
         nodes, begin, end = self._nodes, self._compared, len(self._nodes)
         if self._find_leaf is None or not nodes:

@@ -212,9 +212,8 @@ def test_an_encrypted_snapshot_keeps_its_golden_bytes(monkeypatch: pytest.Monkey
     assert msgspec.msgpack.decode(inner[8:])["host"] == "host"
 
 
-def test_an_index_delta_keeps_its_golden_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def _delta_builder(blobs: list[bytes]) -> DeltaBuilder:
     builder = DeltaBuilder()
-    blobs = [bytes([n]) * 32 for n in (1, 2)]
     entries = [
         PackEntry(Digest(blobs[0]), 32, 100, 200, BlobKind.DATA, 1),
         PackEntry(Digest(blobs[1]), 148, 10, 20, BlobKind.TREE, 0),
@@ -223,7 +222,12 @@ def test_an_index_delta_keeps_its_golden_bytes(monkeypatch: pytest.MonkeyPatch) 
     builder.removed.append(PackId(bytes([4]) * 32))
     builder.replaced.append(DeltaName(5, bytes([5]) * 32))
     builder.is_complete = True
-    name, data = builder.encode(0x18F123456789)
+    return builder
+
+
+def test_an_index_delta_keeps_its_golden_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs = [bytes([n]) * 32 for n in (1, 2)]
+    name, data = _delta_builder(blobs).encode(0x18F123456789)
     assert str(name) == f"deltas/18f123456789-{digest_of(data).hex()}"
     # By hand, with the document's tables.
     body = bytes.fromhex("01000000 01000000 01000000 01000000 02000000 00000000")
@@ -235,7 +239,7 @@ def test_an_index_delta_keeps_its_golden_bytes(monkeypatch: pytest.MonkeyPatch) 
     assert data == b"CASFSDLT" + bytes.fromhex("0100 1800 00000000") + time + body
     assert name.digest == digest_of(data)
     monkeypatch.setattr(os, "urandom", lambda size: SALT[:size])
-    name, data = builder.encode(0x18F123456789, SESSION)
+    name, data = _delta_builder(blobs).encode(0x18F123456789, SESSION)
     assert data[:24] == b"CASFSDLT" + bytes.fromhex("0100 5800 00000000") + time
     assert data[24:88] == SESSION.id + SALT
     key = blake3(SESSION.secret + SALT, derive_key_context="casfs 2026-11-23 delta key").digest()

@@ -302,7 +302,12 @@ class TestKeptLeaves:
     SPLIT = TreeSplit(min_entries=3, max_entries=12, mask=3)
 
     def write_again(
-        self, memory: MemoryBlobs, previous: TreeRef, nodes: list[Node], split: TreeSplit
+        self,
+        memory: MemoryBlobs,
+        previous: TreeRef,
+        nodes: list[Node],
+        split: TreeSplit,
+        tree_seed: int = 0,
     ) -> tuple[TreeRef, list[bytes]]:
         """Return the new tree of a directory, and what was stored for it, as a backup writes it."""
         cursor = ParentCursor(TreeReader(memory.read), previous)
@@ -312,7 +317,7 @@ class TestKeptLeaves:
             stored.append(data)
             memory.put(kind, digest, data)
 
-        writer = TreeWriter(put, digest_of, 0, previous, cursor.single, split=split)
+        writer = TreeWriter(put, digest_of, tree_seed, previous, cursor.single, split=split)
         writer.reuse_leaves(cursor.leaf_from)
         for node in nodes:
             before = cursor.match(node.name)
@@ -345,6 +350,21 @@ class TestKeptLeaves:
             nodes = self.edited(rng, nodes)
             ref, _ = self.write_again(memory, ref, nodes, self.SPLIT)
             assert ref == write(MemoryBlobs(), nodes, split=self.SPLIT)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_a_directory_stays_whole_where_a_removal_of_a_recipient_changed_the_seed(
+        self, memory: MemoryBlobs, seed: int
+    ) -> None:
+        rng = random.Random(seed)
+        nodes = numbered(rng.randrange(20, 200))
+        ref = write(memory, nodes, seed=1, split=self.SPLIT)
+        for tree_seed in (2, 2, 3):
+            nodes = self.edited(rng, nodes)
+            ref, _ = self.write_again(memory, ref, nodes, self.SPLIT, tree_seed)
+            assert list(TreeReader(memory.read).nodes(ref)) == nodes
+            assert ref.nodes == len(nodes)
+            leaves = [piece for piece in pieces_of(memory, ref) if isinstance(piece, Leaf)]
+            assert max(len(leaf.nodes) for leaf in leaves) <= self.SPLIT.max_entries
 
     def test_an_unchanged_split_directory_stores_only_its_branches(
         self, memory: MemoryBlobs
