@@ -73,6 +73,12 @@ their digests, so that each page is still written only once or twice.
 _BLOBS_PER_PAGE = 28
 """The fewest blobs on a page that is half full, as new pages are."""
 
+_FOUND_AT_ONCE = 32_768
+"""The most pages that a transaction with several found packs changes, and about as many as one pack can."""
+
+_PAGES_OF_PACK = 1200
+"""The pages of the blobs of a large pack in an empty index."""
+
 
 class Index:
     """An open index. Threads may share it; it must not cross a fork.
@@ -442,6 +448,12 @@ class Index:
         for number, part in enumerate(parts, 1):
             is_last = number == len(parts)
             self._env.write(functools.partial(change, entries=part, is_last=is_last))
+
+    def packs_at_once(self) -> int:
+        """Return how many packs `add_found_packs` may add at once, so that the memory of it is bounded."""
+        pages = self._env.read(lambda txn: int(txn.stat(db=self._tables.blobs)["leaf_pages"]))
+        # Each transaction changes the pages that exist at most once, and adds some for every pack.
+        return max(1, (_FOUND_AT_ONCE - pages) // _PAGES_OF_PACK)
 
     def add_found_packs(
         self, packs: Callable[[], Iterable[IndexedPack]], pending: Callable[[], Set[PackRef]]

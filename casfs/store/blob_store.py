@@ -655,6 +655,12 @@ class BlobStore:
     def _add_found_packs(
         self, new: list[tuple[PackRef, int]], is_alone: Callable[[], bool]
     ) -> None:
+        """Add packs to the index from their directories, a few in each transaction."""
+        rest = iter(new)
+        while part := list(islice(rest, self.index.packs_at_once())):
+            self._add_found_part(part, is_alone)
+
+    def _add_found_part(self, new: list[tuple[PackRef, int]], is_alone: Callable[[], bool]) -> None:
         pending: set[PackRef] = set()
 
         def ask() -> set[PackRef]:
