@@ -164,7 +164,12 @@ def run_backup(repository: Repository, options: BackupOptions, monitor: Monitor)
             if options.dry_run:
                 break
             try:
-                snapshot_id = repository.snapshots.publish(snapshot)
+                unchanged_since = None
+                if parent is not None and parent[1].root == root:
+                    unchanged_since = parent[0]
+                snapshot_id = repository.snapshots.publish(
+                    snapshot, unchanged_since=unchanged_since
+                )
                 break
             except PacksRemovedError as error:
                 if not readings_left:

@@ -7,11 +7,11 @@ removed before its replacement, so that a crash never makes a replaced snapshot 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from casfs.digest import SnapshotId
-from casfs.errors import IntegrityError, KeyMissingError, NotFoundError, RefusedError
+from casfs.errors import IntegrityError, KeyMissingError, RefusedError
 from casfs.format.snapshot import Snapshot
 from casfs.maintenance.retention import KeepDecision, Policy, apply_policy
 from casfs.repository.repository import Repository
@@ -169,23 +169,20 @@ def select_by_name(
 
 
 def forget(repository: Repository, candidates: Iterable[Candidate]) -> int:
-    """Remove snapshots durably, one at a time, and return the number removed.
+    """Remove snapshots durably, and return the number removed; over a distance several at the same time.
 
-    The repository is open for writing.
+    The repository is open for writing. What a snapshot hides is removed before it.
     """
-    count = 0
-    for candidate in candidates:
-        if candidate.snapshot is not None:
-            for hidden in repository.snapshots.provenance.hidden_by(
-                candidate.snapshot_id, candidate.snapshot
-            ):
-                repository.snapshots.delete(hidden)
-        try:
-            repository.snapshots.delete(candidate.snapshot_id)
-        except NotFoundError:
-            continue
-        count += 1
-    return count
+
+    def with_hidden() -> Iterator[list[SnapshotId]]:
+        provenance = repository.snapshots.provenance
+        for candidate in candidates:
+            hidden: list[SnapshotId] = []
+            if candidate.snapshot is not None:
+                hidden += provenance.hidden_by(candidate.snapshot_id, candidate.snapshot)
+            yield [*hidden, candidate.snapshot_id]
+
+    return sum(repository.snapshots.delete_each(with_hidden()))
 
 
 def _describe(key: GroupKey) -> str:

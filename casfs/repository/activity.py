@@ -42,9 +42,14 @@ class Activity:
             self.lock.release()
 
     def wait_until_shown(self) -> None:
-        """Wait until the presence of this process is shown, if it can be, and the clock is set."""
+        """Wait until the presence of this process is shown, if it can be."""
         if self.presence is not None:
             self.presence.wait_until_shown()
+
+    def wait_for_clock(self) -> None:
+        """Wait until the presence object of a writer has set the clock, if it can be written."""
+        if self.presence is not None and self.is_writer:
+            self.presence.wait_for_clock()
 
     @property
     def is_writer(self) -> bool:

@@ -7,6 +7,9 @@ learns of its removal before the pack is gone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from casfs.format.delta import DeltaName
 from casfs.index.delta_notes import DeltaNotes
 from casfs.store.blob_store import BlobStore
 from casfs.store.delta_merge import DeltaMerger, MergeResult
@@ -38,15 +41,17 @@ class Deltas:
     def _notes(self) -> DeltaNotes:
         return DeltaNotes(self._store.index)
 
-    def learn_removals(self) -> None:
+    def learn_removals(self, list_ahead: Callable[[], dict[DeltaName, int]] | None = None) -> None:
         """Remove from the index the packs that other hosts removed since it was synced; raise StorageError.
+
+        `list_ahead` returns a listing of the deltas that the caller has begun.
 
         A merge may have dropped the removal of any pack, also of one that this process published after it.
         Then the packs are looked at, or listed if there are many. Packs that are new to the index are not:
         this process does not rely on them until it ends.
         """
         first_new = self._store.index.next_pack()
-        self._sync.sync()
+        self._sync.sync(list_ahead=list_ahead)
         new = {one.ordinal for one in self._notes.unverified() if one.ordinal >= first_new}
         self._store.index.distrust(new)
         self._ignored |= new

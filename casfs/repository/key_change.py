@@ -48,7 +48,7 @@ def open_for_key_change(place: Place, verb: str, sync: bool = True) -> Iterator[
         activity = begin_writing(
             place, storage, trust.config, verb, LockMode.MAINTENANCE, lambda: is_marked(storage)
         )
-        activity.wait_until_shown()
+        activity.wait_for_clock()
         if isinstance(storage, LocalStorage) and activity.lock is not None:
             storage.writer = activity.lock.name
         if is_shared(storage):

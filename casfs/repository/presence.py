@@ -76,6 +76,7 @@ class Presence:
         self._names: list[str] = []
         self._written_ns = 0
         self._shown = threading.Event()
+        self._clock_set = threading.Event()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -93,8 +94,12 @@ class Presence:
         self._thread.start()
 
     def wait_until_shown(self) -> None:
-        """Wait for the end of the first write, successful or not; then the clock is set if it can be."""
+        """Wait until the object is written for the first time, or cannot be."""
         self._shown.wait()
+
+    def wait_for_clock(self) -> None:
+        """Wait until the first object has set the clock, or cannot."""
+        self._clock_set.wait()
 
     def is_fresh(self) -> bool:
         """Return whether no other process can take this one for stale for some time."""
@@ -132,11 +137,11 @@ class Presence:
         try:
             data = msgspec.json.encode(self._record) + b"\n"
             try:
-                mtime_ns = self._clock.write(self.name, data)
+                mtime_ns = self._clock.write(self.name, data, self._shown.set)
             except StorageDeniedError:
                 # A credential may be allowed to create and not to overwrite.
                 self.name = f"{FOLDER}/{os.urandom(16).hex()}"
-                mtime_ns = self._clock.create(self.name, data)
+                mtime_ns = self._clock.create(self.name, data, self._shown.set)
             self._written_ns = elapsed_ns()
             if self.name not in self._names:
                 self._names.append(self.name)
@@ -146,6 +151,7 @@ class Presence:
             log.debug("the presence of this process is not shown: %s", error)
         finally:
             self._shown.set()
+            self._clock_set.set()
 
 
 def present_processes(storage: Storage) -> dict[str, PresentProcess]:

@@ -5,7 +5,8 @@
    draft.
 2. The **last look**: list the removal notices, then learn what was removed: by the index deltas, or by a
    listing of the packs where there are none. Store again every blob whose pack is marked for removal or gone,
-   and look again, until a look finds nothing.
+   and look again, until a look finds nothing. Where a snapshot with the same root is seen to exist after the
+   draft was stored, both are listed at the same time.
 3. Store the snapshot under its name, and look once more.
 4. Delete the draft where that is allowed. A prune deletes it otherwise.
 
@@ -33,6 +34,7 @@ from casfs.errors import (
     NotFoundError,
     PacksRemovedError,
     PublicationUnknownError,
+    StorageDeniedError,
     StorageError,
     StorageUnavailableError,
 )
@@ -47,6 +49,7 @@ from casfs.repository.snapshot_listing import DRAFTS, SNAPSHOTS
 from casfs.storage.clock import elapsed_ns
 from casfs.storage.concurrency import begin
 from casfs.store.blob_store import pack_name
+from casfs.store.delta_reader import list_deltas
 from casfs.store.pending_removal import ListedNotice, list_notices
 
 log = logging.getLogger(__name__)
@@ -94,11 +97,18 @@ class SnapshotPublisher:
         )
 
     def publish(
-        self, snapshot_id: SnapshotId, data: bytes, root: Node, copy_of: SnapshotId | None
+        self,
+        snapshot_id: SnapshotId,
+        data: bytes,
+        root: Node,
+        copy_of: SnapshotId | None,
+        unchanged_since: SnapshotId | None,
     ) -> None:
-        """Store a snapshot all of whose blobs stay; `copy_of` is an existing snapshot with the same root.
+        """Store a snapshot all of whose blobs stay.
 
-        Raise StorageError, and PacksRemovedError where blobs are lost; nothing is published then.
+        `copy_of` is an existing snapshot with the same root. So is `unchanged_since`, which may have been
+        forgotten since the caller found it. Raise StorageError, and PacksRemovedError where blobs are lost;
+        nothing is published then.
         """
         name, draft = f"{SNAPSHOTS}/{snapshot_id.hex()}", f"{DRAFTS}/{snapshot_id.hex()}"
         if not is_shared(self._storage):
@@ -114,7 +124,7 @@ class SnapshotPublisher:
             while True:
                 # The blobs of an existing snapshot stay as long as it exists: its root needs no look.
                 if copy_of is None:
-                    known = self._look(root, known)
+                    known = self._look_beside(unchanged_since, root, known)
                 if self._elapsed_ns() - began_ns <= MARGIN_NS // 2:
                     break
                 began_ns = self._elapsed_ns()
@@ -130,7 +140,7 @@ class SnapshotPublisher:
         except StorageUnavailableError as error:
             raise PublicationUnknownError(error) from error
         if copy_of is None or not self._exists(copy_of):
-            self._look_once_more(snapshot_id, root, known)
+            self._look_once_more(snapshot_id, root, known, unchanged_since)
         self._repository.finish_in_background(lambda: self._try_delete(draft))
 
     def _store_draft(self, draft: str, data: bytes) -> None:
@@ -168,10 +178,16 @@ class SnapshotPublisher:
         index = self._store.index
         return _Known(index.marked_for_removal(), (index.loss_epoch(), index.removals()))
 
-    def _look_once_more(self, snapshot_id: SnapshotId, root: Node, known: _Known) -> None:
+    def _look_once_more(
+        self,
+        snapshot_id: SnapshotId,
+        root: Node,
+        known: _Known,
+        unchanged_since: SnapshotId | None = None,
+    ) -> None:
         """Look again after publication; withdraw a snapshot whose blobs are lost."""
         try:
-            self._look(root, known)
+            self._look_beside(unchanged_since, root, known)
             self._repository.snapshots.before_publish()
         except PacksRemovedError:
             self._storage.delete(f"{SNAPSHOTS}/{snapshot_id.hex()}")
@@ -184,27 +200,44 @@ class SnapshotPublisher:
                 error,
             )
 
-    def _look(self, root: Node, known: _Known) -> _Known:
+    def _look_beside(self, unchanged_since: SnapshotId | None, root: Node, known: _Known) -> _Known:
+        """Look, over a distance in one round trip where an existing snapshot has the same root.
+
+        The blobs of a snapshot stay as long as it exists. While it does, the order in which a look lists does
+        not matter. Where it is gone, look in order.
+        """
+        if unchanged_since is None or self._storage.capabilities.parallel_requests <= 1:
+            return self._look(root, known)
+        exists = begin(self._storage, lambda: self._exists(unchanged_since))
+        known = self._look(root, known, at_once=True)
+        return known if exists() else self._look(root, known)
+
+    def _look(self, root: Node, known: _Known, at_once: bool = False) -> _Known:
         """Store again what the root needs and other hosts remove, until a look finds nothing new.
 
-        Return the state of the index in which nothing that the root needs is removed.
+        With `at_once`, list notices and deltas at the same time. Return the state of the index in which
+        nothing that the root needs is removed.
         """
         for _ in range(_MOST_LOOKS):
-            if self._is_unchanged(known):
+            if self._is_unchanged(known, at_once):
                 return known
             known = self._distrust_marked()
             self._restore(root, known.marked)
         raise PacksRemovedError(self._storage.url, "packs are removed again and again")
 
-    def _is_unchanged(self, known: _Known) -> bool:
+    def _is_unchanged(self, known: _Known, at_once: bool) -> bool:
         """Return whether no pack was marked for removal or removed since `known`; update the index."""
         index = self._store.index
         # The notices first: the delta that names a pack as removed comes before the pack's deletion, and the
         # deletion of the notice comes last.
-        self._notices = list_notices(self._storage, self._notices)
         deltas = self._repository.deltas
-        if deltas is not None and deltas.learns:
-            deltas.learn_removals()
+        learns = deltas is not None and deltas.learns
+        list_ahead = None
+        if at_once and learns:
+            list_ahead = begin(self._storage, lambda: list_deltas(self._storage))
+        self._notices = list_notices(self._storage, self._notices)
+        if deltas is not None and learns:
+            deltas.learn_removals(list_ahead)
         else:
             self._remove_missing()
         pending = {pack for listed in self._notices.values() for pack in listed.notice.pack_refs()}
@@ -271,9 +304,10 @@ class SnapshotPublisher:
                 raise BlobError(digest, "it belongs to the dedup domain of another writer")
 
     def _exists(self, snapshot_id: SnapshotId) -> bool:
+        """Return whether a snapshot is there, False where that may not be asked; raise StorageError."""
         try:
             return self._storage.size(f"{SNAPSHOTS}/{snapshot_id.hex()}") >= 0
-        except NotFoundError:
+        except (NotFoundError, StorageDeniedError):
             return False
 
     def _try_delete(self, name: str) -> None:

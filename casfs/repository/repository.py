@@ -173,7 +173,8 @@ class Repository:
 
     @property
     def clock(self) -> StorageClock:
-        """The clock of the storage."""
+        """The clock of the storage; a writer waits until it is set."""
+        self._activity.wait_for_clock()
         return self._activity.clock
 
     @property

@@ -10,7 +10,8 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -43,6 +44,7 @@ from casfs.repository.provenance import Provenance
 from casfs.repository.snapshot_filter import ALL_SNAPSHOTS, SnapshotFilter, latest_of
 from casfs.repository.snapshot_listing import SNAPSHOTS, SnapshotListing, list_ids
 from casfs.storage.base import Storage
+from casfs.storage.concurrency import in_order
 from casfs.trees.reader import TreeReader
 
 if TYPE_CHECKING:
@@ -66,11 +68,18 @@ class Publisher(Protocol):
     """Stores snapshots where other hosts may remove packs at any time."""
 
     def publish(
-        self, snapshot_id: SnapshotId, data: bytes, root: Node, copy_of: SnapshotId | None
+        self,
+        snapshot_id: SnapshotId,
+        data: bytes,
+        root: Node,
+        copy_of: SnapshotId | None,
+        unchanged_since: SnapshotId | None,
     ) -> None:
-        """Store a snapshot all of whose blobs stay; `copy_of` is an existing snapshot with the same root.
+        """Store a snapshot all of whose blobs stay.
 
-        Raise StorageError, and PacksRemovedError where blobs are lost; nothing is published then.
+        `copy_of` is an existing snapshot with the same root. So is `unchanged_since`, which may have been
+        forgotten since the caller found it. Raise StorageError, and PacksRemovedError where blobs are lost;
+        nothing is published then.
         """
 
     def begin_again(self) -> None:
@@ -118,13 +127,15 @@ class SnapshotStore:
         is_proven: bool = True,
         author: Author | None = None,
         copy_of: SnapshotId | None = None,
+        unchanged_since: SnapshotId | None = None,
     ) -> SnapshotId:
         """Store a snapshot, as the last step of a backup.
 
         `complete` means that all its blobs are durable and in the index. Without `is_proven` it is published
         as unproven, even by a trusted writer. `author` is the machine that made it, by default this one.
-        `copy_of` is an existing snapshot with the same root. Raise PacksRemovedError, and publish nothing,
-        where other hosts removed packs that it needs.
+        `copy_of` is an existing snapshot with the same root. So is `unchanged_since`, which may have been
+        forgotten since the caller found it. Raise PacksRemovedError, and publish nothing, where other hosts
+        removed packs that it needs.
         """
         session, key = None, None
         if self._keys is not None:
@@ -134,7 +145,7 @@ class SnapshotStore:
         if complete:
             self._index.mark_complete(snapshot_id, self._loss_epoch)
         if self.publisher is not None:
-            self.publisher.publish(snapshot_id, data, snapshot.root, copy_of)
+            self.publisher.publish(snapshot_id, data, snapshot.root, copy_of, unchanged_since)
         else:
             self.before_publish()
             self._storage.create(f"{SNAPSHOTS}/{snapshot_id.hex()}", data)
@@ -235,8 +246,39 @@ class SnapshotStore:
 
     def delete(self, snapshot_id: SnapshotId) -> None:
         """Delete a snapshot; its blobs stay until a prune."""
+        self._record_deleted(snapshot_id)
+        self._delete_object(snapshot_id)
+
+    def delete_each(self, groups: Iterable[Sequence[SnapshotId]]) -> Iterator[bool]:
+        """Delete the snapshots of each group in order; yield whether the last one of it was there.
+
+        Where requests travel a distance, snapshots of several groups are deleted at the same time.
+        """
+
+        def recorded() -> Iterator[Sequence[SnapshotId]]:
+            for group in groups:
+                for snapshot_id in group:
+                    self._record_deleted(snapshot_id)
+                yield group
+
+        def delete(group: Sequence[SnapshotId]) -> bool:
+            *others, last = group
+            for snapshot_id in others:
+                with suppress(NotFoundError):
+                    self._delete_object(snapshot_id)
+            try:
+                self._delete_object(last)
+            except NotFoundError:
+                return False
+            return True
+
+        return in_order(self._storage, delete, recorded())
+
+    def _record_deleted(self, snapshot_id: SnapshotId) -> None:
         if self._keys is not None:
             self._keys.record_deleted(snapshot_id)
+
+    def _delete_object(self, snapshot_id: SnapshotId) -> None:
         if self.publisher is not None:
             self.publisher.before_deletion(snapshot_id)
         self._storage.delete(f"{SNAPSHOTS}/{snapshot_id.hex()}")

@@ -46,16 +46,17 @@ class StorageClock:
         self._base_ns: int | None = None
         self._warned = False
 
-    def create(self, name: str, data: bytes) -> int:
+    def create(self, name: str, data: bytes, on_stored: Callable[[], None] = lambda: None) -> int:
         """Create an object and set the clock by its time; return that time.
 
-        Warn once where this machine's clock differs from it by more than MOST_OFFSET_S. Raise StorageError.
+        Call `on_stored` once the object is stored, before its time is asked for. Warn once where this
+        machine's clock differs from it by more than MOST_OFFSET_S. Raise StorageError.
         """
-        return self._set(name, lambda: self._storage.create(name, data))
+        return self._set(name, lambda: self._storage.create(name, data), on_stored)
 
-    def write(self, name: str, data: bytes) -> int:
+    def write(self, name: str, data: bytes, on_stored: Callable[[], None] = lambda: None) -> int:
         """Write or replace an object and set the clock by its time, as `create` does."""
-        return self._set(name, lambda: self._storage.write(name, data))
+        return self._set(name, lambda: self._storage.write(name, data), on_stored)
 
     def now_ns(self) -> int:
         """Return the time: nanoseconds since 1970, never later than the storage's own clock would say."""
@@ -64,11 +65,12 @@ class StorageClock:
                 return self._wall_ns()
             return self._base_ns + self._elapsed_ns()
 
-    def _set(self, name: str, store: Callable[[], None]) -> int:
+    def _set(self, name: str, store: Callable[[], None], on_stored: Callable[[], None]) -> int:
         before_ns = self._wall_ns()
         store()
         # The storage took its time before this moment, so the result is never ahead of it.
         stored_ns, after_ns = self._elapsed_ns(), self._wall_ns()
+        on_stored()
         mtime_ns = self._storage.mtime_ns(name)
         with self._lock:
             self._base_ns = mtime_ns - stored_ns

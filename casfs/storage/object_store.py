@@ -61,6 +61,9 @@ _LOOK_S = 0.5
 _LEAST_BYTES_PER_S = 64 * 1024
 """A timeout covers the body, so it grows with the body: by what a slow line takes."""
 
+_SMALL_BYTES = 1024 * 1024
+"""Requests with smaller bodies share one client, and so its open connections, as do those up to 11 MiB."""
+
 
 class ObjectStorage:
     """Objects of one bucket below one prefix.
@@ -279,8 +282,10 @@ class ObjectStorage:
     def _store(self, body_bytes: int) -> ObjectStore:
         """Return a client whose timeout is enough for a body of so many bytes."""
         timeout_s = _TIMEOUT_S
-        while timeout_s < _TIMEOUT_S + body_bytes / _LEAST_BYTES_PER_S:
-            timeout_s *= 2
+        if body_bytes > _SMALL_BYTES:
+            timeout_s *= 4
+            while timeout_s < _TIMEOUT_S + body_bytes / _LEAST_BYTES_PER_S:
+                timeout_s *= 2
         with self._lock:
             store = self._stores.get(timeout_s)
             if store is None:

@@ -9,7 +9,7 @@ in them as stored, and `casfs.store.claims` reads a blob before a writer relies 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -94,15 +94,20 @@ class DeltaSync:
         listed, notes = list_deltas(self._storage), self._notes.all()
         return self._is_complete(listed, notes) and not _unseen(listed, notes, self._can_read)
 
-    def sync(self, learn: bool = True) -> SyncResult:
+    def sync(
+        self,
+        learn: bool = True,
+        list_ahead: Callable[[], dict[DeltaName, int]] | None = None,
+    ) -> SyncResult:
         """Apply the deltas that the index has not seen; the index can be written.
 
         Without `learn`, only note which packs of the index they name: the index is kept in agreement with the
-        packs in another way.
+        packs in another way. `list_ahead` returns a listing that the caller has begun.
         """
         result = SyncResult()
         for _ in range(_MOST_TRIES):
-            listed = list_deltas(self._storage)
+            listed = list_ahead() if list_ahead is not None else list_deltas(self._storage)
+            list_ahead = None
             run = _Run(self._store, self.reader, listed, learn=learn, can_read=self._can_read)
             vanished = run.apply()
             result = SyncResult(
