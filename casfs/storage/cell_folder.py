@@ -176,7 +176,11 @@ class CellFolder:
         if not self._is_made:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             name, text = _TAG
-            with suppress(FileExistsError), (self.folder / name).open("xb") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with (
+                suppress(FileExistsError),
+                open(os.open(self.folder / name, flags, 0o600), "wb") as file,
+            ):
                 file.write(text)
             self._is_made = True
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -213,7 +213,8 @@ class TestInvalidSource:
         (source / "big").write_bytes(random.Random(3).randbytes(24 * MIB))
         broken.backup(source)
         objects = StoredObjects(broken)
-        objects.flip(objects.largest_pack().name, 20 * MIB)
+        pack = objects.largest_pack()
+        objects.flip(pack.name, pack.size // 2)
         with mounted(broken, "latest", at=tmp_path / "disk") as disk:
             reported = repository.json("backup", disk, expect=3)
         (problem,) = reported.of_type("problem")
