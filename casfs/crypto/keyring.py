@@ -10,11 +10,11 @@ import logging
 from casfs.crypto.generations import Generations
 from casfs.crypto.identities import Identities
 from casfs.crypto.recipients import RecipientList
-from casfs.crypto.session_files import read_session, session_ids, write_session
+from casfs.crypto.session_files import SESSIONS, read_session, session_ids, write_session
 from casfs.digest import SnapshotId
-from casfs.errors import CasfsError, KeyMissingError, SessionError, TrustError
+from casfs.errors import CasfsError, KeyMissingError, RefusedError, SessionError, TrustError
 from casfs.format.config import RepositoryConfig
-from casfs.format.key_derivation import DedupDomain, SessionId, WriteSession
+from casfs.format.key_derivation import MAX_DOMAINS, DedupDomain, SessionId, WriteSession
 from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -114,12 +114,22 @@ class Keyring:
     def domains(self, first: DedupDomain) -> list[DedupDomain]:
         """Return a domain, followed by all other domains of the repository's sessions.
 
-        Raise KeyMissingError.
+        Raise KeyMissingError, and RefusedError where they are more than one session can have: everyone who
+        can add objects can add sessions with any domains.
         """
         found = {first.id: first}
-        for session in self.sessions():
+        sessions = self.sessions()
+        for session in sessions:
             for domain in session.domains:
                 found.setdefault(domain.id, domain)
+        if len(found) > MAX_DOMAINS:
+            largest = max(sessions, key=lambda session: len(session.domains))
+            raise RefusedError(
+                f"the repository's sessions have {len(found):,} deduplication domains, more than the "
+                f"{MAX_DOMAINS:,} that one session can have; {SESSIONS}/{largest.id.hex()} alone has "
+                f"{len(largest.domains):,}: remove the folders below {SESSIONS}/ that no machine of yours "
+                "has written"
+            )
         return list(found.values())
 
     def sessions(self) -> list[WriteSession]:

@@ -16,7 +16,7 @@ from casfs.crypto import age, gpg
 from casfs.crypto.age import AgeIdentity
 from casfs.crypto.recipients import Recipient, wrap
 from casfs.digest import digest_of, short_id
-from casfs.errors import KeyMissingError, NotFoundError, SessionError
+from casfs.errors import KeyMissingError, NotFoundError, RefusedError, SessionError
 from casfs.format.config import ChunkerConfig
 from casfs.format.key_derivation import (
     MAX_DOMAINS,
@@ -118,7 +118,15 @@ def list_session_files(storage: Storage, session_id: SessionId) -> list[WrappedF
 def write_session(
     storage: Storage, session: WriteSession, recipients: Sequence[Recipient]
 ) -> list[str]:
-    """Encrypt a session to its recipients and store it durably; return the names of the files."""
+    """Encrypt a session to its recipients and store it durably; return the names of the files.
+
+    Raise RefusedError for more domains than a reader accepts: what is stored in it could never be read.
+    """
+    if len(session.domains) > MAX_DOMAINS:
+        raise RefusedError(
+            f"a session would have {len(session.domains):,} deduplication domains, and a reader accepts "
+            f"at most {MAX_DOMAINS:,}"
+        )
     names = []
     for suffix, data in wrap(encode_session(session), recipients):
         name = f"{SESSIONS}/{session.id.hex()}/{digest_of(data).hex()}.{suffix}"

@@ -27,9 +27,15 @@ from casfs.crypto.session_files import (
     write_session,
 )
 from casfs.digest import digest_of
-from casfs.errors import KeyMissingError, NotFoundError, SessionError, WrongKeyError
+from casfs.errors import (
+    KeyMissingError,
+    NotFoundError,
+    RefusedError,
+    SessionError,
+    WrongKeyError,
+)
 from casfs.format.config import CIPHER, EncryptionConfig, RepositoryConfig
-from casfs.format.key_derivation import DedupDomain, SessionId, WriteSession
+from casfs.format.key_derivation import MAX_DOMAINS, DedupDomain, SessionId, WriteSession
 from casfs.storage.local import LocalStorage
 from tests.support.encryption import (
     DOMAIN,
@@ -251,6 +257,22 @@ class TestHostileSessionFile:
         assert found == SESSION
         with pytest.raises(WrongKeyError, match="the limit is 100"):
             write_session(storage, SESSION, [RECIPIENT] * (MAX_RECIPIENTS + 1))
+
+    def test_a_session_is_not_written_for_more_domains_than_a_reader_accepts(
+        self, storage: LocalStorage
+    ) -> None:
+        """Sessions that everyone can add would otherwise make one that no reader accepts."""
+        numbers = range(MAX_DOMAINS)
+        domains = [DedupDomain(REPOSITORY, number.to_bytes(32, "big")) for number in numbers]
+        largest = WriteSession.new(domains)
+        write_session(storage, largest, [RECIPIENT])
+        ring = keyring(storage)
+        assert ring.domains(domains[0]) == domains
+        write_session(storage, SESSION, [RECIPIENT])
+        with pytest.raises(RefusedError, match=f"sessions/{largest.id.hex()} alone has 65,536"):
+            ring.domains(DOMAIN)
+        with pytest.raises(RefusedError, match="a reader accepts at most 65,536"):
+            write_session(storage, WriteSession.new([DOMAIN, *domains]), [RECIPIENT])
 
     def test_a_gpg_message_that_expands_beyond_the_limit_is_refused(self, gpg_home: Path) -> None:
         sealed = gpg.wrap(bytes(gpg.MAX_PLAIN_BYTES * 4), [(gpg_home / "key").read_bytes()])

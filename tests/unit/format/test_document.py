@@ -257,6 +257,7 @@ def test_limits_are_those_of_the_code() -> None:
         "largest uid and gid": tree._MAX_OWNER,
         "recipients of an age file": age.MAX_RECIPIENTS,
         "generations in a list of recipients": generation.MAX_GENERATIONS,
+        "domains of a session": key_derivation.MAX_DOMAINS,
         "size of a list of snapshots": generation.MAX_LIST_BYTES,
         "size of an OpenPGP message": gpg.MAX_MESSAGE_BYTES,
         "plaintext of an OpenPGP message": gpg.MAX_PLAIN_BYTES,

@@ -13,8 +13,10 @@ from click.testing import CliRunner, Result
 from casfs.backup.run import BackupOptions, BackupResult, run_backup
 from casfs.cli.app import casfs
 from casfs.cli.settings import Settings
+from casfs.crypto.session_files import remove_session, write_session
 from casfs.digest import SnapshotId
 from casfs.errors import RefusedError
+from casfs.format.key_derivation import MAX_DOMAINS, DedupDomain, WriteSession
 from casfs.maintenance.forget import Grouping, forget, plan_policy, select_by_name
 from casfs.maintenance.prune import Pruner
 from casfs.maintenance.prune_plan import PruneOptions
@@ -24,7 +26,8 @@ from casfs.maintenance.scrub import PackSelection
 from casfs.monitor import RecordingMonitor
 from casfs.repository.opening import OpenOptions, open_for_maintenance, open_for_writing
 from casfs.repository.snapshot_filter import ALL_SNAPSHOTS
-from tests.support.encryption import SECRET, EncryptedRepositoryFixture, unlock
+from casfs.storage.local import LocalStorage
+from tests.support.encryption import RECIPIENT, SECRET, EncryptedRepositoryFixture, unlock
 from tests.support.observation import look_through_the_mount
 from tests.support.stores import flip, noise, pack_paths, pack_ref
 
@@ -117,6 +120,29 @@ def test_the_last_proven_snapshot_is_not_forgotten_because_unproven_ones_are_lef
         pytest.raises(RefusedError, match="no snapshot would be left"),
     ):
         select_by_name(repository, [attacked.honest.snapshot_id.hex()], allow_all=False)
+
+
+def test_a_prune_stores_nothing_in_a_session_that_no_reader_accepts(attacked: Attacked) -> None:
+    """Everyone who can add objects can add sessions, whose domains a prune takes into its own."""
+    for name in ("kept", "removed"):
+        (attacked.source / name).write_bytes(noise(name, 300_000))
+    forgotten = attacked.back_up(START_NS + 1).snapshot_id
+    assert forgotten is not None
+    (attacked.source / "removed").unlink()
+    attacked.back_up(START_NS + 2)
+    attacked.run("forget", forgotten.hex())
+    config = attacked.repo.config
+    flood = WriteSession.new(
+        [DedupDomain.new(bytes.fromhex(config.id)) for _ in range(MAX_DOMAINS)]
+    )
+    storage = LocalStorage(attacked.root)
+    write_session(storage, flood, [RECIPIENT])
+    with pytest.raises(RefusedError, match=f"sessions/{flood.id.hex()} alone has 65,536"):
+        attacked.run("prune", "--max-unused", "0")
+    attacked.run("check", "--read-data")
+    remove_session(storage, flood.id)
+    assert "repacked" in attacked.run("prune", "--max-unused", "0").stdout
+    attacked.run("check", "--read-data")
 
 
 def test_an_unproven_snapshot_neither_hides_nor_removes_the_one_it_claims_to_replace(
