@@ -6,6 +6,7 @@ a new snapshot that names the one it replaces. In an encrypted repository of for
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from typing import TYPE_CHECKING, NamedTuple
@@ -218,6 +219,8 @@ def decode_signed_snapshot(
     check_node(snapshot.root)
     if snapshot.root.kind != NodeType.DIRECTORY:
         raise TreeError(f"snapshot {label} is invalid: its root is not a directory")
+    if not math.isfinite(snapshot.stats.seconds):
+        raise TreeError(f"snapshot {label} is invalid: its duration is not a finite number")
     return snapshot, signers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -140,6 +141,9 @@ class TestHostileSnapshotFile:
             {"tags": "text"},
             {"users": [[1]]},
             {"stats": []},
+            {"stats": {"seconds": math.nan}},
+            {"stats": {"seconds": math.inf}},
+            {"stats": {"seconds": -math.inf}},
         ],
     )
     def test_a_snapshot_file_with_impossible_fields_is_refused(
