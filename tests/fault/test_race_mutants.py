@@ -20,7 +20,7 @@ from casfs.maintenance.shared_prune import SharedPruner
 from casfs.repository import publication
 from casfs.repository.publication import SnapshotPublisher
 from casfs.repository.snapshot_listing import DRAFTS
-from casfs.store import writer
+from casfs.store import pack_builder
 from tests.support.effort import EFFORT, dice
 from tests.support.interleaving import Chooser, Fault, by_turns
 from tests.support.race_scenarios import (
@@ -86,7 +86,7 @@ def the_writer_publishes_what_it_could_not_look_at(patch: pytest.MonkeyPatch) ->
 
 
 def a_new_pack_may_have_the_name_of_a_removed_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(writer, "os", SimpleNamespace(**(vars(os) | {"urandom": bytes})))
+    patch.setattr(pack_builder, "os", SimpleNamespace(**(vars(os) | {"urandom": bytes})))
 
 
 VARIANTS: dict[Break, int] = {

@@ -449,10 +449,10 @@ from casfs.repository.snapshots import SnapshotStore
 
 publish = SnapshotStore.publish
 
-def wait_first(*arguments):
+def wait_first(*arguments, **options):
     print("stored", flush=True)
     sys.stdin.readline()
-    return publish(*arguments)
+    return publish(*arguments, **options)
 
 SnapshotStore.publish = wait_first
 with open_for_writing(Path(sys.argv[1]), "backup", OpenOptions(sync=False)) as repository:
