@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -29,6 +29,7 @@ from casfs.crypto.session_files import list_session_files, write_session
 from casfs.crypto.trust_root import TrustRoot
 from casfs.crypto.trust_state import (
     WriterState,
+    change_state,
     load_state,
     pin,
     pin_generations,
@@ -160,16 +161,19 @@ class KeyManager:
 
     def use_domain(self, domain: DedupDomain, recipients: RecipientList) -> None:
         """Remember a new domain of the repository as this machine's own, and the list that has its record."""
-        assert self._state is not None
-        pin_generations(self._state.repository, recipients.generations)
-        self._state = msgspec.structs.replace(
-            self._state,
-            domain=domain.secret.hex(),
-            recipients=recipients.digest,
-            generation=len(recipients.generations),
-            earlier=(self._state.domain, *self._state.earlier),
+        before = self._state
+        assert before is not None
+        pin_generations(before.repository, recipients.generations)
+        self._state = change_state(
+            before,
+            lambda state: msgspec.structs.replace(
+                state,
+                domain=domain.secret.hex(),
+                recipients=recipients.digest,
+                generation=len(recipients.generations),
+                earlier=(before.domain, *before.earlier),
+            ),
         )
-        save_state(self._state)
         self.domain = domain
 
     def unproven_session(self) -> WriteSession:
@@ -181,20 +185,32 @@ class KeyManager:
 
     def record_published(self, snapshot_id: SnapshotId, time_ns: int) -> None:
         """Record the last snapshot that this machine published."""
-        if self._state is not None:
-            self._remember(snapshot_id.hex(), time_ns)
+        self._remember(
+            lambda state: msgspec.structs.replace(
+                state, last_snapshot=snapshot_id.hex(), last_time_ns=time_ns
+            )
+        )
 
     def record_deleted(self, snapshot_id: SnapshotId) -> None:
         """Drop the record of the last published snapshot if this machine deletes that snapshot."""
-        if self._state is not None and self._state.last_snapshot == snapshot_id.hex():
-            self._remember("", 0)
+        if self._state is None or self._state.last_snapshot != snapshot_id.hex():
+            return
+        self._remember(
+            lambda state: (
+                msgspec.structs.replace(state, last_snapshot="", last_time_ns=0)
+                if state.last_snapshot == snapshot_id.hex()
+                else state
+            )
+        )
 
-    def _remember(self, last: str, time_ns: int) -> None:
-        assert self._state is not None
-        self._state = msgspec.structs.replace(self._state, last_snapshot=last, last_time_ns=time_ns)
+    def _remember(self, change: Callable[[WriterState], WriterState]) -> None:
+        """Change the record of the last snapshot; the session goes on with the domain that it has."""
+        if self._state is None:
+            return
+        self._state = change(self._state)
         try:
-            save_state(self._state)
-        except StorageError as error:
+            change_state(self._state, change)
+        except (StorageError, TrustError) as error:
             log.warning("%s; a rollback of the storage would not be noticed", error)
 
 
@@ -368,7 +384,7 @@ def trust_current_recipients(
             )
         pin_generations(config.id, recipients.generations)
     if state is not None:
-        save_state(msgspec.structs.replace(state, recipients=recipients.digest))
+        change_state(state, lambda now: msgspec.structs.replace(now, recipients=recipients.digest))
     return recipients.recipients
 
 

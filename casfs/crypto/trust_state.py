@@ -10,8 +10,10 @@ whether a known content is stored, and allow publishing in the name of this mach
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,7 +106,11 @@ def load_state(config: RepositoryConfig) -> WriterState | None:
 
     Raise StorageError, and TrustError for a damaged file.
     """
-    path = _state_path(config.id)
+    return _load_state(config.id)
+
+
+def _load_state(repository: str) -> WriterState | None:
+    path = _state_path(repository)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -116,7 +122,7 @@ def load_state(config: RepositoryConfig) -> WriterState | None:
     try:
         state = parse_json(data, WriterState)
         is_valid = (
-            state.repository == config.id
+            state.repository == repository
             and len(bytes.fromhex(state.domain)) == SECRET_BYTES
             and len(bytes.fromhex(state.signing_seed)) in (0, SECRET_BYTES)
             and all(len(bytes.fromhex(secret)) == SECRET_BYTES for secret in state.earlier)
@@ -131,6 +137,35 @@ def load_state(config: RepositoryConfig) -> WriterState | None:
 def save_state(state: WriterState) -> None:
     """Store the state durably; raise StorageError."""
     write_state_file(_state_path(state.repository), msgspec.json.encode(state))
+
+
+def change_state(known: WriterState, change: Callable[[WriterState], WriterState]) -> WriterState:
+    """Change this machine's state durably, and return it.
+
+    Another process of this machine may have changed it since this one loaded `known`: a backup that ends must
+    not undo a removal of recipients. `known` is changed where there is no file any more. Raise StorageError,
+    and TrustError for a damaged file.
+    """
+    with _state_alone():
+        state = change(_load_state(known.repository) or known)
+        save_state(state)
+    return state
+
+
+@contextmanager
+def _state_alone() -> Iterator[None]:
+    """Keep other processes of this user from changing their states, where the file system has locks."""
+    folder = state_folder()
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError("open the folder", str(folder), error) from error
+    try:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def pin_generations(repository: str, generations: Sequence[Generation]) -> None:
@@ -159,6 +194,7 @@ def pinned_generations(repository: str) -> tuple[Generation, ...]:
         require_valid(list(found.generations))
     except (InvalidJsonError, IntegrityError) as error:
         raise _damaged(path) from error
+    require_of_repository(path, found.repository, repository)
     return found.generations
 
 
@@ -184,6 +220,7 @@ def pinned_lock_policy(repository: str) -> LockPolicy | None:
         raise StorageError("read", str(path), error) from error
     except InvalidJsonError as error:
         raise _damaged(path) from error
+    require_of_repository(path, policy.repository, repository)
     return policy
 
 
@@ -287,6 +324,20 @@ def write_state_file(path: Path, data: bytes) -> None:
         replace_file(path, data, durable=True)
     except OSError as error:
         raise StorageError("write", str(path), error) from error
+
+
+def require_of_repository(path: Path, found: str, repository: str) -> None:
+    """Raise TrustError unless a file of the state is of a repository; ids are hexadecimal.
+
+    Its name has half of the id. A hostile repository with the same half must not replace what this machine
+    knows of the other one.
+    """
+    if found != repository:
+        raise TrustError(
+            f"{path} is of the repository {found[:64]!r}, and the id of this one begins alike, {repository}: "
+            "one of the two was made to be taken for the other. Do not use that one; if it is the other, "
+            "remove the file and run `casfs key accept`"
+        )
 
 
 def _damaged(path: Path) -> TrustError:

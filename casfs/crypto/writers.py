@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from casfs.crypto.trust_state import load_state, state_folder, write_state_file
+from casfs.crypto.trust_state import (
+    load_state,
+    require_of_repository,
+    state_folder,
+    write_state_file,
+)
 from casfs.digest import SnapshotId, short_id
 from casfs.errors import NoHomeError, RefusedError, StorageError, TrustError
 from casfs.json_document import InvalidJsonError, parse_json
@@ -180,4 +185,5 @@ def _read(repository: str) -> _Known | None:
         raise TrustError(
             f"{path} is damaged; restore it, or remove it and run `casfs key accept`"
         ) from error
-    return known if known.repository == repository else None
+    require_of_repository(path, known.repository, repository)
+    return known

@@ -165,13 +165,20 @@ def set_policy(
 def renew_policy(storage: Storage, config: RepositoryConfig, domain: DedupDomain) -> None:
     """Store the policy again with a code of `domain`, before it becomes the repository's own.
 
-    Until then machines ignore it. Nothing is stored where there is no policy.
+    Until then machines ignore it. Nothing is stored where there is no policy. What is stored is the policy
+    that this machine follows: the storage may show an earlier one, or none.
     """
-    found = find_policy(storage, config) if storage.bucket is not None else None
-    if found is not None:
-        set_ns = max(time.time_ns(), found.policy.set_ns + 1)
-        policy = new_policy(config.id, found.policy.lock_for_s, set_ns, domain.lock_policy_key)
-        storage.create(*encode_policy(policy))
+    if storage.bucket is None:
+        return
+    found, pinned = find_policy(storage, config), pinned_lock_policy(config.id)
+    known = [policy for policy in (found.policy if found else None, pinned) if policy is not None]
+    if not any(policy.set_ns for policy in known):
+        return
+    followed = found.policy if found and (pinned is None or _may_follow(found, pinned)) else pinned
+    assert followed is not None
+    set_ns = max(time.time_ns(), *(policy.set_ns + 1 for policy in known))
+    policy = new_policy(config.id, followed.lock_for_s, set_ns, domain.lock_policy_key)
+    storage.create(*encode_policy(policy))
 
 
 def require_locking_bucket(storage: Storage) -> Bucket:

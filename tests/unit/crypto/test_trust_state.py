@@ -24,13 +24,21 @@ from casfs.crypto.trust_state import (
     WriterState,
     load_state,
     pin,
+    pin_generations,
+    pin_lock_policy,
+    pinned_generations,
+    pinned_lock_policy,
     save_state,
     state_folder,
     verify_pin,
 )
+from casfs.crypto.writers import SignedSnapshot, TrustedWriters
+from casfs.digest import SnapshotId
 from casfs.errors import RefusedError, StorageError, TrustError
 from casfs.format.config import CIPHER, ChunkerConfig, EncryptionConfig, RepositoryConfig
 from casfs.format.key_derivation import DedupDomain
+from casfs.format.lock_policy import new_policy
+from casfs.format.signature import Author, Signers
 from casfs.format.versions import NEWEST_FORMAT, OLDEST_FORMAT
 from casfs.repository.creation import create_repository
 from casfs.repository.opening import OpenOptions, open_for_writing
@@ -93,6 +101,31 @@ class TestStateFile:
         loaded = load_state(CONFIG)
         assert loaded is not None and loaded.last_snapshot == "f" * 64
         assert loaded.own_domain() == DedupDomain(b"\xaa" * 32, b"\xdd" * 32)
+
+    def test_a_repository_whose_id_begins_like_another_changes_nothing_that_is_known_of_that(
+        self, state: Path
+    ) -> None:
+        """The names of the files have half of the id, which the owner of a repository can choose."""
+        alike = msgspec.structs.replace(CONFIG, id="a" * 63 + "b", format=2)
+        author = Author(b"\x01" * 32, bytes(64))
+        signed = SignedSnapshot(SnapshotId(bytes(32)), "web", Signers(author, author.key))
+        save_state(STATE)
+        pin_generations(CONFIG.id, [])
+        pin_lock_policy(new_policy(CONFIG.id, 86_400, 1, None))
+        known = TrustedWriters(CONFIG)
+        known.learn([signed])
+        before = {path.name: path.read_bytes() for path in state.iterdir()}
+        assert len(before) == 4
+        with pytest.raises(TrustError, match="is damaged"):
+            load_state(alike)
+        for use in (pinned_generations, pinned_lock_policy):
+            with pytest.raises(TrustError, match="the id of this one begins alike"):
+                use(alike.id)
+        (state / f"{CONFIG.id[:32]}.json").unlink()
+        with pytest.raises(TrustError, match="the id of this one begins alike"):
+            TrustedWriters(alike).learn([])
+        for path in state.iterdir():
+            assert path.read_bytes() == before[path.name]
 
     def test_the_trust_state_is_readable_by_its_owner_only_whatever_the_umask(
         self, state: Path

@@ -296,6 +296,35 @@ class TestReplacedDomain:
         assert lock_duration_s(storage, config) == 30 * DAY_S
         assert "is not authentic; it is ignored" in caplog.text
 
+    @pytest.mark.parametrize("shown", ["an earlier policy", "none"])
+    def test_what_is_stored_again_is_what_the_machine_follows(
+        self,
+        storage: VersionedMemoryStorage,
+        encrypted: tuple[RepositoryConfig, DedupDomain],
+        clock: Clock,
+        shown: str,
+    ) -> None:
+        """Who may add objects can store an earlier policy again, which then is the newest by the clock."""
+        config, old = encrypted
+        config = replace(config, format=2)
+        name, data = encode_policy(set_policy(storage, config, DAY_S, old))
+        clock.now_s += 60
+        set_policy(storage, config, 30 * DAY_S, old)
+        clock.now_s += 60
+        if shown == "none":
+            storage = VersionedMemoryStorage(now_ns=clock)
+        else:
+            storage.write(name, data)
+        new = DedupDomain.new(old.repository)
+        renew_policy(storage, config, new)
+        record = new_generation(
+            1, old, WriteSession.new([new, old]), "00" * 32, SigningKey(bytes(32))
+        )
+        forget_machine()
+        pin_generations(config.id, [record])
+        save_state(WriterState(config.id, new.secret.hex(), "", generation=1))
+        assert lock_duration_s(storage, config) == 30 * DAY_S
+
     def test_nothing_is_stored_again_where_there_is_no_policy(
         self,
         storage: VersionedMemoryStorage,

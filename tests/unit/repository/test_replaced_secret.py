@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from casfs.backup.run import BackupOptions, run_backup
 from casfs.crypto.keyring import Keyring
 from casfs.crypto.recipients import RecipientList, decode_recipients
 from casfs.crypto.session_files import write_session
@@ -303,6 +304,31 @@ def test_a_write_only_host_that_accepts_without_an_identity_uses_no_secret_of_be
     accept(fleet, "web")
     made = id_of(fleet.back_up("web", options=WRITE_ONLY))
     assert fleet.proven("admin")[made]
+
+
+@pytest.mark.parametrize("format_", [1, 2])
+def test_a_backup_that_ends_after_a_removal_on_its_machine_does_not_undo_it_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: int
+) -> None:
+    """Else a list of before the removal, put back by the storage, would be the one that it trusts."""
+    fleet = Fleet(tmp_path, monkeypatch, format_, recipients=(RECIPIENT, OTHER))
+    before = (fleet.root / "recipients").read_bytes()
+    fleet.back_up("admin")
+    chosen = BackupOptions(paths=(os.fsencode(fleet.source),), host="admin")
+    with fleet.on("admin"), open_for_writing(fleet.root, "backup", OPTIONS) as repository:
+        remove(fleet)
+        removed = state_of(fleet, "admin")
+        made = id_of(run_backup(repository, chosen, RecordingMonitor()))
+        ended = state_of(fleet, "admin")
+        assert (ended.domain, ended.recipients) == (removed.domain, removed.recipients)
+        assert (ended.generation, ended.earlier) == (removed.generation, removed.earlier)
+        assert ended.last_snapshot == made.hex()
+    with recipients_put_back(fleet, before), pytest.raises(TrustError, match="recipients"):
+        fleet.back_up("admin")
+    made = id_of(fleet.back_up("admin"))
+    assert fleet.proven("admin")[made]
+    with pytest.raises(KeyMissingError):
+        content_of(fleet, made, THIEF)
 
 
 def test_each_further_removal_replaces_the_secret_again(fleet: Fleet) -> None:
