@@ -118,7 +118,8 @@ class Keyring:
         can add objects can add sessions with any domains.
         """
         found = {first.id: first}
-        sessions = self.sessions()
+        # A blob's domain is searched in this order: one session with very many would make that slow.
+        sessions = sorted(self.sessions(), key=lambda session: len(session.domains))
         for session in sessions:
             for domain in session.domains:
                 found.setdefault(domain.id, domain)

@@ -14,7 +14,7 @@ import msgspec
 
 from casfs.crypto.process_protection import forbid_inspection
 from casfs.crypto.trust_root import TrustRoot
-from casfs.crypto.trust_state import pin, verify_pin
+from casfs.crypto.trust_state import pin, pinned_format, verify_pin
 from casfs.errors import KeyMissingError, StorageError
 from casfs.format.codec import BlobCodec
 from casfs.format.config import KEYED_CHUNKER, RepositoryConfig
@@ -81,7 +81,10 @@ def open_key_manager(
             "check --storage are possible"
         )
     if mode is None:
-        if identities and not is_past:
+        if is_past:
+            # The storage may show a configuration of format 1, in which no snapshot is signed.
+            config = msgspec.structs.replace(config, format=max(config.format, pinned_format(root)))
+        elif identities:
             _pin_for_reader(root, trust)
             if config.signs_snapshots:
                 trust.begin_recipients(storage)

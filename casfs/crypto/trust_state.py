@@ -247,6 +247,19 @@ def _has_pin(names: list[str]) -> bool:
         return False
 
 
+def pinned_format(root: Path | str) -> int:
+    """Return the newest format that this machine has seen in the repository at a location, 0 if none.
+
+    Raise StorageError, and TrustError for a damaged file.
+    """
+    try:
+        paths = [_pin_path(name, make=False) for name in _location_names(root)]
+    except NoHomeError:
+        return 0
+    places = [place for place in map(_read_pin, paths) if place is not None]
+    return max((place.format for place in places), default=0)
+
+
 def verify_pin(root: Path | str, trust: TrustRoot, is_past: bool = False) -> None:
     """Raise TrustError unless the repository at a location is the encrypted one recorded there before.
 
@@ -263,15 +276,22 @@ def verify_pin(root: Path | str, trust: TrustRoot, is_past: bool = False) -> Non
         _verify_pin(root, path, trust, is_past)
 
 
-def _verify_pin(root: Path | str, path: Path, trust: TrustRoot, is_past: bool) -> None:
+def _read_pin(path: Path) -> _Pin | None:
+    """Return a pin, None where there is none or this user has no state folder."""
     try:
-        place = parse_json(path.read_bytes(), _Pin)
+        return parse_json(path.read_bytes(), _Pin)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return  # no pin exists, or this user has no state folder
+        return None
     except OSError as error:
         raise StorageError("read", str(path), error) from error
     except InvalidJsonError as error:
         raise _damaged(path) from error
+
+
+def _verify_pin(root: Path | str, path: Path, trust: TrustRoot, is_past: bool) -> None:
+    place = _read_pin(path)
+    if place is None:
+        return
     config = trust.config
     domain = config.encryption.domain if config.encryption is not None else ""
     if (place.repository, place.domain) != (config.id, domain):

@@ -66,7 +66,8 @@ def remove_recipients(
     snapshots, data = encode_snapshot_list(
         snapshot for folder in (SNAPSHOTS, DRAFTS) for snapshot in list_ids(storage, folder)
     )
-    storage.create(f"{DOMAINS}/{snapshots}", data)
+    # Others can predict the name, and may have stored something else under it.
+    storage.write(f"{DOMAINS}/{snapshots}", data)
     renew_policy(storage, trust.config, after)
     generations = trust.recipients(storage).generations
     record = new_generation(len(generations) + 1, before, session, snapshots, signing_key)

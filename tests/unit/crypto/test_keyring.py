@@ -274,6 +274,18 @@ class TestHostileSessionFile:
         with pytest.raises(RefusedError, match="a reader accepts at most 65,536"):
             write_session(storage, WriteSession.new([DOMAIN, *domains]), [RECIPIENT])
 
+    def test_the_domains_of_a_session_with_many_come_after_those_of_others(
+        self, storage: LocalStorage
+    ) -> None:
+        """A blob's domain is searched in order, at the cost of a digest for each."""
+        many = [DedupDomain(REPOSITORY, bytes([number]) * 32) for number in range(100, 150)]
+        flood = min((WriteSession.new(many) for _ in range(64)), key=lambda one: one.id)
+        other = max((WriteSession.new([SECOND]) for _ in range(64)), key=lambda one: one.id)
+        for session in (flood, other):
+            write_session(storage, session, [RECIPIENT])
+        assert session_ids(storage) == [flood.id, other.id]
+        assert keyring(storage).domains(DOMAIN) == [DOMAIN, SECOND, *many]
+
     def test_a_gpg_message_that_expands_beyond_the_limit_is_refused(self, gpg_home: Path) -> None:
         sealed = gpg.wrap(bytes(gpg.MAX_PLAIN_BYTES * 4), [(gpg_home / "key").read_bytes()])
         assert len(sealed) < gpg.MAX_PLAIN_BYTES // 16

@@ -14,8 +14,10 @@ import pytest
 
 from casfs.backup.run import BackupOptions, run_backup
 from casfs.crypto.keyring import Keyring
+from casfs.crypto.opening import open_key_manager
 from casfs.crypto.recipients import RecipientList, decode_recipients
 from casfs.crypto.session_files import write_session
+from casfs.crypto.trust_root import TrustRoot
 from casfs.crypto.trust_state import WriterState, load_state, pinned_generations
 from casfs.digest import SnapshotId, keyed_digest
 from casfs.errors import (
@@ -27,8 +29,8 @@ from casfs.errors import (
     UsageError,
 )
 from casfs.format.chunker import make_chunker
-from casfs.format.config import RepositoryConfig, decode_config
-from casfs.format.generation import FOLDER, Generation, new_generation
+from casfs.format.config import RepositoryConfig, decode_config, with_format
+from casfs.format.generation import FOLDER, Generation, encode_snapshot_list, new_generation
 from casfs.format.key_derivation import DedupDomain, WriteSession
 from casfs.format.signature import SigningKey
 from casfs.format.snapshot import read_envelope
@@ -49,6 +51,7 @@ from tests.support.encryption import (
     PUBLIC,
     RECIPIENT,
     identities,
+    unlock,
     unlock_other,
 )
 from tests.support.fleet import OPTIONS, WRITE_ONLY, Fleet, id_of
@@ -463,6 +466,38 @@ class TestHostileStorage:
                 caplog.text
             )
             assert "replaced by a machine that signed no known snapshot" in printed
+
+    def test_what_others_stored_under_the_name_of_the_list_of_snapshots_is_replaced(
+        self, fleet: Fleet
+    ) -> None:
+        """The name follows from the ids of the snapshots, which everyone who can list them knows."""
+        honest = {id_of(fleet.back_up("admin")), id_of(fleet.back_up("web"))}
+        digest, data = encode_snapshot_list(honest)
+        (fleet.root / FOLDER).mkdir()
+        (fleet.root / FOLDER / digest).write_bytes(bytes(len(data)))
+        remove(fleet)
+        assert listed(fleet).generations[0].snapshots == digest
+        for machine in ("admin", "web", "a fresh one"):
+            assert fleet.proven(machine) == dict.fromkeys(honest, True)
+
+    def test_an_earlier_state_is_judged_by_the_format_that_the_machine_has_seen(
+        self, fleet: Fleet
+    ) -> None:
+        """In format 1 nothing is signed, and every writer that knew the first secret would be trusted."""
+        before = (fleet.root / "recipients").read_bytes()
+        honest = id_of(fleet.back_up("web"))
+        assert fleet.proven("admin") == {honest: True}
+        remove(fleet)
+        forged = publish_as_thief(fleet, before, "web")
+        data = with_format((fleet.root / "config").read_bytes(), 1)
+        storage = LocalStorage(fleet.root)
+        with fleet.on("admin"):
+            keys = open_key_manager(
+                fleet.root, storage, TrustRoot(data, "the test"), unlock, is_past=True
+            )
+        assert keys is not None and keys.writers is not None
+        proven = {one: keys.keyring.proves(session_of(fleet, one), one) for one in (honest, forged)}
+        assert proven == {honest: True, forged: False}
 
     def test_a_missing_list_of_snapshots_leaves_them_readable_and_unproven(
         self, fleet: Fleet, caplog: pytest.LogCaptureFixture
