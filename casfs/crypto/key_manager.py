@@ -288,6 +288,15 @@ def verify_trusted(root: Path | str, storage: Storage, trust: TrustRoot) -> Writ
     return state
 
 
+def is_list_trusted(storage: Storage, trust: TrustRoot) -> bool:
+    """Return whether the list of recipients is no other than the one that this machine knows, if any."""
+    recipients = trust.recipients(storage)
+    state = load_state(trust.config)
+    pinned = pinned_generations(trust.config.id) if trust.config.signs_snapshots else ()
+    is_known = state is None or state.recipients == recipients.digest
+    return is_known and pinned in ((), recipients.generations)
+
+
 def require_trusted_recipients(storage: Storage, trust: TrustRoot) -> tuple[Recipient, ...]:
     """Return the recipients whose identities a passphrase may be tried on.
 

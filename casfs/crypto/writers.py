@@ -99,16 +99,28 @@ class TrustedWriters:
         """Return the hosts for which this machine trusts a public key, sorted."""
         return sorted({one.host for one in self.listed() if one.key == key})
 
-    def learn(self, snapshots: Iterable[SignedSnapshot]) -> list[HostKey]:
-        """Trust the author of each snapshot, and each unsigned one; return the keys that are new."""
+    def learn(
+        self, snapshots: Iterable[SignedSnapshot], unknown_hosts_only: bool = False
+    ) -> list[HostKey]:
+        """Trust the author of each snapshot, and each unsigned one; return the keys that are new.
+
+        With `unknown_hosts_only` a further key of a known host is not trusted, but logged, and neither is an
+        unsigned snapshot, except at the first use.
+        """
         known = self._known or _Known(self._repository)
+        kept = known.hosts if unknown_hosts_only else {}
         hosts, unsigned = dict(known.hosts), set(known.unsigned)
         new = []
         for snapshot_id, host, signers in snapshots:
             if signers is None:
-                unsigned.add(snapshot_id.hex())
+                if self._known is None or not unknown_hosts_only:
+                    unsigned.add(snapshot_id.hex())
                 continue
             key = signers.author.key.hex()
+            if host in kept:
+                if not self._is_trusted(host, signers.author.key):
+                    self._warn(snapshot_id, host, key)
+                continue
             if key not in hosts.get(host, ()):
                 hosts[host] = (*hosts.get(host, ()), key)
                 new.append(HostKey(host, key, key == self._own))

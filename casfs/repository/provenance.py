@@ -147,9 +147,10 @@ class Provenance:
             return False
         return writers is None or writers.trusts_publisher(signed)
 
-    def learn_writers(self) -> list[HostKey]:
+    def learn_writers(self, unknown_hosts_only: bool = False) -> list[HostKey]:
         """Trust the machines that signed the snapshots that exist now; return the keys that are new.
 
+        With `unknown_hosts_only` a further key of a known host is logged, and not trusted.
         Raise the errors of `load` only where no snapshot at all can be read.
         """
         if self._keys is None or self._keys.writers is None:
@@ -163,7 +164,7 @@ class Provenance:
                 continue
             if signed is not None:
                 found.append(signed)
-        return self._keys.writers.learn(found)
+        return self._keys.writers.learn(found, unknown_hosts_only)
 
     def signed(self, snapshot_id: SnapshotId) -> SignedSnapshot | None:
         """Return who signed a snapshot, None if its writer did not know the repository's own secret."""

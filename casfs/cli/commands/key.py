@@ -278,8 +278,12 @@ def accept(settings: Settings) -> None:
     deduplicates with all other machines, and trusts the keys that signed the snapshots which are there now.
     After a removal of recipients on another machine, an identity is needed for that, and the machine that
     replaced the secret is printed.
+
+    Where the list of recipients has changed, another signing key of a known host is reported and not trusted:
+    a recipient that was removed may have used it. Run the command again to trust it, if the host was set up
+    again.
     """
-    from casfs.crypto.key_manager import KeyManager
+    from casfs.crypto.key_manager import KeyManager, is_list_trusted
     from casfs.crypto.key_manager import trust_current_recipients as accept_keys
     from casfs.repository.lock_policy import accept_policy
     from casfs.repository.opening import OpenOptions, open_for_reading
@@ -287,6 +291,7 @@ def accept(settings: Settings) -> None:
     place = settings.repository()
     storage = place.open_storage()
     trust = place.trust_root(storage)
+    is_changed = trust.config.encryption is not None and not is_list_trusted(storage, trust)
     recipients = accept_keys(str(place), storage, trust)
     writers: list[HostKey] = []
     if trust.config.encryption is not None:
@@ -295,7 +300,7 @@ def accept(settings: Settings) -> None:
             KeyManager.for_writing(str(place), storage, trust, identities)
             options = OpenOptions(unlock=lambda *_: identities)
             with open_for_reading(place, options) as repository:
-                writers = repository.snapshots.provenance.learn_writers()
+                writers = repository.snapshots.provenance.learn_writers(is_changed)
     accept_policy(storage, trust.config)
     replaced = []
     if trust.config.encryption is not None:

@@ -19,7 +19,7 @@ from casfs.crypto.recipients import RecipientList, decode_recipients
 from casfs.crypto.session_files import write_session
 from casfs.crypto.trust_root import TrustRoot
 from casfs.crypto.trust_state import WriterState, load_state, pinned_generations
-from casfs.digest import SnapshotId, keyed_digest
+from casfs.digest import SnapshotId, keyed_digest, short_id
 from casfs.errors import (
     KeyMissingError,
     LockedError,
@@ -255,6 +255,26 @@ def test_accepting_names_the_hosts_of_the_machine_that_replaced_the_secret(fleet
     remove(fleet)
     key = state_of(fleet, "admin").signing_key().public.hex()
     assert f"accepted secret 1, replaced by admin ({key})" in accept(fleet, "web")
+
+
+def test_accepting_a_changed_list_trusts_no_further_key_of_a_known_host(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The recipient that is removed may have published in its name."""
+    honest = id_of(fleet.back_up("web"))
+    assert fleet.proven("web") == {honest: True}
+    forged = id_of(fleet.back_up("thief", "web", THIEF))
+    expected = {honest: True, forged: False}
+    assert fleet.proven("web") == expected
+    new = id_of(fleet.back_up("a new one"))
+    remove(fleet)
+    caplog.clear()
+    assert " of web" not in accept(fleet, "web")
+    assert f"snapshot {short_id(forged)} names the host web, but the key" in caplog.text
+    assert fleet.proven("web") == {**expected, new: True}
+    key = state_of(fleet, "thief").signing_key().public.hex()
+    assert f"accepted the signing key {key} of web" in accept(fleet, "web")
+    assert fleet.proven("web")[forged]
 
 
 def test_a_write_only_host_goes_on_after_one_accept_with_an_identity(fleet: Fleet) -> None:
