@@ -17,6 +17,7 @@ FOLDER = "lock-policies"
 MAX_POLICY_BYTES = 4096
 MAX_LOCK_S = 10 * 366 * 86_400
 """Ten years: a lock cannot be taken back, so a longer time is more likely a mistake, or an attack."""
+MAX_SET_NS = (1 << 63) - 1
 _FORM = "lock policy 1"
 
 
@@ -60,7 +61,7 @@ def decode_policy(name: str, data: bytes, repository: str) -> LockPolicy:
         raise IntegrityError(f"{name} cannot be parsed: {error}") from error
     if policy.casfs != _FORM or policy.repository != repository:
         raise IntegrityError(f"{name} is no lock policy of this repository")
-    if not (0 <= policy.lock_for_s <= MAX_LOCK_S and 0 <= policy.set_ns < 1 << 63):
+    if not (0 <= policy.lock_for_s <= MAX_LOCK_S and 0 <= policy.set_ns <= MAX_SET_NS):
         raise IntegrityError(f"{name} has a time that is out of range")
     return policy
 

@@ -27,6 +27,7 @@ from casfs.format.key_derivation import DedupDomain
 from casfs.format.lock_policy import (
     FOLDER,
     MAX_POLICY_BYTES,
+    MAX_SET_NS,
     LockPolicy,
     decode_policy,
     encode_policy,
@@ -152,14 +153,21 @@ def set_policy(
             "or a passphrase; nothing was changed"
         )
     found = find_policy(storage, config)
-    set_ns = time.time_ns()
-    if found is not None:
-        set_ns = max(set_ns, found.policy.set_ns + 1)
+    set_ns = _later_than(found.policy if found is not None else None)
     key = domain.lock_policy_key if domain is not None else None
     policy = new_policy(config.id, lock_for_s, set_ns, key)
     storage.create(*encode_policy(policy))
     pin_lock_policy(policy)
     return policy
+
+
+def _later_than(*policies: LockPolicy | None) -> int:
+    """Return now, or a time after all of the policies.
+
+    Where one of them has the last time that a reader accepts, it is that: then the storage's clock decides.
+    """
+    times = [policy.set_ns + 1 for policy in policies if policy is not None]
+    return min(max(time.time_ns(), *times, 0), MAX_SET_NS)
 
 
 def renew_policy(storage: Storage, config: RepositoryConfig, domain: DedupDomain) -> None:
@@ -176,7 +184,7 @@ def renew_policy(storage: Storage, config: RepositoryConfig, domain: DedupDomain
         return
     followed = found.policy if found and (pinned is None or _may_follow(found, pinned)) else pinned
     assert followed is not None
-    set_ns = max(time.time_ns(), *(policy.set_ns + 1 for policy in known))
+    set_ns = _later_than(*known)
     policy = new_policy(config.id, followed.lock_for_s, set_ns, domain.lock_policy_key)
     storage.create(*encode_policy(policy))
 

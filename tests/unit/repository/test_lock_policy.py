@@ -18,7 +18,7 @@ from casfs.errors import RefusedError, TrustError, UsageError
 from casfs.format.config import EncryptionConfig, RepositoryConfig, new_config
 from casfs.format.generation import new_generation
 from casfs.format.key_derivation import DedupDomain, WriteSession
-from casfs.format.lock_policy import FOLDER, encode_policy, new_policy
+from casfs.format.lock_policy import FOLDER, MAX_SET_NS, encode_policy, new_policy
 from casfs.format.signature import SigningKey
 from casfs.repository.lock_policy import (
     accept_policy,
@@ -247,6 +247,23 @@ def test_a_place_that_cannot_lock_is_explained() -> None:
     with pytest.raises(RefusedError, match="does not lock objects"):
         require_locking_bucket(VersionedMemoryStorage(can_lock=False))
     require_locking_bucket(VersionedMemoryStorage())
+
+
+def test_a_policy_of_the_last_time_can_be_changed(
+    storage: VersionedMemoryStorage,
+    encrypted: tuple[RepositoryConfig, DedupDomain],
+    clock: Clock,
+) -> None:
+    """A recipient can set one, after which no later time is left."""
+    config, domain = encrypted
+    last = new_policy(config.id, 0, MAX_SET_NS, domain.lock_policy_key)
+    storage.create(*encode_policy(last))
+    assert lock_duration_s(storage, config) == 0
+    clock.now_s += 60
+    set_policy(storage, config, 30 * DAY_S, domain)
+    forget_machine()
+    save_state(WriterState(config.id, domain.secret.hex(), ""))
+    assert lock_duration_s(storage, config) == 30 * DAY_S
 
 
 class TestReplacedDomain:
