@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import count
 from pathlib import Path
+from shlex import quote
 
 import pytest
 
@@ -120,7 +121,7 @@ def _upgrade_remote(remote: RemoteCasfs, old: Casfs, source: Path, tmp_path: Pat
     (source / "new").write_bytes(b"written meanwhile" * 100)
     waiting = tmp_path / "go on"
     # The backup reads its last file only when the upgrade is done.
-    script = f"while [ ! -e {waiting} ]; do sleep 0.05; done; echo done"
+    script = f"while [ ! -e {quote(str(waiting))} ]; do sleep 0.05; done; echo done"
     process = other.start(
         "backup", "--stdin-name", "last", "--stdin-from-command", "--", "sh", "-c", script
     )
