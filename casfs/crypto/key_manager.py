@@ -324,8 +324,9 @@ def rewrap_sessions(
     nothing, where the identities do not decrypt one of the sessions.
     """
     recipients = trust.recipients(storage).recipients
-    sessions = Keyring(storage, trust.config, identities).sessions()
-    for session in sessions:
+    keyring = Keyring(storage, trust.config, identities)
+    ids = [session.id for session in keyring.sessions()]
+    for session in keyring.sessions(ids):
         before = {
             file.name: storage.mtime_ns(file.name) if clock is not None else 0
             for file in list_session_files(storage, session.id)
@@ -337,7 +338,7 @@ def rewrap_sessions(
         for name, mtime_ns in before.items():
             if name not in written and mtime_ns < first_ns:
                 storage.delete(name)
-    return len(sessions)
+    return len(ids)
 
 
 def _wait_until_later(clock: StorageClock, time_ns: int) -> None:

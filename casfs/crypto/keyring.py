@@ -1,11 +1,15 @@
-"""The keyring: the write sessions of one repository, each decrypted once, and their dedup domains.
+"""The keyring: the write sessions of one repository, and their dedup domains.
 
-Threads may share it: if two decrypt the same session at once, both get equal secrets.
+Each session is decrypted once, unless others with very many domains took its place meanwhile: everyone who
+can add objects can add such sessions. Threads may share the keyring: if two decrypt the same session at
+once, both get equal secrets.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Iterable, Iterator
 
 from casfs.crypto.generations import Generations
 from casfs.crypto.identities import Identities
@@ -18,6 +22,9 @@ from casfs.format.key_derivation import MAX_DOMAINS, DedupDomain, SessionId, Wri
 from casfs.storage.base import Storage
 
 log = logging.getLogger(__name__)
+
+_MAX_KEPT_DOMAINS = 2 * MAX_DOMAINS
+"""How many domains the sessions in memory may have together, at about 200 bytes each."""
 
 
 class Keyring:
@@ -45,7 +52,10 @@ class Keyring:
         self._recipients = recipients
         self._configured_chunker = config.chunker
         self._session_chunker = config.chunker if config.format >= 2 else None
+        self._own: dict[SessionId, WriteSession] = {}
         self._open: dict[SessionId, WriteSession] = {}
+        self._kept_domains = 0
+        self._lock = threading.Lock()
         self._failed: dict[SessionId, CasfsError] = {}
 
     @property
@@ -59,7 +69,7 @@ class Keyring:
         Raise KeyMissingError and SessionError, and TrustError where its writer cut files with other
         parameters than those of the configuration, which is not encrypted and may have been changed.
         """
-        found = self._open.get(session_id)
+        found = self._own.get(session_id) or self._open.get(session_id)
         if found is not None:
             return found
         failed = self._failed.get(session_id)
@@ -81,8 +91,19 @@ class Keyring:
                 "the chunker's parameters in the repository's configuration are not those with which its "
                 "writers cut files: the file `config` was changed; restore it from a copy"
             )
-        self._open[session_id] = session
+        self._keep(session)
         return session
+
+    def _keep(self, session: WriteSession) -> None:
+        """Keep a session in memory, and forget the oldest ones while all have too many domains."""
+        with self._lock:
+            if session.id in self._open:
+                return
+            self._open[session.id] = session
+            self._kept_domains += len(session.domains)
+            while self._kept_domains > _MAX_KEPT_DOMAINS and len(self._open) > 1:
+                oldest = self._open.pop(next(iter(self._open)))
+                self._kept_domains -= len(oldest.domains)
 
     def begin(self, domains: list[DedupDomain]) -> WriteSession:
         """Return a new session whose secrets are stored durably, encrypted to the recipients."""
@@ -90,7 +111,7 @@ class Keyring:
             raise ValueError("the repository is open for reading")
         session = WriteSession.new(domains, self._session_chunker)
         write_session(self._storage, session, self._recipients.recipients)
-        self._open[session.id] = session
+        self._own[session.id] = session  # without an identity it could not be decrypted again
         return session
 
     def own_domain(self) -> DedupDomain:
@@ -119,29 +140,25 @@ class Keyring:
         """
         found = {first.id: first}
         # A blob's domain is searched in this order: one session with very many would make that slow.
-        sessions = sorted(self.sessions(), key=lambda session: len(session.domains))
-        for session in sessions:
-            for domain in session.domains:
-                found.setdefault(domain.id, domain)
-        if len(found) > MAX_DOMAINS:
-            largest = max(sessions, key=lambda session: len(session.domains))
-            raise RefusedError(
-                f"the repository's sessions have {len(found):,} deduplication domains, more than the "
-                f"{MAX_DOMAINS:,} that one session can have; {SESSIONS}/{largest.id.hex()} alone has "
-                f"{len(largest.domains):,}: remove the folders below {SESSIONS}/ that no machine of yours "
-                "has written"
-            )
+        sizes = sorted((len(session.domains), session.id) for session in self.sessions())
+        for session in self.sessions(session_id for _, session_id in sizes):
+            found.update((one.id, one) for one in session.domains if one.id not in found)
+            if len(found) > MAX_DOMAINS:
+                most, largest = sizes[-1]
+                raise RefusedError(
+                    "the repository's sessions have more deduplication domains than the "
+                    f"{MAX_DOMAINS:,} that one session can have; {SESSIONS}/{largest.hex()} alone has "
+                    f"{most:,}: remove the folders below {SESSIONS}/ that no machine of yours has written"
+                )
         return list(found.values())
 
-    def sessions(self) -> list[WriteSession]:
-        """Return all intact sessions and log the damaged ones; raise KeyMissingError."""
-        found = []
-        for session_id in session_ids(self._storage):
+    def sessions(self, ids: Iterable[SessionId] | None = None) -> Iterator[WriteSession]:
+        """Yield the sessions with these ids, by default all; log the damaged ones; raise KeyMissingError."""
+        for session_id in session_ids(self._storage) if ids is None else ids:
             try:
-                found.append(self.session(session_id))
+                yield self.session(session_id)
             except SessionError as error:
                 log.warning("%s", error)
-        return found
 
     def damaged(self) -> list[SessionError]:
         """Return an error for each damaged session, including a missing one that the configuration names, or

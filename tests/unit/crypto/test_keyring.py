@@ -13,6 +13,7 @@ import pyrage
 import pytest
 
 from casfs.crypto import age, gpg, session_files
+from casfs.crypto import keyring as keyring_module
 from casfs.crypto.age import MAX_RECIPIENTS
 from casfs.crypto.identities import Identities
 from casfs.crypto.keyring import Keyring
@@ -326,6 +327,24 @@ class TestKeyring:
         reads = storage.reads
         assert ring.session(SESSION.id) is ring.session(SESSION.id)
         assert storage.reads == reads
+
+    def test_the_keyring_keeps_few_domains_in_memory_and_every_session_of_its_own(
+        self, storage: Counting, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(keyring_module, "_MAX_KEPT_DOMAINS", 8)
+        ring = Keyring(storage, CONFIG, identities(), RecipientList.of([OTHER]))
+        own = ring.begin([DOMAIN, SECOND])
+        sessions = [
+            WriteSession.new([DedupDomain.new(REPOSITORY) for _ in range(4)]) for _ in range(3)
+        ]
+        for session in sessions:
+            write_session(storage, session, [RECIPIENT])
+            assert ring.session(session.id) == session
+        reads = storage.reads
+        assert [ring.session(one.id) for one in (*sessions[1:], own)] == [*sessions[1:], own]
+        assert storage.reads == reads
+        assert ring.session(sessions[0].id) == sessions[0]
+        assert storage.reads > reads
 
     def test_the_keyring_does_not_retry_a_session_that_did_not_open(
         self, storage: Counting
