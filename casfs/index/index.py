@@ -390,7 +390,9 @@ class Index:
         pages = self._env.read(lambda txn: int(txn.stat(db=self._tables.blobs)["leaf_pages"]))
         # Digests are spread evenly over the pages.
         pages_per_blob = pages / max(1, len(entries)) + 1 / _BLOBS_PER_PAGE
-        size = max(_CHANGED_AT_ONCE, int(_CHANGED_AT_ONCE / pages_per_blob))
+        # The file grows by what two transactions change, so a part is smaller than it may be, unless each of
+        # its blobs changes a page: then the syncs of further transactions cost more than the room.
+        size = max(_CHANGED_AT_ONCE, int(_CHANGED_AT_ONCE / 2 / pages_per_blob))
         ordered = sorted(entries)
         ends = range(0, max(1, len(ordered)), size)
         return [ordered[begin : begin + size] for begin in ends]
