@@ -38,8 +38,6 @@ def manager(casfs: Casfs, config: Path) -> Iterator[UserManager]:
         yield found
 
 
-# The services of two managers would be in one control group.
-@pytest.mark.xdist_group("systemd")
 class TestSystemd:
     def test_a_schedule_is_installed_run_shown_and_removed(
         self, casfs: Casfs, manager: UserManager, config: Path

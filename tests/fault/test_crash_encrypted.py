@@ -50,7 +50,7 @@ def killed_everywhere(
             yield outcome
             stop += 1
         assert outcome.done()["exit"] == 0
-        assert stop == len(whole.steps)
+        assert stop == len(outcome.steps), whole
 
 
 def must_be_there(scene: Hostile) -> set[str]:

@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-_MOST_RUNS = 1000
+_MOST_RUNS = 5000
 """How many schedules are tried before a variant counts as not found."""
 
 Break = Callable[[pytest.MonkeyPatch], None]

@@ -6,10 +6,12 @@ in a home of its own.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +69,18 @@ class UserManager:
 
 @contextmanager
 def running_user_manager(home: Path, limit_s: float = 60.0) -> Iterator[UserManager]:
-    """Run a manager until the block ends; its services end with it."""
+    """Run a manager until the block ends; its services end with it.
+
+    Wait for the manager of another test first: the services of both would be in one control group.
+    """
+    with (Path(tempfile.gettempdir()) / "casfs-test-user-manager").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with _running_alone(home, limit_s) as manager:
+            yield manager
+
+
+@contextmanager
+def _running_alone(home: Path, limit_s: float) -> Iterator[UserManager]:
     environment = {**os.environ, "HOME": str(home), "XDG_RUNTIME_DIR": "/run/user"}
     for name in list(environment):
         if name.startswith(("CASFS_", "XDG_C", "XDG_S", "DBUS_", "INVOCATION_ID", "NOTIFY_")):
