@@ -596,7 +596,7 @@ class TestRefusal:
         fleet.run("admin", "key", "remove", OTHER_PUBLIC, with_identity=False)
         assert len(listed(fleet).generations) == 1
 
-    def test_in_format_1_the_secret_stays_and_the_command_says_so(
+    def test_a_removal_in_format_1_keeps_the_secret_and_says_so(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         fleet = Fleet(tmp_path, monkeypatch, 1, (RECIPIENT, OTHER))
