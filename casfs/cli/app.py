@@ -216,9 +216,8 @@ def _invoke(arguments: list[str], settings: Settings) -> int:
 def _os_error_message(error: OSError) -> str:
     """Return the system's message with the file name, which may be bytes, escaped for display."""
     message = error.strerror or str(error)
-    if (
-        error.errno == errno.EAGAIN
-    ):  # of a fork; no descriptor of casfs is non-blocking where it waits
+    if error.errno == errno.EAGAIN:
+        # From a fork: no descriptor of casfs is non-blocking where it waits.
         message = f"{message}: {_PROCESS_LIMIT}"
     name = error.filename
     if isinstance(name, bytes):

@@ -36,11 +36,8 @@ class DraftUnreadableError(NeededBlobsUnknownError):
     """A draft, or a tree that it needs, cannot be read, so the needed blobs are unknown."""
 
     def __str__(self) -> str:
-        name = short_id(self.snapshot_id)
-        return (
-            f"the blobs that draft {name}, a snapshot that was never published, needs are unknown: "
-            f"{self.cause}; nothing was removed. If no backup is about to publish it, drop it with "
-            f"`casfs prune --drop-draft {name}` once it is {format_duration(SHARED_MARGIN_S)} old"
+        return _message_about(
+            self.snapshot_id, self.cause, "If no backup is about to publish it, drop it"
         )
 
 
@@ -48,13 +45,21 @@ class DraftClosedError(SnapshotClosedError):
     """The identities do not decrypt a draft, so the needed blobs are unknown."""
 
     def __str__(self) -> str:
-        name = short_id(self.snapshot_id)
-        return (
-            f"the blobs that draft {name}, a snapshot that was never published, needs are unknown: "
-            f"{self.cause}; nothing was removed. Give an identity or a passphrase for which it was stored, "
-            f"or drop it with `casfs prune --drop-draft {name}` once it is "
-            f"{format_duration(SHARED_MARGIN_S)} old"
+        return _message_about(
+            self.snapshot_id,
+            self.cause,
+            "Give an identity or a passphrase for which it was stored, or drop it",
         )
+
+
+def _message_about(draft: SnapshotId, cause: object, advice: str) -> str:
+    """Return the sentences about a draft that ends a prune; `advice` ends with dropping it."""
+    name = short_id(draft)
+    return (
+        f"the blobs that draft {name}, a snapshot that was never published, needs are unknown: {cause}; "
+        f"nothing was removed. {advice} with `casfs prune --drop-draft {name}` once it is "
+        f"{format_duration(SHARED_MARGIN_S)} old"
+    )
 
 
 def list_drafts(storage: Storage) -> dict[SnapshotId, int]:
